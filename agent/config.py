@@ -1,0 +1,245 @@
+"""The agent's configuration: its shape, its defaults and what types cannot check. docs/configuration.md is tested
+against this module."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.errors import Refused
+from shared.keys import check_name
+from shared.secrets import is_reference
+
+DEFAULT_PORT = 8470
+_LOOPBACK = ("127.", "::1", "localhost")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Positive = Annotated[int, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who this machine is."""
+
+    id: str
+    rack: str
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where clients and peers connect. Beyond loopback only with keys."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
+
+
+class Paths(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Folders; "" takes the platform's default (docs/configuration.md)."""
+
+    state: str = ""
+    logs: str = ""
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A client's API key: the id that reports show, and the sha256 of the key; never the key."""
+
+    id: str
+    sha256: str
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another node of the rack."""
+
+    id: str
+    url: str
+
+
+class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The rack around this node. ``secret`` is a reference to what all nodes share."""
+
+    secret: str = ""
+    beat_s: Seconds = 1.0
+    nodes: tuple[Peer, ...] = ()
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model this node can serve. ``path`` is an mlx-lm model folder."""
+
+    name: str
+    path: str = ""
+    engine: Literal["mlx", "fake"] = "mlx"
+    preload: bool = True
+    pinned: bool = False
+    max_tokens: Positive = 4096
+    rows: Annotated[int, Meta(ge=1, le=64)] = 8
+    prefill_chunk_tok: Annotated[int, Meta(ge=16, le=8192)] = 256
+    cache_bytes: Annotated[int, Meta(ge=0)] = 256 << 20
+    plan_context_tok: Positive = 2048
+    need_bytes: Annotated[int, Meta(ge=0)] = 0
+    probe_p99_s: Seconds = 30.0
+    fake_step_s: float = 0.0
+    fake_load_s: float = 0.0
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The bucket. ``access_key`` and ``secret_key`` are references."""
+
+    kind: Literal["s3", "directory"] = "directory"
+    path: str = ""
+    endpoint: str = ""
+    bucket: str = ""
+    prefix: str = ""
+    access_key: str = ""
+    secret_key: str = ""
+
+
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often a window is closed and how often segments are sent; what the spool may hold meanwhile."""
+
+    sample_s: Seconds = 60.0
+    upload_s: Seconds = 60.0
+    spool_bytes: Positive = 200 << 20
+    spool_days: Positive = 30
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds on what clients may ask and how long things may take."""
+
+    body_bytes: Positive = 10 << 20
+    in_flight_per_model: Positive = 64
+    request_s: Seconds = 600.0
+    first_token_s: Seconds = 120.0
+    token_gap_s: Seconds = 60.0
+    load_wait_s: Seconds = 120.0
+    drain_s: Seconds = 60.0
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``budget_bytes`` for all models together; 0 takes the share that Metal recommends of the machine's memory."""
+
+    budget_bytes: Annotated[int, Meta(ge=0)] = 0
+
+
+class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``threads`` of the CPU's BLAS in each loader; 0 divides the cores between the models. Linux only."""
+
+    threads: Annotated[int, Meta(ge=0)] = 0
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """agent.toml."""
+
+    node: Node
+    listen: Listen = Listen()
+    paths: Paths = Paths()
+    keys: tuple[Key, ...] = ()
+    peers: Peers = Peers()
+    models: tuple[Model, ...] = ()
+    store: Store = Store()
+    telemetry: Telemetry = Telemetry()
+    limits: Limits = Limits()
+    memory: Memory = Memory()
+    loader: Loader = Loader()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    return host.startswith(_LOOPBACK)
+
+
+def hash_key(key: str) -> str:
+    """What the configuration holds of an API key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check(config: AgentConfig) -> Sequence[str]:
+    """Every problem that types cannot say, with key paths."""
+    return [
+        *_check_names(config),
+        *_check_listen(config),
+        *_check_keys(config.keys),
+        *_check_peers(config),
+        *_check_models(config.models),
+        *check_store(config.store),
+    ]
+
+
+def check_store(store: Store) -> list[str]:
+    """Problems of a [store] table; both programs have one."""
+    if store.kind == "directory":
+        return [] if store.path else ["store.path: is required when store.kind is 'directory'"]
+    found = [f"store.{k}: is required when store.kind is 's3'" for k in ("endpoint", "bucket") if not getattr(store, k)]
+    if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
+        found.append("store.endpoint: begins with http:// or https://")
+    for name in ("access_key", "secret_key"):
+        value = getattr(store, name)
+        if not value:
+            found.append(f"store.{name}: is required when store.kind is 's3'")
+        elif not is_reference(value):
+            found.append(f"store.{name}: {_REFERENCE}")
+    return found
+
+
+_REFERENCE = "holds a value; secrets are named by reference here: env:NAME, file:/path, keychain:service or op://..."
+
+
+def _check_names(config: AgentConfig) -> list[str]:
+    named = [("node.id", config.node.id), ("node.rack", config.node.rack)]
+    named += [(f"models[{n}].name", m.name) for n, m in enumerate(config.models)]
+    named += [(f"peers.nodes[{n}].id", p.id) for n, p in enumerate(config.peers.nodes)]
+    named += [(f"keys[{n}].id", k.id) for n, k in enumerate(config.keys)]
+    found = []
+    for path, name in named:
+        try:
+            check_name(name, path)
+        except Refused as error:
+            found.append(error.message)
+    return found
+
+
+def _check_listen(config: AgentConfig) -> list[str]:
+    if is_loopback(config.listen.host) or config.keys:
+        return []
+    return [
+        f"listen.host: {config.listen.host} can be reached from other machines, and there is no [[keys]] entry; "
+        "make one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
+    ]
+
+
+def _check_keys(keys: Sequence[Key]) -> list[str]:
+    return [
+        f"keys[{n}].sha256: is not a sha256 in hex; `mlxrack-agent new-key NAME` prints one"
+        for n, key in enumerate(keys)
+        if not _SHA256.fullmatch(key.sha256)
+    ]
+
+
+def _check_peers(config: AgentConfig) -> list[str]:
+    peers, found = config.peers, []
+    ids = [p.id for p in peers.nodes]
+    if config.node.id in ids:
+        found.append(f"peers.nodes: names this node itself ({config.node.id!r}); leave it out")
+    found += [f"peers.nodes: {i!r} stands there twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    found += [
+        f"peers.nodes[{n}].url: begins with http:// or https://"
+        for n, p in enumerate(peers.nodes)
+        if not p.url.startswith(("http://", "https://"))
+    ]
+    if peers.nodes and not peers.secret:
+        found.append("peers.secret: is required with peers; all nodes share it")
+    if peers.secret and not is_reference(peers.secret):
+        found.append(f"peers.secret: {_REFERENCE}")
+    return found
+
+
+def _check_models(models: Sequence[Model]) -> list[str]:
+    names = [m.name for m in models]
+    found = [f"models: {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return found + [
+        f"models[{n}].path: is required (the model's folder)"
+        for n, m in enumerate(models)
+        if m.engine == "mlx" and not m.path
+    ]

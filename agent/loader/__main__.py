@@ -1,0 +1,59 @@
+"""``python -P -m agent.loader --fd N --engine mlx --path MODEL``: started by the daemon, never by hand."""
+
+import argparse
+import os
+import resource
+import signal
+import socket
+import sys
+
+from agent.loader.generation import Engine
+from agent.loader.serve import serve
+
+
+def main() -> int:
+    """Serve one model on the socket that the daemon handed over."""
+    parser = argparse.ArgumentParser(prog="agent.loader")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected Unix socket")
+    parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
+    parser.add_argument("--path", default="", help="model folder")
+    parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
+    parser.add_argument("--prefill-chunk", type=int, default=256, help="prompt tokens per step")
+    parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
+    parser.add_argument("--fake-step-s", type=float, default=0.0)
+    parser.add_argument("--fake-load-s", type=float, default=0.0)
+    args = parser.parse_args()
+    # a core file would hold prompts
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # a Ctrl-C in the terminal reaches the whole group; the daemon decides when a loader ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    sock = socket.socket(fileno=args.fd)
+    status = serve(sock, lambda: _engine(args))
+    sys.stdout.flush()
+    return status
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    if args.engine == "fake":
+        from agent.loader.fake_engine import FakeEngine
+
+        return FakeEngine(step_s=args.fake_step_s, load_s=args.fake_load_s, salt=args.path, rows=args.rows)
+    from agent.loader import blas
+
+    name = blas.install()
+    from agent.loader.engine import MLXEngine
+
+    return MLXEngine(
+        args.path,
+        rows=args.rows,
+        prefill_chunk_tok=args.prefill_chunk,
+        cache_bytes=args.cache_bytes,
+        default_max_tokens=args.max_tokens,
+        blas=name,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""A deterministic engine without a model, for tests of everything around one.
+
+Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
+run can be continued anywhere. Prefill takes time by uncached characters, decoding by step. A conversation whose last
+message begins with ``!crash`` kills the process, as a GPU out of memory does.
+"""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.frames import Accepted, Done, Failed, Frame, Generate, Ready, Reported, Tokens
+from agent.loader.stopping import StopText
+
+CONTEXT_TOK = 8192
+_WORDS = ("rack", "node", "heat", "fan", "token", "queue", "swap", "peer", "load", "cache", "batch", "drain")
+
+
+@dataclass
+class _Row:
+    request: Generate
+    prompt_tok: int
+    words: Iterator[str]
+    stop: StopText
+    made: int = 0
+
+
+class FakeEngine:
+    """Engine whose every number is invented but consistent."""
+
+    def __init__(self, *, step_s: float = 0.0, load_s: float = 0.0, salt: str = "", rows: int = 8) -> None:
+        time.sleep(load_s)
+        self._step_s = step_s
+        self._load_us = int(load_s * 1e6)
+        self._salt = salt
+        self._limit = rows
+        self._rows: dict[int, _Row] = {}
+        self._window: dict[str, int] = {}
+
+    def describe(self) -> Ready:
+        return Ready(engine="fake", context_tok=CONTEXT_TOK, load_us=self._load_us, active_bytes=1 << 20)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows)
+
+    def submit(self, request: Generate) -> Frame:
+        if request.messages[-1].content.startswith("!crash"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        prompt_tok = sum(len(m.content.split()) + 4 for m in request.messages)
+        room = CONTEXT_TOK - prompt_tok
+        if room <= 0 or (request.max_tokens or 0) > room:
+            return Failed(
+                id=request.id,
+                code="context_length_exceeded",
+                message=f"prompt ({prompt_tok} tokens) and max_tokens exceed the context of {CONTEXT_TOK}",
+                param="max_tokens",
+            )
+        self._rows[request.id] = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
+        self._count("prefill_tok", prompt_tok)
+        self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._rows) - self._limit)
+        return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
+
+    def cancel(self, request_id: int) -> None:
+        row = self._rows.pop(request_id, None)
+        if row:
+            self._count("wasted_tok", row.made)
+
+    def step(self) -> list[Frame]:
+        time.sleep(self._step_s)
+        self._count("steps", 1)
+        self._count("busy_decode_us", max(1, int(self._step_s * 1e6)))
+        answers: list[Frame] = []
+        for row in list(self._rows.values())[: self._limit]:
+            answers += self._advance(row)
+        return answers
+
+    def _advance(self, row: _Row) -> list[Frame]:
+        row.made += 1
+        self._count("decode_tok", 1)
+        text, stopped = row.stop.feed(next(row.words))
+        limit = row.request.max_tokens or 64
+        if not stopped and row.made < limit:
+            return [Tokens(id=row.request.id, text=text, count=1)]
+        del self._rows[row.request.id]
+        text += "" if stopped else row.stop.finish()
+        done = Done(
+            id=row.request.id,
+            finish="stop" if stopped else "length",
+            prompt_tok=row.prompt_tok,
+            cached_tok=0,
+            completion_tok=row.made,
+        )
+        return [Tokens(id=row.request.id, text=text, count=1), done]
+
+    def report(self) -> Reported:
+        window, self._window = self._window, {}
+        return Reported(active_bytes=1 << 20, **window)
+
+    def close(self) -> None:
+        self._rows.clear()
+
+    def _count(self, name: str, amount: int) -> None:
+        self._window[name] = self._window.get(name, 0) + amount
+
+
+def _words(request: Generate, salt: str) -> Iterator[str]:
+    state = hashlib.sha256(salt.encode())
+    for message in request.messages:
+        state.update(f"{message.role}\0{message.content}\0".encode())
+    if request.temperature > 0:
+        state.update(str(request.seed).encode())
+    while True:
+        state.update(b".")
+        yield _WORDS[state.digest()[0] % len(_WORDS)] + " "

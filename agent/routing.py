@@ -1,0 +1,88 @@
+"""Where a request is answered: here, on a peer, or nowhere. Pure; dispatch does what this decides."""
+
+import msgspec
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there."""
+
+    name: str
+    version: str
+    ready: bool
+    in_flight: int = 0
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node as this one knows it. ``state`` is up, suspect or down; ``url`` is "" for this node itself."""
+
+    node: str
+    url: str = ""
+    state: str = "up"
+    draining: bool = False
+    models: tuple[ModelView, ...] = ()
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What routing may look at. ``tried`` nodes failed this request already; ``hop`` forbids another one."""
+
+    model: str
+    tried: frozenset[str] = frozenset()
+    hop: bool = False
+    task_class: str = ""
+
+
+class Local(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer on this node."""
+
+    node: str
+
+
+class Forward(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer on a peer."""
+
+    node: str
+    url: str
+
+
+class Refuse(msgspec.Struct, frozen=True, kw_only=True):
+    """No node can answer. ``code`` is model_not_found or no_capacity; ``loading`` says that waiting may help."""
+
+    code: str
+    loading: bool = False
+    known: tuple[str, ...] = ()
+
+
+HOP_COST = 1
+"""A forwarded request pays a network hop; measured in requests in flight."""
+SUSPECT_COST = 1_000
+"""A node that missed a beat is used only when no other can answer."""
+
+
+def choose(request: RouteRequest, here: NodeView, peers: tuple[NodeView, ...]) -> Local | Forward | Refuse:
+    """Decide for one request.
+
+    1. Candidates are nodes that are not down, not draining, not tried before and have the model ready.
+    2. The least loaded wins; a hop costs one request in flight; suspects come last; ties go by node id.
+    3. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
+    """
+    nodes = (here,) if request.hop else (here, *peers)
+    candidates = [
+        (_cost(node, model, here), node.node, node)
+        for node in nodes
+        if node.state != "down" and not node.draining and node.node not in request.tried
+        for model in node.models
+        if model.name == request.model and model.ready
+    ]
+    if candidates:
+        _, _, best = min(candidates, key=lambda c: (c[0], c[1]))
+        return Local(node=best.node) if best is here else Forward(node=best.node, url=best.url)
+    known = sorted({m.name for node in (here, *peers) for m in node.models})
+    if request.model not in known:
+        return Refuse(code="model_not_found", known=tuple(known))
+    loading = any(m.name == request.model and not m.ready for node in nodes for m in node.models)
+    return Refuse(code="no_capacity", loading=loading, known=tuple(known))
+
+
+def _cost(node: NodeView, model: ModelView, here: NodeView) -> int:
+    hop = 0 if node is here else HOP_COST
+    return model.in_flight + hop + (SUSPECT_COST if node.state == "suspect" else 0)

@@ -1,0 +1,118 @@
+"""The envelope in which records travel, and the segment in which batches are stored.
+
+A batch covers one window of one node. A segment is zstd over concatenated MessagePack batches, immutable once stored.
+Reading is suspicious: sizes are bounded, types are checked, an unknown schema version is refused and an unknown kind
+of record, from a newer agent, is counted and left out.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import msgspec
+import zstandard
+
+from shared.errors import Refused
+from shared.ids import BatchId, NodeId
+from shared.records import RECORD_TYPES, Record
+
+SCHEMA_VERSION = 1
+MAX_SEGMENT_BYTES = 64 << 20
+"""Refuse to unpack more than this: real segments are kilobytes."""
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """One window of one node. Times are the node's wall clock in milliseconds since 1970 UTC."""
+
+    v: int = SCHEMA_VERSION
+    rack: str
+    node: str
+    incarnation: int = 0
+    epoch: int
+    seq: int
+    t_start_ms: int
+    t_end_ms: int
+    mono_ms: int = 0
+    boot_id: str = ""
+    agent_version: str = ""
+    dropped_batches: int = 0
+    clock_skew_ms: int | None = None
+    records: tuple[Record, ...] = ()
+    unknown_records: int = 0
+
+    @property
+    def id(self) -> BatchId:
+        """What the batch is de-duplicated on."""
+        return (NodeId(self.node), self.incarnation, self.epoch, self.seq)
+
+
+def encode(batch: Batch) -> bytes:
+    """One batch as MessagePack."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(batch), use_bin_type=True)
+    return packed
+
+
+def decode(raw: bytes) -> Batch:
+    """Read one MessagePack batch. Raises Refused with what is wrong."""
+    batches = list(_unpack(raw))
+    if len(batches) != 1:
+        raise Refused(f"decode batch: {len(batches)} batches where one was expected", code="bad_batch")
+    return batches[0]
+
+
+def seal(batches: Iterable[Batch]) -> bytes:
+    """Several batches as one segment; equal batches give equal bytes."""
+    return zstandard.ZstdCompressor(level=3).compress(b"".join(encode(batch) for batch in batches))
+
+
+def unseal(segment: bytes) -> list[Batch]:
+    """Read a segment back. Raises Refused for anything but a whole segment of known batches."""
+    try:
+        # max_window_size keeps a hostile frame from asking for gigabytes before a byte is read
+        reader = zstandard.ZstdDecompressor(max_window_size=8 << 20).stream_reader(segment, read_across_frames=True)
+        raw = reader.read(MAX_SEGMENT_BYTES + 1)
+    except zstandard.ZstdError as error:
+        raise Refused(f"unseal segment: not a zstd frame ({error})", code="bad_segment") from None
+    if len(raw) > MAX_SEGMENT_BYTES:
+        raise Refused(f"unseal segment: unpacks to over {MAX_SEGMENT_BYTES} bytes", code="bad_segment")
+    batches = list(_unpack(raw))
+    if not batches:
+        raise Refused("unseal segment: no batch inside", code="bad_segment")
+    return batches
+
+
+def digest(body: bytes) -> str:
+    """sha256 of stored bytes, in hex."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def _unpack(raw: bytes) -> Iterable[Batch]:
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=MAX_SEGMENT_BYTES)
+    unpacker.feed(raw)
+    consumed = 0
+    try:
+        for mapping in unpacker:
+            consumed = unpacker.tell()
+            yield _batch(mapping)
+    except (msgpack.UnpackException, ValueError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(f"decode batch: not MessagePack ({type(error).__name__})", code="bad_batch") from None
+    if consumed != len(raw):
+        raise Refused("decode batch: cut off in the middle", code="bad_batch")
+
+
+def _batch(mapping: Any) -> Batch:
+    if not isinstance(mapping, dict):
+        raise Refused(f"decode batch: a {type(mapping).__name__} where a map was expected", code="bad_batch")
+    version = mapping.get("v")
+    if version != SCHEMA_VERSION:
+        raise Refused(f"decode batch: schema version {version!r} is not known here; upgrade", code="unknown_schema")
+    records = mapping.get("records", ())
+    if not isinstance(records, list | tuple):
+        raise Refused("decode batch: records is not a list", code="bad_batch")
+    known = [r for r in records if not isinstance(r, dict) or r.get("kind") in RECORD_TYPES]
+    try:
+        envelope = {**mapping, "records": known, "unknown_records": len(records) - len(known)}
+        return msgspec.convert(envelope, Batch)
+    except msgspec.ValidationError as error:
+        raise Refused(f"decode batch: {error}", code="bad_batch") from None

@@ -1,0 +1,95 @@
+"""Names of objects in the bucket, both ways; each prefix has one writer (docs/bucket.md)."""
+
+import re
+from typing import NamedTuple
+
+from shared.errors import Refused
+from shared.ids import NodeId
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\.mpz")
+RAW_PREFIX = "raw/v1/"
+URGENT_PREFIX = "urgent/v1/"
+MANIFEST_PREFIX = "manifest/v1/"
+ALERT_STATE = "state/v1/alerts.json"
+
+
+class RawKey(NamedTuple):
+    """Where a segment of batches stands."""
+
+    node: NodeId
+    incarnation: int
+    epoch: int
+    first_seq: int
+    last_seq: int
+
+
+def check_name(name: str, what: str) -> str:
+    """A name that may stand in a key: letters, digits, dot, underscore, hyphen, 63 at most. Raises Refused."""
+    if not _NAME.fullmatch(name):
+        raise Refused(f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit")
+    return name
+
+
+def raw_node_prefix(node: str) -> str:
+    """All of one node's segments."""
+    return f"{RAW_PREFIX}node={check_name(node, 'node id')}/"
+
+
+def batch_key(key: RawKey) -> str:
+    """The key of a segment; keys of one node sort in the order in which they were written."""
+    return (
+        f"{raw_node_prefix(key.node)}i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{key.last_seq:010d}.mpz"
+    )
+
+
+def parse_batch_key(key: str) -> RawKey:
+    """The inverse of batch_key. Raises Refused for a foreign key."""
+    match = _RAW.fullmatch(key)
+    if not match or not _NAME.fullmatch(match[1]):
+        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+    raw = RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[5]))
+    if raw.first_seq > raw.last_seq or batch_key(raw) != key:
+        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+    return raw
+
+
+def claim_key(node: str, incarnation: int) -> str:
+    """Where a node claims an incarnation, so that a lost spool can never reuse an old one's keys."""
+    return f"{raw_node_prefix(node)}i{incarnation:04d}/claim"
+
+
+def is_claim(key: str) -> bool:
+    """Whether a key under raw/ is a claim and not a segment."""
+    return key.startswith(RAW_PREFIX) and key.endswith("/claim")
+
+
+def urgent_key(key: RawKey, ordinal: int) -> str:
+    """A copy of urgent events, sent ahead of the segment that will hold them."""
+    node = check_name(key.node, "node id")
+    return f"{URGENT_PREFIX}node={node}/i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{ordinal:04d}.mpz"
+
+
+def minute_key(table: str, day: str) -> str:
+    """The Parquet file of one table and one UTC day (YYYY-MM-DD)."""
+    return f"minute/v1/table={table}/dt={day}/part.parquet"
+
+
+def hour_key(table: str, day: str) -> str:
+    """The hourly rollup of one table and one UTC day."""
+    return f"hour/v1/table={table}/dt={day}/part.parquet"
+
+
+def manifest_key(number: int) -> str:
+    """The n-th commit of the aggregator."""
+    return f"{MANIFEST_PREFIX}{number:010d}.json"
+
+
+def report_key(cadence: str, period: str, name: str, revision: int, extension: str) -> str:
+    """A report. ``cadence`` is weekly or monthly, ``period`` like 2026-W47 or 2026-11."""
+    return f"report/v1/{cadence}/{period}/{name}-r{revision}.{extension}"
+
+
+def quarantine_key(key: str) -> str:
+    """Where a copy of a bad object is kept, byte for byte."""
+    return f"quarantine/v1/{key}"

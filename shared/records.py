@@ -1,0 +1,234 @@
+"""What a node reports. Counts and integers only: no prompt, no completion, no text that a client sent.
+
+Units end each name: ``_us`` microseconds, ``_ms`` milliseconds, ``_tok`` tokens, ``_bytes``, ``_mw`` milliwatts,
+``_mj`` millijoules, ``_mc`` thousandths of a degree Celsius, ``_ppm`` millionths. Absent is None, never 0.
+New fields get defaults; fields are never renamed or retyped. A record holds what happened in its batch's window:
+deltas, not totals.
+"""
+
+from typing import Union
+
+import msgspec
+
+from shared.sketch import SketchWire
+
+PROMPT_BUCKETS_TOK = (1_000, 8_000, 32_000, 128_000, 200_000, 1_000_000)
+"""Prompt sizes that API prices tell apart; a request is counted in the first that holds it."""
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    pass
+
+
+class Served(_Record, kw_only=True, tag="served"):
+    """Requests answered by this node as the door, alike in all their labels.
+
+    ``worker`` is the node that did the work, "" when none did. ``outcome`` is ok, failed, cancelled or refused.
+    """
+
+    model: str
+    version: str = ""
+    worker: str = ""
+    key_id: str = ""
+    task_class: str = ""
+    outcome: str = "ok"
+    finish: str = ""
+    prompt_bucket_tok: int = 0
+    requests: int
+    retries: int = 0
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+    ttft_us: SketchWire = SketchWire()
+    itl_us: SketchWire = SketchWire()
+    total_us: SketchWire = SketchWire()
+
+
+class EngineWindow(_Record, kw_only=True, tag="engine"):
+    """What one loader on this node did in the window, whoever asked for it."""
+
+    model: str
+    version: str
+    busy_prefill_us: int = 0
+    busy_decode_us: int = 0
+    prefill_tok: int = 0
+    cached_tok: int = 0
+    decode_tok: int = 0
+    wasted_tok: int = 0
+    steps: int = 0
+    queue_max: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_evictions: int = 0
+    cache_bytes: int = 0
+    active_bytes: int = 0
+
+
+class Resident(_Record, kw_only=True, tag="resident"):
+    """A model version that was in memory when the window ended. ``state`` is ready, starting, draining or failed."""
+
+    model: str
+    version: str
+    state: str
+    pinned: bool = False
+    need_bytes: int = 0
+    footprint_bytes: int | None = None
+    restarts: int = 0
+
+
+class HostSample(_Record, kw_only=True, tag="host"):
+    """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason."""
+
+    cpu_ppm: int | None = None
+    memory_total_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    memory_budget_bytes: int | None = None
+    memory_pressure: str | None = None
+    memory_stall_us: int | None = None
+    swap_used_bytes: int | None = None
+    swap_in_bytes: int | None = None
+    swap_out_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    thermal_level: str | None = None
+    thermal_source: str | None = None
+    thermal_known_us: int = 0
+    throttled_us: int = 0
+    package_temp_mc: int | None = None
+    pcore_temp_mc: int | None = None
+    fan_rpm: tuple[int, ...] = ()
+    wall_power_mw: int | None = None
+    system_power_mw: int | None = None
+    soc_power_mw: int | None = None
+    energy_mj: int | None = None
+    sources_failed: dict[str, str] = {}
+
+
+class AgentStarted(_Record, kw_only=True, tag="agent_started"):
+    """``previous`` says how the run before ended: first (there was none), clean or unclean."""
+
+    t_ms: int
+    version: str
+    previous: str
+
+
+class AgentStopped(_Record, kw_only=True, tag="agent_stopped"):
+    """The agent was told to stop, and did."""
+
+    t_ms: int
+    reason: str
+
+
+class ModelLoaded(_Record, kw_only=True, tag="model_loaded"):
+    """A loader became ready. ``need_bytes`` was planned, ``footprint_bytes`` measured."""
+
+    t_ms: int
+    model: str
+    version: str
+    load_us: int
+    need_bytes: int
+    footprint_bytes: int | None = None
+
+
+class ModelEvicted(_Record, kw_only=True, tag="model_evicted"):
+    """A model left memory so that another fits, or by order. ``age_us`` counts from the moment it was ready."""
+
+    t_ms: int
+    model: str
+    version: str
+    reason: str
+    for_model: str = ""
+    bytes: int = 0
+    age_us: int = 0
+    requests_last_hour: int = 0
+
+
+class SwapFinished(_Record, kw_only=True, tag="swap_finished"):
+    """A hot swap ended. ``outcome`` is flipped or failed; ``window_us`` is from start to the old loader's end."""
+
+    t_ms: int
+    swap_id: str
+    model: str
+    from_version: str
+    to_version: str
+    outcome: str
+    reason: str = ""
+    window_us: int = 0
+    probes: int = 0
+    probe_p99_us: int | None = None
+
+
+class LoaderExited(_Record, kw_only=True, tag="loader_exited"):
+    """A loader ended without being asked to. ``cause`` reads like "signal 9" or "exit 1"."""
+
+    t_ms: int
+    model: str
+    version: str
+    cause: str
+    restarts: int
+
+
+class ThrottleEvent(_Record, kw_only=True, tag="throttle"):
+    """The thermal pressure level rose to heavy or above; the interval is known when it ended."""
+
+    t_ms: int
+    level: str
+    duration_us: int = 0
+    open_at_start: bool = False
+
+
+class PeerDown(_Record, kw_only=True, tag="peer_down"):
+    """This node declared a peer dead. ``last_seen_ms`` is the peer's last answer on this node's clock."""
+
+    t_ms: int
+    peer: str
+    last_seen_ms: int
+
+
+class PeerUp(_Record, kw_only=True, tag="peer_up"):
+    """A peer that had been declared dead answered again."""
+
+    t_ms: int
+    peer: str
+    down_us: int
+
+
+Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
+    AgentStarted,
+    AgentStopped,
+    ModelLoaded,
+    ModelEvicted,
+    SwapFinished,
+    LoaderExited,
+    ThrottleEvent,
+    PeerDown,
+    PeerUp,
+]
+Record = Union[Served, EngineWindow, Resident, HostSample, Event]  # noqa: UP007
+
+RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
+    str(cls.__struct_config__.tag): cls
+    for cls in (
+        Served,
+        EngineWindow,
+        Resident,
+        HostSample,
+        AgentStarted,
+        AgentStopped,
+        ModelLoaded,
+        ModelEvicted,
+        SwapFinished,
+        LoaderExited,
+        ThrottleEvent,
+        PeerDown,
+        PeerUp,
+    )
+}
+"""Every kind of record by the word that marks it on the wire."""
+
+URGENT = (AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited)
+"""Events that are also sent at once, outside the order, for `alert` to read."""
+
+
+def prompt_bucket(prompt_tok: int) -> int:
+    """The price bucket (its upper bound in tokens) of a prompt; the largest for anything beyond."""
+    return next((bound for bound in PROMPT_BUCKETS_TOK if prompt_tok <= bound), PROMPT_BUCKETS_TOK[-1])

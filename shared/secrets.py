@@ -1,0 +1,61 @@
+"""Secrets are named by reference and resolved when they are needed; no file of ours holds one.
+
+References: ``env:NAME``, ``file:/path`` (first line; the file must not be readable by others), ``keychain:service``
+(macOS) and ``op://vault/item/field`` (1Password's ``op``). The caller passes the environment, so that reading it
+stays visible.
+"""
+
+import stat
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from shared.errors import Halt
+
+_KINDS = ("env:", "file:", "keychain:", "op://")
+
+
+def is_reference(text: str) -> bool:
+    """Whether ``text`` names a secret instead of being one."""
+    return text.startswith(_KINDS)
+
+
+def resolve(reference: str, environ: Mapping[str, str]) -> str:
+    """The secret behind ``reference``. Raises Halt that names the reference and never the value."""
+    if reference.startswith("env:"):
+        value = environ.get(reference[4:], "")
+        if not value:
+            raise Halt(f"secret {reference}: the environment variable is not set", code="no_secret")
+        return value
+    if reference.startswith("file:"):
+        return _from_file(reference)
+    if reference.startswith("keychain:"):
+        return _from_command(reference, ["/usr/bin/security", "find-generic-password", "-w", "-s", reference[9:]])
+    if reference.startswith("op://"):
+        return _from_command(reference, ["op", "read", "--no-newline", reference])
+    raise Halt(f"secret: a reference begins with one of {', '.join(_KINDS)}", code="no_secret")
+
+
+def _from_file(reference: str) -> str:
+    path = Path(reference[5:])
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Halt(f"secret {reference}: cannot be read ({type(error).__name__})", code="no_secret") from None
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise Halt(f"secret {reference}: others may read the file; chmod 600 it", code="no_secret")
+    lines = text.splitlines()
+    if not lines or not lines[0].strip():
+        raise Halt(f"secret {reference}: the file is empty", code="no_secret")
+    return lines[0].strip()
+
+
+def _from_command(reference: str, argv: list[str]) -> str:
+    try:
+        run = subprocess.run(argv, capture_output=True, timeout=20, check=False, text=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Halt(f"secret {reference}: {argv[0]} did not answer ({type(error).__name__})", code="no_secret") from None
+    if run.returncode != 0 or not run.stdout.strip():
+        raise Halt(f"secret {reference}: {argv[0]} gave no value (exit {run.returncode})", code="no_secret")
+    return run.stdout.strip()

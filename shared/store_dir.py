@@ -1,0 +1,125 @@
+"""An object store in a directory: for one machine, for tests, for a look with `ls`.
+
+Writes go to a temporary file, are synced and then take their place in one step, so a reader never sees half an object.
+Conditional writes are exact between processes of one machine (a lock file and link(2)).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
+from shared.store import Listed, Stored
+
+_LOCK = ".mlxrack-lock"
+_TEMPORARY = ".mlxrack-tmp-"
+
+
+class DirectoryStore:
+    """ObjectStore over ``root``, which is made when missing."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        with _as_ours("open", str(root)):
+            root.mkdir(parents=True, exist_ok=True)
+
+    def put(self, key: str, body: bytes) -> str:
+        path = self._path(key)
+        with _as_ours("put", key), self._locked(), self._temporary(body) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+        return _etag(body)
+
+    def put_if_absent(self, key: str, body: bytes) -> str:
+        path = self._path(key)
+        with _as_ours("put", key), self._temporary(body) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise PreconditionFailed(f"put {key}: it exists already") from None
+        return _etag(body)
+
+    def put_if_match(self, key: str, body: bytes, etag: str) -> str:
+        path = self._path(key)
+        with _as_ours("put", key), self._locked(), self._temporary(body) as temporary:
+            try:
+                seen = _etag(path.read_bytes())
+            except FileNotFoundError:
+                seen = "nothing"
+            if seen != etag:
+                raise PreconditionFailed(f"put {key}: it changed (found {seen}, expected {etag})")
+            os.replace(temporary, path)
+        return _etag(body)
+
+    def get(self, key: str) -> Stored:
+        with _as_ours("get", key):
+            body = self._path(key).read_bytes()
+        return Stored(body, _etag(body))
+
+    def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
+        start = self._root.joinpath(*prefix.split("/")[:-1])
+        with _as_ours("list", prefix):
+            keys = sorted(key for key in self._keys_under(start) if key.startswith(prefix) and key > after)
+            listed = []
+            for key in keys[:limit]:
+                with contextlib.suppress(FileNotFoundError):
+                    body = self._path(key).read_bytes()
+                    listed.append(Listed(key, len(body), _etag(body)))
+        return listed
+
+    def delete(self, key: str) -> None:
+        with _as_ours("delete", key), contextlib.suppress(NotFound, FileNotFoundError):
+            self._path(key).unlink()
+
+    def _keys_under(self, start: Path) -> Iterator[str]:
+        for folder, _, names in os.walk(start):
+            for name in names:
+                if not name.startswith((_LOCK, _TEMPORARY)):
+                    yield Path(folder, name).relative_to(self._root).as_posix()
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not key or len(key) > 1024 or any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts) or "\0" in key:
+            raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
+        return self._root.joinpath(*parts)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self._root / _LOCK, "a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def _temporary(self, body: bytes) -> Iterator[str]:
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._root)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            yield name
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+@contextlib.contextmanager
+def _as_ours(verb: str, key: str) -> Iterator[None]:
+    """The operating system's errors in the store's words."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"{verb} {key}: there is no such object") from None
+    except (IsADirectoryError, NotADirectoryError, FileExistsError):
+        raise Refused(f"{verb} {key}: another key is a folder of this one", code="bad_key") from None
+    except OSError as error:
+        raise Retryable(f"{verb} {key}: {error.strerror or error}") from None
+
+
+def _etag(body: bytes) -> str:
+    return hashlib.md5(body, usedforsecurity=False).hexdigest()

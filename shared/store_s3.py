@@ -1,0 +1,133 @@
+"""An object store over S3: Cloudflare R2, SeaweedFS or any other that honours conditional writes.
+
+The client's settings are not taste, each mends something seen: no aws-chunked trailers (R2 refuses them), no
+``Expect: 100-continue`` (a second per PUT on servers that never send the 100), path addressing and region ``auto``.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import botocore.handlers
+from botocore.config import Config
+
+from shared.errors import AccessDenied, NotFound, PreconditionFailed, Refused, Retryable
+from shared.store import Listed, Stored
+
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
+_LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+
+
+class S3Store:
+    """ObjectStore over one bucket, below an optional key prefix.
+
+    Conditional writes on a missing key are a lost condition here, whether the server answers 404 or 412.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str,
+        bucket: str,
+        access_key: str,
+        secret_key: str,
+        prefix: str = "",
+        session_token: str | None = None,
+        connect_timeout_s: float = 5,
+        read_timeout_s: float = 20,
+        attempts: int = 3,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        config = Config(
+            region_name="auto",
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            connect_timeout=connect_timeout_s,
+            read_timeout=read_timeout_s,
+            max_pool_connections=16,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        session = boto3.session.Session(
+            aws_access_key_id=access_key, aws_secret_access_key=secret_key, aws_session_token=session_token
+        )
+        self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)
+        self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+
+    def put(self, key: str, body: bytes) -> str:
+        return self._put(key, body, {})
+
+    def put_if_absent(self, key: str, body: bytes) -> str:
+        return self._put(key, body, {"IfNoneMatch": "*"})
+
+    def put_if_match(self, key: str, body: bytes, etag: str) -> str:
+        with _as_ours("put", key):
+            try:
+                return self._put(key, body, {"IfMatch": f'"{etag}"'})
+            except NotFound:
+                raise PreconditionFailed(f"put {key}: it is gone") from None
+
+    def get(self, key: str) -> Stored:
+        with _as_ours("get", key):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+            return Stored(answer["Body"].read(), answer["ETag"].strip('"'))
+
+    def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
+        arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, "MaxKeys": limit}
+        if after:
+            arguments["StartAfter"] = self._prefix + after
+        with _as_ours("list", prefix):
+            answer = self._client.list_objects_v2(**arguments)
+        cut = len(self._prefix)
+        return [Listed(o["Key"][cut:], o["Size"], o["ETag"].strip('"')) for o in answer.get("Contents", ())]
+
+    def delete(self, key: str) -> None:
+        with _as_ours("delete", key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def create_bucket(self) -> None:
+        """Make the bucket when it is missing; for tests, the demo and racks that run their own store."""
+        with _as_ours("create bucket", self._bucket), contextlib.suppress(
+            self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists
+        ):
+            self._client.create_bucket(Bucket=self._bucket)
+
+    def _put(self, key: str, body: bytes, condition: dict[str, str]) -> str:
+        if not key or len((self._prefix + key).encode()) > 1024 or "\0" in key:
+            raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
+        with _as_ours("put", key):
+            answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
+            etag: str = answer["ETag"]
+            return etag.strip('"')
+
+
+@contextlib.contextmanager
+def _as_ours(verb: str, key: str) -> Iterator[None]:
+    """boto3's errors in the store's words; none of them quotes a credential."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        raise _translated(verb, key, error) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise Retryable(f"{verb} {key}: the store does not answer ({type(error).__name__})") from None
+
+
+def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    seen = f"{status} {code}".strip()
+    if status == 412 or code in _LOST:
+        return PreconditionFailed(f"{verb} {key}: somebody else wrote it first")
+    if code == "NoSuchBucket":
+        return AccessDenied(f"{verb} {key}: the bucket does not exist; create it or mend store.bucket")
+    if status == 404 or code == "NoSuchKey":
+        return NotFound(f"{verb} {key}: there is no such object")
+    if status in (401, 403) or code in _DENIED:
+        return AccessDenied(f"{verb} {key}: the store refuses our credentials ({seen}); check store.access_key and secret_key")
+    if status == 429 or status >= 500 or status == 0:
+        return Retryable(f"{verb} {key}: the store asks to wait ({seen})")
+    return Refused(f"{verb} {key}: the store refuses the request ({seen})", code="store_refused")
