@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.bucket import REFERENCE_HINT, Store, check_store
 from shared.errors import Refused
 from shared.keys import check_name
 from shared.secrets import is_reference
@@ -83,18 +84,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     fake_load_s: float = 0.0
 
 
-class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The bucket. ``access_key`` and ``secret_key`` are references."""
-
-    kind: Literal["s3", "directory"] = "directory"
-    path: str = ""
-    endpoint: str = ""
-    bucket: str = ""
-    prefix: str = ""
-    access_key: str = ""
-    secret_key: str = ""
-
-
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How often a window is closed and how often segments are sent; what the spool may hold meanwhile."""
 
@@ -167,25 +156,6 @@ def check(config: AgentConfig) -> Sequence[str]:
     ]
 
 
-def check_store(store: Store) -> list[str]:
-    """Problems of a [store] table; both programs have one."""
-    if store.kind == "directory":
-        return [] if store.path else ["store.path: is required when store.kind is 'directory'"]
-    found = [f"store.{k}: is required when store.kind is 's3'" for k in ("endpoint", "bucket") if not getattr(store, k)]
-    if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
-        found.append("store.endpoint: begins with http:// or https://")
-    for name in ("access_key", "secret_key"):
-        value = getattr(store, name)
-        if not value:
-            found.append(f"store.{name}: is required when store.kind is 's3'")
-        elif not is_reference(value):
-            found.append(f"store.{name}: {_REFERENCE}")
-    return found
-
-
-_REFERENCE = "holds a value; secrets are named by reference here: env:NAME, file:/path, keychain:service or op://..."
-
-
 def _check_names(config: AgentConfig) -> list[str]:
     named = [("node.id", config.node.id), ("node.rack", config.node.rack)]
     named += [(f"models[{n}].name", m.name) for n, m in enumerate(config.models)]
@@ -203,10 +173,9 @@ def _check_names(config: AgentConfig) -> list[str]:
 def _check_listen(config: AgentConfig) -> list[str]:
     if is_loopback(config.listen.host) or config.keys:
         return []
-    return [
-        f"listen.host: {config.listen.host} can be reached from other machines, and there is no [[keys]] entry; "
-        "make one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
-    ]
+    remedy = "make one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
+    open_to = f"{config.listen.host} can be reached from other machines, and there is no [[keys]] entry"
+    return [f"listen.host: {open_to}; {remedy}"]
 
 
 def _check_keys(keys: Sequence[Key]) -> list[str]:
@@ -231,7 +200,7 @@ def _check_peers(config: AgentConfig) -> list[str]:
     if peers.nodes and not peers.secret:
         found.append("peers.secret: is required with peers; all nodes share it")
     if peers.secret and not is_reference(peers.secret):
-        found.append(f"peers.secret: {_REFERENCE}")
+        found.append(f"peers.secret: {REFERENCE_HINT}")
     return found
 
 

@@ -25,7 +25,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     content: str
 
 
-class Generate(_Frame, kw_only=True, tag="generate"):
+class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     """Answer this conversation. ``model`` is a served name, ``version`` narrows it where the asker knows."""
 
     id: int
@@ -40,21 +40,21 @@ class Generate(_Frame, kw_only=True, tag="generate"):
     door: str = ""
 
 
-class Cancel(_Frame, kw_only=True, tag="cancel"):
+class Cancel(_Frame, frozen=True, kw_only=True, tag="cancel"):
     """Stop working on a request; no answer follows."""
 
     id: int
 
 
-class Report(_Frame, kw_only=True, tag="report"):
+class Report(_Frame, frozen=True, kw_only=True, tag="report"):
     """Ask for Reported."""
 
 
-class Stop(_Frame, kw_only=True, tag="stop"):
+class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
     """Finish what runs and end."""
 
 
-class Ready(_Frame, kw_only=True, tag="ready"):
+class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     """The model is in memory and warm."""
 
     protocol: int = PROTOCOL
@@ -65,14 +65,14 @@ class Ready(_Frame, kw_only=True, tag="ready"):
     blas: str = ""
 
 
-class LoadFailed(_Frame, kw_only=True, tag="load_failed"):
+class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):
     """The model cannot be served; the loader ends after this frame."""
 
     code: str
     message: str
 
 
-class Accepted(_Frame, kw_only=True, tag="accepted"):
+class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
     """The request is in the engine; ``cached_tok`` of its ``prompt_tok`` need no work. ``version`` will answer it."""
 
     id: int
@@ -82,7 +82,7 @@ class Accepted(_Frame, kw_only=True, tag="accepted"):
     node: str = ""
 
 
-class Tokens(_Frame, kw_only=True, tag="tokens"):
+class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
     """Some more of the answer. ``text`` may be empty while a character or a stop string is incomplete."""
 
     id: int
@@ -90,7 +90,7 @@ class Tokens(_Frame, kw_only=True, tag="tokens"):
     count: int
 
 
-class Done(_Frame, kw_only=True, tag="done"):
+class Done(_Frame, frozen=True, kw_only=True, tag="done"):
     """The answer is complete. ``finish`` is stop or length."""
 
     id: int
@@ -100,7 +100,7 @@ class Done(_Frame, kw_only=True, tag="done"):
     completion_tok: int
 
 
-class Failed(_Frame, kw_only=True, tag="failed"):
+class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
     """This request ended in an error; ``retryable`` when another node or another try may do better."""
 
     id: int
@@ -110,7 +110,7 @@ class Failed(_Frame, kw_only=True, tag="failed"):
     retryable: bool = False
 
 
-class Reported(_Frame, kw_only=True, tag="reported"):
+class Reported(_Frame, frozen=True, kw_only=True, tag="reported"):
     """What the engine did since the last report; see shared.records.EngineWindow."""
 
     busy_prefill_us: int = 0
@@ -135,6 +135,7 @@ Answer = Accepted | Tokens | Done | Failed
 """What a generation yields: Accepted, any number of Tokens, then Done or Failed."""
 
 _encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
 def encode(frame: Frame) -> bytes:
@@ -145,7 +146,7 @@ def encode(frame: Frame) -> bytes:
 def decode(raw: bytes) -> Frame:
     """Exactly one frame. Raises Refused."""
     try:
-        return msgspec.msgpack.decode(raw, type=Frame)
+        return _decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
         raise Refused(f"frame: {type(error).__name__}", code="bad_frame") from None
 
@@ -167,6 +168,7 @@ class Decoder:
     @staticmethod
     def _frame(mapping: Any) -> Frame:
         try:
-            return msgspec.convert(mapping, Frame)
+            frame: Frame = msgspec.convert(mapping, Frame)
         except msgspec.ValidationError as error:
             raise Refused(f"frame: {error}", code="bad_frame") from None
+        return frame

@@ -165,7 +165,7 @@ _SUPPORTED = frozenset(
 
 def _refuse_unsupported(tree: dict[str, Any]) -> None:
     for name, value in tree.items():
-        if name in _SUPPORTED or name in ADVISORY or value is None and name in NEUTRAL:
+        if name in _SUPPORTED or name in ADVISORY or (value is None and name in NEUTRAL):
             continue
         if name not in NEUTRAL:
             raise Refused(f"unknown field {_shown(name)}", code="unknown_parameter", param=_shown(name))

@@ -95,9 +95,7 @@ class PeerTable:
             ModelView(name=m.name, version=m.version, ready=m.ready, in_flight=m.in_flight + known.sent)
             for m in beat.models
         )
-        return NodeView(
-            node=node, url=known.url, state=self._state(known, now), draining=beat.draining, models=models
-        )
+        return NodeView(node=node, url=known.url, state=self._state(known, now), draining=beat.draining, models=models)
 
     def _state(self, known: _Known, now: float) -> str:
         silent_s = now - known.last_s

@@ -27,25 +27,25 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True):
     swap_id: str
 
 
-class StandbyReady(_Event, kw_only=True):
+class StandbyReady(_Event, frozen=True, kw_only=True):
     """The new loader has its model in memory."""
 
 
-class StandbyFailed(_Event, kw_only=True):
+class StandbyFailed(_Event, frozen=True, kw_only=True):
     """The new loader did not start, ended, or answered a probe wrongly or too late."""
 
     reason: str
 
 
-class ProbesPassed(_Event, kw_only=True):
+class ProbesPassed(_Event, frozen=True, kw_only=True):
     """The new loader answered every probe within its budget."""
 
 
-class Drained(_Event, kw_only=True):
+class Drained(_Event, frozen=True, kw_only=True):
     """The old loader has no request left, or its deadline passed."""
 
 
-class Restored(_Event, kw_only=True):
+class Restored(_Event, frozen=True, kw_only=True):
     """After a failed cold swap the old model serves again (or, with a reason, does not)."""
 
     reason: str = ""

@@ -45,7 +45,9 @@ def default_folder() -> Path:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make the demo's models in the user's cache.")
-    parser.add_argument("--into", type=Path, default=default_folder(), help="folder for the models (default: %(default)s)")
+    parser.add_argument(
+        "--into", type=Path, default=default_folder(), help="folder for the models (default: %(default)s)"
+    )
     into: Path = parser.parse_args().into
     into.mkdir(parents=True, exist_ok=True)
     if all(_whole(into / name) for name in (MAIN, SECOND)):
@@ -174,7 +176,9 @@ def _tokenizer(metadata: dict[str, Any]) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    )
     return tokenizer
 
 
@@ -184,7 +188,13 @@ def _manifest(folder: Path) -> None:
     files = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
-            files.append({"name": path.name, "size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+            files.append(
+                {
+                    "name": path.name,
+                    "size": path.stat().st_size,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
+            )
     (folder / "mlxrack-manifest.json").write_text(json.dumps({"files": files}, indent=1))
 
 

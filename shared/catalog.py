@@ -72,7 +72,9 @@ def parse_shape(config_json: bytes) -> ModelShape:
     kv_heads = _integer(tree, "num_key_value_heads") if "num_key_value_heads" in tree else heads
     head_dim = _integer(tree, "head_dim") if tree.get("head_dim") else _integer(tree, "hidden_size") // heads
     kv_bytes = 4 if tree.get("torch_dtype") == "float32" else 2
-    return ModelShape(layers=_integer(tree, "num_hidden_layers"), kv_heads=kv_heads, head_dim=head_dim, kv_bytes=kv_bytes)
+    return ModelShape(
+        layers=_integer(tree, "num_hidden_layers"), kv_heads=kv_heads, head_dim=head_dim, kv_bytes=kv_bytes
+    )
 
 
 def _integer(tree: dict[str, object], key: str) -> int:

@@ -27,7 +27,9 @@ class RawKey(NamedTuple):
 def check_name(name: str, what: str) -> str:
     """A name that may stand in a key: letters, digits, dot, underscore, hyphen, 63 at most. Raises Refused."""
     if not _NAME.fullmatch(name):
-        raise Refused(f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit")
+        raise Refused(
+            f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
     return name
 
 
@@ -38,9 +40,8 @@ def raw_node_prefix(node: str) -> str:
 
 def batch_key(key: RawKey) -> str:
     """The key of a segment; keys of one node sort in the order in which they were written."""
-    return (
-        f"{raw_node_prefix(key.node)}i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{key.last_seq:010d}.mpz"
-    )
+    run = f"i{key.incarnation:04d}/e{key.epoch:08d}"
+    return f"{raw_node_prefix(key.node)}{run}/{key.first_seq:010d}-{key.last_seq:010d}.mpz"
 
 
 def parse_batch_key(key: str) -> RawKey:

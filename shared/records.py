@@ -20,7 +20,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     pass
 
 
-class Served(_Record, kw_only=True, tag="served"):
+class Served(_Record, frozen=True, kw_only=True, tag="served"):
     """Requests answered by this node as the door, alike in all their labels.
 
     ``worker`` is the node that did the work, "" when none did. ``outcome`` is ok, failed, cancelled or refused.
@@ -44,7 +44,7 @@ class Served(_Record, kw_only=True, tag="served"):
     total_us: SketchWire = SketchWire()
 
 
-class EngineWindow(_Record, kw_only=True, tag="engine"):
+class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
     """What one loader on this node did in the window, whoever asked for it."""
 
     model: str
@@ -64,7 +64,7 @@ class EngineWindow(_Record, kw_only=True, tag="engine"):
     active_bytes: int = 0
 
 
-class Resident(_Record, kw_only=True, tag="resident"):
+class Resident(_Record, frozen=True, kw_only=True, tag="resident"):
     """A model version that was in memory when the window ended. ``state`` is ready, starting, draining or failed."""
 
     model: str
@@ -76,7 +76,7 @@ class Resident(_Record, kw_only=True, tag="resident"):
     restarts: int = 0
 
 
-class HostSample(_Record, kw_only=True, tag="host"):
+class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
     """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason."""
 
     cpu_ppm: int | None = None
@@ -103,7 +103,7 @@ class HostSample(_Record, kw_only=True, tag="host"):
     sources_failed: dict[str, str] = {}
 
 
-class AgentStarted(_Record, kw_only=True, tag="agent_started"):
+class AgentStarted(_Record, frozen=True, kw_only=True, tag="agent_started"):
     """``previous`` says how the run before ended: first (there was none), clean or unclean."""
 
     t_ms: int
@@ -111,14 +111,14 @@ class AgentStarted(_Record, kw_only=True, tag="agent_started"):
     previous: str
 
 
-class AgentStopped(_Record, kw_only=True, tag="agent_stopped"):
+class AgentStopped(_Record, frozen=True, kw_only=True, tag="agent_stopped"):
     """The agent was told to stop, and did."""
 
     t_ms: int
     reason: str
 
 
-class ModelLoaded(_Record, kw_only=True, tag="model_loaded"):
+class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
     """A loader became ready. ``need_bytes`` was planned, ``footprint_bytes`` measured."""
 
     t_ms: int
@@ -129,7 +129,7 @@ class ModelLoaded(_Record, kw_only=True, tag="model_loaded"):
     footprint_bytes: int | None = None
 
 
-class ModelEvicted(_Record, kw_only=True, tag="model_evicted"):
+class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
     """A model left memory so that another fits, or by order. ``age_us`` counts from the moment it was ready."""
 
     t_ms: int
@@ -142,7 +142,7 @@ class ModelEvicted(_Record, kw_only=True, tag="model_evicted"):
     requests_last_hour: int = 0
 
 
-class SwapFinished(_Record, kw_only=True, tag="swap_finished"):
+class SwapFinished(_Record, frozen=True, kw_only=True, tag="swap_finished"):
     """A hot swap ended. ``outcome`` is flipped or failed; ``window_us`` is from start to the old loader's end."""
 
     t_ms: int
@@ -157,7 +157,7 @@ class SwapFinished(_Record, kw_only=True, tag="swap_finished"):
     probe_p99_us: int | None = None
 
 
-class LoaderExited(_Record, kw_only=True, tag="loader_exited"):
+class LoaderExited(_Record, frozen=True, kw_only=True, tag="loader_exited"):
     """A loader ended without being asked to. ``cause`` reads like "signal 9" or "exit 1"."""
 
     t_ms: int
@@ -167,7 +167,7 @@ class LoaderExited(_Record, kw_only=True, tag="loader_exited"):
     restarts: int
 
 
-class ThrottleEvent(_Record, kw_only=True, tag="throttle"):
+class ThrottleEvent(_Record, frozen=True, kw_only=True, tag="throttle"):
     """The thermal pressure level rose to heavy or above; the interval is known when it ended."""
 
     t_ms: int
@@ -176,7 +176,7 @@ class ThrottleEvent(_Record, kw_only=True, tag="throttle"):
     open_at_start: bool = False
 
 
-class PeerDown(_Record, kw_only=True, tag="peer_down"):
+class PeerDown(_Record, frozen=True, kw_only=True, tag="peer_down"):
     """This node declared a peer dead. ``last_seen_ms`` is the peer's last answer on this node's clock."""
 
     t_ms: int
@@ -184,7 +184,7 @@ class PeerDown(_Record, kw_only=True, tag="peer_down"):
     last_seen_ms: int
 
 
-class PeerUp(_Record, kw_only=True, tag="peer_up"):
+class PeerUp(_Record, frozen=True, kw_only=True, tag="peer_up"):
     """A peer that had been declared dead answered again."""
 
     t_ms: int

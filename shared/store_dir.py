@@ -84,7 +84,12 @@ class DirectoryStore:
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
-        if not key or len(key) > 1024 or any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts) or "\0" in key:
+        if (
+            not key
+            or len(key) > 1024
+            or any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts)
+            or "\0" in key
+        ):
             raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
         return self._root.joinpath(*parts)
 

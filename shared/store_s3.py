@@ -91,8 +91,11 @@ class S3Store:
 
     def create_bucket(self) -> None:
         """Make the bucket when it is missing; for tests, the demo and racks that run their own store."""
-        with _as_ours("create bucket", self._bucket), contextlib.suppress(
-            self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists
+        with (
+            _as_ours("create bucket", self._bucket),
+            contextlib.suppress(
+                self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists
+            ),
         ):
             self._client.create_bucket(Bucket=self._bucket)
 
@@ -127,7 +130,9 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     if status == 404 or code == "NoSuchKey":
         return NotFound(f"{verb} {key}: there is no such object")
     if status in (401, 403) or code in _DENIED:
-        return AccessDenied(f"{verb} {key}: the store refuses our credentials ({seen}); check store.access_key and secret_key")
+        return AccessDenied(
+            f"{verb} {key}: the store refuses our credentials ({seen}); check store.access_key and secret_key"
+        )
     if status == 429 or status >= 500 or status == 0:
         return Retryable(f"{verb} {key}: the store asks to wait ({seen})")
     return Refused(f"{verb} {key}: the store refuses the request ({seen})", code="store_refused")

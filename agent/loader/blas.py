@@ -20,7 +20,8 @@ _SHIM = r"""
 /* CBLAS entry points under their plain names, for a library whose own are prefixed. */
 #define GEMM_REAL(name, T) \
   extern void scipy_##name(int, int, int, int, int, int, T, const T *, int, const T *, int, T, T *, int); \
-  void name(int o, int ta, int tb, int m, int n, int k, T al, const T *a, int la, const T *b, int lb, T be, T *c, int lc) \
+  void name(int o, int ta, int tb, int m, int n, int k, T al, const T *a, int la, const T *b, int lb, T be, \
+            T *c, int lc) \
   { scipy_##name(o, ta, tb, m, n, k, al, a, la, b, lb, be, c, lc); }
 GEMM_REAL(cblas_sgemm, float)
 GEMM_REAL(cblas_dgemm, double)

@@ -306,7 +306,9 @@ def _loaded(path: Path) -> tuple[Any, Any, dict[str, Any]]:
         _evaluate_everything(model)
     except Exception as error:  # noqa: BLE001  # mlx-lm raises whatever the files provoke
         reason = str(error).splitlines()[0][:200] if str(error) else "no reason given"
-        raise Refused(f"model folder {path}: cannot be loaded ({type(error).__name__}: {reason})", code="bad_model") from None
+        raise Refused(
+            f"model folder {path}: cannot be loaded ({type(error).__name__}: {reason})", code="bad_model"
+        ) from None
     return model, tokenizer, config
 
 

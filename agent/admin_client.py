@@ -1,0 +1,65 @@
+"""The CLI's side of the admin API: a few blocking calls to the agent on this machine."""
+
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+from agent.config import AgentConfig, is_loopback
+from shared.errors import Halt, Refused, Retryable
+
+STATUS_TIMEOUT_S = 5.0
+ORDER_TIMEOUT_S = 900.0
+
+
+class AdminClient:
+    """Talks to the agent that this configuration describes."""
+
+    def __init__(self, config: AgentConfig, state: Path) -> None:
+        host = config.listen.host
+        self._host = host if is_loopback(host) else ("127.0.0.1" if host == "0.0.0.0" else host)
+        self._port = config.listen.port
+        self._token_file = state / "admin.token"
+
+    def status(self) -> dict[str, Any]:
+        """The agent's status. Raises Retryable when no agent answers."""
+        return self._call("GET", "/admin/v1/status", None, STATUS_TIMEOUT_S)
+
+    def order(self, verb: str, **body: str) -> dict[str, Any]:
+        """load, unload, swap or seal; waits for the end. Raises Refused with the agent's own reason."""
+        return self._call("POST", f"/admin/v1/{verb}", body, ORDER_TIMEOUT_S)
+
+    def _call(self, method: str, path: str, body: dict[str, str] | None, timeout_s: float) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+            answer = connection.getresponse()
+            tree = json.loads(answer.read())
+        except ConnectionRefusedError:
+            raise Retryable(
+                f"no agent answers on {self._host}:{self._port}; start it with `mlxrack-agent run`", code="not_running"
+            ) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Retryable(
+                f"the agent on {self._host}:{self._port} does not answer ({type(error).__name__})"
+            ) from None
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            problem = tree.get("error", {}) if isinstance(tree, dict) else {}
+            reason = problem.get("message") or tree.get("reason") or f"status {answer.status}"
+            raise Refused(str(reason), code=str(problem.get("code", "refused")))
+        result: dict[str, Any] = tree
+        return result
+
+    def _token(self) -> str:
+        try:
+            return self._token_file.read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            raise Retryable(
+                f"there is no {self._token_file}; has this agent been started with this configuration?",
+                code="not_running",
+            ) from None
+        except PermissionError:
+            raise Halt(f"{self._token_file} cannot be read; run this as the agent's user") from None

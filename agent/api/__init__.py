@@ -1,0 +1,1 @@
+"""The HTTP edge: bytes in, decisions asked for, bytes out."""

@@ -1,0 +1,60 @@
+"""What the operator's CLI asks, with the admin token: status, load, unload, swap, seal."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from agent.api.context import CONTEXT, json_response, require_admin
+from shared.errors import Refused
+
+
+class _Names(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    new: str = ""
+
+
+async def _names(request: web.Request) -> _Names:
+    try:
+        return msgspec.json.decode(await request.read(), type=_Names)
+    except msgspec.DecodeError as error:
+        raise Refused(f"admin request: {error}", code="invalid_json") from None
+
+
+async def status(request: web.Request) -> web.Response:
+    """Everything an operator wants to see at once."""
+    require_admin(request)
+    return json_response(request.app[CONTEXT].status())
+
+
+async def load(request: web.Request) -> web.Response:
+    """Bring a model into memory; answers when it is ready."""
+    require_admin(request)
+    names = await _names(request)
+    spec = await request.app[CONTEXT].pool.load(names.model)
+    return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
+
+
+async def unload(request: web.Request) -> web.Response:
+    """Drain and stop a model's loader; answers when its memory is back."""
+    require_admin(request)
+    names = await _names(request)
+    await request.app[CONTEXT].pool.unload(names.model)
+    return json_response({"model": names.model, "unloaded": True})
+
+
+async def swap(request: web.Request) -> web.Response:
+    """Replace what stands behind a served name; answers when the swap has ended, either way."""
+    require_admin(request)
+    names = await _names(request)
+    if not names.new:
+        raise Refused("admin request: new is required", code="invalid_value", param="new")
+    finished = await request.app[CONTEXT].pool.swap(names.model, names.new)
+    body: dict[str, Any] = msgspec.to_builtins(finished)
+    return json_response(body, status=200 if finished.outcome == "flipped" else 409)
+
+
+async def seal(request: web.Request) -> web.Response:
+    """Close the running window now and try to push; for tests, demos and before planned work on a node."""
+    require_admin(request)
+    return json_response(await request.app[CONTEXT].seal())

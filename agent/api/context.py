@@ -1,0 +1,91 @@
+"""What the handlers share, and the few things each of them does with a request."""
+
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from agent.config import AgentConfig, hash_key, is_loopback
+from agent.dispatch import Dispatch
+from agent.peers import PeerTable
+from agent.pool import Pool
+from agent.sampler import Sampler
+from shared.errors import RackError
+
+
+class Unauthorized(RackError):
+    """No key, a wrong key, or a key for something else."""
+
+    code = "invalid_api_key"
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """The objects of the daemon that handlers use."""
+
+    config: AgentConfig
+    dispatch: Dispatch
+    pool: Pool
+    peers: PeerTable
+    sampler: Sampler
+    status: Callable[[], dict[str, Any]]
+    metrics: Callable[[], bytes]
+    seal: Callable[[], Awaitable[dict[str, Any]]]
+    started_s: int
+    admin_token: str
+    rack_secret: str
+
+
+CONTEXT = web.AppKey("context", Context)
+REQUEST_ID = "mlxrack_request_id"
+LOG_FIELDS = "mlxrack_log_fields"
+
+
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """A JSON answer."""
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+
+
+def note(request: web.Request, **fields: object) -> None:
+    """Numbers and ids for the request's one log line."""
+    request.setdefault(LOG_FIELDS, {}).update(fields)
+
+
+def client_key_id(request: web.Request) -> str:
+    """The id of the client's key; "" on a node without keys. Raises Unauthorized."""
+    keys = request.app[CONTEXT].config.keys
+    if not keys:
+        return ""
+    offered = hash_key(_bearer(request))
+    found = ""
+    for key in keys:  # all of them, so that the time says nothing
+        if hmac.compare_digest(key.sha256, offered):
+            found = key.id
+    if not found:
+        raise Unauthorized("no valid API key; send Authorization: Bearer <key>")
+    return found
+
+
+def require_admin(request: web.Request) -> None:
+    """Only who can read the admin token file may go on. Raises Unauthorized."""
+    if not hmac.compare_digest(_bearer(request).encode(), request.app[CONTEXT].admin_token.encode()):
+        raise Unauthorized("the admin token is missing or wrong; it lies in the state folder, in admin.token")
+
+
+def require_local_or_admin(request: web.Request) -> None:
+    """Open on a loopback listener, else for the admin token."""
+    if not is_loopback(request.app[CONTEXT].config.listen.host):
+        require_admin(request)
+
+
+def require_rack(request: web.Request) -> None:
+    """Only peers of this rack. Raises Unauthorized."""
+    secret = request.app[CONTEXT].rack_secret
+    if not secret or not hmac.compare_digest(_bearer(request).encode(), secret.encode()):
+        raise Unauthorized("not a node of this rack", code="not_a_peer")
+
+
+def _bearer(request: web.Request) -> str:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,34 @@
+"""GET /v1/models and /v1/models/{model}: what can be asked for, at any node of the rack."""
+
+import time
+
+from aiohttp import web
+
+from agent import openai
+from agent.api.context import CONTEXT, client_key_id, json_response
+from shared.errors import Refused
+
+
+def _served(request: web.Request) -> dict[str, int]:
+    """Names that some living node has ready now; a dead peer takes nothing else with it."""
+    context = request.app[CONTEXT]
+    nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
+    ready = {m.name for node in nodes if node.state != "down" for m in node.models if m.ready}
+    return dict.fromkeys(ready, context.started_s)
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """All of them."""
+    client_key_id(request)
+    return json_response(openai.models_list(_served(request)))
+
+
+async def get_model(request: web.Request) -> web.Response:
+    """One of them."""
+    client_key_id(request)
+    served = _served(request)
+    name = request.match_info["model"]
+    if name not in served:
+        known = ", ".join(sorted(served)) or "none"
+        raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+    return json_response(openai.models_list({name: served[name]})["data"][0])

@@ -1,0 +1,326 @@
+"""mlxrack-agent: run the agent, look at it, order it about.
+
+The only place that reads the environment and the command line. Exit codes are os.EX_*: 0 done, 64 wrong usage,
+69 no agent answers or an address is taken, 75 try later, 78 the configuration cannot be used, 1 anything else.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from agent import config as agent_config
+from agent import install, logview
+from agent.admin_client import AdminClient
+from agent.config import AgentConfig
+from shared import __version__, logs
+from shared import config as shared_config
+from shared.errors import Halt, RackError, Retryable
+
+CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except RackError as error:
+        print(f"mlxrack-agent: {error.message}", file=sys.stderr)
+        return exit_status(error)
+    return status
+
+
+def exit_status(error: RackError) -> int:
+    """os.EX_* of an error."""
+    if isinstance(error, shared_config.ConfigError):
+        return os.EX_CONFIG
+    if error.code in ("not_running", "port_in_use", "spool_in_use"):
+        return os.EX_UNAVAILABLE
+    if error.code in ("no_secret", "wrong_identity"):
+        return os.EX_CONFIG
+    if isinstance(error, Retryable):
+        return os.EX_TEMPFAIL
+    return os.EX_UNAVAILABLE if isinstance(error, Halt) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlxrack-agent", description="Serve language models on this node of the rack, and report what happens."
+    )
+    parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--config", type=Path, default=None, help=f"agent.toml (default: ${CONFIG_VARIABLE}, then ./agent.toml)"
+        )
+        added.set_defaults(run=run)
+        return added
+
+    run = verb("run", "Run the agent in the foreground until it is told to stop.", _run)
+    run.add_argument("--console", action="store_true", help="write the log to the terminal too")
+    _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
+    _json(verb("models", "List the models of this node.", _models))
+    for name, text in (
+        ("load", "Bring a configured model into memory, evicting idle ones if need be."),
+        ("unload", "Drain a model and give its memory back."),
+    ):
+        order = verb(name, text, _order(name))
+        order.add_argument("model", help="served name")
+        _json(order)
+    swap = verb("swap", "Replace the model behind a served name without losing a request.", _swap)
+    swap.add_argument("old", help="served name")
+    swap.add_argument("new", help="configured model to put behind it")
+    _json(swap)
+    _json(verb("seal", "Close the running telemetry window now and push it.", _seal))
+    log = verb("logs", "Show the agent's log.", _logs)
+    log.add_argument("--follow", "-f", action="store_true", help="go on while it grows")
+    log.add_argument("--since", default=None, help="90s, 15m, 1h, 2d, or a time like 2026-11-20T08:00")
+    log.add_argument("--level", choices=logview.LEVELS, default="info", help="this level and above (default: info)")
+    log.add_argument("--request", default=None, help="only lines of this request id")
+    _json(verb("doctor", "Check this machine: models, store, peers, sensors, BLAS.", _doctor))
+    verb("sample", "Read every sensor once and print what a batch would carry.", _sample)
+    verb("check-config", "Read the configuration and say what is wrong with it.", _check_config)
+    service = verb("install", "Make the agent a macOS service (LaunchDaemon and log rotation).", _install)
+    service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
+    service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
+    new_key = verb("new-key", "Make an API key for a client; prints it once, with the lines for agent.toml.", _new_key)
+    new_key.add_argument("name", help="the client's name, as reports will show it")
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON for scripts")
+
+
+def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
+    path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "agent.toml"))
+    return shared_config.load(path, AgentConfig, agent_config.check), path
+
+
+def state_folder(config: AgentConfig) -> Path:
+    """Where the agent keeps its spool and tokens."""
+    if config.paths.state:
+        return Path(config.paths.state).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/mlxrack" / config.node.id
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "mlxrack", config.node.id)
+
+
+def log_file(config: AgentConfig) -> Path:
+    """The agent's structured log."""
+    folder = Path(config.paths.logs).expanduser() if config.paths.logs else state_folder(config) / "logs"
+    return folder / "agent.jsonl"
+
+
+def _client(args: argparse.Namespace) -> AdminClient:
+    config, _ = _config(args)
+    return AdminClient(config, state_folder(config))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from agent.daemon import Daemon
+
+    config, path = _config(args)
+    logs.configure(log_file(config), level=config.log_level, console=args.console)
+
+    async def serve() -> None:
+        daemon = Daemon(config, state_folder(config), os.environ)
+
+        def started(port: int) -> None:
+            host = config.listen.host
+            print(f"mlxrack-agent {config.node.id}: http://{host}:{port}/v1 (pid {os.getpid()})", flush=True)
+            if not config.keys:
+                print("no [[keys]]: only this machine can connect, and needs no API key", flush=True)
+            print(f"status: mlxrack-agent status --config '{path}'", flush=True)
+
+        await daemon.run(started)
+
+    asyncio.run(serve())
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    status = _client(args).status()
+    print(json.dumps(status, indent=2) if args.json else _status_text(status))
+    return 0
+
+
+def _status_text(s: dict[str, Any]) -> str:
+    lines = [
+        f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
+        + (", stopping" if s["draining"] else ""),
+        f"{s['in_flight']} requests in flight; model memory {_held(s)} of {s['budget_bytes'] / 1e9:.1f} GB",
+        "",
+        _table(
+            ("MODEL", "STATE", "VERSION", "IN FLIGHT", "MEMORY", "RESTARTS", "NOTE"),
+            [
+                (
+                    ", ".join(m["names"]),
+                    m["state"],
+                    m["version"][:8] or "-",
+                    m["in_flight"],
+                    _mb(m["footprint_bytes"]),
+                    m["restarts"],
+                    m["reason"] or (f"last exit: {m['last_exit']}" if m["last_exit"] else ""),
+                )
+                for m in s["models"]
+            ],
+        ),
+    ]
+    if s["peers"]:
+        rows = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
+        lines += ["", _table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
+    push = s["push"]
+    lines += [
+        "",
+        f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
+        + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
+        + (f"; {push['reason']}" if push["reason"] else ""),
+    ]
+    lines += [f"swap {x['swap']}: {x['outcome'] or x['phase']} {x['reason']}".rstrip() for x in s["swaps"]]
+    return "\n".join(lines)
+
+
+def _models(args: argparse.Namespace) -> int:
+    models = _client(args).status()["models"]
+    if args.json:
+        print(json.dumps(models, indent=2))
+        return 0
+    rows = [(", ".join(m["names"]), m["state"], m["version"] or "-", _mb(m["need_bytes"]), m["reason"]) for m in models]
+    print(_table(("MODEL", "STATE", "VERSION", "PLANNED", "NOTE"), rows))
+    return 0
+
+
+def _order(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        _progress(args, f"{name} {args.model} ...")
+        answer = _client(args).order(name, model=args.model)
+        print(json.dumps(answer) if args.json else f"{name} {args.model}: done")
+        return 0
+
+    return run
+
+
+def _swap(args: argparse.Namespace) -> int:
+    _progress(args, f"swap {args.old} -> {args.new}: start beside, probe, flip, drain ...")
+    answer = _client(args).order("swap", model=args.old, new=args.new)
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        print(
+            f"swap {args.old}: {answer['outcome']}, {answer['from_version'][:8]} -> {answer['to_version'][:8]} "
+            f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} probes)"
+        )
+    return 0
+
+
+def _seal(args: argparse.Namespace) -> int:
+    answer = _client(args).order("seal")
+    print(json.dumps(answer) if args.json else f"window {answer['seq']} closed, {answer['sent']} batches sent")
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    config, _ = _config(args)
+    since = logview.parse_since(args.since, datetime.now(UTC)) if args.since else None
+    which = logview.Filter(since=since, level=args.level, request=args.request)
+    for line in logview.lines(log_file(config), which, follow=args.follow):
+        print(line, flush=args.follow)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from agent import doctor
+
+    config, _ = _config(args)
+    findings = doctor.examine(config, state_folder(config), os.environ)
+    if args.json:
+        print(json.dumps([{"what": f.what, "verdict": f.verdict, "seen": f.seen} for f in findings], indent=2))
+    else:
+        print(_table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
+    return 1 if any(f.verdict == "problem" for f in findings) else 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from agent.collectors import all_collectors
+
+    fields: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for collector in all_collectors():
+        reading = collector.read()
+        fields.update(reading.fields)
+        failed.update(reading.failed)
+    print(msgspec.json.format(msgspec.json.encode({**fields, "sources_failed": failed}), indent=2).decode())
+    return 0
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    config, path = _config(args)
+    models = ", ".join(m.name for m in config.models) or "none"
+    print(f"{path}: fine; node {config.node.id} of rack {config.node.rack}, models: {models}")
+    print(f"state {state_folder(config)}, log {log_file(config)}")
+    return 0
+
+
+def _install(args: argparse.Namespace) -> int:
+    config, path = _config(args)
+    home = state_folder(config)
+    folder = log_file(config).parent
+    plist = install.render_plist(
+        config, program=install.program_path(), config_path=path.resolve(), user=args.user, home=home, logs=folder
+    )
+    newsyslog = install.render_newsyslog(user=args.user, logs=folder)
+    if args.dry_run:
+        print(f"# {install.DAEMON_PLIST}\n{plist}\n# {install.NEWSYSLOG}\n{newsyslog}")
+        return 0
+    install.install(plist, newsyslog)
+    print(f"installed and started {install.LABEL}; `mlxrack-agent status --config '{path}'` shows it")
+    return 0
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    key = f"mlxr-{secrets.token_urlsafe(32)}"
+    print(f"API key for {args.name} (shown once, kept nowhere): {key}\n")
+    print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{agent_config.hash_key(key)}"')
+    return 0
+
+
+def _progress(args: argparse.Namespace, text: str) -> None:
+    if not args.json:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _held(status: dict[str, Any]) -> str:
+    return f"{sum(m['footprint_bytes'] or 0 for m in status['models']) / 1e9:.1f}"
+
+
+def _mb(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.0f} MB"
+
+
+def _span(seconds: int) -> str:
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

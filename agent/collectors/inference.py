@@ -1,0 +1,90 @@
+"""Requests as the door saw them, gathered into the window's records; only counts and durations enter."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from shared.records import Served, prompt_bucket
+from shared.sketch import Sketch
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that ended. Absent times are None: a refused request has no first token."""
+
+    model: str
+    version: str = ""
+    worker: str = ""
+    key_id: str = ""
+    task_class: str = ""
+    outcome: str
+    finish: str = ""
+    retries: int = 0
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+    ttft_us: int | None = None
+    itl_us: tuple[int, ...] = ()
+    total_us: int = 0
+
+
+class _Sum:
+    def __init__(self) -> None:
+        self.requests = self.retries = self.prompt_tok = self.cached_tok = self.completion_tok = 0
+        self.ttft, self.itl, self.total = Sketch(), Sketch(), Sketch()
+
+
+Labels = tuple[str, str, str, str, str, str, str, int]
+
+
+class Ledger:
+    """Sums by label since the last ``drain``. ``on_answered`` sees each request too (for live metrics)."""
+
+    def __init__(self, on_answered: Callable[[Answered], None] = lambda _: None) -> None:
+        self._sums: dict[Labels, _Sum] = {}
+        self._on_answered = on_answered
+
+    def record(self, one: Answered) -> None:
+        """Count one request, once, at the door that answered it."""
+        labels = (
+            *(one.model, one.version, one.worker, one.key_id, one.task_class, one.outcome, one.finish),
+            prompt_bucket(one.prompt_tok) if one.prompt_tok else 0,
+        )
+        into = self._sums.setdefault(labels, _Sum())
+        into.requests += 1
+        into.retries += one.retries
+        into.prompt_tok += one.prompt_tok
+        into.cached_tok += one.cached_tok
+        into.completion_tok += one.completion_tok
+        if one.ttft_us is not None:
+            into.ttft.add(one.ttft_us)
+        for gap in one.itl_us:
+            into.itl.add(gap)
+        into.total.add(one.total_us)
+        self._on_answered(one)
+
+    def drain(self) -> list[Served]:
+        """The window's records, and a fresh start."""
+        sums, self._sums = self._sums, {}
+        return [_served(labels, one) for labels, one in sorted(sums.items())]
+
+
+def _served(labels: Labels, one: _Sum) -> Served:
+    model, version, worker, key_id, task_class, outcome, finish, bucket = labels
+    return Served(
+        model=model,
+        version=version,
+        worker=worker,
+        key_id=key_id,
+        task_class=task_class,
+        outcome=outcome,
+        finish=finish,
+        prompt_bucket_tok=bucket,
+        requests=one.requests,
+        retries=one.retries,
+        prompt_tok=one.prompt_tok,
+        cached_tok=one.cached_tok,
+        completion_tok=one.completion_tok,
+        ttft_us=one.ttft.to_wire(),
+        itl_us=one.itl.to_wire(),
+        total_us=one.total.to_wire(),
+    )

@@ -1,0 +1,265 @@
+"""The agent process: every object is built here, once. Begin reading here.
+
+Start: spool (one agent per spool), sockets, peers, models, schedule. Stop: no new work, wait for what is in flight,
+loaders, the last window, the last push. MLX is never imported in this process; each model lives in a child.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from aiohttp import web
+
+from agent import schedule
+from agent.api import app as api
+from agent.api.context import Context
+from agent.api.metrics import Metrics
+from agent.collectors import all_collectors
+from agent.collectors.host import boot_id, hardware_id
+from agent.collectors.inference import Ledger
+from agent.config import AgentConfig
+from agent.dispatch import Dispatch
+from agent.modelstore import ModelStore
+from agent.peer_client import PeerClient
+from agent.peers import PeerTable
+from agent.pool import Pool
+from agent.prober import Prober
+from agent.pusher import Pusher
+from agent.sampler import Sampler
+from agent.spool import Spool
+from shared import __version__
+from shared.bucket import open_store
+from shared.catalog import default_budget_bytes
+from shared.errors import Halt
+from shared.logs import get_logger
+from shared.records import URGENT, AgentStarted, AgentStopped, Event
+from shared.secrets import resolve
+
+LAST_PUSH_S = 15.0
+DAY_S = 86_400.0
+
+log = get_logger("agent.daemon")
+
+
+class Daemon:
+    """One agent. ``state`` is its folder; ``environ`` is where secrets by ``env:`` are looked up."""
+
+    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
+        self.config = config
+        self._state = state
+        self._environ = environ
+        self._stop = asyncio.Event()
+        self._urgent_tasks: set[asyncio.Task[None]] = set()
+        self._pushing = asyncio.Lock()
+        self._started_s = int(time.time())
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.spool = Spool(
+            state / "spool",
+            node=config.node.id,
+            rack=config.node.rack,
+            hardware=hardware_id(),
+            max_bytes=config.telemetry.spool_bytes,
+            max_age_s=config.telemetry.spool_days * DAY_S,
+        )
+        rack_secret = resolve(config.peers.secret, environ) if config.peers.secret else ""
+        now = time.monotonic()
+        urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
+        self.table = PeerTable(urls, beat_s=config.peers.beat_s, now=now)
+        self.peer_client = PeerClient(rack_secret)
+        budget = config.memory.budget_bytes or default_budget_bytes(psutil.virtual_memory().total)
+        self.pool = Pool(
+            config,
+            ModelStore(state / "models.json"),
+            environ,
+            budget_bytes=budget,
+            threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
+            emit=self._emit,
+            carried_by_peer=self._carried_by_peer,
+        )
+        self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()))
+        self.ledger = Ledger(self.metrics.answered)
+        self.dispatch = Dispatch(config.node.id, self.pool, self.table, self.peer_client, self.ledger, config.limits)
+        self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ))
+        self.sampler = Sampler(
+            self.spool,
+            self.ledger,
+            all_collectors(),
+            engine_windows=self.pool.windows,
+            residents=self.pool.residents,
+            budget_bytes=budget,
+            boot_id=boot_id(),
+        )
+        self.prober = Prober(self.table, self.peer_client, self._emit)
+        self.context = Context(
+            config=config,
+            dispatch=self.dispatch,
+            pool=self.pool,
+            peers=self.table,
+            sampler=self.sampler,
+            status=self.status,
+            metrics=self.metrics.text,
+            seal=self.seal,
+            started_s=self._started_s,
+            admin_token=admin_token(state),
+            rack_secret=rack_secret,
+        )
+
+    async def run(self, started: Callable[[int], None] = lambda _: None) -> None:
+        """Serve until told to stop. ``started`` hears the port. Raises Halt when the address cannot be had."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        app = api.build(self.context)
+        # a client that hangs up cancels its handler, and with it the work in the loader
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            port = await self._listen(runner)
+            self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
+            log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
+            self.pool.start()
+            table = schedule.jobs(self.config, sample=self.sampler.tick, push=self.push, probe=self.prober.tick)
+            scheduler = schedule.start(table)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            started(port)
+            await self._stop.wait()
+            scheduler.shutdown(wait=False)
+            await self._wind_down()
+        finally:
+            await runner.cleanup()
+            await self.peer_client.close()
+
+    def stop(self) -> None:
+        """Begin to end in order."""
+        self._stop.set()
+
+    async def push(self) -> int:
+        """Send what waits in the spool; one at a time."""
+        async with self._pushing:
+            return await asyncio.to_thread(self.pusher.drain)
+
+    async def seal(self) -> dict[str, Any]:
+        """Close the window now and push."""
+        await self.sampler.tick()
+        sent = await self.push()
+        return {"epoch": self.spool.epoch, "seq": self.spool.next_seq() - 1, "sent": sent}
+
+    def status(self) -> dict[str, Any]:
+        """What an operator wants to see at once."""
+        now = time.monotonic()
+        sample = self.sampler.last_sample
+        return {
+            "node": self.config.node.id,
+            "rack": self.config.node.rack,
+            "version": __version__,
+            "epoch": self.spool.epoch,
+            "windows_closed": self.spool.next_seq() - 1,
+            "uptime_s": int(time.time()) - self._started_s,
+            "draining": self.dispatch.draining,
+            "in_flight": self.dispatch.in_flight,
+            "budget_bytes": self.pool.budget_bytes,
+            "models": self.pool.status(),
+            "swaps": [
+                {"swap": s.swap_id, "phase": s.phase, "outcome": s.outcome, "reason": s.reason}
+                for s in self.pool.swaps()[-5:]
+            ],
+            "peers": [
+                {
+                    "node": p.node,
+                    "url": p.url,
+                    "state": p.state,
+                    "problem": self.prober.problems.get(p.node, ""),
+                    "models": sorted(m.name for m in p.models if m.ready),
+                }
+                for p in self.table.view(now)
+            ],
+            "push": {
+                "state": self.pusher.state.state,
+                "reason": self.pusher.state.reason,
+                "waiting_batches": len(self.spool.waiting()),
+                "sent_batches": self.pusher.state.sent_batches,
+                "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
+            },
+            "sources_failed": dict(sample.sources_failed) if sample else {},
+        }
+
+    async def _listen(self, runner: web.AppRunner) -> int:
+        host, port = self.config.listen.host, self.config.listen.port
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            why = "another program uses it" if in_use else (error.strerror or type(error).__name__)
+            raise Halt(
+                f"listen on {host}:{port}: {why}; stop that program or choose another listen.port", code="port_in_use"
+            ) from None
+        server: Any = site._server
+        return int(server.sockets[0].getsockname()[1])
+
+    async def _wind_down(self) -> None:
+        """No new work, then what is in flight, then the loaders, then the last window and the last push."""
+        self.dispatch.draining = True
+        drain_s = self.config.limits.drain_s
+        log.info("agent_stopping", in_flight=self.dispatch.in_flight)
+        deadline = time.monotonic() + drain_s
+        while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await self.pool.stop(max(0.0, deadline - time.monotonic()))
+        self.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="told to stop"))
+        await self.sampler.tick()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_PUSH_S):
+                await self.push()
+        self.spool.close(clean=True)
+        log.info("agent_stopped", waiting_batches=self.pusher.state.waiting_batches)
+
+    def _busy(self) -> bool:
+        return self.dispatch.in_flight > 0 or any(m.in_flight for m in self.pool.views())
+
+    def _emit(self, event: Event) -> None:
+        self.sampler.emit(event)
+        if isinstance(event, URGENT):
+            task = asyncio.get_running_loop().create_task(self._send_urgent(event))
+            self._urgent_tasks.add(task)
+            task.add_done_callback(self._urgent_tasks.discard)
+
+    async def _send_urgent(self, event: Event) -> None:
+        async with self._pushing:
+            await asyncio.to_thread(self.pusher.urgent, (event,), self.sampler.urgent_batch)
+
+    def _carried_by_peer(self, name: str) -> bool:
+        view = self.table.view(time.monotonic())
+        return any(p.state == "up" and any(m.name == name and m.ready for m in p.models) for p in view)
+
+    def _previous(self) -> str:
+        if self.spool.first_run:
+            return "first"
+        return "clean" if self.spool.previous_clean else "unclean"
+
+
+def admin_token(state: Path) -> str:
+    """The token of the local admin API, made at the first start, readable by the agent's user alone."""
+    path = state / "admin.token"
+    with contextlib.suppress(FileNotFoundError):
+        token = path.read_text(encoding="ascii").strip()
+        if token:
+            return token
+    token = secrets.token_hex(32)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(token + "\n")
+    return token
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,295 @@
+"""One request from admission to its last token: where it goes, what is tried again, how it is counted.
+
+Until something has left for the client a request can be tried elsewhere, and is. A whole answer leaves at its end; a
+stream leaves with its first token.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+
+from agent.admission import Turn, admit
+from agent.collectors.inference import Answered, Ledger
+from agent.config import Limits
+from agent.frames import Accepted, Answer, Done, Failed, Generate, Tokens
+from agent.openai import ChatRequest
+from agent.peer_client import PeerClient
+from agent.peers import PeerTable
+from agent.pool import Pool
+from agent.routing import Forward, Local, NodeView, Refuse, RouteRequest, choose
+from shared.errors import RackError, Refused, Retryable
+from shared.logs import get_logger
+
+MAX_RETRIES = 2
+
+log = get_logger("agent.dispatch")
+
+
+class Call(msgspec.Struct, kw_only=True):
+    """One client request on its way, and what became of it."""
+
+    request: ChatRequest
+    request_id: str
+    key_id: str = ""
+    whole: bool = True
+    tried: set[str] = msgspec.field(default_factory=set)
+    retries: int = 0
+    worker: str = ""
+    version: str = ""
+    seed: int = 0
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+    finish: str = ""
+    known: bool = True
+    began_s: float = 0.0
+    first_s: float | None = None
+    last_s: float = 0.0
+    gaps_us: list[int] = msgspec.field(default_factory=list)
+
+
+class Dispatch:
+    """The door of this node."""
+
+    def __init__(
+        self,
+        node: str,
+        pool: Pool,
+        table: PeerTable,
+        peer_client: PeerClient,
+        ledger: Ledger,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node = node
+        self._pool = pool
+        self._table = table
+        self._peer_client = peer_client
+        self._ledger = ledger
+        self._limits = limits
+        self._clock = clock
+        self._in_flight: dict[str, int] = {}
+        self._rate_per_s = 0.0
+        self._last_done_s = clock()
+        self.draining = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests of clients that have not ended."""
+        return sum(self._in_flight.values())
+
+    def here(self) -> NodeView:
+        """This node as routing sees it."""
+        return NodeView(node=self._node, draining=self.draining, models=self._pool.views())
+
+    async def answer(self, call: Call) -> AsyncGenerator[Answer, None]:
+        """Accepted, Tokens and Done for one client request; counts it when it ends, however it ends.
+
+        Raises Refused for what the client must change, Retryable for what may work later.
+        """
+        call.began_s = call.last_s = self._clock()
+        # without a seed the door draws one, so that a retry continues the same dice
+        call.seed = call.request.seed if call.request.seed is not None else secrets.randbits(62)
+        outcome = "cancelled"
+        try:
+            self._admit(call.request.model)
+            try:
+                async with contextlib.aclosing(self._attempts(call)) as answers:
+                    async for answer in answers:
+                        yield answer
+            finally:
+                self._in_flight[call.request.model] -= 1
+                if not self._in_flight[call.request.model]:
+                    del self._in_flight[call.request.model]
+            outcome = "ok"
+        except Refused:
+            outcome = "refused"
+            raise
+        except RackError as error:
+            outcome = "refused" if error.code in ("queue_full", "draining") else "failed"
+            raise
+        finally:
+            self._count(call, outcome)
+
+    def _admit(self, model: str) -> None:
+        decision = admit(
+            in_flight=self._in_flight.get(model, 0),
+            limit=self._limits.in_flight_per_model,
+            draining=self.draining,
+            drain_rate_per_s=self._rate_per_s,
+        )
+        if isinstance(decision, Turn):
+            what = "this node is stopping" if decision.code == "draining" else "too many requests wait for this model"
+            raise Retryable(what, code=decision.code, retry_after_s=decision.retry_after_s)
+        self._in_flight[model] = self._in_flight.get(model, 0) + 1
+
+    async def _attempts(self, call: Call) -> AsyncGenerator[Answer, None]:
+        while True:
+            place = await self._place(call)
+            held: list[Answer] = []
+            left = False
+            try:
+                async with contextlib.aclosing(self._attempt(place, call)) as answers:
+                    async for answer in answers:
+                        self._note(answer, call)
+                        if call.whole:
+                            held.append(answer)
+                            continue
+                        left = left or isinstance(answer, Tokens)
+                        yield answer
+            except Retryable as error:
+                if error.code != "worker_lost" or left or call.retries >= MAX_RETRIES:
+                    raise
+                self._forget(call, place)
+                log.info("retried", request=call.request_id, node=place.node, reason=error.code, retries=call.retries)
+                continue
+            for answer in held:
+                yield answer
+            return
+
+    async def _place(self, call: Call) -> Local | Forward:
+        """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
+        deadline = self._clock() + self._limits.load_wait_s
+        while True:
+            place = choose(
+                RouteRequest(model=call.request.model, tried=frozenset(call.tried)),
+                self.here(),
+                self._table.view(self._clock()),
+            )
+            if not isinstance(place, Refuse):
+                return place
+            if place.code == "model_not_found":
+                call.known = False
+                known = ", ".join(place.known) or "none"
+                raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+            left_s = deadline - self._clock()
+            if left_s <= 0 or not await self._wait_for_capacity(call, min(left_s, 1.0)):
+                raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
+            call.tried.clear()
+
+    async def _wait_for_capacity(self, call: Call, step_s: float) -> bool:
+        """True when trying again makes sense: a local loader is coming, or somebody who failed may be back."""
+        name = call.request.model
+        local = any(m.name == name for m in self._pool.views())
+        if local:
+            if await self._pool.wanted(name, step_s):
+                return True
+            state = next((s for s in self._pool.status() if name in s["names"]), None)  # type: ignore[operator]
+            return state is not None and state["state"] in ("starting", "draining", "out of rotation", "cold")
+        if call.tried:
+            await asyncio.sleep(min(0.2, step_s))
+            return True
+        return False
+
+    def _attempt(self, place: Local | Forward, call: Call) -> AsyncGenerator[Answer, None]:
+        request = call.request
+        generate = Generate(
+            id=1,
+            model=request.model,
+            messages=request.messages,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=call.seed,
+            stop=request.stop,
+            request_id=call.request_id,
+            door=self._node,
+        )
+        if isinstance(place, Local):
+            return self._timed(self.work(generate), call)
+        self._table.sent(place.node)
+        return self._timed(self._peer_client.generate(place.url, generate), call)
+
+    async def work(self, generate: Generate) -> AsyncGenerator[Answer, None]:
+        """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
+        async with self._pool.lease(generate.model) as lease, contextlib.aclosing(lease.generate(generate)) as answers:
+            async for answer in answers:
+                if isinstance(answer, Accepted):
+                    answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
+                yield answer
+
+    async def _timed(self, answers: AsyncGenerator[Answer, None], call: Call) -> AsyncGenerator[Answer, None]:
+        """Bounds on the first token, on gaps and on the whole; failures in the frames become errors."""
+        started = False
+        async with contextlib.aclosing(answers):
+            while True:
+                limit_s = self._limits.token_gap_s if started else self._limits.first_token_s
+                over_s = call.began_s + self._limits.request_s - self._clock()
+                try:
+                    async with asyncio.timeout(max(0.0, min(limit_s, over_s))):
+                        answer = await anext(answers)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    if over_s <= limit_s:
+                        reason = f"the request took over {self._limits.request_s:g} s"
+                        raise Retryable(reason, code="deadline_exceeded") from None
+                    raise Retryable(f"no token for {limit_s:g} s", code="worker_lost") from None
+                if isinstance(answer, Failed):
+                    raise _error_of(answer)
+                started = started or isinstance(answer, Tokens)
+                yield answer
+
+    def _note(self, answer: Answer, call: Call) -> None:
+        now = self._clock()
+        if isinstance(answer, Accepted):
+            call.worker, call.version = answer.node, answer.version
+            call.prompt_tok, call.cached_tok = answer.prompt_tok, answer.cached_tok
+        elif isinstance(answer, Tokens):
+            if call.first_s is None:
+                call.first_s = now
+            else:
+                call.gaps_us.append(int((now - call.last_s) * 1e6))
+            call.last_s = now
+            call.completion_tok += answer.count
+        elif isinstance(answer, Done):
+            call.finish = answer.finish
+            call.completion_tok = answer.completion_tok
+
+    def _forget(self, call: Call, place: Local | Forward) -> None:
+        """A fresh try: nothing of the lost one counts but that it happened."""
+        if isinstance(place, Forward):
+            self._table.refused(place.node, self._clock())
+        call.tried.add(place.node)
+        call.retries += 1
+        call.completion_tok = call.prompt_tok = call.cached_tok = 0
+        call.first_s = None
+        call.gaps_us.clear()
+
+    def _count(self, call: Call, outcome: str) -> None:
+        now = self._clock()
+        if outcome == "ok":
+            gap = max(1e-3, now - self._last_done_s)
+            self._last_done_s = now
+            self._rate_per_s = 0.9 * self._rate_per_s + 0.1 / gap
+        self._ledger.record(
+            Answered(
+                # a name that nobody serves is a stranger's text and stays out of the records
+                model=call.request.model if call.known else "",
+                version=call.version,
+                worker=call.worker,
+                key_id=call.key_id,
+                outcome=outcome,
+                finish=call.finish,
+                retries=call.retries,
+                prompt_tok=call.prompt_tok,
+                cached_tok=call.cached_tok,
+                completion_tok=call.completion_tok,
+                ttft_us=None if call.first_s is None else int((call.first_s - call.began_s) * 1e6),
+                itl_us=tuple(call.gaps_us),
+                total_us=int((now - call.began_s) * 1e6),
+            )
+        )
+
+
+def _error_of(failed: Failed) -> RackError:
+    if failed.retryable:
+        return Retryable(failed.message, code="worker_lost")
+    if failed.code == "engine_failed":
+        return Retryable(failed.message, code="engine_failed")
+    return Refused(failed.message, code=failed.code, param=failed.param)

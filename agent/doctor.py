@@ -1,0 +1,138 @@
+"""What works on this machine, what does not and what would mend it; and what only a first Mac can prove."""
+
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from agent.collectors import all_collectors
+from agent.config import AgentConfig
+from agent.modelstore import ModelStore
+from shared.bucket import open_store
+from shared.catalog import default_budget_bytes
+from shared.errors import NotFound, RackError
+from shared.secrets import resolve
+
+MAC_ONLY = (
+    "the thermal pressure level moves to heavy under load (notifyutil)",
+    "the agent runs as a LaunchDaemon without a login and reaches Metal",
+    "vm_stat, vm.swapusage and the memory pressure level are read without root",
+    "launchd waits ExitTimeOut before it kills, and newsyslog rotates launchd's output",
+    "MLX's Metal build answers as the CPU build does in the tests",
+)
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One check. ``verdict`` is ok, warning or problem."""
+
+    what: str
+    verdict: str
+    seen: str
+
+
+def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
+    """Every check, in the order in which a person would make them."""
+    return [
+        _finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        _blas(),
+        _memory(config),
+        *_models(config, state),
+        _port(config),
+        _store(config, environ),
+        *_peers(config, environ),
+        *_sensors(),
+        *_mac_only(),
+    ]
+
+
+def _blas() -> Finding:
+    """In a child, because whoever loads a BLAS or MLX keeps it."""
+    code = (
+        "from agent.loader import blas; name = blas.install(); import mlx.core as mx; print(mx.__version__, '|', name)"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    if run.returncode != 0:
+        lines = run.stderr.strip().splitlines()
+        return _finding("mlx", "problem", f"cannot be imported: {lines[-1] if lines else run.returncode}")
+    version, _, name = run.stdout.strip().partition("|")
+    verdict = "warning" if "reference" in name else "ok"
+    return _finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
+
+
+def _memory(config: AgentConfig) -> Finding:
+    total = psutil.virtual_memory().total
+    budget = config.memory.budget_bytes or default_budget_bytes(total)
+    verdict = "warning" if budget > total else "ok"
+    return _finding("memory", verdict, f"{budget / 1e9:.1f} GB for models of {total / 1e9:.1f} GB")
+
+
+def _models(config: AgentConfig, state: Path) -> list[Finding]:
+    store, found = ModelStore(state / "models.json"), []
+    for model in config.models:
+        try:
+            spec = store.describe(model)
+        except RackError as error:
+            found.append(_finding(f"model {model.name}", "problem", error.message))
+            continue
+        seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
+        found.append(_finding(f"model {model.name}", "ok", seen))
+    return found or [_finding("models", "warning", "none configured; this node only forwards")]
+
+
+def _port(config: AgentConfig) -> Finding:
+    host, port = config.listen.host, config.listen.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return _finding("port", "warning", f"{host}:{port} is taken ({error.strerror}); by the agent itself?")
+    return _finding("port", "ok", f"{host}:{port} is free")
+
+
+def _store(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
+    try:
+        store = open_store(config.store, environ)
+        store.get("desired/v1/desired.json")
+    except NotFound:
+        pass
+    except RackError as error:
+        return _finding("store", "problem", error.message)
+    return _finding("store", "ok", f"{config.store.kind} answers and accepts the credentials")
+
+
+def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
+    if not config.peers.nodes:
+        return [_finding("peers", "ok", "none configured")]
+    try:
+        resolve(config.peers.secret, environ)
+    except RackError as error:
+        return [_finding("peers", "problem", error.message)]
+    return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows whether they answer")]
+
+
+def _sensors() -> list[Finding]:
+    found = []
+    for collector in all_collectors():
+        reading = collector.read()
+        found += [_finding(f"source {name}", "warning", why) for name, why in sorted(reading.failed.items())]
+        if reading.fields:
+            found.append(_finding(f"sensors {collector.name}", "ok", ", ".join(sorted(reading.fields))))
+    return found
+
+
+def _mac_only() -> list[Finding]:
+    if sys.platform == "darwin":
+        missing = [tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)]
+        return [_finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all there")]
+    return [_finding("to be proved on a Mac", "warning", text) for text in MAC_ONLY]
+
+
+def _finding(what: str, verdict: str, seen: str) -> Finding:
+    return Finding(what=what, verdict=verdict, seen=seen)

@@ -1,0 +1,237 @@
+"""One loader child: start it, ask it over a Unix socket, end it, know why it ended."""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+import msgspec
+
+from agent.frames import (
+    Accepted,
+    Answer,
+    Cancel,
+    Decoder,
+    Done,
+    Failed,
+    Frame,
+    Generate,
+    LoadFailed,
+    Ready,
+    Report,
+    Reported,
+    Stop,
+    Tokens,
+    encode,
+)
+from shared.errors import Refused, Retryable
+
+START_TIMEOUT_S = 600.0
+_PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "LC_ALL", "SSL_CERT_FILE")
+"""The only variables a loader sees: no secret of the daemon's environment reaches it."""
+
+
+class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to start a loader: its arguments and how many BLAS threads it may use."""
+
+    arguments: tuple[str, ...]
+    threads: int = 1
+
+
+def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The child's environment."""
+    kept = {name: environ[name] for name in _PASSED_ON if name in environ}
+    return {
+        **kept,
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def exit_cause(code: int | None) -> str:
+    """An exit status in words: "signal 9 (SIGKILL)" or "exit 3"."""
+    if code is None:
+        return "still running"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {-code} ({signal.Signals(-code).name})"
+        return f"signal {-code}"
+    return f"exit {code}"
+
+
+class LoaderProcess:
+    """A running loader. ``in_flight`` counts requests that use it; ``ended`` is set when the process is gone."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader, self._writer = reader, writer
+        self._open: dict[int, asyncio.Queue[Answer | None]] = {}
+        self._ids = itertools.count(1)
+        self._reports: asyncio.Queue[Reported] = asyncio.Queue()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._stderr_tail = b""
+        self._tasks: list[asyncio.Task[None]] = []
+        self.in_flight = 0
+        self.stopping = False
+        self.ended = asyncio.Event()
+        self.ready: Ready | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
+    def cause(self) -> str:
+        """Why it ended, in words."""
+        return exit_cause(self._process.returncode)
+
+    @classmethod
+    async def start(cls, spec: LoaderSpec, environ: Mapping[str, str]) -> "LoaderProcess":
+        """Spawn and wait until the model is in memory and warm. Raises Refused with the loader's reason."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "agent.loader",
+                "--fd",
+                str(theirs.fileno()),
+                *spec.arguments,
+                pass_fds=(theirs.fileno(),),
+                env=environment(environ, spec.threads),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        loader = cls(process, reader, writer)
+        loader._tasks = [asyncio.create_task(loader._read()), asyncio.create_task(loader._read_stderr())]
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                loader.ready = await loader._ready
+        except BaseException as error:
+            loader.kill()
+            await loader.ended.wait()
+            if isinstance(error, TimeoutError):
+                raise Refused(f"start loader: not ready after {START_TIMEOUT_S:.0f} s", code="bad_model") from None
+            raise
+        return loader
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Answer, None]:
+        """Answers to one request. Leaving early cancels it. Raises Retryable when the loader is lost."""
+        number = next(self._ids)
+        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._open[number] = answers
+        finished = False
+        try:
+            await self._send(msgspec.structs.replace(request, id=number))
+            while not finished:
+                answer = await answers.get()
+                if answer is None:
+                    raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
+                finished = isinstance(answer, Done | Failed)
+                yield answer
+        finally:
+            del self._open[number]
+            if not finished and not self.ended.is_set():
+                with contextlib.suppress(ConnectionError, RuntimeError):
+                    self._writer.write(encode(Cancel(id=number)))
+
+    async def report(self) -> Reported | None:
+        """What the engine did since the last report; None when the loader is gone."""
+        try:
+            await self._send(Report())
+        except Retryable:
+            return None
+        waiting = asyncio.create_task(self._reports.get())
+        gone = asyncio.create_task(self.ended.wait())
+        try:
+            await asyncio.wait({waiting, gone}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            return waiting.result() if waiting.done() else None
+        finally:
+            for task in (waiting, gone):
+                task.cancel()
+
+    async def stop(self, grace_s: float) -> None:
+        """End it: ask, wait at most ``grace_s`` seconds, then kill. Returns when the process is gone."""
+        self.stopping = True
+        with contextlib.suppress(Retryable):
+            await self._send(Stop())
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.ended.wait()
+        except TimeoutError:
+            self.kill()
+            await self.ended.wait()
+
+    def kill(self) -> None:
+        """SIGKILL; no error when it is gone."""
+        self.stopping = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def _send(self, frame: Frame) -> None:
+        if self.ended.is_set():
+            raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
+        try:
+            self._writer.write(encode(frame))
+            await self._writer.drain()
+        except (ConnectionError, RuntimeError):
+            raise Retryable("the loader is gone", code="worker_lost") from None
+
+    async def _read(self) -> None:
+        decoder = Decoder()
+        try:
+            while chunk := await self._reader.read(1 << 16):
+                for frame in decoder.feed(chunk):
+                    self._take(frame)
+        except (ConnectionError, Refused):
+            self.kill()  # a loader that speaks no frames is of no use
+        await self._process.wait()
+        self.ended.set()
+        if not self._ready.done():
+            self._ready.set_exception(Refused(self._start_failure(), code="bad_model"))
+            self._ready.exception()
+        for answers in self._open.values():
+            answers.put_nowait(None)
+        self._writer.close()
+
+    def _take(self, frame: Frame) -> None:
+        if isinstance(frame, Accepted | Tokens | Done | Failed):
+            if frame.id in self._open:
+                self._open[frame.id].put_nowait(frame)
+        elif isinstance(frame, Reported):
+            self._reports.put_nowait(frame)
+        elif isinstance(frame, Ready) and not self._ready.done():
+            self._ready.set_result(frame)
+        elif isinstance(frame, LoadFailed) and not self._ready.done():
+            self._ready.set_exception(Refused(frame.message, code=frame.code))
+            self._ready.exception()
+
+    async def _read_stderr(self) -> None:
+        """Keep the end of what it says while it starts; later lines might quote a request and are dropped."""
+        assert self._process.stderr is not None
+        while chunk := await self._process.stderr.read(4096):
+            if not self._ready.done():
+                self._stderr_tail = (self._stderr_tail + chunk)[-2000:]
+
+    def _start_failure(self) -> str:
+        lines: Sequence[str] = self._stderr_tail.decode(errors="replace").strip().splitlines()
+        said = f": {lines[-1][:300]}" if lines else ""
+        return f"start loader: it ended before it was ready ({self.cause}){said}"

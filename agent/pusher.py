@@ -1,0 +1,179 @@
+"""Spool to store: oldest first, one writer per node, deleted only after the store has confirmed.
+
+Nothing is given up: an outage or refused credentials are a state, shown in `status`, and the batches wait.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from agent.spool import Spool, Waiting
+from shared import keys
+from shared.backoff import full_jitter_s
+from shared.batch import Batch, digest, seal
+from shared.errors import Halt, PreconditionFailed, RackError, Refused
+from shared.ids import NodeId
+from shared.logs import get_logger
+from shared.records import Event
+from shared.store import ObjectStore
+
+SEGMENT_BATCHES = 60
+SEGMENT_BYTES = 256 << 10
+
+log = get_logger("agent.pusher")
+
+
+class PushState(msgspec.Struct, kw_only=True):
+    """How pushing goes, for people. ``state`` is idle, ok, waiting (will try again) or refused (needs a human)."""
+
+    state: str = "idle"
+    reason: str = ""
+    waiting_batches: int = 0
+    sent_batches: int = 0
+    sent_segments: int = 0
+    failures: int = 0
+    last_ok_ms: int | None = None
+
+
+class Pusher:
+    """Moves batches; blocking, to be used from one thread at a time. ``open_store`` is called when it is needed, so
+    that secrets are resolved then and a store that is down does not keep the agent from starting."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        open_store: Callable[[], ObjectStore],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        random_01: Callable[[], float] = random.random,
+    ) -> None:
+        self._spool = spool
+        self._open_store = open_store
+        self._store: ObjectStore | None = None
+        self._clock = clock
+        self._wall_ms = wall_ms
+        self._random_01 = random_01
+        self._not_before_s = 0.0
+        self._urgent = 0
+        self.state = PushState()
+
+    def drain(self, *, force: bool = False) -> int:
+        """Send what waits; returns how many batches were confirmed. Failures end in `state`, never in an exception.
+
+        After a failure nothing is tried for a while (full jitter, 1 s to 5 min) unless ``force``.
+        """
+        if not force and self._clock() < self._not_before_s:
+            return 0
+        sent = 0
+        try:
+            sent = self._drain()
+        except RackError as error:
+            self._failed(error)
+        else:
+            self.state.failures = 0
+            self.state.state, self.state.reason = "ok", ""
+            self.state.last_ok_ms = self._wall_ms()
+        self._spool.enforce_bounds(time.time())
+        self.state.waiting_batches = len(self._spool.waiting())
+        return sent
+
+    def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
+        """Send a copy of events now, for alerts; they also go in order, so a failure here loses nothing."""
+        incarnation = self._spool.identity.incarnation
+        if incarnation is None or self._clock() < self._not_before_s:
+            return
+        batch = batch_of(self._spool.next_seq(), tuple(events))
+        self._urgent += 1
+        raw = keys.RawKey(NodeId(batch.node), incarnation, batch.epoch, batch.seq, batch.seq)
+        try:
+            self._opened().put_if_absent(keys.urgent_key(raw, self._urgent), seal([_stamped(batch, incarnation)]))
+        except RackError as error:
+            log.info("urgent_copy_failed", code=error.code)
+
+    def _drain(self) -> int:
+        store = self._opened()
+        incarnation = self._spool.identity.incarnation
+        if incarnation is None:
+            incarnation = self._claim(store)
+        sent = 0
+        for group in _groups(self._spool.waiting()):
+            pairs = [(one, batch) for one in group if (batch := self._spool.read(one)) is not None]
+            if pairs:
+                self._send(store, incarnation, [batch for _, batch in pairs], [one for one, _ in pairs])
+                sent += len(pairs)
+        return sent
+
+    def _send(self, store: ObjectStore, incarnation: int, batches: list[Batch], files: list[Waiting]) -> None:
+        first, last = batches[0], batches[-1]
+        key = keys.batch_key(keys.RawKey(NodeId(first.node), incarnation, first.epoch, first.seq, last.seq))
+        body = seal([_stamped(batch, incarnation) for batch in batches])
+        try:
+            store.put_if_absent(key, body)
+        except PreconditionFailed:
+            self._same_or_halt(store, key, body)
+        except Refused as error:
+            # this segment will be refused for ever; the rest must not wait behind it
+            for one in files:
+                self._spool.set_aside(one)
+            log.error("segment_refused", key=key, code=error.code, batches=len(batches))
+            return
+        self._spool.delete(files)
+        self.state.sent_batches += len(batches)
+        self.state.sent_segments += 1
+
+    @staticmethod
+    def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
+        """The key is taken: by us, when an answer was lost, or by another agent with our name."""
+        if digest(store.get(key).body) != digest(body):
+            raise Halt(
+                f"push {key}: another agent writes under this node's name; give each node its own node.id",
+                code="identity_clash",
+            )
+
+    def _claim(self, store: ObjectStore) -> int:
+        """The first incarnation that no earlier spool of this node has taken."""
+        body = self._spool.identity.spool_id.encode()
+        for incarnation in range(1, 10_000):
+            key = keys.claim_key(self._spool.identity.node, incarnation)
+            try:
+                store.put_if_absent(key, body)
+            except PreconditionFailed:
+                if store.get(key).body != body:
+                    continue
+            self._spool.claim(incarnation)
+            return incarnation
+        raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are taken", code="identity_clash")
+
+    def _opened(self) -> ObjectStore:
+        if self._store is None:
+            self._store = self._open_store()
+        return self._store
+
+    def _failed(self, error: RackError) -> None:
+        self.state.failures += 1
+        self.state.state = "refused" if isinstance(error, Halt) else "waiting"
+        if self.state.reason != error.message:
+            log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
+        self.state.reason = error.message
+        self._store = None  # credentials may have been mended meanwhile
+        self._not_before_s = self._clock() + full_jitter_s(self.state.failures - 1, self._random_01())
+
+
+def _stamped(batch: Batch, incarnation: int) -> Batch:
+    return msgspec.structs.replace(batch, incarnation=incarnation)
+
+
+def _groups(waiting: list[Waiting]) -> list[list[Waiting]]:
+    """Runs of one epoch without a gap, each at most a segment long."""
+    groups: list[list[Waiting]] = []
+    for one in waiting:
+        last = groups[-1] if groups else []
+        follows = last and (last[-1].epoch, last[-1].seq + 1) == (one.epoch, one.seq)
+        if follows and len(last) < SEGMENT_BATCHES and sum(w.size for w in last) + one.size <= SEGMENT_BYTES:
+            last.append(one)
+        else:
+            groups.append([one])
+    return groups

@@ -1,0 +1,151 @@
+"""One tick: every collector with a deadline, the window's counts and events, one batch into the spool."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from agent.collectors.inference import Ledger
+from agent.collectors.reading import Collector, Reading
+from agent.spool import Spool
+from shared import __version__
+from shared.batch import Batch
+from shared.errors import RackError
+from shared.logs import get_logger
+from shared.records import EngineWindow, Event, HostSample, Record, Resident, ThrottleEvent
+
+COLLECTOR_DEADLINE_S = 10.0
+KEPT_BATCHES = 60
+"""Windows held in memory while the disk refuses them."""
+
+log = get_logger("agent.sampler")
+
+
+class Sampler:
+    """Closes windows. Everything that happened since the last tick is in exactly one batch."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        ledger: Ledger,
+        collectors: Sequence[Collector],
+        *,
+        engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
+        residents: Callable[[], list[Resident]],
+        budget_bytes: int,
+        boot_id: str,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spool = spool
+        self._ledger = ledger
+        self._collectors = collectors
+        self._engine_windows = engine_windows
+        self._residents = residents
+        self._budget_bytes = budget_bytes
+        self._boot_id = boot_id
+        self._wall_ms = wall_ms
+        self._clock = clock
+        self._events: list[Event] = []
+        self._unspooled: list[tuple[int, int, tuple[Record, ...]]] = []
+        self._began_ms = wall_ms()
+        self._ticking = asyncio.Lock()
+        self.lost_windows = 0
+        self.last_sample: HostSample | None = None
+
+    def emit(self, event: Event) -> None:
+        """An event for the next batch."""
+        self._events.append(event)
+
+    async def sample(self) -> HostSample:
+        """Read the machine now; a source that fails or hangs is named and the others count."""
+        readings = await asyncio.gather(*(self._read(c) for c in self._collectors))
+        fields: dict[str, Any] = {}
+        failed: dict[str, str] = {}
+        for reading in readings:
+            fields.update(reading.fields)
+            failed.update(reading.failed)
+        return HostSample(**fields, memory_budget_bytes=self._budget_bytes, sources_failed=failed)
+
+    async def tick(self) -> None:
+        """Close the window. A disk that refuses keeps the window in memory for the next tick."""
+        async with self._ticking:
+            host = await self.sample()
+            self._note_throttling(host)
+            self.last_sample = host
+            windows = await self._engine_windows()
+            # no await from here to the end of the window: what is drained is in this batch and in no other
+            served, events = self._ledger.drain(), self._events
+            self._events = []
+            began, self._began_ms = self._began_ms, self._wall_ms()
+            records: tuple[Record, ...] = (*served, *windows, *self._residents(), host, *events)
+            self._unspooled.append((began, self._began_ms, records))
+            self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
+            self._unspooled = self._unspooled[-KEPT_BATCHES:]
+            await self._spool_all()
+
+    def batch(self, seq: int, records: tuple[Record, ...], began_ms: int, ended_ms: int) -> Batch:
+        """The envelope around some records."""
+        identity = self._spool.identity
+        return Batch(
+            rack=identity.rack,
+            node=identity.node,
+            incarnation=identity.incarnation or 0,
+            epoch=identity.epoch,
+            seq=seq,
+            t_start_ms=began_ms,
+            t_end_ms=ended_ms,
+            mono_ms=int(self._clock() * 1000),
+            boot_id=self._boot_id,
+            agent_version=__version__,
+            dropped_batches=self._spool.dropped + self.lost_windows,
+            records=records,
+        )
+
+    def urgent_batch(self, seq: int, events: tuple[Event, ...]) -> Batch:
+        """A copy of events on their own."""
+        now = self._wall_ms()
+        return self.batch(seq, events, now, now)
+
+    def _note_throttling(self, host: HostSample) -> None:
+        """One event for each rise of the thermal pressure level to heavy or above."""
+        before = self.last_sample
+        was = before is not None and before.throttled_us > 0
+        if host.throttled_us > 0 and not was:
+            self.emit(
+                ThrottleEvent(
+                    t_ms=self._wall_ms(),
+                    level=host.thermal_level or "unknown",
+                    duration_us=host.throttled_us,
+                    open_at_start=before is None,
+                )
+            )
+
+    async def _spool_all(self) -> None:
+        while self._unspooled:
+            began, ended, records = self._unspooled[0]
+            batch = self.batch(self._spool.next_seq(), records, began, ended)
+            try:
+                await asyncio.to_thread(self._spool.append, batch)
+            except RackError as error:
+                log.error("spool_failed", code=error.code, reason=error.message, kept=len(self._unspooled))
+                return
+            self._unspooled.pop(0)
+            log.info("window_closed", seq=batch.seq, records=len(records))
+
+    @staticmethod
+    async def _read(collector: Collector) -> Reading:
+        try:
+            async with asyncio.timeout(COLLECTOR_DEADLINE_S):
+                return await asyncio.to_thread(collector.read)
+        except TimeoutError:
+            return Reading({}, {collector.name: f"no answer within {COLLECTOR_DEADLINE_S:g} s"})
+        except Exception as error:  # noqa: BLE001  # a sensor must never end the agent
+            return Reading({}, {collector.name: type(error).__name__})
+
+
+def as_json(sample: HostSample) -> bytes:
+    """A sample for people and scripts."""
+    return msgspec.json.format(msgspec.json.encode(sample), indent=2)

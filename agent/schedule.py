@@ -1,0 +1,49 @@
+"""What runs when, on one page."""
+
+import datetime as dt
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.interval import IntervalTrigger
+
+from agent.config import AgentConfig
+
+
+class Job(NamedTuple):
+    """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled."""
+
+    name: str
+    every_s: float
+    run: Callable[[], Awaitable[object]]
+
+
+def jobs(
+    config: AgentConfig,
+    *,
+    sample: Callable[[], Awaitable[object]],
+    push: Callable[[], Awaitable[object]],
+    probe: Callable[[], Awaitable[object]],
+) -> tuple[Job, ...]:
+    """The agent's jobs."""
+    return (
+        Job("sample", config.telemetry.sample_s, sample),
+        Job("push", config.telemetry.upload_s, push),
+        Job("probe", config.peers.beat_s, probe),
+    )
+
+
+def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
+    """A running scheduler; the caller shuts it down."""
+    scheduler = AsyncIOScheduler(timezone=dt.UTC)
+    for job in table:
+        scheduler.add_job(
+            job.run,
+            IntervalTrigger(seconds=max(1, round(job.every_s)), timezone=dt.UTC),
+            id=job.name,
+            max_instances=1,
+            coalesce=True,
+            misfire_grace_time=None,
+        )
+    scheduler.start()
+    return scheduler

@@ -1,0 +1,209 @@
+"""Batches on this node's disk until the store has them; blocking, to be used from a thread.
+
+A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. The
+oldest go first when the bounds on bytes or age are reached, and are counted. One agent at a time: a lock file says so.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from shared.batch import Batch, decode, encode
+from shared.errors import Halt, Refused, Retryable
+
+_NAME = re.compile(r"e(\d{8,})-(\d{10,})\.batch")
+
+
+class Identity(msgspec.Struct, kw_only=True):
+    """Who writes here: kept beside the batches, so that epochs never repeat."""
+
+    spool_id: str
+    node: str
+    rack: str
+    hardware: str
+    incarnation: int | None = None
+    epoch: int = 0
+    clean: bool = True
+
+
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch on disk."""
+
+    epoch: int
+    seq: int
+    path: Path
+    size: int
+
+
+class Spool:
+    """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it cannot be ours."""
+
+    def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_age_s: float) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self.dropped = 0
+        with _as_ours("open", folder):
+            (folder / "bad").mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+            self._sweep()
+            self.identity = self._identity(node, rack, hardware)
+        self.first_run = self.identity.epoch == 0
+        self.previous_clean = self.identity.clean
+        self.identity.epoch += 1
+        self.identity.clean = False
+        self._write_identity()
+        self._seq = 0
+
+    @property
+    def epoch(self) -> int:
+        """This run's number."""
+        return self.identity.epoch
+
+    def next_seq(self) -> int:
+        """The sequence number of the batch to be appended next."""
+        return self._seq + 1
+
+    def append(self, batch: Batch) -> None:
+        """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
+        if (batch.epoch, batch.seq) != (self.epoch, self._seq + 1):
+            raise Refused(f"spool batch {batch.epoch}/{batch.seq}: expected {self.epoch}/{self._seq + 1}")
+        path = self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch"
+        with _as_ours("write", path):
+            _write_synced(path, encode(batch))
+        self._seq = batch.seq
+
+    def waiting(self) -> list[Waiting]:
+        """Batches not yet sent, oldest first."""
+        found = []
+        for path in self._folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(Waiting(epoch=int(match[1]), seq=int(match[2]), path=path, size=path.stat().st_size))
+        return sorted(found, key=lambda w: (w.epoch, w.seq))
+
+    def read(self, waiting: Waiting) -> Batch | None:
+        """The batch, or None when the file is damaged; it is then set aside in ``bad/``."""
+        try:
+            return decode(waiting.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except Refused:
+            self.set_aside(waiting)
+            return None
+
+    def set_aside(self, waiting: Waiting) -> None:
+        """Out of the way, but not lost."""
+        self.dropped += 1
+        waiting.path.replace(self._folder / "bad" / waiting.path.name)
+
+    def delete(self, sent: list[Waiting]) -> None:
+        """Forget batches that the store has confirmed."""
+        for one in sent:
+            one.path.unlink(missing_ok=True)
+
+    def enforce_bounds(self, now_s: float) -> int:
+        """Drop the oldest beyond the bounds on bytes and age; returns how many. ``now_s`` as time.time()."""
+        waiting = self.waiting()
+        total, dropped = sum(w.size for w in waiting), 0
+        for one in waiting:
+            too_old = now_s - one.path.stat().st_mtime > self._max_age_s
+            if total <= self._max_bytes and not too_old:
+                break
+            one.path.unlink(missing_ok=True)
+            total -= one.size
+            dropped += 1
+        self.dropped += dropped
+        return dropped
+
+    def claim(self, incarnation: int) -> None:
+        """Remember the incarnation that the store granted."""
+        self.identity.incarnation = incarnation
+        self._write_identity()
+
+    def close(self, *, clean: bool) -> None:
+        """Give the spool up; ``clean`` when this run ended in order."""
+        self.identity.clean = clean
+        self._write_identity()
+        self._lock.close()
+
+    def _locked(self) -> IO[str]:
+        lock = open(self._folder / "lock", "a", encoding="utf-8")  # noqa: SIM115  # held while the agent runs
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise Halt(
+                f"spool {self._folder}: another agent runs on it; stop that one, or give this one its own paths.state",
+                code="spool_in_use",
+            ) from None
+        return lock
+
+    def _sweep(self) -> None:
+        for leftover in self._folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def _identity(self, node: str, rack: str, hardware: str) -> Identity:
+        path = self._folder / "identity.json"
+        if not path.exists():
+            return Identity(spool_id=uuid.uuid4().hex, node=node, rack=rack, hardware=hardware)
+        try:
+            identity = msgspec.json.decode(path.read_bytes(), type=Identity)
+        except msgspec.DecodeError:
+            raise Halt(f"spool: {path} is damaged; move the folder away and start again", code="bad_spool") from None
+        if (identity.node, identity.rack) != (node, rack):
+            raise Halt(
+                f"spool {self._folder} belongs to node {identity.node!r} of rack {identity.rack!r}, and the "
+                f"configuration says {node!r} of {rack!r}; put node.id back, or give the new node another paths.state",
+                code="wrong_identity",
+            )
+        if identity.hardware != hardware:
+            raise Halt(
+                f"spool {self._folder} was written by other hardware; a copied disk must not report as {node!r}: "
+                "move the spool folder away and start again",
+                code="wrong_identity",
+            )
+        return identity
+
+    def _write_identity(self) -> None:
+        with _as_ours("write", self._folder):
+            _write_synced(self._folder / "identity.json", msgspec.json.encode(self.identity))
+
+
+@contextlib.contextmanager
+def _as_ours(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Retryable(f"spool: {verb} {path}: {error.strerror}", code="disk") from None
+
+
+def _write_synced(path: Path, body: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(body)
+        file.flush()
+        _sync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sync(descriptor: int) -> None:
+    """To the drive itself; on macOS fsync alone stops at its cache."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)

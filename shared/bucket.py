@@ -1,0 +1,61 @@
+"""The [store] table that both configurations share, and opening what it names."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from shared.secrets import is_reference, resolve
+from shared.store import ObjectStore
+
+REFERENCE_HINT = (
+    "holds a value; secrets are named by reference here: env:NAME, file:/path, keychain:service or op://..."
+)
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The bucket. ``access_key`` and ``secret_key`` are references to secrets."""
+
+    kind: Literal["s3", "directory"] = "directory"
+    path: str = ""
+    endpoint: str = ""
+    bucket: str = ""
+    prefix: str = ""
+    access_key: str = ""
+    secret_key: str = ""
+
+
+def check_store(store: Store) -> list[str]:
+    """Problems that types cannot say, with key paths."""
+    if store.kind == "directory":
+        return [] if store.path else ["store.path: is required when store.kind is 'directory'"]
+    found = [f"store.{k}: is required when store.kind is 's3'" for k in ("endpoint", "bucket") if not getattr(store, k)]
+    if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
+        found.append("store.endpoint: begins with http:// or https://")
+    for name in ("access_key", "secret_key"):
+        value = getattr(store, name)
+        if not value:
+            found.append(f"store.{name}: is required when store.kind is 's3'")
+        elif not is_reference(value):
+            found.append(f"store.{name}: {REFERENCE_HINT}")
+    return found
+
+
+def open_store(store: Store, environ: Mapping[str, str]) -> ObjectStore:
+    """The configured bucket. Raises Halt when a secret cannot be resolved."""
+    # imported when needed: boto3 is a tenth of a second that `--help` should not pay
+    if store.kind == "directory":
+        from pathlib import Path
+
+        from shared.store_dir import DirectoryStore
+
+        return DirectoryStore(Path(store.path).expanduser())
+    from shared.store_s3 import S3Store
+
+    return S3Store(
+        endpoint=store.endpoint,
+        bucket=store.bucket,
+        prefix=store.prefix,
+        access_key=resolve(store.access_key, environ),
+        secret_key=resolve(store.secret_key, environ),
+    )
