@@ -1,0 +1,187 @@
+"""Which alerts fire and which are over: state and facts in, new state and notices out. Pure.
+
+An alert is named by (code, subject); one notice when it begins to fire and one when it is resolved. What was sent is
+in the state, so that a cron job without memory never says a thing twice.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from aggregator.config import Alerts
+from aggregator.window import Fact
+from shared.records import HostSample, ModelEvicted, PeerDown, PeerUp, SwapFinished
+
+SILENCE_GRACE_S = 30.0
+SWAP_FAILED_FOR_S = 3600.0
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """What people read about one kind of alert. ``channel`` is alerts or thermal."""
+
+    code: str
+    title: str
+    severity: str
+    channel: str
+    runbook: str
+
+
+RULES = (
+    Rule(code="node_down", title="Node down", severity="page", channel="alerts", runbook="docs/runbooks.md#node-down"),
+    Rule(
+        code="throttling",
+        title="Node is throttled",
+        severity="warn",
+        channel="thermal",
+        runbook="docs/runbooks.md#throttling",
+    ),
+    Rule(
+        code="swap_failed",
+        title="Model swap failed",
+        severity="warn",
+        channel="alerts",
+        runbook="docs/runbooks.md#swap-failed",
+    ),
+    Rule(
+        code="eviction_storm",
+        title="Eviction storm",
+        severity="warn",
+        channel="alerts",
+        runbook="docs/runbooks.md#eviction-storm",
+    ),
+)
+
+
+class Firing(msgspec.Struct, frozen=True, kw_only=True):
+    """An alert that holds since ``since_ms``; ``text`` is what was seen."""
+
+    code: str
+    subject: str
+    since_ms: int
+    text: str
+
+
+class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What `alert` remembers of a node between runs; times in ms, bounded lists."""
+
+    last_seen_ms: int = 0
+    last_up_ms: int = 0
+    down_since_ms: int | None = None
+    reported_by: str = ""
+    heat: tuple[tuple[int, int, int], ...] = ()
+    evictions: tuple[int, ...] = ()
+    swap_failed: dict[str, tuple[int, str]] = {}
+
+
+class AlertState(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it, as stored. ``cursors`` say how far each node's objects were read."""
+
+    cursors: dict[str, str] = {}
+    nodes: dict[str, NodeMemory] = {}
+    firing: tuple[Firing, ...] = ()
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """Something to tell: an alert that began (``resolved`` false) or ended."""
+
+    rule: Rule
+    firing: Firing
+    resolved: bool
+
+
+def observe(state: AlertState, facts: Iterable[Fact], config: Alerts) -> AlertState:
+    """The state after some facts; the same fact twice changes nothing more."""
+    nodes = dict(state.nodes)
+    for fact in sorted(facts, key=lambda f: (f.meta.t_end_ms, f.meta.node, f.meta.seq, f.ordinal)):
+        _observe(nodes, fact, config)
+    return msgspec.structs.replace(state, nodes=nodes)
+
+
+def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState, tuple[Notice, ...]]:
+    """Which alerts hold at ``now_ms``, and what is new about that."""
+    held = {(f.code, f.subject): f for f in state.firing}
+    now_firing = {(f.code, f.subject): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
+    rules = {rule.code: rule for rule in RULES}
+    notices = [Notice(rule=rules[k[0]], firing=f, resolved=False) for k, f in now_firing.items() if k not in held]
+    notices += [Notice(rule=rules[k[0]], firing=f, resolved=True) for k, f in held.items() if k not in now_firing]
+    kept = tuple(held.get(k, f) for k, f in sorted(now_firing.items()))
+    return msgspec.structs.replace(state, firing=kept), tuple(notices)
+
+
+def _observe(nodes: dict[str, NodeMemory], fact: Fact, config: Alerts) -> None:
+    node, record, replace = fact.meta.node, fact.record, msgspec.structs.replace
+    mine = nodes.get(node, NodeMemory())
+    nodes[node] = mine = replace(mine, last_seen_ms=max(mine.last_seen_ms, fact.meta.t_end_ms))
+    if mine.down_since_ms is not None and fact.meta.t_end_ms > mine.down_since_ms + SILENCE_GRACE_S * 1000:
+        nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=fact.meta.t_end_ms)
+    if isinstance(record, PeerDown):
+        peer = nodes.get(record.peer, NodeMemory())
+        # every event is read twice, as an urgent copy and in order: one from before the peer's return is old news
+        news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - SILENCE_GRACE_S * 1000
+        if news and peer.down_since_ms is None:
+            nodes[record.peer] = replace(peer, down_since_ms=record.last_seen_ms, reported_by=node)
+    elif isinstance(record, PeerUp):
+        peer = nodes.get(record.peer, NodeMemory())
+        if peer.down_since_ms is not None and record.t_ms > peer.down_since_ms:
+            seen = max(peer.last_seen_ms, record.t_ms)
+            nodes[record.peer] = replace(peer, down_since_ms=None, last_seen_ms=seen, last_up_ms=record.t_ms)
+    elif isinstance(record, HostSample):
+        heat = {*mine.heat, (fact.meta.t_end_ms, record.throttled_us, record.thermal_known_us)}
+        oldest = mine.last_seen_ms - config.throttled_window_s * 1000
+        nodes[node] = replace(mine, heat=tuple(sorted(h for h in heat if h[0] > oldest)))
+    elif isinstance(record, ModelEvicted) and record.reason != "ordered":
+        oldest = mine.last_seen_ms - config.storm_window_s * 1000
+        evictions = sorted({*mine.evictions, record.t_ms})
+        nodes[node] = replace(mine, evictions=tuple(t for t in evictions if t > oldest))
+    elif isinstance(record, SwapFinished):
+        failed = {k: v for k, v in mine.swap_failed.items() if k != record.model}
+        if record.outcome == "failed":
+            failed[record.model] = (record.t_ms, record.reason)
+        nodes[node] = replace(mine, swap_failed=failed)
+
+
+def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Sequence[Firing]:
+    memory = state.nodes[node]
+    found = [
+        _down(node, memory, now_ms, config),
+        _throttled(node, memory, config),
+        _storm(node, memory, now_ms, config),
+        *_swaps(node, memory, now_ms),
+    ]
+    return [f for f in found if f is not None]
+
+
+def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
+    if memory.down_since_ms is not None:
+        text = f"{node} has not answered {memory.reported_by or 'its peers'} since then"
+        return Firing(code="node_down", subject=node, since_ms=memory.down_since_ms, text=text)
+    silent_ms = now_ms - memory.last_seen_ms
+    if memory.last_seen_ms and silent_ms > (2 * config.upload_s + SILENCE_GRACE_S) * 1000:
+        text = f"no telemetry from {node} for {silent_ms // 1000} s"
+        return Firing(code="node_down", subject=node, since_ms=memory.last_seen_ms, text=text)
+    return None
+
+
+def _throttled(node: str, memory: NodeMemory, config: Alerts) -> Firing | None:
+    known = sum(k for _, _, k in memory.heat)
+    throttled = sum(t for _, t, _ in memory.heat)
+    if not known or throttled / known <= config.throttled_share:
+        return None
+    text = f"{node} was throttled {throttled / known:.0%} of the last {config.throttled_window_s:.0f} s"
+    return Firing(code="throttling", subject=node, since_ms=memory.heat[0][0], text=text)
+
+
+def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
+    recent = [t for t in memory.evictions if t > now_ms - config.storm_window_s * 1000]
+    if len(recent) < config.storm_evictions:
+        return None
+    text = f"{len(recent)} models left the memory of {node} within {config.storm_window_s:.0f} s"
+    return Firing(code="eviction_storm", subject=node, since_ms=recent[0], text=text)
+
+
+def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
+    return [
+        Firing(code="swap_failed", subject=f"{node}/{model}", since_ms=t_ms, text=reason or "no reason was given")
+        for model, (t_ms, reason) in sorted(memory.swap_failed.items())
+        if now_ms - t_ms < SWAP_FAILED_FOR_S * 1000
+    ]

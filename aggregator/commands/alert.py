@@ -1,0 +1,73 @@
+"""Look at what is new, urgent copies included, and tell people what changed; once per change."""
+
+import time
+
+import msgspec
+
+from aggregator import alerts, load, notify, publish
+from aggregator.alerts import AlertState, Notice
+from aggregator.config import AggregatorConfig
+from aggregator.window import facts_of
+from shared import keys
+from shared.errors import NotFound, RackError
+from shared.logs import get_logger
+from shared.store import ObjectStore, Stored
+
+log = get_logger("aggregator.alert")
+
+
+def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -> list[Notice]:
+    """One look; returns the notices that were sent. Raises the first failure after everything else was tried."""
+    state, stored = _read(store)
+    read_raw = load.fresh(store, config.rack, state.cursors)
+    read_urgent = load.fresh(store, config.rack, state.cursors, keys.URGENT_PREFIX)
+    facts = [f for batch in (*read_urgent.batches, *read_raw.batches) for f in facts_of(batch)]
+    state = alerts.observe(state, facts, config.alerts)
+    state = msgspec.structs.replace(state, cursors={**read_raw.cursors, **read_urgent.cursors})
+    after, notices = alerts.evaluate(state, time.time_ns() // 1_000_000, config.alerts)
+    sent, failed, failure = _tell(notices, discord)
+    after = _without(after, failed)
+    body = msgspec.json.format(msgspec.json.encode(after, order="sorted"), indent=1)
+    if stored is None or body != stored.body:
+        publish.replace(store, keys.ALERT_STATE, body, stored.etag if stored else None)
+    if failure is not None:
+        raise failure
+    return sent
+
+
+def _tell(notices: tuple[Notice, ...], discord: notify.Discord) -> tuple[list[Notice], list[Notice], RackError | None]:
+    """Sent, not sent, and the first reason."""
+    sent: list[Notice] = []
+    failed: list[Notice] = []
+    failure: RackError | None = None
+    for notice in notices:
+        fields = {"code": notice.rule.code, "subject": notice.firing.subject, "resolved": notice.resolved}
+        try:
+            delivered = discord.post(notice)
+        except RackError as error:
+            failure = failure or error
+            failed.append(notice)
+            continue
+        log.info("alert_sent" if delivered else "alert_without_channel", **fields)
+        sent.append(notice)
+    return sent, failed, failure
+
+
+def _without(state: AlertState, failed: list[Notice]) -> AlertState:
+    """What could not be told is not noted as told: the next run sees the same change again."""
+    unsaid = {(n.firing.code, n.firing.subject) for n in failed if not n.resolved}
+    kept = [f for f in state.firing if (f.code, f.subject) not in unsaid]
+    kept += [n.firing for n in failed if n.resolved]
+    return msgspec.structs.replace(state, firing=tuple(sorted(kept, key=lambda f: (f.code, f.subject))))
+
+
+def _read(store: ObjectStore) -> tuple[AlertState, Stored | None]:
+    try:
+        stored = store.get(keys.ALERT_STATE)
+    except NotFound:
+        return AlertState(), None
+    try:
+        return msgspec.json.decode(stored.body, type=AlertState), stored
+    except msgspec.DecodeError:
+        log.warning("alert_state_unreadable", key=keys.ALERT_STATE)
+        return AlertState(), stored

@@ -1,0 +1,23 @@
+"""The executive report of a month: the PDF, and the same figures as JSON."""
+
+import time
+
+import msgspec
+
+from aggregator import load, publish
+from aggregator.config import AggregatorConfig
+from aggregator.report import pdf
+from aggregator.report.contents import compose
+from aggregator.window import month
+from shared.store import ObjectStore
+
+
+def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
+    """Publish the month's report; returns its keys."""
+    window = load.window(store, month(name, config.timezone))
+    report = compose(window, config, time.time_ns() // 1_000_000)
+    body = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    return [
+        publish.report(store, "monthly", name, "report", "json", body),
+        publish.report(store, "monthly", name, "report", "pdf", pdf.render(report)),
+    ]

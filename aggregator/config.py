@@ -1,0 +1,105 @@
+"""The aggregator's configuration: its shape, its defaults and what types cannot check."""
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Annotated
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+from msgspec import Meta
+
+from shared.bucket import REFERENCE_HINT, Store, check_store
+from shared.errors import Refused
+from shared.keys import check_name
+from shared.secrets import is_reference
+
+Money = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a node cost to buy and draws; without a price its cost is "no data"."""
+
+    id: str
+    price: Money | None = None
+    life_years: Positive = 3.0
+    residual: Share = 0.2
+    watts: Money = 45.0
+    other_per_month: Money = 0.0
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prices around the nodes. ``flag_ratio`` is the week-on-week jump worth a flag, above ``flag_min_tok`` tokens."""
+
+    currency: str = "USD"
+    electricity_per_kwh: Money = 0.15
+    pue: Annotated[float, Meta(ge=1)] = 1.0
+    flag_ratio: Positive = 2.0
+    flag_min_tok: Annotated[int, Meta(ge=0)] = 200_000
+
+
+class ApiPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an API charges for a comparable model, per million tokens."""
+
+    model: str
+    name: str
+    input_per_m: Money
+    output_per_m: Money
+
+
+class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When an alert fires. ``upload_s`` is the agents' upload interval, for the silence rule."""
+
+    upload_s: Positive = 60.0
+    throttled_share: Share = 0.05
+    throttled_window_s: Positive = 300.0
+    storm_evictions: Annotated[int, Meta(gt=0)] = 5
+    storm_window_s: Positive = 600.0
+
+
+class Discord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """References to webhook URLs; "" sends nothing. ``thermal`` falls back to ``alerts``."""
+
+    alerts: str = ""
+    thermal: str = ""
+
+
+class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """aggregator.toml."""
+
+    rack: str
+    store: Store
+    timezone: str = "UTC"
+    nodes: tuple[Node, ...] = ()
+    cost: Cost = Cost()
+    api_prices: tuple[ApiPrice, ...] = ()
+    alerts: Alerts = Alerts()
+    discord: Discord = Discord()
+    log_level: str = "info"
+
+
+def check(config: AggregatorConfig) -> Sequence[str]:
+    """Every problem that types cannot say, with key paths."""
+    found = check_store(config.store)
+    for path, name in [("rack", config.rack), *((f"nodes[{n}].id", d.id) for n, d in enumerate(config.nodes))]:
+        try:
+            check_name(name, path)
+        except Refused as error:
+            found.append(error.message)
+    ids = [node.id for node in config.nodes]
+    found += [f"nodes: {i!r} stands there twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    try:
+        ZoneInfo(config.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        found.append(f"timezone: {config.timezone!r} is not an IANA zone like Europe/Berlin")
+    for name in ("alerts", "thermal"):
+        value = getattr(config.discord, name)
+        if value and not is_reference(value):
+            found.append(f"discord.{name}: {REFERENCE_HINT}")
+    return found
+
+
+def decimal(value: float) -> Decimal:
+    """A configured number as the decimal that was written, not as its binary neighbour."""
+    return Decimal(str(value))

@@ -1,0 +1,62 @@
+"""One run at a time, wherever cron started it: an object that says who runs and until when.
+
+It only saves work. What guards the data are the conditional writes of publish.py.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from shared.errors import NotFound, PreconditionFailed, Retryable
+from shared.store import ObjectStore
+
+TTL_S = 900
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """``holder`` runs; after ``until_ms`` anybody may take over."""
+
+    holder: str
+    until_ms: int
+
+
+@contextlib.contextmanager
+def held(store: ObjectStore, verb: str) -> Iterator[None]:
+    """Hold the lease of a verb. Raises Retryable (code busy) when another run holds it."""
+    key = f"state/v1/lease-{verb}.json"
+    etag = _take(store, key, verb)
+    try:
+        yield
+    finally:
+        released = msgspec.json.encode(Lease(holder="", until_ms=0))
+        with contextlib.suppress(PreconditionFailed, Retryable):
+            store.put_if_match(key, released, etag)
+
+
+def _take(store: ObjectStore, key: str, verb: str) -> str:
+    now_ms = time.time_ns() // 1_000_000
+    mine = msgspec.json.encode(Lease(holder=f"{socket.gethostname()}:{os.getpid()}", until_ms=now_ms + TTL_S * 1000))
+    try:
+        found = store.get(key)
+    except NotFound:
+        with contextlib.suppress(PreconditionFailed):
+            return store.put_if_absent(key, mine)
+        raise _busy(verb, "another run") from None
+    try:
+        lease = msgspec.json.decode(found.body, type=Lease)
+    except msgspec.DecodeError:
+        lease = Lease(holder="", until_ms=0)  # nobody can hold what nobody can read
+    if lease.until_ms > now_ms:
+        raise _busy(verb, lease.holder)
+    try:
+        return store.put_if_match(key, mine, found.etag)
+    except PreconditionFailed:
+        raise _busy(verb, "another run") from None
+
+
+def _busy(verb: str, holder: str) -> Retryable:
+    return Retryable(f"{verb}: {holder} is at it already", code="busy")

@@ -1,0 +1,79 @@
+"""Notices to Discord. The webhook's URL is a secret and stands in no message, log line or error."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+import urllib3
+
+from aggregator.alerts import Notice
+from shared.errors import Halt, Retryable
+
+TIMEOUT_S = 10.0
+MAX_WAIT_S = 30.0
+COLOURS = {"page": 0xC0392B, "warn": 0xD68910, "resolved": 0x1E8449}
+_TITLE, _DESCRIPTION = 256, 4096
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_`~|>[]()#@"})
+
+
+def payload(notice: Notice) -> dict[str, object]:
+    """The message of one notice, within Discord's limits; names are escaped and nobody is mentioned."""
+    rule, firing = notice.rule, notice.firing
+    since = datetime.fromtimestamp(firing.since_ms / 1000, UTC)
+    state = "resolved" if notice.resolved else "firing"
+    text = f"{_escaped(firing.text)}\nsince {since:%Y-%m-%d %H:%M:%S} UTC\nrunbook: {rule.runbook}"
+    embed = {
+        "title": f"{'Resolved: ' if notice.resolved else ''}{rule.title}: {_escaped(firing.subject)}"[:_TITLE],
+        "description": text[:_DESCRIPTION],
+        "color": COLOURS["resolved" if notice.resolved else rule.severity],
+        "timestamp": since.isoformat(),
+        "footer": {"text": f"{rule.code} {state}"},
+    }
+    return {"username": "mlxrack", "embeds": [embed], "allowed_mentions": {"parse": []}}
+
+
+class Discord:
+    """Posts to webhooks by channel name; a channel without a URL is silent."""
+
+    def __init__(self, urls: Mapping[str, str], *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._urls = urls
+        self._sleep = sleep
+        self._http = urllib3.PoolManager(timeout=TIMEOUT_S, retries=False)
+
+    def post(self, notice: Notice) -> bool:
+        """Send one notice and wait until Discord has it; False where no channel is configured.
+
+        Raises Retryable when it may work later, Halt when the webhook is gone.
+        """
+        url = self._urls.get(notice.rule.channel) or self._urls.get("alerts", "")
+        if not url:
+            return False
+        body = json.dumps(payload(notice)).encode()
+        for attempt in (1, 2, 3):
+            status, wait_s = self._try(url, body)
+            if status in (200, 204):
+                return True
+            if status in (401, 403, 404):
+                raise Halt(f"discord {notice.rule.channel}: the webhook is gone ({status}); make a new one")
+            if attempt < 3:
+                self._sleep(min(MAX_WAIT_S, wait_s if wait_s is not None else 2.0**attempt))
+        raise Retryable(f"discord {notice.rule.channel}: not accepted (status {status}); it is sent by a later run")
+
+    def _try(self, url: str, body: bytes) -> tuple[int, float | None]:
+        """The status (0 for none) and how long Discord asks to wait."""
+        joint = "&" if "?" in url else "?"
+        try:
+            answer = self._http.request(
+                "POST", f"{url}{joint}wait=true", body=body, headers={"Content-Type": "application/json"}
+            )
+        except urllib3.exceptions.HTTPError:
+            return 0, None
+        try:
+            return answer.status, float(answer.headers["Retry-After"])
+        except (KeyError, ValueError):
+            return answer.status, None
+
+
+def _escaped(text: str) -> str:
+    return text.translate(_MARKDOWN)

@@ -1,0 +1,282 @@
+"""The monthly report as figures and sentences; how it looks is decided elsewhere. Pure.
+
+Every figure comes from what nodes reported. What was not reported is None and reads "no data"; nothing is estimated.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from aggregator import cost, eviction, placement, rollup, uptime
+from aggregator.config import AggregatorConfig
+from aggregator.window import DAY_MS, Window, seconds
+from shared.records import HostSample, Served, SwapFinished, ThrottleEvent
+from shared.sketch import merged
+
+HOT_MC = 95_000
+THROTTLED_TARGET = 0.01
+UPTIME_TARGET = 0.999
+ITL_TARGET_US = 100_000
+IDLE_NODE = 0.02
+
+
+class ModelVolume(msgspec.Struct, frozen=True, kw_only=True):
+    """One served name. Latencies in microseconds, within 1.1 %."""
+
+    model: str
+    requests: int
+    prompt_tok: int
+    cached_tok: int
+    completion_tok: int
+    ttft_p50_us: float | None
+    ttft_p95_us: float | None
+    itl_p95_us: float | None
+
+
+class Day(msgspec.Struct, frozen=True, kw_only=True):
+    """Answered requests and tokens of one day in the rack's zone."""
+
+    date: str
+    requests: int
+    tokens: int
+
+
+class Volume(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of the rack."""
+
+    requests: int
+    failed: int
+    refused: int
+    cancelled: int
+    prompt_tok: int
+    completion_tok: int
+    models: tuple[ModelVolume, ...]
+    days: tuple[Day, ...]
+    itl_p95_us: float | None
+
+
+class NodeHeat(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's heat; peaks in thousandths of a degree."""
+
+    node: str
+    peak_package_mc: int | None
+    peak_pcore_mc: int | None
+    throttle_events: int
+    throttled_share: float | None
+
+
+class Thermal(msgspec.Struct, frozen=True, kw_only=True):
+    """Heat of the rack and what to do about the room."""
+
+    nodes: tuple[NodeHeat, ...]
+    advice: str
+
+
+class Swaps(msgspec.Struct, frozen=True, kw_only=True):
+    """Hot swaps of the month."""
+
+    flipped: int
+    failed: int
+    longest_s: float | None
+
+
+class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
+    """``kind`` is placement, capacity, retirement or operations."""
+
+    kind: str
+    text: str
+    because: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The month. ``covered`` is the share of node time, since each node's first report, that telemetry covers."""
+
+    rack: str
+    period: str
+    timezone: str
+    empty: bool
+    headline: str
+    covered: float | None
+    batches: int
+    volume: Volume
+    thermal: Thermal
+    evictions: eviction.EvictionReport
+    distribution: placement.PlacementReport
+    cost: cost.CostReport
+    uptime: uptime.Uptime
+    swaps: Swaps
+    recommendations: tuple[Recommendation, ...]
+
+
+def compose(window: Window, config: AggregatorConfig, now_ms: int) -> Report:
+    """The report of one month up to ``now_ms``."""
+    volume = _volume(window)
+    heat = _thermal(window)
+    money = cost.compute(window, config)
+    map_ = placement.propose(window)
+    up = uptime.uptime(window, now_ms)
+    evicted = eviction.report(window)
+    known = sum(n.up_s + n.down_s for n in up.nodes)
+    total = known + sum(n.unknown_s for n in up.nodes)
+    return Report(
+        rack=config.rack,
+        period=window.span.name,
+        timezone=window.span.timezone,
+        empty=not window.batches,
+        headline=_headline(window, volume, up, money),
+        covered=known / total if total else None,
+        batches=len(window.batches),
+        volume=volume,
+        thermal=heat,
+        evictions=evicted,
+        distribution=map_,
+        cost=money,
+        uptime=up,
+        swaps=_swaps(window),
+        recommendations=tuple(_recommendations(window, heat, map_, money, up, evicted)),
+    )
+
+
+def _headline(window: Window, volume: Volume, up: uptime.Uptime, money: cost.CostReport) -> str:
+    if not window.batches:
+        return f"No node reported anything in {window.span.name}."
+    answered = f"The rack answered {volume.requests:,} requests with {volume.completion_tok:,} tokens"
+    share = up.request_share
+    kept = f", {share:.2%} of those it should have" if share is not None else ""
+    price = f", at {money.average_per_m:,.2f} {money.currency} per million tokens" if money.average_per_m else ""
+    return f"{answered}{kept}{price}."
+
+
+def _volume(window: Window) -> Volume:
+    served = list(window.of(Served))
+    models = rollup.by_model(served)
+    outcomes = {o: sum(r.requests for _, r in served if r.outcome == o) for o in ("failed", "refused", "cancelled")}
+    return Volume(
+        requests=sum(m.requests for m in models.values()),
+        failed=outcomes["failed"],
+        refused=outcomes["refused"],
+        cancelled=outcomes["cancelled"],
+        prompt_tok=sum(m.prompt_tok for m in models.values()),
+        completion_tok=sum(m.completion_tok for m in models.values()),
+        models=tuple(
+            ModelVolume(
+                model=name,
+                requests=m.requests,
+                prompt_tok=m.prompt_tok,
+                cached_tok=m.cached_tok,
+                completion_tok=m.completion_tok,
+                ttft_p50_us=m.ttft.quantile(0.5),
+                ttft_p95_us=m.ttft.quantile(0.95),
+                itl_p95_us=m.itl.quantile(0.95),
+            )
+            for name, m in models.items()
+        ),
+        days=tuple(_days(window)),
+        itl_p95_us=merged(r.itl_us for _, r in served if r.outcome == "ok").quantile(0.95),
+    )
+
+
+def _days(window: Window) -> list[Day]:
+    zone = ZoneInfo(window.span.timezone)
+    first = datetime.fromtimestamp(window.span.since_ms / 1000, zone).date()
+    length = round((window.span.until_ms - window.span.since_ms) / DAY_MS)
+    sums = {(first + timedelta(days=n)).isoformat(): [0, 0] for n in range(length)}
+    for meta, record in window.of(Served):
+        day = datetime.fromtimestamp(meta.t_end_ms / 1000, zone).date().isoformat()
+        if record.outcome == "ok" and day in sums:
+            sums[day][0] += record.requests
+            sums[day][1] += record.prompt_tok + record.completion_tok
+    return [Day(date=day, requests=requests, tokens=tokens) for day, (requests, tokens) in sums.items()]
+
+
+def _thermal(window: Window) -> Thermal:
+    nodes = tuple(_heat(window, node) for node in window.nodes)
+    return Thermal(nodes=nodes, advice=_ambient(nodes))
+
+
+def _heat(window: Window, node: str) -> NodeHeat:
+    hosts = [r for m, r in window.of(HostSample) if m.node == node]
+    known = sum(h.thermal_known_us for h in hosts)
+    return NodeHeat(
+        node=node,
+        peak_package_mc=max((h.package_temp_mc for h in hosts if h.package_temp_mc is not None), default=None),
+        peak_pcore_mc=max((h.pcore_temp_mc for h in hosts if h.pcore_temp_mc is not None), default=None),
+        throttle_events=sum(m.node == node for m, _ in window.of(ThrottleEvent)),
+        throttled_share=sum(h.throttled_us for h in hosts) / known if known else None,
+    )
+
+
+def _ambient(nodes: Sequence[NodeHeat]) -> str:
+    hot = [n.node for n in nodes if max(n.peak_package_mc or 0, n.peak_pcore_mc or 0) >= HOT_MC]
+    throttled = [n.node for n in nodes if (n.throttled_share or 0) > THROTTLED_TARGET]
+    if throttled:
+        return f"Give {', '.join(throttled)} more air or cooler intake: heat slowed them for over 1 % of the time."
+    if hot:
+        return f"{', '.join(hot)} came to 95 °C or more without losing speed; leave no less air than there is."
+    if any(n.peak_package_mc is not None or n.throttled_share is not None for n in nodes):
+        return "Nothing to change: no node was slowed by heat."
+    return "No data: no node could read a temperature or a pressure level."
+
+
+def _swaps(window: Window) -> Swaps:
+    swaps = [r for _, r in window.of(SwapFinished)]
+    return Swaps(
+        flipped=sum(s.outcome == "flipped" for s in swaps),
+        failed=sum(s.outcome == "failed" for s in swaps),
+        longest_s=max((s.window_us / 1e6 for s in swaps), default=None),
+    )
+
+
+def _recommendations(
+    window: Window,
+    heat: Thermal,
+    map_: placement.PlacementReport,
+    money: cost.CostReport,
+    up: uptime.Uptime,
+    evicted: eviction.EvictionReport,
+) -> list[Recommendation]:
+    found = [
+        Recommendation(kind="placement", text=f"{m.action} {m.model} on {m.node}", because=m.reason) for m in map_.moves
+    ]
+    found += [Recommendation(kind="placement", text=note, because="prompt-cache hits") for note in map_.notes]
+    found += [
+        Recommendation(
+            kind="capacity",
+            text=f"add memory or a node for {row.model}",
+            because=f"evicted {row.evictions} times from {row.node}: {row.hint}",
+        )
+        for row in evicted.rows
+        if row.verdict == "placement" and row.evictions > 1
+    ]
+    if len(map_.nodes) > 1:
+        found += [
+            Recommendation(
+                kind="retirement",
+                text=f"{n.node} may be given another task",
+                because=f"its models worked {n.busy_share:.1%} of the time it reported",
+            )
+            for n in map_.nodes
+            if n.busy_share is not None and n.busy_share < IDLE_NODE and _reported_days(window, n.node) >= 7
+        ]
+    found += [
+        Recommendation(kind="operations", text=f"look into {i.scope} on {i.node}", because=f"{i.cause}; {i.fix}")
+        for i in up.incidents
+        if i.end_ms is None
+    ]
+    found += [
+        Recommendation(kind="operations", text=f"find out why {n.node} is down so often", because=f"up {n.share:.2%}")
+        for n in up.nodes
+        if n.share is not None and n.share < UPTIME_TARGET
+    ]
+    found += [
+        Recommendation(kind="operations", text=f"cost of {m.model}", because=m.flag) for m in money.models if m.flag
+    ]
+    if heat.advice.startswith("Give"):
+        found.append(Recommendation(kind="operations", text=heat.advice, because="thermal telemetry"))
+    return found
+
+
+def _reported_days(window: Window, node: str) -> float:
+    return seconds(window.reported(node)) / 86_400

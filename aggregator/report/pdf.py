@@ -1,0 +1,374 @@
+"""The executive PDF: a sentence, four figures, then the evidence. Vector shapes only; equal reports, equal bytes."""
+
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from xml.sax.saxutils import escape
+from zoneinfo import ZoneInfo
+
+from reportlab.graphics.shapes import Drawing, Line, Rect, String
+from reportlab.lib import colors
+from reportlab.lib.pagesizes import A4
+from reportlab.lib.styles import ParagraphStyle
+from reportlab.lib.units import mm
+from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+
+from aggregator.report import wording
+from aggregator.report.contents import ITL_TARGET_US, UPTIME_TARGET, Report
+
+INK, SOFT, FAINT, LINE = (colors.HexColor(c) for c in ("#1B2733", "#5B6B7A", "#F3F6F9", "#D5DDE5"))
+BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E"))
+MARGIN = 18 * mm
+WIDTH = A4[0] - 2 * MARGIN
+REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
+
+
+def _style(name: str, size: float, **more: Any) -> ParagraphStyle:
+    values: dict[str, Any] = {"fontName": REGULAR, "fontSize": size, "leading": size * 1.35, "textColor": INK, **more}
+    return ParagraphStyle(name, **values)
+
+
+BODY = _style("body", 9.5)
+SMALL = _style("small", 8, textColor=SOFT)
+CELL = _style("cell", 8)
+NUMBER = _style("number", 8, alignment=2)
+HEAD = _style("head", 7.5, textColor=SOFT, fontName=BOLD)
+HEAD_RIGHT = _style("headright", 7.5, textColor=SOFT, fontName=BOLD, alignment=2)
+TITLE = _style("title", 10, textColor=SOFT)
+HEADLINE = _style("headline", 17, fontName=BOLD, leading=22, spaceAfter=4)
+SECTION = _style("section", 12.5, fontName=BOLD, spaceBefore=14, spaceAfter=5)
+
+
+def render(report: Report) -> bytes:
+    """The PDF's bytes."""
+    buffer = io.BytesIO()
+    document = SimpleDocTemplate(
+        buffer,
+        pagesize=A4,
+        leftMargin=MARGIN,
+        rightMargin=MARGIN,
+        topMargin=16 * mm,
+        bottomMargin=18 * mm,
+        title=f"Rack {report.rack}, {report.period}",
+        author="mlxrack",
+        subject="Monthly report",
+        lang="en",
+        invariant=1,
+    )
+    story = [*_front(report), *_volume(report), *_thermal(report), *_evictions(report), *_distribution(report)]
+    story += [*_cost(report), *_uptime(report), *_recommendations(report), *_method(report)]
+    footer = _footer(report)
+    document.build(story, onFirstPage=footer, onLaterPages=footer)
+    return buffer.getvalue()
+
+
+def _front(report: Report) -> list[Any]:
+    return [
+        _p(f"Rack {report.rack} · {report.period} · times in {report.timezone}", TITLE),
+        Spacer(1, 4),
+        _p(report.headline, HEADLINE),
+        Spacer(1, 6),
+        _cards(report),
+        Spacer(1, 4),
+    ]
+
+
+def _cards(report: Report) -> Table:
+    up = report.uptime.request_share
+    itl = report.volume.itl_p95_us
+    price = report.cost.average_per_m
+    cards = [
+        ("Requests answered", wording.count(report.volume.requests) if not report.empty else wording.NO_DATA, "", None),
+        ("Availability", wording.share(up, 2), "target 99.90 %", None if up is None else up >= UPTIME_TARGET),
+        ("Token gap, p95", wording.ms(itl), "target 100 ms", None if itl is None else itl <= ITL_TARGET_US),
+        ("Cost per M tokens", wording.money(price, report.cost.currency), "all node time included", None),
+    ]
+    cells = [
+        [
+            _p(name, SMALL),
+            _p(value, _style(f"kpi{n}", 15, fontName=BOLD, leading=20, textColor=_verdict(good))),
+            _p(note or " ", SMALL),
+        ]
+        for n, (name, value, note, good) in enumerate(cards)
+    ]
+    table = Table([cells], colWidths=[WIDTH / 4] * 4)
+    table.setStyle(
+        TableStyle(
+            [
+                ("BACKGROUND", (0, 0), (-1, -1), FAINT),
+                ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white),
+                ("LEFTPADDING", (0, 0), (-1, -1), 8),
+                ("TOPPADDING", (0, 0), (-1, -1), 7),
+                ("BOTTOMPADDING", (0, 0), (-1, -1), 8),
+                ("VALIGN", (0, 0), (-1, -1), "TOP"),
+            ]
+        )
+    )
+    return table
+
+
+def _verdict(good: bool | None) -> Any:
+    return INK if good is None else (GOOD if good else BAD)
+
+
+def _volume(report: Report) -> list[Any]:
+    v = report.volume
+    if not v.models:
+        return _section("1. Inference volume", [_p("No data: no request was answered in this month.", BODY)])
+    rows = [
+        (
+            m.model,
+            wording.count(m.requests),
+            wording.count(m.prompt_tok),
+            wording.share(m.cached_tok / m.prompt_tok if m.prompt_tok else None),
+            wording.count(m.completion_tok),
+            wording.ms(m.ttft_p50_us),
+            wording.ms(m.ttft_p95_us),
+            wording.ms(m.itl_p95_us),
+        )
+        for m in v.models
+    ]
+    head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "First token p50", "p95", "Token gap p95")
+    text = (
+        f"{wording.count(v.requests)} requests were answered; {wording.count(v.failed)} failed, "
+        f"{wording.count(v.refused)} were refused and {wording.count(v.cancelled)} were given up by their callers."
+    )
+    chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
+    return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])
+
+
+def _bars(days: Sequence[Any]) -> Drawing:
+    height, base = 62.0, 12.0
+    drawing = Drawing(WIDTH, height + base)
+    most = max((d.tokens for d in days), default=0)
+    step = WIDTH / max(1, len(days))
+    drawing.add(Line(0, base, WIDTH, base, strokeColor=LINE, strokeWidth=0.6))
+    for n, day in enumerate(days):
+        tall = (height - 12) * day.tokens / most if most else 0
+        drawing.add(Rect(n * step + 1, base, step - 2, tall, fillColor=BLUE, strokeColor=None))
+        if day.tokens == most and most:
+            at = min(max(n * step + step / 2, 30), WIDTH - 30)
+            label = String(at, base + tall + 2, f"{most:,}", fontName=REGULAR, fontSize=7, fillColor=SOFT)
+            label.textAnchor = "middle"
+            drawing.add(label)
+        if n % 5 == 0 or n == len(days) - 1:
+            tick = String(n * step + step / 2, 2, day.date[8:], fontName=REGULAR, fontSize=7, fillColor=SOFT)
+            tick.textAnchor = "middle"
+            drawing.add(tick)
+    return drawing
+
+
+def _thermal(report: Report) -> list[Any]:
+    t = report.thermal
+    rows = [
+        (
+            n.node,
+            wording.celsius(n.peak_package_mc),
+            wording.celsius(n.peak_pcore_mc),
+            wording.count(n.throttle_events),
+            wording.share(n.throttled_share),
+        )
+        for n in t.nodes
+    ]
+    head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Throttled time")
+    body = [_p(t.advice, BODY), Spacer(1, 4)]
+    return _section("2. Heat", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
+
+
+def _evictions(report: Report) -> list[Any]:
+    e = report.evictions
+    if not e.rows:
+        text = "No data." if report.empty else "No model had to leave memory."
+        return _section("3. Evictions", [_p(text, BODY)])
+    rows = [
+        (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), r.verdict, r.hint)
+        for r in e.rows
+    ]
+    head = ("Node", "Model", "Times", "Requests, hour before", "Verdict", "What it means")
+    widths = (0.13, 0.19, 0.07, 0.12, 0.11, 0.38)
+    return _section("3. Evictions", [_table(head, rows, widths=widths, left=2, text_from=4)])
+
+
+def _distribution(report: Report) -> list[Any]:
+    d = report.distribution
+    if not d.nodes:
+        return _section("4. Where the models stand", [_p("No data.", BODY)])
+    verdict = "Rebalance: yes, see the recommendations." if d.rebalance else "Rebalance: no."
+    return _section("4. Where the models stand", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
+
+
+def _map(report: Report) -> Table:
+    """Nodes as rows, models as bars of the memory they hold."""
+    d = report.distribution
+    rows = []
+    for node in d.nodes:
+        placed = [p for p in d.placed if p.node == node.node]
+        names = ", ".join(f"{p.model} ({wording.gb(p.need_bytes)})" for p in placed) or "nothing"
+        held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
+        bar = _meter(node.held_bytes / node.budget_bytes if node.budget_bytes else 0.0)
+        rows.append(
+            [_p(node.node, CELL), _p(names, CELL), bar, _p(held, CELL), _p(wording.share(node.busy_share), NUMBER)]
+        )
+    head = [_p(h, HEAD) for h in ("Node", "Models in memory", "Memory", "")] + [_p("Busy", HEAD_RIGHT)]
+    return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
+
+
+def _meter(full: float) -> Drawing:
+    drawing = Drawing(WIDTH * 0.18, 8)
+    drawing.add(Rect(0, 1, WIDTH * 0.18, 6, fillColor=LINE, strokeColor=None))
+    colour = BLUE if full <= 0.9 else BAD
+    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, full), 6, fillColor=colour, strokeColor=None))
+    return drawing
+
+
+def _cost(report: Report) -> list[Any]:
+    c = report.cost
+    if not c.models:
+        return _section("5. Cost", [_p("No data.", BODY)])
+    rows = [
+        (
+            m.model,
+            wording.money(m.loaded, c.currency),
+            wording.money(m.direct_per_m, c.currency),
+            wording.money(m.loaded_per_m, c.currency),
+            m.api or wording.NO_DATA,
+            wording.money(m.api_cost, c.currency),
+            wording.money(m.saving, c.currency),
+        )
+        for m in c.models
+    ]
+    head = ("Model", "Cost", "per M, busy time", "per M, all time", "API compared", "API cost", "Saving")
+    if c.priced:
+        text = (
+            f"The nodes cost {wording.money(c.total, c.currency)} over the time they reported, of which "
+            f"{wording.money(c.idle, c.currency)} was idle; the weighted average is "
+            f"{wording.money(c.average_per_m, c.currency)} per million tokens. A negative saving means that the API "
+            "would have been cheaper."
+        )
+    else:
+        text = "No node has a price in the configuration, so costs are missing."
+    return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1)])
+
+
+def _uptime(report: Report) -> list[Any]:
+    u = report.uptime
+    if not u.nodes:
+        return _section("6. Uptime", [_p("No data.", BODY)])
+    text = (
+        f"{wording.share(u.request_share, 3)} of {wording.count(u.requests_ok + u.requests_bad)} requests were "
+        "answered. "
+        f"{report.swaps.flipped} model swaps succeeded and {report.swaps.failed} failed; the longest took "
+        f"{wording.span(report.swaps.longest_s)}."
+    )
+    rows = [
+        (n.node, wording.share(n.share, 2), wording.span(n.up_s), wording.span(n.down_s), wording.span(n.unknown_s))
+        for n in u.nodes
+    ]
+    nodes = _table(("Node", "Uptime", "Reported up", "Down", "Unknown"), rows, wide=0, left=1)
+    return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
+
+
+def _incidents(report: Report) -> list[Any]:
+    incidents = report.uptime.incidents
+    if not incidents:
+        return [_p("No incident.", BODY)]
+    zone = ZoneInfo(report.timezone)
+
+    def moment(t_ms: int) -> str:
+        return datetime.fromtimestamp(t_ms / 1000, zone).strftime("%m-%d %H:%M:%S")
+
+    rows = [
+        (
+            moment(i.start_ms),
+            wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "still",
+            i.node,
+            i.scope,
+            i.cause,
+            i.fix,
+        )
+        for i in incidents[:40]
+    ]
+    more = [_p(f"and {len(incidents) - 40} more in report.json", SMALL)] if len(incidents) > 40 else []
+    widths = (0.14, 0.08, 0.12, 0.16, 0.26, 0.24)
+    return [_table(("When", "Lasted", "Node", "What", "Cause", "Fix"), rows, widths=widths, left=6), *more]
+
+
+def _recommendations(report: Report) -> list[Any]:
+    if not report.recommendations:
+        text = "No data." if report.empty else "Nothing to change."
+        return _section("7. Recommendations", [_p(text, BODY)])
+    rows = [(r.kind, r.text, r.because) for r in report.recommendations[:30]]
+    table = _table(("Kind", "What to do", "Because"), rows, widths=(0.14, 0.38, 0.48), left=3)
+    return _section("7. Recommendations", [table])
+
+
+def _method(report: Report) -> list[Any]:
+    text = (
+        f"From {wording.count(report.batches)} telemetry batches; they cover {wording.share(report.covered)} of the "
+        "nodes' time since their first report. Percentiles are within 1.1 % of the exact ones. Tokens and requests are "
+        "counted once, at the node that answered the client. A gap in telemetry counts as unknown, never as up. Costs "
+        "divide each node's cost by the seconds its models worked; the rest is idle."
+    )
+    return [Spacer(1, 12), KeepTogether([_p("How these figures were made", HEAD), _p(text, SMALL)])]
+
+
+def _section(title: str, body: list[Any]) -> list[Any]:
+    return [KeepTogether([_p(title, SECTION), *body[:3]]), *body[3:]]
+
+
+def _table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    wide: int | None = None,
+    widths: Sequence[float] | None = None,
+    left: int = 1,
+    text_from: int | None = None,
+) -> Table:
+    """A quiet table. The first ``left`` columns, and those from ``text_from`` on, are text; the others are numbers."""
+    columns = len(head)
+    if widths is None:
+        rest = (1 - 0.26) / (columns - 1)
+        widths = [0.26 if n == wide else rest for n in range(columns)]
+
+    def is_text(n: int) -> bool:
+        return n < left or (text_from is not None and n >= text_from)
+
+    cells = [[_p(h, HEAD if is_text(n) else HEAD_RIGHT) for n, h in enumerate(head)]]
+    cells += [[_p(value, CELL if is_text(n) else NUMBER) for n, value in enumerate(row)] for row in rows]
+    return _styled(Table(cells, colWidths=[WIDTH * w for w in widths], repeatRows=1))
+
+
+def _styled(table: Table) -> Table:
+    table.setStyle(
+        TableStyle(
+            [
+                ("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE),
+                ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE),
+                ("VALIGN", (0, 0), (-1, -1), "MIDDLE"),
+                ("TOPPADDING", (0, 0), (-1, -1), 3),
+                ("BOTTOMPADDING", (0, 0), (-1, -1), 3.5),
+                ("LEFTPADDING", (0, 0), (-1, -1), 3),
+                ("RIGHTPADDING", (0, 0), (-1, -1), 3),
+            ]
+        )
+    )
+    return table
+
+
+def _footer(report: Report) -> Any:
+    def draw(canvas: Any, document: Any) -> None:
+        canvas.saveState()
+        canvas.setFont(REGULAR, 7.5)
+        canvas.setFillColor(SOFT)
+        canvas.drawString(MARGIN, 10 * mm, f"mlxrack · rack {report.rack} · {report.period}")
+        canvas.drawRightString(A4[0] - MARGIN, 10 * mm, f"page {document.page}")
+        canvas.restoreState()
+
+    return draw
+
+
+def _p(text: str, style: ParagraphStyle) -> Paragraph:
+    """A paragraph; long words may break anywhere, because model names hold no spaces."""
+    return Paragraph(escape(text), style.clone(f"{style.name}-w", splitLongWords=1))

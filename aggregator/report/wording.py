@@ -1,0 +1,49 @@
+"""Figures as people read them; absent is "no data"."""
+
+from decimal import Decimal
+
+NO_DATA = "no data"
+
+
+def count(value: int | None) -> str:
+    """1,234"""
+    return NO_DATA if value is None else f"{value:,}"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """12.3 %"""
+    return NO_DATA if value is None else f"{value * 100:.{digits}f} %"
+
+
+def ms(value_us: float | None) -> str:
+    """Microseconds as 12 ms or 1.25 s."""
+    if value_us is None:
+        return NO_DATA
+    return f"{value_us / 1e6:.2f} s" if value_us >= 1e6 else f"{value_us / 1e3:.0f} ms"
+
+
+def gb(value: int | None) -> str:
+    """Bytes as 1.2 GB."""
+    return NO_DATA if value is None else f"{value / 1e9:.1f} GB"
+
+
+def celsius(value_mc: int | None) -> str:
+    """Thousandths of a degree as 61.5 °C."""
+    return NO_DATA if value_mc is None else f"{value_mc / 1000:.1f} °C"
+
+
+def money(value: Decimal | None, currency: str) -> str:
+    """12.34 USD, with more digits below one."""
+    if value is None:
+        return NO_DATA
+    digits = 2 if abs(value) >= 1 or value == 0 else 4
+    return f"{value:,.{digits}f} {currency}"
+
+
+def span(value_s: float | None) -> str:
+    """Seconds as 12 s, 5.0 min or 2.5 h."""
+    if value_s is None:
+        return NO_DATA
+    if value_s < 120:
+        return f"{value_s:.0f} s"
+    return f"{value_s / 60:.1f} min" if value_s < 7200 else f"{value_s / 3600:.1f} h"
