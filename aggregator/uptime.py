@@ -1,6 +1,7 @@
 """When nodes served, when they did not, and when nobody knows. A gap in telemetry is unknown, never up. Pure."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 

@@ -46,8 +46,9 @@ def render(report: Report) -> bytes:
     document = SimpleDocTemplate(
         buffer,
         pagesize=A4,
-        leftMargin=MARGIN,
-        rightMargin=MARGIN,
+        # the frame adds 6 points of its own on each side
+        leftMargin=MARGIN - 6,
+        rightMargin=MARGIN - 6,
         topMargin=16 * mm,
         bottomMargin=18 * mm,
         title=f"Rack {report.rack}, {report.period}",
@@ -131,8 +132,8 @@ def _volume(report: Report) -> list[Any]:
     ]
     head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "First token p50", "p95", "Token gap p95")
     text = (
-        f"{wording.count(v.requests)} requests were answered; {wording.count(v.failed)} failed, "
-        f"{wording.count(v.refused)} were refused and {wording.count(v.cancelled)} were given up by their callers."
+        f"Answered: {wording.count(v.requests)}; failed: {wording.count(v.failed)}; refused: "
+        f"{wording.count(v.refused)}; given up by their callers: {wording.count(v.cancelled)}."
     )
     chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
     return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])

@@ -33,10 +33,11 @@ def celsius(value_mc: int | None) -> str:
 
 
 def money(value: Decimal | None, currency: str) -> str:
-    """12.34 USD, with more digits below one."""
+    """12.34 USD, with four digits below one and six below a thousandth."""
     if value is None:
         return NO_DATA
-    digits = 2 if abs(value) >= 1 or value == 0 else 4
+    size = abs(value)
+    digits = 2 if size >= 1 or size == 0 else (4 if size >= Decimal("0.001") else 6)
     return f"{value:,.{digits}f} {currency}"
 
 

@@ -1,0 +1,49 @@
+# mlxrack: `make demo` and `make test` do all of their own set-up. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo run test check lint types arch dist clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+setup: $(STAMP) ## the virtual environment with every dependency, pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("mlxrack needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[agent,aggregator,dev]'
+	@touch $(STAMP)
+
+model: $(STAMP) ## the demo's models in the user's cache (93 MB download, once)
+	@$(BIN)/python -m scripts.fetch_demo_model
+
+demo: $(STAMP) model ## a rack of three nodes on this machine: serve, swap, evict, kill, outage, reports
+	@$(BIN)/python -m scripts.demo
+
+run: $(STAMP) model ## one agent on the demo model, until Ctrl-C
+	@$(BIN)/python -m scripts.run_one
+
+test: $(STAMP) model ## every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+arch: $(STAMP) ## the import contracts
+	$(BIN)/lint-imports --no-logo
+
+check: lint types arch test ## what CI runs
+
+dist: $(STAMP) ## a wheel in dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean: ## remove what was built
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .import_linter_cache
