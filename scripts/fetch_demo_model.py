@@ -91,7 +91,8 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Float32 tensors under mlx-lm's names, and the file's metadata."""
     import mlx.core as mx
 
-    raw, metadata = mx.load(str(gguf), return_metadata=True)
+    loaded: Any = mx.load(str(gguf), return_metadata=True)
+    raw, metadata = loaded
     weights = {}
     for name in sorted(n for n in raw if n.endswith(".weight")):
         stem = name.removesuffix(".weight")

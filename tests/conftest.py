@@ -1,0 +1,41 @@
+"""What every test may use: blocking calls in the event loop fail, and a tiny real model lies ready."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+
+from scripts.seaweed import SeaweedFS
+from tests.tiny_model import write_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+    """A call that blocks inside our code while the event loop runs raises."""
+    if not inspect.iscoroutinefunction(request.function):
+        yield None
+        return
+    with blockbuster_ctx("agent") as buster:
+        yield buster
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight llama: 2 layers, 64 wide, byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A real S3 server for the whole run."""
+    node = {
+        "name": "n1",
+        "credentials": [{"accessKey": "n1", "secretKey": "n1secretn1secret"}],
+        "actions": ["Write:scoped/raw/v1/node=n1/*", "Read:scoped/raw/v1/node=n1/*"],
+    }
+    with SeaweedFS(tmp_path_factory.mktemp("seaweed"), [node]) as server:
+        yield server

@@ -1,0 +1,106 @@
+"""Batches and segments: what goes in comes out, and nothing else comes out."""
+
+import msgpack
+import msgspec
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.batch import Batch, decode, encode, seal, unseal
+from shared.errors import Refused
+from shared.records import RECORD_TYPES, PeerDown, prompt_bucket
+from tests.builders import batch, engine, host, resident, served
+
+
+def test_a_batch_comes_back() -> None:
+    one = batch([served(), engine(), resident(), host(), PeerDown(t_ms=1, peer="n2", last_seen_ms=0)])
+    assert one == decode(encode(one))
+    assert [one, one] == unseal(seal([one, one]))
+
+
+def test_equal_batches_give_equal_bytes() -> None:
+    assert seal([batch([served()])]) == seal([batch([served()])])
+
+
+def test_an_unknown_kind_of_record_is_counted_and_left_out() -> None:
+    tree = msgspec.to_builtins(batch([served()]))
+    tree["records"] = [*tree["records"], {"kind": "from_the_future", "x": 1}]
+    read = decode(msgpack.packb(tree))
+    assert (1, 1) == (len(read.records), read.unknown_records)
+
+
+def test_new_fields_of_a_newer_agent_are_ignored() -> None:
+    tree = {**msgspec.to_builtins(batch()), "new_field": [1, 2]}
+    assert batch() == decode(msgpack.packb(tree))
+
+
+def test_a_batch_of_the_first_schema_still_decodes() -> None:
+    """Written out by hand: what agents of 0.1 send must be read for ever."""
+    tree = {
+        "v": 1,
+        "rack": "r",
+        "node": "n1",
+        "incarnation": 1,
+        "epoch": 2,
+        "seq": 3,
+        "t_start_ms": 1,
+        "t_end_ms": 2,
+        "records": [
+            {"kind": "served", "model": "m", "requests": 1, "ttft_us": {"count": 1, "sum": 8, "idx": [95], "cnt": [1]}},
+            {"kind": "peer_up", "t_ms": 5, "peer": "n2", "down_us": 7},
+        ],
+    }
+    read = decode(msgpack.packb(tree))
+    assert ("n1", 1, 2, 3) == read.id
+    assert 2 == len(read.records)
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"", "0 batches"),
+        (b"\xc1", "not MessagePack"),
+        (msgpack.packb([1, 2]), "a list where a map"),
+        (msgpack.packb({"v": 99}), "schema version 99"),
+        (msgpack.packb({"v": 1}), "missing required field"),
+        (encode(batch([served()]))[:-3], "cut off|batches"),
+        (msgpack.packb({**msgspec.to_builtins(batch()), "seq": "x"}), "Expected `int`"),
+    ],
+)
+def test_anything_else_is_refused(raw: bytes, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        decode(raw)
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [b"", b"hello", seal([batch()])[:-4], zstandard.compress(b""), zstandard.compress(b"\x00" * (65 << 20))],
+    ids=["empty", "text", "truncated", "no batch", "bomb"],
+)
+def test_a_bad_segment_is_refused(segment: bytes) -> None:
+    with pytest.raises(Refused):
+        unseal(segment)
+
+
+@given(st.binary(max_size=400))
+def test_no_bytes_get_past_the_reader(raw: bytes) -> None:
+    for read in (decode, unseal):
+        with pytest.raises(Refused):
+            read(raw)
+
+
+def test_every_record_fits_its_union() -> None:
+    assert 13 == len(RECORD_TYPES)
+    for kind in RECORD_TYPES.values():
+        assert kind.__struct_config__.frozen
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(1, 1_000), (1_000, 1_000), (1_001, 8_000), (10**9, 1_000_000)])
+def test_prompt_buckets(tokens: int, bucket: int) -> None:
+    assert bucket == prompt_bucket(tokens)
+
+
+def test_batch_id_is_what_duplicates_share() -> None:
+    assert batch(minute=3).id == batch([served()], minute=3).id
+    assert isinstance(batch(), Batch)

@@ -1,0 +1,51 @@
+"""Keys both ways: one name for one place, and the order in which they were written."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import keys
+from shared.errors import Refused
+from shared.ids import NodeId
+
+numbers = st.integers(min_value=0, max_value=10**9)
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
+
+
+@given(names, st.integers(0, 9999), st.integers(0, 10**8 - 1), numbers, numbers)
+def test_a_key_comes_back(node: str, incarnation: int, epoch: int, first: int, more: int) -> None:
+    raw = keys.RawKey(NodeId(node), incarnation, epoch, first, first + more)
+    assert raw == keys.parse_batch_key(keys.batch_key(raw))
+
+
+@given(
+    st.tuples(st.integers(0, 9999), numbers.filter(lambda n: n < 10**8), numbers),
+    st.tuples(st.integers(0, 9999), numbers.filter(lambda n: n < 10**8), numbers),
+)
+def test_keys_sort_as_they_were_written(a: tuple[int, int, int], b: tuple[int, int, int]) -> None:
+    def key(t: tuple[int, int, int]) -> str:
+        return keys.batch_key(keys.RawKey(NodeId("n"), t[0], t[1], t[2], t[2]))
+
+    assert (a < b) == (key(a) < key(b))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "raw/v1/node=n1/hello.txt",
+        "raw/v1/node=n1/i1/e00000001/0000000001-0000000001.mpz",
+        "raw/v1/node=n1/i0001/e00000001/0000000002-0000000001.mpz",
+        "raw/v1/node=../i0001/e00000001/0000000001-0000000001.mpz",
+        "raw/v1/node=n1/i00001/e00000001/0000000001-0000000001.mpz",
+        "",
+    ],
+)
+def test_a_foreign_key_is_refused(key: str) -> None:
+    with pytest.raises(Refused):
+        keys.parse_batch_key(key)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a/b", "a b", "ä", "x" * 64])
+def test_a_name_that_cannot_stand_in_a_key_is_refused(name: str) -> None:
+    with pytest.raises(Refused, match="use 1 to 63"):
+        keys.check_name(name, "node id")

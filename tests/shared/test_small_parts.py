@@ -1,0 +1,90 @@
+"""Secrets, backoff, catalog and logs."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import catalog, logs, secrets
+from shared.backoff import full_jitter_s
+from shared.catalog import Manifest, ModelFile, ModelShape
+from shared.errors import Halt, Refused
+
+
+def test_secrets_are_resolved_by_reference(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("from-file\nsecond line\n")
+    file.chmod(0o600)
+    assert "v" == secrets.resolve("env:NAME", {"NAME": "v"})
+    assert "from-file" == secrets.resolve(f"file:{file}", {})
+
+
+def test_a_secret_that_cannot_be_had_is_named_and_never_shown(tmp_path: Path) -> None:
+    open_file = tmp_path / "open"
+    open_file.write_text("topsecret")
+    open_file.chmod(0o644)
+    for reference, why in (
+        ("env:GONE", "is not set"),
+        (f"file:{tmp_path}/none", "cannot be read"),
+        (f"file:{open_file}", "others may read"),
+        ("topsecret", "a reference begins with"),
+        ("op://vault/item/field", "did not answer|no value"),
+    ):
+        with pytest.raises(Halt, match=why) as caught:
+            secrets.resolve(reference, {})
+        assert "topsecret" not in caught.value.message
+
+
+@given(st.integers(0, 200), st.floats(0, 1))
+def test_backoff_stays_under_its_cap(attempt: int, dice: float) -> None:
+    assert 0 <= full_jitter_s(attempt, dice) <= min(300.0, 2.0**attempt)
+
+
+def test_kv_bytes_of_known_models() -> None:
+    """Llama-3.1-8B: 128 KiB a token; SmolLM2-135M in float32: 46,080 bytes."""
+    assert 128 << 10 == catalog.kv_bytes_per_token(ModelShape(layers=32, kv_heads=8, head_dim=128))
+    assert 46_080 == catalog.kv_bytes_per_token(ModelShape(layers=30, kv_heads=3, head_dim=64, kv_bytes=4))
+
+
+def test_memory_is_planned_in_steps() -> None:
+    shape = ModelShape(layers=1, kv_heads=1, head_dim=1, kv_bytes=1)
+    assert catalog.need_bytes(0, shape, rows=1, context_tok=1) == catalog.need_bytes(0, shape, rows=1, context_tok=256)
+    assert catalog.need_bytes(0, shape, rows=1, context_tok=257) - catalog.PROCESS_OVERHEAD_BYTES == 2 * 512
+
+
+@pytest.mark.parametrize(("gib", "share"), [(16, 2 / 3), (35, 2 / 3), (36, 3 / 4), (64, 3 / 4)])
+def test_the_default_budget_is_metals_share(gib: int, share: float) -> None:
+    assert abs(catalog.default_budget_bytes(gib << 30) - (gib << 30) * share) < 2
+
+
+def test_a_version_names_exactly_these_bytes() -> None:
+    a, b = (ModelFile(name=n, size=1, sha256=n * 64) for n in "ab")
+    assert catalog.version_of(Manifest(files=(a, b))) == catalog.version_of(Manifest(files=(b, a)))
+    assert catalog.version_of(Manifest(files=(a, b))) != catalog.version_of(Manifest(files=(a,)))
+
+
+@pytest.mark.parametrize("config", [b"", b"[]", b"{}", b'{"num_hidden_layers": 0}', b'{"num_attention_heads": true}'])
+def test_a_shape_that_is_no_model_is_refused(config: bytes) -> None:
+    with pytest.raises(Refused, match=r"config\.json"):
+        catalog.parse_shape(config)
+
+
+def test_a_logged_exception_keeps_its_place_and_loses_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "agent.jsonl"
+    logs.configure(path)
+    try:
+        raise ValueError("the prompt was: MARKER")
+    except ValueError:
+        logs.get_logger("t").error("handler_failed", exc_info=True)
+        logging.getLogger("other").exception("library line")
+    finally:
+        logs.configure(None)
+    text = path.read_text()
+    entry = json.loads(text.splitlines()[0])
+    assert ("ValueError", "handler_failed", "error") == (entry["error"], entry["event"], entry["level"])
+    assert "test_small_parts.py" in entry["at"][-1]
+    assert "MARKER" not in text
+    assert 0o600 == path.stat().st_mode & 0o777
