@@ -147,7 +147,7 @@ def decode(raw: bytes) -> Frame:
     """Exactly one frame. Raises Refused."""
     try:
         return _decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"frame: {type(error).__name__}", code="bad_frame") from None
 
 

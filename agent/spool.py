@@ -54,6 +54,15 @@ class Spool:
         with _as_ours("open", folder):
             (folder / "bad").mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
+        try:
+            self._begin(node, rack, hardware)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begin(self, node: str, rack: str, hardware: str) -> None:
+        """A new epoch, remembered before its first batch."""
+        with _as_ours("open", self._folder):
             self._sweep()
             self.identity = self._identity(node, rack, hardware)
         self.first_run = self.identity.epoch == 0

@@ -1,0 +1,155 @@
+"""The OpenAI wire: what is taken, what is refused by name, and what comes back."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import openai
+from agent.openai import parse_request
+from shared.errors import Refused
+
+BASE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def parse(**more: Any) -> openai.ChatRequest:
+    return parse_request(json.dumps({**BASE, **more}).encode())
+
+
+def test_defaults() -> None:
+    request = parse()
+    assert (False, None, 1.0, 1.0, None, ()) == (
+        request.stream,
+        request.max_tokens,
+        request.temperature,
+        request.top_p,
+        request.seed,
+        request.stop,
+    )
+
+
+def test_everything_supported_is_taken() -> None:
+    request = parse(
+        stream=True,
+        stream_options={"include_usage": True},
+        max_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        seed=-3,
+        stop=["a", "b"],
+    )
+    assert (True, True, 5, 0.0, 0.5, -3, ("a", "b")) == (
+        request.stream,
+        request.include_usage,
+        request.max_tokens,
+        request.temperature,
+        request.top_p,
+        request.seed,
+        request.stop,
+    )
+
+
+def test_max_completion_tokens_goes_before_its_old_name() -> None:
+    assert 7 == parse(max_completion_tokens=7, max_tokens=9).max_tokens
+
+
+def test_text_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = parse(messages=[{"role": "developer", "content": "d"}, {"role": "user", "content": parts}])
+    assert [("system", "d"), ("user", "ab")] == [(m.role, m.content) for m in request.messages]
+
+
+@pytest.mark.parametrize("name", sorted(openai.ADVISORY))
+def test_advisory_fields_are_accepted(name: str) -> None:
+    assert parse(**{name: "x"}) == parse()
+
+
+@pytest.mark.parametrize(("name", "neutral"), [(n, v) for n, vs in openai.NEUTRAL.items() for v in (*vs, None)])
+def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: Any) -> None:
+    assert parse(**{name: neutral}) == parse()
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"wibble": 1}, "wibble"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": -1}, "top_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"model": 5}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": "x" * 300}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_a_wrong_field_is_named(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refused) as caught:
+        parse(**more)
+    assert param == caught.value.param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"null", b"\xff", b"[" * 100_000])
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(Refused) as caught:
+        parse_request(body)
+    assert "invalid_json" == caught.value.code
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12),
+        st.recursive(
+            st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=9),
+            lambda s: st.lists(s, max_size=3),
+            max_leaves=4,
+        ),
+        max_size=5,
+    )
+)
+def test_no_body_does_more_than_be_taken_or_refused(more: dict[str, Any]) -> None:
+    try:
+        parse(**more)
+    except Refused as error:
+        assert error.message
+
+
+def test_messages_never_quote_values() -> None:
+    with pytest.raises(Refused) as caught:
+        parse(messages=[{"role": "MARKER", "content": "MARKER"}], temperature="MARKER")
+    assert "MARKER" not in caught.value.message
+
+
+def test_shapes_that_clients_parse() -> None:
+    usage = openai.Usage(prompt_tok=3, cached_tok=1, completion_tok=2)
+    whole = openai.completion(
+        answer_id="i", created=1, model="m", fingerprint="f", text="t", finish="stop", usage=usage
+    )
+    assert 5 == whole["usage"]["total_tokens"]
+    assert 1 == whole["usage"]["prompt_tokens_details"]["cached_tokens"]
+    last = openai.usage_chunk(answer_id="i", created=1, model="m", fingerprint="f", usage=usage)
+    assert [] == last["choices"]
+    assert 2 == last["usage"]["completion_tokens"]

@@ -1,0 +1,272 @@
+"""Batches on disk and on their way: nothing lost, nothing twice, whatever breaks."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.pusher import Pusher
+from agent.spool import Spool
+from shared.batch import Batch, seal, unseal
+from shared.errors import AccessDenied, Halt, Refused, Retryable
+from shared.records import PeerDown
+from shared.store import Listed, ObjectStore, Stored, list_all
+from shared.store_dir import DirectoryStore
+
+
+_open: list[Spool] = []
+
+
+@pytest.fixture(autouse=True)
+def close_spools() -> Iterator[None]:
+    """No lock outlives its test."""
+    yield
+    while _open:
+        _open.pop()._lock.close()
+
+
+def opened(
+    folder: Path, *, node: str = "n1", hardware: str = "h", max_bytes: int = 10**9, max_age_s: float = 10**9
+) -> Spool:
+    spool = Spool(folder, node=node, rack="r", hardware=hardware, max_bytes=max_bytes, max_age_s=max_age_s)
+    _open.append(spool)
+    return spool
+
+
+def make(spool: Spool, records: tuple[PeerDown, ...] = ()) -> Batch:
+    seq = spool.next_seq()
+    return Batch(rack="r", node="n1", epoch=spool.epoch, seq=seq, t_start_ms=seq, t_end_ms=seq + 1, records=records)
+
+
+def fill(spool: Spool, count: int) -> None:
+    for _ in range(count):
+        spool.append(make(spool))
+
+
+class Flaky:
+    """A directory store that fails on command, before or after the write."""
+
+    def __init__(self, root: Path) -> None:
+        self.inner = DirectoryStore(root)
+        self.faults: list[Callable[[str, bytes], None]] = []
+
+    def put_if_absent(self, key: str, body: bytes) -> str:
+        if self.faults:
+            self.faults.pop(0)(key, body)
+        return self.inner.put_if_absent(key, body)
+
+    def put(self, key: str, body: bytes) -> str:
+        return self.inner.put(key, body)
+
+    def put_if_match(self, key: str, body: bytes, etag: str) -> str:
+        return self.inner.put_if_match(key, body, etag)
+
+    def get(self, key: str) -> Stored:
+        return self.inner.get(key)
+
+    def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
+        return self.inner.list_after(prefix, after, limit)
+
+    def delete(self, key: str) -> None:
+        self.inner.delete(key)
+
+
+def read_all(store: ObjectStore) -> list[tuple[int, int, int]]:
+    keys = [o.key for o in list_all(store, "raw/") if not o.key.endswith("/claim")]
+    return [(b.incarnation, b.epoch, b.seq) for key in keys for b in unseal(store.get(key).body)]
+
+
+def pusher(spool: Spool, store: ObjectStore, clock: Callable[[], float] = lambda: 0.0) -> Pusher:
+    return Pusher(spool, lambda: store, clock=clock, random_01=lambda: 0.5)
+
+
+def test_batches_are_sent_in_order_and_then_forgotten(tmp_path: Path) -> None:
+    spool, store = opened(tmp_path / "s"), DirectoryStore(tmp_path / "b")
+    fill(spool, 130)
+    assert 130 == pusher(spool, store).drain()
+    assert [(1, 1, n) for n in range(1, 131)] == read_all(store)
+    assert [] == spool.waiting()
+    assert 3 == len([o for o in list_all(store, "raw/") if o.key.endswith(".mpz")]), "60 batches a segment"
+
+
+def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
+    def away(key: str, body: bytes) -> None:
+        raise Retryable("the store is away")
+
+    now = [0.0]
+    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
+    one = pusher(spool, store, lambda: now[0])
+    fill(spool, 3)
+    store.faults = [away]
+    assert 0 == one.drain()
+    assert ("waiting", "the store is away", 3) == (one.state.state, one.state.reason, one.state.waiting_batches)
+    assert 0 == one.drain(), "nothing is tried before the backoff is over"
+    now[0] = 10.0
+    assert 3 == one.drain()
+    assert ("ok", "") == (one.state.state, one.state.reason)
+
+
+def test_refused_credentials_keep_everything(tmp_path: Path) -> None:
+    def denied(key: str, body: bytes) -> None:
+        raise AccessDenied("the store refuses our credentials")
+
+    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
+    fill(spool, 2)
+    store.faults = [denied]
+    one = pusher(spool, store)
+    one.drain()
+    assert ("refused", 2) == (one.state.state, one.state.waiting_batches)
+
+
+def test_an_answer_that_was_lost_is_recognised(tmp_path: Path) -> None:
+    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
+    one = pusher(spool, store)
+    fill(spool, 1)
+    one.drain()
+
+    def stored_but_no_answer(key: str, body: bytes) -> None:
+        store.inner.put_if_absent(key, body)
+        raise Retryable("cut off")
+
+    fill(spool, 2)
+    store.faults = [stored_but_no_answer]
+    one.drain()
+    assert 2 == one.state.waiting_batches
+    assert 2 == one.drain(force=True)
+    assert [(1, 1, 1), (1, 1, 2), (1, 1, 3)] == read_all(store)
+
+
+def test_two_agents_with_one_name_are_noticed(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "b")
+    spool = opened(tmp_path / "s")
+    fill(spool, 1)
+    spool.claim(1)
+    store.put_if_absent(
+        "raw/v1/node=n1/i0001/e00000001/0000000001-0000000001.mpz",
+        seal([Batch(rack="r", node="n1", incarnation=1, epoch=1, seq=1, t_start_ms=0, t_end_ms=99)]),
+    )
+    one = pusher(spool, store)
+    one.drain()
+    assert "refused" == one.state.state
+    assert "another agent writes under this node's name" in one.state.reason
+    assert 1 == len(spool.waiting())
+
+
+def test_a_lost_spool_takes_the_next_incarnation(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "b")
+    for number in (1, 2, 3):
+        spool = opened(tmp_path / f"s{number}")
+        fill(spool, 1)
+        pusher(spool, store).drain()
+        spool.close(clean=True)
+    assert [(1, 1, 1), (2, 1, 1), (3, 1, 1)] == read_all(store)
+
+
+def test_a_segment_the_store_refuses_for_good_does_not_block_the_rest(tmp_path: Path) -> None:
+    def refused(key: str, body: bytes) -> None:
+        raise Refused("too large")
+
+    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
+    spool.claim(1)
+    fill(spool, 61)
+    store.faults = [refused]
+    pusher(spool, store).drain()
+    assert [(1, 1, 61)] == read_all(store)
+    assert 60 == spool.dropped
+    assert 60 == len(list((tmp_path / "s/bad").iterdir()))
+
+
+def test_urgent_events_go_ahead(tmp_path: Path) -> None:
+    spool, store = opened(tmp_path / "s"), DirectoryStore(tmp_path / "b")
+    one = pusher(spool, store)
+    fill(spool, 1)
+    one.drain()
+    event = PeerDown(t_ms=1, peer="n2", last_seen_ms=0)
+    one.urgent((event,), lambda seq, events: make(spool, events))  # type: ignore[arg-type]
+    (listed,) = list_all(store, "urgent/")
+    (copy,) = unseal(store.get(listed.key).body)
+    assert ((event,), 1) == (copy.records, copy.incarnation)
+
+
+def test_every_start_is_a_new_epoch_and_knows_how_the_last_one_ended(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    assert (1, True) == (first.epoch, first.first_run)
+    first.close(clean=False)
+    second = opened(tmp_path)
+    assert (2, False, False) == (second.epoch, second.first_run, second.previous_clean)
+    second.close(clean=True)
+    third = opened(tmp_path)
+    assert third.previous_clean
+
+
+def test_a_second_agent_on_one_spool_is_refused(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    with pytest.raises(Halt, match="another agent runs on it"):
+        opened(tmp_path)
+    first.close(clean=True)
+
+
+@pytest.mark.parametrize(
+    ("node", "hardware", "why"), [("n2", "h", "belongs to node 'n1'"), ("n1", "other", "written by other hardware")]
+)
+def test_a_spool_of_somebody_else_is_refused(tmp_path: Path, node: str, hardware: str, why: str) -> None:
+    opened(tmp_path).close(clean=True)
+    with pytest.raises(Halt, match=why):
+        opened(tmp_path, node=node, hardware=hardware)
+
+
+def test_leftovers_are_swept_and_damaged_batches_set_aside(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    fill(spool, 3)
+    spool.close(clean=False)
+    (tmp_path / "e00000001-0000000009.tmp").write_bytes(b"half")
+    (tmp_path / "e00000001-0000000002.batch").write_bytes(b"\xc1 damaged")
+    spool, store = opened(tmp_path), DirectoryStore(tmp_path / "b")
+    pusher(spool, store).drain()
+    assert not list(tmp_path.glob("*.tmp"))
+    assert [(1, 1, 1), (1, 1, 3)] == read_all(store)
+    assert ["e00000001-0000000002.batch"] == os.listdir(tmp_path / "bad")
+
+
+def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    fill(spool, 10)
+    size = sum(w.size for w in spool.waiting())
+    spool.close(clean=True)
+    small = opened(tmp_path, max_bytes=size // 2)
+    assert 5 == small.enforce_bounds(0.0)
+    assert [6, 7, 8, 9, 10] == [w.seq for w in small.waiting()]
+    small.close(clean=True)
+    aged = opened(tmp_path, max_age_s=60)
+    assert 5 == aged.enforce_bounds(os.stat(tmp_path).st_mtime + 3600)
+    assert [] == aged.waiting()
+
+
+def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    with pytest.raises(Refused, match="expected 1/1"):
+        spool.append(Batch(rack="r", node="n1", epoch=1, seq=7, t_start_ms=0, t_end_ms=1))
+
+
+def test_a_disk_that_refuses_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = opened(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agent.spool._sync", full)
+    with pytest.raises(Retryable, match="No space left"):
+        spool.append(make(spool))
+    monkeypatch.undo()
+    assert 1 == spool.next_seq()
+    spool.append(make(spool))
+    assert [1] == [w.seq for w in spool.waiting()]
+
+
+def test_the_identity_is_plain_json(tmp_path: Path) -> None:
+    opened(tmp_path).close(clean=True)
+    assert {"node", "rack", "epoch", "incarnation", "spool_id", "hardware", "clean"} == set(
+        json.loads((tmp_path / "identity.json").read_text())
+    )
