@@ -162,8 +162,6 @@ class MLXEngine:
         self._batch.close()
         self._cache.clear()
         mx.synchronize()
-        # without this MLX's CPU build aborts the process at exit
-        mx.clear_streams()
 
     def _advance(self, response: Any) -> list[Frame]:
         row = self._by_uid[response.uid]

@@ -1,0 +1,199 @@
+"""One suite for every Engine: the fake one, and MLX on a tiny real model; then what only MLX has to show."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Tokens
+from agent.loader.engine import MLXEngine
+from agent.loader.fake_engine import FakeEngine
+from agent.loader.generation import Engine
+from shared.errors import Refused
+
+
+@pytest.fixture(params=["fake", "mlx"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    made: Engine
+    if request.param == "fake":
+        made = FakeEngine()
+    else:
+        made = MLXEngine(str(request.getfixturevalue("tiny_model")), rows=4, prefill_chunk_tok=32, cache_bytes=8 << 20)
+    yield made
+    made.close()
+
+
+def ask(number: int, text: str = "hello there", **more: object) -> Generate:
+    values: dict[str, object] = {"max_tokens": 12, "temperature": 0.0, **more}
+    return Generate(id=number, model="m", messages=(Message(role="user", content=text),), **values)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: Generate) -> dict[int, list[Frame]]:
+    """Submit all, step until idle; answers by request."""
+    got: dict[int, list[Frame]] = {r.id: [engine.submit(r)] for r in requests}
+    while engine.busy:
+        for answer in engine.step():
+            assert isinstance(answer, Tokens | Done | Failed)
+            got[answer.id].append(answer)
+    return got
+
+
+def text_of(answers: list[Frame]) -> str:
+    return "".join(a.text for a in answers if isinstance(a, Tokens))
+
+
+def done_of(answers: list[Frame]) -> Done:
+    last = answers[-1]
+    assert isinstance(last, Done)
+    return last
+
+
+def test_an_answer_is_accepted_made_and_done(engine: Engine) -> None:
+    answers = run(engine, ask(1))[1]
+    first, done = answers[0], done_of(answers)
+    assert isinstance(first, Accepted)
+    assert first.prompt_tok == done.prompt_tok > 0
+    assert sum(a.count for a in answers if isinstance(a, Tokens)) == done.completion_tok <= 12
+    assert done.finish in ("length", "stop")
+
+
+def test_company_changes_nothing(engine: Engine) -> None:
+    alone = {n: text_of(run(engine, ask(n, f"question {n}"))[n]) for n in (1, 2, 3)}
+    together = run(engine, *(ask(n, f"question {n}") for n in (3, 1, 2)))
+    assert alone == {n: text_of(together[n]) for n in (1, 2, 3)}
+
+
+def test_a_seed_decides_a_sampled_answer(engine: Engine) -> None:
+    def sampled(number: int, seed: int) -> Generate:
+        return ask(number, temperature=0.9, top_p=0.95, seed=seed)
+
+    alone = text_of(run(engine, sampled(1, 7))[1])
+    mixed = run(engine, ask(2, "other"), sampled(3, 7), sampled(4, 8))
+    assert alone == text_of(mixed[3])
+    assert alone != text_of(mixed[4])
+
+
+def test_max_tokens_is_exact(engine: Engine) -> None:
+    done = done_of(run(engine, ask(1, max_tokens=3))[1])
+    assert done.completion_tok <= 3
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: Engine) -> None:
+    whole = text_of(run(engine, ask(1))[1])
+    stop = whole[4:7]
+    answers = run(engine, ask(2, stop=(stop,)))[2]
+    assert whole[: whole.index(stop)] == text_of(answers)
+    assert "stop" == done_of(answers).finish
+
+
+def test_too_long_a_request_is_refused_and_the_next_one_is_not(engine: Engine) -> None:
+    refused = engine.submit(ask(1, max_tokens=10**6))
+    assert isinstance(refused, Failed)
+    assert ("context_length_exceeded", "max_tokens") == (refused.code, refused.param)
+    assert done_of(run(engine, ask(2))[2])
+
+
+def test_a_cancelled_request_leaves_nothing_behind(engine: Engine) -> None:
+    engine.submit(ask(1, max_tokens=200))
+    engine.submit(ask(2))
+    engine.step()
+    engine.cancel(1)
+    engine.cancel(99)
+    left = []
+    while engine.busy:
+        left += [a.id for a in engine.step() if isinstance(a, Tokens | Done | Failed)]
+    assert {2} == set(left)
+
+
+def test_counts_are_reported_once(engine: Engine) -> None:
+    answers = run(engine, ask(1), ask(2, "more"))
+    made = sum(done_of(a).completion_tok for a in answers.values())
+    first, second = engine.report(), engine.report()
+    assert made == first.decode_tok
+    assert 0 == second.decode_tok == second.steps
+    assert first.busy_decode_us > 0
+
+
+# MLX alone
+
+
+@pytest.fixture
+def mlx(tiny_model: Path) -> Iterator[MLXEngine]:
+    made = MLXEngine(str(tiny_model), rows=4, prefill_chunk_tok=32, cache_bytes=8 << 20)
+    yield made
+    made.close()
+
+
+def test_a_cached_prefix_gives_the_same_answer(mlx: MLXEngine, tiny_model: Path) -> None:
+    long = "a shared beginning of some length. " * 3
+    run(mlx, ask(1, long + "one"))
+    warm = run(mlx, ask(2, long + "two"))[2]
+    again = run(mlx, ask(3, long + "two"))[3]
+    fresh = MLXEngine(str(tiny_model), cache_bytes=0)
+    cold = run(fresh, ask(4, long + "two"))[4]
+    fresh.close()
+    assert text_of(cold) == text_of(warm) == text_of(again)
+    assert 0 == done_of(cold).cached_tok < done_of(warm).cached_tok < done_of(again).cached_tok
+    report = mlx.report()
+    assert (2, 1) == (report.cache_hits, report.cache_misses)
+
+
+def test_a_broken_batch_is_rebuilt_and_the_answers_are_the_same(mlx: MLXEngine) -> None:
+    alone = {n: text_of(run(mlx, ask(n, f"question {n}", temperature=0.8, seed=n))[n]) for n in (1, 2)}
+    got: dict[int, list[Frame]] = {n: [mlx.submit(ask(n, f"question {n}", temperature=0.8, seed=n))] for n in (1, 2)}
+    for _ in range(4):
+        for answer in mlx.step():
+            got[answer.id].append(answer)  # type: ignore[union-attr]
+
+    def broken() -> None:
+        raise RuntimeError("as if one row had broken the batch")
+
+    mlx._batch.next = broken
+    while mlx.busy:
+        for answer in mlx.step():
+            got[answer.id].append(answer)  # type: ignore[union-attr]
+    assert alone == {n: text_of(got[n]) for n in (1, 2)}
+
+
+def test_the_working_set_is_never_wired(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+
+    calls: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.append(size) or 0)
+    engine = MLXEngine(str(tiny_model))
+    run(engine, ask(1))
+    engine.close()
+    assert [] == calls
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda p: (p / "model.safetensors").write_bytes(b"\x00" * 64), "cannot be loaded"),
+        (lambda p: (p / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "unheard-of"}'), "cannot be loaded"),
+        (lambda p: [f.unlink() for f in p.iterdir()] and p.rmdir(), "no such folder"),
+    ],
+    ids=["corrupt weights", "no weights", "bad json", "unknown kind", "no folder"],
+)
+def test_a_model_that_cannot_be_loaded_says_why(tiny_model: Path, tmp_path: Path, break_it: object, why: str) -> None:
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    break_it(folder)  # type: ignore[operator]
+    with pytest.raises(Refused, match=why):
+        MLXEngine(str(folder))
+
+
+@pytest.mark.slow
+def test_the_demo_model_knows_a_capital() -> None:
+    from scripts.fetch_demo_model import MAIN, default_folder
+
+    folder = default_folder() / MAIN
+    assert folder.is_dir(), "make model fetches it"
+    engine = MLXEngine(str(folder))
+    answer = run(engine, ask(1, "What is the capital of France?"))[1]
+    engine.close()
+    assert "The capital of France is Paris." == text_of(answer)

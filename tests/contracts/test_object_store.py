@@ -1,0 +1,196 @@
+"""One suite for every ObjectStore: a directory, and a real S3 server."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from scripts.seaweed import SeaweedFS, free_port
+from scripts.tcp_gate import TcpGate
+from shared.errors import AccessDenied, NotFound, PreconditionFailed, Refused, Retryable
+from shared.store import ObjectStore, list_all
+from shared.store_dir import DirectoryStore
+from shared.store_s3 import S3Store, _translated
+
+
+@pytest.fixture(params=["directory", "s3", "s3 with prefix"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "directory":
+        return DirectoryStore(tmp_path / "bucket")
+    server: SeaweedFS = request.getfixturevalue("seaweed")
+    bucket = "c" + request.node.name.encode().hex()[-40:]
+    made = server.store(bucket, prefix="racks/one" if "prefix" in request.param else "")
+    made.create_bucket()
+    return made
+
+
+def test_what_was_put_is_got(store: ObjectStore) -> None:
+    etag = store.put("a/b c+%/ü.bin", b"\x00\xffbody")
+    got = store.get("a/b c+%/ü.bin")
+    assert (b"\x00\xffbody", etag) == got
+    store.put("a/b c+%/ü.bin", b"")
+    assert b"" == store.get("a/b c+%/ü.bin").body
+
+
+def test_what_is_not_there_is_not_found(store: ObjectStore) -> None:
+    with pytest.raises(NotFound):
+        store.get("nothing")
+
+
+def test_put_if_absent_writes_once(store: ObjectStore) -> None:
+    store.put_if_absent("once", b"first")
+    with pytest.raises(PreconditionFailed):
+        store.put_if_absent("once", b"second")
+    assert b"first" == store.get("once").body
+
+
+def test_put_if_match_writes_over_what_was_read(store: ObjectStore) -> None:
+    etag = store.put("state", b"1")
+    newer = store.put_if_match("state", b"2", etag)
+    with pytest.raises(PreconditionFailed):
+        store.put_if_match("state", b"3", etag)
+    assert (b"2", newer) == store.get("state")
+    with pytest.raises(PreconditionFailed):
+        store.put_if_match("missing", b"x", etag)
+
+
+def test_of_many_writers_one_wins(store: ObjectStore) -> None:
+    wins, start = list[int](), threading.Barrier(6)
+
+    def write(number: int) -> None:
+        start.wait()
+        try:
+            store.put_if_absent("race", str(number).encode())
+            wins.append(number)
+        except PreconditionFailed:
+            pass
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 == len(wins)
+    assert str(wins[0]).encode() == store.get("race").body
+
+
+def test_listing_goes_on_after_a_key_in_byte_order(store: ObjectStore) -> None:
+    for key in ("p/b", "p/a0", "p/a/x", "q/z", "p/Z"):
+        store.put(key, key.encode())
+    assert ["p/Z", "p/a/x", "p/a0", "p/b"] == [o.key for o in store.list_after("p/")]
+    assert ["p/a0", "p/b"] == [o.key for o in store.list_after("p/", after="p/a/x")]
+    assert ["p/Z"] == [o.key for o in store.list_after("p/", limit=1)]
+    assert [] == store.list_after("p/", after="p/b")
+    assert [] == store.list_after("none/")
+    (listed,) = store.list_after("q/")
+    assert (3, store.get("q/z").etag) == (listed.size, listed.etag)
+
+
+def test_pages_add_up(store: ObjectStore) -> None:
+    keys = [f"many/{n:04d}" for n in range(25)]
+    for key in keys:
+        store.put(key, b"x")
+    found, after = [], ""
+    while page := store.list_after("many/", after, limit=10):
+        found += [o.key for o in page]
+        after = page[-1].key
+    assert keys == found == [o.key for o in list_all(store, "many/")]
+
+
+def test_deleting_is_quiet(store: ObjectStore) -> None:
+    store.put("gone", b"x")
+    store.delete("gone")
+    store.delete("gone")
+    with pytest.raises(NotFound):
+        store.get("gone")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 1100, "nul\0"])
+def test_a_key_that_cannot_be_is_refused(store: ObjectStore, key: str) -> None:
+    with pytest.raises(Refused):
+        store.put(key, b"x")
+
+
+# the directory alone
+
+
+@pytest.mark.parametrize("key", ["../out", "/abs", "a//b", "a/../b", ".", "a/", ".mlxrack-lock"])
+def test_no_key_leaves_the_directory(tmp_path: Path, key: str) -> None:
+    with pytest.raises(Refused):
+        DirectoryStore(tmp_path / "bucket").put(key, b"x")
+
+
+def test_a_key_that_is_another_ones_folder_is_refused(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    store.put("a/b", b"x")
+    with pytest.raises(Refused, match="another key is a folder"):
+        store.put_if_absent("a/b/c", b"x")
+
+
+# S3 alone: credentials and the network
+
+
+def s3(server: SeaweedFS, **change: str) -> S3Store:
+    access_key, secret_key = server.ADMIN
+    values = {"endpoint": server.endpoint, "bucket": "creds", "access_key": access_key, "secret_key": secret_key}
+    return S3Store(**{**values, **change}, attempts=1, connect_timeout_s=1, read_timeout_s=2)
+
+
+@pytest.mark.parametrize("change", [{"secret_key": "wrong"}, {"access_key": "nobody"}])
+@pytest.mark.parametrize(
+    "call", [lambda s: s.put_if_absent("k", b"x"), lambda s: s.list_after("raw/")], ids=["put", "list"]
+)
+def test_refused_credentials_say_what_to_check(
+    seaweed: SeaweedFS, change: dict[str, str], call: Callable[[S3Store], object]
+) -> None:
+    s3(seaweed).create_bucket()
+    with pytest.raises(AccessDenied, match=r"check store\.access_key") as caught:
+        call(s3(seaweed, **change))
+    assert "wrong" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (404, "NoSuchBucket", AccessDenied),
+        (404, "NoSuchKey", NotFound),
+        (412, "PreconditionFailed", PreconditionFailed),
+        (409, "ConditionalRequestConflict", PreconditionFailed),
+        (401, "Unauthorized", AccessDenied),
+        (403, "RequestTimeTooSkewed", AccessDenied),
+        (429, "TooManyRequests", Retryable),
+        (503, "SlowDown", Retryable),
+        (500, "InternalError", Retryable),
+        (400, "EntityTooLarge", Refused),
+        (501, "NotImplemented", Retryable),
+    ],
+)
+def test_every_answer_of_a_store_has_one_meaning(status: int, code: str, kind: type[Exception]) -> None:
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+    assert kind is type(_translated("put", "k", error))
+
+
+def test_a_nodes_credential_reaches_its_own_prefix_alone(seaweed: SeaweedFS) -> None:
+    s3(seaweed, bucket="scoped").create_bucket()
+    node = s3(seaweed, bucket="scoped", access_key="n1", secret_key="n1secretn1secret")
+    node.put_if_absent("raw/v1/node=n1/i0001/claim", b"me")
+    assert b"me" == node.get("raw/v1/node=n1/i0001/claim").body
+    for forbidden in ("raw/v1/node=n2/i0001/claim", "manifest/v1/0000000001.json"):
+        with pytest.raises(AccessDenied):
+            node.put_if_absent(forbidden, b"x")
+
+
+def test_a_store_that_is_away_asks_to_wait_and_comes_back(seaweed: SeaweedFS) -> None:
+    gate = TcpGate(seaweed.port)
+    store = s3(seaweed, endpoint=f"http://127.0.0.1:{gate.port}")
+    store.create_bucket()
+    gate.shut()
+    with pytest.raises(Retryable, match="does not answer"):
+        store.put("k", b"x")
+    gate.open()
+    store.put("k", b"x")
+    with pytest.raises(Retryable):
+        s3(seaweed, endpoint=f"http://127.0.0.1:{free_port()}").get("k")
+    gate.shut()
