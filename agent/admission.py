@@ -25,4 +25,4 @@ def admit(*, in_flight: int, limit: int, draining: bool, drain_rate_per_s: float
         return Admit()
     over = in_flight - limit + 1
     wait_s = over / drain_rate_per_s if drain_rate_per_s > 0 else 5.0
-    return Turn(code="queue_full", retry_after_s=int(min(60, max(1, round(wait_s)))))
+    return Turn(code="queue_full", retry_after_s=round(min(60.0, max(1.0, wait_s))))

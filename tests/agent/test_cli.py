@@ -1,0 +1,146 @@
+"""The command line, the log viewer and the service files."""
+
+import json
+import os
+import plistlib
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent import cli, install, logview
+from agent.config import AgentConfig, hash_key
+from shared.errors import Refused
+
+CONFIG = '[node]\nid = "n1"\nrack = "r"\n[store]\nkind = "directory"\npath = "{0}/b"\n[paths]\nstate = "{0}/s p"\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "agent.toml"
+    path.write_text(CONFIG.format(tmp_path))
+    return path
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert 0 == caught.value.code
+    text = capsys.readouterr().out
+    for verb in ("run", "status", "models", "load", "unload", "swap", "logs", "doctor", "sample", "install", "new-key"):
+        assert re.search(rf"^\s+{verb}\s", text, re.MULTILINE), verb
+
+
+def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text('[node]\nid = "n 1"\n[listen]\nport = "x"\n')
+    assert os.EX_CONFIG == cli.main(["run", "--config", str(bad)])
+    err = capsys.readouterr().err
+    assert "node.rack: is required" in err
+    assert "listen.port: expected int" in err
+    assert "Traceback" not in err
+
+
+def test_without_an_agent_status_says_how_to_start_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert os.EX_UNAVAILABLE == cli.main(["status", "--config", str(config)])
+    assert "has this agent been started" in capsys.readouterr().err
+
+
+def test_check_config_says_where_things_are(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == cli.main(["check-config", "--config", str(config)])
+    assert "agent.jsonl" in capsys.readouterr().out
+
+
+def test_sample_prints_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == cli.main(["sample", "--config", str(config)])
+    assert json.loads(capsys.readouterr().out)["memory_total_bytes"] > 0
+
+
+def test_a_new_key_and_its_hash_belong_together(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == cli.main(["new-key", "web-shop", "--config", str(config)])
+    out = capsys.readouterr().out
+    key, stored = re.search(r"mlxr-\S+", out), re.search(r'sha256 = "(\w+)"', out)
+    assert key is not None
+    assert stored is not None
+    assert hash_key(key[0]) == stored[1]
+
+
+def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == cli.main(["install", "--dry-run", "--config", str(config)])
+    out = capsys.readouterr().out
+    plist = plistlib.loads(out[out.index("<?xml") : out.index("</plist>") + 8].encode())
+    assert "dev.mlxrack.agent" == plist["Label"]
+    assert "Interactive" == plist["ProcessType"]
+    assert plist["KeepAlive"] and plist["RunAtLoad"]
+    assert plist["ExitTimeOut"] > 60, "launchd waits longer than the drain takes"
+    program, run, flag, path = plist["ProgramArguments"]
+    assert Path(program).is_absolute()
+    assert Path(path).is_absolute()
+    assert ("run", "--config", "_mlxrack") == (run, flag, plist["UserName"])
+    assert "newsyslog" in out
+
+
+def test_a_strange_path_stays_one_string(tmp_path: Path) -> None:
+    config = msgspec.convert({"node": {"id": "n", "rack": "r"}, "store": {"path": "x"}}, AgentConfig)
+    odd = tmp_path / "a <b> & 'c'.toml"
+    text = install.render_plist(
+        config, program=Path("/opt/x y/run"), config_path=odd, user="u", home=Path("/h"), logs=Path("/l")
+    )
+    assert str(odd) == plistlib.loads(text.encode())["ProgramArguments"][3]
+
+
+@pytest.mark.skipif(os.uname().sysname == "Darwin", reason="would install")
+def test_install_off_macos_says_what_to_do(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert os.EX_UNAVAILABLE == cli.main(["install", "--config", str(config)])
+    assert "--dry-run shows" in capsys.readouterr().err
+
+
+NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+
+
+def entry(minute: int, level: str = "info", **more: object) -> str:
+    return json.dumps({"timestamp": f"2026-11-21T11:{minute:02d}:00Z", "level": level, "event": f"e{minute}", **more})
+
+
+def shown(path: Path, which: logview.Filter) -> list[str]:
+    return [re.sub(r"^\S+ \S+ \S+\s+(\S+).*", r"\1", line) for line in logview.lines(path, which, follow=False)]
+
+
+def test_logs_are_filtered(tmp_path: Path) -> None:
+    log = tmp_path / "agent.jsonl"
+    (tmp_path / "agent.jsonl.1").write_text(entry(1) + "\n" + entry(2, "error") + "\n")
+    log.write_text(entry(30, request="req_1") + "\n" + "not json\n" + entry(50, "warning") + "\n" + '{"half')
+    assert ["e1", "e2", "e30", "e50"] == shown(log, logview.Filter())
+    assert ["e2", "e50"] == shown(log, logview.Filter(level="warning"))
+    assert ["e30"] == shown(log, logview.Filter(request="req_1"))
+    assert ["e50"] == shown(log, logview.Filter(since=logview.parse_since("15m", NOW)))
+
+
+def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "agent.jsonl"
+    log.write_text(entry(1) + "\n")
+    rounds = iter(range(3))
+
+    def until() -> bool:
+        turn = next(rounds)
+        if turn == 0:
+            log.rename(tmp_path / "agent.jsonl.1")
+            log.write_text(entry(2) + "\n")
+        return turn == 2
+
+    events = [line.split()[3] for line in logview.lines(log, logview.Filter(), follow=True, until=until)]
+    assert ["e1", "e2"] == events
+
+
+@pytest.mark.parametrize("text", ["soon", "5", "5y", ""])
+def test_a_span_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(Refused, match="--since"):
+        logview.parse_since(text, NOW)
+
+
+def test_spans_and_times() -> None:
+    assert datetime(2026, 11, 21, 11, 58, 30, tzinfo=UTC) == logview.parse_since("90s", NOW)
+    assert datetime(2026, 11, 19, 12, 0, tzinfo=UTC) == logview.parse_since("2d", NOW)
+    assert datetime(2026, 11, 20, 8, 0, tzinfo=UTC) == logview.parse_since("2026-11-20T08:00:00+00:00", NOW)

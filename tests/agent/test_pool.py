@@ -1,0 +1,267 @@
+"""The pool with real loader processes (fake engine): loads, leases, evictions, swaps, crashes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.config import AgentConfig
+from agent.frames import Done, Generate, Message, Tokens
+from agent.modelstore import ModelStore
+from agent.pool import Pool
+from shared.errors import Refused, Retryable
+from shared.records import Event, LoaderExited, ModelEvicted, ModelLoaded, SwapFinished
+
+
+def fake(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "engine": "fake", "path": f"weights of {name}", "need_bytes": 10, "preload": False, **more}
+
+
+@asynccontextmanager
+async def running(
+    tmp_path: Path, *models: dict[str, Any], budget: int = 100, carried: bool = False
+) -> AsyncIterator[tuple[Pool, list[Event]]]:
+    config = msgspec.convert(
+        {
+            "node": {"id": "n1", "rack": "r"},
+            "store": {"path": "x"},
+            "models": list(models),
+            "limits": {"drain_s": 5.0},
+        },
+        AgentConfig,
+    )
+    events: list[Event] = []
+    store = await asyncio.to_thread(ModelStore, tmp_path / "models.json")
+    pool = Pool(
+        config, store, os.environ, budget_bytes=budget, threads=1, emit=events.append, carried_by_peer=lambda _: carried
+    )
+    try:
+        yield pool, events
+    finally:
+        await pool.stop(0.0)
+
+
+def ask(model: str, *, tokens: int = 5, text: str = "hello") -> Generate:
+    return Generate(
+        id=0, model=model, messages=(Message(role="user", content=text),), max_tokens=tokens, temperature=0.0
+    )
+
+
+async def answer(pool: Pool, model: str, **more: Any) -> tuple[str, str]:
+    """The version that answered, and its text."""
+    async with pool.lease(model) as lease:
+        texts = [a.text async for a in lease.generate(ask(model, **more)) if isinstance(a, Tokens)]
+        return lease.version, "".join(texts)
+
+
+def of(events: list[Event], kind: type[Any]) -> list[Any]:
+    return [e for e in events if isinstance(e, kind)]
+
+
+async def until(done: Callable[[], bool], limit_s: float = 15.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not done():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, events):
+        with pytest.raises(Retryable):
+            await answer(pool, "a")
+        await pool.load("a")
+        version, text = await answer(pool, "a")
+        assert version
+        assert 5 == len(text.split())
+        pid = pool.status()[0]["pid"]
+        await pool.unload("a")
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)  # type: ignore[arg-type]
+        assert ["ordered"] == [e.reason for e in of(events, ModelEvicted)]
+        assert 1 == len(of(events, ModelLoaded))
+
+
+async def test_loads_of_one_model_start_one_loader(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, events):
+        await asyncio.gather(*(pool.load("a") for _ in range(5)))
+        assert 1 == len(of(events, ModelLoaded))
+
+
+async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> None:
+    models = [fake(n, need_bytes=40, fake_step_s=0.02) for n in "abc"]
+    async with running(tmp_path, *models) as (pool, events):
+        await pool.load("a")
+        await pool.load("b")
+        await answer(pool, "b")
+        busy = asyncio.create_task(answer(pool, "a", tokens=60))
+        await until(lambda: pool.views()[0].in_flight == 1)
+        await pool.load("c")
+        (evicted,) = of(events, ModelEvicted)
+        assert ("b", "memory", "c", 40, 1) == (
+            evicted.model,
+            evicted.reason,
+            evicted.for_model,
+            evicted.bytes,
+            evicted.requests_last_hour,
+        )
+        _, text = await busy
+        assert 60 == len(text.split())
+
+
+async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
+    async with running(
+        tmp_path, fake("a", need_bytes=5 * 10**6, pinned=True), fake("b", need_bytes=7 * 10**6), budget=10**7
+    ) as (
+        pool,
+        _,
+    ):
+        await pool.load("a")
+        with pytest.raises(Refused, match="2 MB short of 10 MB; in use or pinned: a"):
+            await pool.load("b")
+        assert "failed" == pool.status()[1]["state"]
+        assert await answer(pool, "a")
+
+
+async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_step_s=0.005), fake("b", fake_step_s=0.005)) as (pool, events):
+        await pool.load("a")
+        old, old_text = await answer(pool, "a", tokens=40)
+        over, seen = False, set()
+
+        async def client() -> None:
+            while not over:
+                seen.add(await answer(pool, "a", tokens=40))
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        finished = await pool.swap("a", "b")
+        await asyncio.sleep(0.3)
+        over = True
+        await asyncio.gather(*clients)
+        new, new_text = await answer(pool, "a", tokens=40)
+        assert {(old, old_text), (new, new_text)} == seen, "every answer is all of one version"
+        assert ("flipped", old, new, 5) == (
+            finished.outcome,
+            finished.from_version,
+            finished.to_version,
+            finished.probes,
+        )
+        assert new == (await answer(pool, "b"))[0], "the new name answers too"
+        assert [finished] == of(events, SwapFinished)
+        assert 1 == len([s for s in pool.status() if s["pid"]])
+
+
+async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path) -> None:
+    missing = {"name": "b", "path": str(tmp_path / "none"), "need_bytes": 10, "preload": False}
+    async with running(tmp_path, fake("a"), fake("slow", fake_step_s=1.0, probe_p99_s=0.2), missing) as (pool, events):
+        await pool.load("a")
+        before = await answer(pool, "a")
+        finished = await pool.swap("a", "slow")
+        assert "failed" == finished.outcome
+        assert "took over 0.2 s" in finished.reason
+        with pytest.raises(Refused, match="there is no folder"):
+            await pool.swap("a", "b")
+        assert before == await answer(pool, "a")
+        assert ["failed"] == [e.outcome for e in of(events, SwapFinished)]
+
+
+async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_otherwise(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
+    async with running(tmp_path, *models) as (pool, _):
+        await pool.load("a")
+        with pytest.raises(Refused, match="no peer serves a meanwhile"):
+            await pool.swap("a", "b")
+        assert await answer(pool, "a")
+    async with running(tmp_path, *models, carried=True) as (pool, _):
+        await pool.load("a")
+        old, _ = await answer(pool, "a")
+        finished = await pool.swap("a", "b")
+        assert "flipped" == finished.outcome
+        assert old != (await answer(pool, "a"))[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"), [("a", "x", "not configured"), ("x", "a", "not configured"), ("a", "a", "serves already")]
+)
+async def test_a_swap_that_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, why: str) -> None:
+    async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
+        await pool.load("a")
+        with pytest.raises(Refused, match=why):
+            await pool.swap(old, new)
+
+
+async def test_a_killed_loader_comes_back_and_says_so_while_others_answer(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_step_s=0.05), fake("b")) as (pool, events):
+        await pool.load("a")
+        await pool.load("b")
+        stream = asyncio.create_task(answer(pool, "a", tokens=1000))
+        await until(lambda: pool.views()[0].in_flight == 1)
+        os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        with pytest.raises(Retryable, match="signal 9"):
+            await stream
+        assert (await answer(pool, "b"))[1]
+        assert await pool.wanted("a", 15.0)
+        assert await answer(pool, "a")
+        status = pool.status()[0]
+        assert (1, "signal 9 (SIGKILL)", "ready") == (status["restarts"], status["last_exit"], status["state"])
+        assert 1 == len(of(events, LoaderExited))
+
+
+async def test_a_loader_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.pool.CRASHES_BEFORE_GIVING_UP", 2)
+    async with running(tmp_path, fake("a")) as (pool, events):
+        await pool.load("a")
+        for number in (1, 2):
+            await pool.wanted("a", 15.0)
+            with contextlib.suppress(Retryable):
+                await answer(pool, "a", text="!crash")
+            await until(lambda number=number: len(of(events, LoaderExited)) == number)  # type: ignore[misc]
+        await until(lambda: pool.status()[0]["state"] == "failed")
+        assert "given up" in str(pool.status()[0]["reason"])
+        assert not await pool.wanted("a", 1.0)
+
+
+async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_step_s=0.01)) as (pool, _):
+        await pool.load("a")
+        async with (
+            pool.lease("a") as lease,
+            contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers,
+        ):
+            async for _answer in answers:
+                break
+        assert 0 == pool.views()[0].in_flight
+        first = await pool.windows()
+        await asyncio.sleep(0.1)
+        second = await pool.windows()
+        assert (0, 0) == (second[0].decode_tok, second[0].steps), "the engine is idle again"
+        assert first[0].decode_tok >= 1
+
+
+async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        await answer(pool, "a", tokens=7)
+        await pool.unload("a")
+        (window,) = await pool.windows()
+        assert ("a", 7) == (window.model, window.decode_tok)
+
+
+async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        assert await pool.wanted("a", 15.0)
+        assert await answer(pool, "a")
+
+
+async def test_done_says_how_it_ended(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        async with pool.lease("a") as lease:
+            answers = [a async for a in lease.generate(ask("a", tokens=3))]
+        assert isinstance(answers[-1], Done)
+        assert ("length", 3) == (answers[-1].finish, answers[-1].completion_tok)
