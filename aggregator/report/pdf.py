@@ -204,13 +204,14 @@ def _map(report: Report) -> Table:
     d = report.distribution
     rows = []
     for node in d.nodes:
-        placed = [p for p in d.placed if p.node == node.node]
-        names = ", ".join(f"{p.model} ({wording.gb(p.need_bytes)})" for p in placed) or "nothing"
+        names = [f"{p.model} ({wording.gb(p.need_bytes)})" for p in d.placed if p.node == node.node] or ["nothing"]
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
         bar = _meter(node.held_bytes / node.budget_bytes if node.budget_bytes else 0.0)
-        rows.append(
-            [_p(node.node, CELL), _p(names, CELL), bar, _p(held, CELL), _p(wording.share(node.busy_share), NUMBER)]
-        )
+        busy = _p(wording.share(node.busy_share), NUMBER)
+        # a cell cannot break over pages, rows can
+        first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
+        rows.append([_p(node.node, CELL), first, bar, _p(held, CELL), busy])
+        rows += [["", cell, "", "", ""] for cell in more]
     head = [_p(h, HEAD) for h in ("Node", "Models in memory", "Memory", "")] + [_p("Busy", HEAD_RIGHT)]
     return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
 

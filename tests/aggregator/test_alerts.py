@@ -1,0 +1,190 @@
+"""Alerts: once per change of state, whatever is read twice, late or never."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from aggregator import alerts
+from aggregator.alerts import RULES, AlertState, Firing, Notice, evaluate, observe
+from aggregator.config import Alerts
+from aggregator.notify import Discord, payload
+from aggregator.window import Fact, facts_of
+from shared.batch import Batch
+from shared.errors import Halt, Retryable
+from shared.records import ModelEvicted, PeerDown, PeerUp, SwapFinished
+from tests.builders import MINUTE, T0, batch, host
+
+CONFIG = Alerts()
+
+
+def facts(*batches: Batch) -> list[Fact]:
+    return [f for b in batches for f in facts_of(b)]
+
+
+def look(state: AlertState, now_ms: int, *batches: Batch) -> tuple[AlertState, list[tuple[str, str, bool]]]:
+    state, notices = evaluate(observe(state, facts(*batches), CONFIG), now_ms, CONFIG)
+    return state, [(n.firing.code, n.firing.subject, n.resolved) for n in notices]
+
+
+def down(minute: int, peer: str = "n2") -> PeerDown:
+    return PeerDown(t_ms=T0 + minute * MINUTE, peer=peer, last_seen_ms=T0 + minute * MINUTE - 4_000)
+
+
+def test_node_down_is_told_once_and_resolved_once() -> None:
+    first, second = batch([host()], node="n2"), batch([down(1)], node="n1")
+    state, told = look(AlertState(), T0 + MINUTE, first, second)
+    assert [("node_down", "n2", False)] == told
+    state, told = look(state, T0 + MINUTE + 1, batch([down(1)], node="n3"), second)
+    assert [] == told, "a second witness and a second copy are no news"
+    back = batch([PeerUp(t_ms=T0 + 2 * MINUTE, peer="n2", down_us=1)], node="n1", minute=1)
+    state, told = look(state, T0 + 2 * MINUTE, back)
+    assert [("node_down", "n2", True)] == told
+    _, told = look(state, T0 + 2 * MINUTE + 1, second, back)
+    assert [] == told, "the ordered copy of the old event comes after the return"
+
+
+def test_silence_is_a_node_down_too() -> None:
+    state, told = look(AlertState(), T0 + MINUTE, batch([host()]))
+    assert [] == told
+    state, told = look(state, T0 + MINUTE + 151_000)
+    assert [("node_down", "n1", False)] == told
+    _, told = look(state, T0 + 5 * MINUTE, batch([host()], minute=4))
+    assert [("node_down", "n1", True)] == told
+
+
+def test_throttling_needs_over_five_percent_of_five_minutes() -> None:
+    mild = [batch([host(throttled=0.04)], minute=n) for n in range(5)]
+    state, told = look(AlertState(), T0 + 5 * MINUTE, *mild)
+    assert [] == told
+    state, told = look(state, T0 + 6 * MINUTE, batch([host(throttled=0.5)], minute=5))
+    assert [("throttling", "n1", False)] == told
+    _, told = look(state, T0 + 12 * MINUTE, *(batch([host()], minute=n) for n in range(6, 12)))
+    assert [("throttling", "n1", True)] == told
+
+
+def swap(minute: int, outcome: str) -> SwapFinished:
+    t_ms = T0 + minute * MINUTE
+    return SwapFinished(
+        t_ms=t_ms, swap_id="s", model="m", from_version="a", to_version="b", outcome=outcome, reason="why"
+    )
+
+
+def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_is_over() -> None:
+    state, told = look(AlertState(), T0 + MINUTE, batch([swap(0, "failed")]))
+    assert [("swap_failed", "n1/m", False)] == told
+    _, told = look(state, T0 + 2 * MINUTE, batch([swap(1, "flipped")], minute=1))
+    assert [("swap_failed", "n1/m", True)] == told
+    keep_alive = [batch([host()], minute=n) for n in range(1, 61)]
+    _, told = look(state, T0 + 61 * MINUTE, *keep_alive)
+    assert [("swap_failed", "n1/m", True)] == told
+
+
+def test_an_eviction_storm_needs_several_in_a_short_time() -> None:
+    def evicted(second: int, reason: str = "memory") -> ModelEvicted:
+        return ModelEvicted(t_ms=T0 + second * 1000, model="m", version="v", reason=reason)
+
+    _, told = look(AlertState(), T0 + MINUTE, batch([evicted(n, "ordered") for n in range(9)]))
+    assert [] == told
+    state, told = look(AlertState(), T0 + MINUTE, batch([evicted(n) for n in range(5)]))
+    assert [("eviction_storm", "n1", False)] == told
+    _, told = look(state, T0 + 12 * MINUTE, *(batch([host()], minute=n) for n in range(1, 12)))
+    assert [("eviction_storm", "n1", True)] == told
+
+
+def notice(text: str = "n1 was seen", *, resolved: bool = False, code: str = "node_down") -> Notice:
+    rule = next(r for r in RULES if r.code == code)
+    firing = Firing(code=code, subject="mini_1 @everyone", since_ms=T0, text=text)
+    return Notice(rule=rule, firing=firing, resolved=resolved)
+
+
+def test_a_message_is_within_limits_and_mentions_nobody() -> None:
+    body: Any = payload(notice("x*" * 9_000))
+    (embed,) = body["embeds"]
+    assert {"parse": []} == body["allowed_mentions"]
+    assert len(embed["title"]) <= 256
+    assert len(embed["description"]) <= 4096
+    assert "\\_1 \\@everyone" in embed["title"]
+    resolved: Any = payload(notice(resolved=True))
+    assert resolved["embeds"][0]["title"].startswith("Resolved: Node down")
+
+
+class _Webhook(http.server.ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answers: list[tuple[int, dict[str, str]]] = []
+        self.got: list[tuple[str, dict[str, Any]]] = []
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server = self.server
+        assert isinstance(server, _Webhook)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.got.append((self.path, body))
+        status, headers = server.answers.pop(0) if server.answers else (200, {})
+        self.send_response(status)
+        for name, value in {"Content-Length": "2", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def webhook() -> Iterator[_Webhook]:
+    server = _Webhook()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def discord(server: _Webhook, slept: list[float] | None = None) -> Discord:
+    url = f"http://127.0.0.1:{server.server_address[1]}/hook/SECRET"
+    return Discord({"alerts": url}, sleep=(slept if slept is not None else []).append)
+
+
+def test_a_notice_is_posted_and_confirmed(webhook: _Webhook) -> None:
+    assert discord(webhook).post(notice())
+    ((path, body),) = webhook.got
+    assert "/hook/SECRET?wait=true" == path
+    assert "mlxrack" == body["username"]
+
+
+def test_discord_is_waited_for_as_it_asks(webhook: _Webhook) -> None:
+    slept: list[float] = []
+    webhook.answers = [(429, {"Retry-After": "1.5"}), (500, {})]
+    assert discord(webhook, slept).post(notice(code="throttling"))
+    assert [1.5, 4.0] == slept
+
+
+@pytest.mark.parametrize(("status", "kind"), [(404, Halt), (401, Halt), (503, Retryable)])
+def test_a_webhook_that_refuses_is_an_error_without_its_url(
+    webhook: _Webhook, status: int, kind: type[Exception]
+) -> None:
+    webhook.answers = [(status, {})] * 3
+    with pytest.raises(kind) as caught:
+        discord(webhook).post(notice())
+    assert "SECRET" not in str(caught.value)
+
+
+def test_without_a_webhook_nothing_is_sent() -> None:
+    assert not Discord({}).post(notice())
+
+
+def test_every_rule_has_a_runbook_entry() -> None:
+    from pathlib import Path
+
+    text = Path("docs/runbooks.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        anchor = rule.runbook.split("#")[1]
+        assert f"## {anchor.replace('-', ' ')}" in text.lower(), rule.code
+    assert {"node_down", "throttling", "swap_failed", "eviction_storm"} == {r.code for r in alerts.RULES}

@@ -1,0 +1,290 @@
+"""The aggregator over a real bucket: rolled up once, bad objects set aside, nothing wedged, clear errors."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from aggregator import cli, lease, load, parquet
+from aggregator.commands import monthly, rollup, weekly
+from aggregator.config import AggregatorConfig
+from aggregator.window import month
+from scripts.seaweed import SeaweedFS
+from shared import keys
+from shared.batch import Batch, encode, seal
+from shared.bucket import Store
+from shared.errors import Retryable
+from shared.ids import NodeId
+from shared.records import Served
+from shared.store import ObjectStore, list_all
+from shared.store_dir import DirectoryStore
+from tests.builders import batch, engine, host, resident, served
+
+CONFIG = AggregatorConfig(rack="r", store=Store(path="x"))
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "directory":
+        return DirectoryStore(tmp_path / "bucket")
+    server: SeaweedFS = request.getfixturevalue("seaweed")
+    made = server.store("a" + request.node.name.encode().hex()[-40:])
+    made.create_bucket()
+    return made
+
+
+def put(store: ObjectStore, *batches: Batch) -> str:
+    first, last = batches[0], batches[-1]
+    key = keys.batch_key(keys.RawKey(NodeId(first.node), first.incarnation, first.epoch, first.seq, last.seq))
+    store.put(key, seal(batches))
+    return key
+
+
+def rows(store: ObjectStore) -> tuple[int, int]:
+    """Requests and batches in the rolled-up month."""
+    found = load.window(store, month("2026-11", "UTC"))
+    return sum(r.requests for _, r in found.of(Served)), len(found.batches)
+
+
+def minute(n: int, node: str = "n1") -> Batch:
+    return batch([served(requests=n + 1), engine(), resident(), host()], node=node, minute=n)
+
+
+def test_what_was_sent_is_counted_once(store: ObjectStore) -> None:
+    put(store, minute(0), minute(1))
+    assert 2 == rollup.run(CONFIG, store).batches
+    put(store, minute(2))
+    assert 3 == rollup.run(CONFIG, store).batches
+    assert 2 == rollup.run(CONFIG, store).number, "nothing new, no commit"
+    assert (6, 3) == rows(store)
+
+
+def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStore) -> None:
+    put(store, minute(0), minute(1))
+    rollup.run(CONFIG, store)
+    before = {o.key: store.get(o.key).body for o in list_all(store, "minute/")}
+    put(store, minute(0), minute(1), minute(2))
+    rollup.run(CONFIG, store)
+    assert (6, 3) == rows(store)
+    store.delete(keys.manifest_key(1))
+    store.delete(keys.manifest_key(2))
+    rollup.run(CONFIG, store)
+    assert (6, 3) == rows(store), "rolled up again from the start"
+    assert before.keys() == {o.key for o in list_all(store, "minute/")}
+
+
+def test_a_run_that_was_cut_before_its_commit_is_done_again_without_harm(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, minute(0), minute(1))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aggregator.publish.commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rollup.run(CONFIG, store)
+    monkeypatch.undo()
+    rollup.run(CONFIG, store)
+    assert (3, 2) == rows(store)
+
+
+def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aggregator import publish
+
+    put(store, minute(0))
+    commit = publish.commit
+
+    def slow(*args: object) -> None:
+        monkeypatch.setattr("aggregator.publish.commit", commit)
+        rollup.run(CONFIG, store)
+        commit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("aggregator.publish.commit", slow)
+    with pytest.raises(Retryable, match="another aggregator was faster"):
+        rollup.run(CONFIG, store)
+    assert 1 == rollup.run(CONFIG, store).batches
+    assert (1, 1) == rows(store)
+
+
+def test_bad_objects_are_set_aside_and_the_rest_goes_on(store: ObjectStore) -> None:
+    good = put(store, minute(0))
+    whole = store.get(good).body
+    bad = {
+        "raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz": whole[:-5],
+        "raw/v1/node=n1/i0001/e00000001/0000000003-0000000003.mpz": b"not a segment",
+        "raw/v1/node=n1/i0001/e00000001/0000000004-0000000004.mpz": seal([minute(8)]),
+        "raw/v1/node=n1/i0001/e00000001/0000000005-0000000005.mpz": seal([batch(rack="other", seq=5)]),
+        "raw/v1/node=n1/hello.txt": b"hello",
+        "raw/v1/stray.bin": b"stray",
+        "raw/v1/node=evil/i0001/e00000001/0000000001-0000000001.mpz": b"",
+    }
+    for key, body in bad.items():
+        store.put(key, body)
+    put(store, minute(6))
+    manifest = rollup.run(CONFIG, store)
+    assert set(bad) == {q.key for q in manifest.quarantined}
+    assert all(q.reason for q in manifest.quarantined)
+    assert (8, 2) == rows(store)
+    for key, body in bad.items():
+        assert body == store.get(keys.quarantine_key(key)).body, "byte for byte"
+    assert manifest == rollup.run(CONFIG, store), "set aside once"
+
+
+def test_an_unknown_schema_waits_in_quarantine(store: ObjectStore) -> None:
+    import msgpack
+    import zstandard
+
+    tree = msgpack.unpackb(encode(minute(0)))
+    body = zstandard.compress(msgpack.packb({**tree, "v": 2}))
+    store.put("raw/v1/node=n1/i0001/e00000001/0000000001-0000000001.mpz", body)
+    (bad,) = rollup.run(CONFIG, store).quarantined
+    assert "schema version 2 is not known here; upgrade" in bad.reason
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_any_order_and_any_split_give_the_same_bytes(tmp_path: Path, seed: int) -> None:
+    made = [minute(n, node) for n in range(6) for node in ("n1", "n2")]
+    plain, mixed = DirectoryStore(tmp_path / "plain"), DirectoryStore(tmp_path / "mixed")
+    for one in made:
+        put(plain, one)
+    rollup.run(CONFIG, plain)
+    dice = random.Random(seed)
+    for node in ("n1", "n2"):
+        mine = [b for b in made if b.node == node]
+        while mine:
+            cut = dice.randint(1, len(mine))
+            put(mixed, *mine[:cut])
+            mine = mine[cut - 1 if dice.random() < 0.3 and cut > 1 else cut :]
+            if dice.random() < 0.5:
+                rollup.run(CONFIG, mixed)
+    rollup.run(CONFIG, mixed)
+    for prefix in ("minute/", "hour/"):
+        listed = [o.key for o in list_all(plain, prefix)]
+        assert listed == [o.key for o in list_all(mixed, prefix)]
+        for key in listed:
+            assert plain.get(key).body == mixed.get(key).body, key
+
+
+def test_an_empty_bucket_gives_reports_that_say_so(store: ObjectStore) -> None:
+    assert 0 == rollup.run(CONFIG, store).number
+    assert 6 == len(weekly.run(CONFIG, store, "2026-W47"))
+    _, key = monthly.run(CONFIG, store, "2026-11")
+    assert store.get(key).body.startswith(b"%PDF")
+
+
+def test_a_report_that_did_not_change_is_not_written_again(store: ObjectStore) -> None:
+    put(store, minute(0))
+    rollup.run(CONFIG, store)
+    first = weekly.run(CONFIG, store, "2026-W47")
+    assert first == weekly.run(CONFIG, store, "2026-W47")
+    put(store, minute(1))
+    rollup.run(CONFIG, store)
+    second = weekly.run(CONFIG, store, "2026-W47")
+    assert any("cost-r2.json" in key for key in second)
+
+
+def test_tables_come_back_as_they_were() -> None:
+    one = minute(0)
+    facts = list(load.by_day([one]).values())[0]
+    from aggregator.window import facts_of, meta_of
+
+    for kind in ("served", "engine", "resident", "host"):
+        mine = [f for f in facts_of(facts[0]) if f.record.__struct_config__.tag == kind]
+        assert mine == parquet.read(kind, parquet.write(kind, mine, [], None))
+    body = parquet.write(parquet.BATCH_TABLE, [], [meta_of(one)], None)
+    assert [meta_of(one)] == parquet.read_batches(body)
+
+
+def test_one_run_at_a_time(store: ObjectStore) -> None:
+    with lease.held(store, "rollup"):
+        with pytest.raises(Retryable, match="is at it already"), lease.held(store, "rollup"):
+            pass
+        with lease.held(store, "alert"):
+            pass
+    with lease.held(store, "rollup"):
+        pass
+
+
+# the command line
+
+
+def config_file(tmp_path: Path, store: str) -> Path:
+    path = tmp_path / "aggregator.toml"
+    path.write_text(f'rack = "r"\n{store}')
+    return path
+
+
+def directory(tmp_path: Path) -> Path:
+    return config_file(tmp_path, f'[store]\nkind = "directory"\npath = "{tmp_path}/bucket"\n')
+
+
+def test_the_verbs_are_quiet_when_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(directory(tmp_path))
+    put(DirectoryStore(tmp_path / "bucket"), minute(0))
+    for verb in (
+        ["rollup"],
+        ["weekly", "--week", "2026-W47"],
+        ["monthly", "--month", "2026-11"],
+        ["weekly"],
+        ["monthly"],
+    ):
+        assert 0 == cli.main([*verb, "--config", config]), verb
+    captured = capsys.readouterr()
+    assert ("", "") == (captured.out, captured.err)
+    assert 0 == cli.main(["rollup", "--json", "--config", config])
+    assert 1 == json.loads(capsys.readouterr().out)["batches"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "why"),
+    [
+        (["weekly", "--week", "47"], 1, "give it as 2026-W47"),
+        (["monthly", "--month", "2026-13"], 1, "give it as 2026-11"),
+    ],
+)
+def test_a_period_that_is_none_is_a_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, why: str
+) -> None:
+    assert status == cli.main([*words, "--config", str(directory(tmp_path))])
+    assert why in capsys.readouterr().err
+
+
+def test_refused_credentials_exit_77(
+    tmp_path: Path, seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCESS", "nobody")
+    monkeypatch.setenv("SECRET", "wrongsecret")
+    store = (
+        f'[store]\nkind = "s3"\nendpoint = "{seaweed.endpoint}"\nbucket = "probe-bucket"\n'
+        'access_key = "env:ACCESS"\nsecret_key = "env:SECRET"\n'
+    )
+    assert os.EX_NOPERM == cli.main(["rollup", "--config", str(config_file(tmp_path, store))])
+    err = capsys.readouterr().err
+    assert "refuses our credentials" in err
+    assert "wrongsecret" not in err
+    monkeypatch.delenv("SECRET")
+    assert os.EX_CONFIG == cli.main(["rollup", "--config", str(config_file(tmp_path, store))])
+    assert "secret env:SECRET: the environment variable is not set" in capsys.readouterr().err
+
+
+def test_a_run_that_overlaps_exits_75(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lease.held(DirectoryStore(tmp_path / "bucket"), "rollup"):
+        assert os.EX_TEMPFAIL == cli.main(["rollup", "--config", str(directory(tmp_path))])
+    assert "is at it already" in capsys.readouterr().err
+
+
+def test_a_bad_configuration_exits_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert os.EX_CONFIG == cli.main(["alert", "--config", str(config_file(tmp_path, "[store]\nkind = 5\n"))])
+    assert "store.kind" in capsys.readouterr().err
+
+
+def test_the_cron_file_names_verbs_that_exist() -> None:
+    text = Path("scripts/aggregator.cron").read_text()
+    for verb in ("alert", "rollup", "weekly", "monthly"):
+        assert f'"$RACK {verb}"' in text
+        with pytest.raises(SystemExit) as caught:
+            cli.main([verb, "--help"])
+        assert 0 == caught.value.code

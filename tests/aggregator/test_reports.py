@@ -1,0 +1,431 @@
+"""The aggregator's core: sums that add up, verdicts with reasons, and sentences for a month without data."""
+
+import random
+from decimal import Decimal
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator import cost, eviction, placement, rollup, uptime
+from aggregator import window as windows
+from aggregator.config import AggregatorConfig
+from aggregator.report import markdown, pdf
+from aggregator.report.contents import compose
+from shared.batch import Batch
+from shared.errors import Refused
+from shared.records import (
+    AgentStarted,
+    AgentStopped,
+    LoaderExited,
+    ModelEvicted,
+    ModelLoaded,
+    PeerDown,
+    PeerUp,
+    SwapFinished,
+    ThrottleEvent,
+)
+from tests.builders import DAY, MINUTE, T0, batch, engine, host, resident, served, window
+
+
+def config(*nodes: str, **more: object) -> AggregatorConfig:
+    tree = {
+        "rack": "r",
+        "store": {"path": "x"},
+        "nodes": [{"id": n, "price": 1399.0, "watts": 40.0} for n in nodes],
+        **more,
+    }
+    return msgspec.convert(tree, AggregatorConfig)
+
+
+# windows
+
+
+def test_a_week_begins_on_monday_in_the_racks_zone() -> None:
+    span = windows.week("2026-W47", "Europe/Berlin")
+    assert "2026-11-15T23:00" == _iso(span.since_ms)
+    assert 7 * 86_400_000 == span.until_ms - span.since_ms
+    assert "2026-W46" == windows.before(span).name
+
+
+def test_a_month_with_a_change_of_clocks_has_its_own_length() -> None:
+    span = windows.month("2026-10", "Europe/Berlin")
+    assert 31 * 86_400_000 + 3_600_000 == span.until_ms - span.since_ms
+
+
+@pytest.mark.parametrize("name", ["2026-47", "2026-W60", "W47", "", "2026-W0"])
+def test_a_week_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(Refused, match="give it as"):
+        windows.week(name, "UTC")
+
+
+@pytest.mark.parametrize("name", ["2026-13", "2026", "november", "2026-W47"])
+def test_a_month_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(Refused, match="give it as"):
+        windows.month(name, "UTC")
+
+
+def test_times_that_no_node_lived_are_refused() -> None:
+    for t_ms in (0, 10**18, -5):
+        with pytest.raises(Refused):
+            windows.utc_day(t_ms)
+
+
+def _iso(t_ms: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(t_ms / 1000, UTC).isoformat()[:16]
+
+
+# rollup
+
+batches = st.lists(
+    st.builds(
+        lambda node, minute, requests, model: batch([served(model, requests=requests)], node=node, minute=minute),
+        st.sampled_from(("n1", "n2")),
+        st.integers(0, 300),
+        st.integers(1, 9),
+        st.sampled_from(("m", "k")),
+    ),
+    max_size=12,
+    unique_by=lambda b: b.id,
+)
+
+
+@given(batches, st.randoms())
+def test_rollups_conserve_and_do_not_care_for_order(made: list[Batch], dice: random.Random) -> None:
+    shuffled = list(made)
+    dice.shuffle(shuffled)
+    one = rollup.hourly(window(*made).of(rollup.Served))
+    other = rollup.hourly(window(*shuffled).of(rollup.Served))
+    assert one == other
+    records = [r for b in made for r in b.records]
+    for name in ("requests", "prompt_tok", "completion_tok"):
+        assert sum(getattr(r, name) for r in records) == sum(getattr(h, name) for h in one)
+
+
+# cost
+
+
+@given(batches, st.lists(st.tuples(st.sampled_from(("n1", "n2")), st.floats(0, 59)), max_size=6))
+def test_rows_add_up_to_what_the_nodes_cost(made: list[Batch], busy: list[tuple[str, float]]) -> None:
+    extra = [
+        batch([engine(busy_s=seconds), served(worker=node)], node=node, minute=400 + n)
+        for n, (node, seconds) in enumerate(busy)
+    ]
+    report = cost.compute(window(*made, *extra), config("n1", "n2"))
+    if report.total is None:
+        assert not made
+        assert not extra
+        return
+    assert report.idle is not None
+    assert report.unattributed is not None
+    direct = sum((m.direct or Decimal(0) for m in report.models), Decimal(0))
+    assert report.total == sum((n.cost for n in report.nodes if n.cost is not None), Decimal(0))
+    assert report.total == report.idle + direct + report.unattributed
+    assert all(n.idle is not None and 0 <= n.idle <= n.cost for n in report.nodes if n.cost is not None)
+
+
+def test_a_known_hour_costs_what_it_should() -> None:
+    """1,399 with 20 % residual over 3 years is 0.04256 an hour; 40 W at 0.15 is 0.006."""
+    hour = window(*(batch([engine(busy_s=30), served()], minute=n) for n in range(60)))
+    report = cost.compute(hour, config("n1"))
+    (node,) = report.nodes
+    assert Decimal("0.048558") == node.rate_per_h == node.cost
+    assert report.idle is not None
+    assert abs(report.idle - Decimal("0.02428")) < Decimal("0.00001")
+    (model,) = report.models
+    assert report.total == model.loaded
+    assert model.loaded_per_m is not None
+    assert abs(model.loaded_per_m - Decimal("0.048558") / 6600 * 10**6) < Decimal("0.001")
+
+
+def test_without_a_price_there_is_no_money() -> None:
+    report = cost.compute(window(batch([engine(), served()])), config())
+    assert (False, None, None) == (report.priced, report.total, report.average_per_m)
+    assert report.models[0].loaded is None
+    assert 1 == report.models[0].requests
+
+
+def test_one_loader_behind_two_names_is_shared_by_tokens() -> None:
+    made = window(batch([engine(busy_s=40), served("a", requests=3), served("b", requests=1)]))
+    a, b = cost.compute(made, config("n1")).models
+    assert (30.0, 10.0) == (a.busy_s, b.busy_s)
+    assert a.direct is not None
+    assert b.direct is not None
+    assert abs(a.direct - 3 * b.direct) < Decimal("0.00001")
+
+
+def weeks(before: dict[str, object], after: dict[str, object], *, nodes: int = 1) -> str:
+    """The flag of a model whose second week looks different."""
+
+    def one(values: dict[str, object], busy: float) -> cost.CostReport:
+        made = [batch([engine(busy_s=busy), served(requests=3000, **values)], minute=n) for n in range(2)]  # type: ignore[arg-type]
+        return cost.compute(window(*made), config("n1"), last)
+
+    last: cost.CostReport | None = None
+    last = one({k: v for k, v in before.items() if k != "minutes"}, 10)
+    made = [batch([engine(busy_s=50), served(requests=3000, **after)], minute=n) for n in range(int(nodes) * 2)]  # type: ignore[arg-type]
+    return cost.compute(window(*made), config("n1"), last).models[0].flag
+
+
+def test_a_jump_is_flagged_with_its_likely_cause() -> None:
+    base = {"prompt_tok": 300_000, "cached_tok": 240_000, "completion_tok": 60_000}
+    assert "" == weeks(base, base)
+    missed = weeks(base, {**base, "cached_tok": 0}, nodes=3)
+    assert "" == missed or "prompt-cache" in missed
+    dearer = cost.compute(window(batch([engine(), served(requests=9, prompt_tok=10**6)])), config("n1"))
+    cheap = msgspec.structs.replace(dearer.models[0], loaded_per_m=dearer.models[0].loaded_per_m / 3)  # type: ignore[operator]
+    last = msgspec.structs.replace(dearer, models=(msgspec.structs.replace(cheap, cached_tok=900_000),))
+    flagged = cost.compute(window(batch([engine(), served(requests=9, prompt_tok=10**6)])), config("n1"), last)
+    assert "3.0 x last week: fewer prompt-cache hits" in flagged.models[0].flag
+    small = msgspec.structs.replace(cheap, prompt_tok=10, completion_tok=1)
+    quiet = cost.compute(
+        window(batch([engine(), served(requests=9, prompt_tok=10**6)])),
+        config("n1"),
+        msgspec.structs.replace(dearer, models=(small,)),
+    )
+    assert "" == quiet.models[0].flag, "small volumes are never flagged"
+
+
+def test_a_negative_saving_is_shown() -> None:
+    prices = [{"model": "m", "name": "hosted", "input_per_m": 0.01, "output_per_m": 0.02}]
+    (model,) = cost.compute(window(batch([engine(), served()])), config("n1", api_prices=prices)).models
+    assert model.saving is not None
+    assert model.saving < 0
+
+
+# uptime
+
+
+def test_a_restart_after_a_crash_is_an_incident_and_a_plain_gap_is_unknown() -> None:
+    up = [batch(minute=n) for n in (0, 1)]
+    back = batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="unclean")], minute=5, seq=1, epoch=2)
+    silent = batch(minute=9, seq=2, epoch=2)
+    report = uptime.uptime(window(*up, back, silent), T0 + 10 * MINUTE)
+    (node,) = report.nodes
+    assert (240.0, 180.0, 180.0) == (node.up_s, node.down_s, node.unknown_s)
+    assert 240 / 420 == node.share
+    (incident,) = report.incidents
+    assert (T0 + 2 * MINUTE, T0 + 5 * MINUTE) == (incident.start_ms, incident.end_ms)
+    assert "killed" in incident.cause
+
+
+def test_an_orderly_stop_and_a_network_fault_are_told_apart() -> None:
+    stopped = [
+        batch([AgentStopped(t_ms=T0 + MINUTE, reason="x")]),
+        batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="clean")], minute=5, seq=1, epoch=2),
+    ]
+    (incident,) = uptime.uptime(window(*stopped), T0 + 6 * MINUTE).incidents
+    assert "stopped by its operator" in incident.cause
+    cut = [
+        batch(),
+        batch(minute=5),
+        batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)], node="n2", minute=2),
+    ]
+    found = uptime.uptime(window(*cut), T0 + 6 * MINUTE).incidents
+    assert ["its peers could not reach it"] == [i.cause for i in found if i.node == "n1"]
+
+
+def test_a_node_that_is_still_down_is_an_open_incident() -> None:
+    down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
+    made = [batch(), batch([down], node="n2"), batch(node="n2", minute=1)]
+    (incident,) = uptime.uptime(window(*made), T0 + 10 * MINUTE).incidents
+    assert ("n1", None) == (incident.node, incident.end_ms)
+    back = batch([PeerUp(t_ms=T0 + 3 * MINUTE, peer="n1", down_us=1)], node="n2", minute=2)
+    assert not uptime.uptime(window(*made, back), T0 + 10 * MINUTE).incidents
+
+
+def test_requests_decide_availability() -> None:
+    records = [served(requests=999), served(requests=1, outcome="failed"), served(requests=50, outcome="refused")]
+    assert 0.999 == uptime.uptime(window(batch(records)), T0 + MINUTE).request_share
+    assert uptime.uptime(window(batch()), T0 + MINUTE).request_share is None
+
+
+def test_a_loader_that_ended_is_named() -> None:
+    event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
+    (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
+    assert ("model m", "the loader ended (signal 9)") == (incident.scope, incident.cause)
+
+
+# evictions
+
+
+def evicted(minute: int = 0, **more: object) -> ModelEvicted:
+    values: dict[str, object] = {"t_ms": T0 + minute * MINUTE, "model": "m", "version": "v", "reason": "memory"}
+    return ModelEvicted(**{**values, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("records", "verdict", "hint"),
+    [
+        ([evicted(reason="ordered")], "ordered", "an operator"),
+        ([evicted()], "traffic", "nobody had asked"),
+        ([evicted(requests_last_hour=9, for_model="k")], "placement", "had served 9 requests"),
+        (
+            [evicted(), ModelLoaded(t_ms=T0 + 60_000, model="m", version="v", load_us=1, need_bytes=1)],
+            "placement",
+            "wanted again after 60 s",
+        ),
+    ],
+)
+def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hint: str) -> None:
+    (row,) = eviction.report(window(batch(records))).rows
+    assert verdict == row.verdict
+    assert hint in row.hint
+
+
+def test_the_most_evicted_come_first_and_ten_are_enough() -> None:
+    records = [evicted(model=f"m{n}", minute=t) for n in range(14) for t in range(n + 1)]
+    report = eviction.report(window(batch(records)))
+    assert 10 == len(report.rows)
+    assert ("m13", 14) == (report.rows[0].model, report.rows[0].evictions)
+
+
+# placement
+
+
+def minutes(node: str, *records: object, count: int = 10) -> list[Batch]:
+    return [batch(list(records), node=node, minute=n) for n in range(count)]  # type: ignore[arg-type]
+
+
+def test_rule_1_a_hot_node_gives_its_least_busy_model_away() -> None:
+    hot = minutes(
+        "n1",
+        host(throttled=0.1),
+        resident("a", version="va"),
+        engine("a", version="va", busy_s=2),
+        resident("b", version="vb"),
+        engine("b", version="vb", busy_s=20),
+    )
+    cool = minutes("n2", host(), resident("c", version="vc"))
+    report = placement.propose(window(*hot, *cool))
+    assert [("load", "a", "n2"), ("unload", "a", "n1")] == [(m.action, m.model, m.node) for m in report.moves]
+    assert "throttled 10.0%" in report.moves[0].reason
+
+
+def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
+    busy = minutes(
+        "n1",
+        host(),
+        resident("a", version="va"),
+        engine("a", version="va", busy_s=2),
+        resident("b", version="vb"),
+        engine("b", version="vb", busy_s=50),
+    )
+    report = placement.propose(window(*busy, *minutes("n2", host())))
+    assert [("load", "a", "n2"), ("unload", "a", "n1")] == [(m.action, m.model, m.node) for m in report.moves]
+    alone = minutes("n1", host(), resident("b"), engine("b", busy_s=50))
+    report = placement.propose(window(*alone, *minutes("n2", host())))
+    assert [("load", "b", "n2")] == [(m.action, m.model, m.node) for m in report.moves], "another copy"
+
+
+def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
+    records = [served("long", prompt_tok=9_000, cached_tok=100), served("short", prompt_tok=100, cached_tok=0)]
+    (note,) = placement.propose(window(batch([*records, host()]))).notes
+    assert note.startswith("long: prompts of 9000 tokens")
+
+
+def test_rule_4_an_evicted_model_that_was_wanted_goes_where_there_is_room() -> None:
+    made = [batch([host(), resident("k"), evicted(requests_last_hour=5)]), *minutes("n2", host())]
+    (move,) = placement.propose(window(*made)).moves
+    assert ("load", "m", "n2") == (move.action, move.model, move.node)
+
+
+def test_what_stands_well_stays_and_what_fits_nowhere_says_so() -> None:
+    assert not placement.propose(window(*minutes("n1", host(), resident(), engine(busy_s=5)))).rebalance
+    full = minutes("n1", host(throttled=0.5), resident("a")) + minutes(
+        "n2", host(budget=1), resident("b", version="vb", need=1)
+    )
+    report = placement.propose(window(*full))
+    assert not report.rebalance
+    assert "no other node has 1.0 GB free" in report.placed[0].reason
+
+
+def test_a_move_never_overfills_its_target() -> None:
+    hot = [
+        b
+        for n in range(4)
+        for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=2)
+    ]
+    report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=2)))
+    assert 2 == sum(m.node == "cool" for m in report.moves)
+
+
+# the month
+
+
+def test_a_month_has_all_seven_sections_with_true_figures() -> None:
+    month = windows.month("2026-11", "UTC")
+    records = [
+        [served(requests=4), engine(), resident(), host(throttled=0.5), ThrottleEvent(t_ms=T0, level="heavy")],
+        [evicted(requests_last_hour=1), host(), resident("k")],
+        [
+            SwapFinished(
+                t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=9
+            )
+        ],
+    ]
+    made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
+    report = compose(made, config("n1"), T0 + 10 * MINUTE)
+    assert (4, 40) == (report.volume.requests, report.volume.completion_tok)
+    assert 440 == sum(d.tokens for d in report.volume.days)
+    assert 30 == len(report.volume.days)
+    assert (61_500, 1) == (report.thermal.nodes[0].peak_package_mc, report.thermal.nodes[0].throttle_events)
+    assert "more air" in report.thermal.advice
+    assert 1 == report.evictions.total
+    assert 1 == report.swaps.flipped
+    assert report.cost.total is not None
+    assert "4 requests with 40 tokens" in report.headline
+    text = pdf_text(pdf.render(report))
+    for title in ("1. Inference volume", "2. Heat", "3. Evictions", "4. Where", "5. Cost", "6. Uptime", "7. Recomm"):
+        assert title in text
+    assert "61.5 °C" in text
+
+
+def test_a_month_without_data_says_so_in_every_section() -> None:
+    report = compose(window(span=windows.month("2025-01", "UTC")), config("n1"), T0)
+    assert report.empty
+    text = pdf_text(pdf.render(report))
+    assert "No node reported anything in 2025-01." in text
+    assert text.lower().count("no data") >= 6
+
+
+def test_forty_models_with_long_names_fit_the_page() -> None:
+    names = [f"org-{'x' * 60}-model-{n:02d}-instruct" for n in range(40)]
+    records = [served(n, version=n[:16] + n[-14:], requests=3) for n in names]
+    rows = [resident(n, version=n[:16] + n[-14:]) for n in names]
+    report = compose(window(batch([*records, *rows, host()])), config("n1"), T0 + MINUTE)
+    body = pdf.render(report)
+    assert len(body) < 200_000
+    assert "model-39-instruct" in pdf_text(body).replace("\n", "")
+
+
+def test_equal_reports_give_equal_pdfs() -> None:
+    report = compose(window(batch([served(), host()])), config("n1"), T0 + MINUTE)
+    assert pdf.render(report) == pdf.render(report)
+
+
+def pdf_text(body: bytes) -> str:
+    import io
+
+    from pypdf import PdfReader
+
+    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_weekly_markdown_renders(empty: bool) -> None:
+    made = window() if empty else window(batch([served("a|b"), engine(), resident("a|b"), host(), evicted()]))
+    values = {"rack": "r", "period": DAY.name, "before": "2026-W46"}
+    for name, report in (
+        ("placement", placement.propose(made)),
+        ("cost", cost.compute(made, config("n1"))),
+        ("evictions", eviction.report(made)),
+    ):
+        text = markdown.render(name, report=report, **values).decode()
+        assert "2026-W47" in text
+        tables = [line for line in text.splitlines() if line.startswith("|")]
+        assert tables
+        assert "a|b" not in text, "a bar in a name does not break the table"
