@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test check lint types arch dist clean
+.PHONY: help setup model demo run test check lint types arch docs dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -41,6 +41,9 @@ arch: $(STAMP) ## the import contracts
 	$(BIN)/lint-imports --no-logo
 
 check: lint types arch test ## what CI runs
+
+docs: $(STAMP) ## the configuration reference, made from the code
+	@$(BIN)/python -m scripts.document_config
 
 dist: $(STAMP) ## a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 260
 CONFIG = {
@@ -35,7 +36,8 @@ def write_tiny_model(folder: Path, *, seed: int) -> None:
     folder.mkdir(parents=True)
     mx.random.seed(seed)
     model = Model(ModelArgs.from_dict(CONFIG))
-    weights = {name: mx.random.normal(value.shape) * 0.3 for name, value in tree_flatten(model.parameters())}
+    shapes: Any = tree_flatten(model.parameters())
+    weights = {name: mx.random.normal(value.shape) * 0.3 for name, value in shapes}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(CONFIG))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Path:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
-    assert 0 == caught.value.code
+    assert caught.value.code == 0
     text = capsys.readouterr().out
     for verb in ("run", "status", "models", "load", "unload", "swap", "logs", "doctor", "sample", "install", "new-key"):
         assert re.search(rf"^\s+{verb}\s", text, re.MULTILINE), verb
@@ -36,7 +36,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text('[node]\nid = "n 1"\n[listen]\nport = "x"\n')
-    assert os.EX_CONFIG == cli.main(["run", "--config", str(bad)])
+    assert cli.main(["run", "--config", str(bad)]) == os.EX_CONFIG
     err = capsys.readouterr().err
     assert "node.rack: is required" in err
     assert "listen.port: expected int" in err
@@ -44,22 +44,22 @@ def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys:
 
 
 def test_without_an_agent_status_says_how_to_start_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert os.EX_UNAVAILABLE == cli.main(["status", "--config", str(config)])
+    assert cli.main(["status", "--config", str(config)]) == os.EX_UNAVAILABLE
     assert "has this agent been started" in capsys.readouterr().err
 
 
 def test_check_config_says_where_things_are(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 == cli.main(["check-config", "--config", str(config)])
+    assert cli.main(["check-config", "--config", str(config)]) == 0
     assert "agent.jsonl" in capsys.readouterr().out
 
 
 def test_sample_prints_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 == cli.main(["sample", "--config", str(config)])
+    assert cli.main(["sample", "--config", str(config)]) == 0
     assert json.loads(capsys.readouterr().out)["memory_total_bytes"] > 0
 
 
 def test_a_new_key_and_its_hash_belong_together(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 == cli.main(["new-key", "web-shop", "--config", str(config)])
+    assert cli.main(["new-key", "web-shop", "--config", str(config)]) == 0
     out = capsys.readouterr().out
     key, stored = re.search(r"mlxr-\S+", out), re.search(r'sha256 = "(\w+)"', out)
     assert key is not None
@@ -68,17 +68,17 @@ def test_a_new_key_and_its_hash_belong_together(config: Path, capsys: pytest.Cap
 
 
 def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 == cli.main(["install", "--dry-run", "--config", str(config)])
+    assert cli.main(["install", "--dry-run", "--config", str(config)]) == 0
     out = capsys.readouterr().out
     plist = plistlib.loads(out[out.index("<?xml") : out.index("</plist>") + 8].encode())
-    assert "dev.mlxrack.agent" == plist["Label"]
-    assert "Interactive" == plist["ProcessType"]
-    assert plist["KeepAlive"] and plist["RunAtLoad"]
+    assert plist["Label"] == "dev.mlxrack.agent"
+    assert plist["ProcessType"] == "Interactive"
+    assert (plist["KeepAlive"], plist["RunAtLoad"]) == (True, True)
     assert plist["ExitTimeOut"] > 60, "launchd waits longer than the drain takes"
     program, run, flag, path = plist["ProgramArguments"]
     assert Path(program).is_absolute()
     assert Path(path).is_absolute()
-    assert ("run", "--config", "_mlxrack") == (run, flag, plist["UserName"])
+    assert (run, flag, plist["UserName"]) == ("run", "--config", "_mlxrack")
     assert "newsyslog" in out
 
 
@@ -93,7 +93,7 @@ def test_a_strange_path_stays_one_string(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="would install")
 def test_install_off_macos_says_what_to_do(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert os.EX_UNAVAILABLE == cli.main(["install", "--config", str(config)])
+    assert cli.main(["install", "--config", str(config)]) == os.EX_UNAVAILABLE
     assert "--dry-run shows" in capsys.readouterr().err
 
 
@@ -112,10 +112,10 @@ def test_logs_are_filtered(tmp_path: Path) -> None:
     log = tmp_path / "agent.jsonl"
     (tmp_path / "agent.jsonl.1").write_text(entry(1) + "\n" + entry(2, "error") + "\n")
     log.write_text(entry(30, request="req_1") + "\n" + "not json\n" + entry(50, "warning") + "\n" + '{"half')
-    assert ["e1", "e2", "e30", "e50"] == shown(log, logview.Filter())
-    assert ["e2", "e50"] == shown(log, logview.Filter(level="warning"))
-    assert ["e30"] == shown(log, logview.Filter(request="req_1"))
-    assert ["e50"] == shown(log, logview.Filter(since=logview.parse_since("15m", NOW)))
+    assert shown(log, logview.Filter()) == ["e1", "e2", "e30", "e50"]
+    assert shown(log, logview.Filter(level="warning")) == ["e2", "e50"]
+    assert shown(log, logview.Filter(request="req_1")) == ["e30"]
+    assert shown(log, logview.Filter(since=logview.parse_since("15m", NOW))) == ["e50"]
 
 
 def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
         return turn == 2
 
     events = [line.split()[3] for line in logview.lines(log, logview.Filter(), follow=True, until=until)]
-    assert ["e1", "e2"] == events
+    assert events == ["e1", "e2"]
 
 
 @pytest.mark.parametrize("text", ["soon", "5", "5y", ""])

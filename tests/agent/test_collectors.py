@@ -30,10 +30,10 @@ Pages tagged:                                      7.
 
 def test_vm_stat_is_read_by_label_and_page_size() -> None:
     read = memory.parse_vm_stat(VM_STAT)
-    assert 3000 * 16384 == read["Pages free"]
-    assert 550_000 * 16384 == memory.used_bytes(read)
+    assert read["Pages free"] == 3000 * 16384
+    assert memory.used_bytes(read) == 550_000 * 16384
     assert memory.used_bytes({}) is None
-    assert {} == memory.parse_vm_stat(VM_STAT.replace("page size of", "Seitengröße"))
+    assert memory.parse_vm_stat(VM_STAT.replace("page size of", "Seitengröße")) == {}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_zones_are_read_and_their_absence_is_named(tmp_path: Path) -> None:
         zone = tmp_path / f"thermal_zone{number}"
         zone.mkdir()
         (zone / "temp").write_text(value)
-    assert 63_500 == ThermalCollector(tmp_path).read().fields["package_temp_mc"]
+    assert ThermalCollector(tmp_path).read().fields["package_temp_mc"] == 63_500
 
 
 def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
@@ -92,16 +92,16 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
     package.mkdir()
     (package / "energy_uj").write_text("1000000")
     collector = PowerCollector(tmp_path)
-    assert {} == collector.read().fields
+    assert collector.read().fields == {}
     (package / "energy_uj").write_text("6000000")
-    assert 5_000 == collector.read().fields["energy_mj"]
+    assert collector.read().fields["energy_mj"] == 5_000
     (package / "energy_uj").write_text("5")
-    assert {} == collector.read().fields, "a counter that fell back gives nothing"
+    assert collector.read().fields == {}, "a counter that fell back gives nothing"
 
 
 def test_psi() -> None:
     text = "some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\nfull avg10=0.00 total=1\n"
-    assert 4242 == memory.parse_psi_total_us(text)
+    assert memory.parse_psi_total_us(text) == 4242
     assert memory.parse_psi_total_us("") is None
 
 
@@ -164,8 +164,8 @@ def test_the_ledger_counts_each_request_once() -> None:
         )
     ledger.record(Answered(model="m", outcome="failed"))
     failed, ok = ledger.drain()
-    assert ("failed", 1, "ok", 2) == (failed.outcome, failed.requests, ok.outcome, ok.requests)
-    assert (10, 4, 2) == (ok.prompt_tok, ok.completion_tok, ok.retries)
-    assert (2, 4, 30) == (ok.ttft_us.count, ok.itl_us.count, ok.total_us.sum)
-    assert [] == ledger.drain()
-    assert 3 == len(seen)
+    assert (failed.outcome, failed.requests, ok.outcome, ok.requests) == ("failed", 1, "ok", 2)
+    assert (ok.prompt_tok, ok.completion_tok, ok.retries) == (10, 4, 2)
+    assert (ok.ttft_us.count, ok.itl_us.count, ok.total_us.sum) == (2, 4, 30)
+    assert ledger.drain() == []
+    assert len(seen) == 3

@@ -40,7 +40,7 @@ def test_frames_come_whole_wherever_the_stream_is_cut(cuts: list[int]) -> None:
         got += decoder.feed(stream[:size])
         stream = stream[size:]
     got += decoder.feed(stream)
-    assert FRAMES == got
+    assert got == FRAMES
 
 
 @pytest.mark.parametrize("raw", [b"\xc1", b"\x01", encode(Report())[:-1] + b"\xff", b"\x81\xa1f\xa4nope"])
@@ -77,8 +77,8 @@ def test_the_longest_common_beginning_is_found() -> None:
     cache.put([*range(10), *range(100, 130)], "other", 10)
     hit = cache.find([*range(10), *range(100, 115), 7])
     assert hit is not None
-    assert ("other", 25, 40) == hit
-    assert (1, 0) == (cache.hits, cache.misses)
+    assert hit == ("other", 25, 40)
+    assert (cache.hits, cache.misses) == (1, 0)
 
 
 def test_one_token_is_always_left_to_start_from() -> None:
@@ -86,7 +86,7 @@ def test_one_token_is_always_left_to_start_from() -> None:
     cache.put(list(range(20)), "x", 10)
     hit = cache.find(list(range(20)))
     assert hit is not None
-    assert 19 == hit.common_tok
+    assert hit.common_tok == 19
 
 
 def test_the_least_recently_used_leaves_first() -> None:
@@ -98,7 +98,7 @@ def test_the_least_recently_used_leaves_first() -> None:
     cache.put(c, "c", 15)
     assert cache.find(b) is None
     assert cache.find(a) is not None
-    assert (1, 30) == (cache.evictions, cache.bytes)
+    assert (cache.evictions, cache.bytes) == (1, 30)
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=8, max_size=14), st.integers(1, 30)), max_size=25))
@@ -108,4 +108,4 @@ def test_the_byte_budget_holds(puts: list[tuple[list[int], int]]) -> None:
         cache.put(tokens, number, size)
         assert 0 <= cache.bytes <= 60
     cache.clear()
-    assert (0, 0) == (cache.bytes, len(cache))
+    assert (cache.bytes, len(cache)) == (0, 0)

@@ -45,7 +45,7 @@ def test_hashes_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path
     memo = tmp_path / "memo"
     first = describe(folder, memo)
     tree = json.loads(memo.read_text())
-    assert 4 == len(tree)
+    assert len(tree) == 4
     assert first == describe(folder, memo)
     memo.write_text("garbage")
     assert first == describe(folder, memo), "a lost memo only costs time"

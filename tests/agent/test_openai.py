@@ -1,5 +1,6 @@
 """The OpenAI wire: what is taken, what is refused by name, and what comes back."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -20,14 +21,14 @@ def parse(**more: Any) -> openai.ChatRequest:
 
 def test_defaults() -> None:
     request = parse()
-    assert (False, None, 1.0, 1.0, None, ()) == (
+    assert (
         request.stream,
         request.max_tokens,
         request.temperature,
         request.top_p,
         request.seed,
         request.stop,
-    )
+    ) == (False, None, 1.0, 1.0, None, ())
 
 
 def test_everything_supported_is_taken() -> None:
@@ -40,7 +41,7 @@ def test_everything_supported_is_taken() -> None:
         seed=-3,
         stop=["a", "b"],
     )
-    assert (True, True, 5, 0.0, 0.5, -3, ("a", "b")) == (
+    assert (
         request.stream,
         request.include_usage,
         request.max_tokens,
@@ -48,17 +49,17 @@ def test_everything_supported_is_taken() -> None:
         request.top_p,
         request.seed,
         request.stop,
-    )
+    ) == (True, True, 5, 0.0, 0.5, -3, ("a", "b"))
 
 
 def test_max_completion_tokens_goes_before_its_old_name() -> None:
-    assert 7 == parse(max_completion_tokens=7, max_tokens=9).max_tokens
+    assert parse(max_completion_tokens=7, max_tokens=9).max_tokens == 7
 
 
 def test_text_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = parse(messages=[{"role": "developer", "content": "d"}, {"role": "user", "content": parts}])
-    assert [("system", "d"), ("user", "ab")] == [(m.role, m.content) for m in request.messages]
+    assert [(m.role, m.content) for m in request.messages] == [("system", "d"), ("user", "ab")]
 
 
 @pytest.mark.parametrize("name", sorted(openai.ADVISORY))
@@ -116,7 +117,7 @@ def test_a_wrong_field_is_named(more: dict[str, Any], param: str) -> None:
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
         parse_request(body)
-    assert "invalid_json" == caught.value.code
+    assert caught.value.code == "invalid_json"
 
 
 @given(
@@ -131,10 +132,8 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     )
 )
 def test_no_body_does_more_than_be_taken_or_refused(more: dict[str, Any]) -> None:
-    try:
-        parse(**more)
-    except Refused as error:
-        assert error.message
+    with contextlib.suppress(Refused):
+        assert parse(**more).model == "m"
 
 
 def test_messages_never_quote_values() -> None:
@@ -148,8 +147,8 @@ def test_shapes_that_clients_parse() -> None:
     whole = openai.completion(
         answer_id="i", created=1, model="m", fingerprint="f", text="t", finish="stop", usage=usage
     )
-    assert 5 == whole["usage"]["total_tokens"]
-    assert 1 == whole["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert whole["usage"]["total_tokens"] == 5
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
     last = openai.usage_chunk(answer_id="i", created=1, model="m", fingerprint="f", usage=usage)
-    assert [] == last["choices"]
-    assert 2 == last["usage"]["completion_tokens"]
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 2

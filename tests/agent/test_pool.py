@@ -78,19 +78,19 @@ async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path
         await pool.load("a")
         version, text = await answer(pool, "a")
         assert version
-        assert 5 == len(text.split())
+        assert len(text.split()) == 5
         pid = pool.status()[0]["pid"]
         await pool.unload("a")
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # type: ignore[arg-type]
-        assert ["ordered"] == [e.reason for e in of(events, ModelEvicted)]
-        assert 1 == len(of(events, ModelLoaded))
+        assert [e.reason for e in of(events, ModelEvicted)] == ["ordered"]
+        assert len(of(events, ModelLoaded)) == 1
 
 
 async def test_loads_of_one_model_start_one_loader(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, events):
         await asyncio.gather(*(pool.load("a") for _ in range(5)))
-        assert 1 == len(of(events, ModelLoaded))
+        assert len(of(events, ModelLoaded)) == 1
 
 
 async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> None:
@@ -103,15 +103,15 @@ async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> N
         await until(lambda: pool.views()[0].in_flight == 1)
         await pool.load("c")
         (evicted,) = of(events, ModelEvicted)
-        assert ("b", "memory", "c", 40, 1) == (
+        assert (
             evicted.model,
             evicted.reason,
             evicted.for_model,
             evicted.bytes,
             evicted.requests_last_hour,
-        )
+        ) == ("b", "memory", "c", 40, 1)
         _, text = await busy
-        assert 60 == len(text.split())
+        assert len(text.split()) == 60
 
 
 async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
         await pool.load("a")
         with pytest.raises(Refused, match="2 MB short of 10 MB; in use or pinned: a"):
             await pool.load("b")
-        assert "failed" == pool.status()[1]["state"]
+        assert pool.status()[1]["state"] == "failed"
         assert await answer(pool, "a")
 
 
@@ -153,7 +153,7 @@ async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path)
         )
         assert new == (await answer(pool, "b"))[0], "the new name answers too"
         assert [finished] == of(events, SwapFinished)
-        assert 1 == len([s for s in pool.status() if s["pid"]])
+        assert len([s for s in pool.status() if s["pid"]]) == 1
 
 
 async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path) -> None:
@@ -162,12 +162,12 @@ async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path)
         await pool.load("a")
         before = await answer(pool, "a")
         finished = await pool.swap("a", "slow")
-        assert "failed" == finished.outcome
+        assert finished.outcome == "failed"
         assert "took over 0.2 s" in finished.reason
         with pytest.raises(Refused, match="there is no folder"):
             await pool.swap("a", "b")
         assert before == await answer(pool, "a")
-        assert ["failed"] == [e.outcome for e in of(events, SwapFinished)]
+        assert [e.outcome for e in of(events, SwapFinished)] == ["failed"]
 
 
 async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_otherwise(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_other
         await pool.load("a")
         old, _ = await answer(pool, "a")
         finished = await pool.swap("a", "b")
-        assert "flipped" == finished.outcome
+        assert finished.outcome == "flipped"
         assert old != (await answer(pool, "a"))[0]
 
 
@@ -208,8 +208,8 @@ async def test_a_killed_loader_comes_back_and_says_so_while_others_answer(tmp_pa
         assert await pool.wanted("a", 15.0)
         assert await answer(pool, "a")
         status = pool.status()[0]
-        assert (1, "signal 9 (SIGKILL)", "ready") == (status["restarts"], status["last_exit"], status["state"])
-        assert 1 == len(of(events, LoaderExited))
+        assert (status["restarts"], status["last_exit"], status["state"]) == (1, "signal 9 (SIGKILL)", "ready")
+        assert len(of(events, LoaderExited)) == 1
 
 
 async def test_a_loader_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +235,11 @@ async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
         ):
             async for _answer in answers:
                 break
-        assert 0 == pool.views()[0].in_flight
+        assert pool.views()[0].in_flight == 0
         first = await pool.windows()
         await asyncio.sleep(0.1)
         second = await pool.windows()
-        assert (0, 0) == (second[0].decode_tok, second[0].steps), "the engine is idle again"
+        assert (second[0].decode_tok, second[0].steps) == (0, 0), "the engine is idle again"
         assert first[0].decode_tok >= 1
 
 
@@ -249,7 +249,7 @@ async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> N
         await answer(pool, "a", tokens=7)
         await pool.unload("a")
         (window,) = await pool.windows()
-        assert ("a", 7) == (window.model, window.decode_tok)
+        assert (window.model, window.decode_tok) == ("a", 7)
 
 
 async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
@@ -264,4 +264,4 @@ async def test_done_says_how_it_ended(tmp_path: Path) -> None:
         async with pool.lease("a") as lease:
             answers = [a async for a in lease.generate(ask("a", tokens=3))]
         assert isinstance(answers[-1], Done)
-        assert ("length", 3) == (answers[-1].finish, answers[-1].completion_tok)
+        assert (answers[-1].finish, answers[-1].completion_tok) == ("length", 3)

@@ -53,7 +53,7 @@ def test_unknown_and_unavailable_are_told_apart() -> None:
     assert Refuse(code="model_not_found", known=("m", "y")) == unknown
     away = choose(RouteRequest(model="m"), node("here", ready=False), (node("a", state="down"),))
     assert isinstance(away, Refuse)
-    assert ("no_capacity", True) == (away.code, away.loading)
+    assert (away.code, away.loading) == ("no_capacity", True)
 
 
 nodes = st.builds(
@@ -93,26 +93,26 @@ def test_a_refused_connection_counts_at_once_and_a_beat_heals_it() -> None:
     table = PeerTable([("a", "u")], beat_s=1.0, now=0.0)
     table.heard("a", beat(), 1.0)
     table.refused("a", 1.1)
-    assert "down" == table.view(1.1)[0].state
+    assert table.view(1.1)[0].state == "down"
     table.heard("a", beat(), 1.2)
-    assert "up" == table.view(1.2)[0].state
+    assert table.view(1.2)[0].state == "up"
 
 
 def test_what_was_sent_counts_until_the_next_beat() -> None:
     table = PeerTable([("a", "u")], beat_s=1.0, now=0.0)
     table.heard("a", beat(load=2), 1.0)
     table.sent("a")
-    assert 3 == table.view(1.0)[0].models[0].in_flight
+    assert table.view(1.0)[0].models[0].in_flight == 3
     table.heard("a", beat(load=2), 2.0)
-    assert 2 == table.view(2.0)[0].models[0].in_flight
+    assert table.view(2.0)[0].models[0].in_flight == 2
 
 
 def test_changes_are_told_once() -> None:
     table = PeerTable([("a", "u"), ("never", "u2")], beat_s=1.0, now=0.0)
     table.heard("a", beat(), 1.0)
-    assert [] == table.changes(2.0)
-    assert [("a", False)] == [(c.node, c.up) for c in table.changes(5.0)]
-    assert [] == table.changes(6.0)
+    assert table.changes(2.0) == []
+    assert [(c.node, c.up) for c in table.changes(5.0)] == [("a", False)]
+    assert table.changes(6.0) == []
     table.heard("a", beat(), 7.0)
     (back,) = table.changes(7.0)
-    assert (True, 6.0) == (back.up, back.for_s)
+    assert (back.up, back.for_s) == (True, 6.0)

@@ -15,7 +15,6 @@ from shared.records import PeerDown
 from shared.store import Listed, ObjectStore, Stored, list_all
 from shared.store_dir import DirectoryStore
 
-
 _open: list[Spool] = []
 
 
@@ -85,10 +84,10 @@ def pusher(spool: Spool, store: ObjectStore, clock: Callable[[], float] = lambda
 def test_batches_are_sent_in_order_and_then_forgotten(tmp_path: Path) -> None:
     spool, store = opened(tmp_path / "s"), DirectoryStore(tmp_path / "b")
     fill(spool, 130)
-    assert 130 == pusher(spool, store).drain()
+    assert pusher(spool, store).drain() == 130
     assert [(1, 1, n) for n in range(1, 131)] == read_all(store)
-    assert [] == spool.waiting()
-    assert 3 == len([o for o in list_all(store, "raw/") if o.key.endswith(".mpz")]), "60 batches a segment"
+    assert spool.waiting() == []
+    assert len([o for o in list_all(store, "raw/") if o.key.endswith(".mpz")]) == 3, "60 batches a segment"
 
 
 def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
@@ -100,12 +99,12 @@ def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
     one = pusher(spool, store, lambda: now[0])
     fill(spool, 3)
     store.faults = [away]
-    assert 0 == one.drain()
-    assert ("waiting", "the store is away", 3) == (one.state.state, one.state.reason, one.state.waiting_batches)
-    assert 0 == one.drain(), "nothing is tried before the backoff is over"
+    assert one.drain() == 0
+    assert (one.state.state, one.state.reason, one.state.waiting_batches) == ("waiting", "the store is away", 3)
+    assert one.drain() == 0, "nothing is tried before the backoff is over"
     now[0] = 10.0
-    assert 3 == one.drain()
-    assert ("ok", "") == (one.state.state, one.state.reason)
+    assert one.drain() == 3
+    assert (one.state.state, one.state.reason) == ("ok", "")
 
 
 def test_refused_credentials_keep_everything(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_refused_credentials_keep_everything(tmp_path: Path) -> None:
     store.faults = [denied]
     one = pusher(spool, store)
     one.drain()
-    assert ("refused", 2) == (one.state.state, one.state.waiting_batches)
+    assert (one.state.state, one.state.waiting_batches) == ("refused", 2)
 
 
 def test_an_answer_that_was_lost_is_recognised(tmp_path: Path) -> None:
@@ -133,9 +132,9 @@ def test_an_answer_that_was_lost_is_recognised(tmp_path: Path) -> None:
     fill(spool, 2)
     store.faults = [stored_but_no_answer]
     one.drain()
-    assert 2 == one.state.waiting_batches
-    assert 2 == one.drain(force=True)
-    assert [(1, 1, 1), (1, 1, 2), (1, 1, 3)] == read_all(store)
+    assert one.state.waiting_batches == 2
+    assert one.drain(force=True) == 2
+    assert read_all(store) == [(1, 1, 1), (1, 1, 2), (1, 1, 3)]
 
 
 def test_two_agents_with_one_name_are_noticed(tmp_path: Path) -> None:
@@ -149,9 +148,9 @@ def test_two_agents_with_one_name_are_noticed(tmp_path: Path) -> None:
     )
     one = pusher(spool, store)
     one.drain()
-    assert "refused" == one.state.state
+    assert one.state.state == "refused"
     assert "another agent writes under this node's name" in one.state.reason
-    assert 1 == len(spool.waiting())
+    assert len(spool.waiting()) == 1
 
 
 def test_a_lost_spool_takes_the_next_incarnation(tmp_path: Path) -> None:
@@ -161,7 +160,7 @@ def test_a_lost_spool_takes_the_next_incarnation(tmp_path: Path) -> None:
         fill(spool, 1)
         pusher(spool, store).drain()
         spool.close(clean=True)
-    assert [(1, 1, 1), (2, 1, 1), (3, 1, 1)] == read_all(store)
+    assert read_all(store) == [(1, 1, 1), (2, 1, 1), (3, 1, 1)]
 
 
 def test_a_segment_the_store_refuses_for_good_does_not_block_the_rest(tmp_path: Path) -> None:
@@ -173,9 +172,9 @@ def test_a_segment_the_store_refuses_for_good_does_not_block_the_rest(tmp_path: 
     fill(spool, 61)
     store.faults = [refused]
     pusher(spool, store).drain()
-    assert [(1, 1, 61)] == read_all(store)
-    assert 60 == spool.dropped
-    assert 60 == len(list((tmp_path / "s/bad").iterdir()))
+    assert read_all(store) == [(1, 1, 61)]
+    assert spool.dropped == 60
+    assert len(list((tmp_path / "s/bad").iterdir())) == 60
 
 
 def test_urgent_events_go_ahead(tmp_path: Path) -> None:
@@ -192,10 +191,10 @@ def test_urgent_events_go_ahead(tmp_path: Path) -> None:
 
 def test_every_start_is_a_new_epoch_and_knows_how_the_last_one_ended(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    assert (1, True) == (first.epoch, first.first_run)
+    assert (first.epoch, first.first_run) == (1, True)
     first.close(clean=False)
     second = opened(tmp_path)
-    assert (2, False, False) == (second.epoch, second.first_run, second.previous_clean)
+    assert (second.epoch, second.first_run, second.previous_clean) == (2, False, False)
     second.close(clean=True)
     third = opened(tmp_path)
     assert third.previous_clean
@@ -226,8 +225,8 @@ def test_leftovers_are_swept_and_damaged_batches_set_aside(tmp_path: Path) -> No
     spool, store = opened(tmp_path), DirectoryStore(tmp_path / "b")
     pusher(spool, store).drain()
     assert not list(tmp_path.glob("*.tmp"))
-    assert [(1, 1, 1), (1, 1, 3)] == read_all(store)
-    assert ["e00000001-0000000002.batch"] == os.listdir(tmp_path / "bad")
+    assert read_all(store) == [(1, 1, 1), (1, 1, 3)]
+    assert os.listdir(tmp_path / "bad") == ["e00000001-0000000002.batch"]
 
 
 def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
@@ -236,12 +235,12 @@ def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
     size = sum(w.size for w in spool.waiting())
     spool.close(clean=True)
     small = opened(tmp_path, max_bytes=size // 2)
-    assert 5 == small.enforce_bounds(0.0)
-    assert [6, 7, 8, 9, 10] == [w.seq for w in small.waiting()]
+    assert small.enforce_bounds(0.0) == 5
+    assert [w.seq for w in small.waiting()] == [6, 7, 8, 9, 10]
     small.close(clean=True)
     aged = opened(tmp_path, max_age_s=60)
-    assert 5 == aged.enforce_bounds(os.stat(tmp_path).st_mtime + 3600)
-    assert [] == aged.waiting()
+    assert aged.enforce_bounds(os.stat(tmp_path).st_mtime + 3600) == 5
+    assert aged.waiting() == []
 
 
 def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:
@@ -260,9 +259,9 @@ def test_a_disk_that_refuses_takes_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Retryable, match="No space left"):
         spool.append(make(spool))
     monkeypatch.undo()
-    assert 1 == spool.next_seq()
+    assert spool.next_seq() == 1
     spool.append(make(spool))
-    assert [1] == [w.seq for w in spool.waiting()]
+    assert [w.seq for w in spool.waiting()] == [1]
 
 
 def test_the_identity_is_plain_json(tmp_path: Path) -> None:

@@ -37,33 +37,33 @@ def down(minute: int, peer: str = "n2") -> PeerDown:
 def test_node_down_is_told_once_and_resolved_once() -> None:
     first, second = batch([host()], node="n2"), batch([down(1)], node="n1")
     state, told = look(AlertState(), T0 + MINUTE, first, second)
-    assert [("node_down", "n2", False)] == told
+    assert told == [("node_down", "n2", False)]
     state, told = look(state, T0 + MINUTE + 1, batch([down(1)], node="n3"), second)
-    assert [] == told, "a second witness and a second copy are no news"
+    assert told == [], "a second witness and a second copy are no news"
     back = batch([PeerUp(t_ms=T0 + 2 * MINUTE, peer="n2", down_us=1)], node="n1", minute=1)
     state, told = look(state, T0 + 2 * MINUTE, back)
-    assert [("node_down", "n2", True)] == told
+    assert told == [("node_down", "n2", True)]
     _, told = look(state, T0 + 2 * MINUTE + 1, second, back)
-    assert [] == told, "the ordered copy of the old event comes after the return"
+    assert told == [], "the ordered copy of the old event comes after the return"
 
 
 def test_silence_is_a_node_down_too() -> None:
     state, told = look(AlertState(), T0 + MINUTE, batch([host()]))
-    assert [] == told
+    assert told == []
     state, told = look(state, T0 + MINUTE + 151_000)
-    assert [("node_down", "n1", False)] == told
+    assert told == [("node_down", "n1", False)]
     _, told = look(state, T0 + 5 * MINUTE, batch([host()], minute=4))
-    assert [("node_down", "n1", True)] == told
+    assert told == [("node_down", "n1", True)]
 
 
 def test_throttling_needs_over_five_percent_of_five_minutes() -> None:
     mild = [batch([host(throttled=0.04)], minute=n) for n in range(5)]
     state, told = look(AlertState(), T0 + 5 * MINUTE, *mild)
-    assert [] == told
+    assert told == []
     state, told = look(state, T0 + 6 * MINUTE, batch([host(throttled=0.5)], minute=5))
-    assert [("throttling", "n1", False)] == told
+    assert told == [("throttling", "n1", False)]
     _, told = look(state, T0 + 12 * MINUTE, *(batch([host()], minute=n) for n in range(6, 12)))
-    assert [("throttling", "n1", True)] == told
+    assert told == [("throttling", "n1", True)]
 
 
 def swap(minute: int, outcome: str) -> SwapFinished:
@@ -75,12 +75,12 @@ def swap(minute: int, outcome: str) -> SwapFinished:
 
 def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_is_over() -> None:
     state, told = look(AlertState(), T0 + MINUTE, batch([swap(0, "failed")]))
-    assert [("swap_failed", "n1/m", False)] == told
+    assert told == [("swap_failed", "n1/m", False)]
     _, told = look(state, T0 + 2 * MINUTE, batch([swap(1, "flipped")], minute=1))
-    assert [("swap_failed", "n1/m", True)] == told
+    assert told == [("swap_failed", "n1/m", True)]
     keep_alive = [batch([host()], minute=n) for n in range(1, 61)]
     _, told = look(state, T0 + 61 * MINUTE, *keep_alive)
-    assert [("swap_failed", "n1/m", True)] == told
+    assert told == [("swap_failed", "n1/m", True)]
 
 
 def test_an_eviction_storm_needs_several_in_a_short_time() -> None:
@@ -88,11 +88,11 @@ def test_an_eviction_storm_needs_several_in_a_short_time() -> None:
         return ModelEvicted(t_ms=T0 + second * 1000, model="m", version="v", reason=reason)
 
     _, told = look(AlertState(), T0 + MINUTE, batch([evicted(n, "ordered") for n in range(9)]))
-    assert [] == told
+    assert told == []
     state, told = look(AlertState(), T0 + MINUTE, batch([evicted(n) for n in range(5)]))
-    assert [("eviction_storm", "n1", False)] == told
+    assert told == [("eviction_storm", "n1", False)]
     _, told = look(state, T0 + 12 * MINUTE, *(batch([host()], minute=n) for n in range(1, 12)))
-    assert [("eviction_storm", "n1", True)] == told
+    assert told == [("eviction_storm", "n1", True)]
 
 
 def notice(text: str = "n1 was seen", *, resolved: bool = False, code: str = "node_down") -> Notice:
@@ -104,7 +104,7 @@ def notice(text: str = "n1 was seen", *, resolved: bool = False, code: str = "no
 def test_a_message_is_within_limits_and_mentions_nobody() -> None:
     body: Any = payload(notice("x*" * 9_000))
     (embed,) = body["embeds"]
-    assert {"parse": []} == body["allowed_mentions"]
+    assert body["allowed_mentions"] == {"parse": []}
     assert len(embed["title"]) <= 256
     assert len(embed["description"]) <= 4096
     assert "\\_1 \\@everyone" in embed["title"]
@@ -155,15 +155,15 @@ def discord(server: _Webhook, slept: list[float] | None = None) -> Discord:
 def test_a_notice_is_posted_and_confirmed(webhook: _Webhook) -> None:
     assert discord(webhook).post(notice())
     ((path, body),) = webhook.got
-    assert "/hook/SECRET?wait=true" == path
-    assert "mlxrack" == body["username"]
+    assert path == "/hook/SECRET?wait=true"
+    assert body["username"] == "mlxrack"
 
 
 def test_discord_is_waited_for_as_it_asks(webhook: _Webhook) -> None:
     slept: list[float] = []
     webhook.answers = [(429, {"Retry-After": "1.5"}), (500, {})]
     assert discord(webhook, slept).post(notice(code="throttling"))
-    assert [1.5, 4.0] == slept
+    assert slept == [1.5, 4.0]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(404, Halt), (401, Halt), (503, Retryable)])

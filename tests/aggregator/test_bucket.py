@@ -54,11 +54,11 @@ def minute(n: int, node: str = "n1") -> Batch:
 
 def test_what_was_sent_is_counted_once(store: ObjectStore) -> None:
     put(store, minute(0), minute(1))
-    assert 2 == rollup.run(CONFIG, store).batches
+    assert rollup.run(CONFIG, store).batches == 2
     put(store, minute(2))
-    assert 3 == rollup.run(CONFIG, store).batches
-    assert 2 == rollup.run(CONFIG, store).number, "nothing new, no commit"
-    assert (6, 3) == rows(store)
+    assert rollup.run(CONFIG, store).batches == 3
+    assert rollup.run(CONFIG, store).number == 2, "nothing new, no commit"
+    assert rows(store) == (6, 3)
 
 
 def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStore) -> None:
@@ -67,11 +67,11 @@ def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStor
     before = {o.key: store.get(o.key).body for o in list_all(store, "minute/")}
     put(store, minute(0), minute(1), minute(2))
     rollup.run(CONFIG, store)
-    assert (6, 3) == rows(store)
+    assert rows(store) == (6, 3)
     store.delete(keys.manifest_key(1))
     store.delete(keys.manifest_key(2))
     rollup.run(CONFIG, store)
-    assert (6, 3) == rows(store), "rolled up again from the start"
+    assert rows(store) == (6, 3), "rolled up again from the start"
     assert before.keys() == {o.key for o in list_all(store, "minute/")}
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_cut_before_its_commit_is_done_again_without_harm(
         rollup.run(CONFIG, store)
     monkeypatch.undo()
     rollup.run(CONFIG, store)
-    assert (3, 2) == rows(store)
+    assert rows(store) == (3, 2)
 
 
 def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: p
     monkeypatch.setattr("aggregator.publish.commit", slow)
     with pytest.raises(Retryable, match="another aggregator was faster"):
         rollup.run(CONFIG, store)
-    assert 1 == rollup.run(CONFIG, store).batches
-    assert (1, 1) == rows(store)
+    assert rollup.run(CONFIG, store).batches == 1
+    assert rows(store) == (1, 1)
 
 
 def test_bad_objects_are_set_aside_and_the_rest_goes_on(store: ObjectStore) -> None:
@@ -127,7 +127,7 @@ def test_bad_objects_are_set_aside_and_the_rest_goes_on(store: ObjectStore) -> N
     manifest = rollup.run(CONFIG, store)
     assert set(bad) == {q.key for q in manifest.quarantined}
     assert all(q.reason for q in manifest.quarantined)
-    assert (8, 2) == rows(store)
+    assert rows(store) == (8, 2)
     for key, body in bad.items():
         assert body == store.get(keys.quarantine_key(key)).body, "byte for byte"
     assert manifest == rollup.run(CONFIG, store), "set aside once"
@@ -169,8 +169,8 @@ def test_any_order_and_any_split_give_the_same_bytes(tmp_path: Path, seed: int) 
 
 
 def test_an_empty_bucket_gives_reports_that_say_so(store: ObjectStore) -> None:
-    assert 0 == rollup.run(CONFIG, store).number
-    assert 6 == len(weekly.run(CONFIG, store, "2026-W47"))
+    assert rollup.run(CONFIG, store).number == 0
+    assert len(weekly.run(CONFIG, store, "2026-W47")) == 6
     _, key = monthly.run(CONFIG, store, "2026-11")
     assert store.get(key).body.startswith(b"%PDF")
 
@@ -188,11 +188,11 @@ def test_a_report_that_did_not_change_is_not_written_again(store: ObjectStore) -
 
 def test_tables_come_back_as_they_were() -> None:
     one = minute(0)
-    facts = list(load.by_day([one]).values())[0]
+    (same,) = load.by_day([one])["2026-11-21"]
     from aggregator.window import facts_of, meta_of
 
     for kind in ("served", "engine", "resident", "host"):
-        mine = [f for f in facts_of(facts[0]) if f.record.__struct_config__.tag == kind]
+        mine = [f for f in facts_of(same) if f.record.__struct_config__.tag == kind]
         assert mine == parquet.read(kind, parquet.write(kind, mine, [], None))
     body = parquet.write(parquet.BATCH_TABLE, [], [meta_of(one)], None)
     assert [meta_of(one)] == parquet.read_batches(body)
@@ -231,11 +231,11 @@ def test_the_verbs_are_quiet_when_all_is_well(tmp_path: Path, capsys: pytest.Cap
         ["weekly"],
         ["monthly"],
     ):
-        assert 0 == cli.main([*verb, "--config", config]), verb
+        assert cli.main([*verb, "--config", config]) == 0, verb
     captured = capsys.readouterr()
-    assert ("", "") == (captured.out, captured.err)
-    assert 0 == cli.main(["rollup", "--json", "--config", config])
-    assert 1 == json.loads(capsys.readouterr().out)["batches"]
+    assert (captured.out, captured.err) == ("", "")
+    assert cli.main(["rollup", "--json", "--config", config]) == 0
+    assert json.loads(capsys.readouterr().out)["batches"] == 1
 
 
 @pytest.mark.parametrize(
@@ -261,23 +261,23 @@ def test_refused_credentials_exit_77(
         f'[store]\nkind = "s3"\nendpoint = "{seaweed.endpoint}"\nbucket = "probe-bucket"\n'
         'access_key = "env:ACCESS"\nsecret_key = "env:SECRET"\n'
     )
-    assert os.EX_NOPERM == cli.main(["rollup", "--config", str(config_file(tmp_path, store))])
+    assert cli.main(["rollup", "--config", str(config_file(tmp_path, store))]) == os.EX_NOPERM
     err = capsys.readouterr().err
     assert "refuses our credentials" in err
     assert "wrongsecret" not in err
     monkeypatch.delenv("SECRET")
-    assert os.EX_CONFIG == cli.main(["rollup", "--config", str(config_file(tmp_path, store))])
+    assert cli.main(["rollup", "--config", str(config_file(tmp_path, store))]) == os.EX_CONFIG
     assert "secret env:SECRET: the environment variable is not set" in capsys.readouterr().err
 
 
 def test_a_run_that_overlaps_exits_75(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lease.held(DirectoryStore(tmp_path / "bucket"), "rollup"):
-        assert os.EX_TEMPFAIL == cli.main(["rollup", "--config", str(directory(tmp_path))])
+        assert cli.main(["rollup", "--config", str(directory(tmp_path))]) == os.EX_TEMPFAIL
     assert "is at it already" in capsys.readouterr().err
 
 
 def test_a_bad_configuration_exits_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert os.EX_CONFIG == cli.main(["alert", "--config", str(config_file(tmp_path, "[store]\nkind = 5\n"))])
+    assert cli.main(["alert", "--config", str(config_file(tmp_path, "[store]\nkind = 5\n"))]) == os.EX_CONFIG
     assert "store.kind" in capsys.readouterr().err
 
 
@@ -287,4 +287,4 @@ def test_the_cron_file_names_verbs_that_exist() -> None:
         assert f'"$RACK {verb}"' in text
         with pytest.raises(SystemExit) as caught:
             cli.main([verb, "--help"])
-        assert 0 == caught.value.code
+        assert caught.value.code == 0

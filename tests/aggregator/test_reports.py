@@ -13,6 +13,7 @@ from aggregator import window as windows
 from aggregator.config import AggregatorConfig
 from aggregator.report import markdown, pdf
 from aggregator.report.contents import compose
+from aggregator.window import Window
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import (
@@ -23,6 +24,8 @@ from shared.records import (
     ModelLoaded,
     PeerDown,
     PeerUp,
+    Record,
+    Served,
     SwapFinished,
     ThrottleEvent,
 )
@@ -44,14 +47,14 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 
 def test_a_week_begins_on_monday_in_the_racks_zone() -> None:
     span = windows.week("2026-W47", "Europe/Berlin")
-    assert "2026-11-15T23:00" == _iso(span.since_ms)
-    assert 7 * 86_400_000 == span.until_ms - span.since_ms
-    assert "2026-W46" == windows.before(span).name
+    assert _iso(span.since_ms) == "2026-11-15T23:00"
+    assert span.until_ms - span.since_ms == 7 * 86_400_000
+    assert windows.before(span).name == "2026-W46"
 
 
 def test_a_month_with_a_change_of_clocks_has_its_own_length() -> None:
     span = windows.month("2026-10", "Europe/Berlin")
-    assert 31 * 86_400_000 + 3_600_000 == span.until_ms - span.since_ms
+    assert span.until_ms - span.since_ms == 31 * 86_400_000 + 3_600_000
 
 
 @pytest.mark.parametrize("name", ["2026-47", "2026-W60", "W47", "", "2026-W0"])
@@ -97,8 +100,8 @@ batches = st.lists(
 def test_rollups_conserve_and_do_not_care_for_order(made: list[Batch], dice: random.Random) -> None:
     shuffled = list(made)
     dice.shuffle(shuffled)
-    one = rollup.hourly(window(*made).of(rollup.Served))
-    other = rollup.hourly(window(*shuffled).of(rollup.Served))
+    one = rollup.hourly(window(*made).of(Served))
+    other = rollup.hourly(window(*shuffled).of(Served))
     assert one == other
     records = [r for b in made for r in b.records]
     for name in ("requests", "prompt_tok", "completion_tok"):
@@ -143,50 +146,43 @@ def test_a_known_hour_costs_what_it_should() -> None:
 
 def test_without_a_price_there_is_no_money() -> None:
     report = cost.compute(window(batch([engine(), served()])), config())
-    assert (False, None, None) == (report.priced, report.total, report.average_per_m)
+    assert (report.priced, report.total, report.average_per_m) == (False, None, None)
     assert report.models[0].loaded is None
-    assert 1 == report.models[0].requests
+    assert report.models[0].requests == 1
 
 
 def test_one_loader_behind_two_names_is_shared_by_tokens() -> None:
     made = window(batch([engine(busy_s=40), served("a", requests=3), served("b", requests=1)]))
     a, b = cost.compute(made, config("n1")).models
-    assert (30.0, 10.0) == (a.busy_s, b.busy_s)
+    assert (a.busy_s, b.busy_s) == (30.0, 10.0)
     assert a.direct is not None
     assert b.direct is not None
     assert abs(a.direct - 3 * b.direct) < Decimal("0.00001")
 
 
-def weeks(before: dict[str, object], after: dict[str, object], *, nodes: int = 1) -> str:
-    """The flag of a model whose second week looks different."""
-
-    def one(values: dict[str, object], busy: float) -> cost.CostReport:
-        made = [batch([engine(busy_s=busy), served(requests=3000, **values)], minute=n) for n in range(2)]  # type: ignore[arg-type]
-        return cost.compute(window(*made), config("n1"), last)
-
-    last: cost.CostReport | None = None
-    last = one({k: v for k, v in before.items() if k != "minutes"}, 10)
-    made = [batch([engine(busy_s=50), served(requests=3000, **after)], minute=n) for n in range(int(nodes) * 2)]  # type: ignore[arg-type]
-    return cost.compute(window(*made), config("n1"), last).models[0].flag
+def week_of(prompt_tok: int, cached_tok: int, completion_tok: int, requests: int, minutes: int) -> Window:
+    """A week in which one model had these totals while its node was up for so many minutes."""
+    total = served(requests=requests, prompt_tok=prompt_tok, cached_tok=cached_tok, completion_tok=completion_tok)
+    return window(batch([total, engine(busy_s=30)]), *(batch([engine(busy_s=30)], minute=n) for n in range(1, minutes)))
 
 
-def test_a_jump_is_flagged_with_its_likely_cause() -> None:
-    base = {"prompt_tok": 300_000, "cached_tok": 240_000, "completion_tok": 60_000}
-    assert "" == weeks(base, base)
-    missed = weeks(base, {**base, "cached_tok": 0}, nodes=3)
-    assert "" == missed or "prompt-cache" in missed
-    dearer = cost.compute(window(batch([engine(), served(requests=9, prompt_tok=10**6)])), config("n1"))
-    cheap = msgspec.structs.replace(dearer.models[0], loaded_per_m=dearer.models[0].loaded_per_m / 3)  # type: ignore[operator]
-    last = msgspec.structs.replace(dearer, models=(msgspec.structs.replace(cheap, cached_tok=900_000),))
-    flagged = cost.compute(window(batch([engine(), served(requests=9, prompt_tok=10**6)])), config("n1"), last)
-    assert "3.0 x last week: fewer prompt-cache hits" in flagged.models[0].flag
-    small = msgspec.structs.replace(cheap, prompt_tok=10, completion_tok=1)
-    quiet = cost.compute(
-        window(batch([engine(), served(requests=9, prompt_tok=10**6)])),
-        config("n1"),
-        msgspec.structs.replace(dearer, models=(small,)),
-    )
-    assert "" == quiet.models[0].flag, "small volumes are never flagged"
+@pytest.mark.parametrize(
+    ("after", "cause"),
+    [
+        (week_of(600_000, 500_000, 60_000, 3_000, 10), ""),
+        (week_of(600_000, 100_000, 60_000, 3_000, 30), "3.0 x last week: fewer prompt-cache hits"),
+        (week_of(600_000, 500_000, 120_000, 3_000, 40), "answers grew longer at the same hit rate"),
+        (week_of(200_000, 166_000, 20_000, 1_000, 10), "3.0 x last week: less traffic"),
+        (week_of(600_000, 500_000, 60_000, 3_000, 30), "3.0 x last week: cause not clear"),
+        (week_of(60_000, 0, 6_000, 300, 30), ""),
+    ],
+    ids=["same", "cache miss", "poisoned", "less traffic", "unclear", "low volume"],
+)
+def test_a_jump_is_flagged_with_its_likely_cause(after: Window, cause: str) -> None:
+    priced = config("n1", cost={"flag_min_tok": 200_000})
+    last = cost.compute(week_of(600_000, 500_000, 60_000, 3_000, 10), priced)
+    (model,) = cost.compute(after, priced, last).models
+    assert (cause in model.flag) if cause else not model.flag
 
 
 def test_a_negative_saving_is_shown() -> None:
@@ -205,10 +201,10 @@ def test_a_restart_after_a_crash_is_an_incident_and_a_plain_gap_is_unknown() -> 
     silent = batch(minute=9, seq=2, epoch=2)
     report = uptime.uptime(window(*up, back, silent), T0 + 10 * MINUTE)
     (node,) = report.nodes
-    assert (240.0, 180.0, 180.0) == (node.up_s, node.down_s, node.unknown_s)
-    assert 240 / 420 == node.share
+    assert (node.up_s, node.down_s, node.unknown_s) == (240.0, 180.0, 180.0)
+    assert node.share == 240 / 420
     (incident,) = report.incidents
-    assert (T0 + 2 * MINUTE, T0 + 5 * MINUTE) == (incident.start_ms, incident.end_ms)
+    assert (incident.start_ms, incident.end_ms) == (T0 + 2 * MINUTE, T0 + 5 * MINUTE)
     assert "killed" in incident.cause
 
 
@@ -225,28 +221,28 @@ def test_an_orderly_stop_and_a_network_fault_are_told_apart() -> None:
         batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)], node="n2", minute=2),
     ]
     found = uptime.uptime(window(*cut), T0 + 6 * MINUTE).incidents
-    assert ["its peers could not reach it"] == [i.cause for i in found if i.node == "n1"]
+    assert [i.cause for i in found if i.node == "n1"] == ["its peers could not reach it"]
 
 
 def test_a_node_that_is_still_down_is_an_open_incident() -> None:
     down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
     made = [batch(), batch([down], node="n2"), batch(node="n2", minute=1)]
     (incident,) = uptime.uptime(window(*made), T0 + 10 * MINUTE).incidents
-    assert ("n1", None) == (incident.node, incident.end_ms)
+    assert (incident.node, incident.end_ms) == ("n1", None)
     back = batch([PeerUp(t_ms=T0 + 3 * MINUTE, peer="n1", down_us=1)], node="n2", minute=2)
     assert not uptime.uptime(window(*made, back), T0 + 10 * MINUTE).incidents
 
 
 def test_requests_decide_availability() -> None:
     records = [served(requests=999), served(requests=1, outcome="failed"), served(requests=50, outcome="refused")]
-    assert 0.999 == uptime.uptime(window(batch(records)), T0 + MINUTE).request_share
+    assert uptime.uptime(window(batch(records)), T0 + MINUTE).request_share == 0.999
     assert uptime.uptime(window(batch()), T0 + MINUTE).request_share is None
 
 
 def test_a_loader_that_ended_is_named() -> None:
     event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
     (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
-    assert ("model m", "the loader ended (signal 9)") == (incident.scope, incident.cause)
+    assert (incident.scope, incident.cause) == ("model m", "the loader ended (signal 9)")
 
 
 # evictions
@@ -279,8 +275,8 @@ def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hi
 def test_the_most_evicted_come_first_and_ten_are_enough() -> None:
     records = [evicted(model=f"m{n}", minute=t) for n in range(14) for t in range(n + 1)]
     report = eviction.report(window(batch(records)))
-    assert 10 == len(report.rows)
-    assert ("m13", 14) == (report.rows[0].model, report.rows[0].evictions)
+    assert len(report.rows) == 10
+    assert (report.rows[0].model, report.rows[0].evictions) == ("m13", 14)
 
 
 # placement
@@ -301,7 +297,7 @@ def test_rule_1_a_hot_node_gives_its_least_busy_model_away() -> None:
     )
     cool = minutes("n2", host(), resident("c", version="vc"))
     report = placement.propose(window(*hot, *cool))
-    assert [("load", "a", "n2"), ("unload", "a", "n1")] == [(m.action, m.model, m.node) for m in report.moves]
+    assert [(m.action, m.model, m.node) for m in report.moves] == [("load", "a", "n2"), ("unload", "a", "n1")]
     assert "throttled 10.0%" in report.moves[0].reason
 
 
@@ -315,10 +311,10 @@ def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
         engine("b", version="vb", busy_s=50),
     )
     report = placement.propose(window(*busy, *minutes("n2", host())))
-    assert [("load", "a", "n2"), ("unload", "a", "n1")] == [(m.action, m.model, m.node) for m in report.moves]
+    assert [(m.action, m.model, m.node) for m in report.moves] == [("load", "a", "n2"), ("unload", "a", "n1")]
     alone = minutes("n1", host(), resident("b"), engine("b", busy_s=50))
     report = placement.propose(window(*alone, *minutes("n2", host())))
-    assert [("load", "b", "n2")] == [(m.action, m.model, m.node) for m in report.moves], "another copy"
+    assert [(m.action, m.model, m.node) for m in report.moves] == [("load", "b", "n2")], "another copy"
 
 
 def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
@@ -330,7 +326,7 @@ def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
 def test_rule_4_an_evicted_model_that_was_wanted_goes_where_there_is_room() -> None:
     made = [batch([host(), resident("k"), evicted(requests_last_hour=5)]), *minutes("n2", host())]
     (move,) = placement.propose(window(*made)).moves
-    assert ("load", "m", "n2") == (move.action, move.model, move.node)
+    assert (move.action, move.model, move.node) == ("load", "m", "n2")
 
 
 def test_what_stands_well_stays_and_what_fits_nowhere_says_so() -> None:
@@ -350,7 +346,7 @@ def test_a_move_never_overfills_its_target() -> None:
         for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=2)
     ]
     report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=2)))
-    assert 2 == sum(m.node == "cool" for m in report.moves)
+    assert sum(m.node == "cool" for m in report.moves) == 2
 
 
 # the month
@@ -358,7 +354,7 @@ def test_a_move_never_overfills_its_target() -> None:
 
 def test_a_month_has_all_seven_sections_with_true_figures() -> None:
     month = windows.month("2026-11", "UTC")
-    records = [
+    records: list[list[Record]] = [
         [served(requests=4), engine(), resident(), host(throttled=0.5), ThrottleEvent(t_ms=T0, level="heavy")],
         [evicted(requests_last_hour=1), host(), resident("k")],
         [
@@ -369,13 +365,13 @@ def test_a_month_has_all_seven_sections_with_true_figures() -> None:
     ]
     made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
     report = compose(made, config("n1"), T0 + 10 * MINUTE)
-    assert (4, 40) == (report.volume.requests, report.volume.completion_tok)
-    assert 440 == sum(d.tokens for d in report.volume.days)
-    assert 30 == len(report.volume.days)
-    assert (61_500, 1) == (report.thermal.nodes[0].peak_package_mc, report.thermal.nodes[0].throttle_events)
+    assert (report.volume.requests, report.volume.completion_tok) == (4, 40)
+    assert sum(d.tokens for d in report.volume.days) == 440
+    assert len(report.volume.days) == 30
+    assert (report.thermal.nodes[0].peak_package_mc, report.thermal.nodes[0].throttle_events) == (61_500, 1)
     assert "more air" in report.thermal.advice
-    assert 1 == report.evictions.total
-    assert 1 == report.swaps.flipped
+    assert report.evictions.total == 1
+    assert report.swaps.flipped == 1
     assert report.cost.total is not None
     assert "4 requests with 40 tokens" in report.headline
     text = pdf_text(pdf.render(report))

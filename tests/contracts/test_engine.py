@@ -83,13 +83,13 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: Engine) -> None:
     stop = whole[4:7]
     answers = run(engine, ask(2, stop=(stop,)))[2]
     assert whole[: whole.index(stop)] == text_of(answers)
-    assert "stop" == done_of(answers).finish
+    assert done_of(answers).finish == "stop"
 
 
 def test_too_long_a_request_is_refused_and_the_next_one_is_not(engine: Engine) -> None:
     refused = engine.submit(ask(1, max_tokens=10**6))
     assert isinstance(refused, Failed)
-    assert ("context_length_exceeded", "max_tokens") == (refused.code, refused.param)
+    assert (refused.code, refused.param) == ("context_length_exceeded", "max_tokens")
     assert done_of(run(engine, ask(2))[2])
 
 
@@ -135,7 +135,7 @@ def test_a_cached_prefix_gives_the_same_answer(mlx: MLXEngine, tiny_model: Path)
     assert text_of(cold) == text_of(warm) == text_of(again)
     assert 0 == done_of(cold).cached_tok < done_of(warm).cached_tok < done_of(again).cached_tok
     report = mlx.report()
-    assert (2, 1) == (report.cache_hits, report.cache_misses)
+    assert (report.cache_hits, report.cache_misses) == (2, 1)
 
 
 def test_a_broken_batch_is_rebuilt_and_the_answers_are_the_same(mlx: MLXEngine) -> None:
@@ -159,11 +159,16 @@ def test_the_working_set_is_never_wired(tiny_model: Path, monkeypatch: pytest.Mo
     import mlx.core as mx
 
     calls: list[int] = []
-    monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.append(size) or 0)
+
+    def spy(size: int) -> int:
+        calls.append(size)
+        return 0
+
+    monkeypatch.setattr(mx, "set_wired_limit", spy)
     engine = MLXEngine(str(tiny_model))
     run(engine, ask(1))
     engine.close()
-    assert [] == calls
+    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -196,4 +201,4 @@ def test_the_demo_model_knows_a_capital() -> None:
     engine = MLXEngine(str(folder))
     answer = run(engine, ask(1, "What is the capital of France?"))[1]
     engine.close()
-    assert "The capital of France is Paris." == text_of(answer)
+    assert text_of(answer) == "The capital of France is Paris."

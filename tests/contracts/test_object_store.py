@@ -31,7 +31,7 @@ def test_what_was_put_is_got(store: ObjectStore) -> None:
     got = store.get("a/b c+%/ü.bin")
     assert (b"\x00\xffbody", etag) == got
     store.put("a/b c+%/ü.bin", b"")
-    assert b"" == store.get("a/b c+%/ü.bin").body
+    assert store.get("a/b c+%/ü.bin").body == b""
 
 
 def test_what_is_not_there_is_not_found(store: ObjectStore) -> None:
@@ -43,7 +43,7 @@ def test_put_if_absent_writes_once(store: ObjectStore) -> None:
     store.put_if_absent("once", b"first")
     with pytest.raises(PreconditionFailed):
         store.put_if_absent("once", b"second")
-    assert b"first" == store.get("once").body
+    assert store.get("once").body == b"first"
 
 
 def test_put_if_match_writes_over_what_was_read(store: ObjectStore) -> None:
@@ -72,18 +72,18 @@ def test_of_many_writers_one_wins(store: ObjectStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 == len(wins)
+    assert len(wins) == 1
     assert str(wins[0]).encode() == store.get("race").body
 
 
 def test_listing_goes_on_after_a_key_in_byte_order(store: ObjectStore) -> None:
     for key in ("p/b", "p/a0", "p/a/x", "q/z", "p/Z"):
         store.put(key, key.encode())
-    assert ["p/Z", "p/a/x", "p/a0", "p/b"] == [o.key for o in store.list_after("p/")]
-    assert ["p/a0", "p/b"] == [o.key for o in store.list_after("p/", after="p/a/x")]
-    assert ["p/Z"] == [o.key for o in store.list_after("p/", limit=1)]
-    assert [] == store.list_after("p/", after="p/b")
-    assert [] == store.list_after("none/")
+    assert [o.key for o in store.list_after("p/")] == ["p/Z", "p/a/x", "p/a0", "p/b"]
+    assert [o.key for o in store.list_after("p/", after="p/a/x")] == ["p/a0", "p/b"]
+    assert [o.key for o in store.list_after("p/", limit=1)] == ["p/Z"]
+    assert store.list_after("p/", after="p/b") == []
+    assert store.list_after("none/") == []
     (listed,) = store.list_after("q/")
     assert (3, store.get("q/z").etag) == (listed.size, listed.etag)
 
@@ -176,7 +176,7 @@ def test_a_nodes_credential_reaches_its_own_prefix_alone(seaweed: SeaweedFS) -> 
     s3(seaweed, bucket="scoped").create_bucket()
     node = s3(seaweed, bucket="scoped", access_key="n1", secret_key="n1secretn1secret")
     node.put_if_absent("raw/v1/node=n1/i0001/claim", b"me")
-    assert b"me" == node.get("raw/v1/node=n1/i0001/claim").body
+    assert node.get("raw/v1/node=n1/i0001/claim").body == b"me"
     for forbidden in ("raw/v1/node=n2/i0001/claim", "manifest/v1/0000000001.json"):
         with pytest.raises(AccessDenied):
             node.put_if_absent(forbidden, b"x")

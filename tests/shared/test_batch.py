@@ -27,7 +27,7 @@ def test_an_unknown_kind_of_record_is_counted_and_left_out() -> None:
     tree = msgspec.to_builtins(batch([served()]))
     tree["records"] = [*tree["records"], {"kind": "from_the_future", "x": 1}]
     read = decode(msgpack.packb(tree))
-    assert (1, 1) == (len(read.records), read.unknown_records)
+    assert (len(read.records), read.unknown_records) == (1, 1)
 
 
 def test_new_fields_of_a_newer_agent_are_ignored() -> None:
@@ -52,8 +52,8 @@ def test_a_batch_of_the_first_schema_still_decodes() -> None:
         ],
     }
     read = decode(msgpack.packb(tree))
-    assert ("n1", 1, 2, 3) == read.id
-    assert 2 == len(read.records)
+    assert read.id == ("n1", 1, 2, 3)
+    assert len(read.records) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_no_bytes_get_past_the_reader(raw: bytes) -> None:
 
 
 def test_every_record_fits_its_union() -> None:
-    assert 13 == len(RECORD_TYPES)
+    assert len(RECORD_TYPES) == 13
     for kind in RECORD_TYPES.values():
         assert kind.__struct_config__.frozen
 

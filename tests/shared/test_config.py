@@ -22,7 +22,7 @@ def problems(text: str) -> tuple[str, ...]:
 
 def test_a_good_file_is_read() -> None:
     read = config.parse(GOOD, AgentConfig, agent_config.check, source="agent.toml")
-    assert ("n1", 8470, "127.0.0.1") == (read.node.id, read.listen.port, read.listen.host)
+    assert (read.node.id, read.listen.port, read.listen.host) == ("n1", 8470, "127.0.0.1")
 
 
 def test_every_problem_is_in_one_message() -> None:
@@ -93,4 +93,4 @@ def test_the_aggregators_configuration_is_checked_alike() -> None:
         config.parse(text, AggregatorConfig, aggregator_config.check, source="x")
     with pytest.raises(ConfigError) as caught:
         config.parse(text.replace("price = -1", ""), AggregatorConfig, aggregator_config.check, source="x")
-    assert 3 == len(caught.value.problems)
+    assert len(caught.value.problems) == 3

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -37,13 +38,13 @@ def test_the_wire_form_comes_back(items: list[int]) -> None:
 @pytest.mark.parametrize("shape", ["lognormal", "uniform", "two peaks", "constant"])
 def test_quantiles_are_within_the_stated_error(shape: str, q: float) -> None:
     dice = random.Random(7)
-    draw = {
+    draws: dict[str, Callable[[], int]] = {
         "lognormal": lambda: int(dice.lognormvariate(10, 1)),
         "uniform": lambda: dice.randint(1, 10**6),
         "two peaks": lambda: dice.choice((1_000, 900_000)) + dice.randint(0, 50),
         "constant": lambda: 4_242,
-    }[shape]
-    items = [draw() for _ in range(5_000)]
+    }
+    items = [draws[shape]() for _ in range(5_000)]
     parts = [Sketch(items[n : n + 100]).to_wire() for n in range(0, len(items), 100)]
     exact = sorted(items)[math.ceil(q * len(items)) - 1]
     got = merged(parts).quantile(q)

@@ -18,8 +18,8 @@ def test_secrets_are_resolved_by_reference(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("from-file\nsecond line\n")
     file.chmod(0o600)
-    assert "v" == secrets.resolve("env:NAME", {"NAME": "v"})
-    assert "from-file" == secrets.resolve(f"file:{file}", {})
+    assert secrets.resolve("env:NAME", {"NAME": "v"}) == "v"
+    assert secrets.resolve(f"file:{file}", {}) == "from-file"
 
 
 def test_a_secret_that_cannot_be_had_is_named_and_never_shown(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_backoff_stays_under_its_cap(attempt: int, dice: float) -> None:
 
 def test_kv_bytes_of_known_models() -> None:
     """Llama-3.1-8B: 128 KiB a token; SmolLM2-135M in float32: 46,080 bytes."""
-    assert 128 << 10 == catalog.kv_bytes_per_token(ModelShape(layers=32, kv_heads=8, head_dim=128))
-    assert 46_080 == catalog.kv_bytes_per_token(ModelShape(layers=30, kv_heads=3, head_dim=64, kv_bytes=4))
+    assert catalog.kv_bytes_per_token(ModelShape(layers=32, kv_heads=8, head_dim=128)) == 128 << 10
+    assert catalog.kv_bytes_per_token(ModelShape(layers=30, kv_heads=3, head_dim=64, kv_bytes=4)) == 46_080
 
 
 def test_memory_is_planned_in_steps() -> None:
@@ -84,7 +84,7 @@ def test_a_logged_exception_keeps_its_place_and_loses_its_text(tmp_path: Path) -
         logs.configure(None)
     text = path.read_text()
     entry = json.loads(text.splitlines()[0])
-    assert ("ValueError", "handler_failed", "error") == (entry["error"], entry["event"], entry["level"])
+    assert (entry["error"], entry["event"], entry["level"]) == ("ValueError", "handler_failed", "error")
     assert "test_small_parts.py" in entry["at"][-1]
     assert "MARKER" not in text
-    assert 0o600 == path.stat().st_mode & 0o777
+    assert path.stat().st_mode & 0o777 == 0o600

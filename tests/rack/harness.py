@@ -1,0 +1,201 @@
+"""Several real agents on loopback, with the fake engine unless a test asks for a model."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts.seaweed import free_port
+
+SCRIPT = str(Path(sys.executable).parent / "mlxrack-agent")
+
+
+class Answer(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body, decoded."""
+        return json.loads(self.body)
+
+
+class Agent:
+    """One agent process."""
+
+    def __init__(self, folder: Path, node: str, port: int) -> None:
+        self.folder = folder
+        self.node = node
+        self.port = port
+        self.config = folder / f"{node}.toml"
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def state(self) -> Path:
+        """Its state folder."""
+        return self.folder / node_folder(self.node)
+
+    def start(self, *, wait: bool = True) -> "Agent":
+        """Start it and wait until it answers."""
+        environ = {**os.environ, "MLXRACK_TEST_SECRET": "the rack secret"}
+        self.process = subprocess.Popen(
+            [SCRIPT, "run", "--config", str(self.config)],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        if wait:
+            until(lambda: self.alive() and self.get("/health").status == 200, f"{self.node} answers")
+        return self
+
+    def alive(self) -> bool:
+        """Whether it runs; raises with its output when it ended."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.node} ended with {self.process.returncode}: {self.output()}")
+        return True
+
+    def output(self) -> str:
+        """What it printed; to be called when it has ended."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+    def ready(self) -> "Agent":
+        """Wait until a model is loaded."""
+        until(lambda: self.get("/ready").status == 200, f"{self.node} is ready")
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout=40)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 30,
+    ) -> Answer:
+        """One HTTP request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return Answer(answer.status, dict(answer.getheaders()), answer.read())
+        except OSError:
+            return Answer(0, {}, b"")
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Answer:
+        """GET."""
+        return self.request("GET", path, headers=headers)
+
+    def chat(self, content: str = "hello", *, headers: dict[str, str] | None = None, **more: Any) -> Answer:
+        """A chat completion."""
+        body = {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 5, **more}
+        return self.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
+
+    def admin(self, method: str, verb: str, **body: str) -> Answer:
+        """A call to the admin API with its token."""
+        token = (self.state / "admin.token").read_text().strip()
+        payload = json.dumps(body).encode() if method == "POST" else None
+        return self.request(method, f"/admin/v1/{verb}", payload, {"Authorization": f"Bearer {token}"})
+
+    def status(self) -> Any:
+        """Its status."""
+        return self.admin("GET", "status").json
+
+
+def node_folder(node: str) -> str:
+    """The folder of a node's state."""
+    return f"state of {node}"
+
+
+def model(name: str = "m", **more: Any) -> dict[str, Any]:
+    """A [[models]] table with the fake engine."""
+    return {"name": name, "engine": "fake", "path": f"weights of {name}", "need_bytes": 10, **more}
+
+
+def write_config(agent: Agent, others: Sequence[Agent], models: Sequence[dict[str, Any]], extra: str = "") -> None:
+    """agent.toml for one node of a rack."""
+    text = (
+        f'[node]\nid = "{agent.node}"\nrack = "r"\n[listen]\nport = {agent.port}\n'
+        f"[paths]\nstate = {json.dumps(str(agent.state))}\n"
+        f'[store]\nkind = "directory"\npath = {json.dumps(str(agent.folder / "bucket"))}\n'
+    )
+    if "[telemetry]" not in extra:
+        text += "[telemetry]\nsample_s = 1\nupload_s = 1\n"
+    if others:
+        text += '[peers]\nsecret = "env:MLXRACK_TEST_SECRET"\n'
+        text += "".join(f'[[peers.nodes]]\nid = "{o.node}"\nurl = "http://127.0.0.1:{o.port}"\n' for o in others)
+    for table in models:
+        text += "[[models]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
+    agent.config.write_text(text + extra)
+
+
+@contextlib.contextmanager
+def rack(
+    folder: Path, *models_of: Sequence[dict[str, Any]], extra: str = "", start: bool = True
+) -> Iterator[list[Agent]]:
+    """As many agents as there are lists of models; all ready, all know each other."""
+    agents = [Agent(folder, f"n{n}", free_port()) for n in range(1, len(models_of) + 1)]
+    for agent, models in zip(agents, models_of, strict=True):
+        write_config(agent, [a for a in agents if a is not agent], models, extra)
+    try:
+        if start:
+            for agent in agents:
+                agent.start()
+            for agent, models in zip(agents, models_of, strict=True):
+                if any(m.get("preload", True) for m in models):
+                    agent.ready()
+            for agent in agents:
+                until(lambda agent=agent: all(p["state"] == "up" for p in agent.status()["peers"]), "peers are up")  # type: ignore[misc]
+        yield agents
+    finally:
+        for agent in agents:
+            if agent.process is not None and agent.process.poll() is None:
+                agent.kill()
+            elif agent.process is not None and agent.process.stdout is not None:
+                agent.process.stdout.close()
+
+
+def until(done: Callable[[], Any], what: str, limit_s: float = 20.0) -> None:
+    """Poll until done."""
+    deadline = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s in vain until {what}"
+        time.sleep(0.05)
+
+
+def events_of(answer: Answer) -> list[Any]:
+    """The JSON of a stream's events, [DONE] as a string."""
+    lines = [line[6:] for line in answer.body.decode().split("\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]

@@ -1,0 +1,110 @@
+"""The house keeps its own rules: contracts that bite, guides that name what exists, names that are ours."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import agent
+import aggregator
+import shared
+from agent.config import AgentConfig
+from aggregator.config import AggregatorConfig
+from scripts.document_config import document
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+GUIDES = ("agent/DESIGN.md", "aggregator/DESIGN.md")
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    command: list[str | Path] = [BIN / "lint-imports", "--no-logo", "--no-cache", "--config", folder / "pyproject.toml"]
+    # -P is not enough: the editable install's path must give way to the copy
+    environ = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("agent", "aggregator", "shared"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("agent/routing.py", "import time", "The agent's core decides without touching the world"),
+        ("agent/swap.py", "import asyncio", "The agent's core decides without touching the world"),
+        ("aggregator/cost.py", "import os", "The aggregator's core decides without touching the world"),
+        ("shared/records.py", "import pathlib", "The vocabulary is pure"),
+        ("agent/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
+        ("agent/daemon.py", "import agent.loader.engine", "The daemon process never loads the engine"),
+        ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
+        ("agent/spool.py", "import agent.pool", "Layers of the agent"),
+        ("aggregator/window.py", "import aggregator.load", "Layers of the aggregator"),
+        ("shared/ids.py", "import agent.config", "Two programs, one vocabulary"),
+        ("aggregator/load.py", "import aiohttp", "The aggregator needs nothing of the agent's"),
+        ("agent/cli.py", "import reportlab", "The agent needs nothing of the aggregator's"),
+    ],
+)
+def test_a_planted_violation_fails(copy: Path, file: str, line: str, contract: str) -> None:
+    path = copy / file
+    path.write_text(path.read_text() + f"\n{line}\n")
+    run = lint(copy)
+    assert run.returncode == 1, run.stdout + run.stderr
+    broken = {text.split(" BROKEN")[0] for text in run.stdout.splitlines() if " BROKEN" in text}
+    assert contract in broken
+
+
+def test_the_contracts_hold(copy: Path) -> None:
+    run = lint(copy)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "0 broken" in run.stdout
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_name_in_a_guide_exists(guide: str) -> None:
+    """A guide names code as `path/file.py` or `path/file.py:name`."""
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:agent|aggregator|shared|scripts|tests|launchd|docs)/[\w./-]+\.\w+)(?::([\w.]+))?`", text)
+    assert len(named) > 20
+    for path, name in named:
+        file = ROOT / path
+        assert file.is_file(), path
+        if name:
+            last = name.split(".")[-1]
+            source = file.read_text(encoding="utf-8")
+            assert re.search(rf"^\s*(?:async )?(?:def|class) {last}\b|^{last}\b", source, re.MULTILINE), (
+                f"{path}:{name}"
+            )
+
+
+def test_import_names_are_this_repository() -> None:
+    for package in (agent, aggregator, shared):
+        assert Path(package.__file__ or "").is_relative_to(ROOT)
+    owners = packages_distributions()
+    for name in ("agent", "aggregator", "shared"):
+        assert set(owners.get(name, ["mlxrack"])) <= {"mlxrack"}, f"another distribution owns the name {name}"
+
+
+def test_the_configuration_reference_is_what_the_code_reads() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    for kind in (AgentConfig, AggregatorConfig):
+        assert document(kind) in text, "run `make docs`"
+
+
+def test_the_log_lines_of_a_release_are_written_down() -> None:
+    assert shared.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_address_of_an_index_is_in_the_constraints() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+]+", line) for line in lines)
+    assert "mlx-lm==0.32.2" in lines
