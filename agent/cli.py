@@ -21,6 +21,7 @@ from agent.admin_client import AdminClient
 from agent.config import AgentConfig
 from shared import __version__, logs
 from shared import config as shared_config
+from shared.commandline import Parser
 from shared.errors import Halt, RackError, Retryable
 
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
@@ -56,7 +57,7 @@ def exit_status(error: RackError) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlxrack-agent", description="Serve language models on this node of the rack, and report what happens."
     )
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")

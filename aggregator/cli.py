@@ -21,6 +21,7 @@ from aggregator.config import AggregatorConfig
 from shared import __version__, logs
 from shared import config as shared_config
 from shared.bucket import open_store
+from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Retryable
 from shared.secrets import resolve
 
@@ -51,7 +52,7 @@ def exit_status(error: RackError) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlxrack-aggregator", description="Turn what the nodes reported into rollups, reports and alerts."
     )
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")

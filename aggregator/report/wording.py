@@ -33,11 +33,11 @@ def celsius(value_mc: int | None) -> str:
 
 
 def money(value: Decimal | None, currency: str) -> str:
-    """12.34 USD, with four digits below one and six below a thousandth."""
+    """12.34 USD, with four digits below a tenth and six below a thousandth."""
     if value is None:
         return NO_DATA
     size = abs(value)
-    digits = 2 if size >= 1 or size == 0 else (4 if size >= Decimal("0.001") else 6)
+    digits = 2 if size >= Decimal("0.1") or size == 0 else (4 if size >= Decimal("0.001") else 6)
     return f"{value:,.{digits}f} {currency}"
 
 

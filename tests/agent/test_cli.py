@@ -33,6 +33,14 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^\s+{verb}\s", text, re.MULTILINE), verb
 
 
+@pytest.mark.parametrize("words", [["frobnicate"], [], ["swap", "only-one"], ["logs", "--level", "loud"]])
+def test_wrong_usage_exits_64(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == os.EX_USAGE
+    assert "--help explains" in capsys.readouterr().err
+
+
 def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text('[node]\nid = "n 1"\n[listen]\nport = "x"\n')

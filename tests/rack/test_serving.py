@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from shared.records import Served
 from tests.rack.harness import SCRIPT, Agent, Answer, events_of, model, rack, until, write_config
 
 Client = openai.OpenAI
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 def client(agent: Agent, **more: Any) -> Client:
@@ -200,6 +202,7 @@ def test_sigterm_lets_requests_finish_and_exits_0(tmp_path: Path) -> None:
         assert (sum(r.requests for r in served), sum(r.completion_tok for r in served)) == (3, 90)
 
 
+@linux
 def test_a_dead_agent_leaves_no_loader_behind(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         (pid,) = [m["pid"] for m in agent.status()["models"]]
@@ -345,6 +348,7 @@ def test_a_swap_by_the_cli_under_load_loses_nothing(tmp_path: Path) -> None:
         assert "zzz is not configured" in wrong.stderr
 
 
+@linux
 def test_the_daemon_never_imports_mlx(tmp_path: Path, tiny_model: Path) -> None:
     with rack(tmp_path, [{"name": "m", "path": str(tiny_model), "need_bytes": 10}]) as (agent,):
         assert agent.chat().status == 200
