@@ -174,13 +174,14 @@ class Dispatch:
 
     async def _wait_for_capacity(self, call: Call, step_s: float) -> bool:
         """True when trying again makes sense: a local loader is coming, or somebody who failed may be back."""
+        if self.draining:
+            return False
         name = call.request.model
-        local = any(m.name == name for m in self._pool.views())
-        if local:
+        if any(m.name == name for m in self._pool.views()):
             if await self._pool.wanted(name, step_s):
                 return True
-            state = next((s for s in self._pool.status() if name in s["names"]), None)  # type: ignore[operator]
-            return state is not None and state["state"] in ("starting", "draining", "out of rotation", "cold")
+            await asyncio.sleep(min(0.05, step_s))
+            return self._pool.is_coming(name)
         if call.tried:
             await asyncio.sleep(min(0.2, step_s))
             return True

@@ -227,6 +227,11 @@ class Pool:
                     await changed.wait()
         return True
 
+    def is_coming(self, name: str) -> bool:
+        """Whether waiting for a name may help: it is loading, swapping or restarting, or can be loaded."""
+        slot = self._slot(name)
+        return not self._stopping and (slot.state != "failed" or slot.changing.locked())
+
     async def windows(self) -> list[EngineWindow]:
         """What every loader did since the last call, those that ended meanwhile included."""
         for slot in self._slots:

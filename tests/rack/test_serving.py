@@ -202,6 +202,20 @@ def test_sigterm_lets_requests_finish_and_exits_0(tmp_path: Path) -> None:
         assert (sum(r.requests for r in served), sum(r.completion_tok for r in served)) == (3, 90)
 
 
+def test_a_request_longer_than_the_drain_ends_with_an_error_and_the_agent_with_0(tmp_path: Path) -> None:
+    with rack(tmp_path, [model(fake_step_s=0.05)], extra="[limits]\ndrain_s = 1.0\n") as (agent,):
+        answers: list[Answer] = []
+        thread = threading.Thread(target=lambda: answers.append(agent.chat(max_tokens=8000)))
+        thread.start()
+        until(lambda: agent.status()["in_flight"] == 1, "it runs")
+        began = time.monotonic()
+        assert 0 == agent.stop()
+        thread.join()
+        assert time.monotonic() - began < 20
+        assert answers[0].status in (502, 503)
+        assert answers[0].json["error"]["message"]
+
+
 @linux
 def test_a_dead_agent_leaves_no_loader_behind(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
