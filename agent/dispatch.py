@@ -16,7 +16,7 @@ from agent.admission import Turn, admit
 from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
 from agent.frames import Accepted, Answer, Done, Failed, Generate, Tokens
-from agent.openai import ChatRequest
+from agent.openai import AnswerRequest
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
 from agent.pool import Pool
@@ -25,17 +25,26 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 MAX_RETRIES = 2
+TURN_SEEDS = 0x51_7C_C1_B7_27
+"""Between the seeds of several answers to one prompt, so that they differ and can be had again."""
 
 log = get_logger("agent.dispatch")
 
 
 class Call(msgspec.Struct, kw_only=True):
-    """One client request on its way, and what became of it."""
+    """One client request on its way, and what became of it.
 
-    request: ChatRequest
+    A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
+    first part counts as the request, the first turn as the prompt.
+    """
+
+    request: AnswerRequest
     request_id: str
     key_id: str = ""
     whole: bool = True
+    prompt: str | None = None
+    part: int = 0
+    turn: int = 0
     tried: set[str] = msgspec.field(default_factory=set)
     retries: int = 0
     worker: str = ""
@@ -95,6 +104,7 @@ class Dispatch:
         call.began_s = call.last_s = self._clock()
         # without a seed the door draws one, so that a retry continues the same dice
         call.seed = call.request.seed if call.request.seed is not None else secrets.randbits(62)
+        call.seed += call.turn * TURN_SEEDS
         outcome = "cancelled"
         try:
             self._admit(call.request.model)
@@ -193,11 +203,17 @@ class Dispatch:
             id=1,
             model=request.model,
             messages=request.messages,
+            prompt=call.prompt,
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=call.seed,
             stop=request.stop,
+            logprobs=request.logprobs,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=request.logit_bias,
+            schema=request.schema,
             request_id=call.request_id,
             door=self._node,
         )
@@ -277,9 +293,10 @@ class Dispatch:
                 key_id=call.key_id,
                 outcome=outcome,
                 finish=call.finish,
+                requests=1 if call.part == 0 else 0,
                 retries=call.retries,
-                prompt_tok=call.prompt_tok,
-                cached_tok=call.cached_tok,
+                prompt_tok=call.prompt_tok if call.turn == 0 else 0,
+                cached_tok=call.cached_tok if call.turn == 0 else 0,
                 completion_tok=call.completion_tok,
                 ttft_us=None if call.first_s is None else int((call.first_s - call.began_s) * 1e6),
                 itl_us=tuple(call.gaps_us),

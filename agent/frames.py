@@ -25,17 +25,42 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     content: str
 
 
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and its natural-log probability. ``raw`` are its bytes, which may be part of a character."""
+
+    text: str
+    raw: bytes
+    logprob: float
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    """A chosen token beside the likeliest ones at its place."""
+
+    chosen: Candidate
+    top: tuple[Candidate, ...] = ()
+
+
 class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
-    """Answer this conversation. ``model`` is a served name, ``version`` narrows it where the asker knows."""
+    """Answer this conversation, or continue ``prompt`` as it stands where there is one.
+
+    ``logprobs`` is how many of the likeliest tokens to report at each place, None for no report. ``schema`` is a JSON
+    schema, as text, that the answer has to follow.
+    """
 
     id: int
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
     max_tokens: int | None
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    schema: str | None = None
     request_id: str = ""
     door: str = ""
 
@@ -88,6 +113,7 @@ class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
     id: int
     text: str
     count: int
+    scored: tuple[Scored, ...] = ()
 
 
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):

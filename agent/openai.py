@@ -1,10 +1,11 @@
-"""The OpenAI wire, both ways: bytes to a ChatRequest, answers to the shapes that clients parse.
+"""OpenAI's requests, read: bytes to one validated structure, for chats and for plain text.
 
 Nothing is ignored silently. A field that would change behaviour and is not supported is refused by name, unless its
 value is the neutral one; advisory fields are accepted and do nothing (docs/api.md).
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -20,13 +21,6 @@ ADVISORY = frozenset(
 )
 """Accepted without effect: they name the caller or advise a vendor's own machinery."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -42,11 +36,27 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Known fields that are not supported yet, with the values that ask for nothing; null asks for nothing everywhere."""
 
 
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated chat completion request."""
+TEXT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+"""The same for text completions."""
+MAX_CHOICES = 16
+
+
+class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A validated request: a conversation, or ``prompts`` to be continued as they stand.
+
+    Each prompt (or the conversation) is answered ``n`` times. ``logprobs`` is how many of the likeliest tokens to
+    report at each place, None for no report. ``schema`` is a JSON schema as text.
+    """
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompts: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    schema: str | None = None
     stream: bool = False
     include_usage: bool = False
     max_tokens: int | None = None
@@ -56,120 +66,94 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts of one answer."""
+def parse_chat(body: bytes) -> AnswerRequest:
+    """Read a chat completion's body. Raises Refused with ``param`` naming the field; values are never quoted."""
+    tree = _object(body)
+    _refuse_unsupported(tree, _CHAT, NEUTRAL)
+    max_tokens = _integer(tree, "max_completion_tokens", 1, 1 << 31)
+    return AnswerRequest(
+        messages=_messages(tree),
+        max_tokens=max_tokens if max_tokens is not None else _integer(tree, "max_tokens", 1, 1 << 31),
+        logprobs=_chat_logprobs(tree),
+        schema=_schema(tree),
+        **_common(tree),
+    )
 
-    prompt_tok: int
-    cached_tok: int
-    completion_tok: int
+
+def parse_text(body: bytes) -> AnswerRequest:
+    """Read a text completion's body. Raises Refused as parse_chat does."""
+    tree = _object(body)
+    _refuse_unsupported(tree, _TEXT, TEXT_NEUTRAL)
+    common = _common(tree)
+    prompts = _prompts(tree)
+    if len(prompts) * common["n"] > MAX_CHOICES:
+        raise _wrong("n", f"at most {MAX_CHOICES} answers over all prompts")
+    return AnswerRequest(
+        prompts=prompts,
+        max_tokens=_integer(tree, "max_tokens", 1, 1 << 31) or 16,
+        logprobs=_integer(tree, "logprobs", 0, 5),
+        **common,
+    )
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """Read a request body. Raises Refused with ``param`` naming the field at fault; values are never quoted."""
+_SAMPLING = frozenset(
+    {
+        "model",
+        "n",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "logprobs",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+    }
+)
+_CHAT = _SAMPLING | {"messages", "max_completion_tokens", "top_logprobs", "response_format"}
+_TEXT = _SAMPLING | {"prompt"}
+
+
+def _object(body: bytes) -> dict[str, Any]:
     try:
         tree = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused("the body is not valid JSON", code="invalid_json") from None
     if not isinstance(tree, dict):
         raise Refused("the body is not a JSON object", code="invalid_json")
-    _refuse_unsupported(tree)
+    return tree
+
+
+def _common(tree: dict[str, Any]) -> dict[str, Any]:
+    """What both kinds of request share."""
     stream = _boolean(tree, "stream")
-    max_tokens = _integer(tree, "max_completion_tokens", 1, 1 << 31)
-    if max_tokens is None:
-        max_tokens = _integer(tree, "max_tokens", 1, 1 << 31)
-    return ChatRequest(
-        model=_model(tree),
-        messages=_messages(tree),
-        stream=stream,
-        include_usage=_include_usage(tree, stream),
-        max_tokens=max_tokens,
-        temperature=_number(tree, "temperature", 0.0, 2.0, 1.0),
-        top_p=_number(tree, "top_p", 0.0, 1.0, 1.0),
-        seed=_integer(tree, "seed", -(1 << 63), (1 << 63) - 1),
-        stop=_stop(tree),
-    )
-
-
-def completion(
-    *, answer_id: str, created: int, model: str, fingerprint: str, text: str, finish: str, usage: Usage
-) -> dict[str, Any]:
-    """A whole chat.completion object."""
-    message = {"role": "assistant", "content": text, "refusal": None}
     return {
-        "id": answer_id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "system_fingerprint": fingerprint,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
-        "usage": usage_object(usage),
+        "model": _model(tree),
+        "n": _integer(tree, "n", 1, MAX_CHOICES) or 1,
+        "stream": stream,
+        "include_usage": _include_usage(tree, stream),
+        "temperature": _number(tree, "temperature", 0.0, 2.0, 1.0),
+        "top_p": _number(tree, "top_p", 0.0, 1.0, 1.0),
+        "seed": _integer(tree, "seed", -(1 << 63), (1 << 63) - 1),
+        "stop": _stop(tree),
+        "frequency_penalty": _number(tree, "frequency_penalty", -2.0, 2.0, 0.0),
+        "presence_penalty": _number(tree, "presence_penalty", -2.0, 2.0, 0.0),
+        "logit_bias": _logit_bias(tree),
     }
 
 
-def chunk(
-    *, answer_id: str, created: int, model: str, fingerprint: str, delta: dict[str, Any], finish: str | None = None
-) -> dict[str, Any]:
-    """One chat.completion.chunk object with one choice."""
-    return {
-        "id": answer_id,
-        "object": "chat.completion.chunk",
-        "created": created,
-        "model": model,
-        "system_fingerprint": fingerprint,
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
-    }
-
-
-def usage_chunk(*, answer_id: str, created: int, model: str, fingerprint: str, usage: Usage) -> dict[str, Any]:
-    """The last chunk when the caller asked for usage: no choice, only counts."""
-    empty = chunk(answer_id=answer_id, created=created, model=model, fingerprint=fingerprint, delta={})
-    return {**empty, "choices": [], "usage": usage_object(usage)}
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Token counts as OpenAI names them."""
-    return {
-        "prompt_tokens": usage.prompt_tok,
-        "completion_tokens": usage.completion_tok,
-        "total_tokens": usage.prompt_tok + usage.completion_tok,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tok},
-    }
-
-
-def error_body(message: str, *, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """The error envelope that clients raise from."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def models_list(names: Mapping[str, int]) -> dict[str, Any]:
-    """GET /v1/models: served names with the second since which each is known."""
-    data = [{"id": n, "object": "model", "created": t, "owned_by": "mlxrack"} for n, t in sorted(names.items())]
-    return {"object": "list", "data": data}
-
-
-_SUPPORTED = frozenset(
-    {
-        "model",
-        "messages",
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "stop",
-    }
-)
-
-
-def _refuse_unsupported(tree: dict[str, Any]) -> None:
+def _refuse_unsupported(
+    tree: dict[str, Any], supported: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]
+) -> None:
     for name, value in tree.items():
-        if name in _SUPPORTED or name in ADVISORY or (value is None and name in NEUTRAL):
+        if name in supported or name in ADVISORY or (value is None and name in neutral):
             continue
-        if name not in NEUTRAL:
+        if name not in neutral:
             raise Refused(f"unknown field {_shown(name)}", code="unknown_parameter", param=_shown(name))
-        if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+        if not any(_same(value, one) for one in neutral[name]):
             raise Refused(f"{name} is not supported yet", code="unsupported_parameter", param=name)
 
 
@@ -232,6 +216,60 @@ def _content(content: Any, path: str) -> str:
     return "".join(texts)
 
 
+def _prompts(tree: dict[str, Any]) -> tuple[str, ...]:
+    prompt = tree.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise _wrong("prompt", "text, or a list of texts (token ids are not supported)")
+    return tuple(prompts)
+
+
+def _chat_logprobs(tree: dict[str, Any]) -> int | None:
+    top = _integer(tree, "top_logprobs", 0, 20)
+    if _boolean(tree, "logprobs"):
+        return top or 0
+    if top:
+        raise Refused("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    return None
+
+
+def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
+    bias = tree.get("logit_bias")
+    if bias is None:
+        return ()
+    if not isinstance(bias, dict) or len(bias) > 1024:
+        raise _wrong("logit_bias", "an object of at most 1024 token ids and numbers")
+    pairs = []
+    for token, value in bias.items():
+        if not (token.isascii() and token.isdigit()) or len(token) > 9:
+            raise _wrong("logit_bias", "token ids as keys")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            raise _wrong("logit_bias", "numbers from -100 to 100")
+        pairs.append((int(token), float(value)))
+    return tuple(sorted(pairs))
+
+
+def _schema(tree: dict[str, Any]) -> str | None:
+    """The JSON schema that ``response_format`` asks for, as text; None for free text."""
+    wanted = tree.get("response_format")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, dict):
+        raise _wrong("response_format", "an object")
+    kind = wanted.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return '{"type": "object"}'
+    if kind != "json_schema":
+        raise _wrong("response_format.type", "text, json_object or json_schema")
+    inner = wanted.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if not isinstance(schema, dict):
+        raise _wrong("response_format.json_schema.schema", "a JSON schema")
+    return json.dumps(schema)
+
+
 def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
     options = tree.get("stream_options")
     if options is None:
@@ -291,6 +329,3 @@ def _number(tree: dict[str, Any], name: str, low: float, high: float, default: f
 
 def _wrong(param: str, expected: str) -> Refused:
     return Refused(f"{param}: expected {expected}", code="invalid_value", param=param)
-
-
-Parser = Callable[[bytes], ChatRequest]

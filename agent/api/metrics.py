@@ -33,7 +33,7 @@ class Metrics:
 
     def answered(self, one: Answered) -> None:
         """Count one request."""
-        self._requests.labels(one.model, one.outcome).inc()
+        self._requests.labels(one.model, one.outcome).inc(one.requests)
         self._prompt.labels(one.model).inc(one.prompt_tok)
         self._cached.labels(one.model).inc(one.cached_tok)
         self._completion.labels(one.model).inc(one.completion_tok)

@@ -4,7 +4,7 @@ import time
 
 from aiohttp import web
 
-from agent import openai
+from agent import answers
 from agent.api.context import CONTEXT, client_key_id, json_response
 from shared.errors import Refused
 
@@ -20,7 +20,7 @@ def _served(request: web.Request) -> dict[str, int]:
 async def list_models(request: web.Request) -> web.Response:
     """All of them."""
     client_key_id(request)
-    return json_response(openai.models_list(_served(request)))
+    return json_response(answers.models_list(_served(request)))
 
 
 async def get_model(request: web.Request) -> web.Response:
@@ -31,4 +31,4 @@ async def get_model(request: web.Request) -> web.Response:
     if name not in served:
         known = ", ".join(sorted(served)) or "none"
         raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
-    return json_response(openai.models_list({name: served[name]})["data"][0])
+    return json_response(answers.models_list({name: served[name]})["data"][0])

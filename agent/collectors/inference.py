@@ -9,7 +9,10 @@ from shared.sketch import Sketch
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that ended. Absent times are None: a refused request has no first token."""
+    """One request that ended, or a further answer to it (``requests`` 0).
+
+    Absent times are None: a refused request has no first token.
+    """
 
     model: str
     version: str = ""
@@ -18,6 +21,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     task_class: str = ""
     outcome: str
     finish: str = ""
+    requests: int = 1
     retries: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
@@ -50,7 +54,7 @@ class Ledger:
             prompt_bucket(one.prompt_tok) if one.prompt_tok else 0,
         )
         into = self._sums.setdefault(labels, _Sum())
-        into.requests += 1
+        into.requests += one.requests
         into.retries += one.retries
         into.prompt_tok += one.prompt_tok
         into.cached_tok += one.cached_tok

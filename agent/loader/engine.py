@@ -14,13 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import llguidance.hf
 import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
 from mlx_lm import load
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
-from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Ready, Reported, Tokens
+from agent.frames import (
+    Accepted,
+    Candidate,
+    Done,
+    Failed,
+    Frame,
+    Generate,
+    Message,
+    Ready,
+    Reported,
+    Scored,
+    Tokens,
+)
 from agent.loader.blas import REFERENCE
 from agent.loader.prompt_cache import PromptCache
 from agent.loader.stopping import StopText
@@ -28,6 +43,9 @@ from shared.errors import Refused
 
 _WARM_PROMPT = "Say hello."
 _MASK = (1 << 64) - 1
+
+Processor = Callable[[mx.array, mx.array], mx.array]
+"""(tokens so far, logits of one row) -> logits, as mlx-lm calls it."""
 
 
 @dataclass
@@ -63,10 +81,12 @@ class MLXEngine:
         _never_wire_memory()
         self._model, self._tokenizer, config = _loaded(Path(path))
         self._context_tok = int(config.get("max_position_embeddings") or 4096)
+        self._vocabulary = int(config.get("vocab_size") or len(self._tokenizer.get_vocab()))
         self._default_max_tokens = default_max_tokens
         self._blas = blas
         self._rows_limit = rows
         self._chunk = prefill_chunk_tok
+        self._grammar_tokenizer: LLTokenizer | None = None
         self._rows: dict[int, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._cache: PromptCache[list[Any]] = PromptCache(cache_bytes)
@@ -109,6 +129,9 @@ class MLXEngine:
                 f"but the model's context holds {self._context_tok}",
                 param="messages" if room < 1 else "max_tokens",
             )
+        refusal = self._unfit(request)
+        if refusal is not None:
+            return refusal
         row = _Row(request, prompt, 0, wanted, self._tokenizer.detokenizer, StopText(request.stop))
         self._insert(row)
         self._rows[request.id] = row
@@ -179,7 +202,8 @@ class MLXEngine:
         elif stopped:
             self._remove_keeping_cache(row)
         request_id = row.request.id
-        answers: list[Frame] = [Tokens(id=request_id, text=text, count=1)]
+        scored = (self._scored(row, response),) if row.request.logprobs is not None and not ended_by_model else ()
+        answers: list[Frame] = [Tokens(id=request_id, text=text, count=1, scored=scored)]
         if finish is not None or stopped:
             del self._by_uid[response.uid]
             del self._rows[request_id]
@@ -223,6 +247,7 @@ class MLXEngine:
             caches=[cache],
             all_tokens=[tokens[:cached]],
             samplers=[_sampler(row.request, len(row.made))],
+            logits_processors=[self._processors(row)],
         )
         self._by_uid[row.uid] = row
 
@@ -259,7 +284,70 @@ class MLXEngine:
             prefill_step_size=self._chunk,
         )
 
+    def _unfit(self, request: Generate) -> Failed | None:
+        """Why this model cannot follow the request's constraints; None when it can."""
+        if request.schema is not None:
+            is_error, said = LLMatcher.validate_grammar_with_warnings(_grammar(request.schema), self._grammars())
+            if is_error:
+                return Failed(
+                    id=request.id,
+                    code="invalid_value",
+                    message=f"response_format: the schema cannot be followed: {said[0].splitlines()[0][:200]}",
+                    param="response_format",
+                )
+        beyond = [token for token, _ in request.logit_bias if token >= self._vocabulary]
+        if beyond:
+            return Failed(
+                id=request.id,
+                code="invalid_value",
+                message=f"logit_bias: token {beyond[0]} is not one of this model's {self._vocabulary}",
+                param="logit_bias",
+            )
+        return None
+
+    def _processors(self, row: _Row) -> list[Processor]:
+        """What changes a row's logits before sampling; made anew when a batch is rebuilt."""
+        request, begin = row.request, len(row.prompt)
+        found: list[Processor] = []
+        if request.frequency_penalty or request.presence_penalty:
+            found.append(_penalty(request.frequency_penalty, request.presence_penalty, begin))
+        if request.logit_bias:
+            found.append(_bias(request.logit_bias))
+        if request.schema is not None:
+            matcher = LLMatcher(self._grammars(), _grammar(request.schema))
+            found.append(_constraint(matcher, begin, sorted(self._tokenizer.eos_token_ids)))
+        return found
+
+    def _grammars(self) -> LLTokenizer:
+        """llguidance's view of the tokenizer, made when it is first needed (a third of a second)."""
+        if self._grammar_tokenizer is None:
+            inner = getattr(self._tokenizer, "_tokenizer", self._tokenizer)
+            ends = sorted(self._tokenizer.eos_token_ids)
+            self._grammar_tokenizer = llguidance.hf.from_tokenizer(inner, n_vocab=self._vocabulary, eos_token=ends)
+        return self._grammar_tokenizer
+
+    def _scored(self, row: _Row, response: Any) -> Scored:
+        wanted = row.request.logprobs or 0
+        best: list[int] = []
+        if wanted:
+            likeliest: Any = mx.argpartition(-response.logprobs, wanted - 1)[:wanted].tolist()
+            best = list(likeliest)
+            best.sort(key=lambda token: -response.logprobs[token].item())
+        return Scored(
+            chosen=self._candidate(response.token, response.logprobs),
+            top=tuple(self._candidate(token, response.logprobs) for token in best),
+        )
+
+    def _candidate(self, token: int, logprobs: mx.array) -> Candidate:
+        raw = bytes(self._grammars().decode_bytes([token]))
+        # an impossible token has no finite logarithm; JSON knows no infinity
+        found: Any = logprobs[token].item()
+        logprob = max(float(found), -9999.0)
+        return Candidate(text=raw.decode("utf-8", "replace"), raw=raw, logprob=logprob)
+
     def _prompt_tokens(self, request: Generate) -> list[int]:
+        if request.prompt is not None:
+            return [int(t) for t in self._tokenizer.encode(request.prompt)] or [self._first_token()]
         messages = [{"role": m.role, "content": m.content} for m in request.messages]
         if getattr(self._tokenizer, "chat_template", None):
             tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
@@ -269,6 +357,11 @@ class MLXEngine:
         if not isinstance(tokens, list):
             tokens = list(tokens["input_ids"])
         return [int(t) for t in tokens]
+
+    def _first_token(self) -> int:
+        """What an empty prompt starts from."""
+        first = self._tokenizer.bos_token_id
+        return int(first if first is not None else next(iter(self._tokenizer.eos_token_ids)))
 
     def _warm_up(self) -> None:
         """Compile the kernels before the first caller waits for them, and prove that the model answers."""
@@ -350,6 +443,55 @@ def _sampler(request: Generate, position: int) -> Callable[[mx.array], mx.array]
         return mx.random.categorical(scaled, key=key)
 
     return sample
+
+
+def _penalty(frequency: float, presence: float, begin: int) -> Processor:
+    """OpenAI's penalties over the generated tokens: logit - count x frequency - (count > 0) x presence."""
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        made = tokens[begin:]
+        if made.size == 0:
+            return logits
+        counts = mx.zeros(logits.shape[-1:], dtype=logits.dtype).at[made].add(1)
+        return logits - frequency * counts - presence * (counts > 0)
+
+    return process
+
+
+def _bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
+    ids, values = mx.array([token for token, _ in pairs]), mx.array([value for _, value in pairs])
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits.at[:, ids].add(values.astype(logits.dtype))
+
+    return process
+
+
+def _constraint(matcher: LLMatcher, begin: int, ends: list[int]) -> Processor:
+    """Only tokens that a grammar allows, and the end when it is complete; the matcher follows what was generated."""
+    consumed = 0
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal consumed
+        fresh: Any = tokens[begin + consumed :].tolist()
+        if fresh and not matcher.is_stopped():
+            matcher.consume_tokens(fresh)
+            consumed += len(fresh)
+        if matcher.is_stopped():
+            only_end = mx.full(logits.shape, -float("inf"), dtype=logits.dtype)
+            only_end[:, mx.array(ends)] = 0.0
+            return only_end
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]]
+        return mx.where(mx.array(allowed.astype(bool)), logits, -float("inf"))
+
+    return process
+
+
+def _grammar(schema: str) -> str:
+    """llguidance's grammar for a JSON schema, without room for endless white space."""
+    grammar: str = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+    return grammar
 
 
 def _mixed(seed: int, position: int) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.frames import Accepted, Done, Failed, Frame, Generate, Ready, Reported, Tokens
+from agent.frames import Accepted, Candidate, Done, Failed, Frame, Generate, Ready, Reported, Scored, Tokens
 from agent.loader.stopping import StopText
 
 CONTEXT_TOK = 8192
@@ -48,9 +48,10 @@ class FakeEngine:
         return bool(self._rows)
 
     def submit(self, request: Generate) -> Frame:
-        if request.messages[-1].content.startswith("!crash"):
+        texts = [m.content for m in request.messages] or [request.prompt or ""]
+        if texts[-1].startswith("!crash"):
             os.kill(os.getpid(), signal.SIGKILL)
-        prompt_tok = sum(len(m.content.split()) + 4 for m in request.messages)
+        prompt_tok = sum(len(text.split()) + 4 for text in texts)
         room = CONTEXT_TOK - prompt_tok
         if room <= 0 or (request.max_tokens or 0) > room:
             return Failed(
@@ -81,10 +82,15 @@ class FakeEngine:
     def _advance(self, row: _Row) -> list[Frame]:
         row.made += 1
         self._count("decode_tok", 1)
-        text, stopped = row.stop.feed(next(row.words))
+        word = next(row.words)
+        text, stopped = row.stop.feed(word)
+        scored: tuple[Scored, ...] = ()
+        if row.request.logprobs is not None:
+            chosen = Candidate(text=word, raw=word.encode(), logprob=-0.5)
+            scored = (Scored(chosen=chosen, top=(chosen,) * min(1, row.request.logprobs)),)
         limit = row.request.max_tokens or 64
         if not stopped and row.made < limit:
-            return [Tokens(id=row.request.id, text=text, count=1)]
+            return [Tokens(id=row.request.id, text=text, count=1, scored=scored)]
         del self._rows[row.request.id]
         text += "" if stopped else row.stop.finish()
         done = Done(
@@ -94,7 +100,7 @@ class FakeEngine:
             cached_tok=0,
             completion_tok=row.made,
         )
-        return [Tokens(id=row.request.id, text=text, count=1), done]
+        return [Tokens(id=row.request.id, text=text, count=1, scored=scored), done]
 
     def report(self) -> Reported:
         window, self._window = self._window, {}
@@ -109,6 +115,7 @@ class FakeEngine:
 
 def _words(request: Generate, salt: str) -> Iterator[str]:
     state = hashlib.sha256(salt.encode())
+    state.update((request.prompt or "").encode())
     for message in request.messages:
         state.update(f"{message.role}\0{message.content}\0".encode())
     if request.temperature > 0:

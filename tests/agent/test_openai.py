@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import openai
-from agent.openai import parse_request
+from agent import answers, openai
+from agent.frames import Candidate, Scored
+from agent.openai import parse_chat, parse_text
 from shared.errors import Refused
 
 BASE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def parse(**more: Any) -> openai.ChatRequest:
-    return parse_request(json.dumps({**BASE, **more}).encode())
+def parse(**more: Any) -> openai.AnswerRequest:
+    return parse_chat(json.dumps({**BASE, **more}).encode())
 
 
 def test_defaults() -> None:
@@ -75,12 +76,22 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": 0}, "n"),
         ({"n": True}, "n"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": {"5": float("nan")}}, None),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
         ({"wibble": 1}, "wibble"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -107,7 +118,7 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ],
 )
-def test_a_wrong_field_is_named(more: dict[str, Any], param: str) -> None:
+def test_a_wrong_field_is_named(more: dict[str, Any], param: str | None) -> None:
     with pytest.raises(Refused) as caught:
         parse(**more)
     assert param == caught.value.param
@@ -116,7 +127,7 @@ def test_a_wrong_field_is_named(more: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"null", b"\xff", b"[" * 100_000])
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
-        parse_request(body)
+        parse_chat(body)
     assert caught.value.code == "invalid_json"
 
 
@@ -142,13 +153,78 @@ def test_messages_never_quote_values() -> None:
     assert "MARKER" not in caught.value.message
 
 
-def test_shapes_that_clients_parse() -> None:
-    usage = openai.Usage(prompt_tok=3, cached_tok=1, completion_tok=2)
-    whole = openai.completion(
-        answer_id="i", created=1, model="m", fingerprint="f", text="t", finish="stop", usage=usage
+def test_further_fields_are_taken() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    request = parse(
+        n=3,
+        logprobs=True,
+        top_logprobs=2,
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        logit_bias={"7": -100, "3": 5.5},
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
     )
+    assert (request.n, request.logprobs, request.frequency_penalty, request.presence_penalty) == (3, 2, 0.5, -1.0)
+    assert request.logit_bias == ((3, 5.5), (7, -100.0))
+    assert request.schema is not None
+    assert schema == json.loads(request.schema)
+    assert parse(logprobs=True).logprobs == 0
+    assert parse(response_format={"type": "json_object"}).schema == '{"type": "object"}'
+    assert parse() == parse(response_format={"type": "text"}, n=1, logprobs=False, top_logprobs=0, logit_bias={})
+
+
+def text(**more: Any) -> openai.AnswerRequest:
+    return parse_text(json.dumps({"model": "m", "prompt": "p", **more}).encode())
+
+
+def test_text_completions_are_read() -> None:
+    assert (text().prompts, text().max_tokens, text().logprobs) == (("p",), 16, None)
+    assert (text(prompt=["a", "b"], n=2).prompts, text(n=2).n, text(logprobs=5).logprobs) == (("a", "b"), 2, 5)
+    assert text() == text(echo=False, suffix=None, best_of=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 4}, "n"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"messages": []}, "messages"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_a_wrong_field_of_a_text_completion_is_named(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refused) as caught:
+        text(**more)
+    assert param == caught.value.param
+
+
+def test_shapes_that_clients_parse() -> None:
+    who = answers.Identity(answer_id="i", created=1, model="m", fingerprint="f")
+    usage = answers.Usage(prompt_tok=3, cached_tok=1, completion_tok=2)
+    scored = (Scored(chosen=Candidate(text="é", raw=b"\xc3\xa9", logprob=-0.5)),)
+    choice = answers.Choice(index=0, text="t", finish="stop", scored=scored)
+    whole = answers.chat_completion(who, [choice], usage)
     assert whole["usage"]["total_tokens"] == 5
     assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
-    last = openai.usage_chunk(answer_id="i", created=1, model="m", fingerprint="f", usage=usage)
+    assert whole["choices"][0]["logprobs"]["content"][0]["bytes"] == [195, 169]
+    assert (
+        answers.chat_completion(who, [answers.Choice(index=0, text="", finish="stop")], usage)["choices"][0]["logprobs"]
+        is None
+    )
+    last = answers.usage_chunk(who, "chat.completion.chunk", usage)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 2
+    plain = answers.text_completion(who, [choice], usage)
+    assert plain["choices"][0]["logprobs"] == {
+        "tokens": ["é"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{}],
+        "text_offset": [0],
+    }

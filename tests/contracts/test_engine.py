@@ -1,11 +1,15 @@
 """One suite for every Engine: the fake one, and MLX on a tiny real model; then what only MLX has to show."""
 
+import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
-from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Tokens
+from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Scored, Tokens
 from agent.loader.engine import MLXEngine
 from agent.loader.fake_engine import FakeEngine
 from agent.loader.generation import Engine
@@ -202,3 +206,113 @@ def test_the_demo_model_knows_a_capital() -> None:
     answer = run(engine, ask(1, "What is the capital of France?"))[1]
     engine.close()
     assert text_of(answer) == "The capital of France is Paris."
+
+
+def scored_of(answers: list[Frame]) -> list[Scored]:
+    return [s for a in answers if isinstance(a, Tokens) for s in a.scored]
+
+
+def test_log_probabilities_are_those_of_the_choice(mlx: MLXEngine) -> None:
+    answers = run(mlx, ask(1, logprobs=3), ask(2, "company"))
+    scored = scored_of(answers[1])
+    assert done_of(answers[1]).completion_tok == len(scored)
+    assert b"".join(s.chosen.raw for s in scored).decode("utf-8", "replace") == text_of(answers[1])
+    for one in scored:
+        assert one.chosen == one.top[0], "greedy takes the likeliest"
+        assert [c.logprob for c in one.top] == sorted((c.logprob for c in one.top), reverse=True)
+        assert sum(2.718281828**c.logprob for c in one.top) <= 1.0001
+    assert not scored_of(answers[2])
+
+
+def test_penalties_and_bias_change_one_row_alone(mlx: MLXEngine) -> None:
+    plain = text_of(run(mlx, ask(1))[1])
+    banned = ord("a") - 33  # the tiny tokenizer's alphabet begins at "!"
+    mixed = run(mlx, ask(2), ask(3, logit_bias=((banned, 100.0),)), ask(4, presence_penalty=2.0, frequency_penalty=2.0))
+    assert plain == text_of(mixed[2])
+    assert {"a"} == set(text_of(mixed[3]))
+    refused = mlx.submit(ask(5, logit_bias=((10**6, 1.0),)))
+    assert isinstance(refused, Failed)
+    assert (refused.code, refused.param) == ("invalid_value", "logit_bias")
+
+
+def test_penalties_are_openais() -> None:
+    """logit - count x frequency - presence, over what was generated: the prompt (here 1 and 2) is not punished."""
+    import mlx.core as mx
+
+    from agent.loader.engine import _penalty
+
+    changed: Any = _penalty(0.5, 0.25, 2)(mx.array([1, 2, 5, 5, 7]), mx.zeros((1, 9))).tolist()
+    assert changed == [[0, 0, 0, 0, 0, -1.25, 0, -0.75, 0]]
+    assert _penalty(1.0, 1.0, 2)(mx.array([1, 2]), mx.zeros((1, 3))).tolist() == [[0, 0, 0]]
+
+
+def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
+    kinds = ["integer", "boolean", "string", "enum", "null"] + (["object", "array"] if depth < 2 else [])
+    match dice.choice(kinds) if depth else "object":
+        case "object":
+            names = [f"k{n}" for n in range(dice.randint(1, 3))]
+            inner = {name: random_schema(dice, depth + 1) for name in names}
+            return {"type": "object", "properties": inner, "required": names, "additionalProperties": False}
+        case "array":
+            return {"type": "array", "items": random_schema(dice, depth + 1), "minItems": 1, "maxItems": 2}
+        case "string":
+            return {"type": "string", "maxLength": dice.randint(1, 4)}
+        case "integer":
+            return {"type": "integer", "minimum": 0, "maximum": dice.randint(1, 99)}
+        case "enum":
+            return {"enum": dice.sample(["red", "green", 7, None, True], 2)}
+        case kind:
+            return {"type": kind}
+
+
+def test_random_schemas_in_batches_are_followed_to_the_letter(mlx: MLXEngine) -> None:
+    """A model of random weights would never write JSON by itself."""
+    dice = random.Random(11)
+    schemas = [random_schema(dice) for _ in range(24)]
+    for begin in range(0, len(schemas), 8):
+        requests = [
+            ask(n, schema=json.dumps(schemas[n]), max_tokens=420, temperature=0.8, seed=n)
+            for n in range(begin, begin + 8)
+        ]
+        for number, answers in run(mlx, *requests).items():
+            assert done_of(answers).finish == "stop"
+            jsonschema.validate(json.loads(text_of(answers)), schemas[number])
+
+
+def test_a_schema_survives_a_rebuilt_batch(mlx: MLXEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 20}}, "required": ["a"]}
+    request = ask(
+        1, schema=json.dumps({**schema, "additionalProperties": False}), max_tokens=300, temperature=0.7, seed=3
+    )
+    whole = text_of(run(mlx, request)[1])
+    got: list[Frame] = [mlx.submit(request)]
+    for _ in range(6):
+        got += mlx.step()
+
+    def broken() -> None:
+        raise RuntimeError("as if a row had broken the batch")
+
+    mlx._batch.next = broken
+    while mlx.busy:
+        got += mlx.step()
+    assert whole == text_of(got)
+    jsonschema.validate(json.loads(whole), schema)
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"type": "objekt"}', '{"type": "string", "pattern": "("}', '{"$ref": "#/nowhere"}']
+)
+def test_a_schema_that_cannot_be_followed_is_refused_by_name(mlx: MLXEngine, schema: str) -> None:
+    refused = mlx.submit(ask(1, schema=schema))
+    assert isinstance(refused, Failed)
+    assert (refused.code, refused.param) == ("invalid_value", "response_format")
+    assert not mlx.busy
+    assert text_of(run(mlx, ask(2))[2])
+
+
+def test_a_prompt_is_continued_as_it_stands(mlx: MLXEngine) -> None:
+    plain = Generate(id=1, model="m", prompt="hello", max_tokens=4, temperature=0.0)
+    empty = Generate(id=2, model="m", prompt="", max_tokens=4, temperature=0.0)
+    answers = run(mlx, plain, empty)
+    assert (done_of(answers[1]).prompt_tok, done_of(answers[2]).prompt_tok) == (5, 1)
+    assert done_of(answers[2]).completion_tok == 4

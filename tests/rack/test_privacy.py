@@ -47,7 +47,15 @@ def marked() -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
         ("bad role", body(messages=[{"role": mark(), "content": mark()}])),
         ("bad type", body(temperature=mark(), messages=[{"role": "user", "content": mark()}])),
         ("too long", body(max_tokens=10**6, messages=[{"role": "user", "content": mark()}])),
-        ("schema", body(response_format={"type": "json_schema", "json_schema": {"name": mark()}})),
+        ("no schema", body(response_format={"type": "json_schema", "json_schema": {"name": mark()}})),
+        (
+            "schema",
+            body(response_format={"type": "json_schema", "json_schema": {"name": mark(), "schema": {"type": mark()}}}),
+        ),
+        (
+            "enum",
+            body(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [mark()]}}}),
+        ),
         ("image", body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": mark()}}]}])),
         ("loader crash", body(model="crashy", messages=[{"role": "user", "content": f"!crash {mark()}"}])),
     ]

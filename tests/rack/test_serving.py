@@ -50,6 +50,61 @@ def test_the_official_client_works_whole_and_streamed(tmp_path: Path) -> None:
             one.models.retrieve("other")
 
 
+def test_several_answers_and_their_log_probabilities(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()]) as (agent,), client(agent) as one:
+        asked: dict[str, Any] = {
+            "n": 3,
+            "seed": 5,
+            "max_tokens": 4,
+            "temperature": 0.9,
+            "logprobs": True,
+            "top_logprobs": 1,
+        }
+        whole = ask(one, **asked)
+        assert [c.index for c in whole.choices] == [0, 1, 2]
+        assert len({c.message.content for c in whole.choices}) == 3, "each choice has dice of its own"
+        assert whole.choices == ask(one, **asked).choices, "and the same ones again"
+        assert whole.usage.completion_tokens == 12
+        assert len(whole.choices[2].logprobs.content) == 4
+        texts = ["", "", ""]
+        for chunk in ask(one, **asked, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert [c.message.content for c in whole.choices] == texts
+        agent.admin("POST", "seal")
+        served = [r for r in reported(tmp_path) if r.outcome == "ok"]
+        assert sum(r.requests for r in served) == 3, "three requests, whatever their choices"
+        assert sum(r.completion_tok for r in served) == 36
+        assert 3 * whole.usage.prompt_tokens == sum(r.prompt_tok for r in served)
+
+
+def test_text_completions(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()]) as (agent,), client(agent) as one:
+        whole = one.completions.create(model="m", prompt=["a", "b"], n=2, max_tokens=3, logprobs=1, seed=1)
+        assert [c.index for c in whole.choices] == [0, 1, 2, 3]
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 12
+        logprobs = whole.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert whole.choices[0].text == "".join(logprobs.tokens)
+        plain = one.completions.create(model="m", prompt="a", max_tokens=3, temperature=0)
+        pieces = list(one.completions.create(model="m", prompt="a", max_tokens=3, temperature=0, stream=True))
+        assert plain.choices[0].text == "".join(p.choices[0].text for p in pieces)
+        assert pieces[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="prompt"):
+            one.completions.create(model="m", prompt=[1, 2])
+
+
+def test_one_failed_choice_fails_the_request_once(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()]) as (agent,):
+        for stream in (False, True):
+            answer = agent.chat(n=3, max_tokens=99_999, stream=stream)
+            assert (answer.status, answer.json["error"]["param"]) == (400, "max_tokens")
+        assert agent.chat().status == 200
+        assert agent.status()["in_flight"] == 0
+
+
 def test_headers_say_who_answered(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         answer = agent.chat()
@@ -209,7 +264,7 @@ def test_a_request_longer_than_the_drain_ends_with_an_error_and_the_agent_with_0
         thread.start()
         until(lambda: agent.status()["in_flight"] == 1, "it runs")
         began = time.monotonic()
-        assert 0 == agent.stop()
+        assert agent.stop() == 0
         thread.join()
         assert time.monotonic() - began < 20
         assert answers[0].status in (502, 503)

@@ -1,0 +1,140 @@
+"""What clients are answered: OpenAI's objects from our counts and texts. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from agent.frames import Candidate, Scored
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of one answer."""
+
+    prompt_tok: int
+    cached_tok: int
+    completion_tok: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole answer."""
+
+    index: int
+    text: str
+    finish: str
+    scored: tuple[Scored, ...] | None = None
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """What every object of one answer repeats."""
+
+    answer_id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+def chat_completion(who: Identity, choices: Iterable[Choice], usage: Usage) -> dict[str, Any]:
+    """A whole chat.completion object."""
+    rendered = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": chat_logprobs(choice.scored),
+            "finish_reason": choice.finish,
+        }
+        for choice in choices
+    ]
+    return {**_head(who, "chat.completion"), "choices": rendered, "usage": usage_object(usage)}
+
+
+def chat_chunk(
+    who: Identity,
+    index: int,
+    delta: dict[str, Any],
+    *,
+    finish: str | None = None,
+    scored: Sequence[Scored] | None = None,
+) -> dict[str, Any]:
+    """One chat.completion.chunk object with one choice."""
+    choice = {"index": index, "delta": delta, "logprobs": chat_logprobs(scored), "finish_reason": finish}
+    return {**_head(who, "chat.completion.chunk"), "choices": [choice]}
+
+
+def text_completion(who: Identity, choices: Iterable[Choice], usage: Usage | None) -> dict[str, Any]:
+    """A text_completion object; a streamed piece is one too, with ``usage`` None."""
+    rendered = [
+        {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": text_logprobs(choice.scored),
+            "finish_reason": choice.finish or None,
+        }
+        for choice in choices
+    ]
+    body = {**_head(who, "text_completion"), "choices": rendered}
+    return body if usage is None else {**body, "usage": usage_object(usage)}
+
+
+def usage_chunk(who: Identity, kind: str, usage: Usage) -> dict[str, Any]:
+    """The last piece of a stream when the caller asked for usage: no choice, only counts."""
+    return {**_head(who, kind), "choices": [], "usage": usage_object(usage)}
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Token counts as OpenAI names them."""
+    return {
+        "prompt_tokens": usage.prompt_tok,
+        "completion_tokens": usage.completion_tok,
+        "total_tokens": usage.prompt_tok + usage.completion_tok,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tok},
+    }
+
+
+def chat_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
+    """Log probabilities as chat answers carry them; None when they were not asked for."""
+    if scored is None:
+        return None
+    content = [{**_candidate(s.chosen), "top_logprobs": [_candidate(c) for c in s.top]} for s in scored]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
+    """Log probabilities as text completions carry them; None when they were not asked for."""
+    if scored is None:
+        return None
+    offsets, at = [], 0
+    for one in scored:
+        offsets.append(at)
+        at += len(one.chosen.text)
+    return {
+        "tokens": [s.chosen.text for s in scored],
+        "token_logprobs": [s.chosen.logprob for s in scored],
+        "top_logprobs": [{c.text: c.logprob for c in s.top} for s in scored],
+        "text_offset": offsets,
+    }
+
+
+def error_body(message: str, *, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The error envelope that clients raise from."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def models_list(names: Mapping[str, int]) -> dict[str, Any]:
+    """GET /v1/models: served names with the second since which each is known."""
+    data = [{"id": n, "object": "model", "created": t, "owned_by": "mlxrack"} for n, t in sorted(names.items())]
+    return {"object": "list", "data": data}
+
+
+def _head(who: Identity, kind: str) -> dict[str, Any]:
+    return {
+        "id": who.answer_id,
+        "object": kind,
+        "created": who.created,
+        "model": who.model,
+        "system_fingerprint": who.fingerprint,
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.raw)}

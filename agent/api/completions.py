@@ -1,0 +1,47 @@
+"""POST /v1/completions: text that goes on where the prompt ends, whole and streamed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from agent import answers, openai
+from agent.answers import Choice, Identity, Usage
+from agent.api import answering
+from agent.api.answering import Shape
+from agent.api.context import client_key_id, json_response
+from agent.frames import Scored
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Continue one or several prompts."""
+    key_id = client_key_id(request)
+    wanted = openai.parse_text(await request.read())
+    calls = answering.calls_of(request, wanted, key_id)
+    try:
+        if wanted.stream:
+            return await answering.streamed(request, calls, _Pieces())
+        choices = await answering.whole(request, calls)
+        body = answers.text_completion(answering.identity(calls, "cmpl"), choices, answering.usage(calls))
+        return json_response(body, headers=answering.headers(calls[0]))
+    finally:
+        answering.note_calls(request, calls)
+
+
+class _Pieces(Shape):
+    """A streamed text: every event is a text_completion with a little of it."""
+
+    prefix = "cmpl"
+
+    def begin(self, who: Identity, index: int) -> dict[str, Any] | None:
+        return None
+
+    def piece(self, who: Identity, index: int, text: str, scored: Sequence[Scored] | None) -> dict[str, Any]:
+        held = tuple(scored) if scored is not None else None
+        return answers.text_completion(who, [Choice(index=index, text=text, finish="", scored=held)], None)
+
+    def end(self, who: Identity, index: int, finish: str) -> dict[str, Any]:
+        return answers.text_completion(who, [Choice(index=index, text="", finish=finish)], None)
+
+    def usage(self, who: Identity, usage: Usage) -> dict[str, Any]:
+        return answers.usage_chunk(who, "text_completion", usage)
