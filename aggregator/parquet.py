@@ -23,8 +23,8 @@ TABLES = (*RECORD_TYPES, BATCH_TABLE)
 """The batch table comes last: a day that has a batch there has all of its records."""
 _META = {
     "node": "VARCHAR",
-    "incarnation": "INTEGER",
-    "epoch": "INTEGER",
+    "incarnation": "BIGINT",
+    "epoch": "BIGINT",
     "seq": "BIGINT",
     "t_start_ms": "BIGINT",
     "t_end_ms": "BIGINT",

@@ -16,10 +16,15 @@ import zstandard
 from shared.errors import Refused
 from shared.ids import BatchId, NodeId
 from shared.records import RECORD_TYPES, Record
+from shared.sketch import Sketch, SketchWire, bucket_index
 
 SCHEMA_VERSION = 1
 MAX_SEGMENT_BYTES = 64 << 20
 """Refuse to unpack more than this: real segments are kilobytes."""
+MAX_COUNT = 1 << 53
+"""No honest count, time or size reaches this; sums of many still fit 64 bits."""
+MAX_TEXT = 2_000
+MAX_BUCKET = bucket_index(MAX_COUNT)
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +118,45 @@ def _batch(mapping: Any) -> Batch:
     known = [r for r in records if not isinstance(r, dict) or r.get("kind") in RECORD_TYPES]
     try:
         envelope = {**mapping, "records": known, "unknown_records": len(records) - len(known)}
-        return msgspec.convert(envelope, Batch)
+        batch = msgspec.convert(envelope, Batch)
     except msgspec.ValidationError as error:
         raise Refused(f"decode batch: {error}", code="bad_batch") from None
+    _check_plausible(batch)
+    return batch
+
+
+def _check_plausible(batch: Batch) -> None:
+    """That every number can be one: types alone let a damaged batch through that no table or sum can hold."""
+    for where, item in (("batch", batch), *((f"record {n}", record) for n, record in enumerate(batch.records))):
+        for name in item.__struct_fields__:
+            problem = _implausible(getattr(item, name))
+            if problem and name not in ("records", "clock_skew_ms"):
+                raise Refused(f"decode batch: {where}: {name}: {problem}", code="bad_batch")
+
+
+def _implausible(value: object) -> str:
+    """What is wrong with a field's value; "" when nothing is."""
+    if isinstance(value, SketchWire):
+        return _bad_sketch(value)
+    if isinstance(value, int) and not 0 <= value <= MAX_COUNT:
+        return f"{value} is out of range"
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"a text of {len(value)} characters"
+    if isinstance(value, tuple):
+        return next((p for p in map(_implausible, value) if p), "")
+    if isinstance(value, dict):
+        return next((p for p in map(_implausible, (*value.keys(), *value.values())) if p), "")
+    return ""
+
+
+def _bad_sketch(wire: SketchWire) -> str:
+    numbers = (wire.count, wire.zero, wire.sum, *(n for n in (wire.min, wire.max) if n is not None), *wire.cnt)
+    if any(not 0 <= n <= MAX_COUNT for n in numbers):
+        return "a count out of range"
+    if (wire.count > 0) != (wire.min is not None and wire.max is not None):
+        return "counts without a minimum and a maximum"
+    try:
+        sketch = Sketch.from_wire(wire)
+    except ValueError as error:
+        return str(error)
+    return "" if all(-1 <= i <= MAX_BUCKET for i in sketch.buckets) else "a bucket out of range"

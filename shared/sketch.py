@@ -122,6 +122,8 @@ class Sketch:
         """Read the stored form. Raises ValueError when its counts contradict each other."""
         if len(wire.idx) != len(wire.cnt) or wire.zero + sum(wire.cnt) != wire.count or any(c <= 0 for c in wire.cnt):
             raise ValueError("sketch: counts and total differ")
+        if any(step <= 0 for step in wire.idx[1:]):
+            raise ValueError("sketch: buckets out of order")
         sketch = cls()
         sketch.buckets = dict(zip(_running_sum(wire.idx), wire.cnt, strict=True))
         sketch.zero, sketch.sum, sketch.min, sketch.max = wire.zero, wire.sum, wire.min, wire.max

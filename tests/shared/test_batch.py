@@ -37,6 +37,7 @@ def test_new_fields_of_a_newer_agent_are_ignored() -> None:
 
 def test_a_batch_of_the_first_schema_still_decodes() -> None:
     """Written out by hand: what agents of 0.1 send must be read for ever."""
+    first_sketch = {"count": 1, "sum": 8, "min": 8, "max": 8, "idx": [95], "cnt": [1]}
     tree = {
         "v": 1,
         "rack": "r",
@@ -47,7 +48,7 @@ def test_a_batch_of_the_first_schema_still_decodes() -> None:
         "t_start_ms": 1,
         "t_end_ms": 2,
         "records": [
-            {"kind": "served", "model": "m", "requests": 1, "ttft_us": {"count": 1, "sum": 8, "idx": [95], "cnt": [1]}},
+            {"kind": "served", "model": "m", "requests": 1, "ttft_us": first_sketch},
             {"kind": "peer_up", "t_ms": 5, "peer": "n2", "down_us": 7},
         ],
     }
@@ -81,6 +82,28 @@ def test_anything_else_is_refused(raw: bytes, why: str) -> None:
 def test_a_bad_segment_is_refused(segment: bytes) -> None:
     with pytest.raises(Refused):
         unseal(segment)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"prompt_tok": 2**63 + 5}, "prompt_tok: 9223372036854775813 is out of range"),
+        ({"prompt_tok": -5}, "prompt_tok: -5 is out of range"),
+        ({"model": "x" * 5_000}, "model: a text of 5000 characters"),
+        ({"ttft_us": {"count": 99, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "counts and total differ"),
+        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [3, 4], "cnt": [1]}}, "counts and total differ"),
+        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [10**6], "cnt": [1]}}, "a bucket out of range"),
+        ({"ttft_us": {"count": 1, "idx": [3], "cnt": [1]}}, "without a minimum"),
+        ({"ttft_us": {"count": 2, "min": 1, "max": 2, "idx": [3, 0], "cnt": [1, 1]}}, "buckets out of order"),
+        ({"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "a count out of range"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(change: dict[str, object], why: str) -> None:
+    """They would get past the types and stop every later run at a table that cannot hold them."""
+    tree = msgspec.to_builtins(batch([served()]))
+    tree["records"] = [{**tree["records"][0], **change}]
+    with pytest.raises(Refused, match=why):
+        decode(msgpack.packb(tree))
 
 
 @given(st.binary(max_size=400))
