@@ -266,6 +266,7 @@ class Dispatch:
             call.completion_tok += answer.count
         elif isinstance(answer, Done):
             call.finish = answer.finish
+            call.cached_tok = answer.cached_tok
             call.completion_tok = answer.completion_tok
 
     def _forget(self, call: Call, place: Local | Forward) -> None:

@@ -19,6 +19,9 @@ def main() -> int:
     parser.add_argument("--path", default="", help="model folder")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
     parser.add_argument("--prefill-chunk", type=int, default=256, help="prompt tokens per step")
+    parser.add_argument(
+        "--stall-s", type=float, default=0.75, help="longest wait of decoding rows for a prompt's piece"
+    )
     parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
     parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
@@ -49,6 +52,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         args.path,
         rows=args.rows,
         prefill_chunk_tok=args.prefill_chunk,
+        stall_s=args.stall_s,
         cache_bytes=args.cache_bytes,
         default_max_tokens=args.max_tokens,
         blas=name,

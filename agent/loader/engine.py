@@ -38,6 +38,7 @@ from agent.frames import (
 )
 from agent.loader.blas import REFERENCE
 from agent.loader.prompt_cache import PromptCache
+from agent.loader.scheduling import Turn, chunk_tok, first, yields
 from agent.loader.stopping import StopText
 from shared.errors import Refused
 
@@ -58,10 +59,17 @@ class _Row:
     max_tokens: int
     detokenizer: Any
     stop: StopText
+    since_s: float = field(default_factory=time.perf_counter)
     uid: int = -1
     made: list[int] = field(default_factory=list)
-    started: bool = False
+    left_tok: int = 0
+    looked_up: bool = False
+    partial: tuple[list[Any], list[int]] | None = None
     rebuilt: bool = False
+
+    def turn(self, now_s: float) -> Turn:
+        """How scheduling sees it."""
+        return Turn(self.request.id, self.left_tok, now_s - self.since_s)
 
 
 class MLXEngine:
@@ -73,6 +81,7 @@ class MLXEngine:
         *,
         rows: int = 8,
         prefill_chunk_tok: int = 256,
+        stall_s: float = 0.75,
         cache_bytes: int = 0,
         default_max_tokens: int = 4096,
         blas: str = REFERENCE,
@@ -86,6 +95,10 @@ class MLXEngine:
         self._blas = blas
         self._rows_limit = rows
         self._chunk = prefill_chunk_tok
+        self._stall_s = stall_s
+        self._rate_tok_per_s = 0.0
+        self._waiting: list[_Row] = []
+        self._prefilling: _Row | None = None
         self._grammar_tokenizer: LLTokenizer | None = None
         self._rows: dict[int, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
@@ -133,32 +146,44 @@ class MLXEngine:
         if refusal is not None:
             return refusal
         row = _Row(request, prompt, 0, wanted, self._tokenizer.detokenizer, StopText(request.stop))
-        self._insert(row)
+        expected = self._cache.peek(prompt)
+        row.left_tok = len(prompt) - expected
         self._rows[request.id] = row
-        waiting = sum(not r.started for r in self._rows.values())
-        self._window["queue_max"] = max(self._window.get("queue_max", 0), waiting)
-        return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=row.cached_tok)
+        self._waiting.append(row)
+        self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._waiting))
+        return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
 
     def cancel(self, request_id: int) -> None:
         row = self._rows.pop(request_id, None)
         if row is None:
             return
         self._count("wasted_tok", len(row.made))
+        if row in self._waiting:
+            self._waiting.remove(row)
+            if row.partial is not None:
+                self._keep(row.partial[1], row.partial[0])
+            return
         self._by_uid.pop(row.uid, None)
+        if row is self._prefilling:
+            self._prefilling = None
         self._remove_keeping_cache(row)
 
     def step(self) -> list[Frame]:
         began = time.perf_counter()
         try:
+            self._schedule(began)
             with self._batch.stats() as stats:
                 prefilled, generated = self._batch.next()
         except Exception:  # noqa: BLE001  # whatever one row did, the others go on
             return self._rebuild()
         for response in prefilled:
-            self._by_uid[response.uid].started = True
+            self._progress(response)
         answers: list[Frame] = []
         for response in generated:
             answers += self._advance(response)
+        if stats.prompt_tokens and stats.prompt_time > 0:
+            rate = stats.prompt_tokens / stats.prompt_time
+            self._rate_tok_per_s = rate if not self._rate_tok_per_s else 0.7 * self._rate_tok_per_s + 0.3 * rate
         prefill_us = int(stats.prompt_time * 1e6)
         self._count("busy_prefill_us", prefill_us)
         self._count("busy_decode_us", max(0, int((time.perf_counter() - began) * 1e6) - prefill_us))
@@ -185,6 +210,38 @@ class MLXEngine:
         self._batch.close()
         self._cache.clear()
         mx.synchronize()
+
+    def _schedule(self, now_s: float) -> None:
+        """Put the next prompt into the batch when none is being worked on, or in the place of one that yields."""
+        current, rate = self._prefilling, self._rate_tok_per_s
+        if self._waiting:
+            best = first([row.turn(now_s) for row in self._waiting], rate)
+            if current is not None and yields(current.turn(now_s), best, rate):
+                self._set_aside(current)
+                current = None
+            if current is None and len(self._by_uid) < self._rows_limit:
+                row = self._rows[best.id]
+                self._waiting.remove(row)
+                self._insert(row)
+                self._prefilling = row
+        decoding = len(self._by_uid) > (self._prefilling is not None)
+        self._batch.prefill_step_size = chunk_tok(rate, self._stall_s, self._chunk, decoding=decoding)
+
+    def _progress(self, response: Any) -> None:
+        row = self._by_uid[response.uid]
+        done, total = response.progress
+        row.left_tok = total - done
+        if response.end_of_prompt and row is self._prefilling:
+            self._prefilling = None
+
+    def _set_aside(self, row: _Row) -> None:
+        """Out of the batch with what was done so far; it comes back when it is its turn."""
+        for layers, tokens in self._batch.remove([row.uid], return_prompt_caches=True).values():
+            if tokens and not any(layer.empty() for layer in layers):
+                row.partial = ([_detached(layer) for layer in layers], list(tokens))
+        del self._by_uid[row.uid]
+        self._prefilling = None
+        self._waiting.append(row)
 
     def _advance(self, response: Any) -> list[Frame]:
         row = self._by_uid[response.uid]
@@ -222,25 +279,33 @@ class MLXEngine:
         """A new batch from what is known of each row; a row that breaks it twice fails."""
         self._batch.close()
         self._batch = self._new_batch()
+        broken = [row for row in self._rows.values() if row not in self._waiting]
         self._by_uid.clear()
+        self._prefilling = None
         failed: list[Frame] = []
-        for row in list(self._rows.values()):
+        for row in broken:
             if row.rebuilt:
                 del self._rows[row.request.id]
                 failed.append(
                     Failed(id=row.request.id, code="engine_failed", message="the engine failed on this request twice")
                 )
                 continue
-            row.rebuilt = True
-            self._insert(row)
+            row.rebuilt, row.partial = True, None
+            row.left_tok = len(row.prompt) + len(row.made)
+            self._waiting.append(row)
         return failed
 
     def _insert(self, row: _Row) -> None:
         tokens = row.prompt + row.made
-        cache, cached = self._cached(tokens)
-        if not row.made:
-            row.cached_tok = cached
+        if row.partial is not None:
+            (cache, held), row.partial = row.partial, None
+            cached = len(held)
+        else:
+            cache, cached = self._cached(tokens)
+        if not row.looked_up:
+            row.looked_up, row.cached_tok = True, cached
             self._count("cached_tok", cached)
+        row.left_tok = len(tokens) - cached
         (row.uid,) = self._batch.insert_segments(
             [[tokens[cached:]]],
             max_tokens=[row.max_tokens - len(row.made)],
@@ -375,7 +440,7 @@ class MLXEngine:
         prompt = self._tokenizer.encode(_WARM_PROMPT)
         row = _Row(request, [int(t) for t in prompt] or [0], 0, 4, self._tokenizer.detokenizer, StopText(()))
         self._rows[0] = row
-        self._insert(row)
+        self._waiting.append(row)
         while self._rows:
             for answer in self.step():
                 if isinstance(answer, Failed):

@@ -47,6 +47,11 @@ class PromptCache(Generic[C]):
         self._entries.move_to_end(best_key)
         return Hit(self._entries[best_key][0], best, len(best_key))
 
+    def peek(self, prompt: list[int]) -> int:
+        """How many of the prompt's tokens ``find`` would find, without counting or renewing anything."""
+        best = max((_common(key, prompt, len(prompt) - 1) for key in self._entries), default=0)
+        return best if best >= MIN_PREFIX_TOK else 0
+
     def put(self, tokens: list[int], cache: C, size_bytes: int) -> None:
         """Keep a cache that holds exactly ``tokens``; entries that it makes needless go."""
         if size_bytes > self._budget or len(tokens) < MIN_PREFIX_TOK:

@@ -18,7 +18,9 @@ from agent.frames import (
     decode,
     encode,
 )
+from agent.loader import scheduling
 from agent.loader.prompt_cache import PromptCache
+from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
 from shared.errors import Refused
 
@@ -69,6 +71,43 @@ def test_a_stop_string_is_exact_wherever_the_text_is_cut(text: str, cuts: list[i
     assert bool(found) == stopped
     # a stop that begins earlier may complete later than another one: then less is shown, never more
     assert shown == expected or (found and expected.startswith(shown))
+
+
+turns = st.builds(Turn, st.integers(1, 99), st.integers(1, 5000), st.floats(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [
+        ([Turn(1, 4000, 0), Turn(2, 50, 0)], 2),
+        ([Turn(1, 4000, 100), Turn(2, 50, 0)], 1),
+        ([Turn(2, 50, 0), Turn(1, 50, 0)], 1),
+    ],
+)
+def test_the_shortest_goes_first_unless_another_waited_long(waiting: list[Turn], expected: int) -> None:
+    assert expected == scheduling.first(waiting, 100.0).id
+
+
+@given(turns, turns, st.floats(0, 1000))
+def test_two_prompts_never_take_turns_in_vain(a: Turn, b: Turn, rate: float) -> None:
+    assert not (scheduling.yields(a, b, rate) and scheduling.yields(b, a, rate))
+
+
+@given(turns, st.floats(1, 1000))
+def test_nobody_waits_for_ever(long: Turn, rate: float) -> None:
+    """However short the newcomers: after long enough the long prompt goes first and yields no more."""
+    waited = long._replace(waited_s=long.left_tok / (scheduling.AGEING * rate) + 1)
+    newcomer = Turn(100, 1, 0.0)
+    assert scheduling.first([waited, newcomer], rate) == waited
+    assert not scheduling.yields(waited, newcomer, rate)
+
+
+@given(st.floats(0, 10_000), st.floats(0.01, 2), st.integers(32, 2048), st.booleans())
+def test_a_piece_fits_the_stall(rate: float, stall: float, largest: int, decoding: bool) -> None:
+    size = scheduling.chunk_tok(rate, stall, largest, decoding=decoding)
+    assert 32 <= size <= largest
+    if decoding and rate > 0 and size > 32:
+        assert size <= rate * stall
 
 
 def test_the_longest_common_beginning_is_found() -> None:

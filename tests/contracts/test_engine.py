@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Scored, Tokens
@@ -206,6 +207,42 @@ def test_the_demo_model_knows_a_capital() -> None:
     answer = run(engine, ask(1, "What is the capital of France?"))[1]
     engine.close()
     assert text_of(answer) == "The capital of France is Paris."
+
+
+def test_a_short_prompt_does_not_wait_behind_a_long_one(mlx: MLXEngine) -> None:
+    long, short = ask(1, "x" * 400, max_tokens=8), ask(2, "hi", max_tokens=8)
+    alone = {n: text_of(run(mlx, msgspec.structs.replace(r, id=n + 10))[n + 10]) for n, r in ((1, long), (2, short))}
+    mlx._cache.clear()
+    ends: list[int] = []
+    got: dict[int, list[Frame]] = {1: [mlx.submit(long)]}
+    mlx.step()
+    got[2] = [mlx.submit(short)]
+    while mlx.busy:
+        for answer in mlx.step():
+            assert isinstance(answer, Tokens | Done)
+            got[answer.id].append(answer)
+            ends += [answer.id] if isinstance(answer, Done) else []
+    assert ends == [2, 1], "the long prompt gave way"
+    assert alone == {n: text_of(got[n]) for n in (1, 2)}
+    assert done_of(got[1]).cached_tok == 0, "its own half-done prompt is no cache hit"
+
+
+def test_half_a_prompt_is_kept_when_it_is_cancelled(mlx: MLXEngine) -> None:
+    mlx.submit(ask(1, "y" * 300))
+    for _ in range(5):
+        mlx.step()
+    mlx.cancel(1)
+    again = run(mlx, ask(2, "y" * 300))[2]
+    assert done_of(again).cached_tok >= 100
+    mlx._cache.clear()
+    assert text_of(again) == text_of(run(mlx, ask(3, "y" * 300))[3])
+
+
+def test_more_requests_than_rows_wait_their_turn(mlx: MLXEngine) -> None:
+    answers = run(mlx, *(ask(n, f"question {n}", max_tokens=5) for n in range(1, 13)))
+    assert all(done_of(a).completion_tok <= 5 for a in answers.values())
+    assert mlx.report().queue_max >= 8
+    assert (len(mlx._rows), len(mlx._waiting), mlx._by_uid) == (0, 0, {})
 
 
 def scored_of(answers: list[Frame]) -> list[Scored]:
