@@ -390,9 +390,9 @@ class Demo:
             ("a model was evicted, and it is explained", f"{s['evictions']} in the log", s["evictions"] >= 1),
             ("in time", f"{s['seconds']} s of 240", s["seconds"] <= 240),
         ]
-        print("\n  what was promised                          what happened")
+        print("\n  what was promised                               what happened")
         for promise, seen, good in checks:
-            print(f"  {'ok ' if good else 'NO '} {promise:<40}{seen}")
+            print(f"  {'ok ' if good else 'NO '} {promise:<44}{seen}")
         print(f"\n  report   {s['pdf']}\n  weekly   {', '.join(s['weekly'])}\n  figures  {BUILD / 'summary.json'}")
         for error in sorted(set(self.tally.errors))[:10]:
             print(f"  error    {error}")
