@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test check lint types arch docs dist clean
+.PHONY: help setup model demo run test check lint types arch docs bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -44,6 +44,9 @@ check: lint types arch test ## what CI runs
 
 docs: $(STAMP) ## the configuration reference, made from the code
 	@$(BIN)/python -m scripts.document_config
+
+bench-serve: $(STAMP) model ## tokens per second of the agent, mlx_lm.server and the bare engine, in one run
+	@$(BIN)/python -m scripts.bench_serve
 
 dist: $(STAMP) ## a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

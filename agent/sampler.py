@@ -79,7 +79,9 @@ class Sampler:
             # no await from here to the end of the window: what is drained is in this batch and in no other
             served, events = self._ledger.drain(), self._events
             self._events = []
-            began, self._began_ms = self._began_ms, self._wall_ms()
+            ended = self._wall_ms()
+            # a clock that was set back must not make a window that ends before it begins
+            began, self._began_ms = min(self._began_ms, ended), ended
             records: tuple[Record, ...] = (*served, *windows, *self._residents(), host, *events)
             self._unspooled.append((began, self._began_ms, records))
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)

@@ -8,6 +8,7 @@ Quiet when all is well. The only place that reads the environment and the comman
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    # a run that is told to stop gives its lease back on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs.configure(args.log, level="info" if args.verbose else "warning")
     try:
         status: int = args.run(args)
@@ -95,6 +98,7 @@ def _rollup(args: argparse.Namespace) -> int:
         "manifest": manifest.number,
         "batches": manifest.batches,
         "segments": manifest.segments,
+        "quarantined_total": manifest.quarantined_total,
         "quarantined": [msgspec.to_builtins(q) for q in manifest.quarantined],
     }
     _say(args, done, f"manifest {manifest.number}: {manifest.batches} batches in all")

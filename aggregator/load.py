@@ -15,6 +15,8 @@ from shared.batch import Batch, unseal
 from shared.errors import NotFound, PreconditionFailed, Refused
 from shared.store import Listed, ObjectStore, list_all
 
+MAX_REASON = 200
+
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
     """What is new since some cursors."""
@@ -37,21 +39,24 @@ def newest_manifest(store: ObjectStore) -> Manifest:
 
 
 def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Fresh:
-    """Read every segment after its group's cursor, oldest first. ``prefix`` may be the urgent copies'."""
+    """Read every segment after its folder's cursor, oldest first. ``prefix`` may be the urgent copies'.
+
+    A folder is one incarnation of one node: within it keys only grow, between two of them they need not.
+    """
     found: list[Batch] = []
     bad: list[Quarantined] = []
-    reached, segments = dict(cursors), 0
-    for group in _groups(store, prefix):
-        for listed in list_all(store, group, reached.get(group, "")):
-            reached[group] = listed.key
+    reached = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
+    segments = 0
+    for folder in _folders(store, prefix):
+        for listed in list_all(store, folder, reached.get(folder, "")):
+            reached[folder] = listed.key
             if keys.is_claim(listed.key):
                 continue
             batches, reason = _segment(store, listed, rack)
             if reason:
-                bad.append(Quarantined(key=listed.key, reason=reason))
+                bad.append(Quarantined(key=listed.key, reason=reason[:MAX_REASON]))
                 _keep_copy(store, listed.key)
-            else:
-                segments += 1
+            segments += bool(batches)
             found += batches
     return Fresh(batches=tuple(found), cursors=reached, segments=segments, quarantined=tuple(bad))
 
@@ -79,42 +84,59 @@ def by_day(batches: Iterable[Batch]) -> dict[str, list[Batch]]:
 
 
 def _segment(store: ObjectStore, listed: Listed, rack: str) -> tuple[list[Batch], str]:
-    """A segment's batches, or none and the reason."""
+    """A segment's good batches, and the reason why it is to be set aside; "" when all of them are good."""
     try:
         key = keys.parse_batch_key(listed.key) if listed.key.startswith(keys.RAW_PREFIX) else None
         batches = unseal(store.get(listed.key).body)
-        for batch in batches:
-            _check(batch, key, rack, listed.key)
     except NotFound:
         return [], ""  # gone between the listing and the read: nothing of ours is ever deleted by us
     except Refused as error:
         return [], error.message
-    return batches, ""
+    good: list[Batch] = []
+    reasons: list[str] = []
+    for batch in batches:
+        try:
+            _check(batch, key, rack, listed.key)
+            good.append(batch)
+        except Refused as error:
+            reasons.append(error.message)
+    return good, reasons[0] if reasons else ""
 
 
 def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
-    """That a batch is what its key says. Raises Refused."""
+    """That a batch is what its key says, and lived when nodes live. Raises Refused."""
     if batch.rack != rack:
         raise Refused(f"{name}: it belongs to rack {batch.rack[:63]!r}, not to {rack!r}")
     utc_day(batch.t_end_ms)
-    if batch.t_start_ms > batch.t_end_ms:
-        raise Refused(f"{name}: a window ends before it starts")
+    for record in batch.records:
+        for field in ("t_ms", "last_seen_ms"):
+            if field in record.__struct_fields__:
+                utc_day(getattr(record, field))
     if key is None:
+        if not name.startswith(f"{keys.URGENT_PREFIX}node={batch.node}/"):
+            raise Refused(f"{name}: holds a batch of another node ({batch.node[:63]!r})")
         return
     if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
         raise Refused(f"{name}: holds a batch of another place ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
 
 
-def _groups(store: ObjectStore, prefix: str) -> list[str]:
-    """Each first folder under a prefix (one per node), found by skipping from one to the next."""
+def _folders(store: ObjectStore, prefix: str) -> list[str]:
+    """The incarnations of every node under a prefix; an object that lies beside them stands for itself."""
+    return [
+        inner
+        for outer in _children(store, prefix)
+        for inner in (_children(store, outer) if outer.endswith("/") else [outer])
+    ]
+
+
+def _children(store: ObjectStore, prefix: str) -> list[str]:
+    """Folders and objects directly under a prefix, found by skipping from one to the next."""
     found, after = [], ""
     while page := store.list_after(prefix, after, limit=1):
-        rest = page[0].key[len(prefix) :]
-        folder, slash, _ = rest.partition("/")
-        group = prefix + folder + slash
-        found.append(group)
+        name, slash, _ = page[0].key[len(prefix) :].partition("/")
+        found.append(prefix + name + slash)
         # "0" is the character after "/": the next key beyond everything in this folder
-        after = prefix + folder + "0" if slash else page[0].key
+        after = prefix + name + "0" if slash else page[0].key
     return found
 
 

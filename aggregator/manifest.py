@@ -11,7 +11,10 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One commit. ``cursors`` hold, for each folder under raw/, the last key that was read."""
+    """One commit. ``cursors`` hold, for each folder under raw/, the last key that was read.
+
+    ``quarantined`` names what this commit set aside; earlier commits name theirs.
+    """
 
     number: int = 0
     cursors: dict[str, str] = {}
@@ -19,3 +22,4 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     segments: int = 0
     unknown_records: int = 0
     quarantined: tuple[Quarantined, ...] = ()
+    quarantined_total: int = 0

@@ -151,7 +151,8 @@ def _flat(record: msgspec.Struct) -> dict[str, Any]:
 
 
 def _meta(row: dict[str, Any]) -> Meta:
-    return Meta(**{name: row[name] for name in Meta._fields})
+    empty = {"VARCHAR": "", "BIGINT": 0}
+    return Meta(**{name: row.get(name, empty[_META[name]]) for name in Meta._fields})
 
 
 def _record(kind: type[msgspec.Struct], row: dict[str, Any]) -> msgspec.Struct:
@@ -159,7 +160,9 @@ def _record(kind: type[msgspec.Struct], row: dict[str, Any]) -> msgspec.Struct:
     for field in msgspec.structs.fields(kind):
         inner = _without_none(field.type)
         if inner is SketchWire:
-            tree[field.name] = {part: row[f"{field.name}_{part}"] for part in _SKETCH if f"{field.name}_count" in row}
+            # rows older than the column have none
+            if row.get(f"{field.name}_count") is not None:
+                tree[field.name] = {part: row[f"{field.name}_{part}"] for part in _SKETCH}
         elif field.name in row and row[field.name] is not None:
             is_map = get_origin(inner) is dict
             tree[field.name] = json.loads(row[field.name]) if is_map else row[field.name]

@@ -74,13 +74,13 @@ def _merge(store: ObjectStore, table: str, day: str, facts: list[Fact], metas: l
 
 
 def _hourly(store: ObjectStore, day: str) -> None:
+    key = keys.hour_key("served", day)
+    old = _optional(store, key)  # read before its source: a run in between then makes this write lose
     minutes = _optional(store, keys.minute_key("served", day))
     if minutes is None:
         return
     rows = [(f.meta, f.record) for f in parquet.read("served", minutes.body) if isinstance(f.record, Served)]
     body = parquet.write_rows(rollup.hourly(rows), rollup.ServedHour)
-    key = keys.hour_key("served", day)
-    old = _optional(store, key)
     if old is None or old.body != body:
         replace(store, key, body, old.etag if old else None)
 

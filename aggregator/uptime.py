@@ -10,6 +10,8 @@ from shared.records import AgentStarted, AgentStopped, LoaderExited, PeerDown, P
 
 JOIN_MS = 2_000
 """Windows follow one another with a breath between them; a shorter gap is none."""
+GRACE_MS = 30_000
+"""A node whose window ends this long after it was last seen by a peer was heard of again."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +90,8 @@ def _node_incidents(window: Window, node: str, until: int) -> list[Incident]:
         if cause is not None:
             found.append(Incident(node=node, scope="node", start_ms=start, end_ms=end, cause=cause[0], fix=cause[1]))
     down_at = _down_now(window, node)
-    if down_at is not None and reported and reported[-1][1] < until:
+    heard_since = down_at is not None and reported and reported[-1][1] > down_at + GRACE_MS
+    if down_at is not None and reported and not heard_since and reported[-1][1] < until:
         start = max(down_at, reported[-1][1])
         found.append(
             Incident(

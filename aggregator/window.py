@@ -9,10 +9,12 @@ import msgspec
 
 from shared.batch import Batch
 from shared.errors import Refused
+from shared.records import Unknown
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 DAY_MS = 86_400_000
+LONGEST_WINDOW_MS = 6 * 3_600_000
 
 
 class Meta(NamedTuple):
@@ -79,19 +81,19 @@ class Window:
 
 
 def facts_of(batch: Batch) -> list[Fact]:
-    """A batch taken apart."""
+    """A batch taken apart; kinds that are not known here are left out and keep their places."""
     meta = meta_of(batch)
-    return [Fact(meta, n, record) for n, record in enumerate(batch.records)]
+    return [Fact(meta, n, record) for n, record in enumerate(batch.records) if not isinstance(record, Unknown)]
 
 
 def meta_of(batch: Batch) -> Meta:
-    """A batch's envelope."""
+    """A batch's envelope. A window that begins after its end, or days before it, is a clock that was set."""
     return Meta(
         batch.node,
         batch.incarnation,
         batch.epoch,
         batch.seq,
-        batch.t_start_ms,
+        min(max(batch.t_start_ms, batch.t_end_ms - LONGEST_WINDOW_MS), batch.t_end_ms),
         batch.t_end_ms,
         batch.agent_version,
         batch.dropped_batches,
@@ -110,7 +112,7 @@ def week(name: str, zone: str) -> Span:
         monday = date.fromisocalendar(int(year), int(number), 1)
     except ValueError:
         raise Refused(f"week {name!r}: give it as 2026-W47") from None
-    return _span(name, monday, monday + timedelta(days=7), zone)
+    return _span(f"{int(year)}-W{int(number):02d}", monday, monday + timedelta(days=7), zone)
 
 
 def month(name: str, zone: str) -> Span:
@@ -120,7 +122,7 @@ def month(name: str, zone: str) -> Span:
     except ValueError:
         raise Refused(f"month {name!r}: give it as 2026-11") from None
     after = (first + timedelta(days=32)).replace(day=1)
-    return _span(name, first, after, zone)
+    return _span(first.strftime("%Y-%m"), first, after, zone)
 
 
 def last_week(now: datetime, zone: str) -> str:

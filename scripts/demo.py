@@ -335,7 +335,7 @@ class Demo:
             "reported_requests": report["volume"]["requests"],
             "batches_written": len(written),
             "batches_read": rollup["batches"],
-            "quarantined": len(rollup["quarantined"]),
+            "quarantined": rollup["quarantined_total"],
             "evictions": report["evictions"]["total"],
             "alerts": [m["embeds"][0]["title"].replace("\\", "") for m in self.sink.messages],
             "weekly": sorted(p for n, p in paths.items() if not n.startswith("report")),

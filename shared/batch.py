@@ -24,6 +24,7 @@ MAX_SEGMENT_BYTES = 64 << 20
 MAX_COUNT = 1 << 53
 """No honest count, time or size reaches this; sums of many still fit 64 bits."""
 MAX_TEXT = 2_000
+_UNKNOWN = {"kind": "unknown"}
 MAX_BUCKET = bucket_index(MAX_COUNT)
 
 
@@ -100,7 +101,7 @@ def _unpack(raw: bytes) -> Iterable[Batch]:
         for mapping in unpacker:
             consumed = unpacker.tell()
             yield _batch(mapping)
-    except (msgpack.UnpackException, ValueError, UnicodeDecodeError, RecursionError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"decode batch: not MessagePack ({type(error).__name__})", code="bad_batch") from None
     if consumed != len(raw):
         raise Refused("decode batch: cut off in the middle", code="bad_batch")
@@ -111,18 +112,26 @@ def _batch(mapping: Any) -> Batch:
         raise Refused(f"decode batch: a {type(mapping).__name__} where a map was expected", code="bad_batch")
     version = mapping.get("v")
     if version != SCHEMA_VERSION:
-        raise Refused(f"decode batch: schema version {version!r} is not known here; upgrade", code="unknown_schema")
+        raise Refused(
+            f"decode batch: schema version {str(version)[:20]} is not known here; upgrade", code="unknown_schema"
+        )
     records = mapping.get("records", ())
     if not isinstance(records, list | tuple):
         raise Refused("decode batch: records is not a list", code="bad_batch")
-    known = [r for r in records if not isinstance(r, dict) or r.get("kind") in RECORD_TYPES]
+    known = [r if _is_known(r) else _UNKNOWN for r in records]
     try:
-        envelope = {**mapping, "records": known, "unknown_records": len(records) - len(known)}
+        envelope = {**mapping, "records": known, "unknown_records": sum(r is _UNKNOWN for r in known)}
         batch = msgspec.convert(envelope, Batch)
     except msgspec.ValidationError as error:
         raise Refused(f"decode batch: {error}", code="bad_batch") from None
     _check_plausible(batch)
     return batch
+
+
+def _is_known(record: Any) -> bool:
+    """False for a kind that a newer agent may have; what is no record at all is left to the type check."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return not isinstance(kind, str) or kind in RECORD_TYPES
 
 
 def _check_plausible(batch: Batch) -> None:

@@ -192,6 +192,10 @@ class PeerUp(_Record, frozen=True, kw_only=True, tag="peer_up"):
     down_us: int
 
 
+class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
+    """Stands where a newer agent's record stood, so that the others keep their places in the batch."""
+
+
 Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     AgentStarted,
     AgentStopped,
@@ -203,7 +207,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     PeerDown,
     PeerUp,
 ]
-Record = Union[Served, EngineWindow, Resident, HostSample, Event]  # noqa: UP007
+Record = Union[Served, EngineWindow, Resident, HostSample, Event, Unknown]  # noqa: UP007
 
 RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
     str(cls.__struct_config__.tag): cls

@@ -27,7 +27,8 @@ def run(config: AggregatorConfig, store: ObjectStore) -> Manifest:
         batches=manifest.batches + distinct,
         segments=manifest.segments + fresh.segments,
         unknown_records=manifest.unknown_records + sum(b.unknown_records for b in fresh.batches),
-        quarantined=(*manifest.quarantined, *fresh.quarantined),
+        quarantined=fresh.quarantined,
+        quarantined_total=manifest.quarantined_total + len(fresh.quarantined),
     )
     publish.commit(store, made)
     log.info("rolled_up", manifest=made.number, segments=fresh.segments, batches=distinct)

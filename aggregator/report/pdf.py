@@ -22,6 +22,8 @@ BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E")
 MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
+LONGEST_TEXT = 600
+"""A cell cannot be taller than a page."""
 
 
 def _style(name: str, size: float, **more: Any) -> ParagraphStyle:
@@ -373,4 +375,5 @@ def _footer(report: Report) -> Any:
 
 def _p(text: str, style: ParagraphStyle) -> Paragraph:
     """A paragraph; long words may break anywhere, because model names hold no spaces."""
-    return Paragraph(escape(text), style.clone(f"{style.name}-w", splitLongWords=1))
+    cut = text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+    return Paragraph(escape(cut), style.clone(f"{style.name}-w", splitLongWords=1))

@@ -7,6 +7,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregator.window import facts_of
 from shared.batch import Batch, decode, encode, seal, unseal
 from shared.errors import Refused
 from shared.records import RECORD_TYPES, PeerDown, prompt_bucket
@@ -27,7 +28,21 @@ def test_an_unknown_kind_of_record_is_counted_and_left_out() -> None:
     tree = msgspec.to_builtins(batch([served()]))
     tree["records"] = [*tree["records"], {"kind": "from_the_future", "x": 1}]
     read = decode(msgpack.packb(tree))
-    assert (len(read.records), read.unknown_records) == (1, 1)
+    assert (len(read.records), read.unknown_records) == (2, 1)
+
+
+def test_the_others_keep_their_places() -> None:
+    tree = msgspec.to_builtins(batch([served()]))
+    tree["records"] = [{"kind": "from_the_future"}, *tree["records"]]
+    (fact,) = facts_of(decode(msgpack.packb(tree)))
+    assert fact.ordinal == 1, "when the kind is known one day, nothing is counted twice"
+
+
+@pytest.mark.parametrize("kind", [[1], {"a": 1}, None, 5])
+def test_a_kind_that_is_no_word_is_refused(kind: object) -> None:
+    tree = {**msgspec.to_builtins(batch()), "records": [{"kind": kind}]}
+    with pytest.raises(Refused):
+        decode(msgpack.packb(tree))
 
 
 def test_new_fields_of_a_newer_agent_are_ignored() -> None:

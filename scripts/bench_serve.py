@@ -1,0 +1,220 @@
+"""``make bench-serve``: how much of the engine's own speed reaches a client, beside mlx-lm's server.
+
+Three programs hold the same model over the same BLAS: a bare ``BatchGenerator`` loop without a server (the limit),
+``mlx_lm.server``, and the agent. One works at a time, in interleaved rounds with the same requests; medians and
+their spread are printed, and ratios within the run. Refuses to report from a machine that is busy with other things.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from scripts.fetch_demo_model import MAIN, default_folder
+from scripts.seaweed import free_port
+
+BUILD = Path("build/bench")
+LEVELS = (1, 4, 8, 16)
+ROUNDS = 7
+TOKENS = 48
+BUSY = 0.6
+SUBJECTS = ("a whale", "the moon", "a clock", "bread", "a river", "chess", "snow", "a violin")
+
+BARE = r"""
+import json, sys, time
+from agent.loader import blas
+blas.install()
+from mlx_lm import load
+from mlx_lm.generate import BatchGenerator
+import importlib
+importlib.import_module("mlx_lm.generate").maybe_set_recommended_wired_limit = lambda: None
+model, tokenizer = load(sys.argv[1])
+def run(questions, max_tokens):
+    asked = [[{"role": "user", "content": q}] for q in questions]
+    prompts = [tokenizer.apply_chat_template(a, add_generation_prompt=True) for a in asked]
+    prompts = [p if isinstance(p, list) else list(p["input_ids"]) for p in prompts]
+    began = time.perf_counter()
+    bg = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], completion_batch_size=16)
+    bg.insert(prompts, max_tokens=[max_tokens] * len(prompts))
+    left, made = len(prompts), 0
+    while left:
+        for response in bg.next_generated():
+            made += 1
+            left -= response.finish_reason is not None
+    bg.close()
+    return made, time.perf_counter() - began
+run(["warm up"], 4)
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    print(json.dumps(run(order["questions"], order["max_tokens"])), flush=True)
+"""
+RIVAL = "from agent.loader import blas; blas.install(); from mlx_lm.server import main; main()"
+
+Runner = Callable[[list[str]], tuple[int, float]]
+"""Answers questions at the same time; returns tokens made and seconds."""
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--levels", type=int, nargs="*", default=list(LEVELS))
+    parser.add_argument("--model", type=Path, default=default_folder() / MAIN)
+    args = parser.parse_args()
+    if os.getloadavg()[0] > BUSY:
+        print(f"bench: the machine is busy (load {os.getloadavg()[0]:.2f} over {BUSY}); try again when it is quiet")
+        return os.EX_TEMPFAIL
+    BUILD.mkdir(parents=True, exist_ok=True)
+    threads = str(os.cpu_count() or 1)
+    environ = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with bare(args.model, environ) as a, rival(args.model, environ) as b, agent(args.model, environ, int(threads)) as c:
+        rates = measure({"bare loop": a, "mlx_lm.server": b, "agent": c}, args.levels, args.rounds)
+    report(rates)
+    return 0
+
+
+def measure(runners: dict[str, Runner], levels: list[int], rounds: int) -> dict[int, dict[str, list[float]]]:
+    """Tokens per second of each program at each level, by round; the order turns from round to round."""
+    rates: dict[int, dict[str, list[float]]] = {level: {name: [] for name in runners} for level in levels}
+    names = list(runners)
+    for number in range(rounds):
+        for level in levels:
+            # other questions each round, so that no prompt cache of one program helps it over the others
+            questions = [f"Tell me about {SUBJECTS[n % 8]}, number {number * 100 + n}." for n in range(level)]
+            for name in names[number % 3 :] + names[: number % 3]:
+                made, seconds = runners[name](questions)
+                rates[level][name].append(made / seconds)
+        print(f"  round {number + 1} of {rounds}", flush=True)
+    return rates
+
+
+def report(rates: dict[int, dict[str, list[float]]]) -> None:
+    """Print the table and write build/bench/serve.json."""
+    found = []
+    print(f"\n{'at once':>8} {'bare loop':>18} {'mlx_lm.server':>18} {'agent':>18}   agent/bare  agent/mlx_lm")
+    for level, by_name in rates.items():
+        median = {name: statistics.median(values) for name, values in by_name.items()}
+        to_bare = statistics.median(c / a for a, c in zip(by_name["bare loop"], by_name["agent"], strict=True))
+        to_rival = statistics.median(c / b for b, c in zip(by_name["mlx_lm.server"], by_name["agent"], strict=True))
+        cells = [f"{median[n]:7.1f} ({min(v):.0f}-{max(v):.0f})" for n, v in by_name.items()]
+        print(f"{level:>8} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18}   {to_bare:10.3f}  {to_rival:12.3f}")
+        found.append({"at_once": level, "tok_per_s": by_name, "agent_to_bare": to_bare, "agent_to_mlx_lm": to_rival})
+    (BUILD / "serve.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\ntokens per second: median (spread); ratios: median of the rounds' ratios")
+
+
+@contextlib.contextmanager
+def bare(model: Path, environ: dict[str, str]) -> Iterator[Runner]:
+    """The engine alone."""
+    command = [sys.executable, "-P", "-c", BARE, str(model)]
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+
+    def run(questions: list[str]) -> tuple[int, float]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps({"questions": questions, "max_tokens": TOKENS}) + "\n")
+        process.stdin.flush()
+        made, seconds = json.loads(process.stdout.readline())
+        return made, seconds
+
+    try:
+        yield run
+    finally:
+        process.stdin.close()
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def rival(model: Path, environ: dict[str, str]) -> Iterator[Runner]:
+    """mlx-lm's own server, over the same BLAS."""
+    port = free_port()
+    words = ["--model", str(model), "--port", str(port), "--host", "127.0.0.1", "--log-level", "ERROR"]
+    with running([sys.executable, "-P", "-c", RIVAL, *words], environ, f"http://127.0.0.1:{port}/health"):
+        yield lambda questions: ask_all(f"http://127.0.0.1:{port}/v1", str(model), questions)
+
+
+@contextlib.contextmanager
+def agent(model: Path, environ: dict[str, str], threads: int) -> Iterator[Runner]:
+    """One agent, through its HTTP door."""
+    port, state = free_port(), (BUILD / "agent").resolve()
+    config = BUILD / "agent.toml"
+    config.write_text(
+        f'[node]\nid = "bench"\nrack = "bench"\n[listen]\nport = {port}\n[paths]\nstate = {json.dumps(str(state))}\n'
+        f"[store]\npath = {json.dumps(str(state / 'bucket'))}\n[loader]\nthreads = {threads}\n"
+        f'[[models]]\nname = "m"\npath = {json.dumps(str(model))}\nrows = 16\n'
+    )
+    program = str(Path(sys.executable).parent / "mlxrack-agent")
+    with running([program, "run", "--config", str(config)], environ, f"http://127.0.0.1:{port}/ready"):
+        yield lambda questions: ask_all(f"http://127.0.0.1:{port}/v1", "m", questions)
+
+
+@contextlib.contextmanager
+def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator[None]:
+    """A server until the block ends."""
+    with (BUILD / "servers.log").open("ab") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(ready, timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"bench: {command[1:3]} did not start; see {BUILD}/servers.log") from None
+                time.sleep(0.2)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ask_all(base: str, model: str, questions: list[str]) -> tuple[int, float]:
+    """All questions at the same time; tokens by the answers' own usage."""
+    made: list[int] = []
+
+    def ask(question: str) -> None:
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": TOKENS,
+            "temperature": 0,
+        }
+        request = urllib.request.Request(
+            f"{base}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            made.append(json.loads(answer.read())["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=ask, args=(q,)) for q in questions]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(made) != len(questions):
+        raise SystemExit(f"bench: {len(questions) - len(made)} requests failed")
+    return sum(made), time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
