@@ -70,7 +70,7 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     reported_by: str = ""
     heat: tuple[tuple[int, int, int], ...] = ()
     evictions: tuple[int, ...] = ()
-    swap_failed: dict[str, tuple[int, str]] = {}
+    swaps: dict[str, tuple[int, str, str]] = {}
 
 
 class AlertState(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,18 +89,19 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     resolved: bool
 
 
-def observe(state: AlertState, facts: Iterable[Fact], config: Alerts) -> AlertState:
-    """The state after some facts; the same fact twice changes nothing more."""
+def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alerts) -> AlertState:
+    """The state after some facts; the same fact twice changes nothing more. No time is remembered as later than now:
+    a clock that runs ahead must not hide what comes after it."""
     nodes = dict(state.nodes)
     for fact in sorted(facts, key=lambda f: (f.meta.t_end_ms, f.meta.node, f.meta.seq, f.ordinal)):
-        _observe(nodes, fact, config)
+        _observe(nodes, fact, now_ms, config)
     return msgspec.structs.replace(state, nodes=nodes)
 
 
 def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState, tuple[Notice, ...]]:
     """Which alerts hold at ``now_ms``, and what is new about that."""
-    held = {(f.code, f.subject): f for f in state.firing}
-    now_firing = {(f.code, f.subject): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
+    held = {_key(f): f for f in state.firing}
+    now_firing = {_key(f): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
     rules = {rule.code: rule for rule in RULES}
     notices = [Notice(rule=rules[k[0]], firing=f, resolved=False) for k, f in now_firing.items() if k not in held]
     notices += [Notice(rule=rules[k[0]], firing=f, resolved=True) for k, f in held.items() if k not in now_firing]
@@ -108,43 +109,50 @@ def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState
     return msgspec.structs.replace(state, firing=kept), tuple(notices)
 
 
-def _observe(nodes: dict[str, NodeMemory], fact: Fact, config: Alerts) -> None:
+def _key(firing: Firing) -> tuple[str, str, int]:
+    """What makes an alert the same one; a second failed swap is another one."""
+    return (firing.code, firing.subject, firing.since_ms if firing.code == "swap_failed" else 0)
+
+
+def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Alerts) -> None:
     node, record, replace = fact.meta.node, fact.record, msgspec.structs.replace
+    ended_ms = min(fact.meta.t_end_ms, now_ms)
     mine = nodes.get(node, NodeMemory())
-    nodes[node] = mine = replace(mine, last_seen_ms=max(mine.last_seen_ms, fact.meta.t_end_ms))
-    if mine.down_since_ms is not None and fact.meta.t_end_ms > mine.down_since_ms + SILENCE_GRACE_S * 1000:
-        nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=fact.meta.t_end_ms)
+    nodes[node] = mine = replace(mine, last_seen_ms=max(mine.last_seen_ms, ended_ms))
+    if mine.down_since_ms is not None and ended_ms > mine.down_since_ms + SILENCE_GRACE_S * 1000:
+        nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=ended_ms)
     if isinstance(record, PeerDown):
         peer = nodes.get(record.peer, NodeMemory())
         # every event is read twice, as an urgent copy and in order: one from before the peer's return is old news
         news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - SILENCE_GRACE_S * 1000
         if news and peer.down_since_ms is None:
-            nodes[record.peer] = replace(peer, down_since_ms=record.last_seen_ms, reported_by=node)
+            nodes[record.peer] = replace(peer, down_since_ms=min(record.last_seen_ms, now_ms), reported_by=node)
     elif isinstance(record, PeerUp):
         peer = nodes.get(record.peer, NodeMemory())
         if peer.down_since_ms is not None and record.t_ms > peer.down_since_ms:
-            seen = max(peer.last_seen_ms, record.t_ms)
-            nodes[record.peer] = replace(peer, down_since_ms=None, last_seen_ms=seen, last_up_ms=record.t_ms)
+            up_ms = min(record.t_ms, now_ms)
+            seen = max(peer.last_seen_ms, up_ms)
+            nodes[record.peer] = replace(peer, down_since_ms=None, last_seen_ms=seen, last_up_ms=up_ms)
     elif isinstance(record, HostSample):
-        heat = {*mine.heat, (fact.meta.t_end_ms, record.throttled_us, record.thermal_known_us)}
+        heat = {*mine.heat, (ended_ms, record.throttled_us, record.thermal_known_us)}
         oldest = mine.last_seen_ms - config.throttled_window_s * 1000
         nodes[node] = replace(mine, heat=tuple(sorted(h for h in heat if h[0] > oldest)))
     elif isinstance(record, ModelEvicted) and record.reason != "ordered":
         oldest = mine.last_seen_ms - config.storm_window_s * 1000
-        evictions = sorted({*mine.evictions, record.t_ms})
+        evictions = sorted({*mine.evictions, min(record.t_ms, now_ms)})
         nodes[node] = replace(mine, evictions=tuple(t for t in evictions if t > oldest))
     elif isinstance(record, SwapFinished):
-        failed = {k: v for k, v in mine.swap_failed.items() if k != record.model}
-        if record.outcome == "failed":
-            failed[record.model] = (record.t_ms, record.reason)
-        nodes[node] = replace(mine, swap_failed=failed)
+        finished = (min(record.t_ms, now_ms), record.outcome, record.reason)
+        # the ordered copy of an older swap comes after the urgent copy of a newer one
+        if finished[0] > mine.swaps.get(record.model, (0, "", ""))[0]:
+            nodes[node] = replace(mine, swaps={**mine.swaps, record.model: finished})
 
 
 def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Sequence[Firing]:
     memory = state.nodes[node]
     found = [
         _down(node, memory, now_ms, config),
-        _throttled(node, memory, config),
+        _throttled(node, memory, now_ms, config),
         _storm(node, memory, now_ms, config),
         *_swaps(node, memory, now_ms),
     ]
@@ -162,13 +170,16 @@ def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing 
     return None
 
 
-def _throttled(node: str, memory: NodeMemory, config: Alerts) -> Firing | None:
-    known = sum(k for _, _, k in memory.heat)
-    throttled = sum(t for _, t, _ in memory.heat)
+def _throttled(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
+    """By the window before the node's last report; over when the node has been silent for two windows."""
+    window_ms = config.throttled_window_s * 1000
+    heat = [h for h in memory.heat if h[0] > now_ms - 2 * window_ms]
+    known = sum(k for _, _, k in heat)
+    throttled = sum(t for _, t, _ in heat)
     if not known or throttled / known <= config.throttled_share:
         return None
     text = f"{node} was throttled {throttled / known:.0%} of the last {config.throttled_window_s:.0f} s"
-    return Firing(code="throttling", subject=node, since_ms=memory.heat[0][0], text=text)
+    return Firing(code="throttling", subject=node, since_ms=heat[0][0], text=text)
 
 
 def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
@@ -182,6 +193,6 @@ def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing
 def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
     return [
         Firing(code="swap_failed", subject=f"{node}/{model}", since_ms=t_ms, text=reason or "no reason was given")
-        for model, (t_ms, reason) in sorted(memory.swap_failed.items())
-        if now_ms - t_ms < SWAP_FAILED_FOR_S * 1000
+        for model, (t_ms, outcome, reason) in sorted(memory.swaps.items())
+        if outcome == "failed" and now_ms - t_ms < SWAP_FAILED_FOR_S * 1000
     ]

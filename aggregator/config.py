@@ -76,7 +76,6 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     api_prices: tuple[ApiPrice, ...] = ()
     alerts: Alerts = Alerts()
     discord: Discord = Discord()
-    log_level: str = "info"
 
 
 def check(config: AggregatorConfig) -> Sequence[str]:

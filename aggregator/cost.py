@@ -71,13 +71,15 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
     prices = {node.id: node for node in config.nodes}
     busy = _busy(window)
     nodes = [_node(window, name, prices.get(name), busy, config) for name in window.nodes]
-    direct = _direct(nodes, busy)
-    models = _models(window, direct, busy, nodes, config, previous)
+    direct = _split({n.node: n.cost - n.idle for n in nodes if n.cost is not None and n.idle is not None}, busy)
+    idle_of = _split({n.node: n.idle for n in nodes if n.idle is not None}, busy)
+    models = _models(window, direct, idle_of, busy, config, previous)
     priced = [n.cost for n in nodes if n.cost is not None]
     total = sum(priced, Decimal(0)) if priced else None
     idle = sum((n.idle for n in nodes if n.idle is not None), Decimal(0)) if priced else None
     attributed = sum((m.direct for m in models if m.direct is not None), Decimal(0))
-    tokens = sum(m.prompt_tok + m.completion_tok for m in models)
+    priced_nodes = {n.node for n in nodes if n.cost is not None}
+    tokens = sum(r.prompt_tok + r.completion_tok for _, r in window.of(Served) if r.worker in priced_nodes)
     return CostReport(
         period=window.span.name,
         currency=config.cost.currency,
@@ -145,17 +147,16 @@ def _measured_watts(window: Window, node: str) -> Decimal | None:
     return Decimal(sum(found)) / len(found) / 1000 if found else None
 
 
-def _direct(nodes: list[NodeCost], busy: Busy) -> dict[tuple[str, str], Decimal]:
-    """Busy money of each (node, version); what rounding leaves goes to the last, so that a node's rows add up."""
+def _split(money: Mapping[str, Decimal], busy: Busy) -> dict[tuple[str, str], Decimal]:
+    """Each node's money over what ran on it, by busy time; the last takes what rounding leaves, so that it adds up."""
     found: dict[tuple[str, str], Decimal] = {}
-    for node in nodes:
-        mine = sorted((key, us) for key, us in busy.items() if key[0] == node.node and us > 0)
-        if node.cost is None or node.idle is None or not mine:
+    for node, amount in money.items():
+        mine = sorted((key, us) for key, us in busy.items() if key[0] == node and us > 0)
+        if not mine:
             continue
-        left, total_us = node.cost - node.idle, sum(us for _, us in mine)
-        used = left
+        left, total_us = amount, sum(us for _, us in mine)
         for key, us in mine[:-1]:
-            found[key] = _rounded(used * us / total_us)
+            found[key] = _rounded(amount * us / total_us)
             left -= found[key]
         found[mine[-1][0]] = left
     return found
@@ -166,13 +167,15 @@ class _Model:
         self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = 0
         self.busy_us = Decimal(0)
         self.direct: Decimal | None = None
+        self.idle = Decimal(0)
+        self.priced_tok = 0
 
 
 def _models(
     window: Window,
     direct: Mapping[tuple[str, str], Decimal],
+    idle_of: Mapping[tuple[str, str], Decimal],
     busy: Busy,
-    nodes: list[NodeCost],
     config: AggregatorConfig,
     previous: CostReport | None,
 ) -> list[ModelCost]:
@@ -190,35 +193,37 @@ def _models(
         tokens = served.prompt_tok - served.cached_tok + served.completion_tok
         names = work.setdefault((served.worker, served.version), {})
         names[served.model] = names.get(served.model, 0) + tokens
+        if (served.worker, served.version) in direct:
+            model.priced_tok += served.prompt_tok + served.completion_tok
     for key, us in sorted(busy.items()):
-        _share_out(us, direct.get(key), work.get(key, {}), sums)
-    idle = sum((n.idle for n in nodes if n.idle is not None), Decimal(0))
-    busy_us = sum((m.busy_us for m in sums.values()), Decimal(0))
+        _share_out(us, direct.get(key), idle_of.get(key), work.get(key, {}), sums)
     before = {m.model: m for m in previous.models} if previous else {}
-    return [_model(name, m, idle, busy_us, before.get(name), config) for name, m in sorted(sums.items())]
+    return [_model(name, m, before.get(name), config) for name, m in sorted(sums.items())]
 
 
-def _share_out(us: int, money: Decimal | None, names: Mapping[str, int], sums: Mapping[str, _Model]) -> None:
+def _share_out(
+    us: int, direct: Decimal | None, idle: Decimal | None, names: Mapping[str, int], sums: Mapping[str, _Model]
+) -> None:
     """One loader's busy time and money to the served names it answered, by their tokens."""
     total = sum(names.values())
-    left = money
+    if not total:
+        return
+    direct_left, idle_left = direct, idle
     for position, (name, tokens) in enumerate(sorted(names.items())):
-        if not total:
-            return
-        model = sums[name]
+        model, last = sums[name], position == len(names) - 1
         model.busy_us += Decimal(us) * tokens / total
-        if money is not None and left is not None:
-            last = position == len(names) - 1
-            part = left if last else _rounded(money * tokens / total)
-            model.direct = (model.direct or Decimal(0)) + part
-            left -= part
+        if direct is None or idle is None or direct_left is None or idle_left is None:
+            continue
+        part = direct_left if last else _rounded(direct * tokens / total)
+        share = idle_left if last else _rounded(idle * tokens / total)
+        model.direct = (model.direct or Decimal(0)) + part
+        model.idle += share
+        direct_left, idle_left = direct_left - part, idle_left - share
 
 
-def _model(
-    name: str, m: _Model, idle: Decimal, busy_us: Decimal, before: ModelCost | None, config: AggregatorConfig
-) -> ModelCost:
-    tokens = m.prompt_tok + m.completion_tok
-    loaded = m.direct + _rounded(idle * m.busy_us / busy_us) if m.direct is not None and busy_us else None
+def _model(name: str, m: _Model, before: ModelCost | None, config: AggregatorConfig) -> ModelCost:
+    tokens = m.priced_tok
+    loaded = m.direct + m.idle if m.direct is not None else None
     per_m = _rounded(loaded / tokens * MILLION) if loaded is not None and tokens else None
     last = before.loaded_per_m if before else None
     change = float(per_m / last) if per_m is not None and last else None

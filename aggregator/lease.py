@@ -15,6 +15,8 @@ from shared.errors import NotFound, PreconditionFailed, Retryable
 from shared.store import ObjectStore
 
 TTL_S = 900
+ALERT_TTL_S = 180
+"""Nobody may be without alerts for long because one run was killed."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +40,8 @@ def held(store: ObjectStore, verb: str) -> Iterator[None]:
 
 
 def _take(store: ObjectStore, key: str, verb: str) -> str:
-    now_ms = time.time_ns() // 1_000_000
-    mine = msgspec.json.encode(Lease(holder=f"{socket.gethostname()}:{os.getpid()}", until_ms=now_ms + TTL_S * 1000))
+    now_ms, ttl_s = time.time_ns() // 1_000_000, ALERT_TTL_S if verb == "alert" else TTL_S
+    mine = msgspec.json.encode(Lease(holder=f"{socket.gethostname()}:{os.getpid()}", until_ms=now_ms + ttl_s * 1000))
     try:
         found = store.get(key)
     except NotFound:

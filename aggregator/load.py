@@ -49,13 +49,14 @@ def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str
     segments = 0
     for folder in _folders(store, prefix):
         for listed in list_all(store, folder, reached.get(folder, "")):
-            reached[folder] = listed.key
             if keys.is_claim(listed.key):
                 continue
+            ours = prefix != keys.RAW_PREFIX or _is_ours(listed.key)
+            if ours:
+                reached[folder] = listed.key  # a stranger's key may sort anywhere and must hide nothing
             batches, reason = _segment(store, listed, rack)
-            if reason:
+            if reason and (_keep_copy(store, listed.key) or ours):
                 bad.append(Quarantined(key=listed.key, reason=reason[:MAX_REASON]))
-                _keep_copy(store, listed.key)
             segments += bool(batches)
             found += batches
     return Fresh(batches=tuple(found), cursors=reached, segments=segments, quarantined=tuple(bad))
@@ -140,11 +141,21 @@ def _children(store: ObjectStore, prefix: str) -> list[str]:
     return found
 
 
-def _keep_copy(store: ObjectStore, key: str) -> None:
+def _is_ours(key: str) -> bool:
+    try:
+        keys.parse_batch_key(key)
+    except Refused:
+        return False
+    return True
+
+
+def _keep_copy(store: ObjectStore, key: str) -> bool:
+    """Keep a bad object byte for byte; False when it was kept before, or cannot be."""
     try:
         store.put_if_absent(keys.quarantine_key(key), store.get(key).body)
     except (PreconditionFailed, NotFound, Refused):
-        return  # it is there already, or cannot be kept under this name; the manifest names it
+        return False
+    return True
 
 
 def _optional(store: ObjectStore, key: str) -> bytes | None:

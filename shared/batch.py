@@ -21,8 +21,11 @@ from shared.sketch import Sketch, SketchWire, bucket_index
 SCHEMA_VERSION = 1
 MAX_SEGMENT_BYTES = 64 << 20
 """Refuse to unpack more than this: real segments are kilobytes."""
-MAX_COUNT = 1 << 53
-"""No honest count, time or size reaches this; sums of many still fit 64 bits."""
+MAX_COUNT = 1 << 46
+"""No honest count, time in ms or us, or size in bytes of one window reaches this (2,200 years, 2 years, 70 TB); sums of
+a hundred thousand still fit 64 bits."""
+MAX_ITEMS = 256
+MAX_RECORDS = 20_000
 MAX_TEXT = 2_000
 _UNKNOWN = {"kind": "unknown"}
 MAX_BUCKET = bucket_index(MAX_COUNT)
@@ -136,6 +139,8 @@ def _is_known(record: Any) -> bool:
 
 def _check_plausible(batch: Batch) -> None:
     """That every number can be one: types alone let a damaged batch through that no table or sum can hold."""
+    if len(batch.records) > MAX_RECORDS:
+        raise Refused(f"decode batch: {len(batch.records)} records", code="bad_batch")
     for where, item in (("batch", batch), *((f"record {n}", record) for n, record in enumerate(batch.records))):
         for name in item.__struct_fields__:
             problem = _implausible(getattr(item, name))
@@ -151,11 +156,17 @@ def _implausible(value: object) -> str:
         return f"{value} is out of range"
     if isinstance(value, str) and len(value) > MAX_TEXT:
         return f"a text of {len(value)} characters"
+    if isinstance(value, tuple | dict) and len(value) > MAX_ITEMS and not _are_records(value):
+        return f"{len(value)} items"
     if isinstance(value, tuple):
         return next((p for p in map(_implausible, value) if p), "")
     if isinstance(value, dict):
         return next((p for p in map(_implausible, (*value.keys(), *value.values())) if p), "")
     return ""
+
+
+def _are_records(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and hasattr(value[0], "__struct_fields__")
 
 
 def _bad_sketch(wire: SketchWire) -> str:

@@ -19,12 +19,14 @@ log = get_logger("aggregator.alert")
 def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -> list[Notice]:
     """One look; returns the notices that were sent. Raises the first failure after everything else was tried."""
     state, stored = _read(store)
+    # taken before reading: a node must not look silent because others took long to read
+    now_ms = time.time_ns() // 1_000_000
     read_raw = load.fresh(store, config.rack, state.cursors)
     read_urgent = load.fresh(store, config.rack, state.cursors, keys.URGENT_PREFIX)
     facts = [f for batch in (*read_urgent.batches, *read_raw.batches) for f in facts_of(batch)]
-    state = alerts.observe(state, facts, config.alerts)
+    state = alerts.observe(state, facts, now_ms, config.alerts)
     state = msgspec.structs.replace(state, cursors={**read_raw.cursors, **read_urgent.cursors})
-    after, notices = alerts.evaluate(state, time.time_ns() // 1_000_000, config.alerts)
+    after, notices = alerts.evaluate(state, now_ms, config.alerts)
     sent, failed, failure = _tell(notices, discord)
     after = _without(after, failed)
     body = msgspec.json.format(msgspec.json.encode(after, order="sorted"), indent=1)
@@ -55,8 +57,8 @@ def _tell(notices: tuple[Notice, ...], discord: notify.Discord) -> tuple[list[No
 
 def _without(state: AlertState, failed: list[Notice]) -> AlertState:
     """What could not be told is not noted as told: the next run sees the same change again."""
-    unsaid = {(n.firing.code, n.firing.subject) for n in failed if not n.resolved}
-    kept = [f for f in state.firing if (f.code, f.subject) not in unsaid]
+    unsaid = [n.firing for n in failed if not n.resolved]
+    kept = [f for f in state.firing if f not in unsaid]
     kept += [n.firing for n in failed if n.resolved]
     return msgspec.structs.replace(state, firing=tuple(sorted(kept, key=lambda f: (f.code, f.subject))))
 

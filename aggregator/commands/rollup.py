@@ -15,7 +15,7 @@ def run(config: AggregatorConfig, store: ObjectStore) -> Manifest:
     """Roll up everything new; returns the newest manifest. Stopped anywhere, the next run does the rest."""
     manifest = load.newest_manifest(store)
     fresh = load.fresh(store, config.rack, manifest.cursors)
-    if fresh.cursors == manifest.cursors:
+    if fresh.cursors == manifest.cursors and not fresh.quarantined:
         return manifest
     for day, batches in load.by_day(fresh.batches).items():
         publish.merge_day(store, day, batches)

@@ -26,7 +26,7 @@ def facts(*batches: Batch) -> list[Fact]:
 
 
 def look(state: AlertState, now_ms: int, *batches: Batch) -> tuple[AlertState, list[tuple[str, str, bool]]]:
-    state, notices = evaluate(observe(state, facts(*batches), CONFIG), now_ms, CONFIG)
+    state, notices = evaluate(observe(state, facts(*batches), now_ms, CONFIG), now_ms, CONFIG)
     return state, [(n.firing.code, n.firing.subject, n.resolved) for n in notices]
 
 
@@ -81,6 +81,27 @@ def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_is_over() -> None:
     keep_alive = [batch([host()], minute=n) for n in range(1, 61)]
     _, told = look(state, T0 + 61 * MINUTE, *keep_alive)
     assert told == [("swap_failed", "n1/m", True)]
+
+
+def test_the_late_copy_of_an_old_failure_is_no_news() -> None:
+    failed, flipped = batch([swap(0, "failed")]), batch([swap(1, "flipped")], minute=1)
+    state, told = look(AlertState(), T0 + MINUTE, failed)
+    assert told == [("swap_failed", "n1/m", False)]
+    state, told = look(state, T0 + 2 * MINUTE, flipped)
+    assert told == [("swap_failed", "n1/m", True)]
+    for late in (failed, flipped):
+        state, told = look(state, T0 + 2 * MINUTE, late)
+        assert told == []
+    _, told = look(state, T0 + 4 * MINUTE, batch([swap(3, "failed")], minute=3))
+    assert told == [("swap_failed", "n1/m", False)], "but a new failure is"
+
+
+def test_a_clock_that_ran_ahead_hides_nothing() -> None:
+    ahead = batch([host(throttled=1.0)], minute=5_000_000)
+    state, _ = look(AlertState(), T0 + MINUTE, ahead)
+    _, told = look(state, T0 + 20 * MINUTE)
+    assert ("node_down", "n1", False) in told
+    assert ("throttling", "n1", True) in told
 
 
 def test_an_eviction_storm_needs_several_in_a_short_time() -> None:

@@ -144,6 +144,18 @@ def test_a_known_hour_costs_what_it_should() -> None:
     assert abs(model.loaded_per_m - Decimal("0.048558") / 6600 * 10**6) < Decimal("0.001")
 
 
+def test_a_rack_with_prices_for_some_nodes_loses_no_money() -> None:
+    made = window(
+        batch([engine(busy_s=20), served("a", worker="n1"), served("b", worker="n2", version="v2")]),
+        batch([engine("b", version="v2", busy_s=50)], node="n2"),
+    )
+    report = cost.compute(made, config("n1"))
+    a, b = report.models
+    assert report.total == a.loaded
+    assert (b.loaded, b.loaded_per_m) == (None, None)
+    assert report.average_per_m == a.loaded_per_m
+
+
 def test_without_a_price_there_is_no_money() -> None:
     report = cost.compute(window(batch([engine(), served()])), config())
     assert (report.priced, report.total, report.average_per_m) == (False, None, None)
