@@ -60,6 +60,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._urgent_tasks: set[asyncio.Task[None]] = set()
         self._pushing = asyncio.Lock()
+        self._pushes: set[asyncio.Task[int]] = set()
         self._started_s = int(time.time())
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.spool = Spool(
@@ -143,9 +144,20 @@ class Daemon:
         self._stop.set()
 
     async def push(self) -> int:
-        """Send what waits in the spool; one at a time."""
+        """Send what waits in the spool; one at a time, and once begun it is finished whoever still waits for it."""
+        task = asyncio.create_task(self._push())
+        self._pushes.add(task)
+        task.add_done_callback(self._pushes.discard)
+        return await asyncio.shield(task)
+
+    async def _push(self) -> int:
         async with self._pushing:
             return await asyncio.to_thread(self.pusher.drain)
+
+    @property
+    def pushing(self) -> bool:
+        """Whether a push still runs, for example against a store that does not answer."""
+        return bool(self._pushes)
 
     async def seal(self) -> dict[str, Any]:
         """Close the window now and push."""
@@ -216,11 +228,13 @@ class Daemon:
             await asyncio.sleep(0.05)
         await self.pool.stop(max(0.0, deadline - time.monotonic()))
         self.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="told to stop"))
-        await self.sampler.tick()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_PUSH_S):
-                await self.push()
-        self.spool.close(clean=True)
+        try:
+            await self.sampler.tick()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_PUSH_S):
+                    await self.push()
+        finally:
+            self.spool.close(clean=True)
         log.info("agent_stopped", waiting_batches=self.pusher.state.waiting_batches)
 
     def _busy(self) -> bool:

@@ -54,7 +54,7 @@ class Call(msgspec.Struct, kw_only=True):
     cached_tok: int = 0
     completion_tok: int = 0
     finish: str = ""
-    known: bool = True
+    known: bool = False
     began_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
@@ -171,10 +171,10 @@ class Dispatch:
                 self.here(),
                 self._table.view(self._clock()),
             )
+            call.known = not isinstance(place, Refuse) or place.code != "model_not_found"
             if not isinstance(place, Refuse):
                 return place
             if place.code == "model_not_found":
-                call.known = False
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
             left_s = deadline - self._clock()

@@ -1,6 +1,8 @@
 """Model folders on this node: what is in them, whether they are whole, what they will need. Blocking; use a thread."""
 
+import contextlib
 import hashlib
+import threading
 from pathlib import Path
 
 import msgspec
@@ -34,6 +36,8 @@ class ModelStore:
     def __init__(self, memo: Path) -> None:
         self._memo = memo
         self._hashes: dict[str, _Hashed] = self._read_memo()
+        self._hashing = threading.Lock()
+        self._changed = False
 
     def describe(self, model: Model) -> ModelSpec:
         """Version and planned bytes of a configured model. Raises Refused naming what is wrong and what mends it."""
@@ -61,6 +65,10 @@ class ModelStore:
             raise Refused(
                 f"model {name}: there is no folder {folder}; put the model there or mend its path", code="bad_model"
             )
+        with self._hashing:
+            return self._read_manifest(name, folder)
+
+    def _read_manifest(self, name: str, folder: Path) -> catalog.Manifest:
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _SKIPPED)
         if not any(p.suffix == ".safetensors" for p in paths):
             raise Refused(f"model {name}: {folder} holds no .safetensors file", code="bad_model")
@@ -79,6 +87,7 @@ class ModelStore:
         if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._changed = True
             known = self._hashes[str(path)] = _Hashed(size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
         return catalog.ModelFile(name=path.relative_to(folder).as_posix(), size=known.size, sha256=known.sha256)
 
@@ -111,6 +120,14 @@ class ModelStore:
             return {}  # it only saves work
 
     def _write_memo(self) -> None:
+        """Remember what was hashed; a disk that refuses costs time at the next start and nothing else."""
+        if not self._changed:
+            return
+        with contextlib.suppress(OSError):
+            self._store_memo()
+            self._changed = False
+
+    def _store_memo(self) -> None:
         temporary = self._memo.with_suffix(".tmp")
         self._memo.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(msgspec.json.encode(self._hashes))

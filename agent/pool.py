@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from agent import eviction, swap
 from agent.config import AgentConfig, Model
@@ -37,6 +37,7 @@ CRASH_WINDOW_S = 120.0
 _HOUR_S = 3600.0
 
 log = get_logger("agent.pool")
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -133,8 +134,9 @@ class Pool:
         self._slots = [Slot(m) for m in config.models]
         self._windows: list[EngineWindow] = []
         self._swaps: dict[str, swap.SwapState] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
+        self._retiring: list[Loaded] = []
         self._room = asyncio.Lock()
 
     # ---- what others ask ----
@@ -218,7 +220,7 @@ class Pool:
         deadline = self._clock() + timeout_s
         if slot.state == "cold" and not slot.changing.locked():
             self._spawn(self._load_quietly(slot))
-        while not slot.ready:
+        while not (slot := self._slot(name)).ready:
             if slot.state == "failed" or self._clock() >= deadline or self._stopping:
                 return False
             changed = slot.changed
@@ -249,24 +251,48 @@ class Pool:
                 self._spawn(self._load_quietly(slot))
 
     async def load(self, name: str) -> ModelSpec:
-        """Bring a configured model into memory, evicting idle ones if need be. Raises Refused with the reason."""
+        """Bring a configured model into memory, evicting idle ones if need be. Raises Refused with the reason.
+
+        An order that was begun is finished, here as in unload and swap, whether who gave it still listens or not.
+        """
+        return await self._finished(self._ordered_load(name))
+
+    async def unload(self, name: str) -> None:
+        """Drain and stop a model's loader."""
+        await self._finished(self._ordered_unload(name))
+
+    async def swap(self, old: str, new: str) -> SwapFinished:
+        """Replace the files behind ``old`` by those of the configured model ``new`` without losing a request."""
+        return await self._finished(self._ordered_swap(old, new))
+
+    async def _finished(self, order: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(order)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # nobody will ask for the outcome; it stands in the status and the log
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+    async def _ordered_load(self, name: str) -> ModelSpec:
         slot = self._slot(name)
         async with slot.changing:
+            slot = self._slot(name)
             if slot.loaded is None:
                 await self._load(slot)
             assert slot.loaded is not None
             return slot.loaded.spec
 
-    async def unload(self, name: str) -> None:
-        """Drain and stop a model's loader."""
+    async def _ordered_unload(self, name: str) -> None:
         slot = self._slot(name)
         async with slot.changing:
             if slot.loaded is None:
                 raise Refused(f"unload {name}: it is not in memory ({slot.state})", code="conflict")
             await self._evict(slot, reason="ordered", for_model="")
 
-    async def swap(self, old: str, new: str) -> SwapFinished:
-        """Replace the files behind ``old`` by those of the configured model ``new`` without losing a request."""
+    async def _ordered_swap(self, old: str, new: str) -> SwapFinished:
         slot = self._slot(old)
         model = self._models.get(new)
         if model is None:
@@ -275,7 +301,10 @@ class Pool:
             )
         if slot.changing.locked():
             raise Refused(f"swap {old}: it is loading or swapping already; see status", code="conflict")
-        async with slot.changing:
+        other = next((s for s in self._slots if s is not slot and new in s.names), None)
+        if other is not None and (other.loaded is not None or other.changing.locked()):
+            raise Refused(f"swap {old}: {new} is in memory itself, or on its way; unload it first", code="conflict")
+        async with slot.changing, other.changing if other is not None else contextlib.nullcontext():
             return await self._swap(slot, model)
 
     async def stop(self, drain_s: float) -> None:
@@ -284,7 +313,7 @@ class Pool:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        loaded = [slot.loaded for slot in self._slots if slot.loaded]
+        loaded = [*(slot.loaded for slot in self._slots if slot.loaded), *self._retiring]
         await asyncio.gather(*(self._retire(one, drain_s) for one in loaded))
         for slot in self._slots:
             slot.loaded = None
@@ -295,7 +324,7 @@ class Pool:
     async def _load_quietly(self, slot: Slot) -> None:
         """A load nobody waits for: its failure is a state and a log line."""
         async with slot.changing:
-            if slot.loaded is not None or self._stopping:
+            if slot.loaded is not None or self._stopping or slot not in self._slots:
                 return
             with contextlib.suppress(RackError):
                 await self._load(slot)
@@ -310,8 +339,17 @@ class Pool:
                 await self._make_room(spec, for_name=slot.names[0], but=slot)
             process = await self._start_process(spec)
         except RackError as error:
-            slot.become("failed", error.message)
+            # room may come back by itself; anything else needs somebody
+            slot.become("cold" if error.code == "no_memory" else "failed", error.message)
             log.warning("model_load_failed", model=slot.names[0], code=error.code, reason=error.message)
+            raise
+        except Exception as error:
+            reason = f"load {slot.names[0]}: {type(error).__name__}; the log has more"
+            slot.become("failed", reason)
+            log.error("model_load_failed", model=slot.names[0], exc_info=True)
+            raise Refused(reason, code="bad_model") from None
+        except BaseException:
+            slot.become("cold")
             raise
         self._install(slot, spec, process, began)
 
@@ -346,19 +384,22 @@ class Pool:
 
     async def _make_room(self, spec: ModelSpec, *, for_name: str, but: Slot | None = None) -> None:
         """Evict what eviction.make_room names. Raises Refused with the missing bytes."""
-        decision = eviction.make_room(spec.need_bytes, self._occupants(but=but), self.budget_bytes)
-        if isinstance(decision, eviction.NoRoom):
+        while not isinstance(decision := self._room_for(spec, but), eviction.Fits):
+            if isinstance(decision, eviction.Evict):
+                # decided and locked without an await in between, one at a time: a slot that is being changed is never
+                # waited for, and one that came into use meanwhile is not taken
+                victim = self._slot(decision.victims[0])
+                async with victim.changing:
+                    await self._evict(victim, reason="memory", for_model=for_name)
+                continue
             raise Refused(
                 f"load {for_name}: {decision.missing_bytes / 1e6:.0f} MB short of {self.budget_bytes / 1e6:.0f} MB; "
                 f"in use or pinned: {', '.join(decision.kept) or 'nothing'}",
                 code="no_memory",
             )
-        if isinstance(decision, eviction.Evict):
-            for name in decision.victims:
-                victim = self._slot(name)
-                async with victim.changing:
-                    if victim.loaded is not None:
-                        await self._evict(victim, reason="memory", for_model=for_name)
+
+    def _room_for(self, spec: ModelSpec, but: Slot | None) -> eviction.Fits | eviction.Evict | eviction.NoRoom:
+        return eviction.make_room(spec.need_bytes, self._occupants(but=but), self.budget_bytes)
 
     def _occupants(self, but: Slot | None = None) -> list[eviction.Occupant]:
         return [
@@ -367,7 +408,7 @@ class Pool:
                 need_bytes=slot.occupied_bytes,
                 leases=slot.leases,
                 # a slot that is being changed is in use, whatever its leases
-                pinned=slot.pinned or slot.changing.locked(),
+                pinned=slot.pinned or slot.changing.locked() or slot.loaded is None,
                 last_used_s=slot.last_used_s,
             )
             for slot in self._slots
@@ -396,13 +437,17 @@ class Pool:
         log.info("model_evicted", model=event.model, version=event.version, reason=reason, for_model=for_model)
 
     async def _retire(self, loaded: Loaded, drain_s: float) -> None:
-        """Wait for the last request, take the last counts, end the process."""
+        """Wait for the last request, take the last counts, end the process. Cut short, `stop` ends it."""
+        if loaded not in self._retiring:
+            self._retiring.append(loaded)
         deadline = self._clock() + drain_s
         while loaded.process.in_flight and not loaded.process.ended.is_set() and self._clock() < deadline:
             await asyncio.sleep(0.02)
         loaded.process.stopping = True
         await self._take_window(loaded)
         await loaded.process.stop(STOP_GRACE_S)
+        if loaded in self._retiring:
+            self._retiring.remove(loaded)
 
     async def _take_window(self, loaded: Loaded) -> None:
         reported = await loaded.process.report()
@@ -457,14 +502,13 @@ class Pool:
         spec = await asyncio.to_thread(self._store.describe, model)
         if spec.version == old.spec.version:
             raise Refused(f"swap {slot.names[0]}: {model.name} is the version that serves already", code="conflict")
-        other = next((s for s in self._slots if s is not slot and model.name in s.names and s.loaded), None)
-        if other is not None:
-            raise Refused(f"swap {slot.names[0]}: {model.name} is in memory itself; unload it first", code="conflict")
         cold = self._must_be_cold(slot, spec)
         if not cold:
             async with self._room:
                 await self._make_room(spec, for_name=model.name)
                 slot.standby_bytes = spec.need_bytes
+        else:
+            slot.standby_bytes = max(0, spec.need_bytes - old.spec.need_bytes)
         try:
             return await _SwapRun(self, slot, old, spec).run(cold=cold)
         finally:

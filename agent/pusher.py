@@ -13,7 +13,7 @@ from agent.spool import Spool, Waiting
 from shared import keys
 from shared.backoff import full_jitter_s
 from shared.batch import Batch, digest, seal
-from shared.errors import Halt, PreconditionFailed, RackError, Refused
+from shared.errors import Halt, PreconditionFailed, RackError, Refused, Retryable
 from shared.ids import NodeId
 from shared.logs import get_logger
 from shared.records import Event
@@ -72,6 +72,8 @@ class Pusher:
             sent = self._drain()
         except RackError as error:
             self._failed(error)
+        except OSError as error:
+            self._failed(Retryable(f"spool: {error.strerror or type(error).__name__}", code="disk"))
         else:
             self.state.failures = 0
             self.state.state, self.state.reason = "ok", ""
@@ -115,7 +117,7 @@ class Pusher:
         except PreconditionFailed:
             self._same_or_halt(store, key, body)
         except Refused as error:
-            # this segment will be refused for ever; the rest must not wait behind it
+            # this segment alone will be refused for ever (shared/store_s3.py); the rest must not wait behind it
             for one in files:
                 self._spool.set_aside(one)
             log.error("segment_refused", key=key, code=error.code, batches=len(batches))

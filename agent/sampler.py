@@ -52,6 +52,7 @@ class Sampler:
         self._unspooled: list[tuple[int, int, tuple[Record, ...]]] = []
         self._began_ms = wall_ms()
         self._ticking = asyncio.Lock()
+        self._ticks: set[asyncio.Task[None]] = set()
         self.lost_windows = 0
         self.last_sample: HostSample | None = None
 
@@ -70,7 +71,16 @@ class Sampler:
         return HostSample(**fields, memory_budget_bytes=self._budget_bytes, sources_failed=failed)
 
     async def tick(self) -> None:
-        """Close the window. A disk that refuses keeps the window in memory for the next tick."""
+        """Close the window. A disk that refuses keeps the window in memory for the next tick.
+
+        Once begun it is finished, even when who asked for it is gone: half a tick would count its window twice.
+        """
+        task = asyncio.create_task(self._tick())
+        self._ticks.add(task)
+        task.add_done_callback(self._ticks.discard)
+        await asyncio.shield(task)
+
+    async def _tick(self) -> None:
         async with self._ticking:
             host = await self.sample()
             self._note_throttling(host)

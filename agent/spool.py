@@ -125,7 +125,10 @@ class Spool:
         waiting = self.waiting()
         total, dropped = sum(w.size for w in waiting), 0
         for one in waiting:
-            too_old = now_s - one.path.stat().st_mtime > self._max_age_s
+            try:
+                too_old = now_s - one.path.stat().st_mtime > self._max_age_s
+            except FileNotFoundError:
+                continue
             if total <= self._max_bytes and not too_old:
                 break
             one.path.unlink(missing_ok=True)
@@ -135,7 +138,9 @@ class Spool:
         return dropped
 
     def claim(self, incarnation: int) -> None:
-        """Remember the incarnation that the store granted."""
+        """Remember the incarnation that the store granted; nothing once the spool is closed, it may be another's."""
+        if self._lock.closed:
+            return
         self.identity.incarnation = incarnation
         self._write_identity()
 

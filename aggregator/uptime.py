@@ -69,7 +69,8 @@ def _node(window: Window, node: str, incidents: Sequence[Incident], until: int) 
         for i in incidents
         if i.node == node and i.scope == "node"
     )
-    first = reported[0][0] if reported else until
+    starts = [i.start_ms for i in incidents if i.node == node and i.scope == "node"]
+    first = min([reported[0][0] if reported else until, *starts])
     unknown = max(0.0, (until - first) / 1000 - up - down)
     return NodeUptime(
         node=node,
@@ -83,7 +84,9 @@ def _node(window: Window, node: str, incidents: Sequence[Incident], until: int) 
 def _node_incidents(window: Window, node: str, until: int) -> list[Incident]:
     """Gaps between what a node reported, where a restart or its peers explain them; other gaps stay unknown."""
     reported = window.reported(node)
-    gaps = [(end, start) for (_, end), (start, _) in pairwise(reported) if start - end > JOIN_MS]
+    # a node that was down when the span began is told from a new one by what its first start says of the run before
+    edges = [(window.span.since_ms, window.span.since_ms), *reported]
+    gaps = [(end, start) for (_, end), (start, _) in pairwise(edges) if start - end > JOIN_MS]
     found = []
     for start, end in gaps:
         cause = _cause(window, node, start, end)

@@ -13,10 +13,11 @@ import botocore.exceptions
 import botocore.handlers
 from botocore.config import Config
 
-from shared.errors import AccessDenied, NotFound, PreconditionFailed, Refused, Retryable
+from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, Stored
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
+_HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 
 
@@ -135,4 +136,8 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
         )
     if status == 429 or status >= 500 or status == 0:
         return Retryable(f"{verb} {key}: the store asks to wait ({seen})")
-    return Refused(f"{verb} {key}: the store refuses the request ({seen})", code="store_refused")
+    if status == 413 or code in _HOPELESS:
+        return Refused(f"{verb} {key}: the store will never take this object ({seen})", code="store_refused")
+    if code == "RequestTimeout":
+        return Retryable(f"{verb} {key}: too slow for the store ({seen})")
+    return Halt(f"{verb} {key}: the store does not understand us ({seen}); check store.endpoint", code="store_refused")

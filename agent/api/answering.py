@@ -77,36 +77,49 @@ async def pieces(request: web.Request, calls: Sequence[Call]) -> AsyncGenerator[
             async for answer in answers:
                 yield 0, answer
         return
-    queue: asyncio.Queue[tuple[int, Answer] | None] = asyncio.Queue(_QUEUED)
+    queue: asyncio.Queue[tuple[int, Answer] | RackError | None] = asyncio.Queue(_QUEUED)
 
     async def pump(call: Call) -> None:
         try:
             async with contextlib.aclosing(request.app[CONTEXT].dispatch.answer(call)) as answers:
                 async for answer in answers:
                     await queue.put((call.part, answer))
-        finally:
-            # room or not, the reader has to learn that this part is over
-            await asyncio.shield(queue.put(None))
+        except RackError as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
 
     tasks = [asyncio.create_task(pump(call)) for call in calls]
     try:
         left = len(calls)
         while left:
-            piece = await queue.get()
-            if piece is not None:
+            piece = await _next_piece(queue, tasks)
+            if isinstance(piece, RackError):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
                 yield piece
-                continue
-            left -= 1
-            for task in tasks:
-                if task.done() and not task.cancelled() and task.exception() is not None:
-                    task.result()
-        await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
-        while not queue.empty():
-            queue.get_nowait()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _next_piece(
+    queue: "asyncio.Queue[tuple[int, Answer] | RackError | None]", tasks: Sequence[asyncio.Task[None]]
+) -> tuple[int, Answer] | RackError | None:
+    """The next piece; a part that broke in an unforeseen way is raised instead of waited for."""
+    getting = asyncio.ensure_future(queue.get())
+    try:
+        while not getting.done():
+            await asyncio.wait({getting}, timeout=1.0)
+            for task in tasks:
+                if task.done() and not task.cancelled() and task.exception() is not None:
+                    task.result()
+        return getting.result()
+    finally:
+        getting.cancel()
 
 
 async def streamed(request: web.Request, calls: Sequence[Call], shape: Shape) -> web.StreamResponse:

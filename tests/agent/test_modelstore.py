@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -49,6 +50,15 @@ def test_hashes_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path
     assert first == describe(folder, memo)
     memo.write_text("garbage")
     assert first == describe(folder, memo), "a lost memo only costs time"
+
+
+def test_many_at_once_and_a_disk_that_refuses(folder: Path, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "memo")
+    model = msgspec.convert({"name": "m", "path": str(folder)}, Model)
+    with ThreadPoolExecutor(8) as pool:
+        assert len({spec.version for spec in pool.map(store.describe, [model] * 40)}) == 1
+    (tmp_path / "file").write_text("")
+    assert ModelStore(tmp_path / "file" / "memo").describe(model).version == store.describe(model).version
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,86 @@ async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
         await pool.load("a")
         with pytest.raises(Refused, match="2 MB short of 10 MB; in use or pinned: a"):
             await pool.load("b")
-        assert pool.status()[1]["state"] == "failed"
+        assert pool.status()[1]["state"] == "cold", "room may come back"
+        assert "2 MB short" in str(pool.status()[1]["reason"])
         assert await answer(pool, "a")
+
+
+async def test_a_model_without_room_comes_when_there_is_some(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60, fake_step_s=0.02), fake("b", need_bytes=60))
+    async with running(tmp_path, *models) as (pool, _):
+        await pool.load("a")
+        busy = asyncio.create_task(answer(pool, "a", tokens=40))
+        await until(lambda: pool.views()[0].in_flight == 1)
+        assert not await pool.wanted("b", 0.3)
+        assert pool.is_coming("b")
+        await busy
+        assert await pool.wanted("b", 15.0)
+
+
+async def test_a_victim_that_dies_while_room_is_made_blocks_nobody(tmp_path: Path) -> None:
+    """Its restart waits for the room that the load holds; the load must not wait for the slot the restart holds."""
+    models = [fake(n, need_bytes=40) for n in ("v1", "v2")] + [fake("y", need_bytes=90)]
+    async with running(tmp_path, *models) as (pool, _):
+        await pool.load("v1")
+        await pool.load("v2")
+        pid = pool.status()[1]["pid"]
+        loading = asyncio.create_task(pool.load("y"))
+        while pool.status()[0]["state"] == "ready":
+            await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
+        async with asyncio.timeout(15):
+            with contextlib.suppress(Refused):
+                await loading
+            await until(lambda: all(s["state"] != "starting" for s in pool.status()))
+        assert await pool.wanted("v1", 15.0) or await pool.wanted("y", 15.0)
+
+
+async def test_an_order_is_finished_though_nobody_listens(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_step_s=0.02), fake("b", fake_step_s=0.02)) as (pool, events):
+        await pool.load("a")
+        busy = asyncio.create_task(answer(pool, "a", tokens=30))
+        await until(lambda: pool.views()[0].in_flight == 1)
+        order: asyncio.Task[Any] = asyncio.create_task(pool.unload("a"))
+        await until(lambda: pool.status()[0]["state"] == "draining")
+        order.cancel()
+        await busy
+        await until(lambda: pool.status()[0]["state"] == "cold")
+        assert len(of(events, ModelEvicted)) == 1
+        order = asyncio.create_task(pool.load("a"))
+        await asyncio.sleep(0)
+        order.cancel()
+        await until(lambda: pool.status()[0]["state"] == "ready")
+        order = asyncio.create_task(pool.swap("a", "b"))
+        await until(lambda: len(pool.swaps()) == 1)
+        order.cancel()
+        await until(lambda: len(of(events, SwapFinished)) == 1)
+        assert of(events, SwapFinished)[0].outcome == "flipped"
+        assert await answer(pool, "b")
+
+
+async def test_stopping_in_the_middle_of_anything_leaves_no_process(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_load_s=0.5), fake("b", fake_load_s=0.5)) as (pool, _):
+        await pool.load("a")
+        pid = pool.status()[0]["pid"]
+        loading, swapping = asyncio.create_task(pool.load("b")), asyncio.create_task(pool.swap("a", "b"))
+        await asyncio.sleep(0.2)
+        await pool.stop(0.0)
+        await asyncio.gather(loading, swapping, return_exceptions=True)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)  # type: ignore[arg-type]
+        assert not [s for s in pool.status() if s["pid"]]
+
+
+async def test_a_model_that_loads_itself_cannot_be_swapped_in(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b", fake_load_s=0.5)) as (pool, _):
+        await pool.load("a")
+        loading = asyncio.create_task(pool.load("b"))
+        await until(lambda: pool.status()[1]["state"] == "starting")
+        with pytest.raises(Refused, match="or on its way"):
+            await pool.swap("a", "b")
+        await loading
+        assert await answer(pool, "a") != await answer(pool, "b")
 
 
 async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:

@@ -245,6 +245,15 @@ def test_a_node_that_is_still_down_is_an_open_incident() -> None:
     assert not uptime.uptime(window(*made, back), T0 + 10 * MINUTE).incidents
 
 
+def test_a_node_that_was_down_when_the_month_began_was_not_up() -> None:
+    back = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="unclean")
+    (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
+    assert (node.up_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
+    new = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="first")
+    (node,) = uptime.uptime(window(batch([new], minute=60)), T0 + 61 * MINUTE).nodes
+    assert (node.up_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)
+
+
 def test_requests_decide_availability() -> None:
     records = [served(requests=999), served(requests=1, outcome="failed"), served(requests=50, outcome="refused")]
     assert uptime.uptime(window(batch(records)), T0 + MINUTE).request_share == 0.999

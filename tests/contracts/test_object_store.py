@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from scripts.seaweed import SeaweedFS, free_port
 from scripts.tcp_gate import TcpGate
-from shared.errors import AccessDenied, NotFound, PreconditionFailed, Refused, Retryable
+from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import ObjectStore, list_all
 from shared.store_dir import DirectoryStore
 from shared.store_s3 import S3Store, _translated
@@ -164,6 +164,9 @@ def test_refused_credentials_say_what_to_check(
         (503, "SlowDown", Retryable),
         (500, "InternalError", Retryable),
         (400, "EntityTooLarge", Refused),
+        (400, "RequestTimeout", Retryable),
+        (405, "MethodNotAllowed", Halt),
+        (301, "PermanentRedirect", Halt),
         (501, "NotImplemented", Retryable),
     ],
 )

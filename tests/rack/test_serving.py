@@ -102,7 +102,10 @@ def test_one_failed_choice_fails_the_request_once(tmp_path: Path) -> None:
             answer = agent.chat(n=3, max_tokens=99_999, stream=stream)
             assert (answer.status, answer.json["error"]["param"]) == (400, "max_tokens")
         assert agent.chat().status == 200
-        assert agent.status()["in_flight"] == 0
+        body = {"model": "m", "prompt": ["x " * 8_150, "short"], "max_tokens": 60, "stream": True}
+        answer = agent.request("POST", "/v1/completions", json.dumps(body).encode())
+        assert answer.status == 400, "one prompt that is too long is seen before anything is sent"
+        until(lambda: agent.status()["in_flight"] == 0, "everything is given up")
 
 
 def test_headers_say_who_answered(tmp_path: Path) -> None:
