@@ -22,7 +22,7 @@ from agent.config import AgentConfig
 from shared import __version__, logs
 from shared import config as shared_config
 from shared.commandline import Parser
-from shared.errors import Halt, RackError, Retryable
+from shared.errors import Halt, RackError, Refused, Retryable
 
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
 
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RackError as error:
         print(f"mlxrack-agent: {error.message}", file=sys.stderr)
         return exit_status(error)
+    except OSError as error:
+        print(f"mlxrack-agent: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return os.EX_IOERR
     return status
 
 
@@ -136,6 +139,7 @@ def _run(args: argparse.Namespace) -> int:
     from agent.daemon import Daemon
 
     config, path = _config(args)
+    state_folder(config).mkdir(parents=True, exist_ok=True, mode=0o700)
     logs.configure(log_file(config), level=config.log_level, console=args.console)
 
     async def serve() -> None:
@@ -285,8 +289,12 @@ def _check_config(args: argparse.Namespace) -> int:
 
 def _install(args: argparse.Namespace) -> int:
     config, path = _config(args)
-    home = state_folder(config)
-    folder = log_file(config).parent
+    home, folder = state_folder(config), log_file(config).parent
+    if not config.paths.state or not config.paths.logs or not home.is_absolute() or " " in str(folder):
+        raise Refused(
+            "install: a service needs paths.state and paths.logs, absolute, the latter without spaces; "
+            'for example "/usr/local/var/mlxrack" and "/usr/local/var/log/mlxrack"'
+        )
     plist = install.render_plist(
         config, program=install.program_path(), config_path=path.resolve(), user=args.user, home=home, logs=folder
     )
@@ -294,7 +302,7 @@ def _install(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"# {install.DAEMON_PLIST}\n{plist}\n# {install.NEWSYSLOG}\n{newsyslog}")
         return 0
-    install.install(plist, newsyslog)
+    install.install(plist, newsyslog, user=args.user, folders=(home, folder))
     print(f"installed and started {install.LABEL}; `mlxrack-agent status --config '{path}'` shows it")
     return 0
 

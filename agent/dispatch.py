@@ -107,6 +107,7 @@ class Dispatch:
         call.seed += call.turn * TURN_SEEDS
         outcome = "cancelled"
         try:
+            call.known = self._is_known(call.request.model)
             self._admit(call.request.model)
             try:
                 async with contextlib.aclosing(self._attempts(call)) as answers:
@@ -125,6 +126,11 @@ class Dispatch:
             raise
         finally:
             self._count(call, outcome)
+
+    def _is_known(self, model: str) -> bool:
+        """Whether some node serves the name; any other is a stranger's text and enters no record."""
+        views = (self.here(), *self._table.view(self._clock()))
+        return any(m.name == model for node in views for m in node.models)
 
     def _admit(self, model: str) -> None:
         decision = admit(
@@ -178,12 +184,12 @@ class Dispatch:
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
             left_s = deadline - self._clock()
-            if left_s <= 0 or not await self._wait_for_capacity(call, min(left_s, 1.0)):
+            if left_s <= 0 or not await self._wait_for_capacity(call, place, min(left_s, 1.0)):
                 raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
             call.tried.clear()
 
-    async def _wait_for_capacity(self, call: Call, step_s: float) -> bool:
-        """True when trying again makes sense: a local loader is coming, or somebody who failed may be back."""
+    async def _wait_for_capacity(self, call: Call, refused: Refuse, step_s: float) -> bool:
+        """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
         if self.draining:
             return False
         name = call.request.model
@@ -192,7 +198,7 @@ class Dispatch:
                 return True
             await asyncio.sleep(min(0.05, step_s))
             return self._pool.is_coming(name)
-        if call.tried:
+        if call.tried or refused.loading:
             await asyncio.sleep(min(0.2, step_s))
             return True
         return False

@@ -17,6 +17,7 @@ from agent.modelstore import ModelStore
 from shared.bucket import open_store
 from shared.catalog import default_budget_bytes
 from shared.errors import NotFound, RackError
+from shared.keys import claim_key
 from shared.secrets import resolve
 
 MAC_ONLY = (
@@ -99,7 +100,7 @@ def _port(config: AgentConfig) -> Finding:
 def _store(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
     try:
         store = open_store(config.store, environ)
-        store.get("desired/v1/desired.json")
+        store.get(claim_key(config.node.id, 1))
     except NotFound:
         pass
     except RackError as error:

@@ -4,6 +4,7 @@ import plistlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from xml.sax.saxutils import escape
@@ -56,14 +57,19 @@ def program_path() -> Path:
     return Path(found).resolve()
 
 
-def install(plist: str, newsyslog: str) -> None:
-    """Write both files and load the daemon. Raises Halt with what to do when a step fails."""
+def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -> None:
+    """Make the folders, write both files and load the daemon. Raises Halt with what to do when a step fails."""
     if sys.platform != "darwin":
         raise Halt("install: this machine has no launchd; --dry-run shows what would be installed")
     try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            shutil.chown(folder, user)
         DAEMON_PLIST.write_text(plist)
         DAEMON_PLIST.chmod(0o644)
         NEWSYSLOG.write_text(newsyslog)
+    except LookupError:
+        raise Halt(f"install: there is no user {user}; make one without a login, or name another with --user") from None
     except PermissionError:
         raise Halt(f"install: cannot write {DAEMON_PLIST}; run it with sudo") from None
     for argv in (

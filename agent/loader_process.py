@@ -82,6 +82,7 @@ class LoaderProcess:
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
         self.stopping = False
+        self._broken = False
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
 
@@ -89,6 +90,11 @@ class LoaderProcess:
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid
+
+    @property
+    def usable(self) -> bool:
+        """False from the moment it is known to be gone, which is before the system has said how it ended."""
+        return not self._broken and not self.ended.is_set()
 
     @property
     def cause(self) -> str:
@@ -114,6 +120,10 @@ class LoaderProcess:
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
+        except OSError as error:
+            ours.close()
+            why = error.strerror or type(error).__name__
+            raise Retryable(f"start loader: the system starts no process ({why})", code="no_process") from None
         except BaseException:
             ours.close()
             raise
@@ -154,7 +164,11 @@ class LoaderProcess:
                     self._writer.write(encode(Cancel(id=number)))
 
     async def report(self) -> Reported | None:
-        """What the engine did since the last report; None when the loader is gone."""
+        """What the engine did since the last report; None when the loader is gone.
+
+        An answer that came too late for the last call is added to this one, so that nothing is counted late for ever.
+        """
+        late = [self._reports.get_nowait() for _ in range(self._reports.qsize())]
         try:
             await self._send(Report())
         except Retryable:
@@ -163,7 +177,8 @@ class LoaderProcess:
         gone = asyncio.create_task(self.ended.wait())
         try:
             await asyncio.wait({waiting, gone}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
-            return waiting.result() if waiting.done() else None
+            found = [*late, waiting.result()] if waiting.done() else late
+            return _sum(found) if found else None
         finally:
             for task in (waiting, gone):
                 task.cancel()
@@ -193,6 +208,7 @@ class LoaderProcess:
             self._writer.write(encode(frame))
             await self._writer.drain()
         except (ConnectionError, RuntimeError):
+            self._broken = True
             raise Retryable("the loader is gone", code="worker_lost") from None
 
     async def _read(self) -> None:
@@ -202,11 +218,15 @@ class LoaderProcess:
                 for frame in decoder.feed(chunk):
                     self._take(frame)
         except (ConnectionError, Refused):
-            self.kill()  # a loader that speaks no frames is of no use
+            # a loader that speaks no frames is of no use; its end is unwanted, so this is no `kill` of ours
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        self._broken = True
         await self._process.wait()
         self.ended.set()
         if not self._ready.done():
-            self._ready.set_exception(Refused(self._start_failure(), code="bad_model"))
+            died = (self._process.returncode or 0) < 0
+            self._ready.set_exception(Refused(self._start_failure(), code="loader_died" if died else "bad_model"))
             self._ready.exception()
         for answers in self._open.values():
             answers.put_nowait(None)
@@ -235,3 +255,19 @@ class LoaderProcess:
         lines: Sequence[str] = self._stderr_tail.decode(errors="replace").strip().splitlines()
         said = f": {lines[-1][:300]}" if lines else ""
         return f"start loader: it ended before it was ready ({self.cause}){said}"
+
+
+_LEVELS = ("queue_max", "cache_bytes", "active_bytes")
+
+
+def _sum(reports: list[Reported]) -> Reported:
+    """Several windows as one: counts add up, levels take the last (the queue its peak)."""
+    total = reports[-1]
+    for earlier in reports[:-1]:
+        counts = {
+            name: getattr(total, name) + getattr(earlier, name)
+            for name in Reported.__struct_fields__
+            if name not in _LEVELS
+        }
+        total = msgspec.structs.replace(total, queue_max=max(total.queue_max, earlier.queue_max), **counts)
+    return total

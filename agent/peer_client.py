@@ -30,7 +30,10 @@ class PeerClient:
                     raise Refused(f"peer {url}: refuses the rack secret; peers.secret must be the same on all nodes")
                 if answer.status != 200:
                     raise Retryable(f"peer {url}: answered {answer.status}")
-                body = await answer.content.read(MAX_BEAT_BYTES)
+                body = b""
+                # one read gives what one segment brought, not the whole beat
+                while len(body) < MAX_BEAT_BYTES and (chunk := await answer.content.read(MAX_BEAT_BYTES)):
+                    body += chunk
             return msgspec.msgpack.decode(body, type=Beat)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None

@@ -90,9 +90,13 @@ class PeerTable:
     def _view(self, node: str, known: _Known, now: float) -> NodeView:
         beat = known.beat
         if beat is None:
-            return NodeView(node=node, url=known.url, state="down")
+            # just after the start nobody knows what a peer serves
+            fresh = now - known.last_s <= DOWN_BEATS * self._beat_s
+            return NodeView(node=node, url=known.url, state="unknown" if fresh else "down")
         models = tuple(
-            ModelView(name=m.name, version=m.version, ready=m.ready, in_flight=m.in_flight + known.sent)
+            ModelView(
+                name=m.name, version=m.version, ready=m.ready, coming=m.coming, in_flight=m.in_flight + known.sent
+            )
             for m in beat.models
         )
         return NodeView(node=node, url=known.url, state=self._state(known, now), draining=beat.draining, models=models)

@@ -67,13 +67,14 @@ class Slot:
         self.requests: deque[float] = deque()
         self.pinned = model.pinned
         self.standby_bytes = 0
+        self.died_starting = False
         self.changing = asyncio.Lock()
         self.changed = asyncio.Event()
 
     @property
     def ready(self) -> bool:
         """Whether a request may be leased now."""
-        return self.loaded is not None and self.in_rotation
+        return self.loaded is not None and self.in_rotation and self.loaded.process.usable
 
     @property
     def leases(self) -> int:
@@ -148,6 +149,7 @@ class Pool:
                 name=name,
                 version=slot.loaded.spec.version if slot.loaded else "",
                 ready=slot.ready,
+                coming=slot.state == "starting" or (slot.loaded is not None and not slot.ready),
                 in_flight=slot.leases,
             )
             for slot in self._slots
@@ -200,7 +202,7 @@ class Pool:
         """Use of the loader behind a name, from now on the same one. Raises Retryable when none is ready."""
         slot = self._slot(name)
         loaded = slot.loaded
-        if loaded is None or not slot.in_rotation:
+        if loaded is None or not slot.ready:
             raise Retryable(f"model {name} is not ready on this node ({slot.state})", code="worker_lost")
         now = self._clock()
         slot.last_used_s = now
@@ -340,7 +342,8 @@ class Pool:
             process = await self._start_process(spec)
         except RackError as error:
             # room may come back by itself; anything else needs somebody
-            slot.become("cold" if error.code == "no_memory" else "failed", error.message)
+            slot.become("cold" if error.code in ("no_memory", "no_process") else "failed", error.message)
+            slot.died_starting = error.code == "loader_died"
             log.warning("model_load_failed", model=slot.names[0], code=error.code, reason=error.message)
             raise
         except Exception as error:
@@ -492,6 +495,10 @@ class Pool:
             return
         await asyncio.sleep(min(8.0, 0.5 * (2.0 ** (len(slot.crashes) - 1)) - 0.5))
         await self._load_quietly(slot)
+        if slot.state == "failed" and slot.died_starting:
+            # killed while it started again: a crash like any other
+            slot.crashes.append(self._clock())
+            await self._restart(slot)
 
     # ---- swapping ----
 

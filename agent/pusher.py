@@ -13,7 +13,7 @@ from agent.spool import Spool, Waiting
 from shared import keys
 from shared.backoff import full_jitter_s
 from shared.batch import Batch, digest, seal
-from shared.errors import Halt, PreconditionFailed, RackError, Refused, Retryable
+from shared.errors import Halt, NotFound, PreconditionFailed, RackError, Refused, Retryable
 from shared.ids import NodeId
 from shared.logs import get_logger
 from shared.records import Event
@@ -78,7 +78,8 @@ class Pusher:
             self.state.failures = 0
             self.state.state, self.state.reason = "ok", ""
             self.state.last_ok_ms = self._wall_ms()
-        self._spool.enforce_bounds(time.time())
+        finally:
+            self._spool.enforce_bounds(time.time())
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
 
@@ -116,6 +117,8 @@ class Pusher:
             store.put_if_absent(key, body)
         except PreconditionFailed:
             self._same_or_halt(store, key, body)
+        except NotFound as error:
+            raise Retryable(f"push {key}: the store is not where it was ({error.message})") from None
         except Refused as error:
             # this segment alone will be refused for ever (shared/store_s3.py); the rest must not wait behind it
             for one in files:

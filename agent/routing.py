@@ -4,16 +4,23 @@ import msgspec
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there."""
+    """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there.
+
+    ``coming`` says that it is not ready yet and soon will be.
+    """
 
     name: str
     version: str
     ready: bool
+    coming: bool = False
     in_flight: int = 0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as this one knows it. ``state`` is up, suspect or down; ``url`` is "" for this node itself."""
+    """A node as this one knows it; ``url`` is "" for this node itself.
+
+    ``state`` is up, suspect, down, or unknown for a peer that has not been heard since a start a moment ago.
+    """
 
     node: str
     url: str = ""
@@ -77,9 +84,11 @@ def choose(request: RouteRequest, here: NodeView, peers: tuple[NodeView, ...]) -
         _, _, best = min(candidates, key=lambda c: (c[0], c[1]))
         return Local(node=best.node) if best is here else Forward(node=best.node, url=best.url)
     known = sorted({m.name for node in (here, *peers) for m in node.models})
-    if request.model not in known:
+    unheard = any(node.state == "unknown" for node in peers)
+    if request.model not in known and not unheard:
         return Refuse(code="model_not_found", known=tuple(known))
-    loading = any(m.name == request.model and not m.ready for node in nodes for m in node.models)
+    living = [node for node in nodes if node.state != "down"]
+    loading = unheard or any(m.name == request.model and m.coming for node in living for m in node.models)
     return Refuse(code="no_capacity", loading=loading, known=tuple(known))
 
 

@@ -39,7 +39,7 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
     for job in table:
         scheduler.add_job(
             job.run,
-            IntervalTrigger(seconds=max(1, round(job.every_s)), timezone=dt.UTC),
+            IntervalTrigger(seconds=job.every_s, timezone=dt.UTC),
             id=job.name,
             max_instances=1,
             coalesce=True,

@@ -180,7 +180,10 @@ class Spool:
                 f"configuration says {node!r} of {rack!r}; put node.id back, or give the new node another paths.state",
                 code="wrong_identity",
             )
-        if identity.hardware != hardware:
+        if "unknown" in (identity.hardware, hardware):
+            # it could not be read, then or now; what is known is kept
+            identity.hardware = hardware if identity.hardware == "unknown" else identity.hardware
+        elif identity.hardware != hardware:
             raise Halt(
                 f"spool {self._folder} was written by other hardware; a copied disk must not report as {node!r}: "
                 "move the spool folder away and start again",

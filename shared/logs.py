@@ -5,7 +5,9 @@ One line per request, tick or run, with its numbers. Only ids, counts and codes:
 
 import logging
 import logging.handlers
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import structlog
@@ -20,9 +22,7 @@ def configure(path: Path | None, *, level: str = "info", console: bool = False) 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600, exist_ok=True)
-        handlers.append(
-            logging.handlers.RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=KEEP, encoding="utf-8")
-        )
+        handlers.append(_PrivateFile(path, maxBytes=MAX_BYTES, backupCount=KEEP, encoding="utf-8"))
     if console or path is None:
         handlers.append(logging.StreamHandler(sys.stderr))
     root = logging.getLogger()
@@ -50,6 +50,15 @@ def configure(path: Path | None, *, level: str = "info", console: bool = False) 
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+class _PrivateFile(logging.handlers.RotatingFileHandler):
+    """A rotating file that its owner alone may read, the fresh one after a rotation too."""
+
+    def _open(self) -> TextIOWrapper:
+        opened = super()._open()
+        os.chmod(self.baseFilename, 0o600)
+        return opened
 
 
 def _processors() -> list[structlog.typing.Processor]:

@@ -56,7 +56,10 @@ class S3Store:
         session = boto3.session.Session(
             aws_access_key_id=access_key, aws_secret_access_key=secret_key, aws_session_token=session_token
         )
-        self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)
+        try:
+            self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)
+        except ValueError:
+            raise Halt(f"store: {endpoint!r} is no endpoint; mend store.endpoint", code="bad_endpoint") from None
         self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
 
     def put(self, key: str, body: bytes) -> str:

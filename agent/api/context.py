@@ -88,4 +88,5 @@ def require_rack(request: web.Request) -> None:
 
 def _bearer(request: web.Request) -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
+    # a header may hold any bytes; those that are no text become question marks, and match nothing
+    return token.strip().encode("ascii", "replace").decode() if scheme.lower() == "bearer" else ""

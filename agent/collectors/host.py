@@ -16,14 +16,25 @@ class HostCollector:
     name = "host"
 
     def __init__(self) -> None:
-        psutil.cpu_percent(None)  # the first call has nothing to compare with
+        # psutil's own cpu_percent remembers by thread, and readings come from any
+        self._last = psutil.cpu_times()
 
     def read(self) -> Reading:
-        fields = {
-            "cpu_ppm": int(psutil.cpu_percent(None) * 10_000),
-            "disk_free_bytes": psutil.disk_usage("/").free,
-        }
-        return Reading(fields, {})
+        before, self._last = self._last, psutil.cpu_times()
+        fields = {"disk_free_bytes": psutil.disk_usage("/").free}
+        share = busy_ppm(before._asdict(), self._last._asdict())
+        return Reading(fields if share is None else {**fields, "cpu_ppm": share}, {})
+
+
+def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
+    """Millionths of the processors' time between two readings that was not idle; None when no time has passed."""
+    # guest time is part of user time on Linux
+    spent = {name: after[name] - before.get(name, 0.0) for name in after if not name.startswith("guest")}
+    total = sum(spent.values())
+    if total <= 0:
+        return None
+    idle = spent.get("idle", 0.0) + spent.get("iowait", 0.0)
+    return round(min(1.0, max(0.0, 1 - idle / total)) * 1e6)
 
 
 def hardware_id() -> str:

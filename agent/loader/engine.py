@@ -142,7 +142,15 @@ class MLXEngine:
                 f"but the model's context holds {self._context_tok}",
                 param="messages" if room < 1 else "max_tokens",
             )
-        refusal = self._unfit(request)
+        try:
+            refusal = self._unfit(request)
+        except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may provoke anything
+            refusal = Failed(
+                id=request.id,
+                code="invalid_value",
+                message=f"this model cannot follow the request's constraints ({type(error).__name__})",
+                param="response_format" if request.schema is not None else "logprobs",
+            )
         if refusal is not None:
             return refusal
         row = _Row(request, prompt, 0, wanted, self._tokenizer.detokenizer, StopText(request.stop))
@@ -245,6 +253,7 @@ class MLXEngine:
 
     def _advance(self, response: Any) -> list[Frame]:
         row = self._by_uid[response.uid]
+        row.rebuilt = False  # it works again: another break is another story
         row.made.append(response.token)
         finish = response.finish_reason
         ended_by_model = finish == "stop"
@@ -351,6 +360,8 @@ class MLXEngine:
 
     def _unfit(self, request: Generate) -> Failed | None:
         """Why this model cannot follow the request's constraints; None when it can."""
+        if request.logprobs is not None:
+            self._grammars()  # names the tokens' bytes; not every tokenizer can
         if request.schema is not None:
             is_error, said = LLMatcher.validate_grammar_with_warnings(_grammar(request.schema), self._grammars())
             if is_error:

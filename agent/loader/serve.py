@@ -75,7 +75,10 @@ def _loop(sock: socket.socket, inbox: "queue.SimpleQueue[Frame | _Gone]", engine
 
 def _taken(frame: Frame, engine: Engine, open_ids: set[int]) -> list[Frame]:
     if isinstance(frame, Generate):
-        answer = engine.submit(frame)
+        try:
+            answer = engine.submit(frame)
+        except Exception as error:  # noqa: BLE001  # one request must not end the loader
+            answer = Failed(id=frame.id, code="engine_failed", message=f"not taken ({type(error).__name__})")
         if isinstance(answer, Accepted):
             open_ids.add(frame.id)
         return [answer]

@@ -14,7 +14,16 @@ from agent import cli, install, logview
 from agent.config import AgentConfig, hash_key
 from shared.errors import Refused
 
-CONFIG = '[node]\nid = "n1"\nrack = "r"\n[store]\nkind = "directory"\npath = "{0}/b"\n[paths]\nstate = "{0}/s p"\n'
+CONFIG = """[node]
+id = "n1"
+rack = "r"
+[store]
+kind = "directory"
+path = "{0}/b"
+[paths]
+state = "{0}/s p"
+logs = "{0}/logs"
+"""
 
 
 @pytest.fixture
@@ -88,6 +97,20 @@ def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.Capture
     assert Path(path).is_absolute()
     assert (run, flag, plist["UserName"]) == ("run", "--config", "_mlxrack")
     assert "newsyslog" in out
+
+
+def test_a_service_needs_folders_of_its_own(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(config.read_text().split("logs =")[0])
+    assert cli.main(["install", "--dry-run", "--config", str(config)]) == 1
+    assert "paths.state and paths.logs" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (config.parent / "s p").write_text("a file where the state folder should be")
+    assert cli.main(["run", "--config", str(config)]) == os.EX_IOERR
+    err = capsys.readouterr().err
+    assert "s p" in err
+    assert "Traceback" not in err
 
 
 def test_a_strange_path_stays_one_string(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.collectors import all_collectors, memory, power, thermal
+from agent.collectors.host import busy_ppm
 from agent.collectors.inference import Answered, Ledger
 from agent.collectors.memory import MemoryCollector
 from agent.collectors.power import PowerCollector
@@ -97,6 +98,19 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
     assert collector.read().fields["energy_mj"] == 5_000
     (package / "energy_uj").write_text("5")
     assert collector.read().fields == {}, "a counter that fell back gives nothing"
+
+
+@pytest.mark.parametrize(
+    ("after", "share"),
+    [
+        ({"user": 3.0, "idle": 7.0}, 300_000),
+        ({"user": 5.0, "idle": 2.0, "iowait": 3.0, "guest": 5.0}, 500_000),
+        ({"user": 0.0, "idle": 0.0}, None),
+        ({"user": -1.0, "idle": 2.0}, 0),
+    ],
+)
+def test_processor_use_is_a_difference(after: dict[str, float], share: int | None) -> None:
+    assert busy_ppm(dict.fromkeys(after, 0.0), after) == share
 
 
 def test_psi() -> None:

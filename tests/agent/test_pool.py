@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from agent.config import AgentConfig
-from agent.frames import Done, Generate, Message, Tokens
+from agent.frames import Done, Generate, Message, Reported, Tokens
 from agent.modelstore import ModelStore
 from agent.pool import Pool
 from shared.errors import Refused, Retryable
@@ -334,6 +334,19 @@ async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         assert await pool.wanted("a", 15.0)
         assert await answer(pool, "a")
+
+
+async def test_a_report_that_came_late_is_counted_with_the_next(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        await answer(pool, "a", tokens=7)
+        loaded = pool._slots[0].loaded
+        assert loaded is not None
+        loaded.process._reports.put_nowait(Reported(decode_tok=100, queue_max=3, active_bytes=1))
+        (window,) = await pool.windows()
+        assert (window.decode_tok, window.queue_max) == (107, 3)
+        (window,) = await pool.windows()
+        assert window.decode_tok == 0
 
 
 async def test_done_says_how_it_ended(tmp_path: Path) -> None:

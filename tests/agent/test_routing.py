@@ -11,7 +11,7 @@ from agent.routing import Forward, Local, ModelView, NodeView, Refuse, RouteRequ
 def node(
     name: str, *, ready: bool = True, load: int = 0, state: str = "up", model: str = "m", **more: bool
 ) -> NodeView:
-    view = ModelView(name=model, version="v", ready=ready, in_flight=load)
+    view = ModelView(name=model, version="v", ready=ready, coming=not ready, in_flight=load)
     return NodeView(node=name, url="" if name == "here" else f"http://{name}", state=state, models=(view,), **more)
 
 
@@ -54,6 +54,16 @@ def test_unknown_and_unavailable_are_told_apart() -> None:
     away = choose(RouteRequest(model="m"), node("here", ready=False), (node("a", state="down"),))
     assert isinstance(away, Refuse)
     assert (away.code, away.loading) == ("no_capacity", True)
+
+
+def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None:
+    table = PeerTable([("a", "http://a")], beat_s=1.0, now=0.0)
+    early = choose(RouteRequest(model="x"), HERE, table.view(1.0))
+    assert isinstance(early, Refuse)
+    assert (early.code, early.loading) == ("no_capacity", True)
+    late = choose(RouteRequest(model="x"), HERE, table.view(9.0))
+    assert isinstance(late, Refuse)
+    assert late.code == "model_not_found"
 
 
 nodes = st.builds(

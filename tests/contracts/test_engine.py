@@ -347,6 +347,15 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(mlx: MLXEngine, sch
     assert text_of(run(mlx, ask(2))[2])
 
 
+def test_no_schema_ends_the_loader(mlx: MLXEngine) -> None:
+    deep = '{"type": "object", "properties": {"a": ' * 200 + '{"type": "integer"}' + "}}" * 200
+    for schema in (deep, "[]", "true", "not json", '{"type": "object", "properties": 5}', '{"enum": []}'):
+        answer = mlx.submit(ask(1, schema=schema, max_tokens=3))
+        assert isinstance(answer, Accepted | Failed), schema
+        mlx.cancel(1)
+    assert text_of(run(mlx, ask(2))[2])
+
+
 def test_a_prompt_is_continued_as_it_stands(mlx: MLXEngine) -> None:
     plain = Generate(id=1, model="m", prompt="hello", max_tokens=4, temperature=0.0)
     empty = Generate(id=2, model="m", prompt="", max_tokens=4, temperature=0.0)

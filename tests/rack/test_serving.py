@@ -181,6 +181,18 @@ def test_any_node_is_the_door(tmp_path: Path) -> None:
         assert agents[2].chat(model="x").status == 404
 
 
+def test_a_request_waits_for_a_model_that_a_peer_is_loading(tmp_path: Path) -> None:
+    slow = model("slow", preload=False, fake_load_s=2.0)
+    with rack(tmp_path, [], [model(), slow]) as (door, worker):
+        loading = threading.Thread(target=lambda: worker.admin("POST", "load", model="slow"))
+        loading.start()
+        until(lambda: worker.status()["models"][1]["state"] == "starting", "it is being loaded")
+        time.sleep(1.2)  # a beat tells the door
+        answer = door.chat(model="slow")
+        loading.join()
+        assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n2")
+
+
 def test_a_dead_peer_costs_no_request_and_comes_back(tmp_path: Path) -> None:
     with rack(tmp_path, [model(fake_step_s=0.01)], [model(fake_step_s=0.01)]) as (door, victim):
         answers: list[Answer] = []
