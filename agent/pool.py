@@ -8,15 +8,16 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from agent import eviction, swap
 from agent.config import AgentConfig, Model
-from agent.frames import Answer, Done, Failed, Generate, Message, Reported
+from agent.frames import Done, Failed, Generate, Message
 from agent.loader_process import LoaderProcess, LoaderSpec
 from agent.modelstore import ModelSpec, ModelStore
 from agent.routing import ModelView
+from agent.slot import Lease, Loaded, Slot, footprint_bytes, window_of
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 from shared.records import (
@@ -38,72 +39,6 @@ _HOUR_S = 3600.0
 
 log = get_logger("agent.pool")
 T = TypeVar("T")
-
-
-class Loaded(NamedTuple):
-    """What answers: the files and the process that holds them."""
-
-    name: str
-    spec: ModelSpec
-    process: LoaderProcess
-    since_s: float
-
-
-class Slot:
-    """One served model on this node, under one or more names."""
-
-    def __init__(self, model: Model) -> None:
-        self.names = [model.name]
-        self.model = model
-        self.loaded: Loaded | None = None
-        self.spec: ModelSpec | None = None
-        self.state = "cold"
-        self.reason = ""
-        self.in_rotation = True
-        self.restarts = 0
-        self.last_exit = ""
-        self.crashes: deque[float] = deque()
-        self.last_used_s = 0.0
-        self.requests: deque[float] = deque()
-        self.pinned = model.pinned
-        self.standby_bytes = 0
-        self.died_starting = False
-        self.changing = asyncio.Lock()
-        self.changed = asyncio.Event()
-
-    @property
-    def ready(self) -> bool:
-        """Whether a request may be leased now."""
-        return self.loaded is not None and self.in_rotation and self.loaded.process.usable
-
-    @property
-    def leases(self) -> int:
-        """Requests that use the loader."""
-        return self.loaded.process.in_flight if self.loaded else 0
-
-    @property
-    def occupied_bytes(self) -> int:
-        """Planned bytes of what is in memory or on its way there."""
-        held = self.spec.need_bytes if self.spec and (self.loaded or self.state in ("starting", "draining")) else 0
-        return held + self.standby_bytes
-
-    def become(self, state: str, reason: str = "") -> None:
-        """Note the state for people and wake whoever waits for it."""
-        self.state, self.reason = state, reason
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
-class Lease:
-    """The right to use one loader for one request."""
-
-    def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
-        self.version = loaded.spec.version
-
-    def generate(self, request: Generate) -> AsyncGenerator[Answer, None]:
-        """Answers to the request; see LoaderProcess.generate."""
-        return self._loaded.process.generate(request)
 
 
 class Pool:
@@ -455,7 +390,7 @@ class Pool:
     async def _take_window(self, loaded: Loaded) -> None:
         reported = await loaded.process.report()
         if reported is not None:
-            self._windows.append(_window(loaded, reported))
+            self._windows.append(window_of(loaded, reported))
 
     # ---- a loader that ends by itself ----
 
@@ -700,33 +635,3 @@ async def _probe(loader: LoaderProcess, number: int) -> str:
         if isinstance(answer, Done):
             return "" if answer.completion_tok > 0 else f"probe {number + 1} of {PROBES}: the answer is empty"
     return f"probe {number + 1} of {PROBES}: no answer"
-
-
-def _window(loaded: Loaded, reported: Reported) -> EngineWindow:
-    return EngineWindow(
-        model=loaded.name,
-        version=loaded.spec.version,
-        busy_prefill_us=reported.busy_prefill_us,
-        busy_decode_us=reported.busy_decode_us,
-        prefill_tok=reported.prefill_tok,
-        cached_tok=reported.cached_tok,
-        decode_tok=reported.decode_tok,
-        wasted_tok=reported.wasted_tok,
-        steps=reported.steps,
-        queue_max=reported.queue_max,
-        cache_hits=reported.cache_hits,
-        cache_misses=reported.cache_misses,
-        cache_evictions=reported.cache_evictions,
-        cache_bytes=reported.cache_bytes,
-        active_bytes=reported.active_bytes,
-    )
-
-
-def footprint_bytes(pid: int) -> int | None:
-    """Resident bytes of a process as the system counts them; None when it is gone."""
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return None

@@ -5,8 +5,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from agent.collectors.inference import Ledger
 from agent.collectors.reading import Collector, Reading
 from agent.spool import Spool
@@ -156,8 +154,3 @@ class Sampler:
             return Reading({}, {collector.name: f"no answer within {COLLECTOR_DEADLINE_S:g} s"})
         except Exception as error:  # noqa: BLE001  # a sensor must never end the agent
             return Reading({}, {collector.name: type(error).__name__})
-
-
-def as_json(sample: HostSample) -> bytes:
-    """A sample for people and scripts."""
-    return msgspec.json.format(msgspec.json.encode(sample), indent=2)

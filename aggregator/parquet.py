@@ -104,15 +104,6 @@ def read_batches(body: bytes) -> list[Meta]:
     return [_meta(row) for row in _rows(body)]
 
 
-def count(body: bytes) -> int:
-    """How many rows a file holds."""
-    with tempfile.TemporaryDirectory() as folder, _connect() as db:
-        path = Path(folder, "table.parquet")
-        path.write_bytes(body)
-        found = db.execute(f"SELECT count(*) FROM read_parquet({_quoted(path)})").fetchone()
-        return int(found[0]) if found else 0
-
-
 def _rows(body: bytes) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, _connect() as db:
         path = Path(folder, "table.parquet")

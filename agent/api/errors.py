@@ -70,8 +70,8 @@ async def middleware(
             status, code = response.status, ""
         except RackError as error:
             response, code = response_of(error), error.code
-        except web.HTTPRequestEntityTooLarge as error:
-            message = f"the body is over the limit of {error.headers.get('X-Limit') or request.client_max_size} bytes"
+        except web.HTTPRequestEntityTooLarge:
+            message = f"the body is over the limit of {request.client_max_size} bytes (limits.body_bytes)"
             response = response_of(Refused(message, code="body_too_large"))
             code = "body_too_large"
         except web.HTTPException as error:
