@@ -75,7 +75,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pinned: bool = False
     max_tokens: Positive = 4096
     rows: Annotated[int, Meta(ge=1, le=64)] = 8
-    prefill_chunk_tok: Annotated[int, Meta(ge=16, le=8192)] = 256
+    prefill_chunk_tok: Annotated[int, Meta(ge=16, le=8192)] = 512
     stall_s: Seconds = 0.75
     cache_bytes: Annotated[int, Meta(ge=0)] = 256 << 20
     plan_context_tok: Positive = 2048

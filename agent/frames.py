@@ -18,11 +18,22 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="f"):
     pass
 
 
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model wants called; ``arguments`` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of a conversation."""
+    """One turn of a conversation. ``call_id`` names the call whose result a tool's turn is."""
 
     role: str
     content: str
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +55,9 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     """Answer this conversation, or continue ``prompt`` as it stands where there is one.
 
     ``logprobs`` is how many of the likeliest tokens to report at each place, None for no report. ``schema`` is a JSON
-    schema, as text, that the answer has to follow.
+    schema, as text, that the answer has to follow. ``tools`` are function descriptions as JSON text; ``must_call`` is
+    the name of the one to call, "" for any, None when the model decides. ``template_args`` is a JSON object for the
+    chat template.
     """
 
     id: int
@@ -61,6 +74,20 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     schema: str | None = None
+    tools: tuple[str, ...] = ()
+    must_call: str | None = None
+    reasoning_effort: str | None = None
+    template_args: str | None = None
+    request_id: str = ""
+    door: str = ""
+
+
+class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
+    """A vector for each input: texts, or token ids."""
+
+    id: int
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
     request_id: str = ""
     door: str = ""
 
@@ -80,7 +107,7 @@ class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
 
 
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
-    """The model is in memory and warm."""
+    """The model is in memory and warm. ``serves`` is text for a model that writes, vectors for an encoder."""
 
     protocol: int = PROTOCOL
     engine: str
@@ -88,6 +115,7 @@ class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     load_us: int
     active_bytes: int
     blas: str = ""
+    serves: str = "text"
 
 
 class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):
@@ -108,22 +136,45 @@ class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
 
 
 class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
-    """Some more of the answer. ``text`` may be empty while a character or a stop string is incomplete."""
+    """Some more of the answer. ``text`` may be empty while a character or a stop string is incomplete.
+
+    ``reasoning`` is what the model thought before it answered; ``calls`` are complete.
+    """
 
     id: int
     text: str
     count: int
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
     scored: tuple[Scored, ...] = ()
 
 
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):
-    """The answer is complete. ``finish`` is stop or length."""
+    """The answer is complete. ``finish`` is stop, length or tool_calls.
+
+    The times are the engine's: until it was first worked on, for the prompt, for the answer.
+    """
 
     id: int
     finish: str
     prompt_tok: int
     cached_tok: int
     completion_tok: int
+    reasoning_tok: int = 0
+    queue_us: int = 0
+    prefill_us: int = 0
+    decode_us: int = 0
+
+
+class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
+    """The vectors of an Embed, each as little-endian float32; Done follows."""
+
+    id: int
+    vectors: tuple[bytes, ...]
+
+
+class Working(_Frame, frozen=True, kw_only=True, tag="working"):
+    """Sent about once a second while the engine works, whatever it works on: it is alive."""
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
@@ -147,18 +198,39 @@ class Reported(_Frame, frozen=True, kw_only=True, tag="reported"):
     wasted_tok: int = 0
     steps: int = 0
     queue_max: int = 0
+    queue_us: int = 0
+    padding_tok: int = 0
+    kv_peak_bytes: int = 0
+    rebuilds: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+    cache_saved_tok: int = 0
     cache_evictions: int = 0
     cache_bytes: int = 0
     active_bytes: int = 0
+    peak_bytes: int = 0
 
 
 Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
-    Generate, Cancel, Report, Stop, Ready, LoadFailed, Accepted, Tokens, Done, Failed, Reported
+    Generate,
+    Embed,
+    Cancel,
+    Report,
+    Stop,
+    Ready,
+    LoadFailed,
+    Accepted,
+    Tokens,
+    Embedded,
+    Done,
+    Failed,
+    Working,
+    Reported,
 ]
-Answer = Accepted | Tokens | Done | Failed
-"""What a generation yields: Accepted, any number of Tokens, then Done or Failed."""
+Ask = Generate | Embed
+"""What a client can ask of a model."""
+Answer = Accepted | Tokens | Embedded | Done | Failed
+"""What it gets: Accepted, any number of Tokens (or Embedded), then Done or Failed."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

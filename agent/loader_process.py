@@ -13,12 +13,13 @@ import msgspec
 from agent.frames import (
     Accepted,
     Answer,
+    Ask,
     Cancel,
     Decoder,
     Done,
+    Embedded,
     Failed,
     Frame,
-    Generate,
     LoadFailed,
     Ready,
     Report,
@@ -143,7 +144,7 @@ class LoaderProcess:
             raise
         return loader
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Answer, None]:
+    async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
         """Answers to one request. Leaving early cancels it. Raises Retryable when the loader is lost."""
         number = next(self._ids)
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -233,7 +234,7 @@ class LoaderProcess:
         self._writer.close()
 
     def _take(self, frame: Frame) -> None:
-        if isinstance(frame, Accepted | Tokens | Done | Failed):
+        if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
             if frame.id in self._open:
                 self._open[frame.id].put_nowait(frame)
         elif isinstance(frame, Reported):
@@ -257,11 +258,12 @@ class LoaderProcess:
         return f"start loader: it ended before it was ready ({self.cause}){said}"
 
 
-_LEVELS = ("queue_max", "cache_bytes", "active_bytes")
+_PEAKS = ("queue_max", "kv_peak_bytes", "peak_bytes")
+_LEVELS = (*_PEAKS, "cache_bytes", "active_bytes")
 
 
 def _sum(reports: list[Reported]) -> Reported:
-    """Several windows as one: counts add up, levels take the last (the queue its peak)."""
+    """Several windows as one: counts add up, levels take the last, peaks the highest."""
     total = reports[-1]
     for earlier in reports[:-1]:
         counts = {
@@ -269,5 +271,6 @@ def _sum(reports: list[Reported]) -> Reported:
             for name in Reported.__struct_fields__
             if name not in _LEVELS
         }
-        total = msgspec.structs.replace(total, queue_max=max(total.queue_max, earlier.queue_max), **counts)
+        peaks = {name: max(getattr(total, name), getattr(earlier, name)) for name in _PEAKS}
+        total = msgspec.structs.replace(total, **peaks, **counts)
     return total

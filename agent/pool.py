@@ -314,6 +314,7 @@ class Pool:
         arguments = (
             *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
             *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
+            *("--kv-tok", str(model.rows * model.plan_context_tok)),
             *("--stall-s", str(model.stall_s)),
             *("--max-tokens", str(model.max_tokens)),
             *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import psutil
 
 from agent.config import Model
-from agent.frames import Answer, Generate, Reported
+from agent.frames import Answer, Ask, Reported
 from agent.loader_process import LoaderProcess
 from agent.modelstore import ModelSpec
 from shared.records import EngineWindow
@@ -75,7 +75,7 @@ class Lease:
         self._loaded = loaded
         self.version = loaded.spec.version
 
-    def generate(self, request: Generate) -> AsyncGenerator[Answer, None]:
+    def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
         """Answers to the request; see LoaderProcess.generate."""
         return self._loaded.process.generate(request)
 

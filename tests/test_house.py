@@ -44,7 +44,7 @@ def copy(tmp_path: Path) -> Path:
         ("aggregator/cost.py", "import os", "The aggregator's core decides without touching the world"),
         ("shared/records.py", "import pathlib", "The vocabulary is pure"),
         ("agent/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
-        ("agent/daemon.py", "import agent.loader.engine", "The daemon process never loads the engine"),
+        ("agent/daemon.py", "import agent.loader.mlx.engine", "The daemon process never loads the engine"),
         ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
         ("agent/spool.py", "import agent.pool", "Layers of the agent"),
         ("aggregator/window.py", "import aggregator.load", "Layers of the aggregator"),

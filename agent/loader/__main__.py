@@ -18,12 +18,13 @@ def main() -> int:
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
     parser.add_argument("--path", default="", help="model folder")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
-    parser.add_argument("--prefill-chunk", type=int, default=256, help="prompt tokens per step")
+    parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens per step")
     parser.add_argument(
         "--stall-s", type=float, default=0.75, help="longest wait of decoding rows for a prompt's piece"
     )
     parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
     parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
+    parser.add_argument("--kv-tok", type=int, default=8 * 2048, help="tokens of all requests together, in memory")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
     parser.add_argument("--fake-load-s", type=float, default=0.0)
     args = parser.parse_args()
@@ -46,8 +47,11 @@ def _engine(args: argparse.Namespace) -> Engine:
     from agent.loader import blas
 
     name = blas.install()
-    from agent.loader.engine import MLXEngine
+    from agent.loader.mlx.encoder import EncoderEngine, is_encoder
+    from agent.loader.mlx.engine import MLXEngine
 
+    if is_encoder(args.path):
+        return EncoderEngine(args.path, batch_tok=args.prefill_chunk, blas=name)
     return MLXEngine(
         args.path,
         rows=args.rows,
@@ -55,6 +59,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         stall_s=args.stall_s,
         cache_bytes=args.cache_bytes,
         default_max_tokens=args.max_tokens,
+        kv_tok=args.kv_tok,
         blas=name,
     )
 

@@ -6,13 +6,31 @@ message begins with ``!crash`` kills the process, as a GPU out of memory does.
 """
 
 import hashlib
+import json
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.frames import Accepted, Candidate, Done, Failed, Frame, Generate, Ready, Reported, Scored, Tokens
+from agent.frames import (
+    Accepted,
+    Ask,
+    Candidate,
+    Done,
+    Embed,
+    Embedded,
+    Failed,
+    Frame,
+    Generate,
+    Ready,
+    Reported,
+    Scored,
+    Tokens,
+    ToolCall,
+)
+from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
 
 CONTEXT_TOK = 8192
@@ -38,6 +56,7 @@ class FakeEngine:
         self._salt = salt
         self._limit = rows
         self._rows: dict[int, _Row] = {}
+        self._embeds: list[tuple[Embed, int]] = []
         self._window: dict[str, int] = {}
 
     def describe(self) -> Ready:
@@ -45,9 +64,11 @@ class FakeEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows or self._embeds)
 
-    def submit(self, request: Generate) -> Frame:
+    def prepare(self, request: Ask) -> Prepared | Failed:
+        if isinstance(request, Embed):
+            return Prepared(request, tuple([0] * (len(one) // 4 + 1) for one in request.inputs))
         texts = [m.content for m in request.messages] or [request.prompt or ""]
         if texts[-1].startswith("!crash"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -60,12 +81,21 @@ class FakeEngine:
                 message=f"prompt ({prompt_tok} tokens) and max_tokens exceed the context of {CONTEXT_TOK}",
                 param="max_tokens",
             )
-        self._rows[request.id] = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
+        return Prepared(request, ([0] * prompt_tok,), request.max_tokens or 64)
+
+    def submit(self, prepared: Prepared) -> Frame:
+        request = prepared.request
+        prompt_tok = sum(len(prompt) for prompt in prepared.prompts)
         self._count("prefill_tok", prompt_tok)
+        if isinstance(request, Embed):
+            self._embeds.append((request, prompt_tok))
+        else:
+            self._rows[request.id] = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
         self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._rows) - self._limit)
         return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
 
     def cancel(self, request_id: int) -> None:
+        self._embeds = [work for work in self._embeds if work[0].id != request_id]
         row = self._rows.pop(request_id, None)
         if row:
             self._count("wasted_tok", row.made)
@@ -77,6 +107,11 @@ class FakeEngine:
         answers: list[Frame] = []
         for row in list(self._rows.values())[: self._limit]:
             answers += self._advance(row)
+        for embed, prompt_tok in self._embeds:
+            vectors = tuple(_vector(one) for one in embed.inputs)
+            answers.append(Embedded(id=embed.id, vectors=vectors))
+            answers.append(Done(id=embed.id, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0))
+        self._embeds.clear()
         return answers
 
     def _advance(self, row: _Row) -> list[Frame]:
@@ -89,18 +124,19 @@ class FakeEngine:
             chosen = Candidate(text=word, raw=word.encode(), logprob=-0.5)
             scored = (Scored(chosen=chosen, top=(chosen,) * min(1, row.request.logprobs)),)
         limit = row.request.max_tokens or 64
-        if not stopped and row.made < limit:
+        calls = _calls(row.request)
+        if not stopped and not calls and row.made < limit:
             return [Tokens(id=row.request.id, text=text, count=1, scored=scored)]
         del self._rows[row.request.id]
         text += "" if stopped else row.stop.finish()
         done = Done(
             id=row.request.id,
-            finish="stop" if stopped else "length",
+            finish="tool_calls" if calls else "stop" if stopped else "length",
             prompt_tok=row.prompt_tok,
             cached_tok=0,
             completion_tok=row.made,
         )
-        return [Tokens(id=row.request.id, text=text, count=1, scored=scored), done]
+        return [Tokens(id=row.request.id, text="" if calls else text, count=1, calls=calls, scored=scored), done]
 
     def report(self) -> Reported:
         window, self._window = self._window, {}
@@ -111,6 +147,19 @@ class FakeEngine:
 
     def _count(self, name: str, amount: int) -> None:
         self._window[name] = self._window.get(name, 0) + amount
+
+
+def _calls(request: Generate) -> tuple[ToolCall, ...]:
+    """The call that a request insists on, without arguments."""
+    if request.must_call is None:
+        return ()
+    name = request.must_call or json.loads(request.tools[0])["name"]
+    return (ToolCall(id=f"call_{request.id}", name=name, arguments="{}"),)
+
+
+def _vector(text: str | tuple[int, ...]) -> bytes:
+    digest = hashlib.sha256(repr(text).encode()).digest()
+    return struct.pack("<8f", *(byte / 255 for byte in digest[:8]))
 
 
 def _words(request: Generate, salt: str) -> Iterator[str]:

@@ -1,12 +1,26 @@
 """The seam between the loader's loop and an engine."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from agent.frames import Frame, Generate, Ready, Reported
+from agent.frames import Ask, Failed, Frame, Ready, Reported
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with all that can be done before an engine sees it; ``extra`` is the engine's own.
+
+    ``prompts`` are token ids: one conversation or text, or every input of an Embed.
+    """
+
+    request: Ask
+    prompts: tuple[list[int], ...]
+    max_tokens: int = 0
+    extra: Any = None
 
 
 class Engine(Protocol):
-    """A model that answers several requests at a time. One thread owns it and makes every call."""
+    """A model that answers several requests at a time. One thread owns it and makes every call but ``prepare``."""
 
     def describe(self) -> Ready:
         """What was loaded."""
@@ -17,8 +31,13 @@ class Engine(Protocol):
         """Whether step() has work to do."""
         ...
 
-    def submit(self, request: Generate) -> Frame:
-        """Take a request in: Accepted, or Failed when this one cannot be answered."""
+    def prepare(self, request: Ask) -> Prepared | Failed:
+        """Tokens, grammar and limits of a request; Failed when this one cannot be answered. Any one thread may call
+        this while the owner steps, so that a huge prompt holds up nobody's tokens."""
+        ...
+
+    def submit(self, prepared: Prepared) -> Frame:
+        """Take a request in: Accepted, or Failed."""
         ...
 
     def cancel(self, request_id: int) -> None:
@@ -26,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Frame]:
-        """One iteration of the scheduler: Tokens, Done and Failed for any of the requests taken in."""
+        """One iteration of the scheduler: Tokens, Embedded, Done and Failed for any of the requests taken in."""
         ...
 
     def report(self) -> Reported:

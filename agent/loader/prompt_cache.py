@@ -1,80 +1,224 @@
-"""Key/value caches of earlier prompts, by their tokens: least recently used leaves first, counted in bytes.
+"""Key/value states of earlier prompts in a radix tree over their tokens: what prompts share is held once.
 
-Holds opaque caches; trimming and copying them is the engine's business. Finding the longest common prefix looks at
-every entry, which is right for the tens of entries that fit beside a model.
+Each edge of the tree is a run of tokens with the *piece* of state that belongs to exactly these tokens. Pieces are
+opaque here; cutting and measuring them is the engine's business. Where a model's state cannot be cut by tokens
+(recurrent layers, sliding windows) a piece is the state after everything before it, and serves only prompts that go on
+from exactly there.
+
+Leaves are dropped by least recent use. Finding a prompt refreshes all it passed, so a system prompt that many share
+is always younger than the questions that hang on it.
 """
 
-from collections import OrderedDict
+from collections import Counter
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-C = TypeVar("C")
+import numpy as np
+from numpy.typing import NDArray
+
+P = TypeVar("P")
 
 MIN_PREFIX_TOK = 8
 """Shorter common prefixes are not worth a copy."""
+TOKEN_BYTES = 4
+
+Tokens = NDArray[np.int32]
 
 
-class Hit(NamedTuple, Generic[C]):
-    """A stored cache whose first ``common_tok`` of ``stored_tok`` tokens are also the prompt's."""
+class Hit(NamedTuple, Generic[P]):
+    """Pieces in order, of each as many tokens as named; together ``common_tok``."""
 
-    cache: C
+    pieces: list[tuple[P, int]]
     common_tok: int
-    stored_tok: int
 
 
-class PromptCache(Generic[C]):
-    """Entries up to ``budget_bytes``; 0 keeps none."""
+class _Node(Generic[P]):
+    """An edge and what hangs on it. ``piece`` is None where only longer prompts have a state (uncuttable ones)."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
-        self._entries: OrderedDict[tuple[int, ...], tuple[C, int]] = OrderedDict()
+    __slots__ = ("children", "parent", "piece", "size", "tokens", "used")
+
+    def __init__(self, tokens: Tokens, piece: P | None, size: int, parent: "_Node[P] | None") -> None:
+        self.tokens = tokens
+        self.piece = piece
+        self.size = size
+        self.parent = parent
+        self.children: dict[int, _Node[P]] = {}
+        self.used = 0
+
+
+class PromptCache(Generic[P]):
+    """Holds up to ``budget_bytes``; 0 holds nothing.
+
+    ``split(piece, at)`` gives the pieces of the first ``at`` tokens and of the rest; None for states that cannot be
+    cut. ``nbytes(piece)`` is what a piece occupies.
+    """
+
+    def __init__(
+        self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self._nbytes = nbytes
+        self._split = split
+        self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
+        self._clock = 0
+        self._leaves: set[_Node[P]] = set()
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self.evictions = 0
+        self.saved_tok = 0
+        self.evictions: Counter[str] = Counter()
 
-    def find(self, prompt: list[int]) -> Hit[C] | None:
-        """The entry that shares the longest beginning with ``prompt``; the last prompt token is never counted,
-        because one token must be left to start generation from."""
-        best, best_key = 0, None
-        for key in self._entries:
-            common = _common(key, prompt, len(prompt) - 1)
-            if common > best:
-                best, best_key = common, key
-        if best_key is None or best < MIN_PREFIX_TOK:
+    def find(self, prompt: Tokens) -> Hit[P] | None:
+        """The longest beginning of ``prompt`` that is held, counted and made young. The last prompt token is never
+        part of it, because one token must be left to start generation from."""
+        path, common = self._walk(prompt[:-1])
+        if common < MIN_PREFIX_TOK:
             self.misses += 1
             return None
         self.hits += 1
-        self._entries.move_to_end(best_key)
-        return Hit(self._entries[best_key][0], best, len(best_key))
+        self.saved_tok += common
+        self._clock += 1
+        for node, _ in path:
+            node.used = self._clock
+        if self._split is None:
+            last = path[-1][0]
+            assert last.piece is not None
+            return Hit([(last.piece, common)], common)
+        return Hit([(node.piece, taken) for node, taken in path if node.piece is not None], common)
 
-    def peek(self, prompt: list[int]) -> int:
-        """How many of the prompt's tokens ``find`` would find, without counting or renewing anything."""
-        best = max((_common(key, prompt, len(prompt) - 1) for key in self._entries), default=0)
-        return best if best >= MIN_PREFIX_TOK else 0
+    def peek(self, prompt: Tokens) -> int:
+        """How many tokens ``find`` would find, without counting or refreshing anything."""
+        _, common = self._walk(prompt[:-1])
+        return common if common >= MIN_PREFIX_TOK else 0
 
-    def put(self, tokens: list[int], cache: C, size_bytes: int) -> None:
-        """Keep a cache that holds exactly ``tokens``; entries that it makes needless go."""
-        if size_bytes > self._budget or len(tokens) < MIN_PREFIX_TOK:
+    def put(self, tokens: Tokens, piece_of: Callable[[int, int], P]) -> None:
+        """Hold the state of ``tokens``. ``piece_of(begin, end)`` makes the piece of what is not held yet; a state
+        that cannot be cut is asked for as a whole, from 0."""
+        if len(tokens) < MIN_PREFIX_TOK or not self.budget_bytes:
             return
-        key = tuple(tokens)
-        for old in [k for k in self._entries if len(k) <= len(key) and key[: len(k)] == k]:
-            self.bytes -= self._entries.pop(old)[1]
-        while self._entries and self.bytes + size_bytes > self._budget:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self.bytes -= freed
-            self.evictions += 1
-        self._entries[key] = (cache, size_bytes)
-        self.bytes += size_bytes
+        node, held = self._branch(tokens)
+        if held == len(tokens) and (self._split is not None or node.piece is not None):
+            return
+        piece = piece_of(held if self._split is not None else 0, len(tokens))
+        above = _lineage(node)
+        size = self._nbytes(piece) + TOKEN_BYTES * (len(tokens) - held)
+        if sum(one.size for one in above) + size > self.budget_bytes:
+            return  # it would push everything else out and then itself
+        fresh = node
+        if held < len(tokens):
+            fresh = _Node(tokens[held:].copy(), None, 0, node)
+            node.children[int(fresh.tokens[0])] = fresh
+            self._leaves.discard(node)
+        fresh.piece = piece
+        if not fresh.children:
+            self._leaves.add(fresh)
+        self._resize(fresh, self._nbytes(piece) + TOKEN_BYTES * len(fresh.tokens))
+        self._clock += 1
+        for one in (fresh, *above):
+            one.used = self._clock
+        self.shrink(self.budget_bytes, "budget")
+
+    def shrink(self, to_bytes: int, reason: str) -> None:
+        """Drop the least recently used leaves until at most ``to_bytes`` are held."""
+        while self.bytes > to_bytes and self._leaves:
+            leaf = min(self._leaves, key=lambda node: node.used)
+            self.evictions[reason] += 1
+            self._drop(leaf)
 
     def clear(self) -> None:
         """Drop everything; not counted as evictions."""
-        self._entries.clear()
+        self._root.children.clear()
+        self._leaves.clear()
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._leaves)
+
+    def _walk(self, tokens: Tokens) -> tuple[list[tuple[_Node[P], int]], int]:
+        """The edges that ``tokens`` passes, how many tokens of each it uses, and how many of them have a state."""
+        path: list[tuple[_Node[P], int]] = []
+        node, at, usable, usable_at = self._root, 0, 0, 0
+        while at < len(tokens):
+            child = node.children.get(int(tokens[at]))
+            if child is None:
+                break
+            taken = common(child.tokens, tokens[at:])
+            path.append((child, taken))
+            at += taken
+            whole = taken == len(child.tokens)
+            if self._split is not None or (whole and child.piece is not None):
+                usable, usable_at = len(path), at
+            if not whole:
+                break
+            node = child
+        return path[:usable], usable_at
+
+    def _branch(self, tokens: Tokens) -> tuple[_Node[P], int]:
+        """The node up to which ``tokens`` is held; an edge that it leaves half-way is split there."""
+        node, at = self._root, 0
+        while at < len(tokens):
+            child = node.children.get(int(tokens[at]))
+            if child is None:
+                break
+            taken = common(child.tokens, tokens[at:])
+            at += taken
+            if taken < len(child.tokens):
+                return self._divide(child, taken), at
+            node = child
+        return node, at
+
+    def _divide(self, node: _Node[P], at: int) -> _Node[P]:
+        """Make two edges of one; the upper one is returned."""
+        above, parent = None, node.parent
+        assert parent is not None
+        below = node.piece
+        if self._split is not None and node.piece is not None:
+            above, below = self._split(node.piece, at)
+        upper: _Node[P] = _Node(node.tokens[:at].copy(), above, 0, parent)
+        upper.used = node.used
+        parent.children[int(upper.tokens[0])] = upper
+        node.tokens, node.piece, node.parent = node.tokens[at:].copy(), below, upper
+        upper.children[int(node.tokens[0])] = node
+        for part in (upper, node):
+            size = self._nbytes(part.piece) if part.piece is not None else 0
+            self._resize(part, size + TOKEN_BYTES * len(part.tokens))
+        return upper
+
+    def _drop(self, leaf: _Node[P]) -> None:
+        """Take a leaf out, and what above it led to nothing else."""
+        node = leaf
+        while node.parent is not None:
+            parent = node.parent
+            self._resize(node, 0)
+            del parent.children[int(node.tokens[0])]
+            self._leaves.discard(node)
+            if parent.children or parent is self._root:
+                return
+            if parent.piece is not None:
+                self._leaves.add(parent)
+                return
+            node = parent
+
+    def _resize(self, node: _Node[P], size: int) -> None:
+        self.bytes += size - node.size
+        node.size = size
 
 
-def _common(stored: tuple[int, ...], prompt: list[int], limit: int) -> int:
-    limit = min(limit, len(stored))
-    return next((n for n in range(limit) if stored[n] != prompt[n]), limit)
+def _lineage(node: _Node[P]) -> list[_Node[P]]:
+    """A node and all above it."""
+    found = [node]
+    while found[-1].parent is not None:
+        found.append(found[-1].parent)
+    return found
+
+
+def as_tokens(tokens: "tuple[int, ...] | list[int]") -> Tokens:
+    """Token ids as the cache takes them."""
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def common(left: Tokens, right: Tokens) -> int:
+    """Length of the beginning that two runs of tokens share."""
+    length = min(len(left), len(right))
+    differs = np.flatnonzero(left[:length] != right[:length])
+    return int(differs[0]) if len(differs) else length

@@ -1,93 +1,158 @@
 """The loader's loop: frames in, one engine step, frames out; the calling thread owns the engine.
 
-A second thread only reads the socket, so that a cancel or the daemon's end is seen while a step runs.
+A second thread only reads the socket, so that a cancel or the daemon's end is seen while a step runs. A third prepares
+requests (templates, tokens, grammars), so that a huge prompt or an intricate schema holds up nobody's tokens.
 """
 
 import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from agent.frames import (
     Accepted,
+    Ask,
     Cancel,
     Decoder,
     Done,
+    Embed,
     Failed,
     Frame,
     Generate,
     LoadFailed,
     Report,
     Stop,
+    Working,
     encode,
 )
-from agent.loader.generation import Engine
+from agent.loader.generation import Engine, Prepared
 from shared.errors import RackError
 
 EXIT_LOAD_FAILED = 3
 EXIT_ENGINE = 4
 _ORPHAN_GRACE_S = 5.0
+_WORKING_S = 1.0
 
 
 class _Gone:
     """The daemon closed the socket."""
 
 
+class _Asked:
+    """A request has come and is being prepared; its end follows as Prepared or Failed."""
+
+
+Inbox = queue.SimpleQueue[Frame | Prepared | _Asked | _Gone]
+
+
 def serve(sock: socket.socket, make_engine: Callable[[], Engine]) -> int:
     """Load, say so, then answer until told to stop or left alone. Returns the exit status."""
-    inbox: queue.SimpleQueue[Frame | _Gone] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(sock, inbox), daemon=True).start()
+    inbox: Inbox = queue.SimpleQueue()
+    asked: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sock, inbox, asked), daemon=True).start()
     try:
         engine = make_engine()
     except RackError as error:
         _send(sock, [LoadFailed(code=error.code, message=error.message)])
         return EXIT_LOAD_FAILED
+    threading.Thread(target=_prepare, args=(engine, asked, inbox), daemon=True).start()
     try:
         _send(sock, [engine.describe()])
-        return _loop(sock, inbox, engine)
+        return _Loop(sock, inbox, engine).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the daemon is gone; nobody is left to answer
     finally:
         engine.close()
 
 
-def _loop(sock: socket.socket, inbox: "queue.SimpleQueue[Frame | _Gone]", engine: Engine) -> int:
-    open_ids: set[int] = set()
-    stopping = False
-    while True:
-        while not inbox.empty() or not (engine.busy or stopping):
-            frame = inbox.get()
-            if isinstance(frame, _Gone):
+class _Loop:
+    """Takes what came in, steps, sends what came out."""
+
+    def __init__(self, sock: socket.socket, inbox: "Inbox", engine: Engine) -> None:
+        self._sock, self._inbox, self._engine = sock, inbox, engine
+        self._open: set[int] = set()
+        self._dropped: set[int] = set()
+        self._asked = 0
+        self._stopping = False
+        self._said_s = time.monotonic()
+
+    def run(self) -> int:
+        """Until the daemon has gone or says stop; the exit status."""
+        while True:
+            while not self._inbox.empty() or not (self._engine.busy or self._done()):
+                item = self._inbox.get()
+                if isinstance(item, _Gone):
+                    return 0
+                _send(self._sock, self._taken(item))
+            if self._done():
                 return 0
-            stopping = stopping or isinstance(frame, Stop)
-            _send(sock, _taken(frame, engine, open_ids))
-        if stopping and not engine.busy:
-            return 0
-        try:
-            answers = engine.step()
-        except Exception as error:  # noqa: BLE001  # the engine is unusable: say so to every caller, then end
-            _send(sock, [_engine_failed(i, error) for i in sorted(open_ids)])
-            return EXIT_ENGINE
-        open_ids -= {a.id for a in answers if isinstance(a, Done | Failed)}
-        _send(sock, answers)
+            try:
+                answers = self._engine.step()
+            except Exception as error:  # noqa: BLE001  # the engine is unusable: say so to every caller, then end
+                _send(self._sock, [_engine_failed(i, error) for i in sorted(self._open)])
+                return EXIT_ENGINE
+            self._open -= {a.id for a in answers if isinstance(a, Done | Failed)}
+            _send(self._sock, answers + self._sign_of_life())
 
+    def _done(self) -> bool:
+        return self._stopping and not self._engine.busy and not self._asked
 
-def _taken(frame: Frame, engine: Engine, open_ids: set[int]) -> list[Frame]:
-    if isinstance(frame, Generate):
+    def _sign_of_life(self) -> list[Frame]:
+        now = time.monotonic()
+        if now - self._said_s < _WORKING_S:
+            return []
+        self._said_s = now
+        return [Working()]
+
+    def _taken(self, item: "Frame | Prepared | _Asked") -> list[Frame]:
+        if isinstance(item, _Asked):
+            self._asked += 1
+        elif isinstance(item, Prepared | Failed):
+            self._asked -= 1
+            return self._submitted(item)
+        elif isinstance(item, Cancel):
+            if item.id in self._open:
+                self._open.discard(item.id)
+                self._engine.cancel(item.id)
+            else:
+                self._dropped.add(item.id)  # it may still be in preparation
+        elif isinstance(item, Report):
+            return [self._engine.report()]
+        elif isinstance(item, Stop):
+            self._stopping = True
+        return []
+
+    def _submitted(self, item: Prepared | Failed) -> list[Frame]:
+        number = item.id if isinstance(item, Failed) else item.request.id
+        dropped = number in self._dropped
+        # requests are prepared in the order of their ids, so that earlier cancels can mean nothing any more
+        self._dropped = {one for one in self._dropped if one > number}
+        if dropped:
+            return []
+        if isinstance(item, Failed):
+            return [item]
         try:
-            answer = engine.submit(frame)
+            answer = self._engine.submit(item)
         except Exception as error:  # noqa: BLE001  # one request must not end the loader
-            answer = Failed(id=frame.id, code="engine_failed", message=f"not taken ({type(error).__name__})")
+            answer = _not_taken(number, error)
         if isinstance(answer, Accepted):
-            open_ids.add(frame.id)
+            self._open.add(number)
         return [answer]
-    if isinstance(frame, Cancel):
-        open_ids.discard(frame.id)
-        engine.cancel(frame.id)
-    elif isinstance(frame, Report):
-        return [engine.report()]
-    return []
+
+
+def _prepare(engine: Engine, asked: "queue.SimpleQueue[Ask]", inbox: "Inbox") -> None:
+    while True:
+        request = asked.get()
+        try:
+            inbox.put(engine.prepare(request))
+        except Exception as error:  # noqa: BLE001  # one request must not end the loader
+            inbox.put(_not_taken(request.id, error))
+
+
+def _not_taken(request_id: int, error: Exception) -> Failed:
+    return Failed(id=request_id, code="engine_failed", message=f"not taken ({type(error).__name__})")
 
 
 def _engine_failed(request_id: int, error: Exception) -> Failed:
@@ -101,12 +166,16 @@ def _send(sock: socket.socket, frames: list[Frame]) -> None:
         sock.sendall(b"".join(encode(frame) for frame in frames))
 
 
-def _read(sock: socket.socket, inbox: "queue.SimpleQueue[Frame | _Gone]") -> None:
+def _read(sock: socket.socket, inbox: "Inbox", asked: "queue.SimpleQueue[Ask]") -> None:
     decoder = Decoder()
     try:
         while chunk := sock.recv(1 << 16):
             for frame in decoder.feed(chunk):
-                inbox.put(frame)
+                if isinstance(frame, Generate | Embed):
+                    inbox.put(_Asked())
+                    asked.put(frame)
+                else:
+                    inbox.put(frame)
     except (OSError, RackError):
         pass
     inbox.put(_Gone())

@@ -1,5 +1,7 @@
 """Frames, stop strings and the prompt cache: the loader without a model."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +21,8 @@ from agent.frames import (
     encode,
 )
 from agent.loader import scheduling
-from agent.loader.prompt_cache import PromptCache
-from agent.loader.scheduling import Turn
+from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common
+from agent.loader.scheduling import Block, Turn
 from agent.loader.stopping import StopText
 from shared.errors import Refused
 
@@ -110,41 +112,175 @@ def test_a_piece_fits_the_stall(rate: float, stall: float, largest: int, decodin
         assert size <= rate * stall
 
 
-def test_the_longest_common_beginning_is_found() -> None:
-    cache: PromptCache[str] = PromptCache(1_000)
-    cache.put(list(range(20)), "short", 10)
-    cache.put([*range(10), *range(100, 130)], "other", 10)
-    hit = cache.find([*range(10), *range(100, 115), 7])
-    assert hit is not None
-    assert hit == ("other", 25, 40)
-    assert (cache.hits, cache.misses) == (1, 0)
+class Pieces:
+    """A cache whose pieces are the tokens themselves, 10 bytes each, so that what comes back can be read."""
+
+    def __init__(self, budget: int, *, cuttable: bool = True) -> None:
+        split = (lambda piece, at: (piece[:at], piece[at:])) if cuttable else None
+        self.cache: PromptCache[list[int]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
+
+    def put(self, tokens: list[int]) -> list[int]:
+        """Keep; the tokens whose state had to be asked for."""
+        asked: list[int] = []
+
+        def piece_of(begin: int, end: int) -> list[int]:
+            asked[:] = tokens[begin:end]
+            return tokens[begin:end]
+
+        self.cache.put(as_tokens(tokens), piece_of)
+        return asked
+
+    def find(self, tokens: list[int]) -> list[int] | None:
+        """What is found, put together again."""
+        hit = self.cache.find(as_tokens(tokens))
+        if hit is None:
+            return None
+        found = [token for piece, taken in hit.pieces for token in piece[:taken]]
+        assert hit.common_tok == len(found)
+        return found
+
+
+def test_a_shared_beginning_is_held_once() -> None:
+    pieces = Pieces(10_000)
+    system, one, two = list(range(50)), list(range(100, 120)), list(range(200, 230))
+    assert pieces.put(system + one) == system + one
+    assert pieces.put(system + two) == two
+    assert pieces.cache.bytes == (50 + 20 + 30) * (10 + TOKEN_BYTES)
+    assert pieces.find([*system, *two, 7]) == system + two
+    assert pieces.find([*system, *one[:9], 7]) == system + one[:9]
+    assert pieces.put(system) == []
+    assert (pieces.cache.hits, pieces.cache.misses, pieces.cache.saved_tok) == (2, 0, 139)
 
 
 def test_one_token_is_always_left_to_start_from() -> None:
-    cache: PromptCache[str] = PromptCache(1_000)
-    cache.put(list(range(20)), "x", 10)
-    hit = cache.find(list(range(20)))
-    assert hit is not None
-    assert hit.common_tok == 19
+    pieces = Pieces(1_000)
+    pieces.put(list(range(20)))
+    assert pieces.find(list(range(20))) == list(range(19))
+    assert pieces.cache.peek(as_tokens(list(range(20)))) == 19
 
 
 def test_the_least_recently_used_leaves_first() -> None:
-    cache: PromptCache[str] = PromptCache(30)
+    pieces = Pieces(2 * 20 * (10 + TOKEN_BYTES))
     a, b, c = list(range(20)), list(range(100, 120)), list(range(200, 220))
-    cache.put(a, "a", 15)
-    cache.put(b, "b", 15)
-    assert cache.find(a) is not None
-    cache.put(c, "c", 15)
-    assert cache.find(b) is None
-    assert cache.find(a) is not None
-    assert (cache.evictions, cache.bytes) == (1, 30)
+    pieces.put(a)
+    pieces.put(b)
+    assert pieces.find(a) is not None
+    pieces.put(c)
+    assert pieces.find(b) is None
+    assert pieces.find(a) is not None
+    assert dict(pieces.cache.evictions) == {"budget": 1}
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=8, max_size=14), st.integers(1, 30)), max_size=25))
-def test_the_byte_budget_holds(puts: list[tuple[list[int], int]]) -> None:
-    cache: PromptCache[int] = PromptCache(60)
-    for number, (tokens, size) in enumerate(puts):
-        cache.put(tokens, number, size)
-        assert 0 <= cache.bytes <= 60
-    cache.clear()
-    assert (cache.bytes, len(cache)) == (0, 0)
+def test_what_many_share_outlives_the_questions() -> None:
+    each = 10 + TOKEN_BYTES
+    system = list(range(50))
+    pieces = Pieces((50 + 3 * 10) * each)
+    for question in range(9):
+        pieces.put([*system, *range(100 * question + 100, 100 * question + 110)])
+    assert pieces.find([*system, 7]) == system
+    assert pieces.cache.bytes <= 80 * each
+    assert pieces.cache.evictions["budget"] == 6
+
+
+def test_a_state_larger_than_the_budget_pushes_nothing_out() -> None:
+    pieces = Pieces(30 * (10 + TOKEN_BYTES))
+    pieces.put(list(range(20)))
+    pieces.put(list(range(100, 200)))
+    assert pieces.find(list(range(20))) is not None
+    assert not pieces.cache.evictions
+
+
+def test_a_state_that_cannot_be_cut_serves_what_goes_on_from_its_end() -> None:
+    pieces = Pieces(10_000, cuttable=False)
+    first, second = list(range(20)), [*range(20), *range(50, 60)]
+    assert pieces.put(second) == second
+    assert pieces.find([*first, 7]) is None, "nobody has the state after twenty"
+    assert pieces.put(first) == first
+    assert pieces.find([*first, 7]) == first
+    assert pieces.find([*second, 7]) == second
+    assert pieces.find([*second[:25], 7]) == first
+    assert pieces.find(first) is None, "one token is needed to start from"
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
+
+
+@given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=30), st.integers(1, 900), st.booleans())
+def test_the_tree_is_sound_whatever_is_put_in(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
+    """The budget holds, the books are right, and what is found is a beginning of what was asked for."""
+    pieces = Pieces(budget, cuttable=cuttable)
+    for putting, tokens in acts:
+        if putting:
+            pieces.put(tokens)
+        else:
+            found = pieces.find(tokens)
+            assert found is None or (found == tokens[: len(found)] and len(found) < len(tokens))
+        assert 0 <= pieces.cache.bytes <= budget
+        assert pieces.cache.bytes == sum(n.size for n in nodes(pieces.cache))
+        for node in nodes(pieces.cache):
+            assert node.children or node.piece is not None, "nothing hangs there without a state"
+            assert bool(node.children) != (node in pieces.cache._leaves)
+    pieces.cache.shrink(0, "pressure")
+    assert (pieces.cache.bytes, nodes(pieces.cache)) == (0, [])
+
+
+def nodes(cache: PromptCache[list[int]]) -> list[Any]:
+    found, left = [], list(cache._root.children.values())
+    while left:
+        node = left.pop()
+        found.append(node)
+        left += node.children.values()
+    return found
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS), max_size=6))
+def test_an_ample_cache_finds_the_longest_beginning(pairs: list[tuple[list[int], list[int]]]) -> None:
+    pieces, kept = Pieces(1 << 20), []
+    for put, asked in pairs:
+        pieces.put(put)
+        kept += [put] if len(put) >= MIN_PREFIX_TOK else []
+        best = max((common(as_tokens(one), as_tokens(asked[:-1])) for one in kept), default=0)
+        assert pieces.cache.peek(as_tokens(asked)) == (best if best >= MIN_PREFIX_TOK else 0)
+
+
+def test_short_prompts_are_worked_on_together_up_to_one_piece() -> None:
+    lead = Turn(1, 40, 0.0)
+    others = [Turn(2, 60, 0.0), Turn(3, 40, 0.0), Turn(4, 500, 0.0), Turn(5, 41, 0.0)]
+    assert scheduling.together(lead, others, 500.0, 256) == [1, 3, 5, 2]
+    assert scheduling.together(lead, others, 500.0, 130) == [1, 3, 5]
+    assert scheduling.together(Turn(1, 900, 0.0), others, 500.0, 256) == [1], "a long one is worked on alone"
+
+
+@given(st.integers(1, 300), st.lists(st.integers(1, 300), max_size=20), st.integers(32, 2048), st.floats(0, 5000))
+def test_a_piece_is_never_larger_with_company(lead: int, others: list[int], largest: int, rate: float) -> None:
+    turns = [Turn(number, left, 0.0) for number, left in enumerate(others, start=2)]
+    ids = scheduling.together(Turn(1, lead, 0.0), turns, rate, largest)
+    left = {1: lead} | {turn.id: turn.left_tok for turn in turns}
+    assert ids[0] == 1
+    assert len(ids) == len(set(ids))
+    assert len(ids) == 1 or len(ids) * max(left[n] for n in ids) <= largest
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length", "weights", "where"),
+    [
+        ([], 10, 1000.0, None),
+        ([Block(7, 20)], 4096, 1000.0, None),
+        ([Block(7, 20)], 4096, 1e6, 0),
+        ([Block(1, 4100)], 8, 1000.0, None),
+        ([Block(1, 4100)], 8, 1e6, 0),
+        ([Block(1, 4100), Block(3, 30)], 8, 1000.0, 1),
+        ([Block(1, 4100), Block(3, 30)], 4000, 1000.0, 0),
+        ([Block(0, 0)], 500, 1000.0, 0),
+    ],
+)
+def test_a_row_goes_where_it_adds_least(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
+    assert scheduling.place(blocks, length, weights) == where
+
+
+def test_memory_is_counted_with_padding() -> None:
+    assert Block(8, 300).padded_tok == 8 * 512
+    assert scheduling.fits([], None, 10**9, 1), "somebody has to be first"
+    assert scheduling.fits([Block(1, 256)], 0, 100, 512)
+    assert not scheduling.fits([Block(1, 256)], 0, 257, 512)
+    assert scheduling.fits([Block(1, 4096)], None, 200, 4352)

@@ -10,10 +10,10 @@ import jsonschema
 import msgspec
 import pytest
 
-from agent.frames import Accepted, Done, Failed, Frame, Generate, Message, Scored, Tokens
-from agent.loader.engine import MLXEngine
+from agent.frames import Accepted, Ask, Done, Failed, Frame, Generate, Message, Scored, Tokens
 from agent.loader.fake_engine import FakeEngine
 from agent.loader.generation import Engine
+from agent.loader.mlx.engine import MLXEngine
 from shared.errors import Refused
 
 
@@ -33,9 +33,14 @@ def ask(number: int, text: str = "hello there", **more: object) -> Generate:
     return Generate(id=number, model="m", messages=(Message(role="user", content=text),), **values)  # type: ignore[arg-type]
 
 
+def submit(engine: Engine, request: Ask) -> Frame:
+    prepared = engine.prepare(request)
+    return prepared if isinstance(prepared, Failed) else engine.submit(prepared)
+
+
 def run(engine: Engine, *requests: Generate) -> dict[int, list[Frame]]:
     """Submit all, step until idle; answers by request."""
-    got: dict[int, list[Frame]] = {r.id: [engine.submit(r)] for r in requests}
+    got: dict[int, list[Frame]] = {r.id: [submit(engine, r)] for r in requests}
     while engine.busy:
         for answer in engine.step():
             assert isinstance(answer, Tokens | Done | Failed)
@@ -92,15 +97,15 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: Engine) -> None:
 
 
 def test_too_long_a_request_is_refused_and_the_next_one_is_not(engine: Engine) -> None:
-    refused = engine.submit(ask(1, max_tokens=10**6))
+    refused = submit(engine, ask(1, max_tokens=10**6))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("context_length_exceeded", "max_tokens")
     assert done_of(run(engine, ask(2))[2])
 
 
 def test_a_cancelled_request_leaves_nothing_behind(engine: Engine) -> None:
-    engine.submit(ask(1, max_tokens=200))
-    engine.submit(ask(2))
+    submit(engine, ask(1, max_tokens=200))
+    submit(engine, ask(2))
     engine.step()
     engine.cancel(1)
     engine.cancel(99)
@@ -145,15 +150,15 @@ def test_a_cached_prefix_gives_the_same_answer(mlx: MLXEngine, tiny_model: Path)
 
 def test_a_broken_batch_is_rebuilt_and_the_answers_are_the_same(mlx: MLXEngine) -> None:
     alone = {n: text_of(run(mlx, ask(n, f"question {n}", temperature=0.8, seed=n))[n]) for n in (1, 2)}
-    got: dict[int, list[Frame]] = {n: [mlx.submit(ask(n, f"question {n}", temperature=0.8, seed=n))] for n in (1, 2)}
+    got: dict[int, list[Frame]] = {n: [submit(mlx, ask(n, f"question {n}", temperature=0.8, seed=n))] for n in (1, 2)}
     for _ in range(4):
         for answer in mlx.step():
             got[answer.id].append(answer)  # type: ignore[union-attr]
 
-    def broken() -> None:
+    def broken(chunk_tok: int) -> None:
         raise RuntimeError("as if one row had broken the batch")
 
-    mlx._batch.next = broken
+    mlx._batches[0].step = broken  # type: ignore[method-assign, assignment]
     while mlx.busy:
         for answer in mlx.step():
             got[answer.id].append(answer)  # type: ignore[union-attr]
@@ -214,9 +219,9 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one(mlx: MLXEngine) -> None:
     alone = {n: text_of(run(mlx, msgspec.structs.replace(r, id=n + 10))[n + 10]) for n, r in ((1, long), (2, short))}
     mlx._cache.clear()
     ends: list[int] = []
-    got: dict[int, list[Frame]] = {1: [mlx.submit(long)]}
+    got: dict[int, list[Frame]] = {1: [submit(mlx, long)]}
     mlx.step()
-    got[2] = [mlx.submit(short)]
+    got[2] = [submit(mlx, short)]
     while mlx.busy:
         for answer in mlx.step():
             assert isinstance(answer, Tokens | Done)
@@ -228,7 +233,7 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one(mlx: MLXEngine) -> None:
 
 
 def test_half_a_prompt_is_kept_when_it_is_cancelled(mlx: MLXEngine) -> None:
-    mlx.submit(ask(1, "y" * 300))
+    submit(mlx, ask(1, "y" * 300))
     for _ in range(5):
         mlx.step()
     mlx.cancel(1)
@@ -242,7 +247,7 @@ def test_more_requests_than_rows_wait_their_turn(mlx: MLXEngine) -> None:
     answers = run(mlx, *(ask(n, f"question {n}", max_tokens=5) for n in range(1, 13)))
     assert all(done_of(a).completion_tok <= 5 for a in answers.values())
     assert mlx.report().queue_max >= 8
-    assert (len(mlx._rows), len(mlx._waiting), mlx._by_uid) == (0, 0, {})
+    assert (len(mlx._rows), mlx._waiting, mlx._prefilling, [b.rows for b in mlx._batches]) == (0, [], [], [{}])
 
 
 def scored_of(answers: list[Frame]) -> list[Scored]:
@@ -267,7 +272,7 @@ def test_penalties_and_bias_change_one_row_alone(mlx: MLXEngine) -> None:
     mixed = run(mlx, ask(2), ask(3, logit_bias=((banned, 100.0),)), ask(4, presence_penalty=2.0, frequency_penalty=2.0))
     assert plain == text_of(mixed[2])
     assert {"a"} == set(text_of(mixed[3]))
-    refused = mlx.submit(ask(5, logit_bias=((10**6, 1.0),)))
+    refused = submit(mlx, ask(5, logit_bias=((10**6, 1.0),)))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("invalid_value", "logit_bias")
 
@@ -276,11 +281,11 @@ def test_penalties_are_openais() -> None:
     """logit - count x frequency - presence, over what was generated: the prompt (here 1 and 2) is not punished."""
     import mlx.core as mx
 
-    from agent.loader.engine import _penalty
+    from agent.loader.mlx.sampling import penalty
 
-    changed: Any = _penalty(0.5, 0.25, 2)(mx.array([1, 2, 5, 5, 7]), mx.zeros((1, 9))).tolist()
+    changed: Any = penalty(0.5, 0.25, 2)(mx.array([1, 2, 5, 5, 7]), mx.zeros((1, 9))).tolist()
     assert changed == [[0, 0, 0, 0, 0, -1.25, 0, -0.75, 0]]
-    assert _penalty(1.0, 1.0, 2)(mx.array([1, 2]), mx.zeros((1, 3))).tolist() == [[0, 0, 0]]
+    assert penalty(1.0, 1.0, 2)(mx.array([1, 2]), mx.zeros((1, 3))).tolist() == [[0, 0, 0]]
 
 
 def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
@@ -322,14 +327,14 @@ def test_a_schema_survives_a_rebuilt_batch(mlx: MLXEngine) -> None:
         1, schema=json.dumps({**schema, "additionalProperties": False}), max_tokens=300, temperature=0.7, seed=3
     )
     whole = text_of(run(mlx, request)[1])
-    got: list[Frame] = [mlx.submit(request)]
+    got: list[Frame] = [submit(mlx, request)]
     for _ in range(6):
         got += mlx.step()
 
-    def broken() -> None:
+    def broken(chunk_tok: int) -> None:
         raise RuntimeError("as if a row had broken the batch")
 
-    mlx._batch.next = broken
+    mlx._batches[0].step = broken  # type: ignore[method-assign, assignment]
     while mlx.busy:
         got += mlx.step()
     assert whole == text_of(got)
@@ -340,7 +345,7 @@ def test_a_schema_survives_a_rebuilt_batch(mlx: MLXEngine) -> None:
     "schema", ['{"type": "objekt"}', '{"type": "string", "pattern": "("}', '{"$ref": "#/nowhere"}']
 )
 def test_a_schema_that_cannot_be_followed_is_refused_by_name(mlx: MLXEngine, schema: str) -> None:
-    refused = mlx.submit(ask(1, schema=schema))
+    refused = submit(mlx, ask(1, schema=schema))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("invalid_value", "response_format")
     assert not mlx.busy
@@ -350,7 +355,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(mlx: MLXEngine, sch
 def test_no_schema_ends_the_loader(mlx: MLXEngine) -> None:
     deep = '{"type": "object", "properties": {"a": ' * 200 + '{"type": "integer"}' + "}}" * 200
     for schema in (deep, "[]", "true", "not json", '{"type": "object", "properties": 5}', '{"enum": []}'):
-        answer = mlx.submit(ask(1, schema=schema, max_tokens=3))
+        answer = submit(mlx, ask(1, schema=schema, max_tokens=3))
         assert isinstance(answer, Accepted | Failed), schema
         mlx.cancel(1)
     assert text_of(run(mlx, ask(2))[2])

@@ -1,0 +1,238 @@
+"""A BERT-class encoder in MLX: token ids in, one vector per text out. For models that give embeddings alone.
+
+The layout of the weights and of ``config.json`` is Hugging Face's for ``BertModel`` (Devlin et al. 2018); pooling is
+read from the folder's ``1_Pooling/config.json`` as sentence-transformers writes it, the mean where there is none.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from tokenizers import Tokenizer
+
+from agent.frames import Accepted, Ask, Done, Embed, Embedded, Failed, Frame, Ready, Reported
+from agent.loader.blas import REFERENCE
+from agent.loader.generation import Prepared
+from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
+from agent.loader.mlx.pooling import unit_bytes
+
+_KINDS = ("bert",)
+
+
+def is_encoder(path: str) -> bool:
+    """Whether a model folder holds an encoder; False for one that cannot be read, whose loading will say why."""
+    try:
+        return json.loads((Path(path) / "config.json").read_bytes()).get("model_type") in _KINDS
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+class _Attention(nn.Module):
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, size)
+        self.heads = heads
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        batch, length, size = x.shape
+
+        def by_head(y: mx.array) -> mx.array:
+            return y.reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
+
+        q, k, v = by_head(self.query(x)), by_head(self.key(x)), by_head(self.value(x))
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(size // self.heads) ** -0.5, mask=mask)
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, length, size)
+
+
+class _Layer(nn.Module):
+    def __init__(
+        self, size: int, heads: int, inner: int, eps: float, activation: Callable[[mx.array], mx.array]
+    ) -> None:
+        super().__init__()
+        self.attention = _Attention(size, heads)
+        self.attention_out, self.attention_norm = nn.Linear(size, size), nn.LayerNorm(size, eps=eps)
+        self.up, self.down, self.norm = nn.Linear(size, inner), nn.Linear(inner, size), nn.LayerNorm(size, eps=eps)
+        self._activation = activation
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        x = self.attention_norm(x + self.attention_out(self.attention(x, mask)))
+        return self.norm(x + self.down(self._activation(self.up(x))))
+
+
+class Bert(nn.Module):
+    """The encoder: ids (texts, tokens) and mask (1 where there is a token) -> hidden states (texts, tokens, size)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        size, eps = int(config["hidden_size"]), float(config.get("layer_norm_eps", 1e-12))
+        activations = {"gelu": nn.gelu, "gelu_new": nn.gelu_approx, "relu": nn.relu}
+        activation = activations[config.get("hidden_act", "gelu")]
+        heads, inner = int(config["num_attention_heads"]), int(config["intermediate_size"])
+        self.words = nn.Embedding(int(config["vocab_size"]), size)
+        self.positions = nn.Embedding(int(config["max_position_embeddings"]), size)
+        self.types = nn.Embedding(int(config.get("type_vocab_size", 2)), size)
+        self.norm = nn.LayerNorm(size, eps=eps)
+        self.layers = [_Layer(size, heads, inner, eps, activation) for _ in range(int(config["num_hidden_layers"]))]
+
+    def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
+        x = self.words(ids) + self.positions(mx.arange(ids.shape[1])) + self.types(mx.zeros_like(ids))
+        x = self.norm(x)
+        hidden_from = mx.where(mask[:, None, None, :] > 0, 0.0, -1e9).astype(x.dtype)
+        for layer in self.layers:
+            x = layer(x, hidden_from)
+        return x
+
+
+_NAMES = (
+    ("embeddings.word_embeddings.", "words."),
+    ("embeddings.position_embeddings.", "positions."),
+    ("embeddings.token_type_embeddings.", "types."),
+    ("embeddings.LayerNorm.", "norm."),
+    ("encoder.layer.", "layers."),
+    (".attention.self.", ".attention."),
+    (".attention.output.dense.", ".attention_out."),
+    (".attention.output.LayerNorm.", ".attention_norm."),
+    (".intermediate.dense.", ".up."),
+    (".output.dense.", ".down."),
+    (".output.LayerNorm.", ".norm."),
+)
+
+
+def _renamed(name: str) -> str | None:
+    """A weight's name here; None for what a vector needs not (pooler, position ids)."""
+    name = name.removeprefix("bert.")
+    if name.startswith(("pooler.", "cls.")) or name.endswith("position_ids"):
+        return None
+    for theirs, ours in _NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+@dataclass
+class _Work:
+    request: Embed
+    inputs: deque[list[int]]
+    prompt_tok: int
+    vectors: list[bytes] = field(default_factory=list)
+    since_s: float = field(default_factory=time.perf_counter)
+
+
+class EncoderEngine:
+    """Engine over one encoder. Raises Refused from the constructor when it cannot be loaded."""
+
+    def __init__(self, path: str, *, batch_tok: int = 512, blas: str = REFERENCE) -> None:
+        began = time.perf_counter()
+        never_wire_memory()
+        self._folder = Path(path)
+        self._blas = blas
+        self._batch_tok = batch_tok
+        try:
+            self._load()
+        except Exception as error:  # noqa: BLE001  # whatever the files provoke
+            raise cannot_load(self._folder, error) from None
+        self._work: dict[int, _Work] = {}
+        self._window: dict[str, int] = {}
+        self._vectors([[0]])
+        self._load_us = int((time.perf_counter() - began) * 1e6)
+
+    def _load(self) -> None:
+        config = json.loads((self._folder / "config.json").read_bytes())
+        self._limit_tok = int(config["max_position_embeddings"])
+        self._vocabulary = int(config["vocab_size"])
+        self._tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._by_first = _pools_by_first(self._folder)
+        self._model = Bert(config)
+        weights: Any = mx.load(str(next(self._folder.glob("*.safetensors"))))
+        named = [(_renamed(name), array) for name, array in weights.items()]
+        self._model.load_weights([(name, array) for name, array in named if name is not None])
+        mx.eval(self._model.parameters())
+
+    def describe(self) -> Ready:
+        return Ready(
+            engine="mlx",
+            context_tok=self._limit_tok,
+            load_us=self._load_us,
+            active_bytes=mx.get_active_memory(),
+            blas=self._blas,
+            serves="vectors",
+        )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._work)
+
+    def prepare(self, request: Ask) -> Prepared | Failed:
+        if not isinstance(request, Embed):
+            message = f"{request.model} gives embeddings and writes no text; ask it at /v1/embeddings"
+            return Failed(id=request.id, code="unsupported_parameter", message=message, param="model")
+        return embedding_inputs(
+            request, lambda text: self._tokenizer.encode(text).ids, self._limit_tok, self._vocabulary
+        )
+
+    def submit(self, prepared: Prepared) -> Frame:
+        request = prepared.request
+        assert isinstance(request, Embed)
+        total = sum(len(ids) for ids in prepared.prompts)
+        self._work[request.id] = _Work(request, deque(prepared.prompts), total)
+        return Accepted(id=request.id, prompt_tok=total, cached_tok=0)
+
+    def cancel(self, request_id: int) -> None:
+        self._work.pop(request_id, None)
+
+    def step(self) -> list[Frame]:
+        """Vectors for as many inputs as fit one padded batch, of the request with the fewest left."""
+        began = time.perf_counter()
+        work = min(self._work.values(), key=lambda one: (len(one.inputs), one.request.id))
+        batch: list[list[int]] = []
+        while work.inputs and (not batch or (len(batch) + 1) * _longest(batch, work.inputs[0]) <= self._batch_tok):
+            batch.append(work.inputs.popleft())
+        work.vectors += self._vectors(batch)
+        self._count("busy_prefill_us", int((time.perf_counter() - began) * 1e6))
+        self._count("prefill_tok", sum(len(ids) for ids in batch))
+        self._count("steps", 1)
+        if work.inputs:
+            return []
+        del self._work[work.request.id]
+        us = int((time.perf_counter() - work.since_s) * 1e6)
+        number, vectors = work.request.id, tuple(work.vectors)
+        done = Done(id=number, finish="stop", prompt_tok=work.prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us)
+        return [Embedded(id=number, vectors=vectors), done]
+
+    def report(self) -> Reported:
+        window, self._window = self._window, {}
+        return Reported(**window, active_bytes=mx.get_active_memory())
+
+    def close(self) -> None:
+        self._work.clear()
+        mx.synchronize()
+
+    def _vectors(self, batch: list[list[int]]) -> list[bytes]:
+        longest = max(len(ids) for ids in batch)
+        ids = mx.array([one + [0] * (longest - len(one)) for one in batch])
+        mask = mx.array([[1.0] * len(one) + [0.0] * (longest - len(one)) for one in batch])
+        hidden = self._model(ids, mask)
+        pooled = hidden[:, 0] if self._by_first else (hidden * mask[:, :, None]).sum(axis=1)
+        mx.eval(pooled)
+        return [unit_bytes(pooled[number]) for number in range(len(batch))]
+
+    def _count(self, name: str, amount: int) -> None:
+        self._window[name] = self._window.get(name, 0) + amount
+
+
+def _longest(batch: list[list[int]], one: list[int]) -> int:
+    return max([len(ids) for ids in batch] + [len(one)])
+
+
+def _pools_by_first(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "1_Pooling" / "config.json").read_bytes()).get("pooling_mode_cls_token"))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,615 @@
+"""The engine over one mlx-lm model: requests join and leave running batches, and nothing one does reaches another.
+
+Prompts are prefilled in chunks, the shortest first; decoding rows wait for one chunk at most. Rows of very unequal
+length are decoded in different batches. States of prompts are kept in a radix tree; requests that share a long
+beginning wait for the first of them instead of computing it again. A batch that breaks is rebuilt from what is known of
+its rows, and their answers come out the same.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from agent.frames import (
+    Accepted,
+    Ask,
+    Candidate,
+    Done,
+    Embed,
+    Embedded,
+    Failed,
+    Frame,
+    Generate,
+    Message,
+    Ready,
+    Reported,
+    Scored,
+    Tokens,
+)
+from agent.loader.blas import REFERENCE
+from agent.loader.generation import Prepared
+from agent.loader.mlx import kv, pooling, sampling
+from agent.loader.mlx.batch import Batch, Entry
+from agent.loader.mlx.model import TextModel
+from agent.loader.mlx.row import Row
+from agent.loader.prompt_cache import PromptCache, as_tokens, common
+from agent.loader.scheduling import Block, chunk_tok, first, fits, place, together, yields
+from agent.loader.stopping import StopText
+from shared.errors import Refused
+
+_WARM_PROMPT = "Say hello to everybody who came today. " * 12
+SHARE_TOK = 64
+"""A beginning of so many tokens is worth waiting for the request that computes it."""
+GROWTH_TOK = 256
+"""Room for an answer's beginning that must be there when a row comes in."""
+_MEASURED_TOK = 32
+"""Pieces below this say nothing about the speed of prefill."""
+MAX_BREAKS = 3
+
+
+@dataclass
+class _Embedding:
+    """Inputs that still wait for their vectors."""
+
+    request: Embed
+    inputs: deque[list[int]]
+    vectors: list[bytes]
+    prompt_tok: int
+    since_s: float
+
+
+class MLXEngine:
+    """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded.
+
+    ``kv_tok`` bounds the tokens of all rows together, padding included.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        rows: int = 8,
+        prefill_chunk_tok: int = 512,
+        stall_s: float = 0.75,
+        cache_bytes: int = 0,
+        default_max_tokens: int = 4096,
+        kv_tok: int = 8 * 2048,
+        blas: str = REFERENCE,
+    ) -> None:
+        began = time.perf_counter()
+        self._model = TextModel(Path(path), limit_tok=kv_tok, default_max_tokens=default_max_tokens)
+        self._blas = blas
+        self._rows_limit = rows
+        self._kv_tok = kv_tok
+        self._chunk = prefill_chunk_tok
+        self._stall_s = stall_s
+        self._rate_tok_per_s = 0.0
+        self._waiting: list[Row] = []
+        self._prefilling: list[Row] = []
+        self._rows: dict[int, Row] = {}
+        self._batches: list[Batch] = []
+        self._embeddings: dict[int, _Embedding] = {}
+        self._failed: list[Frame] = []
+        self._sliceable = kv.sliceable(make_prompt_cache(self._model.weights))
+        self._cache: PromptCache[Any] = (
+            PromptCache(cache_bytes, kv.nbytes, kv.split)
+            if self._sliceable
+            else PromptCache(cache_bytes, kv.layers_nbytes)
+        )
+        self._weights_tok = 0.0
+        self._window: dict[str, int] = {}
+        self._reported_cache = (0, 0, 0, 0)
+        self._warm_up()
+        self._load_us = int((time.perf_counter() - began) * 1e6)
+
+    def describe(self) -> Ready:
+        return Ready(
+            engine="mlx",
+            context_tok=self._model.context_tok,
+            load_us=self._load_us,
+            active_bytes=mx.get_active_memory(),
+            blas=self._blas,
+        )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._embeddings or self._failed)
+
+    def prepare(self, request: Ask) -> Prepared | Failed:
+        if isinstance(request, Generate):
+            return self._model.prepare(request)
+        return self._model.prepare_embedding(request)
+
+    def submit(self, prepared: Prepared) -> Frame:
+        request = prepared.request
+        if isinstance(request, Embed):
+            total = sum(len(prompt) for prompt in prepared.prompts)
+            waiting = deque(prepared.prompts)
+            self._embeddings[request.id] = _Embedding(request, waiting, [], total, time.perf_counter())
+            return Accepted(id=request.id, prompt_tok=total, cached_tok=0)
+        prompt = prepared.prompts[0]
+        array = as_tokens(prompt)
+        expected = self._cache.peek(array)
+        row = Row(
+            request=request,
+            prompt=prompt,
+            max_tokens=prepared.max_tokens,
+            extra=prepared.extra,
+            detokenizer=self._model.tokenizer.detokenizer,
+            stop=StopText(request.stop),
+            speech=prepared.extra.speech(request),
+            left_tok=len(prompt) - expected,
+            array=array,
+        )
+        self._rows[request.id] = row
+        self._waiting.append(row)
+        self._queue_behind(self._prefilling, [row])
+        self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._waiting))
+        return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
+
+    def cancel(self, request_id: int) -> None:
+        self._embeddings.pop(request_id, None)
+        row = self._rows.pop(request_id, None)
+        if row is None:
+            return
+        self._count("wasted_tok", len(row.made))
+        if row in self._waiting:
+            self._waiting.remove(row)
+            if row.partial is not None:
+                self._keep(row.partial)
+        else:
+            self._keep(self._taken_out(row))
+        self._release(row)
+
+    def step(self) -> list[Frame]:
+        began = time.perf_counter()
+        answers, self._failed = self._failed, []
+        self._make_room()
+        self._schedule(began)
+        largest = self._chunk_tok()
+        prompt_s = 0.0
+        for batch in list(self._batches):
+            try:
+                worked = batch.step(largest)
+            except Exception:  # noqa: BLE001  # whatever one row did, the others go on
+                answers += self._rebuild(batch)
+                continue
+            self._count_padding(batch)
+            for response in worked.prefilled:
+                self._progress(batch.rows[response.uid], response)
+            for response in worked.generated:
+                answers += self._advance(batch, response)
+            self._measure(worked.prompt_tok, worked.prompt_s)
+            prompt_s += worked.prompt_s
+            self._count("decode_tok", len(worked.generated))
+        self._close_idle()
+        prompt_s += self._embed_next(answers)
+        prefill_us = int(prompt_s * 1e6)
+        self._count("busy_prefill_us", prefill_us)
+        self._count("busy_decode_us", max(0, int((time.perf_counter() - began) * 1e6) - prefill_us))
+        self._count("steps", 1)
+        return answers
+
+    def report(self) -> Reported:
+        window, self._window = self._window, {}
+        cache = self._cache
+        before = self._reported_cache
+        self._reported_cache = now = (cache.hits, cache.misses, cache.saved_tok, cache.evictions.total())
+        hits, misses, saved, evictions = (after - earlier for after, earlier in zip(now, before, strict=True))
+        peak = mx.get_peak_memory()
+        mx.reset_peak_memory()
+        return Reported(
+            **window,
+            cache_hits=hits,
+            cache_misses=misses,
+            cache_saved_tok=saved,
+            cache_evictions=evictions,
+            cache_bytes=cache.bytes,
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=peak,
+        )
+
+    def close(self) -> None:
+        for batch in self._batches:
+            batch.close()
+        self._batches.clear()
+        self._cache.clear()
+        mx.synchronize()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the running rows' keys and values, padding included."""
+        return sum(batch.kv_bytes for batch in self._batches)
+
+    # who is worked on
+
+    def _schedule(self, now_s: float) -> None:
+        """Begin the next prompts when none is being worked on, or in the place of one that yields."""
+        ready = [row for row in self._waiting if row.behind is None]
+        if not ready:
+            return
+        rate = self._rate_tok_per_s
+        best = self._rows[first([row.turn(now_s) for row in ready], rate).id]
+        if len(self._prefilling) == 1:
+            current = self._prefilling[0]
+            if yields(current.turn(now_s), best.turn(now_s), rate) and self._room_for(best):
+                self._set_aside(current)
+        if not self._prefilling and self._room_for(best):
+            self._begin(self._group(best, ready, now_s), now_s)
+
+    def _room_for(self, row: Row) -> bool:
+        running = sum(len(batch.rows) for batch in self._batches)
+        if running - len(self._prefilling) >= self._rows_limit:
+            return False
+        blocks = self._blocks()
+        length = self._planned_tok(row)
+        return fits(blocks, place(blocks, length, self._weights_tok), length, self._kv_tok)
+
+    def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
+        """Those that are prefilled with ``best`` in one piece: short prompts of which none waits for another's work."""
+        if best.breaks:
+            return [best]
+        others = [row for row in ready if row is not best and not row.breaks]
+        self._queue_behind([best], others)
+        turns = [row.turn(now_s) for row in others if row.behind is None]
+        ids = together(best.turn(now_s), turns, self._rate_tok_per_s, self._chunk_tok())
+        group: list[Row] = []
+        for row in (self._rows[number] for number in ids):
+            self._queue_behind(group, [row])
+            if row.behind is None:
+                group.append(row)
+        return group
+
+    def _begin(self, group: list[Row], now_s: float) -> None:
+        """Put rows into batches, as long as there is room."""
+        room = self._rows_limit - sum(len(batch.rows) for batch in self._batches)
+        blocks = self._blocks()
+        chosen: dict[int | None, list[Row]] = {}
+        for row in group[:room]:
+            length = self._planned_tok(row)
+            at = place(blocks, length, self._weights_tok)
+            if row.breaks > 1:
+                at = None
+            if not fits(blocks, at, length, self._kv_tok) and (chosen or self._batches_hold_rows()):
+                break
+            if at is None:
+                at = len(blocks)
+                blocks.append(Block(0, 0))
+            blocks[at] = blocks[at].joined(length)
+            chosen.setdefault(at, []).append(row)
+        for at, rows in chosen.items():
+            assert at is not None
+            while at >= len(self._batches):
+                self._batches.append(Batch(self._model.weights, self._model.ends, self._rows_limit, self._chunk))
+            self._join(self._batches[at], rows, now_s)
+
+    def _join(self, batch: Batch, rows: list[Row], now_s: float) -> None:
+        joining, entries = [], []
+        for row in rows:
+            self._waiting.remove(row)
+            row.begun_s = row.begun_s or now_s
+            try:
+                entries.append(self._entry(row))
+                joining.append(row)
+            except Exception:  # noqa: BLE001  # what is wrong with this row must not reach the others
+                self._fail(row)
+        if not joining:
+            return
+        self._prefilling += joining
+        batch.add(joining, entries)
+
+    def _entry(self, row: Row) -> Entry:
+        tokens = row.prompt + row.made
+        if row.partial is not None:
+            (layers, held), row.partial = row.partial, None
+            cached = len(held)
+        else:
+            layers, cached = self._cached(row)
+        if not row.looked_up:
+            row.looked_up, row.cached_tok = True, cached
+            self._count("cached_tok", cached)
+            self._count("queue_us", int((row.begun_s - row.since_s) * 1e6))
+        row.left_tok = len(tokens) - cached
+        request, position = row.request, len(row.made)
+        return Entry(
+            fresh=tokens[cached:],
+            held=tokens[:cached],
+            layers=layers,
+            max_tokens=row.max_tokens - position,
+            sampler=sampling.sampler(request.temperature, request.top_p, request.seed, position),
+            processors=[self._guarded(row, process) for process in self._processors(row)],
+        )
+
+    def _guarded(self, row: Row, process: sampling.Processor) -> sampling.Processor:
+        """A row whose processor raises fails alone; the batch goes on with its logits as they were."""
+
+        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+            try:
+                return process(tokens, logits)
+            except Exception:  # noqa: BLE001  # a grammar may refuse what it was given
+                row.broken = True
+                return logits
+
+        return guarded
+
+    def _processors(self, row: Row) -> list[sampling.Processor]:
+        """What changes a row's logits before sampling; made anew when a batch is rebuilt."""
+        request, begin = row.request, len(row.prompt)
+        found: list[sampling.Processor] = []
+        if request.frequency_penalty or request.presence_penalty:
+            found.append(sampling.penalty(request.frequency_penalty, request.presence_penalty, begin))
+        if request.logit_bias:
+            found.append(sampling.bias(request.logit_bias))
+        if row.extra.grammar is not None:
+            matcher = self._model.matcher(row.extra.grammar)
+            found.append(sampling.constraint(matcher, begin, self._model.ends, row.extra.after))
+        return found
+
+    def _set_aside(self, row: Row) -> None:
+        """Out of the batch with what was done so far; it comes back when it is its turn."""
+        held = self._taken_out(row)
+        if held is not None:
+            row.partial = (kv.detached(held[0]), held[1])
+            if any(other.behind is row for other in self._waiting):
+                self._keep(held)
+        self._release(row)
+        self._waiting.append(row)
+
+    def _make_room(self) -> None:
+        """When the rows have outgrown the memory planned for them, the youngest waits and goes on later."""
+        while sum(block.padded_tok for block in self._blocks()) > self._kv_tok:
+            running = [row for batch in self._batches for row in batch.rows.values()]
+            if len(running) < 2:
+                return
+            youngest = max(running, key=lambda row: row.begun_s)
+            self._keep(self._taken_out(youngest))
+            self._again(youngest)
+
+    def _again(self, row: Row) -> None:
+        """Back into the queue, to be computed from what is known of it."""
+        row.partial, row.batch = None, None
+        row.left_tok = row.length_tok - self._cache.peek(row.tokens)
+        self._release(row)
+        self._waiting.append(row)
+
+    def _taken_out(self, row: Row) -> tuple[kv.Layers, list[int]] | None:
+        if row in self._prefilling:
+            self._prefilling.remove(row)
+        assert row.batch is not None
+        return row.batch.remove(row)
+
+    # shared beginnings
+
+    def _queue_behind(self, leaders: list[Row], rows: list[Row]) -> None:
+        """Rows that share a long beginning with one that is being prefilled wait for it."""
+        if not self._sliceable or not self._cache.budget_bytes:
+            return
+        for row in rows:
+            for leader in leaders:
+                if row is leader or row.partial is not None:
+                    continue
+                shared = common(row.array[:-1], leader.array)
+                if shared - (len(row.prompt) - row.left_tok) >= SHARE_TOK:
+                    row.behind, row.shared_tok = leader, shared
+
+    def _release(self, leader: Row) -> None:
+        for row in self._waiting:
+            if row.behind is leader:
+                row.behind = None
+
+    def _progress(self, row: Row, response: Any) -> None:
+        done, total = response.progress
+        row.left_tok = 0 if response.end_of_prompt else max(1, total - done)
+        if row.left_tok <= 1 and row in self._prefilling:
+            self._prefilling.remove(row)  # its last token goes with the next decode step
+        held_tok = row.length_tok - row.left_tok
+        ready = [
+            other
+            for other in self._waiting
+            if other.behind is row and (other.shared_tok <= held_tok or row.left_tok <= 1)
+        ]
+        if ready:
+            assert row.batch is not None
+            self._keep(row.batch.state(row))
+        for other in ready:
+            other.behind = None
+            other.left_tok = other.length_tok - self._cache.peek(other.tokens)
+
+    def _cached(self, row: Row) -> tuple[kv.Layers, int]:
+        """A state to start from and how many of the row's tokens it holds already."""
+        tokens = row.tokens
+        self._learn_from_company(row)
+        hit = self._cache.find(tokens)
+        if hit is None:
+            return make_prompt_cache(self._model.weights), 0
+        if self._sliceable:
+            return kv.join(hit.pieces), hit.common_tok
+        return kv.detached(hit.pieces[0][0]), hit.common_tok
+
+    def _learn_from_company(self, row: Row) -> None:
+        """Keep the state of a running row that shares more with this one than is kept already."""
+        if not self._sliceable or not self._cache.budget_bytes:
+            return
+        tokens = row.tokens[:-1]
+        best, most = None, self._cache.peek(row.tokens) + SHARE_TOK
+        for batch in self._batches:
+            for other in batch.rows.values():
+                shared = min(common(tokens, other.tokens), other.length_tok - other.left_tok)
+                if shared >= most:
+                    best, most = other, shared
+        if best is not None and best.batch is not None:
+            self._keep(best.batch.state(best))
+
+    def _keep(self, held: tuple[kv.Layers, list[int]] | None) -> None:
+        """Store a row's state; what is stored already is not stored again."""
+        if held is None:
+            return
+        layers, tokens = held
+        if self._sliceable:
+            self._cache.put(as_tokens(tokens), lambda begin, end: kv.cut(layers, begin, end))
+        else:
+            self._cache.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
+
+    # what comes out
+
+    def _advance(self, batch: Batch, response: Any) -> list[Frame]:
+        row = batch.rows[response.uid]
+        finish = response.finish_reason
+        if row.broken:
+            if finish is None:
+                batch.remove(row)
+            else:
+                batch.forget(row)
+            self._fail(row)
+            return []
+        said, stopped = row.take(response.token, finish)
+        if finish is not None:
+            batch.forget(row)
+            self._keep((response.prompt_cache, response.all_tokens))
+        elif stopped:
+            self._keep(batch.remove(row))
+        by_model = finish == "stop"
+        scored = (self._scored(row, response),) if row.request.logprobs is not None and not by_model else ()
+        answers: list[Frame] = [
+            Tokens(id=row.id, text=said.text, count=1, reasoning=said.reasoning, calls=said.calls, scored=scored)
+        ]
+        if finish is not None or stopped:
+            del self._rows[row.id]
+            answers.append(row.done("stop" if stopped or by_model else "length"))
+        return answers
+
+    def _fail(self, row: Row) -> None:
+        """A row that cannot be continued, whatever is tried."""
+        del self._rows[row.id]
+        self._release(row)
+        self._failed.append(Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request"))
+
+    def _rebuild(self, batch: Batch) -> list[Frame]:
+        """A broken batch is given up; its rows start again from what is known of them.
+
+        Nobody knows which row broke it: one that does so again without having made a token goes into a batch of its
+        own, and the next time it fails.
+        """
+        self._count("rebuilds", 1)
+        batch.close()
+        self._batches.remove(batch)
+        for row in list(batch.rows.values()):
+            if row in self._prefilling:
+                self._prefilling.remove(row)
+            row.breaks += 1
+            if row.breaks >= MAX_BREAKS:
+                self._fail(row)
+            else:
+                self._again(row)
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _scored(self, row: Row, response: Any) -> Scored:
+        wanted = row.request.logprobs or 0
+        best: list[int] = []
+        if wanted:
+            likeliest: Any = mx.argpartition(-response.logprobs, wanted - 1)[:wanted].tolist()
+            best = sorted(likeliest, key=lambda token: -response.logprobs[token].item())
+        return Scored(
+            chosen=self._candidate(response.token, response.logprobs),
+            top=tuple(self._candidate(token, response.logprobs) for token in best),
+        )
+
+    def _candidate(self, token: int, logprobs: mx.array) -> Candidate:
+        raw = self._model.token_bytes(token)
+        # an impossible token has no finite logarithm; JSON knows no infinity
+        found: Any = logprobs[token].item()
+        return Candidate(text=raw.decode("utf-8", "replace"), raw=raw, logprob=max(float(found), -9999.0))
+
+    def _embed_next(self, answers: list[Frame]) -> float:
+        """The vector of one more input, so that decoding rows wait for no long list; returns the seconds it took."""
+        if not self._embeddings:
+            return 0.0
+        began = time.perf_counter()
+        number, work = next(iter(self._embeddings.items()))
+        try:
+            work.vectors.append(pooling.mean_vector(self._model.weights, work.inputs.popleft(), self._chunk))
+        except Exception as error:  # noqa: BLE001  # a model without an inner part, or out of memory
+            del self._embeddings[number]
+            message = f"this model gives no embeddings ({type(error).__name__})"
+            answers.append(Failed(id=number, code="unsupported_parameter", message=message, param="model"))
+            return time.perf_counter() - began
+        took = time.perf_counter() - began
+        if not work.inputs:
+            del self._embeddings[number]
+            answers.append(Embedded(id=number, vectors=tuple(work.vectors)))
+            us = int((time.perf_counter() - work.since_s) * 1e6)
+            done = Done(
+                id=number, finish="stop", prompt_tok=work.prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us
+            )
+            answers.append(done)
+            self._count("prefill_tok", work.prompt_tok)
+        return took
+
+    # counting
+
+    def _blocks(self) -> list[Block]:
+        return [batch.block for batch in self._batches]
+
+    def _batches_hold_rows(self) -> bool:
+        return any(batch.rows for batch in self._batches)
+
+    def _planned_tok(self, row: Row) -> int:
+        return row.length_tok + min(GROWTH_TOK, row.max_tokens - len(row.made))
+
+    def _chunk_tok(self) -> int:
+        decoding = any(batch.decoding for batch in self._batches)
+        return chunk_tok(self._rate_tok_per_s, self._stall_s, self._chunk, decoding=decoding)
+
+    def _measure(self, prompt_tok: int, prompt_s: float) -> None:
+        self._count("prefill_tok", prompt_tok)
+        if prompt_tok < _MEASURED_TOK or prompt_s <= 0:
+            return
+        rate = prompt_tok / prompt_s
+        self._rate_tok_per_s = rate if not self._rate_tok_per_s else 0.7 * self._rate_tok_per_s + 0.3 * rate
+
+    def _count_padding(self, batch: Batch) -> None:
+        decoding = [row.length_tok for row in batch.rows.values() if not row.prefilling]
+        if decoding:
+            self._count("padding_tok", len(decoding) * max(decoding) - sum(decoding))
+        self._window["kv_peak_bytes"] = max(self._window.get("kv_peak_bytes", 0), self.kv_bytes)
+
+    def _close_idle(self) -> None:
+        idle = [batch for batch in self._batches if not batch.rows]
+        for batch in idle if len(idle) < len(self._batches) else idle[1:]:
+            batch.close()
+            self._batches.remove(batch)
+
+    def _warm_up(self) -> None:
+        """Compile the kernels before the first caller waits for them, and prove that the model answers."""
+        request = Generate(id=0, model="", messages=(Message(role="user", content="-"),), max_tokens=4, temperature=0.0)
+        prompt = self._model.encode(_WARM_PROMPT)[: max(1, self._model.context_tok - 8)]
+        prepared = self._model.prepared(request, prompt, 4)
+        self.submit(prepared)
+        while self._rows:
+            for answer in self.step():
+                if isinstance(answer, Failed):
+                    raise Refused("warm-up: the model cannot generate; its files may not fit mlx-lm", code="bad_model")
+            row = next(iter(self._rows.values()), None)
+            if row is not None and row.batch is not None and not row.prefilling:
+                self._measure_weights(row)
+        self._cache.clear()
+        self._window = {}
+        cache = self._cache
+        self._reported_cache = (cache.hits, cache.misses, cache.saved_tok, cache.evictions.total())
+
+    def _measure_weights(self, row: Row) -> None:
+        """What reading the weights costs, in tokens' worth of keys and values."""
+        assert row.batch is not None
+        held = row.batch.state(row)
+        if held is not None:
+            each = kv.layers_nbytes(held[0]) / max(1, len(held[1]))
+            self._weights_tok = self._model.weights_bytes / each if each else 0.0
+
+    def _count(self, name: str, amount: int) -> None:
+        self._window[name] = self._window.get(name, 0) + amount

@@ -1,0 +1,102 @@
+"""Key/value states of rows: cutting them by tokens, joining them, owning their memory.
+
+What a batch hands out are views that would keep the whole batch alive; everything that is stored here is a copy that
+owns its arrays and has been evaluated.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+Layers = list[Any]
+"""One row's state, a cache object of mlx-lm's for each layer."""
+Piece = list[tuple[mx.array, mx.array]]
+"""Keys and values of some tokens, for each layer: (1, heads, tokens, head size)."""
+
+
+def sliceable(layers: Layers) -> bool:
+    """Whether the state of some tokens can be cut out: plain attention in every layer."""
+    return all(type(layer) is KVCache for layer in layers)
+
+
+def cut(layers: Layers, begin: int, end: int) -> Piece:
+    """The piece of tokens ``begin`` to ``end``."""
+    return owned([(layer.keys[..., begin:end, :], layer.values[..., begin:end, :]) for layer in layers])
+
+
+def split(piece: Piece, at: int) -> tuple[Piece, Piece]:
+    """The pieces of the first ``at`` tokens and of the rest."""
+    return (
+        owned([(k[..., :at, :], v[..., :at, :]) for k, v in piece]),
+        owned([(k[..., at:, :], v[..., at:, :]) for k, v in piece]),
+    )
+
+
+def join(pieces: Sequence[tuple[Piece, int]]) -> Layers:
+    """A row's state from pieces in order, of each as many tokens as named."""
+    layers: Layers = []
+    for number in range(len(pieces[0][0])):
+        parts = [(piece[number][0][..., :taken, :], piece[number][1][..., :taken, :]) for piece, taken in pieces]
+        layer = KVCache()
+        layer.keys = parts[0][0] if len(parts) == 1 else mx.concatenate([k for k, _ in parts], axis=2)
+        layer.values = parts[0][1] if len(parts) == 1 else mx.concatenate([v for _, v in parts], axis=2)
+        layer.offset = layer.keys.shape[2]
+        layers.append(layer)
+    return layers
+
+
+def nbytes(piece: Piece) -> int:
+    """What a piece occupies."""
+    return sum(k.nbytes + v.nbytes for k, v in piece)
+
+
+def detached(layers: Layers) -> Layers:
+    """A copy of a row's whole state, whatever its layers are."""
+    copies = [copy.copy(layer) for layer in layers]
+    arrays = []
+    for layer in copies:
+        found = _each_array(layer, _fresh)
+        arrays += found
+    mx.eval(arrays)
+    return copies
+
+
+def layers_nbytes(layers: Layers) -> int:
+    """What a row's whole state occupies."""
+    return sum(int(layer.nbytes) for layer in layers)
+
+
+def owned(piece: Piece) -> Piece:
+    """The same numbers in arrays that share no memory with others."""
+    fresh = [(_fresh(k), _fresh(v)) for k, v in piece]
+    mx.eval(fresh)
+    return fresh
+
+
+def _fresh(array: mx.array) -> mx.array:
+    # an addition makes a new array, where a slice or a copy may share the batch's
+    return array + mx.zeros((), dtype=array.dtype)
+
+
+def _each_array(layer: Any, change: Callable[[mx.array], mx.array]) -> list[mx.array]:
+    """Replace every array of a layer's cache, those in lists and in nested caches too; returns the new ones."""
+    made: list[mx.array] = []
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, mx.array):
+            made.append(change(value))
+            return made[-1]
+        if isinstance(value, list | tuple):
+            return type(value)(changed(one) for one in value)
+        if hasattr(value, "update_and_fetch"):
+            inner = copy.copy(value)
+            made.extend(_each_array(inner, change))
+            return inner
+        return value
+
+    for name, value in list(vars(layer).items()):
+        setattr(layer, name, changed(value))
+    return made

@@ -1,0 +1,275 @@
+"""A model folder in memory: weights, tokenizer, chat template, grammars; and what a request becomes before it runs."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llguidance.hf
+import mlx.core as mx
+import psutil
+from llguidance import LLMatcher, LLTokenizer
+from mlx.utils import tree_flatten
+from mlx_lm import load
+
+from agent.frames import Embed, Failed, Generate
+from agent.loader import conversation
+from agent.loader.generation import Prepared
+from agent.loader.mlx.speech import Markers, Speech, parse_json_call
+from shared.errors import Refused
+
+_EFFORTS_OFF = ("none", "minimal")
+_TEMPLATE_OWN = frozenset({"conversation", "messages", "tools", "add_generation_prompt", "tokenize", "return_dict"})
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a text model adds to a prepared request. ``grammar`` is Lark, checked; ``after`` are the token ids that
+    end the reasoning, before which no grammar holds."""
+
+    grammar: str | None
+    after: tuple[int, ...]
+    markers: Markers
+    reasoning: bool
+
+    def speech(self, request: Generate) -> Speech:
+        """A reader of this request's answer."""
+        return Speech(self.markers, request.tools, reasoning=self.reasoning)
+
+
+class TextModel:
+    """A model that writes. ``limit_tok`` bounds prompt and answer together. Raises Refused when it cannot be loaded.
+
+    ``prepare`` and what it uses may run on another thread than the one that computes: nothing in it touches MLX.
+    """
+
+    def __init__(self, path: Path, *, limit_tok: int, default_max_tokens: int) -> None:
+        never_wire_memory()
+        self.weights, self.tokenizer, config = _loaded(path)
+        self.context_tok = min(int(config.get("max_position_embeddings") or 4096), limit_tok)
+        self.vocabulary = int(config.get("vocab_size") or len(self.tokenizer.get_vocab()))
+        self.ends = sorted(self.tokenizer.eos_token_ids)
+        self.weights_bytes = sum(array.nbytes for _, array in _arrays(self.weights.parameters()))
+        self._default_max_tokens = default_max_tokens
+        self._longest_token_bytes = max(len(str(token).encode()) for token in self.tokenizer.get_vocab())
+        self._grammars: LLTokenizer | None = None
+        template = getattr(self.tokenizer, "chat_template", None)
+        self._native_tools = "tools" in str(template or "")
+        self._marker_is_token = self._is_special(conversation.CALL_BEGIN)
+        parser = self.tokenizer.tool_parser
+        self._json_calls = parser is None or parser.__module__.endswith("json_tools")
+
+    def prepare(self, request: Generate) -> Prepared | Failed:
+        """Tokens, limits and grammar of a request, or why it cannot be answered."""
+        too_long = self._surely_too_long(request)
+        if too_long is not None:
+            return too_long
+        refusal = self._unfit(request)
+        if refusal is not None:
+            return refusal
+        try:
+            prompt = self._prompt_tokens(request)
+        except Exception as error:  # noqa: BLE001  # a template may raise anything; the text may quote the prompt
+            return _failed(
+                request,
+                f"the model's chat template does not take these messages ({type(error).__name__})",
+                "messages" if request.prompt is None else "prompt",
+                code="template_error",
+            )
+        room = self.context_tok - len(prompt)
+        wanted = request.max_tokens if request.max_tokens is not None else min(self._default_max_tokens, room)
+        if room < 1 or wanted > room:
+            return self._too_long(request, f"{len(prompt)}", room, wanted)
+        try:
+            extra = self._extra(request, prompt)
+        except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may provoke anything
+            return _failed(
+                request, f"this model cannot follow the constraints ({type(error).__name__})", _param(request)
+            )
+        return extra if isinstance(extra, Failed) else Prepared(request, (prompt,), wanted, extra)
+
+    def prepared(self, request: Generate, prompt: list[int], max_tokens: int) -> Prepared:
+        """A request over a prompt that is at hand."""
+        return Prepared(request, (prompt,), max_tokens, Extra(None, (), Markers(), reasoning=False))
+
+    def prepare_embedding(self, request: Embed) -> Prepared | Failed:
+        """Token ids of each input."""
+        return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """A fresh follower of a grammar."""
+        return LLMatcher(self.grammars(), grammar)
+
+    def grammars(self) -> LLTokenizer:
+        """llguidance's view of the tokenizer, made when it is first needed (a third of a second)."""
+        if self._grammars is None:
+            inner = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+            self._grammars = llguidance.hf.from_tokenizer(inner, n_vocab=self.vocabulary, eos_token=self.ends)
+        return self._grammars
+
+    def token_bytes(self, token: int) -> bytes:
+        """A token as it is written."""
+        return bytes(self.grammars().decode_bytes([token]))
+
+    def encode(self, text: str) -> list[int]:
+        """A text's token ids; what an empty one starts from."""
+        first = self.tokenizer.bos_token_id
+        start = int(first if first is not None else self.ends[0])
+        return [int(token) for token in self.tokenizer.encode(text)] or [start]
+
+    def _extra(self, request: Generate, prompt: list[int]) -> Extra | Failed:
+        """Markers and a checked grammar."""
+        if request.logprobs is not None:
+            self.grammars()  # names the tokens' bytes; not every tokenizer can
+        written = conversation.grammar(request, marker_is_token=self._marker_is_token, json_calls=self._json_calls)
+        thinks = self.tokenizer.has_thinking
+        if written is not None:
+            is_error, said = LLMatcher.validate_grammar_with_warnings(written, self.grammars())
+            if is_error:
+                reason = str(said[0]).splitlines()[0][:200]
+                return _failed(request, f"{_param(request)}: the schema cannot be followed: {reason}", _param(request))
+        open_thought = thinks and self._inside_thought(prompt)
+        return Extra(
+            grammar=written,
+            after=tuple(self.tokenizer.think_end_tokens) if open_thought else (),
+            markers=self._markers(request),
+            reasoning=open_thought,
+        )
+
+    def _markers(self, request: Generate) -> Markers:
+        tokenizer, call, parse = self.tokenizer, None, None
+        if request.tools:
+            if self._json_calls or request.must_call is not None:
+                call, parse = (conversation.CALL_BEGIN, conversation.CALL_END), parse_json_call
+            else:
+                call, parse = (tokenizer.tool_call_start, tokenizer.tool_call_end), tokenizer.tool_parser
+        return Markers(
+            reasoning=(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None,
+            call=call,
+            parse=parse,
+        )
+
+    def _inside_thought(self, prompt: list[int]) -> bool:
+        """Whether the template has opened the reasoning itself."""
+        return bool(self.tokenizer.rfind_think_start(prompt) > self.tokenizer.rfind_think_end(prompt))
+
+    def _unfit(self, request: Generate) -> Failed | None:
+        beyond = [token for token, _ in request.logit_bias if token >= self.vocabulary]
+        if beyond:
+            message = f"logit_bias: token {beyond[0]} is not one of this model's {self.vocabulary}"
+            return _failed(request, message, "logit_bias")
+        effort = request.reasoning_effort
+        if effort is not None and effort not in _EFFORTS_OFF and not self.tokenizer.has_thinking:
+            message = f"reasoning_effort: {request.model} does not reason; leave it out"
+            return _failed(request, message, "reasoning_effort", code="unsupported_parameter")
+        return None
+
+    def _surely_too_long(self, request: Generate) -> Failed | None:
+        """A text that no tokenization could fit, known without the seconds that tokenizing it would take."""
+        size = len((request.prompt or "").encode()) + sum(len(m.content.encode()) for m in request.messages)
+        # a wide margin: some tokenizers drop characters or take an unknown word as one token
+        least = size // (4 * self._longest_token_bytes)
+        return None if least < self.context_tok else self._too_long(request, f"over {least}", 0, 1)
+
+    def _too_long(self, request: Generate, prompt_tok: str, room: int, wanted: int) -> Failed:
+        message = (
+            f"the prompt has {prompt_tok} tokens and max_tokens asks for {max(wanted, 1)}, "
+            f"but the model's context holds {self.context_tok}"
+        )
+        param = "max_tokens" if room >= 1 else ("messages" if request.prompt is None else "prompt")
+        return _failed(request, message, param, code="context_length_exceeded")
+
+    def _prompt_tokens(self, request: Generate) -> list[int]:
+        if request.prompt is not None:
+            return self.encode(request.prompt)
+        turns = conversation.for_template(request.messages, request.tools, native_tools=self._native_tools)
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.encode(conversation.plain_text(turns))
+        tokens: Any = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, **self._template_args(request)
+        )
+        return [int(token) for token in (tokens if isinstance(tokens, list) else tokens["input_ids"])]
+
+    def _template_args(self, request: Generate) -> dict[str, Any]:
+        args: dict[str, Any] = {}
+        if request.tools and self._native_tools:
+            args["tools"] = [{"type": "function", "function": json.loads(tool)} for tool in request.tools]
+        if request.reasoning_effort is not None:
+            args["reasoning_effort"] = request.reasoning_effort
+            args["enable_thinking"] = request.reasoning_effort not in _EFFORTS_OFF
+        elif request.must_call is not None or request.schema is not None:
+            args["enable_thinking"] = False
+        named = json.loads(request.template_args) if request.template_args else {}
+        return args | {key: value for key, value in named.items() if key not in _TEMPLATE_OWN}
+
+    def _is_special(self, text: str) -> bool:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return any(str(token) == text and token.special for token in added.values())
+
+
+def embedding_inputs(
+    request: Embed, encode: Callable[[str], list[int]], limit_tok: int, vocabulary: int
+) -> Prepared | Failed:
+    """Token ids of each input of an Embed, or which of them does not fit."""
+    prompts: list[list[int]] = []
+    for number, text in enumerate(request.inputs):
+        ids = encode(text) if isinstance(text, str) else list(text)
+        if not ids or max(ids) >= vocabulary:
+            message = f"input[{number}]: is empty, or names a token that is not one of this model's {vocabulary}"
+            return Failed(id=request.id, code="invalid_value", message=message, param="input")
+        if len(ids) > limit_tok:
+            message = f"input[{number}]: has {len(ids)} tokens; this model takes {limit_tok}"
+            return Failed(id=request.id, code="context_length_exceeded", message=message, param="input")
+        prompts.append(ids)
+    return Prepared(request, tuple(prompts))
+
+
+def never_wire_memory() -> None:
+    """mlx-lm wires the whole working set by default, which has panicked base M4 machines; take that call out.
+
+    Freed buffers are kept for reuse up to 5 % of the machine's memory, which spares frequent clearing.
+    """
+    module = importlib.import_module("mlx_lm.generate")
+    module.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
+    mx.set_cache_limit(max(256 << 20, psutil.virtual_memory().total // 20))
+
+
+def evaluate_everything(model: Any) -> None:
+    """Evaluate private lazy arrays too (rotary frequencies), which ``parameters()`` leaves out."""
+    mx.eval([v for module in model.modules() for v in vars(module).values() if isinstance(v, mx.array)])
+    mx.eval(model.parameters())
+
+
+def cannot_load(path: Path, error: Exception) -> Refused:
+    """What a failed load is called; libraries raise whatever the files provoke."""
+    reason = str(error).splitlines()[0][:200] if str(error) else "no reason given"
+    return Refused(f"model folder {path}: cannot be loaded ({type(error).__name__}: {reason})", code="bad_model")
+
+
+def _loaded(path: Path) -> tuple[Any, Any, dict[str, Any]]:
+    if not path.is_dir():
+        raise Refused(f"model folder {path}: there is no such folder", code="bad_model")
+    try:
+        loaded: Any = load(str(path), tokenizer_config={"trust_remote_code": False}, return_config=True)
+        model, tokenizer, config = loaded
+        evaluate_everything(model)
+    except Exception as error:  # noqa: BLE001  # mlx-lm raises whatever the files provoke
+        raise cannot_load(path, error) from None
+    return model, tokenizer, config
+
+
+def _arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(tree)
+    return list(flat)
+
+
+def _param(request: Generate) -> str:
+    if request.schema is not None:
+        return "response_format"
+    return "tools" if request.tools else "logprobs"
+
+
+def _failed(request: Generate, message: str, param: str, *, code: str = "invalid_value") -> Failed:
+    return Failed(id=request.id, code=code, message=message, param=param)

@@ -1,0 +1,107 @@
+"""One request inside the engine: what it asked, what it has, where it stands."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.frames import Done, Generate
+from agent.loader.mlx.batch import Batch
+from agent.loader.mlx.kv import Layers
+from agent.loader.mlx.model import Extra
+from agent.loader.mlx.speech import Said, Speech
+from agent.loader.prompt_cache import Tokens as TokenArray
+from agent.loader.prompt_cache import as_tokens
+from agent.loader.scheduling import Turn
+from agent.loader.stopping import StopText
+
+
+@dataclass(eq=False)
+class Row:
+    """A request from submission to its last token. ``left_tok`` are the prompt tokens still to be computed."""
+
+    request: Generate
+    prompt: list[int]
+    max_tokens: int
+    extra: Extra
+    detokenizer: Any
+    stop: StopText
+    speech: Speech
+    left_tok: int
+    array: TokenArray
+    since_s: float = field(default_factory=time.perf_counter)
+    begun_s: float = 0.0
+    first_s: float = 0.0
+    batch: Batch | None = None
+    uid: int = -1
+    made: list[int] = field(default_factory=list)
+    cached_tok: int = 0
+    reasoning_tok: int = 0
+    looked_up: bool = False
+    partial: tuple[Layers, list[int]] | None = None
+    behind: "Row | None" = None
+    shared_tok: int = 0
+    breaks: int = 0
+    broken: bool = False
+
+    @property
+    def id(self) -> int:
+        """The request's."""
+        return self.request.id
+
+    @property
+    def length_tok(self) -> int:
+        """Tokens it consists of now."""
+        return len(self.prompt) + len(self.made)
+
+    @property
+    def tokens(self) -> TokenArray:
+        """Prompt and answer so far."""
+        return as_tokens(self.prompt + self.made) if self.made else self.array
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether it is in a batch with part of its prompt still to come."""
+        return self.batch is not None and self.left_tok > 0
+
+    def turn(self, now_s: float) -> Turn:
+        """How scheduling sees it."""
+        return Turn(self.id, self.left_tok, now_s - self.since_s)
+
+    def take(self, token: int, finish: str | None) -> tuple[Said, bool]:
+        """One more token: what it says, and whether it completed a stop string."""
+        self.breaks = 0  # it works again: another break is another story
+        self.first_s = self.first_s or time.perf_counter()
+        self.made.append(token)
+        self.reasoning_tok += self.speech.reasoning
+        if finish != "stop":
+            self.detokenizer.add_token(token)
+        if finish is not None:
+            self.detokenizer.finalize()
+        text, stopped = self.stop.feed(self.detokenizer.last_segment)
+        if finish is not None and not stopped:
+            text += self.stop.finish()
+        said = self.speech.feed(text)
+        if finish is not None or stopped:
+            rest = self.speech.finish()
+            said = Said(said.text + rest.text, said.reasoning + rest.reasoning, said.calls + rest.calls)
+        return said, stopped
+
+    def done(self, finish: str) -> Done:
+        """The last frame."""
+        now = time.perf_counter()
+        first = self.first_s or now
+        return Done(
+            id=self.id,
+            finish="tool_calls" if self.speech.called and finish == "stop" else finish,
+            prompt_tok=len(self.prompt),
+            cached_tok=self.cached_tok,
+            completion_tok=len(self.made),
+            reasoning_tok=self.reasoning_tok,
+            queue_us=_us(self.begun_s - self.since_s),
+            prefill_us=_us(first - self.begun_s),
+            decode_us=_us(now - first),
+        )
+
+
+def _us(seconds: float) -> int:
+    return max(0, int(seconds * 1e6))

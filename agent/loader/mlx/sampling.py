@@ -1,0 +1,100 @@
+"""How one row's next token is drawn: what changes its logits, then the draw itself.
+
+A draw depends on the request's seed and the token's position alone, never on the company in the batch, so a request
+can be continued anywhere and comes out the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher
+from mlx_lm.sample_utils import apply_top_p
+
+Sampler = Callable[[mx.array], mx.array]
+"""Log probabilities of one row, (1, vocabulary) -> its token, (1,)."""
+Processor = Callable[[mx.array, mx.array], mx.array]
+"""(tokens so far, logits of one row) -> logits, as mlx-lm calls it."""
+
+_MASK = (1 << 64) - 1
+
+
+def sampler(temperature: float, top_p: float, seed: int, position: int) -> Sampler | None:
+    """None for greedy; else a sampler whose n-th draw depends on the seed and n alone (n starts at ``position``)."""
+    if temperature == 0:
+        return None
+    at = position
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal at
+        key = mx.random.key(mixed(seed, at))
+        at += 1
+        scaled = logprobs * (1.0 / temperature)
+        if top_p < 1.0:
+            scaled = apply_top_p(scaled - mx.logsumexp(scaled, axis=-1, keepdims=True), top_p)
+        return mx.random.categorical(scaled, key=key)
+
+    return sample
+
+
+def penalty(frequency: float, presence: float, begin: int) -> Processor:
+    """OpenAI's penalties over the generated tokens: logit - count x frequency - (count > 0) x presence."""
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        made = tokens[begin:]
+        if made.size == 0:
+            return logits
+        counts = mx.zeros(logits.shape[-1:], dtype=logits.dtype).at[made].add(1)
+        return logits - frequency * counts - presence * (counts > 0)
+
+    return process
+
+
+def bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
+    """Add a number to some tokens' logits."""
+    ids, values = mx.array([token for token, _ in pairs]), mx.array([value for _, value in pairs])
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits.at[:, ids].add(values.astype(logits.dtype))
+
+    return process
+
+
+def constraint(matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = ()) -> Processor:
+    """Only tokens that a grammar allows, and the end when it is complete; the matcher follows what was generated.
+
+    With ``after``, the grammar holds only once these tokens have been generated (the end of the reasoning).
+    """
+    consumed = 0
+    waiting = bool(after)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal consumed, waiting, begin
+        fresh: Any = tokens[begin + consumed :].tolist()
+        if waiting:
+            at = next((n for n in range(len(fresh)) if tuple(fresh[n : n + len(after)]) == after), None)
+            if at is None:
+                return logits
+            waiting, begin = False, begin + at + len(after)
+            fresh = fresh[at + len(after) :]
+        if fresh and not matcher.is_stopped():
+            matcher.consume_tokens(fresh)
+            consumed += len(fresh)
+        if matcher.is_stopped():
+            only_end = mx.full(logits.shape, -float("inf"), dtype=logits.dtype)
+            only_end[:, mx.array(ends)] = 0.0
+            return only_end
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]]
+        return mx.where(mx.array(allowed.astype(bool)), logits, -float("inf"))
+
+    return process
+
+
+def mixed(seed: int, position: int) -> int:
+    """SplitMix64 of the position-th step from ``seed`` (Steele, Lea and Flood 2014), a well-spread 63-bit number."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) >> 1
