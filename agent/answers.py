@@ -1,11 +1,13 @@
 """What clients are answered: OpenAI's objects from our counts and texts. Pure."""
 
+import binascii
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from agent.frames import Candidate, Scored
+from agent.frames import Candidate, Done, Scored, ToolCall
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +16,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tok: int
     cached_tok: int
     completion_tok: int
+    reasoning_tok: int = 0
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +25,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
     finish: str
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
     scored: tuple[Scored, ...] | None = None
 
 
@@ -39,13 +44,35 @@ def chat_completion(who: Identity, choices: Iterable[Choice], usage: Usage) -> d
     rendered = [
         {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(choice),
             "logprobs": chat_logprobs(choice.scored),
             "finish_reason": choice.finish,
         }
         for choice in choices
     ]
     return {**_head(who, "chat.completion"), "choices": rendered, "usage": usage_object(usage)}
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    # clients tell a call from an answer by the content that is null
+    content = None if choice.calls and not choice.text else choice.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message["tool_calls"] = [_call(call, call.arguments) for call in choice.calls]
+    return message
+
+
+def call_deltas(call: ToolCall, number: int) -> list[dict[str, Any]]:
+    """A call on a stream: its name first, then its arguments, both under its number in the answer."""
+    begin = {"index": number, **_call(call, "")}
+    rest = {"index": number, "function": {"arguments": call.arguments}}
+    return [{"tool_calls": [begin]}, {"tool_calls": [rest]}]
+
+
+def _call(call: ToolCall, arguments: str) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def chat_chunk(
@@ -88,7 +115,41 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tok,
         "total_tokens": usage.prompt_tok + usage.completion_tok,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tok},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tok},
     }
+
+
+def timings(done: Done) -> dict[str, Any]:
+    """Where one answer's time went, in the engine's own measure; rates are tokens per second."""
+    computed = done.prompt_tok - done.cached_tok
+    return {
+        "queue_ms": done.queue_us / 1000,
+        "prompt_n": computed,
+        "cached_n": done.cached_tok,
+        "prompt_ms": done.prefill_us / 1000,
+        "prompt_per_second": _rate(computed, done.prefill_us),
+        "predicted_n": done.completion_tok,
+        "predicted_ms": done.decode_us / 1000,
+        # the first token comes with the prompt
+        "predicted_per_second": _rate(done.completion_tok - 1, done.decode_us),
+    }
+
+
+def embeddings(model: str, vectors: Sequence[bytes], prompt_tok: int, *, base64: bool) -> dict[str, Any]:
+    """The list object of POST /v1/embeddings; vectors come as little-endian float32."""
+    data = [{"object": "embedding", "index": n, "embedding": _vector(v, base64)} for n, v in enumerate(vectors)]
+    usage = {"prompt_tokens": prompt_tok, "total_tokens": prompt_tok}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _vector(raw: bytes, base64: bool) -> Any:
+    if base64:
+        return binascii.b2a_base64(raw, newline=False).decode()
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def _rate(count: int, us: int) -> float | None:
+    return round(count / (us / 1e6), 2) if us > 0 and count > 0 else None
 
 
 def chat_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:

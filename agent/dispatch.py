@@ -15,8 +15,7 @@ import msgspec
 from agent.admission import Turn, admit
 from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
-from agent.frames import Accepted, Answer, Done, Failed, Generate, Tokens
-from agent.openai import AnswerRequest
+from agent.frames import Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
 from agent.pool import Pool
@@ -35,30 +34,49 @@ class Call(msgspec.Struct, kw_only=True):
     """One client request on its way, and what became of it.
 
     A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
-    first part counts as the request, the first turn as the prompt.
+    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn.
     """
 
-    request: AnswerRequest
+    ask: Ask
     request_id: str
     key_id: str = ""
     whole: bool = True
-    prompt: str | None = None
     part: int = 0
     turn: int = 0
+    seed: int | None = None
     tried: set[str] = msgspec.field(default_factory=set)
     retries: int = 0
     worker: str = ""
     version: str = ""
-    seed: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0
-    finish: str = ""
+    done: Done | None = None
     known: bool = False
     began_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
     gaps_us: list[int] = msgspec.field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """The name that was asked for."""
+        return self.ask.model
+
+    @property
+    def finish(self) -> str:
+        """Why the answer ended; "" when it has not."""
+        return self.done.finish if self.done else ""
+
+    def frame(self, door: str) -> Ask:
+        """What the worker is asked."""
+        ask = msgspec.structs.replace(self.ask, id=1, request_id=self.request_id, door=door)
+        if isinstance(ask, Generate):
+            # without a seed the door draws one, so that a retry throws the same dice
+            seed = self.seed if self.seed is not None else secrets.randbits(62)
+            self.seed = seed
+            ask = msgspec.structs.replace(ask, seed=seed + self.turn * TURN_SEEDS)
+        return ask
 
 
 class Dispatch:
@@ -102,21 +120,18 @@ class Dispatch:
         Raises Refused for what the client must change, Retryable for what may work later.
         """
         call.began_s = call.last_s = self._clock()
-        # without a seed the door draws one, so that a retry continues the same dice
-        call.seed = call.request.seed if call.request.seed is not None else secrets.randbits(62)
-        call.seed += call.turn * TURN_SEEDS
         outcome = "cancelled"
         try:
-            call.known = self._is_known(call.request.model)
-            self._admit(call.request.model)
+            call.known = self._is_known(call.model)
+            self._admit(call.model)
             try:
                 async with contextlib.aclosing(self._attempts(call)) as answers:
                     async for answer in answers:
                         yield answer
             finally:
-                self._in_flight[call.request.model] -= 1
-                if not self._in_flight[call.request.model]:
-                    del self._in_flight[call.request.model]
+                self._in_flight[call.model] -= 1
+                if not self._in_flight[call.model]:
+                    del self._in_flight[call.model]
             outcome = "ok"
         except Refused:
             outcome = "refused"
@@ -156,7 +171,7 @@ class Dispatch:
                         if call.whole:
                             held.append(answer)
                             continue
-                        left = left or isinstance(answer, Tokens)
+                        left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
             except Retryable as error:
                 if error.code != "worker_lost" or left or call.retries >= MAX_RETRIES:
@@ -173,7 +188,7 @@ class Dispatch:
         deadline = self._clock() + self._limits.load_wait_s
         while True:
             place = choose(
-                RouteRequest(model=call.request.model, tried=frozenset(call.tried)),
+                RouteRequest(model=call.model, tried=frozenset(call.tried)),
                 self.here(),
                 self._table.view(self._clock()),
             )
@@ -192,7 +207,7 @@ class Dispatch:
         """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
         if self.draining:
             return False
-        name = call.request.model
+        name = call.model
         if any(m.name == name for m in self._pool.views()):
             if await self._pool.wanted(name, step_s):
                 return True
@@ -204,33 +219,15 @@ class Dispatch:
         return False
 
     def _attempt(self, place: Local | Forward, call: Call) -> AsyncGenerator[Answer, None]:
-        request = call.request
-        generate = Generate(
-            id=1,
-            model=request.model,
-            messages=request.messages,
-            prompt=call.prompt,
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=call.seed,
-            stop=request.stop,
-            logprobs=request.logprobs,
-            frequency_penalty=request.frequency_penalty,
-            presence_penalty=request.presence_penalty,
-            logit_bias=request.logit_bias,
-            schema=request.schema,
-            request_id=call.request_id,
-            door=self._node,
-        )
+        ask = call.frame(self._node)
         if isinstance(place, Local):
-            return self._timed(self.work(generate), call)
+            return self._timed(self.work(ask), call)
         self._table.sent(place.node)
-        return self._timed(self._peer_client.generate(place.url, generate), call)
+        return self._timed(self._peer_client.generate(place.url, ask), call)
 
-    async def work(self, generate: Generate) -> AsyncGenerator[Answer, None]:
+    async def work(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
-        async with self._pool.lease(generate.model) as lease, contextlib.aclosing(lease.generate(generate)) as answers:
+        async with self._pool.lease(ask.model) as lease, contextlib.aclosing(lease.generate(ask)) as answers:
             async for answer in answers:
                 if isinstance(answer, Accepted):
                     answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
@@ -242,6 +239,8 @@ class Dispatch:
         async with contextlib.aclosing(answers):
             while True:
                 limit_s = self._limits.token_gap_s if started else self._limits.first_token_s
+                if not isinstance(call.ask, Generate):
+                    limit_s = self._limits.request_s  # a long list of inputs comes back at its end
                 over_s = call.began_s + self._limits.request_s - self._clock()
                 try:
                     async with asyncio.timeout(max(0.0, min(limit_s, over_s))):
@@ -271,7 +270,7 @@ class Dispatch:
             call.last_s = now
             call.completion_tok += answer.count
         elif isinstance(answer, Done):
-            call.finish = answer.finish
+            call.done = answer
             call.cached_tok = answer.cached_tok
             call.completion_tok = answer.completion_tok
 
@@ -294,7 +293,7 @@ class Dispatch:
         self._ledger.record(
             Answered(
                 # a name that nobody serves is a stranger's text and stays out of the records
-                model=call.request.model if call.known else "",
+                model=call.model if call.known else "",
                 version=call.version,
                 worker=call.worker,
                 key_id=call.key_id,

@@ -56,7 +56,8 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
 
     ``logprobs`` is how many of the likeliest tokens to report at each place, None for no report. ``schema`` is a JSON
     schema, as text, that the answer has to follow. ``tools`` are function descriptions as JSON text; ``must_call`` is
-    the name of the one to call, "" for any, None when the model decides. ``template_args`` is a JSON object for the
+    the name of the one to call, "" for any, None when the model decides; after the first call of ``one_call`` the
+    answer ends. ``template_args`` is a JSON object for the
     chat template.
     """
 
@@ -76,6 +77,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     schema: str | None = None
     tools: tuple[str, ...] = ()
     must_call: str | None = None
+    one_call: bool = False
     reasoning_effort: str | None = None
     template_args: str | None = None
     request_id: str = ""

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 import aiohttp
 import msgspec
 
-from agent.frames import Accepted, Answer, Decoder, Done, Failed, Generate, Tokens, encode
+from agent.frames import Accepted, Answer, Ask, Decoder, Done, Embedded, Failed, Tokens, encode
 from agent.peers import Beat
 from shared.errors import Refused, Retryable
 
@@ -40,7 +40,7 @@ class PeerClient:
         except (msgspec.DecodeError, RecursionError):
             raise Refused(f"peer {url}: sent no beat of ours; is it an mlxrack agent of this version?") from None
 
-    async def generate(self, url: str, request: Generate) -> AsyncGenerator[Answer, None]:
+    async def generate(self, url: str, request: Ask) -> AsyncGenerator[Answer, None]:
         """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         decoder, finished = Decoder(), False
@@ -52,7 +52,7 @@ class PeerClient:
                     raise Retryable(f"peer {url}: answered {answer.status}", code="worker_lost")
                 async for chunk in answer.content.iter_any():
                     for frame in decoder.feed(chunk):
-                        if isinstance(frame, Accepted | Tokens | Done | Failed):
+                        if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
                             finished = finished or isinstance(frame, Done | Failed)
                             yield frame
         except (aiohttp.ClientError, OSError, Refused) as error:

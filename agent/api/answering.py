@@ -6,13 +6,14 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+import msgspec
 from aiohttp import web
 
-from agent.answers import Choice, Identity, Usage, error_body
+from agent.answers import Choice, Identity, Usage, error_body, timings
 from agent.api.context import CONTEXT, REQUEST_ID, note
 from agent.api.sse import EventStream
 from agent.dispatch import Call
-from agent.frames import Answer, Done, Scored, Tokens
+from agent.frames import Answer, Done, Generate, Scored, Tokens
 from agent.openai import AnswerRequest
 from shared.errors import RackError, Retryable
 
@@ -20,24 +21,28 @@ _QUEUED = 64
 """Pieces that wait for a slow client before the parts have to wait too."""
 
 
+Event = dict[str, Any]
+"""A JSON object as it goes to the client."""
+
+
 class Shape(Protocol):
     """How the pieces of a stream look on the wire."""
 
     prefix: str
 
-    def begin(self, who: Identity, index: int) -> dict[str, Any] | None:
+    def begin(self, who: Identity, index: int) -> Event | None:
         """What comes before a choice's first text; None for nothing."""
         ...
 
-    def piece(self, who: Identity, index: int, text: str, scored: Sequence[Scored] | None) -> dict[str, Any]:
-        """Some text."""
+    def pieces(self, who: Identity, index: int, answer: Tokens, scored: Sequence[Scored] | None) -> list[Event]:
+        """Some of a choice, in as many events as it takes."""
         ...
 
-    def end(self, who: Identity, index: int, finish: str) -> dict[str, Any]:
+    def end(self, who: Identity, index: int, finish: str) -> Event:
         """Why a choice ended."""
         ...
 
-    def usage(self, who: Identity, usage: Usage) -> dict[str, Any]:
+    def usage(self, who: Identity, usage: Usage) -> Event:
         """Counts over all choices."""
         ...
 
@@ -47,13 +52,13 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
         Call(
-            request=wanted,
+            ask=msgspec.structs.replace(wanted.generate, prompt=prompt),
             request_id=request[REQUEST_ID] if index == 0 else f"{request[REQUEST_ID]}-{index}",
             key_id=key_id,
             whole=not wanted.stream,
-            prompt=prompt,
             part=index,
             turn=turn,
+            seed=wanted.seed,
         )
         for index, (prompt, turn) in enumerate(parts)
     ]
@@ -122,7 +127,9 @@ async def _next_piece(
         getting.cancel()
 
 
-async def streamed(request: web.Request, calls: Sequence[Call], shape: Shape) -> web.StreamResponse:
+async def streamed(
+    request: web.Request, calls: Sequence[Call], wanted: AnswerRequest, shape: Shape
+) -> web.StreamResponse:
     """All parts as one stream. Nothing is sent before the first token: up to then errors have a proper status."""
     stream: EventStream | None = None
     who = identity(calls, shape.prefix)
@@ -135,7 +142,7 @@ async def streamed(request: web.Request, calls: Sequence[Call], shape: Shape) ->
                     stream = EventStream(request, headers(calls[index]))
                     await stream.open()
                 if stream is not None:
-                    for event in _events(answer, index, who, shape, calls[index], begun):
+                    for event in _events(answer, index, who, shape, wanted, begun):
                         await stream.send(event)
     except RackError as error:
         if stream is None:
@@ -145,27 +152,26 @@ async def streamed(request: web.Request, calls: Sequence[Call], shape: Shape) ->
         return await stream.close(done=False)
     if stream is None:
         raise Retryable("the worker sent no token", code="worker_lost")
-    if calls[0].request.include_usage:
+    if wanted.include_usage:
         await stream.send(shape.usage(who, usage(calls)))
     return await stream.close(done=True)
 
 
 def _events(
-    answer: Answer, index: int, who: Identity, shape: Shape, call: Call, begun: set[int]
-) -> list[dict[str, Any]]:
+    answer: Answer, index: int, who: Identity, shape: Shape, wanted: AnswerRequest, begun: set[int]
+) -> list[Event]:
     """What one piece becomes on the stream."""
     if isinstance(answer, Done):
-        return [shape.end(who, index, answer.finish)]
+        end = shape.end(who, index, answer.finish)
+        return [{**end, "timings": timings(answer)} if wanted.timings else end]
     if not isinstance(answer, Tokens):
         return []
-    found: list[dict[str, Any]] = []
+    found: list[Event] = []
     if index not in begun:
         begun.add(index)
         first = shape.begin(who, index)
         found += [first] if first is not None else []
-    if answer.text or answer.scored:
-        found.append(shape.piece(who, index, answer.text, answer.scored if call.request.logprobs is not None else None))
-    return found
+    return found + shape.pieces(who, index, answer, answer.scored if wanted.generate.logprobs is not None else None)
 
 
 def identity(calls: Sequence[Call], prefix: str, answered: Call | None = None) -> Identity:
@@ -174,7 +180,7 @@ def identity(calls: Sequence[Call], prefix: str, answered: Call | None = None) -
     return Identity(
         answer_id=f"{prefix}-{first.request_id.removeprefix('req_')}",
         created=int(time.time()),
-        model=first.request.model,
+        model=first.model,
         fingerprint=f"fp_{(answered or first).version}",
     )
 
@@ -185,7 +191,14 @@ def usage(calls: Sequence[Call]) -> Usage:
         prompt_tok=sum(call.prompt_tok for call in calls if call.turn == 0),
         cached_tok=sum(call.cached_tok for call in calls if call.turn == 0),
         completion_tok=sum(call.completion_tok for call in calls),
+        reasoning_tok=sum(call.done.reasoning_tok for call in calls if call.done),
     )
+
+
+def with_timings(body: Event, calls: Sequence[Call], wanted: AnswerRequest) -> Event:
+    """A whole answer with the first choice's times, where they were asked for."""
+    done = calls[0].done
+    return {**body, "timings": timings(done)} if wanted.timings and done else body
 
 
 def headers(call: Call) -> dict[str, str]:
@@ -203,10 +216,10 @@ def note_calls(request: web.Request, calls: Sequence[Call]) -> None:
     first, total = calls[0], usage(calls)
     note(
         request,
-        model=first.request.model if first.known else "",
+        model=first.model if first.known else "",
         worker=first.worker,
         version=first.version,
-        stream=first.request.stream,
+        stream=not first.whole,
         parts=len(calls),
         prompt_tok=total.prompt_tok,
         cached_tok=total.cached_tok,
@@ -218,15 +231,20 @@ def note_calls(request: web.Request, calls: Sequence[Call]) -> None:
 
 
 async def _collected(request: web.Request, call: Call) -> Choice:
-    texts: list[str] = []
-    scored: list[Scored] = []
+    found: list[Tokens] = []
     finish = ""
     async with contextlib.aclosing(request.app[CONTEXT].dispatch.answer(call)) as answers:
         async for answer in answers:
             if isinstance(answer, Tokens):
-                texts.append(answer.text)
-                scored += answer.scored
+                found.append(answer)
             elif isinstance(answer, Done):
                 finish = answer.finish
-    wanted = call.request.logprobs is not None
-    return Choice(index=call.part, text="".join(texts), finish=finish, scored=tuple(scored) if wanted else None)
+    scored = isinstance(call.ask, Generate) and call.ask.logprobs is not None
+    return Choice(
+        index=call.part,
+        text="".join(one.text for one in found),
+        finish=finish,
+        reasoning="".join(one.reasoning for one in found),
+        calls=tuple(each for one in found for each in one.calls),
+        scored=tuple(each for one in found for each in one.scored) if scored else None,
+    )

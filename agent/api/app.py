@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from agent.api import admin, chat, completions, errors, health, models, peer
+from agent.api import admin, chat, completions, embeddings, errors, health, models, peer
 from agent.api.context import CONTEXT, Context
 
 
@@ -14,6 +14,7 @@ def build(context: Context) -> web.Application:
         [
             web.post("/v1/chat/completions", chat.chat_completions),
             web.post("/v1/completions", completions.completions),
+            web.post("/v1/embeddings", embeddings.embeddings),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model}", models.get_model),
             web.get("/health", health.health),

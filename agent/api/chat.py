@@ -1,16 +1,16 @@
 """POST /v1/chat/completions, whole and streamed."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from aiohttp import web
 
 from agent import answers, openai
 from agent.answers import Identity, Usage
 from agent.api import answering
-from agent.api.answering import Shape
+from agent.api.answering import Event, Shape
 from agent.api.context import client_key_id, json_response
-from agent.frames import Scored
+from agent.frames import Scored, Tokens
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -20,9 +20,10 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     calls = answering.calls_of(request, wanted, key_id)
     try:
         if wanted.stream:
-            return await answering.streamed(request, calls, _Chunks())
+            return await answering.streamed(request, calls, wanted, _Chunks())
         choices = await answering.whole(request, calls)
         body = answers.chat_completion(answering.identity(calls, "chatcmpl"), choices, answering.usage(calls))
+        body = answering.with_timings(body, calls, wanted)
         return json_response(body, headers=answering.headers(calls[0]))
     finally:
         answering.note_calls(request, calls)
@@ -33,14 +34,29 @@ class _Chunks(Shape):
 
     prefix = "chatcmpl"
 
-    def begin(self, who: Identity, index: int) -> dict[str, Any] | None:
+    def __init__(self) -> None:
+        self._called: Counter[int] = Counter()
+
+    def begin(self, who: Identity, index: int) -> Event | None:
         return answers.chat_chunk(who, index, {"role": "assistant", "content": ""})
 
-    def piece(self, who: Identity, index: int, text: str, scored: Sequence[Scored] | None) -> dict[str, Any]:
-        return answers.chat_chunk(who, index, {"content": text}, scored=scored)
+    def pieces(self, who: Identity, index: int, answer: Tokens, scored: Sequence[Scored] | None) -> list[Event]:
+        deltas: list[Event] = []
+        if answer.reasoning:
+            deltas.append({"reasoning_content": answer.reasoning})
+        if answer.text or (answer.scored and not answer.reasoning):
+            deltas.append({"content": answer.text})
+        for call in answer.calls:
+            deltas += answers.call_deltas(call, self._called[index])
+            self._called[index] += 1
+        # log probabilities go with the first of them, once
+        return [
+            answers.chat_chunk(who, index, delta, scored=scored if number == 0 else None)
+            for number, delta in enumerate(deltas)
+        ]
 
-    def end(self, who: Identity, index: int, finish: str) -> dict[str, Any]:
+    def end(self, who: Identity, index: int, finish: str) -> Event:
         return answers.chat_chunk(who, index, {}, finish=finish)
 
-    def usage(self, who: Identity, usage: Usage) -> dict[str, Any]:
+    def usage(self, who: Identity, usage: Usage) -> Event:
         return answers.usage_chunk(who, "chat.completion.chunk", usage)

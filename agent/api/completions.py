@@ -1,16 +1,15 @@
 """POST /v1/completions: text that goes on where the prompt ends, whole and streamed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from aiohttp import web
 
 from agent import answers, openai
 from agent.answers import Choice, Identity, Usage
 from agent.api import answering
-from agent.api.answering import Shape
+from agent.api.answering import Event, Shape
 from agent.api.context import client_key_id, json_response
-from agent.frames import Scored
+from agent.frames import Scored, Tokens
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -20,9 +19,10 @@ async def completions(request: web.Request) -> web.StreamResponse:
     calls = answering.calls_of(request, wanted, key_id)
     try:
         if wanted.stream:
-            return await answering.streamed(request, calls, _Pieces())
+            return await answering.streamed(request, calls, wanted, _Pieces())
         choices = await answering.whole(request, calls)
         body = answers.text_completion(answering.identity(calls, "cmpl"), choices, answering.usage(calls))
+        body = answering.with_timings(body, calls, wanted)
         return json_response(body, headers=answering.headers(calls[0]))
     finally:
         answering.note_calls(request, calls)
@@ -33,15 +33,17 @@ class _Pieces(Shape):
 
     prefix = "cmpl"
 
-    def begin(self, who: Identity, index: int) -> dict[str, Any] | None:
+    def begin(self, who: Identity, index: int) -> Event | None:
         return None
 
-    def piece(self, who: Identity, index: int, text: str, scored: Sequence[Scored] | None) -> dict[str, Any]:
+    def pieces(self, who: Identity, index: int, answer: Tokens, scored: Sequence[Scored] | None) -> list[Event]:
+        if not (answer.text or answer.scored):
+            return []
         held = tuple(scored) if scored is not None else None
-        return answers.text_completion(who, [Choice(index=index, text=text, finish="", scored=held)], None)
+        return [answers.text_completion(who, [Choice(index=index, text=answer.text, finish="", scored=held)], None)]
 
-    def end(self, who: Identity, index: int, finish: str) -> dict[str, Any]:
+    def end(self, who: Identity, index: int, finish: str) -> Event:
         return answers.text_completion(who, [Choice(index=index, text="", finish=finish)], None)
 
-    def usage(self, who: Identity, usage: Usage) -> dict[str, Any]:
+    def usage(self, who: Identity, usage: Usage) -> Event:
         return answers.usage_chunk(who, "text_completion", usage)

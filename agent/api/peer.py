@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, note, require_rack
-from agent.frames import Accepted, Done, Failed, Frame, Generate, decode, encode
+from agent.frames import Accepted, Done, Embed, Failed, Frame, Generate, decode, encode
 from agent.peers import Beat
 from shared.errors import RackError, Refused, Retryable
 
@@ -32,8 +32,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     require_rack(request)
     context = request.app[CONTEXT]
     wanted = decode(await request.read())
-    if not isinstance(wanted, Generate):
-        raise Refused("a Generate frame was expected", code="bad_frame")
+    if not isinstance(wanted, Generate | Embed):
+        raise Refused("a Generate or an Embed frame was expected", code="bad_frame")
     note(request, model=wanted.model, door=wanted.door, client_request=wanted.request_id)
     response = web.StreamResponse(headers={"Content-Type": "application/x-msgpack"})
     await response.prepare(request)

@@ -12,6 +12,8 @@ from agent.frames import Generate, Message
 
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
+_SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+"""JSON as most models have read it, and without room for endless white space."""
 
 
 def for_template(messages: Sequence[Message], tools: Sequence[str], *, native_tools: bool) -> list[dict[str, Any]]:
@@ -136,9 +138,9 @@ def _object(arguments: str) -> Any:
 
 
 def _strict(schema: Any) -> str:
-    """A schema without room for endless white space."""
+    """A schema as the grammar takes it."""
     if isinstance(schema, dict):
-        schema = {"x-guidance": {"whitespace_flexible": False}, **schema}
+        schema = {"x-guidance": _SPACING, **schema}
     return _compact(schema)
 
 

@@ -1,7 +1,9 @@
 """The OpenAI wire: what is taken, what is refused by name, and what comes back."""
 
+import base64
 import contextlib
 import json
+import struct
 from typing import Any
 
 import pytest
@@ -9,11 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import answers, openai
-from agent.frames import Candidate, Scored
-from agent.openai import parse_chat, parse_text
+from agent.frames import Candidate, Done, Scored, ToolCall
+from agent.openai import parse_chat, parse_embeddings, parse_text
 from shared.errors import Refused
 
 BASE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "h", "strict": True}},
+]
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def parse(**more: Any) -> openai.AnswerRequest:
@@ -24,11 +33,11 @@ def test_defaults() -> None:
     request = parse()
     assert (
         request.stream,
-        request.max_tokens,
-        request.temperature,
-        request.top_p,
+        request.generate.max_tokens,
+        request.generate.temperature,
+        request.generate.top_p,
         request.seed,
-        request.stop,
+        request.generate.stop,
     ) == (False, None, 1.0, 1.0, None, ())
 
 
@@ -45,22 +54,22 @@ def test_everything_supported_is_taken() -> None:
     assert (
         request.stream,
         request.include_usage,
-        request.max_tokens,
-        request.temperature,
-        request.top_p,
+        request.generate.max_tokens,
+        request.generate.temperature,
+        request.generate.top_p,
         request.seed,
-        request.stop,
+        request.generate.stop,
     ) == (True, True, 5, 0.0, 0.5, -3, ("a", "b"))
 
 
 def test_max_completion_tokens_goes_before_its_old_name() -> None:
-    assert parse(max_completion_tokens=7, max_tokens=9).max_tokens == 7
+    assert parse(max_completion_tokens=7, max_tokens=9).generate.max_tokens == 7
 
 
 def test_text_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = parse(messages=[{"role": "developer", "content": "d"}, {"role": "user", "content": parts}])
-    assert [(m.role, m.content) for m in request.messages] == [("system", "d"), ("user", "ab")]
+    assert [(m.role, m.content) for m in request.generate.messages] == [("system", "d"), ("user", "ab")]
 
 
 @pytest.mark.parametrize("name", sorted(openai.ADVISORY))
@@ -86,7 +95,22 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": [5]}, "logit_bias"),
         ({"logit_bias": {"5": float("nan")}}, None),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]}, "tools[0].function.x"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]}, "tools[0].function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"reasoning_effort": "furious"}, "reasoning_effort"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "x" * 5000}}, "chat_template_kwargs"),
+        ({"timings": "yes"}, "timings"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
@@ -115,7 +139,7 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ],
 )
 def test_a_wrong_field_is_named(more: dict[str, Any], param: str | None) -> None:
@@ -144,7 +168,7 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 )
 def test_no_body_does_more_than_be_taken_or_refused(more: dict[str, Any]) -> None:
     with contextlib.suppress(Refused):
-        assert parse(**more).model == "m"
+        assert parse(**more).generate.model == "m"
 
 
 def test_messages_never_quote_values() -> None:
@@ -164,13 +188,123 @@ def test_further_fields_are_taken() -> None:
         logit_bias={"7": -100, "3": 5.5},
         response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
     )
-    assert (request.n, request.logprobs, request.frequency_penalty, request.presence_penalty) == (3, 2, 0.5, -1.0)
-    assert request.logit_bias == ((3, 5.5), (7, -100.0))
-    assert request.schema is not None
-    assert schema == json.loads(request.schema)
-    assert parse(logprobs=True).logprobs == 0
-    assert parse(response_format={"type": "json_object"}).schema == '{"type": "object"}'
+    asked = request.generate
+    assert (request.n, asked.logprobs, asked.frequency_penalty, asked.presence_penalty) == (3, 2, 0.5, -1.0)
+    assert asked.logit_bias == ((3, 5.5), (7, -100.0))
+    assert asked.schema is not None
+    assert schema == json.loads(asked.schema)
+    assert parse(logprobs=True).generate.logprobs == 0
+    assert parse(response_format={"type": "json_object"}).generate.schema == '{"type": "object"}'
+    asked = parse(reasoning_effort="low", chat_template_kwargs={"a": 1}, timings=True).generate
+    assert (asked.reasoning_effort, asked.template_args) == ("low", '{"a": 1}')
     assert parse() == parse(response_format={"type": "text"}, n=1, logprobs=False, top_logprobs=0, logit_bias={})
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "must_call"),
+    [
+        (None, ["f", "h"], None),
+        ("auto", ["f", "h"], None),
+        ("none", [], None),
+        ("required", ["f", "h"], ""),
+        ({"type": "function", "function": {"name": "h"}}, ["f", "h"], "h"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]}}, ["h"], ""),
+    ],
+)
+def test_tools_and_the_choice_among_them(choice: Any, names: list[str], must_call: str | None) -> None:
+    asked = parse(tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).generate
+    assert (names, must_call) == ([json.loads(tool)["name"] for tool in asked.tools], asked.must_call)
+    assert asked.one_call == bool(names)
+
+
+def test_a_conversation_with_calls_is_read() -> None:
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "4"}]},
+    ]
+    _, called, result = parse(messages=turns).generate.messages
+    assert (called.content, called.reasoning, called.calls) == (
+        "",
+        "hm",
+        (ToolCall(id="c1", name="f", arguments="{}"),),
+    )
+    assert (result.role, result.content, result.call_id) == ("tool", "4", "c1")
+
+
+def test_a_call_is_answered_whole_and_in_deltas() -> None:
+    call = ToolCall(id="c1", name="f", arguments='{"a": 1}')
+    who = answers.Identity(answer_id="x", created=1, model="m", fingerprint="fp")
+    choice = answers.Choice(index=0, text="", finish="tool_calls", reasoning="hm", calls=(call,))
+    usage = answers.Usage(prompt_tok=5, cached_tok=2, completion_tok=4, reasoning_tok=1)
+    whole = answers.chat_completion(who, [choice], usage)
+    message = whole["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == (None, "hm")
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
+    first, second = (delta["tool_calls"][0] for delta in answers.call_deltas(call, 3))
+    assert (first["index"], second["index"], first["id"], first["function"]["name"]) == (3, 3, "c1", "f")
+    assert first["function"]["arguments"] + second["function"]["arguments"] == '{"a": 1}'
+
+
+def test_times_are_given_with_rates() -> None:
+    done = Done(
+        id=1,
+        finish="stop",
+        prompt_tok=110,
+        cached_tok=10,
+        completion_tok=21,
+        queue_us=1500,
+        prefill_us=200_000,
+        decode_us=1_000_000,
+    )
+    found = answers.timings(done)
+    assert (found["queue_ms"], found["prompt_n"], found["cached_n"]) == (1.5, 100, 10)
+    assert (found["prompt_per_second"], found["predicted_per_second"]) == (500.0, 20.0)
+    assert (
+        answers.timings(Done(id=1, finish="stop", prompt_tok=1, cached_tok=0, completion_tok=0))["predicted_per_second"]
+        is None
+    )
+
+
+def embed(**more: Any) -> openai.EmbedRequest:
+    return parse_embeddings(json.dumps({"model": "m", "input": "x", **more}).encode())
+
+
+def test_inputs_of_embeddings_take_four_shapes() -> None:
+    assert embed().embed.inputs == ("x",)
+    assert embed(input=["x", "y"]).embed.inputs == ("x", "y")
+    assert embed(input=[1, 2]).embed.inputs == ((1, 2),)
+    assert embed(input=[[1], [2, 3]]).embed.inputs == ((1,), (2, 3))
+    assert (embed(encoding_format="base64").base64, embed(user="u").base64) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"input": ""}, "input[0]"),
+        ({"input": []}, "input"),
+        ({"input": [1, "x"]}, "input[0]"),
+        ({"input": [-1]}, "input[0]"),
+        ({"input": ["x"] * 2049}, "input"),
+        ({"input": 5}, "input"),
+        ({"encoding_format": "hex"}, "encoding_format"),
+        ({"dimensions": 8}, "dimensions"),
+        ({"n": 2}, "n"),
+    ],
+)
+def test_wrong_embeddings_are_named(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refused) as caught:
+        embed(**more)
+    assert param == caught.value.param
+
+
+def test_vectors_are_written_as_numbers_or_base64() -> None:
+    raw = struct.pack("<2f", 0.5, -1.0)
+    numbers = answers.embeddings("m", [raw], 3, base64=False)
+    assert (numbers["data"][0]["embedding"], numbers["usage"]["total_tokens"]) == ([0.5, -1.0], 3)
+    written = answers.embeddings("m", [raw], 3, base64=True)["data"][0]["embedding"]
+    assert raw == base64.b64decode(written)
 
 
 def text(**more: Any) -> openai.AnswerRequest:
@@ -178,8 +312,8 @@ def text(**more: Any) -> openai.AnswerRequest:
 
 
 def test_text_completions_are_read() -> None:
-    assert (text().prompts, text().max_tokens, text().logprobs) == (("p",), 16, None)
-    assert (text(prompt=["a", "b"], n=2).prompts, text(n=2).n, text(logprobs=5).logprobs) == (("a", "b"), 2, 5)
+    assert (text().prompts, text().generate.max_tokens, text().generate.logprobs) == (("p",), 16, None)
+    assert (text(prompt=["a", "b"], n=2).prompts, text(n=2).n, text(logprobs=5).generate.logprobs) == (("a", "b"), 2, 5)
     assert text() == text(echo=False, suffix=None, best_of=1)
 
 

@@ -81,6 +81,7 @@ class Row:
         if finish is not None and not stopped:
             text += self.stop.finish()
         said = self.speech.feed(text)
+        stopped = stopped or (self.request.one_call and self.speech.called)
         if finish is not None or stopped:
             rest = self.speech.finish()
             said = Said(said.text + rest.text, said.reasoning + rest.reasoning, said.calls + rest.calls)

@@ -1,0 +1,28 @@
+"""POST /v1/embeddings: a vector for each input."""
+
+import contextlib
+
+from aiohttp import web
+
+from agent import answers, openai
+from agent.api import answering
+from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response
+from agent.dispatch import Call
+from agent.frames import Embedded
+
+
+async def embeddings(request: web.Request) -> web.Response:
+    """Vectors of all inputs, in their order."""
+    key_id = client_key_id(request)
+    wanted = openai.parse_embeddings(await request.read())
+    call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id)
+    vectors: tuple[bytes, ...] = ()
+    try:
+        async with contextlib.aclosing(request.app[CONTEXT].dispatch.answer(call)) as found:
+            async for answer in found:
+                if isinstance(answer, Embedded):
+                    vectors = answer.vectors
+        body = answers.embeddings(call.model, vectors, call.prompt_tok, base64=wanted.base64)
+        return json_response(body, headers=answering.headers(call))
+    finally:
+        answering.note_calls(request, [call])

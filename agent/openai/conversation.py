@@ -1,0 +1,147 @@
+"""Conversations and tools as clients send them."""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from agent.frames import Message, ToolCall
+from agent.openai.fields import boolean, shown, text, unsupported, wrong
+from shared.errors import Refused
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+MAX_TOOLS = 128
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_KNOWN = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "reasoning_content"})
+
+
+class Tools(NamedTuple):
+    """Function descriptions as JSON text; ``must_call`` as in agent.frames.Generate."""
+
+    described: tuple[str, ...] = ()
+    must_call: str | None = None
+    one_call: bool = False
+
+
+def messages(tree: dict[str, Any]) -> tuple[Message, ...]:
+    """The conversation. Raises Refused naming the turn."""
+    found = tree.get("messages")
+    if not isinstance(found, list) or not found:
+        raise wrong("messages", "a list with at least one message")
+    return tuple(_message(item, f"messages[{n}]") for n, item in enumerate(found))
+
+
+def tools(tree: dict[str, Any]) -> Tools:
+    """What may be called, and what has to be."""
+    found = tree.get("tools")
+    one_call = tree.get("parallel_tool_calls") is not None and not boolean(tree, "parallel_tool_calls")
+    if found is None or found == []:
+        if tree.get("tool_choice") not in (None, "none", "auto"):
+            raise Refused("tool_choice needs tools", code="invalid_value", param="tool_choice")
+        return Tools()
+    if not isinstance(found, list) or len(found) > MAX_TOOLS:
+        raise wrong("tools", f"a list of at most {MAX_TOOLS} tools")
+    described = {}
+    for n, tool in enumerate(found):
+        function = _function(tool, f"tools[{n}]")
+        described[function["name"]] = json.dumps(function, ensure_ascii=False)
+    return _chosen(tree.get("tool_choice"), described, one_call)
+
+
+def _chosen(choice: Any, described: dict[str, str], one_call: bool) -> Tools:
+    every = tuple(described.values())
+    match choice:
+        case None | "auto":
+            return Tools(every, None, one_call)
+        case "none":
+            return Tools()
+        case "required":
+            return Tools(every, "", one_call)
+        case {"type": "function", "function": {"name": str(name)}} if name in described:
+            return Tools(every, name, one_call)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(allowed)}}:
+            named = [tool.get("function", {}).get("name") for tool in allowed if isinstance(tool, dict)]
+            if named and len(named) == len(allowed) and all(isinstance(n, str) and n in described for n in named):
+                kept = tuple(described[name] for name in dict.fromkeys(named))
+                return Tools(kept, "" if mode == "required" else None, one_call)
+    raise wrong("tool_choice", "none, auto, required, or a function that tools describes")
+
+
+def _function(tool: Any, path: str) -> dict[str, Any]:
+    if not isinstance(tool, dict):
+        raise wrong(path, "an object")
+    if tool.get("type") != "function":
+        raise unsupported(f"{path}.type", "only tools of type function are supported")
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise wrong(f"{path}.function", "an object")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise wrong(f"{path}.function.name", "1 to 64 letters, digits, dots, dashes and underscores")
+    for key in function:
+        if key not in ("name", "description", "parameters", "strict"):
+            raise Refused(
+                f"unknown field {path}.function.{shown(key)}",
+                code="unknown_parameter",
+                param=f"{path}.function.{shown(key)}",
+            )
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise wrong(f"{path}.function.parameters", "a JSON schema")
+    # strict is obeyed always: no argument is made that the schema does not allow
+    described: dict[str, Any] = {"name": name}
+    if function.get("description") is not None:
+        described["description"] = text(function["description"], f"{path}.function.description")
+    return {**described, "parameters": parameters or {"type": "object", "properties": {}}}
+
+
+def _message(item: Any, path: str) -> Message:
+    if not isinstance(item, dict):
+        raise wrong(path, "an object")
+    role = item.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise wrong(f"{path}.role", f"one of {', '.join(ROLES)}")
+    for key, value in item.items():
+        if key not in _KNOWN and value not in (None, []):
+            raise unsupported(f"{path}.{shown(key)}")
+    calls = _calls(item.get("tool_calls"), f"{path}.tool_calls")
+    if calls and role != "assistant":
+        raise wrong(f"{path}.tool_calls", "none but in an assistant's message")
+    call_id = item.get("tool_call_id")
+    if role == "tool" and not isinstance(call_id, str):
+        raise wrong(f"{path}.tool_call_id", "the id of the call that this answers")
+    content = item.get("content")
+    return Message(
+        role=ROLES[role],
+        content="" if content is None and calls else _content(content, f"{path}.content"),
+        reasoning=text(item.get("reasoning_content") or "", f"{path}.reasoning_content"),
+        calls=calls,
+        call_id=call_id if isinstance(call_id, str) else "",
+    )
+
+
+def _calls(found: Any, path: str) -> tuple[ToolCall, ...]:
+    if found is None:
+        return ()
+    if not isinstance(found, list):
+        raise wrong(path, "a list of calls")
+    calls = []
+    for n, call in enumerate(found):
+        match call:
+            case {"id": str(number), "function": {"name": str(name), "arguments": str(arguments)}}:
+                calls.append(ToolCall(id=number, name=name, arguments=arguments))
+            case _:
+                raise wrong(f"{path}[{n}]", "a function call with id, name and arguments")
+    return tuple(calls)
+
+
+def _content(content: Any, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise wrong(path, "text, or a list of text parts")
+    texts = []
+    for n, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
+            raise unsupported(f"{path}[{n}].type", "only parts of type text are supported")
+        texts.append(text(part.get(part["type"]), f"{path}[{n}].{part['type']}"))
+    return "".join(texts)

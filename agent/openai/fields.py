@@ -1,0 +1,70 @@
+"""Checked reading of a client's JSON: each function names the field that is wrong and never quotes a value."""
+
+from typing import Any
+
+import msgspec
+
+from shared.errors import Refused
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """A body that has to be a JSON object. Raises Refused."""
+    try:
+        tree = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refused("the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(tree, dict):
+        raise Refused("the body is not a JSON object", code="invalid_json")
+    return tree
+
+
+def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
+    """True or false; null and a missing field are false."""
+    value = tree.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise wrong(path or name, "true or false")
+    return value
+
+
+def integer(tree: dict[str, Any], name: str, low: int, high: int) -> int | None:
+    """A whole number within bounds; None where there is none."""
+    value = tree.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise wrong(name, f"a whole number from {low} to {high}")
+    return value
+
+
+def number(tree: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
+    """A number within bounds."""
+    value = tree.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise wrong(name, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def text(value: Any, path: str) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise wrong(path, "text")
+    return value
+
+
+def wrong(param: str, expected: str) -> Refused:
+    """The error of a value that is not what it should be."""
+    return Refused(f"{param}: expected {expected}", code="invalid_value", param=param)
+
+
+def unsupported(path: str, why: str = "is not supported") -> Refused:
+    """The error of a value that would change behaviour and cannot be obeyed."""
+    return Refused(f"{path}: {why}", code="unsupported_parameter", param=path)
+
+
+def shown(name: str) -> str:
+    """A field name fit for an error: a stranger chose it."""
+    return name[:64]
