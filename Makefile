@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[agent,aggregator,dev]'
 	@touch $(STAMP)
 
-model: $(STAMP) ## the demo's models in the user's cache (93 MB download, once)
+model: $(STAMP) ## the demo's models in the user's cache (177 MB download, once)
 	@$(BIN)/python -m scripts.fetch_demo_model
 
 demo: $(STAMP) model ## a rack of three nodes on this machine: serve, swap, evict, kill, outage, reports

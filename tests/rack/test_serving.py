@@ -238,6 +238,7 @@ def test_a_stream_whose_worker_dies_ends_with_an_error_event(tmp_path: Path) -> 
 
 def test_a_killed_loader_is_restarted_and_status_says_so(tmp_path: Path) -> None:
     with rack(tmp_path, [model(), model("k")]) as (agent,):
+        until(lambda: all(one["pid"] for one in agent.status()["models"]), "both loaders run")
         first = agent.status()["models"][0]
         os.kill(first["pid"], signal.SIGKILL)
         assert agent.chat(model="k").status == 200, "other models answer meanwhile"
