@@ -1,6 +1,11 @@
-"""Whether a request may start now."""
+"""Whether a request may start now, and when one that may not should come again. Pure: the time is an argument."""
+
+from collections import deque
 
 import msgspec
+
+_WINDOW_S = 30.0
+_UNKNOWN_WAIT_S = 5.0
 
 
 class Admit(msgspec.Struct, frozen=True):
@@ -14,15 +19,52 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: int
 
 
-def admit(*, in_flight: int, limit: int, draining: bool, drain_rate_per_s: float) -> Admit | Turn:
-    """One model's door: refuse while the node stops, and beyond ``limit`` requests in flight.
+class Load(msgspec.Struct, frozen=True):
+    """Requests in flight against how many there may be."""
+
+    in_flight: int
+    limit: int
+
+    @property
+    def over(self) -> int:
+        """How many have to end before one more may start; 0 when it may now."""
+        return max(0, self.in_flight - self.limit + 1)
+
+
+class DrainRate:
+    """Requests that ended per second over the last half minute."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque()
+
+    def ended(self, now_s: float) -> None:
+        """Count one."""
+        self._ended.append(now_s)
+        self._forget(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        """The rate now; 0 when nothing has ended lately."""
+        self._forget(now_s)
+        if not self._ended:
+            return 0.0
+        # over at least a second, so that a burst of two does not promise a thousand
+        return len(self._ended) / max(1.0, now_s - self._ended[0])
+
+    def _forget(self, now_s: float) -> None:
+        while self._ended and self._ended[0] < now_s - _WINDOW_S:
+            self._ended.popleft()
+
+
+def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: float) -> Admit | Turn:
+    """The door of one model for one key: refuse while the node stops, and beyond either's requests in flight.
 
     The hint is the time in which the measured rate of completions works off what stands above the limit, 1 to 60 s.
     """
     if draining:
         return Turn(code="draining", retry_after_s=1)
-    if in_flight < limit:
+    over = max(model.over, key.over)
+    if not over:
         return Admit()
-    over = in_flight - limit + 1
-    wait_s = over / drain_rate_per_s if drain_rate_per_s > 0 else 5.0
-    return Turn(code="queue_full", retry_after_s=round(min(60.0, max(1.0, wait_s))))
+    wait_s = over / drain_rate_per_s if drain_rate_per_s > 0 else _UNKNOWN_WAIT_S
+    code = "queue_full" if model.over else "key_queue_full"
+    return Turn(code=code, retry_after_s=round(min(60.0, max(1.0, wait_s))))

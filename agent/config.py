@@ -99,9 +99,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     body_bytes: Positive = 10 << 20
     in_flight_per_model: Positive = 64
+    in_flight_per_key: Positive = 48
     request_s: Seconds = 600.0
     first_token_s: Seconds = 120.0
     token_gap_s: Seconds = 60.0
+    progress_s: Seconds = 10.0
+    stuck_s: Seconds = 60.0
     load_wait_s: Seconds = 120.0
     drain_s: Seconds = 60.0
 

@@ -85,6 +85,7 @@ class Daemon:
             threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
+            on_report=lambda model, reported: self.metrics.engine(model, reported),
         )
         self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()))
         self.ledger = Ledger(self.metrics.answered)
@@ -242,6 +243,7 @@ class Daemon:
 
     def _emit(self, event: Event) -> None:
         self.sampler.emit(event)
+        self.metrics.event(event)
         if isinstance(event, URGENT):
             task = asyncio.get_running_loop().create_task(self._send_urgent(event))
             self._urgent_tasks.add(task)

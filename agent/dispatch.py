@@ -8,11 +8,12 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 
-from agent.admission import Turn, admit
+from agent.admission import DrainRate, Load, Turn, admit
 from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
 from agent.frames import Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens
@@ -24,8 +25,15 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 MAX_RETRIES = 2
+TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
 TURN_SEEDS = 0x51_7C_C1_B7_27
 """Between the seeds of several answers to one prompt, so that they differ and can be had again."""
+
+_TURNED = {
+    "draining": "this node is stopping",
+    "queue_full": "too many requests wait for this model",
+    "key_queue_full": "too many requests of this API key are in flight",
+}
 
 log = get_logger("agent.dispatch")
 
@@ -100,15 +108,19 @@ class Dispatch:
         self._ledger = ledger
         self._limits = limits
         self._clock = clock
-        self._in_flight: dict[str, int] = {}
-        self._rate_per_s = 0.0
-        self._last_done_s = clock()
+        self._by_model: Counter[str] = Counter()
+        self._by_key: Counter[str] = Counter()
+        self._drain: dict[str, DrainRate] = {}
         self.draining = False
 
     @property
     def in_flight(self) -> int:
         """Requests of clients that have not ended."""
-        return sum(self._in_flight.values())
+        return self._by_model.total()
+
+    def saturated(self, model: str) -> bool:
+        """Whether a further request for the model would be turned away."""
+        return Load(self._by_model[model], self._limits.in_flight_per_model).over > 0
 
     def here(self) -> NodeView:
         """This node as routing sees it."""
@@ -123,21 +135,19 @@ class Dispatch:
         outcome = "cancelled"
         try:
             call.known = self._is_known(call.model)
-            self._admit(call.model)
+            self._admit(call)
             try:
                 async with contextlib.aclosing(self._attempts(call)) as answers:
                     async for answer in answers:
                         yield answer
             finally:
-                self._in_flight[call.model] -= 1
-                if not self._in_flight[call.model]:
-                    del self._in_flight[call.model]
+                self._leave(call)
             outcome = "ok"
         except Refused:
             outcome = "refused"
             raise
         except RackError as error:
-            outcome = "refused" if error.code in ("queue_full", "draining") else "failed"
+            outcome = "refused" if error.code in TURNED_AWAY else "failed"
             raise
         finally:
             self._count(call, outcome)
@@ -147,17 +157,24 @@ class Dispatch:
         views = (self.here(), *self._table.view(self._clock()))
         return any(m.name == model for node in views for m in node.models)
 
-    def _admit(self, model: str) -> None:
+    def _admit(self, call: Call) -> None:
+        now, drain = self._clock(), self._drain.get(call.model)
         decision = admit(
-            in_flight=self._in_flight.get(model, 0),
-            limit=self._limits.in_flight_per_model,
+            model=Load(self._by_model[call.model], self._limits.in_flight_per_model),
+            key=Load(self._by_key[call.key_id], self._limits.in_flight_per_key),
             draining=self.draining,
-            drain_rate_per_s=self._rate_per_s,
+            drain_rate_per_s=drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
-            what = "this node is stopping" if decision.code == "draining" else "too many requests wait for this model"
-            raise Retryable(what, code=decision.code, retry_after_s=decision.retry_after_s)
-        self._in_flight[model] = self._in_flight.get(model, 0) + 1
+            raise Retryable(_TURNED[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
+        self._by_model[call.model] += 1
+        self._by_key[call.key_id] += 1
+
+    def _leave(self, call: Call) -> None:
+        for counts, name in ((self._by_model, call.model), (self._by_key, call.key_id)):
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]
 
     async def _attempts(self, call: Call) -> AsyncGenerator[Answer, None]:
         while True:
@@ -287,9 +304,7 @@ class Dispatch:
     def _count(self, call: Call, outcome: str) -> None:
         now = self._clock()
         if outcome == "ok":
-            gap = max(1e-3, now - self._last_done_s)
-            self._last_done_s = now
-            self._rate_per_s = 0.9 * self._rate_per_s + 0.1 / gap
+            self._drain.setdefault(call.model, DrainRate()).ended(now)
         self._ledger.record(
             Answered(
                 # a name that nobody serves is a stranger's text and stays out of the records

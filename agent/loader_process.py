@@ -6,6 +6,7 @@ import itertools
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import msgspec
@@ -36,10 +37,12 @@ _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "
 
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to start a loader: its arguments and how many BLAS threads it may use."""
+    """How to start a loader: its arguments, how many BLAS threads it may use, and after how many silent seconds with
+    work to do it is ended."""
 
     arguments: tuple[str, ...]
     threads: int = 1
+    stuck_s: float = 60.0
 
 
 def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -84,6 +87,7 @@ class LoaderProcess:
         self.in_flight = 0
         self.stopping = False
         self._broken = False
+        self._heard_s = 0.0
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
 
@@ -96,6 +100,11 @@ class LoaderProcess:
     def usable(self) -> bool:
         """False from the moment it is known to be gone, which is before the system has said how it ended."""
         return not self._broken and not self.ended.is_set()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it has said nothing although requests wait for it."""
+        return time.monotonic() - self._heard_s if self._open else 0.0
 
     @property
     def cause(self) -> str:
@@ -132,7 +141,11 @@ class LoaderProcess:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         loader = cls(process, reader, writer)
-        loader._tasks = [asyncio.create_task(loader._read()), asyncio.create_task(loader._read_stderr())]
+        loader._tasks = [
+            asyncio.create_task(loader._read()),
+            asyncio.create_task(loader._read_stderr()),
+            asyncio.create_task(loader._end_when_stuck(spec.stuck_s)),
+        ]
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 loader.ready = await loader._ready
@@ -148,6 +161,8 @@ class LoaderProcess:
         """Answers to one request. Leaving early cancels it. Raises Retryable when the loader is lost."""
         number = next(self._ids)
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        if not self._open:
+            self._heard_s = time.monotonic()
         self._open[number] = answers
         finished = False
         try:
@@ -179,7 +194,7 @@ class LoaderProcess:
         try:
             await asyncio.wait({waiting, gone}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
             found = [*late, waiting.result()] if waiting.done() else late
-            return _sum(found) if found else None
+            return total_of(found) if found else None
         finally:
             for task in (waiting, gone):
                 task.cancel()
@@ -216,6 +231,7 @@ class LoaderProcess:
         decoder = Decoder()
         try:
             while chunk := await self._reader.read(1 << 16):
+                self._heard_s = time.monotonic()
                 for frame in decoder.feed(chunk):
                     self._take(frame)
         except (ConnectionError, Refused):
@@ -245,6 +261,17 @@ class LoaderProcess:
             self._ready.set_exception(Refused(frame.message, code=frame.code))
             self._ready.exception()
 
+    async def _end_when_stuck(self, limit_s: float) -> None:
+        """A loader that has work and is silent is of no use; its end is unwanted, so this is no `kill` of ours."""
+        while not self.ended.is_set():
+            if self.silent_s > limit_s:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, limit_s / 4)):
+                    await self.ended.wait()
+
     async def _read_stderr(self) -> None:
         """Keep the end of what it says while it starts; later lines might quote a request and are dropped."""
         assert self._process.stderr is not None
@@ -262,7 +289,7 @@ _PEAKS = ("queue_max", "kv_peak_bytes", "peak_bytes")
 _LEVELS = (*_PEAKS, "cache_bytes", "active_bytes")
 
 
-def _sum(reports: list[Reported]) -> Reported:
+def total_of(reports: Sequence[Reported]) -> Reported:
     """Several windows as one: counts add up, levels take the last, peaks the highest."""
     total = reports[-1]
     for earlier in reports[:-1]:

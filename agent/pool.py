@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from agent import eviction, swap
 from agent.config import AgentConfig, Model
-from agent.frames import Done, Failed, Generate, Message
-from agent.loader_process import LoaderProcess, LoaderSpec
+from agent.frames import Done, Failed, Generate, Message, Reported
+from agent.loader_process import LoaderProcess, LoaderSpec, total_of
 from agent.modelstore import ModelSpec, ModelStore
 from agent.routing import ModelView
 from agent.slot import Lease, Loaded, Slot, footprint_bytes, window_of
@@ -54,6 +54,7 @@ class Pool:
         threads: int,
         emit: Callable[[Event], None],
         carried_by_peer: Callable[[str], bool],
+        on_report: Callable[[str, Reported], None] = lambda model, reported: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
@@ -64,11 +65,12 @@ class Pool:
         self._threads = threads
         self._emit = emit
         self._carried_by_peer = carried_by_peer
+        self._on_report = on_report
         self._clock = clock
         self._wall_ms = wall_ms
         self._models = {m.name: m for m in config.models}
         self._slots = [Slot(m) for m in config.models]
-        self._windows: list[EngineWindow] = []
+        self._reports: dict[tuple[str, str], Reported] = {}
         self._swaps: dict[str, swap.SwapState] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
@@ -123,6 +125,7 @@ class Pool:
                 "footprint_bytes": footprint_bytes(slot.loaded.process.pid) if slot.loaded else None,
                 "restarts": slot.restarts,
                 "last_exit": slot.last_exit,
+                "silent_s": round(slot.loaded.process.silent_s, 1) if slot.loaded else 0.0,
                 "blas": slot.loaded.process.ready.blas if slot.loaded and slot.loaded.process.ready else "",
             }
             for slot in self._slots
@@ -173,11 +176,19 @@ class Pool:
 
     async def windows(self) -> list[EngineWindow]:
         """What every loader did since the last call, those that ended meanwhile included."""
+        await self.refresh()
+        taken, self._reports = self._reports, {}
+        return [window_of(model, version, reported) for (model, version), reported in taken.items()]
+
+    async def refresh(self) -> None:
+        """Ask every loader what it did since it was last asked."""
         for slot in self._slots:
             if slot.loaded is not None:
                 await self._take_window(slot.loaded)
-        taken, self._windows = self._windows, []
-        return taken
+
+    def stalled(self, limit_s: float) -> list[str]:
+        """Models whose loader has work and has said nothing for so long."""
+        return [s.names[0] for s in self._slots if s.loaded is not None and s.loaded.process.silent_s > limit_s]
 
     # ---- what an operator orders ----
 
@@ -319,7 +330,9 @@ class Pool:
             *("--max-tokens", str(model.max_tokens)),
             *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
         )
-        return await LoaderProcess.start(LoaderSpec(arguments=arguments, threads=self._threads), self._environ)
+        stuck_s = self._config.limits.stuck_s
+        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s)
+        return await LoaderProcess.start(start, self._environ)
 
     async def _make_room(self, spec: ModelSpec, *, for_name: str, but: Slot | None = None) -> None:
         """Evict what eviction.make_room names. Raises Refused with the missing bytes."""
@@ -390,8 +403,12 @@ class Pool:
 
     async def _take_window(self, loaded: Loaded) -> None:
         reported = await loaded.process.report()
-        if reported is not None:
-            self._windows.append(window_of(loaded, reported))
+        if reported is None:
+            return
+        self._on_report(loaded.name, reported)
+        key = (loaded.name, loaded.spec.version)
+        known = [self._reports[key]] if key in self._reports else []
+        self._reports[key] = total_of([*known, reported])
 
     # ---- a loader that ends by itself ----
 

@@ -80,25 +80,10 @@ class Lease:
         return self._loaded.process.generate(request)
 
 
-def window_of(loaded: Loaded, reported: Reported) -> EngineWindow:
-    """A loader's report as the record of a window."""
-    return EngineWindow(
-        model=loaded.name,
-        version=loaded.spec.version,
-        busy_prefill_us=reported.busy_prefill_us,
-        busy_decode_us=reported.busy_decode_us,
-        prefill_tok=reported.prefill_tok,
-        cached_tok=reported.cached_tok,
-        decode_tok=reported.decode_tok,
-        wasted_tok=reported.wasted_tok,
-        steps=reported.steps,
-        queue_max=reported.queue_max,
-        cache_hits=reported.cache_hits,
-        cache_misses=reported.cache_misses,
-        cache_evictions=reported.cache_evictions,
-        cache_bytes=reported.cache_bytes,
-        active_bytes=reported.active_bytes,
-    )
+def window_of(model: str, version: str, reported: Reported) -> EngineWindow:
+    """A loader's report as the record of a window; the fields are the same."""
+    counts = {name: getattr(reported, name) for name in Reported.__struct_fields__}
+    return EngineWindow(model=model, version=version, **counts)
 
 
 def footprint_bytes(pid: int) -> int | None:

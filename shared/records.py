@@ -57,11 +57,17 @@ class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
     wasted_tok: int = 0
     steps: int = 0
     queue_max: int = 0
+    queue_us: int = 0
+    padding_tok: int = 0
+    kv_peak_bytes: int = 0
+    rebuilds: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+    cache_saved_tok: int = 0
     cache_evictions: int = 0
     cache_bytes: int = 0
     active_bytes: int = 0
+    peak_bytes: int = 0
 
 
 class Resident(_Record, frozen=True, kw_only=True, tag="resident"):

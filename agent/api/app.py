@@ -18,6 +18,7 @@ def build(context: Context) -> web.Application:
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model}", models.get_model),
             web.get("/health", health.health),
+            web.get("/live", health.live),
             web.get("/ready", health.ready),
             web.get("/metrics", health.metrics),
             web.get("/peer/v1/beat", peer.beat),

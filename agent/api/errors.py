@@ -20,6 +20,7 @@ STATUS = {
     "conflict": 409,
     "body_too_large": 413,
     "queue_full": 429,
+    "key_queue_full": 429,
     "draining": 503,
     "no_capacity": 503,
     "no_memory": 507,
@@ -98,7 +99,7 @@ async def middleware(
 def _log(request: web.Request, request_id: str, status: int, code: str, seconds: float) -> None:
     route = request.match_info.route.resource
     path = route.canonical if route is not None else "unknown"
-    quiet = path in ("/peer/v1/beat", "/health", "/ready", "/metrics") and status < 400
+    quiet = path in ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics") and status < 400
     write = log.debug if quiet else log.info
     fields = request.get(LOG_FIELDS, {})
     write("request", request=request_id, path=path, status=status, code=code, ms=round(seconds * 1000, 1), **fields)

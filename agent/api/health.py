@@ -1,8 +1,14 @@
 """Whether the process lives, whether it can take work, and its metrics."""
 
+import asyncio
+import contextlib
+
 from aiohttp import web
 
 from agent.api.context import CONTEXT, json_response, require_local_or_admin
+
+_FRESH_S = 2.0
+"""A scrape waits so long for engines that are in a long step, then shows what is known."""
 
 
 async def health(request: web.Request) -> web.Response:
@@ -15,14 +21,28 @@ async def ready(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     if context.dispatch.draining:
         return json_response({"ready": False, "reason": "stopping"}, status=503)
-    models = sorted(m.name for m in context.pool.views() if m.ready)
-    if not models:
+    loaded = sorted(m.name for m in context.pool.views() if m.ready)
+    if not loaded:
         return json_response({"ready": False, "reason": "no model is loaded"}, status=503)
+    models = [name for name in loaded if not context.dispatch.saturated(name)]
+    if not models:
+        return json_response({"ready": False, "reason": "saturated"}, status=503, headers={"Retry-After": "1"})
     return json_response({"ready": True, "models": models})
 
 
+async def live(request: web.Request) -> web.Response:
+    """200 while every loader that has work makes progress; 503 with those that do not."""
+    context = request.app[CONTEXT]
+    stalled = context.pool.stalled(context.config.limits.progress_s)
+    return json_response({"live": not stalled, "stalled": stalled}, status=503 if stalled else 200)
+
+
 async def metrics(request: web.Request) -> web.Response:
-    """Prometheus text."""
+    """Prometheus text, with the engines' counts up to now."""
     require_local_or_admin(request)
-    body = request.app[CONTEXT].metrics()
+    context = request.app[CONTEXT]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_FRESH_S):
+            await context.pool.refresh()
+    body = context.metrics()
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

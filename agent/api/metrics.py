@@ -3,14 +3,37 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.collectors.inference import Answered
+from agent.frames import Reported
 from agent.routing import NodeView
+from shared.records import Event, ModelEvicted, SwapFinished
 
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+_ENGINE = {
+    "prefill_tok": ("prefill_tokens", "Prompt tokens computed."),
+    "decode_tok": ("decode_tokens", "Tokens generated, whoever got them."),
+    "wasted_tok": ("wasted_tokens", "Tokens generated for requests that were given up."),
+    "steps": ("steps", "Steps of the engine; decode tokens by steps is the batches' occupancy."),
+    "queue_us": ("queue_seconds", "Time that prompts waited for their first piece."),
+    "padding_tok": ("padding_tokens", "Padding that decode steps read, in tokens of keys and values."),
+    "rebuilds": ("rebuilds", "Batches that broke and were made anew."),
+    "cache_hits": ("cache_hits", "Prompts that found a beginning in the prompt cache."),
+    "cache_misses": ("cache_misses", "Prompts that found none."),
+    "cache_saved_tok": ("cache_saved_tokens", "Prompt tokens that needed no work."),
+    "cache_evictions": ("cache_evictions", "Entries that left the prompt cache to keep its budget."),
+}
+_LEVELS = {
+    "queue_max": "Longest queue in the last window.",
+    "kv_peak_bytes": "Most bytes of running requests' keys and values in the last window, padding included.",
+    "cache_bytes": "Bytes that the prompt cache accounts for.",
+    "active_bytes": "Bytes that MLX holds.",
+    "peak_bytes": "Most bytes that MLX held in the last window.",
+}
 
 
 class Metrics:
@@ -29,6 +52,13 @@ class Metrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "From request to first token.")
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one answer.")
         self._total = self._histogram("request_seconds", "From request to the end of the answer.")
+        self._busy = self._counter("engine_busy_seconds", "Work of the engine.", ("model", "phase"))
+        self._engine = {
+            field: self._counter(f"engine_{name}", text, ("model",)) for field, (name, text) in _ENGINE.items()
+        }
+        self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
+        self._evicted = self._counter("model_evictions", "Models that left memory.", ("model", "reason"))
+        self._swaps = self._counter("swaps", "Swaps by how they ended.", ("model", "outcome"))
         self._registry.register(_Gauges(status, peers))
 
     def answered(self, one: Answered) -> None:
@@ -44,12 +74,32 @@ class Metrics:
         for gap in one.itl_us:
             self._itl.labels(one.model).observe(gap / 1e6)
 
+    def engine(self, model: str, reported: Reported) -> None:
+        """Add what an engine did since it last said so."""
+        self._busy.labels(model, "prefill").inc(reported.busy_prefill_us / 1e6)
+        self._busy.labels(model, "decode").inc(reported.busy_decode_us / 1e6)
+        for field, counter in self._engine.items():
+            amount = getattr(reported, field)
+            counter.labels(model).inc(amount / 1e6 if field.endswith("_us") else amount)
+        for field, gauge in self._levels.items():
+            gauge.labels(model).set(getattr(reported, field))
+
+    def event(self, event: Event) -> None:
+        """Count what happened to models."""
+        if isinstance(event, ModelEvicted):
+            self._evicted.labels(event.model, event.reason).inc()
+        elif isinstance(event, SwapFinished):
+            self._swaps.labels(event.model, event.outcome).inc()
+
     def text(self) -> bytes:
         """The exposition text."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(f"mlxrack_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"mlxrack_{name}", text, ("model",), registry=self._registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"mlxrack_{name}", text, ("model",), buckets=_LATENCY_BUCKETS, registry=self._registry)
@@ -66,15 +116,22 @@ class _Gauges(Collector):
         footprint = GaugeMetricFamily(
             "mlxrack_loader_resident_bytes", "Resident bytes of the loader.", labels=["model"]
         )
+        planned = GaugeMetricFamily("mlxrack_model_planned_bytes", "Bytes planned for the model.", labels=["model"])
         restarts = GaugeMetricFamily("mlxrack_loader_restarts", "Unwanted ends of the loader.", labels=["model"])
+        silent = GaugeMetricFamily(
+            "mlxrack_loader_silent_seconds", "Since the loader last made progress on waiting work.", labels=["model"]
+        )
         for one in self._status():
             labels = [str(one["model"])]
             ready.add_metric(labels, 1.0 if one["state"] == "ready" else 0.0)
             flight.add_metric(labels, float(one["in_flight"]))
             restarts.add_metric(labels, float(one["restarts"]))
+            silent.add_metric(labels, float(one["silent_s"]))
+            if one["need_bytes"] is not None:
+                planned.add_metric(labels, float(one["need_bytes"]))
             if one["footprint_bytes"] is not None:
                 footprint.add_metric(labels, float(one["footprint_bytes"]))
         up = GaugeMetricFamily("mlxrack_peer_up", "1 when the peer answers its beats.", labels=["peer"])
         for peer in self._peers():
             up.add_metric([peer.node], 1.0 if peer.state == "up" else 0.0)
-        return [ready, flight, footprint, restarts, up]
+        return [ready, flight, footprint, planned, restarts, silent, up]

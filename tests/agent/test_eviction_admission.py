@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.admission import Admit, Turn, admit
+from agent.admission import Admit, DrainRate, Load, Turn, admit
 from agent.eviction import Evict, Fits, NoRoom, Occupant, make_room
 
 
@@ -61,16 +61,39 @@ def test_no_model_in_use_leaves_and_what_is_promised_fits(need: int, held: list[
         assert fixed + need > budget
 
 
-def test_admission() -> None:
-    assert isinstance(admit(in_flight=3, limit=4, draining=False, drain_rate_per_s=0), Admit)
-    full = admit(in_flight=9, limit=4, draining=False, drain_rate_per_s=2)
-    assert Turn(code="queue_full", retry_after_s=3) == full
-    assert Turn(code="draining", retry_after_s=1) == admit(in_flight=0, limit=4, draining=True, drain_rate_per_s=0)
+FREE = Load(0, 4)
 
 
-@given(st.integers(0, 500), st.integers(1, 50), st.floats(0, 1000))
-def test_the_hint_is_a_sane_number_of_seconds(in_flight: int, limit: int, rate: float) -> None:
-    decision = admit(in_flight=in_flight, limit=limit, draining=False, drain_rate_per_s=rate)
-    assert isinstance(decision, Admit) == (in_flight < limit)
+@pytest.mark.parametrize(
+    ("model_load", "key_load", "draining", "rate", "expected"),
+    [
+        (Load(3, 4), FREE, False, 0.0, Admit()),
+        (Load(9, 4), FREE, False, 2.0, Turn(code="queue_full", retry_after_s=3)),
+        (Load(9, 4), FREE, False, 0.0, Turn(code="queue_full", retry_after_s=5)),
+        (FREE, Load(5, 4), False, 1.0, Turn(code="key_queue_full", retry_after_s=2)),
+        (Load(4, 4), Load(9, 4), False, 1.0, Turn(code="queue_full", retry_after_s=6)),
+        (FREE, FREE, True, 0.0, Turn(code="draining", retry_after_s=1)),
+    ],
+)
+def test_admission(model_load: Load, key_load: Load, draining: bool, rate: float, expected: object) -> None:
+    assert expected == admit(model=model_load, key=key_load, draining=draining, drain_rate_per_s=rate)
+
+
+@given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 500), st.integers(1, 50), st.floats(0, 1000))
+def test_the_hint_is_a_sane_number_of_seconds(n: int, limit: int, of_key: int, key_limit: int, rate: float) -> None:
+    decision = admit(model=Load(n, limit), key=Load(of_key, key_limit), draining=False, drain_rate_per_s=rate)
+    assert isinstance(decision, Admit) == (n < limit and of_key < key_limit)
     if isinstance(decision, Turn):
         assert 1 <= decision.retry_after_s <= 60
+
+
+def test_the_drain_rate_is_measured_over_half_a_minute() -> None:
+    drain = DrainRate()
+    assert drain.per_s(0.0) == 0.0
+    for tick in range(100):
+        drain.ended(tick * 0.5)
+    assert drain.per_s(49.5) == pytest.approx(2.0, rel=0.05)
+    assert drain.per_s(200.0) == 0.0
+    for _ in range(5):
+        drain.ended(300.0)
+    assert drain.per_s(300.0) == 5.0, "ends at the same moment promise no more than there were"

@@ -42,6 +42,25 @@ def marked() -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
         ("user field", body(user=mark(), metadata={mark(): mark()}, safety_identifier=mark())),
         ("stop", body(stop=[mark()])),
         ("tool", body(tools=[tool])),
+        ("called tool", body(tools=[tool], tool_choice="required")),
+        ("custom tool", body(tools=[{"type": "custom", "custom": {"name": mark()}}])),
+        ("no such tool", body(tools=[tool], tool_choice={"type": "function", "function": {"name": mark()}})),
+        (
+            "tool result",
+            body(
+                messages=[
+                    {"role": "user", "content": mark()},
+                    {
+                        "role": "assistant",
+                        "reasoning_content": mark(),
+                        "tool_calls": [{"id": mark(), "function": {"name": mark(), "arguments": mark()}}],
+                    },
+                    {"role": "tool", "tool_call_id": mark(), "content": mark()},
+                ]
+            ),
+        ),
+        ("template", body(chat_template_kwargs={mark(): mark()})),
+        ("effort", body(reasoning_effort=mark())),
         ("unknown field", body(**{mark(): mark()})),
         ("unknown model", body(model=mark())),
         ("bad role", body(messages=[{"role": mark(), "content": mark()}])),
@@ -97,7 +116,12 @@ def test_no_marker_is_found_anywhere(tmp_path: Path, seaweed: SeaweedFS, tiny_mo
             assert door.request("POST", "/peer/v1/generate", markers[5].encode()).status == 403
         assert ("message", 200) in answered
         assert ("streamed", 200) in answered
-        assert ("tool", 400) in answered
+            vectors = json.dumps({"model": "m", "input": [markers[6], markers[7]]}).encode()
+            answered.add(("embeddings", door.request("POST", "/v1/embeddings", vectors, headers).status))
+            wrong = json.dumps({"model": "m", "input": markers[8], markers[9]: markers[9]}).encode()
+            assert door.request("POST", "/v1/embeddings", wrong, headers).status == 400
+        assert {("tool", 200), ("called tool", 200), ("tool result", 200), ("embeddings", 200)} <= answered
+        assert {("custom tool", 400), ("no such tool", 400), ("effort", 400)} <= answered
         assert ("unknown model", 404) in answered
         for agent in agents:
             assert b"seq" in agent.admin("POST", "seal").body

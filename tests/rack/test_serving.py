@@ -373,11 +373,65 @@ def test_a_full_queue_turns_away_with_a_hint(tmp_path: Path) -> None:
             thread.start()
         until(lambda: agent.status()["in_flight"] == 2, "the queue is full")
         answer = agent.chat()
+        ready = agent.get("/ready")
         for thread in threads:
             thread.join()
         assert (answer.status, answer.json["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
-        assert agent.chat().status == 200
+        assert (ready.status, ready.json["reason"]) == (503, "saturated")
+        assert (agent.chat().status, agent.get("/ready").status) == (200, 200)
+
+
+def test_one_key_cannot_take_every_place(tmp_path: Path) -> None:
+    extra = "[limits]\nin_flight_per_key = 2\n" + "".join(
+        f'[[keys]]\nid = "{name}"\nsha256 = "{hash_key(name)}"\n' for name in ("greedy", "modest")
+    )
+    with rack(tmp_path, [model(fake_step_s=0.05)], extra=extra) as (agent,):
+
+        def post(key: str, max_tokens: int = 4) -> Answer:
+            body = {"model": "m", "max_tokens": max_tokens, "messages": [{"role": "user", "content": "x"}]}
+            return agent.request(
+                "POST", "/v1/chat/completions", json.dumps(body).encode(), {"Authorization": f"Bearer {key}"}
+            )
+
+        threads = [threading.Thread(target=post, args=("greedy", 60)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: agent.status()["in_flight"] == 2, "its places are taken")
+        refused, served = post("greedy"), post("modest")
+        for thread in threads:
+            thread.join()
+        assert (refused.status, refused.json["error"]["code"]) == (429, "key_queue_full")
+        assert "Retry-After" in refused.headers
+        assert served.status == 200
+
+
+def test_a_loader_without_progress_is_seen_and_ended_and_its_requests_are_answered(tmp_path: Path) -> None:
+    extra = "[limits]\nprogress_s = 0.5\nstuck_s = 2.0\n"
+    with rack(tmp_path, [model(fake_step_s=0.02)], extra=extra) as (agent,):
+        assert agent.get("/live").status == 200
+        first = agent.status()["models"][0]
+        os.kill(first["pid"], signal.SIGSTOP)
+        answers: list[Answer] = []
+        asking = threading.Thread(target=lambda: answers.append(agent.chat(max_tokens=8)))
+        asking.start()
+        until(lambda: agent.get("/live").status == 503, "it is seen")
+        assert agent.get("/live").json["stalled"] == ["m"]
+        asking.join()
+        assert answers[0].status == 200, "another loader has answered"
+        now = agent.status()["models"][0]
+        assert (now["restarts"], now["last_exit"]) == (1, "signal 9 (SIGKILL)")
+        assert agent.get("/live").status == 200
+
+
+def test_engine_counts_are_fresh_when_scraped(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()]) as (agent,):
+        assert agent.chat(max_tokens=7).status == 200
+        text = agent.get("/metrics").body.decode()
+        assert 'mlxrack_engine_decode_tokens_total{model="m"} 7.0' in text
+        assert 'mlxrack_loader_silent_seconds{model="m"} 0.0' in text
+        assert agent.chat(max_tokens=5).status == 200
+        assert 'mlxrack_engine_decode_tokens_total{model="m"} 12.0' in agent.get("/metrics").body.decode()
 
 
 def test_a_client_that_leaves_frees_the_engine(tmp_path: Path) -> None:
