@@ -114,12 +114,12 @@ def test_no_marker_is_found_anywhere(tmp_path: Path, seaweed: SeaweedFS, tiny_mo
             assert door.request("GET", f"/v1/models/{markers[3]}").status == 404
             assert door.request("GET", f"/{markers[4]}").status == 404
             assert door.request("POST", "/peer/v1/generate", markers[5].encode()).status == 403
-        assert ("message", 200) in answered
-        assert ("streamed", 200) in answered
             vectors = json.dumps({"model": "m", "input": [markers[6], markers[7]]}).encode()
             answered.add(("embeddings", door.request("POST", "/v1/embeddings", vectors, headers).status))
             wrong = json.dumps({"model": "m", "input": markers[8], markers[9]: markers[9]}).encode()
             assert door.request("POST", "/v1/embeddings", wrong, headers).status == 400
+        assert ("message", 200) in answered
+        assert ("streamed", 200) in answered
         assert {("tool", 200), ("called tool", 200), ("tool result", 200), ("embeddings", 200)} <= answered
         assert {("custom tool", 400), ("no such tool", 400), ("effort", 400)} <= answered
         assert ("unknown model", 404) in answered
