@@ -1,5 +1,6 @@
 """Makes a model folder small enough for any test and real enough for mlx-lm."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,29 +27,63 @@ TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path, *, seed: int) -> None:
-    """Random weights from ``seed``, a byte-level tokenizer with two special tokens, a chat template."""
+MAMBA = {
+    "model_type": "mamba",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+}
+"""A recurrent model: its state cannot be cut by tokens."""
+SLIDING = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "sliding_window": 24,
+    "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 32,
+}
+"""A model that mixes full attention with sliding windows."""
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+"""A template that opens the reasoning, as reasoning models' templates do."""
+
+
+def write_tiny_model(
+    folder: Path, *, seed: int, config: dict[str, Any] | None = None, template: str = TEMPLATE, thinks: bool = False
+) -> None:
+    """Random weights from ``seed``, a byte-level tokenizer with a few special tokens, a chat template."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models.llama import Model, ModelArgs
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True)
     mx.random.seed(seed)
-    model = Model(ModelArgs.from_dict(CONFIG))
+    whole: dict[str, Any] = {**CONFIG, **(config or {})}
+    family = importlib.import_module(f"mlx_lm.models.{whole['model_type']}")
+    model = family.Model(family.ModelArgs.from_dict(whole))
     shapes: Any = tree_flatten(model.parameters())
     weights = {name: mx.random.normal(value.shape) * 0.3 for name, value in shapes}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(whole))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|unk|>", special=True), AddedToken("<|end|>", special=True)])
+    special = ["<|unk|>", "<|end|>", *(["<think>", "</think>"] if thinks else [])]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": TEMPLATE,
+        "chat_template": template,
         "eos_token": "<|end|>",
         "unk_token": "<|unk|>",
         "clean_up_tokenization_spaces": False,

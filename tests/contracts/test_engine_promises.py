@@ -1,0 +1,333 @@
+"""What the MLX engine promises under load, shown on tiny real models: sharing, memory, cancels, odd kinds of models."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import BatchGenerator
+
+from agent.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
+from agent.loader.mlx.engine import MLXEngine
+from tests.contracts.test_engine import ask, done_of, random_schema, run, submit, text_of
+from tests.tiny_model import MAMBA, SLIDING, THINKING, write_tiny_model
+
+SYSTEM = "You answer in one word, and never twice the same one. " * 12
+
+
+@pytest.fixture
+def mlx(tiny_model: Path) -> Iterator[MLXEngine]:
+    made = MLXEngine(str(tiny_model), rows=4, prefill_chunk_tok=64, cache_bytes=8 << 20)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a context for long prompts."""
+    folder = tmp_path_factory.mktemp("models") / "roomy"
+    write_tiny_model(folder, seed=2, config={"max_position_embeddings": 8192})
+    return folder
+
+
+def shared(number: int) -> Generate:
+    return Generate(
+        id=number,
+        model="m",
+        prompt=SYSTEM + f"{chr(65 + number)} question of its own, number {number}",
+        max_tokens=6,
+        temperature=0.0,
+    )
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["in sequence", "all at once"])
+def test_twenty_requests_compute_a_shared_beginning_once(roomy_model: Path, together: bool) -> None:
+    cold = MLXEngine(str(roomy_model), rows=20, prefill_chunk_tok=256)
+    expected = {n: text_of(run(cold, shared(n))[n]) for n in range(20)}
+    cold.close()
+    warm = MLXEngine(str(roomy_model), rows=20, prefill_chunk_tok=256, cache_bytes=64 << 20)
+    requests = [shared(n) for n in range(20)]
+    got = run(warm, *requests) if together else {r.id: run(warm, r)[r.id] for r in requests}
+    report = warm.report()
+    warm.close()
+    assert expected == {n: text_of(answers) for n, answers in got.items()}
+    assert (report.cache_hits, report.cache_misses) == (19, 1)
+    prefix = len(SYSTEM)
+    assert sorted(done_of(a).cached_tok >= prefix for a in got.values()) == [False] + [True] * 19
+    assert report.prefill_tok < prefix + 64 + 20 * 40
+
+
+def test_a_running_request_shares_what_it_has(roomy_model: Path) -> None:
+    engine = MLXEngine(str(roomy_model), rows=4, prefill_chunk_tok=1024, cache_bytes=64 << 20)
+    long = Generate(id=1, model="m", prompt=SYSTEM + "first", max_tokens=60, temperature=0.0)
+    submit(engine, long)
+    for _ in range(5):
+        engine.step()
+    submit(engine, shared(2))
+    (second,) = [a for _ in range(12) for a in engine.step() if isinstance(a, Done)]
+    engine.close()
+    assert second.id == 2, "the first still runs"
+    assert second.cached_tok >= len(SYSTEM)
+
+
+def test_the_cache_holds_what_it_says(roomy_model: Path) -> None:
+    """Bytes of MLX with a full cache, less those without it, against the cache's own account."""
+    engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=256, cache_bytes=6 << 20)
+    before = mx.get_active_memory()
+    for begin in range(0, 96, 8):
+        run(engine, *(shared(n) for n in range(begin, begin + 8)))
+        run(engine, *(ask(n, f"{n} " * (20 + n), max_tokens=9) for n in range(begin, begin + 8)))
+    report = engine.report()
+    held = mx.get_active_memory() - before
+    engine.close()
+    assert report.cache_evictions > 0, "the budget was reached"
+    assert report.cache_bytes <= 6 << 20
+    assert held <= 1.05 * report.cache_bytes
+
+
+def test_rows_of_unequal_length_do_not_pay_for_each_other(roomy_model: Path) -> None:
+    """One prompt of 4,096 tokens beside seven of 8: peak bytes of keys and values over all batches."""
+    prompts = ["x" * 4096] + [f"{n}" * 8 for n in range(7)]
+    engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=512, kv_tok=64 * 1024)
+    for number, prompt in enumerate(prompts):
+        submit(engine, Generate(id=number, model="m", prompt=prompt, max_tokens=8, temperature=0.0))
+    ends: list[int] = []
+    peak = 0
+    while engine.busy:
+        ends += [a.id for a in engine.step() if isinstance(a, Done)]
+        peak = max(peak, engine.kv_bytes)
+    engine.close()
+    each = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
+    total_tok = sum(len(prompt) + 8 for prompt in prompts)
+    assert peak <= 1.5 * total_tok * each
+    assert ends[-1] == 0, "the short ones ended first"
+    assert peak <= _peak_of_one_batch(engine, prompts) / 4
+
+
+def _peak_of_one_batch(engine: MLXEngine, prompts: list[str]) -> int:
+    """The same prompts in one batch with mlx-lm's own settings."""
+    model = engine._model
+    batch: Any = BatchGenerator(model.weights, stop_tokens=[[t] for t in model.ends])
+    batch.insert([model.encode(prompt) for prompt in prompts], max_tokens=[8] * len(prompts))
+    left, peak = len(prompts), 0
+    while left:
+        _, generated = batch.next()
+        left -= sum(response.finish_reason is not None for response in generated)
+        peak = max(peak, batch.prompt_cache_nbytes)
+    batch.close()
+    return peak
+
+
+def test_rows_that_outgrow_their_memory_wait_and_come_out_the_same(roomy_model: Path) -> None:
+    requests = [ask(n, f"question {n} " * 12, max_tokens=300, temperature=0.7, seed=n) for n in range(4)]
+    ample = MLXEngine(str(roomy_model), rows=4, prefill_chunk_tok=256)
+    expected = {r.id: text_of(run(ample, r)[r.id]) for r in requests}
+    ample.close()
+    tight = MLXEngine(str(roomy_model), rows=4, prefill_chunk_tok=256, kv_tok=1536, cache_bytes=8 << 20)
+    each = 2 * 2 * 2 * 16 * 4
+    got: dict[int, list[Frame]] = {r.id: [submit(tight, r)] for r in requests}
+    while tight.busy:
+        for answer in tight.step():
+            got[answer.id].append(answer)  # type: ignore[union-attr]
+        assert tight.kv_bytes <= (1536 + 4 * 256) * each, "one step may pass the bound before it is seen"
+    report = tight.report()
+    tight.close()
+    assert expected == {n: text_of(a) for n, a in got.items()}
+    assert report.cached_tok >= 0
+
+
+def test_two_hundred_random_cancels_leave_nothing(mlx: MLXEngine) -> None:
+    dice = random.Random(5)
+    alive: set[int] = set()
+    ended = 0
+    number = 0
+    while number < 200 or alive:
+        while number < 200 and len(alive) < 12:
+            text = (
+                SYSTEM[: dice.randint(1, 380)] if dice.random() < 0.5 else chr(97 + number % 26) * dice.randint(1, 300)
+            )
+            assert isinstance(submit(mlx, ask(number, text, max_tokens=dice.randint(1, 40))), Accepted)
+            alive.add(number)
+            number += 1
+        for answer in mlx.step():
+            if isinstance(answer, Done | Failed):
+                assert isinstance(answer, Done)
+                alive.discard(answer.id)
+                ended += 1
+        for victim in [one for one in alive if dice.random() < 0.15]:
+            mlx.cancel(victim)
+            alive.discard(victim)
+            assert victim not in mlx._rows
+        running = [row.id for batch in mlx._batches for row in batch.rows.values()]
+        waiting = [row.id for row in mlx._waiting]
+        assert sorted(running + waiting) == sorted(alive) == sorted(mlx._rows)
+        assert {row.id for row in mlx._prefilling} <= set(running)
+    assert 0 < ended < 200
+    assert not mlx.busy
+    mlx.step()
+    assert (mlx.kv_bytes, mlx._waiting, mlx._prefilling) == (0, [], [])
+    assert text_of(run(mlx, ask(999))[999])
+
+
+def test_fifty_random_schemas_in_batches_of_eight(tiny_model: Path) -> None:
+    """Random weights would never write JSON by themselves."""
+    engine = MLXEngine(str(tiny_model), rows=8, prefill_chunk_tok=64)
+    dice = random.Random(23)
+    schemas = [random_schema(dice) for _ in range(50)]
+    for begin in range(0, 50, 8):
+        batch = range(begin, min(begin + 8, 50))
+        requests = [ask(n, schema=json.dumps(schemas[n]), max_tokens=420, temperature=0.8, seed=n) for n in batch]
+        for number, answers in run(engine, *requests).items():
+            assert done_of(answers).finish == "stop"
+            jsonschema.validate(json.loads(text_of(answers)), schemas[number])
+    engine.close()
+
+
+def test_a_stop_string_leaks_nowhere_and_costs_one_token_at_most(mlx: MLXEngine) -> None:
+    """The tiny tokenizer has a token for each byte, so a stop is split at each of its characters in turn."""
+    whole = text_of(run(mlx, ask(1, max_tokens=40))[1])
+    for number, (begin, length) in enumerate([(b, n) for b in range(2, 30, 3) for n in (1, 2, 5, 9)], start=2):
+        stop = whole[begin : begin + length]
+        answers = run(mlx, ask(number, max_tokens=40, stop=(stop,)))[number]
+        at = whole.index(stop)
+        assert text_of(answers) == whole[:at]
+        assert done_of(answers).finish == "stop"
+        needed = len((whole[: at + length]).encode())
+        assert done_of(answers).completion_tok <= needed + 1
+
+
+def test_a_row_whose_rules_raise_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [ask(n, f"question {n}", max_tokens=20) for n in (1, 2, 3)]
+    alone = {r.id: text_of(run(mlx, r)[r.id]) for r in requests}
+    plain = mlx._processors
+
+    def with_one_that_raises(row: Any) -> list[Any]:
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            if len(tokens) > len(row.prompt) + 4:
+                raise RuntimeError("as a grammar might")
+            return logits
+
+        return [process] if row.id == 9 else plain(row)
+
+    monkeypatch.setattr(mlx, "_processors", with_one_that_raises)
+    got = run(mlx, *requests[:2], ask(9, "the bad one", max_tokens=20), requests[2])
+    assert alone == {n: text_of(got[n]) for n in (1, 2, 3)}
+    assert isinstance(got[9][-1], Failed)
+    assert mlx.report().rebuilds == 0
+
+
+@pytest.mark.parametrize("config", [MAMBA, SLIDING], ids=["recurrent", "sliding"])
+def test_models_whose_state_cannot_be_cut(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The same text alone, in company, after a cache hit and cold; what goes on from an earlier answer is a hit."""
+    write_tiny_model(tmp_path / "odd", seed=3, config=config)
+    cold = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=32)
+    requests = [ask(n, f"question {n} " * (n + 1), max_tokens=10) for n in range(4)]
+    alone = {r.id: text_of(run(cold, r)[r.id]) for r in requests}
+    cold.close()
+    warm = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=32, cache_bytes=8 << 20)
+    assert alone == {n: text_of(a) for n, a in run(warm, *requests).items()}
+    first = Generate(id=5, model="m", prompt="once upon a time", max_tokens=8, temperature=0.0)
+    answer = run(warm, first)[5]
+    go_on = Generate(
+        id=6, model="m", prompt=f"once upon a time{text_of(answer)} and then", max_tokens=8, temperature=0.0
+    )
+    hit = run(warm, go_on)[6]
+    warm._cache.clear()
+    assert text_of(hit) == text_of(run(warm, go_on)[6])
+    assert warm.report().cache_hits >= (1 if text_of(answer).isascii() else 0)
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "thinking"
+    write_tiny_model(folder, seed=4, template=THINKING, thinks=True, config={"vocab_size": 264})
+    return folder
+
+
+END_OF_THOUGHT = 259
+
+
+def test_reasoning_is_told_apart_and_counted(thinking_model: Path) -> None:
+    engine = MLXEngine(str(thinking_model), rows=2)
+    thought = run(engine, ask(1, max_tokens=9))[1]
+    ends_at_once = run(engine, ask(2, max_tokens=9, logit_bias=((END_OF_THOUGHT, 100.0),)))[2]
+    silent = run(engine, ask(3, max_tokens=9, reasoning_effort="none"))[3]
+    engine.close()
+    assert (text_of(thought), done_of(thought).reasoning_tok) == ("", 9)
+    assert "".join(a.reasoning for a in thought if isinstance(a, Tokens))
+    assert done_of(ends_at_once).reasoning_tok == 1
+    assert done_of(silent).reasoning_tok == 0
+    assert text_of(silent)
+
+
+def test_a_schema_holds_after_the_reasoning(thinking_model: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    engine = MLXEngine(str(thinking_model), rows=2)
+    request = ask(
+        1,
+        max_tokens=40,
+        schema=json.dumps(schema),
+        template_args='{"enable_thinking": true}',
+        logit_bias=((END_OF_THOUGHT, 100.0),),
+    )
+    answers = run(engine, request)[1]
+    engine.close()
+    jsonschema.validate(json.loads(text_of(answers)), schema)
+
+
+def test_a_model_that_does_not_reason_says_so(mlx: MLXEngine) -> None:
+    refused = submit(mlx, ask(1, reasoning_effort="high"))
+    assert isinstance(refused, Failed)
+    assert (refused.code, refused.param) == ("unsupported_parameter", "reasoning_effort")
+    assert done_of(run(mlx, ask(2, reasoning_effort="none"))[2])
+
+
+def test_a_call_can_be_insisted_on(roomy_model: Path) -> None:
+    mlx = MLXEngine(str(roomy_model), rows=4)
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    tools = tuple(json.dumps({"name": name, "parameters": parameters}) for name in ("left", "right"))
+    answers = run(mlx, ask(1, max_tokens=90, tools=tools, must_call="", temperature=0.9, seed=1), ask(2, "company"))[1]
+    (call,) = [call for a in answers if isinstance(a, Tokens) for call in a.calls]
+    assert (call.name in ("left", "right"), done_of(answers).finish, text_of(answers)) == (True, "tool_calls", "")
+    jsonschema.validate(json.loads(call.arguments), parameters)
+    named = run(mlx, ask(3, max_tokens=90, tools=tools, must_call="right"))[3]
+    mlx.close()
+    assert [c.name for a in named if isinstance(a, Tokens) for c in a.calls] == ["right"]
+
+
+def test_vectors_are_made_beside_answers(mlx: MLXEngine) -> None:
+    alone = text_of(run(mlx, ask(1))[1])
+    embed = Embed(id=7, model="m", inputs=("a text", "another text of more tokens " * 4, (1, 2, 3)))
+    frames: dict[int, list[Frame]] = {1: [submit(mlx, ask(1))], 7: [submit(mlx, embed)]}
+    while mlx.busy:
+        for answer in mlx.step():
+            frames[answer.id].append(answer)  # type: ignore[union-attr]
+    assert alone == text_of(frames[1])
+    accepted, embedded, done = frames[7]
+    assert isinstance(accepted, Accepted)
+    assert isinstance(embedded, Embedded)
+    assert isinstance(done, Done)
+    assert (len(embedded.vectors), {len(v) for v in embedded.vectors}) == (3, {64 * 4})
+    assert done.prompt_tok == accepted.prompt_tok
+    for inputs in (("",), ((10**6,),), ("x" * 600,)):
+        refused = submit(mlx, Embed(id=8, model="m", inputs=inputs))
+        assert isinstance(refused, Failed) or inputs == ("",)
+        mlx.cancel(8)
+    assert not mlx.busy
+
+
+def test_a_prompt_of_ten_megabytes_is_refused_at_once(mlx: MLXEngine) -> None:
+    huge = Generate(id=1, model="m", messages=(Message(role="user", content="x" * (10 << 20)),), max_tokens=5)
+    refused = submit(mlx, huge)
+    assert isinstance(refused, Failed)
+    assert refused.code == "context_length_exceeded"
