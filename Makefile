@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test check lint types arch docs bench-serve dist clean
+.PHONY: help setup model demo run test fuzz check lint types arch docs bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -39,6 +39,9 @@ types: $(STAMP) ## mypy, strict
 
 arch: $(STAMP) ## the import contracts
 	$(BIN)/lint-imports --no-logo
+
+fuzz: $(STAMP) ## a thousand random requests at a real agent
+	MLXRACK_FUZZ=1000 $(BIN)/python -m pytest tests/rack/test_poison.py
 
 check: lint types arch test ## what CI runs
 
