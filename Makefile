@@ -40,8 +40,8 @@ types: $(STAMP) ## mypy, strict
 arch: $(STAMP) ## the import contracts
 	$(BIN)/lint-imports --no-logo
 
-fuzz: $(STAMP) ## a thousand random requests at a real agent
-	MLXRACK_FUZZ=1000 $(BIN)/python -m pytest tests/rack/test_poison.py
+fuzz: $(STAMP) ## twenty thousand random requests at a real agent
+	MLXRACK_FUZZ=20000 $(BIN)/python -m pytest tests/rack/test_poison.py
 
 check: lint types arch test ## what CI runs
 

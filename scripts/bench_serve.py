@@ -1,5 +1,7 @@
 """``make bench-serve``: how much of the engine's own speed reaches a client, beside mlx-lm's server.
 
+Half of it is here (speed); the other cases are in bench_fair.py.
+
 Three programs hold the same model over the same BLAS: a bare ``BatchGenerator`` loop without a server (the limit),
 ``mlx_lm.server``, and the agent. One works at a time, in interleaved rounds with the same requests; medians and
 their spread are printed, and ratios within the run. Refuses to report from a machine that is busy with other things.
@@ -19,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.seaweed import free_port
@@ -60,7 +62,35 @@ for line in sys.stdin:
     order = json.loads(line)
     print(json.dumps(run(order["questions"], order["max_tokens"])), flush=True)
 """
-RIVAL = "from agent.loader import blas; blas.install(); from mlx_lm.server import main; main()"
+RIVAL = r"""
+import sys
+from agent.loader import blas
+blas.install()
+import importlib
+generate = importlib.import_module("mlx_lm.generate")
+counter, plain, made = open(sys.argv.pop(1), "w"), generate.GenerationBatch.next, 0
+def counted(self):
+    global made
+    found = plain(self)
+    made += len(found)
+    counter.seek(0)
+    counter.write(str(made))
+    counter.flush()
+    return found
+generate.GenerationBatch.next = counted
+from mlx_lm.server import main
+main()
+"""
+RIVAL_PATH = BUILD / "rival-tokens"
+
+
+class Server(NamedTuple):
+    """A running server."""
+
+    base: str
+    model: str
+    pid: int
+
 
 Runner = Callable[[list[str]], tuple[int, float]]
 """Answers questions at the same time; returns tokens made and seconds."""
@@ -70,6 +100,9 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--cases", nargs="*", choices=("speed", "fair"), default=("speed", "fair"))
+    parser.add_argument("--case-rounds", type=int, default=5)
+    parser.add_argument("--long-rounds", type=int, default=1)
     parser.add_argument("--levels", type=int, nargs="*", default=list(LEVELS))
     parser.add_argument("--model", type=Path, default=default_folder() / MAIN)
     args = parser.parse_args()
@@ -77,11 +110,22 @@ def main() -> int:
         print(f"bench: the machine is busy (load {os.getloadavg()[0]:.2f} over {BUSY}); try again when it is quiet")
         return os.EX_TEMPFAIL
     BUILD.mkdir(parents=True, exist_ok=True)
-    threads = str(os.cpu_count() or 1)
-    environ = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with bare(args.model, environ) as a, rival(args.model, environ) as b, agent(args.model, environ, int(threads)) as c:
-        rates = measure({"bare loop": a, "mlx_lm.server": b, "agent": c}, args.levels, args.rounds)
-    report(rates)
+    threads = os.cpu_count() or 1
+    environ = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    found: dict[str, Any] = {}
+    if "speed" in args.cases:
+        with (
+            bare(args.model, environ) as a,
+            rival(args.model, environ) as b,
+            agent(model_table(args.model), threads) as c,
+        ):
+            runners: dict[str, Runner] = {"bare loop": a, "mlx_lm.server": asker(b), "agent": asker(c)}
+            found["speed"] = report(measure(runners, args.levels, args.rounds))
+    if "fair" in args.cases:
+        from scripts import bench_fair
+
+        found["fair"] = bench_fair.main(args.model, environ, threads, args.case_rounds, args.long_rounds)
+    (BUILD / "serve.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -100,8 +144,8 @@ def measure(runners: dict[str, Runner], levels: list[int], rounds: int) -> dict[
     return rates
 
 
-def report(rates: dict[int, dict[str, list[float]]]) -> None:
-    """Print the table and write build/bench/serve.json."""
+def report(rates: dict[int, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Print the table; what it says as data."""
     found = []
     print(f"\n{'at once':>8} {'bare loop':>18} {'mlx_lm.server':>18} {'agent':>18}   agent/bare  agent/mlx_lm")
     for level, by_name in rates.items():
@@ -111,60 +155,82 @@ def report(rates: dict[int, dict[str, list[float]]]) -> None:
         cells = [f"{median[n]:7.1f} ({min(v):.0f}-{max(v):.0f})" for n, v in by_name.items()]
         print(f"{level:>8} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18}   {to_bare:10.3f}  {to_rival:12.3f}")
         found.append({"at_once": level, "tok_per_s": by_name, "agent_to_bare": to_bare, "agent_to_mlx_lm": to_rival})
-    (BUILD / "serve.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\ntokens per second: median (spread); ratios: median of the rounds' ratios")
+    return found
 
 
 @contextlib.contextmanager
 def bare(model: Path, environ: dict[str, str]) -> Iterator[Runner]:
     """The engine alone."""
-    command = [sys.executable, "-P", "-c", BARE, str(model)]
+    with piped([sys.executable, "-P", "-c", BARE, str(model)], environ) as process:
+
+        def run(questions: list[str]) -> tuple[int, float]:
+            made, seconds = exchange(process, {"questions": questions, "max_tokens": TOKENS})
+            return made, seconds
+
+        yield run
+
+
+@contextlib.contextmanager
+def piped(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A program that takes orders on its input, once it has said that it is ready."""
     process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
-
-    def run(questions: list[str]) -> tuple[int, float]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps({"questions": questions, "max_tokens": TOKENS}) + "\n")
-        process.stdin.flush()
-        made, seconds = json.loads(process.stdout.readline())
-        return made, seconds
-
     try:
-        yield run
+        yield process
     finally:
         process.stdin.close()
         process.wait(timeout=20)
+        process.stdout.close()
+
+
+def exchange(process: subprocess.Popen[str], order: dict[str, Any]) -> Any:
+    """One order and its answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 @contextlib.contextmanager
-def rival(model: Path, environ: dict[str, str]) -> Iterator[Runner]:
+def rival(model: Path, environ: dict[str, str]) -> Iterator[Server]:
     """mlx-lm's own server, over the same BLAS."""
     port = free_port()
     words = ["--model", str(model), "--port", str(port), "--host", "127.0.0.1", "--log-level", "ERROR"]
-    with running([sys.executable, "-P", "-c", RIVAL, *words], environ, f"http://127.0.0.1:{port}/health"):
-        yield lambda questions: ask_all(f"http://127.0.0.1:{port}/v1", str(model), questions)
+    command = [sys.executable, "-P", "-c", RIVAL, str(RIVAL_PATH), *words]
+    with running(command, environ, f"http://127.0.0.1:{port}/health") as pid:
+        yield Server(f"http://127.0.0.1:{port}/v1", str(model), pid)
+
+
+def asker(server: Server) -> Runner:
+    """Questions to a server over HTTP."""
+    return lambda questions: ask_all(server.base, server.model, questions)
+
+
+def model_table(model: Path) -> str:
+    """The agent's configuration of the model."""
+    return f'[[models]]\nname = "m"\npath = {json.dumps(str(model))}\nrows = 16\nplan_context_tok = 4096\n'
 
 
 @contextlib.contextmanager
-def agent(model: Path, environ: dict[str, str], threads: int) -> Iterator[Runner]:
+def agent(models: str, threads: int, *, extra: str = "") -> Iterator[Server]:
     """One agent, through its HTTP door."""
     port, state = free_port(), (BUILD / "agent").resolve()
     config = BUILD / "agent.toml"
     config.write_text(
         f'[node]\nid = "bench"\nrack = "bench"\n[listen]\nport = {port}\n[paths]\nstate = {json.dumps(str(state))}\n'
-        f"[store]\npath = {json.dumps(str(state / 'bucket'))}\n[loader]\nthreads = {threads}\n"
-        f'[[models]]\nname = "m"\npath = {json.dumps(str(model))}\nrows = 16\n'
+        f"[store]\npath = {json.dumps(str(state / 'bucket'))}\n[loader]\nthreads = {threads}\n{extra}{models}"
     )
     program = str(Path(sys.executable).parent / "mlxrack-agent")
-    with running([program, "run", "--config", str(config)], environ, f"http://127.0.0.1:{port}/ready"):
-        yield lambda questions: ask_all(f"http://127.0.0.1:{port}/v1", "m", questions)
+    with running([program, "run", "--config", str(config)], dict(os.environ), f"http://127.0.0.1:{port}/ready") as pid:
+        yield Server(f"http://127.0.0.1:{port}/v1", "m", pid)
 
 
 @contextlib.contextmanager
-def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator[None]:
+def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator[int]:
     """A server until the block ends."""
     with (BUILD / "servers.log").open("ab") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -172,13 +238,13 @@ def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator
         deadline = time.monotonic() + 120
         while True:
             try:
-                urllib.request.urlopen(ready, timeout=2).close()
+                fetch(ready).close()
                 break
             except (urllib.error.URLError, OSError):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"bench: {command[1:3]} did not start; see {BUILD}/servers.log") from None
                 time.sleep(0.2)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -186,6 +252,11 @@ def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def fetch(url: str) -> Any:
+    """An answer that is 200; raises as urllib does."""
+    return urllib.request.urlopen(url, timeout=10)
 
 
 def ask_all(base: str, model: str, questions: list[str]) -> tuple[int, float]:

@@ -22,7 +22,7 @@ from agent.frames import (
 )
 from agent.loader import scheduling
 from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common
-from agent.loader.scheduling import Block, Turn
+from agent.loader.scheduling import Block, PrefillCost, Turn
 from agent.loader.stopping import StopText
 from shared.errors import Refused
 
@@ -104,12 +104,48 @@ def test_nobody_waits_for_ever(long: Turn, rate: float) -> None:
     assert not scheduling.yields(waited, newcomer, rate)
 
 
-@given(st.floats(0, 10_000), st.floats(0.01, 2), st.integers(32, 2048), st.booleans())
-def test_a_piece_fits_the_stall(rate: float, stall: float, largest: int, decoding: bool) -> None:
-    size = scheduling.chunk_tok(rate, stall, largest, decoding=decoding)
-    assert 32 <= size <= largest
-    if decoding and rate > 0 and size > 32:
-        assert size <= rate * stall
+def learnt(a: float, b: float, pieces: list[tuple[int, int]]) -> PrefillCost:
+    """A cost that has seen pieces of exactly this law."""
+    cost = PrefillCost()
+    for tokens, before in pieces:
+        cost.learn(tokens, before, a * tokens + b * tokens * (before + tokens / 2))
+    return cost
+
+
+@given(
+    st.floats(1e-4, 1e-2),
+    st.floats(0, 1e-5),
+    st.lists(st.tuples(st.integers(32, 512), st.integers(0, 8000)), min_size=2, max_size=12, unique_by=lambda p: p[1]),
+    st.integers(0, 8000),
+    st.floats(0.05, 3.0),
+)
+def test_a_piece_fits_the_time_that_is_left(
+    a: float, b: float, pieces: list[tuple[int, int]], before: int, seconds: float
+) -> None:
+    cost = learnt(a, b, pieces)
+    size = cost.tokens_in(seconds, before)
+    assert cost.seconds(size, before) <= seconds * 1.001
+    assert cost.seconds(size + 1, before) >= seconds * 0.999
+
+
+def test_the_law_of_prefill_is_found_from_its_pieces() -> None:
+    cost = learnt(2e-3, 3e-6, [(256, 0), (256, 256), (128, 512), (128, 2000)])
+    assert cost.seconds(100, 4000) == pytest.approx(2e-3 * 100 + 3e-6 * 100 * 4050, rel=1e-3)
+    assert learnt(2e-3, 0.0, [(100, 0)]).seconds(50, 0) == pytest.approx(0.1, rel=0.3)
+    assert (PrefillCost().known, PrefillCost().seconds(9, 9)) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("decode_s", "before", "size"),
+    [(0.0, 0, 512), (0.1, 0, 233), (0.1, 3000, 49), (0.7, 0, 32), (0.0, 20_000, 32)],
+    ids=["nobody waits", "beside decoding", "far in", "no time at all", "very far in"],
+)
+def test_a_piece_is_as_large_as_those_who_wait_allow(decode_s: float, before: int, size: int) -> None:
+    cost = learnt(1e-3, 1.5e-6, [(256, 0), (256, 1000)])
+    plain = scheduling.chunk_tok(cost, 0.5, decode_s, before, 512)
+    assert plain == pytest.approx(size, abs=1)
+    assert 32 <= plain <= 512
+    assert scheduling.chunk_tok(PrefillCost(), 0.5, decode_s, before, 512) == 512
 
 
 class Pieces:

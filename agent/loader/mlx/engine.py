@@ -38,7 +38,17 @@ from agent.loader.mlx.batch import Batch, Entry
 from agent.loader.mlx.model import TextModel
 from agent.loader.mlx.row import Row
 from agent.loader.prompt_cache import PromptCache, as_tokens, common
-from agent.loader.scheduling import Block, chunk_tok, first, fits, place, together, yields
+from agent.loader.scheduling import (
+    FIRST_TOKEN_TOK,
+    Block,
+    PrefillCost,
+    chunk_tok,
+    first,
+    fits,
+    place,
+    together,
+    yields,
+)
 from agent.loader.stopping import StopText
 from shared.errors import Refused
 
@@ -89,6 +99,8 @@ class MLXEngine:
         self._chunk = prefill_chunk_tok
         self._stall_s = stall_s
         self._rate_tok_per_s = 0.0
+        self._cost = PrefillCost()
+        self._decode_s = 0.0
         self._waiting: list[Row] = []
         self._prefilling: list[Row] = []
         self._rows: dict[int, Row] = {}
@@ -171,7 +183,8 @@ class MLXEngine:
         answers, self._failed = self._failed, []
         self._make_room()
         self._schedule(began)
-        largest = self._chunk_tok()
+        before_tok = self._before_tok()
+        largest = self._chunk_tok(before_tok)
         prompt_s = 0.0
         for batch in list(self._batches):
             try:
@@ -184,10 +197,12 @@ class MLXEngine:
                 self._progress(batch.rows[response.uid], response)
             for response in worked.generated:
                 answers += self._advance(batch, response)
-            self._measure(worked.prompt_tok, worked.prompt_s)
+            self._measure(worked.prompt_tok, before_tok, worked.prompt_s)
             prompt_s += worked.prompt_s
             self._count("decode_tok", len(worked.generated))
         self._close_idle()
+        if not prompt_s:
+            self._decode_s = 0.5 * (self._decode_s + time.perf_counter() - began)
         prompt_s += self._embed_next(answers)
         prefill_us = int(prompt_s * 1e6)
         self._count("busy_prefill_us", prefill_us)
@@ -239,8 +254,16 @@ class MLXEngine:
             current = self._prefilling[0]
             if yields(current.turn(now_s), best.turn(now_s), rate) and self._room_for(best):
                 self._set_aside(current)
-        if not self._prefilling and self._room_for(best):
+        if self._prefilling or (best.left_tok > FIRST_TOKEN_TOK and self._first_token_due()):
+            return
+        if self._room_for(best):
             self._begin(self._group(best, ready, now_s), now_s)
+
+    def _first_token_due(self) -> bool:
+        """Whether a row only needs a step or two for its first token, which a long piece would delay."""
+        return any(
+            not row.made and row not in self._prefilling for batch in self._batches for row in batch.rows.values()
+        )
 
     def _room_for(self, row: Row) -> bool:
         running = sum(len(batch.rows) for batch in self._batches)
@@ -257,7 +280,8 @@ class MLXEngine:
         others = [row for row in ready if row is not best and not row.breaks]
         self._queue_behind([best], others)
         turns = [row.turn(now_s) for row in others if row.behind is None]
-        ids = together(best.turn(now_s), turns, self._rate_tok_per_s, self._chunk_tok())
+        largest = self._chunk_tok(len(best.prompt) - best.left_tok)
+        ids = together(best.turn(now_s), turns, self._rate_tok_per_s, largest)
         group: list[Row] = []
         for row in (self._rows[number] for number in ids):
             self._queue_behind(group, [row])
@@ -562,14 +586,21 @@ class MLXEngine:
     def _planned_tok(self, row: Row) -> int:
         return row.length_tok + min(GROWTH_TOK, row.max_tokens - len(row.made))
 
-    def _chunk_tok(self) -> int:
-        decoding = any(batch.decoding for batch in self._batches)
-        return chunk_tok(self._rate_tok_per_s, self._stall_s, self._chunk, decoding=decoding)
+    def _chunk_tok(self, before_tok: float) -> int:
+        decoding = any(row not in self._prefilling for batch in self._batches for row in batch.rows.values())
+        decode_s = max(self._decode_s, 1e-6) if decoding else 0.0
+        return chunk_tok(self._cost, self._stall_s, decode_s, before_tok, self._chunk)
 
-    def _measure(self, prompt_tok: int, prompt_s: float) -> None:
+    def _before_tok(self) -> float:
+        """Tokens in front of the pieces that are prefilled now, in the mean."""
+        held = [row.length_tok - row.left_tok for row in self._prefilling]
+        return sum(held) / len(held) if held else 0.0
+
+    def _measure(self, prompt_tok: int, before_tok: float, prompt_s: float) -> None:
         self._count("prefill_tok", prompt_tok)
         if prompt_tok < _MEASURED_TOK or prompt_s <= 0:
             return
+        self._cost.learn(prompt_tok, before_tok, prompt_s)
         rate = prompt_tok / prompt_s
         self._rate_tok_per_s = rate if not self._rate_tok_per_s else 0.7 * self._rate_tok_per_s + 0.3 * rate
 
