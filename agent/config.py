@@ -66,7 +66,12 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model this node can serve. ``path`` is an mlx-lm model folder."""
+    """A model this node can serve. ``path`` is an mlx-lm model folder, or a BERT-class encoder's.
+
+    ``rows`` requests are decoded together; ``rows`` times ``plan_context_tok`` tokens is what all of them may hold at
+    a time, and so also the longest context of one. Rows that decode wait at most about ``stall_s`` for a piece of a
+    prompt, which has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` are for the states of earlier prompts.
+    """
 
     name: str
     path: str = ""
@@ -95,7 +100,11 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what clients may ask and how long things may take."""
+    """Bounds on what clients may ask and how long things may take.
+
+    A loader that has work and makes no progress for ``progress_s`` turns /live to 503; after ``stuck_s`` it is ended
+    and started again.
+    """
 
     body_bytes: Positive = 10 << 20
     in_flight_per_model: Positive = 64

@@ -16,7 +16,7 @@ from typing import NamedTuple
 SMALLEST_CHUNK_TOK = 32
 STEP_TOK = 256
 """mlx-lm's caches grow by so many tokens."""
-FORGET = 0.8
+FORGET = 0.9
 MARGIN = 0.75
 """Of the time that decoding rows may wait is planned for; the rest is for what was not foreseen."""
 FIRST_TOKEN_TOK = 64
@@ -52,7 +52,7 @@ def yields(current: Turn, best: Turn, rate_tok_per_s: float) -> bool:
 class PrefillCost:
     """What a piece of a prompt takes, learnt from pieces: seconds = a x tokens + b x tokens x their mean position.
 
-    The second part is attention, which looks back at everything before. Least squares in which a piece counts for 0.8
+    The second part is attention, which looks back at everything before. Least squares in which a piece counts for 0.9
     of the one after it.
     """
 

@@ -600,7 +600,9 @@ class MLXEngine:
         self._count("prefill_tok", prompt_tok)
         if prompt_tok < _MEASURED_TOK or prompt_s <= 0:
             return
-        self._cost.learn(prompt_tok, before_tok, prompt_s)
+        # what took far longer than foreseen was held up by something else; a new truth is told by the next ones too
+        foreseen_s = self._cost.seconds(prompt_tok, before_tok) if self._cost.known else prompt_s
+        self._cost.learn(prompt_tok, before_tok, min(prompt_s, 3 * foreseen_s))
         rate = prompt_tok / prompt_s
         self._rate_tok_per_s = rate if not self._rate_tok_per_s else 0.7 * self._rate_tok_per_s + 0.3 * rate
 
