@@ -147,10 +147,9 @@ def place(blocks: Sequence[Block], length_tok: int, weights_tok: float) -> int |
     return best if best is not None and costs[best] <= alone else None
 
 
-def fits(blocks: Sequence[Block], at: int | None, length_tok: int, budget_tok: int) -> bool:
-    """Whether a row may come in without the batches together outgrowing ``budget_tok``; a first row always may."""
-    if not blocks:
+def fits(others: Sequence[Block], joined: Block, budget_tok: int) -> bool:
+    """Whether a batch may become ``joined`` beside the ``others`` without all of them together outgrowing
+    ``budget_tok``. A row that would be alone always may, or it never could."""
+    if not others and joined.rows == 1:
         return True
-    padded = sum(block.padded_tok for block in blocks)
-    added = Block(1, length_tok).padded_tok if at is None else blocks[at].joined(length_tok).padded_tok
-    return padded + added - (0 if at is None else blocks[at].padded_tok) <= budget_tok
+    return sum(block.padded_tok for block in others) + joined.padded_tok <= budget_tok

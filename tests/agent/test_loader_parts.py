@@ -316,7 +316,9 @@ def test_a_row_goes_where_it_adds_least(blocks: list[Block], length: int, weight
 
 def test_memory_is_counted_with_padding() -> None:
     assert Block(8, 300).padded_tok == 8 * 512
-    assert scheduling.fits([], None, 10**9, 1), "somebody has to be first"
-    assert scheduling.fits([Block(1, 256)], 0, 100, 512)
-    assert not scheduling.fits([Block(1, 256)], 0, 257, 512)
-    assert scheduling.fits([Block(1, 4096)], None, 200, 4352)
+    assert scheduling.fits([], Block(1, 10**9), 1), "somebody has to be first"
+    assert not scheduling.fits([], Block(2, 10**9), 1)
+    assert scheduling.fits([], Block(2, 200), 512)
+    assert not scheduling.fits([], Block(2, 257), 512)
+    assert scheduling.fits([Block(1, 4096)], Block(1, 200), 4352)
+    assert not scheduling.fits([Block(1, 4096)], Block(1, 300), 4352)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tokenizers import Tokenizer
 
-from agent.frames import Accepted, Ask, Done, Embed, Embedded, Failed, Frame, Ready, Reported
+from agent.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported
 from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
@@ -201,10 +201,8 @@ class EncoderEngine:
         if work.inputs:
             return []
         del self._work[work.request.id]
-        us = int((time.perf_counter() - work.since_s) * 1e6)
-        number, vectors = work.request.id, tuple(work.vectors)
-        done = Done(id=number, finish="stop", prompt_tok=work.prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us)
-        return [Embedded(id=number, vectors=vectors), done]
+        number = work.request.id
+        return [Embedded(id=number, vectors=tuple(work.vectors)), done(number, work.prompt_tok, work.since_s)]
 
     def report(self) -> Reported:
         window, self._window = self._window, {}

@@ -7,8 +7,6 @@ its rows, and their answers come out the same.
 """
 
 import time
-from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,21 @@ from mlx_lm.models.cache import make_prompt_cache
 from agent.frames import (
     Accepted,
     Ask,
-    Candidate,
-    Done,
     Embed,
-    Embedded,
     Failed,
     Frame,
     Generate,
     Message,
     Ready,
     Reported,
-    Scored,
     Tokens,
 )
 from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
-from agent.loader.mlx import kv, pooling, sampling
+from agent.loader.mlx import kv, sampling, scores
 from agent.loader.mlx.batch import Batch, Entry
 from agent.loader.mlx.model import TextModel
+from agent.loader.mlx.pooling import EmbeddingQueue
 from agent.loader.mlx.row import Row
 from agent.loader.prompt_cache import PromptCache, as_tokens, common
 from agent.loader.scheduling import (
@@ -60,17 +55,6 @@ GROWTH_TOK = 256
 _MEASURED_TOK = 32
 """Pieces below this say nothing about the speed of prefill."""
 MAX_BREAKS = 3
-
-
-@dataclass
-class _Embedding:
-    """Inputs that still wait for their vectors."""
-
-    request: Embed
-    inputs: deque[list[int]]
-    vectors: list[bytes]
-    prompt_tok: int
-    since_s: float
 
 
 class MLXEngine:
@@ -105,7 +89,7 @@ class MLXEngine:
         self._prefilling: list[Row] = []
         self._rows: dict[int, Row] = {}
         self._batches: list[Batch] = []
-        self._embeddings: dict[int, _Embedding] = {}
+        self._embeddings = EmbeddingQueue(self._model.weights, prefill_chunk_tok)
         self._failed: list[Frame] = []
         self._sliceable = kv.sliceable(make_prompt_cache(self._model.weights))
         self._cache: PromptCache[Any] = (
@@ -130,7 +114,7 @@ class MLXEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._embeddings or self._failed)
+        return bool(self._rows or self._embeddings.busy or self._failed)
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         if isinstance(request, Generate):
@@ -140,10 +124,7 @@ class MLXEngine:
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
         if isinstance(request, Embed):
-            total = sum(len(prompt) for prompt in prepared.prompts)
-            waiting = deque(prepared.prompts)
-            self._embeddings[request.id] = _Embedding(request, waiting, [], total, time.perf_counter())
-            return Accepted(id=request.id, prompt_tok=total, cached_tok=0)
+            return self._embeddings.take(request.id, prepared.prompts)
         prompt = prepared.prompts[0]
         array = as_tokens(prompt)
         expected = self._cache.peek(array)
@@ -165,7 +146,7 @@ class MLXEngine:
         return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
 
     def cancel(self, request_id: int) -> None:
-        self._embeddings.pop(request_id, None)
+        self._embeddings.cancel(request_id)
         row = self._rows.pop(request_id, None)
         if row is None:
             return
@@ -203,7 +184,10 @@ class MLXEngine:
         self._close_idle()
         if not prompt_s:
             self._decode_s = 0.5 * (self._decode_s + time.perf_counter() - began)
-        prompt_s += self._embed_next(answers)
+        if self._embeddings.busy:
+            embedded_at = time.perf_counter()
+            answers += self._embeddings.step()
+            prompt_s += time.perf_counter() - embedded_at
         prefill_us = int(prompt_s * 1e6)
         self._count("busy_prefill_us", prefill_us)
         self._count("busy_decode_us", max(0, int((time.perf_counter() - began) * 1e6) - prefill_us))
@@ -269,9 +253,21 @@ class MLXEngine:
         running = sum(len(batch.rows) for batch in self._batches)
         if running - len(self._prefilling) >= self._rows_limit:
             return False
-        blocks = self._blocks()
-        length = self._planned_tok(row)
-        return fits(blocks, place(blocks, length, self._weights_tok), length, self._kv_tok)
+        return self._placed(row, [batch.block for batch in self._batches], self._shut()) is not None
+
+    def _placed(self, row: Row, blocks: list[Block], shut: set[int]) -> int | None:
+        """Index of the batch that a row comes into, ``len(blocks)`` for a new one; None while memory is short."""
+        length = _planned_tok(row)
+        open_to = [] if row.breaks > 1 else [at for at in range(len(blocks)) if at not in shut]
+        best = place([blocks[at] for at in open_to], length, self._weights_tok)
+        at = len(blocks) if best is None else open_to[best]
+        others = [block for number, block in enumerate(blocks) if number != at and block.rows]
+        joined = blocks[at].joined(length) if at < len(blocks) else Block(1, length)
+        return at if fits(others, joined, self._kv_tok) else None
+
+    def _shut(self) -> set[int]:
+        """Batches that nobody joins: what broke others has to show first that it can work alone."""
+        return {at for at, batch in enumerate(self._batches) if any(r.breaks > 1 for r in batch.rows.values())}
 
     def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
         """Those that are prefilled with ``best`` in one piece: short prompts of which none waits for another's work."""
@@ -292,24 +288,18 @@ class MLXEngine:
     def _begin(self, group: list[Row], now_s: float) -> None:
         """Put rows into batches, as long as there is room."""
         room = self._rows_limit - sum(len(batch.rows) for batch in self._batches)
-        blocks = self._blocks()
-        chosen: dict[int | None, list[Row]] = {}
+        blocks, shut = [batch.block for batch in self._batches], self._shut()
+        chosen: dict[int, list[Row]] = {}
         for row in group[:room]:
-            length = self._planned_tok(row)
-            at = place(blocks, length, self._weights_tok)
-            if row.breaks > 1:
-                at = None
-            if not fits(blocks, at, length, self._kv_tok) and (chosen or self._batches_hold_rows()):
-                break
+            at = self._placed(row, blocks, shut)
             if at is None:
-                at = len(blocks)
-                blocks.append(Block(0, 0))
-            blocks[at] = blocks[at].joined(length)
+                break
+            blocks += [Block(0, 0)] * (at + 1 - len(blocks))
+            blocks[at] = blocks[at].joined(_planned_tok(row))
             chosen.setdefault(at, []).append(row)
+        while len(self._batches) < len(blocks):
+            self._batches.append(Batch(self._model.weights, self._model.ends, self._rows_limit, self._chunk))
         for at, rows in chosen.items():
-            assert at is not None
-            while at >= len(self._batches):
-                self._batches.append(Batch(self._model.weights, self._model.ends, self._rows_limit, self._chunk))
             self._join(self._batches[at], rows, now_s)
 
     def _join(self, batch: Batch, rows: list[Row], now_s: float) -> None:
@@ -386,7 +376,7 @@ class MLXEngine:
 
     def _make_room(self) -> None:
         """When the rows have outgrown the memory planned for them, the youngest waits and goes on later."""
-        while sum(block.padded_tok for block in self._blocks()) > self._kv_tok:
+        while sum(batch.block.padded_tok for batch in self._batches) > self._kv_tok:
             running = [row for batch in self._batches for row in batch.rows.values()]
             if len(running) < 2:
                 return
@@ -498,7 +488,10 @@ class MLXEngine:
         elif stopped:
             self._keep(batch.remove(row))
         by_model = finish == "stop"
-        scored = (self._scored(row, response),) if row.request.logprobs is not None and not by_model else ()
+        wanted = row.request.logprobs
+        scored = (
+            (scores.scored(response, wanted, self._model.token_bytes),) if wanted is not None and not by_model else ()
+        )
         answers: list[Frame] = [
             Tokens(id=row.id, text=said.text, count=1, reasoning=said.reasoning, calls=said.calls, scored=scored)
         ]
@@ -533,58 +526,7 @@ class MLXEngine:
         failed, self._failed = self._failed, []
         return failed
 
-    def _scored(self, row: Row, response: Any) -> Scored:
-        wanted = row.request.logprobs or 0
-        best: list[int] = []
-        if wanted:
-            likeliest: Any = mx.argpartition(-response.logprobs, wanted - 1)[:wanted].tolist()
-            best = sorted(likeliest, key=lambda token: -response.logprobs[token].item())
-        return Scored(
-            chosen=self._candidate(response.token, response.logprobs),
-            top=tuple(self._candidate(token, response.logprobs) for token in best),
-        )
-
-    def _candidate(self, token: int, logprobs: mx.array) -> Candidate:
-        raw = self._model.token_bytes(token)
-        # an impossible token has no finite logarithm; JSON knows no infinity
-        found: Any = logprobs[token].item()
-        return Candidate(text=raw.decode("utf-8", "replace"), raw=raw, logprob=max(float(found), -9999.0))
-
-    def _embed_next(self, answers: list[Frame]) -> float:
-        """The vector of one more input, so that decoding rows wait for no long list; returns the seconds it took."""
-        if not self._embeddings:
-            return 0.0
-        began = time.perf_counter()
-        number, work = next(iter(self._embeddings.items()))
-        try:
-            work.vectors.append(pooling.mean_vector(self._model.weights, work.inputs.popleft(), self._chunk))
-        except Exception as error:  # noqa: BLE001  # a model without an inner part, or out of memory
-            del self._embeddings[number]
-            message = f"this model gives no embeddings ({type(error).__name__})"
-            answers.append(Failed(id=number, code="unsupported_parameter", message=message, param="model"))
-            return time.perf_counter() - began
-        took = time.perf_counter() - began
-        if not work.inputs:
-            del self._embeddings[number]
-            answers.append(Embedded(id=number, vectors=tuple(work.vectors)))
-            us = int((time.perf_counter() - work.since_s) * 1e6)
-            done = Done(
-                id=number, finish="stop", prompt_tok=work.prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us
-            )
-            answers.append(done)
-            self._count("prefill_tok", work.prompt_tok)
-        return took
-
     # counting
-
-    def _blocks(self) -> list[Block]:
-        return [batch.block for batch in self._batches]
-
-    def _batches_hold_rows(self) -> bool:
-        return any(batch.rows for batch in self._batches)
-
-    def _planned_tok(self, row: Row) -> int:
-        return row.length_tok + min(GROWTH_TOK, row.max_tokens - len(row.made))
 
     def _chunk_tok(self, before_tok: float) -> int:
         decoding = any(row not in self._prefilling for batch in self._batches for row in batch.rows.values())
@@ -646,3 +588,8 @@ class MLXEngine:
 
     def _count(self, name: str, amount: int) -> None:
         self._window[name] = self._window.get(name, 0) + amount
+
+
+def _planned_tok(row: Row) -> int:
+    """What a row is expected to hold soon: what it has, and the beginning of its answer."""
+    return row.length_tok + min(GROWTH_TOK, row.max_tokens - len(row.made))

@@ -1,22 +1,87 @@
-"""A text's vector from a model that writes: the mean of its last hidden states, of length 1."""
+"""Vectors from a model that writes: the mean of a text's last hidden states, brought to length 1."""
 
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from agent.frames import Accepted, Done, Embedded, Failed, Frame
 
-def mean_vector(weights: Any, tokens: list[int], chunk_tok: int) -> bytes:
-    """Little-endian float32 of the mean over ``tokens``' hidden states, computed in chunks. Raises AttributeError for
-    a model whose inner part mlx-lm keeps elsewhere."""
+
+@dataclass
+class _Work:
+    inputs: deque[list[int]]
+    prompt_tok: int
+    making: Iterator[bytes | None] | None = None
+    vectors: list[bytes] = field(default_factory=list)
+    since_s: float = field(default_factory=time.perf_counter)
+
+
+class EmbeddingQueue:
+    """Requests for vectors beside a model's answers: one piece of one input a step, so that no decoding row waits for
+    a long text or a long list."""
+
+    def __init__(self, weights: Any, chunk_tok: int) -> None:
+        self._weights = weights
+        self._chunk_tok = chunk_tok
+        self._work: dict[int, _Work] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether step() has work to do."""
+        return bool(self._work)
+
+    def take(self, number: int, inputs: Sequence[list[int]]) -> Accepted:
+        """A request comes in."""
+        work = self._work[number] = _Work(deque(inputs), sum(len(ids) for ids in inputs))
+        return Accepted(id=number, prompt_tok=work.prompt_tok, cached_tok=0)
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; unknown ones are no error."""
+        self._work.pop(number, None)
+
+    def step(self) -> list[Frame]:
+        """One more piece for the oldest request; its end when that was the last."""
+        number, work = next(iter(self._work.items()))
+        try:
+            if work.making is None:
+                work.making = mean_vector(self._weights, work.inputs.popleft(), self._chunk_tok)
+            vector = next(work.making)
+            if vector is not None:
+                work.vectors.append(vector)
+                work.making = None
+        except Exception as error:  # noqa: BLE001  # a model without an inner part, or out of memory
+            del self._work[number]
+            message = f"this model gives no embeddings ({type(error).__name__})"
+            return [Failed(id=number, code="unsupported_parameter", message=message, param="model")]
+        if work.inputs or work.making is not None:
+            return []
+        del self._work[number]
+        return [Embedded(id=number, vectors=tuple(work.vectors)), done(number, work.prompt_tok, work.since_s)]
+
+
+def done(number: int, prompt_tok: int, since_s: float) -> Done:
+    """The end of a request for vectors."""
+    us = int((time.perf_counter() - since_s) * 1e6)
+    return Done(id=number, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us)
+
+
+def mean_vector(weights: Any, tokens: list[int], chunk_tok: int) -> Iterator[bytes | None]:
+    """Little-endian float32 of the mean over ``tokens``' hidden states, as the last thing; None after each piece
+    before. Raises AttributeError for a model whose inner part mlx-lm keeps elsewhere."""
     cache = make_prompt_cache(weights)
     total: mx.array = mx.zeros(())
     for begin in range(0, len(tokens), chunk_tok):
         hidden = weights.model(mx.array([tokens[begin : begin + chunk_tok]]), cache=cache)
         total = total + hidden.astype(mx.float32).sum(axis=(0, 1))
         mx.eval(total)
-    return unit_bytes(total)
+        yield None
+    yield unit_bytes(total)
 
 
 def unit_bytes(vector: mx.array) -> bytes:
