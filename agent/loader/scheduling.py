@@ -79,10 +79,8 @@ class PrefillCost:
         """The largest piece that takes at most so long: the root of b/2 n^2 + (a + b p) n = seconds."""
         a, b = self._fit()
         linear = a + b * before_tok
-        if linear <= 0:
-            return 0
         if b <= 0:
-            return int(seconds / linear)
+            return int(seconds / linear) if linear > 0 else 0
         # the usual formula's other form, which does not subtract nearly equal numbers
         return int(2 * seconds / (linear + math.sqrt(linear * linear + 2 * b * seconds)))
 

@@ -85,16 +85,24 @@ class _Loop:
                 item = self._inbox.get()
                 if isinstance(item, _Gone):
                     return 0
-                _send(self._sock, self._taken(item))
+                try:
+                    said = self._taken(item)
+                except Exception as error:  # noqa: BLE001  # as in a step
+                    return self._broken(error)
+                _send(self._sock, said)
             if self._done():
                 return 0
             try:
                 answers = self._engine.step()
-            except Exception as error:  # noqa: BLE001  # the engine is unusable: say so to every caller, then end
-                _send(self._sock, [_engine_failed(i, error) for i in sorted(self._open)])
-                return EXIT_ENGINE
+            except Exception as error:  # noqa: BLE001  # the engine is unusable
+                return self._broken(error)
             self._open -= {a.id for a in answers if isinstance(a, Done | Failed)}
             _send(self._sock, answers + self._sign_of_life())
+
+    def _broken(self, error: Exception) -> int:
+        """Say so to every caller, then end: another loader takes this one's place."""
+        _send(self._sock, [_engine_failed(i, error) for i in sorted(self._open)])
+        return EXIT_ENGINE
 
     def _done(self) -> bool:
         return self._stopping and not self._engine.busy and not self._asked

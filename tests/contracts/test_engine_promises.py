@@ -331,3 +331,117 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(mlx: MLXEngine) -> None:
     refused = submit(mlx, huge)
     assert isinstance(refused, Failed)
     assert refused.code == "context_length_exceeded"
+
+
+def test_unequal_prompts_of_a_recurrent_model_are_not_mixed(tmp_path: Path) -> None:
+    """Some recurrent models take the padding of a shorter prompt for text."""
+    write_tiny_model(tmp_path / "odd", seed=8, config=MAMBA)
+    engine = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=512)
+    requests = [ask(n, "word " * (1 + 5 * n), max_tokens=10) for n in range(4)]
+    alone = {r.id: text_of(run(engine, r)[r.id]) for r in requests}
+    assert alone == {n: text_of(a) for n, a in run(engine, *requests).items()}
+    engine.close()
+
+
+def test_memory_that_is_no_round_number_still_admits(roomy_model: Path) -> None:
+    engine = MLXEngine(str(roomy_model), rows=1, kv_tok=1000, prefill_chunk_tok=256)
+    answers = run(engine, Generate(id=1, model="m", prompt="x" * 890, max_tokens=90, temperature=0.0))[1]
+    engine.close()
+    assert done_of(answers).prompt_tok == 890
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0.0, "temperature": 1.0}, {"temperature": 1e-6}, {"temperature": 1e-300}])
+def test_dice_that_leave_one_choice_are_greedy(mlx: MLXEngine, more: dict[str, Any]) -> None:
+    greedy = text_of(run(mlx, ask(1))[1])
+    assert {greedy} == {text_of(run(mlx, ask(n, seed=n, **more))[n]) for n in range(2, 6)}
+
+
+def test_what_a_user_writes_opens_no_thought(thinking_model: Path) -> None:
+    engine = MLXEngine(str(thinking_model), rows=2)
+    quoted = ask(1, "what does <think> mean", max_tokens=9, template_args='{"enable_thinking": false}')
+    answers = run(engine, quoted)[1]
+    continued = Generate(id=2, model="m", prompt="<think> is a tag", max_tokens=9, temperature=0.0)
+    plain = run(engine, continued)[2]
+    engine.close()
+    assert (done_of(answers).reasoning_tok, done_of(plain).reasoning_tok) == (0, 0)
+    assert text_of(answers)
+    assert text_of(plain)
+
+
+def test_a_model_may_think_before_it_decides_on_a_call(thinking_model: Path) -> None:
+    tool = json.dumps({"name": "f", "parameters": {"type": "object", "properties": {}}})
+    engine = MLXEngine(str(thinking_model), rows=2)
+    begin_thought = 258
+    off = '{"enable_thinking": false}'
+    thought = run(
+        engine,
+        ask(1, max_tokens=4, tools=(tool,), template_args=off, logit_bias=((begin_thought, 100.0),)),
+        ask(2, max_tokens=4, tools=(tool,), template_args=off),
+    )
+    engine.close()
+    assert done_of(thought[1]).reasoning_tok == 3, "all that followed the mark"
+    assert done_of(thought[2]).reasoning_tok == 0
+
+
+def test_a_continued_text_keeps_its_white_space(mlx: MLXEngine) -> None:
+    space = 220  # the byte-level alphabet puts the space there
+    request = Generate(id=1, model="m", prompt="if x:\n", max_tokens=4, logit_bias=((space, 100.0),), temperature=0.0)
+    text = text_of(run(mlx, request)[1])
+    assert len(text) == 4
+    assert len(set(text)) == 1
+
+
+def test_a_row_whose_text_cannot_be_read_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = text_of(run(mlx, ask(1))[1])
+    made = mlx._model.detokenizer
+
+    class Broken:
+        last_segment = ""
+
+        def add_token(self, token: int) -> None:
+            raise IndexError("no such token")
+
+    served: list[int] = []
+
+    def one_broken(*, trims: bool) -> Any:
+        served.append(1)
+        return Broken() if len(served) == 2 else made(trims=trims)
+
+    monkeypatch.setattr(mlx._model, "detokenizer", one_broken)
+    got = run(mlx, ask(2), ask(3, "the bad one"), ask(4))
+    assert plain == text_of(got[2]) == text_of(got[4])
+    assert isinstance(got[3][-1], Failed)
+    assert not mlx.busy
+
+
+def test_vectors_of_long_texts_are_made_in_pieces_and_in_turn(roomy_model: Path) -> None:
+    engine = MLXEngine(str(roomy_model), rows=2, prefill_chunk_tok=128)
+    submit(engine, Embed(id=1, model="m", inputs=("x" * 2000, "y" * 2000)))
+    submit(engine, Embed(id=2, model="m", inputs=("z" * 100,)))
+    ends: list[tuple[int, int]] = []
+    steps = 0
+    while engine.busy:
+        steps += 1
+        ends += [(a.id, steps) for a in engine.step() if isinstance(a, Done)]
+    engine.close()
+    assert [number for number, _ in ends] == [2, 1]
+    assert steps >= 2 * 2000 / 128, "no step does all of a long text"
+
+
+def test_a_fault_in_planning_is_survived(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = text_of(run(mlx, ask(1, max_tokens=20))[1])
+    submit(mlx, ask(2, max_tokens=20))
+    got: list[Frame] = [frame for _ in range(3) for frame in mlx.step()]
+    plain = mlx._make_room
+    raised: list[int] = []
+
+    def once() -> None:
+        if not raised:
+            raised.append(1)
+            raise RuntimeError("as if memory had run out")
+        plain()
+
+    monkeypatch.setattr(mlx, "_make_room", once)
+    while mlx.busy:
+        got += mlx.step()
+    assert alone == text_of(got)

@@ -20,7 +20,7 @@ from agent.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, R
 from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
-from agent.loader.mlx.pooling import unit_bytes
+from agent.loader.mlx.pooling import done, unit_bytes
 
 _KINDS = ("bert",)
 
@@ -150,8 +150,8 @@ class EncoderEngine:
         self._tokenizer.no_padding()
         self._by_first = _pools_by_first(self._folder)
         self._model = Bert(config)
-        weights: Any = mx.load(str(next(self._folder.glob("*.safetensors"))))
-        named = [(_renamed(name), array) for name, array in weights.items()]
+        shards: list[Any] = [mx.load(str(path)) for path in sorted(self._folder.glob("*.safetensors"))]
+        named = [(_renamed(name), array) for shard in shards for name, array in shard.items()]
         self._model.load_weights([(name, array) for name, array in named if name is not None])
         mx.eval(self._model.parameters())
 
@@ -188,9 +188,10 @@ class EncoderEngine:
         self._work.pop(request_id, None)
 
     def step(self) -> list[Frame]:
-        """Vectors for as many inputs as fit one padded batch, of the request with the fewest left."""
+        """Vectors for as many inputs as fit one padded batch, of each request in turn."""
         began = time.perf_counter()
-        work = min(self._work.values(), key=lambda one: (len(one.inputs), one.request.id))
+        number, work = next(iter(self._work.items()))
+        self._work[number] = self._work.pop(number)  # to the end of the line
         batch: list[list[int]] = []
         while work.inputs and (not batch or (len(batch) + 1) * _longest(batch, work.inputs[0]) <= self._batch_tok):
             batch.append(work.inputs.popleft())
@@ -200,8 +201,7 @@ class EncoderEngine:
         self._count("steps", 1)
         if work.inputs:
             return []
-        del self._work[work.request.id]
-        number = work.request.id
+        del self._work[number]
         return [Embedded(id=number, vectors=tuple(work.vectors)), done(number, work.prompt_tok, work.since_s)]
 
     def report(self) -> Reported:

@@ -29,12 +29,13 @@ from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
 from agent.loader.mlx import kv, sampling, scores
 from agent.loader.mlx.batch import Batch, Entry
-from agent.loader.mlx.model import TextModel
+from agent.loader.mlx.model import TextModel, cannot_load
 from agent.loader.mlx.pooling import EmbeddingQueue
 from agent.loader.mlx.row import Row
 from agent.loader.prompt_cache import PromptCache, as_tokens, common
 from agent.loader.scheduling import (
     FIRST_TOKEN_TOK,
+    STEP_TOK,
     Block,
     PrefillCost,
     chunk_tok,
@@ -79,7 +80,7 @@ class MLXEngine:
         self._model = TextModel(Path(path), limit_tok=kv_tok, default_max_tokens=default_max_tokens)
         self._blas = blas
         self._rows_limit = rows
-        self._kv_tok = kv_tok
+        self._kv_tok = -(-kv_tok // STEP_TOK) * STEP_TOK
         self._chunk = prefill_chunk_tok
         self._stall_s = stall_s
         self._rate_tok_per_s = 0.0
@@ -89,8 +90,9 @@ class MLXEngine:
         self._prefilling: list[Row] = []
         self._rows: dict[int, Row] = {}
         self._batches: list[Batch] = []
-        self._embeddings = EmbeddingQueue(self._model.weights, prefill_chunk_tok)
+        self._embeddings = EmbeddingQueue(self._model.weights)
         self._failed: list[Frame] = []
+        self._faults = 0
         self._sliceable = kv.sliceable(make_prompt_cache(self._model.weights))
         self._cache: PromptCache[Any] = (
             PromptCache(cache_bytes, kv.nbytes, kv.split)
@@ -100,7 +102,12 @@ class MLXEngine:
         self._weights_tok = 0.0
         self._window: dict[str, int] = {}
         self._reported_cache = (0, 0, 0, 0)
-        self._warm_up()
+        try:
+            self._warm_up()
+        except Refused:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever an unusual model provokes
+            raise cannot_load(Path(path), error) from None
         self._load_us = int((time.perf_counter() - began) * 1e6)
 
     def describe(self) -> Ready:
@@ -133,7 +140,7 @@ class MLXEngine:
             prompt=prompt,
             max_tokens=prepared.max_tokens,
             extra=prepared.extra,
-            detokenizer=self._model.tokenizer.detokenizer,
+            detokenizer=self._model.detokenizer(trims=request.prompt is None),
             stop=StopText(request.stop),
             speech=prepared.extra.speech(request),
             left_tok=len(prompt) - expected,
@@ -162,8 +169,7 @@ class MLXEngine:
     def step(self) -> list[Frame]:
         began = time.perf_counter()
         answers, self._failed = self._failed, []
-        self._make_room()
-        self._schedule(began)
+        answers += self._planned(began)
         before_tok = self._before_tok()
         largest = self._chunk_tok(before_tok)
         prompt_s = 0.0
@@ -177,7 +183,7 @@ class MLXEngine:
             for response in worked.prefilled:
                 self._progress(batch.rows[response.uid], response)
             for response in worked.generated:
-                answers += self._advance(batch, response)
+                answers += self._advanced(batch, response)
             self._measure(worked.prompt_tok, before_tok, worked.prompt_s)
             prompt_s += worked.prompt_s
             self._count("decode_tok", len(worked.generated))
@@ -186,7 +192,7 @@ class MLXEngine:
             self._decode_s = 0.5 * (self._decode_s + time.perf_counter() - began)
         if self._embeddings.busy:
             embedded_at = time.perf_counter()
-            answers += self._embeddings.step()
+            answers += self._embeddings.step(self._chunk_tok)
             prompt_s += time.perf_counter() - embedded_at
         prefill_us = int(prompt_s * 1e6)
         self._count("busy_prefill_us", prefill_us)
@@ -226,6 +232,19 @@ class MLXEngine:
         return sum(batch.kv_bytes for batch in self._batches)
 
     # who is worked on
+
+    def _planned(self, now_s: float) -> list[Frame]:
+        """Make room and begin what is next. A fault in that is a broken batch like any other, but not for ever."""
+        try:
+            self._make_room()
+            self._schedule(now_s)
+        except Exception:
+            self._faults += 1
+            if self._faults >= MAX_BREAKS:
+                raise
+            return [frame for batch in list(self._batches) for frame in self._rebuild(batch)]
+        self._faults = 0
+        return []
 
     def _schedule(self, now_s: float) -> None:
         """Begin the next prompts when none is being worked on, or in the place of one that yields."""
@@ -271,12 +290,12 @@ class MLXEngine:
 
     def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
         """Those that are prefilled with ``best`` in one piece: short prompts of which none waits for another's work."""
-        if best.breaks:
-            return [best]
+        if best.breaks or not self._sliceable:
+            return [best]  # some recurrent models take the padding of unequal prompts for text
         others = [row for row in ready if row is not best and not row.breaks]
         self._queue_behind([best], others)
         turns = [row.turn(now_s) for row in others if row.behind is None]
-        largest = self._chunk_tok(len(best.prompt) - best.left_tok)
+        largest = self._chunk_tok(best.length_tok - best.left_tok)
         ids = together(best.turn(now_s), turns, self._rate_tok_per_s, largest)
         group: list[Row] = []
         for row in (self._rows[number] for number in ids):
@@ -314,8 +333,13 @@ class MLXEngine:
                 self._fail(row)
         if not joining:
             return
+        try:
+            batch.add(joining, entries)
+        except Exception:  # noqa: BLE001  # mlx-lm refuses before it takes anything in
+            for row in joining:
+                self._fail(row)
+            return
         self._prefilling += joining
-        batch.add(joining, entries)
 
     def _entry(self, row: Row) -> Entry:
         tokens = row.prompt + row.made
@@ -361,7 +385,8 @@ class MLXEngine:
             found.append(sampling.bias(request.logit_bias))
         if row.extra.grammar is not None:
             matcher = self._model.matcher(row.extra.grammar)
-            found.append(sampling.constraint(matcher, begin, self._model.ends, row.extra.after))
+            extra = row.extra
+            found.append(sampling.constraint(matcher, begin, self._model.ends, extra.after, extra.opening))
         return found
 
     def _set_aside(self, row: Row) -> None:
@@ -404,12 +429,13 @@ class MLXEngine:
         if not self._sliceable or not self._cache.budget_bytes:
             return
         for row in rows:
+            if row.partial is not None:
+                continue
+            most = len(row.prompt) - row.left_tok + SHARE_TOK
             for leader in leaders:
-                if row is leader or row.partial is not None:
-                    continue
                 shared = common(row.array[:-1], leader.array)
-                if shared - (len(row.prompt) - row.left_tok) >= SHARE_TOK:
-                    row.behind, row.shared_tok = leader, shared
+                if row is not leader and shared >= most:
+                    row.behind, row.shared_tok, most = leader, shared, shared + 1
 
     def _release(self, leader: Row) -> None:
         for row in self._waiting:
@@ -470,6 +496,19 @@ class MLXEngine:
             self._cache.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
 
     # what comes out
+
+    def _advanced(self, batch: Batch, response: Any) -> list[Frame]:
+        """One row's token; a row for which that raises fails alone."""
+        row = batch.rows[response.uid]
+        try:
+            return self._advance(batch, response)
+        except Exception:  # noqa: BLE001  # a detokenizer may meet an id that it does not know
+            if row.batch is not None and response.finish_reason is None:
+                batch.remove(row)
+            elif row.batch is not None:
+                batch.forget(row)
+            self._fail(row)
+            return []
 
     def _advance(self, batch: Batch, response: Any) -> list[Frame]:
         row = batch.rows[response.uid]

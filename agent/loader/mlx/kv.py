@@ -91,7 +91,7 @@ def _each_array(layer: Any, change: Callable[[mx.array], mx.array]) -> list[mx.a
             return made[-1]
         if isinstance(value, list | tuple):
             return type(value)(changed(one) for one in value)
-        if hasattr(value, "update_and_fetch"):
+        if hasattr(value, "is_trimmable"):  # a cache within a cache
             inner = copy.copy(value)
             made.extend(_each_array(inner, change))
             return inner

@@ -27,12 +27,14 @@ _TEMPLATE_OWN = frozenset({"conversation", "messages", "tools", "add_generation_
 @dataclass(frozen=True)
 class Extra:
     """What a text model adds to a prepared request. ``grammar`` is Lark, checked; ``after`` are the token ids that
-    end the reasoning, before which no grammar holds."""
+    end the reasoning, before which no grammar holds; ``opening`` is the token with which the model may begin to reason
+    by itself."""
 
     grammar: str | None
     after: tuple[int, ...]
     markers: Markers
     reasoning: bool
+    opening: int | None = None
 
     def speech(self, request: Generate) -> Speech:
         """A reader of this request's answer."""
@@ -48,8 +50,10 @@ class TextModel:
     def __init__(self, path: Path, *, limit_tok: int, default_max_tokens: int) -> None:
         never_wire_memory()
         self.weights, self.tokenizer, config = _loaded(path)
-        self.context_tok = min(int(config.get("max_position_embeddings") or 4096), limit_tok)
-        self.vocabulary = int(config.get("vocab_size") or len(self.tokenizer.get_vocab()))
+        # models that also see keep their language part's numbers in a part of the configuration
+        language = {**config, **(config.get("text_config") or {})}
+        self.context_tok = min(int(language.get("max_position_embeddings") or 4096), limit_tok)
+        self.vocabulary = _logits_width(path, self.weights)
         self.ends = sorted(self.tokenizer.eos_token_ids)
         self.weights_bytes = sum(array.nbytes for _, array in _arrays(self.weights.parameters()))
         self._default_max_tokens = default_max_tokens
@@ -80,6 +84,8 @@ class TextModel:
             )
         room = self.context_tok - len(prompt)
         wanted = request.max_tokens if request.max_tokens is not None else min(self._default_max_tokens, room)
+        if wanted < 1:
+            return _failed(request, "max_tokens: expected at least 1", "max_tokens")
         if room < 1 or wanted > room:
             return self._too_long(request, f"{len(prompt)}", room, wanted)
         try:
@@ -113,6 +119,17 @@ class TextModel:
         """A token as it is written."""
         return bytes(self.grammars().decode_bytes([token]))
 
+    def detokenizer(self, *, trims: bool) -> Any:
+        """A fresh reader of tokens. mlx-lm's drop the space before an answer; with ``trims`` false this one does not,
+        because it has something before it."""
+        fresh = self.tokenizer.detokenizer
+        if not trims:
+            for token in self.tokenizer.encode("a", add_special_tokens=False):
+                fresh.add_token(token)
+            fresh.finalize()
+            _ = fresh.last_segment  # read, so that it is not part of the answer
+        return fresh
+
     def encode(self, text: str) -> list[int]:
         """A text's token ids; what an empty one starts from."""
         first = self.tokenizer.bos_token_id
@@ -130,16 +147,21 @@ class TextModel:
             if is_error:
                 reason = str(said[0]).splitlines()[0][:200]
                 return _failed(request, f"{_param(request)}: the schema cannot be followed: {reason}", _param(request))
-        open_thought = thinks and self._inside_thought(prompt)
+        open_thought = thinks and request.prompt is None and self._inside_thought(request, prompt)
+        may_open = thinks and not open_thought and request.must_call is None and request.schema is None
+        opening = tuple(self.tokenizer.think_start_tokens) if may_open else ()
         return Extra(
             grammar=written,
-            after=tuple(self.tokenizer.think_end_tokens) if open_thought else (),
+            after=tuple(self.tokenizer.think_end_tokens) if open_thought or len(opening) == 1 else (),
             markers=self._markers(request),
             reasoning=open_thought,
+            opening=opening[0] if len(opening) == 1 else None,
         )
 
     def _markers(self, request: Generate) -> Markers:
         tokenizer, call, parse = self.tokenizer, None, None
+        if request.prompt is not None:
+            return Markers()  # a text is continued as it stands
         if request.tools:
             if self._json_calls or request.must_call is not None:
                 call, parse = (conversation.CALL_BEGIN, conversation.CALL_END), parse_json_call
@@ -151,14 +173,20 @@ class TextModel:
             parse=parse,
         )
 
-    def _inside_thought(self, prompt: list[int]) -> bool:
-        """Whether the template has opened the reasoning itself."""
-        return bool(self.tokenizer.rfind_think_start(prompt) > self.tokenizer.rfind_think_end(prompt))
+    def _inside_thought(self, request: Generate, prompt: list[int]) -> bool:
+        """Whether the template has opened the reasoning itself, in what it adds after the last message; what users
+        write does not count."""
+        before = self._prompt_tokens(request, begin_answer=False)
+        same = next((n for n, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
+        added = prompt[min(same, len(prompt)) :]
+        return bool(self.tokenizer.rfind_think_start(added) > self.tokenizer.rfind_think_end(added))
 
     def _unfit(self, request: Generate) -> Failed | None:
-        beyond = [token for token, _ in request.logit_bias if token >= self.vocabulary]
+        # a model may have room for more tokens than there are
+        known = min(self.vocabulary, len(self.tokenizer))
+        beyond = [token for token, _ in request.logit_bias if token >= known]
         if beyond:
-            message = f"logit_bias: token {beyond[0]} is not one of this model's {self.vocabulary}"
+            message = f"logit_bias: token {beyond[0]} is not one of this model's {known}"
             return _failed(request, message, "logit_bias")
         effort = request.reasoning_effort
         if effort is not None and effort not in _EFFORTS_OFF and not self.tokenizer.has_thinking:
@@ -181,14 +209,14 @@ class TextModel:
         param = "max_tokens" if room >= 1 else ("messages" if request.prompt is None else "prompt")
         return _failed(request, message, param, code="context_length_exceeded")
 
-    def _prompt_tokens(self, request: Generate) -> list[int]:
+    def _prompt_tokens(self, request: Generate, *, begin_answer: bool = True) -> list[int]:
         if request.prompt is not None:
             return self.encode(request.prompt)
         turns = conversation.for_template(request.messages, request.tools, native_tools=self._native_tools)
         if not getattr(self.tokenizer, "chat_template", None):
             return self.encode(conversation.plain_text(turns))
         tokens: Any = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, **self._template_args(request)
+            turns, add_generation_prompt=begin_answer, tokenize=True, **self._template_args(request)
         )
         return [int(token) for token in (tokens if isinstance(tokens, list) else tokens["input_ids"])]
 
@@ -258,6 +286,14 @@ def _loaded(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     except Exception as error:  # noqa: BLE001  # mlx-lm raises whatever the files provoke
         raise cannot_load(path, error) from None
     return model, tokenizer, config
+
+
+def _logits_width(path: Path, weights: Any) -> int:
+    """How many tokens the model chooses among, which its configuration may not say."""
+    try:
+        return int(weights(mx.array([[0]])).shape[-1])
+    except Exception as error:  # noqa: BLE001  # whatever an unusual model provokes
+        raise cannot_load(path, error) from None
 
 
 def _arrays(tree: Any) -> list[tuple[str, mx.array]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,8 @@ class EmbeddingQueue:
     """Requests for vectors beside a model's answers: one piece of one input a step, so that no decoding row waits for
     a long text or a long list."""
 
-    def __init__(self, weights: Any, chunk_tok: int) -> None:
+    def __init__(self, weights: Any) -> None:
         self._weights = weights
-        self._chunk_tok = chunk_tok
         self._work: dict[int, _Work] = {}
 
     @property
@@ -45,12 +44,14 @@ class EmbeddingQueue:
         """Forget a request; unknown ones are no error."""
         self._work.pop(number, None)
 
-    def step(self) -> list[Frame]:
-        """One more piece for the oldest request; its end when that was the last."""
+    def step(self, chunk_tok: Callable[[float], int]) -> list[Frame]:
+        """One more piece, for each request in turn; a request's end when that was its last. ``chunk_tok`` says how
+        many tokens may follow so many."""
         number, work = next(iter(self._work.items()))
+        self._work[number] = self._work.pop(number)  # to the end of the line
         try:
             if work.making is None:
-                work.making = mean_vector(self._weights, work.inputs.popleft(), self._chunk_tok)
+                work.making = mean_vector(self._weights, work.inputs.popleft(), chunk_tok)
             vector = next(work.making)
             if vector is not None:
                 work.vectors.append(vector)
@@ -71,13 +72,16 @@ def done(number: int, prompt_tok: int, since_s: float) -> Done:
     return Done(id=number, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us)
 
 
-def mean_vector(weights: Any, tokens: list[int], chunk_tok: int) -> Iterator[bytes | None]:
+def mean_vector(weights: Any, tokens: list[int], chunk_tok: Callable[[float], int]) -> Iterator[bytes | None]:
     """Little-endian float32 of the mean over ``tokens``' hidden states, as the last thing; None after each piece
     before. Raises AttributeError for a model whose inner part mlx-lm keeps elsewhere."""
     cache = make_prompt_cache(weights)
     total: mx.array = mx.zeros(())
-    for begin in range(0, len(tokens), chunk_tok):
-        hidden = weights.model(mx.array([tokens[begin : begin + chunk_tok]]), cache=cache)
+    begin = 0
+    while begin < len(tokens):
+        piece = tokens[begin : begin + chunk_tok(begin)]
+        begin += len(piece)
+        hidden = weights.model(mx.array([piece]), cache=cache)
         total = total + hidden.astype(mx.float32).sum(axis=(0, 1))
         mx.eval(total)
         yield None

@@ -77,15 +77,17 @@ class Row:
             self.detokenizer.add_token(token)
         if finish is not None:
             self.detokenizer.finalize()
-        text, stopped = self.stop.feed(self.detokenizer.last_segment)
-        if finish is not None and not stopped:
-            text += self.stop.finish()
-        said = self.speech.feed(text)
-        stopped = stopped or (self.request.one_call and self.speech.called)
-        if finish is not None or stopped:
+        said = self.speech.feed(self.detokenizer.last_segment)
+        if finish is not None:
             rest = self.speech.finish()
             said = Said(said.text + rest.text, said.reasoning + rest.reasoning, said.calls + rest.calls)
-        return said, stopped
+        # stop strings are for what is shown, not for thoughts and arguments
+        text, stopped = self.stop.feed(said.text)
+        if finish is not None and not stopped:
+            text += self.stop.finish()
+        calls = said.calls[:1] if self.request.one_call else said.calls
+        called_enough = self.request.one_call and self.speech.called
+        return Said(text, said.reasoning, calls), stopped or (called_enough and finish is None)
 
     def done(self, finish: str) -> Done:
         """The last frame."""

@@ -17,20 +17,26 @@ Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 """(tokens so far, logits of one row) -> logits, as mlx-lm calls it."""
 
+GREEDY_BELOW = 1e-4
+"""Temperatures below this have one outcome."""
+LEAST_TOP_P = 1e-6
+"""Of the mass there is always the likeliest token."""
 _MASK = (1 << 64) - 1
 
 
 def sampler(temperature: float, top_p: float, seed: int, position: int) -> Sampler | None:
     """None for greedy; else a sampler whose n-th draw depends on the seed and n alone (n starts at ``position``)."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return None
+    top_p = max(top_p, LEAST_TOP_P)
     at = position
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal at
         key = mx.random.key(mixed(seed, at))
         at += 1
-        scaled = logprobs * (1.0 / temperature)
+        # half precision could not hold the quotient
+        scaled = logprobs.astype(mx.float32) * (1.0 / temperature)
         if top_p < 1.0:
             scaled = apply_top_p(scaled - mx.logsumexp(scaled, axis=-1, keepdims=True), top_p)
         return mx.random.categorical(scaled, key=key)
@@ -61,17 +67,23 @@ def bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
     return process
 
 
-def constraint(matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = ()) -> Processor:
+def constraint(
+    matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = (), opening: int | None = None
+) -> Processor:
     """Only tokens that a grammar allows, and the end when it is complete; the matcher follows what was generated.
 
-    With ``after``, the grammar holds only once these tokens have been generated (the end of the reasoning).
+    With ``after``, the grammar holds only once these tokens have been generated (the end of the reasoning); with
+    ``opening`` too, only if the answer begins with that token, which it may.
     """
     consumed = 0
-    waiting = bool(after)
+    waiting = bool(after) and opening is None
+    decided = opening is None
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal consumed, waiting, begin
+        nonlocal consumed, waiting, begin, decided
         fresh: Any = tokens[begin + consumed :].tolist()
+        if fresh and not decided:
+            waiting, decided = fresh[0] == opening, True
         if waiting:
             at = next((n for n in range(len(fresh)) if tuple(fresh[n : n + len(after)]) == after), None)
             if at is None:
@@ -86,8 +98,12 @@ def constraint(matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int
             only_end[:, mx.array(ends)] = 0.0
             return only_end
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]]
-        return mx.where(mx.array(allowed.astype(bool)), logits, -float("inf"))
+        allowed = np.zeros(logits.shape[-1], dtype=bool)
+        known = np.unpackbits(bits, bitorder="little")[: len(allowed)]
+        allowed[: len(known)] = known
+        if not decided and opening is not None:
+            allowed[opening] = True
+        return mx.where(mx.array(allowed), logits, -float("inf"))
 
     return process
 
