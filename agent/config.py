@@ -70,7 +70,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     ``rows`` requests are decoded together; ``rows`` times ``plan_context_tok`` tokens is what all of them may hold at
     a time, and so also the longest context of one. Rows that decode wait at most about ``stall_s`` for a piece of a
-    prompt, which has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` are for the states of earlier prompts.
+    prompt, which has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` are for the states of earlier prompts in
+    memory, ``disk_cache_bytes`` for those on disk, which survive a restart (0 keeps none).
     """
 
     name: str
@@ -83,6 +84,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     prefill_chunk_tok: Annotated[int, Meta(ge=16, le=8192)] = 512
     stall_s: Seconds = 0.75
     cache_bytes: Annotated[int, Meta(ge=0)] = 256 << 20
+    disk_cache_bytes: Annotated[int, Meta(ge=0)] = 0
     plan_context_tok: Positive = 2048
     need_bytes: Annotated[int, Meta(ge=0)] = 0
     probe_p99_s: Seconds = 30.0
@@ -124,6 +126,13 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     budget_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
+class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """States of prompts on disk, for models with ``disk_cache_bytes``. They hold prompts, so they are encrypted;
+    ``secret`` is a reference to what the keys are made from (at least 32 random characters), kept elsewhere."""
+
+    secret: str = ""
+
+
 class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``threads`` of the CPU's BLAS in each loader; 0 divides the cores between the models. Linux only."""
 
@@ -144,6 +153,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     limits: Limits = Limits()
     memory: Memory = Memory()
     loader: Loader = Loader()
+    disk_cache: DiskCache = DiskCache()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -165,6 +175,7 @@ def check(config: AgentConfig) -> Sequence[str]:
         *_check_keys(config.keys),
         *_check_peers(config),
         *_check_models(config.models),
+        *_check_disk_cache(config),
         *check_store(config.store),
     ]
 
@@ -215,6 +226,15 @@ def _check_peers(config: AgentConfig) -> list[str]:
     if peers.secret and not is_reference(peers.secret):
         found.append(f"peers.secret: {REFERENCE_HINT}")
     return found
+
+
+def _check_disk_cache(config: AgentConfig) -> list[str]:
+    secret = config.disk_cache.secret
+    if secret and not is_reference(secret):
+        return [f"disk_cache.secret: {REFERENCE_HINT}"]
+    if not secret and any(m.disk_cache_bytes for m in config.models):
+        return ["disk_cache.secret: is required with disk_cache_bytes; what is kept there are prompts"]
+    return []
 
 
 def _check_models(models: Sequence[Model]) -> list[str]:

@@ -81,6 +81,7 @@ class Daemon:
             config,
             ModelStore(state / "models.json"),
             environ,
+            prompts=state / "prompts",
             budget_bytes=budget,
             threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
             emit=self._emit,

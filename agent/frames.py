@@ -58,7 +58,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     schema, as text, that the answer has to follow. ``tools`` are function descriptions as JSON text; ``must_call`` is
     the name of the one to call, "" for any, None when the model decides; after the first call of ``one_call`` the
     answer ends. ``template_args`` is a JSON object for the
-    chat template.
+    chat template. Nothing of a ``private`` request is kept on disk.
     """
 
     id: int
@@ -80,6 +80,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     one_call: bool = False
     reasoning_effort: str | None = None
     template_args: str | None = None
+    private: bool = False
     request_id: str = ""
     door: str = ""
 
@@ -208,6 +209,8 @@ class Reported(_Frame, frozen=True, kw_only=True, tag="reported"):
     cache_misses: int = 0
     cache_saved_tok: int = 0
     cache_evictions: int = 0
+    disk_restored_tok: int = 0
+    disk_bytes: int = 0
     cache_bytes: int = 0
     active_bytes: int = 0
     peak_bytes: int = 0

@@ -37,12 +37,13 @@ _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "
 
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to start a loader: its arguments, how many BLAS threads it may use, and after how many silent seconds with
-    work to do it is ended."""
+    """How to start a loader: its arguments, how many BLAS threads it may use, after how many silent seconds with work
+    to do it is ended, and a secret that it reads from its standard input."""
 
     arguments: tuple[str, ...]
     threads: int = 1
     stuck_s: float = 60.0
+    secret: str = ""
 
 
 def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -126,7 +127,7 @@ class LoaderProcess:
                 *spec.arguments,
                 pass_fds=(theirs.fileno(),),
                 env=environment(environ, spec.threads),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE if spec.secret else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
@@ -139,6 +140,10 @@ class LoaderProcess:
             raise
         finally:
             theirs.close()
+        if process.stdin is not None:
+            # neither arguments nor environment: both can be read by others
+            process.stdin.write(spec.secret.encode())
+            process.stdin.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         loader = cls(process, reader, writer)
         loader._tasks = [
@@ -286,7 +291,7 @@ class LoaderProcess:
 
 
 _PEAKS = ("queue_max", "kv_peak_bytes", "peak_bytes")
-_LEVELS = (*_PEAKS, "cache_bytes", "active_bytes")
+_LEVELS = (*_PEAKS, "cache_bytes", "disk_bytes", "active_bytes")
 
 
 def total_of(reports: Sequence[Reported]) -> Reported:

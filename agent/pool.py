@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from agent import eviction, swap
@@ -29,6 +30,7 @@ from shared.records import (
     Resident,
     SwapFinished,
 )
+from shared.secrets import resolve
 
 PROBES = 5
 """Requests a standby must answer before it takes over."""
@@ -50,6 +52,7 @@ class Pool:
         store: ModelStore,
         environ: Mapping[str, str],
         *,
+        prompts: Path,
         budget_bytes: int,
         threads: int,
         emit: Callable[[Event], None],
@@ -61,6 +64,7 @@ class Pool:
         self._config = config
         self._store = store
         self._environ = environ
+        self._prompts = prompts
         self.budget_bytes = budget_bytes
         self._threads = threads
         self._emit = emit
@@ -327,11 +331,14 @@ class Pool:
             *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
             *("--kv-tok", str(model.rows * model.plan_context_tok)),
             *("--stall-s", str(model.stall_s)),
+            *("--disk-cache", str(self._prompts / model.name), "--fingerprint", spec.version),
+            *("--disk-cache-bytes", str(model.disk_cache_bytes)),
             *("--max-tokens", str(model.max_tokens)),
             *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
         )
         stuck_s = self._config.limits.stuck_s
-        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s)
+        secret = resolve(self._config.disk_cache.secret, self._environ) if model.disk_cache_bytes else ""
+        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s, secret=secret)
         return await LoaderProcess.start(start, self._environ)
 
     async def _make_room(self, spec: ModelSpec, *, for_name: str, but: Slot | None = None) -> None:

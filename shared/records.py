@@ -65,6 +65,8 @@ class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
     cache_misses: int = 0
     cache_saved_tok: int = 0
     cache_evictions: int = 0
+    disk_restored_tok: int = 0
+    disk_bytes: int = 0
     cache_bytes: int = 0
     active_bytes: int = 0
     peak_bytes: int = 0

@@ -25,12 +25,14 @@ _ENGINE = {
     "cache_hits": ("cache_hits", "Prompts that found a beginning in the prompt cache."),
     "cache_misses": ("cache_misses", "Prompts that found none."),
     "cache_saved_tok": ("cache_saved_tokens", "Prompt tokens that needed no work."),
+    "disk_restored_tok": ("disk_restored_tokens", "Prompt tokens whose states came from disk."),
     "cache_evictions": ("cache_evictions", "Entries that left the prompt cache to keep its budget."),
 }
 _LEVELS = {
     "queue_max": "Longest queue in the last window.",
     "kv_peak_bytes": "Most bytes of running requests' keys and values in the last window, padding included.",
     "cache_bytes": "Bytes that the prompt cache accounts for.",
+    "disk_bytes": "Bytes of prompts' states on disk.",
     "active_bytes": "Bytes that MLX holds.",
     "peak_bytes": "Most bytes that MLX held in the last window.",
 }

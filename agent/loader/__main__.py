@@ -6,7 +6,9 @@ import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 
+from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Engine
 from agent.loader.serve import serve
 
@@ -25,6 +27,9 @@ def main() -> int:
     parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
     parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
     parser.add_argument("--kv-tok", type=int, default=8 * 2048, help="tokens of all requests together, in memory")
+    parser.add_argument("--disk-cache", default="", help="folder of states on disk; its secret comes by stdin")
+    parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the states on disk")
+    parser.add_argument("--fingerprint", default="", help="what the states on disk belong to")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
     parser.add_argument("--fake-load-s", type=float, default=0.0)
     args = parser.parse_args()
@@ -60,8 +65,15 @@ def _engine(args: argparse.Namespace) -> Engine:
         cache_bytes=args.cache_bytes,
         default_max_tokens=args.max_tokens,
         kv_tok=args.kv_tok,
+        disk=_disk(args),
         blas=name,
     )
+
+
+def _disk(args: argparse.Namespace) -> DiskCache | None:
+    if not args.disk_cache_bytes:
+        return None
+    return DiskCache(Path(args.disk_cache), sys.stdin.buffer.read(), args.fingerprint, args.disk_cache_bytes)
 
 
 if __name__ == "__main__":

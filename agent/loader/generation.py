@@ -8,7 +8,7 @@ from agent.frames import Ask, Failed, Frame, Ready, Reported
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request with all that can be done before an engine sees it; ``extra`` is the engine's own.
+    """A request with all that can be done before an engine sees it; ``extra`` and ``restored`` are the engine's own.
 
     ``prompts`` are token ids: one conversation or text, or every input of an Embed.
     """
@@ -17,6 +17,7 @@ class Prepared:
     prompts: tuple[list[int], ...]
     max_tokens: int = 0
     extra: Any = None
+    restored: Any = None
 
 
 class Engine(Protocol):

@@ -40,7 +40,14 @@ async def running(
     events: list[Event] = []
     store = await asyncio.to_thread(ModelStore, tmp_path / "models.json")
     pool = Pool(
-        config, store, os.environ, budget_bytes=budget, threads=1, emit=events.append, carried_by_peer=lambda _: carried
+        config,
+        store,
+        os.environ,
+        prompts=tmp_path / "prompts",
+        budget_bytes=budget,
+        threads=1,
+        emit=events.append,
+        carried_by_peer=lambda _: carried,
     )
     try:
         yield pool, events

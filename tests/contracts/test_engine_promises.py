@@ -8,10 +8,12 @@ from typing import Any
 
 import jsonschema
 import mlx.core as mx
+import msgspec
 import pytest
 from mlx_lm.generate import BatchGenerator
 
 from agent.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
+from agent.loader.disk_cache import DiskCache
 from agent.loader.mlx.engine import MLXEngine
 from tests.contracts.test_engine import ask, done_of, random_schema, run, submit, text_of
 from tests.tiny_model import MAMBA, SLIDING, THINKING, write_tiny_model
@@ -445,3 +447,39 @@ def test_a_fault_in_planning_is_survived(mlx: MLXEngine, monkeypatch: pytest.Mon
     while mlx.busy:
         got += mlx.step()
     assert alone == text_of(got)
+
+
+def with_disk(model: Path, folder: Path) -> MLXEngine:
+    disk = DiskCache(folder, b"a secret of at least thirty-two characters", "v1", 64 << 20)
+    return MLXEngine(str(model), rows=2, prefill_chunk_tok=256, cache_bytes=32 << 20, disk=disk)
+
+
+def test_a_restart_finds_prompts_on_disk(roomy_model: Path, tmp_path: Path) -> None:
+    long = Generate(id=1, model="m", prompt=SYSTEM * 2 + "and so on. " * 60, max_tokens=12, temperature=0.0)
+    first = with_disk(roomy_model, tmp_path)
+    cold = run(first, long)[1]
+    private = msgspec.structs.replace(long, id=2, prompt="secret " * 200, private=True)
+    run(first, private)
+    first.close()
+    second = with_disk(roomy_model, tmp_path)
+    warm = run(second, long)[1]
+    report = second.report()
+    assert text_of(cold) == text_of(warm)
+    assert done_of(warm).cached_tok == report.disk_restored_tok >= 0.9 * (done_of(cold).prompt_tok - 256)
+    assert done_of(run(second, private)[2]).cached_tok == 0
+    second.close()
+
+
+def test_a_spoilt_file_changes_no_answer(roomy_model: Path, tmp_path: Path) -> None:
+    long = Generate(id=1, model="m", prompt=SYSTEM * 3, max_tokens=12, temperature=0.0)
+    first = with_disk(roomy_model, tmp_path)
+    cold = run(first, long)[1]
+    first.close()
+    for file in tmp_path.glob("*.kv"):
+        file.write_bytes(file.read_bytes()[:1000])
+    second = with_disk(roomy_model, tmp_path)
+    again = run(second, long)[1]
+    second.close()
+    assert text_of(cold) == text_of(again)
+    assert done_of(again).cached_tok == 0
+    assert list((tmp_path / "quarantine").iterdir())

@@ -7,6 +7,7 @@ its rows, and their answers come out the same.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from agent.frames import (
     Tokens,
 )
 from agent.loader.blas import REFERENCE
+from agent.loader.disk_cache import BLOCK_TOK, Array, DiskCache
 from agent.loader.generation import Prepared
 from agent.loader.mlx import kv, sampling, scores
 from agent.loader.mlx.batch import Batch, Entry
@@ -33,6 +35,7 @@ from agent.loader.mlx.model import TextModel, cannot_load
 from agent.loader.mlx.pooling import EmbeddingQueue
 from agent.loader.mlx.row import Row
 from agent.loader.prompt_cache import PromptCache, as_tokens, common
+from agent.loader.prompt_cache import Tokens as TokenArray
 from agent.loader.scheduling import (
     FIRST_TOKEN_TOK,
     STEP_TOK,
@@ -74,6 +77,7 @@ class MLXEngine:
         cache_bytes: int = 0,
         default_max_tokens: int = 4096,
         kv_tok: int = 8 * 2048,
+        disk: DiskCache | None = None,
         blas: str = REFERENCE,
     ) -> None:
         began = time.perf_counter()
@@ -99,6 +103,7 @@ class MLXEngine:
             if self._sliceable
             else PromptCache(cache_bytes, kv.layers_nbytes)
         )
+        self._disk = disk if self._sliceable else None
         self._weights_tok = 0.0
         self._window: dict[str, int] = {}
         self._reported_cache = (0, 0, 0, 0)
@@ -124,9 +129,12 @@ class MLXEngine:
         return bool(self._rows or self._embeddings.busy or self._failed)
 
     def prepare(self, request: Ask) -> Prepared | Failed:
-        if isinstance(request, Generate):
-            return self._model.prepare(request)
-        return self._model.prepare_embedding(request)
+        if isinstance(request, Embed):
+            return self._model.prepare_embedding(request)
+        prepared = self._model.prepare(request)
+        if self._disk is None or isinstance(prepared, Failed):
+            return prepared
+        return replace(prepared, restored=self._read_back(self._disk, as_tokens(prepared.prompts[0])))
 
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
@@ -134,6 +142,8 @@ class MLXEngine:
             return self._embeddings.take(request.id, prepared.prompts)
         prompt = prepared.prompts[0]
         array = as_tokens(prompt)
+        if prepared.restored is not None:
+            self._put_back(array, *prepared.restored)
         expected = self._cache.peek(array)
         row = Row(
             request=request,
@@ -215,6 +225,7 @@ class MLXEngine:
             cache_saved_tok=saved,
             cache_evictions=evictions,
             cache_bytes=cache.bytes,
+            disk_bytes=self._disk.bytes if self._disk else 0,
             active_bytes=mx.get_active_memory(),
             peak_bytes=peak,
         )
@@ -224,6 +235,8 @@ class MLXEngine:
             batch.close()
         self._batches.clear()
         self._cache.clear()
+        if self._disk is not None:
+            self._disk.close()
         mx.synchronize()
 
     @property
@@ -495,6 +508,34 @@ class MLXEngine:
         else:
             self._cache.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
 
+    def _read_back(self, disk: DiskCache, tokens: TokenArray) -> tuple[int, list[list[Array]]] | None:
+        """Blocks on disk that go on from what memory holds, where reading them is quicker than computing them.
+
+        Called from the preparing thread: what memory holds may change meanwhile, so it is no more than a hint.
+        """
+        begin, end = self._cache.peek(tokens) // BLOCK_TOK, disk.held(tokens) // BLOCK_TOK
+        computing_s = self._cost.seconds((end - begin) * BLOCK_TOK, begin * BLOCK_TOK)
+        if end <= begin or disk.seconds(end - begin) > computing_s > 0:
+            return None
+        return begin, disk.read(tokens, begin, end)
+
+    def _put_back(self, tokens: TokenArray, begin: int, blocks: list[list[Array]]) -> None:
+        """Blocks from disk into memory."""
+        if not blocks:
+            return
+        first, last = begin * BLOCK_TOK, (begin + len(blocks)) * BLOCK_TOK
+        held = self._cache.peek(tokens[: last + 1])
+        if held < first:
+            return  # what they go on from has left memory meanwhile
+        whole = kv.stacked([kv.from_arrays(block) for block in blocks])
+        self._cache.put(tokens[:last], lambda start, end: kv.part(whole, start - first, end - first))
+        self._count("disk_restored_tok", last - max(first, held))
+
+    def _store(self, row: Row, layers: kv.Layers, tokens: list[int]) -> None:
+        """What a finished row holds, onto the disk."""
+        if self._disk is not None and not row.request.private:
+            self._disk.offer(as_tokens(tokens), lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
+
     # what comes out
 
     def _advanced(self, batch: Batch, response: Any) -> list[Frame]:
@@ -524,6 +565,7 @@ class MLXEngine:
         if finish is not None:
             batch.forget(row)
             self._keep((response.prompt_cache, response.all_tokens))
+            self._store(row, response.prompt_cache, response.all_tokens)
         elif stopped:
             self._keep(batch.remove(row))
         by_model = finish == "stop"

@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import KVCache
+
+from agent.loader.disk_cache import Array
 
 Layers = list[Any]
 """One row's state, a cache object of mlx-lm's for each layer."""
@@ -48,6 +51,35 @@ def join(pieces: Sequence[tuple[Piece, int]]) -> Layers:
     return layers
 
 
+def to_arrays(piece: Piece) -> list[Array]:
+    """A piece as plain bytes, keys and values of each layer in turn."""
+    flat = [array for pair in piece for array in pair]
+    mx.eval(flat)
+    return [(_name(a.dtype), tuple(a.shape), np.array(mx.contiguous(a).view(mx.uint8)).tobytes()) for a in flat]
+
+
+def from_arrays(arrays: Sequence[Array]) -> Piece:
+    """The piece of which these are the bytes."""
+    flat = [
+        mx.array(np.frombuffer(raw, dtype=np.uint8)).view(getattr(mx, kind)).reshape(shape)
+        for kind, shape, raw in arrays
+    ]
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def stacked(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow each other, as one."""
+    return [
+        (mx.concatenate([k for k, _ in layer], axis=2), mx.concatenate([v for _, v in layer], axis=2))
+        for layer in zip(*pieces, strict=True)
+    ]
+
+
+def part(piece: Piece, begin: int, end: int) -> Piece:
+    """Tokens ``begin`` to ``end`` of a piece, in arrays of their own."""
+    return owned([(k[..., begin:end, :], v[..., begin:end, :]) for k, v in piece])
+
+
 def nbytes(piece: Piece) -> int:
     """What a piece occupies."""
     return sum(k.nbytes + v.nbytes for k, v in piece)
@@ -79,6 +111,10 @@ def owned(piece: Piece) -> Piece:
 def _fresh(array: mx.array) -> mx.array:
     # an addition makes a new array, where a slice or a copy may share the batch's
     return array + mx.zeros((), dtype=array.dtype)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def _each_array(layer: Any, change: Callable[[mx.array], mx.array]) -> list[mx.array]:
