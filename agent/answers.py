@@ -88,13 +88,13 @@ def chat_chunk(
     return {**_head(who, "chat.completion.chunk"), "choices": [choice]}
 
 
-def text_completion(who: Identity, choices: Iterable[Choice], usage: Usage | None) -> dict[str, Any]:
-    """A text_completion object; a streamed piece is one too, with ``usage`` None."""
+def text_completion(who: Identity, choices: Iterable[Choice], usage: Usage | None, *, begin: int = 0) -> dict[str, Any]:
+    """A text_completion object; a streamed piece is one too, with ``usage`` None and beginning at ``begin``."""
     rendered = [
         {
             "index": choice.index,
             "text": choice.text,
-            "logprobs": text_logprobs(choice.scored),
+            "logprobs": text_logprobs(choice.scored, begin),
             "finish_reason": choice.finish or None,
         }
         for choice in choices
@@ -160,11 +160,12 @@ def chat_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
-    """Log probabilities as text completions carry them; None when they were not asked for."""
+def text_logprobs(scored: Sequence[Scored] | None, begin: int = 0) -> dict[str, Any] | None:
+    """Log probabilities as text completions carry them; None when they were not asked for. ``begin`` is the offset of
+    the first, in characters of the answer."""
     if scored is None:
         return None
-    offsets, at = [], 0
+    offsets, at = [], begin
     for one in scored:
         offsets.append(at)
         at += len(one.chosen.text)

@@ -108,7 +108,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     and started again.
     """
 
-    body_bytes: Positive = 10 << 20
+    body_bytes: Annotated[int, Meta(gt=0, le=16 << 20)] = 10 << 20
+    body_s: Seconds = 60.0
     in_flight_per_model: Positive = 64
     in_flight_per_key: Positive = 48
     request_s: Seconds = 600.0

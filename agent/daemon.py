@@ -23,6 +23,7 @@ from agent import schedule
 from agent.api import app as api
 from agent.api.context import Context
 from agent.api.metrics import Metrics
+from agent.api.wire import Runner
 from agent.collectors import all_collectors
 from agent.collectors.host import boot_id, hardware_id
 from agent.collectors.inference import Ledger
@@ -121,7 +122,7 @@ class Daemon:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         app = api.build(self.context)
         # a client that hangs up cancels its handler, and with it the work in the loader
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = Runner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
         try:
             port = await self._listen(runner)

@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 import msgspec
 
@@ -61,6 +61,7 @@ class Call(msgspec.Struct, kw_only=True):
     completion_tok: int = 0
     done: Done | None = None
     known: bool = False
+    fate: str = ""
     began_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
@@ -127,52 +128,66 @@ class Dispatch:
         return NodeView(node=self._node, draining=self.draining, models=self._pool.views())
 
     async def answer(self, call: Call) -> AsyncGenerator[Answer, None]:
-        """Accepted, Tokens and Done for one client request; counts it when it ends, however it ends.
+        """Accepted, Tokens and Done for one part of a request that has entered; counts it when it ends, however it
+        ends.
 
         Raises Refused for what the client must change, Retryable for what may work later.
         """
         call.began_s = call.last_s = self._clock()
         outcome = "cancelled"
         try:
-            call.known = self._is_known(call.model)
-            self._admit(call)
-            try:
-                async with contextlib.aclosing(self._attempts(call)) as answers:
-                    async for answer in answers:
-                        yield answer
-            finally:
-                self._leave(call)
+            async with contextlib.aclosing(self._attempts(call)) as answers:
+                async for answer in answers:
+                    yield answer
             outcome = "ok"
-        except Refused:
-            outcome = "refused"
-            raise
         except RackError as error:
-            outcome = "refused" if error.code in TURNED_AWAY else "failed"
+            outcome = outcome_of(error)
             raise
         finally:
-            self._count(call, outcome)
+            # a part that was ended because another failed shares its fate
+            self._count(call, call.fate if outcome == "cancelled" and call.fate else outcome)
+
+    @contextlib.contextmanager
+    def enter(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Places for all parts of one request, or for none. Raises Refused or Retryable, and counts that."""
+        first = calls[0]
+        first.began_s = first.last_s = self._clock()
+        first.known = self._is_known(first.model)
+        try:
+            self._admit(first, len(calls))
+        except RackError as error:
+            self._count(first, outcome_of(error))
+            raise
+        try:
+            yield
+        finally:
+            self._leave(first, len(calls))
 
     def _is_known(self, model: str) -> bool:
         """Whether some node serves the name; any other is a stranger's text and enters no record."""
         views = (self.here(), *self._table.view(self._clock()))
         return any(m.name == model for node in views for m in node.models)
 
-    def _admit(self, call: Call) -> None:
+    def _admit(self, call: Call, parts: int) -> None:
+        most = min(self._limits.in_flight_per_model, self._limits.in_flight_per_key)
+        if parts > most:
+            message = f"n: this node answers at most {most} at the same time"
+            raise Refused(message, code="invalid_value", param="n")
         now, drain = self._clock(), self._drain.get(call.model)
         decision = admit(
-            model=Load(self._by_model[call.model], self._limits.in_flight_per_model),
-            key=Load(self._by_key[call.key_id], self._limits.in_flight_per_key),
+            model=Load(self._by_model[call.model] + parts - 1, self._limits.in_flight_per_model),
+            key=Load(self._by_key[call.key_id] + parts - 1, self._limits.in_flight_per_key),
             draining=self.draining,
             drain_rate_per_s=drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
             raise Retryable(_TURNED[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
-        self._by_model[call.model] += 1
-        self._by_key[call.key_id] += 1
+        self._by_model[call.model] += parts
+        self._by_key[call.key_id] += parts
 
-    def _leave(self, call: Call) -> None:
+    def _leave(self, call: Call, parts: int) -> None:
         for counts, name in ((self._by_model, call.model), (self._by_key, call.key_id)):
-            counts[name] -= 1
+            counts[name] -= parts
             if not counts[name]:
                 del counts[name]
 
@@ -324,6 +339,11 @@ class Dispatch:
                 total_us=int((now - call.began_s) * 1e6),
             )
         )
+
+
+def outcome_of(error: RackError) -> str:
+    """What a request that ended with this error is counted as."""
+    return "refused" if isinstance(error, Refused) or error.code in TURNED_AWAY else "failed"
 
 
 def _error_of(failed: Failed) -> RackError:

@@ -170,7 +170,7 @@ class Done(_Frame, frozen=True, kw_only=True, tag="done"):
 
 
 class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
-    """The vectors of an Embed, each as little-endian float32; Done follows."""
+    """Some more vectors of an Embed, in order, each as little-endian float32; Done follows the last."""
 
     id: int
     vectors: tuple[bytes, ...]

@@ -89,6 +89,7 @@ class LoaderProcess:
         self.stopping = False
         self._broken = False
         self._heard_s = 0.0
+        self._unanswered: dict[int, float] = {}
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
 
@@ -104,8 +105,10 @@ class LoaderProcess:
 
     @property
     def silent_s(self) -> float:
-        """For how long it has said nothing although requests wait for it."""
-        return time.monotonic() - self._heard_s if self._open else 0.0
+        """For how long it has said nothing although requests wait for it, or has not even taken one of them in."""
+        now = time.monotonic()
+        silent = now - self._heard_s if self._open else 0.0
+        return max([silent, *(now - since for since in self._unanswered.values())])
 
     @property
     def cause(self) -> str:
@@ -169,6 +172,7 @@ class LoaderProcess:
         if not self._open:
             self._heard_s = time.monotonic()
         self._open[number] = answers
+        self._unanswered[number] = time.monotonic()
         finished = False
         try:
             await self._send(msgspec.structs.replace(request, id=number))
@@ -180,6 +184,7 @@ class LoaderProcess:
                 yield answer
         finally:
             del self._open[number]
+            self._unanswered.pop(number, None)
             if not finished and not self.ended.is_set():
                 with contextlib.suppress(ConnectionError, RuntimeError):
                     self._writer.write(encode(Cancel(id=number)))
@@ -236,7 +241,6 @@ class LoaderProcess:
         decoder = Decoder()
         try:
             while chunk := await self._reader.read(1 << 16):
-                self._heard_s = time.monotonic()
                 for frame in decoder.feed(chunk):
                     self._take(frame)
         except (ConnectionError, Refused):
@@ -255,7 +259,10 @@ class LoaderProcess:
         self._writer.close()
 
     def _take(self, frame: Frame) -> None:
+        if not isinstance(frame, Reported):  # one that is stuck may still count
+            self._heard_s = time.monotonic()
         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
+            self._unanswered.pop(frame.id, None)
             if frame.id in self._open:
                 self._open[frame.id].put_nowait(frame)
         elif isinstance(frame, Reported):

@@ -48,6 +48,8 @@ class PeerClient:
             async with self._opened().post(
                 f"{url}/peer/v1/generate", data=encode(request), headers=self._headers, timeout=timeout
             ) as answer:
+                if answer.status == 413:
+                    raise Refused("the request is too large to be forwarded", code="body_too_large")
                 if answer.status != 200:
                     raise Retryable(f"peer {url}: answered {answer.status}", code="worker_lost")
                 async for chunk in answer.content.iter_any():
@@ -55,7 +57,11 @@ class PeerClient:
                         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
                             finished = finished or isinstance(frame, Done | Failed)
                             yield frame
-        except (aiohttp.ClientError, OSError, Refused) as error:
+        except Refused as error:
+            if error.code == "body_too_large":
+                raise
+            raise Retryable(f"peer {url}: broke off ({error.code})", code="worker_lost") from None
+        except (aiohttp.ClientError, OSError) as error:
             raise Retryable(f"peer {url}: broke off ({type(error).__name__})", code="worker_lost") from None
         if not finished:
             raise Retryable(f"peer {url}: broke off", code="worker_lost")

@@ -3,20 +3,24 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from agent.answers import Choice, Identity, Usage, error_body, timings
 from agent.api.context import CONTEXT, REQUEST_ID, note
-from agent.api.sse import EventStream
-from agent.dispatch import Call
+from agent.api.sse import EventStream, Unread
+from agent.api.wire import body_of
+from agent.dispatch import Call, outcome_of
 from agent.frames import Answer, Done, Generate, Scored, Tokens
 from agent.openai import AnswerRequest
 from shared.errors import RackError, Retryable
 
+R = TypeVar("R")
+
+_LARGE_BYTES = 256 << 10
 _QUEUED = 64
 """Pieces that wait for a slow client before the parts have to wait too."""
 
@@ -47,6 +51,12 @@ class Shape(Protocol):
         ...
 
 
+async def read(request: web.Request, parse: Callable[[bytes], R]) -> R:
+    """A request's body, parsed; a large one in a thread, because peers wait for beats a second at most."""
+    body = await body_of(request, request.app[CONTEXT].config.limits.body_s)
+    return parse(body) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse, body)
+
+
 def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[Call]:
     """A call for each choice. Parts beyond the first of a prompt count no request and no prompt of their own."""
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
@@ -66,17 +76,28 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
 
 async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
     """Every choice, complete. The first part that fails ends the others."""
-    tasks = [asyncio.create_task(_collected(request, call)) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with request.app[CONTEXT].dispatch.enter(calls):
+        tasks = [asyncio.create_task(_collected(request, call)) for call in calls]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except RackError as error:
+            calls[0].fate = outcome_of(error)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def pieces(request: web.Request, calls: Sequence[Call]) -> AsyncGenerator[tuple[int, Answer], None]:
     """(choice, answer) of all parts as they come."""
+    with request.app[CONTEXT].dispatch.enter(calls):
+        async with contextlib.aclosing(_side_by_side(request, calls)) as found:
+            async for index, answer in found:
+                yield index, answer
+
+
+async def _side_by_side(request: web.Request, calls: Sequence[Call]) -> AsyncGenerator[tuple[int, Answer], None]:
     if len(calls) == 1:
         async with contextlib.aclosing(request.app[CONTEXT].dispatch.answer(calls[0])) as answers:
             async for answer in answers:
@@ -100,6 +121,7 @@ async def pieces(request: web.Request, calls: Sequence[Call]) -> AsyncGenerator[
         while left:
             piece = await _next_piece(queue, tasks)
             if isinstance(piece, RackError):
+                calls[0].fate = outcome_of(piece)
                 raise piece
             if piece is None:
                 left -= 1
@@ -134,16 +156,23 @@ async def streamed(
     stream: EventStream | None = None
     who = identity(calls, shape.prefix)
     begun: set[int] = set()
+    # with usage asked for, every piece has the field, as clients expect
+    more = {"usage": None} if wanted.include_usage else {}
     try:
         async with contextlib.aclosing(pieces(request, calls)) as parts:
             async for index, answer in parts:
                 if isinstance(answer, Tokens) and stream is None:
                     who = identity(calls, shape.prefix, answered=calls[index])
-                    stream = EventStream(request, headers(calls[index]))
+                    patience_s = request.app[CONTEXT].config.limits.token_gap_s
+                    stream = EventStream(request, headers(calls[index]), patience_s)
                     await stream.open()
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):
-                        await stream.send(event)
+                        await stream.send({**event, **more})
+    except Unread:
+        assert stream is not None
+        note(request, unread=True)
+        return stream.response
     except RackError as error:
         if stream is None:
             raise

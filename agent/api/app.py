@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from agent.api import admin, chat, completions, embeddings, errors, health, models, peer
+from agent.api import admin, chat, completions, embeddings, errors, health, models, peer, wire
 from agent.api.context import CONTEXT, Context
 
 
@@ -10,24 +10,23 @@ def build(context: Context) -> web.Application:
     """The application over the daemon's objects."""
     app = web.Application(middlewares=[errors.middleware], client_max_size=context.config.limits.body_bytes)
     app[CONTEXT] = context
-    app.add_routes(
-        [
-            web.post("/v1/chat/completions", chat.chat_completions),
-            web.post("/v1/completions", completions.completions),
-            web.post("/v1/embeddings", embeddings.embeddings),
-            web.get("/v1/models", models.list_models),
-            web.get("/v1/models/{model}", models.get_model),
-            web.get("/health", health.health),
-            web.get("/live", health.live),
-            web.get("/ready", health.ready),
-            web.get("/metrics", health.metrics),
-            web.get("/peer/v1/beat", peer.beat),
-            web.post("/peer/v1/generate", peer.generate),
-            web.get("/admin/v1/status", admin.status),
-            web.post("/admin/v1/load", admin.load),
-            web.post("/admin/v1/unload", admin.unload),
-            web.post("/admin/v1/swap", admin.swap),
-            web.post("/admin/v1/seal", admin.seal),
-        ]
-    )
+    routes = [
+        web.post("/v1/chat/completions", chat.chat_completions),
+        web.post("/v1/completions", completions.completions),
+        web.post("/v1/embeddings", embeddings.embeddings),
+        web.get("/v1/models", models.list_models),
+        web.get("/v1/models/{model:.+}", models.get_model),
+        web.get("/health", health.health),
+        web.get("/live", health.live),
+        web.get("/ready", health.ready),
+        web.get("/metrics", health.metrics),
+        web.get("/peer/v1/beat", peer.beat),
+        web.post("/peer/v1/generate", peer.generate),
+        web.get("/admin/v1/status", admin.status),
+        web.post("/admin/v1/load", admin.load),
+        web.post("/admin/v1/unload", admin.unload),
+        web.post("/admin/v1/swap", admin.swap),
+        web.post("/admin/v1/seal", admin.seal),
+    ]
+    app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])
     return app

@@ -16,7 +16,7 @@ from agent.frames import Scored, Tokens
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer one conversation."""
     key_id = client_key_id(request)
-    wanted = openai.parse_chat(await request.read())
+    wanted = await answering.read(request, openai.parse_chat)
     calls = answering.calls_of(request, wanted, key_id)
     try:
         if wanted.stream:

@@ -1,5 +1,6 @@
 """POST /v1/completions: text that goes on where the prompt ends, whole and streamed."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from agent.frames import Scored, Tokens
 async def completions(request: web.Request) -> web.StreamResponse:
     """Continue one or several prompts."""
     key_id = client_key_id(request)
-    wanted = openai.parse_text(await request.read())
+    wanted = await answering.read(request, openai.parse_text)
     calls = answering.calls_of(request, wanted, key_id)
     try:
         if wanted.stream:
@@ -33,6 +34,9 @@ class _Pieces(Shape):
 
     prefix = "cmpl"
 
+    def __init__(self) -> None:
+        self._offset: Counter[int] = Counter()
+
     def begin(self, who: Identity, index: int) -> Event | None:
         return None
 
@@ -40,7 +44,10 @@ class _Pieces(Shape):
         if not (answer.text or answer.scored):
             return []
         held = tuple(scored) if scored is not None else None
-        return [answers.text_completion(who, [Choice(index=index, text=answer.text, finish="", scored=held)], None)]
+        choice = Choice(index=index, text=answer.text, finish="", scored=held)
+        piece = answers.text_completion(who, [choice], None, begin=self._offset[index])
+        self._offset[index] += sum(len(one.chosen.text) for one in held or ())
+        return [piece]
 
     def end(self, who: Identity, index: int, finish: str) -> Event:
         return answers.text_completion(who, [Choice(index=index, text="", finish=finish)], None)

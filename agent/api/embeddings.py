@@ -14,14 +14,16 @@ from agent.frames import Embedded
 async def embeddings(request: web.Request) -> web.Response:
     """Vectors of all inputs, in their order."""
     key_id = client_key_id(request)
-    wanted = openai.parse_embeddings(await request.read())
+    wanted = await answering.read(request, openai.parse_embeddings)
     call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id)
     vectors: tuple[bytes, ...] = ()
     try:
-        async with contextlib.aclosing(request.app[CONTEXT].dispatch.answer(call)) as found:
-            async for answer in found:
-                if isinstance(answer, Embedded):
-                    vectors = answer.vectors
+        dispatch = request.app[CONTEXT].dispatch
+        with dispatch.enter([call]):
+            async with contextlib.aclosing(dispatch.answer(call)) as found:
+                async for answer in found:
+                    if isinstance(answer, Embedded):
+                        vectors += answer.vectors
         body = answers.embeddings(call.model, vectors, call.prompt_tok, base64=wanted.base64)
         return json_response(body, headers=answering.headers(call))
     finally:

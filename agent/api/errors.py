@@ -18,6 +18,7 @@ STATUS = {
     "model_not_found": 404,
     "not_found": 404,
     "conflict": 409,
+    "body_timeout": 408,
     "body_too_large": 413,
     "queue_full": 429,
     "key_queue_full": 429,

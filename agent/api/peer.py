@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, note, require_rack
-from agent.frames import Accepted, Done, Embed, Failed, Frame, Generate, decode, encode
+from agent.frames import MAX_FRAME_BYTES, Accepted, Done, Embed, Failed, Frame, Generate, decode, encode
 from agent.peers import Beat
 from shared.errors import RackError, Refused, Retryable
 
@@ -31,7 +31,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     """Work for a peer's client. It is never forwarded again, so a request cannot travel in circles."""
     require_rack(request)
     context = request.app[CONTEXT]
-    wanted = decode(await request.read())
+    wanted = decode(await _frame(request))
     if not isinstance(wanted, Generate | Embed):
         raise Refused("a Generate or an Embed frame was expected", code="bad_frame")
     note(request, model=wanted.model, door=wanted.door, client_request=wanted.request_id)
@@ -49,6 +49,16 @@ async def generate(request: web.Request) -> web.StreamResponse:
         await response.write(encode(_failed(error)))
     await response.write_eof()
     return response
+
+
+async def _frame(request: web.Request) -> bytes:
+    """The body, which may be longer than a client's: it is the same request in other bytes."""
+    body = bytearray()
+    while chunk := await request.content.readany():
+        body += chunk
+        if len(body) > MAX_FRAME_BYTES:
+            raise Refused("the frame is too large", code="body_too_large")
+    return bytes(body)
 
 
 def _failed(error: RackError) -> Frame:

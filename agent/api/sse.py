@@ -1,5 +1,6 @@
 """Server-sent events as OpenAI clients read them."""
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -9,11 +10,17 @@ _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control":
 _DONE = b"data: [DONE]\n\n"
 
 
-class EventStream:
-    """A stream of ``data:`` lines; the status goes out with the first of them."""
+class Unread(Exception):
+    """The client has not taken what was sent for too long; its connection has been cut."""
 
-    def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
+
+class EventStream:
+    """A stream of ``data:`` lines; the status goes out with the first of them. A client has ``patience_s`` to take
+    each; one that reads no more would hold its place in the engine for ever."""
+
+    def __init__(self, request: web.Request, headers: dict[str, str], patience_s: float) -> None:
         self._request = request
+        self._patience_s = patience_s
         self._response = web.StreamResponse(headers={**_HEADERS, **headers})
 
     async def open(self) -> None:
@@ -21,12 +28,26 @@ class EventStream:
         await self._response.prepare(self._request)
 
     async def send(self, body: dict[str, Any]) -> None:
-        """One event."""
-        await self._response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
+        """One event. Raises Unread."""
+        await self._write(b"data: " + msgspec.json.encode(body) + b"\n\n")
 
     async def close(self, *, done: bool) -> web.StreamResponse:
         """End the stream; ``done`` says that the answer is complete."""
         if done:
-            await self._response.write(_DONE)
+            await self._write(_DONE)
         await self._response.write_eof()
         return self._response
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What the handler returns when the client is gone."""
+        return self._response
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise Unread from None

@@ -2,7 +2,7 @@
 
 Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
 run can be continued anywhere. Prefill takes time by uncached characters, decoding by step. A conversation whose last
-message begins with ``!crash`` kills the process, as a GPU out of memory does.
+message begins with ``!crash`` kills the process, as a GPU out of memory does; ``!hang`` is never prepared.
 """
 
 import hashlib
@@ -70,6 +70,8 @@ class FakeEngine:
         if isinstance(request, Embed):
             return Prepared(request, tuple([0] * (len(one) // 4 + 1) for one in request.inputs))
         texts = [m.content for m in request.messages] or [request.prompt or ""]
+        if texts[-1].startswith("!hang"):
+            time.sleep(3600)
         if texts[-1].startswith("!crash"):
             os.kill(os.getpid(), signal.SIGKILL)
         prompt_tok = sum(len(text.split()) + 4 for text in texts)

@@ -1,10 +1,14 @@
 """Checked reading of a client's JSON: each function names the field that is wrong and never quotes a value."""
 
+import json
 from typing import Any
 
 import msgspec
 
 from shared.errors import Refused
+
+MAX_DEPTH = 100
+"""Deeper than any schema that can be followed."""
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -15,7 +19,40 @@ def read_object(body: bytes) -> dict[str, Any]:
         raise Refused("the body is not valid JSON", code="invalid_json") from None
     if not isinstance(tree, dict):
         raise Refused("the body is not a JSON object", code="invalid_json")
+    if not shallower(tree, MAX_DEPTH):
+        raise Refused(f"the body is nested over {MAX_DEPTH} deep", code="invalid_json")
     return tree
+
+
+def shallower(tree: Any, limit: int) -> bool:
+    """Whether nothing in it is nested over ``limit`` deep; walks without recursion."""
+    level = [tree]
+    for _ in range(limit):
+        level = [
+            one
+            for held in level
+            for one in (held.values() if isinstance(held, dict) else held)
+            if isinstance(one, dict | list)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def only(tree: dict[str, Any], known: frozenset[str], path: str) -> None:
+    """Refuse by name what an object has beside what is known; null is nothing."""
+    for key, value in tree.items():
+        if key not in known and value is not None:
+            name = f"{path}.{shown(key)}"
+            raise Refused(f"unknown field {name}", code="unknown_parameter", param=name)
+
+
+def written(tree: Any, path: str, limit: int) -> str:
+    """A schema or the like as JSON text of at most ``limit`` characters."""
+    found = json.dumps(tree, ensure_ascii=False)
+    if len(found) > limit:
+        raise wrong(path, f"at most {limit} characters")
+    return found
 
 
 def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:

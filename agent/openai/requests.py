@@ -4,21 +4,29 @@ Nothing is ignored silently. A field that would change behaviour and is not supp
 value is the neutral one; advisory fields are accepted and do nothing (docs/api.md).
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from agent.frames import Embed, Generate
-from agent.openai.conversation import messages, tools
-from agent.openai.fields import boolean, integer, number, read_object, shown, wrong
+from agent.openai.conversation import MAX_SCHEMA_CHARS, RENDERER_KEY, messages, tools
+from agent.openai.fields import boolean, integer, number, only, read_object, shown, unsupported, written, wrong
 from shared.errors import Refused
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 ADVISORY = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+    }
 )
 """Accepted without effect: they name the caller or advise a vendor's own machinery."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -29,6 +37,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
+    "moderation": (),
 }
 """Known fields that are not supported yet, with the values that ask for nothing; null asks for nothing everywhere."""
 
@@ -39,7 +48,8 @@ EMBED_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"dimensions": ()}
 """The same for embeddings."""
 MAX_CHOICES = 16
 MAX_INPUTS = 2048
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+MAX_INPUT_TOK = 1 << 20
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_TEMPLATE_ARGS_CHARS = 4096
 
 
@@ -238,6 +248,7 @@ def _schema(tree: dict[str, Any]) -> str | None:
         return None
     if not isinstance(wanted, dict):
         raise wrong("response_format", "an object")
+    only(wanted, frozenset({"type", "json_schema"}), "response_format")
     kind = wanted.get("type")
     if kind == "text":
         return None
@@ -247,9 +258,15 @@ def _schema(tree: dict[str, Any]) -> str | None:
         raise wrong("response_format.type", "text, json_object or json_schema")
     inner = wanted.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, dict) else None
-    if not isinstance(schema, dict):
+    if not isinstance(inner, dict) or not isinstance(schema, dict):
         raise wrong("response_format.json_schema.schema", "a JSON schema")
-    return json.dumps(schema)
+    only(inner, frozenset({"name", "description", "strict", "schema"}), "response_format.json_schema")
+    # strict is obeyed always
+    boolean(inner, "strict", "response_format.json_schema.strict")
+    found = written(schema, "response_format.json_schema.schema", MAX_SCHEMA_CHARS)
+    if RENDERER_KEY in found:
+        raise unsupported("response_format.json_schema.schema", f"{RENDERER_KEY} is not supported")
+    return found
 
 
 def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
@@ -293,10 +310,9 @@ def _template_args(tree: dict[str, Any]) -> str | None:
     args = tree.get("chat_template_kwargs")
     if args is None or args == {}:
         return None
-    written = json.dumps(args) if isinstance(args, dict) else ""
-    if not written or len(written) > MAX_TEMPLATE_ARGS_CHARS:
-        raise wrong("chat_template_kwargs", f"an object of at most {MAX_TEMPLATE_ARGS_CHARS} characters")
-    return written
+    if not isinstance(args, dict):
+        raise wrong("chat_template_kwargs", "an object")
+    return written(args, "chat_template_kwargs", MAX_TEMPLATE_ARGS_CHARS)
 
 
 def _inputs(found: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -311,7 +327,7 @@ def _inputs(found: Any) -> tuple[str | tuple[int, ...], ...]:
 def _input(one: Any, path: str) -> str | tuple[int, ...]:
     if isinstance(one, str) and one:
         return one
-    if isinstance(one, list) and one and all(_is_token(token) for token in one):
+    if isinstance(one, list) and 0 < len(one) <= MAX_INPUT_TOK and all(_is_token(token) for token in one):
         return tuple(one)
     raise wrong(path, "text that is not empty, or token ids")
 

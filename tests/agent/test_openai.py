@@ -22,6 +22,8 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
     {"type": "function", "function": {"name": "h", "strict": True}},
 ]
+NO_TOOL = {"type": "function", "function": None}
+PART = {"type": "text", "text": "x"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -109,6 +111,41 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": "x" * 5000}}, "chat_template_kwargs"),
         ({"timings": "yes"}, "timings"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools[2].function.name"),
+        ({"tools": [{**TOOLS[0], "x": 1}]}, "tools[0].x"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "x"}}]}, "tools[0].function.strict"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}, "x": 1}}, "tool_choice"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"function": None}]},
+                },
+            },
+            "tool_choice",
+        ),
+        ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}},
+            "response_format.json_schema.x",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"x-guidance": {}}}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * (300 << 10)]}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "wibble": 0}]}, "messages[0].wibble"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},
+            "messages[0].content[0].y",
+        ),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [BASE["messages"][0]] * 10_001}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
@@ -230,6 +267,39 @@ def test_a_conversation_with_calls_is_read() -> None:
         (ToolCall(id="c1", name="f", arguments="{}"),),
     )
     assert (result.role, result.content, result.call_id) == ("tool", "4", "c1")
+
+
+@pytest.mark.parametrize(
+    ("turn", "content"),
+    [
+        ({"role": "assistant", "content": None, "refusal": "no"}, "no"),
+        ({"role": "assistant", "content": [], "tool_calls": [CALL]}, ""),
+        ({"role": "tool", "tool_call_id": "c1", "content": None}, ""),
+        ({"role": "tool", "tool_call_id": "c1", "content": []}, ""),
+        ({"role": "assistant", "content": "x", "annotations": [{"type": "url"}], "audio": None}, "x"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "e"}}], "name": "n"},
+            "x",
+        ),
+    ],
+)
+def test_histories_as_clients_send_them_back(turn: dict[str, Any], content: str) -> None:
+    assert parse(messages=[*BASE["messages"], turn]).generate.messages[1].content == content
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "response_format", "tools", "metadata"])
+def test_what_is_nested_too_deep_is_refused(field: str) -> None:
+    body = b'{"model": "m", "%s": %s}' % (field.encode(), b'{"a": ' * 900 + b"1" + b"}" * 900)
+    with pytest.raises(Refused) as caught:
+        parse_chat(body)
+    assert caught.value.code == "invalid_json"
+
+
+def test_offsets_of_streamed_texts_go_on() -> None:
+    scored = [Scored(chosen=Candidate(text=t, raw=t.encode(), logprob=-1.0)) for t in ("ab", "c")]
+    found = answers.text_logprobs(scored, 5)
+    assert found is not None
+    assert found["text_offset"] == [5, 7]
 
 
 def test_a_call_is_answered_whole_and_in_deltas() -> None:

@@ -318,8 +318,9 @@ async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
             pool.lease("a") as lease,
             contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers,
         ):
-            async for _answer in answers:
-                break
+            async for answer in answers:
+                if isinstance(answer, Tokens):
+                    break
         assert pool.views()[0].in_flight == 0
         first = await pool.windows()
         await asyncio.sleep(0.1)

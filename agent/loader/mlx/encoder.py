@@ -119,7 +119,6 @@ class _Work:
     request: Embed
     inputs: deque[list[int]]
     prompt_tok: int
-    vectors: list[bytes] = field(default_factory=list)
     since_s: float = field(default_factory=time.perf_counter)
 
 
@@ -195,14 +194,14 @@ class EncoderEngine:
         batch: list[list[int]] = []
         while work.inputs and (not batch or (len(batch) + 1) * _longest(batch, work.inputs[0]) <= self._batch_tok):
             batch.append(work.inputs.popleft())
-        work.vectors += self._vectors(batch)
+        made: list[Frame] = [Embedded(id=number, vectors=tuple(self._vectors(batch)))]
         self._count("busy_prefill_us", int((time.perf_counter() - began) * 1e6))
         self._count("prefill_tok", sum(len(ids) for ids in batch))
         self._count("steps", 1)
         if work.inputs:
-            return []
+            return made
         del self._work[number]
-        return [Embedded(id=number, vectors=tuple(work.vectors)), done(number, work.prompt_tok, work.since_s)]
+        return [*made, done(number, work.prompt_tok, work.since_s)]
 
     def report(self) -> Reported:
         window, self._window = self._window, {}

@@ -1,7 +1,9 @@
 """A model folder in memory: weights, tokenizer, chat template, grammars; and what a request becomes before it runs."""
 
 import importlib
+import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 from llguidance import LLMatcher, LLTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from transformers import PreTrainedTokenizerBase
 
 from agent.frames import Embed, Failed, Generate
 from agent.loader import conversation
@@ -21,7 +24,21 @@ from agent.loader.mlx.speech import Markers, Speech, parse_json_call
 from shared.errors import Refused
 
 _EFFORTS_OFF = ("none", "minimal")
-_TEMPLATE_OWN = frozenset({"conversation", "messages", "tools", "add_generation_prompt", "tokenize", "return_dict"})
+_TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
+_FAULTS = (
+    ("unimplemented", "uses a keyword that is not supported"),
+    ("pointer", "refers to what is not there"),
+    ("$ref", "refers to what is not there"),
+    ("format", "asks for a format that is not known"),
+    ("type", "has a type that does not exist"),
+    ("unsatisfiable", "can be satisfied by nothing"),
+    ("regex", "has a pattern that cannot be followed"),
+    ("limit", "is too large"),
+    ("too", "is too large"),
+    ("deep", "is too deep"),
+    ("recursion", "is too deep"),
+)
+"""What llguidance says, in words that quote nothing of the schema."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,8 @@ class TextModel:
         template = getattr(self.tokenizer, "chat_template", None)
         self._native_tools = "tools" in str(template or "")
         self._marker_is_token = self._is_special(conversation.CALL_BEGIN)
+        renderer = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
+        self._reserved = _TEMPLATE_OWN | set(renderer.parameters)
         parser = self.tokenizer.tool_parser
         self._json_calls = parser is None or parser.__module__.endswith("json_tools")
 
@@ -82,6 +101,9 @@ class TextModel:
                 "messages" if request.prompt is None else "prompt",
                 code="template_error",
             )
+        if not prompt:
+            message = "the model's chat template makes nothing of these messages"
+            return _failed(request, message, "messages", code="template_error")
         room = self.context_tok - len(prompt)
         wanted = request.max_tokens if request.max_tokens is not None else min(self._default_max_tokens, room)
         if wanted < 1:
@@ -145,8 +167,7 @@ class TextModel:
         if written is not None:
             is_error, said = LLMatcher.validate_grammar_with_warnings(written, self.grammars())
             if is_error:
-                reason = str(said[0]).splitlines()[0][:200]
-                return _failed(request, f"{_param(request)}: the schema cannot be followed: {reason}", _param(request))
+                return _failed(request, f"{_param(request)}: the schema {_fault(str(said[0]))}", _param(request))
         open_thought = thinks and request.prompt is None and self._inside_thought(request, prompt)
         may_open = thinks and not open_thought and request.must_call is None and request.schema is None
         opening = tuple(self.tokenizer.think_start_tokens) if may_open else ()
@@ -186,8 +207,12 @@ class TextModel:
         known = min(self.vocabulary, len(self.tokenizer))
         beyond = [token for token, _ in request.logit_bias if token >= known]
         if beyond:
-            message = f"logit_bias: token {beyond[0]} is not one of this model's {known}"
+            message = f"logit_bias: names a token that is not one of this model's {known}"
             return _failed(request, message, "logit_bias")
+        stranger = self._unknown_to_template(request)
+        if stranger is not None:
+            message = f"chat_template_kwargs: this model's template has no variable {stranger[:64]}"
+            return _failed(request, message, "chat_template_kwargs")
         effort = request.reasoning_effort
         if effort is not None and effort not in _EFFORTS_OFF and not self.tokenizer.has_thinking:
             message = f"reasoning_effort: {request.model} does not reason; leave it out"
@@ -203,8 +228,7 @@ class TextModel:
 
     def _too_long(self, request: Generate, prompt_tok: str, room: int, wanted: int) -> Failed:
         message = (
-            f"the prompt has {prompt_tok} tokens and max_tokens asks for {max(wanted, 1)}, "
-            f"but the model's context holds {self.context_tok}"
+            f"the prompt has {prompt_tok} tokens; with max_tokens it does not fit the context of {self.context_tok}"
         )
         param = "max_tokens" if room >= 1 else ("messages" if request.prompt is None else "prompt")
         return _failed(request, message, param, code="context_length_exceeded")
@@ -229,8 +253,16 @@ class TextModel:
             args["enable_thinking"] = request.reasoning_effort not in _EFFORTS_OFF
         elif request.must_call is not None or request.schema is not None:
             args["enable_thinking"] = False
+        return args | (json.loads(request.template_args) if request.template_args else {})
+
+    def _unknown_to_template(self, request: Generate) -> str | None:
+        """An argument for the template that is none of its variables, or is what the renderer itself takes."""
         named = json.loads(request.template_args) if request.template_args else {}
-        return args | {key: value for key, value in named.items() if key not in _TEMPLATE_OWN}
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        return next(
+            (k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)),
+            None,
+        )
 
     def _is_special(self, text: str) -> bool:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
@@ -305,6 +337,11 @@ def _param(request: Generate) -> str:
     if request.schema is not None:
         return "response_format"
     return "tools" if request.tools else "logprobs"
+
+
+def _fault(said: str) -> str:
+    lowered = said.splitlines()[0].lower() if said else ""
+    return next((words for mark, words in _FAULTS if mark in lowered), "cannot be followed")
 
 
 def _failed(request: Generate, message: str, param: str, *, code: str = "invalid_value") -> Failed:

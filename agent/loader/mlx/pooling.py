@@ -18,7 +18,6 @@ class _Work:
     inputs: deque[list[int]]
     prompt_tok: int
     making: Iterator[bytes | None] | None = None
-    vectors: list[bytes] = field(default_factory=list)
     since_s: float = field(default_factory=time.perf_counter)
 
 
@@ -53,17 +52,18 @@ class EmbeddingQueue:
             if work.making is None:
                 work.making = mean_vector(self._weights, work.inputs.popleft(), chunk_tok)
             vector = next(work.making)
+            made: list[Frame] = []
             if vector is not None:
-                work.vectors.append(vector)
+                made = [Embedded(id=number, vectors=(vector,))]
                 work.making = None
         except Exception as error:  # noqa: BLE001  # a model without an inner part, or out of memory
             del self._work[number]
             message = f"this model gives no embeddings ({type(error).__name__})"
             return [Failed(id=number, code="unsupported_parameter", message=message, param="model")]
         if work.inputs or work.making is not None:
-            return []
+            return made
         del self._work[number]
-        return [Embedded(id=number, vectors=tuple(work.vectors)), done(number, work.prompt_tok, work.since_s)]
+        return [*made, done(number, work.prompt_tok, work.since_s)]
 
 
 def done(number: int, prompt_tok: int, since_s: float) -> Done:
