@@ -12,7 +12,7 @@ from agent.frames import Reported
 from agent.routing import NodeView
 from shared.records import Event, ModelEvicted, SwapFinished
 
-disable_created_metrics()  # a second series for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 _ENGINE = {
