@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import signal
 import socket
 import sys
@@ -224,8 +225,14 @@ class LoaderProcess:
     def kill(self) -> None:
         """SIGKILL; no error when it is gone."""
         self.stopping = True
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._end()
+
+    def _end(self) -> None:
+        """SIGKILL. Not by the process object, which would look first whether it has ended and take its exit status
+        away from who waits for it; while nobody has that, the id is nobody else's."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def _send(self, frame: Frame) -> None:
         if self.ended.is_set():
@@ -245,8 +252,7 @@ class LoaderProcess:
                     self._take(frame)
         except (ConnectionError, Refused):
             # a loader that speaks no frames is of no use; its end is unwanted, so this is no `kill` of ours
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._end()
         self._broken = True
         await self._process.wait()
         self.ended.set()
@@ -277,8 +283,7 @@ class LoaderProcess:
         """A loader that has work and is silent is of no use; its end is unwanted, so this is no `kill` of ours."""
         while not self.ended.is_set():
             if self.silent_s > limit_s:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+                self._end()
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, limit_s / 4)):
