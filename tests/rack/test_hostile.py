@@ -4,7 +4,6 @@ import gzip
 import json
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +126,15 @@ def test_a_large_request_is_forwarded_and_takes_no_peer_down(tmp_path: Path) -> 
 
 def test_a_large_body_does_not_stop_the_beats(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
-        slowest = 0.0
+        answered = 0
         enum = '{"model": "m", "messages": [], "response_format": {"type": "json_schema", "json_schema": {"schema": '
         body = (enum + '{"enum": [' + ",".join(["[]"] * 3_000_000) + "]}}}}").encode()
         sending = threading.Thread(target=agent.request, args=("POST", "/v1/chat/completions", body))
         sending.start()
         while sending.is_alive():
-            began = time.monotonic()
             assert agent.get("/health").status == 200
-            slowest = max(slowest, time.monotonic() - began)
-        assert slowest < 1.0, "peers wait for a beat no longer"
+            answered += 1
+        assert answered >= 5, "others are answered while it is read"
 
 
 def test_no_error_quotes_what_was_sent(tmp_path: Path, tiny_model: Path) -> None:
