@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Worked(NamedTuple):
-    """What one step did. Times are seconds, of the prompt's piece alone and of it with decoding."""
+    """What one step did: mlx-lm's responses, and how many prompt tokens took how many seconds."""
 
     prefilled: list[Any]
     generated: list[Any]
@@ -50,11 +50,6 @@ class Batch:
     def block(self) -> Block:
         """How much memory it takes."""
         return Block(len(self.rows), max((row.length_tok for row in self.rows.values()), default=0))
-
-    @property
-    def decoding(self) -> bool:
-        """Whether some row waits for its next token."""
-        return any(not row.prefilling for row in self.rows.values())
 
     def add(self, rows: Sequence["Row"], entries: Sequence[Entry]) -> None:
         """Rows join; they are prefilled side by side."""

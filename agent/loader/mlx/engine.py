@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from agent.frames import (
     Accepted,
@@ -27,15 +26,15 @@ from agent.frames import (
     Tokens,
 )
 from agent.loader.blas import REFERENCE
-from agent.loader.disk_cache import BLOCK_TOK, Array, DiskCache
+from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Prepared
 from agent.loader.mlx import kv, sampling, scores
 from agent.loader.mlx.batch import Batch, Entry
 from agent.loader.mlx.model import TextModel, cannot_load
 from agent.loader.mlx.pooling import EmbeddingQueue
 from agent.loader.mlx.row import Row
-from agent.loader.prompt_cache import PromptCache, as_tokens, common
-from agent.loader.prompt_cache import Tokens as TokenArray
+from agent.loader.mlx.states import PromptStates
+from agent.loader.prompt_cache import as_tokens, common
 from agent.loader.scheduling import (
     FIRST_TOKEN_TOK,
     STEP_TOK,
@@ -97,13 +96,7 @@ class MLXEngine:
         self._embeddings = EmbeddingQueue(self._model.weights)
         self._failed: list[Frame] = []
         self._faults = 0
-        self._sliceable = kv.sliceable(make_prompt_cache(self._model.weights))
-        self._cache: PromptCache[Any] = (
-            PromptCache(cache_bytes, kv.nbytes, kv.split)
-            if self._sliceable
-            else PromptCache(cache_bytes, kv.layers_nbytes)
-        )
-        self._disk = disk if self._sliceable else None
+        self._cache = PromptStates(self._model.weights, cache_bytes, disk)
         self._weights_tok = 0.0
         self._window: dict[str, int] = {}
         self._reported_cache = (0, 0, 0, 0)
@@ -132,9 +125,10 @@ class MLXEngine:
         if isinstance(request, Embed):
             return self._model.prepare_embedding(request)
         prepared = self._model.prepare(request)
-        if self._disk is None or isinstance(prepared, Failed):
+        if isinstance(prepared, Failed):
             return prepared
-        return replace(prepared, restored=self._read_back(self._disk, as_tokens(prepared.prompts[0])))
+        restored = self._cache.read_back(as_tokens(prepared.prompts[0]), self._cost.seconds)
+        return replace(prepared, restored=restored)
 
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
@@ -143,7 +137,7 @@ class MLXEngine:
         prompt = prepared.prompts[0]
         array = as_tokens(prompt)
         if prepared.restored is not None:
-            self._put_back(array, *prepared.restored)
+            self._count("disk_restored_tok", self._cache.put_back(array, prepared.restored))
         expected = self._cache.peek(array)
         row = Row(
             request=request,
@@ -171,9 +165,9 @@ class MLXEngine:
         if row in self._waiting:
             self._waiting.remove(row)
             if row.partial is not None:
-                self._keep(row.partial)
+                self._cache.keep(row.partial)
         else:
-            self._keep(self._taken_out(row))
+            self._cache.keep(self._taken_out(row))
         self._release(row)
 
     def step(self) -> list[Frame]:
@@ -212,10 +206,10 @@ class MLXEngine:
 
     def report(self) -> Reported:
         window, self._window = self._window, {}
-        cache = self._cache
-        before = self._reported_cache
-        self._reported_cache = now = (cache.hits, cache.misses, cache.saved_tok, cache.evictions.total())
-        hits, misses, saved, evictions = (after - earlier for after, earlier in zip(now, before, strict=True))
+        before, self._reported_cache = self._reported_cache, self._cache.counts
+        hits, misses, saved, evictions = (
+            after - earlier for after, earlier in zip(self._reported_cache, before, strict=True)
+        )
         peak = mx.get_peak_memory()
         mx.reset_peak_memory()
         return Reported(
@@ -224,8 +218,8 @@ class MLXEngine:
             cache_misses=misses,
             cache_saved_tok=saved,
             cache_evictions=evictions,
-            cache_bytes=cache.bytes,
-            disk_bytes=self._disk.bytes if self._disk else 0,
+            cache_bytes=self._cache.bytes,
+            disk_bytes=self._cache.disk_bytes,
             active_bytes=mx.get_active_memory(),
             peak_bytes=peak,
         )
@@ -234,9 +228,7 @@ class MLXEngine:
         for batch in self._batches:
             batch.close()
         self._batches.clear()
-        self._cache.clear()
-        if self._disk is not None:
-            self._disk.close()
+        self._cache.close()
         mx.synchronize()
 
     @property
@@ -303,7 +295,7 @@ class MLXEngine:
 
     def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
         """Those that are prefilled with ``best`` in one piece: short prompts of which none waits for another's work."""
-        if best.breaks or not self._sliceable:
+        if best.breaks or not self._cache.sliceable:
             return [best]  # some recurrent models take the padding of unequal prompts for text
         others = [row for row in ready if row is not best and not row.breaks]
         self._queue_behind([best], others)
@@ -360,7 +352,8 @@ class MLXEngine:
             (layers, held), row.partial = row.partial, None
             cached = len(held)
         else:
-            layers, cached = self._cached(row)
+            self._learn_from_company(row)
+            layers, cached = self._cache.find(row.tokens)
         if not row.looked_up:
             row.looked_up, row.cached_tok = True, cached
             self._count("cached_tok", cached)
@@ -408,7 +401,7 @@ class MLXEngine:
         if held is not None:
             row.partial = (kv.detached(held[0]), held[1])
             if any(other.behind is row for other in self._waiting):
-                self._keep(held)
+                self._cache.keep(held)
         self._release(row)
         self._waiting.append(row)
 
@@ -419,7 +412,7 @@ class MLXEngine:
             if len(running) < 2:
                 return
             youngest = max(running, key=lambda row: row.begun_s)
-            self._keep(self._taken_out(youngest))
+            self._cache.keep(self._taken_out(youngest))
             self._again(youngest)
 
     def _again(self, row: Row) -> None:
@@ -439,7 +432,7 @@ class MLXEngine:
 
     def _queue_behind(self, leaders: list[Row], rows: list[Row]) -> None:
         """Rows that share a long beginning with one that is being prefilled wait for it."""
-        if not self._sliceable or not self._cache.budget_bytes:
+        if not self._cache.shared:
             return
         for row in rows:
             if row.partial is not None:
@@ -468,25 +461,14 @@ class MLXEngine:
         ]
         if ready:
             assert row.batch is not None
-            self._keep(row.batch.state(row))
+            self._cache.keep(row.batch.state(row))
         for other in ready:
             other.behind = None
             other.left_tok = other.length_tok - self._cache.peek(other.tokens)
 
-    def _cached(self, row: Row) -> tuple[kv.Layers, int]:
-        """A state to start from and how many of the row's tokens it holds already."""
-        tokens = row.tokens
-        self._learn_from_company(row)
-        hit = self._cache.find(tokens)
-        if hit is None:
-            return make_prompt_cache(self._model.weights), 0
-        if self._sliceable:
-            return kv.join(hit.pieces), hit.common_tok
-        return kv.detached(hit.pieces[0][0]), hit.common_tok
-
     def _learn_from_company(self, row: Row) -> None:
         """Keep the state of a running row that shares more with this one than is kept already."""
-        if not self._sliceable or not self._cache.budget_bytes:
+        if not self._cache.shared:
             return
         tokens = row.tokens[:-1]
         best, most = None, self._cache.peek(row.tokens) + SHARE_TOK
@@ -496,78 +478,33 @@ class MLXEngine:
                 if shared >= most:
                     best, most = other, shared
         if best is not None and best.batch is not None:
-            self._keep(best.batch.state(best))
-
-    def _keep(self, held: tuple[kv.Layers, list[int]] | None) -> None:
-        """Store a row's state; what is stored already is not stored again."""
-        if held is None:
-            return
-        layers, tokens = held
-        if self._sliceable:
-            self._cache.put(as_tokens(tokens), lambda begin, end: kv.cut(layers, begin, end))
-        else:
-            self._cache.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
-
-    def _read_back(self, disk: DiskCache, tokens: TokenArray) -> tuple[int, list[list[Array]]] | None:
-        """Blocks on disk that go on from what memory holds, where reading them is quicker than computing them.
-
-        Called from the preparing thread: what memory holds may change meanwhile, so it is no more than a hint.
-        """
-        begin, end = self._cache.peek(tokens) // BLOCK_TOK, disk.held(tokens) // BLOCK_TOK
-        computing_s = self._cost.seconds((end - begin) * BLOCK_TOK, begin * BLOCK_TOK)
-        if end <= begin or disk.seconds(end - begin) > computing_s > 0:
-            return None
-        return begin, disk.read(tokens, begin, end)
-
-    def _put_back(self, tokens: TokenArray, begin: int, blocks: list[list[Array]]) -> None:
-        """Blocks from disk into memory."""
-        if not blocks:
-            return
-        first, last = begin * BLOCK_TOK, (begin + len(blocks)) * BLOCK_TOK
-        held = self._cache.peek(tokens[: last + 1])
-        if held < first:
-            return  # what they go on from has left memory meanwhile
-        whole = kv.stacked([kv.from_arrays(block) for block in blocks])
-        self._cache.put(tokens[:last], lambda start, end: kv.part(whole, start - first, end - first))
-        self._count("disk_restored_tok", last - max(first, held))
-
-    def _store(self, row: Row, layers: kv.Layers, tokens: list[int]) -> None:
-        """What a finished row holds, onto the disk."""
-        if self._disk is not None and not row.request.private:
-            self._disk.offer(as_tokens(tokens), lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
+            self._cache.keep(best.batch.state(best))
 
     # what comes out
 
     def _advanced(self, batch: Batch, response: Any) -> list[Frame]:
-        """One row's token; a row for which that raises fails alone."""
+        """One row's token; a row whose rules or whose text raise fails alone."""
         row = batch.rows[response.uid]
         try:
-            return self._advance(batch, response)
+            if not row.broken:
+                return self._advance(batch, row, response)
         except Exception:  # noqa: BLE001  # a detokenizer may meet an id that it does not know
-            if row.batch is not None and response.finish_reason is None:
-                batch.remove(row)
-            elif row.batch is not None:
-                batch.forget(row)
-            self._fail(row)
-            return []
+            row.broken = True
+        if row.batch is not None and response.finish_reason is None:
+            batch.remove(row)
+        elif row.batch is not None:
+            batch.forget(row)
+        self._fail(row)
+        return []
 
-    def _advance(self, batch: Batch, response: Any) -> list[Frame]:
-        row = batch.rows[response.uid]
+    def _advance(self, batch: Batch, row: Row, response: Any) -> list[Frame]:
         finish = response.finish_reason
-        if row.broken:
-            if finish is None:
-                batch.remove(row)
-            else:
-                batch.forget(row)
-            self._fail(row)
-            return []
         said, stopped = row.take(response.token, finish)
         if finish is not None:
             batch.forget(row)
-            self._keep((response.prompt_cache, response.all_tokens))
-            self._store(row, response.prompt_cache, response.all_tokens)
+            self._cache.finished((response.prompt_cache, response.all_tokens), private=row.request.private)
         elif stopped:
-            self._keep(batch.remove(row))
+            self._cache.finished(batch.remove(row), private=row.request.private)
         by_model = finish == "stop"
         wanted = row.request.logprobs
         scored = (
@@ -656,8 +593,7 @@ class MLXEngine:
                 self._measure_weights(row)
         self._cache.clear()
         self._window = {}
-        cache = self._cache
-        self._reported_cache = (cache.hits, cache.misses, cache.saved_tok, cache.evictions.total())
+        self._reported_cache = self._cache.counts
 
     def _measure_weights(self, row: Row) -> None:
         """What reading the weights costs, in tokens' worth of keys and values."""
