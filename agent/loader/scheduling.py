@@ -17,6 +17,7 @@ SMALLEST_CHUNK_TOK = 32
 STEP_TOK = 256
 """mlx-lm's caches grow by so many tokens."""
 FORGET = 0.9
+"""A piece counts for so much of the one after it."""
 MARGIN = 0.75
 """Of the time that decoding rows may wait is planned for; the rest is for what was not foreseen."""
 FIRST_TOKEN_TOK = 64

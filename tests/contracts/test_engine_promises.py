@@ -483,3 +483,15 @@ def test_a_spoilt_file_changes_no_answer(roomy_model: Path, tmp_path: Path) -> N
     assert text_of(cold) == text_of(again)
     assert done_of(again).cached_tok == 0
     assert list((tmp_path / "quarantine").iterdir())
+
+
+def test_an_answer_that_a_stop_string_ends_is_kept_on_disk_too(roomy_model: Path, tmp_path: Path) -> None:
+    first = with_disk(roomy_model, tmp_path)
+    long = Generate(id=1, model="m", prompt=SYSTEM * 2, max_tokens=30, temperature=0.0)
+    stop = text_of(run(MLXEngine(str(roomy_model)), long)[1])[5:8]
+    answers = run(first, msgspec.structs.replace(long, stop=(stop,)))[1]
+    first.close()
+    assert done_of(answers).finish == "stop"
+    second = with_disk(roomy_model, tmp_path)
+    assert done_of(run(second, long)[1]).cached_tok >= 1024
+    second.close()
