@@ -15,6 +15,8 @@ from shared.keys import check_name
 from shared.secrets import is_reference
 
 DEFAULT_PORT = 8470
+STORED = "store:"
+"""A model's path that begins so is a name in the model store, with or without @VERSION."""
 _LOOPBACK = ("127.", "::1", "localhost")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -66,12 +68,16 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model this node can serve. ``path`` is an mlx-lm model folder, or a BERT-class encoder's.
+    """A model this node can serve. ``path`` is an mlx-lm model folder, or a BERT-class encoder's; ``store:NAME`` (or
+    ``store:NAME@VERSION``) is one that was pulled into the model store.
 
     ``rows`` requests are decoded together; ``rows`` times ``plan_context_tok`` tokens is what all of them may hold at
     a time, and so also the longest context of one. Rows that decode wait at most about ``stall_s`` for a piece of a
     prompt, which has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` are for the states of earlier prompts in
     memory, ``disk_cache_bytes`` for those on disk, which survive a restart (0 keeps none).
+    ``probes`` is a file of questions with recorded answers that a standby must give before it takes over, each of its
+    timed requests within ``probe_p99_s``. A model that nobody used for ``keep_alive_s`` leaves memory; 0 at once, -1
+    never. ``need_bytes`` overrides what is planned from the files.
     """
 
     name: str
@@ -87,9 +93,12 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     disk_cache_bytes: Annotated[int, Meta(ge=0)] = 0
     plan_context_tok: Positive = 2048
     need_bytes: Annotated[int, Meta(ge=0)] = 0
+    probes: str = ""
     probe_p99_s: Seconds = 30.0
+    keep_alive_s: Annotated[float, Meta(ge=-1)] = -1
     fake_step_s: float = 0.0
     fake_load_s: float = 0.0
+    fake_held_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,9 +131,27 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``budget_bytes`` for all models together; 0 takes the share that Metal recommends of the machine's memory."""
+    """``budget_bytes`` for all models together; 0 takes what the GPU reports, else the share of the machine's memory
+    that Metal would recommend.
+
+    A model leaves for another only after ``min_residency_s`` in memory (or as long as its loading took). When requests
+    for a model that is not in memory have waited ``max_wait_s``, one in use takes no new requests and makes room.
+    The guard acts when models hold the share ``soft`` of the budget, and more from ``hard`` on.
+    """
 
     budget_bytes: Annotated[int, Meta(ge=0)] = 0
+    min_residency_s: Annotated[float, Meta(ge=0)] = 5.0
+    max_wait_s: Annotated[float, Meta(ge=0)] = 20.0
+    soft: Annotated[float, Meta(gt=0, le=2)] = 0.9
+    hard: Annotated[float, Meta(gt=0, le=2)] = 1.0
+
+
+class Shelf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Models on disk: the folder into which they are pulled ("" is models in the state folder) and how many bytes it
+    may hold (0 leaves that to the disk)."""
+
+    path: str = ""
+    disk_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
 class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,6 +180,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     telemetry: Telemetry = Telemetry()
     limits: Limits = Limits()
     memory: Memory = Memory()
+    model_store: Shelf = Shelf()
     loader: Loader = Loader()
     disk_cache: DiskCache = DiskCache()
     log_level: Literal["debug", "info", "warning", "error"] = "info"

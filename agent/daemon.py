@@ -29,7 +29,9 @@ from agent.collectors.host import boot_id, hardware_id
 from agent.collectors.inference import Ledger
 from agent.config import AgentConfig
 from agent.dispatch import Dispatch
-from agent.modelstore import ModelStore
+from agent.frames import Reported
+from agent.loaders import Loaders
+from agent.modelstore import ModelStore, model_folder
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
 from agent.pool import Pool
@@ -39,9 +41,9 @@ from agent.sampler import Sampler
 from agent.spool import Spool
 from shared import __version__
 from shared.bucket import open_store
-from shared.catalog import default_budget_bytes
 from shared.errors import Halt
 from shared.logs import get_logger
+from shared.memory_plan import default_budget_bytes
 from shared.records import URGENT, AgentStarted, AgentStopped, Event
 from shared.secrets import resolve
 
@@ -78,16 +80,21 @@ class Daemon:
         self.table = PeerTable(urls, beat_s=config.peers.beat_s, now=now)
         self.peer_client = PeerClient(rack_secret)
         budget = config.memory.budget_bytes or default_budget_bytes(psutil.virtual_memory().total)
-        self.pool = Pool(
+        self.models = ModelStore(state / "models.json", model_folder(config, state))
+        self.loaders = Loaders(
             config,
-            ModelStore(state / "models.json"),
             environ,
             prompts=state / "prompts",
-            budget_bytes=budget,
             threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
+            on_report=self._on_report,
+        )
+        self.pool = Pool(
+            config,
+            self.models,
+            self.loaders,
+            budget_bytes=budget,
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
-            on_report=lambda model, reported: self.metrics.engine(model, reported),
         )
         self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()))
         self.ledger = Ledger(self.metrics.answered)
@@ -129,7 +136,9 @@ class Daemon:
             self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
             log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
             self.pool.start()
-            table = schedule.jobs(self.config, sample=self.sampler.tick, push=self.push, probe=self.prober.tick)
+            table = schedule.jobs(
+                self.config, sample=self.sampler.tick, push=self.push, probe=self.prober.tick, tend=self.pool.tend
+            )
             scheduler = schedule.start(table)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -183,10 +192,8 @@ class Daemon:
             "in_flight": self.dispatch.in_flight,
             "budget_bytes": self.pool.budget_bytes,
             "models": self.pool.status(),
-            "swaps": [
-                {"swap": s.swap_id, "phase": s.phase, "outcome": s.outcome, "reason": s.reason}
-                for s in self.pool.swaps()[-5:]
-            ],
+            "memory": self.pool.pressure(),
+            "swaps": self.pool.swaps()[-5:],
             "peers": [
                 {
                     "node": p.node,
@@ -242,6 +249,10 @@ class Daemon:
 
     def _busy(self) -> bool:
         return self.dispatch.in_flight > 0 or any(m.in_flight for m in self.pool.views())
+
+    def _on_report(self, model: str, reported: Reported) -> None:
+        self.metrics.engine(model, reported)
+        self.pool.reported_peak(model, reported.peak_bytes)
 
     def _emit(self, event: Event) -> None:
         self.sampler.emit(event)

@@ -217,7 +217,11 @@ class Dispatch:
 
     async def _place(self, call: Call) -> Local | Forward:
         """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
-        deadline = self._clock() + self._limits.load_wait_s
+        with contextlib.ExitStack() as waits:
+            return await self._placed(call, waits)
+
+    async def _placed(self, call: Call, waits: contextlib.ExitStack) -> Local | Forward:
+        deadline, queued = self._clock() + self._limits.load_wait_s, False
         while True:
             place = choose(
                 RouteRequest(model=call.model, tried=frozenset(call.tried)),
@@ -230,6 +234,12 @@ class Dispatch:
             if place.code == "model_not_found":
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+            if self._pool.refusing:
+                raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
+            if not queued and any(m.name == call.model for m in self._pool.views()):
+                # in line from now on, however often what is asked for below is asked again
+                waits.enter_context(self._pool.waiting(call.model))
+                queued = True
             left_s = deadline - self._clock()
             if left_s <= 0 or not await self._wait_for_capacity(call, place, min(left_s, 1.0)):
                 raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)

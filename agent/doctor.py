@@ -13,11 +13,11 @@ import psutil
 
 from agent.collectors import all_collectors
 from agent.config import AgentConfig
-from agent.modelstore import ModelStore
+from agent.modelstore import ModelStore, model_folder
 from shared.bucket import open_store
-from shared.catalog import default_budget_bytes
 from shared.errors import NotFound, RackError
 from shared.keys import claim_key
+from shared.memory_plan import default_budget_bytes
 from shared.secrets import resolve
 
 MAC_ONLY = (
@@ -74,7 +74,7 @@ def _memory(config: AgentConfig) -> Finding:
 
 
 def _models(config: AgentConfig, state: Path) -> list[Finding]:
-    store, found = ModelStore(state / "models.json"), []
+    store, found = ModelStore(state / "models.json", model_folder(config, state)), []
     for model in config.models:
         try:
             spec = store.describe(model)

@@ -3,7 +3,7 @@
 A frame that asks carries an ``id`` chosen by the asker; every answer repeats it. Times are microseconds, integers.
 """
 
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import msgpack
 import msgspec
@@ -105,18 +105,30 @@ class Report(_Frame, frozen=True, kw_only=True, tag="report"):
     """Ask for Reported."""
 
 
+class Relieve(_Frame, frozen=True, kw_only=True, tag="relieve"):
+    """Memory is short: take in nothing new and work in small pieces (soft), also give up what can be computed again
+    (hard), or go on as usual (calm)."""
+
+    level: Literal["calm", "soft", "hard"]
+
+
 class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
     """Finish what runs and end."""
 
 
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
-    """The model is in memory and warm. ``serves`` is text for a model that writes, vectors for an encoder."""
+    """The model is in memory and warm. ``serves`` is text for a model that writes, vectors for an encoder.
+
+    ``peak_bytes`` is the most that MLX held while the model answered its first prompt, of ``warm_tok`` tokens.
+    """
 
     protocol: int = PROTOCOL
     engine: str
     context_tok: int
     load_us: int
     active_bytes: int
+    peak_bytes: int = 0
+    warm_tok: int = 0
     blas: str = ""
     serves: str = "text"
 
@@ -177,7 +189,13 @@ class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
 
 
 class Working(_Frame, frozen=True, kw_only=True, tag="working"):
-    """Sent about once a second while the engine works, whatever it works on: it is alive."""
+    """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is alive,
+    and this is what it holds. ``reuse_bytes`` are freed arrays that MLX keeps."""
+
+    active_bytes: int = 0
+    reuse_bytes: int = 0
+    kv_bytes: int = 0
+    cache_bytes: int = 0
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
@@ -221,6 +239,7 @@ Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     Embed,
     Cancel,
     Report,
+    Relieve,
     Stop,
     Ready,
     LoadFailed,

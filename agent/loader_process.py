@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -24,12 +25,15 @@ from agent.frames import (
     Frame,
     LoadFailed,
     Ready,
+    Relieve,
     Report,
     Reported,
     Stop,
     Tokens,
+    Working,
     encode,
 )
+from agent.pace import Pace
 from shared.errors import Refused, Retryable
 
 START_TIMEOUT_S = 600.0
@@ -93,6 +97,9 @@ class LoaderProcess:
         self._unanswered: dict[int, float] = {}
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
+        self.working: Working | None = None
+        self.pace = Pace()
+        self._last_s: dict[int, float] = {}
 
     @property
     def pid(self) -> int:
@@ -186,6 +193,7 @@ class LoaderProcess:
         finally:
             del self._open[number]
             self._unanswered.pop(number, None)
+            self._last_s.pop(number, None)
             if not finished and not self.ended.is_set():
                 with contextlib.suppress(ConnectionError, RuntimeError):
                     self._writer.write(encode(Cancel(id=number)))
@@ -209,6 +217,11 @@ class LoaderProcess:
         finally:
             for task in (waiting, gone):
                 task.cancel()
+
+    async def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
+        """Tell the engine that memory is short, or no longer. One that is gone needs no relief."""
+        with contextlib.suppress(Retryable):
+            await self._send(Relieve(level=level))
 
     async def stop(self, grace_s: float) -> None:
         """End it: ask, wait at most ``grace_s`` seconds, then kill. Returns when the process is gone."""
@@ -271,6 +284,10 @@ class LoaderProcess:
             self._unanswered.pop(frame.id, None)
             if frame.id in self._open:
                 self._open[frame.id].put_nowait(frame)
+            if isinstance(frame, Tokens):
+                self._note_gap(frame.id)
+        elif isinstance(frame, Working):
+            self.working = frame
         elif isinstance(frame, Reported):
             self._reports.put_nowait(frame)
         elif isinstance(frame, Ready) and not self._ready.done():
@@ -278,6 +295,13 @@ class LoaderProcess:
         elif isinstance(frame, LoadFailed) and not self._ready.done():
             self._ready.set_exception(Refused(frame.message, code=frame.code))
             self._ready.exception()
+
+    def _note_gap(self, number: int) -> None:
+        now = time.monotonic()
+        if number in self._last_s:
+            self.pace.gap(now, now - self._last_s[number])
+        if number in self._open:
+            self._last_s[number] = now
 
     async def _end_when_stuck(self, limit_s: float) -> None:
         """A loader that has work and is silent is of no use; its end is unwanted, so this is no `kill` of ours."""

@@ -1,27 +1,66 @@
-"""Model folders on this node: what is in them, whether they are whole, what they will need. Blocking; use a thread."""
+"""Models on this node's disk: what is there, whether it is whole, what it will need. Blocking; use a thread.
+
+A model is a folder anywhere, or one that was pulled into the store: ``<store>/<name>/<version>``. What is being pulled
+lies under ``<store>/.partial`` and cannot be loaded.
+"""
 
 import contextlib
 import hashlib
+import os
+import shutil
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from agent.config import Model
-from shared import catalog
+from agent.config import STORED, AgentConfig, Model
+from agent.probes import BUILT_IN, Probe, parse
+from shared import catalog, memory_plan
+from shared.catalog import Manifest, ModelFile
 from shared.errors import Refused
 from shared.ids import Version
+from shared.keys import check_name
+from shared.memory_plan import MemoryPlan, ModelShape, Tensor
 
-_SKIPPED = {catalog.MANIFEST_NAME, ".gitattributes", "README.md"}
+PARTIAL = ".partial"
+
+
+def model_folder(config: AgentConfig, state: Path) -> Path:
+    """Where pulled models lie."""
+    return Path(config.model_store.path).expanduser() if config.model_store.path else state / "models"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as this node would load it."""
+    """A model as this node would load it. ``shape`` is None for an engine without files."""
 
     model: Model
     path: str
     version: Version
     need_bytes: int
+    plan: MemoryPlan
+    shape: ModelShape | None = None
+    probes: tuple[Probe, ...] = BUILT_IN
+
+    def planned_warm_bytes(self, warm_tok: int, *, fused: bool) -> int | None:
+        """What MLX should have held at most when the loader answered its first prompt; None without a shape."""
+        if self.shape is None or not warm_tok:
+            return None
+        chunk = min(warm_tok, self.model.prefill_chunk_tok)
+        return (
+            self.plan.weights_bytes
+            + memory_plan.kv_bytes(self.shape, rows=1, row_tok=warm_tok, chunk_tok=chunk)
+            + memory_plan.workspace_bytes(self.shape, chunk_tok=chunk, context_tok=warm_tok, fused=fused)
+        )
+
+
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """A version in the store."""
+
+    name: str
+    version: str
+    size: int
 
 
 class _Hashed(msgspec.Struct, kw_only=True):
@@ -31,10 +70,15 @@ class _Hashed(msgspec.Struct, kw_only=True):
 
 
 class ModelStore:
-    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while."""
+    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while.
 
-    def __init__(self, memo: Path) -> None:
+    ``folder`` is where pulled models lie. ``fused`` says that attention writes no scores down, as on a GPU.
+    """
+
+    def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
         self._memo = memo
+        self.folder = folder
+        self.fused = fused
         self._hashes: dict[str, _Hashed] = self._read_memo()
         self._hashing = threading.Lock()
         self._changed = False
@@ -43,14 +87,118 @@ class ModelStore:
         """Version and planned bytes of a configured model. Raises Refused naming what is wrong and what mends it."""
         if model.engine == "fake":
             version = Version(hashlib.sha256(f"fake:{model.path or model.name}".encode()).hexdigest()[:16])
-            return ModelSpec(model=model, path=model.path, version=version, need_bytes=model.need_bytes or 1 << 20)
-        folder = Path(model.path).expanduser()
-        manifest = self._manifest(model.name, folder)
-        weights = sum(f.size for f in manifest.files if f.name.endswith(".safetensors"))
-        shape = catalog.parse_shape(self._config(model.name, folder))
-        planned = catalog.need_bytes(weights, shape, rows=model.rows, context_tok=model.plan_context_tok)
-        need = model.need_bytes or planned + model.cache_bytes
-        return ModelSpec(model=model, path=str(folder), version=catalog.version_of(manifest), need_bytes=need)
+            need = model.need_bytes or 1 << 20
+            plan = MemoryPlan(weights_bytes=need, kv_bytes=0, workspace_bytes=0, overhead_bytes=0)
+            return ModelSpec(
+                model=model,
+                path=model.path,
+                version=version,
+                need_bytes=need,
+                plan=plan,
+                probes=self._probes(model, None),
+            )
+        folder = self.resolve(model)
+        manifest = self.manifest(model.name, folder)
+        tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
+        shape = memory_plan.parse_shape(self._config(model.name, folder), tensors)
+        plan = memory_plan.plan(
+            shape,
+            memory_plan.weight_bytes(tensors, shape),
+            rows=model.rows,
+            row_tok=model.plan_context_tok,
+            chunk_tok=model.prefill_chunk_tok,
+            cache_bytes=model.cache_bytes,
+            fused=self.fused,
+        )
+        need = model.need_bytes or plan.need_bytes
+        version = catalog.version_of(manifest)
+        return ModelSpec(
+            model=model,
+            path=str(folder),
+            version=version,
+            need_bytes=need,
+            plan=plan,
+            shape=shape,
+            probes=self._probes(model, folder),
+        )
+
+    def resolve(self, model: Model) -> Path:
+        """The folder behind a configured path. Raises Refused when the store does not hold it."""
+        if not model.path.startswith(STORED):
+            return Path(model.path).expanduser()
+        name, _, version = model.path.removeprefix(STORED).partition("@")
+        check_name(name, "model")
+        held = [one.version for one in self.installed(name)]
+        if not held:
+            raise Refused(
+                f"model {model.name}: nothing named {name} is in the store ({self.folder}); "
+                f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`",
+                code="bad_model",
+            )
+        if not version and len(held) > 1:
+            raise Refused(
+                f"model {model.name}: the store holds {len(held)} versions of {name} ({', '.join(held)}); "
+                f'say which: path = "{STORED}{name}@VERSION"',
+                code="bad_model",
+            )
+        if version and version not in held:
+            raise Refused(
+                f"model {model.name}: the store does not hold version {version} of {name}, only {', '.join(held)}",
+                code="bad_model",
+            )
+        return self.place(name, version or held[0])
+
+    def place(self, name: str, version: str) -> Path:
+        """Where a version stands, or will."""
+        return self.folder / check_name(name, "model") / check_name(version, "version")
+
+    def installed(self, name: str = "") -> list[Installed]:
+        """What the store holds, whole, in order."""
+        folders = [self.folder / check_name(name, "model")] if name else _folders(self.folder)
+        return [
+            Installed(name=folder.name, version=version.name, size=_size(version))
+            for folder in folders
+            for version in _folders(folder)
+        ]
+
+    def remove(self, name: str, version: str) -> None:
+        """Take a version out of the store. Raises Refused when it is not there."""
+        place = self.place(name, version)
+        if not place.is_dir():
+            raise Refused(f"remove {name}@{version}: it is not in the store ({self.folder})", code="not_found")
+        # out of sight in one step, so that nothing half-removed can be loaded
+        doomed = self.folder / PARTIAL / f"removed-{name}-{version}"
+        doomed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(place, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+    def manifest(self, name: str, folder: Path) -> Manifest:
+        """The files of a model folder, hashed and compared with the manifest that came with them. Raises Refused."""
+        if not folder.is_dir():
+            raise Refused(
+                f"model {name}: there is no folder {folder}; put the model there or mend its path", code="bad_model"
+            )
+        with self._hashing:
+            return self._read_manifest(name, folder)
+
+    @staticmethod
+    def _probes(model: Model, folder: Path | None) -> tuple[Probe, ...]:
+        """Recorded answers: those that the configuration names, else those that came with the model."""
+        if model.probes:
+            path = Path(model.probes).expanduser()
+            try:
+                return parse(path.read_bytes(), f"model {model.name}: probes {path}")
+            except OSError as error:
+                why = f"model {model.name}: its probes {path} cannot be read ({error.strerror})"
+                raise Refused(why, code="bad_probes") from None
+        if folder is not None:
+            with contextlib.suppress(FileNotFoundError):
+                raw = (folder / catalog.PROBES_NAME).read_bytes()
+                return parse(raw, f"model {model.name}: its {catalog.PROBES_NAME}")
+        return BUILT_IN
 
     def _config(self, name: str, folder: Path) -> bytes:
         try:
@@ -60,28 +208,21 @@ class ModelStore:
                 f"model {name}: {folder} has no config.json; it is no mlx-lm model folder", code="bad_model"
             ) from None
 
-    def _manifest(self, name: str, folder: Path) -> catalog.Manifest:
-        if not folder.is_dir():
-            raise Refused(
-                f"model {name}: there is no folder {folder}; put the model there or mend its path", code="bad_model"
-            )
-        with self._hashing:
-            return self._read_manifest(name, folder)
-
-    def _read_manifest(self, name: str, folder: Path) -> catalog.Manifest:
-        paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _SKIPPED)
+    def _read_manifest(self, name: str, folder: Path) -> Manifest:
+        paths = sorted(p for p in folder.rglob("*") if p.is_file() and catalog.is_model_file(_inside(p, folder)))
         if not any(p.suffix == ".safetensors" for p in paths):
             raise Refused(f"model {name}: {folder} holds no .safetensors file", code="bad_model")
         try:
+            _check_shards(name, folder, {_inside(p, folder) for p in paths})
             files = tuple(self._file(path, folder) for path in paths)
         except OSError as error:
             raise Refused(f"model {name}: cannot be read ({error.strerror})", code="bad_model") from None
         self._write_memo()
-        made = catalog.Manifest(files=files)
+        made = Manifest(files=files)
         self._compare(name, folder, made)
         return made
 
-    def _file(self, path: Path, folder: Path) -> catalog.ModelFile:
+    def _file(self, path: Path, folder: Path) -> ModelFile:
         stat = path.stat()
         known = self._hashes.get(str(path))
         if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
@@ -89,13 +230,13 @@ class ModelStore:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._changed = True
             known = self._hashes[str(path)] = _Hashed(size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
-        return catalog.ModelFile(name=path.relative_to(folder).as_posix(), size=known.size, sha256=known.sha256)
+        return ModelFile(name=_inside(path, folder), size=known.size, sha256=known.sha256)
 
     @staticmethod
-    def _compare(name: str, folder: Path, made: catalog.Manifest) -> None:
+    def _compare(name: str, folder: Path, made: Manifest) -> None:
         """Against the manifest that came with the model, where there is one."""
         try:
-            came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=catalog.Manifest)
+            came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=Manifest)
         except FileNotFoundError:
             return
         except msgspec.DecodeError:
@@ -132,3 +273,47 @@ class ModelStore:
         self._memo.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(msgspec.json.encode(self._hashes))
         temporary.replace(self._memo)
+
+
+def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
+    """The arrays of a weights file, by its header alone."""
+    if not file.name.endswith(".safetensors"):
+        return
+    try:
+        with (folder / file.name).open("rb") as weights:
+            length = memory_plan.header_bytes(weights.read(8), file.size)
+            tensors = memory_plan.read_header(weights.read(length))
+        if 8 + length + sum(t.nbytes for t in tensors) > file.size:
+            raise Refused("it is cut off", code="bad_model")
+        yield from tensors
+    except Refused as error:
+        raise Refused(
+            f"model {name}: file {file.name}: {error.message}; fetch the model again", code="bad_model"
+        ) from None
+    except OSError as error:
+        raise Refused(f"model {name}: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
+
+
+def _check_shards(name: str, folder: Path, names: set[str]) -> None:
+    if catalog.INDEX_NAME not in names:
+        return
+    missing = catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names)
+    if missing:
+        raise Refused(
+            f"model {name}: {folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download",
+            code="bad_model",
+        )
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _folders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return []
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

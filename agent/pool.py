@@ -1,43 +1,43 @@
-"""The models in this node's memory: the only performer of loads, swaps and evictions, and the giver of leases.
+"""The models in this node's memory: the only performer of loads and evictions, and the giver of leases.
 
-Decisions are made elsewhere (eviction.py, swap.py). What is served under a name is one attribute, ``Slot.loaded``;
-a flip is one assignment to it, and a request keeps the loader it was leased, so no answer mixes two models.
+Decisions are made elsewhere (eviction.py, turns.py, guard.py, swap.py). What is served under a name is one attribute,
+``Slot.loaded``; a flip is one assignment to it, and a request keeps the loader it was leased, so no answer mixes two
+models.
 """
 
 import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from agent import eviction, swap
+from agent import eviction, guard, turns
 from agent.config import AgentConfig, Model
-from agent.frames import Done, Failed, Generate, Message, Reported
-from agent.loader_process import LoaderProcess, LoaderSpec, total_of
+from agent.footprint import footprint_bytes
+from agent.loaders import Loaders
 from agent.modelstore import ModelSpec, ModelStore
+from agent.probes import Probe
 from agent.routing import ModelView
-from agent.slot import Lease, Loaded, Slot, footprint_bytes, window_of
+from agent.slot import Gone, Lease, Loaded, Slot
+from agent.swap_run import MARGIN_S, SwapRun
+from agent.warming import hear
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 from shared.records import (
     EngineWindow,
     Event,
     LoaderExited,
+    MemoryPressed,
     ModelEvicted,
-    ModelLoaded,
+    ModelMissed,
     Resident,
     SwapFinished,
 )
-from shared.secrets import resolve
 
-PROBES = 5
-"""Requests a standby must answer before it takes over."""
-STOP_GRACE_S = 10.0
 CRASHES_BEFORE_GIVING_UP = 5
 CRASH_WINDOW_S = 120.0
-_HOUR_S = 3600.0
+KEPT_SWAPS = 20
 
 log = get_logger("agent.pool")
 T = TypeVar("T")
@@ -50,38 +50,36 @@ class Pool:
         self,
         config: AgentConfig,
         store: ModelStore,
-        environ: Mapping[str, str],
+        loaders: Loaders,
         *,
-        prompts: Path,
         budget_bytes: int,
-        threads: int,
         emit: Callable[[Event], None],
         carried_by_peer: Callable[[str], bool],
-        on_report: Callable[[str, Reported], None] = lambda model, reported: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._config = config
         self._store = store
-        self._environ = environ
-        self._prompts = prompts
+        self._loaders = loaders
         self.budget_bytes = budget_bytes
-        self._threads = threads
         self._emit = emit
         self._carried_by_peer = carried_by_peer
-        self._on_report = on_report
         self._clock = clock
         self._wall_ms = wall_ms
         self._models = {m.name: m for m in config.models}
         self._slots = [Slot(m) for m in config.models]
-        self._reports: dict[tuple[str, str], Reported] = {}
-        self._swaps: dict[str, swap.SwapState] = {}
+        self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
+        self._guard = guard.GuardState()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
-        self._retiring: list[Loaded] = []
         self._room = asyncio.Lock()
 
     # ---- what others ask ----
+
+    @property
+    def refusing(self) -> bool:
+        """Whether memory is so short that new requests are turned away."""
+        return self._guard.refusing
 
     def views(self) -> tuple[ModelView, ...]:
         """Every served name of this node, as routing sees it."""
@@ -89,7 +87,7 @@ class Pool:
             ModelView(
                 name=name,
                 version=slot.loaded.spec.version if slot.loaded else "",
-                ready=slot.ready,
+                ready=slot.ready and not self.refusing,
                 coming=slot.state == "starting" or (slot.loaded is not None and not slot.ready),
                 in_flight=slot.leases,
             )
@@ -115,29 +113,16 @@ class Pool:
 
     def status(self) -> list[dict[str, object]]:
         """Every configured model, for a person."""
-        return [
-            {
-                "model": slot.names[0],
-                "names": slot.names,
-                "state": slot.state if slot.in_rotation else "out of rotation",
-                "reason": slot.reason,
-                "version": slot.loaded.spec.version if slot.loaded else "",
-                "pid": slot.loaded.process.pid if slot.loaded else None,
-                "in_flight": slot.leases,
-                "pinned": slot.pinned,
-                "need_bytes": slot.spec.need_bytes if slot.spec else None,
-                "footprint_bytes": footprint_bytes(slot.loaded.process.pid) if slot.loaded else None,
-                "restarts": slot.restarts,
-                "last_exit": slot.last_exit,
-                "silent_s": round(slot.loaded.process.silent_s, 1) if slot.loaded else 0.0,
-                "blas": slot.loaded.process.ready.blas if slot.loaded and slot.loaded.process.ready else "",
-            }
-            for slot in self._slots
-        ]
+        now = self._clock()
+        return [slot.status(now, fused=self._store.fused) for slot in self._slots]
 
-    def swaps(self) -> list[swap.SwapState]:
-        """Swaps of this run, the newest last."""
-        return list(self._swaps.values())
+    def swaps(self) -> list[dict[str, str]]:
+        """The last swaps of this run, the newest last."""
+        return [run.view for run in self._swaps]
+
+    def pressure(self) -> dict[str, object]:
+        """The memory guard's view."""
+        return {"level": self._guard.level, "held_bytes": self._guard.held_bytes, "refusing": self._guard.refusing}
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[Lease]:
@@ -146,32 +131,41 @@ class Pool:
         loaded = slot.loaded
         if loaded is None or not slot.ready:
             raise Retryable(f"model {name} is not ready on this node ({slot.state})", code="worker_lost")
-        now = self._clock()
-        slot.last_used_s = now
-        slot.requests.append(now)
-        while slot.requests and slot.requests[0] < now - _HOUR_S:
-            slot.requests.popleft()
+        slot.demand.asked(self._clock())
         # counted before the first await: eviction and drain see it at once
         loaded.process.in_flight += 1
         try:
             yield Lease(loaded)
         finally:
             loaded.process.in_flight -= 1
+            if not loaded.process.in_flight:
+                self._next_turn()
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Somebody waits for a name; while so, its turn to come into memory draws nearer."""
+        slot, since = self._slot(name), self._clock()
+        slot.waiting.append(since)
+        self._note_missed(slot)
+        try:
+            yield
+        finally:
+            slot.waiting.remove(since)
+            self._next_turn()
 
     async def wanted(self, name: str, timeout_s: float) -> bool:
         """Wait until a name is ready here, loading it when it is cold; False when that took too long or failed."""
-        slot = self._slot(name)
         deadline = self._clock() + timeout_s
-        if slot.state == "cold" and not slot.changing.locked():
-            self._spawn(self._load_quietly(slot))
-        while not (slot := self._slot(name)).ready:
-            if slot.state == "failed" or self._clock() >= deadline or self._stopping:
-                return False
-            changed = slot.changed
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(1.0, max(0.0, deadline - self._clock()))):
-                    await changed.wait()
-        return True
+        with self.waiting(name):
+            while not (slot := self._slot(name)).ready:
+                if slot.state == "failed" or self._clock() >= deadline or self._stopping:
+                    return False
+                self._next_turn()
+                changed = slot.changed
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(1.0, max(0.0, deadline - self._clock()))):
+                        await changed.wait()
+            return True
 
     def is_coming(self, name: str) -> bool:
         """Whether waiting for a name may help: it is loading, swapping or restarting, or can be loaded."""
@@ -181,18 +175,33 @@ class Pool:
     async def windows(self) -> list[EngineWindow]:
         """What every loader did since the last call, those that ended meanwhile included."""
         await self.refresh()
-        taken, self._reports = self._reports, {}
-        return [window_of(model, version, reported) for (model, version), reported in taken.items()]
+        return self._loaders.windows()
 
     async def refresh(self) -> None:
         """Ask every loader what it did since it was last asked."""
+        for loaded in [*(slot.loaded for slot in self._slots), *self._loaders.retiring]:
+            if loaded is not None:
+                await self._loaders.take_window(loaded)
+
+    def reported_peak(self, name: str, peak_bytes: int) -> None:
+        """MLX's highest since a loader was last asked."""
         for slot in self._slots:
-            if slot.loaded is not None:
-                await self._take_window(slot.loaded)
+            if name in slot.names:
+                slot.peak_bytes = max(slot.peak_bytes, peak_bytes)
 
     def stalled(self, limit_s: float) -> list[str]:
         """Models whose loader has work and has said nothing for so long."""
         return [s.names[0] for s in self._slots if s.loaded is not None and s.loaded.process.silent_s > limit_s]
+
+    async def answers(self, name: str) -> tuple[Probe, ...]:
+        """A model's probes with the answers that it gives now, to be recorded. Raises RackError."""
+        async with self.lease(name) as lease:
+            asked = lease.spec.probes
+            heard = [await hear(lease.process, probe.prompt, probe.max_tokens) for probe in asked]
+        return tuple(
+            Probe(prompt=probe.prompt, answer=one.text, max_tokens=probe.max_tokens)
+            for probe, one in zip(asked, heard, strict=True)
+        )
 
     # ---- what an operator orders ----
 
@@ -215,7 +224,30 @@ class Pool:
 
     async def swap(self, old: str, new: str) -> SwapFinished:
         """Replace the files behind ``old`` by those of the configured model ``new`` without losing a request."""
-        return await self._finished(self._ordered_swap(old, new))
+        model = self._models.get(new)
+        if model is None:
+            known = ", ".join(self._models)
+            raise Refused(f"swap {old} {new}: {new} is not configured; known: {known}", code="model_not_found")
+        return await self.swap_to(old, model)
+
+    async def swap_to(self, old: str, model: Model) -> SwapFinished:
+        """Replace the files behind ``old`` by those of ``model``, configured or not."""
+        return await self._finished(self._ordered_swap(old, model))
+
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """A pinned model leaves memory by order alone."""
+        self._slot(name).pinned = pinned
+
+    def adopt(self, model: Model) -> None:
+        """Serve a name that is not configured, or another model under a configured one that is not in memory."""
+        found = next((s for s in self._slots if model.name in s.names), None)
+        self._models[model.name] = model
+        if found is None:
+            self._slots.append(Slot(model))
+        elif found.loaded is None and not found.changing.locked():
+            found.model, found.spec = model, None
+            if found.state == "failed":
+                found.become("cold")
 
     async def _finished(self, order: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(order)
@@ -233,7 +265,7 @@ class Pool:
         async with slot.changing:
             slot = self._slot(name)
             if slot.loaded is None:
-                await self._load(slot)
+                await self._load(slot, ordered=True)
             assert slot.loaded is not None
             return slot.loaded.spec
 
@@ -242,15 +274,10 @@ class Pool:
         async with slot.changing:
             if slot.loaded is None:
                 raise Refused(f"unload {name}: it is not in memory ({slot.state})", code="conflict")
-            await self._evict(slot, reason="ordered", for_model="")
+            await self._evict(slot, reason="ordered")
 
-    async def _ordered_swap(self, old: str, new: str) -> SwapFinished:
-        slot = self._slot(old)
-        model = self._models.get(new)
-        if model is None:
-            raise Refused(
-                f"swap {old} {new}: {new} is not configured; known: {', '.join(self._models)}", code="model_not_found"
-            )
+    async def _ordered_swap(self, old: str, model: Model) -> SwapFinished:
+        slot, new = self._slot(old), model.name
         if slot.changing.locked():
             raise Refused(f"swap {old}: it is loading or swapping already; see status", code="conflict")
         other = next((s for s in self._slots if s is not slot and new in s.names), None)
@@ -265,11 +292,84 @@ class Pool:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        loaded = [*(slot.loaded for slot in self._slots if slot.loaded), *self._retiring]
-        await asyncio.gather(*(self._retire(one, drain_s) for one in loaded))
+        loaded = [*(slot.loaded for slot in self._slots if slot.loaded), *self._loaders.retiring]
+        await asyncio.gather(*(self._loaders.retire(one, drain_s) for one in loaded))
         for slot in self._slots:
             slot.loaded = None
             slot.become("cold")
+
+    # ---- what is done by itself ----
+
+    async def tend(self) -> None:
+        """Once a second: models that nobody used for long leave, turns end, the memory guard reads."""
+        now = self._clock()
+        for slot in self._slots:
+            if slot.idle_beyond_keep_alive(now) and not slot.changing.locked():
+                self._spawn(self._leave(slot, "idle"))
+        self._next_turn()
+        await self._read_guard()
+
+    async def _leave(self, slot: Slot, reason: str) -> None:
+        async with slot.changing:
+            if slot.loaded is not None and not slot.leases and not slot.waiting and not self._stopping:
+                await self._evict(slot, reason=reason)
+
+    def _next_turn(self) -> None:
+        """Bring in the model whose turn it is, and close or open those in use; see turns.py."""
+        if self._stopping or not any(slot.waiting or slot.closed_for for slot in self._slots):
+            return
+        now = self._clock()
+        queue = [
+            turns.Wanted(name=slot.names[0], need_bytes=slot.planned_bytes, since_s=min(slot.waiting))
+            for slot in self._slots
+            if slot.waiting and slot.state == "cold" and not slot.changing.locked()
+        ]
+        turn = turns.next_turn(
+            queue, self._occupants(), self.budget_bytes, now, max_wait_s=self._config.memory.max_wait_s
+        )
+        for slot in self._slots:
+            was, slot.closed_for = slot.closed_for, self._closed_for(slot, turn, queue)
+            if bool(was) != bool(slot.closed_for):
+                slot.become(slot.state, slot.reason)
+                log.info("model_closed" if slot.closed_for else "model_opened", model=slot.names[0], for_model=was)
+        if turn.load:
+            self._spawn(self._load_quietly(self._slot(turn.load)))
+
+    def _closed_for(self, slot: Slot, turn: turns.Turn, queue: list[turns.Wanted]) -> str:
+        if slot.names[0] in turn.close:
+            return min(queue, key=lambda one: (one.since_s, one.name)).name
+        # a model that was closed and is idle now leaves with the load that it was closed for
+        return slot.closed_for if slot.closed_for and turn.load == slot.closed_for else ""
+
+    async def _read_guard(self) -> None:
+        before = self._guard
+        held = [one for slot in self._slots if (one := slot.held()) is not None]
+        memory = self._config.memory
+        self._guard, actions = guard.step(before, held, self.budget_bytes, soft=memory.soft, hard=memory.hard)
+        if before.level != self._guard.level:
+            event = MemoryPressed(
+                t_ms=self._wall_ms(),
+                level=self._guard.level,
+                held_bytes=self._guard.held_bytes,
+                budget_bytes=self.budget_bytes,
+            )
+            self._emit(event)
+            log.warning(
+                "memory_pressed", level=event.level, held_bytes=event.held_bytes, budget_bytes=self.budget_bytes
+            )
+        for action in actions:
+            await self._relieve(action)
+
+    async def _relieve(self, action: guard.Action) -> None:
+        levels: dict[str, Any] = {"ease": "calm", "press": "soft", "drop_caches": "hard"}
+        if action in levels:
+            for slot in self._slots:
+                if slot.loaded is not None:
+                    await slot.loaded.process.relieve(levels[action])
+        elif action == "evict_idle":
+            idle = [o for o in self._occupants() if not o.pinned and not o.leases]
+            if idle:
+                self._spawn(self._leave(self._slot(min(idle, key=eviction.by_cost).name), "pressure"))
 
     # ---- loading ----
 
@@ -281,15 +381,15 @@ class Pool:
             with contextlib.suppress(RackError):
                 await self._load(slot)
 
-    async def _load(self, slot: Slot) -> None:
+    async def _load(self, slot: Slot, *, ordered: bool = False) -> None:
         slot.become("starting")
         began = self._clock()
         try:
             spec = await asyncio.to_thread(self._store.describe, slot.model)
             slot.spec = spec
             async with self._room:
-                await self._make_room(spec, for_name=slot.names[0], but=slot)
-            process = await self._start_process(spec)
+                await self._make_room(spec, for_name=slot.names[0], but=slot, ordered=ordered)
+            process = await self._loaders.start(spec)
         except RackError as error:
             # room may come back by itself; anything else needs somebody
             slot.become("cold" if error.code in ("no_memory", "no_process") else "failed", error.message)
@@ -304,46 +404,34 @@ class Pool:
         except BaseException:
             slot.become("cold")
             raise
-        self._install(slot, spec, process, began)
+        now = self._clock()
+        self.take_over(slot, Loaded(slot.names[0], spec, process, now, now - began))
 
-    def _install(self, slot: Slot, spec: ModelSpec, process: LoaderProcess, began: float) -> None:
-        slot.spec = spec
-        slot.loaded = Loaded(slot.names[0], spec, process, self._clock())
-        slot.in_rotation = True
+    def take_over(self, slot: Slot, loaded: Loaded) -> None:
+        """Serve a slot's names by this loader from now on. The one assignment, and bookkeeping without an await."""
+        slot.loaded = loaded
+        slot.spec, slot.model = loaded.spec, loaded.spec.model
+        new = loaded.spec.model.name
+        for other in [s for s in self._slots if s is not slot and new in s.names]:
+            self._slots.remove(other)
+        if new not in slot.names:
+            slot.names.append(new)
+        slot.in_rotation, slot.closed_for, slot.peak_bytes, slot.gone = True, "", 0, None
+        slot.keep_alive_s = loaded.spec.model.keep_alive_s
         slot.become("ready")
-        self._watch(slot, slot.loaded)
-        self._emit(
-            ModelLoaded(
-                t_ms=self._wall_ms(),
-                model=slot.names[0],
-                version=spec.version,
-                load_us=int((self._clock() - began) * 1e6),
-                need_bytes=spec.need_bytes,
-                footprint_bytes=footprint_bytes(process.pid),
-            )
-        )
-        log.info("model_loaded", model=slot.names[0], version=spec.version, seconds=round(self._clock() - began, 2))
+        self._spawn(self._watched(slot, loaded))
+        self._emit(slot.loaded_event(self._wall_ms(), fused=self._store.fused))
+        log.info("model_loaded", model=loaded.name, version=loaded.spec.version, seconds=round(loaded.load_s, 2))
 
-    async def _start_process(self, spec: ModelSpec) -> LoaderProcess:
-        model = spec.model
-        arguments = (
-            *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
-            *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
-            *("--kv-tok", str(model.rows * model.plan_context_tok)),
-            *("--stall-s", str(model.stall_s)),
-            *("--disk-cache", str(self._prompts / model.name), "--fingerprint", spec.version),
-            *("--disk-cache-bytes", str(model.disk_cache_bytes)),
-            *("--max-tokens", str(model.max_tokens)),
-            *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
-        )
-        stuck_s = self._config.limits.stuck_s
-        secret = resolve(self._config.disk_cache.secret, self._environ) if model.disk_cache_bytes else ""
-        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s, secret=secret)
-        return await LoaderProcess.start(start, self._environ)
+    def withdraw(self, slot: Slot) -> None:
+        """Serve a slot's names here no longer."""
+        slot.loaded = None
 
-    async def _make_room(self, spec: ModelSpec, *, for_name: str, but: Slot | None = None) -> None:
+    async def _make_room(
+        self, spec: ModelSpec, *, for_name: str, but: Slot | None = None, ordered: bool = False
+    ) -> None:
         """Evict what eviction.make_room names. Raises Refused with the missing bytes."""
-        while not isinstance(decision := self._room_for(spec, but), eviction.Fits):
+        while not isinstance(decision := self._room_for(spec, but, ordered=ordered), eviction.Fits):
             if isinstance(decision, eviction.Evict):
                 # decided and locked without an await in between, one at a time: a slot that is being changed is never
                 # waited for, and one that came into use meanwhile is not taken
@@ -353,74 +441,65 @@ class Pool:
                 continue
             raise Refused(
                 f"load {for_name}: {decision.missing_bytes / 1e6:.0f} MB short of {self.budget_bytes / 1e6:.0f} MB; "
-                f"in use or pinned: {', '.join(decision.kept) or 'nothing'}",
+                f"in use, pinned or just loaded: {', '.join(decision.kept) or 'nothing'}",
                 code="no_memory",
             )
 
-    def _room_for(self, spec: ModelSpec, but: Slot | None) -> eviction.Fits | eviction.Evict | eviction.NoRoom:
-        return eviction.make_room(spec.need_bytes, self._occupants(but=but), self.budget_bytes)
+    def _room_for(
+        self, spec: ModelSpec, but: Slot | None, *, ordered: bool
+    ) -> eviction.Fits | eviction.Evict | eviction.NoRoom:
+        now = float("inf") if ordered else self._clock()
+        return eviction.make_room(spec.need_bytes, self._occupants(but=but), self.budget_bytes, now_s=now)
 
     def _occupants(self, but: Slot | None = None) -> list[eviction.Occupant]:
+        now = self._clock()
         return [
-            eviction.Occupant(
-                name=slot.names[0],
-                need_bytes=slot.occupied_bytes,
-                leases=slot.leases,
-                # a slot that is being changed is in use, whatever its leases
-                pinned=slot.pinned or slot.changing.locked() or slot.loaded is None,
-                last_used_s=slot.last_used_s,
-            )
+            slot.occupant(now, self._config.memory.min_residency_s)
             for slot in self._slots
             if slot.occupied_bytes and slot is not but
         ]
 
-    async def _evict(self, slot: Slot, *, reason: str, for_model: str) -> None:
+    async def _evict(self, slot: Slot, *, reason: str, for_model: str = "") -> None:
+        """Take a model out of memory when its requests have ended; each has a deadline of its own."""
         loaded = slot.loaded
         assert loaded is not None
         slot.loaded = None
         slot.become("draining")
-        await self._retire(loaded, self._config.limits.drain_s)
+        await self._loaders.retire(loaded, self._config.limits.request_s + MARGIN_S)
+        slot.closed_for = ""
         slot.become("cold")
         now = self._clock()
+        slot.gone = Gone(now, self._wall_ms(), loaded.spec.version, reason)
         event = ModelEvicted(
-            t_ms=self._wall_ms(),
+            t_ms=slot.gone.t_ms,
             model=slot.names[0],
             version=loaded.spec.version,
             reason=reason,
             for_model=for_model,
             bytes=loaded.spec.need_bytes,
             age_us=int((now - loaded.since_s) * 1e6),
-            requests_last_hour=sum(t > now - _HOUR_S for t in slot.requests),
+            requests_last_hour=slot.demand.last_hour(now),
+            idle_us=None if slot.demand.last_s is None else int((now - slot.demand.last_s) * 1e6),
+            reload_us=int(loaded.load_s * 1e6),
         )
         self._emit(event)
         log.info("model_evicted", model=event.model, version=event.version, reason=reason, for_model=for_model)
 
-    async def _retire(self, loaded: Loaded, drain_s: float) -> None:
-        """Wait for the last request, take the last counts, end the process. Cut short, `stop` ends it."""
-        if loaded not in self._retiring:
-            self._retiring.append(loaded)
-        deadline = self._clock() + drain_s
-        while loaded.process.in_flight and not loaded.process.ended.is_set() and self._clock() < deadline:
-            await asyncio.sleep(0.02)
-        loaded.process.stopping = True
-        await self._take_window(loaded)
-        await loaded.process.stop(STOP_GRACE_S)
-        if loaded in self._retiring:
-            self._retiring.remove(loaded)
-
-    async def _take_window(self, loaded: Loaded) -> None:
-        reported = await loaded.process.report()
-        if reported is None:
+    def _note_missed(self, slot: Slot) -> None:
+        gone, slot.gone = slot.gone, None
+        if gone is None:
             return
-        self._on_report(loaded.name, reported)
-        key = (loaded.name, loaded.spec.version)
-        known = [self._reports[key]] if key in self._reports else []
-        self._reports[key] = total_of([*known, reported])
+        event = ModelMissed(
+            t_ms=self._wall_ms(),
+            model=slot.names[0],
+            version=gone.version,
+            reason=gone.reason,
+            after_us=int((self._clock() - gone.at_s) * 1e6),
+        )
+        self._emit(event)
+        log.info("model_missed", model=event.model, reason=event.reason, after_s=round(event.after_us / 1e6, 1))
 
     # ---- a loader that ends by itself ----
-
-    def _watch(self, slot: Slot, loaded: Loaded) -> None:
-        self._spawn(self._watched(slot, loaded))
 
     async def _watched(self, slot: Slot, loaded: Loaded) -> None:
         await loaded.process.ended.wait()
@@ -472,14 +551,26 @@ class Pool:
         cold = self._must_be_cold(slot, spec)
         if not cold:
             async with self._room:
-                await self._make_room(spec, for_name=model.name)
+                await self._make_room(spec, for_name=model.name, ordered=True)
                 slot.standby_bytes = spec.need_bytes
         else:
             slot.standby_bytes = max(0, spec.need_bytes - old.spec.need_bytes)
+        run = SwapRun(
+            self,
+            self._loaders,
+            slot,
+            spec,
+            request_s=self._config.limits.request_s,
+            wall_ms=self._wall_ms,
+            clock=self._clock,
+        )
+        self._swaps.append(run)
         try:
-            return await _SwapRun(self, slot, old, spec).run(cold=cold)
+            finished = await run.run(cold=cold)
         finally:
             slot.standby_bytes = 0
+        self._emit(finished)
+        return finished
 
     def _must_be_cold(self, slot: Slot, spec: ModelSpec) -> bool:
         """Hot when both fit, cold when only one does and a peer carries the model. Raises Refused otherwise."""
@@ -508,155 +599,3 @@ class Pool:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _SwapRun:
-    """One swap being performed: effects of the state machine become calls, and what happened becomes events."""
-
-    def __init__(self, pool: Pool, slot: Slot, old: Loaded, spec: ModelSpec) -> None:
-        self._pool, self._slot, self._old, self._spec = pool, slot, old, spec
-        self._id = f"{pool._wall_ms():x}-{slot.names[0]}"
-        self._began = pool._clock()
-        self._standby: LoaderProcess | None = None
-        self._probes_us: list[int] = []
-        self._finished: SwapFinished | None = None
-
-    async def run(self, *, cold: bool) -> SwapFinished:
-        state, effects = swap.begin(self._id, cold=cold)
-        self._pool._swaps[self._id] = state
-        todo = deque(effects)
-        try:
-            while todo:
-                event = await self._perform(todo.popleft(), state)
-                if event is not None:
-                    state, more = swap.step(state, event)
-                    self._pool._swaps[self._id] = state
-                    todo.extend(more)
-        finally:
-            if self._standby is not None and (
-                self._slot.loaded is None or self._slot.loaded.process is not self._standby
-            ):
-                self._standby.kill()
-        assert self._finished is not None, "every swap ends with the effect finish"
-        return self._finished
-
-    async def _perform(self, effect: swap.Effect, state: swap.SwapState) -> swap.Event | None:
-        slot, pool = self._slot, self._pool
-        match effect:
-            case "leave_rotation":
-                slot.in_rotation = False
-                slot.become("draining", "leaves rotation for a cold swap")
-            case "drain_active" | "drain_old":
-                await self._drain()
-                return swap.Drained(swap_id=self._id)
-            case "start_standby":
-                return await self._start()
-            case "warm_standby":
-                return await self._warm()
-            case "flip":
-                self._flip()
-            case "stop_old" | "stop_active":
-                if effect == "stop_active":
-                    slot.loaded = None
-                await pool._retire(self._old, 0)
-            case "stop_standby":
-                if self._standby is not None:
-                    await self._standby.stop(STOP_GRACE_S)
-            case "restore_active":
-                return await self._restore()
-            case "finish":
-                self._finish(state)
-        return None
-
-    async def _drain(self) -> None:
-        deadline = self._pool._clock() + self._pool._config.limits.drain_s
-        while self._old.process.in_flight and self._pool._clock() < deadline:
-            await asyncio.sleep(0.02)
-
-    async def _start(self) -> swap.Event:
-        try:
-            self._standby = await self._pool._start_process(self._spec)
-        except RackError as error:
-            return swap.StandbyFailed(swap_id=self._id, reason=error.message)
-        return swap.StandbyReady(swap_id=self._id)
-
-    async def _warm(self) -> swap.Event:
-        """Short requests that must be answered, each within the model's budget (p99 of so few is their maximum)."""
-        assert self._standby is not None
-        budget_s = self._spec.model.probe_p99_s
-        for number in range(PROBES):
-            began = self._pool._clock()
-            try:
-                async with asyncio.timeout(budget_s):
-                    reason = await _probe(self._standby, number)
-            except TimeoutError:
-                reason = f"probe {number + 1} of {PROBES} took over {budget_s:g} s"
-            except RackError as error:
-                reason = f"probe {number + 1} of {PROBES}: {error.message}"
-            if reason:
-                return swap.StandbyFailed(swap_id=self._id, reason=reason)
-            self._probes_us.append(int((self._pool._clock() - began) * 1e6))
-        return swap.ProbesPassed(swap_id=self._id)
-
-    def _flip(self) -> None:
-        """The one assignment; everything else here is bookkeeping without an await."""
-        slot, spec = self._slot, self._spec
-        assert self._standby is not None
-        slot.loaded = Loaded(slot.names[0], spec, self._standby, self._pool._clock())
-        slot.spec, slot.model = spec, spec.model
-        for other in [s for s in self._pool._slots if s is not slot and spec.model.name in s.names]:
-            self._pool._slots.remove(other)
-        if spec.model.name not in slot.names:
-            slot.names.append(spec.model.name)
-        slot.in_rotation = True
-        slot.become("ready")
-        self._pool._watch(slot, slot.loaded)
-
-    async def _restore(self) -> swap.Event:
-        slot = self._slot
-        try:
-            process = await self._pool._start_process(self._old.spec)
-        except RackError as error:
-            slot.become("failed", error.message)
-            return swap.Restored(swap_id=self._id, reason=f"and the old model did not start again: {error.message}")
-        self._pool._install(slot, self._old.spec, process, self._pool._clock())
-        return swap.Restored(swap_id=self._id)
-
-    def _finish(self, state: swap.SwapState) -> None:
-        event = SwapFinished(
-            t_ms=self._pool._wall_ms(),
-            swap_id=self._id,
-            model=self._slot.names[0],
-            from_version=self._old.spec.version,
-            to_version=self._spec.version,
-            outcome=state.outcome,
-            reason=state.reason,
-            window_us=int((self._pool._clock() - self._began) * 1e6),
-            probes=len(self._probes_us),
-            probe_p99_us=max(self._probes_us, default=None),
-        )
-        self._finished = event
-        self._pool._emit(event)
-        log.info("swap_finished", swap=self._id, outcome=event.outcome, reason=event.reason, window_us=event.window_us)
-
-
-_PROBE_TEXTS: Sequence[str] = ("Say hello.", "What is two plus two?", "Name a colour.", "Finish: one, two,", "Why?")
-
-
-async def _probe(loader: LoaderProcess, number: int) -> str:
-    """Ask one probe; "" when the answer is whole, else what is wrong."""
-    text = _PROBE_TEXTS[number % len(_PROBE_TEXTS)]
-    request = Generate(
-        id=0,
-        model="",
-        messages=(Message(role="user", content=text),),
-        max_tokens=8,
-        temperature=0.0,
-        request_id="probe",
-    )
-    async for answer in loader.generate(request):
-        if isinstance(answer, Failed):
-            return f"probe {number + 1} of {PROBES}: {answer.message}"
-        if isinstance(answer, Done):
-            return "" if answer.completion_tok > 0 else f"probe {number + 1} of {PROBES}: the answer is empty"
-    return f"probe {number + 1} of {PROBES}: no answer"

@@ -9,6 +9,9 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from agent.config import AgentConfig
 
+TEND_S = 1.0
+"""How often the models in memory are looked after."""
+
 
 class Job(NamedTuple):
     """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled."""
@@ -24,12 +27,14 @@ def jobs(
     sample: Callable[[], Awaitable[object]],
     push: Callable[[], Awaitable[object]],
     probe: Callable[[], Awaitable[object]],
+    tend: Callable[[], Awaitable[object]],
 ) -> tuple[Job, ...]:
     """The agent's jobs."""
     return (
         Job("sample", config.telemetry.sample_s, sample),
         Job("push", config.telemetry.upload_s, push),
         Job("probe", config.peers.beat_s, probe),
+        Job("tend", TEND_S, tend),
     )
 
 

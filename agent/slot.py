@@ -5,13 +5,15 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
-import psutil
-
 from agent.config import Model
-from agent.frames import Answer, Ask, Reported
+from agent.demand import Demand
+from agent.eviction import Occupant
+from agent.footprint import footprint_bytes
+from agent.frames import Answer, Ask, Working
+from agent.guard import Held
 from agent.loader_process import LoaderProcess
 from agent.modelstore import ModelSpec
-from shared.records import EngineWindow
+from shared.records import ModelLoaded
 
 
 class Loaded(NamedTuple):
@@ -21,6 +23,16 @@ class Loaded(NamedTuple):
     spec: ModelSpec
     process: LoaderProcess
     since_s: float
+    load_s: float = 0.0
+
+
+class Gone(NamedTuple):
+    """A model that left memory, until it is wanted again."""
+
+    at_s: float
+    t_ms: int
+    version: str
+    reason: str
 
 
 class Slot:
@@ -37,8 +49,12 @@ class Slot:
         self.restarts = 0
         self.last_exit = ""
         self.crashes: deque[float] = deque()
-        self.last_used_s = 0.0
-        self.requests: deque[float] = deque()
+        self.demand = Demand()
+        self.waiting: list[float] = []
+        self.closed_for = ""
+        self.gone: Gone | None = None
+        self.peak_bytes = 0
+        self.keep_alive_s = model.keep_alive_s
         self.pinned = model.pinned
         self.standby_bytes = 0
         self.died_starting = False
@@ -48,7 +64,7 @@ class Slot:
     @property
     def ready(self) -> bool:
         """Whether a request may be leased now."""
-        return self.loaded is not None and self.in_rotation and self.loaded.process.usable
+        return self.loaded is not None and self.in_rotation and not self.closed_for and self.loaded.process.usable
 
     @property
     def leases(self) -> int:
@@ -60,6 +76,104 @@ class Slot:
         """Planned bytes of what is in memory or on its way there."""
         held = self.spec.need_bytes if self.spec and (self.loaded or self.state in ("starting", "draining")) else 0
         return held + self.standby_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """What it will need, as far as that is known before its files were looked at."""
+        return self.spec.need_bytes if self.spec else self.model.need_bytes
+
+    def occupant(self, now_s: float, min_residency_s: float) -> Occupant:
+        """As eviction sees it. A slot that is being changed is in use, whatever its leases."""
+        loaded = self.loaded
+        return Occupant(
+            name=self.names[0],
+            need_bytes=self.occupied_bytes,
+            leases=self.leases,
+            pinned=self.pinned or self.changing.locked() or loaded is None,
+            last_used_s=self.demand.last_s or 0.0,
+            reload_s=loaded.load_s if loaded else 0.0,
+            per_s=self.demand.per_s(now_s),
+            stays_until_s=loaded.since_s + max(min_residency_s, loaded.load_s) if loaded else 0.0,
+        )
+
+    def idle_beyond_keep_alive(self, now_s: float) -> bool:
+        """Whether it has to leave because nobody used it for so long."""
+        if self.loaded is None or self.keep_alive_s < 0 or self.pinned or self.leases or self.waiting:
+            return False
+        return now_s - max(self.loaded.since_s, self.demand.last_s or 0.0) >= self.keep_alive_s
+
+    def held(self) -> Held | None:
+        """What its loader holds, by source, as the memory guard sees it; None without one."""
+        if self.loaded is None:
+            return None
+        working, plan = self.loaded.process.working or Working(), self.loaded.spec.plan
+        if self.model.engine == "fake":  # its numbers are invented, and its process is no model's
+            return Held(name=self.names[0], engine_bytes=working.active_bytes)
+        overhead = plan.overhead_bytes
+        return Held(
+            name=self.names[0],
+            engine_bytes=working.active_bytes + working.reuse_bytes + overhead,
+            footprint_bytes=footprint_bytes(self.loaded.process.pid),
+            ledger_bytes=plan.weights_bytes + working.kv_bytes + working.cache_bytes + overhead,
+        )
+
+    def loaded_event(self, t_ms: int, *, fused: bool) -> ModelLoaded:
+        """The record of the load that has just ended."""
+        loaded = self.loaded
+        assert loaded is not None
+        planned, peak = self._first_prompt(loaded, fused=fused)
+        return ModelLoaded(
+            t_ms=t_ms,
+            model=self.names[0],
+            version=loaded.spec.version,
+            load_us=int(loaded.load_s * 1e6),
+            need_bytes=loaded.spec.need_bytes,
+            footprint_bytes=footprint_bytes(loaded.process.pid),
+            planned_peak_bytes=planned,
+            peak_bytes=peak,
+        )
+
+    def status(self, now_s: float, *, fused: bool) -> dict[str, object]:
+        """For a person."""
+        loaded, spec = self.loaded, self.spec
+        planned, peak = self._first_prompt(loaded, fused=fused) if loaded else (None, None)
+        return {
+            "model": self.names[0],
+            "names": self.names,
+            "state": self._state(),
+            "reason": f"makes room for {self.closed_for}" if self.closed_for else self.reason,
+            "version": loaded.spec.version if loaded else "",
+            "pid": loaded.process.pid if loaded else None,
+            "in_flight": self.leases,
+            "waiting": len(self.waiting),
+            "pinned": self.pinned,
+            "keep_alive_s": self.keep_alive_s,
+            "need_bytes": spec.need_bytes if spec else None,
+            "footprint_bytes": footprint_bytes(loaded.process.pid) if loaded else None,
+            "peak_bytes": self.peak_bytes or None,
+            "first_prompt_planned_bytes": planned,
+            "first_prompt_peak_bytes": peak,
+            "plan_error_ppm": round((peak - planned) / planned * 1e6) if planned and peak else None,
+            "load_s": round(loaded.load_s, 2) if loaded else None,
+            "requests_last_hour": self.demand.last_hour(now_s),
+            "restarts": self.restarts,
+            "last_exit": self.last_exit,
+            "silent_s": round(loaded.process.silent_s, 1) if loaded else 0.0,
+            "blas": loaded.process.ready.blas if loaded and loaded.process.ready else "",
+        }
+
+    def _state(self) -> str:
+        if not self.in_rotation:
+            return "out of rotation"
+        return "closed" if self.closed_for else self.state
+
+    @staticmethod
+    def _first_prompt(loaded: Loaded, *, fused: bool) -> tuple[int | None, int | None]:
+        """MLX's peak at the loader's first prompt, as planned and as measured."""
+        ready = loaded.process.ready
+        if ready is None or not ready.peak_bytes:
+            return None, None
+        return loaded.spec.planned_warm_bytes(ready.warm_tok, fused=fused), ready.peak_bytes
 
     def become(self, state: str, reason: str = "") -> None:
         """Note the state for people and wake whoever waits for it."""
@@ -73,22 +187,10 @@ class Lease:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
+        self.spec = loaded.spec
+        self.process = loaded.process
         self.version = loaded.spec.version
 
     def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
         """Answers to the request; see LoaderProcess.generate."""
         return self._loaded.process.generate(request)
-
-
-def window_of(model: str, version: str, reported: Reported) -> EngineWindow:
-    """A loader's report as the record of a window; the fields are the same."""
-    counts = {name: getattr(reported, name) for name in Reported.__struct_fields__}
-    return EngineWindow(model=model, version=version, **counts)
-
-
-def footprint_bytes(pid: int) -> int | None:
-    """Resident bytes of a process as the system counts them; None when it is gone."""
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return None

@@ -1,15 +1,16 @@
-"""One hot swap as a state machine: facts in, effects out; the pool performs them and feeds back what happened.
+"""One hot swap as a state machine: facts in, effects out; SwapRun performs them and feeds back what happened.
 
 Hot: the new loader starts beside the old one, answers probes, takes over in one assignment, and the old one drains.
 Cold: there is no room for both, so the node leaves rotation for this model, drains and stops the old loader first, and
 peers carry the load. Whatever goes wrong before the flip leaves the old model serving (cold: starts it again).
+After the flip the new loader is the active one like any other: if it ends, it is started again.
 """
 
 from typing import Literal
 
 import msgspec
 
-Phase = Literal["starting", "warming", "draining", "restoring", "finished"]
+Phase = Literal["starting", "warming", "flipping", "draining", "stopping", "restoring", "finished"]
 
 
 class SwapState(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,11 +39,19 @@ class StandbyFailed(_Event, frozen=True, kw_only=True):
 
 
 class ProbesPassed(_Event, frozen=True, kw_only=True):
-    """The new loader answered every probe within its budget."""
+    """The new loader answered every probe as it should, within its budget."""
+
+
+class Flipped(_Event, frozen=True, kw_only=True):
+    """The new loader is the active one."""
 
 
 class Drained(_Event, frozen=True, kw_only=True):
-    """The old loader has no request left, or its deadline passed."""
+    """The old loader has no request left, or their deadlines have passed."""
+
+
+class Stopped(_Event, frozen=True, kw_only=True):
+    """A loader's process is gone, and its memory with it."""
 
 
 class Restored(_Event, frozen=True, kw_only=True):
@@ -51,7 +60,7 @@ class Restored(_Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
-Event = StandbyReady | StandbyFailed | ProbesPassed | Drained | Restored
+Event = StandbyReady | StandbyFailed | ProbesPassed | Flipped | Drained | Stopped | Restored
 Effect = Literal[
     "leave_rotation",
     "start_standby",
@@ -78,14 +87,15 @@ def step(state: SwapState, event: Event) -> tuple[SwapState, tuple[Effect, ...]]
     """The next state and what to do. An event of another swap, or one that comes too late, changes nothing.
 
     1. StandbyFailed before the flip: the standby stops; hot, the swap has failed; cold, the old model is restored.
-    2. StandbyReady while starting: warm it.
-    3. ProbesPassed while warming: flip; hot, the old loader drains; cold, it is gone already.
-    4. Drained: hot after the flip, stop the old loader and finish; cold before it, stop it and start the standby.
-    5. Restored after a failed cold swap: finish.
+    2. StandbyReady while starting: warm it. ProbesPassed while warming: flip.
+    3. Flipped: hot, the old loader drains; cold, it is gone already and the swap has succeeded.
+    4. Drained: hot after the flip, stop the old loader; cold before it, stop it and then start the standby.
+    5. Stopped: hot, the old loader's memory is back and the swap has succeeded; cold, the standby starts.
+    6. Restored after a failed cold swap: finish.
     """
     if event.swap_id != state.swap_id or state.phase == "finished":
         return state, ()
-    if isinstance(event, StandbyFailed) and state.phase in ("starting", "warming"):
+    if isinstance(event, StandbyFailed) and state.phase in ("starting", "warming", "flipping"):
         failed = msgspec.structs.replace(state, outcome="failed", reason=event.reason)
         if state.cold:
             return msgspec.structs.replace(failed, phase="restoring"), ("stop_standby", "restore_active")
@@ -93,14 +103,18 @@ def step(state: SwapState, event: Event) -> tuple[SwapState, tuple[Effect, ...]]
     if isinstance(event, StandbyReady) and state.phase == "starting":
         return msgspec.structs.replace(state, phase="warming"), ("warm_standby",)
     if isinstance(event, ProbesPassed) and state.phase == "warming":
+        return msgspec.structs.replace(state, phase="flipping"), ("flip",)
+    if isinstance(event, Flipped) and state.phase == "flipping":
         flipped = msgspec.structs.replace(state, flipped=True, outcome="flipped")
         if state.cold:
-            return msgspec.structs.replace(flipped, phase="finished"), ("flip", "finish")
-        return msgspec.structs.replace(flipped, phase="draining"), ("flip", "drain_old")
+            return msgspec.structs.replace(flipped, phase="finished"), ("finish",)
+        return msgspec.structs.replace(flipped, phase="draining"), ("drain_old",)
     if isinstance(event, Drained) and state.phase == "draining":
+        return msgspec.structs.replace(state, phase="stopping"), ("stop_old" if state.flipped else "stop_active",)
+    if isinstance(event, Stopped) and state.phase == "stopping":
         if state.flipped:
-            return msgspec.structs.replace(state, phase="finished"), ("stop_old", "finish")
-        return msgspec.structs.replace(state, phase="starting"), ("stop_active", "start_standby")
+            return msgspec.structs.replace(state, phase="finished"), ("finish",)
+        return msgspec.structs.replace(state, phase="starting"), ("start_standby",)
     if isinstance(event, Restored) and state.phase == "restoring":
         reason = f"{state.reason}; {event.reason}" if event.reason else state.reason
         return msgspec.structs.replace(state, phase="finished", reason=reason), ("finish",)

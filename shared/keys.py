@@ -11,6 +11,8 @@ _RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\
 RAW_PREFIX = "raw/v1/"
 URGENT_PREFIX = "urgent/v1/"
 MANIFEST_PREFIX = "manifest/v1/"
+MODEL_PREFIX = "models/v1/manifest/"
+DESIRED = "desired/v1/desired.json"
 ALERT_STATE = "state/v1/alerts.json"
 
 
@@ -89,6 +91,30 @@ def manifest_key(number: int) -> str:
 def report_key(cadence: str, period: str, name: str, revision: int, extension: str) -> str:
     """A report. ``cadence`` is weekly or monthly, ``period`` like 2026-W47 or 2026-11."""
     return f"report/v1/{cadence}/{period}/{name}-r{revision}.{extension}"
+
+
+def model_prefix(name: str) -> str:
+    """The manifests of all versions of one model."""
+    return f"{MODEL_PREFIX}{check_name(name, 'model')}/"
+
+
+def model_manifest_key(name: str, version: str) -> str:
+    """What a version of a model consists of."""
+    return f"{model_prefix(name)}{check_name(version, 'version')}.json"
+
+
+def parse_model_manifest_key(key: str) -> tuple[str, str]:
+    """Model and version. Raises Refused for a foreign key."""
+    name, _, file = key.removeprefix(MODEL_PREFIX).partition("/")
+    version = file.removesuffix(".json")
+    if not (_NAME.fullmatch(name) and _NAME.fullmatch(version)) or model_manifest_key(name, version) != key:
+        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+    return name, version
+
+
+def model_file_key(version: str, file: str) -> str:
+    """One file of a version; versions that two names share are there once."""
+    return f"models/v1/files/{check_name(version, 'version')}/{file}"
 
 
 def quarantine_key(key: str) -> str:

@@ -127,7 +127,8 @@ class AgentStopped(_Record, frozen=True, kw_only=True, tag="agent_stopped"):
 
 
 class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
-    """A loader became ready. ``need_bytes`` was planned, ``footprint_bytes`` measured."""
+    """A loader became ready. ``need_bytes`` was planned for all it may come to hold, ``footprint_bytes`` is what it
+    holds. ``planned_peak_bytes`` and ``peak_bytes`` compare plan and measurement of the same first prompt in MLX."""
 
     t_ms: int
     model: str
@@ -135,10 +136,17 @@ class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
     load_us: int
     need_bytes: int
     footprint_bytes: int | None = None
+    planned_peak_bytes: int | None = None
+    peak_bytes: int | None = None
 
 
 class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
-    """A model left memory so that another fits, or by order. ``age_us`` counts from the moment it was ready."""
+    """A model left memory. ``reason`` is memory (another one needed the room), pressure (models held more than was
+    planned), idle (nobody used it for its keep-alive time) or ordered.
+
+    ``age_us`` counts from the moment it was ready, ``idle_us`` from its last request; ``reload_us`` is what loading it
+    had taken.
+    """
 
     t_ms: int
     model: str
@@ -148,10 +156,35 @@ class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
     bytes: int = 0
     age_us: int = 0
     requests_last_hour: int = 0
+    idle_us: int | None = None
+    reload_us: int = 0
+
+
+class ModelMissed(_Record, frozen=True, kw_only=True, tag="model_missed"):
+    """The first request for a model that had left memory, ``after_us`` after that. ``reason`` is the eviction's."""
+
+    t_ms: int
+    model: str
+    version: str
+    reason: str
+    after_us: int
+
+
+class MemoryPressed(_Record, frozen=True, kw_only=True, tag="memory_pressed"):
+    """The memory guard's level changed: calm, soft or hard."""
+
+    t_ms: int
+    level: str
+    held_bytes: int
+    budget_bytes: int
 
 
 class SwapFinished(_Record, frozen=True, kw_only=True, tag="swap_finished"):
-    """A hot swap ended. ``outcome`` is flipped or failed; ``window_us`` is from start to the old loader's end."""
+    """A hot swap ended. ``outcome`` is flipped or failed; ``window_us`` is from start to the old loader's end.
+
+    ``itl_before_us`` and ``itl_during_us`` are the old model's p95 gap between tokens, ``raised_us`` the time during
+    which gaps were at least twice as long as before. ``freed_bytes`` came back with the old loader.
+    """
 
     t_ms: int
     swap_id: str
@@ -163,6 +196,10 @@ class SwapFinished(_Record, frozen=True, kw_only=True, tag="swap_finished"):
     window_us: int = 0
     probes: int = 0
     probe_p99_us: int | None = None
+    itl_before_us: int | None = None
+    itl_during_us: int | None = None
+    raised_us: int = 0
+    freed_bytes: int = 0
 
 
 class LoaderExited(_Record, frozen=True, kw_only=True, tag="loader_exited"):
@@ -209,6 +246,8 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     AgentStopped,
     ModelLoaded,
     ModelEvicted,
+    ModelMissed,
+    MemoryPressed,
     SwapFinished,
     LoaderExited,
     ThrottleEvent,
@@ -228,6 +267,8 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
         AgentStopped,
         ModelLoaded,
         ModelEvicted,
+        ModelMissed,
+        MemoryPressed,
         SwapFinished,
         LoaderExited,
         ThrottleEvent,

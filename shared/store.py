@@ -1,8 +1,9 @@
-"""The object store as both programs see it: six calls, with the promises each backend must keep.
+"""The object store as both programs see it: eight calls, with the promises each backend must keep.
 
 One contract suite (tests/contracts) runs on every implementation. Calls block; the agent makes them in a thread.
 """
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
@@ -42,6 +43,14 @@ class ObjectStore(Protocol):
 
     def get(self, key: str) -> Stored:
         """Read. Raises NotFound."""
+        ...
+
+    def get_part(self, key: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``start`` on; fewer at the end, none beyond it. Raises NotFound."""
+        ...
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a file of any size, whatever was there."""
         ...
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,20 @@ class DirectoryStore:
             body = self._path(key).read_bytes()
         return Stored(body, _etag(body))
 
+    def get_part(self, key: str, start: int, length: int) -> bytes:
+        with _as_ours("get", key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def put_file(self, key: str, path: Path) -> None:
+        target = self._path(key)
+        with _as_ours("put", key), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._root) as folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copyfile(path, Path(folder, "file"))
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(copy, target)
+
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         start = self._root.joinpath(*prefix.split("/")[:-1])
         with _as_ours("list", prefix):
@@ -77,7 +92,8 @@ class DirectoryStore:
             self._path(key).unlink()
 
     def _keys_under(self, start: Path) -> Iterator[str]:
-        for folder, _, names in os.walk(start):
+        for folder, folders, names in os.walk(start):
+            folders[:] = [one for one in folders if not one.startswith(_TEMPORARY)]
             for name in names:
                 if not name.startswith((_LOCK, _TEMPORARY)):
                     yield Path(folder, name).relative_to(self._root).as_posix()

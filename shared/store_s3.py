@@ -6,9 +6,11 @@ The client's settings are not taste, each mends something seen: no aws-chunked t
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
+import boto3.exceptions
 import botocore.exceptions
 import botocore.handlers
 from botocore.config import Config
@@ -79,6 +81,33 @@ class S3Store:
         with _as_ours("get", key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
             return Stored(answer["Body"].read(), answer["ETag"].strip('"'))
+
+    def get_part(self, key: str, start: int, length: int) -> bytes:
+        if length <= 0:
+            return b""
+        with _as_ours("get", key):
+            try:
+                answer = self._client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{start + length - 1}"
+                )
+            except botocore.exceptions.ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
+                    return b""
+                raise
+            body: bytes = answer["Body"].read()
+            return body
+
+    def put_file(self, key: str, path: Path) -> None:
+        # in parts where it is large: one PUT takes 5 GB at most
+        with _as_ours("put", key):
+            try:
+                self._client.upload_file(str(path), self._bucket, self._prefix + key)
+            except boto3.exceptions.S3UploadFailedError as error:
+                if isinstance(error.__context__, botocore.exceptions.ClientError):
+                    raise error.__context__ from None
+                raise Retryable(f"put {key}: the store did not take the whole file") from None
+            except OSError as error:
+                raise Refused(f"put {key}: {path.name} cannot be read ({error.strerror})", code="bad_file") from None
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, "MaxKeys": limit}

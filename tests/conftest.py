@@ -21,7 +21,7 @@ def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | 
         # /proc is memory: reading a process' size there waits for nothing
         for function in ("io.BufferedReader.read", "os.read", "io.TextIOWrapper.read", "os.stat"):
             if function in buster.functions:
-                buster.functions[function].can_block_in("agent/slot.py", "footprint_bytes")
+                buster.functions[function].can_block_in("agent/footprint.py", "footprint_bytes")
         yield buster
 
 

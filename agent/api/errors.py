@@ -25,6 +25,8 @@ STATUS = {
     "draining": 503,
     "no_capacity": 503,
     "no_memory": 507,
+    "disk_full": 507,
+    "memory_pressure": 503,
     "worker_lost": 502,
     "engine_failed": 500,
     "deadline_exceeded": 504,

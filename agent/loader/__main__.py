@@ -27,11 +27,13 @@ def main() -> int:
     parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
     parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
     parser.add_argument("--kv-tok", type=int, default=8 * 2048, help="tokens of all requests together, in memory")
+    parser.add_argument("--reuse-bytes", type=int, default=256 << 20, help="freed arrays that MLX may keep")
     parser.add_argument("--disk-cache", default="", help="folder of states on disk; its secret comes by stdin")
     parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the states on disk")
     parser.add_argument("--fingerprint", default="", help="what the states on disk belong to")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
     parser.add_argument("--fake-load-s", type=float, default=0.0)
+    parser.add_argument("--fake-held-bytes", type=int, default=0)
     args = parser.parse_args()
     # a core file would hold prompts
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -48,7 +50,13 @@ def _engine(args: argparse.Namespace) -> Engine:
     if args.engine == "fake":
         from agent.loader.fake_engine import FakeEngine
 
-        return FakeEngine(step_s=args.fake_step_s, load_s=args.fake_load_s, salt=args.path, rows=args.rows)
+        return FakeEngine(
+            step_s=args.fake_step_s,
+            load_s=args.fake_load_s,
+            salt=args.path,
+            rows=args.rows,
+            held_bytes=args.fake_held_bytes,
+        )
     from agent.loader import blas
 
     name = blas.install()
@@ -66,6 +74,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         default_max_tokens=args.max_tokens,
         kv_tok=args.kv_tok,
         disk=_disk(args),
+        reuse_bytes=args.reuse_bytes,
         blas=name,
     )
 

@@ -29,6 +29,7 @@ from agent.frames import (
     Scored,
     Tokens,
     ToolCall,
+    Working,
 )
 from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
@@ -49,7 +50,9 @@ class _Row:
 class FakeEngine:
     """Engine whose every number is invented but consistent."""
 
-    def __init__(self, *, step_s: float = 0.0, load_s: float = 0.0, salt: str = "", rows: int = 8) -> None:
+    def __init__(
+        self, *, step_s: float = 0.0, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
+    ) -> None:
         time.sleep(load_s)
         self._step_s = step_s
         self._load_us = int(load_s * 1e6)
@@ -58,9 +61,10 @@ class FakeEngine:
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
         self._window: dict[str, int] = {}
+        self._held_bytes = held_bytes or 1 << 20
 
     def describe(self) -> Ready:
-        return Ready(engine="fake", context_tok=CONTEXT_TOK, load_us=self._load_us, active_bytes=1 << 20)
+        return Ready(engine="fake", context_tok=CONTEXT_TOK, load_us=self._load_us, active_bytes=self._held_bytes)
 
     @property
     def busy(self) -> bool:
@@ -142,7 +146,14 @@ class FakeEngine:
 
     def report(self) -> Reported:
         window, self._window = self._window, {}
-        return Reported(active_bytes=1 << 20, **window)
+        return Reported(active_bytes=self._held_bytes, **window)
+
+    def working(self) -> Working:
+        return Working(active_bytes=self._held_bytes, kv_bytes=len(self._rows) << 10)
+
+    def relieve(self, level: str) -> None:
+        if level == "hard":
+            self._held_bytes = 1 << 20
 
     def close(self) -> None:
         self._rows.clear()

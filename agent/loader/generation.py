@@ -1,9 +1,9 @@
 """The seam between the loader's loop and an engine."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from agent.frames import Ask, Failed, Frame, Ready, Reported
+from agent.frames import Ask, Failed, Frame, Ready, Reported, Working
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ class Engine(Protocol):
 
     def report(self) -> Reported:
         """What happened since the last report."""
+        ...
+
+    def working(self) -> Working:
+        """What it holds now."""
+        ...
+
+    def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
+        """Memory is short, or no longer; see agent.frames.Relieve."""
         ...
 
     def close(self) -> None:

@@ -22,9 +22,9 @@ from agent.frames import (
     Frame,
     Generate,
     LoadFailed,
+    Relieve,
     Report,
     Stop,
-    Working,
     encode,
 )
 from agent.loader.generation import Engine, Prepared
@@ -109,10 +109,10 @@ class _Loop:
 
     def _sign_of_life(self) -> list[Frame]:
         now = time.monotonic()
-        if now - self._said_s < _WORKING_S:
+        if now - self._said_s < _WORKING_S and self._engine.busy:
             return []
         self._said_s = now
-        return [Working()]
+        return [self._engine.working()]
 
     def _taken(self, item: "Frame | Prepared | _Asked") -> list[Frame]:
         if isinstance(item, _Asked):
@@ -128,6 +128,9 @@ class _Loop:
                 self._dropped.add(item.id)  # it may still be in preparation
         elif isinstance(item, Report):
             return [self._engine.report()]
+        elif isinstance(item, Relieve):
+            self._engine.relieve(item.level)
+            return [self._engine.working()]
         elif isinstance(item, Stop):
             self._stopping = True
         return []

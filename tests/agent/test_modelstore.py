@@ -23,12 +23,14 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def describe(folder: Path, memo: Path, **more: object) -> tuple[str, int]:
-    spec = ModelStore(memo).describe(msgspec.convert({"name": "m", "path": str(folder), **more}, Model))
+    spec = ModelStore(memo, memo.parent / "store").describe(
+        msgspec.convert({"name": "m", "path": str(folder), **more}, Model)
+    )
     return spec.version, spec.need_bytes
 
 
 def write_manifest(folder: Path, memo: Path) -> None:
-    files = ModelStore(memo)._manifest("m", folder).files
+    files = ModelStore(memo, memo.parent / "store").manifest("m", folder).files
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode({"files": files}))
 
 
@@ -53,12 +55,15 @@ def test_hashes_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path
 
 
 def test_many_at_once_and_a_disk_that_refuses(folder: Path, tmp_path: Path) -> None:
-    store = ModelStore(tmp_path / "memo")
+    store = ModelStore(tmp_path / "memo", tmp_path / "store")
     model = msgspec.convert({"name": "m", "path": str(folder)}, Model)
     with ThreadPoolExecutor(8) as pool:
         assert len({spec.version for spec in pool.map(store.describe, [model] * 40)}) == 1
     (tmp_path / "file").write_text("")
-    assert ModelStore(tmp_path / "file" / "memo").describe(model).version == store.describe(model).version
+    assert (
+        ModelStore(tmp_path / "file" / "memo", tmp_path / "store").describe(model).version
+        == store.describe(model).version
+    )
 
 
 @pytest.mark.parametrize(

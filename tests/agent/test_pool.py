@@ -14,6 +14,7 @@ import pytest
 
 from agent.config import AgentConfig
 from agent.frames import Done, Generate, Message, Reported, Tokens
+from agent.loaders import Loaders
 from agent.modelstore import ModelStore
 from agent.pool import Pool
 from shared.errors import Refused, Retryable
@@ -26,7 +27,11 @@ def fake(name: str, **more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def running(
-    tmp_path: Path, *models: dict[str, Any], budget: int = 100, carried: bool = False
+    tmp_path: Path,
+    *models: dict[str, Any],
+    budget: int = 100,
+    carried: bool = False,
+    memory: dict[str, Any] | None = None,
 ) -> AsyncIterator[tuple[Pool, list[Event]]]:
     config = msgspec.convert(
         {
@@ -34,18 +39,20 @@ async def running(
             "store": {"path": "x"},
             "models": list(models),
             "limits": {"drain_s": 5.0},
+            "memory": {"min_residency_s": 0.0, **(memory or {})},
         },
         AgentConfig,
     )
     events: list[Event] = []
-    store = await asyncio.to_thread(ModelStore, tmp_path / "models.json")
+    store = await asyncio.to_thread(ModelStore, tmp_path / "models.json", tmp_path / "models")
+    loaders = Loaders(
+        config, os.environ, prompts=tmp_path / "prompts", threads=1, on_report=lambda model, reported: None
+    )
     pool = Pool(
         config,
         store,
-        os.environ,
-        prompts=tmp_path / "prompts",
+        loaders,
         budget_bytes=budget,
-        threads=1,
         emit=events.append,
         carried_by_peer=lambda _: carried,
     )
@@ -129,7 +136,7 @@ async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
         _,
     ):
         await pool.load("a")
-        with pytest.raises(Refused, match="2 MB short of 10 MB; in use or pinned: a"):
+        with pytest.raises(Refused, match="2 MB short of 10 MB; in use, pinned or just loaded: a"):
             await pool.load("b")
         assert pool.status()[1]["state"] == "cold", "room may come back"
         assert "2 MB short" in str(pool.status()[1]["reason"])
@@ -230,7 +237,7 @@ async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path)
         await asyncio.gather(*clients)
         new, new_text = await answer(pool, "a", tokens=40)
         assert {(old, old_text), (new, new_text)} == seen, "every answer is all of one version"
-        assert ("flipped", old, new, 5) == (
+        assert ("flipped", old, new, 30) == (
             finished.outcome,
             finished.from_version,
             finished.to_version,

@@ -65,6 +65,12 @@ class Flaky:
     def get(self, key: str) -> Stored:
         return self.inner.get(key)
 
+    def get_part(self, key: str, start: int, length: int) -> bytes:
+        return self.inner.get_part(key, start, length)
+
+    def put_file(self, key: str, path: Path) -> None:
+        self.inner.put_file(key, path)
+
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         return self.inner.list_after(prefix, after, limit)
 

@@ -197,3 +197,26 @@ def test_a_store_that_is_away_asks_to_wait_and_comes_back(seaweed: SeaweedFS) ->
     with pytest.raises(Retryable):
         s3(seaweed, endpoint=f"http://127.0.0.1:{free_port()}").get("k")
     gate.shut()
+
+
+def test_parts_of_an_object(store: ObjectStore) -> None:
+    store.put("whole", bytes(range(100)))
+    assert store.get_part("whole", 10, 5) == bytes(range(10, 15))
+    assert store.get_part("whole", 95, 50) == bytes(range(95, 100))
+    assert store.get_part("whole", 100, 5) == b""
+    assert store.get_part("whole", 0, 0) == b""
+    with pytest.raises(NotFound):
+        store.get_part("nothing", 0, 5)
+
+
+def test_files_of_any_size(store: ObjectStore, tmp_path: Path) -> None:
+    large = tmp_path / "large file"
+    large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients send parts
+    store.put_file("models/large", large)
+    assert store.get("models/large").body == large.read_bytes()
+    large.write_bytes(b"small now")
+    store.put_file("models/large", large)
+    assert store.get("models/large").body == b"small now"
+    with pytest.raises(Refused):
+        store.put_file("models/none", tmp_path / "none")
+    assert [one.key for one in list_all(store, "models/")] == ["models/large"]

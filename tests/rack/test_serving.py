@@ -341,7 +341,7 @@ def test_corrupt_weights_fail_with_the_reason(tmp_path: Path, tiny_model: Path) 
     (broken / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 200)
     with rack(tmp_path, [model(), {"name": "broken", "path": str(broken), "need_bytes": 10}]) as (agent,):
         until(lambda: agent.status()["models"][1]["state"] == "failed", "it has failed")
-        assert "cannot be loaded" in agent.status()["models"][1]["reason"]
+        assert "its header is no safetensors header; fetch the model again" in agent.status()["models"][1]["reason"]
         assert agent.chat().status == 200
 
 

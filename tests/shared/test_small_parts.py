@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import catalog, logs, secrets
+from shared import catalog, logs, memory_plan, secrets
 from shared.backoff import full_jitter_s
-from shared.catalog import Manifest, ModelFile, ModelShape
+from shared.catalog import Manifest, ModelFile
 from shared.errors import Halt, Refused
 
 
@@ -43,21 +43,9 @@ def test_backoff_stays_under_its_cap(attempt: int, dice: float) -> None:
     assert 0 <= full_jitter_s(attempt, dice) <= min(300.0, 2.0**attempt)
 
 
-def test_kv_bytes_of_known_models() -> None:
-    """Llama-3.1-8B: 128 KiB a token; SmolLM2-135M in float32: 46,080 bytes."""
-    assert catalog.kv_bytes_per_token(ModelShape(layers=32, kv_heads=8, head_dim=128)) == 128 << 10
-    assert catalog.kv_bytes_per_token(ModelShape(layers=30, kv_heads=3, head_dim=64, kv_bytes=4)) == 46_080
-
-
-def test_memory_is_planned_in_steps() -> None:
-    shape = ModelShape(layers=1, kv_heads=1, head_dim=1, kv_bytes=1)
-    assert catalog.need_bytes(0, shape, rows=1, context_tok=1) == catalog.need_bytes(0, shape, rows=1, context_tok=256)
-    assert catalog.need_bytes(0, shape, rows=1, context_tok=257) - catalog.PROCESS_OVERHEAD_BYTES == 2 * 512
-
-
 @pytest.mark.parametrize(("gib", "share"), [(16, 2 / 3), (35, 2 / 3), (36, 3 / 4), (64, 3 / 4)])
 def test_the_default_budget_is_metals_share(gib: int, share: float) -> None:
-    assert abs(catalog.default_budget_bytes(gib << 30) - (gib << 30) * share) < 2
+    assert abs(memory_plan.default_budget_bytes(gib << 30) - (gib << 30) * share) < 2
 
 
 def test_a_version_names_exactly_these_bytes() -> None:
@@ -69,7 +57,7 @@ def test_a_version_names_exactly_these_bytes() -> None:
 @pytest.mark.parametrize("config", [b"", b"[]", b"{}", b'{"num_hidden_layers": 0}', b'{"num_attention_heads": true}'])
 def test_a_shape_that_is_no_model_is_refused(config: bytes) -> None:
     with pytest.raises(Refused, match=r"config\.json"):
-        catalog.parse_shape(config)
+        memory_plan.parse_shape(config)
 
 
 def test_a_logged_exception_keeps_its_place_and_loses_its_text(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from tokenizers import Tokenizer
 
-from agent.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported
+from agent.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported, Working
 from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
@@ -137,7 +137,9 @@ class EncoderEngine:
             raise cannot_load(self._folder, error) from None
         self._work: dict[int, _Work] = {}
         self._window: dict[str, int] = {}
+        mx.reset_peak_memory()
         self._vectors([[0]])
+        self._warm_peak = mx.get_peak_memory()
         self._load_us = int((time.perf_counter() - began) * 1e6)
 
     def _load(self) -> None:
@@ -160,6 +162,8 @@ class EncoderEngine:
             context_tok=self._limit_tok,
             load_us=self._load_us,
             active_bytes=mx.get_active_memory(),
+            peak_bytes=self._warm_peak,
+            warm_tok=1,
             blas=self._blas,
             serves="vectors",
         )
@@ -206,6 +210,14 @@ class EncoderEngine:
     def report(self) -> Reported:
         window, self._window = self._window, {}
         return Reported(**window, active_bytes=mx.get_active_memory())
+
+    def working(self) -> Working:
+        return Working(active_bytes=mx.get_active_memory(), reuse_bytes=mx.get_cache_memory())
+
+    def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
+        if level == "hard":
+            mx.synchronize()
+            mx.clear_cache()
 
     def close(self) -> None:
         self._work.clear()

@@ -9,7 +9,7 @@ its rows, and their answers come out the same.
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -24,6 +24,7 @@ from agent.frames import (
     Ready,
     Reported,
     Tokens,
+    Working,
 )
 from agent.loader.blas import REFERENCE
 from agent.loader.disk_cache import DiskCache
@@ -37,6 +38,7 @@ from agent.loader.mlx.states import PromptStates
 from agent.loader.prompt_cache import as_tokens, common
 from agent.loader.scheduling import (
     FIRST_TOKEN_TOK,
+    SMALLEST_CHUNK_TOK,
     STEP_TOK,
     Block,
     PrefillCost,
@@ -58,12 +60,14 @@ GROWTH_TOK = 256
 _MEASURED_TOK = 32
 """Pieces below this say nothing about the speed of prefill."""
 MAX_BREAKS = 3
+PRESSED = 4
+"""While memory is short, pieces of prompts are so many times smaller."""
 
 
 class MLXEngine:
     """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded.
 
-    ``kv_tok`` bounds the tokens of all rows together, padding included.
+    ``kv_tok`` bounds the tokens of all rows together, padding included; ``reuse_bytes`` the freed arrays that are kept.
     """
 
     def __init__(
@@ -77,9 +81,12 @@ class MLXEngine:
         default_max_tokens: int = 4096,
         kv_tok: int = 8 * 2048,
         disk: DiskCache | None = None,
+        reuse_bytes: int | None = None,
         blas: str = REFERENCE,
     ) -> None:
         began = time.perf_counter()
+        if reuse_bytes is not None:
+            mx.set_cache_limit(reuse_bytes)  # freed arrays that are kept count for the process like any others
         self._model = TextModel(Path(path), limit_tok=kv_tok, default_max_tokens=default_max_tokens)
         self._blas = blas
         self._rows_limit = rows
@@ -96,6 +103,7 @@ class MLXEngine:
         self._embeddings = EmbeddingQueue(self._model.weights)
         self._failed: list[Frame] = []
         self._faults = 0
+        self._pressed = False
         self._cache = PromptStates(self._model.weights, cache_bytes, disk)
         self._weights_tok = 0.0
         self._window: dict[str, int] = {}
@@ -113,7 +121,9 @@ class MLXEngine:
             engine="mlx",
             context_tok=self._model.context_tok,
             load_us=self._load_us,
-            active_bytes=mx.get_active_memory(),
+            active_bytes=self._warm_active,
+            peak_bytes=self._warm_peak,
+            warm_tok=self._warm_tok,
             blas=self._blas,
         )
 
@@ -224,6 +234,22 @@ class MLXEngine:
             peak_bytes=peak,
         )
 
+    def working(self) -> Working:
+        return Working(
+            active_bytes=mx.get_active_memory(),
+            reuse_bytes=mx.get_cache_memory(),
+            kv_bytes=self.kv_bytes,
+            cache_bytes=self._cache.bytes,
+        )
+
+    def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
+        self._pressed = level != "calm"
+        if level == "hard":
+            self._cache.shrink(0, "memory")
+            # what a command that still runs reads must not be handed out again
+            mx.synchronize()
+            mx.clear_cache()
+
     def close(self) -> None:
         for batch in self._batches:
             batch.close()
@@ -275,6 +301,8 @@ class MLXEngine:
 
     def _room_for(self, row: Row) -> bool:
         running = sum(len(batch.rows) for batch in self._batches)
+        if self._pressed and running:
+            return False  # while memory is short nobody comes in beside others
         if running - len(self._prefilling) >= self._rows_limit:
             return False
         return self._placed(row, [batch.block for batch in self._batches], self._shut()) is not None
@@ -549,7 +577,8 @@ class MLXEngine:
     def _chunk_tok(self, before_tok: float) -> int:
         decoding = any(row not in self._prefilling for batch in self._batches for row in batch.rows.values())
         decode_s = max(self._decode_s, 1e-6) if decoding else 0.0
-        return chunk_tok(self._cost, self._stall_s, decode_s, before_tok, self._chunk)
+        largest = max(SMALLEST_CHUNK_TOK, self._chunk // PRESSED) if self._pressed else self._chunk
+        return chunk_tok(self._cost, self._stall_s, decode_s, before_tok, largest)
 
     def _before_tok(self) -> float:
         """Tokens in front of the pieces that are prefilled now, in the mean."""
@@ -583,6 +612,7 @@ class MLXEngine:
         request = Generate(id=0, model="", messages=(Message(role="user", content="-"),), max_tokens=4, temperature=0.0)
         prompt = self._model.encode(_WARM_PROMPT)[: max(1, self._model.context_tok - 8)]
         prepared = self._model.prepared(request, prompt, 4)
+        mx.reset_peak_memory()
         self.submit(prepared)
         while self._rows:
             for answer in self.step():
@@ -591,7 +621,11 @@ class MLXEngine:
             row = next(iter(self._rows.values()), None)
             if row is not None and row.batch is not None and not row.prefilling:
                 self._measure_weights(row)
+        self._warm_tok = len(prompt) + 4
+        self._warm_peak = mx.get_peak_memory()
         self._cache.clear()
+        self._close_idle()
+        self._warm_active = mx.get_active_memory()
         self._window = {}
         self._reported_cache = self._cache.counts
 

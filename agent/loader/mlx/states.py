@@ -99,6 +99,10 @@ class PromptStates:
         self._memory.put(tokens[:last], lambda start, end: kv.part(whole, start - first, end - first))
         return last - max(first, held)
 
+    def shrink(self, to_bytes: int, reason: str) -> None:
+        """Give up states in memory until at most so many bytes are held."""
+        self._memory.shrink(to_bytes, reason)
+
     def clear(self) -> None:
         """Forget what is in memory."""
         self._memory.clear()

@@ -1,0 +1,57 @@
+"""What a process holds of memory as the system counts it.
+
+On macOS that is the physical footprint (what Activity Monitor shows and what memory pressure is made of): resident size
+misses what is compressed and counts what is shared. Elsewhere it is the resident size.
+"""
+
+import ctypes
+import ctypes.util
+import sys
+from typing import Any
+
+import psutil
+
+_RUSAGE_INFO_V0 = 0
+
+
+class _RusageInfo(ctypes.Structure):
+    """struct rusage_info_v0 of <sys/resource.h> on macOS."""
+
+    _fields_ = (
+        ("uuid", ctypes.c_uint8 * 16),
+        ("user_time", ctypes.c_uint64),
+        ("system_time", ctypes.c_uint64),
+        ("pkg_idle_wkups", ctypes.c_uint64),
+        ("interrupt_wkups", ctypes.c_uint64),
+        ("pageins", ctypes.c_uint64),
+        ("wired_size", ctypes.c_uint64),
+        ("resident_size", ctypes.c_uint64),
+        ("phys_footprint", ctypes.c_uint64),
+        ("proc_start_abstime", ctypes.c_uint64),
+        ("proc_exit_abstime", ctypes.c_uint64),
+    )
+
+
+def footprint_bytes(pid: int) -> int | None:
+    """Bytes that a process holds; None when it is gone."""
+    if sys.platform == "darwin":
+        return physical_footprint(pid, _libproc())
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
+
+
+def physical_footprint(pid: int, libproc: Any) -> int | None:
+    """proc_pid_rusage's ri_phys_footprint; None when the call fails."""
+    info = _RusageInfo()
+    if libproc is None or libproc.proc_pid_rusage(pid, _RUSAGE_INFO_V0, ctypes.byref(info)) != 0:
+        return None
+    return int(info.phys_footprint)
+
+
+def _libproc() -> Any:
+    try:
+        return ctypes.CDLL(ctypes.util.find_library("proc") or "/usr/lib/libproc.dylib")
+    except OSError:
+        return None

@@ -1,0 +1,73 @@
+"""The memory guard at run time: what is done when models hold more than was planned. Pure; the pool performs it.
+
+Three sources say what is held: MLX (arrays in use and freed ones that it keeps), the system (the process's footprint)
+and our own ledger (weights, keys and values, kept prompts). Of each loader the largest counts. What is done escalates
+from one reading to the next and is taken back with some distance, so that it does not flutter.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+Level = Literal["calm", "soft", "hard"]
+Action = Literal["ease", "press", "drop_caches", "evict_idle", "refuse", "accept"]
+RELEASE = 0.05
+"""A level is left when what is held has fallen so much of the budget below where it begins."""
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What one loader holds, by source; None where a source is silent."""
+
+    name: str
+    engine_bytes: int | None = None
+    footprint_bytes: int | None = None
+    ledger_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The largest of the three."""
+        return max(self.engine_bytes or 0, self.footprint_bytes or 0, self.ledger_bytes)
+
+
+class GuardState(msgspec.Struct, frozen=True, kw_only=True):
+    """``steps`` counts readings in a row at the hard level; ``refusing`` says that new requests are turned away."""
+
+    level: Level = "calm"
+    steps: int = 0
+    refusing: bool = False
+    held_bytes: int = 0
+
+
+def step(
+    state: GuardState, held: Sequence[Held], budget_bytes: int, *, soft: float, hard: float
+) -> tuple[GuardState, tuple[Action, ...]]:
+    """The next state and what to do.
+
+    1. Soft: admission pauses in the engines and prompts are worked on in small pieces ("press"); calm takes it back
+       ("ease").
+    2. Hard, first reading: the prompt caches are dropped; second: the cheapest idle model leaves, and so at each
+       further one; from the third on new requests are refused too, until the level is left ("accept").
+    """
+    used = sum(one.nbytes for one in held)
+    level = _level(state.level, used / budget_bytes, soft, hard)
+    steps = state.steps + 1 if level == "hard" else 0
+    actions: list[Action] = []
+    if (level == "calm") != (state.level == "calm"):
+        actions.append("ease" if level == "calm" else "press")
+    if steps == 1:
+        actions.append("drop_caches")
+    elif steps > 1:
+        actions.append("evict_idle")
+    refusing = steps > 2 or (state.refusing and level == "hard")
+    if refusing != state.refusing:
+        actions.append("refuse" if refusing else "accept")
+    return GuardState(level=level, steps=steps, refusing=refusing, held_bytes=used), tuple(actions)
+
+
+def _level(before: Level, share: float, soft: float, hard: float) -> Level:
+    if share >= hard or (before == "hard" and share >= hard - RELEASE):
+        return "hard"
+    if share >= soft or (before != "calm" and share >= soft - RELEASE):
+        return "soft"
+    return "calm"

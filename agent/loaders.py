@@ -1,0 +1,102 @@
+"""The loader processes of this node from start to end, and the counts of what they did.
+
+A loader that ends, however it ends, is asked for its last counts first where that is possible.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from agent.config import AgentConfig
+from agent.footprint import footprint_bytes
+from agent.frames import Reported
+from agent.loader_process import LoaderProcess, LoaderSpec, total_of
+from agent.modelstore import ModelSpec
+from agent.slot import Loaded
+from shared.records import EngineWindow
+from shared.secrets import resolve
+
+STOP_GRACE_S = 10.0
+
+
+class Loaders:
+    """Starts and ends them. ``retiring`` are those that take no new work and finish what they have."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        environ: Mapping[str, str],
+        *,
+        prompts: Path,
+        threads: int,
+        on_report: Callable[[str, Reported], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._environ = environ
+        self._prompts = prompts
+        self._threads = threads
+        self._on_report = on_report
+        self._clock = clock
+        self._reports: dict[tuple[str, str], Reported] = {}
+        self.retiring: list[Loaded] = []
+
+    async def start(self, spec: ModelSpec) -> LoaderProcess:
+        """A loader with the model in memory and warm. Raises RackError with the reason."""
+        model = spec.model
+        arguments = (
+            *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
+            *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
+            *("--kv-tok", str(model.rows * model.plan_context_tok)),
+            *("--stall-s", str(model.stall_s)),
+            *("--reuse-bytes", str(spec.plan.reuse_bytes)),
+            *("--disk-cache", str(self._prompts / model.name), "--fingerprint", spec.version),
+            *("--disk-cache-bytes", str(model.disk_cache_bytes)),
+            *("--max-tokens", str(model.max_tokens)),
+            *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
+            *("--fake-held-bytes", str(model.fake_held_bytes)),
+        )
+        stuck_s = self._config.limits.stuck_s
+        secret = resolve(self._config.disk_cache.secret, self._environ) if model.disk_cache_bytes else ""
+        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s, secret=secret)
+        return await LoaderProcess.start(start, self._environ)
+
+    async def retire(self, loaded: Loaded, drain_s: float) -> int:
+        """Wait for the last request, take the last counts, end the process; the bytes that it held until then.
+
+        Cut short, ``stop`` in the pool ends it.
+        """
+        if loaded not in self.retiring:
+            self.retiring.append(loaded)
+        deadline = self._clock() + drain_s
+        while loaded.process.in_flight and not loaded.process.ended.is_set() and self._clock() < deadline:
+            await asyncio.sleep(0.02)
+        loaded.process.stopping = True
+        held = footprint_bytes(loaded.process.pid) or 0
+        await self.take_window(loaded)
+        await loaded.process.stop(STOP_GRACE_S)
+        if loaded in self.retiring:
+            self.retiring.remove(loaded)
+        return held
+
+    async def take_window(self, loaded: Loaded) -> None:
+        """Ask a loader what it did since it was last asked."""
+        reported = await loaded.process.report()
+        if reported is None:
+            return
+        self._on_report(loaded.name, reported)
+        key = (loaded.name, loaded.spec.version)
+        known = [self._reports[key]] if key in self._reports else []
+        self._reports[key] = total_of([*known, reported])
+
+    def windows(self) -> list[EngineWindow]:
+        """What was taken since the last call, loaders that ended meanwhile included."""
+        taken, self._reports = self._reports, {}
+        return [_window_of(model, version, reported) for (model, version), reported in taken.items()]
+
+
+def _window_of(model: str, version: str, reported: Reported) -> EngineWindow:
+    """A loader's report as the record of a window; the fields are the same."""
+    counts = {name: getattr(reported, name) for name in Reported.__struct_fields__}
+    return EngineWindow(model=model, version=version, **counts)

@@ -1,0 +1,55 @@
+"""Which model comes into memory next when more are wanted than fit: A B C A B C becomes AA BB CC. Pure.
+
+Requests for a model in memory are answered at once, so all that wait for a model are answered together when its turn
+comes. A turn ends by itself when nobody uses the model any longer; one that goes on while others wait is ended: its
+model takes no new requests, and leaves when those that it has are done.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from agent.eviction import Evict, Fits, Occupant, make_room
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is not in memory and has requests waiting, the oldest since ``since_s``."""
+
+    name: str
+    need_bytes: int
+    since_s: float
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do now: bring in ``load`` ("" for nothing), and let ``close`` take no new requests."""
+
+    load: str = ""
+    close: frozenset[str] = frozenset()
+
+
+def next_turn(
+    wanted: Sequence[Wanted], occupants: Sequence[Occupant], budget_bytes: int, now_s: float, *, max_wait_s: float
+) -> Turn:
+    """Decide for this moment.
+
+    1. Who has waited longest goes first, and loads when it fits or idle models may leave for it.
+    2. When it has waited ``max_wait_s``, the cheapest models in use that would make room are closed for it.
+    3. Others meanwhile load only into room that is free.
+    """
+    queue = sorted(wanted, key=lambda one: (one.since_s, one.name))
+    close: frozenset[str] = frozenset()
+    for place, one in enumerate(queue):
+        room = make_room(one.need_bytes, occupants, budget_bytes, now_s=now_s)
+        if isinstance(room, Fits) or (isinstance(room, Evict) and place == 0):
+            return Turn(load=one.name, close=close)
+        if place == 0 and now_s - one.since_s >= max_wait_s:
+            close = _closed_for(one, occupants, budget_bytes, now_s)
+    return Turn(close=close)
+
+
+def _closed_for(one: Wanted, occupants: Sequence[Occupant], budget_bytes: int, now_s: float) -> frozenset[str]:
+    """The models in use that have to end for it, besides idle ones that can leave at once."""
+    idle = [msgspec.structs.replace(o, leases=0) for o in occupants]
+    room = make_room(one.need_bytes, idle, budget_bytes, now_s=now_s)
+    busy = {o.name for o in occupants if o.leases}
+    return frozenset(room.victims) & busy if isinstance(room, Evict) else frozenset()

@@ -1,0 +1,55 @@
+"""How much a model is asked for, and how evenly its answers flow."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.demand import HALF_LIFE_S, Demand
+from agent.pace import KEPT, Pace, p95
+
+
+def test_the_rate_is_right_for_steady_traffic_and_halves_when_it_stops() -> None:
+    demand = Demand()
+    assert demand.per_s(5.0) == 0.0
+    for tick in range(12_000):
+        demand.asked(tick * 0.5)
+    assert demand.per_s(6_000.0) == pytest.approx(2.0, rel=0.01)
+    assert demand.per_s(6_000.0 + HALF_LIFE_S) == pytest.approx(1.0, rel=0.01)
+    assert demand.last_s == 5_999.5
+
+
+@given(st.lists(st.floats(0, 20_000), max_size=200))
+def test_the_last_hour_is_counted_by_the_minute(times: list[float]) -> None:
+    demand = Demand()
+    for at in sorted(times):
+        demand.asked(at)
+    now = max(times, default=0.0)
+    assert demand.last_hour(now) == sum(int(at // 60) > int(now // 60) - 60 for at in times)
+    assert len(demand._minutes) <= 60
+
+
+def test_a_raised_window_is_measured_from_its_first_gap_to_its_last() -> None:
+    pace = Pace()
+    for tick in range(100):
+        pace.gap(tick * 0.1, 0.1)
+    assert pace.raised(5.0, 10.0).window_s == 0.0
+    for at, gap in ((10.5, 0.5), (11.0, 0.5), (11.1, 0.1), (11.5, 0.4), (11.6, 0.1)):
+        pace.gap(at, gap)
+    raised = pace.raised(10.0, 12.0)
+    assert raised.before_p95_s == pytest.approx(0.1)
+    assert raised.during_p95_s == pytest.approx(0.5)
+    assert raised.window_s == pytest.approx(1.5)
+
+
+def test_without_gaps_nothing_is_claimed() -> None:
+    assert Pace().raised(0.0, 9.0) == (None, None, 0.0)
+    pace = Pace()
+    for tick in range(2 * KEPT):
+        pace.gap(float(tick), 1.0)
+    assert len(pace._gaps) == KEPT
+
+
+def test_p95_is_the_nearest_rank() -> None:
+    assert p95([float(n) for n in range(1, 101)]) == 95.0
+    assert p95([7.0]) == 7.0
+    assert p95([]) is None
