@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz check lint types arch docs bench-serve dist clean
+.PHONY: help setup model demo run test fuzz swap check lint types arch docs bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -42,6 +42,10 @@ arch: $(STAMP) ## the import contracts
 
 fuzz: $(STAMP) ## twenty thousand random requests at a real agent
 	MLXRACK_FUZZ=20000 $(BIN)/python -m pytest tests/rack/test_poison.py
+
+swap: $(STAMP) model ## two hundred swaps under thirty streams, twenty of a real model, kills, loads and unloads
+	MLXRACK_SWAPS=200 MLXRACK_REAL_SWAPS=20 MLXRACK_CYCLES=200 MLXRACK_REAL_CYCLES=20 MLXRACK_KILLS=40 \
+	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_swaps.py
 
 check: lint types arch test ## what CI runs
 

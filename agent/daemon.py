@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from aiohttp import web
 
-from agent import schedule
+from agent import gpu, schedule
 from agent.api import app as api
 from agent.api.context import Context
 from agent.api.metrics import Metrics
@@ -79,7 +79,8 @@ class Daemon:
         urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
         self.table = PeerTable(urls, beat_s=config.peers.beat_s, now=now)
         self.peer_client = PeerClient(rack_secret)
-        budget = config.memory.budget_bytes or default_budget_bytes(psutil.virtual_memory().total)
+        self._device = gpu.Device()
+        budget, self._budget_from = self._budget()
         self.models = ModelStore(state / "models.json", model_folder(config, state))
         self.loaders = Loaders(
             config,
@@ -135,6 +136,7 @@ class Daemon:
             port = await self._listen(runner)
             self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
             log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
+            await self._ask_gpu()
             self.pool.start()
             table = schedule.jobs(
                 self.config, sample=self.sampler.tick, push=self.push, probe=self.prober.tick, tend=self.pool.tend
@@ -191,6 +193,7 @@ class Daemon:
             "draining": self.dispatch.draining,
             "in_flight": self.dispatch.in_flight,
             "budget_bytes": self.pool.budget_bytes,
+            "budget_from": self._budget_from,
             "models": self.pool.status(),
             "memory": self.pool.pressure(),
             "swaps": self.pool.swaps()[-5:],
@@ -213,6 +216,19 @@ class Daemon:
             },
             "sources_failed": dict(sample.sources_failed) if sample else {},
         }
+
+    def _budget(self) -> tuple[int, str]:
+        default = default_budget_bytes(psutil.virtual_memory().total)
+        return gpu.budget_bytes(self.config.memory.budget_bytes, self._device, default)
+
+    async def _ask_gpu(self) -> None:
+        """What the GPU recommends, where a model is served that needs it and nothing else is configured."""
+        if self.config.memory.budget_bytes or all(model.engine == "fake" for model in self.config.models):
+            return
+        self._device = await gpu.ask(self._environ)
+        budget, self._budget_from = self._budget()
+        self.pool.budget_bytes = self.sampler.budget_bytes = budget
+        log.info("memory_budget", bytes=budget, source=self._budget_from, reason=self._device.reason)
 
     async def _listen(self, runner: web.AppRunner) -> int:
         host, port = self.config.listen.host, self.config.listen.port

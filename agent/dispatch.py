@@ -25,6 +25,7 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 MAX_RETRIES = 2
+MAX_CONTINUATIONS = 4
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
 TURN_SEEDS = 0x51_7C_C1_B7_27
 """Between the seeds of several answers to one prompt, so that they differ and can be had again."""
@@ -42,7 +43,8 @@ class Call(msgspec.Struct, kw_only=True):
     """One client request on its way, and what became of it.
 
     A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
-    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn.
+    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
+    the tokens that the client has; while ``going_on`` the answer continues after them.
     """
 
     ask: Ask
@@ -52,6 +54,9 @@ class Call(msgspec.Struct, kw_only=True):
     part: int = 0
     turn: int = 0
     seed: int | None = None
+    made: list[int] = msgspec.field(default_factory=list)
+    going_on: bool = False
+    continuations: int = 0
     tried: set[str] = msgspec.field(default_factory=set)
     retries: int = 0
     worker: str = ""
@@ -73,6 +78,12 @@ class Call(msgspec.Struct, kw_only=True):
         return self.ask.model
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether another loader of the same version could continue the answer: every token of it is known."""
+        known = isinstance(self.ask, Generate) and bool(self.version) and len(self.made) == self.completion_tok > 0
+        return known and self.continuations < MAX_CONTINUATIONS
+
+    @property
     def finish(self) -> str:
         """Why the answer ended; "" when it has not."""
         return self.done.finish if self.done else ""
@@ -85,6 +96,8 @@ class Call(msgspec.Struct, kw_only=True):
             seed = self.seed if self.seed is not None else secrets.randbits(62)
             self.seed = seed
             ask = msgspec.structs.replace(ask, seed=seed + self.turn * TURN_SEEDS)
+            if self.going_on:
+                ask = msgspec.structs.replace(ask, made=tuple(self.made), version=self.version)
         return ask
 
 
@@ -195,10 +208,12 @@ class Dispatch:
         while True:
             place = await self._place(call)
             held: list[Answer] = []
-            left = False
+            left = call.going_on
             try:
                 async with contextlib.aclosing(self._attempt(place, call)) as answers:
                     async for answer in answers:
+                        if call.going_on and isinstance(answer, Accepted):
+                            continue  # the client has heard that already
                         self._note(answer, call)
                         if call.whole:
                             held.append(answer)
@@ -206,7 +221,12 @@ class Dispatch:
                         left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
             except Retryable as error:
-                if error.code != "worker_lost" or left or call.retries >= MAX_RETRIES:
+                if error.code != "worker_lost":
+                    raise
+                if left and call.can_go_on:
+                    self._go_on(call, place)
+                    continue
+                if left or call.retries >= MAX_RETRIES:
                     raise
                 self._forget(call, place)
                 log.info("retried", request=call.request_id, node=place.node, reason=error.code, retries=call.retries)
@@ -224,7 +244,11 @@ class Dispatch:
         deadline, queued = self._clock() + self._limits.load_wait_s, False
         while True:
             place = choose(
-                RouteRequest(model=call.model, tried=frozenset(call.tried)),
+                RouteRequest(
+                    model=call.model,
+                    tried=frozenset(call.tried),
+                    version=call.version if call.going_on else "",
+                ),
                 self.here(),
                 self._table.view(self._clock()),
             )
@@ -234,14 +258,17 @@ class Dispatch:
             if place.code == "model_not_found":
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
-            if self._pool.refusing:
+            if self._pool.refusing and not call.going_on:
                 raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
-            if not queued and any(m.name == call.model for m in self._pool.views()):
+            if not queued and not call.going_on and any(m.name == call.model for m in self._pool.views()):
                 # in line from now on, however often what is asked for below is asked again
                 waits.enter_context(self._pool.waiting(call.model))
                 queued = True
             left_s = deadline - self._clock()
             if left_s <= 0 or not await self._wait_for_capacity(call, place, min(left_s, 1.0)):
+                if call.going_on:
+                    gone = "the loader was lost, and no node holds the version that began this answer"
+                    raise Retryable(gone, code="worker_lost")
                 raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
             call.tried.clear()
 
@@ -250,12 +277,26 @@ class Dispatch:
         if self.draining:
             return False
         name = call.model
+        if call.going_on:
+            return await self._wait_for_version(call, step_s)
         if any(m.name == name for m in self._pool.views()):
             if await self._pool.wanted(name, step_s):
                 return True
             await asyncio.sleep(min(0.05, step_s))
             return self._pool.is_coming(name)
         if call.tried or refused.loading:
+            await asyncio.sleep(min(0.2, step_s))
+            return True
+        return False
+
+    async def _wait_for_version(self, call: Call, step_s: float) -> bool:
+        """As long as exactly the version that began an answer may still come back, here or on a peer."""
+        name, version = call.model, call.version
+        if any(m.name == name for m in self._pool.views()) and self._pool.comes_back(name, version):
+            await self._pool.wanted_back(name, version, step_s)
+            return True
+        peers = self._table.view(self._clock())
+        if any(m.name == name and version in m.versions for p in peers if p.state != "down" for m in p.models):
             await asyncio.sleep(min(0.2, step_s))
             return True
         return False
@@ -269,7 +310,8 @@ class Dispatch:
 
     async def work(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
-        async with self._pool.lease(ask.model) as lease, contextlib.aclosing(lease.generate(ask)) as answers:
+        version = ask.version if isinstance(ask, Generate) else ""
+        async with self._pool.lease(ask.model, version) as lease, contextlib.aclosing(lease.generate(ask)) as answers:
             async for answer in answers:
                 if isinstance(answer, Accepted):
                     answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
@@ -311,10 +353,20 @@ class Dispatch:
                 call.gaps_us.append(int((now - call.last_s) * 1e6))
             call.last_s = now
             call.completion_tok += answer.count
+            call.made += answer.ids
         elif isinstance(answer, Done):
             call.done = answer
             call.cached_tok = answer.cached_tok
             call.completion_tok = answer.completion_tok
+
+    def _go_on(self, call: Call, place: Local | Forward) -> None:
+        """What the client has stays; another loader continues after it."""
+        if isinstance(place, Forward):
+            self._table.refused(place.node, self._clock())
+        call.tried.add(place.node)
+        call.going_on = True
+        call.continuations += 1
+        log.info("continued", request=call.request_id, node=place.node, tokens=len(call.made), version=call.version)
 
     def _forget(self, call: Call, place: Local | Forward) -> None:
         """A fresh try: nothing of the lost one counts but that it happened."""
@@ -325,6 +377,7 @@ class Dispatch:
         call.completion_tok = call.prompt_tok = call.cached_tok = 0
         call.first_s = None
         call.gaps_us.clear()
+        call.made.clear()
 
     def _count(self, call: Call, outcome: str) -> None:
         now = self._clock()

@@ -57,8 +57,9 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     ``logprobs`` is how many of the likeliest tokens to report at each place, None for no report. ``schema`` is a JSON
     schema, as text, that the answer has to follow. ``tools`` are function descriptions as JSON text; ``must_call`` is
     the name of the one to call, "" for any, None when the model decides; after the first call of ``one_call`` the
-    answer ends. ``template_args`` is a JSON object for the
-    chat template. Nothing of a ``private`` request is kept on disk.
+    answer ends. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept on
+    disk. ``made`` are tokens of the answer that exist already: it goes on after them, and only exactly ``version`` of
+    the model may do that.
     """
 
     id: int
@@ -81,6 +82,8 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     reasoning_effort: str | None = None
     template_args: str | None = None
     private: bool = False
+    made: tuple[int, ...] = ()
+    version: str = ""
     request_id: str = ""
     door: str = ""
 
@@ -153,7 +156,8 @@ class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
 class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
     """Some more of the answer. ``text`` may be empty while a character or a stop string is incomplete.
 
-    ``reasoning`` is what the model thought before it answered; ``calls`` are complete.
+    ``reasoning`` is what the model thought before it answered; ``calls`` are complete. ``ids`` are the tokens, from
+    which another loader could go on.
     """
 
     id: int
@@ -162,6 +166,7 @@ class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
     scored: tuple[Scored, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):

@@ -5,6 +5,7 @@ A loader that ends, however it ends, is asked for its last counts first where th
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,14 +15,22 @@ from agent.frames import Reported
 from agent.loader_process import LoaderProcess, LoaderSpec, total_of
 from agent.modelstore import ModelSpec
 from agent.slot import Loaded
+from shared.errors import RackError
+from shared.logs import get_logger
 from shared.records import EngineWindow
 from shared.secrets import resolve
 
 STOP_GRACE_S = 10.0
+CUT_OFF_S = 0.1
+"""Within so long after a loader's end those whose answers it cut off have asked for its version again."""
+MAX_STARTS = 2
+
+log = get_logger("agent.loaders")
 
 
 class Loaders:
-    """Starts and ends them. ``retiring`` are those that take no new work and finish what they have."""
+    """Starts and ends them. ``retiring`` are those that take no new work and finish what they have; ``missed`` counts
+    by version the answers that were cut off and cannot go on without it."""
 
     def __init__(
         self,
@@ -41,6 +50,7 @@ class Loaders:
         self._clock = clock
         self._reports: dict[tuple[str, str], Reported] = {}
         self.retiring: list[Loaded] = []
+        self.missed: Counter[str] = Counter()
 
     async def start(self, spec: ModelSpec) -> LoaderProcess:
         """A loader with the model in memory and warm. Raises RackError with the reason."""
@@ -69,9 +79,7 @@ class Loaders:
         """
         if loaded not in self.retiring:
             self.retiring.append(loaded)
-        deadline = self._clock() + drain_s
-        while loaded.process.in_flight and not loaded.process.ended.is_set() and self._clock() < deadline:
-            await asyncio.sleep(0.02)
+        loaded = await self.drain(loaded, drain_s)
         loaded.process.stopping = True
         held = footprint_bytes(loaded.process.pid) or 0
         await self.take_window(loaded)
@@ -79,6 +87,35 @@ class Loaders:
         if loaded in self.retiring:
             self.retiring.remove(loaded)
         return held
+
+    async def drain(self, loaded: Loaded, limit_s: float) -> Loaded:
+        """Wait until its requests have ended. One that dies meanwhile is started again for those whose answers only it
+        can go on with; returned is the loader at the end."""
+        deadline, starts = self._clock() + limit_s, 0
+        while self._clock() < deadline and not loaded.process.stopping:
+            version = loaded.spec.version
+            if loaded.process.ended.is_set():
+                await asyncio.sleep(CUT_OFF_S)
+                if not self.missed[version] or starts >= MAX_STARTS:
+                    break
+                starts += 1
+                loaded = await self._again(loaded)
+            elif not loaded.process.in_flight and not self.missed[version]:
+                break
+            else:
+                await asyncio.sleep(0.02)
+        return loaded
+
+    async def _again(self, loaded: Loaded) -> Loaded:
+        log.warning("retiring_loader_died", model=loaded.name, version=loaded.spec.version, cause=loaded.process.cause)
+        try:
+            fresh = loaded._replace(process=await self.start(loaded.spec))
+        except RackError as error:
+            log.error("retiring_loader_lost", model=loaded.name, reason=error.message)
+            return loaded
+        if loaded in self.retiring:
+            self.retiring[self.retiring.index(loaded)] = fresh
+        return fresh
 
     async def take_window(self, loaded: Loaded) -> None:
         """Ask a loader what it did since it was last asked."""

@@ -3,44 +3,54 @@
 from collections import deque
 from typing import NamedTuple
 
-KEPT = 4_096
+from shared.sketch import Sketch
+
+SLICE_S = 0.25
+KEPT_S = 600.0
 RAISED = 2.0
-"""A gap counts as raised from so many times the usual one on."""
+"""A slice of time counts as raised when its p95 is so many times the usual one."""
 
 
 class Raised(NamedTuple):
-    """Gaps between tokens before and during something, and for how long they were raised; None where none was seen."""
+    """The p95 of gaps between tokens before and during something, in microseconds, None where none was seen; and for
+    how many seconds it was raised, within a slice."""
 
-    before_p95_s: float | None
-    during_p95_s: float | None
+    before_us: int | None
+    during_us: int | None
     window_s: float
 
 
 class Pace:
-    """The latest gaps between two pieces of the same answer."""
+    """The gaps of the last ten minutes between two pieces of the same answer, as a sketch of each quarter second."""
 
     def __init__(self) -> None:
-        self._gaps: deque[tuple[float, float]] = deque(maxlen=KEPT)
+        self._slices: deque[tuple[int, Sketch]] = deque(maxlen=int(KEPT_S / SLICE_S))
 
     def gap(self, now_s: float, gap_s: float) -> None:
         """Note one."""
-        self._gaps.append((now_s, gap_s))
+        number = int(now_s / SLICE_S)
+        if not self._slices or self._slices[-1][0] != number:
+            self._slices.append((number, Sketch()))
+        self._slices[-1][1].add(int(gap_s * 1e6))
 
     def raised(self, since_s: float, until_s: float, lookback_s: float = 60.0) -> Raised:
         """Compare the gaps between ``since_s`` and ``until_s`` with those of the ``lookback_s`` before.
 
-        The window of raised latency goes from the beginning of the first raised gap to the end of the last.
+        The window of raised latency goes from the first raised slice to the end of the last.
         """
-        before = [gap for at, gap in self._gaps if since_s - lookback_s <= at < since_s]
-        during = [(at, gap) for at, gap in self._gaps if since_s <= at <= until_s]
-        usual = p95(before)
-        if usual is None or not during:
-            return Raised(usual, p95([gap for _, gap in during]), 0.0)
-        high = [(at, gap) for at, gap in during if gap >= RAISED * usual]
-        window = max(at for at, _ in high) - min(at - gap for at, gap in high) if high else 0.0
-        return Raised(usual, p95([gap for _, gap in during]), window)
+        begin, end = int(since_s / SLICE_S), int(until_s / SLICE_S)
+        before = [one for at, one in self._slices if begin - lookback_s / SLICE_S <= at < begin]
+        during = [(at, one) for at, one in self._slices if begin <= at <= end]
+        usual, now = _p95(before), _p95([one for _, one in during])
+        if usual is None:
+            return Raised(None, now, 0.0)
+        high = [at for at, one in during if (_p95([one]) or 0) >= RAISED * usual]
+        return Raised(usual, now, (high[-1] - high[0] + 1) * SLICE_S if high else 0.0)
 
 
-def p95(gaps: list[float]) -> float | None:
-    """The 95th percentile by nearest rank."""
-    return sorted(gaps)[max(0, -(-len(gaps) * 95 // 100) - 1)] if gaps else None
+def _p95(sketches: list[Sketch]) -> int | None:
+    total = Sketch()
+    for one in sketches:
+        total.merge(one)
+    value = total.quantile(0.95)
+    return None if value is None else int(value)

@@ -90,10 +90,19 @@ class Pool:
                 ready=slot.ready and not self.refusing,
                 coming=slot.state == "starting" or (slot.loaded is not None and not slot.ready),
                 in_flight=slot.leases,
+                versions=self._versions(slot),
             )
             for slot in self._slots
             for name in slot.names
         )
+
+    def _versions(self, slot: Slot) -> tuple[str, ...]:
+        """What can go on with an answer that it began, whether it takes new requests or not."""
+        return tuple(sorted({one.spec.version for one in self._living(slot)}))
+
+    def _living(self, slot: Slot) -> list[Loaded]:
+        retiring = [one for one in self._loaders.retiring if one.name in slot.names]
+        return [one for one in (slot.loaded, *retiring) if one is not None and one.process.usable]
 
     def residents(self) -> list[Resident]:
         """What is in memory, for the batch."""
@@ -125,11 +134,14 @@ class Pool:
         return {"level": self._guard.level, "held_bytes": self._guard.held_bytes, "refusing": self._guard.refusing}
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Lease]:
-        """Use of the loader behind a name, from now on the same one. Raises Retryable when none is ready."""
+    async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
+        """Use of the loader behind a name, from now on the same one; with ``version`` to go on with an answer that it
+        began. Raises Retryable when none is ready."""
         slot = self._slot(name)
-        loaded = slot.loaded
-        if loaded is None or not slot.ready:
+        loaded = slot.loaded if slot.ready else None
+        if version:
+            loaded = next((one for one in self._living(slot) if one.spec.version == version), None)
+        if loaded is None:
             raise Retryable(f"model {name} is not ready on this node ({slot.state})", code="worker_lost")
         slot.demand.asked(self._clock())
         # counted before the first await: eviction and drain see it at once
@@ -166,6 +178,25 @@ class Pool:
                     async with asyncio.timeout(min(1.0, max(0.0, deadline - self._clock()))):
                         await changed.wait()
             return True
+
+    async def wanted_back(self, name: str, version: str, timeout_s: float) -> bool:
+        """Wait until exactly this version can go on with an answer; False when that took too long or cannot be."""
+        slot, deadline = self._slot(name), self._clock() + timeout_s
+        self._loaders.missed[version] += 1
+        try:
+            while version not in self._versions(slot):
+                if self._clock() >= deadline or not self.comes_back(name, version):
+                    return False
+                await asyncio.sleep(0.02)
+            return True
+        finally:
+            self._loaders.missed[version] -= 1
+
+    def comes_back(self, name: str, version: str) -> bool:
+        """Whether this version is served here, is being started again, or finishes what it has."""
+        slot = self._slot(name)
+        known = slot.spec is not None and slot.spec.version == version and slot.state in ("starting", "ready")
+        return not self._stopping and (known or any(one.spec.version == version for one in self._loaders.retiring))
 
     def is_coming(self, name: str) -> bool:
         """Whether waiting for a name may help: it is loading, swapping or restarting, or can be loaded."""
@@ -338,8 +369,11 @@ class Pool:
     def _closed_for(self, slot: Slot, turn: turns.Turn, queue: list[turns.Wanted]) -> str:
         if slot.names[0] in turn.close:
             return min(queue, key=lambda one: (one.since_s, one.name)).name
-        # a model that was closed and is idle now leaves with the load that it was closed for
-        return slot.closed_for if slot.closed_for and turn.load == slot.closed_for else ""
+        if not slot.closed_for:
+            return ""
+        # it stays closed until the one that it makes room for has come: else it would be in use again before that
+        comes = turn.load == slot.closed_for or self._slot(slot.closed_for).changing.locked()
+        return slot.closed_for if comes else ""
 
     async def _read_guard(self) -> None:
         before = self._guard
@@ -533,11 +567,29 @@ class Pool:
             log.error("loader_given_up", model=slot.names[0], reason=reason)
             return
         await asyncio.sleep(min(8.0, 0.5 * (2.0 ** (len(slot.crashes) - 1)) - 0.5))
+        if slot.swapping:
+            await self._revive(slot)
+            return
         await self._load_quietly(slot)
         if slot.state == "failed" and slot.died_starting:
             # killed while it started again: a crash like any other
             slot.crashes.append(self._clock())
             await self._restart(slot)
+
+    async def _revive(self, slot: Slot) -> None:
+        """Start the active loader again while a swap is under way, which holds the slot; the standby may be first."""
+        assert slot.spec is not None
+        spec, began = slot.spec, self._clock()
+        try:
+            process = await self._loaders.start(spec)
+        except RackError as error:
+            log.warning("model_load_failed", model=slot.names[0], code=error.code, reason=error.message)
+            return
+        if slot.loaded is None and slot.swapping:
+            now = self._clock()
+            self.take_over(slot, Loaded(slot.names[0], spec, process, now, now - began))
+        else:
+            process.kill()
 
     # ---- swapping ----
 
@@ -565,10 +617,13 @@ class Pool:
             clock=self._clock,
         )
         self._swaps.append(run)
+        slot.swapping = True
         try:
             finished = await run.run(cold=cold)
         finally:
-            slot.standby_bytes = 0
+            slot.standby_bytes, slot.swapping = 0, False
+        if slot.loaded is None and slot.state == "starting":
+            self._spawn(self._load_quietly(slot))  # the active loader ended meanwhile, and nothing took its place
         self._emit(finished)
         return finished
 

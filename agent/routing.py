@@ -6,7 +6,8 @@ import msgspec
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there.
 
-    ``coming`` says that it is not ready yet and soon will be.
+    ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can go on with an answer that
+    they began, whether they take new requests or not.
     """
 
     name: str
@@ -14,6 +15,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     coming: bool = False
     in_flight: int = 0
+    versions: tuple[str, ...] = ()
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,11 +32,13 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What routing may look at. ``tried`` nodes failed this request already; ``hop`` forbids another one."""
+    """What routing may look at. ``tried`` nodes failed this request already; ``hop`` forbids another one. With
+    ``version`` an answer has to be gone on with, by exactly that version."""
 
     model: str
     tried: frozenset[str] = frozenset()
     hop: bool = False
+    version: str = ""
     task_class: str = ""
 
 
@@ -78,7 +82,7 @@ def choose(request: RouteRequest, here: NodeView, peers: tuple[NodeView, ...]) -
         for node in nodes
         if node.state != "down" and not node.draining and node.node not in request.tried
         for model in node.models
-        if model.name == request.model and model.ready
+        if model.name == request.model and _serves(model, request.version)
     ]
     if candidates:
         _, _, best = min(candidates, key=lambda c: (c[0], c[1]))
@@ -90,6 +94,10 @@ def choose(request: RouteRequest, here: NodeView, peers: tuple[NodeView, ...]) -
     living = [node for node in nodes if node.state != "down"]
     loading = unheard or any(m.name == request.model and m.coming for node in living for m in node.models)
     return Refuse(code="no_capacity", loading=loading, known=tuple(known))
+
+
+def _serves(model: ModelView, version: str) -> bool:
+    return version in model.versions if version else model.ready
 
 
 def _cost(node: NodeView, model: ModelView, here: NodeView) -> int:

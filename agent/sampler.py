@@ -42,7 +42,7 @@ class Sampler:
         self._collectors = collectors
         self._engine_windows = engine_windows
         self._residents = residents
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._boot_id = boot_id
         self._wall_ms = wall_ms
         self._clock = clock
@@ -66,7 +66,7 @@ class Sampler:
         for reading in readings:
             fields.update(reading.fields)
             failed.update(reading.failed)
-        return HostSample(**fields, memory_budget_bytes=self._budget_bytes, sources_failed=failed)
+        return HostSample(**fields, memory_budget_bytes=self.budget_bytes, sources_failed=failed)
 
     async def tick(self) -> None:
         """Close the window. A disk that refuses keeps the window in memory for the next tick.

@@ -57,6 +57,7 @@ class Slot:
         self.keep_alive_s = model.keep_alive_s
         self.pinned = model.pinned
         self.standby_bytes = 0
+        self.swapping = False
         self.died_starting = False
         self.changing = asyncio.Lock()
         self.changed = asyncio.Event()

@@ -1,6 +1,5 @@
 """One swap being performed: effects of the state machine become calls, and what happened becomes events."""
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,6 +52,7 @@ class SwapRun:
         assert slot.loaded is not None
         self._host, self._loaders, self._slot, self._spec = host, loaders, slot, spec
         self._old: Loaded = slot.loaded
+        self._pace = self._old.process.pace
         self._request_s = request_s
         self._wall_ms, self._clock = wall_ms, clock
         self._began = clock()
@@ -74,10 +74,14 @@ class SwapRun:
             "from": self._old.spec.version,
             "to": self._spec.version,
             "phase": state.phase,
-            "detail": self.detail,
+            "detail": self._detail(),
             "outcome": state.outcome,
             "reason": state.reason,
         }
+
+    def _detail(self) -> str:
+        left = self._old.process.in_flight
+        return f"{left} requests left on the old loader" if self.state.phase == "draining" else self.detail
 
     async def run(self, *, cold: bool) -> SwapFinished:
         """Perform it to its end, whatever happens on the way."""
@@ -151,18 +155,17 @@ class SwapRun:
         if not self._standby.usable:
             reason = f"the new loader ended before it could take over ({self._standby.cause})"
             return swap.StandbyFailed(swap_id=self.state.swap_id, reason=reason)
-        if self._old not in self._loaders.retiring and not self.state.cold:
+        if not self.state.cold:
+            self._old = self._slot.loaded or self._old  # it may have ended and been started again meanwhile
             self._loaders.retiring.append(self._old)
+            self._slot.standby_bytes = self._old.spec.need_bytes
         loaded = Loaded(self._slot.names[0], self._spec, self._standby, self._clock(), self._load_s)
         self._host.take_over(self._slot, loaded)
         return swap.Flipped(swap_id=self.state.swap_id)
 
     async def _drain(self) -> swap.Event:
         """Until the old loader's requests have ended; each has a deadline of its own."""
-        process, deadline = self._old.process, self._clock() + self._request_s + MARGIN_S
-        while process.in_flight and not process.ended.is_set() and self._clock() < deadline:
-            self.detail = f"{process.in_flight} requests left on the old loader"
-            await asyncio.sleep(0.02)
+        self._old = await self._loaders.drain(self._old, self._request_s + MARGIN_S)
         return swap.Drained(swap_id=self.state.swap_id)
 
     async def _stop_old(self) -> swap.Event:
@@ -185,7 +188,7 @@ class SwapRun:
 
     def _finish(self) -> None:
         now = self._clock()
-        raised = self._old.process.pace.raised(self._began, now)
+        raised = self._pace.raised(self._began, now)
         event = SwapFinished(
             t_ms=self._wall_ms(),
             swap_id=self.state.swap_id,
@@ -197,14 +200,10 @@ class SwapRun:
             window_us=int((now - self._began) * 1e6),
             probes=len(self._took_us),
             probe_p99_us=max(self._took_us, default=None),
-            itl_before_us=_us(raised.before_p95_s),
-            itl_during_us=_us(raised.during_p95_s),
+            itl_before_us=raised.before_us,
+            itl_during_us=raised.during_us,
             raised_us=int(raised.window_s * 1e6),
             freed_bytes=self._freed,
         )
         self._finished = event
         log.info("swap_finished", **{k: v for k, v in msgspec.to_builtins(event).items() if k not in ("kind", "t_ms")})
-
-
-def _us(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1e6)

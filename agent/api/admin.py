@@ -1,17 +1,19 @@
-"""What the operator's CLI asks, with the admin token: status, load, unload, swap, seal."""
+"""What the operator's CLI asks, with the admin token: status, load, unload, swap, pin, probes, seal."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, json_response, require_admin
+from agent.probes import render
 from shared.errors import Refused
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     new: str = ""
+    pinned: Literal["yes", "no"] = "yes"
 
 
 async def _names(request: web.Request) -> _Names:
@@ -52,6 +54,22 @@ async def swap(request: web.Request) -> web.Response:
     finished = await request.app[CONTEXT].pool.swap(names.model, names.new)
     body: dict[str, Any] = msgspec.to_builtins(finished)
     return json_response(body, status=200 if finished.outcome == "flipped" else 409)
+
+
+async def pin(request: web.Request) -> web.Response:
+    """Keep a model in memory until it is ordered out, or no longer."""
+    require_admin(request)
+    names = await _names(request)
+    request.app[CONTEXT].pool.pin(names.model, pinned=names.pinned == "yes")
+    return json_response({"model": names.model, "pinned": names.pinned == "yes"})
+
+
+async def probes(request: web.Request) -> web.Response:
+    """The answers that a model gives to its probes now, as the file that records them."""
+    require_admin(request)
+    names = await _names(request)
+    found = await request.app[CONTEXT].pool.answers(names.model)
+    return web.Response(body=render(found), content_type="application/json")
 
 
 async def seal(request: web.Request) -> web.Response:

@@ -26,6 +26,8 @@ def build(context: Context) -> web.Application:
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),
         web.post("/admin/v1/swap", admin.swap),
+        web.post("/admin/v1/pin", admin.pin),
+        web.post("/admin/v1/probes", admin.probes),
         web.post("/admin/v1/seal", admin.seal),
     ]
     app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])

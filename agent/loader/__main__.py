@@ -16,7 +16,8 @@ from agent.loader.serve import serve
 def main() -> int:
     """Serve one model on the socket that the daemon handed over."""
     parser = argparse.ArgumentParser(prog="agent.loader")
-    parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected Unix socket")
+    parser.add_argument("--device", action="store_true", help="print what MLX says of the GPU, and end")
+    parser.add_argument("--fd", type=int, default=-1, help="descriptor of the connected Unix socket")
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
     parser.add_argument("--path", default="", help="model folder")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
@@ -35,6 +36,12 @@ def main() -> int:
     parser.add_argument("--fake-load-s", type=float, default=0.0)
     parser.add_argument("--fake-held-bytes", type=int, default=0)
     args = parser.parse_args()
+    if args.device:
+        from agent.loader.mlx import device
+
+        return device.main()
+    if args.fd < 0:
+        parser.error("--fd is required")
     # a core file would hold prompts
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # a Ctrl-C in the terminal reaches the whole group; the daemon decides when a loader ends

@@ -61,6 +61,7 @@ class FakeEngine:
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
         self._window: dict[str, int] = {}
+        self._due: list[Frame] = []
         self._held_bytes = held_bytes or 1 << 20
 
     def describe(self) -> Ready:
@@ -68,7 +69,7 @@ class FakeEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._embeds)
+        return bool(self._rows or self._embeds or self._due)
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         if isinstance(request, Embed):
@@ -96,7 +97,11 @@ class FakeEngine:
         if isinstance(request, Embed):
             self._embeds.append((request, prompt_tok))
         else:
-            self._rows[request.id] = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
+            row = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
+            if finish := _resumed(row):
+                self._due.append(_done(row, finish))
+            else:
+                self._rows[request.id] = row
         self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._rows) - self._limit)
         return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
 
@@ -110,7 +115,7 @@ class FakeEngine:
         time.sleep(self._step_s)
         self._count("steps", 1)
         self._count("busy_decode_us", max(1, int(self._step_s * 1e6)))
-        answers: list[Frame] = []
+        answers, self._due = self._due, []
         for row in list(self._rows.values())[: self._limit]:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
@@ -124,6 +129,7 @@ class FakeEngine:
         row.made += 1
         self._count("decode_tok", 1)
         word = next(row.words)
+        ids = (_WORDS.index(word.strip()),)
         text, stopped = row.stop.feed(word)
         scored: tuple[Scored, ...] = ()
         if row.request.logprobs is not None:
@@ -132,17 +138,12 @@ class FakeEngine:
         limit = row.request.max_tokens or 64
         calls = _calls(row.request)
         if not stopped and not calls and row.made < limit:
-            return [Tokens(id=row.request.id, text=text, count=1, scored=scored)]
+            return [Tokens(id=row.request.id, text=text, count=1, scored=scored, ids=ids)]
         del self._rows[row.request.id]
         text += "" if stopped else row.stop.finish()
-        done = Done(
-            id=row.request.id,
-            finish="tool_calls" if calls else "stop" if stopped else "length",
-            prompt_tok=row.prompt_tok,
-            cached_tok=0,
-            completion_tok=row.made,
-        )
-        return [Tokens(id=row.request.id, text="" if calls else text, count=1, calls=calls, scored=scored), done]
+        done = _done(row, "tool_calls" if calls else "stop" if stopped else "length")
+        said = "" if calls else text
+        return [Tokens(id=row.request.id, text=said, count=1, calls=calls, scored=scored, ids=ids), done]
 
     def report(self) -> Reported:
         window, self._window = self._window, {}
@@ -160,6 +161,19 @@ class FakeEngine:
 
     def _count(self, name: str, amount: int) -> None:
         self._window[name] = self._window.get(name, 0) + amount
+
+
+def _resumed(row: _Row) -> str:
+    """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
+    for _ in row.request.made:
+        row.made += 1
+        if row.stop.feed(next(row.words))[1]:
+            return "stop"
+    return "length" if row.made >= (row.request.max_tokens or 64) else ""
+
+
+def _done(row: _Row, finish: str) -> Done:
+    return Done(id=row.request.id, finish=finish, prompt_tok=row.prompt_tok, cached_tok=0, completion_tok=row.made)
 
 
 def _calls(request: Generate) -> tuple[ToolCall, ...]:

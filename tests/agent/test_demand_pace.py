@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.demand import HALF_LIFE_S, Demand
-from agent.pace import KEPT, Pace, p95
+from agent.pace import KEPT_S, SLICE_S, Pace
 
 
 def test_the_rate_is_right_for_steady_traffic_and_halves_when_it_stops() -> None:
@@ -28,28 +28,31 @@ def test_the_last_hour_is_counted_by_the_minute(times: list[float]) -> None:
     assert len(demand._minutes) <= 60
 
 
-def test_a_raised_window_is_measured_from_its_first_gap_to_its_last() -> None:
+def test_a_raised_window_is_measured_from_its_first_slice_to_its_last() -> None:
     pace = Pace()
     for tick in range(100):
         pace.gap(tick * 0.1, 0.1)
     assert pace.raised(5.0, 10.0).window_s == 0.0
-    for at, gap in ((10.5, 0.5), (11.0, 0.5), (11.1, 0.1), (11.5, 0.4), (11.6, 0.1)):
+    for at, gap in ((10.6, 0.5), (11.1, 0.1), (11.6, 0.4), (12.1, 0.1)):
         pace.gap(at, gap)
-    raised = pace.raised(10.0, 12.0)
-    assert raised.before_p95_s == pytest.approx(0.1)
-    assert raised.during_p95_s == pytest.approx(0.5)
-    assert raised.window_s == pytest.approx(1.5)
+    raised = pace.raised(10.0, 13.0)
+    assert raised.before_us == pytest.approx(100_000, rel=0.02)
+    assert raised.during_us == pytest.approx(500_000, rel=0.02)
+    assert raised.window_s == pytest.approx(1.25), "from 10.5 to 11.75"
 
 
 def test_without_gaps_nothing_is_claimed() -> None:
     assert Pace().raised(0.0, 9.0) == (None, None, 0.0)
     pace = Pace()
-    for tick in range(2 * KEPT):
-        pace.gap(float(tick), 1.0)
-    assert len(pace._gaps) == KEPT
+    pace.gap(5.0, 1.0)
+    assert pace.raised(4.0, 9.0).before_us is None
 
 
-def test_p95_is_the_nearest_rank() -> None:
-    assert p95([float(n) for n in range(1, 101)]) == 95.0
-    assert p95([7.0]) == 7.0
-    assert p95([]) is None
+def test_memory_is_bounded_by_time_not_by_traffic() -> None:
+    pace = Pace()
+    for tick in range(20_000):
+        pace.gap(tick * 0.1, 0.01)
+    assert len(pace._slices) == KEPT_S / SLICE_S
+    for _ in range(10_000):
+        pace.gap(3_000.0, 0.01)
+    assert len(pace._slices) == KEPT_S / SLICE_S

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,16 +14,24 @@ import msgspec
 import pytest
 
 from agent.config import AgentConfig
-from agent.frames import Done, Generate, Message, Reported, Tokens
+from agent.frames import Done, Generate, Message, Reported, Tokens, Working
 from agent.loaders import Loaders
 from agent.modelstore import ModelStore
 from agent.pool import Pool
 from shared.errors import Refused, Retryable
-from shared.records import Event, LoaderExited, ModelEvicted, ModelLoaded, SwapFinished
+from shared.records import Event, LoaderExited, MemoryPressed, ModelEvicted, ModelLoaded, ModelMissed, SwapFinished
 
 
 def fake(name: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "engine": "fake", "path": f"weights of {name}", "need_bytes": 10, "preload": False, **more}
+    return {
+        "name": name,
+        "engine": "fake",
+        "path": f"weights of {name}",
+        "need_bytes": 10,
+        "preload": False,
+        "fake_held_bytes": 1,
+        **more,
+    }
 
 
 @asynccontextmanager
@@ -371,3 +380,156 @@ async def test_done_says_how_it_ended(tmp_path: Path) -> None:
             answers = [a async for a in lease.generate(ask("a", tokens=3))]
         assert isinstance(answers[-1], Done)
         assert (answers[-1].finish, answers[-1].completion_tok) == ("length", 3)
+
+
+# ---- what leaves memory, and for whom ----
+
+
+async def test_the_model_whose_absence_costs_least_leaves(tmp_path: Path) -> None:
+    """Not the one that was used longest ago: it is asked for ten times as often."""
+    models = [fake(n, need_bytes=40) for n in "abc"]
+    async with running(tmp_path, *models) as (pool, events):
+        await pool.load("a")
+        await pool.load("b")
+        for _ in range(10):
+            await answer(pool, "a")
+        await answer(pool, "b")
+        await pool.load("c")
+        (evicted,) = of(events, ModelEvicted)
+        assert (evicted.model, evicted.reason, evicted.for_model) == ("b", "memory", "c")
+        assert evicted.idle_us is not None
+        assert evicted.reload_us > 0
+
+
+async def test_what_was_evicted_and_is_missed_says_after_how_long(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b")) as (pool, events):
+        await pool.load("a")
+        await pool.unload("a")
+        await asyncio.sleep(0.2)
+        assert await pool.wanted("a", 15.0)
+        await pool.wanted("a", 1.0)
+        (missed,) = of(events, ModelMissed)
+        assert (missed.model, missed.reason) == ("a", "ordered")
+        assert 200_000 <= missed.after_us < 5_000_000
+
+
+async def test_a_pinned_model_stays_until_it_is_unpinned(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
+    async with running(tmp_path, *models) as (pool, _):
+        await pool.load("a")
+        pool.pin("a", pinned=True)
+        with pytest.raises(Refused, match="pinned or just loaded: a"):
+            await pool.load("b")
+        pool.pin("a", pinned=False)
+        await pool.load("b")
+
+
+async def test_a_model_that_has_just_come_stays_for_a_while_but_not_against_an_order(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
+    async with running(tmp_path, *models, memory={"min_residency_s": 1.0}) as (pool, _):
+        assert await pool.wanted("a", 15.0)
+        began = time.monotonic()
+        assert await pool.wanted("b", 15.0)
+        assert time.monotonic() - began >= 0.9
+        await pool.load("a")
+        assert time.monotonic() - began < 15.0
+
+
+async def test_an_idle_model_leaves_after_its_keep_alive(tmp_path: Path) -> None:
+    models = [fake("stays"), fake("goes", keep_alive_s=0.3), fake("pinned", keep_alive_s=0.0, pinned=True)]
+    async with running(tmp_path, *models, fake("at once", keep_alive_s=0.0)) as (pool, events):
+        for name in ("stays", "goes", "pinned", "at once"):
+            await pool.load(name)
+        await answer(pool, "goes")
+        await pool.tend()
+        await until(lambda: len(of(events, ModelEvicted)) == 1)
+        await asyncio.sleep(0.4)
+        await pool.tend()
+        await until(lambda: len(of(events, ModelEvicted)) == 2)
+        assert [(e.model, e.reason) for e in of(events, ModelEvicted)] == [("at once", "idle"), ("goes", "idle")]
+        assert [m["state"] for m in pool.status()] == ["ready", "cold", "ready", "cold"]
+
+
+async def test_a_busy_model_makes_room_for_one_that_has_waited_long_enough(tmp_path: Path) -> None:
+    """Its requests are finished, new ones wait, and it comes back when it is its turn again."""
+    models = (fake("a", need_bytes=60, fake_step_s=0.01), fake("b", need_bytes=60, fake_step_s=0.01))
+    async with running(tmp_path, *models, memory={"max_wait_s": 0.5}) as (pool, events):
+        await pool.load("a")
+        over, served = False, {"a": 0, "b": 0}
+
+        async def client(name: str) -> None:
+            while not over:
+                assert await pool.wanted(name, 20.0)
+                with contextlib.suppress(Retryable):  # closed between the two lines
+                    _, text = await answer(pool, name, tokens=10)
+                    assert len(text.split()) == 10
+                    served[name] += 1
+
+        clients = [asyncio.create_task(client(name)) for name in "aaabbb"]
+        await until(lambda: len(of(events, ModelEvicted)) >= 4, 40.0)
+        over = True
+        await asyncio.gather(*clients)
+        turns = [e.model for e in of(events, ModelEvicted)]
+        assert turns[:4] == ["a", "b", "a", "b"]
+        assert min(served.values()) > 10, "each turn serves many requests, not one"
+
+
+async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> None:
+    """The fake engines say what they hold; giving up the caches brings nothing back as long as they say so."""
+    models = [fake("a", fake_held_bytes=70, fake_step_s=0.02), fake("b", fake_held_bytes=70)]
+    async with running(tmp_path, *models, budget=100) as (pool, events):
+        await pool.load("a")
+        await pool.load("b")
+        busy = asyncio.create_task(answer(pool, "a", tokens=100))
+        await until(lambda: pool.views()[0].in_flight == 1)
+        for name in "ab":
+            slot = pool._slot(name)
+            assert slot.loaded is not None
+            slot.loaded.process.working = Working(active_bytes=70)
+        await pool.tend()
+        assert pool.pressure()["level"] == "hard"
+        assert not pool.refusing
+        slot = pool._slot("a")
+        assert slot.loaded is not None
+        await until(lambda: slot.loaded is not None and slot.loaded.process.working == Working(active_bytes=1 << 20))
+        slot.loaded.process.working = Working(active_bytes=170)
+        await pool.tend()
+        await until(lambda: [e.model for e in of(events, ModelEvicted)] == ["b"])
+        assert of(events, ModelEvicted)[0].reason == "pressure"
+        slot.loaded.process.working = Working(active_bytes=170)
+        await pool.tend()
+        assert pool.refusing
+        assert not any(view.ready for view in pool.views())
+        slot.loaded.process.working = Working(active_bytes=10)
+        await pool.tend()
+        assert not pool.refusing
+        assert [e.level for e in of(events, MemoryPressed)] == ["hard", "calm"]
+        assert len((await busy)[1].split()) == 100, "who was being answered was answered"
+
+
+async def test_an_active_loader_that_dies_while_a_standby_starts_is_started_again(tmp_path: Path) -> None:
+    models = (fake("a"), fake("b", fake_load_s=3.0))
+    async with running(tmp_path, *models) as (pool, events):
+        await pool.load("a")
+        version, _ = await answer(pool, "a")
+        swapping = asyncio.create_task(pool.swap("a", "b"))
+        await until(lambda: bool(pool.swaps()) and pool.swaps()[-1]["phase"] == "starting")
+        os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        await until(lambda: len(of(events, LoaderExited)) == 1)
+        assert await pool.wanted("a", 2.5), "long before the swap is through"
+        assert (await answer(pool, "a"))[0] == version
+        assert (await swapping).outcome == "flipped"
+        assert (await answer(pool, "a"))[0] != version
+        assert len([s for s in pool.status() if s["pid"]]) == 1
+
+
+async def test_many_swaps_leave_no_memory_of_themselves(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
+        await pool.load("a")
+        for new in ("b", "a", "b"):
+            assert (await pool.swap("a", new)).outcome == "flipped"
+        status = pool.status()
+        assert [m["names"] for m in status] == [["a", "b"]]
+        assert pool._swaps.maxlen is not None
+        assert not pool._loaders.retiring
+        assert not +pool._loaders.missed

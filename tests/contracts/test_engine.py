@@ -124,6 +124,30 @@ def test_counts_are_reported_once(engine: Engine) -> None:
     assert first.busy_decode_us > 0
 
 
+GONE_ON: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+    {"temperature": 0.8, "seed": 3, "frequency_penalty": 0.7, "presence_penalty": 0.3},
+    {"stop": ("a", "e")},
+    {"prompt": "once upon a time"},
+    {"schema": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}', "max_tokens": 40},
+]
+
+
+@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema"])
+def test_an_answer_is_gone_on_with_after_any_of_its_tokens(engine: Engine, more: dict[str, Any]) -> None:
+    """What another loader made is taken up: the rest is what the first would have made, with the same counts."""
+    whole = run(engine, ask(1, **more))[1]
+    ids = [token for a in whole if isinstance(a, Tokens) for token in a.ids]
+    texts = [a.text for a in whole if isinstance(a, Tokens)]
+    assert len(ids) == done_of(whole).completion_tok
+    for cut in range(1, len(ids) + 1):
+        rest = run(engine, ask(2, made=tuple(ids[:cut]), **more))[2]
+        assert [token for a in rest if isinstance(a, Tokens) for token in a.ids] == ids[cut:]
+        assert text_of(rest) == "".join(texts[cut:])
+        assert (done_of(rest).finish, done_of(rest).completion_tok) == (done_of(whole).finish, len(ids))
+
+
 # MLX alone
 
 

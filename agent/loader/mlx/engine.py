@@ -101,7 +101,7 @@ class MLXEngine:
         self._rows: dict[int, Row] = {}
         self._batches: list[Batch] = []
         self._embeddings = EmbeddingQueue(self._model.weights)
-        self._failed: list[Frame] = []
+        self._due: list[Frame] = []
         self._faults = 0
         self._pressed = False
         self._cache = PromptStates(self._model.weights, cache_bytes, disk)
@@ -129,7 +129,7 @@ class MLXEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._embeddings.busy or self._failed)
+        return bool(self._rows or self._embeddings.busy or self._due)
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         if isinstance(request, Embed):
@@ -160,11 +160,23 @@ class MLXEngine:
             left_tok=len(prompt) - expected,
             array=array,
         )
+        if finish := self._resumed(row):
+            self._due.append(row.done(finish))
+            return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
         self._rows[request.id] = row
         self._waiting.append(row)
         self._queue_behind(self._prefilling, [row])
         self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._waiting))
         return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
+
+    def _resumed(self, row: Row) -> str:
+        """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
+        for token in row.request.made:
+            if token in self._model.ends or row.take(token, None)[1]:
+                return "stop"
+        row.first_s = 0.0
+        row.left_tok = row.length_tok - self._cache.peek(row.tokens)
+        return "length" if len(row.made) >= row.max_tokens else ""
 
     def cancel(self, request_id: int) -> None:
         self._embeddings.cancel(request_id)
@@ -182,7 +194,7 @@ class MLXEngine:
 
     def step(self) -> list[Frame]:
         began = time.perf_counter()
-        answers, self._failed = self._failed, []
+        answers, self._due = self._due, []
         answers += self._planned(began)
         before_tok = self._before_tok()
         largest = self._chunk_tok(before_tok)
@@ -538,8 +550,17 @@ class MLXEngine:
         scored = (
             (scores.scored(response, wanted, self._model.token_bytes),) if wanted is not None and not by_model else ()
         )
+        token = int(response.token)
         answers: list[Frame] = [
-            Tokens(id=row.id, text=said.text, count=1, reasoning=said.reasoning, calls=said.calls, scored=scored)
+            Tokens(
+                id=row.id,
+                text=said.text,
+                count=1,
+                reasoning=said.reasoning,
+                calls=said.calls,
+                scored=scored,
+                ids=(token,),
+            )
         ]
         if finish is not None or stopped:
             del self._rows[row.id]
@@ -550,7 +571,7 @@ class MLXEngine:
         """A row that cannot be continued, whatever is tried."""
         del self._rows[row.id]
         self._release(row)
-        self._failed.append(Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request"))
+        self._due.append(Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request"))
 
     def _rebuild(self, batch: Batch) -> list[Frame]:
         """A broken batch is given up; its rows start again from what is known of them.
@@ -569,7 +590,7 @@ class MLXEngine:
                 self._fail(row)
             else:
                 self._again(row)
-        failed, self._failed = self._failed, []
+        failed, self._due = self._due, []
         return failed
 
     # counting
