@@ -6,19 +6,23 @@ The only place that reads the environment and the command line. Exit codes are o
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from agent import cli_models, install, logview
 from agent import config as agent_config
-from agent import install, logview
 from agent.admin_client import AdminClient
 from agent.config import AgentConfig
+from agent.statusview import progress, size, status_text, table
 from shared import __version__, logs
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -68,16 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
-        added.add_argument(
-            "--config", type=Path, default=None, help=f"agent.toml (default: ${CONFIG_VARIABLE}, then ./agent.toml)"
-        )
+        _config_option(added)
         added.set_defaults(run=run)
         return added
 
     run = verb("run", "Run the agent in the foreground until it is told to stop.", _run)
     run.add_argument("--console", action="store_true", help="write the log to the terminal too")
     _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
-    _json(verb("models", "List the models of this node.", _models))
+    models = verb("models", "List the models of this node; pull, push and remove stored ones.", _status)
+    _json(models)
+    cli_models.add(models, _config_and_state, _common)
     for name, text in (
         ("load", "Bring a configured model into memory, evicting idle ones if need be."),
         ("unload", "Drain a model and give its memory back."),
@@ -89,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("old", help="served name")
     swap.add_argument("new", help="configured model to put behind it")
     _json(swap)
+    for name, text, run_pin in (
+        ("pin", "Keep a model in memory until it is ordered out.", _pin("yes")),
+        ("unpin", "Let a pinned model leave memory for others again.", _pin("no")),
+    ):
+        pin = verb(name, text, run_pin)
+        pin.add_argument("model", help="served name")
+        _json(pin)
+    probes = verb(
+        "probes", "Print a model's answers to its probes, as the file that a standby is compared with.", _probes
+    )
+    probes.add_argument("model", help="served name of a model that is known to be good")
     _json(verb("seal", "Close the running telemetry window now and push it.", _seal))
     log = verb("logs", "Show the agent's log.", _logs)
     log.add_argument("--follow", "-f", action="store_true", help="go on while it grows")
@@ -104,6 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     new_key = verb("new-key", "Make an API key for a client; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name, as reports will show it")
     return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """Options of verbs below a verb; SUPPRESS keeps what was said before the inner verb."""
+    _config_option(parser, default=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="JSON for scripts")
+
+
+def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None:
+    parser.add_argument(
+        "--config", type=Path, default=default, help=f"agent.toml (default: ${CONFIG_VARIABLE}, then ./agent.toml)"
+    )
+
+
+def _config_and_state(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
+    config, _ = _config(args)
+    return config, state_folder(config)
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -164,76 +196,64 @@ def _run(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     status = _client(args).status()
-    print(json.dumps(status, indent=2) if args.json else _status_text(status))
+    print(json.dumps(status, indent=2) if args.json else status_text(status))
     return 0
 
 
-def _status_text(s: dict[str, Any]) -> str:
-    lines = [
-        f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
-        + (", stopping" if s["draining"] else ""),
-        f"{s['in_flight']} requests in flight; model memory {_held(s)} of {s['budget_bytes'] / 1e9:.1f} GB",
-        "",
-        _table(
-            ("MODEL", "STATE", "VERSION", "IN FLIGHT", "MEMORY", "RESTARTS", "NOTE"),
-            [
-                (
-                    ", ".join(m["names"]),
-                    m["state"],
-                    m["version"][:8] or "-",
-                    m["in_flight"],
-                    _mb(m["footprint_bytes"]),
-                    m["restarts"],
-                    m["reason"] or (f"last exit: {m['last_exit']}" if m["last_exit"] else ""),
-                )
-                for m in s["models"]
-            ],
-        ),
-    ]
-    if s["peers"]:
-        rows = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
-        lines += ["", _table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
-    push = s["push"]
-    lines += [
-        "",
-        f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
-        + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
-        + (f"; {push['reason']}" if push["reason"] else ""),
-    ]
-    lines += [f"swap {x['swap']}: {x['outcome'] or x['phase']} {x['reason']}".rstrip() for x in s["swaps"]]
-    return "\n".join(lines)
-
-
-def _models(args: argparse.Namespace) -> int:
-    models = _client(args).status()["models"]
-    if args.json:
-        print(json.dumps(models, indent=2))
-        return 0
-    rows = [(", ".join(m["names"]), m["state"], m["version"] or "-", _mb(m["need_bytes"]), m["reason"]) for m in models]
-    print(_table(("MODEL", "STATE", "VERSION", "PLANNED", "NOTE"), rows))
-    return 0
-
-
-def _order(name: str) -> Callable[[argparse.Namespace], int]:
+def _order(verb: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
-        _progress(args, f"{name} {args.model} ...")
-        answer = _client(args).order(name, model=args.model)
-        print(json.dumps(answer) if args.json else f"{name} {args.model}: done")
+        answer = _watched(args, verb, model=args.model)
+        print(json.dumps(answer) if args.json else f"{verb} {args.model}: done")
+        return 0
+
+    return run
+
+
+def _pin(pinned: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        answer = _client(args).order("pin", model=args.model, pinned=pinned)
+        words = "stays in memory until it is ordered out" if answer["pinned"] else "may leave memory for others"
+        print(json.dumps(answer) if args.json else f"{args.model}: {words} (until the agent's next start)")
         return 0
 
     return run
 
 
 def _swap(args: argparse.Namespace) -> int:
-    _progress(args, f"swap {args.old} -> {args.new}: start beside, probe, flip, drain ...")
-    answer = _client(args).order("swap", model=args.old, new=args.new)
+    answer = _watched(args, "swap", model=args.old, new=args.new)
     if args.json:
         print(json.dumps(answer))
-    else:
+        return 0
+    print(
+        f"swap {args.old}: {answer['outcome']}, {answer['from_version'][:8]} -> {answer['to_version'][:8]} "
+        f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} timed probes, the slowest "
+        f"{(answer['probe_p99_us'] or 0) / 1e6:.2f} s; {size(answer['freed_bytes'])} came back)"
+    )
+    if answer["itl_before_us"] and answer["itl_during_us"]:
+        before, during = answer["itl_before_us"] / 1e3, answer["itl_during_us"] / 1e3
         print(
-            f"swap {args.old}: {answer['outcome']}, {answer['from_version'][:8]} -> {answer['to_version'][:8]} "
-            f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} probes)"
+            f"p95 gap between tokens: {before:.0f} ms before, {during:.0f} ms meanwhile; "
+            f"raised for {answer['raised_us'] / 1e6:.1f} s"
         )
+    return 0
+
+
+def _watched(args: argparse.Namespace, verb: str, **body: str) -> dict[str, Any]:
+    """Give an order and say how far it is until it has ended."""
+    client, said, began = _client(args), "", time.monotonic()
+    with ThreadPoolExecutor(1) as background:
+        order = background.submit(client.order, verb, **body)
+        while not wait([order], timeout=0.2).done:
+            with contextlib.suppress(RackError):
+                now = progress(client.status(), verb, body["model"])
+                if now and now != said:
+                    _progress(args, f"{time.monotonic() - began:6.1f} s  {now}")
+                    said = now
+        return order.result()
+
+
+def _probes(args: argparse.Namespace) -> int:
+    print(json.dumps(_client(args).order("probes", model=args.model), indent=2, ensure_ascii=False))
     return 0
 
 
@@ -260,7 +280,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{"what": f.what, "verdict": f.verdict, "seen": f.seen} for f in findings], indent=2))
     else:
-        print(_table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
+        print(table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
     return 1 if any(f.verdict == "problem" for f in findings) else 0
 
 
@@ -317,23 +337,3 @@ def _new_key(args: argparse.Namespace) -> int:
 def _progress(args: argparse.Namespace, text: str) -> None:
     if not args.json:
         print(text, file=sys.stderr, flush=True)
-
-
-def _held(status: dict[str, Any]) -> str:
-    return f"{sum(m['footprint_bytes'] or 0 for m in status['models']) / 1e9:.1f}"
-
-
-def _mb(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.0f} MB"
-
-
-def _span(seconds: int) -> str:
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

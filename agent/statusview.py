@@ -1,0 +1,105 @@
+"""The agent's status as tables that a person can read. Pure text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def status_text(s: dict[str, Any]) -> str:
+    """The node, its models, peers, telemetry and last swaps."""
+    lines = [
+        f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
+        + (", stopping" if s["draining"] else ""),
+        f"{s['in_flight']} requests in flight; {_memory(s)}",
+        "",
+        models_text(s["models"]),
+    ]
+    if s["peers"]:
+        rows = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
+        lines += ["", table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
+    if s["swaps"]:
+        rows = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
+        lines += ["", table(("SWAP OF", "VERSIONS", "STATE", "NOTE"), rows)]
+    push = s["push"]
+    lines += [
+        "",
+        f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
+        + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
+        + (f"; {push['reason']}" if push["reason"] else ""),
+    ]
+    lines += _desired_lines(s.get("desired"))
+    return "\n".join(lines)
+
+
+def models_text(models: Sequence[dict[str, Any]]) -> str:
+    """The models of a node, one a line."""
+    head = ("MODEL", "STATE", "VERSION", "IN FLIGHT", "WAITING", "HOLDS", "PLANNED", "PLAN ERROR", "RESTARTS", "NOTE")
+    return table(head, [_model_row(m) for m in models])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as they need to be."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def size(value: int | None) -> str:
+    """Bytes for people."""
+    if value is None:
+        return "-"
+    return f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
+
+
+def progress(s: dict[str, Any], verb: str, model: str) -> str:
+    """How far an order is, in one line; "" when there is nothing to say."""
+    if verb == "swap":
+        swap = next((x for x in reversed(s["swaps"]) if not x["outcome"]), None)
+        return f"{swap['phase']} {swap['detail']}".strip() if swap else ""
+    one = next((m for m in s["models"] if model in m["names"]), None)
+    if one is None:
+        return ""
+    return f"{one['state']}, {one['in_flight']} requests in flight" if one["in_flight"] else str(one["state"])
+
+
+def _model_row(m: dict[str, Any]) -> tuple[object, ...]:
+    error = m["plan_error_ppm"]
+    note = m["reason"] or (f"last exit: {m['last_exit']}" if m["last_exit"] else "")
+    return (
+        ", ".join(m["names"]),
+        m["state"] + (" (pinned)" if m["pinned"] else ""),
+        m["version"][:8] or "-",
+        m["in_flight"],
+        m["waiting"],
+        size(m["footprint_bytes"]),
+        size(m["need_bytes"]),
+        "-" if error is None else f"{error / 1e4:+.1f} %",
+        m["restarts"],
+        note,
+    )
+
+
+def _memory(s: dict[str, Any]) -> str:
+    held = sum(m["footprint_bytes"] or 0 for m in s["models"])
+    planned = sum(m["need_bytes"] or 0 for m in s["models"] if m["pid"])
+    text = f"models hold {size(held)} of {size(s['budget_bytes'])} ({s['budget_from']}), {size(planned)} planned"
+    memory = s["memory"]
+    if memory["level"] == "calm":
+        return text
+    return f"{text}; memory is short ({memory['level']}{', new requests are refused' if memory['refusing'] else ''})"
+
+
+def _swap_words(x: dict[str, Any]) -> tuple[str, str]:
+    return (x["outcome"], x["reason"]) if x["outcome"] else (x["phase"], x["detail"])
+
+
+def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
+    if not desired or not desired["generation"]:
+        return []
+    first = f"desired state: generation {desired['generation']}, {desired['state']}"
+    return [first + (f"; {desired['reason']}" if desired["reason"] else ""), *(f"  {d}" for d in desired["drift"])]
+
+
+def _span(seconds: int) -> str:
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
