@@ -240,15 +240,19 @@ def _swap(args: argparse.Namespace) -> int:
 
 def _watched(args: argparse.Namespace, verb: str, **body: str) -> dict[str, Any]:
     """Give an order and say how far it is until it has ended."""
-    client, said, began = _client(args), "", time.monotonic()
+    client, said, began, live = _client(args), "", time.monotonic(), sys.stderr.isatty()
     with ThreadPoolExecutor(1) as background:
         order = background.submit(client.order, verb, **body)
         while not wait([order], timeout=0.2).done:
             with contextlib.suppress(RackError):
                 now = progress(client.status(), verb, body["model"])
-                if now and now != said:
-                    _progress(args, f"{time.monotonic() - began:6.1f} s  {now}")
+                # a terminal's line is renewed; elsewhere a line for each phase is enough
+                if now and (live or now.split()[0] != said.split(" ")[0]) and not args.json:
+                    line = f"{time.monotonic() - began:6.1f} s  {now}"
+                    print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
                     said = now
+        if live and said:
+            print(file=sys.stderr)
         return order.result()
 
 
@@ -332,8 +336,3 @@ def _new_key(args: argparse.Namespace) -> int:
     print(f"API key for {args.name} (shown once, kept nowhere): {key}\n")
     print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{agent_config.hash_key(key)}"')
     return 0
-
-
-def _progress(args: argparse.Namespace, text: str) -> None:
-    if not args.json:
-        print(text, file=sys.stderr, flush=True)

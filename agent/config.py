@@ -154,6 +154,12 @@ class Shelf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     disk_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
+class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often the node looks for a newer desired state in the bucket."""
+
+    follow_s: Seconds = 60.0
+
+
 class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """States of prompts on disk, for models with ``disk_cache_bytes``. They hold prompts, so they are encrypted;
     ``secret`` is a reference to what the keys are made from (at least 32 random characters), kept elsewhere."""
@@ -181,6 +187,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     limits: Limits = Limits()
     memory: Memory = Memory()
     model_store: Shelf = Shelf()
+    desired: Desired = Desired()
     loader: Loader = Loader()
     disk_cache: DiskCache = DiskCache()
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 from aiohttp import web
 
@@ -29,6 +30,7 @@ from agent.collectors.host import boot_id, hardware_id
 from agent.collectors.inference import Ledger
 from agent.config import AgentConfig
 from agent.dispatch import Dispatch
+from agent.follower import Follower
 from agent.frames import Reported
 from agent.loaders import Loaders
 from agent.modelstore import ModelStore, model_folder
@@ -106,15 +108,19 @@ class Daemon:
             self.ledger,
             all_collectors(),
             engine_windows=self.pool.windows,
-            residents=self.pool.residents,
+            standing=lambda: (*self.pool.residents(), self.follower.observed()),
             budget_bytes=budget,
             boot_id=boot_id(),
+        )
+        self.follower = Follower(
+            config, self.pool, self.models, lambda: open_store(config.store, environ), state / "desired.json"
         )
         self.prober = Prober(self.table, self.peer_client, self._emit)
         self.context = Context(
             config=config,
             dispatch=self.dispatch,
             pool=self.pool,
+            ordered_here=self.follower.ordered_here,
             peers=self.table,
             sampler=self.sampler,
             status=self.status,
@@ -137,9 +143,15 @@ class Daemon:
             self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
             log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
             await self._ask_gpu()
+            self.follower.prepare()
             self.pool.start()
             table = schedule.jobs(
-                self.config, sample=self.sampler.tick, push=self.push, probe=self.prober.tick, tend=self.pool.tend
+                self.config,
+                sample=self.sampler.tick,
+                push=self.push,
+                probe=self.prober.tick,
+                tend=self.pool.tend,
+                follow=self.follower.tick,
             )
             scheduler = schedule.start(table)
             loop = asyncio.get_running_loop()
@@ -197,6 +209,7 @@ class Daemon:
             "models": self.pool.status(),
             "memory": self.pool.pressure(),
             "swaps": self.pool.swaps()[-5:],
+            "desired": msgspec.to_builtins(self.follower.observed()),
             "peers": [
                 {
                     "node": p.node,

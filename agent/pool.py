@@ -18,6 +18,7 @@ from agent.footprint import footprint_bytes
 from agent.loaders import Loaders
 from agent.modelstore import ModelSpec, ModelStore
 from agent.probes import Probe
+from agent.reconcile import Actual
 from agent.routing import ModelView
 from agent.slot import Gone, Lease, Loaded, Slot
 from agent.swap_run import MARGIN_S, SwapRun
@@ -124,6 +125,19 @@ class Pool:
         """Every configured model, for a person."""
         now = self._clock()
         return [slot.status(now, fused=self._store.fused) for slot in self._slots]
+
+    def actual(self) -> list[Actual]:
+        """Every model of this node, as reconcile sees it."""
+        return [
+            Actual(
+                model=slot.names[0],
+                names=tuple(slot.names),
+                version=slot.loaded.spec.version if slot.loaded else "",
+                pinned=slot.pinned,
+                changing=slot.changing.locked() or slot.state in ("starting", "draining"),
+            )
+            for slot in self._slots
+        ]
 
     def swaps(self) -> list[dict[str, str]]:
         """The last swaps of this run, the newest last."""
@@ -276,7 +290,7 @@ class Pool:
         if found is None:
             self._slots.append(Slot(model))
         elif found.loaded is None and not found.changing.locked():
-            found.model, found.spec = model, None
+            found.model, found.spec, found.pinned = model, None, model.pinned
             if found.state == "failed":
                 found.become("cold")
 

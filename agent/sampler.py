@@ -12,7 +12,7 @@ from shared import __version__
 from shared.batch import Batch
 from shared.errors import RackError
 from shared.logs import get_logger
-from shared.records import EngineWindow, Event, HostSample, Record, Resident, ThrottleEvent
+from shared.records import EngineWindow, Event, HostSample, Record, ThrottleEvent
 
 COLLECTOR_DEADLINE_S = 10.0
 KEPT_BATCHES = 60
@@ -31,7 +31,7 @@ class Sampler:
         collectors: Sequence[Collector],
         *,
         engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
-        residents: Callable[[], list[Resident]],
+        standing: Callable[[], Sequence[Record]],
         budget_bytes: int,
         boot_id: str,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -41,7 +41,7 @@ class Sampler:
         self._ledger = ledger
         self._collectors = collectors
         self._engine_windows = engine_windows
-        self._residents = residents
+        self._standing = standing
         self.budget_bytes = budget_bytes
         self._boot_id = boot_id
         self._wall_ms = wall_ms
@@ -90,7 +90,7 @@ class Sampler:
             ended = self._wall_ms()
             # a clock that was set back must not make a window that ends before it begins
             began, self._began_ms = min(self._began_ms, ended), ended
-            records: tuple[Record, ...] = (*served, *windows, *self._residents(), host, *events)
+            records: tuple[Record, ...] = (*served, *windows, *self._standing(), host, *events)
             self._unspooled.append((began, self._began_ms, records))
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
             self._unspooled = self._unspooled[-KEPT_BATCHES:]

@@ -14,11 +14,13 @@ TEND_S = 1.0
 
 
 class Job(NamedTuple):
-    """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled."""
+    """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled. The first
+    is after that time, or at once."""
 
     name: str
     every_s: float
     run: Callable[[], Awaitable[object]]
+    at_once: bool = False
 
 
 def jobs(
@@ -28,6 +30,7 @@ def jobs(
     push: Callable[[], Awaitable[object]],
     probe: Callable[[], Awaitable[object]],
     tend: Callable[[], Awaitable[object]],
+    follow: Callable[[], Awaitable[object]],
 ) -> tuple[Job, ...]:
     """The agent's jobs."""
     return (
@@ -35,6 +38,7 @@ def jobs(
         Job("push", config.telemetry.upload_s, push),
         Job("probe", config.peers.beat_s, probe),
         Job("tend", TEND_S, tend),
+        Job("follow", config.desired.follow_s, follow, at_once=True),
     )
 
 
@@ -49,6 +53,7 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
             max_instances=1,
             coalesce=True,
             misfire_grace_time=None,
+            **({"next_run_time": dt.datetime.now(dt.UTC)} if job.at_once else {}),
         )
     scheduler.start()
     return scheduler

@@ -84,6 +84,18 @@ class Resident(_Record, frozen=True, kw_only=True, tag="resident"):
     restarts: int = 0
 
 
+class DesiredObserved(_Record, frozen=True, kw_only=True, tag="desired_observed"):
+    """Which generation of the desired state this node follows, and how far it is.
+
+    ``state`` is none, acting, converged, drifted or failed; ``drift`` says what differs, model by model.
+    """
+
+    generation: int
+    state: str
+    reason: str = ""
+    drift: tuple[str, ...] = ()
+
+
 class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
     """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason."""
 
@@ -254,7 +266,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     PeerDown,
     PeerUp,
 ]
-Record = Union[Served, EngineWindow, Resident, HostSample, Event, Unknown]  # noqa: UP007
+Record = Union[Served, EngineWindow, Resident, DesiredObserved, HostSample, Event, Unknown]  # noqa: UP007
 
 RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
     str(cls.__struct_config__.tag): cls
@@ -262,6 +274,7 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
         Served,
         EngineWindow,
         Resident,
+        DesiredObserved,
         HostSample,
         AgentStarted,
         AgentStopped,

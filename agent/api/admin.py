@@ -34,6 +34,7 @@ async def load(request: web.Request) -> web.Response:
     require_admin(request)
     names = await _names(request)
     spec = await request.app[CONTEXT].pool.load(names.model)
+    request.app[CONTEXT].ordered_here(names.model)
     return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
 
 
@@ -42,6 +43,7 @@ async def unload(request: web.Request) -> web.Response:
     require_admin(request)
     names = await _names(request)
     await request.app[CONTEXT].pool.unload(names.model)
+    request.app[CONTEXT].ordered_here(names.model)
     return json_response({"model": names.model, "unloaded": True})
 
 
@@ -52,6 +54,8 @@ async def swap(request: web.Request) -> web.Response:
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
     finished = await request.app[CONTEXT].pool.swap(names.model, names.new)
+    if finished.outcome == "flipped":
+        request.app[CONTEXT].ordered_here(names.model)
     body: dict[str, Any] = msgspec.to_builtins(finished)
     return json_response(body, status=200 if finished.outcome == "flipped" else 409)
 

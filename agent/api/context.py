@@ -27,6 +27,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     config: AgentConfig
     dispatch: Dispatch
     pool: Pool
+    ordered_here: Callable[[str], None]
     peers: PeerTable
     sampler: Sampler
     status: Callable[[], dict[str, Any]]

@@ -1,0 +1,145 @@
+"""A real agent follows the desired state in the bucket: it fetches, swaps, loads, unloads, and reports drift."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent.config import Model
+from agent.model_pull import push
+from agent.modelstore import ModelStore
+from shared.batch import unseal
+from shared.desired import Assignment, DesiredState, encode
+from shared.keys import DESIRED
+from shared.records import DesiredObserved
+from shared.store import list_all
+from shared.store_dir import DirectoryStore
+from tests.rack.harness import Agent, model, rack, until
+from tests.rack.test_swaps import Streams, order
+
+FAST = "[desired]\nfollow_s = 0.3\n[memory]\nmin_residency_s = 0\n"
+
+
+def version_of(path: str, tmp_path: Path) -> str:
+    """Of a fake model whose files are called so."""
+    store = ModelStore(tmp_path / "memo", tmp_path / "nowhere")
+    return store.describe(Model(name="x", engine="fake", path=path)).version
+
+
+def assign(name: str, source: str, tmp_path: Path, **more: Any) -> Assignment:
+    return Assignment(model=name, source=source, version=version_of(source, tmp_path), **more)
+
+
+def publish(tmp_path: Path, generation: int, *assignments: Assignment, node: str = "n1") -> None:
+    bucket = DirectoryStore(tmp_path / "bucket")
+    bucket.put(DESIRED, encode(DesiredState(generation=generation, nodes={node: assignments})))
+
+
+def desired(agent: Agent) -> Any:
+    return agent.status()["desired"]
+
+
+def served(agent: Agent) -> dict[str, str]:
+    return {m["model"]: m["version"] for m in agent.status()["models"] if m["version"]}
+
+
+def follows(agent: Agent, generation: int, state: str = "converged") -> None:
+    seen: list[Any] = []
+
+    def there() -> bool:
+        seen.append(desired(agent))
+        return (seen[-1]["generation"], seen[-1]["state"]) == (generation, state)
+
+    try:
+        until(there, f"generation {generation} is {state}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; now {seen[-1]}") from None
+
+
+def test_a_node_follows_generation_by_generation_under_load(tmp_path: Path) -> None:
+    models = [model(fake_step_s=0.005), model("b", fake_step_s=0.005)]
+    with rack(tmp_path, models, extra=FAST) as (agent,):
+        until(lambda: len(served(agent)) == 2, "what is configured is served")
+        assert desired(agent)["generation"] == 0
+        first = served(agent)
+        with Streams(agent, 4) as streams:
+            publish(tmp_path, 1, assign("m", "weights-2", tmp_path, pinned=True))
+            follows(agent, 1)
+            now = served(agent)
+            assert list(now) == ["m"], "b is not assigned and has left"
+            assert now["m"] == version_of("weights-2", tmp_path) != first["m"]
+            assert agent.status()["models"][0]["pinned"]
+            publish(tmp_path, 2, assign("m", "weights-3", tmp_path), assign("b", "weights-2", tmp_path))
+            follows(agent, 2)
+            assert served(agent)["b"] == version_of("weights-2", tmp_path)
+        assert not streams.faults, streams.faults[:3]
+        assert len(streams.versions) >= 2
+        publish(tmp_path, 3, node="another")
+        until(lambda: desired(agent)["generation"] == 3, "it looks")
+        assert len(served(agent)) == 2, "a node that is not named is left alone"
+
+
+def test_a_local_order_wins_until_the_next_generation_and_is_reported(tmp_path: Path) -> None:
+    models = [model(), model("b", preload=False)]
+    with rack(tmp_path, models, extra=FAST) as (agent,):
+        publish(tmp_path, 1, assign("m", "plain-weights", tmp_path))
+        follows(agent, 1)
+        answer = order(agent, "swap", model="m", new="b")
+        assert answer.json.get("outcome") == "flipped", answer.body
+        follows(agent, 1, "drifted")
+        (sentence,) = desired(agent)["drift"]
+        assert sentence.endswith("(ordered on this node)")
+        assert agent.stop() == 0
+        agent.start().ready()
+        follows(agent, 1, "drifted")
+        publish(tmp_path, 2, assign("m", "plain-weights", tmp_path))
+        follows(agent, 2)
+        assert served(agent)["m"] == version_of("plain-weights", tmp_path)
+        agent.admin("POST", "seal")
+        bucket = DirectoryStore(tmp_path / "bucket")
+        keys = [one.key for one in list_all(bucket, "raw/") if not one.key.endswith("/claim")]
+        records = [record for key in keys for batch in unseal(bucket.get(key).body) for record in batch.records]
+        found = [record for record in records if isinstance(record, DesiredObserved)]
+        assert ("drifted", 1) in {(r.state, r.generation) for r in found}
+        assert (found[-1].state, found[-1].generation) == ("converged", 2)
+
+
+def test_without_the_bucket_a_node_serves_what_it_served(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], extra=FAST) as (agent,):
+        publish(tmp_path, 4, assign("m", "weights-9", tmp_path))
+        follows(agent, 4)
+        assert agent.stop() == 0
+        (tmp_path / "bucket").rename(tmp_path / "away")
+        (tmp_path / "bucket").write_text("no folder")
+        agent.start().ready()
+        assert served(agent) == {"m": version_of("weights-9", tmp_path)}, "and did not begin with the configured one"
+        until(lambda: desired(agent)["state"] == "failed", "the reason is shown")
+        assert desired(agent)["reason"]
+        (tmp_path / "bucket").unlink()
+        (tmp_path / "away").rename(tmp_path / "bucket")
+        publish(tmp_path, 3, assign("m", "plain-weights", tmp_path))
+        until(lambda: "is older than 4" in desired(agent)["reason"], "an older generation is refused")
+        assert served(agent) == {"m": version_of("weights-9", tmp_path)}
+
+
+def test_an_assigned_model_is_fetched_from_the_bucket_and_swapped_in(tmp_path: Path, tiny_model: Path) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        shutil.copytree(tiny_model, folder)
+    (second / "generation_config.json").write_text('{"eos_token_id": 257}')
+    real = [{"name": "m", "path": str(first), "plan_context_tok": 128}]
+    with rack(tmp_path, real, extra=FAST) as (agent,):
+        until(lambda: len(served(agent)) == 1, "the configured one is served")
+        bucket = DirectoryStore(tmp_path / "bucket")
+        pushed = push(second, ModelStore(tmp_path / "memo", tmp_path / "none"), bucket, "tiny")
+        assert pushed.version != served(agent)["m"]
+        wanted = Assignment(model="m", source="tiny", version=pushed.version)
+        publish(tmp_path, 1, msgspec.structs.replace(wanted, version="0" * 16))
+        until(lambda: "the bucket does not hold it" in desired(agent)["reason"], "what cannot be had is said")
+        assert agent.chat(max_tokens=3).status == 200
+        publish(tmp_path, 2, wanted)
+        follows(agent, 2)
+        assert served(agent) == {"m": pushed.version}
+        assert agent.chat(max_tokens=3).headers["X-Mlxrack-Version"] == pushed.version
+        assert (agent.state / "models" / "tiny" / pushed.version / "mlxrack-manifest.json").exists()
