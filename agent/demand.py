@@ -3,7 +3,7 @@
 import math
 from collections import deque
 
-HALF_LIFE_S = 600.0
+HALF_LIFE_S = 120.0
 """A request counts half as much after so long; chosen with the simulator in scripts/simulate_eviction.py."""
 _DECAY_PER_S = math.log(2) / HALF_LIFE_S
 _MINUTES = 60
