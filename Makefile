@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz swap check lint types arch docs bench-serve dist clean
+.PHONY: help setup model demo run test fuzz swap simulate check lint types arch docs bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -46,6 +46,9 @@ fuzz: $(STAMP) ## twenty thousand random requests at a real agent
 swap: $(STAMP) model ## two hundred swaps under thirty streams, twenty of a real model, kills, loads and unloads
 	MLXRACK_SWAPS=200 MLXRACK_REAL_SWAPS=20 MLXRACK_CYCLES=200 MLXRACK_REAL_CYCLES=20 MLXRACK_KILLS=40 \
 	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_swaps.py
+
+simulate: $(STAMP) ## eviction by cost against least recently used, on made-up traffic
+	@$(BIN)/python -m scripts.simulate_eviction
 
 check: lint types arch test ## what CI runs
 

@@ -137,7 +137,7 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         heat = {*mine.heat, (ended_ms, record.throttled_us, record.thermal_known_us)}
         oldest = mine.last_seen_ms - config.throttled_window_s * 1000
         nodes[node] = replace(mine, heat=tuple(sorted(h for h in heat if h[0] > oldest)))
-    elif isinstance(record, ModelEvicted) and record.reason != "ordered":
+    elif isinstance(record, ModelEvicted) and record.reason not in ("ordered", "idle"):
         oldest = mine.last_seen_ms - config.storm_window_s * 1000
         evictions = sorted({*mine.evictions, min(record.t_ms, now_ms)})
         nodes[node] = replace(mine, evictions=tuple(t for t in evictions if t > oldest))

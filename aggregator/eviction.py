@@ -3,14 +3,15 @@
 import msgspec
 
 from aggregator.window import Window
-from shared.records import ModelEvicted, ModelLoaded
+from shared.records import ModelEvicted, ModelLoaded, ModelMissed
 
 TOP = 10
 SOON_S = 600.0
 
 
 class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Evictions of one model on one node. ``wanted_again_s`` is the shortest time until it was loaded again there."""
+    """Evictions of one model on one node. ``wanted_again_s`` is the shortest time until somebody asked for it again
+    there (or, from agents that do not report that, until it was loaded again)."""
 
     node: str
     model: str
@@ -42,9 +43,10 @@ def report(window: Window) -> EvictionReport:
 
 
 def _row(node: str, model: str, found: list[ModelEvicted], window: Window) -> EvictionRow:
+    missed = [r.after_us / 1e6 for m, r in window.of(ModelMissed) if m.node == node and r.model == model]
     loads = [r.t_ms for m, r in window.of(ModelLoaded) if m.node == node and r.model == model]
     waits = [min((t - e.t_ms for t in loads if t >= e.t_ms), default=None) for e in found]
-    known = [w / 1000 for w in waits if w is not None]
+    known = missed or [w / 1000 for w in waits if w is not None]
     again = min(known, default=None)
     busy = sum(e.requests_last_hour for e in found)
     verdict, hint = _verdict(found, busy, again)
@@ -64,6 +66,14 @@ def _row(node: str, model: str, found: list[ModelEvicted], window: Window) -> Ev
 def _verdict(found: list[ModelEvicted], busy: int, again: float | None) -> tuple[str, str]:
     if all(e.reason == "ordered" for e in found):
         return "ordered", "an operator unloaded it; nothing to do"
+    if any(e.reason == "pressure" for e in found):
+        return "memory", "models held more memory than was planned: compare their plan errors in the nodes' status"
+    if all(e.reason == "idle" for e in found):
+        short = again is not None and again < SOON_S
+        return (
+            "idle",
+            f"its keep-alive time ended{f', and it was wanted {again:.0f} s later: raise it' if short else ''}",
+        )
     if again is not None and again < SOON_S:
         return "placement", f"wanted again after {again:.0f} s: give it room on another node, or pin it here"
     if busy:

@@ -22,6 +22,7 @@ from shared.records import (
     LoaderExited,
     ModelEvicted,
     ModelLoaded,
+    ModelMissed,
     PeerDown,
     PeerUp,
     Record,
@@ -269,6 +270,10 @@ def test_a_loader_that_ended_is_named() -> None:
 # evictions
 
 
+def missed(after_s: int) -> ModelMissed:
+    return ModelMissed(t_ms=T0 + after_s * 1000, model="m", version="v", reason="memory", after_us=after_s * 1_000_000)
+
+
 def evicted(minute: int = 0, **more: object) -> ModelEvicted:
     values: dict[str, object] = {"t_ms": T0 + minute * MINUTE, "model": "m", "version": "v", "reason": "memory"}
     return ModelEvicted(**{**values, **more})  # type: ignore[arg-type]
@@ -279,6 +284,11 @@ def evicted(minute: int = 0, **more: object) -> ModelEvicted:
     [
         ([evicted(reason="ordered")], "ordered", "an operator"),
         ([evicted()], "traffic", "nobody had asked"),
+        ([evicted(reason="idle")], "idle", "keep-alive time ended"),
+        ([evicted(reason="idle"), missed(30)], "idle", "wanted 30 s later: raise it"),
+        ([evicted(reason="pressure")], "memory", "more memory than was planned"),
+        ([evicted(), missed(45)], "placement", "wanted again after 45 s"),
+        ([evicted(), missed(4_000)], "traffic", "nobody had asked"),
         ([evicted(requests_last_hour=9, for_model="k")], "placement", "had served 9 requests"),
         (
             [evicted(), ModelLoaded(t_ms=T0 + 60_000, model="m", version="v", load_us=1, need_bytes=1)],
