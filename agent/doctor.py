@@ -1,5 +1,6 @@
 """What works on this machine, what does not and what would mend it; and what only a first Mac can prove."""
 
+import asyncio
 import platform
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from agent import gpu
 from agent.collectors import all_collectors
 from agent.config import AgentConfig
 from agent.modelstore import ModelStore, model_folder
@@ -26,6 +28,9 @@ MAC_ONLY = (
     "vm_stat, vm.swapusage and the memory pressure level are read without root",
     "launchd waits ExitTimeOut before it kills, and newsyslog rotates launchd's output",
     "MLX's Metal build answers as the CPU build does in the tests",
+    "the GPU's recommended working set is reported (the line memory above)",
+    "proc_pid_rusage's physical footprint agrees with Activity Monitor",
+    "the memory plan holds for Metal's fused attention and buffer cache (`status` shows the error of each load)",
 )
 
 
@@ -42,7 +47,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
     return [
         _finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
-        _memory(config),
+        _memory(config, environ),
         *_models(config, state),
         _port(config),
         _store(config, environ),
@@ -66,11 +71,13 @@ def _blas() -> Finding:
     return _finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
 
 
-def _memory(config: AgentConfig) -> Finding:
+def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
     total = psutil.virtual_memory().total
-    budget = config.memory.budget_bytes or default_budget_bytes(total)
+    device = gpu.Device() if config.memory.budget_bytes else asyncio.run(gpu.ask(environ))
+    budget, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
     verdict = "warning" if budget > total else "ok"
-    return _finding("memory", verdict, f"{budget / 1e9:.1f} GB for models of {total / 1e9:.1f} GB")
+    why = f"; {device.reason}" if device.reason else ""
+    return _finding("memory", verdict, f"{budget / 1e9:.1f} GB for models of {total / 1e9:.1f} GB ({source}{why})")
 
 
 def _models(config: AgentConfig, state: Path) -> list[Finding]:

@@ -38,7 +38,22 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for verb in ("run", "status", "models", "load", "unload", "swap", "logs", "doctor", "sample", "install", "new-key"):
+    for verb in (
+        "run",
+        "status",
+        "models",
+        "load",
+        "unload",
+        "swap",
+        "pin",
+        "unpin",
+        "probes",
+        "logs",
+        "doctor",
+        "sample",
+        "install",
+        "new-key",
+    ):
         assert re.search(rf"^\s+{verb}\s", text, re.MULTILINE), verb
 
 
@@ -175,3 +190,49 @@ def test_spans_and_times() -> None:
     assert datetime(2026, 11, 21, 11, 58, 30, tzinfo=UTC) == logview.parse_since("90s", NOW)
     assert datetime(2026, 11, 19, 12, 0, tzinfo=UTC) == logview.parse_since("2d", NOW)
     assert datetime(2026, 11, 20, 8, 0, tzinfo=UTC) == logview.parse_since("2026-11-20T08:00:00+00:00", NOW)
+
+
+def test_models_are_pulled_listed_and_removed(
+    config: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = ["--config", str(config)]
+    assert cli.main(["models", "pull", str(tiny_model), "--name", "tiny", *option]) == 0
+    said = capsys.readouterr()
+    assert 'to serve it: path = "store:tiny@' in said.out
+    assert "pull tiny: 100 %" in said.err
+    assert cli.main(["models", "list", "--json", *option]) == 0
+    (stored,) = json.loads(capsys.readouterr().out)["stored"]
+    assert stored["name"] == "tiny"
+    assert cli.main(["models", "push", str(tiny_model), "shared", *option]) == 0
+    assert cli.main(["models", "pull", "bucket:shared", "--json", *option]) == 0
+    pulled = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert pulled["version"] == stored["version"]
+    assert cli.main(["models", *option]) == 0
+    out = capsys.readouterr().out
+    assert f"store:shared@{stored['version']}" in out
+    assert cli.main(["models", "remove", "tiny", *option]) == 0
+    assert cli.main(["models", "remove", f"shared@{stored['version']}", *option]) == 0
+    assert cli.main(["models", *option]) == 0
+    assert "the model store is empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["models", "pull", "/no/such/folder"], "there is no folder"),
+        (["models", "pull", "bucket:nothing"], "the bucket holds none of it"),
+        (["models", "pull", "bucket:not a name"], "use 1 to 63 letters"),
+        (["models", "pull", "bucket:x@0123456789abcdef"], "put it there with `mlxrack-agent models push"),
+        (["models", "remove", "nothing"], "it is not in the store"),
+        (["models", "remove", "nothing@v1"], "it is not in the store"),
+        (["models", "push", "/no/such/folder", "x"], "there is no folder"),
+        (["models", "push", ".", "no model"], "use 1 to 63 letters"),
+    ],
+)
+def test_what_cannot_be_pulled_or_removed_says_why(
+    config: Path, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--config", str(config)]) == 1
+    err = capsys.readouterr().err
+    assert why in err
+    assert "Traceback" not in err

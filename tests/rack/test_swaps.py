@@ -413,3 +413,22 @@ def test_a_second_swap_of_a_model_is_refused_while_the_first_goes_on(tmp_path: P
         second = order(agent, "swap", model="m", new="c")
         assert (second.status, "swapping already" in second.body.decode()) == (409, True)
     assert found[0].json["outcome"] == "flipped"
+
+
+def test_when_memory_is_short_new_requests_are_told_to_come_again_and_running_ones_end(tmp_path: Path) -> None:
+    """The loader says that it holds more than all models may: pieces get small, caches go, then the door closes."""
+    extra = LIMITS + "budget_bytes = 1000\n"
+    heavy = model(fake_step_s=0.05, fake_held_bytes=5_000)
+    with rack(tmp_path, [heavy], extra=extra) as (agent,):
+        found: list[Answer] = []
+        running = threading.Thread(target=lambda: found.append(agent.chat(stream=True, max_tokens=140)))
+        running.start()
+        until(lambda: agent.status()["memory"]["refusing"], "the guard refuses")
+        refused = agent.chat()
+        assert refused.status == 503
+        assert refused.json["error"]["code"] == "memory_pressure"
+        assert int(refused.headers["Retry-After"]) >= 1
+        running.join()
+        assert events_of(found[0])[-1] == "[DONE]", "what ran was answered to its end"
+        until(lambda: agent.status()["memory"]["level"] == "calm", "the idle model has left")
+        assert agent.status()["models"][0]["state"] == "cold"
