@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from agent.collectors.inference import Answered
 from agent.frames import Reported
 from agent.routing import NodeView
-from shared.records import Event, ModelEvicted, SwapFinished
+from shared.records import Event, ModelEvicted, ModelMissed, SwapFinished
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -61,6 +61,7 @@ class Metrics:
         }
         self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
         self._evicted = self._counter("model_evictions", "Models that left memory.", ("model", "reason"))
+        self._missed = self._counter("model_misses", "First requests for models that had left memory.", ("model",))
         self._swaps = self._counter("swaps", "Swaps by how they ended.", ("model", "outcome"))
         self._registry.register(_Gauges(status, peers))
 
@@ -91,6 +92,8 @@ class Metrics:
         """Count what happened to models."""
         if isinstance(event, ModelEvicted):
             self._evicted.labels(event.model, event.reason).inc()
+        elif isinstance(event, ModelMissed):
+            self._missed.labels(event.model).inc()
         elif isinstance(event, SwapFinished):
             self._swaps.labels(event.model, event.outcome).inc()
 
@@ -116,6 +119,7 @@ class _Gauges(Collector):
     def collect(self) -> list[GaugeMetricFamily]:
         ready = GaugeMetricFamily("mlxrack_model_ready", "1 when requests can be leased here.", labels=["model"])
         flight = GaugeMetricFamily("mlxrack_model_in_flight", "Requests that use the loader.", labels=["model"])
+        waiting = GaugeMetricFamily("mlxrack_model_waiting", "Requests that wait for the model.", labels=["model"])
         footprint = GaugeMetricFamily(
             "mlxrack_loader_resident_bytes", "Resident bytes of the loader.", labels=["model"]
         )
@@ -128,6 +132,7 @@ class _Gauges(Collector):
             labels = [str(one["model"])]
             ready.add_metric(labels, 1.0 if one["state"] == "ready" else 0.0)
             flight.add_metric(labels, float(one["in_flight"]))
+            waiting.add_metric(labels, float(one["waiting"]))
             restarts.add_metric(labels, float(one["restarts"]))
             silent.add_metric(labels, float(one["silent_s"]))
             if one["need_bytes"] is not None:
@@ -137,4 +142,4 @@ class _Gauges(Collector):
         up = GaugeMetricFamily("mlxrack_peer_up", "1 when the peer answers its beats.", labels=["peer"])
         for peer in self._peers():
             up.add_metric([peer.node], 1.0 if peer.state == "up" else 0.0)
-        return [ready, flight, footprint, planned, restarts, silent, up]
+        return [ready, flight, waiting, footprint, planned, restarts, silent, up]
