@@ -93,12 +93,7 @@ class PeerTable:
             # just after the start nobody knows what a peer serves
             fresh = now - known.last_s <= DOWN_BEATS * self._beat_s
             return NodeView(node=node, url=known.url, state="unknown" if fresh else "down")
-        models = tuple(
-            ModelView(
-                name=m.name, version=m.version, ready=m.ready, coming=m.coming, in_flight=m.in_flight + known.sent
-            )
-            for m in beat.models
-        )
+        models = tuple(msgspec.structs.replace(m, in_flight=m.in_flight + known.sent) for m in beat.models)
         return NodeView(node=node, url=known.url, state=self._state(known, now), draining=beat.draining, models=models)
 
     def _state(self, known: _Known, now: float) -> str:

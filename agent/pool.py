@@ -457,6 +457,8 @@ class Pool:
 
     def take_over(self, slot: Slot, loaded: Loaded) -> None:
         """Serve a slot's names by this loader from now on. The one assignment, and bookkeeping without an await."""
+        if slot.spec is None or slot.spec.version != loaded.spec.version:
+            slot.crashes.clear()  # other files, another story
         slot.loaded = loaded
         slot.spec, slot.model = loaded.spec, loaded.spec.model
         new = loaded.spec.model.name
@@ -468,6 +470,8 @@ class Pool:
         slot.keep_alive_s = loaded.spec.model.keep_alive_s
         slot.become("ready")
         self._spawn(self._watched(slot, loaded))
+        if self._guard.level != "calm":
+            self._spawn(loaded.process.relieve("soft"))
         self._emit(slot.loaded_event(self._wall_ms(), fused=self._store.fused))
         log.info("model_loaded", model=loaded.name, version=loaded.spec.version, seconds=round(loaded.load_s, 2))
 
