@@ -53,7 +53,7 @@ def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.
 
 
 def _list(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
-    stored = _store(config, state).installed()
+    stored, partials = _store(config, state).installed(), _store(config, state).partials()
     try:
         served = AdminClient(config, state).status()["models"]
     except Retryable as error:
@@ -65,6 +65,7 @@ def _list(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     if served:
         print(models_text(served) + "\n")
     rows = [(one.name, one.version, size(one.size), f"{STORED}{one.name}@{one.version}") for one in stored]
+    rows += [(one.name, one.version, size(one.size), "not whole; pull it again") for one in partials]
     print(table(("STORED", "VERSION", "SIZE", "PATH FOR agent.toml"), rows) if rows else "the model store is empty")
     return 0
 
@@ -105,7 +106,7 @@ def _push(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
 def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     store = _store(config, state)
     name, _, version = args.model.partition("@")
-    held = [one.version for one in store.installed(name)]
+    held = [one.version for one in (*store.installed(name), *store.partials()) if one.name == name]
     if not version and len(held) != 1:
         what = f"the store holds {len(held)} versions of it: {', '.join(held)}" if held else "it is not in the store"
         raise Refused(f"remove {name}: {what}", code="not_found")
@@ -119,9 +120,11 @@ def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
 def _refuse_while_served(config: AgentConfig, state: Path, place: Path, version: str) -> None:
     try:
         served = AdminClient(config, state).status()["models"]
-    except Retryable:
-        return
-    users = [m["model"] for m in served if m["version"] == version and str(place) == m.get("path")]
+    except Retryable as error:
+        if error.code == "not_running":
+            return
+        raise
+    users = [m["model"] for m in served if str(place) == m["path"]]
     if users:
         raise Refused(f"remove {place.parent.name}@{version}: {users[0]} is served from it; unload that first")
 

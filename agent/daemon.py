@@ -113,14 +113,19 @@ class Daemon:
             boot_id=boot_id(),
         )
         self.follower = Follower(
-            config, self.pool, self.models, lambda: open_store(config.store, environ), state / "desired.json"
+            config,
+            self.pool,
+            self.models,
+            lambda: open_store(config.store, environ),
+            state / "desired.json",
+            carried_by_peer=self._carried_by_peer,
         )
         self.prober = Prober(self.table, self.peer_client, self._emit)
         self.context = Context(
             config=config,
             dispatch=self.dispatch,
             pool=self.pool,
-            ordered_here=self.follower.ordered_here,
+            follower=self.follower,
             peers=self.table,
             sampler=self.sampler,
             status=self.status,
@@ -260,6 +265,7 @@ class Daemon:
     async def _wind_down(self) -> None:
         """No new work, then what is in flight, then the loaders, then the last window and the last push."""
         self.dispatch.draining = True
+        self.follower.stop()
         drain_s = self.config.limits.drain_s
         log.info("agent_stopping", in_flight=self.dispatch.in_flight)
         deadline = time.monotonic() + drain_s

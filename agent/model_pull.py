@@ -132,16 +132,24 @@ def pull(
     version = catalog.version_of(manifest)
     place = store.place(name, version)
     total = sum(file.size for file in manifest.files)
-    if place.is_dir():
-        return Installed(name=name, version=version, size=total)
+    installed = Installed(name=name, version=version, size=total)
+    if _is_whole(store, name, place):
+        return installed
     with _of_the_disk(f"pull {name}"), _alone(store.folder / PARTIAL / f"{name}@{version}") as partial:
+        if place.is_dir():
+            if _is_whole(store, name, place):
+                return installed  # somebody else's pull has ended meanwhile
+            # damaged: what is still right of it need not be fetched again
+            shutil.rmtree(partial)
+            os.replace(place, partial)
+        partial.mkdir(exist_ok=True)
         there = sum(_size(partial / file.name) for file in manifest.files)
         _check_room(store, name, total, there, disk_bytes, free_bytes(partial))
         done = 0
         for file in manifest.files:
             done = _fetch(source, file, partial / file.name, done, total, progress)
         _install(source, manifest, partial, place)
-    return Installed(name=name, version=version, size=total)
+    return installed
 
 
 def push(
@@ -190,8 +198,15 @@ def _is_there(bucket: ObjectStore, key: str, size: int) -> bool:
     return False
 
 
+def _is_whole(store: ModelStore, name: str, place: Path) -> bool:
+    """Whether a version is installed and undamaged."""
+    with contextlib.suppress(Refused):
+        return place.is_dir() and bool(store.manifest(name, place))
+    return False
+
+
 def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes: int, free: int) -> None:
-    held = sum(one.size for one in store.installed())
+    held = sum(one.size for one in (*store.installed(), *store.partials())) - there
     if disk_bytes and held + total > disk_bytes:
         raise Refused(
             f"pull {name}: {total / 1e6:.0f} MB do not fit beside {held / 1e6:.0f} MB of other models in "
@@ -207,7 +222,18 @@ def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes
 
 
 def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
-    """One file, from where an earlier try stopped; returns the bytes that are there then."""
+    """One file, from where an earlier try stopped; returns the bytes that are there then. What an earlier try left and
+    is not right is fetched once more."""
+    had = _size(path)
+    try:
+        return _fetched(source, file, path, done, total, progress)
+    except Refused as error:
+        if error.code != "bad_hash" or not had:
+            raise
+    return _fetched(source, file, path, done, total, progress)
+
+
+def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with path.open("ab+") as opened:
@@ -235,7 +261,7 @@ def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, p
         raise Refused(
             f"pull: sha256 of {file.name} is {digest.hexdigest()[:12]}.., its manifest says {file.sha256[:12]}..; "
             "it was thrown away, nothing was installed; pull again, and mend the source if that fails too",
-            code="bad_model",
+            code="bad_hash",
         )
     return done
 

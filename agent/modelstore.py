@@ -161,9 +161,23 @@ class ModelStore:
             for version in _folders(folder)
         ]
 
+    def partials(self) -> list[Installed]:
+        """What pulls that were cut short left behind; they go on from there."""
+        found = [folder.name.partition("@") for folder in _folders(self.folder / PARTIAL)]
+        return [
+            Installed(name=name, version=version, size=size)
+            for name, at, version in found
+            if at and (size := _size(self.folder / PARTIAL / f"{name}@{version}"))
+        ]
+
     def remove(self, name: str, version: str) -> None:
-        """Take a version out of the store. Raises Refused when it is not there."""
+        """Take a version, or what a cut short pull left of it, out of the store. Raises Refused when there is none."""
         place = self.place(name, version)
+        for left in (self.folder / PARTIAL).glob("removed-*"):
+            shutil.rmtree(left, ignore_errors=True)  # a removal that was cut short
+        if not place.is_dir() and (partial := self.folder / PARTIAL / f"{name}@{version}").is_dir():
+            shutil.rmtree(partial)
+            return
         if not place.is_dir():
             raise Refused(f"remove {name}@{version}: it is not in the store ({self.folder})", code="not_found")
         # out of sight in one step, so that nothing half-removed can be loaded

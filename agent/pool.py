@@ -133,11 +133,17 @@ class Pool:
                 model=slot.names[0],
                 names=tuple(slot.names),
                 version=slot.loaded.spec.version if slot.loaded else "",
+                offers=slot.spec.version if slot.spec and slot.gone and slot.gone.reason != "ordered" else "",
                 pinned=slot.pinned,
                 changing=slot.changing.locked() or slot.state in ("starting", "draining"),
             )
             for slot in self._slots
         ]
+
+    def path_of(self, name: str) -> str:
+        """The files behind a name that is in memory; "" for one that is not."""
+        slot = self._slot(name)
+        return slot.model.path if slot.loaded else ""
 
     def swaps(self) -> list[dict[str, str]]:
         """The last swaps of this run, the newest last."""
@@ -256,12 +262,13 @@ class Pool:
             if slot.model.preload:
                 self._spawn(self._load_quietly(slot))
 
-    async def load(self, name: str) -> ModelSpec:
+    async def load(self, name: str, *, ordered: bool = True) -> ModelSpec:
         """Bring a configured model into memory, evicting idle ones if need be. Raises Refused with the reason.
 
+        What is ``ordered`` does not wait for models that have just come.
         An order that was begun is finished, here as in unload and swap, whether who gave it still listens or not.
         """
-        return await self._finished(self._ordered_load(name))
+        return await self._finished(self._ordered_load(name, ordered=ordered))
 
     async def unload(self, name: str) -> None:
         """Drain and stop a model's loader."""
@@ -282,6 +289,10 @@ class Pool:
     def pin(self, name: str, *, pinned: bool) -> None:
         """A pinned model leaves memory by order alone."""
         self._slot(name).pinned = pinned
+
+    async def pin_ordered(self, name: str, pinned: bool) -> None:
+        """The same as an order."""
+        self.pin(name, pinned=pinned)
 
     def adopt(self, model: Model) -> None:
         """Serve a name that is not configured, or another model under a configured one that is not in memory."""
@@ -305,12 +316,12 @@ class Pool:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
 
-    async def _ordered_load(self, name: str) -> ModelSpec:
+    async def _ordered_load(self, name: str, *, ordered: bool) -> ModelSpec:
         slot = self._slot(name)
         async with slot.changing:
             slot = self._slot(name)
             if slot.loaded is None:
-                await self._load(slot, ordered=True)
+                await self._load(slot, ordered=ordered)
             assert slot.loaded is not None
             return slot.loaded.spec
 

@@ -11,12 +11,13 @@ from shared.desired import Assignment
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of this node. ``version`` is "" when it is not in memory; ``changing`` that it is being loaded, swapped
-    or unloaded right now."""
+    """A model of this node. ``version`` is "" when it is not in memory; ``offers`` is the version that would come when
+    somebody asks; ``changing`` that it is being loaded, swapped or unloaded right now."""
 
     model: str
     names: tuple[str, ...]
     version: str = ""
+    offers: str = ""
     pinned: bool = False
     changing: bool = False
 
@@ -49,17 +50,19 @@ def plan(
 ) -> tuple[Action, ...]:
     """What to do, in order: models are brought before others leave, so that nothing is missing meanwhile.
 
-    A model that is being changed is left for the next time.
+    1. A model that is being changed, and what was ordered here, is left alone.
+    2. A model that left memory by itself (for another, or because nobody asked) comes back when somebody asks; only a
+       pinned one is brought back.
     """
     bring: list[Action] = []
     pins: list[Action] = []
     for one in desired:
         now = _named(actual, one.model)
-        if one.model in overridden or (now is not None and now.changing):
+        if _overridden(one.model, now, overridden) or (now is not None and now.changing):
             continue
-        if now is None or now.version != one.version:
+        if not _is_there(one, now):
             bring.append(Bring(assignment=one, swap=now is not None and bool(now.version)))
-        if now is None or now.pinned != one.pinned:
+        elif now is not None and now.pinned != one.pinned:
             pins.append(Pin(model=one.model, pinned=one.pinned))
     leave = [Unload(model=one.model) for one in actual if _must_leave(one, desired, overridden)]
     return (*bring, *pins, *leave)
@@ -70,20 +73,30 @@ def drift(actual: Sequence[Actual], desired: Sequence[Assignment], overridden: C
     found = []
     for one in desired:
         now = _named(actual, one.model)
-        version = now.version if now else ""
-        if version != one.version:
-            why = "ordered on this node" if one.model in overridden else "being changed" if now and now.changing else ""
-            serves = f"serves {version}" if version else "is not in memory"
+        if not _is_there(one, now):
+            here = _overridden(one.model, now, overridden)
+            why = "ordered on this node" if here else "being changed" if now and now.changing else ""
+            serves = f"serves {now.version}" if now and now.version else "is not in memory"
             found.append(f"{one.model} {serves} instead of {one.version}" + (f" ({why})" if why else ""))
     for extra in actual:
         if extra.version and not any(one.model in extra.names for one in desired):
-            why = " (ordered on this node)" if extra.model in overridden else ""
+            why = " (ordered on this node)" if set(extra.names) & set(overridden) else ""
             found.append(f"{extra.model} is in memory and not assigned{why}")
     return tuple(found)
 
 
 def _named(actual: Sequence[Actual], name: str) -> Actual | None:
     return next((one for one in actual if name in one.names), None)
+
+
+def _overridden(name: str, now: Actual | None, overridden: Collection[str]) -> bool:
+    return bool(set(now.names if now else (name,)) & set(overridden))
+
+
+def _is_there(one: Assignment, now: Actual | None) -> bool:
+    if now is None:
+        return False
+    return now.version == one.version or (not now.version and now.offers == one.version and not one.pinned)
 
 
 def _must_leave(one: Actual, desired: Sequence[Assignment], overridden: Collection[str]) -> bool:

@@ -144,7 +144,7 @@ class Slot:
             "state": self._state(),
             "reason": f"makes room for {self.closed_for}" if self.closed_for else self.reason,
             "version": loaded.spec.version if loaded else "",
-            "path": loaded.spec.path if loaded else "",
+            "path": spec.path if spec else "",
             "pid": loaded.process.pid if loaded else None,
             "in_flight": self.leases,
             "waiting": len(self.waiting),

@@ -33,8 +33,8 @@ async def load(request: web.Request) -> web.Response:
     """Bring a model into memory; answers when it is ready."""
     require_admin(request)
     names = await _names(request)
-    spec = await request.app[CONTEXT].pool.load(names.model)
-    request.app[CONTEXT].ordered_here(names.model)
+    context = request.app[CONTEXT]
+    spec = await context.follower.by_operator(names.model, context.pool.load(names.model))
     return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
 
 
@@ -42,8 +42,8 @@ async def unload(request: web.Request) -> web.Response:
     """Drain and stop a model's loader; answers when its memory is back."""
     require_admin(request)
     names = await _names(request)
-    await request.app[CONTEXT].pool.unload(names.model)
-    request.app[CONTEXT].ordered_here(names.model)
+    context = request.app[CONTEXT]
+    await context.follower.by_operator(names.model, context.pool.unload(names.model))
     return json_response({"model": names.model, "unloaded": True})
 
 
@@ -53,9 +53,8 @@ async def swap(request: web.Request) -> web.Response:
     names = await _names(request)
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
-    finished = await request.app[CONTEXT].pool.swap(names.model, names.new)
-    if finished.outcome == "flipped":
-        request.app[CONTEXT].ordered_here(names.model)
+    context = request.app[CONTEXT]
+    finished = await context.follower.by_operator(names.model, context.pool.swap(names.model, names.new))
     body: dict[str, Any] = msgspec.to_builtins(finished)
     return json_response(body, status=200 if finished.outcome == "flipped" else 409)
 
@@ -64,7 +63,8 @@ async def pin(request: web.Request) -> web.Response:
     """Keep a model in memory until it is ordered out, or no longer."""
     require_admin(request)
     names = await _names(request)
-    request.app[CONTEXT].pool.pin(names.model, pinned=names.pinned == "yes")
+    context = request.app[CONTEXT]
+    await context.follower.by_operator(names.model, context.pool.pin_ordered(names.model, names.pinned == "yes"))
     return json_response({"model": names.model, "pinned": names.pinned == "yes"})
 
 

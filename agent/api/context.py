@@ -9,6 +9,7 @@ from aiohttp import web
 
 from agent.config import AgentConfig, hash_key, is_loopback
 from agent.dispatch import Dispatch
+from agent.follower import Follower
 from agent.peers import PeerTable
 from agent.pool import Pool
 from agent.sampler import Sampler
@@ -27,7 +28,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     config: AgentConfig
     dispatch: Dispatch
     pool: Pool
-    ordered_here: Callable[[str], None]
+    follower: Follower
     peers: PeerTable
     sampler: Sampler
     status: Callable[[], dict[str, Any]]

@@ -32,6 +32,7 @@ STATUS = {
     "deadline_exceeded": 504,
     "bad_model": 422,
     "bad_probes": 422,
+    "bad_hash": 422,
 }
 KIND = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

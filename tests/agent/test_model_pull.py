@@ -181,7 +181,7 @@ def test_damage_on_the_way_is_seen_thrown_away_and_mended_by_the_next_pull(
     bucket.put(key, good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
     with pytest.raises(Refused, match=r"sha256 of model.safetensors is \w+\.\., its manifest says") as caught:
         pull(BucketSource(bucket, "tiny"), store, "tiny")
-    assert caught.value.code == "bad_model"
+    assert caught.value.code == "bad_hash"
     assert store.installed() == []
     push(folder, store, bucket, "tiny", again=True)
     assert pull(BucketSource(bucket, "tiny"), store, "tiny").version == pushed.version
@@ -274,3 +274,34 @@ def test_the_bucket_is_asked_for_pieces(folder: Path, store: ModelStore, monkeyp
     bucket = DirectoryStore(store.folder.parent / "bucket")
     pushed = push(folder, store, bucket, "tiny")
     assert pull(BucketSource(bucket, "tiny"), store, "tiny") == pushed
+
+
+def test_a_damaged_installed_model_is_mended_by_pulling_it_again(folder: Path, store: ModelStore) -> None:
+    installed = pull(FolderSource(store, folder), store, "tiny")
+    weights = store.place("tiny", installed.version) / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    os.utime(weights, (1, 1))
+    with pytest.raises(Refused, match=r"is corrupt .*fetch the model again"):
+        store.describe(model("store:tiny"))
+    source = CutShort(FolderSource(store, folder), 1 << 40)
+    assert pull(source, store, "tiny") == installed
+    assert source.read == len(raw), "only the damaged file is fetched"
+    assert store.describe(model("store:tiny")).version == installed.version
+
+
+def test_what_is_left_of_a_pull_is_shown_counted_and_removed(folder: Path, store: ModelStore) -> None:
+    whole = FolderSource(store, folder)
+    with pytest.raises(Retryable):
+        pull(CutShort(whole, 200_000), store, "tiny")
+    (left,) = store.partials()
+    assert (left.name, left.size) == ("tiny", 200_000)
+    total = sum(file.size for file in whole.manifest.files)
+    with pytest.raises(Refused, match="beside 0 MB of other models"):
+        pull(whole, store, "other", disk_bytes=total + 100_000)
+    pull(whole, store, "tiny", disk_bytes=total)
+    store.remove("tiny", left.version)
+    with pytest.raises(Retryable):
+        pull(CutShort(whole, 200_000), store, "tiny")
+    store.remove("tiny", left.version)
+    assert store.partials() == []

@@ -1,6 +1,7 @@
 """A real agent follows the desired state in the bucket: it fetches, swaps, loads, unloads, and reports drift."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,58 @@ def test_an_assigned_model_is_fetched_from_the_bucket_and_swapped_in(tmp_path: P
         assert served(agent) == {"m": pushed.version}
         assert agent.chat(max_tokens=3).headers["X-Mlxrack-Version"] == pushed.version
         assert (agent.state / "models" / "tiny" / pushed.version / "mlxrack-manifest.json").exists()
+
+
+def test_nothing_leaves_while_what_should_come_cannot_be_had(tmp_path: Path) -> None:
+    with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
+        until(lambda: len(served(agent)) == 2, "what is configured is served")
+        before = served(agent)
+        publish(tmp_path, 1, Assignment(model="new", source="nothing", version="0" * 16))
+        until(lambda: "the bucket does not hold it" in desired(agent)["reason"], "the first reason is the one shown")
+        assert desired(agent)["state"] == "failed"
+        time.sleep(1.0)
+        assert served(agent) == before
+        assert agent.chat().status == 200
+        publish(tmp_path, 2, assign("k", "plain-weights", tmp_path))
+        follows(agent, 2)
+        assert list(served(agent)) == ["k"]
+
+
+def test_a_model_that_goes_elsewhere_stays_until_it_is_served_there(tmp_path: Path) -> None:
+    """Another node is assigned it and does not have it yet."""
+    with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
+        until(lambda: len(served(agent)) == 2, "what is configured is served")
+        moved = DesiredState(
+            generation=1,
+            nodes={"n1": (assign("k", "plain-weights", tmp_path),), "n2": (assign("m", "plain-weights", tmp_path),)},
+        )
+        DirectoryStore(tmp_path / "bucket").put(DESIRED, encode(moved))
+        follows(agent, 1, "drifted")
+        assert desired(agent)["drift"] == ["m is in memory and not assigned"]
+        assert agent.chat().status == 200
+
+
+def test_a_model_that_left_by_itself_is_not_brought_back_unasked(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], extra=FAST) as (agent,):
+        publish(tmp_path, 1, assign("m", "plain-weights", tmp_path, keep_alive_s=0.5))
+        follows(agent, 1)
+        until(lambda: not served(agent), "nobody asks, so it leaves")
+        time.sleep(1.5)
+        assert not served(agent)
+        assert desired(agent)["state"] == "converged"
+        assert agent.chat().status == 200, "and comes when somebody does"
+
+
+def test_what_was_ordered_out_stays_out_over_a_restart(tmp_path: Path) -> None:
+    with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
+        publish(tmp_path, 1, assign("m", "plain-weights", tmp_path), assign("k", "plain-weights", tmp_path))
+        follows(agent, 1)
+        assert order(agent, "unload", model="m").status == 200
+        follows(agent, 1, "drifted")
+        assert agent.stop() == 0
+        agent.start().ready()
+        follows(agent, 1, "drifted")
+        assert list(served(agent)) == ["k"]
+        publish(tmp_path, 2, assign("m", "plain-weights", tmp_path), assign("k", "plain-weights", tmp_path))
+        follows(agent, 2)
+        assert sorted(served(agent)) == ["k", "m"]
