@@ -28,6 +28,10 @@ class Demand:
         self._minutes.append((minute, count + 1))
         self._forget(minute)
 
+    def ended(self, now_s: float) -> None:
+        """A request has ended; until then the model was in use."""
+        self.last_s = now_s
+
     def per_s(self, now_s: float) -> float:
         """Requests per second, recent ones weighing more: the weighed count over the mean time that one counts."""
         return self._weight_at(now_s) * _DECAY_PER_S

@@ -26,6 +26,8 @@ from shared.logs import get_logger
 
 MAX_RETRIES = 2
 MAX_CONTINUATIONS = 4
+LOST_S = 3.0
+"""For so long after a loss a peer that is not heard of may still be back."""
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
 TURN_SEEDS = 0x51_7C_C1_B7_27
 """Between the seeds of several answers to one prompt, so that they differ and can be had again."""
@@ -56,6 +58,7 @@ class Call(msgspec.Struct, kw_only=True):
     seed: int | None = None
     made: list[int] = msgspec.field(default_factory=list)
     going_on: bool = False
+    lost_s: float = 0.0
     continuations: int = 0
     tried: set[str] = msgspec.field(default_factory=set)
     retries: int = 0
@@ -283,7 +286,7 @@ class Dispatch:
             if await self._pool.wanted(name, step_s):
                 return True
             await asyncio.sleep(min(0.05, step_s))
-            return self._pool.is_coming(name)
+            return self._pool.is_coming(name) or bool(call.tried) or refused.loading
         if call.tried or refused.loading:
             await asyncio.sleep(min(0.2, step_s))
             return True
@@ -292,11 +295,11 @@ class Dispatch:
     async def _wait_for_version(self, call: Call, step_s: float) -> bool:
         """As long as exactly the version that began an answer may still come back, here or on a peer."""
         name, version = call.model, call.version
-        if any(m.name == name for m in self._pool.views()) and self._pool.comes_back(name, version):
-            await self._pool.wanted_back(name, version, step_s)
-            return True
         peers = self._table.view(self._clock())
-        if any(m.name == name and version in m.versions for p in peers if p.state != "down" for m in p.models):
+        held = any(m.name == name and version in m.versions for p in peers if p.state != "down" for m in p.models)
+        here = any(m.name == name for m in self._pool.views()) and self._pool.comes_back(name, version)
+        # who has just failed us is heard of again, or not, within a beat or two
+        if held or here or self._clock() - call.lost_s < LOST_S:
             await asyncio.sleep(min(0.2, step_s))
             return True
         return False
@@ -311,6 +314,9 @@ class Dispatch:
     async def work(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
         version = ask.version if isinstance(ask, Generate) else ""
+        if version:
+            # it may be on its way back: started again after its end, or after its end while it drained
+            await self._pool.wanted_back(ask.model, version, self._limits.load_wait_s)
         async with self._pool.lease(ask.model, version) as lease, contextlib.aclosing(lease.generate(ask)) as answers:
             async for answer in answers:
                 if isinstance(answer, Accepted):
@@ -356,7 +362,8 @@ class Dispatch:
             call.made += answer.ids
         elif isinstance(answer, Done):
             call.done = answer
-            call.cached_tok = answer.cached_tok
+            if not call.going_on:
+                call.cached_tok = answer.cached_tok
             call.completion_tok = answer.completion_tok
 
     def _go_on(self, call: Call, place: Local | Forward) -> None:
@@ -365,6 +372,7 @@ class Dispatch:
             self._table.refused(place.node, self._clock())
         call.tried.add(place.node)
         call.going_on = True
+        call.lost_s = self._clock()
         call.continuations += 1
         log.info("continued", request=call.request_id, node=place.node, tokens=len(call.made), version=call.version)
 

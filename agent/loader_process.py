@@ -126,7 +126,11 @@ class LoaderProcess:
     @classmethod
     async def start(cls, spec: LoaderSpec, environ: Mapping[str, str]) -> "LoaderProcess":
         """Spawn and wait until the model is in memory and warm. Raises Refused with the loader's reason."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise Retryable(f"start loader: the system gives no socket ({why})", code="no_process") from None
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -68,7 +68,9 @@ class Loaders:
             *("--fake-held-bytes", str(model.fake_held_bytes)),
         )
         stuck_s = self._config.limits.stuck_s
-        secret = resolve(self._config.disk_cache.secret, self._environ) if model.disk_cache_bytes else ""
+        secret = ""
+        if model.disk_cache_bytes:  # a keychain may take its time
+            secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
         start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s, secret=secret)
         return await LoaderProcess.start(start, self._environ)
 

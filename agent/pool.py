@@ -20,7 +20,7 @@ from agent.modelstore import ModelSpec, ModelStore
 from agent.probes import Probe
 from agent.reconcile import Actual
 from agent.routing import ModelView
-from agent.slot import Gone, Lease, Loaded, Slot
+from agent.slot import Gone, Lease, Loaded, Slot, held_by
 from agent.swap_run import MARGIN_S, SwapRun
 from agent.warming import hear
 from shared.errors import RackError, Refused, Retryable
@@ -39,6 +39,10 @@ from shared.records import (
 CRASHES_BEFORE_GIVING_UP = 5
 CRASH_WINDOW_S = 120.0
 KEPT_SWAPS = 20
+CLOSED_TURNS = 3
+"""A model is closed for at most so many times the longest wait, then open for as long."""
+AGAIN_S = 1.0
+"""A load in turn that found no room after all is tried again after so long."""
 
 log = get_logger("agent.pool")
 T = TypeVar("T")
@@ -98,8 +102,11 @@ class Pool:
         )
 
     def _versions(self, slot: Slot) -> tuple[str, ...]:
-        """What can go on with an answer that it began, whether it takes new requests or not."""
-        return tuple(sorted({one.spec.version for one in self._living(slot)}))
+        """What can go on with an answer that it began, now or as soon as it is back."""
+        found = {one.spec.version for one in self._loaders.retiring if one.name in slot.names}
+        if slot.spec is not None and slot.state in ("starting", "ready"):
+            found.add(slot.spec.version)
+        return tuple(sorted(found))
 
     def _living(self, slot: Slot) -> list[Loaded]:
         retiring = [one for one in self._loaders.retiring if one.name in slot.names]
@@ -170,6 +177,7 @@ class Pool:
             yield Lease(loaded)
         finally:
             loaded.process.in_flight -= 1
+            slot.demand.ended(self._clock())
             if not loaded.process.in_flight:
                 self._next_turn()
 
@@ -190,7 +198,7 @@ class Pool:
         deadline = self._clock() + timeout_s
         with self.waiting(name):
             while not (slot := self._slot(name)).ready:
-                if slot.state == "failed" or self._clock() >= deadline or self._stopping:
+                if not self.is_coming(name) or slot.state == "failed" or self._clock() >= deadline:
                     return False
                 self._next_turn()
                 changed = slot.changed
@@ -204,7 +212,7 @@ class Pool:
         slot, deadline = self._slot(name), self._clock() + timeout_s
         self._loaders.missed[version] += 1
         try:
-            while version not in self._versions(slot):
+            while all(one.spec.version != version for one in self._living(slot)):
                 if self._clock() >= deadline or not self.comes_back(name, version):
                     return False
                 await asyncio.sleep(0.02)
@@ -214,14 +222,19 @@ class Pool:
 
     def comes_back(self, name: str, version: str) -> bool:
         """Whether this version is served here, is being started again, or finishes what it has."""
-        slot = self._slot(name)
-        known = slot.spec is not None and slot.spec.version == version and slot.state in ("starting", "ready")
-        return not self._stopping and (known or any(one.spec.version == version for one in self._loaders.retiring))
+        return not self._stopping and version in self._versions(self._slot(name))
 
     def is_coming(self, name: str) -> bool:
         """Whether waiting for a name may help: it is loading, swapping or restarting, or can be loaded."""
         slot = self._slot(name)
+        if slot.state == "cold" and not self._can_come(slot):
+            return False
         return not self._stopping and (slot.state != "failed" or slot.changing.locked())
+
+    def _can_come(self, slot: Slot) -> bool:
+        """Whether a model that is not in memory would have room if nobody used the others."""
+        pinned = sum(s.occupied_bytes for s in self._slots if s is not slot and s.pinned and s.loaded is not None)
+        return slot.planned_bytes + pinned <= self.budget_bytes
 
     async def windows(self) -> list[EngineWindow]:
         """What every loader did since the last call, those that ended meanwhile included."""
@@ -379,17 +392,29 @@ class Pool:
             turns.Wanted(name=slot.names[0], need_bytes=slot.planned_bytes, since_s=min(slot.waiting))
             for slot in self._slots
             if slot.waiting and slot.state == "cold" and not slot.changing.locked()
+            if not slot.coming and now >= slot.not_before_s
         ]
         turn = turns.next_turn(
             queue, self._occupants(), self.budget_bytes, now, max_wait_s=self._config.memory.max_wait_s
         )
         for slot in self._slots:
-            was, slot.closed_for = slot.closed_for, self._closed_for(slot, turn, queue)
-            if bool(was) != bool(slot.closed_for):
-                slot.become(slot.state, slot.reason)
-                log.info("model_closed" if slot.closed_for else "model_opened", model=slot.names[0], for_model=was)
+            self._close(slot, self._closed_for(slot, turn, queue), now)
         if turn.load:
-            self._spawn(self._load_quietly(self._slot(turn.load)))
+            slot = self._slot(turn.load)
+            slot.coming = True  # from here on, so that it is started once however many wait for it
+            self._spawn(self._load_in_turn(slot))
+
+    def _close(self, slot: Slot, for_model: str, now: float) -> None:
+        """Let a model take no new requests, or some again. What makes others wait for too long is opened for a while,
+        or one endless answer would keep all of them waiting."""
+        limit_s = CLOSED_TURNS * max(1.0, self._config.memory.max_wait_s)
+        if slot.closed_for and for_model and slot.leases and now - slot.closed_since_s > limit_s:
+            slot.open_until_s, for_model = now + limit_s, ""
+        was, slot.closed_for = slot.closed_for, for_model
+        if bool(was) != bool(for_model):
+            slot.closed_since_s = now
+            slot.become(slot.state, slot.reason)
+            log.info("model_closed" if for_model else "model_opened", model=slot.names[0], for_model=for_model or was)
 
     def _closed_for(self, slot: Slot, turn: turns.Turn, queue: list[turns.Wanted]) -> str:
         if slot.names[0] in turn.close:
@@ -397,12 +422,13 @@ class Pool:
         if not slot.closed_for:
             return ""
         # it stays closed until the one that it makes room for has come: else it would be in use again before that
-        comes = turn.load == slot.closed_for or self._slot(slot.closed_for).changing.locked()
+        other = next((one for one in self._slots if slot.closed_for in one.names), None)
+        comes = turn.load == slot.closed_for or (other is not None and (other.coming or other.changing.locked()))
         return slot.closed_for if comes else ""
 
     async def _read_guard(self) -> None:
         before = self._guard
-        held = [one for slot in self._slots if (one := slot.held()) is not None]
+        held = [held_by(loaded) for loaded in self._all_loaded()]
         memory = self._config.memory
         self._guard, actions = guard.step(before, held, self.budget_bytes, soft=memory.soft, hard=memory.hard)
         if before.level != self._guard.level:
@@ -419,18 +445,29 @@ class Pool:
         for action in actions:
             await self._relieve(action)
 
+    def _all_loaded(self) -> list[Loaded]:
+        return [*(slot.loaded for slot in self._slots if slot.loaded is not None), *self._loaders.retiring]
+
     async def _relieve(self, action: guard.Action) -> None:
         levels: dict[str, Any] = {"ease": "calm", "press": "soft", "drop_caches": "hard"}
         if action in levels:
-            for slot in self._slots:
-                if slot.loaded is not None:
-                    await slot.loaded.process.relieve(levels[action])
+            for loaded in self._all_loaded():
+                await loaded.process.relieve(levels[action])
         elif action == "evict_idle":
             idle = [o for o in self._occupants() if not o.pinned and not o.leases]
             if idle:
                 self._spawn(self._leave(self._slot(min(idle, key=eviction.by_cost).name), "pressure"))
 
     # ---- loading ----
+
+    async def _load_in_turn(self, slot: Slot) -> None:
+        """A load whose turn it is. What fails for want of room is tried again, but not at once."""
+        try:
+            if slot.state == "cold":
+                await self._load_quietly(slot)
+        finally:
+            slot.coming = False
+            slot.not_before_s = 0.0 if slot.loaded is not None else self._clock() + AGAIN_S
 
     async def _load_quietly(self, slot: Slot) -> None:
         """A load nobody waits for: its failure is a state and a log line."""
@@ -448,6 +485,8 @@ class Pool:
             slot.spec = spec
             async with self._room:
                 await self._make_room(spec, for_name=slot.names[0], but=slot, ordered=ordered)
+            for other in [s for s in self._slots if s.closed_for in slot.names]:
+                self._close(other, "", self._clock())  # there is room without it
             process = await self._loaders.start(spec)
         except RackError as error:
             # room may come back by itself; anything else needs somebody
@@ -474,7 +513,9 @@ class Pool:
         slot.spec, slot.model = loaded.spec, loaded.spec.model
         new = loaded.spec.model.name
         for other in [s for s in self._slots if s is not slot and new in s.names]:
-            self._slots.remove(other)
+            other.names.remove(new)
+            if not other.names:
+                self._slots.remove(other)
         if new not in slot.names:
             slot.names.append(new)
         slot.in_rotation, slot.closed_for, slot.peak_bytes, slot.gone = True, "", 0, None
@@ -597,7 +638,8 @@ class Pool:
             return
         await asyncio.sleep(min(8.0, 0.5 * (2.0 ** (len(slot.crashes) - 1)) - 0.5))
         if slot.swapping:
-            await self._revive(slot)
+            if slot.in_rotation:  # a cold swap stops it anyway
+                await self._revive(slot)
             return
         await self._load_quietly(slot)
         if slot.state == "failed" and slot.died_starting:
@@ -609,12 +651,18 @@ class Pool:
         """Start the active loader again while a swap is under way, which holds the slot; the standby may be first."""
         assert slot.spec is not None
         spec, began = slot.spec, self._clock()
+        slot.reviving = True
         try:
             process = await self._loaders.start(spec)
         except RackError as error:
             log.warning("model_load_failed", model=slot.names[0], code=error.code, reason=error.message)
+            slot.crashes.append(self._clock())
+            slot.reviving = False
+            await self._restart(slot)
             return
-        if slot.loaded is None and slot.swapping:
+        finally:
+            slot.reviving = False
+        if slot.loaded is None and slot in self._slots and not self._stopping:
             now = self._clock()
             self.take_over(slot, Loaded(slot.names[0], spec, process, now, now - began))
         else:
@@ -627,15 +675,29 @@ class Pool:
         if old is None:
             raise Refused(f"swap {slot.names[0]}: it is not in memory ({slot.state}); load it first", code="conflict")
         spec = await asyncio.to_thread(self._store.describe, model)
-        if spec.version == old.spec.version:
+        if spec.version == old.spec.version and slot.loaded is not None:
             raise Refused(f"swap {slot.names[0]}: {model.name} is the version that serves already", code="conflict")
         cold = self._must_be_cold(slot, spec)
-        if not cold:
-            async with self._room:
-                await self._make_room(spec, for_name=model.name, ordered=True)
-                slot.standby_bytes = spec.need_bytes
-        else:
-            slot.standby_bytes = max(0, spec.need_bytes - old.spec.need_bytes)
+        try:
+            if not cold:
+                async with self._room:
+                    await self._make_room(spec, for_name=model.name, ordered=True)
+                    slot.standby_bytes = spec.need_bytes
+            else:
+                slot.standby_bytes = max(0, spec.need_bytes - old.spec.need_bytes)
+            finished = await self._performed(slot, old, spec, cold=cold)
+        finally:
+            slot.standby_bytes, slot.swapping, slot.in_rotation = 0, False, True
+            if slot.loaded is None and not slot.reviving and not self._stopping:
+                # the active loader ended meanwhile, and nothing took its place
+                slot.become("starting", slot.reason)
+                self._spawn(self._load_quietly(slot))
+        self._emit(finished)
+        return finished
+
+    async def _performed(self, slot: Slot, old: Loaded, spec: ModelSpec, *, cold: bool) -> SwapFinished:
+        if slot.loaded is not old:
+            raise Refused(f"swap {slot.names[0]}: its loader has just ended; try again", code="conflict")
         run = SwapRun(
             self,
             self._loaders,
@@ -647,14 +709,7 @@ class Pool:
         )
         self._swaps.append(run)
         slot.swapping = True
-        try:
-            finished = await run.run(cold=cold)
-        finally:
-            slot.standby_bytes, slot.swapping = 0, False
-        if slot.loaded is None and slot.state == "starting":
-            self._spawn(self._load_quietly(slot))  # the active loader ended meanwhile, and nothing took its place
-        self._emit(finished)
-        return finished
+        return await run.run(cold=cold)
 
     def _must_be_cold(self, slot: Slot, spec: ModelSpec) -> bool:
         """Hot when both fit, cold when only one does and a peer carries the model. Raises Refused otherwise."""

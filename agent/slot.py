@@ -58,6 +58,11 @@ class Slot:
         self.pinned = model.pinned
         self.standby_bytes = 0
         self.swapping = False
+        self.coming = False
+        self.reviving = False
+        self.not_before_s = 0.0
+        self.closed_since_s = 0.0
+        self.open_until_s = 0.0
         self.died_starting = False
         self.changing = asyncio.Lock()
         self.changed = asyncio.Event()
@@ -94,7 +99,7 @@ class Slot:
             last_used_s=self.demand.last_s or 0.0,
             reload_s=loaded.load_s if loaded else 0.0,
             per_s=self.demand.per_s(now_s),
-            stays_until_s=loaded.since_s + max(min_residency_s, loaded.load_s) if loaded else 0.0,
+            stays_until_s=max(self.open_until_s, loaded.since_s + max(min_residency_s, loaded.load_s)) if loaded else 0,
         )
 
     def idle_beyond_keep_alive(self, now_s: float) -> bool:
@@ -102,21 +107,6 @@ class Slot:
         if self.loaded is None or self.keep_alive_s < 0 or self.pinned or self.leases or self.waiting:
             return False
         return now_s - max(self.loaded.since_s, self.demand.last_s or 0.0) >= self.keep_alive_s
-
-    def held(self) -> Held | None:
-        """What its loader holds, by source, as the memory guard sees it; None without one."""
-        if self.loaded is None:
-            return None
-        working, plan = self.loaded.process.working or Working(), self.loaded.spec.plan
-        if self.model.engine == "fake":  # its numbers are invented, and its process is no model's
-            return Held(name=self.names[0], engine_bytes=working.active_bytes)
-        overhead = plan.overhead_bytes
-        return Held(
-            name=self.names[0],
-            engine_bytes=working.active_bytes + working.reuse_bytes + overhead,
-            footprint_bytes=footprint_bytes(self.loaded.process.pid),
-            ledger_bytes=plan.weights_bytes + working.kv_bytes + working.cache_bytes + overhead,
-        )
 
     def loaded_event(self, t_ms: int, *, fused: bool) -> ModelLoaded:
         """The record of the load that has just ended."""
@@ -182,6 +172,20 @@ class Slot:
         self.state, self.reason = state, reason
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+def held_by(loaded: Loaded) -> Held:
+    """What a loader holds, by source, as the memory guard sees it."""
+    working, plan = loaded.process.working or Working(), loaded.spec.plan
+    if loaded.spec.model.engine == "fake":  # its numbers are invented, and its process is no model's
+        return Held(name=loaded.name, engine_bytes=working.active_bytes)
+    overhead = plan.overhead_bytes
+    return Held(
+        name=loaded.name,
+        engine_bytes=working.active_bytes + working.reuse_bytes + overhead,
+        footprint_bytes=footprint_bytes(loaded.process.pid),
+        ledger_bytes=plan.weights_bytes + working.kv_bytes + working.cache_bytes + overhead,
+    )
 
 
 class Lease:

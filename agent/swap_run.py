@@ -108,6 +108,7 @@ class SwapRun:
         match effect:
             case "leave_rotation":
                 self._slot.in_rotation = False
+                self._loaders.retiring.append(self._old)
                 self._slot.become("draining", "leaves rotation for a cold swap")
             case "drain_active" | "drain_old":
                 return await self._drain()
@@ -179,7 +180,8 @@ class SwapRun:
         try:
             process = await self._loaders.start(self._old.spec)
         except RackError as error:
-            self._slot.become("failed", error.message)
+            # the pool tries once more when the swap has ended
+            self._slot.become("starting", error.message)
             why = f"and the old model did not start again: {error.message}"
             return swap.Restored(swap_id=self.state.swap_id, reason=why)
         now = self._clock()

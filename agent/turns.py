@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.eviction import Evict, Fits, Occupant, make_room
+from agent.eviction import Evict, Fits, NoRoom, Occupant, make_room
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +32,13 @@ def next_turn(
 ) -> Turn:
     """Decide for this moment.
 
-    1. Who has waited longest goes first, and loads when it fits or idle models may leave for it.
+    1. Who has waited longest goes first, and loads when it fits or idle models may leave for it. What could not come
+       even if nobody used anything holds up nobody.
     2. When it has waited ``max_wait_s``, the cheapest models in use that would make room are closed for it.
     3. Others meanwhile load only into room that is free.
     """
-    queue = sorted(wanted, key=lambda one: (one.since_s, one.name))
+    possible = [one for one in wanted if can_come(one.need_bytes, occupants, budget_bytes)]
+    queue = sorted(possible, key=lambda one: (one.since_s, one.name))
     close: frozenset[str] = frozenset()
     for place, one in enumerate(queue):
         room = make_room(one.need_bytes, occupants, budget_bytes, now_s=now_s)
@@ -45,6 +47,12 @@ def next_turn(
         if place == 0 and now_s - one.since_s >= max_wait_s:
             close = _closed_for(one, occupants, budget_bytes, now_s)
     return Turn(close=close)
+
+
+def can_come(need_bytes: int, occupants: Sequence[Occupant], budget_bytes: int) -> bool:
+    """Whether there would be room if no model was used and none had just come."""
+    unused = [msgspec.structs.replace(o, leases=0) for o in occupants]
+    return not isinstance(make_room(need_bytes, unused, budget_bytes), NoRoom)
 
 
 def _closed_for(one: Wanted, occupants: Sequence[Occupant], budget_bytes: int, now_s: float) -> frozenset[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from agent.config import AgentConfig
@@ -533,3 +534,75 @@ async def test_many_swaps_leave_no_memory_of_themselves(tmp_path: Path) -> None:
         assert pool._swaps.maxlen is not None
         assert not pool._loaders.retiring
         assert not +pool._loaders.missed
+
+
+async def test_however_many_wait_a_model_is_started_once_and_a_broken_one_not_again_and_again(tmp_path: Path) -> None:
+    missing = {"name": "gone", "path": str(tmp_path / "none"), "preload": False}
+    async with running(tmp_path, fake("a"), missing) as (pool, events):
+        starts = 0
+        describe = pool._store.describe
+
+        def counted(model: Any) -> Any:
+            nonlocal starts
+            starts += 1
+            return describe(model)
+
+        pool._store.describe = counted  # type: ignore[method-assign]
+        found = await asyncio.gather(*(pool.wanted("gone", 5.0) for _ in range(20)))
+        assert not any(found)
+        assert starts == 1
+        assert all(await asyncio.gather(*(pool.wanted("a", 15.0) for _ in range(20))))
+        assert (starts, len(of(events, ModelLoaded))) == (2, 1)
+        assert len(pool._tasks) < 5
+
+
+async def test_what_can_never_come_is_refused_at_once(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60, pinned=True), fake("big", need_bytes=60))
+    async with running(tmp_path, *models) as (pool, _):
+        await pool.load("a")
+        began = time.monotonic()
+        assert not await pool.wanted("big", 10.0)
+        assert not pool.is_coming("big")
+        assert time.monotonic() - began < 2.0
+
+
+async def test_a_loader_that_dies_in_a_cold_swap_is_not_started_beside_the_new_one(tmp_path: Path) -> None:
+    models = (fake("a", need_bytes=60, fake_step_s=0.05), fake("b", need_bytes=60))
+    async with running(tmp_path, *models, carried=True) as (pool, _):
+        await pool.load("a")
+        with contextlib.suppress(Retryable):
+            busy = asyncio.create_task(answer(pool, "a", tokens=200))
+            await until(lambda: pool.views()[0].in_flight == 1)
+            swapping = asyncio.create_task(pool.swap("a", "b"))
+            await until(lambda: pool.status()[0]["state"] == "out of rotation")
+            os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+            assert (await swapping).outcome == "flipped"
+            await busy
+        assert pool.views()[0].ready
+        assert not pool._loaders.retiring
+        children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert [child.pid for child in children if "agent.loader" in " ".join(child.cmdline())] == [
+            pool.status()[0]["pid"]
+        ]
+
+
+async def test_a_name_that_is_taken_leaves_the_others_of_its_slot(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b"), fake("c")) as (pool, _):
+        await pool.load("a")
+        assert (await pool.swap("a", "b")).outcome == "flipped"
+        await pool.unload("a")
+        await pool.load("c")
+        assert (await pool.swap("c", "b")).outcome == "flipped"
+        assert sorted(name for view in pool.views() for name in [view.name]) == ["a", "b", "c"]
+
+
+async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", keep_alive_s=0.4, fake_step_s=0.02)) as (pool, events):
+        await pool.load("a")
+        await answer(pool, "a", tokens=40)
+        await pool.tend()
+        await asyncio.sleep(0.1)
+        assert not of(events, ModelEvicted)
+        await asyncio.sleep(0.5)
+        await pool.tend()
+        await until(lambda: len(of(events, ModelEvicted)) == 1)

@@ -126,3 +126,9 @@ def test_everybody_is_served_within_the_bound(asked: list[tuple[str, int]]) -> N
     assert max(machine.waits) <= 4 * (machine.max_wait_s + machine.load_s + machine.work_s)
     # a load is never for nothing, and a model comes again only for who asked after it had gone
     assert len(machine.loads) <= len(asked)
+
+
+def test_what_cannot_come_holds_up_nobody() -> None:
+    wanted = [want("huge", 0.0, need=99), want("b", 1.0)]
+    assert next_turn(wanted, [held("a")], 10, 5.0, max_wait_s=20.0) == Turn(load="b")
+    assert next_turn(wanted, [held("a", pinned=True)], 10, 50.0, max_wait_s=20.0) == Turn()

@@ -395,7 +395,7 @@ class MLXEngine:
             self._learn_from_company(row)
             layers, cached = self._cache.find(row.tokens)
         if not row.looked_up:
-            row.looked_up, row.cached_tok = True, cached
+            row.looked_up, row.cached_tok = True, min(cached, len(row.prompt))
             self._count("cached_tok", cached)
             self._count("queue_us", int((row.begun_s - row.since_s) * 1e6))
         row.left_tok = len(tokens) - cached
