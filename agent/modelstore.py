@@ -10,19 +10,20 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from agent.config import STORED, AgentConfig, Model
 from agent.probes import BUILT_IN, Probe, parse
-from shared import catalog, memory_plan
+from shared import catalog, memory_plan, model_shape
 from shared.catalog import Manifest, ModelFile
 from shared.errors import Refused
 from shared.ids import Version
 from shared.keys import check_name
-from shared.memory_plan import MemoryPlan, ModelShape, Tensor
+from shared.memory_plan import MemoryPlan
+from shared.model_shape import ModelShape, Tensor
 
 PARTIAL = ".partial"
 
@@ -100,16 +101,7 @@ class ModelStore:
         folder = self.resolve(model)
         manifest = self.manifest(model.name, folder)
         tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
-        shape = memory_plan.parse_shape(self._config(model.name, folder), tensors)
-        plan = memory_plan.plan(
-            shape,
-            memory_plan.weight_bytes(tensors, shape),
-            rows=model.rows,
-            row_tok=model.plan_context_tok,
-            chunk_tok=model.prefill_chunk_tok,
-            cache_bytes=model.cache_bytes,
-            fused=self.fused,
-        )
+        shape, plan = self._planned(model, self._config(model.name, folder), tensors)
         need = model.need_bytes or plan.need_bytes
         version = catalog.version_of(manifest)
         return ModelSpec(
@@ -197,6 +189,27 @@ class ModelStore:
             )
         with self._hashing:
             return self._read_manifest(name, folder)
+
+    def _planned(self, model: Model, config: bytes, tensors: Sequence[Tensor]) -> tuple[ModelShape | None, MemoryPlan]:
+        """The plan; for a shape that is not understood, what the operator says that the model needs."""
+        try:
+            shape = model_shape.parse_shape(config, tensors)
+        except Refused as error:
+            if not model.need_bytes:
+                why = f"model {model.name}: {error.message}; or say what it needs of memory with need_bytes"
+                raise Refused(why, code="bad_model") from None
+            weights = sum(tensor.nbytes for tensor in tensors)
+            return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
+        plan = memory_plan.plan(
+            shape,
+            model_shape.weight_bytes(tensors, shape),
+            rows=model.rows,
+            row_tok=model.plan_context_tok,
+            chunk_tok=model.prefill_chunk_tok,
+            cache_bytes=model.cache_bytes,
+            fused=self.fused,
+        )
+        return shape, plan
 
     @staticmethod
     def _probes(model: Model, folder: Path | None) -> tuple[Probe, ...]:
@@ -291,12 +304,12 @@ class ModelStore:
 
 def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
     """The arrays of a weights file, by its header alone."""
-    if not file.name.endswith(".safetensors"):
+    if not catalog.is_loaded(file.name):
         return
     try:
         with (folder / file.name).open("rb") as weights:
-            length = memory_plan.header_bytes(weights.read(8), file.size)
-            tensors = memory_plan.read_header(weights.read(length))
+            length = model_shape.header_bytes(weights.read(8), file.size)
+            tensors = model_shape.read_header(weights.read(length))
         if 8 + length + sum(t.nbytes for t in tensors) > file.size:
             raise Refused("it is cut off", code="bad_model")
         yield from tensors

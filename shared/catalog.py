@@ -43,6 +43,11 @@ def is_model_file(name: str) -> bool:
     return not ours and len(parts) <= 3 and name.endswith(_SUFFIXES) and all(_PART.fullmatch(part) for part in parts)
 
 
+def is_loaded(name: str) -> bool:
+    """Whether mlx-lm reads weights from a file: model*.safetensors, beside the configuration."""
+    return "/" not in name and name.startswith("model") and name.endswith(".safetensors")
+
+
 def check_manifest(manifest: Manifest, what: str) -> None:
     """A manifest from elsewhere: raises Refused when it names files that no model has, or outside its folder."""
     names = [file.name for file in manifest.files]

@@ -84,3 +84,18 @@ def test_a_folder_that_is_not_whole_says_why(
     break_it(folder)
     with pytest.raises(Refused, match=why):
         describe(folder, tmp_path / "memo")
+
+
+def test_a_shape_that_is_not_understood_needs_a_word_from_the_operator(folder: Path, tmp_path: Path) -> None:
+    tree = json.loads((folder / "config.json").read_text())
+    del tree["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(Refused, match=r"num_attention_heads is missing.*with need_bytes"):
+        describe(folder, tmp_path / "memo")
+    assert describe(folder, tmp_path / "memo", need_bytes=12_345)[1] == 12_345
+
+
+def test_only_what_mlx_lm_reads_counts_as_weights(folder: Path, tmp_path: Path) -> None:
+    _, need = describe(folder, tmp_path / "memo")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert describe(folder, tmp_path / "memo")[1] == need

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import memory_plan
+from shared import memory_plan, model_shape
 from shared.errors import Refused
-from shared.memory_plan import MemoryPlan, ModelShape, Tensor, kv_bytes, parse_shape
+from shared.memory_plan import MemoryPlan, kv_bytes
+from shared.model_shape import ModelShape, Tensor, parse_shape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -30,7 +31,8 @@ def shape(**more: Any) -> ModelShape:
 
 
 def per_token(one: ModelShape) -> int:
-    return kv_bytes(one, rows=1, row_tok=2560, chunk_tok=0) // 2560
+    """Without what does not grow with the row."""
+    return (kv_bytes(one, rows=1, row_tok=2560, chunk_tok=0) - one.state_bytes) // 2560
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,42 @@ def per_token(one: ModelShape) -> int:
         ({"model_type": "mamba"}, 0),
         ({"model_type": "bert"}, 0),
         ({"full_attention_interval": 4}, 32 << 10),
+        # families that say otherwise which layers attend, or keep keys and values otherwise
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba"] * 28 + ["attention"] * 4}, 16 << 10),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*" * 8}, 32 << 10),
+        ({"model_type": "jamba", "attn_layer_period": 8, "attn_layer_offset": 4}, 16 << 10),
+        ({"model_type": "lfm2", "full_attn_idxs": [2, 5, 8, 10]}, 16 << 10),
+        ({"model_type": "gemma3n", "num_kv_shared_layers": 16}, 64 << 10),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32, "sliding_window": 64}, 128 << 10),
+        (
+            {
+                "model_type": "deepseek_v32",
+                "kv_lora_rank": 512,
+                "qk_rope_head_dim": 64,
+                "index_head_dim": 128,
+                "num_hidden_layers": 1,
+            },
+            704 * 2,
+        ),
+        (
+            {
+                "model_type": "longcat_flash",
+                "num_hidden_layers": None,
+                "num_layers": 28,
+                "kv_lora_rank": 512,
+                "qk_rope_head_dim": 64,
+            },
+            56 * 576 * 2,
+        ),
+        (
+            {
+                "model_type": "kimi_linear",
+                "kv_lora_rank": 512,
+                "qk_rope_head_dim": 64,
+                "linear_attn_config": {"full_attn_layers": [4, 8], "num_heads": 1, "head_dim": 1},
+            },
+            2 * 576 * 2,
+        ),
         ({"text_config": {"num_hidden_layers": 16}}, 64 << 10),
     ],
 )
@@ -85,6 +123,10 @@ def test_key_and_value_bytes_of_a_token(config: dict[str, Any], expected: int) -
         ({"sliding_window": 4096}, (32, 0, 0)),
         ({"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 128}, (16, 16, 128)),
         ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, (8, 0, 0)),
+        (
+            {"model_type": "llama4", "layer_types": ["chunked_attention"] * 24, "attention_chunk_size": 8192},
+            (0, 24, 8192),
+        ),
         ({"model_type": "gemma3_text", "num_hidden_layers": 26}, (4, 22, 512)),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 2, "sliding_window": 64}, (16, 16, 64)),
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG", "sliding_window": 4096}, (8, 24, 4096)),
@@ -137,6 +179,50 @@ def test_plain_and_rotating_caches_as_mlx_lm_holds_them() -> None:
     assert planned - held == token, "a rotating cache holds one token less than its window and the piece"
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # Qwen3-Next: 36 of 48 layers keep 32 x 128 x 128 numbers of a row
+        (
+            {
+                "num_hidden_layers": 48,
+                "full_attention_interval": 4,
+                "linear_num_value_heads": 32,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+            },
+            36 * 32 * 128 * 128 * 4,
+        ),
+        ({"model_type": "mamba", "intermediate_size": 64, "state_size": 8}, 32 * 64 * 8 * 4),
+        ({}, 0),
+    ],
+)
+def test_what_recurrent_layers_keep_of_a_row(config: dict[str, Any], expected: int) -> None:
+    one = shape(**config)
+    assert one.state_bytes == expected
+    many = kv_bytes(one, rows=3, row_tok=256, chunk_tok=0) - 3 * (kv_bytes(one, rows=1, row_tok=256, chunk_tok=0))
+    assert many == 0
+
+
+def test_shapes_that_leave_out_what_mlx_lm_assumes() -> None:
+    gemma = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560}}
+    one = parse_shape(json.dumps({**gemma, "num_hidden_layers": 34, "vocab_size": 262208}).encode())
+    assert (one.heads, one.sliding_token_bytes, one.window_tok) == (8, 2 * 4 * 256 * 2, 512)
+    mamba = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2}
+    assert kv_bytes(parse_shape(json.dumps(mamba).encode()), rows=1, row_tok=99, chunk_tok=1) == 0
+    assert shape(intermediate_size=[100, 300, 200]).intermediate == 300
+
+
+def test_what_mlx_lm_leaves_out_does_not_count_and_eight_bits_become_sixteen() -> None:
+    tensors = [
+        Tensor("model.layers.0.weight", "BF16", 10),
+        Tensor("vision_tower.patch.weight", "BF16", 1000),
+        Tensor("model.mtp.head.weight", "BF16", 1000),
+        Tensor("model.layers.0.experts.weight", "F8_E4M3", 20),
+    ]
+    assert model_shape.weight_bytes(tensors, shape()) == 50
+
+
 @pytest.mark.parametrize("missing", ["num_hidden_layers", "num_attention_heads", "hidden_size"])
 def test_a_config_that_says_too_little_is_refused(missing: str) -> None:
     with pytest.raises(Refused, match=missing):
@@ -164,10 +250,10 @@ def test_headers_of_weights_files() -> None:
             "lm_head.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 32]},
         }
     )
-    tensors = memory_plan.read_header(raw)
+    tensors = model_shape.read_header(raw)
     assert [t.nbytes for t in tensors] == [16, 16]
-    assert memory_plan.weight_bytes(tensors, shape()) == 32
-    assert memory_plan.weight_bytes(tensors, shape(tie_word_embeddings=True)) == 16, "the head is the embeddings"
+    assert model_shape.weight_bytes(tensors, shape()) == 32
+    assert model_shape.weight_bytes(tensors, shape(tie_word_embeddings=True)) == 16, "the head is the embeddings"
 
 
 @pytest.mark.parametrize(
@@ -182,19 +268,19 @@ def test_headers_of_weights_files() -> None:
 )
 def test_a_header_that_is_none_is_refused(tree: object) -> None:
     with pytest.raises(Refused, match="header"):
-        memory_plan.read_header(header(tree))
+        model_shape.read_header(header(tree))
 
 
 @given(st.binary(max_size=64))
 def test_no_bytes_get_past_the_header_reader(raw: bytes) -> None:
     with pytest.raises(Refused):
-        memory_plan.read_header(b"\xff" + raw)
+        model_shape.read_header(b"\xff" + raw)
 
 
 @given(st.binary(max_size=8), st.integers(0, 1 << 40))
 def test_the_length_of_a_header_is_believed_only_as_far_as_the_file_goes(first: bytes, size: int) -> None:
     try:
-        length = memory_plan.header_bytes(first, size)
+        length = model_shape.header_bytes(first, size)
     except Refused:
         return
     assert 0 < length <= size - 8

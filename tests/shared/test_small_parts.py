@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import catalog, logs, memory_plan, secrets
+from shared import catalog, logs, memory_plan, model_shape, secrets
 from shared.backoff import full_jitter_s
 from shared.catalog import Manifest, ModelFile
 from shared.errors import Halt, Refused
@@ -57,7 +57,7 @@ def test_a_version_names_exactly_these_bytes() -> None:
 @pytest.mark.parametrize("config", [b"", b"[]", b"{}", b'{"num_hidden_layers": 0}', b'{"num_attention_heads": true}'])
 def test_a_shape_that_is_no_model_is_refused(config: bytes) -> None:
     with pytest.raises(Refused, match=r"config\.json"):
-        memory_plan.parse_shape(config)
+        model_shape.parse_shape(config)
 
 
 def test_a_logged_exception_keeps_its_place_and_loses_its_text(tmp_path: Path) -> None:
