@@ -1,8 +1,8 @@
 """The models in this node's memory: the only performer of loads and evictions, and the giver of leases.
 
-Decisions are made elsewhere (eviction.py, turns.py, guard.py, swap.py). What is served under a name is one attribute,
-``Slot.loaded``; a flip is one assignment to it, and a request keeps the loader it was leased, so no answer mixes two
-models.
+Decisions are made elsewhere (eviction.py, turns.py, guard.py, swap.py), and two of them are performed elsewhere too
+(line.py, memory_watch.py). What is served under a name is one attribute, ``Slot.loaded``; a flip is one assignment to it, and a request keeps the
+loader it was leased, so no answer mixes two models.
 """
 
 import asyncio
@@ -12,15 +12,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from agent import eviction, guard, turns
+from agent import eviction
 from agent.config import AgentConfig, Model
 from agent.footprint import footprint_bytes
+from agent.line import Line
 from agent.loaders import Loaders
+from agent.memory_watch import MemoryWatch
 from agent.modelstore import ModelSpec, ModelStore
 from agent.probes import Probe
 from agent.reconcile import Actual
 from agent.routing import ModelView
-from agent.slot import Gone, Lease, Loaded, Slot, held_by
+from agent.slot import Gone, Lease, Loaded, Slot
 from agent.swap_run import MARGIN_S, SwapRun
 from agent.warming import hear
 from shared.errors import RackError, Refused, Retryable
@@ -29,7 +31,6 @@ from shared.records import (
     EngineWindow,
     Event,
     LoaderExited,
-    MemoryPressed,
     ModelEvicted,
     ModelMissed,
     Resident,
@@ -39,8 +40,6 @@ from shared.records import (
 CRASHES_BEFORE_GIVING_UP = 5
 CRASH_WINDOW_S = 120.0
 KEPT_SWAPS = 20
-CLOSED_TURNS = 3
-"""A model is closed for at most so many times the longest wait, then open for as long."""
 AGAIN_S = 1.0
 """A load in turn that found no room after all is tried again after so long."""
 
@@ -74,7 +73,20 @@ class Pool:
         self._models = {m.name: m for m in config.models}
         self._slots = [Slot(m) for m in config.models]
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
-        self._guard = guard.GuardState()
+        self._watch = MemoryWatch(
+            config.memory,
+            loaded=self._all_loaded,
+            leave=self._leave_cheapest,
+            emit=emit,
+            wall_ms=wall_ms,
+        )
+        self._line = Line(
+            config.memory,
+            slots=lambda: self._slots,
+            occupants=self._occupants,
+            load=lambda slot: self._spawn(self._load_in_turn(slot)),
+            clock=clock,
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._room = asyncio.Lock()
@@ -84,7 +96,7 @@ class Pool:
     @property
     def refusing(self) -> bool:
         """Whether memory is so short that new requests are turned away."""
-        return self._guard.refusing
+        return self._watch.refusing
 
     def views(self) -> tuple[ModelView, ...]:
         """Every served name of this node, as routing sees it."""
@@ -158,7 +170,7 @@ class Pool:
 
     def pressure(self) -> dict[str, object]:
         """The memory guard's view."""
-        return {"level": self._guard.level, "held_bytes": self._guard.held_bytes, "refusing": self._guard.refusing}
+        return self._watch.view
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
@@ -179,7 +191,7 @@ class Pool:
             loaded.process.in_flight -= 1
             slot.demand.ended(self._clock())
             if not loaded.process.in_flight:
-                self._next_turn()
+                self._advance()
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
@@ -191,7 +203,7 @@ class Pool:
             yield
         finally:
             slot.waiting.remove(since)
-            self._next_turn()
+            self._advance()
 
     async def wanted(self, name: str, timeout_s: float) -> bool:
         """Wait until a name is ready here, loading it when it is cold; False when that took too long or failed."""
@@ -200,7 +212,7 @@ class Pool:
             while not (slot := self._slot(name)).ready:
                 if not self.is_coming(name) or slot.state == "failed" or self._clock() >= deadline:
                     return False
-                self._next_turn()
+                self._advance()
                 changed = slot.changed
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(1.0, max(0.0, deadline - self._clock()))):
@@ -375,88 +387,26 @@ class Pool:
         for slot in self._slots:
             if slot.idle_beyond_keep_alive(now) and not slot.changing.locked():
                 self._spawn(self._leave(slot, "idle"))
-        self._next_turn()
-        await self._read_guard()
+        self._advance()
+        await self._watch.read(self.budget_bytes)
 
     async def _leave(self, slot: Slot, reason: str) -> None:
         async with slot.changing:
             if slot.loaded is not None and not slot.leases and not slot.waiting and not self._stopping:
                 await self._evict(slot, reason=reason)
 
-    def _next_turn(self) -> None:
-        """Bring in the model whose turn it is, and close or open those in use; see turns.py."""
-        if self._stopping or not any(slot.waiting or slot.closed_for for slot in self._slots):
-            return
-        now = self._clock()
-        queue = [
-            turns.Wanted(name=slot.names[0], need_bytes=slot.planned_bytes, since_s=min(slot.waiting))
-            for slot in self._slots
-            if slot.waiting and slot.state == "cold" and not slot.changing.locked()
-            if not slot.coming and now >= slot.not_before_s
-        ]
-        turn = turns.next_turn(
-            queue, self._occupants(), self.budget_bytes, now, max_wait_s=self._config.memory.max_wait_s
-        )
-        for slot in self._slots:
-            self._close(slot, self._closed_for(slot, turn, queue), now)
-        if turn.load:
-            slot = self._slot(turn.load)
-            slot.coming = True  # from here on, so that it is started once however many wait for it
-            self._spawn(self._load_in_turn(slot))
+    def _advance(self) -> None:
+        """The next turn, when there is one."""
+        if not self._stopping:
+            self._line.advance(self.budget_bytes)
 
-    def _close(self, slot: Slot, for_model: str, now: float) -> None:
-        """Let a model take no new requests, or some again. What makes others wait for too long is opened for a while,
-        or one endless answer would keep all of them waiting."""
-        limit_s = CLOSED_TURNS * max(1.0, self._config.memory.max_wait_s)
-        if slot.closed_for and for_model and slot.leases and now - slot.closed_since_s > limit_s:
-            slot.open_until_s, for_model = now + limit_s, ""
-        was, slot.closed_for = slot.closed_for, for_model
-        if bool(was) != bool(for_model):
-            slot.closed_since_s = now
-            slot.become(slot.state, slot.reason)
-            log.info("model_closed" if for_model else "model_opened", model=slot.names[0], for_model=for_model or was)
-
-    def _closed_for(self, slot: Slot, turn: turns.Turn, queue: list[turns.Wanted]) -> str:
-        if slot.names[0] in turn.close:
-            return min(queue, key=lambda one: (one.since_s, one.name)).name
-        if not slot.closed_for:
-            return ""
-        # it stays closed until the one that it makes room for has come: else it would be in use again before that
-        other = next((one for one in self._slots if slot.closed_for in one.names), None)
-        comes = turn.load == slot.closed_for or (other is not None and (other.coming or other.changing.locked()))
-        return slot.closed_for if comes else ""
-
-    async def _read_guard(self) -> None:
-        before = self._guard
-        held = [held_by(loaded) for loaded in self._all_loaded()]
-        memory = self._config.memory
-        self._guard, actions = guard.step(before, held, self.budget_bytes, soft=memory.soft, hard=memory.hard)
-        if before.level != self._guard.level:
-            event = MemoryPressed(
-                t_ms=self._wall_ms(),
-                level=self._guard.level,
-                held_bytes=self._guard.held_bytes,
-                budget_bytes=self.budget_bytes,
-            )
-            self._emit(event)
-            log.warning(
-                "memory_pressed", level=event.level, held_bytes=event.held_bytes, budget_bytes=self.budget_bytes
-            )
-        for action in actions:
-            await self._relieve(action)
+    def _leave_cheapest(self) -> None:
+        idle = [o for o in self._occupants() if not o.pinned and not o.leases]
+        if idle:
+            self._spawn(self._leave(self._slot(min(idle, key=eviction.by_cost).name), "pressure"))
 
     def _all_loaded(self) -> list[Loaded]:
         return [*(slot.loaded for slot in self._slots if slot.loaded is not None), *self._loaders.retiring]
-
-    async def _relieve(self, action: guard.Action) -> None:
-        levels: dict[str, Any] = {"ease": "calm", "press": "soft", "drop_caches": "hard"}
-        if action in levels:
-            for loaded in self._all_loaded():
-                await loaded.process.relieve(levels[action])
-        elif action == "evict_idle":
-            idle = [o for o in self._occupants() if not o.pinned and not o.leases]
-            if idle:
-                self._spawn(self._leave(self._slot(min(idle, key=eviction.by_cost).name), "pressure"))
 
     # ---- loading ----
 
@@ -486,7 +436,7 @@ class Pool:
             async with self._room:
                 await self._make_room(spec, for_name=slot.names[0], but=slot, ordered=ordered)
             for other in [s for s in self._slots if s.closed_for in slot.names]:
-                self._close(other, "", self._clock())  # there is room without it
+                self._line.close(other, "", self._clock())  # there is room without it
             process = await self._loaders.start(spec)
         except RackError as error:
             # room may come back by itself; anything else needs somebody
@@ -522,8 +472,8 @@ class Pool:
         slot.keep_alive_s = loaded.spec.model.keep_alive_s
         slot.become("ready")
         self._spawn(self._watched(slot, loaded))
-        if self._guard.level != "calm":
-            self._spawn(loaded.process.relieve("soft"))
+        if (told := self._watch.greet(loaded)) is not None:
+            self._spawn(told)
         self._emit(slot.loaded_event(self._wall_ms(), fused=self._store.fused))
         log.info("model_loaded", model=loaded.name, version=loaded.spec.version, seconds=round(loaded.load_s, 2))
 

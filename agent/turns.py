@@ -21,10 +21,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do now: bring in ``load`` ("" for nothing), and let ``close`` take no new requests."""
+    """What to do now: bring in ``load`` ("" for nothing), and let ``close`` take no new requests, for ``waiter``."""
 
     load: str = ""
     close: frozenset[str] = frozenset()
+    waiter: str = ""
 
 
 def next_turn(
@@ -40,13 +41,15 @@ def next_turn(
     possible = [one for one in wanted if can_come(one.need_bytes, occupants, budget_bytes)]
     queue = sorted(possible, key=lambda one: (one.since_s, one.name))
     close: frozenset[str] = frozenset()
+    waiter = ""
     for place, one in enumerate(queue):
         room = make_room(one.need_bytes, occupants, budget_bytes, now_s=now_s)
         if isinstance(room, Fits) or (isinstance(room, Evict) and place == 0):
-            return Turn(load=one.name, close=close)
+            return Turn(load=one.name, close=close, waiter=waiter)
         if place == 0 and now_s - one.since_s >= max_wait_s:
             close = _closed_for(one, occupants, budget_bytes, now_s)
-    return Turn(close=close)
+            waiter = one.name if close else ""
+    return Turn(close=close, waiter=waiter)
 
 
 def can_come(need_bytes: int, occupants: Sequence[Occupant], budget_bytes: int) -> bool:
