@@ -1,8 +1,8 @@
 """The models in this node's memory: the only performer of loads and evictions, and the giver of leases.
 
 Decisions are made elsewhere (eviction.py, turns.py, guard.py, swap.py), and two of them are performed elsewhere too
-(line.py, memory_watch.py). What is served under a name is one attribute, ``Slot.loaded``; a flip is one assignment to it, and a request keeps the
-loader it was leased, so no answer mixes two models.
+(line.py, memory_watch.py). What is served under a name is one attribute, ``Slot.loaded``; a flip is one assignment to
+it, and a request keeps the loader it was leased, so no answer mixes two models.
 """
 
 import asyncio
