@@ -367,10 +367,11 @@ class Dispatch:
             call.completion_tok = answer.completion_tok
 
     def _go_on(self, call: Call, place: Local | Forward) -> None:
-        """What the client has stays; another loader continues after it."""
+        """What the client has stays; another loader continues after it. On this node it is asked for at once, so that a
+        loader that was draining is known to be missed."""
         if isinstance(place, Forward):
             self._table.refused(place.node, self._clock())
-        call.tried.add(place.node)
+            call.tried.add(place.node)
         call.going_on = True
         call.lost_s = self._clock()
         call.continuations += 1

@@ -21,7 +21,7 @@ from shared.records import EngineWindow
 from shared.secrets import resolve
 
 STOP_GRACE_S = 10.0
-CUT_OFF_S = 0.1
+CUT_OFF_S = 0.5
 """Within so long after a loader's end those whose answers it cut off have asked for its version again."""
 MAX_STARTS = 2
 
