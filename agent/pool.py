@@ -424,8 +424,15 @@ class Pool:
         async with slot.changing:
             if slot.loaded is not None or self._stopping or slot not in self._slots:
                 return
-            with contextlib.suppress(RackError):
+            try:
                 await self._load(slot)
+            except RackError as error:
+                if not slot.died_starting:
+                    return
+                # killed while it started: a crash like any other, and whoever waits goes on waiting
+                slot.crashes.append(self._clock())
+                slot.become("starting", error.message)
+                self._spawn(self._restart(slot))
 
     async def _load(self, slot: Slot, *, ordered: bool = False) -> None:
         slot.become("starting")
@@ -592,10 +599,6 @@ class Pool:
                 await self._revive(slot)
             return
         await self._load_quietly(slot)
-        if slot.state == "failed" and slot.died_starting:
-            # killed while it started again: a crash like any other
-            slot.crashes.append(self._clock())
-            await self._restart(slot)
 
     async def _revive(self, slot: Slot) -> None:
         """Start the active loader again while a swap is under way, which holds the slot; the standby may be first."""

@@ -606,3 +606,15 @@ async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> No
         await asyncio.sleep(0.5)
         await pool.tend()
         await until(lambda: len(of(events, ModelEvicted)) == 1)
+
+
+async def test_a_loader_that_is_killed_while_it_starts_is_started_again_for_who_waits(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a", fake_load_s=0.6)) as (pool, events):
+        waiting = asyncio.create_task(pool.wanted("a", 20.0))
+        await asyncio.sleep(0.4)
+        for child in psutil.Process().children():
+            if "agent.loader" in " ".join(child.cmdline()):
+                child.kill()
+        assert await waiting
+        assert len(of(events, ModelLoaded)) == 1
+        assert (await answer(pool, "a"))[1]
