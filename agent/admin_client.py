@@ -4,6 +4,7 @@ import http.client
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from agent.config import AgentConfig, is_loopback
 from shared.errors import Halt, Refused, Retryable
@@ -24,6 +25,10 @@ class AdminClient:
     def status(self) -> dict[str, Any]:
         """The agent's status. Raises Retryable when no agent answers."""
         return self._call("GET", "/admin/v1/status", None, STATUS_TIMEOUT_S)
+
+    def why(self, request_id: str) -> dict[str, Any]:
+        """What was decided for a request. Raises Refused when nothing of it is kept."""
+        return self._call("GET", f"/debug/decision/{quote(request_id, safe='')}", None, STATUS_TIMEOUT_S)
 
     def order(self, verb: str, **body: str) -> dict[str, Any]:
         """load, unload, swap or seal; waits for the end. Raises Refused with the agent's own reason."""

@@ -22,7 +22,7 @@ from agent import cli_models, install, logview
 from agent import config as agent_config
 from agent.admin_client import AdminClient
 from agent.config import AgentConfig
-from agent.statusview import progress, size, status_text, table
+from agent.statusview import progress, size, status_text, table, why_text
 from shared import __version__, logs
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "probes", "Print a model's answers to its probes, as the file that a standby is compared with.", _probes
     )
     probes.add_argument("model", help="served name of a model that is known to be good")
+    why = verb("why", "Explain where a request went: candidates, costs, retries, continuations.", _why)
+    why.add_argument("request", help="the X-Mlxrack-Request-Id of an answer that this node's door gave")
+    _json(why)
     _json(verb("seal", "Close the running telemetry window now and push it.", _seal))
     log = verb("logs", "Show the agent's log.", _logs)
     log.add_argument("--follow", "-f", action="store_true", help="go on while it grows")
@@ -258,6 +261,12 @@ def _watched(args: argparse.Namespace, verb: str, **body: str) -> dict[str, Any]
 
 def _probes(args: argparse.Namespace) -> int:
     print(json.dumps(_client(args).order("probes", model=args.model), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _why(args: argparse.Namespace) -> int:
+    answer = _client(args).why(args.request)
+    print(json.dumps(answer, indent=2) if args.json else why_text(answer["parts"]))
     return 0
 
 

@@ -97,6 +97,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     probe_p99_s: Seconds = 30.0
     keep_alive_s: Annotated[float, Meta(ge=-1)] = -1
     fake_step_s: float = 0.0
+    fake_row_s: float = 0.0
+    fake_prefill_tps: float = 0.0
+    fake_cache_tok: Annotated[int, Meta(ge=0)] = 0
     fake_load_s: float = 0.0
     fake_held_bytes: Annotated[int, Meta(ge=0)] = 0
 

@@ -28,6 +28,7 @@ from agent.api.wire import Runner
 from agent.collectors import all_collectors
 from agent.collectors.host import boot_id, hardware_id
 from agent.collectors.inference import Ledger
+from agent.collectors.thermal import LEVELS
 from agent.config import AgentConfig
 from agent.dispatch import Dispatch
 from agent.follower import Follower
@@ -35,11 +36,14 @@ from agent.frames import Reported
 from agent.loaders import Loaders
 from agent.modelstore import ModelStore, model_folder
 from agent.peer_client import PeerClient
-from agent.peers import PeerTable
+from agent.peers import Beat, PeerTable
 from agent.pool import Pool
+from agent.prefixes import prefix_key
 from agent.prober import Prober
 from agent.pusher import Pusher
+from agent.routing import ModelView
 from agent.sampler import Sampler
+from agent.signing import Key, Nonces
 from agent.spool import Spool
 from shared import __version__
 from shared.bucket import open_store
@@ -80,7 +84,7 @@ class Daemon:
         now = time.monotonic()
         urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
         self.table = PeerTable(urls, beat_s=config.peers.beat_s, now=now)
-        self.peer_client = PeerClient(rack_secret)
+        self.peer_client = PeerClient(rack_secret, config.node.id)
         self._device = gpu.Device()
         budget, self._budget_from = self._budget()
         self.models = ModelStore(state / "models.json", model_folder(config, state))
@@ -101,7 +105,16 @@ class Daemon:
         )
         self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()))
         self.ledger = Ledger(self.metrics.answered)
-        self.dispatch = Dispatch(config.node.id, self.pool, self.table, self.peer_client, self.ledger, config.limits)
+        self.dispatch = Dispatch(
+            config.node.id,
+            self.pool,
+            self.table,
+            self.peer_client,
+            self.ledger,
+            config.limits,
+            prefix_key=prefix_key(rack_secret) if rack_secret else b"",
+            heat=self._heat,
+        )
         self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ))
         self.sampler = Sampler(
             self.spool,
@@ -120,7 +133,14 @@ class Daemon:
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
         )
-        self.prober = Prober(self.table, self.peer_client, self._emit)
+        self.prober = Prober(
+            self.table,
+            self.peer_client,
+            self._emit,
+            rack=config.node.rack,
+            beat_s=config.peers.beat_s,
+            on_back=self.dispatch.heard_again,
+        )
         self.context = Context(
             config=config,
             dispatch=self.dispatch,
@@ -129,11 +149,15 @@ class Daemon:
             peers=self.table,
             sampler=self.sampler,
             status=self.status,
+            rack=self.rack,
             metrics=self.metrics.text,
             seal=self.seal,
             started_s=self._started_s,
             admin_token=admin_token(state),
             rack_secret=rack_secret,
+            rack_key=Key(rack_secret),
+            nonces=Nonces(),
+            beat=self.beat,
         )
 
     async def run(self, started: Callable[[int], None] = lambda _: None) -> None:
@@ -155,6 +179,7 @@ class Daemon:
                 sample=self.sampler.tick,
                 push=self.push,
                 probe=self.prober.tick,
+                probe_s=self.prober.every_s,
                 tend=self.pool.tend,
                 follow=self.follower.tick,
             )
@@ -167,6 +192,7 @@ class Daemon:
             scheduler.shutdown(wait=False)
             await self._wind_down()
         finally:
+            await self.prober.close()
             await runner.cleanup()
             await self.peer_client.close()
 
@@ -196,6 +222,30 @@ class Daemon:
         sent = await self.push()
         return {"epoch": self.spool.epoch, "seq": self.spool.next_seq() - 1, "sent": sent}
 
+    def beat(self) -> Beat:
+        """What this node says of itself to its peers."""
+        here = self.dispatch.here()
+        tables = self.pool.prefixes()
+        return Beat(
+            node=here.node,
+            rack=self.config.node.rack,
+            epoch=self.spool.epoch,
+            draining=here.draining,
+            models=tuple(
+                msgspec.structs.replace(model, prefixes=tables[model.name].digest()) if model.name in tables else model
+                for model in here.models
+            ),
+            heat=here.heat,
+            memory=here.memory,
+            t_ms=_wall_ms(),
+        )
+
+    def _heat(self) -> int:
+        """The thermal level of the last sample; 0 where the system has none."""
+        sample = self.sampler.last_sample
+        level = sample.thermal_level if sample is not None else None
+        return LEVELS.index(level) if level in LEVELS else 0
+
     def status(self) -> dict[str, Any]:
         """What an operator wants to see at once."""
         now = time.monotonic()
@@ -215,16 +265,9 @@ class Daemon:
             "memory": self.pool.pressure(),
             "swaps": self.pool.swaps()[-5:],
             "desired": msgspec.to_builtins(self.follower.observed()),
-            "peers": [
-                {
-                    "node": p.node,
-                    "url": p.url,
-                    "state": p.state,
-                    "problem": self.prober.problems.get(p.node, ""),
-                    "models": sorted(m.name for m in p.models if m.ready),
-                }
-                for p in self.table.view(now)
-            ],
+            "peers": self._peers(now),
+            "breakers": self.dispatch.trust.view(now),
+            "retries_left": self.dispatch.budget.left(),
             "push": {
                 "state": self.pusher.state.state,
                 "reason": self.pusher.state.reason,
@@ -234,6 +277,38 @@ class Daemon:
             },
             "sources_failed": dict(sample.sources_failed) if sample else {},
         }
+
+    def rack(self) -> dict[str, Any]:
+        """The rack as this node sees it: nodes with their load and speed, breakers, retries, swaps."""
+        now, here = time.monotonic(), self.dispatch.here()
+        return {
+            "node": here.node,
+            "draining": here.draining,
+            "models": [_offered(model) for model in here.models],
+            "peers": self._peers(now),
+            "breakers": self.dispatch.trust.view(now),
+            "retries_left": self.dispatch.budget.left(),
+            "retries_refused": self.dispatch.budget.refused,
+            "swaps": self.pool.swaps()[-5:],
+            "last_requests": [trail.request_id for trail in self.dispatch.decisions.last(20)],
+        }
+
+    def _peers(self, now: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "node": p.node,
+                "url": p.url,
+                "state": p.state,
+                "problem": self.prober.problems.get(p.node, ""),
+                "draining": p.draining,
+                "hop_ms": round(p.hop_s * 1000, 1),
+                "heat": LEVELS[min(p.heat, len(LEVELS) - 1)],
+                "memory": p.memory,
+                "models": sorted(m.name for m in p.models if m.ready),
+                "offers": [_offered(m) for m in p.models],
+            }
+            for p in self.table.view(now)
+        ]
 
     def _budget(self) -> tuple[int, str]:
         default = default_budget_bytes(psutil.virtual_memory().total)
@@ -323,6 +398,12 @@ def admin_token(state: Path) -> str:
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(token + "\n")
     return token
+
+
+def _offered(model: ModelView) -> dict[str, Any]:
+    """A model of a node for people; of its prompts' hashes only how many there are."""
+    fields = msgspec.structs.asdict(model)
+    return {**fields, "prefixes": len(model.prefixes) // 8}
 
 
 def _wall_ms() -> int:

@@ -1,12 +1,12 @@
-"""One request from admission to its last token: where it goes, what is tried again, how it is counted.
+"""One request from admission to its last token: what is tried again, what is gone on with, how it is counted.
 
 Until something has left for the client a request can be tried elsewhere, and is. A whole answer leaves at its end; a
-stream leaves with its first token.
+stream leaves with its first token. After that, another loader of the same version goes on where the lost one stopped.
 """
 
 import asyncio
 import contextlib
-import secrets
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -14,23 +14,30 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 import msgspec
 
 from agent.admission import DrainRate, Load, Turn, admit
+from agent.call import Call
 from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
-from agent.frames import Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens
+from agent.decisions import Decisions, Trail
+from agent.frames import Accepted, Answer, Ask, Embedded, Failed, Generate, Tokens
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
+from agent.placing import Placing
 from agent.pool import Pool
-from agent.routing import Forward, Local, NodeView, Refuse, RouteRequest, choose
+from agent.prefixes import Text, text_of
+from agent.retry_budget import RetryBudget
+from agent.routing import Candidate, Decision, Forward, Local, NodeView
+from agent.stalls import first_limit_s
+from agent.trust import Trust
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 MAX_RETRIES = 2
-MAX_CONTINUATIONS = 4
-LOST_S = 3.0
-"""For so long after a loss a peer that is not heard of may still be back."""
+TRIAL_S = 1.0
+"""An answer that flows for so long closes a breaker."""
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
-TURN_SEEDS = 0x51_7C_C1_B7_27
-"""Between the seeds of several answers to one prompt, so that they differ and can be had again."""
+LOST = ("worker_lost", "not_ready")
+"""Errors after which another node is tried; the first says something about the node, the second only about its
+models."""
 
 _TURNED = {
     "draining": "this node is stopping",
@@ -41,71 +48,8 @@ _TURNED = {
 log = get_logger("agent.dispatch")
 
 
-class Call(msgspec.Struct, kw_only=True):
-    """One client request on its way, and what became of it.
-
-    A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
-    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
-    the tokens that the client has; while ``going_on`` the answer continues after them.
-    """
-
-    ask: Ask
-    request_id: str
-    key_id: str = ""
-    whole: bool = True
-    part: int = 0
-    turn: int = 0
-    seed: int | None = None
-    made: list[int] = msgspec.field(default_factory=list)
-    going_on: bool = False
-    lost_s: float = 0.0
-    continuations: int = 0
-    tried: set[str] = msgspec.field(default_factory=set)
-    retries: int = 0
-    worker: str = ""
-    version: str = ""
-    prompt_tok: int = 0
-    cached_tok: int = 0
-    completion_tok: int = 0
-    done: Done | None = None
-    known: bool = False
-    fate: str = ""
-    began_s: float = 0.0
-    first_s: float | None = None
-    last_s: float = 0.0
-    gaps_us: list[int] = msgspec.field(default_factory=list)
-
-    @property
-    def model(self) -> str:
-        """The name that was asked for."""
-        return self.ask.model
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether another loader of the same version could continue the answer: every token of it is known."""
-        known = isinstance(self.ask, Generate) and bool(self.version) and len(self.made) == self.completion_tok > 0
-        return known and self.continuations < MAX_CONTINUATIONS
-
-    @property
-    def finish(self) -> str:
-        """Why the answer ended; "" when it has not."""
-        return self.done.finish if self.done else ""
-
-    def frame(self, door: str) -> Ask:
-        """What the worker is asked."""
-        ask = msgspec.structs.replace(self.ask, id=1, request_id=self.request_id, door=door)
-        if isinstance(ask, Generate):
-            # without a seed the door draws one, so that a retry throws the same dice
-            seed = self.seed if self.seed is not None else secrets.randbits(62)
-            self.seed = seed
-            ask = msgspec.structs.replace(ask, seed=seed + self.turn * TURN_SEEDS)
-            if self.going_on:
-                ask = msgspec.structs.replace(ask, made=tuple(self.made), version=self.version)
-        return ask
-
-
 class Dispatch:
-    """The door of this node."""
+    """The door of this node. ``prefix_key`` keys the hashes of prompts' beginnings; ``heat`` is the thermal level."""
 
     def __init__(
         self,
@@ -116,7 +60,11 @@ class Dispatch:
         ledger: Ledger,
         limits: Limits,
         *,
+        prefix_key: bytes = b"",
+        heat: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        dice: Callable[[], float] = random.random,
     ) -> None:
         self._node = node
         self._pool = pool
@@ -124,10 +72,17 @@ class Dispatch:
         self._peer_client = peer_client
         self._ledger = ledger
         self._limits = limits
+        self._prefix_key = prefix_key
+        self._heat = heat
         self._clock = clock
+        self._wall_ms = wall_ms
         self._by_model: Counter[str] = Counter()
         self._by_key: Counter[str] = Counter()
         self._drain: dict[str, DrainRate] = {}
+        self.trust = Trust()
+        self.budget = RetryBudget(clock())
+        self.decisions = Decisions()
+        self._placing = Placing(pool, table, self.trust, limits, here=self.here, dice=dice, clock=clock)
         self.draining = False
 
     @property
@@ -141,7 +96,18 @@ class Dispatch:
 
     def here(self) -> NodeView:
         """This node as routing sees it."""
-        return NodeView(node=self._node, draining=self.draining, models=self._pool.views())
+        return NodeView(
+            node=self._node,
+            draining=self.draining,
+            models=self._pool.views(),
+            heat=self._heat(),
+            memory=self._pool.memory_level,
+            known=self._pool.prefixes(),
+        )
+
+    def heard_again(self, node: str) -> None:
+        """A peer is back, or has started anew."""
+        self.trust.fresh(node, self._clock())
 
     async def answer(self, call: Call) -> AsyncGenerator[Answer, None]:
         """Accepted, Tokens and Done for one part of a request that has entered; counts it when it ends, however it
@@ -150,6 +116,7 @@ class Dispatch:
         Raises Refused for what the client must change, Retryable for what may work later.
         """
         call.began_s = call.last_s = self._clock()
+        self._begin_trail(call)
         outcome = "cancelled"
         try:
             async with contextlib.aclosing(self._attempts(call)) as answers:
@@ -172,12 +139,33 @@ class Dispatch:
         try:
             self._admit(first, len(calls))
         except RackError as error:
-            self._count(first, outcome_of(error))
+            self._begin_trail(first)
+            self._count(first, outcome_of(error), error.code)
             raise
+        self.budget.asked()
         try:
             yield
         finally:
             self._leave(first, len(calls))
+
+    async def work(self, ask: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
+        """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
+        version = ask.version if isinstance(ask, Generate) else ""
+        if version:
+            # it may be on its way back: started again after its end, or after its end while it drained
+            await self._pool.wanted_back(ask.model, version, self._limits.load_wait_s)
+        if text is None:
+            text = text_of(self._prefix_key, ask)
+        async with (
+            self._pool.lease(ask.model, version) as lease,
+            contextlib.aclosing(lease.generate(ask, text)) as answers,
+        ):
+            async for answer in answers:
+                if isinstance(answer, Accepted):
+                    answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
+                yield answer
+
+    # ---- places for requests ----
 
     def _is_known(self, model: str) -> bool:
         """Whether some node serves the name; any other is a stranger's text and enters no record."""
@@ -207,131 +195,90 @@ class Dispatch:
             if not counts[name]:
                 del counts[name]
 
+    # ---- attempts ----
+
     async def _attempts(self, call: Call) -> AsyncGenerator[Answer, None]:
+        held: list[Answer] = []
+        left = False
+        call.text = text_of(self._prefix_key, call.ask)
         while True:
-            place = await self._place(call)
-            held: list[Answer] = []
-            left = call.going_on
             try:
-                async with contextlib.aclosing(self._attempt(place, call)) as answers:
+                decision = await self._placing.place(call)
+            except Retryable:
+                if not (call.going_on and call.whole and self._may_retry(call)):
+                    raise
+                # nobody can go on with it, and nothing has left: from the beginning, by any version
+                held.clear()
+                self._again(call, "", "its version is gone")
+                continue
+            chosen = decision.chosen
+            assert chosen is not None
+            node = chosen.node
+            probe = self.trust.begin(node, call.model, self._clock())
+            self._step(call, "sent" if not call.going_on else "continues", node, decision=decision)
+            verdict = False
+            try:
+                async with contextlib.aclosing(self._attempt(decision, chosen, call)) as answers:
                     async for answer in answers:
                         if call.going_on and isinstance(answer, Accepted):
                             continue  # the client has heard that already
-                        self._note(answer, call)
+                        call.note(answer, self._clock())
+                        if probe and self._flows(call):
+                            self.trust.ok(node, call.model, self._clock(), probe=True)
+                            probe = False
                         if call.whole:
                             held.append(answer)
                             continue
                         left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
+                self.trust.ok(node, call.model, self._clock(), probe=probe)
+                verdict = True
             except Retryable as error:
-                if error.code != "worker_lost":
+                if error.code not in LOST:
                     raise
-                if left and call.can_go_on:
-                    self._go_on(call, place)
+                verdict = self._blame(decision, call, error, probe=probe)
+                if call.can_go_on and (left or self._placing.held_by_peer(call.model, call.version, node)):
+                    self._go_on(call, node)
                     continue
-                if left or call.retries >= MAX_RETRIES:
+                if left or not self._may_retry(call):
                     raise
-                self._forget(call, place)
-                log.info("retried", request=call.request_id, node=place.node, reason=error.code, retries=call.retries)
+                held.clear()
+                self._again(call, node, error.message)
                 continue
+            finally:
+                if not verdict:
+                    self.trust.given_up(node, call.model, probe=probe)
             for answer in held:
                 yield answer
             return
 
-    async def _place(self, call: Call) -> Local | Forward:
-        """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
-        with contextlib.ExitStack() as waits:
-            return await self._placed(call, waits)
+    def _flows(self, call: Call) -> bool:
+        """Whether the answer on trial has come for long enough: others need not wait for its end."""
+        return call.first_s is not None and call.last_s - call.first_s > TRIAL_S
 
-    async def _placed(self, call: Call, waits: contextlib.ExitStack) -> Local | Forward:
-        deadline, queued = self._clock() + self._limits.load_wait_s, False
-        while True:
-            place = choose(
-                RouteRequest(
-                    model=call.model,
-                    tried=frozenset(call.tried),
-                    version=call.version if call.going_on else "",
-                ),
-                self.here(),
-                self._table.view(self._clock()),
-            )
-            call.known = not isinstance(place, Refuse) or place.code != "model_not_found"
-            if not isinstance(place, Refuse):
-                return place
-            if place.code == "model_not_found":
-                known = ", ".join(place.known) or "none"
-                raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
-            if self._pool.refusing and not call.going_on:
-                raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
-            if not queued and not call.going_on and any(m.name == call.model for m in self._pool.views()):
-                # in line from now on, however often what is asked for below is asked again
-                waits.enter_context(self._pool.waiting(call.model))
-                queued = True
-            left_s = deadline - self._clock()
-            if left_s <= 0 or not await self._wait_for_capacity(call, place, min(left_s, 1.0)):
-                if call.going_on:
-                    gone = "the loader was lost, and no node holds the version that began this answer"
-                    raise Retryable(gone, code="worker_lost")
-                raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
-            call.tried.clear()
-
-    async def _wait_for_capacity(self, call: Call, refused: Refuse, step_s: float) -> bool:
-        """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
-        if self.draining:
-            return False
-        name = call.model
-        if call.going_on:
-            return await self._wait_for_version(call, step_s)
-        if any(m.name == name for m in self._pool.views()):
-            if await self._pool.wanted(name, step_s):
-                return True
-            await asyncio.sleep(min(0.05, step_s))
-            return self._pool.is_coming(name) or bool(call.tried) or refused.loading
-        if call.tried or refused.loading:
-            await asyncio.sleep(min(0.2, step_s))
-            return True
-        return False
-
-    async def _wait_for_version(self, call: Call, step_s: float) -> bool:
-        """As long as exactly the version that began an answer may still come back, here or on a peer."""
-        name, version = call.model, call.version
-        peers = self._table.view(self._clock())
-        held = any(m.name == name and version in m.versions for p in peers if p.state != "down" for m in p.models)
-        here = any(m.name == name for m in self._pool.views()) and self._pool.comes_back(name, version)
-        # who has just failed us is heard of again, or not, within a beat or two
-        if held or here or self._clock() - call.lost_s < LOST_S:
-            await asyncio.sleep(min(0.2, step_s))
-            return True
-        return False
-
-    def _attempt(self, place: Local | Forward, call: Call) -> AsyncGenerator[Answer, None]:
-        ask = call.frame(self._node)
+    def _attempt(self, decision: Decision, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
+        ask, place = call.frame(self._node), decision.place
         if isinstance(place, Local):
-            return self._timed(self.work(ask), call)
-        self._table.sent(place.node)
-        return self._timed(self._peer_client.generate(place.url, ask), call)
+            return self._timed(self.work(ask, call.text), chosen, call)
+        assert isinstance(place, Forward)
+        self._table.sent(place.node, call.model, max(1, call.text.prompt_tok - chosen.saved_tok))
+        return self._timed(self._peer_client.generate(place.node, place.url, ask), chosen, call)
 
-    async def work(self, ask: Ask) -> AsyncGenerator[Answer, None]:
-        """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
-        version = ask.version if isinstance(ask, Generate) else ""
-        if version:
-            # it may be on its way back: started again after its end, or after its end while it drained
-            await self._pool.wanted_back(ask.model, version, self._limits.load_wait_s)
-        async with self._pool.lease(ask.model, version) as lease, contextlib.aclosing(lease.generate(ask)) as answers:
-            async for answer in answers:
-                if isinstance(answer, Accepted):
-                    answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
-                yield answer
-
-    async def _timed(self, answers: AsyncGenerator[Answer, None], call: Call) -> AsyncGenerator[Answer, None]:
+    async def _timed(
+        self, answers: AsyncGenerator[Answer, None], chosen: Candidate, call: Call
+    ) -> AsyncGenerator[Answer, None]:
         """Bounds on the first token, on gaps and on the whole; failures in the frames become errors."""
-        started = False
+        gaps, heard_s = self.trust.gaps(chosen.node, call.model), 0.0
+        first_s = self._first_limit_s(chosen, call)
+        other = self._has_another(call, chosen.node)
         async with contextlib.aclosing(answers):
             while True:
-                limit_s = self._limits.token_gap_s if started else self._limits.first_token_s
-                if not isinstance(call.ask, Generate):
-                    limit_s = self._limits.request_s  # a long list of inputs comes back at its end
-                over_s = call.began_s + self._limits.request_s - self._clock()
+                if heard_s:
+                    limit_s = gaps.limit_s(self._limits.token_gap_s) if other else self._limits.token_gap_s
+                else:
+                    limit_s = first_s
+                now = self._clock()
+                over_s = call.began_s + self._limits.request_s - now
                 try:
                     async with asyncio.timeout(max(0.0, min(limit_s, over_s))):
                         answer = await anext(answers)
@@ -341,61 +288,95 @@ class Dispatch:
                     if over_s <= limit_s:
                         reason = f"the request took over {self._limits.request_s:g} s"
                         raise Retryable(reason, code="deadline_exceeded") from None
-                    raise Retryable(f"no token for {limit_s:g} s", code="worker_lost") from None
-                if isinstance(answer, Failed):
+                    raise Retryable(f"no token for {limit_s:.1f} s", code="worker_lost") from None
+                if isinstance(answer, Tokens):
+                    if heard_s:
+                        # what the client took to read is not the worker's gap
+                        gaps.add(self._clock() - max(now, heard_s))
+                    heard_s = self._clock()
+                elif isinstance(answer, Failed):
                     raise _error_of(answer)
-                started = started or isinstance(answer, Tokens)
                 yield answer
 
-    def _note(self, answer: Answer, call: Call) -> None:
-        now = self._clock()
-        if isinstance(answer, Accepted):
-            call.worker, call.version = answer.node, answer.version
-            call.prompt_tok, call.cached_tok = answer.prompt_tok, answer.cached_tok
-        elif isinstance(answer, Tokens):
-            if call.first_s is None:
-                call.first_s = now
-            else:
-                call.gaps_us.append(int((now - call.last_s) * 1e6))
-            call.last_s = now
-            call.completion_tok += answer.count
-            call.made += answer.ids
-        elif isinstance(answer, Done):
-            call.done = answer
-            if not call.going_on:
-                call.cached_tok = answer.cached_tok
-            call.completion_tok = answer.completion_tok
+    def _first_limit_s(self, chosen: Candidate, call: Call) -> float:
+        if not isinstance(call.ask, Generate):
+            return self._limits.request_s  # a long list of inputs comes back at its end
+        if not chosen.measured or not self._has_another(call, chosen.node):
+            return self._limits.first_token_s
+        return first_limit_s(chosen.first_token_s, self._limits.first_token_s)
 
-    def _go_on(self, call: Call, place: Local | Forward) -> None:
-        """What the client has stays; another loader continues after it. On this node it is asked for at once, so that a
-        loader that was draining is known to be missed."""
-        if isinstance(place, Forward):
-            self._table.refused(place.node, self._clock())
-            call.tried.add(place.node)
+    def _has_another(self, call: Call, node: str) -> bool:
+        """Whether another node could take the request over, should this one be too slow."""
+        if node != self._node:
+            views = self._pool.views()
+            if any(m.name == call.model and m.ready for m in views):
+                return True
+        return any(
+            peer.state == "up" and peer.node != node and any(m.name == call.model and m.ready for m in peer.models)
+            for peer in self._table.view(self._clock())
+        )
+
+    def _blame(self, decision: Decision, call: Call, error: Retryable, *, probe: bool) -> bool:
+        """A node did not do what it was asked. True when that was noted against it."""
+        node = decision.place.node if isinstance(decision.place, Local | Forward) else ""
+        self._step(call, "lost", node, why=error.message)
+        call.tried.add(node)
+        if error.code != "worker_lost":
+            return False
+        self.trust.failed(node, call.model, self._clock(), error.message, probe=probe)
+        if isinstance(decision.place, Forward):
+            self._table.lose(node)
+        return True
+
+    def _may_retry(self, call: Call) -> bool:
+        return call.retries < MAX_RETRIES and self.budget.take(self._clock())
+
+    def _go_on(self, call: Call, node: str) -> None:
+        """What exists of the answer stays; another loader continues after it. On this node it may be asked for at once,
+        so that a loader that was draining is known to be missed."""
+        if node == self._node:
+            call.tried.discard(node)
         call.going_on = True
         call.lost_s = self._clock()
         call.continuations += 1
-        log.info("continued", request=call.request_id, node=place.node, tokens=len(call.made), version=call.version)
+        log.info("continued", request=call.request_id, node=node, tokens=len(call.made), version=call.version)
 
-    def _forget(self, call: Call, place: Local | Forward) -> None:
-        """A fresh try: nothing of the lost one counts but that it happened."""
-        if isinstance(place, Forward):
-            self._table.refused(place.node, self._clock())
-        call.tried.add(place.node)
+    def _again(self, call: Call, node: str, reason: str) -> None:
         call.retries += 1
-        call.completion_tok = call.prompt_tok = call.cached_tok = 0
-        call.first_s = None
-        call.gaps_us.clear()
-        call.made.clear()
+        call.start_over()
+        self._step(call, "retries", node, why=reason)
+        log.info("retried", request=call.request_id, node=node, retries=call.retries)
 
-    def _count(self, call: Call, outcome: str) -> None:
+    # ---- what is kept of it ----
+
+    def _begin_trail(self, call: Call) -> None:
+        call.trail = self.decisions.keep(
+            Trail(
+                request_id=call.request_id,
+                t_ms=self._wall_ms(),
+                began_s=call.began_s,
+                model=call.model if call.known else "",
+                key_id=call.key_id,
+            )
+        )
+
+    def _step(self, call: Call, what: str, node: str, *, why: str = "", decision: Decision | None = None) -> None:
+        if call.trail is not None:
+            call.trail.add(self._clock(), what, node, why, decision)
+
+    def _count(self, call: Call, outcome: str, code: str = "") -> None:
         now = self._clock()
         if outcome == "ok":
             self._drain.setdefault(call.model, DrainRate()).ended(now)
+        # a name that nobody serves is a stranger's text and stays out of the records
+        model = call.model if call.known else ""
+        if call.trail is not None:
+            call.trail.outcome, call.trail.worker, call.trail.model = outcome, call.worker, model
+            call.trail.prompt_tok = call.text.prompt_tok
+            call.trail.add(now, "ended", why=code)
         self._ledger.record(
             Answered(
-                # a name that nobody serves is a stranger's text and stays out of the records
-                model=call.model if call.known else "",
+                model=model,
                 version=call.version,
                 worker=call.worker,
                 key_id=call.key_id,
@@ -403,6 +384,7 @@ class Dispatch:
                 finish=call.finish,
                 requests=1 if call.part == 0 else 0,
                 retries=call.retries,
+                continuations=call.continuations,
                 prompt_tok=call.prompt_tok if call.turn == 0 else 0,
                 cached_tok=call.cached_tok if call.turn == 0 else 0,
                 completion_tok=call.completion_tok,
@@ -420,7 +402,8 @@ def outcome_of(error: RackError) -> str:
 
 def _error_of(failed: Failed) -> RackError:
     if failed.retryable:
-        return Retryable(failed.message, code="worker_lost")
+        code = failed.code if failed.code in LOST else "worker_lost"
+        return Retryable(failed.message, code=code)
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")
     return Refused(failed.message, code=failed.code, param=failed.param)

@@ -34,6 +34,8 @@ from agent.frames import (
     encode,
 )
 from agent.pace import Pace
+from agent.prefixes import PrefixTable, Text
+from agent.workload import Meter
 from shared.errors import Refused, Retryable
 
 START_TIMEOUT_S = 600.0
@@ -42,11 +44,13 @@ _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "
 
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to start a loader: its arguments, how many BLAS threads it may use, after how many silent seconds with work
-    to do it is ended, and a secret that it reads from its standard input."""
+    """How to start a loader: its arguments, how many BLAS threads it may use, how many requests it decodes
+    together, after how many silent seconds with work to do it is ended, and a secret that it reads from its standard
+    input."""
 
     arguments: tuple[str, ...]
     threads: int = 1
+    rows: int = 8
     stuck_s: float = 60.0
     secret: str = ""
 
@@ -80,7 +84,11 @@ class LoaderProcess:
     """A running loader. ``in_flight`` counts requests that use it; ``ended`` is set when the process is gone."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        rows: int,
     ) -> None:
         self._process = process
         self._reader, self._writer = reader, writer
@@ -99,6 +107,8 @@ class LoaderProcess:
         self.ready: Ready | None = None
         self.working: Working | None = None
         self.pace = Pace()
+        self.meter = Meter(rows)
+        self.prefixes = PrefixTable()
         self._last_s: dict[int, float] = {}
 
     @property
@@ -160,7 +170,7 @@ class LoaderProcess:
             process.stdin.write(spec.secret.encode())
             process.stdin.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        loader = cls(process, reader, writer)
+        loader = cls(process, reader, writer, spec.rows)
         loader._tasks = [
             asyncio.create_task(loader._read()),
             asyncio.create_task(loader._read_stderr()),
@@ -177,14 +187,16 @@ class LoaderProcess:
             raise
         return loader
 
-    async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
-        """Answers to one request. Leaving early cancels it. Raises Retryable when the loader is lost."""
+    async def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
+        """Answers to one request, which ``text`` describes for the books. Leaving early cancels it. Raises Retryable
+        when the loader is lost."""
         number = next(self._ids)
         answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         if not self._open:
             self._heard_s = time.monotonic()
         self._open[number] = answers
         self._unanswered[number] = time.monotonic()
+        self.meter.begin(number, text.prompt_tok if text else 0)
         finished = False
         try:
             await self._send(msgspec.structs.replace(request, id=number))
@@ -193,9 +205,12 @@ class LoaderProcess:
                 if answer is None:
                     raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
                 finished = isinstance(answer, Done | Failed)
+                if text is not None and isinstance(answer, Accepted):
+                    self.prefixes.took(text, answer.cached_tok)
                 yield answer
         finally:
             del self._open[number]
+            self.meter.end(number)
             self._unanswered.pop(number, None)
             self._last_s.pop(number, None)
             if not finished and not self.ended.is_set():
@@ -288,8 +303,7 @@ class LoaderProcess:
             self._unanswered.pop(frame.id, None)
             if frame.id in self._open:
                 self._open[frame.id].put_nowait(frame)
-            if isinstance(frame, Tokens):
-                self._note_gap(frame.id)
+            self._measure(frame)
         elif isinstance(frame, Working):
             self.working = frame
         elif isinstance(frame, Reported):
@@ -300,10 +314,28 @@ class LoaderProcess:
             self._ready.set_exception(Refused(frame.message, code=frame.code))
             self._ready.exception()
 
-    def _note_gap(self, number: int) -> None:
-        now = time.monotonic()
-        if number in self._last_s:
-            self.pace.gap(now, now - self._last_s[number])
+    def _measure(self, frame: Answer) -> None:
+        """What an answer says of the loader's work and speed."""
+        if isinstance(frame, Tokens):
+            self._note_gap(frame)
+        elif isinstance(frame, Accepted):
+            self.meter.accepted(frame.id, frame.prompt_tok, frame.cached_tok)
+        elif isinstance(frame, Done):
+            computed = frame.prompt_tok - frame.cached_tok
+            self.meter.done(
+                time.monotonic(),
+                frame.id,
+                prefill_tok=computed,
+                prefill_us=frame.prefill_us,
+                completion_tok=frame.completion_tok,
+            )
+
+    def _note_gap(self, frame: Tokens) -> None:
+        now, number = time.monotonic(), frame.id
+        gap_s = now - self._last_s[number] if number in self._last_s else None
+        if gap_s is not None:
+            self.pace.gap(now, gap_s)
+        self.meter.token(now, number, frame.count, gap_s)
         if number in self._open:
             self._last_s[number] = now
 

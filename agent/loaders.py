@@ -65,13 +65,14 @@ class Loaders:
             *("--disk-cache-bytes", str(model.disk_cache_bytes)),
             *("--max-tokens", str(model.max_tokens)),
             *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
-            *("--fake-held-bytes", str(model.fake_held_bytes)),
+            *("--fake-row-s", str(model.fake_row_s), "--fake-prefill-tps", str(model.fake_prefill_tps)),
+            *("--fake-cache-tok", str(model.fake_cache_tok), "--fake-held-bytes", str(model.fake_held_bytes)),
         )
         stuck_s = self._config.limits.stuck_s
         secret = ""
         if model.disk_cache_bytes:  # a keychain may take its time
             secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
-        start = LoaderSpec(arguments=arguments, threads=self._threads, stuck_s=stuck_s, secret=secret)
+        start = LoaderSpec(arguments=arguments, threads=self._threads, rows=model.rows, stuck_s=stuck_s, secret=secret)
         return await LoaderProcess.start(start, self._environ)
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:

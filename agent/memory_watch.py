@@ -37,6 +37,11 @@ class MemoryWatch:
         return self._state.refusing
 
     @property
+    def level(self) -> str:
+        """calm, soft or hard."""
+        return self._state.level
+
+    @property
     def view(self) -> dict[str, object]:
         """For the status."""
         return {"level": self._state.level, "held_bytes": self._state.held_bytes, "refusing": self._state.refusing}

@@ -1,27 +1,38 @@
 """What is known of the other nodes: observations in, a view out. Level-triggered, so recovery needs no step by hand.
 
-A peer is *suspect* when its last answer is older than one and a half beats and *down* after three and a half, or at
-once for new work when a request to it could not connect.
+A peer that missed a beat (it refused it, or its last answer is older than one and a half) is *suspect*, after three
+misses (or three and a half beats of silence) it is *down*. It is *lost*, and gets nothing before its next beat, when a
+request to it could not connect or broke. A node that was itself asleep judges nobody by that time.
 """
 
 from collections.abc import Iterable
 
 import msgspec
 
-from agent.routing import ModelView, NodeView
+from agent.prefixes import unpacked
+from agent.routing import ModelView, NodeView, Sent
+from agent.signing import OLDEST, PROTOCOL
 
 SUSPECT_BEATS = 1.5
 DOWN_BEATS = 3.5
+DOWN_MISSES = 3
+ASLEEP_S = 0.5
+"""A tick that comes so much later than it should: this node, not its peers, was away."""
+_NEVER = float("inf")
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node says of itself once a second."""
+    """What a node says of itself once a second. ``epoch`` rises with every start of its agent."""
 
-    protocol: int = 1
+    protocol: int = PROTOCOL
+    oldest: int = OLDEST
     node: str
     rack: str
+    epoch: int = 0
     draining: bool = False
     models: tuple[ModelView, ...] = ()
+    heat: int = 0
+    memory: str = "calm"
     t_ms: int = 0
 
 
@@ -37,8 +48,12 @@ class _Known(msgspec.Struct, kw_only=True):
     url: str
     beat: Beat | None = None
     last_s: float
-    refused_s: float | None = None
-    sent: int = 0
+    hop_s: float = 0.0
+    misses: int = 0
+    lost: bool = False
+    sent: dict[str, Sent] = {}
+    prefixes: dict[str, bytes] = {}
+    hashes: dict[str, frozenset[int]] = {}
     down: bool = False
     down_since_s: float = 0.0
 
@@ -49,35 +64,81 @@ class PeerTable:
     def __init__(self, urls: Iterable[tuple[str, str]], *, beat_s: float, now: float) -> None:
         self._beat_s = beat_s
         self._peers = {node: _Known(url=url, last_s=now) for node, url in urls}
+        self._tick_s = now
+        self._view: tuple[NodeView, ...] = ()
+        self._good_until_s = -_NEVER
 
     def urls(self) -> list[tuple[str, str]]:
         """(node, url) of every peer."""
         return [(node, known.url) for node, known in self._peers.items()]
 
-    def heard(self, node: str, beat: Beat, now: float) -> None:
-        """A peer answered; what was sent since its last beat is now in its own count."""
-        known = self._peers[node]
-        known.beat, known.last_s, known.refused_s, known.sent = beat, now, None, 0
+    def become(self, urls: Iterable[tuple[str, str]], now: float) -> None:
+        """From now on these are the peers; what is known of those that stay is kept."""
+        wanted = dict(urls)
+        kept = {node: known for node, known in self._peers.items() if wanted.get(node) == known.url}
+        self._peers = {node: kept.get(node) or _Known(url=url, last_s=now) for node, url in wanted.items()}
+        self._changed()
 
-    def refused(self, node: str, now: float) -> None:
-        """A request could not connect, or broke: no new work until the peer answers a beat."""
+    def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
+        """A peer answered; what was sent since its last beat is now in its own count. True when it was away or has
+        started anew since."""
+        known = self._peers.get(node)
+        if known is None:
+            return False
+        before = known.beat
+        away = known.lost or known.misses >= DOWN_MISSES or self._state(known, now) == "down"
+        anew = before is not None and before.epoch != beat.epoch
+        known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
+        known.hop_s = hop_s if before is None else 0.7 * known.hop_s + 0.3 * hop_s
+        for model in beat.models:
+            if known.prefixes.get(model.name) != model.prefixes:
+                known.prefixes[model.name] = model.prefixes
+                known.hashes = {**known.hashes, model.name: unpacked(model.prefixes)}
+        self._changed()
+        return away or anew
+
+    def missed(self, node: str, now: float) -> None:
+        """A beat was not answered."""
         if node in self._peers:
-            self._peers[node].refused_s = now
+            self._peers[node].misses += 1
+            self._changed()
 
-    def sent(self, node: str) -> None:
+    def lose(self, node: str) -> None:
+        """A request could not connect, or broke: nothing more before the peer answers a beat."""
+        if node in self._peers:
+            self._peers[node].lost = True
+            self._changed()
+
+    def sent(self, node: str, model: str, prompt_tok: int) -> None:
         """A request was forwarded; counts as load until the next beat."""
-        if node in self._peers:
-            self._peers[node].sent += 1
+        if (known := self._peers.get(node)) is not None:
+            requests, tokens = known.sent.get(model, (0, 0))
+            known.sent[model] = (requests + 1, tokens + prompt_tok)
+
+    def sent_since_beat(self, model: str) -> dict[str, Sent]:
+        """What each peer got for a model since it last said what it has."""
+        return {node: known.sent[model] for node, known in self._peers.items() if model in known.sent}
+
+    def tick(self, now: float, every_s: float) -> float:
+        """To be called every ``every_s``. When it comes late this node was asleep, and what it did not hear in that
+        time is nobody's fault. Returns for how long it was."""
+        late_s = now - self._tick_s - every_s
+        self._tick_s = now
+        if late_s < ASLEEP_S:
+            return 0.0
+        for known in self._peers.values():
+            known.last_s = min(now, known.last_s + late_s)
+        self._changed()
+        return late_s
 
     def changes(self, now: float) -> list[Changed]:
         """Peers that went down or came back since the last call."""
         found = []
         for node, known in self._peers.items():
-            silent_s = now - known.last_s
-            is_down = silent_s > DOWN_BEATS * self._beat_s
-            if is_down and not known.down and known.beat is not None:
+            is_down = known.beat is not None and self._state(known, now) == "down"
+            if is_down and not known.down:
                 known.down, known.down_since_s = True, known.last_s
-                found.append(Changed(node=node, up=False, for_s=silent_s))
+                found.append(Changed(node=node, up=False, for_s=now - known.last_s))
             elif known.down and not is_down:
                 known.down = False
                 found.append(Changed(node=node, up=True, for_s=now - known.down_since_s))
@@ -85,19 +146,42 @@ class PeerTable:
 
     def view(self, now: float) -> tuple[NodeView, ...]:
         """Every peer as routing sees it."""
-        return tuple(self._view(node, known, now) for node, known in sorted(self._peers.items()))
+        if now >= self._good_until_s:
+            self._view = tuple(self._view_of(node, known, now) for node, known in sorted(self._peers.items()))
+            self._good_until_s = min((self._next_s(known, now) for known in self._peers.values()), default=_NEVER)
+        return self._view
 
-    def _view(self, node: str, known: _Known, now: float) -> NodeView:
+    def _view_of(self, node: str, known: _Known, now: float) -> NodeView:
         beat = known.beat
         if beat is None:
             # just after the start nobody knows what a peer serves
-            fresh = now - known.last_s <= DOWN_BEATS * self._beat_s
+            fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
             return NodeView(node=node, url=known.url, state="unknown" if fresh else "down")
-        models = tuple(msgspec.structs.replace(m, in_flight=m.in_flight + known.sent) for m in beat.models)
-        return NodeView(node=node, url=known.url, state=self._state(known, now), draining=beat.draining, models=models)
+        return NodeView(
+            node=node,
+            url=known.url,
+            state=self._state(known, now),
+            draining=beat.draining,
+            models=beat.models,
+            heat=beat.heat,
+            memory=beat.memory,
+            hop_s=known.hop_s,
+            known=known.hashes,
+        )
 
     def _state(self, known: _Known, now: float) -> str:
         silent_s = now - known.last_s
-        if known.refused_s is not None or silent_s > DOWN_BEATS * self._beat_s:
+        if known.misses >= DOWN_MISSES or silent_s > DOWN_BEATS * self._beat_s:
             return "down"
-        return "suspect" if silent_s > SUSPECT_BEATS * self._beat_s else "up"
+        if known.lost:
+            return "lost"
+        return "suspect" if known.misses or silent_s > SUSPECT_BEATS * self._beat_s else "up"
+
+    def _next_s(self, known: _Known, now: float) -> float:
+        """When a peer's state may change by the mere passing of time."""
+        edges = [known.last_s + beats * self._beat_s for beats in (SUSPECT_BEATS, DOWN_BEATS)]
+        # a little after the edge, where the comparison has turned
+        return min((edge + 1e-6 for edge in edges if edge >= now), default=_NEVER)
+
+    def _changed(self) -> None:
+        self._good_until_s = -_NEVER

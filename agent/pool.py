@@ -19,6 +19,7 @@ from agent.line import Line
 from agent.loaders import Loaders
 from agent.memory_watch import MemoryWatch
 from agent.modelstore import ModelSpec, ModelStore
+from agent.prefixes import PrefixTable
 from agent.probes import Probe
 from agent.reconcile import Actual
 from agent.routing import ModelView
@@ -100,18 +101,21 @@ class Pool:
 
     def views(self) -> tuple[ModelView, ...]:
         """Every served name of this node, as routing sees it."""
+        now = self._clock()
         return tuple(
-            ModelView(
-                name=name,
-                version=slot.loaded.spec.version if slot.loaded else "",
-                ready=slot.ready and not self.refusing,
-                coming=slot.state == "starting" or (slot.loaded is not None and not slot.ready),
-                in_flight=slot.leases,
-                versions=self._versions(slot),
-            )
+            slot.view(name, now, refusing=self.refusing, versions=self._versions(slot))
             for slot in self._slots
             for name in slot.names
         )
+
+    def prefixes(self) -> dict[str, PrefixTable]:
+        """What each served name's loader was given lately."""
+        return {name: slot.loaded.process.prefixes for slot in self._slots if slot.loaded for name in slot.names}
+
+    @property
+    def memory_level(self) -> str:
+        """The memory guard's word: calm, soft or hard."""
+        return self._watch.level
 
     def _versions(self, slot: Slot) -> tuple[str, ...]:
         """What can go on with an answer that it began, now or as soon as it is back."""
@@ -181,7 +185,7 @@ class Pool:
         if version:
             loaded = next((one for one in self._living(slot) if one.spec.version == version), None)
         if loaded is None:
-            raise Retryable(f"model {name} is not ready on this node ({slot.state})", code="worker_lost")
+            raise Retryable(f"model {name} is not ready on this node ({slot.state})", code="not_ready")
         slot.demand.asked(self._clock())
         # counted before the first await: eviction and drain see it at once
         loaded.process.in_flight += 1

@@ -1,13 +1,26 @@
-"""Where a request is answered: here, on a peer, or nowhere. Pure; dispatch does what this decides."""
+"""Where a request is answered: here, on a peer, or nowhere, and why. Pure; dispatch does what this decides."""
+
+from collections.abc import Container, Mapping, Sequence
+from statistics import median
 
 import msgspec
+
+from agent.breaker import State
+from agent.prefixes import BLOCK_TOK, Chain, matched
+
+Sent = tuple[int, int]
+"""Requests, and tokens of their prompts, that were sent to a node since it last said what it has."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there.
 
     ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can go on with an answer that
-    they began, whether they take new requests or not.
+    they began, whether they take new requests or not. ``rows`` requests are decoded together; ``prefill_tok`` prompt
+    tokens are still to be computed. ``prefill_tps`` (tokens a second), ``gap_us`` (between two tokens of an answer that
+    is alone) and ``answer_tok`` (tokens of an answer) were measured there lately, None where nothing was.
+    ``kv_ppm`` is how full the room for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely
+    to hold.
     """
 
     name: str
@@ -16,12 +29,21 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     coming: bool = False
     in_flight: int = 0
     versions: tuple[str, ...] = ()
+    rows: int = 8
+    prefill_tok: int = 0
+    prefill_tps: float | None = None
+    gap_us: int | None = None
+    answer_tok: int | None = None
+    kv_ppm: int = 0
+    prefixes: bytes = b""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """A node as this one knows it; ``url`` is "" for this node itself.
 
-    ``state`` is up, suspect, down, or unknown for a peer that has not been heard since a start a moment ago.
+    ``state`` is up, suspect (a beat was missed), lost (a request could not reach it; nothing is sent before its next
+    beat), down, or unknown for a peer that has not been heard since a start a moment ago. ``heat`` is the system's
+    thermal level, 0 for none; ``memory`` the guard's word; ``hop_s`` what a way there and back takes.
     """
 
     node: str
@@ -29,17 +51,32 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "up"
     draining: bool = False
     models: tuple[ModelView, ...] = ()
+    heat: int = 0
+    memory: str = "calm"
+    hop_s: float = 0.0
+    known: Mapping[str, Container[int]] = {}
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What routing may look at. ``tried`` nodes failed this request already; ``hop`` forbids another one. With
-    ``version`` an answer has to be gone on with, by exactly that version."""
+    ``version`` an answer has to be gone on with, by exactly that version.
+
+    ``chain`` are the hashes of the prompt's beginnings, ``prompt_tok`` its length, ``answer_tok`` the most that is
+    asked for. ``breakers`` are of this model, those that are not closed; ``sent`` is what each node got since its
+    last beat. ``labels`` are the request's, for rules to come. ``dice`` in [0, 1) decides between equals.
+    """
 
     model: str
     tried: frozenset[str] = frozenset()
     hop: bool = False
     version: str = ""
-    task_class: str = ""
+    chain: Chain = ()
+    prompt_tok: int = 0
+    answer_tok: int = 256
+    breakers: Mapping[str, State] = {}
+    sent: Mapping[str, Sent] = {}
+    labels: Mapping[str, str] = {}
+    dice: float = 0.0
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,43 +100,184 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
     known: tuple[str, ...] = ()
 
 
-HOP_COST = 1
-"""A forwarded request pays a network hop; measured in requests in flight."""
-SUSPECT_COST = 1_000
-"""A node that missed a beat is used only when no other can answer."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that could answer, and what that would take, in seconds: until it can begin, for the part of the prompt
+    that it does not know, for the answer, and what speaks against it otherwise. ``measured`` tells its own speed from
+    a guess."""
+
+    node: str
+    cost_s: float
+    wait_s: float
+    prefill_s: float
+    answer_s: float
+    barrier_s: float
+    saved_tok: int = 0
+    last_resort: str = ""
+    measured: bool = False
+
+    @property
+    def first_token_s(self) -> float:
+        """When the first token is expected."""
+        return self.wait_s + self.prefill_s
 
 
-def choose(request: RouteRequest, here: NodeView, peers: tuple[NodeView, ...]) -> Local | Forward | Refuse:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Where, and between what. ``excluded`` says of each other node why it was no candidate."""
+
+    place: Local | Forward | Refuse
+    candidates: tuple[Candidate, ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that was taken."""
+        place = self.place
+        if isinstance(place, Refuse):
+            return None
+        return next(one for one in self.candidates if one.node == place.node)
+
+
+DEFAULT_PREFILL_TPS = 1_000.0
+DEFAULT_GAP_S = 0.03
+LAST_RESORT_S = 1_000.0
+"""A suspect, or a node whose breaker is open, is used only when no other can answer."""
+HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
+"""By thermal level: a node that is hot should cool down while others can answer."""
+MEMORY_S: Mapping[str, float] = {"calm": 0.0, "soft": 0.5, "hard": 2.0}
+KV_S = 0.15
+"""Times k/(1-k) for a room for keys and values that is full by k."""
+NEAR = 0.01
+NEAR_S = 0.002
+"""Candidates within this share (and time) of the best count as equals."""
+
+
+def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> Decision:
     """Decide for one request.
 
-    1. Candidates are nodes that are not down, not draining, not tried before and have the model ready.
-    2. The least loaded wins; a hop costs one request in flight; suspects come last; ties go by node id.
-    3. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
+    1. Candidates are nodes that are not down or lost, not draining, not tried before and have the model ready.
+    2. Each costs the seconds in which it would be done: the prompts that are before it and its own, less what the
+       prompt cache knows of it, at the measured speed; a row, if none is free; the answer, at the measured gap and
+       as many rows as there would be; and barriers of heat, memory and distance.
+    3. The cheapest wins. Among equals this node, else one by dice, so that many doors do not all choose the same.
+    4. A suspect, one whose breaker is open or whose loader starts again comes after all others; one whose breaker has
+       a request on trial is no candidate at all.
+    5. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
     """
     nodes = (here,) if request.hop else (here, *peers)
-    candidates = [
-        (_cost(node, model, here), node.node, node)
-        for node in nodes
-        if node.state != "down" and not node.draining and node.node not in request.tried
-        for model in node.models
-        if model.name == request.model and _serves(model, request.version)
-    ]
-    if candidates:
-        _, _, best = min(candidates, key=lambda c: (c[0], c[1]))
-        return Local(node=best.node) if best is here else Forward(node=best.node, url=best.url)
+    fit: list[tuple[NodeView, ModelView]] = []
+    excluded: list[tuple[str, str]] = []
+    for node in nodes:
+        found = _fit(request, node)
+        if isinstance(found, str):
+            excluded.append((node.node, found))
+        else:
+            fit.append((node, found))
+    if not fit:
+        return Decision(place=_refuse(request, here, nodes, peers), excluded=tuple(excluded))
+    usual = _usual([model for _, model in fit])
+    weighed = tuple(_weigh(request, node, model, usual) for node, model in fit)
+    best = _pick(weighed, here.node, request.dice)
+    url = next(node.url for node, _ in fit if node.node == best.node)
+    place = Local(node=best.node) if best.node == here.node else Forward(node=best.node, url=url)
+    return Decision(place=place, candidates=weighed, excluded=tuple(excluded))
+
+
+def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
+    """The model as the node offers it, or why it cannot answer."""
+    if node.state in ("down", "lost", "unknown"):
+        return node.state
+    if node.node in request.tried:
+        return "tried"
+    if node.draining:
+        return "draining"
+    for model in node.models:
+        if model.name == request.model:
+            if request.version:
+                return model if request.version in model.versions else "another version"
+            if not model.ready:
+                return "coming" if model.coming else "not loaded"
+            break
+    else:
+        return "does not serve it"
+    if request.breakers and request.breakers.get(node.node) == "probing":
+        return "breaker: on trial"
+    return model
+
+
+def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple[float, float, int]) -> Candidate:
+    prefill_tps = model.prefill_tps or usual[0]
+    gap_s = model.gap_us / 1e6 if model.gap_us else usual[1]
+    answer_tok = min(request.answer_tok, model.answer_tok or usual[2])
+    sent, sent_tok = request.sent.get(node.node, (0, 0))
+    requests = model.in_flight + sent
+    known_tok = BLOCK_TOK * matched(request.chain, node.known.get(model.name, ())) if request.chain else 0
+    saved_tok = min(known_tok, max(0, request.prompt_tok - 1))
+    step_s = gap_s * (1.0 + min(requests + 1, model.rows) / model.rows)
+    answer_s = answer_tok * step_s
+    # a row comes free every so often when all are taken
+    for_row_s = max(0, requests + 1 - model.rows) * answer_s / model.rows
+    wait_s = (model.prefill_tok + sent_tok) / prefill_tps + for_row_s
+    prefill_s = (request.prompt_tok - saved_tok) / prefill_tps
+    barrier_s = _barrier_s(node, model)
+    resort = _last_resort(request, node, model)
+    cost_s = wait_s + prefill_s + answer_s + barrier_s + (LAST_RESORT_S if resort else 0.0)
+    return Candidate(
+        node=node.node,
+        cost_s=cost_s,
+        wait_s=wait_s,
+        prefill_s=prefill_s,
+        answer_s=answer_s,
+        barrier_s=barrier_s,
+        saved_tok=saved_tok,
+        last_resort=resort,
+        measured=model.prefill_tps is not None and model.answer_tok is not None,
+    )
+
+
+def _barrier_s(node: NodeView, model: ModelView) -> float:
+    full = min(0.99, model.kv_ppm / 1e6)
+    heat_s = HEAT_S[min(node.heat, len(HEAT_S) - 1)]
+    return node.hop_s + heat_s + MEMORY_S.get(node.memory, 0.0) + KV_S * full / (1.0 - full)
+
+
+def _last_resort(request: RouteRequest, node: NodeView, model: ModelView) -> str:
+    """Why a node that could answer is taken only when no other can; "" when nothing is wrong with it."""
+    if node.state == "suspect":
+        return "suspect"
+    if request.breakers and request.breakers.get(node.node) == "open":
+        return "breaker: open"
+    return "coming back" if request.version and not model.ready else ""
+
+
+def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
+    """Speeds for a node that has not been measured: those of the others, else a guess that is the same for all."""
+    speeds = [m.prefill_tps for m in models if m.prefill_tps]
+    gaps = [m.gap_us for m in models if m.gap_us]
+    answers = [m.answer_tok for m in models if m.answer_tok]
+    return (
+        median(speeds) if speeds else DEFAULT_PREFILL_TPS,
+        median(gaps) / 1e6 if gaps else DEFAULT_GAP_S,
+        int(median(answers)) if answers else 1 << 30,
+    )
+
+
+def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
+    least = min(one.cost_s for one in weighed)
+    near = [one for one in weighed if one.cost_s <= least * (1 + NEAR) + NEAR_S]
+    local = next((one for one in near if one.node == here), None)
+    if local is not None:
+        return local
+    near.sort(key=lambda one: one.node)
+    return near[int(dice * len(near))]
+
+
+def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], peers: Sequence[NodeView]) -> Refuse:
     known = sorted({m.name for node in (here, *peers) for m in node.models})
     unheard = any(node.state == "unknown" for node in peers)
     if request.model not in known and not unheard:
         return Refuse(code="model_not_found", known=tuple(known))
     living = [node for node in nodes if node.state != "down"]
-    loading = unheard or any(m.name == request.model and m.coming for node in living for m in node.models)
+    offered = [m for node in living for m in node.models if m.name == request.model]
+    on_trial = "probing" in request.breakers.values()
+    loading = unheard or on_trial or any(m.coming for m in offered)
     return Refuse(code="no_capacity", loading=loading, known=tuple(known))
-
-
-def _serves(model: ModelView, version: str) -> bool:
-    return version in model.versions if version else model.ready
-
-
-def _cost(node: NodeView, model: ModelView, here: NodeView) -> int:
-    hop = 0 if node is here else HOP_COST
-    return model.in_flight + hop + (SUSPECT_COST if node.state == "suspect" else 0)

@@ -29,6 +29,7 @@ def jobs(
     sample: Callable[[], Awaitable[object]],
     push: Callable[[], Awaitable[object]],
     probe: Callable[[], Awaitable[object]],
+    probe_s: float,
     tend: Callable[[], Awaitable[object]],
     follow: Callable[[], Awaitable[object]],
 ) -> tuple[Job, ...]:
@@ -36,7 +37,7 @@ def jobs(
     return (
         Job("sample", config.telemetry.sample_s, sample),
         Job("push", config.telemetry.upload_s, push),
-        Job("probe", config.peers.beat_s, probe),
+        Job("probe", probe_s, probe),
         Job("tend", TEND_S, tend),
         Job("follow", config.desired.follow_s, follow, at_once=True),
     )

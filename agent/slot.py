@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
+import msgspec
+
 from agent.config import Model
 from agent.demand import Demand
 from agent.eviction import Occupant
@@ -13,6 +15,8 @@ from agent.frames import Answer, Ask, Working
 from agent.guard import Held
 from agent.loader_process import LoaderProcess
 from agent.modelstore import ModelSpec
+from agent.prefixes import Text
+from agent.routing import ModelView
 from shared.records import ModelLoaded
 
 
@@ -76,6 +80,32 @@ class Slot:
     def leases(self) -> int:
         """Requests that use the loader."""
         return self.loaded.process.in_flight if self.loaded else 0
+
+    def view(self, name: str, now_s: float, *, refusing: bool, versions: tuple[str, ...]) -> ModelView:
+        """As routing sees it under one of its names."""
+        loaded = self.loaded
+        base = ModelView(
+            name=name,
+            version=loaded.spec.version if loaded else "",
+            ready=self.ready and not refusing,
+            coming=self.state == "starting" or (loaded is not None and not self.ready),
+            in_flight=self.leases,
+            versions=versions,
+            rows=self.model.rows,
+        )
+        if loaded is None:
+            return base
+        process, plan = loaded.process, loaded.spec.plan
+        speed = process.meter.speed(now_s)
+        held = process.working.kv_bytes if process.working and plan.kv_bytes else 0
+        return msgspec.structs.replace(
+            base,
+            prefill_tok=process.meter.workload.prefill_tok,
+            prefill_tps=speed.prefill_tps,
+            gap_us=speed.gap_us,
+            answer_tok=speed.answer_tok,
+            kv_ppm=min(10**6, held * 10**6 // plan.kv_bytes) if held else 0,
+        )
 
     @property
     def occupied_bytes(self) -> int:
@@ -197,6 +227,6 @@ class Lease:
         self.process = loaded.process
         self.version = loaded.spec.version
 
-    def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
+    def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answers to the request; see LoaderProcess.generate."""
-        return self._loaded.process.generate(request)
+        return self._loaded.process.generate(request, text)

@@ -16,6 +16,9 @@ def status_text(s: dict[str, Any]) -> str:
     if s["peers"]:
         rows = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
         lines += ["", table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
+    if s["breakers"]:
+        broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
+        lines += ["", table(("BREAKER OF", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)]
     if s["swaps"]:
         rows = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
         lines += ["", table(("SWAP OF", "VERSIONS", "STATE", "NOTE"), rows)]
@@ -27,6 +30,25 @@ def status_text(s: dict[str, Any]) -> str:
         + (f"; {push['reason']}" if push["reason"] else ""),
     ]
     lines += _desired_lines(s.get("desired"))
+    return "\n".join(lines)
+
+
+def why_text(parts: Sequence[dict[str, Any]]) -> str:
+    """Where a request went, step by step."""
+    lines = []
+    for part in parts:
+        lines.append(
+            f"{part['request']}: model {part['model'] or 'unknown'}, about {part['prompt_tok_guess']} prompt tokens; "
+            f"{part['outcome']}{' by ' + part['worker'] if part['worker'] else ''}"
+        )
+        for step in part["steps"]:
+            words = " ".join(w for w in (step["what"], step.get("node", "")) if w)
+            lines.append(f"{step['at_ms']:>10.1f} ms  {words}" + (f": {step['why']}" if step.get("why") else ""))
+            if step.get("candidates"):
+                rows = [_candidate_row(one) for one in step["candidates"]]
+                text = table(("NODE", "COST", "WAIT", "PROMPT", "ANSWER", "BARRIERS", "SAVED", "NOTE"), rows)
+                lines += ["               " + line for line in text.splitlines()]
+            lines += [f"               not {node}: {why}" for node, why in step.get("excluded", {}).items()]
     return "\n".join(lines)
 
 
@@ -76,6 +98,11 @@ def _model_row(m: dict[str, Any]) -> tuple[object, ...]:
         m["restarts"],
         note,
     )
+
+
+def _candidate_row(one: dict[str, Any]) -> tuple[object, ...]:
+    times = (f"{one[name]:.3f} s" for name in ("cost_s", "wait_s", "prefill_s", "answer_s", "barrier_s"))
+    return (one["node"], *times, f"{one['saved_tok']} tok", one.get("last_resort", ""))
 
 
 def _memory(s: dict[str, Any]) -> str:

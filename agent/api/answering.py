@@ -13,7 +13,8 @@ from agent.answers import Choice, Identity, Usage, error_body, timings
 from agent.api.context import CONTEXT, REQUEST_ID, note
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
-from agent.dispatch import Call, outcome_of
+from agent.call import Call
+from agent.dispatch import outcome_of
 from agent.frames import Answer, Done, Generate, Scored, Tokens
 from agent.openai import AnswerRequest
 from shared.errors import RackError, Retryable

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from agent.api import admin, chat, completions, embeddings, errors, health, models, peer, wire
+from agent.api import admin, chat, completions, debug, embeddings, errors, health, models, peer, wire
 from agent.api.context import CONTEXT, Context
 
 
@@ -20,6 +20,8 @@ def build(context: Context) -> web.Application:
         web.get("/live", health.live),
         web.get("/ready", health.ready),
         web.get("/metrics", health.metrics),
+        web.get("/debug/decision/{request}", debug.decision),
+        web.get("/debug/rack", debug.rack),
         web.get("/peer/v1/beat", peer.beat),
         web.post("/peer/v1/generate", peer.generate),
         web.get("/admin/v1/status", admin.status),

@@ -10,9 +10,10 @@ from aiohttp import web
 from agent.config import AgentConfig, hash_key, is_loopback
 from agent.dispatch import Dispatch
 from agent.follower import Follower
-from agent.peers import PeerTable
+from agent.peers import Beat, PeerTable
 from agent.pool import Pool
 from agent.sampler import Sampler
+from agent.signing import Key, Nonces
 from shared.errors import RackError
 
 
@@ -32,11 +33,15 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     peers: PeerTable
     sampler: Sampler
     status: Callable[[], dict[str, Any]]
+    rack: Callable[[], dict[str, Any]]
     metrics: Callable[[], bytes]
     seal: Callable[[], Awaitable[dict[str, Any]]]
     started_s: int
     admin_token: str
     rack_secret: str
+    rack_key: Key
+    nonces: Nonces
+    beat: Callable[[], Beat]
 
 
 CONTEXT = web.AppKey("context", Context)
@@ -79,13 +84,6 @@ def require_local_or_admin(request: web.Request) -> None:
     """Open on a loopback listener, else for the admin token."""
     if not is_loopback(request.app[CONTEXT].config.listen.host):
         require_admin(request)
-
-
-def require_rack(request: web.Request) -> None:
-    """Only peers of this rack. Raises Unauthorized."""
-    secret = request.app[CONTEXT].rack_secret
-    if not secret or not hmac.compare_digest(_bearer(request).encode(), secret.encode()):
-        raise Unauthorized("not a node of this rack", code="not_a_peer")
 
 
 def _bearer(request: web.Request) -> str:

@@ -7,7 +7,7 @@ from aiohttp import web
 from agent import answers, openai
 from agent.api import answering
 from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response
-from agent.dispatch import Call
+from agent.call import Call
 from agent.frames import Embedded
 
 

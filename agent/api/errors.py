@@ -15,6 +15,9 @@ from shared.logs import get_logger
 STATUS = {
     "invalid_api_key": 401,
     "not_a_peer": 403,
+    "protocol_mismatch": 403,
+    "clock_skew": 403,
+    "loop": 508,
     "model_not_found": 404,
     "not_found": 404,
     "conflict": 409,
@@ -28,6 +31,7 @@ STATUS = {
     "disk_full": 507,
     "memory_pressure": 503,
     "worker_lost": 502,
+    "not_ready": 503,
     "engine_failed": 500,
     "deadline_exceeded": 504,
     "bad_model": 422,

@@ -52,6 +52,9 @@ class Metrics:
         self._retries = self._counter(
             "retries", "Attempts on another node or loader before the first byte.", ("model",)
         )
+        self._continued = self._counter(
+            "continuations", "Answers that another loader went on with after the first byte.", ("model",)
+        )
         self._ttft = self._histogram("time_to_first_token_seconds", "From request to first token.")
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one answer.")
         self._total = self._histogram("request_seconds", "From request to the end of the answer.")
@@ -72,6 +75,7 @@ class Metrics:
         self._cached.labels(one.model).inc(one.cached_tok)
         self._completion.labels(one.model).inc(one.completion_tok)
         self._retries.labels(one.model).inc(one.retries)
+        self._continued.labels(one.model).inc(one.continuations)
         self._total.labels(one.model).observe(one.total_us / 1e6)
         if one.ttft_us is not None:
             self._ttft.labels(one.model).observe(one.ttft_us / 1e6)

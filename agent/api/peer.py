@@ -1,4 +1,4 @@
-"""What only other nodes of the rack may ask."""
+"""What only other nodes of the rack may ask. Requests are signed (agent/signing.py), and so are answers."""
 
 import contextlib
 import time
@@ -6,36 +6,38 @@ import time
 import msgspec
 from aiohttp import web
 
-from agent.api.context import CONTEXT, note, require_rack
+from agent.api.context import CONTEXT, note
 from agent.frames import MAX_FRAME_BYTES, Accepted, Done, Embed, Failed, Frame, Generate, decode, encode
-from agent.peers import Beat
+from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
+
+_MSGPACK = "application/x-msgpack"
 
 
 async def beat(request: web.Request) -> web.Response:
     """What this node offers now."""
-    require_rack(request)
+    signed = _signed(request, b"")
     context = request.app[CONTEXT]
-    here = context.dispatch.here()
-    body = Beat(
-        node=here.node,
-        rack=context.config.node.rack,
-        draining=here.draining,
-        models=here.models,
-        t_ms=time.time_ns() // 1_000_000,
-    )
-    return web.Response(body=msgspec.msgpack.encode(body), content_type="application/x-msgpack")
+    body = msgspec.msgpack.encode(context.beat())
+    signature = context.rack_key.answer(signed.nonce, context.config.node.id, body)
+    return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """Work for a peer's client. It is never forwarded again, so a request cannot travel in circles."""
-    require_rack(request)
     context = request.app[CONTEXT]
-    wanted = decode(await _frame(request))
+    raw = await _frame(request)
+    signed = _signed(request, raw)
+    wanted = decode(raw)
     if not isinstance(wanted, Generate | Embed):
         raise Refused("a Generate or an Embed frame was expected", code="bad_frame")
+    here = context.config.node.id
+    if wanted.door == here:
+        raise Refused("this request came from this very node; a peer's url leads back here", code="loop")
     note(request, model=wanted.model, door=wanted.door, client_request=wanted.request_id)
-    response = web.StreamResponse(headers={"Content-Type": "application/x-msgpack"})
+    response = web.StreamResponse(
+        headers={"Content-Type": _MSGPACK, ANSWER_HEADER: context.rack_key.answer(signed.nonce, here)}
+    )
     await response.prepare(request)
     try:
         async with contextlib.aclosing(context.dispatch.work(wanted)) as answers:
@@ -49,6 +51,19 @@ async def generate(request: web.Request) -> web.StreamResponse:
         await response.write(encode(_failed(error)))
     await response.write_eof()
     return response
+
+
+def _signed(request: web.Request, body: bytes) -> Signed:
+    """Who asks, proved. Raises NotAPeer."""
+    context = request.app[CONTEXT]
+    if not context.rack_secret:
+        raise NotAPeer("this node has no peers.secret, so it has no peers")
+    now_ms = time.time_ns() // 1_000_000
+    header = request.headers.get("Authorization", "")
+    signed = context.rack_key.check(header, method=request.method, path=request.path_qs, body=body, now_ms=now_ms)
+    if not context.nonces.take(signed.nonce, now_ms):
+        raise NotAPeer("this signature has been used before")
+    return signed
 
 
 async def _frame(request: web.Request) -> bytes:

@@ -23,6 +23,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     finish: str = ""
     requests: int = 1
     retries: int = 0
+    continuations: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0

@@ -33,6 +33,9 @@ def main() -> int:
     parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the states on disk")
     parser.add_argument("--fingerprint", default="", help="what the states on disk belong to")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
+    parser.add_argument("--fake-row-s", type=float, default=0.0)
+    parser.add_argument("--fake-prefill-tps", type=float, default=0.0)
+    parser.add_argument("--fake-cache-tok", type=int, default=0)
     parser.add_argument("--fake-load-s", type=float, default=0.0)
     parser.add_argument("--fake-held-bytes", type=int, default=0)
     args = parser.parse_args()
@@ -55,10 +58,17 @@ def main() -> int:
 
 def _engine(args: argparse.Namespace) -> Engine:
     if args.engine == "fake":
-        from agent.loader.fake_engine import FakeEngine
+        from agent.loader.fake_engine import FakeEngine, Pretence
 
-        return FakeEngine(
+        speed = Pretence(
             step_s=args.fake_step_s,
+            row_s=args.fake_row_s,
+            prefill_tps=args.fake_prefill_tps,
+            cache_tok=args.fake_cache_tok,
+            kv_tok=args.kv_tok,
+        )
+        return FakeEngine(
+            speed,
             load_s=args.fake_load_s,
             salt=args.path,
             rows=args.rows,

@@ -1,8 +1,10 @@
 """A deterministic engine without a model, for tests of everything around one.
 
 Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
-run can be continued anywhere. Prefill takes time by uncached characters, decoding by step. A conversation whose last
-message begins with ``!crash`` kills the process, as a GPU out of memory does; ``!hang`` is never prepared.
+run can be continued anywhere. Words are tokens. A prompt takes time by its words that are not in the prompt cache, a
+step by how many rows it serves, and rows come in as long as there is room for their keys and values: as far as a
+router can tell, a machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out
+of memory does; ``!hang`` is never prepared; ``!slow`` makes this loader ten times as slow from then on.
 """
 
 import hashlib
@@ -11,8 +13,10 @@ import os
 import signal
 import struct
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from agent.frames import (
     Accepted,
@@ -35,29 +39,60 @@ from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
 
 CONTEXT_TOK = 8192
+_PIECE_TOK = 256
+_BLOCK_TOK = 16
 _WORDS = ("rack", "node", "heat", "fan", "token", "queue", "swap", "peer", "load", "cache", "batch", "drain")
 
 
 @dataclass
 class _Row:
     request: Generate
-    prompt_tok: int
+    prompt: tuple[str, ...]
+    cached_tok: int
     words: Iterator[str]
     stop: StopText
+    since_s: float
+    left_tok: int = 0
+    begun_s: float = 0.0
+    first_s: float = 0.0
     made: int = 0
+    said: list[str] = field(default_factory=list)
+
+
+class Pretence(NamedTuple):
+    """A machine's speed: seconds of a decode step and more for each of its rows, prompt tokens a second (0 takes no
+    time), tokens of prompts that are kept, and tokens that all rows may hold together (0 for no bound)."""
+
+    step_s: float = 0.0
+    row_s: float = 0.0
+    prefill_tps: float = 0.0
+    cache_tok: int = 0
+    kv_tok: int = 0
+
+
+_AT_ONCE = Pretence()
 
 
 class FakeEngine:
     """Engine whose every number is invented but consistent."""
 
     def __init__(
-        self, *, step_s: float = 0.0, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
+        self,
+        speed: Pretence = _AT_ONCE,
+        *,
+        load_s: float = 0.0,
+        salt: str = "",
+        rows: int = 8,
+        held_bytes: int = 0,
     ) -> None:
         time.sleep(load_s)
-        self._step_s = step_s
+        self._speed = speed
+        self._slower = 1.0
         self._load_us = int(load_s * 1e6)
         self._salt = salt
         self._limit = rows
+        self._waiting: list[_Row] = []
+        self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
         self._window: dict[str, int] = {}
@@ -69,7 +104,7 @@ class FakeEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._embeds or self._due)
+        return bool(self._rows or self._waiting or self._embeds or self._due)
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         if isinstance(request, Embed):
@@ -79,7 +114,9 @@ class FakeEngine:
             time.sleep(3600)
         if texts[-1].startswith("!crash"):
             os.kill(os.getpid(), signal.SIGKILL)
-        prompt_tok = sum(len(text.split()) + 4 for text in texts)
+        if texts[-1].startswith("!slow"):
+            self._slower = 10.0
+        prompt_tok = len(_prompt(request))
         room = CONTEXT_TOK - prompt_tok
         if room <= 0 or (request.max_tokens or 0) > room:
             return Failed(
@@ -93,30 +130,39 @@ class FakeEngine:
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
         prompt_tok = sum(len(prompt) for prompt in prepared.prompts)
-        self._count("prefill_tok", prompt_tok)
         if isinstance(request, Embed):
             self._embeds.append((request, prompt_tok))
+            return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
+        prompt = _prompt(request)
+        cached_tok = min(self._known_tok(prompt), prompt_tok - 1)
+        stop = StopText(request.stop)
+        row = _Row(request, prompt, cached_tok, _words(request, self._salt), stop, time.perf_counter())
+        if finish := _resumed(row):
+            self._due.append(_done(row, finish))
         else:
-            row = _Row(request, prompt_tok, _words(request, self._salt), StopText(request.stop))
-            if finish := _resumed(row):
-                self._due.append(_done(row, finish))
-            else:
-                self._rows[request.id] = row
-        self._window["queue_max"] = max(self._window.get("queue_max", 0), len(self._rows) - self._limit)
-        return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
+            row.left_tok = prompt_tok - cached_tok + row.made
+            self._waiting.append(row)
+        self._count("cached_tok", cached_tok)
+        waiting = len(self._waiting) + len(self._rows) - self._limit
+        self._window["queue_max"] = max(self._window.get("queue_max", 0), waiting)
+        return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok)
 
     def cancel(self, request_id: int) -> None:
         self._embeds = [work for work in self._embeds if work[0].id != request_id]
+        self._waiting = [row for row in self._waiting if row.request.id != request_id]
         row = self._rows.pop(request_id, None)
         if row:
             self._count("wasted_tok", row.made)
 
     def step(self) -> list[Frame]:
-        time.sleep(self._step_s)
         self._count("steps", 1)
-        self._count("busy_decode_us", max(1, int(self._step_s * 1e6)))
         answers, self._due = self._due, []
-        for row in list(self._rows.values())[: self._limit]:
+        self._prefill()
+        rows = list(self._rows.values())
+        step_s = (self._speed.step_s + self._speed.row_s * len(rows)) * self._slower
+        time.sleep(step_s)
+        self._count("busy_decode_us", max(1, int(step_s * 1e6)))
+        for row in rows:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
             vectors = tuple(_vector(one) for one in embed.inputs)
@@ -125,10 +171,53 @@ class FakeEngine:
         self._embeds.clear()
         return answers
 
+    def _prefill(self) -> None:
+        """Rows that have room come in, the first first; one piece of a prompt is computed, or all that takes no
+        time."""
+        while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
+            row = self._waiting[0]
+            row.begun_s = row.begun_s or time.perf_counter()
+            piece = min(row.left_tok, _PIECE_TOK) if self._speed.prefill_tps else row.left_tok
+            self._count("prefill_tok", piece)
+            row.left_tok -= piece
+            if self._speed.prefill_tps:
+                piece_s = piece / self._speed.prefill_tps * self._slower
+                time.sleep(piece_s)
+                self._count("busy_prefill_us", int(piece_s * 1e6))
+            if row.left_tok <= 0:
+                self._rows[row.request.id] = self._waiting.pop(0)
+                self._keep(row.prompt)
+            if self._speed.prefill_tps:
+                return
+
+    def _has_room(self, row: _Row) -> bool:
+        held = sum(len(one.prompt) + one.made for one in self._rows.values())
+        return not self._speed.kv_tok or not self._rows or held + len(row.prompt) <= self._speed.kv_tok
+
+    def _known_tok(self, prompt: tuple[str, ...]) -> int:
+        known = 0
+        for number, one in enumerate(_blocks(prompt), 1):
+            if one not in self._kept:
+                break
+            known = number * _BLOCK_TOK
+        return known
+
+    def _keep(self, tokens: tuple[str, ...]) -> None:
+        if not self._speed.cache_tok:
+            return
+        for one in _blocks(tokens):
+            self._kept[one] = None
+            self._kept.move_to_end(one)
+        while len(self._kept) * _BLOCK_TOK > self._speed.cache_tok:
+            self._kept.popitem(last=False)
+            self._count("cache_evictions", 1)
+
     def _advance(self, row: _Row) -> list[Frame]:
         row.made += 1
+        row.first_s = row.first_s or time.perf_counter()
         self._count("decode_tok", 1)
         word = next(row.words)
+        row.said.append(word.strip())
         ids = (_WORDS.index(word.strip()),)
         text, stopped = row.stop.feed(word)
         scored: tuple[Scored, ...] = ()
@@ -140,6 +229,7 @@ class FakeEngine:
         if not stopped and not calls and row.made < limit:
             return [Tokens(id=row.request.id, text=text, count=1, scored=scored, ids=ids)]
         del self._rows[row.request.id]
+        self._keep((*row.prompt, *_heading("assistant"), *row.said))
         text += "" if stopped else row.stop.finish()
         done = _done(row, "tool_calls" if calls else "stop" if stopped else "length")
         said = "" if calls else text
@@ -150,7 +240,8 @@ class FakeEngine:
         return Reported(active_bytes=self._held_bytes, **window)
 
     def working(self) -> Working:
-        return Working(active_bytes=self._held_bytes, kv_bytes=len(self._rows) << 10)
+        held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10)
 
     def relieve(self, level: str) -> None:
         if level == "hard":
@@ -158,6 +249,7 @@ class FakeEngine:
 
     def close(self) -> None:
         self._rows.clear()
+        self._waiting.clear()
 
     def _count(self, name: str, amount: int) -> None:
         self._window[name] = self._window.get(name, 0) + amount
@@ -167,13 +259,48 @@ def _resumed(row: _Row) -> str:
     """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
     for _ in row.request.made:
         row.made += 1
-        if row.stop.feed(next(row.words))[1]:
+        word = next(row.words)
+        row.said.append(word.strip())
+        if row.stop.feed(word)[1]:
             return "stop"
     return "length" if row.made >= (row.request.max_tokens or 64) else ""
 
 
 def _done(row: _Row, finish: str) -> Done:
-    return Done(id=row.request.id, finish=finish, prompt_tok=row.prompt_tok, cached_tok=0, completion_tok=row.made)
+    now = time.perf_counter()
+    begun, first = row.begun_s or now, row.first_s or now
+    return Done(
+        id=row.request.id,
+        finish=finish,
+        prompt_tok=len(row.prompt),
+        cached_tok=row.cached_tok,
+        completion_tok=row.made,
+        queue_us=int((begun - row.since_s) * 1e6),
+        prefill_us=int((first - begun) * 1e6),
+        decode_us=int((now - first) * 1e6),
+    )
+
+
+def _prompt(request: Generate) -> tuple[str, ...]:
+    """A request's tokens: words, and four that head each turn."""
+    if request.prompt is not None or not request.messages:
+        return (*_heading(""), *(request.prompt or "").split())
+    found: list[str] = []
+    for message in request.messages:
+        found += (*_heading(message.role), *message.content.split())
+    return tuple(found)
+
+
+def _heading(role: str) -> tuple[str, ...]:
+    return (f"<{role}>",) * 4
+
+
+def _blocks(tokens: tuple[str, ...]) -> Iterator[int]:
+    """Hashes of everything up to each block's end."""
+    state = hashlib.sha256()
+    for at in range(0, len(tokens) - _BLOCK_TOK + 1, _BLOCK_TOK):
+        state.update("\0".join(tokens[at : at + _BLOCK_TOK]).encode())
+        yield int.from_bytes(state.copy().digest()[:8], "little")
 
 
 def _calls(request: Generate) -> tuple[ToolCall, ...]:

@@ -1,21 +1,52 @@
-"""Where a request goes."""
+"""Where a request goes, and why."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.peers import Beat, PeerTable
-from agent.routing import Forward, Local, ModelView, NodeView, Refuse, RouteRequest, choose
+from agent.breaker import State
+from agent.prefixes import BLOCK_TOK
+from agent.routing import Decision, Forward, Local, ModelView, NodeView, Refuse, RouteRequest, choose
 
 
 def node(
-    name: str, *, ready: bool = True, load: int = 0, state: str = "up", model: str = "m", **more: bool
+    name: str,
+    *,
+    ready: bool = True,
+    load: int = 0,
+    state: str = "up",
+    model: str = "m",
+    draining: bool = False,
+    known: frozenset[int] = frozenset(),
+    heat: int = 0,
+    memory: str = "calm",
+    **more: object,
 ) -> NodeView:
-    view = ModelView(name=model, version="v", ready=ready, coming=not ready, in_flight=load)
-    return NodeView(node=name, url="" if name == "here" else f"http://{name}", state=state, models=(view,), **more)
+    fields = {"prefill_tps": 1000.0, "gap_us": 20_000, "answer_tok": 100, **more}
+    view = ModelView(name=model, version="v", ready=ready, coming=not ready, in_flight=load, **fields)  # type: ignore[arg-type]
+    url = "" if name == "here" else f"http://{name}"
+    return NodeView(
+        node=name,
+        url=url,
+        state=state,
+        models=(view,),
+        draining=draining,
+        known={model: known},
+        heat=heat,
+        memory=memory,
+        hop_s=0.0 if name == "here" else 0.002,
+    )
 
 
 HERE = node("here")
+AWAY = node("here", ready=False)
+WANTED = RouteRequest(model="m", prompt_tok=100, answer_tok=100)
+
+
+def where(decision: Decision) -> str:
+    assert isinstance(decision.place, Local | Forward), decision.place
+    return decision.place.node
 
 
 @pytest.mark.parametrize(
@@ -25,104 +56,162 @@ HERE = node("here")
         (HERE, [node("a")], "here"),
         (node("here", load=1), [node("a")], "a"),
         (node("here", load=5), [node("a", load=2), node("b", load=1)], "b"),
-        (node("here", load=5), [node("a"), node("b")], "a"),
-        (node("here", ready=False), [node("a", load=9)], "a"),
-        (node("here", ready=False), [node("a", state="suspect"), node("b", load=50)], "b"),
-        (node("here", ready=False), [node("a", state="suspect"), node("b", state="down")], "a"),
+        (AWAY, [node("a", load=9)], "a"),
+        (AWAY, [node("a", state="suspect"), node("b", load=50)], "b"),
+        (AWAY, [node("a", state="suspect"), node("b", state="down")], "a"),
+        (AWAY, [node("a", state="suspect"), node("b", state="lost")], "a"),
         (node("here", draining=True), [node("a", draining=True), node("b", load=3)], "b"),
+        # work that is still to be computed counts, at the speed at which it is computed
+        (AWAY, [node("a", prefill_tok=2000), node("b", prefill_tok=100)], "b"),
+        (AWAY, [node("a", prefill_tok=2000, prefill_tps=8000.0), node("b", prefill_tok=500)], "a"),
+        (AWAY, [node("a", gap_us=80_000), node("b", load=4)], "b"),
+        # a row has to come free where all are taken
+        (AWAY, [node("a", load=8), node("b", load=7)], "b"),
+        # heat, and memory that is short, speak against a node
+        (AWAY, [node("a", heat=3), node("b", load=1)], "b"),
+        (AWAY, [node("a", memory="hard"), node("b", load=1)], "b"),
+        (AWAY, [node("a", kv_ppm=950_000), node("b", load=1)], "b"),
     ],
 )
-def test_the_least_loaded_living_node_answers(here: NodeView, peers: list[NodeView], expected: str) -> None:
-    place = choose(RouteRequest(model="m"), here, tuple(peers))
-    assert isinstance(place, Local | Forward)
-    assert expected == place.node
+def test_who_would_be_done_first_answers(here: NodeView, peers: list[NodeView], expected: str) -> None:
+    assert where(choose(WANTED, here, tuple(peers))) == expected
+
+
+CHAIN = tuple(range(40))
+
+
+@pytest.mark.parametrize(
+    ("holder_load", "expected"),
+    [(0, "a"), (2, "a"), (6, "a"), (9, "b"), (20, "b")],
+)
+def test_what_a_prompt_cache_saves_is_weighed_against_waiting(holder_load: int, expected: str) -> None:
+    request = msgspec.structs.replace(WANTED, chain=CHAIN, prompt_tok=40 * BLOCK_TOK)
+    holder = node("a", load=holder_load, known=frozenset(CHAIN[:35]))
+    decision = choose(request, AWAY, (holder, node("b")))
+    assert where(decision) == expected
+    saved = {one.node: one.saved_tok for one in decision.candidates}
+    assert saved == {"a": 35 * BLOCK_TOK, "b": 0}
+
+
+def test_a_prompt_that_nobody_knows_goes_to_the_idlest() -> None:
+    request = msgspec.structs.replace(WANTED, chain=CHAIN, prompt_tok=40 * BLOCK_TOK)
+    known = frozenset(range(100, 200))
+    assert where(choose(request, AWAY, (node("a", load=1, known=known), node("b"), node("c", load=2)))) == "b"
+
+
+def test_what_was_sent_since_the_last_beat_counts() -> None:
+    request = msgspec.structs.replace(WANTED, sent={"a": (3, 300)})
+    assert where(choose(request, AWAY, (node("a"), node("b", load=1)))) == "b"
+
+
+def test_equals_share_by_dice_and_this_node_comes_first_among_them() -> None:
+    peers = (node("a"), node("b"), node("c"))
+    found = {where(choose(msgspec.structs.replace(WANTED, dice=n / 10), AWAY, peers)) for n in range(10)}
+    assert found == {"a", "b", "c"}
+    assert where(choose(msgspec.structs.replace(WANTED, dice=0.9), HERE, peers)) == "here"
+
+
+def test_a_node_without_measurements_is_taken_for_a_usual_one() -> None:
+    fresh = node("b", prefill_tps=None, gap_us=None, answer_tok=None)
+    decision = choose(WANTED, AWAY, (node("a", load=1), fresh))
+    assert where(decision) == "b"
+    assert {one.node: one.measured for one in decision.candidates} == {"a": True, "b": False}
 
 
 def test_what_was_tried_is_not_tried_again() -> None:
-    place = choose(RouteRequest(model="m", tried=frozenset({"here", "a"})), HERE, (node("a"), node("b", load=7)))
-    assert Forward(node="b", url="http://b") == place
+    request = msgspec.structs.replace(WANTED, tried=frozenset({"here", "a"}))
+    decision = choose(request, HERE, (node("a"), node("b", load=7)))
+    assert decision.place == Forward(node="b", url="http://b")
+    assert dict(decision.excluded) == {"here": "tried", "a": "tried"}
 
 
 def test_a_forwarded_request_goes_no_further() -> None:
-    place = choose(RouteRequest(model="m", hop=True), node("here", ready=False), (node("a"),))
-    assert isinstance(place, Refuse)
+    decision = choose(msgspec.structs.replace(WANTED, hop=True), AWAY, (node("a"),))
+    assert isinstance(decision.place, Refuse)
+
+
+@pytest.mark.parametrize(
+    ("breakers", "expected"),
+    [
+        ({}, "a"),
+        ({"a": "open"}, "b"),
+        ({"a": "half_open"}, "a"),
+        ({"a": "probing"}, "b"),
+        ({"a": "open", "b": "open"}, "a"),
+        ({"a": "probing", "b": "open"}, "b"),
+    ],
+)
+def test_breakers(breakers: dict[str, State], expected: str) -> None:
+    request = msgspec.structs.replace(WANTED, breakers=breakers)
+    assert where(choose(request, AWAY, (node("a"), node("b", load=3)))) == expected
+
+
+def test_all_on_trial_is_a_short_wait() -> None:
+    request = msgspec.structs.replace(WANTED, breakers={"a": "probing", "b": "probing"})
+    decision = choose(request, AWAY, (node("a"), node("b")))
+    assert isinstance(decision.place, Refuse)
+    assert (decision.place.code, decision.place.loading) == ("no_capacity", True)
+
+
+def test_an_answer_goes_on_by_its_own_version_and_rather_where_that_is_ready() -> None:
+    request = msgspec.structs.replace(WANTED, version="old")
+    back = node("here", ready=False, versions=("old",))
+    assert where(choose(request, back, (node("a", load=6, versions=("old", "new")), node("b")))) == "a"
+    assert where(choose(request, back, (node("b"),))) == "here"
 
 
 def test_unknown_and_unavailable_are_told_apart() -> None:
-    unknown = choose(RouteRequest(model="x"), HERE, (node("a", model="y"),))
+    unknown = choose(RouteRequest(model="x"), HERE, (node("a", model="y"),)).place
     assert Refuse(code="model_not_found", known=("m", "y")) == unknown
-    away = choose(RouteRequest(model="m"), node("here", ready=False), (node("a", state="down"),))
+    away = choose(WANTED, AWAY, (node("a", state="down"),)).place
     assert isinstance(away, Refuse)
     assert (away.code, away.loading) == ("no_capacity", True)
 
 
-def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None:
-    table = PeerTable([("a", "http://a")], beat_s=1.0, now=0.0)
-    early = choose(RouteRequest(model="x"), HERE, table.view(1.0))
-    assert isinstance(early, Refuse)
-    assert (early.code, early.loading) == ("no_capacity", True)
-    late = choose(RouteRequest(model="x"), HERE, table.view(9.0))
-    assert isinstance(late, Refuse)
-    assert late.code == "model_not_found"
-
-
+states = st.sampled_from(("up", "suspect", "lost", "down", "unknown"))
 nodes = st.builds(
-    lambda name, ready, load, state, draining: node(name, ready=ready, load=load, state=state, draining=draining),
+    node,
     st.sampled_from("abcdef"),
-    st.booleans(),
-    st.integers(0, 9),
-    st.sampled_from(("up", "suspect", "down")),
-    st.booleans(),
+    ready=st.booleans(),
+    load=st.integers(0, 20),
+    state=states,
+    draining=st.booleans(),
+    prefill_tok=st.integers(0, 10_000),
+    prefill_tps=st.none() | st.floats(1.0, 1e5),
+    gap_us=st.none() | st.integers(1, 10**6),
+    answer_tok=st.none() | st.integers(0, 5000),
+    kv_ppm=st.integers(0, 10**6),
+    heat=st.integers(0, 9),
 )
+breakers_of = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(("open", "half_open", "probing")))
 
 
-@given(st.lists(nodes, max_size=5, unique_by=lambda n: n.node), st.frozensets(st.sampled_from("abcdef")))
-def test_a_dead_tried_or_unready_node_is_never_chosen(peers: list[NodeView], tried: frozenset[str]) -> None:
-    place = choose(RouteRequest(model="m", tried=tried), node("here", ready=False), tuple(peers))
-    usable = [p for p in peers if p.state != "down" and not p.draining and p.node not in tried and p.models[0].ready]
-    if isinstance(place, Refuse):
+@given(
+    st.lists(nodes, max_size=6, unique_by=lambda n: n.node),
+    st.frozensets(st.sampled_from("abcdef")),
+    breakers_of,
+    st.floats(0, 1, exclude_max=True),
+)
+def test_no_node_that_cannot_answer_is_chosen_and_some_node_is_while_one_can(
+    peers: list[NodeView], tried: frozenset[str], breakers: dict[str, State], dice: float
+) -> None:
+    request = msgspec.structs.replace(WANTED, tried=tried, breakers=breakers, dice=dice)
+    decision = choose(request, AWAY, tuple(peers))
+    usable = {
+        p.node: p
+        for p in peers
+        if p.state in ("up", "suspect")
+        and not p.draining
+        and p.node not in tried
+        and p.models[0].ready
+        and breakers.get(p.node) != "probing"
+    }
+    assert {one.node for one in decision.candidates} == set(usable)
+    assert {one for one, _ in decision.excluded} == {p.node for p in peers if p.node not in usable} | {"here"}
+    if isinstance(decision.place, Refuse):
         assert not usable
-    else:
-        assert place.node in {p.node for p in usable}
-
-
-def beat(name: str = "a", load: int = 0) -> Beat:
-    return Beat(node=name, rack="r", models=(ModelView(name="m", version="v", ready=True, in_flight=load),))
-
-
-@pytest.mark.parametrize(
-    ("age", "state"), [(0.0, "up"), (1.4, "up"), (1.6, "suspect"), (3.4, "suspect"), (3.6, "down")]
-)
-def test_silence_makes_suspect_and_then_dead(age: float, state: str) -> None:
-    table = PeerTable([("a", "u")], beat_s=1.0, now=0.0)
-    table.heard("a", beat(), 10.0)
-    assert state == table.view(10.0 + age)[0].state
-
-
-def test_a_refused_connection_counts_at_once_and_a_beat_heals_it() -> None:
-    table = PeerTable([("a", "u")], beat_s=1.0, now=0.0)
-    table.heard("a", beat(), 1.0)
-    table.refused("a", 1.1)
-    assert table.view(1.1)[0].state == "down"
-    table.heard("a", beat(), 1.2)
-    assert table.view(1.2)[0].state == "up"
-
-
-def test_what_was_sent_counts_until_the_next_beat() -> None:
-    table = PeerTable([("a", "u")], beat_s=1.0, now=0.0)
-    table.heard("a", beat(load=2), 1.0)
-    table.sent("a")
-    assert table.view(1.0)[0].models[0].in_flight == 3
-    table.heard("a", beat(load=2), 2.0)
-    assert table.view(2.0)[0].models[0].in_flight == 2
-
-
-def test_changes_are_told_once() -> None:
-    table = PeerTable([("a", "u"), ("never", "u2")], beat_s=1.0, now=0.0)
-    table.heard("a", beat(), 1.0)
-    assert table.changes(2.0) == []
-    assert [(c.node, c.up) for c in table.changes(5.0)] == [("a", False)]
-    assert table.changes(6.0) == []
-    table.heard("a", beat(), 7.0)
-    (back,) = table.changes(7.0)
-    assert (back.up, back.for_s) == (True, 6.0)
+        return
+    assert decision.place.node in usable
+    good = [n for n, p in usable.items() if p.state == "up" and breakers.get(n) != "open"]
+    assert not good or decision.place.node in good
+    assert all(one.cost_s >= 0 for one in decision.candidates)

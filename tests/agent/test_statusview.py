@@ -1,10 +1,14 @@
 """The status as a person reads it."""
 
+import json
 from typing import Any
 
 import pytest
 
-from agent.statusview import models_text, progress, size, status_text, table
+from agent.decisions import Decisions, Trail, shown
+from agent.routing import choose
+from agent.statusview import models_text, progress, size, status_text, table, why_text
+from tests.agent.test_routing import AWAY, HERE, WANTED, node
 
 MODEL: dict[str, Any] = {
     "names": ["chat", "chat-next"],
@@ -55,6 +59,9 @@ STATUS: dict[str, Any] = {
     "memory": {"level": "calm", "held_bytes": 0, "refusing": False},
     "models": [MODEL, COLD],
     "swaps": [{**SWAP, "outcome": "failed", "reason": "too slow"}, SWAP],
+    "breakers": [
+        {"node": "mini-3", "model": "chat", "state": "open", "for_s": 1.5, "reason": "peer mini-3: broke off"}
+    ],
     "peers": [{"node": "mini-2", "state": "up", "models": ["chat"], "problem": ""}],
     "push": {"state": "idle", "reason": "", "sent_batches": 5, "waiting_batches": 0, "dropped_batches": 0},
     "desired": {"generation": 3, "state": "drifted", "reason": "", "drift": ["chat serves a instead of b"]},
@@ -75,9 +82,38 @@ def test_everything_that_matters_is_on_the_page() -> None:
         "45bcb267 -> 6250d00b",
         "desired state: generation 3, drifted\n  chat serves a instead of b",
         "telemetry: idle, 5 batches sent",
+        "mini-3      chat   open   1.5 s  peer mini-3: broke off",
     ):
         assert part in text, part
     assert max(len(line) for line in text.splitlines()) < 140
+
+
+def test_why_a_request_went_where_it_went() -> None:
+    trail = Trail(request_id="req_1", t_ms=0, began_s=10.0, model="m", prompt_tok=12)
+    peers = (node("a", load=3), node("b", state="down"))
+    trail.add(10.001, "sent", "here", decision=choose(WANTED, HERE, peers))
+    trail.add(10.5, "lost", "here", "the loader ended")
+    trail.add(10.6, "waits", decision=choose(WANTED, AWAY, ()))
+    text = why_text([shown(trail)])
+    for words in (
+        "req_1: model m",
+        "12 prompt tokens; running",
+        "sent here",
+        "lost here: the loader ended",
+        "not b: down",
+    ):
+        assert words in text
+    assert "waits: no_capacity" in text
+    assert json.dumps(shown(trail))
+
+
+def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
+    kept = Decisions(kept=3)
+    for name in ("old", "req_1", "req_1-1", "req_1-2"):
+        kept.keep(Trail(request_id=name, t_ms=0, began_s=0.0, model="m"))
+    assert [one.request_id for one in kept.find("req_1")] == ["req_1", "req_1-1", "req_1-2"]
+    assert kept.find("old") == []
+    assert [one.request_id for one in kept.last(2)] == ["req_1-2", "req_1-1"]
 
 
 def test_what_is_not_there_takes_no_room() -> None:

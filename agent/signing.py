@@ -1,0 +1,140 @@
+"""How nodes of a rack prove to each other who they are: an HMAC with the rack secret over each request. Pure.
+
+What is signed is one line each: protocol, node, method, path with its query, time, nonce, and the SHA-256 of the
+body. A signature is good for ``FRESH_S`` around the receiver's clock and once only. An answer carries a signature
+over the request's nonce, so that who asks knows that a node of its rack has spoken.
+"""
+
+import hashlib
+import hmac
+from collections import deque
+from collections.abc import Mapping
+
+import msgspec
+
+from shared.errors import RackError
+
+PROTOCOL = 2
+"""The version of what nodes say to each other: beats, frames and this signature."""
+OLDEST = 2
+"""The oldest version that this one understands."""
+FRESH_S = 60.0
+SCHEME = "Mlxrack"
+ANSWER_HEADER = "X-Mlxrack-Rack"
+
+
+class NotAPeer(RackError):
+    """Who asks is no node of this rack, or cannot prove it."""
+
+    code = "not_a_peer"
+
+
+class Signed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the header of a request says."""
+
+    protocol: int
+    oldest: int
+    node: str
+    t_ms: int
+    nonce: str
+    mac: str
+
+
+class Key:
+    """The rack secret, for one purpose."""
+
+    def __init__(self, secret: str) -> None:
+        self._key = hashlib.sha256(b"mlxrack peers\0" + secret.encode()).digest()
+
+    def header(self, *, node: str, method: str, path: str, body: bytes, t_ms: int, nonce: str) -> str:
+        """The Authorization header of a request."""
+        mac = self._mac(PROTOCOL, node, method, path, t_ms, nonce, body)
+        return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},t={t_ms},nonce={nonce},mac={mac}"
+
+    def answer(self, nonce: str, node: str, body: bytes = b"") -> str:
+        """The header of an answer; ``body`` where it is known before it is sent."""
+        return hmac.digest(self._key, _line("answer", nonce, node, _sha256(body)), "sha256").hex()
+
+    def is_answer(self, offered: str, nonce: str, node: str, body: bytes = b"") -> bool:
+        """Whether ``offered`` is what a node of this rack would have answered."""
+        return hmac.compare_digest(offered.encode("ascii", "replace"), self.answer(nonce, node, body).encode())
+
+    def check(self, header: str, *, method: str, path: str, body: bytes, now_ms: int) -> Signed:
+        """Who asks. Raises NotAPeer with what is wrong: no signature, another secret, a clock that differs, or a
+        protocol that this node does not speak."""
+        signed = parse(header)
+        # the protocol first: one that is too new may sign in another way
+        if why := mismatch(signed.protocol, signed.oldest):
+            raise NotAPeer(why, code="protocol_mismatch")
+        mac = self._mac(signed.protocol, signed.node, method, path, signed.t_ms, signed.nonce, body)
+        if not hmac.compare_digest(mac.encode(), signed.mac.encode("ascii", "replace")):
+            raise NotAPeer("the signature is not of this rack; peers.secret must be the same on all nodes")
+        skew_s = (signed.t_ms - now_ms) / 1000
+        if abs(skew_s) > FRESH_S:
+            why = f"the clock of {signed.node} differs by {skew_s:.0f} s from this node's; set both by the same source"
+            raise NotAPeer(why, code="clock_skew")
+        return signed
+
+    def _mac(self, protocol: int, node: str, method: str, path: str, t_ms: int, nonce: str, body: bytes) -> str:
+        said = _line(str(protocol), node, method, path, str(t_ms), nonce, _sha256(body))
+        return hmac.digest(self._key, said, "sha256").hex()
+
+
+class Nonces:
+    """Those that were seen while they are fresh; at most ``most``, beyond which the oldest are forgotten."""
+
+    def __init__(self, most: int = 200_000) -> None:
+        self._seen: set[str] = set()
+        self._order: deque[tuple[int, str]] = deque()
+        self._most = most
+
+    def take(self, nonce: str, now_ms: int) -> bool:
+        """False when it was used before."""
+        while self._order and (self._order[0][0] < now_ms - 2 * FRESH_S * 1000 or len(self._order) >= self._most):
+            self._seen.discard(self._order.popleft()[1])
+        if nonce in self._seen:
+            return False
+        self._seen.add(nonce)
+        self._order.append((now_ms, nonce))
+        return True
+
+
+def parse(header: str) -> Signed:
+    """The parts of an Authorization header. Raises NotAPeer."""
+    scheme, _, rest = header.partition(" ")
+    if scheme != SCHEME:
+        raise NotAPeer("not a node of this rack; its requests are signed with peers.secret")
+    parts: Mapping[str, str] = dict(part.partition("=")[::2] for part in rest.split(","))
+    try:
+        return Signed(
+            protocol=_number(parts["v"]),
+            oldest=_number(parts["oldest"]),
+            node=parts["node"],
+            t_ms=_number(parts["t"]),
+            nonce=parts["nonce"],
+            mac=parts["mac"],
+        )
+    except (KeyError, ValueError):
+        raise NotAPeer("not a node of this rack; its signature cannot be read") from None
+
+
+def mismatch(protocol: int, oldest: int) -> str:
+    """Why two versions cannot talk; "" when they can."""
+    if protocol >= OLDEST and oldest <= PROTOCOL:
+        return ""
+    which = "newer" if oldest > PROTOCOL else "older"
+    return f"speaks protocol {protocol}, which is {which} than this node's {PROTOCOL}; update the older of the two"
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError
+    return int(text)
+
+
+def _line(*parts: str) -> bytes:
+    return "\n".join(parts).encode("utf-8", "surrogateescape")
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
