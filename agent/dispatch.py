@@ -261,8 +261,18 @@ class Dispatch:
         if isinstance(place, Local):
             return self._timed(self.work(ask, call.text), chosen, call)
         assert isinstance(place, Forward)
-        self._table.sent(place.node, call.model, max(1, call.text.prompt_tok - chosen.saved_tok))
-        return self._timed(self._peer_client.generate(place.node, place.url, ask), chosen, call)
+        return self._timed(self._forwarded(place, ask, chosen, call), chosen, call)
+
+    async def _forwarded(self, place: Forward, ask: Ask, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
+        """The peer's answers; what it has been given is on the books meanwhile."""
+        prompt_tok = max(1, call.text.prompt_tok - chosen.saved_tok)
+        sent_at = self._table.sent(place.node, call.model, prompt_tok)
+        try:
+            async with contextlib.aclosing(self._peer_client.generate(place.node, place.url, ask)) as answers:
+                async for answer in answers:
+                    yield answer
+        finally:
+            self._table.ended(place.node, call.model, prompt_tok, sent_at)
 
     async def _timed(
         self, answers: AsyncGenerator[Answer, None], chosen: Candidate, call: Call

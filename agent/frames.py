@@ -194,13 +194,20 @@ class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
 
 
 class Working(_Frame, frozen=True, kw_only=True, tag="working"):
-    """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is alive,
-    and this is what it holds. ``reuse_bytes`` are freed arrays that MLX keeps."""
+    """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is
+    alive, and this is what it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is what it did since
+    it last said so, on its own clock: tokens of prompts and the time for them; tokens of answers, the time, and in
+    how many steps."""
 
     active_bytes: int = 0
     reuse_bytes: int = 0
     kv_bytes: int = 0
     cache_bytes: int = 0
+    prefill_tok: int = 0
+    prefill_us: int = 0
+    decode_tok: int = 0
+    decode_us: int = 0
+    decode_steps: int = 0
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):

@@ -34,7 +34,7 @@ from agent.frames import (
     encode,
 )
 from agent.pace import Pace
-from agent.prefixes import PrefixTable, Text
+from agent.prefixes import MOST_BLOCKS, PrefixTable, Text
 from agent.workload import Meter
 from shared.errors import Refused, Retryable
 
@@ -51,6 +51,7 @@ class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...]
     threads: int = 1
     rows: int = 8
+    keeps_prompts: bool = True
     stuck_s: float = 60.0
     secret: str = ""
 
@@ -88,7 +89,7 @@ class LoaderProcess:
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        rows: int,
+        spec: LoaderSpec,
     ) -> None:
         self._process = process
         self._reader, self._writer = reader, writer
@@ -107,8 +108,8 @@ class LoaderProcess:
         self.ready: Ready | None = None
         self.working: Working | None = None
         self.pace = Pace()
-        self.meter = Meter(rows)
-        self.prefixes = PrefixTable()
+        self.meter = Meter(spec.rows)
+        self.prefixes = PrefixTable(MOST_BLOCKS if spec.keeps_prompts else 0)
         self._last_s: dict[int, float] = {}
 
     @property
@@ -170,7 +171,7 @@ class LoaderProcess:
             process.stdin.write(spec.secret.encode())
             process.stdin.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        loader = cls(process, reader, writer, spec.rows)
+        loader = cls(process, reader, writer, spec)
         loader._tasks = [
             asyncio.create_task(loader._read()),
             asyncio.create_task(loader._read_stderr()),
@@ -306,6 +307,7 @@ class LoaderProcess:
             self._measure(frame)
         elif isinstance(frame, Working):
             self.working = frame
+            self.meter.worked(time.monotonic(), frame)
         elif isinstance(frame, Reported):
             self._reports.put_nowait(frame)
         elif isinstance(frame, Ready) and not self._ready.done():
@@ -321,21 +323,14 @@ class LoaderProcess:
         elif isinstance(frame, Accepted):
             self.meter.accepted(frame.id, frame.prompt_tok, frame.cached_tok)
         elif isinstance(frame, Done):
-            computed = frame.prompt_tok - frame.cached_tok
-            self.meter.done(
-                time.monotonic(),
-                frame.id,
-                prefill_tok=computed,
-                prefill_us=frame.prefill_us,
-                completion_tok=frame.completion_tok,
-            )
+            self.meter.done(time.monotonic(), frame.id, frame.completion_tok)
 
     def _note_gap(self, frame: Tokens) -> None:
         now, number = time.monotonic(), frame.id
-        gap_s = now - self._last_s[number] if number in self._last_s else None
-        if gap_s is not None:
-            self.pace.gap(now, gap_s)
-        self.meter.token(now, number, frame.count, gap_s)
+        if number in self._last_s:
+            self.pace.gap(now, now - self._last_s[number])
+        else:
+            self.meter.token(number)
         if number in self._open:
             self._last_s[number] = now
 

@@ -72,7 +72,14 @@ class Loaders:
         secret = ""
         if model.disk_cache_bytes:  # a keychain may take its time
             secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
-        start = LoaderSpec(arguments=arguments, threads=self._threads, rows=model.rows, stuck_s=stuck_s, secret=secret)
+        start = LoaderSpec(
+            arguments=arguments,
+            threads=self._threads,
+            rows=model.rows,
+            keeps_prompts=bool(model.fake_cache_tok if model.engine == "fake" else model.cache_bytes),
+            stuck_s=stuck_s,
+            secret=secret,
+        )
         return await LoaderProcess.start(start, self._environ)
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:

@@ -16,6 +16,8 @@ from agent.signing import OLDEST, PROTOCOL
 SUSPECT_BEATS = 1.5
 DOWN_BEATS = 3.5
 DOWN_MISSES = 3
+HOPS = 4
+"""So many of the last beats' times are looked at; the shortest is what the way takes."""
 ASLEEP_S = 0.5
 """A tick that comes so much later than it should: this node, not its peers, was away."""
 _NEVER = float("inf")
@@ -48,7 +50,8 @@ class _Known(msgspec.Struct, kw_only=True):
     url: str
     beat: Beat | None = None
     last_s: float
-    hop_s: float = 0.0
+    hops_s: tuple[float, ...] = ()
+    beats: int = 0
     misses: int = 0
     lost: bool = False
     sent: dict[str, Sent] = {}
@@ -89,7 +92,9 @@ class PeerTable:
         away = known.lost or known.misses >= DOWN_MISSES or self._state(known, now) == "down"
         anew = before is not None and before.epoch != beat.epoch
         known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
-        known.hop_s = hop_s if before is None else 0.7 * known.hop_s + 0.3 * hop_s
+        known.beats += 1
+        # one late answer says little of the way, several do
+        known.hops_s = (*known.hops_s[1 - HOPS :], hop_s)
         for model in beat.models:
             if known.prefixes.get(model.name) != model.prefixes:
                 known.prefixes[model.name] = model.prefixes
@@ -109,14 +114,25 @@ class PeerTable:
             self._peers[node].lost = True
             self._changed()
 
-    def sent(self, node: str, model: str, prompt_tok: int) -> None:
-        """A request was forwarded; counts as load until the next beat."""
-        if (known := self._peers.get(node)) is not None:
+    def sent(self, node: str, model: str, prompt_tok: int) -> int:
+        """A request was forwarded, and counts as load until the next beat. What is returned ``ended`` wants to know."""
+        known = self._peers.get(node)
+        if known is None:
+            return -1
+        requests, tokens = known.sent.get(model, (0, 0))
+        known.sent[model] = (requests + 1, tokens + prompt_tok)
+        return known.beats
+
+    def ended(self, node: str, model: str, prompt_tok: int, sent_at: int) -> None:
+        """A request that was forwarded has ended: a node that has just become idle is known to be before it says so."""
+        known = self._peers.get(node)
+        if known is not None:
             requests, tokens = known.sent.get(model, (0, 0))
-            known.sent[model] = (requests + 1, tokens + prompt_tok)
+            # tokens of a request from before the beat are in the beat, or were done by then
+            known.sent[model] = (requests - 1, tokens - prompt_tok if known.beats == sent_at else tokens)
 
     def sent_since_beat(self, model: str) -> dict[str, Sent]:
-        """What each peer got for a model since it last said what it has."""
+        """What each peer got for a model since it last said what it has, less what has ended."""
         return {node: known.sent[model] for node, known in self._peers.items() if model in known.sent}
 
     def tick(self, now: float, every_s: float) -> float:
@@ -165,7 +181,7 @@ class PeerTable:
             models=beat.models,
             heat=beat.heat,
             memory=beat.memory,
-            hop_s=known.hop_s,
+            hop_s=min(known.hops_s, default=0.0),
             known=known.hashes,
         )
 

@@ -74,12 +74,13 @@ class PrefixTable:
     """What one loader was given lately, the least recent first.
 
     The prompt cache itself is elsewhere and drops what it has no room for, so the table's size is learned: a prompt
-    that was found shorter than was thought shrinks it, one that was found lets it grow.
+    that was found shorter than was thought shrinks it, one that was found lets it grow. For a loader that keeps nothing
+    ``most`` is 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_BLOCKS) -> None:
         self._hashes: dict[int, None] = {}
-        self._most = MOST_BLOCKS
+        self._most = most
         self._packed: bytes | None = None
 
     def __iter__(self) -> Iterator[int]:
@@ -95,6 +96,8 @@ class PrefixTable:
 
     def took(self, text: Text, cached_tok: int) -> None:
         """A loader took a prompt in and found ``cached_tok`` tokens of it in its cache."""
+        if not self._most:
+            return
         expected = matched(text.chain, self._hashes)
         if expected and 2 * cached_tok < expected * BLOCK_TOK:
             self._most = max(LEAST_BLOCKS, int(self._most * 0.7))

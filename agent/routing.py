@@ -9,7 +9,7 @@ from agent.breaker import State
 from agent.prefixes import BLOCK_TOK, Chain, matched
 
 Sent = tuple[int, int]
-"""Requests, and tokens of their prompts, that were sent to a node since it last said what it has."""
+"""Requests, and tokens of their prompts, that a node got since it last said what it has, less what has ended."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,14 +209,14 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     gap_s = model.gap_us / 1e6 if model.gap_us else usual[1]
     answer_tok = min(request.answer_tok, model.answer_tok or usual[2])
     sent, sent_tok = request.sent.get(node.node, (0, 0))
-    requests = model.in_flight + sent
+    requests = max(0, model.in_flight + sent)
     known_tok = BLOCK_TOK * matched(request.chain, node.known.get(model.name, ())) if request.chain else 0
     saved_tok = min(known_tok, max(0, request.prompt_tok - 1))
     step_s = gap_s * (1.0 + min(requests + 1, model.rows) / model.rows)
     answer_s = answer_tok * step_s
     # a row comes free every so often when all are taken
     for_row_s = max(0, requests + 1 - model.rows) * answer_s / model.rows
-    wait_s = (model.prefill_tok + sent_tok) / prefill_tps + for_row_s
+    wait_s = max(0, model.prefill_tok + sent_tok) / prefill_tps + for_row_s
     prefill_s = (request.prompt_tok - saved_tok) / prefill_tps
     barrier_s = _barrier_s(node, model)
     resort = _last_resort(request, node, model)

@@ -6,6 +6,8 @@ back, never configured; what has not been measured is None.
 
 import msgspec
 
+from agent.frames import Working
+
 STALE_S = 30.0
 """A measurement is so long good. A node that was slow and got no work since has to be tried again to be known."""
 
@@ -18,7 +20,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompt tokens a second; microseconds between two tokens of an answer that is alone; tokens of an answer."""
+    """Prompt tokens a second; microseconds between two tokens of an answer that is alone, where a full batch is taken
+    to need twice as long; tokens of an answer."""
 
     prefill_tps: float | None = None
     gap_us: int | None = None
@@ -47,10 +50,10 @@ class _Mean:
 
 
 class _Open:
-    __slots__ = ("answer_tok", "begun", "left_tok")
+    __slots__ = ("begun", "left_tok")
 
     def __init__(self, left_tok: int) -> None:
-        self.left_tok, self.begun, self.answer_tok = left_tok, False, 0
+        self.left_tok, self.begun = left_tok, False
 
 
 class Meter:
@@ -60,7 +63,7 @@ class Meter:
         self._rows = rows
         self._open: dict[int, _Open] = {}
         self._prefill = _Mean(0.7)
-        self._gap = _Mean(0.98)
+        self._gap = _Mean(0.7)
         self._answer = _Mean(0.95)
         self.prefill_tok = 0
 
@@ -76,26 +79,30 @@ class Meter:
             self.prefill_tok += prompt_tok - cached_tok - one.left_tok
             one.left_tok = prompt_tok - cached_tok
 
-    def token(self, now_s: float, number: int, count: int, gap_s: float | None) -> None:
-        """Some of the answer, so the prompt is done; ``gap_s`` since the piece before."""
+    def token(self, number: int) -> None:
+        """Some of the answer, so the prompt is done."""
         one = self._open.get(number)
         if one is None:
             return
-        one.answer_tok += count
         if not one.begun:
             one.begun = True
             self.prefill_tok -= one.left_tok
             one.left_tok = 0
-        elif gap_s is not None and count:
-            self._gap.add(now_s, gap_s / count / self._crowding())
 
-    def done(self, now_s: float, number: int, *, prefill_tok: int, prefill_us: int, completion_tok: int) -> None:
-        """It ended; the engine's own time for its prompt."""
-        if prefill_us > 0 and prefill_tok > 0:
-            self._prefill.add(now_s, prefill_us / 1e6, prefill_tok)
+    def done(self, now_s: float, number: int, completion_tok: int) -> None:
+        """It ended."""
         if completion_tok:
             self._answer.add(now_s, completion_tok)
         self.end(number)
+
+    def worked(self, now_s: float, working: Working) -> None:
+        """What the engine did in the last second or so. On its own clock: this process may have been asleep."""
+        if working.prefill_tok and working.prefill_us:
+            self._prefill.add(now_s, working.prefill_us / 1e6, working.prefill_tok)
+        if working.decode_steps and working.decode_us:
+            rows = working.decode_tok / working.decode_steps
+            crowding = 1.0 + min(rows, self._rows) / self._rows
+            self._gap.add(now_s, working.decode_us / working.decode_steps / 1e6 / crowding)
 
     def end(self, number: int) -> None:
         """It is over, however it ended."""
@@ -116,7 +123,3 @@ class Meter:
             gap_us=None if gap is None else int(gap * 1e6),
             answer_tok=None if answer is None else int(answer),
         )
-
-    def _crowding(self) -> float:
-        """How much longer a step takes than for one row alone; a full batch is taken to need twice the time."""
-        return 1.0 + min(len(self._open), self._rows) / self._rows

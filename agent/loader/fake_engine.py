@@ -35,7 +35,7 @@ from agent.frames import (
     ToolCall,
     Working,
 )
-from agent.loader.generation import Prepared
+from agent.loader.generation import Lately, Prepared
 from agent.loader.stopping import StopText
 
 CONTEXT_TOK = 8192
@@ -96,6 +96,7 @@ class FakeEngine:
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
         self._window: dict[str, int] = {}
+        self._lately = Lately()
         self._due: list[Frame] = []
         self._held_bytes = held_bytes or 1 << 20
 
@@ -162,6 +163,7 @@ class FakeEngine:
         step_s = (self._speed.step_s + self._speed.row_s * len(rows)) * self._slower
         time.sleep(step_s)
         self._count("busy_decode_us", max(1, int(step_s * 1e6)))
+        self._lately.decoded(len(rows), int(step_s * 1e6))
         for row in rows:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
@@ -184,6 +186,7 @@ class FakeEngine:
                 piece_s = piece / self._speed.prefill_tps * self._slower
                 time.sleep(piece_s)
                 self._count("busy_prefill_us", int(piece_s * 1e6))
+                self._lately.prefilled(piece, int(piece_s * 1e6))
             if row.left_tok <= 0:
                 self._rows[row.request.id] = self._waiting.pop(0)
                 self._keep(row.prompt)
@@ -241,7 +244,7 @@ class FakeEngine:
 
     def working(self) -> Working:
         held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
-        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10)
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, **self._lately.taken())
 
     def relieve(self, level: str) -> None:
         if level == "hard":

@@ -5,6 +5,8 @@ from typing import Any, Literal, Protocol
 
 from agent.frames import Ask, Failed, Frame, Ready, Reported, Working
 
+_LATELY = ("prefill_tok", "prefill_us", "decode_tok", "decode_us", "decode_steps")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -64,3 +66,27 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give everything back."""
         ...
+
+
+class Lately:
+    """What an engine did since it was last asked, on its own clock."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(_LATELY, 0)
+
+    def prefilled(self, tokens: int, us: int) -> None:
+        """Prompt tokens were computed, or time was spent on it."""
+        self._sums["prefill_tok"] += tokens
+        self._sums["prefill_us"] += us
+
+    def decoded(self, tokens: int, us: int) -> None:
+        """One step made so many tokens of answers; one that made none does not count."""
+        if tokens:
+            self._sums["decode_tok"] += tokens
+            self._sums["decode_us"] += us
+            self._sums["decode_steps"] += 1
+
+    def taken(self) -> dict[str, int]:
+        """The fields of Working, and a fresh start."""
+        sums, self._sums = self._sums, dict.fromkeys(_LATELY, 0)
+        return sums

@@ -71,6 +71,19 @@ def test_what_was_sent_counts_until_the_next_beat() -> None:
     assert peers.sent_since_beat("m") == {}
 
 
+def test_what_has_ended_counts_no_more() -> None:
+    peers = table()
+    peers.heard("a", beat(), 1.0)
+    before = peers.sent("a", "m", 70)
+    peers.heard("a", beat(load=1), 2.0)
+    after = peers.sent("a", "m", 30)
+    peers.ended("a", "m", 70, before)
+    assert peers.sent_since_beat("m") == {"a": (0, 30)}
+    peers.ended("a", "m", 30, after)
+    assert peers.sent_since_beat("m") == {"a": (-1, 0)}, "one less than it said"
+    peers.ended("gone", "m", 30, after)
+
+
 def test_who_slept_itself_judges_nobody_by_that_time() -> None:
     peers = table()
     peers.heard("a", beat(), 10.0)
@@ -101,6 +114,15 @@ def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None
     late = choose(RouteRequest(model="x"), HERE, peers.view(9.0)).place
     assert isinstance(late, Refuse)
     assert late.code == "model_not_found"
+
+
+def test_the_way_to_a_peer_takes_as_long_as_the_best_of_the_last_beats() -> None:
+    peers = table()
+    for n, hop_s in enumerate((0.002, 0.9, 0.003, 0.5, 0.6, 0.7)):
+        peers.heard("a", beat(), float(n), hop_s=hop_s)
+    assert peers.view(5.0)[0].hop_s == 0.003
+    peers.heard("a", beat(), 6.0, hop_s=0.8)
+    assert peers.view(6.0)[0].hop_s == 0.5
 
 
 def test_hashes_of_prefixes_arrive_as_a_set() -> None:

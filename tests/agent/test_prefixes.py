@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.frames import Embed, Generate, Message
+from agent.frames import Embed, Generate, Message, Working
 from agent.prefixes import (
     BLOCK_BYTES,
     BLOCK_TOK,
@@ -104,10 +104,11 @@ def test_work_is_what_is_still_to_be_computed() -> None:
     assert (meter.workload.requests, meter.workload.prefill_tok) == (2, 150)
     meter.accepted(1, 120, 80)
     assert meter.workload.prefill_tok == 90
-    meter.token(0.0, 1, 1, None)
+    meter.token(1)
     assert meter.workload.prefill_tok == 50
     meter.end(2)
-    meter.done(1.0, 1, prefill_tok=40, prefill_us=80_000, completion_tok=7)
+    meter.worked(1.0, Working(prefill_tok=40, prefill_us=80_000))
+    meter.done(1.0, 1, 7)
     assert (meter.workload.requests, meter.workload.prefill_tok) == (0, 0)
     speed = meter.speed(1.0)
     assert speed.prefill_tps == pytest.approx(500.0)
@@ -116,14 +117,13 @@ def test_work_is_what_is_still_to_be_computed() -> None:
 
 def test_speed_follows_what_is_seen_and_is_forgotten() -> None:
     meter = Meter(rows=4)
-    meter.begin(1, 1)
-    meter.token(0.0, 1, 1, None)
-    for n in range(300):
-        meter.token(n / 100, 1, 1, 0.0125)
+    for n in range(3):
+        meter.worked(float(n), Working(decode_tok=80, decode_steps=80, decode_us=1_000_000))
     assert meter.speed(3.0).gap_us == pytest.approx(10_000, rel=0.01), "a row alone counts as less than a full batch"
-    for n in range(200):
-        meter.token(3.0 + n / 10, 1, 1, 0.125)
-    assert meter.speed(23.0).gap_us == pytest.approx(100_000, rel=0.05)
+    for n in range(9):
+        meter.worked(3.0 + n, Working(decode_tok=20, decode_steps=5, decode_us=1_000_000))
+    assert meter.speed(12.0).gap_us == pytest.approx(100_000, rel=0.1), "known within ten seconds"
+    meter.worked(23.0, Working())
     assert meter.speed(23.0 + STALE_S + 1).gap_us is None, "a node that was slow is tried again"
 
 
@@ -150,9 +150,9 @@ def test_books_balance_whatever_comes_in_what_order(happened: list[_Did]) -> Non
         elif did.what == "accepted":
             meter.accepted(did.number, did.amount, did.amount // 2)
         elif did.what == "token":
-            meter.token(float(n), did.number, 1, 0.01)
+            meter.token(did.number)
         elif did.what == "done":
-            meter.done(float(n), did.number, prefill_tok=did.amount, prefill_us=did.amount, completion_tok=did.amount)
+            meter.done(float(n), did.number, did.amount)
             open_ones.discard(did.number)
         elif did.what == "end":
             meter.end(did.number)

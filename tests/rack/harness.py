@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.seaweed import free_port
+from tests.rack.links import Links
 
 SCRIPT = str(Path(sys.executable).parent / "mlxrack-agent")
 
@@ -144,8 +145,14 @@ def model(name: str = "m", **more: Any) -> dict[str, Any]:
     return {"name": name, "engine": "fake", "path": f"weights of {name}", "need_bytes": 10, **more}
 
 
-def write_config(agent: Agent, others: Sequence[Agent], models: Sequence[dict[str, Any]], extra: str = "") -> None:
-    """agent.toml for one node of a rack."""
+def write_config(
+    agent: Agent,
+    others: Sequence[Agent],
+    models: Sequence[dict[str, Any]],
+    extra: str = "",
+    via: Callable[[Agent], int] = lambda other: other.port,
+) -> None:
+    """agent.toml for one node of a rack; ``via`` is the port at which it finds another."""
     text = (
         f'[node]\nid = "{agent.node}"\nrack = "r"\n[listen]\nport = {agent.port}\n'
         f"[paths]\nstate = {json.dumps(str(agent.state))}\n"
@@ -155,7 +162,7 @@ def write_config(agent: Agent, others: Sequence[Agent], models: Sequence[dict[st
         text += "[telemetry]\nsample_s = 1\nupload_s = 1\n"
     if others:
         text += '[peers]\nsecret = "env:MLXRACK_TEST_SECRET"\n'
-        text += "".join(f'[[peers.nodes]]\nid = "{o.node}"\nurl = "http://127.0.0.1:{o.port}"\n' for o in others)
+        text += "".join(f'[[peers.nodes]]\nid = "{o.node}"\nurl = "http://127.0.0.1:{via(o)}"\n' for o in others)
     for table in models:
         text += "[[models]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
     agent.config.write_text(text + extra)
@@ -163,12 +170,22 @@ def write_config(agent: Agent, others: Sequence[Agent], models: Sequence[dict[st
 
 @contextlib.contextmanager
 def rack(
-    folder: Path, *models_of: Sequence[dict[str, Any]], extra: str = "", start: bool = True
+    folder: Path,
+    *models_of: Sequence[dict[str, Any]],
+    extra: str = "",
+    start: bool = True,
+    links: Links | None = None,
 ) -> Iterator[list[Agent]]:
-    """As many agents as there are lists of models; all ready, all know each other."""
+    """As many agents as there are lists of models; all ready, all know each other, over ``links`` where there are
+    any."""
     agents = [Agent(folder, f"n{n}", free_port()) for n in range(1, len(models_of) + 1)]
     for agent, models in zip(agents, models_of, strict=True):
-        write_config(agent, [a for a in agents if a is not agent], models, extra)
+        others = [a for a in agents if a is not agent]
+        if links is None:
+            write_config(agent, others, models, extra)
+        else:
+            ports = {other.node: links.port(agent.node, other.node, other.port) for other in others}
+            write_config(agent, others, models, extra, via=lambda other: ports[other.node])  # noqa: B023  # used at once
     try:
         if start:
             for agent in agents:

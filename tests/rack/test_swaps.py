@@ -393,7 +393,7 @@ BAD: list[tuple[str, dict[str, str], int, str]] = [
     ("load", {"model": "zzz"}, 404, "not configured on this node"),
     ("unload", {"model": "b"}, 409, "it is not in memory"),
     ("pin", {"model": "zzz", "pinned": "yes"}, 404, "not configured on this node"),
-    ("probes", {"model": "b"}, 502, "not ready"),
+    ("probes", {"model": "b"}, 503, "not ready"),
 ]
 
 

@@ -28,7 +28,7 @@ from agent.frames import (
 )
 from agent.loader.blas import REFERENCE
 from agent.loader.disk_cache import DiskCache
-from agent.loader.generation import Prepared
+from agent.loader.generation import Lately, Prepared
 from agent.loader.mlx import kv, sampling, scores
 from agent.loader.mlx.batch import Batch, Entry
 from agent.loader.mlx.model import TextModel, cannot_load
@@ -107,6 +107,7 @@ class MLXEngine:
         self._cache = PromptStates(self._model.weights, cache_bytes, disk)
         self._weights_tok = 0.0
         self._window: dict[str, int] = {}
+        self._lately = Lately()
         self._reported_cache = (0, 0, 0, 0)
         try:
             self._warm_up()
@@ -198,7 +199,7 @@ class MLXEngine:
         answers += self._planned(began)
         before_tok = self._before_tok()
         largest = self._chunk_tok(before_tok)
-        prompt_s = 0.0
+        prompt_s, generated = 0.0, 0
         for batch in list(self._batches):
             try:
                 worked = batch.step(largest)
@@ -212,7 +213,8 @@ class MLXEngine:
                 answers += self._advanced(batch, response)
             self._measure(worked.prompt_tok, before_tok, worked.prompt_s)
             prompt_s += worked.prompt_s
-            self._count("decode_tok", len(worked.generated))
+            generated += len(worked.generated)
+        self._count("decode_tok", generated)
         self._close_idle()
         if not prompt_s:
             self._decode_s = 0.5 * (self._decode_s + time.perf_counter() - began)
@@ -222,8 +224,11 @@ class MLXEngine:
             prompt_s += time.perf_counter() - embedded_at
         prefill_us = int(prompt_s * 1e6)
         self._count("busy_prefill_us", prefill_us)
-        self._count("busy_decode_us", max(0, int((time.perf_counter() - began) * 1e6) - prefill_us))
+        decode_us = max(0, int((time.perf_counter() - began) * 1e6) - prefill_us)
+        self._count("busy_decode_us", decode_us)
         self._count("steps", 1)
+        self._lately.prefilled(0, prefill_us)
+        self._lately.decoded(generated, decode_us)
         return answers
 
     def report(self) -> Reported:
@@ -252,6 +257,7 @@ class MLXEngine:
             reuse_bytes=mx.get_cache_memory(),
             kv_bytes=self.kv_bytes,
             cache_bytes=self._cache.bytes,
+            **self._lately.taken(),
         )
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
@@ -608,6 +614,7 @@ class MLXEngine:
 
     def _measure(self, prompt_tok: int, before_tok: float, prompt_s: float) -> None:
         self._count("prefill_tok", prompt_tok)
+        self._lately.prefilled(prompt_tok, 0)
         if prompt_tok < _MEASURED_TOK or prompt_s <= 0:
             return
         # what took far longer than foreseen was held up by something else; a new truth is told by the next ones too
@@ -648,6 +655,7 @@ class MLXEngine:
         self._close_idle()
         self._warm_active = mx.get_active_memory()
         self._window = {}
+        self._lately.taken()
         self._reported_cache = self._cache.counts
 
     def _measure_weights(self, row: Row) -> None:

@@ -1,0 +1,169 @@
+"""A worker without a model, to measure and to test doors with: plain ``/v1/chat/completions`` for any proxy, and the
+peer's side of mlxrack's own protocol, signed as a node of the rack.
+
+It can be told to misbehave as real workers do: answer 5xx, break off after a 200, send an error frame or bytes that
+are no frame, stall, or work ten times as slowly.
+"""
+
+import argparse
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from agent.frames import Accepted, Done, Failed, Generate, Tokens, decode, encode
+from agent.peers import Beat
+from agent.routing import ModelView
+from agent.signing import ANSWER_HEADER, PROTOCOL, Key
+
+MODES = ("well", "5xx", "breaks", "error", "garbage", "stalls", "slow", "silent", "unsigned", "newer", "older", "noise")
+
+
+class MockWorker:
+    """Answers ``words`` words, one each ``gap_s``. ``mode`` is how it behaves; it may change at any time."""
+
+    def __init__(self, node: str, rack: str, secret: str, *, words: int = 16, gap_s: float = 0.0) -> None:
+        self.node, self.rack = node, rack
+        self._key = Key(secret)
+        self.words, self.gap_s = words, gap_s
+        self.mode = "well"
+        self.began = self.ended = self.now = self.most = 0
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    async def start(self, port: int = 0) -> None:
+        """Listen on loopback."""
+        app = web.Application(client_max_size=64 << 20)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self._chat),
+                web.get("/peer/v1/beat", self._beat),
+                web.post("/peer/v1/generate", self._generate),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        await site.start()
+        server: Any = site._server
+        self.port = server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Close everything."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # ---- any proxy's side ----
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = msgspec.json.decode(await request.read())
+        words = min(self.words, body.get("max_tokens") or self.words)
+        head = {"id": "chatcmpl-1", "created": 1, "model": body["model"], "system_fingerprint": "fp_mock"}
+        usage = {"prompt_tokens": 9, "completion_tokens": words, "total_tokens": 9 + words}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "word " * words}
+            choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+            tree = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+            return web.Response(body=msgspec.json.encode(tree), content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for number in range(words + 1):
+            delta = {"role": "assistant", "content": ""} if number == 0 else {"content": "word "}
+            finish = "stop" if number == words else None
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            event = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+            await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+            if self.gap_s:
+                await asyncio.sleep(self.gap_s)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    # ---- a node's side ----
+
+    async def _beat(self, request: web.Request) -> web.Response:
+        nonce = _nonce(request)
+        if self.mode == "silent":
+            await asyncio.sleep(3600)
+        if self.mode == "noise":
+            return web.Response(body=b"\xc1 what a beat never is", headers={ANSWER_HEADER: "00"})
+        view = ModelView(
+            name="m", version="mock", ready=True, versions=("mock",), in_flight=self.now, gap_us=int(self.gap_s * 1e6)
+        )
+        beat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
+        if self.mode == "newer":
+            beat = msgspec.structs.replace(beat, protocol=PROTOCOL + 2, oldest=PROTOCOL + 1)
+        if self.mode == "older":
+            beat = msgspec.structs.replace(beat, protocol=PROTOCOL - 1, oldest=PROTOCOL - 1)
+        body = msgspec.msgpack.encode(beat)
+        key = Key("of another rack") if self.mode == "unsigned" else self._key
+        return web.Response(body=body, headers={ANSWER_HEADER: key.answer(nonce, self.node, body)})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        asked = decode(await request.read())
+        self.began += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            if self.mode == "5xx":
+                return web.json_response({"error": {"message": "x", "code": "internal"}}, status=500)
+            response = web.StreamResponse(headers={ANSWER_HEADER: self._key.answer(_nonce(request), self.node)})
+            await response.prepare(request)
+            assert isinstance(asked, Generate)
+            async for piece in self._pieces(asked):
+                await response.write(piece)
+            if self.mode == "breaks" and request.transport is not None:
+                request.transport.abort()
+            return response
+        finally:
+            self.now -= 1
+            self.ended += 1
+
+    async def _pieces(self, asked: Generate) -> AsyncIterator[bytes]:
+        words = min(self.words, asked.max_tokens or self.words)
+        yield encode(Accepted(id=1, prompt_tok=9, cached_tok=0, version="mock", node=self.node))
+        for number in range(len(asked.made), words):
+            if number == words // 2:
+                if self.mode == "breaks":
+                    return
+                if self.mode == "error":
+                    yield encode(Failed(id=1, code="engine_failed", message="the engine failed", retryable=True))
+                    return
+                if self.mode == "garbage":
+                    yield b"\xc1\xc1\xc1"
+                    return
+                if self.mode == "stalls":
+                    await asyncio.sleep(3600)
+            await asyncio.sleep(self.gap_s * (10 if self.mode == "slow" else 1))
+            yield encode(Tokens(id=1, text="word ", count=1, ids=(number,)))
+        yield encode(Done(id=1, finish="stop", prompt_tok=9, cached_tok=0, completion_tok=words))
+
+
+def _nonce(request: web.Request) -> str:
+    header = request.headers.get("Authorization", "")
+    return next((part[6:] for part in header.split(",") if part.startswith("nonce=")), "")
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    worker = MockWorker(args.node, args.rack, args.secret, words=args.words, gap_s=args.gap_s)
+    await worker.start(args.port)
+    print(worker.port, flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Serve until ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--node", default="mock")
+    parser.add_argument("--rack", default="r")
+    parser.add_argument("--secret", default="the rack secret")
+    parser.add_argument("--words", type=int, default=16)
+    parser.add_argument("--gap-s", type=float, default=0.0)
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
