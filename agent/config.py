@@ -260,6 +260,8 @@ def _check_peers(config: AgentConfig) -> list[str]:
         for n, p in enumerate(peers.nodes)
         if not p.url.startswith(("http://", "https://"))
     ]
+    urls = [p.url.rstrip("/") for p in peers.nodes]
+    found += [f"peers.nodes: two peers have the same url, {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
     if peers.nodes and not peers.secret:
         found.append("peers.secret: is required with peers; all nodes share it")
     if peers.secret and not is_reference(peers.secret):

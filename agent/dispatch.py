@@ -35,9 +35,9 @@ MAX_RETRIES = 2
 TRIAL_S = 1.0
 """An answer that flows for so long closes a breaker."""
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
-LOST = ("worker_lost", "not_ready")
-"""Errors after which another node is tried; the first says something about the node, the second only about its
-models."""
+LOST = ("worker_lost", "loader_lost", "not_ready")
+"""Errors after which another node is tried: the node is gone, its loader is, or the model is not there. The last says
+nothing against the node."""
 
 _TURNED = {
     "draining": "this node is stopping",
@@ -237,11 +237,12 @@ class Dispatch:
                 if error.code not in LOST:
                     raise
                 verdict = self._blame(decision, call, error, probe=probe)
+                # a client that has a part of its answer is owed the rest; anything else is bounded by the budget
+                if not (left and call.can_go_on) and (left or not self._may_retry(call)):
+                    raise
                 if call.can_go_on and (left or self._placing.held_by_peer(call.model, call.version, node)):
                     self._go_on(call, node)
                     continue
-                if left or not self._may_retry(call):
-                    raise
                 held.clear()
                 self._again(call, node, error.message)
                 continue
@@ -331,10 +332,10 @@ class Dispatch:
         node = decision.place.node if isinstance(decision.place, Local | Forward) else ""
         self._step(call, "lost", node, why=error.message)
         call.tried.add(node)
-        if error.code != "worker_lost":
+        if error.code == "not_ready":
             return False
         self.trust.failed(node, call.model, self._clock(), error.message, probe=probe)
-        if isinstance(decision.place, Forward):
+        if isinstance(decision.place, Forward) and error.code == "worker_lost":
             self._table.lose(node)
         return True
 
@@ -346,6 +347,7 @@ class Dispatch:
         so that a loader that was draining is known to be missed."""
         if node == self._node:
             call.tried.discard(node)
+        call.retries += call.whole
         call.going_on = True
         call.lost_s = self._clock()
         call.continuations += 1
@@ -412,7 +414,7 @@ def outcome_of(error: RackError) -> str:
 
 def _error_of(failed: Failed) -> RackError:
     if failed.retryable:
-        code = failed.code if failed.code in LOST else "worker_lost"
+        code = "not_ready" if failed.code == "not_ready" else "loader_lost"
         return Retryable(failed.message, code=code)
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")

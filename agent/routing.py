@@ -207,7 +207,8 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
 def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple[float, float, int]) -> Candidate:
     prefill_tps = model.prefill_tps or usual[0]
     gap_s = model.gap_us / 1e6 if model.gap_us else usual[1]
-    answer_tok = min(request.answer_tok, model.answer_tok or usual[2])
+    # how long answers are is the traffic's nature and no node's
+    answer_tok = min(request.answer_tok, usual[2])
     sent, sent_tok = request.sent.get(node.node, (0, 0))
     requests = max(0, model.in_flight + sent)
     known_tok = BLOCK_TOK * matched(request.chain, node.known.get(model.name, ())) if request.chain else 0
@@ -257,7 +258,7 @@ def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
     return (
         median(speeds) if speeds else DEFAULT_PREFILL_TPS,
         median(gaps) / 1e6 if gaps else DEFAULT_GAP_S,
-        int(median(answers)) if answers else 1 << 30,
+        int(median(answers)) or 1 if answers else 1 << 30,
     )
 
 
@@ -276,8 +277,8 @@ def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], pe
     unheard = any(node.state == "unknown" for node in peers)
     if request.model not in known and not unheard:
         return Refuse(code="model_not_found", known=tuple(known))
-    living = [node for node in nodes if node.state != "down"]
+    # one that was lost, tried or is on trial may be had again in a moment
+    living = [node for node in nodes if node.state != "down" and not node.draining]
     offered = [m for node in living for m in node.models if m.name == request.model]
-    on_trial = "probing" in request.breakers.values()
-    loading = unheard or on_trial or any(m.coming for m in offered)
+    loading = unheard or any(m.coming or m.ready for m in offered)
     return Refuse(code="no_capacity", loading=loading, known=tuple(known))

@@ -1,8 +1,8 @@
 """A worker without a model, to measure and to test doors with: plain ``/v1/chat/completions`` for any proxy, and the
 peer's side of mlxrack's own protocol, signed as a node of the rack.
 
-It can be told to misbehave as real workers do: answer 5xx, break off after a 200, send an error frame or bytes that
-are no frame, stall, or work ten times as slowly.
+It can be told to misbehave as real workers do: refuse what is asked, answer 5xx, break off after a 200, send an error
+frame or bytes that are no frame, stall, or work ten times as slowly.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from agent.peers import Beat
 from agent.routing import ModelView
 from agent.signing import ANSWER_HEADER, PROTOCOL, Key
 
-MODES = ("well", "5xx", "breaks", "error", "garbage", "stalls", "slow", "silent", "unsigned", "newer", "older", "noise")
+MODES = ("well", "refuses", "5xx", "breaks", "error", "garbage", "stalls", "slow")
+"""What it does with requests."""
+NOT_A_PEER = ("silent", "unsigned", "newer", "older", "noise")
+"""What it does with beats."""
 
 
 class MockWorker:
@@ -123,6 +126,9 @@ class MockWorker:
 
     async def _pieces(self, asked: Generate) -> AsyncIterator[bytes]:
         words = min(self.words, asked.max_tokens or self.words)
+        if self.mode == "refuses":
+            yield encode(Failed(id=1, code="context_length_exceeded", message="too long", param="max_tokens"))
+            return
         yield encode(Accepted(id=1, prompt_tok=9, cached_tok=0, version="mock", node=self.node))
         for number in range(len(asked.made), words):
             if number == words // 2:

@@ -31,6 +31,7 @@ STATUS = {
     "disk_full": 507,
     "memory_pressure": 503,
     "worker_lost": 502,
+    "loader_lost": 502,
     "not_ready": 503,
     "engine_failed": 500,
     "deadline_exceeded": 504,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from scripts.seaweed import free_port
 from tests.rack.links import Links
 
+SECRET = "the rack secret"
 SCRIPT = str(Path(sys.executable).parent / "mlxrack-agent")
 
 
@@ -40,6 +41,7 @@ class Agent:
         self.port = port
         self.config = folder / f"{node}.toml"
         self.process: subprocess.Popen[str] | None = None
+        self.secret = SECRET
 
     @property
     def state(self) -> Path:
@@ -48,7 +50,7 @@ class Agent:
 
     def start(self, *, wait: bool = True) -> "Agent":
         """Start it and wait until it answers."""
-        environ = {**os.environ, "MLXRACK_TEST_SECRET": "the rack secret"}
+        environ = {**os.environ, "MLXRACK_TEST_SECRET": self.secret}
         self.process = subprocess.Popen(
             [SCRIPT, "run", "--config", str(self.config)],
             env=environ,
