@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz swap simulate check lint types arch docs bench-serve dist clean
+.PHONY: help setup model demo run test fuzz swap chaos soak simulate check lint types arch docs bench-dispatch bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -47,6 +47,13 @@ swap: $(STAMP) model ## two hundred swaps under thirty streams, twenty of a real
 	MLXRACK_SWAPS=200 MLXRACK_REAL_SWAPS=20 MLXRACK_CYCLES=200 MLXRACK_REAL_CYCLES=20 MLXRACK_KILLS=40 \
 	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_swaps.py
 
+chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut at any word, clients that leave
+	MLXRACK_CHAOS=3 MLXRACK_CHAOS_S=120 MLXRACK_CUT_STREAMS=500 MLXRACK_BAD_REQUESTS=1000 MLXRACK_LEAVERS=1000 \
+	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_doors.py tests/rack/test_leavers.py
+
+soak: $(STAMP) ## ten minutes of a machine without a free moment, and ten of clients that leave
+	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py
+
 simulate: $(STAMP) ## eviction by cost against least recently used, on made-up traffic
 	@$(BIN)/python -m scripts.simulate_eviction
 
@@ -54,6 +61,9 @@ check: lint types arch test ## what CI runs
 
 docs: $(STAMP) ## the configuration reference, made from the code
 	@$(BIN)/python -m scripts.document_config
+
+bench-dispatch: $(STAMP) ## what the door costs, beside a minimal proxy and LiteLLM's, in one run
+	@$(BIN)/python -m scripts.bench_dispatch
 
 bench-serve: $(STAMP) model ## tokens per second of the agent, mlx_lm.server and the bare engine, in one run
 	@$(BIN)/python -m scripts.bench_serve

@@ -48,7 +48,7 @@ class Call(msgspec.Struct, kw_only=True):
     began_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
-    gaps_us: list[int] = msgspec.field(default_factory=list)
+    gaps_us: list[tuple[int, int]] = msgspec.field(default_factory=list)
 
     @property
     def model(self) -> str:
@@ -86,6 +86,7 @@ class Call(msgspec.Struct, kw_only=True):
             id=1,
             request_id=self.request_id,
             door=door,
+            whole=self.whole,
             seed=seed + self.turn * TURN_SEEDS,
             made=tuple(self.made) if self.going_on else (),
             version=self.version if self.going_on else "",
@@ -97,7 +98,9 @@ class Call(msgspec.Struct, kw_only=True):
             if self.first_s is None:
                 self.first_s = now_s
             else:
-                self.gaps_us.append(int((now_s - self.last_s) * 1e6))
+                # tokens that came together came one after another before
+                each = max(1, answer.count)
+                self.gaps_us.append((int((now_s - self.last_s) * 1e6 / each), each))
             self.last_s = now_s
             self.completion_tok += answer.count
             self.made += answer.ids

@@ -4,7 +4,6 @@ Until something has left for the client a request can be tried elsewhere, and is
 stream leaves with its first token. After that, another loader of the same version goes on where the lost one stopped.
 """
 
-import asyncio
 import contextlib
 import random
 import time
@@ -19,6 +18,7 @@ from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
 from agent.decisions import Decisions, Trail
 from agent.frames import Accepted, Answer, Ask, Embedded, Failed, Generate, Tokens
+from agent.patience import OutOfPatience, Patience
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
 from agent.placing import Placing
@@ -169,8 +169,9 @@ class Dispatch:
 
     def _is_known(self, model: str) -> bool:
         """Whether some node serves the name; any other is a stranger's text and enters no record."""
-        views = (self.here(), *self._table.view(self._clock()))
-        return any(m.name == model for node in views for m in node.models)
+        return self._pool.has(model) or any(
+            m.name == model for peer in self._table.view(self._clock()) for m in peer.models
+        )
 
     def _admit(self, call: Call, parts: int) -> None:
         most = min(self._limits.in_flight_per_model, self._limits.in_flight_per_key)
@@ -282,7 +283,7 @@ class Dispatch:
         gaps, heard_s = self.trust.gaps(chosen.node, call.model), 0.0
         first_s = self._first_limit_s(chosen, call)
         other = self._has_another(call, chosen.node)
-        async with contextlib.aclosing(answers):
+        async with contextlib.aclosing(answers), contextlib.aclosing(Patience(answers)) as patience:
             while True:
                 if heard_s:
                     limit_s = gaps.limit_s(self._limits.token_gap_s) if other else self._limits.token_gap_s
@@ -291,11 +292,10 @@ class Dispatch:
                 now = self._clock()
                 over_s = call.began_s + self._limits.request_s - now
                 try:
-                    async with asyncio.timeout(max(0.0, min(limit_s, over_s))):
-                        answer = await anext(answers)
+                    answer = await patience.next(max(0.0, min(limit_s, over_s)))
                 except StopAsyncIteration:
                     return
-                except TimeoutError:
+                except OutOfPatience:
                     if over_s <= limit_s:
                         reason = f"the request took over {self._limits.request_s:g} s"
                         raise Retryable(reason, code="deadline_exceeded") from None

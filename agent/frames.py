@@ -3,7 +3,8 @@
 A frame that asks carries an ``id`` chosen by the asker; every answer repeats it. Times are microseconds, integers.
 """
 
-from typing import Any, Literal, Union
+from collections.abc import Sequence
+from typing import Literal, Union
 
 import msgpack
 import msgspec
@@ -59,7 +60,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     the name of the one to call, "" for any, None when the model decides; after the first call of ``one_call`` the
     answer ends. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept on
     disk. ``made`` are tokens of the answer that exist already: it goes on after them, and only exactly ``version`` of
-    the model may do that.
+    the model may do that. Nobody reads a ``whole`` answer before its end, so its pieces may be put together on the way.
     """
 
     id: int
@@ -84,6 +85,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     private: bool = False
     made: tuple[int, ...] = ()
     version: str = ""
+    whole: bool = False
     request_id: str = ""
     door: str = ""
 
@@ -285,24 +287,84 @@ def decode(raw: bytes) -> Frame:
         raise Refused(f"frame: {type(error).__name__}", code="bad_frame") from None
 
 
+TOGETHER_S = 0.25
+"""Tokens of an answer that is read at its end wait for so long for company."""
+
+
+class Together:
+    """Tokens of one answer put together, so that a whole answer is a few frames on its way and not one for each token.
+    What has been put together is still enough for another loader to go on from."""
+
+    def __init__(self) -> None:
+        self._held: list[Tokens] = []
+        self._begun = False
+        self._since_s = 0.0
+
+    def put(self, answer: "Answer", now_s: float) -> tuple["Answer", ...]:
+        """What is to be sent now that ``answer`` has come, in order."""
+        if not isinstance(answer, Tokens):
+            return (*self._taken(), answer)
+        if not self._begun:
+            # when an answer began is worth knowing at once
+            self._begun, self._since_s = True, now_s
+            return (answer,)
+        self._held.append(answer)
+        if now_s - self._since_s < TOGETHER_S:
+            return ()
+        self._since_s = now_s
+        return self._taken()
+
+    def _taken(self) -> tuple["Answer", ...]:
+        held, self._held = self._held, []
+        return (joined(held),) if held else ()
+
+
+def joined(pieces: "Sequence[Tokens]") -> Tokens:
+    """Several pieces of one answer as one. Reasoning comes before text, as it does in an answer."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Tokens(
+        id=pieces[0].id,
+        text="".join(one.text for one in pieces),
+        count=sum(one.count for one in pieces),
+        reasoning="".join(one.reasoning for one in pieces),
+        calls=tuple(call for one in pieces for call in one.calls),
+        scored=tuple(scored for one in pieces for scored in one.scored),
+        ids=tuple(number for one in pieces for number in one.ids),
+    )
+
+
 class Decoder:
     """Frames out of a stream of bytes that may be cut anywhere."""
 
     def __init__(self) -> None:
         self._unpacker = msgpack.Unpacker(raw=False, max_buffer_size=MAX_FRAME_BYTES)
+        self._kept = bytearray()
+        self._from = 0
 
     def feed(self, chunk: bytes) -> list[Frame]:
         """The frames that ``chunk`` completes. Raises Refused for anything that is no frame of ours."""
+        self._kept += chunk
+        found: list[Frame] = []
+        begin = 0
         try:
             self._unpacker.feed(chunk)
-            return [self._frame(mapping) for mapping in self._unpacker]
-        except (msgpack.UnpackException, ValueError, UnicodeDecodeError, RecursionError) as error:
-            raise Refused(f"frame: {type(error).__name__}", code="bad_frame") from None
-
-    @staticmethod
-    def _frame(mapping: Any) -> Frame:
-        try:
-            frame: Frame = msgspec.convert(mapping, Frame)
+            # msgpack finds where a frame ends, wherever the stream is cut; msgspec reads it, typed and at once
+            while (end := self._next_end()) is not None:
+                found.append(_decoder.decode(memoryview(self._kept)[begin:end]))
+                begin = end
         except msgspec.ValidationError as error:
             raise Refused(f"frame: {error}", code="bad_frame") from None
-        return frame
+        except (msgpack.UnpackException, ValueError, UnicodeDecodeError, RecursionError) as error:
+            raise Refused(f"frame: {type(error).__name__}", code="bad_frame") from None
+        del self._kept[:begin]
+        self._from += begin
+        return found
+
+    def _next_end(self) -> int | None:
+        """Where the next whole frame in ``_kept`` ends; None when it is not there yet."""
+        try:
+            self._unpacker.skip()
+        except msgpack.OutOfData:
+            return None
+        return int(self._unpacker.tell()) - self._from

@@ -2,9 +2,10 @@
 every answer has to be. Never retries; who calls decides."""
 
 import contextlib
+import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import aiohttp
 import msgspec
@@ -18,6 +19,10 @@ CONNECT_TIMEOUT_S = 2.0
 MAX_BEAT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 8 << 10
 _READ_BYTES = 1 << 16
+
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+_ENDS = (Done, Failed)
+_ANSWERS = (Accepted, Tokens, Embedded, Done, Failed)
 
 _WHY = {
     "not_a_peer": "refuses the rack secret; peers.secret must be the same on all nodes",
@@ -35,6 +40,8 @@ class PeerClient:
         self._key = Key(secret)
         self._node = node
         self._wall_ms = wall_ms
+        self._born = secrets.token_hex(8) + "."
+        self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self._open: dict[str, set[aiohttp.ClientResponse]] = {}
 
@@ -42,7 +49,7 @@ class PeerClient:
         """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
         should be."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        nonce = secrets.token_hex(8)
+        nonce = self._nonce()
         try:
             headers = self._headers("GET", "/peer/v1/beat", b"", nonce)
             async with self._opened().get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout) as answer:
@@ -67,12 +74,19 @@ class PeerClient:
         """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
         decoder, finished = Decoder(), False
         try:
-            async with self._posted(node, url, encode(request)) as answer:
+            answer = await self._posted(node, url, encode(request))
+            opened = self._open.setdefault(node, set())
+            opened.add(answer)
+            try:
                 while chunk := await answer.content.read(_READ_BYTES):
                     for frame in decoder.feed(chunk):
-                        if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
-                            finished = finished or isinstance(frame, Done | Failed)
+                        if isinstance(frame, _ANSWERS):
+                            finished = finished or isinstance(frame, _ENDS)
                             yield frame
+            finally:
+                opened.discard(answer)
+                # one that is read to its end goes back to the pool; any other is cut, and its work with it
+                answer.release() if finished and answer.content.is_eof() else answer.close()
         except Refused as error:
             if error.code == "body_too_large":
                 raise
@@ -93,25 +107,26 @@ class PeerClient:
         if self._session is not None:
             await self._session.close()
 
-    @contextlib.asynccontextmanager
-    async def _posted(self, node: str, url: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        nonce = secrets.token_hex(8)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+    async def _posted(self, node: str, url: str, body: bytes) -> aiohttp.ClientResponse:
+        """An answer that is a node's of this rack; to be released or closed. Raises RackError."""
+        nonce = self._nonce()
         headers = self._headers("POST", "/peer/v1/generate", body, nonce)
-        posting = self._opened().post(f"{url}/peer/v1/generate", data=body, headers=headers, timeout=timeout)
-        async with posting as answer:
+        answer = await self._opened().post(f"{url}/peer/v1/generate", data=body, headers=headers, timeout=_NO_TIMEOUT)
+        try:
             if answer.status == 413:
                 raise Refused("the request is too large to be forwarded", code="body_too_large")
             if answer.status != 200:
                 raise await _refusal(url, answer)
             if not self._key.is_answer(answer.headers.get(ANSWER_HEADER, ""), nonce, node):
                 raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
-            opened = self._open.setdefault(node, set())
-            opened.add(answer)
-            try:
-                yield answer
-            finally:
-                opened.discard(answer)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def _nonce(self) -> str:
+        """Never used before: by this process because it counts, by another because of its random beginning."""
+        return f"{self._born}{next(self._count):x}"
 
     def _headers(self, method: str, path: str, body: bytes, nonce: str) -> dict[str, str]:
         return {

@@ -133,4 +133,4 @@ class Placing:
         )
 
     def _is_here(self, model: str) -> bool:
-        return any(one.name == model for one in self._pool.views())
+        return self._pool.has(model)

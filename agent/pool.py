@@ -108,6 +108,10 @@ class Pool:
             for name in slot.names
         )
 
+    def has(self, name: str) -> bool:
+        """Whether this node serves a name, whatever its state."""
+        return any(name in slot.names for slot in self._slots)
+
     def prefixes(self) -> dict[str, PrefixTable]:
         """What each served name's loader was given lately."""
         return {name: slot.loaded.process.prefixes for slot in self._slots if slot.loaded for name in slot.names}

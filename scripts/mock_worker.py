@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from agent.frames import Accepted, Done, Failed, Generate, Tokens, decode, encode
+from agent.frames import Accepted, Answer, Done, Failed, Generate, Together, Tokens, decode, encode
 from agent.peers import Beat
 from agent.routing import ModelView
 from agent.signing import ANSWER_HEADER, PROTOCOL, Key
@@ -115,8 +115,14 @@ class MockWorker:
             response = web.StreamResponse(headers={ANSWER_HEADER: self._key.answer(_nonce(request), self.node)})
             await response.prepare(request)
             assert isinstance(asked, Generate)
+            # as an agent does: the pieces of a whole answer travel together
+            together = Together() if asked.whole else None
             async for piece in self._pieces(asked):
-                await response.write(piece)
+                due = together.put(piece, time.monotonic()) if together is not None else (piece,)
+                if due:
+                    await response.write(b"".join(encode(one) for one in due))
+            if self.mode == "garbage":
+                await response.write(b"\xc1\xc1\xc1")
             if self.mode == "breaks" and request.transport is not None:
                 request.transport.abort()
             return response
@@ -124,27 +130,25 @@ class MockWorker:
             self.now -= 1
             self.ended += 1
 
-    async def _pieces(self, asked: Generate) -> AsyncIterator[bytes]:
+    async def _pieces(self, asked: Generate) -> AsyncIterator[Answer]:
         words = min(self.words, asked.max_tokens or self.words)
         if self.mode == "refuses":
-            yield encode(Failed(id=1, code="context_length_exceeded", message="too long", param="max_tokens"))
+            yield Failed(id=1, code="context_length_exceeded", message="too long", param="max_tokens")
             return
-        yield encode(Accepted(id=1, prompt_tok=9, cached_tok=0, version="mock", node=self.node))
+        yield Accepted(id=1, prompt_tok=9, cached_tok=0, version="mock", node=self.node)
         for number in range(len(asked.made), words):
             if number == words // 2:
-                if self.mode == "breaks":
+                if self.mode in ("breaks", "garbage"):
                     return
                 if self.mode == "error":
-                    yield encode(Failed(id=1, code="engine_failed", message="the engine failed", retryable=True))
-                    return
-                if self.mode == "garbage":
-                    yield b"\xc1\xc1\xc1"
+                    yield Failed(id=1, code="engine_failed", message="the engine failed", retryable=True)
                     return
                 if self.mode == "stalls":
                     await asyncio.sleep(3600)
-            await asyncio.sleep(self.gap_s * (10 if self.mode == "slow" else 1))
-            yield encode(Tokens(id=1, text="word ", count=1, ids=(number,)))
-        yield encode(Done(id=1, finish="stop", prompt_tok=9, cached_tok=0, completion_tok=words))
+            if self.gap_s:
+                await asyncio.sleep(self.gap_s * (10 if self.mode == "slow" else 1))
+            yield Tokens(id=1, text="word ", count=1, ids=(number,))
+        yield Done(id=1, finish="stop", prompt_tok=9, cached_tok=0, completion_tok=words)
 
 
 def _nonce(request: web.Request) -> str:

@@ -59,15 +59,16 @@ class Sketch:
         """How many values were added."""
         return self.zero + sum(self.buckets.values())
 
-    def add(self, value: int) -> None:
-        """Count one value (an integer >= 0); negative values count as zero, because a clock stepped back."""
+    def add(self, value: int, times: int = 1) -> None:
+        """Count a value (an integer >= 0), so many times; negative values count as zero, because a clock stepped
+        back."""
         value = max(0, value)
         if value == 0:
-            self.zero += 1
+            self.zero += times
         else:
             index = bucket_index(value)
-            self.buckets[index] = self.buckets.get(index, 0) + 1
-        self.sum += value
+            self.buckets[index] = self.buckets.get(index, 0) + times
+        self.sum += value * times
         self.min = value if self.min is None else min(self.min, value)
         self.max = value if self.max is None else max(self.max, value)
 

@@ -63,7 +63,7 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
         Call(
-            ask=msgspec.structs.replace(wanted.generate, prompt=prompt),
+            ask=wanted.generate if prompt is None else msgspec.structs.replace(wanted.generate, prompt=prompt),
             request_id=request[REQUEST_ID] if index == 0 else f"{request[REQUEST_ID]}-{index}",
             key_id=key_id,
             whole=not wanted.stream,
@@ -78,6 +78,8 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
 async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
     """Every choice, complete. The first part that fails ends the others."""
     with request.app[CONTEXT].dispatch.enter(calls):
+        if len(calls) == 1:
+            return [await _collected(request, calls[0])]
         tasks = [asyncio.create_task(_collected(request, call)) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))

@@ -1,11 +1,14 @@
 """Prometheus metrics of this node, in base units; labels are model, outcome and the like, never a client's text."""
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from agent.collectors.inference import Answered
 from agent.frames import Reported
@@ -55,9 +58,12 @@ class Metrics:
         self._continued = self._counter(
             "continuations", "Answers that another loader went on with after the first byte.", ("model",)
         )
-        self._ttft = self._histogram("time_to_first_token_seconds", "From request to first token.")
-        self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one answer.")
-        self._total = self._histogram("request_seconds", "From request to the end of the answer.")
+        self._latencies = {
+            "time_to_first_token_seconds": _Latency("From request to first token."),
+            "inter_token_latency_seconds": _Latency("Between two tokens of one answer."),
+            "request_seconds": _Latency("From request to the end of the answer."),
+        }
+        self._ttft, self._itl, self._total = self._latencies.values()
         self._busy = self._counter("engine_busy_seconds", "Work of the engine.", ("model", "phase"))
         self._engine = {
             field: self._counter(f"engine_{name}", text, ("model",)) for field, (name, text) in _ENGINE.items()
@@ -66,21 +72,18 @@ class Metrics:
         self._evicted = self._counter("model_evictions", "Models that left memory.", ("model", "reason"))
         self._missed = self._counter("model_misses", "First requests for models that had left memory.", ("model",))
         self._swaps = self._counter("swaps", "Swaps by how they ended.", ("model", "outcome"))
+        self._by_model: dict[str, _ByModel] = {}
         self._registry.register(_Gauges(status, peers))
+        self._registry.register(_Histograms(self._latencies))
 
     def answered(self, one: Answered) -> None:
         """Count one request."""
+        by_model = self._by_model.get(one.model)
+        if by_model is None:
+            # looking a label up costs more than counting
+            by_model = self._by_model[one.model] = _ByModel(self, one.model)
+        by_model.count(one)
         self._requests.labels(one.model, one.outcome).inc(one.requests)
-        self._prompt.labels(one.model).inc(one.prompt_tok)
-        self._cached.labels(one.model).inc(one.cached_tok)
-        self._completion.labels(one.model).inc(one.completion_tok)
-        self._retries.labels(one.model).inc(one.retries)
-        self._continued.labels(one.model).inc(one.continuations)
-        self._total.labels(one.model).observe(one.total_us / 1e6)
-        if one.ttft_us is not None:
-            self._ttft.labels(one.model).observe(one.ttft_us / 1e6)
-        for gap in one.itl_us:
-            self._itl.labels(one.model).observe(gap / 1e6)
 
     def engine(self, model: str, reported: Reported) -> None:
         """Add what an engine did since it last said so."""
@@ -111,8 +114,67 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"mlxrack_{name}", text, ("model",), registry=self._registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"mlxrack_{name}", text, ("model",), buckets=_LATENCY_BUCKETS, registry=self._registry)
+
+class _Counts:
+    """One model's values by bucket. The client library's histogram takes one value at a time, and five times as
+    long."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_LATENCY_BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value in seconds, so many times."""
+        self.counts[bisect_left(_LATENCY_BUCKETS, value)] += times
+        self.sum += value * times
+
+
+class _Latency:
+    """One histogram for every model."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.models: dict[str, _Counts] = {}
+
+    def of(self, model: str) -> _Counts:
+        """One model's."""
+        return self.models.setdefault(model, _Counts())
+
+
+class _Histograms(Collector):
+    def __init__(self, latencies: Mapping[str, _Latency]) -> None:
+        self._latencies = latencies
+
+    def collect(self) -> list[HistogramMetricFamily]:
+        found = []
+        for name, latency in self._latencies.items():
+            family = HistogramMetricFamily(f"mlxrack_{name}", latency.text, labels=["model"])
+            for model, one in latency.models.items():
+                uppers = [*(floatToGoString(edge) for edge in _LATENCY_BUCKETS), "+Inf"]  # type: ignore[no-untyped-call]
+                family.add_metric([model], list(zip(uppers, accumulate(one.counts), strict=True)), one.sum)
+            found.append(family)
+        return found
+
+
+class _ByModel:
+    """The series of one model."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        counted = ("prompt_tok", "cached_tok", "completion_tok", "retries", "continuations")
+        families = (metrics._prompt, metrics._cached, metrics._completion, metrics._retries, metrics._continued)
+        self._counters = [(name, family.labels(model)) for name, family in zip(counted, families, strict=True)]
+        self._ttft, self._itl, self._total = (one.of(model) for one in (metrics._ttft, metrics._itl, metrics._total))
+
+    def count(self, one: Answered) -> None:
+        """Add one request."""
+        for name, counter in self._counters:
+            if amount := getattr(one, name):
+                counter.inc(amount)
+        self._total.observe(one.total_us / 1e6)
+        if one.ttft_us is not None:
+            self._ttft.observe(one.ttft_us / 1e6)
+        for gap, times in one.itl_us:
+            self._itl.observe(gap / 1e6, times)
 
 
 class _Gauges(Collector):

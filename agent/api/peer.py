@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, note
-from agent.frames import MAX_FRAME_BYTES, Accepted, Done, Embed, Failed, Frame, Generate, decode, encode
+from agent.frames import MAX_FRAME_BYTES, Accepted, Done, Embed, Failed, Frame, Generate, Together, decode, encode
 from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
 
@@ -38,6 +38,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(
         headers={"Content-Type": _MSGPACK, ANSWER_HEADER: context.rack_key.answer(signed.nonce, here)}
     )
+    pieces = Together() if isinstance(wanted, Generate) and wanted.whole else None
     await response.prepare(request)
     try:
         async with contextlib.aclosing(context.dispatch.work(wanted)) as answers:
@@ -46,7 +47,9 @@ async def generate(request: web.Request) -> web.StreamResponse:
                     note(request, version=answer.version, prompt_tok=answer.prompt_tok, cached_tok=answer.cached_tok)
                 elif isinstance(answer, Done):
                     note(request, completion_tok=answer.completion_tok, finish=answer.finish)
-                await response.write(encode(answer))
+                due = pieces.put(answer, time.monotonic()) if pieces is not None else (answer,)
+                if due:
+                    await response.write(b"".join(encode(one) for one in due))
     except RackError as error:
         await response.write(encode(_failed(error)))
     await response.write_eof()

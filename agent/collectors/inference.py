@@ -11,7 +11,8 @@ from shared.sketch import Sketch
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """One request that ended, or a further answer to it (``requests`` 0).
 
-    Absent times are None: a refused request has no first token.
+    Absent times are None: a refused request has no first token. ``itl_us`` are gaps between tokens and how many there
+    were of each.
     """
 
     model: str
@@ -28,7 +29,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     cached_tok: int = 0
     completion_tok: int = 0
     ttft_us: int | None = None
-    itl_us: tuple[int, ...] = ()
+    itl_us: tuple[tuple[int, int], ...] = ()
     total_us: int = 0
 
 
@@ -62,8 +63,8 @@ class Ledger:
         into.completion_tok += one.completion_tok
         if one.ttft_us is not None:
             into.ttft.add(one.ttft_us)
-        for gap in one.itl_us:
-            into.itl.add(gap)
+        for gap, times in one.itl_us:
+            into.itl.add(gap, times)
         into.total.add(one.total_us)
         self._on_answered(one)
 

@@ -171,7 +171,7 @@ def test_the_ledger_counts_each_request_once() -> None:
                 prompt_tok=5,
                 completion_tok=2,
                 ttft_us=total,
-                itl_us=(1, 2),
+                itl_us=((1, 1), (2, 1)),
                 total_us=total,
                 retries=1,
             )

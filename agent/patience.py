@@ -1,0 +1,61 @@
+"""A bound on waiting that is cheap to renew: one timer for a whole stream instead of one for each of its pieces."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class OutOfPatience(Exception):
+    """Nothing came in time."""
+
+
+class Patience(Generic[T]):
+    """Takes pieces from ``source``, each within a limit. To be closed when it is needed no more."""
+
+    def __init__(self, source: AsyncIterator[T]) -> None:
+        self._source = source
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[object] | None = None
+        self._until_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    async def next(self, limit_s: float) -> T:
+        """The next piece. Raises OutOfPatience, and StopAsyncIteration at the end."""
+        self._until_s = self._loop.time() + limit_s
+        if self._timer is None or self._timer.when() > self._until_s:
+            self._arm(self._until_s)
+        self._task = asyncio.current_task()
+        try:
+            return await anext(self._source)
+        except asyncio.CancelledError:
+            if self._expired and self._task is not None and self._task.uncancel() <= 0:
+                raise OutOfPatience from None
+            raise
+        finally:
+            self._task, self._expired = None, False
+
+    async def aclose(self) -> None:
+        """No more timers."""
+        self._disarm()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self, at_s: float) -> None:
+        self._disarm()
+        self._timer = self._loop.call_at(at_s, self._rung)
+
+    def _rung(self) -> None:
+        self._timer = None
+        if self._task is None:
+            return  # nobody waits; the next wait arms it again
+        if self._loop.time() < self._until_s:
+            self._arm(self._until_s)
+            return
+        self._expired = True
+        self._task.cancel()

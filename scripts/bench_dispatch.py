@@ -1,0 +1,405 @@
+"""``make bench-dispatch``: what the door costs, beside the least a proxy can do and beside LiteLLM's.
+
+One mock backend answers all of them: directly, through forty lines of aiohttp that look at nothing, through an agent to
+which it is an authenticated peer, and through LiteLLM's proxy in a virtual environment of its own. They take turns in
+interleaved rounds with the same requests; medians, their spread and ratios of the same run are printed. Refuses to
+report from a machine that is busy with other things.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from scripts.fetch_demo_model import default_folder
+from scripts.seaweed import free_port
+
+BUILD = Path("build/bench-dispatch")
+SECRET = "the secret of the bench's rack"
+BUSY = 0.6
+CONNECTIONS = 32
+ROUND_S = 3.0
+RATE_PER_S = 50
+STREAMS = 16
+WORDS = 400
+LITELLM = "litellm[proxy]==1.106.2"
+
+MINIMAL = r"""
+import sys
+import aiohttp
+from aiohttp import web
+
+async def proxy(request):
+    body = await request.read()
+    async with request.app["session"].post(sys.argv[2] + request.path, data=body,
+                                            headers={"Content-Type": "application/json"}) as answer:
+        if answer.content_type != "text/event-stream":
+            return web.Response(body=await answer.read(), status=answer.status, content_type=answer.content_type)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        async for chunk in answer.content.iter_any():
+            await response.write(chunk)
+        return response
+
+async def session(app):
+    app["session"] = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    yield
+    await app["session"].close()
+
+app = web.Application()
+app.cleanup_ctx.append(session)
+app.router.add_post("/v1/chat/completions", proxy)
+web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print=None)
+"""
+
+
+class Program(NamedTuple):
+    """Something that answers chat completions on a port of loopback."""
+
+    name: str
+    port: int
+    key: str = ""
+
+
+class Answers(NamedTuple):
+    """Of one round: how many a second, and the times of each in seconds."""
+
+    per_s: float
+    times: list[float]
+
+
+# ---- clients ----
+
+
+class _Client(asyncio.Protocol):
+    """One connection that speaks just enough HTTP to keep a server busy; a client library would be what is measured."""
+
+    def __init__(self, request: bytes, done: Callable[[float, int], bytes | None]) -> None:
+        self._request = request
+        self._done = done
+        self._buffer = b""
+        self._began = 0.0
+        self._transport: asyncio.Transport | None = None
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.send(self._request)
+
+    def send(self, request: bytes) -> None:
+        self._began = time.perf_counter()
+        assert self._transport is not None
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while (end := _end_of(self._buffer)) is not None:
+            status, rest = int(self._buffer[9:12]), self._buffer[end:]
+            if status != 200:
+                raise SystemExit(f"answered {self._buffer[:600]!r}")
+            chunks = self._buffer[:end].count(b"data: ")
+            self._buffer = rest
+            again = self._done(time.perf_counter() - self._began, chunks)
+            if again is None:
+                assert self._transport is not None
+                self._transport.close()
+                return
+            self.send(again)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+def _end_of(buffer: bytes) -> int | None:
+    """Where the first answer ends; None while it is not whole."""
+    head = buffer.find(b"\r\n\r\n")
+    if head < 0:
+        return None
+    lines = buffer[:head].lower()
+    at = lines.find(b"content-length:")
+    if at >= 0:
+        length = int(lines[at + 15 :].split(b"\r\n", 1)[0])
+        return head + 4 + length if len(buffer) >= head + 4 + length else None
+    end = buffer.find(b"0\r\n\r\n", head + 4)
+    # the last chunk alone ends in a size of nothing; "0" inside an event is followed by its own line's end
+    while end >= 0 and buffer[end - 2 : end] != b"\r\n":
+        end = buffer.find(b"0\r\n\r\n", end + 1)
+    return end + 5 if end >= 0 else None
+
+
+def request_bytes(program: Program, *, stream: bool = False, words: int = 16) -> bytes:
+    """A chat completion as it goes over the wire."""
+    body = {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant. " * 20},
+            {"role": "user", "content": "What is a rack? " * 8},
+        ],
+        "max_tokens": words,
+        "stream": stream,
+    }
+    raw = json.dumps(body).encode()
+    key = f"Authorization: Bearer {program.key}\r\n" if program.key else ""
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{program.port}\r\n{key}"
+        f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    )
+    return head.encode() + raw
+
+
+async def closed_loop(program: Program, seconds: float, connections: int = CONNECTIONS) -> Answers:
+    """As many as it can, over so many connections."""
+    request, times, until = request_bytes(program), [], time.perf_counter() + seconds
+
+    def done(took: float, _: int) -> bytes | None:
+        times.append(took)
+        return request if time.perf_counter() < until else None
+
+    began = time.perf_counter()
+    await _connected(program, [request] * connections, done)
+    return Answers(len(times) / (time.perf_counter() - began), times)
+
+
+async def open_loop(program: Program, seconds: float, per_s: float) -> Answers:
+    """So many a second, at random moments, whatever becomes of them."""
+    dice, tasks, times = random.Random(7), [], []
+    request = request_bytes(program)
+
+    def done(took: float, _: int) -> bytes | None:
+        times.append(took)
+        return None
+
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        tasks.append(asyncio.create_task(_connected(program, [request], done)))
+        await asyncio.sleep(dice.expovariate(per_s))
+    await asyncio.gather(*tasks)
+    return Answers(len(times) / seconds, times)
+
+
+async def streams(program: Program, count: int, words: int) -> Answers:
+    """Events a second of so many streams at the same time."""
+    chunks: list[int] = []
+
+    def done(_: float, seen: int) -> bytes | None:
+        chunks.append(seen)
+        return None
+
+    began = time.perf_counter()
+    await _connected(program, [request_bytes(program, stream=True, words=words)] * count, done)
+    took = time.perf_counter() - began
+    assert sum(chunks) >= count * words, "a stream was cut short"
+    return Answers(sum(chunks) / took, [took])
+
+
+async def _connected(program: Program, requests: list[bytes], done: Callable[[float, int], bytes | None]) -> None:
+    loop = asyncio.get_running_loop()
+    clients = []
+    for request in requests:
+        _, client = await loop.create_connection(lambda r=request: _Client(r, done), "127.0.0.1", program.port)  # type: ignore[misc]
+        clients.append(client.closed)
+    await asyncio.gather(*clients)
+
+
+# ---- servers ----
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs while it is needed."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **(env or {})})
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_for(program: Program, process: subprocess.Popen[bytes], log: Path, limit_s: float = 90.0) -> None:
+    """Until it answers a completion."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            asyncio.run(closed_loop(program, 0.01, 1))
+            return
+        except (OSError, SystemExit):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{program.name} does not answer: {log.read_text()[-800:]}") from None
+            time.sleep(0.2)
+
+
+def agent_config(folder: Path, port: int, backend: int) -> Path:
+    """An agent whose only peer is the backend."""
+    path = folder / "agent.toml"
+    path.write_text(
+        f'[node]\nid = "door"\nrack = "r"\n[listen]\nport = {port}\n[paths]\nstate = "{folder / "state"}"\n'
+        f'[store]\nkind = "directory"\npath = "{folder / "bucket"}"\n'
+        "[limits]\nin_flight_per_model = 512\nin_flight_per_key = 512\n"
+        f'[peers]\nsecret = "env:BENCH_SECRET"\n[[peers.nodes]]\nid = "mock"\nurl = "http://127.0.0.1:{backend}"\n'
+    )
+    return path
+
+
+def litellm_config(folder: Path, backend: int) -> Path:
+    """LiteLLM's proxy with one model."""
+    path = folder / "litellm.yaml"
+    path.write_text(
+        "model_list:\n  - model_name: m\n    litellm_params:\n      model: openai/m\n"
+        f"      api_base: http://127.0.0.1:{backend}/v1\n      api_key: none\n"
+        "litellm_settings:\n  telemetry: false\n"
+    )
+    return path
+
+
+def litellm_program(folder: Path) -> str | None:
+    """Its program in an environment of its own, installed once; None where it cannot be had."""
+    place = folder / "bench-litellm"
+    program = place / "bin" / "litellm"
+    if not program.exists():
+        print(f"installing {LITELLM} into {place.name}, once", file=sys.stderr)
+        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", LITELLM]
+        made = subprocess.run([sys.executable, "-m", "venv", str(place)], check=False).returncode == 0
+        if not made or subprocess.run(pip, check=False).returncode != 0:
+            return None
+    return str(program)
+
+
+@contextlib.contextmanager
+def programs(build: Path, *, with_litellm: bool, gap_s: float = 0.0) -> Iterator[list[Program]]:
+    """The backend and everything in front of it."""
+    build.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        backend = Program("direct", free_port())
+        mock = [sys.executable, "-m", "scripts.mock_worker", "--port", str(backend.port), "--secret", SECRET]
+        process = stack.enter_context(started([*mock, "--words", "100000", "--gap-s", str(gap_s)], build / "mock.log"))
+        wait_for(backend, process, build / "mock.log")
+        found = [backend]
+        minimal = Program("minimal", free_port())
+        command = [sys.executable, "-c", MINIMAL, str(minimal.port), f"http://127.0.0.1:{backend.port}"]
+        process = stack.enter_context(started(command, build / "minimal.log"))
+        wait_for(minimal, process, build / "minimal.log")
+        found.append(minimal)
+        agent = Program("agent", free_port())
+        config = agent_config(build, agent.port, backend.port)
+        script = str(Path(sys.executable).parent / "mlxrack-agent")
+        command = [script, "run", "--config", str(config)]
+        process = stack.enter_context(started(command, build / "agent.log", {"BENCH_SECRET": SECRET}))
+        wait_for(agent, process, build / "agent.log")
+        found.append(agent)
+        if with_litellm and (program := litellm_program(default_folder().parent)):
+            rival = Program("litellm", free_port(), key="sk-none")
+            config = litellm_config(build, backend.port)
+            command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(rival.port)]
+            quiet = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+            process = stack.enter_context(started(command, build / "litellm.log", quiet))
+            wait_for(rival, process, build / "litellm.log", 180)
+            found.append(rival)
+        yield found
+
+
+# ---- report ----
+
+
+def interleaved(found: list[Program], rounds: int, once: Callable[[Program], Answers]) -> dict[str, list[Answers]]:
+    """Each program once in each round, in an order by dice."""
+    dice = random.Random(3)
+    results: dict[str, list[Answers]] = {program.name: [] for program in found}
+    for _ in range(rounds):
+        for program in dice.sample(found, len(found)):
+            results[program.name].append(once(program))
+    return results
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):>8.1f}  ({min(values):.1f} to {max(values):.1f})"
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which ``share`` of them lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; 1 when a bar is not reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-litellm", action="store_true")
+    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
+    args = parser.parse_args(argv)
+    busy = psutil.cpu_percent(1.0) / 100
+    if busy > BUSY and not args.anyway:
+        print(f"this machine is {busy:.0%} busy with other things; nothing measured now would mean much")
+        return 2
+    with programs(BUILD, with_litellm=not args.no_litellm) as found:
+        ok = report(found, args.rounds)
+    return 0 if ok else 1
+
+
+def report(found: list[Program], rounds: int) -> bool:
+    """All measurements and ratios."""
+    medians: dict[str, float] = {}
+    print(f"requests a second, {CONNECTIONS} connections, {rounds} interleaved rounds of {ROUND_S:g} s")
+    for name, answers in interleaved(found, rounds, lambda p: asyncio.run(closed_loop(p, ROUND_S))).items():
+        print(f"  {name:<8} {spread([one.per_s for one in answers])}")
+        medians[name] = statistics.median([one.per_s for one in answers])
+    direct: dict[float, float] = {}
+    added: dict[float, float] = {}
+    print(f"milliseconds at {RATE_PER_S} requests a second, {rounds} interleaved rounds of {ROUND_S:g} s")
+    for name, answers in interleaved(found, rounds, lambda p: asyncio.run(open_loop(p, ROUND_S, RATE_PER_S))).items():
+        times = [took * 1000 for one in answers for took in one.times]
+        for share in (0.5, 0.99):
+            if name == "direct":
+                direct[share] = quantile(times, share)
+            if name == "agent":
+                added[share] = quantile(times, share) - direct[share]
+        more = "  ".join(f"p{share * 100:.0f} {quantile(times, share):.2f}" for share in (0.5, 0.99))
+        print(f"  {name:<8} {more}  added p50 {quantile(times, 0.5) - direct[0.5]:.2f}")
+    chunks: dict[str, float] = {}
+    print(f"events a second, {STREAMS} streams of {WORDS} words, {rounds} interleaved rounds")
+    fast = [one for one in found if one.name != "litellm"]
+    for name, answers in interleaved(fast, rounds, lambda p: asyncio.run(streams(p, STREAMS, WORDS))).items():
+        print(f"  {name:<8} {spread([one.per_s for one in answers])}")
+        chunks[name] = statistics.median([one.per_s for one in answers])
+    return verdict(medians, added, chunks)
+
+
+def verdict(medians: dict[str, float], added: dict[float, float], chunks: dict[str, float]) -> bool:
+    """Each bar, and whether it is reached."""
+    bars: list[tuple[str, float, float, bool]] = [
+        ("requests a second, agent / minimal proxy", medians["agent"] / medians["minimal"], 0.4, True),
+        ("added p50, ms", added[0.5], 2.0, False),
+        ("added p99, ms", added[0.99], 8.0, False),
+        ("events a second", chunks["agent"], 8000.0, True),
+    ]
+    if "litellm" in medians:
+        bars.append(("requests a second, agent / LiteLLM", medians["agent"] / medians["litellm"], 15.0, True))
+    good = True
+    for name, value, bar, at_least in bars:
+        reached = value >= bar if at_least else value <= bar
+        good = good and reached
+        print(f"{'ok  ' if reached else 'MISS'} {name}: {value:.2f} ({'at least' if at_least else 'at most'} {bar:g})")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())
