@@ -13,7 +13,7 @@ import resource
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ class Daemon:
             lambda: open_store(config.store, environ),
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
+            on_peers=self._meet,
         )
         self.prober = Prober(
             self.table,
@@ -242,6 +243,13 @@ class Daemon:
             t_ms=_wall_ms(),
         )
 
+    def _meet(self, peers: Sequence[tuple[str, str]]) -> None:
+        """From now on these are the other nodes. Without a secret there are none: nobody could prove to be one."""
+        if self.config.peers.secret:
+            self.table.become(peers, time.monotonic())
+        elif peers:
+            log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
+
     def _heat(self) -> int:
         """The thermal level of the last sample; 0 where the system has none."""
         sample = self.sampler.last_sample
@@ -292,6 +300,7 @@ class Daemon:
             "retries_left": self.dispatch.budget.left(),
             "retries_refused": self.dispatch.budget.refused,
             "swaps": self.pool.swaps()[-5:],
+            "tasks": len(asyncio.all_tasks()),
             "last_requests": [trail.request_id for trail in self.dispatch.decisions.last(20)],
         }
 

@@ -108,6 +108,7 @@ def _candidate(one: Candidate) -> dict[str, Any]:
         "wait_s": round(one.wait_s, 4),
         "prefill_s": round(one.prefill_s, 4),
         "answer_s": round(one.answer_s, 4),
+        "others_s": round(one.others_s, 4),
         "barrier_s": round(one.barrier_s, 4),
         "saved_tok": one.saved_tok,
     }

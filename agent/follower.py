@@ -49,7 +49,7 @@ class _Trouble(msgspec.Struct):
 
 class Follower:
     """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
-    whether another node serves a model now."""
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Follower:
         memory: Path,
         *,
         carried_by_peer: Callable[[str], bool],
+        on_peers: Callable[[Sequence[tuple[str, str]]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -69,6 +70,7 @@ class Follower:
         self._store: ObjectStore | None = None
         self._memory = memory
         self._carried_by_peer = carried_by_peer
+        self._on_peers = on_peers
         self._clock = clock
         self._remembering = threading.Lock()
         self._adopted = self._recall()
@@ -101,6 +103,7 @@ class Follower:
 
     def prepare(self) -> None:
         """At a start: what was served before is loaded right away, and nothing else."""
+        self._tell_peers()
         if not self._follows():
             return
         ordered, assigned = self._adopted.ordered, self._assigned()
@@ -121,8 +124,11 @@ class Follower:
     async def tick(self) -> None:
         """Look, and bring this node closer. A failure is a state, and is tried again after a pause that grows."""
         try:
+            before = self._adopted.desired
             await asyncio.to_thread(self._look)
             self._reason = ""
+            if self._adopted.desired is not before:
+                self._tell_peers()
         except RackError as error:
             self._store = None  # credentials may have changed
             if error.message != self._reason:
@@ -153,6 +159,14 @@ class Follower:
             self._remember(_Adopted(desired=found, served=self._adopted.served))
             self._troubles.clear()
             log.info("desired_adopted", generation=found.generation, follows=self._follows())
+
+    def _tell_peers(self) -> None:
+        """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
+        desired, here = self._adopted.desired, self._config.node.id
+        if desired is None:
+            return
+        named = [(peer.id, peer.url.rstrip("/")) for peer in desired.peers if peer.id != here]
+        self._on_peers(named or [(peer.id, peer.url.rstrip("/")) for peer in self._config.peers.nodes])
 
     def _follows(self) -> bool:
         desired = self._adopted.desired

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from agent.answer_queue import AnswerQueue
 from agent.frames import (
     Accepted,
     Answer,
@@ -93,7 +94,7 @@ class LoaderProcess:
     ) -> None:
         self._process = process
         self._reader, self._writer = reader, writer
-        self._open: dict[int, asyncio.Queue[Answer | None]] = {}
+        self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._reports: asyncio.Queue[Reported] = asyncio.Queue()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -192,7 +193,7 @@ class LoaderProcess:
         """Answers to one request, which ``text`` describes for the books. Leaving early cancels it. Raises Retryable
         when the loader is lost."""
         number = next(self._ids)
-        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        answers = AnswerQueue()
         if not self._open:
             self._heard_s = time.monotonic()
         self._open[number] = answers
@@ -294,7 +295,7 @@ class LoaderProcess:
             self._ready.set_exception(Refused(self._start_failure(), code="loader_died" if died else "bad_model"))
             self._ready.exception()
         for answers in self._open.values():
-            answers.put_nowait(None)
+            answers.put(None)
         self._writer.close()
 
     def _take(self, frame: Frame) -> None:
@@ -303,7 +304,7 @@ class LoaderProcess:
         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
             self._unanswered.pop(frame.id, None)
             if frame.id in self._open:
-                self._open[frame.id].put_nowait(frame)
+                self._open[frame.id].put(frame)
             self._measure(frame)
         elif isinstance(frame, Working):
             self.working = frame

@@ -62,7 +62,7 @@ class MemoryWatch:
                 budget_bytes=budget_bytes,
             )
             self._emit(event)
-            log.warning("memory_pressed", level=event.level, held_bytes=event.held_bytes, budget=budget_bytes)
+            log.warning("memory_pressed", pressure=event.level, held_bytes=event.held_bytes, budget=budget_bytes)
         for action in actions:
             await self._relieve(action)
 

@@ -1,6 +1,7 @@
 """HTTP to the other nodes: beats, and requests that a peer answers. Every request is signed with the rack secret, and
 every answer has to be. Never retries; who calls decides."""
 
+import asyncio
 import contextlib
 import itertools
 import secrets
@@ -44,6 +45,7 @@ class PeerClient:
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self._open: dict[str, set[aiohttp.ClientResponse]] = {}
+        self._waiting: dict[str, dict[asyncio.Task[object], bool]] = {}
 
     async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
         """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
@@ -74,7 +76,7 @@ class PeerClient:
         """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
         decoder, finished = Decoder(), False
         try:
-            answer = await self._posted(node, url, encode(request))
+            answer = await self._begun(node, url, encode(request))
             opened = self._open.setdefault(node, set())
             opened.add(answer)
             try:
@@ -101,11 +103,30 @@ class PeerClient:
         """Cut what is open to a peer that is gone; whoever waits there hears it at once."""
         for answer in list(self._open.get(node, ())):
             answer.close()
+        waiting = self._waiting.get(node, {})
+        for task in waiting:
+            waiting[task] = True
+            task.cancel()
 
     async def close(self) -> None:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
+
+    async def _begun(self, node: str, url: str, body: bytes) -> aiohttp.ClientResponse:
+        """The answer once its head is there, or a Retryable when the peer is given up meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        waiting = self._waiting.setdefault(node, {})
+        waiting[task] = False
+        try:
+            return await self._posted(node, url, body)
+        except asyncio.CancelledError:
+            if waiting[task] and task.uncancel() <= 0:
+                raise Retryable(f"peer {node}: is gone", code="worker_lost") from None
+            raise
+        finally:
+            del waiting[task]
 
     async def _posted(self, node: str, url: str, body: bytes) -> aiohttp.ClientResponse:
         """An answer that is a node's of this rack; to be released or closed. Raises RackError."""

@@ -102,14 +102,15 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A node that could answer, and what that would take, in seconds: until it can begin, for the part of the prompt
-    that it does not know, for the answer, and what speaks against it otherwise. ``measured`` tells its own speed from
-    a guess."""
+    that it does not know, for the answer, what that part of the prompt takes from others, and what speaks against it
+    otherwise. ``measured`` tells its own speed from a guess."""
 
     node: str
     cost_s: float
     wait_s: float
     prefill_s: float
     answer_s: float
+    others_s: float
     barrier_s: float
     saved_tok: int = 0
     last_resort: str = ""
@@ -139,6 +140,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 DEFAULT_PREFILL_TPS = 1_000.0
 DEFAULT_GAP_S = 0.03
+UNKNOWN_TOK = 1 << 30
+OTHERS = 2.0
+"""A prompt that is computed keeps those behind it and beside it waiting, too: so much more than it takes itself.
+Found with scripts/simulate_routing.py: without it conversations leave their prompt caches for every passing
+difference in load."""
 LAST_RESORT_S = 1_000.0
 """A suspect, or a node whose breaker is open, is used only when no other can answer."""
 HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
@@ -146,9 +152,8 @@ HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
 MEMORY_S: Mapping[str, float] = {"calm": 0.0, "soft": 0.5, "hard": 2.0}
 KV_S = 0.15
 """Times k/(1-k) for a room for keys and values that is full by k."""
-NEAR = 0.01
-NEAR_S = 0.002
-"""Candidates within this share (and time) of the best count as equals."""
+NEAR_S = 0.005
+"""Candidates within this of the best count as equals."""
 
 
 def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> Decision:
@@ -157,7 +162,7 @@ def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> 
     1. Candidates are nodes that are not down or lost, not draining, not tried before and have the model ready.
     2. Each costs the seconds in which it would be done: the prompts that are before it and its own, less what the
        prompt cache knows of it, at the measured speed; a row, if none is free; the answer, at the measured gap and
-       as many rows as there would be; and barriers of heat, memory and distance.
+       as many rows as there would be; what the prompt takes from others; and barriers of heat, memory and distance.
     3. The cheapest wins. Among equals this node, else one by dice, so that many doors do not all choose the same.
     4. A suspect, one whose breaker is open or whose loader starts again comes after all others; one whose breaker has
        a request on trial is no candidate at all.
@@ -215,19 +220,22 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     saved_tok = min(known_tok, max(0, request.prompt_tok - 1))
     step_s = gap_s * (1.0 + min(requests + 1, model.rows) / model.rows)
     answer_s = answer_tok * step_s
-    # a row comes free every so often when all are taken
-    for_row_s = max(0, requests + 1 - model.rows) * answer_s / model.rows
+    # a row comes free every so often when all are taken, by answers as long as others' are
+    usual_tok = usual[2] if usual[2] < UNKNOWN_TOK else answer_tok
+    for_row_s = max(0, requests + 1 - model.rows) * usual_tok * step_s / model.rows
     wait_s = max(0, model.prefill_tok + sent_tok) / prefill_tps + for_row_s
     prefill_s = (request.prompt_tok - saved_tok) / prefill_tps
     barrier_s = _barrier_s(node, model)
     resort = _last_resort(request, node, model)
-    cost_s = wait_s + prefill_s + answer_s + barrier_s + (LAST_RESORT_S if resort else 0.0)
+    others_s = OTHERS * prefill_s
+    cost_s = wait_s + prefill_s + answer_s + others_s + barrier_s + (LAST_RESORT_S if resort else 0.0)
     return Candidate(
         node=node.node,
         cost_s=cost_s,
         wait_s=wait_s,
         prefill_s=prefill_s,
         answer_s=answer_s,
+        others_s=others_s,
         barrier_s=barrier_s,
         saved_tok=saved_tok,
         last_resort=resort,
@@ -258,13 +266,13 @@ def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
     return (
         median(speeds) if speeds else DEFAULT_PREFILL_TPS,
         median(gaps) / 1e6 if gaps else DEFAULT_GAP_S,
-        int(median(answers)) or 1 if answers else 1 << 30,
+        int(median(answers)) or 1 if answers else UNKNOWN_TOK,
     )
 
 
 def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
     least = min(one.cost_s for one in weighed)
-    near = [one for one in weighed if one.cost_s <= least * (1 + NEAR) + NEAR_S]
+    near = [one for one in weighed if one.cost_s <= least + NEAR_S]
     local = next((one for one in near if one.node == here), None)
     if local is not None:
         return local

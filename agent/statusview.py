@@ -46,7 +46,7 @@ def why_text(parts: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{step['at_ms']:>10.1f} ms  {words}" + (f": {step['why']}" if step.get("why") else ""))
             if step.get("candidates"):
                 rows = [_candidate_row(one) for one in step["candidates"]]
-                text = table(("NODE", "COST", "WAIT", "PROMPT", "ANSWER", "BARRIERS", "SAVED", "NOTE"), rows)
+                text = table(("NODE", "COST", "WAIT", "PROMPT", "ANSWER", "OTHERS", "BARRIERS", "SAVED", "NOTE"), rows)
                 lines += ["               " + line for line in text.splitlines()]
             lines += [f"               not {node}: {why}" for node, why in step.get("excluded", {}).items()]
     return "\n".join(lines)
@@ -101,7 +101,7 @@ def _model_row(m: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _candidate_row(one: dict[str, Any]) -> tuple[object, ...]:
-    times = (f"{one[name]:.3f} s" for name in ("cost_s", "wait_s", "prefill_s", "answer_s", "barrier_s"))
+    times = (f"{one[name]:.3f} s" for name in ("cost_s", "wait_s", "prefill_s", "answer_s", "others_s", "barrier_s"))
     return (one["node"], *times, f"{one['saved_tok']} tok", one.get("last_resort", ""))
 
 

@@ -28,14 +28,23 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float | None = None
 
 
+class DesiredPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of the rack and where it is found."""
+
+    id: str
+    url: str
+
+
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
-    """``nodes`` holds the assignments of each node by its id; ``note`` says why, for people."""
+    """``nodes`` holds the assignments of each node by its id; ``note`` says why, for people. ``peers``, where there
+    are any, are all nodes of the rack, and take the place of those in agent.toml."""
 
     schema: int = SCHEMA
     generation: int
     written_ms: int = 0
     note: str = ""
     nodes: dict[str, tuple[Assignment, ...]] = {}
+    peers: tuple[DesiredPeer, ...] = ()
 
 
 def parse(raw: bytes) -> DesiredState:
@@ -50,6 +59,7 @@ def parse(raw: bytes) -> DesiredState:
         raise Refused("desired state: its generation is below 1", code="bad_desired")
     for node, assignments in desired.nodes.items():
         _check(node, assignments)
+    _check_peers(desired.peers)
     return desired
 
 
@@ -73,3 +83,17 @@ def _check(node: str, assignments: tuple[Assignment, ...]) -> None:
             check_name(one.version, "version")
         except Refused as error:
             raise Refused(f"desired state: node {node}: {error.message}", code="bad_desired") from None
+
+
+def _check_peers(peers: tuple[DesiredPeer, ...]) -> None:
+    for what, values in (("id", [p.id for p in peers]), ("url", [p.url.rstrip("/") for p in peers])):
+        for value in values:
+            if values.count(value) > 1:
+                raise Refused(f"desired state: two peers have the {what} {value}", code="bad_desired")
+    for peer in peers:
+        try:
+            check_name(peer.id, "id")
+        except Refused as error:
+            raise Refused(f"desired state: peers: {error.message}", code="bad_desired") from None
+        if not peer.url.startswith(("http://", "https://")):
+            raise Refused(f"desired state: peer {peer.id}: its url begins with http:// or https://", code="bad_desired")

@@ -235,12 +235,12 @@ def with_timings(body: Event, calls: Sequence[Call], wanted: AnswerRequest) -> E
 
 def headers(call: Call) -> dict[str, str]:
     """Who answered, by the part that did so first."""
-    request_id = call.request_id.split("-")[0]
-    return {
+    found = {
         "X-Mlxrack-Version": call.version,
         "X-Mlxrack-Node": call.worker,
-        "X-Mlxrack-Request-Id": request_id,
+        "X-Mlxrack-Request-Id": call.request_id.split("-")[0],
     }
+    return {**found, "X-Mlxrack-Retries": str(call.retries)} if call.retries else found
 
 
 def note_calls(request: web.Request, calls: Sequence[Call]) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from agent.config import AgentConfig
 from agent.frames import Done, Generate, Message, Reported, Tokens, Working
+from agent.loader_process import LoaderProcess
 from agent.loaders import Loaders
 from agent.modelstore import ModelStore
 from agent.pool import Pool
@@ -475,6 +476,10 @@ async def test_a_busy_model_makes_room_for_one_that_has_waited_long_enough(tmp_p
         assert min(served.values()) > 10, "each turn serves many requests, not one"
 
 
+def _active(process: LoaderProcess) -> int:
+    return process.working.active_bytes if process.working else 0
+
+
 async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> None:
     """The fake engines say what they hold; giving up the caches brings nothing back as long as they say so."""
     models = [fake("a", fake_held_bytes=70, fake_step_s=0.02), fake("b", fake_held_bytes=70)]
@@ -492,7 +497,7 @@ async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> Non
         assert not pool.refusing
         slot = pool._slot("a")
         assert slot.loaded is not None
-        await until(lambda: slot.loaded is not None and slot.loaded.process.working == Working(active_bytes=1 << 20))
+        await until(lambda: slot.loaded is not None and _active(slot.loaded.process) == 1 << 20)
         slot.loaded.process.working = Working(active_bytes=170)
         await pool.tend()
         await until(lambda: [e.model for e in of(events, ModelEvicted)] == ["b"])

@@ -34,6 +34,8 @@ class Heard(NamedTuple):
     request_id: str = ""
     worker: str = ""
     longest_gap_s: float = 0.0
+    retries: int = 0
+    door: int = 0
 
 
 class Expected:
@@ -73,6 +75,8 @@ async def ask(session: aiohttp.ClientSession, port: int, one: Ask, model: str = 
             heard = heard._replace(
                 request_id=answer.headers.get("X-Mlxrack-Request-Id", ""),
                 worker=answer.headers.get("X-Mlxrack-Node", ""),
+                retries=int(answer.headers.get("X-Mlxrack-Retries", "0")),
+                door=port,
             )
             if answer.status != 200:
                 fault = f"{answer.status}: {(await answer.text())[:200]}"

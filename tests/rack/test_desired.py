@@ -11,7 +11,7 @@ from agent.config import Model
 from agent.model_pull import push
 from agent.modelstore import ModelStore
 from shared.batch import unseal
-from shared.desired import Assignment, DesiredState, encode
+from shared.desired import Assignment, DesiredPeer, DesiredState, encode
 from shared.keys import DESIRED
 from shared.records import DesiredObserved
 from shared.store import list_all
@@ -199,3 +199,25 @@ def test_what_was_ordered_out_stays_out_over_a_restart(tmp_path: Path) -> None:
         publish(tmp_path, 2, assign("m", "plain-weights", tmp_path), assign("k", "plain-weights", tmp_path))
         follows(agent, 2)
         assert sorted(served(agent)) == ["k", "m"]
+
+
+def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
+    """A third node joins, and one of agent.toml leaves, without a word in anybody's configuration."""
+    with rack(tmp_path, [model()], [model()], [model("special")], extra=FAST) as (first, second, third):
+        bucket = DirectoryStore(tmp_path / "bucket")
+
+        def say(generation: int, *agents: Agent) -> None:
+            peers = tuple(DesiredPeer(id=a.node, url=f"http://127.0.0.1:{a.port}") for a in agents)
+            bucket.put(DESIRED, encode(DesiredState(generation=generation, peers=peers)))
+
+        def peers_of(agent: Agent) -> dict[str, str]:
+            return {p["node"]: p["state"] for p in agent.status()["peers"]}
+
+        say(1, first, second)
+        until(lambda: peers_of(first) == {"n2": "up"}, "the third is no peer any more")
+        assert first.chat(model="special").status == 404
+        say(2, first, second, third)
+        until(lambda: peers_of(first) == {"n2": "up", "n3": "up"}, "it has joined")
+        assert first.chat(model="special").headers["X-Mlxrack-Node"] == "n3"
+        bucket.put(DESIRED, encode(DesiredState(generation=3)))
+        until(lambda: set(peers_of(second)) == {"n1", "n3"}, "the configuration's again")

@@ -1,0 +1,301 @@
+"""``make simulate``: where requests go by seconds, by two choices, by least load, at random, on made-up traffic.
+
+Nodes are modelled as what a router can tell of them: prompts are computed one after another at a speed, rows decode
+together, a prompt cache keeps what was used last. Every door knows of a node what it said in its last beat, up to a
+second ago, and what the door itself has sent since. The decisions are agent/routing.py's own.
+"""
+
+import heapq
+import random
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from agent.prefixes import BLOCK_TOK
+from agent.routing import Local, ModelView, NodeView, RouteRequest, choose
+
+BEAT_S = 1.0
+ROWS = 8
+GAP_S = 0.03
+PREFILL_TPS = 1500.0
+Policy = Callable[[random.Random, RouteRequest, Sequence[NodeView]], str]
+
+
+class Request(NamedTuple):
+    """What comes to a door: block numbers of its prompt (those of an earlier turn first) and how long its answer is."""
+
+    at_s: float
+    door: int
+    blocks: tuple[int, ...]
+    answer_tok: int
+
+    @property
+    def prompt_tok(self) -> int:
+        """All of the prompt."""
+        return len(self.blocks) * BLOCK_TOK
+
+
+@dataclass
+class Node:
+    """One machine; ``speed`` 1 is the usual one."""
+
+    name: str
+    speed: float = 1.0
+    cache_blocks: int = 2000
+    free_s: float = 0.0
+    rows: list[float] = field(default_factory=list)
+    waiting: list[tuple[float, int]] = field(default_factory=list)
+    cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    work_s: float = 0.0
+    served: int = 0
+    cached_tok: int = 0
+
+    def take(self, request: Request) -> tuple[float, float]:
+        """Answer it; when its first token and its last come."""
+        known = 0
+        for block in request.blocks:
+            if block not in self.cache:
+                break
+            known += 1
+        self.keep(request.blocks)
+        self.served += 1
+        self.cached_tok += known * BLOCK_TOK
+        while self.rows and self.rows[0] <= request.at_s:
+            heapq.heappop(self.rows)
+        row_s = self.rows[0] if len(self.rows) >= ROWS else request.at_s
+        if len(self.rows) >= ROWS:
+            heapq.heappop(self.rows)
+        fresh_tok = max(1, request.prompt_tok - known * BLOCK_TOK)
+        prefill_s = fresh_tok / (PREFILL_TPS * self.speed)
+        first_s = max(request.at_s, self.free_s, row_s) + prefill_s
+        self.free_s = first_s
+        step_s = GAP_S / self.speed * (1.0 + min(len(self.rows) + 1, ROWS) / ROWS)
+        last_s = first_s + request.answer_tok * step_s
+        heapq.heappush(self.rows, last_s)
+        self.waiting.append((first_s, fresh_tok))
+        self.work_s += prefill_s + request.answer_tok * GAP_S / self.speed / ROWS * 2
+        return first_s, last_s
+
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Blocks that are in the prompt cache from now on."""
+        for block in reversed(blocks):
+            self.cache[block] = None
+            self.cache.move_to_end(block)
+        while len(self.cache) > self.cache_blocks:
+            self.cache.popitem(last=False)
+
+    def beat(self, now_s: float, running: int) -> NodeView:
+        """What it says of itself."""
+        self.waiting = [one for one in self.waiting if one[0] > now_s]
+        view = ModelView(
+            name="m",
+            version="v",
+            ready=True,
+            in_flight=running,
+            rows=ROWS,
+            prefill_tok=sum(tokens for _, tokens in self.waiting),
+            prefill_tps=PREFILL_TPS * self.speed,
+            gap_us=int(GAP_S * 1e6 / self.speed),
+            answer_tok=150,
+        )
+        return NodeView(
+            node=self.name, url=self.name, models=(view,), hop_s=0.001, known={"m": frozenset(list(self.cache)[-1024:])}
+        )
+
+
+class Outcome(NamedTuple):
+    """What a policy made of a trace."""
+
+    first_token_s: list[float]
+    nodes: list[Node]
+    best_cached_tok: int
+
+    @property
+    def cached(self) -> float:
+        """Share of the best possible cached tokens."""
+        return sum(node.cached_tok for node in self.nodes) / max(1, self.best_cached_tok)
+
+    @property
+    def unevenness(self) -> float:
+        """Most work of a node by the mean, each by its speed."""
+        work = [node.work_s for node in self.nodes]
+        return max(work) / statistics.mean(work)
+
+    def p95(self) -> float:
+        """Of the times to the first token."""
+        ordered = sorted(self.first_token_s)
+        return ordered[int(0.95 * len(ordered))]
+
+
+HERE = NodeView(node="door")
+
+
+def by_seconds(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """All nodes are weighed."""
+    place = choose(request, HERE, nodes).place
+    assert not isinstance(place, Local)
+    return getattr(place, "node", nodes[0].node)
+
+
+def by_two(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """Two nodes by dice are weighed."""
+    return by_seconds(dice, request, dice.sample(list(nodes), min(2, len(nodes))))
+
+
+def by_load(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """The fewest requests."""
+    loads = [node.models[0].in_flight + request.sent.get(node.node, (0, 0))[0] for node in nodes]
+    least = [node for node, load in zip(nodes, loads, strict=True) if load == min(loads)]
+    return dice.choice(least).node
+
+
+def at_random(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """Any."""
+    return dice.choice(list(nodes)).node
+
+
+POLICIES: dict[str, Policy] = {
+    "by seconds": by_seconds,
+    "two choices": by_two,
+    "least load": by_load,
+    "random": at_random,
+}
+
+
+def play(requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, doors: int, seed: int = 1) -> Outcome:
+    """Send a trace through a policy."""
+    dice = random.Random(seed)
+    by_name = {node.name: node for node in nodes}
+    running: list[tuple[float, str]] = []
+    views: dict[tuple[int, str], NodeView] = {}
+    beats: dict[tuple[int, str], float] = {(d, n.name): dice.random() * BEAT_S for d in range(doors) for n in nodes}
+    sent: list[dict[str, tuple[int, int]]] = [{} for _ in range(doors)]
+    firsts: list[float] = []
+    seen: set[int] = set()
+    best = 0
+    for request in requests:
+        now = request.at_s
+        while running and running[0][0] <= now:
+            heapq.heappop(running)
+        for key, due in beats.items():
+            if due <= now or key not in views:
+                door, name = key
+                busy = sum(one == name for _, one in running)
+                views[key] = by_name[name].beat(now, busy)
+                beats[key] = now + BEAT_S - (now - due) % BEAT_S if due <= now else due
+                sent[door].pop(name, None)
+        known = 0
+        for block in request.blocks:
+            if block not in seen:
+                break
+            known += 1
+        best += known * BLOCK_TOK
+        seen.update(request.blocks)
+        asked = RouteRequest(
+            model="m",
+            chain=request.blocks,
+            prompt_tok=request.prompt_tok,
+            answer_tok=request.answer_tok,
+            sent=dict(sent[request.door]),
+            dice=dice.random(),
+        )
+        name = policy(dice, asked, [views[(request.door, node.name)] for node in nodes])
+        count, tokens = sent[request.door].get(name, (0, 0))
+        sent[request.door][name] = (count + 1, tokens + request.prompt_tok)
+        first_s, last_s = by_name[name].take(request)
+        firsts.append(first_s - now)
+        heapq.heappush(running, (last_s, name))
+    return Outcome(firsts, list(nodes), best)
+
+
+# ---- traces ----
+
+
+def conversations(seed: int, *, count: int = 500, per_s: float = 1.0, doors: int = 8) -> list[Request]:
+    """People who talk for some turns, each turn at another door; five applications with a system prompt each."""
+    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
+    systems = [[next(fresh) for _ in range(12)] for _ in range(5)]
+    at_s = 0.0
+    for _ in range(count):
+        at_s += dice.expovariate(per_s)
+        turn_s, blocks = at_s, list(dice.choice(systems))
+        for _ in range(dice.randint(2, 8)):
+            blocks += [next(fresh) for _ in range(dice.randint(1, 5))]
+            answer = dice.randint(50, 250)
+            found.append(Request(turn_s, dice.randrange(doors), tuple(blocks), answer))
+            blocks += [next(fresh) for _ in range(answer // BLOCK_TOK)]
+            turn_s += answer * GAP_S + dice.expovariate(1 / 10.0)
+    return sorted(found)
+
+
+def hot_prompt(seed: int, *, count: int = 3000, per_s: float = 12.0, doors: int = 8) -> list[Request]:
+    """One system prompt for everybody, short questions."""
+    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
+    system = [next(fresh) for _ in range(24)]
+    at_s = 0.0
+    for _ in range(count):
+        at_s += dice.expovariate(per_s)
+        blocks = (*system, next(fresh))
+        found.append(Request(at_s, dice.randrange(doors), blocks, dice.randint(50, 250)))
+    return found
+
+
+def steady(seed: int, *, count: int = 3000, per_s: float = 8.0, doors: int = 3) -> list[Request]:
+    """Requests that share nothing."""
+    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
+    at_s = 0.0
+    for _ in range(count):
+        at_s += dice.expovariate(per_s)
+        blocks = tuple(next(fresh) for _ in range(dice.randint(2, 12)))
+        found.append(Request(at_s, dice.randrange(doors), blocks, dice.randint(50, 250)))
+    return found
+
+
+def bursts(seed: int, *, count: int = 40, size: int = 64, doors: int = 8) -> list[Request]:
+    """So many at the same moment, through all doors, and then nothing until all is done."""
+    dice, fresh = random.Random(seed), iter(range(10**9))
+    return [
+        Request(60.0 * n, k % doors, tuple(next(fresh) for _ in range(4)), dice.randint(50, 150))
+        for n in range(count)
+        for k in range(size)
+    ]
+
+
+def most_of_a_burst(
+    requests: Sequence[Request], policy: Policy, *, nodes: int = 8, doors: int = 8, seed: int = 1
+) -> float:
+    """The most that one node got of any burst, by its fair share."""
+    worst = 0.0
+    for at_s in sorted({one.at_s for one in requests}):
+        burst = [one for one in requests if one.at_s == at_s]
+        machines = [Node(f"n{n}") for n in range(nodes)]
+        play(burst, machines, policy, doors=doors, seed=seed + int(at_s))
+        worst = max(worst, max(node.served for node in machines) / (len(burst) / nodes))
+    return worst
+
+
+def lines(seed: int = 11) -> Iterator[str]:
+    """The table."""
+    yield f"{'':<14}{'conversations':<34}{'hot prompt':<24}{'speeds 1:2:4':<20}bursts"
+    yield f"{'policy':<14}{'cached':<10}{'p95 first token':<24}{'max/mean work':<24}{'share of work':<20}most / fair"
+    for name, policy in POLICIES.items():
+        talk = play(conversations(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
+        hot = play(hot_prompt(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
+        speeds = [Node("n1", 1.0), Node("n2", 2.0), Node("n3", 4.0)]
+        play(steady(seed), speeds, policy, doors=3)
+        total = sum(node.work_s * node.speed for node in speeds)
+        share = " ".join(f"{node.work_s * node.speed / total:.2f}" for node in speeds)
+        burst = most_of_a_burst(bursts(seed), policy)
+        yield (f"{name:<14}{talk.cached:<10.0%}{talk.p95():<24.2f}{hot.unevenness:<24.2f}{share:<20}{burst:.2f}")
+
+
+def main() -> None:
+    """Print the table."""
+    for line in lines():
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
