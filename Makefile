@@ -54,8 +54,9 @@ chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut 
 soak: $(STAMP) ## ten minutes of a machine without a free moment, and ten of clients that leave
 	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py
 
-simulate: $(STAMP) ## eviction by cost against least recently used, on made-up traffic
+simulate: $(STAMP) ## eviction by cost against least recently used, and ways to route, on made-up traffic
 	@$(BIN)/python -m scripts.simulate_eviction
+	@$(BIN)/python -m scripts.simulate_routing
 
 check: lint types arch test ## what CI runs
 

@@ -60,7 +60,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The rack around this node. ``secret`` is a reference to what all nodes share."""
+    """The rack around this node. ``secret`` is a reference to what all nodes share; requests between them are signed
+    with it. A peer that misses three beats of ``beat_s`` is down. The desired state may name other peers."""
 
     secret: str = ""
     beat_s: Seconds = 1.0

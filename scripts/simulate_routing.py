@@ -129,6 +129,17 @@ class Outcome(NamedTuple):
         return ordered[int(0.95 * len(ordered))]
 
 
+class Measured(NamedTuple):
+    """A policy's row: share of the best possible cached tokens and p95 of the first token with conversations; most by
+    mean work with one hot prompt; shares of work at speeds 1, 2 and 4; the most of a burst by the fair share."""
+
+    cached: float
+    p95_s: float
+    unevenness: float
+    shares: tuple[float, ...]
+    burst: float
+
+
 HERE = NodeView(node="door")
 
 
@@ -276,19 +287,29 @@ def most_of_a_burst(
     return worst
 
 
-def lines(seed: int = 11) -> Iterator[str]:
+def measured(policy: Policy, seed: int = 11) -> Measured:
+    """One policy on all traces."""
+    talk = play(conversations(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
+    hot = play(hot_prompt(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
+    speeds = [Node("n1", 1.0), Node("n2", 2.0), Node("n3", 4.0)]
+    play(steady(seed), speeds, policy, doors=3)
+    total = sum(node.work_s * node.speed for node in speeds)
+    shares = tuple(node.work_s * node.speed / total for node in speeds)
+    return Measured(talk.cached, talk.p95(), hot.unevenness, shares, most_of_a_burst(bursts(seed), policy))
+
+
+def line(name: str, one: Measured) -> str:
+    """A row of the table."""
+    share = " ".join(f"{each:.2f}" for each in one.shares)
+    return f"{name:<14}{one.cached:<10.0%}{one.p95_s:<24.2f}{one.unevenness:<24.2f}{share:<20}{one.burst:.2f}"
+
+
+def lines() -> Iterator[str]:
     """The table."""
     yield f"{'':<14}{'conversations':<34}{'hot prompt':<24}{'speeds 1:2:4':<20}bursts"
     yield f"{'policy':<14}{'cached':<10}{'p95 first token':<24}{'max/mean work':<24}{'share of work':<20}most / fair"
     for name, policy in POLICIES.items():
-        talk = play(conversations(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
-        hot = play(hot_prompt(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
-        speeds = [Node("n1", 1.0), Node("n2", 2.0), Node("n3", 4.0)]
-        play(steady(seed), speeds, policy, doors=3)
-        total = sum(node.work_s * node.speed for node in speeds)
-        share = " ".join(f"{node.work_s * node.speed / total:.2f}" for node in speeds)
-        burst = most_of_a_burst(bursts(seed), policy)
-        yield (f"{name:<14}{talk.cached:<10.0%}{talk.p95():<24.2f}{hot.unevenness:<24.2f}{share:<20}{burst:.2f}")
+        yield line(name, measured(policy))
 
 
 def main() -> None:
