@@ -28,7 +28,9 @@ def test_a_trace_is_the_same_every_time() -> None:
 
 @pytest.mark.timeout(60)
 def test_routing_by_seconds_does_what_the_guide_says() -> None:
-    ours, load = (simulate_routing.measured(policy) for policy in (by_seconds, by_load))
+    ours, load = (
+        simulate_routing.measured(policy) for policy in (simulate_routing.by_seconds, simulate_routing.by_load)
+    )
     guide = Path("agent/DESIGN.md").read_text()
     for name, one in (("by seconds", ours), ("least load", load)):
         assert simulate_routing.line(name, one) in guide
