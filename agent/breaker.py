@@ -14,6 +14,8 @@ MANY = 10
 WINDOW_S = 20.0
 FIRST_PAUSE_S = 2.0
 MAX_PAUSE_S = 30.0
+SAME_S = 0.1
+"""Failures that are not further apart are one event."""
 
 State = Literal["closed", "open", "half_open", "probing"]
 
@@ -26,7 +28,8 @@ class Breaker:
         self._ends: deque[tuple[float, bool]] = deque(maxlen=200)
         self._open_until_s: float | None = None
         self._pause_s = FIRST_PAUSE_S
-        self._probing = False
+        self._probing = self._early = False
+        self._failed_s = float("-inf")
         self.reason = ""
 
     def state(self, now_s: float) -> State:
@@ -45,7 +48,7 @@ class Breaker:
         """A request is sent; True when its end decides whether the breaker closes."""
         if self.state(now_s) == "closed":
             return False
-        self._probing = True
+        self._probing, self._early = True, self.left_s(now_s) > 0
         return True
 
     def ok(self, now_s: float, *, probe: bool = False) -> None:
@@ -57,12 +60,18 @@ class Breaker:
             self._ends.clear()
 
     def failed(self, now_s: float, reason: str, *, probe: bool = False) -> None:
-        """The node failed a request. One that was sent before the breaker opened does not prolong the pause."""
-        self._ends.append((now_s, False))
-        self._in_a_row += 1
+        """The node failed a request. One that was sent before the breaker opened does not prolong the pause; several at
+        the same time are one event: a connection that breaks takes all its requests with it."""
+        one_event = now_s - self._failed_s < SAME_S and not probe
+        if not one_event:
+            self._ends.append((now_s, False))
+            self._in_a_row += 1
+            self._failed_s = now_s
         if self._open_until_s is None:
             if self._in_a_row >= OPENS_AFTER or self._half_failed(now_s):
                 self._open(now_s, reason)
+        elif probe and self._early:
+            self._probing = False  # tried because nobody else was left: the pause is what it was
         elif probe:
             self._pause_s = min(MAX_PAUSE_S, self._pause_s * 2)
             self._open(now_s, reason)

@@ -217,16 +217,18 @@ class Dispatch:
             node = chosen.node
             probe = self.trust.begin(node, call.model, self._clock())
             self._step(call, "sent" if not call.going_on else "continues", node, decision=decision)
-            verdict = False
+            verdict, flows_s = False, 0.0
             try:
                 async with contextlib.aclosing(self._attempt(decision, chosen, call)) as answers:
                     async for answer in answers:
                         if call.going_on and isinstance(answer, Accepted):
                             continue  # the client has heard that already
                         call.note(answer, self._clock())
-                        if probe and self._flows(call):
-                            self.trust.ok(node, call.model, self._clock(), probe=True)
-                            probe = False
+                        if probe and isinstance(answer, Tokens):
+                            flows_s = flows_s or self._clock()
+                            if self._clock() - flows_s > TRIAL_S:
+                                self.trust.ok(node, call.model, self._clock(), probe=True)
+                                probe = False
                         if call.whole:
                             held.append(answer)
                             continue
@@ -253,10 +255,6 @@ class Dispatch:
             for answer in held:
                 yield answer
             return
-
-    def _flows(self, call: Call) -> bool:
-        """Whether the answer on trial has come for long enough: others need not wait for its end."""
-        return call.first_s is not None and call.last_s - call.first_s > TRIAL_S
 
     def _attempt(self, decision: Decision, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
         ask, place = call.frame(self._node), decision.place

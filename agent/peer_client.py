@@ -1,5 +1,5 @@
-"""HTTP to the other nodes: beats, and requests that a peer answers. Every request is signed with the rack secret, and
-every answer has to be. Never retries; who calls decides."""
+"""The way to the other nodes: beats by HTTP, and one connection to each for the requests that it answers. Both are
+signed with the rack secret, and so are their answers. Never retries; who calls decides."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Callable
 import aiohttp
 import msgspec
 
-from agent.frames import Accepted, Answer, Ask, Decoder, Done, Embedded, Failed, Tokens, encode
+from agent.frames import MAX_FRAME_BYTES, Answer, Ask
+from agent.peer_link import PeerLink
 from agent.peers import Beat
 from agent.signing import ANSWER_HEADER, Key, mismatch
 from shared.errors import RackError, Refused, Retryable
@@ -19,11 +20,6 @@ from shared.errors import RackError, Refused, Retryable
 CONNECT_TIMEOUT_S = 2.0
 MAX_BEAT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 8 << 10
-_READ_BYTES = 1 << 16
-
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-_ENDS = (Done, Failed)
-_ANSWERS = (Accepted, Tokens, Embedded, Done, Failed)
 
 _WHY = {
     "not_a_peer": "refuses the rack secret; peers.secret must be the same on all nodes",
@@ -44,8 +40,8 @@ class PeerClient:
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
-        self._open: dict[str, set[aiohttp.ClientResponse]] = {}
-        self._waiting: dict[str, dict[asyncio.Task[object], bool]] = {}
+        self._links: dict[str, PeerLink] = {}
+        self._connecting: dict[str, asyncio.Lock] = {}
 
     async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
         """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
@@ -74,76 +70,53 @@ class PeerClient:
 
     async def generate(self, node: str, url: str, request: Ask) -> AsyncGenerator[Answer, None]:
         """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
-        decoder, finished = Decoder(), False
-        try:
-            answer = await self._begun(node, url, encode(request))
-            opened = self._open.setdefault(node, set())
-            opened.add(answer)
-            try:
-                while chunk := await answer.content.read(_READ_BYTES):
-                    for frame in decoder.feed(chunk):
-                        if isinstance(frame, _ANSWERS):
-                            finished = finished or isinstance(frame, _ENDS)
-                            yield frame
-            finally:
-                opened.discard(answer)
-                # one that is read to its end goes back to the pool; any other is cut, and its work with it
-                answer.release() if finished and answer.content.is_eof() else answer.close()
-        except Refused as error:
-            if error.code == "body_too_large":
-                raise
-            raise Retryable(f"peer {node}: broke off ({error.code})", code="worker_lost") from None
-        except (aiohttp.ClientError, OSError) as error:
-            # a TimeoutError of the connection is an OSError; one of who asks comes as a cancellation
-            raise Retryable(f"peer {node}: broke off ({type(error).__name__})", code="worker_lost") from None
-        if not finished:
-            raise Retryable(f"peer {node}: broke off", code="worker_lost")
+        link = self._links.get(node)
+        if link is None or not link.alive:
+            link = await self._linked(node, url)
+        async with contextlib.aclosing(link.generate(request)) as answers:
+            async for answer in answers:
+                yield answer
 
     def drop(self, node: str) -> None:
         """Cut what is open to a peer that is gone; whoever waits there hears it at once."""
-        for answer in list(self._open.get(node, ())):
-            answer.close()
-        waiting = self._waiting.get(node, {})
-        for task in waiting:
-            waiting[task] = True
-            task.cancel()
+        link = self._links.pop(node, None)
+        if link is not None:
+            link.abort()
 
     async def close(self) -> None:
         """Close all connections."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))
         if self._session is not None:
             await self._session.close()
 
-    async def _begun(self, node: str, url: str, body: bytes) -> aiohttp.ClientResponse:
-        """The answer once its head is there, or a Retryable when the peer is given up meanwhile."""
-        task = asyncio.current_task()
-        assert task is not None
-        waiting = self._waiting.setdefault(node, {})
-        waiting[task] = False
-        try:
-            return await self._posted(node, url, body)
-        except asyncio.CancelledError:
-            if waiting[task] and task.uncancel() <= 0:
-                raise Retryable(f"peer {node}: is gone", code="worker_lost") from None
-            raise
-        finally:
-            del waiting[task]
+    async def _linked(self, node: str, url: str) -> PeerLink:
+        """The connection to a peer, opened by the first who needs it. Raises Retryable."""
+        async with self._connecting.setdefault(node, asyncio.Lock()):
+            link = self._links.get(node)
+            if link is not None and link.alive:
+                return link
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    link = self._links[node] = await self._connected(node, url)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise Retryable(
+                    f"peer {node}: cannot be reached ({type(error).__name__})", code="worker_lost"
+                ) from None
+            except Refused as error:
+                raise Retryable(error.message, code="worker_lost") from None
+            return link
 
-    async def _posted(self, node: str, url: str, body: bytes) -> aiohttp.ClientResponse:
-        """An answer that is a node's of this rack; to be released or closed. Raises RackError."""
+    async def _connected(self, node: str, url: str) -> PeerLink:
         nonce = self._nonce()
-        headers = self._headers("POST", "/peer/v1/generate", body, nonce)
-        answer = await self._opened().post(f"{url}/peer/v1/generate", data=body, headers=headers, timeout=_NO_TIMEOUT)
-        try:
-            if answer.status == 413:
-                raise Refused("the request is too large to be forwarded", code="body_too_large")
-            if answer.status != 200:
-                raise await _refusal(url, answer)
-            if not self._key.is_answer(answer.headers.get(ANSWER_HEADER, ""), nonce, node):
-                raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
-        except BaseException:
-            answer.close()
-            raise
-        return answer
+        headers = self._headers("GET", "/peer/v1/link", b"", nonce)
+        socket = await self._opened().ws_connect(
+            f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, autoping=True
+        )
+        first = await socket.receive()
+        if not self._key.is_answer(str(first.data), nonce, node):
+            await socket.close()
+            raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+        return PeerLink(node, socket)
 
     def _nonce(self) -> str:
         """Never used before: by this process because it counts, by another because of its random beginning."""

@@ -83,13 +83,13 @@ class PeerTable:
         self._changed()
 
     def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
-        """A peer answered; what was sent since its last beat is now in its own count. True when it was away or has
+        """A peer answered; what was sent since its last beat is now in its own count. True when it was down or has
         started anew since."""
         known = self._peers.get(node)
         if known is None:
             return False
         before = known.beat
-        away = known.lost or known.misses >= DOWN_MISSES or self._state(known, now) == "down"
+        away = self._state(known, now) == "down"
         anew = before is not None and before.epoch != beat.epoch
         known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
         known.beats += 1

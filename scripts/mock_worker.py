@@ -14,7 +14,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from agent.frames import Accepted, Answer, Done, Failed, Generate, Together, Tokens, decode, encode
+from agent.frames import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Answer,
+    Cancel,
+    Decoder,
+    Done,
+    Failed,
+    Generate,
+    Together,
+    Tokens,
+    encode,
+)
 from agent.peers import Beat
 from agent.routing import ModelView
 from agent.signing import ANSWER_HEADER, PROTOCOL, Key
@@ -44,7 +56,7 @@ class MockWorker:
             [
                 web.post("/v1/chat/completions", self._chat),
                 web.get("/peer/v1/beat", self._beat),
-                web.post("/peer/v1/generate", self._generate),
+                web.get("/peer/v1/link", self._link),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
@@ -104,28 +116,48 @@ class MockWorker:
         key = Key("of another rack") if self.mode == "unsigned" else self._key
         return web.Response(body=body, headers={ANSWER_HEADER: key.answer(nonce, self.node, body)})
 
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        asked = decode(await request.read())
+    async def _link(self, request: web.Request) -> web.StreamResponse:
+        if self.mode == "5xx":
+            return web.json_response({"error": {"message": "x", "code": "internal"}}, status=500)
+        socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES)
+        await socket.prepare(request)
+        await socket.send_str(self._key.answer(_nonce(request), self.node))
+        tasks: dict[int, asyncio.Task[None]] = {}
+        decoder = Decoder()
+        try:
+            async for message in socket:
+                for frame in decoder.feed(message.data):
+                    if isinstance(frame, Generate):
+                        tasks[frame.id] = asyncio.create_task(self._answer(request, socket, frame))
+                        tasks[frame.id].add_done_callback(lambda _, number=frame.id: tasks.pop(number, None))  # type: ignore[misc]
+                    elif isinstance(frame, Cancel) and frame.id in tasks:
+                        tasks[frame.id].cancel()
+        finally:
+            for task in list(tasks.values()):
+                task.cancel()
+        return socket
+
+    async def _answer(self, request: web.Request, socket: web.WebSocketResponse, asked: Generate) -> None:
         self.began += 1
         self.now += 1
         self.most = max(self.most, self.now)
         try:
-            if self.mode == "5xx":
-                return web.json_response({"error": {"message": "x", "code": "internal"}}, status=500)
-            response = web.StreamResponse(headers={ANSWER_HEADER: self._key.answer(_nonce(request), self.node)})
-            await response.prepare(request)
-            assert isinstance(asked, Generate)
+            if self.mode == "5xx" and request.transport is not None:
+                request.transport.abort()
+                return
             # as an agent does: the pieces of a whole answer travel together
             together = Together() if asked.whole else None
             async for piece in self._pieces(asked):
                 due = together.put(piece, time.monotonic()) if together is not None else (piece,)
                 if due:
-                    await response.write(b"".join(encode(one) for one in due))
+                    named = (msgspec.structs.replace(one, id=asked.id) for one in due)
+                    await socket.send_bytes(b"".join(encode(one) for one in named))
             if self.mode == "garbage":
-                await response.write(b"\xc1\xc1\xc1")
+                await socket.send_bytes(b"\xc1\xc1\xc1")
             if self.mode == "breaks" and request.transport is not None:
                 request.transport.abort()
-            return response
+        except (ConnectionError, RuntimeError):
+            pass
         finally:
             self.now -= 1
             self.ended += 1

@@ -3,13 +3,15 @@
 from aiohttp import web
 
 from agent.api import admin, chat, completions, debug, embeddings, errors, health, models, peer, wire
-from agent.api.context import CONTEXT, Context
+from agent.api.context import CONTEXT, LINKS, Context
 
 
 def build(context: Context) -> web.Application:
     """The application over the daemon's objects."""
     app = web.Application(middlewares=[errors.middleware], client_max_size=context.config.limits.body_bytes)
     app[CONTEXT] = context
+    app[LINKS] = set()
+    app.on_shutdown.append(peer.close_links)
     routes = [
         web.post("/v1/chat/completions", chat.chat_completions),
         web.post("/v1/completions", completions.completions),
@@ -23,7 +25,7 @@ def build(context: Context) -> web.Application:
         web.get("/debug/decision/{request}", debug.decision),
         web.get("/debug/rack", debug.rack),
         web.get("/peer/v1/beat", peer.beat),
-        web.post("/peer/v1/generate", peer.generate),
+        web.get("/peer/v1/link", peer.link),
         web.get("/admin/v1/status", admin.status),
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),

@@ -45,6 +45,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
 
 CONTEXT = web.AppKey("context", Context)
+LINKS: web.AppKey[Any] = web.AppKey("links", set)
 REQUEST_ID = "mlxrack_request_id"
 LOG_FIELDS = "mlxrack_log_fields"
 

@@ -1,85 +1,160 @@
 """What only other nodes of the rack may ask. Requests are signed (agent/signing.py), and so are answers."""
 
+import asyncio
 import contextlib
 import time
+from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import WSCloseCode, WSMsgType, web
 
-from agent.api.context import CONTEXT, note
-from agent.frames import MAX_FRAME_BYTES, Accepted, Done, Embed, Failed, Frame, Generate, Together, decode, encode
+from agent.api.context import CONTEXT, LINKS, Context
+from agent.frames import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Decoder,
+    Done,
+    Embed,
+    Failed,
+    Generate,
+    Together,
+    encode,
+)
 from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
+from shared.logs import get_logger
 
 _MSGPACK = "application/x-msgpack"
+
+log = get_logger("agent.api")
 
 
 async def beat(request: web.Request) -> web.Response:
     """What this node offers now."""
-    signed = _signed(request, b"")
+    signed = _signed(request)
     context = request.app[CONTEXT]
     body = msgspec.msgpack.encode(context.beat())
     signature = context.rack_key.answer(signed.nonce, context.config.node.id, body)
     return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
 
 
-async def generate(request: web.Request) -> web.StreamResponse:
-    """Work for a peer's client. It is never forwarded again, so a request cannot travel in circles."""
+async def link(request: web.Request) -> web.StreamResponse:
+    """A peer's connection: this node proves itself in the first message, then requests of the peer's clients come in as
+    frames, and answers go back. They are never forwarded
+    again, so a request cannot travel in circles."""
+    signed = _signed(request)
     context = request.app[CONTEXT]
-    raw = await _frame(request)
-    signed = _signed(request, raw)
-    wanted = decode(raw)
-    if not isinstance(wanted, Generate | Embed):
-        raise Refused("a Generate or an Embed frame was expected", code="bad_frame")
-    here = context.config.node.id
-    if wanted.door == here:
-        raise Refused("this request came from this very node; a peer's url leads back here", code="loop")
-    note(request, model=wanted.model, door=wanted.door, client_request=wanted.request_id)
-    response = web.StreamResponse(
-        headers={"Content-Type": _MSGPACK, ANSWER_HEADER: context.rack_key.answer(signed.nonce, here)}
-    )
-    pieces = Together() if isinstance(wanted, Generate) and wanted.whole else None
-    await response.prepare(request)
+    socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES)
+    await socket.prepare(request)
+    await socket.send_str(context.rack_key.answer(signed.nonce, context.config.node.id))
+    open_links = request.app[LINKS]
+    open_links.add(socket)
+    works = _Works(context, socket, signed.node)
     try:
-        async with contextlib.aclosing(context.dispatch.work(wanted)) as answers:
+        await works.take()
+    finally:
+        open_links.discard(socket)
+        await works.end()
+    return socket
+
+
+async def close_links(app: web.Application) -> None:
+    """At the end: peers hear at once that this node goes."""
+    sockets = set(app[LINKS])
+    await asyncio.gather(*(one.close(code=WSCloseCode.GOING_AWAY) for one in sockets), return_exceptions=True)
+
+
+class _Works:
+    """The requests of one connection, each a task."""
+
+    def __init__(self, context: Context, socket: web.WebSocketResponse, door: str) -> None:
+        self._context = context
+        self._socket = socket
+        self._door = door
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def take(self) -> None:
+        """Until the connection ends."""
+        decoder = Decoder()
+        with contextlib.suppress(Refused):  # what speaks no frames is no peer
+            async for message in self._socket:
+                if message.type is not WSMsgType.BINARY:
+                    break
+                for frame in decoder.feed(message.data):
+                    if isinstance(frame, Generate | Embed):
+                        self._begin(frame)
+                    elif isinstance(frame, Cancel) and frame.id in self._tasks:
+                        self._tasks[frame.id].cancel()
+
+    async def end(self) -> None:
+        """Nobody is left to answer."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, ask: Ask) -> None:
+        task = asyncio.create_task(self._worked(ask))
+        self._tasks[ask.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(ask.id, None))
+
+    async def _worked(self, ask: Ask) -> None:
+        began, seen = time.monotonic(), dict[str, Any](outcome="cancelled")
+        try:
+            await self._answered(ask, seen)
+            seen["outcome"] = "ok"
+        except RackError as error:
+            seen["outcome"] = error.code
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                await self._socket.send_bytes(encode(_failed(ask.id, error)))
+        except (ConnectionError, RuntimeError):
+            seen["outcome"] = "door_gone"
+        except Exception:  # a fault of ours: its type and place go to the log, nothing to the peer
+            log.error("work_failed", request=ask.request_id, exc_info=True)
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                failed = Failed(id=ask.id, code="engine_failed", message="an internal error", retryable=True)
+                await self._socket.send_bytes(encode(failed))
+        finally:
+            ms = round((time.monotonic() - began) * 1000, 1)
+            log.info("worked", request=ask.request_id, door=self._door, model=ask.model, ms=ms, **seen)
+
+    async def _answered(self, ask: Ask, seen: dict[str, Any]) -> None:
+        if ask.door == self._context.config.node.id:
+            raise Refused("this request came from this very node; a peer's url leads back here", code="loop")
+        together = Together() if isinstance(ask, Generate) and ask.whole else None
+        async with contextlib.aclosing(self._context.dispatch.work(ask)) as answers:
             async for answer in answers:
                 if isinstance(answer, Accepted):
-                    note(request, version=answer.version, prompt_tok=answer.prompt_tok, cached_tok=answer.cached_tok)
+                    seen.update(version=answer.version, prompt_tok=answer.prompt_tok, cached_tok=answer.cached_tok)
                 elif isinstance(answer, Done):
-                    note(request, completion_tok=answer.completion_tok, finish=answer.finish)
-                due = pieces.put(answer, time.monotonic()) if pieces is not None else (answer,)
+                    seen.update(completion_tok=answer.completion_tok, finish=answer.finish)
+                due = together.put(answer, time.monotonic()) if together is not None else (answer,)
                 if due:
-                    await response.write(b"".join(encode(one) for one in due))
-    except RackError as error:
-        await response.write(encode(_failed(error)))
-    await response.write_eof()
-    return response
+                    await self._socket.send_bytes(b"".join(_named(ask.id, one) for one in due))
 
 
-def _signed(request: web.Request, body: bytes) -> Signed:
+def _named(number: int, answer: Answer) -> bytes:
+    """An answer under the id that the peer gave its request."""
+    return encode(msgspec.structs.replace(answer, id=number))
+
+
+def _signed(request: web.Request) -> Signed:
     """Who asks, proved. Raises NotAPeer."""
     context = request.app[CONTEXT]
     if not context.rack_secret:
         raise NotAPeer("this node has no peers.secret, so it has no peers")
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
-    signed = context.rack_key.check(header, method=request.method, path=request.path_qs, body=body, now_ms=now_ms)
+    signed = context.rack_key.check(header, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms)
     if not context.nonces.take(signed.nonce, now_ms):
         raise NotAPeer("this signature has been used before")
     return signed
 
 
-async def _frame(request: web.Request) -> bytes:
-    """The body, which may be longer than a client's: it is the same request in other bytes."""
-    body = bytearray()
-    while chunk := await request.content.readany():
-        body += chunk
-        if len(body) > MAX_FRAME_BYTES:
-            raise Refused("the frame is too large", code="body_too_large")
-    return bytes(body)
-
-
-def _failed(error: RackError) -> Frame:
+def _failed(number: int, error: RackError) -> Failed:
     return Failed(
-        id=1, code=error.code, message=error.message, param=error.param, retryable=isinstance(error, Retryable)
+        id=number, code=error.code, message=error.message, param=error.param, retryable=isinstance(error, Retryable)
     )
