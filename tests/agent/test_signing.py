@@ -8,7 +8,7 @@ from agent.signing import FRESH_S, OLDEST, PROTOCOL, Key, Nonces, NotAPeer, mism
 
 KEY = Key("the rack secret")
 NOW = 1_700_000_000_000
-ASKED = {"method": "POST", "path": "/peer/v1/generate"}
+ASKED = {"method": "POST", "path": "/peer/v1/link"}
 
 
 def header(key: Key = KEY, *, body: bytes = b"frame", t_ms: int = NOW, node: str = "n1", nonce: str = "ab") -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.rack.harness import Agent, Answer, events_of, model, rack, until
 
-KILLS = int(os.environ.get("MLXRACK_CONTINUATIONS", "4"))
+KILLS = int(os.environ.get("MLXRACK_CONTINUATIONS", "2"))
 ASKED: dict[str, Any] = {"stream": True, "max_tokens": 60, "stream_options": {"include_usage": True}}
 
 

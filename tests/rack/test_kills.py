@@ -16,7 +16,7 @@ from tests.rack.harness import Agent, model, rack, until
 from tests.rack.links import Links
 from tests.rack.load import Ask, Expected, Heard, Load, at_once, quantile
 
-CHAOS_S = float(os.environ.get("MLXRACK_CHAOS_S", "12"))
+CHAOS_S = float(os.environ.get("MLXRACK_CHAOS_S", "10"))
 NODES = 8 if CHAOS_S > 60 else 4
 RATE_PER_S = 40 if CHAOS_S > 60 else 25
 EVERY_S = 5.0 if CHAOS_S > 60 else 3.0

@@ -114,7 +114,7 @@ def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         growth = dict.fromkeys(pids, 0)
-        for _ in range(20):
+        for _ in range(20 if LEAVERS > 100 else 8):
             time.sleep(1.0)
             for node, pid in pids.items():
                 growth[node] = max(growth[node], psutil.Process(pid).memory_info().rss - before[node])
@@ -124,6 +124,6 @@ def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
             thread.join()
         shown = ", ".join(f"{node} {size / 1e6:.1f} MB" for node, size in growth.items())
         print(f"{SLOW} readers of 1 KB/s, {made:.0f} tokens made meanwhile; memory grew by {shown}")
-        assert made > 100_000, "the engines were not held up"
+        assert made > (100_000 if LEAVERS > 100 else 40_000), "the engines were not held up"
         assert max(growth.values()) < 50e6
         until(lambda: idle(agents), "all are gone", 10.0)

@@ -113,7 +113,7 @@ def test_no_marker_is_found_anywhere(tmp_path: Path, seaweed: SeaweedFS, tiny_mo
             assert door.request("POST", "/v1/chat/completions", raw).status == 400
             assert door.request("GET", f"/v1/models/{markers[3]}").status == 404
             assert door.request("GET", f"/{markers[4]}").status == 404
-            assert door.request("POST", "/peer/v1/generate", markers[5].encode()).status == 403
+            assert door.get("/peer/v1/link", Authorization=f"Mlxrack {markers[5]}").status == 403
             vectors = json.dumps({"model": "m", "input": [markers[6], markers[7]]}).encode()
             answered.add(("embeddings", door.request("POST", "/v1/embeddings", vectors, headers).status))
             wrong = json.dumps({"model": "m", "input": markers[8], markers[9]: markers[9]}).encode()

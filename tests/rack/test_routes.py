@@ -13,8 +13,8 @@ import pytest
 from tests.rack.harness import Agent, model, rack, until
 from tests.rack.load import Ask, at_once
 
-LASTS_S = 16.0
-WARM_S = 5.0
+LASTS_S = 12.0
+WARM_S = 3.5
 
 
 @pytest.mark.timeout(90)

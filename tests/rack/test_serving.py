@@ -164,7 +164,7 @@ def test_admin_and_peer_calls_need_their_secrets(tmp_path: Path) -> None:
             method = "GET" if path == "status" else "POST"
             assert agent.request(method, f"/admin/v1/{path}", b"{}").status == 401
         assert agent.get("/peer/v1/beat", Authorization="Bearer guess").status == 403
-        assert agent.request("POST", "/peer/v1/generate", b"{}").status == 403
+        assert agent.get("/peer/v1/link").status == 403
         assert agent.admin("POST", "load", nonsense="x").status == 400
         assert agent.admin("POST", "load", model="x").status == 404
         assert (agent.state / "admin.token").stat().st_mode & 0o777 == 0o600

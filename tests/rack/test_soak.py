@@ -17,7 +17,7 @@ from tests.rack.harness import Agent, model, rack, until
 from tests.rack.load import Ask, Load, quantile
 from tests.rack.test_leavers import leave
 
-SOAK_S = float(os.environ.get("MLXRACK_SOAK_S", "12"))
+SOAK_S = float(os.environ.get("MLXRACK_SOAK_S", "8"))
 STALL_S = 0.2
 
 

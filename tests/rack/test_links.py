@@ -1,0 +1,119 @@
+"""The connection between two nodes, spoken by hand: who may, what it carries, and what ends it."""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from agent.frames import Accepted, Cancel, Decoder, Done, Failed, Frame, Generate, Message, Tokens, encode
+from agent.signing import Key
+from tests.rack.harness import SECRET, Agent, model, rack, until
+
+KEY = Key(SECRET)
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    with rack(tmp_path, [model(fake_step_s=0.01)], []) as (first, second):
+        second.kill()
+        yield first
+
+
+def signed(key: Key = KEY, *, nonce: str = "", t_ms: int | None = None, node: str = "n2") -> dict[str, str]:
+    t_ms = time.time_ns() // 1_000_000 if t_ms is None else t_ms
+    nonce = nonce or f"by-hand-{next(_numbers)}"
+    return {
+        "Authorization": key.header(node=node, method="GET", path="/peer/v1/link", body=b"", t_ms=t_ms, nonce=nonce)
+    }
+
+
+@contextlib.asynccontextmanager
+async def linked(agent: Agent) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    url = f"http://127.0.0.1:{agent.port}/peer/v1/link"
+    async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=signed()) as socket:
+        assert isinstance((await socket.receive()).data, str)
+        yield socket
+
+
+async def status_of(agent: Agent, headers: dict[str, str]) -> int:
+    async with aiohttp.ClientSession() as session:
+        try:
+            async with session.ws_connect(f"http://127.0.0.1:{agent.port}/peer/v1/link", headers=headers):
+                return 101
+        except aiohttp.WSServerHandshakeError as error:
+            return error.status
+
+
+def ask(number: int, *, tokens: int = 5, door: str = "n2", content: str = "hello") -> Generate:
+    message = Message(role="user", content=content)
+    return Generate(id=number, model="m", messages=(message,), max_tokens=tokens, temperature=0.0, door=door)
+
+
+async def heard(socket: aiohttp.ClientWebSocketResponse, ends: int) -> list[Frame]:
+    """Frames until so many answers have ended."""
+    decoder, found = Decoder(), list[Frame]()
+    while sum(isinstance(one, Done | Failed) for one in found) < ends:
+        found += decoder.feed((await socket.receive(10)).data)
+    return found
+
+
+async def test_only_nodes_of_the_rack_are_let_in_and_once(agent: Agent) -> None:
+    assert await status_of(agent, {}) == 403
+    assert await status_of(agent, {"Authorization": "Bearer the rack secret"}) == 403
+    assert await status_of(agent, signed(Key("another"))) == 403
+    assert await status_of(agent, signed(t_ms=1)) == 403
+    once = signed()
+    assert await status_of(agent, once) == 101
+    assert await status_of(agent, once) == 403, "a signature is good once"
+
+
+async def test_answers_of_many_requests_are_told_apart(agent: Agent) -> None:
+    async with linked(agent) as socket:
+        for number in (7, 8, 9):
+            await socket.send_bytes(encode(ask(number, tokens=number, content=f"ask {number}")))
+        found = await heard(socket, 3)
+        for number in (7, 8, 9):
+            mine = [one for one in found if getattr(one, "id", 0) == number]
+            assert isinstance(mine[0], Accepted)
+            assert isinstance(mine[-1], Done)
+            assert sum(one.count for one in mine if isinstance(one, Tokens)) == number
+
+
+async def test_a_cancelled_request_and_a_closed_connection_stop_the_engine(agent: Agent) -> None:
+    async with linked(agent) as socket:
+        for number in (1, 2):
+            await socket.send_bytes(encode(ask(number, tokens=4000)))
+        await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 2, "both run")
+        await socket.send_bytes(encode(Cancel(id=1)) + encode(Cancel(id=99)))
+        await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 1, "one was cancelled")
+    await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 0, "the other went with it")
+
+
+async def test_a_request_that_comes_back_is_refused(agent: Agent) -> None:
+    async with linked(agent) as socket:
+        await socket.send_bytes(encode(ask(1, door="n1")))
+        (failed,) = await heard(socket, 1)
+        assert isinstance(failed, Failed)
+        assert (failed.code, failed.retryable) == ("loop", False)
+
+
+@pytest.mark.parametrize(
+    "noise", [b"\xc1\xc1", b"\x81\xa1f\xa7unknown", b"", "text"], ids=["bytes", "frame", "", "text"]
+)
+async def test_what_is_no_frame_ends_the_connection_and_nothing_else(agent: Agent, noise: bytes | str) -> None:
+    async with linked(agent) as socket:
+        await (socket.send_bytes(noise) if isinstance(noise, bytes) else socket.send_str(noise))
+        if noise:
+            message = await socket.receive(10)
+            assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        else:
+            await socket.send_bytes(encode(ask(1)))
+            assert isinstance((await heard(socket, 1))[-1], Done)
+    answer = await asyncio.to_thread(agent.chat)
+    assert answer.status == 200
