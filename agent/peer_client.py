@@ -41,7 +41,7 @@ class PeerClient:
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self._links: dict[str, PeerLink] = {}
-        self._connecting: dict[str, asyncio.Lock] = {}
+        self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
 
     async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
         """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
@@ -85,26 +85,32 @@ class PeerClient:
 
     async def close(self) -> None:
         """Close all connections."""
+        for task in list(self._connecting.values()):
+            task.cancel()
         await asyncio.gather(*(link.close() for link in self._links.values()))
         if self._session is not None:
             await self._session.close()
 
     async def _linked(self, node: str, url: str) -> PeerLink:
-        """The connection to a peer, opened by the first who needs it. Raises Retryable."""
-        async with self._connecting.setdefault(node, asyncio.Lock()):
-            link = self._links.get(node)
-            if link is not None and link.alive:
-                return link
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    link = self._links[node] = await self._connected(node, url)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise Retryable(
-                    f"peer {node}: cannot be reached ({type(error).__name__})", code="worker_lost"
-                ) from None
-            except Refused as error:
-                raise Retryable(error.message, code="worker_lost") from None
-            return link
+        """The connection to a peer, opened by the first who needs it; all who wait share what comes of it. Raises
+        Retryable."""
+        task = self._connecting.get(node)
+        if task is None:
+            task = self._connecting[node] = asyncio.create_task(self._opened_link(node, url))
+            # whoever waits hears how it ended, and nobody may be left to
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(lambda _: self._connecting.pop(node, None))
+        return await asyncio.shield(task)
+
+    async def _opened_link(self, node: str, url: str) -> PeerLink:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                link = self._links[node] = await self._connected(node, url)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Retryable(f"peer {node}: cannot be reached ({type(error).__name__})", code="worker_lost") from None
+        except Refused as error:
+            raise Retryable(error.message, code="worker_lost") from None
+        return link
 
     async def _connected(self, node: str, url: str) -> PeerLink:
         nonce = self._nonce()

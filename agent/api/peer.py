@@ -27,6 +27,8 @@ from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
+CLOSE_S = 1.0
+"""A peer has so long to agree to the end of its connection."""
 _MSGPACK = "application/x-msgpack"
 
 log = get_logger("agent.api")
@@ -47,7 +49,7 @@ async def link(request: web.Request) -> web.StreamResponse:
     again, so a request cannot travel in circles."""
     signed = _signed(request)
     context = request.app[CONTEXT]
-    socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES)
+    socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S)
     await socket.prepare(request)
     await socket.send_str(context.rack_key.answer(signed.nonce, context.config.node.id))
     open_links = request.app[LINKS]
