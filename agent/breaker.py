@@ -46,7 +46,7 @@ class Breaker:
 
     def begin(self, now_s: float) -> bool:
         """A request is sent; True when its end decides whether the breaker closes."""
-        if self.state(now_s) == "closed":
+        if self.state(now_s) in ("closed", "probing"):
             return False
         self._probing, self._early = True, self.left_s(now_s) > 0
         return True

@@ -240,6 +240,11 @@ class Dispatch:
                 if error.code not in LOST:
                     raise
                 verdict = self._blame(decision, call, error, probe=probe)
+                if error.code == "not_ready" and not left and self._clock() < call.began_s + self._limits.load_wait_s:
+                    # an old beat sent it there, which costs it nothing but the way: the next beat knows better
+                    held.clear()
+                    call.start_over()
+                    continue
                 # a client that has a part of its answer is owed the rest; anything else is bounded by the budget
                 if not (left and call.can_go_on) and (left or not self._may_retry(call)):
                     raise
@@ -331,6 +336,7 @@ class Dispatch:
         self._step(call, "lost", node, why=error.message)
         call.tried.add(node)
         if error.code == "not_ready":
+            self._table.unready(node, call.model)
             return False
         self.trust.failed(node, call.model, self._clock(), error.message, probe=probe)
         if isinstance(decision.place, Forward) and error.code == "worker_lost":

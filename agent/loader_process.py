@@ -105,6 +105,7 @@ class LoaderProcess:
         self._broken = False
         self._heard_s = 0.0
         self._unanswered: dict[int, float] = {}
+        self._owed: set[int] = set()
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
         self.working: Working | None = None
@@ -127,7 +128,7 @@ class LoaderProcess:
     def silent_s(self) -> float:
         """For how long it has said nothing although requests wait for it, or has not even taken one of them in."""
         now = time.monotonic()
-        silent = now - self._heard_s if self._open else 0.0
+        silent = now - self._heard_s if self._owed else 0.0
         return max([silent, *(now - since for since in self._unanswered.values())])
 
     @property
@@ -194,9 +195,10 @@ class LoaderProcess:
         when the loader is lost."""
         number = next(self._ids)
         answers = AnswerQueue()
-        if not self._open:
+        if not self._owed:
             self._heard_s = time.monotonic()
         self._open[number] = answers
+        self._owed.add(number)
         self._unanswered[number] = time.monotonic()
         self.meter.begin(number, text.prompt_tok if text else 0)
         finished = False
@@ -212,6 +214,7 @@ class LoaderProcess:
                 yield answer
         finally:
             del self._open[number]
+            self._owed.discard(number)
             self.meter.end(number)
             self._unanswered.pop(number, None)
             self._last_s.pop(number, None)
@@ -303,6 +306,8 @@ class LoaderProcess:
             self._heard_s = time.monotonic()
         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
             self._unanswered.pop(frame.id, None)
+            if isinstance(frame, Done | Failed):
+                self._owed.discard(frame.id)  # whoever reads slowly, the engine is done with it
             if frame.id in self._open:
                 self._open[frame.id].put(frame)
             self._measure(frame)

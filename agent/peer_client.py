@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from agent.frames import MAX_FRAME_BYTES, Answer, Ask
-from agent.peer_link import PeerLink
+from agent.peer_link import HEARTBEAT_S, PeerLink
 from agent.peers import Beat
 from agent.signing import ANSWER_HEADER, Key, mismatch
 from shared.errors import RackError, Refused, Retryable
@@ -71,6 +71,8 @@ class PeerClient:
     async def generate(self, node: str, url: str, request: Ask) -> AsyncGenerator[Answer, None]:
         """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
         link = self._links.get(node)
+        if link is not None and link.url != url:
+            self.drop(node)  # the node has moved
         if link is None or not link.alive:
             link = await self._linked(node, url)
         async with contextlib.aclosing(link.generate(request)) as answers:
@@ -116,13 +118,13 @@ class PeerClient:
         nonce = self._nonce()
         headers = self._headers("GET", "/peer/v1/link", b"", nonce)
         socket = await self._opened().ws_connect(
-            f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, autoping=True
+            f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, heartbeat=HEARTBEAT_S
         )
         first = await socket.receive()
         if not self._key.is_answer(str(first.data), nonce, node):
             await socket.close()
             raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
-        return PeerLink(node, socket)
+        return PeerLink(node, url, socket)
 
     def _nonce(self) -> str:
         """Never used before: by this process because it counts, by another because of its random beginning."""

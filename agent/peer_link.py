@@ -20,13 +20,16 @@ from shared.errors import RackError, Refused, Retryable
 _ANSWERS = (Accepted, Tokens, Embedded, Done, Failed)
 _ENDS = (Done, Failed)
 CLOSE_S = 1.0
+HEARTBEAT_S = 10.0
+"""A connection over which nothing comes back for so long, and half as long again, is dead."""
 
 
 class PeerLink:
     """An open connection. ``alive`` until it ends."""
 
-    def __init__(self, node: str, socket: aiohttp.ClientWebSocketResponse) -> None:
+    def __init__(self, node: str, url: str, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._node = node
+        self.url = url
         self._socket = socket
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
@@ -74,7 +77,8 @@ class PeerLink:
 
     async def _send(self, frame: bytes) -> None:
         try:
-            await self._socket.send_bytes(frame)
+            # all who write share one wait for room: who is cancelled must not take the others along
+            await asyncio.shield(asyncio.ensure_future(self._socket.send_bytes(frame)))
         except (ConnectionError, RuntimeError, aiohttp.ClientError):
             self._lost()
             raise Retryable(f"peer {self._node}: broke off", code="worker_lost") from None

@@ -114,6 +114,17 @@ class PeerTable:
             self._peers[node].lost = True
             self._changed()
 
+    def unready(self, node: str, model: str) -> None:
+        """A node turned a request away that its last beat had promised to take: it is not ready until its next."""
+        known = self._peers.get(node)
+        if known is not None and known.beat is not None:
+            models = tuple(
+                msgspec.structs.replace(one, ready=False, coming=True, versions=()) if one.name == model else one
+                for one in known.beat.models
+            )
+            known.beat = msgspec.structs.replace(known.beat, models=models)
+            self._changed()
+
     def sent(self, node: str, model: str, prompt_tok: int) -> int:
         """A request was forwarded, and counts as load until the next beat. What is returned ``ended`` wants to know."""
         known = self._peers.get(node)

@@ -7,7 +7,8 @@ that a quiet rack can still retry.
 
 SHARE = 0.2
 FLOOR_PER_S = 2.0
-MOST = 50.0
+MOST = 100.0
+"""More than one node can take with it at once."""
 
 
 class RetryBudget:

@@ -145,7 +145,7 @@ async def _next_piece(
         while not getting.done():
             await asyncio.wait({getting}, timeout=1.0)
             for task in tasks:
-                if task.done() and not task.cancelled() and task.exception() is not None:
+                if task.done() and (task.cancelled() or task.exception() is not None):
                     task.result()
         return getting.result()
     finally:

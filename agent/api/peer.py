@@ -23,6 +23,7 @@ from agent.frames import (
     Together,
     encode,
 )
+from agent.peer_link import HEARTBEAT_S
 from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -49,7 +50,7 @@ async def link(request: web.Request) -> web.StreamResponse:
     again, so a request cannot travel in circles."""
     signed = _signed(request)
     context = request.app[CONTEXT]
-    socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S)
+    socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S, heartbeat=HEARTBEAT_S)
     await socket.prepare(request)
     await socket.send_str(context.rack_key.answer(signed.nonce, context.config.node.id))
     open_links = request.app[LINKS]
@@ -111,17 +112,21 @@ class _Works:
         except RackError as error:
             seen["outcome"] = error.code
             with contextlib.suppress(ConnectionError, RuntimeError):
-                await self._socket.send_bytes(encode(_failed(ask.id, error)))
+                await self._sent(encode(_failed(ask.id, error)))
         except (ConnectionError, RuntimeError):
             seen["outcome"] = "door_gone"
         except Exception:  # a fault of ours: its type and place go to the log, nothing to the peer
             log.error("work_failed", request=ask.request_id, exc_info=True)
             with contextlib.suppress(ConnectionError, RuntimeError):
                 failed = Failed(id=ask.id, code="engine_failed", message="an internal error", retryable=True)
-                await self._socket.send_bytes(encode(failed))
+                await self._sent(encode(failed))
         finally:
             ms = round((time.monotonic() - began) * 1000, 1)
             log.info("worked", request=ask.request_id, door=self._door, model=ask.model, ms=ms, **seen)
+
+    async def _sent(self, frames: bytes) -> None:
+        # all who write share one wait for room: who is cancelled must not take the others along
+        await asyncio.shield(asyncio.ensure_future(self._socket.send_bytes(frames)))
 
     async def _answered(self, ask: Ask, seen: dict[str, Any]) -> None:
         if ask.door == self._context.config.node.id:
@@ -135,7 +140,7 @@ class _Works:
                     seen.update(completion_tok=answer.completion_tok, finish=answer.finish)
                 due = together.put(answer, time.monotonic()) if together is not None else (answer,)
                 if due:
-                    await self._socket.send_bytes(b"".join(_named(ask.id, one) for one in due))
+                    await self._sent(b"".join(_named(ask.id, one) for one in due))
 
 
 def _named(number: int, answer: Answer) -> bytes:

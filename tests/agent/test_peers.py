@@ -60,6 +60,17 @@ def test_a_peer_that_started_anew_is_told_apart_from_one_that_went_on() -> None:
     assert peers.heard("a", beat(epoch=2), 3.0)
 
 
+def test_a_promise_that_was_not_kept_is_not_believed_until_the_next_beat() -> None:
+    peers = table()
+    peers.heard("a", beat(), 1.0)
+    peers.unready("a", "m")
+    (model,) = peers.view(1.1)[0].models
+    assert (model.ready, model.coming) == (False, True)
+    peers.heard("a", beat(), 2.0)
+    assert peers.view(2.0)[0].models[0].ready
+    peers.unready("gone", "m")
+
+
 def test_what_was_sent_counts_until_the_next_beat() -> None:
     peers = table()
     peers.heard("a", beat(load=2), 1.0)

@@ -72,6 +72,15 @@ def test_a_failed_trial_doubles_the_pause_up_to_a_bound() -> None:
     assert max(pauses) == pytest.approx(MAX_PAUSE_S)
 
 
+def test_who_goes_on_beside_a_trial_is_no_trial() -> None:
+    breaker = opened()
+    assert breaker.begin(3.0)
+    assert not breaker.begin(3.0)
+    breaker.failed(3.1, "broke off", probe=False)
+    breaker.given_up(probe=False)
+    assert breaker.state(3.2) == "probing"
+
+
 def test_a_trial_before_its_time_does_not_prolong_the_pause() -> None:
     breaker = opened()
     for n in range(5):
