@@ -273,11 +273,8 @@ class Daemon:
             "budget_from": self._budget_from,
             "models": self.pool.status(),
             "memory": self.pool.pressure(),
-            "swaps": self.pool.swaps()[-5:],
             "desired": msgspec.to_builtins(self.follower.observed()),
-            "peers": self._peers(now),
-            "breakers": self.dispatch.trust.view(now),
-            "retries_left": self.dispatch.budget.left(),
+            **self._trouble(now),
             "push": {
                 "state": self.pusher.state.state,
                 "reason": self.pusher.state.reason,
@@ -295,13 +292,19 @@ class Daemon:
             "node": here.node,
             "draining": here.draining,
             "models": [_offered(model) for model in here.models],
+            **self._trouble(now),
+            "tasks": len(asyncio.all_tasks()),
+            "last_requests": [trail.request_id for trail in self.dispatch.decisions.last(20)],
+        }
+
+    def _trouble(self, now: float) -> dict[str, Any]:
+        """Where to look first when something is wrong."""
+        return {
             "peers": self._peers(now),
             "breakers": self.dispatch.trust.view(now),
             "retries_left": self.dispatch.budget.left(),
             "retries_refused": self.dispatch.budget.refused,
             "swaps": self.pool.swaps()[-5:],
-            "tasks": len(asyncio.all_tasks()),
-            "last_requests": [trail.request_id for trail in self.dispatch.decisions.last(20)],
         }
 
     def _peers(self, now: float) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from agent.peers import PeerTable
 from agent.placing import Placing
 from agent.pool import Pool
 from agent.prefixes import Text, text_of
+from agent.recovery import MAX_RETRIES, Loss, after
 from agent.retry_budget import RetryBudget
 from agent.routing import Candidate, Decision, Forward, Local, NodeView
 from agent.stalls import first_limit_s
@@ -31,7 +32,6 @@ from agent.trust import Trust
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
-MAX_RETRIES = 2
 TRIAL_S = 1.0
 """An answer that flows for so long closes a breaker."""
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
@@ -199,6 +199,8 @@ class Dispatch:
     # ---- attempts ----
 
     async def _attempts(self, call: Call) -> AsyncGenerator[Answer, None]:
+        """Try until an answer is complete, or there is no more to be done. What a whole answer has brought is held
+        until then."""
         held: list[Answer] = []
         left = False
         call.text = text_of(self._prefix_key, call.ask)
@@ -206,60 +208,63 @@ class Dispatch:
             try:
                 decision = await self._placing.place(call)
             except Retryable:
-                if not (call.going_on and call.whole and self._may_retry(call)):
+                if not (call.going_on and call.whole and call.retries < MAX_RETRIES and self._paid()):
                     raise
                 # nobody can go on with it, and nothing has left: from the beginning, by any version
                 held.clear()
-                self._again(call, "", "its version is gone")
+                self._start_over(call, "", "its version is gone")
                 continue
-            chosen = decision.chosen
-            assert chosen is not None
-            node = chosen.node
-            probe = self.trust.begin(node, call.model, self._clock())
-            self._step(call, "sent" if not call.going_on else "continues", node, decision=decision)
-            verdict, flows_s = False, 0.0
             try:
-                async with contextlib.aclosing(self._attempt(decision, chosen, call)) as answers:
+                async with contextlib.aclosing(self._watched(decision, call)) as answers:
                     async for answer in answers:
-                        if call.going_on and isinstance(answer, Accepted):
-                            continue  # the client has heard that already
-                        call.note(answer, self._clock())
-                        if probe and isinstance(answer, Tokens):
-                            flows_s = flows_s or self._clock()
-                            if self._clock() - flows_s > TRIAL_S:
-                                self.trust.ok(node, call.model, self._clock(), probe=True)
-                                probe = False
                         if call.whole:
                             held.append(answer)
                             continue
                         left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
-                self.trust.ok(node, call.model, self._clock(), probe=probe)
-                verdict = True
             except Retryable as error:
                 if error.code not in LOST:
                     raise
-                verdict = self._blame(decision, call, error, probe=probe)
-                if error.code == "not_ready" and not left and self._clock() < call.began_s + self._limits.load_wait_s:
-                    # an old beat sent it there, which costs it nothing but the way: the next beat knows better
-                    held.clear()
-                    call.start_over()
-                    continue
-                # a client that has a part of its answer is owed the rest; anything else is bounded by the budget
-                if not (left and call.can_go_on) and (left or not self._may_retry(call)):
+                if not self._recovered(call, decision, error, left=left):
                     raise
-                if call.can_go_on and (left or self._placing.held_by_peer(call.model, call.version, node)):
-                    self._go_on(call, node)
-                    continue
-                held.clear()
-                self._again(call, node, error.message)
+                if not call.going_on:
+                    held.clear()
                 continue
-            finally:
-                if not verdict:
-                    self.trust.given_up(node, call.model, probe=probe)
             for answer in held:
                 yield answer
             return
+
+    async def _watched(self, decision: Decision, call: Call) -> AsyncGenerator[Answer, None]:
+        """One attempt, noted on the call, and its verdict on the node: good, bad, or none when the client left."""
+        chosen = decision.chosen
+        assert chosen is not None
+        node, model = chosen.node, call.model
+        probe = self.trust.begin(node, model, self._clock())
+        self._step(call, "continues" if call.going_on else "sent", node, decision=decision)
+        verdict, flows_s = False, 0.0
+        try:
+            async with contextlib.aclosing(self._attempt(decision, chosen, call)) as answers:
+                async for answer in answers:
+                    if call.going_on and isinstance(answer, Accepted):
+                        continue  # the client has heard that already
+                    now = self._clock()
+                    call.note(answer, now)
+                    if probe and isinstance(answer, Tokens):
+                        flows_s = flows_s or now
+                        if now - flows_s > TRIAL_S:
+                            self.trust.ok(node, model, now, probe=True)
+                            probe = False
+                    yield answer
+            self.trust.ok(node, model, self._clock(), probe=probe)
+            verdict = True
+        except Retryable as error:
+            verdict = error.code in LOST and error.code != "not_ready"
+            if verdict:
+                self.trust.failed(node, model, self._clock(), error.message, probe=probe)
+            raise
+        finally:
+            if not verdict:
+                self.trust.given_up(node, model, probe=probe)
 
     def _attempt(self, decision: Decision, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
         ask, place = call.frame(self._node), decision.place
@@ -330,38 +335,61 @@ class Dispatch:
             for peer in self._table.view(self._clock())
         )
 
-    def _blame(self, decision: Decision, call: Call, error: Retryable, *, probe: bool) -> bool:
-        """A node did not do what it was asked. True when that was noted against it."""
-        node = decision.place.node if isinstance(decision.place, Local | Forward) else ""
-        self._step(call, "lost", node, why=error.message)
-        call.tried.add(node)
-        if error.code == "not_ready":
-            self._table.unready(node, call.model)
+    def _recovered(self, call: Call, decision: Decision, error: Retryable, *, left: bool) -> bool:
+        """Prepare what recovery.after decides; False when the request is given up."""
+        place = decision.place
+        assert isinstance(place, Local | Forward)
+        node = place.node
+        self._lose(call, place, error)
+        then = after(
+            Loss(
+                turned_away=error.code == "not_ready",
+                left=left,
+                can_go_on=call.can_go_on,
+                held=self._placing.held_by_peer(call.model, call.version, node),
+                retries=call.retries,
+                in_time=self._clock() < call.began_s + self._limits.load_wait_s,
+            )
+        )
+        if then.what == "give_up" or (then.paid and not self._paid()):
             return False
-        self.trust.failed(node, call.model, self._clock(), error.message, probe=probe)
-        if isinstance(decision.place, Forward) and error.code == "worker_lost":
-            self._table.lose(node)
+        if then.what == "go_on":
+            self._go_on(call, node, paid=then.paid)
+        else:
+            self._start_over(call, node, error.message, paid=then.paid)
         return True
 
-    def _may_retry(self, call: Call) -> bool:
-        return call.retries < MAX_RETRIES and self.budget.take(self._clock())
+    def _lose(self, call: Call, place: Local | Forward, error: Retryable) -> None:
+        """What a loss says about the node: nothing new goes there before its next beat, which may be soon."""
+        self._step(call, "lost", place.node, why=error.message)
+        call.tried.add(place.node)
+        if isinstance(place, Forward) and error.code == "not_ready":
+            self._table.unready(place.node, call.model)
+        elif isinstance(place, Forward) and error.code == "worker_lost":
+            self._table.lose(place.node)
 
-    def _go_on(self, call: Call, node: str) -> None:
+    def _paid(self) -> bool:
+        return self.budget.take(self._clock())
+
+    def _go_on(self, call: Call, node: str, *, paid: bool) -> None:
         """What exists of the answer stays; another loader continues after it. On this node it may be asked for at once,
         so that a loader that was draining is known to be missed."""
         if node == self._node:
             call.tried.discard(node)
-        call.retries += call.whole
+        if paid:
+            call.retries += 1
         call.going_on = True
         call.lost_s = self._clock()
         call.continuations += 1
         log.info("continued", request=call.request_id, node=node, tokens=len(call.made), version=call.version)
 
-    def _again(self, call: Call, node: str, reason: str) -> None:
-        call.retries += 1
+    def _start_over(self, call: Call, node: str, reason: str, *, paid: bool = True) -> None:
+        """From the beginning, elsewhere. Being turned away is no retry."""
         call.start_over()
-        self._step(call, "retries", node, why=reason)
-        log.info("retried", request=call.request_id, node=node, retries=call.retries)
+        if paid:
+            call.retries += 1
+            self._step(call, "retries", node, why=reason)
+            log.info("retried", request=call.request_id, node=node, retries=call.retries)
 
     # ---- what is kept of it ----
 

@@ -58,7 +58,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What routing may look at. ``tried`` nodes failed this request already; ``hop`` forbids another one. With
+    """What routing may look at. ``tried`` nodes failed this request already. With
     ``version`` an answer has to be gone on with, by exactly that version.
 
     ``chain`` are the hashes of the prompt's beginnings, ``prompt_tok`` its length, ``answer_tok`` the most that is
@@ -68,7 +68,6 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     tried: frozenset[str] = frozenset()
-    hop: bool = False
     version: str = ""
     chain: Chain = ()
     prompt_tok: int = 0
@@ -168,7 +167,7 @@ def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> 
        a request on trial is no candidate at all.
     5. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
     """
-    nodes = (here,) if request.hop else (here, *peers)
+    nodes = (here, *peers)
     fit: list[tuple[NodeView, ModelView]] = []
     excluded: list[tuple[str, str]] = []
     for node in nodes:

@@ -125,11 +125,6 @@ def test_what_was_tried_is_not_tried_again() -> None:
     assert dict(decision.excluded) == {"here": "tried", "a": "tried"}
 
 
-def test_a_forwarded_request_goes_no_further() -> None:
-    decision = choose(msgspec.structs.replace(WANTED, hop=True), AWAY, (node("a"),))
-    assert isinstance(decision.place, Refuse)
-
-
 @pytest.mark.parametrize(
     ("breakers", "expected"),
     [
