@@ -18,7 +18,8 @@ _NO_TEXT = Text((), 1)
 class Call(msgspec.Struct, kw_only=True):
     """A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
     first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
-    the tokens that exist; while ``going_on`` the answer continues after them.
+    the tokens that exist; while ``going_on`` the answer continues after them. ``over_tok`` is a context that was too
+    small for it; the engines of ``faulty`` nodes failed at it.
     """
 
     ask: Ask
@@ -34,6 +35,8 @@ class Call(msgspec.Struct, kw_only=True):
     made: list[int] = msgspec.field(default_factory=list)
     going_on: bool = False
     lost_s: float = 0.0
+    over_tok: int = 0
+    faulty: tuple[str, ...] = ()
     continuations: int = 0
     tried: set[str] = msgspec.field(default_factory=set)
     retries: int = 0

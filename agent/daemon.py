@@ -69,6 +69,7 @@ class Daemon:
         self._environ = environ
         self._stop = asyncio.Event()
         self._urgent_tasks: set[asyncio.Task[None]] = set()
+        self._steady: list[asyncio.Task[None]] = []
         self._pushing = asyncio.Lock()
         self._pushes: set[asyncio.Task[int]] = set()
         self._started_s = int(time.time())
@@ -181,12 +182,14 @@ class Daemon:
                 self.config,
                 sample=self.sampler.tick,
                 push=self.push,
-                probe=self.prober.tick,
-                probe_s=self.prober.every_s,
-                tend=self.pool.tend,
                 follow=self.follower.tick,
             )
             scheduler = schedule.start(table)
+            steady = (
+                schedule.Job("probe", self.prober.every_s, self.prober.tick),
+                schedule.Job("tend", schedule.TEND_S, self.pool.tend),
+            )
+            self._steady = [asyncio.create_task(schedule.steadily(job)) for job in steady]
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
@@ -195,6 +198,10 @@ class Daemon:
             scheduler.shutdown(wait=False)
             await self._wind_down()
         finally:
+            # not before: who still waits for an answer here needs to know the peers
+            for task in self._steady:
+                task.cancel()
+            await asyncio.gather(*self._steady, return_exceptions=True)
             await self.prober.close()
             await runner.cleanup()
             await self.peer_client.close()
@@ -246,7 +253,8 @@ class Daemon:
     def _meet(self, peers: Sequence[tuple[str, str]]) -> None:
         """From now on these are the other nodes. Without a secret there are none: nobody could prove to be one."""
         if self.config.peers.secret:
-            self.table.become(peers, time.monotonic())
+            for gone in self.table.become(peers, time.monotonic()):
+                self.peer_client.drop(gone)
         elif peers:
             log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
 

@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -17,7 +18,7 @@ from agent.call import Call
 from agent.collectors.inference import Answered, Ledger
 from agent.config import Limits
 from agent.decisions import Decisions, Trail
-from agent.frames import Accepted, Answer, Ask, Embedded, Failed, Generate, Tokens
+from agent.frames import Accepted, Answer, Ask, Embedded, Failed, Generate, Tokens, Waits
 from agent.patience import OutOfPatience, Patience
 from agent.peer_client import PeerClient
 from agent.peers import PeerTable
@@ -26,7 +27,7 @@ from agent.pool import Pool
 from agent.prefixes import Text, text_of
 from agent.recovery import MAX_RETRIES, Loss, after
 from agent.retry_budget import RetryBudget
-from agent.routing import Candidate, Decision, Forward, Local, NodeView
+from agent.routing import Candidate, Decision, Forward, Local, NodeView, Refuse
 from agent.stalls import first_limit_s
 from agent.trust import Trust
 from shared.errors import RackError, Refused, Retryable
@@ -36,8 +37,12 @@ TRIAL_S = 1.0
 """An answer that flows for so long closes a breaker."""
 TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
 LOST = ("worker_lost", "loader_lost", "not_ready")
-"""Errors after which another node is tried: the node is gone, its loader is, or the model is not there. The last says
-nothing against the node."""
+"""Errors that say that the node is gone, its loader is, or the model is not there. The last says nothing against the
+node."""
+ENGINE_FAILED = "engine_failed"
+"""The engine failed at this one request. It is tried on another node, and only if that can answer it the first is to
+blame."""
+TOO_LONG = "context_length_exceeded"
 
 _TURNED = {
     "draining": "this node is stopping",
@@ -222,8 +227,13 @@ class Dispatch:
                             continue
                         left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
+            except Refused as error:
+                if error.code != TOO_LONG or left or not self._has_roomier(call, decision, error):
+                    raise
+                held.clear()
+                continue
             except Retryable as error:
-                if error.code not in LOST:
+                if error.code not in (*LOST, ENGINE_FAILED):
                     raise
                 if not self._recovered(call, decision, error, left=left):
                     raise
@@ -257,6 +267,10 @@ class Dispatch:
                     yield answer
             self.trust.ok(node, model, self._clock(), probe=probe)
             verdict = True
+            for other in call.faulty:
+                self.trust.failed(
+                    other, model, self._clock(), "an engine failed at a request that another answered", probe=False
+                )
         except Retryable as error:
             verdict = error.code in LOST and error.code != "not_ready"
             if verdict:
@@ -313,6 +327,10 @@ class Dispatch:
                         # what the client took to read is not the worker's gap
                         gaps.add(self._clock() - max(now, heard_s))
                     heard_s = self._clock()
+                elif isinstance(answer, Waits):
+                    # in line, or set aside for want of room: its silence means nothing
+                    heard_s = self._clock() if heard_s else 0.0
+                    continue
                 elif isinstance(answer, Failed):
                     raise _error_of(answer)
                 yield answer
@@ -335,6 +353,17 @@ class Dispatch:
             for peer in self._table.view(self._clock())
         )
 
+    def _has_roomier(self, call: Call, decision: Decision, error: Refused) -> bool:
+        """Whether another node's context is larger than that of the node which found the prompt too long."""
+        chosen = decision.chosen
+        assert chosen is not None
+        call.over_tok = max(call.over_tok, chosen.context_tok)
+        if not chosen.context_tok or isinstance(self._placing.decide(call).place, Refuse):
+            return False
+        self._step(call, "retries", chosen.node, why=error.message)
+        call.start_over()
+        return True
+
     def _recovered(self, call: Call, decision: Decision, error: Retryable, *, left: bool) -> bool:
         """Prepare what recovery.after decides; False when the request is given up."""
         place = decision.place
@@ -343,7 +372,8 @@ class Dispatch:
         self._lose(call, place, error)
         then = after(
             Loss(
-                turned_away=error.code == "not_ready",
+                how=_how(error.code),
+                elsewhere=len(call.faulty) == 1 and self._has_another(call, node),
                 left=left,
                 can_go_on=call.can_go_on,
                 held=self._placing.held_by_peer(call.model, call.version, node),
@@ -363,7 +393,9 @@ class Dispatch:
         """What a loss says about the node: nothing new goes there before its next beat, which may be soon."""
         self._step(call, "lost", place.node, why=error.message)
         call.tried.add(place.node)
-        if isinstance(place, Forward) and error.code == "not_ready":
+        if error.code == ENGINE_FAILED:
+            call.faulty = (*call.faulty, place.node)
+        elif isinstance(place, Forward) and error.code == "not_ready":
             self._table.unready(place.node, call.model)
         elif isinstance(place, Forward) and error.code == "worker_lost":
             self._table.lose(place.node)
@@ -374,7 +406,7 @@ class Dispatch:
     def _go_on(self, call: Call, node: str, *, paid: bool) -> None:
         """What exists of the answer stays; another loader continues after it. On this node it may be asked for at once,
         so that a loader that was draining is known to be missed."""
-        if node == self._node:
+        if node == self._node and node not in call.faulty:
             call.tried.discard(node)
         if paid:
             call.retries += 1
@@ -451,3 +483,10 @@ def _error_of(failed: Failed) -> RackError:
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")
     return Refused(failed.message, code=failed.code, param=failed.param)
+
+
+def _how(code: str) -> Literal["lost", "turned_away", "engine_failed"]:
+    """An error's code in the words of recovery."""
+    if code == ENGINE_FAILED:
+        return "engine_failed"
+    return "turned_away" if code == "not_ready" else "lost"

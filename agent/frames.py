@@ -188,6 +188,12 @@ class Done(_Frame, frozen=True, kw_only=True, tag="done"):
     decode_us: int = 0
 
 
+class Waits(_Frame, frozen=True, kw_only=True, tag="waits"):
+    """This request waits for a row or for room; said now and then, so that its silence is not taken for a stall."""
+
+    id: int
+
+
 class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
     """Some more vectors of an Embed, in order, each as little-endian float32; Done follows the last."""
 
@@ -199,7 +205,7 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is
     alive, and this is what it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is what it did since
     it last said so, on its own clock: tokens of prompts and the time for them; tokens of answers, the time, and in
-    how many steps."""
+    how many steps. ``waits`` are requests that wait for a row or for room: nothing is wrong with them."""
 
     active_bytes: int = 0
     reuse_bytes: int = 0
@@ -210,6 +216,7 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     decode_tok: int = 0
     decode_us: int = 0
     decode_steps: int = 0
+    waits: tuple[int, ...] = ()
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
@@ -260,6 +267,7 @@ Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     Accepted,
     Tokens,
     Embedded,
+    Waits,
     Done,
     Failed,
     Working,
@@ -267,8 +275,8 @@ Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
 ]
 Ask = Generate | Embed
 """What a client can ask of a model."""
-Answer = Accepted | Tokens | Embedded | Done | Failed
-"""What it gets: Accepted, any number of Tokens (or Embedded), then Done or Failed."""
+Answer = Accepted | Tokens | Embedded | Waits | Done | Failed
+"""What it gets: Accepted, any number of Tokens (or Embedded) with Waits between them, then Done or Failed."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

@@ -31,6 +31,7 @@ from agent.frames import (
     Reported,
     Stop,
     Tokens,
+    Waits,
     Working,
     encode,
 )
@@ -314,6 +315,8 @@ class LoaderProcess:
         elif isinstance(frame, Working):
             self.working = frame
             self.meter.worked(time.monotonic(), frame)
+            for number in self._open.keys() & set(frame.waits):
+                self._open[number].put(Waits(id=number))
         elif isinstance(frame, Reported):
             self._reports.put_nowait(frame)
         elif isinstance(frame, Ready) and not self._ready.done():

@@ -24,6 +24,7 @@ _MAX_ERROR_BYTES = 8 << 10
 _WHY = {
     "not_a_peer": "refuses the rack secret; peers.secret must be the same on all nodes",
     "protocol_mismatch": "does not speak this node's protocol; update the older of the two",
+    "wrong_node": "is another node than peers.nodes calls it",
     "clock_skew": "refuses a signature whose clock is so far from its own; set both clocks by the same source",
 }
 
@@ -49,7 +50,7 @@ class PeerClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         nonce = self._nonce()
         try:
-            headers = self._headers("GET", "/peer/v1/beat", b"", nonce)
+            headers = self._headers(node, "/peer/v1/beat", nonce)
             async with self._opened().get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout) as answer:
                 if answer.status != 200:
                     raise await _refusal(url, answer)
@@ -116,26 +117,30 @@ class PeerClient:
 
     async def _connected(self, node: str, url: str) -> PeerLink:
         nonce = self._nonce()
-        headers = self._headers("GET", "/peer/v1/link", b"", nonce)
+        headers = self._headers(node, "/peer/v1/link", nonce)
         socket = await self._opened().ws_connect(
             f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, heartbeat=HEARTBEAT_S
         )
-        first = await socket.receive()
-        if not self._key.is_answer(str(first.data), nonce, node):
-            await socket.close()
-            raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
-        return PeerLink(node, url, socket)
+        link = PeerLink(node, url, socket)
+        try:
+            signature, _, challenge = str((await socket.receive()).data).partition(" ")
+            if not self._key.is_answer(signature, nonce, node):
+                raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+            await socket.send_str(self._key.proof(challenge, self._node))
+        except BaseException:
+            link.abort()
+            raise
+        link.read()
+        return link
 
     def _nonce(self) -> str:
         """Never used before: by this process because it counts, by another because of its random beginning."""
         return f"{self._born}{next(self._count):x}"
 
-    def _headers(self, method: str, path: str, body: bytes, nonce: str) -> dict[str, str]:
-        return {
-            "Authorization": self._key.header(
-                node=self._node, method=method, path=path, body=body, t_ms=self._wall_ms(), nonce=nonce
-            )
-        }
+    def _headers(self, to: str, path: str, nonce: str) -> dict[str, str]:
+        t_ms = self._wall_ms()
+        signed = self._key.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
+        return {"Authorization": signed}
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -14,10 +14,23 @@ import aiohttp
 import msgspec
 
 from agent.answer_queue import AnswerQueue
-from agent.frames import MAX_FRAME_BYTES, Accepted, Answer, Ask, Cancel, Decoder, Done, Embedded, Failed, Tokens, encode
+from agent.frames import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Decoder,
+    Done,
+    Embedded,
+    Failed,
+    Tokens,
+    Waits,
+    encode,
+)
 from shared.errors import RackError, Refused, Retryable
 
-_ANSWERS = (Accepted, Tokens, Embedded, Done, Failed)
+_ANSWERS = (Accepted, Tokens, Embedded, Waits, Done, Failed)
 _ENDS = (Done, Failed)
 CLOSE_S = 1.0
 HEARTBEAT_S = 10.0
@@ -35,6 +48,10 @@ class PeerLink:
         self._ids = itertools.count(1)
         self._cancels: set[asyncio.Task[None]] = set()
         self.alive = True
+        self._reading: asyncio.Task[None] | None = None
+
+    def read(self) -> None:
+        """From now on take what comes."""
         self._reading = asyncio.create_task(self._read())
 
     async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
@@ -64,16 +81,19 @@ class PeerLink:
         if wire is not None:
             with contextlib.suppress(OSError):
                 wire.shutdown(SHUT_RDWR)
-        self._reading.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def close(self) -> None:
         """End it in order."""
         self._lost()
-        self._reading.cancel()
+        reading = [self._reading] if self._reading is not None else []
+        for task in reading:
+            task.cancel()
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_S):
                 await self._socket.close()
-        await asyncio.gather(self._reading, *self._cancels, return_exceptions=True)
+        await asyncio.gather(*reading, *self._cancels, return_exceptions=True)
 
     async def _send(self, frame: bytes) -> None:
         try:

@@ -68,6 +68,7 @@ class PeerTable:
         self._beat_s = beat_s
         self._peers = {node: _Known(url=url, last_s=now) for node, url in urls}
         self._tick_s = now
+        self._ticks = False
         self._view: tuple[NodeView, ...] = ()
         self._good_until_s = -_NEVER
 
@@ -75,12 +76,14 @@ class PeerTable:
         """(node, url) of every peer."""
         return [(node, known.url) for node, known in self._peers.items()]
 
-    def become(self, urls: Iterable[tuple[str, str]], now: float) -> None:
-        """From now on these are the peers; what is known of those that stay is kept."""
+    def become(self, urls: Iterable[tuple[str, str]], now: float) -> list[str]:
+        """From now on these are the peers; what is known of those that stay is kept. Returns who has gone or moved."""
         wanted = dict(urls)
         kept = {node: known for node, known in self._peers.items() if wanted.get(node) == known.url}
+        gone = [node for node in self._peers if node not in kept]
         self._peers = {node: kept.get(node) or _Known(url=url, last_s=now) for node, url in wanted.items()}
         self._changed()
+        return gone
 
     def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
         """A peer answered; what was sent since its last beat is now in its own count. True when it was down or has
@@ -150,7 +153,7 @@ class PeerTable:
         """To be called every ``every_s``. When it comes late this node was asleep, and what it did not hear in that
         time is nobody's fault. Returns for how long it was."""
         late_s = now - self._tick_s - every_s
-        self._tick_s = now
+        self._tick_s, self._ticks = now, True
         if late_s < ASLEEP_S:
             return 0.0
         for known in self._peers.values():
@@ -197,6 +200,9 @@ class PeerTable:
         )
 
     def _state(self, known: _Known, now: float) -> str:
+        if self._ticks:
+            # a node that has just woken has not heard the beats that wait for it, and must not judge by the time
+            now = min(now, self._tick_s + ASLEEP_S)
         silent_s = now - known.last_s
         if known.misses >= DOWN_MISSES or silent_s > DOWN_BEATS * self._beat_s:
             return "down"

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from agent.call import Call
 from agent.config import Limits
 from agent.peers import PeerTable
@@ -20,7 +22,7 @@ _STEP_S = 0.05
 
 
 class Placing:
-    """``here`` is this node as routing sees it; ``draining`` says that it stops."""
+    """``here`` is this node as routing sees it; for what it has let in it is a candidate even while it stops."""
 
     def __init__(
         self,
@@ -51,12 +53,14 @@ class Placing:
             chain=call.text.chain,
             prompt_tok=call.text.prompt_tok,
             answer_tok=call.answer_tok,
+            over_tok=call.over_tok,
             breakers=self._trust.states(call.model, now),
             sent=self._table.sent_since_beat(call.model),
             labels=call.labels,
             dice=self._dice(),
         )
-        return choose(request, self._here(), self._table.view(now))
+        here = msgspec.structs.replace(self._here(), draining=False)
+        return choose(request, here, self._table.view(now))
 
     async def place(self, call: Call) -> Decision:
         """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
@@ -80,7 +84,7 @@ class Placing:
             if place.code == "model_not_found":
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
-            if self._pool.refusing and not call.going_on:
+            if self._pool.refusing and self._is_here(call.model) and not (call.going_on or place.loading):
                 raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
             if not queued and not call.going_on and self._is_here(call.model):
                 # in line from now on, however often what is asked for below is asked again
@@ -97,8 +101,6 @@ class Placing:
 
     async def _wait(self, call: Call, refused: Refuse, step_s: float) -> bool:
         """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
-        if self._here().draining:
-            return False
         name = call.model
         if call.going_on:
             return await self._wait_for_version(call, step_s)

@@ -15,12 +15,12 @@ Sent = tuple[int, int]
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there.
 
-    ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can go on with an answer that
-    they began, whether they take new requests or not. ``rows`` requests are decoded together; ``prefill_tok`` prompt
-    tokens are still to be computed. ``prefill_tps`` (tokens a second), ``gap_us`` (between two tokens of an answer that
-    is alone) and ``answer_tok`` (tokens of an answer) were measured there lately, None where nothing was.
-    ``kv_ppm`` is how full the room for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely
-    to hold.
+    ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can go on with an answer
+    that they began, whether they take new requests or not. ``rows`` requests are decoded together; ``prefill_tok``
+    prompt tokens are still to be computed. ``prefill_tps`` (tokens a second), ``gap_us`` (between two tokens of an
+    answer that is alone) and ``answer_tok`` (tokens of an answer) were measured there lately, None where nothing was.
+    ``context_tok`` is how long prompt and answer may be, 0 where that is not known. ``kv_ppm`` is how full the room
+    for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely to hold.
     """
 
     name: str
@@ -30,6 +30,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     versions: tuple[str, ...] = ()
     rows: int = 8
+    context_tok: int = 0
     prefill_tok: int = 0
     prefill_tps: float | None = None
     gap_us: int | None = None
@@ -62,8 +63,9 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``version`` an answer has to be gone on with, by exactly that version.
 
     ``chain`` are the hashes of the prompt's beginnings, ``prompt_tok`` its length, ``answer_tok`` the most that is
-    asked for. ``breakers`` are of this model, those that are not closed; ``sent`` is what each node got since its
-    last beat. ``labels`` are the request's, for rules to come. ``dice`` in [0, 1) decides between equals.
+    asked for. ``over_tok`` is a context that was found too small for it. ``breakers`` are of this model, those that
+    are not closed; ``sent`` is what each node got since its last beat. ``labels`` are the request's, for rules to
+    come. ``dice`` in [0, 1) decides between equals.
     """
 
     model: str
@@ -72,6 +74,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     chain: Chain = ()
     prompt_tok: int = 0
     answer_tok: int = 256
+    over_tok: int = 0
     breakers: Mapping[str, State] = {}
     sent: Mapping[str, Sent] = {}
     labels: Mapping[str, str] = {}
@@ -112,6 +115,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     others_s: float
     barrier_s: float
     saved_tok: int = 0
+    context_tok: int = 0
     last_resort: str = ""
     measured: bool = False
 
@@ -163,8 +167,8 @@ def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> 
        prompt cache knows of it, at the measured speed; a row, if none is free; the answer, at the measured gap and
        as many rows as there would be; what the prompt takes from others; and barriers of heat, memory and distance.
     3. The cheapest wins. Among equals this node, else one by dice, so that many doors do not all choose the same.
-    4. A suspect, one whose breaker is open or whose loader starts again comes after all others; one whose breaker has
-       a request on trial is no candidate at all.
+    4. A suspect, one whose breaker is open, whose loader starts again or whose context seems too small comes after all
+       others; one whose breaker has a request on trial, or whose context was found too small, is no candidate at all.
     5. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
     """
     nodes = (here, *peers)
@@ -205,6 +209,8 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
         return "does not serve it"
     if request.breakers and request.breakers.get(node.node) == "probing":
         return "breaker: on trial"
+    if request.over_tok and model.context_tok <= request.over_tok:
+        return "context too small"
     return model
 
 
@@ -237,6 +243,7 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
         others_s=others_s,
         barrier_s=barrier_s,
         saved_tok=saved_tok,
+        context_tok=model.context_tok,
         last_resort=resort,
         measured=model.prefill_tps is not None and model.answer_tok is not None,
     )
@@ -254,7 +261,10 @@ def _last_resort(request: RouteRequest, node: NodeView, model: ModelView) -> str
         return "suspect"
     if request.breakers and request.breakers.get(node.node) == "open":
         return "breaker: open"
-    return "coming back" if request.version and not model.ready else ""
+    if request.version and not model.ready:
+        return "coming back"
+    # the door only guesses how long a prompt is; the node itself will say
+    return "context too small" if 0 < model.context_tok < request.prompt_tok else ""
 
 
 def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:

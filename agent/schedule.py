@@ -1,5 +1,10 @@
-"""What runs when, on one page."""
+"""What runs when, on one page.
 
+Most of it by the wall clock. What others depend on from second to second goes by the loop's own clock, which nobody
+sets.
+"""
+
+import asyncio
 import datetime as dt
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -8,9 +13,12 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from agent.config import AgentConfig
+from shared.logs import get_logger
 
 TEND_S = 1.0
 """How often the models in memory are looked after."""
+
+log = get_logger("agent.schedule")
 
 
 class Job(NamedTuple):
@@ -28,17 +36,12 @@ def jobs(
     *,
     sample: Callable[[], Awaitable[object]],
     push: Callable[[], Awaitable[object]],
-    probe: Callable[[], Awaitable[object]],
-    probe_s: float,
-    tend: Callable[[], Awaitable[object]],
     follow: Callable[[], Awaitable[object]],
 ) -> tuple[Job, ...]:
     """The agent's jobs."""
     return (
         Job("sample", config.telemetry.sample_s, sample),
         Job("push", config.telemetry.upload_s, push),
-        Job("probe", probe_s, probe),
-        Job("tend", TEND_S, tend),
         Job("follow", config.desired.follow_s, follow, at_once=True),
     )
 
@@ -58,3 +61,13 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
         )
     scheduler.start()
     return scheduler
+
+
+async def steadily(job: Job) -> None:
+    """Run one job by the loop's clock until cancelled. One that fails is logged and runs again."""
+    while True:
+        try:
+            await job.run()
+        except Exception:
+            log.error("job_failed", job=job.name, exc_info=True)
+        await asyncio.sleep(job.every_s)

@@ -1,8 +1,9 @@
 """How nodes of a rack prove to each other who they are: an HMAC with the rack secret over each request. Pure.
 
-What is signed is one line each: protocol, node, method, path with its query, time, nonce, and the SHA-256 of the
-body. A signature is good for ``FRESH_S`` around the receiver's clock and once only. An answer carries a signature
-over the request's nonce, so that who asks knows that a node of its rack has spoken.
+What is signed is one line each: protocol, who asks, who is asked, method, path with its query, time, nonce, and the
+SHA-256 of the body. A signature is good for ``FRESH_S`` around the receiver's clock and once only. An answer carries a
+signature over the request's nonce, so that who asks knows that a node of its rack has spoken. A connection is proved
+once more, over a number that the receiver has drawn: what was recorded opens none, not even after a restart.
 """
 
 import hashlib
@@ -35,6 +36,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     protocol: int
     oldest: int
     node: str
+    to: str
     t_ms: int
     nonce: str
     mac: str
@@ -46,10 +48,18 @@ class Key:
     def __init__(self, secret: str) -> None:
         self._key = hashlib.sha256(b"mlxrack peers\0" + secret.encode()).digest()
 
-    def header(self, *, node: str, method: str, path: str, body: bytes, t_ms: int, nonce: str) -> str:
-        """The Authorization header of a request."""
-        mac = self._mac(PROTOCOL, node, method, path, t_ms, nonce, body)
-        return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},t={t_ms},nonce={nonce},mac={mac}"
+    def header(self, *, node: str, to: str, method: str, path: str, body: bytes, t_ms: int, nonce: str) -> str:
+        """The Authorization header of a request from ``node`` to ``to``."""
+        mac = self._mac(PROTOCOL, node, to, f"{method}\n{path}", t_ms, nonce, body)
+        return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},to={to},t={t_ms},nonce={nonce},mac={mac}"
+
+    def proof(self, challenge: str, node: str) -> str:
+        """What ``node`` says to a number that it was given."""
+        return hmac.digest(self._key, _line("proof", challenge, node), "sha256").hex()
+
+    def is_proof(self, offered: str, challenge: str, node: str) -> bool:
+        """Whether ``offered`` is what ``node`` would say."""
+        return hmac.compare_digest(offered.encode("ascii", "replace"), self.proof(challenge, node).encode())
 
     def answer(self, nonce: str, node: str, body: bytes = b"") -> str:
         """The header of an answer; ``body`` where it is known before it is sent."""
@@ -59,24 +69,27 @@ class Key:
         """Whether ``offered`` is what a node of this rack would have answered."""
         return hmac.compare_digest(offered.encode("ascii", "replace"), self.answer(nonce, node, body).encode())
 
-    def check(self, header: str, *, method: str, path: str, body: bytes, now_ms: int) -> Signed:
-        """Who asks. Raises NotAPeer with what is wrong: no signature, another secret, a clock that differs, or a
-        protocol that this node does not speak."""
+    def check(self, header: str, *, me: str, method: str, path: str, body: bytes, now_ms: int) -> Signed:
+        """Who asks. Raises NotAPeer with what is wrong: no signature, another secret, a clock that differs, a protocol
+        that this node does not speak, or another node than ``me`` that was meant."""
         signed = parse(header)
         # the protocol first: one that is too new may sign in another way
         if why := mismatch(signed.protocol, signed.oldest):
             raise NotAPeer(why, code="protocol_mismatch")
-        mac = self._mac(signed.protocol, signed.node, method, path, signed.t_ms, signed.nonce, body)
+        mac = self._mac(signed.protocol, signed.node, signed.to, f"{method}\n{path}", signed.t_ms, signed.nonce, body)
         if not hmac.compare_digest(mac.encode(), signed.mac.encode("ascii", "replace")):
             raise NotAPeer("the signature is not of this rack; peers.secret must be the same on all nodes")
         skew_s = (signed.t_ms - now_ms) / 1000
         if abs(skew_s) > FRESH_S:
             why = f"the clock of {signed.node} differs by {skew_s:.0f} s from this node's; set both by the same source"
             raise NotAPeer(why, code="clock_skew")
+        if signed.to != me:
+            why = f"{signed.node} calls this node {signed.to!r}, and it is {me!r}; mend its peers.nodes"
+            raise NotAPeer(why, code="wrong_node")
         return signed
 
-    def _mac(self, protocol: int, node: str, method: str, path: str, t_ms: int, nonce: str, body: bytes) -> str:
-        said = _line(str(protocol), node, method, path, str(t_ms), nonce, _sha256(body))
+    def _mac(self, protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> str:
+        said = _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
         return hmac.digest(self._key, said, "sha256").hex()
 
 
@@ -110,6 +123,7 @@ def parse(header: str) -> Signed:
             protocol=_number(parts["v"]),
             oldest=_number(parts["oldest"]),
             node=parts["node"],
+            to=parts["to"],
             t_ms=_number(parts["t"]),
             nonce=parts["nonce"],
             mac=parts["mac"],

@@ -100,6 +100,7 @@ class Slot:
         held = process.working.kv_bytes if process.working and plan.kv_bytes else 0
         return msgspec.structs.replace(
             base,
+            context_tok=process.ready.context_tok if process.ready else 0,
             prefill_tok=process.meter.workload.prefill_tok,
             prefill_tps=speed.prefill_tps,
             gap_us=speed.gap_us,

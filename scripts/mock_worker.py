@@ -31,7 +31,7 @@ from agent.peers import Beat
 from agent.routing import ModelView
 from agent.signing import ANSWER_HEADER, PROTOCOL, Key
 
-MODES = ("well", "refuses", "5xx", "breaks", "error", "garbage", "stalls", "slow")
+MODES = ("well", "refuses", "fails", "5xx", "breaks", "error", "garbage", "stalls", "slow")
 """What it does with requests."""
 NOT_A_PEER = ("silent", "unsigned", "newer", "older", "noise")
 """What it does with beats."""
@@ -45,6 +45,7 @@ class MockWorker:
         self._key = Key(secret)
         self.words, self.gap_s = words, gap_s
         self.mode = "well"
+        self.context_tok = 0
         self.began = self.ended = self.now = self.most = 0
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -105,7 +106,13 @@ class MockWorker:
         if self.mode == "noise":
             return web.Response(body=b"\xc1 what a beat never is", headers={ANSWER_HEADER: "00"})
         view = ModelView(
-            name="m", version="mock", ready=True, versions=("mock",), in_flight=self.now, gap_us=int(self.gap_s * 1e6)
+            name="m",
+            version="mock",
+            ready=True,
+            versions=("mock",),
+            in_flight=self.now,
+            gap_us=int(self.gap_s * 1e6),
+            context_tok=self.context_tok,
         )
         beat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
         if self.mode == "newer":
@@ -121,7 +128,8 @@ class MockWorker:
             return web.json_response({"error": {"message": "x", "code": "internal"}}, status=500)
         socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES)
         await socket.prepare(request)
-        await socket.send_str(self._key.answer(_nonce(request), self.node))
+        await socket.send_str(f"{self._key.answer(_nonce(request), self.node)} by-the-mock")
+        await socket.receive_str()  # its proof, which a mock believes
         tasks: dict[int, asyncio.Task[None]] = {}
         decoder = Decoder()
         try:
@@ -166,6 +174,9 @@ class MockWorker:
         words = min(self.words, asked.max_tokens or self.words)
         if self.mode == "refuses":
             yield Failed(id=1, code="context_length_exceeded", message="too long", param="max_tokens")
+            return
+        if self.mode == "fails":
+            yield Failed(id=1, code="engine_failed", message="the engine cannot continue this request")
             return
         yield Accepted(id=1, prompt_tok=9, cached_tok=0, version="mock", node=self.node)
         for number in range(len(asked.made), words):

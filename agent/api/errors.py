@@ -17,6 +17,7 @@ STATUS = {
     "not_a_peer": 403,
     "protocol_mismatch": 403,
     "clock_skew": 403,
+    "wrong_node": 403,
     "loop": 508,
     "model_not_found": 404,
     "not_found": 404,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 import time
 from typing import Any
 
@@ -28,6 +29,8 @@ from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
+PROOF_S = 5.0
+"""Who has connected has so long to prove itself."""
 CLOSE_S = 1.0
 """A peer has so long to agree to the end of its connection."""
 _MSGPACK = "application/x-msgpack"
@@ -45,14 +48,16 @@ async def beat(request: web.Request) -> web.Response:
 
 
 async def link(request: web.Request) -> web.StreamResponse:
-    """A peer's connection: this node proves itself in the first message, then requests of the peer's clients come in as
-    frames, and answers go back. They are never forwarded
-    again, so a request cannot travel in circles."""
+    """A peer's connection: both sides prove themselves in their first messages, then requests of the peer's clients
+    come in as frames, and answers go back. They are never forwarded again, so a request cannot travel in circles."""
     signed = _signed(request)
     context = request.app[CONTEXT]
     socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S, heartbeat=HEARTBEAT_S)
     await socket.prepare(request)
-    await socket.send_str(context.rack_key.answer(signed.nonce, context.config.node.id))
+    challenge = secrets.token_hex(16)
+    await socket.send_str(f"{context.rack_key.answer(signed.nonce, context.config.node.id)} {challenge}")
+    if not await _proved(context, socket, challenge, signed.node):
+        return socket
     open_links = request.app[LINKS]
     open_links.add(socket)
     works = _Works(context, socket, signed.node)
@@ -67,7 +72,20 @@ async def link(request: web.Request) -> web.StreamResponse:
 async def close_links(app: web.Application) -> None:
     """At the end: peers hear at once that this node goes."""
     sockets = set(app[LINKS])
-    await asyncio.gather(*(one.close(code=WSCloseCode.GOING_AWAY) for one in sockets), return_exceptions=True)
+    closing = (one.close(code=WSCloseCode.GOING_AWAY) for one in sockets)
+    with contextlib.suppress(TimeoutError):  # one that takes nothing any more cannot be told
+        async with asyncio.timeout(2 * CLOSE_S):
+            await asyncio.gather(*closing, return_exceptions=True)
+
+
+async def _proved(context: Context, socket: web.WebSocketResponse, challenge: str, node: str) -> bool:
+    """Whether who has connected is the node that signed, now and not at some earlier time."""
+    with contextlib.suppress(TimeoutError):
+        said = await socket.receive(timeout=PROOF_S)
+        if said.type is WSMsgType.TEXT and context.rack_key.is_proof(said.data, challenge, node):
+            return True
+    await socket.close(code=WSCloseCode.POLICY_VIOLATION)
+    return False
 
 
 class _Works:
@@ -155,7 +173,9 @@ def _signed(request: web.Request) -> Signed:
         raise NotAPeer("this node has no peers.secret, so it has no peers")
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
-    signed = context.rack_key.check(header, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms)
+    signed = context.rack_key.check(
+        header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
+    )
     if not context.nonces.take(signed.nonce, now_ms):
         raise NotAPeer("this signature has been used before")
     return signed

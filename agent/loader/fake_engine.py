@@ -244,7 +244,8 @@ class FakeEngine:
 
     def working(self) -> Working:
         held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
-        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, **self._lately.taken())
+        waits = tuple(row.request.id for row in self._waiting if not row.begun_s)
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, **self._lately.taken())
 
     def relieve(self, level: str) -> None:
         if level == "hard":

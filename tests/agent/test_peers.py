@@ -44,6 +44,19 @@ def test_one_miss_makes_suspect_and_three_dead_and_one_answer_heals() -> None:
     assert state(peers, 11.0) == "up"
 
 
+def test_a_node_that_has_just_woken_judges_nobody_before_its_next_tick() -> None:
+    peers = table()
+    peers.tick(9.75, 0.25)
+    peers.heard("a", beat(), 10.0)
+    peers.tick(10.0, 0.25)
+    assert state(peers, 70.0) == "up", "asleep for a minute; the beats of that time are still to be heard"
+    peers.tick(70.0, 0.25)
+    assert state(peers, 70.0) == "up"
+    for n in range(1, 20):
+        peers.tick(70.0 + n / 4, 0.25)
+    assert state(peers, 74.75) == "down"
+
+
 def test_a_broken_request_keeps_new_ones_away_until_the_next_beat() -> None:
     peers = table()
     peers.heard("a", beat(), 1.0)
@@ -103,6 +116,8 @@ def test_who_slept_itself_judges_nobody_by_that_time() -> None:
     assert peers.tick(10.5, 0.25) == 0.0
     assert peers.tick(70.5, 0.25) == pytest.approx(59.75)
     assert state(peers, 70.5) == "up"
+    for n in range(1, 16):
+        peers.tick(70.5 + n / 4, 0.25)
     assert state(peers, 74.5) == "down"
 
 
@@ -181,7 +196,8 @@ def test_whatever_happens_a_beat_makes_a_peer_usable_and_silence_makes_it_dead(h
         else:
             peers.changes(now)
             peers.view(now)
-    # no more ticks: a clock that goes on without them is silence
-    assert state(peers, now + 3.6) == "down"
+    for n in range(1, 17):
+        peers.tick(now + n / 4, 0.25)
+    assert state(peers, now + 4.0) == "down"
     peers.heard("a", beat(), now + 4.0)
     assert state(peers, now + 4.0) == "up"

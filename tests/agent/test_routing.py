@@ -118,6 +118,17 @@ def test_a_node_without_measurements_is_taken_for_a_usual_one() -> None:
     assert {one.node: one.measured for one in decision.candidates} == {"a": True, "b": False}
 
 
+def test_a_context_that_seems_too_small_comes_last_and_one_that_was_found_so_never() -> None:
+    small, large = node("here", context_tok=1_000), node("a", load=20, context_tok=4_000)
+    fits, too_long = WANTED, msgspec.structs.replace(WANTED, prompt_tok=1_500)
+    assert where(choose(fits, small, [large])) == "here"
+    assert where(choose(too_long, small, [large])) == "a"
+    assert where(choose(too_long, small, [])) == "here", "a guess excludes nobody"
+    found = choose(msgspec.structs.replace(WANTED, over_tok=1_000), small, [large])
+    assert (where(found), found.excluded) == ("a", (("here", "context too small"),))
+    assert isinstance(choose(msgspec.structs.replace(WANTED, over_tok=4_000), small, [large]).place, Refuse)
+
+
 def test_what_was_tried_is_not_tried_again() -> None:
     request = msgspec.structs.replace(WANTED, tried=frozenset({"here", "a"}))
     decision = choose(request, HERE, (node("a"), node("b", load=7)))

@@ -87,6 +87,30 @@ def test_what_clients_do_wrong_is_nobodys_fault(tmp_path: Path) -> None:
         assert {p["state"] for p in door.status()["peers"]} == {"up"}
 
 
+def test_an_engine_that_fails_is_blamed_only_where_another_can_answer(tmp_path: Path) -> None:
+    with door_with_mocks(tmp_path, "one", "two", words=WORDS) as (door, (one, two)):
+        one.mode = two.mode = "fails"
+        heard = at_once(door.port, asks(20))
+        assert {each.fault[:4] for each in heard} == {"500:"}
+        assert one.began + two.began == 40, "each request was tried once more, and no more"
+        assert breakers(door) == {}, "nobody could: the requests may be at fault"
+        two.mode = "well"
+        until(lambda: not wrong(at_once(door.port, asks(4))) and bool(breakers(door)), "it is blamed", 20)
+        assert set(breakers(door)) == {"one"}
+
+
+def test_a_prompt_too_long_for_one_node_is_anothers(tmp_path: Path) -> None:
+    with door_with_mocks(tmp_path, "small", "large", words=WORDS) as (door, (small, large)):
+        small.mode, small.context_tok, large.context_tok = "refuses", 1_000, 2_000
+        until(lambda: [p["offers"][0]["context_tok"] for p in door.status()["peers"]] == [2_000, 1_000], "it is known")
+        assert not wrong(at_once(door.port, asks(12)))
+        assert small.began, "its prompts seemed short enough"
+        assert breakers(door) == {}
+        large.mode = "refuses"
+        heard = at_once(door.port, asks(4))
+        assert {each.fault[:4] for each in heard} == {"400:"}, "too long for every node"
+
+
 @pytest.mark.timeout(60)
 def test_at_half_open_one_request_decides_for_fifty(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "only", words=WORDS, gap_s=0.05) as (door, (only,)):
@@ -188,7 +212,7 @@ def test_a_peer_that_is_the_node_itself_and_a_request_that_comes_back(tmp_path: 
     try:
         agent.start().ready()
         until(lambda: agent.status()["peers"][0]["problem"], "it is noticed")
-        assert "says it is 'n1'" in agent.status()["peers"][0]["problem"]
+        assert "is another node than peers.nodes calls it" in agent.status()["peers"][0]["problem"]
         answer = agent.chat()
         assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n1")
     finally:

@@ -25,19 +25,18 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
         yield first
 
 
-def signed(key: Key = KEY, *, nonce: str = "", t_ms: int | None = None, node: str = "n2") -> dict[str, str]:
+def signed(key: Key = KEY, *, nonce: str = "", t_ms: int | None = None, to: str = "n1") -> dict[str, str]:
     t_ms = time.time_ns() // 1_000_000 if t_ms is None else t_ms
     nonce = nonce or f"by-hand-{next(_numbers)}"
-    return {
-        "Authorization": key.header(node=node, method="GET", path="/peer/v1/link", body=b"", t_ms=t_ms, nonce=nonce)
-    }
+    path = "/peer/v1/link"
+    return {"Authorization": key.header(node="n2", to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)}
 
 
 @contextlib.asynccontextmanager
 async def linked(agent: Agent) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     url = f"http://127.0.0.1:{agent.port}/peer/v1/link"
     async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=signed()) as socket:
-        assert isinstance((await socket.receive()).data, str)
+        await socket.send_str(KEY.proof(str((await socket.receive()).data).partition(" ")[2], "n2"))
         yield socket
 
 
@@ -68,9 +67,21 @@ async def test_only_nodes_of_the_rack_are_let_in_and_once(agent: Agent) -> None:
     assert await status_of(agent, {"Authorization": "Bearer the rack secret"}) == 403
     assert await status_of(agent, signed(Key("another"))) == 403
     assert await status_of(agent, signed(t_ms=1)) == 403
+    assert await status_of(agent, signed(to="n2")) == 403, "meant for another node"
     once = signed()
     assert await status_of(agent, once) == 101
     assert await status_of(agent, once) == 403, "a signature is good once"
+
+
+@pytest.mark.parametrize("said", ["0" * 64, KEY.proof("another number", "n2"), b"", None])
+async def test_who_cannot_prove_itself_to_a_fresh_number_is_let_go(agent: Agent, said: str | bytes | None) -> None:
+    url = f"http://127.0.0.1:{agent.port}/peer/v1/link"
+    async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=signed()) as socket:
+        await socket.receive()
+        if said is not None:  # else it says nothing at all
+            await (socket.send_str(said) if isinstance(said, str) else socket.send_bytes(encode(ask(1))))
+        message = await socket.receive(10)
+        assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.POLICY_VIOLATION)
 
 
 async def test_answers_of_many_requests_are_told_apart(agent: Agent) -> None:

@@ -424,6 +424,20 @@ def test_a_loader_without_progress_is_seen_and_ended_and_its_requests_are_answer
         assert agent.get("/live").status == 200
 
 
+def test_who_waits_in_line_for_long_is_not_taken_for_lost(tmp_path: Path) -> None:
+    extra = "[limits]\nfirst_token_s = 2.0\ntoken_gap_s = 2.0\n"
+    with rack(tmp_path, [model(fake_step_s=0.1, rows=1)], [], extra=extra) as (agent, door):
+        answers: list[Answer] = []
+        asks = [threading.Thread(target=lambda: answers.append(door.chat(max_tokens=40))) for _ in range(2)]
+        for ask in asks:
+            ask.start()
+        for ask in asks:
+            ask.join()
+        assert [answer.status for answer in answers] == [200, 200]
+        assert not any("X-Mlxrack-Retries" in answer.headers for answer in answers)
+        assert agent.status()["models"][0]["restarts"] == 0
+
+
 def test_engine_counts_are_fresh_when_scraped(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         assert agent.chat(max_tokens=7).status == 200

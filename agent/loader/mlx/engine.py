@@ -257,6 +257,7 @@ class MLXEngine:
             reuse_bytes=mx.get_cache_memory(),
             kv_bytes=self.kv_bytes,
             cache_bytes=self._cache.bytes,
+            waits=tuple(row.request.id for row in self._waiting),
             **self._lately.taken(),
         )
 
