@@ -27,8 +27,8 @@ demo: $(STAMP) model ## a rack of three nodes on this machine: serve, swap, evic
 run: $(STAMP) model ## one agent on the demo model, until Ctrl-C
 	@$(BIN)/python -m scripts.run_one
 
-test: $(STAMP) model ## every test
-	$(BIN)/python -m pytest
+test: $(STAMP) model ## every test, two files at a time: most of them wait
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .
