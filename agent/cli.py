@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--level", choices=logview.LEVELS, default="info", help="this level and above (default: info)")
     log.add_argument("--request", default=None, help="only lines of this request id")
     _json(verb("doctor", "Check this machine: models, store, peers, sensors, BLAS.", _doctor))
-    verb("sample", "Read every sensor once and print what a batch would carry.", _sample)
+    sample = verb("sample", "Read every sensor and print what a batch would carry.", _sample)
+    sample.add_argument("--seconds", type=float, default=2.0, help="look for so long (default: %(default)s)")
     verb("check-config", "Read the configuration and say what is wrong with it.", _check_config)
     service = verb("install", "Make the agent a macOS service (LaunchDaemon and log rotation).", _install)
     service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
@@ -300,15 +301,25 @@ def _doctor(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     import msgspec
 
-    from agent.collectors import all_collectors
+    from agent.collectors import Sensors
+    from shared.records import HostSample
 
+    sensors = Sensors()
     fields: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for collector in all_collectors():
-        reading = collector.read()
-        fields.update(reading.fields)
-        failed.update(reading.failed)
-    print(msgspec.json.format(msgspec.json.encode({**fields, "sources_failed": failed}), indent=2).decode())
+    try:
+        for collector in sensors.all:
+            collector.poll()
+        # what is a rate or a mean needs a moment
+        time.sleep(args.seconds)
+        for collector in sensors.all:
+            reading = collector.read()
+            fields.update(reading.fields)
+            failed.update(reading.failed)
+    finally:
+        sensors.close()
+    sample = HostSample(**fields, sources_failed=failed)
+    print(msgspec.json.format(msgspec.json.encode(sample), indent=2).decode())
     return 0
 
 

@@ -20,6 +20,31 @@ STORED = "store:"
 _LOOPBACK = ("127.", "::1", "localhost")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+MeterKind = Literal[
+    "shelly",
+    "shelly_pm1",
+    "shelly_em1",
+    "shelly_gen1",
+    "tasmota",
+    "apc_device",
+    "apc_legacy",
+    "apc_outlet",
+    "raritan_outlet",
+    "raritan_inlet",
+    "servertech_cord",
+    "sensor",
+]
+SNMP_NUMBERS = {
+    "apc_device": 1,
+    "apc_legacy": 0,
+    "apc_outlet": 1,
+    "raritan_outlet": 2,
+    "raritan_inlet": 2,
+    "servertech_cord": 2,
+    "sensor": 1,
+}
+"""How many numbers name an outlet of each kind that is read by SNMP: APC's device or outlet, Raritan's PDU and outlet,
+Server Technology's unit and cord, a sensor's index."""
 Positive = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -106,12 +131,35 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How often a window is closed and how often segments are sent; what the spool may hold meanwhile."""
+    """How often a window is closed and how often segments are sent; what the spool may hold meanwhile. Temperatures,
+    power and memory are looked at every ``poll_s`` in between."""
 
     sample_s: Seconds = 60.0
+    poll_s: Annotated[float, Meta(ge=0.2, le=5)] = 2.0
     upload_s: Seconds = 60.0
     spool_bytes: Positive = 200 << 20
     spool_days: Positive = 30
+
+
+class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A metered outlet, read by this node for the rack: configure each on one node only. ``nodes`` hang on it; a number
+    that several share is told as it is, and never divided.
+
+    ``kind`` is shelly (Switch, generation 2 and later), shelly_pm1, shelly_em1, shelly_gen1 or tasmota, with ``at`` a
+    url and ``channel`` the outlet; or by SNMP apc_device, apc_legacy, apc_outlet, raritan_outlet, raritan_inlet,
+    servertech_cord or sensor (RFC 3433), with ``at`` an address and ``numbers`` what names the outlet there.
+    ``secret`` is a reference to the password or the community; ``scale`` is watts per unit of an APC outlet.
+    """
+
+    name: str
+    kind: MeterKind
+    at: str
+    nodes: tuple[str, ...]
+    channel: Annotated[int, Meta(ge=0)] = 0
+    numbers: tuple[int, ...] = ()
+    user: str = "admin"
+    secret: str = ""
+    scale: Annotated[float, Meta(gt=0)] = 1.0
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,6 +236,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     models: tuple[Model, ...] = ()
     store: Store = Store()
     telemetry: Telemetry = Telemetry()
+    meters: tuple[Meter, ...] = ()
     limits: Limits = Limits()
     memory: Memory = Memory()
     model_store: Shelf = Shelf()
@@ -216,6 +265,7 @@ def check(config: AgentConfig) -> Sequence[str]:
         *_check_peers(config),
         *_check_models(config.models),
         *_check_disk_cache(config),
+        *_check_meters(config.meters),
         *check_store(config.store),
     ]
 
@@ -277,6 +327,24 @@ def _check_disk_cache(config: AgentConfig) -> list[str]:
     if not secret and any(m.disk_cache_bytes for m in config.models):
         return ["disk_cache.secret: is required with disk_cache_bytes; what is kept there are prompts"]
     return []
+
+
+def _check_meters(meters: Sequence[Meter]) -> list[str]:
+    names = [m.name for m in meters]
+    found = [f"meters: {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    for n, meter in enumerate(meters):
+        numbers = SNMP_NUMBERS.get(meter.kind)
+        if numbers is None and not meter.at.startswith(("http://", "https://")):
+            found.append(f"meters[{n}].at: begins with http:// or https:// for {meter.kind}")
+        if numbers is not None and "://" in meter.at:
+            found.append(f"meters[{n}].at: is an address for {meter.kind}, like 10.0.0.9 or 10.0.0.9:161")
+        if numbers is not None and len(meter.numbers) != numbers:
+            found.append(f"meters[{n}].numbers: {meter.kind} is named by {numbers} of them")
+        if not meter.nodes:
+            found.append(f"meters[{n}].nodes: is required; which nodes hang on it?")
+        if meter.secret and not is_reference(meter.secret):
+            found.append(f"meters[{n}].secret: {REFERENCE_HINT}")
+    return found
 
 
 def _check_models(models: Sequence[Model]) -> list[str]:

@@ -26,15 +26,16 @@ from agent.api import app as api
 from agent.api.context import Context
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.collectors import all_collectors
-from agent.collectors.host import boot_id, hardware_id
+from agent.collectors import Sensors
+from agent.collectors.host import boot_id, hardware, hardware_id
 from agent.collectors.inference import Ledger
-from agent.collectors.thermal import LEVELS
+from agent.collectors.throttle import LEVELS, as_record
 from agent.config import AgentConfig
 from agent.dispatch import Dispatch
 from agent.follower import Follower
 from agent.frames import Reported
 from agent.loaders import Loaders
+from agent.meters.rack import POLL_S, RackMeters
 from agent.modelstore import ModelStore, model_folder
 from agent.peer_client import PeerClient
 from agent.peers import Beat, PeerTable
@@ -70,6 +71,9 @@ class Daemon:
         self._stop = asyncio.Event()
         self._urgent_tasks: set[asyncio.Task[None]] = set()
         self._steady: list[asyncio.Task[None]] = []
+        self._heat_descriptor: int | None = None
+        self.sensors = Sensors()
+        self.meters = RackMeters(config.meters, environ)
         self._pushing = asyncio.Lock()
         self._pushes: set[asyncio.Task[int]] = set()
         self._started_s = int(time.time())
@@ -121,10 +125,11 @@ class Daemon:
         self.sampler = Sampler(
             self.spool,
             self.ledger,
-            all_collectors(),
+            self.sensors.all,
             engine_windows=self.pool.windows,
-            standing=lambda: (*self.pool.residents(), self.follower.observed()),
+            standing=lambda: (*self.pool.residents(), self.follower.observed(), *self.meters.drain()),
             budget_bytes=budget,
+            once=(hardware(),),
             boot_id=boot_id(),
         )
         self.follower = Follower(
@@ -185,12 +190,15 @@ class Daemon:
                 follow=self.follower.tick,
             )
             scheduler = schedule.start(table)
+            loop = asyncio.get_running_loop()
             steady = (
                 schedule.Job("probe", self.prober.every_s, self.prober.tick),
                 schedule.Job("tend", schedule.TEND_S, self.pool.tend),
+                schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
+                *([schedule.Job("meters", POLL_S, self.meters.poll)] if self.config.meters else []),
             )
+            self._watch_heat(loop)
             self._steady = [asyncio.create_task(schedule.steadily(job)) for job in steady]
-            loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
             started(port)
@@ -205,10 +213,37 @@ class Daemon:
             await self.prober.close()
             await runner.cleanup()
             await self.peer_client.close()
+            self._unwatch_heat()
+            self.sensors.close()
+            await self.meters.close()
 
     def stop(self) -> None:
         """Begin to end in order."""
         self._stop.set()
+
+    async def poll(self) -> None:
+        """Look at the sensors; heat is told at once."""
+        await self.sampler.poll()
+        self._tell_heat()
+
+    def _watch_heat(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A change of the thermal pressure level is seen when it happens, not at the next look."""
+        self._heat_descriptor = self.sensors.thermal.descriptor()
+        if self._heat_descriptor is not None:
+            loop.add_reader(self._heat_descriptor, self._heat_changed)
+
+    def _unwatch_heat(self) -> None:
+        if self._heat_descriptor is not None:
+            asyncio.get_running_loop().remove_reader(self._heat_descriptor)
+
+    def _heat_changed(self) -> None:
+        self.sensors.thermal.posted()
+        self._tell_heat()
+
+    def _tell_heat(self) -> None:
+        now_s, now_ms = time.monotonic(), _wall_ms()
+        for event in self.sensors.thermal.take():
+            self._emit(as_record(event, now_s, now_ms))
 
     async def push(self) -> int:
         """Send what waits in the spool; one at a time, and once begun it is finished whoever still waits for it."""
@@ -259,10 +294,8 @@ class Daemon:
             log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
 
     def _heat(self) -> int:
-        """The thermal level of the last sample; 0 where the system has none."""
-        sample = self.sampler.last_sample
-        level = sample.thermal_level if sample is not None else None
-        return LEVELS.index(level) if level in LEVELS else 0
+        """The thermal pressure level now; 0 where the system has none."""
+        return self.sensors.thermal.level or 0
 
     def status(self) -> dict[str, Any]:
         """What an operator wants to see at once."""
@@ -290,6 +323,7 @@ class Daemon:
                 "sent_batches": self.pusher.state.sent_batches,
                 "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
             },
+            "meters": self.meters.status(),
             "sources_failed": dict(sample.sources_failed) if sample else {},
         }
 

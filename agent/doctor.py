@@ -13,7 +13,7 @@ import msgspec
 import psutil
 
 from agent import gpu
-from agent.collectors import all_collectors
+from agent.collectors import Sensors
 from agent.config import AgentConfig
 from agent.modelstore import ModelStore, model_folder
 from shared.bucket import open_store
@@ -126,13 +126,16 @@ def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _sensors() -> list[Finding]:
-    found = []
-    for collector in all_collectors():
-        reading = collector.read()
-        found += [_finding(f"source {name}", "warning", why) for name, why in sorted(reading.failed.items())]
-        if reading.fields:
-            found.append(_finding(f"sensors {collector.name}", "ok", ", ".join(sorted(reading.fields))))
-    return found
+    """Every source of every sensor: what it reads now, or why it does not."""
+    sensors = Sensors()
+    try:
+        return [
+            _finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)
+            for collector in sensors.all
+            for source in collector.sources()
+        ]
+    finally:
+        sensors.close()
 
 
 def _mac_only() -> list[Finding]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.collectors.inference import Ledger
 from agent.collectors.reading import Collector, Reading
@@ -12,17 +12,19 @@ from shared import __version__
 from shared.batch import Batch
 from shared.errors import RackError
 from shared.logs import get_logger
-from shared.records import EngineWindow, Event, HostSample, Record, ThrottleEvent
+from shared.records import EngineWindow, Event, HostSample, Record
 
 COLLECTOR_DEADLINE_S = 10.0
 KEPT_BATCHES = 60
 """Windows held in memory while the disk refuses them."""
 
 log = get_logger("agent.sampler")
+T = TypeVar("T")
 
 
 class Sampler:
-    """Closes windows. Everything that happened since the last tick is in exactly one batch."""
+    """Closes windows. Everything that happened since the last tick is in exactly one batch. ``standing`` are records of
+    every window, ``once`` those of the first."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Sampler:
         *,
         engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
         standing: Callable[[], Sequence[Record]],
+        once: Sequence[Record] = (),
         budget_bytes: int,
         boot_id: str,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -42,6 +45,8 @@ class Sampler:
         self._collectors = collectors
         self._engine_windows = engine_windows
         self._standing = standing
+        self._once = tuple(once)
+        self._busy: set[str] = set()
         self.budget_bytes = budget_bytes
         self._boot_id = boot_id
         self._wall_ms = wall_ms
@@ -68,6 +73,10 @@ class Sampler:
             failed.update(reading.failed)
         return HostSample(**fields, memory_budget_bytes=self.budget_bytes, sources_failed=failed)
 
+    async def poll(self) -> None:
+        """Look at what changes from second to second."""
+        await asyncio.gather(*(self._in_time(c.name, c.poll) for c in self._collectors))
+
     async def tick(self) -> None:
         """Close the window. A disk that refuses keeps the window in memory for the next tick.
 
@@ -81,7 +90,6 @@ class Sampler:
     async def _tick(self) -> None:
         async with self._ticking:
             host = await self.sample()
-            self._note_throttling(host)
             self.last_sample = host
             windows = await self._engine_windows()
             # no await from here to the end of the window: what is drained is in this batch and in no other
@@ -90,7 +98,8 @@ class Sampler:
             ended = self._wall_ms()
             # a clock that was set back must not make a window that ends before it begins
             began, self._began_ms = min(self._began_ms, ended), ended
-            records: tuple[Record, ...] = (*served, *windows, *self._standing(), host, *events)
+            records: tuple[Record, ...] = (*self._once, *served, *windows, *self._standing(), host, *events)
+            self._once = ()
             self._unspooled.append((began, self._began_ms, records))
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
             self._unspooled = self._unspooled[-KEPT_BATCHES:]
@@ -119,20 +128,6 @@ class Sampler:
         now = self._wall_ms()
         return self.batch(seq, events, now, now)
 
-    def _note_throttling(self, host: HostSample) -> None:
-        """One event for each rise of the thermal pressure level to heavy or above."""
-        before = self.last_sample
-        was = before is not None and before.throttled_us > 0
-        if host.throttled_us > 0 and not was:
-            self.emit(
-                ThrottleEvent(
-                    t_ms=self._wall_ms(),
-                    level=host.thermal_level or "unknown",
-                    duration_us=host.throttled_us,
-                    open_at_start=before is None,
-                )
-            )
-
     async def _spool_all(self) -> None:
         while self._unspooled:
             began, ended, records = self._unspooled[0]
@@ -145,12 +140,21 @@ class Sampler:
             self._unspooled.pop(0)
             log.info("window_closed", seq=batch.seq, records=len(records))
 
-    @staticmethod
-    async def _read(collector: Collector) -> Reading:
+    async def _read(self, collector: Collector) -> Reading:
+        found = await self._in_time(collector.name, collector.read)
+        return Reading({}, {collector.name: found}) if isinstance(found, str) else found
+
+    async def _in_time(self, name: str, look: Callable[[], T]) -> T | str:
+        """What a collector gives, or why it gave nothing. One that hangs is not asked again before it is back."""
+        if name in self._busy:
+            return "still busy with an earlier reading"
+        self._busy.add(name)
+        work = asyncio.get_running_loop().run_in_executor(None, look)
+        work.add_done_callback(lambda _: self._busy.discard(name))
         try:
             async with asyncio.timeout(COLLECTOR_DEADLINE_S):
-                return await asyncio.to_thread(collector.read)
+                return await asyncio.shield(work)
         except TimeoutError:
-            return Reading({}, {collector.name: f"no answer within {COLLECTOR_DEADLINE_S:g} s"})
+            return f"no answer within {COLLECTOR_DEADLINE_S:g} s"
         except Exception as error:  # noqa: BLE001  # a sensor must never end the agent
-            return Reading({}, {collector.name: type(error).__name__})
+            return type(error).__name__

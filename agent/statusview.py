@@ -29,8 +29,17 @@ def status_text(s: dict[str, Any]) -> str:
         + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
         + (f"; {push['reason']}" if push["reason"] else ""),
     ]
+    if s["meters"]:
+        rows = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
+        lines += ["", table(("METER", "NODES", "POWER", "NOTE"), rows)]
+    if s["sources_failed"]:
+        lines += ["", table(("SENSOR NOT READ", "WHY"), sorted(s["sources_failed"].items()))]
     lines += _desired_lines(s.get("desired"))
     return "\n".join(lines)
+
+
+def _watts(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} W"
 
 
 def why_text(parts: Sequence[dict[str, Any]]) -> str:

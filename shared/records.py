@@ -97,30 +97,79 @@ class DesiredObserved(_Record, frozen=True, kw_only=True, tag="desired_observed"
 
 
 class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
-    """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason."""
+    """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason.
+
+    Powers and temperatures are looked at every few seconds: ``_mean_`` is weighted by time, a temperature without it
+    and ``_max_`` are the highest seen. The three powers are different things and none stands for another: at the wall,
+    of the whole system, of the chip. ``thermal_level_us`` is the time at each level, nominal first. The shares of the
+    last five minutes are absent while less than four fifths of them are known. ``memory_pressure`` is the kernel's
+    word at its worst, ``memory_verdict`` what swap, compression and wired memory make of it.
+    """
 
     cpu_ppm: int | None = None
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
+    memory_used_max_bytes: int | None = None
+    memory_wired_bytes: int | None = None
+    memory_compressed_bytes: int | None = None
+    memory_source: str | None = None
+    memory_verdict: str | None = None
+    gpu_wired_limit_bytes: int | None = None
     memory_budget_bytes: int | None = None
     memory_pressure: str | None = None
     memory_stall_us: int | None = None
     swap_used_bytes: int | None = None
+    swap_total_bytes: int | None = None
     swap_in_bytes: int | None = None
     swap_out_bytes: int | None = None
     disk_free_bytes: int | None = None
     thermal_level: str | None = None
     thermal_source: str | None = None
+    thermal_worst: str | None = None
     thermal_known_us: int = 0
+    thermal_level_us: tuple[int, ...] = ()
+    thermal_coverage_ppm: int | None = None
     throttled_us: int = 0
+    throttled_5m_ppm: int | None = None
+    pressured_5m_ppm: int | None = None
     package_temp_mc: int | None = None
+    package_temp_mean_mc: int | None = None
     pcore_temp_mc: int | None = None
+    pcore_temp_mean_mc: int | None = None
+    pcore_asleep: bool = False
+    gpu_temp_mc: int | None = None
+    gpu_temp_mean_mc: int | None = None
+    temp_source: str | None = None
     fan_rpm: tuple[int, ...] = ()
     wall_power_mw: int | None = None
     system_power_mw: int | None = None
+    system_power_max_mw: int | None = None
     soc_power_mw: int | None = None
     energy_mj: int | None = None
+    energy_source: str | None = None
     sources_failed: dict[str, str] = {}
+
+
+class Hardware(_Record, frozen=True, kw_only=True, tag="hardware"):
+    """What the node is, once per start. ``cores`` by tier, the fastest first."""
+
+    model: str
+    chip: str
+    memory_bytes: int
+    cores: tuple[int, ...] = ()
+    system: str = ""
+
+
+class OutletReading(_Record, frozen=True, kw_only=True, tag="outlet"):
+    """A metered outlet over the window, read by one node for the rack. ``nodes`` hang on it; several share one number
+    that nobody can divide. ``energy_mj`` is the mean over the time that is covered."""
+
+    meter: str
+    nodes: tuple[str, ...]
+    power_mw: int
+    power_max_mw: int
+    energy_mj: int
+    covered_us: int
 
 
 class AgentStarted(_Record, frozen=True, kw_only=True, tag="agent_started"):
@@ -225,11 +274,22 @@ class LoaderExited(_Record, frozen=True, kw_only=True, tag="loader_exited"):
 
 
 class ThrottleEvent(_Record, frozen=True, kw_only=True, tag="throttle"):
-    """The thermal pressure level rose to heavy or above; the interval is known when it ended."""
+    """The thermal pressure level rose to heavy or above, or was there when the agent began to look: then it counts as
+    no crossing."""
 
     t_ms: int
     level: str
     duration_us: int = 0
+    open_at_start: bool = False
+
+
+class ThrottleEnded(_Record, frozen=True, kw_only=True, tag="throttle_ended"):
+    """It fell below heavy and stayed there. ``level`` is the highest of the event, which began at ``start_ms``."""
+
+    t_ms: int
+    start_ms: int
+    level: str
+    duration_us: int
     open_at_start: bool = False
 
 
@@ -263,10 +323,13 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     SwapFinished,
     LoaderExited,
     ThrottleEvent,
+    ThrottleEnded,
     PeerDown,
     PeerUp,
 ]
-Record = Union[Served, EngineWindow, Resident, DesiredObserved, HostSample, Event, Unknown]  # noqa: UP007
+Record = Union[  # noqa: UP007
+    Served, EngineWindow, Resident, DesiredObserved, HostSample, Hardware, OutletReading, Event, Unknown
+]
 
 RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
     str(cls.__struct_config__.tag): cls
@@ -276,6 +339,8 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
         Resident,
         DesiredObserved,
         HostSample,
+        Hardware,
+        OutletReading,
         AgentStarted,
         AgentStopped,
         ModelLoaded,
@@ -285,6 +350,7 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
         SwapFinished,
         LoaderExited,
         ThrottleEvent,
+        ThrottleEnded,
         PeerDown,
         PeerUp,
     )

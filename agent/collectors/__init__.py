@@ -1,12 +1,34 @@
 """Sensors of the machine, one file per thing read: pure ``parse_*`` on top, a reader below."""
 
+from agent.collectors.chip import Chip
 from agent.collectors.host import HostCollector
 from agent.collectors.memory import MemoryCollector
 from agent.collectors.power import PowerCollector
+from agent.collectors.powermetrics import Powermetrics, PowermetricsStream
 from agent.collectors.reading import Collector
 from agent.collectors.thermal import ThermalCollector
 
 
-def all_collectors() -> tuple[Collector, ...]:
-    """Every collector, in the order of the report."""
-    return (HostCollector(), MemoryCollector(), ThermalCollector(), PowerCollector())
+class Sensors:
+    """Every collector of this machine, in the order of the report. To be closed."""
+
+    def __init__(self) -> None:
+        self._powermetrics = PowermetricsStream.if_allowed()
+        chip = Chip()
+        self.thermal = ThermalCollector(chip, powermetrics=lambda: self._sample().level)
+        power = PowerCollector(chip, powermetrics=self._soc_w)
+        self.all: tuple[Collector, ...] = (HostCollector(), MemoryCollector(), self.thermal, power)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.thermal.close()
+        if self._powermetrics is not None:
+            self._powermetrics.close()
+
+    def _sample(self) -> Powermetrics:
+        found = self._powermetrics.last() if self._powermetrics is not None else None
+        return found or Powermetrics(elapsed_ns=0)
+
+    def _soc_w(self) -> float | None:
+        soc_mw = self._sample().soc_mw
+        return None if soc_mw is None else soc_mw / 1000

@@ -1,13 +1,28 @@
 """The processor and the disk, and who this machine is."""
 
 import hashlib
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from agent.collectors.reading import Reading, command_text, file_text
+from agent.collectors import sysctl
+from agent.collectors.reading import Failure, Reading, Source, command_bytes, file_bytes, text_of
+from shared.records import Hardware
+
+_SYSCTLS = (
+    "hw.model",
+    "machdep.cpu.brand_string",
+    "hw.memsize",
+    "hw.perflevel0.logicalcpu",
+    "hw.perflevel1.logicalcpu",
+    "hw.nperflevels",
+    "kern.osproductversion",
+    "kern.osversion",
+)
 
 
 class HostCollector:
@@ -18,6 +33,12 @@ class HostCollector:
     def __init__(self) -> None:
         # psutil's own cpu_percent remembers by thread, and readings come from any
         self._last = psutil.cpu_times()
+
+    def poll(self) -> None:
+        """The processor's time is counted by the system."""
+
+    def sources(self) -> list[Source]:
+        return [Source("psutil", "", ", ".join(sorted(self.read().fields)))]
 
     def read(self) -> Reading:
         before, self._last = self._last, psutil.cpu_times()
@@ -39,17 +60,63 @@ def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
 
 def hardware_id() -> str:
     """A stable name of this machine, hashed, so that a copied disk is noticed; "unknown" where there is none."""
-    if sys.platform == "darwin":
-        text = command_text("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice") or ""
-        match = re.search(r'"IOPlatformUUID" = "([^"]+)"', text)
-        found = match[1] if match else ""
-    else:
-        found = (file_text(Path("/etc/machine-id")) or "").strip()
+    found = ""
+    try:
+        if sys.platform == "darwin":
+            text = text_of(command_bytes("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"))
+            match = re.search(r'"IOPlatformUUID" = "([^"]+)"', text)
+            found = match[1] if match else ""
+        else:
+            found = text_of(file_bytes(Path("/etc/machine-id"))).strip()
+    except Failure:
+        pass
     return hashlib.sha256(f"mlxrack:{found}".encode()).hexdigest()[:16] if found else "unknown"
 
 
 def boot_id() -> str:
     """Changes with every boot; "" where it cannot be read."""
-    if sys.platform == "darwin":
-        return (command_text("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid") or "").strip()
-    return (file_text(Path("/proc/sys/kernel/random/boot_id")) or "").strip()
+    try:
+        if sys.platform == "darwin":
+            return text_of(command_bytes("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")).strip()
+        return text_of(file_bytes(Path("/proc/sys/kernel/random/boot_id"))).strip()
+    except Failure:
+        return ""
+
+
+def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
+    """What this machine is; told once per start. No serial number and no name of a person is in it."""
+    memory = psutil.virtual_memory().total
+    if platform != "darwin":
+        cores = psutil.cpu_count(logical=True) or 0
+        return Hardware(model="", chip=_linux_chip(), memory_bytes=memory, cores=(cores,), system=_linux_system())
+    try:
+        # -i: a name that one system lacks must not fail the others
+        return hardware_of(sysctl.parse_sysctl(run("/usr/sbin/sysctl", "-i", *_SYSCTLS)), memory)
+    except Failure:
+        return Hardware(model="", chip="", memory_bytes=memory, cores=(), system="macOS")
+
+
+def hardware_of(values: dict[str, str], memory_bytes: int) -> Hardware:
+    """From macOS' sysctl. ``cores`` by tier, the fastest first: the names of tiers differ from chip to chip."""
+    tiers = sorted(name for name in values if re.fullmatch(r"hw\.perflevel\d\.logicalcpu", name))
+    cores = [sysctl.parse_integer(values[name]) for name in tiers]
+    version = f"macOS {values.get('kern.osproductversion', '')} {values.get('kern.osversion', '')}"
+    return Hardware(
+        model=values.get("hw.model", ""),
+        chip=values.get("machdep.cpu.brand_string", ""),
+        memory_bytes=sysctl.parse_integer(values.get("hw.memsize", "")) or memory_bytes,
+        cores=tuple(count for count in cores if count is not None and 0 < count < 1024),
+        system=" ".join(version.split()),
+    )
+
+
+def _linux_chip() -> str:
+    try:
+        match = re.search(r"^model name\s*: (.+)\n", text_of(file_bytes(Path("/proc/cpuinfo"))), re.MULTILINE)
+    except Failure:
+        return ""
+    return match[1].strip() if match else ""
+
+
+def _linux_system() -> str:
+    return f"Linux {os.uname().release}"

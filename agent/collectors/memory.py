@@ -1,55 +1,102 @@
-"""Memory: what is used, how hard the system presses, what went to swap and back.
+"""Memory: what is used and by what, how hard the system presses, what went to swap and came back.
 
-``used`` on macOS is (active + wired + compressor) pages, by vm_stat; on Linux total minus available.
+On macOS ``used`` is what agent/collectors/vm.py says; on Linux total minus available. psutil is asked last and only for
+what it has right on macOS: its "used" leaves the compressor out, and its swap-ins are page-ins of any file.
 """
 
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from agent.collectors.reading import Reading, command_text, file_text
+from agent.collectors import sysctl, vm
+from agent.collectors.gauge import Gauge
+from agent.collectors.reading import Failure, Guarded, Reading, Source, command_bytes, file_bytes, text_of
 
-_PRESSURE = {1: "normal", 2: "warn", 4: "critical"}
-_LINE = re.compile(r'^"?([^":]+)"?:\s+(\d+)\.?\s*$', re.MULTILINE)
-_PAGE_SIZE = re.compile(r"page size of (\d+) bytes")
-_SWAP = re.compile(r"\bused = (\d+(?:\.\d+)?)M\b")
-
-
-def parse_vm_stat(text: str) -> dict[str, int]:
-    """Bytes by label from `vm_stat`; empty when the header names no page size. Labels it does not know are kept."""
-    size = _PAGE_SIZE.search(text)
-    if not size:
-        return {}
-    return {label.strip(): int(pages) * int(size[1]) for label, pages in _LINE.findall(text)}
+PRESSURE_LEVEL = "kern.memorystatus_vm_pressure_level"
+WIRED_LIMIT = "iogpu.wired_limit_mb"
+_ORDER = ("unknown", "normal", "warn", "critical")
+COMPRESSED_SHARE = 0.2
+"""A fifth of memory compressed while pages go to swap: the system is short, whatever its level says."""
+WIRED_SHARE = 0.9
+"""So near to the GPU's limit on wired memory the next model does not fit."""
 
 
-def used_bytes(vm_stat: dict[str, int]) -> int | None:
-    """Active + wired + occupied by compressor; None when a part is missing."""
-    parts = [vm_stat.get(k) for k in ("Pages active", "Pages wired down", "Pages occupied by compressor")]
-    return sum(p for p in parts if p is not None) if all(p is not None for p in parts) else None
-
-
-def parse_swapusage(text: str) -> int | None:
-    """Used swap in bytes from `sysctl vm.swapusage`."""
-    match = _SWAP.search(text)
-    return int(float(match[1]) * (1 << 20)) if match else None
-
-
-def parse_pressure_level(text: str) -> str:
-    """`kern.memorystatus_vm_pressure_level` in words; any value but 1, 2 and 4 is unknown."""
-    try:
-        return _PRESSURE.get(int(text.strip().split()[-1]), "unknown")
-    except (ValueError, IndexError):
-        return "unknown"
-
-
-def parse_psi_total_us(text: str) -> int | None:
+def parse_psi_total_us(raw: bytes) -> int | None:
     """Microseconds in which some task waited for memory, since boot, from /proc/pressure/memory."""
-    match = re.search(r"^some .*\btotal=(\d+)\s*$", text, re.MULTILINE)
+    match = re.search(r"^some .*\btotal=(\d{1,19})\n", text_of(raw), re.MULTILINE)
     return int(match[1]) if match else None
+
+
+def worse(one: str, other: str) -> str:
+    """Of two levels the higher."""
+    return max(one, other, key=_ORDER.index)
+
+
+def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | None) -> str:
+    """How short memory is: the worst of the kernel's level, pages that went to swap while a large share of memory is
+    compressed, and wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
+    found = level
+    if swapped_out > 0 and compressed >= COMPRESSED_SHARE:
+        found = worse(found, "warn")
+    if wired is not None and wired >= WIRED_SHARE:
+        found = worse(found, "warn")
+    return found
+
+
+class MacMemory:
+    """What macOS says, by the system's library or, where that fails, by its commands."""
+
+    def __init__(self, library: str = vm.LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
+        self._library = library
+        self._run = run
+        self._sysctl: sysctl.Sysctl | None = None
+        self._statistics: vm.HostStatistics | None = None
+
+    def level(self) -> str:
+        """The kernel's pressure level in words. Raises Failure."""
+        return sysctl.pressure_name(self.integer(PRESSURE_LEVEL))
+
+    def integer(self, name: str) -> int:
+        """A number by its name. Raises Failure."""
+        try:
+            if self._sysctl is None:
+                self._sysctl = sysctl.Sysctl(self._library)
+            return self._sysctl.integer(name)
+        except Failure:
+            values = sysctl.parse_sysctl(self._run("/usr/sbin/sysctl", name))
+            found = sysctl.parse_integer(values.get(name, ""))
+            if found is None:
+                raise Failure(f"sysctl {name}: no number") from None
+            return found
+
+    def vm(self) -> tuple[vm.Vm, str]:
+        """Memory by its parts, and which source said so. Raises Failure."""
+        try:
+            if self._statistics is None:
+                self._statistics = vm.HostStatistics(self._library)
+            return self._statistics.read(), "host_statistics64"
+        except Failure:
+            found = vm.parse_vm_stat(self._run("/usr/bin/vm_stat"))
+            if found is None:
+                raise Failure("vm_stat: not readable") from None
+            return found, "vm_stat"
+
+    def swap(self) -> tuple[int, int]:
+        """Total and used bytes of swap. Raises Failure."""
+        try:
+            if self._sysctl is None:
+                self._sysctl = sysctl.Sysctl(self._library)
+            return self._sysctl.swap()
+        except Failure:
+            found = sysctl.parse_swapusage(self._run("/usr/sbin/sysctl", "vm.swapusage"))
+            if found is None:
+                raise Failure("sysctl vm.swapusage: not readable") from None
+            return found
 
 
 class MemoryCollector:
@@ -57,52 +104,110 @@ class MemoryCollector:
 
     name = "memory"
 
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
+    def __init__(
+        self,
+        platform: str = sys.platform,
+        mac: MacMemory | None = None,
+        psi: Path = Path("/proc/pressure/memory"),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._is_mac = platform == "darwin"
+        self._mac = mac or MacMemory()
+        self._psi = psi
+        self._clock = clock
+        self._used = Gauge()
+        self._worst = "unknown"
+        self._counters: dict[str, int] = {}
+        self._guards = {name: Guarded(name, clock) for name in ("pressure", "vm", "swap", "wired_limit", "psi")}
+
+    def poll(self) -> None:
+        now = self._clock()
+        if not self._is_mac:
+            memory = psutil.virtual_memory()
+            self._used.add(now, memory.total - memory.available)
+            return
+        level = self._guards["pressure"].call(self._mac.level)
+        self._worst = worse(self._worst, level or "unknown")
+        found = self._guards["vm"].call(self._mac.vm)
+        if found is None:
+            self._used.gone(now)
+        else:
+            self._used.add(now, found[0].used_bytes)
 
     def read(self) -> Reading:
-        return self._read_macos() if sys.platform == "darwin" else self._read_linux()
+        self.poll()
+        fields = self._read_mac() if self._is_mac else self._read_linux()
+        seen = self._used.close(self._clock())
+        if seen is not None:
+            fields.update(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
+        failed = {guard.name: guard.reason for guard in self._guards.values() if guard.reason}
+        return Reading(fields, failed)
 
-    def _read_linux(self) -> Reading:
+    def sources(self) -> list[Source]:
+        reading = self.read()
+        source = str(reading.fields.get("memory_source", ""))
+        used = reading.fields.get("memory_used_bytes")
+        seen = f"{used / 1e9:.1f} GB used" if used is not None else ""
+        return [Source(source or "memory", "" if seen else "nothing can be read", seen)] + [
+            Source(name, why) for name, why in reading.failed.items()
+        ]
+
+    def _read_linux(self) -> dict[str, Any]:
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
         fields: dict[str, Any] = {
             "memory_total_bytes": memory.total,
-            "memory_used_bytes": memory.total - memory.available,
+            "memory_source": "psutil",
             "swap_used_bytes": swap.used,
+            "swap_total_bytes": swap.total,
             **self._since_last("swap_in_bytes", swap.sin),
             **self._since_last("swap_out_bytes", swap.sout),
         }
-        text = file_text(Path("/proc/pressure/memory"))
-        stalled = parse_psi_total_us(text) if text else None
-        if stalled is None:
-            return Reading(fields, {"psi": "no /proc/pressure/memory"})
-        return Reading({**fields, **self._since_last("memory_stall_us", stalled)}, {})
+        stalled = self._guards["psi"].call(self._stalled_us)
+        return fields if stalled is None else {**fields, **self._since_last("memory_stall_us", stalled)}
 
-    def _read_macos(self) -> Reading:
-        fields: dict[str, Any] = {"memory_total_bytes": psutil.virtual_memory().total}
-        failed = {}
-        vm_stat = parse_vm_stat(command_text("/usr/bin/vm_stat") or "")
-        used = used_bytes(vm_stat)
-        if used is None:
-            failed["vm_stat"] = "not readable"
-        else:
-            fields["memory_used_bytes"] = used
-            for field, label in (("swap_in_bytes", "Swapins"), ("swap_out_bytes", "Swapouts")):
-                if label in vm_stat:
-                    fields.update(self._since_last(field, vm_stat[label]))
-        swap = parse_swapusage(command_text("/usr/sbin/sysctl", "vm.swapusage") or "")
-        if swap is None:
-            failed["vm.swapusage"] = "not readable"
-        else:
-            fields["swap_used_bytes"] = swap
-        level = command_text("/usr/sbin/sysctl", "-n", "kern.memorystatus_vm_pressure_level")
-        if level is None:
-            failed["kern.memorystatus_vm_pressure_level"] = "not readable"
-        else:
-            fields["memory_pressure"] = parse_pressure_level(level)
-        return Reading(fields, failed)
+    def _stalled_us(self) -> int:
+        found = parse_psi_total_us(file_bytes(self._psi))
+        if found is None:
+            raise Failure(f"{self._psi}: not readable")
+        return found
+
+    def _read_mac(self) -> dict[str, Any]:
+        total = psutil.virtual_memory().total
+        fields: dict[str, Any] = {"memory_total_bytes": total}
+        swap = self._guards["swap"].call(self._mac.swap)
+        if swap is not None:
+            fields.update(swap_total_bytes=swap[0], swap_used_bytes=swap[1])
+        limit_mb = self._guards["wired_limit"].call(lambda: self._mac.integer(WIRED_LIMIT))
+        if limit_mb:  # 0 is the system's default, whatever that is
+            fields["gpu_wired_limit_bytes"] = limit_mb << 20
+        fields.update(self._parts())
+        level, self._worst = self._worst, "unknown"
+        fields["memory_pressure"] = level
+        wired, limit = fields.get("memory_wired_bytes"), fields.get("gpu_wired_limit_bytes")
+        fields["memory_verdict"] = verdict(
+            level,
+            swapped_out=fields.get("swap_out_bytes", 0),
+            compressed=fields.get("memory_compressed_bytes", 0) / total,
+            wired=wired / limit if wired is not None and limit else None,
+        )
+        return fields
+
+    def _parts(self) -> dict[str, Any]:
+        found = self._guards["vm"].call(self._mac.vm)
+        if found is None:
+            return {}
+        parts, source = found
+        fields: dict[str, Any] = {
+            "memory_source": source,
+            "memory_wired_bytes": parts.wired_bytes,
+            "memory_compressed_bytes": parts.compressor_bytes,
+        }
+        if parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None:
+            fields.update(self._since_last("swap_in_bytes", parts.swapped_in_bytes))
+            fields.update(self._since_last("swap_out_bytes", parts.swapped_out_bytes))
+        return fields
 
     def _since_last(self, field: str, counter: int) -> dict[str, int]:
-        before = self._last.get(field)
-        self._last[field] = counter
+        before = self._counters.get(field)
+        self._counters[field] = counter
         return {} if before is None or counter < before else {field: counter - before}

@@ -1,10 +1,21 @@
 """What a collector is, and how a source is read without being trusted."""
 
+import contextlib
+import selectors
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 COMMAND_TIMEOUT_S = 5.0
+MAX_OUTPUT_BYTES = 1 << 20
+"""No source says more; what does is none of ours."""
+FAILURES_TO_PAUSE = 3
+PAUSE_S = 60.0
+MOST_PAUSE_S = 3600.0
+
+T = TypeVar("T")
 
 
 class Reading(NamedTuple):
@@ -14,28 +25,129 @@ class Reading(NamedTuple):
     failed: dict[str, str]
 
 
+class Source(NamedTuple):
+    """One way to read something, for people. ``reason`` says why it is not used, "" when it is."""
+
+    name: str
+    reason: str
+    seen: str = ""
+
+
 class Collector(Protocol):
-    """One thing to read. ``read`` blocks at most a few seconds and never raises for a source's sake."""
+    """One thing to read. No method raises for a source's sake; all may block for a few seconds."""
 
     name: str
 
+    def poll(self) -> None:
+        """Look at what changes from second to second; called every few seconds."""
+        ...
+
     def read(self) -> Reading:
-        """Read every source now. ``fields`` holds only what was really read."""
+        """What was seen since the last call, and what is read now. ``fields`` holds only what was really read."""
+        ...
+
+    def sources(self) -> list[Source]:
+        """Every source in the order of preference, for `doctor`; reads each of them now."""
         ...
 
 
-def file_text(path: Path) -> str | None:
-    """A small system file, None when there is none."""
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
+class Failure(Exception):
+    """A source cannot be read; the message says why."""
+
+
+class Guarded:
+    """A source that fails three times in a row is left alone for a while, longer each time: a hanging command must not
+    be run every two seconds for ever."""
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
+        self._clock = clock
+        self._failures = 0
+        self._not_before_s = 0.0
+        self.reason = ""
+
+    def call(self, read: Callable[[], T]) -> T | None:
+        """What ``read`` gives; None when it failed or is left alone, and then ``reason`` says why."""
+        if self._clock() < self._not_before_s:
+            return None
+        try:
+            found = read()
+        except Failure as error:
+            self.reason = str(error)
+        except Exception as error:  # noqa: BLE001  # whatever a sensor does, the agent goes on
+            self.reason = type(error).__name__
+        else:
+            self._failures, self.reason = 0, ""
+            return found
+        self._failures += 1
+        if self._failures >= FAILURES_TO_PAUSE:
+            times = self._failures - FAILURES_TO_PAUSE
+            self._not_before_s = self._clock() + min(MOST_PAUSE_S, PAUSE_S * 2 ** min(times, 10))
         return None
 
 
-def command_text(*argv: str) -> str | None:
-    """What a system command prints, None when it is missing, fails or takes too long."""
+def text_of(raw: bytes) -> str:
+    """A source's words. "" for what is too long, holds a NUL or is not UTF-8: such a thing is no answer of ours."""
+    if len(raw) > MAX_OUTPUT_BYTES or b"\0" in raw:
+        return ""
     try:
-        run = subprocess.run(argv, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def file_bytes(path: Path) -> bytes:
+    """A small system file. Raises Failure."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_OUTPUT_BYTES + 1)
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror or type(error).__name__}") from None
+
+
+def command_bytes(*argv: str) -> bytes:
+    """What a system command prints. Raises Failure when it is missing, fails, takes too long or does not stop
+    printing."""
+    name = Path(argv[0]).name
+    try:
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise Failure(f"{name}: {error.strerror or type(error).__name__}") from None
+    try:
+        found = _output(process, time.monotonic() + COMMAND_TIMEOUT_S)
+    finally:
+        # it may have ended, and it may never; both are over here
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    if found is None:
+        raise Failure(f"{name}: no end within {COMMAND_TIMEOUT_S:g} s")
+    if len(found) > MAX_OUTPUT_BYTES:
+        raise Failure(f"{name}: prints over {MAX_OUTPUT_BYTES >> 20} MiB")
+    return found
+
+
+def _output(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | None:
+    """All of it up to the bound; None when it takes too long. Raises Failure when the command does."""
+    assert process.stdout is not None
+    found = b""
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(process.stdout, selectors.EVENT_READ)
+        while len(found) <= MAX_OUTPUT_BYTES:
+            if not waiting.select(max(0.0, deadline - time.monotonic())):
+                return None
+            piece = process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
+            if not piece:
+                break
+            found += piece
+        else:
+            return found
+    try:
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
         return None
-    return run.stdout.decode("utf-8", errors="replace") if run.returncode == 0 else None
+    if code != 0:
+        raise Failure(f"{Path(str(process.args[0])).name}: exit {code}")  # type: ignore[index]
+    return found

@@ -1,68 +1,188 @@
-"""Heat: the system's thermal pressure level where there is one, temperatures where they can be read.
+"""Heat: the system's thermal pressure level and how long it lasted, temperatures and fans.
 
-macOS publishes a pressure level (nominal, moderate, heavy, trapping, sleeping) without root; heavy and above is what
-slows a model down and counts as throttled. Linux has temperatures of thermal zones and no such level.
+The level comes from notify(3), whose descriptor tells of every change, so that none between two looks is lost; else
+from notifyutil, else from powermetrics where that runs. 0 also stands for a key that was never published: a first Mac
+has to prove once that the level moves. Linux has temperatures and no such level.
 """
 
 import re
 import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from agent.collectors.reading import Reading, command_text, file_text
+from agent.collectors.chip import Chip
+from agent.collectors.gauge import Gauge
+from agent.collectors.notify import Notify
+from agent.collectors.reading import Failure, Guarded, Reading, Source, command_bytes, text_of
+from agent.collectors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
 
 NOTIFY_KEY = "com.apple.system.thermalpressurelevel"
-LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
-THROTTLED_FROM = 2
-PLAUSIBLE_MC = range(1_000, 130_000)
+_TEMPERATURES = {"package_temp": "package_c", "pcore_temp": "pcore_c", "gpu_temp": "gpu_c"}
 
 
-def parse_notifyutil(text: str) -> int | None:
+def parse_notifyutil(raw: bytes) -> int | None:
     """The level 0..4 that `notifyutil -g` prints after the key; None for its failures, which also exit 0."""
-    match = re.fullmatch(rf"{re.escape(NOTIFY_KEY)}\s+(\d+)\s*", text.strip())
-    level = int(match[1]) if match else -1
-    return level if 0 <= level < len(LEVELS) else None
+    match = re.fullmatch(rf"{re.escape(NOTIFY_KEY)}[ \t]+(\d)\n", text_of(raw))
+    return level_of_state(int(match[1])) if match else None
 
 
-def parse_zone(text: str) -> int | None:
-    """Thousandths of a degree Celsius from a thermal zone's ``temp`` file; None for what no chip can have."""
-    try:
-        value = int(text.strip())
-    except ValueError:
-        return None
-    return value if value in PLAUSIBLE_MC else None
+def level_of_state(state: int) -> int | None:
+    """A published number as a level; None for what macOS does not publish."""
+    return state if 0 <= state < len(LEVELS) else None
 
 
 class ThermalCollector:
-    """Level and hottest zone now; the level's time is counted from the last reading."""
+    """Level, temperatures and fans. ``take`` gives events; ``on_event`` is called from any thread when there are some.
+
+    ``powermetrics`` gives the last level that it said, None where it does not run.
+    """
 
     name = "thermal"
 
-    def __init__(self, zones: Path = Path("/sys/class/thermal")) -> None:
-        self._zones = zones
-        self._last_s = time.monotonic()
+    def __init__(
+        self,
+        chip: Chip,
+        platform: str = sys.platform,
+        *,
+        notify: Callable[[], Notify] = lambda: Notify(NOTIFY_KEY),
+        run: Callable[..., bytes] = command_bytes,
+        powermetrics: Callable[[], int | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._chip = chip
+        self._is_mac = platform == "darwin"
+        self._open_notify = notify
+        self._run = run
+        self._powermetrics = powermetrics
+        self._clock = clock
+        self._notify: Notify | None = None
+        self._throttle = Throttle(clock())
+        self._gauges = {name: Gauge() for name in _TEMPERATURES}
+        self._source = ""
+        self._events: list[Throttled] = []
+        # the loop's thread sees changes at once while another polls
+        self._lock = threading.Lock()
+        self._guards = {name: Guarded(name, clock) for name in ("notify", "notifyutil")}
+        self._readers: dict[str, Callable[[], int | None]] = {"notify": self._by_notify, "notifyutil": self._by_command}
+        self.on_event: Callable[[], None] = lambda: None
+
+    @property
+    def level(self) -> int | None:
+        """The level as it was last seen."""
+        return self._throttle.level
+
+    def descriptor(self) -> int | None:
+        """Becomes readable when the level changes; None where there is no such thing. Call ``posted`` then."""
+        if not self._is_mac:
+            return None
+        self._guards["notify"].call(self._by_notify)
+        return self._notify.descriptor if self._notify is not None else None
+
+    def posted(self) -> None:
+        """The level was published: look at it now."""
+        if self._notify is not None:
+            self._notify.drain()
+        self._look()
+
+    def poll(self) -> None:
+        if self._is_mac:
+            self._look()
+        reading, now = self._chip.read(), self._clock()
+        for name, field in _TEMPERATURES.items():
+            celsius = getattr(reading, field) if reading is not None else None
+            if celsius is None:
+                self._gauges[name].gone(now)
+            else:
+                self._gauges[name].add(now, celsius)
+
+    def take(self) -> list[Throttled]:
+        """Events since the last call, on this collector's clock."""
+        with self._lock:
+            events, self._events = self._events, []
+        return events
 
     def read(self) -> Reading:
-        now = time.monotonic()
-        elapsed_us, self._last_s = int((now - self._last_s) * 1e6), now
-        return self._read_macos(elapsed_us) if sys.platform == "darwin" else self._read_linux()
+        self.poll()
+        now = self._clock()
+        fields: dict[str, Any] = self._level_fields(now) if self._is_mac else {}
+        reading = self._chip.read()
+        for name, gauge in self._gauges.items():
+            seen = gauge.close(now)
+            if seen is not None:
+                fields[f"{name}_mc"] = round(seen.most * 1000)
+                fields[f"{name}_mean_mc"] = round(seen.mean * 1000)
+        if reading is not None:
+            fields.update(temp_source=reading.source, fan_rpm=reading.fans_rpm, pcore_asleep=reading.pcore_asleep)
+        failed = {name: guard.reason for name, guard in self._guards.items() if guard.reason}
+        return Reading(fields, {**failed, **self._chip.failed})
 
-    def _read_linux(self) -> Reading:
-        texts = [file_text(path) for path in sorted(self._zones.glob("thermal_zone*/temp"))]
-        temperatures = [t for t in (parse_zone(text) for text in texts if text) if t is not None]
-        if not temperatures:
-            return Reading({}, {"thermal_zone": "no readable thermal zone"})
-        return Reading({"package_temp_mc": max(temperatures), "thermal_source": "thermal_zone"}, {})
+    def sources(self) -> list[Source]:
+        found = []
+        if self._is_mac:
+            for name, read in self._readers.items():
+                level = self._guards[name].call(read)
+                found.append(Source(name, self._guards[name].reason, LEVELS[level] if level is not None else ""))
+        return found + self._chip.sources()
 
-    def _read_macos(self, elapsed_us: int) -> Reading:
-        level = parse_notifyutil(command_text("/usr/bin/notifyutil", "-g", NOTIFY_KEY) or "")
-        if level is None:
-            return Reading({}, {"notifyutil": "no thermal pressure level"})
-        fields: dict[str, Any] = {
-            "thermal_level": LEVELS[level],
-            "thermal_source": "notifyutil",
-            "thermal_known_us": elapsed_us,
-            "throttled_us": elapsed_us if level >= THROTTLED_FROM else 0,
+    def close(self) -> None:
+        """Give everything back."""
+        if self._notify is not None:
+            self._notify.close()
+        self._chip.close()
+
+    def _level_fields(self, now: float) -> dict[str, Any]:
+        with self._lock:
+            window = self._throttle.window(now)
+            share, coverage = self._throttle.share_5m(now)
+            pressured, _ = self._throttle.share_5m(now, PRESSURED_FROM)
+            level = self._throttle.level
+        return {
+            "thermal_level": LEVELS[level] if level is not None else "unknown",
+            "thermal_source": self._source,
+            "thermal_worst": LEVELS[window.worst] if window.worst is not None else "unknown",
+            "thermal_coverage_ppm": round(coverage * 1e6),
+            "throttled_5m_ppm": None if share is None else round(share * 1e6),
+            "pressured_5m_ppm": None if pressured is None else round(pressured * 1e6),
+            **_seconds(window),
         }
-        return Reading(fields, {})
+
+    def _look(self) -> None:
+        level = None
+        for name, read in self._readers.items():
+            level = self._guards[name].call(read)
+            if level is not None:
+                self._source = name
+                break
+        else:
+            level = self._powermetrics()
+            self._source = "powermetrics" if level is not None else "unknown"
+        now = self._clock()
+        with self._lock:
+            found = self._throttle.see(now, level)
+            self._events += found
+        if found:
+            self.on_event()
+
+    def _by_notify(self) -> int:
+        if self._notify is None:
+            self._notify = self._open_notify()
+        return _known(level_of_state(self._notify.state()), "notify(3)")
+
+    def _by_command(self) -> int:
+        return _known(parse_notifyutil(self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)), "notifyutil")
+
+
+def _known(level: int | None, source: str) -> int:
+    if level is None:
+        raise Failure(f"{source}: no thermal pressure level")
+    return level
+
+
+def _seconds(window: Window) -> dict[str, Any]:
+    return {
+        "thermal_known_us": round(window.known_s * 1e6),
+        "thermal_level_us": tuple(round(one * 1e6) for one in window.level_s),
+        "throttled_us": round(window.from_s(THROTTLED_FROM) * 1e6),
+    }

@@ -203,7 +203,7 @@ def _heat(window: Window, node: str) -> NodeHeat:
         node=node,
         peak_package_mc=max((h.package_temp_mc for h in hosts if h.package_temp_mc is not None), default=None),
         peak_pcore_mc=max((h.pcore_temp_mc for h in hosts if h.pcore_temp_mc is not None), default=None),
-        throttle_events=sum(m.node == node for m, _ in window.of(ThrottleEvent)),
+        throttle_events=sum(m.node == node and not event.open_at_start for m, event in window.of(ThrottleEvent)),
         throttled_share=sum(h.throttled_us for h in hosts) / known if known else None,
     )
 

@@ -1,103 +1,385 @@
 """Parsers of what systems print: right values from right text, and None, never a guess, from anything else."""
 
-import os
+import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.collectors import all_collectors, memory, power, thermal
-from agent.collectors.host import busy_ppm
+from agent.collectors import Sensors, chip, macmon, memory, power, powermetrics, reading, sysctl, thermal, vm
+from agent.collectors.child import Child
+from agent.collectors.chip import Chip, MacmonPipe
+from agent.collectors.gauge import Gauge, Seen
+from agent.collectors.host import busy_ppm, hardware, hardware_of
 from agent.collectors.inference import Answered, Ledger
 from agent.collectors.memory import MemoryCollector
-from agent.collectors.power import PowerCollector
+from agent.collectors.power import Energy, PowerCollector, Rapl, energy_of, spent_uj
+from agent.collectors.powermetrics import PowermetricsStream
+from agent.collectors.reading import Failure, Guarded, command_bytes, text_of
 from agent.collectors.thermal import NOTIFY_KEY, ThermalCollector
+from agent.meters import http
 from shared.records import HostSample
 
-CAPTURES = Path(os.environ.get("MLXRACK_CAPTURES", "../shared/captures"))
-
-VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+VM_STAT = b"""Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages free:                                3000.
 Pages active:                            400000.
 Pages wired down:                        100000.
+Pages purgeable:                          10000.
 "Translation faults":                 123456789.
+Anonymous pages:                         310000.
 Pages occupied by compressor:             50000.
 Swapins:                                     20.
 Swapouts:                                    30.
 Pages tagged:                                      7.
 """
+PLIST = (
+    b'<?xml version="1.0"?><plist version="1.0"><dict><key>elapsed_ns</key><integer>1000000000</integer>'
+    b"<key>processor</key><dict><key>cpu_power</key><real>500.5</real><key>gpu_power</key><real>20</real>"
+    b"<key>ane_power</key><real>0</real></dict><key>thermal_pressure</key><string>Heavy</string></dict></plist>"
+)
 
 
 def test_vm_stat_is_read_by_label_and_page_size() -> None:
-    read = memory.parse_vm_stat(VM_STAT)
-    assert read["Pages free"] == 3000 * 16384
-    assert memory.used_bytes(read) == 550_000 * 16384
-    assert memory.used_bytes({}) is None
-    assert memory.parse_vm_stat(VM_STAT.replace("page size of", "Seitengröße")) == {}
+    found = vm.parse_vm_stat(VM_STAT)
+    assert found is not None
+    assert found.used_bytes == (300_000 + 100_000 + 50_000) * 16384
+    assert (found.swapped_in_bytes, found.swapped_out_bytes) == (20 * 16384, 30 * 16384)
+    for wrong in (
+        b"",
+        VM_STAT.replace(b"page size of", "Seitengröße".encode()),
+        VM_STAT.replace(b"16384 bytes", b"777 bytes"),
+        VM_STAT.replace(b"Anonymous pages", b"Anonyme Seiten"),
+        VM_STAT.replace(b"310000.", b"310000"),
+        VM_STAT.replace(b"310000.", b"-5."),
+        VM_STAT.replace(b"310000.", b"9999999999999."),
+        VM_STAT[: VM_STAT.index(b"50000.") + 3],
+        VM_STAT + b"x" * (1 << 20),
+        VM_STAT + b"\0",
+        VM_STAT.replace(b"free", b"\xff\xfe"),
+    ):
+        assert vm.parse_vm_stat(wrong) is None
 
 
 @pytest.mark.parametrize(
-    ("text", "used"),
+    ("raw", "expected"),
     [
-        ("vm.swapusage: total = 4096.00M  used = 1536.50M  free = 2559.50M  (encrypted)", 1_611_137_024),
-        ("total = 0.00M  used = 0.00M  free = 0.00M", 0),
-        ("nonsense", None),
+        (b"vm.swapusage: total = 4096.00M  used = 1536.50M  free = 2559.50M  (encrypted)\n", (4 << 30, 1_611_137_024)),
+        (b"total = 0.00M  used = 0.00M  free = 0.00M", (0, 0)),
+        (b"total = 4096.00M  used = 1536.50M  free = 1.00M", None),
+        (b"total = 4096,00M  used = 1536,50M  free = 2559,50M", None),
+        (b"total = 4096.00M  used = 1536.5", None),
+        (b"nonsense", None),
     ],
 )
-def test_swapusage(text: str, used: int | None) -> None:
-    assert used == memory.parse_swapusage(text)
+def test_swapusage(raw: bytes, expected: tuple[int, int] | None) -> None:
+    assert sysctl.parse_swapusage(raw) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "level"),
-    [("1\n", "normal"), ("kern.x: 4", "critical"), ("2", "warn"), ("3", "unknown"), ("", "unknown"), ("x", "unknown")],
+    ("level", "name"), [(1, "normal"), (2, "warn"), (4, "critical"), (3, "unknown"), (0, "unknown"), (None, "unknown")]
 )
-def test_pressure_level(text: str, level: str) -> None:
-    assert level == memory.parse_pressure_level(text)
+def test_pressure_level(level: int | None, name: str) -> None:
+    assert sysctl.pressure_name(level) == name
+
+
+def test_sysctl_lines_count_when_they_are_whole() -> None:
+    assert sysctl.parse_sysctl(b"hw.memsize: 25769803776\nhw.model: Mac16,11\nhw.ncpu: 1") == {
+        "hw.memsize": "25769803776",
+        "hw.model": "Mac16,11",
+    }
+    assert sysctl.parse_integer("12 ") == 12
+    for text in ("", "x", "1e9", "12 34", "\u0663", "9" * 21):
+        assert sysctl.parse_integer(text) is None
 
 
 @pytest.mark.parametrize(
     ("text", "level"),
     [
         (f"{NOTIFY_KEY} 0\n", 0),
-        (f"{NOTIFY_KEY} 4", 4),
-        (f"{NOTIFY_KEY} 10", None),
-        (f"{NOTIFY_KEY}: Failed with code 7", None),
+        (f"{NOTIFY_KEY} 4\n", 4),
+        (f"{NOTIFY_KEY} 4", None),
+        (f"{NOTIFY_KEY} 10\n", None),
+        (f"{NOTIFY_KEY} 5\n", None),
+        (f"{NOTIFY_KEY}: Failed with code 7\n", None),
         ("", None),
     ],
 )
 def test_thermal_level(text: str, level: int | None) -> None:
-    assert level == thermal.parse_notifyutil(text)
+    assert level == thermal.parse_notifyutil(text.encode())
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("61500\n", 61_500), ("-9200", None), ("0", None), ("x", None), ("999999", None)]
+    ("raw", "value"),
+    [(b"61500\n", 61.5), (b"-9200\n", None), (b"0\n", None), (b"x\n", None), (b"999999\n", None), (b"615", None)],
 )
-def test_zone(text: str, value: int | None) -> None:
-    assert value == thermal.parse_zone(text)
+def test_zone(raw: bytes, value: float | None) -> None:
+    assert value == chip.parse_millidegrees(raw)
 
 
-def test_zones_are_read_and_their_absence_is_named(tmp_path: Path) -> None:
-    assert ThermalCollector(tmp_path).read().failed
-    for number, value in enumerate(("41000", "63500", "junk")):
-        zone = tmp_path / f"thermal_zone{number}"
-        zone.mkdir()
+def test_sensors_of_linux_are_read_and_their_absence_is_named(tmp_path: Path) -> None:
+    one = ThermalCollector(Chip("linux", sys_class=tmp_path), "linux")
+    assert "no hwmon sensor" in one.read().failed["hwmon"]
+    for number, value in enumerate(("41000\n", "63500\n", "junk\n")):
+        zone = tmp_path / "thermal" / f"thermal_zone{number}"
+        zone.mkdir(parents=True)
         (zone / "temp").write_text(value)
-    assert ThermalCollector(tmp_path).read().fields["package_temp_mc"] == 63_500
+    assert ThermalCollector(Chip("linux", sys_class=tmp_path), "linux").read().fields["package_temp_mc"] == 63_500
+    for number, (name, degrees) in enumerate((("nvme", "80000\n"), ("coretemp", "55000\n"))):
+        folder = tmp_path / "hwmon" / f"hwmon{number}"
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(f"{name}\n")
+        (folder / "temp1_input").write_text(degrees)
+        (folder / "fan1_input").write_text("1200\n")
+    fields = ThermalCollector(Chip("linux", sys_class=tmp_path), "linux").read().fields
+    assert fields["package_temp_mc"] == 55_000, "the processor's, not the disk's"
+    assert fields["fan_rpm"] == (1200, 1200)
+    assert "thermal_level" not in fields, "Linux has no such level"
+
+
+def test_the_window_has_the_hottest_and_the_mean_by_time(tmp_path: Path) -> None:
+    zone = tmp_path / "thermal" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    clock = [0.0]
+    one = ThermalCollector(Chip("linux", sys_class=tmp_path, clock=lambda: clock[0]), "linux", clock=lambda: clock[0])
+    for at_s, degrees in ((0, 40), (2, 80), (4, 50), (8, 50)):
+        clock[0] = float(at_s)
+        (zone / "temp").write_text(f"{degrees}000\n")
+        one.poll()
+    clock[0] = 10.0
+    fields = one.read().fields
+    assert fields["package_temp_mc"] == 80_000
+    assert fields["package_temp_mean_mc"] == round((40 * 2 + 80 * 2 + 50 * 6) / 10 * 1000)
+
+
+def test_a_gauge_weighs_by_time_and_forgets_what_is_old() -> None:
+    gauge = Gauge()
+    assert gauge.close(0.0) is None
+    gauge.add(0.0, 10.0)
+    gauge.add(3.0, 20.0)
+    assert gauge.close(4.0) == Seen(mean=(10 * 3 + 20) / 4, most=20.0, covered_s=4.0)
+    gauge.add(5.0, 0.0)
+    assert gauge.close(6.0) == Seen(mean=10.0, most=20.0, covered_s=2.0), "what held at its beginning is in the window"
+    assert gauge.close(100.0) == Seen(mean=0.0, most=0.0, covered_s=15.0), "not seen again: it holds for a while only"
+    assert gauge.close(200.0) is None
+    gauge.add(200.0, 7.0)
+    assert gauge.close(200.0) == Seen(mean=7.0, most=7.0, covered_s=0.0)
+    gauge.gone(203.0)
+    assert gauge.close(210.0) == Seen(mean=7.0, most=7.0, covered_s=3.0)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0.0, 1e6)), min_size=1, max_size=30))
+def test_windows_of_a_gauge_add_up(seen: list[tuple[float, float]]) -> None:
+    whole, parts, now = Gauge(), Gauge(), 0.0
+    energy = covered = 0.0
+    for after_s, value in seen:
+        now += after_s
+        whole.add(now, value)
+        parts.add(now, value)
+        part = parts.close(now)
+        assert part is not None
+        energy, covered = energy + part.mean * part.covered_s, covered + part.covered_s
+    all_of_it = whole.close(now)
+    assert all_of_it is not None
+    assert covered == pytest.approx(all_of_it.covered_s)
+    assert energy == pytest.approx(all_of_it.mean * all_of_it.covered_s)
+
+
+# ---- power ----
+
+
+def powercap(folder: Path, counter: int, *, package: str = "intel-rapl:0") -> None:
+    (folder / package).mkdir(exist_ok=True)
+    (folder / package / "energy_uj").write_text(f"{counter}\n")
+    (folder / package / "max_energy_range_uj").write_text("10000000\n")
 
 
 def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
-    assert PowerCollector(tmp_path).read().failed
-    package = tmp_path / "intel-rapl:0"
-    package.mkdir()
-    (package / "energy_uj").write_text("1000000")
-    collector = PowerCollector(tmp_path)
-    assert collector.read().fields == {}
-    (package / "energy_uj").write_text("6000000")
-    assert collector.read().fields["energy_mj"] == 5_000
-    (package / "energy_uj").write_text("5")
-    assert collector.read().fields == {}, "a counter that fell back gives nothing"
+    clock = [0.0]
+
+    def collector() -> PowerCollector:
+        return PowerCollector(
+            Chip("linux", sys_class=tmp_path / "none"), "linux", counters=Rapl(tmp_path), clock=lambda: clock[0]
+        )
+
+    assert "no readable energy counter" in collector().read().failed["rapl"]
+    powercap(tmp_path, 1_000_000)
+    powercap(tmp_path, 999, package="intel-rapl:0:0")
+    one = collector()
+    assert one.read().fields == {}
+    powercap(tmp_path, 6_000_000)
+    clock[0] = 2.0
+    fields = one.read().fields
+    assert (fields["energy_mj"], fields["soc_power_mw"], fields["energy_source"]) == (5_000, 2_500, "rapl")
+    powercap(tmp_path, 1_000_000)
+    clock[0] = 4.0
+    assert one.read().fields["energy_mj"] == 5_000, "it went round: 4 to the end of its range, 1 from there"
+
+
+@pytest.mark.parametrize(
+    ("after", "busy", "expected"),
+    [
+        ({"cpu": 1_500, "gpu": 300}, 0.5, 700),
+        ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter stands still
+        ({"cpu": 1_000, "gpu": 300}, 0.01, 200),
+        ({"cpu": 900, "gpu": 300}, 0.5, None),
+        ({"cpu": 1_500}, 0.5, None),
+        ({"cpu": 1_500, "gpu": 300, "ane": 5}, 0.5, None),
+    ],
+)
+def test_counters_that_stand_still_or_run_backwards_give_nothing(
+    after: dict[str, int], busy: float, expected: int | None
+) -> None:
+    assert spent_uj(Energy({"cpu": 1_000, "gpu": 100}), Energy(after), busy=busy) == expected
+
+
+def test_energy_of_the_chip_is_the_parts_that_it_tells() -> None:
+    class Metrics:
+        cpu_total_mj, gpu_mj, ane_mj, dram_mj = 1200, 30.5, None, 7
+
+    assert energy_of(Metrics()) == Energy({"cpu": 1_200_000, "gpu": 30_500, "dram": 7_000})
+    with pytest.raises(Failure, match="no energy of the processor"):
+        energy_of(object())
+
+
+def test_the_three_powers_are_kept_apart_and_the_parts_are_no_more_than_the_whole() -> None:
+    clock, watts = [0.0], {"system": 10.0, "soc": 4.0}
+
+    class Fixed(Chip):
+        def read(self) -> chip.ChipReading:
+            return chip.ChipReading(source="x", system_w=watts["system"], soc_w=watts["soc"])
+
+    one = PowerCollector(Fixed("darwin"), "darwin", counters=Rapl(Path("/none")), clock=lambda: clock[0])
+    one.poll()
+    clock[0] = 10.0
+    fields = one.read().fields
+    assert (fields["system_power_mw"], fields["soc_power_mw"]) == (10_000, 4_000)
+    assert (fields["energy_mj"], fields["energy_source"]) == (100_000, "PSTR")
+    watts.update(soc=140.0)
+    one.poll()
+    clock[0] = 20.0
+    found = one.read()
+    assert "soc_power_mw" not in found.fields
+    assert "more than the whole system" in found.failed["soc_power"]
+
+
+def test_documents_of_powermetrics_wherever_the_stream_is_cut() -> None:
+    stream = powermetrics.Documents()
+    raw = PLIST + b"\n\0" + PLIST.replace(b"500.5", b"oops") + b"\n\0" + PLIST.replace(b"Heavy", b"Weird")
+    found = [sample for n in range(len(raw)) for sample in stream.feed(raw[n : n + 1])]
+    assert [(s.cpu_mw, s.soc_mw, s.level) for s in found] == [(500.5, 520.5, 2), (500.5, 520.5, None)]
+    assert stream.feed(b"x" * (2 << 20)) == []
+    assert len(stream.feed(PLIST)) == 1, "noise without an end is dropped"
+
+
+def test_an_xml_bomb_is_no_document() -> None:
+    entities = b"".join(b'<!ENTITY a%d "%s">' % (n, b"&a%d;" % (n - 1) * 10) for n in range(1, 10))
+    bomb = (
+        b'<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a0 "x">' + entities + b"]><plist><string>&a9;</string></plist>"
+    )
+    assert powermetrics.parse_document(bomb) is None
+
+
+# ---- how sources are read ----
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "program"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("exit 3", "exit 3"), ("exec sleep 60", "no end within"), ("yes", "prints over 1 MiB"), ("kill -9 $$", "exit -9")],
+)
+def test_a_command_that_fails_hangs_or_does_not_stop_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    monkeypatch.setattr(reading, "COMMAND_TIMEOUT_S", 0.5)
+    with pytest.raises(Failure, match=why):
+        command_bytes(script(tmp_path, text))
+    with pytest.raises(Failure, match="No such file"):
+        command_bytes(str(tmp_path / "none"))
+    assert command_bytes(script(tmp_path, "echo fine")) == b"fine\n"
+
+
+def test_a_source_that_fails_is_left_alone_for_longer_and_longer() -> None:
+    clock, asked = [0.0], [0]
+
+    def read() -> int:
+        asked[0] += 1
+        raise Failure("broken")
+
+    guarded = Guarded("x", lambda: clock[0])
+    for second in range(3600):
+        clock[0] = float(second)
+        assert guarded.call(read) is None
+        assert guarded.reason == "broken"
+    assert asked[0] == 8, "three times, then after 1, 2, 4, 8 and 16 minutes"
+    clock[0] = 10_000.0
+    assert guarded.call(lambda: 5) == 5
+    assert guarded.reason == ""
+
+
+def test_a_child_is_read_without_waiting_and_started_again(tmp_path: Path) -> None:
+    clock = [0.0]
+    child = Child([script(tmp_path, "echo one; exec sleep 60")], lambda: clock[0])
+    deadline = time.monotonic() + 10
+    while not (said := child.read()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert said == b"one\n"
+    clock[0] = 100.0
+    with pytest.raises(Failure, match="silent for 30 s"):
+        child.read()
+    child.read()
+    child.close()
+    ended = Child([script(tmp_path, "exit 4")], lambda: clock[0])
+    ended.read()
+    time.sleep(0.3)
+    with pytest.raises(Failure, match="exit 4"):
+        ended.read()
+    ended.close()
+    with pytest.raises(Failure, match="No such file"):
+        Child([str(tmp_path / "none")]).read()
+
+
+def test_macmon_and_powermetrics_as_children(tmp_path: Path) -> None:
+    line = '{"temp":{"cpu_temp_avg":51.5,"gpu_temp_avg":0.0},"sys_power":9.5,"all_power":0.0,"fans":[{"rpm":1200}]}'
+    program = script(tmp_path, f"echo noise; echo '{line}'; exec sleep 60")
+    pipe = MacmonPipe(program=program)
+    found = _eventually(pipe.last)
+    assert found == macmon.Macmon(cpu_mean_c=51.5, system_w=9.5, fans_rpm=(1200,))
+    pipe.close()
+    with pytest.raises(Failure, match="not installed"):
+        MacmonPipe(program=str(tmp_path / "none"))
+    (tmp_path / "document").write_bytes(PLIST)
+    stream = PowermetricsStream(Child([script(tmp_path, f"cat '{tmp_path}/document'; exec sleep 60")]))
+    sample = _eventually(lambda: stream.last() or _refuse())
+    assert sample.level == 2
+    stream.close()
+
+
+def _eventually(read: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return read()
+        except Failure:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _refuse() -> Any:
+    raise Failure("nothing yet")
+
+
+# ---- the machine ----
 
 
 @pytest.mark.parametrize(
@@ -113,28 +395,39 @@ def test_processor_use_is_a_difference(after: dict[str, float], share: int | Non
     assert busy_ppm(dict.fromkeys(after, 0.0), after) == share
 
 
+def test_hardware_by_tiers_whatever_they_are_called() -> None:
+    values = {
+        "hw.model": "Mac17,3",
+        "machdep.cpu.brand_string": "Apple M5 Pro",
+        "hw.memsize": "68719476736",
+        "hw.perflevel0.logicalcpu": "6",
+        "hw.perflevel1.logicalcpu": "12",
+        "kern.osproductversion": "27.0",
+        "kern.osversion": "26A428",
+    }
+    found = hardware_of(values, 0)
+    assert (found.model, found.chip, found.cores) == ("Mac17,3", "Apple M5 Pro", (6, 12))
+    assert (found.memory_bytes, found.system) == (64 << 30, "macOS 27.0 26A428")
+    assert hardware_of({}, 5).memory_bytes == 5
+    assert hardware().memory_bytes > 1 << 30
+
+
 def test_psi() -> None:
-    text = "some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\nfull avg10=0.00 total=1\n"
-    assert memory.parse_psi_total_us(text) == 4242
-    assert memory.parse_psi_total_us("") is None
-
-
-@given(st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("utf-8", "replace")))
-def test_no_text_raises_past_a_parser(text: str) -> None:
-    memory.used_bytes(memory.parse_vm_stat(text))
-    memory.parse_swapusage(text)
-    memory.parse_pressure_level(text)
-    memory.parse_psi_total_us(text)
-    thermal.parse_notifyutil(text)
-    thermal.parse_zone(text)
-    power.parse_energy_uj(text)
+    raw = b"some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\nfull avg10=0.00 total=1\n"
+    assert memory.parse_psi_total_us(raw) == 4242
+    assert memory.parse_psi_total_us(b"some total=42") is None
+    assert memory.parse_psi_total_us(b"") is None
 
 
 def test_the_real_machine_can_be_read() -> None:
-    fields: dict[str, object] = {}
-    for collector in all_collectors():
-        collector.read()
-        fields.update(collector.read().fields)
+    sensors, fields = Sensors(), dict[str, object]()
+    try:
+        for collector in sensors.all:
+            collector.poll()
+            fields.update(collector.read().fields)
+            assert collector.sources(), collector.name
+    finally:
+        sensors.close()
     sample = HostSample(**fields)  # type: ignore[arg-type]
     assert sample.memory_total_bytes is not None
     assert sample.memory_used_bytes is not None
@@ -142,22 +435,41 @@ def test_the_real_machine_can_be_read() -> None:
     assert MemoryCollector().read().fields["swap_used_bytes"] >= 0
 
 
-@pytest.mark.skipif(not CAPTURES.is_dir(), reason="no captures of real machines here (MLXRACK_CAPTURES)")
-@pytest.mark.parametrize(
-    ("name", "page", "used_gib"),
-    [
-        ("submission_24gb_swapped.txt", 16384, (1, 24)),
-        ("wd-test_8gb_compressor-heavy.txt", 16384, (1, 8)),
-        ("slotstream_mte-mac_before.txt", 16384, (1, 128)),
-        ("go-osstat_intel-4k.txt", 4096, (1, 64)),
-    ],
-)
-def test_captured_vm_stat(name: str, page: int, used_gib: tuple[int, int]) -> None:
-    text = (CAPTURES / "vm_stat" / name).read_text(errors="replace")
-    used = memory.used_bytes(memory.parse_vm_stat(text))
-    assert f"page size of {page} bytes" in text
-    assert used is not None
-    assert used_gib[0] <= used / (1 << 30) <= used_gib[1]
+# ---- noise ----
+
+PARSERS: dict[str, Callable[[bytes], object]] = {
+    "vm_stat": vm.parse_vm_stat,
+    "memory_pressure": vm.parse_memory_pressure,
+    "swapusage": sysctl.parse_swapusage,
+    "psi": memory.parse_psi_total_us,
+    "notifyutil": thermal.parse_notifyutil,
+    "zone": chip.parse_millidegrees,
+    "fan": chip.parse_rpm,
+    "rapl": power.parse_energy_uj,
+    "macmon": macmon.parse_macmon,
+    "plist": powermetrics.parse_document,
+    "shelly": http.parse_shelly,
+    "tasmota": lambda raw: http.parse_tasmota(raw, 0),
+}
+NUMBERS = ("zone", "fan", "rapl")
+"""Files that hold one number and nothing else: noise may happen to be one."""
+
+
+@pytest.mark.parametrize("name", [name for name in PARSERS if name not in NUMBERS])
+@given(raw=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
+def test_noise_is_no_reading(name: str, raw: bytes) -> None:
+    assert PARSERS[name](raw) is None
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_hundred_megabytes_are_no_reading(name: str) -> None:
+    for filling in (b"\0", b"9", b"vm.swapusage: total = 1.00M  used = 1.00M  free = 0.00M\n"):
+        assert PARSERS[name](filling * (100_000_000 // len(filling))) is None
+
+
+def test_text_is_utf8_without_nul_and_not_endless() -> None:
+    assert text_of("grüße".encode()) == "grüße"
+    assert text_of(b"a\0b") == text_of(b"\xff\xfe") == text_of(b"x" * ((1 << 20) + 1)) == ""
 
 
 def test_the_ledger_counts_each_request_once() -> None:

@@ -64,6 +64,11 @@ STATUS: dict[str, Any] = {
     ],
     "peers": [{"node": "mini-2", "state": "up", "models": ["chat"], "problem": ""}],
     "push": {"state": "idle", "reason": "", "sent_batches": 5, "waiting_batches": 0, "dropped_batches": 0},
+    "meters": [
+        {"meter": "shelf", "nodes": ["mini-1", "mini-2"], "watts": 71.5, "problem": ""},
+        {"meter": "spare", "nodes": ["mini-3"], "watts": None, "problem": "no answer within 4 s"},
+    ],
+    "sources_failed": {"smc": "there is no service AppleSMC"},
     "desired": {"generation": 3, "state": "drifted", "reason": "", "drift": ["chat serves a instead of b"]},
 }
 
@@ -76,6 +81,9 @@ def test_everything_that_matters_is_on_the_page() -> None:
         "chat, chat-next  ready (pinned)  45bcb267  3",
         "-1.2 %",
         "last exit: signal 9 (SIGKILL)",
+        "shelf  mini-1, mini-2  71.5 W",
+        "spare  mini-3          -       no answer within 4 s",
+        "smc              there is no service AppleSMC",
         "load code: 2 MB short",
         "failed   too slow",
         "warming  7 of 30 timed probes",

@@ -1,0 +1,140 @@
+"""Reads the rack's metered outlets, each device by one request at a time, and gives each window's records.
+
+A meter that does not answer is a state, never a number; what it said last holds for a few seconds and no longer.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from agent.collectors.gauge import Gauge
+from agent.collectors.reading import MAX_OUTPUT_BYTES, Failure
+from agent.config import SNMP_NUMBERS, Meter
+from agent.meters import http, snmp
+from agent.meters.snmp_client import SnmpClient
+from shared.errors import RackError
+from shared.logs import get_logger
+from shared.records import OutletReading
+from shared.secrets import resolve
+
+TIMEOUT_S = 4.0
+POLL_S = 5.0
+
+log = get_logger("agent.meters")
+
+
+class RackMeters:
+    """``meters`` of the configuration. ``poll`` is to be called every few seconds, ``drain`` at a window's end."""
+
+    def __init__(
+        self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._meters = tuple(meters)
+        self._environ = environ
+        self._clock = clock
+        self._gauges = {meter.name: Gauge() for meter in meters}
+        self._last: dict[str, float] = {}
+        self.problems: dict[str, str] = {}
+        self._snmp = SnmpClient()
+
+    async def poll(self) -> None:
+        """Ask every device; those that share an address one after another, since plugs take few connections."""
+        devices: dict[str, list[Meter]] = {}
+        for meter in self._meters:
+            devices.setdefault(meter.at, []).append(meter)
+        await asyncio.gather(*(self._ask_all(meters) for meters in devices.values()))
+
+    def drain(self) -> list[OutletReading]:
+        """What was read since the last call."""
+        now, found = self._clock(), []
+        for meter in self._meters:
+            seen = self._gauges[meter.name].close(now)
+            if seen is not None and seen.covered_s > 0:
+                found.append(
+                    OutletReading(
+                        meter=meter.name,
+                        nodes=meter.nodes,
+                        power_mw=round(seen.mean * 1000),
+                        power_max_mw=round(seen.most * 1000),
+                        energy_mj=round(seen.mean * seen.covered_s * 1000),
+                        covered_us=round(seen.covered_s * 1e6),
+                    )
+                )
+        return found
+
+    def status(self) -> list[dict[str, Any]]:
+        """Every meter for people."""
+        return [
+            {
+                "meter": meter.name,
+                "nodes": list(meter.nodes),
+                "watts": self._last.get(meter.name),
+                "problem": self.problems.get(meter.name, ""),
+            }
+            for meter in self._meters
+        ]
+
+    async def _ask_all(self, meters: Sequence[Meter]) -> None:
+        for meter in meters:
+            try:
+                async with asyncio.timeout(TIMEOUT_S):
+                    watts = await self._ask(meter)
+            except (Failure, RackError) as error:
+                self._failed(meter, str(error))
+            except TimeoutError:
+                self._failed(meter, f"no answer within {TIMEOUT_S:g} s")
+            except (aiohttp.ClientError, OSError) as error:
+                self._failed(meter, f"cannot be reached ({type(error).__name__})")
+            else:
+                self._gauges[meter.name].add(self._clock(), watts)
+                self._last[meter.name] = round(watts, 1)
+                if self.problems.pop(meter.name, ""):
+                    log.info("meter_back", meter=meter.name)
+
+    async def _ask(self, meter: Meter) -> float:
+        if meter.kind in SNMP_NUMBERS:
+            outlet = snmp.Outlet(kind=meter.kind, numbers=meter.numbers, scale=meter.scale)
+            community = resolve(meter.secret, self._environ) if meter.secret else "public"
+            watts = snmp.watts(outlet, await self._snmp.get(meter.at, community, snmp.oids(outlet)))
+        else:
+            watts = http.parse(meter.kind, await self._http(meter), meter.channel)
+        if watts is None:
+            raise Failure("answers, and says no power for this outlet; has it a meter, and is it the right number?")
+        return watts
+
+    async def _http(self, meter: Meter) -> bytes:
+        """The device's answer. Raises Failure."""
+        path = http.PATHS[meter.kind].format(channel=meter.channel)
+        password = resolve(meter.secret, self._environ) if meter.secret else ""
+        middlewares: tuple[Any, ...] = ()
+        headers = {}
+        if password and meter.kind in ("tasmota", "shelly_gen1"):
+            headers["Authorization"] = aiohttp.encode_basic_auth(meter.user, password)
+        elif password:
+            middlewares = (aiohttp.DigestAuthMiddleware(meter.user, password),)
+        async with (
+            aiohttp.ClientSession(headers=headers, middlewares=middlewares) as session,
+            session.get(meter.at.rstrip("/") + path, allow_redirects=False) as answer,
+        ):
+            if answer.status in (401, 403):
+                raise Failure("refuses the credentials; see its user and secret")
+            if answer.status != 200:
+                raise Failure(f"answered {answer.status}")
+            body = b""
+            while len(body) <= MAX_OUTPUT_BYTES and (piece := await answer.content.read(1 << 16)):
+                body += piece
+            return body
+
+    def _failed(self, meter: Meter, why: str) -> None:
+        self._gauges[meter.name].gone(self._clock())
+        self._last.pop(meter.name, None)
+        if self.problems.get(meter.name) != why:
+            log.warning("meter_failed", meter=meter.name, reason=why)
+        self.problems[meter.name] = why
+
+    async def close(self) -> None:
+        """Give the sockets back."""
+        await self._snmp.close()

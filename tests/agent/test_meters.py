@@ -1,0 +1,272 @@
+"""Metered outlets: devices of every kind on real sockets, and what they do when something is wrong."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import pytest
+from aiohttp import encode_basic_auth, hdrs, web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.config import SNMP_NUMBERS, Meter, MeterKind
+from agent.meters import http, snmp
+from agent.meters.rack import RackMeters
+from agent.meters.snmp import Outlet
+from scripts.seaweed import free_port
+
+SECRETS = {"PLUG": "plug password", "COMMUNITY": "rack"}
+
+
+@contextlib.asynccontextmanager
+async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> AsyncIterator[str]:
+    """A device that answers every path like this."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        found = answer(request)
+        if asyncio.iscoroutine(found):
+            found = await found
+        return found if isinstance(found, web.StreamResponse) else web.json_response(found)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncIterator[str]:
+    """An SNMP agent on a real socket, from the same library's other half; what it has not it answers so."""
+    from pyasn1.codec.ber import decoder, encoder
+    from pysnmp.proto.api import v2c
+
+    class Agent(asyncio.DatagramProtocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def datagram_received(self, data: bytes, address: Any) -> None:
+            message, _ = decoder.decode(data, asn1Spec=v2c.Message())
+            if bytes(v2c.apiMessage.get_community(message)) != community.encode():
+                return  # as real ones do: silence
+            asked = v2c.apiMessage.get_pdu(message)
+            answer = v2c.apiMessage.get_response(message)
+            found = [
+                (oid, v2c.Integer(objects[str(oid)]) if str(oid) in objects else v2c.NoSuchInstance(""))
+                for oid, _ in v2c.apiPDU.get_varbinds(asked)
+            ]
+            v2c.apiPDU.set_varbinds(v2c.apiMessage.get_pdu(answer), found)
+            self.transport.sendto(encoder.encode(answer), address)
+
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Agent, local_addr=("127.0.0.1", 0))
+    try:
+        yield "127.0.0.1:{}".format(transport.get_extra_info("sockname")[1])
+    finally:
+        transport.close()
+
+
+async def read(meter: Meter) -> tuple[float | None, str]:
+    """Watts and problem after one look."""
+    rack = RackMeters([meter], SECRETS)
+    try:
+        await rack.poll()
+        (state,) = rack.status()
+        return state["watts"], state["problem"]
+    finally:
+        await rack.close()
+
+
+def shelly(at: str, kind: MeterKind = "shelly", **more: Any) -> Meter:
+    return Meter(name="one", kind=kind, at=at, nodes=("n1",), **more)
+
+
+PLUGS: list[tuple[MeterKind, int, Any, str, float | None]] = [
+    ("shelly", 0, {"id": 0, "apower": 47.11, "aenergy": {"total": 5.1}}, "/rpc/Switch.GetStatus?id=0", 47.1),
+    ("shelly", 3, {"id": 3, "apower": 0.0}, "/rpc/Switch.GetStatus?id=3", 0.0),
+    ("shelly_pm1", 0, {"apower": 9.5}, "/rpc/PM1.GetStatus?id=0", 9.5),
+    ("shelly_em1", 1, {"act_power": 120.0}, "/rpc/EM1.GetStatus?id=1", 120.0),
+    ("shelly_gen1", 1, {"meters": [{"power": 1}, {"power": 33.3, "is_valid": True}]}, "/status", 33.3),
+    ("shelly_gen1", 0, {"meters": [{"power": 33.3, "is_valid": False}]}, "/status", None),
+    ("shelly_gen1", 2, {"meters": [{"power": 33.3}]}, "/status", None),
+    ("tasmota", 0, {"StatusSNS": {"ENERGY": {"Power": 12}}}, "/cm?cmnd=Status%208", 12.0),
+    ("tasmota", 1, {"StatusSNS": {"ENERGY": {"Power": [5, 21]}}}, "/cm?cmnd=Status%208", 21.0),
+    ("tasmota", 2, {"StatusSNS": {"ENERGY": {"Power": [5, 21]}}}, "/cm?cmnd=Status%208", None),
+    ("tasmota", 0, {"StatusSNS": {"Time": "2018-07-26T22:22:05"}}, "/cm?cmnd=Status%208", None),
+    ("shelly", 0, {"id": 0, "output": True}, "/rpc/Switch.GetStatus?id=0", None),
+    ("shelly", 0, {"id": 0, "apower": -47.11}, "/rpc/Switch.GetStatus?id=0", None),
+    ("shelly", 0, {"id": 0, "apower": None}, "/rpc/Switch.GetStatus?id=0", None),
+    ("shelly", 0, {"id": 0, "apower": True}, "/rpc/Switch.GetStatus?id=0", None),
+    ("shelly", 0, [1, 2], "/rpc/Switch.GetStatus?id=0", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "channel", "said", "path", "expected"), PLUGS)
+async def test_a_plug_is_asked_in_its_way(
+    kind: MeterKind, channel: int, said: Any, path: str, expected: float | None
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: web.Request) -> Any:
+        asked.append(request.raw_path)
+        return web.json_response(said)
+
+    async with plug(answer) as at:
+        watts, problem = await read(shelly(at, kind, channel=channel))
+    assert asked == [path]
+    assert watts == expected
+    assert bool(problem) == (expected is None)
+
+
+async def _never(request: web.Request) -> Any:
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda _: web.Response(status=500), "answered 500"),
+        (lambda _: web.Response(status=302, headers={"Location": "http://127.0.0.1:1/"}), "answered 302"),
+        (lambda _: web.Response(body=b"<html>"), "says no power"),
+        (lambda _: web.Response(body=b'{"apower": 4'), "says no power"),
+        (lambda _: web.Response(body=b'{"apower": 4, "x": "' + b"x" * (2 << 20) + b'"}'), "says no power"),
+        (_never, "no answer within"),
+    ],
+)
+async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
+    monkeypatch: pytest.MonkeyPatch, answer: Any, why: str
+) -> None:
+    monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.5)
+    async with plug(answer) as at:
+        watts, problem = await read(shelly(at))
+    assert watts is None
+    assert why in problem
+
+
+async def test_a_plug_that_is_not_there() -> None:
+    watts, problem = await read(shelly(f"http://127.0.0.1:{free_port()}"))
+    assert (watts, problem) == (None, "cannot be reached (ClientConnectorError)")
+
+
+async def test_passwords_are_given_in_each_device_s_way_and_refusals_are_said() -> None:
+    right = encode_basic_auth("admin", SECRETS["PLUG"])
+
+    def basic(request: web.Request) -> Any:
+        if request.headers.get(hdrs.AUTHORIZATION) != right:
+            return web.Response(status=401)
+        return {"StatusSNS": {"ENERGY": {"Power": 12}}}
+
+    def digest(request: web.Request) -> Any:
+        given = request.headers.get(hdrs.AUTHORIZATION, "")
+        if not given.startswith("Digest ") or 'username="admin"' not in given or SECRETS["PLUG"] in given:
+            challenge = 'Digest qop="auth", realm="shelly", nonce="abc", algorithm=SHA-256'
+            return web.Response(status=401, headers={"WWW-Authenticate": challenge})
+        return {"apower": 30.0}
+
+    async with plug(basic) as at:
+        assert await read(shelly(at, "tasmota", secret="env:PLUG")) == (12.0, "")
+        watts, problem = await read(shelly(at, "tasmota"))
+        assert (watts, "refuses the credentials" in problem) == (None, True)
+    async with plug(digest) as at:
+        assert await read(shelly(at, secret="env:PLUG")) == (30.0, "")
+        watts, problem = await read(shelly(at, secret="env:NOT_SET"))
+        assert watts is None
+        assert "NOT_SET" in problem
+
+
+RARITAN, APC = "1.3.6.1.4.1.13742.6", "1.3.6.1.4.1.318.1.1"
+SENSOR = "1.3.6.1.2.1.99.1.1.1"
+UNITS: list[tuple[MeterKind, tuple[int, ...], dict[str, int], float | None]] = [
+    ("apc_device", (1,), {f"{APC}.26.4.3.1.5.1": 117}, 1170.0),
+    ("apc_device", (1,), {f"{APC}.26.4.3.1.5.1": -1}, None),
+    ("apc_legacy", (), {f"{APC}.12.1.16.0": 312}, 312.0),
+    ("apc_outlet", (4,), {f"{APC}.26.9.4.3.1.7.4": 55}, 55.0),
+    ("raritan_outlet", (1, 3), {f"{RARITAN}.5.4.3.1.4.1.3.5": 685, f"{RARITAN}.3.5.4.1.7.1.3.5": 1}, 68.5),
+    ("raritan_outlet", (1, 3), {f"{RARITAN}.5.4.3.1.4.1.3.5": 685}, None),
+    ("raritan_inlet", (1, 1), {f"{RARITAN}.5.2.3.1.4.1.1.5": 138, f"{RARITAN}.3.3.4.1.7.1.1.5": 0}, 138.0),
+    ("servertech_cord", (1, 1), {"1.3.6.1.4.1.1718.4.1.3.3.1.3.1.1": 1701}, 1701.0),
+    ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 4230), (1, 6), (2, 8), (3, 1), (5, 1))}, 0.423),
+    ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 6), (2, 9), (3, 1), (5, 1))}, 42.3),
+    ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 4), (2, 9), (3, 1), (5, 1))}, None),
+    ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 6), (2, 9), (3, 1), (5, 2))}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "numbers", "objects", "expected"), UNITS)
+async def test_a_unit_is_asked_by_snmp(
+    kind: MeterKind, numbers: tuple[int, ...], objects: dict[str, int], expected: float | None
+) -> None:
+    assert snmp.watts(Outlet(kind=kind, numbers=numbers), objects) == (
+        None if expected is None else pytest.approx(expected)
+    )
+    async with pdu(objects) as at:
+        watts, problem = await read(shelly(at, kind, numbers=numbers, secret="env:COMMUNITY"))
+    assert watts == (None if expected is None else round(expected, 1))
+    assert bool(problem) == (expected is None)
+
+
+async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> None:
+    async with pdu({f"{APC}.12.1.16.0": 312}) as at:
+        watts, problem = await read(shelly(at, "apc_legacy"))
+    assert watts is None
+    assert "is the community right" in problem
+
+
+@given(st.sampled_from(sorted(SNMP_NUMBERS)), st.data())
+def test_no_numbers_of_a_unit_make_an_impossible_power(kind: str, data: st.DataObject) -> None:
+    outlet = Outlet(kind=kind, numbers=tuple(range(1, SNMP_NUMBERS[kind] + 1)))
+    integers = st.integers(-(1 << 31), 1 << 32)
+    values = {oid: data.draw(integers) for oid in snmp.oids(outlet) if data.draw(st.booleans())}
+    found = snmp.watts(outlet, values)
+    assert found is None or 0 <= found < snmp.MOST_W
+
+
+async def test_a_window_has_mean_highest_energy_and_who_hangs_on_it() -> None:
+    clock, power = [0.0], [10.0]
+    async with plug(lambda _: {"apower": power[0]}) as at:
+        shared = Meter(name="both", kind="shelly", at=at, nodes=("n1", "n2"))
+        rack = RackMeters([shared], {}, clock=lambda: clock[0])
+        for clock[0], power[0] in ((0.0, 10.0), (5.0, 40.0), (10.0, 20.0)):
+            await rack.poll()
+        clock[0] = 15.0
+        (record,) = rack.drain()
+    assert (record.meter, record.nodes) == ("both", ("n1", "n2"))
+    assert (record.power_mw, record.power_max_mw) == (round(70 / 3 * 1000), 40_000)
+    assert (record.energy_mj, record.covered_us) == (350_000, 15_000_000)
+    clock[0] = 100.0
+    await rack.poll()
+    assert rack.status()[0]["problem"]
+    rack.drain()
+    clock[0] = 160.0
+    assert rack.drain() == [], "what does not answer is not in the window"
+
+
+async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
+    now, most = 0, 0
+
+    async def answer(_: web.Request) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return {"apower": 1.0}
+
+    async with plug(answer) as at:
+        meters = [Meter(name=f"o{n}", kind="shelly", at=at, nodes=(f"n{n}",), channel=n) for n in range(4)]
+        rack = RackMeters(meters, {})
+        await rack.poll()
+    assert [state["watts"] for state in rack.status()] == [1.0] * 4
+    assert most == 1
+
+
+def test_every_kind_has_a_way_to_be_read() -> None:
+    kinds = set(MeterKind.__args__)  # type: ignore[attr-defined]
+    assert kinds == set(SNMP_NUMBERS) | set(http.PATHS)
+    assert json.dumps(sorted(kinds))
