@@ -72,6 +72,8 @@ class Daemon:
         self._urgent_tasks: set[asyncio.Task[None]] = set()
         self._steady: list[asyncio.Task[None]] = []
         self._heat_descriptor: int | None = None
+        self._scheduler: schedule.Scheduler | None = None
+        self._clock_watch = schedule.ClockWatch(self._clock_was_set)
         self.sensors = Sensors()
         self.meters = RackMeters(config.meters, environ)
         self._pushing = asyncio.Lock()
@@ -84,7 +86,7 @@ class Daemon:
             rack=config.node.rack,
             hardware=hardware_id(),
             max_bytes=config.telemetry.spool_bytes,
-            max_age_s=config.telemetry.spool_days * DAY_S,
+            max_batches=max(1, int(config.telemetry.spool_days * DAY_S / config.telemetry.sample_s)),
         )
         rack_secret = resolve(config.peers.secret, environ) if config.peers.secret else ""
         now = time.monotonic()
@@ -121,7 +123,7 @@ class Daemon:
             prefix_key=prefix_key(rack_secret) if rack_secret else b"",
             heat=self._heat,
         )
-        self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ))
+        self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ, attempts=1))
         self.sampler = Sampler(
             self.spool,
             self.ledger,
@@ -131,6 +133,7 @@ class Daemon:
             budget_bytes=budget,
             once=(hardware(),),
             boot_id=boot_id(),
+            clock_skew_ms=lambda: self.pusher.clock_skew_ms,
         )
         self.follower = Follower(
             config,
@@ -189,7 +192,7 @@ class Daemon:
                 push=self.push,
                 follow=self.follower.tick,
             )
-            scheduler = schedule.start(table)
+            scheduler = self._scheduler = schedule.start(table)
             loop = asyncio.get_running_loop()
             steady = (
                 schedule.Job("probe", self.prober.every_s, self.prober.tick),
@@ -221,8 +224,14 @@ class Daemon:
         """Begin to end in order."""
         self._stop.set()
 
+    def _clock_was_set(self, jump_s: float) -> None:
+        log.warning("clock_was_set", seconds=round(jump_s, 1))
+        if self._scheduler is not None:
+            schedule.realign(self._scheduler)
+
     async def poll(self) -> None:
-        """Look at the sensors; heat is told at once."""
+        """Look at the clock and at the sensors; heat is told at once."""
+        self._clock_watch.look()
         await self.sampler.poll()
         self._tell_heat()
 
@@ -410,6 +419,7 @@ class Daemon:
                 async with asyncio.timeout(LAST_PUSH_S):
                     await self.push()
         finally:
+            self.pusher.stop()
             self.spool.close(clean=True)
         log.info("agent_stopped", waiting_batches=self.pusher.state.waiting_batches)
 

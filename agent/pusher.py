@@ -1,9 +1,11 @@
 """Spool to store: oldest first, one writer per node, deleted only after the store has confirmed.
 
-Nothing is given up: an outage or refused credentials are a state, shown in `status`, and the batches wait.
+Nothing is given up: an outage or refused credentials are a state, shown in `status`, and the batches wait. What has
+piled up is sent at a bounded rate, so that a store that is back after a day does not disturb who is being answered.
 """
 
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,9 @@ from shared.store import ObjectStore
 
 SEGMENT_BATCHES = 60
 SEGMENT_BYTES = 256 << 10
+PACE_S = 0.2
+"""Between two segments: five hours of minutes in a second."""
+MOST_RETRY_AFTER_S = 3600.0
 
 log = get_logger("agent.pusher")
 
@@ -49,13 +54,17 @@ class Pusher:
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         random_01: Callable[[], float] = random.random,
+        pace_s: float = PACE_S,
     ) -> None:
         self._spool = spool
         self._open_store = open_store
         self._store: ObjectStore | None = None
+        self._last_skew_ms: int | None = None
         self._clock = clock
         self._wall_ms = wall_ms
         self._random_01 = random_01
+        self._pace_s = pace_s
+        self._stopping = threading.Event()
         self._not_before_s = 0.0
         self._urgent = 0
         self.state = PushState()
@@ -78,8 +87,6 @@ class Pusher:
             self.state.failures = 0
             self.state.state, self.state.reason = "ok", ""
             self.state.last_ok_ms = self._wall_ms()
-        finally:
-            self._spool.enforce_bounds(time.time())
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
 
@@ -96,13 +103,24 @@ class Pusher:
         except RackError as error:
             log.info("urgent_copy_failed", code=error.code)
 
+    def stop(self) -> None:
+        """What is being sent is sent; the rest waits for the next run."""
+        self._stopping.set()
+
+    @property
+    def clock_skew_ms(self) -> int | None:
+        """This machine's clock less the store's, as the store last told; None when it does not."""
+        return self._store.clock_skew_ms if self._store is not None else self._last_skew_ms
+
     def _drain(self) -> int:
         store = self._opened()
         incarnation = self._spool.identity.incarnation
         if incarnation is None:
             incarnation = self._claim(store)
         sent = 0
-        for group in _groups(self._spool.waiting()):
+        for number, group in enumerate(_groups(self._spool.waiting())):
+            if number and self._stopping.wait(self._pace_s):
+                break
             pairs = [(one, batch) for one in group if (batch := self._spool.read(one)) is not None]
             if pairs:
                 self._send(store, incarnation, [batch for _, batch in pairs], [one for one, _ in pairs])
@@ -163,8 +181,12 @@ class Pusher:
         if self.state.reason != error.message:
             log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
         self.state.reason = error.message
+        self._last_skew_ms = self.clock_skew_ms
         self._store = None  # credentials may have been mended meanwhile
-        self._not_before_s = self._clock() + full_jitter_s(self.state.failures - 1, self._random_01())
+        wait_s = full_jitter_s(self.state.failures - 1, self._random_01())
+        asked_s = error.retry_after_s if isinstance(error, Retryable) and error.retry_after_s else 0.0
+        # what the store asks for is the least; jitter keeps nodes apart that were all asked for the same
+        self._not_before_s = self._clock() + min(MOST_RETRY_AFTER_S, asked_s) + wait_s
 
 
 def _stamped(batch: Batch, incarnation: int) -> Batch:

@@ -37,6 +37,7 @@ class Sampler:
         once: Sequence[Record] = (),
         budget_bytes: int,
         boot_id: str,
+        clock_skew_ms: Callable[[], int | None] = lambda: None,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -49,6 +50,7 @@ class Sampler:
         self._busy: set[str] = set()
         self.budget_bytes = budget_bytes
         self._boot_id = boot_id
+        self._clock_skew_ms = clock_skew_ms
         self._wall_ms = wall_ms
         self._clock = clock
         self._events: list[Event] = []
@@ -118,6 +120,7 @@ class Sampler:
             t_end_ms=ended_ms,
             mono_ms=int(self._clock() * 1000),
             boot_id=self._boot_id,
+            clock_skew_ms=self._clock_skew_ms(),
             agent_version=__version__,
             dropped_batches=self._spool.dropped + self.lost_windows,
             records=records,

@@ -6,6 +6,7 @@ sets.
 
 import asyncio
 import datetime as dt
+import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from shared.logs import get_logger
 
 TEND_S = 1.0
 """How often the models in memory are looked after."""
+JUMP_S = 1.0
+"""What a clock that is kept by NTP never does between two looks."""
+
+Scheduler = AsyncIOScheduler
 
 log = get_logger("agent.schedule")
 
@@ -61,6 +66,35 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
         )
     scheduler.start()
     return scheduler
+
+
+def realign(scheduler: AsyncIOScheduler) -> None:
+    """Every job's next run counts from now: the wall clock has been set, and what was due then is hours away, or
+    long past."""
+    for job in scheduler.get_jobs():
+        job.reschedule(IntervalTrigger(seconds=job.trigger.interval.total_seconds(), timezone=dt.UTC))
+
+
+class ClockWatch:
+    """Notices that the wall clock was set. ``on_jump`` hears by how many seconds."""
+
+    def __init__(
+        self,
+        on_jump: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._on_jump = on_jump
+        self._clock = clock
+        self._wall = wall
+        self._offset_s = wall() - clock()
+
+    def look(self) -> None:
+        """To be called every few seconds."""
+        offset_s = self._wall() - self._clock()
+        jump_s, self._offset_s = offset_s - self._offset_s, offset_s
+        if abs(jump_s) > JUMP_S:
+            self._on_jump(jump_s)
 
 
 async def steadily(job: Job) -> None:

@@ -1,7 +1,8 @@
 """Batches on this node's disk until the store has them; blocking, to be used from a thread.
 
 A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. The
-oldest go first when the bounds on bytes or age are reached, and are counted. One agent at a time: a lock file says so.
+oldest make room before the bounds would be passed, and are counted. Age is counted in batches, never by a clock: one
+that jumps must not cost a month of data. One agent at a time: a lock file says so.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import fcntl
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ import msgspec
 from shared.batch import Batch, decode, encode
 from shared.errors import Halt, Refused, Retryable
 
+KEPT_BAD = 100
+"""Damaged or refused batches that are kept for a look."""
 _NAME = re.compile(r"e(\d{8,})-(\d{10,})\.batch")
 
 
@@ -46,10 +50,12 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
 class Spool:
     """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it cannot be ours."""
 
-    def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_age_s: float) -> None:
+    def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
+        self._max_batches = max_batches
+        self._bounds = threading.Lock()
+        self._count = self._bytes = 0
         self.dropped = 0
         with _as_ours("open", folder):
             (folder / "bad").mkdir(parents=True, exist_ok=True)
@@ -71,6 +77,9 @@ class Spool:
         self.identity.clean = False
         self._write_identity()
         self._seq = 0
+        waiting = self.waiting()
+        self._count, self._bytes = len(waiting), sum(one.size for one in waiting)
+        self._make_room(0)
 
     @property
     def epoch(self) -> int:
@@ -85,10 +94,13 @@ class Spool:
         """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
         if (batch.epoch, batch.seq) != (self.epoch, self._seq + 1):
             raise Refused(f"spool batch {batch.epoch}/{batch.seq}: expected {self.epoch}/{self._seq + 1}")
-        path = self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch"
+        path, body = self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch", encode(batch)
         with _as_ours("write", path):
-            _write_synced(path, encode(batch))
+            self._make_room(len(body))
+            _write_synced(path, body)
         self._seq = batch.seq
+        with self._bounds:
+            self._count, self._bytes = self._count + 1, self._bytes + len(body)
 
     def waiting(self) -> list[Waiting]:
         """Batches not yet sent, oldest first."""
@@ -114,28 +126,31 @@ class Spool:
         """Out of the way, but not lost."""
         self.dropped += 1
         waiting.path.replace(self._folder / "bad" / waiting.path.name)
+        self._gone(waiting)
+        aside = sorted((self._folder / "bad").iterdir())
+        for path in aside[:-KEPT_BAD]:
+            path.unlink(missing_ok=True)
 
     def delete(self, sent: list[Waiting]) -> None:
         """Forget batches that the store has confirmed."""
         for one in sent:
-            one.path.unlink(missing_ok=True)
+            if _unlinked(one.path):
+                self._gone(one)
 
-    def enforce_bounds(self, now_s: float) -> int:
-        """Drop the oldest beyond the bounds on bytes and age; returns how many. ``now_s`` as time.time()."""
-        waiting = self.waiting()
-        total, dropped = sum(w.size for w in waiting), 0
-        for one in waiting:
-            try:
-                too_old = now_s - one.path.stat().st_mtime > self._max_age_s
-            except FileNotFoundError:
-                continue
-            if total <= self._max_bytes and not too_old:
-                break
-            one.path.unlink(missing_ok=True)
-            total -= one.size
-            dropped += 1
-        self.dropped += dropped
-        return dropped
+    def _make_room(self, size: int) -> None:
+        """Before a batch of so many bytes comes in, the oldest leave that would be beyond the bounds."""
+        if self._count < self._max_batches and self._bytes + size <= self._max_bytes:
+            return
+        for one in self.waiting():
+            if self._count < self._max_batches and self._bytes + size <= self._max_bytes:
+                return
+            if _unlinked(one.path):
+                self._gone(one)
+                self.dropped += 1
+
+    def _gone(self, one: Waiting) -> None:
+        with self._bounds:
+            self._count, self._bytes = self._count - 1, self._bytes - one.size
 
     def claim(self, incarnation: int) -> None:
         """Remember the incarnation that the store granted; nothing once the spool is closed, it may be another's."""
@@ -202,6 +217,15 @@ def _as_ours(verb: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Retryable(f"spool: {verb} {path}: {error.strerror}", code="disk") from None
+
+
+def _unlinked(path: Path) -> bool:
+    """False when it was gone already: who drops and who has sent may meet."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _write_synced(path: Path, body: bytes) -> None:

@@ -41,8 +41,9 @@ def check_store(store: Store) -> list[str]:
     return found
 
 
-def open_store(store: Store, environ: Mapping[str, str]) -> ObjectStore:
-    """The configured bucket. Raises Halt when a secret cannot be resolved."""
+def open_store(store: Store, environ: Mapping[str, str], *, attempts: int = 3) -> ObjectStore:
+    """The configured bucket. Raises Halt when a secret cannot be resolved. Who waits between tries by himself, as
+    Retry-After asks, takes one of the ``attempts`` at a time."""
     # imported when needed: boto3 is a tenth of a second that `--help` should not pay
     if store.kind == "directory":
         from pathlib import Path
@@ -58,4 +59,5 @@ def open_store(store: Store, environ: Mapping[str, str]) -> ObjectStore:
         prefix=store.prefix,
         access_key=resolve(store.access_key, environ),
         secret_key=resolve(store.secret_key, environ),
+        attempts=attempts,
     )

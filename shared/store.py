@@ -25,9 +25,16 @@ class Stored(NamedTuple):
 class ObjectStore(Protocol):
     """Objects by key, with conditional writes.
 
+    ``clock_skew_ms`` is this machine's clock less the store's, as its last answer told; None where it tells none.
+
     Every call raises Retryable when the store does not answer or asks to wait, AccessDenied when it refuses the
     credentials, and Refused when the request itself can never succeed.
     """
+
+    @property
+    def clock_skew_ms(self) -> int | None:
+        """Within a second: that is what an answer's date tells."""
+        ...
 
     def put(self, key: str, body: bytes) -> str:
         """Write, whatever was there; returns the etag."""

@@ -28,6 +28,10 @@ class DirectoryStore:
         with _as_ours("open", str(root)):
             root.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def clock_skew_ms(self) -> int | None:
+        return None
+
     def put(self, key: str, body: bytes) -> str:
         path = self._path(key)
         with _as_ours("put", key), self._locked(), self._temporary(body) as temporary:

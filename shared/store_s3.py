@@ -5,7 +5,9 @@ The client's settings are not taste, each mends something seen: no aws-chunked t
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,20 @@ class S3Store:
         except ValueError:
             raise Halt(f"store: {endpoint!r} is no endpoint; mend store.endpoint", code="bad_endpoint") from None
         self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        self._client.meta.events.register("after-call.s3", self._note_date)
+        self._skew_ms: int | None = None
+
+    @property
+    def clock_skew_ms(self) -> int | None:
+        return self._skew_ms
+
+    def _note_date(self, http_response: Any = None, **_: object) -> None:
+        """Every answer says what time it is where it comes from."""
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            theirs = parsedate_to_datetime(http_response.headers["date"])
+            skew_ms = round((time.time() - theirs.timestamp()) * 1000)
+            # it tells whole seconds, so half of one is no difference
+            self._skew_ms = 0 if 0 <= skew_ms < 1000 else skew_ms - 500
 
     def put(self, key: str, body: bytes) -> str:
         return self._put(key, body, {})
@@ -163,13 +179,21 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     if status == 404 or code == "NoSuchKey":
         return NotFound(f"{verb} {key}: there is no such object")
     if status in (401, 403) or code in _DENIED:
+        if code == "RequestTimeTooSkewed":
+            return Halt(f"{verb} {key}: this machine's clock is too far from the store's; set it", code="clock_skew")
         return AccessDenied(
             f"{verb} {key}: the store refuses our credentials ({seen}); check store.access_key and secret_key"
         )
     if status == 429 or status >= 500 or status == 0:
-        return Retryable(f"{verb} {key}: the store asks to wait ({seen})")
+        return Retryable(f"{verb} {key}: the store asks to wait ({seen})", retry_after_s=_retry_after_s(error))
     if status == 413 or code in _HOPELESS:
         return Refused(f"{verb} {key}: the store will never take this object ({seen})", code="store_refused")
     if code == "RequestTimeout":
         return Retryable(f"{verb} {key}: too slow for the store ({seen})")
     return Halt(f"{verb} {key}: the store does not understand us ({seen}); check store.endpoint", code="store_refused")
+
+
+def _retry_after_s(error: botocore.exceptions.ClientError) -> float | None:
+    """Seconds that the store asks us to wait, by its header; None when it does not say, or says a date."""
+    given = str(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
+    return float(given) if given.isascii() and given.isdigit() and len(given) < 7 else None

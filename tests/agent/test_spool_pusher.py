@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,9 +29,9 @@ def close_spools() -> Iterator[None]:
 
 
 def opened(
-    folder: Path, *, node: str = "n1", hardware: str = "h", max_bytes: int = 10**9, max_age_s: float = 10**9
+    folder: Path, *, node: str = "n1", hardware: str = "h", max_bytes: int = 10**9, max_batches: int = 10**9
 ) -> Spool:
-    spool = Spool(folder, node=node, rack="r", hardware=hardware, max_bytes=max_bytes, max_age_s=max_age_s)
+    spool = Spool(folder, node=node, rack="r", hardware=hardware, max_bytes=max_bytes, max_batches=max_batches)
     _open.append(spool)
     return spool
 
@@ -46,6 +48,8 @@ def fill(spool: Spool, count: int) -> None:
 
 class Flaky:
     """A directory store that fails on command, before or after the write."""
+
+    clock_skew_ms = 1_500
 
     def __init__(self, root: Path) -> None:
         self.inner = DirectoryStore(root)
@@ -84,7 +88,7 @@ def read_all(store: ObjectStore) -> list[tuple[int, int, int]]:
 
 
 def pusher(spool: Spool, store: ObjectStore, clock: Callable[[], float] = lambda: 0.0) -> Pusher:
-    return Pusher(spool, lambda: store, clock=clock, random_01=lambda: 0.5)
+    return Pusher(spool, lambda: store, clock=clock, random_01=lambda: 0.5, pace_s=0.0)
 
 
 def test_batches_are_sent_in_order_and_then_forgotten(tmp_path: Path) -> None:
@@ -111,6 +115,40 @@ def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
     now[0] = 10.0
     assert one.drain() == 3
     assert (one.state.state, one.state.reason) == ("ok", "")
+
+
+def test_a_store_that_says_when_to_come_again_is_obeyed(tmp_path: Path) -> None:
+    store, clock = Flaky(tmp_path / "store"), [0.0]
+    spool = opened(tmp_path / "spool")
+    fill(spool, 1)
+
+    def busy(key: str, body: bytes) -> None:
+        raise Retryable("slow down", retry_after_s=120.0)
+
+    store.faults = [lambda key, body: None, busy]  # the first is its claim
+    push = pusher(spool, store, lambda: clock[0])
+    push.drain()
+    for clock[0] in (1.0, 60.0, 120.0):
+        assert push.drain() == 0
+        assert push.state.failures == 1, "it was not even asked"
+    clock[0] = 121.0
+    assert push.drain() == 1
+    assert push.clock_skew_ms == 1_500
+
+
+def test_what_has_piled_up_is_sent_at_a_bounded_rate_and_stopped_at_once(tmp_path: Path) -> None:
+    spool = opened(tmp_path / "spool")
+    fill(spool, 24 * 60)
+    push = Pusher(spool, lambda: DirectoryStore(tmp_path / "store"), pace_s=0.02)
+    began = time.monotonic()
+    assert push.drain() == 24 * 60
+    assert time.monotonic() - began >= 23 * 0.02
+    assert push.state.sent_segments == 24
+    fill(spool, 24 * 60)
+    slow = Pusher(spool, lambda: DirectoryStore(tmp_path / "store"), pace_s=60.0)
+    threading.Timer(0.3, slow.stop).start()
+    assert slow.drain() == 60, "what was being sent, and no more"
+    assert len(spool.waiting()) == 23 * 60
 
 
 def test_refused_credentials_keep_everything(tmp_path: Path) -> None:
@@ -241,12 +279,29 @@ def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
     size = sum(w.size for w in spool.waiting())
     spool.close(clean=True)
     small = opened(tmp_path, max_bytes=size // 2)
-    assert small.enforce_bounds(0.0) == 5
+    assert small.dropped == 5
     assert [w.seq for w in small.waiting()] == [6, 7, 8, 9, 10]
+    for _ in range(20):
+        small.append(make(small))
+        assert sum(w.size for w in small.waiting()) <= size // 2, "never beyond it, not for a moment"
+    assert small.dropped == 25
+    assert [w.seq for w in small.waiting()] == [16, 17, 18, 19, 20]
+    small.delete(small.waiting()[:4])
+    fill(small, 4)
+    assert small.dropped == 25, "what was sent has made room"
     small.close(clean=True)
-    aged = opened(tmp_path, max_age_s=60)
-    assert aged.enforce_bounds(os.stat(tmp_path).st_mtime + 3600) == 5
-    assert aged.waiting() == []
+    aged = opened(tmp_path, max_batches=3)
+    fill(aged, 3)
+    assert [(w.epoch, w.seq) for w in aged.waiting()] == [(3, 1), (3, 2), (3, 3)]
+
+
+def test_no_jump_of_the_clock_drops_a_batch(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_batches=100)
+    fill(spool, 3)
+    for waiting in spool.waiting():
+        os.utime(waiting.path, (0, 0))
+    fill(spool, 3)
+    assert (len(spool.waiting()), spool.dropped) == (6, 0)
 
 
 def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_refused_credentials_say_what_to_check(
         (412, "PreconditionFailed", PreconditionFailed),
         (409, "ConditionalRequestConflict", PreconditionFailed),
         (401, "Unauthorized", AccessDenied),
-        (403, "RequestTimeTooSkewed", AccessDenied),
+        (403, "RequestTimeTooSkewed", Halt),
         (429, "TooManyRequests", Retryable),
         (503, "SlowDown", Retryable),
         (500, "InternalError", Retryable),
@@ -173,6 +173,18 @@ def test_refused_credentials_say_what_to_check(
 def test_every_answer_of_a_store_has_one_meaning(status: int, code: str, kind: type[Exception]) -> None:
     error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
     assert kind is type(_translated("put", "k", error))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("7", 7.0), ("", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("-1", None), ("9" * 9, None)],
+)
+def test_a_store_may_say_when_to_come_again(given: str, expected: float | None) -> None:
+    metadata = {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": given} if given else {}}
+    error = ClientError({"Error": {"Code": "SlowDown"}, "ResponseMetadata": metadata}, "PutObject")  # type: ignore[typeddict-item]
+    found = _translated("put", "k", error)
+    assert isinstance(found, Retryable)
+    assert found.retry_after_s == expected
 
 
 def test_a_nodes_credential_reaches_its_own_prefix_alone(seaweed: SeaweedFS) -> None:

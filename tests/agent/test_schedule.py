@@ -1,0 +1,66 @@
+"""What runs when, also when somebody sets the clock."""
+
+import asyncio
+import datetime as dt
+from typing import Any
+
+import pytest
+
+from agent import schedule
+from agent.schedule import ClockWatch, Job
+
+
+def test_a_clock_that_is_set_is_noticed_and_one_that_drifts_is_not() -> None:
+    mono, wall, jumps = [0.0], [1_000_000.0], list[float]()
+    watch = ClockWatch(jumps.append, lambda: mono[0], lambda: wall[0])
+    for _ in range(100):
+        mono[0], wall[0] = mono[0] + 2.0, wall[0] + 2.01
+        watch.look()
+    assert jumps == []
+    wall[0] -= 3600.0
+    watch.look()
+    watch.look()
+    assert jumps == [pytest.approx(-3600.0)]
+    wall[0] += 10 * 365 * 86400.0
+    watch.look()
+    assert len(jumps) == 2
+
+
+async def test_jobs_go_on_after_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+
+    scheduler = schedule.start((Job("sample", 0.2, run),))
+    try:
+        await asyncio.sleep(0.7)
+        assert runs >= 2
+        job: Any = scheduler.get_job("sample")
+        # as if the clock had been an hour ahead when the next run was planned
+        job.modify(next_run_time=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1))
+        before = runs
+        await asyncio.sleep(0.5)
+        assert runs == before
+        schedule.realign(scheduler)
+        await asyncio.sleep(0.7)
+        assert runs >= before + 2
+    finally:
+        scheduler.shutdown(wait=False)
+
+
+async def test_a_steady_job_that_fails_runs_again() -> None:
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        raise ValueError
+
+    task = asyncio.create_task(schedule.steadily(Job("x", 0.01, run)))
+    async with asyncio.timeout(20):
+        while runs <= 3:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
