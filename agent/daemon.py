@@ -24,6 +24,7 @@ from aiohttp import web
 from agent import gpu, schedule
 from agent.api import app as api
 from agent.api.context import Context
+from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
 from agent.collectors import Sensors
@@ -111,7 +112,10 @@ class Daemon:
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
         )
-        self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()))
+        self.host_metrics = HostMetrics(
+            {"node": config.node.id, "rack": config.node.rack, "version": __version__}, self._pushed, self.meters.status
+        )
+        self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()), self.host_metrics)
         self.ledger = Ledger(self.metrics.answered)
         self.dispatch = Dispatch(
             config.node.id,
@@ -132,6 +136,7 @@ class Daemon:
             standing=lambda: (*self.pool.residents(), self.follower.observed(), *self.meters.drain()),
             budget_bytes=budget,
             once=(hardware(),),
+            on_sample=self.host_metrics.sampled,
             boot_id=boot_id(),
             clock_skew_ms=lambda: self.pusher.clock_skew_ms,
         )
@@ -325,15 +330,18 @@ class Daemon:
             "memory": self.pool.pressure(),
             "desired": msgspec.to_builtins(self.follower.observed()),
             **self._trouble(now),
-            "push": {
-                "state": self.pusher.state.state,
-                "reason": self.pusher.state.reason,
-                "waiting_batches": len(self.spool.waiting()),
-                "sent_batches": self.pusher.state.sent_batches,
-                "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
-            },
+            "push": self._pushed(),
             "meters": self.meters.status(),
             "sources_failed": dict(sample.sources_failed) if sample else {},
+        }
+
+    def _pushed(self) -> dict[str, Any]:
+        return {
+            "state": self.pusher.state.state,
+            "reason": self.pusher.state.reason,
+            "waiting_batches": self.spool.count,
+            "sent_batches": self.pusher.state.sent_batches,
+            "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
         }
 
     def rack(self) -> dict[str, Any]:

@@ -59,7 +59,9 @@ class Placing:
             labels=call.labels,
             dice=self._dice(),
         )
-        here = msgspec.structs.replace(self._here(), draining=False)
+        here = self._here()
+        if here.draining:
+            here = msgspec.structs.replace(here, draining=False)
         return choose(request, here, self._table.view(now))
 
     async def place(self, call: Call) -> Decision:

@@ -35,6 +35,7 @@ class Sampler:
         engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
         standing: Callable[[], Sequence[Record]],
         once: Sequence[Record] = (),
+        on_sample: Callable[[HostSample], None] = lambda _: None,
         budget_bytes: int,
         boot_id: str,
         clock_skew_ms: Callable[[], int | None] = lambda: None,
@@ -47,6 +48,7 @@ class Sampler:
         self._engine_windows = engine_windows
         self._standing = standing
         self._once = tuple(once)
+        self._on_sample = on_sample
         self._busy: set[str] = set()
         self.budget_bytes = budget_bytes
         self._boot_id = boot_id
@@ -93,6 +95,7 @@ class Sampler:
         async with self._ticking:
             host = await self.sample()
             self.last_sample = host
+            self._on_sample(host)
             windows = await self._engine_windows()
             # no await from here to the end of the window: what is drained is in this batch and in no other
             served, events = self._ledger.drain(), self._events

@@ -86,6 +86,11 @@ class Spool:
         """This run's number."""
         return self.identity.epoch
 
+    @property
+    def count(self) -> int:
+        """How many batches wait."""
+        return self._count
+
     def next_seq(self) -> int:
         """The sequence number of the batch to be appended next."""
         return self._seq + 1

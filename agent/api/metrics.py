@@ -10,10 +10,11 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from agent.api.host_metrics import HostMetrics
 from agent.collectors.inference import Answered
 from agent.frames import Reported
 from agent.routing import NodeView
-from shared.records import Event, ModelEvicted, ModelMissed, SwapFinished
+from shared.records import Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -43,10 +44,14 @@ _LEVELS = {
 
 
 class Metrics:
-    """Counts each answered request; reads gauges when it is scraped."""
+    """Counts each answered request; reads gauges when it is scraped. ``host`` are the machine's."""
 
-    def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], peers: Callable[[], Sequence[NodeView]]) -> None:
+    def __init__(
+        self, status: Callable[[], Sequence[dict[str, Any]]], peers: Callable[[], Sequence[NodeView]], host: HostMetrics
+    ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(host)
+        self._host = host
         labels = ("model", "outcome")
         self._requests = self._counter("requests", "Client requests answered at this node as the door.", labels)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.", ("model",))
@@ -103,6 +108,8 @@ class Metrics:
             self._missed.labels(event.model).inc()
         elif isinstance(event, SwapFinished):
             self._swaps.labels(event.model, event.outcome).inc()
+        elif isinstance(event, ThrottleEvent):
+            self._host.throttled(event)
 
     def text(self) -> bytes:
         """The exposition text."""

@@ -1,0 +1,153 @@
+"""Prometheus metrics of the machine: what the last window saw, sums since the start, and how the sensors and the way
+to the store are. What was not read is left out, never 0."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shared.records import HostSample, ThrottleEvent
+
+LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
+_PRESSURES = ("normal", "warn", "critical", "unknown")
+_GAUGES: tuple[tuple[str, str, float, str], ...] = (
+    ("cpu_ppm", "cpu_ratio", 1e-6, "Share of the processors' time that was not idle in the last window."),
+    ("memory_total_bytes", "memory_total_bytes", 1, "Memory of the machine."),
+    ("memory_used_bytes", "memory_used_bytes", 1, "Memory used, as docs/metrics.md defines it; mean of the window."),
+    ("memory_used_max_bytes", "memory_used_max_bytes", 1, "Memory used at its most in the last window."),
+    ("memory_wired_bytes", "memory_wired_bytes", 1, "Memory that cannot be paged out."),
+    ("memory_compressed_bytes", "memory_compressor_bytes", 1, "Memory that the compressor occupies."),
+    ("gpu_wired_limit_bytes", "gpu_wired_limit_bytes", 1, "The GPU's limit on wired memory, where one is set."),
+    ("swap_used_bytes", "swap_used_bytes", 1, "Swap in use."),
+    ("disk_free_bytes", "disk_free_bytes", 1, "Free space for models and spool."),
+    ("throttled_5m_ppm", "thermal_throttled_fraction_5m", 1e-6, "Share of the last 5 min at heavy pressure or above."),
+    ("pressured_5m_ppm", "thermal_pressured_fraction_5m", 1e-6, "Share of the last 5 min at moderate or above."),
+    ("thermal_coverage_ppm", "thermal_coverage_fraction_5m", 1e-6, "Share of the last 5 min with a known level."),
+    ("package_temp_mc", "package_temperature_celsius", 1e-3, "Hottest of processor and GPU in the last window."),
+    ("pcore_temp_mc", "pcore_temperature_celsius", 1e-3, "Hottest performance core in the last window."),
+    ("gpu_temp_mc", "gpu_temperature_celsius", 1e-3, "Hottest GPU sensor in the last window."),
+    ("system_power_mw", "system_power_watts", 1e-3, "Power of the whole system, mean of the last window."),
+    ("soc_power_mw", "soc_power_watts", 1e-3, "Power of processor, GPU and neural engine, mean of the last window."),
+)
+_SOURCES = ("memory_source", "thermal_source", "temp_source", "energy_source")
+
+
+class HostMetrics(Collector):
+    """``push`` and ``meters`` are parts of the status."""
+
+    def __init__(
+        self,
+        identity: dict[str, str],
+        push: Callable[[], dict[str, Any]],
+        meters: Callable[[], Sequence[dict[str, Any]]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._push = push
+        self._meters = meters
+        self._clock = clock
+        self._last: tuple[float, HostSample] | None = None
+        self._level_us: Counter[str] = Counter()
+        self._energy_mj: Counter[str] = Counter()
+        self._swapped: Counter[str] = Counter()
+        self._throttles: Counter[str] = Counter()
+
+    def sampled(self, sample: HostSample) -> None:
+        """A window was closed."""
+        self._last = (self._clock(), sample)
+        for level, spent_us in zip(LEVELS, sample.thermal_level_us, strict=False):
+            self._level_us[level] += spent_us
+        if sample.energy_mj is not None and sample.energy_source:
+            self._energy_mj[sample.energy_source] += sample.energy_mj
+        self._swapped["in"] += sample.swap_in_bytes or 0
+        self._swapped["out"] += sample.swap_out_bytes or 0
+
+    def throttled(self, event: ThrottleEvent) -> None:
+        """A crossing; what was hot when we began to look is none."""
+        if not event.open_at_start:
+            self._throttles[event.level] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """For a scrape."""
+        yield InfoMetricFamily("mlxrack_agent", "Who answers.", value=self._identity)
+        yield from self._of_push()
+        yield from self._of_meters()
+        throttles = CounterMetricFamily(
+            "mlxrack_thermal_throttle_events", "Rises of the thermal pressure level to heavy or above.", labels=["to"]
+        )
+        for level in LEVELS[2:]:
+            throttles.add_metric([level], self._throttles[level])
+        yield throttles
+        if self._last is None:
+            return
+        read_s, sample = self._last
+        yield _gauge("sample_age_seconds", "Since the last window was closed.", self._clock() - read_s)
+        for field, name, factor, text in _GAUGES:
+            value = getattr(sample, field)
+            if value is not None:
+                yield _gauge(name, text, value * factor)
+        yield from self._of_levels(sample)
+        yield from self._sums()
+        yield _sources(sample)
+
+    def _of_push(self) -> Iterator[Metric]:
+        push = self._push()
+        yield _gauge("spool_waiting_batches", "Batches that wait for the store.", push["waiting_batches"])
+        yield _gauge("push_ok", "1 while batches get through, 0 while they wait.", push["state"] in ("ok", "idle"))
+        dropped = CounterMetricFamily("mlxrack_spool_dropped_batches", "Batches lost to the spool's bounds.")
+        dropped.add_metric([], push["dropped_batches"])
+        yield dropped
+
+    def _of_meters(self) -> Iterator[Metric]:
+        wall = GaugeMetricFamily("mlxrack_wall_power_watts", "Power at a metered outlet.", labels=["meter", "nodes"])
+        up = GaugeMetricFamily("mlxrack_meter_up", "1 while the meter answers.", labels=["meter"])
+        for meter in self._meters():
+            up.add_metric([meter["meter"]], 0.0 if meter["problem"] else 1.0)
+            if meter["watts"] is not None:
+                wall.add_metric([meter["meter"], ",".join(meter["nodes"])], meter["watts"])
+        yield from (wall, up)
+
+    def _of_levels(self, sample: HostSample) -> Iterator[Metric]:
+        if sample.thermal_level in LEVELS:
+            level = LEVELS.index(sample.thermal_level)
+            yield _gauge("thermal_pressure_level", "0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping.", level)
+        if sample.memory_pressure is not None:
+            pressure = GaugeMetricFamily("mlxrack_memory_pressure", "1 at the kernel's level.", labels=["level"])
+            for name in _PRESSURES:
+                pressure.add_metric([name], 1.0 if sample.memory_pressure == name else 0.0)
+            yield pressure
+        fans = GaugeMetricFamily("mlxrack_fan_rpm", "Revolutions a minute.", labels=["fan"])
+        for number, rpm in enumerate(sample.fan_rpm):
+            fans.add_metric([str(number)], rpm)
+        yield fans
+
+    def _sums(self) -> Iterator[Metric]:
+        spent = CounterMetricFamily(
+            "mlxrack_thermal_pressure_seconds", "Time at each thermal pressure level.", labels=["level"]
+        )
+        for level in LEVELS:
+            spent.add_metric([level], self._level_us[level] / 1e6)
+        energy = CounterMetricFamily("mlxrack_energy_joules", "Energy since the start, by source.", labels=["source"])
+        for source, used_mj in self._energy_mj.items():
+            energy.add_metric([source], used_mj / 1e3)
+        swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes that went to swap and back.", labels=["way"])
+        for way in ("in", "out"):
+            swapped.add_metric([way], self._swapped[way])
+        yield from (spent, energy, swapped)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"mlxrack_{name}", text, value=float(value))
+
+
+def _sources(sample: HostSample) -> GaugeMetricFamily:
+    up = GaugeMetricFamily("mlxrack_source_up", "1 for a sensor that was read in the last window.", labels=["source"])
+    read = {str(getattr(sample, field)) for field in _SOURCES if getattr(sample, field) not in (None, "unknown", "")}
+    for source in sorted(read - sample.sources_failed.keys()):
+        up.add_metric([source], 1.0)
+    for source in sorted(sample.sources_failed):
+        up.add_metric([source], 0.0)
+    return up

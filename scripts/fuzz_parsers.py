@@ -1,0 +1,185 @@
+"""Noise for every parser of what a sensor or a meter says: a hundred thousand inputs each, made of real-looking ones by
+flipping, cutting, doubling and splicing. None may raise, and a number that comes out must be one that can be.
+
+    python -m scripts.fuzz_parsers [--inputs 100000] [--seed 1]
+
+With atheris installed, ``--atheris NAME`` lets it look for new paths through one parser instead.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from agent.collectors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
+from agent.meters import http
+
+
+class Target(NamedTuple):
+    """A parser, inputs that it understands, and whether what it gives can be."""
+
+    parse: Callable[[bytes], Any]
+    seeds: Sequence[bytes]
+    is_possible: Callable[[Any], bool]
+
+
+def _vm_is_possible(found: vm.Vm) -> bool:
+    return 0 <= found.app_bytes < 1 << 45 and 0 <= found.wired_bytes < 1 << 45 and found.compressor_bytes < 1 << 45
+
+
+def _powers_are_possible(found: powermetrics.Powermetrics) -> bool:
+    watts = (found.cpu_mw, found.gpu_mw, found.ane_mw)
+    return all(w is None or 0 <= w < powermetrics.MOST_MW for w in watts) and found.level in (None, 0, 1, 2, 3, 4)
+
+
+def _line_is_possible(found: macmon.Macmon) -> bool:
+    degrees = (found.cpu_mean_c, found.gpu_mean_c)
+    return all(d is None or 15 < d < 120 for d in degrees) and all(0 <= rpm < 20_001 for rpm in found.fans_rpm)
+
+
+def _smc(raw: bytes) -> smc.Temperatures:
+    """Bytes as a list of keys: four for the name, four for the value."""
+    pairs = [(raw[n : n + 4].decode("latin-1"), smc.decode("flt ", raw[n + 4 : n + 8])) for n in range(0, len(raw), 8)]
+    return smc.temperatures({key: value for key, value in pairs if value is not None})
+
+
+def _temperatures_are_possible(found: smc.Temperatures) -> bool:
+    return all(d is None or 15 < d < 120 for d in (found.pcore_c, found.package_c, found.gpu_c))
+
+
+_PLIST = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<plist version="1.0"><dict><key>elapsed_ns</key><integer>5004758375</integer>'
+    b"<key>processor</key><dict><key>cpu_power</key><real>44.07</real><key>gpu_energy</key><integer>31</integer>"
+    b"<key>combined_power</key><real>59.4</real></dict><key>thermal_pressure</key><string>Nominal</string></dict></plist>"
+)
+_TEXT = b"""*** Sampled system activity (Mon Oct 23 16:51:12 2023 +0200) (1012.07ms elapsed) ***
+
+CPU Power: 211 mW
+GPU Power: 147 mW
+ANE Power: 0 mW
+Combined Power (CPU + GPU + ANE): 359 mW
+Current pressure level: Moderate
+"""
+_VM = b"""Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages wired down:                        100000.
+Pages purgeable:                          10000.
+Anonymous pages:                         310000.
+Pages occupied by compressor:             50000.
+Swapins:                                     20.
+Swapouts:                                    30.
+"""
+_MACMON = (
+    b'{"temp":{"cpu_temp_avg":51.5,"gpu_temp_avg":47.1},"sys_power":9.5,"all_power":0.55,'
+    b'"fans":[{"name":"Fan 0","rpm":1000,"max_rpm":null}]}'
+)
+_SHELLY = b'{"id":0,"source":"HTTP","output":true,"apower":47.11,"voltage":232.0,"aenergy":{"total":5.1}}'
+_TASMOTA = b'{"StatusSNS":{"Time":"2020-12-23T08:28:42","ENERGY":{"Total":4.957,"Power":[1,2],"Voltage":253}}}'
+
+TARGETS: dict[str, Target] = {
+    "vm_stat": Target(vm.parse_vm_stat, [_VM], _vm_is_possible),
+    "memory_pressure": Target(
+        vm.parse_memory_pressure, [b"System-wide memory free percentage: 80%\n"], lambda n: 0 <= n <= 100
+    ),
+    "swapusage": Target(
+        sysctl.parse_swapusage,
+        [b"vm.swapusage: total = 4096.00M  used = 2743.50M  free = 1352.50M  (encrypted)\n"],
+        lambda found: 0 <= found[1] <= found[0] + (1 << 20),
+    ),
+    "sysctl": Target(
+        sysctl.parse_sysctl, [b"hw.memsize: 25769803776\nhw.model: Mac16,11\n"], lambda found: isinstance(found, dict)
+    ),
+    "psi": Target(
+        memory.parse_psi_total_us, [b"some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\n"], lambda n: n >= 0
+    ),
+    "notifyutil": Target(
+        thermal.parse_notifyutil, [thermal.NOTIFY_KEY.encode() + b" 2\n"], lambda level: level in (0, 1, 2, 3, 4)
+    ),
+    "zone": Target(chip.parse_millidegrees, [b"61500\n"], lambda degrees: 1 <= degrees < 130),
+    "fan": Target(chip.parse_rpm, [b"1200\n"], lambda rpm: 0 <= rpm <= smc.MOST_RPM),
+    "rapl": Target(power.parse_energy_uj, [b"123456789\n"], lambda uj: uj >= 0),
+    "macmon": Target(macmon.parse_macmon, [_MACMON], _line_is_possible),
+    "powermetrics plist": Target(powermetrics.parse_document, [_PLIST], _powers_are_possible),
+    "powermetrics text": Target(
+        powermetrics.parse_text, [_TEXT], lambda found: all(_powers_are_possible(one) for one in found)
+    ),
+    "powermetrics stream": Target(
+        lambda raw: powermetrics.Documents().feed(raw),
+        [_PLIST + b"\n\0" + _PLIST],
+        lambda found: all(_powers_are_possible(one) for one in found),
+    ),
+    "smc": Target(_smc, [b"Tp01\0\0\x83BTe05\0\0\x40BTg0G\0\0\x20B"], _temperatures_are_possible),
+    "shelly": Target(http.parse_shelly, [_SHELLY], lambda watts: 0 <= watts < http.MOST_W),
+    "shelly gen1": Target(
+        lambda raw: http.parse_shelly_gen1(raw, 0),
+        [b'{"meters":[{"power":33.3,"is_valid":true,"total":1234}]}'],
+        lambda watts: 0 <= watts < http.MOST_W,
+    ),
+    "tasmota": Target(lambda raw: http.parse_tasmota(raw, 1), [_TASMOTA], lambda watts: 0 <= watts < http.MOST_W),
+}
+_ODD = (b"\0", b"\xff", b"-", b".", b",", b"e9", b"NaN", b"Infinity", b"9" * 40, b"\n", b"[", b"{", b"<", b"\xc3", b"1e400")
+
+
+def mutated(seed: bytes, dice: random.Random) -> bytes:
+    """One to six changes."""
+    raw = bytearray(seed)
+    for _ in range(dice.randint(1, 6)):
+        at = dice.randrange(len(raw) + 1)
+        match dice.randrange(6):
+            case 0 if raw:
+                raw[at % len(raw)] = dice.randrange(256)
+            case 1:
+                del raw[at : at + dice.randint(1, 20)]
+            case 2:
+                raw[at:at] = dice.choice(_ODD)
+            case 3:
+                del raw[at:]
+            case 4:
+                raw[at:at] = raw[dice.randrange(len(raw) + 1) :][:40]
+            case _:
+                raw[at:at] = dice.randbytes(dice.randint(1, 8))
+    return bytes(raw)
+
+
+def check(name: str, raw: bytes) -> bool:
+    """Whether anything was read. Raises AssertionError for a number that cannot be, and whatever the parser raises."""
+    target = TARGETS[name]
+    found = target.parse(raw)
+    if found is None or found == []:
+        return False
+    assert target.is_possible(found), f"{name}: {found!r} from {raw!r}"
+    return True
+
+
+def fuzz(name: str, inputs: int, seed: int) -> int:
+    """So many inputs for one parser; returns how many of them gave something."""
+    dice, target = random.Random(f"{name}{seed}"), TARGETS[name]
+    assert all(check(name, one) for one in target.seeds), f"{name}: a seed gives nothing"
+    return sum(check(name, mutated(dice.choice(target.seeds), dice)) for _ in range(inputs))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--atheris", choices=sorted(TARGETS), help="let atheris look for paths through this parser")
+    args, rest = parser.parse_known_args()
+    if args.atheris:
+        import atheris
+
+        atheris.instrument_all()
+        atheris.Setup([sys.argv[0], f"-runs={args.inputs}", *rest], lambda raw: check(args.atheris, raw) and None)
+        atheris.Fuzz()
+        return 0
+    for name in TARGETS:
+        began = time.monotonic()
+        read = fuzz(name, args.inputs, args.seed)
+        took_s = time.monotonic() - began
+        print(f"{name:<22} {args.inputs} inputs, {read} read as something, none raised, {took_s:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

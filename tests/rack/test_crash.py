@@ -1,0 +1,166 @@
+"""An agent that is killed again and again while it samples and pushes to a store that fails: nothing that was sealed is
+lost, nothing is there twice, and what was not sealed is one window at most."""
+
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from agent.spool import Spool
+from scripts.seaweed import SeaweedFS, free_port
+from shared.batch import Batch, unseal
+from shared.store import ObjectStore, list_all
+from tests.rack.flaky_store import FlakyStore
+from tests.rack.harness import Agent, until
+
+KILLS = int(os.environ.get("MLXRACK_CRASHES", "12"))
+SAMPLE_S = 0.5
+SLACK_S = 1.5
+"""A window is closed a moment after it is due: sensors are read, files synced, on a busy machine."""
+SPOOL_BYTES = 4 << 20
+
+
+class Sealed(NamedTuple):
+    """A batch that the agent said it has taken."""
+
+    epoch: int
+    seq: int
+
+
+def configured(folder: Path, endpoint: str, bucket: str) -> Agent:
+    agent = Agent(folder, "n1", free_port())
+    access_key, secret_key = SeaweedFS.ADMIN
+    (folder / "access").write_text(access_key)
+    (folder / "secret").write_text(secret_key)
+    agent.config.write_text(
+        f'[node]\nid = "n1"\nrack = "r"\n[listen]\nport = {agent.port}\n'
+        f"[paths]\nstate = {json.dumps(str(agent.state))}\nlogs = {json.dumps(str(folder))}\n"
+        f'[store]\nkind = "s3"\nendpoint = "{endpoint}"\nbucket = "{bucket}"\n'
+        f"access_key = {json.dumps(f'file:{folder}/access')}\nsecret_key = {json.dumps(f'file:{folder}/secret')}\n"
+        f"[telemetry]\nsample_s = {SAMPLE_S}\nupload_s = {SAMPLE_S}\npoll_s = 0.2\nspool_bytes = {SPOOL_BYTES}\n"
+    )
+    return agent
+
+
+def sealed_by(log: Path) -> set[Sealed]:
+    """What the log says was sealed, over all runs."""
+    found, epoch = set[Sealed](), 0
+    for path in sorted(log.parent.glob(log.name + "*"), key=lambda p: p.stat().st_mtime):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # cut by a kill
+            if entry.get("event") == "agent_started":
+                epoch = entry["epoch"]
+            elif entry.get("event") == "window_closed":
+                found.add(Sealed(epoch, entry["seq"]))
+    return found
+
+
+def arrived(store: ObjectStore) -> list[Batch]:
+    keys = [one.key for one in list_all(store, "raw/") if not one.key.endswith("/claim")]
+    return [batch for key in keys for batch in unseal(store.get(key).body)]
+
+
+def spool_bytes(agent: Agent) -> int:
+    return sum(path.stat().st_size for path in (agent.state / "spool").glob("*.batch"))
+
+
+@pytest.mark.timeout(90 + 6 * KILLS)
+def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seaweed: SeaweedFS) -> None:
+    bucket = "crashes"
+    store = seaweed.store(bucket)
+    store.create_bucket()
+    chance = random.Random(KILLS)
+    killed_ms: dict[int, int] = {}
+    largest = 0
+    with FlakyStore(seaweed.endpoint) as flaky:
+        agent = configured(tmp_path, flaky.endpoint, bucket)
+        for number in range(KILLS):
+            # now and then the store is away for some starts
+            flaky.gone = number % 10 in (7, 8)
+            agent.start(wait=False)
+            time.sleep(chance.uniform(0.3, 3.0))
+            epoch = json.loads((agent.state / "spool" / "identity.json").read_text())["epoch"] if number else 1
+            agent.kill()
+            killed_ms[epoch] = time.time_ns() // 1_000_000
+            largest = max(largest, spool_bytes(agent))
+        flaky.gone = False
+        agent.start()
+        until(lambda: agent.status()["push"]["waiting_batches"] == 0, "all is sent", 120)
+        assert agent.stop() == 0
+        calls, failed = flaky.calls, flaky.failed
+
+    log = next(path for path in tmp_path.glob("agent.jsonl"))
+    sealed, batches = sealed_by(log), arrived(store)
+    ids = {Sealed(batch.epoch, batch.seq) for batch in batches}
+    print(
+        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(batches)} "
+        f"batches arrived, {len(ids)} different; spool at most {largest} bytes"
+    )
+    assert sealed, "it worked at all"
+    assert sealed <= ids, f"lost: {sorted(sealed - ids)[:5]}"
+    assert len(ids) == len(batches), "none is there twice: a key is written once"
+    assert largest <= SPOOL_BYTES
+    by_epoch: dict[int, list[Batch]] = {}
+    for batch in batches:
+        by_epoch.setdefault(batch.epoch, []).append(batch)
+    worst_s = 0.0
+    for epoch, mine in by_epoch.items():
+        mine.sort(key=lambda batch: batch.seq)
+        assert [batch.seq for batch in mine] == list(range(1, len(mine) + 1)), f"epoch {epoch} has a gap"
+        for before, after in itertools.pairwise(mine):
+            assert after.t_start_ms == before.t_end_ms, "windows follow each other without a gap"
+        if epoch in killed_ms:
+            worst_s = max(worst_s, (killed_ms[epoch] - mine[-1].t_end_ms) / 1000)
+    print(f"unsealed at a kill: at most {worst_s:.2f} s of windows of {SAMPLE_S} s")
+    assert worst_s <= SAMPLE_S + SLACK_S
+
+
+def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: SeaweedFS) -> None:
+    seaweed.store("doubles").create_bucket()
+    agent = configured(tmp_path, seaweed.endpoint, "doubles")
+    agent.start()
+    second = Agent(tmp_path, "n1", free_port())
+    second.start(wait=False)
+    assert second.process is not None
+    assert second.process.wait(30) != 0
+    assert "another agent runs on it" in second.output()
+    assert agent.get("/health").status == 200
+    agent.kill()
+
+
+def test_a_spool_killed_while_it_is_bounded_stays_bounded(tmp_path: Path) -> None:
+    """Appends and drops, cut at any moment, in a child that is killed; whoever opens it next finds it in order."""
+    bound = 20_000
+    for number in range(max(3, KILLS // 10)):
+        pid = os.fork()
+        if pid == 0:  # pragma: no cover
+            _fill_for_ever(tmp_path / "spool", bound)
+        time.sleep(0.05 + 0.01 * number)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        spool = Spool(tmp_path / "spool", node="n", rack="r", hardware="h", max_bytes=bound, max_batches=10**6)
+        waiting = spool.waiting()
+        assert sum(one.size for one in waiting) <= bound
+        assert all(spool.read(one) is not None for one in waiting), "none is half a batch"
+        assert [(one.epoch, one.seq) for one in waiting] == sorted((one.epoch, one.seq) for one in waiting)
+        spool.close(clean=True)
+    assert threading.active_count() < 50
+
+
+def _fill_for_ever(folder: Path, bound: int) -> None:  # pragma: no cover
+    try:
+        spool = Spool(folder, node="n", rack="r", hardware="h", max_bytes=bound, max_batches=10**6)
+        while True:
+            seq = spool.next_seq()
+            spool.append(Batch(rack="r", node="n", epoch=spool.epoch, seq=seq, t_start_ms=seq, t_end_ms=seq + 1))
+    finally:
+        os._exit(1)
