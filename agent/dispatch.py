@@ -8,7 +8,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -28,7 +28,7 @@ from agent.prefixes import Text, text_of
 from agent.recovery import MAX_RETRIES, Loss, after
 from agent.retry_budget import RetryBudget
 from agent.routing import Candidate, Decision, Forward, Local, NodeView, Refuse
-from agent.stalls import first_limit_s
+from agent.stalls import Watch, first_limit_s
 from agent.trust import Trust
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -245,32 +245,45 @@ class Dispatch:
             return
 
     async def _watched(self, decision: Decision, call: Call) -> AsyncGenerator[Answer, None]:
-        """One attempt, noted on the call, and its verdict on the node: good, bad, or none when the client left."""
+        """One attempt, noted on the call, and its verdict on the node: good, bad, or none when the client left. One
+        layer for everything that is done to each piece: each further one costs the door as much as the work."""
         chosen = decision.chosen
         assert chosen is not None
         node, model = chosen.node, call.model
         probe = self.trust.begin(node, model, self._clock())
         self._step(call, "continues" if call.going_on else "sent", node, decision=decision)
-        verdict, flows_s = False, 0.0
+        watch, verdict, flows_s = self._watch(chosen, call), False, 0.0
         try:
-            async with contextlib.aclosing(self._attempt(decision, chosen, call)) as answers:
-                async for answer in answers:
+            async with (
+                self._attempt(decision, chosen, call) as answers,
+                contextlib.aclosing(Patience(answers)) as patience,
+            ):
+                while True:
+                    answer = await self._next(patience, watch)
+                    if answer is None:
+                        break
+                    now = self._clock()
+                    if isinstance(answer, Waits):
+                        watch.waits(now)
+                        continue
+                    if isinstance(answer, Tokens):
+                        watch.token(now)
+                        if probe:
+                            flows_s = flows_s or now
+                            if now - flows_s > TRIAL_S:
+                                self.trust.ok(node, model, now, probe=True)
+                                probe = False
+                    elif isinstance(answer, Failed):
+                        raise _error_of(answer)
                     if call.going_on and isinstance(answer, Accepted):
                         continue  # the client has heard that already
-                    now = self._clock()
                     call.note(answer, now)
-                    if probe and isinstance(answer, Tokens):
-                        flows_s = flows_s or now
-                        if now - flows_s > TRIAL_S:
-                            self.trust.ok(node, model, now, probe=True)
-                            probe = False
                     yield answer
             self.trust.ok(node, model, self._clock(), probe=probe)
             verdict = True
             for other in call.faulty:
-                self.trust.failed(
-                    other, model, self._clock(), "an engine failed at a request that another answered", probe=False
-                )
+                why = "an engine failed at a request that another answered"
+                self.trust.failed(other, model, self._clock(), why, probe=False)
         except Retryable as error:
             verdict = error.code in LOST and error.code != "not_ready"
             if verdict:
@@ -280,60 +293,46 @@ class Dispatch:
             if not verdict:
                 self.trust.given_up(node, model, probe=probe)
 
-    def _attempt(self, decision: Decision, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
+    @contextlib.asynccontextmanager
+    async def _attempt(
+        self, decision: Decision, chosen: Candidate, call: Call
+    ) -> AsyncIterator[AsyncGenerator[Answer, None]]:
+        """The answers of where it was decided to try; what a peer has been given is on the books meanwhile."""
         ask, place = call.frame(self._node), decision.place
         if isinstance(place, Local):
-            return self._timed(self.work(ask, call.text), chosen, call)
+            async with contextlib.aclosing(self.work(ask, call.text)) as answers:
+                yield answers
+            return
         assert isinstance(place, Forward)
-        return self._timed(self._forwarded(place, ask, chosen, call), chosen, call)
-
-    async def _forwarded(self, place: Forward, ask: Ask, chosen: Candidate, call: Call) -> AsyncGenerator[Answer, None]:
-        """The peer's answers; what it has been given is on the books meanwhile."""
         prompt_tok = max(1, call.text.prompt_tok - chosen.saved_tok)
         sent_at = self._table.sent(place.node, call.model, prompt_tok)
         try:
-            async with contextlib.aclosing(self._peer_client.generate(place.node, place.url, ask)) as answers:
-                async for answer in answers:
-                    yield answer
+            link = await self._peer_client.link(place.node, place.url)
+            async with contextlib.aclosing(link.generate(ask)) as answers:
+                yield answers
         finally:
             self._table.ended(place.node, call.model, prompt_tok, sent_at)
 
-    async def _timed(
-        self, answers: AsyncGenerator[Answer, None], chosen: Candidate, call: Call
-    ) -> AsyncGenerator[Answer, None]:
-        """Bounds on the first token, on gaps and on the whole; failures in the frames become errors."""
-        gaps, heard_s = self.trust.gaps(chosen.node, call.model), 0.0
-        first_s = self._first_limit_s(chosen, call)
-        other = self._has_another(call, chosen.node)
-        async with contextlib.aclosing(answers), contextlib.aclosing(Patience(answers)) as patience:
-            while True:
-                if heard_s:
-                    limit_s = gaps.limit_s(self._limits.token_gap_s) if other else self._limits.token_gap_s
-                else:
-                    limit_s = first_s
-                now = self._clock()
-                over_s = call.began_s + self._limits.request_s - now
-                try:
-                    answer = await patience.next(max(0.0, min(limit_s, over_s)))
-                except StopAsyncIteration:
-                    return
-                except OutOfPatience:
-                    if over_s <= limit_s:
-                        reason = f"the request took over {self._limits.request_s:g} s"
-                        raise Retryable(reason, code="deadline_exceeded") from None
-                    raise Retryable(f"no token for {limit_s:.1f} s", code="worker_lost") from None
-                if isinstance(answer, Tokens):
-                    if heard_s:
-                        # what the client took to read is not the worker's gap
-                        gaps.add(self._clock() - max(now, heard_s))
-                    heard_s = self._clock()
-                elif isinstance(answer, Waits):
-                    # in line, or set aside for want of room: its silence means nothing
-                    heard_s = self._clock() if heard_s else 0.0
-                    continue
-                elif isinstance(answer, Failed):
-                    raise _error_of(answer)
-                yield answer
+    async def _next(self, patience: Patience[Answer], watch: Watch) -> Answer | None:
+        """The next piece, None at the end. Raises Retryable when it does not come in time."""
+        try:
+            return await patience.next(watch.limit_s(self._clock()))
+        except StopAsyncIteration:
+            return None
+        except OutOfPatience:
+            if watch.is_over:
+                reason = f"the request took over {self._limits.request_s:g} s"
+                raise Retryable(reason, code="deadline_exceeded") from None
+            raise Retryable(f"no token for {watch.waited_s:.1f} s", code="worker_lost") from None
+
+    def _watch(self, chosen: Candidate, call: Call) -> Watch:
+        return Watch(
+            self.trust.gaps(chosen.node, call.model),
+            first_s=self._first_limit_s(chosen, call),
+            gap_s=self._limits.token_gap_s,
+            until_s=call.began_s + self._limits.request_s,
+            learned=self._has_another(call, chosen.node),
+        )
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:
         if not isinstance(call.ask, Generate):

@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
 import aiohttp
 import msgspec
 
-from agent.frames import MAX_FRAME_BYTES, Answer, Ask
+from agent.frames import MAX_FRAME_BYTES
 from agent.peer_link import HEARTBEAT_S, PeerLink
 from agent.peers import Beat
 from agent.signing import ANSWER_HEADER, Key, mismatch
@@ -69,16 +69,15 @@ class PeerClient:
             raise Refused(f"peer {url}: says it is {beat.node!r}, and the configuration calls it {node!r}")
         return beat
 
-    async def generate(self, node: str, url: str, request: Ask) -> AsyncGenerator[Answer, None]:
-        """Have the peer answer. Raises Retryable (code worker_lost) when it breaks off, at any point."""
+    async def link(self, node: str, url: str) -> PeerLink:
+        """The open connection to a peer. Raises Retryable (code worker_lost) when there is none to be had."""
         link = self._links.get(node)
         if link is not None and link.url != url:
             self.drop(node)  # the node has moved
+            link = None
         if link is None or not link.alive:
             link = await self._linked(node, url)
-        async with contextlib.aclosing(link.generate(request)) as answers:
-            async for answer in answers:
-                yield answer
+        return link
 
     def drop(self, node: str) -> None:
         """Cut what is open to a peer that is gone; whoever waits there hears it at once."""

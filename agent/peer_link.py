@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from agent.answer_queue import AnswerQueue
+from agent.frame_writer import FrameWriter
 from agent.frames import (
     MAX_FRAME_BYTES,
     Accepted,
@@ -28,7 +29,7 @@ from agent.frames import (
     Waits,
     encode,
 )
-from shared.errors import RackError, Refused, Retryable
+from shared.errors import Refused, Retryable
 
 _ANSWERS = (Accepted, Tokens, Embedded, Waits, Done, Failed)
 _ENDS = (Done, Failed)
@@ -46,7 +47,7 @@ class PeerLink:
         self._socket = socket
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._writer = FrameWriter(socket.send_bytes)
         self.alive = True
         self._reading: asyncio.Task[None] | None = None
 
@@ -77,6 +78,7 @@ class PeerLink:
     def abort(self) -> None:
         """Cut it: the peer is gone."""
         self._lost()
+        self._writer.abort()
         wire = self._socket.get_extra_info("socket")
         if wire is not None:
             with contextlib.suppress(OSError):
@@ -90,27 +92,22 @@ class PeerLink:
         reading = [self._reading] if self._reading is not None else []
         for task in reading:
             task.cancel()
+        await self._writer.end()
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_S):
                 await self._socket.close()
-        await asyncio.gather(*reading, *self._cancels, return_exceptions=True)
+        await asyncio.gather(*reading, return_exceptions=True)
 
     async def _send(self, frame: bytes) -> None:
         try:
-            # all who write share one wait for room: who is cancelled must not take the others along
-            await asyncio.shield(asyncio.ensure_future(self._socket.send_bytes(frame)))
-        except (ConnectionError, RuntimeError, aiohttp.ClientError):
+            await self._writer.put(frame)
+        except ConnectionError:
             self._lost()
             raise Retryable(f"peer {self._node}: broke off", code="worker_lost") from None
 
     def _cancel(self, number: int) -> None:
-        async def tell() -> None:
-            with contextlib.suppress(RackError):
-                await self._send(encode(Cancel(id=number)))
-
-        task = asyncio.create_task(tell())
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
+        with contextlib.suppress(ConnectionError):
+            self._writer.put_now(encode(Cancel(id=number)))
 
     async def _read(self) -> None:
         decoder = Decoder()
@@ -125,6 +122,7 @@ class PeerLink:
             pass  # what speaks no frames is no peer
         finally:
             self._lost()
+            self._writer.abort()
             if not self._socket.closed:
                 with contextlib.suppress(Exception):
                     await self._socket.close()

@@ -44,3 +44,42 @@ class Gaps:
 def first_limit_s(expected_s: float, most_s: float) -> float:
     """How long the first token may take where ``expected_s`` were expected, in seconds."""
     return min(most_s, max(FIRST_FLOOR_S, TIMES * expected_s))
+
+
+class Watch:
+    """Bounds on one attempt: on its first token, on the gaps after it, and on the whole request, which ends at
+    ``until_s``. ``learned`` limits hold where another node could take over."""
+
+    def __init__(self, gaps: Gaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
+        self._gaps = gaps
+        self._first_s = first_s
+        self._gap_s = gap_s
+        self._until_s = until_s
+        self._learned = learned
+        self._asked_s = self._heard_s = 0.0
+        self.waited_s = 0.0
+        self.is_over = False
+        """Whether it was the request's end that came, not the next piece's."""
+
+    def limit_s(self, now_s: float) -> float:
+        """How long the next piece may take from now on."""
+        self._asked_s = now_s
+        if not self._heard_s:
+            limit_s = self._first_s
+        else:
+            limit_s = self._gaps.limit_s(self._gap_s) if self._learned else self._gap_s
+        over_s = self._until_s - now_s
+        self.waited_s, self.is_over = limit_s, over_s <= limit_s
+        return max(0.0, min(limit_s, over_s))
+
+    def token(self, now_s: float) -> None:
+        """A piece of the answer came."""
+        if self._heard_s:
+            # what the client took to read is not the worker's gap
+            self._gaps.add(now_s - max(self._asked_s, self._heard_s))
+        self._heard_s = now_s
+
+    def waits(self, now_s: float) -> None:
+        """It waits in line, or was set aside for want of room: its silence means nothing."""
+        if self._heard_s:
+            self._heard_s = now_s

@@ -50,7 +50,8 @@ def _temperatures_are_possible(found: smc.Temperatures) -> bool:
 
 
 _PLIST = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<plist version="1.0"><dict><key>elapsed_ns</key><integer>5004758375</integer>'
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<plist version="1.0"><dict>'
+    b"<key>elapsed_ns</key><integer>5004758375</integer>"
     b"<key>processor</key><dict><key>cpu_power</key><real>44.07</real><key>gpu_energy</key><integer>31</integer>"
     b"<key>combined_power</key><real>59.4</real></dict><key>thermal_pressure</key><string>Nominal</string></dict></plist>"
 )
@@ -118,7 +119,23 @@ TARGETS: dict[str, Target] = {
     ),
     "tasmota": Target(lambda raw: http.parse_tasmota(raw, 1), [_TASMOTA], lambda watts: 0 <= watts < http.MOST_W),
 }
-_ODD = (b"\0", b"\xff", b"-", b".", b",", b"e9", b"NaN", b"Infinity", b"9" * 40, b"\n", b"[", b"{", b"<", b"\xc3", b"1e400")
+_ODD = (
+    b"\0",
+    b"\xff",
+    b"-",
+    b".",
+    b",",
+    b"e9",
+    b"NaN",
+    b"Infinity",
+    b"9" * 40,
+    b"\n",
+    b"[",
+    b"{",
+    b"<",
+    b"\xc3",
+    b"1e400",
+)
 
 
 def mutated(seed: bytes, dice: random.Random) -> bytes:

@@ -50,11 +50,24 @@ CAPTURES = (
         ("/usr/bin/powermetrics", "-f", "plist", "-n", "3", "-i", "2000", "--samplers", "cpu_power,gpu_power,thermal"),
         root=True,
     ),
-    Capture("powermetrics/thermal.txt", ("/usr/bin/powermetrics", "-n", "1", "-i", "100", "--samplers", "thermal"), root=True),
+    Capture(
+        "powermetrics/thermal.txt",
+        ("/usr/bin/powermetrics", "-n", "1", "-i", "100", "--samplers", "thermal"),
+        root=True,
+    ),
 )
 _MASKS = (
-    (re.compile(r'("?(?:serial[_ ]?number|IOPlatformSerialNumber|SerialNumber|provisioning_UDID)[^:=\n]*[:=]\s*"?)[^",\n]+', re.I), r"\1MASKED"),
-    (re.compile(r"\b[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}\b", re.I), "00000000-0000-0000-0000-000000000000"),
+    (
+        re.compile(
+            r'("?(?:serial[_ ]?number|IOPlatformSerialNumber|SerialNumber|provisioning_UDID)[^:=\n]*[:=]\s*"?)[^",\n]+',
+            re.I,
+        ),
+        r"\1MASKED",
+    ),
+    (
+        re.compile(r"\b[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}\b", re.I),
+        "00000000-0000-0000-0000-000000000000",
+    ),
     (re.compile(r"\b(?:[0-9a-f]{2}[:-]){5}[0-9a-f]{2}\b", re.I), "00:00:00:00:00:00"),
     (re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b(?!\.\d)"), "0.0.0.0"),
     (re.compile(r"/Users/[^/\s\"]+"), "/Users/MASKED"),

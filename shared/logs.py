@@ -22,7 +22,7 @@ KEEP = 5
 
 def configure(path: Path | None, *, level: str = "info", console: bool = False) -> None:
     """Send log lines to ``path`` (rotated, 0600), and to stderr when ``console`` or when there is no path."""
-    writers: list[Callable[[str], None]] = []
+    writers: list[Callable[[bytes], None]] = []
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -36,10 +36,10 @@ def configure(path: Path | None, *, level: str = "info", console: bool = False) 
         writers.append(file.line)
     if console or path is None:
         handlers.append(logging.StreamHandler(sys.stderr))
-        writers.append(lambda text: print(text, file=sys.stderr))
+        writers.append(lambda text: print(text.decode(), file=sys.stderr))
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name, *_processors()],
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _render],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _rendered],
     )
     for handler in handlers:
         handler.setFormatter(formatter)
@@ -60,11 +60,11 @@ def configure(path: Path | None, *, level: str = "info", console: bool = False) 
 class _Writer:
     """Where a rendered line goes; structlog calls the method of the line's level."""
 
-    def __init__(self, name: str, writers: list[Callable[[str], None]]) -> None:
+    def __init__(self, name: str, writers: list[Callable[[bytes], None]]) -> None:
         self.name = name
         self._writers = writers
 
-    def msg(self, text: str) -> None:
+    def msg(self, text: bytes) -> None:
         """Write it."""
         for write in self._writers:
             write(text)
@@ -75,16 +75,16 @@ class _Writer:
 class _PrivateFile(logging.handlers.RotatingFileHandler):
     """A rotating file that its owner alone may read, the fresh one after a rotation too."""
 
-    def line(self, text: str) -> None:
-        """Write a line that is rendered already. A disk that is full loses it, as it would lose any other's."""
+    def line(self, text: bytes) -> None:
+        """Write a line that is rendered already, in one call of the system. A disk that is full loses it, as it would
+        lose any other's."""
         self.acquire()
         try:
-            if self.stream is not None and self.stream.tell() >= self.maxBytes:
+            if self.stream is not None and self._size >= self.maxBytes:
                 self.doRollover()
             if self.stream is None:
                 self.stream = self._open()
-            self.stream.write(text + "\n")
-            self.flush()
+            self._size += os.write(self.stream.fileno(), text + b"\n")
         except OSError:
             pass
         finally:
@@ -93,6 +93,7 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     def _open(self) -> TextIOWrapper:
         opened = super()._open()
         os.chmod(self.baseFilename, 0o600)
+        self._size = os.fstat(opened.fileno()).st_size
         return opened
 
 
@@ -105,9 +106,14 @@ def _name(logger: "_Writer", __: str, event: structlog.typing.EventDict) -> stru
     return event
 
 
-def _render(_: object, __: str, event: structlog.typing.EventDict) -> str:
+def _render(_: object, __: str, event: structlog.typing.EventDict) -> bytes:
     """JSON, several times as fast as the standard library; what it does not know it writes as text."""
-    return msgspec.json.encode(event, enc_hook=str).decode()
+    return msgspec.json.encode(event, enc_hook=str)
+
+
+def _rendered(logger: object, name: str, event: structlog.typing.EventDict) -> str:
+    """The same for the lines of libraries, which go another way."""
+    return _render(logger, name, event).decode()
 
 
 def _without_traceback_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

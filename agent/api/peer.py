@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from agent.api.context import CONTEXT, LINKS, Context
+from agent.frame_writer import FrameWriter
 from agent.frames import (
     MAX_FRAME_BYTES,
     Accepted,
@@ -94,6 +95,7 @@ class _Works:
     def __init__(self, context: Context, socket: web.WebSocketResponse, door: str) -> None:
         self._context = context
         self._socket = socket
+        self._writer = FrameWriter(socket.send_bytes)
         self._door = door
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -116,6 +118,7 @@ class _Works:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._writer.end()
 
     def _begin(self, ask: Ask) -> None:
         task = asyncio.create_task(self._worked(ask))
@@ -130,21 +133,17 @@ class _Works:
         except RackError as error:
             seen["outcome"] = error.code
             with contextlib.suppress(ConnectionError, RuntimeError):
-                await self._sent(encode(_failed(ask.id, error)))
+                await self._writer.put(encode(_failed(ask.id, error)))
         except (ConnectionError, RuntimeError):
             seen["outcome"] = "door_gone"
         except Exception:  # a fault of ours: its type and place go to the log, nothing to the peer
             log.error("work_failed", request=ask.request_id, exc_info=True)
             with contextlib.suppress(ConnectionError, RuntimeError):
                 failed = Failed(id=ask.id, code="engine_failed", message="an internal error", retryable=True)
-                await self._sent(encode(failed))
+                await self._writer.put(encode(failed))
         finally:
             ms = round((time.monotonic() - began) * 1000, 1)
             log.info("worked", request=ask.request_id, door=self._door, model=ask.model, ms=ms, **seen)
-
-    async def _sent(self, frames: bytes) -> None:
-        # all who write share one wait for room: who is cancelled must not take the others along
-        await asyncio.shield(asyncio.ensure_future(self._socket.send_bytes(frames)))
 
     async def _answered(self, ask: Ask, seen: dict[str, Any]) -> None:
         if ask.door == self._context.config.node.id:
@@ -158,7 +157,7 @@ class _Works:
                     seen.update(completion_tok=answer.completion_tok, finish=answer.finish)
                 due = together.put(answer, time.monotonic()) if together is not None else (answer,)
                 if due:
-                    await self._sent(b"".join(_named(ask.id, one) for one in due))
+                    await self._writer.put(b"".join([_named(ask.id, one) for one in due]))
 
 
 def _named(number: int, answer: Answer) -> bytes:

@@ -54,7 +54,9 @@ def kill_while_it_streams(agent: Agent, after_s: float, **asked: Any) -> Answer:
 def test_a_killed_loader_costs_a_pause_and_no_word(tmp_path: Path, dice: dict[str, Any]) -> None:
     chance = random.Random(3)
     for first in range(0, KILLS, BEFORE_GIVEN_UP):
-        with rack(tmp_path / str(first), [model(fake_step_s=0.02)]) as (agent,):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        with rack(folder, [model(fake_step_s=0.02)]) as (agent,):
             whole = told(agent.chat("tell me", **ASKED, **dice))
             for _ in range(min(BEFORE_GIVEN_UP, KILLS - first)):
                 assert told(kill_while_it_streams(agent, chance.uniform(0.05, 1.0), **ASKED, **dice)) == whole
