@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz swap chaos soak simulate check lint types arch docs bench-dispatch bench-serve dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash soak simulate check lint types arch docs bench-dispatch bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -51,6 +51,12 @@ chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut 
 	MLXRACK_CHAOS=3 MLXRACK_CHAOS_S=120 MLXRACK_CUT_STREAMS=500 MLXRACK_BAD_REQUESTS=1000 MLXRACK_LEAVERS=1000 MLXRACK_CONTINUATIONS=20 \
 	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_doors.py tests/rack/test_leavers.py \
 	tests/rack/test_continuation.py tests/rack/test_routes.py
+
+crash: $(STAMP) ## an agent killed five hundred times while it samples and pushes to a store that fails
+	MLXRACK_CRASHES=500 $(BIN)/python -m pytest -s -v --timeout=4000 tests/rack/test_crash.py
+
+fuzz-parsers: $(STAMP) ## a hundred thousand inputs for every parser of what a sensor or a meter says
+	@$(BIN)/python -m scripts.fuzz_parsers
 
 soak: $(STAMP) ## ten minutes of a machine without a free moment, and ten of clients that leave
 	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py

@@ -144,6 +144,7 @@ class Pusher:
             log.error("segment_refused", key=key, code=error.code, batches=len(batches))
             return
         self._spool.delete(files)
+        self.state.failures = 0  # it takes what we send; a long backlog must not wait as if it took nothing
         self.state.sent_batches += len(batches)
         self.state.sent_segments += 1
 

@@ -36,8 +36,9 @@ class Sealed(NamedTuple):
 def configured(folder: Path, endpoint: str, bucket: str) -> Agent:
     agent = Agent(folder, "n1", free_port())
     access_key, secret_key = SeaweedFS.ADMIN
-    (folder / "access").write_text(access_key)
-    (folder / "secret").write_text(secret_key)
+    for name, secret in (("access", access_key), ("secret", secret_key)):
+        (folder / name).write_text(secret)
+        (folder / name).chmod(0o600)
     agent.config.write_text(
         f'[node]\nid = "n1"\nrack = "r"\n[listen]\nport = {agent.port}\n'
         f"[paths]\nstate = {json.dumps(str(agent.state))}\nlogs = {json.dumps(str(folder))}\n"
@@ -94,20 +95,27 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
             largest = max(largest, spool_bytes(agent))
         flaky.gone = False
         agent.start()
-        until(lambda: agent.status()["push"]["waiting_batches"] == 0, "all is sent", 120)
-        assert agent.stop() == 0
+        try:
+            until(lambda: agent.status()["push"]["waiting_batches"] == 0, "all is sent", 120)
+        finally:
+            status = agent.stop()
+        assert status == 0
         calls, failed = flaky.calls, flaky.failed
 
     log = next(path for path in tmp_path.glob("agent.jsonl"))
-    sealed, batches = sealed_by(log), arrived(store)
-    ids = {Sealed(batch.epoch, batch.seq) for batch in batches}
+    sealed, every = sealed_by(log), arrived(store)
+    # an answer that was lost makes a segment be sent again, with what has come since: the same batch in two segments
+    unique = {Sealed(batch.epoch, batch.seq): batch for batch in every}
+    assert all(unique[Sealed(batch.epoch, batch.seq)] == batch for batch in every), "two batches under one number"
+    # the last window of all may still wait: the store fails at the end, too
+    waiting = {Sealed(*map(int, path.stem[1:].split("-"))) for path in (agent.state / "spool").glob("*.batch")}
     print(
-        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(batches)} "
-        f"batches arrived, {len(ids)} different; spool at most {largest} bytes"
+        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(every)} batches "
+        f"arrived, {len(unique)} different, {len(waiting)} still wait; spool at most {largest} bytes"
     )
     assert sealed, "it worked at all"
-    assert sealed <= ids, f"lost: {sorted(sealed - ids)[:5]}"
-    assert len(ids) == len(batches), "none is there twice: a key is written once"
+    assert sealed <= unique.keys() | waiting, f"lost: {sorted(sealed - unique.keys() - waiting)[:5]}"
+    batches = list(unique.values())
     assert largest <= SPOOL_BYTES
     by_epoch: dict[int, list[Batch]] = {}
     for batch in batches:
@@ -128,13 +136,16 @@ def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: Seawee
     seaweed.store("doubles").create_bucket()
     agent = configured(tmp_path, seaweed.endpoint, "doubles")
     agent.start()
-    second = Agent(tmp_path, "n1", free_port())
-    second.start(wait=False)
-    assert second.process is not None
-    assert second.process.wait(30) != 0
-    assert "another agent runs on it" in second.output()
-    assert agent.get("/health").status == 200
-    agent.kill()
+    try:
+        second = Agent(tmp_path, "n1", free_port())
+        second.start(wait=False)
+        assert second.process is not None
+        assert second.process.wait(30) != 0
+        assert "another agent runs on it" in second.output()
+        second.kill()
+        assert agent.get("/health").status == 200
+    finally:
+        agent.kill()
 
 
 def test_a_spool_killed_while_it_is_bounded_stays_bounded(tmp_path: Path) -> None:
