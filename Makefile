@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash soak simulate check lint types arch docs bench-dispatch bench-serve dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash soak simulate check lint types arch docs bench-dispatch bench-telemetry bench-serve dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -72,6 +72,9 @@ docs: $(STAMP) ## the configuration reference, made from the code
 
 bench-dispatch: $(STAMP) ## what the door costs, beside a minimal proxy and LiteLLM's, in one run
 	@$(BIN)/python -m scripts.bench_dispatch
+
+bench-telemetry: $(STAMP) model ## what telemetry costs: a core and memory at rest, tokens/s under load, bytes of a batch
+	@$(BIN)/python -m scripts.bench_telemetry
 
 bench-serve: $(STAMP) model ## tokens per second of the agent, mlx_lm.server and the bare engine, in one run
 	@$(BIN)/python -m scripts.bench_serve

@@ -22,6 +22,7 @@ from agent.collectors.powermetrics import PowermetricsStream
 from agent.collectors.reading import Failure, Guarded, command_bytes, text_of
 from agent.collectors.thermal import NOTIFY_KEY, ThermalCollector
 from agent.meters import http
+from scripts import fuzz_parsers
 from shared.records import HostSample
 
 VM_STAT = b"""Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -459,6 +460,11 @@ NUMBERS = ("zone", "fan", "rapl")
 @given(raw=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
 def test_noise_is_no_reading(name: str, raw: bytes) -> None:
     assert PARSERS[name](raw) is None
+
+
+@pytest.mark.parametrize("name", fuzz_parsers.TARGETS)
+def test_broken_words_raise_nothing_and_give_no_impossible_number(name: str) -> None:
+    fuzz_parsers.fuzz(name, 2_000, seed=7)
 
 
 @pytest.mark.parametrize("name", PARSERS)

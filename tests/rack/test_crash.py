@@ -110,8 +110,8 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     # the last window of all may still wait: the store fails at the end, too
     waiting = {Sealed(*map(int, path.stem[1:].split("-"))) for path in (agent.state / "spool").glob("*.batch")}
     print(
-        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(every)} batches "
-        f"arrived, {len(unique)} different, {len(waiting)} still wait; spool at most {largest} bytes"
+        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(every)} "
+        f"batches arrived, {len(unique)} different, {len(waiting)} still wait; spool at most {largest} bytes"
     )
     assert sealed, "it worked at all"
     assert sealed <= unique.keys() | waiting, f"lost: {sorted(sealed - unique.keys() - waiting)[:5]}"

@@ -1,0 +1,203 @@
+"""What telemetry costs a node: a core and memory at rest, tokens a second under load, bytes of a batch.
+
+    python -m scripts.bench_telemetry [--rest 60] [--rounds 6]
+
+An agent as it is delivered (a look at the sensors every 2 s, a window every 60 s) beside one that looks and tells as
+seldom as the configuration lets it; the same streams at both in turn. Exits 1 when a bound is passed.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from scripts.fetch_demo_model import MAIN, default_folder
+from scripts.seaweed import free_port
+from shared.batch import unseal
+
+MOST_CORE, MOST_RSS, MOST_LOSS, MOST_BATCH = 0.01, 60 << 20, 0.02, 4 << 10
+STREAMS, TOKENS, ROUND_S = 4, 64, 8.0
+OFTEN = "[telemetry]\nsample_s = 60\nupload_s = 60\npoll_s = 2\n"
+SELDOM = "[telemetry]\nsample_s = 86400\nupload_s = 86400\npoll_s = 5\n"
+
+
+class Agent:
+    """One agent process in a folder of its own."""
+
+    def __init__(self, folder: Path, models: str, telemetry: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        folder.mkdir(parents=True)
+        self._config = folder / "agent.toml"
+        self._config.write_text(
+            f'[node]\nid = "n1"\nrack = "bench"\n[listen]\nport = {self.port}\n'
+            f"[paths]\nstate = {json.dumps(str(folder / 'state'))}\n"
+            f'[store]\nkind = "directory"\npath = {json.dumps(str(folder / "bucket"))}\n{telemetry}{models}'
+        )
+        program = Path(sys.executable).with_name("mlxrack-agent")
+        self.process = subprocess.Popen(
+            [program, "run", "--config", self._config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    async def ready(self) -> None:
+        """Until it serves everything it has."""
+        async with aiohttp.ClientSession() as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(f"http://127.0.0.1:{self.port}/ready") as answer:
+                        if answer.status == 200:
+                            return
+                await asyncio.sleep(0.1)
+
+    def cpu_s(self) -> float:
+        """What the daemon has used so far; its loaders are the engine's business."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def rss(self) -> int:
+        """Resident bytes of the daemon."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@contextlib.contextmanager
+def agents(*them: Agent) -> Iterator[None]:
+    """Ends them whatever happens."""
+    try:
+        yield
+    finally:
+        for one in them:
+            one.close()
+
+
+def fake(name: str) -> str:
+    """A model without weights."""
+    return f'[[models]]\nname = "{name}"\nengine = "fake"\npath = "weights of {name}"\nneed_bytes = 10\n'
+
+
+async def stream(session: aiohttp.ClientSession, port: int, model: str, number: int, tokens: int = TOKENS) -> int:
+    """Tokens of one answer."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"tell me about {number}"}],
+        "max_tokens": tokens,
+        "temperature": 0,
+    }
+    async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body) as answer:
+        return int((await answer.json())["usage"]["completion_tokens"])
+
+
+async def rate(port: int, model: str, seconds: float) -> float:
+    """Tokens a second of a few streams, each beginning anew when it ends."""
+    made, began = 0, time.monotonic()
+
+    async def worker(session: aiohttp.ClientSession, number: int) -> None:
+        nonlocal made
+        while time.monotonic() - began < seconds:
+            made += await stream(session, port, model, number)
+            number += STREAMS
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(worker(session, number) for number in range(STREAMS)))
+    return made / (time.monotonic() - began)
+
+
+async def at_rest(folder: Path, seconds: float) -> tuple[float, int]:
+    """Share of a core and resident bytes of a daemon with a model that nobody asks."""
+    agent = Agent(folder, fake("m"), OFTEN)
+    with agents(agent):
+        await agent.ready()
+        await asyncio.sleep(5)
+        before, began = agent.cpu_s(), time.monotonic()
+        await asyncio.sleep(seconds)
+        return (agent.cpu_s() - before) / (time.monotonic() - began), agent.rss()
+
+
+async def under_load(folder: Path, rounds: int) -> tuple[float, float]:
+    """Medians of tokens a second, with telemetry and with next to none."""
+    path = default_folder() / MAIN
+    model = f'[[models]]\nname = "m"\npath = {json.dumps(str(path))}\nrows = {STREAMS}\n'
+    often, seldom = Agent(folder / "often", model, OFTEN), Agent(folder / "seldom", model, SELDOM)
+    with agents(often, seldom):
+        await asyncio.gather(often.ready(), seldom.ready())
+        for one in (often, seldom):
+            await rate(one.port, "m", 2.0)
+        found: dict[str, list[float]] = {"often": [], "seldom": []}
+        for number in range(rounds):
+            pair = [("often", often), ("seldom", seldom)]
+            for name, one in pair if number % 2 else reversed(pair):
+                found[name].append(await rate(one.port, "m", ROUND_S))
+            print(f"  round {number + 1}: {found['often'][-1]:.1f} and {found['seldom'][-1]:.1f} tokens/s", flush=True)
+    return statistics.median(found["often"]), statistics.median(found["seldom"])
+
+
+async def batch_bytes(folder: Path) -> tuple[int, int]:
+    """Compressed bytes and records of the largest single batch of four busy models."""
+    names = ("chat", "code", "embed", "vision")
+    agent = Agent(folder, "".join(fake(name) for name in names), OFTEN.replace("60", "5"))
+    with agents(agent):
+        await agent.ready()
+        async with aiohttp.ClientSession() as session:
+            began = time.monotonic()
+            while time.monotonic() - began < 16:
+                asks = (stream(session, agent.port, name, n, 3 + n) for n, name in enumerate(names * 3))
+                await asyncio.gather(*asks)
+    segments = [path for path in (folder / "bucket").rglob("*") if path.is_file() and "raw" in path.parts]
+    found = []
+    for path in segments:
+        with contextlib.suppress(Exception):
+            batches = unseal(path.read_bytes())
+            if len(batches) == 1:
+                found.append((path.stat().st_size, len(batches[0].records)))
+    return max(found)
+
+
+async def measured(folder: Path, rest_s: float, rounds: int) -> bool:
+    """Print everything; whether all bounds hold."""
+    core, rss = await at_rest(folder / "rest", rest_s)
+    size, records = await batch_bytes(folder / "batch")
+    often, seldom = await under_load(folder / "load", rounds)
+    loss = 1 - often / seldom
+    lines = (
+        (core <= MOST_CORE, f"a core at rest: {core:.2%} (at most {MOST_CORE:.0%})"),
+        (rss <= MOST_RSS, f"resident at rest: {rss / (1 << 20):.1f} MiB (at most {MOST_RSS >> 20})"),
+        (size <= MOST_BATCH, f"a batch of four models, compressed: {size} bytes of {records} records ({MOST_BATCH})"),
+        (
+            loss <= MOST_LOSS,
+            f"tokens/s: {often:.1f} with, {seldom:.1f} without; {loss:+.1%} lost (at most {MOST_LOSS:.0%})",
+        ),
+    )
+    for ok, line in lines:
+        print(f"{'ok  ' if ok else 'MISS'} {line}")
+    return all(ok for ok, _ in lines)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rest", type=float, default=60.0, help="seconds at rest (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=6)
+    args = parser.parse_args()
+    if os.getloadavg()[0] > 0.7:
+        print("this machine is busy; the figures will say little", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="mlxrack-bench-") as folder:
+        return 0 if asyncio.run(measured(Path(folder), args.rest, args.rounds)) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
