@@ -309,7 +309,7 @@ def _sample(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     try:
         for collector in sensors.all:
-            collector.poll()
+            collector.read()
         # what is a rate or a mean needs a moment
         time.sleep(args.seconds)
         for collector in sensors.all:

@@ -28,7 +28,9 @@ WIRED_SHARE = 0.9
 
 def parse_psi_total_us(raw: bytes) -> int | None:
     """Microseconds in which some task waited for memory, since boot, from /proc/pressure/memory."""
-    match = re.search(r"^some .*\btotal=(\d{1,19})\n", text_of(raw), re.MULTILINE)
+    match = re.search(
+        r"^some avg10=\d+\.\d+ avg60=\d+\.\d+ avg300=\d+\.\d+ total=(\d{1,19})\n", text_of(raw), re.MULTILINE
+    )
     return int(match[1]) if match else None
 
 
