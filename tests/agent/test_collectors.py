@@ -1,5 +1,6 @@
 """Parsers of what systems print: right values from right text, and None, never a guess, from anything else."""
 
+import random
 import stat
 import time
 from collections.abc import Callable
@@ -457,9 +458,11 @@ NUMBERS = ("zone", "fan", "rapl")
 
 
 @pytest.mark.parametrize("name", [name for name in PARSERS if name not in NUMBERS])
-@given(raw=st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
-def test_noise_is_no_reading(name: str, raw: bytes) -> None:
-    assert PARSERS[name](raw) is None
+@given(seed=st.integers(0, 1 << 62), size=st.integers(0, 400), printable=st.booleans())
+def test_noise_is_no_reading(name: str, seed: int, size: int, *, printable: bool) -> None:
+    # not hypothesis' own bytes: those it likes best are the valid ones that stand in this file
+    raw = random.Random(seed).randbytes(size)
+    assert PARSERS[name](bytes(32 + byte % 95 for byte in raw) if printable else raw) is None
 
 
 @pytest.mark.parametrize("name", fuzz_parsers.TARGETS)
