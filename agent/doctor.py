@@ -23,9 +23,13 @@ from shared.memory_plan import default_budget_bytes
 from shared.secrets import resolve
 
 MAC_ONLY = (
-    "the thermal pressure level moves to heavy under load (notifyutil)",
+    "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",
+    "the SMC is read from a LaunchDaemon without a login: F0Ac and PSTR are there, P-cores warm up under load",
+    "PSTR agrees with a meter at the wall, less the power supply's loss",
+    "IOReport's energy of the processor moves (zeus-apple-silicon), or is named as standing still (macOS 27)",
+    "an APC outlet's power is in watts, or needs `scale` (set a known load)",
     "the agent runs as a LaunchDaemon without a login and reaches Metal",
-    "vm_stat, vm.swapusage and the memory pressure level are read without root",
+    "host_statistics64, vm.swapusage and the memory pressure level agree with Activity Monitor",
     "launchd waits ExitTimeOut before it kills, and newsyslog rotates launchd's output",
     "MLX's Metal build answers as the CPU build does in the tests",
     "the GPU's recommended working set is reported (the line memory above)",
