@@ -81,17 +81,19 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     store.create_bucket()
     chance = random.Random(KILLS)
     killed_ms: dict[int, int] = {}
-    largest = 0
+    largest, away_s = 0, 0.0
     with FlakyStore(seaweed.endpoint) as flaky:
         agent = configured(tmp_path, flaky.endpoint, bucket)
         for number in range(KILLS):
-            # now and then the store is away for some starts
-            flaky.gone = number % 10 in (7, 8)
+            # now and then the store is away for two starts, and once for minutes
+            flaky.gone = number % 10 in (7, 8) or 100 <= number < 160
+            away_s += -flaky.gone * time.monotonic()
             agent.start(wait=False)
             time.sleep(chance.uniform(0.3, 3.0))
             epoch = json.loads((agent.state / "spool" / "identity.json").read_text())["epoch"] if number else 1
             agent.kill()
             killed_ms[epoch] = time.time_ns() // 1_000_000
+            away_s += flaky.gone * time.monotonic()
             largest = max(largest, spool_bytes(agent))
         flaky.gone = False
         agent.start()
@@ -110,7 +112,8 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     # the last window of all may still wait: the store fails at the end, too
     waiting = {Sealed(*map(int, path.stem[1:].split("-"))) for path in (agent.state / "spool").glob("*.batch")}
     print(
-        f"{KILLS} kills; {calls} calls to the store, {failed} failed; {len(sealed)} windows sealed, {len(every)} "
+        f"{KILLS} kills; {calls} calls to the store, {failed} failed, {away_s:.0f} s away; {len(sealed)} windows sealed, "
+        f"{len(every)} "
         f"batches arrived, {len(unique)} different, {len(waiting)} still wait; spool at most {largest} bytes"
     )
     assert sealed, "it worked at all"
