@@ -1,5 +1,6 @@
 """The processor and the disk, and who this machine is."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -89,11 +90,14 @@ def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_b
     if platform != "darwin":
         cores = psutil.cpu_count(logical=True) or 0
         return Hardware(model="", chip=_linux_chip(), memory_bytes=memory, cores=(cores,), system=_linux_system())
-    try:
+    values: dict[str, str] = {}
+    with contextlib.suppress(Failure):
         # -i: a name that one system lacks must not fail the others
-        return hardware_of(sysctl.parse_sysctl(run("/usr/sbin/sysctl", "-i", *_SYSCTLS)), memory)
-    except Failure:
-        return Hardware(model="", chip="", memory_bytes=memory, cores=(), system="macOS")
+        values = sysctl.parse_sysctl(run("/usr/sbin/sysctl", "-i", *_SYSCTLS))
+    if not values.get("machdep.cpu.brand_string") or not values.get("hw.model"):
+        with contextlib.suppress(Failure):
+            values = {**sysctl.parse_system_profiler(run("/usr/sbin/system_profiler", "SPHardwareDataType")), **values}
+    return hardware_of(values, memory)
 
 
 def hardware_of(values: dict[str, str], memory_bytes: int) -> Hardware:

@@ -11,6 +11,12 @@ LIBRARY = "/usr/lib/libSystem.B.dylib"
 _LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
 _SWAP = re.compile(r"\btotal = (\d+\.\d\d)M  used = (\d+\.\d\d)M  free = (\d+\.\d\d)M\b")
 _MOST_BYTES = 4096
+_SPEED_LIMIT = re.compile(r"^[ \t]+CPU_Speed_Limit[ \t]+= (\d{1,3})\n", re.MULTILINE)
+_PROFILE = {
+    "hw.model": re.compile(r'(?:Model Identifier: |"machine_model" : ")([A-Za-z]+\d+,\d+)["\n]'),
+    "machdep.cpu.brand_string": re.compile(r'(?:^ *Chip: |"chip_type" : ")([^"\n]+)["\n]', re.MULTILINE),
+    "hw.memsize": re.compile(r'(?:^ *Memory: |"physical_memory" : ")(\d+ GB)["\n]', re.MULTILINE),
+}
 _PRESSURE = {1: "normal", 2: "warn", 4: "critical"}
 
 
@@ -27,6 +33,26 @@ def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
     total, used, free = (round(float(one) * (1 << 20)) for one in match.groups())
     # each is rounded to hundredths of a MiB
     return (total, used) if abs(total - used - free) <= (1 << 20) // 25 else None
+
+
+def parse_pmset_therm(raw: bytes) -> int | None:
+    """The last CPU_Speed_Limit in percent of `pmset -g therm` or `-g thermlog`, which Intel Macs print. None for Apple
+    Silicon, where it prints notes only, throttled or not: nothing can be read off that."""
+    found = _SPEED_LIMIT.findall(text_of(raw))
+    return int(found[-1]) if found and 0 < int(found[-1]) <= 100 else None
+
+
+def parse_system_profiler(raw: bytes) -> dict[str, str]:
+    """Chip, model and memory of `system_profiler SPHardwareDataType`, as text or JSON, also as JSON that is not quite;
+    by the names of ``parse_sysctl``. Serial numbers are left where they are."""
+    text, found = text_of(raw), {}
+    for name, pattern in _PROFILE.items():
+        match = pattern.search(text)
+        if match:
+            found[name] = match[1].strip()
+    if match := re.fullmatch(r"(\d+) GB", found.get("hw.memsize", "")):
+        found["hw.memsize"] = str(int(match[1]) << 30)
+    return found
 
 
 def pressure_name(level: int | None) -> str:

@@ -16,6 +16,7 @@ from agent.collectors.chip import Chip
 from agent.collectors.gauge import Gauge
 from agent.collectors.notify import Notify
 from agent.collectors.reading import Failure, Guarded, Reading, Source, command_bytes, text_of
+from agent.collectors.sysctl import parse_pmset_therm
 from agent.collectors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
 
 NOTIFY_KEY = "com.apple.system.thermalpressurelevel"
@@ -121,6 +122,7 @@ class ThermalCollector:
     def sources(self) -> list[Source]:
         found = []
         if self._is_mac:
+            found.append(self._by_pmset())
             for name, read in self._readers.items():
                 level = self._guards[name].call(read)
                 found.append(Source(name, self._guards[name].reason, LEVELS[level] if level is not None else ""))
@@ -169,6 +171,17 @@ class ThermalCollector:
         if self._notify is None:
             self._notify = self._open_notify()
         return _known(level_of_state(self._notify.state()), "notify(3)")
+
+    def _by_pmset(self) -> Source:
+        """Only ever told, never used: it knows of Intel Macs alone."""
+        try:
+            percent = parse_pmset_therm(self._run("/usr/bin/pmset", "-g", "therm"))
+        except Failure as error:
+            return Source("pmset", str(error))
+        why = "says nothing on Apple Silicon, throttled or not; not used"
+        return (
+            Source("pmset", why) if percent is None else Source("pmset", "", f"CPU speed limit {percent} %; not used")
+        )
 
     def _by_command(self) -> int:
         return _known(parse_notifyutil(self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)), "notifyutil")

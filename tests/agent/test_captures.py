@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from agent.collectors import macmon, powermetrics, smc, sysctl, vm
 from agent.collectors.host import hardware_of
+from agent.config import Meter, MeterKind
 from agent.meters import http, snmp
 from agent.meters.snmp import Outlet
+from tests.agent.test_meters import pdu, plug, read
 
 CAPTURES = Path(os.environ.get("MLXRACK_CAPTURES", "../shared/captures"))
 pytestmark = pytest.mark.skipif(not CAPTURES.is_dir(), reason="no captures of real machines here (MLXRACK_CAPTURES)")
@@ -77,6 +80,17 @@ def line(raw: bytes) -> tuple[float | None, ...] | None:
     return parts and tuple(None if part is None else round(part, 2) for part in parts)
 
 
+def profile(raw: bytes) -> tuple[str, str, int]:
+    found = hardware_of(sysctl.parse_system_profiler(raw), 0)
+    return found.model, found.chip, found.memory_bytes
+
+
+def first_limit(raw: bytes) -> int | None:
+    """Of a log of several limits the first alone."""
+    blocks = raw.split(b"CPU Power notify")
+    return sysctl.parse_pmset_therm(blocks[1])
+
+
 def outlet(kind: str, *numbers: int) -> Callable[[bytes], float | None]:
     """Watts of one outlet of a walk."""
     one = Outlet(kind=kind, numbers=numbers)
@@ -105,6 +119,13 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
     ("smc/ismc_report-m4-2.txt", hottest, (65.7, 65.7, 41.8)),
     ("smc/ismc_report-m4-6.txt", hottest, (53.3, 48.1, 40.2)),
     ("smc/ismc_report-m4-pro.txt", hottest, (80.4, 80.4, 57.2)),
+    ("pmset/node_exporter-2031_intel12_therm.txt", sysctl.parse_pmset_therm, 100),
+    ("pmset/session-log_intel16_2026_therm.txt", sysctl.parse_pmset_therm, 100),
+    ("pmset/menumeters-158_intel8_thermlog.txt", sysctl.parse_pmset_therm, 100),
+    ("pmset/thermlog-parser_intel_throttled_thermlog.txt", sysctl.parse_pmset_therm, 100),
+    ("pmset/thermlog-parser_intel_throttled_thermlog.txt", first_limit, 90),
+    ("system_profiler/m4-air_SPHardwareDataType_serial-removed.txt", profile, ("Mac16,12", "Apple M4", 16 * GIB)),
+    ("system_profiler/macmon-51_m4-air_SPHardwareDataType.txt", profile, ("Mac16,12", "Apple M4", 16 * GIB)),
     ("macmon/beszel-test_v0.7-16gb.json", line, (10.5, 0.65, 23.04, 29.45)),
     ("macmon/trimmed_v0.8.0_64gb.json", line, (7.68, 0.55, 50.03, 47.14)),
     ("macmon/macmon-issue-51_m4-air_v0.6-soc-info.truncated.json.txt", line, None),
@@ -172,17 +193,17 @@ def test_cores_of_a_sleeping_cluster_are_no_temperature() -> None:
 
 def test_what_is_cut_gives_nothing_or_the_same() -> None:
     """Every beginning of a capture: a value that is not the whole's must not come out of it."""
-    for name, read, _ in KNOWN:
+    for name, parse, _ in KNOWN:
         raw = (CAPTURES / name).read_bytes()
-        if name.startswith(("powermetrics", "smc", "snmp", "sysctl/archspec")):
+        if name.startswith(("powermetrics", "smc", "snmp", "sysctl/archspec", "pmset", "system_profiler")):
             continue  # samples that are whole count, see below; of a list of keys fewer are fewer sensors
-        whole = read(raw)
+        whole = parse(raw)
         for end in range(0, len(raw), max(1, len(raw) // 200)):
             try:
-                found = read(raw[:end])
+                found = parse(raw[:end])
             except AssertionError:
                 continue  # nothing could be read, which the test itself refuses
-            parts = zip(found, whole, strict=True) if read is swapped else [(found, whole)]
+            parts = zip(found, whole, strict=True) if parse is swapped else [(found, whole)]
             assert all(part in (of_whole, None) for part, of_whole in parts), f"{name} cut at {end}"
 
 
@@ -193,3 +214,41 @@ def test_samples_of_a_stream_do_not_depend_on_where_it_is_cut() -> None:
         stream = powermetrics.Documents()
         found = [s for begin in range(0, len(raw), size) for s in stream.feed(raw[begin : begin + size])]
         assert found == whole
+
+
+@pytest.mark.parametrize("name", ["plugusg4_GetStatus_switch0.json", "evcc-gen2_switch_GetStatus.json"])
+async def test_a_plug_that_says_what_a_real_one_said(name: str) -> None:
+    said = (CAPTURES / "shelly" / name).read_bytes()
+    async with plug(lambda _: web.Response(body=said, content_type="application/json")) as at:
+        watts, problem = await read(Meter(name="x", kind="shelly", at=at, nodes=("n",)))
+    assert (watts, problem) == (round(http.parse_shelly(said) or 0.0, 1), "")
+
+
+async def test_tasmota_as_real_ones_are_with_a_meter_and_without() -> None:
+    for name, expected in (("tasmota-10232_status8.json", 1.0), ("tasmota-3340_status8_no-energy-sensor.json", None)):
+        said = (CAPTURES / "tasmota" / name).read_bytes()
+        async with plug(lambda _, said=said: web.Response(body=said, content_type="application/json")) as at:  # type: ignore[misc]
+            watts, problem = await read(Meter(name="x", kind="tasmota", at=at, nodes=("n",)))
+        assert watts == expected
+        assert bool(problem) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("walk", "kind", "numbers", "expected"),
+    [
+        ("librenms_apc_apdu9959eu3.snmprec", "apc_device", (1,), 1170.0),
+        ("librenms_apc_ap8853.snmprec", "apc_device", (1,), 1140.0),
+        ("librenms_apc_ap7900b.snmprec", "apc_device", (1,), None),
+        ("librenms_apc_ap7900b.snmprec", "apc_legacy", (), 312.0),
+        ("librenms_raritan-pdu_px2.snmprec", "raritan_outlet", (1, 3), 68.0),
+        ("librenms_raritan-pdu_px2.snmprec", "raritan_inlet", (1, 1), 138.0),
+    ],
+)
+async def test_units_that_say_what_real_ones_said(
+    walk: str, kind: MeterKind, numbers: tuple[int, ...], expected: float | None
+) -> None:
+    async with pdu(snmp_values((CAPTURES / "snmp" / walk).read_bytes())) as at:
+        asked = Meter(name="x", kind=kind, at=at, numbers=numbers, nodes=("n",), secret="env:COMMUNITY")
+        watts, problem = await read(asked)
+    assert watts == expected
+    assert bool(problem) == (expected is None)

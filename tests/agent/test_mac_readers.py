@@ -152,7 +152,7 @@ def test_no_level_from_anywhere_is_unknown_and_says_why(mac: Fake) -> None:
     assert reading.fields["throttled_5m_ppm"] is None
     assert "registered" in reading.failed["notify"]
     assert "No such file" in reading.failed["notifyutil"]
-    assert [source.name for source in collector.sources()] == ["notify", "notifyutil", "smc", "macmon"]
+    assert [source.name for source in collector.sources()] == ["pmset", "notify", "notifyutil", "smc", "macmon"]
     collector.close()
 
 

@@ -112,9 +112,9 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     # the last window of all may still wait: the store fails at the end, too
     waiting = {Sealed(*map(int, path.stem[1:].split("-"))) for path in (agent.state / "spool").glob("*.batch")}
     print(
-        f"{KILLS} kills; {calls} calls to the store, {failed} failed, {away_s:.0f} s away; {len(sealed)} windows sealed, "
-        f"{len(every)} "
-        f"batches arrived, {len(unique)} different, {len(waiting)} still wait; spool at most {largest} bytes"
+        f"{KILLS} kills; {calls} calls to the store, {failed} failed, {away_s:.0f} s away; {len(sealed)} windows "
+        f"sealed, {len(every)} batches arrived, {len(unique)} different, {len(waiting)} still wait; spool at most "
+        f"{largest} bytes"
     )
     assert sealed, "it worked at all"
     assert sealed <= unique.keys() | waiting, f"lost: {sorted(sealed - unique.keys() - waiting)[:5]}"
