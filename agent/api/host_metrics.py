@@ -75,12 +75,6 @@ class HostMetrics(Collector):
         yield InfoMetricFamily("mlxrack_agent", "Who answers.", value=self._identity)
         yield from self._of_push()
         yield from self._of_meters()
-        throttles = CounterMetricFamily(
-            "mlxrack_thermal_throttle_events", "Rises of the thermal pressure level to heavy or above.", labels=["to"]
-        )
-        for level in LEVELS[2:]:
-            throttles.add_metric([level], self._throttles[level])
-        yield throttles
         if self._last is None:
             return
         read_s, sample = self._last
@@ -125,18 +119,28 @@ class HostMetrics(Collector):
         yield fans
 
     def _sums(self) -> Iterator[Metric]:
-        spent = CounterMetricFamily(
-            "mlxrack_thermal_pressure_seconds", "Time at each thermal pressure level.", labels=["level"]
-        )
-        for level in LEVELS:
-            spent.add_metric([level], self._level_us[level] / 1e6)
+        if self._level_us:  # where no level was ever known, there is no time at it either
+            yield from self._of_heat()
         energy = CounterMetricFamily("mlxrack_energy_joules", "Energy since the start, by source.", labels=["source"])
         for source, used_mj in self._energy_mj.items():
             energy.add_metric([source], used_mj / 1e3)
         swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes that went to swap and back.", labels=["way"])
         for way in ("in", "out"):
             swapped.add_metric([way], self._swapped[way])
-        yield from (spent, energy, swapped)
+        yield from (energy, swapped)
+
+    def _of_heat(self) -> Iterator[Metric]:
+        throttles = CounterMetricFamily(
+            "mlxrack_thermal_throttle_events", "Rises of the thermal pressure level to heavy or above.", labels=["to"]
+        )
+        for level in LEVELS[2:]:
+            throttles.add_metric([level], self._throttles[level])
+        spent = CounterMetricFamily(
+            "mlxrack_thermal_pressure_seconds", "Time at each thermal pressure level.", labels=["level"]
+        )
+        for level in LEVELS:
+            spent.add_metric([level], self._level_us[level] / 1e6)
+        yield from (throttles, spent)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -39,7 +39,8 @@ class HostCollector:
         """The processor's time is counted by the system."""
 
     def sources(self) -> list[Source]:
-        return [Source("psutil", "", ", ".join(sorted(self.read().fields)))]
+        free = self.read().fields["disk_free_bytes"]
+        return [Source("processor and disk", "", f"{free / 1e9:.0f} GB free")]
 
     def read(self) -> Reading:
         before, self._last = self._last, psutil.cpu_times()
