@@ -189,8 +189,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"status: mlxrack-agent status --config '{path}'", flush=True)
 
         await daemon.run(started)
-        if daemon.pushing:
-            # a thread that waits for a silent store would hold the exit for minutes; its batches are on disk
+        if daemon.pushing or daemon.sampler.hangs:
+            # a thread that waits for a silent store or sensor would hold the exit for minutes; batches are on disk
             sys.stdout.flush()
             os._exit(0)
 

@@ -78,6 +78,7 @@ class Daemon:
         self.sensors = Sensors()
         self.meters = RackMeters(config.meters, environ)
         self._pushing = asyncio.Lock()
+        self._telling = asyncio.Lock()
         self._pushes: set[asyncio.Task[int]] = set()
         self._started_s = int(time.time())
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -237,6 +238,8 @@ class Daemon:
     async def poll(self) -> None:
         """Look at the clock and at the sensors; heat is told at once."""
         self._clock_watch.look()
+        if self._heat_descriptor is None:
+            self._watch_heat(asyncio.get_running_loop())
         await self.sampler.poll()
         self._tell_heat()
 
@@ -447,7 +450,7 @@ class Daemon:
             task.add_done_callback(self._urgent_tasks.discard)
 
     async def _send_urgent(self, event: Event) -> None:
-        async with self._pushing:
+        async with self._telling:
             await asyncio.to_thread(self.pusher.urgent, (event,), self.sampler.urgent_batch)
 
     def _carried_by_peer(self, name: str) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 from agent.spool import Spool, Waiting
 from shared import keys
 from shared.backoff import full_jitter_s
-from shared.batch import Batch, digest, seal
+from shared.batch import Batch, digest, seal, unseal
 from shared.errors import Halt, NotFound, PreconditionFailed, RackError, Refused, Retryable
 from shared.ids import NodeId
 from shared.logs import get_logger
@@ -74,7 +74,7 @@ class Pusher:
 
         After a failure nothing is tried for a while (full jitter, 1 s to 5 min) unless ``force``.
         """
-        if not force and self._clock() < self._not_before_s:
+        if self._stopping.is_set() or (not force and self._clock() < self._not_before_s):
             return 0
         sent = 0
         try:
@@ -102,6 +102,8 @@ class Pusher:
             self._opened().put_if_absent(keys.urgent_key(raw, self._urgent), seal([_stamped(batch, incarnation)]))
         except RackError as error:
             log.info("urgent_copy_failed", code=error.code)
+            if isinstance(error, Retryable):
+                self._failed(error)
 
     def stop(self) -> None:
         """What is being sent is sent; the rest waits for the next run."""
@@ -110,7 +112,8 @@ class Pusher:
     @property
     def clock_skew_ms(self) -> int | None:
         """This machine's clock less the store's, as the store last told; None when it does not."""
-        return self._store.clock_skew_ms if self._store is not None else self._last_skew_ms
+        store = self._store  # another thread may give it up at any moment
+        return store.clock_skew_ms if store is not None else self._last_skew_ms
 
     def _drain(self) -> int:
         store = self._opened()
@@ -151,7 +154,8 @@ class Pusher:
     @staticmethod
     def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
         """The key is taken: by us, when an answer was lost, or by another agent with our name."""
-        if digest(store.get(key).body) != digest(body):
+        stored = store.get(key).body
+        if digest(stored) != digest(body) and _said(stored) != _said(body):
             raise Halt(
                 f"push {key}: another agent writes under this node's name; give each node its own node.id",
                 code="identity_clash",
@@ -182,12 +186,25 @@ class Pusher:
         if self.state.reason != error.message:
             log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
         self.state.reason = error.message
-        self._last_skew_ms = self.clock_skew_ms
-        self._store = None  # credentials may have been mended meanwhile
+        if isinstance(error, Halt):
+            # credentials may have been mended meanwhile; a new client costs much and is not made for less
+            self._last_skew_ms = self.clock_skew_ms
+            self._store = None
         wait_s = full_jitter_s(self.state.failures - 1, self._random_01())
         asked_s = error.retry_after_s if isinstance(error, Retryable) and error.retry_after_s else 0.0
         # what the store asks for is the least; jitter keeps nodes apart that were all asked for the same
         self._not_before_s = self._clock() + min(MOST_RETRY_AFTER_S, asked_s) + wait_s
+
+
+def _said(segment: bytes) -> list[Batch] | None:
+    """What its batches say, however they were packed and whatever was known of the clock; None for no segment."""
+    try:
+        return [
+            msgspec.structs.replace(batch, mono_ms=0, dropped_batches=0, clock_skew_ms=None)
+            for batch in unseal(segment)
+        ]
+    except Refused:
+        return None
 
 
 def _stamped(batch: Batch, incarnation: int) -> Batch:

@@ -1,6 +1,7 @@
 """One tick: every collector with a deadline, the window's counts and events, one batch into the spool."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -49,7 +50,8 @@ class Sampler:
         self._standing = standing
         self._once = tuple(once)
         self._on_sample = on_sample
-        self._busy: set[str] = set()
+        self._running: dict[str, asyncio.Future[Any]] = {}
+        self._late: dict[str, asyncio.Future[Reading]] = {}
         self.budget_bytes = budget_bytes
         self._boot_id = boot_id
         self._clock_skew_ms = clock_skew_ms
@@ -62,6 +64,11 @@ class Sampler:
         self._ticks: set[asyncio.Task[None]] = set()
         self.lost_windows = 0
         self.last_sample: HostSample | None = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a collector is still at work, for example in a call of the system that does not come back."""
+        return bool(self._running)
 
     def emit(self, event: Event) -> None:
         """An event for the next batch."""
@@ -79,7 +86,8 @@ class Sampler:
 
     async def poll(self) -> None:
         """Look at what changes from second to second."""
-        await asyncio.gather(*(self._in_time(c.name, c.poll) for c in self._collectors))
+        polls = {asyncio.ensure_future(self._poll(c)) for c in self._collectors}
+        await asyncio.wait(polls, timeout=COLLECTOR_DEADLINE_S)
 
     async def tick(self) -> None:
         """Close the window. A disk that refuses keeps the window in memory for the next tick.
@@ -147,20 +155,31 @@ class Sampler:
             log.info("window_closed", seq=batch.seq, records=len(records))
 
     async def _read(self, collector: Collector) -> Reading:
-        found = await self._in_time(collector.name, collector.read)
-        return Reading({}, {collector.name: found}) if isinstance(found, str) else found
-
-    async def _in_time(self, name: str, look: Callable[[], T]) -> T | str:
-        """What a collector gives, or why it gave nothing. One that hangs is not asked again before it is back."""
-        if name in self._busy:
-            return "still busy with an earlier reading"
-        self._busy.add(name)
-        work = asyncio.get_running_loop().run_in_executor(None, look)
-        work.add_done_callback(lambda _: self._busy.discard(name))
+        """What a collector read. One that is late is asked for its answer at the next window, not for another: what it
+        has counted would be lost."""
+        name = collector.name
         try:
             async with asyncio.timeout(COLLECTOR_DEADLINE_S):
-                return await asyncio.shield(work)
+                if (before := self._running.get(name)) is not None:
+                    await asyncio.wait({before})
+                if name not in self._late:
+                    self._late[name] = self._begin(name, collector.read)
+                found = await asyncio.shield(self._late[name])
         except TimeoutError:
-            return f"no answer within {COLLECTOR_DEADLINE_S:g} s"
+            return Reading({}, {name: f"no answer within {COLLECTOR_DEADLINE_S:g} s"})
         except Exception as error:  # noqa: BLE001  # a sensor must never end the agent
-            return type(error).__name__
+            found = Reading({}, {name: type(error).__name__})
+        self._late.pop(name, None)
+        return found
+
+    async def _poll(self, collector: Collector) -> None:
+        if collector.name in self._running:
+            return
+        with contextlib.suppress(Exception):  # it says so itself when it is read
+            await asyncio.shield(self._begin(collector.name, collector.poll))
+
+    def _begin(self, name: str, look: Callable[[], T]) -> "asyncio.Future[T]":
+        work = asyncio.get_running_loop().run_in_executor(None, look)
+        self._running[name] = work
+        work.add_done_callback(lambda done: self._running.pop(name, None) if self._running.get(name) is done else None)
+        return work

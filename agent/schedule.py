@@ -28,12 +28,13 @@ log = get_logger("agent.schedule")
 
 class Job(NamedTuple):
     """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled. The first
-    is after that time, or at once."""
+    is after that time and ``later_s``, or at once."""
 
     name: str
     every_s: float
     run: Callable[[], Awaitable[object]]
     at_once: bool = False
+    later_s: float = 0.0
 
 
 def jobs(
@@ -46,7 +47,8 @@ def jobs(
     """The agent's jobs."""
     return (
         Job("sample", config.telemetry.sample_s, sample),
-        Job("push", config.telemetry.upload_s, push),
+        # a little after a window's end, so that the window is in it
+        Job("push", config.telemetry.upload_s, push, later_s=min(2.0, config.telemetry.upload_s / 4)),
         Job("follow", config.desired.follow_s, follow, at_once=True),
     )
 
@@ -54,6 +56,7 @@ def jobs(
 def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
     """A running scheduler; the caller shuts it down."""
     scheduler = AsyncIOScheduler(timezone=dt.UTC)
+    now = dt.datetime.now(dt.UTC)
     for job in table:
         scheduler.add_job(
             job.run,
@@ -62,7 +65,7 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
             max_instances=1,
             coalesce=True,
             misfire_grace_time=None,
-            **({"next_run_time": dt.datetime.now(dt.UTC)} if job.at_once else {}),
+            next_run_time=now + dt.timedelta(seconds=0 if job.at_once else job.every_s + job.later_s),
         )
     scheduler.start()
     return scheduler

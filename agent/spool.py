@@ -129,8 +129,11 @@ class Spool:
 
     def set_aside(self, waiting: Waiting) -> None:
         """Out of the way, but not lost."""
+        try:
+            waiting.path.replace(self._folder / "bad" / waiting.path.name)
+        except FileNotFoundError:
+            return  # it had to make room meanwhile, and was counted then
         self.dropped += 1
-        waiting.path.replace(self._folder / "bad" / waiting.path.name)
         self._gone(waiting)
         aside = sorted((self._folder / "bad").iterdir())
         for path in aside[:-KEPT_BAD]:
@@ -240,11 +243,13 @@ def _write_synced(path: Path, body: bytes) -> None:
         file.flush()
         _sync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # it has its name, and is taken: what is left is only when the disk knows that
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _sync(descriptor: int) -> None:

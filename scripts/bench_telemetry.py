@@ -135,14 +135,25 @@ async def rate(port: int, model: str, seconds: float) -> float:
 
 
 async def at_rest(folder: Path, seconds: float) -> tuple[float, int]:
-    """Share of a core and resident bytes of a daemon with a model that nobody asks."""
-    agent = Agent(folder, fake("m"), OFTEN)
-    with agents(agent):
-        await agent.ready()
-        await asyncio.sleep(5)
-        before, began = agent.cpu_s(), time.monotonic()
-        await asyncio.sleep(seconds)
-        return (agent.cpu_s() - before) / (time.monotonic() - began), agent.rss()
+    """Share of a core and resident bytes of a daemon with a model that nobody asks and an S3 store."""
+    with SeaweedFS(folder / "store") as server:
+        server.store("bench").create_bucket()
+        agent = Agent(folder / "n", fake("m"), OFTEN, s3(server, folder))
+        with agents(agent):
+            await agent.ready()
+            await asyncio.sleep(5)
+            before, began = agent.cpu_s(), time.monotonic()
+            await asyncio.sleep(seconds)
+            return (agent.cpu_s() - before) / (time.monotonic() - began), agent.rss()
+
+
+def s3(server: SeaweedFS, folder: Path) -> str:
+    """The store's table for a real S3 server."""
+    for name, secret in zip(("access", "secret"), SeaweedFS.ADMIN, strict=True):
+        (folder / name).write_text(secret)
+        (folder / name).chmod(0o600)
+    keys = "".join(f"{name}_key = {json.dumps(f'file:{folder / name}')}\n" for name in ("access", "secret"))
+    return f'[store]\nkind = "s3"\nendpoint = "{server.endpoint}"\nbucket = "bench"\n{keys}'
 
 
 async def under_load(folder: Path, rounds: int) -> tuple[float, float]:
@@ -232,14 +243,7 @@ async def while_draining(folder: Path) -> tuple[float, float]:
     fill(folder / "n" / "state" / "spool")
     with SeaweedFS(folder / "store") as server:
         server.store("bench").create_bucket()
-        for name, secret in zip(("access", "secret"), SeaweedFS.ADMIN, strict=True):
-            (folder / name).write_text(secret)
-            (folder / name).chmod(0o600)
-        store = f'[store]\nkind = "s3"\nendpoint = "{server.endpoint}"\nbucket = "bench"\n' + "".join(
-            f"{key} = {json.dumps(f'file:{folder / file}')}\n"
-            for key, file in (("access_key", "access"), ("secret_key", "secret"))
-        )
-        agent = Agent(folder / "n", fake("m") + "fake_step_s = 0.01\n", MANUAL, store)
+        agent = Agent(folder / "n", fake("m") + "fake_step_s = 0.01\n", MANUAL, s3(server, folder))
         with agents(agent):
             await agent.ready()
             before = await p95(agent.port, asyncio.sleep(QUIET_S))
@@ -289,7 +293,7 @@ async def measured(folder: Path, rest_s: float, rounds: int) -> bool:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rest", type=float, default=60.0, help="seconds at rest (default: %(default)s)")
+    parser.add_argument("--rest", type=float, default=130.0, help="seconds at rest (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     if os.getloadavg()[0] > 0.7:

@@ -153,7 +153,9 @@ class S3Store:
             raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
         with _as_ours("put", key):
             answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
-            etag: str = answer["ETag"]
+            etag = answer.get("ETag")
+            if not isinstance(etag, str):
+                raise Retryable(f"put {key}: what answered is no store (no ETag); is there a proxy in between?")
             return etag.strip('"')
 
 

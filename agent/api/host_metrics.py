@@ -62,8 +62,8 @@ class HostMetrics(Collector):
             self._level_us[level] += spent_us
         if sample.energy_mj is not None and sample.energy_source:
             self._energy_mj[sample.energy_source] += sample.energy_mj
-        self._swapped["in"] += sample.swap_in_bytes or 0
-        self._swapped["out"] += sample.swap_out_bytes or 0
+        if sample.swap_in_bytes is not None and sample.swap_out_bytes is not None:
+            self._swapped.update({"in": sample.swap_in_bytes, "out": sample.swap_out_bytes})
 
     def throttled(self, event: ThrottleEvent) -> None:
         """A crossing; what was hot when we began to look is none."""
@@ -125,8 +125,8 @@ class HostMetrics(Collector):
         for source, used_mj in self._energy_mj.items():
             energy.add_metric([source], used_mj / 1e3)
         swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes that went to swap and back.", labels=["way"])
-        for way in ("in", "out"):
-            swapped.add_metric([way], self._swapped[way])
+        for way, bytes_ in self._swapped.items():
+            swapped.add_metric([way], bytes_)
         yield from (energy, swapped)
 
     def _of_heat(self) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,8 @@ class Chip:
         self._sys_class = sys_class
         self._open_smc = open_smc
         self._clock = clock
+        # thermal and power ask in threads of their own
+        self._lock = threading.Lock()
         self._smc: smc.Smc | None = None
         self._macmon: MacmonPipe | None = None
         self._last: tuple[float, ChipReading | None] | None = None
@@ -99,10 +102,11 @@ class Chip:
 
     def read(self) -> ChipReading | None:
         """The first source that answers."""
-        now = self._clock()
-        if self._last is None or now - self._last[0] > FRESH_S:
-            self._last = (now, self._read())
-        return self._last[1]
+        with self._lock:
+            now = self._clock()
+            if self._last is None or now - self._last[0] > FRESH_S:
+                self._last = (now, self._read())
+            return self._last[1]
 
     @property
     def failed(self) -> dict[str, str]:
@@ -113,16 +117,18 @@ class Chip:
         """Each, tried now."""
         found = []
         for name, read in self._readers().items():
-            reading = self.guards[name].call(read)
+            with self._lock:
+                reading = self.guards[name].call(read)
             found.append(Source(name, self.guards[name].reason, _seen(reading) if reading else ""))
         return found
 
     def close(self) -> None:
         """Give everything back."""
-        if self._smc is not None:
-            self._smc.close()
-        if self._macmon is not None:
-            self._macmon.close()
+        with self._lock:
+            if self._smc is not None:
+                self._smc.close()
+            if self._macmon is not None:
+                self._macmon.close()
 
     def _read(self) -> ChipReading | None:
         for name, read in self._readers().items():
@@ -139,7 +145,13 @@ class Chip:
     def _read_smc(self) -> ChipReading:
         if self._smc is None:
             self._smc = self._open_smc()
-        return of_smc(self._smc.values())
+        try:
+            return of_smc(self._smc.values())
+        except Failure:
+            # what is broken is opened anew at the next look
+            self._smc.close()
+            self._smc = None
+            raise
 
     def _read_macmon(self) -> ChipReading:
         if self._macmon is None:

@@ -18,6 +18,8 @@ from agent.collectors.reading import Failure, Guarded, Reading, Source, file_byt
 
 BUSY_SHARE = 0.05
 """A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
+COVERS = 0.9
+"""Watts that were known for so much of a window are the window's energy; else counters are, where there are any."""
 MOST_OVER_SYSTEM = 1.1
 """The parts draw no more than the whole, give or take a tenth."""
 
@@ -65,8 +67,8 @@ class Rapl:
     def read(self) -> Energy:
         parts = {}
         for path in sorted(self._powercap.glob("intel-rapl:[0-9]*/energy_uj")):
-            if path.parent.name.count(":") > 1:
-                continue  # a part of a package, which is in its sum
+            if path.parent.name.count(":") > 1 or not _is_package(path.parent):
+                continue  # a part of a package, or the platform with all packages: both are in another's sum
             counter = parse_energy_uj(file_bytes(path))
             if counter is not None:
                 parts[path.parent.name] = counter
@@ -94,9 +96,10 @@ class IoReport:
 
 
 def energy_of(metrics: object) -> Energy:
-    """Processor, GPU, neural engine and DRAM of an AppleEnergyMetrics, in millijoules there; a chip may lack some.
+    """Processor, GPU and neural engine of an AppleEnergyMetrics, in millijoules there; a chip may lack some. Not DRAM,
+    which no other source of the chip's power counts.
     Raises Failure when it has not even the processor's."""
-    names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj", "dram": "dram_mj"}
+    names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj"}
     found = {part: getattr(metrics, name, None) for part, name in names.items()}
     parts = {
         part: round(value * 1000) for part, value in found.items() if isinstance(value, int | float) and value >= 0
@@ -130,11 +133,14 @@ class PowerCollector:
         self._system, self._soc = Gauge(), Gauge()
         self._last: tuple[float, Energy] | None = None
         self._last_cpu = cpu_times()
+        self._closed_s, self._whole = clock(), "PSTR"
         self._guard = Guarded("ioreport" if platform == "darwin" else "rapl", clock)
 
     def poll(self) -> None:
         now, reading = self._clock(), self._chip.read()
         _note(self._system, now, reading.system_w if reading is not None else None)
+        if reading is not None:
+            self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
         watts = self._powermetrics()
         if watts is None and reading is not None:
             watts = reading.soc_w
@@ -155,7 +161,8 @@ class PowerCollector:
         if _is_too_much(fields):
             failed["soc_power"] = f"{fields.pop('soc_power_mw') / 1000:.1f} W, more than the whole system draws"
             counted = soc = None
-        fields.update(_energy(system, counted, soc, self._guard.name))
+        window_s, self._closed_s = now - self._closed_s, now
+        fields.update(_energy(system, counted, soc, window_s=window_s, names=(self._whole, self._guard.name)))
         return Reading(fields, {**failed, **({self._guard.name: self._guard.reason} if self._guard.reason else {})})
 
     def sources(self) -> list[Source]:
@@ -186,10 +193,15 @@ class PowerCollector:
         return 1 - idle / total if total > 0 else 0.0
 
 
-def _energy(system: Seen | None, counted: tuple[int, float] | None, soc: Seen | None, counter: str) -> dict[str, Any]:
-    """Energy of the window, from the source that sees most."""
-    if system is not None and system.covered_s > 0:
-        return {"energy_mj": round(system.mean * system.covered_s * 1000), "energy_source": "PSTR"}
+def _energy(
+    system: Seen | None, counted: tuple[int, float] | None, soc: Seen | None, *, window_s: float, names: tuple[str, str]
+) -> dict[str, Any]:
+    """Energy of the window, from the source that sees most of the machine over most of the time. ``names`` are those of
+    the system's watts and of the counters."""
+    whole, counter = names
+    covers = system is not None and system.covered_s >= COVERS * window_s
+    if system is not None and system.covered_s > 0 and (covers or counted is None):
+        return {"energy_mj": round(system.mean * system.covered_s * 1000), "energy_source": whole}
     if counted is not None:
         return {"energy_mj": counted[0] // 1000, "energy_source": counter}
     if soc is not None and soc.covered_s > 0:
@@ -207,6 +219,13 @@ def _note(gauge: Gauge, now: float, value: float | None) -> None:
         gauge.gone(now)
     else:
         gauge.add(now, value)
+
+
+def _is_package(folder: Path) -> bool:
+    try:
+        return file_bytes(folder / "name").startswith(b"package")
+    except Failure:
+        return False
 
 
 def _range_uj(folder: Path) -> int:

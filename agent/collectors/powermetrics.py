@@ -9,6 +9,7 @@ import os
 import plistlib
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,7 @@ class PowermetricsStream:
     def __init__(self, child: Child, clock: Callable[[], float] = time.monotonic) -> None:
         self._child = child
         self._clock = clock
+        self._lock = threading.Lock()
         self._documents = Documents()
         self._last: tuple[float, Powermetrics] | None = None
         self.guard = Guarded("powermetrics", clock)
@@ -133,9 +135,13 @@ class PowermetricsStream:
 
     def last(self) -> Powermetrics | None:
         """The newest sample, None when there is none of the last few intervals."""
-        said = self.guard.call(self._child.read)
-        for sample in self._documents.feed(said or b""):
-            self._last = (self._clock(), sample)
+        with self._lock:
+            said = self.guard.call(self._child.read)
+            for sample in self._documents.feed(said or b""):
+                self._last = (self._clock(), sample)
+            return self._fresh()
+
+    def _fresh(self) -> Powermetrics | None:
         if self._last is None or self._clock() - self._last[0] > FRESH_S:
             return None
         return self._last[1]

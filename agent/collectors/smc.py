@@ -5,6 +5,7 @@ found by their names' beginnings at the start, since every chip has others. Many
 processor cluster that sleeps answers exactly 40.0 for all of its sensors: see ``is_valid``.
 """
 
+import contextlib
 import ctypes
 import math
 import re
@@ -172,13 +173,17 @@ class Smc:
 
     def values(self) -> dict[str, float]:
         """Every wanted key that can be read now. Raises Failure when none can."""
-        found = {}
+        found, why = {}, "SMC: none of its keys can be read"
         for key in self.keys:
-            value = self._value(key)
+            try:
+                value = self._value(key)
+            except Failure as error:
+                why = str(error)  # some keys are there and cannot be read
+                continue
             if value is not None:
                 found[key] = value
         if not found:
-            raise Failure("SMC: none of its keys can be read")
+            raise Failure(why)
         return found
 
     def close(self) -> None:
@@ -273,9 +278,10 @@ class Smc:
             raise Failure("SMC: does not say how many keys it has")
         found = []
         for index in range(int(count)):
-            answer = self._call(KeyData(command=KEY_BY_INDEX, index=index))
-            if answer is not None:
-                found.append(_name_of(answer.key))
+            with contextlib.suppress(Failure):
+                answer = self._call(KeyData(command=KEY_BY_INDEX, index=index))
+                if answer is not None:
+                    found.append(_name_of(answer.key))
         return found
 
 

@@ -5,6 +5,7 @@ from notifyutil, else from powermetrics where that runs. 0 also stands for a key
 has to prove once that the level moves. Linux has temperatures and no such level.
 """
 
+import contextlib
 import re
 import sys
 import threading
@@ -82,14 +83,14 @@ class ThermalCollector:
         return self._notify.descriptor if self._notify is not None else None
 
     def posted(self) -> None:
-        """The level was published: look at it now."""
+        """The level was published: look at it now. Runs on the loop, and starts no command."""
         if self._notify is not None:
             self._notify.drain()
-        self._look()
+            self._look(("notify",))
 
     def poll(self) -> None:
         if self._is_mac:
-            self._look()
+            self._look(tuple(self._readers))
         reading, now = self._chip.read(), self._clock()
         for name, field in _TEMPERATURES.items():
             celsius = getattr(reading, field) if reading is not None else None
@@ -150,22 +151,35 @@ class ThermalCollector:
             **_seconds(window),
         }
 
-    def _look(self) -> None:
-        level = None
-        for name, read in self._readers.items():
-            level = self._guards[name].call(read)
-            if level is not None:
-                self._source = name
-                break
+    def _look(self, names: tuple[str, ...]) -> None:
+        found: list[Throttled] = []
+        for name in names:
+            # read and noted in one piece where that is quick: an older level must not come after a newer one
+            with self._lock if name == "notify" else contextlib.nullcontext():
+                level = self._guards[name].call(self._readers[name])
+                if level is None:
+                    continue
+                if name == "notify":
+                    found = self._note(name, level)
+            if name != "notify":
+                with self._lock:
+                    found = self._note(name, level)
+            break
         else:
+            if names == ("notify",):
+                return  # the next look in a thread tries the others
             level = self._powermetrics()
-            self._source = "powermetrics" if level is not None else "unknown"
-        now = self._clock()
-        with self._lock:
-            found = self._throttle.see(now, level)
-            self._events += found
+            with self._lock:
+                found = self._note("powermetrics" if level is not None else "unknown", level)
         if found:
             self.on_event()
+
+    def _note(self, source: str, level: int | None) -> list[Throttled]:
+        """With the lock held."""
+        self._source = source
+        found = self._throttle.see(self._clock(), level)
+        self._events += found
+        return found
 
     def _by_notify(self) -> int:
         if self._notify is None:

@@ -14,7 +14,7 @@ from agent.collectors.gauge import Gauge
 from agent.collectors.reading import MAX_OUTPUT_BYTES, Failure
 from agent.config import SNMP_NUMBERS, Meter
 from agent.meters import http, snmp
-from agent.meters.snmp_client import SnmpClient
+from agent.meters.snmp_client import NoAnswer, SnmpClient
 from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import OutletReading
@@ -78,16 +78,25 @@ class RackMeters:
         ]
 
     async def _ask_all(self, meters: Sequence[Meter]) -> None:
+        silent = ""
         for meter in meters:
+            if silent:
+                self._failed(meter, silent)  # the device, not the outlet: the others need not wait for it, too
+                continue
             try:
                 async with asyncio.timeout(TIMEOUT_S):
                     watts = await self._ask(meter)
+            except NoAnswer as error:
+                silent = str(error)
+                self._failed(meter, silent)
             except (Failure, RackError) as error:
                 self._failed(meter, str(error))
             except TimeoutError:
-                self._failed(meter, f"no answer within {TIMEOUT_S:g} s")
+                silent = f"no answer within {TIMEOUT_S:g} s"
+                self._failed(meter, silent)
             except (aiohttp.ClientError, OSError) as error:
-                self._failed(meter, f"cannot be reached ({type(error).__name__})")
+                silent = f"cannot be reached ({type(error).__name__})"
+                self._failed(meter, silent)
             else:
                 self._gauges[meter.name].add(self._clock(), watts)
                 self._last[meter.name] = round(watts, 1)

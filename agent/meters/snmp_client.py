@@ -13,6 +13,10 @@ TRIES = 3
 PORT = 161
 
 
+class NoAnswer(Failure):
+    """The device says nothing at all."""
+
+
 class SnmpClient:
     """Started by the first question. To be closed."""
 
@@ -54,7 +58,7 @@ class SnmpClient:
             self._engine, hlapi.CommunityData(community), target, hlapi.ContextData(), *asked, lookupMib=False
         )
         if problem:
-            raise Failure(f"SNMP: {problem}; is the community right, and may this node ask?")
+            raise NoAnswer(f"SNMP: {problem}; is the community right, and may this node ask?")
         if status:
             raise Failure(f"SNMP: refused (error {int(status)})")
         return {str(oid): int(value) for oid, value in found if _is_number(value)}

@@ -227,6 +227,10 @@ int IOConnectCallStructMethod(uint32_t connection, uint32_t selector, const void
             answer->info.kind = four(key->kind);
             return 0;
         }
+        if (asked->command == 5 && strchr(key->name, '!')) { /* there, and not to be read */
+            answer->result = 133;
+            return 0;
+        }
         if (asked->command == 5 && asked->info.size == key->size) {
             memcpy(answer->bytes, key->bytes, key->size);
             return 0;

@@ -196,6 +196,7 @@ def test_windows_of_a_gauge_add_up(seen: list[tuple[float, float]]) -> None:
 def powercap(folder: Path, counter: int, *, package: str = "intel-rapl:0") -> None:
     (folder / package).mkdir(exist_ok=True)
     (folder / package / "energy_uj").write_text(f"{counter}\n")
+    (folder / package / "name").write_text("psys\n" if package == "intel-rapl:1" else "package-0\n")
     (folder / package / "max_energy_range_uj").write_text("10000000\n")
 
 
@@ -210,6 +211,7 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
     assert "no readable energy counter" in collector().read().failed["rapl"]
     powercap(tmp_path, 1_000_000)
     powercap(tmp_path, 999, package="intel-rapl:0:0")
+    powercap(tmp_path, 999_999, package="intel-rapl:1")
     one = collector()
     assert one.read().fields == {}
     powercap(tmp_path, 6_000_000)
@@ -242,7 +244,7 @@ def test_energy_of_the_chip_is_the_parts_that_it_tells() -> None:
     class Metrics:
         cpu_total_mj, gpu_mj, ane_mj, dram_mj = 1200, 30.5, None, 7
 
-    assert energy_of(Metrics()) == Energy({"cpu": 1_200_000, "gpu": 30_500, "dram": 7_000})
+    assert energy_of(Metrics()) == Energy({"cpu": 1_200_000, "gpu": 30_500}), "memory is no part of the chip's power"
     with pytest.raises(Failure, match="no energy of the processor"):
         energy_of(object())
 
@@ -266,6 +268,25 @@ def test_the_three_powers_are_kept_apart_and_the_parts_are_no_more_than_the_whol
     found = one.read()
     assert "soc_power_mw" not in found.fields
     assert "more than the whole system" in found.failed["soc_power"]
+
+
+def test_watts_known_for_a_part_of_a_window_are_not_its_energy(tmp_path: Path) -> None:
+    clock, watts = [0.0], [10.0]
+
+    class Fixed(Chip):
+        def read(self) -> chip.ChipReading:
+            return chip.ChipReading(source="smc", system_w=watts[0] or None)
+
+    powercap(tmp_path, 0)
+    one = PowerCollector(Fixed("darwin"), "darwin", counters=Rapl(tmp_path), clock=lambda: clock[0])
+    one.read()
+    for at_s in range(0, 62, 2):
+        clock[0] = float(at_s)
+        watts[0] = 10.0 if at_s < 20 else 0.0
+        one.poll()
+    powercap(tmp_path, 9_000_000)
+    fields = one.read().fields
+    assert (fields["energy_mj"], fields["energy_source"]) == (9_000, "ioreport")
 
 
 def test_documents_of_powermetrics_wherever_the_stream_is_cut() -> None:

@@ -5,6 +5,7 @@ import ctypes
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,42 @@ def test_a_controller_that_fails_is_named(mac: Fake, wrong: dict[str, int], why:
         smc.Smc(mac.path, mac.path)
     assert mac.get("fake_unreleased") == 0
     assert mac.get("fake_open_connections") == 0
+
+
+def test_a_key_that_refuses_costs_itself_alone(mac: Fake) -> None:
+    mac.keys(("Tp!1", "flt ", degrees(99.0)), ("Tp01", "flt ", degrees(61.25)))
+    opened = smc.Smc(mac.path, mac.path)
+    assert opened.values() == {"Tp01": 61.25}
+    opened.close()
+    mac.keys(("Tp!1", "flt ", degrees(99.0)))
+    alone = smc.Smc(mac.path, mac.path)
+    with pytest.raises(Failure, match="result 133"):
+        alone.values()
+    alone.close()
+
+
+def test_a_connection_that_broke_is_opened_anew_and_two_threads_share_a_look(mac: Fake) -> None:
+    clock, opened = [0.0], list[smc.Smc]()
+
+    def open_one() -> smc.Smc:
+        opened.append(smc.Smc(mac.path, mac.path))
+        return opened[-1]
+
+    mac.keys(("Tp01", "flt ", degrees(61.25)))
+    one = Chip("darwin", open_smc=open_one, clock=lambda: clock[0])
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: one.read(), range(64)))
+    assert len({id(reading) for reading in found}) == 1
+    assert (len(opened), mac.get("fake_open_connections")) == (1, 1)
+    mac.set(fake_call_status=1)
+    clock[0] = 2.0
+    assert one.read() is None
+    assert mac.get("fake_open_connections") == 0
+    mac.set(fake_call_status=0)
+    clock[0] = 4.0
+    assert one.read() is not None
+    assert len(opened) == 2
+    one.close()
 
 
 def test_a_controller_that_stops_answering_gives_no_old_numbers(mac: Fake) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -264,6 +265,27 @@ async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
         await rack.poll()
     assert [state["watts"] for state in rack.status()] == [1.0] * 4
     assert most == 1
+
+
+async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.3)
+    asked = 0
+
+    async def silent(request: web.Request) -> Any:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(60)
+
+    async with plug(silent) as dead, plug(lambda _: {"apower": 7.0}) as alive:
+        meters = [Meter(name=f"dead {n}", kind="shelly", at=dead, nodes=("n",), channel=n) for n in range(6)]
+        rack = RackMeters([*meters, Meter(name="alive", kind="shelly", at=alive, nodes=("m",))], {})
+        began = time.monotonic()
+        await rack.poll()
+        assert time.monotonic() - began < 1.5
+    assert asked == 1
+    states = {state["meter"]: state for state in rack.status()}
+    assert states["alive"]["watts"] == 7.0
+    assert all("no answer" in states[f"dead {n}"]["problem"] for n in range(6))
 
 
 def test_every_kind_has_a_way_to_be_read() -> None:

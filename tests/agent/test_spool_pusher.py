@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.pusher import Pusher
 from agent.spool import Spool
-from shared.batch import Batch, seal, unseal
+from shared.batch import Batch, encode, seal, unseal
 from shared.errors import AccessDenied, Halt, Refused, Retryable
 from shared.records import PeerDown
 from shared.store import Listed, ObjectStore, Stored, list_all
@@ -134,6 +135,63 @@ def test_a_store_that_says_when_to_come_again_is_obeyed(tmp_path: Path) -> None:
     clock[0] = 121.0
     assert push.drain() == 1
     assert push.clock_skew_ms == 1_500
+
+
+def test_a_client_is_kept_over_an_outage_and_made_anew_for_new_credentials(tmp_path: Path) -> None:
+    store, made = Flaky(tmp_path / "store"), [0]
+    spool = opened(tmp_path / "spool")
+    fill(spool, 1)
+
+    def make_one() -> ObjectStore:
+        made[0] += 1
+        return store
+
+    def away(key: str, body: bytes) -> None:
+        raise Retryable("away")
+
+    def refused(key: str, body: bytes) -> None:
+        raise AccessDenied("no")
+
+    push = Pusher(spool, make_one, random_01=lambda: 0.0, pace_s=0.0)
+    store.faults = [away, away, away, refused]
+    for _ in range(4):
+        push.drain(force=True)
+    assert made[0] == 1
+    push.drain(force=True)
+    assert (made[0], spool.waiting()) == (2, [])
+    push.stop()
+    fill(spool, 1)
+    assert push.drain(force=True) == 0, "nothing is touched once the spool may be another's"
+
+
+def test_what_was_renamed_is_taken_whatever_the_folder_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = opened(tmp_path)
+    real = os.open
+
+    def full(path: object, flags: int, *more: object) -> int:
+        if path == tmp_path:
+            raise OSError(24, "Too many open files")
+        return real(path, flags, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    fill(spool, 2)
+    assert ([w.seq for w in spool.waiting()], spool.count) == ([1, 2], 2)
+
+
+def test_the_same_batch_packed_otherwise_is_no_other_agent(tmp_path: Path) -> None:
+    store, spool = Flaky(tmp_path / "store"), opened(tmp_path / "spool")
+    fill(spool, 1)
+    batch = spool.read(spool.waiting()[0])
+    assert batch is not None
+    push = pusher(spool, store)
+    push.drain()
+    (key,) = [one.key for one in list_all(store, "raw/") if not one.key.endswith("/claim")]
+    store.put(key, seal([msgspec.structs.replace(batch, incarnation=1, mono_ms=77, dropped_batches=1)]))
+    spool.close(clean=True)
+    (tmp_path / "spool" / "e00000001-0000000001.batch").write_bytes(encode(batch))
+    again = opened(tmp_path / "spool")
+    assert pusher(again, store).drain() == 1
+    assert again.waiting() == []
 
 
 def test_what_has_piled_up_is_sent_at_a_bounded_rate_and_stopped_at_once(tmp_path: Path) -> None:
