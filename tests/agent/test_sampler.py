@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,14 @@ class Broken(Slow):
         raise ValueError
 
 
-def sampler(folder: Path, *collectors: Any) -> Sampler:
-    spool = Spool(folder, node="n", rack="r", hardware="h", max_bytes=1 << 20, max_batches=1000)
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    one = Spool(tmp_path, node="n", rack="r", hardware="h", max_bytes=1 << 20, max_batches=1000)
+    yield one
+    one.close(clean=True)
 
+
+def sampler(spool: Spool, *collectors: Any) -> Sampler:
     async def windows() -> list[Any]:
         return []
 
@@ -66,9 +71,9 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_window_that_meets_a_look_in_between_waits_for_it(tmp_path: Path) -> None:
+async def test_a_window_that_meets_a_look_in_between_waits_for_it(spool: Spool) -> None:
     slow = Slow()
-    one = await asyncio.to_thread(sampler, tmp_path, slow)
+    one = sampler(spool, slow)
     slow.go.clear()
     poll = asyncio.create_task(one.poll())
     await until(lambda: slow.polls == 1)
@@ -81,10 +86,10 @@ async def test_a_window_that_meets_a_look_in_between_waits_for_it(tmp_path: Path
     assert (sample.swap_in_bytes, sample.sources_failed) == (1, {})
 
 
-async def test_a_reading_that_comes_late_is_the_next_window_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reading_that_comes_late_is_the_next_window_s(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "COLLECTOR_DEADLINE_S", 0.1)
     slow = Slow()
-    one = await asyncio.to_thread(sampler, tmp_path, slow, Broken())
+    one = sampler(spool, slow, Broken())
     slow.go.clear()
     sample = await one.sample()
     assert sample.swap_in_bytes is None
