@@ -145,7 +145,7 @@ class Daemon:
             config,
             self.pool,
             self.models,
-            lambda: open_store(config.store, environ),
+            lambda: open_store(config.store, environ, attempts=1),
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._meet,

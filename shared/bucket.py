@@ -1,5 +1,6 @@
 """The [store] table that both configurations share, and opening what it names."""
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -51,13 +52,20 @@ def open_store(store: Store, environ: Mapping[str, str], *, attempts: int = 3) -
         from shared.store_dir import DirectoryStore
 
         return DirectoryStore(Path(store.path).expanduser())
+    access_key, secret_key = resolve(store.access_key, environ), resolve(store.secret_key, environ)
+    return _s3_store(store.endpoint, store.bucket, store.prefix, access_key, secret_key, attempts)
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_store(endpoint: str, bucket: str, prefix: str, access_key: str, secret_key: str, attempts: int) -> ObjectStore:
+    """One client for all who ask with the same credentials: each costs a dozen megabytes and serves any thread."""
     from shared.store_s3 import S3Store
 
     return S3Store(
-        endpoint=store.endpoint,
-        bucket=store.bucket,
-        prefix=store.prefix,
-        access_key=resolve(store.access_key, environ),
-        secret_key=resolve(store.secret_key, environ),
+        endpoint=endpoint,
+        bucket=bucket,
+        prefix=prefix,
+        access_key=access_key,
+        secret_key=secret_key,
         attempts=attempts,
     )
