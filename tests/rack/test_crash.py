@@ -74,7 +74,7 @@ def spool_bytes(agent: Agent) -> int:
     return sum(path.stat().st_size for path in (agent.state / "spool").glob("*.batch"))
 
 
-@pytest.mark.timeout(90 + 6 * KILLS)
+@pytest.mark.timeout(300 + 6 * KILLS)
 def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seaweed: SeaweedFS) -> None:
     bucket = "crashes"
     store = seaweed.store(bucket)
@@ -98,7 +98,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
         flaky.gone = False
         agent.start()
         try:
-            until(lambda: agent.status()["push"]["waiting_batches"] == 0, "all is sent", 120)
+            until(lambda: agent.status()["push"]["waiting_batches"] == 0, "all is sent", 900)
         finally:
             status = agent.stop()
         assert status == 0
