@@ -6,6 +6,7 @@ that jumps must not cost a month of data. One agent at a time: a lock file says 
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -75,11 +76,11 @@ class Spool:
         self.previous_clean = self.identity.clean
         self.identity.epoch += 1
         self.identity.clean = False
-        self._write_identity()
-        self._seq = 0
         waiting = self.waiting()
         self._count, self._bytes = len(waiting), sum(one.size for one in waiting)
         self._make_room(0)
+        self._write_identity()
+        self._seq = 0
 
     @property
     def epoch(self) -> int:
@@ -102,7 +103,7 @@ class Spool:
         path, body = self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch", encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
-            _write_synced(path, body)
+            self._write(path, body)
         self._seq = batch.seq
         with self._bounds:
             self._count, self._bytes = self._count + 1, self._bytes + len(body)
@@ -216,7 +217,21 @@ class Spool:
 
     def _write_identity(self) -> None:
         with _as_ours("write", self._folder):
-            _write_synced(self._folder / "identity.json", msgspec.json.encode(self.identity))
+            self._write(self._folder / "identity.json", msgspec.json.encode(self.identity))
+
+    def _write(self, path: Path, body: bytes) -> None:
+        """A disk that is full is asked once more after the oldest tenth has left: models and logs need it, too."""
+        try:
+            _write_synced(path, body)
+        except OSError as error:
+            oldest = self.waiting()
+            if error.errno != errno.ENOSPC or not oldest:
+                raise
+            for one in oldest[: 1 + len(oldest) // 10]:
+                if _unlinked(one.path):
+                    self._gone(one)
+                    self.dropped += 1
+            _write_synced(path, body)
 
 
 @contextlib.contextmanager
@@ -238,11 +253,15 @@ def _unlinked(path: Path) -> bool:
 
 def _write_synced(path: Path, body: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(body)
-        file.flush()
-        _sync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.flush()
+            _sync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     # it has its name, and is taken: what is left is only when the disk knows that
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

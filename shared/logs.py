@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
+
+# structlog loads rich where it finds it, five megabytes for coloured lines that no log of ours has
+sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+import structlog  # noqa: E402
 
 MAX_BYTES = 20 << 20
 KEEP = 5

@@ -15,8 +15,10 @@ import boto3
 import boto3.exceptions
 import botocore.exceptions
 import botocore.handlers
+import botocore.session
 from botocore.config import Config
 
+from shared.botocore_data import SmallLoader
 from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, Stored
 
@@ -57,8 +59,13 @@ class S3Store:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
+        core = botocore.session.Session()
+        core.register_component("data_loader", SmallLoader())
         session = boto3.session.Session(
-            aws_access_key_id=access_key, aws_secret_access_key=secret_key, aws_session_token=session_token
+            botocore_session=core,
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            aws_session_token=session_token,
         )
         try:
             self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)

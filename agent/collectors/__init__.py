@@ -15,7 +15,9 @@ class Sensors:
     def __init__(self) -> None:
         self._powermetrics = PowermetricsStream.if_allowed()
         chip = Chip()
-        self.thermal = ThermalCollector(chip, powermetrics=lambda: self._sample().level)
+        self.thermal = ThermalCollector(
+            chip, powermetrics=lambda: self._sample().level, also_failed=self._powermetrics_failed
+        )
         power = PowerCollector(chip, powermetrics=self._soc_w)
         self.all: tuple[Collector, ...] = (HostCollector(), MemoryCollector(), self.thermal, power)
 
@@ -28,6 +30,10 @@ class Sensors:
     def _sample(self) -> Powermetrics:
         found = self._powermetrics.last() if self._powermetrics is not None else None
         return found or Powermetrics(elapsed_ns=0)
+
+    def _powermetrics_failed(self) -> dict[str, str]:
+        reason = self._powermetrics.guard.reason if self._powermetrics is not None else ""
+        return {"powermetrics": reason} if reason else {}
 
     def _soc_w(self) -> float | None:
         soc_mw = self._sample().soc_mw

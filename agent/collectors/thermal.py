@@ -38,7 +38,8 @@ def level_of_state(state: int) -> int | None:
 class ThermalCollector:
     """Level, temperatures and fans. ``take`` gives events; ``on_event`` is called from any thread when there are some.
 
-    ``powermetrics`` gives the last level that it said, None where it does not run.
+    ``powermetrics`` gives the last level that it said, None where it does not run; ``also_failed`` says why, where it
+    should.
     """
 
     name = "thermal"
@@ -51,6 +52,7 @@ class ThermalCollector:
         notify: Callable[[], Notify] = lambda: Notify(NOTIFY_KEY),
         run: Callable[..., bytes] = command_bytes,
         powermetrics: Callable[[], int | None] = lambda: None,
+        also_failed: Callable[[], dict[str, str]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._chip = chip
@@ -58,6 +60,7 @@ class ThermalCollector:
         self._open_notify = notify
         self._run = run
         self._powermetrics = powermetrics
+        self._also_failed = also_failed
         self._clock = clock
         self._notify: Notify | None = None
         self._throttle = Throttle(clock())
@@ -118,7 +121,7 @@ class ThermalCollector:
         if reading is not None:
             fields.update(temp_source=reading.source, fan_rpm=reading.fans_rpm, pcore_asleep=reading.pcore_asleep)
         failed = {name: guard.reason for name, guard in self._guards.items() if guard.reason}
-        return Reading(fields, {**failed, **self._chip.failed})
+        return Reading(fields, {**failed, **self._chip.failed, **self._also_failed()})
 
     def sources(self) -> list[Source]:
         found = []
@@ -127,7 +130,8 @@ class ThermalCollector:
             for name, read in self._readers.items():
                 level = self._guards[name].call(read)
                 found.append(Source(name, self._guards[name].reason, LEVELS[level] if level is not None else ""))
-        return found + self._chip.sources()
+        also = [Source(name, why) for name, why in self._also_failed().items()]
+        return [*found, *also, *self._chip.sources()]
 
     def close(self) -> None:
         """Give everything back."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent import spool as spool_module
 from agent.pusher import Pusher
 from agent.spool import Spool
 from shared.batch import Batch, encode, seal, unseal
@@ -381,6 +382,27 @@ def test_a_disk_that_refuses_takes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert spool.next_seq() == 1
     spool.append(make(spool))
     assert [w.seq for w in spool.waiting()] == [1]
+
+
+def test_a_full_disk_costs_the_oldest_and_not_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = opened(tmp_path)
+    fill(spool, 20)
+    real, refusals = spool_module._sync, [1]
+
+    def full_once(descriptor: int) -> None:
+        if refusals and refusals.pop():
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("agent.spool._sync", full_once)
+    fill(spool, 1)
+    assert [w.seq for w in spool.waiting()] == list(range(4, 22))
+    assert (spool.dropped, spool.count) == (3, 18)
+    assert not list(tmp_path.glob("*.tmp"))
+    spool.close(clean=True)
+    refusals.append(1)
+    again = opened(tmp_path)
+    assert (again.epoch, again.count) == (2, 16), "it starts, too"
 
 
 def test_the_identity_is_plain_json(tmp_path: Path) -> None:
