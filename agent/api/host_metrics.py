@@ -9,9 +9,9 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.collectors.throttle import LEVELS, THROTTLED_FROM
 from shared.records import HostSample, ThrottleEvent
 
-LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 _PRESSURES = ("normal", "warn", "critical", "unknown")
 _GAUGES: tuple[tuple[str, str, float, str], ...] = (
     ("cpu_ppm", "cpu_ratio", 1e-6, "Share of the processors' time that was not idle in the last window."),
@@ -133,7 +133,7 @@ class HostMetrics(Collector):
         throttles = CounterMetricFamily(
             "mlxrack_thermal_throttle_events", "Rises of the thermal pressure level to heavy or above.", labels=["to"]
         )
-        for level in LEVELS[2:]:
+        for level in LEVELS[THROTTLED_FROM:]:
             throttles.add_metric([level], self._throttles[level])
         spent = CounterMetricFamily(
             "mlxrack_thermal_pressure_seconds", "Time at each thermal pressure level.", labels=["level"]

@@ -5,7 +5,6 @@ from notifyutil, else from powermetrics where that runs. 0 also stands for a key
 has to prove once that the level moves. Linux has temperatures and no such level.
 """
 
-import contextlib
 import re
 import sys
 import threading
@@ -89,11 +88,11 @@ class ThermalCollector:
         """The level was published: look at it now. Runs on the loop, and starts no command."""
         if self._notify is not None:
             self._notify.drain()
-            self._look(("notify",))
+            self._look_now()
 
     def poll(self) -> None:
-        if self._is_mac:
-            self._look(tuple(self._readers))
+        if self._is_mac and not self._look_now():
+            self._look_elsewhere()
         reading, now = self._chip.read(), self._clock()
         for name, field in _TEMPERATURES.items():
             celsius = getattr(reading, field) if reading is not None else None
@@ -155,26 +154,26 @@ class ThermalCollector:
             **_seconds(window),
         }
 
-    def _look(self, names: tuple[str, ...]) -> None:
-        found: list[Throttled] = []
-        for name in names:
-            # read and noted in one piece where that is quick: an older level must not come after a newer one
-            with self._lock if name == "notify" else contextlib.nullcontext():
-                level = self._guards[name].call(self._readers[name])
-                if level is None:
-                    continue
-                if name == "notify":
-                    found = self._note(name, level)
-            if name != "notify":
-                with self._lock:
-                    found = self._note(name, level)
-            break
-        else:
-            if names == ("notify",):
-                return  # the next look in a thread tries the others
+    def _look_now(self) -> bool:
+        """By notify(3), which is quick; False when it cannot be read. Read and noted in one piece: an older level must
+        not come after a newer one."""
+        with self._lock:
+            level = self._guards["notify"].call(self._by_notify)
+            found = self._note("notify", level) if level is not None else []
+        self._tell(found)
+        return level is not None
+
+    def _look_elsewhere(self) -> None:
+        """By a command, which may take its time, and by what powermetrics said last."""
+        source, level = "notifyutil", self._guards["notifyutil"].call(self._by_command)
+        if level is None:
             level = self._powermetrics()
-            with self._lock:
-                found = self._note("powermetrics" if level is not None else "unknown", level)
+            source = "powermetrics" if level is not None else "unknown"
+        with self._lock:
+            found = self._note(source, level)
+        self._tell(found)
+
+    def _tell(self, found: list[Throttled]) -> None:
         if found:
             self.on_event()
 
