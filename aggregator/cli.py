@@ -93,7 +93,7 @@ def _rollup(args: argparse.Namespace) -> int:
     config = _config(args)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        manifest = rollup.run(config, store)
+        manifest = rollup.run(config, store, os.environ, _telling(args))
     done = {
         "manifest": manifest.number,
         "batches": manifest.batches,
@@ -114,7 +114,7 @@ def _weekly(args: argparse.Namespace) -> int:
     name = args.week or last_week(datetime.now(UTC), config.timezone)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        rollup.run(config, store)
+        rollup.run(config, store, os.environ, _telling(args))
         published = weekly.run(config, store, name)
     _say(args, {"week": name, "published": published}, "\n".join(published))
     return 0
@@ -129,7 +129,7 @@ def _monthly(args: argparse.Namespace) -> int:
     name = args.month or last_month(datetime.now(UTC), config.timezone)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        rollup.run(config, store)
+        rollup.run(config, store, os.environ, _telling(args))
         published = monthly.run(config, store, name)
     _say(args, {"month": name, "published": published}, "\n".join(published))
     return 0
@@ -154,6 +154,13 @@ def _check_config(args: argparse.Namespace) -> int:
     config = _config(args)
     print(f"fine; rack {config.rack}, {len(config.nodes)} nodes with prices, reports in {config.timezone}")
     return 0
+
+
+def _telling(args: argparse.Namespace) -> Callable[[str], None]:
+    """Progress for who watches: on a terminal, or when it is asked for."""
+    if args.json or not (args.verbose or sys.stderr.isatty()):
+        return lambda _: None
+    return lambda text: print(text, file=sys.stderr, flush=True)
 
 
 def _say(args: argparse.Namespace, done: dict[str, Any], text: str) -> None:

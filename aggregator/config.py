@@ -48,6 +48,47 @@ class ApiPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     output_per_m: Money
 
 
+class Compare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a served name is compared with. ``same_as`` names the open model as API hosts do (like
+    ``llama-3.3-70b-instruct``); ``frontier`` is one model of one provider, like ``openai/gpt-4o``."""
+
+    model: str
+    same_as: str = ""
+    frontier: str = ""
+
+
+class PlacedModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the operator wants of a model's placement: at least so many copies, only on these nodes (none: any)."""
+
+    model: str
+    min_copies: Annotated[int, Meta(ge=1)] = 1
+    nodes: tuple[str, ...] = ()
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``max_moves`` copies at most are put elsewhere by one week's proposal."""
+
+    max_moves: Annotated[int, Meta(ge=0)] = 6
+    models: tuple[PlacedModel, ...] = ()
+
+
+class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the month is held against."""
+
+    itl_p95_ms: Positive = 100.0
+    uptime: Share = 0.999
+    throttled: Share = 0.01
+    swap_s: Positive = 120.0
+    times_cheaper: Positive = 5.0
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many days raw segments and minute tables are kept; 0 keeps them. Hours, days and reports are kept."""
+
+    raw_days: Annotated[int, Meta(ge=0)] = 35
+    minute_days: Annotated[int, Meta(ge=0)] = 400
+
+
 class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When an alert fires. ``upload_s`` is the agents' upload interval, for the silence rule."""
 
@@ -74,6 +115,10 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     nodes: tuple[Node, ...] = ()
     cost: Cost = Cost()
     api_prices: tuple[ApiPrice, ...] = ()
+    compare: tuple[Compare, ...] = ()
+    placement: Placement = Placement()
+    scorecard: Scorecard = Scorecard()
+    retention: Retention = Retention()
     alerts: Alerts = Alerts()
     discord: Discord = Discord()
 
@@ -88,6 +133,19 @@ def check(config: AggregatorConfig) -> Sequence[str]:
             found.append(error.message)
     ids = [node.id for node in config.nodes]
     found += [f"nodes: {i!r} stands there twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    found += [
+        f"{table}: {name!r} stands there twice"
+        for table, names in (
+            ("compare", [one.model for one in config.compare]),
+            ("placement.models", [one.model for one in config.placement.models]),
+        )
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    for n, one in enumerate(config.compare):
+        if one.frontier and one.frontier.count("/") < 1:
+            found.append(f"compare[{n}].frontier: give provider and model, like openai/gpt-4o")
+    if config.retention.raw_days and config.retention.raw_days < 7:
+        found.append("retention.raw_days: at least 7, or 0 to keep raw segments: late data must still find them")
     try:
         ZoneInfo(config.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):

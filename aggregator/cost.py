@@ -2,7 +2,9 @@
 
 node cost per hour = price x (1 - residual) / life in hours + watts / 1000 x price per kWh x PUE + other. A node's cost
 over the time it reported is divided between its models by the seconds in which their loaders worked; what is left is
-idle. *Direct* counts busy seconds alone, *loaded* adds idle in proportion to them.
+idle. *Direct* counts busy seconds alone. *Loaded* adds idle: to models that are pinned there by the memory they hold
+and for how long, the rest by busy seconds. The *floor* is what it would cost if the nodes were never idle and always as
+well filled as in their best five minutes.
 """
 
 from collections.abc import Mapping
@@ -10,18 +12,22 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import msgspec
 
+from aggregator import cost_change
 from aggregator.config import AggregatorConfig, Node, decimal
+from aggregator.cost_change import Change, Factors
 from aggregator.window import Window, seconds
-from shared.records import EngineWindow, HostSample, Served
 
 HOURS_PER_YEAR = Decimal(8766)
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 MILLION = Decimal(1_000_000)
+FULL_SLOT_US = 30_000_000
+"""Five minutes with less work than this say nothing of how fast a node can be."""
 _CENT6 = Decimal("0.000001")
 
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One served name. Money is None where a node's price is unknown; ``per_m`` is per million tokens."""
+    """One served name. Money is None where a node's price is unknown; ``per_m`` is per million tokens, of all of them
+    or of the kind that is named."""
 
     model: str
     requests: int
@@ -33,23 +39,53 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     loaded: Decimal | None
     direct_per_m: Decimal | None
     loaded_per_m: Decimal | None
+    floor_per_m: Decimal | None = None
+    uncached_per_m: Decimal | None = None
+    cached_per_m: Decimal | None = None
+    output_per_m: Decimal | None = None
     last_loaded_per_m: Decimal | None = None
-    change: float | None = None
-    flag: str = ""
-    api: str = ""
-    api_cost: Decimal | None = None
-    saving: Decimal | None = None
+    change: Change | None = None
+    factors: Factors | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and answer."""
+        return self.prompt_tok + self.completion_tok
 
 
 class NodeCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One node: its cost over the time it reported, and how much of that nobody used."""
+    """One node: its cost over the time it reported, and how much of that nobody used. ``power`` says where its watts
+    are from: outlet, wall, system or configured."""
 
     node: str
     reported_s: float
     busy_s: float
+    watts: Decimal | None
+    power: str
     rate_per_h: Decimal | None
     cost: Decimal | None
     idle: Decimal | None
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a node's cost: a model's work there, or ``idle``, or ``unattributed`` (work nobody was answered by).
+    Rows of a node add up to its cost."""
+
+    node: str
+    model: str
+    kind: str
+    busy_s: float
+    cost: Decimal
+
+
+class KeyCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client key used and what that cost, idle included."""
+
+    key_id: str
+    requests: int
+    prompt_tok: int
+    completion_tok: int
+    cost: Decimal | None
 
 
 class CostReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,32 +100,36 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     unattributed: Decimal | None
     models: tuple[ModelCost, ...]
     nodes: tuple[NodeCost, ...]
+    rows: tuple[Row, ...] = ()
+    keys: tuple[KeyCost, ...] = ()
+    unpriced_nodes: tuple[str, ...] = ()
 
 
 def compute(window: Window, config: AggregatorConfig, previous: CostReport | None = None) -> CostReport:
     """The report of one span, compared with ``previous`` where there is one."""
     prices = {node.id: node for node in config.nodes}
-    busy = _busy(window)
-    nodes = [_node(window, name, prices.get(name), busy, config) for name in window.nodes]
-    direct = _split({n.node: n.cost - n.idle for n in nodes if n.cost is not None and n.idle is not None}, busy)
-    idle_of = _split({n.node: n.idle for n in nodes if n.idle is not None}, busy)
-    models = _models(window, direct, idle_of, busy, config, previous)
-    priced = [n.cost for n in nodes if n.cost is not None]
-    total = sum(priced, Decimal(0)) if priced else None
-    idle = sum((n.idle for n in nodes if n.idle is not None), Decimal(0)) if priced else None
+    nodes = [_node(window, name, prices.get(name), config) for name in window.nodes]
+    shares = _Shares(window, nodes)
+    models = [_model(shares, name, window, previous, config) for name in shares.names]
+    priced = [n for n in nodes if n.cost is not None]
+    total = sum((n.cost for n in priced if n.cost is not None), Decimal(0)) if priced else None
+    idle = sum((n.idle for n in priced if n.idle is not None), Decimal(0)) if priced else None
     attributed = sum((m.direct for m in models if m.direct is not None), Decimal(0))
-    priced_nodes = {n.node for n in nodes if n.cost is not None}
-    tokens = sum(r.prompt_tok + r.completion_tok for _, r in window.of(Served) if r.worker in priced_nodes)
+    priced_nodes = {n.node for n in priced}
+    tokens = sum(s.prompt_tok + s.completion_tok for s in window.served if s.worker in priced_nodes)
     return CostReport(
         period=window.span.name,
         currency=config.cost.currency,
         priced=bool(priced),
         total=total,
         idle=idle,
-        average_per_m=_rounded(total / tokens * MILLION) if total is not None and tokens else None,
+        average_per_m=_per_m(total, tokens),
         unattributed=total - idle - attributed if total is not None and idle is not None else None,
         models=tuple(models),
         nodes=tuple(nodes),
+        rows=tuple(shares.rows()),
+        keys=tuple(_keys(window, models)),
+        unpriced_nodes=tuple(n.node for n in nodes if n.cost is None),
     )
 
 
@@ -103,22 +143,28 @@ def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal | None = 
     return owned + power + decimal(node.other_per_month) / HOURS_PER_MONTH
 
 
-Busy = Mapping[tuple[str, str], int]
-"""Busy microseconds by (node, version)."""
+def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
+    """Mean power, and what measured it: the node's outlet (shared by equal parts where several hang on it), its own
+    reading at the wall, of the whole system; none of them."""
+    outlet = Decimal(0)
+    for one in window.outlets:
+        if node in one.nodes and one.covered_us:
+            outlet += Decimal(one.energy_mj) * 1000 / one.covered_us / len(one.nodes)
+    if outlet:
+        return outlet, "outlet"
+    host = window.host(node)
+    if host is not None and host.wall_mw_known_ms:
+        return Decimal(host.wall_mw_ms) / host.wall_mw_known_ms / 1000, "wall"
+    if host is not None and host.system_mw_known_ms:
+        return Decimal(host.system_mw_ms) / host.system_mw_known_ms / 1000, "system"
+    return None, "configured"
 
 
-def _busy(window: Window) -> Busy:
-    sums: dict[tuple[str, str], int] = {}
-    for meta, record in window.of(EngineWindow):
-        key = (meta.node, record.version)
-        sums[key] = sums.get(key, 0) + record.busy_prefill_us + record.busy_decode_us
-    return sums
-
-
-def _node(window: Window, name: str, priced: Node | None, busy: Busy, config: AggregatorConfig) -> NodeCost:
+def _node(window: Window, name: str, priced: Node | None, config: AggregatorConfig) -> NodeCost:
     reported_s = seconds(window.reported(name))
-    busy_us = sum(us for (node, _), us in busy.items() if node == name)
-    rate = rate_per_hour(priced, config, _measured_watts(window, name)) if priced else None
+    busy_us = sum(e.busy_us for e in window.engines if e.node == name)
+    watts, source = measured_watts(window, name)
+    rate = rate_per_hour(priced, config, watts) if priced else None
     cost = _rounded(rate * decimal(reported_s) / 3600) if rate is not None else None
     idle = None
     if cost is not None:
@@ -129,152 +175,257 @@ def _node(window: Window, name: str, priced: Node | None, busy: Busy, config: Ag
         node=name,
         reported_s=round(reported_s, 3),
         busy_s=round(busy_us / 1e6, 3),
+        watts=_rounded(watts) if watts is not None else (decimal(priced.watts) if priced else None),
+        power=source,
         rate_per_h=_rounded(rate) if rate is not None else None,
         cost=cost,
         idle=idle,
     )
 
 
-def _measured_watts(window: Window, node: str) -> Decimal | None:
-    """Mean of the wall or system power that the node reported; None where it has no meter."""
-    found = [
-        power
-        for meta, record in window.of(HostSample)
-        if meta.node == node
-        for power in [record.wall_power_mw if record.wall_power_mw is not None else record.system_power_mw]
-        if power is not None
-    ]
-    return Decimal(sum(found)) / len(found) / 1000 if found else None
+class _Sum:
+    """One served name being added up."""
+
+    def __init__(self) -> None:
+        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = self.answered = 0
+        self.prefill_us = self.decode_us = Decimal(0)
+        self.direct: Decimal | None = None
+        self.prefill = Decimal(0)
+        self.idle = Decimal(0)
+        self.priced_prompt = self.priced_cached = self.priced_completion = 0
+
+    @property
+    def priced_tok(self) -> int:
+        return self.priced_prompt + self.priced_completion
 
 
-def _split(money: Mapping[str, Decimal], busy: Busy) -> dict[tuple[str, str], Decimal]:
-    """Each node's money over what ran on it, by busy time; the last takes what rounding leaves, so that it adds up."""
-    found: dict[tuple[str, str], Decimal] = {}
-    for node, amount in money.items():
-        mine = sorted((key, us) for key, us in busy.items() if key[0] == node and us > 0)
-        if not mine:
-            continue
-        left, total_us = amount, sum(us for _, us in mine)
-        for key, us in mine[:-1]:
-            found[key] = _rounded(amount * us / total_us)
-            left -= found[key]
-        found[mine[-1][0]] = left
+class _Shares:
+    """Money and seconds of every (node, version) given to the served names that it answered, by their work."""
+
+    def __init__(self, window: Window, nodes: list[NodeCost]) -> None:
+        self._window = window
+        self._nodes = {n.node: n for n in nodes}
+        self._sums: dict[str, _Sum] = {}
+        self._rows: dict[tuple[str, str], tuple[Decimal, Decimal]] = {}
+        self._work: dict[tuple[str, str], dict[str, int]] = {}
+        self._count()
+        for node in nodes:
+            self._share_out(node)
+
+    @property
+    def names(self) -> list[str]:
+        """Every served name."""
+        return sorted(self._sums)
+
+    def of(self, name: str) -> _Sum:
+        """The sums of a served name."""
+        return self._sums[name]
+
+    def rows(self) -> list[Row]:
+        """Each node's cost in parts."""
+        found = []
+        for node in self._nodes.values():
+            if node.cost is None or node.idle is None:
+                continue
+            mine = {model: part for (n, model), part in self._rows.items() if n == node.node}
+            for model, (us, money) in sorted(mine.items()):
+                found.append(Row(node=node.node, model=model, kind="model", busy_s=_s(us), cost=money))
+            left = node.cost - node.idle - sum((money for _, money in mine.values()), Decimal(0))
+            lost_s = max(0.0, node.busy_s - sum(_s(us) for us, _ in mine.values()))
+            if left:
+                found.append(Row(node=node.node, model="", kind="unattributed", busy_s=round(lost_s, 3), cost=left))
+            found.append(Row(node=node.node, model="", kind="idle", busy_s=0.0, cost=node.idle))
+        return found
+
+    def _count(self) -> None:
+        for served in self._window.served:
+            if not served.model:
+                continue
+            total = self._sums.setdefault(served.model, _Sum())
+            if served.outcome == "ok":
+                total.requests += served.requests
+                total.answered += served.completion_tok
+                total.cut += served.requests if served.finish == "length" else 0
+            total.prompt_tok += served.prompt_tok
+            total.cached_tok += served.cached_tok
+            total.completion_tok += served.completion_tok
+            tokens = served.prompt_tok - served.cached_tok + served.completion_tok
+            names = self._work.setdefault((served.worker, served.version), {})
+            names[served.model] = names.get(served.model, 0) + tokens
+            node = self._nodes.get(served.worker)
+            if node is not None and node.cost is not None:
+                total.priced_prompt += served.prompt_tok
+                total.priced_cached += served.cached_tok
+                total.priced_completion += served.completion_tok
+
+    def _share_out(self, node: NodeCost) -> None:
+        busy: dict[str, tuple[int, int]] = {}
+        for engine in self._window.engines:
+            if engine.node == node.node:
+                prefill, decode = busy.get(engine.version, (0, 0))
+                busy[engine.version] = (prefill + engine.busy_prefill_us, decode + engine.busy_decode_us)
+        busy_money = None if node.cost is None or node.idle is None else node.cost - node.idle
+        money = _divided(busy_money, {version: sum(us) for version, us in busy.items()})
+        idle = _divided(node.idle, self._idle_weights(node, busy))
+        for version, (prefill, decode) in sorted(busy.items()):
+            names = self._work.get((node.node, version), {})
+            self._to_names(node.node, names, prefill, decode, money.get(version), idle.get(version))
+
+    def _idle_weights(self, node: NodeCost, busy: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """Who pays for idle time, in whole parts: what is pinned by its memory over time, the rest by busy time."""
+        mine = [r for r in self._window.residents if r.node == node.node and r.state == "ready"]
+        held = {v: sum((r.need_bytes or 0) * r.length_ms for r in mine if r.version == v) for v in busy}
+        pinned = {v: h for v, h in held.items() if any(r.pinned for r in mine if r.version == v)}
+        free = {v: sum(us) for v, us in busy.items() if v not in pinned}
+        if not pinned or not sum(pinned.values()):
+            return {v: sum(us) for v, us in busy.items()}
+        if not sum(free.values()):
+            return pinned
+        whole = sum(held.values())
+        part = Decimal(sum(pinned.values())) / whole
+        scale = Decimal(10**12)
+        weights = {v: int(scale * part * h / sum(pinned.values())) for v, h in pinned.items()}
+        return weights | {v: int(scale * (1 - part) * us / sum(free.values())) for v, us in free.items()}
+
+    def _to_names(
+        self,
+        node: str,
+        names: Mapping[str, int],
+        prefill: int,
+        decode: int,
+        money: Decimal | None,
+        idle: Decimal | None,
+    ) -> None:
+        """One loader's time and money to the served names it answered, by their tokens."""
+        total = sum(names.values())
+        if not total:
+            return
+        direct_of, idle_of = _divided(money, dict(names)), _divided(idle, dict(names))
+        for name, tokens in names.items():
+            model, us = self._sums[name], Decimal(prefill + decode) * tokens / total
+            model.prefill_us += Decimal(prefill) * tokens / total
+            model.decode_us += Decimal(decode) * tokens / total
+            if money is None or idle is None:
+                continue
+            part = direct_of.get(name, Decimal(0))
+            model.direct = (model.direct or Decimal(0)) + part
+            model.prefill += part * prefill / (prefill + decode) if prefill + decode else Decimal(0)
+            model.idle += idle_of.get(name, Decimal(0))
+            row_us, row = self._rows.get((node, name), (Decimal(0), Decimal(0)))
+            self._rows[node, name] = (row_us + us, row + part)
+
+
+def _divided(money: Decimal | None, weights: Mapping[str, int]) -> dict[str, Decimal]:
+    """An amount over some weights; the last takes what rounding leaves, so that it adds up."""
+    wanted = sorted((name, weight) for name, weight in weights.items() if weight > 0)
+    if money is None or not wanted:
+        return {}
+    left, total = money, sum(weight for _, weight in wanted)
+    found: dict[str, Decimal] = {}
+    for name, weight in wanted[:-1]:
+        found[name] = _rounded(money * weight / total)
+        left -= found[name]
+    found[wanted[-1][0]] = left
     return found
 
 
-class _Model:
-    def __init__(self) -> None:
-        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = 0
-        self.busy_us = Decimal(0)
-        self.direct: Decimal | None = None
-        self.idle = Decimal(0)
-        self.priced_tok = 0
-
-
-def _models(
-    window: Window,
-    direct: Mapping[tuple[str, str], Decimal],
-    idle_of: Mapping[tuple[str, str], Decimal],
-    busy: Busy,
-    config: AggregatorConfig,
-    previous: CostReport | None,
-) -> list[ModelCost]:
-    sums: dict[str, _Model] = {}
-    work: dict[tuple[str, str], dict[str, int]] = {}
-    for _, served in window.of(Served):
-        if not served.model:
-            continue
-        model = sums.setdefault(served.model, _Model())
-        if served.outcome == "ok":
-            model.requests += served.requests
-        model.prompt_tok += served.prompt_tok
-        model.cached_tok += served.cached_tok
-        model.completion_tok += served.completion_tok
-        tokens = served.prompt_tok - served.cached_tok + served.completion_tok
-        names = work.setdefault((served.worker, served.version), {})
-        names[served.model] = names.get(served.model, 0) + tokens
-        if (served.worker, served.version) in direct:
-            model.priced_tok += served.prompt_tok + served.completion_tok
-    for key, us in sorted(busy.items()):
-        _share_out(us, direct.get(key), idle_of.get(key), work.get(key, {}), sums)
-    before = {m.model: m for m in previous.models} if previous else {}
-    return [_model(name, m, before.get(name), config) for name, m in sorted(sums.items())]
-
-
-def _share_out(
-    us: int, direct: Decimal | None, idle: Decimal | None, names: Mapping[str, int], sums: Mapping[str, _Model]
-) -> None:
-    """One loader's busy time and money to the served names it answered, by their tokens."""
-    total = sum(names.values())
-    if not total:
-        return
-    direct_left, idle_left = direct, idle
-    for position, (name, tokens) in enumerate(sorted(names.items())):
-        model, last = sums[name], position == len(names) - 1
-        model.busy_us += Decimal(us) * tokens / total
-        if direct is None or idle is None or direct_left is None or idle_left is None:
-            continue
-        part = direct_left if last else _rounded(direct * tokens / total)
-        share = idle_left if last else _rounded(idle * tokens / total)
-        model.direct = (model.direct or Decimal(0)) + part
-        model.idle += share
-        direct_left, idle_left = direct_left - part, idle_left - share
-
-
-def _model(name: str, m: _Model, before: ModelCost | None, config: AggregatorConfig) -> ModelCost:
-    tokens = m.priced_tok
+def _model(
+    shares: _Shares, name: str, window: Window, previous: CostReport | None, config: AggregatorConfig
+) -> ModelCost:
+    m = shares.of(name)
     loaded = m.direct + m.idle if m.direct is not None else None
-    per_m = _rounded(loaded / tokens * MILLION) if loaded is not None and tokens else None
-    last = before.loaded_per_m if before else None
-    change = float(per_m / last) if per_m is not None and last else None
-    api, api_cost = _api(name, m, config)
-    return ModelCost(
+    before = next((b for b in previous.models if b.model == name), None) if previous else None
+    made = ModelCost(
         model=name,
         requests=m.requests,
         prompt_tok=m.prompt_tok,
         cached_tok=m.cached_tok,
         completion_tok=m.completion_tok,
-        busy_s=float(round(m.busy_us / 1_000_000, 3)),
+        busy_s=_s(m.prefill_us + m.decode_us),
         direct=m.direct,
         loaded=loaded,
-        direct_per_m=_rounded(m.direct / tokens * MILLION) if m.direct is not None and tokens else None,
-        loaded_per_m=per_m,
-        last_loaded_per_m=last,
-        change=change,
-        flag=_flag(m, before, change, config),
-        api=api,
-        api_cost=api_cost,
-        saving=api_cost - loaded if api_cost is not None and loaded is not None else None,
+        direct_per_m=_per_m(m.direct, m.priced_tok),
+        loaded_per_m=_per_m(loaded, m.priced_tok),
+        floor_per_m=_floor(window, name, m),
+        uncached_per_m=_per_m(m.prefill if m.direct is not None else None, m.priced_prompt - m.priced_cached),
+        cached_per_m=Decimal(0) if m.direct is not None and m.priced_cached else None,
+        output_per_m=_per_m(m.direct - m.prefill if m.direct is not None else None, m.priced_completion),
+        last_loaded_per_m=before.loaded_per_m if before else None,
+        factors=_factors(window, name, m, loaded),
+    )
+    change = cost_change.judge(made.factors, before.factors if before else None, config.cost)
+    return msgspec.structs.replace(made, change=change)
+
+
+def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Factors | None:
+    """What the loaded price is the product of, and what else is evidence; None where there is no price."""
+    if loaded is None or m.direct is None or not m.priced_tok:
+        return None
+    busy_us = m.prefill_us + m.decode_us
+    mine = {e.node for e in window.engines if e.model == name and e.busy_us}
+    hosts = [h for h in window.hosts if h.node in mine]
+    known = sum(h.thermal_known_us for h in hosts)
+    return Factors(
+        tokens=m.priced_tok,
+        requests=m.requests,
+        loaded=float(loaded),
+        direct=float(m.direct),
+        prefill_s=float(m.prefill_us / 1_000_000),
+        decode_s=float(m.decode_us / 1_000_000),
+        busy_s=float(busy_us / 1_000_000),
+        prompt_tok=m.priced_prompt,
+        cached_tok=m.priced_cached,
+        completion_tok=m.priced_completion,
+        cut_share=m.cut / m.requests if m.requests else 0.0,
+        throttled_share=sum(h.throttled_us for h in hosts) / known if known else 0.0,
     )
 
 
-def _api(name: str, m: _Model, config: AggregatorConfig) -> tuple[str, Decimal | None]:
-    price = next((p for p in config.api_prices if p.model == name), None)
-    if price is None:
-        return "", None
-    cost = decimal(price.input_per_m) * m.prompt_tok + decimal(price.output_per_m) * m.completion_tok
-    return price.name, _rounded(cost / MILLION)
+def _floor(window: Window, name: str, m: _Sum) -> Decimal | None:
+    """The direct price at the pace of the best five minutes: the 95th percentile of tokens per busy second."""
+    if m.direct is None or not m.priced_tok:
+        return None
+    busy_us = m.prefill_us + m.decode_us
+    paces = sorted(
+        (d.prefill_tok + d.cached_tok + d.decode_tok) / (d.busy_prefill_us + d.busy_decode_us)
+        for d in window.demand
+        if d.model == name and d.busy_prefill_us + d.busy_decode_us >= FULL_SLOT_US
+    )
+    if not paces or not busy_us:
+        return _per_m(m.direct, m.priced_tok)
+    best = paces[min(len(paces) - 1, int(0.95 * len(paces)))]
+    as_it_was = float(Decimal(m.prompt_tok + m.completion_tok) / busy_us)
+    return _rounded(m.direct / m.priced_tok * MILLION * decimal(min(1.0, as_it_was / best)))
 
 
-def _flag(m: _Model, before: ModelCost | None, change: float | None, config: AggregatorConfig) -> str:
-    """Why a jump deserves a look; "" for no jump. Small volumes are never flagged: their ratio means nothing."""
-    if before is None or change is None or change < config.cost.flag_ratio:
-        return ""
-    tokens, last = m.prompt_tok + m.completion_tok, before.prompt_tok + before.completion_tok
-    if min(tokens, last) < config.cost.flag_min_tok:
-        return ""
-    jump = f"{change:.1f} x last week"
-    if _share(m.cached_tok, m.prompt_tok) < _share(before.cached_tok, before.prompt_tok) - 0.2:
-        return f"{jump}: fewer prompt-cache hits, likely a hot prefix that is missed"
-    if m.requests and before.requests and m.completion_tok / m.requests > 1.5 * before.completion_tok / before.requests:
-        return f"{jump}: answers grew longer at the same hit rate, suspect a poisoned prompt cache"
-    if tokens < 0.7 * last:
-        return f"{jump}: less traffic on the same nodes"
-    return f"{jump}: cause not clear from the counts"
+def _keys(window: Window, models: list[ModelCost]) -> list[KeyCost]:
+    """Every key's use, and its part of each model's loaded cost by the work it asked for; parts add up to the cost."""
+    work: dict[str, dict[str, int]] = {}
+    sums: dict[str, list[int]] = {}
+    for served in window.served:
+        total = sums.setdefault(served.key_id, [0, 0, 0])
+        total[0] += served.requests if served.outcome == "ok" else 0
+        total[1] += served.prompt_tok
+        total[2] += served.completion_tok
+        names = work.setdefault(served.model, {})
+        tokens = served.prompt_tok - served.cached_tok + served.completion_tok
+        names[served.key_id] = names.get(served.key_id, 0) + tokens
+    money: dict[str, Decimal] = {}
+    for model in models:
+        for key, part in _divided(model.loaded, work.get(model.model, {})).items():
+            money[key] = money.get(key, Decimal(0)) + part
+    return [
+        KeyCost(key_id=key, requests=requests, prompt_tok=prompt, completion_tok=completion, cost=money.get(key))
+        for key, (requests, prompt, completion) in sorted(sums.items())
+    ]
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _per_m(money: Decimal | None, tokens: int) -> Decimal | None:
+    return _rounded(money / tokens * MILLION) if money is not None and tokens > 0 else None
+
+
+def _s(us: Decimal) -> float:
+    return float(round(us / 1_000_000, 3))
 
 
 def _rounded(value: Decimal) -> Decimal:

@@ -1,21 +1,53 @@
-"""From the bucket: new segments of every node, checked; and windows over what has been rolled up.
+"""From the bucket: what is new under raw/, and spans of time out of what has been rolled up."""
 
-A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and named with its reason.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aggregator import parquet
-from aggregator.manifest import Manifest, Quarantined
-from aggregator.window import DAY_MS, Fact, Meta, Span, Window, utc_day, utc_days
+from aggregator import ingest, parquet, rollup
+from aggregator.manifest import Manifest
+from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_MS, HOUR_TABLES, Fold
+from aggregator.window import (
+    DAY_MS,
+    Asked,
+    Cover,
+    Demand,
+    EngineSum,
+    Fact,
+    HostSum,
+    Latency,
+    Meta,
+    OutletSum,
+    ResidentSum,
+    Run,
+    ServedSum,
+    Serving,
+    Span,
+    Window,
+    utc_day_ms,
+    utc_days,
+)
 from shared import keys
-from shared.batch import Batch, unseal
-from shared.errors import NotFound, PreconditionFailed, Refused
-from shared.store import Listed, ObjectStore, list_all
+from shared.batch import Batch
+from shared.errors import NotFound, Refused
+from shared.records import RECORD_TYPES
+from shared.store import ObjectStore, list_all
 
-MAX_REASON = 200
+CONNECTIONS = 8
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class Pending(NamedTuple):
+    """A segment that no commit has counted. ``folder`` is its cursor's name; None for a stranger's object, whose key
+    may sort anywhere and must hide nothing."""
+
+    key: str
+    folder: str | None
 
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,8 +55,6 @@ class Fresh(msgspec.Struct, frozen=True, kw_only=True):
 
     batches: tuple[Batch, ...]
     cursors: dict[str, str]
-    segments: int
-    quarantined: tuple[Quarantined, ...]
 
 
 def newest_manifest(store: ObjectStore) -> Manifest:
@@ -38,87 +68,178 @@ def newest_manifest(store: ObjectStore) -> Manifest:
         raise Refused(f"manifest {listed[-1].key}: {error}; delete it to roll up again from the one before") from None
 
 
-def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Fresh:
-    """Read every segment after its folder's cursor, oldest first. ``prefix`` may be the urgent copies'.
+def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> list[Pending]:
+    """Every segment after its folder's cursor: each folder's oldest first, the folders in turn, so that a piece of the
+    list is a piece of time.
 
     A folder is one incarnation of one node: within it keys only grow, between two of them they need not.
     """
-    found: list[Batch] = []
-    bad: list[Quarantined] = []
-    reached = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
-    segments = 0
+    columns = []
     for folder in _folders(store, prefix):
-        for listed in list_all(store, folder, reached.get(folder, "")):
-            if keys.is_claim(listed.key):
-                continue
-            ours = prefix != keys.RAW_PREFIX or _is_ours(listed.key)
-            if ours:
-                reached[folder] = listed.key  # a stranger's key may sort anywhere and must hide nothing
-            batches, reason = _segment(store, listed, rack)
-            if reason and (_keep_copy(store, listed.key) or ours):
-                bad.append(Quarantined(key=listed.key, reason=reason[:MAX_REASON]))
-            segments += bool(batches)
-            found += batches
-    return Fresh(batches=tuple(found), cursors=reached, segments=segments, quarantined=tuple(bad))
+        found = [one.key for one in list_all(store, folder, cursors.get(folder, "")) if not keys.is_claim(one.key)]
+        columns.append(
+            [Pending(key, folder if prefix != keys.RAW_PREFIX or ingest.is_ours(key) else None) for key in found]
+        )
+    return [one for row in zip_longest(*columns) for one in row if one is not None]
+
+
+def advanced(read: Iterable[Pending]) -> dict[str, str]:
+    """The cursors after these segments."""
+    found: dict[str, str] = {}
+    for one in read:
+        if one.folder is not None:
+            found[one.folder] = max(found.get(one.folder, ""), one.key)
+    return found
+
+
+def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Fresh:
+    """Every good batch after the cursors, for who needs it at once; what is bad is left for `rollup` to set aside.
+    ``prefix`` may be the urgent copies'."""
+    new = pending(store, cursors, prefix)
+    batches = tuple(batch for one in new for batch in ingest.read(store, one.key, rack)[0])
+    kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
+    return Fresh(batches=batches, cursors={**kept, **advanced(new)})
+
+
+def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]:
+    """Days whose minute tables are not all there, and days of which only hours or days are gone."""
+    found: dict[tuple[str, str], int] = {}
+    for prefix in keys.TABLE_PREFIXES:
+        for listed in list_all(store, prefix):
+            try:
+                level, _, day = keys.parse_table_key(listed.key)
+            except Refused:
+                continue  # a stranger's object does not count
+            found[level, day] = found.get((level, day), 0) + 1
+    lost = {day for day, made in manifest.days.items() if found.get(("minute", day), 0) < made.minute_files}
+    torn = {
+        day
+        for day, made in manifest.days.items()
+        if found.get(("hour", day), 0) < made.hour_files or found.get(("day", day), 0) < made.day_files
+    }
+    return lost, torn - lost
 
 
 def window(store: ObjectStore, span: Span) -> Window:
-    """Everything rolled up that ended in the span."""
-    facts: list[Fact] = []
-    batches: list[Meta] = []
-    for day in utc_days(Span(span.name, span.since_ms - DAY_MS, span.until_ms, span.timezone)):
-        for table in parquet.TABLES:
-            body = _optional(store, keys.minute_key(table, day))
-            if body is not None and table == parquet.BATCH_TABLE:
-                batches += parquet.read_batches(body)
-            elif body is not None:
-                facts += parquet.read(table, body)
-    return Window(span, facts, batches)
+    """Everything rolled up that ended in the span. Whole UTC days are read from day tables, the days at its edges from
+    hour tables, or from minute tables where the rack's zone is not a whole number of hours from UTC."""
+    with parquet.Database() as db, ThreadPoolExecutor(CONNECTIONS) as pool:
+        sources = _Sources(store, db, pool, span)
+        return Window(
+            span=span,
+            served=_structs(db, sources.folded("served", None), ServedSum),
+            latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
+            engines=_structs(db, sources.folded("engine", None), EngineSum),
+            hosts=_structs(db, sources.folded("host", None), HostSum),
+            residents=_structs(db, sources.folded("resident", None), ResidentSum),
+            outlets=_structs(db, sources.folded("outlet", None), OutletSum),
+            runs=_structs(db, sources.folded("run", None), Run),
+            covers=_structs(db, sources.folded("cover", None), Cover),
+            serving=_structs(db, sources.folded("serving", None), Serving),
+            demand=_structs(db, sources.slots("demand"), Demand),
+            asked=_structs(db, sources.slots("asked"), Asked),
+            events=_events(db, sources.events()),
+        )
 
 
-def by_day(batches: Iterable[Batch]) -> dict[str, list[Batch]]:
-    """Batches by the UTC day in which they ended."""
-    days: dict[str, list[Batch]] = {}
-    for batch in batches:
-        days.setdefault(utc_day(batch.t_end_ms), []).append(batch)
-    return dict(sorted(days.items()))
+class _Sources:
+    """SQL over the files of a span, fetched when they are first asked for."""
 
+    def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
+        self._store = store
+        self._db = db
+        self._span = span
+        days = utc_days(span)
+        hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
+        whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
+        wanted: list[str] = []
+        self._levels: dict[str, list[tuple[str, str]]] = {}
+        for name in HOUR_TABLES:
+            self._levels[name] = _levels(name, days, whole, hourly)
+            wanted += [key for _, key in self._levels[name]]
+        bodies = pool.map(self._fetch, wanted)
+        self._files = {
+            key: db.file(f"{number}.parquet", body)
+            for number, (key, body) in enumerate(zip(wanted, bodies, strict=True))
+            if body is not None
+        }
 
-def _segment(store: ObjectStore, listed: Listed, rack: str) -> tuple[list[Batch], str]:
-    """A segment's good batches, and the reason why it is to be set aside; "" when all of them are good."""
-    try:
-        key = keys.parse_batch_key(listed.key) if listed.key.startswith(keys.RAW_PREFIX) else None
-        batches = unseal(store.get(listed.key).body)
-    except NotFound:
-        return [], ""  # gone between the listing and the read: nothing of ours is ever deleted by us
-    except Refused as error:
-        return [], error.message
-    good: list[Batch] = []
-    reasons: list[str] = []
-    for batch in batches:
+    def folded(self, name: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
+        """A table over the whole span; "" when nothing of it is there."""
+        source = self._source(name)
+        return rollup.folded(FOLDS[name], source, slot_ms, labels) if source else ""
+
+    def slots(self, name: str) -> str:
+        """A table of short slots, one after the other."""
+        return self.folded(name, FOLDS[name].slot_ms)
+
+    def events(self) -> str:
+        """The events of the span."""
+        found = [self._files[key] for _, key in self._levels[EVENT_TABLE] if key in self._files]
+        return (
+            f"{parquet.reading(found)} WHERE {self._inside('t_end_ms')} ORDER BY t_end_ms, node, seq, ordinal"
+            if found
+            else ""
+        )
+
+    def _source(self, name: str) -> str:
+        fold, pieces = FOLDS[name], []
+        for level in ("day", "hour", "minute"):
+            files = [self._files[key] for at, key in self._levels[name] if at == level and key in self._files]
+            if files and level == "minute":
+                pieces.append(f"({self._lifted(fold, files)})")
+            elif files:
+                inside = "" if level == "day" else f" WHERE {self._inside('slot_ms')}"
+                pieces.append(f"(SELECT * FROM ({parquet.reading(files)}){inside})")
+        return " UNION ALL BY NAME ".join(pieces)
+
+    def _lifted(self, fold: Fold, files: Sequence[Path]) -> str:
+        return rollup.lifted(fold, f"{parquet.reading(files)} WHERE {self._inside('t_end_ms')}")
+
+    def _inside(self, column: str) -> str:
+        return f"{column} >= {self._span.since_ms} AND {column} < {self._span.until_ms}"
+
+    def _fetch(self, key: str) -> bytes | None:
         try:
-            _check(batch, key, rack, listed.key)
-            good.append(batch)
-        except Refused as error:
-            reasons.append(error.message)
-    return good, reasons[0] if reasons else ""
+            return self._store.get(key).body
+        except NotFound:
+            return None
 
 
-def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
-    """That a batch is what its key says, and lived when nodes live. Raises Refused."""
-    if batch.rack != rack:
-        raise Refused(f"{name}: it belongs to rack {batch.rack[:63]!r}, not to {rack!r}")
-    utc_day(batch.t_end_ms)
-    for record in batch.records:
-        for field in ("t_ms", "last_seen_ms"):
-            if field in record.__struct_fields__:
-                utc_day(getattr(record, field))
-    if key is None:
-        if not name.startswith(f"{keys.URGENT_PREFIX}node={batch.node}/"):
-            raise Refused(f"{name}: holds a batch of another node ({batch.node[:63]!r})")
-        return
-    if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
-        raise Refused(f"{name}: holds a batch of another place ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
+def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) -> list[tuple[str, str]]:
+    """For each day of a span, where its rows of a table are read: the level, and the key."""
+    if name == EVENT_TABLE:
+        return [("hour", keys.hour_key(name, day)) for day in days]
+    found = []
+    for day in days:
+        if day in whole and FOLDS[name].daily:
+            found.append(("day", keys.day_key(name, day)))
+        elif day in whole or hourly:
+            found.append(("hour", keys.hour_key(name, day)))
+        else:
+            found += [("minute", keys.minute_key(table, day)) for table in FOLDS[name].source]
+    return found
+
+
+def _structs(db: parquet.Database, query: str, kind: type[S]) -> tuple[S, ...]:
+    if not query:
+        return ()
+    fields = [f'"{name}"' for name in kind.__struct_fields__]
+    return tuple(msgspec.convert(row, kind) for row in db.rows(f"SELECT {', '.join(fields)} FROM ({query})"))
+
+
+def _events(db: parquet.Database, query: str) -> tuple[Fact, ...]:
+    if not query:
+        return ()
+    found = []
+    for row in db.rows(query):
+        kind = RECORD_TYPES.get(row["kind"])
+        if kind is not None:
+            record = msgspec.json.decode(row["record"], type=dict[str, Any])
+            present = {name: value for name, value in record.items() if value is not None}
+            meta = Meta(**{name: row[name] for name in Meta._fields})
+            found.append(Fact(meta, row["ordinal"], msgspec.convert({**present, "kind": row["kind"]}, kind)))
+    return tuple(found)
 
 
 def _folders(store: ObjectStore, prefix: str) -> list[str]:
@@ -139,27 +260,3 @@ def _children(store: ObjectStore, prefix: str) -> list[str]:
         # "0" is the character after "/": the next key beyond everything in this folder
         after = prefix + name + "0" if slash else page[0].key
     return found
-
-
-def _is_ours(key: str) -> bool:
-    try:
-        keys.parse_batch_key(key)
-    except Refused:
-        return False
-    return True
-
-
-def _keep_copy(store: ObjectStore, key: str) -> bool:
-    """Keep a bad object byte for byte; False when it was kept before, or cannot be."""
-    try:
-        store.put_if_absent(keys.quarantine_key(key), store.get(key).body)
-    except (PreconditionFailed, NotFound, Refused):
-        return False
-    return True
-
-
-def _optional(store: ObjectStore, key: str) -> bytes | None:
-    try:
-        return store.get(key).body
-    except NotFound:
-        return None

@@ -1,4 +1,4 @@
-"""The aggregator's commit log: how far each node was read, and what has been counted so far. Pure."""
+"""The aggregator's commit log: how far each node was read, and what each day's tables hold. Pure."""
 
 import msgspec
 
@@ -10,6 +10,19 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class Day(msgspec.Struct, frozen=True, kw_only=True):
+    """A UTC day's tables: how many batches, how many files at each level, and the SHA-256 over the minute files' own.
+
+    When raw segments are gone, the minute files are the record, and the hash says whether they are still that.
+    """
+
+    batches: int
+    minute_files: int
+    hour_files: int
+    day_files: int
+    sha256: str
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One commit. ``cursors`` hold, for each folder under raw/, the last key that was read.
 
@@ -18,8 +31,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int = 0
     cursors: dict[str, str] = {}
-    batches: int = 0
+    days: dict[str, Day] = {}
     segments: int = 0
     unknown_records: int = 0
     quarantined: tuple[Quarantined, ...] = ()
     quarantined_total: int = 0
+
+    @property
+    def batches(self) -> int:
+        """Batches in all tables."""
+        return sum(day.batches for day in self.days.values())

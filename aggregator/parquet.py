@@ -1,171 +1,133 @@
-"""Records as Parquet tables and back: one table per kind of record, columns from the record's own fields.
+"""DuckDB at work: rows into Parquet files and out of them, without extensions and without the network.
 
-Every row carries the identity of its batch and its place in it, on which rows are made unique; a sketch becomes six
-columns. DuckDB reads and writes; it runs without extensions and never touches the network.
+Equal sets of rows give equal bytes, in whatever order and however often they come.
 """
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import duckdb
 import msgspec
 
-from aggregator.window import Fact, Meta
-from shared.records import RECORD_TYPES
-from shared.sketch import SketchWire
+from aggregator import rollup
+from aggregator.rollup import names, quoted
+from aggregator.tables import (
+    EVENT_SOURCES,
+    EVENT_TABLE,
+    FOLDS,
+    IDENTITY,
+    META,
+    flattened,
+    minute_columns,
+    wire_columns,
+)
 
-BATCH_TABLE = "batch"
-TABLES = (*RECORD_TYPES, BATCH_TABLE)
-"""The batch table comes last: a day that has a batch there has all of its records."""
-_META = {
-    "node": "VARCHAR",
-    "incarnation": "BIGINT",
-    "epoch": "BIGINT",
-    "seq": "BIGINT",
-    "t_start_ms": "BIGINT",
-    "t_end_ms": "BIGINT",
-    "agent_version": "VARCHAR",
-    "dropped_batches": "BIGINT",
-}
-_SKETCH = {
-    "count": "BIGINT",
-    "zero": "BIGINT",
-    "sum": "BIGINT",
-    "min": "BIGINT",
-    "max": "BIGINT",
-    "idx": "INTEGER[]",
-    "cnt": "BIGINT[]",
-}
-_SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
+_COPY = "(FORMAT parquet, COMPRESSION zstd)"
 
 
-def columns(kind: type[msgspec.Struct]) -> dict[str, str]:
-    """DuckDB types of a record's columns, a sketch ``x`` as ``x_count`` and so on."""
-    found: dict[str, str] = {}
-    for field in msgspec.structs.fields(kind):
-        inner = _without_none(field.type)
-        if inner is SketchWire:
-            found.update({f"{field.name}_{part}": sql for part, sql in _SKETCH.items()})
-        elif inner in _SCALARS:
-            found[field.name] = _SCALARS[inner]
-        elif get_origin(inner) is tuple:
-            found[field.name] = f"{_SCALARS[get_args(inner)[0]]}[]"
-        else:
-            found[field.name] = "VARCHAR"  # a map, as JSON text
+class Database:
+    """A DuckDB of its own in memory, with a folder for the files it reads and writes."""
+
+    def __init__(self, memory_mb: int = 350) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="mlxrack-")
+        self.folder = Path(self._folder.name)
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+            "threads": "1",
+            "memory_limit": f"{memory_mb}MB",
+            "temp_directory": str(self.folder / "spill"),
+        }
+        self._db = duckdb.connect(":memory:", config=settings)
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+        self._folder.cleanup()
+
+    def file(self, name: str, body: bytes) -> Path:
+        """A file with that content."""
+        path = self.folder / name
+        path.write_bytes(body)
+        return path
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """A query's rows."""
+        result = self._db.execute(query)
+        columns = [d[0] for d in result.description]
+        return [dict(zip(columns, values, strict=True)) for values in result.fetchall()]
+
+    def parquet(self, query: str) -> bytes:
+        """A query's rows as a file."""
+        made = self.folder / "made.parquet"
+        self._db.execute(f"COPY ({query}) TO {quoted(made)} {_COPY}")
+        body = made.read_bytes()
+        made.unlink()
+        return body
+
+
+def reading(paths: Iterable[Path]) -> str:
+    """SQL that reads Parquet files; columns that only some of them have are NULL in the others."""
+    listed = ", ".join(quoted(path) for path in paths)
+    return f"SELECT * FROM read_parquet([{listed}], union_by_name=true)"
+
+
+def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -> bytes:
+    """A minute table with the rows of NDJSON files added to ``old``; rows already there are not added again."""
+    columns = minute_columns(table)
+    source = f"SELECT {flattened(table)} FROM ({_json(table, fresh)})" if fresh else ""
+    if old is not None:
+        kept = reading([db.file("old.parquet", old)])
+        source = f"{kept} UNION ALL BY NAME {source}" if source else kept
+    identity = names(IDENTITY)
+    query = f"SELECT DISTINCT ON ({identity}) {names(list(columns))} FROM ({source}) ORDER BY {identity}"
+    return db.parquet(query)
+
+
+def hours(db: Database, minutes: Mapping[str, Path]) -> dict[str, bytes]:
+    """The hour tables of a day from its minute tables, by name. A table without rows is not there."""
+    found: dict[str, bytes] = {}
+    for name, fold in FOLDS.items():
+        source = _minutes(minutes, fold.source)
+        if source:
+            found[name] = db.parquet(rollup.folded(fold, rollup.lifted(fold, source), fold.slot_ms))
+    events = {kind: reading([minutes[kind]]) for kind in EVENT_SOURCES if kind in minutes}
+    if events:
+        found[EVENT_TABLE] = db.parquet(rollup.events(events))
     return found
 
 
-def write(table: str, facts: Iterable[Fact], batches: Iterable[Meta], old: bytes | None) -> bytes:
-    """The table's file with these rows added to ``old``; rows already there are not added again.
-
-    Equal sets of rows give equal bytes, in whatever order and however often they come.
-    """
-    shape = {**_META, "ordinal": "INTEGER", **(columns(RECORD_TYPES[table]) if table != BATCH_TABLE else {})}
-    rows = [_batch_row(m) for m in batches] if table == BATCH_TABLE else [_row(f) for f in facts]
-    with tempfile.TemporaryDirectory() as folder, _connect() as db:
-        fresh, made = Path(folder, "fresh.ndjson"), Path(folder, "made.parquet")
-        fresh.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
-        spec = "{" + ", ".join(f"{_quoted(c)}: {_quoted(t)}" for c, t in shape.items()) + "}"
-        source = f"SELECT * FROM read_json({_quoted(fresh)}, format='newline_delimited', columns={spec})"
-        if old is not None:
-            Path(folder, "old.parquet").write_bytes(old)
-            source = f"SELECT * FROM read_parquet({_quoted(Path(folder, 'old.parquet'))}) UNION ALL BY NAME {source}"
-        identity = "node, incarnation, epoch, seq, ordinal"
-        names = ", ".join(f'"{c}"' for c in shape)
-        query = f"SELECT DISTINCT ON ({identity}) {names} FROM ({source}) ORDER BY {identity}"
-        db.execute(f"COPY ({query}) TO {_quoted(made)} (FORMAT parquet, COMPRESSION zstd)")
-        return made.read_bytes()
-
-
-def write_rows(rows: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> bytes:
-    """A derived table as a file."""
-    shape = columns(kind)
-    with tempfile.TemporaryDirectory() as folder, _connect() as db:
-        fresh, made = Path(folder, "fresh.ndjson"), Path(folder, "made.parquet")
-        fresh.write_bytes(b"\n".join(msgspec.json.encode(_flat(row)) for row in rows))
-        spec = "{" + ", ".join(f"{_quoted(c)}: {_quoted(t)}" for c, t in shape.items()) + "}"
-        source = f"SELECT * FROM read_json({_quoted(fresh)}, format='newline_delimited', columns={spec})"
-        db.execute(f"COPY ({source}) TO {_quoted(made)} (FORMAT parquet, COMPRESSION zstd)")
-        return made.read_bytes()
-
-
-def read(table: str, body: bytes) -> list[Fact]:
-    """A table's rows as facts. Columns this version does not know are left out, missing ones take their defaults."""
-    kind = RECORD_TYPES[table]
-    return [Fact(_meta(row), row["ordinal"], _record(kind, row)) for row in _rows(body)]
-
-
-def read_batches(body: bytes) -> list[Meta]:
-    """The batch table's rows."""
-    return [_meta(row) for row in _rows(body)]
-
-
-def _rows(body: bytes) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder, _connect() as db:
-        path = Path(folder, "table.parquet")
-        path.write_bytes(body)
-        result = db.execute(f"SELECT * FROM read_parquet({_quoted(path)})")
-        names = [d[0] for d in result.description]
-        return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
-
-
-def _connect() -> Any:
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "autoinstall_known_extensions": "false",
-        "autoload_known_extensions": "false",
-        "threads": "1",
+def days(db: Database, hourly: Mapping[str, bytes], day_ms: int) -> dict[str, bytes]:
+    """The day tables from the hour tables."""
+    return {
+        name: db.parquet(rollup.folded(fold, reading([db.file(f"hour-{name}.parquet", hourly[name])]), day_ms))
+        for name, fold in FOLDS.items()
+        if fold.daily and name in hourly
     }
-    return duckdb.connect(":memory:", config=settings)
 
 
-def _batch_row(meta: Meta) -> dict[str, Any]:
-    return {**meta._asdict(), "ordinal": 0}
+def row_json(meta: bytes, ordinal: int, record: msgspec.Struct | None) -> bytes:
+    """A line for `merged`: a batch's envelope as JSON, the record's place in it, the record."""
+    head = meta[:-1] + b',"ordinal":%d' % ordinal
+    return head + b"}\n" if record is None else head + b"," + msgspec.json.encode(record)[1:] + b"\n"
 
 
-def _row(fact: Fact) -> dict[str, Any]:
-    return {**fact.meta._asdict(), "ordinal": fact.ordinal, **_flat(fact.record)}
+def meta_json(meta: Mapping[str, Any]) -> bytes:
+    """A batch's envelope for `row_json`."""
+    return json.dumps({name: meta[name] for name in META}).encode()
 
 
-def _flat(record: msgspec.Struct) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name in record.__struct_fields__:
-        value = getattr(record, name)
-        if isinstance(value, SketchWire):
-            row.update({f"{name}_{part}": getattr(value, part) for part in _SKETCH})
-        else:
-            row[name] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
-    return row
+def _json(table: str, paths: Sequence[Path]) -> str:
+    spec = "{" + ", ".join(f"{quoted(c)}: {quoted(t)}" for c, t in wire_columns(table).items()) + "}"
+    listed = ", ".join(quoted(path) for path in paths)
+    return f"SELECT * FROM read_json([{listed}], format='newline_delimited', columns={spec})"
 
 
-def _meta(row: dict[str, Any]) -> Meta:
-    empty = {"VARCHAR": "", "BIGINT": 0}
-    return Meta(**{name: row.get(name, empty[_META[name]]) for name in Meta._fields})
-
-
-def _record(kind: type[msgspec.Struct], row: dict[str, Any]) -> msgspec.Struct:
-    tree: dict[str, Any] = {"kind": kind.__struct_config__.tag}
-    for field in msgspec.structs.fields(kind):
-        inner = _without_none(field.type)
-        if inner is SketchWire:
-            # rows older than the column have none
-            if row.get(f"{field.name}_count") is not None:
-                tree[field.name] = {part: row[f"{field.name}_{part}"] for part in _SKETCH}
-        elif field.name in row and row[field.name] is not None:
-            is_map = get_origin(inner) is dict
-            tree[field.name] = json.loads(row[field.name]) if is_map else row[field.name]
-    return msgspec.convert(tree, kind)
-
-
-def _without_none(kind: Any) -> Any:
-    if get_origin(kind) in (Union, UnionType):
-        inner = [a for a in get_args(kind) if a is not NoneType]
-        return inner[0] if len(inner) == 1 else kind
-    return kind
-
-
-def _quoted(text: object) -> str:
-    return "'" + str(text).replace("'", "''") + "'"
+def _minutes(minutes: Mapping[str, Path], tables: Sequence[str]) -> str:
+    present = [minutes[table] for table in tables if table in minutes]
+    return reading(present) if present else ""

@@ -1,36 +1,58 @@
-"""Which model should stand on which node, why, and the moves to get there. Pure; simple rules that a person can check.
+"""Which model should stand on which node, why, and the moves to get there. Pure.
 
-1. A node throttled for more than 3 % of its known time gives its least busy model away.
-2. A model that keeps a node busy for more than 70 % gets that node to itself, or another copy where it fits.
-3. Long prompts with few prompt-cache hits want a larger prompt cache.
-4. A model that was evicted and wanted again goes where there is room.
-A move loads at its target before it unloads at its source, so that the model is served all the while.
+Demand is the 95th percentile of five-minute windows, not the mean: bursts are what people wait in. What a node may
+carry is 80 % of its time, less where heat slows it. Three rules that a person can check come out of that:
+
+1. A node throttled for more than 3 % of its known time may carry less than it does, and gives a model away.
+2. A model that outgrows its node gets that node to itself, or another copy where it fits.
+3. Long prompts with few prompt-cache hits want a larger prompt cache where memory is left.
+
+Moves are few by construction: each must be worth its gigabytes, and there is a cap.
 """
+
+import math
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from aggregator import eviction
-from aggregator.window import Window, seconds
-from shared.records import EngineWindow, HostSample, Resident, Served
+from aggregator import eviction, moves, packing
+from aggregator.config import AggregatorConfig
+from aggregator.moves import Step
+from aggregator.packing import CAP, Copyable, Packed, Placement, Room
+from aggregator.tables import SLOT_MS
+from aggregator.window import ResidentSum, Window, at_least_one, seconds
+from shared.records import Hardware, ModelLoaded
 
 THROTTLED = 0.03
-BUSY = 0.70
+ALONE = 0.95
+"""What a model may ask of a node that it has to itself before it gets another copy."""
+LEAST_LOAD = 0.01
+"""A model in memory is never for nothing, even when nobody asked it."""
 LONG_PROMPT_TOK = 2_000
 LOW_HIT_SHARE = 0.30
+BANDWIDTH_GB_S = {"M4 Pro": 273.0, "M4 Max": 546.0, "M4": 120.0, "M3 Ultra": 819.0, "M2": 100.0, "M1": 68.0}
+"""Memory bandwidth, which bounds decoding, of chips where no model stands on two nodes to compare them by."""
+LOAD_GB_S = 1.5
+"""Loading from an internal disk where no load has been measured yet."""
 
 
 class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as it was: its memory, how busy and how hot."""
+    """A node as it was, and as it would be after the moves: memory, and its load at the 95th percentile."""
 
     node: str
     budget_bytes: int | None
     held_bytes: int
     busy_share: float | None
     throttled_share: float | None
+    speed: float = 1.0
+    limit: float = CAP
+    load: float = 0.0
+    load_after: float = 0.0
+    held_after_bytes: int = 0
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on a node, and what is proposed for it there: keep, move or copy."""
+    """A model on a node, and what is proposed for it there: keep, move, copy or remove."""
 
     model: str
     node: str
@@ -43,17 +65,40 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One step that can be carried out by `load` or `unload` on a node."""
+    """One step that can be carried out by `load` or `unload` on a node. ``gb`` are read from disk or copied, ``load_s``
+    is about what that takes; load and free memory are those of ``node``. ``bound`` is the limit that asks for the move,
+    ``declined`` what stays as it is without it."""
 
     step: int
     action: str
     model: str
     node: str
+    source: str
+    gb: float
+    load_s: float | None
+    load_before: float
+    load_after: float
+    free_before_bytes: int
+    free_after_bytes: int
+    bound: str
+    reason: str
+    declined: str
+    parked: bool = False
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """A setting of a model on a node that should be another one."""
+
+    model: str
+    node: str
+    setting: str
+    value: int
     reason: str
 
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The map and the diff. ``rebalance`` is whether there is anything to move."""
+    """The map and the diff. ``short`` says first what does not fit, and what would mend it. ``gap`` is how far from the
+    best placement this may be at most; ``score`` what it costs by the measure in packing.py."""
 
     period: str
     rebalance: bool
@@ -61,150 +106,358 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     placed: tuple[Placed, ...]
     moves: tuple[Move, ...]
     notes: tuple[str, ...]
+    short: tuple[str, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    gap: float | None = None
+    score: float = 0.0
 
 
-def propose(window: Window) -> PlacementReport:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan is made from, wherever it was had: telemetry of a week, or an intake before there is any."""
+
+    models: tuple[Copyable, ...]
+    rooms: tuple[Room, ...]
+    now: Placement
+    least: Mapping[str, int]
+    load_s: Mapping[str, float]
+    why_limited: Mapping[str, str] = {}
+
+
+def propose(window: Window, config: AggregatorConfig | None = None) -> PlacementReport:
     """Judge one span."""
-    nodes = {name: _node(window, name) for name in window.nodes}
-    current = _current(window)
-    moves: list[tuple[str, str, str, str]] = []
-    advice: dict[tuple[str, str], tuple[str, str]] = {}
-    room = {n: (load.budget_bytes or 0) - load.held_bytes for n, load in nodes.items()}
-    for name, load in nodes.items():
-        here = sorted((p for p in current if p.node == name), key=lambda p: (p.busy_share or 0, p.model))
-        wanted = _relief(load, here)
-        if wanted is None:
-            continue
-        placed, action, reason = wanted
-        target = _target(placed, room, current, nodes)
-        if target is None:
-            advice[placed.model, name] = (
-                "keep",
-                f"{reason}; but no other node has {placed.need_bytes / 1e9:.1f} GB free",
-            )
-            continue
-        room[target] -= placed.need_bytes
-        advice[placed.model, name] = (action, f"{reason}; {target} has room")
-        moves.append(("load", placed.model, target, reason))
-        if action == "move":
-            moves.append(("unload", placed.model, name, f"served by {target} now"))
-    moves += _returns(window, current, room)
+    most = config.placement.max_moves if config is not None else 6
+    facts = facts_of_window(window, config)
+    packed = packed_with_slack(facts, most)
+    ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
+    placed = _placed(window, ordered.reached, facts)
+    made = described(facts, ordered.steps)
+    settings = _cache_settings(window, facts, ordered.reached)
+    stuck = _stuck(facts, ordered.reached)
     return PlacementReport(
         period=window.span.name,
-        rebalance=bool(moves),
-        nodes=tuple(nodes.values()),
-        placed=tuple(_advised(p, advice) for p in current),
-        moves=tuple(Move(step=n, action=a, model=m, node=d, reason=r) for n, (a, m, d, r) in enumerate(moves, 1)),
-        notes=tuple(_cache_notes(window)),
+        rebalance=bool(made),
+        nodes=_node_loads(window, facts, ordered.reached),
+        placed=placed,
+        moves=made,
+        notes=(*_blocked(ordered.blocked), *stuck, *(s.reason for s in settings)),
+        short=explained(facts, packed),
+        settings=settings,
+        gap=packed.gap,
+        score=round(packed.score, 6),
     )
 
 
-def _relief(load: NodeLoad, here: list[Placed]) -> tuple[Placed, str, str] | None:
-    """The model to take off a hot or crowded node, how, and why; None when the node is fine."""
-    if not here:
-        return None
-    if load.throttled_share is not None and load.throttled_share > THROTTLED:
-        return here[0], "move", f"{load.node} was throttled {load.throttled_share:.1%} of the time"
-    busiest = here[-1]
-    if busiest.busy_share is not None and busiest.busy_share > BUSY:
-        share = f"{busiest.model} keeps {load.node} busy {busiest.busy_share:.0%} of the time"
-        return (here[0], "move", f"{share} and needs it to itself") if len(here) > 1 else (busiest, "copy", share)
-    return None
+def packed_with_slack(facts: Facts, most_moves: int) -> Packed:
+    """The best placement that keeps the copies there are; when they do not all fit, one with the copies that the demand
+    needs."""
+    packed = packing.pack(facts.models, facts.rooms, facts.now, most_moves)
+    if not packed.short:
+        return packed
+    fewer = [msgspec.structs.replace(m, copies=min(m.copies, facts.least.get(m.name, 1))) for m in facts.models]
+    again = packing.pack(fewer, facts.rooms, facts.now, most_moves)
+    return again if sum(n for _, n in again.short) < sum(n for _, n in packed.short) else packed
 
 
-def _target(placed: Placed, room: dict[str, int], current: list[Placed], nodes: dict[str, NodeLoad]) -> str | None:
-    """The node with the most room that holds no copy yet and is not hot itself."""
-    taken = {p.node for p in current if p.model == placed.model}
-    fitting = [
-        (-free, name)
-        for name, free in room.items()
-        if name not in taken and free >= placed.need_bytes and (nodes[name].throttled_share or 0) <= THROTTLED
-    ]
-    return min(fitting)[1] if fitting else None
+def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> Facts:
+    """Nodes, models and demand as they were reported."""
+    residents = {(r.model, r.node): r for r in current(window)}
+    speeds = _speeds(window)
+    load = _loads(window, speeds)
+    wished = {w.model: w for w in config.placement.models} if config is not None else {}
+    models, least = [], {}
+    for name in sorted({m for m, _ in residents}):
+        here = [r for (m, _), r in residents.items() if m == name]
+        wish = wished.get(name)
+        work = max(LEAST_LOAD, load.get(name, 0.0))
+        # its own node first, another copy when it has that
+        alone = all(m == name for m, n in residents if n in {r.node for r in here})
+        needed = max(1, wish.min_copies if wish else 1, math.ceil(work / (CAP if alone else ALONE) / _typical(speeds)))
+        least[name] = min(needed, max(1, len(window.nodes)))
+        copies = max(least[name], len(here))
+        need = max(r.need_bytes or 0 for r in here)
+        only = tuple(wish.nodes) if wish else ()
+        models.append(Copyable(name=name, need_bytes=need, copies=copies, load=work, only=only))
+    models += _evicted(window, {m.name for m in models}, load)
+    least |= {m.name: 1 for m in models if m.name not in least}
+    now: Placement = frozenset(residents)
+    rooms, why = _rooms(window, speeds, models, now)
+    return Facts(models=tuple(models), rooms=rooms, now=now, least=least, load_s=_load_times(window), why_limited=why)
 
 
-def _returns(window: Window, current: list[Placed], room: dict[str, int]) -> list[tuple[str, str, str, str]]:
-    """Models that were evicted, wanted again and stand nowhere now."""
-    standing = {p.model for p in current}
-    found: list[tuple[str, str, str, str]] = []
-    for row in eviction.report(window).rows:
-        fits = sorted((-free, node) for node, free in room.items() if free > 0)
-        if row.verdict == "placement" and row.model not in standing and fits:
-            found.append(("load", row.model, fits[0][1], f"evicted from {row.node}: {row.hint}"))
-    return found
-
-
-def _node(window: Window, name: str) -> NodeLoad:
-    reported_us = seconds(window.reported(name)) * 1e6
-    busy = sum(r.busy_prefill_us + r.busy_decode_us for m, r in window.of(EngineWindow) if m.node == name)
-    hosts = [r for m, r in window.of(HostSample) if m.node == name]
-    known = sum(h.thermal_known_us for h in hosts)
-    budget = next((h.memory_budget_bytes for h in reversed(hosts) if h.memory_budget_bytes is not None), None)
-    return NodeLoad(
-        node=name,
-        budget_bytes=budget,
-        held_bytes=sum(r.need_bytes for r in _last_residents(window, name)),
-        busy_share=busy / reported_us if reported_us else None,
-        throttled_share=sum(h.throttled_us for h in hosts) / known if known else None,
-    )
-
-
-def _current(window: Window) -> list[Placed]:
-    found = []
-    for node in window.nodes:
-        reported_us = seconds(window.reported(node)) * 1e6
-        for resident in _last_residents(window, node):
-            busy = sum(
-                r.busy_prefill_us + r.busy_decode_us
-                for m, r in window.of(EngineWindow)
-                if m.node == node and r.version == resident.version
-            )
-            requests = sum(
-                r.requests for _, r in window.of(Served) if r.worker == node and r.version == resident.version
-            )
-            found.append(
-                Placed(
-                    model=resident.model,
-                    node=node,
-                    version=resident.version,
-                    need_bytes=resident.need_bytes,
-                    busy_share=busy / reported_us if reported_us else None,
-                    requests=requests,
-                    advice="keep",
-                    reason="fits, and its node is neither hot nor crowded",
-                )
-            )
-    return found
-
-
-def _last_residents(window: Window, node: str) -> list[Resident]:
-    """What stood in the node's memory at the last moment it named anything.
+def current(window: Window) -> list[ResidentSum]:
+    """What stood ready in each node's memory at the last moment it named anything.
 
     A node that was stopped in order ends with a batch that names nothing; what it held before is what it is for.
     """
-    by_batch: dict[tuple[int, int, int], list[Resident]] = {}
-    for meta, record in window.of(Resident):
-        if meta.node == node and record.state == "ready":
-            by_batch.setdefault((meta.incarnation, meta.epoch, meta.seq), []).append(record)
-    return by_batch[max(by_batch)] if by_batch else []
+    ready = [r for r in window.residents if r.state == "ready"]
+    last = {node: max(r.last_ms for r in ready if r.node == node) for node in {r.node for r in ready}}
+    newest: dict[tuple[str, str], ResidentSum] = {}
+    for one in ready:
+        if one.last_ms == last[one.node]:
+            newest[one.model, one.node] = one
+    return [newest[key] for key in sorted(newest)]
 
 
-def _advised(placed: Placed, advice: dict[tuple[str, str], tuple[str, str]]) -> Placed:
-    found = advice.get((placed.model, placed.node))
-    return msgspec.structs.replace(placed, advice=found[0], reason=found[1]) if found else placed
+def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
+    """Steps with their reasons and figures, as they follow one another."""
+    at, found = frozenset(facts.now), []
+    by_room, by_model = {r.name: r for r in facts.rooms}, {m.name: m for m in facts.models}
+    for number, step in enumerate(steps, 1):
+        pair = frozenset([(step.model, step.node)])
+        after = at | pair if step.action == "load" else at - pair
+        room, model = by_room[step.node], by_model[step.model]
+        bound, reason, declined = _why(facts, step)
+        found.append(
+            Move(
+                step=number,
+                action=step.action,
+                model=step.model,
+                node=step.node,
+                source=step.source,
+                gb=round(model.need_bytes / 1e9, 3) if step.action == "load" else 0.0,
+                load_s=round(facts.load_s.get(step.model, model.need_bytes / 1e9 / LOAD_GB_S), 1)
+                if step.action == "load"
+                else None,
+                load_before=round(packing.load_of(room, facts.models, at), 4),
+                load_after=round(packing.load_of(room, facts.models, after), 4),
+                free_before_bytes=room.budget_bytes - packing.held(room, facts.models, at),
+                free_after_bytes=room.budget_bytes - packing.held(room, facts.models, after),
+                bound=bound,
+                reason=reason,
+                declined=declined,
+                parked=step.parked,
+            )
+        )
+        at = after
+    return tuple(found)
 
 
-def _cache_notes(window: Window) -> list[str]:
-    sums: dict[str, list[int]] = {}
-    for _, record in window.of(Served):
-        if record.outcome == "ok":
-            total = sums.setdefault(record.model, [0, 0, 0])
-            total[0] += record.requests
-            total[1] += record.prompt_tok
-            total[2] += record.cached_tok
+def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
+    """Why not everything fits, and what would mend it; nothing when it does."""
+    found = []
+    sizes = {m.name: m for m in facts.models}
+    if packed.short:
+        missing = sum(sizes[name].need_bytes * count for name, count in packed.short)
+        copies = ", ".join(f"{count} x {name}" for name, count in packed.short)
+        largest = max(sizes[name].need_bytes for name, _ in packed.short)
+        biggest = max((r.budget_bytes for r in facts.rooms), default=0)
+        node = (
+            f"a node with at least {largest / 1e9:.1f} GB for models"
+            if largest > biggest
+            else f"{max(1, math.ceil(missing / biggest))} more node(s) of {biggest / 1e9:.1f} GB for models"
+        )
+        drop = max((name for name, _ in packed.short), key=lambda name: (sizes[name].need_bytes, name))
+        found.append(f"No room for {copies} ({missing / 1e9:.1f} GB): add {node}, or drop {drop}.")
+    if packed.over:
+        over = sum(share for _, share in packed.over)
+        where = ", ".join(f"{name} by {share:.0%}" for name, share in packed.over)
+        more = max(1, math.ceil(over / CAP - 1e-9))
+        found.append(
+            f"Too much work at the 95th percentile: over the limit {where}. {more} more node(s) like the fastest would "
+            "carry it, or the busiest model moves elsewhere."
+        )
+    return tuple(found)
+
+
+def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
+    """The limit that asks for a step, the sentence for it, and what stays without it."""
+    by_room = {r.name: r for r in facts.rooms}
+    model = next(m for m in facts.models if m.name == step.model)
+    if step.action == "unload":
+        return "follows", f"{step.model} is served elsewhere now", f"{model.need_bytes / 1e9:.1f} GB stay in use"
+    if step.parked:
+        return "memory", f"makes room on {step.source} for a while", "the steps after it cannot be done"
+    if not step.source:
+        standing = sum(name == step.model for name, _ in facts.now)
+        if not standing:
+            return "copies", f"{step.model} stands nowhere", "nobody answers for it"
+        needed = f"{model.load:.2f} nodes' worth of work at the 95th percentile and {standing} copy(s)"
+        return "load", f"{step.model} has {needed}", f"its nodes stay at {model.load / standing:.0%} each"
+    room = by_room[step.source]
+    before = packing.load_of(room, facts.models, facts.now)
+    if room.name in facts.why_limited:
+        return "heat", facts.why_limited[room.name], f"{room.name} goes on being slowed at {before:.0%} load"
+    if before > room.limit:
+        alone = max((m for m in facts.models if (m.name, room.name) in facts.now), key=lambda m: (m.share, m.name))
+        itself = f"; {alone.name} needs it to itself" if alone.share / room.speed > 0.5 * CAP else ""
+        text = f"{room.name} is at {before:.0%} at the 95th percentile, its limit is {room.limit:.0%}{itself}"
+        return "load", text, f"{room.name} stays at {before:.0%}"
+    if packing.held(room, facts.models, facts.now) > room.budget_bytes:
+        return "memory", f"{room.name} holds more than its memory budget", f"{room.name} goes on evicting"
+    return "room", f"makes room on {room.name} for another model", "that model finds no place"
+
+
+def _rooms(
+    window: Window, speeds: Mapping[str, float], models: Sequence[Copyable], now: Placement
+) -> tuple[tuple[Room, ...], dict[str, str]]:
+    rooms, why = [], {}
+    for name in window.nodes:
+        host = window.host(name)
+        held = sum(m.need_bytes for m in models if (m.name, name) in now)
+        budget = host.memory_budget_bytes if host is not None and host.memory_budget_bytes is not None else held
+        room = Room(name=name, budget_bytes=budget, speed=speeds[name])
+        share = host.throttled_share if host is not None else None
+        if share is not None and share > THROTTLED:
+            here = [m.share / room.speed for m in models if (m.name, name) in now]
+            room = msgspec.structs.replace(room, limit=min(CAP, sum(here) - min(here)) if here else 0.0)
+            why[name] = f"{name} was throttled {share:.1%} of the time"
+        rooms.append(room)
+    return tuple(rooms), why
+
+
+def _speeds(window: Window) -> dict[str, float]:
+    """How fast a node decodes against the others: by a model that stands on several, else by its memory bandwidth."""
+    paces: dict[str, dict[str, float]] = {}
+    for one in window.engines:
+        if one.decode_tok > 1000 and one.busy_decode_us:
+            paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
+    chips = {meta.node: record.chip for meta, record in window.of(Hardware)}
+    known = {node: found for node in window.nodes if (found := _bandwidth(chips.get(node, "")))}
+    typical = _median(list(known.values())) if known else None
+    speeds = {}
+    for node in window.nodes:
+        ratios = [_median(list(p.values())) / p[node] for p in paces.values() if len(p) > 1 and node in p]
+        guessed = known[node] / typical if node in known and typical else 1.0
+        speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
+    return speeds
+
+
+def _bandwidth(chip: str) -> float | None:
+    return next((gb for name, gb in BANDWIDTH_GB_S.items() if chip.endswith(name)), None)
+
+
+def _median(values: list[float]) -> float:
+    ordered, middle = sorted(values), len(values) // 2
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _typical(speeds: Mapping[str, float]) -> float:
+    return _median(list(speeds.values())) if speeds else 1.0
+
+
+def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:
+    """Each model's load at the 95th percentile of five-minute windows, in nodes of speed 1."""
+    slots = max(1, round(seconds(at_least_one(window.reported(n) for n in window.nodes)) * 1000 / SLOT_MS))
+    busy: dict[str, list[int]] = {}
+    for one in window.demand:
+        busy.setdefault(one.model, []).append(one.busy_prefill_us + one.busy_decode_us)
+    found = {}
+    for model, values in busy.items():
+        mine = [(e.busy_us, speeds.get(e.node, 1.0)) for e in window.engines if e.model == model and e.busy_us]
+        speed = sum(us * s for us, s in mine) / sum(us for us, _ in mine) if mine else 1.0
+        # five minutes without a request are windows, too
+        idle = max(0, slots - len(values))
+        rank = math.ceil(0.95 * (idle + len(values))) - idle
+        p95 = sorted(values)[rank - 1] if rank >= 1 else 0
+        found[model] = round(p95 / (SLOT_MS * 1000) * speed, 6)
+    return found
+
+
+def _load_times(window: Window) -> dict[str, float]:
+    times: dict[str, list[float]] = {}
+    for _, record in window.of(ModelLoaded):
+        times.setdefault(record.model, []).append(record.load_us / 1e6)
+    return {model: _median(found) for model, found in times.items()}
+
+
+def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeLoad, ...]:
+    found = []
+    for room in facts.rooms:
+        host = window.host(room.name)
+        reported_us = seconds(window.reported(room.name)) * 1e6
+        busy = sum(e.busy_us for e in window.engines if e.node == room.name)
+        found.append(
+            NodeLoad(
+                node=room.name,
+                budget_bytes=host.memory_budget_bytes if host is not None else None,
+                held_bytes=packing.held(room, facts.models, facts.now),
+                busy_share=busy / reported_us if reported_us else None,
+                throttled_share=host.throttled_share if host is not None else None,
+                speed=room.speed,
+                limit=round(room.limit, 4),
+                load=round(packing.load_of(room, facts.models, facts.now), 4),
+                load_after=round(packing.load_of(room, facts.models, reached), 4),
+                held_after_bytes=packing.held(room, facts.models, reached),
+            )
+        )
+    return tuple(found)
+
+
+def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, ...]:
+    found = []
+    for one in current(window):
+        reported_us = seconds(window.reported(one.node)) * 1e6
+        mine = [e for e in window.engines if e.node == one.node and e.version == one.version]
+        busy = sum(e.busy_us for e in mine)
+        requests = sum(s.requests for s in window.served if s.worker == one.node and s.version == one.version)
+        stays = (one.model, one.node) in reached
+        others = sorted(n for m, n in reached - facts.now if m == one.model)
+        advice, reason = "keep", "fits, and its node is neither hot nor crowded"
+        if not stays:
+            advice = "move" if others else "remove"
+            reason = f"to {others[0]}: see the moves" if others else "more copies than its work needs"
+        elif others:
+            advice, reason = "copy", f"also on {', '.join(others)}: see the moves"
+        found.append(
+            Placed(
+                model=one.model,
+                node=one.node,
+                version=one.version,
+                need_bytes=one.need_bytes or 0,
+                busy_share=busy / reported_us if reported_us else None,
+                requests=requests,
+                advice=advice,
+                reason=reason,
+            )
+        )
+    return tuple(sorted(found, key=lambda p: (p.node, p.model)))
+
+
+def _blocked(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return [
-        f"{model}: prompts of {prompt // requests} tokens on average and {cached / prompt:.0%} found in the prompt "
-        "cache; raise its cache_bytes"
-        for model, (requests, prompt, cached) in sorted(sums.items())
-        if requests and prompt / requests > LONG_PROMPT_TOK and cached / prompt < LOW_HIT_SHARE
+        f"{model} cannot come to {node} without an interruption: no node has room meanwhile" for model, node in pairs
     ]
+
+
+def _stuck(facts: Facts, reached: Placement) -> list[str]:
+    """Hot nodes that could give nothing away."""
+    found = []
+    for room in facts.rooms:
+        before, after = (packing.load_of(room, facts.models, at) for at in (facts.now, reached))
+        if room.name in facts.why_limited and after >= before > 0:
+            found.append(f"{facts.why_limited[room.name]}, and no other node has room for any of its models")
+    return found
+
+
+def _evicted(window: Window, standing: set[str], load: Mapping[str, float]) -> list[Copyable]:
+    """Models that were evicted, wanted again and stand nowhere now."""
+    rows = [r for r in eviction.report(window).rows if r.verdict == "placement" and r.model not in standing]
+    sizes = {r.model: r.bytes // r.evictions for r in sorted(rows, key=lambda r: r.node)}
+    return [
+        Copyable(name=name, need_bytes=size, copies=1, load=max(LEAST_LOAD, load.get(name, 0.0)))
+        for name, size in sorted(sizes.items())
+    ]
+
+
+def _cache_settings(window: Window, facts: Facts, reached: Placement) -> tuple[Setting, ...]:
+    """More prompt cache for models with long prompts that are rarely found in it, where memory is left."""
+    found = []
+    for model in sorted({s.model for s in window.served if s.outcome == "ok"}):
+        mine = [s for s in window.served if s.model == model and s.outcome == "ok"]
+        requests, prompt = sum(s.requests for s in mine), sum(s.prompt_tok for s in mine)
+        cached = sum(s.cached_tok for s in mine)
+        if not requests or prompt / requests <= LONG_PROMPT_TOK or cached / prompt >= LOW_HIT_SHARE:
+            continue
+        for room in facts.rooms:
+            if (model, room.name) not in reached:
+                continue
+            free = room.budget_bytes - packing.held(room, facts.models, reached)
+            now = max((e.cache_bytes for e in window.engines if e.model == model and e.node == room.name), default=0)
+            value = now + free // 2
+            why = (
+                f"{model} on {room.name}: prompts of {prompt // requests} tokens on average and {cached / prompt:.0%} "
+                f"of them found in the prompt cache; {free / 1e9:.1f} GB are free there, raise its cache_bytes"
+            )
+            if free > 256 << 20:
+                found.append(Setting(model=model, node=room.name, setting="cache_bytes", value=value, reason=why))
+    return tuple(found)

@@ -3,31 +3,52 @@
 A lost condition means that another aggregator runs; this one gives up without harm and the next run goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
-from aggregator import parquet, rollup
-from aggregator.manifest import Manifest
-from aggregator.window import Fact, Meta, facts_of, meta_of
+from aggregator import parquet
+from aggregator.manifest import Day, Manifest
+from aggregator.tables import BATCH_TABLE, DAY_TABLES, HOUR_TABLES, MINUTE_TABLES
+from aggregator.window import DAY_MS
 from shared import keys
-from shared.batch import Batch
+from shared.batch import digest
 from shared.errors import NotFound, PreconditionFailed, Retryable
-from shared.records import Served
 from shared.store import ObjectStore, Stored
 
 MAX_REVISIONS = 1000
 
 
-def merge_day(store: ObjectStore, day: str, batches: Sequence[Batch]) -> None:
-    """Add batches to every table of a day and renew its hourly rollup. Doing it again changes nothing."""
-    facts = [fact for batch in batches for fact in facts_of(batch)]
-    metas = [meta_of(batch) for batch in batches]
-    for table in parquet.TABLES:
-        mine = [f for f in facts if f.record.__struct_config__.tag == table]
-        if mine or table == parquet.BATCH_TABLE:
-            _merge(store, table, day, mine, metas)
-    _hourly(store, day)
+def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]]) -> Day:
+    """Add rows (NDJSON files by table) to a day's minute tables and renew what is derived from them. Doing it again
+    changes nothing."""
+    # read before what they are made of: when another run renews that in between, these writes lose
+    before = {key: _optional(store, key) for key in _derived(day)}
+    with parquet.Database() as db:
+        minutes: dict[str, Path] = {}
+        hashes: list[str] = []
+        for table in MINUTE_TABLES:
+            body = _merge(store, db, table, day, fresh.get(table, ()))
+            if body is not None:
+                minutes[table] = db.file(f"minute-{table}.parquet", body)
+                hashes.append(f"{table} {digest(body)}\n")
+        hourly = parquet.hours(db, minutes)
+        daily = parquet.days(db, hourly, DAY_MS)
+        bodies = {keys.hour_key(table, day): body for table, body in hourly.items()}
+        bodies |= {keys.day_key(table, day): body for table, body in daily.items()}
+        for key, body in bodies.items():
+            old = before[key]
+            if old is None or old.body != body:
+                replace(store, key, body, old.etag if old else None)
+        batches = db.rows(f"SELECT count(*) AS n FROM ({parquet.reading([minutes[BATCH_TABLE]])})")[0]["n"]
+    return Day(
+        batches=batches,
+        minute_files=len(minutes),
+        hour_files=len(hourly),
+        day_files=len(daily),
+        sha256=digest("".join(hashes).encode()),
+    )
 
 
 def commit(store: ObjectStore, manifest: Manifest) -> None:
@@ -65,24 +86,20 @@ def replace(store: ObjectStore, key: str, body: bytes, etag: str | None) -> None
         raise Retryable(f"write {key}: another aggregator changed it meanwhile; run again") from None
 
 
-def _merge(store: ObjectStore, table: str, day: str, facts: list[Fact], metas: list[Meta]) -> None:
+def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh: Sequence[Path]) -> bytes | None:
+    """A minute table as it is after these rows; None when there is none."""
     key = keys.minute_key(table, day)
     old = _optional(store, key)
-    body = parquet.write(table, facts, metas, old.body if old else None)
+    if not fresh:
+        return old.body if old else None
+    body = parquet.merged(db, table, fresh, old.body if old else None)
     if old is None or body != old.body:
         replace(store, key, body, old.etag if old else None)
+    return body
 
 
-def _hourly(store: ObjectStore, day: str) -> None:
-    key = keys.hour_key("served", day)
-    old = _optional(store, key)  # read before its source: a run in between then makes this write lose
-    minutes = _optional(store, keys.minute_key("served", day))
-    if minutes is None:
-        return
-    rows = [(f.meta, f.record) for f in parquet.read("served", minutes.body) if isinstance(f.record, Served)]
-    body = parquet.write_rows(rollup.hourly(rows), rollup.ServedHour)
-    if old is None or old.body != body:
-        replace(store, key, body, old.etag if old else None)
+def _derived(day: str) -> list[str]:
+    return [*(keys.hour_key(table, day) for table in HOUR_TABLES), *(keys.day_key(table, day) for table in DAY_TABLES)]
 
 
 def _optional(store: ObjectStore, key: str) -> Stored | None:

@@ -1,100 +1,154 @@
-"""Sums by hour, with merged sketches and the quantiles read from them; order of input changes nothing. Pure."""
+"""How tables are added up, as SQL: minute rows to hours, hours to days, any of them to a span. Pure: only text.
 
-from collections.abc import Iterable
+A latency sketch adds up by adding the counts of equal buckets, so the quantiles of an hour or a month are those of all
+its requests, within ``RELATIVE_ERROR``, in whatever order anything was read.
+"""
 
-import msgspec
+from collections.abc import Sequence
 
-from aggregator.window import Meta
-from shared.records import Served
-from shared.sketch import Sketch, SketchWire
+from aggregator.tables import EVENT_COLUMNS, EVENT_SOURCES, META, SKETCH, Fold, minute_columns
+from shared.sketch import SCALE
 
-HOUR_MS = 3_600_000
-
-
-class ServedHour(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of one hour, alike in their labels. Quantiles are within 1.1 %; None where nothing was measured."""
-
-    hour_ms: int
-    door: str
-    model: str
-    version: str
-    worker: str
-    outcome: str
-    requests: int
-    retries: int
-    prompt_tok: int
-    cached_tok: int
-    completion_tok: int
-    ttft_p50_us: float | None
-    ttft_p95_us: float | None
-    itl_p50_us: float | None
-    itl_p95_us: float | None
-    total_p50_us: float | None
-    total_p95_us: float | None
-    ttft_us: SketchWire
-    itl_us: SketchWire
-    total_us: SketchWire
+QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
-class Sum:
-    """Counts and sketches being added up."""
-
-    def __init__(self) -> None:
-        self.requests = self.retries = self.prompt_tok = self.cached_tok = self.completion_tok = 0
-        self.ttft, self.itl, self.total = Sketch(), Sketch(), Sketch()
-
-    def add(self, served: Served) -> None:
-        """One record more."""
-        self.requests += served.requests
-        self.retries += served.retries
-        self.prompt_tok += served.prompt_tok
-        self.cached_tok += served.cached_tok
-        self.completion_tok += served.completion_tok
-        self.ttft.merge(Sketch.from_wire(served.ttft_us))
-        self.itl.merge(Sketch.from_wire(served.itl_us))
-        self.total.merge(Sketch.from_wire(served.total_us))
+def quoted(text: object) -> str:
+    """A text as an SQL literal."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
-def hourly(served: Iterable[tuple[Meta, Served]]) -> list[ServedHour]:
-    """One row for each hour (UTC, by the batch's end), door, model, version, worker and outcome."""
-    sums: dict[tuple[int, str, str, str, str, str], Sum] = {}
-    for meta, record in served:
-        hour = meta.t_end_ms // HOUR_MS * HOUR_MS
-        labels = (hour, meta.node, record.model, record.version, record.worker, record.outcome)
-        sums.setdefault(labels, Sum()).add(record)
-    return [_row(labels, total) for labels, total in sorted(sums.items())]
+def names(columns: Sequence[str], prefix: str = "") -> str:
+    """Column names for a list of them."""
+    return ", ".join(f'{prefix}"{c}"' for c in columns)
 
 
-def by_model(served: Iterable[tuple[Meta, Served]]) -> dict[str, Sum]:
-    """Answered requests of each served name."""
-    sums: dict[str, Sum] = {}
-    for _, record in served:
-        if record.outcome == "ok":
-            sums.setdefault(record.model, Sum()).add(record)
-    return dict(sorted(sums.items()))
+def lifted(fold: Fold, source: str) -> str:
+    """Minute rows as folded ones, each its own sum. ``slot_ms`` and ``last_ms`` are the end of the row's batch."""
+    wanted = [*fold.labels, *fold.sums, *fold.maxes, *fold.mins, *fold.lasts]
+    wanted += [f"{name}_{part}" for name in fold.sketches for part in SKETCH]
+    wanted += ["starts", "ends"] if fold.spans else []
+    parts = [f'{fold.lift.get(name, chr(34) + name + chr(34))} AS "{name}"' for name in wanted]
+    ends = "t_end_ms AS slot_ms, t_end_ms AS last_ms, seq * 65536 + ordinal AS last_place"
+    return f"SELECT {ends}, {', '.join(parts)} FROM ({source})"
 
 
-def _row(labels: tuple[int, str, str, str, str, str], total: Sum) -> ServedHour:
-    hour, door, model, version, worker, outcome = labels
-    return ServedHour(
-        hour_ms=hour,
-        door=door,
-        model=model,
-        version=version,
-        worker=worker,
-        outcome=outcome,
-        requests=total.requests,
-        retries=total.retries,
-        prompt_tok=total.prompt_tok,
-        cached_tok=total.cached_tok,
-        completion_tok=total.completion_tok,
-        ttft_p50_us=total.ttft.quantile(0.5),
-        ttft_p95_us=total.ttft.quantile(0.95),
-        itl_p50_us=total.itl.quantile(0.5),
-        itl_p95_us=total.itl.quantile(0.95),
-        total_p50_us=total.total.quantile(0.5),
-        total_p95_us=total.total.quantile(0.95),
-        ttft_us=total.ttft.to_wire(),
-        itl_us=total.itl.to_wire(),
-        total_us=total.total.to_wire(),
+def folded(fold: Fold, source: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
+    """Rows of ``source`` (lifted or folded ones) added up by their labels within slots of that length; None for no
+    slots at all. Other ``labels`` than the table's own fold further."""
+    keys = tuple(fold.labels if labels is None else labels)
+    slot = [] if slot_ms is None else ["slot_ms"]
+    base = (
+        f"({source})"
+        if slot_ms is None
+        else f"(SELECT * REPLACE (slot_ms - slot_ms % {slot_ms} AS slot_ms) FROM ({source}))"
+    )
+    by = [*slot, *keys]
+    if fold.spans:
+        return _spans(base, by)
+    plain = _plain(fold, base, by)
+    if not fold.sketches:
+        return f"{plain} ORDER BY {names(by)}"
+    merged = " ".join(_joined(name, by) for name in fold.sketches)
+    order = f" ORDER BY {names(by)}" if by else ""
+    parts = [f"plain.* EXCLUDE ({names([f'{n}_{p}' for n in fold.sketches for p in ('idx', 'cnt')])})"]
+    parts += [_sketch_columns(name) for name in fold.sketches]
+    buckets = ", ".join(f"{_buckets(name, base, by)}" for name in fold.sketches)
+    return f"WITH plain AS ({plain}), {buckets} SELECT {', '.join(parts)} FROM plain {merged}{order}"
+
+
+def events(sources: dict[str, str]) -> str:
+    """One table of all events: ``sources`` are minute tables by kind."""
+    pieces = []
+    for kind in EVENT_SOURCES:
+        if kind not in sources:
+            continue
+        own = [name for name in minute_columns(kind) if name not in META and name != "ordinal"]
+        packed = "to_json(struct_pack(" + ", ".join(f'"{name}" := "{name}"' for name in own) + "))::VARCHAR"
+        meta = names([*META, "ordinal"])
+        pieces.append(f"SELECT {meta}, {quoted(kind)} AS kind, {packed} AS record FROM ({sources[kind]})")
+    union = " UNION ALL ".join(pieces) or _no_rows(EVENT_COLUMNS)
+    return f"SELECT * FROM ({union}) ORDER BY t_end_ms, node, incarnation, epoch, seq, ordinal"
+
+
+def _no_rows(columns: dict[str, str]) -> str:
+    return "SELECT " + ", ".join(f'NULL::{sql} AS "{name}"' for name, sql in columns.items()) + " WHERE false"
+
+
+def _plain(fold: Fold, base: str, by: Sequence[str]) -> str:
+    """Sums, highest, lowest and newest values of each group, and the parts of a sketch that add up alike."""
+    parts = [names(by)] if by else []
+    parts.append("max(last_ms) AS last_ms, max(last_place) AS last_place")
+    parts += [f'sum("{name}")::BIGINT AS "{name}"' for name in fold.sums]
+    parts += [f'max("{name}") AS "{name}"' for name in fold.maxes]
+    parts += [f'min("{name}") AS "{name}"' for name in fold.mins]
+    parts += [
+        f'last("{name}" ORDER BY last_ms, last_place) FILTER ("{name}" IS NOT NULL) AS "{name}"' for name in fold.lasts
+    ]
+    for name in fold.sketches:
+        parts += [f'sum("{name}_{part}")::BIGINT AS "{name}_{part}"' for part in ("count", "zero", "sum")]
+        parts += [f'{part}("{name}_{part}") AS "{name}_{part}"' for part in ("min", "max")]
+        parts += [f'NULL AS "{name}_{part}"' for part in ("idx", "cnt")]
+    group = f" GROUP BY {names(by)}" if by else " HAVING count(*) > 0"
+    return f"SELECT {', '.join(parts)} FROM {base}{group}"
+
+
+def _buckets(name: str, base: str, by: Sequence[str]) -> str:
+    """Two named queries: a sketch's buckets added up, and gathered again with the ranks they reach."""
+    keys = f"{names(by)}, " if by else ""
+    flat = f'SELECT {keys}unnest("{name}_idx") AS idx, unnest("{name}_cnt") AS cnt FROM {base}'
+    added = f"SELECT {keys}idx, sum(cnt)::BIGINT AS cnt FROM ({flat}) GROUP BY {keys}idx"
+    over = f"PARTITION BY {names(by)} ORDER BY idx" if by else "ORDER BY idx"
+    ranked = f"SELECT *, sum(cnt) OVER ({over}) AS reached FROM ({added})"
+    gathered = (
+        f"SELECT {keys}list(idx ORDER BY idx)::INTEGER[] AS idx, list(cnt ORDER BY idx)::BIGINT[] AS cnt, "
+        f"list(reached::BIGINT ORDER BY idx) AS reached FROM ({ranked})" + (f" GROUP BY {names(by)}" if by else "")
+    )
+    return f'"{name}_merged" AS ({gathered})'
+
+
+def _joined(name: str, by: Sequence[str]) -> str:
+    on = " AND ".join(f'plain."{key}" IS NOT DISTINCT FROM "{name}_merged"."{key}"' for key in by) or "true"
+    return f'LEFT JOIN "{name}_merged" ON {on}'
+
+
+def _sketch_columns(name: str) -> str:
+    merged = f'"{name}_merged"'
+    parts = [
+        f'coalesce({merged}.idx, []::INTEGER[]) AS "{name}_idx"',
+        f'coalesce({merged}.cnt, []::BIGINT[]) AS "{name}_cnt"',
+        *(f'{_quantile(name, q)} AS "{name}_{label}"' for label, q in QUANTILES.items()),
+    ]
+    return ", ".join(parts)
+
+
+def _quantile(name: str, q: float) -> str:
+    """The value of rank ceil(q x count): the midpoint of its bucket, within what was really seen."""
+    merged, count, zero = f'"{name}_merged"', f'plain."{name}_count"', f'plain."{name}_zero"'
+    rank = f"greatest(1, ceil({q}::DOUBLE * {count}))"
+    place = f"len(list_filter({merged}.reached, lambda r: r + {zero} < {rank})) + 1"
+    low, high = (
+        f"pow(2, ({merged}.idx[{place}]) / {1 << SCALE}.0)",
+        f"pow(2, ({merged}.idx[{place}] + 1) / {1 << SCALE}.0)",
+    )
+    middle = f"2 * {low} * {high} / ({low} + {high})"
+    clamped = f'least(greatest({middle}, plain."{name}_min"), plain."{name}_max")'
+    return f"CASE WHEN {count} = 0 THEN NULL WHEN {rank} <= {zero} THEN 0 ELSE {clamped} END"
+
+
+def _spans(base: str, by: Sequence[str]) -> str:
+    """Intervals of each group, those that touch or overlap made one."""
+    keys = f"{names(by)}, " if by else ""
+    within = f"PARTITION BY {names(by)} " if by else ""
+    flat = f'SELECT {keys}last_ms, unnest("starts") AS a, unnest("ends") AS b FROM {base}'
+    seen = (
+        f"SELECT *, max(b) OVER ({within}ORDER BY a, b ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS reached "
+        f"FROM ({flat}) WHERE b > a"
+    )
+    begins = "CASE WHEN reached IS NULL OR a > reached THEN 1 ELSE 0 END"
+    begun = f"SELECT *, sum({begins}) OVER ({within}ORDER BY a, b ROWS UNBOUNDED PRECEDING) AS island FROM ({seen})"
+    islands = f"SELECT {keys}max(last_ms) AS last_ms, min(a) AS a, max(b) AS b FROM ({begun}) GROUP BY {keys}island"
+    group = f" GROUP BY {names(by)} ORDER BY {names(by)}" if by else ""
+    return (
+        f"SELECT {keys}max(last_ms) AS last_ms, 0 AS last_place, list(a ORDER BY a)::BIGINT[] AS starts, "
+        f"list(b ORDER BY a)::BIGINT[] AS ends FROM ({islands}){group}"
     )

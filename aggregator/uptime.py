@@ -1,124 +1,247 @@
-"""When nodes served, when they did not, and when nobody knows. A gap in telemetry is unknown, never up. Pure."""
+"""When nodes served, when they did not, and when nobody knows. Pure.
+
+A node is *up* while it reported with a model ready in memory, *idle* while it reported without one (nothing was
+assigned, or everything was evicted), *down* where a restart or its peers explain that it said nothing, *unknown*
+otherwise: a gap in telemetry is never up. The rack is up while any node is.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
 
-from aggregator.window import Window, seconds
-from shared.records import AgentStarted, AgentStopped, LoaderExited, PeerDown, PeerUp, Served
+from aggregator.annotations import Annotation
+from aggregator.window import Intervals, Window, at_least_one, seconds, union
+from shared.records import (
+    AgentStarted,
+    AgentStopped,
+    LoaderExited,
+    MemoryPressed,
+    PeerDown,
+    PeerUp,
+    SwapFinished,
+    ThrottleEvent,
+)
 
 JOIN_MS = 2_000
 """Windows follow one another with a breath between them; a shorter gap is none."""
 GRACE_MS = 30_000
 """A node whose window ends this long after it was last seen by a peer was heard of again."""
+MERGE_MS = 600_000
+"""Incidents of one cause at one place that follow each other within this are one."""
+NEAR_MS = 300_000
+"""How far before an incident its cause is looked for."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that was not as it should be. ``end_ms`` is None while it lasts."""
+    """Something that was not as it should be. ``end_ms`` is None while it lasts. ``cause`` is a word for programs
+    (power, crash, stopped, network, out_of_memory, heat, loader, deploy, unknown), ``text`` and ``fix`` are for people;
+    ``confirmed`` says that a person wrote it. ``times`` counts what was merged."""
 
     node: str
     scope: str
     start_ms: int
     end_ms: int | None
     cause: str
+    text: str
     fix: str
+    confirmed: bool = False
+    times: int = 1
 
 
 class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
-    """One node: seconds reported up, known to be down, and unknown. ``share`` is up / (up + down)."""
+    """Seconds of one node, or of the rack. ``share`` is (up + idle) / (up + idle + down)."""
 
     node: str
     up_s: float
+    idle_s: float
     down_s: float
     unknown_s: float
     share: float | None
 
 
 class Uptime(msgspec.Struct, frozen=True, kw_only=True):
-    """The rack: answered requests out of those that should have been, and each node by time."""
+    """The rack: answered requests out of those that should have been, its minutes, and each node by time."""
 
     requests_ok: int
     requests_bad: int
     request_share: float | None
+    rack: NodeUptime
     nodes: tuple[NodeUptime, ...]
     incidents: tuple[Incident, ...]
+    lost_batches: int = 0
 
 
-def uptime(window: Window, now_ms: int) -> Uptime:
+def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) -> Uptime:
     """Judge the span up to ``now_ms``. Refused and cancelled requests count neither way."""
-    ok = sum(r.requests for _, r in window.of(Served) if r.outcome == "ok")
-    bad = sum(r.requests for _, r in window.of(Served) if r.outcome == "failed")
+    ok = sum(s.requests for s in window.served if s.outcome == "ok")
+    bad = sum(s.requests for s in window.served if s.outcome == "failed")
     until = min(window.span.until_ms, now_ms)
-    incidents = [i for node in window.nodes for i in _node_incidents(window, node, until)]
-    incidents += _loader_incidents(window)
+    known = {node: _gaps(window, node, until) for node in window.nodes}
+    incidents = [one for found in known.values() for one in found] + _loaders(window) + _swaps(window) + _heat(window)
+    merged = _merged(sorted(incidents, key=lambda i: (i.start_ms, i.node, i.scope)))
+    tracks = {node: _Track(window, node, known[node], until) for node in window.nodes}
     return Uptime(
         requests_ok=ok,
         requests_bad=bad,
         request_share=ok / (ok + bad) if ok + bad else None,
-        nodes=tuple(_node(window, node, incidents, until) for node in window.nodes),
-        incidents=tuple(sorted(incidents, key=lambda i: (i.start_ms, i.node, i.scope))),
+        rack=_rack(list(tracks.values())),
+        nodes=tuple(track.sums() for track in tracks.values()),
+        incidents=tuple(_annotated(one, annotations) for one in merged),
+        lost_batches=sum(run.missing for run in window.runs) + _dropped(window),
     )
 
 
-def _node(window: Window, node: str, incidents: Sequence[Incident], until: int) -> NodeUptime:
-    reported = window.reported(node)
-    up = seconds(reported)
-    down = sum(
-        ((i.end_ms if i.end_ms is not None else until) - i.start_ms) / 1000
-        for i in incidents
-        if i.node == node and i.scope == "node"
-    )
-    starts = [i.start_ms for i in incidents if i.node == node and i.scope == "node"]
-    first = min([reported[0][0] if reported else until, *starts])
-    unknown = max(0.0, (until - first) / 1000 - up - down)
+class _Track:
+    """One node's time, taken apart."""
+
+    def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
+        self.node = node
+        self.reported = _closed(window.reported(node))
+        ready = window.ready(node)
+        self.up = _both(self.reported, _closed(ready))
+        self.down = union(
+            (max(i.start_ms, window.span.since_ms), min(until, i.end_ms if i.end_ms is not None else until))
+            for i in incidents
+            if i.scope == "node"
+        )
+        first = min([self.reported[0][0]] if self.reported else [until], default=until)
+        self.first = min([first, *(a for a, _ in self.down)])
+        self.until = until
+
+    def sums(self) -> NodeUptime:
+        """The node's row."""
+        return _sums(self.node, self.first, self.until, self.reported, self.up, self.down)
+
+
+def _rack(mine: Sequence[_Track]) -> NodeUptime:
+    if not mine:
+        return NodeUptime(node="", up_s=0.0, idle_s=0.0, down_s=0.0, unknown_s=0.0, share=None)
+    reported, up = at_least_one(t.reported for t in mine), at_least_one(t.up for t in mine)
+    down = mine[0].down
+    for track in mine[1:]:
+        down = _both(down, track.down)
+    return _sums("", min(t.first for t in mine), mine[0].until, reported, up, down)
+
+
+def _sums(node: str, first: int, until: int, reported: Intervals, up: Intervals, down: Intervals) -> NodeUptime:
+    reported_s, up_s = seconds(reported), seconds(up)
+    down_s = seconds(down) - seconds(_both(down, reported))
+    known_s = reported_s + down_s
     return NodeUptime(
         node=node,
-        up_s=round(up, 3),
-        down_s=round(down, 3),
-        unknown_s=round(unknown, 3),
-        share=up / (up + down) if up + down else None,
+        up_s=round(up_s, 3),
+        idle_s=round(reported_s - up_s, 3),
+        down_s=round(down_s, 3),
+        unknown_s=round(max(0.0, (until - first) / 1000 - known_s), 3),
+        share=reported_s / known_s if known_s else None,
     )
 
 
-def _node_incidents(window: Window, node: str, until: int) -> list[Incident]:
+def _closed(intervals: Intervals) -> Intervals:
+    """Breaths between windows filled."""
+    merged: list[tuple[int, int]] = []
+    for start, end in intervals:
+        if merged and start - merged[-1][1] <= JOIN_MS:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _both(one: Intervals, other: Intervals) -> Intervals:
+    """Where two tracks overlap."""
+    found = []
+    i = j = 0
+    while i < len(one) and j < len(other):
+        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if end > start:
+            found.append((start, end))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
+
+
+def _gaps(window: Window, node: str, until: int) -> list[Incident]:
     """Gaps between what a node reported, where a restart or its peers explain them; other gaps stay unknown."""
-    reported = window.reported(node)
+    reported = _closed(window.reported(node))
     # a node that was down when the span began is told from a new one by what its first start says of the run before
     edges = [(window.span.since_ms, window.span.since_ms), *reported]
-    gaps = [(end, start) for (_, end), (start, _) in pairwise(edges) if start - end > JOIN_MS]
     found = []
-    for start, end in gaps:
+    for (_, start), (end, _) in pairwise(edges):
+        if end - start <= JOIN_MS:
+            continue
         cause = _cause(window, node, start, end)
         if cause is not None:
-            found.append(Incident(node=node, scope="node", start_ms=start, end_ms=end, cause=cause[0], fix=cause[1]))
+            word, text, fix = cause
+            found.append(Incident(node=node, scope="node", start_ms=start, end_ms=end, cause=word, text=text, fix=fix))
     down_at = _down_now(window, node)
-    heard_since = down_at is not None and reported and reported[-1][1] > down_at + GRACE_MS
-    if down_at is not None and reported and not heard_since and reported[-1][1] < until:
-        start = max(down_at, reported[-1][1])
+    if down_at is not None and reported and reported[-1][1] <= down_at + GRACE_MS and reported[-1][1] < until:
         found.append(
             Incident(
                 node=node,
                 scope="node",
-                start_ms=start,
+                start_ms=max(down_at, reported[-1][1]),
                 end_ms=None,
-                cause="no answer to its peers",
+                cause="unknown",
+                text="it does not answer its peers",
                 fix="look at the machine",
             )
         )
     return found
 
 
-def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str] | None:
-    for meta, record in window.of(AgentStarted):
-        if meta.node == node and start <= record.t_ms <= end + JOIN_MS:
-            if record.previous == "clean":
-                return "the agent was stopped by its operator", "started again"
-            if record.previous == "unclean":
-                return "the agent was killed, or the machine lost power", "restarted by itself or by the operator"
-    if any(record.peer == node and start <= record.t_ms <= end for _, record in window.of(PeerDown)):
-        return "its peers could not reach it", "came back without a restart: look at the network"
+def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
+    """Why a node said nothing, by the first of these that holds.
+
+    1. it was stopped in order; 2. models had just held more memory than there is; 3. it had just been throttled at the
+    worst level; 4. a swap had just begun or failed; 5. the machine was started again (another boot); 6. only the agent
+    was; 7. its peers could not reach it, and it came back without a restart.
+    """
+    begun = next(
+        (r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS),
+        None,
+    )
+    if begun is not None and begun.previous == "first":
+        return None
+    if begun is not None and begun.previous == "clean":
+        return "stopped", "its operator stopped the agent", "started again"
+    if begun is not None:
+        near = (start - NEAR_MS, start + JOIN_MS)
+        if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
+            return "out_of_memory", "memory ran short just before the agent ended", "give a model away, or lower rows"
+        if any(m.node == node and r.level in _WORST and _within(r.t_ms, near) for m, r in window.of(ThrottleEvent)):
+            return "heat", "the machine was at its hottest just before it ended", "more air, or a cooler place"
+        if any(m.node == node and _within(r.t_ms, near) for m, r in window.of(SwapFinished)):
+            return "deploy", "a swap had just ended on it", "compare the version with the one before"
+        boots = {run.boot_id for run in window.runs if run.node == node}
+        if len(boots - {None, ""}) > 1 and _rebooted(window, node, start, end):
+            return (
+                "power",
+                ("the machine started again: power, or a kernel panic (look for a .panic file that names IOGPUMemory)"),
+                "check power; see the runbook on panics",
+            )
+        return "crash", "the agent ended without being told to", "started again by launchd or the operator"
+    if any(record.peer == node and start - GRACE_MS <= record.t_ms <= end for _, record in window.of(PeerDown)):
+        return "network", "its peers could not reach it", "came back without a restart: look at the network"
     return None
+
+
+_WORST = ("trapping", "sleeping", "critical")
+
+
+def _within(t_ms: int, near: tuple[int, int]) -> bool:
+    return near[0] <= t_ms <= near[1]
+
+
+def _rebooted(window: Window, node: str, start: int, end: int) -> bool:
+    """Whether the runs on both sides of a gap are of different boots."""
+    runs = sorted((r for r in window.runs if r.node == node), key=lambda r: r.since_ms)
+    before = [r.boot_id for r in runs if r.since_ms < start]
+    after = [r.boot_id for r in runs if r.since_ms >= end - JOIN_MS]
+    return bool(before and after and before[-1] and after[0] and before[-1] != after[0])
 
 
 def _down_now(window: Window, node: str) -> int | None:
@@ -132,15 +255,87 @@ def _down_now(window: Window, node: str) -> int | None:
     return last
 
 
-def _loader_incidents(window: Window) -> list[Incident]:
+def _loaders(window: Window) -> list[Incident]:
     return [
         Incident(
             node=meta.node,
             scope=f"model {record.model}",
             start_ms=record.t_ms,
             end_ms=record.t_ms,
-            cause=f"the loader ended ({record.cause})",
+            cause="loader",
+            text=f"the loader ended ({record.cause})",
             fix="started again by the agent",
         )
         for meta, record in window.of(LoaderExited)
     ]
+
+
+def _swaps(window: Window) -> list[Incident]:
+    return [
+        Incident(
+            node=meta.node,
+            scope=f"model {record.model}",
+            start_ms=record.t_ms - record.window_us // 1000,
+            end_ms=record.t_ms,
+            cause="deploy",
+            text=f"the swap to {record.to_version} failed: {record.reason or 'no reason was given'}",
+            fix="the old version went on answering",
+        )
+        for meta, record in window.of(SwapFinished)
+        if record.outcome == "failed"
+    ]
+
+
+def _heat(window: Window) -> list[Incident]:
+    """Throttling at the worst levels; the lesser ones are in the thermal figures."""
+    return [
+        Incident(
+            node=meta.node,
+            scope="heat",
+            start_ms=record.t_ms,
+            end_ms=record.t_ms + record.duration_us // 1000,
+            cause="heat",
+            text=f"thermal pressure rose to {record.level}",
+            fix="more air, or a cooler place",
+        )
+        for meta, record in window.of(ThrottleEvent)
+        if record.level in _WORST and not record.open_at_start
+    ]
+
+
+def _merged(incidents: Sequence[Incident]) -> list[Incident]:
+    """Incidents of one cause at one place that follow each other closely are one."""
+    found: list[Incident] = []
+    last: dict[tuple[str, str, str], int] = {}
+    for one in incidents:
+        key = (one.node, one.scope, one.cause)
+        place = last.get(key)
+        before = found[place] if place is not None else None
+        if before is not None and before.end_ms is not None and one.start_ms - before.end_ms < MERGE_MS:
+            end = None if one.end_ms is None else max(one.end_ms, before.end_ms)
+            found[place] = msgspec.structs.replace(before, end_ms=end, times=before.times + 1)  # type: ignore[index]
+        else:
+            last[key] = len(found)
+            found.append(one)
+    return found
+
+
+def _annotated(incident: Incident, annotations: Sequence[Annotation]) -> Incident:
+    """What a person wrote of an incident stands for what was guessed."""
+    end = incident.end_ms if incident.end_ms is not None else incident.start_ms
+    for note in annotations:
+        same = note.node in ("", incident.node) and note.start_ms <= end and note.end_ms >= incident.start_ms
+        if same:
+            return msgspec.structs.replace(
+                incident,
+                cause=note.cause or incident.cause,
+                text=note.text or incident.text,
+                fix=note.fix or incident.fix,
+                confirmed=True,
+            )
+    return incident
+
+
+def _dropped(window: Window) -> int:
+    """Batches that nodes gave up because their spool was full."""
+    return sum(run.dropped_batches for run in window.runs)

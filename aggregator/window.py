@@ -10,11 +10,15 @@ import msgspec
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import Unknown
+from shared.sketch import Sketch
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 DAY_MS = 86_400_000
 LONGEST_WINDOW_MS = 6 * 3_600_000
+STRAIGHTEN_MS = 120_000
+"""A clock that is off by more than this puts events into the wrong hour often enough to matter."""
+_TIMES = ("t_ms", "last_seen_ms", "start_ms")
 
 
 class Meta(NamedTuple):
@@ -26,8 +30,11 @@ class Meta(NamedTuple):
     seq: int
     t_start_ms: int
     t_end_ms: int
-    agent_version: str
-    dropped_batches: int
+    boot_id: str = ""
+    agent_version: str = ""
+    dropped_batches: int = 0
+    unknown_records: int = 0
+    clock_skew_ms: int | None = None
 
 
 class Fact(NamedTuple):
@@ -47,37 +54,284 @@ class Span(NamedTuple):
     timezone: str
 
 
-class Window:
-    """Facts whose batch ended in ``span``, each once, in one order whatever order they were read in."""
+Intervals = tuple[tuple[int, int], ...]
+"""[start, end) in milliseconds, in order, none touching the next."""
 
-    def __init__(self, span: Span, facts: Iterable[Fact], batches: Iterable[Meta]) -> None:
-        self.span = span
-        inside = [f for f in facts if span.since_ms <= f.meta.t_end_ms < span.until_ms]
-        self.facts = tuple(sorted(inside, key=lambda f: (f.meta[:4], f.ordinal)))
-        self.batches = tuple(sorted({m for m in batches if span.since_ms <= m.t_end_ms < span.until_ms}))
+
+class ServedSum(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of the span that are alike in all labels (see shared/records.py: Served)."""
+
+    door: str
+    worker: str = ""
+    model: str
+    version: str = ""
+    key_id: str = ""
+    task_class: str = ""
+    outcome: str = "ok"
+    finish: str = ""
+    prompt_bucket_tok: int = 0
+    requests: int
+    retries: int = 0
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the requests of one model at one worker, as sketches in columns."""
+
+    model: str
+    worker: str
+    outcome: str
+    ttft_us_count: int
+    ttft_us_zero: int
+    ttft_us_sum: int
+    ttft_us_min: int | None
+    ttft_us_max: int | None
+    ttft_us_idx: tuple[int, ...]
+    ttft_us_cnt: tuple[int, ...]
+    itl_us_count: int
+    itl_us_zero: int
+    itl_us_sum: int
+    itl_us_min: int | None
+    itl_us_max: int | None
+    itl_us_idx: tuple[int, ...]
+    itl_us_cnt: tuple[int, ...]
+    total_us_count: int
+    total_us_zero: int
+    total_us_sum: int
+    total_us_min: int | None
+    total_us_max: int | None
+    total_us_idx: tuple[int, ...]
+    total_us_cnt: tuple[int, ...]
+
+    def sketch(self, name: str) -> Sketch:
+        """``ttft_us``, ``itl_us`` or ``total_us``."""
+        count, zero, total, low, high, idx, cnt = (
+            getattr(self, f"{name}_{part}") for part in ("count", "zero", "sum", "min", "max", "idx", "cnt")
+        )
+        sketch = Sketch()
+        sketch.buckets = dict(zip(idx, cnt, strict=True))
+        sketch.zero, sketch.sum, sketch.min, sketch.max = zero, total, low, high
+        assert sketch.count == count
+        return sketch
+
+
+class EngineSum(msgspec.Struct, frozen=True, kw_only=True):
+    """What the loaders of one version on one node did (see shared/records.py: EngineWindow)."""
+
+    node: str
+    model: str
+    version: str
+    busy_prefill_us: int = 0
+    busy_decode_us: int = 0
+    prefill_tok: int = 0
+    cached_tok: int = 0
+    decode_tok: int = 0
+    wasted_tok: int = 0
+    queue_max: int = 0
+    queue_us: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_evictions: int = 0
+    cache_bytes: int = 0
+    active_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def busy_us(self) -> int:
+        """Prefill and decode."""
+        return self.busy_prefill_us + self.busy_decode_us
+
+
+class HostSum(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known."""
+
+    node: str
+    windows: int
+    thermal_known_us: int
+    throttled_us: int
+    swap_in_bytes: int
+    swap_out_bytes: int
+    energy_mj: int
+    pressed_windows: int
+    wall_mw_ms: int = 0
+    wall_mw_known_ms: int = 0
+    system_mw_ms: int = 0
+    system_mw_known_ms: int = 0
+    soc_mw_ms: int = 0
+    soc_mw_known_ms: int = 0
+    package_mc_ms: int = 0
+    package_mc_known_ms: int = 0
+    package_temp_mc: int | None = None
+    pcore_temp_mc: int | None = None
+    gpu_temp_mc: int | None = None
+    fan_max_rpm: int | None = None
+    system_power_max_mw: int | None = None
+    memory_total_bytes: int | None = None
+    memory_used_max_bytes: int | None = None
+    swap_used_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    memory_budget_bytes: int | None = None
+
+    @property
+    def throttled_share(self) -> float | None:
+        """Of the time in which the level was known."""
+        return self.throttled_us / self.thermal_known_us if self.thermal_known_us else None
+
+
+class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
+    """A version in a node's memory in one state: for how long, and when last (``last_ms`` is a batch's end)."""
+
+    node: str
+    model: str
+    version: str
+    state: str
+    windows: int
+    length_ms: int
+    last_ms: int
+    need_bytes: int | None = None
+    pinned: bool | None = None
+    footprint_bytes: int | None = None
+    restarts: int | None = None
+
+
+class OutletSum(msgspec.Struct, frozen=True, kw_only=True):
+    """A metered outlet: joules in thousandths over the time that is covered."""
+
+    meter: str
+    nodes: tuple[str, ...]
+    energy_mj: int
+    covered_us: int
+    power_max_mw: int
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One life of one agent: which batches are there, which are not."""
+
+    node: str
+    incarnation: int
+    epoch: int
+    batches: int
+    first_seq: int
+    last_seq: int
+    dropped_batches: int
+    unknown_records: int = 0
+    skewed_batches: int = 0
+    skew_max_ms: int | None = None
+    agent_version: str | None = None
+    boot_id: str | None = None
+    since_ms: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Batches of whose number there is one before and one after, and that are not there."""
+        return self.last_seq - self.first_seq + 1 - self.batches
+
+
+class Cover(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node reported."""
+
+    node: str
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node had a model ready in memory."""
+
+    node: str
+    model: str
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """What all loaders of a model did in five minutes."""
+
+    slot_ms: int
+    model: str
+    busy_prefill_us: int = 0
+    busy_decode_us: int = 0
+    prefill_tok: int = 0
+    cached_tok: int = 0
+    decode_tok: int = 0
+    queue_us: int = 0
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients had of a model in five minutes."""
+
+    slot_ms: int
+    model: str
+    outcome: str
+    requests: int
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was reported in a span, added up, each batch once; the one input of every report."""
+
+    span: Span
+    served: tuple[ServedSum, ...] = ()
+    latencies: tuple[Latency, ...] = ()
+    engines: tuple[EngineSum, ...] = ()
+    hosts: tuple[HostSum, ...] = ()
+    residents: tuple[ResidentSum, ...] = ()
+    outlets: tuple[OutletSum, ...] = ()
+    runs: tuple[Run, ...] = ()
+    covers: tuple[Cover, ...] = ()
+    serving: tuple[Serving, ...] = ()
+    demand: tuple[Demand, ...] = ()
+    asked: tuple[Asked, ...] = ()
+    events: tuple[Fact, ...] = ()
 
     def of(self, kind: type[R]) -> Iterator[tuple[Meta, R]]:
-        """Records of one kind with their batches."""
-        for fact in self.facts:
+        """Events of one kind with their batches."""
+        for fact in self.events:
             if isinstance(fact.record, kind):
                 yield fact.meta, fact.record
 
     @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return sum(run.batches for run in self.runs)
+
+    @property
     def nodes(self) -> list[str]:
         """Every node that reported."""
-        return sorted({m.node for m in self.batches})
+        return sorted({run.node for run in self.runs})
 
-    def reported(self, node: str) -> list[tuple[int, int]]:
-        """Intervals [start, end) in ms that the node's batches cover, merged, cut to the span."""
-        pieces = sorted((m.t_start_ms, m.t_end_ms) for m in self.batches if m.node == node)
-        merged: list[tuple[int, int]] = []
-        for start, end in pieces:
-            start, end = max(start, self.span.since_ms), min(end, self.span.until_ms)
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            elif end > start:
-                merged.append((start, end))
-        return merged
+    def reported(self, node: str) -> Intervals:
+        """When the node reported, within the span."""
+        found = [(c.starts, c.ends) for c in self.covers if c.node == node]
+        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+
+    def ready(self, node: str) -> Intervals:
+        """When the node had any model ready, within the span."""
+        found = [(c.starts, c.ends) for c in self.serving if c.node == node]
+        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+
+    def host(self, node: str) -> HostSum | None:
+        """The machine's sums."""
+        return next((one for one in self.hosts if one.node == node), None)
+
+    def _cut(self, pieces: Iterable[tuple[int, int]]) -> Intervals:
+        since, until = self.span.since_ms, self.span.until_ms
+        return union((max(a, since), min(b, until)) for a, b in pieces)
+
+
+def union(pieces: Iterable[tuple[int, int]]) -> Intervals:
+    """Intervals in order, those that touch or overlap made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(pieces):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif end > start:
+            merged.append((start, end))
+    return tuple(merged)
 
 
 def facts_of(batch: Batch) -> list[Fact]:
@@ -95,14 +349,43 @@ def meta_of(batch: Batch) -> Meta:
         batch.seq,
         min(max(batch.t_start_ms, batch.t_end_ms - LONGEST_WINDOW_MS), batch.t_end_ms),
         batch.t_end_ms,
+        batch.boot_id,
         batch.agent_version,
         batch.dropped_batches,
+        batch.unknown_records,
+        batch.clock_skew_ms,
     )
+
+
+def straightened(batch: Batch) -> Batch:
+    """A batch of a node whose clock is minutes off, at the time the store's clock says. What was off is still told by
+    its ``clock_skew_ms``."""
+    skew_ms = batch.clock_skew_ms or 0
+    if abs(skew_ms) <= STRAIGHTEN_MS:
+        return batch
+    records = tuple(_shifted(record, skew_ms) for record in batch.records)
+    return msgspec.structs.replace(
+        batch,
+        t_start_ms=max(0, batch.t_start_ms - skew_ms),
+        t_end_ms=max(0, batch.t_end_ms - skew_ms),
+        records=records,
+    )
+
+
+def _shifted(record: msgspec.Struct, skew_ms: int) -> msgspec.Struct:
+    times = [name for name in _TIMES if name in record.__struct_fields__]
+    changed = {name: max(0, getattr(record, name) - skew_ms) for name in times}
+    return msgspec.structs.replace(record, **changed) if changed else record
 
 
 def seconds(intervals: Sequence[tuple[int, int]]) -> float:
     """Total length of intervals in seconds."""
     return sum(end - start for start, end in intervals) / 1000
+
+
+def at_least_one(tracks: Iterable[Intervals]) -> Intervals:
+    """When any of several was."""
+    return union(pair for track in tracks for pair in track)
 
 
 def week(name: str, zone: str) -> Span:
@@ -144,11 +427,52 @@ def before(span: Span) -> Span:
     return week(f"{year}-W{number:02d}", span.timezone)
 
 
+def between(since: str, until: str, zone: str) -> Span:
+    """Any days of the rack's zone, both inclusive, like 2026-11-01 and 2026-11-07. Raises Refused."""
+    try:
+        first, last = date.fromisoformat(since), date.fromisoformat(until)
+    except ValueError:
+        raise Refused(f"days {since!r} to {until!r}: give them as 2026-11-01") from None
+    if not date(2020, 1, 1) <= first <= last < date(2100, 1, 1):
+        raise Refused(f"days {since} to {until}: the second comes before the first, or they are no node's time")
+    return _span(f"{first.isoformat()}--{last.isoformat()}", first, last + timedelta(days=1), zone)
+
+
+def as_long_before(span: Span) -> Span:
+    """The days before a span of days, as many of them."""
+    zone = ZoneInfo(span.timezone)
+    first = datetime.fromtimestamp(span.since_ms / 1000, zone).date()
+    after = datetime.fromtimestamp(span.until_ms / 1000, zone).date()
+    start = first - (after - first)
+    return _span(f"{start.isoformat()}--{(first - timedelta(days=1)).isoformat()}", start, first, span.timezone)
+
+
+def days(span: Span) -> list[Span]:
+    """Each day of a span in its zone."""
+    zone = ZoneInfo(span.timezone)
+    first = datetime.fromtimestamp(span.since_ms / 1000, zone).date()
+    last = datetime.fromtimestamp((span.until_ms - 1) / 1000, zone).date()
+    return [
+        _span(day.isoformat(), day, day + timedelta(days=1), span.timezone)
+        for day in (first + timedelta(days=n) for n in range((last - first).days + 1))
+    ]
+
+
 def utc_days(span: Span) -> list[str]:
     """UTC days (YYYY-MM-DD) that a span touches."""
     first = datetime.fromtimestamp(span.since_ms / 1000, UTC).date()
     last = datetime.fromtimestamp((span.until_ms - 1) / 1000, UTC).date()
     return [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
+
+
+def full_hour(t_ms: int) -> int:
+    """The last full hour: a report of a period that is not over is the same until the next."""
+    return t_ms - t_ms % 3_600_000
+
+
+def utc_day_ms(day: str) -> int:
+    """When a UTC day (YYYY-MM-DD) begins."""
+    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
 
 
 def utc_day(t_ms: int) -> str:

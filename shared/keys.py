@@ -8,7 +8,9 @@ from shared.ids import NodeId
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\.mpz")
+_TABLE = re.compile(r"(minute|hour|day)/v1/table=([a-z_]+)/dt=(\d{4}-\d\d-\d\d)/part\.parquet")
 RAW_PREFIX = "raw/v1/"
+TABLE_PREFIXES = ("minute/v1/", "hour/v1/", "day/v1/")
 URGENT_PREFIX = "urgent/v1/"
 MANIFEST_PREFIX = "manifest/v1/"
 MODEL_PREFIX = "models/v1/manifest/"
@@ -81,6 +83,19 @@ def minute_key(table: str, day: str) -> str:
 def hour_key(table: str, day: str) -> str:
     """The hourly rollup of one table and one UTC day."""
     return f"hour/v1/table={table}/dt={day}/part.parquet"
+
+
+def day_key(table: str, day: str) -> str:
+    """The daily rollup of one table and one UTC day."""
+    return f"day/v1/table={table}/dt={day}/part.parquet"
+
+
+def parse_table_key(key: str) -> tuple[str, str, str]:
+    """Level (minute, hour or day), table and UTC day of a table's file. Raises Refused for a foreign key."""
+    match = _TABLE.fullmatch(key)
+    if not match:
+        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+    return match[1], match[2], match[3]
 
 
 def manifest_key(number: int) -> str:

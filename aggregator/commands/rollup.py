@@ -1,37 +1,163 @@
-"""Read what is new under raw/, add it to the minute tables, renew the hourly ones, commit."""
+"""Read what is new under raw/, add it to the minute tables, renew hours and days, commit.
+
+Much of it, a first run or the end of an outage, is done in pieces, each with a commit of its own, and by as many
+processes as there are cores. Stopped anywhere, the next run does the rest.
+"""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
-from aggregator import load, publish
+from aggregator import ingest, load, publish
 from aggregator.config import AggregatorConfig
-from aggregator.manifest import Manifest
+from aggregator.manifest import Day, Manifest, Quarantined
+from shared import logs
+from shared.bucket import open_store
 from shared.logs import get_logger
 from shared.store import ObjectStore
 
+PIECE_SEGMENTS = 12_000
+"""Between two commits: a minute or so."""
+FEW_SEGMENTS = 300
+"""Not worth starting processes for."""
+MOST_PROCESSES = 8
+
 log = get_logger("aggregator.rollup")
+Told = Callable[[str], None]
 
 
-def run(config: AggregatorConfig, store: ObjectStore) -> Manifest:
-    """Roll up everything new; returns the newest manifest. Stopped anywhere, the next run does the rest."""
+def run(
+    config: AggregatorConfig, store: ObjectStore, environ: Mapping[str, str] | None = None, told: Told = lambda _: None
+) -> Manifest:
+    """Roll up everything new; returns the newest manifest. ``told`` hears of progress, ``environ`` resolves secrets for
+    further processes; without it there are none. Raises Retryable when another run was faster."""
     manifest = load.newest_manifest(store)
-    fresh = load.fresh(store, config.rack, manifest.cursors)
-    if fresh.cursors == manifest.cursors and not fresh.quarantined:
+    lost, torn = load.missing(store, manifest)
+    if lost:
+        log.warning("tables_are_gone", days=sorted(lost), reason="all segments that are left are read again")
+        manifest = msgspec.structs.replace(
+            manifest, cursors={}, days={day: made for day, made in manifest.days.items() if day not in lost}
+        )
+    pending = load.pending(store, manifest.cursors)
+    with _workers(config, store, environ, len(pending)) as workers:
+        if torn:
+            days = workers.renew(sorted(torn), {})
+            if not pending:
+                manifest = _commit(store, manifest, {}, days, [])
+        for begin in range(0, len(pending), PIECE_SEGMENTS):
+            piece = pending[begin : begin + PIECE_SEGMENTS]
+            manifest = _piece(config, store, workers, manifest, piece)
+            told(f"{begin + len(piece):,} of {len(pending):,} segments, {manifest.batches:,} batches in all")
+    return manifest
+
+
+def _piece(
+    config: AggregatorConfig,
+    store: ObjectStore,
+    workers: "_Workers",
+    manifest: Manifest,
+    piece: Sequence[load.Pending],
+) -> Manifest:
+    with tempfile.TemporaryDirectory(prefix="mlxrack-") as name:
+        outcomes = workers.spill([one.key for one in piece], Path(name))
+        fresh = ingest.spilled(Path(name))
+        days = workers.renew(list(fresh), fresh)
+    return _commit(store, manifest, load.advanced(piece), days, outcomes)
+
+
+def _commit(
+    store: ObjectStore,
+    manifest: Manifest,
+    cursors: Mapping[str, str],
+    days: Mapping[str, Day],
+    outcomes: Sequence[ingest.Outcome],
+) -> Manifest:
+    bad = tuple(Quarantined(key=one.key, reason=one.reason) for one in outcomes if one.reason)
+    segments = sum(bool(one.batches) for one in outcomes)
+    unmoved = all(manifest.cursors.get(folder) == key for folder, key in cursors.items())
+    if unmoved and not bad and all(manifest.days.get(day) == made for day, made in days.items()):
         return manifest
-    for day, batches in load.by_day(fresh.batches).items():
-        publish.merge_day(store, day, batches)
-    distinct = len({batch.id for batch in fresh.batches})
     made = msgspec.structs.replace(
         manifest,
         number=manifest.number + 1,
-        cursors=fresh.cursors,
-        batches=manifest.batches + distinct,
-        segments=manifest.segments + fresh.segments,
-        unknown_records=manifest.unknown_records + sum(b.unknown_records for b in fresh.batches),
-        quarantined=fresh.quarantined,
-        quarantined_total=manifest.quarantined_total + len(fresh.quarantined),
+        cursors={**manifest.cursors, **cursors},
+        days=dict(sorted({**manifest.days, **days}.items())),
+        segments=manifest.segments + segments,
+        unknown_records=manifest.unknown_records + sum(one.unknown_records for one in outcomes),
+        quarantined=bad,
+        quarantined_total=manifest.quarantined_total + len(bad),
     )
     publish.commit(store, made)
-    log.info("rolled_up", manifest=made.number, segments=fresh.segments, batches=distinct)
-    for bad in fresh.quarantined:
-        log.warning("quarantined", key=bad.key, reason=bad.reason)
+    log.info("rolled_up", manifest=made.number, segments=segments, batches=made.batches - manifest.batches)
+    for one in bad:
+        log.warning("quarantined", key=one.key, reason=one.reason)
     return made
+
+
+class _Workers:
+    """Where the work is done: here, or in processes that each have a connection of their own."""
+
+    def __init__(self, config: AggregatorConfig, store: ObjectStore, pool: Executor | None, count: int) -> None:
+        self._config = config
+        self._store = store
+        self._pool = pool
+        self._count = count
+
+    def spill(self, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
+        """Read segments, write their rows under a folder."""
+        if self._pool is None:
+            return ingest.spill(self._store, self._config.rack, wanted, folder)
+        rack = self._config.rack
+        # each node's segments are spread over the list; short shares keep all processes busy to the end
+        shares = list(ingest.chunks(wanted, 4 * self._count))
+        started = [
+            self._pool.submit(_spill, rack, list(share), folder / str(number)) for number, share in enumerate(shares)
+        ]
+        return [outcome for one in started for outcome in one.result()]
+
+    def renew(self, days: Sequence[str], fresh: Mapping[str, Mapping[str, Sequence[Path]]]) -> dict[str, Day]:
+        """Renew the tables of some days."""
+        if self._pool is None:
+            return {day: publish.renew_day(self._store, day, fresh.get(day, {})) for day in days}
+        started: dict[str, Future[Day]] = {day: self._pool.submit(_renew, day, fresh.get(day, {})) for day in days}
+        return {day: one.result() for day, one in started.items()}
+
+
+@contextmanager
+def _workers(
+    config: AggregatorConfig, store: ObjectStore, environ: Mapping[str, str] | None, segments: int
+) -> Iterator[_Workers]:
+    count = min(MOST_PROCESSES, os.cpu_count() or 1)
+    if environ is None or segments < FEW_SEGMENTS or count < 2:
+        yield _Workers(config, store, None, 1)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin, (config, dict(environ))) as pool:
+        try:
+            yield _Workers(config, store, pool, count)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_opened: list[ObjectStore] = []
+
+
+def _begin(config: AggregatorConfig, environ: Mapping[str, str]) -> None:
+    """A further process: it logs only what is wrong, and has a connection of its own."""
+    logs.configure(None, level="warning")
+    _opened.append(open_store(config.store, environ))
+
+
+def _spill(rack: str, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
+    return ingest.spill(_opened[0], rack, wanted, folder)
+
+
+def _renew(day: str, fresh: Mapping[str, Sequence[Path]]) -> Day:
+    return publish.renew_day(_opened[0], day, fresh)

@@ -1,27 +1,72 @@
-"""Placement, cost and evictions of a week, each as JSON for programs and Markdown for people."""
+"""The artifacts of a week, each as JSON for programs, Markdown for chats and tickets, and HTML for people."""
+
+import time
+from datetime import UTC, datetime
 
 import msgspec
 
-from aggregator import cost, eviction, load, placement, publish
+from aggregator import annotations, api_prices, cost, eviction, focus, load, placement, publish, scorecard, uptime
+from aggregator.annotations import Annotation
 from aggregator.config import AggregatorConfig
-from aggregator.report import markdown
-from aggregator.window import before, week
+from aggregator.report import html, markdown, pages
+from aggregator.report.page import Page
+from aggregator.window import Span, Window, before, days, full_hour, week
+from shared.errors import NotFound, Refused
+from shared.logs import get_logger
 from shared.store import ObjectStore
+
+log = get_logger("aggregator.weekly")
 
 
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
     """Publish the week's artifacts; returns their keys."""
     span = week(name, config.timezone)
-    window, last = load.window(store, span), load.window(store, before(span))
-    reports: dict[str, msgspec.Struct] = {
-        "placement": placement.propose(window),
-        "cost": cost.compute(window, config, cost.compute(last, config) if last.batches else None),
-        "evictions": eviction.report(window),
-    }
+    return publish_span(config, store, span, before(span))
+
+
+def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
+    """The artifacts of any span, compared with an earlier one."""
+    window, last = load.window(store, span), load.window(store, earlier)
+    made = artifacts(config, window, last, notes(store))
     published = []
-    for kind, report in reports.items():
+    for kind, (report, page) in made.items():
         body = msgspec.json.format(msgspec.json.encode(report), indent=1)
-        values = {"report": report, "rack": config.rack, "period": span.name, "before": last.span.name}
-        published.append(publish.report(store, "weekly", span.name, kind, "json", body))
-        published.append(publish.report(store, "weekly", span.name, kind, "md", markdown.render(kind, **values)))
+        for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
+            published.append(publish.report(store, "weekly", span.name, kind, extension, content))
+    daily = [(day, cost.compute(load.window(store, day), config)) for day in days(span)]
+    csv = focus.export(config.rack, span, daily)
+    published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return published
+
+
+def artifacts(
+    config: AggregatorConfig, window: Window, last: Window, known: tuple[Annotation, ...] = ()
+) -> dict[str, tuple[object, Page]]:
+    """Each artifact by its name: the figures, and the page that shows them."""
+    span = window.span
+    now_ms = min(full_hour(time.time_ns() // 1_000_000), span.until_ms)
+    was = cost.compute(last, config) if last.batches else None
+    money = cost.compute(window, config, was)
+    # prices of the day on which the span ended: run again later, a week is priced as it was then
+    apis = api_prices.compare(window, money.models, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
+    up = uptime.uptime(window, now_ms, known)
+    score = scorecard.lines(window, up, apis, config.scorecard)
+    place, evicted = placement.propose(window, config), eviction.report(window)
+    return {
+        "placement": (place, pages.placement(place, config.rack)),
+        "cost": ({"cost": money, "apis": apis}, pages.cost(money, apis, config.rack, last.span.name)),
+        "evictions": (evicted, pages.evictions(evicted, config.rack)),
+        "uptime": (up, pages.uptime(up, span.name, config.timezone, config.rack)),
+        "scorecard": (score, pages.scorecard(score, span.name, config.rack)),
+    }
+
+
+def notes(store: ObjectStore) -> tuple[Annotation, ...]:
+    """What people wrote of incidents; none when the file is missing, or cannot be read (which is logged)."""
+    try:
+        return annotations.parse(store.get(annotations.KEY).body)
+    except NotFound:
+        return ()
+    except Refused as error:
+        log.warning("annotations_unreadable", reason=error.message)
+        return ()

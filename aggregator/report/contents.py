@@ -4,16 +4,17 @@ Every figure comes from what nodes reported. What was not reported is None and r
 """
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from aggregator import cost, eviction, placement, rollup, uptime
+from aggregator import api_prices, cost, eviction, placement, scorecard, uptime
+from aggregator.annotations import Annotation
 from aggregator.config import AggregatorConfig
-from aggregator.window import DAY_MS, Window, seconds
-from shared.records import HostSample, Served, SwapFinished, ThrottleEvent
-from shared.sketch import merged
+from aggregator.window import DAY_MS, Latency, ServedSum, Window, seconds
+from shared.records import SwapFinished, ThrottleEvent
+from shared.sketch import Sketch
 
 HOT_MC = 95_000
 THROTTLED_TARGET = 0.01
@@ -105,20 +106,24 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     evictions: eviction.EvictionReport
     distribution: placement.PlacementReport
     cost: cost.CostReport
+    apis: api_prices.Comparisons
     uptime: uptime.Uptime
     swaps: Swaps
+    scorecard: tuple[scorecard.Line, ...]
     recommendations: tuple[Recommendation, ...]
 
 
-def compose(window: Window, config: AggregatorConfig, now_ms: int) -> Report:
+def compose(window: Window, config: AggregatorConfig, now_ms: int, annotations: Sequence[Annotation] = ()) -> Report:
     """The report of one month up to ``now_ms``."""
     volume = _volume(window)
     heat = _thermal(window)
     money = cost.compute(window, config)
-    map_ = placement.propose(window)
-    up = uptime.uptime(window, now_ms)
+    until = datetime.fromtimestamp(window.span.until_ms / 1000, UTC)
+    apis = api_prices.compare(window, money.models, config, until)
+    map_ = placement.propose(window, config)
+    up = uptime.uptime(window, now_ms, annotations)
     evicted = eviction.report(window)
-    known = sum(n.up_s + n.down_s for n in up.nodes)
+    known = sum(n.up_s + n.idle_s + n.down_s for n in up.nodes)
     total = known + sum(n.unknown_s for n in up.nodes)
     return Report(
         rack=config.rack,
@@ -127,14 +132,16 @@ def compose(window: Window, config: AggregatorConfig, now_ms: int) -> Report:
         empty=not window.batches,
         headline=_headline(window, volume, up, money),
         covered=known / total if total else None,
-        batches=len(window.batches),
+        batches=window.batches,
         volume=volume,
         thermal=heat,
         evictions=evicted,
         distribution=map_,
         cost=money,
+        apis=apis,
         uptime=up,
         swaps=_swaps(window),
+        scorecard=scorecard.lines(window, up, apis, config.scorecard),
         recommendations=tuple(_recommendations(window, heat, map_, money, up, evicted)),
     )
 
@@ -150,32 +157,43 @@ def _headline(window: Window, volume: Volume, up: uptime.Uptime, money: cost.Cos
 
 
 def _volume(window: Window) -> Volume:
-    served = list(window.of(Served))
-    models = rollup.by_model(served)
-    outcomes = {o: sum(r.requests for _, r in served if r.outcome == o) for o in ("failed", "refused", "cancelled")}
+    ok = [s for s in window.served if s.outcome == "ok"]
+    outcomes = {o: sum(s.requests for s in window.served if s.outcome == o) for o in ("failed", "refused", "cancelled")}
+    times = [one for one in window.latencies if one.outcome == "ok"]
     return Volume(
-        requests=sum(m.requests for m in models.values()),
+        requests=sum(s.requests for s in ok),
         failed=outcomes["failed"],
         refused=outcomes["refused"],
         cancelled=outcomes["cancelled"],
-        prompt_tok=sum(m.prompt_tok for m in models.values()),
-        completion_tok=sum(m.completion_tok for m in models.values()),
-        models=tuple(
-            ModelVolume(
-                model=name,
-                requests=m.requests,
-                prompt_tok=m.prompt_tok,
-                cached_tok=m.cached_tok,
-                completion_tok=m.completion_tok,
-                ttft_p50_us=m.ttft.quantile(0.5),
-                ttft_p95_us=m.ttft.quantile(0.95),
-                itl_p95_us=m.itl.quantile(0.95),
-            )
-            for name, m in models.items()
-        ),
+        prompt_tok=sum(s.prompt_tok for s in ok),
+        completion_tok=sum(s.completion_tok for s in ok),
+        models=tuple(_model(name, ok, times) for name in sorted({s.model for s in ok})),
         days=tuple(_days(window)),
-        itl_p95_us=merged(r.itl_us for _, r in served if r.outcome == "ok").quantile(0.95),
+        itl_p95_us=_merged(times, "itl_us").quantile(0.95),
     )
+
+
+def _model(name: str, ok: Sequence[ServedSum], times: Sequence[Latency]) -> ModelVolume:
+    mine = [s for s in ok if s.model == name]
+    slow = [one for one in times if one.model == name]
+    ttft = _merged(slow, "ttft_us")
+    return ModelVolume(
+        model=name,
+        requests=sum(s.requests for s in mine),
+        prompt_tok=sum(s.prompt_tok for s in mine),
+        cached_tok=sum(s.cached_tok for s in mine),
+        completion_tok=sum(s.completion_tok for s in mine),
+        ttft_p50_us=ttft.quantile(0.5),
+        ttft_p95_us=ttft.quantile(0.95),
+        itl_p95_us=_merged(slow, "itl_us").quantile(0.95),
+    )
+
+
+def _merged(times: Sequence[Latency], name: str) -> Sketch:
+    whole = Sketch()
+    for one in times:
+        whole.merge(one.sketch(name))
+    return whole
 
 
 def _days(window: Window) -> list[Day]:
@@ -183,11 +201,11 @@ def _days(window: Window) -> list[Day]:
     first = datetime.fromtimestamp(window.span.since_ms / 1000, zone).date()
     length = round((window.span.until_ms - window.span.since_ms) / DAY_MS)
     sums = {(first + timedelta(days=n)).isoformat(): [0, 0] for n in range(length)}
-    for meta, record in window.of(Served):
-        day = datetime.fromtimestamp(meta.t_end_ms / 1000, zone).date().isoformat()
-        if record.outcome == "ok" and day in sums:
-            sums[day][0] += record.requests
-            sums[day][1] += record.prompt_tok + record.completion_tok
+    for asked in window.asked:
+        day = datetime.fromtimestamp(asked.slot_ms / 1000, zone).date().isoformat()
+        if asked.outcome == "ok" and day in sums:
+            sums[day][0] += asked.requests
+            sums[day][1] += asked.prompt_tok + asked.completion_tok
     return [Day(date=day, requests=requests, tokens=tokens) for day, (requests, tokens) in sums.items()]
 
 
@@ -197,14 +215,13 @@ def _thermal(window: Window) -> Thermal:
 
 
 def _heat(window: Window, node: str) -> NodeHeat:
-    hosts = [r for m, r in window.of(HostSample) if m.node == node]
-    known = sum(h.thermal_known_us for h in hosts)
+    host = window.host(node)
     return NodeHeat(
         node=node,
-        peak_package_mc=max((h.package_temp_mc for h in hosts if h.package_temp_mc is not None), default=None),
-        peak_pcore_mc=max((h.pcore_temp_mc for h in hosts if h.pcore_temp_mc is not None), default=None),
+        peak_package_mc=host.package_temp_mc if host is not None else None,
+        peak_pcore_mc=host.pcore_temp_mc if host is not None else None,
         throttle_events=sum(m.node == node and not event.open_at_start for m, event in window.of(ThrottleEvent)),
-        throttled_share=sum(h.throttled_us for h in hosts) / known if known else None,
+        throttled_share=host.throttled_share if host is not None else None,
     )
 
 
@@ -237,7 +254,8 @@ def _recommendations(
     up: uptime.Uptime,
     evicted: eviction.EvictionReport,
 ) -> list[Recommendation]:
-    found = [
+    found = [Recommendation(kind="capacity", text="make room", because=text) for text in map_.short]
+    found += [
         Recommendation(kind="placement", text=f"{m.action} {m.model} on {m.node}", because=m.reason) for m in map_.moves
     ]
     found += [Recommendation(kind="placement", text=note, because="prompt-cache hits") for note in map_.notes]
@@ -261,7 +279,7 @@ def _recommendations(
             if n.busy_share is not None and n.busy_share < IDLE_NODE and _reported_days(window, n.node) >= 7
         ]
     found += [
-        Recommendation(kind="operations", text=f"look into {i.scope} on {i.node}", because=f"{i.cause}; {i.fix}")
+        Recommendation(kind="operations", text=f"look into {i.scope} on {i.node}", because=f"{i.text}; {i.fix}")
         for i in up.incidents
         if i.end_ms is None
     ]
@@ -271,7 +289,9 @@ def _recommendations(
         if n.share is not None and n.share < UPTIME_TARGET
     ]
     found += [
-        Recommendation(kind="operations", text=f"cost of {m.model}", because=m.flag) for m in money.models if m.flag
+        Recommendation(kind="operations", text=f"cost of {m.model}", because=m.change.text)
+        for m in money.models
+        if m.change is not None and m.change.flagged
     ]
     if heat.advice.startswith("Give"):
         found.append(Recommendation(kind="operations", text=heat.advice, because="thermal telemetry"))

@@ -1,23 +1,62 @@
-"""Weekly artifacts as Markdown, from the templates beside this file."""
+"""A page as Markdown, for a repository, a ticket or a chat."""
 
-from typing import Any
+from aggregator.report.page import Curve, Page, Section, Table
 
-import jinja2
-
-from aggregator.report import wording
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
-def render(name: str, **values: Any) -> bytes:
-    """The template ``name``.md.j2 filled in."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("aggregator.report"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-        keep_trailing_newline=True,
-    )
-    for function in (wording.count, wording.share, wording.ms, wording.gb, wording.money, wording.span):
-        environment.filters[function.__name__] = function
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    return environment.get_template(f"{name}.md.j2").render(**values).encode()
+def render(page: Page) -> bytes:
+    """The page as UTF-8 text."""
+    parts = [f"# {page.title}", "", page.lead, ""]
+    for section in page.sections:
+        parts += _section(section)
+    if page.foot:
+        parts += ["---", "", page.foot, ""]
+    return "\n".join(parts).encode()
+
+
+def bars(values: tuple[float, ...], width: int = 72) -> str:
+    """Numbers as a row of blocks, for a terminal. Negative ones are the lowest block."""
+    if not values:
+        return ""
+    step = max(1, -(-len(values) // width))
+    means = [sum(values[n : n + step]) / len(values[n : n + step]) for n in range(0, len(values), step)]
+    top = max(*means, 0.0) or 1.0
+    return "".join(_BARS[max(1, round(max(0.0, one) / top * 8))] for one in means)
+
+
+def _section(section: Section) -> list[str]:
+    parts = [f"## {section.title}", ""]
+    for text in section.text:
+        parts += [text, ""]
+    if section.points:
+        parts += [*(f"- {_plain(point)}" for point in section.points), ""]
+    if section.steps:
+        parts += [*(f"{n}. {step}" for n, step in enumerate(section.steps, 1)), ""]
+    if section.curve is not None:
+        parts += _curve(section.curve)
+    if section.table is not None:
+        parts += _table(section.table)
+    return parts
+
+
+def _curve(curve: Curve) -> list[str]:
+    parts = [f"{curve.title}, {curve.labels[0]} to {curve.labels[-1]}:" if curve.labels else curve.title, "", "```"]
+    parts += [
+        f"{name:12} {bars(values)} {values[-1] if values else 0:,.6g} {curve.unit}" for name, values in curve.lines
+    ]
+    return [*parts, "```", ""]
+
+
+def _table(table: Table) -> list[str]:
+    rule = ["---:" if n in table.numbers else "---" for n in range(len(table.columns))]
+    rows = [table.columns, rule, *table.rows]
+    return [*("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows), ""]
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "\\|") or " "
+
+
+def _plain(text: str) -> str:
+    return str(text).replace("\n", " ").replace("<", "&lt;")

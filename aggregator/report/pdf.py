@@ -236,19 +236,21 @@ def _cost(report: Report) -> list[Any]:
             wording.money(m.loaded, c.currency),
             wording.money(m.direct_per_m, c.currency),
             wording.money(m.loaded_per_m, c.currency),
-            m.api or wording.NO_DATA,
-            wording.money(m.api_cost, c.currency),
-            wording.money(m.saving, c.currency),
+            a.same_as or wording.NO_DATA,
+            wording.money(a.median, c.currency),
+            wording.money(a.saving, c.currency),
         )
-        for m in c.models
+        for m, a in zip(c.models, report.apis.models, strict=True)
     ]
-    head = ("Model", "Cost", "per M, busy time", "per M, all time", "API compared", "API cost", "Saving")
+    head = ("Model", "Cost", "per M, busy time", "per M, all time", "Same model at APIs", "Median cost", "Saving")
     if c.priced:
         text = (
             f"The nodes cost {wording.money(c.total, c.currency)} over the time they reported, of which "
             f"{wording.money(c.idle, c.currency)} was idle; the weighted average is "
             f"{wording.money(c.average_per_m, c.currency)} per million tokens. A negative saving means that the API "
-            "would have been cheaper."
+            "would have been cheaper. "
+            f"Compared is the same open model at the host in the middle of the range; a price is known for "
+            f"{wording.share(report.apis.covered)} of the tokens ({report.apis.source}, as of {report.apis.at})."
         )
     else:
         text = "No node has a price in the configuration, so costs are missing."
@@ -266,10 +268,17 @@ def _uptime(report: Report) -> list[Any]:
         f"{wording.span(report.swaps.longest_s)}."
     )
     rows = [
-        (n.node, wording.share(n.share, 2), wording.span(n.up_s), wording.span(n.down_s), wording.span(n.unknown_s))
+        (
+            n.node,
+            wording.share(n.share, 2),
+            wording.span(n.up_s),
+            wording.span(n.idle_s),
+            wording.span(n.down_s),
+            wording.span(n.unknown_s),
+        )
         for n in u.nodes
     ]
-    nodes = _table(("Node", "Uptime", "Reported up", "Down", "Unknown"), rows, wide=0, left=1)
+    nodes = _table(("Node", "Uptime", "Serving", "Without a model", "Down", "Unknown"), rows, wide=0, left=1)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 
@@ -288,7 +297,7 @@ def _incidents(report: Report) -> list[Any]:
             wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "still",
             i.node,
             i.scope,
-            i.cause,
+            i.text,
             i.fix,
         )
         for i in incidents[:40]

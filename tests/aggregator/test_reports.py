@@ -1,6 +1,5 @@
 """The aggregator's core: sums that add up, verdicts with reasons, and sentences for a month without data."""
 
-import random
 from decimal import Decimal
 
 import msgspec
@@ -8,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import cost, eviction, placement, rollup, uptime
+from aggregator import cost, eviction, placement, uptime
 from aggregator import window as windows
 from aggregator.config import AggregatorConfig
-from aggregator.report import markdown, pdf
+from aggregator.report import pdf
 from aggregator.report.contents import compose
-from aggregator.window import Window
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import (
@@ -26,11 +24,10 @@ from shared.records import (
     PeerDown,
     PeerUp,
     Record,
-    Served,
     SwapFinished,
     ThrottleEvent,
 )
-from tests.builders import DAY, MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
 
 
 def config(*nodes: str, **more: object) -> AggregatorConfig:
@@ -82,8 +79,6 @@ def _iso(t_ms: int) -> str:
     return datetime.fromtimestamp(t_ms / 1000, UTC).isoformat()[:16]
 
 
-# rollup
-
 batches = st.lists(
     st.builds(
         lambda node, minute, requests, model: batch([served(model, requests=requests)], node=node, minute=minute),
@@ -95,18 +90,6 @@ batches = st.lists(
     max_size=12,
     unique_by=lambda b: b.id,
 )
-
-
-@given(batches, st.randoms())
-def test_rollups_conserve_and_do_not_care_for_order(made: list[Batch], dice: random.Random) -> None:
-    shuffled = list(made)
-    dice.shuffle(shuffled)
-    one = rollup.hourly(window(*made).of(Served))
-    other = rollup.hourly(window(*shuffled).of(Served))
-    assert one == other
-    records = [r for b in made for r in b.records]
-    for name in ("requests", "prompt_tok", "completion_tok"):
-        assert sum(getattr(r, name) for r in records) == sum(getattr(h, name) for h in one)
 
 
 # cost
@@ -173,38 +156,6 @@ def test_one_loader_behind_two_names_is_shared_by_tokens() -> None:
     assert abs(a.direct - 3 * b.direct) < Decimal("0.00001")
 
 
-def week_of(prompt_tok: int, cached_tok: int, completion_tok: int, requests: int, minutes: int) -> Window:
-    """A week in which one model had these totals while its node was up for so many minutes."""
-    total = served(requests=requests, prompt_tok=prompt_tok, cached_tok=cached_tok, completion_tok=completion_tok)
-    return window(batch([total, engine(busy_s=30)]), *(batch([engine(busy_s=30)], minute=n) for n in range(1, minutes)))
-
-
-@pytest.mark.parametrize(
-    ("after", "cause"),
-    [
-        (week_of(600_000, 500_000, 60_000, 3_000, 10), ""),
-        (week_of(600_000, 100_000, 60_000, 3_000, 30), "3.0 x last week: fewer prompt-cache hits"),
-        (week_of(600_000, 500_000, 120_000, 3_000, 40), "answers grew longer at the same hit rate"),
-        (week_of(200_000, 166_000, 20_000, 1_000, 10), "3.0 x last week: less traffic"),
-        (week_of(600_000, 500_000, 60_000, 3_000, 30), "3.0 x last week: cause not clear"),
-        (week_of(60_000, 0, 6_000, 300, 30), ""),
-    ],
-    ids=["same", "cache miss", "poisoned", "less traffic", "unclear", "low volume"],
-)
-def test_a_jump_is_flagged_with_its_likely_cause(after: Window, cause: str) -> None:
-    priced = config("n1", cost={"flag_min_tok": 200_000})
-    last = cost.compute(week_of(600_000, 500_000, 60_000, 3_000, 10), priced)
-    (model,) = cost.compute(after, priced, last).models
-    assert (cause in model.flag) if cause else not model.flag
-
-
-def test_a_negative_saving_is_shown() -> None:
-    prices = [{"model": "m", "name": "hosted", "input_per_m": 0.01, "output_per_m": 0.02}]
-    (model,) = cost.compute(window(batch([engine(), served()])), config("n1", api_prices=prices)).models
-    assert model.saving is not None
-    assert model.saving < 0
-
-
 # uptime
 
 
@@ -214,11 +165,11 @@ def test_a_restart_after_a_crash_is_an_incident_and_a_plain_gap_is_unknown() -> 
     silent = batch(minute=9, seq=2, epoch=2)
     report = uptime.uptime(window(*up, back, silent), T0 + 10 * MINUTE)
     (node,) = report.nodes
-    assert (node.up_s, node.down_s, node.unknown_s) == (240.0, 180.0, 180.0)
+    assert (node.idle_s, node.down_s, node.unknown_s) == (240.0, 180.0, 180.0)
     assert node.share == 240 / 420
     (incident,) = report.incidents
     assert (incident.start_ms, incident.end_ms) == (T0 + 2 * MINUTE, T0 + 5 * MINUTE)
-    assert "killed" in incident.cause
+    assert incident.cause == "crash"
 
 
 def test_an_orderly_stop_and_a_network_fault_are_told_apart() -> None:
@@ -227,14 +178,14 @@ def test_an_orderly_stop_and_a_network_fault_are_told_apart() -> None:
         batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="clean")], minute=5, seq=1, epoch=2),
     ]
     (incident,) = uptime.uptime(window(*stopped), T0 + 6 * MINUTE).incidents
-    assert "stopped by its operator" in incident.cause
+    assert incident.cause == "stopped"
     cut = [
         batch(),
         batch(minute=5),
         batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)], node="n2", minute=2),
     ]
     found = uptime.uptime(window(*cut), T0 + 6 * MINUTE).incidents
-    assert [i.cause for i in found if i.node == "n1"] == ["its peers could not reach it"]
+    assert [i.cause for i in found if i.node == "n1"] == ["network"]
 
 
 def test_a_node_that_is_still_down_is_an_open_incident() -> None:
@@ -249,10 +200,10 @@ def test_a_node_that_is_still_down_is_an_open_incident() -> None:
 def test_a_node_that_was_down_when_the_month_began_was_not_up() -> None:
     back = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="unclean")
     (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
-    assert (node.up_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
+    assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
     new = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="first")
     (node,) = uptime.uptime(window(batch([new], minute=60)), T0 + 61 * MINUTE).nodes
-    assert (node.up_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)
+    assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)
 
 
 def test_requests_decide_availability() -> None:
@@ -264,7 +215,7 @@ def test_requests_decide_availability() -> None:
 def test_a_loader_that_ended_is_named() -> None:
     event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
     (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
-    assert (incident.scope, incident.cause) == ("model m", "the loader ended (signal 9)")
+    assert (incident.scope, incident.text) == ("model m", "the loader ended (signal 9)")
 
 
 # evictions
@@ -283,13 +234,19 @@ def evicted(minute: int = 0, **more: object) -> ModelEvicted:
     ("records", "verdict", "hint"),
     [
         ([evicted(reason="ordered")], "ordered", "an operator"),
-        ([evicted()], "traffic", "nobody had asked"),
+        ([evicted(for_model="k")], "traffic", "nobody missed it"),
+        ([evicted()], "placement", "although nothing needed its room"),
         ([evicted(reason="idle")], "idle", "keep-alive time ended"),
         ([evicted(reason="idle"), missed(30)], "idle", "wanted 30 s later: raise it"),
         ([evicted(reason="pressure")], "memory", "more memory than was planned"),
         ([evicted(), missed(45)], "placement", "wanted again after 45 s"),
-        ([evicted(), missed(4_000)], "traffic", "nobody had asked"),
-        ([evicted(requests_last_hour=9, for_model="k")], "placement", "had served 9 requests"),
+        ([evicted(for_model="k"), missed(4_000)], "traffic", "nobody missed it"),
+        ([evicted(requests_last_hour=29, for_model="k")], "placement", "had served 29 requests"),
+        (
+            [evicted(for_model="k"), evicted(minute=5, model="k", for_model="m")],
+            "placement",
+            "push each other out",
+        ),
         (
             [evicted(), ModelLoaded(t_ms=T0 + 60_000, model="m", version="v", load_us=1, need_bytes=1)],
             "placement",
@@ -298,7 +255,7 @@ def evicted(minute: int = 0, **more: object) -> ModelEvicted:
     ],
 )
 def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hint: str) -> None:
-    (row,) = eviction.report(window(batch(records))).rows
+    row = next(r for r in eviction.report(window(batch(records))).rows if r.model == "m")
     assert verdict == row.verdict
     assert hint in row.hint
 
@@ -350,12 +307,18 @@ def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
 
 def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
     records = [served("long", prompt_tok=9_000, cached_tok=100), served("short", prompt_tok=100, cached_tok=0)]
-    (note,) = placement.propose(window(batch([*records, host()]))).notes
-    assert note.startswith("long: prompts of 9000 tokens")
+    report = placement.propose(window(batch([*records, resident("long"), resident("short", version="v2"), host()])))
+    (setting,) = report.settings
+    assert (setting.model, setting.node, setting.setting, setting.value) == ("long", "n1", "cache_bytes", 4 * 10**9)
+    assert "prompts of 9000 tokens on average and 1% of them" in setting.reason
 
 
 def test_rule_4_an_evicted_model_that_was_wanted_goes_where_there_is_room() -> None:
-    made = [batch([host(), resident("k"), evicted(requests_last_hour=5)]), *minutes("n2", host())]
+    made = [
+        batch([host(), resident("k"), evicted(requests_last_hour=50, for_model="k", bytes=8 * 10**9)]),
+        *minutes("n2", host()),
+    ]
+    made[0] = batch([*made[0].records, resident("k", need=9 * 10**9)])
     (move,) = placement.propose(window(*made)).moves
     assert (move.action, move.model, move.node) == ("load", "m", "n2")
 
@@ -367,7 +330,7 @@ def test_what_stands_well_stays_and_what_fits_nowhere_says_so() -> None:
     )
     report = placement.propose(window(*full))
     assert not report.rebalance
-    assert "no other node has 1.0 GB free" in report.placed[0].reason
+    assert "no other node has room for any of its models" in report.notes[0]
 
 
 def test_a_move_never_overfills_its_target() -> None:
@@ -440,19 +403,3 @@ def pdf_text(body: bytes) -> str:
     from pypdf import PdfReader
 
     return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
-
-
-@pytest.mark.parametrize("empty", [True, False])
-def test_weekly_markdown_renders(empty: bool) -> None:
-    made = window() if empty else window(batch([served("a|b"), engine(), resident("a|b"), host(), evicted()]))
-    values = {"rack": "r", "period": DAY.name, "before": "2026-W46"}
-    for name, report in (
-        ("placement", placement.propose(made)),
-        ("cost", cost.compute(made, config("n1"))),
-        ("evictions", eviction.report(made)),
-    ):
-        text = markdown.render(name, report=report, **values).decode()
-        assert "2026-W47" in text
-        tables = [line for line in text.splitlines() if line.startswith("|")]
-        assert tables
-        assert "a|b" not in text, "a bar in a name does not break the table"

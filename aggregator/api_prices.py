@@ -1,0 +1,211 @@
+"""What the same work would cost at API providers: offline, dated, per size of prompt. Pure but for genai-prices, which
+carries its data in itself and is never asked to fetch newer ones.
+
+Prices have tiers (a prompt over 200,000 tokens costs more per token at some), so nothing is priced as one sum: each
+bucket of prompt sizes is priced as that many requests of its mean size. Cached prompt tokens are priced as cached: what
+our cache found, theirs would have found.
+"""
+
+import re
+import statistics
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Decimal
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import genai_prices
+import msgspec
+from genai_prices import data_snapshot
+
+from aggregator.config import AggregatorConfig, ApiPrice, decimal
+from aggregator.cost import ModelCost
+from aggregator.window import ServedSum, Window
+
+SOURCE = f"genai-prices {version('genai-prices')}"
+_CENT6 = Decimal("0.000001")
+_TAIL = re.compile(r"([-_:]?(instruct|turbo|instant|versatile|it|fp8|bf16|fast|awq|chat|hf|v1:0))+$")
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """One provider's offer of a model and what the span's work would have cost there."""
+
+    provider: str
+    model: str
+    cost: Decimal
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """A served name against APIs. ``median`` is the same open model at the host in the middle, ``hosts`` all of them,
+    cheapest first; ``frontier`` a named other model, which is another thing. ``saving`` is the median's cost less ours,
+    negative where an API would have been cheaper; ``share`` that by the median's cost."""
+
+    model: str
+    ours: Decimal | None
+    same_as: str = ""
+    median: Decimal | None = None
+    lowest: Decimal | None = None
+    highest: Decimal | None = None
+    hosts: tuple[Host, ...] = ()
+    saving: Decimal | None = None
+    share: float | None = None
+    frontier: str = ""
+    frontier_cost: Decimal | None = None
+    times_cheaper: float | None = None
+    why_not: str = ""
+
+
+class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
+    """All of them. ``covered`` is the share of tokens with a comparable price: savings speak of those alone. ``source``
+    and ``at`` say whose prices, and of when."""
+
+    source: str
+    at: str
+    covered: float | None
+    ours: Decimal | None
+    median: Decimal | None
+    saving: Decimal | None
+    share: float | None
+    models: tuple[Comparison, ...]
+
+
+def compare(window: Window, models: Sequence[ModelCost], config: AggregatorConfig, at: datetime) -> Comparisons:
+    """Price the span's answered work at APIs, with the prices of that moment."""
+    rows = [_one(window, model, config, at) for model in models]
+    tokens = {m.model: m.tokens for m in models}
+    known = [r for r in rows if r.median is not None and r.ours is not None]
+    total = sum(tokens.values())
+    ours = sum((r.ours for r in known if r.ours is not None), Decimal(0)) if known else None
+    median = sum((r.median for r in known if r.median is not None), Decimal(0)) if known else None
+    saving = median - ours if median is not None and ours is not None else None
+    return Comparisons(
+        source=SOURCE,
+        at=at.date().isoformat(),
+        covered=sum(tokens[r.model] for r in known) / total if total else None,
+        ours=ours,
+        median=median,
+        saving=saving,
+        share=float(saving / median) if saving is not None and median else None,
+        models=tuple(rows),
+    )
+
+
+def hosts_of(same_as: str) -> list[tuple[str, str]]:
+    """(provider, model) of every host that offers this open model for money."""
+    wanted = _plain(same_as)
+    return [(provider, model) for provider, model, plain in _offers() if plain == wanted]
+
+
+def price(
+    provider: str, model: str, *, requests: int, prompt_tok: int, cached_tok: int, completion_tok: int, at: datetime
+) -> Decimal | None:
+    """So many equal requests; None where there is no price. Token counts are of all of them together."""
+    if not requests:
+        return Decimal(0)
+    usage = genai_prices.Usage(
+        input_tokens=prompt_tok // requests,
+        cache_read_tokens=min(cached_tok, prompt_tok) // requests,
+        output_tokens=completion_tok // requests,
+    )
+    whole = max(1, prompt_tok // requests + completion_tok // requests)
+    try:
+        found = genai_prices.calc_price(usage, model_ref=model, provider_id=provider, genai_request_timestamp=at)
+    except (LookupError, ValueError):
+        return None
+    # what integer division left of the means
+    exact = Decimal(prompt_tok + completion_tok) / (whole * requests)
+    return (found.total_price * requests * exact).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+
+
+def _one(window: Window, model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:
+    served = [s for s in window.served if s.model == model.model and s.outcome == "ok"]
+    own = next((p for p in config.api_prices if p.model == model.model), None)
+    wish = next((c for c in config.compare if c.model == model.model), None)
+    found = Comparison(model=model.model, ours=model.loaded)
+    if own is not None:
+        cost = _configured(own, served)
+        host = Host(provider="configured", model=own.name, cost=cost)
+        found = _with_hosts(found, own.name, [host])
+    elif wish is not None and wish.same_as:
+        offers = [(p, m, _at(p, m, served, at)) for p, m in hosts_of(wish.same_as)]
+        hosts = [Host(provider=p, model=m, cost=c) for p, m, c in offers if c is not None]
+        found = _with_hosts(found, wish.same_as, hosts)
+        if not hosts:
+            found = msgspec.structs.replace(found, why_not=f"no host of {wish.same_as} has a price in {SOURCE}")
+    else:
+        found = msgspec.structs.replace(found, why_not="no [[compare]] names it")
+    if wish is not None and wish.frontier:
+        provider, _, name = wish.frontier.partition("/")
+        cost_there = _at(provider, name, served, at)
+        times = float(cost_there / model.loaded) if cost_there and model.loaded else None
+        found = msgspec.structs.replace(found, frontier=wish.frontier, frontier_cost=cost_there, times_cheaper=times)
+    return found
+
+
+def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Comparison:
+    ordered = sorted(hosts, key=lambda h: (h.cost, h.provider, h.model))
+    costs = [h.cost for h in ordered]
+    if not costs:
+        return msgspec.structs.replace(found, same_as=same_as)
+    median = Decimal(statistics.median(costs)).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+    saving = median - found.ours if found.ours is not None else None
+    return msgspec.structs.replace(
+        found,
+        same_as=same_as,
+        median=median,
+        lowest=costs[0],
+        highest=costs[-1],
+        hosts=tuple(ordered),
+        saving=saving,
+        share=float(saving / median) if saving is not None and median else None,
+    )
+
+
+def _at(provider: str, model: str, served: Sequence[ServedSum], at: datetime) -> Decimal | None:
+    """The work priced bucket by bucket; None when any part of it has no price."""
+    total = Decimal(0)
+    for bucket in sorted({s.prompt_bucket_tok for s in served}):
+        mine = [s for s in served if s.prompt_bucket_tok == bucket]
+        part = price(
+            provider,
+            model,
+            requests=sum(s.requests for s in mine),
+            prompt_tok=sum(s.prompt_tok for s in mine),
+            cached_tok=sum(s.cached_tok for s in mine),
+            completion_tok=sum(s.completion_tok for s in mine),
+            at=at,
+        )
+        if part is None:
+            return None
+        total += part
+    return total
+
+
+def _configured(own: ApiPrice, served: Sequence[ServedSum]) -> Decimal:
+    prompt, completion = sum(s.prompt_tok for s in served), sum(s.completion_tok for s in served)
+    cost = (decimal(own.input_per_m) * prompt + decimal(own.output_per_m) * completion) / 1_000_000
+    return cost.quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+
+
+@lru_cache(maxsize=1)
+def _offers() -> tuple[tuple[str, str, str], ...]:
+    """Every priced offer: provider, model, and the model's plain name."""
+    found = [
+        (provider.id, model.id, _plain(model.id))
+        for provider in data_snapshot.get_snapshot().providers
+        for model in provider.models
+        if not _is_free(model)
+    ]
+    return tuple(sorted(found))
+
+
+def _is_free(model: Any) -> bool:
+    return str(model.id).endswith(":free")
+
+
+def _plain(name: str) -> str:
+    """A model's name without its maker, its host's path and its variant."""
+    last = name.lower().rsplit("/", 1)[-1].removeprefix("@cf/").split(":free")[0]
+    last = re.sub(r"^(meta-|qwen\.|meta\.|google\.|openai\.|mistral\.)", "", last)
+    return _TAIL.sub("", last)

@@ -1,0 +1,188 @@
+"""Why a million tokens cost more than the week before: the change taken apart exactly, its leading part, its likely
+cause. Pure.
+
+The loaded price is rate x utilisation x seconds per token, and the seconds are prefill's and decode's:
+
+    $/M = rate x (loaded / direct) x (prompt share x uncached share x s per uncached token
+                                      + answer share x s per answer token)
+
+The logarithmic mean divides a change of such a product between its factors without remainder (LMDI; B. W. Ang, "The
+LMDI approach to decomposition analysis", Energy Policy 33, 2005).
+"""
+
+import math
+
+import msgspec
+
+from aggregator.config import Cost
+
+_TINY = 1e-15
+"""Stands for a part that is zero; the logarithmic mean goes to its limit there."""
+HIT_FALL = 0.15
+ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
+THROTTLE_ROSE = 0.05
+FEWER = 0.75
+
+
+class Factors(msgspec.Struct, frozen=True, kw_only=True):
+    """A week of one model: money and seconds over the tokens on priced nodes, and evidence."""
+
+    tokens: int
+    requests: int
+    loaded: float
+    direct: float
+    prefill_s: float
+    decode_s: float
+    busy_s: float
+    prompt_tok: int
+    cached_tok: int
+    completion_tok: int
+    cut_share: float
+    throttled_share: float
+
+    @property
+    def per_m(self) -> float:
+        """Loaded price of a million tokens."""
+        return self.loaded / self.tokens * 1e6
+
+    @property
+    def hit_share(self) -> float:
+        """Prompt tokens that were in the cache."""
+        return self.cached_tok / self.prompt_tok if self.prompt_tok else 0.0
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """The change of the price per million tokens, in parts that add up to it: what a busy second costs, how much idle
+    time comes on top, prompts that were not in the cache, time per uncached token, time per answer token, and the mix
+    of prompt and answer."""
+
+    rate: float
+    utilisation: float
+    cache: float
+    prefill: float
+    decode: float
+    mix: float
+
+    @property
+    def total(self) -> float:
+        """The whole change."""
+        return self.rate + self.utilisation + self.cache + self.prefill + self.decode + self.mix
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """Against the week before. ``flagged`` is whether it deserves a look: at or above the configured ratio, at volumes
+    that mean something. ``cause`` is a word for programs, ``text`` a sentence with the evidence."""
+
+    ratio: float
+    terms: Terms
+    flagged: bool
+    cause: str
+    text: str
+
+
+def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change | None:
+    """The change, or None where there is nothing to compare with. A cause is named only for what is flagged."""
+    if now is None or before is None or not before.loaded or not now.loaded:
+        return None
+    ratio, terms = now.per_m / before.per_m, decompose(now, before)
+    if ratio < config.flag_ratio:
+        return Change(ratio=ratio, terms=terms, flagged=False, cause="", text="")
+    if min(now.tokens, before.tokens) < config.flag_min_tok:
+        few = f"{ratio:.1f} x the week before, at under {config.flag_min_tok:,} tokens in one of them: too few to judge"
+        return Change(ratio=ratio, terms=terms, flagged=False, cause="low_volume", text=few)
+    cause, why = _cause(now, before, terms)
+    return Change(ratio=ratio, terms=terms, flagged=True, cause=cause, text=f"{ratio:.1f} x the week before: {why}")
+
+
+def decompose(now: Factors, before: Factors) -> Terms:
+    """The parts of ``now.per_m - before.per_m``."""
+    parts = dict.fromkeys(Terms.__struct_fields__, 0.0)
+    for new, old, names in (
+        (_prefill(now), _prefill(before), ("mix", "cache", "prefill")),
+        (_decode(now), _decode(before), ("mix", "decode")),
+    ):
+        both = ("rate", "utilisation", *names)
+        ones, others = _product(now, new), _product(before, old)
+        weight = _log_mean(math.prod(ones), math.prod(others))
+        for name, one, other in zip(both, ones, others, strict=True):
+            parts[name] += weight * math.log(one / other)
+    return Terms(**parts)
+
+
+def _product(f: Factors, own: tuple[float, ...]) -> tuple[float, ...]:
+    rate = f.direct / f.busy_s if f.busy_s else _TINY
+    return tuple(max(x, _TINY) for x in (rate * 1e6, f.loaded / f.direct if f.direct else _TINY, *own))
+
+
+def _prefill(f: Factors) -> tuple[float, ...]:
+    """Seconds of prefill per token: share of prompts, share of them that was computed, seconds for one of those."""
+    tokens, uncached = f.prompt_tok + f.completion_tok, f.prompt_tok - f.cached_tok
+    shares = (f.prompt_tok / tokens, uncached / f.prompt_tok) if f.prompt_tok else (0.0, 0.0)
+    return (*shares, f.prefill_s / uncached if uncached else 0.0)
+
+
+def _decode(f: Factors) -> tuple[float, ...]:
+    tokens = f.prompt_tok + f.completion_tok
+    if not f.completion_tok:
+        return (0.0, 0.0)
+    return (f.completion_tok / tokens, f.decode_s / f.completion_tok)
+
+
+def _log_mean(a: float, b: float) -> float:
+    return a if math.isclose(a, b, rel_tol=1e-12) else (a - b) / (math.log(a) - math.log(b))
+
+
+def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
+    """The likely cause with its evidence, from the leading part.
+
+    1. Answers much longer and more of them cut off, while as much of the prompts was found in the cache as before and
+       prompts are as long as they were: what is in the cache is suspect. That shows as mix, because answers are dear.
+    2. Prompts that were in the cache are not.
+    3. Time per token rose on nodes that were throttled.
+    4. Less traffic on the same nodes.
+    5. Otherwise the leading part itself.
+    """
+    parts = msgspec.structs.asdict(terms)
+    leading = max(parts, key=lambda name: parts[name])
+    hits = f"{before.hit_share:.0%} of prompt tokens were in the cache before, {now.hit_share:.0%} now"
+    per_request = _per_request(now.completion_tok, now), _per_request(before.completion_tok, before)
+    grown = per_request[0] / per_request[1] if per_request[1] else 1.0
+    prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))
+    held = now.hit_share >= before.hit_share - HIT_FALL / 2
+    cut_rose = now.cut_share - before.cut_share
+    if held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
+        return "poisoned_kv", (
+            f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them ran into their limit (before: "
+            f"{before.cut_share:.0%}) while {hits}; suspect a poisoned prompt cache: clear it and compare"
+        )
+    if leading == "cache" and before.hit_share - now.hit_share >= HIT_FALL:
+        return (
+            "cache_miss",
+            f"{hits}; likely a hot prefix that is missed: look at its node, its cache and its evictions",
+        )
+    throttled = now.throttled_share - before.throttled_share
+    if leading in ("prefill", "decode") and throttled >= THROTTLE_ROSE:
+        return "throttling", (
+            f"its nodes were throttled {now.throttled_share:.0%} of the time, before {before.throttled_share:.0%}, and "
+            "a token took longer: give them air, or give a model away"
+        )
+    if leading == "utilisation":
+        volume = now.tokens / before.tokens
+        fewer = f"{volume:.0%} of the tokens of the week before" if volume < FEWER else "more idle time on its nodes"
+        return ("traffic_drop" if volume < FEWER else "utilisation"), f"{fewer}, on nodes that cost the same"
+    texts = {
+        "mix": "answers are a larger part of its tokens, and they are the dear ones",
+        "rate": "its nodes cost more per busy second: prices, power, or other nodes than before",
+        "prefill": "a prompt token takes longer to compute, and heat does not explain it",
+        "decode": "an answer token takes longer, and heat does not explain it",
+        "cache": f"more of the prompts had to be computed; {hits}",
+    }
+    return {"mix": "mix_shift"}.get(leading, leading), texts[leading]
+
+
+def _per_request(tokens: int, f: Factors) -> float:
+    return tokens / f.requests if f.requests else 0.0
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else 1.0

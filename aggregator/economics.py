@@ -1,0 +1,185 @@
+"""Whether to buy at all: what APIs cost now against what nodes would cost, month by month. Pure.
+
+Buying pays for itself in the month in which what has been saved reaches what was paid. Money is Decimal; the running
+cost of a node is power, other costs and, where told, people. Hardware is paid at the start; what it is worth at the end
+is said, not counted.
+"""
+
+from collections.abc import Sequence
+from decimal import ROUND_HALF_EVEN, Decimal
+
+import msgspec
+
+from aggregator.config import decimal
+from shared.errors import Refused
+
+MONTH_H = Decimal("730.5")
+RULES = ((5_000, 2, 12), (15_000, 4, 6), (50_000, 8, None))
+"""The rule of thumb: API spend a month, nodes, months to break even (None: at once worth it)."""
+SENSITIVITY = Decimal("0.2")
+_CENT = Decimal("0.01")
+
+
+class Inputs(msgspec.Struct, frozen=True, kw_only=True):
+    """The customer's own figures. ``kept`` is the share of the API work that the rack takes over; ``growth`` how the
+    API spend would change each month without it."""
+
+    api_spend: float
+    nodes: int
+    node_price: float = 2_000.0
+    setup: float = 0.0
+    watts: float = 60.0
+    electricity_per_kwh: float = 0.15
+    other_per_month: float = 0.0
+    people_per_month: float = 0.0
+    kept: float = 0.8
+    growth: float = 0.0
+    residual: float = 0.2
+    months: int = 36
+
+
+class Month(msgspec.Struct, frozen=True, kw_only=True):
+    """One month: what APIs would have cost, what the rack and the rest of the APIs cost, and the sum of savings less
+    what was paid at the start."""
+
+    month: int
+    api_only: Decimal
+    with_rack: Decimal
+    balance: Decimal
+
+
+class Hinge(msgspec.Struct, frozen=True, kw_only=True):
+    """An input, and the break-even month if it were a fifth lower or higher; None is never within the months."""
+
+    name: str
+    value: float
+    lower: int | None
+    higher: int | None
+    swing: int
+
+
+class Economics(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer. ``break_even`` is the month (1 is the first) in which buying has paid for itself."""
+
+    inputs: Inputs
+    paid: Decimal
+    running: Decimal
+    break_even: int | None
+    months: tuple[Month, ...]
+    total_saving: Decimal
+    worth_at_end: Decimal
+    hinges: tuple[Hinge, ...]
+    rule_of_thumb: str
+    sentence: str
+
+
+def check(inputs: Inputs) -> None:
+    """Raises Refused for figures that cannot be."""
+    problems = [
+        (inputs.api_spend < 0, "api-spend: below zero"),
+        (inputs.nodes < 1, "nodes: at least 1"),
+        (not 1 <= inputs.months <= 240, "months: 1 to 240"),
+        (not 0 <= inputs.kept <= 1, "kept: a share from 0 to 1"),
+        (not -0.5 <= inputs.growth <= 1, "growth: a share each month from -0.5 to 1"),
+        (not 0 <= inputs.residual <= 1, "residual: a share from 0 to 1"),
+        (
+            min(
+                *(inputs.node_price, inputs.setup, inputs.watts, inputs.electricity_per_kwh),
+                *(inputs.other_per_month, inputs.people_per_month),
+            )
+            < 0,
+            "a price below zero",
+        ),
+    ]
+    found = [text for wrong, text in problems if wrong]
+    if found:
+        raise Refused("economics: " + "; ".join(found))
+
+
+def judge(inputs: Inputs) -> Economics:
+    """Break-even, the curve, and which figures it hinges on. Raises Refused."""
+    check(inputs)
+    months, paid, running = _curve(inputs)
+    even = _break_even(months)
+    hinges = sorted((_hinge(inputs, name, even) for name in _MOVABLE), key=lambda h: (-h.swing, h.name))
+    worth = _cents(decimal(inputs.node_price) * inputs.nodes * decimal(inputs.residual))
+    return Economics(
+        inputs=inputs,
+        paid=paid,
+        running=running,
+        break_even=even,
+        months=tuple(months),
+        total_saving=months[-1].balance,
+        worth_at_end=worth,
+        hinges=tuple(hinges),
+        rule_of_thumb=_rule(inputs, even),
+        sentence=_sentence(inputs, even, months[-1].balance, hinges),
+    )
+
+
+_MOVABLE = (
+    *("api_spend", "kept", "node_price", "nodes", "people_per_month", "other_per_month", "watts"),
+    *("electricity_per_kwh", "setup"),
+)
+
+
+def _curve(inputs: Inputs) -> tuple[list[Month], Decimal, Decimal]:
+    paid = decimal(inputs.node_price) * inputs.nodes + decimal(inputs.setup)
+    power = decimal(inputs.watts) / 1000 * MONTH_H * decimal(inputs.electricity_per_kwh) * inputs.nodes
+    running = power + decimal(inputs.other_per_month) * inputs.nodes + decimal(inputs.people_per_month)
+    balance, spend, found = -paid, decimal(inputs.api_spend), []
+    for number in range(1, inputs.months + 1):
+        with_rack = spend * (1 - decimal(inputs.kept)) + running
+        balance += spend - with_rack
+        found.append(Month(month=number, api_only=_cents(spend), with_rack=_cents(with_rack), balance=_cents(balance)))
+        spend *= 1 + decimal(inputs.growth)
+    return found, _cents(paid), _cents(running)
+
+
+def _break_even(months: Sequence[Month]) -> int | None:
+    return next((one.month for one in months if one.balance >= 0), None)
+
+
+def _hinge(inputs: Inputs, name: str, even: int | None) -> Hinge:
+    value = getattr(inputs, name)
+    found: list[int | None] = []
+    for factor in (1 - SENSITIVITY, 1 + SENSITIVITY):
+        other = float(decimal(value) * factor)
+        if name == "nodes":
+            other = max(1, round(other)) if round(other) != value else max(1, value + (1 if factor > 1 else -1))
+        if name == "kept":
+            other = min(1.0, other)
+        changed = msgspec.structs.replace(inputs, **{name: other})
+        found.append(_break_even(_curve(changed)[0]))
+    beyond = inputs.months + 1
+    swing = max(abs((m or beyond) - (even or beyond)) for m in found)
+    return Hinge(name=name, value=float(value), lower=found[0], higher=found[1], swing=swing)
+
+
+def _rule(inputs: Inputs, even: int | None) -> str:
+    spend, nodes, months = min(RULES, key=lambda rule: abs(rule[0] - inputs.api_spend))
+    said = f"within {months} months" if months else "soon"
+    ours = f"in month {even}" if even else f"not within {inputs.months} months"
+    return (
+        f"The rule of thumb for about {spend:,} a month is {nodes} nodes, paid back {said}. Your figures, with "
+        f"{inputs.nodes} nodes: {ours}."
+    )
+
+
+def _sentence(inputs: Inputs, even: int | None, balance: Decimal, hinges: Sequence[Hinge]) -> str:
+    most = hinges[0]
+    names = most.name.replace("_", " ")
+    hinge = f" It hinges most on {names}." if most.swing else " None of the figures moves it by a fifth up or down."
+    if even is None:
+        return (
+            f"{inputs.nodes} nodes do not pay for themselves within {inputs.months} months: {-balance:,.0f} would be "
+            f"missing.{hinge}"
+        )
+    return (
+        f"{inputs.nodes} nodes have paid for themselves in month {even}; after {inputs.months} months {balance:,.0f} "
+        f"are saved.{hinge}"
+    )
+
+
+def _cents(value: Decimal) -> Decimal:
+    return value.quantize(_CENT, rounding=ROUND_HALF_EVEN)

@@ -1,0 +1,147 @@
+"""Segments out of the bucket into lines on disk, by day and table, ready to be merged: the part of a rollup that takes
+the time. Several processes share it; each has its own connection and writes its own files.
+
+A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and named with its reason.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from aggregator import parquet
+from aggregator.tables import BATCH_TABLE
+from aggregator.window import meta_of, straightened, utc_day
+from shared import keys
+from shared.batch import Batch, unseal
+from shared.errors import NotFound, PreconditionFailed, Refused
+from shared.records import Unknown
+from shared.store import ObjectStore
+
+CONNECTIONS = 4
+MAX_REASON = 200
+
+
+class Outcome(NamedTuple):
+    """What became of one object: how many good batches, and why it was set aside; "" when it was not."""
+
+    key: str
+    batches: int
+    unknown_records: int
+    reason: str
+
+
+def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path) -> list[Outcome]:
+    """Read the segments and write their rows to ``folder/<day>/<table>.ndjson``."""
+    found: list[Outcome] = []
+    lines = _Lines(folder)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for key, (batches, reason) in zip(wanted, pool.map(lambda k: read(store, k, rack), wanted), strict=True):
+            for batch in batches:
+                lines.add(batch)
+            kept = bool(reason) and (_keep_copy(store, key) or is_ours(key))
+            unknown = sum(batch.unknown_records for batch in batches)
+            found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else ""))
+    lines.close()
+    return found
+
+
+def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Everything that was written under a folder, by day and table."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(folder.rglob("*.ndjson")):
+        found.setdefault(path.parent.name, {}).setdefault(path.stem, []).append(path)
+    return dict(sorted(found.items()))
+
+
+def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
+    """A segment's good batches, and the reason why it is to be set aside; "" when all of them are good."""
+    try:
+        key = keys.parse_batch_key(name) if name.startswith(keys.RAW_PREFIX) else None
+        batches = unseal(store.get(name).body)
+    except NotFound:
+        return [], ""  # gone between the listing and the read: nothing of ours is ever deleted by us
+    except Refused as error:
+        return [], error.message
+    good: list[Batch] = []
+    reasons: list[str] = []
+    for batch in batches:
+        try:
+            _check(batch, key, rack, name)
+            good.append(batch)
+        except Refused as error:
+            reasons.append(error.message)
+    return good, reasons[0] if reasons else ""
+
+
+def is_ours(key: str) -> bool:
+    """Whether an object under raw/ has a name that a node gives."""
+    try:
+        keys.parse_batch_key(key)
+    except Refused:
+        return False
+    return True
+
+
+class _Lines:
+    """Open files, one for each day and table; few of them are ever wanted at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[tuple[str, str], BinaryIO] = {}
+
+    def add(self, batch: Batch) -> None:
+        batch = straightened(batch)
+        day, meta = utc_day(batch.t_end_ms), parquet.meta_json(meta_of(batch)._asdict())
+        for ordinal, record in enumerate(batch.records):
+            if not isinstance(record, Unknown):
+                self._file(day, record.__struct_config__.tag).write(parquet.row_json(meta, ordinal, record))
+        self._file(day, BATCH_TABLE).write(parquet.row_json(meta, 0, None))
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def _file(self, day: str, table: object) -> BinaryIO:
+        key = (day, str(table))
+        if key not in self._open:
+            if len(self._open) > 400:  # a process may have 1,024 files open, and often only 256
+                self.close()
+                self._open.clear()
+            path = self._folder / day / f"{table}.ndjson"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open[key] = path.open("ab", buffering=1 << 16)
+        return self._open[key]
+
+
+def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
+    """That a batch is what its key says, and lived when nodes live. Raises Refused."""
+    if batch.rack != rack:
+        raise Refused(f"{name}: it belongs to rack {batch.rack[:63]!r}, not to {rack!r}")
+    utc_day(straightened(batch).t_end_ms)
+    for record in batch.records:
+        for field in ("t_ms", "last_seen_ms"):
+            if field in record.__struct_fields__:
+                utc_day(getattr(record, field))
+    if key is None:
+        if not name.startswith(f"{keys.URGENT_PREFIX}node={batch.node}/"):
+            raise Refused(f"{name}: holds a batch of another node ({batch.node[:63]!r})")
+        return
+    if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
+        raise Refused(f"{name}: holds a batch of another place ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
+
+
+def _keep_copy(store: ObjectStore, key: str) -> bool:
+    """Keep a bad object byte for byte; False when it was kept before, or cannot be."""
+    try:
+        store.put_if_absent(keys.quarantine_key(key), store.get(key).body)
+    except (PreconditionFailed, NotFound, Refused):
+        return False
+    return True
+
+
+def chunks(wanted: Sequence[str], parts: int) -> Iterator[Sequence[str]]:
+    """About equal shares of a list."""
+    size = -(-len(wanted) // max(1, parts))
+    for begin in range(0, len(wanted), max(1, size)):
+        yield wanted[begin : begin + size]

@@ -1,0 +1,319 @@
+"""Which node holds which copies of which models: memory is a wall, load a soft limit, moving costs something. Pure.
+
+How many copies a model has is decided before (its demand over what a node may carry), and each copy carries an equal
+part of it; where the copies stand is a mixed-integer program:
+
+    minimise   SHORT x copies without a place + OVER x load above a node's limit + gigabytes to be moved
+    such that  the copies on a node fit its memory, and no node has two copies of one model.
+
+A greedy placement is always made; HiGHS starts from it and proves how far from the best it is. Nothing depends on the
+clock or on the order of the input: limits are counted in nodes of the search, one thread, one seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import highspy
+import msgspec
+import numpy as np
+
+SHORT, OVER, GB, DISTURB = 10_000.0, 100.0, 0.05, 0.5
+"""A copy without a place is worse than anything; one per cent of load too much is worth moving 20 GB. Of two moves that
+do as much, the one that disturbs less work is taken."""
+CAP = 0.80
+GAP = 0.01
+SEARCH_NODES = 300
+NEAREST = 24
+"""Nodes looked at for each model in a large rack: those it stands on, and those with the most room."""
+
+
+class Copyable(msgspec.Struct, frozen=True, kw_only=True):
+    """A model to be placed: bytes of one copy, how many copies, and the load of all of them together on nodes of speed
+    1 (2.5 keeps two and a half such nodes busy). ``only`` are the nodes it may stand on; none means any."""
+
+    name: str
+    need_bytes: int
+    copies: int
+    load: float
+    only: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Load of one copy."""
+        return self.load / self.copies if self.copies else 0.0
+
+
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """A node: bytes for models, its speed against the others, and the load it should not pass."""
+
+    name: str
+    budget_bytes: int
+    speed: float = 1.0
+    limit: float = CAP
+
+
+Placement = frozenset[tuple[str, str]]
+"""(model, node) pairs."""
+
+
+class Packed(msgspec.Struct, frozen=True, kw_only=True):
+    """A placement with its score. ``gap`` is how far from the best it may be at most, None where nothing was proven;
+    ``greedy_score`` is what greedy alone reached."""
+
+    pairs: Placement
+    score: float
+    greedy_score: float
+    gap: float | None
+    short: tuple[tuple[str, int], ...]
+    over: tuple[tuple[str, float], ...]
+
+
+def pack(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most_moves: int | None = None) -> Packed:
+    """Place everything. ``now`` is where copies stand, ``most_moves`` how many copies may be put elsewhere."""
+    models, rooms = sorted(models, key=lambda m: m.name), sorted(rooms, key=lambda r: r.name)
+    now = frozenset((m, n) for m, n in now if any(x.name == m for x in models) and any(r.name == n for r in rooms))
+    first = improved(models, rooms, greedy(models, rooms, now, most_moves), now, most_moves)
+    first_score = score(models, rooms, first, now)
+    pairs, gap = _solved(models, rooms, now, first, most_moves)
+    best_score = score(models, rooms, pairs, now)
+    if best_score > first_score - 1e-9:  # never worse than what was there, never different for nothing
+        pairs, best_score = first, first_score
+    return Packed(
+        pairs=pairs,
+        score=best_score,
+        greedy_score=first_score,
+        gap=gap,
+        short=tuple((m.name, n) for m in models if (n := m.copies - _copies(pairs, m.name)) > 0),
+        over=tuple((r.name, load - r.limit) for r in rooms if (load := load_of(r, models, pairs)) > r.limit + 1e-9),
+    )
+
+
+def score(models: Sequence[Copyable], rooms: Sequence[Room], pairs: Placement, now: Placement) -> float:
+    """What a placement costs; lower is better."""
+    by_name = {m.name: m for m in models}
+    short = sum(max(0, m.copies - _copies(pairs, m.name)) for m in models)
+    over = sum(max(0.0, load_of(room, models, pairs) - room.limit) for room in rooms)
+    moved = sum(cost_of_move(by_name[model]) for model, node in sorted(pairs - now))
+    return SHORT * short + OVER * over + moved
+
+
+def cost_of_move(model: Copyable) -> float:
+    """What it costs to put one copy elsewhere."""
+    return GB * model.need_bytes / 1e9 + DISTURB * model.share
+
+
+def load_of(room: Room, models: Sequence[Copyable], pairs: Placement) -> float:
+    """How busy a node would be."""
+    return sum(m.share for m in models if (m.name, room.name) in pairs) / room.speed
+
+
+def held(room: Room, models: Sequence[Copyable], pairs: Placement) -> int:
+    """Bytes of a node in use."""
+    return sum(m.need_bytes for m in models if (m.name, room.name) in pairs)
+
+
+def greedy(
+    models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most_moves: int | None = None
+) -> Placement:
+    """The largest first; a copy stays where it is unless that node is over its limit, else goes where it makes the
+    least load, then where most room is left."""
+    free = {r.name: r.budget_bytes for r in rooms}
+    load = {r.name: 0.0 for r in rooms}
+    by_name = {r.name: r for r in rooms}
+    pairs: set[tuple[str, str]] = set()
+    left = len(rooms) * len(models) if most_moves is None else most_moves
+
+    def put(model: Copyable, node: str) -> None:
+        pairs.add((model.name, node))
+        free[node] -= model.need_bytes
+        load[node] += model.share / by_name[node].speed
+
+    order = sorted(models, key=lambda m: (-m.need_bytes, -m.load, m.name))
+    for model in order:
+        here = sorted((n for m, n in now if m == model.name and _may(model, n)), key=lambda n: (load[n], n))
+        for node in here[: model.copies]:
+            if free[node] >= model.need_bytes:
+                put(model, node)
+    for model in order:
+        while _count(pairs, model.name) < model.copies and left > 0:
+            fitting = [
+                (max(0.0, load[n] + model.share / r.speed - r.limit), load[n] + model.share / r.speed, -free[n], n)
+                for n, r in by_name.items()
+                if (model.name, n) not in pairs and free[n] >= model.need_bytes and _may(model, n)
+            ]
+            if not fitting:
+                break
+            put(model, min(fitting)[3])
+            left -= 1
+    return frozenset(pairs)
+
+
+def improved(
+    models: Sequence[Copyable],
+    rooms: Sequence[Room],
+    pairs: Placement,
+    now: Placement,
+    most_moves: int | None = None,
+    rounds: int = 200,
+) -> Placement:
+    """Greedy's placement after moving, one at a time, the copy whose move helps most."""
+    by_name, current = {m.name: m for m in models}, set(pairs)
+    room_of = {r.name: r for r in rooms}
+    free = {r.name: r.budget_bytes - held(r, models, pairs) for r in rooms}
+    load = {r.name: load_of(r, models, pairs) for r in rooms}
+
+    def over(node: str, change: float) -> float:
+        room = room_of[node]
+        return max(0.0, load[node] + change / room.speed - room.limit) - max(0.0, load[node] - room.limit)
+
+    for _ in range(rounds):
+        hot = [n for n, r in room_of.items() if load[n] > r.limit + 1e-9]
+        best: tuple[float, str, str, str] | None = None
+        for name, source in sorted(p for p in current if p[1] in hot):
+            model = by_name[name]
+            for target in room_of:
+                if (name, target) in current or free[target] < model.need_bytes or not _may(model, target):
+                    continue
+                moved = ((name, target) not in now) - ((name, source) not in now)
+                if most_moves is not None and moved > 0 and len(current - now) >= most_moves:
+                    continue
+                gain = OVER * (over(source, -model.share) + over(target, model.share))
+                gain += moved * cost_of_move(model)
+                if gain < -1e-9 and (best is None or (gain, name, source, target) < best):
+                    best = (gain, name, source, target)
+        if best is None:
+            break
+        _, name, source, target = best
+        model = by_name[name]
+        current.remove((name, source))
+        current.add((name, target))
+        for node, sign in ((source, -1), (target, 1)):
+            free[node] -= sign * model.need_bytes
+            load[node] += sign * model.share / room_of[node].speed
+    return frozenset(current)
+
+
+def _may(model: Copyable, node: str) -> bool:
+    return not model.only or node in model.only
+
+
+def _copies(pairs: Placement, name: str) -> int:
+    return sum(1 for model, _ in pairs if model == name)
+
+
+def _count(pairs: set[tuple[str, str]], name: str) -> int:
+    return sum(1 for model, _ in pairs if model == name)
+
+
+def _candidates(
+    models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, start: Placement
+) -> list[tuple[int, int]]:
+    """Pairs worth a variable."""
+    by_room = sorted(range(len(rooms)), key=lambda i: (-rooms[i].budget_bytes * rooms[i].speed, rooms[i].name))
+    found = []
+    for j, model in enumerate(models):
+        kept = {i for i, r in enumerate(rooms) if (model.name, r.name) in now or (model.name, r.name) in start}
+        fitting = [i for i in by_room if rooms[i].budget_bytes >= model.need_bytes and _may(model, rooms[i].name)]
+        # large racks: each model looks at another stretch of the nodes, so that together they look at all
+        offset = (j * 7) % max(1, len(fitting))
+        near = (fitting[offset:] + fitting[:offset])[: max(NEAREST, 2 * model.copies)] if len(rooms) > 40 else fitting
+        found += [(i, j) for i in sorted(kept.intersection(fitting) | set(near))]
+    return found
+
+
+def _solved(
+    models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, start: Placement, most_moves: int | None
+) -> tuple[Placement, float | None]:
+    """HiGHS from a start; the placement and its proven gap."""
+    pairs = _candidates(models, rooms, now, start)
+    if not pairs:
+        return start, None
+    solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+    options: Mapping[str, bool | int | float] = {
+        "output_flag": False,
+        "threads": 1,
+        "random_seed": 1,
+        "mip_rel_gap": GAP,
+        "mip_abs_gap": 0.5,
+        "mip_max_nodes": SEARCH_NODES,
+        "mip_max_stall_nodes": 100,
+        "simplex_iteration_limit": 100_000,
+    }
+    for name, value in options.items():
+        solver.setOptionValue(name, value)
+    count, n_models, n_rooms = len(pairs), len(models), len(rooms)
+    total = count + n_models + n_rooms
+    cost = np.zeros(total)
+    lower, upper = np.zeros(total), np.ones(total)
+    for v, (i, j) in enumerate(pairs):
+        moved = (models[j].name, rooms[i].name) not in now
+        # a hair's difference between equals, so that the same input always gives the same placement
+        cost[v] = (cost_of_move(models[j]) if moved else 0.0) + 1e-6 * v / count
+    for j, model in enumerate(models):
+        cost[count + j], upper[count + j] = SHORT, model.copies
+    for i in range(n_rooms):
+        cost[count + n_models + i], upper[count + n_models + i] = OVER, highspy.kHighsInf
+    rows = _rows(models, rooms, now, pairs, most_moves)
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = total, len(rows)
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
+    lp.row_lower_ = np.array([low for low, _, _ in rows])
+    lp.row_upper_ = np.array([high for _, high, _ in rows])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.cumsum([0, *(len(row) for _, _, row in rows)])
+    lp.a_matrix_.index_ = np.array([v for _, _, row in rows for v, _ in row], dtype=np.int32)
+    lp.a_matrix_.value_ = np.array([x for _, _, row in rows for _, x in row], dtype=float)
+    kinds = [highspy.HighsVarType.kInteger] * (count + n_models) + [highspy.HighsVarType.kContinuous] * n_rooms
+    lp.integrality_ = kinds
+    solver.passModel(lp)
+    solution = highspy.HighsSolution()
+    solution.col_value = _started(models, rooms, pairs, start)
+    solver.setSolution(solution)
+    solver.run()
+    values = solver.getSolution().col_value
+    info = solver.getInfo()
+    if not len(values) or info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return start, None
+    found = frozenset((models[j].name, rooms[i].name) for v, (i, j) in enumerate(pairs) if values[v] > 0.5)
+    gap = float(info.mip_gap)
+    return found, gap if math.isfinite(gap) else None
+
+
+Row = tuple[float, float, list[tuple[int, float]]]
+
+
+def _rows(
+    models: Sequence[Copyable],
+    rooms: Sequence[Room],
+    now: Placement,
+    pairs: Sequence[tuple[int, int]],
+    most_moves: int | None,
+) -> list[Row]:
+    count, inf = len(pairs), float(highspy.kHighsInf)
+    of_model: list[list[int]] = [[] for _ in models]
+    of_room: list[list[int]] = [[] for _ in rooms]
+    for v, (i, j) in enumerate(pairs):
+        of_model[j].append(v)
+        of_room[i].append(v)
+    rows: list[Row] = []
+    for j, model in enumerate(models):
+        rows.append((float(model.copies), float(model.copies), [*((v, 1.0) for v in of_model[j]), (count + j, 1.0)]))
+    for i, room in enumerate(rooms):
+        memory = [(v, models[pairs[v][1]].need_bytes / 1e9) for v in of_room[i]]
+        rows.append((-inf, room.budget_bytes / 1e9, memory))
+        load = [(v, models[pairs[v][1]].share / room.speed) for v in of_room[i]]
+        rows.append((-inf, room.limit, [*load, (count + len(models) + i, -1.0)]))
+    if most_moves is not None:
+        moved = [(v, 1.0) for v, (i, j) in enumerate(pairs) if (models[j].name, rooms[i].name) not in now]
+        rows.append((-inf, float(most_moves), moved))
+    return rows
+
+
+def _started(
+    models: Sequence[Copyable], rooms: Sequence[Room], pairs: Sequence[tuple[int, int]], start: Placement
+) -> list[float]:
+    taken = [1.0 if (models[j].name, rooms[i].name) in start else 0.0 for i, j in pairs]
+    short = [float(max(0, m.copies - _copies(start, m.name))) for m in models]
+    over = [max(0.0, load_of(r, models, start) - r.limit) for r in rooms]
+    return [*taken, *short, *over]

@@ -1,0 +1,47 @@
+"""A page as one HTML file that needs nothing else: no script, no network, light or dark as the reader has it."""
+
+import jinja2
+from markupsafe import Markup
+
+from aggregator.report.page import Curve, Page
+
+_WIDTH, _HEIGHT = 640, 160
+_COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
+
+
+def render(page: Page) -> bytes:
+    """The page as UTF-8 text. All text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("aggregator.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["svg"] = svg
+    return environment.get_template("page.html.j2").render(page=page).encode()
+
+
+def svg(curve: Curve) -> Markup:
+    """Lines over the same points as an SVG, with the axis at zero where values go below it."""
+    values = [v for _, line in curve.lines for v in line]
+    if not values:
+        return Markup("")
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    span = (high - low) or 1.0
+
+    def place(n: int, value: float, count: int) -> str:
+        x = _WIDTH * n / max(1, count - 1)
+        return f"{x:.1f},{_HEIGHT - (value - low) / span * _HEIGHT:.1f}"
+
+    parts = []
+    zero = _HEIGHT - (0 - low) / span * _HEIGHT
+    parts.append(f'<line x1="0" y1="{zero:.1f}" x2="{_WIDTH}" y2="{zero:.1f}" class="axis"/>')
+    for number, (_, line) in enumerate(curve.lines):
+        points = " ".join(place(n, value, len(line)) for n, value in enumerate(line))
+        colour = _COLOURS[number % len(_COLOURS)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    inner = "".join(parts)
+    box = f'viewBox="0 -4 {_WIDTH} {_HEIGHT + 8}" role="img" preserveAspectRatio="none"'
+    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{inner}</svg>')

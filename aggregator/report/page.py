@@ -1,0 +1,49 @@
+"""A page as headings, sentences, tables and curves: what a report shows, without saying how it looks. Pure."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of cells as text. ``numbers`` are the columns to be set to the right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: tuple[int, ...] = ()
+
+
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """One or more lines over the same points; ``labels`` name the points, the first and last are shown."""
+
+    title: str
+    labels: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[float, ...]], ...]
+    unit: str = ""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True):
+    """A heading and what stands under it, in this order: sentences, a list, commands in order, a curve, a table."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+    curve: Curve | None = None
+    table: Table | None = None
+
+
+class Page(msgspec.Struct, frozen=True, kw_only=True):
+    """``lead`` is the sentence that somebody reads who reads one."""
+
+    title: str
+    lead: str
+    sections: tuple[Section, ...]
+    foot: str = ""
+
+
+def table(columns: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> Table:
+    """A table; ``columns`` are named in one text with bars between them. Without rows it says so."""
+    names = tuple(name.strip() for name in columns.split("|"))
+    empty = (("no data", *("" for _ in names[1:])),)
+    return Table(columns=names, rows=tuple(tuple(row) for row in rows) or empty, numbers=tuple(numbers))

@@ -1,0 +1,101 @@
+"""The month against its promises: each a figure, a target, and whether it was kept. Pure.
+
+What was not measured is "no data" and counts as neither kept nor missed.
+"""
+
+import msgspec
+
+from aggregator.api_prices import Comparisons
+from aggregator.config import Scorecard
+from aggregator.uptime import Uptime
+from aggregator.window import Window
+from shared.records import SwapFinished
+from shared.sketch import Sketch
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """``value`` and ``target`` are numbers in ``unit``; ``kept`` is None without data; ``text`` says it in words."""
+
+    name: str
+    value: float | None
+    target: float
+    unit: str
+    kept: bool | None
+    text: str
+
+
+def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scorecard) -> tuple[Line, ...]:
+    """The scorecard of a span."""
+    return (
+        _latency(window, targets),
+        _uptime(up, targets),
+        _heat(window, targets),
+        _swaps(window, targets),
+        *_prices(apis, targets),
+    )
+
+
+def _latency(window: Window, targets: Scorecard) -> Line:
+    itl = Sketch()
+    for one in window.latencies:
+        if one.outcome == "ok":
+            itl.merge(one.sketch("itl_us"))
+    p95 = itl.quantile(0.95)
+    value = p95 / 1000 if p95 is not None else None
+    return _at_most("p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %")
+
+
+def _uptime(up: Uptime, targets: Scorecard) -> Line:
+    value, target = up.request_share, targets.uptime
+    kept = None if value is None else value >= target
+    text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
+    if up.rack.share is not None:
+        text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
+    return Line(name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
+
+
+def _heat(window: Window, targets: Scorecard) -> Line:
+    """Throttled time of nodes, each weighted by how long it worked: heat while idle slows nobody."""
+    busy = {h.node: sum(e.busy_us for e in window.engines if e.node == h.node) for h in window.hosts}
+    known = [(h, busy[h.node]) for h in window.hosts if h.throttled_share is not None]
+    weight = sum(us for _, us in known)
+    value = None
+    if weight:
+        value = sum((h.throttled_share or 0.0) * us for h, us in known) / weight
+    elif known:
+        value = max(h.throttled_share or 0.0 for h, _ in known)
+    return _at_most("throttled", value, targets.throttled, "share", "of the time in which models worked")
+
+
+def _swaps(window: Window, targets: Scorecard) -> Line:
+    swaps = [record for _, record in window.of(SwapFinished)]
+    longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
+    failed = sum(s.outcome == "failed" for s in swaps)
+    return _at_most("longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
+
+
+def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
+    """The claim of 5 to 15 times cheaper than a frontier model, only against models that were named for it."""
+    found = []
+    for one in apis.models if apis is not None else ():
+        if one.frontier and one.times_cheaper is not None:
+            kept = one.times_cheaper >= targets.times_cheaper
+            cheaper = "cheaper" if one.times_cheaper >= 1 else "of the price: dearer here"
+            found.append(
+                Line(
+                    name=f"{one.model} against {one.frontier}",
+                    value=one.times_cheaper,
+                    target=targets.times_cheaper,
+                    unit="times",
+                    kept=kept,
+                    text=f"{one.times_cheaper:.1f} times {cheaper}; another model, so not the same answers",
+                )
+            )
+    return found
+
+
+def _at_most(name: str, value: float | None, target: float, unit: str, of: str) -> Line:
+    if value is None:
+        return Line(name=name, value=None, target=target, unit=unit, kept=None, text="no data")
+    said = f"{value:.2%}" if unit == "share" else f"{value:,.1f} {unit}"
+    return Line(name=name, value=value, target=target, unit=unit, kept=value <= target, text=f"{said} {of}")

@@ -1,0 +1,269 @@
+"""The tables in the bucket: which columns, which of them name a row, and how the others add up. Pure.
+
+A minute table has one row for each record that a node sent. An hour table and a day table have the same columns as
+each other: rows with equal labels are added up, and adding up what was added up gives the same as adding up everything
+at once. So late rows, and rows that come twice, cost a table's renewal and nothing else.
+"""
+
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import msgspec
+
+from shared.records import RECORD_TYPES, EngineWindow, Event
+from shared.sketch import SketchWire
+
+BATCH_TABLE = "batch"
+MINUTE_TABLES = (*RECORD_TYPES, BATCH_TABLE)
+"""The batch table comes last: a day that has a batch there has all of its records."""
+HOUR_MS, SLOT_MS = 3_600_000, 300_000
+EVENTS = tuple(str(kind.__struct_config__.tag) for kind in get_args(Event))
+IDENTITY = ("node", "incarnation", "epoch", "seq", "ordinal")
+META = {
+    "node": "VARCHAR",
+    "incarnation": "BIGINT",
+    "epoch": "BIGINT",
+    "seq": "BIGINT",
+    "t_start_ms": "BIGINT",
+    "t_end_ms": "BIGINT",
+    "boot_id": "VARCHAR",
+    "agent_version": "VARCHAR",
+    "dropped_batches": "BIGINT",
+    "unknown_records": "BIGINT",
+    "clock_skew_ms": "BIGINT",
+}
+"""What every row of a minute table says of the batch it came in."""
+SKETCH = {
+    "count": "BIGINT",
+    "zero": "BIGINT",
+    "sum": "BIGINT",
+    "min": "BIGINT",
+    "max": "BIGINT",
+    "idx": "INTEGER[]",
+    "cnt": "BIGINT[]",
+}
+"""A sketch ``x`` is seven columns ``x_count`` and so on; ``idx`` are bucket numbers as they are, not their steps."""
+_SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
+
+
+class Fold(msgspec.Struct, frozen=True, kw_only=True):
+    """How rows of one kind add up. ``lift`` makes minute rows look like folded ones: SQL for each column that is not
+    in the minute table under its own name. ``lasts`` take the newest row's value (newest by ``last_ms``, and at one
+    time by place), ``spans`` are pairs of lists that hold intervals."""
+
+    source: tuple[str, ...]
+    labels: tuple[str, ...]
+    sums: tuple[str, ...] = ()
+    maxes: tuple[str, ...] = ()
+    mins: tuple[str, ...] = ()
+    lasts: tuple[str, ...] = ()
+    sketches: tuple[str, ...] = ()
+    spans: bool = False
+    lift: dict[str, str] = {}
+    slot_ms: int = HOUR_MS
+    daily: bool = True
+
+
+def record_columns(kind: type[msgspec.Struct]) -> dict[str, str]:
+    """The types of a record's columns as they are stored."""
+    found: dict[str, str] = {}
+    for field in msgspec.structs.fields(kind):
+        inner = _without_none(field.type)
+        if inner is SketchWire:
+            found.update({f"{field.name}_{part}": sql for part, sql in SKETCH.items()})
+        else:
+            found[field.name] = _sql_type(inner)
+    return found
+
+
+def minute_columns(table: str) -> dict[str, str]:
+    """All columns of a minute table, in their order."""
+    own = record_columns(RECORD_TYPES[table]) if table != BATCH_TABLE else {}
+    return {**META, "ordinal": "INTEGER", **own}
+
+
+def wire_columns(table: str) -> dict[str, str]:
+    """The types of what is read in: a record as it was sent, its sketches still whole."""
+    if table == BATCH_TABLE:
+        return {**META, "ordinal": "INTEGER"}
+    sketch = "STRUCT(" + ", ".join(f'"{part}" {sql}' for part, sql in SKETCH.items()) + ")"
+    own = {
+        field.name: sketch if _without_none(field.type) is SketchWire else _sql_type(_without_none(field.type))
+        for field in msgspec.structs.fields(RECORD_TYPES[table])
+    }
+    return {**META, "ordinal": "INTEGER", **own}
+
+
+def flattened(table: str) -> str:
+    """SQL that makes stored columns of what is read in."""
+    parts = [f'"{name}"' for name in (*META, "ordinal")]
+    for name, sql in wire_columns(table).items():
+        if sql.startswith("STRUCT"):
+            parts += [_sketch_part(name, part) for part in SKETCH]
+        elif name not in META and name != "ordinal":
+            parts.append(f'"{name}"::VARCHAR AS "{name}"' if sql == "JSON" else f'"{name}"')
+    return ", ".join(parts)
+
+
+def stored_type(sql: str) -> str:
+    """How a column that is read as JSON is stored."""
+    return "VARCHAR" if sql == "JSON" else sql
+
+
+def _sketch_part(name: str, part: str) -> str:
+    value = f'"{name}"."{part}"'
+    if part in ("min", "max"):
+        return f'{value} AS "{name}_{part}"'
+    if part == "cnt":
+        return f'coalesce({value}, []::BIGINT[]) AS "{name}_cnt"'
+    if part == "idx":
+        absolute = f"list_transform({value}, lambda step, place: list_sum({value}[1:place]))"
+        return f'coalesce({absolute}::INTEGER[], []::INTEGER[]) AS "{name}_idx"'
+    return f'coalesce({value}, 0) AS "{name}_{part}"'
+
+
+def _sql_type(inner: Any) -> str:
+    if inner in _SCALARS:
+        return _SCALARS[inner]
+    if get_origin(inner) is tuple:
+        return f"{_SCALARS[get_args(inner)[0]]}[]"
+    return "JSON"
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        inner = [a for a in get_args(kind) if a is not NoneType]
+        return inner[0] if len(inner) == 1 else kind
+    return kind
+
+
+_ENGINE = [f.name for f in msgspec.structs.fields(EngineWindow) if f.name not in ("model", "version")]
+_HIGHEST = tuple(name for name in _ENGINE if name.endswith(("_max", "_bytes")))
+_LENGTH = "(t_end_ms - t_start_ms)"
+
+
+def _weighted(name: str, column: str) -> dict[str, str]:
+    """A mean over time as two sums: the value by the time it stood for, and that time."""
+    return {
+        f"{name}_ms": f"coalesce({column} * {_LENGTH}, 0)",
+        f"{name}_known_ms": f"CASE WHEN {column} IS NULL THEN 0 ELSE {_LENGTH} END",
+    }
+
+
+_POWERS = {
+    **_weighted("wall_mw", "wall_power_mw"),
+    **_weighted("system_mw", "system_power_mw"),
+    **_weighted("soc_mw", "soc_power_mw"),
+    **_weighted("package_mc", "package_temp_mean_mc"),
+}
+
+FOLDS: dict[str, Fold] = {
+    "served": Fold(
+        source=("served",),
+        labels=(
+            *("door", "worker", "model", "version", "key_id", "task_class", "outcome", "finish"),
+            "prompt_bucket_tok",
+        ),
+        sums=("requests", "retries", "prompt_tok", "cached_tok", "completion_tok"),
+        sketches=("ttft_us", "itl_us", "total_us"),
+        lift={"door": "node"},
+    ),
+    "engine": Fold(
+        source=("engine",),
+        labels=("node", "model", "version"),
+        sums=tuple(name for name in _ENGINE if name not in _HIGHEST),
+        maxes=_HIGHEST,
+    ),
+    "host": Fold(
+        source=("host",),
+        labels=("node",),
+        sums=(
+            *("windows", "thermal_known_us", "throttled_us", "swap_in_bytes", "swap_out_bytes", "memory_stall_us"),
+            *("energy_mj", "pressed_windows"),
+            *_POWERS,
+        ),
+        maxes=(
+            *("package_temp_mc", "pcore_temp_mc", "gpu_temp_mc", "fan_max_rpm", "system_power_max_mw"),
+            *("memory_total_bytes", "memory_used_max_bytes", "swap_used_bytes"),
+        ),
+        mins=("disk_free_bytes",),
+        lasts=("memory_budget_bytes",),
+        lift={
+            "windows": "1",
+            "swap_in_bytes": "coalesce(swap_in_bytes, 0)",
+            "swap_out_bytes": "coalesce(swap_out_bytes, 0)",
+            "memory_stall_us": "coalesce(memory_stall_us, 0)",
+            "energy_mj": "coalesce(energy_mj, 0)",
+            "pressed_windows": "CASE WHEN coalesce(memory_pressure, 'normal') = 'normal' THEN 0 ELSE 1 END",
+            "fan_max_rpm": "list_max(fan_rpm)",
+            "memory_used_max_bytes": "greatest(memory_used_max_bytes, memory_used_bytes)",
+            **_POWERS,
+        },
+    ),
+    "resident": Fold(
+        source=("resident",),
+        labels=("node", "model", "version", "state"),
+        sums=("windows", "length_ms"),
+        maxes=("footprint_bytes", "restarts"),
+        lasts=("need_bytes", "pinned"),
+        lift={"windows": "1", "length_ms": _LENGTH},
+    ),
+    "outlet": Fold(
+        source=("outlet",),
+        labels=("meter", "nodes"),
+        sums=("energy_mj", "covered_us"),
+        maxes=("power_max_mw",),
+    ),
+    "run": Fold(
+        source=("batch",),
+        labels=("node", "incarnation", "epoch"),
+        sums=("batches", "unknown_records", "skewed_batches"),
+        maxes=("last_seq", "dropped_batches", "skew_max_ms"),
+        mins=("first_seq", "since_ms"),
+        lasts=("agent_version", "boot_id"),
+        lift={
+            "batches": "1",
+            "skewed_batches": "CASE WHEN abs(coalesce(clock_skew_ms, 0)) > 2000 THEN 1 ELSE 0 END",
+            "skew_max_ms": "abs(clock_skew_ms)",
+            "first_seq": "seq",
+            "last_seq": "seq",
+            "since_ms": "t_start_ms",
+        },
+    ),
+    "cover": Fold(
+        source=("batch",),
+        labels=("node",),
+        spans=True,
+        lift={"starts": "[t_start_ms]", "ends": "[t_end_ms]"},
+    ),
+    "serving": Fold(
+        source=("resident",),
+        labels=("node", "model"),
+        spans=True,
+        lift={
+            "starts": "CASE WHEN state = 'ready' THEN [t_start_ms] ELSE []::BIGINT[] END",
+            "ends": "CASE WHEN state = 'ready' THEN [t_end_ms] ELSE []::BIGINT[] END",
+        },
+    ),
+    "demand": Fold(
+        source=("engine",),
+        labels=("model",),
+        sums=("busy_prefill_us", "busy_decode_us", "prefill_tok", "cached_tok", "decode_tok", "queue_us"),
+        slot_ms=SLOT_MS,
+        daily=False,
+    ),
+    "asked": Fold(
+        source=("served",),
+        labels=("model", "outcome"),
+        sums=("requests", "prompt_tok", "cached_tok", "completion_tok"),
+        slot_ms=SLOT_MS,
+        daily=False,
+    ),
+}
+"""What lies under hour/ (and, where ``daily``, under day/), by table."""
+EVENT_TABLE = "event"
+"""All events of a day in one table under hour/, with the record as JSON."""
+EVENT_SOURCES = (*EVENTS, "hardware")
+EVENT_COLUMNS = {**META, "ordinal": "INTEGER", "kind": "VARCHAR", "record": "VARCHAR"}
+HOUR_TABLES = (*FOLDS, EVENT_TABLE)
+DAY_TABLES = tuple(name for name, fold in FOLDS.items() if fold.daily)
