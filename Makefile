@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash soak simulate check lint types arch docs bench-dispatch bench-telemetry bench-serve dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate check lint types arch docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -55,6 +55,12 @@ chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut 
 crash: $(STAMP) ## an agent killed five hundred times while it samples and pushes to a store that fails
 	MLXRACK_CRASHES=500 $(BIN)/python -m pytest -s -v --timeout=4000 tests/rack/test_crash.py
 
+crash-aggregator: $(STAMP) ## an aggregator killed two hundred times; its tables and reports are those of one that was not
+	MLXRACK_AGGREGATOR_KILLS=200 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_aggregator_kills.py
+
+score: $(STAMP) ## how often causes and verdicts are right, on made-up weeks whose truth is known
+	MLXRACK_SCORE=1 $(BIN)/python -m pytest -s -v tests/aggregator/test_scoring.py
+
 fuzz-parsers: $(STAMP) ## a hundred thousand inputs for every parser of what a sensor or a meter says
 	@$(BIN)/python -m scripts.fuzz_parsers
 
@@ -75,6 +81,15 @@ bench-dispatch: $(STAMP) ## what the door costs, beside a minimal proxy and Lite
 
 bench-telemetry: $(STAMP) model ## what telemetry costs: a core and memory at rest, tokens/s under load, bytes of a batch
 	@$(BIN)/python -m scripts.bench_telemetry
+
+bench-aggregate: $(STAMP) ## a month rolled up, a day more, the monthly numbers, and how it grows with the rack
+	@$(BIN)/python -m scripts.bench_aggregate
+
+bench-placement: $(STAMP) ## how long a placement takes, how far from the best it is, and greedy alone
+	@$(BIN)/python -m scripts.bench_placement
+
+sample-rack: $(STAMP) ## a bucket of made-up telemetry and its reports, for who wants to look without a rack
+	@$(BIN)/python -m scripts.sample_rack
 
 bench-serve: $(STAMP) model ## tokens per second of the agent, mlx_lm.server and the bare engine, in one run
 	@$(BIN)/python -m scripts.bench_serve

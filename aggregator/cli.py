@@ -19,14 +19,36 @@ import msgspec
 
 from aggregator import config as aggregator_config
 from aggregator.config import AggregatorConfig
+from aggregator.economics import Inputs
+from aggregator.report.page import Page
 from shared import __version__, logs
 from shared import config as shared_config
-from shared.bucket import open_store
+from shared.bucket import Store, check_store, open_store
 from shared.commandline import Parser
-from shared.errors import AccessDenied, RackError, Retryable
+from shared.errors import AccessDenied, RackError, Refused, Retryable
 from shared.secrets import resolve
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
+_INPUTS = {
+    "api_spend": "what APIs cost you a month now",
+    "nodes": "how many nodes you would buy",
+    "node_price": "what one costs",
+    "setup": "what else is paid at the start: switch, rack, work",
+    "watts": "mean power of a node, in watts",
+    "electricity_per_kwh": "price of a kilowatt-hour",
+    "other_per_month": "other costs of a node a month",
+    "people_per_month": "cost of the people who run it, a month",
+    "kept": "share of the API work that moves to the rack",
+    "growth": "growth of the API spend a month, like 0.02",
+    "residual": "share of its price that a node is worth at the end",
+    "months": "how far to look",
+}
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file that `sync --to` names."""
+
+    store: Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,12 +93,44 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    def local(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.set_defaults(run=run, log=None, verbose=False)
+        return added
+
     verb("rollup", "Add new telemetry to the minute and hour tables.", _rollup)
     week = verb("weekly", "Publish placement, cost and evictions of a week.", _weekly)
     week.add_argument("--week", default=None, help="like 2026-W47 (default: the last one that is over)")
+    week.add_argument("--since", default=None, metavar="DAY", help="any days instead of a week: the first, 2026-11-01")
+    week.add_argument("--until", default=None, metavar="DAY", help="and the last")
     month = verb("monthly", "Publish the executive report of a month.", _monthly)
     month.add_argument("--month", default=None, help="like 2026-11 (default: the last one that is over)")
     verb("alert", "Tell people what changed since the last run.", _alert)
+    accept = verb("apply", "Publish an accepted placement as the desired state that agents follow.", _apply)
+    accept.add_argument("--week", default=None, help="whose placement (default: the last week that is over)")
+    accept.add_argument("--steps", default=None, help="only these of its steps, like 1,2")
+    accept.add_argument("--dry-run", action="store_true", help="say what would be published")
+    copy = verb("sync", "Copy the bucket into another store; what is there is not sent again.", _sync)
+    copy.add_argument("--to", type=Path, required=True, help="a TOML file with the [store] to copy into")
+    copy.add_argument("--without-raw", action="store_true", help="tables and reports only")
+    old = verb("prune", "Delete raw segments and minute tables older than [retention] keeps.", _prune)
+    old.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    first = local("plan", "Place models before there is any telemetry.", _plan)
+    first.add_argument("--intake", type=Path, required=True, help="what will be asked: models and workloads")
+    first.add_argument("--inventory", type=Path, required=True, help="the nodes there are")
+    first.add_argument("--html", type=Path, default=None, help="write the page to this file, too")
+    buy = local("economics", "From API spend to break-even, before buying.", _economics)
+    for field in msgspec.structs.fields(Inputs):
+        flag = f"--{field.name.replace('_', '-')}"
+        whole = field.type is int
+        if field.required:
+            buy.add_argument(flag, type=int if whole else float, required=True, help=_INPUTS[field.name])
+        else:
+            text = f"{_INPUTS[field.name]} (default: {field.default:g})"
+            buy.add_argument(flag, type=int if whole else float, default=field.default, help=text)
+    buy.add_argument("--currency", default="USD")
+    buy.add_argument("--html", type=Path, default=None, help="write the page with its curve to this file, too")
     verb("check-config", "Read the configuration and say what is wrong with it.", _check_config)
     return parser
 
@@ -108,14 +162,22 @@ def _rollup(args: argparse.Namespace) -> int:
 def _weekly(args: argparse.Namespace) -> int:
     from aggregator import lease
     from aggregator.commands import rollup, weekly
-    from aggregator.window import last_week
+    from aggregator.window import as_long_before, before, between, last_week, week
 
     config = _config(args)
-    name = args.week or last_week(datetime.now(UTC), config.timezone)
+    if (args.since is None) != (args.until is None) or (args.since and args.week):
+        raise Refused("weekly: give --week, or --since and --until together")
+    if args.since:
+        span = between(args.since, args.until, config.timezone)
+        earlier = as_long_before(span)
+    else:
+        span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
+        earlier = before(span)
+    name = span.name
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
         rollup.run(config, store, os.environ, _telling(args))
-        published = weekly.run(config, store, name)
+        published = weekly.publish_span(config, store, span, earlier)
     _say(args, {"week": name, "published": published}, "\n".join(published))
     return 0
 
@@ -148,6 +210,96 @@ def _alert(args: argparse.Namespace) -> int:
     told = [{"code": n.rule.code, "subject": n.firing.subject, "resolved": n.resolved} for n in sent]
     _say(args, {"sent": told}, f"{len(told)} notices")
     return 0
+
+
+def _apply(args: argparse.Namespace) -> int:
+    from aggregator.commands import apply
+    from aggregator.window import last_week
+
+    config = _config(args)
+    store = open_store(config.store, os.environ)
+    report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
+    steps = _numbers(args.steps) if args.steps else None
+    moves, state = apply.run(config, store, report, steps, args.dry_run)
+    done = "would be published" if args.dry_run else "published"
+    if args.json:
+        print(json.dumps({"published": not args.dry_run, "desired": msgspec.to_builtins(state)}))
+        return 0
+    for move in moves:
+        print(f"{move.step:3}. {move.action} {move.model} on {move.node}: {move.reason}")
+    print(f"generation {state.generation} {done}: {len(moves)} of {len(report.moves)} steps of {report.period}")
+    return 0
+
+
+def _numbers(text: str) -> set[int]:
+    try:
+        return {int(part) for part in text.split(",")}
+    except ValueError:
+        raise Refused(f"--steps {text!r}: give numbers with commas between them, like 1,2") from None
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from aggregator.commands import sync
+
+    config = _config(args)
+    target = shared_config.load(args.to, Target, lambda one: check_store(one.store))
+    source, there = open_store(config.store, os.environ), open_store(target.store, os.environ)
+    done = sync.run(source, there, raw=not args.without_raw, told=_telling(args))
+    _say(args, msgspec.to_builtins(done), f"{done.written:,} objects, {done.bytes / 1e6:.1f} MB copied")
+    for key in done.clashes:
+        print(
+            f"mlxrack-aggregator: sync {key}: the two stores hold different objects; neither was touched",
+            file=sys.stderr,
+        )
+    return 1 if done.clashes else 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from aggregator import lease
+    from aggregator.commands import prune
+
+    config = _config(args)
+    store = open_store(config.store, os.environ)
+    with lease.held(store, "rollup"):
+        done = prune.run(config, store, datetime.now(UTC), args.dry_run)
+    would = "would be deleted" if args.dry_run else "deleted"
+    text = f"{done.raw:,} raw segments and {done.minute:,} minute tables {would}"
+    if args.dry_run and not args.json:
+        print(text)
+    else:
+        _say(args, msgspec.to_builtins(done), text)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from aggregator.commands import plan
+    from aggregator.report import pages
+
+    report = plan.run(args.intake, args.inventory)
+    _show(args, report, pages.placement(report, "to be"))
+    return 1 if report.short else 0
+
+
+def _economics(args: argparse.Namespace) -> int:
+    from aggregator import economics
+    from aggregator.report import pages
+
+    inputs = Inputs(**{field.name: getattr(args, field.name) for field in msgspec.structs.fields(Inputs)})
+    report = economics.judge(inputs)
+    _show(args, report, pages.economics(report, args.currency))
+    return 0
+
+
+def _show(args: argparse.Namespace, report: msgspec.Struct, page: Page) -> None:
+    """A result that somebody asked for at a terminal."""
+    from aggregator.report import html, markdown
+
+    if args.html is not None:
+        try:
+            args.html.write_bytes(html.render(page))
+        except OSError as error:
+            raise Refused(f"write {args.html}: {error.strerror}") from None
+    print(msgspec.json.encode(report).decode() if args.json else markdown.render(page).decode())
 
 
 def _check_config(args: argparse.Namespace) -> int:

@@ -1,7 +1,10 @@
 """Why a million tokens cost more than the week before: the change taken apart exactly, its leading part, its likely
 cause. Pure.
 
-The loaded price is rate x utilisation x seconds per token, and the seconds are prefill's and decode's:
+Both prices are looked at, because they see different things. The node costs the same whether it works or not, so on a
+rack with idle time more work for the same tokens does not move the loaded price at all, but the direct one; and less
+traffic moves the loaded price alone. The loaded price is rate x utilisation x seconds per token, and the seconds are
+prefill's and decode's (the direct price is the same without utilisation):
 
     $/M = rate x (loaded / direct) x (prompt share x uncached share x s per uncached token
                                       + answer share x s per answer token)
@@ -46,6 +49,11 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
         return self.loaded / self.tokens * 1e6
 
     @property
+    def direct_per_m(self) -> float:
+        """Direct price of a million tokens."""
+        return self.direct / self.tokens * 1e6
+
+    @property
     def hit_share(self) -> float:
         """Prompt tokens that were in the cache."""
         return self.cached_tok / self.prompt_tok if self.prompt_tok else 0.0
@@ -70,11 +78,14 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Against the week before. ``flagged`` is whether it deserves a look: at or above the configured ratio, at volumes
-    that mean something. ``cause`` is a word for programs, ``text`` a sentence with the evidence."""
+    """Against the week before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
+    parts. ``flagged`` is whether it deserves a look: either at or above the configured ratio, at volumes that mean
+    something. ``cause`` is a word for programs, ``text`` a sentence with the evidence."""
 
     ratio: float
+    direct_ratio: float
     terms: Terms
+    direct_terms: Terms
     flagged: bool
     cause: str
     text: str
@@ -84,14 +95,30 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
     """The change, or None where there is nothing to compare with. A cause is named only for what is flagged."""
     if now is None or before is None or not before.loaded or not now.loaded:
         return None
-    ratio, terms = now.per_m / before.per_m, decompose(now, before)
-    if ratio < config.flag_ratio:
-        return Change(ratio=ratio, terms=terms, flagged=False, cause="", text="")
+    made = Change(
+        ratio=now.per_m / before.per_m,
+        direct_ratio=now.direct_per_m / before.direct_per_m if before.direct else 1.0,
+        terms=decompose(now, before),
+        direct_terms=decompose(_without_idle(now), _without_idle(before)),
+        flagged=False,
+        cause="",
+        text="",
+    )
+    worst = max(made.ratio, made.direct_ratio)
+    if worst < config.flag_ratio:
+        return made
     if min(now.tokens, before.tokens) < config.flag_min_tok:
-        few = f"{ratio:.1f} x the week before, at under {config.flag_min_tok:,} tokens in one of them: too few to judge"
-        return Change(ratio=ratio, terms=terms, flagged=False, cause="low_volume", text=few)
-    cause, why = _cause(now, before, terms)
-    return Change(ratio=ratio, terms=terms, flagged=True, cause=cause, text=f"{ratio:.1f} x the week before: {why}")
+        few = f"{worst:.1f} x the week before, at under {config.flag_min_tok:,} tokens in one of them: too few to judge"
+        return msgspec.structs.replace(made, cause="low_volume", text=few)
+    loaded = made.ratio >= made.direct_ratio
+    cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
+    price = "" if loaded else ", idle time apart"
+    text = f"{worst:.1f} x the week before{price}: {why}"
+    return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
+
+
+def _without_idle(f: Factors) -> Factors:
+    return msgspec.structs.replace(f, loaded=f.direct)
 
 
 def decompose(now: Factors, before: Factors) -> Terms:

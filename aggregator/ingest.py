@@ -4,7 +4,7 @@ the time. Several processes share it; each has its own connection and writes its
 A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and named with its reason.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -52,6 +52,11 @@ def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
     for path in sorted(folder.rglob("*.ndjson")):
         found.setdefault(path.parent.name, {}).setdefault(path.stem, []).append(path)
     return dict(sorted(found.items()))
+
+
+def lines(tables: Mapping[str, Sequence[Path]]) -> int:
+    """How many batches a day's files hold."""
+    return sum(path.read_bytes().count(b"\n") for path in tables.get(BATCH_TABLE, ()))
 
 
 def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:

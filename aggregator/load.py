@@ -35,7 +35,7 @@ from shared import keys
 from shared.batch import Batch
 from shared.errors import NotFound, Refused
 from shared.records import RECORD_TYPES
-from shared.store import ObjectStore, list_all
+from shared.store import ObjectStore, Stored, list_all
 
 CONNECTIONS = 8
 
@@ -115,7 +115,8 @@ def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]
     torn = {
         day
         for day, made in manifest.days.items()
-        if found.get(("hour", day), 0) < made.hour_files or found.get(("day", day), 0) < made.day_files
+        if not made.pruned
+        and (found.get(("hour", day), 0) < made.hour_files or found.get(("day", day), 0) < made.day_files)
     }
     return lost, torn - lost
 
@@ -240,6 +241,17 @@ def _events(db: parquet.Database, query: str) -> tuple[Fact, ...]:
             meta = Meta(**{name: row[name] for name in Meta._fields})
             found.append(Fact(meta, row["ordinal"], msgspec.convert({**present, "kind": row["kind"]}, kind)))
     return tuple(found)
+
+
+def newest_report(store: ObjectStore, cadence: str, period: str, name: str, extension: str) -> Stored | None:
+    """The newest revision of a report; None when there is none."""
+    prefix = keys.report_key(cadence, period, name, 0, "").removesuffix("0.")
+    revisions = []
+    for listed in list_all(store, prefix):
+        revision, _, found = listed.key.removeprefix(prefix).partition(".")
+        if found == extension and revision.isdigit():
+            revisions.append((int(revision), listed.key))
+    return store.get(max(revisions)[1]) if revisions else None
 
 
 def _folders(store: ObjectStore, prefix: str) -> list[str]:

@@ -13,7 +13,8 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
 class Day(msgspec.Struct, frozen=True, kw_only=True):
     """A UTC day's tables: how many batches, how many files at each level, and the SHA-256 over the minute files' own.
 
-    When raw segments are gone, the minute files are the record, and the hash says whether they are still that.
+    When raw segments are gone, the minute files are the record, and the hash says whether they are still that. A day
+    that was ``pruned`` has no minute files any more and takes no rows.
     """
 
     batches: int
@@ -21,6 +22,7 @@ class Day(msgspec.Struct, frozen=True, kw_only=True):
     hour_files: int
     day_files: int
     sha256: str
+    pruned: bool = False
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     days: dict[str, Day] = {}
     segments: int = 0
     unknown_records: int = 0
+    too_late: int = 0
     quarantined: tuple[Quarantined, ...] = ()
     quarantined_total: int = 0
 

@@ -244,7 +244,7 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
         node = (
             f"a node with at least {largest / 1e9:.1f} GB for models"
             if largest > biggest
-            else f"{max(1, math.ceil(missing / biggest))} more node(s) of {biggest / 1e9:.1f} GB for models"
+            else f"{_nodes(max(1, math.ceil(missing / biggest)))} of {biggest / 1e9:.1f} GB for models"
         )
         drop = max((name for name, _ in packed.short), key=lambda name: (sizes[name].need_bytes, name))
         found.append(f"No room for {copies} ({missing / 1e9:.1f} GB): add {node}, or drop {drop}.")
@@ -253,10 +253,14 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
         where = ", ".join(f"{name} by {share:.0%}" for name, share in packed.over)
         more = max(1, math.ceil(over / CAP - 1e-9))
         found.append(
-            f"Too much work at the 95th percentile: over the limit {where}. {more} more node(s) like the fastest would "
+            f"Too much work at the 95th percentile: over the limit {where}. {_nodes(more)} like the fastest would "
             "carry it, or the busiest model moves elsewhere."
         )
     return tuple(found)
+
+
+def _nodes(count: int) -> str:
+    return "one more node" if count == 1 else f"{count} more nodes"
 
 
 def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
@@ -271,7 +275,8 @@ def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
         standing = sum(name == step.model for name, _ in facts.now)
         if not standing:
             return "copies", f"{step.model} stands nowhere", "nobody answers for it"
-        needed = f"{model.load:.2f} nodes' worth of work at the 95th percentile and {standing} copy(s)"
+        copies = "one copy" if standing == 1 else f"{standing} copies"
+        needed = f"{model.load:.2f} nodes' worth of work at the 95th percentile and {copies}"
         return "load", f"{step.model} has {needed}", f"its nodes stay at {model.load / standing:.0%} each"
     room = by_room[step.source]
     before = packing.load_of(room, facts.models, facts.now)

@@ -67,7 +67,12 @@ def _piece(
     with tempfile.TemporaryDirectory(prefix="mlxrack-") as name:
         outcomes = workers.spill([one.key for one in piece], Path(name))
         fresh = ingest.spilled(Path(name))
+        closed = [day for day in fresh if day in manifest.days and manifest.days[day].pruned]
+        late = sum(ingest.lines(fresh.pop(day)) for day in closed)
         days = workers.renew(list(fresh), fresh)
+    if late:
+        log.warning("too_late", batches=late, days=closed, reason="their minute tables are no longer kept")
+        manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
     return _commit(store, manifest, load.advanced(piece), days, outcomes)
 
 

@@ -159,7 +159,7 @@ def _models(report: CostReport, before: str) -> Section:
         title="Models",
         table=table(
             f"Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct /M | Loaded /M | Floor /M | "
-            f"Uncached /M | Cached /M | Answer /M | {before} | Change",
+            f"Uncached /M | Cached /M | Answer /M | {before} | Change | Of direct",
             [
                 (
                     m.model,
@@ -176,10 +176,11 @@ def _models(report: CostReport, before: str) -> Section:
                     money(m.output_per_m, c),
                     money(m.last_loaded_per_m, c),
                     f"{m.change.ratio:.2f} x" if m.change is not None else NO_DATA,
+                    f"{m.change.direct_ratio:.2f} x" if m.change is not None else NO_DATA,
                 )
                 for m in report.models
             ],
-            range(1, 14),
+            range(1, 15),
         ),
     )
 
@@ -188,16 +189,13 @@ def _changes(report: CostReport, before: str) -> Section | None:
     changed = [m for m in report.models if m.change is not None]
     if not changed:
         return None
-    signed = [
-        (
-            m.model,
-            *(_signed(getattr(m.change.terms, name)) for name in _TERMS),
-            _signed(m.change.terms.total),
-            m.change.text or "",
-        )
-        for m in changed
-        if m.change is not None
-    ]
+    signed = []
+    for m in changed:
+        assert m.change is not None
+        for name, terms in (("loaded", m.change.terms), ("direct", m.change.direct_terms)):
+            parts = [_signed(getattr(terms, term)) for term in _TERMS]
+            remark = m.change.text if name == "loaded" else ""
+            signed.append((f"{m.model}, {name}", *parts, _signed(terms.total), remark))
     return Section(
         title=f"What changed since {before}",
         text=(f"In {report.currency} per million tokens; the parts add up to the change.",),

@@ -1,0 +1,64 @@
+"""Publish an accepted placement as the rack's desired state. Agents follow it at their next look."""
+
+import time
+from collections.abc import Collection
+
+import msgspec
+
+from aggregator import acceptance, load, publish
+from aggregator.config import AggregatorConfig
+from aggregator.placement import Move, PlacementReport
+from shared import desired, keys
+from shared.errors import NotFound, Refused
+from shared.store import ObjectStore, Stored, list_all
+
+
+def proposal(store: ObjectStore, period: str) -> PlacementReport:
+    """The newest placement that was published for a period. Raises Refused."""
+    found = load.newest_report(store, "weekly", period, "placement", "json")
+    if found is None:
+        raise Refused(f"apply: there is no placement for {period}; make one with: mlxrack-aggregator weekly")
+    return msgspec.json.decode(found.body, type=PlacementReport)
+
+
+def run(
+    config: AggregatorConfig,
+    store: ObjectStore,
+    report: PlacementReport,
+    steps: Collection[int] | None,
+    dry_run: bool,
+) -> tuple[tuple[Move, ...], desired.DesiredState]:
+    """The moves that are made and the state that asks for them, published unless ``dry_run``. Raises Refused when it
+    cannot be, Retryable when another one wrote meanwhile."""
+    before, stored = _before(store)
+    chosen = acceptance.accepted(report, steps)
+    versions = _versions(store)
+
+    def source_of(model: str, version: str) -> str | None:
+        fitting = [(name, found) for name, found in versions if not version or found == version]
+        own = [one for one in fitting if one[0] == model]
+        pick = own or (fitting if version else [])
+        return f"{pick[-1][0]}@{pick[-1][1]}" if pick else None
+
+    state = acceptance.desired(report, chosen, before, source_of, time.time_ns() // 1_000_000)
+    if not dry_run:
+        publish.replace(store, keys.DESIRED, desired.encode(state), stored.etag if stored else None)
+    return chosen, state
+
+
+def _before(store: ObjectStore) -> tuple[desired.DesiredState | None, Stored | None]:
+    try:
+        stored = store.get(keys.DESIRED)
+    except NotFound:
+        return None, None
+    return desired.parse(stored.body), stored
+
+
+def _versions(store: ObjectStore) -> list[tuple[str, str]]:
+    found = []
+    for listed in list_all(store, keys.MODEL_PREFIX):
+        try:
+            found.append(keys.parse_model_manifest_key(listed.key))
+        except Refused:
+            continue
+    return found

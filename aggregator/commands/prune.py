@@ -1,0 +1,92 @@
+"""Delete raw segments and minute tables that are older than the configuration keeps, and only what has been rolled up.
+
+Nothing depends on a deletion having worked: the manifest says first what is no longer counted on.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from aggregator import load, parquet, publish
+from aggregator.config import AggregatorConfig
+from aggregator.manifest import Manifest
+from aggregator.tables import MINUTE_TABLES
+from shared import keys
+from shared.errors import NotFound, Refused
+from shared.store import ObjectStore, list_all
+
+
+class Pruned(msgspec.Struct, frozen=True, kw_only=True):
+    """How many objects went, or would go."""
+
+    raw: int
+    minute: int
+    days: tuple[str, ...]
+
+
+def run(config: AggregatorConfig, store: ObjectStore, now: datetime, dry_run: bool = False) -> Pruned:
+    """Delete what is old. Raises Retryable when another run was faster."""
+    manifest = load.newest_manifest(store)
+    raw = _raw(config, store, manifest, now)
+    days = _days(config, manifest, now)
+    minute = [keys.minute_key(table, day) for day in days for table in MINUTE_TABLES]
+    minute = [key for key in minute if _is_there(store, key)]
+    if not dry_run:
+        if days:
+            gone = {day: msgspec.structs.replace(manifest.days[day], minute_files=0, pruned=True) for day in days}
+            publish.commit(
+                store,
+                msgspec.structs.replace(
+                    manifest, number=manifest.number + 1, days={**manifest.days, **gone}, quarantined=()
+                ),
+            )
+        for key in (*raw, *minute):
+            store.delete(key)
+    return Pruned(raw=len(raw), minute=len(minute), days=tuple(days))
+
+
+def _days(config: AggregatorConfig, manifest: Manifest, now: datetime) -> list[str]:
+    """Days whose minutes are no longer kept."""
+    if not config.retention.minute_days:
+        return []
+    oldest = (now.astimezone(UTC) - timedelta(days=config.retention.minute_days)).date().isoformat()
+    return [day for day, made in manifest.days.items() if day < oldest and not made.pruned]
+
+
+def _raw(config: AggregatorConfig, store: ObjectStore, manifest: Manifest, now: datetime) -> list[str]:
+    """Segments of which every batch ended before the last day that is kept, and that a commit has counted."""
+    if not config.retention.raw_days:
+        return []
+    oldest = (now.astimezone(UTC) - timedelta(days=config.retention.raw_days)).date().isoformat()
+    reached = _reached(store, [day for day in manifest.days if day < oldest])
+    found = []
+    for folder, cursor in sorted(manifest.cursors.items()):
+        for listed in list_all(store, folder):
+            if listed.key > cursor:
+                break
+            try:
+                key = keys.parse_batch_key(listed.key)
+            except Refused:
+                continue
+            if key.last_seq <= reached.get((key.node, key.incarnation, key.epoch), -1):
+                found.append(listed.key)
+    return found
+
+
+def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], int]:
+    """The last batch of each run that lies in one of these days."""
+    found: dict[tuple[str, int, int], int] = {}
+    with parquet.Database() as db:
+        for day in days:
+            try:
+                body = store.get(keys.day_key("run", day)).body
+            except NotFound:
+                continue
+            for row in db.rows(parquet.reading([db.file("run.parquet", body)])):
+                run = (row["node"], row["incarnation"], row["epoch"])
+                found[run] = max(found.get(run, -1), row["last_seq"])
+    return found
+
+
+def _is_there(store: ObjectStore, key: str) -> bool:
+    return any(one.key == key for one in store.list_after(key, "", limit=1))

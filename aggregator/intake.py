@@ -1,0 +1,308 @@
+"""The first placement, before any telemetry: from what will be asked and what there is to answer it. Pure.
+
+Memory is exact where a model's own files are given (the arithmetic of shared/memory_plan.py, as the agent does it
+before it loads). Speed is an estimate from the chip: prefill is bound by arithmetic, decoding by memory bandwidth.
+The first week of telemetry replaces it.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from aggregator import moves, packing
+from aggregator.packing import CAP, Copyable, Room
+from aggregator.placement import Facts, NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
+from shared.errors import Refused
+from shared.keys import check_name
+from shared.memory_plan import PROCESS_OVERHEAD_BYTES, default_budget_bytes, plan
+from shared.model_shape import ModelShape
+
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+CHUNK_TOK = 512
+EFFICIENCY, BANDWIDTH_USED = 0.45, 0.75
+"""Of a chip's peak arithmetic in prefill and of its bandwidth in decoding; what MLX reaches on such chips."""
+BATCHED = 3.0
+"""Rows that share one reading of the weights while a node is as busy as it may be."""
+BITS_PER_WEIGHT = 4.5
+"""Four bits in groups of 64 that share a scale and a bias."""
+
+
+class Chip(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory bandwidth in GB/s, half-precision TFLOPS of the GPU, and the sizes of memory a mini has with it."""
+
+    bandwidth_gb_s: float
+    tflops: float
+    mini_gb: tuple[int, ...]
+
+
+CHIPS = {
+    "M1": Chip(bandwidth_gb_s=68, tflops=2.6, mini_gb=(8, 16)),
+    "M2": Chip(bandwidth_gb_s=100, tflops=3.6, mini_gb=(8, 16, 24)),
+    "M2 Pro": Chip(bandwidth_gb_s=200, tflops=6.8, mini_gb=(16, 32)),
+    "M4": Chip(bandwidth_gb_s=120, tflops=4.3, mini_gb=(16, 24, 32)),
+    "M4 Pro": Chip(bandwidth_gb_s=273, tflops=8.5, mini_gb=(24, 48, 64)),
+    "M4 Max": Chip(bandwidth_gb_s=546, tflops=17.0, mini_gb=()),
+}
+"""Chips that are known; others are told by ``bandwidth_gb_s`` and ``tflops`` in the inventory."""
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model: ``path`` to its folder (exact), or its figures. ``active_gb`` are the weights that one token reads, all
+    of them unless the model is a mixture of experts."""
+
+    name: str
+    path: str = ""
+    weights_gb: Positive | None = None
+    kv_kib_per_tok: Positive | None = None
+    active_gb: Positive | None = None
+    rows: Count = 8
+    row_tok: Count = 4096
+    cache_gb: Annotated[float, Meta(ge=0)] = 0.25
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What will be asked of a model: ``qps`` in the busiest five minutes of most days, tokens of a typical request,
+    ``cached`` the share of prompts that repeats, ``first_token_s`` what callers will wait for."""
+
+    model: str
+    qps: Annotated[float, Meta(ge=0)]
+    prompt_tok: Annotated[float, Meta(ge=0)]
+    answer_tok: Annotated[float, Meta(ge=0)]
+    cached: Share = 0.0
+    first_token_s: Positive | None = None
+    min_copies: Count = 1
+    nodes: tuple[str, ...] = ()
+
+
+class Intake(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """intake.toml."""
+
+    models: tuple[Model, ...]
+    workloads: tuple[Workload, ...]
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node of the inventory. ``kind`` is mini, studio or other; ``budget_gb`` is what models may use where it is not
+    what the system recommends."""
+
+    id: str
+    chip: str
+    memory_gb: Positive
+    kind: str = "mini"
+    budget_gb: Positive | None = None
+    bandwidth_gb_s: Positive | None = None
+    tflops: Positive | None = None
+
+
+class Inventory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """inventory.toml."""
+
+    nodes: tuple[Machine, ...]
+
+
+T = TypeVar("T", Intake, Inventory)
+Measured = tuple[ModelShape, int]
+"""What a model's folder says: its shape and the bytes of its weights."""
+
+
+def parse(raw: bytes, kind: type[T], name: str) -> T:
+    """Read a file. Raises Refused with everything that is wrong with it."""
+    try:
+        read = msgspec.convert(tomllib.loads(raw.decode()), kind)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise Refused(f"{name}: {error}") from None
+    problems = _intake(read) if isinstance(read, Intake) else _inventory(read)
+    if problems:
+        raise Refused(f"{name}: " + "; ".join(problems))
+    return read
+
+
+def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measured]) -> PlacementReport:
+    """The first placement. ``measured`` holds the models that have a path."""
+    chips = {m.id: chip_of(m) for m in inventory.nodes}
+    reference = max(chips.values(), key=lambda c: c.bandwidth_gb_s)
+    needs = {m.name: need_bytes(m, measured.get(m.name)) for m in intake.models}
+    active = {m.name: _active_bytes(m, measured.get(m.name)) for m in intake.models}
+    models, least, notes = [], {}, []
+    for load in intake.workloads:
+        work = load.qps * _seconds(load, active[load.model], reference)
+        copies = min(len(inventory.nodes), max(load.min_copies, math.ceil(work / CAP)))
+        least[load.model] = copies
+        models.append(
+            Copyable(name=load.model, need_bytes=needs[load.model], copies=copies, load=work, only=load.nodes)
+        )
+        notes += _latency(load, active[load.model], chips)
+    rooms = tuple(
+        Room(
+            name=m.id,
+            budget_bytes=budget_bytes(m),
+            speed=round(chips[m.id].bandwidth_gb_s / reference.bandwidth_gb_s, 3),
+        )
+        for m in inventory.nodes
+    )
+    facts = Facts(models=tuple(models), rooms=rooms, now=frozenset(), least=least, load_s={})
+    packed = packed_with_slack(facts, len(models) * len(rooms))
+    ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
+    return PlacementReport(
+        period="before any telemetry",
+        rebalance=bool(ordered.steps),
+        nodes=tuple(_node(room, facts, ordered.reached) for room in rooms),
+        placed=tuple(_placed(pair, needs) for pair in sorted(ordered.reached, key=lambda p: (p[1], p[0]))),
+        moves=described(facts, ordered.steps),
+        notes=tuple(notes),
+        short=explained(facts, packed),
+        gap=packed.gap,
+        score=round(packed.score, 6),
+    )
+
+
+def need_bytes(model: Model, measured: Measured | None) -> int:
+    """Everything one loader may come to hold."""
+    cache = int(model.cache_gb * 1e9)
+    if measured is not None:
+        shape, weights = measured
+        made = plan(
+            shape,
+            weights,
+            rows=model.rows,
+            row_tok=model.row_tok,
+            chunk_tok=CHUNK_TOK,
+            cache_bytes=cache,
+            fused=True,
+        )
+        return made.need_bytes
+    kv = model.rows * model.row_tok * int((model.kv_kib_per_tok or 0) * 1024)
+    return int((model.weights_gb or 0) * 1e9) + kv + cache + PROCESS_OVERHEAD_BYTES
+
+
+def budget_bytes(machine: Machine) -> int:
+    """What models may use of a machine."""
+    if machine.budget_gb is not None:
+        return int(machine.budget_gb * 1e9)
+    return default_budget_bytes(int(machine.memory_gb * (1 << 30)))
+
+
+def chip_of(machine: Machine) -> Chip:
+    """A machine's chip, with what the inventory says of it."""
+    known = CHIPS.get(machine.chip, Chip(bandwidth_gb_s=0, tflops=0, mini_gb=()))
+    return msgspec.structs.replace(
+        known,
+        bandwidth_gb_s=machine.bandwidth_gb_s or known.bandwidth_gb_s,
+        tflops=machine.tflops or known.tflops,
+    )
+
+
+def _intake(intake: Intake) -> list[str]:
+    names = [m.name for m in intake.models]
+    found = [f"model {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    asked = [w.model for w in intake.workloads]
+    found += [f"two workloads for {n!r}: add them up" for n in sorted({n for n in asked if asked.count(n) > 1})]
+    found += [f"workload for {n!r}, which is no model of this file" for n in asked if n not in names]
+    found += [f"model {n!r} has no workload" for n in names if n not in asked]
+    for model in intake.models:
+        found += _named(model.name, "model")
+        if not model.path and (model.weights_gb is None or model.kv_kib_per_tok is None):
+            found.append(f"model {model.name!r}: give its path, or weights_gb and kv_kib_per_tok")
+    return found
+
+
+def _inventory(inventory: Inventory) -> list[str]:
+    if not inventory.nodes:
+        return ["it names no node"]
+    ids = [m.id for m in inventory.nodes]
+    found = [f"node {n!r} stands there twice" for n in sorted({n for n in ids if ids.count(n) > 1})]
+    for machine in inventory.nodes:
+        found += _named(machine.id, "node")
+        chip = CHIPS.get(machine.chip)
+        if machine.kind not in ("mini", "studio", "other"):
+            found.append(f"node {machine.id}: kind {machine.kind!r}; use mini, studio or other")
+        elif chip is None and not (machine.bandwidth_gb_s and machine.tflops):
+            found.append(
+                f"node {machine.id}: chip {machine.chip!r} is not known here; give its bandwidth_gb_s and tflops"
+            )
+        elif chip is not None and machine.kind == "mini" and not chip.mini_gb:
+            found.append(
+                f'node {machine.id}: there is no Mac mini with {machine.chip}; a Mac Studio is kind = "studio"'
+            )
+        elif chip is not None and machine.kind == "mini" and machine.memory_gb not in chip.mini_gb:
+            sizes = ", ".join(map(str, chip.mini_gb))
+            found.append(f"node {machine.id}: a Mac mini with {machine.chip} has {sizes} GB, not {machine.memory_gb:g}")
+    return found
+
+
+def _named(name: str, what: str) -> list[str]:
+    try:
+        check_name(name, what)
+    except Refused as error:
+        return [error.message]
+    return []
+
+
+def _active_bytes(model: Model, measured: Measured | None) -> float:
+    if model.active_gb is not None:
+        return model.active_gb * 1e9
+    return float(measured[1]) if measured is not None else (model.weights_gb or 0) * 1e9
+
+
+def _prefill_s(active_bytes: float, chip: Chip) -> float:
+    """Seconds for one prompt token: two operations for each weight it meets."""
+    weights = active_bytes * 8 / BITS_PER_WEIGHT
+    return 2 * weights / (chip.tflops * 1e12 * EFFICIENCY)
+
+
+def _decode_s(active_bytes: float, chip: Chip) -> float:
+    """Seconds for one answer token alone: every weight it meets is read once."""
+    return active_bytes / (chip.bandwidth_gb_s * 1e9 * BANDWIDTH_USED)
+
+
+def _seconds(load: Workload, active_bytes: float, chip: Chip) -> float:
+    """Busy seconds of one request among others."""
+    prefill = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip)
+    return prefill + load.answer_tok * _decode_s(active_bytes, chip) / BATCHED
+
+
+def _latency(load: Workload, active_bytes: float, chips: Mapping[str, Chip]) -> list[str]:
+    if load.first_token_s is None:
+        return []
+    slow = []
+    for node, chip in sorted(chips.items()):
+        wait = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip)
+        if wait > load.first_token_s:
+            slow.append(f"{node} about {wait:.1f} s")
+    if not slow:
+        return []
+    return [f"{load.model}: a first token within {load.first_token_s:g} s is not to be had on {', '.join(slow)}"]
+
+
+def _node(room: Room, facts: Facts, reached: packing.Placement) -> NodeLoad:
+    return NodeLoad(
+        node=room.name,
+        budget_bytes=room.budget_bytes,
+        held_bytes=0,
+        busy_share=None,
+        throttled_share=None,
+        speed=room.speed,
+        limit=room.limit,
+        load_after=round(packing.load_of(room, facts.models, reached), 4),
+        held_after_bytes=packing.held(room, facts.models, reached),
+    )
+
+
+def _placed(pair: tuple[str, str], needs: Mapping[str, int]) -> Placed:
+    model, node = pair
+    return Placed(
+        model=model,
+        node=node,
+        version="",
+        need_bytes=needs[model],
+        busy_share=None,
+        requests=0,
+        advice="load",
+        reason="by its expected work",
+    )

@@ -1,0 +1,315 @@
+"""Placements that fit, proposals that can be carried out, and reasons that are true."""
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator import acceptance, intake, moves, packing, placement
+from aggregator.moves import Step
+from aggregator.packing import Copyable, Room
+from aggregator.placement import PlacementReport
+from shared.desired import Assignment, DesiredState
+from shared.errors import Refused
+from tests.builders import batch, engine, host, resident, served, window
+
+
+def case(
+    seed: int, nodes: int, models: int, fill: float = 0.65, load: float = 0.5
+) -> tuple[list[Copyable], list[Room], packing.Placement]:
+    """A rack by dice, its copies standing where they happen to fit."""
+    dice = random.Random(seed)
+    rooms = [
+        Room(name=f"n{i:03d}", budget_bytes=int(dice.choice((21.3, 36, 48)) * 1e9), speed=dice.choice((1.0, 2.0)))
+        for i in range(nodes)
+    ]
+    needs = [dice.choice((5, 6, 9, 12, 18.5)) for _ in range(models)]
+    copies = [dice.choice((1, 1, 1, 2)) for _ in range(models)]
+    scale = fill * sum(r.budget_bytes for r in rooms) / sum(a * b for a, b in zip(needs, copies, strict=True))
+    loads = [dice.expovariate(1) for _ in range(models)]
+    carried = load * 0.8 * sum(r.speed for r in rooms) / sum(loads)
+    made = [
+        Copyable(
+            name=f"m{j:03d}", need_bytes=int(needs[j] * scale), copies=min(copies[j], nodes), load=loads[j] * carried
+        )
+        for j in range(models)
+    ]
+    free, now = {r.name: r.budget_bytes for r in rooms}, set()
+    for model in made:
+        for room in dice.sample(rooms, model.copies):
+            if free[room.name] >= model.need_bytes:
+                now.add((model.name, room.name))
+                free[room.name] -= model.need_bytes
+    return made, rooms, frozenset(now)
+
+
+cases = st.builds(
+    case, st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 9), st.sampled_from((0.4, 0.7, 0.95, 1.3))
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.sampled_from((None, 0, 2)))
+def test_no_placement_overfills_a_node_and_none_is_worse_than_greedy(
+    made: tuple[list[Copyable], list[Room], packing.Placement], most: int | None
+) -> None:
+    models, rooms, now = made
+    found = packing.pack(models, rooms, now, most)
+    for room in rooms:
+        assert packing.held(room, models, found.pairs) <= room.budget_bytes
+    assert found.score <= found.greedy_score + 1e-9
+    for model in models:
+        placed = sum(name == model.name for name, _ in found.pairs)
+        assert placed <= model.copies
+        assert dict(found.short).get(model.name, 0) == model.copies - placed
+    if most is not None:
+        assert len(found.pairs - now) <= most
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases)
+def test_every_plan_can_be_carried_out(made: tuple[list[Copyable], list[Room], packing.Placement]) -> None:
+    models, rooms, now = made
+    goal = packing.pack(models, rooms, now).pairs
+    ordered = moves.order(models, rooms, now, goal)
+    reached, broken = moves.simulate(models, rooms, now, ordered.steps)
+    assert not broken
+    assert reached == ordered.reached
+    assert set(ordered.blocked) == goal - reached
+    if not ordered.blocked:
+        assert reached >= goal
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases, st.randoms())
+def test_the_same_input_gives_the_same_placement(
+    made: tuple[list[Copyable], list[Room], packing.Placement], dice: random.Random
+) -> None:
+    models, rooms, now = made
+    one = packing.pack(models, rooms, now)
+    dice.shuffle(models)
+    dice.shuffle(rooms)
+    assert one == packing.pack(models, rooms, now)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eight_nodes_and_twenty_models_are_solved_and_greedy_is_near(seed: int) -> None:
+    models, rooms, now = case(seed, 8, 20)
+    found = packing.pack(models, rooms, now)
+    assert found.gap is not None
+    assert not found.short
+
+
+def test_two_full_nodes_change_places_over_a_third() -> None:
+    models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
+    rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2", "n3")]
+    now, goal = frozenset({("a", "n1"), ("b", "n2")}), frozenset({("a", "n2"), ("b", "n1")})
+    ordered = moves.order(models, rooms, now, goal)
+    assert ordered.reached == goal
+    assert any(step.parked for step in ordered.steps)
+    assert not moves.simulate(models, rooms, now, ordered.steps)[1]
+
+
+def test_what_cannot_be_done_without_an_interruption_is_left_out() -> None:
+    models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
+    rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2")]
+    now, goal = frozenset({("a", "n1"), ("b", "n2")}), frozenset({("a", "n2"), ("b", "n1")})
+    ordered = moves.order(models, rooms, now, goal)
+    assert (ordered.steps, ordered.reached) == ((), now)
+    assert ordered.blocked == (("a", "n2"), ("b", "n1"))
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (Step(action="load", model="b", node="n1"), "has not the memory"),
+        (Step(action="load", model="a", node="n1"), "stands on n1 already"),
+        (Step(action="load", model="a", node="n9"), "there is no node n9"),
+        (Step(action="load", model="c", node="n2"), "there is no model c"),
+        (Step(action="unload", model="b", node="n1"), "does not stand on n1"),
+        (Step(action="unload", model="a", node="n1"), "nobody serves a"),
+    ],
+)
+def test_the_simulation_finds_what_is_wrong(step: Step, why: str) -> None:
+    models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
+    rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2")]
+    _, (broken, *_) = moves.simulate(models, rooms, frozenset({("a", "n1")}), [step])
+    assert why in broken.why
+
+
+def test_over_committed_says_so_first_and_what_would_mend_it() -> None:
+    big = [
+        batch(
+            [
+                host(budget=10**10),
+                resident(f"m{n}", version=f"v{n}", need=8 * 10**9),
+                engine(f"m{n}", version=f"v{n}", busy_s=58),
+            ],
+            node=f"n{n}",
+            minute=minute,
+        )
+        for n in range(2)
+        for minute in range(12)
+    ]
+    report = placement.propose(window(*big))
+    assert report.short
+    assert report.short[0].startswith("No room for 1 x m0, 1 x m1 (16.0 GB): add 2 more nodes of 10.0 GB")
+
+
+def test_hysteresis_small_gains_move_nothing() -> None:
+    a = [batch([host(), resident("a"), engine("a", busy_s=20), served("a")], minute=n) for n in range(10)]
+    b = [
+        batch([host(), resident("b", version="v2"), engine("b", version="v2", busy_s=30)], node="n2", minute=n)
+        for n in range(10)
+    ]
+    assert not placement.propose(window(*a, *b)).rebalance
+
+
+def test_every_move_says_why_and_what_declining_costs() -> None:
+    hot = [
+        batch(
+            [
+                host(throttled=0.1),
+                resident("a", version="va"),
+                engine("a", version="va", busy_s=2),
+                resident("b", version="vb"),
+                engine("b", version="vb", busy_s=20),
+            ],
+            minute=n,
+        )
+        for n in range(10)
+    ]
+    report = placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
+    load, unload = report.moves
+    assert (load.action, load.source, load.gb, load.bound) == ("load", "n1", 1.0, "heat")
+    assert load.load_before == 0.0
+    assert load.load_after > 0
+    assert load.free_before_bytes - load.free_after_bytes == 10**9
+    assert "goes on being slowed" in load.declined
+    assert unload.reason == "a is served elsewhere now"
+
+
+# day one
+
+
+INTAKE = """
+[[models]]
+name = "chat"
+weights_gb = 4.5
+kv_kib_per_tok = 144
+[[workloads]]
+model = "chat"
+qps = 0.1
+prompt_tok = 400
+answer_tok = 100
+min_copies = 2
+first_token_s = 0.1
+"""
+INVENTORY = """
+[[nodes]]
+id = "mini-1"
+chip = "M4 Pro"
+memory_gb = 64
+[[nodes]]
+id = "mini-2"
+chip = "M4"
+memory_gb = 32
+"""
+
+
+def read(text: str, kind: type, name: str) -> object:
+    return intake.parse(text.encode(), kind, name)
+
+
+def test_a_first_placement_needs_no_telemetry() -> None:
+    report = intake.propose(
+        intake.parse(INTAKE.encode(), intake.Intake, "intake.toml"),
+        intake.parse(INVENTORY.encode(), intake.Inventory, "inventory.toml"),
+        {},
+    )
+    assert [(m.action, m.model, m.node) for m in report.moves] == [
+        ("load", "chat", "mini-1"),
+        ("load", "chat", "mini-2"),
+    ]
+    assert not report.short
+    assert "a first token within 0.1 s is not to be had on mini-1" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "why"),
+    [
+        (INVENTORY.replace('"M4"', '"M4 Max"'), intake.Inventory, "there is no Mac mini with M4 Max"),
+        (INVENTORY.replace("= 32", "= 48"), intake.Inventory, "a Mac mini with M4 has 16, 24, 32 GB, not 48"),
+        (INVENTORY.replace('"M4"', '"M9"'), intake.Inventory, "chip 'M9' is not known here; give its bandwidth_gb_s"),
+        (INVENTORY.replace("mini-2", "mini-1"), intake.Inventory, "stands there twice"),
+        ("nodes = []", intake.Inventory, "it names no node"),
+        (INTAKE.replace('model = "chat"', 'model = "code"'), intake.Intake, "which is no model of this file"),
+        (INTAKE.replace("weights_gb = 4.5", ""), intake.Intake, "give its path, or weights_gb and kv_kib_per_tok"),
+        (INTAKE.replace("qps = 0.1", "qps = -1"), intake.Intake, "workloads[0].qps"),
+        ("models = [", intake.Intake, "intake.toml"),
+        (INTAKE + "surprise = 1", intake.Intake, "surprise"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(text: str, kind: type, why: str) -> None:
+    with pytest.raises(Refused, match="toml") as caught:
+        read(text, kind, "intake.toml")
+    assert why in caught.value.message
+
+
+def test_a_studio_may_have_what_a_mini_has_not() -> None:
+    text = INVENTORY.replace('chip = "M4"\nmemory_gb = 32', 'chip = "M4 Max"\nmemory_gb = 128\nkind = "studio"')
+    assert len(intake.parse(text.encode(), intake.Inventory, "inventory.toml").nodes) == 2
+
+
+# acceptance
+
+
+def proposal() -> PlacementReport:
+    hot = [
+        batch(
+            [
+                host(throttled=0.1),
+                resident("a", version="va"),
+                engine("a", version="va", busy_s=2),
+                resident("b", version="vb"),
+                engine("b", version="vb", busy_s=20),
+            ],
+            minute=n,
+        )
+        for n in range(10)
+    ]
+    return placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
+
+
+def test_an_accepted_proposal_becomes_the_next_generation_and_keeps_settings() -> None:
+    report = proposal()
+    old = Assignment(model="b", source="b", version="vb", rows=3)
+    before = DesiredState(generation=7, nodes={"n1": (old,), "elsewhere": (old,)})
+    chosen = acceptance.accepted(report, None)
+    state = acceptance.desired(report, chosen, before, lambda model, version: f"{model}@{version}", 1)
+    assert state.generation == 8
+    assert state.nodes["n1"] == (old,)
+    assert state.nodes["n2"] == (Assignment(model="a", source="a", version="va"),)
+    assert state.nodes["elsewhere"] == (old,)
+
+
+def test_steps_that_need_others_are_refused() -> None:
+    report = proposal()
+    with pytest.raises(Refused, match="step 2 cannot be done without the others: nobody serves a"):
+        acceptance.accepted(report, {2})
+    with pytest.raises(Refused, match="has no step 9"):
+        acceptance.accepted(report, {9})
+    assert len(acceptance.accepted(report, {1})) == 1
+
+
+def test_a_version_that_the_bucket_has_not_is_named() -> None:
+    report = proposal()
+    with pytest.raises(Refused, match="the bucket has not version vb of b; on a node that serves it: mlxrack-agent"):
+        acceptance.desired(report, acceptance.accepted(report, None), None, lambda *_: None, 1)
+
+
+def test_a_report_survives_its_json() -> None:
+    report = proposal()
+    assert msgspec.json.decode(msgspec.json.encode(report), type=PlacementReport) == report
