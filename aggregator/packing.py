@@ -11,7 +11,7 @@ clock or on the order of the input: limits are counted in nodes of the search, o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import highspy
@@ -22,7 +22,7 @@ SHORT, OVER, GB, DISTURB = 10_000.0, 100.0, 0.05, 0.5
 """A copy without a place is worse than anything; one per cent of load too much is worth moving 20 GB. Of two moves that
 do as much, the one that disturbs less work is taken."""
 CAP = 0.80
-GAP = 0.01
+GAP, LOOSE_GAP = 0.01, 0.30
 SEARCH_NODES = 300
 NEAREST = 24
 """Nodes looked at for each model in a large rack: those it stands on, and those with the most room."""
@@ -155,43 +155,103 @@ def improved(
     pairs: Placement,
     now: Placement,
     most_moves: int | None = None,
-    rounds: int = 200,
+    rounds: int = 100,
 ) -> Placement:
-    """Greedy's placement after moving, one at a time, the copy whose move helps most."""
-    by_name, current = {m.name: m for m in models}, set(pairs)
-    room_of = {r.name: r for r in rooms}
-    free = {r.name: r.budget_bytes - held(r, models, pairs) for r in rooms}
-    load = {r.name: load_of(r, models, pairs) for r in rooms}
-
-    def over(node: str, change: float) -> float:
-        room = room_of[node]
-        return max(0.0, load[node] + change / room.speed - room.limit) - max(0.0, load[node] - room.limit)
-
+    """Greedy's placement after the moves that help most, one at a time: a copy that leaves a node over its limit, or
+    two copies that change places."""
+    search = _Search(models, rooms, pairs, now, most_moves)
     for _ in range(rounds):
-        hot = [n for n, r in room_of.items() if load[n] > r.limit + 1e-9]
-        best: tuple[float, str, str, str] | None = None
-        for name, source in sorted(p for p in current if p[1] in hot):
-            model = by_name[name]
-            for target in room_of:
-                if (name, target) in current or free[target] < model.need_bytes or not _may(model, target):
-                    continue
-                moved = ((name, target) not in now) - ((name, source) not in now)
-                if most_moves is not None and moved > 0 and len(current - now) >= most_moves:
-                    continue
-                gain = OVER * (over(source, -model.share) + over(target, model.share))
-                gain += moved * cost_of_move(model)
-                if gain < -1e-9 and (best is None or (gain, name, source, target) < best):
-                    best = (gain, name, source, target)
-        if best is None:
+        if not (search.step(search.moves()) or search.step(search.exchanges())):
             break
-        _, name, source, target = best
-        model = by_name[name]
-        current.remove((name, source))
-        current.add((name, target))
+    return frozenset(search.at)
+
+
+Change = tuple[tuple[str, str, str], ...]
+"""(model, from, to) of each copy that moves."""
+
+
+class _Search:
+    def __init__(
+        self,
+        models: Sequence[Copyable],
+        rooms: Sequence[Room],
+        pairs: Placement,
+        now: Placement,
+        most_moves: int | None,
+    ) -> None:
+        self.models = {m.name: m for m in models}
+        self.rooms = {r.name: r for r in rooms}
+        self.now, self.most_moves = now, most_moves
+        self.at = set(pairs)
+        self.free = {r.name: r.budget_bytes - held(r, models, pairs) for r in rooms}
+        self.load = {r.name: load_of(r, models, pairs) for r in rooms}
+
+    def step(self, changes: Iterable[Change]) -> bool:
+        """Make the change that gains most; False when none gains."""
+        best: tuple[float, Change] | None = None
+        for change in changes:
+            gain = self._gain(change)
+            if gain < -1e-9 and (best is None or (gain, change) < best):
+                best = (gain, change)
+        if best is None:
+            return False
+        for name, source, target in best[1]:
+            self._carry(name, source, target)
+        return True
+
+    def moves(self) -> Iterator[Change]:
+        """Every copy on a node over its limit to every node with room."""
+        for name, source in self._hot():
+            need = self.models[name].need_bytes
+            for target in self.rooms:
+                if self._fits(name, target) and self.free[target] >= need:
+                    yield ((name, source, target),)
+
+    def exchanges(self) -> Iterator[Change]:
+        """Every copy on a node over its limit against every copy elsewhere that carries less."""
+        others = sorted(self.at)
+        for name, source in self._hot():
+            mine = self.models[name]
+            for other, target in others:
+                its = self.models[other]
+                if target == source or its.share >= mine.share or not self._fits(name, target):
+                    continue
+                more = mine.need_bytes - its.need_bytes
+                if self._fits(other, source) and self.free[target] >= more and self.free[source] >= -more:
+                    yield ((name, source, target), (other, target, source))
+
+    def _hot(self) -> list[tuple[str, str]]:
+        hot = {n for n, r in self.rooms.items() if self.load[n] > r.limit + 1e-9}
+        return sorted(pair for pair in self.at if pair[1] in hot)
+
+    def _fits(self, name: str, target: str) -> bool:
+        return (name, target) not in self.at and _may(self.models[name], target)
+
+    def _gain(self, change: Change) -> float:
+        """How much the score changes; not at all good where it takes too many moves."""
+        loads: dict[str, float] = {}
+        moved, cost = 0, 0.0
+        for name, source, target in change:
+            model = self.models[name]
+            loads[source] = loads.get(source, 0.0) - model.share
+            loads[target] = loads.get(target, 0.0) + model.share
+            sign = ((name, target) not in self.now) - ((name, source) not in self.now)
+            moved, cost = moved + sign, cost + sign * cost_of_move(model)
+        if self.most_moves is not None and moved > 0 and len(self.at - self.now) + moved > self.most_moves:
+            return 0.0
+        return cost + OVER * sum(self._over(node, more) for node, more in loads.items())
+
+    def _over(self, node: str, more: float) -> float:
+        room = self.rooms[node]
+        return max(0.0, self.load[node] + more / room.speed - room.limit) - max(0.0, self.load[node] - room.limit)
+
+    def _carry(self, name: str, source: str, target: str) -> None:
+        model = self.models[name]
+        self.at.remove((name, source))
+        self.at.add((name, target))
         for node, sign in ((source, -1), (target, 1)):
-            free[node] -= sign * model.need_bytes
-            load[node] += sign * model.share / room_of[node].speed
-    return frozenset(current)
+            self.free[node] -= sign * model.need_bytes
+            self.load[node] += sign * model.share / self.rooms[node].speed
 
 
 def _may(model: Copyable, node: str) -> bool:
@@ -229,14 +289,16 @@ def _solved(
     pairs = _candidates(models, rooms, now, start)
     if not pairs:
         return start, None
+    short = any(m.copies > _copies(start, m.name) for m in models)
     solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     options: Mapping[str, bool | int | float] = {
         "output_flag": False,
         "threads": 1,
         "random_seed": 1,
-        "mip_rel_gap": GAP,
-        "mip_abs_gap": 0.5,
-        "mip_max_nodes": SEARCH_NODES,
+        # a rack that is too small has no good placement to be found, only a proof that takes minutes
+        "mip_rel_gap": LOOSE_GAP if short else GAP,
+        "mip_abs_gap": 0.01,
+        "mip_max_nodes": 1 if short else SEARCH_NODES,
         "mip_max_stall_nodes": 100,
         "simplex_iteration_limit": 100_000,
     }

@@ -27,6 +27,10 @@ class ObjectStore(Protocol):
 
     ``clock_skew_ms`` is this machine's clock less the store's, as its last answer told; None where it tells none.
 
+    An object without content is what a write leaves that was cut off before its body (SeaweedFS stores one when the
+    writer dies between the two): `get` and `list_after` do not see it, `put_if_absent` writes over it. Nobody here
+    writes one on purpose.
+
     Every call raises Retryable when the store does not answer or asks to wait, AccessDenied when it refuses the
     credentials, and Refused when the request itself can never succeed.
     """

@@ -46,7 +46,10 @@ class DirectoryStore:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                raise PreconditionFailed(f"put {key}: it exists already") from None
+                with self._locked():
+                    if not path.is_file() or path.stat().st_size:
+                        raise PreconditionFailed(f"put {key}: it exists already") from None
+                    os.replace(temporary, path)
         return _etag(body)
 
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
@@ -64,6 +67,8 @@ class DirectoryStore:
     def get(self, key: str) -> Stored:
         with _as_ours("get", key):
             body = self._path(key).read_bytes()
+        if not body:
+            raise NotFound(f"get {key}: it is empty, so its write was cut off")
         return Stored(body, _etag(body))
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
@@ -84,11 +89,14 @@ class DirectoryStore:
         start = self._root.joinpath(*prefix.split("/")[:-1])
         with _as_ours("list", prefix):
             keys = sorted(key for key in self._keys_under(start) if key.startswith(prefix) and key > after)
-            listed = []
-            for key in keys[:limit]:
+            listed: list[Listed] = []
+            for key in keys:
+                if len(listed) == limit:
+                    break
                 with contextlib.suppress(FileNotFoundError):
                     body = self._path(key).read_bytes()
-                    listed.append(Listed(key, len(body), _etag(body)))
+                    if body:
+                        listed.append(Listed(key, len(body), _etag(body)))
         return listed
 
     def delete(self, key: str) -> None:

@@ -27,6 +27,10 @@ _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 
 
+EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
+"""Of an object without content, on every store: the MD5 of nothing."""
+
+
 class S3Store:
     """ObjectStore over one bucket, below an optional key prefix.
 
@@ -91,7 +95,11 @@ class S3Store:
         return self._put(key, body, {})
 
     def put_if_absent(self, key: str, body: bytes) -> str:
-        return self._put(key, body, {"IfNoneMatch": "*"})
+        try:
+            return self._put(key, body, {"IfNoneMatch": "*"})
+        except PreconditionFailed:
+            # of several that find the same empty object, one wins
+            return self.put_if_match(key, body, EMPTY_ETAG)
 
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
         with _as_ours("put", key):
@@ -103,7 +111,10 @@ class S3Store:
     def get(self, key: str) -> Stored:
         with _as_ours("get", key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
-            return Stored(answer["Body"].read(), answer["ETag"].strip('"'))
+            body = answer["Body"].read()
+        if not body:
+            raise NotFound(f"get {key}: it is empty, so its write was cut off")
+        return Stored(body, answer["ETag"].strip('"'))
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
         if length <= 0:
@@ -134,12 +145,16 @@ class S3Store:
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, "MaxKeys": limit}
-        if after:
-            arguments["StartAfter"] = self._prefix + after
-        with _as_ours("list", prefix):
-            answer = self._client.list_objects_v2(**arguments)
         cut = len(self._prefix)
-        return [Listed(o["Key"][cut:], o["Size"], o["ETag"].strip('"')) for o in answer.get("Contents", ())]
+        while True:
+            if after:
+                arguments["StartAfter"] = self._prefix + after
+            with _as_ours("list", prefix):
+                page = self._client.list_objects_v2(**arguments).get("Contents", ())
+            found = [Listed(o["Key"][cut:], o["Size"], o["ETag"].strip('"')) for o in page if o["Size"]]
+            if found or not page:
+                return found
+            after = page[-1]["Key"][cut:]  # a page of empty objects alone is not the end
 
     def delete(self, key: str) -> None:
         with _as_ours("delete", key):

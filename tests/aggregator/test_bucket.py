@@ -120,7 +120,7 @@ def test_bad_objects_are_set_aside_and_the_rest_goes_on(store: ObjectStore) -> N
         "raw/v1/node=n1/i0001/e00000001/0000000005-0000000005.mpz": seal([batch(rack="other", seq=5)]),
         "raw/v1/node=n1/hello.txt": b"hello",
         "raw/v1/stray.bin": b"stray",
-        "raw/v1/node=evil/i0001/e00000001/0000000001-0000000001.mpz": b"",
+        "raw/v1/node=evil/i0001/e00000001/0000000001-0000000001.mpz": b"\0",
     }
     for key, body in bad.items():
         store.put(key, body)

@@ -30,8 +30,27 @@ def test_what_was_put_is_got(store: ObjectStore) -> None:
     etag = store.put("a/b c+%/ü.bin", b"\x00\xffbody")
     got = store.get("a/b c+%/ü.bin")
     assert (b"\x00\xffbody", etag) == got
-    store.put("a/b c+%/ü.bin", b"")
-    assert store.get("a/b c+%/ü.bin").body == b""
+
+
+def test_what_a_cut_off_write_left_counts_as_absent(store: ObjectStore) -> None:
+    """An object without content: SeaweedFS stores one when its writer dies between the header and the body."""
+    for number in range(5):
+        store.put(f"cut/{number}", b"" if number != 3 else b"whole")
+    with pytest.raises(NotFound):
+        store.get("cut/1")
+    assert [one.key for one in store.list_after("cut/", limit=1)] == ["cut/3"]
+    assert [one.key for one in list_all(store, "cut/")] == ["cut/3"]
+    store.put_if_absent("cut/1", b"again")
+    assert store.get("cut/1").body == b"again"
+    with pytest.raises(PreconditionFailed):
+        store.put_if_absent("cut/1", b"and again")
+    wins = []
+    for body in (b"one", b"two"):
+        try:
+            wins.append(store.put_if_absent("cut/2", body))
+        except PreconditionFailed:
+            continue
+    assert len(wins) == 1
 
 
 def test_what_is_not_there_is_not_found(store: ObjectStore) -> None:
