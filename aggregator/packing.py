@@ -24,8 +24,9 @@ do as much, the one that disturbs less work is taken."""
 CAP = 0.80
 GAP, LOOSE_GAP = 0.01, 0.30
 SEARCH_NODES = 300
-NEAREST = 24
-"""Nodes looked at for each model in a large rack: those it stands on, and those with the most room."""
+NEAREST = 12
+WHOLE = 40
+"""Nodes looked at for each model in a rack of over WHOLE: those it stands on, and others, different ones for each."""
 
 
 class Copyable(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +59,8 @@ Placement = frozenset[tuple[str, str]]
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """A placement with its score. ``gap`` is how far from the best it may be at most, None where nothing was proven;
-    ``greedy_score`` is what greedy alone reached."""
+    """A placement with its score. ``gap`` is how far from the best it may be at most (in racks of over WHOLE nodes: the
+    best of those that were looked at), None where nothing was proven; ``greedy_score`` is what greedy alone reached."""
 
     pairs: Placement
     score: float
@@ -73,7 +74,12 @@ def pack(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most
     """Place everything. ``now`` is where copies stand, ``most_moves`` how many copies may be put elsewhere."""
     models, rooms = sorted(models, key=lambda m: m.name), sorted(rooms, key=lambda r: r.name)
     now = frozenset((m, n) for m, n in now if any(x.name == m for x in models) and any(r.name == n for r in rooms))
-    first = improved(models, rooms, greedy(models, rooms, now, most_moves), now, most_moves)
+    # the largest first fits best where everything fits, the smallest first leaves fewest out where it does not
+    starts = [
+        improved(models, rooms, greedy(models, rooms, now, most_moves, large), now, most_moves)
+        for large in (True, False)
+    ]
+    first = min(starts, key=lambda pairs: score(models, rooms, pairs, now))
     first_score = score(models, rooms, first, now)
     pairs, gap = _solved(models, rooms, now, first, most_moves)
     best_score = score(models, rooms, pairs, now)
@@ -114,10 +120,14 @@ def held(room: Room, models: Sequence[Copyable], pairs: Placement) -> int:
 
 
 def greedy(
-    models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most_moves: int | None = None
+    models: Sequence[Copyable],
+    rooms: Sequence[Room],
+    now: Placement,
+    most_moves: int | None = None,
+    large_first: bool = True,
 ) -> Placement:
-    """The largest first; a copy stays where it is unless that node is over its limit, else goes where it makes the
-    least load, then where most room is left."""
+    """The largest (or smallest) first; a copy stays where it is unless that node is over its limit, else goes where it
+    makes the least load, then where most room is left."""
     free = {r.name: r.budget_bytes for r in rooms}
     load = {r.name: 0.0 for r in rooms}
     by_name = {r.name: r for r in rooms}
@@ -129,7 +139,8 @@ def greedy(
         free[node] -= model.need_bytes
         load[node] += model.share / by_name[node].speed
 
-    order = sorted(models, key=lambda m: (-m.need_bytes, -m.load, m.name))
+    sign = -1 if large_first else 1
+    order = sorted(models, key=lambda m: (sign * m.need_bytes, -m.load, m.name))
     for model in order:
         here = sorted((n for m, n in now if m == model.name and _may(model, n)), key=lambda n: (load[n], n))
         for node in here[: model.copies]:
@@ -277,7 +288,9 @@ def _candidates(
         fitting = [i for i in by_room if rooms[i].budget_bytes >= model.need_bytes and _may(model, rooms[i].name)]
         # large racks: each model looks at another stretch of the nodes, so that together they look at all
         offset = (j * 7) % max(1, len(fitting))
-        near = (fitting[offset:] + fitting[:offset])[: max(NEAREST, 2 * model.copies)] if len(rooms) > 40 else fitting
+        near = (
+            (fitting[offset:] + fitting[:offset])[: max(NEAREST, 2 * model.copies)] if len(rooms) > WHOLE else fitting
+        )
         found += [(i, j) for i in sorted(kept.intersection(fitting) | set(near))]
     return found
 

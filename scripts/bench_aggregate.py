@@ -158,7 +158,7 @@ def month(folder: Path, endpoint: str, nodes: int, days: int) -> list[tuple[bool
             whole_s <= FIRST_S,
             (
                 f"a month of {nodes} nodes ({count + more:,} segments, {batches_now:,} batches) rolled up from raw: "
-                f"{whole_s:.0f} s (at most {FIRST_S:.0f}), of which its last day, as an increment, {day.seconds:.1f} s; "
+                f"{whole_s:.0f} s (at most {FIRST_S:.0f}), of which the last day, as an increment, {day.seconds:.1f}; "
                 f"the share of the first {share:.0%} in one run was {first.seconds:.0f} s"
             ),
         ),

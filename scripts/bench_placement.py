@@ -62,8 +62,8 @@ def main() -> int:
                 ok = one.seconds <= limit_s and not one.broken and one.same and one.gap is not None
                 good &= ok
                 gap = "none" if one.gap is None else f"{one.gap:.2%}"
-                line = f"{nodes:>4} x {models:<3} {fill:>7.0%} {load:>5.0%} {one.seconds:>8.2f} {gap:>7} {one.greedy:>7.1%}"
-                print(f"{line} {one.steps:>6}{'' if ok else '  MISS'}", flush=True)
+                line = f"{nodes:>4} x {models:<3} {fill:>7.0%} {load:>5.0%} {one.seconds:>8.2f} {gap:>7}"
+                print(f"{line} {one.greedy:>7.1%} {one.steps:>6}{'' if ok else '  MISS'}", flush=True)
     for nodes, models, _ in SIZES:
         one = solve(nodes, models, *OVER, 0)
         gap = "none" if one.gap is None else f"{one.gap:.1%}"
