@@ -8,6 +8,7 @@ import msgspec
 from aggregator import annotations, api_prices, cost, eviction, focus, load, placement, publish, scorecard, uptime
 from aggregator.annotations import Annotation
 from aggregator.config import AggregatorConfig
+from aggregator.manifest import Manifest
 from aggregator.report import html, markdown, pages
 from aggregator.report.page import Page
 from aggregator.window import Span, Window, before, days, full_hour, week
@@ -27,7 +28,7 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
     """The artifacts of any span, compared with an earlier one."""
     window, last = load.window(store, span), load.window(store, earlier)
-    made = artifacts(config, window, last, notes(store))
+    made = artifacts(config, window, last, notes(store), remarks(load.newest_manifest(store)))
     published = []
     for kind, (report, page) in made.items():
         body = msgspec.json.format(msgspec.json.encode(report), indent=1)
@@ -40,7 +41,11 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
 
 
 def artifacts(
-    config: AggregatorConfig, window: Window, last: Window, known: tuple[Annotation, ...] = ()
+    config: AggregatorConfig,
+    window: Window,
+    last: Window,
+    known: tuple[Annotation, ...] = (),
+    said: tuple[str, ...] = (),
 ) -> dict[str, tuple[object, Page]]:
     """Each artifact by its name: the figures, and the page that shows them."""
     span = window.span
@@ -56,9 +61,32 @@ def artifacts(
         "placement": (place, pages.placement(place, config.rack)),
         "cost": ({"cost": money, "apis": apis}, pages.cost(money, apis, config.rack, last.span.name)),
         "evictions": (evicted, pages.evictions(evicted, config.rack)),
-        "uptime": (up, pages.uptime(up, span.name, config.timezone, config.rack)),
+        "uptime": (up, pages.uptime(up, span.name, config.timezone, config.rack, (*said, *_clocks(window)))),
         "scorecard": (score, pages.scorecard(score, span.name, config.rack)),
     }
+
+
+def remarks(manifest: Manifest) -> tuple[str, ...]:
+    """What telemetry could not be counted, as sentences."""
+    found = []
+    if manifest.quarantined_total:
+        found.append(
+            f"{manifest.quarantined_total:,} objects could not be read and lie under quarantine/; each is named with "
+            "its reason in the manifest of the run that set it aside."
+        )
+    if manifest.unknown_records:
+        found.append(f"{manifest.unknown_records:,} records are of kinds this version does not know: upgrade it.")
+    if manifest.too_late:
+        found.append(f"{manifest.too_late:,} batches came after their day's minutes had been deleted.")
+    return tuple(found)
+
+
+def _clocks(window: Window) -> tuple[str, ...]:
+    off = {run.node: run.skew_max_ms for run in window.runs if run.skewed_batches and run.skew_max_ms}
+    if not off:
+        return ()
+    named = ", ".join(f"{node} by up to {ms / 1000:.0f} s" for node, ms in sorted(off.items()))
+    return (f"Clocks that were off: {named}. Over two minutes it has been put right.",)
 
 
 def notes(store: ObjectStore) -> tuple[Annotation, ...]:

@@ -7,11 +7,11 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 def render(page: Page) -> bytes:
     """The page as UTF-8 text."""
-    parts = [f"# {page.title}", "", page.lead, ""]
+    parts = [f"# {_plain(page.title)}", "", _plain(page.lead), ""]
     for section in page.sections:
         parts += _section(section)
     if page.foot:
-        parts += ["---", "", page.foot, ""]
+        parts += ["---", "", _plain(page.foot), ""]
     return "\n".join(parts).encode()
 
 
@@ -28,11 +28,11 @@ def bars(values: tuple[float, ...], width: int = 72) -> str:
 def _section(section: Section) -> list[str]:
     parts = [f"## {section.title}", ""]
     for text in section.text:
-        parts += [text, ""]
+        parts += [_plain(text), ""]
     if section.points:
         parts += [*(f"- {_plain(point)}" for point in section.points), ""]
     if section.steps:
-        parts += [*(f"{n}. {step}" for n, step in enumerate(section.steps, 1)), ""]
+        parts += [*(f"{n}. {_plain(step)}" for n, step in enumerate(section.steps, 1)), ""]
     if section.curve is not None:
         parts += _curve(section.curve)
     if section.table is not None:

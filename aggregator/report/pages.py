@@ -341,7 +341,7 @@ def evictions(report: EvictionReport, rack: str) -> Page:
     return Page(title=f"Evictions, rack {rack}, {report.period}", lead=lead, sections=(section,))
 
 
-def uptime(report: Uptime, period: str, zone: str, rack: str) -> Page:
+def uptime(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
     """When the rack and its nodes answered, and what went wrong."""
     lead = "No node reported anything."
     if report.rack.share is not None:
@@ -350,9 +350,9 @@ def uptime(report: Uptime, period: str, zone: str, rack: str) -> Page:
             asked = report.requests_ok + report.requests_bad
             lead += f" and answered {report.request_share:.3%} of {asked:,} requests"
         lead += f"; {span(report.rack.unknown_s)} are unknown." if report.rack.unknown_s >= 1 else "."
-    lost = (
-        (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.",) if report.lost_batches else ()
-    )
+    lost = remarks
+    if report.lost_batches:
+        lost = (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.", *remarks)
     return Page(
         title=f"Uptime, rack {rack}, {period}",
         lead=lead,

@@ -19,6 +19,7 @@ from shared.batch import Batch, encode, seal
 from shared.bucket import Store
 from shared.errors import Retryable
 from shared.ids import NodeId
+from shared.records import Record
 from shared.store import ObjectStore, list_all
 from shared.store_dir import DirectoryStore
 from tests.builders import batch, engine, host, resident, served
@@ -268,6 +269,96 @@ def test_a_run_that_overlaps_exits_75(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_bad_configuration_exits_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["alert", "--config", str(config_file(tmp_path, "[store]\nkind = 5\n"))]) == os.EX_CONFIG
     assert "store.kind" in capsys.readouterr().err
+
+
+def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, store = str(directory(tmp_path)), DirectoryStore(tmp_path / "bucket")
+    for n in range(10):
+        hot: list[Record] = [
+            host(throttled=0.2),
+            resident("a", version="va"),
+            resident("b", version="vb"),
+            engine("b", version="vb"),
+        ]
+        put(store, batch([*hot, served("b", version="vb")], minute=n))
+        put(store, batch([host()], node="n2", minute=n))
+    for name in ("a", "b"):
+        store.put(keys.model_manifest_key(name, f"v{name}"), b"{}")
+    assert cli.main(["weekly", "--week", "2026-W47", "--config", config]) == 0
+    assert cli.main(["apply", "--week", "2026-W47", "--dry-run", "--config", config]) == 0
+    assert "generation 1 would be published: 2 of 2 steps" in capsys.readouterr().out
+    assert not list_all(store, "desired/")
+    assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
+    desired = json.loads(store.get(keys.DESIRED).body)
+    assert {node: [a["model"] for a in given] for node, given in desired["nodes"].items()} == {"n1": ["b"], "n2": ["a"]}
+    assert cli.main(["apply", "--week", "2026-W47", "--steps", "x", "--config", config]) == 1
+    assert "like 1,2" in capsys.readouterr().err
+    assert cli.main(["apply", "--week", "2026-W40", "--config", config]) == 1
+    assert "there is no placement for 2026-W40" in capsys.readouterr().err
+
+
+def test_any_days_are_reported_and_halves_of_a_question_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(directory(tmp_path))
+    put(DirectoryStore(tmp_path / "bucket"), minute(0))
+    words = ["weekly", "--since", "2026-11-20", "--until", "2026-11-21", "--json", "--config", config]
+    assert cli.main(words) == 0
+    published = json.loads(capsys.readouterr().out)["published"]
+    assert "report/v1/weekly/2026-11-20--2026-11-21/cost-r1.html" in published
+    assert cli.main(["weekly", "--since", "2026-11-20", "--config", config]) == 1
+    assert "--since and --until together" in capsys.readouterr().err
+
+
+def test_sync_and_prune_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, store = str(directory(tmp_path)), DirectoryStore(tmp_path / "bucket")
+    put(store, minute(0))
+    target = tmp_path / "target.toml"
+    target.write_text(f'[store]\nkind = "directory"\npath = "{tmp_path}/copy"\n')
+    assert cli.main(["sync", "--to", str(target), "--json", "--config", config]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 1
+    copy = DirectoryStore(tmp_path / "copy")
+    key = list_all(store, "raw/")[0].key
+    copy.put(key, b"another")
+    assert cli.main(["sync", "--to", str(target), "--config", config]) == 1
+    assert "different objects; neither was touched" in capsys.readouterr().err
+    target.write_text("[store]\npath = 5\n")
+    assert cli.main(["sync", "--to", str(target), "--config", config]) == os.EX_CONFIG
+    capsys.readouterr()
+    assert cli.main(["prune", "--dry-run", "--config", config]) == 0
+    assert "would be deleted" in capsys.readouterr().out
+
+
+def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    intake, inventory = tmp_path / "intake.toml", tmp_path / "inventory.toml"
+    intake.write_text(
+        '[[models]]\nname = "chat"\nweights_gb = 4.5\nkv_kib_per_tok = 144\n'
+        '[[workloads]]\nmodel = "chat"\nqps = 0.05\nprompt_tok = 400\nanswer_tok = 100\n'
+    )
+    inventory.write_text('[[nodes]]\nid = "mini-1"\nchip = "M4"\nmemory_gb = 32\n')
+    page = tmp_path / "plan.html"
+    words = ["plan", "--intake", str(intake), "--inventory", str(inventory)]
+    assert cli.main([*words, "--html", str(page)]) == 0
+    assert "load chat on mini-1" in capsys.readouterr().out
+    assert page.read_bytes().startswith(b"<!doctype html>")
+    inventory.write_text('[[nodes]]\nid = "mini-1"\nchip = "M4"\nmemory_gb = 16\nbudget_gb = 2\n')
+    assert cli.main([*words, "--json"]) == 1, "what does not fit is an error for scripts"
+    assert "No room for 1 x chat" in json.loads(capsys.readouterr().out)["short"][0]
+    assert cli.main(["plan", "--intake", str(tmp_path / "no"), "--inventory", str(inventory)]) == 1
+    assert "No such file" in capsys.readouterr().err
+    assert cli.main(["economics", "--api-spend", "12000", "--nodes", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["break_even"] == 1
+    assert cli.main(["economics", "--api-spend", "-1", "--nodes", "4"]) == 1
+
+
+def test_what_could_not_be_counted_is_said_in_the_report(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    put(store, minute(0))
+    store.put("raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz", b"half a fi")
+    rollup.run(CONFIG, store)
+    weekly.run(CONFIG, store, "2026-W47")
+    page = store.get("report/v1/weekly/2026-W47/uptime-r1.md").body.decode()
+    assert "1 objects could not be read and lie under quarantine/" in page
 
 
 def test_the_cron_file_names_verbs_that_exist() -> None:

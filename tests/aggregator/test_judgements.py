@@ -1,0 +1,463 @@
+"""Uptime with its causes, annotations, the scorecard, economics, and what a report says when something is wrong."""
+
+import itertools
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator import annotations, cost, economics, load, scorecard, uptime
+from aggregator.commands import monthly, prune, rollup, sync, weekly
+from aggregator.config import AggregatorConfig, Scorecard
+from aggregator.economics import Inputs
+from aggregator.report import html, markdown, pages
+from aggregator.report.page import Curve, Page, Section, table
+from aggregator.window import Span, as_long_before, between, days, full_hour, month, straightened, union, week
+from shared import keys
+from shared.batch import Batch, seal
+from shared.errors import Refused
+from shared.ids import NodeId
+from shared.records import (
+    AgentStarted,
+    MemoryPressed,
+    ModelEvicted,
+    Record,
+    SwapFinished,
+    ThrottleEvent,
+)
+from shared.sketch import RELATIVE_ERROR, Sketch
+from shared.store import ObjectStore, list_all
+from shared.store_dir import DirectoryStore
+from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
+
+CONFIG = msgspec.convert(
+    {"rack": "r", "store": {"path": "x"}, "nodes": [{"id": n, "price": 1999.0} for n in ("n1", "n2")]},
+    AggregatorConfig,
+)
+
+
+def put(store: ObjectStore, *made: Batch) -> None:
+    first, last = made[0], made[-1]
+    key = keys.batch_key(keys.RawKey(NodeId(first.node), first.incarnation, first.epoch, first.seq, last.seq))
+    store.put(key, seal(made))
+
+
+# uptime
+
+
+def restart(minute: int, previous: str = "unclean", boot: str = "b2") -> Batch:
+    record = AgentStarted(t_ms=T0 + minute * MINUTE, version="0", previous=previous)
+    made = batch([record, resident()], minute=minute, seq=1, epoch=2)
+    return msgspec.structs.replace(made, boot_id=boot)
+
+
+@pytest.mark.parametrize(
+    ("last", "boot", "cause"),
+    [
+        ([], "b1", "crash"),
+        ([], "b2", "power"),
+        ([MemoryPressed(t_ms=T0 + MINUTE - 1, level="hard", held_bytes=9, budget_bytes=8)], "b1", "out_of_memory"),
+        ([ThrottleEvent(t_ms=T0 + MINUTE - 1, level="sleeping")], "b1", "heat"),
+        (
+            [
+                SwapFinished(
+                    t_ms=T0 + MINUTE - 1, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped"
+                )
+            ],
+            "b1",
+            "deploy",
+        ),
+    ],
+)
+def test_why_a_node_said_nothing(last: list[Record], boot: str, cause: str) -> None:
+    before = msgspec.structs.replace(batch([resident(), *last]), boot_id="b1")
+    report = uptime.uptime(window(before, restart(5, boot=boot)), T0 + 6 * MINUTE)
+    found = [i for i in report.incidents if i.scope == "node"]
+    assert [(i.cause, i.start_ms, i.end_ms) for i in found] == [(cause, T0 + MINUTE, T0 + 5 * MINUTE)]
+    assert (report.nodes[0].up_s, report.nodes[0].down_s) == (120.0, 240.0)
+
+
+def test_a_node_without_a_model_is_idle_and_the_rack_is_up_while_one_node_is() -> None:
+    made = window(batch([resident()]), batch(minute=1), batch([resident()], node="n2", minute=1))
+    report = uptime.uptime(made, T0 + 2 * MINUTE)
+    first, second = report.nodes
+    assert (first.up_s, first.idle_s) == (60.0, 60.0)
+    assert (second.up_s, second.unknown_s) == (60.0, 0.0)
+    assert (report.rack.up_s, report.rack.idle_s, report.rack.share) == (120.0, 0.0, 1.0)
+
+
+def test_incidents_that_follow_each_other_are_one() -> None:
+    failed = [
+        SwapFinished(
+            t_ms=T0 + n * MINUTE, swap_id=str(n), model="m", from_version="a", to_version="b", outcome="failed"
+        )
+        for n in (1, 5, 30)
+    ]
+    report = uptime.uptime(window(batch(failed)), T0 + MINUTE)
+    assert [i.times for i in report.incidents] == [2, 1]
+
+
+def test_what_a_person_wrote_stands_for_what_was_guessed() -> None:
+    raw = b"""
+[[incidents]]
+node = "n1"
+start = 2026-11-21T00:00:00Z
+end = 2026-11-21T01:00:00+00:00
+cause = "power"
+text = "The fuse blew."
+fix = "Another circuit."
+"""
+    notes = annotations.parse(raw)
+    report = uptime.uptime(window(batch([resident()]), restart(5, boot="")), T0 + 6 * MINUTE, notes)
+    (incident,) = report.incidents
+    assert (incident.cause, incident.text, incident.confirmed) == ("power", "The fuse blew.", True)
+    other = uptime.uptime(window(batch([resident()], node="n2")), T0 + MINUTE, notes)
+    assert not other.incidents
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"[[incidents]]\nstart = 2026-11-21T00:00:00\nend = 2026-11-21T01:00:00\n", "with their zone"),
+        (b"[[incidents]]\nstart = 2026-11-21T02:00:00Z\nend = 2026-11-21T01:00:00Z\n", "ends before it starts"),
+        (
+            b'[[incidents]]\nstart = 2026-11-21T02:00:00Z\nend = 2026-11-21T03:00:00Z\ncause = "gremlins"\n',
+            "use one of power",
+        ),
+        (b"[[incidents]]\nwhen = 1\n", "annotations/v1/incidents.toml"),
+        (b"\xff", "annotations/v1/incidents.toml"),
+    ],
+)
+def test_a_note_that_cannot_be_read_says_why(raw: bytes, why: str) -> None:
+    with pytest.raises(Refused) as caught:
+        annotations.parse(raw)
+    assert why in caught.value.message
+
+
+def test_bad_notes_do_not_stop_a_report(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put(annotations.KEY, b"[[incidents")
+    put(store, batch([served(), resident(), engine()]))
+    rollup.run(CONFIG, store)
+    assert weekly.run(CONFIG, store, "2026-W47")
+
+
+# scorecard and economics
+
+
+def test_a_month_is_held_against_its_promises() -> None:
+    flipped = SwapFinished(
+        t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=150_000_000
+    )
+    made = window(
+        batch([served(requests=99), served(outcome="failed"), engine(), host(throttled=0.02), resident(), flipped])
+    )
+    up = uptime.uptime(made, T0 + MINUTE)
+    found = {line.name: line for line in scorecard.lines(made, up, None, Scorecard())}
+    assert {name: line.kept for name, line in found.items()} == {
+        "p95 between tokens": True,
+        "uptime": False,
+        "throttled": False,
+        "longest swap": False,
+    }
+    nothing = scorecard.lines(window(), uptime.uptime(window(), T0), None, Scorecard())
+    assert [line.kept for line in nothing] == [None] * 4
+
+
+inputs = st.builds(
+    Inputs,
+    api_spend=st.floats(0, 1e6),
+    nodes=st.integers(1, 60),
+    node_price=st.floats(0, 1e5),
+    kept=st.floats(0, 1),
+    growth=st.floats(-0.1, 0.1),
+    people_per_month=st.floats(0, 1e5),
+    months=st.integers(1, 60),
+)
+
+
+@given(inputs)
+def test_break_even_is_the_first_month_that_is_not_in_the_red(given_: Inputs) -> None:
+    found = economics.judge(given_)
+    balances = [m.balance for m in found.months]
+    first = next((n for n, balance in enumerate(balances, 1) if balance >= 0), None)
+    assert found.break_even == first
+    assert found.total_saving == balances[-1]
+    assert pages.economics(found, "USD").lead == found.sentence
+
+
+def test_more_api_spend_pays_back_no_later() -> None:
+    months = [economics.judge(Inputs(api_spend=spend, nodes=4)).break_even or 99 for spend in (500, 2000, 12000)]
+    assert months == sorted(months, reverse=True)
+    dear = economics.judge(Inputs(api_spend=300, nodes=4))
+    assert dear.break_even is None
+    assert "do not pay for themselves" in dear.sentence
+    assert dear.hinges[0].swing >= dear.hinges[-1].swing
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"api_spend": -1}, "api-spend"),
+        ({"nodes": 0}, "nodes"),
+        ({"kept": 1.5}, "kept"),
+        ({"months": 0}, "months"),
+        ({"watts": -5}, "below zero"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(changes: dict[str, float], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        economics.judge(msgspec.structs.replace(Inputs(api_spend=1, nodes=1), **changes))
+
+
+# spans
+
+
+def test_any_days_have_a_span_and_as_many_before() -> None:
+    span = between("2026-10-24", "2026-10-26", "Europe/Berlin")
+    assert span.until_ms - span.since_ms == 3 * 86_400_000 + 3_600_000, "the clocks change on the 25th"
+    before = as_long_before(span)
+    assert (before.name, before.until_ms) == ("2026-10-21--2026-10-23", span.since_ms)
+    assert [one.name for one in days(span)] == ["2026-10-24", "2026-10-25", "2026-10-26"]
+    assert sum(one.until_ms - one.since_ms for one in days(span)) == span.until_ms - span.since_ms
+    for since, until in (("2026-10-26", "2026-10-24"), ("x", "y"), ("1999-01-01", "1999-01-02")):
+        with pytest.raises(Refused):
+            between(since, until, "UTC")
+    assert full_hour(3_600_001) == 3_600_000
+
+
+def test_a_clock_that_is_minutes_off_is_put_right() -> None:
+    wrong = batch([AgentStarted(t_ms=T0 + 600_000, version="0", previous="first")], minute=10)
+    wrong = msgspec.structs.replace(wrong, clock_skew_ms=600_000)
+    right = straightened(wrong)
+    assert (right.t_start_ms, right.t_end_ms) == (T0, T0 + MINUTE)
+    assert right.records[0].t_ms == T0  # type: ignore[union-attr]
+    near = msgspec.structs.replace(wrong, clock_skew_ms=100_000)
+    assert straightened(near) is near
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=9))
+def test_a_union_covers_what_its_pieces_cover(pieces: list[tuple[int, int]]) -> None:
+    covered = {t for a, b in pieces for t in range(a, b)}
+    found = union(pieces)
+    assert covered == {t for a, b in found for t in range(a, b)}
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(found))
+
+
+# sketches
+
+DISTRIBUTIONS: dict[str, Callable[[random.Random], float]] = {
+    "lognormal": lambda d: d.lognormvariate(10, 0.7),
+    "wide lognormal": lambda d: d.lognormvariate(8, 2),
+    "exponential": lambda d: d.expovariate(1e-5),
+    "uniform": lambda d: d.uniform(1, 1e6),
+    "constant": lambda d: 12_345,
+    "two humps": lambda d: d.gauss(2e4, 1e3) if d.random() < 0.7 else d.gauss(9e5, 1e4),
+    "pareto": lambda d: 1000 * d.paretovariate(1.5),
+    "many zeros": lambda d: 0 if d.random() < 0.3 else d.uniform(100, 1e5),
+    "small integers": lambda d: d.randint(0, 20),
+    "huge": lambda d: d.uniform(1e12, 1e13),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_quantiles_of_ten_thousand_merged_sketches_are_within_their_bound(name: str) -> None:
+    dice = random.Random(name)
+    parts, values = [], []
+    for _ in range(10_000):
+        mine = [max(0, int(DISTRIBUTIONS[name](dice))) for _ in range(dice.randint(0, 6))]
+        values += mine
+        parts.append(Sketch(mine))
+    whole = Sketch()
+    for part in parts:
+        whole.merge(part)
+    dice.shuffle(parts)
+    again = Sketch()
+    for part in parts:
+        again.merge(part)
+    assert whole == again
+    values.sort()
+    for q in (0.5, 0.95, 0.99):
+        exact = values[max(0, -(-int(q * 1000) * len(values) // 1000) - 1)]
+        found = whole.quantile(q)
+        assert found is not None
+        assert abs(found - exact) <= RELATIVE_ERROR * exact + 1e-9
+
+
+# the store
+
+
+def test_a_bucket_is_copied_once_and_what_changed_is_copied_again(tmp_path: Path) -> None:
+    here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
+    put(here, batch([served(), engine(), resident(), host()]))
+    rollup.run(CONFIG, here)
+    weekly.run(CONFIG, here, "2026-W47")
+    first = sync.run(here, there)
+    assert first.written > 20
+    assert not first.clashes
+    assert sync.run(here, there).written == 0, "nothing new"
+    put(here, batch([served(requests=5)], minute=1))
+    rollup.run(CONFIG, here)
+    again = sync.run(here, there)
+    assert 0 < again.written < first.written
+    for prefix in (*sync.IMMUTABLE, *sync.TABLES, *sync.LAST):
+        assert {o.key: o.etag for o in list_all(here, prefix)} == {o.key: o.etag for o in list_all(there, prefix)}
+    assert rollup.run(CONFIG, there).number == load.newest_manifest(here).number, "the copy has nothing to do"
+
+
+def test_a_copy_that_was_cut_short_goes_on_and_clashes_are_named(tmp_path: Path) -> None:
+    here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
+    for minute in range(5):
+        put(here, batch([served()], minute=minute))
+    keys_here = [o.key for o in list_all(here, "raw/")]
+    there.put(keys_here[0], here.get(keys_here[0]).body)
+    there.put(keys_here[1], b"")
+    there.put(keys_here[2], b"something else")
+    done = sync.run(here, there)
+    assert done.clashes == [keys_here[2]]
+    assert there.get(keys_here[1]).body == here.get(keys_here[1]).body
+    assert there.get(keys_here[2]).body == b"something else"
+
+
+def test_only_what_is_old_and_counted_is_deleted(tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    store = DirectoryStore(tmp_path)
+    for minute in (0, 1, 1440 * 40, 1440 * 40 + 1):
+        put(store, batch([served()], minute=minute, seq=minute + 1))
+    rollup.run(CONFIG, store)
+    put(store, batch([served()], minute=1440 * 40 + 2, seq=1440 * 40 + 3))
+    now = datetime.fromtimestamp((T0 + 41 * 86_400_000) / 1000, UTC)
+    would = prune.run(CONFIG, store, now, dry_run=True)
+    assert (would.raw, would.minute) == (2, 0)
+    assert len(list_all(store, "raw/")) == 5
+    assert prune.run(CONFIG, store, now).raw == 2
+    assert len(list_all(store, "raw/")) == 3
+    later = datetime.fromtimestamp((T0 + 420 * 86_400_000) / 1000, UTC)
+    done = prune.run(CONFIG, store, later)
+    assert done.days == ("2026-11-21",)
+    before = load.window(store, month("2026-11", "UTC"))
+    assert sum(s.requests for s in before.served) == 2, "hours and days are kept"
+    put(store, batch([served(requests=50)], node="n9", minute=3))
+    manifest = rollup.run(CONFIG, store)
+    assert manifest.too_late == 1
+    assert load.window(store, month("2026-11", "UTC")) == before, "a day whose minutes are gone takes no rows"
+
+
+# conservation, end to end
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 10**6), st.randoms())
+def test_reports_have_the_tokens_requests_seconds_and_dollars_of_the_batches(seed: int, dice: random.Random) -> None:
+    """Whatever is duplicated, late, reordered between nodes or split over runs."""
+    since = week("2026-W45", "UTC").since_ms
+    rack = MadeRack(
+        seed=seed,
+        models=(MadeModel(name="a", per_hour=90), MadeModel(name="b", per_hour=40)),
+        since_ms=since,
+        window_ms=HOUR_MS,
+        faults=6.0,
+        skewed=("n2",),
+        metered=("n1",),
+    )
+    everything = {node: list(batches(rack, node, since + 3 * 24 * HOUR_MS)) for node in rack.nodes}
+    with tempfile.TemporaryDirectory() as folder:
+        store = DirectoryStore(Path(folder))
+        queues = {node: list(made) for node, made in everything.items()}
+        while queues:
+            node = dice.choice(sorted(queues))
+            cut = dice.randint(1, 20)
+            group = [b for b in queues[node][:cut] if b.epoch == queues[node][0].epoch]
+            put(store, *group)
+            keep = group[-1:] if dice.random() < 0.3 and len(group) > 1 else []
+            queues[node] = [*keep, *queues[node][len(group) :]]
+            if not queues[node]:
+                del queues[node]
+            if dice.random() < 0.2:
+                rollup.run(CONFIG, store)
+        rollup.run(CONFIG, store)
+        span = Span("x", since - HOUR_MS, since + 5 * 24 * HOUR_MS, "UTC")
+        report = cost.compute(load.window(store, span), CONFIG)
+    records = [r for made in everything.values() for b in made for r in b.records]
+    for name in ("prompt_tok", "cached_tok", "completion_tok"):
+        sent = sum(getattr(r, name) for r in records if r.__struct_config__.tag == "served")
+        assert sum(getattr(m, name) for m in report.models) == sent
+    ok = sum(getattr(r, "requests", 0) for r in records if getattr(r, "outcome", "") == "ok")
+    assert sum(m.requests for m in report.models) == ok
+    busy = sum(getattr(r, "busy_prefill_us", 0) + getattr(r, "busy_decode_us", 0) for r in records)
+    assert abs(sum(n.busy_s for n in report.nodes) - busy / 1e6) < 0.01
+    spans = [
+        union((straightened(b).t_start_ms, straightened(b).t_end_ms) for b in made) for made in everything.values()
+    ]
+    reported = sum((b - a) / 1000 for one in spans for a, b in one)
+    assert abs(sum(n.reported_s for n in report.nodes) - reported) < 0.01
+    assert report.total == sum(r.cost for r in report.rows)
+
+
+# what a report says when something is wrong
+
+
+def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, str]:
+    span = week("2026-W47", "UTC")
+    empty = window(span=Span("before", 0, 1, "UTC"))
+    found = weekly.artifacts(config, window(*made, span=span), empty)
+    return {name: markdown.render(page).decode() + html.render(page).decode() for name, (_, page) in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "said"),
+    [
+        ((), "cost", "No node of this period has a price"),
+        ((), "uptime", "No node reported anything."),
+        ((), "placement", "No node reported anything."),
+        ((), "scorecard", "4 without data"),
+        ((batch([served(requests=0, prompt_tok=0, completion_tok=0), engine()]),), "cost", "no data"),
+        ((batch([served(), engine()], node="stranger"),), "cost", "No node of this period has a price"),
+        ((batch([served(), engine()]), batch([served(worker="n3")], node="n3")), "cost", "Without a price: n3"),
+        ((batch([served(), engine()]),), "cost", "no [[compare]] names it"),
+    ],
+    ids=["no data", "no data", "no data", "no data", "zero tokens", "no price", "one without a price", "no comparison"],
+)
+def test_a_report_says_plainly_what_is_missing(made: tuple[Batch, ...], name: str, said: str) -> None:
+    assert said in artifacts_of(*made)[name]
+
+
+def test_forty_models_with_eighty_characters_and_markup_in_their_names() -> None:
+    names = [f"org|{'x' * 66}<b>{n:02d}" for n in range(40)]
+    records = [served(n, version=str(k), requests=3) for k, n in enumerate(names)]
+    rows = [resident(n, version=str(k)) for k, n in enumerate(names)]
+    evicted = [ModelEvicted(t_ms=T0, model=n, version="v", reason="memory") for n in names]
+    found = artifacts_of(batch([*records, *rows, *evicted, host()]))
+    for name, text in found.items():
+        assert "<b>" not in text, name
+    assert all(f"{n:02d}" in found["cost"] for n in range(40))
+
+
+def test_a_page_is_one_file_that_needs_nothing_else() -> None:
+    curve = Curve(title="x", labels=("a", "b"), lines=(("y", (-1.0, 5.0)),))
+    page = Page(
+        title="t",
+        lead="l",
+        sections=(Section(title="s", text=("x",), points=("p",), steps=("q",), curve=curve, table=table("A | B", [])),),
+    )
+    text = html.render(page).decode()
+    assert "<svg" in text
+    assert "no data" in text
+    for needs in ("http://", "https://", "<script", "@import", "src="):
+        assert needs not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert markdown.bars((0.0, 1.0, 2.0, 4.0)) == "▁▂▄█"
+
+
+def test_an_empty_month_and_a_single_node_have_reports(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    assert monthly.run(CONFIG, store, "2026-01")
+    put(store, batch([served(), engine(), resident(), host()]))
+    rollup.run(CONFIG, store)
+    assert monthly.run(CONFIG, store, "2026-11")
