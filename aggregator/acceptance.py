@@ -6,7 +6,7 @@ import msgspec
 
 from aggregator.moves import Step, simulate
 from aggregator.packing import Copyable, Placement, Room
-from aggregator.placement import Move, Placed, PlacementReport
+from aggregator.placement import Move, PlacementReport, Setting
 from shared.desired import Assignment, DesiredState
 from shared.errors import Refused
 
@@ -23,10 +23,14 @@ def accepted(report: PlacementReport, steps: Collection[int] | None) -> tuple[Mo
         raise Refused(f"apply: the proposal for {report.period} has no step {unknown[0]}; it has {len(report.moves)}")
     models, rooms, now = _world(report)
     made = [Step(action=m.action, model=m.model, node=m.node, source=m.source) for m in chosen]
-    _, broken = simulate(models, rooms, now, made)
+    reached, broken = simulate(models, rooms, now, made)
     if broken:
         first = broken[0]
         raise Refused(f"apply: step {chosen[first.step - 1].step} cannot be done without the others: {first.why}")
+    for name, wished in sorted(report.least.items()):
+        before, after = (sum(model == name for model, _ in at) for at in (now, reached))
+        if after < min(before, wished):
+            raise Refused(f"apply: these steps alone leave {after} of the {wished} copies that {name} needs")
     return chosen
 
 
@@ -37,19 +41,26 @@ def desired(
     source_of: Sources,
     now_ms: int,
 ) -> DesiredState:
-    """The next desired state: where everything stands, after the moves. Raises Refused naming what the bucket lacks.
+    """The next desired state: what was desired, after the moves. Raises Refused naming what the bucket lacks.
 
-    What a node was assigned before keeps its settings, and a node that the proposal does not name is left as it was.
+    Only nodes that a move touches change, and on them only what is moved: everything else keeps its version and its
+    settings, whatever happened to be in memory. A touched node that nothing was desired of gets what stands on it.
     """
-    versions = _versions(report.placed, before)
-    at = {(p.model, p.node) for p in report.placed if p.advice != "load"}
-    for move in chosen:
-        (at.add if move.action == "load" else at.discard)((move.model, move.node))
     old = before.nodes if before is not None else {}
-    nodes = dict(old)
-    for node in sorted({n.node for n in report.nodes}):
-        mine = sorted(model for model, where in at if where == node)
-        nodes[node] = tuple(_assignment(model, node, old, versions, source_of, report) for model in mine)
+    touched = sorted({move.node for move in chosen})
+    nodes = {**old, **{node: old.get(node, _standing(report, node, source_of)) for node in touched}}
+    for move in chosen:
+        others = tuple(a for a in nodes[move.node] if a.model != move.model)
+        if move.action == "load":
+            others = (*others, _moved(move, old, report, source_of))
+        nodes[move.node] = tuple(sorted(others, key=lambda a: a.model))
+    for setting in report.settings:
+        nodes = {
+            node: tuple(
+                _set(one, setting) if (node, one.model) == (setting.node, setting.model) else one for one in given
+            )
+            for node, given in nodes.items()
+        }
     return DesiredState(
         generation=(before.generation if before is not None else 0) + 1,
         written_ms=now_ms,
@@ -57,6 +68,41 @@ def desired(
         nodes=nodes,
         peers=before.peers if before is not None else (),
     )
+
+
+def _set(one: Assignment, setting: Setting) -> Assignment:
+    return msgspec.structs.replace(one, **{setting.setting: setting.value})
+
+
+def _standing(report: PlacementReport, node: str, source_of: Sources) -> tuple[Assignment, ...]:
+    """What stands on a node, as assignments."""
+    mine = [p for p in report.placed if p.node == node and p.advice != "load"]
+    return tuple(_from_bucket(p.model, p.version, source_of, pinned=p.pinned) for p in mine)
+
+
+def _moved(
+    move: Move, old: Mapping[str, tuple[Assignment, ...]], report: PlacementReport, source_of: Sources
+) -> Assignment:
+    """What a move brings: as it is assigned where it comes from, else as it is assigned anywhere, else as it stands."""
+    first = [a for a in old.get(move.source, ()) if a.model == move.model]
+    anywhere = [a for node in sorted(old) for a in old[node] if a.model == move.model]
+    for known in (*first, *anywhere):
+        return known
+    standing = [p for p in report.placed if p.model == move.model and p.version]
+    standing.sort(key=lambda p: (p.node != move.source, p.node))
+    version = move.version or (standing[0].version if standing else "")
+    pinned = any(p.pinned for p in standing if p.node == move.source)
+    return _from_bucket(move.model, version, source_of, pinned=pinned)
+
+
+def _from_bucket(model: str, version: str, source_of: Sources, *, pinned: bool) -> Assignment:
+    source = source_of(model, version)
+    if source is None:
+        what = f"version {version}" if version else "any version"
+        mend = f"on a node that serves it: mlxrack-agent models push FOLDER {model}"
+        raise Refused(f"apply: the bucket has not {what} of {model}; {mend}")
+    name, _, found = source.partition("@")
+    return Assignment(model=model, source=name, version=found, pinned=pinned)
 
 
 def _world(report: PlacementReport) -> tuple[list[Copyable], list[Room], Placement]:
@@ -68,34 +114,3 @@ def _world(report: PlacementReport) -> tuple[list[Copyable], list[Room], Placeme
         Room(name=n.node, budget_bytes=n.budget_bytes if n.budget_bytes is not None else 1 << 60) for n in report.nodes
     ]
     return models, rooms, frozenset((p.model, p.node) for p in report.placed if p.advice != "load")
-
-
-def _versions(placed: Sequence[Placed], before: DesiredState | None) -> dict[str, str]:
-    """The version of each model: what stands in memory, else what was desired."""
-    found = {a.model: a.version for nodes in (before.nodes.values() if before else ()) for a in nodes}
-    return found | {p.model: p.version for p in placed if p.version}
-
-
-def _assignment(
-    model: str,
-    node: str,
-    old: Mapping[str, tuple[Assignment, ...]],
-    versions: Mapping[str, str],
-    source_of: Sources,
-    report: PlacementReport,
-) -> Assignment:
-    everywhere = [a for nodes in old.values() for a in nodes if a.model == model]
-    here = [a for a in old.get(node, ()) if a.model == model]
-    settings = {s.setting: s.value for s in report.settings if s.model == model and s.node == node}
-    cache_bytes = settings.get("cache_bytes")
-    known = next(iter([*here, *everywhere]), None)
-    version = versions.get(model, known.version if known is not None else "")
-    if known is not None and known.version == version:
-        return known if cache_bytes is None else msgspec.structs.replace(known, cache_bytes=cache_bytes)
-    source = source_of(model, version)
-    if source is None:
-        what = f"version {version}" if version else "any version"
-        mend = f"on a node that serves it: mlxrack-agent models push FOLDER {model}"
-        raise Refused(f"apply: the bucket has not {what} of {model}; {mend}")
-    name, _, found = source.partition("@")
-    return Assignment(model=model, source=name, version=found, cache_bytes=cache_bytes)

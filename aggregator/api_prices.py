@@ -20,7 +20,7 @@ import msgspec
 from genai_prices import data_snapshot
 
 from aggregator.config import AggregatorConfig, ApiPrice, decimal
-from aggregator.cost import ModelCost
+from aggregator.cost import CostReport, ModelCost
 from aggregator.window import ServedSum, Window
 
 SOURCE = f"genai-prices {version('genai-prices')}"
@@ -57,8 +57,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
-    """All of them. ``covered`` is the share of tokens with a comparable price: savings speak of those alone. ``source``
-    and ``at`` say whose prices, and of when."""
+    """All of them. ``covered`` is the share of tokens with a comparable price: savings speak of those alone. ``ours``
+    is their part of everything the nodes cost. ``source`` and ``at`` say whose prices, and of when."""
 
     source: str
     at: str
@@ -70,19 +70,23 @@ class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[Comparison, ...]
 
 
-def compare(window: Window, models: Sequence[ModelCost], config: AggregatorConfig, at: datetime) -> Comparisons:
-    """Price the span's answered work at APIs, with the prices of that moment."""
-    rows = [_one(window, model, config, at) for model in models]
-    tokens = {m.model: m.tokens for m in models}
+def compare(window: Window, money: CostReport, config: AggregatorConfig, at: datetime) -> Comparisons:
+    """Price the span's answered work at APIs, with the prices of that moment. Work of nodes without a price here is
+    left out on both sides."""
+    priced = {node.node for node in money.nodes if node.cost is not None}
+    served = [s for s in window.served if s.outcome == "ok" and s.worker in priced]
+    rows = [_one([s for s in served if s.model == model.model], model, config, at) for model in money.models]
+    tokens = {m.model: sum(s.prompt_tok + s.completion_tok for s in served if s.model == m.model) for m in money.models}
     known = [r for r in rows if r.median is not None and r.ours is not None]
-    total = sum(tokens.values())
-    ours = sum((r.ours for r in known if r.ours is not None), Decimal(0)) if known else None
+    total, covered = sum(tokens.values()), sum(tokens[r.model] for r in known)
+    # idle nodes and lost work are paid for, too, whichever model they are counted to
+    ours = (money.total * covered / total).quantize(_CENT6) if money.total is not None and covered else None
     median = sum((r.median for r in known if r.median is not None), Decimal(0)) if known else None
     saving = median - ours if median is not None and ours is not None else None
     return Comparisons(
         source=SOURCE,
         at=at.date().isoformat(),
-        covered=sum(tokens[r.model] for r in known) / total if total else None,
+        covered=covered / total if total else None,
         ours=ours,
         median=median,
         saving=saving,
@@ -92,9 +96,24 @@ def compare(window: Window, models: Sequence[ModelCost], config: AggregatorConfi
 
 
 def hosts_of(same_as: str) -> list[tuple[str, str]]:
-    """(provider, model) of every host that offers this open model for money."""
+    """(provider, model) of everything that hosts this open model; a host that is listed under two names is there with
+    all of its offers, and `_cheapest` takes one."""
     wanted = _plain(same_as)
     return [(provider, model) for provider, model, plain in _offers() if plain == wanted]
+
+
+def company(provider: str) -> str:
+    """Who it is: some hosts are listed again behind a router of theirs."""
+    return provider.removeprefix("huggingface_").removesuffix("-ai")
+
+
+def _cheapest(hosts: Sequence[Host]) -> list[Host]:
+    """One offer of each company: nobody would pay it more than its least. What costs nothing is no price."""
+    best: dict[str, Host] = {}
+    for host in sorted(hosts, key=lambda h: (h.cost, h.provider, h.model)):
+        if host.cost > 0:
+            best.setdefault(company(host.provider), host)
+    return list(best.values())
 
 
 def price(
@@ -118,8 +137,10 @@ def price(
     return (found.total_price * requests * exact).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
 
 
-def _one(window: Window, model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:
-    served = [s for s in window.served if s.model == model.model and s.outcome == "ok"]
+def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:
+    rate = decimal(config.cost.usd_rate) if config.cost.usd_rate is not None else None
+    if rate is None and config.cost.currency == "USD":
+        rate = Decimal(1)
     own = next((p for p in config.api_prices if p.model == model.model), None)
     wish = next((c for c in config.compare if c.model == model.model), None)
     found = Comparison(model=model.model, ours=model.loaded)
@@ -127,17 +148,21 @@ def _one(window: Window, model: ModelCost, config: AggregatorConfig, at: datetim
         cost = _configured(own, served)
         host = Host(provider="configured", model=own.name, cost=cost)
         found = _with_hosts(found, own.name, [host])
-    elif wish is not None and wish.same_as:
+    elif wish is not None and rate is None:
+        why = f"API prices are in USD; give cost.usd_rate, {config.cost.currency} for a dollar"
+        found = msgspec.structs.replace(found, same_as=wish.same_as, why_not=why)
+    elif wish is not None and wish.same_as and rate is not None:
         offers = [(p, m, _at(p, m, served, at)) for p, m in hosts_of(wish.same_as)]
-        hosts = [Host(provider=p, model=m, cost=c) for p, m, c in offers if c is not None]
+        hosts = _cheapest([Host(provider=p, model=m, cost=_cents(c * rate)) for p, m, c in offers if c is not None])
         found = _with_hosts(found, wish.same_as, hosts)
         if not hosts:
             found = msgspec.structs.replace(found, why_not=f"no host of {wish.same_as} has a price in {SOURCE}")
     else:
         found = msgspec.structs.replace(found, why_not="no [[compare]] names it")
-    if wish is not None and wish.frontier:
+    if wish is not None and wish.frontier and rate is not None:
         provider, _, name = wish.frontier.partition("/")
-        cost_there = _at(provider, name, served, at)
+        dollars = _at(provider, name, served, at)
+        cost_there = _cents(dollars * rate) if dollars is not None else None
         times = float(cost_there / model.loaded) if cost_there and model.loaded else None
         found = msgspec.structs.replace(found, frontier=wish.frontier, frontier_cost=cost_there, times_cheaper=times)
     return found
@@ -180,6 +205,10 @@ def _at(provider: str, model: str, served: Sequence[ServedSum], at: datetime) ->
             return None
         total += part
     return total
+
+
+def _cents(value: Decimal) -> Decimal:
+    return value.quantize(_CENT6, rounding=ROUND_HALF_EVEN)
 
 
 def _configured(own: ApiPrice, served: Sequence[ServedSum]) -> Decimal:

@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, log=None, verbose=False)
         return added
 
-    verb("rollup", "Add new telemetry to the minute and hour tables.", _rollup)
+    roll = verb("rollup", "Add new telemetry to the minute, hour and day tables.", _rollup)
+    roll.add_argument(
+        "--again", action="store_true", help="read every segment that is left once more (after an upgrade)"
+    )
     week = verb("weekly", "Publish placement, cost and evictions of a week.", _weekly)
     week.add_argument("--week", default=None, help="like 2026-W47 (default: the last one that is over)")
     week.add_argument("--since", default=None, metavar="DAY", help="any days instead of a week: the first, 2026-11-01")
@@ -147,7 +150,7 @@ def _rollup(args: argparse.Namespace) -> int:
     config = _config(args)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        manifest = rollup.run(config, store, os.environ, _telling(args))
+        manifest = rollup.run(config, store, os.environ, _telling(args), again=args.again)
     done = {
         "manifest": manifest.number,
         "batches": manifest.batches,
@@ -219,7 +222,7 @@ def _apply(args: argparse.Namespace) -> int:
     config = _config(args)
     store = open_store(config.store, os.environ)
     report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
-    steps = _numbers(args.steps) if args.steps else None
+    steps = _numbers(args.steps) if args.steps is not None else None
     moves, state = apply.run(config, store, report, steps, args.dry_run)
     done = "would be published" if args.dry_run else "published"
     if args.json:

@@ -30,9 +30,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Prices around the nodes. ``flag_ratio`` is the week-on-week jump worth a flag, above ``flag_min_tok`` tokens."""
+    """Prices around the nodes. ``usd_rate`` is what a dollar costs in ``currency``, for API prices. ``flag_ratio`` is
+    the week-on-week jump worth a flag, above ``flag_min_tok`` tokens."""
 
     currency: str = "USD"
+    usd_rate: Positive | None = None
     electricity_per_kwh: Money = 0.15
     pue: Annotated[float, Meta(ge=1)] = 1.0
     flag_ratio: Positive = 2.0

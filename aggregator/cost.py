@@ -146,12 +146,14 @@ def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal | None = 
 def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
     """Mean power, and what measured it: the node's outlet (shared by equal parts where several hang on it), its own
     reading at the wall, of the whole system; none of them."""
-    outlet = Decimal(0)
+    meters: dict[str, tuple[Decimal, int]] = {}
     for one in window.outlets:
         if node in one.nodes and one.covered_us:
-            outlet += Decimal(one.energy_mj) * 1000 / one.covered_us / len(one.nodes)
-    if outlet:
-        return outlet, "outlet"
+            energy, covered = meters.get(one.meter, (Decimal(0), 0))
+            meters[one.meter] = (energy + Decimal(one.energy_mj) / len(one.nodes), covered + one.covered_us)
+    if meters:
+        # a machine with two outlets draws from both
+        return sum((energy * 1000 / covered for energy, covered in meters.values()), Decimal(0)), "outlet"
     host = window.host(node)
     if host is not None and host.wall_mw_known_ms:
         return Decimal(host.wall_mw_ms) / host.wall_mw_known_ms / 1000, "wall"

@@ -5,8 +5,9 @@ cost of a node is power, other costs and, where told, people. Hardware is paid a
 is said, not counted.
 """
 
+import math
 from collections.abc import Sequence
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 import msgspec
 
@@ -75,6 +76,8 @@ class Economics(msgspec.Struct, frozen=True, kw_only=True):
 
 def check(inputs: Inputs) -> None:
     """Raises Refused for figures that cannot be."""
+    if not all(math.isfinite(getattr(inputs, name)) for name in inputs.__struct_fields__):
+        raise Refused("economics: a figure is not a number")
     problems = [
         (inputs.api_spend < 0, "api-spend: below zero"),
         (inputs.nodes < 1, "nodes: at least 1"),
@@ -99,7 +102,10 @@ def check(inputs: Inputs) -> None:
 def judge(inputs: Inputs) -> Economics:
     """Break-even, the curve, and which figures it hinges on. Raises Refused."""
     check(inputs)
-    months, paid, running = _curve(inputs)
+    try:
+        months, paid, running = _curve(inputs)
+    except InvalidOperation:
+        raise Refused("economics: the figures grow beyond any money there is; look at growth and months") from None
     even = _break_even(months)
     hinges = sorted((_hinge(inputs, name, even) for name in _MOVABLE), key=lambda h: (-h.swing, h.name))
     worth = _cents(decimal(inputs.node_price) * inputs.nodes * decimal(inputs.residual))
@@ -174,6 +180,11 @@ def _sentence(inputs: Inputs, even: int | None, balance: Decimal, hinges: Sequen
         return (
             f"{inputs.nodes} nodes do not pay for themselves within {inputs.months} months: {-balance:,.0f} would be "
             f"missing.{hinge}"
+        )
+    if balance < 0:
+        return (
+            f"{inputs.nodes} nodes have paid for themselves in month {even}, but after {inputs.months} months "
+            f"{-balance:,.0f} would be missing again.{hinge}"
         )
     return (
         f"{inputs.nodes} nodes have paid for themselves in month {even}; after {inputs.months} months {balance:,.0f} "

@@ -123,9 +123,10 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
     """That a batch is what its key says, and lived when nodes live. Raises Refused."""
     if batch.rack != rack:
         raise Refused(f"{name}: it belongs to rack {batch.rack[:63]!r}, not to {rack!r}")
-    utc_day(straightened(batch).t_end_ms)
-    for record in batch.records:
-        for field in ("t_ms", "last_seen_ms"):
+    straight = straightened(batch)
+    utc_day(straight.t_end_ms)
+    for record in straight.records:
+        for field in ("t_ms", "last_seen_ms", "start_ms"):
             if field in record.__struct_fields__:
                 utc_day(getattr(record, field))
     if key is None:

@@ -148,6 +148,11 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
     )
     facts = Facts(models=tuple(models), rooms=rooms, now=frozenset(), least=least, load_s={})
     packed = packed_with_slack(facts, len(models) * len(rooms))
+    while packed.over and (more := _with_another_copy(facts, packed.pairs)) is not None:
+        better = packed_with_slack(more, len(models) * len(rooms))
+        if better.score >= packed.score:
+            break
+        facts, packed = more, better
     ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
     return PlacementReport(
         period="before any telemetry",
@@ -160,6 +165,22 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
         gap=packed.gap,
         score=round(packed.score, 6),
     )
+
+
+def _with_another_copy(facts: Facts, pairs: packing.Placement) -> Facts | None:
+    """One copy more of the model that asks most of a node that is over its limit; None when none can have one."""
+    over = {r.name for r in facts.rooms if packing.load_of(r, facts.models, pairs) > r.limit + 1e-9}
+    wanted = [
+        m
+        for m in facts.models
+        if any((m.name, n) in pairs for n in over) and m.copies < len(m.only or tuple(r.name for r in facts.rooms))
+    ]
+    if not wanted:
+        return None
+    most = max(wanted, key=lambda m: (m.share, m.name))
+    grown = msgspec.structs.replace(most, copies=most.copies + 1)
+    models = tuple(grown if m.name == most.name else m for m in facts.models)
+    return msgspec.structs.replace(facts, models=models, least={**facts.least, most.name: most.copies + 1})
 
 
 def need_bytes(model: Model, measured: Measured | None) -> int:

@@ -10,7 +10,7 @@ import msgspec
 
 from aggregator import ingest, parquet, rollup
 from aggregator.manifest import Manifest
-from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_MS, HOUR_TABLES, Fold
+from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_MS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
     DAY_MS,
     Asked,
@@ -48,6 +48,7 @@ class Pending(NamedTuple):
 
     key: str
     folder: str | None
+    size: int = 0
 
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,9 +77,10 @@ def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.R
     """
     columns = []
     for folder in _folders(store, prefix):
-        found = [one.key for one in list_all(store, folder, cursors.get(folder, "")) if not keys.is_claim(one.key)]
+        found = [one for one in list_all(store, folder, cursors.get(folder, "")) if not keys.is_claim(one.key)]
+        foreign = prefix == keys.RAW_PREFIX
         columns.append(
-            [Pending(key, folder if prefix != keys.RAW_PREFIX or ingest.is_ours(key) else None) for key in found]
+            [Pending(one.key, None if foreign and not ingest.is_ours(one.key) else folder, one.size) for one in found]
         )
     return [one for row in zip_longest(*columns) for one in row if one is not None]
 
@@ -99,6 +101,12 @@ def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str
     batches = tuple(batch for one in new for batch in ingest.read(store, one.key, rack)[0])
     kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
     return Fresh(batches=batches, cursors={**kept, **advanced(new)})
+
+
+def beginnings(store: ObjectStore) -> dict[str, str]:
+    """Where somebody begins who wants to know what happens from now on: after what has been rolled up, and after the
+    urgent copies that lie there."""
+    return {**newest_manifest(store).cursors, **advanced(pending(store, {}, keys.URGENT_PREFIX))}
 
 
 def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]:
@@ -191,11 +199,14 @@ class _Sources:
                 pieces.append(f"({self._lifted(fold, files)})")
             elif files:
                 inside = "" if level == "day" else f" WHERE {self._inside('slot_ms')}"
-                pieces.append(f"(SELECT * FROM ({parquet.reading(files)}){inside})")
+                pieces.append(f"(SELECT * FROM ({parquet.reading(files, folded_columns(fold))}){inside})")
         return " UNION ALL BY NAME ".join(pieces)
 
     def _lifted(self, fold: Fold, files: Sequence[Path]) -> str:
-        return rollup.lifted(fold, f"{parquet.reading(files)} WHERE {self._inside('t_end_ms')}")
+        columns = {name: sql for table in fold.source for name, sql in minute_columns(table).items()}
+        return rollup.lifted(
+            fold, f"SELECT * FROM ({parquet.reading(files, columns)}) WHERE {self._inside('t_end_ms')}"
+        )
 
     def _inside(self, column: str) -> str:
         return f"{column} >= {self._span.since_ms} AND {column} < {self._span.until_ms}"
@@ -226,7 +237,9 @@ def _structs(db: parquet.Database, query: str, kind: type[S]) -> tuple[S, ...]:
     if not query:
         return ()
     fields = [f'"{name}"' for name in kind.__struct_fields__]
-    return tuple(msgspec.convert(row, kind) for row in db.rows(f"SELECT {', '.join(fields)} FROM ({query})"))
+    rows = db.rows(f"SELECT {', '.join(fields)} FROM ({query})")
+    # what older files did not know takes its default
+    return tuple(msgspec.convert({k: v for k, v in row.items() if v is not None}, kind) for row in rows)
 
 
 def _events(db: parquet.Database, query: str) -> tuple[Fact, ...]:

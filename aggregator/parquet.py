@@ -32,7 +32,7 @@ class Database:
     """A DuckDB of its own in memory, with a folder for the files it reads and writes."""
 
     def __init__(self, memory_mb: int = 350) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mlxrack-")
+        self._folder = tempfile.TemporaryDirectory(prefix="mlxrack-rollup-")
         self.folder = Path(self._folder.name)
         settings: dict[str, str | bool | int | float | list[str]] = {
             "autoinstall_known_extensions": "false",
@@ -71,10 +71,11 @@ class Database:
         return body
 
 
-def reading(paths: Iterable[Path]) -> str:
-    """SQL that reads Parquet files; columns that only some of them have are NULL in the others."""
+def reading(paths: Iterable[Path], columns: Mapping[str, str] | None = None) -> str:
+    """SQL that reads Parquet files. Columns that some of them lack are NULL there: files may be older than a column."""
     listed = ", ".join(quoted(path) for path in paths)
-    return f"SELECT * FROM read_parquet([{listed}], union_by_name=true)"
+    query = f"SELECT * FROM read_parquet([{listed}], union_by_name=true)"
+    return f"{query} UNION ALL BY NAME {rollup.no_rows(columns)}" if columns else query
 
 
 def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -> bytes:
@@ -96,7 +97,7 @@ def hours(db: Database, minutes: Mapping[str, Path]) -> dict[str, bytes]:
         source = _minutes(minutes, fold.source)
         if source:
             found[name] = db.parquet(rollup.folded(fold, rollup.lifted(fold, source), fold.slot_ms))
-    events = {kind: reading([minutes[kind]]) for kind in EVENT_SOURCES if kind in minutes}
+    events = {kind: reading([minutes[kind]], minute_columns(kind)) for kind in EVENT_SOURCES if kind in minutes}
     if events:
         found[EVENT_TABLE] = db.parquet(rollup.events(events))
     return found
@@ -129,5 +130,6 @@ def _json(table: str, paths: Sequence[Path]) -> str:
 
 
 def _minutes(minutes: Mapping[str, Path], tables: Sequence[str]) -> str:
-    present = [minutes[table] for table in tables if table in minutes]
-    return reading(present) if present else ""
+    present = [table for table in tables if table in minutes]
+    columns = {name: sql for table in present for name, sql in minute_columns(table).items()}
+    return reading([minutes[table] for table in present], columns) if present else ""

@@ -12,6 +12,8 @@ Moves are few by construction: each must be worth its gigabytes, and there is a 
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -21,11 +23,12 @@ from aggregator.moves import Step
 from aggregator.packing import CAP, Copyable, Packed, Placement, Room
 from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
-from shared.records import Hardware, ModelLoaded
+from shared.records import Hardware, ModelEvicted, ModelLoaded
 
 THROTTLED = 0.03
 ALONE = 0.95
 """What a model may ask of a node that it has to itself before it gets another copy."""
+GONE_MS = 900_000
 LEAST_LOAD = 0.01
 """A model in memory is never for nothing, even when nobody asked it."""
 LONG_PROMPT_TOK = 2_000
@@ -62,6 +65,7 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     advice: str
     reason: str
+    pinned: bool = False
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +88,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     declined: str
     parked: bool = False
+    version: str = ""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +115,7 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     settings: tuple[Setting, ...] = ()
     gap: float | None = None
     score: float = 0.0
+    least: dict[str, int] = {}
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +127,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     least: Mapping[str, int]
     load_s: Mapping[str, float]
     why_limited: Mapping[str, str] = {}
+    versions: Mapping[str, str] = {}
+    silent: Mapping[str, int] = {}
 
 
 def propose(window: Window, config: AggregatorConfig | None = None) -> PlacementReport:
@@ -139,12 +147,22 @@ def propose(window: Window, config: AggregatorConfig | None = None) -> Placement
         nodes=_node_loads(window, facts, ordered.reached),
         placed=placed,
         moves=made,
-        notes=(*_blocked(ordered.blocked), *stuck, *(s.reason for s in settings)),
+        notes=(*_silent(window, facts), *_blocked(ordered.blocked), *stuck, *(s.reason for s in settings)),
         short=explained(facts, packed),
         settings=settings,
         gap=packed.gap,
         score=round(packed.score, 6),
+        least=dict(facts.least),
     )
+
+
+def load_of(room: Room, models: Sequence[Copyable], at: Placement) -> float:
+    """How busy a node is with copies where they stand: a model's work is shared by those there are."""
+    total = 0.0
+    for model in models:
+        if (model.name, room.name) in at:
+            total += model.load / sum(name == model.name for name, _ in at)
+    return total / room.speed
 
 
 def packed_with_slack(facts: Facts, most_moves: int) -> Packed:
@@ -160,28 +178,42 @@ def packed_with_slack(facts: Facts, most_moves: int) -> Packed:
 
 def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> Facts:
     """Nodes, models and demand as they were reported."""
-    residents = {(r.model, r.node): r for r in current(window)}
+    silent = _gone(window)
+    everywhere = current(window)
+    residents = {(r.model, r.node): r for r in everywhere if r.node not in silent}
     speeds = _speeds(window)
     load = _loads(window, speeds)
     wished = {w.model: w for w in config.placement.models} if config is not None else {}
     models, least = [], {}
-    for name in sorted({m for m, _ in residents}):
+    for name in sorted({r.model for r in everywhere}):
         here = [r for (m, _), r in residents.items() if m == name]
+        stood = [r for r in everywhere if r.model == name]
         wish = wished.get(name)
         work = max(LEAST_LOAD, load.get(name, 0.0))
         # its own node first, another copy when it has that
         alone = all(m == name for m, n in residents if n in {r.node for r in here})
         needed = max(1, wish.min_copies if wish else 1, math.ceil(work / (CAP if alone else ALONE) / _typical(speeds)))
-        least[name] = min(needed, max(1, len(window.nodes)))
-        copies = max(least[name], len(here))
-        need = max(r.need_bytes or 0 for r in here)
         only = tuple(wish.nodes) if wish else ()
+        allowed = [n for n in window.nodes if n not in silent and (not only or n in only)]
+        least[name] = min(needed, max(1, len(allowed)))
+        copies = max(least[name], len(here))
+        need = max(r.need_bytes or 0 for r in stood)
         models.append(Copyable(name=name, need_bytes=need, copies=copies, load=work, only=only))
-    models += _evicted(window, {m.name for m in models}, load)
-    least |= {m.name: 1 for m in models if m.name not in least}
+    evicted, versions = _evicted(window, {m.name for m in models}, load, config)
+    models += evicted
+    least |= {m.name: m.copies for m in evicted}
     now: Placement = frozenset(residents)
     rooms, why = _rooms(window, speeds, models, now)
-    return Facts(models=tuple(models), rooms=rooms, now=now, least=least, load_s=_load_times(window), why_limited=why)
+    return Facts(
+        models=tuple(models),
+        rooms=rooms,
+        now=now,
+        least=least,
+        load_s=_load_times(window),
+        why_limited=why,
+        versions={r.model: r.version for r in everywhere} | versions,
+        silent=silent,
+    )
 
 
 def current(window: Window) -> list[ResidentSum]:
@@ -218,14 +250,15 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
                 load_s=round(facts.load_s.get(step.model, model.need_bytes / 1e9 / LOAD_GB_S), 1)
                 if step.action == "load"
                 else None,
-                load_before=round(packing.load_of(room, facts.models, at), 4),
-                load_after=round(packing.load_of(room, facts.models, after), 4),
+                load_before=round(load_of(room, facts.models, at), 4),
+                load_after=round(load_of(room, facts.models, after), 4),
                 free_before_bytes=room.budget_bytes - packing.held(room, facts.models, at),
                 free_after_bytes=room.budget_bytes - packing.held(room, facts.models, after),
                 bound=bound,
                 reason=reason,
                 declined=declined,
                 parked=step.parked,
+                version=facts.versions.get(step.model, ""),
             )
         )
         at = after
@@ -236,27 +269,52 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
     """Why not everything fits, and what would mend it; nothing when it does."""
     found = []
     sizes = {m.name: m for m in facts.models}
-    if packed.short:
-        missing = sum(sizes[name].need_bytes * count for name, count in packed.short)
-        copies = ", ".join(f"{count} x {name}" for name, count in packed.short)
-        largest = max(sizes[name].need_bytes for name, _ in packed.short)
-        biggest = max((r.budget_bytes for r in facts.rooms), default=0)
-        node = (
-            f"a node with at least {largest / 1e9:.1f} GB for models"
-            if largest > biggest
-            else f"{_nodes(max(1, math.ceil(missing / biggest)))} of {biggest / 1e9:.1f} GB for models"
-        )
-        drop = max((name for name, _ in packed.short), key=lambda name: (sizes[name].need_bytes, name))
-        found.append(f"No room for {copies} ({missing / 1e9:.1f} GB): add {node}, or drop {drop}.")
-    if packed.over:
-        over = sum(share for _, share in packed.over)
-        where = ", ".join(f"{name} by {share:.0%}" for name, share in packed.over)
-        more = max(1, math.ceil(over / CAP - 1e-9))
+    missing: list[tuple[str, int]] = []
+    held_back: list[tuple[str, int]] = []
+    for name, count in packed.short:
+        (held_back if _could_stand(sizes[name], facts, packed.pairs) else missing).append((name, count))
+    if held_back:
+        copies = ", ".join(f"{count} x {name}" for name, count in held_back)
         found.append(
-            f"Too much work at the 95th percentile: over the limit {where}. {_nodes(more)} like the fastest would "
-            "carry it, or the busiest model moves elsewhere."
+            f"No place for {copies} yet, though there is memory: the moves of one week are capped, or the nodes it may "
+            "stand on are."
         )
+    if missing:
+        found.append(_too_little(missing, sizes, facts.rooms))
+    hot = [(name, share) for name, share in packed.over if name in facts.why_limited]
+    busy = [(name, share) for name, share in packed.over if name not in facts.why_limited]
+    if busy:
+        where = ", ".join(f"{name} by {share:.0%}" for name, share in busy)
+        more = max(1, math.ceil(sum(share for _, share in busy) / CAP - 1e-9))
+        found.append(
+            f"Too much work at the 95th percentile: over the limit {where}. {_nodes(more).capitalize()} like the "
+            "fastest would carry it, or the busiest model moves elsewhere."
+        )
+    found += [f"{facts.why_limited[name]}, and its work fits nowhere else: give it air." for name, _ in hot]
     return tuple(found)
+
+
+def _could_stand(model: Copyable, facts: Facts, pairs: Placement) -> bool:
+    """Whether a node has the memory for another copy, whoever may decide that it stands there."""
+    return any(
+        (model.name, room.name) not in pairs
+        and room.budget_bytes - packing.held(room, facts.models, pairs) >= model.need_bytes
+        for room in facts.rooms
+    )
+
+
+def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable], rooms: Sequence[Room]) -> str:
+    whole = sum(sizes[name].need_bytes * count for name, count in missing)
+    copies = ", ".join(f"{count} x {name}" for name, count in missing)
+    largest = max(sizes[name].need_bytes for name, _ in missing)
+    biggest = max((r.budget_bytes for r in rooms), default=0)
+    node = (
+        f"a node with at least {largest / 1e9:.1f} GB for models"
+        if largest > biggest or not biggest
+        else f"{_nodes(max(1, math.ceil(whole / biggest)))} of {biggest / 1e9:.1f} GB for models"
+    )
+    drop = max((name for name, _ in missing), key=lambda name: (sizes[name].need_bytes, name))
+    return f"No room for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."
 
 
 def _nodes(count: int) -> str:
@@ -279,7 +337,7 @@ def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
         needed = f"{model.load:.2f} nodes' worth of work at the 95th percentile and {copies}"
         return "load", f"{step.model} has {needed}", f"its nodes stay at {model.load / standing:.0%} each"
     room = by_room[step.source]
-    before = packing.load_of(room, facts.models, facts.now)
+    before = load_of(room, facts.models, facts.now)
     if room.name in facts.why_limited:
         return "heat", facts.why_limited[room.name], f"{room.name} goes on being slowed at {before:.0%} load"
     if before > room.limit:
@@ -296,7 +354,8 @@ def _rooms(
     window: Window, speeds: Mapping[str, float], models: Sequence[Copyable], now: Placement
 ) -> tuple[tuple[Room, ...], dict[str, str]]:
     rooms, why = [], {}
-    for name in window.nodes:
+    silent = _gone(window)
+    for name in [n for n in window.nodes if n not in silent]:
         host = window.host(name)
         held = sum(m.need_bytes for m in models if (m.name, name) in now)
         budget = host.memory_budget_bytes if host is not None and host.memory_budget_bytes is not None else held
@@ -380,8 +439,8 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
                 throttled_share=host.throttled_share if host is not None else None,
                 speed=room.speed,
                 limit=round(room.limit, 4),
-                load=round(packing.load_of(room, facts.models, facts.now), 4),
-                load_after=round(packing.load_of(room, facts.models, reached), 4),
+                load=round(load_of(room, facts.models, facts.now), 4),
+                load_after=round(load_of(room, facts.models, reached), 4),
                 held_after_bytes=packing.held(room, facts.models, reached),
             )
         )
@@ -390,6 +449,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
 
 def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, ...]:
     found = []
+    troubled = {r.name for r in facts.rooms if load_of(r, facts.models, facts.now) > r.limit} | set(facts.why_limited)
     for one in current(window):
         reported_us = seconds(window.reported(one.node)) * 1e6
         mine = [e for e in window.engines if e.node == one.node and e.version == one.version]
@@ -398,10 +458,14 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
         stays = (one.model, one.node) in reached
         others = sorted(n for m, n in reached - facts.now if m == one.model)
         advice, reason = "keep", "fits, and its node is neither hot nor crowded"
-        if not stays:
+        if one.node in facts.silent:
+            advice, reason = "gone", "its node no longer reports"
+        elif one.node in troubled:
+            reason = "no better place was found"
+        if one.node not in facts.silent and not stays:
             advice = "move" if others else "remove"
             reason = f"to {others[0]}: see the moves" if others else "more copies than its work needs"
-        elif others:
+        elif stays and others:
             advice, reason = "copy", f"also on {', '.join(others)}: see the moves"
         found.append(
             Placed(
@@ -413,6 +477,7 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
                 requests=requests,
                 advice=advice,
                 reason=reason,
+                pinned=bool(one.pinned),
             )
         )
     return tuple(sorted(found, key=lambda p: (p.node, p.model)))
@@ -428,19 +493,44 @@ def _stuck(facts: Facts, reached: Placement) -> list[str]:
     """Hot nodes that could give nothing away."""
     found = []
     for room in facts.rooms:
-        before, after = (packing.load_of(room, facts.models, at) for at in (facts.now, reached))
+        before, after = (load_of(room, facts.models, at) for at in (facts.now, reached))
         if room.name in facts.why_limited and after >= before > 0:
             found.append(f"{facts.why_limited[room.name]}, and no other node has room for any of its models")
     return found
 
 
-def _evicted(window: Window, standing: set[str], load: Mapping[str, float]) -> list[Copyable]:
-    """Models that were evicted, wanted again and stand nowhere now."""
-    rows = [r for r in eviction.report(window).rows if r.verdict == "placement" and r.model not in standing]
+def _evicted(
+    window: Window, standing: set[str], load: Mapping[str, float], config: AggregatorConfig | None
+) -> tuple[list[Copyable], dict[str, str]]:
+    """Models that were evicted, wanted again and stand nowhere now; and their versions."""
+    rows = [r for r in eviction.report(window, top=10_000).rows if r.verdict == "placement" and r.model not in standing]
     sizes = {r.model: r.bytes // r.evictions for r in sorted(rows, key=lambda r: r.node)}
-    return [
-        Copyable(name=name, need_bytes=size, copies=1, load=max(LEAST_LOAD, load.get(name, 0.0)))
+    wished = {w.model: w for w in config.placement.models} if config is not None else {}
+    found = [
+        Copyable(
+            name=name,
+            need_bytes=size,
+            copies=wished[name].min_copies if name in wished else 1,
+            load=max(LEAST_LOAD, load.get(name, 0.0)),
+            only=tuple(wished[name].nodes) if name in wished else (),
+        )
         for name, size in sorted(sizes.items())
+    ]
+    return found, {record.model: record.version for _, record in window.of(ModelEvicted) if record.model in sizes}
+
+
+def _gone(window: Window) -> dict[str, int]:
+    """Nodes that no longer reported when the others still did: when each was last heard of."""
+    last = {node: reported[-1][1] for node in window.nodes if (reported := window.reported(node))}
+    latest = max(last.values(), default=0)
+    return {node: t_ms for node, t_ms in last.items() if t_ms < latest - GONE_MS}
+
+
+def _silent(window: Window, facts: Facts) -> list[str]:
+    zone = ZoneInfo(window.span.timezone)
+    return [
+        f"{node} has not reported since {datetime.fromtimestamp(t_ms / 1000, zone):%d %b %H:%M}: nothing is put there"
+        for node, t_ms in sorted(facts.silent.items())
     ]
 
 

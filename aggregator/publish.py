@@ -35,20 +35,38 @@ def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]])
                 hashes.append(f"{table} {digest(body)}\n")
         hourly = parquet.hours(db, minutes)
         daily = parquet.days(db, hourly, DAY_MS)
+        batches = _batches(db, minutes[BATCH_TABLE])
+        # minutes that are gone for good must not take with them what was made of them
+        known = before[keys.hour_key("run", day)]
+        if known is not None and _told(db, known.body) > batches:
+            hourly, daily = {}, {}
         bodies = {keys.hour_key(table, day): body for table, body in hourly.items()}
         bodies |= {keys.day_key(table, day): body for table, body in daily.items()}
         for key, body in bodies.items():
             old = before[key]
             if old is None or old.body != body:
                 replace(store, key, body, old.etag if old else None)
-        batches = db.rows(f"SELECT count(*) AS n FROM ({parquet.reading([minutes[BATCH_TABLE]])})")[0]["n"]
     return Day(
         batches=batches,
         minute_files=len(minutes),
-        hour_files=len(hourly),
-        day_files=len(daily),
+        hour_files=sum(key.startswith("hour/") for key in (bodies or _there(before))),
+        day_files=sum(key.startswith("day/") for key in (bodies or _there(before))),
         sha256=digest("".join(hashes).encode()),
     )
+
+
+def _batches(db: parquet.Database, path: Path) -> int:
+    return int(db.rows(f"SELECT count(*) AS n FROM ({parquet.reading([path])})")[0]["n"])
+
+
+def _told(db: parquet.Database, body: bytes) -> int:
+    """How many batches an hour table of runs speaks of."""
+    query = parquet.reading([db.file("known.parquet", body)])
+    return int(db.rows(f"SELECT coalesce(sum(batches), 0) AS n FROM ({query})")[0]["n"])
+
+
+def _there(found: Mapping[str, Stored | None]) -> list[str]:
+    return [key for key, stored in found.items() if stored is not None]
 
 
 def commit(store: ObjectStore, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ A latency sketch adds up by adding the counts of equal buckets, so the quantiles
 its requests, within ``RELATIVE_ERROR``, in whatever order anything was read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aggregator.tables import EVENT_COLUMNS, EVENT_SOURCES, META, SKETCH, Fold, minute_columns
 from shared.sketch import SCALE
@@ -66,26 +66,32 @@ def events(sources: dict[str, str]) -> str:
         packed = "to_json(struct_pack(" + ", ".join(f'"{name}" := "{name}"' for name in own) + "))::VARCHAR"
         meta = names([*META, "ordinal"])
         pieces.append(f"SELECT {meta}, {quoted(kind)} AS kind, {packed} AS record FROM ({sources[kind]})")
-    union = " UNION ALL ".join(pieces) or _no_rows(EVENT_COLUMNS)
+    union = " UNION ALL ".join(pieces) or no_rows(EVENT_COLUMNS)
     return f"SELECT * FROM ({union}) ORDER BY t_end_ms, node, incarnation, epoch, seq, ordinal"
 
 
-def _no_rows(columns: dict[str, str]) -> str:
+def no_rows(columns: Mapping[str, str]) -> str:
+    """Nothing, with these columns."""
     return "SELECT " + ", ".join(f'NULL::{sql} AS "{name}"' for name, sql in columns.items()) + " WHERE false"
+
+
+def _sum(name: str) -> str:
+    """A sum that stays at the largest number there is, so that one absurd report cannot stop all others."""
+    return f'least(coalesce(sum("{name}"), 0), {2**63 - 1})::BIGINT'
 
 
 def _plain(fold: Fold, base: str, by: Sequence[str]) -> str:
     """Sums, highest, lowest and newest values of each group, and the parts of a sketch that add up alike."""
     parts = [names(by)] if by else []
     parts.append("max(last_ms) AS last_ms, max(last_place) AS last_place")
-    parts += [f'sum("{name}")::BIGINT AS "{name}"' for name in fold.sums]
+    parts += [f'{_sum(name)} AS "{name}"' for name in fold.sums]
     parts += [f'max("{name}") AS "{name}"' for name in fold.maxes]
     parts += [f'min("{name}") AS "{name}"' for name in fold.mins]
     parts += [
         f'last("{name}" ORDER BY last_ms, last_place) FILTER ("{name}" IS NOT NULL) AS "{name}"' for name in fold.lasts
     ]
     for name in fold.sketches:
-        parts += [f'sum("{name}_{part}")::BIGINT AS "{name}_{part}"' for part in ("count", "zero", "sum")]
+        parts += [f'{_sum(f"{name}_{part}")} AS "{name}_{part}"' for part in ("count", "zero", "sum")]
         parts += [f'{part}("{name}_{part}") AS "{name}_{part}"' for part in ("min", "max")]
         parts += [f'NULL AS "{name}_{part}"' for part in ("idx", "cnt")]
     group = f" GROUP BY {names(by)}" if by else " HAVING count(*) > 0"
@@ -96,12 +102,12 @@ def _buckets(name: str, base: str, by: Sequence[str]) -> str:
     """Two named queries: a sketch's buckets added up, and gathered again with the ranks they reach."""
     keys = f"{names(by)}, " if by else ""
     flat = f'SELECT {keys}unnest("{name}_idx") AS idx, unnest("{name}_cnt") AS cnt FROM {base}'
-    added = f"SELECT {keys}idx, sum(cnt)::BIGINT AS cnt FROM ({flat}) GROUP BY {keys}idx"
+    added = f"SELECT {keys}idx, {_sum('cnt')} AS cnt FROM ({flat}) GROUP BY {keys}idx"
     over = f"PARTITION BY {names(by)} ORDER BY idx" if by else "ORDER BY idx"
     ranked = f"SELECT *, sum(cnt) OVER ({over}) AS reached FROM ({added})"
     gathered = (
         f"SELECT {keys}list(idx ORDER BY idx)::INTEGER[] AS idx, list(cnt ORDER BY idx)::BIGINT[] AS cnt, "
-        f"list(reached::BIGINT ORDER BY idx) AS reached FROM ({ranked})" + (f" GROUP BY {names(by)}" if by else "")
+        f"list(reached ORDER BY idx) AS reached FROM ({ranked})" + (f" GROUP BY {names(by)}" if by else "")
     )
     return f'"{name}_merged" AS ({gathered})'
 

@@ -72,7 +72,8 @@ def record_columns(kind: type[msgspec.Struct]) -> dict[str, str]:
         if inner is SketchWire:
             found.update({f"{field.name}_{part}": sql for part, sql in SKETCH.items()})
         else:
-            found[field.name] = _sql_type(inner)
+            # a map is read as JSON and stored as its text
+            found[field.name] = _sql_type(inner).replace("JSON", "VARCHAR")
     return found
 
 
@@ -105,9 +106,15 @@ def flattened(table: str) -> str:
     return ", ".join(parts)
 
 
-def stored_type(sql: str) -> str:
-    """How a column that is read as JSON is stored."""
-    return "VARCHAR" if sql == "JSON" else sql
+def folded_columns(fold: Fold) -> dict[str, str]:
+    """The columns of an hour or day table. A file that is older than one of them has none of it."""
+    minutes = {name: sql for table in fold.source for name, sql in minute_columns(table).items()}
+    found = {"slot_ms": "BIGINT", "last_ms": "BIGINT", "last_place": "BIGINT"}
+    found |= {name: minutes.get(name, "VARCHAR") for name in fold.labels}
+    found |= dict.fromkeys((*fold.sums, *fold.maxes, *fold.mins), "BIGINT")
+    found |= {name: minutes.get(name, "BIGINT") for name in fold.lasts}
+    found |= {f"{name}_{part}": sql for name in fold.sketches for part, sql in SKETCH.items()}
+    return found | (dict.fromkeys(("starts", "ends"), "BIGINT[]") if fold.spans else {})
 
 
 def _sketch_part(name: str, part: str) -> str:
@@ -145,7 +152,7 @@ _LENGTH = "(t_end_ms - t_start_ms)"
 def _weighted(name: str, column: str) -> dict[str, str]:
     """A mean over time as two sums: the value by the time it stood for, and that time."""
     return {
-        f"{name}_ms": f"coalesce({column} * {_LENGTH}, 0)",
+        f"{name}_ms": f"coalesce({column}::HUGEINT * {_LENGTH}, 0)",
         f"{name}_known_ms": f"CASE WHEN {column} IS NULL THEN 0 ELSE {_LENGTH} END",
     }
 
@@ -219,13 +226,14 @@ FOLDS: dict[str, Fold] = {
         labels=("node", "incarnation", "epoch"),
         sums=("batches", "unknown_records", "skewed_batches"),
         maxes=("last_seq", "dropped_batches", "skew_max_ms"),
-        mins=("first_seq", "since_ms"),
+        mins=("first_seq", "since_ms", "dropped_before"),
         lasts=("agent_version", "boot_id"),
         lift={
             "batches": "1",
             "skewed_batches": "CASE WHEN abs(coalesce(clock_skew_ms, 0)) > 2000 THEN 1 ELSE 0 END",
             "skew_max_ms": "abs(clock_skew_ms)",
             "first_seq": "seq",
+            "dropped_before": "dropped_batches",
             "last_seq": "seq",
             "since_ms": "t_start_ms",
         },

@@ -20,6 +20,7 @@ from shared.records import (
     PeerDown,
     PeerUp,
     SwapFinished,
+    ThrottleEnded,
     ThrottleEvent,
 )
 
@@ -30,6 +31,7 @@ GRACE_MS = 30_000
 MERGE_MS = 600_000
 """Incidents of one cause at one place that follow each other within this are one."""
 NEAR_MS = 300_000
+LONG_HEAT_MS = 6 * 3_600_000
 """How far before an incident its cause is looked for."""
 
 
@@ -76,7 +78,9 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
     """Judge the span up to ``now_ms``. Refused and cancelled requests count neither way."""
     ok = sum(s.requests for s in window.served if s.outcome == "ok")
     bad = sum(s.requests for s in window.served if s.outcome == "failed")
-    until = min(window.span.until_ms, now_ms)
+    # what was reported after the moment of judging is known, too
+    latest = max((b for node in window.nodes for _, b in window.reported(node)), default=0)
+    until = min(window.span.until_ms, max(now_ms, latest))
     known = {node: _gaps(window, node, until) for node in window.nodes}
     incidents = [one for found in known.values() for one in found] + _loaders(window) + _swaps(window) + _heat(window)
     merged = _merged(sorted(incidents, key=lambda i: (i.start_ms, i.node, i.scope)))
@@ -88,7 +92,7 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
         rack=_rack(list(tracks.values())),
         nodes=tuple(track.sums() for track in tracks.values()),
         incidents=tuple(_annotated(one, annotations) for one in merged),
-        lost_batches=sum(run.missing for run in window.runs) + _dropped(window),
+        lost_batches=sum(max(run.missing, run.dropped_batches - run.dropped_before) for run in window.runs),
     )
 
 
@@ -118,9 +122,11 @@ def _rack(mine: Sequence[_Track]) -> NodeUptime:
     if not mine:
         return NodeUptime(node="", up_s=0.0, idle_s=0.0, down_s=0.0, unknown_s=0.0, share=None)
     reported, up = at_least_one(t.reported for t in mine), at_least_one(t.up for t in mine)
-    down = mine[0].down
-    for track in mine[1:]:
-        down = _both(down, track.down)
+    since = min(t.first for t in mine)
+    down: Intervals = ((since, mine[0].until),)
+    for track in mine:
+        # before a node was there it could not be up
+        down = _both(down, union(((since, track.first), *track.down)))
     return _sums("", min(t.first for t in mine), mine[0].until, reported, up, down)
 
 
@@ -196,9 +202,9 @@ def _gaps(window: Window, node: str, until: int) -> list[Incident]:
 def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
     """Why a node said nothing, by the first of these that holds.
 
-    1. it was stopped in order; 2. models had just held more memory than there is; 3. it had just been throttled at the
-    worst level; 4. a swap had just begun or failed; 5. the machine was started again (another boot); 6. only the agent
-    was; 7. its peers could not reach it, and it came back without a restart.
+    1. it was stopped in order; 2. models had just held more memory than there is; 3. heat was slowing it; 4. a swap
+    had just begun or failed; 5. the machine was started again (another boot); 6. only the agent was; 7. its peers could
+    not reach it, and it came back without a restart.
     """
     begun = next(
         (r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS),
@@ -212,8 +218,8 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
         near = (start - NEAR_MS, start + JOIN_MS)
         if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
             return "out_of_memory", "memory ran short just before the agent ended", "give a model away, or lower rows"
-        if any(m.node == node and r.level in _WORST and _within(r.t_ms, near) for m, r in window.of(ThrottleEvent)):
-            return "heat", "the machine was at its hottest just before it ended", "more air, or a cooler place"
+        if _was_hot(window, node, start):
+            return "heat", "heat was slowing the machine when it ended", "more air, or a cooler place"
         if any(m.node == node and _within(r.t_ms, near) for m, r in window.of(SwapFinished)):
             return "deploy", "a swap had just ended on it", "compare the version with the one before"
         boots = {run.boot_id for run in window.runs if run.node == node}
@@ -227,6 +233,13 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
     if any(record.peer == node and start - GRACE_MS <= record.t_ms <= end for _, record in window.of(PeerDown)):
         return "network", "its peers could not reach it", "came back without a restart: look at the network"
     return None
+
+
+def _was_hot(window: Window, node: str, t_ms: int) -> bool:
+    """Whether throttling went on at that moment: begun, and not ended before."""
+    begun = [r.t_ms for m, r in window.of(ThrottleEvent) if m.node == node and r.t_ms <= t_ms]
+    ended = [r.t_ms for m, r in window.of(ThrottleEnded) if m.node == node and r.t_ms <= t_ms - NEAR_MS]
+    return bool(begun) and max(begun) > max(ended, default=0) and t_ms - max(begun) < LONG_HEAT_MS
 
 
 _WORST = ("trapping", "sleeping", "critical")
@@ -292,14 +305,14 @@ def _heat(window: Window) -> list[Incident]:
         Incident(
             node=meta.node,
             scope="heat",
-            start_ms=record.t_ms,
-            end_ms=record.t_ms + record.duration_us // 1000,
+            start_ms=record.start_ms,
+            end_ms=record.t_ms,
             cause="heat",
             text=f"thermal pressure rose to {record.level}",
             fix="more air, or a cooler place",
         )
-        for meta, record in window.of(ThrottleEvent)
-        if record.level in _WORST and not record.open_at_start
+        for meta, record in window.of(ThrottleEnded)
+        if record.level in _WORST
     ]
 
 
@@ -334,8 +347,3 @@ def _annotated(incident: Incident, annotations: Sequence[Annotation]) -> Inciden
                 confirmed=True,
             )
     return incident
-
-
-def _dropped(window: Window) -> int:
-    """Batches that nodes gave up because their spool was full."""
-    return sum(run.dropped_batches for run in window.runs)

@@ -86,34 +86,33 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     ttft_us_count: int
     ttft_us_zero: int
     ttft_us_sum: int
-    ttft_us_min: int | None
-    ttft_us_max: int | None
+    ttft_us_min: int | None = None
+    ttft_us_max: int | None = None
     ttft_us_idx: tuple[int, ...]
     ttft_us_cnt: tuple[int, ...]
     itl_us_count: int
     itl_us_zero: int
     itl_us_sum: int
-    itl_us_min: int | None
-    itl_us_max: int | None
+    itl_us_min: int | None = None
+    itl_us_max: int | None = None
     itl_us_idx: tuple[int, ...]
     itl_us_cnt: tuple[int, ...]
     total_us_count: int
     total_us_zero: int
     total_us_sum: int
-    total_us_min: int | None
-    total_us_max: int | None
+    total_us_min: int | None = None
+    total_us_max: int | None = None
     total_us_idx: tuple[int, ...]
     total_us_cnt: tuple[int, ...]
 
     def sketch(self, name: str) -> Sketch:
         """``ttft_us``, ``itl_us`` or ``total_us``."""
-        count, zero, total, low, high, idx, cnt = (
-            getattr(self, f"{name}_{part}") for part in ("count", "zero", "sum", "min", "max", "idx", "cnt")
+        zero, total, low, high, idx, cnt = (
+            getattr(self, f"{name}_{part}") for part in ("zero", "sum", "min", "max", "idx", "cnt")
         )
         sketch = Sketch()
         sketch.buckets = dict(zip(idx, cnt, strict=True))
         sketch.zero, sketch.sum, sketch.min, sketch.max = zero, total, low, high
-        assert sketch.count == count
         return sketch
 
 
@@ -219,6 +218,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     unknown_records: int = 0
     skewed_batches: int = 0
     skew_max_ms: int | None = None
+    dropped_before: int = 0
     agent_version: str | None = None
     boot_id: str | None = None
     since_ms: int = 0

@@ -21,7 +21,7 @@ from shared.records import RECORD_TYPES, Record, Unknown
 from shared.sketch import SketchWire, bucket_index
 
 SCHEMA_VERSION = 1
-MAX_SEGMENT_BYTES = 64 << 20
+MAX_SEGMENT_BYTES = 16 << 20
 """Refuse to unpack more than this: real segments are kilobytes."""
 MAX_COUNT = 1 << 46
 """No honest count, time in ms or us, or size in bytes of one window reaches this (2,200 years, 2 years, 70 TB); sums of
@@ -118,7 +118,9 @@ def _unpack(raw: bytes) -> Iterable[Batch]:
 
 
 def _mapping(raw: bytes) -> Any:
-    return msgpack.unpackb(raw, raw=False, strict_map_key=True)
+    return msgpack.unpackb(
+        raw, raw=False, strict_map_key=True, max_array_len=2 * MAX_RECORDS, max_map_len=4 * MAX_ITEMS
+    )
 
 
 def _typed(raw: bytes) -> Batch | None:

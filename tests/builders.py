@@ -136,7 +136,7 @@ _LABELS = {
     Demand: ("slot_ms", "model"),
     Asked: ("slot_ms", "model", "outcome"),
 }
-_LOWEST = ("disk_free_bytes", "first_seq", "since_ms")
+_LOWEST = ("disk_free_bytes", "first_seq", "since_ms", "dropped_before")
 _NEWEST = ("memory_budget_bytes", "need_bytes", "pinned", "agent_version", "boot_id")
 _HIGHEST = (
     *(
@@ -233,6 +233,7 @@ def _run_row(batch: Batch) -> dict[str, Any]:
         **meta._asdict(),
         "batches": 1,
         "first_seq": batch.seq,
+        "dropped_before": batch.dropped_batches,
         "last_seq": batch.seq,
         "since_ms": meta.t_start_ms,
         "skewed_batches": int(abs(skew or 0) > 2000),

@@ -7,7 +7,7 @@ import msgspec
 from aggregator import alerts, load, notify, publish
 from aggregator.alerts import AlertState, Notice
 from aggregator.config import AggregatorConfig
-from aggregator.window import facts_of
+from aggregator.window import facts_of, straightened
 from shared import keys
 from shared.errors import NotFound, RackError
 from shared.logs import get_logger
@@ -21,9 +21,11 @@ def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -
     state, stored = _read(store)
     # taken before reading: a node must not look silent because others took long to read
     now_ms = time.time_ns() // 1_000_000
+    if not state.cursors:
+        state = msgspec.structs.replace(state, cursors=load.beginnings(store))
     read_raw = load.fresh(store, config.rack, state.cursors)
     read_urgent = load.fresh(store, config.rack, state.cursors, keys.URGENT_PREFIX)
-    facts = [f for batch in (*read_urgent.batches, *read_raw.batches) for f in facts_of(batch)]
+    facts = [f for batch in (*read_urgent.batches, *read_raw.batches) for f in facts_of(straightened(batch))]
     state = alerts.observe(state, facts, now_ms, config.alerts)
     state = msgspec.structs.replace(state, cursors={**read_raw.cursors, **read_urgent.cursors})
     after, notices = alerts.evaluate(state, now_ms, config.alerts)

@@ -37,8 +37,13 @@ def run(
     def source_of(model: str, version: str) -> str | None:
         fitting = [(name, found) for name, found in versions if not version or found == version]
         own = [one for one in fitting if one[0] == model]
+        if not version and len(own) > 1:
+            named = ", ".join(found for _, found in own)
+            raise Refused(
+                f"apply: the bucket has several versions of {model} ({named}); assign one in desired.json first"
+            )
         pick = own or (fitting if version else [])
-        return f"{pick[-1][0]}@{pick[-1][1]}" if pick else None
+        return f"{pick[0][0]}@{pick[0][1]}" if pick else None
 
     state = acceptance.desired(report, chosen, before, source_of, time.time_ns() // 1_000_000)
     if not dry_run:

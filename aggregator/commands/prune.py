@@ -10,7 +10,6 @@ import msgspec
 from aggregator import load, parquet, publish
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Manifest
-from aggregator.tables import MINUTE_TABLES
 from shared import keys
 from shared.errors import NotFound, Refused
 from shared.store import ObjectStore, list_all
@@ -29,8 +28,8 @@ def run(config: AggregatorConfig, store: ObjectStore, now: datetime, dry_run: bo
     manifest = load.newest_manifest(store)
     raw = _raw(config, store, manifest, now)
     days = _days(config, manifest, now)
-    minute = [keys.minute_key(table, day) for day in days for table in MINUTE_TABLES]
-    minute = [key for key in minute if _is_there(store, key)]
+    old = {*days, *(day for day, made in manifest.days.items() if made.pruned)}
+    minute = [one.key for one in list_all(store, "minute/v1/") if _day_of(one.key) in old]
     if not dry_run:
         if days:
             gone = {day: msgspec.structs.replace(manifest.days[day], minute_files=0, pruned=True) for day in days}
@@ -88,5 +87,8 @@ def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], 
     return found
 
 
-def _is_there(store: ObjectStore, key: str) -> bool:
-    return any(one.key == key for one in store.list_after(key, "", limit=1))
+def _day_of(key: str) -> str:
+    try:
+        return keys.parse_table_key(key)[2]
+    except Refused:
+        return ""

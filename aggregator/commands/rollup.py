@@ -4,13 +4,21 @@ Much of it, a first run or the end of an outage, is done in pieces, each with a 
 processes as there are cores. Stopped anywhere, the next run does the rest.
 """
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -19,24 +27,34 @@ from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
 from shared import logs
 from shared.bucket import open_store
+from shared.errors import Retryable
 from shared.logs import get_logger
 from shared.store import ObjectStore
 
 PIECE_SEGMENTS = 12_000
 """Between two commits: a minute or so."""
+PIECE_BYTES, MOST_BYTES = 256 << 20, 16 << 20
+"""Of a piece, and of a segment: an agent's are 256 KiB at most."""
 FEW_SEGMENTS = 300
 """Not worth starting processes for."""
 MOST_PROCESSES = 8
 
 log = get_logger("aggregator.rollup")
 Told = Callable[[str], None]
+T = TypeVar("T")
+_TEMPORARY = "mlxrack-rollup-"
 
 
 def run(
-    config: AggregatorConfig, store: ObjectStore, environ: Mapping[str, str] | None = None, told: Told = lambda _: None
+    config: AggregatorConfig,
+    store: ObjectStore,
+    environ: Mapping[str, str] | None = None,
+    told: Told = lambda _: None,
+    again: bool = False,
 ) -> Manifest:
-    """Roll up everything new; returns the newest manifest. ``told`` hears of progress, ``environ`` resolves secrets for
-    further processes; without it there are none. Raises Retryable when another run was faster."""
+    """Roll up everything new; returns the newest manifest. ``told`` hears of progress, ``environ`` resolves secrets
+    for further processes; without it there are none. ``again`` reads every segment that is left once more. Raises
+    Retryable when another run was faster."""
     manifest = load.newest_manifest(store)
     lost, torn = load.missing(store, manifest)
     if lost:
@@ -44,16 +62,20 @@ def run(
         manifest = msgspec.structs.replace(
             manifest, cursors={}, days={day: made for day, made in manifest.days.items() if day not in lost}
         )
+    if again:
+        manifest = msgspec.structs.replace(manifest, cursors={})
+    _sweep()
     pending = load.pending(store, manifest.cursors)
     with _workers(config, store, environ, len(pending)) as workers:
         if torn:
             days = workers.renew(sorted(torn), {})
             if not pending:
                 manifest = _commit(store, manifest, {}, days, [])
-        for begin in range(0, len(pending), PIECE_SEGMENTS):
-            piece = pending[begin : begin + PIECE_SEGMENTS]
+        done = 0
+        for piece in _pieces(pending):
             manifest = _piece(config, store, workers, manifest, piece)
-            told(f"{begin + len(piece):,} of {len(pending):,} segments, {manifest.batches:,} batches in all")
+            done += len(piece)
+            told(f"{done:,} of {len(pending):,} segments, {manifest.batches:,} batches in all")
     return manifest
 
 
@@ -64,8 +86,9 @@ def _piece(
     manifest: Manifest,
     piece: Sequence[load.Pending],
 ) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix="mlxrack-") as name:
-        outcomes = workers.spill([one.key for one in piece], Path(name))
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as name:
+        outcomes = workers.spill([one.key for one in piece if one.size <= MOST_BYTES], Path(name))
+        outcomes += [_too_large(one) for one in piece if one.size > MOST_BYTES]
         fresh = ingest.spilled(Path(name))
         closed = [day for day in fresh if day in manifest.days and manifest.days[day].pruned]
         late = sum(ingest.lines(fresh.pop(day)) for day in closed)
@@ -74,6 +97,33 @@ def _piece(
         log.warning("too_late", batches=late, days=closed, reason="their minute tables are no longer kept")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
     return _commit(store, manifest, load.advanced(piece), days, outcomes)
+
+
+def _pieces(pending: Sequence[load.Pending]) -> Iterator[Sequence[load.Pending]]:
+    """Shares of a bounded number of segments and bytes."""
+    piece: list[load.Pending] = []
+    size = 0
+    for one in pending:
+        if piece and (len(piece) == PIECE_SEGMENTS or size + one.size > PIECE_BYTES):
+            yield piece
+            piece, size = [], 0
+        piece.append(one)
+        size += min(one.size, MOST_BYTES)
+    if piece:
+        yield piece
+
+
+def _too_large(one: load.Pending) -> ingest.Outcome:
+    """What no node sends is not even fetched."""
+    return ingest.Outcome(one.key, 0, 0, f"{one.key}: {one.size:,} bytes; a segment has at most {MOST_BYTES:,}")
+
+
+def _sweep() -> None:
+    """What a killed run left on this disk a day ago."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _commit(
@@ -124,14 +174,26 @@ class _Workers:
         started = [
             self._pool.submit(_spill, rack, list(share), folder / str(number)) for number, share in enumerate(shares)
         ]
-        return [outcome for one in started for outcome in one.result()]
+        return [outcome for share in _all(started) for outcome in share]
 
     def renew(self, days: Sequence[str], fresh: Mapping[str, Mapping[str, Sequence[Path]]]) -> dict[str, Day]:
         """Renew the tables of some days."""
         if self._pool is None:
             return {day: publish.renew_day(self._store, day, fresh.get(day, {})) for day in days}
         started: dict[str, Future[Day]] = {day: self._pool.submit(_renew, day, fresh.get(day, {})) for day in days}
-        return {day: one.result() for day, one in started.items()}
+        return dict(zip(started, _all(list(started.values())), strict=True))
+
+
+def _all(started: Sequence[Future[T]]) -> list[T]:
+    """Every result. When one fails nobody is left writing where files are about to be deleted."""
+    try:
+        return [one.result() for one in started]
+    except BrokenProcessPool:
+        raise Retryable("rollup: one of its processes ended, for want of memory perhaps; run again") from None
+    finally:
+        for one in started:
+            one.cancel()
+        wait(started)
 
 
 @contextmanager
@@ -157,7 +219,17 @@ _opened: list[ObjectStore] = []
 def _begin(config: AggregatorConfig, environ: Mapping[str, str]) -> None:
     """A further process: it logs only what is wrong, and has a connection of its own."""
     logs.configure(None, level="warning")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _opened.append(open_store(config.store, environ))
+
+
+def _end_with_parent() -> None:
+    """A run that is killed must not leave its helpers behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _spill(rack: str, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:

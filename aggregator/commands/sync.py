@@ -39,10 +39,13 @@ def run(
     """Copy everything that the target lacks. Raises Retryable when what was written cannot be read back."""
     done = Copied(clashes=[])
     seen = _seen(target)
+    # a manifest must not speak of what came after the tables were listed
+    last = {prefix: list_all(source, prefix) for prefix in LAST}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for prefix in (*(IMMUTABLE if raw else IMMUTABLE[1:]), *TABLES, *LAST):
             there = {one.key: one for one in list_all(target, prefix)}
-            wanted = [one for one in list_all(source, prefix) if _differs(one, there.get(one.key), seen, prefix)]
+            here = last[prefix] if prefix in last else list_all(source, prefix)
+            wanted = [one for one in here if _differs(one, there.get(one.key), seen, prefix)]
             done.present += len(there)
             results = pool.map(lambda one: _copy(source, target, one), wanted)
             for number, (one, (size, clash)) in enumerate(zip(wanted, results, strict=True), 1):

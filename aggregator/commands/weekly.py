@@ -53,7 +53,7 @@ def artifacts(
     was = cost.compute(last, config) if last.batches else None
     money = cost.compute(window, config, was)
     # prices of the day on which the span ended: run again later, a week is priced as it was then
-    apis = api_prices.compare(window, money.models, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
+    apis = api_prices.compare(window, money, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
     up = uptime.uptime(window, now_ms, known)
     score = scorecard.lines(window, up, apis, config.scorecard)
     place, evicted = placement.propose(window, config), eviction.report(window)

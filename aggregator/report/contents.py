@@ -119,7 +119,7 @@ def compose(window: Window, config: AggregatorConfig, now_ms: int, annotations: 
     heat = _thermal(window)
     money = cost.compute(window, config)
     until = datetime.fromtimestamp(window.span.until_ms / 1000, UTC)
-    apis = api_prices.compare(window, money.models, config, until)
+    apis = api_prices.compare(window, money, config, until)
     map_ = placement.propose(window, config)
     up = uptime.uptime(window, now_ms, annotations)
     evicted = eviction.report(window)
@@ -258,7 +258,11 @@ def _recommendations(
     found += [
         Recommendation(kind="placement", text=f"{m.action} {m.model} on {m.node}", because=m.reason) for m in map_.moves
     ]
-    found += [Recommendation(kind="placement", text=note, because="prompt-cache hits") for note in map_.notes]
+    cache = {setting.reason for setting in map_.settings}
+    found += [
+        Recommendation(kind="placement", text=note, because="prompt-cache hits" if note in cache else "placement")
+        for note in map_.notes
+    ]
     found += [
         Recommendation(
             kind="capacity",
@@ -268,7 +272,8 @@ def _recommendations(
         for row in evicted.rows
         if row.verdict == "placement" and row.evictions > 1
     ]
-    if len(map_.nodes) > 1:
+    touched = {m.node for m in map_.moves} | {m.source for m in map_.moves}
+    if len(map_.nodes) > 1 and not map_.short:
         found += [
             Recommendation(
                 kind="retirement",
@@ -276,7 +281,10 @@ def _recommendations(
                 because=f"its models worked {n.busy_share:.1%} of the time it reported",
             )
             for n in map_.nodes
-            if n.busy_share is not None and n.busy_share < IDLE_NODE and _reported_days(window, n.node) >= 7
+            if n.busy_share is not None
+            and n.busy_share < IDLE_NODE
+            and n.node not in touched
+            and _reported_days(window, n.node) >= 7
         ]
     found += [
         Recommendation(kind="operations", text=f"look into {i.scope} on {i.node}", because=f"{i.text}; {i.fix}")

@@ -7,6 +7,7 @@ from aggregator.api_prices import Comparisons
 from aggregator.cost import CostReport
 from aggregator.economics import Economics
 from aggregator.eviction import EvictionReport
+from aggregator.packing import WHOLE
 from aggregator.placement import PlacementReport
 from aggregator.report.page import Curve, Page, Section, table
 from aggregator.report.wording import NO_DATA, count, gb, money, share, span
@@ -104,9 +105,8 @@ def _moves(report: PlacementReport) -> Section:
 
 
 def _proof(report: PlacementReport) -> str:
-    if report.gap is not None and report.gap < 0.005:
-        return "No placement is better by more than half a per cent of its score: this is proven."
-    return f"The best placement is at most {report.gap:.0%} of the score away: this is proven."
+    which = "No placement" if len(report.nodes) <= WHOLE else "None of the placements that were looked at"
+    return f"{which} is better by more than {max(report.gap or 0.0, 0.005):.1%} of its score: this is proven."
 
 
 def cost(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
@@ -345,7 +345,10 @@ def uptime(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str
     """When the rack and its nodes answered, and what went wrong."""
     lead = "No node reported anything."
     if report.rack.share is not None:
+        known = report.rack.up_s + report.rack.idle_s + report.rack.down_s
         lead = f"The rack was up {report.rack.share:.3%} of the time that is known"
+        if report.rack.idle_s > 0.001 * known:
+            lead += f" (with a model ready {report.rack.up_s / known:.3%})"
         if report.request_share is not None:
             asked = report.requests_ok + report.requests_bad
             lead += f" and answered {report.request_share:.3%} of {asked:,} requests"

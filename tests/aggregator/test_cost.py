@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,7 +209,7 @@ def test_the_same_open_model_at_the_host_in_the_middle() -> None:
     made = window(batch([served("chat", requests=1000, prompt_tok=10**6, completion_tok=10**5), engine("chat")]))
     priced = config("n1", compare=[{"model": "chat", "same_as": "llama-3.3-70b-instruct", "frontier": "openai/gpt-4o"}])
     money = cost.compute(made, priced)
-    found = api_prices.compare(made, money.models, priced, AT)
+    found = api_prices.compare(made, money, priced, AT)
     (one,) = found.models
     assert len(one.hosts) >= 5
     assert one.lowest is not None
@@ -227,19 +228,45 @@ def test_what_no_host_offers_is_unknown_and_counts_for_nothing() -> None:
         compare=[{"model": "a", "same_as": "no-such-model-7b"}],
         api_prices=[{"model": "b", "name": "hosted", "input_per_m": 0.01, "output_per_m": 0.02}],
     )
-    found = api_prices.compare(made, cost.compute(made, priced).models, priced, AT)
+    found = api_prices.compare(made, cost.compute(made, priced), priced, AT)
     a, b = found.models
     assert (a.median, a.saving) == (None, None)
     assert "no host of no-such-model-7b" in a.why_not
     assert b.median == Decimal("0.000001"), "100 prompt tokens and 10 of an answer"
     assert found.covered is not None
-    assert found.ours is None, "nothing that is priced here is priced there"
+    assert found.covered == 0.0, "b's loader cost nothing here, so nothing is compared"
+
+
+def test_a_host_counts_once_and_work_of_unpriced_nodes_is_left_out() -> None:
+    wish = [{"model": "chat", "same_as": "llama-3.1-8b-instruct", "frontier": "openai/gpt-4o"}]
+    made = window(
+        batch([served("chat", requests=500, prompt_tok=10**6, completion_tok=10**5), engine("chat")]),
+        batch(
+            [served("chat", worker="n2", requests=500, prompt_tok=10**6, completion_tok=10**5), engine("chat")],
+            node="n2",
+        ),
+    )
+    both, one = (
+        api_prices.compare(made, cost.compute(made, c), c, AT).models[0]
+        for c in (config("n1", "n2", compare=wish), config("n1", compare=wish))
+    )
+    companies = [api_prices.company(host.provider) for host in both.hosts]
+    assert len(set(companies)) == len(companies)
+    assert both.times_cheaper == pytest.approx(one.times_cheaper)
+    assert one.median is not None
+    assert both.median == 2 * one.median
+    euros = config("n1", compare=wish, cost={"currency": "EUR"})
+    assert "cost.usd_rate" in api_prices.compare(made, cost.compute(made, euros), euros, AT).models[0].why_not
+    halves = config("n1", compare=wish, cost={"currency": "EUR", "usd_rate": 0.5})
+    half = api_prices.compare(made, cost.compute(made, halves), halves, AT).models[0].median
+    assert half is not None
+    assert abs(half * 2 - one.median) < Decimal("0.00001")
 
 
 def test_a_negative_saving_is_shown() -> None:
     made = window(batch([engine(), served()]))
     priced = config("n1", api_prices=[{"model": "m", "name": "x", "input_per_m": 0.01, "output_per_m": 0.02}])
-    (one,) = api_prices.compare(made, cost.compute(made, priced).models, priced, AT).models
+    (one,) = api_prices.compare(made, cost.compute(made, priced), priced, AT).models
     assert one.saving is not None
     assert one.saving < 0
 

@@ -92,6 +92,12 @@ def test_a_node_without_a_model_is_idle_and_the_rack_is_up_while_one_node_is() -
     assert (report.rack.up_s, report.rack.idle_s, report.rack.share) == (120.0, 0.0, 1.0)
 
 
+def test_what_was_reported_after_the_moment_of_judging_counts() -> None:
+    """A report of a period that is not over is judged up to the last full hour."""
+    report = uptime.uptime(window(batch([resident()]), restart(5)), T0)
+    assert (report.nodes[0].up_s, report.nodes[0].down_s, report.nodes[0].unknown_s) == (120.0, 240.0, 0.0)
+
+
 def test_incidents_that_follow_each_other_are_one() -> None:
     failed = [
         SwapFinished(

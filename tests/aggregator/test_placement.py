@@ -306,7 +306,7 @@ def test_steps_that_need_others_are_refused() -> None:
 
 def test_a_version_that_the_bucket_has_not_is_named() -> None:
     report = proposal()
-    with pytest.raises(Refused, match="the bucket has not version vb of b; on a node that serves it: mlxrack-agent"):
+    with pytest.raises(Refused, match="the bucket has not version va of a; on a node that serves it: mlxrack-agent"):
         acceptance.desired(report, acceptance.accepted(report, None), None, lambda *_: None, 1)
 
 
