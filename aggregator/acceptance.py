@@ -48,7 +48,10 @@ def desired(
     """
     old = before.nodes if before is not None else {}
     touched = sorted({move.node for move in chosen})
-    nodes = {**old, **{node: old.get(node, _standing(report, node, source_of)) for node in touched}}
+    nodes = dict(old)
+    for node in touched:
+        if node not in old:
+            nodes[node] = _standing(report, node, source_of)
     for move in chosen:
         others = tuple(a for a in nodes[move.node] if a.model != move.model)
         if move.action == "load":
