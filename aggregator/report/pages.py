@@ -123,7 +123,7 @@ def cost(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
                 )
                 if flagged
                 else None,
-                _models(report, before),
+                *_models(report, before),
                 _changes(report, before),
                 _apis(apis, report.currency),
                 _rows(report),
@@ -153,36 +153,54 @@ def _cost_lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
     return f"{text}."
 
 
-def _models(report: CostReport, before: str) -> Section:
+def _models(report: CostReport, before: str) -> list[Section]:
     c = report.currency
-    return Section(
-        title="Models",
-        table=table(
-            f"Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct /M | Loaded /M | Floor /M | "
-            f"Uncached /M | Cached /M | Answer /M | {before} | Change | Of direct",
-            [
-                (
-                    m.model,
-                    count(m.requests),
-                    count(m.prompt_tok),
-                    share(m.cached_tok / m.prompt_tok) if m.prompt_tok else NO_DATA,
-                    count(m.completion_tok),
-                    span(m.busy_s),
-                    money(m.direct_per_m, c),
-                    money(m.loaded_per_m, c),
-                    money(m.floor_per_m, c),
-                    money(m.uncached_per_m, c),
-                    money(m.cached_per_m, c),
-                    money(m.output_per_m, c),
-                    money(m.last_loaded_per_m, c),
-                    f"{m.change.ratio:.2f} x" if m.change is not None else NO_DATA,
-                    f"{m.change.direct_ratio:.2f} x" if m.change is not None else NO_DATA,
-                )
-                for m in report.models
-            ],
-            range(1, 15),
+    work = [
+        (
+            m.model,
+            count(m.requests),
+            count(m.prompt_tok),
+            share(m.cached_tok / m.prompt_tok) if m.prompt_tok else NO_DATA,
+            count(m.completion_tok),
+            span(m.busy_s),
+            money(m.direct, c),
+            money(m.loaded, c),
+        )
+        for m in report.models
+    ]
+    prices = [
+        (
+            m.model,
+            money(m.loaded_per_m, c),
+            money(m.direct_per_m, c),
+            money(m.floor_per_m, c),
+            money(m.uncached_per_m, c),
+            money(m.cached_per_m, c),
+            money(m.output_per_m, c),
+            money(m.last_loaded_per_m, c),
+            f"{m.change.ratio:.2f} x" if m.change is not None else NO_DATA,
+            f"{m.change.direct_ratio:.2f} x" if m.change is not None else NO_DATA,
+        )
+        for m in report.models
+    ]
+    return [
+        Section(
+            title="Per million tokens",
+            table=table(
+                f"Model | Loaded | Direct | Floor | Uncached | Cached | Answer | {before} | Change | Of direct",
+                prices,
+                range(1, 10),
+            ),
         ),
-    )
+        Section(
+            title="Work and money",
+            table=table(
+                "Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct cost | Loaded cost",
+                work,
+                range(1, 8),
+            ),
+        ),
+    ]
 
 
 def _changes(report: CostReport, before: str) -> Section | None:
@@ -211,7 +229,7 @@ _TERMS = ("rate", "utilisation", "cache", "prefill", "decode", "mix")
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+    return f"{value:+.4f}" if abs(value) >= 0.00005 else "0"
 
 
 def _apis(apis: Comparisons, currency: str) -> Section:
@@ -431,11 +449,11 @@ def _target(line: Line) -> str:
 def economics(report: Economics, currency: str) -> Page:
     """Whether to buy."""
     i = report.inputs
-    labels = tuple(f"month {m.month}" for m in report.months)
+    labels = ("the start", *(f"month {m.month}" for m in report.months))
     curve = Curve(
         title="Saved less paid",
         labels=labels,
-        lines=(("balance", tuple(float(m.balance) for m in report.months)),),
+        lines=(("balance", (-float(report.paid), *(float(m.balance) for m in report.months))),),
         unit=currency,
     )
     hinge_rows = [
