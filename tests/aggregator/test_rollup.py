@@ -164,7 +164,7 @@ def plain(found: Window) -> object:
     return made
 
 
-@settings(max_examples=20, **SLOW)
+@settings(max_examples=10, **SLOW)
 @given(histories(), st.randoms())
 def test_a_month_is_what_was_sent(made: list[Batch], dice: random.Random) -> None:
     """Tables written by SQL against sums in plain Python."""
@@ -175,7 +175,7 @@ def test_a_month_is_what_was_sent(made: list[Batch], dice: random.Random) -> Non
         assert plain(load.window(store, NOVEMBER)) == plain(window(*made, span=NOVEMBER))
 
 
-@settings(max_examples=15, **SLOW)
+@settings(max_examples=8, **SLOW)
 @given(histories(), st.sampled_from((0, 3_600_000, 5_400_000, 60_000 * 7)), st.integers(1, 50))
 def test_any_span_is_cut_out_exactly(made: list[Batch], offset_ms: int, hours: int) -> None:
     """Days, hours and minutes are read as needed, and nothing twice or not at all."""

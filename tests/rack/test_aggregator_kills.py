@@ -17,7 +17,7 @@ from shared.ids import NodeId
 from shared.store import ObjectStore, list_all
 from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
 
-KILLS = int(os.environ.get("MLXRACK_AGGREGATOR_KILLS", "8"))
+KILLS = int(os.environ.get("MLXRACK_AGGREGATOR_KILLS", "6"))
 SINCE_MS = 1_793_577_600_000
 """2026-11-02 00:00 UTC, a Monday."""
 RACK = MadeRack(
