@@ -31,13 +31,15 @@ WHOLE = 40
 
 class Copyable(msgspec.Struct, frozen=True, kw_only=True):
     """A model to be placed: bytes of one copy, how many copies, and the load of all of them together on nodes of speed
-    1 (2.5 keeps two and a half such nodes busy). ``only`` are the nodes it may stand on; none means any."""
+    1 (2.5 keeps two and a half such nodes busy). ``only`` are the nodes it may stand on; none means any. ``pinned`` are
+    nodes on which it stands and stays."""
 
     name: str
     need_bytes: int
     copies: int
     load: float
     only: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -142,7 +144,8 @@ def greedy(
     sign = -1 if large_first else 1
     order = sorted(models, key=lambda m: (sign * m.need_bytes, -m.load, m.name))
     for model in order:
-        here = sorted((n for m, n in now if m == model.name and _may(model, n)), key=lambda n: (load[n], n))
+        here = [n for m, n in now if m == model.name and n in free and _may(model, n)]
+        here.sort(key=lambda n: (n not in model.pinned, load[n], n))
         for node in here[: model.copies]:
             if free[node] >= model.need_bytes:
                 put(model, node)
@@ -225,6 +228,8 @@ class _Search:
             mine = self.models[name]
             for other, target in others:
                 its = self.models[other]
+                if self._stays(other, target):
+                    continue
                 if target == source or its.share >= mine.share or not self._fits(name, target):
                     continue
                 more = mine.need_bytes - its.need_bytes
@@ -233,7 +238,10 @@ class _Search:
 
     def _hot(self) -> list[tuple[str, str]]:
         hot = {n for n, r in self.rooms.items() if self.load[n] > r.limit + 1e-9}
-        return sorted(pair for pair in self.at if pair[1] in hot)
+        return sorted(pair for pair in self.at if pair[1] in hot and not self._stays(*pair))
+
+    def _stays(self, name: str, node: str) -> bool:
+        return node in self.models[name].pinned
 
     def _fits(self, name: str, target: str) -> bool:
         return (name, target) not in self.at and _may(self.models[name], target)
@@ -266,7 +274,7 @@ class _Search:
 
 
 def _may(model: Copyable, node: str) -> bool:
-    return not model.only or node in model.only
+    return not model.only or node in model.only or node in model.pinned
 
 
 def _copies(pairs: Placement, name: str) -> int:
@@ -325,6 +333,7 @@ def _solved(
         moved = (models[j].name, rooms[i].name) not in now
         # a hair's difference between equals, so that the same input always gives the same placement
         cost[v] = (cost_of_move(models[j]) if moved else 0.0) + 1e-6 * v / count
+        lower[v] = float(rooms[i].name in models[j].pinned and (models[j].name, rooms[i].name) in start)
     for j, model in enumerate(models):
         cost[count + j], upper[count + j] = SHORT, model.copies
     for i in range(n_rooms):

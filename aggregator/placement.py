@@ -198,7 +198,8 @@ def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> F
         least[name] = min(needed, max(1, len(allowed)))
         copies = max(least[name], len(here))
         need = max(r.need_bytes or 0 for r in stood)
-        models.append(Copyable(name=name, need_bytes=need, copies=copies, load=work, only=only))
+        pinned = tuple(r.node for r in here if r.pinned)
+        models.append(Copyable(name=name, need_bytes=need, copies=copies, load=work, only=only, pinned=pinned))
     evicted, versions = _evicted(window, {m.name for m in models}, load, config)
     models += evicted
     least |= {m.name: m.copies for m in evicted}
@@ -362,8 +363,9 @@ def _rooms(
         room = Room(name=name, budget_bytes=budget, speed=speeds[name])
         share = host.throttled_share if host is not None else None
         if share is not None and share > THROTTLED:
-            here = [m.share / room.speed for m in models if (m.name, name) in now]
-            room = msgspec.structs.replace(room, limit=min(CAP, sum(here) - min(here)) if here else 0.0)
+            here = [m.share / room.speed for m in models if (m.name, name) in now and name not in m.pinned]
+            load = packing.load_of(room, models, now)
+            room = msgspec.structs.replace(room, limit=max(0.0, min(CAP, load - min(here))) if here else min(CAP, load))
             why[name] = f"{name} was throttled {share:.1%} of the time"
         rooms.append(room)
     return tuple(rooms), why

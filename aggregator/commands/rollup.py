@@ -59,11 +59,10 @@ def run(
     lost, torn = load.missing(store, manifest)
     if lost:
         log.warning("tables_are_gone", days=sorted(lost), reason="all segments that are left are read again")
-        manifest = msgspec.structs.replace(
-            manifest, cursors={}, days={day: made for day, made in manifest.days.items() if day not in lost}
-        )
+        kept = {day: made for day, made in manifest.days.items() if day not in lost}
+        manifest = _from_the_start(msgspec.structs.replace(manifest, days=kept))
     if again:
-        manifest = msgspec.structs.replace(manifest, cursors={})
+        manifest = _from_the_start(manifest)
     _sweep()
     pending = load.pending(store, manifest.cursors)
     with _workers(config, store, environ, len(pending)) as workers:
@@ -97,6 +96,11 @@ def _piece(
         log.warning("too_late", batches=late, days=closed, reason="their minute tables are no longer kept")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
     return _commit(store, manifest, load.advanced(piece), days, outcomes)
+
+
+def _from_the_start(manifest: Manifest) -> Manifest:
+    """Nothing has been read yet, so nothing of it has been counted."""
+    return msgspec.structs.replace(manifest, cursors={}, segments=0, unknown_records=0, quarantined_total=0, too_late=0)
 
 
 def _pieces(pending: Sequence[load.Pending]) -> Iterator[Sequence[load.Pending]]:

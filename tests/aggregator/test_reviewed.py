@@ -232,3 +232,16 @@ def test_idle_nodes_are_paid_for_in_the_comparison() -> None:
     money = cost.compute(made, config)
     found = api_prices.compare(made, money, config, datetime(2026, 11, 1, tzinfo=UTC))
     assert found.ours == money.total
+
+
+def test_what_is_pinned_stays() -> None:
+    pinned = msgspec.structs.replace(resident("a"), pinned=True)
+    hot: list[Record] = [host(throttled=0.2), pinned, engine("a", busy_s=2), resident("b", version="vb")]
+    made = [batch([*hot, engine("b", version="vb", busy_s=20)], minute=n) for n in range(10)]
+    cool = [batch([host()], node="n2", minute=n) for n in range(10)]
+    report = placement.propose(window(*made, *cool))
+    assert [(m.action, m.model, m.node) for m in report.moves] == [("load", "b", "n2"), ("unload", "b", "n1")]
+    alone = placement.propose(
+        window(*(batch([host(throttled=0.2), pinned, engine("a", busy_s=20)], minute=n) for n in range(10)), *cool)
+    )
+    assert not alone.moves
