@@ -167,7 +167,8 @@ def test_hysteresis_small_gains_move_nothing() -> None:
     assert not placement.propose(window(*a, *b)).rebalance
 
 
-def test_every_move_says_why_and_what_declining_costs() -> None:
+def proposal() -> PlacementReport:
+    """A hot node with two models beside an empty one: the idle one is to move."""
     hot = [
         batch(
             [
@@ -181,7 +182,11 @@ def test_every_move_says_why_and_what_declining_costs() -> None:
         )
         for n in range(10)
     ]
-    report = placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
+    return placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
+
+
+def test_every_move_says_why_and_what_declining_costs() -> None:
+    report = proposal()
     load, unload = report.moves
     assert (load.action, load.source, load.gb, load.bound) == ("load", "n1", 1.0, "heat")
     assert load.load_before == 0.0
@@ -264,23 +269,6 @@ def test_a_studio_may_have_what_a_mini_has_not() -> None:
 
 
 # acceptance
-
-
-def proposal() -> PlacementReport:
-    hot = [
-        batch(
-            [
-                host(throttled=0.1),
-                resident("a", version="va"),
-                engine("a", version="va", busy_s=2),
-                resident("b", version="vb"),
-                engine("b", version="vb", busy_s=20),
-            ],
-            minute=n,
-        )
-        for n in range(10)
-    ]
-    return placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
 
 
 def test_an_accepted_proposal_becomes_the_next_generation_and_keeps_settings() -> None:
