@@ -134,7 +134,9 @@ class Daemon:
             self.ledger,
             self.sensors.all,
             engine_windows=self.pool.windows,
-            standing=lambda: (*self.pool.residents(), self.follower.observed(), *self.meters.drain()),
+            engine_so_far=self.pool.windows_so_far,
+            standing=lambda: (*self.pool.residents(), self.follower.observed()),
+            metered=self.meters.drain,
             budget_bytes=budget,
             once=(hardware(),),
             on_sample=self.host_metrics.sampled,
@@ -195,6 +197,7 @@ class Daemon:
             table = schedule.jobs(
                 self.config,
                 sample=self.sampler.tick,
+                keep=self.sampler.keep,
                 push=self.push,
                 follow=self.follower.tick,
             )
@@ -343,6 +346,8 @@ class Daemon:
             "state": self.pusher.state.state,
             "reason": self.pusher.state.reason,
             "waiting_batches": self.spool.count,
+            "held_windows": self.sampler.held_windows,
+            "disk_problem": self.sampler.disk_problem,
             "sent_batches": self.pusher.state.sent_batches,
             "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
         }

@@ -137,10 +137,14 @@ class Loaders:
         known = [self._reports[key]] if key in self._reports else []
         self._reports[key] = total_of([*known, reported])
 
+    def so_far(self) -> list[EngineWindow]:
+        """What was taken since the last window, loaders that ended meanwhile included."""
+        return [_window_of(model, version, reported) for (model, version), reported in self._reports.items()]
+
     def windows(self) -> list[EngineWindow]:
-        """What was taken since the last call, loaders that ended meanwhile included."""
-        taken, self._reports = self._reports, {}
-        return [_window_of(model, version, reported) for (model, version), reported in taken.items()]
+        """The same, and a fresh start."""
+        taken, self._reports = self.so_far(), {}
+        return taken
 
 
 def _window_of(model: str, version: str, reported: Reported) -> EngineWindow:

@@ -261,6 +261,11 @@ class Pool:
         await self.refresh()
         return self._loaders.windows()
 
+    async def windows_so_far(self) -> list[EngineWindow]:
+        """The same, which the next window will hold again."""
+        await self.refresh()
+        return self._loaders.so_far()
+
     async def refresh(self) -> None:
         """Ask every loader what it did since it was last asked."""
         for loaded in [*(slot.loaded for slot in self._slots), *self._loaders.retiring]:

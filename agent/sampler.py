@@ -1,9 +1,10 @@
-"""One tick: every collector with a deadline, the window's counts and events, one batch into the spool."""
+"""One tick: every collector with a deadline, the window's counts and events, one batch into the spool. In between, what
+the open window has counted is kept on disk: an agent that is killed loses a quarter of a window, not all of it."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from agent.collectors.inference import Ledger
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 class Sampler:
     """Closes windows. Everything that happened since the last tick is in exactly one batch. ``standing`` are records of
-    every window, ``once`` those of the first."""
+    every window, ``metered`` gives what outlets have counted away, ``once`` are those of the first."""
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class Sampler:
         collectors: Sequence[Collector],
         *,
         engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
+        engine_so_far: Callable[[], Awaitable[list[EngineWindow]]],
         standing: Callable[[], Sequence[Record]],
+        metered: Callable[[], Sequence[Record]] = tuple,
         once: Sequence[Record] = (),
         on_sample: Callable[[HostSample], None] = lambda _: None,
         budget_bytes: int,
@@ -47,7 +50,9 @@ class Sampler:
         self._ledger = ledger
         self._collectors = collectors
         self._engine_windows = engine_windows
+        self._engine_so_far = engine_so_far
         self._standing = standing
+        self._metered = metered
         self._once = tuple(once)
         self._on_sample = on_sample
         self._running: dict[str, asyncio.Future[Any]] = {}
@@ -61,9 +66,15 @@ class Sampler:
         self._unspooled: list[tuple[int, int, tuple[Record, ...]]] = []
         self._began_ms = wall_ms()
         self._ticking = asyncio.Lock()
-        self._ticks: set[asyncio.Task[None]] = set()
+        self._at_work: set[asyncio.Task[None]] = set()
         self.lost_windows = 0
+        self.disk_problem = ""
         self.last_sample: HostSample | None = None
+
+    @property
+    def held_windows(self) -> int:
+        """How many closed windows are in memory because the disk refuses them; ``disk_problem`` says why."""
+        return len(self._unspooled) if self.disk_problem else 0
 
     @property
     def hangs(self) -> bool:
@@ -94,9 +105,18 @@ class Sampler:
 
         Once begun it is finished, even when who asked for it is gone: half a tick would count its window twice.
         """
-        task = asyncio.create_task(self._tick())
-        self._ticks.add(task)
-        task.add_done_callback(self._ticks.discard)
+        await self._whole(self._tick())
+
+    async def keep(self) -> None:
+        """Put what the open window has counted so far on disk; sensors and outlets are read at its end only. A tick
+        that is at work, or windows that the disk has refused, come first."""
+        if not self._ticking.locked() and not self._unspooled:
+            await self._whole(self._keep())
+
+    async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._at_work.add(task)
+        task.add_done_callback(self._at_work.discard)
         await asyncio.shield(task)
 
     async def _tick(self) -> None:
@@ -111,12 +131,28 @@ class Sampler:
             ended = self._wall_ms()
             # a clock that was set back must not make a window that ends before it begins
             began, self._began_ms = min(self._began_ms, ended), ended
-            records: tuple[Record, ...] = (*self._once, *served, *windows, *self._standing(), host, *events)
+            records: tuple[Record, ...] = (
+                *self._once,
+                *served,
+                *windows,
+                *self._standing(),
+                *self._metered(),
+                host,
+                *events,
+            )
             self._once = ()
             self._unspooled.append((began, self._began_ms, records))
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
             self._unspooled = self._unspooled[-KEPT_BATCHES:]
             await self._spool_all()
+
+    async def _keep(self) -> None:
+        async with self._ticking:
+            windows = await self._engine_so_far()
+            records = (*self._once, *self._ledger.so_far(), *windows, *self._standing(), *self._events)
+            ended = self._wall_ms()
+            batch = self.batch(self._spool.next_seq(), records, min(self._began_ms, ended), ended)
+            await self._written(self._spool.keep, batch)
 
     def batch(self, seq: int, records: tuple[Record, ...], began_ms: int, ended_ms: int) -> Batch:
         """The envelope around some records."""
@@ -142,14 +178,21 @@ class Sampler:
         now = self._wall_ms()
         return self.batch(seq, events, now, now)
 
+    async def _written(self, write: Callable[[Batch], None], batch: Batch) -> bool:
+        try:
+            await asyncio.to_thread(write, batch)
+        except RackError as error:
+            self.disk_problem = error.message
+            log.error("spool_failed", code=error.code, reason=error.message, held=self.held_windows)
+            return False
+        self.disk_problem = ""
+        return True
+
     async def _spool_all(self) -> None:
         while self._unspooled:
             began, ended, records = self._unspooled[0]
             batch = self.batch(self._spool.next_seq(), records, began, ended)
-            try:
-                await asyncio.to_thread(self._spool.append, batch)
-            except RackError as error:
-                log.error("spool_failed", code=error.code, reason=error.message, kept=len(self._unspooled))
+            if not await self._written(self._spool.append, batch):
                 return
             self._unspooled.pop(0)
             log.info("window_closed", seq=batch.seq, records=len(records))

@@ -41,12 +41,16 @@ def jobs(
     config: AgentConfig,
     *,
     sample: Callable[[], Awaitable[object]],
+    keep: Callable[[], Awaitable[object]],
     push: Callable[[], Awaitable[object]],
     follow: Callable[[], Awaitable[object]],
 ) -> tuple[Job, ...]:
     """The agent's jobs."""
+    window_s = config.telemetry.sample_s
     return (
-        Job("sample", config.telemetry.sample_s, sample),
+        Job("sample", window_s, sample),
+        # between two windows' ends, never at one
+        Job("keep", window_s / 4, keep, later_s=window_s / 8),
         # a little after a window's end, so that the window is in it
         Job("push", config.telemetry.upload_s, push, later_s=min(2.0, config.telemetry.upload_s / 4)),
         Job("follow", config.desired.follow_s, follow, at_once=True),

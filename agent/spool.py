@@ -1,8 +1,10 @@
 """Batches on this node's disk until the store has them; blocking, to be used from a thread.
 
-A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. The
-oldest make room before the bounds would be passed, and are counted. Age is counted in batches, never by a clock: one
-that jumps must not cost a month of data. One agent at a time: a lock file says so.
+A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. What
+the window that is still open holds is kept in the same way under another name, which the finished batch takes over; an
+agent that was killed finds it at its next start. The oldest make room before the bounds would be passed, and are
+counted. Age is counted in batches, never by a clock: one that jumps must not cost a month of data. One agent at a
+time: a lock file says so.
 """
 
 import contextlib
@@ -21,10 +23,17 @@ import msgspec
 
 from shared.batch import Batch, decode, encode
 from shared.errors import Halt, Refused, Retryable
+from shared.logs import get_logger
 
+RESERVE_BYTES = 64 << 10
+"""Of the disk, set by for a start when nothing else is left of it: a node that cannot count can still answer."""
 KEPT_BAD = 100
 """Damaged or refused batches that are kept for a look."""
+_OPEN = ".open"
+_RESERVE = "reserve"
 _NAME = re.compile(r"e(\d{8,})-(\d{10,})\.batch")
+
+log = get_logger("agent.spool")
 
 
 class Identity(msgspec.Struct, kw_only=True):
@@ -72,6 +81,7 @@ class Spool:
         with _as_ours("open", self._folder):
             self._sweep()
             self.identity = self._identity(node, rack, hardware)
+            self._recover()
         self.first_run = self.identity.epoch == 0
         self.previous_clean = self.identity.clean
         self.identity.epoch += 1
@@ -80,6 +90,7 @@ class Spool:
         self._count, self._bytes = len(waiting), sum(one.size for one in waiting)
         self._make_room(0)
         self._write_identity()
+        self._set_by()
         self._seq = 0
 
     @property
@@ -96,17 +107,30 @@ class Spool:
         """The sequence number of the batch to be appended next."""
         return self._seq + 1
 
-    def append(self, batch: Batch) -> None:
-        """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
-        if (batch.epoch, batch.seq) != (self.epoch, self._seq + 1):
-            raise Refused(f"spool batch {batch.epoch}/{batch.seq}: expected {self.epoch}/{self._seq + 1}")
-        path, body = self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch", encode(batch)
+    def keep(self, batch: Batch) -> None:
+        """What the open window holds so far, in place of what was kept of it before. Raises Retryable when the disk
+        refuses; nothing that is sealed makes room on a full one for what is not yet."""
+        path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
-            self._write(path, body)
+            _write_synced(path.with_suffix(_OPEN), body)
+
+    def append(self, batch: Batch) -> None:
+        """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
+        path, body = self._path_of(batch), encode(batch)
+        with _as_ours("write", path):
+            self._make_room(len(body))
+            # over what was kept of it, and then by its own name: at every instant it is there once
+            self._write(path.with_suffix(_OPEN), body)
+            _renamed(path.with_suffix(_OPEN), path)
         self._seq = batch.seq
         with self._bounds:
             self._count, self._bytes = self._count + 1, self._bytes + len(body)
+
+    def _path_of(self, batch: Batch) -> Path:
+        if (batch.epoch, batch.seq) != (self.epoch, self._seq + 1):
+            raise Refused(f"spool batch {batch.epoch}/{batch.seq}: expected {self.epoch}/{self._seq + 1}")
+        return self._folder / f"e{batch.epoch:08d}-{batch.seq:010d}.batch"
 
     def waiting(self) -> list[Waiting]:
         """Batches not yet sent, oldest first."""
@@ -190,6 +214,14 @@ class Spool:
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
 
+    def _recover(self) -> None:
+        """What was kept of the window that was open when the last run was killed is its last batch."""
+        for kept in sorted(self._folder.glob(f"*{_OPEN}")):
+            path = kept.with_suffix(".batch")
+            if _NAME.fullmatch(path.name):
+                _renamed(kept, path)
+                log.info("open_window_recovered", batch=path.stem)
+
     def _identity(self, node: str, rack: str, hardware: str) -> Identity:
         path = self._folder / "identity.json"
         if not path.exists():
@@ -220,18 +252,29 @@ class Spool:
             self._write(self._folder / "identity.json", msgspec.json.encode(self.identity))
 
     def _write(self, path: Path, body: bytes) -> None:
-        """A disk that is full is asked once more after the oldest tenth has left: models and logs need it, too."""
+        """A disk that is full is asked once more after something has left: models and logs need it, too."""
         try:
             _write_synced(path, body)
         except OSError as error:
-            oldest = self.waiting()
-            if error.errno != errno.ENOSPC or not oldest:
+            if error.errno != errno.ENOSPC or not self._gave_way():
                 raise
-            for one in oldest[: 1 + len(oldest) // 10]:
-                if _unlinked(one.path):
-                    self._gone(one)
-                    self.dropped += 1
             _write_synced(path, body)
+
+    def _gave_way(self) -> bool:
+        """The oldest tenth leaves, or the reserve when nothing waits; False when there is neither."""
+        oldest = self.waiting()
+        for one in oldest[: 1 + len(oldest) // 10]:
+            if _unlinked(one.path):
+                self._gone(one)
+                self.dropped += 1
+        return bool(oldest) or _unlinked(self._folder / _RESERVE)
+
+    def _set_by(self) -> None:
+        reserve = self._folder / _RESERVE
+        if not reserve.exists():
+            # on a full disk there is none, until there is room again
+            with contextlib.suppress(OSError):
+                _write_synced(reserve, bytes(RESERVE_BYTES))
 
 
 @contextlib.contextmanager
@@ -258,10 +301,14 @@ def _write_synced(path: Path, body: bytes) -> None:
             file.write(body)
             file.flush()
             _sync(file.fileno())
-        temporary.replace(path)
+        _renamed(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _renamed(before: Path, path: Path) -> None:
+    before.replace(path)
     # it has its name, and is taken: what is left is only when the disk knows that
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

@@ -22,13 +22,7 @@ def status_text(s: dict[str, Any]) -> str:
     if s["swaps"]:
         rows = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
         lines += ["", table(("SWAP OF", "VERSIONS", "STATE", "NOTE"), rows)]
-    push = s["push"]
-    lines += [
-        "",
-        f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
-        + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
-        + (f"; {push['reason']}" if push["reason"] else ""),
-    ]
+    lines += ["", _telemetry(s["push"])]
     if s["meters"]:
         rows = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
         lines += ["", table(("METER", "NODES", "POWER", "NOTE"), rows)]
@@ -36,6 +30,15 @@ def status_text(s: dict[str, Any]) -> str:
         lines += ["", table(("SENSOR NOT READ", "WHY"), sorted(s["sources_failed"].items()))]
     lines += _desired_lines(s.get("desired"))
     return "\n".join(lines)
+
+
+def _telemetry(push: dict[str, Any]) -> str:
+    return (
+        f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
+        + (f", {push['held_windows']} in memory" if push["held_windows"] else "")
+        + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
+        + "".join(f"; {problem}" for problem in (push["reason"], push["disk_problem"]) if problem)
+    )
 
 
 def _watts(value: float | None) -> str:

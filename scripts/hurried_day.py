@@ -34,8 +34,10 @@ async def day(config: Path, hours: int) -> list[int]:
     looks = int(WINDOW_S / loaded.telemetry.poll_s)
     for _ in range(hours):
         for _ in range(60):
-            for _ in range(looks):
+            for look in range(1, looks + 1):
                 await daemon.poll()
+                if look % (looks // 4) == 0:
+                    await daemon.sampler.keep()
             await daemon.sampler.tick()
             if not await daemon.push():
                 raise SystemExit(f"nothing was sent: {daemon.pusher.state.reason or daemon.pusher.state.state}")

@@ -90,6 +90,8 @@ class HostMetrics(Collector):
     def _of_push(self) -> Iterator[Metric]:
         push = self._push()
         yield _gauge("spool_waiting_batches", "Batches that wait for the store.", push["waiting_batches"])
+        held = "Closed windows in memory, because the disk refuses them."
+        yield _gauge("spool_held_batches", held, push["held_windows"])
         yield _gauge("push_ok", "1 while batches get through, 0 while they wait.", push["state"] in ("ok", "idle"))
         dropped = CounterMetricFamily("mlxrack_spool_dropped_batches", "Batches lost to the spool's bounds.")
         dropped.add_metric([], push["dropped_batches"])

@@ -68,10 +68,14 @@ class Ledger:
         into.total.add(one.total_us)
         self._on_answered(one)
 
+    def so_far(self) -> list[Served]:
+        """The open window's records."""
+        return [_served(labels, one) for labels, one in sorted(self._sums.items())]
+
     def drain(self) -> list[Served]:
         """The window's records, and a fresh start."""
-        sums, self._sums = self._sums, {}
-        return [_served(labels, one) for labels, one in sorted(sums.items())]
+        served, self._sums = self.so_far(), {}
+        return served
 
 
 def _served(labels: Labels, one: _Sum) -> Served:

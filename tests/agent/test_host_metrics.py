@@ -56,7 +56,14 @@ METERS: list[dict[str, Any]] = [
 
 
 def host(clock: list[float] | None = None) -> HostMetrics:
-    push = {"state": "waiting", "reason": "x", "waiting_batches": 3, "sent_batches": 9, "dropped_batches": 2}
+    push = {
+        "state": "waiting",
+        "reason": "x",
+        "waiting_batches": 3,
+        "sent_batches": 9,
+        "dropped_batches": 2,
+        "held_windows": 1,
+    }
     ticks = clock if clock is not None else [0.0]
     return HostMetrics({"node": "n1", "rack": "r", "version": "1"}, lambda: push, lambda: METERS, lambda: ticks[0])
 
@@ -96,6 +103,7 @@ def test_everything_that_was_read_is_told_in_base_units() -> None:
         ("mlxrack_source_up", (("source", "ioreport"),)): 0,
         ("mlxrack_sample_age_seconds", ()): 30,
         ("mlxrack_spool_waiting_batches", ()): 3,
+        ("mlxrack_spool_held_batches", ()): 1,
         ("mlxrack_spool_dropped_batches_total", ()): 2,
         ("mlxrack_push_ok", ()): 0,
     }

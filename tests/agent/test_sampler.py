@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from agent import sampler as sampling
-from agent.collectors.inference import Ledger
+from agent.collectors.inference import Answered, Ledger
 from agent.collectors.reading import Reading, Source
 from agent.sampler import Sampler
 from agent.spool import Spool
+from shared.batch import Batch, decode
+from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Record, Resident, Served
 
 
 class Slow:
@@ -61,7 +63,12 @@ def sampler(spool: Spool, *collectors: Any) -> Sampler:
         return []
 
     return Sampler(
-        spool, Ledger(), collectors, engine_windows=windows, standing=lambda: (), budget_bytes=1, boot_id="b"
+        *(spool, Ledger(), collectors),
+        engine_windows=windows,
+        engine_so_far=windows,
+        standing=lambda: (),
+        budget_bytes=1,
+        boot_id="b",
     )
 
 
@@ -101,3 +108,102 @@ async def test_a_reading_that_comes_late_is_the_next_window_s(spool: Spool, monk
     await until(lambda: not one.hangs)
     assert (await one.sample()).swap_in_bytes == 1, "what it had counted is not lost"
     assert (await one.sample()).swap_in_bytes == 2
+
+
+def answered(tokens: int) -> Answered:
+    return Answered(model="m", outcome="ok", prompt_tok=3, completion_tok=tokens, total_us=5)
+
+
+class Counted(Sampler):
+    """With an engine that has made 10 tokens, a resident model and an outlet whose reading is given away once."""
+
+    def __init__(self, spool: Spool, **more: Any) -> None:
+        self.ledger = Ledger()
+        self.readings = [OutletReading(meter="o", nodes=("n",), power_mw=1, power_max_mw=1, energy_mj=1, covered_us=1)]
+
+        async def windows() -> list[EngineWindow]:
+            return [EngineWindow(model="m", version="v", decode_tok=10)]
+
+        super().__init__(
+            *(spool, self.ledger, ()),
+            engine_windows=windows,
+            engine_so_far=windows,
+            standing=lambda: (Resident(model="m", version="v", state="ready"),),
+            metered=self._take,
+            budget_bytes=1,
+            boot_id="b",
+            **more,
+        )
+
+    def _take(self) -> list[OutletReading]:
+        taken, self.readings = self.readings, []
+        return taken
+
+
+def kinds(records: tuple[Record, ...]) -> list[type]:
+    return [type(one) for one in records]
+
+
+def files(spool: Spool) -> dict[str, Batch]:
+    return {path.name: decode(path.read_bytes()) for path in spool._folder.glob("e*")}
+
+
+async def test_what_a_window_has_counted_is_kept_and_counted_once(spool: Spool) -> None:
+    one = Counted(spool)
+    one.ledger.record(answered(4))
+    one.emit(PeerDown(t_ms=1, peer="p", last_seen_ms=0))
+    await one.keep()
+    ((name, kept),) = files(spool).items()
+    assert (name, kept.seq) == ("e00000001-0000000001.open", 1)
+    assert kinds(kept.records) == [Served, EngineWindow, Resident, PeerDown]
+    assert await asyncio.to_thread(spool.waiting) == [], "nobody sends a window that is open"
+
+    one.ledger.record(answered(5))
+    await one.keep()
+    await one.tick()
+    ((name, sealed),) = files(spool).items()
+    assert (name, sealed.t_start_ms) == ("e00000001-0000000001.batch", kept.t_start_ms)
+    assert kinds(sealed.records) == [Served, EngineWindow, Resident, OutletReading, HostSample, PeerDown]
+    (served,) = [r for r in sealed.records if isinstance(r, Served)]
+    assert (served.requests, served.completion_tok) == (2, 9)
+
+    await one.keep()
+    following = files(spool)["e00000001-0000000002.open"]
+    assert kinds(following.records) == [EngineWindow, Resident], "the last window's is not in it"
+    assert following.t_start_ms == sealed.t_end_ms
+
+
+async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -> None:
+    slow = Slow()
+    one = sampler(spool, slow)
+    slow.go.clear()
+    closing = asyncio.create_task(one.tick())
+    await until(lambda: slow.reads == 1)
+    await one.keep()
+    assert files(spool) == {}
+    slow.go.set()
+    await closing
+    assert list(files(spool)) == ["e00000001-0000000001.batch"]
+
+
+async def test_a_disk_that_refuses_costs_nothing_that_is_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, body: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    one = Counted(spool)
+    one.ledger.record(answered(4))
+    with monkeypatch.context() as patched:
+        patched.setattr("agent.spool._write_synced", full)
+        await one.keep()
+        await one.tick()
+        assert (one.held_windows, one.disk_problem[-23:]) == (1, "No space left on device")
+        await one.keep()
+        assert files(spool) == {}
+    one.ledger.record(answered(5))
+    await one.keep()
+    assert files(spool) == {}, "the refused window comes first, under this number"
+    await one.tick()
+    first, second = files(spool).values() if len(files(spool)) == 2 else pytest.fail("two windows")
+    assert (one.held_windows, one.disk_problem) == (0, "")
+    tokens = {b.seq: [r.completion_tok for r in b.records if isinstance(r, Served)] for b in (first, second)}
+    assert tokens == {1: [4], 2: [5]}

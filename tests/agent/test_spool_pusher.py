@@ -405,8 +405,133 @@ def test_a_full_disk_costs_the_oldest_and_not_the_newest(tmp_path: Path, monkeyp
     assert (again.epoch, again.count) == (2, 16), "it starts, too"
 
 
+def test_a_start_on_a_full_disk_takes_what_was_set_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path).close(clean=True)
+    reserve, real = tmp_path / "reserve", spool_module._sync
+    assert reserve.stat().st_size == spool_module.RESERVE_BYTES
+
+    def full(descriptor: int) -> None:
+        if reserve.exists() or left.pop():
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    left = [True, False]  # what is freed is enough for the identity, not for another reserve
+    with monkeypatch.context() as patched:
+        patched.setattr(spool_module, "_sync", full)
+        again = opened(tmp_path)
+    assert (again.epoch, again.dropped, reserve.exists()) == (2, 0, False)
+    again.close(clean=True)
+    assert opened(tmp_path).epoch == 3
+    assert reserve.exists(), "there is room again"
+
+
+def test_a_full_disk_without_a_reserve_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool_module, "_sync", full)
+    with pytest.raises(Retryable, match="No space left"):
+        opened(tmp_path)
+
+
 def test_the_identity_is_plain_json(tmp_path: Path) -> None:
     opened(tmp_path).close(clean=True)
     assert {"node", "rack", "epoch", "incarnation", "spool_id", "hardware", "clean"} == set(
         json.loads((tmp_path / "identity.json").read_text())
     )
+
+
+def test_what_was_kept_of_an_open_window_is_the_last_batch_of_a_killed_run(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    fill(spool, 2)
+    for t_end in (10, 20):
+        spool.keep(msgspec.structs.replace(make(spool), t_end_ms=t_end))
+    assert [one.seq for one in spool.waiting()] == [1, 2]
+    spool._lock.close()  # as a kill does
+
+    again = opened(tmp_path)
+    assert [(one.epoch, one.seq) for one in again.waiting()] == [(1, 1), (1, 2), (1, 3)]
+    recovered = again.read(again.waiting()[-1])
+    assert recovered is not None
+    assert recovered.t_end_ms == 20
+    assert (again.count, again.epoch, again.next_seq()) == (3, 2, 1)
+    store = DirectoryStore(tmp_path / "bucket")
+    assert pusher(again, store).drain() == 3
+    assert read_all(store) == [(1, 1, 1), (1, 1, 2), (1, 1, 3)]
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_a_run_killed_between_two_renames_has_its_window_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Kept, kept again, sealed: five renames less the one of the kept; whichever is the last, one batch is found."""
+    spool, left = opened(tmp_path), [renames]
+
+    class KilledError(BaseException):
+        pass
+
+    def until_killed(before: Path, path: Path) -> None:
+        if not left[0]:
+            raise KilledError
+        left[0] -= 1
+        before.replace(path)
+
+    ends = {0: None, 1: 10, 2: 20, 3: 30, 4: 30}
+    with monkeypatch.context() as patched:
+        patched.setattr(spool_module, "_renamed", until_killed)
+        try:
+            spool.keep(msgspec.structs.replace(make(spool), t_end_ms=10))
+            spool.keep(msgspec.structs.replace(make(spool), t_end_ms=20))
+            spool.append(msgspec.structs.replace(make(spool), t_end_ms=30))
+        except KilledError:
+            pass
+    spool._lock.close()
+    again = opened(tmp_path)
+    found = [again.read(one) for one in again.waiting()]
+    assert [one.t_end_ms for one in found if one is not None] == [ends[renames]] * bool(renames)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.open"))
+
+
+def test_a_window_refused_at_its_last_step_is_taken_at_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(tmp_path)
+    spool.keep(make(spool))
+    calls: list[Path] = []
+
+    def fails_once(before: Path, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        before.replace(path)
+
+    monkeypatch.setattr(spool_module, "_renamed", fails_once)
+    with pytest.raises(Retryable, match="Input/output error"):
+        spool.append(make(spool))
+    assert (spool.waiting(), spool.next_seq()) == ([], 1)
+    spool.append(make(spool))
+    assert [path.name for path in tmp_path.glob("e*")] == ["e00000001-0000000001.batch"]
+
+
+def test_an_open_window_makes_no_sealed_one_leave_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = opened(tmp_path)
+    fill(spool, 20)
+
+    def full(path: Path, body: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool_module, "_write_synced", full)
+    with pytest.raises(Retryable, match="No space left"):
+        spool.keep(make(spool))
+    assert (len(spool.waiting()), spool.dropped) == (20, 0)
+
+
+def test_an_open_window_counts_for_the_bound(tmp_path: Path) -> None:
+    probe = opened(tmp_path / "probe")
+    size = len(encode(make(probe)))
+    spool = opened(tmp_path / "spool", max_bytes=10 * size)
+    fill(spool, 10)
+    spool.keep(make(spool))
+    assert sum(path.stat().st_size for path in (tmp_path / "spool").glob("e*")) <= 10 * size
+    assert spool.dropped == 1

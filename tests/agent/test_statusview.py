@@ -63,7 +63,15 @@ STATUS: dict[str, Any] = {
         {"node": "mini-3", "model": "chat", "state": "open", "for_s": 1.5, "reason": "peer mini-3: broke off"}
     ],
     "peers": [{"node": "mini-2", "state": "up", "models": ["chat"], "problem": ""}],
-    "push": {"state": "idle", "reason": "", "sent_batches": 5, "waiting_batches": 0, "dropped_batches": 0},
+    "push": {
+        "state": "idle",
+        "reason": "",
+        "sent_batches": 5,
+        "waiting_batches": 0,
+        "held_windows": 2,
+        "dropped_batches": 0,
+        "disk_problem": "spool: write s: No space left on device",
+    },
     "meters": [
         {"meter": "shelf", "nodes": ["mini-1", "mini-2"], "watts": 71.5, "problem": ""},
         {"meter": "spare", "nodes": ["mini-3"], "watts": None, "problem": "no answer within 4 s"},
@@ -89,7 +97,7 @@ def test_everything_that_matters_is_on_the_page() -> None:
         "warming  7 of 30 timed probes",
         "45bcb267 -> 6250d00b",
         "desired state: generation 3, drifted\n  chat serves a instead of b",
-        "telemetry: idle, 5 batches sent",
+        "telemetry: idle, 5 batches sent, 0 waiting, 2 in memory; spool: write s: No space left on device",
         "mini-3      chat   open   1.5 s  peer mini-3: broke off",
     ):
         assert part in text, part

@@ -1,5 +1,5 @@
 """An agent that is killed again and again while it samples and pushes to a store that fails: nothing that was sealed is
-lost, nothing is there twice, and what was not sealed is one window at most."""
+lost, nothing is there twice, and what was not sealed is less than one window."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,9 @@ from tests.rack.flaky_store import FlakyStore
 from tests.rack.harness import Agent, until
 
 KILLS = int(os.environ.get("MLXRACK_CRASHES", "12"))
-SAMPLE_S = 0.5
-SLACK_S = 1.5
-"""A window is closed a moment after it is due: sensors are read, files synced, on a busy machine."""
+SAMPLE_S = 1.0
+SLACK_S = 1.5 if KILLS < 100 else 0.0
+"""Beside other tests the machine is busy, and what is due is done later; alone, one window is the bound."""
 SPOOL_BYTES = 4 << 20
 
 
@@ -31,6 +32,14 @@ class Sealed(NamedTuple):
 
     epoch: int
     seq: int
+
+
+class Logged(NamedTuple):
+    """What the log says, over all runs: windows closed, those found open at the next start, and when each run began."""
+
+    sealed: set[Sealed]
+    recovered: set[Sealed]
+    began_ms: dict[int, int]
 
 
 def configured(folder: Path, endpoint: str, bucket: str) -> Agent:
@@ -49,9 +58,8 @@ def configured(folder: Path, endpoint: str, bucket: str) -> Agent:
     return agent
 
 
-def sealed_by(log: Path) -> set[Sealed]:
-    """What the log says was sealed, over all runs."""
-    found, epoch = set[Sealed](), 0
+def logged(log: Path) -> Logged:
+    found, epoch = Logged(set(), set(), {}), 0
     for path in sorted(log.parent.glob(log.name + "*"), key=lambda p: p.stat().st_mtime):
         for line in path.read_text(errors="replace").splitlines():
             try:
@@ -60,9 +68,16 @@ def sealed_by(log: Path) -> set[Sealed]:
                 continue  # cut by a kill
             if entry.get("event") == "agent_started":
                 epoch = entry["epoch"]
+                found.began_ms[epoch] = round(datetime.fromisoformat(entry["timestamp"]).timestamp() * 1000)
             elif entry.get("event") == "window_closed":
-                found.add(Sealed(epoch, entry["seq"]))
+                found.sealed.add(Sealed(epoch, entry["seq"]))
+            elif entry.get("event") == "open_window_recovered":
+                found.recovered.add(batch_named(entry["batch"]))
     return found
+
+
+def batch_named(stem: str) -> Sealed:
+    return Sealed(*map(int, stem[1:].split("-")))
 
 
 def arrived(store: ObjectStore) -> list[Batch]:
@@ -70,8 +85,14 @@ def arrived(store: ObjectStore) -> list[Batch]:
     return [batch for key in keys for batch in unseal(store.get(key).body)]
 
 
+def epoch_of(agent: Agent) -> int:
+    """The run's number; 0 when none has begun yet."""
+    identity = agent.state / "spool" / "identity.json"
+    return int(json.loads(identity.read_text())["epoch"]) if identity.exists() else 0
+
+
 def spool_bytes(agent: Agent) -> int:
-    return sum(path.stat().st_size for path in (agent.state / "spool").glob("*.batch"))
+    return sum(path.stat().st_size for path in (agent.state / "spool").glob("e*") if path.suffix != ".tmp")
 
 
 @pytest.mark.timeout(300 + 6 * KILLS)
@@ -89,10 +110,11 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
             flaky.gone = number % 10 in (7, 8) or 100 <= number < 160
             away_s += -flaky.gone * time.monotonic()
             agent.start(wait=False)
-            time.sleep(chance.uniform(0.3, 3.0))
-            epoch = json.loads((agent.state / "spool" / "identity.json").read_text())["epoch"] if number else 1
+            time.sleep(chance.uniform(0.3, 3.3))
+            epoch = epoch_of(agent)
             agent.kill()
-            killed_ms[epoch] = time.time_ns() // 1_000_000
+            # one that was killed before it had its number leaves that of the run before
+            killed_ms.setdefault(epoch, time.time_ns() // 1_000_000)
             away_s += flaky.gone * time.monotonic()
             largest = max(largest, spool_bytes(agent))
         flaky.gone = False
@@ -105,33 +127,41 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
         calls, failed = flaky.calls, flaky.failed
 
     log = next(path for path in tmp_path.glob("agent.jsonl"))
-    sealed, every = sealed_by(log), arrived(store)
+    (sealed, recovered, began_ms), every = logged(log), arrived(store)
     # an answer that was lost makes a segment be sent again, with what has come since: the same batch in two segments
     unique = {Sealed(batch.epoch, batch.seq): batch for batch in every}
     assert all(unique[Sealed(batch.epoch, batch.seq)] == batch for batch in every), "two batches under one number"
     # the last window of all may still wait: the store fails at the end, too
-    waiting = {Sealed(*map(int, path.stem[1:].split("-"))) for path in (agent.state / "spool").glob("*.batch")}
+    waiting = {batch_named(path.stem) for path in (agent.state / "spool").glob("*.batch")}
     print(
         f"{KILLS} kills; {calls} calls to the store, {failed} failed, {away_s:.0f} s away; {len(sealed)} windows "
-        f"sealed, {len(every)} batches arrived, {len(unique)} different, {len(waiting)} still wait; spool at most "
-        f"{largest} bytes"
+        f"sealed, {len(recovered)} recovered that were open; {len(every)} batches arrived, {len(unique)} different, "
+        f"{len(waiting)} still wait; spool at most {largest} bytes"
     )
     assert sealed, "it worked at all"
-    assert sealed <= unique.keys() | waiting, f"lost: {sorted(sealed - unique.keys() - waiting)[:5]}"
+    lost = (sealed | recovered) - unique.keys() - waiting
+    assert not lost, f"lost: {sorted(lost)[:5]}"
+    assert not sealed & recovered, "an open window that was closed is not recovered"
     batches = list(unique.values())
     assert largest <= SPOOL_BYTES
     by_epoch: dict[int, list[Batch]] = {}
     for batch in batches:
         by_epoch.setdefault(batch.epoch, []).append(batch)
-    worst_s = 0.0
+    # of a run that was killed before it had kept anything, all is unsealed
+    unsealed_ms = {e: killed_ms[e] - began for e, began in began_ms.items() if e in killed_ms and e not in by_epoch}
     for epoch, mine in by_epoch.items():
         mine.sort(key=lambda batch: batch.seq)
         assert [batch.seq for batch in mine] == list(range(1, len(mine) + 1)), f"epoch {epoch} has a gap"
         for before, after in itertools.pairwise(mine):
             assert after.t_start_ms == before.t_end_ms, "windows follow each other without a gap"
         if epoch in killed_ms:
-            worst_s = max(worst_s, (killed_ms[epoch] - mine[-1].t_end_ms) / 1000)
-    print(f"unsealed at a kill: at most {worst_s:.2f} s of windows of {SAMPLE_S} s")
+            unsealed_ms[epoch] = killed_ms[epoch] - mine[-1].t_end_ms
+    in_order = sorted(unsealed_ms.values())
+    worst_s, median_s = in_order[-1] / 1000, in_order[len(in_order) // 2] / 1000
+    print(
+        f"unsealed at {len(in_order)} kills: median {median_s:.2f} s, at most {worst_s:.2f} s, windows are "
+        f"{SAMPLE_S:g} s long"
+    )
     assert worst_s <= SAMPLE_S + SLACK_S
 
 
@@ -175,6 +205,8 @@ def _fill_for_ever(folder: Path, bound: int) -> None:  # pragma: no cover
         spool = Spool(folder, node="n", rack="r", hardware="h", max_bytes=bound, max_batches=10**6)
         while True:
             seq = spool.next_seq()
-            spool.append(Batch(rack="r", node="n", epoch=spool.epoch, seq=seq, t_start_ms=seq, t_end_ms=seq + 1))
+            batch = Batch(rack="r", node="n", epoch=spool.epoch, seq=seq, t_start_ms=seq, t_end_ms=seq + 1)
+            spool.keep(batch)
+            spool.append(batch)
     finally:
         os._exit(1)
