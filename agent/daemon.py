@@ -75,7 +75,7 @@ class Daemon:
         self._heat_descriptor: int | None = None
         self._scheduler: schedule.Scheduler | None = None
         self._clock_watch = schedule.ClockWatch(self._clock_was_set)
-        self.sensors = Sensors()
+        self.sensors = Sensors(state.absolute())
         self.meters = RackMeters(config.meters, environ)
         self._pushing = asyncio.Lock()
         self._telling = asyncio.Lock()
@@ -235,6 +235,7 @@ class Daemon:
 
     def _clock_was_set(self, jump_s: float) -> None:
         log.warning("clock_was_set", seconds=round(jump_s, 1))
+        self.pusher.clock_was_set()
         if self._scheduler is not None:
             schedule.realign(self._scheduler)
 

@@ -56,7 +56,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
         _port(config),
         _store(config, environ),
         *_peers(config, environ),
-        *_sensors(),
+        *_sensors(state),
         *_mac_only(),
     ]
 
@@ -129,9 +129,9 @@ def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
     return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows whether they answer")]
 
 
-def _sensors() -> list[Finding]:
+def _sensors(state: Path) -> list[Finding]:
     """Every source of every sensor: what it reads now, or why it does not."""
-    sensors = Sensors()
+    sensors = Sensors(state.absolute())
     try:
         return [
             _finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)

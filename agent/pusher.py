@@ -60,6 +60,7 @@ class Pusher:
         self._open_store = open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
+        self._skew_is_old = False
         self._clock = clock
         self._wall_ms = wall_ms
         self._random_01 = random_01
@@ -105,13 +106,20 @@ class Pusher:
             if isinstance(error, Retryable):
                 self._failed(error)
 
+    def clock_was_set(self) -> None:
+        """What the store told of this machine's clock no longer holds; its next answer does."""
+        self._skew_is_old = True
+
     def stop(self) -> None:
         """What is being sent is sent; the rest waits for the next run."""
         self._stopping.set()
 
     @property
     def clock_skew_ms(self) -> int | None:
-        """This machine's clock less the store's, as the store last told; None when it does not."""
+        """This machine's clock less the store's, as the store last told; None when it does not, or has not since this
+        clock was set."""
+        if self._skew_is_old:
+            return None
         store = self._store  # another thread may give it up at any moment
         return store.clock_skew_ms if store is not None else self._last_skew_ms
 
@@ -147,6 +155,7 @@ class Pusher:
             log.error("segment_refused", key=key, code=error.code, batches=len(batches))
             return
         self._spool.delete(files)
+        self._skew_is_old = False
         self.state.failures = 0  # it takes what we send; a long backlog must not wait as if it took nothing
         self.state.sent_batches += len(batches)
         self.state.sent_segments += 1

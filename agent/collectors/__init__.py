@@ -1,5 +1,7 @@
 """Sensors of the machine, one file per thing read: pure ``parse_*`` on top, a reader below."""
 
+from pathlib import Path
+
 from agent.collectors.chip import Chip
 from agent.collectors.host import HostCollector
 from agent.collectors.memory import MemoryCollector
@@ -10,16 +12,17 @@ from agent.collectors.thermal import ThermalCollector
 
 
 class Sensors:
-    """Every collector of this machine, in the order of the report. To be closed."""
+    """Every collector of this machine, in the order of the report; of its disks the one that ``folder`` lies on. To be
+    closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = Path("/")) -> None:
         self._powermetrics = PowermetricsStream.if_allowed()
         chip = Chip()
         self.thermal = ThermalCollector(
             chip, powermetrics=lambda: self._sample().level, also_failed=self._powermetrics_failed
         )
         power = PowerCollector(chip, powermetrics=self._soc_w)
-        self.all: tuple[Collector, ...] = (HostCollector(), MemoryCollector(), self.thermal, power)
+        self.all: tuple[Collector, ...] = (HostCollector(folder), MemoryCollector(), self.thermal, power)
 
     def close(self) -> None:
         """Give everything back."""

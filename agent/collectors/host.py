@@ -27,11 +27,12 @@ _SYSCTLS = (
 
 
 class HostCollector:
-    """Processor use since the last reading, and the space left for models and spool."""
+    """Processor use since the last reading, and the space left where ``folder``, models and spool, lies."""
 
     name = "host"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         # psutil's own cpu_percent remembers by thread, and readings come from any
         self._last = psutil.cpu_times()
 
@@ -44,7 +45,9 @@ class HostCollector:
 
     def read(self) -> Reading:
         before, self._last = self._last, psutil.cpu_times()
-        fields = {"disk_free_bytes": psutil.disk_usage("/").free}
+        # before the first start it is not there yet
+        there = next(one for one in (self._folder, *self._folder.parents) if one.exists())
+        fields = {"disk_free_bytes": psutil.disk_usage(str(there)).free}
         share = busy_ppm(before._asdict(), self._last._asdict())
         return Reading(fields if share is None else {**fields, "cpu_ppm": share}, {})
 

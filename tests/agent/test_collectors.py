@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from agent.collectors import Sensors, chip, macmon, memory, power, powermetrics,
 from agent.collectors.child import Child
 from agent.collectors.chip import Chip, MacmonPipe
 from agent.collectors.gauge import Gauge, Seen
-from agent.collectors.host import busy_ppm, hardware, hardware_of
+from agent.collectors.host import HostCollector, busy_ppm, hardware, hardware_of
 from agent.collectors.inference import Answered, Ledger
 from agent.collectors.memory import MemoryCollector
 from agent.collectors.power import Energy, PowerCollector, Rapl, energy_of, spent_uj
@@ -440,6 +441,19 @@ def test_psi() -> None:
     assert memory.parse_psi_total_us(raw) == 4242
     assert memory.parse_psi_total_us(b"some total=42") is None
     assert memory.parse_psi_total_us(b"") is None
+
+
+def test_free_space_is_that_of_the_disk_the_folder_lies_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def usage(path: str) -> object:
+        asked.append(path)
+        return type("Usage", (), {"free": 7})
+
+    monkeypatch.setattr(psutil, "disk_usage", usage)
+    assert HostCollector(tmp_path / "not" / "yet").read().fields["disk_free_bytes"] == 7
+    assert HostCollector(tmp_path).read().fields["disk_free_bytes"] == 7
+    assert asked == [str(tmp_path)] * 2
 
 
 def test_the_real_machine_can_be_read() -> None:

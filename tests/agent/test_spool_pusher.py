@@ -363,6 +363,26 @@ def test_no_jump_of_the_clock_drops_a_batch(tmp_path: Path) -> None:
     assert (len(spool.waiting()), spool.dropped) == (6, 0)
 
 
+def test_a_clock_that_was_set_is_unknown_until_the_store_answers(tmp_path: Path) -> None:
+    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
+    push = pusher(spool, store)
+    fill(spool, 1)
+    push.drain()
+    assert push.clock_skew_ms == 1_500
+    push.clock_was_set()
+    assert push.clock_skew_ms is None
+
+    def away(key: str, body: bytes) -> None:
+        raise Retryable("the store is away")
+
+    fill(spool, 1)
+    store.faults = [away]
+    assert push.drain() == 0
+    assert push.clock_skew_ms is None, "an outage tells nothing"
+    assert push.drain(force=True) == 1
+    assert push.clock_skew_ms == 1_500
+
+
 def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     with pytest.raises(Refused, match="expected 1/1"):
