@@ -218,9 +218,9 @@ class Spool:
         """What was kept of the window that was open when the last run was killed is its last batch."""
         for kept in sorted(self._folder.glob(f"*{_OPEN}")):
             path = kept.with_suffix(".batch")
-            if _NAME.fullmatch(path.name):
+            if match := _NAME.fullmatch(path.name):
                 _renamed(kept, path)
-                log.info("open_window_recovered", batch=path.stem)
+                log.info("window_recovered", of_epoch=int(match[1]), seq=int(match[2]))
 
     def _identity(self, node: str, rack: str, hardware: str) -> Identity:
         path = self._folder / "identity.json"

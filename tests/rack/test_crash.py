@@ -71,8 +71,8 @@ def logged(log: Path) -> Logged:
                 found.began_ms[epoch] = round(datetime.fromisoformat(entry["timestamp"]).timestamp() * 1000)
             elif entry.get("event") == "window_closed":
                 found.sealed.add(Sealed(epoch, entry["seq"]))
-            elif entry.get("event") == "open_window_recovered":
-                found.recovered.add(batch_named(entry["batch"]))
+            elif entry.get("event") == "window_recovered":
+                found.recovered.add(Sealed(entry["of_epoch"], entry["seq"]))
     return found
 
 
