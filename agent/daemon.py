@@ -74,6 +74,7 @@ class Daemon:
         self._steady: list[asyncio.Task[None]] = []
         self._heat_descriptor: int | None = None
         self._scheduler: schedule.Scheduler | None = None
+        self._jobs: tuple[schedule.Job, ...] = ()
         self._clock_watch = schedule.ClockWatch(self._clock_was_set)
         self.sensors = Sensors(state.absolute())
         self.meters = RackMeters(config.meters, environ)
@@ -134,9 +135,11 @@ class Daemon:
             self.ledger,
             self.sensors.all,
             engine_windows=self.pool.windows,
+            engine_refresh=self.pool.refresh,
             engine_so_far=self.pool.windows_so_far,
             standing=lambda: (*self.pool.residents(), self.follower.observed()),
             metered=self.meters.drain,
+            meter_problems=lambda: self.meters.problems,
             budget_bytes=budget,
             once=(hardware(),),
             on_sample=self.host_metrics.sampled,
@@ -194,14 +197,14 @@ class Daemon:
             await self._ask_gpu()
             self.follower.prepare()
             self.pool.start()
-            table = schedule.jobs(
+            self._jobs = schedule.jobs(
                 self.config,
                 sample=self.sampler.tick,
                 keep=self.sampler.keep,
                 push=self.push,
                 follow=self.follower.tick,
             )
-            scheduler = self._scheduler = schedule.start(table)
+            scheduler = self._scheduler = schedule.start(self._jobs)
             loop = asyncio.get_running_loop()
             steady = (
                 schedule.Job("probe", self.prober.every_s, self.prober.tick),
@@ -237,7 +240,7 @@ class Daemon:
         log.warning("clock_was_set", seconds=round(jump_s, 1))
         self.pusher.clock_was_set()
         if self._scheduler is not None:
-            schedule.realign(self._scheduler)
+            schedule.realign(self._scheduler, self._jobs)
 
     async def poll(self) -> None:
         """Look at the clock and at the sensors; heat is told at once."""

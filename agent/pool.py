@@ -261,9 +261,8 @@ class Pool:
         await self.refresh()
         return self._loaders.windows()
 
-    async def windows_so_far(self) -> list[EngineWindow]:
-        """The same, which the next window will hold again."""
-        await self.refresh()
+    def windows_so_far(self) -> list[EngineWindow]:
+        """What was asked for since the last call, which the next window will hold again."""
         return self._loaders.so_far()
 
     async def refresh(self) -> None:

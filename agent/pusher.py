@@ -60,7 +60,6 @@ class Pusher:
         self._open_store = open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
-        self._skew_is_old = False
         self._clock = clock
         self._wall_ms = wall_ms
         self._random_01 = random_01
@@ -107,8 +106,10 @@ class Pusher:
                 self._failed(error)
 
     def clock_was_set(self) -> None:
-        """What the store told of this machine's clock no longer holds; its next answer does."""
-        self._skew_is_old = True
+        """What the store told of this machine's clock no longer holds; a fresh client learns it from its first answer,
+        be it a refusal."""
+        self._last_skew_ms = None
+        self._store = None
 
     def stop(self) -> None:
         """What is being sent is sent; the rest waits for the next run."""
@@ -118,8 +119,6 @@ class Pusher:
     def clock_skew_ms(self) -> int | None:
         """This machine's clock less the store's, as the store last told; None when it does not, or has not since this
         clock was set."""
-        if self._skew_is_old:
-            return None
         store = self._store  # another thread may give it up at any moment
         return store.clock_skew_ms if store is not None else self._last_skew_ms
 
@@ -155,7 +154,6 @@ class Pusher:
             log.error("segment_refused", key=key, code=error.code, batches=len(batches))
             return
         self._spool.delete(files)
-        self._skew_is_old = False
         self.state.failures = 0  # it takes what we send; a long backlog must not wait as if it took nothing
         self.state.sent_batches += len(batches)
         self.state.sent_segments += 1
@@ -185,9 +183,10 @@ class Pusher:
         raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are taken", code="identity_clash")
 
     def _opened(self) -> ObjectStore:
-        if self._store is None:
-            self._store = self._open_store()
-        return self._store
+        store = self._store  # another thread may give it up at any moment
+        if store is None:
+            self._store = store = self._open_store()
+        return store
 
     def _failed(self, error: RackError) -> None:
         self.state.failures += 1

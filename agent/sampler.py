@@ -4,7 +4,7 @@ the open window has counted is kept on disk: an agent that is killed loses a qua
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from agent.collectors.inference import Ledger
@@ -17,6 +17,8 @@ from shared.logs import get_logger
 from shared.records import EngineWindow, Event, HostSample, Record
 
 COLLECTOR_DEADLINE_S = 10.0
+REFRESH_S = 2.0
+"""For so long loaders are waited for between two windows' ends."""
 KEPT_BATCHES = 60
 """Windows held in memory while the disk refuses them."""
 
@@ -35,9 +37,11 @@ class Sampler:
         collectors: Sequence[Collector],
         *,
         engine_windows: Callable[[], Awaitable[list[EngineWindow]]],
-        engine_so_far: Callable[[], Awaitable[list[EngineWindow]]],
+        engine_refresh: Callable[[], Awaitable[None]],
+        engine_so_far: Callable[[], list[EngineWindow]],
         standing: Callable[[], Sequence[Record]],
         metered: Callable[[], Sequence[Record]] = tuple,
+        meter_problems: Callable[[], Mapping[str, str]] = dict,
         once: Sequence[Record] = (),
         on_sample: Callable[[HostSample], None] = lambda _: None,
         budget_bytes: int,
@@ -50,9 +54,11 @@ class Sampler:
         self._ledger = ledger
         self._collectors = collectors
         self._engine_windows = engine_windows
+        self._engine_refresh = engine_refresh
         self._engine_so_far = engine_so_far
         self._standing = standing
         self._metered = metered
+        self._meter_problems = meter_problems
         self._once = tuple(once)
         self._on_sample = on_sample
         self._running: dict[str, asyncio.Future[Any]] = {}
@@ -89,7 +95,7 @@ class Sampler:
         """Read the machine now; a source that fails or hangs is named and the others count."""
         readings = await asyncio.gather(*(self._read(c) for c in self._collectors))
         fields: dict[str, Any] = {}
-        failed: dict[str, str] = {}
+        failed = {f"meter {name}": problem for name, problem in self._meter_problems().items()}
         for reading in readings:
             fields.update(reading.fields)
             failed.update(reading.failed)
@@ -110,7 +116,13 @@ class Sampler:
     async def keep(self) -> None:
         """Put what the open window has counted so far on disk; sensors and outlets are read at its end only. A tick
         that is at work, or windows that the disk has refused, come first."""
-        if not self._ticking.locked() and not self._unspooled:
+        if self._ticking.locked() or self._unspooled:
+            return
+        # a loader that does not answer must not keep the window from ending
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFRESH_S):
+                await self._engine_refresh()
+        if not self._ticking.locked():
             await self._whole(self._keep())
 
     async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
@@ -148,8 +160,8 @@ class Sampler:
 
     async def _keep(self) -> None:
         async with self._ticking:
-            windows = await self._engine_so_far()
-            records = (*self._once, *self._ledger.so_far(), *windows, *self._standing(), *self._events)
+            counted: list[Record] = [*self._ledger.so_far(), *self._engine_so_far()]
+            records: tuple[Record, ...] = (*self._once, *counted, *self._standing(), *self._events)
             ended = self._wall_ms()
             batch = self.batch(self._spool.next_seq(), records, min(self._began_ms, ended), ended)
             await self._written(self._spool.keep, batch)

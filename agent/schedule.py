@@ -50,7 +50,7 @@ def jobs(
     return (
         Job("sample", window_s, sample),
         # between two windows' ends, never at one
-        Job("keep", window_s / 4, keep, later_s=window_s / 8),
+        Job("keep", window_s / 4, keep, later_s=-window_s / 8),
         # a little after a window's end, so that the window is in it
         Job("push", config.telemetry.upload_s, push, later_s=min(2.0, config.telemetry.upload_s / 4)),
         Job("follow", config.desired.follow_s, follow, at_once=True),
@@ -75,11 +75,14 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
     return scheduler
 
 
-def realign(scheduler: AsyncIOScheduler) -> None:
+def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:
     """Every job's next run counts from now: the wall clock has been set, and what was due then is hours away, or
     long past."""
-    for job in scheduler.get_jobs():
-        job.reschedule(IntervalTrigger(seconds=job.trigger.interval.total_seconds(), timezone=dt.UTC))
+    now = dt.datetime.now(dt.UTC)
+    for job in table:
+        first = now + dt.timedelta(seconds=job.every_s + job.later_s)
+        trigger = IntervalTrigger(seconds=job.every_s, start_date=first, timezone=dt.UTC)
+        scheduler.reschedule_job(job.name, trigger=trigger)
 
 
 class ClockWatch:

@@ -65,6 +65,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._max_batches = max_batches
         self._bounds = threading.Lock()
+        self._naming = threading.Lock()
         self._count = self._bytes = 0
         self.dropped = 0
         with _as_ours("open", folder):
@@ -90,7 +91,6 @@ class Spool:
         self._count, self._bytes = len(waiting), sum(one.size for one in waiting)
         self._make_room(0)
         self._write_identity()
-        self._set_by()
         self._seq = 0
 
     @property
@@ -124,6 +124,7 @@ class Spool:
             self._write(path.with_suffix(_OPEN), body)
             _renamed(path.with_suffix(_OPEN), path)
         self._seq = batch.seq
+        self._set_by()
         with self._bounds:
             self._count, self._bytes = self._count + 1, self._bytes + len(body)
 
@@ -248,11 +249,18 @@ class Spool:
         return identity
 
     def _write_identity(self) -> None:
-        with _as_ours("write", self._folder):
-            self._write(self._folder / "identity.json", msgspec.json.encode(self.identity))
+        path = self._folder / "identity.json"
+        with _as_ours("write", path), self._naming:
+            try:
+                _write_synced(path, msgspec.json.encode(self.identity))
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not _unlinked(self._folder / _RESERVE):
+                    raise
+                self._write(path, msgspec.json.encode(self.identity))
+        self._set_by()
 
     def _write(self, path: Path, body: bytes) -> None:
-        """A disk that is full is asked once more after something has left: models and logs need it, too."""
+        """A disk that is full is asked once more after the oldest tenth has left: models and logs need it, too."""
         try:
             _write_synced(path, body)
         except OSError as error:
@@ -261,13 +269,12 @@ class Spool:
             _write_synced(path, body)
 
     def _gave_way(self) -> bool:
-        """The oldest tenth leaves, or the reserve when nothing waits; False when there is neither."""
         oldest = self.waiting()
         for one in oldest[: 1 + len(oldest) // 10]:
             if _unlinked(one.path):
                 self._gone(one)
                 self.dropped += 1
-        return bool(oldest) or _unlinked(self._folder / _RESERVE)
+        return bool(oldest)
 
     def _set_by(self) -> None:
         reserve = self._folder / _RESERVE

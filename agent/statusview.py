@@ -26,8 +26,10 @@ def status_text(s: dict[str, Any]) -> str:
     if s["meters"]:
         rows = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
         lines += ["", table(("METER", "NODES", "POWER", "NOTE"), rows)]
-    if s["sources_failed"]:
-        lines += ["", table(("SENSOR NOT READ", "WHY"), sorted(s["sources_failed"].items()))]
+    # a meter's problem stands beside the meter
+    silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
+    if silent:
+        lines += ["", table(("SENSOR NOT READ", "WHY"), silent)]
     lines += _desired_lines(s.get("desired"))
     return "\n".join(lines)
 

@@ -99,12 +99,19 @@ class HostMetrics(Collector):
 
     def _of_meters(self) -> Iterator[Metric]:
         wall = GaugeMetricFamily("mlxrack_wall_power_watts", "Power at a metered outlet.", labels=["meter", "nodes"])
+        spent = CounterMetricFamily(
+            "mlxrack_wall_energy_joules",
+            "Energy through a metered outlet, by closed windows.",
+            labels=["meter", "nodes"],
+        )
         up = GaugeMetricFamily("mlxrack_meter_up", "1 while the meter answers.", labels=["meter"])
         for meter in self._meters():
-            up.add_metric([meter["meter"]], 0.0 if meter["problem"] else 1.0)
+            labels = [meter["meter"], ",".join(meter["nodes"])]
+            up.add_metric(labels[:1], 0.0 if meter["problem"] else 1.0)
+            spent.add_metric(labels, meter["joules"])
             if meter["watts"] is not None:
-                wall.add_metric([meter["meter"], ",".join(meter["nodes"])], meter["watts"])
-        yield from (wall, up)
+                wall.add_metric(labels, meter["watts"])
+        yield from (wall, spent, up)
 
     def _of_levels(self, sample: HostSample) -> Iterator[Metric]:
         if sample.thermal_level in LEVELS:

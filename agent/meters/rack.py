@@ -37,6 +37,7 @@ class RackMeters:
         self._clock = clock
         self._gauges = {meter.name: Gauge() for meter in meters}
         self._last: dict[str, float] = {}
+        self._energy_mj: dict[str, int] = {}
         self.problems: dict[str, str] = {}
         self._snmp = SnmpClient()
 
@@ -53,13 +54,15 @@ class RackMeters:
         for meter in self._meters:
             seen = self._gauges[meter.name].close(now)
             if seen is not None and seen.covered_s > 0:
+                energy_mj = round(seen.mean * seen.covered_s * 1000)
+                self._energy_mj[meter.name] = self._energy_mj.get(meter.name, 0) + energy_mj
                 found.append(
                     OutletReading(
                         meter=meter.name,
                         nodes=meter.nodes,
                         power_mw=round(seen.mean * 1000),
                         power_max_mw=round(seen.most * 1000),
-                        energy_mj=round(seen.mean * seen.covered_s * 1000),
+                        energy_mj=energy_mj,
                         covered_us=round(seen.covered_s * 1e6),
                     )
                 )
@@ -72,6 +75,7 @@ class RackMeters:
                 "meter": meter.name,
                 "nodes": list(meter.nodes),
                 "watts": self._last.get(meter.name),
+                "joules": self._energy_mj.get(meter.name, 0) / 1000,
                 "problem": self.problems.get(meter.name, ""),
             }
             for meter in self._meters

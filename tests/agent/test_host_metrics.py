@@ -50,8 +50,8 @@ FULL = HostSample(
     sources_failed={"ioreport": "not installed"},
 )
 METERS: list[dict[str, Any]] = [
-    {"meter": "shelf", "nodes": ["n1", "n2"], "watts": 71.5, "problem": ""},
-    {"meter": "spare", "nodes": ["n3"], "watts": None, "problem": "no answer"},
+    {"meter": "shelf", "nodes": ["n1", "n2"], "watts": 71.5, "joules": 143.0, "problem": ""},
+    {"meter": "spare", "nodes": ["n3"], "watts": None, "joules": 0.0, "problem": "no answer"},
 ]
 
 
@@ -106,6 +106,7 @@ def test_everything_that_was_read_is_told_in_base_units() -> None:
         ("mlxrack_spool_held_batches", ()): 1,
         ("mlxrack_spool_dropped_batches_total", ()): 2,
         ("mlxrack_push_ok", ()): 0,
+        ("mlxrack_wall_energy_joules_total", (("meter", "shelf"), ("nodes", "n1,n2"))): 143.0,
     }
     assert {key: found.get(key) for key in expected} == pytest.approx(expected)
     assert ("mlxrack_wall_power_watts", (("meter", "spare"), ("nodes", "n3"))) not in found

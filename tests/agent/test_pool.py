@@ -352,12 +352,13 @@ async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> N
         await pool.load("a")
         await answer(pool, "a", tokens=7)
         await pool.unload("a")
+        await pool.refresh()
         for _ in range(2):
-            (so_far,) = await pool.windows_so_far()
+            (so_far,) = pool.windows_so_far()
             assert so_far.decode_tok == 7, "asked for again, it is still there"
         (window,) = await pool.windows()
         assert (window.model, window.decode_tok) == ("a", 7)
-        assert await pool.windows_so_far() == []
+        assert pool.windows_so_far() == []
 
 
 async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     one.close(clean=True)
 
 
+async def nothing() -> None: ...
+
+
 def sampler(spool: Spool, *collectors: Any) -> Sampler:
     async def windows() -> list[Any]:
         return []
@@ -65,7 +68,8 @@ def sampler(spool: Spool, *collectors: Any) -> Sampler:
     return Sampler(
         *(spool, Ledger(), collectors),
         engine_windows=windows,
-        engine_so_far=windows,
+        engine_refresh=nothing,
+        engine_so_far=list,
         standing=lambda: (),
         budget_bytes=1,
         boot_id="b",
@@ -117,22 +121,25 @@ def answered(tokens: int) -> Answered:
 class Counted(Sampler):
     """With an engine that has made 10 tokens, a resident model and an outlet whose reading is given away once."""
 
-    def __init__(self, spool: Spool, **more: Any) -> None:
+    def __init__(self, spool: Spool, refresh: Callable[[], Awaitable[None]] = nothing) -> None:
         self.ledger = Ledger()
         self.readings = [OutletReading(meter="o", nodes=("n",), power_mw=1, power_max_mw=1, energy_mj=1, covered_us=1)]
 
-        async def windows() -> list[EngineWindow]:
+        def so_far() -> list[EngineWindow]:
             return [EngineWindow(model="m", version="v", decode_tok=10)]
+
+        async def windows() -> list[EngineWindow]:
+            return so_far()
 
         super().__init__(
             *(spool, self.ledger, ()),
             engine_windows=windows,
-            engine_so_far=windows,
+            engine_refresh=refresh,
+            engine_so_far=so_far,
             standing=lambda: (Resident(model="m", version="v", state="ready"),),
             metered=self._take,
             budget_bytes=1,
             boot_id="b",
-            **more,
         )
 
     def _take(self) -> list[OutletReading]:
@@ -184,6 +191,30 @@ async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -
     slow.go.set()
     await closing
     assert list(files(spool)) == ["e00000001-0000000001.batch"]
+
+
+async def test_a_loader_that_does_not_answer_keeps_no_window_open(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs() -> None:
+        await asyncio.sleep(60)
+
+    one = Counted(spool, hangs)
+    one.ledger.record(answered(4))
+    keeping = asyncio.create_task(one.keep())
+    await asyncio.sleep(0.01)
+    await one.tick()
+    assert list(files(spool)) == ["e00000001-0000000001.batch"], "closed meanwhile"
+    keeping.cancel()
+    monkeypatch.setattr(sampling, "REFRESH_S", 0.05)
+    await one.keep()
+    assert "e00000001-0000000002.open" in files(spool), "what is known without it is kept"
+
+
+async def test_a_meter_that_cannot_be_read_is_named_in_the_window(spool: Spool) -> None:
+    one = Counted(spool)
+    one._meter_problems = lambda: {"shelf": "refuses the password"}
+    assert (await one.sample()).sources_failed == {"meter shelf": "refuses the password"}
 
 
 async def test_a_disk_that_refuses_costs_nothing_that_is_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agent import schedule
+from agent.config import AgentConfig, Node
 from agent.schedule import ClockWatch, Job
 
 
@@ -33,7 +34,8 @@ async def test_jobs_go_on_after_the_clock_was_set_back(monkeypatch: pytest.Monke
         nonlocal runs
         runs += 1
 
-    scheduler = schedule.start((Job("sample", 0.2, run),))
+    table = (Job("sample", 0.2, run),)
+    scheduler = schedule.start(table)
     try:
         await asyncio.sleep(0.7)
         assert runs >= 2
@@ -43,9 +45,31 @@ async def test_jobs_go_on_after_the_clock_was_set_back(monkeypatch: pytest.Monke
         before = runs
         await asyncio.sleep(0.5)
         assert runs == before
-        schedule.realign(scheduler)
+        schedule.realign(scheduler, table)
         await asyncio.sleep(0.7)
         assert runs >= before + 2
+    finally:
+        scheduler.shutdown(wait=False)
+
+
+async def test_after_a_jump_jobs_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None: ...
+
+    config = AgentConfig(node=Node(id="n", rack="r"))
+    table = schedule.jobs(config, sample=run, keep=run, push=run, follow=run)
+    assert [(job.name, job.every_s, job.later_s) for job in table] == [
+        ("sample", 60.0, 0.0),
+        ("keep", 15.0, -7.5),
+        ("push", 60.0, 2.0),
+        ("follow", config.desired.follow_s, 0.0),
+    ]
+    scheduler = schedule.start(table)
+    try:
+        for _ in range(2):
+            planned = {job.id: job.next_run_time for job in scheduler.get_jobs()}
+            assert (planned["push"] - planned["sample"]).total_seconds() == pytest.approx(2.0, abs=0.1)
+            assert (planned["sample"] - planned["keep"]).total_seconds() == pytest.approx(52.5, abs=0.1)
+            schedule.realign(scheduler, table)
     finally:
         scheduler.shutdown(wait=False)
 

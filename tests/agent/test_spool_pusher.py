@@ -364,23 +364,44 @@ def test_no_jump_of_the_clock_drops_a_batch(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_was_set_is_unknown_until_the_store_answers(tmp_path: Path) -> None:
-    spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
-    push = pusher(spool, store)
-    fill(spool, 1)
-    push.drain()
-    assert push.clock_skew_ms == 1_500
-    push.clock_was_set()
-    assert push.clock_skew_ms is None
+    """A refusal is an answer, too: a store that finds the clock too far off says so by what it tells."""
+
+    class Telling(Flaky):
+        skew_ms: int | None = None
+
+        @property
+        def clock_skew_ms(self) -> int | None:  # type: ignore[override]
+            return self.skew_ms
+
+    def refuses(key: str, body: bytes) -> None:
+        stores[-1].skew_ms = 7_200_000
+        raise Halt("this machine's clock is too far from the store's; set it", code="clock_skew")
 
     def away(key: str, body: bytes) -> None:
         raise Retryable("the store is away")
 
+    def opened_store() -> Telling:
+        stores.append(Telling(tmp_path / "b"))
+        stores[-1].faults = faults
+        return stores[-1]
+
+    spool, stores, faults = opened(tmp_path / "s"), list[Telling](), list[Callable[[str, bytes], None]]()
+    push = Pusher(spool, opened_store, clock=lambda: 0.0, random_01=lambda: 0.5, pace_s=0.0)
     fill(spool, 1)
-    store.faults = [away]
-    assert push.drain() == 0
+    assert push.drain() == 1
+    stores[-1].skew_ms = 40
+    assert push.clock_skew_ms == 40
+    push.clock_was_set()
+    assert push.clock_skew_ms is None
+    fill(spool, 1)
+    faults[:] = [away]
+    assert push.drain(force=True) == 0
     assert push.clock_skew_ms is None, "an outage tells nothing"
+    faults[:] = [refuses]
+    assert push.drain(force=True) == 0
+    assert push.state.state == "refused"
+    assert push.clock_skew_ms == 7_200_000
     assert push.drain(force=True) == 1
-    assert push.clock_skew_ms == 1_500
 
 
 def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:
@@ -422,27 +443,43 @@ def test_a_full_disk_costs_the_oldest_and_not_the_newest(tmp_path: Path, monkeyp
     spool.close(clean=True)
     refusals.append(1)
     again = opened(tmp_path)
-    assert (again.epoch, again.count) == (2, 16), "it starts, too"
+    assert (again.epoch, again.count) == (2, 18), "a start takes what was set by, and no batch"
 
 
-def test_a_start_on_a_full_disk_takes_what_was_set_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened(tmp_path).close(clean=True)
-    reserve, real = tmp_path / "reserve", spool_module._sync
+@pytest.mark.parametrize("waiting", [0, 20])
+def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    spool = opened(tmp_path)
+    fill(spool, waiting)
+    spool.close(clean=True)
+    reserve, real = tmp_path / "reserve", spool_module._write_synced
     assert reserve.stat().st_size == spool_module.RESERVE_BYTES
 
-    def full(descriptor: int) -> None:
-        if reserve.exists() or left.pop():
+    def full(path: Path, body: bytes) -> None:
+        if reserve.exists() or len(body) > 4096:  # what is freed is enough for the identity, not for another reserve
             raise OSError(28, "No space left on device")
-        real(descriptor)
+        real(path, body)
 
-    left = [True, False]  # what is freed is enough for the identity, not for another reserve
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_sync", full)
+        patched.setattr(spool_module, "_write_synced", full)
         again = opened(tmp_path)
-    assert (again.epoch, again.dropped, reserve.exists()) == (2, 0, False)
-    again.close(clean=True)
-    assert opened(tmp_path).epoch == 3
+    assert (again.epoch, again.dropped, again.count) == (2, 0, waiting)
+    assert not reserve.exists()
+    fill(again, 1)
     assert reserve.exists(), "there is room again"
+
+
+def test_telemetry_does_not_take_what_was_set_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, body: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    spool = opened(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(spool_module, "_write_synced", full)
+        with pytest.raises(Retryable, match="No space left"):
+            spool.append(make(spool))
+    assert (tmp_path / "reserve").exists()
 
 
 def test_a_full_disk_without_a_reserve_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
