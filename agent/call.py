@@ -8,6 +8,7 @@ import msgspec
 from agent.decisions import Trail
 from agent.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.prefixes import Text
+from shared.errors import Refused
 
 MAX_CONTINUATIONS = 4
 TURN_SEEDS = 0x51_7C_C1_B7_27
@@ -19,7 +20,7 @@ class Call(msgspec.Struct, kw_only=True):
     """A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
     first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
     the tokens that exist; while ``going_on`` the answer continues after them. ``over_tok`` is a context that was too
-    small for it; the engines of ``faulty`` nodes failed at it.
+    small for it, ``too_long`` what the node said that found it so; the engines of ``faulty`` nodes failed at it.
     """
 
     ask: Ask
@@ -36,6 +37,7 @@ class Call(msgspec.Struct, kw_only=True):
     going_on: bool = False
     lost_s: float = 0.0
     over_tok: int = 0
+    too_long: Refused | None = None
     faulty: tuple[str, ...] = ()
     continuations: int = 0
     tried: set[str] = msgspec.field(default_factory=set)

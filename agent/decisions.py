@@ -12,6 +12,8 @@ from agent.routing import Candidate, Decision, Refuse
 KEPT = 4096
 """Requests of which the decisions are kept."""
 _MOST_STEPS = 64
+_MOST_CANDIDATES = 12
+"""Of a large rack's nodes the chosen one, the cheapest and the first of those that were excluded are kept."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +42,21 @@ class Trail(msgspec.Struct, kw_only=True):
     def add(self, at_s: float, what: str, node: str = "", why: str = "", decision: Decision | None = None) -> None:
         """Note a step; a request that tries for ever has its first ones kept."""
         if len(self.steps) < _MOST_STEPS:
+            if decision is not None and len(decision.candidates) + len(decision.excluded) > _MOST_CANDIDATES:
+                decision = _shortened(decision)
             self.steps.append(Step(at_s=at_s, what=what, node=node, why=why, decision=decision))
+
+
+def _in_order(one: Candidate) -> tuple[bool, float]:
+    return (bool(one.last_resort), one.cost_s)
+
+
+def _shortened(decision: Decision) -> Decision:
+    chosen = decision.chosen
+    best = sorted(decision.candidates, key=lambda one: (one is not chosen, *_in_order(one)))[:_MOST_CANDIDATES]
+    return msgspec.structs.replace(
+        decision, candidates=tuple(best), excluded=decision.excluded[: _MOST_CANDIDATES - len(best)]
+    )
 
 
 class Decisions:
@@ -96,7 +112,7 @@ def _step(step: Step, began_s: float) -> dict[str, Any]:
         return base
     if isinstance(decision.place, Refuse):
         base["why"] = decision.place.code
-    base["candidates"] = [_candidate(one) for one in sorted(decision.candidates, key=lambda c: c.cost_s)]
+    base["candidates"] = [_candidate(one) for one in sorted(decision.candidates, key=_in_order)]
     base["excluded"] = dict(decision.excluded)
     return base
 

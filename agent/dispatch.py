@@ -27,7 +27,7 @@ from agent.pool import Pool
 from agent.prefixes import Text, text_of
 from agent.recovery import MAX_RETRIES, Loss, after
 from agent.retry_budget import RetryBudget
-from agent.routing import Candidate, Decision, Forward, Local, NodeView, Refuse
+from agent.routing import Candidate, Decision, Forward, Local, NodeView
 from agent.stalls import Watch, first_limit_s
 from agent.trust import Trust
 from shared.errors import RackError, Refused, Retryable
@@ -228,9 +228,10 @@ class Dispatch:
                         left = left or isinstance(answer, Tokens | Embedded)
                         yield answer
             except Refused as error:
-                if error.code != TOO_LONG or left or not self._has_roomier(call, decision, error):
+                if error.code != TOO_LONG or not self._has_roomier(call, decision, error):
                     raise
-                held.clear()
+                if not call.going_on:
+                    held.clear()
                 continue
             except Retryable as error:
                 if error.code not in (*LOST, ENGINE_FAILED):
@@ -353,14 +354,16 @@ class Dispatch:
         )
 
     def _has_roomier(self, call: Call, decision: Decision, error: Refused) -> bool:
-        """Whether another node's context is larger than that of the node which found the prompt too long."""
+        """Whether another node's context is larger than that of the node which found the prompt too long; one that is
+        away for a moment counts. What has been made of an answer is kept."""
         chosen = decision.chosen
         assert chosen is not None
-        call.over_tok = max(call.over_tok, chosen.context_tok)
-        if not chosen.context_tok or isinstance(self._placing.decide(call).place, Refuse):
+        call.over_tok, call.too_long = max(call.over_tok, chosen.context_tok), error
+        if not chosen.context_tok or not self._placing.is_roomier(call):
             return False
         self._step(call, "retries", chosen.node, why=error.message)
-        call.start_over()
+        if not call.going_on:
+            call.start_over()
         return True
 
     def _recovered(self, call: Call, decision: Decision, error: Retryable, *, left: bool) -> bool:

@@ -59,6 +59,8 @@ class PeerClient:
             beat = msgspec.msgpack.decode(body, type=Beat)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
+        except msgspec.ValidationError as error:
+            raise Refused(f"peer {url}: its beat makes no sense ({error}); is it of this version?") from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             raise Refused(f"peer {url}: sent no beat of ours; is it an mlxrack agent of this version?") from None
         if why := mismatch(beat.protocol, beat.oldest):

@@ -1,8 +1,8 @@
 """What is known of the other nodes: observations in, a view out. Level-triggered, so recovery needs no step by hand.
 
-A peer that missed a beat (it refused it, or its last answer is older than one and a half) is *suspect*, after three
-misses (or three and a half beats of silence) it is *down*. It is *lost*, and gets nothing before its next beat, when a
-request to it could not connect or broke. A node that was itself asleep judges nobody by that time.
+A peer that missed a beat (it refused it, or its last answer is older than almost one and a half) is *suspect*, after
+three misses (or almost three and a half beats of silence) it is *down*. It is *lost*, and gets nothing before its next
+beat, when a request to it could not connect or broke. A node that was itself asleep judges nobody by that time.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.prefixes import unpacked
-from agent.routing import ModelView, NodeView, Sent
+from agent.routing import Count, ModelView, NodeView, Sent
 from agent.signing import OLDEST, PROTOCOL
 
-SUSPECT_BEATS = 1.5
-DOWN_BEATS = 3.5
+SUSPECT_BEATS = 1.45
+DOWN_BEATS = 3.45
+"""A little less than one and a half and three and a half, which are what a rack promises in seconds."""
 DOWN_MISSES = 3
 HOPS = 4
 """So many of the last beats' times are looked at; the shortest is what the way takes."""
@@ -33,7 +34,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     draining: bool = False
     models: tuple[ModelView, ...] = ()
-    heat: int = 0
+    heat: Count = 0
     memory: str = "calm"
     t_ms: int = 0
 
@@ -186,7 +187,7 @@ class PeerTable:
         if beat is None:
             # just after the start nobody knows what a peer serves
             fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
-            return NodeView(node=node, url=known.url, state="unknown" if fresh else "down")
+            return NodeView(node=node, url=known.url, state="unknown" if fresh else "down", heard=False)
         return NodeView(
             node=node,
             url=known.url,

@@ -74,7 +74,8 @@ class Placing:
             return await self._waited(call, decision, waits)
 
     async def _waited(self, call: Call, decision: Decision, waits: contextlib.ExitStack) -> Decision:
-        deadline, queued, noted = self._clock() + self._limits.load_wait_s, False, False
+        over_s = call.began_s + self._limits.request_s
+        deadline, queued, noted = min(over_s, self._clock() + self._limits.load_wait_s), False, False
         while True:
             place = decision.place
             call.known = not isinstance(place, Refuse) or place.code != "model_not_found"
@@ -86,6 +87,8 @@ class Placing:
             if place.code == "model_not_found":
                 known = ", ".join(place.known) or "none"
                 raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+            if call.too_long is not None and not self.is_roomier(call):
+                raise call.too_long
             if self._pool.refusing and self._is_here(call.model) and not (call.going_on or place.loading):
                 raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
             if not queued and not call.going_on and self._is_here(call.model):
@@ -94,6 +97,9 @@ class Placing:
                 queued = True
             left_s = deadline - self._clock()
             if left_s <= 0 or not await self._wait(call, place, min(left_s, 1.0)):
+                if self._clock() >= over_s:
+                    took = f"the request took over {self._limits.request_s:g} s"
+                    raise Retryable(took, code="deadline_exceeded")
                 if call.going_on:
                     gone = "the loader was lost, and no node holds the version that began this answer"
                     raise Retryable(gone, code="worker_lost")
@@ -126,6 +132,17 @@ class Placing:
             await asyncio.sleep(min(_STEP_S, step_s))
             return True
         return False
+
+    def is_roomier(self, call: Call) -> bool:
+        """Whether a node that lives has, or may have when it is up again, more context than was too little."""
+        nodes = (self._here(), *self._table.view(self._clock()))
+        return any(
+            one.context_tok > call.over_tok or (one.coming and not one.context_tok)
+            for node in nodes
+            if node.state != "down"
+            for one in node.models
+            if one.name == call.model
+        )
 
     def held_by_peer(self, model: str, version: str, but: str = "") -> bool:
         """Whether a peer that lives can go on with this version's answers."""

@@ -2,14 +2,19 @@
 
 from collections.abc import Container, Mapping, Sequence
 from statistics import median
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from agent.breaker import State
 from agent.prefixes import BLOCK_TOK, Chain, matched
 
 Sent = tuple[int, int]
 """Requests, and tokens of their prompts, that a node got since it last said what it has, less what has ended."""
+
+
+Count = Annotated[int, Meta(ge=0)]
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,22 +25,23 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     prompt tokens are still to be computed. ``prefill_tps`` (tokens a second), ``gap_us`` (between two tokens of an
     answer that is alone) and ``answer_tok`` (tokens of an answer) were measured there lately, None where nothing was.
     ``context_tok`` is how long prompt and answer may be, 0 where that is not known. ``kv_ppm`` is how full the room
-    for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely to hold.
+    for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely to hold. What no node can mean
+    is refused where a beat is read: one nonsensical number would speak for every request at every door.
     """
 
     name: str
     version: str
     ready: bool
     coming: bool = False
-    in_flight: int = 0
+    in_flight: Count = 0
     versions: tuple[str, ...] = ()
-    rows: int = 8
-    context_tok: int = 0
-    prefill_tok: int = 0
-    prefill_tps: float | None = None
-    gap_us: int | None = None
-    answer_tok: int | None = None
-    kv_ppm: int = 0
+    rows: Annotated[int, Meta(ge=1)] = 8
+    context_tok: Count = 0
+    prefill_tok: Count = 0
+    prefill_tps: Annotated[float, Meta(gt=0, le=1e12)] | None = None
+    gap_us: Count | None = None
+    answer_tok: Count | None = None
+    kv_ppm: Count = 0
     prefixes: bytes = b""
 
 
@@ -43,13 +49,15 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """A node as this one knows it; ``url`` is "" for this node itself.
 
     ``state`` is up, suspect (a beat was missed), lost (a request could not reach it; nothing is sent before its next
-    beat), down, or unknown for a peer that has not been heard since a start a moment ago. ``heat`` is the system's
+    beat), down, or unknown for a peer that has not been heard since a start a moment ago. What a peer serves that was
+    not ``heard`` since this node's start nobody knows. ``heat`` is the system's
     thermal level, 0 for none; ``memory`` the guard's word; ``hop_s`` what a way there and back takes.
     """
 
     node: str
     url: str = ""
     state: str = "up"
+    heard: bool = True
     draining: bool = False
     models: tuple[ModelView, ...] = ()
     heat: int = 0
@@ -148,8 +156,6 @@ OTHERS = 2.0
 """A prompt that is computed keeps those behind it and beside it waiting, too: so much more than it takes itself.
 Found with scripts/simulate_routing.py: without it conversations leave their prompt caches for every passing
 difference in load."""
-LAST_RESORT_S = 1_000.0
-"""A suspect, or a node whose breaker is open, is used only when no other can answer."""
 HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
 """By thermal level: a node that is hot should cool down while others can answer."""
 MEMORY_S: Mapping[str, float] = {"calm": 0.0, "soft": 0.5, "hard": 2.0}
@@ -200,9 +206,9 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
         return "draining"
     for model in node.models:
         if model.name == request.model:
-            if request.version:
-                return model if request.version in model.versions else "another version"
-            if not model.ready:
+            if request.version and request.version not in model.versions:
+                return "another version"
+            if not request.version and not model.ready:
                 return "coming" if model.coming else "not loaded"
             break
     else:
@@ -233,7 +239,7 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     barrier_s = _barrier_s(node, model)
     resort = _last_resort(request, node, model)
     others_s = OTHERS * prefill_s
-    cost_s = wait_s + prefill_s + answer_s + others_s + barrier_s + (LAST_RESORT_S if resort else 0.0)
+    cost_s = wait_s + prefill_s + answer_s + others_s + barrier_s
     return Candidate(
         node=node.node,
         cost_s=cost_s,
@@ -280,8 +286,10 @@ def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
 
 
 def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
-    least = min(one.cost_s for one in weighed)
-    near = [one for one in weighed if one.cost_s <= least + NEAR_S]
+    # a suspect, or a node whose breaker is open, is used only when no other can answer, however long that takes
+    sound = [one for one in weighed if not one.last_resort] or weighed
+    least = min(one.cost_s for one in sound)
+    near = [one for one in sound if one.cost_s <= least + NEAR_S]
     local = next((one for one in near if one.node == here), None)
     if local is not None:
         return local
@@ -291,9 +299,9 @@ def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
 
 def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], peers: Sequence[NodeView]) -> Refuse:
     known = sorted({m.name for node in (here, *peers) for m in node.models})
-    unheard = any(node.state == "unknown" for node in peers)
-    if request.model not in known and not unheard:
+    if request.model not in known and all(node.heard for node in peers):
         return Refuse(code="model_not_found", known=tuple(known))
+    unheard = any(node.state == "unknown" for node in peers)
     # one that was lost, tried or is on trial may be had again in a moment
     living = [node for node in nodes if node.state != "down" and not node.draining]
     offered = [m for node in living for m in node.models if m.name == request.model]

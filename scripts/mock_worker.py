@@ -33,7 +33,7 @@ from agent.signing import ANSWER_HEADER, PROTOCOL, Key
 
 MODES = ("well", "refuses", "fails", "5xx", "breaks", "error", "garbage", "stalls", "slow")
 """What it does with requests."""
-NOT_A_PEER = ("silent", "unsigned", "newer", "older", "noise")
+NOT_A_PEER = ("silent", "unsigned", "newer", "older", "noise", "senseless")
 """What it does with beats."""
 
 
@@ -113,6 +113,7 @@ class MockWorker:
             in_flight=self.now,
             gap_us=int(self.gap_s * 1e6),
             context_tok=self.context_tok,
+            rows=0 if self.mode == "senseless" else 8,
         )
         beat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
         if self.mode == "newer":

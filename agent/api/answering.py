@@ -172,21 +172,28 @@ async def streamed(
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):
                         await stream.send({**event, **more})
+        if stream is None:
+            raise Retryable("the worker sent no token", code="worker_lost")
+        if wanted.include_usage:
+            await stream.send(shape.usage(who, usage(calls)))
+        return await stream.close(done=True)
     except Unread:
-        assert stream is not None
-        note(request, unread=True)
-        return stream.response
+        return _unread(request, stream)
     except RackError as error:
         if stream is None:
             raise
-        # a stream that cannot go on ends with an event on which clients raise, never with a silent stop
-        await stream.send(error_body(error.message, kind="server_error", code=error.code))
-        return await stream.close(done=False)
-    if stream is None:
-        raise Retryable("the worker sent no token", code="worker_lost")
-    if wanted.include_usage:
-        await stream.send(shape.usage(who, usage(calls)))
-    return await stream.close(done=True)
+        with contextlib.suppress(Unread):
+            # a stream that cannot go on ends with an event on which clients raise, never with a silent stop
+            await stream.send(error_body(error.message, kind="server_error", code=error.code))
+            return await stream.close(done=False)
+        return _unread(request, stream)
+
+
+def _unread(request: web.Request, stream: EventStream | None) -> web.StreamResponse:
+    """The client has stopped reading."""
+    assert stream is not None
+    note(request, unread=True)
+    return stream.response
 
 
 def _events(

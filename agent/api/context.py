@@ -1,6 +1,7 @@
 """What the handlers share, and the few things each of them does with a request."""
 
 import hmac
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -48,6 +49,11 @@ CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
 REQUEST_ID = "mlxrack_request_id"
 LOG_FIELDS = "mlxrack_log_fields"
+
+
+def new_request_id() -> str:
+    """What a request is called in answers, logs and `why`."""
+    return f"req_{secrets.token_hex(12)}"
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -1,14 +1,13 @@
 """Errors as HTTP: a status, the OpenAI envelope, and Retry-After where waiting helps."""
 
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from agent.answers import error_body
-from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response
+from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
@@ -72,7 +71,7 @@ async def middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Give each request an id, turn errors into answers, write one log line."""
-    request_id = f"req_{secrets.token_hex(12)}"
+    request_id = new_request_id()
     request[REQUEST_ID] = request_id
     began = time.monotonic()
     status, code = 499, "client_gone"

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from agent import answers
 from agent.api.context import CONTEXT, client_key_id, json_response
-from shared.errors import Refused
+from shared.errors import Refused, Retryable
 
 
 def _served(request: web.Request) -> dict[str, int]:
@@ -15,6 +15,13 @@ def _served(request: web.Request) -> dict[str, int]:
     nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
     ready = {m.name for node in nodes if node.state != "down" for m in node.models if m.ready}
     return dict.fromkeys(ready, context.started_s)
+
+
+def _is_known(request: web.Request, name: str) -> bool:
+    """Whether a node has it, ready or not, or may have: of one that was not heard yet nobody knows."""
+    context = request.app[CONTEXT]
+    nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
+    return any(not node.heard or any(m.name == name for m in node.models) for node in nodes)
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -28,6 +35,8 @@ async def get_model(request: web.Request) -> web.Response:
     client_key_id(request)
     served = _served(request)
     name = request.match_info["model"]
+    if name not in served and _is_known(request, name):
+        raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
     if name not in served:
         known = ", ".join(sorted(served)) or "none"
         raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")

@@ -8,7 +8,7 @@ from aiohttp import hdrs, web
 from aiohttp.web_protocol import RequestHandler
 
 from agent.answers import error_body
-from agent.api.context import json_response
+from agent.api.context import json_response, new_request_id
 from shared.errors import Refused
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -75,4 +75,7 @@ def _answer(status: int) -> web.Response:
     except ValueError:
         phrase = "refused"
     body: dict[str, Any] = error_body(f"not a request that can be read ({phrase})", kind=kind, code=f"http_{status}")
-    return json_response(body, status=status)
+    response = json_response(body, status=status)
+    # nobody has given it an id yet
+    response.headers["X-Mlxrack-Request-Id"] = new_request_id()
+    return response

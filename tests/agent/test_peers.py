@@ -139,7 +139,11 @@ def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None
     assert (early.code, early.loading) == ("no_capacity", True)
     late = choose(RouteRequest(model="x"), HERE, peers.view(9.0)).place
     assert isinstance(late, Refuse)
-    assert late.code == "model_not_found"
+    assert (late.code, late.loading) == ("no_capacity", False), "what was never heard may serve it"
+    peers.heard("a", beat(), 10.0)
+    for now in (10.0, 99.0):
+        known = choose(RouteRequest(model="x"), HERE, peers.view(now)).place
+        assert Refuse(code="model_not_found", known=("m",)) == known
 
 
 def test_the_way_to_a_peer_takes_as_long_as_the_best_of_the_last_beats() -> None:

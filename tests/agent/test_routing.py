@@ -77,6 +77,23 @@ def test_who_would_be_done_first_answers(here: NodeView, peers: list[NodeView], 
     assert where(choose(WANTED, here, tuple(peers))) == expected
 
 
+def test_an_answer_is_gone_on_with_where_there_is_room_and_no_trial() -> None:
+    small, large = node("a", context_tok=1_000, versions=("v",)), node("b", context_tok=8_000, versions=("v",), load=9)
+    going_on = msgspec.structs.replace(WANTED, version="v", over_tok=1_000)
+    found = choose(going_on, AWAY, (small, large))
+    assert (where(found), dict(found.excluded)["a"]) == ("b", "context too small")
+    on_trial = msgspec.structs.replace(WANTED, version="v", breakers={"a": "probing"})
+    found = choose(on_trial, AWAY, (small, large))
+    assert (where(found), dict(found.excluded)["a"]) == ("b", "breaker: on trial")
+
+
+def test_who_was_never_heard_may_serve_it() -> None:
+    stranger = NodeView(node="a", url="http://a", state="down", heard=False)
+    unknown = msgspec.structs.replace(WANTED, model="another")
+    assert choose(unknown, HERE, ()).place == Refuse(code="model_not_found", known=("m",))
+    assert choose(unknown, HERE, (stranger,)).place == Refuse(code="no_capacity", loading=False, known=("m",))
+
+
 CHAIN = tuple(range(40))
 
 

@@ -123,6 +123,17 @@ def test_why_a_request_went_where_it_went() -> None:
     assert json.dumps(shown(trail))
 
 
+def test_of_a_large_rack_the_nodes_that_mattered_are_kept() -> None:
+    trail = Trail(request_id="req_1", t_ms=0, began_s=0.0, model="m")
+    peers = tuple(node(f"n{number:02}", load=number, draining=number > 80) for number in range(100))
+    decision = choose(WANTED, AWAY, peers)
+    trail.add(0.0, "sent", decision=decision)
+    (step,) = shown(trail)["steps"]
+    assert [one["node"] for one in step["candidates"]] == [f"n{number:02}" for number in range(12)]
+    trail.add(0.0, "waits", decision=choose(WANTED, AWAY, peers[90:]))
+    assert list(shown(trail)["steps"][1]["excluded"].values()) == ["coming", *["draining"] * 10]
+
+
 def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
     kept = Decisions(kept=3)
     for name in ("old", "req_1", "req_1-1", "req_1-2"):

@@ -131,10 +131,16 @@ GONE_ON: list[dict[str, Any]] = [
     {"stop": ("a", "e")},
     {"prompt": "once upon a time"},
     {"schema": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}', "max_tokens": 40},
+    # ends by the model's own end, which counts as a token
+    {
+        "schema": '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], '
+        '"additionalProperties": false}',
+        "max_tokens": 40,
+    },
 ]
 
 
-@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema"])
+@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema", "its end"])
 def test_an_answer_is_gone_on_with_after_any_of_its_tokens(engine: Engine, more: dict[str, Any]) -> None:
     """What another loader made is taken up: the rest is what the first would have made, with the same counts."""
     whole = run(engine, ask(1, **more))[1]

@@ -163,6 +163,7 @@ def test_retries_are_bounded_when_everything_fails(tmp_path: Path) -> None:
         ("older", "which is older than this node's"),
         ("noise", "sent no beat of ours"),
         ("silent", "does not answer"),
+        ("senseless", "its beat makes no sense"),
     ],
 )
 def test_a_peer_that_is_none_is_named_and_gets_nothing(tmp_path: Path, mode: str, why: str) -> None:
@@ -177,6 +178,75 @@ def test_a_peer_that_is_none_is_named_and_gets_nothing(tmp_path: Path, mode: str
         assert why in problem
         odd.mode = "well"
         until(lambda: {p["node"]: p["state"] for p in door.status()["peers"]}["odd"] == "up", "it is back")
+
+
+def steps_of(door: Agent, heard: Heard) -> list[tuple[str, str]]:
+    """What the door did with a request, and where."""
+    part = door.get(f"/debug/decision/{heard.request_id}").json["parts"][0]
+    return [(step["what"], step.get("node", "")) for step in part["steps"]]
+
+
+def test_an_answer_is_not_gone_on_with_where_it_has_no_room(tmp_path: Path) -> None:
+    with door_with_mocks(tmp_path, "a", "b", "c", gap_s=0.02, words=40) as (door, (a, b, c)):
+        a.context_tok, b.context_tok, c.context_tok = 8_000, 1_000, 8_000
+        b.mode, c.gap_s = "refuses", 0.06  # the small one is fast and the other slow
+        time.sleep(1.5)
+        a.mode = "breaks"
+        (heard,) = at_once(door.port, [Ask("x", 40)])
+        assert (heard.fault, len(heard.text.split())) == ("", 40)
+        assert steps_of(door, heard)[-2] == ("continues", "c")
+
+
+def test_a_prompt_for_the_large_node_waits_for_it(tmp_path: Path) -> None:
+    """The one with room is lost for a moment: that the other has too little is no answer."""
+    with door_with_mocks(tmp_path, "large", "small", words=20) as (door, (large, small)):
+        large.context_tok, small.context_tok, small.mode = 8_000, 100, "refuses"
+        time.sleep(1.5)
+        large.mode = "5xx"
+        load = Load([(0.0, Ask("long " * 200, 20))], lambda _: door.port).start()
+        until(lambda: small.began, "the small one is asked")
+        large.mode = "well"
+        (heard,) = load.join()
+        assert heard.fault == ""
+        assert steps_of(door, heard)[-2] == ("sent", "large")
+        large.mode = "silent"
+        until(lambda: {p["node"]: p["state"] for p in door.status()["peers"]}["large"] == "down", "it is down")
+        (heard,) = at_once(door.port, [Ask("long " * 200, 20)])
+        assert "400" in heard.fault, "when nobody who lives has room, that is said at once"
+
+
+def test_what_a_node_that_was_never_heard_serves_is_not_denied(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], [model("other")]) as (first, second):
+        second.kill()
+        first.kill()
+        first.start().ready()
+        until(lambda: first.status()["peers"][0]["state"] == "down", "nobody answers there")
+        began = time.monotonic()
+        for answer in (first.chat(model="other"), first.get("/v1/models/other")):
+            assert (answer.status, answer.json["error"]["code"]) == (503, "no_capacity")
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert time.monotonic() - began < 5
+        listed = first.get("/v1/models")
+        assert (listed.status, [m["id"] for m in listed.json["data"]]) == (200, ["m"])
+        second.start().ready()
+        until(lambda: first.status()["peers"][0]["state"] == "up", "it is heard")
+        assert first.chat(model="other").status == 200
+        assert first.chat(model="nothing").status == 404
+        assert first.get("/v1/models/nothing").status == 404
+        second.kill()
+        until(lambda: first.status()["peers"][0]["state"] == "down", "it is gone again")
+        listed = first.get("/v1/models")
+        assert (listed.status, [m["id"] for m in listed.json["data"]]) == (200, ["m"])
+        assert first.get("/v1/models/other").status == 503
+
+
+def test_one_deadline_holds_while_a_model_is_loaded(tmp_path: Path) -> None:
+    cold = model("m", preload=False, fake_load_s=6.0)
+    with rack(tmp_path, [cold], extra="[limits]\nrequest_s = 2.0\n") as (agent,):
+        began = time.monotonic()
+        answer = agent.chat()
+        assert (answer.status, answer.json["error"]["code"]) == (504, "deadline_exceeded")
+        assert time.monotonic() - began < 4
 
 
 def test_a_peer_with_another_secret_or_another_rack_is_refused_on_both_sides(tmp_path: Path) -> None:

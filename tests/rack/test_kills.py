@@ -17,9 +17,12 @@ from tests.rack.links import Links
 from tests.rack.load import Ask, Expected, Heard, Load, at_once, quantile
 
 CHAOS_S = float(os.environ.get("MLXRACK_CHAOS_S", "10"))
-NODES = 8 if CHAOS_S > 60 else 4
-RATE_PER_S = 40 if CHAOS_S > 60 else 25
-EVERY_S = 5.0 if CHAOS_S > 60 else 3.0
+FULL = CHAOS_S > 60
+NODES = 8 if FULL else 4
+RATE_PER_S = 40 if FULL else 25
+EVERY_S = 5.0 if FULL else 3.0
+MOST_ADDED_MS = 150.0
+"""What a kill may add to the first token of those that it hit, in 99 of 100; asked of the full run alone."""
 CUT_STREAMS = int(os.environ.get("MLXRACK_CUT_STREAMS", "24"))
 WORKER = model(rows=8, fake_step_s=0.02, fake_row_s=0.001, fake_prefill_tps=2000)
 
@@ -43,9 +46,11 @@ class Killer(threading.Thread):
         return good[number % len(good)].port
 
     def run(self) -> None:
+        due_s = time.monotonic() + self._every_s / 2
         until_s = time.monotonic() + self._lasts_s
-        while time.monotonic() < until_s:
-            time.sleep(self._every_s / 2)
+        while due_s < until_s:
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            due_s += self._every_s
             victim = self._next
             victim.kill()
             self.at_s.append(time.monotonic())
@@ -60,6 +65,7 @@ class Killer(threading.Thread):
                 self._next = self._dice.choice([a for a in self._agents if a is not victim])
             # whoever came to the next one's door has gone by the time it is killed
             time.sleep(max(0.5, self._every_s / 2 - 1.5))
+            due_s = max(due_s, time.monotonic())
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)
@@ -80,26 +86,30 @@ def test_workers_are_killed_one_after_another_and_no_request_fails(tmp_path: Pat
         load.start()
         everything = load.join()
         killer.join()
-    report("workers killed", everything, expected, killer)
+    added_ms = report("workers killed", everything, expected, killer)
     faults = [why for one in everything if (why := expected.fault(one))]
     assert not faults, faults[:5]
-    assert killer.kills >= 2
+    assert killer.kills >= CHAOS_S / EVERY_S - 2
+    if FULL:
+        assert added_ms <= MOST_ADDED_MS
 
 
-def report(case: str, everything: list[Heard], expected: Expected, killer: Killer) -> None:
-    """What it cost whom."""
+def report(case: str, everything: list[Heard], expected: Expected, killer: Killer) -> float:
+    """What it cost whom; returns the milliseconds that it added to the first token of 99 in 100 that were hit."""
     faults = [one for one in everything if expected.fault(one)]
     streams = [one for one in everything if one.first_s is not None]
     spared = [one.first_s for one in streams if not one.retries and one.first_s is not None]
     hit = [one.first_s for one in streams if one.retries and one.first_s is not None]
     paused = [one.longest_gap_s for one in streams if one.longest_gap_s > 0.5]
     usual = quantile(spared, 0.5)
+    added_ms = (quantile(hit, 0.99) - usual) * 1e3
     print(
         f"{case}: {killer.kills} kills, {len(everything)} requests, {len(faults)} failed; first token "
         f"p50 {usual * 1e3:.0f} p99 {quantile(spared, 0.99) * 1e3:.0f} ms; {len(hit)} tried again before it, added "
-        f"p50 {(quantile(hit, 0.5) - usual) * 1e3:.0f} p99 {(quantile(hit, 0.99) - usual) * 1e3:.0f} ms; "
+        f"p50 {(quantile(hit, 0.5) - usual) * 1e3:.0f} p99 {added_ms:.0f} ms; "
         f"{len(paused)} streams paused, at most {max(paused, default=0.0):.1f} s"
     )
+    return added_ms
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)

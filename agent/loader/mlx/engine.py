@@ -173,7 +173,8 @@ class MLXEngine:
     def _resumed(self, row: Row) -> str:
         """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
         for token in row.request.made:
-            if token in self._model.ends or row.take(token, None)[1]:
+            ends = token in self._model.ends
+            if row.take(token, "stop" if ends else None)[1] or ends:
                 return "stop"
         row.first_s = 0.0
         row.left_tok = row.length_tok - self._cache.peek(row.tokens)
