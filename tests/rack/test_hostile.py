@@ -52,6 +52,7 @@ def test_what_is_no_request_is_answered_in_the_envelope_and_not_echoed(tmp_path:
         answer = raw(agent, data.encode(), 2.0)
         assert answer.split()[1].startswith(b"4")
         assert MARK.encode() not in answer
+        assert b"X-Mlxrack-Request-Id: req_" in answer
         assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"].startswith("http_4")
         assert agent.chat().status == 200
 
