@@ -3,10 +3,10 @@ day's backlog that is sent at last does to answers that are being given.
 
     python -m scripts.bench_telemetry [--rest 130] [--rounds 8]
 
-At rest an agent is as it is delivered (a look at the sensors every 2 s, a window every 60 s). Under load one that closes
-and sends its windows fifteen times as often, so that each round has some, stands beside one that looks and tells as
-seldom as the configuration lets it; the same streams at both in turn, and the other one stopped meanwhile. Exits 1 when
-a bound is passed.
+At rest an agent is as it is delivered (a look at the sensors every 2 s, a window every 60 s). Under load one that
+closes and sends its windows fifteen times as often, so that each round has some, stands beside one that looks and tells
+as seldom as the configuration lets it: the same streams at both in turn, and the other one stopped meanwhile. Exits 1
+when a bound is passed.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from agent.collectors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
-from agent.meters import http
+from agent.meters import http, snmp
 
 
 class Target(NamedTuple):
@@ -43,6 +43,43 @@ def _smc(raw: bytes) -> smc.Temperatures:
     """Bytes as a list of keys: four for the name, four for the value."""
     pairs = [(raw[n : n + 4].decode("latin-1"), smc.decode("flt ", raw[n + 4 : n + 8])) for n in range(0, len(raw), 8)]
     return smc.temperatures({key: value for key, value in pairs if value is not None})
+
+
+_KINDS = ("flt ", "ioft", "fpe2", "ui8 ", "ui16", "ui32", "ch8*", "flag")
+_FANS_AND_WATTS = ("F0Ac", "F1Ac", "PSTR", "Tp01", "F9Mn")
+_OUTLETS = tuple(
+    snmp.Outlet(kind=kind, numbers=(1, 2), scale=0.1)
+    for kind in ("apc_device", "apc_outlet", "raritan_outlet", "raritan_inlet", "servertech_cord", "sensor")
+)
+
+
+def _smc_values(raw: bytes) -> tuple[tuple[int, ...], float | None]:
+    """Bytes as values of every type: one for the key, one for the type, eight for the value, cut to any size."""
+    values: dict[str, float] = {}
+    for n in range(0, len(raw), 10):
+        if n + 1 >= len(raw):
+            break
+        kind, size = _KINDS[raw[n + 1] % len(_KINDS)], 1 + (raw[n + 1] >> 5)
+        value = smc.decode(kind, raw[n + 2 : n + 2 + size])
+        if value is not None:
+            values[_FANS_AND_WATTS[raw[n] % len(_FANS_AND_WATTS)]] = value
+    return smc.fans_rpm(values), smc.system_power_w(values)
+
+
+def _fans_and_watts_are_possible(found: tuple[tuple[int, ...], float | None]) -> bool:
+    fans, watts = found
+    return all(0 <= rpm <= smc.MOST_RPM for rpm in fans) and (watts is None or 0 < watts < smc.MOST_W)
+
+
+def _outlet(raw: bytes) -> float | None:
+    """Bytes as what a power distribution unit answered: one says of which maker, then a number each, any may lack."""
+    outlet = _OUTLETS[raw[0] % len(_OUTLETS)] if raw else _OUTLETS[0]
+    names = snmp.oids(outlet)
+    parts = [raw[1 + n * 4 : 5 + n * 4] for n in range(len(names))]
+    return snmp.watts(
+        outlet,
+        {name: int.from_bytes(part, "big", signed=True) for name, part in zip(names, parts, strict=True) if part},
+    )
 
 
 def _temperatures_are_possible(found: smc.Temperatures) -> bool:
@@ -89,7 +126,29 @@ TARGETS: dict[str, Target] = {
         lambda found: 0 <= found[1] <= found[0] + (1 << 20),
     ),
     "sysctl": Target(
-        sysctl.parse_sysctl, [b"hw.memsize: 25769803776\nhw.model: Mac16,11\n"], lambda found: isinstance(found, dict)
+        sysctl.parse_sysctl,
+        [b"hw.memsize: 25769803776\nhw.model: Mac16,11\n"],
+        lambda found: all("\n" not in name + value and name == name.strip() for name, value in found.items()),
+    ),
+    "pmset therm": Target(
+        sysctl.parse_pmset_therm,
+        [b"\tCPU_Scheduler_Limit \t= 100\n\tCPU_Speed_Limit \t= 92\n"],
+        lambda n: 1 <= n <= 100,
+    ),
+    "system_profiler": Target(
+        sysctl.parse_system_profiler,
+        [b"    Hardware Overview:\n      Model Identifier: Mac16,11\n      Chip: Apple M4 Pro\n      Memory: 24 GB\n"],
+        lambda found: all(value.strip() == value and "\n" not in value for value in found.values()),
+    ),
+    "smc types": Target(
+        _smc_values,
+        [b"\0\x60\0\0\x7aD\0\0\0\0\1\x22\x0f\xa0\0\0\0\0\0\0\2\xe1\0\0\x2a\0\0\0\0\0"],
+        _fans_and_watts_are_possible,
+    ),
+    "snmp": Target(
+        _outlet,
+        [bytes([n]) + bytes([0, 0, 0, 71]) + b"".join(bytes([0, 0, 0, v]) for v in (6, 9, 0, 1)) for n in range(6)],
+        lambda watts: 0 <= watts < snmp.MOST_W,
     ),
     "psi": Target(
         memory.parse_psi_total_us, [b"some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\n"], lambda n: n >= 0
@@ -163,7 +222,7 @@ def check(name: str, raw: bytes) -> bool:
     """Whether anything was read. Raises AssertionError for a number that cannot be, and whatever the parser raises."""
     target = TARGETS[name]
     found = target.parse(raw)
-    if found is None or found == []:
+    if found is None or found in ([], {}):
         return False
     assert target.is_possible(found), f"{name}: {found!r} from {raw!r}"
     return True
