@@ -194,8 +194,10 @@ class Daemon:
             port = await self._listen(runner)
             self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
             log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
-            await self._ask_gpu()
             self.follower.prepare()
+            # the GPU may take its time, and a run that is killed meanwhile shall have been one
+            await self.sampler.keep()
+            await self._ask_gpu()
             self.pool.start()
             self._jobs = schedule.jobs(
                 self.config,

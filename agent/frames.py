@@ -13,6 +13,7 @@ from shared.errors import Refused
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 64 << 20
+BUFFER_BYTES = 64 << 10
 
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="f"):
@@ -346,7 +347,8 @@ class Decoder:
     """Frames out of a stream of bytes that may be cut anywhere."""
 
     def __init__(self) -> None:
-        self._unpacker = msgpack.Unpacker(raw=False, max_buffer_size=MAX_FRAME_BYTES)
+        # its buffer grows where a frame needs more; unasked it begins with a megabyte for each loader
+        self._unpacker = msgpack.Unpacker(raw=False, read_size=BUFFER_BYTES, max_buffer_size=MAX_FRAME_BYTES)
         self._kept = bytearray()
         self._from = 0
 

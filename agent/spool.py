@@ -109,11 +109,15 @@ class Spool:
 
     def keep(self, batch: Batch) -> None:
         """What the open window holds so far, in place of what was kept of it before. Raises Retryable when the disk
-        refuses; nothing that is sealed makes room on a full one for what is not yet."""
+        refuses; nothing that is sealed makes room on a full one for what is not yet.
+
+        It is for an agent that is killed, and not synced: a drive that is slow to sync must not keep it from being
+        written, and a loss of power takes the open window.
+        """
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
-            _write_synced(path.with_suffix(_OPEN), body)
+            _write_whole(path.with_suffix(_OPEN), body, synced=False)
 
     def append(self, batch: Batch) -> None:
         """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
@@ -123,6 +127,7 @@ class Spool:
             # over what was kept of it, and then by its own name: at every instant it is there once
             self._write(path.with_suffix(_OPEN), body)
             _renamed(path.with_suffix(_OPEN), path)
+            _sync_folder(self._folder)
         self._seq = batch.seq
         self._set_by()
         with self._bounds:
@@ -216,12 +221,19 @@ class Spool:
             leftover.unlink(missing_ok=True)
 
     def _recover(self) -> None:
-        """What was kept of the window that was open when the last run was killed is its last batch."""
+        """What was kept of the window that was open when the last run was killed is its last batch. After a loss of
+        power it may be half of one; the window is gone then."""
         for kept in sorted(self._folder.glob(f"*{_OPEN}")):
             path = kept.with_suffix(".batch")
-            if match := _NAME.fullmatch(path.name):
+            if (match := _NAME.fullmatch(path.name)) is None:
+                continue
+            if _is_whole(kept):
                 _renamed(kept, path)
                 log.info("window_recovered", of_epoch=int(match[1]), seq=int(match[2]))
+            else:
+                kept.unlink()
+                log.warning("window_unreadable", of_epoch=int(match[1]), seq=int(match[2]))
+        _sync_folder(self._folder)
 
     def _identity(self, node: str, rack: str, hardware: str) -> Identity:
         path = self._folder / "identity.json"
@@ -252,21 +264,22 @@ class Spool:
         path = self._folder / "identity.json"
         with _as_ours("write", path), self._naming:
             try:
-                _write_synced(path, msgspec.json.encode(self.identity))
+                _write_whole(path, msgspec.json.encode(self.identity))
             except OSError as error:
                 if error.errno != errno.ENOSPC or not _unlinked(self._folder / _RESERVE):
                     raise
                 self._write(path, msgspec.json.encode(self.identity))
+            _sync_folder(self._folder)
         self._set_by()
 
     def _write(self, path: Path, body: bytes) -> None:
         """A disk that is full is asked once more after the oldest tenth has left: models and logs need it, too."""
         try:
-            _write_synced(path, body)
+            _write_whole(path, body)
         except OSError as error:
             if error.errno != errno.ENOSPC or not self._gave_way():
                 raise
-            _write_synced(path, body)
+            _write_whole(path, body)
 
     def _gave_way(self) -> bool:
         oldest = self.waiting()
@@ -281,7 +294,7 @@ class Spool:
         if not reserve.exists():
             # on a full disk there is none, until there is room again
             with contextlib.suppress(OSError):
-                _write_synced(reserve, bytes(RESERVE_BYTES))
+                _write_whole(reserve, bytes(RESERVE_BYTES))
 
 
 @contextlib.contextmanager
@@ -301,13 +314,23 @@ def _unlinked(path: Path) -> bool:
     return True
 
 
-def _write_synced(path: Path, body: bytes) -> None:
+def _is_whole(path: Path) -> bool:
+    try:
+        decode(path.read_bytes())
+    except Refused:
+        return False
+    return True
+
+
+def _write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
+    """All of it under its name, or nothing; the name is lasting once the folder is synced, too."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(body)
             file.flush()
-            _sync(file.fileno())
+            if synced:
+                _sync(file.fileno())
         _renamed(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -315,14 +338,18 @@ def _write_synced(path: Path, body: bytes) -> None:
 
 
 def _renamed(before: Path, path: Path) -> None:
-    before.replace(path)
-    # it has its name, and is taken: what is left is only when the disk knows that
+    # not by pathlib: it interns every part of every name, and Python's table of those would grow with each batch
+    os.replace(before, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """What is in it has its name already, and is taken: what is left is only when the disk knows that."""
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def _sync(descriptor: int) -> None:

@@ -218,13 +218,13 @@ async def test_a_meter_that_cannot_be_read_is_named_in_the_window(spool: Spool) 
 
 
 async def test_a_disk_that_refuses_costs_nothing_that_is_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, body: bytes) -> None:
+    def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
     one = Counted(spool)
     one.ledger.record(answered(4))
     with monkeypatch.context() as patched:
-        patched.setattr("agent.spool._write_synced", full)
+        patched.setattr("agent.spool._write_whole", full)
         await one.keep()
         await one.tick()
         assert (one.held_windows, one.disk_problem[-23:]) == (1, "No space left on device")

@@ -453,16 +453,16 @@ def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
     spool = opened(tmp_path)
     fill(spool, waiting)
     spool.close(clean=True)
-    reserve, real = tmp_path / "reserve", spool_module._write_synced
+    reserve, real = tmp_path / "reserve", spool_module._write_whole
     assert reserve.stat().st_size == spool_module.RESERVE_BYTES
 
-    def full(path: Path, body: bytes) -> None:
+    def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         if reserve.exists() or len(body) > 4096:  # what is freed is enough for the identity, not for another reserve
             raise OSError(28, "No space left on device")
-        real(path, body)
+        real(path, body, synced=synced)
 
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_write_synced", full)
+        patched.setattr(spool_module, "_write_whole", full)
         again = opened(tmp_path)
     assert (again.epoch, again.dropped, again.count) == (2, 0, waiting)
     assert not reserve.exists()
@@ -471,12 +471,12 @@ def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
 
 
 def test_telemetry_does_not_take_what_was_set_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, body: bytes) -> None:
+    def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
     spool = opened(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_write_synced", full)
+        patched.setattr(spool_module, "_write_whole", full)
         with pytest.raises(Retryable, match="No space left"):
             spool.append(make(spool))
     assert (tmp_path / "reserve").exists()
@@ -575,13 +575,41 @@ def test_an_open_window_makes_no_sealed_one_leave_a_full_disk(tmp_path: Path, mo
     spool = opened(tmp_path)
     fill(spool, 20)
 
-    def full(path: Path, body: bytes) -> None:
+    def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spool_module, "_write_synced", full)
+    monkeypatch.setattr(spool_module, "_write_whole", full)
     with pytest.raises(Retryable, match="No space left"):
         spool.keep(make(spool))
     assert (len(spool.waiting()), spool.dropped) == (20, 0)
+
+
+def test_an_open_window_does_not_wait_for_a_drive_that_is_slow_to_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    spool = opened(tmp_path)
+    monkeypatch.setattr(spool_module, "_sync", synced.append)
+    spool.keep(make(spool))
+    assert synced == []
+    spool.append(make(spool))
+    assert len(synced) == 1
+
+
+@pytest.mark.parametrize("left", [b"", bytes(4096), b"half"])
+def test_half_an_open_window_is_gone_and_costs_no_start(tmp_path: Path, left: bytes) -> None:
+    """A loss of power can leave a name without what it was to hold."""
+    spool = opened(tmp_path)
+    fill(spool, 1)
+    spool.keep(make(spool))
+    (kept,) = tmp_path.glob("*.open")
+    kept.write_bytes(left if left != b"half" else kept.read_bytes()[:-1])
+    spool._lock.close()  # as a kill does
+    again = opened(tmp_path)
+    assert [(one.epoch, one.seq) for one in again.waiting()] == [(1, 1)]
+    assert (again.epoch, again.dropped) == (2, 0)
+    assert not list(tmp_path.glob("*.open"))
+    assert not list((tmp_path / "bad").iterdir())
 
 
 def test_an_open_window_counts_for_the_bound(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
             flaky.gone = number % 10 in (7, 8) or 100 <= number < 160
             away_s += -flaky.gone * time.monotonic()
             agent.start(wait=False)
-            time.sleep(chance.uniform(0.3, 3.3))
+            time.sleep(chance.uniform(0.3, 2.9))
             epoch = epoch_of(agent)
             agent.kill()
             # one that was killed before it had its number leaves that of the run before
