@@ -53,7 +53,7 @@ from shared.bucket import open_store
 from shared.errors import Halt
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
-from shared.records import URGENT, AgentStarted, AgentStopped, Event
+from shared.records import URGENT, AgentStarted, AgentStopped, EngineWindow, Event
 from shared.secrets import resolve
 
 LAST_PUSH_S = 15.0
@@ -134,7 +134,7 @@ class Daemon:
             self.spool,
             self.ledger,
             self.sensors.all,
-            engine_windows=self.pool.windows,
+            engine_windows=self._engine_windows,
             engine_refresh=self.pool.refresh,
             engine_so_far=self.pool.windows_so_far,
             standing=lambda: (*self.pool.residents(), self.follower.observed()),
@@ -292,6 +292,11 @@ class Daemon:
         await self.sampler.tick()
         sent = await self.push()
         return {"epoch": self.spool.epoch, "seq": self.spool.next_seq() - 1, "sent": sent}
+
+    async def _engine_windows(self) -> list[EngineWindow]:
+        windows = await self.pool.windows()
+        self.metrics.closed(windows)
+        return windows
 
     def beat(self) -> Beat:
         """What this node says of itself to its peers."""

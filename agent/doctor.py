@@ -22,6 +22,7 @@ from shared.keys import claim_key
 from shared.memory_plan import default_budget_bytes
 from shared.secrets import resolve
 
+MOST_SKEW_MS = 2_000
 MAC_ONLY = (
     "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",
     "the SMC is read from a LaunchDaemon without a login: F0Ac and PSTR are there, P-cores warm up under load",
@@ -54,7 +55,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
         _memory(config, environ),
         *_models(config, state),
         _port(config),
-        _store(config, environ),
+        *_store(config, environ),
         *_peers(config, environ),
         *_sensors(state),
         *_mac_only(),
@@ -108,15 +109,29 @@ def _port(config: AgentConfig) -> Finding:
     return _finding("port", "ok", f"{host}:{port} is free")
 
 
-def _store(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
+def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
+    skew_ms = None
     try:
         store = open_store(config.store, environ)
-        store.get(claim_key(config.node.id, 1))
+        try:
+            store.get(claim_key(config.node.id, 1))
+        finally:
+            skew_ms = store.clock_skew_ms  # a refusal tells the time, too
     except NotFound:
         pass
     except RackError as error:
-        return _finding("store", "problem", error.message)
-    return _finding("store", "ok", f"{config.store.kind} answers and accepts the credentials")
+        return [_finding("store", "problem", error.message), *_clock(skew_ms)]
+    return [_finding("store", "ok", f"{config.store.kind} answers and accepts the credentials"), *_clock(skew_ms)]
+
+
+def _clock(skew_ms: int | None) -> list[Finding]:
+    """A store in a folder tells no time."""
+    if skew_ms is None:
+        return []
+    if abs(skew_ms) <= MOST_SKEW_MS:
+        return [_finding("clock", "ok", f"within {MOST_SKEW_MS / 1000:g} s of the store's")]
+    seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; have it set by NTP"
+    return [_finding("clock", "warning", seen)]
 
 
 def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:

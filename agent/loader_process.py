@@ -97,7 +97,8 @@ class LoaderProcess:
         self._reader, self._writer = reader, writer
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
-        self._reports: asyncio.Queue[Reported] = asyncio.Queue()
+        self._reports: list[Reported] = []
+        self._reported = asyncio.Event()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
@@ -224,24 +225,23 @@ class LoaderProcess:
                     self._writer.write(encode(Cancel(id=number)))
 
     async def report(self) -> Reported | None:
-        """What the engine did since the last report; None when the loader is gone.
+        """What the engine did since the last report; None when it says nothing more, or not in time.
 
         An answer that came too late for the last call is added to this one, so that nothing is counted late for ever.
+        Nothing is taken before the last await: who gives up meanwhile leaves everything to who asks next.
         """
-        late = [self._reports.get_nowait() for _ in range(self._reports.qsize())]
-        try:
+        self._reported.clear()
+        # one that is gone may have answered before
+        with contextlib.suppress(Retryable):
             await self._send(Report())
-        except Retryable:
-            return None
-        waiting = asyncio.create_task(self._reports.get())
-        gone = asyncio.create_task(self.ended.wait())
-        try:
-            await asyncio.wait({waiting, gone}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
-            found = [*late, waiting.result()] if waiting.done() else late
-            return total_of(found) if found else None
-        finally:
-            for task in (waiting, gone):
-                task.cancel()
+            answers = [asyncio.create_task(event.wait()) for event in (self._reported, self.ended)]
+            try:
+                await asyncio.wait(answers, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in answers:
+                    task.cancel()
+        found, self._reports = self._reports, []
+        return total_of(found) if found else None
 
     async def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         """Tell the engine that memory is short, or no longer. One that is gone needs no relief."""
@@ -318,7 +318,8 @@ class LoaderProcess:
             for number in self._open.keys() & set(frame.waits):
                 self._open[number].put(Waits(id=number))
         elif isinstance(frame, Reported):
-            self._reports.put_nowait(frame)
+            self._reports.append(frame)
+            self._reported.set()
         elif isinstance(frame, Ready) and not self._ready.done():
             self._ready.set_result(frame)
         elif isinstance(frame, LoadFailed) and not self._ready.done():

@@ -78,7 +78,11 @@ def lines(path: Path, which: Filter, *, follow: bool, until: Callable[[], bool] 
         if not follow or until():
             break
         time.sleep(_POLL_S)
-        live = _reopened(path, live)
+        fresh = _reopened(path, live)
+        if live is not None and fresh is not live:
+            yield from _rendered(live, which)  # what was written between the last look and the rotation
+            live.close()
+        live = fresh
     if live is not None:
         live.close()
 
@@ -88,12 +92,9 @@ def _reopened(path: Path, live: Any) -> Any:
     try:
         if live is not None and path.stat().st_ino == _inode(live):
             return live
-        fresh = path.open(encoding="utf-8", errors="replace")
+        return path.open(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return live
-    if live is not None:
-        live.close()
-    return fresh
 
 
 def _inode(file: Any) -> int:

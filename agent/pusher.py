@@ -106,10 +106,12 @@ class Pusher:
                 self._failed(error)
 
     def clock_was_set(self) -> None:
-        """What the store told of this machine's clock no longer holds; a fresh client learns it from its first answer,
-        be it a refusal."""
+        """What the store told of this machine's clock no longer holds; it is learnt from the next answer, be it a
+        refusal."""
         self._last_skew_ms = None
-        self._store = None
+        store = self._store  # another thread may give it up at any moment
+        if store is not None:
+            store.forget_clock()
 
     def stop(self) -> None:
         """What is being sent is sent; the rest waits for the next run."""

@@ -154,7 +154,8 @@ class Spool:
             return decode(waiting.path.read_bytes())
         except FileNotFoundError:
             return None
-        except Refused:
+        except Refused as error:
+            log.error("batch_unreadable", epoch=waiting.epoch, seq=waiting.seq, reason=error.message)
             self.set_aside(waiting)
             return None
 
@@ -228,6 +229,8 @@ class Spool:
             if (match := _NAME.fullmatch(path.name)) is None:
                 continue
             if _is_whole(kept):
+                with open(kept, "rb") as file:
+                    _sync(file.fileno())  # it was not while it was only kept
                 _renamed(kept, path)
                 log.info("window_recovered", of_epoch=int(match[1]), seq=int(match[2]))
             else:
@@ -347,7 +350,7 @@ def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -355,6 +358,8 @@ def _sync_folder(folder: Path) -> None:
 def _sync(descriptor: int) -> None:
     """To the drive itself; on macOS fsync alone stops at its cache."""
     if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
+        # a file system of another kind may not know it
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)

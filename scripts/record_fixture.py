@@ -59,7 +59,7 @@ CAPTURES = (
 _MASKS = (
     (
         re.compile(
-            r'("?(?:serial[_ ]?number|IOPlatformSerialNumber|SerialNumber|provisioning_UDID)[^:=\n]*[:=]\s*"?)[^",\n]+',
+            r'((?:serial|provisioning_UDID)[^:=\n]*[:=]\s*["<]?)[^",>\n]+',
             re.I,
         ),
         r"\1MASKED",

@@ -40,6 +40,10 @@ class ObjectStore(Protocol):
         """Within a second: that is what an answer's date tells."""
         ...
 
+    def forget_clock(self) -> None:
+        """This machine's clock was set: ``clock_skew_ms`` is None until the next answer."""
+        ...
+
     def put(self, key: str, body: bytes) -> str:
         """Write, whatever was there; returns the etag."""
         ...

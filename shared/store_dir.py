@@ -32,6 +32,9 @@ class DirectoryStore:
     def clock_skew_ms(self) -> int | None:
         return None
 
+    def forget_clock(self) -> None:
+        """It tells none."""
+
     def put(self, key: str, body: bytes) -> str:
         path = self._path(key)
         with _as_ours("put", key), self._locked(), self._temporary(body) as temporary:

@@ -83,6 +83,9 @@ class S3Store:
     def clock_skew_ms(self) -> int | None:
         return self._skew_ms
 
+    def forget_clock(self) -> None:
+        self._skew_ms = None
+
     def _note_date(self, http_response: Any = None, **_: object) -> None:
         """Every answer says what time it is where it comes from."""
         with contextlib.suppress(AttributeError, TypeError, ValueError):

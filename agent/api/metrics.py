@@ -14,7 +14,7 @@ from agent.api.host_metrics import HostMetrics
 from agent.collectors.inference import Answered
 from agent.frames import Reported
 from agent.routing import NodeView
-from shared.records import Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
+from shared.records import EngineWindow, Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -34,12 +34,14 @@ _ENGINE = {
     "cache_evictions": ("cache_evictions", "Entries that left the prompt cache to keep its budget."),
 }
 _LEVELS = {
-    "queue_max": "Longest queue in the last window.",
-    "kv_peak_bytes": "Most bytes of running requests' keys and values in the last window, padding included.",
     "cache_bytes": "Bytes that the prompt cache accounts for.",
     "disk_bytes": "Bytes of prompts' states on disk.",
     "active_bytes": "Bytes that MLX holds.",
-    "peak_bytes": "Most bytes that MLX held in the last window.",
+}
+_PEAKS = {
+    "queue_max": "Longest queue in the last closed window.",
+    "kv_peak_bytes": "Most bytes of running requests' keys and values in the last closed window, padding included.",
+    "peak_bytes": "Most bytes that MLX held in the last closed window.",
 }
 
 
@@ -74,6 +76,7 @@ class Metrics:
             field: self._counter(f"engine_{name}", text, ("model",)) for field, (name, text) in _ENGINE.items()
         }
         self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
+        self._peaks = {field: self._gauge(f"engine_{field}", text) for field, text in _PEAKS.items()}
         self._evicted = self._counter("model_evictions", "Models that left memory.", ("model", "reason"))
         self._missed = self._counter("model_misses", "First requests for models that had left memory.", ("model",))
         self._swaps = self._counter("swaps", "Swaps by how they ended.", ("model", "outcome"))
@@ -99,6 +102,12 @@ class Metrics:
             counter.labels(model).inc(amount / 1e6 if field.endswith("_us") else amount)
         for field, gauge in self._levels.items():
             gauge.labels(model).set(getattr(reported, field))
+
+    def closed(self, windows: Sequence[EngineWindow]) -> None:
+        """A window was closed: its peaks are known."""
+        for window in windows:
+            for field, gauge in self._peaks.items():
+                gauge.labels(window.model).set(getattr(window, field))
 
     def event(self, event: Event) -> None:
         """Count what happened to models."""

@@ -19,6 +19,7 @@ from agent.collectors.reading import Failure, Guarded, Source, file_bytes, text_
 
 FRESH_S = 0.5
 """Collectors that ask within so long share one reading."""
+CLOSE_S = 1.0
 MACMON_S = 2
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 
@@ -123,12 +124,16 @@ class Chip:
         return found
 
     def close(self) -> None:
-        """Give everything back."""
-        with self._lock:
+        """Give everything back, unless a call of the system does not come back: it must not keep the agent."""
+        if not self._lock.acquire(timeout=CLOSE_S):
+            return
+        try:
             if self._smc is not None:
                 self._smc.close()
             if self._macmon is not None:
                 self._macmon.close()
+        finally:
+            self._lock.release()
 
     def _read(self) -> ChipReading | None:
         for name, read in self._readers().items():

@@ -12,6 +12,7 @@ import psutil
 
 from agent.collectors import sysctl
 from agent.collectors.reading import Failure, Reading, Source, command_bytes, file_bytes, text_of
+from shared.batch import MAX_COUNT
 from shared.records import Hardware
 
 _SYSCTLS = (
@@ -40,16 +41,20 @@ class HostCollector:
         """The processor's time is counted by the system."""
 
     def sources(self) -> list[Source]:
-        free = self.read().fields["disk_free_bytes"]
-        return [Source("processor and disk", "", f"{free / 1e9:.0f} GB free")]
+        reading = self.read()
+        free = reading.fields.get("disk_free_bytes", 0)
+        return [Source("processor and disk", reading.failed.get("disk", ""), f"{free / 1e9:.0f} GB free")]
 
     def read(self) -> Reading:
         before, self._last = self._last, psutil.cpu_times()
         # before the first start it is not there yet
         there = next(one for one in (self._folder, *self._folder.parents) if one.exists())
-        fields = {"disk_free_bytes": psutil.disk_usage(str(there)).free}
-        share = busy_ppm(before._asdict(), self._last._asdict())
-        return Reading(fields if share is None else {**fields, "cpu_ppm": share}, {})
+        free, share = psutil.disk_usage(str(there)).free, busy_ppm(before._asdict(), self._last._asdict())
+        fields = {} if share is None else {"cpu_ppm": share}
+        if free > MAX_COUNT:
+            # some file systems of other machines say exabytes; no window could carry it
+            return Reading(fields, {"disk": f"{free / 1e12:.0f} TB free is more than a window can say"})
+        return Reading({**fields, "disk_free_bytes": free}, {})
 
 
 def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:

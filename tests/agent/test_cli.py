@@ -172,12 +172,14 @@ def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
     def until() -> bool:
         turn = next(rounds)
         if turn == 0:
+            with log.open("a") as file:
+                file.write(entry(2) + "\n")  # nobody has looked since
             log.rename(tmp_path / "agent.jsonl.1")
-            log.write_text(entry(2) + "\n")
+            log.write_text(entry(3) + "\n")
         return turn == 2
 
     events = [line.split()[3] for line in logview.lines(log, logview.Filter(), follow=True, until=until)]
-    assert events == ["e1", "e2"]
+    assert events == ["e1", "e2", "e3"]
 
 
 @pytest.mark.parametrize("text", ["soon", "5", "5y", ""])

@@ -2,9 +2,11 @@
 
 import random
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -454,6 +456,35 @@ def test_free_space_is_that_of_the_disk_the_folder_lies_on(tmp_path: Path, monke
     assert HostCollector(tmp_path / "not" / "yet").read().fields["disk_free_bytes"] == 7
     assert HostCollector(tmp_path).read().fields["disk_free_bytes"] == 7
     assert asked == [str(tmp_path)] * 2
+
+
+def test_a_disk_without_end_costs_its_number_and_not_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.collectors.host.psutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
+    one = HostCollector(Path("/"))
+    reading = one.read()
+    assert "disk_free_bytes" not in reading.fields
+    assert "more than a window can say" in reading.failed["disk"]
+    assert "more than a window can say" in one.sources()[0].reason
+
+
+def test_a_system_call_that_hangs_does_not_keep_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.collectors.chip.CLOSE_S", 0.05)
+    chip, over, entered = Chip("linux", sys_class=tmp_path), threading.Event(), threading.Event()
+
+    def hangs() -> None:
+        entered.set()
+        over.wait(30)
+
+    monkeypatch.setattr(chip, "_read", hangs)
+    reader = threading.Thread(target=chip.read)
+    reader.start()
+    try:
+        assert entered.wait(10)
+        chip.close()
+        assert reader.is_alive(), "it was not waited for"
+    finally:
+        over.set()
+        reader.join()
 
 
 def test_the_real_machine_can_be_read() -> None:

@@ -16,7 +16,7 @@ from agent.collectors.inference import Answered
 from agent.frames import Reported
 from agent.routing import NodeView
 from scripts import record_fixture
-from shared.records import HostSample, ThrottleEvent
+from shared.records import EngineWindow, HostSample, ThrottleEvent
 
 FULL = HostSample(
     cpu_ppm=250_000,
@@ -142,6 +142,7 @@ def test_the_dashboard_and_the_example_ask_for_what_there_is() -> None:
     metrics = Metrics(_no_models, _no_peers, one)
     metrics.answered(Answered(model="m", outcome="ok", ttft_us=1, itl_us=((1, 1),), total_us=2, prompt_tok=1))
     metrics.engine("m", Reported(decode_tok=1))
+    metrics.closed([EngineWindow(model="m", version="v", queue_max=3)])
     text = metrics.text().decode()
     there = set(re.findall(r"^(mlxrack_\w+)", text, re.MULTILINE)) | set(
         re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -158,6 +159,16 @@ def test_the_dashboard_and_the_example_ask_for_what_there_is() -> None:
     assert "job_name" in (folder / "prometheus.yml").read_text()
 
 
+def test_peaks_are_those_of_the_closed_window_however_often_an_engine_is_asked() -> None:
+    metrics = Metrics(_no_models, _no_peers, host())
+    metrics.engine("m", Reported(queue_max=9, peak_bytes=100))
+    metrics.closed([EngineWindow(model="m", version="v", queue_max=9, peak_bytes=100)])
+    metrics.engine("m", Reported(queue_max=1, peak_bytes=10, cache_bytes=7))
+    text = metrics.text().decode()
+    for line in ('queue_max{model="m"} 9.0', 'peak_bytes{model="m"} 100.0', 'cache_bytes{model="m"} 7.0'):
+        assert f"mlxrack_engine_{line}" in text
+
+
 def _no_models() -> list[dict[str, Any]]:
     return []
 
@@ -171,12 +182,25 @@ def test_what_tells_one_mac_from_another_is_masked() -> None:
       "serial_number" : "C02XK1ABCDEF",
           Serial Number (system): C02XK1ABCDEF
     "IOPlatformSerialNumber" = "C02XK1ABCDEF"
+    "Serial" = "F8Y1234QWERT"
+    "Device Serial" = "F8Y1234QWERT"
+    "serial-number" = <463859313233>
+    "BatterySerialNumber" = "F8Y1234QWERT"
     "IOPlatformUUID" = "564D7B1A-11AA-22BB-33CC-0123456789AB"
     Hardware UUID: 564D7B1A-11AA-22BB-33CC-0123456789AB
     Wi-Fi: 3c:22:fb:11:22:33 at 192.168.1.17, home /Users/ada/models
     Kernel of ada's mini-office: 24.6.0
 """
     found = record_fixture.masked(raw, ("ada", "mini-office"))
-    for secret in ("C02XK1ABCDEF", "564D7B1A", "3c:22:fb", "192.168.1.17", "ada", "mini-office"):
+    for secret in (
+        "C02XK1ABCDEF",
+        "F8Y1234QWERT",
+        "463859313233",
+        "564D7B1A",
+        "3c:22:fb",
+        "192.168.1.17",
+        "ada",
+        "mini-office",
+    ):
         assert secret not in found
     assert "24.6.0" in found, "versions stay"

@@ -373,11 +373,40 @@ async def test_a_report_that_came_late_is_counted_with_the_next(tmp_path: Path) 
         await answer(pool, "a", tokens=7)
         loaded = pool._slots[0].loaded
         assert loaded is not None
-        loaded.process._reports.put_nowait(Reported(decode_tok=100, queue_max=3, active_bytes=1))
+        loaded.process._reports.append(Reported(decode_tok=100, queue_max=3, active_bytes=1))
         (window,) = await pool.windows()
         assert (window.decode_tok, window.queue_max) == (107, 3)
         (window,) = await pool.windows()
         assert window.decode_tok == 0
+
+
+async def test_who_gives_up_waiting_for_a_report_leaves_it_to_the_next(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        await answer(pool, "a", tokens=7)
+        loaded = pool._slots[0].loaded
+        assert loaded is not None
+        loaded.process._reports.append(Reported(decode_tok=100))
+        asked = asyncio.create_task(pool.refresh())
+        await asyncio.sleep(0)  # it has begun to wait
+        asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asked
+        (window,) = await pool.windows()
+        (later,) = await pool.windows()
+        assert window.decode_tok + later.decode_tok == 107
+
+
+async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        process = pool._slots[0].loaded.process  # type: ignore[union-attr]
+        process._reports.append(Reported(decode_tok=50))
+        await process.stop(1.0)
+        told = await process.report()
+        assert told is not None
+        assert told.decode_tok == 50
+        assert await process.report() is None
 
 
 async def test_done_says_how_it_ended(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Batches on disk and on their way: nothing lost, nothing twice, whatever breaks."""
 
+import fcntl
 import json
 import os
+import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +55,9 @@ class Flaky:
     """A directory store that fails on command, before or after the write."""
 
     clock_skew_ms = 1_500
+
+    def forget_clock(self) -> None:
+        pass
 
     def __init__(self, root: Path) -> None:
         self.inner = DirectoryStore(root)
@@ -373,6 +379,9 @@ def test_a_clock_that_was_set_is_unknown_until_the_store_answers(tmp_path: Path)
         def clock_skew_ms(self) -> int | None:  # type: ignore[override]
             return self.skew_ms
 
+        def forget_clock(self) -> None:
+            self.skew_ms = None
+
     def refuses(key: str, body: bytes) -> None:
         stores[-1].skew_ms = 7_200_000
         raise Halt("this machine's clock is too far from the store's; set it", code="clock_skew")
@@ -593,7 +602,45 @@ def test_an_open_window_does_not_wait_for_a_drive_that_is_slow_to_sync(
     spool.keep(make(spool))
     assert synced == []
     spool.append(make(spool))
-    assert len(synced) == 1
+    assert len(synced) == 2, "the file, and the folder with its name"
+
+
+def what_is(descriptor: int) -> str:
+    return "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+
+
+def test_a_recovered_window_is_synced_before_it_counts_as_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, synced = opened(tmp_path), list[str]()
+    spool.keep(make(spool))
+    spool._lock.close()  # as a kill does
+    monkeypatch.setattr(spool_module, "_sync", lambda descriptor: synced.append(what_is(descriptor)))
+    opened(tmp_path)
+    assert synced[:2] == ["file", "folder"]
+
+
+def test_a_mac_flushes_the_drive_for_the_file_and_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, plain = list[str](), list[int]()
+    known = [True]
+
+    def full(descriptor: int, command: int) -> int:
+        assert command == 51
+        if not known[0]:
+            raise OSError(45, "Operation not supported")
+        flushed.append(what_is(descriptor))
+        return 0
+
+    spool = opened(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    monkeypatch.setattr(os, "fsync", plain.append)
+    fill(spool, 1)
+    assert (flushed, plain) == (["file", "folder"], [])
+    known[0] = False
+    fill(spool, 1)
+    assert len(plain) == 2, "a file system that does not know it is synced as it can"
 
 
 @pytest.mark.parametrize("left", [b"", bytes(4096), b"half"])
