@@ -156,7 +156,7 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     at: str
     nodes: tuple[str, ...]
     channel: Annotated[int, Meta(ge=0)] = 0
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     user: str = "admin"
     secret: str = ""
     scale: Annotated[float, Meta(gt=0)] = 1.0

@@ -128,7 +128,7 @@ class HostMetrics(Collector):
         yield fans
 
     def _sums(self) -> Iterator[Metric]:
-        if self._level_us:  # where no level was ever known, there is no time at it either
+        if any(self._level_us.values()):  # where no level was ever known, there is no time at it either
             yield from self._of_heat()
         energy = CounterMetricFamily("mlxrack_energy_joules", "Energy since the start, by source.", labels=["source"])
         for source, used_mj in self._energy_mj.items():

@@ -10,6 +10,8 @@ from pathlib import Path
 from agent.collectors.reading import Failure
 
 SILENT_S = 30.0
+FIRST_S = 10.0
+"""One that was just started may take so long to its first words."""
 
 
 class Child:

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from agent.collectors import smc
-from agent.collectors.child import Child
+from agent.collectors.child import FIRST_S, Child
 from agent.collectors.macmon import Macmon, parse_macmon
-from agent.collectors.reading import Failure, Guarded, Source, file_bytes, text_of
+from agent.collectors.reading import Failure, Guarded, Source, file_bytes, preferred, text_of
 
 FRESH_S = 0.5
 """Collectors that ask within so long share one reading."""
@@ -100,6 +100,7 @@ class Chip:
         self._last: tuple[float, ChipReading | None] | None = None
         names = ("smc", "macmon") if self._is_mac else ("hwmon",)
         self.guards = {name: Guarded(name, clock) for name in names}
+        self._answered = ""
 
     def read(self) -> ChipReading | None:
         """The first source that answers."""
@@ -112,7 +113,7 @@ class Chip:
     @property
     def failed(self) -> dict[str, str]:
         """Why sources do not answer: all of them when none does, else those that were preferred."""
-        return {name: guard.reason for name, guard in self.guards.items() if guard.reason}
+        return {guard.name: guard.reason for guard in preferred(self.guards.values(), self._answered) if guard.reason}
 
     def sources(self) -> list[Source]:
         """Each, tried now."""
@@ -120,7 +121,8 @@ class Chip:
         for name, read in self._readers().items():
             with self._lock:
                 reading = self.guards[name].call(read)
-            found.append(Source(name, self.guards[name].reason, _seen(reading) if reading else ""))
+            reason = self.guards[name].reason or ("" if reading else "has said nothing yet")
+            found.append(Source(name, reason, _seen(reading) if reading else ""))
         return found
 
     def close(self) -> None:
@@ -139,10 +141,16 @@ class Chip:
         for name, read in self._readers().items():
             found = self.guards[name].call(read)
             if found is not None:
+                self._answered = name
+                if name != "macmon" and self._macmon is not None:
+                    # what it says from now on nobody would hear, and its old words would be taken for new ones
+                    self._macmon.close()
+                    self._macmon = None
                 return found
+        self._answered = ""
         return None
 
-    def _readers(self) -> dict[str, Callable[[], ChipReading]]:
+    def _readers(self) -> dict[str, Callable[[], ChipReading | None]]:
         if self._is_mac:
             return {"smc": self._read_smc, "macmon": self._read_macmon}
         return {"hwmon": self._read_linux}
@@ -158,10 +166,11 @@ class Chip:
             self._smc = None
             raise
 
-    def _read_macmon(self) -> ChipReading:
+    def _read_macmon(self) -> ChipReading | None:
         if self._macmon is None:
             self._macmon = MacmonPipe(self._clock)
-        return of_macmon(self._macmon.last())
+        last = self._macmon.last()
+        return of_macmon(last) if last is not None else None
 
     def _read_linux(self) -> ChipReading:
         sensors, fans = self._hwmon()
@@ -197,20 +206,23 @@ class MacmonPipe:
         if path is None:
             raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
         self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
+        self._clock = clock
+        self._began_s = clock()
         self._kept = b""
         self._last: Macmon | None = None
 
-    def last(self) -> Macmon:
-        """The newest line. Raises Failure while there is none."""
+    def last(self) -> Macmon | None:
+        """The newest line; None while it may be about to say its first. Raises Failure when it has ended or says
+        none."""
         try:
             said = self._child.read()
         except Failure:
-            self._last = None
+            self._last, self._began_s = None, self._clock()
             raise
         *lines, self._kept = (self._kept + said).split(b"\n")
         self._kept = self._kept[-65_536:]
         self._last = next((found for line in reversed(lines) if (found := parse_macmon(line))), self._last)
-        if self._last is None:
+        if self._last is None and self._clock() - self._began_s > FIRST_S:
             raise Failure("macmon: nothing said yet")
         return self._last
 

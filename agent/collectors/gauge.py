@@ -18,14 +18,14 @@ class Gauge:
     """One value. A window ends with ``close`` and the next begins with the value that held then."""
 
     def __init__(self) -> None:
-        self._last: tuple[float, float] | None = None
+        self._last: tuple[float, float, float] | None = None
         self._sum = self._covered_s = 0.0
         self._most: float | None = None
 
     def add(self, now_s: float, value: float) -> None:
         """It is ``value`` now."""
         self._advance(now_s)
-        self._last = (now_s, value)
+        self._last = (now_s, now_s + HOLDS_S, value)
         self._most = value if self._most is None else max(self._most, value)
 
     def gone(self, now_s: float) -> None:
@@ -42,16 +42,16 @@ class Gauge:
         if most is None:
             return None
         # a window with a single look at its very end has no time to weigh it by
-        mean = total / covered_s if covered_s > 0 else self._last[1] if self._last else most
+        mean = total / covered_s if covered_s > 0 else self._last[2] if self._last else most
         return Seen(mean, most, covered_s)
 
     def _advance(self, now_s: float) -> None:
         if self._last is None:
             return
-        since_s, value = self._last
-        held_s = min(max(0.0, now_s - since_s), HOLDS_S)
+        since_s, until_s, value = self._last
+        held_s = max(0.0, min(now_s, until_s) - since_s)
         if held_s > 0:
             self._sum += value * held_s
             self._covered_s += held_s
             self._most = value if self._most is None else max(self._most, value)
-        self._last = (now_s, value) if now_s - since_s < HOLDS_S else None
+        self._last = (now_s, until_s, value) if now_s < until_s else None

@@ -40,7 +40,8 @@ def parse_macmon(raw: bytes) -> Macmon | None:
         gpu_mean_c=_celsius(tree["temp"].get("gpu_temp_avg")),
         fans_rpm=tuple(round(one) for one in rpm if one is not None),
         system_w=_number(tree.get("sys_power"), MOST_W) or None,
-        soc_w=_number(tree.get("all_power"), MOST_W) or None,
+        # a processor that draws nothing at all is not measured (as in macOS 27), and the sum lacks it
+        soc_w=None if tree.get("cpu_power") == 0 else _number(tree.get("all_power"), MOST_W) or None,
     )
 
 

@@ -16,8 +16,9 @@ from agent.collectors.chip import Chip
 from agent.collectors.gauge import Gauge, Seen
 from agent.collectors.reading import Failure, Guarded, Reading, Source, file_bytes
 
-BUSY_SHARE = 0.05
+BUSY_SHARE = 0.01
 """A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
+MOST_UW = 1_000e6
 COVERS = 0.9
 """Watts that were known for so much of a window are the window's energy; else counters are, where there are any."""
 MOST_OVER_SYSTEM = 1.1
@@ -49,8 +50,8 @@ def spent_uj(before: Energy, now: Energy, *, busy: float, wraps: dict[str, int] 
     total = 0
     for name, after in now.parts.items():
         spent = after - before.parts[name]
-        if spent < 0:
-            spent += (wraps or {}).get(name, 0)
+        if spent < 0 and before.parts[name] > (whole := (wraps or {}).get(name, 0)) / 2:
+            spent += whole  # it went round; from its lower half it was set back
         if spent < 0 or (name == "cpu" and spent == 0 and busy > BUSY_SHARE):
             return None
         total += spent
@@ -183,6 +184,9 @@ class PowerCollector:
         spent = spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)
         if spent is None:
             failed[self._guard.name] = "its counters stand still or ran backwards"
+            return None
+        if spent > MOST_UW * (now - before[0]):
+            failed[self._guard.name] = "its counters jumped"
             return None
         return spent, now - before[0]
 

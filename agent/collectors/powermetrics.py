@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from agent.collectors.child import Child
-from agent.collectors.reading import MAX_OUTPUT_BYTES, Guarded, text_of
+from agent.collectors.child import FIRST_S, Child
+from agent.collectors.reading import MAX_OUTPUT_BYTES, Failure, Guarded, text_of
 from agent.collectors.throttle import LEVELS
 
 ARGV = (
@@ -126,6 +126,7 @@ class PowermetricsStream:
         self._lock = threading.Lock()
         self._documents = Documents()
         self._last: tuple[float, Powermetrics] | None = None
+        self._began_s = clock()
         self.guard = Guarded("powermetrics", clock)
 
     @classmethod
@@ -136,10 +137,23 @@ class PowermetricsStream:
     def last(self) -> Powermetrics | None:
         """The newest sample, None when there is none of the last few intervals."""
         with self._lock:
-            said = self.guard.call(self._child.read)
-            for sample in self._documents.feed(said or b""):
-                self._last = (self._clock(), sample)
+            self.guard.call(self._heard)
             return self._fresh()
+
+    def _heard(self) -> Powermetrics | None:
+        """The newest sample; None while it may be about to give its first. Raises Failure when it has ended or gives
+        none."""
+        try:
+            said = self._child.read()
+        except Failure:
+            self._began_s = self._clock()
+            raise
+        for sample in self._documents.feed(said):
+            self._last = (self._clock(), sample)
+        fresh = self._fresh()
+        if fresh is None and self._clock() - self._began_s > FIRST_S:
+            raise Failure("powermetrics: nothing said yet")
+        return fresh
 
     def _fresh(self) -> Powermetrics | None:
         if self._last is None or self._clock() - self._last[0] > FRESH_S:
@@ -168,7 +182,10 @@ def _block(elapsed_ms: str, text: str) -> Powermetrics:
 
 
 def _sum(combined: float | None, *parts: float | None) -> float | None:
-    """All three parts; before macOS 13 nobody adds them up."""
+    """All three parts; before macOS 13 nobody adds them up. A processor that draws nothing at all is not measured (as
+    in macOS 27), and then the sum is none."""
+    if parts[0] == 0:
+        return None
     if combined is not None:
         return combined
     known = [part for part in parts if part is not None]

@@ -1,10 +1,11 @@
 """What a collector is, and how a source is read without being trusted."""
 
 import contextlib
+import itertools
 import selectors
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -67,7 +68,10 @@ class Guarded:
         self.reason = ""
 
     def call(self, read: Callable[[], T]) -> T | None:
-        """What ``read`` gives; None when it failed or is left alone, and then ``reason`` says why."""
+        """What ``read`` gives; None when it failed or is left alone, and then ``reason`` says why.
+
+        A ``read`` that gives None itself has nothing yet: that is no failure, and not the end of one.
+        """
         if self._clock() < self._not_before_s:
             return None
         try:
@@ -77,13 +81,19 @@ class Guarded:
         except Exception as error:  # noqa: BLE001  # whatever a sensor does, the agent goes on
             self.reason = type(error).__name__
         else:
-            self._failures, self.reason = 0, ""
+            if found is not None:
+                self._failures, self.reason = 0, ""
             return found
         self._failures += 1
         if self._failures >= FAILURES_TO_PAUSE:
             times = self._failures - FAILURES_TO_PAUSE
             self._not_before_s = self._clock() + min(MOST_PAUSE_S, PAUSE_S * 2 ** min(times, 10))
         return None
+
+
+def preferred(guards: Iterable[Guarded], answered: str) -> Iterator[Guarded]:
+    """Those that come before the one that ``answered``, all when none did: the others were not asked."""
+    return itertools.takewhile(lambda guard: guard.name != answered, guards)
 
 
 def text_of(raw: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from agent.collectors.chip import Chip
 from agent.collectors.gauge import Gauge
 from agent.collectors.notify import Notify
-from agent.collectors.reading import Failure, Guarded, Reading, Source, command_bytes, text_of
+from agent.collectors.reading import Failure, Guarded, Reading, Source, command_bytes, preferred, text_of
 from agent.collectors.sysctl import parse_pmset_therm
 from agent.collectors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
 
@@ -119,7 +119,8 @@ class ThermalCollector:
                 fields[f"{name}_mean_mc"] = round(seen.mean * 1000)
         if reading is not None:
             fields.update(temp_source=reading.source, fan_rpm=reading.fans_rpm, pcore_asleep=reading.pcore_asleep)
-        failed = {name: guard.reason for name, guard in self._guards.items() if guard.reason}
+        asked = preferred(self._guards.values(), self._source)
+        failed = {guard.name: guard.reason for guard in asked if guard.reason}
         return Reading(fields, {**failed, **self._chip.failed, **self._also_failed()})
 
     def sources(self) -> list[Source]:

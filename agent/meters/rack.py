@@ -14,6 +14,7 @@ from agent.collectors.gauge import Gauge
 from agent.collectors.reading import MAX_OUTPUT_BYTES, Failure
 from agent.config import SNMP_NUMBERS, Meter
 from agent.meters import http, snmp
+from agent.meters.lookups import Lookups, Names
 from agent.meters.snmp_client import NoAnswer, SnmpClient
 from shared.errors import RackError
 from shared.logs import get_logger
@@ -40,6 +41,9 @@ class RackMeters:
         self._energy_mj: dict[str, int] = {}
         self.problems: dict[str, str] = {}
         self._snmp = SnmpClient()
+        self._lookups = Lookups()
+        self._names = Names(self._lookups)
+        self._secrets: dict[str, str] = {}
 
     async def poll(self) -> None:
         """Ask every device; those that share an address one after another, since plugs take few connections."""
@@ -76,7 +80,7 @@ class RackMeters:
                 "nodes": list(meter.nodes),
                 "watts": self._last.get(meter.name),
                 "joules": self._energy_mj.get(meter.name, 0) / 1000,
-                "problem": self.problems.get(meter.name, ""),
+                "problem": self.problems.get(meter.name, "" if meter.name in self._last else "has not answered yet"),
             }
             for meter in self._meters
         ]
@@ -101,6 +105,8 @@ class RackMeters:
             except (aiohttp.ClientError, OSError) as error:
                 silent = f"cannot be reached ({type(error).__name__})"
                 self._failed(meter, silent)
+            except Exception as error:  # noqa: BLE001  # whatever one makes of a setting, the others go on
+                self._failed(meter, f"cannot be asked ({type(error).__name__}); are its settings right?")
             else:
                 self._gauges[meter.name].add(self._clock(), watts)
                 self._last[meter.name] = round(watts, 1)
@@ -110,7 +116,7 @@ class RackMeters:
     async def _ask(self, meter: Meter) -> float:
         if meter.kind in SNMP_NUMBERS:
             outlet = snmp.Outlet(kind=meter.kind, numbers=meter.numbers, scale=meter.scale)
-            community = resolve(meter.secret, self._environ) if meter.secret else "public"
+            community = await self._secret(meter) or "public"
             watts = snmp.watts(outlet, await self._snmp.get(meter.at, community, snmp.oids(outlet)))
         else:
             watts = http.parse(meter.kind, await self._http(meter), meter.channel)
@@ -121,7 +127,7 @@ class RackMeters:
     async def _http(self, meter: Meter) -> bytes:
         """The device's answer. Raises Failure."""
         path = http.PATHS[meter.kind].format(channel=meter.channel)
-        password = resolve(meter.secret, self._environ) if meter.secret else ""
+        password = await self._secret(meter)
         middlewares: tuple[Any, ...] = ()
         headers = {}
         if password and meter.kind in ("tasmota", "shelly_gen1"):
@@ -129,7 +135,9 @@ class RackMeters:
         elif password:
             middlewares = (aiohttp.DigestAuthMiddleware(meter.user, password),)
         async with (
-            aiohttp.ClientSession(headers=headers, middlewares=middlewares) as session,
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(resolver=self._names), headers=headers, middlewares=middlewares
+            ) as session,
             session.get(meter.at.rstrip("/") + path, allow_redirects=False) as answer,
         ):
             if answer.status in (401, 403):
@@ -141,7 +149,15 @@ class RackMeters:
                 body += piece
             return body
 
+    async def _secret(self, meter: Meter) -> str:
+        """Looked up once, and again after the meter has failed: it may have been changed."""
+        if meter.secret and meter.name not in self._secrets:
+            found = await self._lookups.ask(meter.secret, lambda: resolve(meter.secret, self._environ))
+            self._secrets[meter.name] = str(found)
+        return self._secrets.get(meter.name, "")
+
     def _failed(self, meter: Meter, why: str) -> None:
+        self._secrets.pop(meter.name, None)
         self._gauges[meter.name].gone(self._clock())
         self._last.pop(meter.name, None)
         if self.problems.get(meter.name) != why:

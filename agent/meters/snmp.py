@@ -69,5 +69,6 @@ def _factor(outlet: Outlet, rest: list[int]) -> float:
     if outlet.kind == "sensor":
         unit, scale, precision, status = rest
         known = unit == _WATTS_UNIT and status == _OK and 1 <= scale <= 17 and -8 <= precision <= 9
-        return 10.0 ** (3 * (scale - _UNITS_SCALE) - precision) if known else -1.0
+        # RFC 3433: 1 to 9 are decimal places; -8 to -1 tell how many digits are accurate, and move no point
+        return 10.0 ** (3 * (scale - _UNITS_SCALE) - max(0, precision)) if known else -1.0
     return outlet.scale

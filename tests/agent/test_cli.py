@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import cli, install, logview
+from agent import cli, doctor, install, logview
 from agent.config import AgentConfig, hash_key
 from shared.errors import Refused
 
@@ -162,6 +162,16 @@ def test_logs_are_filtered(tmp_path: Path) -> None:
     assert shown(log, logview.Filter(level="warning")) == ["e2", "e50"]
     assert shown(log, logview.Filter(request="req_1")) == ["e30"]
     assert shown(log, logview.Filter(since=logview.parse_since("15m", NOW))) == ["e50"]
+
+
+@pytest.mark.parametrize(
+    ("skew_ms", "said"),
+    [(None, []), (1_900, ["ok"]), (-600_000, ["warning: 600 s behind"]), (3_000, ["warning: 3 s ahead of"])],
+)
+def test_doctor_looks_at_the_clock(skew_ms: int | None, said: list[str]) -> None:
+    found = doctor._clock(skew_ms)
+    assert [one.verdict for one in found] == [text.partition(":")[0] for text in said]
+    assert all(text.partition(": ")[2] in one.seen for one, text in zip(found, said, strict=True))
 
 
 def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:

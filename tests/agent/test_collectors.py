@@ -168,7 +168,8 @@ def test_a_gauge_weighs_by_time_and_forgets_what_is_old() -> None:
     assert gauge.close(4.0) == Seen(mean=(10 * 3 + 20) / 4, most=20.0, covered_s=4.0)
     gauge.add(5.0, 0.0)
     assert gauge.close(6.0) == Seen(mean=10.0, most=20.0, covered_s=2.0), "what held at its beginning is in the window"
-    assert gauge.close(100.0) == Seen(mean=0.0, most=0.0, covered_s=15.0), "not seen again: it holds for a while only"
+    assert gauge.close(12.0) == Seen(mean=0.0, most=0.0, covered_s=6.0)
+    assert gauge.close(100.0) == Seen(mean=0.0, most=0.0, covered_s=8.0), "not seen since 5: it holds until 20"
     assert gauge.close(200.0) is None
     gauge.add(200.0, 7.0)
     assert gauge.close(200.0) == Seen(mean=7.0, most=7.0, covered_s=0.0)
@@ -231,6 +232,7 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
     [
         ({"cpu": 1_500, "gpu": 300}, 0.5, 700),
         ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter stands still
+        ({"cpu": 1_000, "gpu": 300}, 0.03, None),  # one of 32 cores
         ({"cpu": 1_000, "gpu": 300}, 0.01, 200),
         ({"cpu": 900, "gpu": 300}, 0.5, None),
         ({"cpu": 1_500}, 0.5, None),
@@ -241,6 +243,39 @@ def test_counters_that_stand_still_or_run_backwards_give_nothing(
     after: dict[str, int], busy: float, expected: int | None
 ) -> None:
     assert spent_uj(Energy({"cpu": 1_000, "gpu": 100}), Energy(after), busy=busy) == expected
+
+
+def test_a_counter_that_went_round_is_told_from_one_that_was_set_back(tmp_path: Path) -> None:
+    whole = {"p": 262_143_328_850}
+    near_the_end, low = Energy({"p": 262_000_000_000}), Energy({"p": 5_000_000_000})
+    assert spent_uj(near_the_end, Energy({"p": 1_000_000}), busy=1.0, wraps=whole) == 144_328_850
+    assert spent_uj(low, Energy({"p": 10_000_000}), busy=1.0, wraps=whole) is None, "5 kJ before, 10 J after"
+    clock = [0.0]
+    one = PowerCollector(
+        Chip("linux", sys_class=tmp_path / "none"), "linux", counters=Rapl(tmp_path), clock=lambda: clock[0]
+    )
+    powercap(tmp_path, 1_000_000)
+    one.read()
+    clock[0] = 2.0
+    powercap(tmp_path, 3_001_000_000)
+    reading = one.read()
+    assert "soc_power_mw" not in reading.fields
+    assert "energy_mj" not in reading.fields
+    assert reading.failed["rapl"] == "its counters jumped", "1,500 W are none of a node's"
+
+
+def test_a_sum_that_lacks_the_processor_is_none(tmp_path: Path) -> None:
+    line = b'{"temp":{},"cpu_power":%s,"gpu_power":9.0,"all_power":%s}'
+    silent, measured = macmon.parse_macmon(line % (b"0.0", b"9.0")), macmon.parse_macmon(line % (b"0.1", b"9.1"))
+    assert silent is not None
+    assert measured is not None
+    assert (silent.soc_w, measured.soc_w) == (None, 9.1)
+    plist = '<plist version="1.0"><dict><key>elapsed_ns</key><integer>1000000000</integer><key>processor</key><dict>'
+    for cpu, soc in ((0, None), (100, 9100)):
+        power = f"<key>cpu_power</key><real>{cpu}</real><key>combined_power</key><real>{9000 + cpu}</real>"
+        found = powermetrics.parse_document(f"{plist}{power}</dict></dict></plist>".encode())
+        assert found is not None
+        assert found.soc_mw == soc
 
 
 def test_energy_of_the_chip_is_the_parts_that_it_tells() -> None:
@@ -378,7 +413,7 @@ def test_macmon_and_powermetrics_as_children(tmp_path: Path) -> None:
     line = '{"temp":{"cpu_temp_avg":51.5,"gpu_temp_avg":0.0},"sys_power":9.5,"all_power":0.0,"fans":[{"rpm":1200}]}'
     program = script(tmp_path, f"echo noise; echo '{line}'; exec sleep 60")
     pipe = MacmonPipe(program=program)
-    found = _eventually(pipe.last)
+    found = _eventually(lambda: pipe.last() or _refuse())
     assert found == macmon.Macmon(cpu_mean_c=51.5, system_w=9.5, fans_rpm=(1200,))
     pipe.close()
     with pytest.raises(Failure, match="not installed"):
@@ -388,6 +423,63 @@ def test_macmon_and_powermetrics_as_children(tmp_path: Path) -> None:
     sample = _eventually(lambda: stream.last() or _refuse())
     assert sample.level == 2
     stream.close()
+
+
+def test_a_program_that_ends_at_once_is_left_alone_and_always_named(tmp_path: Path) -> None:
+    clock, starts = [0.0], tmp_path / "starts"
+    program = script(tmp_path, f"echo x >> '{starts}'; exit 3")
+    stream = PowermetricsStream(Child([program], lambda: clock[0]), lambda: clock[0])
+    reasons = set()
+    for second in range(0, 60, 2):
+        clock[0] = float(second)
+        assert stream.last() is None
+        process = stream._child._process
+        if process is not None:
+            process.wait()
+        reasons.add(stream.guard.reason)
+    stream.close()
+    assert reasons == {"", f"{Path(program).name}: ended (exit 3)"}, "nothing is wrong before it has ended"
+    assert len(starts.read_text().split()) <= 4
+
+
+def test_a_second_source_is_no_longer_run_nor_named_when_the_first_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, broken = [0.0], [True]
+
+    class Controller:
+        def values(self) -> dict[str, float]:
+            if broken[0]:
+                raise Failure("smc: broken")
+            return {"Tp01": 30.0, "PSTR": 5.0}
+
+        def close(self) -> None:
+            pass
+
+    line = '{"temp":{"cpu_temp_avg":95.0},"sys_power":90.0}'
+    program = script(tmp_path, f"echo '{line}'; exec sleep 60")
+    real = MacmonPipe
+    monkeypatch.setattr("agent.collectors.chip.MacmonPipe", lambda clock: real(clock, program))
+    one = Chip("darwin", open_smc=Controller, clock=lambda: clock[0])  # type: ignore[arg-type]
+
+    def hot() -> bool:
+        clock[0] += 1.0
+        found = one.read()
+        return found is not None and found.source.startswith("macmon")
+
+    _eventually(lambda: hot() or _refuse())
+    child = one._macmon._child._process  # type: ignore[union-attr]
+    assert child is not None
+    assert set(one.failed) == {"smc"}
+    broken[0], clock[0] = False, 10_000.0
+    found = one.read()
+    assert found is not None
+    assert found.source.startswith("smc")
+    assert child.returncode is not None, "it has been ended"
+    assert one.failed == {}
+    broken[0], clock[0] = True, 20_000.0
+    assert one.read() is None, "what it says now is new, or nothing"
+    one.close()
 
 
 def _eventually(read: Callable[[], Any]) -> Any:

@@ -159,6 +159,15 @@ def test_the_dashboard_and_the_example_ask_for_what_there_is() -> None:
     assert "job_name" in (folder / "prometheus.yml").read_text()
 
 
+def test_a_level_that_was_never_known_has_no_time() -> None:
+    one = host()
+    one.sampled(HostSample(thermal_level="unknown", thermal_level_us=(0, 0, 0, 0, 0)))
+    names = {family.name for family in one.collect()}
+    assert "mlxrack_thermal_pressure_seconds" not in names
+    one.sampled(HostSample(thermal_level="nominal", thermal_level_us=(5, 0, 0, 0, 0)))
+    assert "mlxrack_thermal_pressure_seconds" in {family.name for family in one.collect()}
+
+
 def test_peaks_are_those_of_the_closed_window_however_often_an_engine_is_asked() -> None:
     metrics = Metrics(_no_models, _no_peers, host())
     metrics.engine("m", Reported(queue_max=9, peak_bytes=100))

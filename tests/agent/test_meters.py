@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -194,6 +196,7 @@ UNITS: list[tuple[MeterKind, tuple[int, ...], dict[str, int], float | None]] = [
     ("servertech_cord", (1, 1), {"1.3.6.1.4.1.1718.4.1.3.3.1.3.1.1": 1701}, 1701.0),
     ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 4230), (1, 6), (2, 8), (3, 1), (5, 1))}, 0.423),
     ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 6), (2, 9), (3, 1), (5, 1))}, 42.3),
+    ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 143), (1, 6), (2, 9), (3, -2), (5, 1))}, 143.0),
     ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 4), (2, 9), (3, 1), (5, 1))}, None),
     ("sensor", (7,), {f"{SENSOR}.{n}.7": v for n, v in ((4, 423), (1, 6), (2, 9), (3, 1), (5, 2))}, None),
 ]
@@ -286,6 +289,92 @@ async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monk
     states = {state["meter"]: state for state in rack.status()}
     assert states["alive"]["watts"] == 7.0
     assert all("no answer" in states[f"dead {n}"]["problem"] for n in range(6))
+
+
+async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None:
+    async with pdu({f"{APC}.26.9.4.3.1.7.1": 143, f"{APC}.26.9.4.3.1.7.2": 207}) as at:
+        environ = {"ONE": "rack", "TWO": "rack"}
+        meters = [
+            Meter(name=f"o{n}", kind="apc_outlet", at=at, numbers=(n,), nodes=(f"n{n}",), secret=f"env:{name}")
+            for n, name in ((1, "ONE"), (2, "TWO"))
+        ]
+        rack = RackMeters(meters, environ)
+        assert {state["problem"] for state in rack.status()} == {"has not answered yet"}
+        await rack.poll()
+        assert [state["watts"] for state in rack.status()] == [143.0, 207.0]
+        environ["ONE"] = "Gehäuse\u20ac"
+        rack._secrets.clear()  # as a meter that has failed forgets it
+        await rack.poll()
+        first, second = rack.status()
+        assert first["watts"] is None
+        assert "are its settings right?" in first["problem"]
+        assert (second["watts"], second["problem"]) == (207.0, "")
+        environ["ONE"] = "rack"
+        await rack.poll()
+        assert [state["watts"] for state in rack.status()] == [143.0, 207.0]
+        await rack.close()
+
+
+async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, over = list[str](), threading.Event()
+
+    def slow(reference: str, environ: Mapping[str, str]) -> str:
+        asked.append(reference)
+        over.wait(30)
+        return "geheim"
+
+    monkeypatch.setattr("agent.meters.rack.resolve", slow)
+    monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.2)
+    async with plug(lambda _: {"apower": 7.0}) as at:
+        rack = RackMeters([Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="op://a/b/c")], {})
+        for _ in range(3):
+            polled = asyncio.create_task(rack.poll())
+            longest, last = 0.0, time.monotonic()
+            while not polled.done():
+                await asyncio.sleep(0.01)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            assert longest < 0.15, "the loop went on"
+        assert "no answer" in rack.status()[0]["problem"]
+        assert asked == ["op://a/b/c"], "and not once more while it is still at work"
+        over.set()
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            await rack.poll()
+        assert rack.status()[0]["watts"] == 7.0
+        assert len(asked) == 2, "what works is not looked up again"
+
+
+async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, over, real = list[str](), threading.Event(), socket.getaddrinfo
+
+    def silent(host: str, *more: Any) -> Any:
+        if host.endswith(".test"):
+            asked.append(host)
+            over.wait(30)
+        return real("127.0.0.1" if host.endswith(".test") else host, *more)
+
+    monkeypatch.setattr("agent.meters.lookups.socket.getaddrinfo", silent)
+    monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.1)
+    async with plug(lambda _: {"apower": 7.0}) as at:
+        port = at.rpartition(":")[2]
+        meters = [
+            Meter(name=f"m{n}", kind="shelly", at=f"http://plug{n}.test:{port}", nodes=(f"n{n}",)) for n in range(40)
+        ]
+        rack = RackMeters(meters, {})
+        for _ in range(3):
+            await rack.poll()
+            async with asyncio.timeout(1.0):
+                assert await asyncio.to_thread(int, "7") == 7, "other work finds a thread"
+        assert sorted(asked) == sorted(f"plug{n}.test" for n in range(40)), "each once"
+        over.set()
+        await asyncio.sleep(0.2)
+        monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 5.0)
+        await rack.poll()
+        assert {state["watts"] for state in rack.status()} == {7.0}
 
 
 def test_every_kind_has_a_way_to_be_read() -> None:

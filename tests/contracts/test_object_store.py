@@ -230,6 +230,19 @@ def test_a_store_that_is_away_asks_to_wait_and_comes_back(seaweed: SeaweedFS) ->
     gate.shut()
 
 
+def test_the_clock_is_told_by_every_answer_and_forgotten_when_it_was_set(seaweed: SeaweedFS) -> None:
+    store = seaweed.store("clock")
+    assert store.clock_skew_ms is None
+    store.create_bucket()
+    assert store.clock_skew_ms is not None
+    assert abs(store.clock_skew_ms) < 5_000
+    store.forget_clock()
+    assert store.clock_skew_ms is None
+    with pytest.raises(NotFound):
+        store.get("nothing")
+    assert store.clock_skew_ms is not None, "a refusal is an answer, too"
+
+
 def test_parts_of_an_object(store: ObjectStore) -> None:
     store.put("whole", bytes(range(100)))
     assert store.get_part("whole", 10, 5) == bytes(range(10, 15))
