@@ -118,6 +118,7 @@ class Loaders:
 
     async def _again(self, loaded: Loaded) -> Loaded:
         log.warning("retiring_loader_died", model=loaded.name, version=loaded.spec.version, cause=loaded.process.cause)
+        await self.take_window(loaded)
         try:
             fresh = loaded._replace(process=await self.start(loaded.spec))
         except RackError as error:

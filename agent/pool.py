@@ -595,6 +595,7 @@ class Pool:
         )
         self._emit(event)
         log.error("loader_exited", model=event.model, cause=event.cause, restarts=event.restarts)
+        await self._loaders.take_window(loaded)  # what it said late, and nobody has heard yet
         await self._restart(slot)
 
     async def _restart(self, slot: Slot) -> None:

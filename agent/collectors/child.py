@@ -23,6 +23,7 @@ class Child:
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._heard_s = 0.0
+        self.started_s = 0.0
 
     def read(self) -> bytes:
         """What it has printed since the last call. Raises Failure when it cannot run or says nothing for long; it is
@@ -63,7 +64,7 @@ class Child:
             raise Failure(f"{self._name}: {error.strerror or type(error).__name__}") from None
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
-        self._heard_s = self._clock()
+        self._heard_s = self.started_s = self._clock()
 
     @staticmethod
     def _piece(descriptor: int) -> bytes:

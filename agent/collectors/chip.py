@@ -207,7 +207,6 @@ class MacmonPipe:
             raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
         self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
         self._clock = clock
-        self._began_s = clock()
         self._kept = b""
         self._last: Macmon | None = None
 
@@ -217,12 +216,13 @@ class MacmonPipe:
         try:
             said = self._child.read()
         except Failure:
-            self._last, self._began_s = None, self._clock()
+            self._last = None
             raise
         *lines, self._kept = (self._kept + said).split(b"\n")
         self._kept = self._kept[-65_536:]
         self._last = next((found for line in reversed(lines) if (found := parse_macmon(line))), self._last)
-        if self._last is None and self._clock() - self._began_s > FIRST_S:
+        if self._last is None and self._clock() - self._child.started_s > FIRST_S:
+            self._child.close()
             raise Failure("macmon: nothing said yet")
         return self._last
 

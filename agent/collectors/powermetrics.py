@@ -126,7 +126,7 @@ class PowermetricsStream:
         self._lock = threading.Lock()
         self._documents = Documents()
         self._last: tuple[float, Powermetrics] | None = None
-        self._began_s = clock()
+        self._has_spoken = False
         self.guard = Guarded("powermetrics", clock)
 
     @classmethod
@@ -146,14 +146,14 @@ class PowermetricsStream:
         try:
             said = self._child.read()
         except Failure:
-            self._began_s = self._clock()
+            self._has_spoken = False
             raise
         for sample in self._documents.feed(said):
-            self._last = (self._clock(), sample)
-        fresh = self._fresh()
-        if fresh is None and self._clock() - self._began_s > FIRST_S:
+            self._has_spoken, self._last = True, (self._clock(), sample)
+        if not self._has_spoken and self._clock() - self._child.started_s > FIRST_S:
+            self._child.close()
             raise Failure("powermetrics: nothing said yet")
-        return fresh
+        return self._fresh()
 
     def _fresh(self) -> Powermetrics | None:
         if self._last is None or self._clock() - self._last[0] > FRESH_S:

@@ -23,9 +23,10 @@ class Lookups:
         answer = self._asked.get(what)
         if answer is None:
             loop = asyncio.get_running_loop()
-            answer = self._asked[what] = loop.create_future()
-            answer.add_done_callback(lambda done: (self._asked.pop(what, None), done.exception()))
+            answer = loop.create_future()
             threading.Thread(target=_answer, args=(loop, answer, question), daemon=True, name="lookup").start()
+            self._asked[what] = answer
+            answer.add_done_callback(lambda done: (self._asked.pop(what, None), done.exception()))
         return await asyncio.shield(answer)
 
 
@@ -39,23 +40,29 @@ class Names(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """Its addresses. Raises OSError."""
-        found = await self._lookups.ask(
-            (host, port, family), lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-        )
-        return [
-            ResolveResult(
-                hostname=host,
-                host=str(address[0]),
-                port=int(address[1]),
-                family=kind,
-                proto=protocol,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for kind, _, protocol, _, address in found
-        ]
+        found = await self._lookups.ask((host, port, family), lambda: _addresses(host, port, family))
+        return list(found)
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+    return [
+        ResolveResult(
+            hostname=host,
+            # as text, an address of the link keeps the interface that it is of
+            host=socket.getnameinfo(address, numeric)[0],
+            port=port,
+            family=kind,
+            proto=protocol,
+            flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+        )
+        for kind, _, protocol, _, address in socket.getaddrinfo(
+            host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+        )
+    ]
 
 
 def _answer(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", question: Callable[[], Any]) -> None:

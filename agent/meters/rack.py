@@ -4,6 +4,7 @@ A meter that does not answer is a state, never a number; what it said last holds
 """
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from shared.records import OutletReading
 from shared.secrets import resolve
 
 TIMEOUT_S = 4.0
+SECRET_S = 2.0
 POLL_S = 5.0
 
 log = get_logger("agent.meters")
@@ -117,7 +119,8 @@ class RackMeters:
         if meter.kind in SNMP_NUMBERS:
             outlet = snmp.Outlet(kind=meter.kind, numbers=meter.numbers, scale=meter.scale)
             community = await self._secret(meter) or "public"
-            watts = snmp.watts(outlet, await self._snmp.get(meter.at, community, snmp.oids(outlet)))
+            at = await self._address(meter.at)
+            watts = snmp.watts(outlet, await self._snmp.get(at, community, snmp.oids(outlet)))
         else:
             watts = http.parse(meter.kind, await self._http(meter), meter.channel)
         if watts is None:
@@ -150,14 +153,34 @@ class RackMeters:
             return body
 
     async def _secret(self, meter: Meter) -> str:
-        """Looked up once, and again after the meter has failed: it may have been changed."""
-        if meter.secret and meter.name not in self._secrets:
-            found = await self._lookups.ask(meter.secret, lambda: resolve(meter.secret, self._environ))
-            self._secrets[meter.name] = str(found)
-        return self._secrets.get(meter.name, "")
+        """Looked up once, and again after the meter has failed: it may have been changed.
+
+        Raises Failure while that goes on; what is found then is there for the next question.
+        """
+        if not meter.secret:
+            return ""
+        if meter.secret not in self._secrets:
+            try:
+                async with asyncio.timeout(SECRET_S):
+                    await self._lookups.ask(meter.secret, lambda: self._look_up(meter.secret))
+            except TimeoutError:
+                raise Failure("its secret is still being looked up") from None
+        return self._secrets[meter.secret]
+
+    def _look_up(self, reference: str) -> None:
+        self._secrets[reference] = resolve(reference, self._environ)
+
+    async def _address(self, at: str) -> str:
+        """The numeric address of a device that is named. Raises OSError."""
+        host, colon, port = at.rpartition(":") if ":" in at else (at, "", "")
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            host = (await self._names.resolve(host))[0]["host"]
+        return f"{host}{colon}{port}"
 
     def _failed(self, meter: Meter, why: str) -> None:
-        self._secrets.pop(meter.name, None)
+        self._secrets.pop(meter.secret, None)
         self._gauges[meter.name].gone(self._clock())
         self._last.pop(meter.name, None)
         if self.problems.get(meter.name) != why:

@@ -442,6 +442,26 @@ def test_a_program_that_ends_at_once_is_left_alone_and_always_named(tmp_path: Pa
     assert len(starts.read_text().split()) <= 4
 
 
+def test_one_silence_of_powermetrics_costs_no_more_than_its_restart(tmp_path: Path) -> None:
+    (tmp_path / "document").write_bytes(PLIST)
+    clock, starts = [0.0], tmp_path / "starts"
+    program = script(tmp_path, f"echo x >> '{starts}'; cat '{tmp_path}/document'; exec sleep 60")
+    stream = PowermetricsStream(Child([program], lambda: clock[0]), lambda: clock[0])
+
+    while stream.last() is None:
+        time.sleep(0.02)
+    known = []
+    for second in range(2, 80, 2):
+        clock[0] = float(second)
+        if stream.last() is None and second > 30:
+            time.sleep(0.05)  # a real moment for the one that was started anew
+        known.append(stream.last() is not None)
+    stream.close()
+    gap = known.index(True, known.index(False)) - known.index(False)
+    assert 2 * gap <= 24, "fresh for 15 s, restarted after 30"
+    assert stream.guard.reason == ""
+
+
 def test_a_second_source_is_no_longer_run_nor_named_when_the_first_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,8 +476,10 @@ def test_a_second_source_is_no_longer_run_nor_named_when_the_first_is_back(
         def close(self) -> None:
             pass
 
-    line = '{"temp":{"cpu_temp_avg":95.0},"sys_power":90.0}'
-    program = script(tmp_path, f"echo '{line}'; exec sleep 60")
+    hot_line, cool_line = (f'{{"temp":{{"cpu_temp_avg":{celsius}}},"sys_power":9.0}}' for celsius in (95.0, 31.0))
+    ran = tmp_path / "ran"
+    says = f"if [ -e '{ran}' ]; then echo '{cool_line}'; else touch '{ran}'; echo '{hot_line}'; echo '{hot_line}'; fi"
+    program = script(tmp_path, f"{says}; exec sleep 60")
     real = MacmonPipe
     monkeypatch.setattr("agent.collectors.chip.MacmonPipe", lambda clock: real(clock, program))
     one = Chip("darwin", open_smc=Controller, clock=lambda: clock[0])  # type: ignore[arg-type]
@@ -478,8 +500,9 @@ def test_a_second_source_is_no_longer_run_nor_named_when_the_first_is_back(
     assert child.returncode is not None, "it has been ended"
     assert one.failed == {}
     broken[0], clock[0] = True, 20_000.0
-    assert one.read() is None, "what it says now is new, or nothing"
+    again = one.read()
     one.close()
+    assert again is None or again.package_c == 31.0, "what it says now is new"
 
 
 def _eventually(read: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from agent.config import SNMP_NUMBERS, Meter, MeterKind
 from agent.meters import http, snmp
+from agent.meters.lookups import Lookups, Names
 from agent.meters.rack import RackMeters
 from agent.meters.snmp import Outlet
 from scripts.seaweed import free_port
@@ -326,9 +327,10 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
         return "geheim"
 
     monkeypatch.setattr("agent.meters.rack.resolve", slow)
-    monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("agent.meters.rack.SECRET_S", 0.2)
     async with plug(lambda _: {"apower": 7.0}) as at:
-        rack = RackMeters([Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="op://a/b/c")], {})
+        slow_one = Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="op://a/b/c")
+        rack = RackMeters([slow_one, Meter(name="open", kind="shelly", at=at, nodes=("o",))], {})
         for _ in range(3):
             polled = asyncio.create_task(rack.poll())
             longest, last = 0.0, time.monotonic()
@@ -336,14 +338,14 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
                 await asyncio.sleep(0.01)
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
             assert longest < 0.15, "the loop went on"
-        assert "no answer" in rack.status()[0]["problem"]
-        assert asked == ["op://a/b/c"], "and not once more while it is still at work"
+        assert "still being looked up" in rack.status()[0]["problem"]
+        assert rack.status()[1]["watts"] == 7.0, "which is no fault of the device"
         over.set()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)  # it ends while nobody waits
         for _ in range(3):
             await rack.poll()
         assert rack.status()[0]["watts"] == 7.0
-        assert len(asked) == 2, "what works is not looked up again"
+        assert asked == ["op://a/b/c"], "once"
 
 
 async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
@@ -351,30 +353,52 @@ async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
 ) -> None:
     asked, over, real = list[str](), threading.Event(), socket.getaddrinfo
 
-    def silent(host: str, *more: Any) -> Any:
+    def silent(host: str, *more: Any, **others: Any) -> Any:
         if host.endswith(".test"):
             asked.append(host)
             over.wait(30)
-        return real("127.0.0.1" if host.endswith(".test") else host, *more)
+        return real("127.0.0.1" if host.endswith(".test") else host, *more, **others)
 
     monkeypatch.setattr("agent.meters.lookups.socket.getaddrinfo", silent)
     monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 0.1)
-    async with plug(lambda _: {"apower": 7.0}) as at:
-        port = at.rpartition(":")[2]
+    async with plug(lambda _: {"apower": 7.0}) as at, pdu({f"{APC}.12.1.16.0": 7}, "public") as unit_at:
+        port, unit_port = at.rpartition(":")[2], unit_at.rpartition(":")[2]
         meters = [
             Meter(name=f"m{n}", kind="shelly", at=f"http://plug{n}.test:{port}", nodes=(f"n{n}",)) for n in range(40)
         ]
-        rack = RackMeters(meters, {})
+        unit = Meter(name="unit", kind="apc_legacy", at=f"unit.test:{unit_port}", nodes=("u",))
+        rack = RackMeters([*meters, unit], {})
         for _ in range(3):
             await rack.poll()
             async with asyncio.timeout(1.0):
                 assert await asyncio.to_thread(int, "7") == 7, "other work finds a thread"
-        assert sorted(asked) == sorted(f"plug{n}.test" for n in range(40)), "each once"
+        assert sorted(asked) == sorted([*(f"plug{n}.test" for n in range(40)), "unit.test"]), "each once"
         over.set()
         await asyncio.sleep(0.2)
         monkeypatch.setattr("agent.meters.rack.TIMEOUT_S", 5.0)
         await rack.poll()
         assert {state["watts"] for state in rack.status()} == {7.0}
+        await rack.close()
+
+
+async def test_a_thread_that_cannot_be_started_costs_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lookups = Lookups()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError):
+            await lookups.ask("x", lambda: 1)
+    assert await lookups.ask("x", lambda: 2) == 2
+
+
+async def test_an_address_of_the_link_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, number = socket.if_indextoname(1), 1
+    found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 80, 0, number))]
+    monkeypatch.setattr("agent.meters.lookups.socket.getaddrinfo", lambda *_, **__: found)
+    (address,) = await Names(Lookups()).resolve("plug.local", 80, socket.AF_INET6)
+    assert (address["host"], address["port"]) == (f"fe80::1%{name}", 80)
 
 
 def test_every_kind_has_a_way_to_be_read() -> None:

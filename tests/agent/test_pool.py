@@ -409,6 +409,20 @@ async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path:
         assert await process.report() is None
 
 
+async def test_what_a_loader_said_late_is_counted_though_it_crashed(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.load("a")
+        loaded = pool._slots[0].loaded
+        assert loaded is not None
+        loaded.process._reports.append(Reported(decode_tok=7))
+        os.kill(loaded.process.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while not pool.windows_so_far():
+                await asyncio.sleep(0.02)
+        (window,) = await pool.windows()
+        assert window.decode_tok == 7
+
+
 async def test_done_says_how_it_ended(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.load("a")
