@@ -16,13 +16,13 @@ from agent import gpu
 from agent.collectors import Sensors
 from agent.config import AgentConfig
 from agent.modelstore import ModelStore, model_folder
+from agent.prober import SKEW_WARNING_MS
 from shared.bucket import open_store
 from shared.errors import NotFound, RackError
 from shared.keys import claim_key
 from shared.memory_plan import default_budget_bytes
 from shared.secrets import resolve
 
-MOST_SKEW_MS = 2_000
 MAC_ONLY = (
     "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",
     "the SMC is read from a LaunchDaemon without a login: F0Ac and PSTR are there, P-cores warm up under load",
@@ -128,8 +128,8 @@ def _clock(skew_ms: int | None) -> list[Finding]:
     """A store in a folder tells no time."""
     if skew_ms is None:
         return []
-    if abs(skew_ms) <= MOST_SKEW_MS:
-        return [_finding("clock", "ok", f"within {MOST_SKEW_MS / 1000:g} s of the store's")]
+    if abs(skew_ms) <= SKEW_WARNING_MS:
+        return [_finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
     seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; have it set by NTP"
     return [_finding("clock", "warning", seen)]
 

@@ -1,10 +1,10 @@
 """Batches on this node's disk until the store has them; blocking, to be used from a thread.
 
 A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. What
-the window that is still open holds is kept in the same way under another name, which the finished batch takes over; an
-agent that was killed finds it at its next start. The oldest make room before the bounds would be passed, and are
-counted. Age is counted in batches, never by a clock: one that jumps must not cost a month of data. One agent at a
-time: a lock file says so.
+the window that is still open holds is kept under another name, renamed but not synced, and the finished batch takes
+that over; an agent that was killed finds it at its next start, a loss of power may take it. The oldest make room
+before the bounds would be passed, and are counted. Age is counted in batches, never by a clock: one that jumps must
+not cost a month of data. One agent at a time: a lock file says so.
 """
 
 import contextlib

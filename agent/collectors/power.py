@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from agent.collectors import smc
 from agent.collectors.chip import Chip
 from agent.collectors.gauge import Gauge, Seen
 from agent.collectors.reading import Failure, Guarded, Reading, Source, file_bytes
 
 BUSY_SHARE = 0.01
 """A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
-MOST_UW = 1_000e6
 COVERS = 0.9
 """Watts that were known for so much of a window are the window's energy; else counters are, where there are any."""
 MOST_OVER_SYSTEM = 1.1
@@ -185,7 +185,7 @@ class PowerCollector:
         if spent is None:
             failed[self._guard.name] = "its counters stand still or ran backwards"
             return None
-        if spent > MOST_UW * (now - before[0]):
+        if spent > smc.MOST_W * 1e6 * (now - before[0]):
             failed[self._guard.name] = "its counters jumped"
             return None
         return spent, now - before[0]

@@ -159,16 +159,18 @@ class RackMeters:
         """
         if not meter.secret:
             return ""
-        if meter.secret not in self._secrets:
-            try:
-                async with asyncio.timeout(SECRET_S):
-                    await self._lookups.ask(meter.secret, lambda: self._look_up(meter.secret))
-            except TimeoutError:
-                raise Failure("its secret is still being looked up") from None
-        return self._secrets[meter.secret]
+        known = self._secrets.get(meter.secret)
+        if known is not None:
+            return known
+        try:
+            async with asyncio.timeout(SECRET_S):
+                return str(await self._lookups.ask(meter.secret, lambda: self._look_up(meter.secret)))
+        except TimeoutError:
+            raise Failure("its secret is still being looked up") from None
 
-    def _look_up(self, reference: str) -> None:
-        self._secrets[reference] = resolve(reference, self._environ)
+    def _look_up(self, reference: str) -> str:
+        found = self._secrets[reference] = resolve(reference, self._environ)
+        return found
 
     async def _address(self, at: str) -> str:
         """The numeric address of a device that is named. Raises OSError."""

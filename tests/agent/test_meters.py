@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from typing import Any
 
 import pytest
@@ -346,6 +346,21 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
             await rack.poll()
         assert rack.status()[0]["watts"] == 7.0
         assert asked == ["op://a/b/c"], "once"
+
+
+async def test_a_secret_that_another_meter_gives_up_meanwhile_is_still_there_for_this_one() -> None:
+    async with plug(lambda _: {"apower": 7.0}) as at:
+        rack = RackMeters([Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="env:PLUG")], SECRETS)
+        real = rack._lookups.ask
+
+        async def given_up(what: Hashable, question: Callable[[], Any]) -> Any:
+            found = await real(what, question)
+            rack._secrets.clear()  # as one with the same secret does that has just failed
+            return found
+
+        rack._lookups.ask = given_up  # type: ignore[method-assign]
+        await rack.poll()
+        assert (rack.status()[0]["watts"], rack.problems) == (7.0, {})
 
 
 async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
