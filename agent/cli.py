@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agent import cli_models, install, logview
 from agent import config as agent_config
-from agent.admin_client import AdminClient
 from agent.config import AgentConfig
-from agent.statusview import progress, size, status_text, table, why_text
+from agent.operator import cli_models, install, logview
+from agent.operator.admin_client import AdminClient
+from agent.operator.statusview import progress, size, status_text, table, why_text
 from shared import __version__, logs
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -287,7 +287,7 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from agent import doctor
+    from agent.operator import doctor
 
     config, _ = _config(args)
     findings = doctor.examine(config, state_folder(config), os.environ)
@@ -301,7 +301,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     import msgspec
 
-    from agent.collectors import Sensors
+    from agent.telemetry.sensors import Sensors
     from shared.records import HostSample
 
     sensors = Sensors()

@@ -21,33 +21,34 @@ import msgspec
 import psutil
 from aiohttp import web
 
-from agent import gpu, schedule
+from agent import schedule
 from agent.api import app as api
 from agent.api.context import Context
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.collectors import Sensors
-from agent.collectors.host import boot_id, hardware, hardware_id
-from agent.collectors.inference import Ledger
-from agent.collectors.throttle import LEVELS, as_record
 from agent.config import AgentConfig
-from agent.dispatch import Dispatch
-from agent.follower import Follower
-from agent.frames import Reported
-from agent.loaders import Loaders
-from agent.meters.rack import POLL_S, RackMeters
-from agent.modelstore import ModelStore, model_folder
-from agent.peer_client import PeerClient
-from agent.peers import Beat, PeerTable
-from agent.pool import Pool
-from agent.prefixes import prefix_key
-from agent.prober import Prober
-from agent.pusher import Pusher
-from agent.routing import ModelView
-from agent.sampler import Sampler
-from agent.signing import Key, Nonces
-from agent.spool import Spool
+from agent.control.follower import Follower
+from agent.files.modelstore import ModelStore, model_folder
+from agent.gateway.dispatch import Dispatch
+from agent.mesh.heartbeats import Prober
+from agent.mesh.peer_client import PeerClient
+from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.signing import Key, Nonces
+from agent.models.loaders import Loaders
+from agent.models.pool import Pool
+from agent.process import gpu
+from agent.process.prefixes import prefix_key
+from agent.telemetry.ledger import Ledger
+from agent.telemetry.meters.rack import POLL_S, RackMeters
+from agent.telemetry.pusher import Pusher
+from agent.telemetry.sampler import Sampler
+from agent.telemetry.sensors import Sensors
+from agent.telemetry.sensors.host import boot_id, hardware, hardware_id
+from agent.telemetry.sensors.throttle import LEVELS, as_record
+from agent.telemetry.spool import Spool
+from agent.views import ModelView
+from agent.wire.frames import Reported
 from shared import __version__
 from shared.bucket import open_store
 from shared.errors import Halt

@@ -27,8 +27,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from agent.collectors.host import hardware_id
-from agent.spool import Spool
+from agent.telemetry.sensors.host import hardware_id
+from agent.telemetry.spool import Spool
 from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.seaweed import SeaweedFS, free_port
 from shared.batch import Batch, unseal

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from agent.collectors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
-from agent.meters import http, snmp
+from agent.telemetry.meters import http, snmp
+from agent.telemetry.sensors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
 
 
 class Target(NamedTuple):

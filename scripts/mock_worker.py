@@ -14,7 +14,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from agent.frames import (
+from agent.mesh.peers import Beat
+from agent.mesh.signing import ANSWER_HEADER, PROTOCOL, Key
+from agent.views import ModelView
+from agent.wire.frames import (
     MAX_FRAME_BYTES,
     Accepted,
     Answer,
@@ -27,9 +30,6 @@ from agent.frames import (
     Tokens,
     encode,
 )
-from agent.peers import Beat
-from agent.routing import ModelView
-from agent.signing import ANSWER_HEADER, PROTOCOL, Key
 
 MODES = ("well", "refuses", "fails", "5xx", "breaks", "error", "garbage", "stalls", "slow")
 """What it does with requests."""

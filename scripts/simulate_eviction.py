@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from agent.demand import Demand
-from agent.eviction import Evict, NoRoom, Occupant, Ranking, by_age, by_cost, make_room
+from agent.models.demand import Demand
+from agent.models.eviction import Evict, NoRoom, Occupant, Ranking, by_age, by_cost, make_room
 
 HOURS = 16
 BUDGET_GB = 40

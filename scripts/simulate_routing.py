@@ -2,7 +2,7 @@
 
 Nodes are modelled as what a router can tell of them: prompts are computed one after another at a speed, rows decode
 together, a prompt cache keeps what was used last. Every door knows of a node what it said in its last beat, up to a
-second ago, and what the door itself has sent since. The decisions are agent/routing.py's own.
+second ago, and what the door itself has sent since. The decisions are agent/gateway/routing.py's own.
 """
 
 import heapq
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agent.prefixes import BLOCK_TOK
-from agent.routing import Local, ModelView, NodeView, RouteRequest, choose
+from agent.gateway.routing import Local, RouteRequest, choose
+from agent.process.prefixes import BLOCK_TOK
+from agent.views import ModelView, NodeView
 
 BEAT_S = 1.0
 ROWS = 8

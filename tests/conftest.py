@@ -21,10 +21,10 @@ def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | 
         # /proc is memory: reading a process' size there waits for nothing
         for function in ("io.BufferedReader.read", "os.read", "io.TextIOWrapper.read", "os.stat"):
             if function in buster.functions:
-                buster.functions[function].can_block_in("agent/footprint.py", "footprint_bytes")
+                buster.functions[function].can_block_in("agent/process/footprint.py", "footprint_bytes")
         for blocking in buster.functions.values():
             # its loop is in a thread of its own, for this very reason
-            blocking.can_block_in("agent/meters/snmp_client.py", "_get")
+            blocking.can_block_in("agent/telemetry/meters/snmp_client.py", "_get")
         yield buster
 
 

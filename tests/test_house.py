@@ -39,14 +39,14 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("agent/routing.py", "import time", "The agent's core decides without touching the world"),
-        ("agent/swap.py", "import asyncio", "The agent's core decides without touching the world"),
+        ("agent/gateway/routing.py", "import time", "The agent's core decides without touching the world"),
+        ("agent/models/swap.py", "import asyncio", "The agent's core decides without touching the world"),
         ("aggregator/cost.py", "import os", "The aggregator's core decides without touching the world"),
         ("shared/records.py", "import pathlib", "The vocabulary is pure"),
-        ("agent/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
+        ("agent/models/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
         ("agent/daemon.py", "import agent.loader.mlx.engine", "The daemon process never loads the engine"),
         ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
-        ("agent/spool.py", "import agent.pool", "Layers of the agent"),
+        ("agent/telemetry/spool.py", "import agent.models.pool", "Layers of the agent"),
         ("aggregator/window.py", "import aggregator.load", "Layers of the aggregator"),
         ("shared/ids.py", "import agent.config", "Two programs, one vocabulary"),
         ("aggregator/load.py", "import aiohttp", "The aggregator needs nothing of the agent's"),

@@ -6,7 +6,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, json_response, require_admin
-from agent.probes import render
+from agent.files.probes import render
 from shared.errors import Refused
 
 

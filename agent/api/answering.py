@@ -9,14 +9,14 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
-from agent.answers import Choice, Identity, Usage, error_body, timings
+from agent.api.answers import Choice, Identity, Usage, error_body, timings
 from agent.api.context import CONTEXT, REQUEST_ID, note
+from agent.api.openai import AnswerRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
-from agent.call import Call
-from agent.dispatch import outcome_of
-from agent.frames import Answer, Done, Generate, Scored, Tokens
-from agent.openai import AnswerRequest
+from agent.gateway.call import Call
+from agent.gateway.dispatch import outcome_of
+from agent.wire.frames import Answer, Done, Generate, Scored, Tokens
 from shared.errors import RackError, Retryable
 
 R = TypeVar("R")

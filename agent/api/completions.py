@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from agent import answers, openai
-from agent.answers import Choice, Identity, Usage
-from agent.api import answering
+from agent.api import answering, answers, openai
 from agent.api.answering import Event, Shape
+from agent.api.answers import Choice, Identity, Usage
 from agent.api.context import client_key_id, json_response
-from agent.frames import Scored, Tokens
+from agent.wire.frames import Scored, Tokens
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

@@ -9,12 +9,12 @@ import msgspec
 from aiohttp import web
 
 from agent.config import AgentConfig, hash_key, is_loopback
-from agent.dispatch import Dispatch
-from agent.follower import Follower
-from agent.peers import Beat, PeerTable
-from agent.pool import Pool
-from agent.sampler import Sampler
-from agent.signing import Key, Nonces
+from agent.control.follower import Follower
+from agent.gateway.dispatch import Dispatch
+from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.signing import Key, Nonces
+from agent.models.pool import Pool
+from agent.telemetry.sampler import Sampler
 from shared.errors import RackError
 
 

@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from agent.api.context import CONTEXT, json_response, require_local_or_admin
-from agent.decisions import KEPT, shown
+from agent.gateway.decisions import KEPT, shown
 from shared.errors import Refused
 
 

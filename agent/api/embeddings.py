@@ -4,11 +4,10 @@ import contextlib
 
 from aiohttp import web
 
-from agent import answers, openai
-from agent.api import answering
+from agent.api import answering, answers, openai
 from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response
-from agent.call import Call
-from agent.frames import Embedded
+from agent.gateway.call import Call
+from agent.wire.frames import Embedded
 
 
 async def embeddings(request: web.Request) -> web.Response:

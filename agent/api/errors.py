@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from agent.answers import error_body
+from agent.api.answers import error_body
 from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger

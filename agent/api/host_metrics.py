@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from agent.collectors.throttle import LEVELS, THROTTLED_FROM
+from agent.telemetry.sensors.throttle import LEVELS, THROTTLED_FROM
 from shared.records import HostSample, ThrottleEvent
 
 _PRESSURES = ("normal", "warn", "critical", "unknown")

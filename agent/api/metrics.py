@@ -11,9 +11,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from agent.api.host_metrics import HostMetrics
-from agent.collectors.inference import Answered
-from agent.frames import Reported
-from agent.routing import NodeView
+from agent.telemetry.ledger import Answered
+from agent.views import NodeView
+from agent.wire.frames import Reported
 from shared.records import EngineWindow, Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads

@@ -4,7 +4,7 @@ import time
 
 from aiohttp import web
 
-from agent import answers
+from agent.api import answers
 from agent.api.context import CONTEXT, client_key_id, json_response
 from shared.errors import Refused, Retryable
 

@@ -1,4 +1,4 @@
-"""What only other nodes of the rack may ask. Requests are signed (agent/signing.py), and so are answers."""
+"""What only other nodes of the rack may ask. Requests are signed (agent/mesh/signing.py), and so are answers."""
 
 import asyncio
 import contextlib
@@ -10,8 +10,10 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from agent.api.context import CONTEXT, LINKS, Context
-from agent.frame_writer import FrameWriter
-from agent.frames import (
+from agent.mesh.peer_link import HEARTBEAT_S
+from agent.mesh.signing import ANSWER_HEADER, NotAPeer, Signed
+from agent.wire.frame_writer import FrameWriter
+from agent.wire.frames import (
     MAX_FRAME_BYTES,
     Accepted,
     Answer,
@@ -25,8 +27,6 @@ from agent.frames import (
     Together,
     encode,
 )
-from agent.peer_link import HEARTBEAT_S
-from agent.signing import ANSWER_HEADER, NotAPeer, Signed
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 

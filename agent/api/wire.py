@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import hdrs, web
 from aiohttp.web_protocol import RequestHandler
 
-from agent.answers import error_body
+from agent.api.answers import error_body
 from agent.api.context import json_response, new_request_id
 from shared.errors import Refused
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agent.frames import Generate, Message
+from agent.wire.frames import Generate, Message
 
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agent.frames import (
+from agent.loader.generation import Lately, Prepared
+from agent.loader.stopping import StopText
+from agent.wire.frames import (
     Accepted,
     Ask,
     Candidate,
@@ -35,8 +37,6 @@ from agent.frames import (
     ToolCall,
     Working,
 )
-from agent.loader.generation import Lately, Prepared
-from agent.loader.stopping import StopText
 
 CONTEXT_TOK = 8192
 _PIECE_TOK = 256

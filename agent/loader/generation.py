@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from agent.frames import Ask, Failed, Frame, Ready, Reported, Working
+from agent.wire.frames import Ask, Failed, Frame, Ready, Reported, Working
 
 _LATELY = ("prefill_tok", "prefill_us", "decode_tok", "decode_us", "decode_steps")
 
@@ -60,7 +60,7 @@ class Engine(Protocol):
         ...
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
-        """Memory is short, or no longer; see agent.frames.Relieve."""
+        """Memory is short, or no longer; see agent.wire.frames.Relieve."""
         ...
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent.frames import (
+from agent.loader.generation import Engine, Prepared
+from agent.wire.frames import (
     Accepted,
     Ask,
     Cancel,
@@ -27,7 +28,6 @@ from agent.frames import (
     Stop,
     encode,
 )
-from agent.loader.generation import Engine, Prepared
 from shared.errors import RackError
 
 EXIT_LOAD_FAILED = 3

@@ -10,10 +10,10 @@ import jsonschema
 import msgspec
 import pytest
 
-from agent.frames import Accepted, Ask, Done, Failed, Frame, Generate, Message, Scored, Tokens
 from agent.loader.fake_engine import FakeEngine
 from agent.loader.generation import Engine
 from agent.loader.mlx.engine import MLXEngine
+from agent.wire.frames import Accepted, Ask, Done, Failed, Frame, Generate, Message, Scored, Tokens
 from shared.errors import Refused
 
 

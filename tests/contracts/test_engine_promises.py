@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from mlx_lm.generate import BatchGenerator
 
-from agent.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
 from agent.loader.disk_cache import DiskCache
 from agent.loader.mlx.engine import MLXEngine
+from agent.wire.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
 from tests.contracts.test_engine import ask, done_of, random_schema, run, submit, text_of
 from tests.tiny_model import MAMBA, SLIDING, THINKING, write_tiny_model
 

@@ -13,10 +13,10 @@ import pytest
 from msgspec import convert
 
 from agent.config import AgentConfig, Model
-from agent.frames import Done, Failed, Generate
-from agent.loader_process import LoaderProcess
-from agent.loaders import Loaders
-from agent.modelstore import ModelSpec, ModelStore
+from agent.files.modelstore import ModelSpec, ModelStore
+from agent.models.loaders import Loaders
+from agent.process.loader_process import LoaderProcess
+from agent.wire.frames import Done, Failed, Generate
 from shared import memory_plan
 from tests.tiny_model import write_tiny_model
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from agent.spool import Spool
+from agent.telemetry.spool import Spool
 from scripts.seaweed import SeaweedFS, free_port
 from shared.batch import Batch, unseal
 from shared.store import ObjectStore, list_all

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from agent.config import Model
-from agent.model_pull import push
-from agent.modelstore import ModelStore
+from agent.files.model_pull import push
+from agent.files.modelstore import ModelStore
 from shared.batch import unseal
 from shared.desired import Assignment, DesiredPeer, DesiredState, encode
 from shared.keys import DESIRED

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.retry_budget import FLOOR_PER_S, MOST, SHARE
+from agent.gateway.retry_budget import FLOOR_PER_S, MOST, SHARE
 from scripts.seaweed import free_port
 from tests.rack.harness import Agent, model, rack, until, write_config
 from tests.rack.load import Ask, Heard, Load, at_once

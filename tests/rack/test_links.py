@@ -10,8 +10,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from agent.frames import Accepted, Cancel, Decoder, Done, Failed, Frame, Generate, Message, Tokens, encode
-from agent.signing import Key
+from agent.mesh.signing import Key
+from agent.wire.frames import Accepted, Cancel, Decoder, Done, Failed, Frame, Generate, Message, Tokens, encode
 from tests.rack.harness import SECRET, Agent, model, rack, until
 
 KEY = Key(SECRET)

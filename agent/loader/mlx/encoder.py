@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from tokenizers import Tokenizer
 
-from agent.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported, Working
 from agent.loader.blas import REFERENCE
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
 from agent.loader.mlx.pooling import done, unit_bytes
+from agent.wire.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported, Working
 
 _KINDS = ("bert",)
 

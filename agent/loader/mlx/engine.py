@@ -13,19 +13,6 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from agent.frames import (
-    Accepted,
-    Ask,
-    Embed,
-    Failed,
-    Frame,
-    Generate,
-    Message,
-    Ready,
-    Reported,
-    Tokens,
-    Working,
-)
 from agent.loader.blas import REFERENCE
 from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Lately, Prepared
@@ -50,6 +37,19 @@ from agent.loader.scheduling import (
     yields,
 )
 from agent.loader.stopping import StopText
+from agent.wire.frames import (
+    Accepted,
+    Ask,
+    Embed,
+    Failed,
+    Frame,
+    Generate,
+    Message,
+    Ready,
+    Reported,
+    Tokens,
+    Working,
+)
 from shared.errors import Refused
 
 _WARM_PROMPT = "Say hello to everybody who came today. " * 12

@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from transformers import PreTrainedTokenizerBase
 
-from agent.frames import Embed, Failed, Generate
 from agent.loader import conversation
 from agent.loader.generation import Prepared
 from agent.loader.mlx.speech import Markers, Speech, parse_json_call
+from agent.wire.frames import Embed, Failed, Generate
 from shared.errors import Refused
 
 _EFFORTS_OFF = ("none", "minimal")

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from agent.frames import Accepted, Done, Embedded, Failed, Frame
+from agent.wire.frames import Accepted, Done, Embedded, Failed, Frame
 
 
 @dataclass

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.frames import Done, Generate
 from agent.loader.mlx.batch import Batch
 from agent.loader.mlx.kv import Layers
 from agent.loader.mlx.model import Extra
@@ -13,6 +12,7 @@ from agent.loader.prompt_cache import Tokens as TokenArray
 from agent.loader.prompt_cache import as_tokens
 from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
+from agent.wire.frames import Done, Generate
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from agent.frames import Candidate, Scored
+from agent.wire.frames import Candidate, Scored
 
 _LEAST = -9999.0
 """An impossible token has no finite logarithm, and JSON knows no infinity."""

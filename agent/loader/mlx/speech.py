@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mlx_lm.generate import TextStateMachine
 
-from agent.frames import ToolCall
+from agent.wire.frames import ToolCall
 
 CONTENT, REASONING, CALL = "normal", "reasoning", "tool"
 

@@ -1,0 +1,13 @@
+"""OpenAI's requests, read: bytes to one validated structure each. Pure; nothing is ignored silently (docs/api.md)."""
+
+from agent.api.openai.requests import (
+    ADVISORY,
+    NEUTRAL,
+    AnswerRequest,
+    EmbedRequest,
+    parse_chat,
+    parse_embeddings,
+    parse_text,
+)
+
+__all__ = ["ADVISORY", "NEUTRAL", "AnswerRequest", "EmbedRequest", "parse_chat", "parse_embeddings", "parse_text"]

@@ -1,0 +1,1 @@
+"""The desired state: followed, compared with what is served, and reported."""

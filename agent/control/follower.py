@@ -1,0 +1,355 @@
+"""Follows the desired state: fetch it, plan, act, report. What was adopted, what came of it and what was ordered here
+is kept on disk, so that a start without the bucket serves what was served."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from agent.config import STORED, AgentConfig, Model
+from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
+from agent.files.model_pull import BucketSource, pull
+from agent.files.modelstore import ModelStore
+from agent.models.pool import Pool
+from shared.desired import Assignment, DesiredState, parse
+from shared.errors import NotFound, RackError, Refused, Retryable
+from shared.keys import DESIRED
+from shared.logs import get_logger
+from shared.records import DesiredObserved
+from shared.store import ObjectStore
+
+MAX_PAUSE_S = 3600.0
+
+log = get_logger("agent.control.follower")
+T = TypeVar("T")
+
+
+class _Adopted(msgspec.Struct, kw_only=True, frozen=True):
+    """``served`` are paths that were brought and proved, ``ordered`` what an operator's orders left: a path, or ""
+    for unloaded; both by model."""
+
+    desired: DesiredState | None = None
+    served: dict[str, str] = {}
+    ordered: dict[str, str] = {}
+
+
+class _Trouble(msgspec.Struct):
+    """What failed for one action, how often, and when it is tried again."""
+
+    reason: str
+    times: int
+    again_s: float
+
+
+class Follower:
+    """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        pool: Pool,
+        models: ModelStore,
+        open_store: Callable[[], ObjectStore],
+        memory: Path,
+        *,
+        carried_by_peer: Callable[[str], bool],
+        on_peers: Callable[[Sequence[tuple[str, str]]], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._models = models
+        self._open_store = open_store
+        self._store: ObjectStore | None = None
+        self._memory = memory
+        self._carried_by_peer = carried_by_peer
+        self._on_peers = on_peers
+        self._clock = clock
+        self._remembering = threading.Lock()
+        self._adopted = self._recall()
+        self._reason = ""
+        self._troubles: dict[bytes, _Trouble] = {}
+        self._orders: set[asyncio.Task[Any]] = set()
+        self._acting = False
+        self._stopping = False
+
+    # ---- what others ask ----
+
+    def observed(self) -> DesiredObserved:
+        """How far this node is, for the batch and the status."""
+        desired = self._adopted.desired
+        if desired is None:
+            return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
+        found = drift(self._pool.actual(), self._assigned(), self._adopted.ordered) if self._follows() else ()
+        reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
+        state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
+        return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
+
+    async def by_operator(self, model: str, order: Coroutine[Any, Any, T]) -> T:
+        """Have an order done that wins on this node until the next generation, whether who gave it still listens or
+        not."""
+        task = asyncio.create_task(order)
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+        task.add_done_callback(lambda done: self._ordered(model, done))
+        return await asyncio.shield(task)
+
+    def prepare(self) -> None:
+        """At a start: what was served before is loaded right away, and nothing else."""
+        self._tell_peers()
+        if not self._follows():
+            return
+        ordered, assigned = self._adopted.ordered, self._assigned()
+        for model in self._config.models:
+            if model.name not in {one.model for one in assigned}:
+                self._pool.adopt(msgspec.structs.replace(model, preload=False))
+        for one in assigned:
+            if one.model not in ordered:
+                self._pool.adopt(self._model(one, self._proved(one)))
+        for name, path in ordered.items():
+            base = self._configured(name) or Model(name=name)
+            self._pool.adopt(msgspec.structs.replace(base, path=path or base.path, preload=bool(path)))
+
+    def stop(self) -> None:
+        """Begin nothing more; a fetch that runs ends with its next piece."""
+        self._stopping = True
+
+    async def tick(self) -> None:
+        """Look, and bring this node closer. A failure is a state, and is tried again after a pause that grows."""
+        try:
+            before = self._adopted.desired
+            await asyncio.to_thread(self._look)
+            self._reason = ""
+            if self._adopted.desired is not before:
+                self._tell_peers()
+        except RackError as error:
+            self._store = None  # credentials may have changed
+            if error.message != self._reason:
+                log.warning("desired_unknown", reason=error.message)
+            self._reason = error.message
+        if self._follows():
+            await self._reconcile()
+
+    # ---- looking ----
+
+    def _look(self) -> None:
+        """Adopt a newer generation. Raises RackError when the bucket cannot be asked or holds no desired state of
+        ours."""
+        if self._store is None:
+            self._store = self._open_store()
+        try:
+            found = parse(self._store.get(DESIRED).body)
+        except NotFound:
+            return
+        known = self._adopted.desired
+        if known is not None and found.generation < known.generation:
+            raise Refused(
+                f"desired state: generation {found.generation} in the bucket is older than {known.generation}, which "
+                "this node follows; write a higher one",
+                code="bad_desired",
+            )
+        if known is None or found.generation > known.generation:
+            self._remember(_Adopted(desired=found, served=self._adopted.served))
+            self._troubles.clear()
+            log.info("desired_adopted", generation=found.generation, follows=self._follows())
+
+    def _tell_peers(self) -> None:
+        """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
+        desired, here = self._adopted.desired, self._config.node.id
+        if desired is None:
+            return
+        named = [(peer.id, peer.url.rstrip("/")) for peer in desired.peers if peer.id != here]
+        self._on_peers(named or [(peer.id, peer.url.rstrip("/")) for peer in self._config.peers.nodes])
+
+    def _follows(self) -> bool:
+        desired = self._adopted.desired
+        return desired is not None and self._config.node.id in desired.nodes
+
+    def _assigned(self) -> Sequence[Assignment]:
+        desired = self._adopted.desired
+        return desired.nodes.get(self._config.node.id, ()) if desired is not None else ()
+
+    # ---- acting ----
+
+    async def _reconcile(self) -> None:
+        """Action by action, planned anew after each, because orders and traffic go on meanwhile."""
+        tried: set[bytes] = set()
+        missing = False
+        while not self._stopping:
+            todo = [a for a in self._plan() if msgspec.json.encode(_tagged(a)) not in tried]
+            self._acting = bool(todo)
+            if not todo:
+                break
+            action = todo[0]
+            tried.add(msgspec.json.encode(_tagged(action)))
+            if isinstance(action, Unload) and (missing or not self._may_leave(action.model)):
+                continue
+            failed = await self._tried(action)
+            missing = missing or (isinstance(action, Bring) and failed not in ("", "no_memory"))
+        self._acting = False
+
+    def _plan(self) -> tuple[Action, ...]:
+        return plan(self._pool.actual(), self._assigned(), self._adopted.ordered)
+
+    def _may_leave(self, model: str) -> bool:
+        """A model that goes to another node stays here until it is served there."""
+        desired = self._adopted.desired
+        assert desired is not None
+        elsewhere = any(
+            one.model == model
+            for node, assigned in desired.nodes.items()
+            if node != self._config.node.id
+            for one in assigned
+        )
+        return not elsewhere or self._carried_by_peer(model)
+
+    async def _tried(self, action: Action) -> str:
+        """The code of what went wrong; "" when nothing did."""
+        key = msgspec.json.encode(_tagged(action))
+        before = self._troubles.get(key)
+        if before is not None and self._clock() < before.again_s:
+            return "paused"
+        try:
+            await self._act(action)
+        except RackError as error:
+            times = before.times + 1 if before else 1
+            pause = min(MAX_PAUSE_S, self._config.desired.follow_s * 2.0 ** (times - 1))
+            self._troubles[key] = _Trouble(error.message, times, self._clock() + pause)
+            log.warning("desired_failed", **_fields(action), reason=error.message, again_in_s=round(pause))
+            return error.code
+        self._troubles.pop(key, None)
+        return ""
+
+    async def _act(self, action: Action) -> None:
+        log.info("desired_action", **_fields(action))
+        match action:
+            case Bring():
+                await self._bring(action)
+            case Pin():
+                self._pool.pin(action.model, pinned=action.pinned)
+            case Unload():
+                await self._pool.unload(action.model)
+
+    async def _bring(self, action: Bring) -> None:
+        one = action.assignment
+        path = await asyncio.to_thread(self._fetched, one)
+        model = self._model(one, path)
+        found = await asyncio.to_thread(self._models.describe, model)
+        if found.version != one.version:
+            raise Refused(f"desired state: {one.model}: {path} is version {found.version}, not {one.version}")
+        if action.swap:
+            finished = await self._pool.swap_to(one.model, model)
+            if finished.outcome != "flipped":
+                raise Refused(f"desired state: swap {one.model}: {finished.reason}", code="swap_failed")
+            self._pool.pin(one.model, pinned=one.pinned)
+        else:
+            self._pool.adopt(model)
+            await self._pool.load(one.model, ordered=False)
+        adopted = self._adopted
+        await asyncio.to_thread(
+            self._remember, msgspec.structs.replace(adopted, served={**adopted.served, one.model: path})
+        )
+
+    def _fetched(self, one: Assignment) -> str:
+        """The path of an assigned version, brought from the bucket when it is not here."""
+        path = self._path_here(one)
+        if self._is_fake(one) or self._models.place(one.source, one.version).is_dir():
+            return path
+        configured = self._configured(one.model)
+        if configured is not None:
+            with contextlib.suppress(RackError):
+                if self._models.describe(configured).version == one.version:
+                    return configured.path
+        source = BucketSource(self._store or self._open_store(), one.source, one.version)
+        disk_bytes = self._config.model_store.disk_bytes
+        pull(source, self._models, one.source, disk_bytes=disk_bytes, progress=lambda done, total: self._go_on())
+        return path
+
+    def _go_on(self) -> None:
+        if self._stopping:
+            raise Retryable("the agent is stopping; what was fetched is kept", code="stopping")
+
+    def _proved(self, one: Assignment) -> str:
+        """The path that was served for an assigned model before; else where its files should be."""
+        served = self._adopted.served.get(one.model)
+        if served is not None:
+            return served
+        configured = self._configured(one.model)
+        return configured.path if configured is not None else self._path_here(one)
+
+    def _path_here(self, one: Assignment) -> str:
+        return one.source if self._is_fake(one) else f"{STORED}{one.source}@{one.version}"
+
+    def _is_fake(self, one: Assignment) -> bool:
+        configured = self._configured(one.model)
+        return configured is not None and configured.engine == "fake"
+
+    def _configured(self, name: str) -> Model | None:
+        return next((model for model in self._config.models if model.name == name), None)
+
+    def _model(self, one: Assignment, path: str) -> Model:
+        """Settings of the assignment over the node's own. Raises Refused for what cannot be."""
+        base = msgspec.to_builtins(self._configured(one.model) or Model(name=one.model))
+        names = ("rows", "plan_context_tok", "cache_bytes", "keep_alive_s")
+        settings = {name: value for name in names if (value := getattr(one, name)) is not None}
+        try:
+            return msgspec.convert({**base, **settings, "path": path, "preload": True, "pinned": one.pinned}, Model)
+        except msgspec.ValidationError as error:
+            raise Refused(f"desired state: {one.model}: {error}", code="bad_desired") from None
+
+    # ---- remembering ----
+
+    def _ordered(self, model: str, done: "asyncio.Task[Any]") -> None:
+        if done.cancelled() or done.exception() is not None or self._adopted.desired is None:
+            return
+        if getattr(done.result(), "outcome", "flipped") != "flipped":
+            return  # a swap that changed nothing
+        now = next((one for one in self._pool.actual() if model in one.names), None)
+        ordered = {**self._adopted.ordered, model: self._pool.path_of(model)}
+        wanted = next((one for one in self._assigned() if now is not None and one.model in now.names), None)
+        if wanted and now and (now.version, now.pinned) == (wanted.version, wanted.pinned):
+            ordered.pop(model)  # it is what the desired state says too
+        try:
+            self._remember(msgspec.structs.replace(self._adopted, ordered=ordered))
+        except RackError as error:
+            log.error("desired_not_kept", reason=error.message)
+
+    def _recall(self) -> _Adopted:
+        try:
+            return msgspec.json.decode(self._memory.read_bytes(), type=_Adopted)
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+            return _Adopted()  # the bucket knows
+
+    def _remember(self, adopted: _Adopted) -> None:
+        """On disk first, then in force. Raises Retryable when the disk refuses."""
+        with self._remembering:
+            temporary = self._memory.with_suffix(".tmp")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(msgspec.json.encode(adopted))
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self._memory)
+            except OSError as error:
+                why = f"desired state: {self._memory} cannot be written ({error.strerror})"
+                raise Retryable(why, code="disk_full") from None
+            self._adopted = adopted
+
+
+def _tagged(action: Action) -> tuple[str, Action]:
+    return type(action).__name__, action
+
+
+def _fields(action: Action) -> dict[str, object]:
+    what = type(action).__name__.lower()
+    if isinstance(action, Bring):
+        one = action.assignment
+        return {"action": what, "model": one.model, "version": one.version, "swap": action.swap}
+    return {"action": what, "model": action.model}

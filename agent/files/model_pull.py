@@ -1,0 +1,322 @@
+"""Brings a model into the store from a folder, a Hugging Face snapshot or the bucket, and puts one into the bucket.
+
+Blocking; use a thread. What is being fetched lies under ``.partial``; it takes its place in one step when every file is
+there, its sha256 agrees and all of it is on the disk. A pull that was cut short goes on where it stopped.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from agent.files.modelstore import PARTIAL, Installed, ModelStore
+from shared import catalog
+from shared.catalog import Manifest, ModelFile
+from shared.errors import NotFound, Refused, Retryable
+from shared.keys import model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
+from shared.store import ObjectStore, list_all
+
+PIECE_BYTES = 8 << 20
+RESERVE_BYTES = 512 << 20
+"""Of the disk stays free for the spool and the logs."""
+
+Progress = Callable[[int, int], None]
+"""Bytes that are there, of so many."""
+
+
+class Source(Protocol):
+    """Where a model comes from."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its files."""
+        ...
+
+    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+        """Some bytes of one. Raises Refused or Retryable."""
+        ...
+
+    def probes(self) -> bytes | None:
+        """Recorded answers that came with it."""
+        ...
+
+
+class FolderSource:
+    """A model folder, or a Hugging Face cache folder of a model."""
+
+    def __init__(self, store: ModelStore, folder: Path) -> None:
+        self._folder = snapshot_of(folder)
+        self.manifest = store.manifest(folder.name, self._folder)
+
+    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+        try:
+            with (self._folder / file.name).open("rb") as opened:
+                opened.seek(start)
+                return opened.read(length)
+        except OSError as error:
+            raise Refused(f"pull: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
+
+    def probes(self) -> bytes | None:
+        with contextlib.suppress(OSError):
+            return (self._folder / catalog.PROBES_NAME).read_bytes()
+        return None
+
+
+class BucketSource:
+    """A version under ``models/`` in the bucket; without ``version`` the only one that is there."""
+
+    def __init__(self, bucket: ObjectStore, name: str, version: str = "") -> None:
+        self._bucket = bucket
+        self._version = version or _only_version(bucket, name)
+        key = model_manifest_key(name, self._version)
+        try:
+            self.manifest = msgspec.json.decode(bucket.get(key).body, type=Manifest)
+        except NotFound:
+            raise Refused(
+                f"pull {name}@{self._version}: the bucket does not hold it; "
+                f"put it there with `mlxrack-agent models push FOLDER {name}`",
+                code="not_found",
+            ) from None
+        except msgspec.DecodeError:
+            raise Refused(f"pull {name}: {key} is no manifest", code="bad_model") from None
+        if catalog.version_of(self.manifest) != self._version:
+            raise Refused(f"pull {name}: {key} does not describe version {self._version}", code="bad_model")
+
+    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+        return self._bucket.get_part(model_file_key(self._version, file.name), start, length)
+
+    def probes(self) -> bytes | None:
+        with contextlib.suppress(NotFound):
+            return self._bucket.get(model_file_key(self._version, catalog.PROBES_NAME)).body
+        return None
+
+
+def snapshot_of(folder: Path) -> Path:
+    """The snapshot in a Hugging Face cache folder; any other folder is its own. Raises Refused when it is unclear."""
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return folder
+    with contextlib.suppress(OSError):
+        named = snapshots / (folder / "refs/main").read_text(encoding="ascii").strip()
+        if named.is_dir():
+            return named
+    found = sorted(p for p in snapshots.iterdir() if p.is_dir())
+    if len(found) == 1:
+        return found[0]
+    raise Refused(f"{folder} holds {len(found)} snapshots and names none as main; name one of them", code="bad_model")
+
+
+def pull(
+    source: Source,
+    store: ModelStore,
+    name: str,
+    *,
+    disk_bytes: int = 0,
+    progress: Progress = lambda done, total: None,
+    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+) -> Installed:
+    """Fetch, verify, install. ``disk_bytes`` bounds the whole store; 0 leaves that to the disk.
+
+    Raises Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched stays
+    for the next try.
+    """
+    manifest = source.manifest
+    catalog.check_manifest(manifest, f"pull {name}")
+    version = catalog.version_of(manifest)
+    place = store.place(name, version)
+    total = sum(file.size for file in manifest.files)
+    installed = Installed(name=name, version=version, size=total)
+    if _is_whole(store, name, place):
+        return installed
+    with _of_the_disk(f"pull {name}"), _alone(store.folder / PARTIAL / f"{name}@{version}") as partial:
+        if place.is_dir():
+            if _is_whole(store, name, place):
+                return installed  # somebody else's pull has ended meanwhile
+            # damaged: what is still right of it need not be fetched again
+            shutil.rmtree(partial)
+            os.replace(place, partial)
+        partial.mkdir(exist_ok=True)
+        there = sum(_size(partial / file.name) for file in manifest.files)
+        _check_room(store, name, total, there, disk_bytes, free_bytes(partial))
+        done = 0
+        for file in manifest.files:
+            done = _fetch(source, file, partial / file.name, done, total, progress)
+        _install(source, manifest, partial, place)
+    return installed
+
+
+def push(
+    folder: Path,
+    store: ModelStore,
+    bucket: ObjectStore,
+    name: str,
+    *,
+    again: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Installed:
+    """Put a model folder into the bucket, its manifest last. Files that are there with the right size are left unless
+    ``again``. Raises Refused or Retryable."""
+    source = FolderSource(store, folder)
+    catalog.check_manifest(source.manifest, f"push {name}")
+    version, done = catalog.version_of(source.manifest), 0
+    total = sum(file.size for file in source.manifest.files)
+    for file in source.manifest.files:
+        key = model_file_key(version, file.name)
+        if again or not _is_there(bucket, key, file.size):
+            bucket.put_file(key, snapshot_of(folder) / file.name)
+        done += file.size
+        progress(done, total)
+    if (probes := source.probes()) is not None:
+        bucket.put(model_file_key(version, catalog.PROBES_NAME), probes)
+    bucket.put(model_manifest_key(name, version), msgspec.json.encode(source.manifest))
+    return Installed(name=name, version=version, size=total)
+
+
+def versions(bucket: ObjectStore, name: str) -> list[str]:
+    """What the bucket holds of a model."""
+    return [parse_model_manifest_key(listed.key)[1] for listed in list_all(bucket, model_prefix(name))]
+
+
+def _only_version(bucket: ObjectStore, name: str) -> str:
+    found = versions(bucket, name)
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} versions ({', '.join(found)}); say which: bucket:{name}@VERSION" if found else "none of it"
+    raise Refused(f"pull {name}: the bucket holds {what}", code="not_found")
+
+
+def _is_there(bucket: ObjectStore, key: str, size: int) -> bool:
+    with contextlib.suppress(NotFound):
+        return len(bucket.get_part(key, max(0, size - 1), 2)) == min(1, size)
+    return False
+
+
+def _is_whole(store: ModelStore, name: str, place: Path) -> bool:
+    """Whether a version is installed and undamaged."""
+    with contextlib.suppress(Refused):
+        return place.is_dir() and bool(store.manifest(name, place))
+    return False
+
+
+def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes: int, free: int) -> None:
+    held = sum(one.size for one in (*store.installed(), *store.partials())) - there
+    if disk_bytes and held + total > disk_bytes:
+        raise Refused(
+            f"pull {name}: {total / 1e6:.0f} MB do not fit beside {held / 1e6:.0f} MB of other models in "
+            f"model_store.disk_bytes ({disk_bytes / 1e6:.0f} MB); remove one with `mlxrack-agent models remove`",
+            code="disk_full",
+        )
+    if total - there > free - RESERVE_BYTES:
+        raise Refused(
+            f"pull {name}: {(total - there) / 1e6:.0f} MB more are needed and {free / 1e6:.0f} MB are free "
+            f"({RESERVE_BYTES / 1e6:.0f} MB of them stay so); free some and pull again",
+            code="disk_full",
+        )
+
+
+def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
+    """One file, from where an earlier try stopped; returns the bytes that are there then. What an earlier try left and
+    is not right is fetched once more."""
+    had = _size(path)
+    try:
+        return _fetched(source, file, path, done, total, progress)
+    except Refused as error:
+        if error.code != "bad_hash" or not had:
+            raise
+    return _fetched(source, file, path, done, total, progress)
+
+
+def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with path.open("ab+") as opened:
+        there = opened.tell()
+        if there > file.size:
+            there = opened.truncate(0)
+        opened.seek(0)
+        while (at := opened.tell()) < there:
+            piece = opened.read(min(PIECE_BYTES, there - at))
+            digest.update(piece)
+            done += len(piece)
+            progress(done, total)
+        while (at := opened.tell()) < file.size:
+            piece = source.part(file, at, min(PIECE_BYTES, file.size - at))
+            if not piece:
+                raise Refused(f"pull: {file.name} ends after {at} of {file.size} bytes at its source", code="bad_model")
+            opened.write(piece)
+            digest.update(piece)
+            done += len(piece)
+            progress(done, total)
+        opened.flush()
+        os.fsync(opened.fileno())
+    if digest.hexdigest() != file.sha256:
+        path.unlink()
+        raise Refused(
+            f"pull: sha256 of {file.name} is {digest.hexdigest()[:12]}.., its manifest says {file.sha256[:12]}..; "
+            "it was thrown away, nothing was installed; pull again, and mend the source if that fails too",
+            code="bad_hash",
+        )
+    return done
+
+
+def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> None:
+    wanted = {file.name for file in manifest.files}
+    for stray in [p for p in partial.rglob("*") if p.is_file() and p.relative_to(partial).as_posix() not in wanted]:
+        stray.unlink()
+    if (probes := source.probes()) is not None:
+        (partial / catalog.PROBES_NAME).write_bytes(probes)
+    with (partial / catalog.MANIFEST_NAME).open("wb") as file:
+        file.write(msgspec.json.encode(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, place)
+    for folder in (place, place.parent, partial.parent):
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[Path]:
+    """The folder of what is being fetched, held by one pull at a time."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock: Any
+    with open(f"{partial}.lock", "a", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Retryable(f"pull: {partial.name} is being pulled already", code="conflict") from None
+        yield partial
+
+
+@contextlib.contextmanager
+def _of_the_disk(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Refused(
+                f"{what}: the disk is full; what was fetched is kept, nothing was installed; free some and pull again",
+                code="disk_full",
+            ) from None
+        raise Refused(f"{what}: {error.filename or 'the disk'}: {error.strerror}", code="bad_model") from None
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0

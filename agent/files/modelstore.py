@@ -1,0 +1,346 @@
+"""Models on this node's disk: what is there, whether it is whole, what it will need. Blocking; use a thread.
+
+A model is a folder anywhere, or one that was pulled into the store: ``<store>/<name>/<version>``. What is being pulled
+lies under ``<store>/.partial`` and cannot be loaded.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.config import STORED, AgentConfig, Model
+from agent.files.probes import BUILT_IN, Probe, parse
+from shared import catalog, memory_plan, model_shape
+from shared.catalog import Manifest, ModelFile
+from shared.errors import Refused
+from shared.ids import Version
+from shared.keys import check_name
+from shared.memory_plan import MemoryPlan
+from shared.model_shape import ModelShape, Tensor
+
+PARTIAL = ".partial"
+
+
+def model_folder(config: AgentConfig, state: Path) -> Path:
+    """Where pulled models lie."""
+    return Path(config.model_store.path).expanduser() if config.model_store.path else state / "models"
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as this node would load it. ``shape`` is None for an engine without files."""
+
+    model: Model
+    path: str
+    version: Version
+    need_bytes: int
+    plan: MemoryPlan
+    shape: ModelShape | None = None
+    probes: tuple[Probe, ...] = BUILT_IN
+
+    def planned_warm_bytes(self, warm_tok: int, *, fused: bool) -> int | None:
+        """What MLX should have held at most when the loader answered its first prompt; None without a shape."""
+        if self.shape is None or not warm_tok:
+            return None
+        chunk = min(warm_tok, self.model.prefill_chunk_tok)
+        return (
+            self.plan.weights_bytes
+            + memory_plan.kv_bytes(self.shape, rows=1, row_tok=warm_tok, chunk_tok=chunk)
+            + memory_plan.workspace_bytes(self.shape, chunk_tok=chunk, context_tok=warm_tok, fused=fused)
+        )
+
+
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """A version in the store."""
+
+    name: str
+    version: str
+    size: int
+
+
+class _Hashed(msgspec.Struct, kw_only=True):
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class ModelStore:
+    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while.
+
+    ``folder`` is where pulled models lie. ``fused`` says that attention writes no scores down, as on a GPU.
+    """
+
+    def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
+        self._memo = memo
+        self.folder = folder
+        self.fused = fused
+        self._hashes: dict[str, _Hashed] = self._read_memo()
+        self._hashing = threading.Lock()
+        self._changed = False
+
+    def describe(self, model: Model) -> ModelSpec:
+        """Version and planned bytes of a configured model. Raises Refused naming what is wrong and what mends it."""
+        if model.engine == "fake":
+            version = Version(hashlib.sha256(f"fake:{model.path or model.name}".encode()).hexdigest()[:16])
+            need = model.need_bytes or 1 << 20
+            plan = MemoryPlan(weights_bytes=need, kv_bytes=0, workspace_bytes=0, overhead_bytes=0)
+            return ModelSpec(
+                model=model,
+                path=model.path,
+                version=version,
+                need_bytes=need,
+                plan=plan,
+                probes=self._probes(model, None),
+            )
+        folder = self.resolve(model)
+        manifest = self.manifest(model.name, folder)
+        tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
+        shape, plan = self._planned(model, self._config(model.name, folder), tensors)
+        need = model.need_bytes or plan.need_bytes
+        version = catalog.version_of(manifest)
+        return ModelSpec(
+            model=model,
+            path=str(folder),
+            version=version,
+            need_bytes=need,
+            plan=plan,
+            shape=shape,
+            probes=self._probes(model, folder),
+        )
+
+    def resolve(self, model: Model) -> Path:
+        """The folder behind a configured path. Raises Refused when the store does not hold it."""
+        if not model.path.startswith(STORED):
+            return Path(model.path).expanduser()
+        name, _, version = model.path.removeprefix(STORED).partition("@")
+        check_name(name, "model")
+        held = [one.version for one in self.installed(name)]
+        if not held:
+            raise Refused(
+                f"model {model.name}: nothing named {name} is in the store ({self.folder}); "
+                f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`",
+                code="bad_model",
+            )
+        if not version and len(held) > 1:
+            raise Refused(
+                f"model {model.name}: the store holds {len(held)} versions of {name} ({', '.join(held)}); "
+                f'say which: path = "{STORED}{name}@VERSION"',
+                code="bad_model",
+            )
+        if version and version not in held:
+            raise Refused(
+                f"model {model.name}: the store does not hold version {version} of {name}, only {', '.join(held)}",
+                code="bad_model",
+            )
+        return self.place(name, version or held[0])
+
+    def place(self, name: str, version: str) -> Path:
+        """Where a version stands, or will."""
+        return self.folder / check_name(name, "model") / check_name(version, "version")
+
+    def installed(self, name: str = "") -> list[Installed]:
+        """What the store holds, whole, in order."""
+        folders = [self.folder / check_name(name, "model")] if name else _folders(self.folder)
+        return [
+            Installed(name=folder.name, version=version.name, size=_size(version))
+            for folder in folders
+            for version in _folders(folder)
+        ]
+
+    def partials(self) -> list[Installed]:
+        """What pulls that were cut short left behind; they go on from there."""
+        found = [folder.name.partition("@") for folder in _folders(self.folder / PARTIAL)]
+        return [
+            Installed(name=name, version=version, size=size)
+            for name, at, version in found
+            if at and (size := _size(self.folder / PARTIAL / f"{name}@{version}"))
+        ]
+
+    def remove(self, name: str, version: str) -> None:
+        """Take a version, or what a cut short pull left of it, out of the store. Raises Refused when there is none."""
+        place = self.place(name, version)
+        for left in (self.folder / PARTIAL).glob("removed-*"):
+            shutil.rmtree(left, ignore_errors=True)  # a removal that was cut short
+        if not place.is_dir() and (partial := self.folder / PARTIAL / f"{name}@{version}").is_dir():
+            shutil.rmtree(partial)
+            return
+        if not place.is_dir():
+            raise Refused(f"remove {name}@{version}: it is not in the store ({self.folder})", code="not_found")
+        # out of sight in one step, so that nothing half-removed can be loaded
+        doomed = self.folder / PARTIAL / f"removed-{name}-{version}"
+        doomed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(place, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+    def manifest(self, name: str, folder: Path) -> Manifest:
+        """The files of a model folder, hashed and compared with the manifest that came with them. Raises Refused."""
+        if not folder.is_dir():
+            raise Refused(
+                f"model {name}: there is no folder {folder}; put the model there or mend its path", code="bad_model"
+            )
+        with self._hashing:
+            return self._read_manifest(name, folder)
+
+    def _planned(self, model: Model, config: bytes, tensors: Sequence[Tensor]) -> tuple[ModelShape | None, MemoryPlan]:
+        """The plan; for a shape that is not understood, what the operator says that the model needs."""
+        try:
+            shape = model_shape.parse_shape(config, tensors)
+        except Refused as error:
+            if not model.need_bytes:
+                why = f"model {model.name}: {error.message}; or say what it needs of memory with need_bytes"
+                raise Refused(why, code="bad_model") from None
+            weights = sum(tensor.nbytes for tensor in tensors)
+            return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
+        plan = memory_plan.plan(
+            shape,
+            model_shape.weight_bytes(tensors, shape),
+            rows=model.rows,
+            row_tok=model.plan_context_tok,
+            chunk_tok=model.prefill_chunk_tok,
+            cache_bytes=model.cache_bytes,
+            fused=self.fused,
+        )
+        return shape, plan
+
+    @staticmethod
+    def _probes(model: Model, folder: Path | None) -> tuple[Probe, ...]:
+        """Recorded answers: those that the configuration names, else those that came with the model."""
+        if model.probes:
+            path = Path(model.probes).expanduser()
+            try:
+                return parse(path.read_bytes(), f"model {model.name}: probes {path}")
+            except OSError as error:
+                why = f"model {model.name}: its probes {path} cannot be read ({error.strerror})"
+                raise Refused(why, code="bad_probes") from None
+        if folder is not None:
+            with contextlib.suppress(FileNotFoundError):
+                raw = (folder / catalog.PROBES_NAME).read_bytes()
+                return parse(raw, f"model {model.name}: its {catalog.PROBES_NAME}")
+        return BUILT_IN
+
+    def _config(self, name: str, folder: Path) -> bytes:
+        try:
+            return (folder / "config.json").read_bytes()
+        except OSError:
+            raise Refused(
+                f"model {name}: {folder} has no config.json; it is no mlx-lm model folder", code="bad_model"
+            ) from None
+
+    def _read_manifest(self, name: str, folder: Path) -> Manifest:
+        paths = sorted(p for p in folder.rglob("*") if p.is_file() and catalog.is_model_file(_inside(p, folder)))
+        if not any(p.suffix == ".safetensors" for p in paths):
+            raise Refused(f"model {name}: {folder} holds no .safetensors file", code="bad_model")
+        try:
+            _check_shards(name, folder, {_inside(p, folder) for p in paths})
+            files = tuple(self._file(path, folder) for path in paths)
+        except OSError as error:
+            raise Refused(f"model {name}: cannot be read ({error.strerror})", code="bad_model") from None
+        self._write_memo()
+        made = Manifest(files=files)
+        self._compare(name, folder, made)
+        return made
+
+    def _file(self, path: Path, folder: Path) -> ModelFile:
+        stat = path.stat()
+        known = self._hashes.get(str(path))
+        if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._changed = True
+            known = self._hashes[str(path)] = _Hashed(size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
+        return ModelFile(name=_inside(path, folder), size=known.size, sha256=known.sha256)
+
+    @staticmethod
+    def _compare(name: str, folder: Path, made: Manifest) -> None:
+        """Against the manifest that came with the model, where there is one."""
+        try:
+            came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=Manifest)
+        except FileNotFoundError:
+            return
+        except msgspec.DecodeError:
+            raise Refused(f"model {name}: its {catalog.MANIFEST_NAME} cannot be read", code="bad_model") from None
+        have = {f.name: f for f in made.files}
+        for wanted in came.files:
+            got = have.get(wanted.name)
+            if got is None:
+                raise Refused(f"model {name}: file {wanted.name} is missing; fetch the model again", code="bad_model")
+            if got != wanted:
+                seen = f"{got.size} bytes, sha256 {got.sha256[:8]}.."
+                raise Refused(
+                    f"model {name}: file {wanted.name} is corrupt ({seen}; expected {wanted.size} bytes, "
+                    f"{wanted.sha256[:8]}..); delete the folder and fetch the model again",
+                    code="bad_model",
+                )
+
+    def _read_memo(self) -> dict[str, _Hashed]:
+        try:
+            return msgspec.json.decode(self._memo.read_bytes(), type=dict[str, _Hashed])
+        except (OSError, msgspec.DecodeError):
+            return {}  # it only saves work
+
+    def _write_memo(self) -> None:
+        """Remember what was hashed; a disk that refuses costs time at the next start and nothing else."""
+        if not self._changed:
+            return
+        with contextlib.suppress(OSError):
+            self._store_memo()
+            self._changed = False
+
+    def _store_memo(self) -> None:
+        temporary = self._memo.with_suffix(".tmp")
+        self._memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(self._hashes))
+        temporary.replace(self._memo)
+
+
+def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
+    """The arrays of a weights file, by its header alone."""
+    if not catalog.is_loaded(file.name):
+        return
+    try:
+        with (folder / file.name).open("rb") as weights:
+            length = model_shape.header_bytes(weights.read(8), file.size)
+            tensors = model_shape.read_header(weights.read(length))
+        if 8 + length + sum(t.nbytes for t in tensors) > file.size:
+            raise Refused("it is cut off", code="bad_model")
+        yield from tensors
+    except Refused as error:
+        raise Refused(
+            f"model {name}: file {file.name}: {error.message}; fetch the model again", code="bad_model"
+        ) from None
+    except OSError as error:
+        raise Refused(f"model {name}: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
+
+
+def _check_shards(name: str, folder: Path, names: set[str]) -> None:
+    if catalog.INDEX_NAME not in names:
+        return
+    missing = catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names)
+    if missing:
+        raise Refused(
+            f"model {name}: {folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download",
+            code="bad_model",
+        )
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _folders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return []
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,127 @@
+"""One part of one client request on its way, and what became of it. Pure data; dispatch moves it."""
+
+import secrets
+from collections.abc import Mapping
+
+import msgspec
+
+from agent.gateway.decisions import Trail
+from agent.process.prefixes import Text
+from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
+from shared.errors import Refused
+
+MAX_CONTINUATIONS = 4
+TURN_SEEDS = 0x51_7C_C1_B7_27
+"""Between the seeds of several answers to one prompt, so that they differ and can be had again."""
+_NO_TEXT = Text((), 1)
+
+
+class Call(msgspec.Struct, kw_only=True):
+    """A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
+    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
+    the tokens that exist; while ``going_on`` the answer continues after them. ``over_tok`` is a context that was too
+    small for it, ``too_long`` what the node said that found it so; the engines of ``faulty`` nodes failed at it.
+    """
+
+    ask: Ask
+    request_id: str
+    key_id: str = ""
+    labels: Mapping[str, str] = {}
+    whole: bool = True
+    part: int = 0
+    turn: int = 0
+    seed: int | None = None
+    text: Text = _NO_TEXT
+    trail: Trail | None = None
+    made: list[int] = msgspec.field(default_factory=list)
+    going_on: bool = False
+    lost_s: float = 0.0
+    over_tok: int = 0
+    too_long: Refused | None = None
+    faulty: tuple[str, ...] = ()
+    continuations: int = 0
+    tried: set[str] = msgspec.field(default_factory=set)
+    retries: int = 0
+    worker: str = ""
+    version: str = ""
+    prompt_tok: int = 0
+    cached_tok: int = 0
+    completion_tok: int = 0
+    done: Done | None = None
+    known: bool = False
+    fate: str = ""
+    began_s: float = 0.0
+    first_s: float | None = None
+    last_s: float = 0.0
+    gaps_us: list[tuple[int, int]] = msgspec.field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """The name that was asked for."""
+        return self.ask.model
+
+    @property
+    def answer_tok(self) -> int:
+        """The most that may be generated from here on."""
+        if not isinstance(self.ask, Generate):
+            return 0
+        return max(1, (self.ask.max_tokens or 4096) - len(self.made))
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another loader of the same version could continue the answer: every token of it is known."""
+        known = isinstance(self.ask, Generate) and bool(self.version) and len(self.made) == self.completion_tok > 0
+        return known and self.continuations < MAX_CONTINUATIONS
+
+    @property
+    def finish(self) -> str:
+        """Why the answer ended; "" when it has not."""
+        return self.done.finish if self.done else ""
+
+    def frame(self, door: str) -> Ask:
+        """What the worker is asked."""
+        ask = self.ask
+        if not isinstance(ask, Generate):
+            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=door)
+        # without a seed the door draws one, so that a retry throws the same dice
+        seed = self.seed if self.seed is not None else secrets.randbits(62)
+        self.seed = seed
+        return msgspec.structs.replace(
+            ask,
+            id=1,
+            request_id=self.request_id,
+            door=door,
+            whole=self.whole,
+            seed=seed + self.turn * TURN_SEEDS,
+            made=tuple(self.made) if self.going_on else (),
+            version=self.version if self.going_on else "",
+        )
+
+    def note(self, answer: Answer, now_s: float) -> None:
+        """Count a piece of the answer."""
+        if isinstance(answer, Tokens):
+            if self.first_s is None:
+                self.first_s = now_s
+            else:
+                # tokens that came together came one after another before
+                each = max(1, answer.count)
+                self.gaps_us.append((int((now_s - self.last_s) * 1e6 / each), each))
+            self.last_s = now_s
+            self.completion_tok += answer.count
+            self.made += answer.ids
+        elif isinstance(answer, Accepted):
+            self.worker, self.version = answer.node, answer.version
+            self.prompt_tok, self.cached_tok = answer.prompt_tok, answer.cached_tok
+        elif isinstance(answer, Done):
+            self.done = answer
+            if not self.going_on:
+                self.cached_tok = answer.cached_tok
+            self.completion_tok = answer.completion_tok
+
+    def start_over(self) -> None:
+        """A fresh try: nothing of the lost one counts but that it happened."""
+        self.going_on = False
+        self.completion_tok = self.prompt_tok = self.cached_tok = 0
+        self.first_s = None
+        self.gaps_us.clear()
+        self.made.clear()

@@ -1,0 +1,71 @@
+"""What this door has seen of each node's answers: breakers and gaps, by node and model. Pure: the time is an
+argument."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from agent.gateway.circuit_breaker import Breaker, State
+from agent.gateway.timeouts import Gaps
+
+
+class Trust:
+    """One door's. A breaker is there from a node's first failure on."""
+
+    def __init__(self) -> None:
+        self._breakers: dict[str, dict[str, Breaker]] = {}
+        self._gaps: dict[tuple[str, str], Gaps] = {}
+
+    def states(self, model: str, now_s: float) -> Mapping[str, State]:
+        """Nodes whose breaker for a model is not closed."""
+        breakers = self._breakers.get(model)
+        if not breakers:
+            return {}
+        states = {node: breaker.state(now_s) for node, breaker in breakers.items()}
+        return {node: state for node, state in states.items() if state != "closed"}
+
+    def begin(self, node: str, model: str, now_s: float) -> bool:
+        """A request is sent; True when it is the one on trial."""
+        breaker = self._breakers.get(model, {}).get(node)
+        return breaker.begin(now_s) if breaker is not None else False
+
+    def ok(self, node: str, model: str, now_s: float, *, probe: bool) -> None:
+        """The node answered to the end."""
+        breaker = self._breakers.get(model, {}).get(node)
+        if breaker is not None:
+            breaker.ok(now_s, probe=probe)
+
+    def failed(self, node: str, model: str, now_s: float, reason: str, *, probe: bool) -> None:
+        """The node failed a request."""
+        breaker = self._breakers.setdefault(model, {}).setdefault(node, Breaker())
+        breaker.failed(now_s, reason, probe=probe)
+
+    def given_up(self, node: str, model: str, *, probe: bool) -> None:
+        """A request ended without a word about the node."""
+        breaker = self._breakers.get(model, {}).get(node)
+        if breaker is not None:
+            breaker.given_up(probe=probe)
+
+    def fresh(self, node: str, now_s: float) -> None:
+        """A node is back, or has started anew."""
+        for breakers in self._breakers.values():
+            if node in breakers:
+                breakers[node].fresh(now_s)
+
+    def gaps(self, node: str, model: str) -> Gaps:
+        """Gaps between the pieces of its answers."""
+        return self._gaps.setdefault((node, model), Gaps())
+
+    def view(self, now_s: float) -> list[dict[str, Any]]:
+        """Every breaker that is not closed, for people."""
+        return [
+            {
+                "node": node,
+                "model": model,
+                "state": state,
+                "for_s": round(breaker.left_s(now_s), 1),
+                "reason": breaker.reason,
+            }
+            for model, breakers in sorted(self._breakers.items())
+            for node, breaker in sorted(breakers.items())
+            if (state := breaker.state(now_s)) != "closed"
+        ]

@@ -1,0 +1,158 @@
+"""Where a request goes next, and waiting while nothing can take it: a loader on its way, a peer that may be back, a
+breaker on trial."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from agent.config import Limits
+from agent.gateway.call import Call
+from agent.gateway.node_health import Trust
+from agent.gateway.routing import Decision, Refuse, RouteRequest, choose
+from agent.mesh.peers import PeerTable
+from agent.models.pool import Pool
+from agent.views import NodeView
+from shared.errors import Refused, Retryable
+
+LOST_S = 3.0
+"""For so long after a loss a peer that is not heard of may still be back."""
+_STEP_S = 0.05
+
+
+class Placing:
+    """``here`` is this node as routing sees it; for what it has let in it is a candidate even while it stops."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        table: PeerTable,
+        trust: Trust,
+        limits: Limits,
+        *,
+        here: Callable[[], NodeView],
+        dice: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._table = table
+        self._trust = trust
+        self._limits = limits
+        self._here = here
+        self._dice = dice
+        self._clock = clock
+
+    def decide(self, call: Call) -> Decision:
+        """Where to try now."""
+        now = self._clock()
+        request = RouteRequest(
+            model=call.model,
+            tried=frozenset(call.tried),
+            version=call.version if call.going_on else "",
+            chain=call.text.chain,
+            prompt_tok=call.text.prompt_tok,
+            answer_tok=call.answer_tok,
+            over_tok=call.over_tok,
+            breakers=self._trust.states(call.model, now),
+            sent=self._table.sent_since_beat(call.model),
+            labels=call.labels,
+            dice=self._dice(),
+        )
+        here = self._here()
+        if here.draining:
+            here = msgspec.structs.replace(here, draining=False)
+        return choose(request, here, self._table.view(now))
+
+    async def place(self, call: Call) -> Decision:
+        """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
+        decision = self.decide(call)
+        call.known = not isinstance(decision.place, Refuse) or decision.place.code != "model_not_found"
+        if not isinstance(decision.place, Refuse):
+            return decision
+        with contextlib.ExitStack() as waits:
+            return await self._waited(call, decision, waits)
+
+    async def _waited(self, call: Call, decision: Decision, waits: contextlib.ExitStack) -> Decision:
+        over_s = call.began_s + self._limits.request_s
+        deadline, queued, noted = min(over_s, self._clock() + self._limits.load_wait_s), False, False
+        while True:
+            place = decision.place
+            call.known = not isinstance(place, Refuse) or place.code != "model_not_found"
+            if not isinstance(place, Refuse):
+                return decision
+            if not noted and call.trail is not None:
+                call.trail.add(self._clock(), "waits", decision=decision)
+                noted = True
+            if place.code == "model_not_found":
+                known = ", ".join(place.known) or "none"
+                raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+            if call.too_long is not None and not self.is_roomier(call):
+                raise call.too_long
+            if self._pool.refusing and self._is_here(call.model) and not (call.going_on or place.loading):
+                raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
+            if not queued and not call.going_on and self._is_here(call.model):
+                # in line from now on, however often what is asked for below is asked again
+                waits.enter_context(self._pool.waiting(call.model))
+                queued = True
+            left_s = deadline - self._clock()
+            if left_s <= 0 or not await self._wait(call, place, min(left_s, 1.0)):
+                if self._clock() >= over_s:
+                    took = f"the request took over {self._limits.request_s:g} s"
+                    raise Retryable(took, code="deadline_exceeded")
+                if call.going_on:
+                    gone = "the loader was lost, and no node holds the version that began this answer"
+                    raise Retryable(gone, code="worker_lost")
+                raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
+            call.tried.clear()
+            decision = self.decide(call)
+
+    async def _wait(self, call: Call, refused: Refuse, step_s: float) -> bool:
+        """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
+        name = call.model
+        if call.going_on:
+            return await self._wait_for_version(call, step_s)
+        if self._is_here(name):
+            if await self._pool.wanted(name, step_s):
+                await asyncio.sleep(min(0.005, step_s))  # ready, and yet no candidate: its breaker is on trial
+                return True
+            await asyncio.sleep(min(_STEP_S, step_s))
+            return self._pool.is_coming(name) or bool(call.tried) or refused.loading
+        if call.tried or refused.loading:
+            await asyncio.sleep(min(_STEP_S, step_s))
+            return True
+        return False
+
+    async def _wait_for_version(self, call: Call, step_s: float) -> bool:
+        """As long as exactly the version that began an answer may still come back, here or on a peer."""
+        name, version = call.model, call.version
+        here = self._is_here(name) and self._pool.comes_back(name, version)
+        # who has just failed us is heard of again, or not, within a beat or two
+        if self.held_by_peer(name, version) or here or self._clock() - call.lost_s < LOST_S:
+            await asyncio.sleep(min(_STEP_S, step_s))
+            return True
+        return False
+
+    def is_roomier(self, call: Call) -> bool:
+        """Whether a node that lives has, or may have when it is up again, more context than was too little."""
+        nodes = (self._here(), *self._table.view(self._clock()))
+        return any(
+            one.context_tok > call.over_tok or (one.coming and not one.context_tok)
+            for node in nodes
+            if node.state != "down"
+            for one in node.models
+            if one.name == call.model
+        )
+
+    def held_by_peer(self, model: str, version: str, but: str = "") -> bool:
+        """Whether a peer that lives can go on with this version's answers."""
+        return any(
+            one.name == model and version in one.versions
+            for peer in self._table.view(self._clock())
+            if peer.state != "down" and peer.node != but
+            for one in peer.models
+        )
+
+    def _is_here(self, model: str) -> bool:
+        return self._pool.has(model)

@@ -1,0 +1,170 @@
+"""The way to the other nodes: beats by HTTP, and one connection to each for the requests that it answers. Both are
+signed with the rack secret, and so are their answers. Never retries; who calls decides."""
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+
+import aiohttp
+import msgspec
+
+from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
+from agent.mesh.peers import Beat
+from agent.mesh.signing import ANSWER_HEADER, Key, mismatch
+from agent.wire.frames import MAX_FRAME_BYTES
+from shared.errors import RackError, Refused, Retryable
+
+CONNECT_TIMEOUT_S = 2.0
+MAX_BEAT_BYTES = 1 << 20
+_MAX_ERROR_BYTES = 8 << 10
+
+_WHY = {
+    "not_a_peer": "refuses the rack secret; peers.secret must be the same on all nodes",
+    "protocol_mismatch": "does not speak this node's protocol; update the older of the two",
+    "wrong_node": "is another node than peers.nodes calls it",
+    "clock_skew": "refuses a signature whose clock is so far from its own; set both clocks by the same source",
+}
+
+
+class PeerClient:
+    """One session to all peers. ``secret`` is the rack's; ``node`` is who asks."""
+
+    def __init__(
+        self, secret: str, node: str, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    ) -> None:
+        self._key = Key(secret)
+        self._node = node
+        self._wall_ms = wall_ms
+        self._born = secrets.token_hex(8) + "."
+        self._count = itertools.count()
+        self._session: aiohttp.ClientSession | None = None
+        self._links: dict[str, PeerLink] = {}
+        self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
+
+    async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
+        """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
+        should be."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        nonce = self._nonce()
+        try:
+            headers = self._headers(node, "/peer/v1/beat", nonce)
+            async with self._opened().get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout) as answer:
+                if answer.status != 200:
+                    raise await _refusal(url, answer)
+                body = await _read(answer, MAX_BEAT_BYTES)
+                signature = answer.headers.get(ANSWER_HEADER, "")
+            beat = msgspec.msgpack.decode(body, type=Beat)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
+        except msgspec.ValidationError as error:
+            raise Refused(f"peer {url}: its beat makes no sense ({error}); is it of this version?") from None
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            raise Refused(f"peer {url}: sent no beat of ours; is it an mlxrack agent of this version?") from None
+        if why := mismatch(beat.protocol, beat.oldest):
+            raise Refused(f"peer {url}: {why}", code="protocol_mismatch")
+        if not self._key.is_answer(signature, nonce, beat.node, body):
+            raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+        if beat.node != node:
+            raise Refused(f"peer {url}: says it is {beat.node!r}, and the configuration calls it {node!r}")
+        return beat
+
+    async def link(self, node: str, url: str) -> PeerLink:
+        """The open connection to a peer. Raises Retryable (code worker_lost) when there is none to be had."""
+        link = self._links.get(node)
+        if link is not None and link.url != url:
+            self.drop(node)  # the node has moved
+            link = None
+        if link is None or not link.alive:
+            link = await self._linked(node, url)
+        return link
+
+    def drop(self, node: str) -> None:
+        """Cut what is open to a peer that is gone; whoever waits there hears it at once."""
+        link = self._links.pop(node, None)
+        if link is not None:
+            link.abort()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for task in list(self._connecting.values()):
+            task.cancel()
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        if self._session is not None:
+            await self._session.close()
+
+    async def _linked(self, node: str, url: str) -> PeerLink:
+        """The connection to a peer, opened by the first who needs it; all who wait share what comes of it. Raises
+        Retryable."""
+        task = self._connecting.get(node)
+        if task is None:
+            task = self._connecting[node] = asyncio.create_task(self._opened_link(node, url))
+            # whoever waits hears how it ended, and nobody may be left to
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(lambda _: self._connecting.pop(node, None))
+        return await asyncio.shield(task)
+
+    async def _opened_link(self, node: str, url: str) -> PeerLink:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                link = self._links[node] = await self._connected(node, url)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Retryable(f"peer {node}: cannot be reached ({type(error).__name__})", code="worker_lost") from None
+        except Refused as error:
+            raise Retryable(error.message, code="worker_lost") from None
+        return link
+
+    async def _connected(self, node: str, url: str) -> PeerLink:
+        nonce = self._nonce()
+        headers = self._headers(node, "/peer/v1/link", nonce)
+        socket = await self._opened().ws_connect(
+            f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, heartbeat=HEARTBEAT_S
+        )
+        link = PeerLink(node, url, socket)
+        try:
+            signature, _, challenge = str((await socket.receive()).data).partition(" ")
+            if not self._key.is_answer(signature, nonce, node):
+                raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+            await socket.send_str(self._key.proof(challenge, self._node))
+        except BaseException:
+            link.abort()
+            raise
+        link.read()
+        return link
+
+    def _nonce(self) -> str:
+        """Never used before: by this process because it counts, by another because of its random beginning."""
+        return f"{self._born}{next(self._count):x}"
+
+    def _headers(self, to: str, path: str, nonce: str) -> dict[str, str]:
+        t_ms = self._wall_ms()
+        signed = self._key.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
+        return {"Authorization": signed}
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            self._session = aiohttp.ClientSession(
+                connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._session
+
+
+async def _refusal(url: str, answer: aiohttp.ClientResponse) -> RackError:
+    """What an answer other than 200 means, in our own words."""
+    code = ""
+    with contextlib.suppress(msgspec.DecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
+        code = str(msgspec.json.decode(await _read(answer, _MAX_ERROR_BYTES))["error"]["code"])
+    if code in _WHY:
+        return Refused(f"peer {url}: {_WHY[code]}", code=code)
+    return Retryable(f"peer {url}: answered {answer.status}", code="worker_lost")
+
+
+async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    body = b""
+    # one read gives what one segment brought, not the whole
+    while len(body) < most and (chunk := await answer.content.read(most)):
+        body += chunk
+    return body

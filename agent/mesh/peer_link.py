@@ -1,0 +1,133 @@
+"""One connection to one peer that carries every request to it: frames of many answers, told apart by their ids.
+
+It is a WebSocket whose handshake is signed. A request costs a frame there and its answers back, and no HTTP of its
+own. When the connection ends, every answer that is open on it is lost, and who waits hears it at once.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator
+from socket import SHUT_RDWR
+
+import aiohttp
+import msgspec
+
+from agent.wire.answer_queue import AnswerQueue
+from agent.wire.frame_writer import FrameWriter
+from agent.wire.frames import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Decoder,
+    Done,
+    Embedded,
+    Failed,
+    Tokens,
+    Waits,
+    encode,
+)
+from shared.errors import Refused, Retryable
+
+_ANSWERS = (Accepted, Tokens, Embedded, Waits, Done, Failed)
+_ENDS = (Done, Failed)
+CLOSE_S = 1.0
+HEARTBEAT_S = 10.0
+"""A connection over which nothing comes back for so long, and half as long again, is dead."""
+
+
+class PeerLink:
+    """An open connection. ``alive`` until it ends."""
+
+    def __init__(self, node: str, url: str, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._node = node
+        self.url = url
+        self._socket = socket
+        self._open: dict[int, AnswerQueue] = {}
+        self._ids = itertools.count(1)
+        self._writer = FrameWriter(socket.send_bytes)
+        self.alive = True
+        self._reading: asyncio.Task[None] | None = None
+
+    def read(self) -> None:
+        """From now on take what comes."""
+        self._reading = asyncio.create_task(self._read())
+
+    async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
+        """Answers to one request. Leaving early cancels it. Raises Retryable (worker_lost) when the connection ends."""
+        number, answers, finished = next(self._ids), AnswerQueue(), False
+        self._open[number] = answers
+        try:
+            frame = encode(msgspec.structs.replace(request, id=number))
+            if len(frame) > MAX_FRAME_BYTES:
+                raise Refused("the request is too large to be forwarded", code="body_too_large")
+            await self._send(frame)
+            while not finished:
+                answer = await answers.get()
+                if answer is None:
+                    raise Retryable(f"peer {self._node}: broke off", code="worker_lost")
+                finished = isinstance(answer, _ENDS)
+                yield answer
+        finally:
+            del self._open[number]
+            if not finished and self.alive:
+                self._cancel(number)
+
+    def abort(self) -> None:
+        """Cut it: the peer is gone."""
+        self._lost()
+        self._writer.abort()
+        wire = self._socket.get_extra_info("socket")
+        if wire is not None:
+            with contextlib.suppress(OSError):
+                wire.shutdown(SHUT_RDWR)
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def close(self) -> None:
+        """End it in order."""
+        self._lost()
+        reading = [self._reading] if self._reading is not None else []
+        for task in reading:
+            task.cancel()
+        await self._writer.end()
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_S):
+                await self._socket.close()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    async def _send(self, frame: bytes) -> None:
+        try:
+            await self._writer.put(frame)
+        except ConnectionError:
+            self._lost()
+            raise Retryable(f"peer {self._node}: broke off", code="worker_lost") from None
+
+    def _cancel(self, number: int) -> None:
+        with contextlib.suppress(ConnectionError):
+            self._writer.put_now(encode(Cancel(id=number)))
+
+    async def _read(self) -> None:
+        decoder = Decoder()
+        try:
+            async for message in self._socket:
+                if message.type is not aiohttp.WSMsgType.BINARY:
+                    break
+                for frame in decoder.feed(message.data):
+                    if isinstance(frame, _ANSWERS) and frame.id in self._open:
+                        self._open[frame.id].put(frame)
+        except Refused:
+            pass  # what speaks no frames is no peer
+        finally:
+            self._lost()
+            self._writer.abort()
+            if not self._socket.closed:
+                with contextlib.suppress(Exception):
+                    await self._socket.close()
+
+    def _lost(self) -> None:
+        self.alive = False
+        for answers in self._open.values():
+            answers.put(None)

@@ -1,0 +1,221 @@
+"""What is known of the other nodes: observations in, a view out. Level-triggered, so recovery needs no step by hand.
+
+A peer that missed a beat (it refused it, or its last answer is older than almost one and a half) is *suspect*, after
+three misses (or almost three and a half beats of silence) it is *down*. It is *lost*, and gets nothing before its next
+beat, when a request to it could not connect or broke. A node that was itself asleep judges nobody by that time.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from agent.mesh.signing import OLDEST, PROTOCOL
+from agent.process.prefixes import unpacked
+from agent.views import Count, ModelView, NodeView, Sent
+
+SUSPECT_BEATS = 1.45
+DOWN_BEATS = 3.45
+"""A little less than one and a half and three and a half, which are what a rack promises in seconds."""
+DOWN_MISSES = 3
+HOPS = 4
+"""So many of the last beats' times are looked at; the shortest is what the way takes."""
+ASLEEP_S = 0.5
+"""A tick that comes so much later than it should: this node, not its peers, was away."""
+_NEVER = float("inf")
+
+
+class Beat(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node says of itself once a second. ``epoch`` rises with every start of its agent."""
+
+    protocol: int = PROTOCOL
+    oldest: int = OLDEST
+    node: str
+    rack: str
+    epoch: int = 0
+    draining: bool = False
+    models: tuple[ModelView, ...] = ()
+    heat: Count = 0
+    memory: str = "calm"
+    t_ms: int = 0
+
+
+class Changed(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer was declared down (``up`` false) or came back; ``for_s`` since its last answer, or since it went."""
+
+    node: str
+    up: bool
+    for_s: float
+
+
+class _Known(msgspec.Struct, kw_only=True):
+    url: str
+    beat: Beat | None = None
+    last_s: float
+    hops_s: tuple[float, ...] = ()
+    beats: int = 0
+    misses: int = 0
+    lost: bool = False
+    sent: dict[str, Sent] = {}
+    prefixes: dict[str, bytes] = {}
+    hashes: dict[str, frozenset[int]] = {}
+    down: bool = False
+    down_since_s: float = 0.0
+
+
+class PeerTable:
+    """Peers by node id. ``now`` is a monotonic clock in seconds, given by the caller."""
+
+    def __init__(self, urls: Iterable[tuple[str, str]], *, beat_s: float, now: float) -> None:
+        self._beat_s = beat_s
+        self._peers = {node: _Known(url=url, last_s=now) for node, url in urls}
+        self._tick_s = now
+        self._ticks = False
+        self._view: tuple[NodeView, ...] = ()
+        self._good_until_s = -_NEVER
+
+    def urls(self) -> list[tuple[str, str]]:
+        """(node, url) of every peer."""
+        return [(node, known.url) for node, known in self._peers.items()]
+
+    def become(self, urls: Iterable[tuple[str, str]], now: float) -> list[str]:
+        """From now on these are the peers; what is known of those that stay is kept. Returns who has gone or moved."""
+        wanted = dict(urls)
+        kept = {node: known for node, known in self._peers.items() if wanted.get(node) == known.url}
+        gone = [node for node in self._peers if node not in kept]
+        self._peers = {node: kept.get(node) or _Known(url=url, last_s=now) for node, url in wanted.items()}
+        self._changed()
+        return gone
+
+    def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
+        """A peer answered; what was sent since its last beat is now in its own count. True when it was down or has
+        started anew since."""
+        known = self._peers.get(node)
+        if known is None:
+            return False
+        before = known.beat
+        away = self._state(known, now) == "down"
+        anew = before is not None and before.epoch != beat.epoch
+        known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
+        known.beats += 1
+        # one late answer says little of the way, several do
+        known.hops_s = (*known.hops_s[1 - HOPS :], hop_s)
+        for model in beat.models:
+            if known.prefixes.get(model.name) != model.prefixes:
+                known.prefixes[model.name] = model.prefixes
+                known.hashes = {**known.hashes, model.name: unpacked(model.prefixes)}
+        self._changed()
+        return away or anew
+
+    def missed(self, node: str, now: float) -> None:
+        """A beat was not answered."""
+        if node in self._peers:
+            self._peers[node].misses += 1
+            self._changed()
+
+    def lose(self, node: str) -> None:
+        """A request could not connect, or broke: nothing more before the peer answers a beat."""
+        if node in self._peers:
+            self._peers[node].lost = True
+            self._changed()
+
+    def unready(self, node: str, model: str) -> None:
+        """A node turned a request away that its last beat had promised to take: it is not ready until its next."""
+        known = self._peers.get(node)
+        if known is not None and known.beat is not None:
+            models = tuple(
+                msgspec.structs.replace(one, ready=False, coming=True, versions=()) if one.name == model else one
+                for one in known.beat.models
+            )
+            known.beat = msgspec.structs.replace(known.beat, models=models)
+            self._changed()
+
+    def sent(self, node: str, model: str, prompt_tok: int) -> int:
+        """A request was forwarded, and counts as load until the next beat. What is returned ``ended`` wants to know."""
+        known = self._peers.get(node)
+        if known is None:
+            return -1
+        requests, tokens = known.sent.get(model, (0, 0))
+        known.sent[model] = (requests + 1, tokens + prompt_tok)
+        return known.beats
+
+    def ended(self, node: str, model: str, prompt_tok: int, sent_at: int) -> None:
+        """A request that was forwarded has ended: a node that has just become idle is known to be before it says so."""
+        known = self._peers.get(node)
+        if known is not None:
+            requests, tokens = known.sent.get(model, (0, 0))
+            # tokens of a request from before the beat are in the beat, or were done by then
+            known.sent[model] = (requests - 1, tokens - prompt_tok if known.beats == sent_at else tokens)
+
+    def sent_since_beat(self, model: str) -> dict[str, Sent]:
+        """What each peer got for a model since it last said what it has, less what has ended."""
+        return {node: known.sent[model] for node, known in self._peers.items() if model in known.sent}
+
+    def tick(self, now: float, every_s: float) -> float:
+        """To be called every ``every_s``. When it comes late this node was asleep, and what it did not hear in that
+        time is nobody's fault. Returns for how long it was."""
+        late_s = now - self._tick_s - every_s
+        self._tick_s, self._ticks = now, True
+        if late_s < ASLEEP_S:
+            return 0.0
+        for known in self._peers.values():
+            known.last_s = min(now, known.last_s + late_s)
+        self._changed()
+        return late_s
+
+    def changes(self, now: float) -> list[Changed]:
+        """Peers that went down or came back since the last call."""
+        found = []
+        for node, known in self._peers.items():
+            is_down = known.beat is not None and self._state(known, now) == "down"
+            if is_down and not known.down:
+                known.down, known.down_since_s = True, known.last_s
+                found.append(Changed(node=node, up=False, for_s=now - known.last_s))
+            elif known.down and not is_down:
+                known.down = False
+                found.append(Changed(node=node, up=True, for_s=now - known.down_since_s))
+        return found
+
+    def view(self, now: float) -> tuple[NodeView, ...]:
+        """Every peer as routing sees it."""
+        if now >= self._good_until_s:
+            self._view = tuple(self._view_of(node, known, now) for node, known in sorted(self._peers.items()))
+            self._good_until_s = min((self._next_s(known, now) for known in self._peers.values()), default=_NEVER)
+        return self._view
+
+    def _view_of(self, node: str, known: _Known, now: float) -> NodeView:
+        beat = known.beat
+        if beat is None:
+            # just after the start nobody knows what a peer serves
+            fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
+            return NodeView(node=node, url=known.url, state="unknown" if fresh else "down", heard=False)
+        return NodeView(
+            node=node,
+            url=known.url,
+            state=self._state(known, now),
+            draining=beat.draining,
+            models=beat.models,
+            heat=beat.heat,
+            memory=beat.memory,
+            hop_s=min(known.hops_s, default=0.0),
+            known=known.hashes,
+        )
+
+    def _state(self, known: _Known, now: float) -> str:
+        if self._ticks:
+            # a node that has just woken has not heard the beats that wait for it, and must not judge by the time
+            now = min(now, self._tick_s + ASLEEP_S)
+        silent_s = now - known.last_s
+        if known.misses >= DOWN_MISSES or silent_s > DOWN_BEATS * self._beat_s:
+            return "down"
+        if known.lost:
+            return "lost"
+        return "suspect" if known.misses or silent_s > SUSPECT_BEATS * self._beat_s else "up"
+
+    def _next_s(self, known: _Known, now: float) -> float:
+        """When a peer's state may change by the mere passing of time."""
+        edges = [known.last_s + beats * self._beat_s for beats in (SUSPECT_BEATS, DOWN_BEATS)]
+        # a little after the edge, where the comparison has turned
+        return min((edge + 1e-6 for edge in edges if edge >= now), default=_NEVER)
+
+    def _changed(self) -> None:
+        self._good_until_s = -_NEVER

@@ -1,0 +1,154 @@
+"""The loader processes of this node from start to end, and the counts of what they did.
+
+A loader that ends, however it ends, is asked for its last counts first where that is possible.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from agent.config import AgentConfig
+from agent.files.modelstore import ModelSpec
+from agent.models.slot import Loaded
+from agent.process.footprint import footprint_bytes
+from agent.process.loader_process import LoaderProcess, LoaderSpec, total_of
+from agent.wire.frames import Reported
+from shared.errors import RackError
+from shared.logs import get_logger
+from shared.records import EngineWindow
+from shared.secrets import resolve
+
+STOP_GRACE_S = 10.0
+CUT_OFF_S = 0.5
+"""Within so long after a loader's end those whose answers it cut off have asked for its version again."""
+MAX_STARTS = 2
+
+log = get_logger("agent.models.loaders")
+
+
+class Loaders:
+    """Starts and ends them. ``retiring`` are those that take no new work and finish what they have; ``missed`` counts
+    by version the answers that were cut off and cannot go on without it."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        environ: Mapping[str, str],
+        *,
+        prompts: Path,
+        threads: int,
+        on_report: Callable[[str, Reported], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._environ = environ
+        self._prompts = prompts
+        self._threads = threads
+        self._on_report = on_report
+        self._clock = clock
+        self._reports: dict[tuple[str, str], Reported] = {}
+        self.retiring: list[Loaded] = []
+        self.missed: Counter[str] = Counter()
+
+    async def start(self, spec: ModelSpec) -> LoaderProcess:
+        """A loader with the model in memory and warm. Raises RackError with the reason."""
+        model = spec.model
+        arguments = (
+            *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
+            *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
+            *("--kv-tok", str(model.rows * model.plan_context_tok)),
+            *("--stall-s", str(model.stall_s)),
+            *("--reuse-bytes", str(spec.plan.reuse_bytes)),
+            *("--disk-cache", str(self._prompts / model.name), "--fingerprint", spec.version),
+            *("--disk-cache-bytes", str(model.disk_cache_bytes)),
+            *("--max-tokens", str(model.max_tokens)),
+            *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
+            *("--fake-row-s", str(model.fake_row_s), "--fake-prefill-tps", str(model.fake_prefill_tps)),
+            *("--fake-cache-tok", str(model.fake_cache_tok), "--fake-held-bytes", str(model.fake_held_bytes)),
+        )
+        stuck_s = self._config.limits.stuck_s
+        secret = ""
+        if model.disk_cache_bytes:  # a keychain may take its time
+            secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
+        start = LoaderSpec(
+            arguments=arguments,
+            threads=self._threads,
+            rows=model.rows,
+            keeps_prompts=bool(model.fake_cache_tok if model.engine == "fake" else model.cache_bytes),
+            stuck_s=stuck_s,
+            secret=secret,
+        )
+        return await LoaderProcess.start(start, self._environ)
+
+    async def retire(self, loaded: Loaded, drain_s: float) -> int:
+        """Wait for the last request, take the last counts, end the process; the bytes that it held until then.
+
+        Cut short, ``stop`` in the pool ends it.
+        """
+        if loaded not in self.retiring:
+            self.retiring.append(loaded)
+        loaded = await self.drain(loaded, drain_s)
+        loaded.process.stopping = True
+        held = footprint_bytes(loaded.process.pid) or 0
+        await self.take_window(loaded)
+        await loaded.process.stop(STOP_GRACE_S)
+        if loaded in self.retiring:
+            self.retiring.remove(loaded)
+        return held
+
+    async def drain(self, loaded: Loaded, limit_s: float) -> Loaded:
+        """Wait until its requests have ended. One that dies meanwhile is started again for those whose answers only it
+        can go on with; returned is the loader at the end."""
+        deadline, starts = self._clock() + limit_s, 0
+        while self._clock() < deadline and not loaded.process.stopping:
+            version = loaded.spec.version
+            if loaded.process.ended.is_set():
+                await asyncio.sleep(CUT_OFF_S)
+                if not self.missed[version] or starts >= MAX_STARTS:
+                    break
+                starts += 1
+                loaded = await self._again(loaded)
+            elif not loaded.process.in_flight and not self.missed[version]:
+                break
+            else:
+                await asyncio.sleep(0.02)
+        return loaded
+
+    async def _again(self, loaded: Loaded) -> Loaded:
+        log.warning("retiring_loader_died", model=loaded.name, version=loaded.spec.version, cause=loaded.process.cause)
+        await self.take_window(loaded)
+        try:
+            fresh = loaded._replace(process=await self.start(loaded.spec))
+        except RackError as error:
+            log.error("retiring_loader_lost", model=loaded.name, reason=error.message)
+            return loaded
+        if loaded in self.retiring:
+            self.retiring[self.retiring.index(loaded)] = fresh
+        return fresh
+
+    async def take_window(self, loaded: Loaded) -> None:
+        """Ask a loader what it did since it was last asked."""
+        reported = await loaded.process.report()
+        if reported is None:
+            return
+        self._on_report(loaded.name, reported)
+        key = (loaded.name, loaded.spec.version)
+        known = [self._reports[key]] if key in self._reports else []
+        self._reports[key] = total_of([*known, reported])
+
+    def so_far(self) -> list[EngineWindow]:
+        """What was taken since the last window, loaders that ended meanwhile included."""
+        return [_window_of(model, version, reported) for (model, version), reported in self._reports.items()]
+
+    def windows(self) -> list[EngineWindow]:
+        """The same, and a fresh start."""
+        taken, self._reports = self.so_far(), {}
+        return taken
+
+
+def _window_of(model: str, version: str, reported: Reported) -> EngineWindow:
+    """A loader's report as the record of a window; the fields are the same."""
+    counts = {name: getattr(reported, name) for name in Reported.__struct_fields__}
+    return EngineWindow(model=model, version=version, **counts)

@@ -1,0 +1,169 @@
+"""What works on this machine, what does not and what would mend it; and what only a first Mac can prove."""
+
+import asyncio
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from agent.config import AgentConfig
+from agent.files.modelstore import ModelStore, model_folder
+from agent.mesh.heartbeats import SKEW_WARNING_MS
+from agent.process import gpu
+from agent.telemetry.sensors import Sensors
+from shared.bucket import open_store
+from shared.errors import NotFound, RackError
+from shared.keys import claim_key
+from shared.memory_plan import default_budget_bytes
+from shared.secrets import resolve
+
+MAC_ONLY = (
+    "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",
+    "the SMC is read from a LaunchDaemon without a login: F0Ac and PSTR are there, P-cores warm up under load",
+    "PSTR agrees with a meter at the wall, less the power supply's loss",
+    "IOReport's energy of the processor moves (zeus-apple-silicon), or is named as standing still (macOS 27)",
+    "an APC outlet's power is in watts, or needs `scale` (set a known load)",
+    "the agent runs as a LaunchDaemon without a login and reaches Metal",
+    "host_statistics64, vm.swapusage and the memory pressure level agree with Activity Monitor",
+    "launchd waits ExitTimeOut before it kills, and newsyslog rotates launchd's output",
+    "MLX's Metal build answers as the CPU build does in the tests",
+    "the GPU's recommended working set is reported (the line memory above)",
+    "proc_pid_rusage's physical footprint agrees with Activity Monitor",
+    "the memory plan holds for Metal's fused attention and buffer cache (`status` shows the error of each load)",
+)
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One check. ``verdict`` is ok, warning or problem."""
+
+    what: str
+    verdict: str
+    seen: str
+
+
+def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
+    """Every check, in the order in which a person would make them."""
+    return [
+        _finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        _blas(),
+        _memory(config, environ),
+        *_models(config, state),
+        _port(config),
+        *_store(config, environ),
+        *_peers(config, environ),
+        *_sensors(state),
+        *_mac_only(),
+    ]
+
+
+def _blas() -> Finding:
+    """In a child, because whoever loads a BLAS or MLX keeps it."""
+    code = (
+        "from agent.loader import blas; name = blas.install(); import mlx.core as mx; print(mx.__version__, '|', name)"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    if run.returncode != 0:
+        lines = run.stderr.strip().splitlines()
+        return _finding("mlx", "problem", f"cannot be imported: {lines[-1] if lines else run.returncode}")
+    version, _, name = run.stdout.strip().partition("|")
+    verdict = "warning" if "reference" in name else "ok"
+    return _finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
+
+
+def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
+    total = psutil.virtual_memory().total
+    device = gpu.Device() if config.memory.budget_bytes else asyncio.run(gpu.ask(environ))
+    budget, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
+    verdict = "warning" if budget > total else "ok"
+    why = f"; {device.reason}" if device.reason else ""
+    return _finding("memory", verdict, f"{budget / 1e9:.1f} GB for models of {total / 1e9:.1f} GB ({source}{why})")
+
+
+def _models(config: AgentConfig, state: Path) -> list[Finding]:
+    store, found = ModelStore(state / "models.json", model_folder(config, state)), []
+    for model in config.models:
+        try:
+            spec = store.describe(model)
+        except RackError as error:
+            found.append(_finding(f"model {model.name}", "problem", error.message))
+            continue
+        seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
+        found.append(_finding(f"model {model.name}", "ok", seen))
+    return found or [_finding("models", "warning", "none configured; this node only forwards")]
+
+
+def _port(config: AgentConfig) -> Finding:
+    host, port = config.listen.host, config.listen.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return _finding("port", "warning", f"{host}:{port} is taken ({error.strerror}); by the agent itself?")
+    return _finding("port", "ok", f"{host}:{port} is free")
+
+
+def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
+    skew_ms = None
+    try:
+        store = open_store(config.store, environ)
+        try:
+            store.get(claim_key(config.node.id, 1))
+        finally:
+            skew_ms = store.clock_skew_ms  # a refusal tells the time, too
+    except NotFound:
+        pass
+    except RackError as error:
+        return [_finding("store", "problem", error.message), *_clock(skew_ms)]
+    return [_finding("store", "ok", f"{config.store.kind} answers and accepts the credentials"), *_clock(skew_ms)]
+
+
+def _clock(skew_ms: int | None) -> list[Finding]:
+    """A store in a folder tells no time."""
+    if skew_ms is None:
+        return []
+    if abs(skew_ms) <= SKEW_WARNING_MS:
+        return [_finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
+    seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; have it set by NTP"
+    return [_finding("clock", "warning", seen)]
+
+
+def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
+    if not config.peers.nodes:
+        return [_finding("peers", "ok", "none configured")]
+    try:
+        resolve(config.peers.secret, environ)
+    except RackError as error:
+        return [_finding("peers", "problem", error.message)]
+    return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows whether they answer")]
+
+
+def _sensors(state: Path) -> list[Finding]:
+    """Every source of every sensor: what it reads now, or why it does not."""
+    sensors = Sensors(state.absolute())
+    try:
+        return [
+            _finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)
+            for collector in sensors.all
+            for source in collector.sources()
+        ]
+    finally:
+        sensors.close()
+
+
+def _mac_only() -> list[Finding]:
+    if sys.platform == "darwin":
+        missing = [tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)]
+        tools = _finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all there")
+        return [tools, *(_finding("to be proved here once", "warning", text) for text in MAC_ONLY)]
+    return [_finding("to be proved on a Mac", "warning", text) for text in MAC_ONLY]
+
+
+def _finding(what: str, verdict: str, seen: str) -> Finding:
+    return Finding(what=what, verdict=verdict, seen=seen)

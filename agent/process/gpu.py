@@ -1,0 +1,57 @@
+"""How much memory the GPU recommends for models, asked of MLX in a short-lived process: this one never loads it."""
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from agent.process.loader_process import environment
+
+TIMEOUT_S = 60.0
+COMMAND = (sys.executable, "-P", "-m", "agent.loader", "--device")
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes are None where there is no GPU, or where it does not say; ``reason`` then says why."""
+
+    device: str = ""
+    memory_bytes: int | None = None
+    recommended_bytes: int | None = None
+    reason: str = ""
+
+
+async def ask(environ: Mapping[str, str], command: Sequence[str] = COMMAND) -> Device:
+    """Ask; never fails."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environment(environ, 1),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError as error:
+        return Device(reason=f"the system starts no process ({error.strerror})")
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            said, _ = await process.communicate()
+        device = msgspec.json.decode(said, type=Device)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return Device(reason=f"no answer within {TIMEOUT_S:.0f} s")
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return Device(reason=f"MLX did not say (exit {process.returncode})")
+    if device.recommended_bytes is None:
+        return msgspec.structs.replace(device, reason="no GPU that recommends a working set")
+    return device
+
+
+def budget_bytes(configured: int, device: Device, default: int) -> tuple[int, str]:
+    """Bytes for all models together, and where that comes from."""
+    if configured:
+        return configured, "configured"
+    if device.recommended_bytes:
+        return device.recommended_bytes, f"recommended for {device.device or 'the GPU'}"
+    return default, "a share of the machine's memory"

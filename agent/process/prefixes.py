@@ -1,0 +1,147 @@
+"""Which beginnings of conversations a node is likely to have in its prompt cache. Pure.
+
+The door may have no tokenizer, so a conversation is a text of bytes, about four to a token, and its beginnings are a
+chain: one keyed hash for every ``BLOCK_BYTES`` of it, each over everything before. Two conversations share exactly the
+hashes of what they share. The key is the rack's, so the hashes in a beat tell nobody else what was asked.
+"""
+
+import hashlib
+import struct
+from collections.abc import Container, Iterable, Iterator, Sequence
+
+from agent.wire.frames import Embed, Generate
+
+BYTES_PER_TOK = 4
+BLOCK_BYTES = 256
+BLOCK_TOK = BLOCK_BYTES // BYTES_PER_TOK
+MOST_BLOCKS = 1024
+"""Of one conversation, and in one node's table."""
+LEAST_BLOCKS = 64
+_HASH_BYTES = 8
+
+Chain = tuple[int, ...]
+
+
+class Text:
+    """A request as routing weighs it: the hashes of its beginnings, and about how many tokens its prompt has."""
+
+    __slots__ = ("chain", "prompt_tok")
+
+    def __init__(self, chain: Chain, prompt_tok: int) -> None:
+        self.chain = chain
+        self.prompt_tok = prompt_tok
+
+
+def prefix_key(rack_secret: str) -> bytes:
+    """What the hashes are keyed with: the same on all nodes of a rack, and for nothing else."""
+    return hashlib.sha256(b"mlxrack prefixes\0" + rack_secret.encode()).digest()
+
+
+def text_of(key: bytes, ask: Generate | Embed) -> Text:
+    """Read a request once. ``key`` is at most 64 bytes; without one there is no chain."""
+    if isinstance(ask, Embed):
+        size = sum(len(one) if isinstance(one, str) else BYTES_PER_TOK * len(one) for one in ask.inputs)
+        return Text((), size // BYTES_PER_TOK + 1)
+    parts = [part.encode("utf-8", "surrogatepass") for part in _parts(ask)]
+    size = sum(len(part) for part in parts)
+    chain = _chain(key, parts) if key and size >= BLOCK_BYTES else ()
+    return Text(chain, size // BYTES_PER_TOK + 1)
+
+
+def matched(chain: Chain, known: Container[int]) -> int:
+    """How many blocks from the beginning are known."""
+    count = 0
+    for one in chain:
+        if one not in known:
+            break
+        count += 1
+    return count
+
+
+def packed(hashes: Iterable[int]) -> bytes:
+    """As they travel."""
+    found = list(hashes)
+    return struct.pack(f"<{len(found)}Q", *found)
+
+
+def unpacked(raw: bytes) -> frozenset[int]:
+    """As they came; what is cut short is passed over."""
+    count = min(MOST_BLOCKS, len(raw) // _HASH_BYTES)
+    return frozenset(struct.unpack_from(f"<{count}Q", raw))
+
+
+class PrefixTable:
+    """What one loader was given lately, the least recent first.
+
+    The prompt cache itself is elsewhere and drops what it has no room for, so the table's size is learned: a prompt
+    that was found shorter than was thought shrinks it, one that was found lets it grow. For a loader that keeps nothing
+    ``most`` is 0.
+    """
+
+    def __init__(self, most: int = MOST_BLOCKS) -> None:
+        self._hashes: dict[int, None] = {}
+        self._most = most
+        self._packed: bytes | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._hashes)
+
+    def __contains__(self, one: object) -> bool:
+        return one in self._hashes
+
+    @property
+    def most(self) -> int:
+        """How many blocks are kept at most now."""
+        return self._most
+
+    def took(self, text: Text, cached_tok: int) -> None:
+        """A loader took a prompt in and found ``cached_tok`` tokens of it in its cache."""
+        if not self._most:
+            return
+        expected = matched(text.chain, self._hashes)
+        if expected and 2 * cached_tok < expected * BLOCK_TOK:
+            self._most = max(LEAST_BLOCKS, int(self._most * 0.7))
+        elif expected:
+            self._most = min(MOST_BLOCKS, self._most + expected)
+        # the beginning last, so that ends leave first: without its beginning no prompt is found
+        for one in reversed(text.chain):
+            self._hashes.pop(one, None)
+            self._hashes[one] = None
+        while len(self._hashes) > self._most:
+            del self._hashes[next(iter(self._hashes))]
+        self._packed = None
+
+    def clear(self) -> None:
+        """Another loader, an empty cache."""
+        self._hashes.clear()
+        self._packed = None
+
+    def digest(self) -> bytes:
+        """All of them, packed."""
+        if self._packed is None:
+            self._packed = packed(self._hashes)
+        return self._packed
+
+
+def _parts(ask: Generate) -> Iterator[str]:
+    """The text of a request in the order in which a template writes it, each piece told apart from the next."""
+    if ask.prompt is not None:
+        yield ask.prompt
+        return
+    yield from (ask.template_args or "", "\0", ask.reasoning_effort or "", "\0")
+    for tool in ask.tools:
+        yield tool + "\0"
+    for message in ask.messages:
+        yield f"\1{message.role}\0{message.reasoning}\0{message.content}\0{message.call_id}"
+        for call in message.calls:
+            yield f"\2{call.name}\0{call.arguments}"
+
+
+def _chain(key: bytes, parts: Sequence[bytes]) -> Chain:
+    state = hashlib.blake2b(key=key, digest_size=_HASH_BYTES)
+    text = b"".join(parts)
+    found = []
+    for at in range(0, min(len(text), MOST_BLOCKS * BLOCK_BYTES) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        state.update(text[at : at + BLOCK_BYTES])
+        found.append(int.from_bytes(state.copy().digest(), "little"))
+    return tuple(found)

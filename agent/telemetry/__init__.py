@@ -1,0 +1,1 @@
+"""From sensors and request counts to batches in object storage."""

@@ -1,0 +1,69 @@
+"""Plugs that answer by HTTP: Shelly of the first generation and later ones, Tasmota. Pure: what they say, in watts.
+
+A plug without a meter leaves the number out; a negative one is a plug wired the wrong way round, or one that feeds:
+neither is what a node draws, so neither is a reading.
+"""
+
+import json
+from typing import Any
+
+from agent.telemetry.sensors.reading import text_of
+
+MOST_W = 20_000.0
+PATHS = {
+    "shelly": "/rpc/Switch.GetStatus?id={channel}",
+    "shelly_pm1": "/rpc/PM1.GetStatus?id={channel}",
+    "shelly_em1": "/rpc/EM1.GetStatus?id={channel}",
+    "shelly_gen1": "/status",
+    "tasmota": "/cm?cmnd=Status%208",
+}
+"""Where each kind tells its power."""
+
+
+def parse_shelly(raw: bytes) -> float | None:
+    """``apower`` (or ``act_power`` of an energy meter) of a component's status, generation 2 and later."""
+    tree = _tree(raw)
+    return _watts(tree.get("apower", tree.get("act_power")))
+
+
+def parse_shelly_gen1(raw: bytes, channel: int) -> float | None:
+    """``meters[channel].power`` of /status; None where it says itself that it is not valid."""
+    meter = _at(_tree(raw).get("meters"), channel)
+    if not isinstance(meter, dict) or meter.get("is_valid") is False:
+        return None
+    return _watts(meter.get("power"))
+
+
+def parse_tasmota(raw: bytes, channel: int) -> float | None:
+    """``StatusSNS.ENERGY.Power``; firmware for several outlets gives a list there."""
+    status = _tree(raw).get("StatusSNS")
+    energy = status.get("ENERGY") if isinstance(status, dict) else None
+    power = energy.get("Power") if isinstance(energy, dict) else None
+    if isinstance(power, list):
+        return _watts(_at(power, channel))
+    return _watts(power) if channel == 0 else None
+
+
+def parse(kind: str, raw: bytes, channel: int) -> float | None:
+    """By the kind of plug."""
+    if kind == "tasmota":
+        return parse_tasmota(raw, channel)
+    return parse_shelly_gen1(raw, channel) if kind == "shelly_gen1" else parse_shelly(raw)
+
+
+def _tree(raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text_of(raw))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _at(found: Any, index: int) -> Any:
+    return found[index] if isinstance(found, list) and 0 <= index < len(found) else None
+
+
+def _watts(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < MOST_W else None

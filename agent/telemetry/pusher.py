@@ -1,0 +1,234 @@
+"""Spool to store: oldest first, one writer per node, deleted only after the store has confirmed.
+
+Nothing is given up: an outage or refused credentials are a state, shown in `status`, and the batches wait. What has
+piled up is sent at a bounded rate, so that a store that is back after a day does not disturb who is being answered.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from agent.telemetry.spool import Spool, Waiting
+from shared import keys
+from shared.backoff import full_jitter_s
+from shared.batch import Batch, digest, seal, unseal
+from shared.errors import Halt, NotFound, PreconditionFailed, RackError, Refused, Retryable
+from shared.ids import NodeId
+from shared.logs import get_logger
+from shared.records import Event
+from shared.store import ObjectStore
+
+SEGMENT_BATCHES = 60
+SEGMENT_BYTES = 256 << 10
+PACE_S = 1.0
+"""Between two segments: an hour of minutes in a second. Faster, and answers that are being given feel it."""
+MOST_RETRY_AFTER_S = 3600.0
+
+log = get_logger("agent.telemetry.pusher")
+
+
+class PushState(msgspec.Struct, kw_only=True):
+    """How pushing goes, for people. ``state`` is idle, ok, waiting (will try again) or refused (needs a human)."""
+
+    state: str = "idle"
+    reason: str = ""
+    waiting_batches: int = 0
+    sent_batches: int = 0
+    sent_segments: int = 0
+    failures: int = 0
+    last_ok_ms: int | None = None
+
+
+class Pusher:
+    """Moves batches; blocking, to be used from one thread at a time. ``open_store`` is called when it is needed, so
+    that secrets are resolved then and a store that is down does not keep the agent from starting."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        open_store: Callable[[], ObjectStore],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        random_01: Callable[[], float] = random.random,
+        pace_s: float = PACE_S,
+    ) -> None:
+        self._spool = spool
+        self._open_store = open_store
+        self._store: ObjectStore | None = None
+        self._last_skew_ms: int | None = None
+        self._clock = clock
+        self._wall_ms = wall_ms
+        self._random_01 = random_01
+        self._pace_s = pace_s
+        self._stopping = threading.Event()
+        self._not_before_s = 0.0
+        self._urgent = 0
+        self.state = PushState()
+
+    def drain(self, *, force: bool = False) -> int:
+        """Send what waits; returns how many batches were confirmed. Failures end in `state`, never in an exception.
+
+        After a failure nothing is tried for a while (full jitter, 1 s to 5 min) unless ``force``.
+        """
+        if self._stopping.is_set() or (not force and self._clock() < self._not_before_s):
+            return 0
+        sent = 0
+        try:
+            sent = self._drain()
+        except RackError as error:
+            self._failed(error)
+        except OSError as error:
+            self._failed(Retryable(f"spool: {error.strerror or type(error).__name__}", code="disk"))
+        else:
+            self.state.failures = 0
+            self.state.state, self.state.reason = "ok", ""
+            self.state.last_ok_ms = self._wall_ms()
+        self.state.waiting_batches = len(self._spool.waiting())
+        return sent
+
+    def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
+        """Send a copy of events now, for alerts; they also go in order, so a failure here loses nothing."""
+        incarnation = self._spool.identity.incarnation
+        if incarnation is None or self._clock() < self._not_before_s:
+            return
+        batch = batch_of(self._spool.next_seq(), tuple(events))
+        self._urgent += 1
+        raw = keys.RawKey(NodeId(batch.node), incarnation, batch.epoch, batch.seq, batch.seq)
+        try:
+            self._opened().put_if_absent(keys.urgent_key(raw, self._urgent), seal([_stamped(batch, incarnation)]))
+        except RackError as error:
+            log.info("urgent_copy_failed", code=error.code)
+            if isinstance(error, Retryable):
+                self._failed(error)
+
+    def clock_was_set(self) -> None:
+        """What the store told of this machine's clock no longer holds; it is learnt from the next answer, be it a
+        refusal."""
+        self._last_skew_ms = None
+        store = self._store  # another thread may give it up at any moment
+        if store is not None:
+            store.forget_clock()
+
+    def stop(self) -> None:
+        """What is being sent is sent; the rest waits for the next run."""
+        self._stopping.set()
+
+    @property
+    def clock_skew_ms(self) -> int | None:
+        """This machine's clock less the store's, as the store last told; None when it does not, or has not since this
+        clock was set."""
+        store = self._store  # another thread may give it up at any moment
+        return store.clock_skew_ms if store is not None else self._last_skew_ms
+
+    def _drain(self) -> int:
+        store = self._opened()
+        incarnation = self._spool.identity.incarnation
+        if incarnation is None:
+            incarnation = self._claim(store)
+        sent = 0
+        for number, group in enumerate(_groups(self._spool.waiting())):
+            if number and self._stopping.wait(self._pace_s):
+                break
+            pairs = [(one, batch) for one in group if (batch := self._spool.read(one)) is not None]
+            if pairs:
+                self._send(store, incarnation, [batch for _, batch in pairs], [one for one, _ in pairs])
+                sent += len(pairs)
+        return sent
+
+    def _send(self, store: ObjectStore, incarnation: int, batches: list[Batch], files: list[Waiting]) -> None:
+        first, last = batches[0], batches[-1]
+        key = keys.batch_key(keys.RawKey(NodeId(first.node), incarnation, first.epoch, first.seq, last.seq))
+        body = seal([_stamped(batch, incarnation) for batch in batches])
+        try:
+            store.put_if_absent(key, body)
+        except PreconditionFailed:
+            self._same_or_halt(store, key, body)
+        except NotFound as error:
+            raise Retryable(f"push {key}: the store is not where it was ({error.message})") from None
+        except Refused as error:
+            # this segment alone will be refused for ever (shared/store_s3.py); the rest must not wait behind it
+            for one in files:
+                self._spool.set_aside(one)
+            log.error("segment_refused", key=key, code=error.code, batches=len(batches))
+            return
+        self._spool.delete(files)
+        self.state.failures = 0  # it takes what we send; a long backlog must not wait as if it took nothing
+        self.state.sent_batches += len(batches)
+        self.state.sent_segments += 1
+
+    @staticmethod
+    def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
+        """The key is taken: by us, when an answer was lost, or by another agent with our name."""
+        stored = store.get(key).body
+        if digest(stored) != digest(body) and _said(stored) != _said(body):
+            raise Halt(
+                f"push {key}: another agent writes under this node's name; give each node its own node.id",
+                code="identity_clash",
+            )
+
+    def _claim(self, store: ObjectStore) -> int:
+        """The first incarnation that no earlier spool of this node has taken."""
+        body = self._spool.identity.spool_id.encode()
+        for incarnation in range(1, 10_000):
+            key = keys.claim_key(self._spool.identity.node, incarnation)
+            try:
+                store.put_if_absent(key, body)
+            except PreconditionFailed:
+                if store.get(key).body != body:
+                    continue
+            self._spool.claim(incarnation)
+            return incarnation
+        raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are taken", code="identity_clash")
+
+    def _opened(self) -> ObjectStore:
+        store = self._store  # another thread may give it up at any moment
+        if store is None:
+            self._store = store = self._open_store()
+        return store
+
+    def _failed(self, error: RackError) -> None:
+        self.state.failures += 1
+        self.state.state = "refused" if isinstance(error, Halt) else "waiting"
+        if self.state.reason != error.message:
+            log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
+        self.state.reason = error.message
+        if isinstance(error, Halt):
+            # credentials may have been mended meanwhile; a new client costs much and is not made for less
+            self._last_skew_ms = self.clock_skew_ms
+            self._store = None
+        wait_s = full_jitter_s(self.state.failures - 1, self._random_01())
+        asked_s = error.retry_after_s if isinstance(error, Retryable) and error.retry_after_s else 0.0
+        # what the store asks for is the least; jitter keeps nodes apart that were all asked for the same
+        self._not_before_s = self._clock() + min(MOST_RETRY_AFTER_S, asked_s) + wait_s
+
+
+def _said(segment: bytes) -> list[Batch] | None:
+    """What its batches say, however they were packed and whatever was known of the clock; None for no segment."""
+    try:
+        return [
+            msgspec.structs.replace(batch, mono_ms=0, dropped_batches=0, clock_skew_ms=None)
+            for batch in unseal(segment)
+        ]
+    except Refused:
+        return None
+
+
+def _stamped(batch: Batch, incarnation: int) -> Batch:
+    return msgspec.structs.replace(batch, incarnation=incarnation)
+
+
+def _groups(waiting: list[Waiting]) -> list[list[Waiting]]:
+    """Runs of one epoch without a gap, each at most a segment long."""
+    groups: list[list[Waiting]] = []
+    for one in waiting:
+        last = groups[-1] if groups else []
+        follows = last and (last[-1].epoch, last[-1].seq + 1) == (one.epoch, one.seq)
+        if follows and len(last) < SEGMENT_BATCHES and sum(w.size for w in last) + one.size <= SEGMENT_BYTES:
+            last.append(one)
+        else:
+            groups.append([one])
+    return groups

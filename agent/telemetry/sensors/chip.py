@@ -1,0 +1,252 @@
+"""Temperatures, fans and watts of the chip, from the best source that answers: the management controller, else macmon;
+on Linux hwmon and thermal zones. Read once for all collectors that want of it."""
+
+import contextlib
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from agent.telemetry.sensors import smc
+from agent.telemetry.sensors.child import FIRST_S, Child
+from agent.telemetry.sensors.macmon import Macmon, parse_macmon
+from agent.telemetry.sensors.reading import Failure, Guarded, Source, file_bytes, preferred, text_of
+
+FRESH_S = 0.5
+"""Collectors that ask within so long share one reading."""
+CLOSE_S = 1.0
+MACMON_S = 2
+_CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
+
+
+class ChipReading(msgspec.Struct, frozen=True, kw_only=True):
+    """Degrees Celsius (hottest of each kind), revolutions a minute, watts; None where nothing says so."""
+
+    source: str
+    package_c: float | None = None
+    pcore_c: float | None = None
+    gpu_c: float | None = None
+    pcore_asleep: bool = False
+    fans_rpm: tuple[int, ...] = ()
+    system_w: float | None = None
+    soc_w: float | None = None
+
+
+def of_smc(values: dict[str, float]) -> ChipReading:
+    """From the controller's keys."""
+    hottest = smc.temperatures(values)
+    return ChipReading(
+        source="smc",
+        package_c=hottest.package_c,
+        pcore_c=hottest.pcore_c,
+        gpu_c=hottest.gpu_c,
+        pcore_asleep=hottest.pcore_asleep,
+        fans_rpm=smc.fans_rpm(values),
+        system_w=smc.system_power_w(values),
+    )
+
+
+def of_macmon(line: Macmon) -> ChipReading:
+    """From macmon, whose temperatures are unfiltered means."""
+    return ChipReading(
+        source="macmon (unfiltered means)",
+        package_c=line.cpu_mean_c,
+        gpu_c=line.gpu_mean_c,
+        fans_rpm=line.fans_rpm,
+        system_w=line.system_w,
+        soc_w=line.soc_w,
+    )
+
+
+def parse_millidegrees(raw: bytes) -> float | None:
+    """Degrees Celsius from a thermal zone or a hwmon sensor; None for what no chip can have."""
+    text = text_of(raw).strip()
+    if not text.lstrip("-").isdigit() or len(text) > 8 or not raw.endswith(b"\n"):
+        return None
+    celsius = int(text) / 1000
+    return celsius if 1.0 <= celsius < 130.0 else None
+
+
+def parse_rpm(raw: bytes) -> int | None:
+    """Revolutions a minute from a hwmon fan."""
+    text = text_of(raw).strip()
+    return int(text) if text.isdigit() and int(text[:9]) <= smc.MOST_RPM and raw.endswith(b"\n") else None
+
+
+class Chip:
+    """``read`` gives what is known now, None for nothing."""
+
+    def __init__(
+        self,
+        platform: str = sys.platform,
+        *,
+        sys_class: Path = Path("/sys/class"),
+        open_smc: Callable[[], smc.Smc] = smc.Smc,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._is_mac = platform == "darwin"
+        self._sys_class = sys_class
+        self._open_smc = open_smc
+        self._clock = clock
+        # thermal and power ask in threads of their own
+        self._lock = threading.Lock()
+        self._smc: smc.Smc | None = None
+        self._macmon: MacmonPipe | None = None
+        self._last: tuple[float, ChipReading | None] | None = None
+        names = ("smc", "macmon") if self._is_mac else ("hwmon",)
+        self.guards = {name: Guarded(name, clock) for name in names}
+        self._answered = ""
+
+    def read(self) -> ChipReading | None:
+        """The first source that answers."""
+        with self._lock:
+            now = self._clock()
+            if self._last is None or now - self._last[0] > FRESH_S:
+                self._last = (now, self._read())
+            return self._last[1]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why sources do not answer: all of them when none does, else those that were preferred."""
+        return {guard.name: guard.reason for guard in preferred(self.guards.values(), self._answered) if guard.reason}
+
+    def sources(self) -> list[Source]:
+        """Each, tried now."""
+        found = []
+        for name, read in self._readers().items():
+            with self._lock:
+                reading = self.guards[name].call(read)
+            reason = self.guards[name].reason or ("" if reading else "has said nothing yet")
+            found.append(Source(name, reason, _seen(reading) if reading else ""))
+        return found
+
+    def close(self) -> None:
+        """Give everything back, unless a call of the system does not come back: it must not keep the agent."""
+        if not self._lock.acquire(timeout=CLOSE_S):
+            return
+        try:
+            if self._smc is not None:
+                self._smc.close()
+            if self._macmon is not None:
+                self._macmon.close()
+        finally:
+            self._lock.release()
+
+    def _read(self) -> ChipReading | None:
+        for name, read in self._readers().items():
+            found = self.guards[name].call(read)
+            if found is not None:
+                self._answered = name
+                if name != "macmon" and self._macmon is not None:
+                    # what it says from now on nobody would hear, and its old words would be taken for new ones
+                    self._macmon.close()
+                    self._macmon = None
+                return found
+        self._answered = ""
+        return None
+
+    def _readers(self) -> dict[str, Callable[[], ChipReading | None]]:
+        if self._is_mac:
+            return {"smc": self._read_smc, "macmon": self._read_macmon}
+        return {"hwmon": self._read_linux}
+
+    def _read_smc(self) -> ChipReading:
+        if self._smc is None:
+            self._smc = self._open_smc()
+        try:
+            return of_smc(self._smc.values())
+        except Failure:
+            # what is broken is opened anew at the next look
+            self._smc.close()
+            self._smc = None
+            raise
+
+    def _read_macmon(self) -> ChipReading | None:
+        if self._macmon is None:
+            self._macmon = MacmonPipe(self._clock)
+        last = self._macmon.last()
+        return of_macmon(last) if last is not None else None
+
+    def _read_linux(self) -> ChipReading:
+        sensors, fans = self._hwmon()
+        if not sensors:
+            zones = sorted((self._sys_class / "thermal").glob("thermal_zone*/temp"))
+            sensors = {"zones": [t for t in (_read_millidegrees(path) for path in zones) if t is not None]}
+        cpu = [t for name in _CPU_SENSORS for t in sensors.get(name, [])]
+        hottest = max(cpu or [t for group in sensors.values() for t in group], default=None)
+        if hottest is None and not fans:
+            raise Failure("no hwmon sensor and no thermal zone")
+        return ChipReading(source="hwmon", package_c=hottest, fans_rpm=tuple(fans))
+
+    def _hwmon(self) -> tuple[dict[str, list[float]], list[int]]:
+        sensors: dict[str, list[float]] = {}
+        fans: list[int] = []
+        for folder in sorted((self._sys_class / "hwmon").glob("hwmon*")):
+            name = _first_word(folder / "name")
+            found = [_read_millidegrees(path) for path in sorted(folder.glob("temp*_input"))]
+            if kept := [t for t in found if t is not None]:
+                sensors.setdefault(name, []).extend(kept)
+            for path in sorted(folder.glob("fan*_input")):
+                with contextlib.suppress(Failure):
+                    rpm = parse_rpm(file_bytes(path))
+                    fans += [rpm] if rpm is not None else []
+        return sensors, fans
+
+
+class MacmonPipe:
+    """`macmon pipe`, whose last line is what is known. Raises Failure where it is not installed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, program: str = "macmon") -> None:
+        path = shutil.which(program)
+        if path is None:
+            raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
+        self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
+        self._clock = clock
+        self._kept = b""
+        self._last: Macmon | None = None
+
+    def last(self) -> Macmon | None:
+        """The newest line; None while it may be about to say its first. Raises Failure when it has ended or says
+        none."""
+        try:
+            said = self._child.read()
+        except Failure:
+            self._last = None
+            raise
+        *lines, self._kept = (self._kept + said).split(b"\n")
+        self._kept = self._kept[-65_536:]
+        self._last = next((found for line in reversed(lines) if (found := parse_macmon(line))), self._last)
+        if self._last is None and self._clock() - self._child.started_s > FIRST_S:
+            self._child.close()
+            raise Failure("macmon: nothing said yet")
+        return self._last
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.close()
+
+
+def _read_millidegrees(path: Path) -> float | None:
+    try:
+        return parse_millidegrees(file_bytes(path))
+    except Failure:
+        return None
+
+
+def _first_word(path: Path) -> str:
+    try:
+        return text_of(file_bytes(path)).strip()
+    except Failure:
+        return ""
+
+
+def _seen(reading: ChipReading) -> str:
+    fields = {
+        k: v for k, v in msgspec.structs.asdict(reading).items() if v not in (None, (), False, "") and k != "source"
+    }
+    return json.dumps(fields)

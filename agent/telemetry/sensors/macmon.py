@@ -1,0 +1,56 @@
+"""macmon (`macmon pipe`), a second way to watts and temperatures without root, where it is installed.
+
+Its temperatures are means over all sensors that answer, placeholders and offsets included, so they are used only where
+the controller itself cannot be read, and their source says what they are. Nothing of it is used that it does not send:
+versions differ, and 0.0 degrees or watts stand for "no reading".
+"""
+
+import json
+from typing import Any
+
+import msgspec
+
+from agent.telemetry.sensors.reading import text_of
+
+MOST_W = 1_000.0
+
+
+class Macmon(msgspec.Struct, frozen=True, kw_only=True):
+    """One line; None for what it does not say."""
+
+    cpu_mean_c: float | None = None
+    gpu_mean_c: float | None = None
+    fans_rpm: tuple[int, ...] = ()
+    system_w: float | None = None
+    soc_w: float | None = None
+
+
+def parse_macmon(raw: bytes) -> Macmon | None:
+    """One line of `macmon pipe`; None for what is none, a cut one included."""
+    try:
+        tree = json.loads(text_of(raw))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(tree, dict) or not isinstance(tree.get("temp"), dict):
+        return None
+    fans = tree.get("fans")
+    rpm = [_number(fan.get("rpm"), 20_000) for fan in fans if isinstance(fan, dict)] if isinstance(fans, list) else []
+    return Macmon(
+        cpu_mean_c=_celsius(tree["temp"].get("cpu_temp_avg")),
+        gpu_mean_c=_celsius(tree["temp"].get("gpu_temp_avg")),
+        fans_rpm=tuple(round(one) for one in rpm if one is not None),
+        system_w=_number(tree.get("sys_power"), MOST_W) or None,
+        # a processor that draws nothing at all is not measured (as in macOS 27), and the sum lacks it
+        soc_w=None if tree.get("cpu_power") == 0 else _number(tree.get("all_power"), MOST_W) or None,
+    )
+
+
+def _celsius(value: Any) -> float | None:
+    found = _number(value, 120.0)
+    return found if found is not None and found > 15.0 else None
+
+
+def _number(value: Any, below: float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < below else None

@@ -1,0 +1,215 @@
+"""Memory: what is used and by what, how hard the system presses, what went to swap and came back.
+
+On macOS ``used`` is what vm.py says; on Linux total minus available. psutil is asked last and only for
+what it has right on macOS: its "used" leaves the compressor out, and its swap-ins are page-ins of any file.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from agent.telemetry.gauge import Gauge
+from agent.telemetry.sensors import sysctl, vm
+from agent.telemetry.sensors.reading import Failure, Guarded, Reading, Source, command_bytes, file_bytes, text_of
+
+PRESSURE_LEVEL = "kern.memorystatus_vm_pressure_level"
+WIRED_LIMIT = "iogpu.wired_limit_mb"
+_ORDER = ("unknown", "normal", "warn", "critical")
+COMPRESSED_SHARE = 0.2
+"""A fifth of memory compressed while pages go to swap: the system is short, whatever its level says."""
+WIRED_SHARE = 0.9
+"""So near to the GPU's limit on wired memory the next model does not fit."""
+
+
+def parse_psi_total_us(raw: bytes) -> int | None:
+    """Microseconds in which some task waited for memory, since boot, from /proc/pressure/memory."""
+    match = re.search(
+        r"^some avg10=\d+\.\d+ avg60=\d+\.\d+ avg300=\d+\.\d+ total=(\d{1,19})\n", text_of(raw), re.MULTILINE
+    )
+    return int(match[1]) if match else None
+
+
+def worse(one: str, other: str) -> str:
+    """Of two levels the higher."""
+    return max(one, other, key=_ORDER.index)
+
+
+def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | None) -> str:
+    """How short memory is: the worst of the kernel's level, pages that went to swap while a large share of memory is
+    compressed, and wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
+    found = level
+    if swapped_out > 0 and compressed >= COMPRESSED_SHARE:
+        found = worse(found, "warn")
+    if wired is not None and wired >= WIRED_SHARE:
+        found = worse(found, "warn")
+    return found
+
+
+class MacMemory:
+    """What macOS says, by the system's library or, where that fails, by its commands."""
+
+    def __init__(self, library: str = vm.LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
+        self._library = library
+        self._run = run
+        self._sysctl: sysctl.Sysctl | None = None
+        self._statistics: vm.HostStatistics | None = None
+
+    def level(self) -> str:
+        """The kernel's pressure level in words. Raises Failure."""
+        return sysctl.pressure_name(self.integer(PRESSURE_LEVEL))
+
+    def integer(self, name: str) -> int:
+        """A number by its name. Raises Failure."""
+        try:
+            if self._sysctl is None:
+                self._sysctl = sysctl.Sysctl(self._library)
+            return self._sysctl.integer(name)
+        except Failure:
+            values = sysctl.parse_sysctl(self._run("/usr/sbin/sysctl", name))
+            found = sysctl.parse_integer(values.get(name, ""))
+            if found is None:
+                raise Failure(f"sysctl {name}: no number") from None
+            return found
+
+    def vm(self) -> tuple[vm.Vm, str]:
+        """Memory by its parts, and which source said so. Raises Failure."""
+        try:
+            if self._statistics is None:
+                self._statistics = vm.HostStatistics(self._library)
+            return self._statistics.read(), "host_statistics64"
+        except Failure:
+            found = vm.parse_vm_stat(self._run("/usr/bin/vm_stat"))
+            if found is None:
+                raise Failure("vm_stat: not readable") from None
+            return found, "vm_stat"
+
+    def swap(self) -> tuple[int, int]:
+        """Total and used bytes of swap. Raises Failure."""
+        try:
+            if self._sysctl is None:
+                self._sysctl = sysctl.Sysctl(self._library)
+            return self._sysctl.swap()
+        except Failure:
+            found = sysctl.parse_swapusage(self._run("/usr/sbin/sysctl", "vm.swapusage"))
+            if found is None:
+                raise Failure("sysctl vm.swapusage: not readable") from None
+            return found
+
+
+class MemoryCollector:
+    """Memory by the platform's own counters. Swap and stall are differences since the last reading."""
+
+    name = "memory"
+
+    def __init__(
+        self,
+        platform: str = sys.platform,
+        mac: MacMemory | None = None,
+        psi: Path = Path("/proc/pressure/memory"),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._is_mac = platform == "darwin"
+        self._mac = mac or MacMemory()
+        self._psi = psi
+        self._clock = clock
+        self._used = Gauge()
+        self._worst = "unknown"
+        self._counters: dict[str, int] = {}
+        self._guards = {name: Guarded(name, clock) for name in ("pressure", "vm", "swap", "wired_limit", "psi")}
+
+    def poll(self) -> None:
+        now = self._clock()
+        if not self._is_mac:
+            memory = psutil.virtual_memory()
+            self._used.add(now, memory.total - memory.available)
+            return
+        level = self._guards["pressure"].call(self._mac.level)
+        self._worst = worse(self._worst, level or "unknown")
+        found = self._guards["vm"].call(self._mac.vm)
+        if found is None:
+            self._used.gone(now)
+        else:
+            self._used.add(now, found[0].used_bytes)
+
+    def read(self) -> Reading:
+        self.poll()
+        fields = self._read_mac() if self._is_mac else self._read_linux()
+        seen = self._used.close(self._clock())
+        if seen is not None:
+            fields.update(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
+        failed = {guard.name: guard.reason for guard in self._guards.values() if guard.reason}
+        return Reading(fields, failed)
+
+    def sources(self) -> list[Source]:
+        reading = self.read()
+        source = str(reading.fields.get("memory_source", ""))
+        used = reading.fields.get("memory_used_bytes")
+        seen = f"{used / 1e9:.1f} GB used" if used is not None else ""
+        return [Source(source or "memory", "" if seen else "nothing can be read", seen)] + [
+            Source(name, why) for name, why in reading.failed.items()
+        ]
+
+    def _read_linux(self) -> dict[str, Any]:
+        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        fields: dict[str, Any] = {
+            "memory_total_bytes": memory.total,
+            "memory_source": "psutil",
+            "swap_used_bytes": swap.used,
+            "swap_total_bytes": swap.total,
+            **self._since_last("swap_in_bytes", swap.sin),
+            **self._since_last("swap_out_bytes", swap.sout),
+        }
+        stalled = self._guards["psi"].call(self._stalled_us)
+        return fields if stalled is None else {**fields, **self._since_last("memory_stall_us", stalled)}
+
+    def _stalled_us(self) -> int:
+        found = parse_psi_total_us(file_bytes(self._psi))
+        if found is None:
+            raise Failure(f"{self._psi}: not readable")
+        return found
+
+    def _read_mac(self) -> dict[str, Any]:
+        total = psutil.virtual_memory().total
+        fields: dict[str, Any] = {"memory_total_bytes": total}
+        swap = self._guards["swap"].call(self._mac.swap)
+        if swap is not None:
+            fields.update(swap_total_bytes=swap[0], swap_used_bytes=swap[1])
+        limit_mb = self._guards["wired_limit"].call(lambda: self._mac.integer(WIRED_LIMIT))
+        if limit_mb:  # 0 is the system's default, whatever that is
+            fields["gpu_wired_limit_bytes"] = limit_mb << 20
+        fields.update(self._parts())
+        level, self._worst = self._worst, "unknown"
+        fields["memory_pressure"] = level
+        wired, limit = fields.get("memory_wired_bytes"), fields.get("gpu_wired_limit_bytes")
+        fields["memory_verdict"] = verdict(
+            level,
+            swapped_out=fields.get("swap_out_bytes", 0),
+            compressed=fields.get("memory_compressed_bytes", 0) / total,
+            wired=wired / limit if wired is not None and limit else None,
+        )
+        return fields
+
+    def _parts(self) -> dict[str, Any]:
+        found = self._guards["vm"].call(self._mac.vm)
+        if found is None:
+            return {}
+        parts, source = found
+        fields: dict[str, Any] = {
+            "memory_source": source,
+            "memory_wired_bytes": parts.wired_bytes,
+            "memory_compressed_bytes": parts.compressor_bytes,
+        }
+        if parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None:
+            fields.update(self._since_last("swap_in_bytes", parts.swapped_in_bytes))
+            fields.update(self._since_last("swap_out_bytes", parts.swapped_out_bytes))
+        return fields
+
+    def _since_last(self, field: str, counter: int) -> dict[str, int]:
+        before = self._counters.get(field)
+        self._counters[field] = counter
+        return {} if before is None or counter < before else {field: counter - before}

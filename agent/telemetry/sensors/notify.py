@@ -1,0 +1,56 @@
+"""A number that macOS publishes under a name, by notify(3): its value now, and a descriptor that becomes readable when
+it is published anew. Unprivileged. Signatures: <notify.h>."""
+
+import ctypes
+import os
+from ctypes import byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
+
+from agent.telemetry.sensors.reading import Failure
+
+LIBRARY = "/usr/lib/libSystem.B.dylib"
+_OK = 0
+
+
+class Notify:
+    """One key. Raises Failure when the system has no notify(3) or refuses. To be closed."""
+
+    def __init__(self, key: str, library: str = LIBRARY) -> None:
+        try:
+            self._lib = ctypes.CDLL(library)
+            self._lib.notify_register_file_descriptor.argtypes = [c_char_p, c_void_p, c_int, c_void_p]
+            self._lib.notify_get_state.argtypes = [c_int, c_void_p]
+            for name in ("notify_register_file_descriptor", "notify_get_state", "notify_cancel"):
+                getattr(self._lib, name).restype = c_uint32
+            self._lib.notify_cancel.argtypes = [c_int]
+        except (OSError, AttributeError) as error:
+            raise Failure(f"notify(3): {type(error).__name__}") from None
+        descriptor, token = c_int(-1), c_int(-1)
+        status = self._lib.notify_register_file_descriptor(key.encode(), byref(descriptor), 0, byref(token))
+        if status != _OK:
+            raise Failure(f"notify(3): {key} cannot be registered (status {status})")
+        self._token = token.value
+        self.descriptor = descriptor.value
+        """Readable when the number was published since it was last drained."""
+        os.set_blocking(self.descriptor, False)
+
+    def state(self) -> int:
+        """The number now; 0 also for a key that was never published. Raises Failure."""
+        value = c_uint64(0)
+        status = self._lib.notify_get_state(self._token, byref(value))
+        if status != _OK:
+            raise Failure(f"notify(3): the state cannot be read (status {status})")
+        return int(value.value)
+
+    def drain(self) -> None:
+        """Take what made the descriptor readable: four bytes for each time that the number was published."""
+        try:
+            while os.read(self.descriptor, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        """Give it back; its descriptor is closed by the system's library."""
+        if self._token >= 0:
+            self._lib.notify_cancel(self._token)
+            self._token = -1

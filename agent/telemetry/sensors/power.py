@@ -1,0 +1,239 @@
+"""Power and energy, each under its own name and never one for another: what the whole system draws (the controller's
+PSTR), and what the chip's parts do (IOReport, powermetrics, RAPL). What a metered outlet says is read for the rack as
+a whole: agent/telemetry/meters.py. Absent is absent; nothing is estimated here.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from agent.telemetry.gauge import Gauge, Seen
+from agent.telemetry.sensors import smc
+from agent.telemetry.sensors.chip import Chip
+from agent.telemetry.sensors.reading import Failure, Guarded, Reading, Source, file_bytes
+
+BUSY_SHARE = 0.01
+"""A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
+COVERS = 0.9
+"""Watts that were known for so much of a window are the window's energy; else counters are, where there are any."""
+MOST_OVER_SYSTEM = 1.1
+"""The parts draw no more than the whole, give or take a tenth."""
+
+
+class Energy(NamedTuple):
+    """Microjoules since some beginning, by part."""
+
+    parts: dict[str, int]
+
+    @property
+    def total_uj(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def parse_energy_uj(raw: bytes) -> int | None:
+    """A RAPL counter in microjoules; None for a line that is cut or anything else."""
+    match = re.fullmatch(rb"(\d{1,19})\n", raw)
+    return int(match[1]) if match else None
+
+
+def spent_uj(before: Energy, now: Energy, *, busy: float, wraps: dict[str, int] | None = None) -> int | None:
+    """What was used between two looks; None when a counter ran backwards, parts came or went, or the processor's
+    stood still while it was busy."""
+    if before.parts.keys() != now.parts.keys():
+        return None
+    total = 0
+    for name, after in now.parts.items():
+        spent = after - before.parts[name]
+        if spent < 0 and before.parts[name] > (whole := (wraps or {}).get(name, 0)) / 2:
+            spent += whole  # it went round; from its lower half it was set back
+        if spent < 0 or (name == "cpu" and spent == 0 and busy > BUSY_SHARE):
+            return None
+        total += spent
+    return total
+
+
+class Rapl:
+    """Linux' energy counters of processor packages. Raises Failure where none can be read."""
+
+    def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
+        self._powercap = powercap
+        self.wraps: dict[str, int] = {}
+
+    def read(self) -> Energy:
+        parts = {}
+        for path in sorted(self._powercap.glob("intel-rapl:[0-9]*/energy_uj")):
+            if path.parent.name.count(":") > 1 or not _is_package(path.parent):
+                continue  # a part of a package, or the platform with all packages: both are in another's sum
+            counter = parse_energy_uj(file_bytes(path))
+            if counter is not None:
+                parts[path.parent.name] = counter
+                self.wraps[path.parent.name] = _range_uj(path.parent)
+        if not parts:
+            raise Failure("rapl: no readable energy counter")
+        return Energy(parts)
+
+
+class IoReport:
+    """macOS' energy counters without root, through zeus-apple-silicon where that is installed."""
+
+    def __init__(self) -> None:
+        self._monitor: Any = None
+        self.wraps: dict[str, int] = {}
+
+    def read(self) -> Energy:
+        if self._monitor is None:
+            try:
+                import zeus_apple_silicon  # optional, and only there
+            except ImportError:
+                raise Failure("ioreport: zeus-apple-silicon is not installed (pip install mlxrack[mac])") from None
+            self._monitor = zeus_apple_silicon.AppleEnergyMonitor()
+        return energy_of(self._monitor.get_cumulative_energy())
+
+
+def energy_of(metrics: object) -> Energy:
+    """Processor, GPU and neural engine of an AppleEnergyMetrics, in millijoules there; a chip may lack some. Not DRAM,
+    which no other source of the chip's power counts.
+    Raises Failure when it has not even the processor's."""
+    names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj"}
+    found = {part: getattr(metrics, name, None) for part, name in names.items()}
+    parts = {
+        part: round(value * 1000) for part, value in found.items() if isinstance(value, int | float) and value >= 0
+    }
+    if "cpu" not in parts:
+        raise Failure("ioreport: no energy of the processor")
+    return Energy(parts)
+
+
+class PowerCollector:
+    """Means over the window, and the energy of the best source that has one: the system's watts over time, else the
+    chip's counters. ``powermetrics`` gives the chip's last watts, None where it does not run."""
+
+    name = "power"
+
+    def __init__(
+        self,
+        chip: Chip,
+        platform: str = sys.platform,
+        *,
+        counters: Rapl | IoReport | None = None,
+        powermetrics: Callable[[], float | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_times: Callable[[], Any] = psutil.cpu_times,
+    ) -> None:
+        self._chip = chip
+        self._counters = counters or (IoReport() if platform == "darwin" else Rapl())
+        self._powermetrics = powermetrics
+        self._clock = clock
+        self._cpu_times = cpu_times
+        self._system, self._soc = Gauge(), Gauge()
+        self._last: tuple[float, Energy] | None = None
+        self._last_cpu = cpu_times()
+        self._closed_s, self._whole = clock(), "PSTR"
+        self._guard = Guarded("ioreport" if platform == "darwin" else "rapl", clock)
+
+    def poll(self) -> None:
+        now, reading = self._clock(), self._chip.read()
+        _note(self._system, now, reading.system_w if reading is not None else None)
+        if reading is not None:
+            self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
+        watts = self._powermetrics()
+        if watts is None and reading is not None:
+            watts = reading.soc_w
+        _note(self._soc, now, watts)
+
+    def read(self) -> Reading:
+        self.poll()
+        now, failed = self._clock(), dict[str, str]()
+        system, soc = self._system.close(now), self._soc.close(now)
+        counted = self._counted(now, failed)
+        fields: dict[str, Any] = {}
+        if system is not None:
+            fields.update(system_power_mw=round(system.mean * 1000), system_power_max_mw=round(system.most * 1000))
+        if counted is not None:
+            fields["soc_power_mw"] = round(counted[0] / counted[1] / 1000)
+        elif soc is not None:
+            fields["soc_power_mw"] = round(soc.mean * 1000)
+        if _is_too_much(fields):
+            failed["soc_power"] = f"{fields.pop('soc_power_mw') / 1000:.1f} W, more than the whole system draws"
+            counted = soc = None
+        window_s, self._closed_s = now - self._closed_s, now
+        fields.update(_energy(system, counted, soc, window_s=window_s, names=(self._whole, self._guard.name)))
+        return Reading(fields, {**failed, **({self._guard.name: self._guard.reason} if self._guard.reason else {})})
+
+    def sources(self) -> list[Source]:
+        energy = self._guard.call(self._counters.read)
+        seen = ", ".join(f"{part} {uj / 1e6:.0f} J" for part, uj in energy.parts.items()) if energy else ""
+        reading = self._chip.read()
+        watts = reading.system_w if reading is not None else None
+        system = Source("PSTR", "" if watts else "no reading of the system's power", f"{watts:.1f} W" if watts else "")
+        return [system, Source(self._guard.name, self._guard.reason, seen)]
+
+    def _counted(self, now: float, failed: dict[str, str]) -> tuple[int, float] | None:
+        """Microjoules and seconds since the last window, by the chip's counters."""
+        busy = self._busy()
+        energy = self._guard.call(self._counters.read)
+        before, self._last = self._last, (now, energy) if energy is not None else None
+        if before is None or energy is None or now <= before[0]:
+            return None
+        spent = spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)
+        if spent is None:
+            failed[self._guard.name] = "its counters stand still or ran backwards"
+            return None
+        if spent > smc.MOST_W * 1e6 * (now - before[0]):
+            failed[self._guard.name] = "its counters jumped"
+            return None
+        return spent, now - before[0]
+
+    def _busy(self) -> float:
+        before, self._last_cpu = self._last_cpu, self._cpu_times()
+        idle = self._last_cpu.idle - before.idle
+        total = sum(self._last_cpu) - sum(before)
+        return 1 - idle / total if total > 0 else 0.0
+
+
+def _energy(
+    system: Seen | None, counted: tuple[int, float] | None, soc: Seen | None, *, window_s: float, names: tuple[str, str]
+) -> dict[str, Any]:
+    """Energy of the window, from the source that sees most of the machine over most of the time. ``names`` are those of
+    the system's watts and of the counters."""
+    whole, counter = names
+    covers = system is not None and system.covered_s >= COVERS * window_s
+    if system is not None and system.covered_s > 0 and (covers or counted is None):
+        return {"energy_mj": round(system.mean * system.covered_s * 1000), "energy_source": whole}
+    if counted is not None:
+        return {"energy_mj": counted[0] // 1000, "energy_source": counter}
+    if soc is not None and soc.covered_s > 0:
+        return {"energy_mj": round(soc.mean * soc.covered_s * 1000), "energy_source": "soc_estimate"}
+    return {}
+
+
+def _is_too_much(fields: dict[str, Any]) -> bool:
+    system, soc = fields.get("system_power_max_mw"), fields.get("soc_power_mw")
+    return system is not None and soc is not None and soc > MOST_OVER_SYSTEM * system
+
+
+def _note(gauge: Gauge, now: float, value: float | None) -> None:
+    if value is None:
+        gauge.gone(now)
+    else:
+        gauge.add(now, value)
+
+
+def _is_package(folder: Path) -> bool:
+    try:
+        return file_bytes(folder / "name").startswith(b"package")
+    except Failure:
+        return False
+
+
+def _range_uj(folder: Path) -> int:
+    try:
+        return parse_energy_uj(file_bytes(folder / "max_energy_range_uj")) or 0
+    except Failure:
+        return 0

@@ -1,0 +1,211 @@
+"""Apple's powermetrics, which needs root: watts of processor, GPU and neural engine, and the thermal pressure.
+
+As property lists it prints one document after another with a NUL between them that comes with the next sample, so a
+document is taken at its last line. Energies are millijoules of the interval, powers milliwatts; ``elapsed_ns`` is how
+long the interval really was.
+"""
+
+import os
+import plistlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from agent.telemetry.sensors.child import FIRST_S, Child
+from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, Guarded, text_of
+from agent.telemetry.sensors.throttle import LEVELS
+
+ARGV = (
+    "/usr/bin/powermetrics",
+    *("-f", "plist"),
+    *("-i", "5000"),
+    *("-n", "-1"),
+    *("--samplers", "cpu_power,gpu_power,thermal"),
+    *("-b", "1"),
+)
+FRESH_S = 15.0
+MOST_MW = 1_000_000.0
+_END = b"</plist>"
+_HEADER = re.compile(
+    r"^\*\*\* (?:Sampled|Summary) system activity .*\((\d+(?:\.\d+)?)ms elapsed\) \*\*\*$", re.MULTILINE
+)
+_WATTS = re.compile(r"^(CPU|GPU|ANE|Combined) Power(?: \([^)\n]*\))?: (\d+(?:\.\d+)?) mW[ \t]*\n", re.MULTILINE)
+_PRESSURE = re.compile(r"^Current pressure level: (\w+)[ \t]*\n", re.MULTILINE)
+
+
+class Powermetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """One interval, ``elapsed_ns`` 0 where it does not say how long; None for what it does not say. ``soc_mw`` is
+    processor, GPU and neural engine together."""
+
+    elapsed_ns: int
+    cpu_mw: float | None = None
+    gpu_mw: float | None = None
+    ane_mw: float | None = None
+    soc_mw: float | None = None
+    level: int | None = None
+
+
+class Documents:
+    """Property lists out of a stream that may be cut anywhere."""
+
+    def __init__(self) -> None:
+        self._kept = b""
+
+    def feed(self, chunk: bytes) -> list[Powermetrics]:
+        """The samples that ``chunk`` completes. What is no property list is skipped, and so is one without end."""
+        self._kept += chunk
+        found = []
+        while (end := self._kept.find(_END)) >= 0:
+            document, self._kept = self._kept[: end + len(_END)], self._kept[end + len(_END) :]
+            sample = parse_document(document)
+            if sample is not None:
+                found.append(sample)
+        if len(self._kept) > MAX_OUTPUT_BYTES:
+            self._kept = b""
+        return found
+
+
+def parse_document(raw: bytes) -> Powermetrics | None:
+    """One property list; None for anything else."""
+    raw = raw.strip(b"\0 \r\n\t")
+    if not raw.startswith((b"<?xml", b"<plist")) or len(raw) > MAX_OUTPUT_BYTES:
+        return None
+    try:
+        tree = plistlib.loads(raw, fmt=plistlib.FMT_XML)
+    except Exception:  # noqa: BLE001  # what a parser of XML raises for noise is its own affair
+        return None
+    if not isinstance(tree, dict):
+        return None
+    elapsed_ns = tree.get("elapsed_ns")
+    if not isinstance(elapsed_ns, int) or isinstance(elapsed_ns, bool) or elapsed_ns <= 0:
+        return None
+    processor, gpu = _table(tree, "processor"), _table(tree, "gpu")
+    cpu, ane = _power(processor, "cpu", elapsed_ns), _power(processor, "ane", elapsed_ns)
+    graphics = _power(processor, "gpu", elapsed_ns)
+    if graphics is None:
+        graphics = _power(gpu, "gpu", elapsed_ns)
+    return Powermetrics(
+        elapsed_ns=elapsed_ns,
+        cpu_mw=cpu,
+        gpu_mw=graphics,
+        ane_mw=ane,
+        soc_mw=_sum(_milliwatts(processor.get("combined_power")), cpu, graphics, ane),
+        level=level_of(str(tree.get("thermal_pressure", ""))),
+    )
+
+
+def parse_text(raw: bytes) -> list[Powermetrics]:
+    """The samples of the form for people. A line counts when it is whole; tables without a head are one sample of
+    unknown length."""
+    text = text_of(raw)
+    heads = list(_HEADER.finditer(text))
+    if not heads:
+        whole = _block("0", text)
+        return [whole] if whole.cpu_mw is not None or whole.gpu_mw is not None else []
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return [_block(head[1], text[head.end() : end]) for head, end in zip(heads, ends, strict=True)]
+
+
+def level_of(name: str) -> int | None:
+    """A level by its name; None for one that is not known."""
+    name = name.strip().lower()
+    return LEVELS.index(name) if name in LEVELS else None
+
+
+class PowermetricsStream:
+    """powermetrics as a child; ``last`` is its newest sample while that is fresh. It runs only for root."""
+
+    def __init__(self, child: Child, clock: Callable[[], float] = time.monotonic) -> None:
+        self._child = child
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._documents = Documents()
+        self._last: tuple[float, Powermetrics] | None = None
+        self._has_spoken = False
+        self.guard = Guarded("powermetrics", clock)
+
+    @classmethod
+    def if_allowed(cls, platform: str = sys.platform) -> "PowermetricsStream | None":
+        """One where it can run: on macOS, as root."""
+        return cls(Child(ARGV)) if platform == "darwin" and os.geteuid() == 0 else None
+
+    def last(self) -> Powermetrics | None:
+        """The newest sample, None when there is none of the last few intervals."""
+        with self._lock:
+            self.guard.call(self._heard)
+            return self._fresh()
+
+    def _heard(self) -> Powermetrics | None:
+        """The newest sample; None while it may be about to give its first. Raises Failure when it has ended or gives
+        none."""
+        try:
+            said = self._child.read()
+        except Failure:
+            self._has_spoken = False
+            raise
+        for sample in self._documents.feed(said):
+            self._has_spoken, self._last = True, (self._clock(), sample)
+        if not self._has_spoken and self._clock() - self._child.started_s > FIRST_S:
+            self._child.close()
+            raise Failure("powermetrics: nothing said yet")
+        return self._fresh()
+
+    def _fresh(self) -> Powermetrics | None:
+        if self._last is None or self._clock() - self._last[0] > FRESH_S:
+            return None
+        return self._last[1]
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.close()
+
+
+def _block(elapsed_ms: str, text: str) -> Powermetrics:
+    watts: dict[str, float | None] = {}
+    for name, value in _WATTS.findall(text):
+        # the GPU's is printed twice; the first belongs to the same table as the others
+        watts.setdefault(name, _milliwatts(float(value)))
+    pressure = _PRESSURE.search(text)
+    return Powermetrics(
+        elapsed_ns=round(float(elapsed_ms) * 1e6),
+        cpu_mw=watts.get("CPU"),
+        gpu_mw=watts.get("GPU"),
+        ane_mw=watts.get("ANE"),
+        soc_mw=_sum(watts.get("Combined"), watts.get("CPU"), watts.get("GPU"), watts.get("ANE")),
+        level=level_of(pressure[1]) if pressure else None,
+    )
+
+
+def _sum(combined: float | None, *parts: float | None) -> float | None:
+    """All three parts; before macOS 13 nobody adds them up. A processor that draws nothing at all is not measured (as
+    in macOS 27), and then the sum is none."""
+    if parts[0] == 0:
+        return None
+    if combined is not None:
+        return combined
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _power(table: dict[str, Any], name: str, elapsed_ns: int) -> float | None:
+    power = _milliwatts(table.get(f"{name}_power"))
+    if power is not None:
+        return power
+    energy_mj = _milliwatts(table.get(f"{name}_energy"))
+    return None if energy_mj is None else _milliwatts(energy_mj * 1e9 / elapsed_ns)
+
+
+def _milliwatts(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < MOST_MW else None

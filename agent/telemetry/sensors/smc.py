@@ -1,0 +1,293 @@
+"""Temperatures, fans and system power of Apple Silicon from the System Management Controller, without root.
+
+Apple documents no key and publishes no "package temperature"; what is here follows what real machines answer. Keys are
+found by their names' beginnings at the start, since every chip has others. Many are no temperatures but offsets, and a
+processor cluster that sleeps answers exactly 40.0 for all of its sensors: see ``is_valid``.
+"""
+
+import contextlib
+import ctypes
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
+
+import msgspec
+
+from agent.telemetry.sensors.reading import Failure
+
+IOKIT = "/System/Library/Frameworks/IOKit.framework/IOKit"
+LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
+SERVICE = "AppleSMC"
+ENDPOINT = "AppleSMCKeysEndpoint"
+ASLEEP_C = 40.0
+"""What a sensor of a sleeping cluster answers: a placeholder."""
+MOST_RPM = 20_000
+MOST_W = 1_000.0
+_WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
+
+
+# ---- what the numbers mean ----
+
+
+def decode(kind: str, raw: bytes) -> float | None:
+    """A key's value by its type; None for a type or a size that this does not know.
+
+    ``flt`` is a little-endian float, ``ioft`` 48.16 bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the
+    unsigned integers are big-endian.
+    """
+    name = kind.strip()
+    sizes = {"flt": 4, "ioft": 8, "fpe2": 2, "ui8": 1, "ui16": 2, "ui32": 4}
+    if len(raw) != sizes.get(name):
+        return None
+    if name == "flt":
+        (value,) = struct.unpack("<f", raw)
+        return float(value) if math.isfinite(value) else None
+    if name == "ioft":
+        return int.from_bytes(raw, "little", signed=True) / 65_536
+    return int.from_bytes(raw, "big") / (4 if name == "fpe2" else 1)
+
+
+def is_valid(celsius: float) -> bool:
+    """Whether this can be the temperature of silicon that is awake: offsets lie near 0, placeholders at 40.0."""
+    return 15.0 < celsius < 120.0 and celsius != ASLEEP_C
+
+
+class Temperatures(msgspec.Struct, frozen=True, kw_only=True):
+    """Degrees Celsius, each the hottest of its kind; None where no sensor is valid. ``sensors`` were used."""
+
+    pcore_c: float | None
+    package_c: float | None
+    gpu_c: float | None
+    pcore_asleep: bool
+    sensors: int
+
+
+def temperatures(values: Mapping[str, float]) -> Temperatures:
+    """By key. ``package_c`` is TCMz where that is valid, else the hottest of processor and GPU: a definition of ours,
+    not a sensor of Apple's."""
+    valid = {key: value for key, value in values.items() if is_valid(value)}
+    cores = [value for key, value in values.items() if key.startswith("Tp")]
+    hottest = {prefix: _most(v for key, v in valid.items() if key.startswith(prefix)) for prefix in ("Tp", "Te", "Tg")}
+    package_c = valid.get("TCMz")
+    return Temperatures(
+        pcore_c=hottest["Tp"],
+        package_c=package_c if package_c is not None else _most(v for v in hottest.values() if v is not None),
+        gpu_c=hottest["Tg"],
+        pcore_asleep=hottest["Tp"] is None and any(value == ASLEEP_C for value in cores),
+        sensors=sum(key[:2] in hottest or key == "TCMz" for key in valid),
+    )
+
+
+def fans_rpm(values: Mapping[str, float]) -> tuple[int, ...]:
+    """Revolutions a minute of each fan, in order; 0 is a fan that stands still, no fan is ()."""
+    found = [value for key, value in sorted(values.items()) if re.fullmatch(r"F[0-9]Ac", key)]
+    return tuple(round(value) for value in found if 0 <= value <= MOST_RPM)
+
+
+def system_power_w(values: Mapping[str, float]) -> float | None:
+    """PSTR, the whole system's watts; None for what no such machine draws."""
+    watts = values.get("PSTR")
+    return watts if watts is not None and 0.0 < watts < MOST_W else None
+
+
+def wanted(keys: Iterable[str]) -> list[str]:
+    """Those of a machine's keys that are read."""
+    return [key for key in keys if _WANTED.fullmatch(key)]
+
+
+def _most(values: Iterable[float]) -> float | None:
+    return max(values, default=None)
+
+
+# ---- how they are read ----
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [
+        ("major", c_uint8),
+        ("minor", c_uint8),
+        ("build", c_uint8),
+        ("reserved", c_uint8),
+        ("release", c_uint16),
+    ]
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = [
+        ("version", c_uint16),
+        ("length", c_uint16),
+        ("cpu", c_uint32),
+        ("gpu", c_uint32),
+        ("memory", c_uint32),
+    ]
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [("size", c_uint32), ("kind", c_uint32), ("attributes", c_uint8)]
+
+
+class KeyData(ctypes.Structure):
+    """What travels to the controller and back: 80 bytes."""
+
+    _fields_ = [
+        ("key", c_uint32),
+        ("version", _Version),
+        ("limits", _Limits),
+        ("info", _Info),
+        ("result", c_uint8),
+        ("status", c_uint8),
+        ("command", c_uint8),
+        ("index", c_uint32),
+        ("bytes", c_uint8 * 32),
+    ]
+
+
+SELECTOR = 2
+READ_KEY = 5
+KEY_BY_INDEX = 8
+KEY_INFO = 9
+NOT_FOUND = 132
+MOST_KEYS = 10_000
+
+
+class Smc:
+    """An open connection to the controller. Raises Failure when there is none. To be closed."""
+
+    def __init__(self, iokit: str = IOKIT, libsystem: str = LIBSYSTEM) -> None:
+        try:
+            self._lib = ctypes.CDLL(iokit)
+            system = ctypes.CDLL(libsystem)
+            task = c_uint32.in_dll(system, "mach_task_self_").value
+            self._declare()
+        except (OSError, AttributeError, ValueError) as error:
+            raise Failure(f"SMC: IOKit cannot be used ({type(error).__name__})") from None
+        self._connection = self._opened(task)
+        self._kinds: dict[str, tuple[int, int]] = {}
+        try:
+            self.keys = tuple(wanted(self._all_keys()))
+        except BaseException:
+            self.close()
+            raise
+
+    def values(self) -> dict[str, float]:
+        """Every wanted key that can be read now. Raises Failure when none can."""
+        found, why = {}, "SMC: none of its keys can be read"
+        for key in self.keys:
+            try:
+                value = self._value(key)
+            except Failure as error:
+                why = str(error)  # some keys are there and cannot be read
+                continue
+            if value is not None:
+                found[key] = value
+        if not found:
+            raise Failure(why)
+        return found
+
+    def close(self) -> None:
+        """Give the connection back."""
+        if self._connection:
+            self._lib.IOServiceClose(self._connection)
+            self._connection = 0
+
+    def _declare(self) -> None:
+        lib = self._lib
+        lib.IOServiceMatching.argtypes, lib.IOServiceMatching.restype = [c_char_p], c_void_p
+        lib.IOServiceGetMatchingServices.argtypes = [c_uint32, c_void_p, c_void_p]
+        lib.IOIteratorNext.argtypes, lib.IOIteratorNext.restype = [c_uint32], c_uint32
+        lib.IORegistryEntryGetName.argtypes = [c_uint32, c_char_p]
+        lib.IOServiceOpen.argtypes = [c_uint32, c_uint32, c_uint32, c_void_p]
+        lib.IOServiceClose.argtypes = [c_uint32]
+        lib.IOObjectRelease.argtypes = [c_uint32]
+        lib.IOConnectCallStructMethod.argtypes = [c_uint32, c_uint32, c_void_p, c_size_t, c_void_p, c_void_p]
+        for name in ("IOServiceGetMatchingServices", "IORegistryEntryGetName", "IOServiceOpen", "IOServiceClose"):
+            getattr(lib, name).restype = c_int
+        lib.IOObjectRelease.restype = lib.IOConnectCallStructMethod.restype = c_int
+
+    def _opened(self, task: int) -> int:
+        iterator = c_uint32(0)
+        matching = self._lib.IOServiceMatching(SERVICE.encode())
+        if self._lib.IOServiceGetMatchingServices(0, matching, byref(iterator)) != 0 or not iterator.value:
+            raise Failure(f"SMC: there is no service {SERVICE}")
+        try:
+            while service := self._lib.IOIteratorNext(iterator):
+                try:
+                    if self._name(service) == ENDPOINT:
+                        return self._connected(service, task)
+                finally:
+                    self._lib.IOObjectRelease(service)
+        finally:
+            self._lib.IOObjectRelease(iterator)
+        raise Failure(f"SMC: there is no {ENDPOINT}")
+
+    def _name(self, service: int) -> str:
+        buffer = ctypes.create_string_buffer(128)
+        if self._lib.IORegistryEntryGetName(service, buffer) != 0:
+            return ""
+        return buffer.value.decode("ascii", "replace")
+
+    def _connected(self, service: int, task: int) -> int:
+        connection = c_uint32(0)
+        status = self._lib.IOServiceOpen(service, task, 0, byref(connection))
+        if status != 0:
+            raise Failure(f"SMC: cannot be opened (0x{status & 0xFFFFFFFF:08x})")
+        return connection.value
+
+    def _call(self, data: KeyData) -> KeyData | None:
+        """One exchange; None for a key that does not exist. Raises Failure."""
+        answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
+        status = self._lib.IOConnectCallStructMethod(
+            self._connection, SELECTOR, byref(data), ctypes.sizeof(data), byref(answer), byref(size)
+        )
+        if status != 0:
+            raise Failure(f"SMC: does not answer (0x{status & 0xFFFFFFFF:08x})")
+        if size.value != ctypes.sizeof(KeyData):
+            raise Failure(f"SMC: answered {size.value} bytes instead of {ctypes.sizeof(KeyData)}")
+        if answer.result == NOT_FOUND:
+            return None
+        if answer.result != 0:
+            raise Failure(f"SMC: refuses (result {answer.result})")
+        return answer
+
+    def _value(self, key: str) -> float | None:
+        try:
+            size, kind = self._kind(key)
+        except KeyError:
+            return None
+        data = KeyData(key=_number(key), command=READ_KEY)
+        data.info.size = size
+        answer = self._call(data)
+        if answer is None or size > 32:
+            return None
+        return decode(_name_of(kind), bytes(answer.bytes)[:size])
+
+    def _kind(self, key: str) -> tuple[int, int]:
+        """Size and type of a key's value, which never change. Raises KeyError where there is no such key."""
+        if key not in self._kinds:
+            answer = self._call(KeyData(key=_number(key), command=KEY_INFO))
+            if answer is None:
+                raise KeyError(key)
+            self._kinds[key] = (answer.info.size, answer.info.kind)
+        return self._kinds[key]
+
+    def _all_keys(self) -> list[str]:
+        count = self._value("#KEY")
+        if count is None or not 0 < count <= MOST_KEYS:
+            raise Failure("SMC: does not say how many keys it has")
+        found = []
+        for index in range(int(count)):
+            with contextlib.suppress(Failure):
+                answer = self._call(KeyData(command=KEY_BY_INDEX, index=index))
+                if answer is not None:
+                    found.append(_name_of(answer.key))
+        return found
+
+
+def _number(key: str) -> int:
+    return int.from_bytes(key.encode("ascii"), "big")
+
+
+def _name_of(number: int) -> str:
+    return number.to_bytes(4, "big").decode("ascii", "replace")

@@ -1,0 +1,106 @@
+"""macOS' sysctl: by the system's library, or by what the command prints. Unprivileged."""
+
+import ctypes
+import re
+import struct
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+
+from agent.telemetry.sensors.reading import Failure, text_of
+
+LIBRARY = "/usr/lib/libSystem.B.dylib"
+_LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
+_SWAP = re.compile(r"\btotal = (\d+\.\d\d)M  used = (\d+\.\d\d)M  free = (\d+\.\d\d)M\b")
+_MOST_BYTES = 4096
+_SPEED_LIMIT = re.compile(r"^[ \t]+CPU_Speed_Limit[ \t]+= (\d{1,3})\n", re.MULTILINE)
+_PROFILE = {
+    "hw.model": re.compile(r'(?:Model Identifier: |"machine_model" : ")([A-Za-z]+\d+,\d+)["\n]'),
+    "machdep.cpu.brand_string": re.compile(r'(?:^ *Chip: |"chip_type" : ")([^"\n]+)["\n]', re.MULTILINE),
+    "hw.memsize": re.compile(r'(?:^ *Memory: |"physical_memory" : ")(\d+ GB)["\n]', re.MULTILINE),
+}
+_PRESSURE = {1: "normal", 2: "warn", 4: "critical"}
+
+
+def parse_sysctl(raw: bytes) -> dict[str, str]:
+    """Values by name. A line that is cut does not count: half a number is a number, too."""
+    return {name: value.strip() for name, value in _LINE.findall(text_of(raw))}
+
+
+def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
+    """Total and used bytes of swap from `vm.swapusage`; None for anything else, and for sums that do not add up."""
+    match = _SWAP.search(text_of(raw))
+    if match is None:
+        return None
+    total, used, free = (round(float(one) * (1 << 20)) for one in match.groups())
+    # each is rounded to hundredths of a MiB
+    return (total, used) if abs(total - used - free) <= (1 << 20) // 25 else None
+
+
+def parse_pmset_therm(raw: bytes) -> int | None:
+    """The last CPU_Speed_Limit in percent of `pmset -g therm` or `-g thermlog`, which Intel Macs print. None for Apple
+    Silicon, where it prints notes only, throttled or not: nothing can be read off that."""
+    found = _SPEED_LIMIT.findall(text_of(raw))
+    return int(found[-1]) if found and 0 < int(found[-1]) <= 100 else None
+
+
+def parse_system_profiler(raw: bytes) -> dict[str, str]:
+    """Chip, model and memory of `system_profiler SPHardwareDataType`, as text or JSON, also as JSON that is not quite;
+    by the names of ``parse_sysctl``. Serial numbers are left where they are."""
+    text, found = text_of(raw), {}
+    for name, pattern in _PROFILE.items():
+        match = pattern.search(text)
+        if match:
+            found[name] = match[1].strip()
+    if match := re.fullmatch(r"(\d+) GB", found.get("hw.memsize", "")):
+        found["hw.memsize"] = str(int(match[1]) << 30)
+    return found
+
+
+def pressure_name(level: int | None) -> str:
+    """`kern.memorystatus_vm_pressure_level` in words; any value but 1, 2 and 4 is unknown."""
+    return _PRESSURE.get(level if level is not None else -1, "unknown")
+
+
+def parse_integer(text: str) -> int | None:
+    """A decimal number and nothing else."""
+    text = text.strip()
+    return int(text) if re.fullmatch(r"-?\d{1,20}", text) and text.isascii() else None
+
+
+class Sysctl:
+    """sysctlbyname(3). Raises Failure where there is none."""
+
+    def __init__(self, library: str = LIBRARY) -> None:
+        try:
+            call = ctypes.CDLL(library, use_errno=True).sysctlbyname
+        except (OSError, AttributeError) as error:
+            raise Failure(f"sysctlbyname: {type(error).__name__}") from None
+        call.argtypes, call.restype = [c_char_p, c_void_p, c_void_p, c_void_p, c_size_t], c_int
+        self._call = call
+
+    def raw(self, name: str) -> bytes:
+        """A value's bytes. Raises Failure for a name that does not exist."""
+        buffer, size = ctypes.create_string_buffer(_MOST_BYTES), c_size_t(_MOST_BYTES)
+        if self._call(name.encode(), buffer, byref(size), None, 0) != 0:
+            raise Failure(f"sysctl {name}: errno {ctypes.get_errno()}")
+        return buffer.raw[: min(size.value, _MOST_BYTES)]
+
+    def integer(self, name: str) -> int:
+        """A number of four or eight bytes. Raises Failure."""
+        raw = self.raw(name)
+        if len(raw) not in (4, 8):
+            raise Failure(f"sysctl {name}: {len(raw)} bytes are no number")
+        return int.from_bytes(raw, "little", signed=True)
+
+    def text(self, name: str) -> str:
+        """A text. Raises Failure."""
+        return self.raw(name).split(b"\0")[0].decode("utf-8", "replace")
+
+    def swap(self) -> tuple[int, int]:
+        """Total and used bytes of swap (struct xsw_usage). Raises Failure."""
+        raw = self.raw("vm.swapusage")
+        if len(raw) < 24:
+            raise Failure(f"sysctl vm.swapusage: {len(raw)} bytes instead of 24 or more")
+        total, free, used = struct.unpack_from("<QQQ", raw)
+        if used > total or free > total:
+            raise Failure("sysctl vm.swapusage: its numbers do not add up")
+        return total, used

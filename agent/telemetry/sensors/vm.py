@@ -1,0 +1,126 @@
+"""macOS' virtual memory: host_statistics64, else what `vm_stat` prints. Unprivileged.
+
+``used`` is what Activity Monitor calls memory used, by its parts: what programs hold that could not be given back
+(internal less purgeable pages), what is wired, and what the compressor occupies. Files that are cached do not count.
+"""
+
+import ctypes
+import re
+from collections.abc import Mapping
+from ctypes import byref, c_int, c_uint, c_uint32, c_uint64, c_void_p
+
+import msgspec
+
+from agent.telemetry.sensors.reading import Failure, text_of
+
+LIBRARY = "/usr/lib/libSystem.B.dylib"
+HOST_VM_INFO64 = 4
+_LINE = re.compile(r'^"?([^":\n]+)"?:[ \t]+(\d{1,19})\.[ \t]*\n', re.MULTILINE)
+_HEADER = re.compile(r"^Mach Virtual Memory Statistics: \(page size of (\d{4,6}) bytes\)[ \t]*\n")
+_FREE = re.compile(r"^System-wide memory free percentage: (\d{1,3})%[ \t]*\n", re.MULTILINE)
+_LABELS = {
+    "internal": "Anonymous pages",
+    "purgeable": "Pages purgeable",
+    "wired": "Pages wired down",
+    "compressor": "Pages occupied by compressor",
+    "swapins": "Swapins",
+    "swapouts": "Swapouts",
+}
+
+
+class Vm(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes now, and bytes that went to swap and came back since boot."""
+
+    wired_bytes: int
+    compressor_bytes: int
+    app_bytes: int
+    swapped_in_bytes: int | None = None
+    swapped_out_bytes: int | None = None
+
+    @property
+    def used_bytes(self) -> int:
+        """App, wired and compressor together."""
+        return self.app_bytes + self.wired_bytes + self.compressor_bytes
+
+
+def parse_vm_stat(raw: bytes) -> Vm | None:
+    """What `vm_stat` prints; None when the header names no page size or a part is missing. Unknown labels are left
+    alone, a line that is cut does not count."""
+    text = text_of(raw)
+    header = _HEADER.match(text)
+    if header is None:
+        return None
+    size, pages = int(header[1]), {label.strip(): int(count) for label, count in _LINE.findall(text)}
+    if size not in (4096, 16384):
+        return None
+    return _vm({name: pages[label] for name, label in _LABELS.items() if label in pages}, size)
+
+
+def parse_memory_pressure(raw: bytes) -> int | None:
+    """The free percentage of `memory_pressure -Q`."""
+    match = _FREE.search(text_of(raw))
+    return int(match[1]) if match and int(match[1]) <= 100 else None
+
+
+def _vm(pages: Mapping[str, int], size: int) -> Vm | None:
+    if not {"internal", "purgeable", "wired", "compressor"} <= pages.keys():
+        return None
+    if max(pages[name] for name in ("internal", "wired", "compressor")) * size > 1 << 44:
+        return None  # 16 TiB are not in any Mac
+    swapped = {name: pages[name] * size if name in pages else None for name in ("swapins", "swapouts")}
+    return Vm(
+        wired_bytes=pages["wired"] * size,
+        compressor_bytes=pages["compressor"] * size,
+        app_bytes=max(0, pages["internal"] - pages["purgeable"]) * size,
+        swapped_in_bytes=swapped["swapins"],
+        swapped_out_bytes=swapped["swapouts"],
+    )
+
+
+class Statistics(ctypes.Structure):
+    """struct vm_statistics64 of <mach/vm_statistics.h>; counts are pages."""
+
+    _fields_ = [
+        *((name, c_uint32) for name in ("free", "active", "inactive", "wired")),
+        *((name, c_uint64) for name in ("zero_fill", "reactivations", "pageins", "pageouts", "faults")),
+        *((name, c_uint64) for name in ("cow_faults", "lookups", "hits", "purges")),
+        *((name, c_uint32) for name in ("purgeable", "speculative")),
+        *((name, c_uint64) for name in ("decompressions", "compressions", "swapins", "swapouts")),
+        *((name, c_uint32) for name in ("compressor", "throttled", "external", "internal")),
+        ("uncompressed", c_uint64),
+    ]
+
+
+COUNT = ctypes.sizeof(Statistics) // 4
+
+
+class HostStatistics:
+    """host_statistics64(HOST_VM_INFO64). Raises Failure where there is none."""
+
+    def __init__(self, library: str = LIBRARY) -> None:
+        try:
+            lib = ctypes.CDLL(library)
+            lib.mach_host_self.argtypes, lib.mach_host_self.restype = [], c_uint32
+            lib.host_page_size.argtypes, lib.host_page_size.restype = [c_uint32, c_void_p], c_int
+            lib.host_statistics64.argtypes = [c_uint32, c_int, c_void_p, c_void_p]
+            lib.host_statistics64.restype = c_int
+        except (OSError, AttributeError) as error:
+            raise Failure(f"host_statistics64: {type(error).__name__}") from None
+        self._lib, self._host = lib, lib.mach_host_self()
+        size = ctypes.c_size_t(0)
+        if lib.host_page_size(self._host, byref(size)) != 0 or size.value not in (4096, 16384):
+            raise Failure("host_page_size: gives no page size")
+        self._size = size.value
+
+    def read(self) -> Vm:
+        """Now. Raises Failure."""
+        statistics, count = Statistics(), c_uint(COUNT)
+        status = self._lib.host_statistics64(self._host, HOST_VM_INFO64, byref(statistics), byref(count))
+        if status != 0:
+            raise Failure(f"host_statistics64: kern_return {status}")
+        if count.value < COUNT - 2:  # the last field is newer than the rest
+            raise Failure(f"host_statistics64: {count.value} words instead of {COUNT}")
+        found = _vm({name: int(getattr(statistics, name)) for name in _LABELS}, self._size)
+        if found is None:
+            raise Failure("host_statistics64: more memory than any Mac has")
+        return found

@@ -1,0 +1,307 @@
+"""Models come into the store whole or not at all: from folders, snapshots and the bucket, cut short and resumed."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.config import Model
+from agent.files import model_pull
+from agent.files.model_pull import BucketSource, FolderSource, pull, push
+from agent.files.modelstore import PARTIAL, ModelStore
+from scripts.seaweed import SeaweedFS
+from shared.catalog import MANIFEST_NAME, PROBES_NAME, Manifest, ModelFile
+from shared.errors import Refused, Retryable
+from shared.keys import model_file_key, model_manifest_key
+from shared.store import ObjectStore
+from shared.store_dir import DirectoryStore
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "made" / "tiny"
+    shutil.copytree(tiny_model, copy)
+    (copy / "README.md").write_text("not part of the model")
+    (copy / "modeling_tiny.py").write_text("raise SystemExit('a model brings no programs')")
+    return copy
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "memo.json", tmp_path / "store")
+
+
+@pytest.fixture(params=["directory", "s3"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "directory":
+        return DirectoryStore(tmp_path / "bucket")
+    server: SeaweedFS = request.getfixturevalue("seaweed")
+    made = server.store("m" + request.node.name.encode().hex()[-40:])
+    made.create_bucket()
+    return made
+
+
+def model(path: str) -> Model:
+    return msgspec.convert({"name": "m", "path": path}, Model)
+
+
+def test_a_pulled_model_is_the_folder_it_came_from(folder: Path, store: ModelStore) -> None:
+    before = store.describe(model(str(folder)))
+    seen: list[tuple[int, int]] = []
+    installed = pull(
+        FolderSource(store, folder), store, "tiny", progress=lambda done, total: seen.append((done, total))
+    )
+    spec = store.describe(model("store:tiny"))
+    assert (installed.version, before.version) == (spec.version, spec.version)
+    assert store.installed() == [msgspec.structs.replace(installed, size=store.installed()[0].size)]
+    assert seen[-1] == (installed.size, installed.size)
+    assert sorted(seen) == seen
+    names = {p.name for p in Path(spec.path).iterdir()}
+    assert MANIFEST_NAME in names
+    assert not names & {"README.md", "modeling_tiny.py"}
+    assert pull(FolderSource(store, folder), store, "tiny") == installed, "again costs nothing"
+    assert store.describe(model(f"store:tiny@{installed.version}")).path == spec.path
+
+
+def test_through_the_bucket_and_back(folder: Path, store: ModelStore, bucket: ObjectStore, tmp_path: Path) -> None:
+    (folder / PROBES_NAME).write_text('{"probes": [{"prompt": "hi", "answer": "x"}]}')
+    pushed = push(folder, store, bucket, "tiny")
+    assert pushed == push(folder, store, bucket, "tiny", again=True)
+    other = ModelStore(tmp_path / "memo2", tmp_path / "other node")
+    pulled = pull(BucketSource(bucket, "tiny"), other, "tiny")
+    assert pulled == pushed
+    spec = other.describe(model("store:tiny"))
+    assert spec.version == pushed.version
+    assert spec.probes[0].answer == "x", "recorded answers travel with their model"
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    second = push(folder, store, bucket, "tiny")
+    with pytest.raises(Refused, match="2 versions"):
+        BucketSource(bucket, "tiny")
+    pull(BucketSource(bucket, "tiny", second.version), other, "tiny")
+    with pytest.raises(Refused, match=r"2 versions of tiny.*store:tiny@VERSION"):
+        other.describe(model("store:tiny"))
+    other.remove("tiny", second.version)
+    assert other.describe(model("store:tiny")).version == pushed.version
+    with pytest.raises(Refused, match="not in the store"):
+        other.remove("tiny", second.version)
+
+
+def test_hugging_face_folders(folder: Path, store: ModelStore, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--tiny"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        shutil.copy(path, blobs / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob-{path.name}")
+    direct = pull(FolderSource(store, folder), store, "a")
+    assert pull(FolderSource(store, cache), store, "b").version == direct.version, "the only snapshot"
+    assert pull(FolderSource(store, snapshot), store, "c").version == direct.version
+    (cache / "snapshots" / "other").mkdir()
+    with pytest.raises(Refused, match="2 snapshots"):
+        FolderSource(store, cache)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    assert pull(FolderSource(store, cache), store, "d").version == direct.version
+    assert not any(p.is_symlink() for p in store.place("d", direct.version).rglob("*")), "copies, not links"
+
+
+class CutShort:
+    """A source that fails after so many bytes."""
+
+    def __init__(self, inner: FolderSource, limit: int) -> None:
+        self._inner, self._limit, self.read = inner, limit, 0
+        self.manifest = inner.manifest
+
+    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+        if self.read >= self._limit:
+            raise Retryable("the source is gone")
+        piece = self._inner.part(file, start, min(length, self._limit - self.read))
+        self.read += len(piece)
+        return piece
+
+    def probes(self) -> bytes | None:
+        return None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_what_was_cut_short_cannot_be_loaded_and_goes_on_where_it_stopped(
+    folder: Path, store: ModelStore, share: float
+) -> None:
+    whole = FolderSource(store, folder)
+    total = sum(file.size for file in whole.manifest.files)
+    with pytest.raises(Retryable, match="gone"):
+        pull(CutShort(whole, int(total * share)), store, "tiny")
+    assert store.installed() == []
+    with pytest.raises(Refused, match=r"nothing named tiny is in the store.*models pull"):
+        store.describe(model("store:tiny"))
+    rest = CutShort(whole, 1 << 40)
+    pull(rest, store, "tiny")
+    assert rest.read == total - int(total * share), "no byte is fetched twice"
+    assert store.describe(model("store:tiny"))
+
+
+def test_a_disk_that_fills_up_keeps_what_is_there(folder: Path, store: ModelStore) -> None:
+    source = FolderSource(store, folder)
+    version = pull(source, store, "elsewhere").version
+    partial = store.folder / PARTIAL / f"tiny@{version}"
+    partial.mkdir(parents=True)
+    # the device that is always full stands where the weights would go
+    (partial / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(Refused, match="the disk is full; what was fetched is kept, nothing was installed") as caught:
+        pull(source, store, "tiny")
+    assert caught.value.code == "disk_full"
+    assert (partial / "config.json").exists()
+    assert [one.name for one in store.installed()] == ["elsewhere"]
+    (partial / "model.safetensors").unlink()
+    assert pull(source, store, "tiny").version == version
+
+
+def test_no_room_is_said_before_anything_is_fetched(folder: Path, store: ModelStore) -> None:
+    source = FolderSource(store, folder)
+    with pytest.raises(Refused, match=r"MB more are needed and 1 MB are free .*free some"):
+        pull(source, store, "tiny", free_bytes=lambda _: 1_000_000)
+    size = pull(source, store, "other").size
+    with pytest.raises(Refused, match=r"disk_bytes \(1 MB\); remove one with `mlxrack-agent models remove`"):
+        pull(source, store, "tiny", disk_bytes=2 * size)
+    assert [one.name for one in store.installed()] == ["other"]
+
+
+def test_damage_on_the_way_is_seen_thrown_away_and_mended_by_the_next_pull(
+    folder: Path, store: ModelStore, bucket: ObjectStore
+) -> None:
+    pushed = push(folder, store, bucket, "tiny")
+    key = model_file_key(pushed.version, "model.safetensors")
+    good = bucket.get(key).body
+    bucket.put(key, good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    with pytest.raises(Refused, match=r"sha256 of model.safetensors is \w+\.\., its manifest says") as caught:
+        pull(BucketSource(bucket, "tiny"), store, "tiny")
+    assert caught.value.code == "bad_hash"
+    assert store.installed() == []
+    push(folder, store, bucket, "tiny", again=True)
+    assert pull(BucketSource(bucket, "tiny"), store, "tiny").version == pushed.version
+    bucket.put(key, good[:500])
+    store.remove("tiny", pushed.version)
+    with pytest.raises(Refused, match="ends after 500 of"):
+        pull(BucketSource(bucket, "tiny"), store, "tiny")
+
+
+def manifest(*names: str) -> bytes:
+    return msgspec.json.encode(Manifest(files=tuple(ModelFile(name=n, size=1, sha256="0" * 64) for n in names)))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"{", "is no manifest"),
+        (manifest("config.json", "a.safetensors"), "does not describe version"),
+        (None, "the bucket does not hold it"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(store: ModelStore, tmp_path: Path, body: bytes | None, why: str) -> None:
+    bucket = DirectoryStore(tmp_path / "bucket")
+    if body is not None:
+        bucket.put(model_manifest_key("m", "v1"), body)
+    with pytest.raises(Refused, match=why):
+        BucketSource(bucket, "m", "v1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../evil.json", "/etc/passwd.txt", "a/../b.json", "run.py", ".hidden.json", "a/b/c/d.json", "x\\y.json", ""],
+)
+def test_a_manifest_cannot_write_outside_its_folder(store: ModelStore, tmp_path: Path, name: str) -> None:
+    class Strange(FolderSource):
+        def __init__(self) -> None:
+            self.manifest = msgspec.json.decode(manifest("a.safetensors", name), type=Manifest)
+
+    with pytest.raises(Refused, match="which is no file of a model"):
+        pull(Strange(), store, "m")
+    assert not store.folder.exists()
+
+
+def test_two_pulls_of_one_model_do_not_meet(folder: Path, store: ModelStore) -> None:
+    whole = FolderSource(store, folder)
+    inside, go = threading.Event(), threading.Event()
+
+    class Slow(CutShort):
+        def part(self, file: ModelFile, start: int, length: int) -> bytes:
+            inside.set()
+            assert go.wait(10)
+            return super().part(file, start, length)
+
+    first = threading.Thread(target=lambda: pull(Slow(whole, 1 << 40), store, "tiny"))
+    first.start()
+    assert inside.wait(10)
+    with pytest.raises(Retryable, match="is being pulled already"):
+        pull(whole, store, "tiny")
+    go.set()
+    first.join()
+    assert len(store.installed()) == 1
+
+
+def test_weights_files_that_an_index_names_have_to_be_there(folder: Path, store: ModelStore) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Refused, match=r"lacks 1 of its weights files \(model-00002-of-00002.safetensors\)"):
+        FolderSource(store, folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4_000), "no safetensors file, or cut off"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file, or cut off"),
+        (lambda f: os.truncate(f / "model.safetensors", 100), "no safetensors file, or cut off"),
+        (lambda f: os.truncate(f / "model.safetensors", 100_000), "cut off"),
+    ],
+)
+def test_weights_that_are_none_say_so_before_a_load(
+    folder: Path, store: ModelStore, break_it: Callable[[Path], object], why: str
+) -> None:
+    break_it(folder)
+    with pytest.raises(Refused, match=f"file model.safetensors: it is.*{why}"):
+        store.describe(model(str(folder)))
+
+
+def test_the_bucket_is_asked_for_pieces(folder: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_pull, "PIECE_BYTES", 10_000)
+    bucket = DirectoryStore(store.folder.parent / "bucket")
+    pushed = push(folder, store, bucket, "tiny")
+    assert pull(BucketSource(bucket, "tiny"), store, "tiny") == pushed
+
+
+def test_a_damaged_installed_model_is_mended_by_pulling_it_again(folder: Path, store: ModelStore) -> None:
+    installed = pull(FolderSource(store, folder), store, "tiny")
+    weights = store.place("tiny", installed.version) / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    os.utime(weights, (1, 1))
+    with pytest.raises(Refused, match=r"is corrupt .*fetch the model again"):
+        store.describe(model("store:tiny"))
+    source = CutShort(FolderSource(store, folder), 1 << 40)
+    assert pull(source, store, "tiny") == installed
+    assert source.read == len(raw), "only the damaged file is fetched"
+    assert store.describe(model("store:tiny")).version == installed.version
+
+
+def test_what_is_left_of_a_pull_is_shown_counted_and_removed(folder: Path, store: ModelStore) -> None:
+    whole = FolderSource(store, folder)
+    with pytest.raises(Retryable):
+        pull(CutShort(whole, 200_000), store, "tiny")
+    (left,) = store.partials()
+    assert (left.name, left.size) == ("tiny", 200_000)
+    total = sum(file.size for file in whole.manifest.files)
+    with pytest.raises(Refused, match="beside 0 MB of other models"):
+        pull(whole, store, "other", disk_bytes=total + 100_000)
+    pull(whole, store, "tiny", disk_bytes=total)
+    store.remove("tiny", left.version)
+    with pytest.raises(Retryable):
+        pull(CutShort(whole, 200_000), store, "tiny")
+    store.remove("tiny", left.version)
+    assert store.partials() == []

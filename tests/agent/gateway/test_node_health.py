@@ -1,0 +1,202 @@
+"""Breakers, retry budgets and stall limits: who gets work after a failure, and when silence is one."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.gateway.circuit_breaker import FIRST_PAUSE_S, MAX_PAUSE_S, Breaker
+from agent.gateway.node_health import Trust
+from agent.gateway.retry_budget import FLOOR_PER_S, MOST, SHARE, RetryBudget
+from agent.gateway.timeouts import FIRST_FLOOR_S, GAP_FLOOR_S, Gaps, first_limit_s
+
+
+def opened() -> Breaker:
+    breaker = Breaker()
+    for n in range(3):
+        breaker.failed((n - 2) * 0.2, "broke off")
+    return breaker
+
+
+def test_three_failures_in_a_row_open_and_two_do_not() -> None:
+    breaker = Breaker()
+    for n in range(20):
+        breaker.failed(n, "broke off")
+        breaker.failed(n + 0.2, "broke off")
+        assert breaker.state(n + 0.2) == "closed"
+        for _ in range(4):
+            breaker.ok(n + 0.3)
+    assert opened().state(0.0) == "open"
+
+
+def test_half_of_many_open_even_when_never_three_in_a_row() -> None:
+    breaker = Breaker()
+    for n in range(20):
+        breaker.failed(n / 5, "stalls")
+        breaker.ok(n / 5)
+        if breaker.state(n / 5) == "open":
+            break
+    assert breaker.state(n / 5) == "open"
+    assert n > 3
+
+
+def test_a_connection_that_breaks_with_fifty_requests_is_one_failure() -> None:
+    breaker = Breaker()
+    for number in range(2):
+        for n in range(50):
+            breaker.failed(number + n / 1000, "broke off")
+        assert breaker.state(number) == "closed"
+    breaker.failed(2.0, "broke off")
+    assert breaker.state(2.0) == "open"
+
+
+def test_after_the_pause_one_request_decides() -> None:
+    breaker = opened()
+    assert breaker.state(FIRST_PAUSE_S - 0.1) == "open"
+    assert breaker.state(FIRST_PAUSE_S) == "half_open"
+    assert breaker.begin(FIRST_PAUSE_S)
+    assert breaker.state(FIRST_PAUSE_S) == "probing"
+    breaker.ok(FIRST_PAUSE_S, probe=True)
+    assert breaker.state(FIRST_PAUSE_S) == "closed"
+    assert not breaker.begin(FIRST_PAUSE_S)
+
+
+def test_a_failed_trial_doubles_the_pause_up_to_a_bound() -> None:
+    breaker, now = opened(), 0.0
+    pauses = []
+    for _ in range(8):
+        now += breaker.left_s(now)
+        assert breaker.begin(now)
+        breaker.failed(now, "broke off", probe=True)
+        pauses.append(breaker.left_s(now))
+    assert pauses[:3] == pytest.approx([4.0, 8.0, 16.0])
+    assert max(pauses) == pytest.approx(MAX_PAUSE_S)
+
+
+def test_who_goes_on_beside_a_trial_is_no_trial() -> None:
+    breaker = opened()
+    assert breaker.begin(3.0)
+    assert not breaker.begin(3.0)
+    breaker.failed(3.1, "broke off", probe=False)
+    breaker.given_up(probe=False)
+    assert breaker.state(3.2) == "probing"
+
+
+def test_a_trial_before_its_time_does_not_prolong_the_pause() -> None:
+    breaker = opened()
+    for n in range(5):
+        assert breaker.begin(0.5 + n / 10)
+        breaker.failed(0.6 + n / 10, "broke off", probe=True)
+    assert breaker.state(FIRST_PAUSE_S) == "half_open"
+
+
+def test_late_ends_of_requests_from_before_say_nothing() -> None:
+    breaker = opened()
+    breaker.ok(0.5)
+    assert breaker.state(0.5) == "open"
+    breaker.failed(1.9, "broke off")
+    assert breaker.state(FIRST_PAUSE_S) == "half_open"
+
+
+def test_a_trial_that_says_nothing_leaves_the_place_to_the_next() -> None:
+    breaker = opened()
+    assert breaker.begin(3.0)
+    breaker.given_up(probe=True)
+    assert breaker.state(3.0) == "half_open"
+
+
+def test_a_node_that_is_back_is_tried_at_once() -> None:
+    breaker = opened()
+    breaker.fresh(0.1)
+    assert breaker.state(0.1) == "half_open"
+    fine = Breaker()
+    fine.fresh(0.1)
+    assert fine.state(0.1) == "closed"
+
+
+steps = st.lists(
+    st.tuples(st.floats(0.0, 5.0), st.sampled_from(("ok", "failed", "given_up", "begin", "fresh"))), max_size=60
+)
+
+
+@given(steps)
+def test_at_most_one_request_is_on_trial_and_success_always_closes(happened: list[tuple[float, str]]) -> None:
+    breaker, now, trial = Breaker(), 0.0, False
+    for after_s, what in happened:
+        now += after_s
+        before = breaker.state(now)
+        if what == "begin":
+            if before == "half_open":
+                assert breaker.begin(now)
+                trial = True
+        elif what == "fresh":
+            breaker.fresh(now)
+            trial = trial and breaker.state(now) == "probing"
+        elif what == "ok":
+            breaker.ok(now, probe=trial)
+            if trial:
+                assert breaker.state(now) == "closed"
+            trial = False
+        elif what == "failed":
+            breaker.failed(now, "x", probe=trial)
+            if trial:
+                assert breaker.state(now) in ("open", "half_open")
+            trial = False
+        else:
+            breaker.given_up(probe=trial)
+            trial = False
+        assert (breaker.state(now) == "probing") == trial
+
+
+def test_trust_is_by_model_and_told_in_words() -> None:
+    trust = Trust()
+    for n in range(3):
+        trust.failed("a", "m", 0.5 + n / 4, "broke off", probe=False)
+    assert trust.states("m", 1.0) == {"a": "open"}
+    assert trust.states("other", 1.0) == {}
+    (one,) = trust.view(1.0)
+    assert (one["node"], one["model"], one["state"], one["reason"]) == ("a", "m", "open", "broke off")
+    trust.fresh("a", 1.5)
+    assert trust.begin("a", "m", 1.5)
+    trust.ok("a", "m", 1.6, probe=True)
+    assert trust.states("m", 1.6) == {}
+    assert trust.view(1.6) == []
+
+
+def test_retries_are_a_share_of_the_traffic() -> None:
+    budget = RetryBudget(0.0)
+    while budget.take(0.0):
+        pass
+    taken = 0
+    for _ in range(1000):
+        budget.asked()
+        taken += budget.take(0.0)
+    assert taken == pytest.approx(1000 * SHARE, abs=1)
+    assert budget.refused == 1 + 1000 - taken
+
+
+def test_a_quiet_rack_may_still_retry() -> None:
+    budget = RetryBudget(0.0)
+    for _ in range(int(MOST)):
+        assert budget.take(0.0)
+    assert not budget.take(0.0)
+    assert budget.take(1.1 / FLOOR_PER_S)
+    assert budget.left() < 1.0
+
+
+def test_gap_limits_are_learned_between_a_floor_and_the_configured_bound() -> None:
+    gaps = Gaps()
+    assert gaps.limit_s(60.0) == GAP_FLOOR_S
+    for _ in range(500):
+        gaps.add(0.8)
+    assert gaps.limit_s(60.0) == pytest.approx(8.0, rel=0.03)
+    assert gaps.limit_s(6.0) == 6.0
+    for _ in range(5000):
+        gaps.add(0.01)
+    assert gaps.limit_s(60.0) == GAP_FLOOR_S, "what was long ago is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("expected_s", "limit_s"), [(0.0, FIRST_FLOOR_S), (1.0, FIRST_FLOOR_S), (4.0, 40.0), (100.0, 120.0)]
+)
+def test_the_first_token_may_take_ten_times_what_was_expected(expected_s: float, limit_s: float) -> None:
+    assert first_limit_s(expected_s, 120.0) == limit_s

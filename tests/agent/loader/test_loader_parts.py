@@ -1,0 +1,324 @@
+"""Frames, stop strings and the prompt cache: the loader without a model."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.loader import scheduling
+from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common
+from agent.loader.scheduling import Block, PrefillCost, Turn
+from agent.loader.stopping import StopText
+from agent.wire.frames import (
+    Accepted,
+    Cancel,
+    Decoder,
+    Done,
+    Failed,
+    Frame,
+    Generate,
+    Message,
+    Report,
+    Tokens,
+    decode,
+    encode,
+)
+from shared.errors import Refused
+
+FRAMES: list[Frame] = [
+    Generate(id=1, model="m", messages=(Message(role="user", content="ü"),), max_tokens=None, stop=("x",)),
+    Cancel(id=1),
+    Report(),
+    Accepted(id=1, prompt_tok=3, cached_tok=0),
+    Tokens(id=1, text="a", count=1),
+    Done(id=1, finish="stop", prompt_tok=3, cached_tok=0, completion_tok=1),
+    Failed(id=1, code="c", message="m"),
+]
+
+
+@given(st.lists(st.integers(1, 40), max_size=30))
+def test_frames_come_whole_wherever_the_stream_is_cut(cuts: list[int]) -> None:
+    stream, decoder, got = b"".join(encode(f) for f in FRAMES), Decoder(), list[Frame]()
+    for size in [*cuts, len(stream)]:
+        got += decoder.feed(stream[:size])
+        stream = stream[size:]
+    got += decoder.feed(stream)
+    assert got == FRAMES
+
+
+@pytest.mark.parametrize("raw", [b"\xc1", b"\x01", encode(Report())[:-1] + b"\xff", b"\x81\xa1f\xa4nope"])
+def test_what_is_no_frame_is_refused(raw: bytes) -> None:
+    with pytest.raises(Refused):
+        decode(raw)
+
+
+texts = st.text(alphabet="abSTOP ", max_size=40)
+
+
+@given(texts, st.lists(st.integers(1, 5), max_size=40), st.sampled_from([("STOP",), ("TOP", "b"), ("a a",), ()]))
+def test_a_stop_string_is_exact_wherever_the_text_is_cut(text: str, cuts: list[int], stops: tuple[str, ...]) -> None:
+    found = [at for at in (text.find(s) for s in stops) if at >= 0]
+    expected = text[: min(found)] if found else text
+    stop, shown, stopped, rest = StopText(stops), "", False, text
+    for size in [*cuts, len(text)]:
+        piece, rest = rest[:size], rest[size:]
+        out, stopped = stop.feed(piece)
+        shown += out
+        assert expected.startswith(shown), "nothing beyond the stop string was ever shown"
+        if stopped:
+            break
+    if not stopped:
+        shown += stop.finish()
+    assert bool(found) == stopped
+    # a stop that begins earlier may complete later than another one: then less is shown, never more
+    assert shown == expected or (found and expected.startswith(shown))
+
+
+turns = st.builds(Turn, st.integers(1, 99), st.integers(1, 5000), st.floats(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [
+        ([Turn(1, 4000, 0), Turn(2, 50, 0)], 2),
+        ([Turn(1, 4000, 100), Turn(2, 50, 0)], 1),
+        ([Turn(2, 50, 0), Turn(1, 50, 0)], 1),
+    ],
+)
+def test_the_shortest_goes_first_unless_another_waited_long(waiting: list[Turn], expected: int) -> None:
+    assert expected == scheduling.first(waiting, 100.0).id
+
+
+@given(turns, turns, st.floats(0, 1000))
+def test_two_prompts_never_take_turns_in_vain(a: Turn, b: Turn, rate: float) -> None:
+    assert not (scheduling.yields(a, b, rate) and scheduling.yields(b, a, rate))
+
+
+@given(turns, st.floats(1, 1000))
+def test_nobody_waits_for_ever(long: Turn, rate: float) -> None:
+    """However short the newcomers: after long enough the long prompt goes first and yields no more."""
+    waited = long._replace(waited_s=long.left_tok / (scheduling.AGEING * rate) + 1)
+    newcomer = Turn(100, 1, 0.0)
+    assert scheduling.first([waited, newcomer], rate) == waited
+    assert not scheduling.yields(waited, newcomer, rate)
+
+
+def learnt(a: float, b: float, pieces: list[tuple[int, int]]) -> PrefillCost:
+    """A cost that has seen pieces of exactly this law."""
+    cost = PrefillCost()
+    for tokens, before in pieces:
+        cost.learn(tokens, before, a * tokens + b * tokens * (before + tokens / 2))
+    return cost
+
+
+@given(
+    st.floats(1e-4, 1e-2),
+    st.floats(0, 1e-5),
+    st.lists(st.tuples(st.integers(32, 512), st.integers(0, 8000)), min_size=2, max_size=12, unique_by=lambda p: p[1]),
+    st.integers(0, 8000),
+    st.floats(0.05, 3.0),
+)
+def test_a_piece_fits_the_time_that_is_left(
+    a: float, b: float, pieces: list[tuple[int, int]], before: int, seconds: float
+) -> None:
+    cost = learnt(a, b, pieces)
+    size = cost.tokens_in(seconds, before)
+    assert cost.seconds(size, before) <= seconds * 1.001
+    assert cost.seconds(size + 1, before) >= seconds * 0.999
+
+
+def test_the_law_of_prefill_is_found_from_its_pieces() -> None:
+    cost = learnt(2e-3, 3e-6, [(256, 0), (256, 256), (128, 512), (128, 2000)])
+    assert cost.seconds(100, 4000) == pytest.approx(2e-3 * 100 + 3e-6 * 100 * 4050, rel=1e-3)
+    assert learnt(2e-3, 0.0, [(100, 0)]).seconds(50, 0) == pytest.approx(0.1, rel=0.3)
+    assert (PrefillCost().known, PrefillCost().seconds(9, 9)) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("decode_s", "before", "size"),
+    [(0.0, 0, 512), (0.1, 0, 233), (0.1, 3000, 49), (0.7, 0, 32), (0.0, 20_000, 32)],
+    ids=["nobody waits", "beside decoding", "far in", "no time at all", "very far in"],
+)
+def test_a_piece_is_as_large_as_those_who_wait_allow(decode_s: float, before: int, size: int) -> None:
+    cost = learnt(1e-3, 1.5e-6, [(256, 0), (256, 1000)])
+    plain = scheduling.chunk_tok(cost, 0.5, decode_s, before, 512)
+    assert plain == pytest.approx(size, abs=1)
+    assert 32 <= plain <= 512
+    assert scheduling.chunk_tok(PrefillCost(), 0.5, decode_s, before, 512) == 512
+
+
+class Pieces:
+    """A cache whose pieces are the tokens themselves, 10 bytes each, so that what comes back can be read."""
+
+    def __init__(self, budget: int, *, cuttable: bool = True) -> None:
+        split = (lambda piece, at: (piece[:at], piece[at:])) if cuttable else None
+        self.cache: PromptCache[list[int]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
+
+    def put(self, tokens: list[int]) -> list[int]:
+        """Keep; the tokens whose state had to be asked for."""
+        asked: list[int] = []
+
+        def piece_of(begin: int, end: int) -> list[int]:
+            asked[:] = tokens[begin:end]
+            return tokens[begin:end]
+
+        self.cache.put(as_tokens(tokens), piece_of)
+        return asked
+
+    def find(self, tokens: list[int]) -> list[int] | None:
+        """What is found, put together again."""
+        hit = self.cache.find(as_tokens(tokens))
+        if hit is None:
+            return None
+        found = [token for piece, taken in hit.pieces for token in piece[:taken]]
+        assert hit.common_tok == len(found)
+        return found
+
+
+def test_a_shared_beginning_is_held_once() -> None:
+    pieces = Pieces(10_000)
+    system, one, two = list(range(50)), list(range(100, 120)), list(range(200, 230))
+    assert pieces.put(system + one) == system + one
+    assert pieces.put(system + two) == two
+    assert pieces.cache.bytes == (50 + 20 + 30) * (10 + TOKEN_BYTES)
+    assert pieces.find([*system, *two, 7]) == system + two
+    assert pieces.find([*system, *one[:9], 7]) == system + one[:9]
+    assert pieces.put(system) == []
+    assert (pieces.cache.hits, pieces.cache.misses, pieces.cache.saved_tok) == (2, 0, 139)
+
+
+def test_one_token_is_always_left_to_start_from() -> None:
+    pieces = Pieces(1_000)
+    pieces.put(list(range(20)))
+    assert pieces.find(list(range(20))) == list(range(19))
+    assert pieces.cache.peek(as_tokens(list(range(20)))) == 19
+
+
+def test_the_least_recently_used_leaves_first() -> None:
+    pieces = Pieces(2 * 20 * (10 + TOKEN_BYTES))
+    a, b, c = list(range(20)), list(range(100, 120)), list(range(200, 220))
+    pieces.put(a)
+    pieces.put(b)
+    assert pieces.find(a) is not None
+    pieces.put(c)
+    assert pieces.find(b) is None
+    assert pieces.find(a) is not None
+    assert dict(pieces.cache.evictions) == {"budget": 1}
+
+
+def test_what_many_share_outlives_the_questions() -> None:
+    each = 10 + TOKEN_BYTES
+    system = list(range(50))
+    pieces = Pieces((50 + 3 * 10) * each)
+    for question in range(9):
+        pieces.put([*system, *range(100 * question + 100, 100 * question + 110)])
+    assert pieces.find([*system, 7]) == system
+    assert pieces.cache.bytes <= 80 * each
+    assert pieces.cache.evictions["budget"] == 6
+
+
+def test_a_state_larger_than_the_budget_pushes_nothing_out() -> None:
+    pieces = Pieces(30 * (10 + TOKEN_BYTES))
+    pieces.put(list(range(20)))
+    pieces.put(list(range(100, 200)))
+    assert pieces.find(list(range(20))) is not None
+    assert not pieces.cache.evictions
+
+
+def test_a_state_that_cannot_be_cut_serves_what_goes_on_from_its_end() -> None:
+    pieces = Pieces(10_000, cuttable=False)
+    first, second = list(range(20)), [*range(20), *range(50, 60)]
+    assert pieces.put(second) == second
+    assert pieces.find([*first, 7]) is None, "nobody has the state after twenty"
+    assert pieces.put(first) == first
+    assert pieces.find([*first, 7]) == first
+    assert pieces.find([*second, 7]) == second
+    assert pieces.find([*second[:25], 7]) == first
+    assert pieces.find(first) is None, "one token is needed to start from"
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
+
+
+@given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=30), st.integers(1, 900), st.booleans())
+def test_the_tree_is_sound_whatever_is_put_in(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
+    """The budget holds, the books are right, and what is found is a beginning of what was asked for."""
+    pieces = Pieces(budget, cuttable=cuttable)
+    for putting, tokens in acts:
+        if putting:
+            pieces.put(tokens)
+        else:
+            found = pieces.find(tokens)
+            assert found is None or (found == tokens[: len(found)] and len(found) < len(tokens))
+        assert 0 <= pieces.cache.bytes <= budget
+        assert pieces.cache.bytes == sum(n.size for n in nodes(pieces.cache))
+        for node in nodes(pieces.cache):
+            assert node.children or node.piece is not None, "nothing hangs there without a state"
+            assert bool(node.children) != (node in pieces.cache._leaves)
+    pieces.cache.shrink(0, "pressure")
+    assert (pieces.cache.bytes, nodes(pieces.cache)) == (0, [])
+
+
+def nodes(cache: PromptCache[list[int]]) -> list[Any]:
+    found, left = [], list(cache._root.children.values())
+    while left:
+        node = left.pop()
+        found.append(node)
+        left += node.children.values()
+    return found
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS), max_size=6))
+def test_an_ample_cache_finds_the_longest_beginning(pairs: list[tuple[list[int], list[int]]]) -> None:
+    pieces, kept = Pieces(1 << 20), []
+    for put, asked in pairs:
+        pieces.put(put)
+        kept += [put] if len(put) >= MIN_PREFIX_TOK else []
+        best = max((common(as_tokens(one), as_tokens(asked[:-1])) for one in kept), default=0)
+        assert pieces.cache.peek(as_tokens(asked)) == (best if best >= MIN_PREFIX_TOK else 0)
+
+
+def test_short_prompts_are_worked_on_together_up_to_one_piece() -> None:
+    lead = Turn(1, 40, 0.0)
+    others = [Turn(2, 60, 0.0), Turn(3, 40, 0.0), Turn(4, 500, 0.0), Turn(5, 41, 0.0)]
+    assert scheduling.together(lead, others, 500.0, 256) == [1, 3, 5, 2]
+    assert scheduling.together(lead, others, 500.0, 130) == [1, 3, 5]
+    assert scheduling.together(Turn(1, 900, 0.0), others, 500.0, 256) == [1], "a long one is worked on alone"
+
+
+@given(st.integers(1, 300), st.lists(st.integers(1, 300), max_size=20), st.integers(32, 2048), st.floats(0, 5000))
+def test_a_piece_is_never_larger_with_company(lead: int, others: list[int], largest: int, rate: float) -> None:
+    turns = [Turn(number, left, 0.0) for number, left in enumerate(others, start=2)]
+    ids = scheduling.together(Turn(1, lead, 0.0), turns, rate, largest)
+    left = {1: lead} | {turn.id: turn.left_tok for turn in turns}
+    assert ids[0] == 1
+    assert len(ids) == len(set(ids))
+    assert len(ids) == 1 or len(ids) * max(left[n] for n in ids) <= largest
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length", "weights", "where"),
+    [
+        ([], 10, 1000.0, None),
+        ([Block(7, 20)], 4096, 1000.0, None),
+        ([Block(7, 20)], 4096, 1e6, 0),
+        ([Block(1, 4100)], 8, 1000.0, None),
+        ([Block(1, 4100)], 8, 1e6, 0),
+        ([Block(1, 4100), Block(3, 30)], 8, 1000.0, 1),
+        ([Block(1, 4100), Block(3, 30)], 4000, 1000.0, 0),
+        ([Block(0, 0)], 500, 1000.0, 0),
+    ],
+)
+def test_a_row_goes_where_it_adds_least(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
+    assert scheduling.place(blocks, length, weights) == where
+
+
+def test_memory_is_counted_with_padding() -> None:
+    assert Block(8, 300).padded_tok == 8 * 512
+    assert scheduling.fits([], Block(1, 10**9), 1), "somebody has to be first"
+    assert not scheduling.fits([], Block(2, 10**9), 1)
+    assert scheduling.fits([], Block(2, 200), 512)
+    assert not scheduling.fits([], Block(2, 257), 512)
+    assert scheduling.fits([Block(1, 4096)], Block(1, 200), 4352)
+    assert not scheduling.fits([Block(1, 4096)], Block(1, 300), 4352)

@@ -1,0 +1,97 @@
+"""Who is a node of this rack."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.mesh.signing import FRESH_S, OLDEST, PROTOCOL, Key, Nonces, NotAPeer, mismatch, parse
+
+KEY = Key("the rack secret")
+NOW = 1_700_000_000_000
+ASKED = {"method": "POST", "path": "/peer/v1/link"}
+
+
+def header(key: Key = KEY, *, body: bytes = b"frame", t_ms: int = NOW, node: str = "n1", nonce: str = "ab") -> str:
+    return key.header(node=node, to="me", **ASKED, body=body, t_ms=t_ms, nonce=nonce)
+
+
+def code_of(header: str, *, body: bytes = b"frame", path: str = ASKED["path"], now_ms: int = NOW) -> str:
+    with pytest.raises(NotAPeer) as caught:
+        KEY.check(header, me="me", method="POST", path=path, body=body, now_ms=now_ms)
+    assert "secret" not in header
+    return caught.value.code
+
+
+def test_a_signed_request_says_who_asks() -> None:
+    signed = KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=NOW)
+    assert (signed.node, signed.nonce, signed.protocol) == ("n1", "ab", PROTOCOL)
+
+
+def test_whatever_is_changed_is_refused() -> None:
+    good = header()
+    assert code_of(header(Key("another"))) == "not_a_peer"
+    assert code_of(good, body=b"other") == "not_a_peer"
+    assert code_of(good, path="/peer/v1/beat") == "not_a_peer"
+    assert code_of(good.replace("node=n1", "node=n2")) == "not_a_peer"
+    assert code_of(good.replace("to=me", "to=you")) == "not_a_peer"
+    assert code_of(good.replace(f"t={NOW}", f"t={NOW + 1}")) == "not_a_peer"
+    assert code_of(good.replace("nonce=ab", "nonce=cd")) == "not_a_peer"
+
+
+@given(st.text(max_size=200))
+def test_no_header_of_others_breaks_anything(text: str) -> None:
+    with pytest.raises(NotAPeer):
+        KEY.check(text, me="me", **ASKED, body=b"", now_ms=NOW)
+    with pytest.raises(NotAPeer):
+        parse(f"Mlxrack {text}")
+
+
+def test_a_clock_that_differs_is_named() -> None:
+    late = NOW + int(FRESH_S * 1000) + 1
+    assert code_of(header(), now_ms=late) == "clock_skew"
+    assert code_of(header(), now_ms=NOW - int(FRESH_S * 1000) - 1) == "clock_skew"
+    with pytest.raises(NotAPeer, match="clock of n1 differs by -60 s"):
+        KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=late)
+
+
+def test_what_was_meant_for_another_node_is_refused_with_both_names() -> None:
+    with pytest.raises(NotAPeer, match="n1 calls this node 'me', and it is 'you'") as caught:
+        KEY.check(header(), me="you", **ASKED, body=b"frame", now_ms=NOW)
+    assert caught.value.code == "wrong_node"
+
+
+def test_a_proof_is_of_one_number_and_one_node() -> None:
+    proof = KEY.proof("12", "n1")
+    assert KEY.is_proof(proof, "12", "n1")
+    assert not KEY.is_proof(proof, "13", "n1")
+    assert not KEY.is_proof(proof, "12", "n2")
+    assert not KEY.is_proof(KEY.answer("12", "n1"), "12", "n1")
+    assert not Key("another").is_proof(proof, "12", "n1")
+
+
+def test_other_protocols_are_told_before_anything_else() -> None:
+    newer = header().replace(f"v={PROTOCOL},oldest={OLDEST}", f"v={PROTOCOL + 2},oldest={PROTOCOL + 1}")
+    older = header().replace(f"v={PROTOCOL},oldest={OLDEST}", f"v={OLDEST - 1},oldest={OLDEST - 1}")
+    assert code_of(newer) == code_of(older) == "protocol_mismatch"
+    assert "newer" in mismatch(PROTOCOL + 2, PROTOCOL + 1)
+    assert "older" in mismatch(OLDEST - 1, OLDEST - 1)
+    assert mismatch(PROTOCOL + 1, PROTOCOL) == "", "a newer one that still speaks ours"
+
+
+def test_a_signature_is_good_once() -> None:
+    nonces = Nonces(most=3)
+    assert nonces.take("a", NOW)
+    assert not nonces.take("a", NOW + 1)
+    assert nonces.take("a", NOW + int(2 * FRESH_S * 1000) + 2), "by then its time has passed anyway"
+    for one in "bcdef":
+        assert nonces.take(one, NOW + int(2 * FRESH_S * 1000) + 3)
+
+
+def test_an_answer_is_signed_for_its_question() -> None:
+    answer = KEY.answer("ab", "n2", b"body")
+    assert KEY.is_answer(answer, "ab", "n2", b"body")
+    assert not KEY.is_answer(answer, "cd", "n2", b"body")
+    assert not KEY.is_answer(answer, "ab", "n3", b"body")
+    assert not KEY.is_answer(answer, "ab", "n2", b"other")
+    assert not KEY.is_answer("\u00e9", "ab", "n2", b"body")
+    assert not Key("another").is_answer(answer, "ab", "n2", b"body")

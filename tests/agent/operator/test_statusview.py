@@ -1,0 +1,175 @@
+"""The status as a person reads it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from agent.gateway.decisions import Decisions, Trail, shown
+from agent.gateway.routing import choose
+from agent.operator.statusview import models_text, progress, size, status_text, table, why_text
+from tests.agent.gateway.test_routing import AWAY, HERE, WANTED, node
+
+MODEL: dict[str, Any] = {
+    "names": ["chat", "chat-next"],
+    "state": "ready",
+    "version": "45bcb267913e2ed6",
+    "pid": 7,
+    "in_flight": 3,
+    "waiting": 0,
+    "pinned": True,
+    "need_bytes": 2_300_000_000,
+    "footprint_bytes": 699_000_000,
+    "plan_error_ppm": -12_345,
+    "restarts": 1,
+    "reason": "",
+    "last_exit": "signal 9 (SIGKILL)",
+}
+COLD = {
+    **MODEL,
+    "names": ["code"],
+    "state": "cold",
+    "version": "",
+    "pid": None,
+    "pinned": False,
+    "footprint_bytes": None,
+    "plan_error_ppm": None,
+    "waiting": 4,
+    "reason": "load code: 2 MB short",
+}
+SWAP = {
+    "swap": "1-chat",
+    "model": "chat",
+    "from": "45bcb267913e2ed6",
+    "to": "6250d00bb2663944",
+    "phase": "warming",
+    "detail": "7 of 30 timed probes",
+    "outcome": "",
+    "reason": "",
+}
+STATUS: dict[str, Any] = {
+    "node": "mini-1",
+    "rack": "home",
+    "version": "0.1.0",
+    "uptime_s": 3_600,
+    "draining": False,
+    "in_flight": 3,
+    "budget_bytes": 16_900_000_000,
+    "budget_from": "recommended for Apple M4",
+    "memory": {"level": "calm", "held_bytes": 0, "refusing": False},
+    "models": [MODEL, COLD],
+    "swaps": [{**SWAP, "outcome": "failed", "reason": "too slow"}, SWAP],
+    "breakers": [
+        {"node": "mini-3", "model": "chat", "state": "open", "for_s": 1.5, "reason": "peer mini-3: broke off"}
+    ],
+    "peers": [{"node": "mini-2", "state": "up", "models": ["chat"], "problem": ""}],
+    "push": {
+        "state": "idle",
+        "reason": "",
+        "sent_batches": 5,
+        "waiting_batches": 0,
+        "held_windows": 2,
+        "dropped_batches": 0,
+        "disk_problem": "spool: write s: No space left on device",
+    },
+    "meters": [
+        {"meter": "shelf", "nodes": ["mini-1", "mini-2"], "watts": 71.5, "problem": ""},
+        {"meter": "spare", "nodes": ["mini-3"], "watts": None, "problem": "no answer within 4 s"},
+    ],
+    "sources_failed": {"smc": "there is no service AppleSMC"},
+    "desired": {"generation": 3, "state": "drifted", "reason": "", "drift": ["chat serves a instead of b"]},
+}
+
+
+def test_everything_that_matters_is_on_the_page() -> None:
+    text = status_text(STATUS)
+    for part in (
+        "node mini-1 of rack home",
+        "models hold 699 MB of 16.9 GB (recommended for Apple M4), 2.3 GB planned",
+        "chat, chat-next  ready (pinned)  45bcb267  3",
+        "-1.2 %",
+        "last exit: signal 9 (SIGKILL)",
+        "shelf  mini-1, mini-2  71.5 W",
+        "spare  mini-3          -       no answer within 4 s",
+        "smc              there is no service AppleSMC",
+        "load code: 2 MB short",
+        "failed   too slow",
+        "warming  7 of 30 timed probes",
+        "45bcb267 -> 6250d00b",
+        "desired state: generation 3, drifted\n  chat serves a instead of b",
+        "telemetry: idle, 5 batches sent, 0 waiting, 2 in memory; spool: write s: No space left on device",
+        "mini-3      chat   open   1.5 s  peer mini-3: broke off",
+    ):
+        assert part in text, part
+    assert max(len(line) for line in text.splitlines()) < 140
+
+
+def test_why_a_request_went_where_it_went() -> None:
+    trail = Trail(request_id="req_1", t_ms=0, began_s=10.0, model="m", prompt_tok=12)
+    peers = (node("a", load=3), node("b", state="down"))
+    trail.add(10.001, "sent", "here", decision=choose(WANTED, HERE, peers))
+    trail.add(10.5, "lost", "here", "the loader ended")
+    trail.add(10.6, "waits", decision=choose(WANTED, AWAY, ()))
+    text = why_text([shown(trail)])
+    for words in (
+        "req_1: model m",
+        "12 prompt tokens; running",
+        "sent here",
+        "lost here: the loader ended",
+        "not b: down",
+    ):
+        assert words in text
+    assert "waits: no_capacity" in text
+    assert json.dumps(shown(trail))
+
+
+def test_of_a_large_rack_the_nodes_that_mattered_are_kept() -> None:
+    trail = Trail(request_id="req_1", t_ms=0, began_s=0.0, model="m")
+    peers = tuple(node(f"n{number:02}", load=number, draining=number > 80) for number in range(100))
+    decision = choose(WANTED, AWAY, peers)
+    trail.add(0.0, "sent", decision=decision)
+    (step,) = shown(trail)["steps"]
+    assert [one["node"] for one in step["candidates"]] == [f"n{number:02}" for number in range(12)]
+    trail.add(0.0, "waits", decision=choose(WANTED, AWAY, peers[90:]))
+    assert list(shown(trail)["steps"][1]["excluded"].values()) == ["coming", *["draining"] * 10]
+
+
+def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
+    kept = Decisions(kept=3)
+    for name in ("old", "req_1", "req_1-1", "req_1-2"):
+        kept.keep(Trail(request_id=name, t_ms=0, began_s=0.0, model="m"))
+    assert [one.request_id for one in kept.find("req_1")] == ["req_1", "req_1-1", "req_1-2"]
+    assert kept.find("old") == []
+    assert [one.request_id for one in kept.last(2)] == ["req_1-2", "req_1-1"]
+
+
+def test_what_is_not_there_takes_no_room() -> None:
+    quiet = {**STATUS, "swaps": [], "peers": [], "desired": {**STATUS["desired"], "generation": 0}}
+    text = status_text(quiet)
+    assert "SWAP" not in text
+    assert "PEER" not in text
+    assert "desired" not in text
+
+
+def test_short_memory_is_said() -> None:
+    short = {"level": "hard", "held_bytes": 9, "refusing": True}
+    assert "memory is short (hard, new requests are refused)" in status_text({**STATUS, "memory": short})
+
+
+@pytest.mark.parametrize(
+    ("verb", "model", "expected"),
+    [
+        ("swap", "chat", "warming 7 of 30 timed probes"),
+        ("unload", "chat", "ready, 3 requests in flight"),
+        ("load", "code", "cold, 3 requests in flight"),
+        ("load", "nobody", ""),
+    ],
+)
+def test_progress_in_one_line(verb: str, model: str, expected: str) -> None:
+    assert expected == progress(STATUS, verb, model)
+
+
+def test_sizes_and_tables() -> None:
+    assert (size(None), size(5_400_000), size(5_400_000_000)) == ("-", "5 MB", "5.4 GB")
+    assert table(("A", "BB"), [(1, "x"), ("long", "")]) == "A     BB\n1     x\nlong"
+    assert models_text([]).startswith("MODEL")

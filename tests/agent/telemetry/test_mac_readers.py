@@ -1,0 +1,355 @@
+"""The readers of macOS' libraries, run for real against a library with Apple's layouts that is built here."""
+
+import asyncio
+import ctypes
+import struct
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from agent.telemetry.sensors import chip, smc, sysctl, vm
+from agent.telemetry.sensors.chip import Chip
+from agent.telemetry.sensors.memory import MacMemory, MemoryCollector, verdict
+from agent.telemetry.sensors.notify import Notify
+from agent.telemetry.sensors.reading import Failure
+from agent.telemetry.sensors.thermal import NOTIFY_KEY, ThermalCollector
+
+
+class Fake:
+    """The built library; ``lib.set(name=value)`` changes what it answers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.lib = ctypes.CDLL(self.path)
+        self.lib.fake_post.argtypes = [ctypes.c_uint64]
+
+    def set(self, **values: int) -> None:
+        for name, value in values.items():
+            wide = name in ("fake_level", "fake_page_size", "fake_swapins", "fake_swapouts")
+            (ctypes.c_uint64 if wide else ctypes.c_int).in_dll(self.lib, name).value = value
+
+    def get(self, name: str) -> int:
+        return ctypes.c_int.in_dll(self.lib, name).value
+
+    def keys(self, *found: tuple[str, str, bytes]) -> None:
+        self.lib.fake_clear_keys()
+        for name, kind, raw in found:
+            self.lib.fake_add_key(name.encode(), kind.encode(), len(raw), raw)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("mac") / "libfake.so"
+    source = Path(__file__).with_name("fake_mac.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", built, source], check=True, timeout=60)
+    return built
+
+
+@pytest.fixture
+def mac(library: Path) -> Iterator[Fake]:
+    fake = Fake(library)
+    calm = {"fake_pressure": 1, "fake_has_smc": 1, "fake_page_size": 16384, "fake_swapins": 20, "fake_swapouts": 30}
+    zero = ("notify_status", "state_status", "level", "wired_limit_mb", "swap_broken", "vm_status", "open_status")
+    quiet = dict.fromkeys([f"fake_{name}" for name in (*zero, "call_status", "short_answer")], 0)
+    fake.set(**quiet, **calm)
+    yield fake
+    fake.set(**quiet, **calm)
+
+
+def degrees(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+# ---- notify(3) ----
+
+
+async def test_a_change_of_the_level_is_heard_when_it_happens(mac: Fake) -> None:
+    notify = Notify(NOTIFY_KEY, mac.path)
+    heard: asyncio.Queue[int] = asyncio.Queue()
+
+    def posted() -> None:
+        notify.drain()
+        heard.put_nowait(notify.state())
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(notify.descriptor, posted)
+    try:
+        for level in (2, 0, 4):
+            mac.lib.fake_post(level)
+            assert await asyncio.wait_for(heard.get(), 5) == level
+    finally:
+        loop.remove_reader(notify.descriptor)
+        before = mac.get("fake_cancelled")
+        notify.close()
+        notify.close()
+    assert mac.get("fake_cancelled") == before + 1
+
+
+def test_what_the_system_refuses_is_said(mac: Fake, tmp_path: Path) -> None:
+    mac.set(fake_notify_status=1000000)
+    with pytest.raises(Failure, match="cannot be registered"):
+        Notify(NOTIFY_KEY, mac.path)
+    mac.set(fake_notify_status=0, fake_state_status=2)
+    notify = Notify(NOTIFY_KEY, mac.path)
+    with pytest.raises(Failure, match="status 2"):
+        notify.state()
+    with pytest.raises(Failure, match="OSError"):
+        Notify(NOTIFY_KEY, str(tmp_path / "none.so"))
+    with pytest.raises(Failure, match="AttributeError"):
+        Notify(NOTIFY_KEY, "libc.so.6")
+
+
+def thermal(mac: Fake, clock: list[float]) -> ThermalCollector:
+    def missing(*argv: str) -> bytes:
+        raise Failure("notifyutil: No such file or directory")
+
+    return ThermalCollector(
+        Chip("darwin", open_smc=lambda: smc.Smc(mac.path, mac.path), clock=lambda: clock[0]),
+        "darwin",
+        notify=lambda: Notify(NOTIFY_KEY, mac.path),
+        run=missing,
+        clock=lambda: clock[0],
+    )
+
+
+def test_a_short_excursion_between_two_looks_is_not_lost(mac: Fake) -> None:
+    clock = [0.0]
+    mac.keys(("Tp01", "flt ", degrees(70.5)), ("Tp02", "flt ", degrees(40.0)), ("PSTR", "flt ", degrees(12.5)))
+    collector = thermal(mac, clock)
+    assert collector.descriptor() is not None
+    collector.poll()
+    for at_s, level in ((10.0, 2), (13.0, 3), (14.0, 0)):
+        clock[0] = at_s
+        mac.lib.fake_post(level)
+        collector.posted()
+    clock[0] = 60.0
+    fields = collector.read().fields
+    assert fields["throttled_us"] == 4_000_000
+    assert fields["thermal_level_us"] == (56_000_000, 0, 3_000_000, 1_000_000, 0)
+    assert (fields["thermal_worst"], fields["thermal_level"], fields["thermal_source"]) == (
+        "trapping",
+        "nominal",
+        "notify",
+    )
+    begun, ended = collector.take()
+    assert (begun.start_s, begun.end_s, begun.open_at_start) == (10.0, None, False)
+    assert (ended.end_s, ended.peak) == (14.0, 3)
+    assert (fields["pcore_temp_mc"], fields["temp_source"]) == (70_500, "smc")
+    collector.close()
+
+
+def test_no_level_from_anywhere_is_unknown_and_says_why(mac: Fake) -> None:
+    mac.set(fake_notify_status=1)
+    clock = [0.0]
+    collector = thermal(mac, clock)
+    mac.keys(("Tp01", "flt ", degrees(50.0)))
+    collector.poll()
+    clock[0] = 60.0
+    reading = collector.read()
+    assert (reading.fields["thermal_level"], reading.fields["thermal_known_us"]) == ("unknown", 0)
+    assert reading.fields["throttled_5m_ppm"] is None
+    assert "registered" in reading.failed["notify"]
+    assert "No such file" in reading.failed["notifyutil"]
+    assert [source.name for source in collector.sources()] == ["pmset", "notify", "notifyutil", "smc", "macmon"]
+    collector.close()
+
+
+# ---- the SMC ----
+
+
+def test_keys_are_found_by_their_beginnings_and_read_by_their_types(mac: Fake) -> None:
+    mac.keys(
+        ("Tp01", "flt ", degrees(61.25)),
+        ("Tp02", "flt ", degrees(3.4)),
+        ("Tp03", "flt ", degrees(40.0)),
+        ("Te05", "flt ", degrees(48.0)),
+        ("Tg0G", "flt ", degrees(52.5)),
+        ("TCMz", "flt ", degrees(63.0)),
+        ("TB0T", "flt ", degrees(99.0)),
+        ("F0Ac", "flt ", degrees(1000.4)),
+        ("F1Ac", "fpe2", bytes((0x0F, 0xA0))),
+        ("F0Mx", "flt ", degrees(4900.0)),
+        ("PSTR", "flt ", degrees(33.75)),
+        ("Tx00", "flt ", degrees(90.0)),
+    )
+    opened = smc.Smc(mac.path, mac.path)
+    assert set(opened.keys) == {"Tp01", "Tp02", "Tp03", "Te05", "Tg0G", "TCMz", "F0Ac", "F1Ac", "F0Mx", "PSTR"}
+    reading = chip.of_smc(opened.values())
+    assert (reading.pcore_c, reading.package_c, reading.gpu_c) == (61.25, 63.0, 52.5)
+    assert reading.fans_rpm == (1000, 1000)
+    assert reading.system_w == 33.75
+    opened.close()
+    assert mac.get("fake_open_connections") == 0
+    assert mac.get("fake_unreleased") == 0
+
+
+def test_a_sleeping_cluster_and_wild_numbers_are_no_readings(mac: Fake) -> None:
+    wild = (float("nan"), float("inf"), -9200.0, 0.0, 40089.36)
+    mac.keys(
+        *((f"Tp0{n}", "flt ", degrees(40.0)) for n in range(4)),
+        *((f"Tg0{n}", "flt ", degrees(value)) for n, value in enumerate(wild)),
+        ("PSTR", "flt ", degrees(40089.36)),
+        ("F0Ac", "flt ", degrees(-1.0)),
+        ("TCMz", "ui8 ", b"\x28"),
+    )
+    opened = smc.Smc(mac.path, mac.path)
+    reading = chip.of_smc(opened.values())
+    assert (reading.pcore_c, reading.pcore_asleep, reading.package_c, reading.gpu_c) == (None, True, None, None)
+    assert (reading.system_w, reading.fans_rpm) == (None, ())
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"fake_has_smc": 0}, "no service AppleSMC"),
+        ({"fake_has_smc": 2}, "no AppleSMCKeysEndpoint"),
+        ({"fake_open_status": -536870174}, "0xe00002e2"),
+        ({"fake_call_status": -536870206}, "does not answer"),
+        ({"fake_short_answer": 1}, "40 bytes instead of 80"),
+    ],
+)
+def test_a_controller_that_fails_is_named(mac: Fake, wrong: dict[str, int], why: str) -> None:
+    mac.keys(("Tp01", "flt ", degrees(61.25)))
+    mac.set(**wrong)
+    with pytest.raises(Failure, match=why):
+        smc.Smc(mac.path, mac.path)
+    assert mac.get("fake_unreleased") == 0
+    assert mac.get("fake_open_connections") == 0
+
+
+def test_a_key_that_refuses_costs_itself_alone(mac: Fake) -> None:
+    mac.keys(("Tp!1", "flt ", degrees(99.0)), ("Tp01", "flt ", degrees(61.25)))
+    opened = smc.Smc(mac.path, mac.path)
+    assert opened.values() == {"Tp01": 61.25}
+    opened.close()
+    mac.keys(("Tp!1", "flt ", degrees(99.0)))
+    alone = smc.Smc(mac.path, mac.path)
+    with pytest.raises(Failure, match="result 133"):
+        alone.values()
+    alone.close()
+
+
+def test_a_connection_that_broke_is_opened_anew_and_two_threads_share_a_look(mac: Fake) -> None:
+    clock, opened = [0.0], list[smc.Smc]()
+
+    def open_one() -> smc.Smc:
+        opened.append(smc.Smc(mac.path, mac.path))
+        return opened[-1]
+
+    mac.keys(("Tp01", "flt ", degrees(61.25)))
+    one = Chip("darwin", open_smc=open_one, clock=lambda: clock[0])
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: one.read(), range(64)))
+    assert len({id(reading) for reading in found}) == 1
+    assert (len(opened), mac.get("fake_open_connections")) == (1, 1)
+    mac.set(fake_call_status=1)
+    clock[0] = 2.0
+    assert one.read() is None
+    assert mac.get("fake_open_connections") == 0
+    mac.set(fake_call_status=0)
+    clock[0] = 4.0
+    assert one.read() is not None
+    assert len(opened) == 2
+    one.close()
+
+
+def test_a_controller_that_stops_answering_gives_no_old_numbers(mac: Fake) -> None:
+    clock = [0.0]
+    mac.keys(("Tp01", "flt ", degrees(61.25)), ("PSTR", "flt ", degrees(20.0)))
+    one = Chip("darwin", open_smc=lambda: smc.Smc(mac.path, mac.path), clock=lambda: clock[0])
+    reading = one.read()
+    assert reading is not None
+    assert reading.system_w == 20.0
+    mac.set(fake_call_status=1)
+    clock[0] += 2.0
+    assert one.read() is None
+    assert "does not answer" in one.failed["smc"]
+    one.close()
+
+
+# ---- memory ----
+
+
+def test_memory_by_host_statistics(mac: Fake) -> None:
+    found = vm.HostStatistics(mac.path).read()
+    assert found.app_bytes == 350_000 * 16384
+    assert found.used_bytes == 475_000 * 16384
+    assert (found.swapped_in_bytes, found.swapped_out_bytes) == (20 * 16384, 30 * 16384)
+    mac.set(fake_vm_status=5)
+    with pytest.raises(Failure, match="kern_return 5"):
+        vm.HostStatistics(mac.path).read()
+    mac.set(fake_page_size=1)
+    with pytest.raises(Failure, match="no page size"):
+        vm.HostStatistics(mac.path)
+
+
+def test_numbers_texts_and_swap_by_sysctl(mac: Fake) -> None:
+    read = sysctl.Sysctl(mac.path)
+    mac.set(fake_pressure=4, fake_wired_limit_mb=12_000)
+    assert read.integer("kern.memorystatus_vm_pressure_level") == 4
+    assert read.integer("iogpu.wired_limit_mb") == 12_000
+    assert read.text("hw.model") == "Mac16,10"
+    assert read.swap() == (4096 << 20, 2744 << 20)
+    with pytest.raises(Failure, match="errno 2"):
+        read.integer("no.such.name")
+    with pytest.raises(Failure, match="9 bytes are no number"):
+        read.integer("hw.model")
+    mac.set(fake_swap_broken=1)
+    with pytest.raises(Failure, match="do not add up"):
+        read.swap()
+
+
+def test_memory_of_a_window(mac: Fake) -> None:
+    clock = [0.0]
+    collector = MemoryCollector("darwin", MacMemory(mac.path), clock=lambda: clock[0])
+    collector.read()
+    mac.set(fake_pressure=2, fake_swapouts=130, fake_wired_limit_mb=1_700)
+    collector.poll()
+    mac.set(fake_pressure=1)
+    clock[0] = 60.0
+    reading = collector.read()
+    fields = reading.fields
+    assert (fields["memory_pressure"], fields["memory_verdict"]) == ("warn", "warn")
+    assert (fields["swap_in_bytes"], fields["swap_out_bytes"]) == (0, 100 * 16384)
+    assert fields["memory_used_bytes"] == 475_000 * 16384
+    assert (fields["memory_source"], reading.failed) == ("host_statistics64", {})
+
+
+def test_where_the_library_fails_the_commands_are_asked(mac: Fake, tmp_path: Path) -> None:
+    page = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+    parts = {"Anonymous pages": 1000, "Pages purgeable": 10, "Pages wired down": 500, "Pages occupied by compressor": 7}
+    said = {
+        "/usr/bin/vm_stat": page + "".join(f"{label}: {count}.\n" for label, count in parts.items()),
+        "vm.swapusage": "vm.swapusage: total = 2048.00M  used = 1017.50M  free = 1030.50M  (encrypted)\n",
+        "kern.memorystatus_vm_pressure_level": "kern.memorystatus_vm_pressure_level: 4\n",
+        "iogpu.wired_limit_mb": "iogpu.wired_limit_mb: 0\n",
+    }
+    none = str(tmp_path / "none.so")
+    collector = MemoryCollector("darwin", MacMemory(none, run=lambda *argv: said[argv[-1]].encode()))
+    fields = collector.read().fields
+    assert fields["memory_source"] == "vm_stat"
+    assert fields["memory_used_bytes"] == (990 + 500 + 7) * 16384
+    assert fields["swap_used_bytes"] == round(1017.5 * (1 << 20))
+    assert fields["memory_pressure"] == "critical"
+    assert "gpu_wired_limit_bytes" not in fields, "0 is the default, not a limit of nothing"
+
+
+@pytest.mark.parametrize(
+    ("level", "more", "expected"),
+    [
+        ("normal", {}, "normal"),
+        ("unknown", {}, "unknown"),
+        ("normal", {"swapped_out": 1, "compressed": 0.3}, "warn"),
+        ("normal", {"swapped_out": 1, "compressed": 0.1}, "normal"),
+        ("normal", {"compressed": 0.9}, "normal"),
+        ("normal", {"wired": 0.95}, "warn"),
+        ("critical", {"wired": 0.95}, "critical"),
+    ],
+)
+def test_the_verdict_is_the_worst_of_three(level: str, more: dict[str, float], expected: str) -> None:
+    asked = {"swapped_out": 0, "compressed": 0.0, "wired": None, **more}
+    assert verdict(level, **asked) == expected  # type: ignore[arg-type]

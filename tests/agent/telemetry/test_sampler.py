@@ -1,0 +1,240 @@
+"""Windows: nothing is lost when a sensor is slow, and nobody waits for one that hangs."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.telemetry import sampler as sampling
+from agent.telemetry.ledger import Answered, Ledger
+from agent.telemetry.sampler import Sampler
+from agent.telemetry.sensors.reading import Reading, Source
+from agent.telemetry.spool import Spool
+from shared.batch import Batch, decode
+from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Record, Resident, Served
+
+
+class Slow:
+    """A collector whose calls go on until they are let go; it counts what it has given away."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.reads = self.polls = 0
+
+    def poll(self) -> None:
+        self.polls += 1
+        self.go.wait(20)
+
+    def read(self) -> Reading:
+        self.reads += 1
+        number = self.reads
+        self.go.wait(20)
+        return Reading({"swap_in_bytes": number}, {})
+
+    def sources(self) -> list[Source]:
+        return []
+
+
+class Broken(Slow):
+    name = "broken"
+
+    def poll(self) -> None:
+        raise ValueError
+
+    def read(self) -> Reading:
+        raise ValueError
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    one = Spool(tmp_path, node="n", rack="r", hardware="h", max_bytes=1 << 20, max_batches=1000)
+    yield one
+    one.close(clean=True)
+
+
+async def nothing() -> None: ...
+
+
+def sampler(spool: Spool, *collectors: Any) -> Sampler:
+    async def windows() -> list[Any]:
+        return []
+
+    return Sampler(
+        *(spool, Ledger(), collectors),
+        engine_windows=windows,
+        engine_refresh=nothing,
+        engine_so_far=list,
+        standing=lambda: (),
+        budget_bytes=1,
+        boot_id="b",
+    )
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_window_that_meets_a_look_in_between_waits_for_it(spool: Spool) -> None:
+    slow = Slow()
+    one = sampler(spool, slow)
+    slow.go.clear()
+    poll = asyncio.create_task(one.poll())
+    await until(lambda: slow.polls == 1)
+    window = asyncio.create_task(one.sample())
+    await asyncio.sleep(0.05)
+    assert slow.reads == 0
+    slow.go.set()
+    sample = await window
+    await poll
+    assert (sample.swap_in_bytes, sample.sources_failed) == (1, {})
+
+
+async def test_a_reading_that_comes_late_is_the_next_window_s(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "COLLECTOR_DEADLINE_S", 0.1)
+    slow = Slow()
+    one = sampler(spool, slow, Broken())
+    slow.go.clear()
+    sample = await one.sample()
+    assert sample.swap_in_bytes is None
+    assert sample.sources_failed == {"slow": "no answer within 0.1 s", "broken": "ValueError"}
+    assert one.hangs
+    await one.poll()
+    assert slow.polls == 0, "one that hangs is not asked again"
+    slow.go.set()
+    await until(lambda: not one.hangs)
+    assert (await one.sample()).swap_in_bytes == 1, "what it had counted is not lost"
+    assert (await one.sample()).swap_in_bytes == 2
+
+
+def answered(tokens: int) -> Answered:
+    return Answered(model="m", outcome="ok", prompt_tok=3, completion_tok=tokens, total_us=5)
+
+
+class Counted(Sampler):
+    """With an engine that has made 10 tokens, a resident model and an outlet whose reading is given away once."""
+
+    def __init__(self, spool: Spool, refresh: Callable[[], Awaitable[None]] = nothing) -> None:
+        self.ledger = Ledger()
+        self.readings = [OutletReading(meter="o", nodes=("n",), power_mw=1, power_max_mw=1, energy_mj=1, covered_us=1)]
+
+        def so_far() -> list[EngineWindow]:
+            return [EngineWindow(model="m", version="v", decode_tok=10)]
+
+        async def windows() -> list[EngineWindow]:
+            return so_far()
+
+        super().__init__(
+            *(spool, self.ledger, ()),
+            engine_windows=windows,
+            engine_refresh=refresh,
+            engine_so_far=so_far,
+            standing=lambda: (Resident(model="m", version="v", state="ready"),),
+            metered=self._take,
+            budget_bytes=1,
+            boot_id="b",
+        )
+
+    def _take(self) -> list[OutletReading]:
+        taken, self.readings = self.readings, []
+        return taken
+
+
+def kinds(records: tuple[Record, ...]) -> list[type]:
+    return [type(one) for one in records]
+
+
+def files(spool: Spool) -> dict[str, Batch]:
+    return {path.name: decode(path.read_bytes()) for path in spool._folder.glob("e*")}
+
+
+async def test_what_a_window_has_counted_is_kept_and_counted_once(spool: Spool) -> None:
+    one = Counted(spool)
+    one.ledger.record(answered(4))
+    one.emit(PeerDown(t_ms=1, peer="p", last_seen_ms=0))
+    await one.keep()
+    ((name, kept),) = files(spool).items()
+    assert (name, kept.seq) == ("e00000001-0000000001.open", 1)
+    assert kinds(kept.records) == [Served, EngineWindow, Resident, PeerDown]
+    assert await asyncio.to_thread(spool.waiting) == [], "nobody sends a window that is open"
+
+    one.ledger.record(answered(5))
+    await one.keep()
+    await one.tick()
+    ((name, sealed),) = files(spool).items()
+    assert (name, sealed.t_start_ms) == ("e00000001-0000000001.batch", kept.t_start_ms)
+    assert kinds(sealed.records) == [Served, EngineWindow, Resident, OutletReading, HostSample, PeerDown]
+    (served,) = [r for r in sealed.records if isinstance(r, Served)]
+    assert (served.requests, served.completion_tok) == (2, 9)
+
+    await one.keep()
+    following = files(spool)["e00000001-0000000002.open"]
+    assert kinds(following.records) == [EngineWindow, Resident], "the last window's is not in it"
+    assert following.t_start_ms == sealed.t_end_ms
+
+
+async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -> None:
+    slow = Slow()
+    one = sampler(spool, slow)
+    slow.go.clear()
+    closing = asyncio.create_task(one.tick())
+    await until(lambda: slow.reads == 1)
+    await one.keep()
+    assert files(spool) == {}
+    slow.go.set()
+    await closing
+    assert list(files(spool)) == ["e00000001-0000000001.batch"]
+
+
+async def test_a_loader_that_does_not_answer_keeps_no_window_open(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs() -> None:
+        await asyncio.sleep(60)
+
+    one = Counted(spool, hangs)
+    one.ledger.record(answered(4))
+    keeping = asyncio.create_task(one.keep())
+    await asyncio.sleep(0.01)
+    await one.tick()
+    assert list(files(spool)) == ["e00000001-0000000001.batch"], "closed meanwhile"
+    keeping.cancel()
+    monkeypatch.setattr(sampling, "REFRESH_S", 0.05)
+    await one.keep()
+    assert "e00000001-0000000002.open" in files(spool), "what is known without it is kept"
+
+
+async def test_a_meter_that_cannot_be_read_is_named_in_the_window(spool: Spool) -> None:
+    one = Counted(spool)
+    one._meter_problems = lambda: {"shelf": "refuses the password"}
+    assert (await one.sample()).sources_failed == {"meter shelf": "refuses the password"}
+
+
+async def test_a_disk_that_refuses_costs_nothing_that_is_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, body: bytes, *, synced: bool = True) -> None:
+        raise OSError(28, "No space left on device")
+
+    one = Counted(spool)
+    one.ledger.record(answered(4))
+    with monkeypatch.context() as patched:
+        patched.setattr("agent.telemetry.spool._write_whole", full)
+        await one.keep()
+        await one.tick()
+        assert (one.held_windows, one.disk_problem[-23:]) == (1, "No space left on device")
+        await one.keep()
+        assert files(spool) == {}
+    one.ledger.record(answered(5))
+    await one.keep()
+    assert files(spool) == {}, "the refused window comes first, under this number"
+    await one.tick()
+    first, second = files(spool).values() if len(files(spool)) == 2 else pytest.fail("two windows")
+    assert (one.held_windows, one.disk_problem) == (0, "")
+    tokens = {b.seq: [r.completion_tok for r in b.records if isinstance(r, Served)] for b in (first, second)}
+    assert tokens == {1: [4], 2: [5]}
