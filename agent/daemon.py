@@ -118,7 +118,7 @@ class Daemon:
         self.host_metrics = HostMetrics(
             {"node": config.node.id, "rack": config.node.rack, "version": __version__}, self._pushed, self.meters.status
         )
-        self.metrics = Metrics(self.pool.status, lambda: self.table.view(time.monotonic()), self.host_metrics)
+        self.metrics = Metrics(self.pool.inventory.status, lambda: self.table.view(time.monotonic()), self.host_metrics)
         self.ledger = Ledger(self.metrics.answered)
         self.dispatch = Dispatch(
             config.node.id,
@@ -136,9 +136,9 @@ class Daemon:
             self.ledger,
             self.sensors.all,
             engine_windows=self._engine_windows,
-            engine_refresh=self.pool.refresh,
-            engine_so_far=self.pool.windows_so_far,
-            standing=lambda: (*self.pool.residents(), self.follower.observed()),
+            engine_refresh=self.pool.inventory.refresh,
+            engine_so_far=self.pool.inventory.windows_so_far,
+            standing=lambda: (*self.pool.inventory.residents(), self.follower.observed()),
             metered=self.meters.drain,
             meter_problems=lambda: self.meters.problems,
             budget_bytes=budget,
@@ -295,7 +295,7 @@ class Daemon:
         return {"epoch": self.spool.epoch, "seq": self.spool.next_seq() - 1, "sent": sent}
 
     async def _engine_windows(self) -> list[EngineWindow]:
-        windows = await self.pool.windows()
+        windows = await self.pool.inventory.windows()
         self.metrics.closed(windows)
         return windows
 
@@ -342,10 +342,10 @@ class Daemon:
             "uptime_s": int(time.time()) - self._started_s,
             "draining": self.dispatch.draining,
             "in_flight": self.dispatch.in_flight,
-            "budget_bytes": self.pool.budget_bytes,
+            "budget_bytes": self.pool.room.budget_bytes,
             "budget_from": self._budget_from,
-            "models": self.pool.status(),
-            "memory": self.pool.pressure(),
+            "models": self.pool.inventory.status(),
+            "memory": self.pool.pressure,
             "desired": msgspec.to_builtins(self.follower.observed()),
             **self._trouble(now),
             "push": self._pushed(),
@@ -383,7 +383,7 @@ class Daemon:
             "breakers": self.dispatch.trust.view(now),
             "retries_left": self.dispatch.budget.left(),
             "retries_refused": self.dispatch.budget.refused,
-            "swaps": self.pool.swaps()[-5:],
+            "swaps": self.pool.orders.swaps()[-5:],
         }
 
     def _peers(self, now: float) -> list[dict[str, Any]]:
@@ -413,7 +413,7 @@ class Daemon:
             return
         self._device = await gpu.ask(self._environ)
         budget, self._budget_from = self._budget()
-        self.pool.budget_bytes = self.sampler.budget_bytes = budget
+        self.pool.room.budget_bytes = self.sampler.budget_bytes = budget
         log.info("memory_budget", bytes=budget, source=self._budget_from, reason=self._device.reason)
 
     async def _listen(self, runner: web.AppRunner) -> int:
@@ -456,7 +456,7 @@ class Daemon:
 
     def _on_report(self, model: str, reported: Reported) -> None:
         self.metrics.engine(model, reported)
-        self.pool.reported_peak(model, reported.peak_bytes)
+        self.pool.inventory.reported_peak(model, reported.peak_bytes)
 
     def _emit(self, event: Event) -> None:
         self.sampler.emit(event)

@@ -34,7 +34,7 @@ async def load(request: web.Request) -> web.Response:
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
-    spec = await context.follower.by_operator(names.model, context.pool.load(names.model))
+    spec = await context.follower.by_operator(names.model, context.pool.orders.load(names.model))
     return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
 
 
@@ -43,7 +43,7 @@ async def unload(request: web.Request) -> web.Response:
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
-    await context.follower.by_operator(names.model, context.pool.unload(names.model))
+    await context.follower.by_operator(names.model, context.pool.orders.unload(names.model))
     return json_response({"model": names.model, "unloaded": True})
 
 
@@ -54,7 +54,7 @@ async def swap(request: web.Request) -> web.Response:
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
     context = request.app[CONTEXT]
-    finished = await context.follower.by_operator(names.model, context.pool.swap(names.model, names.new))
+    finished = await context.follower.by_operator(names.model, context.pool.orders.swap(names.model, names.new))
     body: dict[str, Any] = msgspec.to_builtins(finished)
     return json_response(body, status=200 if finished.outcome == "flipped" else 409)
 
@@ -64,7 +64,7 @@ async def pin(request: web.Request) -> web.Response:
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
-    await context.follower.by_operator(names.model, context.pool.pin_ordered(names.model, names.pinned == "yes"))
+    await context.follower.by_operator(names.model, context.pool.orders.pin(names.model, pinned=names.pinned == "yes"))
     return json_response({"model": names.model, "pinned": names.pinned == "yes"})
 
 
@@ -72,7 +72,7 @@ async def probes(request: web.Request) -> web.Response:
     """The answers that a model gives to its probes now, as the file that records them."""
     require_admin(request)
     names = await _names(request)
-    found = await request.app[CONTEXT].pool.answers(names.model)
+    found = await request.app[CONTEXT].pool.orders.record_probes(names.model)
     return web.Response(body=render(found), content_type="application/json")
 
 

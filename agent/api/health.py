@@ -33,7 +33,7 @@ async def ready(request: web.Request) -> web.Response:
 async def live(request: web.Request) -> web.Response:
     """200 while every loader that has work makes progress; 503 with those that do not."""
     context = request.app[CONTEXT]
-    stalled = context.pool.stalled(context.config.limits.progress_s)
+    stalled = context.pool.inventory.stalled(context.config.limits.progress_s)
     return json_response({"live": not stalled, "stalled": stalled}, status=503 if stalled else 200)
 
 
@@ -43,6 +43,6 @@ async def metrics(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_FRESH_S):
-            await context.pool.refresh()
+            await context.pool.inventory.refresh()
     body = context.metrics()
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

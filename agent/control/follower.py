@@ -87,7 +87,7 @@ class Follower:
         desired = self._adopted.desired
         if desired is None:
             return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
-        found = drift(self._pool.actual(), self._assigned(), self._adopted.ordered) if self._follows() else ()
+        found = drift(self._pool.inventory.actual(), self._assigned(), self._adopted.ordered) if self._follows() else ()
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
@@ -109,13 +109,13 @@ class Follower:
         ordered, assigned = self._adopted.ordered, self._assigned()
         for model in self._config.models:
             if model.name not in {one.model for one in assigned}:
-                self._pool.adopt(msgspec.structs.replace(model, preload=False))
+                self._pool.orders.adopt(msgspec.structs.replace(model, preload=False))
         for one in assigned:
             if one.model not in ordered:
-                self._pool.adopt(self._model(one, self._proved(one)))
+                self._pool.orders.adopt(self._model(one, self._proved(one)))
         for name, path in ordered.items():
             base = self._configured(name) or Model(name=name)
-            self._pool.adopt(msgspec.structs.replace(base, path=path or base.path, preload=bool(path)))
+            self._pool.orders.adopt(msgspec.structs.replace(base, path=path or base.path, preload=bool(path)))
 
     def stop(self) -> None:
         """Begin nothing more; a fetch that runs ends with its next piece."""
@@ -196,7 +196,7 @@ class Follower:
         self._acting = False
 
     def _plan(self) -> tuple[Action, ...]:
-        return plan(self._pool.actual(), self._assigned(), self._adopted.ordered)
+        return plan(self._pool.inventory.actual(), self._assigned(), self._adopted.ordered)
 
     def _may_leave(self, model: str) -> bool:
         """A model that goes to another node stays here until it is served there."""
@@ -233,9 +233,9 @@ class Follower:
             case Bring():
                 await self._bring(action)
             case Pin():
-                self._pool.pin(action.model, pinned=action.pinned)
+                await self._pool.orders.pin(action.model, pinned=action.pinned)
             case Unload():
-                await self._pool.unload(action.model)
+                await self._pool.orders.unload(action.model)
 
     async def _bring(self, action: Bring) -> None:
         one = action.assignment
@@ -245,13 +245,13 @@ class Follower:
         if found.version != one.version:
             raise Refused(f"desired state: {one.model}: {path} is version {found.version}, not {one.version}")
         if action.swap:
-            finished = await self._pool.swap_to(one.model, model)
+            finished = await self._pool.orders.swap_to(one.model, model)
             if finished.outcome != "flipped":
                 raise Refused(f"desired state: swap {one.model}: {finished.reason}", code="swap_failed")
-            self._pool.pin(one.model, pinned=one.pinned)
+            await self._pool.orders.pin(one.model, pinned=one.pinned)
         else:
-            self._pool.adopt(model)
-            await self._pool.load(one.model, ordered=False)
+            self._pool.orders.adopt(model)
+            await self._pool.orders.load(one.model, ordered=False)
         adopted = self._adopted
         await asyncio.to_thread(
             self._remember, msgspec.structs.replace(adopted, served={**adopted.served, one.model: path})
@@ -311,8 +311,8 @@ class Follower:
             return
         if getattr(done.result(), "outcome", "flipped") != "flipped":
             return  # a swap that changed nothing
-        now = next((one for one in self._pool.actual() if model in one.names), None)
-        ordered = {**self._adopted.ordered, model: self._pool.path_of(model)}
+        now = next((one for one in self._pool.inventory.actual() if model in one.names), None)
+        ordered = {**self._adopted.ordered, model: self._pool.inventory.path_of(model)}
         wanted = next((one for one in self._assigned() if now is not None and one.model in now.names), None)
         if wanted and now and (now.version, now.pinned) == (wanted.version, wanted.pinned):
             ordered.pop(model)  # it is what the desired state says too

@@ -23,6 +23,8 @@ from shared.secrets import resolve
 STOP_GRACE_S = 10.0
 CUT_OFF_S = 0.5
 """Within so long after a loader's end those whose answers it cut off have asked for its version again."""
+MARGIN_S = 5.0
+"""Beyond the requests' own deadline a drain waits so much longer, for their ends to be counted."""
 MAX_STARTS = 2
 
 log = get_logger("agent.models.loaders")

@@ -5,7 +5,8 @@ from typing import Any
 
 from agent.config import Memory
 from agent.models import memory_guard as guard
-from agent.models.slot import Loaded, held_by
+from agent.models.slot import Loaded
+from agent.models.slot_view import held_by
 from shared.logs import get_logger
 from shared.records import Event, MemoryPressed
 

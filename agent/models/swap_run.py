@@ -8,8 +8,9 @@ from typing import Protocol
 import msgspec
 
 from agent.files.modelstore import ModelSpec
+from agent.models import lifecycle as life
 from agent.models import swap
-from agent.models.loaders import STOP_GRACE_S, Loaders
+from agent.models.loaders import MARGIN_S, STOP_GRACE_S, Loaders
 from agent.models.slot import Loaded, Slot
 from agent.models.warmup import warm
 from agent.process.loader_process import LoaderProcess
@@ -17,21 +18,20 @@ from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import SwapFinished
 
-MARGIN_S = 5.0
-"""Beyond the requests' own deadline a drain waits so much longer, for their ends to be counted."""
-
 log = get_logger("agent.models.swap")
 
 
 class Host(Protocol):
-    """What a swap asks of the pool."""
+    """What a swap needs of Lifecycles."""
 
-    def take_over(self, slot: Slot, loaded: Loaded) -> None:
-        """Serve a slot's names by this loader from now on; no await."""
+    loaders: Loaders
+
+    def feed(self, slot: Slot, event: life.Event) -> bool:
+        """An event for the slot's state machine."""
         ...
 
-    def withdraw(self, slot: Slot) -> None:
-        """Serve them no longer here."""
+    def take_over(self, slot: Slot, event: life.Started | life.Flipped, loaded: Loaded) -> None:
+        """Serve a slot's names by this loader from now on; no await."""
         ...
 
 
@@ -41,17 +41,15 @@ class SwapRun:
     def __init__(
         self,
         host: Host,
-        loaders: Loaders,
         slot: Slot,
         spec: ModelSpec,
+        old: Loaded,
         *,
         request_s: float,
         wall_ms: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert slot.loaded is not None
-        self._host, self._loaders, self._slot, self._spec = host, loaders, slot, spec
-        self._old: Loaded = slot.loaded
+        self._host, self._loaders, self._slot, self._spec, self._old = host, host.loaders, slot, spec, old
         self._pace = self._old.process.pace
         self._request_s = request_s
         self._wall_ms, self._clock = wall_ms, clock
@@ -70,7 +68,7 @@ class SwapRun:
         state = self.state
         return {
             "swap": state.swap_id,
-            "model": self._slot.names[0],
+            "model": self._slot.name,
             "from": self._old.spec.version,
             "to": self._spec.version,
             "phase": state.phase,
@@ -107,9 +105,8 @@ class SwapRun:
     async def _perform(self, effect: swap.Effect) -> swap.Event | None:
         match effect:
             case "leave_rotation":
-                self._slot.in_rotation = False
                 self._loaders.retiring.append(self._old)
-                self._slot.become("draining", "leaves rotation for a cold swap")
+                self._host.feed(self._slot, "leave_rotation")
             case "drain_active" | "drain_old":
                 return await self._drain()
             case "start_standby":
@@ -159,9 +156,9 @@ class SwapRun:
         if not self.state.cold:
             self._old = self._slot.loaded or self._old  # it may have ended and been started again meanwhile
             self._loaders.retiring.append(self._old)
-            self._slot.standby_bytes = self._old.spec.need_bytes
-        loaded = Loaded(self._slot.names[0], self._spec, self._standby, self._clock(), self._load_s)
-        self._host.take_over(self._slot, loaded)
+            self._host.feed(self._slot, life.Planned(standby_bytes=self._old.spec.need_bytes))
+        loaded = Loaded(self._slot.name, self._spec, self._standby, self._clock(), self._load_s)
+        self._host.take_over(self._slot, life.Flipped(version=self._spec.version), loaded)
         return swap.Flipped(swap_id=self.state.swap_id)
 
     async def _drain(self) -> swap.Event:
@@ -171,7 +168,7 @@ class SwapRun:
 
     async def _stop_old(self) -> swap.Event:
         if self._slot.loaded is self._old:
-            self._host.withdraw(self._slot)
+            self._host.feed(self._slot, "withdraw")
         self._freed = await self._loaders.retire(self._old, 0.0)
         return swap.Stopped(swap_id=self.state.swap_id)
 
@@ -180,12 +177,12 @@ class SwapRun:
         try:
             process = await self._loaders.start(self._old.spec)
         except RackError as error:
-            # the pool tries once more when the swap has ended
-            self._slot.become("starting", error.message)
+            # the release tries once more when the swap has ended
             why = f"and the old model did not start again: {error.message}"
             return swap.Restored(swap_id=self.state.swap_id, reason=why)
         now = self._clock()
-        self._host.take_over(self._slot, Loaded(self._old.name, self._old.spec, process, now, now - began))
+        loaded = Loaded(self._old.name, self._old.spec, process, now, now - began)
+        self._host.take_over(self._slot, life.Flipped(version=self._old.spec.version), loaded)
         return swap.Restored(swap_id=self.state.swap_id)
 
     def _finish(self) -> None:
@@ -194,7 +191,7 @@ class SwapRun:
         event = SwapFinished(
             t_ms=self._wall_ms(),
             swap_id=self.state.swap_id,
-            model=self._slot.names[0],
+            model=self._slot.name,
             from_version=self._old.spec.version,
             to_version=self._spec.version,
             outcome=self.state.outcome,

@@ -15,7 +15,7 @@ import msgspec
 
 from agent.process.pace import Pace
 from agent.process.prefixes import MOST_BLOCKS, PrefixTable, Text
-from agent.process.workload import Meter
+from agent.process.workload import Throughput
 from agent.wire.answer_queue import AnswerQueue
 from agent.wire.frames import (
     Accepted,
@@ -112,7 +112,7 @@ class LoaderProcess:
         self.ready: Ready | None = None
         self.working: Working | None = None
         self.pace = Pace()
-        self.meter = Meter(spec.rows)
+        self.throughput = Throughput(spec.rows)
         self.prefixes = PrefixTable(MOST_BLOCKS if spec.keeps_prompts else 0)
         self._last_s: dict[int, float] = {}
 
@@ -202,7 +202,7 @@ class LoaderProcess:
         self._open[number] = answers
         self._owed.add(number)
         self._unanswered[number] = time.monotonic()
-        self.meter.begin(number, text.prompt_tok if text else 0)
+        self.throughput.begin(number, text.prompt_tok if text else 0)
         finished = False
         try:
             await self._send(msgspec.structs.replace(request, id=number))
@@ -217,7 +217,7 @@ class LoaderProcess:
         finally:
             del self._open[number]
             self._owed.discard(number)
-            self.meter.end(number)
+            self.throughput.end(number)
             self._unanswered.pop(number, None)
             self._last_s.pop(number, None)
             if not finished and not self.ended.is_set():
@@ -314,7 +314,7 @@ class LoaderProcess:
             self._measure(frame)
         elif isinstance(frame, Working):
             self.working = frame
-            self.meter.worked(time.monotonic(), frame)
+            self.throughput.worked(time.monotonic(), frame)
             for number in self._open.keys() & set(frame.waits):
                 self._open[number].put(Waits(id=number))
         elif isinstance(frame, Reported):
@@ -331,16 +331,16 @@ class LoaderProcess:
         if isinstance(frame, Tokens):
             self._note_gap(frame)
         elif isinstance(frame, Accepted):
-            self.meter.accepted(frame.id, frame.prompt_tok, frame.cached_tok)
+            self.throughput.accepted(frame.id, frame.prompt_tok, frame.cached_tok)
         elif isinstance(frame, Done):
-            self.meter.done(time.monotonic(), frame.id, frame.completion_tok)
+            self.throughput.done(time.monotonic(), frame.id, frame.completion_tok)
 
     def _note_gap(self, frame: Tokens) -> None:
         now, number = time.monotonic(), frame.id
         if number in self._last_s:
             self.pace.gap(now, now - self._last_s[number])
         else:
-            self.meter.token(number)
+            self.throughput.token(number)
         if number in self._open:
             self._last_s[number] = now
 

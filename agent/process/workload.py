@@ -56,7 +56,7 @@ class _Open:
         self.left_tok, self.begun = left_tok, False
 
 
-class Meter:
+class Throughput:
     """One loader's requests from their beginning to their end."""
 
     def __init__(self, rows: int) -> None:

@@ -100,12 +100,12 @@ async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path
     async with running(tmp_path, fake("a")) as (pool, events):
         with pytest.raises(Retryable):
             await answer(pool, "a")
-        await pool.load("a")
+        await pool.orders.load("a")
         version, text = await answer(pool, "a")
         assert version
         assert len(text.split()) == 5
-        pid = pool.status()[0]["pid"]
-        await pool.unload("a")
+        pid = pool.inventory.status()[0]["pid"]
+        await pool.orders.unload("a")
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # type: ignore[arg-type]
         assert [e.reason for e in of(events, ModelEvicted)] == ["ordered"]
@@ -114,19 +114,19 @@ async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path
 
 async def test_loads_of_one_model_start_one_loader(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, events):
-        await asyncio.gather(*(pool.load("a") for _ in range(5)))
+        await asyncio.gather(*(pool.orders.load("a") for _ in range(5)))
         assert len(of(events, ModelLoaded)) == 1
 
 
 async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> None:
     models = [fake(n, need_bytes=40, fake_step_s=0.02) for n in "abc"]
     async with running(tmp_path, *models) as (pool, events):
-        await pool.load("a")
-        await pool.load("b")
+        await pool.orders.load("a")
+        await pool.orders.load("b")
         await answer(pool, "b")
         busy = asyncio.create_task(answer(pool, "a", tokens=60))
         await until(lambda: pool.views()[0].in_flight == 1)
-        await pool.load("c")
+        await pool.orders.load("c")
         (evicted,) = of(events, ModelEvicted)
         assert (
             evicted.model,
@@ -146,18 +146,18 @@ async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
         pool,
         _,
     ):
-        await pool.load("a")
+        await pool.orders.load("a")
         with pytest.raises(Refused, match="2 MB short of 10 MB; in use, pinned or just loaded: a"):
-            await pool.load("b")
-        assert pool.status()[1]["state"] == "cold", "room may come back"
-        assert "2 MB short" in str(pool.status()[1]["reason"])
+            await pool.orders.load("b")
+        assert pool.inventory.status()[1]["state"] == "cold", "room may come back"
+        assert "2 MB short" in str(pool.inventory.status()[1]["reason"])
         assert await answer(pool, "a")
 
 
 async def test_a_model_without_room_comes_when_there_is_some(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, fake_step_s=0.02), fake("b", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         busy = asyncio.create_task(answer(pool, "a", tokens=40))
         await until(lambda: pool.views()[0].in_flight == 1)
         assert not await pool.wanted("b", 0.3)
@@ -170,37 +170,37 @@ async def test_a_victim_that_dies_while_room_is_made_blocks_nobody(tmp_path: Pat
     """Its restart waits for the room that the load holds; the load must not wait for the slot the restart holds."""
     models = [fake(n, need_bytes=40) for n in ("v1", "v2")] + [fake("y", need_bytes=90)]
     async with running(tmp_path, *models) as (pool, _):
-        await pool.load("v1")
-        await pool.load("v2")
-        pid = pool.status()[1]["pid"]
-        loading = asyncio.create_task(pool.load("y"))
-        while pool.status()[0]["state"] == "ready":
+        await pool.orders.load("v1")
+        await pool.orders.load("v2")
+        pid = pool.inventory.status()[1]["pid"]
+        loading = asyncio.create_task(pool.orders.load("y"))
+        while pool.inventory.status()[0]["state"] == "ready":
             await asyncio.sleep(0)
         os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
         async with asyncio.timeout(15):
             with contextlib.suppress(Refused):
                 await loading
-            await until(lambda: all(s["state"] != "starting" for s in pool.status()))
+            await until(lambda: all(s["state"] != "starting" for s in pool.inventory.status()))
         assert await pool.wanted("v1", 15.0) or await pool.wanted("y", 15.0)
 
 
 async def test_an_order_is_finished_though_nobody_listens(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.02), fake("b", fake_step_s=0.02)) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         busy = asyncio.create_task(answer(pool, "a", tokens=30))
         await until(lambda: pool.views()[0].in_flight == 1)
-        order: asyncio.Task[Any] = asyncio.create_task(pool.unload("a"))
-        await until(lambda: pool.status()[0]["state"] == "draining")
+        order: asyncio.Task[Any] = asyncio.create_task(pool.orders.unload("a"))
+        await until(lambda: pool.inventory.status()[0]["state"] == "draining")
         order.cancel()
         await busy
-        await until(lambda: pool.status()[0]["state"] == "cold")
+        await until(lambda: pool.inventory.status()[0]["state"] == "cold")
         assert len(of(events, ModelEvicted)) == 1
-        order = asyncio.create_task(pool.load("a"))
+        order = asyncio.create_task(pool.orders.load("a"))
         await asyncio.sleep(0)
         order.cancel()
-        await until(lambda: pool.status()[0]["state"] == "ready")
-        order = asyncio.create_task(pool.swap("a", "b"))
-        await until(lambda: len(pool.swaps()) == 1)
+        await until(lambda: pool.inventory.status()[0]["state"] == "ready")
+        order = asyncio.create_task(pool.orders.swap("a", "b"))
+        await until(lambda: len(pool.orders.swaps()) == 1)
         order.cancel()
         await until(lambda: len(of(events, SwapFinished)) == 1)
         assert of(events, SwapFinished)[0].outcome == "flipped"
@@ -209,31 +209,31 @@ async def test_an_order_is_finished_though_nobody_listens(tmp_path: Path) -> Non
 
 async def test_stopping_in_the_middle_of_anything_leaves_no_process(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_load_s=0.5), fake("b", fake_load_s=0.5)) as (pool, _):
-        await pool.load("a")
-        pid = pool.status()[0]["pid"]
-        loading, swapping = asyncio.create_task(pool.load("b")), asyncio.create_task(pool.swap("a", "b"))
+        await pool.orders.load("a")
+        pid = pool.inventory.status()[0]["pid"]
+        loading, swapping = asyncio.create_task(pool.orders.load("b")), asyncio.create_task(pool.orders.swap("a", "b"))
         await asyncio.sleep(0.2)
         await pool.stop(0.0)
         await asyncio.gather(loading, swapping, return_exceptions=True)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # type: ignore[arg-type]
-        assert not [s for s in pool.status() if s["pid"]]
+        assert not [s for s in pool.inventory.status() if s["pid"]]
 
 
 async def test_a_model_that_loads_itself_cannot_be_swapped_in(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b", fake_load_s=0.5)) as (pool, _):
-        await pool.load("a")
-        loading = asyncio.create_task(pool.load("b"))
-        await until(lambda: pool.status()[1]["state"] == "starting")
+        await pool.orders.load("a")
+        loading = asyncio.create_task(pool.orders.load("b"))
+        await until(lambda: pool.inventory.status()[1]["state"] == "starting")
         with pytest.raises(Refused, match="or on its way"):
-            await pool.swap("a", "b")
+            await pool.orders.swap("a", "b")
         await loading
         assert await answer(pool, "a") != await answer(pool, "b")
 
 
 async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.005), fake("b", fake_step_s=0.005)) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         old, old_text = await answer(pool, "a", tokens=40)
         over, seen = False, set()
 
@@ -242,7 +242,7 @@ async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path)
                 seen.add(await answer(pool, "a", tokens=40))
 
         clients = [asyncio.create_task(client()) for _ in range(8)]
-        finished = await pool.swap("a", "b")
+        finished = await pool.orders.swap("a", "b")
         await asyncio.sleep(0.3)
         over = True
         await asyncio.gather(*clients)
@@ -256,19 +256,19 @@ async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path)
         )
         assert new == (await answer(pool, "b"))[0], "the new name answers too"
         assert [finished] == of(events, SwapFinished)
-        assert len([s for s in pool.status() if s["pid"]]) == 1
+        assert len([s for s in pool.inventory.status() if s["pid"]]) == 1
 
 
 async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path) -> None:
     missing = {"name": "b", "path": str(tmp_path / "none"), "need_bytes": 10, "preload": False}
     async with running(tmp_path, fake("a"), fake("slow", fake_step_s=1.0, probe_p99_s=0.2), missing) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         before = await answer(pool, "a")
-        finished = await pool.swap("a", "slow")
+        finished = await pool.orders.swap("a", "slow")
         assert finished.outcome == "failed"
         assert "took over 0.2 s" in finished.reason
         with pytest.raises(Refused, match="there is no folder"):
-            await pool.swap("a", "b")
+            await pool.orders.swap("a", "b")
         assert before == await answer(pool, "a")
         assert [e.outcome for e in of(events, SwapFinished)] == ["failed"]
 
@@ -276,14 +276,14 @@ async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path)
 async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_otherwise(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         with pytest.raises(Refused, match="no peer serves a meanwhile"):
-            await pool.swap("a", "b")
+            await pool.orders.swap("a", "b")
         assert await answer(pool, "a")
     async with running(tmp_path, *models, carried=True) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         old, _ = await answer(pool, "a")
-        finished = await pool.swap("a", "b")
+        finished = await pool.orders.swap("a", "b")
         assert finished.outcome == "flipped"
         assert old != (await answer(pool, "a"))[0]
 
@@ -293,45 +293,45 @@ async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_other
 )
 async def test_a_swap_that_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, why: str) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         with pytest.raises(Refused, match=why):
-            await pool.swap(old, new)
+            await pool.orders.swap(old, new)
 
 
 async def test_a_killed_loader_comes_back_and_says_so_while_others_answer(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.05), fake("b")) as (pool, events):
-        await pool.load("a")
-        await pool.load("b")
+        await pool.orders.load("a")
+        await pool.orders.load("b")
         stream = asyncio.create_task(answer(pool, "a", tokens=1000))
         await until(lambda: pool.views()[0].in_flight == 1)
-        os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        os.kill(pool.inventory.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
         with pytest.raises(Retryable, match="signal 9"):
             await stream
         assert (await answer(pool, "b"))[1]
         assert await pool.wanted("a", 15.0)
         assert await answer(pool, "a")
-        status = pool.status()[0]
+        status = pool.inventory.status()[0]
         assert (status["restarts"], status["last_exit"], status["state"]) == (1, "signal 9 (SIGKILL)", "ready")
         assert len(of(events, LoaderExited)) == 1
 
 
 async def test_a_loader_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.models.pool.CRASHES_BEFORE_GIVING_UP", 2)
+    monkeypatch.setattr("agent.models.lifecycle.CRASHES_BEFORE_GIVING_UP", 2)
     async with running(tmp_path, fake("a")) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         for number in (1, 2):
             await pool.wanted("a", 15.0)
             with contextlib.suppress(Retryable):
                 await answer(pool, "a", text="!crash")
             await until(lambda number=number: len(of(events, LoaderExited)) == number)  # type: ignore[misc]
-        await until(lambda: pool.status()[0]["state"] == "failed")
-        assert "given up" in str(pool.status()[0]["reason"])
+        await until(lambda: pool.inventory.status()[0]["state"] == "failed")
+        assert "given up" in str(pool.inventory.status()[0]["reason"])
         assert not await pool.wanted("a", 1.0)
 
 
 async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.01)) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         async with (
             pool.lease("a") as lease,
             contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers,
@@ -340,25 +340,25 @@ async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
                 if isinstance(answer, Tokens):
                     break
         assert pool.views()[0].in_flight == 0
-        first = await pool.windows()
+        first = await pool.inventory.windows()
         await asyncio.sleep(0.1)
-        second = await pool.windows()
+        second = await pool.inventory.windows()
         assert (second[0].decode_tok, second[0].steps) == (0, 0), "the engine is idle again"
         assert first[0].decode_tok >= 1
 
 
 async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
-        await pool.unload("a")
-        await pool.refresh()
+        await pool.orders.unload("a")
+        await pool.inventory.refresh()
         for _ in range(2):
-            (so_far,) = pool.windows_so_far()
+            (so_far,) = pool.inventory.windows_so_far()
             assert so_far.decode_tok == 7, "asked for again, it is still there"
-        (window,) = await pool.windows()
+        (window,) = await pool.inventory.windows()
         assert (window.model, window.decode_tok) == ("a", 7)
-        assert pool.windows_so_far() == []
+        assert pool.inventory.windows_so_far() == []
 
 
 async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
@@ -369,38 +369,38 @@ async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
 
 async def test_a_report_that_came_late_is_counted_with_the_next(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
-        loaded = pool._slots[0].loaded
+        loaded = pool._slots.named("a").loaded
         assert loaded is not None
         loaded.process._reports.append(Reported(decode_tok=100, queue_max=3, active_bytes=1))
-        (window,) = await pool.windows()
+        (window,) = await pool.inventory.windows()
         assert (window.decode_tok, window.queue_max) == (107, 3)
-        (window,) = await pool.windows()
+        (window,) = await pool.inventory.windows()
         assert window.decode_tok == 0
 
 
 async def test_who_gives_up_waiting_for_a_report_leaves_it_to_the_next(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
-        loaded = pool._slots[0].loaded
+        loaded = pool._slots.named("a").loaded
         assert loaded is not None
         loaded.process._reports.append(Reported(decode_tok=100))
-        asked = asyncio.create_task(pool.refresh())
+        asked = asyncio.create_task(pool.inventory.refresh())
         await asyncio.sleep(0)  # it has begun to wait
         asked.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asked
-        (window,) = await pool.windows()
-        (later,) = await pool.windows()
+        (window,) = await pool.inventory.windows()
+        (later,) = await pool.inventory.windows()
         assert window.decode_tok + later.decode_tok == 107
 
 
 async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
-        process = pool._slots[0].loaded.process  # type: ignore[union-attr]
+        await pool.orders.load("a")
+        process = pool._slots.named("a").loaded.process  # type: ignore[union-attr]
         process._reports.append(Reported(decode_tok=50))
         await process.stop(1.0)
         told = await process.report()
@@ -411,21 +411,21 @@ async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path:
 
 async def test_what_a_loader_said_late_is_counted_though_it_crashed(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
-        loaded = pool._slots[0].loaded
+        await pool.orders.load("a")
+        loaded = pool._slots.named("a").loaded
         assert loaded is not None
         loaded.process._reports.append(Reported(decode_tok=7))
         os.kill(loaded.process.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
-            while not pool.windows_so_far():
+            while not pool.inventory.windows_so_far():
                 await asyncio.sleep(0.02)
-        (window,) = await pool.windows()
+        (window,) = await pool.inventory.windows()
         assert window.decode_tok == 7
 
 
 async def test_done_says_how_it_ended(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         async with pool.lease("a") as lease:
             answers = [a async for a in lease.generate(ask("a", tokens=3))]
         assert isinstance(answers[-1], Done)
@@ -439,12 +439,12 @@ async def test_the_model_whose_absence_costs_least_leaves(tmp_path: Path) -> Non
     """Not the one that was used longest ago: it is asked for ten times as often."""
     models = [fake(n, need_bytes=40) for n in "abc"]
     async with running(tmp_path, *models) as (pool, events):
-        await pool.load("a")
-        await pool.load("b")
+        await pool.orders.load("a")
+        await pool.orders.load("b")
         for _ in range(10):
             await answer(pool, "a")
         await answer(pool, "b")
-        await pool.load("c")
+        await pool.orders.load("c")
         (evicted,) = of(events, ModelEvicted)
         assert (evicted.model, evicted.reason, evicted.for_model) == ("b", "memory", "c")
         assert evicted.idle_us is not None
@@ -453,8 +453,8 @@ async def test_the_model_whose_absence_costs_least_leaves(tmp_path: Path) -> Non
 
 async def test_what_was_evicted_and_is_missed_says_after_how_long(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, events):
-        await pool.load("a")
-        await pool.unload("a")
+        await pool.orders.load("a")
+        await pool.orders.unload("a")
         await asyncio.sleep(0.2)
         assert await pool.wanted("a", 15.0)
         await pool.wanted("a", 1.0)
@@ -466,12 +466,12 @@ async def test_what_was_evicted_and_is_missed_says_after_how_long(tmp_path: Path
 async def test_a_pinned_model_stays_until_it_is_unpinned(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
-        await pool.load("a")
-        pool.pin("a", pinned=True)
+        await pool.orders.load("a")
+        await pool.orders.pin("a", pinned=True)
         with pytest.raises(Refused, match="pinned or just loaded: a"):
-            await pool.load("b")
-        pool.pin("a", pinned=False)
-        await pool.load("b")
+            await pool.orders.load("b")
+        await pool.orders.pin("a", pinned=False)
+        await pool.orders.load("b")
 
 
 async def test_a_model_that_has_just_come_stays_for_a_while_but_not_against_an_order(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ async def test_a_model_that_has_just_come_stays_for_a_while_but_not_against_an_o
         began = time.monotonic()
         assert await pool.wanted("b", 15.0)
         assert time.monotonic() - began >= 0.9
-        await pool.load("a")
+        await pool.orders.load("a")
         assert time.monotonic() - began < 15.0
 
 
@@ -489,7 +489,7 @@ async def test_an_idle_model_leaves_after_its_keep_alive(tmp_path: Path) -> None
     models = [fake("stays"), fake("goes", keep_alive_s=0.3), fake("pinned", keep_alive_s=0.0, pinned=True)]
     async with running(tmp_path, *models, fake("at once", keep_alive_s=0.0)) as (pool, events):
         for name in ("stays", "goes", "pinned", "at once"):
-            await pool.load(name)
+            await pool.orders.load(name)
         await answer(pool, "goes")
         await pool.tend()
         await until(lambda: len(of(events, ModelEvicted)) == 1)
@@ -497,14 +497,14 @@ async def test_an_idle_model_leaves_after_its_keep_alive(tmp_path: Path) -> None
         await pool.tend()
         await until(lambda: len(of(events, ModelEvicted)) == 2)
         assert [(e.model, e.reason) for e in of(events, ModelEvicted)] == [("at once", "idle"), ("goes", "idle")]
-        assert [m["state"] for m in pool.status()] == ["ready", "cold", "ready", "cold"]
+        assert [m["state"] for m in pool.inventory.status()] == ["ready", "cold", "ready", "cold"]
 
 
 async def test_a_busy_model_makes_room_for_one_that_has_waited_long_enough(tmp_path: Path) -> None:
     """Its requests are finished, new ones wait, and it comes back when it is its turn again."""
     models = (fake("a", need_bytes=60, fake_step_s=0.01), fake("b", need_bytes=60, fake_step_s=0.01))
     async with running(tmp_path, *models, memory={"max_wait_s": 0.5}) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         over, served = False, {"a": 0, "b": 0}
 
         async def client(name: str) -> None:
@@ -532,18 +532,18 @@ async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> Non
     """The fake engines say what they hold; giving up the caches brings nothing back as long as they say so."""
     models = [fake("a", fake_held_bytes=70, fake_step_s=0.02), fake("b", fake_held_bytes=70)]
     async with running(tmp_path, *models, budget=100) as (pool, events):
-        await pool.load("a")
-        await pool.load("b")
+        await pool.orders.load("a")
+        await pool.orders.load("b")
         busy = asyncio.create_task(answer(pool, "a", tokens=100))
         await until(lambda: pool.views()[0].in_flight == 1)
         for name in "ab":
-            slot = pool._slot(name)
+            slot = pool._slots.named(name)
             assert slot.loaded is not None
             slot.loaded.process.working = Working(active_bytes=70)
         await pool.tend()
-        assert pool.pressure()["level"] == "hard"
+        assert pool.pressure["level"] == "hard"
         assert not pool.refusing
-        slot = pool._slot("a")
+        slot = pool._slots.named("a")
         assert slot.loaded is not None
         await until(lambda: slot.loaded is not None and _active(slot.loaded.process) == 1 << 20)
         slot.loaded.process.working = Working(active_bytes=170)
@@ -564,27 +564,27 @@ async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> Non
 async def test_an_active_loader_that_dies_while_a_standby_starts_is_started_again(tmp_path: Path) -> None:
     models = (fake("a"), fake("b", fake_load_s=3.0))
     async with running(tmp_path, *models) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         version, _ = await answer(pool, "a")
-        swapping = asyncio.create_task(pool.swap("a", "b"))
-        await until(lambda: bool(pool.swaps()) and pool.swaps()[-1]["phase"] == "starting")
-        os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        swapping = asyncio.create_task(pool.orders.swap("a", "b"))
+        await until(lambda: bool(pool.orders.swaps()) and pool.orders.swaps()[-1]["phase"] == "starting")
+        os.kill(pool.inventory.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
         await until(lambda: len(of(events, LoaderExited)) == 1)
         assert await pool.wanted("a", 2.5), "long before the swap is through"
         assert (await answer(pool, "a"))[0] == version
         assert (await swapping).outcome == "flipped"
         assert (await answer(pool, "a"))[0] != version
-        assert len([s for s in pool.status() if s["pid"]]) == 1
+        assert len([s for s in pool.inventory.status() if s["pid"]]) == 1
 
 
 async def test_many_swaps_leave_no_memory_of_themselves(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         for new in ("b", "a", "b"):
-            assert (await pool.swap("a", new)).outcome == "flipped"
-        status = pool.status()
+            assert (await pool.orders.swap("a", new)).outcome == "flipped"
+        status = pool.inventory.status()
         assert [m["names"] for m in status] == [["a", "b"]]
-        assert pool._swaps.maxlen is not None
+        assert pool.orders._swaps.maxlen is not None
         assert not pool._loaders.retiring
         assert not +pool._loaders.missed
 
@@ -593,26 +593,26 @@ async def test_however_many_wait_a_model_is_started_once_and_a_broken_one_not_ag
     missing = {"name": "gone", "path": str(tmp_path / "none"), "preload": False}
     async with running(tmp_path, fake("a"), missing) as (pool, events):
         starts = 0
-        describe = pool._store.describe
+        describe = pool._lifecycles.store.describe
 
         def counted(model: Any) -> Any:
             nonlocal starts
             starts += 1
             return describe(model)
 
-        pool._store.describe = counted  # type: ignore[method-assign]
+        pool._lifecycles.store.describe = counted  # type: ignore[method-assign]
         found = await asyncio.gather(*(pool.wanted("gone", 5.0) for _ in range(20)))
         assert not any(found)
         assert starts == 1
         assert all(await asyncio.gather(*(pool.wanted("a", 15.0) for _ in range(20))))
         assert (starts, len(of(events, ModelLoaded))) == (2, 1)
-        assert len(pool._tasks) < 5
+        assert len(pool._lifecycles.tasks) < 5
 
 
 async def test_what_can_never_come_is_refused_at_once(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, pinned=True), fake("big", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         began = time.monotonic()
         assert not await pool.wanted("big", 10.0)
         assert not pool.is_coming("big")
@@ -622,36 +622,36 @@ async def test_what_can_never_come_is_refused_at_once(tmp_path: Path) -> None:
 async def test_a_loader_that_dies_in_a_cold_swap_is_not_started_beside_the_new_one(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, fake_step_s=0.05), fake("b", need_bytes=60))
     async with running(tmp_path, *models, carried=True) as (pool, _):
-        await pool.load("a")
+        await pool.orders.load("a")
         with contextlib.suppress(Retryable):
             busy = asyncio.create_task(answer(pool, "a", tokens=200))
             await until(lambda: pool.views()[0].in_flight == 1)
-            swapping = asyncio.create_task(pool.swap("a", "b"))
-            await until(lambda: pool.status()[0]["state"] == "out of rotation")
-            os.kill(pool.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+            swapping = asyncio.create_task(pool.orders.swap("a", "b"))
+            await until(lambda: pool.inventory.status()[0]["state"] == "out of rotation")
+            os.kill(pool.inventory.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
             assert (await swapping).outcome == "flipped"
             await busy
         assert pool.views()[0].ready
         assert not pool._loaders.retiring
         children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
         assert [child.pid for child in children if "agent.loader" in " ".join(child.cmdline())] == [
-            pool.status()[0]["pid"]
+            pool.inventory.status()[0]["pid"]
         ]
 
 
 async def test_a_name_that_is_taken_leaves_the_others_of_its_slot(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b"), fake("c")) as (pool, _):
-        await pool.load("a")
-        assert (await pool.swap("a", "b")).outcome == "flipped"
-        await pool.unload("a")
-        await pool.load("c")
-        assert (await pool.swap("c", "b")).outcome == "flipped"
+        await pool.orders.load("a")
+        assert (await pool.orders.swap("a", "b")).outcome == "flipped"
+        await pool.orders.unload("a")
+        await pool.orders.load("c")
+        assert (await pool.orders.swap("c", "b")).outcome == "flipped"
         assert sorted(name for view in pool.views() for name in [view.name]) == ["a", "b", "c"]
 
 
 async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", keep_alive_s=0.4, fake_step_s=0.02)) as (pool, events):
-        await pool.load("a")
+        await pool.orders.load("a")
         await answer(pool, "a", tokens=40)
         await pool.tend()
         await asyncio.sleep(0.1)

@@ -17,7 +17,7 @@ from agent.process.prefixes import (
     text_of,
     unpacked,
 )
-from agent.process.workload import STALE_S, Meter
+from agent.process.workload import STALE_S, Throughput
 from agent.wire.frames import Embed, Generate, Message, Working
 
 KEY = prefix_key("the rack secret")
@@ -98,7 +98,7 @@ def test_a_table_keeps_the_latest_and_learns_how_many() -> None:
 
 
 def test_work_is_what_is_still_to_be_computed() -> None:
-    meter = Meter(rows=4)
+    meter = Throughput(rows=4)
     meter.begin(1, 100)
     meter.begin(2, 50)
     assert (meter.workload.requests, meter.workload.prefill_tok) == (2, 150)
@@ -116,7 +116,7 @@ def test_work_is_what_is_still_to_be_computed() -> None:
 
 
 def test_speed_follows_what_is_seen_and_is_forgotten() -> None:
-    meter = Meter(rows=4)
+    meter = Throughput(rows=4)
     for n in range(3):
         meter.worked(float(n), Working(decode_tok=80, decode_steps=80, decode_us=1_000_000))
     assert meter.speed(3.0).gap_us == pytest.approx(10_000, rel=0.01), "a row alone counts as less than a full batch"
@@ -142,7 +142,7 @@ class _Did(msgspec.Struct, frozen=True):
     )
 )
 def test_books_balance_whatever_comes_in_what_order(happened: list[_Did]) -> None:
-    meter, open_ones = Meter(rows=2), set()
+    meter, open_ones = Throughput(rows=2), set()
     for n, did in enumerate(happened):
         if did.what == "begin" and did.number not in open_ones:
             meter.begin(did.number, did.amount)

@@ -1,0 +1,68 @@
+"""What this node holds, as batches, reconcile and the status report it."""
+
+import time
+from collections.abc import Callable
+
+from agent.models import slot_view
+from agent.models.loaders import Loaders
+from agent.models.slot import Slots
+from agent.views import Actual
+from shared.records import EngineWindow, Resident
+
+
+class Inventory:
+    """A view of all slots; changes none of them."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        loaders: Loaders,
+        *,
+        fused: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._slots, self._loaders = slots, loaders
+        self._fused, self._clock = fused, clock
+
+    def residents(self) -> list[Resident]:
+        """What is in memory, for the batch."""
+        return [slot_view.resident(slot) for slot in self._slots if slot.life.phase != "cold"]
+
+    def status(self) -> list[dict[str, object]]:
+        """Every configured model, for display."""
+        now = self._clock()
+        return [slot_view.status(slot, now, fused=self._fused()) for slot in self._slots]
+
+    def actual(self) -> list[Actual]:
+        """Every model of this node, as reconcile sees it."""
+        return [slot_view.actual(slot) for slot in self._slots]
+
+    def path_of(self, name: str) -> str:
+        """The files behind a name that is in memory; "" for one that is not."""
+        slot = self._slots.named(name)
+        return slot.model.path if slot.loaded else ""
+
+    def stalled(self, limit_s: float) -> list[str]:
+        """Models whose loader has work and has made no progress for so long."""
+        return [s.name for s in self._slots if s.loaded is not None and s.loaded.process.silent_s > limit_s]
+
+    def reported_peak(self, name: str, peak_bytes: int) -> None:
+        """MLX's peak since a loader was last asked."""
+        slot = self._slots.find(name)
+        if slot is not None:
+            slot.peak_bytes = max(slot.peak_bytes, peak_bytes)
+
+    async def windows(self) -> list[EngineWindow]:
+        """What every loader did since the last call, those that ended meanwhile included."""
+        await self.refresh()
+        return self._loaders.windows()
+
+    def windows_so_far(self) -> list[EngineWindow]:
+        """What was received since the last window, and will be in the next one."""
+        return self._loaders.so_far()
+
+    async def refresh(self) -> None:
+        """Ask every loader what it did since it was last asked."""
+        for loaded in [*(slot.loaded for slot in self._slots), *self._loaders.retiring]:
+            if loaded is not None:
+                await self._loaders.take_window(loaded)

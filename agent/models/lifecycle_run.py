@@ -1,0 +1,232 @@
+"""Performs the effects of lifecycle.py on this node's slots, and feeds back what happened."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+from agent.config import AgentConfig
+from agent.files.modelstore import ModelStore
+from agent.models import lifecycle as life
+from agent.models.loaders import MARGIN_S, Loaders
+from agent.models.memory_watch import MemoryWatch
+from agent.models.room import Room
+from agent.models.slot import Loaded, Slot, Slots
+from agent.models.slot_view import loaded_event
+from agent.tasks import Tasks
+from shared.errors import RackError, Refused
+from shared.logs import get_logger
+from shared.records import Event, LoaderExited, ModelEvicted, ModelMissed
+
+NO_ROOM = ("no_memory", "no_process")
+"""Errors of a load that may go away by themselves; any other needs somebody."""
+
+log = get_logger("agent.models")
+
+
+class Lifecycles:
+    """The only writer of ``Slot.life`` and ``Slot.loaded``."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        store: ModelStore,
+        loaders: Loaders,
+        config: AgentConfig,
+        *,
+        budget_bytes: int,
+        emit: Callable[[Event], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int],
+    ) -> None:
+        self._slots, self.store, self.loaders = slots, store, loaders
+        self._drain_s = config.limits.request_s + MARGIN_S
+        self._emit = emit
+        self._clock = clock
+        self._wall_ms = wall_ms
+        self.tasks = Tasks()
+        self.watch: MemoryWatch | None = None
+        stays_s = config.memory.min_residency_s
+        self.room = Room(slots, budget_bytes=budget_bytes, min_residency_s=stays_s, evict=self._evict_for, clock=clock)
+
+    def feed(self, slot: Slot, event: life.Event) -> bool:
+        """One event into one slot's state machine, and its effects begun; False when it changed nothing."""
+        before = slot.life
+        slot.life, effects = life.step(before, event, self._clock())
+        for effect in effects:
+            self._perform(slot, effect)
+        if not slot.life.loader:
+            slot.loaded = None
+        if slot.life != before:
+            slot.notify()
+        return slot.life != before
+
+    def take_over(self, slot: Slot, event: life.Started | life.Flipped, loaded: Loaded) -> None:
+        """A loader that is in memory and warm; it serves if the slot still wants it. No await: the flip is atomic."""
+        slot.life, effects = life.step(slot.life, event, self._clock())
+        for effect in effects:
+            if isinstance(effect, life.Serve):
+                self._serve(slot, loaded, effect.loader)
+            elif isinstance(effect, life.Kill):
+                loaded.process.kill()
+        slot.notify()
+
+    async def load(self, slot: Slot, *, ordered: bool) -> None:
+        """Load it and wait for the outcome. Raises RackError; what is ``ordered`` may evict models just loaded."""
+        if self.feed(slot, life.Load()):
+            await self._start(slot, slot.life.attempt, ordered=ordered)
+
+    async def evict(self, slot: Slot, reason: str, for_model: str = "") -> None:
+        """Evict it, if it is ready and not claimed, and wait until its memory is back."""
+        before = slot.life.loader
+        if self.feed(slot, life.Evict(reason=reason, for_model=for_model)):
+            while slot.life.leaving == before:
+                await slot.changed.wait()
+
+    async def _evict_for(self, slot: Slot, for_model: str) -> None:
+        await self.evict(slot, "memory", for_model)
+
+    # ---- effects ----
+
+    def _perform(self, slot: Slot, effect: life.Effect) -> None:
+        match effect:
+            case life.Start():
+                if slot.life.claim != "load" or slot.life.retries:  # else the order performs it itself
+                    self.tasks.spawn(self._start_quietly(slot, effect.attempt))
+            case life.Retire():
+                loaded = slot.loaded
+                assert loaded is not None
+                self.loaders.retiring.append(loaded)  # from here on, or a stop in between would leave it behind
+                self.tasks.spawn(self._retire(slot, loaded, effect))
+            case life.Wake():
+                loop = asyncio.get_running_loop()
+                loop.call_later(max(0.0, effect.at_s - self._clock()), self.feed, slot, "due")
+            case life.Crashed():
+                self._crashed(slot, effect)
+            case life.GaveUp():
+                log.error("loader_given_up", model=slot.name, reason=effect.reason)
+            case life.Missed():
+                self._missed(slot, effect.departed)
+            case life.Turned():
+                turned = "model_closed" if effect.closed else "model_opened"
+                log.info(turned, model=slot.name, for_model=effect.for_model)
+            case life.Serve() | life.Kill():
+                raise AssertionError("needs a loader: see take_over")
+
+    async def _start_quietly(self, slot: Slot, attempt: int) -> None:
+        """A start nobody waits for: its failure is a state and a log line."""
+        with contextlib.suppress(RackError):
+            await self._start(slot, attempt, ordered=False)
+
+    async def _start(self, slot: Slot, attempt: int, *, ordered: bool) -> None:
+        """Read the files, make room, start the loader. Raises RackError, after the slot has been told."""
+        fault: life.Fault | None = "cancelled"
+        reason = "cancelled"
+        try:
+            loaded = await self._started(slot, ordered=ordered)
+            fault = None
+        except RackError as error:
+            fault, reason = _fault_of(error), error.message
+            log.warning("model_load_failed", model=slot.name, code=error.code, reason=reason)
+            raise
+        except Exception as error:
+            fault, reason = "unusable", f"load {slot.name}: {type(error).__name__}; the log has more"
+            log.error("model_load_failed", model=slot.name, exc_info=True)
+            raise Refused(reason, code="bad_model") from None
+        finally:
+            if fault:
+                self.feed(slot, life.StartFailed(attempt=attempt, fault=fault, reason=reason))
+        self.take_over(slot, life.Started(attempt=attempt, version=loaded.spec.version), loaded)
+
+    async def _started(self, slot: Slot, *, ordered: bool) -> Loaded:
+        began = self._clock()
+        if slot.life.claim == "swap":  # the swap has planned for both
+            assert slot.spec is not None
+            spec = slot.spec
+        else:
+            spec = slot.spec = await asyncio.to_thread(self.store.describe, slot.model)
+            await self.room.make(spec, slot.name, but=slot, ordered=ordered)
+            for other in self._slots:
+                if other.life.closed_for in slot.names:  # there is room without it
+                    self.feed(other, life.Close(for_model="", in_use=False, limit_s=0.0))
+        process = await self.loaders.start(spec)
+        now = self._clock()
+        return Loaded(slot.name, spec, process, now, now - began)
+
+    def _serve(self, slot: Slot, loaded: Loaded, number: int) -> None:
+        slot.loaded = loaded
+        slot.spec, slot.model = loaded.spec, loaded.spec.model
+        slot.peak_bytes, slot.keep_alive_s = 0, loaded.spec.model.keep_alive_s
+        self._slots.rename(slot, loaded.spec.model.name)
+        self.tasks.spawn(self._watched(slot, loaded, number))
+        if self.watch is not None and (told := self.watch.greet(loaded)) is not None:
+            self.tasks.spawn(told)
+        self._emit(loaded_event(slot, loaded, self._wall_ms(), fused=self.store.fused))
+        log.info("model_loaded", model=loaded.name, version=loaded.spec.version, seconds=round(loaded.load_s, 2))
+
+    async def _watched(self, slot: Slot, loaded: Loaded, number: int) -> None:
+        await loaded.process.ended.wait()
+        if not loaded.process.stopping:
+            self.feed(slot, life.Exited(loader=number, cause=loaded.process.cause))
+
+    def _crashed(self, slot: Slot, effect: life.Crashed) -> None:
+        loaded = slot.loaded
+        assert loaded is not None
+        event = LoaderExited(
+            t_ms=self._wall_ms(),
+            model=slot.name,
+            version=loaded.spec.version,
+            cause=effect.cause,
+            restarts=slot.life.restarts,
+        )
+        self._emit(event)
+        log.error("loader_exited", model=event.model, cause=event.cause, restarts=event.restarts)
+        self.tasks.spawn(self.loaders.take_window(loaded))  # what it reported late, and nobody has counted yet
+
+    async def _retire(self, slot: Slot, loaded: Loaded, effect: life.Retire) -> None:
+        """End a loader when its requests have ended; each has a deadline of its own."""
+        await self.loaders.retire(loaded, self._drain_s)
+        now, demand = self._clock(), slot.demand
+        event = ModelEvicted(
+            t_ms=self._wall_ms(),
+            model=slot.name,
+            version=loaded.spec.version,
+            reason=effect.reason,
+            for_model=effect.for_model,
+            bytes=loaded.spec.need_bytes,
+            age_us=int((now - loaded.since_s) * 1e6),
+            requests_last_hour=demand.last_hour(now),
+            idle_us=None if demand.last_s is None else int((now - demand.last_s) * 1e6),
+            reload_us=int(loaded.load_s * 1e6),
+        )
+        self._emit(event)
+        log.info("model_evicted", model=event.model, reason=event.reason, for_model=event.for_model)
+        self.feed(slot, life.Retired(loader=effect.loader))
+
+    def _missed(self, slot: Slot, gone: life.Departure) -> None:
+        event = ModelMissed(
+            t_ms=self._wall_ms(),
+            model=slot.name,
+            version=gone.version,
+            reason=gone.reason,
+            after_us=int((self._clock() - gone.at_s) * 1e6),
+        )
+        self._emit(event)
+        log.info("model_missed", model=event.model, reason=event.reason, after_s=round(event.after_us / 1e6, 1))
+
+    async def stop(self, drain_s: float) -> None:
+        """End every loader, after at most ``drain_s`` for requests in flight."""
+        for slot in self._slots:
+            slot.life, _ = life.step(slot.life, "stop", self._clock())
+        await self.tasks.cancel()
+        loaded = [*(slot.loaded for slot in self._slots if slot.loaded), *self.loaders.retiring]
+        await asyncio.gather(*(self.loaders.retire(one, drain_s) for one in loaded))
+        for slot in self._slots:
+            slot.loaded = None
+            slot.notify()
+
+
+def _fault_of(error: RackError) -> life.Fault:
+    if error.code in NO_ROOM:
+        return "no_room"
+    return "died" if error.code == "loader_died" else "unusable"

@@ -1,0 +1,168 @@
+"""What an operator, the desired state or the start of the agent orders: load, unload, swap, pin.
+
+An order once begun is finished, whether its caller still waits or not. Orders for one model run one after another.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from agent.config import AgentConfig, Model
+from agent.files.modelstore import ModelSpec
+from agent.files.probes import Probe
+from agent.models import lifecycle as life
+from agent.models.lifecycle_run import Lifecycles
+from agent.models.slot import Loaded, Slot, Slots
+from agent.models.swap_run import SwapRun
+from agent.models.warmup import hear
+from shared.errors import Refused, Retryable
+from shared.records import Event, SwapFinished
+
+KEPT_SWAPS = 20
+
+
+class Orders:
+    """``carried_by_peer`` tells whether another node serves a name now."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        lifecycles: Lifecycles,
+        config: AgentConfig,
+        *,
+        emit: Callable[[Event], None],
+        carried_by_peer: Callable[[str], bool],
+        wall_ms: Callable[[], int],
+    ) -> None:
+        self._slots, self._lifecycles = slots, lifecycles
+        self._models = {model.name: model for model in config.models}
+        self._request_s = config.limits.request_s
+        self._emit = emit
+        self._carried_by_peer = carried_by_peer
+        self._wall_ms = wall_ms
+        self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
+
+    def swaps(self) -> list[dict[str, str]]:
+        """The last swaps of this run, the newest last."""
+        return [run.view for run in self._swaps]
+
+    async def load(self, name: str, *, ordered: bool = True) -> ModelSpec:
+        """Bring a configured model into memory, evicting idle ones if need be. Raises Refused with the reason.
+
+        What is not ``ordered`` spares models that have just been loaded.
+        """
+        return await self._lifecycles.tasks.finish(self._load(name, ordered=ordered))
+
+    async def unload(self, name: str) -> None:
+        """Drain and stop a model's loader. Raises Refused when it is not in memory."""
+        await self._lifecycles.tasks.finish(self._unload(name))
+
+    async def swap(self, old: str, new: str) -> SwapFinished:
+        """Replace the files behind ``old`` by those of the configured model ``new`` without losing a request."""
+        model = self._models.get(new)
+        if model is None:
+            known = ", ".join(self._models)
+            raise Refused(f"swap {old} {new}: {new} is not configured; known: {known}", code="model_not_found")
+        return await self.swap_to(old, model)
+
+    async def swap_to(self, old: str, model: Model) -> SwapFinished:
+        """Replace the files behind ``old`` by those of ``model``, configured or not."""
+        return await self._lifecycles.tasks.finish(self._swap(old, model))
+
+    async def pin(self, name: str, *, pinned: bool) -> None:
+        """A pinned model leaves memory by order alone."""
+        self._slots.named(name).pinned = pinned
+
+    def adopt(self, model: Model) -> None:
+        """Serve a name that is not configured, or another model under a configured one that is not in memory."""
+        found = self._slots.find(model.name)
+        self._models[model.name] = model
+        if found is None:
+            self._slots.add(model)
+        elif found.loaded is None and not found.life.claim:
+            found.model, found.spec, found.pinned = model, None, model.pinned
+            self._lifecycles.feed(found, "adopt")
+
+    async def record_probes(self, name: str) -> tuple[Probe, ...]:
+        """A model's probes with the answers that it gives now. Raises RackError."""
+        slot = self._slots.named(name)
+        if not slot.ready or slot.loaded is None:
+            raise Retryable(f"model {name} is not ready on this node ({slot.life.state})", code="not_ready")
+        loaded = slot.loaded
+        loaded.process.in_flight += 1
+        try:
+            asked = loaded.spec.probes
+            heard = [await hear(loaded.process, probe.prompt, probe.max_tokens) for probe in asked]
+        finally:
+            loaded.process.in_flight -= 1
+        return tuple(
+            Probe(prompt=probe.prompt, answer=one.text, max_tokens=probe.max_tokens)
+            for probe, one in zip(asked, heard, strict=True)
+        )
+
+    async def _unclaimed(self, name: str) -> Slot:
+        """The slot behind a name, as soon as no other order or load is at work on it."""
+        while (slot := self._slots.named(name)).life.claim:
+            await slot.changed.wait()
+        return slot
+
+    async def _load(self, name: str, *, ordered: bool) -> ModelSpec:
+        while (slot := await self._unclaimed(name)).loaded is None:
+            await self._lifecycles.load(slot, ordered=ordered)
+        return slot.loaded.spec
+
+    async def _unload(self, name: str) -> None:
+        slot = await self._unclaimed(name)
+        if slot.loaded is None:
+            raise Refused(f"unload {name}: it is not in memory ({slot.life.state})", code="conflict")
+        await self._lifecycles.evict(slot, "ordered")
+
+    async def _swap(self, old: str, model: Model) -> SwapFinished:
+        slot, other = self._slots.named(old), self._slots.find(model.name)
+        if slot.life.claim:
+            raise Refused(f"swap {old}: it is loading or swapping already; see status", code="conflict")
+        if other is not slot and other is not None and (other.loaded is not None or other.life.claim):
+            reason = f"swap {old}: {model.name} is in memory itself, or on its way; unload it first"
+            raise Refused(reason, code="conflict")
+        if not self._lifecycles.feed(slot, "claim"):
+            reason = f"swap {slot.name}: it is not in memory ({slot.life.state}); load it first"
+            raise Refused(reason, code="conflict")
+        if other is not None and other is not slot:
+            self._lifecycles.feed(other, "reserve")
+        try:
+            return await self._performed(slot, model)
+        finally:
+            for one in {slot, other} - {None}:
+                assert one is not None
+                self._lifecycles.feed(one, "release")
+
+    async def _performed(self, slot: Slot, model: Model) -> SwapFinished:
+        spec = await asyncio.to_thread(self._lifecycles.store.describe, model)
+        old = slot.loaded
+        if old is not None and spec.version == old.spec.version:
+            raise Refused(f"swap {slot.name}: {model.name} is the version that serves already", code="conflict")
+        cold = await self._planned(slot, spec, model.name)
+        if old is None or slot.loaded is not old:
+            raise Refused(f"swap {slot.name}: its loader has just exited; try again", code="conflict")
+        run = self._run(slot, spec, old)
+        self._swaps.append(run)
+        finished = await run.run(cold=cold)
+        self._emit(finished)
+        return finished
+
+    async def _planned(self, slot: Slot, spec: ModelSpec, new: str) -> bool:
+        """Memory for the swap is planned; whether it has to be cold. Raises Refused when it cannot be had."""
+        how, short = self._lifecycles.room.for_swap(slot, spec)
+        if how == "hot":
+            await self._lifecycles.room.make(spec, new, ordered=True)
+            self._lifecycles.feed(slot, life.Planned(standby_bytes=spec.need_bytes))
+            return False
+        if not self._carried_by_peer(slot.name):
+            reason = f"swap {slot.name}: {short}, and no peer serves {slot.name} meanwhile"
+            raise Refused(reason, code="no_memory")
+        held = slot.loaded.spec.need_bytes if slot.loaded else 0
+        self._lifecycles.feed(slot, life.Planned(standby_bytes=max(0, spec.need_bytes - held)))
+        return True
+
+    def _run(self, slot: Slot, spec: ModelSpec, old: Loaded) -> SwapRun:
+        return SwapRun(self._lifecycles, slot, spec, old, request_s=self._request_s, wall_ms=self._wall_ms)

@@ -1,0 +1,355 @@
+"""The life of a served model: one loader outside a swap, every effect once, and rest after whatever happens."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.models import lifecycle
+from agent.models.lifecycle import (
+    AGAIN_S,
+    CRASHES_BEFORE_GIVING_UP,
+    Close,
+    Crashed,
+    Effect,
+    Event,
+    Evict,
+    Exited,
+    Fault,
+    Flipped,
+    GaveUp,
+    Idle,
+    Kill,
+    Life,
+    Load,
+    Missed,
+    Planned,
+    Retire,
+    Retired,
+    Serve,
+    Start,
+    Started,
+    StartFailed,
+    Turned,
+    Wake,
+    step,
+)
+
+UP, QUIET = Started(attempt=1, version="v1"), Load(retries=True)
+
+
+def play(*events: Event, now_s: float = 0.0) -> tuple[Life, list[Effect]]:
+    life, effects = Life(), list[Effect]()
+    for event in events:
+        life, more = step(life, event, now_s)
+        effects += more
+    return life, effects
+
+
+def failed(attempt: int, fault: Fault) -> StartFailed:
+    return StartFailed(attempt=attempt, fault=fault, reason="why")
+
+
+CASES: list[tuple[tuple[Event, ...], str, list[Any] | None]] = [
+    ((Load(),), "loading", [Start]),
+    ((Load(), Load()), "loading", [Start]),
+    ((Load(), UP), "ready", [Start, Serve]),
+    ((Load(), UP, Load()), "ready", [Start, Serve]),
+    ((Load(), failed(1, "no_room")), "cold", [Start]),
+    ((Load(), failed(1, "cancelled")), "cold", [Start]),
+    ((Load(), failed(1, "unusable")), "failed", [Start]),
+    ((Load(), failed(1, "died")), "failed", [Start]),
+    ((QUIET, failed(1, "died")), "backing_off", [Start, Wake]),
+    ((QUIET, failed(1, "died"), "due"), "loading", [Start, Wake, Start]),
+    ((Load(), UP, Evict(reason="ordered")), "draining", [Start, Serve, Retire]),
+    ((Load(), UP, Evict(reason="ordered"), Retired(loader=1)), "cold", [Start, Serve, Retire]),
+    ((Load(), UP, Evict(reason="ordered"), Retired(loader=7)), "draining", [Start, Serve, Retire]),
+    ((Load(), UP, Evict(reason="ordered"), "claim"), "draining", [Start, Serve, Retire]),
+    ((Load(), UP, Idle(idle_s=9.0, keep_alive_s=10.0)), "ready", [Start, Serve]),
+    ((Load(), UP, Idle(idle_s=10.0, keep_alive_s=10.0)), "draining", [Start, Serve, Retire]),
+    ((Load(), UP, Idle(idle_s=10.0, keep_alive_s=-1.0)), "ready", [Start, Serve]),
+    ((Load(), UP, Exited(loader=1, cause="x")), "backing_off", [Start, Serve, Crashed, Wake]),
+    ((Load(), UP, Exited(loader=1, cause="x"), "due"), "loading", [Start, Serve, Crashed, Wake, Start]),
+    ((Load(), UP, Exited(loader=1, cause="x"), Load()), "loading", [Start, Serve, Crashed, Wake, Start]),
+    ((Load(), UP, Exited(loader=3, cause="x")), "ready", [Start, Serve]),
+    ((Load(), UP, "claim", Evict(reason="memory")), "ready", [Start, Serve]),
+    ((Load(), UP, "claim", Flipped(version="v2"), "release"), "ready", [Start, Serve, Serve]),
+    ((Load(), UP, "claim", "leave_rotation", "withdraw", "release"), "backing_off", [Start, Serve, Wake]),
+    (
+        (Load(), UP, "claim", "leave_rotation", Exited(loader=1, cause="x")),
+        "draining",
+        [Start, Serve, Crashed],
+    ),
+    (
+        (Load(), UP, "claim", Exited(loader=1, cause="x"), "due", Flipped(version="v2")),
+        "ready",
+        [Start, Serve, Crashed, Wake, Start, Serve],
+    ),
+    (
+        (
+            *(Load(), UP, "claim", Exited(loader=1, cause="x"), "due", Flipped(version="v2")),
+            Started(attempt=2, version="v1"),
+        ),
+        "ready",
+        [Start, Serve, Crashed, Wake, Start, Serve, Kill],
+    ),
+    ((Load(), UP, "claim", Exited(loader=1, cause="x"), "due", "release"), "loading", None),
+    (("reserve", Load(), "release", Load()), "loading", [Start]),
+    ((Load(), failed(1, "unusable"), "adopt"), "cold", [Start]),
+    ((Load(), "stop", UP), "cold", [Start, Kill]),
+    ((Load(), UP, "stop", Load(), "due", Evict(reason="ordered")), "cold", [Start, Serve]),
+    (
+        (Load(), UP, Evict(reason="idle"), Retired(loader=1), "wanted", "wanted"),
+        "cold",
+        [Start, Serve, Retire, Missed],
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "phase", "kinds"), CASES)
+def test_each_event_in_each_phase(events: tuple[Event, ...], phase: str, kinds: list[Any] | None) -> None:
+    life, effects = play(*events)
+    assert life.phase == phase
+    if kinds is not None:
+        assert [type(effect) for effect in effects] == kinds
+
+
+def test_restart_delays_grow_and_end_in_giving_up() -> None:
+    life, now, delays = play(Load(), UP)[0], 0.0, []
+    for _ in range(CRASHES_BEFORE_GIVING_UP):
+        life, effects = step(life, Exited(loader=life.loader, cause="signal 9"), now)
+        wakes = [one for one in effects if isinstance(one, Wake)]
+        if not wakes:
+            break
+        delays.append(wakes[0].at_s - now)
+        assert step(life, "due", wakes[0].at_s - 0.01)[0] == life or delays[-1] == 0.0, "not before its time"
+        now = wakes[0].at_s
+        life, _ = step(life, "due", now)
+        life, _ = step(life, Started(attempt=life.attempt, version="v1"), now)
+    assert delays == [0.0, 0.5, 1.5, 3.5]
+    assert isinstance(effects[-1], GaveUp)
+    assert (life.phase, life.restarts) == ("failed", 5)
+    assert "5 times in 120 s (signal 9)" in life.reason
+
+
+def test_old_crashes_and_those_of_other_files_are_forgotten() -> None:
+    life = play(Load(), UP, Exited(loader=1, cause="x"), "due", Started(attempt=2, version="v1"))[0]
+    assert len(life.crashes) == 1
+    assert len(step(life, Exited(loader=2, cause="x"), 1000.0)[0].crashes) == 1
+    other = play(Load(), UP, Exited(loader=1, cause="x"), "due", Started(attempt=2, version="v2"))[0]
+    assert other.crashes == ()
+
+
+def test_a_load_without_room_is_not_tried_again_at_once() -> None:
+    life, _ = play(QUIET, failed(1, "no_room"), now_s=5.0)
+    assert (life.state, life.not_before_s) == ("cold", 5.0 + AGAIN_S)
+
+
+def test_a_closed_model_that_stays_in_use_is_opened_for_a_while() -> None:
+    life = play(Load(), UP)[0]
+    close = Close(for_model="b", in_use=True, limit_s=10.0)
+    life, effects = step(life, close, 0.0)
+    assert (life.closed_for, effects) == ("b", (Turned(closed=True, for_model="b"),))
+    assert step(life, close, 10.0) == (life, ())
+    life, effects = step(life, close, 10.5)
+    assert (life.closed_for, life.open_until_s, effects) == ("", 20.5, (Turned(closed=False, for_model="b"),))
+    life = play(Load(), UP, close, Evict(reason="memory"), Retired(loader=1))[0]
+    assert life.closed_for == "", "what has left memory may come back"
+
+
+# ---- any history ----
+
+SIGNALS = st.sampled_from(
+    ["due", "wanted", "adopt", "claim", "reserve", "release", "leave_rotation", "withdraw", "stop"]
+)
+FAULTS = st.sampled_from(["no_room", "died", "unusable", "cancelled"])
+VERSIONS, NUMBERS = st.sampled_from(["v1", "v2"]), st.integers(0, 6)
+EVENTS = st.one_of(
+    SIGNALS,
+    st.builds(Load, retries=st.booleans()),
+    st.builds(Started, attempt=NUMBERS, version=VERSIONS),
+    st.builds(StartFailed, attempt=NUMBERS, fault=FAULTS, reason=st.just("why")),
+    st.builds(Exited, loader=NUMBERS, cause=st.just("x")),
+    st.builds(Evict, reason=st.sampled_from(["ordered", "memory", "pressure"])),
+    st.builds(Idle, idle_s=st.floats(0, 20), keep_alive_s=st.sampled_from([-1.0, 0.0, 10.0])),
+    st.builds(Retired, loader=NUMBERS),
+    st.builds(Planned, standby_bytes=st.integers(0, 9)),
+    st.builds(Flipped, version=VERSIONS),
+    st.builds(Close, for_model=st.sampled_from(["", "b"]), in_use=st.booleans(), limit_s=st.just(5.0)),
+)
+HISTORIES = st.lists(st.tuples(EVENTS, st.floats(0, 3)), max_size=60)
+
+
+def test_events_of_every_kind_are_tried() -> None:
+    """Also those of a kind that is added later."""
+    named = {name for name in vars(lifecycle) if name in str(lifecycle.Event)}
+    assert {"Load", "Started", "StartFailed", "Exited", "Evict", "Idle", "Retired", "Planned", "Flipped"} <= named
+
+
+@given(HISTORIES)
+def test_any_list_of_events_keeps_one_loader_and_does_each_thing_once(history: list[tuple[Event, float]]) -> None:
+    """Foreign, late and repeated events included."""
+    life, now, effects = Life(), 0.0, list[Effect]()
+    for event, later_s in history:
+        now += later_s
+        life, more = step(life, event, now)
+        effects += more
+        loaders = [number for number in (life.loader, life.attempt) if number]
+        assert len(loaders) <= (2 if life.claim == "swap" else 1), "one loader, or one on its way, outside a swap"
+        assert not (life.attempt and life.attempt in life.abandoned)
+        assert (life.phase == "ready") <= bool(life.loader)
+        assert (life.claim == "load") == (bool(life.attempt) and life.claim != "swap")
+        assert (life.claim == "evict") == bool(life.leaving)
+        assert life.in_rotation or life.claim == "swap"
+        if not life.stopped and life.phase == "backing_off":
+            assert any(isinstance(one, Wake) and one.at_s == life.not_before_s for one in effects), "somebody wakes it"
+    once = Counter(repr(one) for one in effects if isinstance(one, Start | Serve | Kill | Retire | Crashed))
+    assert not once or max(once.values()) == 1
+    served = {one.loader for one in effects if isinstance(one, Serve)}
+    assert not served & {one.attempt for one in effects if isinstance(one, Kill)}
+
+
+@given(HISTORIES)
+def test_every_state_comes_to_rest(history: list[tuple[Event, float]]) -> None:
+    """Once outcomes arrive and nothing new is asked for, nothing is left under way."""
+    life, now = Life(), 0.0
+    for event, later_s in history:
+        now += later_s
+        life, _ = step(life, event, now)
+    for _ in range(60):
+        answer: Event | None = _answer(life)
+        if answer is None:
+            break
+        now = max(now, life.not_before_s)
+        life, _ = step(life, answer, now)
+    assert (life.claim, life.attempt, life.leaving, life.abandoned) == ("", 0, 0, frozenset())
+    assert life.phase in ("cold", "ready", "failed")
+    assert life.phase != "ready" or life.loader
+
+
+def _answer(life: Life) -> Event | None:
+    """What a world in which everything works would report next."""
+    if life.attempt:
+        return Started(attempt=life.attempt, version="v1")
+    if life.abandoned:
+        return StartFailed(attempt=min(life.abandoned), fault="cancelled", reason="")
+    if life.leaving:
+        return Retired(loader=life.leaving)
+    if life.claim in ("swap", "reserved"):
+        return "release"
+    return "due" if life.phase == "backing_off" else None
+
+
+# ---- a brute-force model: processes that really run, and what a bystander sees of them ----
+
+
+@dataclass
+class World:
+    """Runs effects against made-up processes and remembers all that ever happened, nothing else."""
+
+    dice: random.Random
+    life: Life = field(default_factory=Life)
+    now_s: float = 0.0
+    starting: set[int] = field(default_factory=set)
+    running: dict[int, str] = field(default_factory=dict)
+    draining: set[int] = field(default_factory=set)
+    serving: int = 0
+    wakes: list[float] = field(default_factory=list)
+    crashes: list[float] = field(default_factory=list)
+    exits: int = 0
+    gave_up: bool = False
+
+    def feed(self, event: Event) -> None:
+        self.life, effects = step(self.life, event, self.now_s)
+        for effect in effects:
+            self._perform(effect, event)
+
+    def _perform(self, effect: Effect, event: Event) -> None:
+        match effect:
+            case Start():
+                self.starting.add(effect.attempt)
+                self.gave_up = False
+            case Serve():
+                version = event.version if isinstance(event, Started | Flipped) else ""
+                if self.serving and version != self.running.get(self.serving, version):
+                    self.crashes.clear()
+                if self.serving in self.running and self.serving != effect.loader:
+                    self.draining.add(self.serving)
+                self.running[effect.loader], self.serving = version, effect.loader
+            case Kill():
+                self.running.pop(effect.attempt)
+            case Retire():
+                self.draining.add(effect.loader)
+                self.serving = 0
+            case Wake():
+                self.wakes.append(effect.at_s)
+            case Crashed():
+                self.serving = 0
+                self.exits += 1
+            case GaveUp():
+                self.gave_up = True
+            case _:
+                pass
+
+    def anything(self) -> None:
+        """One random thing that the world or a caller could do now."""
+        self.now_s += self.dice.choice((0.0, 0.1, 1.0, 30.0))
+        for at_s in [one for one in self.wakes if one <= self.now_s]:
+            self.wakes.remove(at_s)
+            self.feed("due")
+        self.dice.choice((self._ask, self._ask, self._outcome, self._outcome, self._crash, self._drained, self._swap))()
+
+    def _ask(self) -> None:
+        self.feed(self.dice.choice((Load(), QUIET, Evict(reason="memory"), "wanted", Idle(idle_s=9, keep_alive_s=5))))
+
+    def _outcome(self) -> None:
+        if not self.starting:
+            return
+        attempt = self.dice.choice(sorted(self.starting))
+        self.starting.discard(attempt)
+        if self.dice.random() < 0.7:
+            self.running[attempt] = "v1"
+            self.feed(Started(attempt=attempt, version="v1"))
+        else:
+            fault: Fault = self.dice.choice(("no_room", "died", "unusable"))
+            self.feed(StartFailed(attempt=attempt, fault=fault, reason="why"))
+
+    def _crash(self) -> None:
+        if self.serving:
+            number = self.serving
+            del self.running[number]
+            self.feed(Exited(loader=number, cause="signal 9"))
+
+    def _drained(self) -> None:
+        for number in sorted(self.draining):
+            self.draining.discard(number)
+            self.running.pop(number, None)
+            self.feed(Retired(loader=number))
+
+    def _swap(self) -> None:
+        if self.life.claim != "swap":
+            self.feed("claim")
+        elif self.dice.random() < 0.5:
+            self.feed(Flipped(version=self.dice.choice(("v1", "v2"))))
+        else:
+            self.feed("release")
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_a_thousand_random_histories_agree_with_processes_that_are_counted(block: int) -> None:
+    for seed in range(block * 100, block * 100 + 100):
+        world = World(random.Random(seed))
+        for _ in range(80):
+            world.anything()
+            life = world.life
+            assert life.loader == world.serving, "who serves is who runs"
+            assert (life.loader in world.running) == bool(life.loader)
+            assert life.restarts == world.exits
+            assert world.starting == ({life.attempt} if life.attempt else set()) | life.abandoned
+            alive = set(world.running) - world.draining
+            assert alive == ({life.loader} if life.loader else set()), "no process that nobody knows of"
+            assert (life.phase == "failed" and "given up" in life.reason) <= world.gave_up
