@@ -297,8 +297,8 @@ def test_a_config_that_names_itself_is_refused(tmp_path: Path) -> None:
     assert agent.process.wait(20) == os.EX_CONFIG
     said = agent.output()
     agent.stop()
-    assert "names this node itself" in said
-    assert "the same url" in said
+    assert "lists this node itself" in said
+    assert "duplicate url" in said
 
 
 def test_every_request_has_an_id_and_a_decision(tmp_path: Path) -> None:
