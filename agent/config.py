@@ -288,7 +288,7 @@ def _check_listen(config: AgentConfig) -> list[str]:
     if is_loopback(config.listen.host) or config.keys:
         return []
     remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
-    open_to = f"{config.listen.host} is reachable from other machines, and there is no [[keys]] entry"
+    open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
     return [f"listen.host: {open_to}; {remedy}"]
 
 
