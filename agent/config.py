@@ -1,5 +1,5 @@
-"""The agent's configuration: its shape, its defaults and what types cannot check. docs/configuration.md is tested
-against this module."""
+"""The agent's configuration: schema, defaults and the checks that types cannot express. docs/configuration.md is
+tested against this module."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ from shared.secrets import is_reference
 
 DEFAULT_PORT = 8470
 STORED = "store:"
-"""A model's path that begins so is a name in the model store, with or without @VERSION."""
+"""Prefix of a model path that names a model in the model store, with or without @VERSION."""
 _LOOPBACK = ("127.", "::1", "localhost")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -43,35 +43,35 @@ SNMP_NUMBERS = {
     "servertech_cord": 2,
     "sensor": 1,
 }
-"""How many numbers name an outlet of each kind that is read by SNMP: APC's device or outlet, Raritan's PDU and outlet,
-Server Technology's unit and cord, a sensor's index."""
+"""How many numbers identify an outlet, by kind read over SNMP: APC's device or outlet, Raritan's PDU and outlet, Server
+Technology's unit and cord, a sensor's index."""
 Positive = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who this machine is."""
+    """The identity of this machine."""
 
     id: str
     rack: str
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where clients and peers connect. Beyond loopback only with keys."""
+    """The address that clients and peers connect to. Addresses beyond loopback require keys."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Folders; "" takes the platform's default (docs/configuration.md)."""
+    """Folders; "" uses the platform's default (docs/configuration.md)."""
 
     state: str = ""
     logs: str = ""
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A client's API key: the id that reports show, and the sha256 of the key; never the key."""
+    """A client's API key: the id that reports show, and the SHA-256 of the key; never the key."""
 
     id: str
     sha256: str
@@ -85,8 +85,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The rack around this node. ``secret`` is a reference to what all nodes share; requests between them are signed
-    with it. A peer that misses three beats of ``beat_s`` is down. The desired state may name other peers."""
+    """The rack's nodes. ``secret`` is a reference to their shared secret; requests between nodes are signed with it. A
+    peer that misses three heartbeats, ``beat_s`` apart, is down. The desired state may name other peers."""
 
     secret: str = ""
     beat_s: Seconds = 1.0
@@ -95,15 +95,15 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model this node can serve. ``path`` is an mlx-lm model folder, or a BERT-class encoder's; ``store:NAME`` (or
-    ``store:NAME@VERSION``) is one that was pulled into the model store.
+    ``store:NAME@VERSION``) refers to one that was pulled into the model store.
 
-    ``rows`` requests are decoded together; ``rows`` times ``plan_context_tok`` tokens is what all of them may hold at
-    a time, and so also the longest context of one. Rows that decode wait at most about ``stall_s`` for a piece of a
-    prompt, which has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` are for the states of earlier prompts in
-    memory, ``disk_cache_bytes`` for those on disk, which survive a restart (0 keeps none).
-    ``probes`` is a file of questions with recorded answers that a standby must give before it takes over, each of its
-    timed requests within ``probe_p99_s``. A model that nobody used for ``keep_alive_s`` leaves memory; 0 at once, -1
-    never. ``need_bytes`` overrides what is planned from the files.
+    Up to ``rows`` requests are decoded together; they may hold ``rows`` times ``plan_context_tok`` tokens in total,
+    which is also the longest context of one. Decoding rows wait at most about ``stall_s`` for a prefill chunk, which
+    has at most ``prefill_chunk_tok`` tokens. ``cache_bytes`` bounds the prompt cache in memory, ``disk_cache_bytes``
+    the one on disk, which survives a restart (0 disables it).
+    ``probes`` is a file of questions with recorded answers that a standby must reproduce before it takes over, each
+    of its timed requests within ``probe_p99_s``. A model unused for ``keep_alive_s`` is evicted; 0 evicts it at once,
+    -1 never. ``need_bytes`` overrides the memory plan computed from the files.
     """
 
     name: str
@@ -131,8 +131,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How often a window is closed and how often segments are sent; what the spool may hold meanwhile. Temperatures,
-    power and memory are looked at every ``poll_s`` in between."""
+    """How often a window is closed and how often segments are uploaded; how much the spool may hold meanwhile.
+    Temperatures, power and memory are polled every ``poll_s`` in between."""
 
     sample_s: Seconds = 60.0
     poll_s: Annotated[float, Meta(ge=0.2, le=5)] = 2.0
@@ -142,12 +142,12 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A metered outlet, read by this node for the rack: configure each on one node only. ``nodes`` hang on it; a number
-    that several share is told as it is, and never divided.
+    """A metered outlet, read by this node for the rack: configure each on one node only. It powers ``nodes``; a reading
+    that several share is reported as measured, and never divided.
 
     ``kind`` is shelly (Switch, generation 2 and later), shelly_pm1, shelly_em1, shelly_gen1 or tasmota, with ``at`` a
-    url and ``channel`` the outlet; or by SNMP apc_device, apc_legacy, apc_outlet, raritan_outlet, raritan_inlet,
-    servertech_cord or sensor (RFC 3433), with ``at`` an address and ``numbers`` what names the outlet there.
+    url and ``channel`` the outlet; or over SNMP apc_device, apc_legacy, apc_outlet, raritan_outlet, raritan_inlet,
+    servertech_cord or sensor (RFC 3433), with ``at`` an address and ``numbers`` the outlet's identifiers there.
     ``secret`` is a reference to the password or the community; ``scale`` is watts per unit of an APC outlet.
     """
 
@@ -163,10 +163,10 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what clients may ask and how long things may take.
+    """Limits on client requests and on how long operations may take.
 
-    A loader that has work and makes no progress for ``progress_s`` turns /live to 503; after ``stuck_s`` it is ended
-    and started again.
+    A loader that has work and makes no progress for ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog
+    ends it and starts it again.
     """
 
     body_bytes: Annotated[int, Meta(gt=0, le=16 << 20)] = 10 << 20
@@ -183,12 +183,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``budget_bytes`` for all models together; 0 takes what the GPU reports, else the share of the machine's memory
+    """``budget_bytes`` for all models together; 0 uses what the GPU reports, else the share of the machine's memory
     that Metal would recommend.
 
-    A model leaves for another only after ``min_residency_s`` in memory (or as long as its loading took). When requests
-    for a model that is not in memory have waited ``max_wait_s``, one in use takes no new requests and makes room.
-    The guard acts when models hold the share ``soft`` of the budget, and more from ``hard`` on.
+    A model is evicted for another only after ``min_residency_s`` in memory (or as long as its loading took). When
+    requests for a model that is not resident have waited ``max_wait_s``, one in use is drained to make room.
+    The memory guard acts when models hold the share ``soft`` of the budget, and more strongly from ``hard`` on.
     """
 
     budget_bytes: Annotated[int, Meta(ge=0)] = 0
@@ -200,27 +200,27 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class Shelf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Models on disk: the folder into which they are pulled ("" is models in the state folder) and how many bytes it
-    may hold (0 leaves that to the disk)."""
+    may hold (0: limited by the disk only)."""
 
     path: str = ""
     disk_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How often the node looks for a newer desired state in the bucket."""
+    """How often the node polls the bucket for a newer desired state."""
 
     follow_s: Seconds = 60.0
 
 
 class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """States of prompts on disk, for models with ``disk_cache_bytes``. They hold prompts, so they are encrypted;
-    ``secret`` is a reference to what the keys are made from (at least 32 random characters), kept elsewhere."""
+    """The prompt cache on disk, for models with ``disk_cache_bytes``. It holds prompts, so it is encrypted; ``secret``
+    is a reference to the secret that keys are derived from (at least 32 random characters), kept elsewhere."""
 
     secret: str = ""
 
 
 class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``threads`` of the CPU's BLAS in each loader; 0 divides the cores between the models. Linux only."""
+    """``threads`` of the CPU's BLAS in each loader; 0 divides the cores among the models. Linux only."""
 
     threads: Annotated[int, Meta(ge=0)] = 0
 
@@ -247,17 +247,17 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Whether ``host`` is reachable from this machine only."""
     return host.startswith(_LOOPBACK)
 
 
 def hash_key(key: str) -> str:
-    """What the configuration holds of an API key."""
+    """The hash that the configuration holds for an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def check(config: AgentConfig) -> Sequence[str]:
-    """Every problem that types cannot say, with key paths."""
+    """Every problem that types cannot express, with key paths."""
     return [
         *_check_names(config),
         *_check_listen(config),
@@ -287,14 +287,14 @@ def _check_names(config: AgentConfig) -> list[str]:
 def _check_listen(config: AgentConfig) -> list[str]:
     if is_loopback(config.listen.host) or config.keys:
         return []
-    remedy = "make one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
-    open_to = f"{config.listen.host} can be reached from other machines, and there is no [[keys]] entry"
+    remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
+    open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
     return [f"listen.host: {open_to}; {remedy}"]
 
 
 def _check_keys(keys: Sequence[Key]) -> list[str]:
     return [
-        f"keys[{n}].sha256: is not a sha256 in hex; `mlxrack-agent new-key NAME` prints one"
+        f"keys[{n}].sha256: must be a SHA-256 in hex; `mlxrack-agent new-key NAME` prints one"
         for n, key in enumerate(keys)
         if not _SHA256.fullmatch(key.sha256)
     ]
@@ -304,17 +304,17 @@ def _check_peers(config: AgentConfig) -> list[str]:
     peers, found = config.peers, []
     ids = [p.id for p in peers.nodes]
     if config.node.id in ids:
-        found.append(f"peers.nodes: names this node itself ({config.node.id!r}); leave it out")
-    found += [f"peers.nodes: {i!r} stands there twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+        found.append(f"peers.nodes: lists this node itself ({config.node.id!r}); remove it")
+    found += [f"peers.nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]
     found += [
-        f"peers.nodes[{n}].url: begins with http:// or https://"
+        f"peers.nodes[{n}].url: must begin with http:// or https://"
         for n, p in enumerate(peers.nodes)
         if not p.url.startswith(("http://", "https://"))
     ]
     urls = [p.url.rstrip("/") for p in peers.nodes]
-    found += [f"peers.nodes: two peers have the same url, {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
+    found += [f"peers.nodes: duplicate url {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
     if peers.nodes and not peers.secret:
-        found.append("peers.secret: is required with peers; all nodes share it")
+        found.append("peers.secret: is required with peers; use the same secret on all nodes")
     if peers.secret and not is_reference(peers.secret):
         found.append(f"peers.secret: {REFERENCE_HINT}")
     return found
@@ -325,23 +325,23 @@ def _check_disk_cache(config: AgentConfig) -> list[str]:
     if secret and not is_reference(secret):
         return [f"disk_cache.secret: {REFERENCE_HINT}"]
     if not secret and any(m.disk_cache_bytes for m in config.models):
-        return ["disk_cache.secret: is required with disk_cache_bytes; what is kept there are prompts"]
+        return ["disk_cache.secret: is required with disk_cache_bytes, because the disk cache holds prompts"]
     return []
 
 
 def _check_meters(meters: Sequence[Meter]) -> list[str]:
     names = [m.name for m in meters]
-    found = [f"meters: {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    found = [f"meters: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
     for n, meter in enumerate(meters):
         numbers = SNMP_NUMBERS.get(meter.kind)
         if numbers is None and not meter.at.startswith(("http://", "https://")):
-            found.append(f"meters[{n}].at: begins with http:// or https:// for {meter.kind}")
+            found.append(f"meters[{n}].at: must begin with http:// or https:// for {meter.kind}")
         if numbers is not None and "://" in meter.at:
-            found.append(f"meters[{n}].at: is an address for {meter.kind}, like 10.0.0.9 or 10.0.0.9:161")
+            found.append(f"meters[{n}].at: must be an address for {meter.kind}, like 10.0.0.9 or 10.0.0.9:161")
         if numbers is not None and len(meter.numbers) != numbers:
-            found.append(f"meters[{n}].numbers: {meter.kind} is named by {numbers} of them")
+            found.append(f"meters[{n}].numbers: {meter.kind} needs {numbers}, got {len(meter.numbers)}")
         if not meter.nodes:
-            found.append(f"meters[{n}].nodes: is required; which nodes hang on it?")
+            found.append(f"meters[{n}].nodes: is required; list the nodes that it powers")
         if meter.secret and not is_reference(meter.secret):
             found.append(f"meters[{n}].secret: {REFERENCE_HINT}")
     return found
@@ -349,7 +349,7 @@ def _check_meters(meters: Sequence[Meter]) -> list[str]:
 
 def _check_models(models: Sequence[Model]) -> list[str]:
     names = [m.name for m in models]
-    found = [f"models: {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    found = [f"models: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
     return found + [
         f"models[{n}].path: is required (the model's folder)"
         for n, m in enumerate(models)

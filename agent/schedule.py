@@ -1,7 +1,7 @@
-"""What runs when, on one page.
+"""The agent's periodic jobs and their schedule, on one page.
 
-Most of it by the wall clock. What others depend on from second to second goes by the loop's own clock, which nobody
-sets.
+Most run by the wall clock. Jobs that others depend on from second to second run by the event loop's monotonic clock,
+which nobody sets.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from agent.config import AgentConfig
 from shared.logs import get_logger
 
 TEND_S = 1.0
-"""How often the models in memory are looked after."""
+"""How often the pool maintains its resident models."""
 JUMP_S = 1.0
-"""What a clock that is kept by NTP never does between two looks."""
+"""An NTP-disciplined wall clock never moves by more between two checks."""
 
 Scheduler = AsyncIOScheduler
 
@@ -27,8 +27,8 @@ log = get_logger("agent.schedule")
 
 
 class Job(NamedTuple):
-    """Something done every ``every_s`` seconds; a run that is late or still going is skipped, never doubled. The first
-    is after that time and ``later_s``, or at once."""
+    """Runs every ``every_s`` seconds; a run that is late or still running is skipped, never doubled. The first run is
+    after that time plus ``later_s``, or at once."""
 
     name: str
     every_s: float
@@ -49,16 +49,16 @@ def jobs(
     window_s = config.telemetry.sample_s
     return (
         Job("sample", window_s, sample),
-        # between two windows' ends, never at one
+        # between two windows' ends, never on one
         Job("keep", window_s / 4, keep, later_s=-window_s / 8),
-        # a little after a window's end, so that the window is in it
+        # shortly after a window's end, so that the upload includes it
         Job("push", config.telemetry.upload_s, push, later_s=min(2.0, config.telemetry.upload_s / 4)),
         Job("follow", config.desired.follow_s, follow, at_once=True),
     )
 
 
 def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
-    """A running scheduler; the caller shuts it down."""
+    """Start a scheduler; the caller shuts it down."""
     scheduler = AsyncIOScheduler(timezone=dt.UTC)
     now = dt.datetime.now(dt.UTC)
     for job in table:
@@ -76,8 +76,8 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
 
 
 def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:
-    """Every job's next run counts from now: the wall clock has been set, and what was due then is hours away, or
-    long past."""
+    """Reschedule every job from now: the wall clock was set, so the next runs are hours away or long
+    past."""
     now = dt.datetime.now(dt.UTC)
     for job in table:
         first = now + dt.timedelta(seconds=job.every_s + job.later_s)
@@ -86,7 +86,7 @@ def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:
 
 
 class ClockWatch:
-    """Notices that the wall clock was set. ``on_jump`` hears by how many seconds."""
+    """Detects that the wall clock was set; ``on_jump`` receives the difference in seconds."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class ClockWatch:
         self._offset_s = wall() - clock()
 
     def look(self) -> None:
-        """To be called every few seconds."""
+        """Call this every few seconds."""
         offset_s = self._wall() - self._clock()
         jump_s, self._offset_s = offset_s - self._offset_s, offset_s
         if abs(jump_s) > JUMP_S:
@@ -108,7 +108,7 @@ class ClockWatch:
 
 
 async def steadily(job: Job) -> None:
-    """Run one job by the loop's clock until cancelled. One that fails is logged and runs again."""
+    """Run one job by the loop's clock until cancelled. A failure is logged, and the job runs again."""
     while True:
         try:
             await job.run()

@@ -1,4 +1,4 @@
-"""What rooms tell each other of nodes and models: plain facts, no behaviour."""
+"""What packages exchange about nodes and models: plain data, no behaviour."""
 
 from collections.abc import Container, Mapping
 from typing import Annotated
@@ -7,22 +7,22 @@ import msgspec
 from msgspec import Meta
 
 Sent = tuple[int, int]
-"""Requests, and tokens of their prompts, that a node got since it last said what it has, less what has ended."""
+"""Requests, and tokens of their prompts, sent to a node since its last report, less those that ended."""
 
 
 Count = Annotated[int, Meta(ge=0)]
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name as a node offers it. ``in_flight`` counts requests that are running or waiting there.
+    """A served name as a node offers it. ``in_flight`` counts requests that are running or queued there.
 
-    ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can go on with an answer
-    that they began, whether they take new requests or not. ``rows`` requests are decoded together; ``prefill_tok``
-    prompt tokens are still to be computed. ``prefill_tps`` (tokens a second), ``gap_us`` (between two tokens of an
-    answer that is alone) and ``answer_tok`` (tokens of an answer) were measured there lately, None where nothing was.
-    ``context_tok`` is how long prompt and answer may be, 0 where that is not known. ``kv_ppm`` is how full the room
-    for keys and values is. ``prefixes`` are hashes of what its prompt cache is likely to hold. What no node can mean
-    is refused where a beat is read: one nonsensical number would speak for every request at every door.
+    ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can continue an answer
+    that they began, whether they accept new requests or not. ``rows`` requests are decoded together; ``prefill_tok``
+    prompt tokens are still to be computed. ``prefill_tps`` (tokens per second), ``gap_us`` (ITL of an answer that
+    runs alone) and ``answer_tok`` (tokens of an answer) were measured there recently, None where nothing was.
+    ``context_tok`` is the context length, prompt and answer together, 0 if unknown. ``kv_ppm`` is how full the KV
+    cache is. ``prefixes`` are hashes of the prefixes that its prompt cache is likely to hold. Impossible values are
+    rejected when a heartbeat is decoded: a single one would distort routing of every request at every gateway.
     """
 
     name: str
@@ -44,10 +44,10 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """A node as this one knows it; ``url`` is "" for this node itself.
 
-    ``state`` is up, suspect (a beat was missed), lost (a request could not reach it; nothing is sent before its next
-    beat), down, or unknown for a peer that has not been heard since a start a moment ago. What a peer serves that was
-    not ``heard`` since this node's start nobody knows. ``heat`` is the system's
-    thermal level, 0 for none; ``memory`` the guard's word; ``hop_s`` what a way there and back takes.
+    ``state`` is up, suspect (a heartbeat was missed), lost (a request could not reach it; nothing is sent before its
+    next heartbeat), down, or unknown for a peer that has not answered since this node's start a moment ago. What a
+    peer serves is unknown until it was ``heard`` since this node's start. ``heat`` is the system's
+    thermal level, 0 for none; ``memory`` the memory guard's level; ``hop_s`` the round-trip time.
     """
 
     node: str
@@ -63,8 +63,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of this node. ``version`` is "" when it is not in memory; ``offers`` is the version that would come when
-    somebody asks; ``changing`` that it is being loaded, swapped or unloaded right now."""
+    """A model of this node. ``version`` is "" when it is not resident; ``offers`` is the version to load on demand;
+    ``changing`` says that it is being loaded, swapped or unloaded right now."""
 
     model: str
     names: tuple[str, ...]

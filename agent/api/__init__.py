@@ -1,1 +1,1 @@
-"""The HTTP edge: bytes in, decisions asked for, bytes out."""
+"""The HTTP layer: parses requests, calls the core, writes responses."""

@@ -1,4 +1,4 @@
-"""What the operator's CLI asks, with the admin token: status, load, unload, swap, pin, probes, seal."""
+"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, probes, seal."""
 
 from typing import Any, Literal
 
@@ -24,13 +24,13 @@ async def _names(request: web.Request) -> _Names:
 
 
 async def status(request: web.Request) -> web.Response:
-    """Everything an operator wants to see at once."""
+    """The full status of this node, in one response."""
     require_admin(request)
     return json_response(request.app[CONTEXT].status())
 
 
 async def load(request: web.Request) -> web.Response:
-    """Bring a model into memory; answers when it is ready."""
+    """Load a model; responds when it is ready."""
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
@@ -39,7 +39,7 @@ async def load(request: web.Request) -> web.Response:
 
 
 async def unload(request: web.Request) -> web.Response:
-    """Drain and stop a model's loader; answers when its memory is back."""
+    """Drain and stop a model's loader; responds when its memory is freed."""
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
@@ -48,7 +48,7 @@ async def unload(request: web.Request) -> web.Response:
 
 
 async def swap(request: web.Request) -> web.Response:
-    """Replace what stands behind a served name; answers when the swap has ended, either way."""
+    """Replace the version behind a served name; responds when the swap has succeeded or failed."""
     require_admin(request)
     names = await _names(request)
     if not names.new:
@@ -60,7 +60,7 @@ async def swap(request: web.Request) -> web.Response:
 
 
 async def pin(request: web.Request) -> web.Response:
-    """Keep a model in memory until it is ordered out, or no longer."""
+    """Pin a model in memory until an operator unloads it, or unpin it."""
     require_admin(request)
     names = await _names(request)
     context = request.app[CONTEXT]
@@ -69,7 +69,7 @@ async def pin(request: web.Request) -> web.Response:
 
 
 async def probes(request: web.Request) -> web.Response:
-    """The answers that a model gives to its probes now, as the file that records them."""
+    """Run a model's probes now; responds with its answers, as a probes file."""
     require_admin(request)
     names = await _names(request)
     found = await request.app[CONTEXT].pool.orders.record_probes(names.model)
@@ -77,6 +77,6 @@ async def probes(request: web.Request) -> web.Response:
 
 
 async def seal(request: web.Request) -> web.Response:
-    """Close the running window now and try to push; for tests, demos and before planned work on a node."""
+    """Close the current window now and try to push; for tests, demos and before planned work on a node."""
     require_admin(request)
     return json_response(await request.app[CONTEXT].seal())

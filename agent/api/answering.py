@@ -1,4 +1,4 @@
-"""One client request as its parts: each of n answers to each prompt is one call, all at the same time."""
+"""One client request as its parts: each of n answers to each prompt is one call, and all run concurrently."""
 
 import asyncio
 import contextlib
@@ -23,43 +23,43 @@ R = TypeVar("R")
 
 _LARGE_BYTES = 256 << 10
 _QUEUED = 64
-"""Pieces that wait for a slow client before the parts have to wait too."""
+"""Pieces queued for a slow client before the parts are blocked."""
 
 
 Event = dict[str, Any]
-"""A JSON object as it goes to the client."""
+"""A JSON object as sent to the client."""
 
 
 class Shape(Protocol):
-    """How the pieces of a stream look on the wire."""
+    """How the pieces of a stream are encoded for the client."""
 
     prefix: str
 
     def begin(self, who: Identity, index: int) -> Event | None:
-        """What comes before a choice's first text; None for nothing."""
+        """The event before a choice's first text; None for none."""
         ...
 
     def pieces(self, who: Identity, index: int, answer: Tokens, scored: Sequence[Scored] | None) -> list[Event]:
-        """Some of a choice, in as many events as it takes."""
+        """Part of a choice, in as many events as it takes."""
         ...
 
     def end(self, who: Identity, index: int, finish: str) -> Event:
-        """Why a choice ended."""
+        """The event that ends a choice, with its finish reason."""
         ...
 
     def usage(self, who: Identity, usage: Usage) -> Event:
-        """Counts over all choices."""
+        """Token counts over all choices."""
         ...
 
 
 async def read(request: web.Request, parse: Callable[[bytes], R]) -> R:
-    """A request's body, parsed; a large one in a thread, because peers wait for beats a second at most."""
+    """A request's body, parsed; a large one in a thread, because peers wait at most a second for a heartbeat."""
     body = await body_of(request, request.app[CONTEXT].config.limits.body_s)
     return parse(body) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse, body)
 
 
 def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[Call]:
-    """A call for each choice. Parts beyond the first of a prompt count no request and no prompt of their own."""
+    """A call for each choice. Parts beyond the first of a prompt do not count the request or its prompt again."""
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
         Call(
@@ -76,7 +76,7 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
 
 
 async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
-    """Every choice, complete. The first part that fails ends the others."""
+    """Every choice, complete. The first part that fails cancels the others."""
     with request.app[CONTEXT].dispatch.enter(calls):
         if len(calls) == 1:
             return [await _collected(request, calls[0])]
@@ -93,7 +93,7 @@ async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
 
 
 async def pieces(request: web.Request, calls: Sequence[Call]) -> AsyncGenerator[tuple[int, Answer], None]:
-    """(choice, answer) of all parts as they come."""
+    """(choice, answer) of all parts as they arrive."""
     with request.app[CONTEXT].dispatch.enter(calls):
         async with contextlib.aclosing(_side_by_side(request, calls)) as found:
             async for index, answer in found:
@@ -139,7 +139,7 @@ async def _side_by_side(request: web.Request, calls: Sequence[Call]) -> AsyncGen
 async def _next_piece(
     queue: "asyncio.Queue[tuple[int, Answer] | RackError | None]", tasks: Sequence[asyncio.Task[None]]
 ) -> tuple[int, Answer] | RackError | None:
-    """The next piece; a part that broke in an unforeseen way is raised instead of waited for."""
+    """The next piece; an unexpected failure of a part is raised instead of waited for."""
     getting = asyncio.ensure_future(queue.get())
     try:
         while not getting.done():
@@ -155,11 +155,11 @@ async def _next_piece(
 async def streamed(
     request: web.Request, calls: Sequence[Call], wanted: AnswerRequest, shape: Shape
 ) -> web.StreamResponse:
-    """All parts as one stream. Nothing is sent before the first token: up to then errors have a proper status."""
+    """All parts as one stream. Nothing is sent before the first token: until then, errors get a proper status."""
     stream: EventStream | None = None
     who = identity(calls, shape.prefix)
     begun: set[int] = set()
-    # with usage asked for, every piece has the field, as clients expect
+    # with usage requested, every chunk has the field, as clients expect
     more = {"usage": None} if wanted.include_usage else {}
     try:
         async with contextlib.aclosing(pieces(request, calls)) as parts:
@@ -173,7 +173,7 @@ async def streamed(
                     for event in _events(answer, index, who, shape, wanted, begun):
                         await stream.send({**event, **more})
         if stream is None:
-            raise Retryable("the worker sent no token", code="worker_lost")
+            raise Retryable("the worker sent no tokens", code="worker_lost")
         if wanted.include_usage:
             await stream.send(shape.usage(who, usage(calls)))
         return await stream.close(done=True)
@@ -183,7 +183,7 @@ async def streamed(
         if stream is None:
             raise
         with contextlib.suppress(Unread):
-            # a stream that cannot go on ends with an event on which clients raise, never with a silent stop
+            # a stream that cannot be continued ends with an error event, on which clients raise, never silently
             await stream.send(error_body(error.message, kind="server_error", code=error.code))
             return await stream.close(done=False)
         return _unread(request, stream)
@@ -199,7 +199,7 @@ def _unread(request: web.Request, stream: EventStream | None) -> web.StreamRespo
 def _events(
     answer: Answer, index: int, who: Identity, shape: Shape, wanted: AnswerRequest, begun: set[int]
 ) -> list[Event]:
-    """What one piece becomes on the stream."""
+    """The events that one piece becomes on the stream."""
     if isinstance(answer, Done):
         end = shape.end(who, index, answer.finish)
         return [{**end, "timings": timings(answer)} if wanted.timings else end]
@@ -214,7 +214,7 @@ def _events(
 
 
 def identity(calls: Sequence[Call], prefix: str, answered: Call | None = None) -> Identity:
-    """What every object of this answer repeats; the fingerprint is of the part that ``answered`` first."""
+    """The fields that every object of this answer repeats; the fingerprint is of the part that ``answered`` first."""
     first = calls[0]
     return Identity(
         answer_id=f"{prefix}-{first.request_id.removeprefix('req_')}",
@@ -225,7 +225,7 @@ def identity(calls: Sequence[Call], prefix: str, answered: Call | None = None) -
 
 
 def usage(calls: Sequence[Call]) -> Usage:
-    """Counts over all parts; each prompt is counted once, however often it was answered."""
+    """Token counts over all parts; each prompt is counted once, however many answers it has."""
     return Usage(
         prompt_tok=sum(call.prompt_tok for call in calls if call.turn == 0),
         cached_tok=sum(call.cached_tok for call in calls if call.turn == 0),
@@ -235,13 +235,13 @@ def usage(calls: Sequence[Call]) -> Usage:
 
 
 def with_timings(body: Event, calls: Sequence[Call], wanted: AnswerRequest) -> Event:
-    """A whole answer with the first choice's times, where they were asked for."""
+    """A complete answer with the first choice's timings, if they were requested."""
     done = calls[0].done
     return {**body, "timings": timings(done)} if wanted.timings and done else body
 
 
 def headers(call: Call) -> dict[str, str]:
-    """Who answered, by the part that did so first."""
+    """Headers that name the worker and version of the part that answered first."""
     found = {
         "X-Mlxrack-Version": call.version,
         "X-Mlxrack-Node": call.worker,
@@ -251,7 +251,7 @@ def headers(call: Call) -> dict[str, str]:
 
 
 def note_calls(request: web.Request, calls: Sequence[Call]) -> None:
-    """The request's numbers for its log line."""
+    """Add the request's numbers to its log line."""
     first, total = calls[0], usage(calls)
     note(
         request,

@@ -1,4 +1,4 @@
-"""What clients are answered: OpenAI's objects from our counts and texts. Pure."""
+"""Response bodies: OpenAI's objects from our counts and texts. Pure."""
 
 import binascii
 import struct
@@ -20,7 +20,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One whole answer."""
+    """One complete answer."""
 
     index: int
     text: str
@@ -31,7 +31,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """What every object of one answer repeats."""
+    """The fields that every object of one answer repeats."""
 
     answer_id: str
     created: int
@@ -40,7 +40,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def chat_completion(who: Identity, choices: Iterable[Choice], usage: Usage) -> dict[str, Any]:
-    """A whole chat.completion object."""
+    """A complete chat.completion object."""
     rendered = [
         {
             "index": choice.index,
@@ -54,7 +54,7 @@ def chat_completion(who: Identity, choices: Iterable[Choice], usage: Usage) -> d
 
 
 def _message(choice: Choice) -> dict[str, Any]:
-    # clients tell a call from an answer by the content that is null
+    # clients recognize a tool call by null content
     content = None if choice.calls and not choice.text else choice.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if choice.reasoning:
@@ -65,7 +65,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 
 
 def call_deltas(call: ToolCall, number: int) -> list[dict[str, Any]]:
-    """A call on a stream: its name first, then its arguments, both under its number in the answer."""
+    """A tool call on a stream: its name first, then its arguments, both under its index in the answer."""
     begin = {"index": number, **_call(call, "")}
     rest = {"index": number, "function": {"arguments": call.arguments}}
     return [{"tool_calls": [begin]}, {"tool_calls": [rest]}]
@@ -89,7 +89,7 @@ def chat_chunk(
 
 
 def text_completion(who: Identity, choices: Iterable[Choice], usage: Usage | None, *, begin: int = 0) -> dict[str, Any]:
-    """A text_completion object; a streamed piece is one too, with ``usage`` None and beginning at ``begin``."""
+    """A text_completion object; a streamed piece is one too, with ``usage`` None and text offsets from ``begin``."""
     rendered = [
         {
             "index": choice.index,
@@ -104,12 +104,12 @@ def text_completion(who: Identity, choices: Iterable[Choice], usage: Usage | Non
 
 
 def usage_chunk(who: Identity, kind: str, usage: Usage) -> dict[str, Any]:
-    """The last piece of a stream when the caller asked for usage: no choice, only counts."""
+    """The last chunk of a stream when usage was requested: no choices, only token counts."""
     return {**_head(who, kind), "choices": [], "usage": usage_object(usage)}
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """Token counts as OpenAI names them."""
+    """Token counts under OpenAI's names."""
     return {
         "prompt_tokens": usage.prompt_tok,
         "completion_tokens": usage.completion_tok,
@@ -120,7 +120,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def timings(done: Done) -> dict[str, Any]:
-    """Where one answer's time went, in the engine's own measure; rates are tokens per second."""
+    """Time that one answer spent in each phase, as the engine measured it; rates are tokens per second."""
     computed = done.prompt_tok - done.cached_tok
     return {
         "queue_ms": done.queue_us / 1000,
@@ -130,13 +130,13 @@ def timings(done: Done) -> dict[str, Any]:
         "prompt_per_second": _rate(computed, done.prefill_us),
         "predicted_n": done.completion_tok,
         "predicted_ms": done.decode_us / 1000,
-        # the first token comes with the prompt
+        # prefill yields the first token
         "predicted_per_second": _rate(done.completion_tok - 1, done.decode_us),
     }
 
 
 def embeddings(model: str, vectors: Sequence[bytes], prompt_tok: int, *, base64: bool) -> dict[str, Any]:
-    """The list object of POST /v1/embeddings; vectors come as little-endian float32."""
+    """The list object of POST /v1/embeddings, from vectors as little-endian float32."""
     data = [{"object": "embedding", "index": n, "embedding": _vector(v, base64)} for n, v in enumerate(vectors)]
     usage = {"prompt_tokens": prompt_tok, "total_tokens": prompt_tok}
     return {"object": "list", "data": data, "model": model, "usage": usage}
@@ -153,7 +153,7 @@ def _rate(count: int, us: int) -> float | None:
 
 
 def chat_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
-    """Log probabilities as chat answers carry them; None when they were not asked for."""
+    """Log probabilities in the format of chats; None when they were not requested."""
     if scored is None:
         return None
     content = [{**_candidate(s.chosen), "top_logprobs": [_candidate(c) for c in s.top]} for s in scored]
@@ -161,8 +161,8 @@ def chat_logprobs(scored: Sequence[Scored] | None) -> dict[str, Any] | None:
 
 
 def text_logprobs(scored: Sequence[Scored] | None, begin: int = 0) -> dict[str, Any] | None:
-    """Log probabilities as text completions carry them; None when they were not asked for. ``begin`` is the offset of
-    the first, in characters of the answer."""
+    """Log probabilities in the format of text completions; None when they were not requested. ``begin`` is the offset
+    of the first, in characters of the answer."""
     if scored is None:
         return None
     offsets, at = [], begin

@@ -1,4 +1,4 @@
-"""Every route on one page."""
+"""All HTTP routes, on one page."""
 
 from aiohttp import web
 
@@ -7,7 +7,7 @@ from agent.api.context import CONTEXT, LINKS, Context
 
 
 def build(context: Context) -> web.Application:
-    """The application over the daemon's objects."""
+    """Build the application over the daemon's objects."""
     app = web.Application(middlewares=[errors.middleware], client_max_size=context.config.limits.body_bytes)
     app[CONTEXT] = context
     app[LINKS] = set()

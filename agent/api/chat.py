@@ -29,7 +29,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 class _Chunks(Shape):
-    """A streamed chat: a role first, then content, then the reason why it ended."""
+    """A streamed chat: the role first, then content, then the finish reason."""
 
     prefix = "chatcmpl"
 
@@ -48,7 +48,7 @@ class _Chunks(Shape):
         for call in answer.calls:
             deltas += answers.call_deltas(call, self._called[index])
             self._called[index] += 1
-        # log probabilities go with the first of them, once
+        # log probabilities are sent once, with the first delta
         return [
             answers.chat_chunk(who, index, delta, scored=scored if number == 0 else None)
             for number, delta in enumerate(deltas)

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text that goes on where the prompt ends, whole and streamed."""
+"""POST /v1/completions: continues a prompt, whole and streamed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 class _Pieces(Shape):
-    """A streamed text: every event is a text_completion with a little of it."""
+    """A streamed text: every event is a text_completion with one piece of it."""
 
     prefix = "cmpl"
 

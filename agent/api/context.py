@@ -1,4 +1,4 @@
-"""What the handlers share, and the few things each of them does with a request."""
+"""What the handlers share: the daemon's objects, authentication, JSON responses and log fields."""
 
 import hmac
 import secrets
@@ -19,7 +19,7 @@ from shared.errors import RackError
 
 
 class Unauthorized(RackError):
-    """No key, a wrong key, or a key for something else."""
+    """No key, a wrong key, or a key for another purpose."""
 
     code = "invalid_api_key"
 
@@ -52,17 +52,17 @@ LOG_FIELDS = "mlxrack_log_fields"
 
 
 def new_request_id() -> str:
-    """What a request is called in answers, logs and `why`."""
+    """The id of a request in responses, logs and `why`."""
     return f"req_{secrets.token_hex(12)}"
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """A JSON answer."""
+    """A JSON response."""
     return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def note(request: web.Request, **fields: object) -> None:
-    """Numbers and ids for the request's one log line."""
+    """Add numbers and ids to the request's one log line."""
     request.setdefault(LOG_FIELDS, {}).update(fields)
 
 
@@ -73,7 +73,7 @@ def client_key_id(request: web.Request) -> str:
         return ""
     offered = hash_key(_bearer(request))
     found = ""
-    for key in keys:  # all of them, so that the time says nothing
+    for key in keys:  # compare all of them, so that timing reveals nothing
         if hmac.compare_digest(key.sha256, offered):
             found = key.id
     if not found:
@@ -82,18 +82,18 @@ def client_key_id(request: web.Request) -> str:
 
 
 def require_admin(request: web.Request) -> None:
-    """Only who can read the admin token file may go on. Raises Unauthorized."""
+    """Require the admin token, which lies in a file of the state folder. Raises Unauthorized."""
     if not hmac.compare_digest(_bearer(request).encode(), request.app[CONTEXT].admin_token.encode()):
-        raise Unauthorized("the admin token is missing or wrong; it lies in the state folder, in admin.token")
+        raise Unauthorized("the admin token is missing or wrong; read it from admin.token in the state folder")
 
 
 def require_local_or_admin(request: web.Request) -> None:
-    """Open on a loopback listener, else for the admin token."""
+    """Open on a loopback listener; else requires the admin token."""
     if not is_loopback(request.app[CONTEXT].config.listen.host):
         require_admin(request)
 
 
 def _bearer(request: web.Request) -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    # a header may hold any bytes; those that are no text become question marks, and match nothing
+    # a header may hold any bytes; those beyond ASCII become question marks, and match nothing
     return token.strip().encode("ascii", "replace").decode() if scheme.lower() == "bearer" else ""

@@ -11,7 +11,7 @@ from agent.wire.frames import Embedded
 
 
 async def embeddings(request: web.Request) -> web.Response:
-    """Vectors of all inputs, in their order."""
+    """Vectors of all inputs, in input order."""
     key_id = client_key_id(request)
     wanted = await answering.read(request, openai.parse_embeddings)
     call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id)

@@ -1,4 +1,4 @@
-"""Errors as HTTP: a status, the OpenAI envelope, and Retry-After where waiting helps."""
+"""Errors as HTTP responses: a status, the OpenAI error envelope, and Retry-After where waiting helps."""
 
 import math
 import time
@@ -54,7 +54,7 @@ def status_of(error: RackError) -> int:
 
 
 def response_of(error: RackError) -> web.Response:
-    """The answer a client gets; its message is ours and quotes nothing the client sent but names of fields."""
+    """The error response for a client; its message quotes nothing that the client sent except field names."""
     status = status_of(error)
     kind = KIND.get(status, "invalid_request_error" if status < 500 else "server_error")
     headers = {}
@@ -70,7 +70,7 @@ def response_of(error: RackError) -> web.Response:
 async def middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Give each request an id, turn errors into answers, write one log line."""
+    """Assign each request an id, turn errors into responses, write one log line."""
     request_id = new_request_id()
     request[REQUEST_ID] = request_id
     began = time.monotonic()
@@ -82,7 +82,7 @@ async def middleware(
         except RackError as error:
             response, code = response_of(error), error.code
         except web.HTTPRequestEntityTooLarge:
-            message = f"the body is over the limit of {request.client_max_size} bytes (limits.body_bytes)"
+            message = f"the request body exceeds {request.client_max_size} bytes (limits.body_bytes)"
             response = response_of(Refused(message, code="body_too_large"))
             code = "body_too_large"
         except web.HTTPException as error:
@@ -92,10 +92,10 @@ async def middleware(
                 headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
             )
             code = f"http_{error.status}"
-        except Exception:  # a fault of ours: its type and place go to the log, nothing to the client
+        except Exception:  # a bug: its type and location go to the log, nothing to the client
             log.error("handler_failed", request=request_id, exc_info=True)
             response = response_of(
-                RackError("an internal error; the log has it under this request id", code="internal")
+                RackError("internal error; see the agent's log for this request id", code="internal")
             )
             code = "internal"
         status = response.status

@@ -1,4 +1,4 @@
-"""Whether the process lives, whether it can take work, and its metrics."""
+"""Health, readiness and liveness of this node, and its metrics."""
 
 import asyncio
 import contextlib
@@ -8,16 +8,16 @@ from aiohttp import web
 from agent.api.context import CONTEXT, json_response, require_local_or_admin
 
 _FRESH_S = 2.0
-"""A scrape waits so long for engines that are in a long step, then shows what is known."""
+"""A scrape waits this long for engines that are in a long step, then returns what is known."""
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 while the process answers."""
+    """200 while the process responds."""
     return json_response({"status": "ok", "node": request.app[CONTEXT].config.node.id})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """200 when some model of this node is ready and it is not stopping; 503 with the reason otherwise."""
+    """200 when a model of this node accepts requests and the node is not draining; 503 with the reason otherwise."""
     context = request.app[CONTEXT]
     if context.dispatch.draining:
         return json_response({"ready": False, "reason": "stopping"}, status=503)
@@ -31,14 +31,14 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def live(request: web.Request) -> web.Response:
-    """200 while every loader that has work makes progress; 503 with those that do not."""
+    """200 while every loader that has work makes progress; 503 with the stalled ones otherwise."""
     context = request.app[CONTEXT]
     stalled = context.pool.inventory.stalled(context.config.limits.progress_s)
     return json_response({"live": not stalled, "stalled": stalled}, status=503 if stalled else 200)
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """Prometheus text, with the engines' counts up to now."""
+    """Prometheus text, with the engines' current counts."""
     require_local_or_admin(request)
     context = request.app[CONTEXT]
     with contextlib.suppress(TimeoutError):

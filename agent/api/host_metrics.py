@@ -1,5 +1,5 @@
-"""Prometheus metrics of the machine: what the last window saw, sums since the start, and how the sensors and the way
-to the store are. What was not read is left out, never 0."""
+"""Prometheus metrics of the machine: values of the last window, totals since the start, and the state of sensors and
+uploads. What was not read is left out, never 0."""
 
 import time
 from collections import Counter
@@ -14,29 +14,29 @@ from shared.records import HostSample, ThrottleEvent
 
 _PRESSURES = ("normal", "warn", "critical", "unknown")
 _GAUGES: tuple[tuple[str, str, float, str], ...] = (
-    ("cpu_ppm", "cpu_ratio", 1e-6, "Share of the processors' time that was not idle in the last window."),
-    ("memory_total_bytes", "memory_total_bytes", 1, "Memory of the machine."),
+    ("cpu_ppm", "cpu_ratio", 1e-6, "Share of CPU time that was not idle in the last window."),
+    ("memory_total_bytes", "memory_total_bytes", 1, "Physical memory of the machine."),
     ("memory_used_bytes", "memory_used_bytes", 1, "Memory used, as docs/metrics.md defines it; mean of the window."),
-    ("memory_used_max_bytes", "memory_used_max_bytes", 1, "Memory used at its most in the last window."),
+    ("memory_used_max_bytes", "memory_used_max_bytes", 1, "Peak of memory used in the last window."),
     ("memory_wired_bytes", "memory_wired_bytes", 1, "Memory that cannot be paged out."),
-    ("memory_compressed_bytes", "memory_compressor_bytes", 1, "Memory that the compressor occupies."),
-    ("gpu_wired_limit_bytes", "gpu_wired_limit_bytes", 1, "The GPU's limit on wired memory, where one is set."),
+    ("memory_compressed_bytes", "memory_compressor_bytes", 1, "Memory occupied by the compressor."),
+    ("gpu_wired_limit_bytes", "gpu_wired_limit_bytes", 1, "GPU limit on wired memory, where one is set."),
     ("swap_used_bytes", "swap_used_bytes", 1, "Swap in use."),
     ("disk_free_bytes", "disk_free_bytes", 1, "Free space for models and spool."),
-    ("throttled_5m_ppm", "thermal_throttled_fraction_5m", 1e-6, "Share of the last 5 min at heavy pressure or above."),
+    ("throttled_5m_ppm", "thermal_throttled_fraction_5m", 1e-6, "Share of the last 5 min at heavy or above."),
     ("pressured_5m_ppm", "thermal_pressured_fraction_5m", 1e-6, "Share of the last 5 min at moderate or above."),
     ("thermal_coverage_ppm", "thermal_coverage_fraction_5m", 1e-6, "Share of the last 5 min with a known level."),
-    ("package_temp_mc", "package_temperature_celsius", 1e-3, "Hottest of processor and GPU in the last window."),
+    ("package_temp_mc", "package_temperature_celsius", 1e-3, "Hottest CPU or GPU sensor in the last window."),
     ("pcore_temp_mc", "pcore_temperature_celsius", 1e-3, "Hottest performance core in the last window."),
     ("gpu_temp_mc", "gpu_temperature_celsius", 1e-3, "Hottest GPU sensor in the last window."),
     ("system_power_mw", "system_power_watts", 1e-3, "Power of the whole system, mean of the last window."),
-    ("soc_power_mw", "soc_power_watts", 1e-3, "Power of processor, GPU and neural engine, mean of the last window."),
+    ("soc_power_mw", "soc_power_watts", 1e-3, "Power of CPU, GPU and Neural Engine, mean of the last window."),
 )
 _SOURCES = ("memory_source", "thermal_source", "temp_source", "energy_source")
 
 
 class HostMetrics(Collector):
-    """``push`` and ``meters`` are parts of the status."""
+    """``push`` and ``meters`` return parts of the status."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class HostMetrics(Collector):
         self._throttles: Counter[str] = Counter()
 
     def sampled(self, sample: HostSample) -> None:
-        """A window was closed."""
+        """Add a closed window."""
         self._last = (self._clock(), sample)
         for level, spent_us in zip(LEVELS, sample.thermal_level_us, strict=False):
             self._level_us[level] += spent_us
@@ -66,19 +66,19 @@ class HostMetrics(Collector):
             self._swapped.update({"in": sample.swap_in_bytes, "out": sample.swap_out_bytes})
 
     def throttled(self, event: ThrottleEvent) -> None:
-        """A crossing; what was hot when we began to look is none."""
+        """Count a crossing; a throttle already in progress at the start is not counted."""
         if not event.open_at_start:
             self._throttles[event.level] += 1
 
     def collect(self) -> Iterator[Metric]:
-        """For a scrape."""
-        yield InfoMetricFamily("mlxrack_agent", "Who answers.", value=self._identity)
+        """The metrics for a scrape."""
+        yield InfoMetricFamily("mlxrack_agent", "Identity of this agent.", value=self._identity)
         yield from self._of_push()
         yield from self._of_meters()
         if self._last is None:
             return
         read_s, sample = self._last
-        yield _gauge("sample_age_seconds", "Since the last window was closed.", self._clock() - read_s)
+        yield _gauge("sample_age_seconds", "Time since the last window was closed.", self._clock() - read_s)
         for field, name, factor, text in _GAUGES:
             value = getattr(sample, field)
             if value is not None:
@@ -89,11 +89,11 @@ class HostMetrics(Collector):
 
     def _of_push(self) -> Iterator[Metric]:
         push = self._push()
-        yield _gauge("spool_waiting_batches", "Batches that wait for the store.", push["waiting_batches"])
-        held = "Closed windows in memory, because the disk refuses them."
+        yield _gauge("spool_waiting_batches", "Batches that wait for upload.", push["waiting_batches"])
+        held = "Closed windows held in memory because writing to disk fails."
         yield _gauge("spool_held_batches", held, push["held_windows"])
-        yield _gauge("push_ok", "1 while batches get through, 0 while they wait.", push["state"] in ("ok", "idle"))
-        dropped = CounterMetricFamily("mlxrack_spool_dropped_batches", "Batches lost to the spool's bounds.")
+        yield _gauge("push_ok", "1 while uploads succeed, 0 while batches wait.", push["state"] in ("ok", "idle"))
+        dropped = CounterMetricFamily("mlxrack_spool_dropped_batches", "Batches dropped at the spool's limits.")
         dropped.add_metric([], push["dropped_batches"])
         yield dropped
 
@@ -101,10 +101,10 @@ class HostMetrics(Collector):
         wall = GaugeMetricFamily("mlxrack_wall_power_watts", "Power at a metered outlet.", labels=["meter", "nodes"])
         spent = CounterMetricFamily(
             "mlxrack_wall_energy_joules",
-            "Energy through a metered outlet, by closed windows.",
+            "Energy through a metered outlet, over closed windows.",
             labels=["meter", "nodes"],
         )
-        up = GaugeMetricFamily("mlxrack_meter_up", "1 while the meter answers.", labels=["meter"])
+        up = GaugeMetricFamily("mlxrack_meter_up", "1 while the meter can be read.", labels=["meter"])
         for meter in self._meters():
             labels = [meter["meter"], ",".join(meter["nodes"])]
             up.add_metric(labels[:1], 0.0 if meter["problem"] else 1.0)
@@ -118,22 +118,22 @@ class HostMetrics(Collector):
             level = LEVELS.index(sample.thermal_level)
             yield _gauge("thermal_pressure_level", "0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping.", level)
         if sample.memory_pressure is not None:
-            pressure = GaugeMetricFamily("mlxrack_memory_pressure", "1 at the kernel's level.", labels=["level"])
+            pressure = GaugeMetricFamily("mlxrack_memory_pressure", "1 for the kernel's level.", labels=["level"])
             for name in _PRESSURES:
                 pressure.add_metric([name], 1.0 if sample.memory_pressure == name else 0.0)
             yield pressure
-        fans = GaugeMetricFamily("mlxrack_fan_rpm", "Revolutions a minute.", labels=["fan"])
+        fans = GaugeMetricFamily("mlxrack_fan_rpm", "Fan speed in revolutions per minute.", labels=["fan"])
         for number, rpm in enumerate(sample.fan_rpm):
             fans.add_metric([str(number)], rpm)
         yield fans
 
     def _sums(self) -> Iterator[Metric]:
-        if any(self._level_us.values()):  # where no level was ever known, there is no time at it either
+        if any(self._level_us.values()):  # where no level was ever known, no time at a level is known either
             yield from self._of_heat()
         energy = CounterMetricFamily("mlxrack_energy_joules", "Energy since the start, by source.", labels=["source"])
         for source, used_mj in self._energy_mj.items():
             energy.add_metric([source], used_mj / 1e3)
-        swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes that went to swap and back.", labels=["way"])
+        swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes swapped out and in.", labels=["way"])
         for way, bytes_ in self._swapped.items():
             swapped.add_metric([way], bytes_)
         yield from (energy, swapped)

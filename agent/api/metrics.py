@@ -1,4 +1,4 @@
-"""Prometheus metrics of this node, in base units; labels are model, outcome and the like, never a client's text."""
+"""Prometheus metrics of this node, in base units; labels are model, outcome and the like, never text of clients."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -16,37 +16,37 @@ from agent.views import NodeView
 from agent.wire.frames import Reported
 from shared.records import EngineWindow, Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # an extra series per counter that nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 _ENGINE = {
     "prefill_tok": ("prefill_tokens", "Prompt tokens computed."),
-    "decode_tok": ("decode_tokens", "Tokens generated, whoever got them."),
-    "wasted_tok": ("wasted_tokens", "Tokens generated for requests that were given up."),
-    "steps": ("steps", "Steps of the engine; decode tokens by steps is the batches' occupancy."),
-    "queue_us": ("queue_seconds", "Time that prompts waited for their first piece."),
-    "padding_tok": ("padding_tokens", "Padding that decode steps read, in tokens of keys and values."),
-    "rebuilds": ("rebuilds", "Batches that broke and were made anew."),
-    "cache_hits": ("cache_hits", "Prompts that found a beginning in the prompt cache."),
-    "cache_misses": ("cache_misses", "Prompts that found none."),
-    "cache_saved_tok": ("cache_saved_tokens", "Prompt tokens that needed no work."),
-    "disk_restored_tok": ("disk_restored_tokens", "Prompt tokens whose states came from disk."),
-    "cache_evictions": ("cache_evictions", "Entries that left the prompt cache to keep its budget."),
+    "decode_tok": ("decode_tokens", "Tokens generated, delivered or not."),
+    "wasted_tok": ("wasted_tokens", "Tokens generated for abandoned requests."),
+    "steps": ("steps", "Engine steps; decode tokens divided by steps is the batch occupancy."),
+    "queue_us": ("queue_seconds", "Time that prompts waited for their first prefill chunk."),
+    "padding_tok": ("padding_tokens", "Padding read by decode steps, in tokens of KV cache."),
+    "rebuilds": ("rebuilds", "Batches that failed and were rebuilt."),
+    "cache_hits": ("cache_hits", "Prompts with a prefix in the prompt cache."),
+    "cache_misses": ("cache_misses", "Prompts without a prefix in the prompt cache."),
+    "cache_saved_tok": ("cache_saved_tokens", "Prompt tokens not computed again."),
+    "disk_restored_tok": ("disk_restored_tokens", "Prompt tokens whose KV states were restored from disk."),
+    "cache_evictions": ("cache_evictions", "Entries evicted from the prompt cache to keep its budget."),
 }
 _LEVELS = {
-    "cache_bytes": "Bytes that the prompt cache accounts for.",
-    "disk_bytes": "Bytes of prompts' states on disk.",
-    "active_bytes": "Bytes that MLX holds.",
+    "cache_bytes": "Bytes accounted to the prompt cache.",
+    "disk_bytes": "Bytes of prompt cache on disk.",
+    "active_bytes": "Active MLX memory in bytes.",
 }
 _PEAKS = {
     "queue_max": "Longest queue in the last closed window.",
-    "kv_peak_bytes": "Most bytes of running requests' keys and values in the last closed window, padding included.",
-    "peak_bytes": "Most bytes that MLX held in the last closed window.",
+    "kv_peak_bytes": "Peak KV cache bytes of running requests in the last closed window, padding included.",
+    "peak_bytes": "Peak MLX memory in bytes in the last closed window.",
 }
 
 
 class Metrics:
-    """Counts each answered request; reads gauges when it is scraped. ``host`` are the machine's."""
+    """Counts each answered request; reads gauges on scrape. ``host`` holds the machine's metrics."""
 
     def __init__(
         self, status: Callable[[], Sequence[dict[str, Any]]], peers: Callable[[], Sequence[NodeView]], host: HostMetrics
@@ -55,7 +55,7 @@ class Metrics:
         self._registry.register(host)
         self._host = host
         labels = ("model", "outcome")
-        self._requests = self._counter("requests", "Client requests answered at this node as the door.", labels)
+        self._requests = self._counter("requests", "Client requests answered at this node as gateway.", labels)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.", ("model",))
         self._cached = self._counter("cached_tokens", "Prompt tokens found in a prompt cache.", ("model",))
         self._completion = self._counter("completion_tokens", "Tokens generated for clients.", ("model",))
@@ -63,23 +63,23 @@ class Metrics:
             "retries", "Attempts on another node or loader before the first byte.", ("model",)
         )
         self._continued = self._counter(
-            "continuations", "Answers that another loader went on with after the first byte.", ("model",)
+            "continuations", "Answers continued by another loader after the first byte.", ("model",)
         )
         self._latencies = {
-            "time_to_first_token_seconds": _Latency("From request to first token."),
-            "inter_token_latency_seconds": _Latency("Between two tokens of one answer."),
-            "request_seconds": _Latency("From request to the end of the answer."),
+            "time_to_first_token_seconds": _Latency("Time from request to first token (TTFT)."),
+            "inter_token_latency_seconds": _Latency("Time between two tokens of one answer (ITL)."),
+            "request_seconds": _Latency("Time from request to the end of the answer."),
         }
         self._ttft, self._itl, self._total = self._latencies.values()
-        self._busy = self._counter("engine_busy_seconds", "Work of the engine.", ("model", "phase"))
+        self._busy = self._counter("engine_busy_seconds", "Busy time of the engine, by phase.", ("model", "phase"))
         self._engine = {
             field: self._counter(f"engine_{name}", text, ("model",)) for field, (name, text) in _ENGINE.items()
         }
         self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
         self._peaks = {field: self._gauge(f"engine_{field}", text) for field, text in _PEAKS.items()}
-        self._evicted = self._counter("model_evictions", "Models that left memory.", ("model", "reason"))
-        self._missed = self._counter("model_misses", "First requests for models that had left memory.", ("model",))
-        self._swaps = self._counter("swaps", "Swaps by how they ended.", ("model", "outcome"))
+        self._evicted = self._counter("model_evictions", "Models evicted from memory.", ("model", "reason"))
+        self._missed = self._counter("model_misses", "First requests for a model after its eviction.", ("model",))
+        self._swaps = self._counter("swaps", "Swaps by outcome.", ("model", "outcome"))
         self._by_model: dict[str, _ByModel] = {}
         self._registry.register(_Gauges(status, peers))
         self._registry.register(_Histograms(self._latencies))
@@ -88,13 +88,13 @@ class Metrics:
         """Count one request."""
         by_model = self._by_model.get(one.model)
         if by_model is None:
-            # looking a label up costs more than counting
+            # a label lookup costs more than the count
             by_model = self._by_model[one.model] = _ByModel(self, one.model)
         by_model.count(one)
         self._requests.labels(one.model, one.outcome).inc(one.requests)
 
     def engine(self, model: str, reported: Reported) -> None:
-        """Add what an engine did since it last said so."""
+        """Add what an engine did since its last report."""
         self._busy.labels(model, "prefill").inc(reported.busy_prefill_us / 1e6)
         self._busy.labels(model, "decode").inc(reported.busy_decode_us / 1e6)
         for field, counter in self._engine.items():
@@ -104,13 +104,13 @@ class Metrics:
             gauge.labels(model).set(getattr(reported, field))
 
     def closed(self, windows: Sequence[EngineWindow]) -> None:
-        """A window was closed: its peaks are known."""
+        """Set the peaks of a closed window."""
         for window in windows:
             for field, gauge in self._peaks.items():
                 gauge.labels(window.model).set(getattr(window, field))
 
     def event(self, event: Event) -> None:
-        """Count what happened to models."""
+        """Count an event."""
         if isinstance(event, ModelEvicted):
             self._evicted.labels(event.model, event.reason).inc()
         elif isinstance(event, ModelMissed):
@@ -140,7 +140,7 @@ class _Counts:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value in seconds, so many times."""
+        """Count a value in seconds, ``times`` times."""
         self.counts[bisect_left(_LATENCY_BUCKETS, value)] += times
         self.sum += value * times
 
@@ -153,7 +153,7 @@ class _Latency:
         self.models: dict[str, _Counts] = {}
 
     def of(self, model: str) -> _Counts:
-        """One model's."""
+        """The counts of one model."""
         return self.models.setdefault(model, _Counts())
 
 
@@ -199,16 +199,16 @@ class _Gauges(Collector):
         self._peers = peers
 
     def collect(self) -> list[GaugeMetricFamily]:
-        ready = GaugeMetricFamily("mlxrack_model_ready", "1 when requests can be leased here.", labels=["model"])
-        flight = GaugeMetricFamily("mlxrack_model_in_flight", "Requests that use the loader.", labels=["model"])
+        ready = GaugeMetricFamily("mlxrack_model_ready", "1 when the model accepts requests here.", labels=["model"])
+        flight = GaugeMetricFamily("mlxrack_model_in_flight", "Requests that hold a lease.", labels=["model"])
         waiting = GaugeMetricFamily("mlxrack_model_waiting", "Requests that wait for the model.", labels=["model"])
         footprint = GaugeMetricFamily(
             "mlxrack_loader_resident_bytes", "Resident bytes of the loader.", labels=["model"]
         )
         planned = GaugeMetricFamily("mlxrack_model_planned_bytes", "Bytes planned for the model.", labels=["model"])
-        restarts = GaugeMetricFamily("mlxrack_loader_restarts", "Unwanted ends of the loader.", labels=["model"])
+        restarts = GaugeMetricFamily("mlxrack_loader_restarts", "Unexpected exits of the loader.", labels=["model"])
         silent = GaugeMetricFamily(
-            "mlxrack_loader_silent_seconds", "Since the loader last made progress on waiting work.", labels=["model"]
+            "mlxrack_loader_silent_seconds", "Time since the loader's last progress on pending work.", labels=["model"]
         )
         for one in self._status():
             labels = [str(one["model"])]
@@ -221,7 +221,7 @@ class _Gauges(Collector):
                 planned.add_metric(labels, float(one["need_bytes"]))
             if one["footprint_bytes"] is not None:
                 footprint.add_metric(labels, float(one["footprint_bytes"]))
-        up = GaugeMetricFamily("mlxrack_peer_up", "1 when the peer answers its beats.", labels=["peer"])
+        up = GaugeMetricFamily("mlxrack_peer_up", "1 when the peer answers heartbeats.", labels=["peer"])
         for peer in self._peers():
             up.add_metric([peer.node], 1.0 if peer.state == "up" else 0.0)
         return [ready, flight, waiting, footprint, planned, restarts, silent, up]

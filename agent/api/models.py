@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{model}: what can be asked for, at any node of the rack."""
+"""GET /v1/models and /v1/models/{model}: the models that the rack can serve, from any node."""
 
 import time
 
@@ -10,7 +10,7 @@ from shared.errors import Refused, Retryable
 
 
 def _served(request: web.Request) -> dict[str, int]:
-    """Names that some living node has ready now; a dead peer takes nothing else with it."""
+    """Names that a live node has ready now; a peer that is down hides only its own."""
     context = request.app[CONTEXT]
     nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
     ready = {m.name for node in nodes if node.state != "down" for m in node.models if m.ready}
@@ -18,26 +18,26 @@ def _served(request: web.Request) -> dict[str, int]:
 
 
 def _is_known(request: web.Request, name: str) -> bool:
-    """Whether a node has it, ready or not, or may have: of one that was not heard yet nobody knows."""
+    """Whether a node has it, ready or not, or may have it because it has not answered a heartbeat yet."""
     context = request.app[CONTEXT]
     nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
     return any(not node.heard or any(m.name == name for m in node.models) for node in nodes)
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """All of them."""
+    """All models that can be served now."""
     client_key_id(request)
     return json_response(answers.models_list(_served(request)))
 
 
 async def get_model(request: web.Request) -> web.Response:
-    """One of them."""
+    """One model."""
     client_key_id(request)
     served = _served(request)
     name = request.match_info["model"]
     if name not in served and _is_known(request, name):
-        raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
+        raise Retryable("no node can serve this model now", code="no_capacity", retry_after_s=5)
     if name not in served:
         known = ", ".join(sorted(served)) or "none"
-        raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
+        raise Refused(f"model not found; known: {known}", code="model_not_found", param="model")
     return json_response(answers.models_list({name: served[name]})["data"][0])

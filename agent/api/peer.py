@@ -1,4 +1,4 @@
-"""What only other nodes of the rack may ask. Requests are signed (agent/mesh/signing.py), and so are answers."""
+"""Endpoints for other nodes of the rack only. Requests are signed (agent/mesh/signing.py), and so are responses."""
 
 import asyncio
 import contextlib
@@ -31,16 +31,16 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 PROOF_S = 5.0
-"""Who has connected has so long to prove itself."""
+"""A new connection must authenticate within this time."""
 CLOSE_S = 1.0
-"""A peer has so long to agree to the end of its connection."""
+"""A peer must acknowledge the close of its connection within this time."""
 _MSGPACK = "application/x-msgpack"
 
 log = get_logger("agent.api")
 
 
 async def beat(request: web.Request) -> web.Response:
-    """What this node offers now."""
+    """Answer a heartbeat: what this node offers now."""
     signed = _signed(request)
     context = request.app[CONTEXT]
     body = msgspec.msgpack.encode(context.beat())
@@ -49,8 +49,8 @@ async def beat(request: web.Request) -> web.Response:
 
 
 async def link(request: web.Request) -> web.StreamResponse:
-    """A peer's connection: both sides prove themselves in their first messages, then requests of the peer's clients
-    come in as frames, and answers go back. They are never forwarded again, so a request cannot travel in circles."""
+    """A peer's connection: both sides authenticate in their first messages, then requests of the peer's clients
+    arrive as frames, and answers go back. They are never forwarded again, so a request cannot loop."""
     signed = _signed(request)
     context = request.app[CONTEXT]
     socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S, heartbeat=HEARTBEAT_S)
@@ -71,38 +71,38 @@ async def link(request: web.Request) -> web.StreamResponse:
 
 
 async def close_links(app: web.Application) -> None:
-    """At the end: peers hear at once that this node goes."""
+    """On shutdown: tell peers at once that this node is going away."""
     sockets = set(app[LINKS])
     closing = (one.close(code=WSCloseCode.GOING_AWAY) for one in sockets)
-    with contextlib.suppress(TimeoutError):  # one that takes nothing any more cannot be told
+    with contextlib.suppress(TimeoutError):  # one that no longer reads cannot be told
         async with asyncio.timeout(2 * CLOSE_S):
             await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def _proved(context: Context, socket: web.WebSocketResponse, challenge: str, node: str) -> bool:
-    """Whether who has connected is the node that signed, now and not at some earlier time."""
+    """Whether the connected node is the one that signed, now and not in a replay."""
     with contextlib.suppress(TimeoutError):
-        said = await socket.receive(timeout=PROOF_S)
-        if said.type is WSMsgType.TEXT and context.rack_key.is_proof(said.data, challenge, node):
+        reply = await socket.receive(timeout=PROOF_S)
+        if reply.type is WSMsgType.TEXT and context.rack_key.is_proof(reply.data, challenge, node):
             return True
     await socket.close(code=WSCloseCode.POLICY_VIOLATION)
     return False
 
 
 class _Works:
-    """The requests of one connection, each a task."""
+    """The requests of one connection, each in its own task."""
 
-    def __init__(self, context: Context, socket: web.WebSocketResponse, door: str) -> None:
+    def __init__(self, context: Context, socket: web.WebSocketResponse, gateway: str) -> None:
         self._context = context
         self._socket = socket
         self._writer = FrameWriter(socket.send_bytes)
-        self._door = door
+        self._gateway = gateway
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def take(self) -> None:
-        """Until the connection ends."""
+        """Serve until the connection ends."""
         decoder = Decoder()
-        with contextlib.suppress(Refused):  # what speaks no frames is no peer
+        with contextlib.suppress(Refused):  # invalid frames: not a peer
             async for message in self._socket:
                 if message.type is not WSMsgType.BINARY:
                     break
@@ -113,7 +113,7 @@ class _Works:
                         self._tasks[frame.id].cancel()
 
     async def end(self) -> None:
-        """Nobody is left to answer."""
+        """Cancel all requests: their answers cannot be delivered."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -135,19 +135,19 @@ class _Works:
             with contextlib.suppress(ConnectionError, RuntimeError):
                 await self._writer.put(encode(_failed(ask.id, error)))
         except (ConnectionError, RuntimeError):
-            seen["outcome"] = "door_gone"
-        except Exception:  # a fault of ours: its type and place go to the log, nothing to the peer
-            log.error("work_failed", request=ask.request_id, exc_info=True)
+            seen["outcome"] = "gateway_gone"
+        except Exception:  # a bug: its type and location go to the log, nothing to the peer
+            log.error("peer_request_failed", request=ask.request_id, exc_info=True)
             with contextlib.suppress(ConnectionError, RuntimeError):
-                failed = Failed(id=ask.id, code="engine_failed", message="an internal error", retryable=True)
+                failed = Failed(id=ask.id, code="engine_failed", message="internal error", retryable=True)
                 await self._writer.put(encode(failed))
         finally:
             ms = round((time.monotonic() - began) * 1000, 1)
-            log.info("worked", request=ask.request_id, door=self._door, model=ask.model, ms=ms, **seen)
+            log.info("peer_request", request=ask.request_id, gateway=self._gateway, model=ask.model, ms=ms, **seen)
 
     async def _answered(self, ask: Ask, seen: dict[str, Any]) -> None:
         if ask.door == self._context.config.node.id:
-            raise Refused("this request came from this very node; a peer's url leads back here", code="loop")
+            raise Refused("forwarding loop: this node sent the request; check its peers' urls", code="loop")
         together = Together() if isinstance(ask, Generate) and ask.whole else None
         async with contextlib.aclosing(self._context.dispatch.work(ask)) as answers:
             async for answer in answers:
@@ -161,22 +161,22 @@ class _Works:
 
 
 def _named(number: int, answer: Answer) -> bytes:
-    """An answer under the id that the peer gave its request."""
+    """An answer under the id that the peer chose for its request."""
     return encode(msgspec.structs.replace(answer, id=number))
 
 
 def _signed(request: web.Request) -> Signed:
-    """Who asks, proved. Raises NotAPeer."""
+    """The authenticated sender. Raises NotAPeer."""
     context = request.app[CONTEXT]
     if not context.rack_secret:
-        raise NotAPeer("this node has no peers.secret, so it has no peers")
+        raise NotAPeer("peer requests are refused: this node has no peers.secret")
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
     signed = context.rack_key.check(
         header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
     )
     if not context.nonces.take(signed.nonce, now_ms):
-        raise NotAPeer("this signature has been used before")
+        raise NotAPeer("replayed request: its signature was already used")
     return signed
 
 

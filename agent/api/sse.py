@@ -11,12 +11,12 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Unread(Exception):
-    """The client has not taken what was sent for too long; its connection has been cut."""
+    """The client has not read for too long; its connection was cut."""
 
 
 class EventStream:
-    """A stream of ``data:`` lines; the status goes out with the first of them. A client has ``patience_s`` to take
-    each; one that reads no more would hold its place in the engine for ever."""
+    """A stream of ``data:`` lines; the status is sent with the first of them. A client has ``patience_s`` to read
+    each; one that stopped reading would hold its row in the engine forever."""
 
     def __init__(self, request: web.Request, headers: dict[str, str], patience_s: float) -> None:
         self._request = request
@@ -32,7 +32,7 @@ class EventStream:
         await self._write(b"data: " + msgspec.json.encode(body) + b"\n\n")
 
     async def close(self, *, done: bool) -> web.StreamResponse:
-        """End the stream; ``done`` says that the answer is complete."""
+        """End the stream; ``done`` marks the answer as complete."""
         if done:
             await self._write(_DONE)
         await self._response.write_eof()

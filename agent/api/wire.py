@@ -1,4 +1,4 @@
-"""HTTP that never becomes a request: what cannot be parsed, and expectations. Answers quote nothing of it."""
+"""HTTP below the handlers: requests that cannot be parsed, Expect headers, bodies. Responses quote nothing of them."""
 
 import asyncio
 from http import HTTPStatus
@@ -15,7 +15,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _Protocol(RequestHandler):
-    """aiohttp's own answers are plain text that echoes what was sent, and so is what it logs of them."""
+    """aiohttp's own error responses are plain text that echoes the request, and so are its log lines for them."""
 
     def handle_error(
         self,
@@ -25,7 +25,7 @@ class _Protocol(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
-            raise ConnectionError("something has been sent already")
+            raise ConnectionError("the response has already been started")
         response = _answer(status)
         response.force_close()
         return response
@@ -37,7 +37,7 @@ class _Server(web.Server):
 
 
 class Runner(web.AppRunner):
-    """An AppRunner whose protocol is ours."""
+    """An AppRunner that uses our protocol class."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ class Runner(web.AppRunner):
 
 
 async def expect(request: web.Request) -> web.StreamResponse | None:
-    """Go on with what expects 100-continue; there is nothing else to expect."""
+    """Honor Expect: 100-continue; any other expectation is a 417."""
     if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
         return _answer(417)
     await request.writer.write(_CONTINUE)
@@ -56,16 +56,16 @@ async def expect(request: web.Request) -> web.StreamResponse | None:
 
 
 async def body_of(request: web.Request, limit_s: float) -> bytes:
-    """The whole body. Raises Refused when it does not come or cannot be unpacked."""
+    """The whole body. Raises Refused when it does not arrive in time or cannot be decoded."""
     try:
         if request.content.is_eof():
-            return await request.read()  # it came with its head, as most do
+            return await request.read()  # it arrived with its headers, as most do
         async with asyncio.timeout(limit_s):
             return await request.read()
     except TimeoutError:
-        raise Refused(f"the body did not come within {limit_s:g} s", code="body_timeout") from None
+        raise Refused(f"no complete body within {limit_s:g} s (limits.body_s)", code="body_timeout") from None
     except web.RequestPayloadError:
-        raise Refused("the body is not what its headers say", code="invalid_json") from None
+        raise Refused("the request body does not match its headers", code="invalid_json") from None
 
 
 def _answer(status: int) -> web.Response:
@@ -74,8 +74,8 @@ def _answer(status: int) -> web.Response:
         phrase = HTTPStatus(status).phrase.lower()
     except ValueError:
         phrase = "refused"
-    body: dict[str, Any] = error_body(f"not a request that can be read ({phrase})", kind=kind, code=f"http_{status}")
+    body: dict[str, Any] = error_body(f"invalid HTTP request ({phrase})", kind=kind, code=f"http_{status}")
     response = json_response(body, status=status)
-    # nobody has given it an id yet
+    # no id has been assigned yet
     response.headers["X-Mlxrack-Request-Id"] = new_request_id()
     return response

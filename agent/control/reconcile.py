@@ -1,4 +1,4 @@
-"""From what a node serves to what it should serve: actions in an order that serves all the while. Pure.
+"""Reconciles a node to its desired state: actions in an order that keeps every model served. Pure.
 
 What an operator ordered on this node wins until the next generation; it is reported as drift and left alone.
 """
@@ -12,21 +12,21 @@ from shared.desired import Assignment
 
 
 class Bring(msgspec.Struct, frozen=True, kw_only=True):
-    """Have the model in memory in this version: fetched when it is not here, swapped when another version serves."""
+    """Load the model in this version: pull it if it is not on disk, swap if another version serves."""
 
     assignment: Assignment
     swap: bool
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
-    """Pin, or no longer."""
+    """Pin or unpin a model."""
 
     model: str
     pinned: bool
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True):
-    """Not assigned here."""
+    """Unload a model that is not assigned here."""
 
     model: str
 
@@ -37,11 +37,11 @@ Action = Bring | Pin | Unload
 def plan(
     actual: Sequence[Actual], desired: Sequence[Assignment], overridden: Collection[str] = ()
 ) -> tuple[Action, ...]:
-    """What to do, in order: models are brought before others leave, so that nothing is missing meanwhile.
+    """What to do, in order: models are loaded before others are unloaded, so that nothing is missing meanwhile.
 
-    1. A model that is being changed, and what was ordered here, is left alone.
-    2. A model that left memory by itself (for another, or because nobody asked) comes back when somebody asks; only a
-       pinned one is brought back.
+    1. A model that is being changed, or that an operator ordered here, is left alone.
+    2. A model that was evicted (for another, or because it was unused) is loaded again on demand; only a pinned one is
+       reloaded right away.
     """
     bring: list[Action] = []
     pins: list[Action] = []
@@ -58,19 +58,19 @@ def plan(
 
 
 def drift(actual: Sequence[Actual], desired: Sequence[Assignment], overridden: Collection[str] = ()) -> tuple[str, ...]:
-    """How the node differs from what it should be, a sentence for each model."""
+    """How the node differs from its desired state, a sentence for each model."""
     found = []
     for one in desired:
         now = _named(actual, one.model)
         if not _is_there(one, now):
             here = _overridden(one.model, now, overridden)
             why = "ordered on this node" if here else "being changed" if now and now.changing else ""
-            serves = f"serves {now.version}" if now and now.version else "is not in memory"
+            serves = f"serves {now.version}" if now and now.version else "is not resident"
             found.append(f"{one.model} {serves} instead of {one.version}" + (f" ({why})" if why else ""))
     for extra in actual:
         if extra.version and not any(one.model in extra.names for one in desired):
             why = " (ordered on this node)" if set(extra.names) & set(overridden) else ""
-            found.append(f"{extra.model} is in memory and not assigned{why}")
+            found.append(f"{extra.model} is resident but not assigned{why}")
     return tuple(found)
 
 

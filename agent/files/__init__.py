@@ -1,1 +1,1 @@
-"""Model files on disk: what a folder holds, how it gets there, and the probes that belong to it."""
+"""Model files on disk: the content of a model folder, how it is pulled, and its probes."""

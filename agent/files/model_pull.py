@@ -1,7 +1,7 @@
-"""Brings a model into the store from a folder, a Hugging Face snapshot or the bucket, and puts one into the bucket.
+"""Pulls a model into the store from a folder, a Hugging Face snapshot or the bucket, and pushes one to the bucket.
 
-Blocking; use a thread. What is being fetched lies under ``.partial``; it takes its place in one step when every file is
-there, its sha256 agrees and all of it is on the disk. A pull that was cut short goes on where it stopped.
+Blocking; use a thread. Files are fetched under ``.partial`` and installed in one atomic step when every file is
+there, its SHA-256 matches and all of it is synced to disk. An interrupted pull resumes where it stopped.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from shared.store import ObjectStore, list_all
 
 PIECE_BYTES = 8 << 20
 RESERVE_BYTES = 512 << 20
-"""Of the disk stays free for the spool and the logs."""
+"""Disk space that stays free for the spool and the logs."""
 
 Progress = Callable[[int, int], None]
-"""Bytes that are there, of so many."""
+"""Called with the bytes fetched and the total."""
 
 
 class Source(Protocol):
-    """Where a model comes from."""
+    """Where a model is pulled from."""
 
     @property
     def manifest(self) -> Manifest:
@@ -40,11 +40,11 @@ class Source(Protocol):
         ...
 
     def part(self, file: ModelFile, start: int, length: int) -> bytes:
-        """Some bytes of one. Raises Refused or Retryable."""
+        """A range of bytes of one file. Raises Refused or Retryable."""
         ...
 
     def probes(self) -> bytes | None:
-        """Recorded answers that came with it."""
+        """Recorded answers that come with the model."""
         ...
 
 
@@ -70,7 +70,7 @@ class FolderSource:
 
 
 class BucketSource:
-    """A version under ``models/`` in the bucket; without ``version`` the only one that is there."""
+    """A version under ``models/`` in the bucket; without ``version``, the only one there."""
 
     def __init__(self, bucket: ObjectStore, name: str, version: str = "") -> None:
         self._bucket = bucket
@@ -81,11 +81,11 @@ class BucketSource:
         except NotFound:
             raise Refused(
                 f"pull {name}@{self._version}: the bucket does not hold it; "
-                f"put it there with `mlxrack-agent models push FOLDER {name}`",
+                f"upload it with `mlxrack-agent models push FOLDER {name}`",
                 code="not_found",
             ) from None
         except msgspec.DecodeError:
-            raise Refused(f"pull {name}: {key} is no manifest", code="bad_model") from None
+            raise Refused(f"pull {name}: {key} is not a manifest", code="bad_model") from None
         if catalog.version_of(self.manifest) != self._version:
             raise Refused(f"pull {name}: {key} does not describe version {self._version}", code="bad_model")
 
@@ -99,7 +99,7 @@ class BucketSource:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """The snapshot in a Hugging Face cache folder; any other folder is its own. Raises Refused when it is unclear."""
+    """The snapshot in a Hugging Face cache folder; any other folder itself. Raises Refused when it is ambiguous."""
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():
         return folder
@@ -110,7 +110,7 @@ def snapshot_of(folder: Path) -> Path:
     found = sorted(p for p in snapshots.iterdir() if p.is_dir())
     if len(found) == 1:
         return found[0]
-    raise Refused(f"{folder} holds {len(found)} snapshots and names none as main; name one of them", code="bad_model")
+    raise Refused(f"{folder} holds {len(found)} snapshots and no refs/main; specify one of them", code="bad_model")
 
 
 def pull(
@@ -122,10 +122,10 @@ def pull(
     progress: Progress = lambda done, total: None,
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Installed:
-    """Fetch, verify, install. ``disk_bytes`` bounds the whole store; 0 leaves that to the disk.
+    """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it.
 
-    Raises Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched stays
-    for the next try.
+    Raises Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched is kept
+    for the next attempt.
     """
     manifest = source.manifest
     catalog.check_manifest(manifest, f"pull {name}")
@@ -138,8 +138,8 @@ def pull(
     with _of_the_disk(f"pull {name}"), _alone(store.folder / PARTIAL / f"{name}@{version}") as partial:
         if place.is_dir():
             if _is_whole(store, name, place):
-                return installed  # somebody else's pull has ended meanwhile
-            # damaged: what is still right of it need not be fetched again
+                return installed  # another pull has installed it meanwhile
+            # corrupt: its intact files need not be fetched again
             shutil.rmtree(partial)
             os.replace(place, partial)
         partial.mkdir(exist_ok=True)
@@ -161,8 +161,8 @@ def push(
     again: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Installed:
-    """Put a model folder into the bucket, its manifest last. Files that are there with the right size are left unless
-    ``again``. Raises Refused or Retryable."""
+    """Upload a model folder to the bucket, its manifest last. Files that are there with the right size are skipped
+    unless ``again``. Raises Refused or Retryable."""
     source = FolderSource(store, folder)
     catalog.check_manifest(source.manifest, f"push {name}")
     version, done = catalog.version_of(source.manifest), 0
@@ -180,7 +180,7 @@ def push(
 
 
 def versions(bucket: ObjectStore, name: str) -> list[str]:
-    """What the bucket holds of a model."""
+    """The versions of a model in the bucket."""
     return [parse_model_manifest_key(listed.key)[1] for listed in list_all(bucket, model_prefix(name))]
 
 
@@ -188,7 +188,7 @@ def _only_version(bucket: ObjectStore, name: str) -> str:
     found = versions(bucket, name)
     if len(found) == 1:
         return found[0]
-    what = f"{len(found)} versions ({', '.join(found)}); say which: bucket:{name}@VERSION" if found else "none of it"
+    what = f"{len(found)} versions ({', '.join(found)}); specify one: bucket:{name}@VERSION" if found else "no version"
     raise Refused(f"pull {name}: the bucket holds {what}", code="not_found")
 
 
@@ -199,7 +199,7 @@ def _is_there(bucket: ObjectStore, key: str, size: int) -> bool:
 
 
 def _is_whole(store: ModelStore, name: str, place: Path) -> bool:
-    """Whether a version is installed and undamaged."""
+    """Whether a version is installed and intact."""
     with contextlib.suppress(Refused):
         return place.is_dir() and bool(store.manifest(name, place))
     return False
@@ -216,14 +216,14 @@ def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes
     if total - there > free - RESERVE_BYTES:
         raise Refused(
             f"pull {name}: {(total - there) / 1e6:.0f} MB more are needed and {free / 1e6:.0f} MB are free "
-            f"({RESERVE_BYTES / 1e6:.0f} MB of them stay so); free some and pull again",
+            f"({RESERVE_BYTES / 1e6:.0f} MB of them stay reserved); free some and pull again",
             code="disk_full",
         )
 
 
 def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
-    """One file, from where an earlier try stopped; returns the bytes that are there then. What an earlier try left and
-    is not right is fetched once more."""
+    """Fetch one file, from where an earlier attempt stopped; returns the bytes done so far. Data of an earlier attempt
+    that does not match is fetched once more."""
     had = _size(path)
     try:
         return _fetched(source, file, path, done, total, progress)
@@ -260,7 +260,7 @@ def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int,
         path.unlink()
         raise Refused(
             f"pull: sha256 of {file.name} is {digest.hexdigest()[:12]}.., its manifest says {file.sha256[:12]}..; "
-            "it was thrown away, nothing was installed; pull again, and mend the source if that fails too",
+            "the file was deleted, nothing was installed; pull again, and repair the source if that fails too",
             code="bad_hash",
         )
     return done
@@ -292,14 +292,14 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(partial: Path) -> Iterator[Path]:
-    """The folder of what is being fetched, held by one pull at a time."""
+    """The folder of a partial download, locked by one pull at a time."""
     partial.mkdir(parents=True, exist_ok=True)
     lock: Any
     with open(f"{partial}.lock", "a", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Retryable(f"pull: {partial.name} is being pulled already", code="conflict") from None
+            raise Retryable(f"pull: {partial.name} is already being pulled", code="conflict") from None
         yield partial
 
 

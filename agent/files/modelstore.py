@@ -1,7 +1,7 @@
-"""Models on this node's disk: what is there, whether it is whole, what it will need. Blocking; use a thread.
+"""Models on this node's disk: what is there, whether it is intact, what memory it needs. Blocking; use a thread.
 
-A model is a folder anywhere, or one that was pulled into the store: ``<store>/<name>/<version>``. What is being pulled
-lies under ``<store>/.partial`` and cannot be loaded.
+A model is a folder anywhere, or one that was pulled into the store: ``<store>/<name>/<version>``. Partial downloads
+lie under ``<store>/.partial`` and cannot be loaded.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PARTIAL = ".partial"
 
 
 def model_folder(config: AgentConfig, state: Path) -> Path:
-    """Where pulled models lie."""
+    """The folder of pulled models."""
     return Path(config.model_store.path).expanduser() if config.model_store.path else state / "models"
 
 
@@ -45,7 +45,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     probes: tuple[Probe, ...] = BUILT_IN
 
     def planned_warm_bytes(self, warm_tok: int, *, fused: bool) -> int | None:
-        """What MLX should have held at most when the loader answered its first prompt; None without a shape."""
+        """Planned peak of MLX memory after the loader answered its first prompt; None without a shape."""
         if self.shape is None or not warm_tok:
             return None
         chunk = min(warm_tok, self.model.prefill_chunk_tok)
@@ -73,7 +73,7 @@ class _Hashed(msgspec.Struct, kw_only=True):
 class ModelStore:
     """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while.
 
-    ``folder`` is where pulled models lie. ``fused`` says that attention writes no scores down, as on a GPU.
+    ``folder`` holds pulled models. ``fused`` says that attention does not materialize scores, as on a GPU.
     """
 
     def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
@@ -85,7 +85,7 @@ class ModelStore:
         self._changed = False
 
     def describe(self, model: Model) -> ModelSpec:
-        """Version and planned bytes of a configured model. Raises Refused naming what is wrong and what mends it."""
+        """Version and planned bytes of a configured model. Raises Refused naming what is wrong and the remedy."""
         if model.engine == "fake":
             version = Version(hashlib.sha256(f"fake:{model.path or model.name}".encode()).hexdigest()[:16])
             need = model.need_bytes or 1 << 20
@@ -130,7 +130,7 @@ class ModelStore:
         if not version and len(held) > 1:
             raise Refused(
                 f"model {model.name}: the store holds {len(held)} versions of {name} ({', '.join(held)}); "
-                f'say which: path = "{STORED}{name}@VERSION"',
+                f'specify one: path = "{STORED}{name}@VERSION"',
                 code="bad_model",
             )
         if version and version not in held:
@@ -141,11 +141,11 @@ class ModelStore:
         return self.place(name, version or held[0])
 
     def place(self, name: str, version: str) -> Path:
-        """Where a version stands, or will."""
+        """The folder of a version, installed or not."""
         return self.folder / check_name(name, "model") / check_name(version, "version")
 
     def installed(self, name: str = "") -> list[Installed]:
-        """What the store holds, whole, in order."""
+        """The complete versions in the store, in order."""
         folders = [self.folder / check_name(name, "model")] if name else _folders(self.folder)
         return [
             Installed(name=folder.name, version=version.name, size=_size(version))
@@ -154,7 +154,7 @@ class ModelStore:
         ]
 
     def partials(self) -> list[Installed]:
-        """What pulls that were cut short left behind; they go on from there."""
+        """Partial downloads of interrupted pulls, which resume from there."""
         found = [folder.name.partition("@") for folder in _folders(self.folder / PARTIAL)]
         return [
             Installed(name=name, version=version, size=size)
@@ -163,16 +163,16 @@ class ModelStore:
         ]
 
     def remove(self, name: str, version: str) -> None:
-        """Take a version, or what a cut short pull left of it, out of the store. Raises Refused when there is none."""
+        """Remove a version, or its partial download, from the store. Raises Refused when there is none."""
         place = self.place(name, version)
         for left in (self.folder / PARTIAL).glob("removed-*"):
-            shutil.rmtree(left, ignore_errors=True)  # a removal that was cut short
+            shutil.rmtree(left, ignore_errors=True)  # an interrupted removal
         if not place.is_dir() and (partial := self.folder / PARTIAL / f"{name}@{version}").is_dir():
             shutil.rmtree(partial)
             return
         if not place.is_dir():
             raise Refused(f"remove {name}@{version}: it is not in the store ({self.folder})", code="not_found")
-        # out of sight in one step, so that nothing half-removed can be loaded
+        # moved away in one atomic step, so that nothing half-removed can be loaded
         doomed = self.folder / PARTIAL / f"removed-{name}-{version}"
         doomed.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -185,18 +185,18 @@ class ModelStore:
         """The files of a model folder, hashed and compared with the manifest that came with them. Raises Refused."""
         if not folder.is_dir():
             raise Refused(
-                f"model {name}: there is no folder {folder}; put the model there or mend its path", code="bad_model"
+                f"model {name}: no such folder: {folder}; put the model there or correct its path", code="bad_model"
             )
         with self._hashing:
             return self._read_manifest(name, folder)
 
     def _planned(self, model: Model, config: bytes, tensors: Sequence[Tensor]) -> tuple[ModelShape | None, MemoryPlan]:
-        """The plan; for a shape that is not understood, what the operator says that the model needs."""
+        """The memory plan; for an unknown shape, the need_bytes that the operator configured."""
         try:
             shape = model_shape.parse_shape(config, tensors)
         except Refused as error:
             if not model.need_bytes:
-                why = f"model {model.name}: {error.message}; or say what it needs of memory with need_bytes"
+                why = f"model {model.name}: {error.message}; or configure the memory it needs with need_bytes"
                 raise Refused(why, code="bad_model") from None
             weights = sum(tensor.nbytes for tensor in tensors)
             return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
@@ -213,7 +213,7 @@ class ModelStore:
 
     @staticmethod
     def _probes(model: Model, folder: Path | None) -> tuple[Probe, ...]:
-        """Recorded answers: those that the configuration names, else those that came with the model."""
+        """Recorded answers: from the configured file, else those that came with the model."""
         if model.probes:
             path = Path(model.probes).expanduser()
             try:
@@ -232,7 +232,7 @@ class ModelStore:
             return (folder / "config.json").read_bytes()
         except OSError:
             raise Refused(
-                f"model {name}: {folder} has no config.json; it is no mlx-lm model folder", code="bad_model"
+                f"model {name}: {folder} has no config.json; it is not an mlx-lm model folder", code="bad_model"
             ) from None
 
     def _read_manifest(self, name: str, folder: Path) -> Manifest:
@@ -243,7 +243,7 @@ class ModelStore:
             _check_shards(name, folder, {_inside(p, folder) for p in paths})
             files = tuple(self._file(path, folder) for path in paths)
         except OSError as error:
-            raise Refused(f"model {name}: cannot be read ({error.strerror})", code="bad_model") from None
+            raise Refused(f"model {name}: its files cannot be read ({error.strerror})", code="bad_model") from None
         self._write_memo()
         made = Manifest(files=files)
         self._compare(name, folder, made)
@@ -261,7 +261,7 @@ class ModelStore:
 
     @staticmethod
     def _compare(name: str, folder: Path, made: Manifest) -> None:
-        """Against the manifest that came with the model, where there is one."""
+        """Compare with the manifest that came with the model, if there is one."""
         try:
             came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=Manifest)
         except FileNotFoundError:
@@ -285,10 +285,10 @@ class ModelStore:
         try:
             return msgspec.json.decode(self._memo.read_bytes(), type=dict[str, _Hashed])
         except (OSError, msgspec.DecodeError):
-            return {}  # it only saves work
+            return {}  # only a cache
 
     def _write_memo(self) -> None:
-        """Remember what was hashed; a disk that refuses costs time at the next start and nothing else."""
+        """Save the hashes; a failed write costs time at the next start and nothing else."""
         if not self._changed:
             return
         with contextlib.suppress(OSError):
@@ -303,7 +303,7 @@ class ModelStore:
 
 
 def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
-    """The arrays of a weights file, by its header alone."""
+    """The tensors of a weights file, from its header alone."""
     if not catalog.is_loaded(file.name):
         return
     try:
@@ -311,7 +311,7 @@ def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
             length = model_shape.header_bytes(weights.read(8), file.size)
             tensors = model_shape.read_header(weights.read(length))
         if 8 + length + sum(t.nbytes for t in tensors) > file.size:
-            raise Refused("it is cut off", code="bad_model")
+            raise Refused("it is truncated", code="bad_model")
         yield from tensors
     except Refused as error:
         raise Refused(

@@ -1,7 +1,7 @@
-"""Questions that a standby has to answer before it takes over, and what is wrong with an answer. Pure.
+"""Probes: questions that a standby must answer before it takes over, and the checks of its answers. Pure.
 
 An operator records answers of a model that is known to be good (``mlxrack-agent probes``); without any, built-in
-questions at least find models that say nothing, say the same to everything or compute with what is no number.
+questions at least detect models that answer nothing, answer everything alike or produce NaN.
 """
 
 import math
@@ -13,10 +13,10 @@ import msgspec
 from shared.errors import Refused
 
 TIMED = 30
-"""Requests whose times are compared with the model's budget; the p99 of so few is their maximum."""
+"""Requests whose times are compared with the model's budget; the p99 of this few is their maximum."""
 TIMED_TOK = 4
 ALIKE_TOK = 4
-"""Answers of so many tokens that are all the same are no answers."""
+"""From this many tokens on, identical answers to different questions are a fault."""
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,20 +53,18 @@ BUILT_IN = tuple(
 
 
 def parse(raw: bytes, what: str) -> tuple[Probe, ...]:
-    """A file of probes. Raises Refused."""
+    """Parse a file of probes. Raises Refused."""
     try:
         probes = msgspec.json.decode(raw, type=_File).probes
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise Refused(
-            f"{what}: {error}; `mlxrack-agent probes MODEL` prints one that fits", code="bad_probes"
-        ) from None
+        raise Refused(f"{what}: {error}; `mlxrack-agent probes MODEL` prints a valid one", code="bad_probes") from None
     if not probes or any(not p.prompt or not 0 < p.max_tokens <= 512 for p in probes):
         raise Refused(f"{what}: needs probes with a prompt and 1 to 512 max_tokens", code="bad_probes")
     return probes
 
 
 def render(probes: Sequence[Probe]) -> bytes:
-    """The file of these probes."""
+    """A file of these probes."""
     return msgspec.json.format(msgspec.json.encode(_File(probes=tuple(probes))), indent=2) + b"\n"
 
 
@@ -75,17 +73,17 @@ def fault(probe: Probe, heard: Heard) -> str:
     if heard.tokens == 0:
         return "the answer is empty"
     if not all(math.isfinite(one) for one in heard.logprobs):
-        return "it computes with what is no number; the weights may be damaged"
+        return "the model produced NaN or infinity; its weights may be corrupt"
     if probe.answer is None:
         return ""
     if probe.match == "contains":
-        return "" if probe.answer.lower() in heard.text.lower() else "the answer lacks what was recorded"
-    return "" if probe.answer == heard.text else "the answer is not the recorded one"
+        return "" if probe.answer.lower() in heard.text.lower() else "the answer does not contain the recorded text"
+    return "" if probe.answer == heard.text else "the answer differs from the recorded one"
 
 
 def alike(heard: Sequence[Heard]) -> str:
     """What is wrong with all answers together; "" when nothing is."""
     long = {one.text for one in heard if one.tokens >= ALIKE_TOK}
     if len(heard) > 2 and len(long) == 1 and all(one.tokens >= ALIKE_TOK for one in heard):
-        return f"it answers {len(heard)} different questions alike"
+        return f"the model gives the same answer to {len(heard)} different questions"
     return ""

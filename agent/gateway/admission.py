@@ -1,4 +1,4 @@
-"""Whether a request may start now, and when one that may not should come again. Pure: the time is an argument."""
+"""Admission: whether a request may start now, and when to retry if not. Pure: the time is an argument."""
 
 from collections import deque
 
@@ -9,45 +9,45 @@ _UNKNOWN_WAIT_S = 5.0
 
 
 class Admit(msgspec.Struct, frozen=True):
-    """Go ahead."""
+    """The request may start."""
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """Turned away; ``retry_after_s`` is when a place is likely to be free."""
+    """Rejected; ``retry_after_s`` is when capacity is likely to be free."""
 
     code: str
     retry_after_s: int
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Requests in flight against how many there may be."""
+    """Requests in flight and their limit."""
 
     in_flight: int
     limit: int
 
     @property
     def over(self) -> int:
-        """How many have to end before one more may start; 0 when it may now."""
+        """How many must end before one more may start; 0 if it may start now."""
         return max(0, self.in_flight - self.limit + 1)
 
 
 class DrainRate:
-    """Requests that ended per second over the last half minute."""
+    """Requests completed per second over the last half minute."""
 
     def __init__(self) -> None:
         self._ended: deque[float] = deque()
 
     def ended(self, now_s: float) -> None:
-        """Count one."""
+        """Count a completed request."""
         self._ended.append(now_s)
         self._forget(now_s)
 
     def per_s(self, now_s: float) -> float:
-        """The rate now; 0 when nothing has ended lately."""
+        """The current rate; 0 when nothing completed recently."""
         self._forget(now_s)
         if not self._ended:
             return 0.0
-        # over at least a second, so that a burst of two does not promise a thousand
+        # over at least a second, so that a burst of two does not suggest a thousand
         return len(self._ended) / max(1.0, now_s - self._ended[0])
 
     def _forget(self, now_s: float) -> None:
@@ -56,9 +56,9 @@ class DrainRate:
 
 
 def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: float) -> Admit | Turn:
-    """The door of one model for one key: refuse while the node stops, and beyond either's requests in flight.
+    """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight.
 
-    The hint is the time in which the measured rate of completions works off what stands above the limit, 1 to 60 s.
+    The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s.
     """
     if draining:
         return Turn(code="draining", retry_after_s=1)

@@ -1,9 +1,9 @@
-"""Whether a node that failed gets more work. Pure: the time is an argument.
+"""Circuit breaker: whether a node that failed gets more requests. Pure: the time is an argument.
 
-Failures are what the node did to requests: it refused to connect, answered 5xx, stalled, or broke off after a 200.
-What a client did (a bad request, hanging up) says nothing about a node. After ``OPENS_AFTER`` failures in a row, or
-when half of at least ``MANY`` answers of the last ``WINDOW_S`` failed, the breaker opens; after a pause that grows it
-lets exactly one request through, and closes when that succeeds.
+Failures are what the node did to requests: it refused to connect, answered 5xx, stalled, or disconnected after a 200.
+What a client did (a bad request, a disconnect) is not evidence against a node. After ``OPENS_AFTER`` failures in a row,
+or when half of at least ``MANY`` answers of the last ``WINDOW_S`` failed, the breaker opens; after a back-off that
+grows with each failure it lets exactly one request through (half-open), and closes when that succeeds.
 """
 
 from collections import deque
@@ -15,13 +15,13 @@ WINDOW_S = 20.0
 FIRST_PAUSE_S = 2.0
 MAX_PAUSE_S = 30.0
 SAME_S = 0.1
-"""Failures that are not further apart are one event."""
+"""Failures within this time of each other count as one."""
 
 State = Literal["closed", "open", "half_open", "probing"]
 
 
 class Breaker:
-    """One model on one node."""
+    """The circuit breaker of one model on one node."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
@@ -33,7 +33,7 @@ class Breaker:
         self.reason = ""
 
     def state(self, now_s: float) -> State:
-        """Closed; open until its pause is over; half_open when one request may try; probing while that one runs."""
+        """Closed; open until its back-off ends; half_open when one request may try; probing while that one runs."""
         if self._open_until_s is None:
             return "closed"
         if self._probing:
@@ -41,18 +41,18 @@ class Breaker:
         return "open" if now_s < self._open_until_s else "half_open"
 
     def left_s(self, now_s: float) -> float:
-        """Until one request may try; 0 when it may now."""
+        """Time until one request may try; 0 if it may now."""
         return max(0.0, (self._open_until_s or 0.0) - now_s)
 
     def begin(self, now_s: float) -> bool:
-        """A request is sent; True when its end decides whether the breaker closes."""
+        """A request is sent; True if its outcome decides whether the breaker closes."""
         if self.state(now_s) in ("closed", "probing"):
             return False
         self._probing, self._early = True, self.left_s(now_s) > 0
         return True
 
     def ok(self, now_s: float, *, probe: bool = False) -> None:
-        """An answer came to its end. One that was sent before the breaker opened does not close it."""
+        """A request succeeded. One that was sent before the breaker opened does not close it."""
         self._ends.append((now_s, True))
         self._in_a_row = 0
         if probe:
@@ -60,8 +60,8 @@ class Breaker:
             self._ends.clear()
 
     def failed(self, now_s: float, reason: str, *, probe: bool = False) -> None:
-        """The node failed a request. One that was sent before the breaker opened does not prolong the pause; several at
-        the same time are one event: a connection that breaks takes all its requests with it."""
+        """The node failed a request. One that was sent before the breaker opened does not extend the back-off; several
+        at the same time count as one failure: a lost connection fails all its requests at once."""
         one_event = now_s - self._failed_s < SAME_S and not probe
         if not one_event:
             self._ends.append((now_s, False))
@@ -71,18 +71,18 @@ class Breaker:
             if self._in_a_row >= OPENS_AFTER or self._half_failed(now_s):
                 self._open(now_s, reason)
         elif probe and self._early:
-            self._probing = False  # tried because nobody else was left: the pause is what it was
+            self._probing = False  # tried early, as no other node was left: the back-off stays as it was
         elif probe:
             self._pause_s = min(MAX_PAUSE_S, self._pause_s * 2)
             self._open(now_s, reason)
 
     def given_up(self, *, probe: bool) -> None:
-        """A request ended without saying anything about the node: a client's fault, or the client left."""
+        """A request ended without evidence about the node: a client's error, or the client disconnected."""
         if probe:
             self._probing = False
 
     def fresh(self, now_s: float) -> None:
-        """The node was away and is back, or has started anew: one request may try at once."""
+        """The node came back or restarted: one request may try at once."""
         if self._open_until_s is not None:
             self._open_until_s, self._probing, self._pause_s = now_s, False, FIRST_PAUSE_S
 

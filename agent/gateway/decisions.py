@@ -1,5 +1,5 @@
-"""Why a request went where it went: what was decided for each of the last requests, for people. Pure; never a word of a
-prompt, only ids, names, counts and times.
+"""Why requests were routed as they were: the decisions for each of the last requests, for display. Pure; never any
+prompt text, only ids, names, counts and times.
 """
 
 from collections import OrderedDict
@@ -10,14 +10,14 @@ import msgspec
 from agent.gateway.routing import Candidate, Decision, Refuse
 
 KEPT = 4096
-"""Requests of which the decisions are kept."""
+"""Requests whose decisions are kept."""
 _MOST_STEPS = 64
 _MOST_CANDIDATES = 12
-"""Of a large rack's nodes the chosen one, the cheapest and the first of those that were excluded are kept."""
+"""In a large rack, the chosen node, the cheapest ones and the first of the excluded ones are kept."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened next, ``at_s`` on the node's monotonic clock; ``decision`` where one was taken."""
+    """One step of a request, ``at_s`` on the node's monotonic clock; ``decision`` where one was made."""
 
     at_s: float
     what: str
@@ -27,7 +27,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trail(msgspec.Struct, kw_only=True):
-    """One part of one request, from its door to its end."""
+    """One part of one request, from its arrival at the gateway to its end."""
 
     request_id: str
     t_ms: int
@@ -40,7 +40,7 @@ class Trail(msgspec.Struct, kw_only=True):
     worker: str = ""
 
     def add(self, at_s: float, what: str, node: str = "", why: str = "", decision: Decision | None = None) -> None:
-        """Note a step; a request that tries for ever has its first ones kept."""
+        """Record a step; of a request that keeps retrying, the first steps are kept."""
         if len(self.steps) < _MOST_STEPS:
             if decision is not None and len(decision.candidates) + len(decision.excluded) > _MOST_CANDIDATES:
                 decision = _shortened(decision)
@@ -60,21 +60,21 @@ def _shortened(decision: Decision) -> Decision:
 
 
 class Decisions:
-    """The last trails by request id."""
+    """The most recent trails by request id."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
         self._trails: OrderedDict[str, Trail] = OrderedDict()
 
     def keep(self, trail: Trail) -> Trail:
-        """Begin to keep one."""
+        """Start keeping a trail."""
         self._trails[trail.request_id] = trail
         while len(self._trails) > self._kept:
             self._trails.popitem(last=False)
         return trail
 
     def find(self, request_id: str) -> list[Trail]:
-        """Every part of a request that is still kept."""
+        """All parts of a request that are still kept."""
         found = []
         part, number = self._trails.get(request_id), 1
         while part is not None:
@@ -83,12 +83,12 @@ class Decisions:
         return found
 
     def last(self, count: int) -> list[Trail]:
-        """The newest first."""
+        """The most recent trails, newest first."""
         return [self._trails[one] for one in list(reversed(self._trails))[:count]]
 
 
 def shown(trail: Trail) -> dict[str, Any]:
-    """For people and programs."""
+    """A trail for display and for programs."""
     return {
         "request": trail.request_id,
         "t_ms": trail.t_ms,

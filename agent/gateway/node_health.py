@@ -1,4 +1,4 @@
-"""What this door has seen of each node's answers: breakers and gaps, by node and model. Pure: the time is an
+"""What this gateway measured of each node's answers: circuit breakers and gaps, by node and model. Pure: the time is an
 argument."""
 
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from agent.gateway.timeouts import Gaps
 
 
 class Trust:
-    """One door's. A breaker is there from a node's first failure on."""
+    """The health of all nodes as one gateway sees it. A breaker exists from a node's first failure on."""
 
     def __init__(self) -> None:
         self._breakers: dict[str, dict[str, Breaker]] = {}
         self._gaps: dict[tuple[str, str], Gaps] = {}
 
     def states(self, model: str, now_s: float) -> Mapping[str, State]:
-        """Nodes whose breaker for a model is not closed."""
+        """Nodes whose circuit breaker for a model is not closed."""
         breakers = self._breakers.get(model)
         if not breakers:
             return {}
@@ -24,12 +24,12 @@ class Trust:
         return {node: state for node, state in states.items() if state != "closed"}
 
     def begin(self, node: str, model: str, now_s: float) -> bool:
-        """A request is sent; True when it is the one on trial."""
+        """A request is sent; True if it is the one that a half-open breaker lets through."""
         breaker = self._breakers.get(model, {}).get(node)
         return breaker.begin(now_s) if breaker is not None else False
 
     def ok(self, node: str, model: str, now_s: float, *, probe: bool) -> None:
-        """The node answered to the end."""
+        """The node completed a request."""
         breaker = self._breakers.get(model, {}).get(node)
         if breaker is not None:
             breaker.ok(now_s, probe=probe)
@@ -40,13 +40,13 @@ class Trust:
         breaker.failed(now_s, reason, probe=probe)
 
     def given_up(self, node: str, model: str, *, probe: bool) -> None:
-        """A request ended without a word about the node."""
+        """A request ended without evidence about the node."""
         breaker = self._breakers.get(model, {}).get(node)
         if breaker is not None:
             breaker.given_up(probe=probe)
 
     def fresh(self, node: str, now_s: float) -> None:
-        """A node is back, or has started anew."""
+        """A node came back or restarted."""
         for breakers in self._breakers.values():
             if node in breakers:
                 breakers[node].fresh(now_s)
@@ -56,7 +56,7 @@ class Trust:
         return self._gaps.setdefault((node, model), Gaps())
 
     def view(self, now_s: float) -> list[dict[str, Any]]:
-        """Every breaker that is not closed, for people."""
+        """Every breaker that is not closed, for display."""
         return [
             {
                 "node": node,

@@ -1,4 +1,4 @@
-"""What becomes of a request whose worker was lost. Pure; dispatch does what this decides."""
+"""Failover: what happens to a request whose worker was lost. Pure; dispatch carries it out."""
 
 from typing import Literal
 
@@ -8,12 +8,12 @@ MAX_RETRIES = 2
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker was lost, and what is known then.
+    """A lost worker, and what is known at that time.
 
-    ``how``: the worker or its loader is lost; it turned the request away, which an old beat had promised to take; or
-    its engine failed at this request. ``elsewhere``: another node has it, and none failed at it before. ``left``: the
-    client has a part of the answer. ``can_go_on``: every token that exists is known. ``held``: a living peer can go
-    on. ``retries`` were made before. ``in_time``: the time for waiting is not over.
+    ``how``: the worker or its loader was lost; it rejected the request, although an old heartbeat had offered to take
+    it; or its engine failed at this request. ``elsewhere``: another node has it, and none failed at it before.
+    ``left``: the client has part of the answer. ``can_go_on``: every token produced is known. ``held``: a live peer
+    can continue it. ``retries`` were made before. ``in_time``: the time for waiting is not over.
     """
 
     how: Literal["lost", "turned_away", "engine_failed"]
@@ -26,8 +26,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Next(msgspec.Struct, frozen=True, kw_only=True):
-    """Go on from the tokens that exist, start over elsewhere, or give up. What is ``paid`` comes out of the retry
-    budget, and is given up when there is nothing in it."""
+    """Continue from the tokens produced, start over elsewhere, or give up. A ``paid`` attempt is charged to the retry
+    budget, and given up when the budget is exhausted."""
 
     what: Literal["go_on", "start_over", "give_up"]
     paid: bool = False
@@ -36,10 +36,10 @@ class Next(msgspec.Struct, frozen=True, kw_only=True):
 def after(loss: Loss) -> Next:
     """Decide.
 
-    1. Turned away before anything has left: elsewhere, and it costs nothing.
-    2. A client that has a part of its answer is owed the rest: on from there, and it costs nothing; nowhere else.
+    1. Rejected before the first byte: start over elsewhere, free of charge.
+    2. A client that has part of its answer is owed the rest: continue it, free of charge, or give up; never start over.
     3. An engine that fails at a request may fail at it everywhere: one other node is tried, no more.
-    4. Anything else is bounded by ``MAX_RETRIES`` and by the budget: on from the tokens where a peer can, else anew.
+    4. Anything else is bounded by ``MAX_RETRIES`` and the budget: continue where a peer can, else start over.
     """
     if loss.how == "engine_failed" and not loss.elsewhere:
         return Next(what="give_up")

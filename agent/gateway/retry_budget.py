@@ -1,18 +1,18 @@
-"""How many requests may be tried again: a share of the traffic, so that a rack in trouble is not given more of it.
+"""Retry budget: retries are limited to a share of the traffic, so that a rack in trouble does not get more load.
 Pure.
 
-A bucket of tokens: each request adds ``SHARE`` of one, each retry takes one; ``FLOOR_PER_S`` come by themselves, so
+A token bucket: each request adds ``SHARE`` of a token, each retry takes one; ``FLOOR_PER_S`` are added per second, so
 that a quiet rack can still retry.
 """
 
 SHARE = 0.2
 FLOOR_PER_S = 2.0
 MOST = 100.0
-"""More than one node can take with it at once."""
+"""The bucket's capacity: more requests than one node can lose at once."""
 
 
 class RetryBudget:
-    """One door's."""
+    """The retry budget of one gateway."""
 
     def __init__(self, now_s: float) -> None:
         self._tokens = MOST
@@ -20,7 +20,7 @@ class RetryBudget:
         self.refused = 0
 
     def asked(self) -> None:
-        """A request of a client came."""
+        """A client's request arrived."""
         self._tokens = min(MOST, self._tokens + SHARE)
 
     def take(self, now_s: float) -> bool:
@@ -34,5 +34,5 @@ class RetryBudget:
         return True
 
     def left(self) -> float:
-        """Retries that are left, for people."""
+        """Remaining retries, for display."""
         return round(self._tokens, 1)

@@ -1,4 +1,4 @@
-"""Where a request is answered: here, on a peer, or nowhere, and why. Pure; dispatch does what this decides."""
+"""Routing: where a request is served (here, on a peer, or nowhere), and why. Pure; dispatch carries it out."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -11,13 +11,13 @@ from agent.views import ModelView, NodeView, Sent
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What routing may look at. ``tried`` nodes failed this request already. With
-    ``version`` an answer has to be gone on with, by exactly that version.
+    """The input of a routing decision. ``tried`` nodes failed this request already. With
+    ``version``, an answer is to be continued, by exactly that version.
 
-    ``chain`` are the hashes of the prompt's beginnings, ``prompt_tok`` its length, ``answer_tok`` the most that is
-    asked for. ``over_tok`` is a context that was found too small for it. ``breakers`` are of this model, those that
-    are not closed; ``sent`` is what each node got since its last beat. ``labels`` are the request's, for rules to
-    come. ``dice`` in [0, 1) decides between equals.
+    ``chain`` are the hashes of the prompt's prefixes, ``prompt_tok`` its length, ``answer_tok`` the most tokens
+    requested. ``over_tok`` is a context length that was found too small for it. ``breakers`` are this model's circuit
+    breakers that are not closed; ``sent`` is what each node was sent since its last heartbeat. ``labels`` are the
+    request's, for future rules. ``dice`` is a random draw in [0, 1) that breaks ties.
     """
 
     model: str
@@ -34,20 +34,20 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer on this node."""
+    """Serve on this node."""
 
     node: str
 
 
 class Forward(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer on a peer."""
+    """Forward to a peer."""
 
     node: str
     url: str
 
 
 class Refuse(msgspec.Struct, frozen=True, kw_only=True):
-    """No node can answer. ``code`` is model_not_found or no_capacity; ``loading`` says that waiting may help."""
+    """No node can serve it. ``code`` is model_not_found or no_capacity; ``loading`` says that waiting may help."""
 
     code: str
     loading: bool = False
@@ -55,9 +55,9 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that could answer, and what that would take, in seconds: until it can begin, for the part of the prompt
-    that it does not know, for the answer, what that part of the prompt takes from others, and what speaks against it
-    otherwise. ``measured`` tells its own speed from a guess."""
+    """A node that could serve the request, and its estimated cost in seconds: until it can start, for the uncached part
+    of the prompt, for the answer, for the delay that this prefill causes to other requests, and further penalties.
+    ``measured`` tells measured speeds from defaults."""
 
     node: str
     cost_s: float
@@ -73,12 +73,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def first_token_s(self) -> float:
-        """When the first token is expected."""
+        """Expected time to first token."""
         return self.wait_s + self.prefill_s
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """Where, and between what. ``excluded`` says of each other node why it was no candidate."""
+    """The place chosen, and the candidates. ``excluded`` gives the reason for each node that was not one."""
 
     place: Local | Forward | Refuse
     candidates: tuple[Candidate, ...] = ()
@@ -86,7 +86,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chosen(self) -> Candidate | None:
-        """The candidate that was taken."""
+        """The candidate that was chosen."""
         place = self.place
         if isinstance(place, Refuse):
             return None
@@ -97,28 +97,28 @@ DEFAULT_PREFILL_TPS = 1_000.0
 DEFAULT_GAP_S = 0.03
 UNKNOWN_TOK = 1 << 30
 OTHERS = 2.0
-"""A prompt that is computed keeps those behind it and beside it waiting, too: so much more than it takes itself.
+"""Prefill also delays the requests queued behind it and decoding beside it: this multiple of its own time is added.
 Found with scripts/simulate_routing.py: without it conversations leave their prompt caches for every passing
 difference in load."""
 HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
-"""By thermal level: a node that is hot should cool down while others can answer."""
+"""Penalty by thermal level: a hot node should cool down while others can serve."""
 MEMORY_S: Mapping[str, float] = {"calm": 0.0, "soft": 0.5, "hard": 2.0}
 KV_S = 0.15
-"""Times k/(1-k) for a room for keys and values that is full by k."""
+"""Penalty, times k/(1-k), for a KV cache of which the share k is used."""
 NEAR_S = 0.005
-"""Candidates within this of the best count as equals."""
+"""Candidates within this of the best count as tied."""
 
 
 def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> Decision:
     """Decide for one request.
 
     1. Candidates are nodes that are not down or lost, not draining, not tried before and have the model ready.
-    2. Each costs the seconds in which it would be done: the prompts that are before it and its own, less what the
-       prompt cache knows of it, at the measured speed; a row, if none is free; the answer, at the measured gap and
-       as many rows as there would be; what the prompt takes from others; and barriers of heat, memory and distance.
-    3. The cheapest wins. Among equals this node, else one by dice, so that many doors do not all choose the same.
-    4. A suspect, one whose breaker is open, whose loader starts again or whose context seems too small comes after all
-       others; one whose breaker has a request on trial, or whose context was found too small, is no candidate at all.
+    2. The cost of each is the time to completion: queued prompts and its own, less its prompt cache hit, at the
+       measured prefill speed; the wait for a row, if none is free; the answer, at the measured ITL with as many rows
+       as there would be; the delay of other requests; and penalties for heat, memory pressure and distance.
+    3. The cheapest wins. Ties go to this node, else to a random draw, so that many gateways do not all choose the same.
+    4. A suspect, one whose breaker is open, whose loader is restarting or whose context seems too small is a last
+       resort; one whose breaker is probing, or whose context was found too small, is excluded.
     5. Without a candidate: unknown everywhere is model_not_found, else no_capacity.
     """
     nodes = (here, *peers)
@@ -141,7 +141,7 @@ def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> 
 
 
 def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
-    """The model as the node offers it, or why it cannot answer."""
+    """The model as the node offers it, or why the node is excluded."""
     if node.state in ("down", "lost", "unknown"):
         return node.state
     if node.node in request.tried:
@@ -151,14 +151,14 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
     for model in node.models:
         if model.name == request.model:
             if request.version and request.version not in model.versions:
-                return "another version"
+                return "different version"
             if not request.version and not model.ready:
-                return "coming" if model.coming else "not loaded"
+                return "loading" if model.coming else "not loaded"
             break
     else:
-        return "does not serve it"
+        return "model not served"
     if request.breakers and request.breakers.get(node.node) == "probing":
-        return "breaker: on trial"
+        return "circuit breaker: probing"
     if request.over_tok and model.context_tok <= request.over_tok:
         return "context too small"
     return model
@@ -167,7 +167,7 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
 def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple[float, float, int]) -> Candidate:
     prefill_tps = model.prefill_tps or usual[0]
     gap_s = model.gap_us / 1e6 if model.gap_us else usual[1]
-    # how long answers are is the traffic's nature and no node's
+    # the length of answers depends on the traffic, not on the node
     answer_tok = min(request.answer_tok, usual[2])
     sent, sent_tok = request.sent.get(node.node, (0, 0))
     requests = max(0, model.in_flight + sent)
@@ -175,7 +175,7 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     saved_tok = min(known_tok, max(0, request.prompt_tok - 1))
     step_s = gap_s * (1.0 + min(requests + 1, model.rows) / model.rows)
     answer_s = answer_tok * step_s
-    # a row comes free every so often when all are taken, by answers as long as others' are
+    # with all rows taken, one frees up as often as answers of usual length end
     usual_tok = usual[2] if usual[2] < UNKNOWN_TOK else answer_tok
     for_row_s = max(0, requests + 1 - model.rows) * usual_tok * step_s / model.rows
     wait_s = max(0, model.prefill_tok + sent_tok) / prefill_tps + for_row_s
@@ -206,19 +206,19 @@ def _barrier_s(node: NodeView, model: ModelView) -> float:
 
 
 def _last_resort(request: RouteRequest, node: NodeView, model: ModelView) -> str:
-    """Why a node that could answer is taken only when no other can; "" when nothing is wrong with it."""
+    """Why a node that could serve is chosen only when no other can; "" when nothing is wrong with it."""
     if node.state == "suspect":
         return "suspect"
     if request.breakers and request.breakers.get(node.node) == "open":
-        return "breaker: open"
+        return "circuit breaker: open"
     if request.version and not model.ready:
-        return "coming back"
-    # the door only guesses how long a prompt is; the node itself will say
+        return "loader restarting"
+    # the gateway only estimates the length of a prompt; the worker knows it
     return "context too small" if 0 < model.context_tok < request.prompt_tok else ""
 
 
 def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
-    """Speeds for a node that has not been measured: those of the others, else a guess that is the same for all."""
+    """Speeds for a node that has not been measured: the others' median, else a default that is the same for all."""
     speeds = [m.prefill_tps for m in models if m.prefill_tps]
     gaps = [m.gap_us for m in models if m.gap_us]
     answers = [m.answer_tok for m in models if m.answer_tok]
@@ -229,8 +229,8 @@ def _usual(models: Sequence[ModelView]) -> tuple[float, float, int]:
     )
 
 
-def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
-    # a suspect, or a node whose breaker is open, is used only when no other can answer, however long that takes
+def _pick(weighed: Sequence[Candidate], here: str, draw: float) -> Candidate:
+    # a last resort is used only when no other node can serve, however long that takes
     sound = [one for one in weighed if not one.last_resort] or weighed
     least = min(one.cost_s for one in sound)
     near = [one for one in sound if one.cost_s <= least + NEAR_S]
@@ -238,7 +238,7 @@ def _pick(weighed: Sequence[Candidate], here: str, dice: float) -> Candidate:
     if local is not None:
         return local
     near.sort(key=lambda one: one.node)
-    return near[int(dice * len(near))]
+    return near[int(draw * len(near))]
 
 
 def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], peers: Sequence[NodeView]) -> Refuse:
@@ -246,7 +246,7 @@ def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], pe
     if request.model not in known and all(node.heard for node in peers):
         return Refuse(code="model_not_found", known=tuple(known))
     unheard = any(node.state == "unknown" for node in peers)
-    # one that was lost, tried or is on trial may be had again in a moment
+    # one that was lost, tried or is probing may be available again in a moment
     living = [node for node in nodes if node.state != "down" and not node.draining]
     offered = [m for node in living for m in node.models if m.name == request.model]
     loading = unheard or any(m.coming or m.ready for m in offered)

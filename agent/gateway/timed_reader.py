@@ -1,4 +1,4 @@
-"""A bound on waiting that is cheap to renew: one timer for a whole stream instead of one for each of its pieces."""
+"""A timeout that is cheap to renew: one timer for a whole stream instead of one for each of its pieces."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,11 +8,11 @@ T = TypeVar("T")
 
 
 class OutOfPatience(Exception):
-    """Nothing came in time."""
+    """Nothing arrived in time."""
 
 
 class Patience(Generic[T]):
-    """Takes pieces from ``source``, each within a limit. To be closed when it is needed no more."""
+    """Reads pieces from ``source``, each within a time limit. Must be closed after use."""
 
     def __init__(self, source: AsyncIterator[T]) -> None:
         self._source = source
@@ -23,7 +23,7 @@ class Patience(Generic[T]):
         self._expired = False
 
     async def next(self, limit_s: float) -> T:
-        """The next piece. Raises OutOfPatience, and StopAsyncIteration at the end."""
+        """The next piece. Raises OutOfPatience on timeout, StopAsyncIteration at the end."""
         self._until_s = self._loop.time() + limit_s
         if self._timer is None or self._timer.when() > self._until_s:
             self._arm(self._until_s)
@@ -38,7 +38,7 @@ class Patience(Generic[T]):
             self._task, self._expired = None, False
 
     async def aclose(self) -> None:
-        """No more timers."""
+        """Cancel the timer."""
         self._disarm()
 
     def _disarm(self) -> None:
@@ -48,12 +48,12 @@ class Patience(Generic[T]):
 
     def _arm(self, at_s: float) -> None:
         self._disarm()
-        self._timer = self._loop.call_at(at_s, self._rung)
+        self._timer = self._loop.call_at(at_s, self._fired)
 
-    def _rung(self) -> None:
+    def _fired(self) -> None:
         self._timer = None
         if self._task is None:
-            return  # nobody waits; the next wait arms it again
+            return  # no reader waits; the next wait arms it again
         if self._loop.time() < self._until_s:
             self._arm(self._until_s)
             return

@@ -1,8 +1,8 @@
-"""When a worker that says nothing counts as lost: limits that are learned from what it usually takes. Pure.
+"""Adaptive timeouts: when a silent worker counts as stalled, learned from its usual times. Pure.
 
-Between tokens: ten times the usual p99 gap, at least ``GAP_FLOOR_S``. Before the first: ten times what the queue and
-the prompt should take, at least ``FIRST_FLOOR_S``. Both never more than the configured bounds. A node that is gone
-altogether is noticed by its beats long before; this is for those that answer beats and nothing else.
+Between tokens: ten times the usual p99 gap, at least ``GAP_FLOOR_S``. Before the first: ten times the expected time of
+queue and prefill, at least ``FIRST_FLOOR_S``. Neither exceeds the configured limits. A node that is gone altogether is
+detected by missed heartbeats long before; this is for those that answer heartbeats and nothing else.
 """
 
 from shared.sketch import Sketch
@@ -12,27 +12,27 @@ FIRST_FLOOR_S = 15.0
 TIMES = 10.0
 _LOOK = 64
 _TURN = 2_048
-"""Gaps after which the older half of what is known is forgotten."""
+"""Gaps after which the older half of the history is dropped."""
 
 
 class Gaps:
-    """Gaps between the pieces of answers that came from one node, the last few thousand."""
+    """Gaps between the pieces of one node's answers, the last few thousand."""
 
     def __init__(self) -> None:
         self._older, self._newer, self._count = Sketch(), Sketch(), 0
         self._worst_s = 0.0
 
     def add(self, gap_s: float) -> None:
-        """Note one."""
+        """Record a gap."""
         self._newer.add(int(gap_s * 1e6))
         self._count += 1
         if self._count >= _TURN:
             self._older, self._newer, self._count = self._newer, Sketch(), 0
-        if self._count % _LOOK == 1:  # a quantile costs more than a gap
+        if self._count % _LOOK == 1:  # a quantile costs more than recording a gap
             self._worst_s = max(self._p99_s(self._older), self._p99_s(self._newer))
 
     def limit_s(self, most_s: float) -> float:
-        """How long a gap may be, in seconds."""
+        """The longest gap allowed, in seconds."""
         return min(most_s, max(GAP_FLOOR_S, TIMES * self._worst_s))
 
     @staticmethod
@@ -42,13 +42,13 @@ class Gaps:
 
 
 def first_limit_s(expected_s: float, most_s: float) -> float:
-    """How long the first token may take where ``expected_s`` were expected, in seconds."""
+    """The timeout of a first token that was expected after ``expected_s``, in seconds."""
     return min(most_s, max(FIRST_FLOOR_S, TIMES * expected_s))
 
 
 class Watch:
-    """Bounds on one attempt: on its first token, on the gaps after it, and on the whole request, which ends at
-    ``until_s``. ``learned`` limits hold where another node could take over."""
+    """Timeouts of one attempt: of its first token, of the gaps after it, and of the whole request, which ends at
+    ``until_s``. ``learned`` (adaptive) timeouts apply where another node could take over."""
 
     def __init__(self, gaps: Gaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
         self._gaps = gaps
@@ -59,10 +59,10 @@ class Watch:
         self._asked_s = self._heard_s = 0.0
         self.waited_s = 0.0
         self.is_over = False
-        """Whether it was the request's end that came, not the next piece's."""
+        """Whether the limit is the request's deadline, not the next piece's timeout."""
 
     def limit_s(self, now_s: float) -> float:
-        """How long the next piece may take from now on."""
+        """The timeout of the next piece, from now."""
         self._asked_s = now_s
         if not self._heard_s:
             limit_s = self._first_s
@@ -73,13 +73,13 @@ class Watch:
         return max(0.0, min(limit_s, over_s))
 
     def token(self, now_s: float) -> None:
-        """A piece of the answer came."""
+        """A piece of the answer arrived."""
         if self._heard_s:
-            # what the client took to read is not the worker's gap
+            # the time that the client took to read is not the worker's gap
             self._gaps.add(now_s - max(self._asked_s, self._heard_s))
         self._heard_s = now_s
 
     def waits(self, now_s: float) -> None:
-        """It waits in line, or was set aside for want of room: its silence means nothing."""
+        """The request is queued, or was set aside for lack of memory: its silence means nothing."""
         if self._heard_s:
             self._heard_s = now_s

@@ -1,6 +1,6 @@
-"""Asks every peer how it is, once a beat, and tells the PeerTable; its changes become events.
+"""Sends a heartbeat to every peer each interval and updates the PeerTable; its changes become events.
 
-Each question is a task of its own, so that a peer that does not answer delays nobody else's. Models compute in other
+Each heartbeat is a task of its own, so that a peer that does not answer delays no other. Models run in other
 processes, so nothing here waits for them.
 """
 
@@ -17,13 +17,13 @@ from shared.records import Event, PeerDown, PeerUp
 SKEW_WARNING_MS = 2_000
 TICKS_PER_BEAT = 4
 _MOST_OPEN = 2
-"""Questions to one peer that wait for an answer at the same time."""
+"""Heartbeats to one peer that may be in flight at the same time."""
 
 log = get_logger("agent.mesh.heartbeats")
 
 
 class Prober:
-    """``emit`` takes PeerDown and PeerUp; ``on_back`` hears of a peer that was away or has started anew."""
+    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted."""
 
     def __init__(
         self,
@@ -53,38 +53,38 @@ class Prober:
 
     @property
     def every_s(self) -> float:
-        """How often ``tick`` is to be called."""
+        """How often to call ``tick``, in seconds."""
         return self._beat_s / TICKS_PER_BEAT
 
     async def tick(self) -> None:
-        """Ask who is due, and tell what has changed."""
+        """Send the heartbeats that are due, and report what has changed."""
         now = self._clock()
         asleep_s = self._table.tick(now, self.every_s)
         if asleep_s:
             self._woke += 1
             self._due.clear()
-            log.warning("was_asleep", seconds=round(asleep_s, 2))
+            log.warning("sleep_detected", seconds=round(asleep_s, 2))
         for node, url in self._table.urls():
             if now >= self._due.get(node, 0.0) and self._open.get(node, 0) < _MOST_OPEN:
                 # a little early rather than a tick late
                 self._due[node] = now + self._beat_s - self.every_s / 2
                 self._spawn(node, url)
-        self._tell(now)
+        self._report(now)
 
     async def close(self) -> None:
-        """Give up all questions."""
+        """Cancel all heartbeats in flight."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _tell(self, now: float) -> None:
+    def _report(self, now: float) -> None:
         for change in self._table.changes(now):
             t_ms, for_ms = self._wall_ms(), int(change.for_s * 1000)
             if change.up:
                 self._emit(PeerUp(t_ms=t_ms, peer=change.node, down_us=for_ms * 1000))
                 log.info("peer_up", peer=change.node, down_s=round(change.for_s, 1))
             else:
-                # whoever waits for it goes elsewhere now
+                # requests that wait for it fail over now
                 self._client.drop(change.node)
                 self._emit(PeerDown(t_ms=t_ms, peer=change.node, last_seen_ms=t_ms - for_ms))
                 log.warning("peer_down", peer=change.node, silent_s=round(change.for_s, 1))
@@ -100,23 +100,23 @@ class Prober:
         try:
             beat = await self._client.beat(node, url, self._beat_s)
             if beat.rack != self._rack:
-                self._note(node, f"peer {url}: is of rack {beat.rack!r}, and this node of {self._rack!r}")
+                self._note(node, f"peer {url}: belongs to rack {beat.rack!r}, this node to {self._rack!r}")
                 return
         except RackError as error:
             self._note(node, error.message)
             if woke == self._woke and self._clock() - began < 2 * self._beat_s:
                 self._table.missed(node, self._clock())
-                self._tell(self._clock())
+                self._report(self._clock())
             return
         finally:
             self._open[node] -= 1
         now = self._clock()
         skew_ms = beat.t_ms - self._wall_ms()
-        late = f"peer {url}: its clock differs by {skew_ms / 1000:.1f} s" if abs(skew_ms) > SKEW_WARNING_MS else ""
+        late = f"peer {url}: clock skew of {skew_ms / 1000:.1f} s" if abs(skew_ms) > SKEW_WARNING_MS else ""
         self._note(node, late)
         if self._table.heard(node, beat, now, hop_s=now - began):
             self._on_back(node)
-        self._tell(now)
+        self._report(now)
 
     def _note(self, node: str, problem: str) -> None:
         if problem and self.problems.get(node) != problem:

@@ -1,5 +1,5 @@
-"""The way to the other nodes: beats by HTTP, and one connection to each for the requests that it answers. Both are
-signed with the rack secret, and so are their answers. Never retries; who calls decides."""
+"""Client for the other nodes: heartbeats over HTTP, and one connection to each for the requests that it serves. Both
+are signed with the rack secret, and so are the responses. Never retries; the caller decides."""
 
 import asyncio
 import contextlib
@@ -22,15 +22,15 @@ MAX_BEAT_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 8 << 10
 
 _WHY = {
-    "not_a_peer": "refuses the rack secret; peers.secret must be the same on all nodes",
-    "protocol_mismatch": "does not speak this node's protocol; update the older of the two",
-    "wrong_node": "is another node than peers.nodes calls it",
-    "clock_skew": "refuses a signature whose clock is so far from its own; set both clocks by the same source",
+    "not_a_peer": "rejected the signature; peers.secret must be the same on all nodes",
+    "protocol_mismatch": "incompatible protocol version; upgrade the older of the two nodes",
+    "wrong_node": "has another node id than configured; correct peers.nodes",
+    "clock_skew": "rejected the signature because of clock skew; synchronize both clocks to the same source",
 }
 
 
 class PeerClient:
-    """One session to all peers. ``secret`` is the rack's; ``node`` is who asks."""
+    """One HTTP session for all peers. ``secret`` is the rack's; ``node`` is this node's id."""
 
     def __init__(
         self, secret: str, node: str, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
@@ -45,8 +45,8 @@ class PeerClient:
         self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
 
     async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
-        """What the peer says of itself. Raises Retryable when it does not answer in time, Refused when it is not who it
-        should be."""
+        """The peer's answer to a heartbeat. Raises Retryable when it does not answer in time, Refused when it is not
+        the expected node."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         nonce = self._nonce()
         try:
@@ -60,29 +60,29 @@ class PeerClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
         except msgspec.ValidationError as error:
-            raise Refused(f"peer {url}: its beat makes no sense ({error}); is it of this version?") from None
+            raise Refused(f"peer {url}: invalid heartbeat ({error}); upgrade the older of the two") from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            raise Refused(f"peer {url}: sent no beat of ours; is it an mlxrack agent of this version?") from None
+            raise Refused(f"peer {url}: not a heartbeat; is it an mlxrack agent of this version?") from None
         if why := mismatch(beat.protocol, beat.oldest):
             raise Refused(f"peer {url}: {why}", code="protocol_mismatch")
         if not self._key.is_answer(signature, nonce, beat.node, body):
-            raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+            raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
         if beat.node != node:
-            raise Refused(f"peer {url}: says it is {beat.node!r}, and the configuration calls it {node!r}")
+            raise Refused(f"peer {url}: identifies as {beat.node!r}, but is configured as {node!r}")
         return beat
 
     async def link(self, node: str, url: str) -> PeerLink:
-        """The open connection to a peer. Raises Retryable (code worker_lost) when there is none to be had."""
+        """The open connection to a peer. Raises Retryable (code worker_lost) when none can be opened."""
         link = self._links.get(node)
         if link is not None and link.url != url:
-            self.drop(node)  # the node has moved
+            self.drop(node)  # the node has a new url
             link = None
         if link is None or not link.alive:
             link = await self._linked(node, url)
         return link
 
     def drop(self, node: str) -> None:
-        """Cut what is open to a peer that is gone; whoever waits there hears it at once."""
+        """Abort the connection to a peer that is gone; requests that wait on it fail at once."""
         link = self._links.pop(node, None)
         if link is not None:
             link.abort()
@@ -96,12 +96,12 @@ class PeerClient:
             await self._session.close()
 
     async def _linked(self, node: str, url: str) -> PeerLink:
-        """The connection to a peer, opened by the first who needs it; all who wait share what comes of it. Raises
-        Retryable."""
+        """The connection to a peer, opened by the first caller that needs it; concurrent callers share the outcome.
+        Raises Retryable."""
         task = self._connecting.get(node)
         if task is None:
             task = self._connecting[node] = asyncio.create_task(self._opened_link(node, url))
-            # whoever waits hears how it ended, and nobody may be left to
+            # waiting callers get its outcome; when none is left, its exception must still be read
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             task.add_done_callback(lambda _: self._connecting.pop(node, None))
         return await asyncio.shield(task)
@@ -111,7 +111,7 @@ class PeerClient:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 link = self._links[node] = await self._connected(node, url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Retryable(f"peer {node}: cannot be reached ({type(error).__name__})", code="worker_lost") from None
+            raise Retryable(f"peer {node}: unreachable ({type(error).__name__})", code="worker_lost") from None
         except Refused as error:
             raise Retryable(error.message, code="worker_lost") from None
         return link
@@ -126,7 +126,7 @@ class PeerClient:
         try:
             signature, _, challenge = str((await socket.receive()).data).partition(" ")
             if not self._key.is_answer(signature, nonce, node):
-                raise Refused(f"peer {url}: its answer is not signed by this rack", code="not_a_peer")
+                raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
             await socket.send_str(self._key.proof(challenge, self._node))
         except BaseException:
             link.abort()
@@ -135,7 +135,7 @@ class PeerClient:
         return link
 
     def _nonce(self) -> str:
-        """Never used before: by this process because it counts, by another because of its random beginning."""
+        """Unique: within this process by a counter, across processes by its random prefix."""
         return f"{self._born}{next(self._count):x}"
 
     def _headers(self, to: str, path: str, nonce: str) -> dict[str, str]:
@@ -153,7 +153,7 @@ class PeerClient:
 
 
 async def _refusal(url: str, answer: aiohttp.ClientResponse) -> RackError:
-    """What an answer other than 200 means, in our own words."""
+    """The error for a response other than 200, in our own words."""
     code = ""
     with contextlib.suppress(msgspec.DecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
         code = str(msgspec.json.decode(await _read(answer, _MAX_ERROR_BYTES))["error"]["code"])
@@ -164,7 +164,7 @@ async def _refusal(url: str, answer: aiohttp.ClientResponse) -> RackError:
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
     body = b""
-    # one read gives what one segment brought, not the whole
+    # one read returns what one segment brought, not the whole body
     while len(body) < most and (chunk := await answer.content.read(most)):
         body += chunk
     return body

@@ -1,7 +1,7 @@
-"""One connection to one peer that carries every request to it: frames of many answers, told apart by their ids.
+"""One connection to one peer that multiplexes every request to it: frames of many answers, distinguished by their ids.
 
-It is a WebSocket whose handshake is signed. A request costs a frame there and its answers back, and no HTTP of its
-own. When the connection ends, every answer that is open on it is lost, and who waits hears it at once.
+It is a WebSocket whose handshake is signed. A request costs one frame there and its answers back, without an HTTP
+request of its own. When the connection ends, every open answer on it is lost, and its reader is notified at once.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _ANSWERS = (Accepted, Tokens, Embedded, Waits, Done, Failed)
 _ENDS = (Done, Failed)
 CLOSE_S = 1.0
 HEARTBEAT_S = 10.0
-"""A connection over which nothing comes back for so long, and half as long again, is dead."""
+"""A connection that returns nothing for this long, and half as long again, is dead."""
 
 
 class PeerLink:
@@ -52,22 +52,22 @@ class PeerLink:
         self._reading: asyncio.Task[None] | None = None
 
     def read(self) -> None:
-        """From now on take what comes."""
+        """Start receiving frames."""
         self._reading = asyncio.create_task(self._read())
 
     async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
-        """Answers to one request. Leaving early cancels it. Raises Retryable (worker_lost) when the connection ends."""
+        """Answers to one request. Closing early cancels it. Raises Retryable (worker_lost) when the connection ends."""
         number, answers, finished = next(self._ids), AnswerQueue(), False
         self._open[number] = answers
         try:
             frame = encode(msgspec.structs.replace(request, id=number))
             if len(frame) > MAX_FRAME_BYTES:
-                raise Refused("the request is too large to be forwarded", code="body_too_large")
+                raise Refused("the request is too large to forward", code="body_too_large")
             await self._send(frame)
             while not finished:
                 answer = await answers.get()
                 if answer is None:
-                    raise Retryable(f"peer {self._node}: broke off", code="worker_lost")
+                    raise Retryable(f"peer {self._node}: connection lost", code="worker_lost")
                 finished = isinstance(answer, _ENDS)
                 yield answer
         finally:
@@ -76,7 +76,7 @@ class PeerLink:
                 self._cancel(number)
 
     def abort(self) -> None:
-        """Cut it: the peer is gone."""
+        """Abort the connection: the peer is gone."""
         self._lost()
         self._writer.abort()
         wire = self._socket.get_extra_info("socket")
@@ -87,7 +87,7 @@ class PeerLink:
             self._reading.cancel()
 
     async def close(self) -> None:
-        """End it in order."""
+        """Close the connection gracefully."""
         self._lost()
         reading = [self._reading] if self._reading is not None else []
         for task in reading:
@@ -103,7 +103,7 @@ class PeerLink:
             await self._writer.put(frame)
         except ConnectionError:
             self._lost()
-            raise Retryable(f"peer {self._node}: broke off", code="worker_lost") from None
+            raise Retryable(f"peer {self._node}: connection lost", code="worker_lost") from None
 
     def _cancel(self, number: int) -> None:
         with contextlib.suppress(ConnectionError):
@@ -119,7 +119,7 @@ class PeerLink:
                     if isinstance(frame, _ANSWERS) and frame.id in self._open:
                         self._open[frame.id].put(frame)
         except Refused:
-            pass  # what speaks no frames is no peer
+            pass  # invalid frames: not a peer
         finally:
             self._lost()
             self._writer.abort()

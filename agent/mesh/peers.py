@@ -1,8 +1,8 @@
-"""What is known of the other nodes: observations in, a view out. Level-triggered, so recovery needs no step by hand.
+"""What is known of the other nodes: observations in, a view out. Level-triggered, so recovery needs no manual step.
 
-A peer that missed a beat (it refused it, or its last answer is older than almost one and a half) is *suspect*, after
-three misses (or almost three and a half beats of silence) it is *down*. It is *lost*, and gets nothing before its next
-beat, when a request to it could not connect or broke. A node that was itself asleep judges nobody by that time.
+A peer that missed a heartbeat (it failed, or the last answer is older than almost 1.5 intervals) is *suspect*; after
+three misses (or almost 3.5 intervals of silence) it is *down*. It is *lost*, and gets no requests before its next
+heartbeat, when a request to it could not connect or broke. A node that was itself asleep judges no peer by that time.
 """
 
 from collections.abc import Iterable
@@ -15,17 +15,17 @@ from agent.views import Count, ModelView, NodeView, Sent
 
 SUSPECT_BEATS = 1.45
 DOWN_BEATS = 3.45
-"""A little less than one and a half and three and a half, which are what a rack promises in seconds."""
+"""A little less than 1.5 and 3.5 intervals, which are the detection times that a rack promises."""
 DOWN_MISSES = 3
 HOPS = 4
-"""So many of the last beats' times are looked at; the shortest is what the way takes."""
+"""Round trips of recent heartbeats that are kept; the shortest is the estimate."""
 ASLEEP_S = 0.5
-"""A tick that comes so much later than it should: this node, not its peers, was away."""
+"""A tick that is late by this much means that this node, not its peers, was asleep."""
 _NEVER = float("inf")
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node says of itself once a second. ``epoch`` rises with every start of its agent."""
+    """What a node reports of itself once a second. ``epoch`` rises with every start of its agent."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -40,7 +40,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer was declared down (``up`` false) or came back; ``for_s`` since its last answer, or since it went."""
+    """A peer was declared down (``up`` false) or came back; ``for_s`` since its last answer, or since it was down."""
 
     node: str
     up: bool
@@ -63,7 +63,7 @@ class _Known(msgspec.Struct, kw_only=True):
 
 
 class PeerTable:
-    """Peers by node id. ``now`` is a monotonic clock in seconds, given by the caller."""
+    """Peers by node id. ``now`` is a monotonic clock in seconds, passed by the caller."""
 
     def __init__(self, urls: Iterable[tuple[str, str]], *, beat_s: float, now: float) -> None:
         self._beat_s = beat_s
@@ -78,7 +78,7 @@ class PeerTable:
         return [(node, known.url) for node, known in self._peers.items()]
 
     def become(self, urls: Iterable[tuple[str, str]], now: float) -> list[str]:
-        """From now on these are the peers; what is known of those that stay is kept. Returns who has gone or moved."""
+        """Replace the peers; the state of those that stay is kept. Returns those that were removed or got a new url."""
         wanted = dict(urls)
         kept = {node: known for node, known in self._peers.items() if wanted.get(node) == known.url}
         gone = [node for node in self._peers if node not in kept]
@@ -87,8 +87,8 @@ class PeerTable:
         return gone
 
     def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
-        """A peer answered; what was sent since its last beat is now in its own count. True when it was down or has
-        started anew since."""
+        """A peer answered; what was sent since its last heartbeat is now in its own count. True when it was down or has
+        restarted since."""
         known = self._peers.get(node)
         if known is None:
             return False
@@ -97,7 +97,7 @@ class PeerTable:
         anew = before is not None and before.epoch != beat.epoch
         known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
         known.beats += 1
-        # one late answer says little of the way, several do
+        # one late answer says little about the network, several do
         known.hops_s = (*known.hops_s[1 - HOPS :], hop_s)
         for model in beat.models:
             if known.prefixes.get(model.name) != model.prefixes:
@@ -107,19 +107,19 @@ class PeerTable:
         return away or anew
 
     def missed(self, node: str, now: float) -> None:
-        """A beat was not answered."""
+        """A heartbeat was not answered."""
         if node in self._peers:
             self._peers[node].misses += 1
             self._changed()
 
     def lose(self, node: str) -> None:
-        """A request could not connect, or broke: nothing more before the peer answers a beat."""
+        """A request could not connect, or broke: no more requests before the peer answers a heartbeat."""
         if node in self._peers:
             self._peers[node].lost = True
             self._changed()
 
     def unready(self, node: str, model: str) -> None:
-        """A node turned a request away that its last beat had promised to take: it is not ready until its next."""
+        """A node rejected a request that its last heartbeat had offered to take: it is not ready until its next one."""
         known = self._peers.get(node)
         if known is not None and known.beat is not None:
             models = tuple(
@@ -130,7 +130,7 @@ class PeerTable:
             self._changed()
 
     def sent(self, node: str, model: str, prompt_tok: int) -> int:
-        """A request was forwarded, and counts as load until the next beat. What is returned ``ended`` wants to know."""
+        """A request was forwarded, and counts as load until the next heartbeat. Pass the result to ``ended``."""
         known = self._peers.get(node)
         if known is None:
             return -1
@@ -139,20 +139,20 @@ class PeerTable:
         return known.beats
 
     def ended(self, node: str, model: str, prompt_tok: int, sent_at: int) -> None:
-        """A request that was forwarded has ended: a node that has just become idle is known to be before it says so."""
+        """A forwarded request has ended: a node that has just become idle is known to be idle before it reports it."""
         known = self._peers.get(node)
         if known is not None:
             requests, tokens = known.sent.get(model, (0, 0))
-            # tokens of a request from before the beat are in the beat, or were done by then
+            # tokens of a request from before the heartbeat are in its count, or were done by then
             known.sent[model] = (requests - 1, tokens - prompt_tok if known.beats == sent_at else tokens)
 
     def sent_since_beat(self, model: str) -> dict[str, Sent]:
-        """What each peer got for a model since it last said what it has, less what has ended."""
+        """What each peer was sent for a model since its last heartbeat, less what has ended."""
         return {node: known.sent[model] for node, known in self._peers.items() if model in known.sent}
 
     def tick(self, now: float, every_s: float) -> float:
-        """To be called every ``every_s``. When it comes late this node was asleep, and what it did not hear in that
-        time is nobody's fault. Returns for how long it was."""
+        """Call this every ``every_s``. A late call means that this node was asleep: heartbeats missed in that time do
+        not count against peers. Returns for how long it was asleep."""
         late_s = now - self._tick_s - every_s
         self._tick_s, self._ticks = now, True
         if late_s < ASLEEP_S:
@@ -185,7 +185,7 @@ class PeerTable:
     def _view_of(self, node: str, known: _Known, now: float) -> NodeView:
         beat = known.beat
         if beat is None:
-            # just after the start nobody knows what a peer serves
+            # just after the start it is unknown what a peer serves
             fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
             return NodeView(node=node, url=known.url, state="unknown" if fresh else "down", heard=False)
         return NodeView(
@@ -202,7 +202,7 @@ class PeerTable:
 
     def _state(self, known: _Known, now: float) -> str:
         if self._ticks:
-            # a node that has just woken has not heard the beats that wait for it, and must not judge by the time
+            # a node that has just woken has not read the pending heartbeats, and must not judge by the time
             now = min(now, self._tick_s + ASLEEP_S)
         silent_s = now - known.last_s
         if known.misses >= DOWN_MISSES or silent_s > DOWN_BEATS * self._beat_s:
@@ -212,7 +212,7 @@ class PeerTable:
         return "suspect" if known.misses or silent_s > SUSPECT_BEATS * self._beat_s else "up"
 
     def _next_s(self, known: _Known, now: float) -> float:
-        """When a peer's state may change by the mere passing of time."""
+        """When a peer's state may change merely because time passes."""
         edges = [known.last_s + beats * self._beat_s for beats in (SUSPECT_BEATS, DOWN_BEATS)]
         # a little after the edge, where the comparison has turned
         return min((edge + 1e-6 for edge in edges if edge >= now), default=_NEVER)

@@ -1,9 +1,9 @@
-"""How nodes of a rack prove to each other who they are: an HMAC with the rack secret over each request. Pure.
+"""Authentication between nodes of a rack: an HMAC with the rack secret over each request. Pure.
 
-What is signed is one line each: protocol, who asks, who is asked, method, path with its query, time, nonce, and the
-SHA-256 of the body. A signature is good for ``FRESH_S`` around the receiver's clock and once only. An answer carries a
-signature over the request's nonce, so that who asks knows that a node of its rack has spoken. A connection is proved
-once more, over a number that the receiver has drawn: what was recorded opens none, not even after a restart.
+What is signed, one per line: protocol, sender, receiver, method, path with its query, time, nonce, and the SHA-256 of
+the body. A signature is valid for ``FRESH_S`` around the receiver's clock, and only once. A response has a signature
+over the request's nonce, so that the sender knows that a node of its rack answered. A connection is authenticated once
+more, over the receiver's random challenge, so that a recorded handshake cannot be replayed, not even after a restart.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ import msgspec
 from shared.errors import RackError
 
 PROTOCOL = 2
-"""The version of what nodes say to each other: beats, frames and this signature."""
+"""The version of the protocol between nodes: heartbeats, frames and this signature."""
 OLDEST = 2
-"""The oldest version that this one understands."""
+"""The oldest version that this one supports."""
 FRESH_S = 60.0
 SCHEME = "Mlxrack"
 ANSWER_HEADER = "X-Mlxrack-Rack"
 
 
 class NotAPeer(RackError):
-    """Who asks is no node of this rack, or cannot prove it."""
+    """The sender is not a node of this rack, or cannot prove it."""
 
     code = "not_a_peer"
 
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True):
-    """What the header of a request says."""
+    """The contents of a request's Authorization header."""
 
     protocol: int
     oldest: int
@@ -43,7 +43,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Key:
-    """The rack secret, for one purpose."""
+    """A key derived from the rack secret, for requests between nodes."""
 
     def __init__(self, secret: str) -> None:
         self._key = hashlib.sha256(b"mlxrack peers\0" + secret.encode()).digest()
@@ -54,47 +54,47 @@ class Key:
         return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},to={to},t={t_ms},nonce={nonce},mac={mac}"
 
     def proof(self, challenge: str, node: str) -> str:
-        """What ``node`` says to a number that it was given."""
+        """The response of ``node`` to a challenge."""
         return hmac.digest(self._key, _line("proof", challenge, node), "sha256").hex()
 
     def is_proof(self, offered: str, challenge: str, node: str) -> bool:
-        """Whether ``offered`` is what ``node`` would say."""
+        """Whether ``offered`` is the response of ``node``."""
         return hmac.compare_digest(offered.encode("ascii", "replace"), self.proof(challenge, node).encode())
 
     def answer(self, nonce: str, node: str, body: bytes = b"") -> str:
-        """The header of an answer; ``body`` where it is known before it is sent."""
+        """The signature of an answer; ``body`` where it is known before it is sent."""
         return hmac.digest(self._key, _line("answer", nonce, node, _sha256(body)), "sha256").hex()
 
     def is_answer(self, offered: str, nonce: str, node: str, body: bytes = b"") -> bool:
-        """Whether ``offered`` is what a node of this rack would have answered."""
+        """Whether ``offered`` is the signature of a node of this rack."""
         return hmac.compare_digest(offered.encode("ascii", "replace"), self.answer(nonce, node, body).encode())
 
     def check(self, header: str, *, me: str, method: str, path: str, body: bytes, now_ms: int) -> Signed:
-        """Who asks. Raises NotAPeer with what is wrong: no signature, another secret, a clock that differs, a protocol
-        that this node does not speak, or another node than ``me`` that was meant."""
+        """The authenticated sender. Raises NotAPeer with the reason: no signature, another secret, clock skew, an
+        unsupported protocol version, or another receiver than ``me``."""
         signed = parse(header)
-        # the protocol first: one that is too new may sign in another way
+        # the protocol first: a newer one may sign in another way
         if why := mismatch(signed.protocol, signed.oldest):
             raise NotAPeer(why, code="protocol_mismatch")
         mac = self._mac(signed.protocol, signed.node, signed.to, f"{method}\n{path}", signed.t_ms, signed.nonce, body)
         if not hmac.compare_digest(mac.encode(), signed.mac.encode("ascii", "replace")):
-            raise NotAPeer("the signature is not of this rack; peers.secret must be the same on all nodes")
+            raise NotAPeer("invalid signature; peers.secret must be the same on all nodes")
         skew_s = (signed.t_ms - now_ms) / 1000
         if abs(skew_s) > FRESH_S:
-            why = f"the clock of {signed.node} differs by {skew_s:.0f} s from this node's; set both by the same source"
+            why = f"the clock of {signed.node} differs by {skew_s:.0f} s from this node's; synchronize both clocks"
             raise NotAPeer(why, code="clock_skew")
         if signed.to != me:
-            why = f"{signed.node} calls this node {signed.to!r}, and it is {me!r}; mend its peers.nodes"
+            why = f"{signed.node} calls this node {signed.to!r}, but its id is {me!r}; correct peers.nodes there"
             raise NotAPeer(why, code="wrong_node")
         return signed
 
     def _mac(self, protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> str:
-        said = _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
-        return hmac.digest(self._key, said, "sha256").hex()
+        signed = _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
+        return hmac.digest(self._key, signed, "sha256").hex()
 
 
 class Nonces:
-    """Those that were seen while they are fresh; at most ``most``, beyond which the oldest are forgotten."""
+    """Nonces seen, while signatures are valid; at most ``most``, beyond which the oldest are dropped."""
 
     def __init__(self, most: int = 200_000) -> None:
         self._seen: set[str] = set()
@@ -102,7 +102,7 @@ class Nonces:
         self._most = most
 
     def take(self, nonce: str, now_ms: int) -> bool:
-        """False when it was used before."""
+        """False if it was used before (a replay)."""
         while self._order and (self._order[0][0] < now_ms - 2 * FRESH_S * 1000 or len(self._order) >= self._most):
             self._seen.discard(self._order.popleft()[1])
         if nonce in self._seen:
@@ -116,7 +116,7 @@ def parse(header: str) -> Signed:
     """The parts of an Authorization header. Raises NotAPeer."""
     scheme, _, rest = header.partition(" ")
     if scheme != SCHEME:
-        raise NotAPeer("not a node of this rack; its requests are signed with peers.secret")
+        raise NotAPeer("no peer signature; requests between nodes are signed with peers.secret")
     parts: Mapping[str, str] = dict(part.partition("=")[::2] for part in rest.split(","))
     try:
         return Signed(
@@ -129,15 +129,15 @@ def parse(header: str) -> Signed:
             mac=parts["mac"],
         )
     except (KeyError, ValueError):
-        raise NotAPeer("not a node of this rack; its signature cannot be read") from None
+        raise NotAPeer("malformed peer signature") from None
 
 
 def mismatch(protocol: int, oldest: int) -> str:
-    """Why two versions cannot talk; "" when they can."""
+    """Why two protocol versions are incompatible; "" when they are not."""
     if protocol >= OLDEST and oldest <= PROTOCOL:
         return ""
     which = "newer" if oldest > PROTOCOL else "older"
-    return f"speaks protocol {protocol}, which is {which} than this node's {PROTOCOL}; update the older of the two"
+    return f"protocol version {protocol} is {which} than this node's {PROTOCOL}; upgrade the older of the two"
 
 
 def _number(text: str) -> int:

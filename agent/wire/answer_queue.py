@@ -1,5 +1,5 @@
-"""Pieces of one answer that wait for who reads them: bounded by what the answer says, not by how many pieces it came
-in."""
+"""Queued pieces of one answer that wait for its reader: bounded by the answer's text, not by the number of its
+pieces."""
 
 import asyncio
 from collections import deque
@@ -7,12 +7,12 @@ from collections import deque
 from agent.wire.frames import Answer, Tokens, joined
 
 TOGETHER = 64
-"""So many single tokens that wait become one piece."""
+"""When this many queued pieces are single tokens, they are joined to one."""
 
 
 class AnswerQueue:
-    """One answer's pieces, in order; None is its end. The engine is never held up by a slow reader: its row is free as
-    soon as the answer is made, and what waits here is text."""
+    """One answer's pieces, in order; None is its end. A slow reader never blocks the engine: the row is free as soon as
+    the answer is generated, and what is queued here is text."""
 
     def __init__(self) -> None:
         self._pieces: deque[Answer | None] = deque()
@@ -23,7 +23,7 @@ class AnswerQueue:
         return len(self._pieces)
 
     def put(self, piece: Answer | None) -> None:
-        """One more."""
+        """Append a piece."""
         self._pieces.append(piece)
         self._singles = self._singles + 1 if isinstance(piece, Tokens) else 0
         if self._singles >= TOGETHER:
@@ -32,14 +32,14 @@ class AnswerQueue:
             self._reader.set_result(None)
 
     async def get(self) -> Answer | None:
-        """The next; one reader at a time."""
+        """The next piece; one reader at a time."""
         while not self._pieces:
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
-        # what is left are fewer singles than were counted
+        # fewer singles may be left than were counted
         self._singles = min(self._singles, len(self._pieces) - 1)
         return self._pieces.popleft()
 

@@ -1,17 +1,17 @@
-"""Frames of many requests onto one WebSocket. What is put in the same moment leaves as one message, by one task: a
-request costs no task and no call of the system of its own, and whoever is cancelled takes nobody along."""
+"""Writes frames of many requests to one WebSocket. Frames queued at the same time leave as one message, by one task: a
+request costs no task and no system call of its own, and cancelling one request affects no other."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
 MOST_WAITING = 1 << 20
-"""Bytes that may wait before who writes has to."""
+"""Bytes that may be queued before writers have to wait."""
 MESSAGE_BYTES = 1 << 20
-"""Frames are put together up to so many; a larger one goes alone."""
+"""Frames are batched up to this size; a larger one is sent alone."""
 
 
 class FrameWriter:
-    """``send`` sends a message. To be ended."""
+    """``send`` sends a message. Must be ended."""
 
     def __init__(self, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._send = send
@@ -24,7 +24,7 @@ class FrameWriter:
         self._task = asyncio.create_task(self._run())
 
     async def put(self, frame: bytes) -> None:
-        """Send this, and wait while too much waits already. Raises ConnectionResetError when the connection is gone."""
+        """Queue a frame, and wait while too much is queued. Raises ConnectionResetError when the connection is gone."""
         self.put_now(frame)
         if self._bytes > MOST_WAITING:
             await self._room.wait()
@@ -32,7 +32,7 @@ class FrameWriter:
                 raise ConnectionResetError
 
     def put_now(self, frame: bytes) -> None:
-        """The same without waiting, for what is small and must not wait."""
+        """The same without waiting, for frames that are small and must not wait."""
         if self.lost:
             raise ConnectionResetError
         self._waiting.append(frame)
@@ -43,13 +43,13 @@ class FrameWriter:
             self._wake.set_result(None)
 
     async def end(self) -> None:
-        """Nothing more is sent."""
+        """Stop sending, and wait for the writing task to end."""
         self._end()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     def abort(self) -> None:
-        """The same at once."""
+        """The same without waiting."""
         self._end()
         self._task.cancel()
 
@@ -70,12 +70,12 @@ class FrameWriter:
                 if self._bytes <= MOST_WAITING:
                     self._room.set()
         except (ConnectionError, RuntimeError, OSError):
-            pass  # who reads from it hears that it is gone
+            pass  # the reader notices that the connection is gone
         finally:
             self._end()
 
     def _taken(self) -> bytes:
-        """As many of the waiting frames as go together."""
+        """As many of the queued frames as fit into one message."""
         if len(self._waiting) == 1:
             return self._waiting.pop()
         size = count = 0

@@ -1,6 +1,6 @@
-"""What travels between the daemon and a loader, and between nodes: MessagePack maps, one after another on a stream.
+"""Frames between the daemon and a loader, and between nodes: MessagePack maps, one after another on a stream.
 
-A frame that asks carries an ``id`` chosen by the asker; every answer repeats it. Times are microseconds, integers.
+A request frame carries an ``id`` chosen by the sender; every answer repeats it. Times are microseconds, integers.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="f"):
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model wants called; ``arguments`` is JSON text."""
+    """A function call by the model; ``arguments`` is JSON text."""
 
     id: str
     name: str
@@ -29,7 +29,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of a conversation. ``call_id`` names the call whose result a tool's turn is."""
+    """One turn of a conversation. In a tool's turn, ``call_id`` names the call whose result it is."""
 
     role: str
     content: str
@@ -47,21 +47,21 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
-    """A chosen token beside the likeliest ones at its place."""
+    """A chosen token and the likeliest ones at its position."""
 
     chosen: Candidate
     top: tuple[Candidate, ...] = ()
 
 
 class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
-    """Answer this conversation, or continue ``prompt`` as it stands where there is one.
+    """Answer this conversation, or continue ``prompt`` verbatim where there is one.
 
-    ``logprobs`` is how many of the likeliest tokens to report at each place, None for no report. ``schema`` is a JSON
-    schema, as text, that the answer has to follow. ``tools`` are function descriptions as JSON text; ``must_call`` is
-    the name of the one to call, "" for any, None when the model decides; after the first call of ``one_call`` the
-    answer ends. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept on
-    disk. ``made`` are tokens of the answer that exist already: it goes on after them, and only exactly ``version`` of
-    the model may do that. Nobody reads a ``whole`` answer before its end, so its pieces may be put together on the way.
+    ``logprobs`` is how many of the likeliest tokens to report at each position, None for no report. ``schema`` is a
+    JSON schema, as text, that the answer must follow. ``tools`` are function descriptions as JSON text; ``must_call``
+    is the name of the one to call, "" for any, None when the model decides; with ``one_call`` the answer ends after
+    the first call. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept
+    on disk. ``made`` are tokens of the answer that were already produced: generation continues after them, and only
+    exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its pieces may be joined.
     """
 
     id: int
@@ -112,20 +112,20 @@ class Report(_Frame, frozen=True, kw_only=True, tag="report"):
 
 
 class Relieve(_Frame, frozen=True, kw_only=True, tag="relieve"):
-    """Memory is short: take in nothing new and work in small pieces (soft), also give up what can be computed again
-    (hard), or go on as usual (calm)."""
+    """Memory pressure: admit nothing new and work in small chunks (soft), also drop what can be computed again (hard),
+    or work as usual (calm)."""
 
     level: Literal["calm", "soft", "hard"]
 
 
 class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
-    """Finish what runs and end."""
+    """Finish running requests and exit."""
 
 
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
-    """The model is in memory and warm. ``serves`` is text for a model that writes, vectors for an encoder.
+    """The model is resident and warm. ``serves`` is text for a generative model, vectors for an encoder.
 
-    ``peak_bytes`` is the most that MLX held while the model answered its first prompt, of ``warm_tok`` tokens.
+    ``peak_bytes`` is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens.
     """
 
     protocol: int = PROTOCOL
@@ -140,14 +140,14 @@ class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
 
 
 class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):
-    """The model cannot be served; the loader ends after this frame."""
+    """The model cannot be served; the loader exits after this frame."""
 
     code: str
     message: str
 
 
 class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
-    """The request is in the engine; ``cached_tok`` of its ``prompt_tok`` need no work. ``version`` will answer it."""
+    """The request is in the engine; ``cached_tok`` of its ``prompt_tok`` are cached. ``version`` will answer it."""
 
     id: int
     prompt_tok: int
@@ -157,10 +157,10 @@ class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
 
 
 class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
-    """Some more of the answer. ``text`` may be empty while a character or a stop string is incomplete.
+    """The next piece of the answer. ``text`` may be empty while a character or a stop string is incomplete.
 
-    ``reasoning`` is what the model thought before it answered; ``calls`` are complete. ``ids`` are the tokens, from
-    which another loader could go on.
+    ``reasoning`` is the model's reasoning before its answer; ``calls`` are complete. ``ids`` are the tokens, from
+    which another loader could continue.
     """
 
     id: int
@@ -175,7 +175,7 @@ class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):
     """The answer is complete. ``finish`` is stop, length or tool_calls.
 
-    The times are the engine's: until it was first worked on, for the prompt, for the answer.
+    The times are the engine's: until work on it began, for prefill, for decode.
     """
 
     id: int
@@ -190,13 +190,13 @@ class Done(_Frame, frozen=True, kw_only=True, tag="done"):
 
 
 class Waits(_Frame, frozen=True, kw_only=True, tag="waits"):
-    """This request waits for a row or for room; said now and then, so that its silence is not taken for a stall."""
+    """This request waits for a row or for memory; sent periodically, so that its silence does not count as a stall."""
 
     id: int
 
 
 class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
-    """Some more vectors of an Embed, in order, each as little-endian float32; Done follows the last."""
+    """The next vectors of an Embed, in order, each as little-endian float32; Done follows the last."""
 
     id: int
     vectors: tuple[bytes, ...]
@@ -204,9 +204,9 @@ class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
 
 class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is
-    alive, and this is what it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is what it did since
-    it last said so, on its own clock: tokens of prompts and the time for them; tokens of answers, the time, and in
-    how many steps. ``waits`` are requests that wait for a row or for room: nothing is wrong with them."""
+    alive, and this is the memory it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is its work since
+    the last such frame, on its own clock: tokens and time of prefill; tokens, time and steps of decode. ``waits`` are
+    requests that wait for a row or for memory: nothing is wrong with them."""
 
     active_bytes: int = 0
     reuse_bytes: int = 0
@@ -221,7 +221,7 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
-    """This request ended in an error; ``retryable`` when another node or another try may do better."""
+    """This request failed; ``retryable`` when another node or another attempt may succeed."""
 
     id: int
     code: str
@@ -275,9 +275,9 @@ Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     Reported,
 ]
 Ask = Generate | Embed
-"""What a client can ask of a model."""
+"""The requests that a model serves."""
 Answer = Accepted | Tokens | Embedded | Waits | Done | Failed
-"""What it gets: Accepted, any number of Tokens (or Embedded) with Waits between them, then Done or Failed."""
+"""The answer to one: Accepted, any number of Tokens (or Embedded) with Waits between them, then Done or Failed."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
@@ -297,12 +297,12 @@ def decode(raw: bytes) -> Frame:
 
 
 TOGETHER_S = 0.25
-"""Tokens of an answer that is read at its end wait for so long for company."""
+"""Tokens of an answer that is read at its end are held this long to be joined with others."""
 
 
 class Together:
-    """Tokens of one answer put together, so that a whole answer is a few frames on its way and not one for each token.
-    What has been put together is still enough for another loader to go on from."""
+    """Joins tokens of one answer, so that a whole answer takes a few frames and not one for each token. The joined
+    pieces are still enough for another loader to continue from."""
 
     def __init__(self) -> None:
         self._held: list[Tokens] = []
@@ -310,11 +310,11 @@ class Together:
         self._since_s = 0.0
 
     def put(self, answer: "Answer", now_s: float) -> tuple["Answer", ...]:
-        """What is to be sent now that ``answer`` has come, in order."""
+        """The frames to send now that ``answer`` has arrived, in order."""
         if not isinstance(answer, Tokens):
             return (*self._taken(), answer)
         if not self._begun:
-            # when an answer began is worth knowing at once
+            # the first piece is sent at once, to report that the answer began
             self._begun, self._since_s = True, now_s
             return (answer,)
         self._held.append(answer)
@@ -347,19 +347,19 @@ class Decoder:
     """Frames out of a stream of bytes that may be cut anywhere."""
 
     def __init__(self) -> None:
-        # its buffer grows where a frame needs more; unasked it begins with a megabyte for each loader
+        # its buffer grows where a frame needs more; by default it starts with a megabyte for each loader
         self._unpacker = msgpack.Unpacker(raw=False, read_size=BUFFER_BYTES, max_buffer_size=MAX_FRAME_BYTES)
         self._kept = bytearray()
         self._from = 0
 
     def feed(self, chunk: bytes) -> list[Frame]:
-        """The frames that ``chunk`` completes. Raises Refused for anything that is no frame of ours."""
+        """The frames that ``chunk`` completes. Raises Refused for anything that is not one of our frames."""
         self._kept += chunk
         found: list[Frame] = []
         begin = 0
         try:
             self._unpacker.feed(chunk)
-            # msgpack finds where a frame ends, wherever the stream is cut; msgspec reads it, typed and at once
+            # msgpack finds where a frame ends, wherever the stream is cut; msgspec decodes it, typed and in one go
             while (end := self._next_end()) is not None:
                 found.append(_decoder.decode(memoryview(self._kept)[begin:end]))
                 begin = end

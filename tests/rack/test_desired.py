@@ -171,7 +171,7 @@ def test_a_model_that_goes_elsewhere_stays_until_it_is_served_there(tmp_path: Pa
         )
         DirectoryStore(tmp_path / "bucket").put(DESIRED, encode(moved))
         follows(agent, 1, "drifted")
-        assert desired(agent)["drift"] == ["m is in memory and not assigned"]
+        assert desired(agent)["drift"] == ["m is resident but not assigned"]
         assert agent.chat().status == 200
 
 

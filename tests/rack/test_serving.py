@@ -326,7 +326,7 @@ def test_a_model_that_is_not_there_fails_alone(tmp_path: Path) -> None:
     missing = {"name": "gone", "path": str(tmp_path / "no folder"), "need_bytes": 10}
     with rack(tmp_path, [model(), missing]) as (agent,):
         until(lambda: agent.status()["models"][1]["state"] == "failed", "it has failed")
-        assert "there is no folder" in agent.status()["models"][1]["reason"]
+        assert "no such folder" in agent.status()["models"][1]["reason"]
         assert agent.chat().status == 200
         answer = agent.chat(model="gone")
         assert (answer.status, answer.json["error"]["code"]) == (503, "no_capacity")

@@ -259,7 +259,7 @@ GARBAGE = '{"probes": [{"prompt": "Say hello.", "answer": "Hello! How can I help
     ("standby", "why"),
     [
         ({"fake_step_s": 0.5, "probe_p99_s": 0.3}, "took over 0.3 s"),
-        ({"probes": "garbage"}, "probe 1 of 1: the answer is not the recorded one"),
+        ({"probes": "garbage"}, "probe 1 of 1: the answer differs from the recorded one"),
     ],
 )
 def test_a_standby_that_is_slow_or_answers_wrongly_does_not_take_over(
@@ -300,11 +300,11 @@ def noise(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "cut off"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "truncated"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 5_000), "no safetensors file"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
-        (nan_weights, "no number"),
-        (noise, "no number|not the recorded one"),
+        (nan_weights, "NaN or infinity"),
+        (noise, "NaN or infinity|differs from the recorded one"),
     ],
     ids=["truncated", "zeroed", "no config", "not numbers", "noise"],
 )

@@ -51,11 +51,11 @@ def test_what_types_cannot_say_is_checked_too() -> None:
     )
     found = "\n".join(problems(text))
     for expected in (
-        "listen.host: 0.0.0.0 can be reached from other machines",
-        "peers.nodes: names this node itself",
-        "peers.nodes[0].url: begins with http",
+        "listen.host: 0.0.0.0 is reachable from other machines",
+        "peers.nodes: lists this node itself",
+        "peers.nodes[0].url: must begin with http",
         "peers.secret: holds a value",
-        "models: 'm' stands there twice",
+        "models: duplicate name 'm'",
         "models[0].path: is required",
         "store.path: is required",
     ):

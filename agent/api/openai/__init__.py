@@ -1,4 +1,4 @@
-"""OpenAI's requests, read: bytes to one validated structure each. Pure; nothing is ignored silently (docs/api.md)."""
+"""Parsers for OpenAI requests: bytes to one validated structure. Pure; nothing is ignored silently (docs/api.md)."""
 
 from agent.api.openai.requests import (
     ADVISORY,

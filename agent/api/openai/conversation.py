@@ -1,4 +1,4 @@
-"""Conversations and tools as clients send them."""
+"""Parsers for the conversations and tools that clients send."""
 
 import re
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ MAX_TOOLS = 128
 MAX_MESSAGES = 10_000
 MAX_SCHEMA_CHARS = 256 << 10
 RENDERER_KEY = "x-guidance"
-"""Settings of the grammar's maker, which are ours."""
+"""Settings of the grammar compiler, which clients must not set."""
 _ADVISORY = frozenset({"annotations", "cache_control", "prompt_cache_breakpoint"})
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _KNOWN = _ADVISORY | {"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "reasoning_content"}
@@ -35,7 +35,7 @@ def messages(tree: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def tools(tree: dict[str, Any]) -> Tools:
-    """What may be called, and what has to be."""
+    """The tools that may be called, and whether one must be."""
     found = tree.get("tools")
     one_call = tree.get("parallel_tool_calls") is not None and not boolean(tree, "parallel_tool_calls")
     if found is None or found == []:
@@ -48,7 +48,7 @@ def tools(tree: dict[str, Any]) -> Tools:
     for n, tool in enumerate(found):
         function = _function(tool, f"tools[{n}]")
         if function["name"] in described:
-            raise wrong(f"tools[{n}].function.name", "a name that no other tool has")
+            raise wrong(f"tools[{n}].function.name", "a unique name")
         described[function["name"]] = written(function, f"tools[{n}].function", MAX_SCHEMA_CHARS)
         if RENDERER_KEY in described[function["name"]]:
             raise unsupported(f"tools[{n}].function.parameters", f"{RENDERER_KEY} is not supported")
@@ -102,7 +102,7 @@ def _function(tool: Any, path: str) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise wrong(f"{path}.function.parameters", "a JSON schema")
-    # strict is obeyed always: no argument is made that the schema does not allow
+    # always strict: arguments that the schema does not allow cannot be generated
     described: dict[str, Any] = {"name": name}
     if function.get("description") is not None:
         described["description"] = text(function["description"], f"{path}.function.description")
@@ -123,13 +123,13 @@ def _message(item: Any, path: str) -> Message:
             text(item[key], f"{path}.{key}")
     calls = _calls(item.get("tool_calls"), f"{path}.tool_calls")
     if calls and role != "assistant":
-        raise wrong(f"{path}.tool_calls", "none but in an assistant's message")
+        raise wrong(f"{path}.tool_calls", "no calls outside an assistant's message")
     call_id = item.get("tool_call_id")
     if role == "tool" and not isinstance(call_id, str):
         raise wrong(f"{path}.tool_call_id", "the id of the call that this answers")
     content = item.get("content")
     if content in (None, []) and (calls or role == "tool" or item.get("refusal")):
-        content = item.get("refusal") or ""  # a history may hold a refusal in place of content
+        content = item.get("refusal") or ""  # a message of the history may have a refusal in place of content
     return Message(
         role=ROLES[role],
         content=_content(content, f"{path}.content"),
@@ -162,7 +162,7 @@ def _content(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise wrong(path, "text, or a list of text parts")
+        raise wrong(path, "a string or a list of text parts")
     texts = []
     for n, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):

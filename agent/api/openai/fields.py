@@ -1,4 +1,4 @@
-"""Checked reading of a client's JSON: each function names the field that is wrong and never quotes a value."""
+"""Validated access to a client's JSON: every error names the field and never quotes a value."""
 
 import json
 from typing import Any
@@ -8,11 +8,11 @@ import msgspec
 from shared.errors import Refused
 
 MAX_DEPTH = 100
-"""Deeper than any schema that can be followed."""
+"""Deeper than any schema that can be enforced."""
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """A body that has to be a JSON object. Raises Refused."""
+    """Parse a body that must be a JSON object. Raises Refused."""
     try:
         tree = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -20,12 +20,12 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise Refused("the body is not a JSON object", code="invalid_json")
     if not shallower(tree, MAX_DEPTH):
-        raise Refused(f"the body is nested over {MAX_DEPTH} deep", code="invalid_json")
+        raise Refused(f"the body is nested more than {MAX_DEPTH} levels deep", code="invalid_json")
     return tree
 
 
 def shallower(tree: Any, limit: int) -> bool:
-    """Whether nothing in it is nested over ``limit`` deep; walks without recursion."""
+    """Whether nothing in it is nested more than ``limit`` levels deep; iterative, not recursive."""
     level = [tree]
     for _ in range(limit):
         level = [
@@ -40,7 +40,7 @@ def shallower(tree: Any, limit: int) -> bool:
 
 
 def only(tree: dict[str, Any], known: frozenset[str], path: str) -> None:
-    """Refuse by name what an object has beside what is known; null is nothing."""
+    """Refuse an object's unknown fields by name; null counts as absent."""
     for key, value in tree.items():
         if key not in known and value is not None:
             name = f"{path}.{shown(key)}"
@@ -48,7 +48,7 @@ def only(tree: dict[str, Any], known: frozenset[str], path: str) -> None:
 
 
 def written(tree: Any, path: str, limit: int) -> str:
-    """A schema or the like as JSON text of at most ``limit`` characters."""
+    """A schema or similar as JSON text of at most ``limit`` characters."""
     found = json.dumps(tree, ensure_ascii=False)
     if len(found) > limit:
         raise wrong(path, f"at most {limit} characters")
@@ -56,7 +56,7 @@ def written(tree: Any, path: str, limit: int) -> str:
 
 
 def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
-    """True or false; null and a missing field are false."""
+    """A boolean; null and a missing field are false."""
     value = tree.get(name)
     if value is None:
         return False
@@ -66,12 +66,12 @@ def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
 
 
 def integer(tree: dict[str, Any], name: str, low: int, high: int) -> int | None:
-    """A whole number within bounds; None where there is none."""
+    """An integer within bounds; None if absent."""
     value = tree.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise wrong(name, f"a whole number from {low} to {high}")
+        raise wrong(name, f"an integer from {low} to {high}")
     return value
 
 
@@ -88,20 +88,20 @@ def number(tree: dict[str, Any], name: str, low: float, high: float, default: fl
 def text(value: Any, path: str) -> str:
     """A string."""
     if not isinstance(value, str):
-        raise wrong(path, "text")
+        raise wrong(path, "a string")
     return value
 
 
 def wrong(param: str, expected: str) -> Refused:
-    """The error of a value that is not what it should be."""
+    """The error for an invalid value."""
     return Refused(f"{param}: expected {expected}", code="invalid_value", param=param)
 
 
 def unsupported(path: str, why: str = "is not supported") -> Refused:
-    """The error of a value that would change behaviour and cannot be obeyed."""
+    """The error for a value that would change behaviour and is not supported."""
     return Refused(f"{path}: {why}", code="unsupported_parameter", param=path)
 
 
 def shown(name: str) -> str:
-    """A field name fit for an error: a stranger chose it."""
+    """A field name bounded for an error message: a client chose it."""
     return name[:64]

@@ -1,7 +1,7 @@
-"""Bodies of requests, read to one validated structure each.
+"""Request bodies, each parsed to one validated structure.
 
 Nothing is ignored silently. A field that would change behaviour and is not supported is refused by name, unless its
-value is the neutral one; advisory fields are accepted and do nothing (docs/api.md).
+value is neutral; advisory fields are accepted without effect (docs/api.md).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ ADVISORY = frozenset(
         "prompt_cache_options",
     }
 )
-"""Accepted without effect: they name the caller or advise a vendor's own machinery."""
+"""Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -39,7 +39,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "moderation": (),
 }
-"""Known fields that are not supported yet, with the values that ask for nothing; null asks for nothing everywhere."""
+"""Known fields that are not supported yet, with their neutral values; null is neutral everywhere."""
 
 
 TEXT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "best_of": (1,)}
@@ -54,9 +54,9 @@ MAX_TEMPLATE_ARGS_CHARS = 4096
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request: what to ask the engine, of the conversation or of each of ``prompts``, ``n`` times.
+    """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times.
 
-    ``seed`` is None where the client named none.
+    ``seed`` is None where the client set none.
     """
 
     generate: Generate
@@ -69,14 +69,14 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request for vectors. ``base64`` is how they are written."""
+    """A validated request for embeddings. ``base64`` selects the encoding of the vectors."""
 
     embed: Embed
     base64: bool = False
 
 
 def parse_chat(body: bytes) -> AnswerRequest:
-    """Read a chat completion's body. Raises Refused with ``param`` naming the field; values are never quoted."""
+    """Parse a chat completion's body. Raises Refused with ``param`` naming the field; values are never quoted."""
     tree = read_object(body)
     _refuse_unsupported(tree, _CHAT, NEUTRAL)
     max_tokens = integer(tree, "max_completion_tokens", 1, 1 << 31)
@@ -97,7 +97,7 @@ def parse_chat(body: bytes) -> AnswerRequest:
 
 
 def parse_text(body: bytes) -> AnswerRequest:
-    """Read a text completion's body. Raises Refused as parse_chat does."""
+    """Parse a text completion's body. Raises Refused as parse_chat does."""
     tree = read_object(body)
     _refuse_unsupported(tree, _TEXT, TEXT_NEUTRAL)
     delivery = _delivery(tree)
@@ -113,7 +113,7 @@ def parse_text(body: bytes) -> AnswerRequest:
 
 
 def parse_embeddings(body: bytes) -> EmbedRequest:
-    """Read a request for embeddings. Raises Refused as parse_chat does."""
+    """Parse a request for embeddings. Raises Refused as parse_chat does."""
     tree = read_object(body)
     _refuse_unsupported(tree, _EMBED, EMBED_NEUTRAL)
     form = tree.get("encoding_format")
@@ -157,7 +157,7 @@ _EMBED = frozenset({"model", "input", "encoding_format"})
 
 
 def _delivery(tree: dict[str, Any]) -> dict[str, Any]:
-    """How many answers, and how they are sent."""
+    """How many answers, and how they are delivered."""
     stream = boolean(tree, "stream")
     return {
         "n": integer(tree, "n", 1, MAX_CHOICES) or 1,
@@ -169,7 +169,7 @@ def _delivery(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampling(tree: dict[str, Any]) -> dict[str, Any]:
-    """What both kinds of answer share."""
+    """The fields that both kinds of request share."""
     return {
         "id": 0,
         "model": _model(tree),
@@ -212,7 +212,7 @@ def _prompts(tree: dict[str, Any]) -> tuple[str, ...]:
     prompt = tree.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise wrong("prompt", "text, or a list of texts (token ids are not supported)")
+        raise wrong("prompt", "a string or a list of strings (token ids are not supported)")
     return tuple(prompts)
 
 
@@ -242,7 +242,7 @@ def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
 
 
 def _schema(tree: dict[str, Any]) -> str | None:
-    """The JSON schema that ``response_format`` asks for, as text; None for free text."""
+    """The JSON schema that ``response_format`` requires, as text; None for free text."""
     wanted = tree.get("response_format")
     if wanted is None:
         return None
@@ -261,7 +261,7 @@ def _schema(tree: dict[str, Any]) -> str | None:
     if not isinstance(inner, dict) or not isinstance(schema, dict):
         raise wrong("response_format.json_schema.schema", "a JSON schema")
     only(inner, frozenset({"name", "description", "strict", "schema"}), "response_format.json_schema")
-    # strict is obeyed always
+    # always strict
     boolean(inner, "strict", "response_format.json_schema.strict")
     found = written(schema, "response_format.json_schema.schema", MAX_SCHEMA_CHARS)
     if RENDERER_KEY in found:
@@ -320,7 +320,7 @@ def _inputs(found: Any) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(found, str) or (isinstance(found, list) and found and _is_token(found[0])):
         found = [found]
     if not isinstance(found, list) or not 0 < len(found) <= MAX_INPUTS:
-        raise wrong("input", f"text, token ids, or a list of at most {MAX_INPUTS} of them")
+        raise wrong("input", f"a string, token ids, or a list of at most {MAX_INPUTS} of them")
     return tuple(_input(one, f"input[{n}]") for n, one in enumerate(found))
 
 
@@ -329,7 +329,7 @@ def _input(one: Any, path: str) -> str | tuple[int, ...]:
         return one
     if isinstance(one, list) and 0 < len(one) <= MAX_INPUT_TOK and all(_is_token(token) for token in one):
         return tuple(one)
-    raise wrong(path, "text that is not empty, or token ids")
+    raise wrong(path, "a non-empty string or token ids")
 
 
 def _is_token(value: Any) -> bool:

@@ -198,7 +198,7 @@ def manifest(*names: str) -> bytes:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (b"{", "is no manifest"),
+        (b"{", "is not a manifest"),
         (manifest("config.json", "a.safetensors"), "does not describe version"),
         (None, "the bucket does not hold it"),
     ],
@@ -238,7 +238,7 @@ def test_two_pulls_of_one_model_do_not_meet(folder: Path, store: ModelStore) -> 
     first = threading.Thread(target=lambda: pull(Slow(whole, 1 << 40), store, "tiny"))
     first.start()
     assert inside.wait(10)
-    with pytest.raises(Retryable, match="is being pulled already"):
+    with pytest.raises(Retryable, match="is already being pulled"):
         pull(whole, store, "tiny")
     go.set()
     first.join()
@@ -258,7 +258,7 @@ def test_weights_files_that_an_index_names_have_to_be_there(folder: Path, store:
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4_000), "no safetensors file, or cut off"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file, or cut off"),
         (lambda f: os.truncate(f / "model.safetensors", 100), "no safetensors file, or cut off"),
-        (lambda f: os.truncate(f / "model.safetensors", 100_000), "cut off"),
+        (lambda f: os.truncate(f / "model.safetensors", 100_000), "truncated"),
     ],
 )
 def test_weights_that_are_none_say_so_before_a_load(

@@ -69,7 +69,7 @@ def test_many_at_once_and_a_disk_that_refuses(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("break_it", "why"),
     [
-        (lambda f: shutil.rmtree(f), "there is no folder"),
+        (lambda f: shutil.rmtree(f), "no such folder"),
         (lambda f: (f / "config.json").unlink(), r"no config\.json|is missing"),
         (lambda f: (f / "model.safetensors").unlink(), r"holds no \.safetensors"),
         (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),

@@ -17,13 +17,17 @@ PARIS = Probe(prompt="Capital?", answer="Paris")
     ("probe", "heard", "why"),
     [
         (PARIS, Heard(text="Paris", tokens=1, logprobs=(-0.1,)), ""),
-        (PARIS, Heard(text="paris", tokens=1), "not the recorded one"),
+        (PARIS, Heard(text="paris", tokens=1), "differs from the recorded one"),
         (Probe(prompt="?", answer="paris", match="contains"), Heard(text="It is Paris.", tokens=4), ""),
-        (Probe(prompt="?", answer="Rome", match="contains"), Heard(text="It is Paris.", tokens=4), "lacks"),
+        (
+            Probe(prompt="?", answer="Rome", match="contains"),
+            Heard(text="It is Paris.", tokens=4),
+            "does not contain the recorded text",
+        ),
         (Probe(prompt="?"), Heard(text="whatever", tokens=2), ""),
         (Probe(prompt="?"), Heard(text="", tokens=0), "empty"),
-        (Probe(prompt="?"), Heard(text="x", tokens=1, logprobs=(math.nan,)), "no number"),
-        (Probe(prompt="?"), Heard(text="x", tokens=1, logprobs=(-1.0, math.inf)), "no number"),
+        (Probe(prompt="?"), Heard(text="x", tokens=1, logprobs=(math.nan,)), "produced NaN or infinity"),
+        (Probe(prompt="?"), Heard(text="x", tokens=1, logprobs=(-1.0, math.inf)), "produced NaN or infinity"),
     ],
 )
 def test_one_answer(probe: Probe, heard: Heard, why: str) -> None:

@@ -85,7 +85,7 @@ def test_an_answer_is_gone_on_with_where_there_is_room_and_no_trial() -> None:
     assert (where(found), dict(found.excluded)["a"]) == ("b", "context too small")
     on_trial = msgspec.structs.replace(WANTED, version="v", breakers={"a": "probing"})
     found = choose(on_trial, AWAY, (small, large))
-    assert (where(found), dict(found.excluded)["a"]) == ("b", "breaker: on trial")
+    assert (where(found), dict(found.excluded)["a"]) == ("b", "circuit breaker: probing")
 
 
 def test_who_was_never_heard_may_serve_it() -> None:

@@ -55,7 +55,7 @@ def test_a_clock_that_differs_is_named() -> None:
 
 
 def test_what_was_meant_for_another_node_is_refused_with_both_names() -> None:
-    with pytest.raises(NotAPeer, match="n1 calls this node 'me', and it is 'you'") as caught:
+    with pytest.raises(NotAPeer, match="n1 calls this node 'me', but its id is 'you'") as caught:
         KEY.check(header(), me="you", **ASKED, body=b"frame", now_ms=NOW)
     assert caught.value.code == "wrong_node"
 

@@ -232,13 +232,13 @@ def test_models_are_pulled_listed_and_removed(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["models", "pull", "/no/such/folder"], "there is no folder"),
-        (["models", "pull", "bucket:nothing"], "the bucket holds none of it"),
+        (["models", "pull", "/no/such/folder"], "no such folder"),
+        (["models", "pull", "bucket:nothing"], "the bucket holds no version"),
         (["models", "pull", "bucket:not a name"], "use 1 to 63 letters"),
-        (["models", "pull", "bucket:x@0123456789abcdef"], "put it there with `mlxrack-agent models push"),
+        (["models", "pull", "bucket:x@0123456789abcdef"], "upload it with `mlxrack-agent models push"),
         (["models", "remove", "nothing"], "it is not in the store"),
         (["models", "remove", "nothing@v1"], "it is not in the store"),
-        (["models", "push", "/no/such/folder", "x"], "there is no folder"),
+        (["models", "push", "/no/such/folder", "x"], "no such folder"),
         (["models", "push", ".", "no model"], "use 1 to 63 letters"),
     ],
 )

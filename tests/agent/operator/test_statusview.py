@@ -131,7 +131,7 @@ def test_of_a_large_rack_the_nodes_that_mattered_are_kept() -> None:
     (step,) = shown(trail)["steps"]
     assert [one["node"] for one in step["candidates"]] == [f"n{number:02}" for number in range(12)]
     trail.add(0.0, "waits", decision=choose(WANTED, AWAY, peers[90:]))
-    assert list(shown(trail)["steps"][1]["excluded"].values()) == ["coming", *["draining"] * 10]
+    assert list(shown(trail)["steps"][1]["excluded"].values()) == ["loading", *["draining"] * 10]
 
 
 def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
