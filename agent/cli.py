@@ -189,7 +189,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"status: mlxrack-agent status --config '{path}'", flush=True)
 
         await daemon.run(started)
-        if daemon.pushing or daemon.sampler.hangs:
+        if daemon.telemetry.hangs:
             # a thread that waits for a silent store or sensor would hold the exit for minutes; batches are on disk
             sys.stdout.flush()
             os._exit(0)
@@ -302,10 +302,11 @@ def _sample(args: argparse.Namespace) -> int:
     import msgspec
 
     from agent.telemetry.sensors import Sensors
+    from agent.telemetry.sensors.reading import merged
     from shared.records import HostSample
 
     sensors = Sensors()
-    fields: dict[str, Any] = {}
+    samples: list[HostSample] = []
     failed: dict[str, str] = {}
     try:
         for collector in sensors.all:
@@ -314,11 +315,11 @@ def _sample(args: argparse.Namespace) -> int:
         time.sleep(args.seconds)
         for collector in sensors.all:
             reading = collector.read()
-            fields.update(reading.fields)
+            samples.append(reading.sample)
             failed.update(reading.failed)
     finally:
         sensors.close()
-    sample = HostSample(**fields, sources_failed=failed)
+    sample = merged(*samples, HostSample(sources_failed=failed))
     print(msgspec.json.format(msgspec.json.encode(sample), indent=2).decode())
     return 0
 

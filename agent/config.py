@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.bucket import REFERENCE_HINT, Store, check_store
+from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
 from shared.errors import Refused
 from shared.keys import check_name
-from shared.secrets import is_reference
 
 DEFAULT_PORT = 8470
 STORED = "store:"

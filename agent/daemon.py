@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 from aiohttp import web
 
@@ -31,34 +30,29 @@ from agent.config import AgentConfig
 from agent.control.follower import Follower
 from agent.files.modelstore import ModelStore, model_folder
 from agent.gateway.dispatch import Dispatch
-from agent.mesh.heartbeats import Prober
+from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient
-from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Key, Nonces
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
-from agent.process import gpu
+from agent.process.gpu import Budget
 from agent.process.prefixes import prefix_key
-from agent.telemetry.ledger import Ledger
-from agent.telemetry.meters.rack import POLL_S, RackMeters
-from agent.telemetry.pusher import Pusher
-from agent.telemetry.sampler import Sampler
-from agent.telemetry.sensors import Sensors
-from agent.telemetry.sensors.host import boot_id, hardware, hardware_id
-from agent.telemetry.sensors.throttle import LEVELS, as_record
-from agent.telemetry.spool import Spool
-from agent.views import ModelView
+from agent.status import Status
+from agent.telemetry.meters.rack import POLL_S
+from agent.telemetry.sampler import Sources
+from agent.telemetry.service import Telemetry
+from agent.views import offers
 from agent.wire.frames import Reported
 from shared import __version__
-from shared.bucket import open_store
 from shared.errors import Halt
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
-from shared.records import URGENT, AgentStarted, AgentStopped, EngineWindow, Event
+from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
 from shared.secrets import resolve
+from shared.store_open import open_store
 
 LAST_PUSH_S = 15.0
-DAY_S = 86_400.0
 
 log = get_logger("agent.daemon")
 
@@ -67,354 +61,169 @@ class Daemon:
     """One agent. ``state`` is its folder; ``environ`` is where secrets by ``env:`` are looked up."""
 
     def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
-        self.config = config
-        self._state = state
-        self._environ = environ
+        self.config, self._state, self._environ = config, state, environ
         self._stop = asyncio.Event()
-        self._urgent_tasks: set[asyncio.Task[None]] = set()
         self._steady: list[asyncio.Task[None]] = []
-        self._heat_descriptor: int | None = None
-        self._scheduler: schedule.Scheduler | None = None
-        self._jobs: tuple[schedule.Job, ...] = ()
-        self._clock_watch = schedule.ClockWatch(self._clock_was_set)
-        self.sensors = Sensors(state.absolute())
-        self.meters = RackMeters(config.meters, environ)
-        self._pushing = asyncio.Lock()
-        self._telling = asyncio.Lock()
-        self._pushes: set[asyncio.Task[int]] = set()
-        self._started_s = int(time.time())
+        self._timetable = schedule.Timetable(self._clock_was_set)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.spool = Spool(
-            state / "spool",
-            node=config.node.id,
-            rack=config.node.rack,
-            hardware=hardware_id(),
-            max_bytes=config.telemetry.spool_bytes,
-            max_batches=max(1, int(config.telemetry.spool_days * DAY_S / config.telemetry.sample_s)),
-        )
-        rack_secret = resolve(config.peers.secret, environ) if config.peers.secret else ""
-        now = time.monotonic()
+        self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
+        self._rack_secret = resolve(config.peers.secret, environ) if config.peers.secret else ""
         urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
-        self.table = PeerTable(urls, beat_s=config.peers.beat_s, now=now)
-        self.peer_client = PeerClient(rack_secret, config.node.id)
-        self._device = gpu.Device()
-        budget, self._budget_from = self._budget()
-        self.models = ModelStore(state / "models.json", model_folder(config, state))
-        self.loaders = Loaders(
-            config,
-            environ,
-            prompts=state / "prompts",
-            threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
-            on_report=self._on_report,
+        self._table = PeerTable(urls, beat_s=config.peers.beat_s, now=time.monotonic())
+        self._peer_client = PeerClient(self._rack_secret, config.node.id)
+        self.telemetry = self._telemetry()
+        self._metrics = self._live_metrics()
+        self._models = ModelStore(state / "models.json", model_folder(config, state))
+        self._pool = self._model_pool()
+        self._dispatch = Dispatch(
+            *(config.node.id, self._pool, self._table, self._peer_client, self.telemetry.ledger, config.limits),
+            prefix_key=prefix_key(self._rack_secret) if self._rack_secret else b"",
+            heat=lambda: self.telemetry.heat.level,
         )
-        self.pool = Pool(
-            config,
-            self.models,
-            self.loaders,
-            budget_bytes=budget,
-            emit=self._emit,
-            carried_by_peer=self._carried_by_peer,
-        )
-        self.host_metrics = HostMetrics(
-            {"node": config.node.id, "rack": config.node.rack, "version": __version__}, self._pushed, self.meters.status
-        )
-        self.metrics = Metrics(self.pool.inventory.status, lambda: self.table.view(time.monotonic()), self.host_metrics)
-        self.ledger = Ledger(self.metrics.answered)
-        self.dispatch = Dispatch(
-            config.node.id,
-            self.pool,
-            self.table,
-            self.peer_client,
-            self.ledger,
-            config.limits,
-            prefix_key=prefix_key(rack_secret) if rack_secret else b"",
-            heat=self._heat,
-        )
-        self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ, attempts=1))
-        self.sampler = Sampler(
-            self.spool,
-            self.ledger,
-            self.sensors.all,
-            engine_windows=self._engine_windows,
-            engine_refresh=self.pool.inventory.refresh,
-            engine_so_far=self.pool.inventory.windows_so_far,
-            standing=lambda: (*self.pool.inventory.residents(), self.follower.observed()),
-            metered=self.meters.drain,
-            meter_problems=lambda: self.meters.problems,
-            budget_bytes=budget,
-            once=(hardware(),),
-            on_sample=self.host_metrics.sampled,
-            boot_id=boot_id(),
-            clock_skew_ms=lambda: self.pusher.clock_skew_ms,
-        )
-        self.follower = Follower(
-            config,
-            self.pool,
-            self.models,
+        self._follower = Follower(
+            *(config, self._pool, self._models),
             lambda: open_store(config.store, environ, attempts=1),
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._meet,
         )
-        self.prober = Prober(
-            self.table,
-            self.peer_client,
-            self._emit,
+        self._heartbeats = Heartbeats(
+            *(self._table, self._peer_client, self.telemetry.outbox.emit),
             rack=config.node.rack,
             beat_s=config.peers.beat_s,
-            on_back=self.dispatch.heard_again,
+            on_back=self._dispatch.heard_again,
         )
-        self.context = Context(
-            config=config,
-            dispatch=self.dispatch,
-            pool=self.pool,
-            follower=self.follower,
-            peers=self.table,
-            sampler=self.sampler,
-            status=self.status,
-            rack=self.rack,
-            metrics=self.metrics.text,
-            seal=self.seal,
-            started_s=self._started_s,
-            admin_token=admin_token(state),
-            rack_secret=rack_secret,
-            rack_key=Key(rack_secret),
-            nonces=Nonces(),
-            beat=self.beat,
+        parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
+        self._status = Status(config.node, self._budget, *parts)
+
+    # ---- how it is put together ----
+
+    def _telemetry(self) -> Telemetry:
+        sources = Sources(
+            windows=self._engine_windows,
+            refresh=lambda: self._pool.inventory.refresh(),
+            so_far=lambda: self._pool.inventory.windows_so_far(),
+            standing=lambda: (*self._pool.inventory.residents(), self._follower.observed()),
+            on_sample=lambda sample: self._metrics.host.sampled(sample),
+        )
+        return Telemetry(
+            *(self.config, self._state, self._environ, sources),
+            budget_bytes=self._budget.bytes,
+            on_event=lambda event: self._metrics.event(event),
+            on_answered=lambda answered: self._metrics.answered(answered),
         )
 
+    def _live_metrics(self) -> Metrics:
+        node, telemetry = self.config.node, self.telemetry
+        identity = {"node": node.id, "rack": node.rack, "version": __version__}
+        host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status)
+        return Metrics(lambda: self._pool.inventory.status(), lambda: self._table.view(time.monotonic()), host)
+
+    def _model_pool(self) -> Pool:
+        config = self.config
+        loaders = Loaders(
+            *(config, self._environ),
+            prompts=self._state / "prompts",
+            threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
+            on_report=self._on_report,
+        )
+        return Pool(
+            *(config, self._models, loaders),
+            budget_bytes=self._budget.bytes,
+            emit=self._emit,
+            carried_by_peer=self._carried_by_peer,
+        )
+
+    def _context(self) -> Context:
+        return Context(
+            config=self.config,
+            dispatch=self._dispatch,
+            pool=self._pool,
+            follower=self._follower,
+            peers=self._table,
+            status=self._status,
+            metrics=self._metrics.text,
+            seal=self.telemetry.outbox.seal,
+            admin_token=admin_token(self._state),
+            rack_secret=self._rack_secret,
+            rack_key=Key(self._rack_secret),
+            nonces=Nonces(),
+        )
+
+    # ---- from start to end ----
+
     async def run(self, started: Callable[[int], None] = lambda _: None) -> None:
-        """Serve until told to stop. ``started`` hears the port. Raises Halt when the address cannot be had."""
+        """Serve until told to stop. ``started`` receives the port. Raises Halt when the address cannot be had."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        _spare_the_collector()
-        app = api.build(self.context)
+        _relax_the_collector()
         # a client that hangs up cancels its handler, and with it the work in the loader
+        app = api.build(self._context())
         runner = Runner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
         try:
             port = await self._listen(runner)
-            self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=self._previous()))
-            log.info("agent_started", node=self.config.node.id, port=port, version=__version__, epoch=self.spool.epoch)
-            self.follower.prepare()
-            # the GPU may take its time, and a run that is killed meanwhile shall have been one
-            await self.sampler.keep()
-            await self._ask_gpu()
-            self.pool.start()
-            self._jobs = schedule.jobs(
-                self.config,
-                sample=self.sampler.tick,
-                keep=self.sampler.keep,
-                push=self.push,
-                follow=self.follower.tick,
-            )
-            scheduler = self._scheduler = schedule.start(self._jobs)
-            loop = asyncio.get_running_loop()
-            steady = (
-                schedule.Job("probe", self.prober.every_s, self.prober.tick),
-                schedule.Job("tend", schedule.TEND_S, self.pool.tend),
-                schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
-                *([schedule.Job("meters", POLL_S, self.meters.poll)] if self.config.meters else []),
-            )
-            self._watch_heat(loop)
-            self._steady = [asyncio.create_task(schedule.steadily(job)) for job in steady]
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
+            await self._start(port)
             started(port)
             await self._stop.wait()
-            scheduler.shutdown(wait=False)
+            self._timetable.shutdown()
             await self._wind_down()
         finally:
-            # not before: who still waits for an answer here needs to know the peers
+            # not before: requests that still wait for an answer here need to know the peers
             for task in self._steady:
                 task.cancel()
             await asyncio.gather(*self._steady, return_exceptions=True)
-            await self.prober.close()
+            await self._heartbeats.close()
             await runner.cleanup()
-            await self.peer_client.close()
-            self._unwatch_heat()
-            self.sensors.close()
-            await self.meters.close()
+            await self._peer_client.close()
+            await self.telemetry.close()
 
     def stop(self) -> None:
-        """Begin to end in order."""
+        """Begin an orderly shutdown."""
         self._stop.set()
 
-    def _clock_was_set(self, jump_s: float) -> None:
-        log.warning("clock_was_set", seconds=round(jump_s, 1))
-        self.pusher.clock_was_set()
-        if self._scheduler is not None:
-            schedule.realign(self._scheduler, self._jobs)
-
     async def poll(self) -> None:
-        """Look at the clock and at the sensors; heat is told at once."""
-        self._clock_watch.look()
-        if self._heat_descriptor is None:
-            self._watch_heat(asyncio.get_running_loop())
-        await self.sampler.poll()
-        self._tell_heat()
+        """Look at the clock and at the sensors."""
+        self._timetable.look()
+        await self.telemetry.poll()
 
-    def _watch_heat(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A change of the thermal pressure level is seen when it happens, not at the next look."""
-        self._heat_descriptor = self.sensors.thermal.descriptor()
-        if self._heat_descriptor is not None:
-            loop.add_reader(self._heat_descriptor, self._heat_changed)
-
-    def _unwatch_heat(self) -> None:
-        if self._heat_descriptor is not None:
-            asyncio.get_running_loop().remove_reader(self._heat_descriptor)
-
-    def _heat_changed(self) -> None:
-        self.sensors.thermal.posted()
-        self._tell_heat()
-
-    def _tell_heat(self) -> None:
-        now_s, now_ms = time.monotonic(), _wall_ms()
-        for event in self.sensors.thermal.take():
-            self._emit(as_record(event, now_s, now_ms))
-
-    async def push(self) -> int:
-        """Send what waits in the spool; one at a time, and once begun it is finished whoever still waits for it."""
-        task = asyncio.create_task(self._push())
-        self._pushes.add(task)
-        task.add_done_callback(self._pushes.discard)
-        return await asyncio.shield(task)
-
-    async def _push(self) -> int:
-        async with self._pushing:
-            return await asyncio.to_thread(self.pusher.drain)
-
-    @property
-    def pushing(self) -> bool:
-        """Whether a push still runs, for example against a store that does not answer."""
-        return bool(self._pushes)
-
-    async def seal(self) -> dict[str, Any]:
-        """Close the window now and push."""
-        await self.sampler.tick()
-        sent = await self.push()
-        return {"epoch": self.spool.epoch, "seq": self.spool.next_seq() - 1, "sent": sent}
-
-    async def _engine_windows(self) -> list[EngineWindow]:
-        windows = await self.pool.inventory.windows()
-        self.metrics.closed(windows)
-        return windows
-
-    def beat(self) -> Beat:
-        """What this node says of itself to its peers."""
-        here = self.dispatch.here()
-        tables = self.pool.prefixes()
-        return Beat(
-            node=here.node,
-            rack=self.config.node.rack,
-            epoch=self.spool.epoch,
-            draining=here.draining,
-            models=tuple(
-                msgspec.structs.replace(model, prefixes=tables[model.name].digest()) if model.name in tables else model
-                for model in here.models
-            ),
-            heat=here.heat,
-            memory=here.memory,
-            t_ms=_wall_ms(),
+    async def _start(self, port: int) -> None:
+        node, telemetry = self.config.node, self.telemetry
+        self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=telemetry.previous()))
+        log.info("agent_started", node=node.id, port=port, version=__version__, epoch=telemetry.spool.epoch)
+        self._follower.prepare()
+        # the GPU may take its time, and a run that is killed meanwhile must be known to have been one
+        await telemetry.sampler.keep()
+        await self._ask_gpu()
+        self._pool.start()
+        self._timetable.start(
+            schedule.jobs(
+                self.config,
+                sample=telemetry.sampler.tick,
+                keep=telemetry.sampler.keep,
+                push=telemetry.outbox.push,
+                follow=self._follower.tick,
+            )
         )
+        telemetry.heat.watch()
+        self._steady = [asyncio.create_task(schedule.steadily(job)) for job in self._steady_jobs()]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
-    def _meet(self, peers: Sequence[tuple[str, str]]) -> None:
-        """From now on these are the other nodes. Without a secret there are none: nobody could prove to be one."""
-        if self.config.peers.secret:
-            for gone in self.table.become(peers, time.monotonic()):
-                self.peer_client.drop(gone)
-        elif peers:
-            log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
-
-    def _heat(self) -> int:
-        """The thermal pressure level now; 0 where the system has none."""
-        return self.sensors.thermal.level or 0
-
-    def status(self) -> dict[str, Any]:
-        """What an operator wants to see at once."""
-        now = time.monotonic()
-        sample = self.sampler.last_sample
-        return {
-            "node": self.config.node.id,
-            "rack": self.config.node.rack,
-            "version": __version__,
-            "epoch": self.spool.epoch,
-            "windows_closed": self.spool.next_seq() - 1,
-            "uptime_s": int(time.time()) - self._started_s,
-            "draining": self.dispatch.draining,
-            "in_flight": self.dispatch.in_flight,
-            "budget_bytes": self.pool.room.budget_bytes,
-            "budget_from": self._budget_from,
-            "models": self.pool.inventory.status(),
-            "memory": self.pool.pressure,
-            "desired": msgspec.to_builtins(self.follower.observed()),
-            **self._trouble(now),
-            "push": self._pushed(),
-            "meters": self.meters.status(),
-            "sources_failed": dict(sample.sources_failed) if sample else {},
-        }
-
-    def _pushed(self) -> dict[str, Any]:
-        return {
-            "state": self.pusher.state.state,
-            "reason": self.pusher.state.reason,
-            "waiting_batches": self.spool.count,
-            "held_windows": self.sampler.held_windows,
-            "disk_problem": self.sampler.disk_problem,
-            "sent_batches": self.pusher.state.sent_batches,
-            "dropped_batches": self.spool.dropped + self.sampler.lost_windows,
-        }
-
-    def rack(self) -> dict[str, Any]:
-        """The rack as this node sees it: nodes with their load and speed, breakers, retries, swaps."""
-        now, here = time.monotonic(), self.dispatch.here()
-        return {
-            "node": here.node,
-            "draining": here.draining,
-            "models": [_offered(model) for model in here.models],
-            **self._trouble(now),
-            "tasks": len(asyncio.all_tasks()),
-            "last_requests": [trail.request_id for trail in self.dispatch.decisions.last(20)],
-        }
-
-    def _trouble(self, now: float) -> dict[str, Any]:
-        """Where to look first when something is wrong."""
-        return {
-            "peers": self._peers(now),
-            "breakers": self.dispatch.trust.view(now),
-            "retries_left": self.dispatch.budget.left(),
-            "retries_refused": self.dispatch.budget.refused,
-            "swaps": self.pool.orders.swaps()[-5:],
-        }
-
-    def _peers(self, now: float) -> list[dict[str, Any]]:
-        return [
-            {
-                "node": p.node,
-                "url": p.url,
-                "state": p.state,
-                "problem": self.prober.problems.get(p.node, ""),
-                "draining": p.draining,
-                "hop_ms": round(p.hop_s * 1000, 1),
-                "heat": LEVELS[min(p.heat, len(LEVELS) - 1)],
-                "memory": p.memory,
-                "models": sorted(m.name for m in p.models if m.ready),
-                "offers": [_offered(m) for m in p.models],
-            }
-            for p in self.table.view(now)
-        ]
-
-    def _budget(self) -> tuple[int, str]:
-        default = default_budget_bytes(psutil.virtual_memory().total)
-        return gpu.budget_bytes(self.config.memory.budget_bytes, self._device, default)
+    def _steady_jobs(self) -> tuple[schedule.Job, ...]:
+        meters = [schedule.Job("meters", POLL_S, self.telemetry.meters.poll)] if self.config.meters else []
+        return (
+            schedule.Job("probe", self._heartbeats.every_s, self._heartbeats.tick),
+            schedule.Job("tend", schedule.TEND_S, self._pool.tend),
+            schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
+            *meters,
+        )
 
     async def _ask_gpu(self) -> None:
         """What the GPU recommends, where a model is served that needs it and nothing else is configured."""
-        if self.config.memory.budget_bytes or all(model.engine == "fake" for model in self.config.models):
+        if all(model.engine == "fake" for model in self.config.models) or not await self._budget.ask(self._environ):
             return
-        self._device = await gpu.ask(self._environ)
-        budget, self._budget_from = self._budget()
-        self.pool.room.budget_bytes = self.sampler.budget_bytes = budget
-        log.info("memory_budget", bytes=budget, source=self._budget_from, reason=self._device.reason)
+        self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
+        log.info("memory_budget", bytes=self._budget.bytes, source=self._budget.source, reason=self._budget.reason)
 
     async def _listen(self, runner: web.AppRunner) -> int:
         host, port = self.config.listen.host, self.config.listen.port
@@ -432,52 +241,55 @@ class Daemon:
 
     async def _wind_down(self) -> None:
         """No new work, then what is in flight, then the loaders, then the last window and the last push."""
-        self.dispatch.draining = True
-        self.follower.stop()
-        drain_s = self.config.limits.drain_s
-        log.info("agent_stopping", in_flight=self.dispatch.in_flight)
-        deadline = time.monotonic() + drain_s
+        self._dispatch.draining = True
+        self._follower.stop()
+        telemetry, deadline = self.telemetry, time.monotonic() + self.config.limits.drain_s
+        log.info("agent_stopping", in_flight=self._dispatch.in_flight)
         while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        await self.pool.stop(max(0.0, deadline - time.monotonic()))
-        self.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="told to stop"))
+        await self._pool.stop(max(0.0, deadline - time.monotonic()))
+        telemetry.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="told to stop"))
         try:
-            await self.sampler.tick()
+            await telemetry.sampler.tick()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_PUSH_S):
-                    await self.push()
+                    await telemetry.outbox.push()
         finally:
-            self.pusher.stop()
-            self.spool.close(clean=True)
-        log.info("agent_stopped", waiting_batches=self.pusher.state.waiting_batches)
+            telemetry.pusher.stop()
+            telemetry.spool.close(clean=True)
+        log.info("agent_stopped", waiting_batches=telemetry.pusher.state.waiting_batches)
 
     def _busy(self) -> bool:
-        return self.dispatch.in_flight > 0 or any(m.in_flight for m in self.pool.views())
+        return self._dispatch.in_flight > 0 or any(m.in_flight for m in self._pool.views())
 
-    def _on_report(self, model: str, reported: Reported) -> None:
-        self.metrics.engine(model, reported)
-        self.pool.inventory.reported_peak(model, reported.peak_bytes)
+    # ---- what its parts tell each other ----
 
     def _emit(self, event: Event) -> None:
-        self.sampler.emit(event)
-        self.metrics.event(event)
-        if isinstance(event, URGENT):
-            task = asyncio.get_running_loop().create_task(self._send_urgent(event))
-            self._urgent_tasks.add(task)
-            task.add_done_callback(self._urgent_tasks.discard)
+        self.telemetry.outbox.emit(event)
 
-    async def _send_urgent(self, event: Event) -> None:
-        async with self._telling:
-            await asyncio.to_thread(self.pusher.urgent, (event,), self.sampler.urgent_batch)
+    def _clock_was_set(self, jump_s: float) -> None:
+        log.warning("clock_was_set", seconds=round(jump_s, 1))
+        self.telemetry.pusher.clock_was_set()
+
+    async def _engine_windows(self) -> list[EngineWindow]:
+        windows = await self._pool.inventory.windows()
+        self._metrics.closed(windows)
+        return windows
+
+    def _on_report(self, model: str, reported: Reported) -> None:
+        self._metrics.engine(model, reported)
+        self._pool.inventory.reported_peak(model, reported.peak_bytes)
+
+    def _meet(self, peers: Sequence[tuple[str, str]]) -> None:
+        """From now on these are the other nodes. Without a secret there are none: nobody could prove to be one."""
+        if self.config.peers.secret:
+            for gone in self._table.become(peers, time.monotonic()):
+                self._peer_client.drop(gone)
+        elif peers:
+            log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
 
     def _carried_by_peer(self, name: str) -> bool:
-        view = self.table.view(time.monotonic())
-        return any(p.state == "up" and any(m.name == name and m.ready for m in p.models) for p in view)
-
-    def _previous(self) -> str:
-        if self.spool.first_run:
-            return "first"
-        return "clean" if self.spool.previous_clean else "unclean"
+        return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
 
 
 def admin_token(state: Path) -> str:
@@ -494,18 +306,12 @@ def admin_token(state: Path) -> str:
     return token
 
 
-def _spare_the_collector() -> None:
-    """What a start has made stays; cycles are few and can wait. At its defaults the collector took an eighth of the
-    time of a busy door."""
+def _relax_the_collector() -> None:
+    """Objects made at the start stay; cycles are few and can wait. At its defaults the garbage collector took an eighth
+    of the time of a busy gateway."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-
-
-def _offered(model: ModelView) -> dict[str, Any]:
-    """A model of a node for people; of its prompts' hashes only how many there are."""
-    fields = msgspec.structs.asdict(model)
-    return {**fields, "prefixes": len(model.prefixes) // 8}
 
 
 def _wall_ms() -> int:

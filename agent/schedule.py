@@ -21,8 +21,6 @@ TEND_S = 1.0
 JUMP_S = 1.0
 """An NTP-disciplined wall clock never moves by more between two checks."""
 
-Scheduler = AsyncIOScheduler
-
 log = get_logger("agent.schedule")
 
 
@@ -105,6 +103,34 @@ class ClockWatch:
         jump_s, self._offset_s = offset_s - self._offset_s, offset_s
         if abs(jump_s) > JUMP_S:
             self._on_jump(jump_s)
+
+
+class Timetable:
+    """The jobs that run by the wall clock; rescheduled when somebody sets it. ``on_jump`` receives the seconds."""
+
+    def __init__(self, on_jump: Callable[[float], None]) -> None:
+        self._on_jump = on_jump
+        self._watch = ClockWatch(self._jumped)
+        self._jobs: tuple[Job, ...] = ()
+        self._scheduler: AsyncIOScheduler | None = None
+
+    def start(self, table: tuple[Job, ...]) -> None:
+        """Run these from now on."""
+        self._jobs, self._scheduler = table, start(table)
+
+    def look(self) -> None:
+        """Call this every few seconds."""
+        self._watch.look()
+
+    def shutdown(self) -> None:
+        """Start no further run."""
+        if self._scheduler is not None:
+            self._scheduler.shutdown(wait=False)
+
+    def _jumped(self, jump_s: float) -> None:
+        self._on_jump(jump_s)
+        if self._scheduler is not None:
+            realign(self._scheduler, self._jobs)
 
 
 async def steadily(job: Job) -> None:

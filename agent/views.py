@@ -1,6 +1,6 @@
 """What packages exchange about nodes and models: plain data, no behaviour."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Annotated
 
 import msgspec
@@ -60,6 +60,16 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     memory: str = "calm"
     hop_s: float = 0.0
     known: Mapping[str, Container[int]] = {}
+
+
+def offers(
+    nodes: Iterable[NodeView], model: str, *, but: str = "", up: bool = False, ready: bool = False
+) -> Iterator[tuple[NodeView, ModelView]]:
+    """Every node that could take a request for a model, and the model there: of those that are not down, but ``but``.
+    With ``up`` only nodes that answer heartbeats, with ``ready`` only models that accept requests now."""
+    for node in nodes:
+        if node.node != but and node.state != "down" and (node.state == "up" or not up):
+            yield from ((node, one) for one in node.models if one.name == model and (one.ready or not ready))
 
 
 class Actual(msgspec.Struct, frozen=True, kw_only=True):

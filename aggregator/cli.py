@@ -23,10 +23,11 @@ from aggregator.economics import Inputs
 from aggregator.report.page import Page
 from shared import __version__, logs
 from shared import config as shared_config
-from shared.bucket import Store, check_store, open_store
+from shared.bucket import Store, check_store
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
 from shared.secrets import resolve
+from shared.store_open import open_store
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
 _INPUTS = {

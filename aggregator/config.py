@@ -8,10 +8,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta
 
-from shared.bucket import REFERENCE_HINT, Store, check_store
+from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
 from shared.errors import Refused
 from shared.keys import check_name
-from shared.secrets import is_reference
 
 Money = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]

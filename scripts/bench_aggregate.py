@@ -178,7 +178,7 @@ def measured_month(config: Path) -> Timed:
         "from aggregator.report.contents import compose\n"
         "from aggregator.window import month\n"
         "from shared import config as s\n"
-        "from shared.bucket import open_store\n"
+        "from shared.store_open import open_store\n"
         "config=s.load(Path(sys.argv[1]),c.AggregatorConfig,c.check)\n"
         "window=load.window(open_store(config.store,os.environ),month('2026-11','UTC'))\n"
         "report=compose(window,config,window.span.until_ms)\n"

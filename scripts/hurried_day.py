@@ -37,10 +37,11 @@ async def day(config: Path, hours: int) -> list[int]:
             for look in range(1, looks + 1):
                 await daemon.poll()
                 if look % (looks // 4) == 0:
-                    await daemon.sampler.keep()
-            await daemon.sampler.tick()
-            if not await daemon.push():
-                raise SystemExit(f"nothing was sent: {daemon.pusher.state.reason or daemon.pusher.state.state}")
+                    await daemon.telemetry.sampler.keep()
+            await daemon.telemetry.sampler.tick()
+            if not await daemon.telemetry.outbox.push():
+                state = daemon.telemetry.pusher.state
+                raise SystemExit(f"nothing was sent: {state.reason or state.state}")
         found.append(process.memory_info().rss)
     daemon.stop()
     await running

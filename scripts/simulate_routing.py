@@ -211,7 +211,7 @@ def play(requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, 
             prompt_tok=request.prompt_tok,
             answer_tok=request.answer_tok,
             sent=dict(sent[request.door]),
-            dice=dice.random(),
+            draw=dice.random(),
         )
         name = policy(dice, asked, [views[(request.door, node.name)] for node in nodes])
         count, tokens = sent[request.door].get(name, (0, 0))

@@ -10,14 +10,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from shared.bucket import SECRET_KINDS
 from shared.errors import Halt
-
-_KINDS = ("env:", "file:", "keychain:", "op://")
-
-
-def is_reference(text: str) -> bool:
-    """Whether ``text`` names a secret instead of being one."""
-    return text.startswith(_KINDS)
 
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
@@ -33,7 +27,7 @@ def resolve(reference: str, environ: Mapping[str, str]) -> str:
         return _from_command(reference, ["/usr/bin/security", "find-generic-password", "-w", "-s", reference[9:]])
     if reference.startswith("op://"):
         return _from_command(reference, ["op", "read", "--no-newline", reference])
-    raise Halt(f"secret: a reference begins with one of {', '.join(_KINDS)}", code="no_secret")
+    raise Halt(f"secret: a reference begins with one of {', '.join(SECRET_KINDS)}", code="no_secret")
 
 
 def _from_file(reference: str) -> str:

@@ -26,7 +26,7 @@ async def _names(request: web.Request) -> _Names:
 async def status(request: web.Request) -> web.Response:
     """The full status of this node, in one response."""
     require_admin(request)
-    return json_response(request.app[CONTEXT].status())
+    return json_response(request.app[CONTEXT].status.node())
 
 
 async def load(request: web.Request) -> web.Response:

@@ -11,10 +11,10 @@ from aiohttp import web
 from agent.config import AgentConfig, hash_key, is_loopback
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
-from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Key, Nonces
 from agent.models.pool import Pool
-from agent.telemetry.sampler import Sampler
+from agent.status import Status
 from shared.errors import RackError
 
 
@@ -32,17 +32,13 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     pool: Pool
     follower: Follower
     peers: PeerTable
-    sampler: Sampler
-    status: Callable[[], dict[str, Any]]
-    rack: Callable[[], dict[str, Any]]
+    status: Status
     metrics: Callable[[], bytes]
     seal: Callable[[], Awaitable[dict[str, Any]]]
-    started_s: int
     admin_token: str
     rack_secret: str
     rack_key: Key
     nonces: Nonces
-    beat: Callable[[], Beat]
 
 
 CONTEXT = web.AppKey("context", Context)

@@ -22,4 +22,4 @@ async def decision(request: web.Request) -> web.Response:
 async def rack(request: web.Request) -> web.Response:
     """Nodes, circuit breakers, retries and swaps in one response."""
     require_local_or_admin(request)
-    return json_response(request.app[CONTEXT].rack())
+    return json_response(request.app[CONTEXT].status.rack())

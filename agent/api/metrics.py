@@ -53,7 +53,7 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(host)
-        self._host = host
+        self.host = host
         labels = ("model", "outcome")
         self._requests = self._counter("requests", "Client requests answered at this node as gateway.", labels)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.", ("model",))
@@ -118,7 +118,7 @@ class Metrics:
         elif isinstance(event, SwapFinished):
             self._swaps.labels(event.model, event.outcome).inc()
         elif isinstance(event, ThrottleEvent):
-            self._host.throttled(event)
+            self.host.throttled(event)
 
     def text(self) -> bytes:
         """The exposition text."""

@@ -14,7 +14,7 @@ def _served(request: web.Request) -> dict[str, int]:
     context = request.app[CONTEXT]
     nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
     ready = {m.name for node in nodes if node.state != "down" for m in node.models if m.ready}
-    return dict.fromkeys(ready, context.started_s)
+    return dict.fromkeys(ready, context.status.started_s)
 
 
 def _is_known(request: web.Request, name: str) -> bool:

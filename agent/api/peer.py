@@ -43,7 +43,7 @@ async def beat(request: web.Request) -> web.Response:
     """Answer a heartbeat: what this node offers now."""
     signed = _signed(request)
     context = request.app[CONTEXT]
-    body = msgspec.msgpack.encode(context.beat())
+    body = msgspec.msgpack.encode(context.status.heartbeat())
     signature = context.rack_key.answer(signed.nonce, context.config.node.id, body)
     return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
 

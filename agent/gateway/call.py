@@ -1,7 +1,6 @@
 """One part of one client request on its way, and what became of it. Pure data; dispatch moves it."""
 
 import secrets
-from collections.abc import Mapping
 
 import msgspec
 
@@ -26,7 +25,6 @@ class Call(msgspec.Struct, kw_only=True):
     ask: Ask
     request_id: str
     key_id: str = ""
-    labels: Mapping[str, str] = {}
     whole: bool = True
     part: int = 0
     turn: int = 0

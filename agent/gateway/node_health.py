@@ -8,7 +8,7 @@ from agent.gateway.circuit_breaker import Breaker, State
 from agent.gateway.timeouts import Gaps
 
 
-class Trust:
+class NodeHealth:
     """The health of all nodes as one gateway sees it. A breaker exists from a node's first failure on."""
 
     def __init__(self) -> None:

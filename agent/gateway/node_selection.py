@@ -10,11 +10,11 @@ import msgspec
 
 from agent.config import Limits
 from agent.gateway.call import Call
-from agent.gateway.node_health import Trust
+from agent.gateway.node_health import NodeHealth
 from agent.gateway.routing import Decision, Refuse, RouteRequest, choose
 from agent.mesh.peers import PeerTable
 from agent.models.pool import Pool
-from agent.views import NodeView
+from agent.views import NodeView, offers
 from shared.errors import Refused, Retryable
 
 LOST_S = 3.0
@@ -22,26 +22,26 @@ LOST_S = 3.0
 _STEP_S = 0.05
 
 
-class Placing:
+class NodeSelection:
     """``here`` is this node as routing sees it; for what it has let in it is a candidate even while it stops."""
 
     def __init__(
         self,
         pool: Pool,
         table: PeerTable,
-        trust: Trust,
+        health: NodeHealth,
         limits: Limits,
         *,
         here: Callable[[], NodeView],
-        dice: Callable[[], float],
+        draw: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._table = table
-        self._trust = trust
+        self._health = health
         self._limits = limits
         self._here = here
-        self._dice = dice
+        self._draw = draw
         self._clock = clock
 
     def decide(self, call: Call) -> Decision:
@@ -55,10 +55,9 @@ class Placing:
             prompt_tok=call.text.prompt_tok,
             answer_tok=call.answer_tok,
             over_tok=call.over_tok,
-            breakers=self._trust.states(call.model, now),
+            breakers=self._health.states(call.model, now),
             sent=self._table.sent_since_beat(call.model),
-            labels=call.labels,
-            dice=self._dice(),
+            draw=self._draw(),
         )
         here = self._here()
         if here.draining:
@@ -139,20 +138,18 @@ class Placing:
         nodes = (self._here(), *self._table.view(self._clock()))
         return any(
             one.context_tok > call.over_tok or (one.coming and not one.context_tok)
-            for node in nodes
-            if node.state != "down"
-            for one in node.models
-            if one.name == call.model
+            for _, one in offers(nodes, call.model)
         )
 
     def held_by_peer(self, model: str, version: str, but: str = "") -> bool:
         """Whether a peer that lives can go on with this version's answers."""
-        return any(
-            one.name == model and version in one.versions
-            for peer in self._table.view(self._clock())
-            if peer.state != "down" and peer.node != but
-            for one in peer.models
-        )
+        peers = self._table.view(self._clock())
+        return any(version in one.versions for _, one in offers(peers, model, but=but))
+
+    def has_another(self, model: str, node: str) -> bool:
+        """Whether another node could take a request over from a node that is too slow or failed."""
+        nodes = (self._here(), *self._table.view(self._clock()))
+        return any(True for _ in offers(nodes, model, but=node, up=True, ready=True))
 
     def _is_here(self, model: str) -> bool:
         return self._pool.has(model)

@@ -17,7 +17,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``chain`` are the hashes of the prompt's prefixes, ``prompt_tok`` its length, ``answer_tok`` the most tokens
     requested. ``over_tok`` is a context length that was found too small for it. ``breakers`` are this model's circuit
     breakers that are not closed; ``sent`` is what each node was sent since its last heartbeat. ``labels`` are the
-    request's, for future rules. ``dice`` is a random draw in [0, 1) that breaks ties.
+    request's, for future rules. ``draw`` is a random draw in [0, 1) that breaks ties.
     """
 
     model: str
@@ -29,8 +29,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     over_tok: int = 0
     breakers: Mapping[str, State] = {}
     sent: Mapping[str, Sent] = {}
-    labels: Mapping[str, str] = {}
-    dice: float = 0.0
+    draw: float = 0.0
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +133,7 @@ def choose(request: RouteRequest, here: NodeView, peers: Sequence[NodeView]) -> 
         return Decision(place=_refuse(request, here, nodes, peers), excluded=tuple(excluded))
     usual = _usual([model for _, model in fit])
     weighed = tuple(_weigh(request, node, model, usual) for node, model in fit)
-    best = _pick(weighed, here.node, request.dice)
+    best = _pick(weighed, here.node, request.draw)
     url = next(node.url for node, _ in fit if node.node == best.node)
     place = Local(node=best.node) if best.node == here.node else Forward(node=best.node, url=url)
     return Decision(place=place, candidates=weighed, excluded=tuple(excluded))

@@ -7,11 +7,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class OutOfPatience(Exception):
+class ReadTimeout(Exception):
     """Nothing arrived in time."""
 
 
-class Patience(Generic[T]):
+class TimedReader(Generic[T]):
     """Reads pieces from ``source``, each within a time limit. Must be closed after use."""
 
     def __init__(self, source: AsyncIterator[T]) -> None:
@@ -23,7 +23,7 @@ class Patience(Generic[T]):
         self._expired = False
 
     async def next(self, limit_s: float) -> T:
-        """The next piece. Raises OutOfPatience on timeout, StopAsyncIteration at the end."""
+        """The next piece. Raises ReadTimeout on timeout, StopAsyncIteration at the end."""
         self._until_s = self._loop.time() + limit_s
         if self._timer is None or self._timer.when() > self._until_s:
             self._arm(self._until_s)
@@ -32,7 +32,7 @@ class Patience(Generic[T]):
             return await anext(self._source)
         except asyncio.CancelledError:
             if self._expired and self._task is not None and self._task.uncancel() <= 0:
-                raise OutOfPatience from None
+                raise ReadTimeout from None
             raise
         finally:
             self._task, self._expired = None, False

@@ -22,7 +22,7 @@ _MOST_OPEN = 2
 log = get_logger("agent.mesh.heartbeats")
 
 
-class Prober:
+class Heartbeats:
     """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted."""
 
     def __init__(

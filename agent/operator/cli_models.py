@@ -15,9 +15,9 @@ from agent.files.model_pull import BucketSource, FolderSource, Source, pull, pus
 from agent.files.modelstore import Installed, ModelStore, model_folder
 from agent.operator.admin_client import AdminClient
 from agent.operator.statusview import models_text, size, table
-from shared.bucket import open_store
 from shared.errors import Refused, Retryable
 from shared.keys import check_name
+from shared.store_open import open_store
 
 BUCKET = "bucket:"
 Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]

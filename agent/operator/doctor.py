@@ -17,11 +17,11 @@ from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.heartbeats import SKEW_WARNING_MS
 from agent.process import gpu
 from agent.telemetry.sensors import Sensors
-from shared.bucket import open_store
 from shared.errors import NotFound, RackError
 from shared.keys import claim_key
 from shared.memory_plan import default_budget_bytes
 from shared.secrets import resolve
+from shared.store_open import open_store
 
 MAC_ONLY = (
     "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",

@@ -48,6 +48,24 @@ async def ask(environ: Mapping[str, str], command: Sequence[str] = COMMAND) -> D
     return device
 
 
+class Budget:
+    """Bytes for all models of this node: configured, recommended by the GPU, or ``default``."""
+
+    def __init__(self, configured: int, default: int) -> None:
+        self._configured, self._default = configured, default
+        self.reason = ""
+        self.bytes, self.source = budget_bytes(configured, Device(), default)
+
+    async def ask(self, environ: Mapping[str, str]) -> bool:
+        """Ask the GPU, unless the budget is configured; whether it was asked."""
+        if self._configured:
+            return False
+        device = await ask(environ)
+        self.reason = device.reason
+        self.bytes, self.source = budget_bytes(0, device, self._default)
+        return True
+
+
 def budget_bytes(configured: int, device: Device, default: int) -> tuple[int, str]:
     """Bytes for all models together, and where that comes from."""
     if configured:

@@ -26,10 +26,10 @@ from aggregator import ingest, load, publish
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
 from shared import logs
-from shared.bucket import open_store
 from shared.errors import Retryable
 from shared.logs import get_logger
 from shared.store import ObjectStore
+from shared.store_open import open_store
 
 PIECE_SEGMENTS = 12_000
 """Between two commits: a minute or so."""

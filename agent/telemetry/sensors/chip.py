@@ -15,7 +15,8 @@ import msgspec
 from agent.telemetry.sensors import smc
 from agent.telemetry.sensors.child import FIRST_S, Child
 from agent.telemetry.sensors.macmon import Macmon, parse_macmon
-from agent.telemetry.sensors.reading import Failure, Guarded, Source, file_bytes, preferred, text_of
+from agent.telemetry.sensors.reading import Failure, Source, text_of
+from agent.telemetry.sensors.source import Guarded, file_bytes, preferred
 
 FRESH_S = 0.5
 """Collectors that ask within so long share one reading."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 
 from agent.telemetry.sensors import sysctl
-from agent.telemetry.sensors.reading import Failure, Reading, Source, command_bytes, file_bytes, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, text_of
+from agent.telemetry.sensors.source import command_bytes, file_bytes
 from shared.batch import MAX_COUNT
-from shared.records import Hardware
+from shared.records import Hardware, HostSample
 
 _SYSCTLS = (
     "hw.model",
@@ -42,7 +43,7 @@ class HostCollector:
 
     def sources(self) -> list[Source]:
         reading = self.read()
-        free = reading.fields.get("disk_free_bytes", 0)
+        free = reading.sample.disk_free_bytes or 0
         return [Source("processor and disk", reading.failed.get("disk", ""), f"{free / 1e9:.0f} GB free")]
 
     def read(self) -> Reading:
@@ -50,11 +51,12 @@ class HostCollector:
         # before the first start it is not there yet
         there = next(one for one in (self._folder, *self._folder.parents) if one.exists())
         free, share = psutil.disk_usage(str(there)).free, busy_ppm(before._asdict(), self._last._asdict())
-        fields = {} if share is None else {"cpu_ppm": share}
         if free > MAX_COUNT:
             # some file systems of other machines say exabytes; no window could carry it
-            return Reading(fields, {"disk": f"{free / 1e12:.0f} TB free is more than a window can say"})
-        return Reading({**fields, "disk_free_bytes": free}, {})
+            return Reading(
+                HostSample(cpu_ppm=share), {"disk": f"{free / 1e12:.0f} TB free is more than a window can say"}
+            )
+        return Reading(HostSample(cpu_ppm=share, disk_free_bytes=free), {})
 
 
 def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:

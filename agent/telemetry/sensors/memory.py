@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors import sysctl, vm
-from agent.telemetry.sensors.reading import Failure, Guarded, Reading, Source, command_bytes, file_bytes, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.source import Guarded, command_bytes, file_bytes
+from shared.records import HostSample
 
 PRESSURE_LEVEL = "kern.memorystatus_vm_pressure_level"
 WIRED_LIMIT = "iogpu.wired_limit_mb"
@@ -138,34 +139,33 @@ class MemoryCollector:
 
     def read(self) -> Reading:
         self.poll()
-        fields = self._read_mac() if self._is_mac else self._read_linux()
+        sample = self._read_mac() if self._is_mac else self._read_linux()
         seen = self._used.close(self._clock())
         if seen is not None:
-            fields.update(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
+            used = HostSample(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
+            sample = merged(sample, used)
         failed = {guard.name: guard.reason for guard in self._guards.values() if guard.reason}
-        return Reading(fields, failed)
+        return Reading(sample, failed)
 
     def sources(self) -> list[Source]:
         reading = self.read()
-        source = str(reading.fields.get("memory_source", ""))
-        used = reading.fields.get("memory_used_bytes")
+        source, used = reading.sample.memory_source, reading.sample.memory_used_bytes
         seen = f"{used / 1e9:.1f} GB used" if used is not None else ""
         return [Source(source or "memory", "" if seen else "nothing can be read", seen)] + [
             Source(name, why) for name, why in reading.failed.items()
         ]
 
-    def _read_linux(self) -> dict[str, Any]:
+    def _read_linux(self) -> HostSample:
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        fields: dict[str, Any] = {
-            "memory_total_bytes": memory.total,
-            "memory_source": "psutil",
-            "swap_used_bytes": swap.used,
-            "swap_total_bytes": swap.total,
-            **self._since_last("swap_in_bytes", swap.sin),
-            **self._since_last("swap_out_bytes", swap.sout),
-        }
-        stalled = self._guards["psi"].call(self._stalled_us)
-        return fields if stalled is None else {**fields, **self._since_last("memory_stall_us", stalled)}
+        return HostSample(
+            memory_total_bytes=memory.total,
+            memory_source="psutil",
+            swap_used_bytes=swap.used,
+            swap_total_bytes=swap.total,
+            swap_in_bytes=self._since_last("swap_in", swap.sin),
+            swap_out_bytes=self._since_last("swap_out", swap.sout),
+            memory_stall_us=self._since_last("stall", self._guards["psi"].call(self._stalled_us)),
+        )
 
     def _stalled_us(self) -> int:
         found = parse_psi_total_us(file_bytes(self._psi))
@@ -173,43 +173,47 @@ class MemoryCollector:
             raise Failure(f"{self._psi}: not readable")
         return found
 
-    def _read_mac(self) -> dict[str, Any]:
+    def _read_mac(self) -> HostSample:
         total = psutil.virtual_memory().total
-        fields: dict[str, Any] = {"memory_total_bytes": total}
         swap = self._guards["swap"].call(self._mac.swap)
-        if swap is not None:
-            fields.update(swap_total_bytes=swap[0], swap_used_bytes=swap[1])
         limit_mb = self._guards["wired_limit"].call(lambda: self._mac.integer(WIRED_LIMIT))
-        if limit_mb:  # 0 is the system's default, whatever that is
-            fields["gpu_wired_limit_bytes"] = limit_mb << 20
-        fields.update(self._parts())
+        limit = limit_mb << 20 if limit_mb else None  # 0 is the system's default, whatever that is
+        parts = self._parts()
         level, self._worst = self._worst, "unknown"
-        fields["memory_pressure"] = level
-        wired, limit = fields.get("memory_wired_bytes"), fields.get("gpu_wired_limit_bytes")
-        fields["memory_verdict"] = verdict(
-            level,
-            swapped_out=fields.get("swap_out_bytes", 0),
-            compressed=fields.get("memory_compressed_bytes", 0) / total,
-            wired=wired / limit if wired is not None and limit else None,
+        wired = parts.memory_wired_bytes
+        whole = HostSample(
+            memory_total_bytes=total,
+            swap_total_bytes=swap[0] if swap is not None else None,
+            swap_used_bytes=swap[1] if swap is not None else None,
+            gpu_wired_limit_bytes=limit,
+            memory_pressure=level,
+            memory_verdict=verdict(
+                level,
+                swapped_out=parts.swap_out_bytes or 0,
+                compressed=(parts.memory_compressed_bytes or 0) / total,
+                wired=wired / limit if wired is not None and limit else None,
+            ),
         )
-        return fields
+        return merged(parts, whole)
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> HostSample:
         found = self._guards["vm"].call(self._mac.vm)
         if found is None:
-            return {}
+            return HostSample()
         parts, source = found
-        fields: dict[str, Any] = {
-            "memory_source": source,
-            "memory_wired_bytes": parts.wired_bytes,
-            "memory_compressed_bytes": parts.compressor_bytes,
-        }
-        if parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None:
-            fields.update(self._since_last("swap_in_bytes", parts.swapped_in_bytes))
-            fields.update(self._since_last("swap_out_bytes", parts.swapped_out_bytes))
-        return fields
+        both = parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None
+        return HostSample(
+            memory_source=source,
+            memory_wired_bytes=parts.wired_bytes,
+            memory_compressed_bytes=parts.compressor_bytes,
+            swap_in_bytes=self._since_last("swap_in", parts.swapped_in_bytes if both else None),
+            swap_out_bytes=self._since_last("swap_out", parts.swapped_out_bytes if both else None),
+        )
 
-    def _since_last(self, field: str, counter: int) -> dict[str, int]:
-        before = self._counters.get(field)
-        self._counters[field] = counter
-        return {} if before is None or counter < before else {field: counter - before}
+    def _since_last(self, name: str, counter: int | None) -> int | None:
+        """How much a counter grew; None when it was not read, for the first time, or ran backwards."""
+        before = self._counters.get(name)
+        if counter is None:
+            return None
+        self._counters[name] = counter
+        return None if before is None or counter < before else counter - before

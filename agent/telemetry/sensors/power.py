@@ -15,7 +15,9 @@ import psutil
 from agent.telemetry.gauge import Gauge, Seen
 from agent.telemetry.sensors import smc
 from agent.telemetry.sensors.chip import Chip
-from agent.telemetry.sensors.reading import Failure, Guarded, Reading, Source, file_bytes
+from agent.telemetry.sensors.reading import Failure, Reading, Source
+from agent.telemetry.sensors.source import Guarded, file_bytes
+from shared.records import HostSample
 
 BUSY_SHARE = 0.01
 """A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
@@ -152,19 +154,20 @@ class PowerCollector:
         now, failed = self._clock(), dict[str, str]()
         system, soc = self._system.close(now), self._soc.close(now)
         counted = self._counted(now, failed)
-        fields: dict[str, Any] = {}
-        if system is not None:
-            fields.update(system_power_mw=round(system.mean * 1000), system_power_max_mw=round(system.most * 1000))
-        if counted is not None:
-            fields["soc_power_mw"] = round(counted[0] / counted[1] / 1000)
-        elif soc is not None:
-            fields["soc_power_mw"] = round(soc.mean * 1000)
-        if _is_too_much(fields):
-            failed["soc_power"] = f"{fields.pop('soc_power_mw') / 1000:.1f} W, more than the whole system draws"
-            counted = soc = None
+        soc_w = counted[0] / counted[1] / 1e6 if counted is not None else soc.mean if soc is not None else None
+        if system is not None and soc_w is not None and soc_w > MOST_OVER_SYSTEM * system.most:
+            failed["soc_power"] = f"{soc_w:.1f} W, more than the whole system draws"
+            counted = soc = soc_w = None
         window_s, self._closed_s = now - self._closed_s, now
-        fields.update(_energy(system, counted, soc, window_s=window_s, names=(self._whole, self._guard.name)))
-        return Reading(fields, {**failed, **({self._guard.name: self._guard.reason} if self._guard.reason else {})})
+        energy = _energy(system, counted, soc, window_s=window_s, names=(self._whole, self._guard.name))
+        sample = HostSample(
+            system_power_mw=round(system.mean * 1000) if system is not None else None,
+            system_power_max_mw=round(system.most * 1000) if system is not None else None,
+            soc_power_mw=round(soc_w * 1000) if soc_w is not None else None,
+            energy_mj=energy[0] if energy else None,
+            energy_source=energy[1] if energy else None,
+        )
+        return Reading(sample, {**failed, **({self._guard.name: self._guard.reason} if self._guard.reason else {})})
 
     def sources(self) -> list[Source]:
         energy = self._guard.call(self._counters.read)
@@ -199,23 +202,18 @@ class PowerCollector:
 
 def _energy(
     system: Seen | None, counted: tuple[int, float] | None, soc: Seen | None, *, window_s: float, names: tuple[str, str]
-) -> dict[str, Any]:
-    """Energy of the window, from the source that sees most of the machine over most of the time. ``names`` are those of
-    the system's watts and of the counters."""
+) -> tuple[int, str] | None:
+    """Millijoules of the window, and the source: the one that sees most of the machine over most of the time. ``names``
+    are those of the system's watts and of the counters."""
     whole, counter = names
     covers = system is not None and system.covered_s >= COVERS * window_s
     if system is not None and system.covered_s > 0 and (covers or counted is None):
-        return {"energy_mj": round(system.mean * system.covered_s * 1000), "energy_source": whole}
+        return round(system.mean * system.covered_s * 1000), whole
     if counted is not None:
-        return {"energy_mj": counted[0] // 1000, "energy_source": counter}
+        return counted[0] // 1000, counter
     if soc is not None and soc.covered_s > 0:
-        return {"energy_mj": round(soc.mean * soc.covered_s * 1000), "energy_source": "soc_estimate"}
-    return {}
-
-
-def _is_too_much(fields: dict[str, Any]) -> bool:
-    system, soc = fields.get("system_power_max_mw"), fields.get("soc_power_mw")
-    return system is not None and soc is not None and soc > MOST_OVER_SYSTEM * system
+        return round(soc.mean * soc.covered_s * 1000), "soc_estimate"
+    return None
 
 
 def _note(gauge: Gauge, now: float, value: float | None) -> None:

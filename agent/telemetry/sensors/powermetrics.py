@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from agent.telemetry.sensors.child import FIRST_S, Child
-from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, Guarded, text_of
+from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, text_of
+from agent.telemetry.sensors.source import Guarded
 from agent.telemetry.sensors.throttle import LEVELS
 
 ARGV = (

@@ -1,29 +1,43 @@
-"""What a collector is, and how a source is read without being trusted."""
+"""What a sensor is, and what it reads. Pure; ``source`` reads files and commands."""
 
-import contextlib
-import itertools
-import selectors
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
-COMMAND_TIMEOUT_S = 5.0
+import msgspec
+
+from shared.records import HostSample
+
 MAX_OUTPUT_BYTES = 1 << 20
-"""No source says more; what does is none of ours."""
-FAILURES_TO_PAUSE = 3
-PAUSE_S = 60.0
-MOST_PAUSE_S = 3600.0
+"""No source prints more."""
 
-T = TypeVar("T")
+
+_NOTHING = HostSample()
 
 
 class Reading(NamedTuple):
-    """Fields of records.HostSample that were read, and each source that failed with its reason."""
+    """A sample that holds only what was read, and each source that failed with its reason."""
 
-    fields: dict[str, Any]
+    sample: HostSample
     failed: dict[str, str]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What was read, by name."""
+        names = HostSample.__struct_fields__
+        return {name: value for name in names if (value := getattr(self.sample, name)) != getattr(_NOTHING, name)}
+
+
+def merged(*samples: HostSample) -> HostSample:
+    """One sample out of several; a later one wins."""
+    fields = (Reading(sample, {}).fields for sample in samples)
+    return HostSample(**{name: value for one in fields for name, value in one.items()})
+
+
+def checked(reading: Reading) -> Reading:
+    """The reading. Raises TypeError or msgspec.ValidationError when it is no sample or a field is not of its type: one
+    such number would make the whole batch unreadable."""
+    if not isinstance(reading.sample, HostSample):
+        raise TypeError(type(reading.sample).__name__)
+    return Reading(msgspec.convert(msgspec.to_builtins(reading.sample), HostSample), reading.failed)
 
 
 class Source(NamedTuple):
@@ -44,7 +58,7 @@ class Collector(Protocol):
         ...
 
     def read(self) -> Reading:
-        """What was seen since the last call, and what is read now. ``fields`` holds only what was really read."""
+        """What was seen since the last call, and what is read now. ``sample`` holds only what was really read."""
         ...
 
     def sources(self) -> list[Source]:
@@ -56,46 +70,6 @@ class Failure(Exception):
     """A source cannot be read; the message says why."""
 
 
-class Guarded:
-    """A source that fails three times in a row is left alone for a while, longer each time: a hanging command must not
-    be run every two seconds for ever."""
-
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name = name
-        self._clock = clock
-        self._failures = 0
-        self._not_before_s = 0.0
-        self.reason = ""
-
-    def call(self, read: Callable[[], T]) -> T | None:
-        """What ``read`` gives; None when it failed or is left alone, and then ``reason`` says why.
-
-        A ``read`` that gives None itself has nothing yet: that is no failure, and not the end of one.
-        """
-        if self._clock() < self._not_before_s:
-            return None
-        try:
-            found = read()
-        except Failure as error:
-            self.reason = str(error)
-        except Exception as error:  # noqa: BLE001  # whatever a sensor does, the agent goes on
-            self.reason = type(error).__name__
-        else:
-            if found is not None:
-                self._failures, self.reason = 0, ""
-            return found
-        self._failures += 1
-        if self._failures >= FAILURES_TO_PAUSE:
-            times = self._failures - FAILURES_TO_PAUSE
-            self._not_before_s = self._clock() + min(MOST_PAUSE_S, PAUSE_S * 2 ** min(times, 10))
-        return None
-
-
-def preferred(guards: Iterable[Guarded], answered: str) -> Iterator[Guarded]:
-    """Those that come before the one that ``answered``, all when none did: the others were not asked."""
-    return itertools.takewhile(lambda guard: guard.name != answered, guards)
-
-
 def text_of(raw: bytes) -> str:
     """A source's words. "" for what is too long, holds a NUL or is not UTF-8: such a thing is no answer of ours."""
     if len(raw) > MAX_OUTPUT_BYTES or b"\0" in raw:
@@ -104,60 +78,3 @@ def text_of(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return ""
-
-
-def file_bytes(path: Path) -> bytes:
-    """A small system file. Raises Failure."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(MAX_OUTPUT_BYTES + 1)
-    except OSError as error:
-        raise Failure(f"{path}: {error.strerror or type(error).__name__}") from None
-
-
-def command_bytes(*argv: str) -> bytes:
-    """What a system command prints. Raises Failure when it is missing, fails, takes too long or does not stop
-    printing."""
-    name = Path(argv[0]).name
-    try:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    except OSError as error:
-        raise Failure(f"{name}: {error.strerror or type(error).__name__}") from None
-    try:
-        found = _output(process, time.monotonic() + COMMAND_TIMEOUT_S)
-    finally:
-        # it may have ended, and it may never; both are over here
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-    if found is None:
-        raise Failure(f"{name}: no end within {COMMAND_TIMEOUT_S:g} s")
-    if len(found) > MAX_OUTPUT_BYTES:
-        raise Failure(f"{name}: prints over {MAX_OUTPUT_BYTES >> 20} MiB")
-    return found
-
-
-def _output(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | None:
-    """All of it up to the bound; None when it takes too long. Raises Failure when the command does."""
-    assert process.stdout is not None
-    found = b""
-    with selectors.DefaultSelector() as waiting:
-        waiting.register(process.stdout, selectors.EVENT_READ)
-        while len(found) <= MAX_OUTPUT_BYTES:
-            if not waiting.select(max(0.0, deadline - time.monotonic())):
-                return None
-            piece = process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
-            if not piece:
-                break
-            found += piece
-        else:
-            return found
-    try:
-        code = process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    if code != 0:
-        raise Failure(f"{Path(str(process.args[0])).name}: exit {code}")  # type: ignore[index]
-    return found

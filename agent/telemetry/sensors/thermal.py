@@ -15,9 +15,11 @@ from typing import Any
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors.chip import Chip
 from agent.telemetry.sensors.notify import Notify
-from agent.telemetry.sensors.reading import Failure, Guarded, Reading, Source, command_bytes, preferred, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.source import Guarded, command_bytes, preferred
 from agent.telemetry.sensors.sysctl import parse_pmset_therm
 from agent.telemetry.sensors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
+from shared.records import HostSample
 
 NOTIFY_KEY = "com.apple.system.thermalpressurelevel"
 _TEMPERATURES = {"package_temp": "package_c", "pcore_temp": "pcore_c", "gpu_temp": "gpu_c"}
@@ -110,18 +112,25 @@ class ThermalCollector:
     def read(self) -> Reading:
         self.poll()
         now = self._clock()
-        fields: dict[str, Any] = self._level_fields(now) if self._is_mac else {}
         reading = self._chip.read()
-        for name, gauge in self._gauges.items():
-            seen = gauge.close(now)
-            if seen is not None:
-                fields[f"{name}_mc"] = round(seen.most * 1000)
-                fields[f"{name}_mean_mc"] = round(seen.mean * 1000)
-        if reading is not None:
-            fields.update(temp_source=reading.source, fan_rpm=reading.fans_rpm, pcore_asleep=reading.pcore_asleep)
+        closed = {name: gauge.close(now) for name, gauge in self._gauges.items()}
+        most = {name: round(seen.most * 1000) for name, seen in closed.items() if seen is not None}
+        mean = {name: round(seen.mean * 1000) for name, seen in closed.items() if seen is not None}
+        chip = HostSample(
+            package_temp_mc=most.get("package_temp"),
+            package_temp_mean_mc=mean.get("package_temp"),
+            pcore_temp_mc=most.get("pcore_temp"),
+            pcore_temp_mean_mc=mean.get("pcore_temp"),
+            gpu_temp_mc=most.get("gpu_temp"),
+            gpu_temp_mean_mc=mean.get("gpu_temp"),
+            temp_source=reading.source if reading is not None else None,
+            fan_rpm=reading.fans_rpm if reading is not None else (),
+            pcore_asleep=reading is not None and reading.pcore_asleep,
+        )
+        sample = merged(chip, self._level_sample(now)) if self._is_mac else chip
         asked = preferred(self._guards.values(), self._source)
         failed = {guard.name: guard.reason for guard in asked if guard.reason}
-        return Reading(fields, {**failed, **self._chip.failed, **self._also_failed()})
+        return Reading(sample, {**failed, **self._chip.failed, **self._also_failed()})
 
     def sources(self) -> list[Source]:
         found = []
@@ -139,21 +148,21 @@ class ThermalCollector:
             self._notify.close()
         self._chip.close()
 
-    def _level_fields(self, now: float) -> dict[str, Any]:
+    def _level_sample(self, now: float) -> HostSample:
         with self._lock:
             window = self._throttle.window(now)
             share, coverage = self._throttle.share_5m(now)
             pressured, _ = self._throttle.share_5m(now, PRESSURED_FROM)
             level = self._throttle.level
-        return {
-            "thermal_level": LEVELS[level] if level is not None else "unknown",
-            "thermal_source": self._source,
-            "thermal_worst": LEVELS[window.worst] if window.worst is not None else "unknown",
-            "thermal_coverage_ppm": round(coverage * 1e6),
-            "throttled_5m_ppm": None if share is None else round(share * 1e6),
-            "pressured_5m_ppm": None if pressured is None else round(pressured * 1e6),
+        return HostSample(
+            thermal_level=LEVELS[level] if level is not None else "unknown",
+            thermal_source=self._source,
+            thermal_worst=LEVELS[window.worst] if window.worst is not None else "unknown",
+            thermal_coverage_ppm=round(coverage * 1e6),
+            throttled_5m_ppm=None if share is None else round(share * 1e6),
+            pressured_5m_ppm=None if pressured is None else round(pressured * 1e6),
             **_seconds(window),
-        }
+        )
 
     def _look_now(self) -> bool:
         """By notify(3), which is quick; False when it cannot be read. Read and noted in one piece: an older level must

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.gateway.circuit_breaker import FIRST_PAUSE_S, MAX_PAUSE_S, Breaker
-from agent.gateway.node_health import Trust
+from agent.gateway.node_health import NodeHealth
 from agent.gateway.retry_budget import FLOOR_PER_S, MOST, SHARE, RetryBudget
 from agent.gateway.timeouts import FIRST_FLOOR_S, GAP_FLOOR_S, Gaps, first_limit_s
 
@@ -148,7 +148,7 @@ def test_at_most_one_request_is_on_trial_and_success_always_closes(happened: lis
 
 
 def test_trust_is_by_model_and_told_in_words() -> None:
-    trust = Trust()
+    trust = NodeHealth()
     for n in range(3):
         trust.failed("a", "m", 0.5 + n / 4, "broke off", probe=False)
     assert trust.states("m", 1.0) == {"a": "open"}

@@ -124,9 +124,9 @@ def test_what_was_sent_since_the_last_beat_counts() -> None:
 
 def test_equals_share_by_dice_and_this_node_comes_first_among_them() -> None:
     peers = (node("a"), node("b"), node("c"))
-    found = {where(choose(msgspec.structs.replace(WANTED, dice=n / 10), AWAY, peers)) for n in range(10)}
+    found = {where(choose(msgspec.structs.replace(WANTED, draw=n / 10), AWAY, peers)) for n in range(10)}
     assert found == {"a", "b", "c"}
-    assert where(choose(msgspec.structs.replace(WANTED, dice=0.9), HERE, peers)) == "here"
+    assert where(choose(msgspec.structs.replace(WANTED, draw=0.9), HERE, peers)) == "here"
 
 
 def test_a_node_without_measurements_is_taken_for_a_usual_one() -> None:
@@ -219,7 +219,7 @@ breakers_of = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(("open"
 def test_no_node_that_cannot_answer_is_chosen_and_some_node_is_while_one_can(
     peers: list[NodeView], tried: frozenset[str], breakers: dict[str, State], dice: float
 ) -> None:
-    request = msgspec.structs.replace(WANTED, tried=tried, breakers=breakers, dice=dice)
+    request = msgspec.structs.replace(WANTED, tried=tried, breakers=breakers, draw=dice)
     decision = choose(request, AWAY, tuple(peers))
     usable = {
         p.node: p

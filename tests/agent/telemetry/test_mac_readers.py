@@ -149,8 +149,8 @@ def test_no_level_from_anywhere_is_unknown_and_says_why(mac: Fake) -> None:
     collector.poll()
     clock[0] = 60.0
     reading = collector.read()
-    assert (reading.fields["thermal_level"], reading.fields["thermal_known_us"]) == ("unknown", 0)
-    assert reading.fields["throttled_5m_ppm"] is None
+    assert (reading.sample.thermal_level, reading.sample.thermal_known_us) == ("unknown", 0)
+    assert reading.sample.throttled_5m_ppm is None
     assert "registered" in reading.failed["notify"]
     assert "No such file" in reading.failed["notifyutil"]
     assert [source.name for source in collector.sources()] == ["pmset", "notify", "notifyutil", "smc", "macmon"]

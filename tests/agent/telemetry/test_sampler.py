@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from agent.telemetry import sampler as sampling
+from agent.telemetry import sensing as reading
 from agent.telemetry.ledger import Answered, Ledger
-from agent.telemetry.sampler import Sampler
+from agent.telemetry.sampler import Sampler, Sources
+from agent.telemetry.sensing import Sensing
 from agent.telemetry.sensors.reading import Reading, Source
 from agent.telemetry.spool import Spool
 from shared.batch import Batch, decode
@@ -35,7 +37,7 @@ class Slow:
         self.reads += 1
         number = self.reads
         self.go.wait(20)
-        return Reading({"swap_in_bytes": number}, {})
+        return Reading(HostSample(swap_in_bytes=number), {})
 
     def sources(self) -> list[Source]:
         return []
@@ -61,17 +63,16 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 async def nothing() -> None: ...
 
 
+def sensing(*collectors: Any) -> Sensing:
+    return Sensing(collectors, budget_bytes=1)
+
+
 def sampler(spool: Spool, *collectors: Any) -> Sampler:
     async def windows() -> list[Any]:
         return []
 
     return Sampler(
-        *(spool, Ledger(), collectors),
-        engine_windows=windows,
-        engine_refresh=nothing,
-        engine_so_far=list,
-        standing=lambda: (),
-        budget_bytes=1,
+        *(spool, Ledger(), sensing(*collectors), Sources(windows, nothing, list, lambda: ())),
         boot_id="b",
     )
 
@@ -82,9 +83,9 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_window_that_meets_a_look_in_between_waits_for_it(spool: Spool) -> None:
+async def test_a_window_that_meets_a_look_in_between_waits_for_it() -> None:
     slow = Slow()
-    one = sampler(spool, slow)
+    one = sensing(slow)
     slow.go.clear()
     poll = asyncio.create_task(one.poll())
     await until(lambda: slow.polls == 1)
@@ -97,10 +98,10 @@ async def test_a_window_that_meets_a_look_in_between_waits_for_it(spool: Spool) 
     assert (sample.swap_in_bytes, sample.sources_failed) == (1, {})
 
 
-async def test_a_reading_that_comes_late_is_the_next_window_s(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "COLLECTOR_DEADLINE_S", 0.1)
+async def test_a_reading_that_comes_late_is_the_next_window_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "COLLECTOR_DEADLINE_S", 0.1)
     slow = Slow()
-    one = sampler(spool, slow, Broken())
+    one = sensing(slow, Broken())
     slow.go.clear()
     sample = await one.sample()
     assert sample.swap_in_bytes is None
@@ -131,16 +132,9 @@ class Counted(Sampler):
         async def windows() -> list[EngineWindow]:
             return so_far()
 
-        super().__init__(
-            *(spool, self.ledger, ()),
-            engine_windows=windows,
-            engine_refresh=refresh,
-            engine_so_far=so_far,
-            standing=lambda: (Resident(model="m", version="v", state="ready"),),
-            metered=self._take,
-            budget_bytes=1,
-            boot_id="b",
-        )
+        resident = Resident(model="m", version="v", state="ready")
+        sources = Sources(windows, refresh, so_far, lambda: (resident,), metered=self._take)
+        super().__init__(spool, self.ledger, sensing(), sources, boot_id="b")
 
     def _take(self) -> list[OutletReading]:
         taken, self.readings = self.readings, []
@@ -180,6 +174,27 @@ async def test_what_a_window_has_counted_is_kept_and_counted_once(spool: Spool) 
     assert following.t_start_ms == sealed.t_end_ms
 
 
+class Misspelt(Slow):
+    name = "misspelt"
+
+    def read(self) -> Reading:
+        return Reading({"fan_rpmm": 1}, {})  # type: ignore[arg-type]
+
+
+class Mistyped(Slow):
+    name = "mistyped"
+
+    def read(self) -> Reading:
+        return Reading(HostSample(swap_out_bytes="many"), {})  # type: ignore[arg-type]
+
+
+async def test_a_wrong_field_or_type_loses_its_own_source_only() -> None:
+    sample = await sensing(Misspelt(), Slow(), Mistyped()).sample()
+    assert sample.swap_in_bytes == 1
+    assert sample.swap_out_bytes is None
+    assert set(sample.sources_failed) == {"misspelt", "mistyped"}
+
+
 async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -> None:
     slow = Slow()
     one = sampler(spool, slow)
@@ -211,9 +226,8 @@ async def test_a_loader_that_does_not_answer_keeps_no_window_open(
     assert "e00000001-0000000002.open" in files(spool), "what is known without it is kept"
 
 
-async def test_a_meter_that_cannot_be_read_is_named_in_the_window(spool: Spool) -> None:
-    one = Counted(spool)
-    one._meter_problems = lambda: {"shelf": "refuses the password"}
+async def test_a_meter_that_cannot_be_read_is_named_in_the_window() -> None:
+    one = Sensing((), budget_bytes=1, problems=lambda: {"shelf": "refuses the password"})
     assert (await one.sample()).sources_failed == {"meter shelf": "refuses the password"}
 
 

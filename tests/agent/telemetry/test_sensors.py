@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from agent.telemetry.gauge import Gauge, Seen
 from agent.telemetry.ledger import Answered, Ledger
 from agent.telemetry.meters import http
-from agent.telemetry.sensors import Sensors, chip, macmon, memory, power, powermetrics, reading, sysctl, thermal, vm
+from agent.telemetry.sensors import Sensors, chip, macmon, memory, power, powermetrics, source, sysctl, thermal, vm
 from agent.telemetry.sensors.child import Child
 from agent.telemetry.sensors.chip import Chip, MacmonPipe
 from agent.telemetry.sensors.host import HostCollector, busy_ppm, hardware, hardware_of
 from agent.telemetry.sensors.memory import MemoryCollector
 from agent.telemetry.sensors.power import Energy, PowerCollector, Rapl, energy_of, spent_uj
 from agent.telemetry.sensors.powermetrics import PowermetricsStream
-from agent.telemetry.sensors.reading import Failure, Guarded, command_bytes, text_of
+from agent.telemetry.sensors.reading import Failure, text_of
+from agent.telemetry.sensors.source import Guarded, command_bytes
 from agent.telemetry.sensors.thermal import NOTIFY_KEY, ThermalCollector
 from scripts import fuzz_parsers
 from shared.records import HostSample
@@ -361,7 +362,7 @@ def script(folder: Path, text: str) -> str:
 def test_a_command_that_fails_hangs_or_does_not_stop_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
 ) -> None:
-    monkeypatch.setattr(reading, "COMMAND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(source, "COMMAND_TIMEOUT_S", 0.5)
     with pytest.raises(Failure, match=why):
         command_bytes(script(tmp_path, text))
     with pytest.raises(Failure, match="No such file"):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.gateway.timed_reader import OutOfPatience, Patience
+from agent.gateway.timed_reader import ReadTimeout, TimedReader
 from agent.wire.answer_queue import TOGETHER, AnswerQueue
 from agent.wire.frames import TOGETHER_S, Accepted, Answer, Decoder, Done, Frame, Together, Tokens, encode
 
@@ -106,12 +106,12 @@ async def test_patience_ends_with_its_limit_and_is_renewed_by_each_piece() -> No
             yield n
         await asyncio.sleep(30)
 
-    patience: Patience[int] = Patience(source())
+    patience: TimedReader[int] = TimedReader(source())
     for n in range(3):
         assert await patience.next(0.2) == n
     try:
         await patience.next(0.1)
-    except OutOfPatience:
+    except ReadTimeout:
         pass
     else:
         raise AssertionError("it should have run out")
@@ -123,7 +123,7 @@ async def test_a_cancelled_wait_is_no_lost_patience() -> None:
         await asyncio.sleep(30)
         yield 1
 
-    patience: Patience[int] = Patience(source())
+    patience: TimedReader[int] = TimedReader(source())
     waiting = asyncio.create_task(patience.next(10.0))
     await asyncio.sleep(0.01)
     waiting.cancel()

@@ -1,0 +1,124 @@
+"""The node and the rack as an operator and peers see them."""
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+
+from agent.config import Node
+from agent.control.follower import Follower
+from agent.gateway.dispatch import Dispatch
+from agent.mesh.heartbeats import Heartbeats
+from agent.mesh.peers import Beat, PeerTable
+from agent.models.pool import Pool
+from agent.process.gpu import Budget
+from agent.telemetry.sensors.throttle import LEVELS
+from agent.telemetry.service import Telemetry
+from agent.views import ModelView
+from shared import __version__
+
+
+class Status:
+    """Reads the daemon's objects, changes none."""
+
+    def __init__(
+        self,
+        node: Node,
+        budget: Budget,
+        telemetry: Telemetry,
+        pool: Pool,
+        dispatch: Dispatch,
+        follower: Follower,
+        table: PeerTable,
+        heartbeats: Heartbeats,
+    ) -> None:
+        self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
+        self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
+        self.started_s = int(time.time())
+
+    def node(self) -> dict[str, Any]:
+        """What an operator wants to see first."""
+        spool, sample = self._telemetry.spool, self._telemetry.sampler.last_sample
+        return {
+            "node": self._node.id,
+            "rack": self._node.rack,
+            "version": __version__,
+            "epoch": spool.epoch,
+            "windows_closed": spool.next_seq() - 1,
+            "uptime_s": int(time.time()) - self.started_s,
+            "draining": self._dispatch.draining,
+            "in_flight": self._dispatch.in_flight,
+            "budget_bytes": self._budget.bytes,
+            "budget_from": self._budget.source,
+            "models": self._pool.inventory.status(),
+            "memory": self._pool.pressure,
+            "desired": msgspec.to_builtins(self._follower.observed()),
+            **self._trouble(),
+            "push": self._telemetry.outbox.status(),
+            "meters": self._telemetry.meters.status(),
+            "sources_failed": dict(sample.sources_failed) if sample else {},
+        }
+
+    def rack(self) -> dict[str, Any]:
+        """The rack as this node sees it: nodes with their load and speed, circuit breakers, retries, swaps."""
+        here = self._dispatch.here()
+        return {
+            "node": here.node,
+            "draining": here.draining,
+            "models": [_offered(model) for model in here.models],
+            **self._trouble(),
+            "tasks": len(asyncio.all_tasks()),
+            "last_requests": [trail.request_id for trail in self._dispatch.decisions.last(20)],
+        }
+
+    def heartbeat(self) -> Beat:
+        """What this node reports of itself to its peers."""
+        here, tables = self._dispatch.here(), self._pool.prefixes()
+        return Beat(
+            node=here.node,
+            rack=self._node.rack,
+            epoch=self._telemetry.spool.epoch,
+            draining=here.draining,
+            models=tuple(
+                msgspec.structs.replace(model, prefixes=tables[model.name].digest()) if model.name in tables else model
+                for model in here.models
+            ),
+            heat=here.heat,
+            memory=here.memory,
+            t_ms=time.time_ns() // 1_000_000,
+        )
+
+    def _trouble(self) -> dict[str, Any]:
+        """Where to look first when something is wrong."""
+        now = time.monotonic()
+        return {
+            "peers": self._peers(now),
+            "breakers": self._dispatch.health.view(now),
+            "retries_left": self._dispatch.budget.left(),
+            "retries_refused": self._dispatch.budget.refused,
+            "swaps": self._pool.orders.swaps()[-5:],
+        }
+
+    def _peers(self, now: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "node": p.node,
+                "url": p.url,
+                "state": p.state,
+                "problem": self._heartbeats.problems.get(p.node, ""),
+                "draining": p.draining,
+                "hop_ms": round(p.hop_s * 1000, 1),
+                "heat": LEVELS[min(p.heat, len(LEVELS) - 1)],
+                "memory": p.memory,
+                "models": sorted(m.name for m in p.models if m.ready),
+                "offers": [_offered(m) for m in p.models],
+            }
+            for p in self._table.view(now)
+        ]
+
+
+def _offered(model: ModelView) -> dict[str, Any]:
+    """A model of a node for display; of its prompts' hashes only how many there are."""
+    fields = msgspec.structs.asdict(model)
+    return {**fields, "prefixes": len(model.prefixes) // 8}

@@ -1,0 +1,44 @@
+"""Changes of the thermal pressure level become events when they happen, not at the next sample."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from agent.telemetry.sensors.thermal import ThermalCollector
+from agent.telemetry.sensors.throttle import as_record
+from shared.records import Event
+
+
+class HeatWatch:
+    """``emit`` takes throttling that began or ended."""
+
+    def __init__(self, thermal: ThermalCollector, emit: Callable[[Event], None]) -> None:
+        self._thermal, self._emit = thermal, emit
+        self._descriptor: int | None = None
+
+    @property
+    def level(self) -> int:
+        """The thermal pressure level now; 0 where the system has none."""
+        return self._thermal.level or 0
+
+    def watch(self) -> None:
+        """Listen to the system, if that is not done already and the system tells."""
+        if self._descriptor is None:
+            self._descriptor = self._thermal.descriptor()
+            if self._descriptor is not None:
+                asyncio.get_running_loop().add_reader(self._descriptor, self._changed)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        if self._descriptor is not None:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+
+    def tell(self) -> None:
+        """Emit what was noticed since the last call."""
+        now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
+        for event in self._thermal.take():
+            self._emit(as_record(event, now_s, now_ms))
+
+    def _changed(self) -> None:
+        self._thermal.posted()
+        self.tell()
