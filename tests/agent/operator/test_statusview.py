@@ -76,7 +76,7 @@ STATUS: dict[str, Any] = {
         {"meter": "shelf", "nodes": ["mini-1", "mini-2"], "watts": 71.5, "problem": ""},
         {"meter": "spare", "nodes": ["mini-3"], "watts": None, "problem": "no answer within 4 s"},
     ],
-    "sources_failed": {"smc": "there is no service AppleSMC"},
+    "sources_failed": {"smc": "SMC: service AppleSMC not found"},
     "desired": {"generation": 3, "state": "drifted", "reason": "", "drift": ["chat serves a instead of b"]},
 }
 
@@ -91,7 +91,7 @@ def test_everything_that_matters_is_on_the_page() -> None:
         "last exit: signal 9 (SIGKILL)",
         "shelf  mini-1, mini-2  71.5 W",
         "spare  mini-3          -       no answer within 4 s",
-        "smc                 there is no service AppleSMC",
+        "smc                 SMC: service AppleSMC not found",
         "load code: 2 MB short",
         "failed   too slow",
         "warming  7 of 30 timed probes",
