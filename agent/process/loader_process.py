@@ -193,7 +193,7 @@ class LoaderProcess:
         return loader
 
     async def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
-        """Answers to one request, which ``text`` describes for the prefix table and the meter. Leaving early cancels
+        """Answers to one request, which ``text`` describes for the prefix table and throughput. Leaving early cancels
         it. Raises Retryable when the loader is lost."""
         number = next(self._ids)
         answers = AnswerQueue()
