@@ -1,4 +1,4 @@
-"""``python -P -m agent``: the same as ``mlxrack-agent``."""
+"""``python -P -m agent``: equivalent to ``mlxrack-agent``."""
 
 import sys
 

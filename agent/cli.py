@@ -1,7 +1,7 @@
-"""mlxrack-agent: run the agent, look at it, order it about.
+"""mlxrack-agent: run, inspect and control the agent.
 
-The only place that reads the environment and the command line. Exit codes are os.EX_*: 0 done, 64 wrong usage,
-69 no agent answers or an address is taken, 75 try later, 78 the configuration cannot be used, 1 anything else.
+The only module that reads the environment and the command line. Exit codes are os.EX_*: 0 success, 64 usage error,
+69 agent not running or address in use, 75 temporary failure, 78 invalid configuration, 1 any other error.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Entry point; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(error: RackError) -> int:
-    """os.EX_* of an error."""
+    """Exit status (os.EX_*) for an error."""
     if isinstance(error, shared_config.ConfigError):
         return os.EX_CONFIG
     if error.code in ("not_running", "port_in_use", "spool_in_use"):
@@ -65,7 +65,7 @@ def exit_status(error: RackError) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="mlxrack-agent", description="Serve language models on this node of the rack, and report what happens."
+        prog="mlxrack-agent", description="Serve language models on this node of the rack and report telemetry."
     )
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -76,59 +76,59 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    run = verb("run", "Run the agent in the foreground until it is told to stop.", _run)
-    run.add_argument("--console", action="store_true", help="write the log to the terminal too")
+    run = verb("run", "Run the agent in the foreground until it receives SIGTERM or SIGINT.", _run)
+    run.add_argument("--console", action="store_true", help="also write the log to the terminal")
     _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
-    models = verb("models", "List the models of this node; pull, push and remove stored ones.", _status)
+    models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
     cli_models.add(models, _config_and_state, _common)
     for name, text in (
-        ("load", "Bring a configured model into memory, evicting idle ones if need be."),
-        ("unload", "Drain a model and give its memory back."),
+        ("load", "Load a configured model into memory, evicting idle models if necessary."),
+        ("unload", "Drain a model and evict it from memory."),
     ):
         order = verb(name, text, _order(name))
         order.add_argument("model", help="served name")
         _json(order)
-    swap = verb("swap", "Replace the model behind a served name without losing a request.", _swap)
+    swap = verb("swap", "Replace the version behind a served name without losing a request (hot or cold swap).", _swap)
     swap.add_argument("old", help="served name")
-    swap.add_argument("new", help="configured model to put behind it")
+    swap.add_argument("new", help="configured model that takes over the name")
     _json(swap)
     for name, text, run_pin in (
-        ("pin", "Keep a model in memory until it is ordered out.", _pin("yes")),
-        ("unpin", "Let a pinned model leave memory for others again.", _pin("no")),
+        ("pin", "Exclude a model from eviction.", _pin("yes")),
+        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
     ):
         pin = verb(name, text, run_pin)
         pin.add_argument("model", help="served name")
         _json(pin)
     probes = verb(
-        "probes", "Print a model's answers to its probes, as the file that a standby is compared with.", _probes
+        "probes", "Record a model's answers to its probes and print the file that a standby must reproduce.", _probes
     )
     probes.add_argument("model", help="served name of a model that is known to be good")
-    why = verb("why", "Explain where a request went: candidates, costs, retries, continuations.", _why)
-    why.add_argument("request", help="the X-Mlxrack-Request-Id of an answer that this node's door gave")
+    why = verb("why", "Explain the routing of a request: candidates, costs, retries, continuations.", _why)
+    why.add_argument("request", help="X-Mlxrack-Request-Id of an answer for which this node was the gateway")
     _json(why)
-    _json(verb("seal", "Close the running telemetry window now and push it.", _seal))
+    _json(verb("seal", "Close the open telemetry window now and push it to the store.", _seal))
     log = verb("logs", "Show the agent's log.", _logs)
-    log.add_argument("--follow", "-f", action="store_true", help="go on while it grows")
+    log.add_argument("--follow", "-f", action="store_true", help="keep printing new lines")
     log.add_argument("--since", default=None, help="90s, 15m, 1h, 2d, or a time like 2026-11-20T08:00")
-    log.add_argument("--level", choices=logview.LEVELS, default="info", help="this level and above (default: info)")
-    log.add_argument("--request", default=None, help="only lines of this request id")
+    log.add_argument("--level", choices=logview.LEVELS, default="info", help="minimum level (default: info)")
+    log.add_argument("--request", default=None, help="only lines with this request id")
     _json(verb("doctor", "Check this machine: models, store, peers, sensors, BLAS.", _doctor))
-    sample = verb("sample", "Read every sensor and print what a batch would carry.", _sample)
-    sample.add_argument("--seconds", type=float, default=2.0, help="look for so long (default: %(default)s)")
-    verb("check-config", "Read the configuration and say what is wrong with it.", _check_config)
-    service = verb("install", "Make the agent a macOS service (LaunchDaemon and log rotation).", _install)
+    sample = verb("sample", "Read every sensor and print the sample that a batch would carry.", _sample)
+    sample.add_argument("--seconds", type=float, default=2.0, help="sampling time in seconds (default: %(default)s)")
+    verb("check-config", "Validate the configuration and report what is wrong with it.", _check_config)
+    service = verb("install", "Install the agent as a macOS service (LaunchDaemon and log rotation).", _install)
     service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
-    new_key = verb("new-key", "Make an API key for a client; prints it once, with the lines for agent.toml.", _new_key)
-    new_key.add_argument("name", help="the client's name, as reports will show it")
+    new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
+    new_key.add_argument("name", help="the client's name as reports show it")
     return parser
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    """Options of verbs below a verb; SUPPRESS keeps what was said before the inner verb."""
+    """Options of nested verbs; SUPPRESS keeps values given before the inner verb."""
     _config_option(parser, default=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="JSON for scripts")
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 
 
 def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None:
@@ -143,7 +143,7 @@ def _config_and_state(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="JSON for scripts")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
@@ -152,7 +152,7 @@ def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
 
 
 def state_folder(config: AgentConfig) -> Path:
-    """Where the agent keeps its spool and tokens."""
+    """Folder of the agent's spool and tokens."""
     if config.paths.state:
         return Path(config.paths.state).expanduser()
     if sys.platform == "darwin":
@@ -161,7 +161,7 @@ def state_folder(config: AgentConfig) -> Path:
 
 
 def log_file(config: AgentConfig) -> Path:
-    """The agent's structured log."""
+    """Path of the agent's structured log."""
     folder = Path(config.paths.logs).expanduser() if config.paths.logs else state_folder(config) / "logs"
     return folder / "agent.jsonl"
 
@@ -185,12 +185,12 @@ def _run(args: argparse.Namespace) -> int:
             host = config.listen.host
             print(f"mlxrack-agent {config.node.id}: http://{host}:{port}/v1 (pid {os.getpid()})", flush=True)
             if not config.keys:
-                print("no [[keys]]: only this machine can connect, and needs no API key", flush=True)
+                print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
             print(f"status: mlxrack-agent status --config '{path}'", flush=True)
 
         await daemon.run(started)
         if daemon.telemetry.hangs:
-            # a thread that waits for a silent store or sensor would hold the exit for minutes; batches are on disk
+            # a thread blocked on an unresponsive store or sensor would delay the exit by minutes; batches are on disk
             sys.stdout.flush()
             os._exit(0)
 
@@ -216,8 +216,8 @@ def _order(verb: str) -> Callable[[argparse.Namespace], int]:
 def _pin(pinned: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         answer = _client(args).order("pin", model=args.model, pinned=pinned)
-        words = "stays in memory until it is ordered out" if answer["pinned"] else "may leave memory for others"
-        print(json.dumps(answer) if args.json else f"{args.model}: {words} (until the agent's next start)")
+        words = "pinned, excluded from eviction" if answer["pinned"] else "unpinned, may be evicted"
+        print(json.dumps(answer) if args.json else f"{args.model}: {words} (until the agent restarts)")
         return 0
 
     return run
@@ -230,27 +230,27 @@ def _swap(args: argparse.Namespace) -> int:
         return 0
     print(
         f"swap {args.old}: {answer['outcome']}, {answer['from_version'][:8]} -> {answer['to_version'][:8]} "
-        f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} timed probes, the slowest "
-        f"{(answer['probe_p99_us'] or 0) / 1e6:.2f} s; {size(answer['freed_bytes'])} came back)"
+        f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} timed probes, slowest "
+        f"{(answer['probe_p99_us'] or 0) / 1e6:.2f} s; {size(answer['freed_bytes'])} freed)"
     )
     if answer["itl_before_us"] and answer["itl_during_us"]:
         before, during = answer["itl_before_us"] / 1e3, answer["itl_during_us"] / 1e3
         print(
-            f"p95 gap between tokens: {before:.0f} ms before, {during:.0f} ms meanwhile; "
-            f"raised for {answer['raised_us'] / 1e6:.1f} s"
+            f"inter-token latency (ITL), p95: {before:.0f} ms before, {during:.0f} ms during the swap; "
+            f"elevated for {answer['raised_us'] / 1e6:.1f} s"
         )
     return 0
 
 
 def _watched(args: argparse.Namespace, verb: str, **body: str) -> dict[str, Any]:
-    """Give an order and say how far it is until it has ended."""
+    """Send an order and show its progress until it has ended."""
     client, said, began, live = _client(args), "", time.monotonic(), sys.stderr.isatty()
     with ThreadPoolExecutor(1) as background:
         order = background.submit(client.order, verb, **body)
         while not wait([order], timeout=0.2).done:
             with contextlib.suppress(RackError):
                 now = progress(client.status(), verb, body["model"])
-                # a terminal's line is renewed; elsewhere a line for each phase is enough
+                # a terminal's line is rewritten; elsewhere one line per phase is enough
                 if now and (live or now.split()[0] != said.split(" ")[0]) and not args.json:
                     line = f"{time.monotonic() - began:6.1f} s  {now}"
                     print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
@@ -311,7 +311,7 @@ def _sample(args: argparse.Namespace) -> int:
     try:
         for collector in sensors.all:
             collector.read()
-        # what is a rate or a mean needs a moment
+        # rates and means need a time span
         time.sleep(args.seconds)
         for collector in sensors.all:
             reading = collector.read()
@@ -327,7 +327,7 @@ def _sample(args: argparse.Namespace) -> int:
 def _check_config(args: argparse.Namespace) -> int:
     config, path = _config(args)
     models = ", ".join(m.name for m in config.models) or "none"
-    print(f"{path}: fine; node {config.node.id} of rack {config.node.rack}, models: {models}")
+    print(f"{path}: valid; node {config.node.id} of rack {config.node.rack}, models: {models}")
     print(f"state {state_folder(config)}, log {log_file(config)}")
     return 0
 
@@ -337,7 +337,7 @@ def _install(args: argparse.Namespace) -> int:
     home, folder = state_folder(config), log_file(config).parent
     if not config.paths.state or not config.paths.logs or not home.is_absolute() or " " in str(folder):
         raise Refused(
-            "install: a service needs paths.state and paths.logs, absolute, the latter without spaces; "
+            "install: a service requires absolute paths.state and paths.logs, the latter without spaces; "
             'for example "/usr/local/var/mlxrack" and "/usr/local/var/log/mlxrack"'
         )
     plist = install.render_plist(
@@ -348,12 +348,12 @@ def _install(args: argparse.Namespace) -> int:
         print(f"# {install.DAEMON_PLIST}\n{plist}\n# {install.NEWSYSLOG}\n{newsyslog}")
         return 0
     install.install(plist, newsyslog, user=args.user, folders=(home, folder))
-    print(f"installed and started {install.LABEL}; `mlxrack-agent status --config '{path}'` shows it")
+    print(f"installed and started {install.LABEL}; check it with `mlxrack-agent status --config '{path}'`")
     return 0
 
 
 def _new_key(args: argparse.Namespace) -> int:
     key = f"mlxr-{secrets.token_urlsafe(32)}"
-    print(f"API key for {args.name} (shown once, kept nowhere): {key}\n")
+    print(f"API key for {args.name} (shown once, not stored): {key}\n")
     print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{agent_config.hash_key(key)}"')
     return 0

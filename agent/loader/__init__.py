@@ -1,5 +1,5 @@
-"""The child program that holds one model. It knows frames and nothing of the daemon.
+"""The child program that holds one model. It depends on the frames only, not on the daemon.
 
-MLX ends the process when the GPU runs out of memory, without a way to catch it; so each model has a process of its
-own, whose memory is truly back when it exits.
+MLX aborts the process when the GPU runs out of memory, and this cannot be caught; so each model has its own process,
+whose memory is fully released when it exits.
 """

@@ -16,22 +16,20 @@ from agent.loader.serve import serve
 def main() -> int:
     """Serve one model on the socket that the daemon handed over."""
     parser = argparse.ArgumentParser(prog="agent.loader")
-    parser.add_argument("--device", action="store_true", help="print what MLX says of the GPU, and end")
+    parser.add_argument("--device", action="store_true", help="print MLX's device information and exit")
     parser.add_argument("--fd", type=int, default=-1, help="descriptor of the connected Unix socket")
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
     parser.add_argument("--path", default="", help="model folder")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens per step")
-    parser.add_argument(
-        "--stall-s", type=float, default=0.75, help="longest wait of decoding rows for a prompt's piece"
-    )
+    parser.add_argument("--stall-s", type=float, default=0.75, help="longest wait of decoding rows for a prefill chunk")
     parser.add_argument("--cache-bytes", type=int, default=0, help="budget of the prompt cache")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="answer length where a request names none")
-    parser.add_argument("--kv-tok", type=int, default=8 * 2048, help="tokens of all requests together, in memory")
-    parser.add_argument("--reuse-bytes", type=int, default=256 << 20, help="freed arrays that MLX may keep")
-    parser.add_argument("--disk-cache", default="", help="folder of states on disk; its secret comes by stdin")
-    parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the states on disk")
-    parser.add_argument("--fingerprint", default="", help="what the states on disk belong to")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="max_tokens for requests that set none")
+    parser.add_argument("--kv-tok", type=int, default=8 * 2048, help="KV cache limit in tokens, all requests together")
+    parser.add_argument("--reuse-bytes", type=int, default=256 << 20, help="freed buffers that MLX may keep for reuse")
+    parser.add_argument("--disk-cache", default="", help="folder of the disk cache; its secret is read from stdin")
+    parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the disk cache")
+    parser.add_argument("--fingerprint", default="", help="model version that the disk cache's states belong to")
     parser.add_argument("--fake-step-s", type=float, default=0.0)
     parser.add_argument("--fake-row-s", type=float, default=0.0)
     parser.add_argument("--fake-prefill-tps", type=float, default=0.0)
@@ -45,7 +43,7 @@ def main() -> int:
         return device.main()
     if args.fd < 0:
         parser.error("--fd is required")
-    # a core file would hold prompts
+    # a core file would contain prompts
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # a Ctrl-C in the terminal reaches the whole group; the daemon decides when a loader ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)

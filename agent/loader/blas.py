@@ -1,8 +1,8 @@
-"""A real BLAS under MLX's CPU build on Linux, which otherwise carries the reference one (30 times slower).
+"""An optimized BLAS for MLX's CPU build on Linux, which otherwise uses the reference BLAS (30 times slower).
 
 A shim that forwards ``cblas_sgemm``, ``cblas_dgemm`` and ``cblas_cgemm`` to OpenBLAS is loaded into the global
 namespace before MLX is imported. It is compiled once into the user's cache; without a compiler or the library the
-loader runs on what MLX brings, and says so.
+loader uses MLX's own BLAS and reports it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ void cblas_cgemm(int o, int ta, int tb, int m, int n, int k, const void *al, con
 
 
 def install() -> str:
-    """Put OpenBLAS under MLX; to be called before mlx is imported. Returns what will be in use, in words."""
+    """Load OpenBLAS for MLX; call before mlx is imported. Returns a description of the BLAS in use."""
     if sys.platform == "darwin":
         return "Accelerate"
     try:
@@ -44,7 +44,7 @@ def install() -> str:
     library = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
     try:
         shim = _built(library)
-        # OpenBLAS first and globally, so that the shim finds it without a path of its own (paths may hold spaces)
+        # OpenBLAS first and globally, so that the shim finds it without a path of its own (paths may contain spaces)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.SubprocessError):
@@ -53,7 +53,7 @@ def install() -> str:
 
 
 def _built(library: Path) -> Path:
-    """The compiled shim, made when it is missing; several loaders may race, the last rename wins."""
+    """The compiled shim, built when missing; several loaders may race, the last rename wins."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlxrack", "blas")
     stamp = hashlib.sha256(f"{_SHIM}{library.stat().st_size}".encode()).hexdigest()[:12]
     shim = folder / f"libmlxrack-blas-{stamp}.so"

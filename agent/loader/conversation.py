@@ -1,7 +1,7 @@
-"""A conversation as a chat template takes it, and the grammar that an answer has to follow. Pure.
+"""A conversation as input of a chat template, and the grammar that constrains an answer. Pure.
 
-A model whose template knows tools gets them there. Any other is told about them in the system message, in the format
-that most open models were trained on: a JSON object between two markers.
+A model whose template supports tools receives them there. For others they are described in the system message, in the
+format that most open models were trained on: a JSON object between two markers.
 """
 
 import json
@@ -13,11 +13,11 @@ from agent.wire.frames import Generate, Message
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
-"""JSON as most models have read it, and without room for endless white space."""
+"""JSON formatted as in most training data, without unbounded white space."""
 
 
 def for_template(messages: Sequence[Message], tools: Sequence[str], *, native_tools: bool) -> list[dict[str, Any]]:
-    """Messages as dictionaries. Without ``native_tools`` calls and results become text."""
+    """Messages as dictionaries. Without ``native_tools``, calls and results are rendered as text."""
     if native_tools:
         return [_native(message) for message in messages]
     turns = [_as_text(message) for message in messages]
@@ -30,15 +30,15 @@ def for_template(messages: Sequence[Message], tools: Sequence[str], *, native_to
 
 
 def plain_text(turns: Sequence[dict[str, Any]]) -> str:
-    """A conversation for a model that has no chat template."""
+    """A conversation for a model without a chat template."""
     return "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
 
 
 def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> str | None:
-    """The answer's grammar in llguidance's Lark, None where anything may be said.
+    """The answer's grammar in llguidance's Lark, None for unconstrained answers.
 
-    Free text that may contain calls is constrained inside the calls alone. ``marker_is_token`` says that the model
-    has the marker as a special token; ``json_calls`` that it writes its calls in JSON, or can be made to.
+    Free text that may contain calls is constrained only inside the calls. ``marker_is_token``: the marker is a special
+    token of the model; ``json_calls``: it writes its calls in JSON, or can be made to.
     """
     schema = None if request.schema is None else f"%json {_strict(json.loads(request.schema))}"
     if not request.tools or (request.must_call is None and not json_calls):
@@ -51,7 +51,7 @@ def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> st
         return f"start: call\n{call}"
     if schema is not None:
         return f"start: call | answer\nanswer: {schema}\n{call}"
-    # free text up to the marker, as often as there is one; "lazy" ends the text at the first
+    # free text up to each marker; "lazy" ends the text at the first one
     if marker_is_token:
         return f"start: (TEXT {call.removeprefix('call: ').rstrip()})* TEXT\nTEXT: /(.|\\n)*/\n"
     body = f'"\\n" %json {calls} "\\n" {end}'
@@ -59,7 +59,7 @@ def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> st
 
 
 def _any_call(tools: Sequence[str], name: str) -> dict[str, Any]:
-    """A JSON schema of a call to the tool of that name, or to any for ""."""
+    """JSON schema of a call to the tool of that name, or to any tool for ""."""
     described = [json.loads(tool) for tool in tools]
     wanted = [tool for tool in described if not name or tool["name"] == name]
     definitions: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def _instructions(tools: Sequence[str]) -> str:
 
 
 def _object(arguments: str) -> Any:
-    """What a template expects of arguments; a model may once have written what is no JSON."""
+    """Arguments as a template expects them; a model may have written invalid JSON in an earlier turn."""
     try:
         return json.loads(arguments)
     except ValueError:
@@ -138,7 +138,7 @@ def _object(arguments: str) -> Any:
 
 
 def _strict(schema: Any) -> str:
-    """A schema as the grammar takes it."""
+    """A schema in the form that the grammar expects."""
     if isinstance(schema, dict):
         schema = {"x-guidance": _SPACING, **schema}
     return _compact(schema)

@@ -1,10 +1,10 @@
-"""States of prompts on disk, so that a restart need not compute them again. Off unless configured.
+"""KV states of prompts on disk, so that they survive a restart. Off unless configured.
 
-Tokens are cut into blocks. A block's file is named by a keyed hash of all tokens up to its end and of the model, so a
-prompt finds its blocks by computing names, what prompts share is stored once, and a name tells nothing to who has no
-key. Contents are encrypted and authenticated with AES-GCM, which is the checksum too: a file that was cut, swapped or
-made by somebody else does not open, and is put aside. A thread of its own writes; when it falls behind, blocks are
-not kept rather than waited for.
+Tokens are split into blocks. A block's file is named by a keyed hash of all tokens up to its end and of the model, so a
+prompt finds its blocks by computing names, shared prefixes are stored once, and a name reveals nothing without the
+key. Contents are encrypted and authenticated with AES-GCM, which also serves as the checksum: a file that was
+truncated, swapped or forged fails to decrypt and is quarantined. A separate thread writes; when it falls behind, blocks
+are dropped rather than waited for.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ BLOCK_TOK = 256
 _NONCE_BYTES = 12
 _SUFFIX = ".kv"
 _BEHIND = 4
-"""Blocks that wait for the writer before further ones are not kept."""
+"""Length of the write queue; blocks beyond it are dropped."""
 
 Array = tuple[str, tuple[int, ...], bytes]
 """Type, shape and raw bytes."""
 
 
 class DiskCache:
-    """Blocks in ``folder``, at most ``budget_bytes`` of them. ``secret`` is kept elsewhere; ``fingerprint`` names the
-    model. Reading and writing may happen in different threads."""
+    """Blocks in ``folder``, at most ``budget_bytes`` in total. ``secret`` is stored elsewhere; ``fingerprint`` names
+    the model. Reads and writes may run in different threads."""
 
     def __init__(self, folder: Path, secret: bytes, fingerprint: str, budget_bytes: int) -> None:
         self._folder = folder
@@ -57,18 +57,18 @@ class DiskCache:
 
     @property
     def bytes(self) -> int:
-        """What the files occupy."""
+        """Total size of the files."""
         with self._lock:
             return sum(self._files.values())
 
     def held(self, tokens: Tokens) -> int:
-        """How many of the first tokens have their states here; the last token never counts."""
+        """Length of the prefix whose states are on disk; the last token never counts."""
         names = self._chain(tokens[:-1])
         with self._lock:
             return next((n for n, name in enumerate(names) if name not in self._files), len(names)) * BLOCK_TOK
 
     def read(self, tokens: Tokens, begin: int, end: int) -> list[list[Array]]:
-        """Blocks ``begin`` to ``end`` (numbers of blocks), up to the first that does not open."""
+        """Blocks ``begin`` to ``end`` (block numbers), up to the first that cannot be read or decrypted."""
         found: list[list[Array]] = []
         for name in self._chain(tokens)[begin:end]:
             began = time.monotonic()
@@ -81,22 +81,22 @@ class DiskCache:
         return found
 
     def seconds(self, blocks: int) -> float:
-        """What reading so many blocks will take, as far as is known."""
+        """Expected time to read ``blocks`` blocks, as far as known."""
         return blocks * self._read_s
 
     def offer(self, tokens: Tokens, block_of: Callable[[int, int], list[Array]]) -> None:
-        """Keep the full blocks of ``tokens`` that are not here; ``block_of(begin, end)`` gives the state of tokens."""
+        """Store the full blocks of ``tokens`` that are missing; ``block_of(begin, end)`` returns the tokens' state."""
         for number, name in enumerate(self._chain(tokens)):
             with self._lock:
                 known = name in self._files
             if known:
                 continue
             if self._queue.full():
-                return  # a block is of no use without those before it
+                return  # a block is useless without those before it
             self._queue.put((name, block_of(number * BLOCK_TOK, (number + 1) * BLOCK_TOK)))
 
     def close(self, wait_s: float = 10.0) -> None:
-        """Write what waits, then end."""
+        """Write the queued blocks, then stop the writer."""
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=wait_s)
         self._writer.join(wait_s)
@@ -121,7 +121,7 @@ class DiskCache:
             self._files[name] = size
 
     def _open(self, name: str) -> list[Array] | None:
-        """A block's arrays; None when it is gone or does not open, in which case it is put aside."""
+        """A block's arrays; None when it is missing, or fails to decrypt and is quarantined."""
         path = self._path(name)
         try:
             raw = path.read_bytes()
@@ -136,7 +136,7 @@ class DiskCache:
         with self._lock, contextlib.suppress(KeyError):
             self._files.move_to_end(name)
         with contextlib.suppress(OSError):
-            os.utime(path)  # so that a restart still knows what was used last
+            os.utime(path)  # keeps the order of use over a restart
         return found
 
     def _put_aside(self, name: str) -> None:
@@ -157,7 +157,7 @@ class DiskCache:
             try:
                 self._write(name, arrays)
             except OSError:
-                self.failures += 1  # a full disk costs what is not kept, and nothing else
+                self.failures += 1  # on a full disk only this block is lost
 
     def _write(self, name: str, arrays: Sequence[Array]) -> None:
         nonce = os.urandom(_NONCE_BYTES)

@@ -1,10 +1,10 @@
-"""A deterministic engine without a model, for tests of everything around one.
+"""A deterministic engine without a model, for tests of everything around it.
 
 Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
-run can be continued anywhere. Words are tokens. A prompt takes time by its words that are not in the prompt cache, a
-step by how many rows it serves, and rows come in as long as there is room for their keys and values: as far as a
-router can tell, a machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out
-of memory does; ``!hang`` is never prepared; ``!slow`` makes this loader ten times as slow from then on.
+run can be continued anywhere. Words are tokens. Prefill time depends on the words that are not in the prompt cache,
+step time on the number of rows, and rows are admitted while their KV cache fits: to a router it looks like a real
+machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of memory does;
+``!hang`` is never prepared; ``!slow`` makes this loader ten times slower from then on.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ class _Row:
 
 
 class Pretence(NamedTuple):
-    """A machine's speed: seconds of a decode step and more for each of its rows, prompt tokens a second (0 takes no
-    time), tokens of prompts that are kept, and tokens that all rows may hold together (0 for no bound)."""
+    """A machine's speed: seconds per decode step, additional seconds per row, prompt tokens per second (0 takes no
+    time), prompt cache size in tokens, and KV cache limit of all rows in tokens (0 for no limit)."""
 
     step_s: float = 0.0
     row_s: float = 0.0
@@ -74,7 +74,7 @@ _AT_ONCE = Pretence()
 
 
 class FakeEngine:
-    """Engine whose every number is invented but consistent."""
+    """Engine whose numbers are simulated but consistent."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class FakeEngine:
         return answers
 
     def _prefill(self) -> None:
-        """Rows that have room come in, the first first; one piece of a prompt is computed, or all that takes no
+        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no
         time."""
         while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
             row = self._waiting[0]
@@ -260,7 +260,7 @@ class FakeEngine:
 
 
 def _resumed(row: _Row) -> str:
-    """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
+    """Advance a row to where another loader stopped; its finish reason if it ended there, "" if it continues."""
     for _ in row.request.made:
         row.made += 1
         word = next(row.words)
@@ -286,7 +286,7 @@ def _done(row: _Row, finish: str) -> Done:
 
 
 def _prompt(request: Generate) -> tuple[str, ...]:
-    """A request's tokens: words, and four that head each turn."""
+    """A request's tokens: words, preceded by four header tokens per turn."""
     if request.prompt is not None or not request.messages:
         return (*_heading(""), *(request.prompt or "").split())
     found: list[str] = []
@@ -300,7 +300,7 @@ def _heading(role: str) -> tuple[str, ...]:
 
 
 def _blocks(tokens: tuple[str, ...]) -> Iterator[int]:
-    """Hashes of everything up to each block's end."""
+    """Hashes of the whole prefix up to each block's end."""
     state = hashlib.sha256()
     for at in range(0, len(tokens) - _BLOCK_TOK + 1, _BLOCK_TOK):
         state.update("\0".join(tokens[at : at + _BLOCK_TOK]).encode())
@@ -308,7 +308,7 @@ def _blocks(tokens: tuple[str, ...]) -> Iterator[int]:
 
 
 def _calls(request: Generate) -> tuple[ToolCall, ...]:
-    """The call that a request insists on, without arguments."""
+    """The tool call that a request requires, without arguments."""
     if request.must_call is None:
         return ()
     name = request.must_call or json.loads(request.tools[0])["name"]

@@ -1,4 +1,4 @@
-"""The seam between the loader's loop and an engine."""
+"""The interface between the loader's loop and an engine."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -10,7 +10,7 @@ _LATELY = ("prefill_tok", "prefill_us", "decode_tok", "decode_us", "decode_steps
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request with all that can be done before an engine sees it; ``extra`` and ``restored`` are the engine's own.
+    """A request with everything computed ahead of the engine; ``extra`` and ``restored`` are private to the engine.
 
     ``prompts`` are token ids: one conversation or text, or every input of an Embed.
     """
@@ -23,7 +23,7 @@ class Prepared:
 
 
 class Engine(Protocol):
-    """A model that answers several requests at a time. One thread owns it and makes every call but ``prepare``."""
+    """A model that serves several requests concurrently. One thread owns it and makes every call but ``prepare``."""
 
     def describe(self) -> Ready:
         """What was loaded."""
@@ -35,12 +35,12 @@ class Engine(Protocol):
         ...
 
     def prepare(self, request: Ask) -> Prepared | Failed:
-        """Tokens, grammar and limits of a request; Failed when this one cannot be answered. Any one thread may call
-        this while the owner steps, so that a huge prompt holds up nobody's tokens."""
+        """Tokens, grammar and limits of a request; Failed when it cannot be served. A single other thread may call this
+        while the owner steps, so that a huge prompt delays no other request's tokens."""
         ...
 
     def submit(self, prepared: Prepared) -> Frame:
-        """Take a request in: Accepted, or Failed."""
+        """Accept a request: Accepted, or Failed."""
         ...
 
     def cancel(self, request_id: int) -> None:
@@ -48,45 +48,45 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Frame]:
-        """One iteration of the scheduler: Tokens, Embedded, Done and Failed for any of the requests taken in."""
+        """One iteration of the scheduler: Tokens, Embedded, Done and Failed for any of the accepted requests."""
         ...
 
     def report(self) -> Reported:
-        """What happened since the last report."""
+        """Counts since the last report."""
         ...
 
     def working(self) -> Working:
-        """What it holds now."""
+        """Its current memory, pending requests and speed."""
         ...
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
-        """Memory is short, or no longer; see agent.wire.frames.Relieve."""
+        """Set the memory pressure level; see agent.wire.frames.Relieve."""
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         ...
 
 
 class Lately:
-    """What an engine did since it was last asked, on its own clock."""
+    """Work of an engine since the last call of ``taken``, on the engine's clock."""
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(_LATELY, 0)
 
     def prefilled(self, tokens: int, us: int) -> None:
-        """Prompt tokens were computed, or time was spent on it."""
+        """Add prefilled prompt tokens, or time spent on prefill."""
         self._sums["prefill_tok"] += tokens
         self._sums["prefill_us"] += us
 
     def decoded(self, tokens: int, us: int) -> None:
-        """One step made so many tokens of answers; one that made none does not count."""
+        """Add one decode step with its tokens; a step without tokens is ignored."""
         if tokens:
             self._sums["decode_tok"] += tokens
             self._sums["decode_us"] += us
             self._sums["decode_steps"] += 1
 
     def taken(self) -> dict[str, int]:
-        """The fields of Working, and a fresh start."""
+        """Return the fields of Working and reset the sums."""
         sums, self._sums = self._sums, dict.fromkeys(_LATELY, 0)
         return sums

@@ -1,12 +1,12 @@
-"""Key/value states of earlier prompts in a radix tree over their tokens: what prompts share is held once.
+"""KV states of earlier prompts in a radix tree over their tokens: shared prefixes are stored once.
 
 Each edge of the tree is a run of tokens with the *piece* of state that belongs to exactly these tokens. Pieces are
-opaque here; cutting and measuring them is the engine's business. Where a model's state cannot be cut by tokens
-(recurrent layers, sliding windows) a piece is the state after everything before it, and serves only prompts that go on
-from exactly there.
+opaque here; slicing and measuring them is the engine's task. Where a model's state cannot be sliced by tokens
+(recurrent layers, sliding-window attention) a piece is the state after the whole prefix, and serves only prompts that
+continue from exactly there.
 
-Leaves are dropped by least recent use. Finding a prompt refreshes all it passed, so a system prompt that many share
-is always younger than the questions that hang on it.
+Leaves are evicted by least recent use. A lookup refreshes every node on its path, so a system prompt that many requests
+share is always more recent than the questions below it.
 """
 
 from collections import Counter
@@ -26,14 +26,14 @@ Tokens = NDArray[np.int32]
 
 
 class Hit(NamedTuple, Generic[P]):
-    """Pieces in order, of each as many tokens as named; together ``common_tok``."""
+    """Pieces in order with the number of tokens used of each; ``common_tok`` in total."""
 
     pieces: list[tuple[P, int]]
     common_tok: int
 
 
 class _Node(Generic[P]):
-    """An edge and what hangs on it. ``piece`` is None where only longer prompts have a state (uncuttable ones)."""
+    """An edge and its subtree. ``piece`` is None where only longer prompts have a state (unsliceable states)."""
 
     __slots__ = ("children", "parent", "piece", "size", "tokens", "used")
 
@@ -47,10 +47,10 @@ class _Node(Generic[P]):
 
 
 class PromptCache(Generic[P]):
-    """Holds up to ``budget_bytes``; 0 holds nothing.
+    """Holds up to ``budget_bytes``; 0 disables it.
 
-    ``split(piece, at)`` gives the pieces of the first ``at`` tokens and of the rest; None for states that cannot be
-    cut. ``nbytes(piece)`` is what a piece occupies.
+    ``split(piece, at)`` returns the pieces of the first ``at`` tokens and of the rest; None for states that cannot be
+    sliced. ``nbytes(piece)`` is the size of a piece.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class PromptCache(Generic[P]):
         self.evictions: Counter[str] = Counter()
 
     def find(self, prompt: Tokens) -> Hit[P] | None:
-        """The longest beginning of ``prompt`` that is held, counted and made young. The last prompt token is never
-        part of it, because one token must be left to start generation from."""
+        """The longest cached prefix of ``prompt``, counted and refreshed. The last prompt token is never part of it,
+        because one token must be left to start generation from."""
         path, common = self._walk(prompt[:-1])
         if common < MIN_PREFIX_TOK:
             self.misses += 1
@@ -87,13 +87,13 @@ class PromptCache(Generic[P]):
         return Hit([(node.piece, taken) for node, taken in path if node.piece is not None], common)
 
     def peek(self, prompt: Tokens) -> int:
-        """How many tokens ``find`` would find, without counting or refreshing anything."""
+        """Number of tokens that ``find`` would return, without counting or refreshing."""
         _, common = self._walk(prompt[:-1])
         return common if common >= MIN_PREFIX_TOK else 0
 
     def put(self, tokens: Tokens, piece_of: Callable[[int, int], P]) -> None:
-        """Hold the state of ``tokens``. ``piece_of(begin, end)`` makes the piece of what is not held yet; a state
-        that cannot be cut is asked for as a whole, from 0."""
+        """Store the state of ``tokens``. ``piece_of(begin, end)`` makes the piece that is not cached yet; a state that
+        cannot be sliced is requested as a whole, from 0."""
         if len(tokens) < MIN_PREFIX_TOK or not self.budget_bytes:
             return
         node, held = self._branch(tokens)
@@ -103,7 +103,7 @@ class PromptCache(Generic[P]):
         above = _lineage(node)
         size = self._nbytes(piece) + TOKEN_BYTES * (len(tokens) - held)
         if sum(one.size for one in above) + size > self.budget_bytes:
-            return  # it would push everything else out and then itself
+            return  # it would evict everything else and then itself
         fresh = node
         if held < len(tokens):
             fresh = _Node(tokens[held:].copy(), None, 0, node)
@@ -119,14 +119,14 @@ class PromptCache(Generic[P]):
         self.shrink(self.budget_bytes, "budget")
 
     def shrink(self, to_bytes: int, reason: str) -> None:
-        """Drop the least recently used leaves until at most ``to_bytes`` are held."""
+        """Evict the least recently used leaves until at most ``to_bytes`` are held."""
         while self.bytes > to_bytes and self._leaves:
             leaf = min(self._leaves, key=lambda node: node.used)
             self.evictions[reason] += 1
             self._drop(leaf)
 
     def clear(self) -> None:
-        """Drop everything; not counted as evictions."""
+        """Remove everything; not counted as evictions."""
         self._root.children.clear()
         self._leaves.clear()
         self.bytes = 0
@@ -135,7 +135,7 @@ class PromptCache(Generic[P]):
         return len(self._leaves)
 
     def _walk(self, tokens: Tokens) -> tuple[list[tuple[_Node[P], int]], int]:
-        """The edges that ``tokens`` passes, how many tokens of each it uses, and how many of them have a state."""
+        """The edges on the path of ``tokens`` with the tokens used of each, and the number of tokens with a state."""
         path: list[tuple[_Node[P], int]] = []
         node, at, usable, usable_at = self._root, 0, 0, 0
         while at < len(tokens):
@@ -154,7 +154,7 @@ class PromptCache(Generic[P]):
         return path[:usable], usable_at
 
     def _branch(self, tokens: Tokens) -> tuple[_Node[P], int]:
-        """The node up to which ``tokens`` is held; an edge that it leaves half-way is split there."""
+        """The node up to which ``tokens`` is cached; an edge that it leaves midway is split there."""
         node, at = self._root, 0
         while at < len(tokens):
             child = node.children.get(int(tokens[at]))
@@ -168,7 +168,7 @@ class PromptCache(Generic[P]):
         return node, at
 
     def _divide(self, node: _Node[P], at: int) -> _Node[P]:
-        """Make two edges of one; the upper one is returned."""
+        """Split an edge in two; returns the upper one."""
         above, parent = None, node.parent
         assert parent is not None
         below = node.piece
@@ -185,7 +185,7 @@ class PromptCache(Generic[P]):
         return upper
 
     def _drop(self, leaf: _Node[P]) -> None:
-        """Take a leaf out, and what above it led to nothing else."""
+        """Remove a leaf, and its ancestors that have neither other children nor a state."""
         node = leaf
         while node.parent is not None:
             parent = node.parent
@@ -205,7 +205,7 @@ class PromptCache(Generic[P]):
 
 
 def _lineage(node: _Node[P]) -> list[_Node[P]]:
-    """A node and all above it."""
+    """A node and all its ancestors."""
     found = [node]
     while found[-1].parent is not None:
         found.append(found[-1].parent)
@@ -213,12 +213,12 @@ def _lineage(node: _Node[P]) -> list[_Node[P]]:
 
 
 def as_tokens(tokens: "tuple[int, ...] | list[int]") -> Tokens:
-    """Token ids as the cache takes them."""
+    """Token ids as the cache expects them."""
     return np.asarray(tokens, dtype=np.int32)
 
 
 def common(left: Tokens, right: Tokens) -> int:
-    """Length of the beginning that two runs of tokens share."""
+    """Length of the common prefix of two runs of tokens."""
     length = min(len(left), len(right))
     differs = np.flatnonzero(left[:length] != right[:length])
     return int(differs[0]) if len(differs) else length

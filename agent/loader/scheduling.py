@@ -1,12 +1,12 @@
-"""Whose prompt is worked on next, in how large pieces, and beside whom it is decoded. Pure.
+"""Scheduling: which prompt is prefilled next, in which chunk size, and in which batch a row is decoded. Pure.
 
-The prompt with the fewest tokens left goes first, so that a short question does not wait behind a long document; the
-time a prompt has waited counts for it, so that no document waits for ever. A long prompt yields between two pieces
-to one that has at most half as much left. Short prompts that fit into one piece together are worked on together.
+The prompt with the fewest tokens left goes first, so that a short question does not wait behind a long document;
+waiting raises a prompt's priority, so that no document starves. A long prompt yields between two chunks to one that
+has at most half as much left. Short prompts that fit into one chunk together are prefilled together.
 
-A batch holds its rows' keys and values as one block, so every row occupies as much as the longest. Rows of very
-unequal length are therefore decoded in different batches, where reading the model's weights once more costs less than
-reading the padding.
+A batch holds its rows' KV cache as one block, so every row occupies as much as the longest. Rows of very unequal length
+are therefore decoded in different batches, where reading the model's weights once more costs less than reading the
+padding.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import NamedTuple
 
 SMALLEST_CHUNK_TOK = 32
 STEP_TOK = 256
-"""mlx-lm's caches grow by so many tokens."""
+"""mlx-lm's caches grow in steps of this many tokens."""
 FORGET = 0.9
-"""A piece counts for so much of the one after it."""
+"""Weight of a chunk relative to the next one."""
 MARGIN = 0.75
-"""Of the time that decoding rows may wait is planned for; the rest is for what was not foreseen."""
+"""Share of the time that decoding rows may wait that is planned for; the rest absorbs estimation errors."""
 FIRST_TOKEN_TOK = 64
-"""A piece of more tokens waits until a row that has its whole prompt has given its first token."""
+"""A chunk of more tokens waits until every row with a complete prompt has its first token."""
 AGEING = 0.5
-"""A second of waiting counts as this share of the tokens that are prefilled in a second."""
+"""A second of waiting counts as this share of the tokens prefilled in a second."""
 
 
 class Turn(NamedTuple):
-    """A prompt that waits or is being worked on; ``left_tok`` are the tokens still to be prefilled."""
+    """A prompt that waits or is being prefilled; ``left_tok`` are the tokens still to be prefilled."""
 
     id: int
     left_tok: int
@@ -35,54 +35,54 @@ class Turn(NamedTuple):
 
 
 def urgency(turn: Turn, rate_tok_per_s: float) -> float:
-    """Tokens left less what waiting has earned; the smallest goes first."""
+    """Tokens left minus the credit for waiting; the smallest goes first."""
     return turn.left_tok - AGEING * rate_tok_per_s * turn.waited_s
 
 
 def first(waiting: Sequence[Turn], rate_tok_per_s: float) -> Turn:
-    """The prompt to work on next; of equals the one that came first."""
+    """The prompt to prefill next; the earliest among equals."""
     return min(waiting, key=lambda turn: (urgency(turn, rate_tok_per_s), turn.id))
 
 
 def yields(current: Turn, best: Turn, rate_tok_per_s: float) -> bool:
-    """Whether the prompt in work gives way. Half as much left or less, so that two alike never take turns in vain."""
+    """Whether the prompt in prefill yields: only to half as much or less, so that similar ones do not alternate."""
     shorter = 2 * best.left_tok <= current.left_tok
     return shorter and urgency(best, rate_tok_per_s) < urgency(current, rate_tok_per_s)
 
 
 class PrefillCost:
-    """What a piece of a prompt takes, learnt from pieces: seconds = a x tokens + b x tokens x their mean position.
+    """Prefill time of a chunk, fitted to earlier ones: seconds = a x tokens + b x tokens x their mean position.
 
-    The second part is attention, which looks back at everything before. Least squares in which a piece counts for 0.9
-    of the one after it.
+    The second term is attention over all previous tokens. Least squares in which a chunk has 0.9 of the weight of the
+    next one.
     """
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def learn(self, tokens: int, before_tok: float, seconds: float) -> None:
-        """One piece of ``tokens`` with ``before_tok`` in front of it."""
+        """Add a chunk of ``tokens`` after ``before_tok`` tokens."""
         n, m = float(tokens), tokens * (before_tok + tokens / 2)
         fresh = (n * n, n * m, m * m, n * seconds, m * seconds)
         self._sums = tuple(FORGET * old + new for old, new in zip(self._sums, fresh, strict=True))  # type: ignore[assignment]
 
     @property
     def known(self) -> bool:
-        """Whether there was a piece to learn from."""
+        """Whether any chunk was measured."""
         return self._sums[0] > 0
 
     def seconds(self, tokens: int, before_tok: float) -> float:
-        """What a piece will take; 0 while nothing is known."""
+        """Expected time of a chunk; 0 while nothing is known."""
         a, b = self._fit()
         return a * tokens + b * tokens * (before_tok + tokens / 2)
 
     def tokens_in(self, seconds: float, before_tok: float) -> int:
-        """The largest piece that takes at most so long: the root of b/2 n^2 + (a + b p) n = seconds."""
+        """The largest chunk that takes at most ``seconds``: the root of b/2 n^2 + (a + b p) n = seconds."""
         a, b = self._fit()
         linear = a + b * before_tok
         if b <= 0:
             return int(seconds / linear) if linear > 0 else 0
-        # the usual formula's other form, which does not subtract nearly equal numbers
+        # the quadratic formula's stable form, which does not subtract nearly equal numbers
         return int(2 * seconds / (linear + math.sqrt(linear * linear + 2 * b * seconds)))
 
     def _fit(self) -> tuple[float, float]:
@@ -100,8 +100,8 @@ class PrefillCost:
 
 
 def chunk_tok(cost: PrefillCost, stall_s: float, decode_s: float, before_tok: float, largest_tok: int) -> int:
-    """Prompt tokens for one step: the largest piece, or what fits beside a decode step into the time that decoding
-    rows may wait. ``decode_s`` is 0 where none decodes; then twice the time is fine, for nobody waits but newcomers."""
+    """Prompt tokens for one step: the largest chunk, or what fits beside a decode step into the time that decoding rows
+    may wait. ``decode_s`` is 0 when no row decodes; twice the time is then allowed, since only new requests wait."""
     if not cost.known:
         return largest_tok
     left_s = MARGIN * stall_s - decode_s if decode_s > 0 else 2 * stall_s
@@ -109,7 +109,7 @@ def chunk_tok(cost: PrefillCost, stall_s: float, decode_s: float, before_tok: fl
 
 
 def together(lead: Turn, others: Sequence[Turn], rate_tok_per_s: float, largest_tok: int) -> list[int]:
-    """Ids of the prompts that are prefilled with ``lead`` in one padded piece of at most ``largest_tok`` tokens."""
+    """Ids of the prompts that are prefilled with ``lead`` in one padded chunk of at most ``largest_tok`` tokens."""
     longest, ids = lead.left_tok, [lead.id]
     for turn in sorted(others, key=lambda turn: (urgency(turn, rate_tok_per_s), turn.id)):
         longest_then = max(longest, turn.left_tok)
@@ -120,14 +120,14 @@ def together(lead: Turn, others: Sequence[Turn], rate_tok_per_s: float, largest_
 
 
 class Block(NamedTuple):
-    """A batch as memory sees it: each of ``rows`` occupies ``longest_tok``."""
+    """Memory of a batch: each of ``rows`` occupies ``longest_tok``."""
 
     rows: int
     longest_tok: int
 
     @property
     def padded_tok(self) -> int:
-        """Tokens that it occupies, padding included; it grows in steps."""
+        """Tokens it occupies, padding included, rounded up to the growth step."""
         return self.rows * -(-self.longest_tok // STEP_TOK) * STEP_TOK
 
     def joined(self, length_tok: int) -> "Block":
@@ -136,9 +136,9 @@ class Block(NamedTuple):
 
 
 def place(blocks: Sequence[Block], length_tok: int, weights_tok: float) -> int | None:
-    """The batch in which a row of ``length_tok`` adds least to what one step reads; None for a batch of its own.
+    """The batch in which a row of ``length_tok`` adds least to the memory read per step; None for a batch of its own.
 
-    ``weights_tok`` is what one more batch costs at each step: the model's weights, in tokens' worth of keys and values.
+    ``weights_tok`` is the cost of one more batch per step: reading the model's weights, in tokens of KV cache.
     """
     alone = Block(1, length_tok).padded_tok + weights_tok
     costs = [block.joined(length_tok).padded_tok - block.padded_tok for block in blocks]
@@ -147,8 +147,8 @@ def place(blocks: Sequence[Block], length_tok: int, weights_tok: float) -> int |
 
 
 def fits(others: Sequence[Block], joined: Block, budget_tok: int) -> bool:
-    """Whether a batch may become ``joined`` beside the ``others`` without all of them together outgrowing
-    ``budget_tok``. A row that would be alone always may, or it never could."""
+    """Whether a batch may become ``joined`` beside the ``others`` within ``budget_tok`` in total. A row that would be
+    alone always fits, or it could never run."""
     if not others and joined.rows == 1:
         return True
     return sum(block.padded_tok for block in others) + joined.padded_tok <= budget_tok

@@ -1,7 +1,7 @@
 """The loader's loop: frames in, one engine step, frames out; the calling thread owns the engine.
 
-A second thread only reads the socket, so that a cancel or the daemon's end is seen while a step runs. A third prepares
-requests (templates, tokens, grammars), so that a huge prompt or an intricate schema holds up nobody's tokens.
+A second thread only reads the socket, so that a cancel or the daemon's exit is noticed during a step. A third prepares
+requests (templates, tokens, grammars), so that a huge prompt or a complex schema delays no other request's tokens.
 """
 
 import os
@@ -41,14 +41,14 @@ class _Gone:
 
 
 class _Asked:
-    """A request has come and is being prepared; its end follows as Prepared or Failed."""
+    """A request arrived and is being prepared; Prepared or Failed follows."""
 
 
 Inbox = queue.SimpleQueue[Frame | Prepared | _Asked | _Gone]
 
 
 def serve(sock: socket.socket, make_engine: Callable[[], Engine]) -> int:
-    """Load, say so, then answer until told to stop or left alone. Returns the exit status."""
+    """Load, send Ready, then serve until Stop or until the daemon is gone. Returns the exit status."""
     inbox: Inbox = queue.SimpleQueue()
     asked: queue.SimpleQueue[Ask] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox, asked), daemon=True).start()
@@ -62,13 +62,13 @@ def serve(sock: socket.socket, make_engine: Callable[[], Engine]) -> int:
         _send(sock, [engine.describe()])
         return _Loop(sock, inbox, engine).run()
     except (BrokenPipeError, ConnectionResetError):
-        return 0  # the daemon is gone; nobody is left to answer
+        return 0  # the daemon is gone
     finally:
         engine.close()
 
 
 class _Loop:
-    """Takes what came in, steps, sends what came out."""
+    """Handles incoming frames, steps the engine, sends its output."""
 
     def __init__(self, sock: socket.socket, inbox: "Inbox", engine: Engine) -> None:
         self._sock, self._inbox, self._engine = sock, inbox, engine
@@ -79,7 +79,7 @@ class _Loop:
         self._said_s = time.monotonic()
 
     def run(self) -> int:
-        """Until the daemon has gone or says stop; the exit status."""
+        """Run until the daemon is gone or sends Stop; returns the exit status."""
         while True:
             while not self._inbox.empty() or not (self._engine.busy or self._done()):
                 item = self._inbox.get()
@@ -87,7 +87,7 @@ class _Loop:
                     return 0
                 try:
                     said = self._taken(item)
-                except Exception as error:  # noqa: BLE001  # as in a step
+                except Exception as error:  # noqa: BLE001  # as for a step
                     return self._broken(error)
                 _send(self._sock, said)
             if self._done():
@@ -100,7 +100,7 @@ class _Loop:
             _send(self._sock, answers + self._sign_of_life())
 
     def _broken(self, error: Exception) -> int:
-        """Say so to every caller, then end: another loader takes this one's place."""
+        """Fail every open request, then exit: the daemon starts another loader."""
         _send(self._sock, [_engine_failed(i, error) for i in sorted(self._open)])
         return EXIT_ENGINE
 
@@ -125,7 +125,7 @@ class _Loop:
                 self._open.discard(item.id)
                 self._engine.cancel(item.id)
             else:
-                self._dropped.add(item.id)  # it may still be in preparation
+                self._dropped.add(item.id)  # it may still be prepared
         elif isinstance(item, Report):
             return [self._engine.report()]
         elif isinstance(item, Relieve):
@@ -138,7 +138,7 @@ class _Loop:
     def _submitted(self, item: Prepared | Failed) -> list[Frame]:
         number = item.id if isinstance(item, Failed) else item.request.id
         dropped = number in self._dropped
-        # requests are prepared in the order of their ids, so that earlier cancels can mean nothing any more
+        # requests are prepared in the order of their ids, so cancels of earlier ids are obsolete
         self._dropped = {one for one in self._dropped if one > number}
         if dropped:
             return []
@@ -163,7 +163,7 @@ def _prepare(engine: Engine, asked: "queue.SimpleQueue[Ask]", inbox: "Inbox") ->
 
 
 def _not_taken(request_id: int, error: Exception) -> Failed:
-    return Failed(id=request_id, code="engine_failed", message=f"not taken ({type(error).__name__})")
+    return Failed(id=request_id, code="engine_failed", message=f"request not accepted ({type(error).__name__})")
 
 
 def _engine_failed(request_id: int, error: Exception) -> Failed:
@@ -190,7 +190,7 @@ def _read(sock: socket.socket, inbox: "Inbox", asked: "queue.SimpleQueue[Ask]") 
     except (OSError, RackError):
         pass
     inbox.put(_Gone())
-    # the owner thread may sit in a long step; an orphan must not hold a model's memory for long
+    # the owner thread may be in a long step; an orphan must not hold a model's memory for long
     timer = threading.Timer(_ORPHAN_GRACE_S, os._exit, args=(0,))
     timer.daemon = True
     timer.start()

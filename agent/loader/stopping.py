@@ -1,4 +1,4 @@
-"""Stop strings over a stream of text: nothing of a stop string is ever let out, wherever its pieces are cut."""
+"""Stop strings over a stream of text: no part of a stop string is ever emitted, wherever the pieces are split."""
 
 
 class StopText:
@@ -9,7 +9,7 @@ class StopText:
         self._held = ""
 
     def feed(self, piece: str) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string was completed (the rest is dropped)."""
+        """The text that may be emitted now, and whether a stop string was completed (the rest is dropped)."""
         if not self._stops:
             return piece, False
         text = self._held + piece
@@ -22,12 +22,12 @@ class StopText:
         return text[: len(text) - keep], False
 
     def finish(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
+        """The text held back, once the text has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""What the command line is made of: status, logs, doctor, installation, model files."""
+"""Parts of the command line: status, logs, doctor, installation, model files."""

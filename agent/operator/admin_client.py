@@ -1,4 +1,4 @@
-"""The CLI's side of the admin API: a few blocking calls to the agent on this machine."""
+"""The CLI's client of the admin API: blocking calls to the agent on this machine."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ ORDER_TIMEOUT_S = 900.0
 
 
 class AdminClient:
-    """Talks to the agent that this configuration describes."""
+    """Client of the agent that this configuration describes."""
 
     def __init__(self, config: AgentConfig, state: Path) -> None:
         host = config.listen.host
@@ -23,15 +23,15 @@ class AdminClient:
         self._token_file = state / "admin.token"
 
     def status(self) -> dict[str, Any]:
-        """The agent's status. Raises Retryable when no agent answers."""
+        """The agent's status. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/status", None, STATUS_TIMEOUT_S)
 
     def why(self, request_id: str) -> dict[str, Any]:
-        """What was decided for a request. Raises Refused when nothing of it is kept."""
+        """Routing decisions of a request. Raises Refused when none are kept."""
         return self._call("GET", f"/debug/decision/{quote(request_id, safe='')}", None, STATUS_TIMEOUT_S)
 
     def order(self, verb: str, **body: str) -> dict[str, Any]:
-        """load, unload, swap or seal; waits for the end. Raises Refused with the agent's own reason."""
+        """load, unload, swap or seal; waits for completion. Raises Refused with the agent's reason."""
         return self._call("POST", f"/admin/v1/{verb}", body, ORDER_TIMEOUT_S)
 
     def _call(self, method: str, path: str, body: dict[str, str] | None, timeout_s: float) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class AdminClient:
             tree = json.loads(answer.read())
         except ConnectionRefusedError:
             raise Retryable(
-                f"no agent answers on {self._host}:{self._port}; start it with `mlxrack-agent run`", code="not_running"
+                f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`", code="not_running"
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Retryable(
@@ -63,8 +63,8 @@ class AdminClient:
             return self._token_file.read_text(encoding="ascii").strip()
         except FileNotFoundError:
             raise Retryable(
-                f"there is no {self._token_file}; has this agent been started with this configuration?",
+                f"{self._token_file} does not exist; has this agent been started with this configuration?",
                 code="not_running",
             ) from None
         except PermissionError:
-            raise Halt(f"{self._token_file} cannot be read; run this as the agent's user") from None
+            raise Halt(f"{self._token_file}: permission denied; run this command as the agent's user") from None

@@ -1,4 +1,4 @@
-"""mlxrack-agent models: what this node serves, and the store of models on its disk."""
+"""mlxrack-agent models: the models that this node serves, and its model store on disk."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ Verb = Callable[[argparse.Namespace, AgentConfig, Path], int]
 
 
 def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.ArgumentParser], None]) -> None:
-    """The verbs under ``models``; alone it lists."""
+    """Add the verbs under ``models``; without a verb it lists."""
     models.set_defaults(run=lambda args: _list(args, *load(args)))
     verbs = models.add_subparsers(metavar="VERB")
 
@@ -38,17 +38,17 @@ def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.
         added.set_defaults(run=lambda args: run(args, *load(args)))
         return added
 
-    verb("list", "What this node serves, and what its store holds.", _list)
-    fetch = verb("pull", "Bring a model into this node's store: verified, resumable, whole or not at all.", _pull)
+    verb("list", "List the models that this node serves and those in its store.", _list)
+    fetch = verb("pull", "Install a model into this node's store: verified, resumable, atomic.", _pull)
     fetch.add_argument(
         "source", help="a model folder, a Hugging Face cache folder, or bucket:NAME[@VERSION] for one in the bucket"
     )
-    fetch.add_argument("--name", default="", help="its name in the store (default: the folder's, or the bucket's)")
-    put = verb("push", "Put a model folder into the bucket, for all nodes to pull.", _push)
+    fetch.add_argument("--name", default="", help="name in the store (default: the folder's or the bucket's)")
+    put = verb("push", "Upload a model folder to the bucket, for all nodes to pull.", _push)
     put.add_argument("folder", type=Path, help="a model folder, or a Hugging Face cache folder")
-    put.add_argument("name", help="its name in the bucket")
-    put.add_argument("--again", action="store_true", help="send files too that are there already")
-    out = verb("remove", "Take a version out of this node's store.", _remove)
+    put.add_argument("name", help="name in the bucket")
+    put.add_argument("--again", action="store_true", help="upload files again that are already in the bucket")
+    out = verb("remove", "Delete a version from this node's store.", _remove)
     out.add_argument("model", help="NAME@VERSION, or NAME when there is only one version")
 
 
@@ -58,14 +58,14 @@ def _list(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
         served = AdminClient(config, state).status()["models"]
     except Retryable as error:
         served = []
-        print(f"(not running: {error.message})", file=sys.stderr)
+        print(f"(agent not running: {error.message})", file=sys.stderr)
     if args.json:
         print(json.dumps({"served": served, "stored": msgspec.to_builtins(stored)}, indent=2))
         return 0
     if served:
         print(models_text(served) + "\n")
     rows = [(one.name, one.version, size(one.size), f"{STORED}{one.name}@{one.version}") for one in stored]
-    rows += [(one.name, one.version, size(one.size), "not whole; pull it again") for one in partials]
+    rows += [(one.name, one.version, size(one.size), "incomplete; pull it again") for one in partials]
     print(table(("STORED", "VERSION", "SIZE", "PATH FOR agent.toml"), rows) if rows else "the model store is empty")
     return 0
 
@@ -108,7 +108,7 @@ def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     name, _, version = args.model.partition("@")
     held = [one.version for one in (*store.installed(name), *store.partials()) if one.name == name]
     if not version and len(held) != 1:
-        what = f"the store holds {len(held)} versions of it: {', '.join(held)}" if held else "it is not in the store"
+        what = f"{len(held)} versions in the store: {', '.join(held)}; name one" if held else "it is not in the store"
         raise Refused(f"remove {name}: {what}", code="not_found")
     version = version or held[0]
     _refuse_while_served(config, state, store.place(name, version), version)
@@ -126,7 +126,7 @@ def _refuse_while_served(config: AgentConfig, state: Path, place: Path, version:
         raise
     users = [m["model"] for m in served if str(place) == m["path"]]
     if users:
-        raise Refused(f"remove {place.parent.name}@{version}: {users[0]} is served from it; unload that first")
+        raise Refused(f"remove {place.parent.name}@{version}: it serves {users[0]}; unload that model first")
 
 
 def _store(config: AgentConfig, state: Path) -> ModelStore:
@@ -142,7 +142,7 @@ def _done(args: argparse.Namespace, installed: Installed, where: str) -> int:
 
 
 class _Progress:
-    """One line on a terminal, renewed; elsewhere a line for every tenth."""
+    """On a terminal one line that is rewritten; elsewhere a line for every 10 %."""
 
     def __init__(self, what: str, silent: bool) -> None:
         self._what, self._silent = what, silent

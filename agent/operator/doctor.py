@@ -1,4 +1,4 @@
-"""What works on this machine, what does not and what would mend it; and what only a first Mac can prove."""
+"""Checks of this machine with their remedies, and the list of checks that need a real Mac."""
 
 import asyncio
 import platform
@@ -24,18 +24,18 @@ from shared.secrets import resolve
 from shared.store_open import open_store
 
 MAC_ONLY = (
-    "the thermal pressure level moves to heavy under load, and notify(3)'s descriptor tells of it (`sample`, /metrics)",
-    "the SMC is read from a LaunchDaemon without a login: F0Ac and PSTR are there, P-cores warm up under load",
-    "PSTR agrees with a meter at the wall, less the power supply's loss",
-    "IOReport's energy of the processor moves (zeus-apple-silicon), or is named as standing still (macOS 27)",
-    "an APC outlet's power is in watts, or needs `scale` (set a known load)",
+    "the thermal pressure level reaches heavy under load, and notify(3)'s descriptor signals it (`sample`, /metrics)",
+    "the SMC is readable from a LaunchDaemon without a login: F0Ac and PSTR exist, P-cores warm up under load",
+    "PSTR agrees with a wall power meter, less the power supply's loss",
+    "IOReport's CPU energy counter advances (zeus-apple-silicon), or is reported as stuck (macOS 27)",
+    "an APC outlet reports watts, or needs `scale` (test with a known load)",
     "the agent runs as a LaunchDaemon without a login and reaches Metal",
     "host_statistics64, vm.swapusage and the memory pressure level agree with Activity Monitor",
-    "launchd waits ExitTimeOut before it kills, and newsyslog rotates launchd's output",
-    "MLX's Metal build answers as the CPU build does in the tests",
-    "the GPU's recommended working set is reported (the line memory above)",
+    "launchd waits ExitTimeOut before it sends SIGKILL, and newsyslog rotates launchd's output",
+    "MLX's Metal build gives the same answers as the CPU build in the tests",
+    "the GPU's recommended working set is reported (line `memory` above)",
     "proc_pid_rusage's physical footprint agrees with Activity Monitor",
-    "the memory plan holds for Metal's fused attention and buffer cache (`status` shows the error of each load)",
+    "the memory plan holds with Metal's fused attention and buffer cache (`status` shows each load's plan error)",
 )
 
 
@@ -48,7 +48,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
-    """Every check, in the order in which a person would make them."""
+    """Every check, in the order in which an operator would run them."""
     return [
         _finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
@@ -63,14 +63,14 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
 
 
 def _blas() -> Finding:
-    """In a child, because whoever loads a BLAS or MLX keeps it."""
+    """Runs in a child process, because BLAS and MLX cannot be unloaded."""
     code = (
         "from agent.loader import blas; name = blas.install(); import mlx.core as mx; print(mx.__version__, '|', name)"
     )
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines()
-        return _finding("mlx", "problem", f"cannot be imported: {lines[-1] if lines else run.returncode}")
+        return _finding("mlx", "problem", f"import failed: {lines[-1] if lines else run.returncode}")
     version, _, name = run.stdout.strip().partition("|")
     verdict = "warning" if "reference" in name else "ok"
     return _finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
@@ -82,7 +82,7 @@ def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
     budget, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
     verdict = "warning" if budget > total else "ok"
     why = f"; {device.reason}" if device.reason else ""
-    return _finding("memory", verdict, f"{budget / 1e9:.1f} GB for models of {total / 1e9:.1f} GB ({source}{why})")
+    return _finding("memory", verdict, f"budget {budget / 1e9:.1f} GB of {total / 1e9:.1f} GB ({source}{why})")
 
 
 def _models(config: AgentConfig, state: Path) -> list[Finding]:
@@ -95,7 +95,7 @@ def _models(config: AgentConfig, state: Path) -> list[Finding]:
             continue
         seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
         found.append(_finding(f"model {model.name}", "ok", seen))
-    return found or [_finding("models", "warning", "none configured; this node only forwards")]
+    return found or [_finding("models", "warning", "none configured; this node only forwards requests")]
 
 
 def _port(config: AgentConfig) -> Finding:
@@ -105,7 +105,7 @@ def _port(config: AgentConfig) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return _finding("port", "warning", f"{host}:{port} is taken ({error.strerror}); by the agent itself?")
+            return _finding("port", "warning", f"{host}:{port} is in use ({error.strerror}); is the agent running?")
     return _finding("port", "ok", f"{host}:{port} is free")
 
 
@@ -116,21 +116,21 @@ def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
         try:
             store.get(claim_key(config.node.id, 1))
         finally:
-            skew_ms = store.clock_skew_ms  # a refusal tells the time, too
+            skew_ms = store.clock_skew_ms  # error responses carry the time, too
     except NotFound:
         pass
     except RackError as error:
         return [_finding("store", "problem", error.message), *_clock(skew_ms)]
-    return [_finding("store", "ok", f"{config.store.kind} answers and accepts the credentials"), *_clock(skew_ms)]
+    return [_finding("store", "ok", f"{config.store.kind} is reachable and accepts the credentials"), *_clock(skew_ms)]
 
 
 def _clock(skew_ms: int | None) -> list[Finding]:
-    """A store in a folder tells no time."""
+    """A store in a folder reports no time."""
     if skew_ms is None:
         return []
     if abs(skew_ms) <= SKEW_WARNING_MS:
         return [_finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
-    seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; have it set by NTP"
+    seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; set it by NTP"
     return [_finding("clock", "warning", seen)]
 
 
@@ -141,11 +141,11 @@ def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
         resolve(config.peers.secret, environ)
     except RackError as error:
         return [_finding("peers", "problem", error.message)]
-    return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows whether they answer")]
+    return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows their state")]
 
 
 def _sensors(state: Path) -> list[Finding]:
-    """Every source of every sensor: what it reads now, or why it does not."""
+    """Every source of every sensor: its current reading, or why there is none."""
     sensors = Sensors(state.absolute())
     try:
         return [
@@ -160,9 +160,9 @@ def _sensors(state: Path) -> list[Finding]:
 def _mac_only() -> list[Finding]:
     if sys.platform == "darwin":
         missing = [tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)]
-        tools = _finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all there")
-        return [tools, *(_finding("to be proved here once", "warning", text) for text in MAC_ONLY)]
-    return [_finding("to be proved on a Mac", "warning", text) for text in MAC_ONLY]
+        tools = _finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all found")
+        return [tools, *(_finding("verify once on this Mac", "warning", text) for text in MAC_ONLY)]
+    return [_finding("verify on a Mac", "warning", text) for text in MAC_ONLY]
 
 
 def _finding(what: str, verdict: str, seen: str) -> Finding:

@@ -1,4 +1,4 @@
-"""Make the agent a macOS service: a LaunchDaemon and a newsyslog line, rendered from the templates in launchd/."""
+"""Install the agent as a macOS service: a LaunchDaemon and a newsyslog line, rendered from templates in launchd/."""
 
 import plistlib
 import shutil
@@ -16,17 +16,17 @@ LABEL = "dev.mlxrack.agent"
 DAEMON_PLIST = Path("/Library/LaunchDaemons") / f"{LABEL}.plist"
 NEWSYSLOG = Path("/etc/newsyslog.d/dev.mlxrack.conf")
 STOP_MARGIN_S = 30
-"""launchd's patience beyond the drain: loaders, the last window and the last push need some of it."""
+"""Time that launchd allows beyond the drain: for ending loaders, the last window and the last push."""
 
 
 def templates() -> Path:
-    """Where the templates lie: in the wheel inside the package, in a checkout beside it."""
+    """The template folder: inside the package in a wheel, beside it in a checkout."""
     inside = Path(__file__).parent.parent / "launchd"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "launchd"
 
 
 def render_plist(config: AgentConfig, *, program: Path, config_path: Path, user: str, home: Path, logs: Path) -> str:
-    """The LaunchDaemon. Raises Refused when the result is no valid property list."""
+    """The LaunchDaemon. Raises Refused when the result is not a valid property list."""
     text = _filled(
         "dev.mlxrack.agent.plist.in",
         {
@@ -47,20 +47,20 @@ def render_plist(config: AgentConfig, *, program: Path, config_path: Path, user:
 
 
 def render_newsyslog(*, user: str, logs: Path) -> str:
-    """The line that rotates launchd's own output file; the agent rotates its structured log itself."""
+    """The line that rotates launchd's output file; the agent rotates its structured log itself."""
     return _filled("dev.mlxrack.newsyslog.conf.in", {"stdout": str(logs / "agent.stdout.log"), "user": user}, xml=False)
 
 
 def program_path() -> Path:
-    """The installed script, absolute, because launchd expands nothing."""
+    """Absolute path of the installed script: launchd expands nothing."""
     found = shutil.which("mlxrack-agent") or str(Path(sys.executable).parent / "mlxrack-agent")
     return Path(found).resolve()
 
 
 def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -> None:
-    """Make the folders, write both files and load the daemon. Raises Halt with what to do when a step fails."""
+    """Create the folders, write both files and start the daemon. Raises Halt with a remedy when a step fails."""
     if sys.platform != "darwin":
-        raise Halt("install: this machine has no launchd; --dry-run shows what would be installed")
+        raise Halt("install: launchd exists on macOS only; --dry-run shows what would be installed")
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -69,9 +69,9 @@ def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -
         DAEMON_PLIST.chmod(0o644)
         NEWSYSLOG.write_text(newsyslog)
     except LookupError:
-        raise Halt(f"install: there is no user {user}; make one without a login, or name another with --user") from None
+        raise Halt(f"install: user {user} does not exist; create it (no login), or set another with --user") from None
     except PermissionError:
-        raise Halt(f"install: cannot write {DAEMON_PLIST}; run it with sudo") from None
+        raise Halt(f"install: cannot write {DAEMON_PLIST}; run the command with sudo") from None
     for argv in (
         ["/usr/bin/plutil", "-lint", str(DAEMON_PLIST)],
         ["/bin/launchctl", "bootstrap", "system", str(DAEMON_PLIST)],

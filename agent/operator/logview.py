@@ -1,4 +1,4 @@
-"""The agent's log made readable: filter by time, level and request, follow it while it grows."""
+"""Human-readable view of the agent's log: filter by time, level and request, follow new lines."""
 
 import json
 import re
@@ -20,7 +20,7 @@ _POLL_S = 0.3
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which lines to show; None lets everything through."""
+    """Which lines to show; None matches all."""
 
     since: datetime | None = None
     level: str = "debug"
@@ -35,12 +35,12 @@ def parse_since(text: str, now: datetime) -> datetime:
     try:
         given = datetime.fromisoformat(text)
     except ValueError:
-        raise Refused(f"--since {text}: give a span like 90s, 15m, 1h, 2d, or a time like 2026-11-20T08:00") from None
+        raise Refused(f"--since {text}: expected a span like 90s, 15m, 1h, 2d, or a time: 2026-11-20T08:00") from None
     return given if given.tzinfo else given.astimezone()
 
 
 def wanted(entry: dict[str, Any], which: Filter) -> bool:
-    """Whether a log entry passes the filter."""
+    """Whether a log entry matches the filter."""
     if LEVELS.index(_level(entry)) < LEVELS.index(which.level):
         return False
     if which.request and which.request not in (entry.get("request"), entry.get("client_request")):
@@ -54,7 +54,7 @@ def wanted(entry: dict[str, Any], which: Filter) -> bool:
 
 
 def render(entry: dict[str, Any]) -> str:
-    """One entry as a line for people: local time, level, event, then its numbers."""
+    """One entry as a human-readable line: local time, level, event, then its fields."""
     try:
         moment = datetime.fromisoformat(str(entry.get("timestamp"))).astimezone().strftime("%m-%d %H:%M:%S")
     except ValueError:
@@ -64,10 +64,10 @@ def render(entry: dict[str, Any]) -> str:
 
 
 def lines(path: Path, which: Filter, *, follow: bool, until: Callable[[], bool] = lambda: False) -> Iterator[str]:
-    """Rendered lines of the log, rotated files first. With ``follow`` it goes on until ``until`` says stop."""
+    """Rendered lines of the log, rotated files first. With ``follow`` it continues until ``until`` returns true."""
     if not path.exists() and not follow:
-        raise Refused(f"there is no log at {path}; has this agent been started with this configuration?")
-    # the live file is opened first: rotation meanwhile renames it and loses nothing
+        raise Refused(f"log {path} does not exist; has this agent been started with this configuration?")
+    # the live file is opened first: a rotation meanwhile renames it and loses nothing
     live = path.open(encoding="utf-8", errors="replace") if path.exists() else None
     for old in sorted(path.parent.glob(path.name + ".*"), key=lambda p: -_age(p)):
         with old.open(encoding="utf-8", errors="replace") as file:
@@ -80,7 +80,7 @@ def lines(path: Path, which: Filter, *, follow: bool, until: Callable[[], bool] 
         time.sleep(_POLL_S)
         fresh = _reopened(path, live)
         if live is not None and fresh is not live:
-            yield from _rendered(live, which)  # what was written between the last look and the rotation
+            yield from _rendered(live, which)  # lines written between the last read and the rotation
             live.close()
         live = fresh
     if live is not None:
@@ -113,7 +113,7 @@ def _rendered(file: Any, which: Filter) -> Iterator[str]:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # half a line at the end of a file that is being written
+            continue  # a partial line at the end of a file that is being written
         if isinstance(entry, dict) and wanted(entry, which):
             yield render(entry)
 

@@ -1,4 +1,4 @@
-"""The agent's status as tables that a person can read. Pure text."""
+"""The agent's status as human-readable tables. Pure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,18 +18,18 @@ def status_text(s: dict[str, Any]) -> str:
         lines += ["", table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
     if s["breakers"]:
         broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
-        lines += ["", table(("BREAKER OF", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)]
+        lines += ["", table(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)]
     if s["swaps"]:
         rows = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
-        lines += ["", table(("SWAP OF", "VERSIONS", "STATE", "NOTE"), rows)]
+        lines += ["", table(("SWAP", "VERSIONS", "STATE", "NOTE"), rows)]
     lines += ["", _telemetry(s["push"])]
     if s["meters"]:
         rows = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
         lines += ["", table(("METER", "NODES", "POWER", "NOTE"), rows)]
-    # a meter's problem stands beside the meter
+    # a meter's problem is shown beside the meter
     silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
     if silent:
-        lines += ["", table(("SENSOR NOT READ", "WHY"), silent)]
+        lines += ["", table(("SENSOR UNAVAILABLE", "REASON"), silent)]
     lines += _desired_lines(s.get("desired"))
     return "\n".join(lines)
 
@@ -48,7 +48,7 @@ def _watts(value: float | None) -> str:
 
 
 def why_text(parts: Sequence[dict[str, Any]]) -> str:
-    """Where a request went, step by step."""
+    """The routing of a request, step by step."""
     lines = []
     for part in parts:
         lines.append(
@@ -59,35 +59,35 @@ def why_text(parts: Sequence[dict[str, Any]]) -> str:
             words = " ".join(w for w in (step["what"], step.get("node", "")) if w)
             lines.append(f"{step['at_ms']:>10.1f} ms  {words}" + (f": {step['why']}" if step.get("why") else ""))
             if step.get("candidates"):
-                rows = [_candidate_row(one) for one in step["candidates"]]
-                text = table(("NODE", "COST", "WAIT", "PROMPT", "ANSWER", "OTHERS", "BARRIERS", "SAVED", "NOTE"), rows)
+                head = ("NODE", "COST", "QUEUE", "PREFILL", "DECODE", "OTHERS", "PENALTY", "CACHED", "NOTE")
+                text = table(head, [_candidate_row(one) for one in step["candidates"]])
                 lines += ["               " + line for line in text.splitlines()]
             lines += [f"               not {node}: {why}" for node, why in step.get("excluded", {}).items()]
     return "\n".join(lines)
 
 
 def models_text(models: Sequence[dict[str, Any]]) -> str:
-    """The models of a node, one a line."""
-    head = ("MODEL", "STATE", "VERSION", "IN FLIGHT", "WAITING", "HOLDS", "PLANNED", "PLAN ERROR", "RESTARTS", "NOTE")
+    """The models of a node, one per line."""
+    head = ("MODEL", "STATE", "VERSION", "IN FLIGHT", "QUEUED", "MEMORY", "PLANNED", "PLAN ERROR", "RESTARTS", "NOTE")
     return table(head, [_model_row(m) for m in models])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as they need to be."""
+    """A table with columns as wide as their contents."""
     cells = [[str(c) for c in row] for row in (head, *rows)]
     widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
 def size(value: int | None) -> str:
-    """Bytes for people."""
+    """Bytes for display."""
     if value is None:
         return "-"
     return f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
 
 
 def progress(s: dict[str, Any], verb: str, model: str) -> str:
-    """How far an order is, in one line; "" when there is nothing to say."""
+    """Progress of an order in one line; "" when there is none to show."""
     if verb == "swap":
         swap = next((x for x in reversed(s["swaps"]) if not x["outcome"]), None)
         return f"{swap['phase']} {swap['detail']}".strip() if swap else ""
@@ -126,7 +126,7 @@ def _memory(s: dict[str, Any]) -> str:
     memory = s["memory"]
     if memory["level"] == "calm":
         return text
-    return f"{text}; memory is short ({memory['level']}{', new requests are refused' if memory['refusing'] else ''})"
+    return f"{text}; memory pressure: {memory['level']}{', new requests are refused' if memory['refusing'] else ''}"
 
 
 def _swap_words(x: dict[str, Any]) -> tuple[str, str]:

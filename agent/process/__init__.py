@@ -1,1 +1,1 @@
-"""Loader processes as the daemon sees them, and what is measured of each."""
+"""Loader processes as the daemon sees them, and their measurements."""

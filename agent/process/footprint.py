@@ -1,7 +1,7 @@
-"""What a process holds of memory as the system counts it.
+"""Memory footprint of a process as the system counts it.
 
-On macOS that is the physical footprint (what Activity Monitor shows and what memory pressure is made of): resident size
-misses what is compressed and counts what is shared. Elsewhere it is the resident size.
+On macOS that is the physical footprint (what Activity Monitor shows, and what memory pressure is based on): resident
+size omits compressed and includes shared memory. Elsewhere it is the resident size.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class _RusageInfo(ctypes.Structure):
 
 
 def footprint_bytes(pid: int) -> int | None:
-    """Bytes that a process holds; None when it is gone."""
+    """Memory footprint of a process in bytes; None when it has exited."""
     if sys.platform == "darwin":
         return physical_footprint(pid, _libproc())
     try:

@@ -1,4 +1,4 @@
-"""How much memory the GPU recommends for models, asked of MLX in a short-lived process: this one never loads it."""
+"""The GPU's recommended working set, queried from MLX in a short-lived process: the daemon never loads MLX."""
 
 import asyncio
 import sys
@@ -13,7 +13,7 @@ COMMAND = (sys.executable, "-P", "-m", "agent.loader", "--device")
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes are None where there is no GPU, or where it does not say; ``reason`` then says why."""
+    """Bytes are None where there is no GPU or it reports none; ``reason`` then explains why."""
 
     device: str = ""
     memory_bytes: int | None = None
@@ -22,7 +22,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def ask(environ: Mapping[str, str], command: Sequence[str] = COMMAND) -> Device:
-    """Ask; never fails."""
+    """Query the device; never raises."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -32,7 +32,7 @@ async def ask(environ: Mapping[str, str], command: Sequence[str] = COMMAND) -> D
             stderr=asyncio.subprocess.DEVNULL,
         )
     except OSError as error:
-        return Device(reason=f"the system starts no process ({error.strerror})")
+        return Device(reason=f"cannot start a process ({error.strerror})")
     try:
         async with asyncio.timeout(TIMEOUT_S):
             said, _ = await process.communicate()
@@ -42,9 +42,9 @@ async def ask(environ: Mapping[str, str], command: Sequence[str] = COMMAND) -> D
         await process.wait()
         return Device(reason=f"no answer within {TIMEOUT_S:.0f} s")
     except (msgspec.DecodeError, msgspec.ValidationError):
-        return Device(reason=f"MLX did not say (exit {process.returncode})")
+        return Device(reason=f"MLX returned no device information (exit status {process.returncode})")
     if device.recommended_bytes is None:
-        return msgspec.structs.replace(device, reason="no GPU that recommends a working set")
+        return msgspec.structs.replace(device, reason="no GPU reports a recommended working set")
     return device
 
 
@@ -67,7 +67,7 @@ class Budget:
 
 
 def budget_bytes(configured: int, device: Device, default: int) -> tuple[int, str]:
-    """Bytes for all models together, and where that comes from."""
+    """The memory budget in bytes, and its source."""
     if configured:
         return configured, "configured"
     if device.recommended_bytes:

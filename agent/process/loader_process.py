@@ -1,4 +1,4 @@
-"""One loader child: start it, ask it over a Unix socket, end it, know why it ended."""
+"""One loader child process: start it, send requests over a Unix socket, end it, and report why it ended."""
 
 import asyncio
 import contextlib
@@ -42,12 +42,12 @@ from shared.errors import Refused, Retryable
 
 START_TIMEOUT_S = 600.0
 _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "LC_ALL", "SSL_CERT_FILE")
-"""The only variables a loader sees: no secret of the daemon's environment reaches it."""
+"""The only variables that a loader inherits: no secret in the daemon's environment reaches it."""
 
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to start a loader: its arguments, how many BLAS threads it may use, how many requests it decodes
-    together, after how many silent seconds with work to do it is ended, and a secret that it reads from its standard
+    """How to start a loader: its arguments, the number of BLAS threads, the number of requests decoded together, the
+    watchdog's limit in seconds without progress while it has work, and a secret that it reads from standard
     input."""
 
     arguments: tuple[str, ...]
@@ -73,7 +73,7 @@ def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
 
 
 def exit_cause(code: int | None) -> str:
-    """An exit status in words: "signal 9 (SIGKILL)" or "exit 3"."""
+    """An exit status for display: "signal 9 (SIGKILL)" or "exit 3"."""
     if code is None:
         return "still running"
     if code < 0:
@@ -84,7 +84,7 @@ def exit_cause(code: int | None) -> str:
 
 
 class LoaderProcess:
-    """A running loader. ``in_flight`` counts requests that use it; ``ended`` is set when the process is gone."""
+    """A running loader. ``in_flight`` counts requests that use it; ``ended`` is set when the process has exited."""
 
     def __init__(
         self,
@@ -123,29 +123,29 @@ class LoaderProcess:
 
     @property
     def usable(self) -> bool:
-        """False from the moment it is known to be gone, which is before the system has said how it ended."""
+        """False as soon as the connection is lost, which is before the exit status is known."""
         return not self._broken and not self.ended.is_set()
 
     @property
     def silent_s(self) -> float:
-        """For how long it has said nothing although requests wait for it, or has not even taken one of them in."""
+        """Seconds without any frame while requests are pending, or without accepting one of them."""
         now = time.monotonic()
         silent = now - self._heard_s if self._owed else 0.0
         return max([silent, *(now - since for since in self._unanswered.values())])
 
     @property
     def cause(self) -> str:
-        """Why it ended, in words."""
+        """Why it ended, for display."""
         return exit_cause(self._process.returncode)
 
     @classmethod
     async def start(cls, spec: LoaderSpec, environ: Mapping[str, str]) -> "LoaderProcess":
-        """Spawn and wait until the model is in memory and warm. Raises Refused with the loader's reason."""
+        """Spawn and wait until the model is resident and warmed up. Raises Refused with the loader's reason."""
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise Retryable(f"start loader: the system gives no socket ({why})", code="no_process") from None
+            raise Retryable(f"start loader: cannot create a socket ({why})", code="no_process") from None
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -164,14 +164,14 @@ class LoaderProcess:
         except OSError as error:
             ours.close()
             why = error.strerror or type(error).__name__
-            raise Retryable(f"start loader: the system starts no process ({why})", code="no_process") from None
+            raise Retryable(f"start loader: cannot start a process ({why})", code="no_process") from None
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
         if process.stdin is not None:
-            # neither arguments nor environment: both can be read by others
+            # not by arguments or environment: other processes can read both
             process.stdin.write(spec.secret.encode())
             process.stdin.close()
         reader, writer = await asyncio.open_connection(sock=ours)
@@ -193,8 +193,8 @@ class LoaderProcess:
         return loader
 
     async def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
-        """Answers to one request, which ``text`` describes for the books. Leaving early cancels it. Raises Retryable
-        when the loader is lost."""
+        """Answers to one request, which ``text`` describes for the prefix table and throughput. Leaving early cancels
+        it. Raises Retryable when the loader is lost."""
         number = next(self._ids)
         answers = AnswerQueue()
         if not self._owed:
@@ -225,13 +225,13 @@ class LoaderProcess:
                     self._writer.write(encode(Cancel(id=number)))
 
     async def report(self) -> Reported | None:
-        """What the engine did since the last report; None when it says nothing more, or not in time.
+        """The engine's counters since the last report; None when no report arrives in time.
 
-        An answer that came too late for the last call is added to this one, so that nothing is counted late for ever.
-        Nothing is taken before the last await: who gives up meanwhile leaves everything to who asks next.
+        A report that arrived too late for the last call is added to this one, so that no count is lost. Reports are
+        consumed only after the last await: a cancelled call leaves them to the next one.
         """
         self._reported.clear()
-        # one that is gone may have answered before
+        # a loader that has ended may have reported before
         with contextlib.suppress(Retryable):
             await self._send(Report())
             answers = [asyncio.create_task(event.wait()) for event in (self._reported, self.ended)]
@@ -244,12 +244,12 @@ class LoaderProcess:
         return total_of(found) if found else None
 
     async def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
-        """Tell the engine that memory is short, or no longer. One that is gone needs no relief."""
+        """Send the memory pressure level to the engine. A loader that has ended is ignored."""
         with contextlib.suppress(Retryable):
             await self._send(Relieve(level=level))
 
     async def stop(self, grace_s: float) -> None:
-        """End it: ask, wait at most ``grace_s`` seconds, then kill. Returns when the process is gone."""
+        """End it: send Stop, wait at most ``grace_s`` seconds, then SIGKILL. Returns when the process has exited."""
         self.stopping = True
         with contextlib.suppress(Retryable):
             await self._send(Stop())
@@ -261,13 +261,13 @@ class LoaderProcess:
             await self.ended.wait()
 
     def kill(self) -> None:
-        """SIGKILL; no error when it is gone."""
+        """SIGKILL; no error when it has exited."""
         self.stopping = True
         self._end()
 
     def _end(self) -> None:
-        """SIGKILL. Not by the process object, which would look first whether it has ended and take its exit status
-        away from who waits for it; while nobody has that, the id is nobody else's."""
+        """SIGKILL. Not through the process object, which would poll first and reap the exit status that another task
+        waits for; until it is reaped, the process id cannot be reused."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
@@ -280,7 +280,7 @@ class LoaderProcess:
             await self._writer.drain()
         except (ConnectionError, RuntimeError):
             self._broken = True
-            raise Retryable("the loader is gone", code="worker_lost") from None
+            raise Retryable("the connection to the loader is lost", code="worker_lost") from None
 
     async def _read(self) -> None:
         decoder = Decoder()
@@ -289,7 +289,7 @@ class LoaderProcess:
                 for frame in decoder.feed(chunk):
                     self._take(frame)
         except (ConnectionError, Refused):
-            # a loader that speaks no frames is of no use; its end is unwanted, so this is no `kill` of ours
+            # a loader that sends invalid frames is unusable; its exit counts as unexpected, hence not `kill`
             self._end()
         self._broken = True
         await self._process.wait()
@@ -303,12 +303,12 @@ class LoaderProcess:
         self._writer.close()
 
     def _take(self, frame: Frame) -> None:
-        if not isinstance(frame, Reported):  # one that is stuck may still count
+        if not isinstance(frame, Reported):  # a stuck loader may still send reports
             self._heard_s = time.monotonic()
         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
             self._unanswered.pop(frame.id, None)
             if isinstance(frame, Done | Failed):
-                self._owed.discard(frame.id)  # whoever reads slowly, the engine is done with it
+                self._owed.discard(frame.id)  # the engine is done with it, even if the client reads slowly
             if frame.id in self._open:
                 self._open[frame.id].put(frame)
             self._measure(frame)
@@ -327,7 +327,7 @@ class LoaderProcess:
             self._ready.exception()
 
     def _measure(self, frame: Answer) -> None:
-        """What an answer says of the loader's work and speed."""
+        """Update workload and speed from an answer."""
         if isinstance(frame, Tokens):
             self._note_gap(frame)
         elif isinstance(frame, Accepted):
@@ -345,7 +345,7 @@ class LoaderProcess:
             self._last_s[number] = now
 
     async def _end_when_stuck(self, limit_s: float) -> None:
-        """A loader that has work and is silent is of no use; its end is unwanted, so this is no `kill` of ours."""
+        """Watchdog: end a loader that has work but makes no progress. The exit counts as unexpected: no `kill`."""
         while not self.ended.is_set():
             if self.silent_s > limit_s:
                 self._end()
@@ -355,7 +355,7 @@ class LoaderProcess:
                     await self.ended.wait()
 
     async def _read_stderr(self) -> None:
-        """Keep the end of what it says while it starts; later lines might quote a request and are dropped."""
+        """Keep the tail of stderr during the start; later lines might quote a request and are discarded."""
         assert self._process.stderr is not None
         while chunk := await self._process.stderr.read(4096):
             if not self._ready.done():
@@ -364,7 +364,7 @@ class LoaderProcess:
     def _start_failure(self) -> str:
         lines: Sequence[str] = self._stderr_tail.decode(errors="replace").strip().splitlines()
         said = f": {lines[-1][:300]}" if lines else ""
-        return f"start loader: it ended before it was ready ({self.cause}){said}"
+        return f"start loader: the loader exited before it was ready ({self.cause}){said}"
 
 
 _PEAKS = ("queue_max", "kv_peak_bytes", "peak_bytes")
@@ -372,7 +372,7 @@ _LEVELS = (*_PEAKS, "cache_bytes", "disk_bytes", "active_bytes")
 
 
 def total_of(reports: Sequence[Reported]) -> Reported:
-    """Several windows as one: counts add up, levels take the last, peaks the highest."""
+    """Merge several reports: counts are summed, levels take the last, peaks the highest."""
     total = reports[-1]
     for earlier in reports[:-1]:
         counts = {

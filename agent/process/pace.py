@@ -1,4 +1,4 @@
-"""How evenly a loader's answers flow: gaps between tokens, and what a swap did to them. Pure: times are arguments."""
+"""Inter-token latency (ITL) of a loader's answers, and the effect of a swap on it. Pure: times are arguments."""
 
 from collections import deque
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from shared.sketch import Sketch
 SLICE_S = 0.25
 KEPT_S = 600.0
 RAISED = 2.0
-"""A slice of time counts as raised when its p95 is so many times the usual one."""
+"""A time slice counts as raised when its p95 is at least this many times the baseline."""
 
 
 class Raised(NamedTuple):
-    """The p95 of gaps between tokens before and during something, in microseconds, None where none was seen; and for
-    how many seconds it was raised, within a slice."""
+    """The p95 of ITL before and during a span, in microseconds, None without data; and for how many seconds it was
+    raised, to the precision of one slice."""
 
     before_us: int | None
     during_us: int | None
@@ -21,22 +21,22 @@ class Raised(NamedTuple):
 
 
 class Pace:
-    """The gaps of the last ten minutes between two pieces of the same answer, as a sketch of each quarter second."""
+    """ITL of the last ten minutes, as one sketch per quarter second."""
 
     def __init__(self) -> None:
         self._slices: deque[tuple[int, Sketch]] = deque(maxlen=int(KEPT_S / SLICE_S))
 
     def gap(self, now_s: float, gap_s: float) -> None:
-        """Note one."""
+        """Record one gap."""
         number = int(now_s / SLICE_S)
         if not self._slices or self._slices[-1][0] != number:
             self._slices.append((number, Sketch()))
         self._slices[-1][1].add(int(gap_s * 1e6))
 
     def raised(self, since_s: float, until_s: float, lookback_s: float = 60.0) -> Raised:
-        """Compare the gaps between ``since_s`` and ``until_s`` with those of the ``lookback_s`` before.
+        """Compare ITL between ``since_s`` and ``until_s`` with that of the preceding ``lookback_s``.
 
-        The window of raised latency goes from the first raised slice to the end of the last.
+        The span of raised latency extends from the first raised slice to the end of the last.
         """
         begin, end = int(since_s / SLICE_S), int(until_s / SLICE_S)
         before = [one for at, one in self._slices if begin - lookback_s / SLICE_S <= at < begin]

@@ -1,8 +1,8 @@
-"""Which beginnings of conversations a node is likely to have in its prompt cache. Pure.
+"""Which prefixes of conversations a node is likely to have in its prompt cache. Pure.
 
-The door may have no tokenizer, so a conversation is a text of bytes, about four to a token, and its beginnings are a
-chain: one keyed hash for every ``BLOCK_BYTES`` of it, each over everything before. Two conversations share exactly the
-hashes of what they share. The key is the rack's, so the hashes in a beat tell nobody else what was asked.
+The gateway may have no tokenizer, so a conversation is treated as bytes, about four per token, and its prefixes as a
+chain: one keyed hash per ``BLOCK_BYTES``, each over everything up to there. Two conversations share exactly the hashes
+of their common prefix. The key belongs to the rack, so hashes in a heartbeat reveal nothing about prompts to others.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ BYTES_PER_TOK = 4
 BLOCK_BYTES = 256
 BLOCK_TOK = BLOCK_BYTES // BYTES_PER_TOK
 MOST_BLOCKS = 1024
-"""Of one conversation, and in one node's table."""
+"""Maximum per conversation, and in one node's table."""
 LEAST_BLOCKS = 64
 _HASH_BYTES = 8
 
@@ -23,7 +23,7 @@ Chain = tuple[int, ...]
 
 
 class Text:
-    """A request as routing weighs it: the hashes of its beginnings, and about how many tokens its prompt has."""
+    """A request as routing sees it: the hashes of its prefixes, and its approximate number of prompt tokens."""
 
     __slots__ = ("chain", "prompt_tok")
 
@@ -33,12 +33,12 @@ class Text:
 
 
 def prefix_key(rack_secret: str) -> bytes:
-    """What the hashes are keyed with: the same on all nodes of a rack, and for nothing else."""
+    """Key of the prefix hashes: the same on all nodes of a rack, and used for nothing else."""
     return hashlib.sha256(b"mlxrack prefixes\0" + rack_secret.encode()).digest()
 
 
 def text_of(key: bytes, ask: Generate | Embed) -> Text:
-    """Read a request once. ``key`` is at most 64 bytes; without one there is no chain."""
+    """Compute a request's Text. ``key`` is at most 64 bytes; without one the chain is empty."""
     if isinstance(ask, Embed):
         size = sum(len(one) if isinstance(one, str) else BYTES_PER_TOK * len(one) for one in ask.inputs)
         return Text((), size // BYTES_PER_TOK + 1)
@@ -49,7 +49,7 @@ def text_of(key: bytes, ask: Generate | Embed) -> Text:
 
 
 def matched(chain: Chain, known: Container[int]) -> int:
-    """How many blocks from the beginning are known."""
+    """Number of leading blocks that are known."""
     count = 0
     for one in chain:
         if one not in known:
@@ -59,23 +59,22 @@ def matched(chain: Chain, known: Container[int]) -> int:
 
 
 def packed(hashes: Iterable[int]) -> bytes:
-    """As they travel."""
+    """Hashes in wire format."""
     found = list(hashes)
     return struct.pack(f"<{len(found)}Q", *found)
 
 
 def unpacked(raw: bytes) -> frozenset[int]:
-    """As they came; what is cut short is passed over."""
+    """Hashes from wire format; a truncated one is ignored."""
     count = min(MOST_BLOCKS, len(raw) // _HASH_BYTES)
     return frozenset(struct.unpack_from(f"<{count}Q", raw))
 
 
 class PrefixTable:
-    """What one loader was given lately, the least recent first.
+    """Prefixes of the requests that one loader received recently, least recent first.
 
-    The prompt cache itself is elsewhere and drops what it has no room for, so the table's size is learned: a prompt
-    that was found shorter than was thought shrinks it, one that was found lets it grow. For a loader that keeps nothing
-    ``most`` is 0.
+    The prompt cache itself is in the loader and evicts as needed, so the table's size is learned: a cache hit shorter
+    than expected shrinks it, one as expected lets it grow. For a loader without a prompt cache ``most`` is 0.
     """
 
     def __init__(self, most: int = MOST_BLOCKS) -> None:
@@ -91,11 +90,11 @@ class PrefixTable:
 
     @property
     def most(self) -> int:
-        """How many blocks are kept at most now."""
+        """Current maximum number of blocks."""
         return self._most
 
     def took(self, text: Text, cached_tok: int) -> None:
-        """A loader took a prompt in and found ``cached_tok`` tokens of it in its cache."""
+        """Record that the loader accepted a prompt and found ``cached_tok`` of its tokens in the prompt cache."""
         if not self._most:
             return
         expected = matched(text.chain, self._hashes)
@@ -103,7 +102,7 @@ class PrefixTable:
             self._most = max(LEAST_BLOCKS, int(self._most * 0.7))
         elif expected:
             self._most = min(MOST_BLOCKS, self._most + expected)
-        # the beginning last, so that ends leave first: without its beginning no prompt is found
+        # insert the first block last, so that tails are evicted first: a prompt is found only from its first block on
         for one in reversed(text.chain):
             self._hashes.pop(one, None)
             self._hashes[one] = None
@@ -112,19 +111,19 @@ class PrefixTable:
         self._packed = None
 
     def clear(self) -> None:
-        """Another loader, an empty cache."""
+        """Forget everything: a new loader has an empty cache."""
         self._hashes.clear()
         self._packed = None
 
     def digest(self) -> bytes:
-        """All of them, packed."""
+        """All hashes in wire format."""
         if self._packed is None:
             self._packed = packed(self._hashes)
         return self._packed
 
 
 def _parts(ask: Generate) -> Iterator[str]:
-    """The text of a request in the order in which a template writes it, each piece told apart from the next."""
+    """The text of a request in the order in which a template renders it, with separators between pieces."""
     if ask.prompt is not None:
         yield ask.prompt
         return

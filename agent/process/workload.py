@@ -1,7 +1,7 @@
-"""What a loader has still to do, and how fast it is. Pure: the time is an argument.
+"""Outstanding work of a loader, and its speed. Pure: the time is an argument.
 
-Both travel in beats, so that a door can say how long a request would take there. Speeds are measured from what comes
-back, never configured; what has not been measured is None.
+Both are sent in heartbeats, so that a gateway can estimate how long a request would take there. Speeds are measured
+from answers, never configured; what has not been measured is None.
 """
 
 import msgspec
@@ -9,19 +9,19 @@ import msgspec
 from agent.wire.frames import Working
 
 STALE_S = 30.0
-"""A measurement is so long good. A node that was slow and got no work since has to be tried again to be known."""
+"""Validity of a measurement. A node that was slow and received no work since must be tried again."""
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests in a loader: how many, and prompt tokens that are still to be computed."""
+    """Number of requests in a loader, and of prompt tokens still to be prefilled."""
 
     requests: int = 0
     prefill_tok: int = 0
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompt tokens a second; microseconds between two tokens of an answer that is alone, where a full batch is taken
-    to need twice as long; tokens of an answer."""
+    """Prefill in tokens per second; ITL in microseconds of a request that runs alone (a full batch is assumed to take
+    twice as long); tokens per answer."""
 
     prefill_tps: float | None = None
     gap_us: int | None = None
@@ -29,7 +29,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Mean:
-    """A mean in which the past counts less and less: ``decay`` is what is left of it after one more measurement."""
+    """Exponentially weighted mean: ``decay`` is the weight that the past keeps with each new measurement."""
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
@@ -57,7 +57,7 @@ class _Open:
 
 
 class Throughput:
-    """One loader's requests from their beginning to their end."""
+    """Tracks one loader's requests from start to end."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -68,19 +68,19 @@ class Throughput:
         self.prefill_tok = 0
 
     def begin(self, number: int, prompt_tok: int) -> None:
-        """A request is sent to the loader; ``prompt_tok`` is a guess."""
+        """A request was sent to the loader; ``prompt_tok`` is an estimate."""
         self._open[number] = _Open(prompt_tok)
         self.prefill_tok += prompt_tok
 
     def accepted(self, number: int, prompt_tok: int, cached_tok: int) -> None:
-        """It is in the engine, which knows."""
+        """The engine accepted it and reports the exact counts."""
         one = self._open.get(number)
         if one is not None and not one.begun:
             self.prefill_tok += prompt_tok - cached_tok - one.left_tok
             one.left_tok = prompt_tok - cached_tok
 
     def token(self, number: int) -> None:
-        """Some of the answer, so the prompt is done."""
+        """The first token arrived, so prefill has ended."""
         one = self._open.get(number)
         if one is None:
             return
@@ -90,13 +90,13 @@ class Throughput:
             one.left_tok = 0
 
     def done(self, now_s: float, number: int, completion_tok: int) -> None:
-        """It ended."""
+        """It finished with an answer."""
         if completion_tok:
             self._answer.add(now_s, completion_tok)
         self.end(number)
 
     def worked(self, now_s: float, working: Working) -> None:
-        """What the engine did in the last second or so. On its own clock: this process may have been asleep."""
+        """Work of the engine in about the last second, on the loader's clock: this process may have been suspended."""
         if working.prefill_tok and working.prefill_us:
             self._prefill.add(now_s, working.prefill_us / 1e6, working.prefill_tok)
         if working.decode_steps and working.decode_us:
@@ -105,18 +105,18 @@ class Throughput:
             self._gap.add(now_s, working.decode_us / working.decode_steps / 1e6 / crowding)
 
     def end(self, number: int) -> None:
-        """It is over, however it ended."""
+        """It ended, whatever the outcome."""
         one = self._open.pop(number, None)
         if one is not None:
             self.prefill_tok -= one.left_tok
 
     @property
     def workload(self) -> Workload:
-        """What there is to do now."""
+        """Current outstanding work."""
         return Workload(requests=len(self._open), prefill_tok=max(0, self.prefill_tok))
 
     def speed(self, now_s: float) -> Speed:
-        """What was measured lately."""
+        """Recent measurements."""
         per_tok, gap, answer = (one.value(now_s) for one in (self._prefill, self._gap, self._answer))
         return Speed(
             prefill_tps=None if not per_tok else 1.0 / per_tok,

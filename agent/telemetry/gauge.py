@@ -1,9 +1,9 @@
-"""A value that is looked at every few seconds and reported once a minute. Pure: the time is an argument."""
+"""A value that is polled every few seconds and reported once a minute. Pure: the time is an argument."""
 
 from typing import NamedTuple
 
 HOLDS_S = 15.0
-"""A value is taken to hold until the next is seen, at most for so long."""
+"""A value is assumed to hold until the next one, but at most for this long."""
 
 
 class Seen(NamedTuple):
@@ -23,25 +23,25 @@ class Gauge:
         self._most: float | None = None
 
     def add(self, now_s: float, value: float) -> None:
-        """It is ``value`` now."""
+        """Record the current value."""
         self._advance(now_s)
         self._last = (now_s, now_s + HOLDS_S, value)
         self._most = value if self._most is None else max(self._most, value)
 
     def gone(self, now_s: float) -> None:
-        """It cannot be read any more: what it was no longer holds."""
+        """Record that it cannot be read: the last value no longer holds."""
         self._advance(now_s)
         self._last = None
 
     def close(self, now_s: float) -> Seen | None:
-        """What was seen since the last call; None when nothing was."""
+        """Summary since the last call; None without a value."""
         self._advance(now_s)
         most, total, covered_s = self._most, self._sum, self._covered_s
         self._sum = self._covered_s = 0.0
         self._most = None
         if most is None:
             return None
-        # a window with a single look at its very end has no time to weigh it by
+        # a window with a single reading at its very end has no time to weight it by
         mean = total / covered_s if covered_s > 0 else self._last[2] if self._last else most
         return Seen(mean, most, covered_s)
 

@@ -1,4 +1,4 @@
-"""Requests as the door saw them, gathered into the window's records; only counts and durations enter."""
+"""Requests as the gateway saw them, summed into the window's records; only counts and durations are kept."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from shared.sketch import Sketch
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """One request that ended, or a further answer to it (``requests`` 0).
 
-    Absent times are None: a refused request has no first token. ``itl_us`` are gaps between tokens and how many there
-    were of each.
+    Absent times are None: a refused request has no first token. ``itl_us`` are inter-token latencies (ITL) and how
+    often each occurred.
     """
 
     model: str
@@ -43,14 +43,14 @@ Labels = tuple[str, str, str, str, str, str, str, int]
 
 
 class Ledger:
-    """Sums by label since the last ``drain``. ``on_answered`` sees each request too (for live metrics)."""
+    """Sums by label since the last ``drain``. ``on_answered`` receives each request, too (for live metrics)."""
 
     def __init__(self, on_answered: Callable[[Answered], None] = lambda _: None) -> None:
         self._sums: dict[Labels, _Sum] = {}
         self._on_answered = on_answered
 
     def record(self, one: Answered) -> None:
-        """Count one request, once, at the door that answered it."""
+        """Count one request, once, at its gateway."""
         labels = (
             *(one.model, one.version, one.worker, one.key_id, one.task_class, one.outcome, one.finish),
             prompt_bucket(one.prompt_tok) if one.prompt_tok else 0,
@@ -73,7 +73,7 @@ class Ledger:
         return [_served(labels, one) for labels, one in sorted(self._sums.items())]
 
     def drain(self) -> list[Served]:
-        """The window's records, and a fresh start."""
+        """Return the window's records and reset the sums."""
         served, self._sums = self.so_far(), {}
         return served
 

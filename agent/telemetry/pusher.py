@@ -1,7 +1,7 @@
-"""Spool to store: oldest first, one writer per node, deleted only after the store has confirmed.
+"""Uploads the spool to the store: oldest first, one writer per node, deleted only after the store has confirmed.
 
-Nothing is given up: an outage or refused credentials are a state, shown in `status`, and the batches wait. What has
-piled up is sent at a bounded rate, so that a store that is back after a day does not disturb who is being answered.
+Nothing is discarded: an outage or refused credentials are a state, shown in `status`, and the batches wait. A backlog
+is sent at a bounded rate, so that the end of a day's outage does not slow down running requests.
 """
 
 import random
@@ -24,14 +24,14 @@ from shared.store import ObjectStore
 SEGMENT_BATCHES = 60
 SEGMENT_BYTES = 256 << 10
 PACE_S = 1.0
-"""Between two segments: an hour of minutes in a second. Faster, and answers that are being given feel it."""
+"""Delay between two segments: 60 one-minute windows per second. Anything faster slows down running requests."""
 MOST_RETRY_AFTER_S = 3600.0
 
 log = get_logger("agent.telemetry.pusher")
 
 
 class PushState(msgspec.Struct, kw_only=True):
-    """How pushing goes, for people. ``state`` is idle, ok, waiting (will try again) or refused (needs a human)."""
+    """State of the push for display. ``state`` is idle, ok, waiting (will retry) or refused (needs an operator)."""
 
     state: str = "idle"
     reason: str = ""
@@ -43,8 +43,8 @@ class PushState(msgspec.Struct, kw_only=True):
 
 
 class Pusher:
-    """Moves batches; blocking, to be used from one thread at a time. ``open_store`` is called when it is needed, so
-    that secrets are resolved then and a store that is down does not keep the agent from starting."""
+    """Pushes batches; blocking, call it from one thread at a time. ``open_store`` is called on first use, so that
+    secrets are resolved then and an unreachable store does not keep the agent from starting."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Pusher:
         self.state = PushState()
 
     def drain(self, *, force: bool = False) -> int:
-        """Send what waits; returns how many batches were confirmed. Failures end in `state`, never in an exception.
+        """Push waiting batches; returns how many were confirmed. Failures are reported in `state`, never raised.
 
-        After a failure nothing is tried for a while (full jitter, 1 s to 5 min) unless ``force``.
+        After a failure the push backs off (full jitter, 1 s to 5 min) unless ``force``.
         """
         if self._stopping.is_set() or (not force and self._clock() < self._not_before_s):
             return 0
@@ -91,7 +91,7 @@ class Pusher:
         return sent
 
     def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
-        """Send a copy of events now, for alerts; they also go in order, so a failure here loses nothing."""
+        """Push a copy of events now, for alerts; they are also sent in order, so a failure here loses nothing."""
         incarnation = self._spool.identity.incarnation
         if incarnation is None or self._clock() < self._not_before_s:
             return
@@ -106,22 +106,21 @@ class Pusher:
                 self._failed(error)
 
     def clock_was_set(self) -> None:
-        """What the store told of this machine's clock no longer holds; it is learnt from the next answer, be it a
-        refusal."""
+        """Discard the measured clock skew; the next answer of the store, even an error, measures it again."""
         self._last_skew_ms = None
-        store = self._store  # another thread may give it up at any moment
+        store = self._store  # another thread may reset it at any moment
         if store is not None:
             store.forget_clock()
 
     def stop(self) -> None:
-        """What is being sent is sent; the rest waits for the next run."""
+        """Finish the upload in progress; the rest waits for the next run."""
         self._stopping.set()
 
     @property
     def clock_skew_ms(self) -> int | None:
-        """This machine's clock less the store's, as the store last told; None when it does not, or has not since this
-        clock was set."""
-        store = self._store  # another thread may give it up at any moment
+        """This machine's clock minus the store's, as last measured; None when the store reports no time, or has not
+        since this clock was set."""
+        store = self._store  # another thread may reset it at any moment
         return store.clock_skew_ms if store is not None else self._last_skew_ms
 
     def _drain(self) -> int:
@@ -148,30 +147,30 @@ class Pusher:
         except PreconditionFailed:
             self._same_or_halt(store, key, body)
         except NotFound as error:
-            raise Retryable(f"push {key}: the store is not where it was ({error.message})") from None
+            raise Retryable(f"push {key}: bucket or folder of the store not found ({error.message})") from None
         except Refused as error:
-            # this segment alone will be refused for ever (shared/store_s3.py); the rest must not wait behind it
+            # this segment will always be refused (shared/store_s3.py); it must not block the rest
             for one in files:
                 self._spool.set_aside(one)
             log.error("segment_refused", key=key, code=error.code, batches=len(batches))
             return
         self._spool.delete(files)
-        self.state.failures = 0  # it takes what we send; a long backlog must not wait as if it took nothing
+        self.state.failures = 0  # the store accepts data: a later failure in a long backlog restarts the back-off
         self.state.sent_batches += len(batches)
         self.state.sent_segments += 1
 
     @staticmethod
     def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
-        """The key is taken: by us, when an answer was lost, or by another agent with our name."""
+        """The key exists: from this agent, when a response was lost, or from another agent with the same name."""
         stored = store.get(key).body
         if digest(stored) != digest(body) and _said(stored) != _said(body):
             raise Halt(
-                f"push {key}: another agent writes under this node's name; give each node its own node.id",
+                f"push {key}: another agent writes under this node's name; each node must have its own node.id",
                 code="identity_clash",
             )
 
     def _claim(self, store: ObjectStore) -> int:
-        """The first incarnation that no earlier spool of this node has taken."""
+        """Claim the first incarnation that no earlier spool of this node has used."""
         body = self._spool.identity.spool_id.encode()
         for incarnation in range(1, 10_000):
             key = keys.claim_key(self._spool.identity.node, incarnation)
@@ -182,10 +181,10 @@ class Pusher:
                     continue
             self._spool.claim(incarnation)
             return incarnation
-        raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are taken", code="identity_clash")
+        raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are in use", code="identity_clash")
 
     def _opened(self) -> ObjectStore:
-        store = self._store  # another thread may give it up at any moment
+        store = self._store  # another thread may reset it at any moment
         if store is None:
             self._store = store = self._open_store()
         return store
@@ -197,17 +196,17 @@ class Pusher:
             log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
         self.state.reason = error.message
         if isinstance(error, Halt):
-            # credentials may have been mended meanwhile; a new client costs much and is not made for less
+            # credentials may have been corrected meanwhile; other errors do not justify an expensive new client
             self._last_skew_ms = self.clock_skew_ms
             self._store = None
         wait_s = full_jitter_s(self.state.failures - 1, self._random_01())
         asked_s = error.retry_after_s if isinstance(error, Retryable) and error.retry_after_s else 0.0
-        # what the store asks for is the least; jitter keeps nodes apart that were all asked for the same
+        # Retry-After is the minimum; jitter spreads nodes that all received the same value
         self._not_before_s = self._clock() + min(MOST_RETRY_AFTER_S, asked_s) + wait_s
 
 
 def _said(segment: bytes) -> list[Batch] | None:
-    """What its batches say, however they were packed and whatever was known of the clock; None for no segment."""
+    """The segment's batches without fields that depend on packing and the clock; None for an invalid segment."""
     try:
         return [
             msgspec.structs.replace(batch, mono_ms=0, dropped_batches=0, clock_skew_ms=None)
@@ -222,7 +221,7 @@ def _stamped(batch: Batch, incarnation: int) -> Batch:
 
 
 def _groups(waiting: list[Waiting]) -> list[list[Waiting]]:
-    """Runs of one epoch without a gap, each at most a segment long."""
+    """Runs of consecutive batches of one epoch, each at most one segment long."""
     groups: list[list[Waiting]] = []
     for one in waiting:
         last = groups[-1] if groups else []

@@ -1,10 +1,10 @@
-"""Batches on this node's disk until the store has them; blocking, to be used from a thread.
+"""Batches on this node's disk until the store has confirmed them; blocking, call it from a thread.
 
-A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it taken. What
-the window that is still open holds is kept under another name, renamed but not synced, and the finished batch takes
-that over; an agent that was killed finds it at its next start, a loss of power may take it. The oldest make room
-before the bounds would be passed, and are counted. Age is counted in batches, never by a clock: one that jumps must
-not cost a month of data. One agent at a time: a lock file says so.
+A batch is written to a temporary file, synced, renamed into place and its folder synced: only then is it accepted. The
+open window's contents so far are kept under another name, renamed but not synced, and the finished batch replaces
+them; an agent that was killed recovers them at its next start, a power failure may lose them. The oldest batches are
+dropped, and counted, before a bound would be exceeded. Age is counted in batches, never by a clock: a clock that jumps
+must not cost a month of data. A lock file admits one agent at a time.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from shared.errors import Halt, Refused, Retryable
 from shared.logs import get_logger
 
 RESERVE_BYTES = 64 << 10
-"""Of the disk, set by for a start when nothing else is left of it: a node that cannot count can still answer."""
+"""Disk space reserved so that the agent can start on a full disk: a node without telemetry can still answer."""
 KEPT_BAD = 100
-"""Damaged or refused batches that are kept for a look."""
+"""Damaged or refused batches that are kept for inspection."""
 _OPEN = ".open"
 _RESERVE = "reserve"
 _NAME = re.compile(r"e(\d{8,})-(\d{10,})\.batch")
@@ -37,7 +37,7 @@ log = get_logger("agent.telemetry.spool")
 
 
 class Identity(msgspec.Struct, kw_only=True):
-    """Who writes here: kept beside the batches, so that epochs never repeat."""
+    """The writer of this spool, stored beside the batches so that epochs never repeat."""
 
     spool_id: str
     node: str
@@ -58,7 +58,7 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spool:
-    """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it cannot be ours."""
+    """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it is in use or another node's."""
 
     def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
         self._folder = folder
@@ -78,7 +78,7 @@ class Spool:
             raise
 
     def _begin(self, node: str, rack: str, hardware: str) -> None:
-        """A new epoch, remembered before its first batch."""
+        """A new epoch, stored before its first batch."""
         with _as_ours("open", self._folder):
             self._sweep()
             self.identity = self._identity(node, rack, hardware)
@@ -95,24 +95,24 @@ class Spool:
 
     @property
     def epoch(self) -> int:
-        """This run's number."""
+        """This run's epoch."""
         return self.identity.epoch
 
     @property
     def count(self) -> int:
-        """How many batches wait."""
+        """Number of batches not yet sent."""
         return self._count
 
     def next_seq(self) -> int:
-        """The sequence number of the batch to be appended next."""
+        """Sequence number of the next batch."""
         return self._seq + 1
 
     def keep(self, batch: Batch) -> None:
-        """What the open window holds so far, in place of what was kept of it before. Raises Retryable when the disk
-        refuses; nothing that is sealed makes room on a full one for what is not yet.
+        """Store the open window's contents so far, replacing the previous copy. Raises Retryable when the write fails;
+        on a full disk no sealed batch is dropped for an open one.
 
-        It is for an agent that is killed, and not synced: a drive that is slow to sync must not keep it from being
-        written, and a loss of power takes the open window.
+        It protects against a killed agent and is not synced: a drive that is slow to sync must not delay it, and a
+        power failure loses the open window.
         """
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
@@ -120,11 +120,11 @@ class Spool:
             _write_whole(path.with_suffix(_OPEN), body, synced=False)
 
     def append(self, batch: Batch) -> None:
-        """Take a batch. Raises Retryable when the disk refuses; the batch is then not taken."""
+        """Append a batch. Raises Retryable when the write fails; the batch is then not in the spool."""
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
-            # over what was kept of it, and then by its own name: at every instant it is there once
+            # first over the open window's copy, then renamed: at every instant exactly one copy exists
             self._write(path.with_suffix(_OPEN), body)
             _renamed(path.with_suffix(_OPEN), path)
             _sync_folder(self._folder)
@@ -149,7 +149,7 @@ class Spool:
         return sorted(found, key=lambda w: (w.epoch, w.seq))
 
     def read(self, waiting: Waiting) -> Batch | None:
-        """The batch, or None when the file is damaged; it is then set aside in ``bad/``."""
+        """The batch, or None when the file is damaged; it is then moved to ``bad/``."""
         try:
             return decode(waiting.path.read_bytes())
         except FileNotFoundError:
@@ -160,11 +160,11 @@ class Spool:
             return None
 
     def set_aside(self, waiting: Waiting) -> None:
-        """Out of the way, but not lost."""
+        """Move a batch to ``bad/``, so that it neither blocks others nor is lost."""
         try:
             waiting.path.replace(self._folder / "bad" / waiting.path.name)
         except FileNotFoundError:
-            return  # it had to make room meanwhile, and was counted then
+            return  # dropped to make room meanwhile, and counted then
         self.dropped += 1
         self._gone(waiting)
         aside = sorted((self._folder / "bad").iterdir())
@@ -172,13 +172,13 @@ class Spool:
             path.unlink(missing_ok=True)
 
     def delete(self, sent: list[Waiting]) -> None:
-        """Forget batches that the store has confirmed."""
+        """Delete batches that the store has confirmed."""
         for one in sent:
             if _unlinked(one.path):
                 self._gone(one)
 
     def _make_room(self, size: int) -> None:
-        """Before a batch of so many bytes comes in, the oldest leave that would be beyond the bounds."""
+        """Drop the oldest batches until one of ``size`` bytes fits within the bounds."""
         if self._count < self._max_batches and self._bytes + size <= self._max_bytes:
             return
         for one in self.waiting():
@@ -193,14 +193,14 @@ class Spool:
             self._count, self._bytes = self._count - 1, self._bytes - one.size
 
     def claim(self, incarnation: int) -> None:
-        """Remember the incarnation that the store granted; nothing once the spool is closed, it may be another's."""
+        """Store the incarnation that was claimed; ignored once the spool is closed, since another agent may own it."""
         if self._lock.closed:
             return
         self.identity.incarnation = incarnation
         self._write_identity()
 
     def close(self, *, clean: bool) -> None:
-        """Give the spool up; ``clean`` when this run ended in order."""
+        """Release the spool; ``clean`` after an orderly shutdown."""
         self.identity.clean = clean
         self._write_identity()
         self._lock.close()
@@ -212,7 +212,7 @@ class Spool:
         except BlockingIOError:
             lock.close()
             raise Halt(
-                f"spool {self._folder}: another agent runs on it; stop that one, or give this one its own paths.state",
+                f"spool {self._folder}: in use by another agent; stop that one, or set another paths.state here",
                 code="spool_in_use",
             ) from None
         return lock
@@ -222,15 +222,15 @@ class Spool:
             leftover.unlink(missing_ok=True)
 
     def _recover(self) -> None:
-        """What was kept of the window that was open when the last run was killed is its last batch. After a loss of
-        power it may be half of one; the window is gone then."""
+        """The window that was open when the last run was killed becomes its last batch. After a power failure the copy
+        may be truncated; the window is lost then."""
         for kept in sorted(self._folder.glob(f"*{_OPEN}")):
             path = kept.with_suffix(".batch")
             if (match := _NAME.fullmatch(path.name)) is None:
                 continue
             if _is_whole(kept):
                 with open(kept, "rb") as file:
-                    _sync(file.fileno())  # it was not while it was only kept
+                    _sync(file.fileno())  # keep() does not sync
                 _renamed(kept, path)
                 log.info("window_recovered", of_epoch=int(match[1]), seq=int(match[2]))
             else:
@@ -245,20 +245,20 @@ class Spool:
         try:
             identity = msgspec.json.decode(path.read_bytes(), type=Identity)
         except msgspec.DecodeError:
-            raise Halt(f"spool: {path} is damaged; move the folder away and start again", code="bad_spool") from None
+            raise Halt(f"spool: {path} is damaged; move the folder away and restart", code="bad_spool") from None
         if (identity.node, identity.rack) != (node, rack):
             raise Halt(
-                f"spool {self._folder} belongs to node {identity.node!r} of rack {identity.rack!r}, and the "
-                f"configuration says {node!r} of {rack!r}; put node.id back, or give the new node another paths.state",
+                f"spool {self._folder}: belongs to node {identity.node!r} of rack {identity.rack!r}, but the "
+                f"configuration has {node!r} of {rack!r}; restore node.id, or set another paths.state for the new node",
                 code="wrong_identity",
             )
         if "unknown" in (identity.hardware, hardware):
-            # it could not be read, then or now; what is known is kept
+            # unreadable then or now; keep the known value
             identity.hardware = hardware if identity.hardware == "unknown" else identity.hardware
         elif identity.hardware != hardware:
             raise Halt(
-                f"spool {self._folder} was written by other hardware; a copied disk must not report as {node!r}: "
-                "move the spool folder away and start again",
+                f"spool {self._folder}: written by other hardware; a copied disk must not report as {node!r}: "
+                "move the spool folder away and restart",
                 code="wrong_identity",
             )
         return identity
@@ -276,7 +276,7 @@ class Spool:
         self._set_by()
 
     def _write(self, path: Path, body: bytes) -> None:
-        """A disk that is full is asked once more after the oldest tenth has left: models and logs need it, too."""
+        """On a full disk, drop the oldest tenth of the batches and retry once: models and logs need space, too."""
         try:
             _write_whole(path, body)
         except OSError as error:
@@ -295,7 +295,7 @@ class Spool:
     def _set_by(self) -> None:
         reserve = self._folder / _RESERVE
         if not reserve.exists():
-            # on a full disk there is none, until there is room again
+            # a full disk has no reserve until there is room again
             with contextlib.suppress(OSError):
                 _write_whole(reserve, bytes(RESERVE_BYTES))
 
@@ -309,7 +309,7 @@ def _as_ours(verb: str, path: Path) -> Iterator[None]:
 
 
 def _unlinked(path: Path) -> bool:
-    """False when it was gone already: who drops and who has sent may meet."""
+    """False when the file was gone already: dropping and deleting after a push may race."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -326,7 +326,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
-    """All of it under its name, or nothing; the name is lasting once the folder is synced, too."""
+    """Write atomically; the name is durable only once the folder is synced, too."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -341,12 +341,12 @@ def _write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
 
 
 def _renamed(before: Path, path: Path) -> None:
-    # not by pathlib: it interns every part of every name, and Python's table of those would grow with each batch
+    # not by pathlib: it interns every part of every name, and Python's intern table would grow with each batch
     os.replace(before, path)
 
 
 def _sync_folder(folder: Path) -> None:
-    """What is in it has its name already, and is taken: what is left is only when the disk knows that."""
+    """Make names in the folder durable. A failure is ignored: the files are in place already."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -356,9 +356,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """To the drive itself; on macOS fsync alone stops at its cache."""
+    """Flush to the drive itself; on macOS fsync alone stops at the drive's cache."""
     if sys.platform == "darwin":
-        # a file system of another kind may not know it
+        # some file systems do not support it
         with contextlib.suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return

@@ -207,5 +207,5 @@ def test_every_rule_has_a_runbook_entry() -> None:
     text = Path("docs/runbooks.md").read_text(encoding="utf-8")
     for rule in RULES:
         anchor = rule.runbook.split("#")[1]
-        assert f"## {anchor.replace('-', ' ')}" in text.lower(), rule.code
+        assert f'<a id="{anchor}"></a>\n\n## {anchor.replace("-", " ")}' in text.lower(), rule.code
     assert {"node_down", "throttling", "swap_failed", "eviction_storm"} == {r.code for r in alerts.RULES}

@@ -214,11 +214,11 @@ def test_the_working_set_is_never_wired(tiny_model: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("break_it", "why"),
     [
-        (lambda p: (p / "model.safetensors").write_bytes(b"\x00" * 64), "cannot be loaded"),
-        (lambda p: (p / "model.safetensors").unlink(), "cannot be loaded"),
-        (lambda p: (p / "config.json").write_text("{"), "cannot be loaded"),
-        (lambda p: (p / "config.json").write_text('{"model_type": "unheard-of"}'), "cannot be loaded"),
-        (lambda p: [f.unlink() for f in p.iterdir()] and p.rmdir(), "no such folder"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\x00" * 64), "load failed"),
+        (lambda p: (p / "model.safetensors").unlink(), "load failed"),
+        (lambda p: (p / "config.json").write_text("{"), "load failed"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "unheard-of"}'), "load failed"),
+        (lambda p: [f.unlink() for f in p.iterdir()] and p.rmdir(), "broken: does not exist"),
     ],
     ids=["corrupt weights", "no weights", "bad json", "unknown kind", "no folder"],
 )

@@ -95,7 +95,7 @@ def _check_vectors(one: openai.OpenAI) -> None:
     x, y = (item.embedding for item in by_decoder.data)
     assert (len(x), round(_dot(x, x), 3)) == (576, 1.0)
     assert _dot(x, y) > 0.5
-    with pytest.raises(openai.BadRequestError, match="writes no text"):
+    with pytest.raises(openai.BadRequestError, match="is an embedding model and generates no text"):
         one.chat.completions.create(model="e", messages=[{"role": "user", "content": "hi"}])
 
 

@@ -174,7 +174,7 @@ def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: Seawee
         second.start(wait=False)
         assert second.process is not None
         assert second.process.wait(30) != 0
-        assert "another agent runs on it" in second.output()
+        assert "in use by another agent" in second.output()
         second.kill()
         assert agent.get("/health").status == 200
     finally:

@@ -1,4 +1,4 @@
-"""One ``BatchGenerator`` of mlx-lm's and the rows in it, by its public-shaped calls only."""
+"""One mlx-lm ``BatchGenerator`` and the rows in it, through its public methods only."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """What a row goes in with: tokens to compute after ``held`` ones that its state covers."""
+    """Input of a row: ``fresh`` tokens to compute after the ``held`` ones that its state covers."""
 
     fresh: list[int]
     held: list[int]
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Worked(NamedTuple):
-    """What one step did: mlx-lm's responses, and how many prompt tokens took how many seconds."""
+    """Result of one step: mlx-lm's responses, and the number and time of prefilled prompt tokens."""
 
     prefilled: list[Any]
     generated: list[Any]
@@ -48,11 +48,11 @@ class Batch:
 
     @property
     def block(self) -> Block:
-        """How much memory it takes."""
+        """Its memory use."""
         return Block(len(self.rows), max((row.length_tok for row in self.rows.values()), default=0))
 
     def add(self, rows: Sequence["Row"], entries: Sequence[Entry]) -> None:
-        """Rows join; they are prefilled side by side."""
+        """Add rows; they are prefilled together."""
         uids = self.generator.insert_segments(
             [[entry.fresh] for entry in entries],
             max_tokens=[entry.max_tokens for entry in entries],
@@ -66,22 +66,22 @@ class Batch:
             self.rows[uid] = row
 
     def remove(self, row: "Row") -> tuple[Layers, list[int]] | None:
-        """A row leaves with its state and the tokens that this holds; None when it holds nothing yet."""
+        """Remove a row; returns its state and the tokens that it covers, None when it is empty."""
         found = self.generator.remove([row.uid], return_prompt_caches=True)
         self.forget(row)
         return _held(found.values())
 
     def forget(self, row: "Row") -> None:
-        """A row that has ended by itself."""
+        """Drop a row that has ended by itself."""
         del self.rows[row.uid]
         row.batch = None
 
     def state(self, row: "Row") -> tuple[Layers, list[int]] | None:
-        """A row's state and the tokens that it holds, while it stays."""
+        """A running row's state and the tokens that it covers."""
         return _held(self.generator.extract_cache([row.uid]).values())
 
     def step(self, chunk_tok: int) -> Worked:
-        """A token for every decoding row and at most ``chunk_tok`` of each prompt. Raises whatever a row provokes."""
+        """A token for every decoding row and at most ``chunk_tok`` of each prompt. Raises whatever a row causes."""
         self.generator.prefill_step_size = chunk_tok
         with self.generator.stats() as stats:
             prefilled, generated = self.generator.next()
@@ -89,11 +89,11 @@ class Batch:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values, padding included."""
+        """Bytes of KV cache, padding included."""
         return int(self.generator.prompt_cache_nbytes)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self.generator.close()
 
 

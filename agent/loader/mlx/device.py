@@ -1,4 +1,4 @@
-"""What MLX says of the machine's GPU; printed as one line of JSON by a short-lived process of its own."""
+"""MLX's device information; printed as one line of JSON by a short-lived process."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ import mlx.core as mx
 
 
 def main() -> int:
-    """``recommended_bytes`` is what all models together should not exceed; null where there is no GPU that says so."""
+    """``recommended_bytes`` is the recommended limit for all models together; null where no GPU reports one."""
     told: dict[str, Any] = dict(mx.device_info())
     print(
         json.dumps(

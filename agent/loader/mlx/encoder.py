@@ -1,7 +1,7 @@
-"""A BERT-class encoder in MLX: token ids in, one vector per text out. For models that give embeddings alone.
+"""A BERT-class encoder in MLX: token ids in, one vector per text out. For embedding-only models.
 
 The layout of the weights and of ``config.json`` is Hugging Face's for ``BertModel`` (Devlin et al. 2018); pooling is
-read from the folder's ``1_Pooling/config.json`` as sentence-transformers writes it, the mean where there is none.
+read from the folder's ``1_Pooling/config.json`` as written by sentence-transformers, the mean where there is none.
 """
 
 import json
@@ -26,7 +26,7 @@ _KINDS = ("bert",)
 
 
 def is_encoder(path: str) -> bool:
-    """Whether a model folder holds an encoder; False for one that cannot be read, whose loading will say why."""
+    """Whether a model folder holds an encoder; False for an unreadable one, which fails with a reason when loaded."""
     try:
         return json.loads((Path(path) / "config.json").read_bytes()).get("model_type") in _KINDS
     except (OSError, ValueError, AttributeError):
@@ -105,7 +105,7 @@ _NAMES = (
 
 
 def _renamed(name: str) -> str | None:
-    """A weight's name here; None for what a vector needs not (pooler, position ids)."""
+    """A weight's name in this module; None for weights that embeddings do not need (pooler, position ids)."""
     name = name.removeprefix("bert.")
     if name.startswith(("pooler.", "cls.")) or name.endswith("position_ids"):
         return None
@@ -133,7 +133,7 @@ class EncoderEngine:
         self._batch_tok = batch_tok
         try:
             self._load()
-        except Exception as error:  # noqa: BLE001  # whatever the files provoke
+        except Exception as error:  # noqa: BLE001  # damaged files may raise anything
             raise cannot_load(self._folder, error) from None
         self._work: dict[int, _Work] = {}
         self._window: dict[str, int] = {}
@@ -174,7 +174,7 @@ class EncoderEngine:
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         if not isinstance(request, Embed):
-            message = f"{request.model} gives embeddings and writes no text; ask it at /v1/embeddings"
+            message = f"{request.model} is an embedding model and generates no text; use /v1/embeddings"
             return Failed(id=request.id, code="unsupported_parameter", message=message, param="model")
         return embedding_inputs(
             request, lambda text: self._tokenizer.encode(text).ids, self._limit_tok, self._vocabulary
@@ -191,10 +191,10 @@ class EncoderEngine:
         self._work.pop(request_id, None)
 
     def step(self) -> list[Frame]:
-        """Vectors for as many inputs as fit one padded batch, of each request in turn."""
+        """Vectors for as many inputs of one request as fit one padded batch, requests in turn."""
         began = time.perf_counter()
         number, work = next(iter(self._work.items()))
-        self._work[number] = self._work.pop(number)  # to the end of the line
+        self._work[number] = self._work.pop(number)  # to the end of the queue
         batch: list[list[int]] = []
         while work.inputs and (not batch or (len(batch) + 1) * _longest(batch, work.inputs[0]) <= self._batch_tok):
             batch.append(work.inputs.popleft())

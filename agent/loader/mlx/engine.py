@@ -1,9 +1,9 @@
-"""The engine over one mlx-lm model: requests join and leave running batches, and nothing one does reaches another.
+"""The engine over one mlx-lm model: continuous batching with isolation between requests.
 
 Prompts are prefilled in chunks, the shortest first; decoding rows wait for one chunk at most. Rows of very unequal
-length are decoded in different batches. States of prompts are kept in a radix tree; requests that share a long
-beginning wait for the first of them instead of computing it again. A batch that breaks is rebuilt from what is known of
-its rows, and their answers come out the same.
+length are decoded in different batches. KV states of prompts are kept in a radix tree; requests that share a long
+prefix wait for the first of them instead of computing it again. A batch that fails is rebuilt from the known tokens of
+its rows, and their answers are unchanged.
 """
 
 import time
@@ -54,20 +54,20 @@ from shared.errors import Refused
 
 _WARM_PROMPT = "Say hello to everybody who came today. " * 12
 SHARE_TOK = 64
-"""A beginning of so many tokens is worth waiting for the request that computes it."""
+"""A common prefix of this many tokens is worth waiting for the request that computes it."""
 GROWTH_TOK = 256
-"""Room for an answer's beginning that must be there when a row comes in."""
+"""Room for the first tokens of an answer that is required to admit a row."""
 _MEASURED_TOK = 32
-"""Pieces below this say nothing about the speed of prefill."""
+"""Smaller chunks are not used to measure the speed of prefill."""
 MAX_BREAKS = 3
 PRESSED = 4
-"""While memory is short, pieces of prompts are so many times smaller."""
+"""Under memory pressure, prefill chunks are smaller by this factor."""
 
 
 class MLXEngine:
     """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded.
 
-    ``kv_tok`` bounds the tokens of all rows together, padding included; ``reuse_bytes`` the freed arrays that are kept.
+    ``kv_tok`` limits the tokens of all rows together, padding included; ``reuse_bytes`` the freed buffers kept by MLX.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MLXEngine:
     ) -> None:
         began = time.perf_counter()
         if reuse_bytes is not None:
-            mx.set_cache_limit(reuse_bytes)  # freed arrays that are kept count for the process like any others
+            mx.set_cache_limit(reuse_bytes)  # freed buffers that MLX keeps count towards the process's memory
         self._model = TextModel(Path(path), limit_tok=kv_tok, default_max_tokens=default_max_tokens)
         self._blas = blas
         self._rows_limit = rows
@@ -113,7 +113,7 @@ class MLXEngine:
             self._warm_up()
         except Refused:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever an unusual model provokes
+        except Exception as error:  # noqa: BLE001  # an unusual model may raise anything
             raise cannot_load(Path(path), error) from None
         self._load_us = int((time.perf_counter() - began) * 1e6)
 
@@ -171,7 +171,7 @@ class MLXEngine:
         return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
 
     def _resumed(self, row: Row) -> str:
-        """Bring a row to where another loader had come; why it ended there already, "" when it goes on."""
+        """Advance a row to where another loader stopped; its finish reason if it ended there, "" if it continues."""
         for token in row.request.made:
             ends = token in self._model.ends
             if row.take(token, "stop" if ends else None)[1] or ends:
@@ -204,7 +204,7 @@ class MLXEngine:
         for batch in list(self._batches):
             try:
                 worked = batch.step(largest)
-            except Exception:  # noqa: BLE001  # whatever one row did, the others go on
+            except Exception:  # noqa: BLE001  # one row's failure must not end the others
                 answers += self._rebuild(batch)
                 continue
             self._count_padding(batch)
@@ -266,7 +266,7 @@ class MLXEngine:
         self._pressed = level != "calm"
         if level == "hard":
             self._cache.shrink(0, "memory")
-            # what a command that still runs reads must not be handed out again
+            # buffers read by a running command must not be reused
             mx.synchronize()
             mx.clear_cache()
 
@@ -279,13 +279,13 @@ class MLXEngine:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the running rows' keys and values, padding included."""
+        """Bytes of the running rows' KV cache, padding included."""
         return sum(batch.kv_bytes for batch in self._batches)
 
-    # who is worked on
+    # scheduling
 
     def _planned(self, now_s: float) -> list[Frame]:
-        """Make room and begin what is next. A fault in that is a broken batch like any other, but not for ever."""
+        """Make room and start the next rows. A failure rebuilds all batches; MAX_BREAKS in a row are raised."""
         try:
             self._make_room()
             self._schedule(now_s)
@@ -298,7 +298,7 @@ class MLXEngine:
         return []
 
     def _schedule(self, now_s: float) -> None:
-        """Begin the next prompts when none is being worked on, or in the place of one that yields."""
+        """Start the next prompts when none is being prefilled, or in place of one that yields."""
         ready = [row for row in self._waiting if row.behind is None]
         if not ready:
             return
@@ -314,7 +314,7 @@ class MLXEngine:
             self._begin(self._group(best, ready, now_s), now_s)
 
     def _first_token_due(self) -> bool:
-        """Whether a row only needs a step or two for its first token, which a long piece would delay."""
+        """Whether a row is a step or two from its first token, which a long chunk would delay."""
         return any(
             not row.made and row not in self._prefilling for batch in self._batches for row in batch.rows.values()
         )
@@ -322,13 +322,13 @@ class MLXEngine:
     def _room_for(self, row: Row) -> bool:
         running = sum(len(batch.rows) for batch in self._batches)
         if self._pressed and running:
-            return False  # while memory is short nobody comes in beside others
+            return False  # under memory pressure no row is added to running ones
         if running - len(self._prefilling) >= self._rows_limit:
             return False
         return self._placed(row, [batch.block for batch in self._batches], self._shut()) is not None
 
     def _placed(self, row: Row, blocks: list[Block], shut: set[int]) -> int | None:
-        """Index of the batch that a row comes into, ``len(blocks)`` for a new one; None while memory is short."""
+        """Index of the batch that a row joins, ``len(blocks)`` for a new one; None when it does not fit in memory."""
         length = _planned_tok(row)
         open_to = [] if row.breaks > 1 else [at for at in range(len(blocks)) if at not in shut]
         best = place([blocks[at] for at in open_to], length, self._weights_tok)
@@ -338,13 +338,13 @@ class MLXEngine:
         return at if fits(others, joined, self._kv_tok) else None
 
     def _shut(self) -> set[int]:
-        """Batches that nobody joins: what broke others has to show first that it can work alone."""
+        """Batches that no row may join: a row that failed with others must first succeed alone."""
         return {at for at, batch in enumerate(self._batches) if any(r.breaks > 1 for r in batch.rows.values())}
 
     def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
-        """Those that are prefilled with ``best`` in one piece: short prompts of which none waits for another's work."""
+        """Rows prefilled with ``best`` in one chunk: short prompts of which none waits for another's prefix."""
         if best.breaks or not self._cache.sliceable:
-            return [best]  # some recurrent models take the padding of unequal prompts for text
+            return [best]  # some recurrent models process the padding of unequal prompts as text
         others = [row for row in ready if row is not best and not row.breaks]
         self._queue_behind([best], others)
         turns = [row.turn(now_s) for row in others if row.behind is None]
@@ -358,7 +358,7 @@ class MLXEngine:
         return group
 
     def _begin(self, group: list[Row], now_s: float) -> None:
-        """Put rows into batches, as long as there is room."""
+        """Add rows to batches while there is room."""
         room = self._rows_limit - sum(len(batch.rows) for batch in self._batches)
         blocks, shut = [batch.block for batch in self._batches], self._shut()
         chosen: dict[int, list[Row]] = {}
@@ -382,13 +382,13 @@ class MLXEngine:
             try:
                 entries.append(self._entry(row))
                 joining.append(row)
-            except Exception:  # noqa: BLE001  # what is wrong with this row must not reach the others
+            except Exception:  # noqa: BLE001  # one row's failure must not affect the others
                 self._fail(row)
         if not joining:
             return
         try:
             batch.add(joining, entries)
-        except Exception:  # noqa: BLE001  # mlx-lm refuses before it takes anything in
+        except Exception:  # noqa: BLE001  # mlx-lm raises before it changes anything
             for row in joining:
                 self._fail(row)
             return
@@ -418,19 +418,19 @@ class MLXEngine:
         )
 
     def _guarded(self, row: Row, process: sampling.Processor) -> sampling.Processor:
-        """A row whose processor raises fails alone; the batch goes on with its logits as they were."""
+        """A row whose processor raises fails alone; the batch continues with the row's unchanged logits."""
 
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
             try:
                 return process(tokens, logits)
-            except Exception:  # noqa: BLE001  # a grammar may refuse what it was given
+            except Exception:  # noqa: BLE001  # a grammar may reject its input
                 row.broken = True
                 return logits
 
         return guarded
 
     def _processors(self, row: Row) -> list[sampling.Processor]:
-        """What changes a row's logits before sampling; made anew when a batch is rebuilt."""
+        """A row's logits processors; created again when a batch is rebuilt."""
         request, begin = row.request, len(row.prompt)
         found: list[sampling.Processor] = []
         if request.frequency_penalty or request.presence_penalty:
@@ -444,7 +444,7 @@ class MLXEngine:
         return found
 
     def _set_aside(self, row: Row) -> None:
-        """Out of the batch with what was done so far; it comes back when it is its turn."""
+        """Preempt a row: remove it from the batch with its partial state; it resumes at its next turn."""
         held = self._taken_out(row)
         if held is not None:
             row.partial = (kv.detached(held[0]), held[1])
@@ -454,7 +454,7 @@ class MLXEngine:
         self._waiting.append(row)
 
     def _make_room(self) -> None:
-        """When the rows have outgrown the memory planned for them, the youngest waits and goes on later."""
+        """When the rows exceed the memory planned for them, preempt the youngest; it resumes later."""
         while sum(batch.block.padded_tok for batch in self._batches) > self._kv_tok:
             running = [row for batch in self._batches for row in batch.rows.values()]
             if len(running) < 2:
@@ -464,7 +464,7 @@ class MLXEngine:
             self._again(youngest)
 
     def _again(self, row: Row) -> None:
-        """Back into the queue, to be computed from what is known of it."""
+        """Requeue a row, to be recomputed from its known tokens."""
         row.partial, row.batch = None, None
         row.left_tok = row.length_tok - self._cache.peek(row.tokens)
         self._release(row)
@@ -476,10 +476,10 @@ class MLXEngine:
         assert row.batch is not None
         return row.batch.remove(row)
 
-    # shared beginnings
+    # shared prefixes
 
     def _queue_behind(self, leaders: list[Row], rows: list[Row]) -> None:
-        """Rows that share a long beginning with one that is being prefilled wait for it."""
+        """Let rows that share a long prefix with one in prefill wait for it."""
         if not self._cache.shared:
             return
         for row in rows:
@@ -500,7 +500,7 @@ class MLXEngine:
         done, total = response.progress
         row.left_tok = 0 if response.end_of_prompt else max(1, total - done)
         if row.left_tok <= 1 and row in self._prefilling:
-            self._prefilling.remove(row)  # its last token goes with the next decode step
+            self._prefilling.remove(row)  # its last token is computed in the next decode step
         held_tok = row.length_tok - row.left_tok
         ready = [
             other
@@ -515,7 +515,7 @@ class MLXEngine:
             other.left_tok = other.length_tok - self._cache.peek(other.tokens)
 
     def _learn_from_company(self, row: Row) -> None:
-        """Keep the state of a running row that shares more with this one than is kept already."""
+        """Cache the state of a running row whose common prefix with this one is longer than the cached one."""
         if not self._cache.shared:
             return
         tokens = row.tokens[:-1]
@@ -528,15 +528,15 @@ class MLXEngine:
         if best is not None and best.batch is not None:
             self._cache.keep(best.batch.state(best))
 
-    # what comes out
+    # output
 
     def _advanced(self, batch: Batch, response: Any) -> list[Frame]:
-        """One row's token; a row whose rules or whose text raise fails alone."""
+        """One row's token; a row whose processors or detokenizer raise fails alone."""
         row = batch.rows[response.uid]
         try:
             if not row.broken:
                 return self._advance(batch, row, response)
-        except Exception:  # noqa: BLE001  # a detokenizer may meet an id that it does not know
+        except Exception:  # noqa: BLE001  # a detokenizer may meet an unknown id
             row.broken = True
         if row.batch is not None and response.finish_reason is None:
             batch.remove(row)
@@ -576,16 +576,16 @@ class MLXEngine:
         return answers
 
     def _fail(self, row: Row) -> None:
-        """A row that cannot be continued, whatever is tried."""
+        """End a row that cannot be continued."""
         del self._rows[row.id]
         self._release(row)
         self._due.append(Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request"))
 
     def _rebuild(self, batch: Batch) -> list[Frame]:
-        """A broken batch is given up; its rows start again from what is known of them.
+        """Discard a failed batch; its rows restart from their known tokens.
 
-        Nobody knows which row broke it: one that does so again without having made a token goes into a batch of its
-        own, and the next time it fails.
+        The culprit is unknown: a row that is in a second failed batch without progress gets a batch of its own, and at
+        the next failure it ends.
         """
         self._count("rebuilds", 1)
         batch.close()
@@ -601,7 +601,7 @@ class MLXEngine:
         failed, self._due = self._due, []
         return failed
 
-    # counting
+    # counters
 
     def _chunk_tok(self, before_tok: float) -> int:
         decoding = any(row not in self._prefilling for batch in self._batches for row in batch.rows.values())
@@ -610,7 +610,7 @@ class MLXEngine:
         return chunk_tok(self._cost, self._stall_s, decode_s, before_tok, largest)
 
     def _before_tok(self) -> float:
-        """Tokens in front of the pieces that are prefilled now, in the mean."""
+        """Mean number of tokens before the chunks that are being prefilled."""
         held = [row.length_tok - row.left_tok for row in self._prefilling]
         return sum(held) / len(held) if held else 0.0
 
@@ -619,7 +619,7 @@ class MLXEngine:
         self._lately.prefilled(prompt_tok, 0)
         if prompt_tok < _MEASURED_TOK or prompt_s <= 0:
             return
-        # what took far longer than foreseen was held up by something else; a new truth is told by the next ones too
+        # a chunk that took far longer than expected was delayed by something else; a real change shows in the next ones
         foreseen_s = self._cost.seconds(prompt_tok, before_tok) if self._cost.known else prompt_s
         self._cost.learn(prompt_tok, before_tok, min(prompt_s, 3 * foreseen_s))
         rate = prompt_tok / prompt_s
@@ -638,7 +638,7 @@ class MLXEngine:
             self._batches.remove(batch)
 
     def _warm_up(self) -> None:
-        """Compile the kernels before the first caller waits for them, and prove that the model answers."""
+        """Compile the kernels before the first request waits for them, and verify that the model generates."""
         request = Generate(id=0, model="", messages=(Message(role="user", content="-"),), max_tokens=4, temperature=0.0)
         prompt = self._model.encode(_WARM_PROMPT)[: max(1, self._model.context_tok - 8)]
         prepared = self._model.prepared(request, prompt, 4)
@@ -661,7 +661,7 @@ class MLXEngine:
         self._reported_cache = self._cache.counts
 
     def _measure_weights(self, row: Row) -> None:
-        """What reading the weights costs, in tokens' worth of keys and values."""
+        """Measure the cost of reading the weights, in tokens of KV cache."""
         assert row.batch is not None
         held = row.batch.state(row)
         if held is not None:
@@ -673,5 +673,5 @@ class MLXEngine:
 
 
 def _planned_tok(row: Row) -> int:
-    """What a row is expected to hold soon: what it has, and the beginning of its answer."""
+    """Tokens that a row is expected to occupy soon: its current ones and the first of its answer."""
     return row.length_tok + min(GROWTH_TOK, row.max_tokens - len(row.made))

@@ -1,7 +1,7 @@
-"""Key/value states of rows: cutting them by tokens, joining them, owning their memory.
+"""KV states of rows: slicing them by tokens, joining them, copying them.
 
-What a batch hands out are views that would keep the whole batch alive; everything that is stored here is a copy that
-owns its arrays and has been evaluated.
+A batch returns views that would keep the whole batch alive; everything stored here is a copy that owns its arrays and
+has been evaluated.
 """
 
 import copy
@@ -15,13 +15,13 @@ from mlx_lm.models.cache import KVCache
 from agent.loader.disk_cache import Array
 
 Layers = list[Any]
-"""One row's state, a cache object of mlx-lm's for each layer."""
+"""One row's state, one mlx-lm cache object per layer."""
 Piece = list[tuple[mx.array, mx.array]]
-"""Keys and values of some tokens, for each layer: (1, heads, tokens, head size)."""
+"""Keys and values of a run of tokens, per layer: (1, heads, tokens, head size)."""
 
 
 def sliceable(layers: Layers) -> bool:
-    """Whether the state of some tokens can be cut out: plain attention in every layer."""
+    """Whether the state of a run of tokens can be sliced out: plain attention in every layer."""
     return all(type(layer) is KVCache for layer in layers)
 
 
@@ -39,7 +39,7 @@ def split(piece: Piece, at: int) -> tuple[Piece, Piece]:
 
 
 def join(pieces: Sequence[tuple[Piece, int]]) -> Layers:
-    """A row's state from pieces in order, of each as many tokens as named."""
+    """A row's state from pieces in order, each with the number of tokens to use."""
     layers: Layers = []
     for number in range(len(pieces[0][0])):
         parts = [(piece[number][0][..., :taken, :], piece[number][1][..., :taken, :]) for piece, taken in pieces]
@@ -59,7 +59,7 @@ def to_arrays(piece: Piece) -> list[Array]:
 
 
 def from_arrays(arrays: Sequence[Array]) -> Piece:
-    """The piece of which these are the bytes."""
+    """The piece from its bytes."""
     flat = [
         mx.array(np.frombuffer(raw, dtype=np.uint8)).view(getattr(mx, kind)).reshape(shape)
         for kind, shape, raw in arrays
@@ -68,7 +68,7 @@ def from_arrays(arrays: Sequence[Array]) -> Piece:
 
 
 def stacked(pieces: Sequence[Piece]) -> Piece:
-    """Pieces that follow each other, as one."""
+    """Consecutive pieces concatenated."""
     return [
         (mx.concatenate([k for k, _ in layer], axis=2), mx.concatenate([v for _, v in layer], axis=2))
         for layer in zip(*pieces, strict=True)
@@ -76,17 +76,17 @@ def stacked(pieces: Sequence[Piece]) -> Piece:
 
 
 def part(piece: Piece, begin: int, end: int) -> Piece:
-    """Tokens ``begin`` to ``end`` of a piece, in arrays of their own."""
+    """Tokens ``begin`` to ``end`` of a piece, in new arrays."""
     return owned([(k[..., begin:end, :], v[..., begin:end, :]) for k, v in piece])
 
 
 def nbytes(piece: Piece) -> int:
-    """What a piece occupies."""
+    """Size of a piece."""
     return sum(k.nbytes + v.nbytes for k, v in piece)
 
 
 def detached(layers: Layers) -> Layers:
-    """A copy of a row's whole state, whatever its layers are."""
+    """A copy of a row's whole state, for any kind of layer."""
     copies = [copy.copy(layer) for layer in layers]
     arrays = []
     for layer in copies:
@@ -97,12 +97,12 @@ def detached(layers: Layers) -> Layers:
 
 
 def layers_nbytes(layers: Layers) -> int:
-    """What a row's whole state occupies."""
+    """Size of a row's whole state."""
     return sum(int(layer.nbytes) for layer in layers)
 
 
 def owned(piece: Piece) -> Piece:
-    """The same numbers in arrays that share no memory with others."""
+    """The same values in arrays that share no memory with others."""
     fresh = [(_fresh(k), _fresh(v)) for k, v in piece]
     mx.eval(fresh)
     return fresh
@@ -118,7 +118,7 @@ def _name(dtype: Any) -> str:
 
 
 def _each_array(layer: Any, change: Callable[[mx.array], mx.array]) -> list[mx.array]:
-    """Replace every array of a layer's cache, those in lists and in nested caches too; returns the new ones."""
+    """Replace every array of a layer's cache, including lists and nested caches; returns the new ones."""
     made: list[mx.array] = []
 
     def changed(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A model folder in memory: weights, tokenizer, chat template, grammars; and what a request becomes before it runs."""
+"""A loaded model folder: weights, tokenizer, chat template, grammars; and the preparation of requests."""
 
 import importlib
 import inspect
@@ -26,25 +26,25 @@ from shared.errors import Refused
 _EFFORTS_OFF = ("none", "minimal")
 _TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
 _FAULTS = (
-    ("unimplemented", "uses a keyword that is not supported"),
-    ("pointer", "refers to what is not there"),
-    ("$ref", "refers to what is not there"),
-    ("format", "asks for a format that is not known"),
-    ("type", "has a type that does not exist"),
-    ("unsatisfiable", "can be satisfied by nothing"),
-    ("regex", "has a pattern that cannot be followed"),
+    ("unimplemented", "uses an unsupported keyword"),
+    ("pointer", "has an unresolvable reference"),
+    ("$ref", "has an unresolvable reference"),
+    ("format", "uses an unknown format"),
+    ("type", "uses an unknown type"),
+    ("unsatisfiable", "cannot be satisfied by any value"),
+    ("regex", "has an unsupported pattern"),
     ("limit", "is too large"),
     ("too", "is too large"),
     ("deep", "is too deep"),
     ("recursion", "is too deep"),
 )
-"""What llguidance says, in words that quote nothing of the schema."""
+"""llguidance's errors, in words that quote nothing of the schema."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What a text model adds to a prepared request. ``grammar`` is Lark, checked; ``after`` are the token ids that
-    end the reasoning, before which no grammar holds; ``opening`` is the token with which the model may begin to reason
+    """What a text model adds to a prepared request. ``grammar`` is validated Lark; ``after`` are the token ids that end
+    the reasoning, before which no grammar applies; ``opening`` is the token with which the model may start reasoning
     by itself."""
 
     grammar: str | None
@@ -54,20 +54,20 @@ class Extra:
     opening: int | None = None
 
     def speech(self, request: Generate) -> Speech:
-        """A reader of this request's answer."""
+        """A parser of this request's answer."""
         return Speech(self.markers, request.tools, reasoning=self.reasoning)
 
 
 class TextModel:
-    """A model that writes. ``limit_tok`` bounds prompt and answer together. Raises Refused when it cannot be loaded.
+    """A text model. ``limit_tok`` limits prompt and answer together. Raises Refused when it cannot be loaded.
 
-    ``prepare`` and what it uses may run on another thread than the one that computes: nothing in it touches MLX.
+    ``prepare`` and what it uses may run on another thread than the one that computes: it does not touch MLX.
     """
 
     def __init__(self, path: Path, *, limit_tok: int, default_max_tokens: int) -> None:
         never_wire_memory()
         self.weights, self.tokenizer, config = _loaded(path)
-        # models that also see keep their language part's numbers in a part of the configuration
+        # vision models keep the language model's settings in a nested part of the configuration
         language = {**config, **(config.get("text_config") or {})}
         self.context_tok = min(int(language.get("max_position_embeddings") or 4096), limit_tok)
         self.vocabulary = _logits_width(path, self.weights)
@@ -85,7 +85,7 @@ class TextModel:
         self._json_calls = parser is None or parser.__module__.endswith("json_tools")
 
     def prepare(self, request: Generate) -> Prepared | Failed:
-        """Tokens, limits and grammar of a request, or why it cannot be answered."""
+        """Tokens, limits and grammar of a request, or the reason why it cannot be served."""
         too_long = self._surely_too_long(request)
         if too_long is not None:
             return too_long
@@ -97,12 +97,12 @@ class TextModel:
         except Exception as error:  # noqa: BLE001  # a template may raise anything; the text may quote the prompt
             return _failed(
                 request,
-                f"the model's chat template does not take these messages ({type(error).__name__})",
+                f"the model's chat template rejected these messages ({type(error).__name__})",
                 "messages" if request.prompt is None else "prompt",
                 code="template_error",
             )
         if not prompt:
-            message = "the model's chat template makes nothing of these messages"
+            message = "the model's chat template rendered an empty prompt from these messages"
             return _failed(request, message, "messages", code="template_error")
         room = self.context_tok - len(prompt)
         wanted = request.max_tokens if request.max_tokens is not None else min(self._default_max_tokens, room)
@@ -112,14 +112,14 @@ class TextModel:
             return self._too_long(request, f"{len(prompt)}", room, wanted)
         try:
             extra = self._extra(request, prompt)
-        except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may provoke anything
+        except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may raise anything
             return _failed(
-                request, f"this model cannot follow the constraints ({type(error).__name__})", _param(request)
+                request, f"this model does not support the constraints ({type(error).__name__})", _param(request)
             )
         return extra if isinstance(extra, Failed) else Prepared(request, (prompt,), wanted, extra)
 
     def prepared(self, request: Generate, prompt: list[int], max_tokens: int) -> Prepared:
-        """A request over a prompt that is at hand."""
+        """A request with a prompt that is already tokenized."""
         return Prepared(request, (prompt,), max_tokens, Extra(None, (), Markers(), reasoning=False))
 
     def prepare_embedding(self, request: Embed) -> Prepared | Failed:
@@ -127,41 +127,41 @@ class TextModel:
         return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """A fresh follower of a grammar."""
+        """A new matcher of a grammar."""
         return LLMatcher(self.grammars(), grammar)
 
     def grammars(self) -> LLTokenizer:
-        """llguidance's view of the tokenizer, made when it is first needed (a third of a second)."""
+        """llguidance's view of the tokenizer, created on first use (a third of a second)."""
         if self._grammars is None:
             inner = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
             self._grammars = llguidance.hf.from_tokenizer(inner, n_vocab=self.vocabulary, eos_token=self.ends)
         return self._grammars
 
     def token_bytes(self, token: int) -> bytes:
-        """A token as it is written."""
+        """The bytes of a token."""
         return bytes(self.grammars().decode_bytes([token]))
 
     def detokenizer(self, *, trims: bool) -> Any:
-        """A fresh reader of tokens. mlx-lm's drop the space before an answer; with ``trims`` false this one does not,
-        because it has something before it."""
+        """A new detokenizer. mlx-lm's drop the space before an answer; with ``trims`` false this one does not, because
+        it starts with other text."""
         fresh = self.tokenizer.detokenizer
         if not trims:
             for token in self.tokenizer.encode("a", add_special_tokens=False):
                 fresh.add_token(token)
             fresh.finalize()
-            _ = fresh.last_segment  # read, so that it is not part of the answer
+            _ = fresh.last_segment  # consumed, so that it is not part of the answer
         return fresh
 
     def encode(self, text: str) -> list[int]:
-        """A text's token ids; what an empty one starts from."""
+        """A text's token ids; for an empty one the start token."""
         first = self.tokenizer.bos_token_id
         start = int(first if first is not None else self.ends[0])
         return [int(token) for token in self.tokenizer.encode(text)] or [start]
 
     def _extra(self, request: Generate, prompt: list[int]) -> Extra | Failed:
-        """Markers and a checked grammar."""
+        """Markers and a validated grammar."""
         if request.logprobs is not None:
-            self.grammars()  # names the tokens' bytes; not every tokenizer can
+            self.grammars()  # needed for the tokens' bytes; not every tokenizer supports it
         written = conversation.grammar(request, marker_is_token=self._marker_is_token, json_calls=self._json_calls)
         thinks = self.tokenizer.has_thinking
         if written is not None:
@@ -182,7 +182,7 @@ class TextModel:
     def _markers(self, request: Generate) -> Markers:
         tokenizer, call, parse = self.tokenizer, None, None
         if request.prompt is not None:
-            return Markers()  # a text is continued as it stands
+            return Markers()  # a text is continued verbatim
         if request.tools:
             if self._json_calls or request.must_call is not None:
                 call, parse = (conversation.CALL_BEGIN, conversation.CALL_END), parse_json_call
@@ -195,41 +195,39 @@ class TextModel:
         )
 
     def _inside_thought(self, request: Generate, prompt: list[int]) -> bool:
-        """Whether the template has opened the reasoning itself, in what it adds after the last message; what users
-        write does not count."""
+        """Whether the template itself has opened the reasoning, after the last message; text from users does not
+        count."""
         before = self._prompt_tokens(request, begin_answer=False)
         same = next((n for n, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
         added = prompt[min(same, len(prompt)) :]
         return bool(self.tokenizer.rfind_think_start(added) > self.tokenizer.rfind_think_end(added))
 
     def _unfit(self, request: Generate) -> Failed | None:
-        # a model may have room for more tokens than there are
+        # a model's vocabulary may be padded beyond the tokenizer's
         known = min(self.vocabulary, len(self.tokenizer))
         beyond = [token for token, _ in request.logit_bias if token >= known]
         if beyond:
-            message = f"logit_bias: names a token that is not one of this model's {known}"
+            message = f"logit_bias: token id out of range; this model has {known} tokens"
             return _failed(request, message, "logit_bias")
-        stranger = self._unknown_to_template(request)
-        if stranger is not None:
-            message = f"chat_template_kwargs: this model's template has no variable {stranger[:64]}"
+        unknown = self._unknown_to_template(request)
+        if unknown is not None:
+            message = f"chat_template_kwargs: this model's template has no variable {unknown[:64]}"
             return _failed(request, message, "chat_template_kwargs")
         effort = request.reasoning_effort
         if effort is not None and effort not in _EFFORTS_OFF and not self.tokenizer.has_thinking:
-            message = f"reasoning_effort: {request.model} does not reason; leave it out"
+            message = f"reasoning_effort: {request.model} does not support reasoning; omit it"
             return _failed(request, message, "reasoning_effort", code="unsupported_parameter")
         return None
 
     def _surely_too_long(self, request: Generate) -> Failed | None:
-        """A text that no tokenization could fit, known without the seconds that tokenizing it would take."""
+        """Reject a text that cannot fit under any tokenization, without spending seconds on tokenizing it."""
         size = len((request.prompt or "").encode()) + sum(len(m.content.encode()) for m in request.messages)
-        # a wide margin: some tokenizers drop characters or take an unknown word as one token
+        # a wide margin: some tokenizers drop characters or map an unknown word to one token
         least = size // (4 * self._longest_token_bytes)
         return None if least < self.context_tok else self._too_long(request, f"over {least}", 0, 1)
 
     def _too_long(self, request: Generate, prompt_tok: str, room: int, wanted: int) -> Failed:
-        message = (
-            f"the prompt has {prompt_tok} tokens; with max_tokens it does not fit the context of {self.context_tok}"
-        )
+        message = f"prompt of {prompt_tok} tokens plus max_tokens exceeds the context length of {self.context_tok}"
         param = "max_tokens" if room >= 1 else ("messages" if request.prompt is None else "prompt")
         return _failed(request, message, param, code="context_length_exceeded")
 
@@ -256,7 +254,7 @@ class TextModel:
         return args | (json.loads(request.template_args) if request.template_args else {})
 
     def _unknown_to_template(self, request: Generate) -> str | None:
-        """An argument for the template that is none of its variables, or is what the renderer itself takes."""
+        """An argument for the template that is not one of its variables, or is reserved for the renderer."""
         named = json.loads(request.template_args) if request.template_args else {}
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         return next(
@@ -272,24 +270,24 @@ class TextModel:
 def embedding_inputs(
     request: Embed, encode: Callable[[str], list[int]], limit_tok: int, vocabulary: int
 ) -> Prepared | Failed:
-    """Token ids of each input of an Embed, or which of them does not fit."""
+    """Token ids of each input of an Embed, or the one that is invalid or too long."""
     prompts: list[list[int]] = []
     for number, text in enumerate(request.inputs):
         ids = encode(text) if isinstance(text, str) else list(text)
         if not ids or max(ids) >= vocabulary:
-            message = f"input[{number}]: is empty, or names a token that is not one of this model's {vocabulary}"
+            message = f"input[{number}]: empty, or a token id out of range; this model has {vocabulary} tokens"
             return Failed(id=request.id, code="invalid_value", message=message, param="input")
         if len(ids) > limit_tok:
-            message = f"input[{number}]: has {len(ids)} tokens; this model takes {limit_tok}"
+            message = f"input[{number}]: {len(ids)} tokens exceed the context length of {limit_tok}"
             return Failed(id=request.id, code="context_length_exceeded", message=message, param="input")
         prompts.append(ids)
     return Prepared(request, tuple(prompts))
 
 
 def never_wire_memory() -> None:
-    """mlx-lm wires the whole working set by default, which has panicked base M4 machines; take that call out.
+    """mlx-lm wires the whole working set by default, which has panicked base M4 machines; disable that call.
 
-    Freed buffers are kept for reuse up to 5 % of the machine's memory, which spares frequent clearing.
+    Freed buffers are kept for reuse up to 5 % of the machine's memory, which avoids frequent clearing.
     """
     module = importlib.import_module("mlx_lm.generate")
     module.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
@@ -303,28 +301,28 @@ def evaluate_everything(model: Any) -> None:
 
 
 def cannot_load(path: Path, error: Exception) -> Refused:
-    """What a failed load is called; libraries raise whatever the files provoke."""
+    """The error of a failed load; libraries may raise anything for damaged files."""
     reason = str(error).splitlines()[0][:200] if str(error) else "no reason given"
-    return Refused(f"model folder {path}: cannot be loaded ({type(error).__name__}: {reason})", code="bad_model")
+    return Refused(f"model folder {path}: load failed ({type(error).__name__}: {reason})", code="bad_model")
 
 
 def _loaded(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     if not path.is_dir():
-        raise Refused(f"model folder {path}: there is no such folder", code="bad_model")
+        raise Refused(f"model folder {path}: does not exist", code="bad_model")
     try:
         loaded: Any = load(str(path), tokenizer_config={"trust_remote_code": False}, return_config=True)
         model, tokenizer, config = loaded
         evaluate_everything(model)
-    except Exception as error:  # noqa: BLE001  # mlx-lm raises whatever the files provoke
+    except Exception as error:  # noqa: BLE001  # mlx-lm may raise anything for damaged files
         raise cannot_load(path, error) from None
     return model, tokenizer, config
 
 
 def _logits_width(path: Path, weights: Any) -> int:
-    """How many tokens the model chooses among, which its configuration may not say."""
+    """Width of the model's logits, which its configuration may not state."""
     try:
         return int(weights(mx.array([[0]])).shape[-1])
-    except Exception as error:  # noqa: BLE001  # whatever an unusual model provokes
+    except Exception as error:  # noqa: BLE001  # an unusual model may raise anything
         raise cannot_load(path, error) from None
 
 
@@ -341,7 +339,7 @@ def _param(request: Generate) -> str:
 
 def _fault(said: str) -> str:
     lowered = said.splitlines()[0].lower() if said else ""
-    return next((words for mark, words in _FAULTS if mark in lowered), "cannot be followed")
+    return next((words for mark, words in _FAULTS if mark in lowered), "is not supported")
 
 
 def _failed(request: Generate, message: str, param: str, *, code: str = "invalid_value") -> Failed:

@@ -1,4 +1,4 @@
-"""Vectors from a model that writes: the mean of a text's last hidden states, brought to length 1."""
+"""Embeddings from a text model: the mean of a text's last hidden states, normalized to length 1."""
 
 import time
 from collections import deque
@@ -22,8 +22,8 @@ class _Work:
 
 
 class EmbeddingQueue:
-    """Requests for vectors beside a model's answers: one piece of one input a step, so that no decoding row waits for
-    a long text or a long list."""
+    """Embedding requests beside a model's answers: one chunk of one input per step, so that no decoding row waits for a
+    long text or a long list."""
 
     def __init__(self, weights: Any) -> None:
         self._weights = weights
@@ -35,19 +35,19 @@ class EmbeddingQueue:
         return bool(self._work)
 
     def take(self, number: int, inputs: Sequence[list[int]]) -> Accepted:
-        """A request comes in."""
+        """Accept a request."""
         work = self._work[number] = _Work(deque(inputs), sum(len(ids) for ids in inputs))
         return Accepted(id=number, prompt_tok=work.prompt_tok, cached_tok=0)
 
     def cancel(self, number: int) -> None:
-        """Forget a request; unknown ones are no error."""
+        """Drop a request; unknown ids are no error."""
         self._work.pop(number, None)
 
     def step(self, chunk_tok: Callable[[float], int]) -> list[Frame]:
-        """One more piece, for each request in turn; a request's end when that was its last. ``chunk_tok`` says how
-        many tokens may follow so many."""
+        """One more chunk, for each request in turn; with Done after a request's last. ``chunk_tok`` returns the chunk
+        size after a number of tokens."""
         number, work = next(iter(self._work.items()))
-        self._work[number] = self._work.pop(number)  # to the end of the line
+        self._work[number] = self._work.pop(number)  # to the end of the queue
         try:
             if work.making is None:
                 work.making = mean_vector(self._weights, work.inputs.popleft(), chunk_tok)
@@ -56,9 +56,9 @@ class EmbeddingQueue:
             if vector is not None:
                 made = [Embedded(id=number, vectors=(vector,))]
                 work.making = None
-        except Exception as error:  # noqa: BLE001  # a model without an inner part, or out of memory
+        except Exception as error:  # noqa: BLE001  # a model without ``model``, or out of memory
             del self._work[number]
-            message = f"this model gives no embeddings ({type(error).__name__})"
+            message = f"this model does not support embeddings ({type(error).__name__})"
             return [Failed(id=number, code="unsupported_parameter", message=message, param="model")]
         if work.inputs or work.making is not None:
             return made
@@ -67,14 +67,14 @@ class EmbeddingQueue:
 
 
 def done(number: int, prompt_tok: int, since_s: float) -> Done:
-    """The end of a request for vectors."""
+    """The last frame of an embedding request."""
     us = int((time.perf_counter() - since_s) * 1e6)
     return Done(id=number, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0, prefill_us=us)
 
 
 def mean_vector(weights: Any, tokens: list[int], chunk_tok: Callable[[float], int]) -> Iterator[bytes | None]:
-    """Little-endian float32 of the mean over ``tokens``' hidden states, as the last thing; None after each piece
-    before. Raises AttributeError for a model whose inner part mlx-lm keeps elsewhere."""
+    """Yields None after each chunk, and at last the mean over ``tokens``' hidden states as little-endian float32.
+    Raises AttributeError for a model whose backbone is not ``model`` in mlx-lm."""
     cache = make_prompt_cache(weights)
     total: mx.array = mx.zeros(())
     begin = 0
@@ -89,7 +89,7 @@ def mean_vector(weights: Any, tokens: list[int], chunk_tok: Callable[[float], in
 
 
 def unit_bytes(vector: mx.array) -> bytes:
-    """A vector brought to length 1, as little-endian float32."""
+    """A vector normalized to length 1, as little-endian float32."""
     numbers = np.asarray(vector, dtype="<f4")
     length = float(np.linalg.norm(numbers))
     return (numbers / length if length else numbers).astype("<f4").tobytes()

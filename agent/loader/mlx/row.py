@@ -1,4 +1,4 @@
-"""One request inside the engine: what it asked, what it has, where it stands."""
+"""One request inside the engine: its input, output and progress."""
 
 import time
 from dataclasses import dataclass, field
@@ -45,12 +45,12 @@ class Row:
 
     @property
     def id(self) -> int:
-        """The request's."""
+        """The request's id."""
         return self.request.id
 
     @property
     def length_tok(self) -> int:
-        """Tokens it consists of now."""
+        """Current number of tokens, prompt and answer."""
         return len(self.prompt) + len(self.made)
 
     @property
@@ -60,16 +60,16 @@ class Row:
 
     @property
     def prefilling(self) -> bool:
-        """Whether it is in a batch with part of its prompt still to come."""
+        """Whether it is in a batch and its prompt is not fully computed."""
         return self.batch is not None and self.left_tok > 0
 
     def turn(self, now_s: float) -> Turn:
-        """How scheduling sees it."""
+        """The row as input of scheduling."""
         return Turn(self.id, self.left_tok, now_s - self.since_s)
 
     def take(self, token: int, finish: str | None) -> tuple[Said, bool]:
-        """One more token: what it says, and whether it completed a stop string."""
-        self.breaks = 0  # it works again: another break is another story
+        """Add a token: the text it yields, and whether it completed a stop string."""
+        self.breaks = 0  # progress resets the count of failures
         self.first_s = self.first_s or time.perf_counter()
         self.made.append(token)
         self.reasoning_tok += self.speech.reasoning
@@ -81,7 +81,7 @@ class Row:
         if finish is not None:
             rest = self.speech.finish()
             said = Said(said.text + rest.text, said.reasoning + rest.reasoning, said.calls + rest.calls)
-        # stop strings are for what is shown, not for thoughts and arguments
+        # stop strings apply to content, not to reasoning and arguments
         text, stopped = self.stop.feed(said.text)
         if finish is not None and not stopped:
             text += self.stop.finish()

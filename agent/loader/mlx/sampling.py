@@ -1,7 +1,7 @@
-"""How one row's next token is drawn: what changes its logits, then the draw itself.
+"""Sampling of one row's next token: logits processors, then the random draw.
 
-A draw depends on the request's seed and the token's position alone, never on the company in the batch, so a request
-can be continued anywhere and comes out the same.
+A draw depends only on the request's seed and the token's position, never on other rows in the batch, so a request can
+be continued on any node with the same result.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 """(tokens so far, logits of one row) -> logits, as mlx-lm calls it."""
 
 GREEDY_BELOW = 1e-4
-"""Temperatures below this have one outcome."""
+"""Temperatures below this are greedy."""
 LEAST_TOP_P = 1e-6
-"""Of the mass there is always the likeliest token."""
+"""Lower bound of top_p, so that the most likely token always remains."""
 _MASK = (1 << 64) - 1
 
 
 def sampler(temperature: float, top_p: float, seed: int, position: int) -> Sampler | None:
-    """None for greedy; else a sampler whose n-th draw depends on the seed and n alone (n starts at ``position``)."""
+    """None for greedy; else a sampler whose n-th draw depends only on the seed and n (n starts at ``position``)."""
     if temperature < GREEDY_BELOW:
         return None
     top_p = max(top_p, LEAST_TOP_P)
@@ -58,7 +58,7 @@ def penalty(frequency: float, presence: float, begin: int) -> Processor:
 
 
 def bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
-    """Add a number to some tokens' logits."""
+    """Add values to the logits of some tokens."""
     ids, values = mx.array([token for token, _ in pairs]), mx.array([value for _, value in pairs])
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -70,10 +70,10 @@ def bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
 def constraint(
     matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = (), opening: int | None = None
 ) -> Processor:
-    """Only tokens that a grammar allows, and the end when it is complete; the matcher follows what was generated.
+    """Allow only tokens that a grammar permits, and the end when it is complete; the matcher tracks generated tokens.
 
-    With ``after``, the grammar holds only once these tokens have been generated (the end of the reasoning); with
-    ``opening`` too, only if the answer begins with that token, which it may.
+    With ``after``, the grammar applies only after these tokens (the end of the reasoning); with ``opening``, too, that
+    delay holds only if the answer begins with that token, which is allowed.
     """
     consumed = 0
     waiting = bool(after) and opening is None

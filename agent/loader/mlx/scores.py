@@ -1,4 +1,4 @@
-"""Log probabilities of a chosen token and of the likeliest beside it."""
+"""Log probabilities of a chosen token and of the most likely alternatives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,11 @@ import mlx.core as mx
 from agent.wire.frames import Candidate, Scored
 
 _LEAST = -9999.0
-"""An impossible token has no finite logarithm, and JSON knows no infinity."""
+"""An impossible token has no finite logarithm, and JSON has no infinity."""
 
 
 def scored(response: Any, wanted: int, token_bytes: Callable[[int], bytes]) -> Scored:
-    """What mlx-lm's response says of its token, with the ``wanted`` likeliest."""
+    """Log probabilities from mlx-lm's response: its token and the ``wanted`` most likely ones."""
     logprobs: mx.array = response.logprobs
     best: list[int] = []
     if wanted:

@@ -1,4 +1,4 @@
-"""What a model says, taken apart: reasoning, content and tool calls, whatever markers its family uses."""
+"""Splits a model's output into reasoning, content and tool calls, by the markers of its family."""
 
 import json
 import secrets
@@ -12,11 +12,11 @@ from agent.wire.frames import ToolCall
 CONTENT, REASONING, CALL = "normal", "reasoning", "tool"
 
 CallParser = Callable[[str, Any], Any]
-"""(text between the markers, tools) -> one call or several, as {"name", "arguments"}; mlx-lm's shape."""
+"""(text between the markers, tools) -> one call or several, as {"name", "arguments"}; mlx-lm's format."""
 
 
 class Markers(NamedTuple):
-    """How a model marks reasoning and calls; None where it has no such thing."""
+    """How a model marks reasoning and calls; None where it has neither."""
 
     reasoning: tuple[str, str] | None = None
     call: tuple[str, str] | None = None
@@ -32,7 +32,7 @@ class Said(NamedTuple):
 
 
 class Speech:
-    """Feed decoded text, get what it means. A call is given out when it is complete; an unreadable one is text."""
+    """Parses decoded text incrementally. A call is emitted when complete; one that cannot be parsed becomes text."""
 
     def __init__(self, markers: Markers, tools: Sequence[str] = (), *, reasoning: bool = False) -> None:
         self._markers = markers
@@ -53,11 +53,11 @@ class Speech:
 
     @property
     def reasoning(self) -> bool:
-        """Whether the model thinks now."""
+        """Whether the model is reasoning now."""
         return bool(self._state[0] == REASONING)
 
     def feed(self, text: str) -> Said:
-        """What ``text`` adds."""
+        """The parts that ``text`` adds."""
         if self._plain:
             return Said(text)
         was = self._state[0]
@@ -65,7 +65,7 @@ class Speech:
         return self._of(segments, was)
 
     def finish(self) -> Said:
-        """What was held back, when the text has ended."""
+        """The parts held back, once the text has ended."""
         if self._plain:
             return Said()
         state = self._state[0]
@@ -95,7 +95,7 @@ class Speech:
         return Said(text, reasoning, calls)
 
     def _content(self, piece: str) -> str:
-        """Content without the blank lines that stand before it or between calls."""
+        """Content without the blank lines before it or between calls."""
         if self._begun:
             return piece
         self._blank += piece
@@ -111,7 +111,7 @@ class Speech:
             found = self._markers.parse(self._call, self._tools)
             each = found if isinstance(found, list) else [found]
             calls = tuple(_call(one) for one in each)
-        except Exception:  # noqa: BLE001  # a parser meets whatever a model wrote
+        except Exception:  # noqa: BLE001  # a parser may raise anything for a model's output
             return ()
         self.called = self.called or bool(calls)
         return calls

@@ -1,4 +1,4 @@
-"""States of prompts that are kept: in memory by what they share, and on disk where that is wanted."""
+"""Cached KV states of prompts: in memory with shared prefixes stored once, and on disk if configured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from agent.loader.mlx import kv
 from agent.loader.prompt_cache import PromptCache, Tokens, as_tokens
 
 Held = tuple[kv.Layers, list[int]]
-"""A row's state and the tokens that it holds."""
+"""A row's state and the tokens that it covers."""
 Restored = tuple[int, list[list[Array]]]
 """Number of the first block that was read from disk, and the blocks."""
 
 
 class PromptStates:
-    """The prompt cache of one model, at most ``budget_bytes`` in memory. ``sliceable`` says that states can be cut by
-    tokens; only such are shared between running rows and kept on disk."""
+    """The prompt cache of one model, at most ``budget_bytes`` in memory. ``sliceable``: states can be sliced by tokens;
+    only then are they shared between running rows and stored on disk."""
 
     def __init__(self, weights: Any, budget_bytes: int, disk: DiskCache | None) -> None:
         self._weights = weights
@@ -32,33 +32,33 @@ class PromptStates:
 
     @property
     def bytes(self) -> int:
-        """What the states in memory occupy."""
+        """Size of the states in memory."""
         return self._memory.bytes
 
     @property
     def disk_bytes(self) -> int:
-        """What those on disk occupy."""
+        """Size of the states on disk."""
         return self._disk.bytes if self._disk else 0
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
-        """Hits, misses, tokens saved and evictions since the beginning."""
+        """Hits, misses, tokens saved and evictions since the start."""
         memory = self._memory
         return memory.hits, memory.misses, memory.saved_tok, memory.evictions.total()
 
     def peek(self, tokens: Tokens) -> int:
-        """How many of the tokens ``find`` would find in memory."""
+        """Number of tokens that ``find`` would return from memory."""
         return self._memory.peek(tokens)
 
     def find(self, tokens: Tokens) -> tuple[kv.Layers, int]:
-        """A state to start from, of the row's own, and how many of the tokens it holds already."""
+        """A state to start from, owned by the row, and the number of tokens that it covers."""
         hit = self._memory.find(tokens)
         if hit is None:
             return make_prompt_cache(self._weights), 0
         return (kv.join(hit.pieces) if self.sliceable else kv.detached(hit.pieces[0][0])), hit.common_tok
 
     def keep(self, held: Held | None) -> None:
-        """Keep a row's state in memory; what is kept already is not kept again."""
+        """Cache a row's state in memory; parts that are cached already are not stored again."""
         if held is None:
             return
         layers, tokens = held
@@ -68,17 +68,17 @@ class PromptStates:
             self._memory.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
 
     def finished(self, held: Held | None, *, private: bool) -> None:
-        """Keep what a row held at its end, on disk too unless it was ``private``."""
+        """Cache a row's final state, on disk too unless it is ``private``."""
         self.keep(held)
         if held is not None and self._disk is not None and not private:
             layers, tokens = held
             self._disk.offer(as_tokens(tokens), lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
 
     def read_back(self, tokens: Tokens, prefill_s: Callable[[int, float], float]) -> Restored | None:
-        """Blocks on disk that go on from what memory holds, where reading them is quicker than the ``prefill_s``
-        seconds of (tokens, tokens before them).
+        """Blocks on disk that continue the state in memory, if reading them is faster than prefill, which takes
+        ``prefill_s`` seconds for (tokens, tokens before them).
 
-        Called from the preparing thread: what memory holds may change meanwhile, so it is no more than a hint.
+        Called from the preparing thread: the state in memory may change meanwhile, so the result is only a hint.
         """
         if self._disk is None:
             return None
@@ -89,26 +89,26 @@ class PromptStates:
         return begin, self._disk.read(tokens, begin, end)
 
     def put_back(self, tokens: Tokens, restored: Restored) -> int:
-        """Blocks from disk into memory; the number of tokens that memory did not hold before."""
+        """Move blocks from disk into memory; returns the number of tokens that were not in memory before."""
         begin, blocks = restored
         first, last = begin * BLOCK_TOK, (begin + len(blocks)) * BLOCK_TOK
         held = self.peek(tokens[: last + 1])
         if not blocks or held < first:
-            return 0  # what they go on from has left memory meanwhile
+            return 0  # the state that they continue was evicted meanwhile
         whole = kv.stacked([kv.from_arrays(block) for block in blocks])
         self._memory.put(tokens[:last], lambda start, end: kv.part(whole, start - first, end - first))
         return last - max(first, held)
 
     def shrink(self, to_bytes: int, reason: str) -> None:
-        """Give up states in memory until at most so many bytes are held."""
+        """Evict states from memory until at most ``to_bytes`` are held."""
         self._memory.shrink(to_bytes, reason)
 
     def clear(self) -> None:
-        """Forget what is in memory."""
+        """Clear the states in memory."""
         self._memory.clear()
 
     def close(self) -> None:
-        """Forget what is in memory, and finish writing to disk."""
+        """Clear the states in memory, and finish writing to disk."""
         self._memory.clear()
         if self._disk is not None:
             self._disk.close()

@@ -1,1 +1,1 @@
-"""Metered outlets: what nodes draw at the wall, read by one node for the whole rack."""
+"""Metered outlets: wall power of the nodes, read by one node for the whole rack."""

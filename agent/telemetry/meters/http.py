@@ -1,7 +1,7 @@
-"""Plugs that answer by HTTP: Shelly of the first generation and later ones, Tasmota. Pure: what they say, in watts.
+"""HTTP smart plugs: Shelly of the first and later generations, Tasmota. Pure: parses their answers into watts.
 
-A plug without a meter leaves the number out; a negative one is a plug wired the wrong way round, or one that feeds:
-neither is what a node draws, so neither is a reading.
+A plug without a meter omits the value; a negative value means reversed wiring or a plug that feeds power in. Neither
+is a node's consumption, so neither is a reading.
 """
 
 import json
@@ -17,7 +17,7 @@ PATHS = {
     "shelly_gen1": "/status",
     "tasmota": "/cm?cmnd=Status%208",
 }
-"""Where each kind tells its power."""
+"""Path of the power reading, by kind."""
 
 
 def parse_shelly(raw: bytes) -> float | None:
@@ -27,7 +27,7 @@ def parse_shelly(raw: bytes) -> float | None:
 
 
 def parse_shelly_gen1(raw: bytes, channel: int) -> float | None:
-    """``meters[channel].power`` of /status; None where it says itself that it is not valid."""
+    """``meters[channel].power`` of /status; None where ``is_valid`` is false."""
     meter = _at(_tree(raw).get("meters"), channel)
     if not isinstance(meter, dict) or meter.get("is_valid") is False:
         return None
@@ -35,7 +35,7 @@ def parse_shelly_gen1(raw: bytes, channel: int) -> float | None:
 
 
 def parse_tasmota(raw: bytes, channel: int) -> float | None:
-    """``StatusSNS.ENERGY.Power``; firmware for several outlets gives a list there."""
+    """``StatusSNS.ENERGY.Power``; firmware for several outlets returns a list."""
     status = _tree(raw).get("StatusSNS")
     energy = status.get("ENERGY") if isinstance(status, dict) else None
     power = energy.get("Power") if isinstance(energy, dict) else None
@@ -45,7 +45,7 @@ def parse_tasmota(raw: bytes, channel: int) -> float | None:
 
 
 def parse(kind: str, raw: bytes, channel: int) -> float | None:
-    """By the kind of plug."""
+    """Parse an answer by the kind of plug."""
     if kind == "tasmota":
         return parse_tasmota(raw, channel)
     return parse_shelly_gen1(raw, channel) if kind == "shelly_gen1" else parse_shelly(raw)

@@ -1,6 +1,6 @@
-"""Questions to the system that may take long, a keychain's and a name server's, each in a daemon thread of its own and
-none twice at a time: what does not answer must neither take the threads that the agent's other work waits for, nor keep
-the agent from ending."""
+"""Slow system calls (keychain, name server), each in its own daemon thread, and at most one at a time per subject: a
+call that hangs must neither occupy the threads that the agent's other work needs, nor keep the agent from
+exiting."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 
 class Lookups:
-    """What is being asked."""
+    """Lookups in progress."""
 
     def __init__(self) -> None:
         self._asked: dict[Hashable, asyncio.Future[Any]] = {}
 
     async def ask(self, what: Hashable, question: Callable[[], Any]) -> Any:
-        """The answer to ``question``, or to the one about the same that is still open. Raises what it raises."""
+        """The result of ``question``, or of the pending one for the same ``what``. Raises what it raises."""
         answer = self._asked.get(what)
         if answer is None:
             loop = asyncio.get_running_loop()
@@ -31,7 +31,7 @@ class Lookups:
 
 
 class Names(AbstractResolver):
-    """Names of devices."""
+    """Resolver of device names."""
 
     def __init__(self, lookups: Lookups) -> None:
         self._lookups = lookups
@@ -44,7 +44,7 @@ class Names(AbstractResolver):
         return list(found)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
@@ -52,7 +52,7 @@ def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[Resol
     return [
         ResolveResult(
             hostname=host,
-            # as text, an address of the link keeps the interface that it is of
+            # as text, a link-local address keeps its interface
             host=socket.getnameinfo(address, numeric)[0],
             port=port,
             family=kind,
@@ -68,9 +68,9 @@ def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[Resol
 def _answer(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", question: Callable[[], Any]) -> None:
     try:
         found, error = question(), None
-    except Exception as raised:  # noqa: BLE001  # it is raised where it was asked
+    except Exception as raised:  # noqa: BLE001  # raised again in the caller
         found, error = None, raised
-    with contextlib.suppress(RuntimeError):  # the agent has ended meanwhile
+    with contextlib.suppress(RuntimeError):  # the agent has exited meanwhile
         if error is None:
             loop.call_soon_threadsafe(answer.set_result, found)
         else:

@@ -1,6 +1,6 @@
-"""Reads the rack's metered outlets, each device by one request at a time, and gives each window's records.
+"""Polls the rack's metered outlets, one request at a time per device, and returns each window's records.
 
-A meter that does not answer is a state, never a number; what it said last holds for a few seconds and no longer.
+A meter that does not answer is a state, never a value; its last reading holds for a few seconds and no longer.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ log = get_logger("agent.telemetry.meters")
 
 
 class RackMeters:
-    """``meters`` of the configuration. ``poll`` is to be called every few seconds, ``drain`` at a window's end."""
+    """``meters`` of the configuration. Call ``poll`` every few seconds, ``drain`` at a window's end."""
 
     def __init__(
         self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
@@ -48,14 +48,14 @@ class RackMeters:
         self._secrets: dict[str, str] = {}
 
     async def poll(self) -> None:
-        """Ask every device; those that share an address one after another, since plugs take few connections."""
+        """Poll every device; meters that share an address in turn, since plugs accept few connections."""
         devices: dict[str, list[Meter]] = {}
         for meter in self._meters:
             devices.setdefault(meter.at, []).append(meter)
         await asyncio.gather(*(self._ask_all(meters) for meters in devices.values()))
 
     def drain(self) -> list[OutletReading]:
-        """What was read since the last call."""
+        """Readings since the last call."""
         now, found = self._clock(), []
         for meter in self._meters:
             seen = self._gauges[meter.name].close(now)
@@ -75,14 +75,14 @@ class RackMeters:
         return found
 
     def status(self) -> list[dict[str, Any]]:
-        """Every meter for people."""
+        """Every meter for display."""
         return [
             {
                 "meter": meter.name,
                 "nodes": list(meter.nodes),
                 "watts": self._last.get(meter.name),
                 "joules": self._energy_mj.get(meter.name, 0) / 1000,
-                "problem": self.problems.get(meter.name, "" if meter.name in self._last else "has not answered yet"),
+                "problem": self.problems.get(meter.name, "" if meter.name in self._last else "no reading yet"),
             }
             for meter in self._meters
         ]
@@ -91,7 +91,7 @@ class RackMeters:
         silent = ""
         for meter in meters:
             if silent:
-                self._failed(meter, silent)  # the device, not the outlet: the others need not wait for it, too
+                self._failed(meter, silent)  # the whole device is silent: do not wait for each of its outlets
                 continue
             try:
                 async with asyncio.timeout(TIMEOUT_S):
@@ -102,13 +102,13 @@ class RackMeters:
             except (Failure, RackError) as error:
                 self._failed(meter, str(error))
             except TimeoutError:
-                silent = f"no answer within {TIMEOUT_S:g} s"
+                silent = f"timeout: no answer within {TIMEOUT_S:g} s"
                 self._failed(meter, silent)
             except (aiohttp.ClientError, OSError) as error:
-                silent = f"cannot be reached ({type(error).__name__})"
+                silent = f"unreachable ({type(error).__name__})"
                 self._failed(meter, silent)
-            except Exception as error:  # noqa: BLE001  # whatever one makes of a setting, the others go on
-                self._failed(meter, f"cannot be asked ({type(error).__name__}); are its settings right?")
+            except Exception as error:  # noqa: BLE001  # one meter's settings must not stop the others
+                self._failed(meter, f"poll failed ({type(error).__name__}); check the meter's settings")
             else:
                 self._gauges[meter.name].add(self._clock(), watts)
                 self._last[meter.name] = round(watts, 1)
@@ -124,11 +124,11 @@ class RackMeters:
         else:
             watts = http.parse(meter.kind, await self._http(meter), meter.channel)
         if watts is None:
-            raise Failure("answers, and says no power for this outlet; has it a meter, and is it the right number?")
+            raise Failure("answers without a power reading; check that this outlet is metered, and its number")
         return watts
 
     async def _http(self, meter: Meter) -> bytes:
-        """The device's answer. Raises Failure."""
+        """The body of the device's answer. Raises Failure."""
         path = http.PATHS[meter.kind].format(channel=meter.channel)
         password = await self._secret(meter)
         middlewares: tuple[Any, ...] = ()
@@ -144,18 +144,18 @@ class RackMeters:
             session.get(meter.at.rstrip("/") + path, allow_redirects=False) as answer,
         ):
             if answer.status in (401, 403):
-                raise Failure("refuses the credentials; see its user and secret")
+                raise Failure(f"credentials rejected (HTTP {answer.status}); check the meter's user and secret")
             if answer.status != 200:
-                raise Failure(f"answered {answer.status}")
+                raise Failure(f"answered HTTP {answer.status}")
             body = b""
             while len(body) <= MAX_OUTPUT_BYTES and (piece := await answer.content.read(1 << 16)):
                 body += piece
             return body
 
     async def _secret(self, meter: Meter) -> str:
-        """Looked up once, and again after the meter has failed: it may have been changed.
+        """Resolved once, and again after the meter has failed: it may have been changed.
 
-        Raises Failure while that goes on; what is found then is there for the next question.
+        Raises Failure while the lookup is pending; its result is used by the next poll.
         """
         if not meter.secret:
             return ""
@@ -166,14 +166,14 @@ class RackMeters:
             async with asyncio.timeout(SECRET_S):
                 return str(await self._lookups.ask(meter.secret, lambda: self._look_up(meter.secret)))
         except TimeoutError:
-            raise Failure("its secret is still being looked up") from None
+            raise Failure("secret lookup still pending (keychain or command)") from None
 
     def _look_up(self, reference: str) -> str:
         found = self._secrets[reference] = resolve(reference, self._environ)
         return found
 
     async def _address(self, at: str) -> str:
-        """The numeric address of a device that is named. Raises OSError."""
+        """Numeric address of a device, resolved if given as a name. Raises OSError."""
         host, colon, port = at.rpartition(":") if ":" in at else (at, "", "")
         try:
             ipaddress.ip_address(host)
@@ -190,5 +190,5 @@ class RackMeters:
         self.problems[meter.name] = why
 
     async def close(self) -> None:
-        """Give the sockets back."""
+        """Close the sockets."""
         await self._snmp.close()

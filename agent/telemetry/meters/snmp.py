@@ -1,6 +1,6 @@
-"""Power distribution units that answer by SNMP: which objects to ask for, and what they mean in watts. Pure.
+"""Power distribution units (PDUs) over SNMP: the objects to query, and their values in watts. Pure.
 
-Units and scales differ from maker to maker and are taken from their MIBs: PowerNet-MIB (APC), PDU2-MIB (Raritan),
+Units and scales differ by vendor and are taken from their MIBs: PowerNet-MIB (APC), PDU2-MIB (Raritan),
 Sentry4-MIB (Server Technology), ENTITY-SENSOR-MIB (RFC 3433).
 """
 
@@ -20,7 +20,7 @@ _OK = 1
 
 
 class Outlet(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is metered. ``scale`` is watts per unit where the maker does not say (APC's outlets)."""
+    """One metered outlet, inlet, cord or sensor. ``scale`` is watts per unit where the MIB names none (APC outlets)."""
 
     kind: str
     numbers: tuple[int, ...] = ()
@@ -28,7 +28,7 @@ class Outlet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def oids(outlet: Outlet) -> tuple[str, ...]:
-    """The objects to ask for; the value comes first."""
+    """The objects to query, the value first."""
     at = ".".join(str(number) for number in outlet.numbers)
     match outlet.kind:
         case "apc_device":
@@ -48,7 +48,7 @@ def oids(outlet: Outlet) -> tuple[str, ...]:
 
 
 def watts(outlet: Outlet, values: Mapping[str, int]) -> float | None:
-    """From what was answered; None when something is missing or says that it is not supported (-1)."""
+    """Watts from the answer; None when a value is missing or reported as unsupported (-1)."""
     asked = oids(outlet)
     if any(oid not in values for oid in asked):
         return None
@@ -60,7 +60,7 @@ def watts(outlet: Outlet, values: Mapping[str, int]) -> float | None:
 
 
 def _factor(outlet: Outlet, rest: list[int]) -> float:
-    """Watts per unit; a negative number where there is no telling."""
+    """Watts per unit; negative when unknown."""
     if outlet.kind == "apc_device":
         return 10.0  # hundredths of a kilowatt
     if outlet.kind.startswith("raritan"):
@@ -69,6 +69,6 @@ def _factor(outlet: Outlet, rest: list[int]) -> float:
     if outlet.kind == "sensor":
         unit, scale, precision, status = rest
         known = unit == _WATTS_UNIT and status == _OK and 1 <= scale <= 17 and -8 <= precision <= 9
-        # RFC 3433: 1 to 9 are decimal places; -8 to -1 tell how many digits are accurate, and move no point
+        # RFC 3433: 1 to 9 are decimal places; -8 to -1 give the number of accurate digits and do not scale
         return 10.0 ** (3 * (scale - _UNITS_SCALE) - max(0, precision)) if known else -1.0
     return outlet.scale

@@ -1,5 +1,5 @@
-"""Asks by SNMP v2c, through pysnmp in a thread and a loop of its own: the library reads files and decodes for long, and
-the agent's loop must not wait for that. Only a rack that has such a device pays for it."""
+"""SNMP v2c client over pysnmp, in its own thread and event loop: the library reads files and decodes slowly, and must
+not block the agent's loop. It is started only where such a device is configured."""
 
 import asyncio
 import threading
@@ -14,11 +14,11 @@ PORT = 161
 
 
 class NoAnswer(Failure):
-    """The device says nothing at all."""
+    """The device does not answer."""
 
 
 class SnmpClient:
-    """Started by the first question. To be closed."""
+    """Started by the first query. Must be closed."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -26,7 +26,7 @@ class SnmpClient:
         self._engine: Any = None
 
     async def get(self, at: str, community: str, oids: Sequence[str]) -> dict[str, int]:
-        """Integers by object identifier, those that exist. Raises Failure."""
+        """Integer values by object identifier, for those that exist. Raises Failure."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="snmp")
@@ -51,16 +51,16 @@ class SnmpClient:
             self._engine = hlapi.SnmpEngine()
         try:
             target = await hlapi.UdpTransportTarget.create((host, int(port or PORT)), timeout=TRY_S, retries=TRIES - 1)
-        except Exception as error:  # noqa: BLE001  # its errors for names that do not resolve have no common base
-            raise Failure(f"SNMP: {at} cannot be used ({type(error).__name__})") from None
+        except Exception as error:  # noqa: BLE001  # its errors for unresolvable names have no common base
+            raise Failure(f"SNMP: invalid or unresolvable address {at} ({type(error).__name__})") from None
         asked = [hlapi.ObjectType(hlapi.ObjectIdentity(oid)) for oid in oids]
         problem, status, _, found = await hlapi.get_cmd(
             self._engine, hlapi.CommunityData(community), target, hlapi.ContextData(), *asked, lookupMib=False
         )
         if problem:
-            raise NoAnswer(f"SNMP: {problem}; is the community right, and may this node ask?")
+            raise NoAnswer(f"SNMP: {problem}; check the community and the device's access list")
         if status:
-            raise Failure(f"SNMP: refused (error {int(status)})")
+            raise Failure(f"SNMP: request refused (error {int(status)})")
         return {str(oid): int(value) for oid, value in found if _is_number(value)}
 
     async def _end(self) -> None:

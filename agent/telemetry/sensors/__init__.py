@@ -1,4 +1,4 @@
-"""Sensors of the machine, one file per thing read: pure ``parse_*`` on top, a reader below."""
+"""Sensors of the machine, one file per source: pure ``parse_*`` functions first, then a reader."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from agent.telemetry.sensors.thermal import ThermalCollector
 
 
 class Sensors:
-    """Every collector of this machine, in the order of the report; of its disks the one that ``folder`` lies on. To be
-    closed."""
+    """Every collector of this machine, in the order of the report; disk space is that of ``folder``'s file system. Must
+    be closed."""
 
     def __init__(self, folder: Path = Path("/")) -> None:
         self._powermetrics = PowermetricsStream.if_allowed()
@@ -25,7 +25,7 @@ class Sensors:
         self.all: tuple[Collector, ...] = (HostCollector(folder), MemoryCollector(), self.thermal, power)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self.thermal.close()
         if self._powermetrics is not None:
             self._powermetrics.close()

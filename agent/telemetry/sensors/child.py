@@ -1,5 +1,5 @@
-"""A program that goes on printing, read without waiting: started when first asked, again when it ended or fell silent,
-ended with us."""
+"""A program that prints continuously, read without blocking: started on first use, restarted after it exited or fell
+silent, and ended with the agent."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from agent.telemetry.sensors.reading import Failure
 
 SILENT_S = 30.0
 FIRST_S = 10.0
-"""One that was just started may take so long to its first words."""
+"""Time that a started program may take until its first output."""
 
 
 class Child:
-    """``argv`` is what runs; its standard output is what it says."""
+    """Runs ``argv`` and reads its standard output."""
 
     def __init__(self, argv: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._argv = tuple(argv)
@@ -26,8 +26,8 @@ class Child:
         self.started_s = 0.0
 
     def read(self) -> bytes:
-        """What it has printed since the last call. Raises Failure when it cannot run or says nothing for long; it is
-        then started anew at the next call."""
+        """Its output since the last call. Raises Failure when it cannot run or has been silent for too long; the next
+        call starts it again."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._process is not None
@@ -39,11 +39,11 @@ class Child:
             self._heard_s = self._clock()
         elif self._clock() - self._heard_s > SILENT_S:
             self.close()
-            raise Failure(f"{self._name}: silent for {SILENT_S:g} s")
+            raise Failure(f"{self._name}: no output for {SILENT_S:g} s")
         return found
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -55,7 +55,7 @@ class Child:
         ended = self._process.returncode if self._process is not None else None
         self.close()
         if ended is not None:
-            raise Failure(f"{self._name}: ended (exit {ended})")
+            raise Failure(f"{self._name}: exited (status {ended})")
         try:
             self._process = subprocess.Popen(
                 self._argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL

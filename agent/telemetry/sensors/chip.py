@@ -1,5 +1,5 @@
-"""Temperatures, fans and watts of the chip, from the best source that answers: the management controller, else macmon;
-on Linux hwmon and thermal zones. Read once for all collectors that want of it."""
+"""Temperatures, fans and power of the chip, from the best available source: the SMC, else macmon; on Linux hwmon and
+thermal zones. One reading is shared by all collectors."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from agent.telemetry.sensors.reading import Failure, Source, text_of
 from agent.telemetry.sensors.source import Guarded, file_bytes, preferred
 
 FRESH_S = 0.5
-"""Collectors that ask within so long share one reading."""
+"""Collectors that read within this time share one reading."""
 CLOSE_S = 1.0
 MACMON_S = 2
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 
 
 class ChipReading(msgspec.Struct, frozen=True, kw_only=True):
-    """Degrees Celsius (hottest of each kind), revolutions a minute, watts; None where nothing says so."""
+    """Degrees Celsius (hottest of each kind), revolutions per minute, watts; None where not measured."""
 
     source: str
     package_c: float | None = None
@@ -39,7 +39,7 @@ class ChipReading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def of_smc(values: dict[str, float]) -> ChipReading:
-    """From the controller's keys."""
+    """From the SMC's keys."""
     hottest = smc.temperatures(values)
     return ChipReading(
         source="smc",
@@ -65,7 +65,7 @@ def of_macmon(line: Macmon) -> ChipReading:
 
 
 def parse_millidegrees(raw: bytes) -> float | None:
-    """Degrees Celsius from a thermal zone or a hwmon sensor; None for what no chip can have."""
+    """Degrees Celsius from a thermal zone or a hwmon sensor; None for implausible values."""
     text = text_of(raw).strip()
     if not text.lstrip("-").isdigit() or len(text) > 8 or not raw.endswith(b"\n"):
         return None
@@ -74,13 +74,13 @@ def parse_millidegrees(raw: bytes) -> float | None:
 
 
 def parse_rpm(raw: bytes) -> int | None:
-    """Revolutions a minute from a hwmon fan."""
+    """Revolutions per minute from a hwmon fan."""
     text = text_of(raw).strip()
     return int(text) if text.isdigit() and int(text[:9]) <= smc.MOST_RPM and raw.endswith(b"\n") else None
 
 
 class Chip:
-    """``read`` gives what is known now, None for nothing."""
+    """``read`` returns the current reading, None when there is none."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Chip:
         self._sys_class = sys_class
         self._open_smc = open_smc
         self._clock = clock
-        # thermal and power ask in threads of their own
+        # thermal and power read from their own threads
         self._lock = threading.Lock()
         self._smc: smc.Smc | None = None
         self._macmon: MacmonPipe | None = None
@@ -104,7 +104,7 @@ class Chip:
         self._answered = ""
 
     def read(self) -> ChipReading | None:
-        """The first source that answers."""
+        """The reading of the first source that answers."""
         with self._lock:
             now = self._clock()
             if self._last is None or now - self._last[0] > FRESH_S:
@@ -113,21 +113,21 @@ class Chip:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Why sources do not answer: all of them when none does, else those that were preferred."""
+        """Why sources failed: all of them when none answers, else those preferred to the one that does."""
         return {guard.name: guard.reason for guard in preferred(self.guards.values(), self._answered) if guard.reason}
 
     def sources(self) -> list[Source]:
-        """Each, tried now."""
+        """Every source, read now."""
         found = []
         for name, read in self._readers().items():
             with self._lock:
                 reading = self.guards[name].call(read)
-            reason = self.guards[name].reason or ("" if reading else "has said nothing yet")
+            reason = self.guards[name].reason or ("" if reading else "no reading yet")
             found.append(Source(name, reason, _seen(reading) if reading else ""))
         return found
 
     def close(self) -> None:
-        """Give everything back, unless a call of the system does not come back: it must not keep the agent."""
+        """Release all resources, unless a system call hangs: it must not block the agent's exit."""
         if not self._lock.acquire(timeout=CLOSE_S):
             return
         try:
@@ -144,7 +144,7 @@ class Chip:
             if found is not None:
                 self._answered = name
                 if name != "macmon" and self._macmon is not None:
-                    # what it says from now on nobody would hear, and its old words would be taken for new ones
+                    # its output would no longer be read, and stale output would later be taken for current
                     self._macmon.close()
                     self._macmon = None
                 return found
@@ -162,7 +162,7 @@ class Chip:
         try:
             return of_smc(self._smc.values())
         except Failure:
-            # what is broken is opened anew at the next look
+            # reopened at the next reading
             self._smc.close()
             self._smc = None
             raise
@@ -181,7 +181,7 @@ class Chip:
         cpu = [t for name in _CPU_SENSORS for t in sensors.get(name, [])]
         hottest = max(cpu or [t for group in sensors.values() for t in group], default=None)
         if hottest is None and not fans:
-            raise Failure("no hwmon sensor and no thermal zone")
+            raise Failure("no hwmon sensor and no thermal zone found")
         return ChipReading(source="hwmon", package_c=hottest, fans_rpm=tuple(fans))
 
     def _hwmon(self) -> tuple[dict[str, list[float]], list[int]]:
@@ -200,7 +200,7 @@ class Chip:
 
 
 class MacmonPipe:
-    """`macmon pipe`, whose last line is what is known. Raises Failure where it is not installed."""
+    """`macmon pipe`; its last line is the current reading. Raises Failure where it is not installed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, program: str = "macmon") -> None:
         path = shutil.which(program)
@@ -212,7 +212,7 @@ class MacmonPipe:
         self._last: Macmon | None = None
 
     def last(self) -> Macmon | None:
-        """The newest line; None while it may be about to say its first. Raises Failure when it has ended or says
+        """The newest line; None while the first may still come. Raises Failure when macmon exited or prints
         none."""
         try:
             said = self._child.read()
@@ -224,11 +224,11 @@ class MacmonPipe:
         self._last = next((found for line in reversed(lines) if (found := parse_macmon(line))), self._last)
         if self._last is None and self._clock() - self._child.started_s > FIRST_S:
             self._child.close()
-            raise Failure("macmon: nothing said yet")
+            raise Failure(f"macmon: no reading within {FIRST_S:g} s of its start")
         return self._last
 
     def close(self) -> None:
-        """End the child."""
+        """Kill the child."""
         self._child.close()
 
 

@@ -1,4 +1,4 @@
-"""The processor and the disk, and who this machine is."""
+"""CPU, disk, and the identity of this machine."""
 
 import contextlib
 import hashlib
@@ -29,38 +29,37 @@ _SYSCTLS = (
 
 
 class HostCollector:
-    """Processor use since the last reading, and the space left where ``folder``, models and spool, lies."""
+    """CPU use since the last reading, and free space on the file system of ``folder`` (models and spool)."""
 
     name = "host"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # psutil's own cpu_percent remembers by thread, and readings come from any
+        # psutil.cpu_percent keeps its state per thread, and readings come from any thread
         self._last = psutil.cpu_times()
 
     def poll(self) -> None:
-        """The processor's time is counted by the system."""
+        """Nothing to poll: the system counts CPU time."""
 
     def sources(self) -> list[Source]:
         reading = self.read()
         free = reading.sample.disk_free_bytes or 0
-        return [Source("processor and disk", reading.failed.get("disk", ""), f"{free / 1e9:.0f} GB free")]
+        return [Source("CPU and disk", reading.failed.get("disk", ""), f"{free / 1e9:.0f} GB free")]
 
     def read(self) -> Reading:
         before, self._last = self._last, psutil.cpu_times()
-        # before the first start it is not there yet
+        # the folder does not exist before the first start
         there = next(one for one in (self._folder, *self._folder.parents) if one.exists())
         free, share = psutil.disk_usage(str(there)).free, busy_ppm(before._asdict(), self._last._asdict())
         if free > MAX_COUNT:
-            # some file systems of other machines say exabytes; no window could carry it
-            return Reading(
-                HostSample(cpu_ppm=share), {"disk": f"{free / 1e12:.0f} TB free is more than a window can say"}
-            )
+            # some network file systems report exabytes, which exceeds the field's range
+            over = f"{free / 1e12:.0f} TB free exceeds the largest value of a window"
+            return Reading(HostSample(cpu_ppm=share), {"disk": over})
         return Reading(HostSample(cpu_ppm=share, disk_free_bytes=free), {})
 
 
 def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
-    """Millionths of the processors' time between two readings that was not idle; None when no time has passed."""
+    """CPU time between two readings that was not idle, in millionths; None when no time has passed."""
     # guest time is part of user time on Linux
     spent = {name: after[name] - before.get(name, 0.0) for name in after if not name.startswith("guest")}
     total = sum(spent.values())
@@ -71,7 +70,7 @@ def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
 
 
 def hardware_id() -> str:
-    """A stable name of this machine, hashed, so that a copied disk is noticed; "unknown" where there is none."""
+    """A stable, hashed id of this machine, to detect a copied disk; "unknown" where there is none."""
     found = ""
     try:
         if sys.platform == "darwin":
@@ -96,14 +95,14 @@ def boot_id() -> str:
 
 
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
-    """What this machine is; told once per start. No serial number and no name of a person is in it."""
+    """Description of this machine, sent once per start; contains no serial number and no personal name."""
     memory = psutil.virtual_memory().total
     if platform != "darwin":
         cores = psutil.cpu_count(logical=True) or 0
         return Hardware(model="", chip=_linux_chip(), memory_bytes=memory, cores=(cores,), system=_linux_system())
     values: dict[str, str] = {}
     with contextlib.suppress(Failure):
-        # -i: a name that one system lacks must not fail the others
+        # -i: a name that this system lacks must not fail the others
         values = sysctl.parse_sysctl(run("/usr/sbin/sysctl", "-i", *_SYSCTLS))
     if not values.get("machdep.cpu.brand_string") or not values.get("hw.model"):
         with contextlib.suppress(Failure):
@@ -112,7 +111,7 @@ def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_b
 
 
 def hardware_of(values: dict[str, str], memory_bytes: int) -> Hardware:
-    """From macOS' sysctl. ``cores`` by tier, the fastest first: the names of tiers differ from chip to chip."""
+    """From macOS sysctl. ``cores`` by tier, fastest first: the names of tiers differ between chips."""
     tiers = sorted(name for name in values if re.fullmatch(r"hw\.perflevel\d\.logicalcpu", name))
     cores = [sysctl.parse_integer(values[name]) for name in tiers]
     version = f"macOS {values.get('kern.osproductversion', '')} {values.get('kern.osversion', '')}"

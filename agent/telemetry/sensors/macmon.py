@@ -1,8 +1,8 @@
-"""macmon (`macmon pipe`), a second way to watts and temperatures without root, where it is installed.
+"""macmon (`macmon pipe`): an alternative source of power and temperatures without root, where it is installed.
 
 Its temperatures are means over all sensors that answer, placeholders and offsets included, so they are used only where
-the controller itself cannot be read, and their source says what they are. Nothing of it is used that it does not send:
-versions differ, and 0.0 degrees or watts stand for "no reading".
+the SMC itself cannot be read, and are labelled as such. Fields differ between versions and missing ones stay None;
+0.0 degrees or watts mean "no reading".
 """
 
 import json
@@ -16,7 +16,7 @@ MOST_W = 1_000.0
 
 
 class Macmon(msgspec.Struct, frozen=True, kw_only=True):
-    """One line; None for what it does not say."""
+    """One line; None for missing fields."""
 
     cpu_mean_c: float | None = None
     gpu_mean_c: float | None = None
@@ -26,7 +26,7 @@ class Macmon(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_macmon(raw: bytes) -> Macmon | None:
-    """One line of `macmon pipe`; None for what is none, a cut one included."""
+    """Parse one line of `macmon pipe`; None for anything else, including a truncated line."""
     try:
         tree = json.loads(text_of(raw))
     except (ValueError, RecursionError):
@@ -40,7 +40,7 @@ def parse_macmon(raw: bytes) -> Macmon | None:
         gpu_mean_c=_celsius(tree["temp"].get("gpu_temp_avg")),
         fans_rpm=tuple(round(one) for one in rpm if one is not None),
         system_w=_number(tree.get("sys_power"), MOST_W) or None,
-        # a processor that draws nothing at all is not measured (as in macOS 27), and the sum lacks it
+        # a CPU power of exactly 0 means that it is not measured (as in macOS 27), and the sum lacks it
         soc_w=None if tree.get("cpu_power") == 0 else _number(tree.get("all_power"), MOST_W) or None,
     )
 

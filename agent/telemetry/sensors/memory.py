@@ -1,7 +1,7 @@
-"""Memory: what is used and by what, how hard the system presses, what went to swap and came back.
+"""Memory: use by kind, the system's memory pressure, swap-outs and swap-ins.
 
-On macOS ``used`` is what vm.py says; on Linux total minus available. psutil is asked last and only for
-what it has right on macOS: its "used" leaves the compressor out, and its swap-ins are page-ins of any file.
+On macOS ``used`` comes from vm.py; on Linux it is total minus available. psutil is used last and only for values that
+are correct on macOS: its "used" omits the compressor, and its swap-ins are page-ins of any file.
 """
 
 import re
@@ -22,13 +22,13 @@ PRESSURE_LEVEL = "kern.memorystatus_vm_pressure_level"
 WIRED_LIMIT = "iogpu.wired_limit_mb"
 _ORDER = ("unknown", "normal", "warn", "critical")
 COMPRESSED_SHARE = 0.2
-"""A fifth of memory compressed while pages go to swap: the system is short, whatever its level says."""
+"""A fifth of memory compressed while pages go to swap: the system is short of memory, whatever its level."""
 WIRED_SHARE = 0.9
-"""So near to the GPU's limit on wired memory the next model does not fit."""
+"""This close to the GPU's wired-memory limit the next model does not fit."""
 
 
 def parse_psi_total_us(raw: bytes) -> int | None:
-    """Microseconds in which some task waited for memory, since boot, from /proc/pressure/memory."""
+    """Microseconds since boot during which some task stalled on memory, from /proc/pressure/memory."""
     match = re.search(
         r"^some avg10=\d+\.\d+ avg60=\d+\.\d+ avg300=\d+\.\d+ total=(\d{1,19})\n", text_of(raw), re.MULTILINE
     )
@@ -36,13 +36,13 @@ def parse_psi_total_us(raw: bytes) -> int | None:
 
 
 def worse(one: str, other: str) -> str:
-    """Of two levels the higher."""
+    """The higher of two levels."""
     return max(one, other, key=_ORDER.index)
 
 
 def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | None) -> str:
-    """How short memory is: the worst of the kernel's level, pages that went to swap while a large share of memory is
-    compressed, and wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
+    """The memory verdict: the worst of the kernel's level, swap-outs while a large share of memory is compressed, and
+    wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
     found = level
     if swapped_out > 0 and compressed >= COMPRESSED_SHARE:
         found = worse(found, "warn")
@@ -52,7 +52,7 @@ def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | N
 
 
 class MacMemory:
-    """What macOS says, by the system's library or, where that fails, by its commands."""
+    """Readings of macOS, through the system library or, where that fails, its commands."""
 
     def __init__(self, library: str = vm.LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
         self._library = library
@@ -61,11 +61,11 @@ class MacMemory:
         self._statistics: vm.HostStatistics | None = None
 
     def level(self) -> str:
-        """The kernel's pressure level in words. Raises Failure."""
+        """Name of the kernel's pressure level. Raises Failure."""
         return sysctl.pressure_name(self.integer(PRESSURE_LEVEL))
 
     def integer(self, name: str) -> int:
-        """A number by its name. Raises Failure."""
+        """An integer by its sysctl name. Raises Failure."""
         try:
             if self._sysctl is None:
                 self._sysctl = sysctl.Sysctl(self._library)
@@ -74,11 +74,11 @@ class MacMemory:
             values = sysctl.parse_sysctl(self._run("/usr/sbin/sysctl", name))
             found = sysctl.parse_integer(values.get(name, ""))
             if found is None:
-                raise Failure(f"sysctl {name}: no number") from None
+                raise Failure(f"sysctl {name}: not an integer") from None
             return found
 
     def vm(self) -> tuple[vm.Vm, str]:
-        """Memory by its parts, and which source said so. Raises Failure."""
+        """Memory by kind, and the source. Raises Failure."""
         try:
             if self._statistics is None:
                 self._statistics = vm.HostStatistics(self._library)
@@ -86,7 +86,7 @@ class MacMemory:
         except Failure:
             found = vm.parse_vm_stat(self._run("/usr/bin/vm_stat"))
             if found is None:
-                raise Failure("vm_stat: not readable") from None
+                raise Failure("vm_stat: unexpected output") from None
             return found, "vm_stat"
 
     def swap(self) -> tuple[int, int]:
@@ -98,12 +98,12 @@ class MacMemory:
         except Failure:
             found = sysctl.parse_swapusage(self._run("/usr/sbin/sysctl", "vm.swapusage"))
             if found is None:
-                raise Failure("sysctl vm.swapusage: not readable") from None
+                raise Failure("sysctl vm.swapusage: unexpected output") from None
             return found
 
 
 class MemoryCollector:
-    """Memory by the platform's own counters. Swap and stall are differences since the last reading."""
+    """Memory from the platform's own counters. Swap and stall are differences since the last reading."""
 
     name = "memory"
 
@@ -151,7 +151,7 @@ class MemoryCollector:
         reading = self.read()
         source, used = reading.sample.memory_source, reading.sample.memory_used_bytes
         seen = f"{used / 1e9:.1f} GB used" if used is not None else ""
-        return [Source(source or "memory", "" if seen else "nothing can be read", seen)] + [
+        return [Source(source or "memory", "" if seen else "no source is readable", seen)] + [
             Source(name, why) for name, why in reading.failed.items()
         ]
 
@@ -170,14 +170,14 @@ class MemoryCollector:
     def _stalled_us(self) -> int:
         found = parse_psi_total_us(file_bytes(self._psi))
         if found is None:
-            raise Failure(f"{self._psi}: not readable")
+            raise Failure(f"{self._psi}: unexpected content")
         return found
 
     def _read_mac(self) -> HostSample:
         total = psutil.virtual_memory().total
         swap = self._guards["swap"].call(self._mac.swap)
         limit_mb = self._guards["wired_limit"].call(lambda: self._mac.integer(WIRED_LIMIT))
-        limit = limit_mb << 20 if limit_mb else None  # 0 is the system's default, whatever that is
+        limit = limit_mb << 20 if limit_mb else None  # 0 stands for the system's default, which is not published
         parts = self._parts()
         level, self._worst = self._worst, "unknown"
         wired = parts.memory_wired_bytes

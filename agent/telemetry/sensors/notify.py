@@ -1,5 +1,5 @@
-"""A number that macOS publishes under a name, by notify(3): its value now, and a descriptor that becomes readable when
-it is published anew. Unprivileged. Signatures: <notify.h>."""
+"""A number that macOS publishes under a key by notify(3): its current value, and a descriptor that becomes readable
+when it is published again. Unprivileged. Signatures: <notify.h>."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ _OK = 0
 
 
 class Notify:
-    """One key. Raises Failure when the system has no notify(3) or refuses. To be closed."""
+    """One key. Raises Failure when notify(3) is missing or refuses. Must be closed."""
 
     def __init__(self, key: str, library: str = LIBRARY) -> None:
         try:
@@ -30,19 +30,19 @@ class Notify:
             raise Failure(f"notify(3): {key} cannot be registered (status {status})")
         self._token = token.value
         self.descriptor = descriptor.value
-        """Readable when the number was published since it was last drained."""
+        """Readable when the number was published since the last ``drain``."""
         os.set_blocking(self.descriptor, False)
 
     def state(self) -> int:
-        """The number now; 0 also for a key that was never published. Raises Failure."""
+        """The current number; 0 also for a key that was never published. Raises Failure."""
         value = c_uint64(0)
         status = self._lib.notify_get_state(self._token, byref(value))
         if status != _OK:
-            raise Failure(f"notify(3): the state cannot be read (status {status})")
+            raise Failure(f"notify(3): cannot read the state (status {status})")
         return int(value.value)
 
     def drain(self) -> None:
-        """Take what made the descriptor readable: four bytes for each time that the number was published."""
+        """Read the pending notifications: four bytes for each publication."""
         try:
             while os.read(self.descriptor, 4096):
                 pass
@@ -50,7 +50,7 @@ class Notify:
             pass
 
     def close(self) -> None:
-        """Give it back; its descriptor is closed by the system's library."""
+        """Cancel the registration; the system library closes the descriptor."""
         if self._token >= 0:
             self._lib.notify_cancel(self._token)
             self._token = -1

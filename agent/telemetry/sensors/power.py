@@ -1,6 +1,6 @@
-"""Power and energy, each under its own name and never one for another: what the whole system draws (the controller's
-PSTR), and what the chip's parts do (IOReport, powermetrics, RAPL). What a metered outlet says is read for the rack as
-a whole: agent/telemetry/meters.py. Absent is absent; nothing is estimated here.
+"""Power and energy, each kind under its own name and never substituted: the whole system (the SMC's PSTR), and the
+chip's parts (IOReport, powermetrics, RAPL). Metered outlets are read for the rack as a whole:
+agent/telemetry/meters/rack.py. Missing values stay missing; nothing is estimated here.
 """
 
 import re
@@ -20,40 +20,40 @@ from agent.telemetry.sensors.source import Guarded, file_bytes
 from shared.records import HostSample
 
 BUSY_SHARE = 0.01
-"""A processor that is so busy uses energy; a counter that stands still meanwhile is broken (as in macOS 27)."""
+"""A CPU this busy uses energy; a counter that does not advance meanwhile is broken (as in macOS 27)."""
 COVERS = 0.9
-"""Watts that were known for so much of a window are the window's energy; else counters are, where there are any."""
+"""Power known for this share of a window gives the window's energy; otherwise counters do, where there are any."""
 MOST_OVER_SYSTEM = 1.1
-"""The parts draw no more than the whole, give or take a tenth."""
+"""The parts draw no more than the whole system, with 10 % tolerance."""
 
 
 class Energy(NamedTuple):
-    """Microjoules since some beginning, by part."""
+    """Microjoules since an arbitrary start, by part."""
 
     parts: dict[str, int]
 
     @property
     def total_uj(self) -> int:
-        """All parts."""
+        """Sum over all parts."""
         return sum(self.parts.values())
 
 
 def parse_energy_uj(raw: bytes) -> int | None:
-    """A RAPL counter in microjoules; None for a line that is cut or anything else."""
+    """A RAPL counter in microjoules; None for a truncated line or anything else."""
     match = re.fullmatch(rb"(\d{1,19})\n", raw)
     return int(match[1]) if match else None
 
 
 def spent_uj(before: Energy, now: Energy, *, busy: float, wraps: dict[str, int] | None = None) -> int | None:
-    """What was used between two looks; None when a counter ran backwards, parts came or went, or the processor's
-    stood still while it was busy."""
+    """Energy between two readings; None when a counter ran backwards, the set of parts changed, or the CPU's counter
+    did not advance while the CPU was busy."""
     if before.parts.keys() != now.parts.keys():
         return None
     total = 0
     for name, after in now.parts.items():
         spent = after - before.parts[name]
         if spent < 0 and before.parts[name] > (whole := (wraps or {}).get(name, 0)) / 2:
-            spent += whole  # it went round; from its lower half it was set back
+            spent += whole  # wrapped around; a drop from the lower half is a reset
         if spent < 0 or (name == "cpu" and spent == 0 and busy > BUSY_SHARE):
             return None
         total += spent
@@ -61,7 +61,7 @@ def spent_uj(before: Energy, now: Energy, *, busy: float, wraps: dict[str, int] 
 
 
 class Rapl:
-    """Linux' energy counters of processor packages. Raises Failure where none can be read."""
+    """Linux energy counters of CPU packages. Raises Failure where none can be read."""
 
     def __init__(self, powercap: Path = Path("/sys/class/powercap")) -> None:
         self._powercap = powercap
@@ -71,18 +71,18 @@ class Rapl:
         parts = {}
         for path in sorted(self._powercap.glob("intel-rapl:[0-9]*/energy_uj")):
             if path.parent.name.count(":") > 1 or not _is_package(path.parent):
-                continue  # a part of a package, or the platform with all packages: both are in another's sum
+                continue  # a subdomain of a package, or the whole platform: both would be counted twice
             counter = parse_energy_uj(file_bytes(path))
             if counter is not None:
                 parts[path.parent.name] = counter
                 self.wraps[path.parent.name] = _range_uj(path.parent)
         if not parts:
-            raise Failure("rapl: no readable energy counter")
+            raise Failure("rapl: no readable energy counter found")
         return Energy(parts)
 
 
 class IoReport:
-    """macOS' energy counters without root, through zeus-apple-silicon where that is installed."""
+    """macOS energy counters without root, through zeus-apple-silicon where it is installed."""
 
     def __init__(self) -> None:
         self._monitor: Any = None
@@ -91,7 +91,7 @@ class IoReport:
     def read(self) -> Energy:
         if self._monitor is None:
             try:
-                import zeus_apple_silicon  # optional, and only there
+                import zeus_apple_silicon  # optional, macOS only
             except ImportError:
                 raise Failure("ioreport: zeus-apple-silicon is not installed (pip install mlxrack[mac])") from None
             self._monitor = zeus_apple_silicon.AppleEnergyMonitor()
@@ -99,22 +99,22 @@ class IoReport:
 
 
 def energy_of(metrics: object) -> Energy:
-    """Processor, GPU and neural engine of an AppleEnergyMetrics, in millijoules there; a chip may lack some. Not DRAM,
-    which no other source of the chip's power counts.
-    Raises Failure when it has not even the processor's."""
+    """CPU, GPU and neural engine of an AppleEnergyMetrics (millijoules); a chip may lack some. DRAM is left out,
+    because no other source of chip power counts it.
+    Raises Failure when the CPU's is missing."""
     names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj"}
     found = {part: getattr(metrics, name, None) for part, name in names.items()}
     parts = {
         part: round(value * 1000) for part, value in found.items() if isinstance(value, int | float) and value >= 0
     }
     if "cpu" not in parts:
-        raise Failure("ioreport: no energy of the processor")
+        raise Failure("ioreport: no CPU energy counter")
     return Energy(parts)
 
 
 class PowerCollector:
-    """Means over the window, and the energy of the best source that has one: the system's watts over time, else the
-    chip's counters. ``powermetrics`` gives the chip's last watts, None where it does not run."""
+    """Means over the window, and energy from the best available source: system power over time, else the chip's
+    counters. ``powermetrics`` returns the chip's last power, None where it does not run."""
 
     name = "power"
 
@@ -156,7 +156,7 @@ class PowerCollector:
         counted = self._counted(now, failed)
         soc_w = counted[0] / counted[1] / 1e6 if counted is not None else soc.mean if soc is not None else None
         if system is not None and soc_w is not None and soc_w > MOST_OVER_SYSTEM * system.most:
-            failed["soc_power"] = f"{soc_w:.1f} W, more than the whole system draws"
+            failed["soc_power"] = f"{soc_w:.1f} W, more than the whole system's power"
             counted = soc = soc_w = None
         window_s, self._closed_s = now - self._closed_s, now
         energy = _energy(system, counted, soc, window_s=window_s, names=(self._whole, self._guard.name))
@@ -174,11 +174,11 @@ class PowerCollector:
         seen = ", ".join(f"{part} {uj / 1e6:.0f} J" for part, uj in energy.parts.items()) if energy else ""
         reading = self._chip.read()
         watts = reading.system_w if reading is not None else None
-        system = Source("PSTR", "" if watts else "no reading of the system's power", f"{watts:.1f} W" if watts else "")
+        system = Source("PSTR", "" if watts else "no reading of system power", f"{watts:.1f} W" if watts else "")
         return [system, Source(self._guard.name, self._guard.reason, seen)]
 
     def _counted(self, now: float, failed: dict[str, str]) -> tuple[int, float] | None:
-        """Microjoules and seconds since the last window, by the chip's counters."""
+        """Microjoules and seconds since the last window, from the chip's counters."""
         busy = self._busy()
         energy = self._guard.call(self._counters.read)
         before, self._last = self._last, (now, energy) if energy is not None else None
@@ -186,10 +186,10 @@ class PowerCollector:
             return None
         spent = spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)
         if spent is None:
-            failed[self._guard.name] = "its counters stand still or ran backwards"
+            failed[self._guard.name] = "energy counters stuck or ran backwards"
             return None
         if spent > smc.MOST_W * 1e6 * (now - before[0]):
-            failed[self._guard.name] = "its counters jumped"
+            failed[self._guard.name] = "energy counters jumped"
             return None
         return spent, now - before[0]
 

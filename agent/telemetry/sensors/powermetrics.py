@@ -1,8 +1,8 @@
-"""Apple's powermetrics, which needs root: watts of processor, GPU and neural engine, and the thermal pressure.
+"""Apple's powermetrics, which needs root: power of CPU, GPU and neural engine, and the thermal pressure.
 
-As property lists it prints one document after another with a NUL between them that comes with the next sample, so a
-document is taken at its last line. Energies are millijoules of the interval, powers milliwatts; ``elapsed_ns`` is how
-long the interval really was.
+It prints property lists separated by a NUL that arrives only with the next sample, so a document is complete at its
+last line. Energies are millijoules of the interval, powers milliwatts; ``elapsed_ns`` is the interval's actual
+length.
 """
 
 import os
@@ -40,8 +40,8 @@ _PRESSURE = re.compile(r"^Current pressure level: (\w+)[ \t]*\n", re.MULTILINE)
 
 
 class Powermetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """One interval, ``elapsed_ns`` 0 where it does not say how long; None for what it does not say. ``soc_mw`` is
-    processor, GPU and neural engine together."""
+    """One interval, ``elapsed_ns`` 0 where its length is unknown; None for missing values. ``soc_mw`` is CPU, GPU and
+    neural engine together."""
 
     elapsed_ns: int
     cpu_mw: float | None = None
@@ -52,13 +52,13 @@ class Powermetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Documents:
-    """Property lists out of a stream that may be cut anywhere."""
+    """Splits a stream of property lists that may be chunked anywhere."""
 
     def __init__(self) -> None:
         self._kept = b""
 
     def feed(self, chunk: bytes) -> list[Powermetrics]:
-        """The samples that ``chunk`` completes. What is no property list is skipped, and so is one without end."""
+        """The samples that ``chunk`` completes. Anything but a property list is skipped, as is one without an end."""
         self._kept += chunk
         found = []
         while (end := self._kept.find(_END)) >= 0:
@@ -78,7 +78,7 @@ def parse_document(raw: bytes) -> Powermetrics | None:
         return None
     try:
         tree = plistlib.loads(raw, fmt=plistlib.FMT_XML)
-    except Exception:  # noqa: BLE001  # what a parser of XML raises for noise is its own affair
+    except Exception:  # noqa: BLE001  # an XML parser may raise anything for garbage
         return None
     if not isinstance(tree, dict):
         return None
@@ -101,7 +101,7 @@ def parse_document(raw: bytes) -> Powermetrics | None:
 
 
 def parse_text(raw: bytes) -> list[Powermetrics]:
-    """The samples of the form for people. A line counts when it is whole; tables without a head are one sample of
+    """The samples of the human-readable format. Only complete lines count; tables without a header are one sample of
     unknown length."""
     text = text_of(raw)
     heads = list(_HEADER.finditer(text))
@@ -113,13 +113,13 @@ def parse_text(raw: bytes) -> list[Powermetrics]:
 
 
 def level_of(name: str) -> int | None:
-    """A level by its name; None for one that is not known."""
+    """A level by its name; None for an unknown one."""
     name = name.strip().lower()
     return LEVELS.index(name) if name in LEVELS else None
 
 
 class PowermetricsStream:
-    """powermetrics as a child; ``last`` is its newest sample while that is fresh. It runs only for root."""
+    """powermetrics as a child process; ``last`` is its newest sample while fresh. It runs only as root."""
 
     def __init__(self, child: Child, clock: Callable[[], float] = time.monotonic) -> None:
         self._child = child
@@ -132,17 +132,17 @@ class PowermetricsStream:
 
     @classmethod
     def if_allowed(cls, platform: str = sys.platform) -> "PowermetricsStream | None":
-        """One where it can run: on macOS, as root."""
+        """A stream where it can run (macOS, root), else None."""
         return cls(Child(ARGV)) if platform == "darwin" and os.geteuid() == 0 else None
 
     def last(self) -> Powermetrics | None:
-        """The newest sample, None when there is none of the last few intervals."""
+        """The newest sample, None when the last few intervals had none."""
         with self._lock:
             self.guard.call(self._heard)
             return self._fresh()
 
     def _heard(self) -> Powermetrics | None:
-        """The newest sample; None while it may be about to give its first. Raises Failure when it has ended or gives
+        """The newest sample; None while the first may still come. Raises Failure when powermetrics exited or prints
         none."""
         try:
             said = self._child.read()
@@ -153,7 +153,7 @@ class PowermetricsStream:
             self._has_spoken, self._last = True, (self._clock(), sample)
         if not self._has_spoken and self._clock() - self._child.started_s > FIRST_S:
             self._child.close()
-            raise Failure("powermetrics: nothing said yet")
+            raise Failure(f"powermetrics: no sample within {FIRST_S:g} s of its start")
         return self._fresh()
 
     def _fresh(self) -> Powermetrics | None:
@@ -162,14 +162,14 @@ class PowermetricsStream:
         return self._last[1]
 
     def close(self) -> None:
-        """End the child."""
+        """Kill the child."""
         self._child.close()
 
 
 def _block(elapsed_ms: str, text: str) -> Powermetrics:
     watts: dict[str, float | None] = {}
     for name, value in _WATTS.findall(text):
-        # the GPU's is printed twice; the first belongs to the same table as the others
+        # GPU power is printed twice; the first is in the same table as the others
         watts.setdefault(name, _milliwatts(float(value)))
     pressure = _PRESSURE.search(text)
     return Powermetrics(
@@ -183,8 +183,8 @@ def _block(elapsed_ms: str, text: str) -> Powermetrics:
 
 
 def _sum(combined: float | None, *parts: float | None) -> float | None:
-    """All three parts; before macOS 13 nobody adds them up. A processor that draws nothing at all is not measured (as
-    in macOS 27), and then the sum is none."""
+    """Sum of all three parts; macOS before 13 does not print it. A CPU power of exactly 0 means that it is not measured
+    (as in macOS 27), and then the sum is None."""
     if parts[0] == 0:
         return None
     if combined is not None:

@@ -1,8 +1,8 @@
 """Temperatures, fans and system power of Apple Silicon from the System Management Controller, without root.
 
-Apple documents no key and publishes no "package temperature"; what is here follows what real machines answer. Keys are
-found by their names' beginnings at the start, since every chip has others. Many are no temperatures but offsets, and a
-processor cluster that sleeps answers exactly 40.0 for all of its sensors: see ``is_valid``.
+Apple documents no key and publishes no "package temperature"; this follows the answers of real machines. Keys are
+discovered by prefix at the start, since they differ between chips. Many are offsets, not temperatures, and a CPU
+cluster that sleeps returns exactly 40.0 for all of its sensors: see ``is_valid``.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
 SERVICE = "AppleSMC"
 ENDPOINT = "AppleSMCKeysEndpoint"
 ASLEEP_C = 40.0
-"""What a sensor of a sleeping cluster answers: a placeholder."""
+"""Placeholder value of a sleeping cluster's sensors."""
 MOST_RPM = 20_000
 MOST_W = 1_000.0
 _WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
 
 
-# ---- what the numbers mean ----
+# ---- decoding ----
 
 
 def decode(kind: str, raw: bytes) -> float | None:
-    """A key's value by its type; None for a type or a size that this does not know.
+    """A key's value by its type; None for an unknown type or size.
 
     ``flt`` is a little-endian float, ``ioft`` 48.16 bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the
     unsigned integers are big-endian.
@@ -50,12 +50,12 @@ def decode(kind: str, raw: bytes) -> float | None:
 
 
 def is_valid(celsius: float) -> bool:
-    """Whether this can be the temperature of silicon that is awake: offsets lie near 0, placeholders at 40.0."""
+    """Whether this can be the temperature of an active part: offsets are near 0, placeholders exactly 40.0."""
     return 15.0 < celsius < 120.0 and celsius != ASLEEP_C
 
 
 class Temperatures(msgspec.Struct, frozen=True, kw_only=True):
-    """Degrees Celsius, each the hottest of its kind; None where no sensor is valid. ``sensors`` were used."""
+    """Degrees Celsius, each the hottest of its kind; None where no sensor is valid. ``sensors`` counts those used."""
 
     pcore_c: float | None
     package_c: float | None
@@ -65,8 +65,8 @@ class Temperatures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def temperatures(values: Mapping[str, float]) -> Temperatures:
-    """By key. ``package_c`` is TCMz where that is valid, else the hottest of processor and GPU: a definition of ours,
-    not a sensor of Apple's."""
+    """Temperatures from values by key. ``package_c`` is TCMz where that is valid, else the hottest of CPU and GPU: a
+    definition of this module, not an Apple sensor."""
     valid = {key: value for key, value in values.items() if is_valid(value)}
     cores = [value for key, value in values.items() if key.startswith("Tp")]
     hottest = {prefix: _most(v for key, v in valid.items() if key.startswith(prefix)) for prefix in ("Tp", "Te", "Tg")}
@@ -81,19 +81,19 @@ def temperatures(values: Mapping[str, float]) -> Temperatures:
 
 
 def fans_rpm(values: Mapping[str, float]) -> tuple[int, ...]:
-    """Revolutions a minute of each fan, in order; 0 is a fan that stands still, no fan is ()."""
+    """Revolutions per minute of each fan, in order; 0 is a fan that is stopped, () means no fan."""
     found = [value for key, value in sorted(values.items()) if re.fullmatch(r"F[0-9]Ac", key)]
     return tuple(round(value) for value in found if 0 <= value <= MOST_RPM)
 
 
 def system_power_w(values: Mapping[str, float]) -> float | None:
-    """PSTR, the whole system's watts; None for what no such machine draws."""
+    """PSTR, the whole system's power in watts; None for implausible values."""
     watts = values.get("PSTR")
     return watts if watts is not None and 0.0 < watts < MOST_W else None
 
 
 def wanted(keys: Iterable[str]) -> list[str]:
-    """Those of a machine's keys that are read."""
+    """The subset of a machine's keys that is read."""
     return [key for key in keys if _WANTED.fullmatch(key)]
 
 
@@ -101,7 +101,7 @@ def _most(values: Iterable[float]) -> float | None:
     return max(values, default=None)
 
 
-# ---- how they are read ----
+# ---- reading ----
 
 
 class _Version(ctypes.Structure):
@@ -129,7 +129,7 @@ class _Info(ctypes.Structure):
 
 
 class KeyData(ctypes.Structure):
-    """What travels to the controller and back: 80 bytes."""
+    """Request and response of the controller: 80 bytes."""
 
     _fields_ = [
         ("key", c_uint32),
@@ -153,7 +153,7 @@ MOST_KEYS = 10_000
 
 
 class Smc:
-    """An open connection to the controller. Raises Failure when there is none. To be closed."""
+    """An open connection to the controller. Raises Failure when it cannot be opened. Must be closed."""
 
     def __init__(self, iokit: str = IOKIT, libsystem: str = LIBSYSTEM) -> None:
         try:
@@ -162,7 +162,7 @@ class Smc:
             task = c_uint32.in_dll(system, "mach_task_self_").value
             self._declare()
         except (OSError, AttributeError, ValueError) as error:
-            raise Failure(f"SMC: IOKit cannot be used ({type(error).__name__})") from None
+            raise Failure(f"SMC: IOKit is not available ({type(error).__name__})") from None
         self._connection = self._opened(task)
         self._kinds: dict[str, tuple[int, int]] = {}
         try:
@@ -172,13 +172,13 @@ class Smc:
             raise
 
     def values(self) -> dict[str, float]:
-        """Every wanted key that can be read now. Raises Failure when none can."""
-        found, why = {}, "SMC: none of its keys can be read"
+        """Values of all wanted keys that are readable now. Raises Failure when none is."""
+        found, why = {}, "SMC: no key is readable"
         for key in self.keys:
             try:
                 value = self._value(key)
             except Failure as error:
-                why = str(error)  # some keys are there and cannot be read
+                why = str(error)  # some keys exist but are not readable
                 continue
             if value is not None:
                 found[key] = value
@@ -187,7 +187,7 @@ class Smc:
         return found
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         if self._connection:
             self._lib.IOServiceClose(self._connection)
             self._connection = 0
@@ -210,7 +210,7 @@ class Smc:
         iterator = c_uint32(0)
         matching = self._lib.IOServiceMatching(SERVICE.encode())
         if self._lib.IOServiceGetMatchingServices(0, matching, byref(iterator)) != 0 or not iterator.value:
-            raise Failure(f"SMC: there is no service {SERVICE}")
+            raise Failure(f"SMC: service {SERVICE} not found")
         try:
             while service := self._lib.IOIteratorNext(iterator):
                 try:
@@ -220,7 +220,7 @@ class Smc:
                     self._lib.IOObjectRelease(service)
         finally:
             self._lib.IOObjectRelease(iterator)
-        raise Failure(f"SMC: there is no {ENDPOINT}")
+        raise Failure(f"SMC: {ENDPOINT} not found")
 
     def _name(self, service: int) -> str:
         buffer = ctypes.create_string_buffer(128)
@@ -232,7 +232,7 @@ class Smc:
         connection = c_uint32(0)
         status = self._lib.IOServiceOpen(service, task, 0, byref(connection))
         if status != 0:
-            raise Failure(f"SMC: cannot be opened (0x{status & 0xFFFFFFFF:08x})")
+            raise Failure(f"SMC: open failed (0x{status & 0xFFFFFFFF:08x})")
         return connection.value
 
     def _call(self, data: KeyData) -> KeyData | None:
@@ -242,13 +242,13 @@ class Smc:
             self._connection, SELECTOR, byref(data), ctypes.sizeof(data), byref(answer), byref(size)
         )
         if status != 0:
-            raise Failure(f"SMC: does not answer (0x{status & 0xFFFFFFFF:08x})")
+            raise Failure(f"SMC: call failed (0x{status & 0xFFFFFFFF:08x})")
         if size.value != ctypes.sizeof(KeyData):
             raise Failure(f"SMC: answered {size.value} bytes instead of {ctypes.sizeof(KeyData)}")
         if answer.result == NOT_FOUND:
             return None
         if answer.result != 0:
-            raise Failure(f"SMC: refuses (result {answer.result})")
+            raise Failure(f"SMC: request refused (result {answer.result})")
         return answer
 
     def _value(self, key: str) -> float | None:
@@ -264,7 +264,7 @@ class Smc:
         return decode(_name_of(kind), bytes(answer.bytes)[:size])
 
     def _kind(self, key: str) -> tuple[int, int]:
-        """Size and type of a key's value, which never change. Raises KeyError where there is no such key."""
+        """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""
         if key not in self._kinds:
             answer = self._call(KeyData(key=_number(key), command=KEY_INFO))
             if answer is None:
@@ -275,7 +275,7 @@ class Smc:
     def _all_keys(self) -> list[str]:
         count = self._value("#KEY")
         if count is None or not 0 < count <= MOST_KEYS:
-            raise Failure("SMC: does not say how many keys it has")
+            raise Failure("SMC: the number of keys (#KEY) is not readable")
         found = []
         for index in range(int(count)):
             with contextlib.suppress(Failure):

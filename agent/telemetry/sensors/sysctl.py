@@ -1,4 +1,4 @@
-"""macOS' sysctl: by the system's library, or by what the command prints. Unprivileged."""
+"""macOS sysctl: through the system library, or the command's output. Unprivileged."""
 
 import ctypes
 import re
@@ -21,12 +21,12 @@ _PRESSURE = {1: "normal", 2: "warn", 4: "critical"}
 
 
 def parse_sysctl(raw: bytes) -> dict[str, str]:
-    """Values by name. A line that is cut does not count: half a number is a number, too."""
+    """Values by name. A truncated line is ignored: half a number still parses as a number."""
     return {name: value.strip() for name, value in _LINE.findall(text_of(raw))}
 
 
 def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
-    """Total and used bytes of swap from `vm.swapusage`; None for anything else, and for sums that do not add up."""
+    """Total and used bytes of swap from `vm.swapusage`; None for anything else and for inconsistent values."""
     match = _SWAP.search(text_of(raw))
     if match is None:
         return None
@@ -36,15 +36,15 @@ def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
 
 
 def parse_pmset_therm(raw: bytes) -> int | None:
-    """The last CPU_Speed_Limit in percent of `pmset -g therm` or `-g thermlog`, which Intel Macs print. None for Apple
-    Silicon, where it prints notes only, throttled or not: nothing can be read off that."""
+    """The last CPU_Speed_Limit in percent of `pmset -g therm` or `-g thermlog`, which Intel Macs print. None on Apple
+    Silicon, where it prints only notes, throttled or not, from which nothing can be concluded."""
     found = _SPEED_LIMIT.findall(text_of(raw))
     return int(found[-1]) if found and 0 < int(found[-1]) <= 100 else None
 
 
 def parse_system_profiler(raw: bytes) -> dict[str, str]:
-    """Chip, model and memory of `system_profiler SPHardwareDataType`, as text or JSON, also as JSON that is not quite;
-    by the names of ``parse_sysctl``. Serial numbers are left where they are."""
+    """Chip, model and memory of `system_profiler SPHardwareDataType`, as text or JSON (even invalid JSON), by the names
+    of ``parse_sysctl``. Serial numbers are not read."""
     text, found = text_of(raw), {}
     for name, pattern in _PROFILE.items():
         match = pattern.search(text)
@@ -56,7 +56,7 @@ def parse_system_profiler(raw: bytes) -> dict[str, str]:
 
 
 def pressure_name(level: int | None) -> str:
-    """`kern.memorystatus_vm_pressure_level` in words; any value but 1, 2 and 4 is unknown."""
+    """Name of a `kern.memorystatus_vm_pressure_level`; any value but 1, 2 and 4 is unknown."""
     return _PRESSURE.get(level if level is not None else -1, "unknown")
 
 
@@ -67,7 +67,7 @@ def parse_integer(text: str) -> int | None:
 
 
 class Sysctl:
-    """sysctlbyname(3). Raises Failure where there is none."""
+    """sysctlbyname(3). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
         try:
@@ -85,22 +85,22 @@ class Sysctl:
         return buffer.raw[: min(size.value, _MOST_BYTES)]
 
     def integer(self, name: str) -> int:
-        """A number of four or eight bytes. Raises Failure."""
+        """An integer of four or eight bytes. Raises Failure."""
         raw = self.raw(name)
         if len(raw) not in (4, 8):
-            raise Failure(f"sysctl {name}: {len(raw)} bytes are no number")
+            raise Failure(f"sysctl {name}: {len(raw)} bytes, expected 4 or 8")
         return int.from_bytes(raw, "little", signed=True)
 
     def text(self, name: str) -> str:
-        """A text. Raises Failure."""
+        """A string value. Raises Failure."""
         return self.raw(name).split(b"\0")[0].decode("utf-8", "replace")
 
     def swap(self) -> tuple[int, int]:
         """Total and used bytes of swap (struct xsw_usage). Raises Failure."""
         raw = self.raw("vm.swapusage")
         if len(raw) < 24:
-            raise Failure(f"sysctl vm.swapusage: {len(raw)} bytes instead of 24 or more")
+            raise Failure(f"sysctl vm.swapusage: {len(raw)} bytes, expected at least 24")
         total, free, used = struct.unpack_from("<QQQ", raw)
         if used > total or free > total:
-            raise Failure("sysctl vm.swapusage: its numbers do not add up")
+            raise Failure("sysctl vm.swapusage: inconsistent values")
         return total, used

@@ -1,8 +1,8 @@
-"""Heat: the system's thermal pressure level and how long it lasted, temperatures and fans.
+"""Heat: the system's thermal pressure level and its duration, temperatures and fans.
 
-The level comes from notify(3), whose descriptor tells of every change, so that none between two looks is lost; else
-from notifyutil, else from powermetrics where that runs. 0 also stands for a key that was never published: a first Mac
-has to prove once that the level moves. Linux has temperatures and no such level.
+The level comes from notify(3), whose descriptor signals every change, so that none between two polls is lost; else
+from notifyutil, else from powermetrics where that runs. 0 also stands for a key that was never published: verify once
+on a real Mac that the level moves. Linux has temperatures but no such level.
 """
 
 import re
@@ -26,21 +26,21 @@ _TEMPERATURES = {"package_temp": "package_c", "pcore_temp": "pcore_c", "gpu_temp
 
 
 def parse_notifyutil(raw: bytes) -> int | None:
-    """The level 0..4 that `notifyutil -g` prints after the key; None for its failures, which also exit 0."""
+    """The level 0..4 that `notifyutil -g` prints after the key; None for its failures, which exit 0, too."""
     match = re.fullmatch(rf"{re.escape(NOTIFY_KEY)}[ \t]+(\d)\n", text_of(raw))
     return level_of_state(int(match[1])) if match else None
 
 
 def level_of_state(state: int) -> int | None:
-    """A published number as a level; None for what macOS does not publish."""
+    """A published number as a level; None for values that macOS does not publish."""
     return state if 0 <= state < len(LEVELS) else None
 
 
 class ThermalCollector:
-    """Level, temperatures and fans. ``take`` gives events; ``on_event`` is called from any thread when there are some.
+    """Level, temperatures and fans. ``take`` returns events; ``on_event`` is called from any thread when there are any.
 
-    ``powermetrics`` gives the last level that it said, None where it does not run; ``also_failed`` says why, where it
-    should.
+    ``powermetrics`` returns its last level, None where it does not run; ``also_failed`` gives the reason where it
+    should run.
     """
 
     name = "thermal"
@@ -68,7 +68,7 @@ class ThermalCollector:
         self._gauges = {name: Gauge() for name in _TEMPERATURES}
         self._source = ""
         self._events: list[Throttled] = []
-        # the loop's thread sees changes at once while another polls
+        # the event loop handles changes at once while another thread polls
         self._lock = threading.Lock()
         self._guards = {name: Guarded(name, clock) for name in ("notify", "notifyutil")}
         self._readers: dict[str, Callable[[], int | None]] = {"notify": self._by_notify, "notifyutil": self._by_command}
@@ -76,18 +76,18 @@ class ThermalCollector:
 
     @property
     def level(self) -> int | None:
-        """The level as it was last seen."""
+        """The last known level."""
         return self._throttle.level
 
     def descriptor(self) -> int | None:
-        """Becomes readable when the level changes; None where there is no such thing. Call ``posted`` then."""
+        """Descriptor that is readable after the level changed (call ``posted`` then); None where unsupported."""
         if not self._is_mac:
             return None
         self._guards["notify"].call(self._by_notify)
         return self._notify.descriptor if self._notify is not None else None
 
     def posted(self) -> None:
-        """The level was published: look at it now. Runs on the loop, and starts no command."""
+        """Read the level that was just published. Runs on the event loop and starts no command."""
         if self._notify is not None:
             self._notify.drain()
             self._look_now()
@@ -143,7 +143,7 @@ class ThermalCollector:
         return [*found, *also, *self._chip.sources()]
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         if self._notify is not None:
             self._notify.close()
         self._chip.close()
@@ -165,8 +165,8 @@ class ThermalCollector:
         )
 
     def _look_now(self) -> bool:
-        """By notify(3), which is quick; False when it cannot be read. Read and noted in one piece: an older level must
-        not come after a newer one."""
+        """Read by notify(3), which is fast; False when it fails. Read and recorded under one lock: an older level must
+        not follow a newer one."""
         with self._lock:
             level = self._guards["notify"].call(self._by_notify)
             found = self._note("notify", level) if level is not None else []
@@ -174,7 +174,7 @@ class ThermalCollector:
         return level is not None
 
     def _look_elsewhere(self) -> None:
-        """By a command, which may take its time, and by what powermetrics said last."""
+        """Read by a command, which may be slow, else from powermetrics' last sample."""
         source, level = "notifyutil", self._guards["notifyutil"].call(self._by_command)
         if level is None:
             level = self._powermetrics()
@@ -188,7 +188,7 @@ class ThermalCollector:
             self.on_event()
 
     def _note(self, source: str, level: int | None) -> list[Throttled]:
-        """With the lock held."""
+        """Call with the lock held."""
         self._source = source
         found = self._throttle.see(self._clock(), level)
         self._events += found
@@ -200,12 +200,12 @@ class ThermalCollector:
         return _known(level_of_state(self._notify.state()), "notify(3)")
 
     def _by_pmset(self) -> Source:
-        """Only ever told, never used: it knows of Intel Macs alone."""
+        """Shown by `doctor` but never used: it works on Intel Macs only."""
         try:
             percent = parse_pmset_therm(self._run("/usr/bin/pmset", "-g", "therm"))
         except Failure as error:
             return Source("pmset", str(error))
-        why = "says nothing on Apple Silicon, throttled or not; not used"
+        why = "reports nothing on Apple Silicon, throttled or not; not used"
         return (
             Source("pmset", why) if percent is None else Source("pmset", "", f"CPU speed limit {percent} %; not used")
         )

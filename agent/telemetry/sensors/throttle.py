@@ -1,8 +1,8 @@
-"""How long and how often heat slowed this machine down. Pure: the time is an argument, on a clock that only advances.
+"""Duration and frequency of thermal throttling. Pure: the time is an argument, on a monotonic clock.
 
-Levels are macOS' thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping; None where nothing is known.
+Levels are macOS thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping; None when unknown.
 Throttled means level 2 and above, pressured level 1 and above. Everything is weighted by time, from one change of the
-level to the next, never by how often somebody looked.
+level to the next, never by the number of readings.
 """
 
 from collections import deque
@@ -16,17 +16,17 @@ THROTTLED_FROM = 2
 PRESSURED_FROM = 1
 LOOK_BACK_S = 300.0
 COVERAGE = 0.8
-"""A share of the last five minutes is only told when so much of them is known."""
+"""A share of the last five minutes is only reported when at least this much of them is known."""
 DEBOUNCE_S = 10.0
-"""Who comes back within so long had not left."""
+"""Leaving the level for no longer than this does not end an event."""
 
 Level = int | None
 
 
 class Throttled(msgspec.Struct, frozen=True, kw_only=True):
-    """An event of heat, when it begins and when it is over: times on the caller's clock, ``peak`` the highest level.
+    """A throttle event, with start and end on the caller's clock and ``peak``, the highest level.
 
-    ``open_at_start`` was there when we began to look, or could look again: it is no crossing and counts as none.
+    ``open_at_start``: already hot when monitoring began or resumed, which does not count as a crossing.
     """
 
     start_s: float
@@ -36,7 +36,7 @@ class Throttled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def as_record(event: Throttled, now_s: float, now_ms: int) -> ThrottleEvent | ThrottleEnded:
-    """The event as a batch tells it; ``now_s`` on the event's clock is ``now_ms`` on the wall's."""
+    """The event as a batch record; ``now_s`` on the event's clock is ``now_ms`` on the wall clock."""
     start_ms = now_ms - round((now_s - event.start_s) * 1000)
     if event.end_s is None:
         return ThrottleEvent(t_ms=start_ms, level=LEVELS[event.peak], open_at_start=event.open_at_start)
@@ -50,7 +50,7 @@ def as_record(event: Throttled, now_s: float, now_ms: int) -> ThrottleEvent | Th
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds at each level since the last window, of which seconds are known; the highest level seen."""
+    """Seconds at each level since the last window, as far as known; the highest level."""
 
     level_s: tuple[float, float, float, float, float]
     worst: Level
@@ -66,7 +66,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Throttle:
-    """What is to be called with each level as it is seen, and at least once in ten seconds or so in between."""
+    """Call ``see`` with each level as it is read, and at least about every ten seconds."""
 
     def __init__(self, now_s: float) -> None:
         self._now_s = now_s
@@ -76,16 +76,16 @@ class Throttle:
         self._worst: Level = None
         self._open: Throttled | None = None
         self._left_s: float | None = None
-        # blind since ever: what is hot at the first look had begun before
+        # never read before: heat at the first reading began earlier
         self._blind_s: float | None = float("-inf")
 
     @property
     def level(self) -> Level:
-        """The level as it was last seen."""
+        """The last known level."""
         return self._level
 
     def see(self, now_s: float, level: Level) -> list[Throttled]:
-        """The level is this now. Returns events that began (no end yet) or ended."""
+        """Record the current level. Returns events that began (no end yet) or ended."""
         self._advance(now_s)
         found = self._ended()
         if level is None:
@@ -98,7 +98,7 @@ class Throttle:
         return found
 
     def window(self, now_s: float) -> Window:
-        """The seconds since the last call."""
+        """Close the window: seconds since the last call."""
         self._advance(now_s)
         closed = Window(level_s=tuple(self._level_s), worst=self._worst)  # type: ignore[arg-type]
         self._level_s = [0.0] * len(LEVELS)
@@ -106,8 +106,8 @@ class Throttle:
         return closed
 
     def share_5m(self, now_s: float, level: int = THROTTLED_FROM) -> tuple[float | None, float]:
-        """The share of the last five minutes' known time at this level and above, and how much of them is known; no
-        share where that is too little."""
+        """The share of the last five minutes' known time at this level and above, and the coverage; the share is None
+        when coverage is too low."""
         self._advance(now_s)
         begin_s = now_s - LOOK_BACK_S
         known_s = there_s = 0.0
@@ -118,7 +118,7 @@ class Throttle:
             known_s += length_s
             there_s += length_s if at >= level else 0.0
         coverage = known_s / LOOK_BACK_S
-        # a billionth of slack, so that sums of parts do not fall short of the whole
+        # a tolerance of 1e-9, so that rounding in the sums does not fall below the threshold
         return (there_s / known_s if coverage >= COVERAGE - 1e-9 else None), coverage
 
     def _advance(self, now_s: float) -> None:
@@ -136,7 +136,7 @@ class Throttle:
             self._past.popleft()
 
     def _lost_sight(self) -> None:
-        """Nobody knows: an event lasts as long as it was seen."""
+        """The level is unknown: an event lasts as long as it was seen."""
         if self._blind_s is None:
             self._blind_s = self._now_s
         if self._open is not None and self._left_s is None:
@@ -157,7 +157,7 @@ class Throttle:
         return []
 
     def _ended(self) -> list[Throttled]:
-        """An event is over when its level has been left for longer than the debounce."""
+        """End an event whose level has been left for longer than the debounce time."""
         if self._open is None or self._left_s is None or self._now_s - self._left_s <= DEBOUNCE_S:
             return []
         over = msgspec.structs.replace(self._open, end_s=self._left_s)

@@ -1,7 +1,7 @@
-"""macOS' virtual memory: host_statistics64, else what `vm_stat` prints. Unprivileged.
+"""macOS virtual memory: host_statistics64, else the output of `vm_stat`. Unprivileged.
 
-``used`` is what Activity Monitor calls memory used, by its parts: what programs hold that could not be given back
-(internal less purgeable pages), what is wired, and what the compressor occupies. Files that are cached do not count.
+``used`` is Activity Monitor's "memory used", by its parts: program memory that cannot be reclaimed (internal minus
+purgeable pages), wired memory, and what the compressor occupies. Cached files do not count.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _LABELS = {
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes now, and bytes that went to swap and came back since boot."""
+    """Current bytes, and bytes swapped out and in since boot."""
 
     wired_bytes: int
     compressor_bytes: int
@@ -44,8 +44,8 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_vm_stat(raw: bytes) -> Vm | None:
-    """What `vm_stat` prints; None when the header names no page size or a part is missing. Unknown labels are left
-    alone, a line that is cut does not count."""
+    """Parse `vm_stat`; None when the header names no page size or a part is missing. Unknown labels and truncated lines
+    are ignored."""
     text = text_of(raw)
     header = _HEADER.match(text)
     if header is None:
@@ -66,7 +66,7 @@ def _vm(pages: Mapping[str, int], size: int) -> Vm | None:
     if not {"internal", "purgeable", "wired", "compressor"} <= pages.keys():
         return None
     if max(pages[name] for name in ("internal", "wired", "compressor")) * size > 1 << 44:
-        return None  # 16 TiB are not in any Mac
+        return None  # no Mac has 16 TiB
     swapped = {name: pages[name] * size if name in pages else None for name in ("swapins", "swapouts")}
     return Vm(
         wired_bytes=pages["wired"] * size,
@@ -95,7 +95,7 @@ COUNT = ctypes.sizeof(Statistics) // 4
 
 
 class HostStatistics:
-    """host_statistics64(HOST_VM_INFO64). Raises Failure where there is none."""
+    """host_statistics64(HOST_VM_INFO64). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
         try:
@@ -109,18 +109,18 @@ class HostStatistics:
         self._lib, self._host = lib, lib.mach_host_self()
         size = ctypes.c_size_t(0)
         if lib.host_page_size(self._host, byref(size)) != 0 or size.value not in (4096, 16384):
-            raise Failure("host_page_size: gives no page size")
+            raise Failure("host_page_size: no valid page size")
         self._size = size.value
 
     def read(self) -> Vm:
-        """Now. Raises Failure."""
+        """Current memory. Raises Failure."""
         statistics, count = Statistics(), c_uint(COUNT)
         status = self._lib.host_statistics64(self._host, HOST_VM_INFO64, byref(statistics), byref(count))
         if status != 0:
             raise Failure(f"host_statistics64: kern_return {status}")
         if count.value < COUNT - 2:  # the last field is newer than the rest
-            raise Failure(f"host_statistics64: {count.value} words instead of {COUNT}")
+            raise Failure(f"host_statistics64: {count.value} words, expected {COUNT}")
         found = _vm({name: int(getattr(statistics, name)) for name in _LABELS}, self._size)
         if found is None:
-            raise Failure("host_statistics64: more memory than any Mac has")
+            raise Failure("host_statistics64: implausible values")
         return found

@@ -76,7 +76,7 @@ STATUS: dict[str, Any] = {
         {"meter": "shelf", "nodes": ["mini-1", "mini-2"], "watts": 71.5, "problem": ""},
         {"meter": "spare", "nodes": ["mini-3"], "watts": None, "problem": "no answer within 4 s"},
     ],
-    "sources_failed": {"smc": "there is no service AppleSMC"},
+    "sources_failed": {"smc": "SMC: service AppleSMC not found"},
     "desired": {"generation": 3, "state": "drifted", "reason": "", "drift": ["chat serves a instead of b"]},
 }
 
@@ -91,14 +91,14 @@ def test_everything_that_matters_is_on_the_page() -> None:
         "last exit: signal 9 (SIGKILL)",
         "shelf  mini-1, mini-2  71.5 W",
         "spare  mini-3          -       no answer within 4 s",
-        "smc              there is no service AppleSMC",
+        "smc                 SMC: service AppleSMC not found",
         "load code: 2 MB short",
         "failed   too slow",
         "warming  7 of 30 timed probes",
         "45bcb267 -> 6250d00b",
         "desired state: generation 3, drifted\n  chat serves a instead of b",
         "telemetry: idle, 5 batches sent, 0 waiting, 2 in memory; spool: write s: No space left on device",
-        "mini-3      chat   open   1.5 s  peer mini-3: broke off",
+        "mini-3           chat   open   1.5 s  peer mini-3: broke off",
     ):
         assert part in text, part
     assert max(len(line) for line in text.splitlines()) < 140
@@ -153,7 +153,7 @@ def test_what_is_not_there_takes_no_room() -> None:
 
 def test_short_memory_is_said() -> None:
     short = {"level": "hard", "held_bytes": 9, "refusing": True}
-    assert "memory is short (hard, new requests are refused)" in status_text({**STATUS, "memory": short})
+    assert "memory pressure: hard, new requests are refused" in status_text({**STATUS, "memory": short})
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ async def test_mlx_is_asked_and_answers() -> None:
     ("script", "reason"),
     [
         (f"print('{SAYS}')", ""),
-        ('print(\'{"device": "cpu"}\')', "no GPU that recommends"),
-        ("raise SystemExit(3)", "MLX did not say (exit 3)"),
-        ("print('[1')", "MLX did not say (exit 0)"),
+        ('print(\'{"device": "cpu"}\')', "no GPU reports"),
+        ("raise SystemExit(3)", "MLX returned no device information (exit status 3)"),
+        ("print('[1')", "MLX returned no device information (exit status 0)"),
     ],
 )
 async def test_whatever_it_says_the_agent_starts(script: str, reason: str) -> None:
@@ -32,7 +32,7 @@ async def test_whatever_it_says_the_agent_starts(script: str, reason: str) -> No
 
 
 async def test_a_system_that_starts_nothing_is_a_reason() -> None:
-    assert "starts no process" in (await ask(os.environ, ("/no such program",))).reason
+    assert "cannot start a process" in (await ask(os.environ, ("/no such program",))).reason
 
 
 @pytest.mark.parametrize(("configured", "recommended", "expected"), [(5, 7, 5), (0, 7, 7), (0, None, 9), (5, None, 5)])

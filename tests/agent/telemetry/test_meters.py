@@ -135,11 +135,11 @@ async def _never(request: web.Request) -> Any:
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (lambda _: web.Response(status=500), "answered 500"),
-        (lambda _: web.Response(status=302, headers={"Location": "http://127.0.0.1:1/"}), "answered 302"),
-        (lambda _: web.Response(body=b"<html>"), "says no power"),
-        (lambda _: web.Response(body=b'{"apower": 4'), "says no power"),
-        (lambda _: web.Response(body=b'{"apower": 4, "x": "' + b"x" * (2 << 20) + b'"}'), "says no power"),
+        (lambda _: web.Response(status=500), "answered HTTP 500"),
+        (lambda _: web.Response(status=302, headers={"Location": "http://127.0.0.1:1/"}), "answered HTTP 302"),
+        (lambda _: web.Response(body=b"<html>"), "without a power reading"),
+        (lambda _: web.Response(body=b'{"apower": 4'), "without a power reading"),
+        (lambda _: web.Response(body=b'{"apower": 4, "x": "' + b"x" * (2 << 20) + b'"}'), "without a power reading"),
         (_never, "no answer within"),
     ],
 )
@@ -155,7 +155,7 @@ async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
 
 async def test_a_plug_that_is_not_there() -> None:
     watts, problem = await read(shelly(f"http://127.0.0.1:{free_port()}"))
-    assert (watts, problem) == (None, "cannot be reached (ClientConnectorError)")
+    assert (watts, problem) == (None, "unreachable (ClientConnectorError)")
 
 
 async def test_passwords_are_given_in_each_device_s_way_and_refusals_are_said() -> None:
@@ -176,7 +176,7 @@ async def test_passwords_are_given_in_each_device_s_way_and_refusals_are_said() 
     async with plug(basic) as at:
         assert await read(shelly(at, "tasmota", secret="env:PLUG")) == (12.0, "")
         watts, problem = await read(shelly(at, "tasmota"))
-        assert (watts, "refuses the credentials" in problem) == (None, True)
+        assert (watts, "credentials rejected (HTTP 401)" in problem) == (None, True)
     async with plug(digest) as at:
         assert await read(shelly(at, secret="env:PLUG")) == (30.0, "")
         watts, problem = await read(shelly(at, secret="env:NOT_SET"))
@@ -220,7 +220,7 @@ async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> 
     async with pdu({f"{APC}.12.1.16.0": 312}) as at:
         watts, problem = await read(shelly(at, "apc_legacy"))
     assert watts is None
-    assert "is the community right" in problem
+    assert "check the community" in problem
 
 
 @given(st.sampled_from(sorted(SNMP_NUMBERS)), st.data())
@@ -300,7 +300,7 @@ async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None
             for n, name in ((1, "ONE"), (2, "TWO"))
         ]
         rack = RackMeters(meters, environ)
-        assert {state["problem"] for state in rack.status()} == {"has not answered yet"}
+        assert {state["problem"] for state in rack.status()} == {"no reading yet"}
         await rack.poll()
         assert [state["watts"] for state in rack.status()] == [143.0, 207.0]
         environ["ONE"] = "Gehäuse\u20ac"
@@ -308,7 +308,7 @@ async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None
         await rack.poll()
         first, second = rack.status()
         assert first["watts"] is None
-        assert "are its settings right?" in first["problem"]
+        assert "check the meter's settings" in first["problem"]
         assert (second["watts"], second["problem"]) == (207.0, "")
         environ["ONE"] = "rack"
         await rack.poll()
@@ -338,7 +338,7 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
                 await asyncio.sleep(0.01)
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
             assert longest < 0.15, "the loop went on"
-        assert "still being looked up" in rack.status()[0]["problem"]
+        assert "secret lookup still pending" in rack.status()[0]["problem"]
         assert rack.status()[1]["watts"] == 7.0, "which is no fault of the device"
         over.set()
         await asyncio.sleep(0.1)  # it ends while nobody waits

@@ -311,7 +311,7 @@ def test_every_start_is_a_new_epoch_and_knows_how_the_last_one_ended(tmp_path: P
 
 def test_a_second_agent_on_one_spool_is_refused(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    with pytest.raises(Halt, match="another agent runs on it"):
+    with pytest.raises(Halt, match="in use by another agent"):
         opened(tmp_path)
     first.close(clean=True)
 
