@@ -49,7 +49,7 @@ swap: $(STAMP) model ## two hundred swaps under thirty streams, twenty of a real
 
 chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut at any word, clients that leave
 	MLXRACK_CHAOS=3 MLXRACK_CHAOS_S=120 MLXRACK_CUT_STREAMS=500 MLXRACK_BAD_REQUESTS=1000 MLXRACK_LEAVERS=1000 MLXRACK_CONTINUATIONS=20 \
-	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_doors.py tests/rack/test_leavers.py \
+	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_gateways.py tests/rack/test_disconnects.py \
 	tests/rack/test_continuation.py tests/rack/test_routes.py
 
 crash: $(STAMP) ## an agent killed five hundred times while it samples and pushes to a store that fails

@@ -120,7 +120,7 @@ async def answer(loader: LoaderProcess, tokens: int, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SHAPES)
-async def test_what_was_planned_is_what_is_held(name: str, tmp_path: Path) -> None:
+async def test_planned_memory_equals_measured_memory(name: str, tmp_path: Path) -> None:
     folder = await asyncio.to_thread(folder_of, name, tmp_path)
     length, several = (256, 128) if name == "4 bits" else (1024, 512)
     for rows, row_tok in ((1, length), (3, several)):

@@ -76,7 +76,7 @@ def contents(store: ObjectStore) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(120 + 6 * KILLS)
-def test_kills_at_any_moment_change_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_kills_at_any_time_change_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
     everything = {node: list(batches(RACK, node, SINCE_MS + DAYS * 24 * HOUR_MS)) for node in RACK.nodes}
     plain, killed = seaweed.store("plain"), seaweed.store("killed")
     for store in (plain, killed):

@@ -144,7 +144,7 @@ def row(case: str, heard: list[Heard], usual: list[Heard], faults: list[str], mo
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("name", "phase"), CELLS)
-def test_a_fault_costs_time_and_nothing_else(shelf: Shelf, name: str, phase: str) -> None:
+def test_a_fault_costs_only_time(shelf: Shelf, name: str, phase: str) -> None:
     fault, usual = FAULTS[name], shelf.learn(phase)
     for _ in range(ROUNDS):
         load = Load([(0.0, one) for one in PHASES[phase]], lambda _: shelf.door.port).start()
@@ -167,7 +167,7 @@ def test_a_fault_costs_time_and_nothing_else(shelf: Shelf, name: str, phase: str
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", FAULTS if ROUNDS > 1 else ["sigkill", "sigstop"])
-def test_an_idle_node_that_fails_gets_no_more_work(shelf: Shelf, name: str) -> None:
+def test_a_failed_idle_node_gets_no_requests(shelf: Shelf, name: str) -> None:
     fault, usual = FAULTS[name], shelf.learn("mid_stream")
     for _ in range(ROUNDS):
         began = time.monotonic()

@@ -51,7 +51,7 @@ def kill_while_it_streams(agent: Agent, after_s: float, **asked: Any) -> Answer:
 
 
 @pytest.mark.parametrize("dice", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_killed_loader_costs_a_pause_and_no_word(tmp_path: Path, dice: dict[str, Any]) -> None:
+def test_a_killed_loader_costs_a_pause_and_no_token(tmp_path: Path, dice: dict[str, Any]) -> None:
     chance = random.Random(3)
     for first in range(0, KILLS, BEFORE_GIVEN_UP):
         folder = tmp_path / str(first)
@@ -66,7 +66,7 @@ def test_a_killed_loader_costs_a_pause_and_no_word(tmp_path: Path, dice: dict[st
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("dice", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_real_model_goes_on_too(tmp_path: Path, tiny_model: Path, dice: dict[str, Any]) -> None:
+def test_a_real_model_is_continued(tmp_path: Path, tiny_model: Path, dice: dict[str, Any]) -> None:
     asked = {**ASKED, "max_tokens": 400, "stop": ["zzzz"]}
     with rack(tmp_path, [{"name": "m", "path": str(tiny_model), "plan_context_tok": 128}]) as (agent,):
         until(lambda: agent.get("/ready").status == 200, "it is loaded")
@@ -77,7 +77,7 @@ def test_a_real_model_goes_on_too(tmp_path: Path, tiny_model: Path, dice: dict[s
             until(lambda: agent.status()["models"][0]["state"] == "ready", "it is back")
 
 
-def test_a_peer_with_the_same_version_goes_on(tmp_path: Path) -> None:
+def test_a_peer_with_the_same_version_continues(tmp_path: Path) -> None:
     """The door has no model of its own; one of the two workers is killed whole."""
     with rack(tmp_path, [], [model(fake_step_s=0.03)], [model(fake_step_s=0.03)]) as (door, first, second):
         whole = told(door.chat("tell me", **ASKED, temperature=0))

@@ -96,7 +96,7 @@ def spool_bytes(agent: Agent) -> int:
 
 
 @pytest.mark.timeout(300 + 6 * KILLS)
-def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_kills_at_any_time_lose_no_sealed_batch(tmp_path: Path, seaweed: SeaweedFS) -> None:
     bucket = "crashes"
     store = seaweed.store(bucket)
     store.create_bucket()
@@ -165,7 +165,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     assert worst_s <= SAMPLE_S + SLACK_S
 
 
-def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_two_agents_on_one_spool_exclude_each_other(tmp_path: Path, seaweed: SeaweedFS) -> None:
     seaweed.store("doubles").create_bucket()
     agent = configured(tmp_path, seaweed.endpoint, "doubles")
     agent.start()
@@ -181,7 +181,7 @@ def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: Seawee
         agent.kill()
 
 
-def test_a_spool_killed_while_it_is_bounded_stays_bounded(tmp_path: Path) -> None:
+def test_a_spool_killed_while_dropping_stays_bounded(tmp_path: Path) -> None:
     """Appends and drops, cut at any moment, in a child that is killed; whoever opens it next finds it in order."""
     bound = 20_000
     for number in range(max(3, KILLS // 10)):

@@ -69,7 +69,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)
-def test_workers_are_killed_one_after_another_and_no_request_fails(tmp_path: Path) -> None:
+def test_workers_killed_one_after_another_fail_no_request(tmp_path: Path) -> None:
     dice = random.Random(11)
     prompts = [f"say something about {n} " * 4 for n in range(10)]
     asks = [Ask(p, 20, temperature=t, seed=s) for p in prompts for t, s in ((0.0, None), (0.8, 7))]
@@ -113,7 +113,7 @@ def report(case: str, everything: list[Heard], expected: Expected, killer: Kille
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)
-def test_doors_are_killed_and_only_their_own_clients_notice(tmp_path: Path) -> None:
+def test_a_killed_gateway_affects_only_its_own_clients(tmp_path: Path) -> None:
     dice = random.Random(5)
     asks = [Ask(f"tell me {n}", 20) for n in range(20)]
     with rack(tmp_path, *([WORKER] for _ in range(min(4, NODES)))) as agents:
@@ -189,7 +189,7 @@ def _until_cut(stream: openai.Stream) -> Iterator[object]:  # type: ignore[type-
 
 
 @pytest.mark.timeout(CUT_STREAMS * 2 + 120)
-def test_streams_that_are_cut_at_any_word_are_what_they_would_have_been(tmp_path: Path) -> None:
+def test_streams_cut_at_any_token_complete_unchanged(tmp_path: Path) -> None:
     """Loaders and whole nodes are killed at random moments; every stream is compared with an undisturbed one."""
     dice = random.Random(23)
     asks = [Ask(f"tell me {n}", 60, temperature=0.0 if n % 2 else 0.8, seed=n) for n in range(24)]
@@ -225,7 +225,7 @@ def test_streams_that_are_cut_at_any_word_are_what_they_would_have_been(tmp_path
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", range(2))
-def test_while_one_node_is_left_its_door_answers(tmp_path: Path, seed: int) -> None:
+def test_the_last_node_still_answers(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     with rack(tmp_path, *([WORKER] for _ in range(4))) as agents:
         expected = Expected()
@@ -252,7 +252,7 @@ def test_while_one_node_is_left_its_door_answers(tmp_path: Path, seed: int) -> N
 
 
 @pytest.mark.timeout(120)
-def test_a_rack_that_is_cut_in_two_answers_on_both_sides(tmp_path: Path) -> None:
+def test_a_partitioned_rack_answers_on_both_sides(tmp_path: Path) -> None:
     with Links() as links, rack(tmp_path, *([WORKER] for _ in range(4)), links=links) as agents:
         expected = Expected()
         asks = [Ask(f"tell me {n}", 40) for n in range(16)]

@@ -99,7 +99,7 @@ def poisons(agent: Agent) -> list[tuple[str, int, Any]]:
     ]
 
 
-def test_poison_reaches_nobody_else(agent: Agent) -> None:
+def test_poisoned_requests_affect_no_other_request(agent: Agent) -> None:
     alone = {n: text_of(post(agent, stream(n))) for n in range(STREAMS)}
     assert all(alone.values())
     harm = poisons(agent)
@@ -170,7 +170,7 @@ def random_request(dice: random.Random) -> tuple[str, bytes]:
     return path, raw
 
 
-def test_random_requests_are_answered_or_told_why(agent: Agent) -> None:
+def test_random_requests_are_answered_or_rejected_with_a_reason(agent: Agent) -> None:
     dice = random.Random(FUZZ)
     work = [random_request(dice) for _ in range(FUZZ)]
     strange: list[str] = []

@@ -81,7 +81,7 @@ def marked() -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
     return markers, requests
 
 
-def test_no_marker_is_found_anywhere(tmp_path: Path, seaweed: SeaweedFS, tiny_model: Path) -> None:
+def test_no_marker_leaks(tmp_path: Path, seaweed: SeaweedFS, tiny_model: Path) -> None:
     real = {"name": "m", "path": str(tiny_model), "need_bytes": 10}
     bucket = seaweed.store("privacy")
     bucket.create_bucket()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.rack.harness import Agent, model, rack, until
 from tests.rack.load import Ask, Load, quantile
-from tests.rack.test_leavers import leave
+from tests.rack.test_disconnects import leave
 
 SOAK_S = float(os.environ.get("MLXRACK_SOAK_S", "8"))
 STALL_S = 0.2
@@ -34,7 +34,7 @@ def lines(agent: Agent, event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(SOAK_S + 120)
-def test_a_busy_machine_and_stalls_are_no_deaths(tmp_path: Path) -> None:
+def test_a_busy_machine_and_stalls_mark_no_node_down(tmp_path: Path) -> None:
     worker = model(fake_step_s=0.01)
     with rack(tmp_path, *([worker] for _ in range(4))) as agents:
         until_s = time.monotonic() + SOAK_S
@@ -75,7 +75,7 @@ def held(agent: Agent) -> tuple[int, int, int]:
 
 
 @pytest.mark.timeout(SOAK_S + 120)
-def test_clients_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
+def test_connecting_and_disconnecting_clients_leak_nothing(tmp_path: Path) -> None:
     worker = model(rows=8, fake_step_s=0.01, fake_prefill_tps=2000)
     with rack(tmp_path, [], [worker], [worker]) as agents:
         door = agents[0]

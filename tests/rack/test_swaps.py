@@ -115,7 +115,7 @@ def pair(**more: Any) -> list[dict[str, Any]]:
     return [model(fake_step_s=0.005, rows=32, **more), model("b", fake_step_s=0.005, rows=32, preload=False, **more)]
 
 
-def test_swaps_under_streams_lose_nothing_and_mix_nothing(tmp_path: Path) -> None:
+def test_swaps_under_streams_neither_lose_nor_mix_answers(tmp_path: Path) -> None:
     with rack(tmp_path, pair(), extra=LIMITS) as (agent,):
         with Streams(agent, 30) as streams:
             outcomes = [order(agent, "swap", model="m", new=new).json for new in ("b", "m") * (SWAPS // 2)]
@@ -180,7 +180,7 @@ def phase_is(agent: Agent, phase: str) -> bool:
 
 
 @pytest.mark.parametrize("phase", ["starting", "warming"])
-def test_a_standby_killed_on_the_way_leaves_the_old_model_serving(tmp_path: Path, phase: str) -> None:
+def test_a_standby_killed_during_a_swap_leaves_the_old_version_serving(tmp_path: Path, phase: str) -> None:
     models = [model(fake_step_s=0.005), model("b", fake_step_s=0.03, fake_load_s=1.0, preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,), Streams(agent, 8) as streams:
         version, old = shown(agent, "m")["version"], children(agent)
@@ -197,7 +197,7 @@ def test_a_standby_killed_on_the_way_leaves_the_old_model_serving(tmp_path: Path
     assert set(streams.versions) == {version}
 
 
-def test_an_old_loader_killed_while_it_drains_comes_back_for_its_streams(tmp_path: Path) -> None:
+def test_a_loader_killed_while_draining_has_its_streams_continued(tmp_path: Path) -> None:
     """Their answers are gone on with by the version that began them, token for token."""
     models = [model(fake_step_s=0.03), model("b", fake_step_s=0.005, preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,):
@@ -225,7 +225,7 @@ def test_an_old_loader_killed_while_it_drains_comes_back_for_its_streams(tmp_pat
         assert len(children(agent)) == 1
 
 
-def test_loaders_killed_at_any_moment_of_a_swap_fail_nobody(tmp_path: Path) -> None:
+def test_loaders_killed_at_any_time_of_a_swap_fail_no_request(tmp_path: Path) -> None:
     dice = random.Random(4)
     with rack(tmp_path, pair(fake_load_s=0.2), extra=LIMITS) as (agent,):
         names = ["m", "b"]
@@ -262,9 +262,7 @@ GARBAGE = '{"probes": [{"prompt": "Say hello.", "answer": "Hello! How can I help
         ({"probes": "garbage"}, "probe 1 of 1: the answer is not the recorded one"),
     ],
 )
-def test_a_standby_that_is_slow_or_answers_wrongly_does_not_take_over(
-    tmp_path: Path, standby: dict[str, Any], why: str
-) -> None:
+def test_a_slow_or_wrong_standby_does_not_take_over(tmp_path: Path, standby: dict[str, Any], why: str) -> None:
     if "probes" in standby:
         (tmp_path / "probes.json").write_text(GARBAGE)
         standby = {"probes": str(tmp_path / "probes.json")}
@@ -368,7 +366,7 @@ def test_loads_and_unloads_leak_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_real_model_gives_its_memory_back(tmp_path: Path) -> None:
+def test_unloading_a_real_model_frees_its_memory(tmp_path: Path) -> None:
     if not (default_folder() / MAIN).is_dir():
         pytest.skip("`make model` fetches the model")
     real = [{"name": "m", "path": str(default_folder() / MAIN), "preload": False}]
@@ -397,7 +395,7 @@ BAD: list[tuple[str, dict[str, str], int, str]] = [
 ]
 
 
-def test_orders_that_make_no_sense_change_nothing(tmp_path: Path) -> None:
+def test_invalid_orders_change_nothing(tmp_path: Path) -> None:
     models = [model(), model("b", preload=False), {"name": "gone", "path": "store:elsewhere", "preload": False}]
     with rack(tmp_path, models, extra=LIMITS) as (agent,):
         before = [(m["model"], m["version"], m["pid"]) for m in agent.status()["models"]]
@@ -410,7 +408,7 @@ def test_orders_that_make_no_sense_change_nothing(tmp_path: Path) -> None:
         assert before == [(m["model"], m["version"], m["pid"]) for m in agent.status()["models"]]
 
 
-def test_a_second_swap_of_a_model_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_swap_of_a_model_is_rejected_during_the_first(tmp_path: Path) -> None:
     models = [model(), model("b", fake_load_s=1.0, preload=False), model("c", preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,), swapping(agent) as found:
         until(lambda: phase_is(agent, "starting"), "the first swap starts")
@@ -419,7 +417,7 @@ def test_a_second_swap_of_a_model_is_refused_while_the_first_goes_on(tmp_path: P
     assert found[0].json["outcome"] == "flipped"
 
 
-def test_when_memory_is_short_new_requests_are_told_to_come_again_and_running_ones_end(tmp_path: Path) -> None:
+def test_under_memory_pressure_new_requests_get_retry_after_and_running_ones_finish(tmp_path: Path) -> None:
     """The loader says that it holds more than all models may: pieces get small, caches go, then the door closes."""
     extra = LIMITS + "budget_bytes = 1000\n"
     heavy = model(fake_step_s=0.05, fake_held_bytes=5_000)

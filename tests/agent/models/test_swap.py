@@ -70,7 +70,7 @@ CANNOT_RESTORE = Restored(swap_id="s", reason="and it did not start again")
         ),
     ],
 )
-def test_each_way_through(cold: bool, events: tuple[Event, ...], effects: list[Effect], outcome: str) -> None:
+def test_every_swap_path(cold: bool, events: tuple[Event, ...], effects: list[Effect], outcome: str) -> None:
     state, seen = play(cold, *events)
     assert (effects, outcome, "finished") == (seen, state.outcome, state.phase)
 
@@ -119,7 +119,7 @@ class World:
 
 
 @given(st.booleans(), st.lists(events, max_size=25))
-def test_no_order_of_events_leaves_the_model_unserved(cold: bool, order: list[Event]) -> None:
+def test_no_event_order_leaves_the_model_unserved(cold: bool, order: list[Event]) -> None:
     """Events may come twice, too late, too early, or belong to another swap."""
     world = World()
     state, effects = begin("s", cold=cold)
@@ -148,7 +148,7 @@ def test_no_order_of_events_leaves_the_model_unserved(cold: bool, order: list[Ev
 
 
 @given(st.booleans(), st.lists(st.sampled_from(MINE), max_size=12))
-def test_a_finished_swap_does_nothing_more(cold: bool, order: list[Event]) -> None:
+def test_a_finished_swap_ignores_events(cold: bool, order: list[Event]) -> None:
     state, _ = play(cold, *order)
     if state.phase == "finished":
         for event in MINE:
@@ -156,7 +156,7 @@ def test_a_finished_swap_does_nothing_more(cold: bool, order: list[Event]) -> No
 
 
 @given(st.booleans(), st.lists(st.sampled_from(MINE), max_size=6))
-def test_every_swap_can_come_to_an_end(cold: bool, order: list[Event]) -> None:
+def test_every_swap_can_finish(cold: bool, order: list[Event]) -> None:
     """Whatever has happened, answering each effect with what it may honestly report leads to the end."""
     state, _ = play(cold, *order)
     answers: dict[str, Event] = {

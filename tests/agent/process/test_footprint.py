@@ -25,7 +25,7 @@ class Libproc:
         return self._status
 
 
-def test_the_physical_footprint_is_read_from_its_place() -> None:
+def test_the_physical_footprint_is_read_at_its_offset() -> None:
     """rusage_info_v0 of <sys/resource.h>: 16 bytes of uuid, then eight-byte numbers, the footprint the eighth."""
     assert _RusageInfo.phys_footprint.offset == 16 + 7 * 8
     assert ctypes.sizeof(_RusageInfo) == 16 + 10 * 8
@@ -37,7 +37,7 @@ def test_the_physical_footprint_is_read_from_its_place() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="counts otherwise there")
-def test_a_process_that_lives_has_one_and_one_that_is_gone_has_none() -> None:
+def test_a_live_process_has_a_footprint_and_an_ended_one_none() -> None:
     own = footprint_bytes(os.getpid())
     assert own is not None
     assert own > 10 << 20

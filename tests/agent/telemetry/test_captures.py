@@ -175,13 +175,11 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
 
 
 @pytest.mark.parametrize(("name", "read", "expected"), KNOWN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(KNOWN)])
-def test_what_real_machines_said_is_read_as_they_meant_it(
-    name: str, read: Callable[[bytes], Any], expected: Any
-) -> None:
+def test_captures_of_real_machines_are_parsed_correctly(name: str, read: Callable[[bytes], Any], expected: Any) -> None:
     assert read((CAPTURES / name).read_bytes()) == expected
 
 
-def test_cores_of_a_sleeping_cluster_are_no_temperature() -> None:
+def test_a_sleeping_cluster_gives_no_temperature() -> None:
     values = smc_values((CAPTURES / "smc/ismc_report-m4-pro.txt").read_bytes())
     kept = [v for k, v in values.items() if k.startswith("Tp") and smc.is_valid(v)]
     assert len([k for k in values if k.startswith("Tp")]) == 102
@@ -191,7 +189,7 @@ def test_cores_of_a_sleeping_cluster_are_no_temperature() -> None:
     assert (found.pcore_c, found.pcore_asleep) == (None, True)
 
 
-def test_what_is_cut_gives_nothing_or_the_same() -> None:
+def test_truncated_output_gives_nothing_or_the_same() -> None:
     """Every beginning of a capture: a value that is not the whole's must not come out of it."""
     for name, parse, _ in KNOWN:
         raw = (CAPTURES / name).read_bytes()
@@ -207,7 +205,7 @@ def test_what_is_cut_gives_nothing_or_the_same() -> None:
             assert all(part in (of_whole, None) for part, of_whole in parts), f"{name} cut at {end}"
 
 
-def test_samples_of_a_stream_do_not_depend_on_where_it_is_cut() -> None:
+def test_stream_samples_are_independent_of_chunk_boundaries() -> None:
     raw = (CAPTURES / "powermetrics/matiasinsaurralde_gpu_power_multiple_samples.plist").read_bytes()
     whole = powermetrics.Documents().feed(raw)
     for size in (1, 7, 1000, 8191):
@@ -217,14 +215,14 @@ def test_samples_of_a_stream_do_not_depend_on_where_it_is_cut() -> None:
 
 
 @pytest.mark.parametrize("name", ["plugusg4_GetStatus_switch0.json", "evcc-gen2_switch_GetStatus.json"])
-async def test_a_plug_that_says_what_a_real_one_said(name: str) -> None:
+async def test_plug_captures_are_parsed(name: str) -> None:
     said = (CAPTURES / "shelly" / name).read_bytes()
     async with plug(lambda _: web.Response(body=said, content_type="application/json")) as at:
         watts, problem = await read(Meter(name="x", kind="shelly", at=at, nodes=("n",)))
     assert (watts, problem) == (round(http.parse_shelly(said) or 0.0, 1), "")
 
 
-async def test_tasmota_as_real_ones_are_with_a_meter_and_without() -> None:
+async def test_tasmota_captures_with_and_without_a_meter() -> None:
     for name, expected in (("tasmota-10232_status8.json", 1.0), ("tasmota-3340_status8_no-energy-sensor.json", None)):
         said = (CAPTURES / "tasmota" / name).read_bytes()
         async with plug(lambda _, said=said: web.Response(body=said, content_type="application/json")) as at:  # type: ignore[misc]
@@ -244,7 +242,7 @@ async def test_tasmota_as_real_ones_are_with_a_meter_and_without() -> None:
         ("librenms_raritan-pdu_px2.snmprec", "raritan_inlet", (1, 1), 138.0),
     ],
 )
-async def test_units_that_say_what_real_ones_said(
+async def test_pdu_captures_are_parsed(
     walk: str, kind: MeterKind, numbers: tuple[int, ...], expected: float | None
 ) -> None:
     async with pdu(snmp_values((CAPTURES / "snmp" / walk).read_bytes())) as at:

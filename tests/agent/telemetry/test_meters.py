@@ -112,7 +112,7 @@ PLUGS: list[tuple[MeterKind, int, Any, str, float | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "channel", "said", "path", "expected"), PLUGS)
-async def test_a_plug_is_asked_in_its_way(
+async def test_each_plug_kind_is_polled(
     kind: MeterKind, channel: int, said: Any, path: str, expected: float | None
 ) -> None:
     asked: list[str] = []
@@ -143,7 +143,7 @@ async def _never(request: web.Request) -> Any:
         (_never, "no answer within"),
     ],
 )
-async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
+async def test_a_plug_without_power_is_a_state_without_a_reading(
     monkeypatch: pytest.MonkeyPatch, answer: Any, why: str
 ) -> None:
     monkeypatch.setattr("agent.telemetry.meters.rack.TIMEOUT_S", 0.5)
@@ -153,12 +153,12 @@ async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
     assert why in problem
 
 
-async def test_a_plug_that_is_not_there() -> None:
+async def test_an_unreachable_plug_is_reported() -> None:
     watts, problem = await read(shelly(f"http://127.0.0.1:{free_port()}"))
     assert (watts, problem) == (None, "cannot be reached (ClientConnectorError)")
 
 
-async def test_passwords_are_given_in_each_device_s_way_and_refusals_are_said() -> None:
+async def test_authentication_per_device_and_reported_rejections() -> None:
     right = encode_basic_auth("admin", SECRETS["PLUG"])
 
     def basic(request: web.Request) -> Any:
@@ -204,7 +204,7 @@ UNITS: list[tuple[MeterKind, tuple[int, ...], dict[str, int], float | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "numbers", "objects", "expected"), UNITS)
-async def test_a_unit_is_asked_by_snmp(
+async def test_a_pdu_is_polled_by_snmp(
     kind: MeterKind, numbers: tuple[int, ...], objects: dict[str, int], expected: float | None
 ) -> None:
     assert snmp.watts(Outlet(kind=kind, numbers=numbers), objects) == (
@@ -216,7 +216,7 @@ async def test_a_unit_is_asked_by_snmp(
     assert bool(problem) == (expected is None)
 
 
-async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> None:
+async def test_a_wrong_snmp_community_is_reported() -> None:
     async with pdu({f"{APC}.12.1.16.0": 312}) as at:
         watts, problem = await read(shelly(at, "apc_legacy"))
     assert watts is None
@@ -224,7 +224,7 @@ async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> 
 
 
 @given(st.sampled_from(sorted(SNMP_NUMBERS)), st.data())
-def test_no_numbers_of_a_unit_make_an_impossible_power(kind: str, data: st.DataObject) -> None:
+def test_no_snmp_values_give_an_impossible_power(kind: str, data: st.DataObject) -> None:
     outlet = Outlet(kind=kind, numbers=tuple(range(1, SNMP_NUMBERS[kind] + 1)))
     integers = st.integers(-(1 << 31), 1 << 32)
     values = {oid: data.draw(integers) for oid in snmp.oids(outlet) if data.draw(st.booleans())}
@@ -232,7 +232,7 @@ def test_no_numbers_of_a_unit_make_an_impossible_power(kind: str, data: st.DataO
     assert found is None or 0 <= found < snmp.MOST_W
 
 
-async def test_a_window_has_mean_highest_energy_and_who_hangs_on_it() -> None:
+async def test_a_window_has_mean_and_peak_power_energy_and_nodes() -> None:
     clock, power = [0.0], [10.0]
     async with plug(lambda _: {"apower": power[0]}) as at:
         shared = Meter(name="both", kind="shelly", at=at, nodes=("n1", "n2"))
@@ -252,7 +252,7 @@ async def test_a_window_has_mean_highest_energy_and_who_hangs_on_it() -> None:
     assert rack.drain() == [], "what does not answer is not in the window"
 
 
-async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
+async def test_outlets_of_one_device_are_polled_sequentially() -> None:
     now, most = 0, 0
 
     async def answer(_: web.Request) -> Any:
@@ -271,7 +271,7 @@ async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
     assert most == 1
 
 
-async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unresponsive_device_is_polled_once_and_blocks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.telemetry.meters.rack.TIMEOUT_S", 0.3)
     asked = 0
 
@@ -292,7 +292,7 @@ async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monk
     assert all("no answer" in states[f"dead {n}"]["problem"] for n in range(6))
 
 
-async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None:
+async def test_an_unexpected_setting_affects_only_its_meter() -> None:
     async with pdu({f"{APC}.26.9.4.3.1.7.1": 143, f"{APC}.26.9.4.3.1.7.2": 207}) as at:
         environ = {"ONE": "rack", "TWO": "rack"}
         meters = [
@@ -316,7 +316,7 @@ async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None
         await rack.close()
 
 
-async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once(
+async def test_a_slow_keychain_is_queried_once_and_blocks_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, over = list[str](), threading.Event()
@@ -348,7 +348,7 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
         assert asked == ["op://a/b/c"], "once"
 
 
-async def test_a_secret_that_another_meter_gives_up_meanwhile_is_still_there_for_this_one() -> None:
+async def test_a_shared_secret_survives_another_meters_timeout() -> None:
     async with plug(lambda _: {"apower": 7.0}) as at:
         rack = RackMeters([Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="env:PLUG")], SECRETS)
         real = rack._lookups.ask
@@ -363,7 +363,7 @@ async def test_a_secret_that_another_meter_gives_up_meanwhile_is_still_there_for
         assert (rack.status()[0]["watts"], rack.problems) == (7.0, {})
 
 
-async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
+async def test_an_unresponsive_name_server_blocks_no_agent_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, over, real = list[str](), threading.Event(), socket.getaddrinfo
@@ -396,7 +396,7 @@ async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
         await rack.close()
 
 
-async def test_a_thread_that_cannot_be_started_costs_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_start_failure_costs_one_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -408,7 +408,7 @@ async def test_a_thread_that_cannot_be_started_costs_one_question(monkeypatch: p
     assert await lookups.ask("x", lambda: 2) == 2
 
 
-async def test_an_address_of_the_link_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_link_local_address_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     name, number = socket.if_indextoname(1), 1
     found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 80, 0, number))]
     monkeypatch.setattr("agent.telemetry.meters.lookups.socket.getaddrinfo", lambda *_, **__: found)
@@ -416,7 +416,7 @@ async def test_an_address_of_the_link_keeps_its_interface(monkeypatch: pytest.Mo
     assert (address["host"], address["port"]) == (f"fe80::1%{name}", 80)
 
 
-def test_every_kind_has_a_way_to_be_read() -> None:
+def test_every_meter_kind_has_a_reader() -> None:
     kinds = set(MeterKind.__args__)  # type: ignore[attr-defined]
     assert kinds == set(SNMP_NUMBERS) | set(http.PATHS)
     assert json.dumps(sorted(kinds))

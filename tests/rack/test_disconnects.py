@@ -64,7 +64,7 @@ def generated(agents: Sequence[Agent]) -> float:
 
 
 @pytest.mark.timeout(600)
-def test_who_leaves_stops_the_engine_through_two_hops(tmp_path: Path) -> None:
+def test_a_disconnect_cancels_generation_through_two_hops(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.02, fake_prefill_tps=800)
     with rack(tmp_path, [], [worker], [worker]) as (door, *workers):
         dice = random.Random(9)
