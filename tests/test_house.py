@@ -1,4 +1,4 @@
-"""The house keeps its own rules: contracts that bite, guides that name what exists, names that are ours."""
+"""Rules of the repository: import contracts, design guides that name existing code, package names."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ GUIDES = ("agent/DESIGN.md", "aggregator/DESIGN.md")
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     command: list[str | Path] = [BIN / "lint-imports", "--no-logo", "--no-cache", "--config", folder / "pyproject.toml"]
-    # -P is not enough: the editable install's path must give way to the copy
+    # -P is not enough: the copy must come before the editable install's path
     environ = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
 

@@ -1,4 +1,4 @@
-"""What runs when, also when somebody sets the clock."""
+"""Scheduled jobs, also across clock changes."""
 
 import asyncio
 import datetime as dt
@@ -90,5 +90,5 @@ def test_a_failing_job_runs_again() -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    # not as an async test: a log with a traceback reads sources, which blocks for a moment and may
+    # not an async test: logging a traceback reads source files, which blocks briefly and may do so
     asyncio.run(watched())

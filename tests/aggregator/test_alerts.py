@@ -1,4 +1,4 @@
-"""Alerts: once per change of state, whatever is read twice, late or never."""
+"""Alerts: once per state change, whatever is read twice, late or never."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""The aggregator over a real bucket: rolled up once, bad objects set aside, nothing wedged, clear errors."""
+"""The aggregator over a real bucket: batches rolled up once, bad objects quarantined, clear errors."""
 
 import json
 import os

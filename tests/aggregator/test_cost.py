@@ -1,4 +1,4 @@
-"""Money that adds up, changes taken apart without remainder, and prices of others that are dated and tiered."""
+"""Costs that add up, changes decomposed without remainder, and dated, tiered API prices."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 
 @st.composite
 def racks(draw: st.DrawFn) -> list[Batch]:
-    """Some minutes of two nodes with two loaders each, answering for three names and two keys."""
+    """Some minutes of two nodes with two loaders each, serving three names and two API keys."""
     made = []
     for minute in range(draw(st.integers(1, 6))):
         for node in ("n1", "n2"):

@@ -1,4 +1,4 @@
-"""Uptime with its causes, annotations, the scorecard, economics, and what a report says when something is wrong."""
+"""Uptime and its causes, annotations, the scorecard, economics, and reports on incomplete data."""
 
 import itertools
 import random
@@ -93,7 +93,7 @@ def test_a_node_without_a_model_is_idle_and_the_rack_is_up_while_one_node_is() -
 
 
 def test_events_after_the_judgement_time_count() -> None:
-    """A report of a period that is not over is judged up to the last full hour."""
+    """The report of a period that is not over covers it up to the last full hour."""
     report = uptime.uptime(window(batch([resident()]), restart(5)), T0)
     assert (report.nodes[0].up_s, report.nodes[0].down_s, report.nodes[0].unknown_s) == (120.0, 240.0, 0.0)
 
@@ -363,7 +363,7 @@ def test_prune_deletes_only_old_rolled_up_objects(tmp_path: Path) -> None:
 @settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.integers(0, 10**6), st.randoms())
 def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None:
-    """Whatever is duplicated, late, reordered between nodes or split over runs."""
+    """Also with duplicates, late data, reordering between nodes and split runs."""
     since = week("2026-W45", "UTC").since_ms
     rack = MadeRack(
         seed=seed,
@@ -408,7 +408,7 @@ def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None
     assert report.total == sum(r.cost for r in report.rows)
 
 
-# what a report says when something is wrong
+# reports on incomplete data
 
 
 def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, str]:

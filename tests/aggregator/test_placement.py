@@ -1,4 +1,4 @@
-"""Placements that fit, proposals that can be carried out, and reasons that are true."""
+"""Placements that fit, proposals that are executable, and correct reasons."""
 
 import random
 
@@ -19,7 +19,7 @@ from tests.builders import batch, engine, host, resident, served, window
 def case(
     seed: int, nodes: int, models: int, fill: float = 0.65, load: float = 0.5
 ) -> tuple[list[Copyable], list[Room], packing.Placement]:
-    """A rack by dice, its copies standing where they happen to fit."""
+    """A random rack, its copies placed where they happen to fit."""
     dice = random.Random(seed)
     rooms = [
         Room(name=f"n{i:03d}", budget_bytes=int(dice.choice((21.3, 36, 48)) * 1e9), speed=dice.choice((1.0, 2.0)))
@@ -168,7 +168,7 @@ def test_small_gains_move_nothing_by_hysteresis() -> None:
 
 
 def proposal() -> PlacementReport:
-    """A hot node with two models beside an empty one: the idle one is to move."""
+    """A hot node with two models beside an empty node: the idle model moves."""
     hot = [
         batch(
             [

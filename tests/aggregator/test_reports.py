@@ -1,4 +1,4 @@
-"""The aggregator's core: sums that add up, verdicts with reasons, and sentences for a month without data."""
+"""The aggregator's core: sums that add up, verdicts with reasons, and a month without data."""
 
 from decimal import Decimal
 

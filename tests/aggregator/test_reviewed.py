@@ -1,4 +1,4 @@
-"""Faults that a review found, each with the case that shows it."""
+"""Regressions found in review, each with its case."""
 
 import json
 from datetime import UTC, datetime
@@ -72,7 +72,7 @@ def test_hour_tables_outlive_minute_tables(tmp_path: Path) -> None:
 
 
 def test_a_slow_clock_is_not_missing_telemetry(tmp_path: Path) -> None:
-    """The batch says itself that its clock is 200 s behind the store's."""
+    """The batch reports that its clock is 200 s behind the store's."""
     late = msgspec.structs.replace(batch([host()], minute=0), clock_skew_ms=-200_000)
     now_ms = T0 + MINUTE + 200_000 + 5_000
     state = alerts.observe(alerts.AlertState(), facts_of(straightened(late)), now_ms, Alerts())
@@ -130,7 +130,7 @@ def test_a_copied_manifest_lists_only_copied_objects(tmp_path: Path) -> None:
     rollup.run(CONFIG, here)
 
     class Busy(DirectoryStore):
-        """A rack that goes on while it is copied: a rollup between the tables and the manifest."""
+        """A rack that keeps running while it is copied: a rollup between the tables and the manifest."""
 
         def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
             if prefix == "day/v1/" and not after:
@@ -161,7 +161,7 @@ def test_an_interrupted_prune_is_finished_by_the_next(tmp_path: Path) -> None:
 
 
 def test_apply_changes_only_moved_models() -> None:
-    """A version that was deployed since, a model that happened to be cold, a pin: all stay."""
+    """A version deployed since, a model that happened to be cold, a pin: all stay."""
     report = proposal()
     newer = Assignment(model="b", source="b", version="vb2", pinned=True, rows=3)
     cold = Assignment(model="cold", source="cold", version="vc")

@@ -1,4 +1,4 @@
-"""What lies in the tables is what was sent, whatever was late, came twice, out of order or split over runs."""
+"""Tables equal the pushed batches, also with late, duplicated or reordered ones and split runs."""
 
 import random
 import tempfile
@@ -41,7 +41,7 @@ SLOW: Any = {
     "suppress_health_check": [HealthCheck.too_slow],
     "phases": (Phase.explicit, Phase.generate),
 }
-"""Files are written for each example; looking for a smaller one would take minutes."""
+"""Files are written for each example; shrinking would take minutes."""
 NOVEMBER = month("2026-11", "UTC")
 
 models = st.sampled_from(("m", "k", "a model with ' and \" in it"))
@@ -156,7 +156,7 @@ def send(store: ObjectStore, made: list[Batch], dice: random.Random) -> None:
 
 
 def plain(found: Window) -> object:
-    """A window without what an order of equals may decide."""
+    """A window without fields that depend on the order of ties."""
     made = msgspec.to_builtins(found)
     for table in ("served", "latencies", "engines", "hosts", "residents", "outlets", "runs", "covers", "serving"):
         made[table] = sorted(made[table], key=str)
@@ -178,7 +178,7 @@ def test_a_month_of_tables_equals_the_pushed_batches(made: list[Batch], dice: ra
 @settings(max_examples=8, **SLOW)
 @given(histories(), st.sampled_from((0, 3_600_000, 5_400_000, 60_000 * 7)), st.integers(1, 50))
 def test_any_span_is_selected_exactly(made: list[Batch], offset_ms: int, hours: int) -> None:
-    """Days, hours and minutes are read as needed, and nothing twice or not at all."""
+    """Days, hours and minutes are read as needed, each exactly once."""
     span = Span("x", T0 + offset_ms, T0 + offset_ms + hours * 3_600_000, "Asia/Kolkata")
     with tempfile.TemporaryDirectory() as folder:
         store = DirectoryStore(Path(folder, "bucket"))

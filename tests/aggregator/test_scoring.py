@@ -1,4 +1,4 @@
-"""How often the judgements are right, on weeks and traces whose truth is known. `make score` runs the whole set."""
+"""Accuracy of the judgements on synthetic weeks and traces. `make score` runs the full set."""
 
 import os
 import tomllib

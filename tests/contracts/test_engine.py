@@ -1,4 +1,4 @@
-"""One suite for every Engine: the fake one, and MLX on a tiny real model; then what only MLX has to show."""
+"""One suite for every Engine: the fake one, and MLX on a tiny real model; then MLX only."""
 
 import json
 import random
@@ -131,7 +131,7 @@ GONE_ON: list[dict[str, Any]] = [
     {"stop": ("a", "e")},
     {"prompt": "once upon a time"},
     {"schema": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}', "max_tokens": 40},
-    # ends by the model's own end, which counts as a token
+    # ends with the model's EOS token, which is counted
     {
         "schema": '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], '
         '"additionalProperties": false}',
@@ -140,9 +140,9 @@ GONE_ON: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema", "its end"])
+@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema", "eos"])
 def test_an_answer_can_be_continued_after_any_token(engine: Engine, more: dict[str, Any]) -> None:
-    """What another loader made is taken up: the rest is what the first would have made, with the same counts."""
+    """Tokens of another loader are continued: text and counts equal those of an uninterrupted answer."""
     whole = run(engine, ask(1, **more))[1]
     ids = [token for a in whole if isinstance(a, Tokens) for token in a.ids]
     texts = [a.text for a in whole if isinstance(a, Tokens)]
@@ -154,7 +154,7 @@ def test_an_answer_can_be_continued_after_any_token(engine: Engine, more: dict[s
         assert (done_of(rest).finish, done_of(rest).completion_tok) == (done_of(whole).finish, len(ids))
 
 
-# MLX alone
+# MLX only
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_penalties_and_bias_affect_one_row_only(mlx: MLXEngine) -> None:
 
 
 def test_penalties_match_openai() -> None:
-    """logit - count x frequency - presence, over what was generated: the prompt (here 1 and 2) is not punished."""
+    """logit - count x frequency - presence, over generated tokens: the prompt (here 1 and 2) is exempt."""
     import mlx.core as mx
 
     from agent.loader.mlx.sampling import penalty
@@ -338,7 +338,7 @@ def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
 
 
 def test_random_schemas_in_batches_are_satisfied(mlx: MLXEngine) -> None:
-    """A model of random weights would never write JSON by itself."""
+    """A model with random weights never produces JSON without a grammar."""
     dice = random.Random(11)
     schemas = [random_schema(dice) for _ in range(24)]
     for begin in range(0, len(schemas), 8):

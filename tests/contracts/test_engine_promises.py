@@ -1,4 +1,4 @@
-"""What the MLX engine promises under load, shown on tiny real models: sharing, memory, cancels, odd kinds of models."""
+"""Guarantees of the MLX engine under load, on tiny real models: prefix sharing, memory, cancellation, odd models."""
 
 import json
 import random
@@ -77,7 +77,7 @@ def test_a_running_request_shares_its_prefix(roomy_model: Path) -> None:
 
 
 def test_cache_bytes_match_measured_memory(roomy_model: Path) -> None:
-    """Bytes of MLX with a full cache, less those without it, against the cache's own account."""
+    """MLX's memory with a full cache less that without it, against the cache's own accounting."""
     engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=256, cache_bytes=6 << 20)
     before = mx.get_active_memory()
     for begin in range(0, 96, 8):
@@ -176,7 +176,7 @@ def test_two_hundred_random_cancels_leave_nothing(mlx: MLXEngine) -> None:
 
 
 def test_fifty_random_schemas_in_batches_of_eight(tiny_model: Path) -> None:
-    """Random weights would never write JSON by themselves."""
+    """Random weights never produce JSON without a grammar."""
     engine = MLXEngine(str(tiny_model), rows=8, prefill_chunk_tok=64)
     dice = random.Random(23)
     schemas = [random_schema(dice) for _ in range(50)]
@@ -190,7 +190,7 @@ def test_fifty_random_schemas_in_batches_of_eight(tiny_model: Path) -> None:
 
 
 def test_a_stop_string_never_leaks_and_costs_at_most_one_token(mlx: MLXEngine) -> None:
-    """The tiny tokenizer has a token for each byte, so a stop is split at each of its characters in turn."""
+    """The tiny tokenizer has a token per byte, so a stop string is split at each of its characters in turn."""
     whole = text_of(run(mlx, ask(1, max_tokens=40))[1])
     for number, (begin, length) in enumerate([(b, n) for b in range(2, 30, 3) for n in (1, 2, 5, 9)], start=2):
         stop = whole[begin : begin + length]
@@ -224,7 +224,7 @@ def test_a_row_whose_logits_processor_raises_fails_alone(mlx: MLXEngine, monkeyp
 
 @pytest.mark.parametrize("config", [MAMBA, SLIDING], ids=["recurrent", "sliding"])
 def test_models_with_untrimmable_state(tmp_path: Path, config: dict[str, Any]) -> None:
-    """The same text alone, in company, after a cache hit and cold; what goes on from an earlier answer is a hit."""
+    """The same text alone, in a batch, after a cache hit and cold; a prompt extending an earlier answer is a hit."""
     write_tiny_model(tmp_path / "odd", seed=3, config=config)
     cold = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=32)
     requests = [ask(n, f"question {n} " * (n + 1), max_tokens=10) for n in range(4)]
@@ -336,7 +336,7 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(mlx: MLXEngine) -> None:
 
 
 def test_unequal_prompts_of_a_recurrent_model_are_not_mixed(tmp_path: Path) -> None:
-    """Some recurrent models take the padding of a shorter prompt for text."""
+    """Some recurrent models read the padding of a shorter prompt as text."""
     write_tiny_model(tmp_path / "odd", seed=8, config=MAMBA)
     engine = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=512)
     requests = [ask(n, "word " * (1 + 5 * n), max_tokens=10) for n in range(4)]

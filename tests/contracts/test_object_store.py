@@ -33,7 +33,7 @@ def test_a_put_object_is_read_back(store: ObjectStore) -> None:
 
 
 def test_a_partial_write_counts_as_absent(store: ObjectStore) -> None:
-    """An object without content: SeaweedFS stores one when its writer dies between the header and the body."""
+    """An empty object: SeaweedFS stores one when a writer is killed between header and body."""
     for number in range(5):
         store.put(f"cut/{number}", b"" if number != 3 else b"whole")
     with pytest.raises(NotFound):
@@ -132,7 +132,7 @@ def test_an_invalid_key_is_rejected(store: ObjectStore, key: str) -> None:
         store.put(key, b"x")
 
 
-# the directory alone
+# the directory store only
 
 
 @pytest.mark.parametrize("key", ["../out", "/abs", "a//b", "a/../b", ".", "a/", ".mlxrack-lock"])
@@ -148,7 +148,7 @@ def test_a_key_that_is_a_prefix_folder_is_rejected(tmp_path: Path) -> None:
         store.put_if_absent("a/b/c", b"x")
 
 
-# S3 alone: credentials and the network
+# S3 only: credentials and the network
 
 
 def s3(server: SeaweedFS, **change: str) -> S3Store:
@@ -255,7 +255,7 @@ def test_ranges_of_an_object(store: ObjectStore) -> None:
 
 def test_files_of_any_size_round_trip(store: ObjectStore, tmp_path: Path) -> None:
     large = tmp_path / "large file"
-    large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients send parts
+    large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients use multipart uploads
     store.put_file("models/large", large)
     assert store.get("models/large").body == large.read_bytes()
     large.write_bytes(b"small now")

@@ -23,7 +23,7 @@ FAST = "[desired]\nfollow_s = 0.3\n[memory]\nmin_residency_s = 0\n"
 
 
 def version_of(path: str, tmp_path: Path) -> str:
-    """Of a fake model whose files are called so."""
+    """The version of a fake model with this path."""
     store = ModelStore(tmp_path / "memo", tmp_path / "nowhere")
     return store.describe(Model(name="x", engine="fake", path=path)).version
 
@@ -162,7 +162,7 @@ def test_nothing_is_unloaded_while_its_replacement_is_unavailable(tmp_path: Path
 
 
 def test_a_model_that_moves_stays_until_it_is_served_there(tmp_path: Path) -> None:
-    """Another node is assigned it and does not have it yet."""
+    """Another node is assigned the model and does not have it yet."""
     with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
         until(lambda: len(served(agent)) == 2, "what is configured is served")
         moved = DesiredState(
@@ -202,7 +202,7 @@ def test_an_unloaded_model_stays_unloaded_after_a_restart(tmp_path: Path) -> Non
 
 
 def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
-    """A third node joins, and one of agent.toml leaves, without a word in anybody's configuration."""
+    """A third node joins and one of agent.toml leaves, without a change to any configuration."""
     with rack(tmp_path, [model()], [model()], [model("special")], extra=FAST) as (first, second, third):
         bucket = DirectoryStore(tmp_path / "bucket")
 

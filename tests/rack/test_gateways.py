@@ -1,4 +1,4 @@
-"""A door and workers that misbehave: who is blamed, who is spared, and what clients notice of it."""
+"""A gateway and misbehaving workers: circuit breakers, retries, and what clients observe."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def asks(count: int, *, stream: bool = True) -> list[Ask]:
 
 
 def wrong(heard: list[Heard]) -> list[str]:
-    """What is wrong with answers of the mock, which says the same word again and again."""
+    """Faults in answers of the mock, which repeats the same word."""
     return [one.fault or one.text for one in heard if one.fault or one.text != "word " * WORDS]
 
 
@@ -32,13 +32,13 @@ def breakers(door: Agent) -> dict[str, str]:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not streamed"])
 @pytest.mark.parametrize("mode", ["5xx", "breaks", "error", "garbage", "stalls"])
 def test_a_failing_worker_opens_its_breaker_and_no_client_notices(tmp_path: Path, mode: str, stream: bool) -> None:
     with door_with_mocks(tmp_path, "bad", "good", words=WORDS) as (door, (bad, _)):
         at_once(door.port, asks(8))
         bad.mode = mode
-        # learned limits need a little history, and a stall takes them: five seconds at least
+        # adaptive timeouts need some history; a stall takes at least five seconds
         heard = at_once(door.port, asks(12, stream=stream))
         assert not wrong(heard)
         assert max(one.total_s for one in heard) < (12.0 if mode == "stalls" else 3.0)
@@ -49,7 +49,7 @@ def test_a_failing_worker_opens_its_breaker_and_no_client_notices(tmp_path: Path
             return bool(breakers(door))
 
         if mode == "stalls" and BAD_REQUESTS < 1000:
-            return  # three stalls take their time
+            return  # three stalls take a while
         until(blamed, "its breaker opens", 40)
         assert set(breakers(door)) == {"bad"}
         bad.mode = "well"
@@ -60,7 +60,7 @@ def test_a_worker_that_breaks_three_streams_is_excluded(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "bad", "good", words=WORDS) as (door, (bad, good)):
         bad.mode = "breaks"
         for _ in range(3):
-            # the good one is busy, so that the bad one would be the better choice
+            # the healthy worker is busy, so that the bad one would be preferred
             began = bad.began
             good.gap_s = 0.2
             until(lambda: not wrong(at_once(door.port, asks(1))) and bad.began > began, "it was tried", 30)  # noqa: B023
@@ -181,7 +181,7 @@ def test_an_invalid_peer_is_named_and_gets_no_requests(tmp_path: Path, mode: str
 
 
 def steps_of(door: Agent, heard: Heard) -> list[tuple[str, str]]:
-    """What the door did with a request, and where."""
+    """The gateway's decisions for a request."""
     part = door.get(f"/debug/decision/{heard.request_id}").json["parts"][0]
     return [(step["what"], step.get("node", "")) for step in part["steps"]]
 
@@ -189,7 +189,7 @@ def steps_of(door: Agent, heard: Heard) -> list[tuple[str, str]]:
 def test_an_answer_is_not_continued_where_it_does_not_fit(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "a", "b", "c", gap_s=0.02, words=40) as (door, (a, b, c)):
         a.context_tok, b.context_tok, c.context_tok = 8_000, 1_000, 8_000
-        b.mode, c.gap_s = "refuses", 0.06  # the small one is fast and the other slow
+        b.mode, c.gap_s = "refuses", 0.06  # the small node is fast and the other slow
         time.sleep(1.5)
         a.mode = "breaks"
         (heard,) = at_once(door.port, [Ask("x", 40)])
@@ -198,7 +198,7 @@ def test_an_answer_is_not_continued_where_it_does_not_fit(tmp_path: Path) -> Non
 
 
 def test_a_prompt_that_only_the_large_node_fits_waits_for_it(tmp_path: Path) -> None:
-    """The one with room is lost for a moment: that the other has too little is no answer."""
+    """The node with room is lost briefly: the other one's small context must not be the answer."""
     with door_with_mocks(tmp_path, "large", "small", words=20) as (door, (large, small)):
         large.context_tok, small.context_tok, small.mode = 8_000, 100, "refuses"
         time.sleep(1.5)

@@ -1,4 +1,4 @@
-"""Clients that do not behave: slow, silent, huge, malformed. Each costs itself alone, and nothing is echoed."""
+"""Misbehaving clients: slow, silent, huge, malformed. Each affects only itself, and nothing is echoed."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def chat(content: str = "x", **more: Any) -> dict[str, Any]:
 
 
 def raw(agent: Agent, data: bytes, wait_s: float = 5.0) -> bytes:
-    """What comes back for bytes on a fresh connection."""
+    """The response to raw bytes on a new connection."""
     with socket.create_connection(("127.0.0.1", agent.port), timeout=wait_s) as connection:
         connection.sendall(data)
         found = b""
@@ -117,7 +117,7 @@ def test_the_watchdog_ends_a_loader_stuck_in_preparation(tmp_path: Path) -> None
 
 def test_a_large_request_is_forwarded_and_takes_no_peer_down(tmp_path: Path) -> None:
     with rack(tmp_path, [model("other")], [model()]) as (door, worker):
-        large = chat("x " * ((5 << 20) - 64))  # as a frame it is longer than a client's body may be
+        large = chat("x " * ((5 << 20) - 64))  # as a frame it exceeds the limit of a client's body
         answer = post(door, large)
         assert (answer.status, post(worker, large).status) == (400, 400), "too long a prompt, not a lost worker"
         assert answer.json["error"]["code"] == "context_length_exceeded"

@@ -1,4 +1,4 @@
-"""The connection between two nodes, spoken by hand: who may, what it carries, and what ends it."""
+"""The connection between two nodes, by hand: authentication, multiplexing, and what ends it."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ def ask(number: int, *, tokens: int = 5, door: str = "n2", content: str = "hello
 
 
 async def heard(socket: aiohttp.ClientWebSocketResponse, ends: int) -> list[Frame]:
-    """Frames until so many answers have ended."""
+    """Frames until this many answers have ended."""
     decoder, found = Decoder(), list[Frame]()
     while sum(isinstance(one, Done | Failed) for one in found) < ends:
         found += decoder.feed((await socket.receive(10)).data)
@@ -78,7 +78,7 @@ async def test_a_peer_that_cannot_sign_a_fresh_nonce_is_disconnected(agent: Agen
     url = f"http://127.0.0.1:{agent.port}/peer/v1/link"
     async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=signed()) as socket:
         await socket.receive()
-        if said is not None:  # else it says nothing at all
+        if said is not None:  # otherwise it sends nothing at all
             await (socket.send_str(said) if isinstance(said, str) else socket.send_bytes(encode(ask(1))))
         message = await socket.receive(10)
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.POLICY_VIOLATION)

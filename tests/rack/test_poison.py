@@ -1,4 +1,4 @@
-"""Requests that mean harm, beside requests that do not: only the bad ones fail, and each is told why.
+"""Poisoned requests beside valid ones: only the bad ones fail, each with a reason.
 
 ``MLXRACK_FUZZ`` is how many random requests are sent (``make fuzz`` sends 20,000).
 """
@@ -60,7 +60,7 @@ def leave_early(agent: Agent) -> int:
 
 
 def poisons(agent: Agent) -> list[tuple[str, int, Any]]:
-    """(kind, status that is due, what sends it)."""
+    """(kind, expected status, sender)."""
     deep = '{"type": "object", "properties": {"a": ' * 300 + "{}" + "}}" * 300
     schema = {"type": "json_schema", "json_schema": {"name": "x"}}
 
@@ -153,7 +153,7 @@ PATHS = ("/v1/chat/completions", "/v1/chat/completions", "/v1/completions", "/v1
 
 
 def random_request(dice: random.Random) -> tuple[str, bytes]:
-    """Mostly a sound request with a few fields made strange; now and then bytes that are no request."""
+    """Mostly a valid request with a few fields mutated; sometimes bytes that are not a request."""
     path = dice.choice(PATHS)
     sound: dict[str, Any] = chat()
     if path == "/v1/completions":

@@ -1,4 +1,4 @@
-"""Where real agents send real requests: by speed, and to who knows the conversation."""
+"""Routing between real agents: by speed, and to the node whose prompt cache holds the conversation."""
 
 import collections
 import json
@@ -44,7 +44,7 @@ def test_requests_are_split_by_node_speed(tmp_path: Path) -> None:
 
 
 class Talk:
-    """A conversation that goes on at any door; what could have been found in a prompt cache is what was said before."""
+    """A conversation with each turn at any gateway; the possible prompt cache hit is its history."""
 
     def __init__(self, number: int, dice: random.Random) -> None:
         self.dice = dice
@@ -54,7 +54,7 @@ class Talk:
         self.possible_tok = self.cached_tok = self.turns = 0
 
     def turn(self, door: Agent) -> None:
-        """One question and its answer."""
+        """One turn."""
         self.messages.append({"role": "user", "content": f"question {self.number} {self.turns} " * 25})
         body: dict[str, Any] = {"model": "m", "messages": self.messages, "max_tokens": 30, "temperature": 0}
         answer = door.request("POST", "/v1/chat/completions", json.dumps(body).encode())

@@ -1,4 +1,4 @@
-"""Real agents, real sockets: what clients and operators see."""
+"""Real agents and sockets: what clients and operators observe."""
 
 import json
 import os
@@ -187,7 +187,7 @@ def test_a_request_waits_for_a_model_a_peer_is_loading(tmp_path: Path) -> None:
         loading = threading.Thread(target=lambda: worker.admin("POST", "load", model="slow"))
         loading.start()
         until(lambda: worker.status()["models"][1]["state"] == "starting", "it is being loaded")
-        time.sleep(1.2)  # a beat tells the door
+        time.sleep(1.2)  # a heartbeat informs the gateway
         answer = door.chat(model="slow")
         loading.join()
         assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n2")
@@ -516,7 +516,7 @@ def test_the_daemon_never_imports_mlx(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def reported(folder: Path) -> list[Served]:
-    """Every line of the doors' accounts in the bucket."""
+    """Every ``Served`` record of the gateways in the bucket."""
     segments = (folder / "bucket").glob("raw/**/*.mpz")
     batches = {b.id: b for path in segments for b in unseal(path.read_bytes())}
     return [r for b in batches.values() for r in b.records if isinstance(r, Served)]

@@ -1,4 +1,4 @@
-"""A rack that works for long: on a machine without a free moment, and with clients that come and go."""
+"""Long runs of a rack: on a saturated machine, and with clients that connect and disconnect."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ def burn(until_s: float) -> None:
 
 
 def lines(agent: Agent, event: str) -> list[dict[str, Any]]:
-    """Log lines of a kind."""
+    """Log lines of one event."""
     text = (agent.state / "logs" / "agent.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines() if f'"{event}"' in line]
 
@@ -106,7 +106,7 @@ def test_connecting_and_disconnecting_clients_leak_nothing(tmp_path: Path) -> No
             before = early[node]
             grew = (rss - before[0]) / 1e6
             print(f"{node}: memory {grew:+.1f} MB, descriptors {before[1]} -> {files}, tasks {before[2]} -> {tasks}")
-            # what is kept of the last requests is bounded and fills up in the first minutes
+            # the history of recent requests is bounded and fills in the first minutes
             assert grew < (10.0 if SOAK_S > 60 else 20.0)
             assert files <= before[1] + 2
             assert tasks <= before[2] + 2

@@ -32,7 +32,7 @@ LIMITS = "[limits]\nin_flight_per_key = 64\n[memory]\nmin_residency_s = 0\n"
 
 
 class Streams:
-    """Clients that stream one answer after another, and check each: whole, of one version, with that version's text."""
+    """Clients that stream one answer after another and check each: complete, of one version, with its text."""
 
     def __init__(self, agent: Agent, count: int, *, tokens: int = 40, prompts: int = 3) -> None:
         self._agent, self._tokens, self._prompts = agent, tokens, prompts
@@ -111,7 +111,7 @@ def children(agent: Agent) -> set[int]:
 
 
 def pair(**more: Any) -> list[dict[str, Any]]:
-    """Two models that can take each other's place."""
+    """Two models that can be swapped for each other."""
     return [model(fake_step_s=0.005, rows=32, **more), model("b", fake_step_s=0.005, rows=32, preload=False, **more)]
 
 
@@ -198,7 +198,7 @@ def test_a_standby_killed_during_a_swap_leaves_the_old_version_serving(tmp_path:
 
 
 def test_a_loader_killed_while_draining_has_its_streams_continued(tmp_path: Path) -> None:
-    """Their answers are gone on with by the version that began them, token for token."""
+    """Their answers are continued by the version that began them, token for token."""
     models = [model(fake_step_s=0.03), model("b", fake_step_s=0.005, preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,):
         before = agent.chat("long", max_tokens=120, temperature=0).json["choices"][0]["message"]["content"]
@@ -238,7 +238,7 @@ def test_loaders_killed_at_any_time_of_a_swap_fail_no_request(tmp_path: Path) ->
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(dice.choice(alive), signal.SIGKILL)
                 body = found[0].json
-                if "error" in body:  # killed before the swap had begun: refused, and nothing changed
+                if "error" in body:  # killed before the swap had begun: rejected, and nothing changed
                     assert body["error"]["code"] == "conflict", body
                     until(lambda: shown(agent, "m")["state"] == "ready", "a loader serves")
                     continue
@@ -304,12 +304,12 @@ def noise(folder: Path) -> None:
         (nan_weights, "no number"),
         (noise, "no number|not the recorded one"),
     ],
-    ids=["truncated", "zeroed", "no config", "not numbers", "noise"],
+    ids=["truncated", "zeroed", "no config", "nan", "noise"],
 )
 def test_damaged_weights_never_take_over(
     tmp_path: Path, tiny_model: Path, damage: Callable[[Path], object], why: str
 ) -> None:
-    """What the files' shape shows is refused before anything starts; what only an answer shows, by the probes."""
+    """Damage visible in the files is rejected before anything starts; damage visible only in answers, by the probes."""
     good, bad = tmp_path / "good", tmp_path / "bad"
     shutil.copytree(tiny_model, good)
     shutil.copytree(tiny_model, bad)
@@ -346,7 +346,7 @@ def test_loads_and_unloads_leak_nothing(tmp_path: Path) -> None:
         files: set[Path] = set()
         before = (0, 0, 0)
         for cycle in range(CYCLES + 3):
-            if cycle == 3:  # pools of threads and caches of modules are filled by then
+            if cycle == 3:  # thread pools and module caches are filled by then
                 until(lambda: len(children(agent)) == 1, "only the other model is left")
                 before, files = resources(agent), set(agent.state.rglob("*"))
             assert order(agent, "load", model="b").status == 200
@@ -418,7 +418,7 @@ def test_a_second_swap_of_a_model_is_rejected_during_the_first(tmp_path: Path) -
 
 
 def test_under_memory_pressure_new_requests_get_retry_after_and_running_ones_finish(tmp_path: Path) -> None:
-    """The loader says that it holds more than all models may: pieces get small, caches go, then the door closes."""
+    """The loader reports more than the budget: chunks shrink, caches are dropped, then requests are rejected."""
     extra = LIMITS + "budget_bytes = 1000\n"
     heavy = model(fake_step_s=0.05, fake_held_bytes=5_000)
     with rack(tmp_path, [heavy], extra=extra) as (agent,):

@@ -1,4 +1,4 @@
-"""Batches and segments: what goes in comes out, and nothing else comes out."""
+"""Batches and segments round-trip, and nothing else is accepted."""
 
 import msgpack
 import msgspec
@@ -51,7 +51,7 @@ def test_new_fields_of_a_newer_agent_are_ignored() -> None:
 
 
 def test_a_batch_of_the_first_schema_still_decodes() -> None:
-    """Written out by hand: what agents of 0.1 send must be read for ever."""
+    """Written out by hand: batches of 0.1 agents must stay readable."""
     first_sketch = {"count": 1, "sum": 8, "min": 8, "max": 8, "idx": [95], "cnt": [1]}
     tree = {
         "v": 1,
@@ -114,7 +114,7 @@ def test_a_bad_segment_is_rejected(segment: bytes) -> None:
     ],
 )
 def test_impossible_numbers_are_rejected(change: dict[str, object], why: str) -> None:
-    """They would get past the types and stop every later run at a table that cannot hold them."""
+    """They would pass type checks and fail every later run at a table that cannot hold them."""
     tree = msgspec.to_builtins(batch([served()]))
     tree["records"] = [{**tree["records"][0], **change}]
     with pytest.raises(Refused, match=why):

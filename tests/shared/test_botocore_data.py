@@ -1,4 +1,4 @@
-"""What is kept of botocore's descriptions is whole, and is what the store calls."""
+"""The kept part of botocore's service descriptions is complete for the store's calls."""
 
 import inspect
 import re

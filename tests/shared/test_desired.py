@@ -1,4 +1,4 @@
-"""The desired state as it is written and read."""
+"""Writing and reading the desired state."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Keys both ways: one name for one place, and the order in which they were written."""
+"""Object keys: round trip, uniqueness and write order."""
 
 import pytest
 from hypothesis import given

@@ -31,7 +31,7 @@ def shape(**more: Any) -> ModelShape:
 
 
 def per_token(one: ModelShape) -> int:
-    """Without what does not grow with the row."""
+    """Without parts that do not grow with the row."""
     return (kv_bytes(one, rows=1, row_tok=2560, chunk_tok=0) - one.state_bytes) // 2560
 
 
@@ -51,7 +51,7 @@ def per_token(one: ModelShape) -> int:
             },
             46_080,
         ),
-        # every head has keys and values of its own
+        # every head has its own keys and values
         ({"num_key_value_heads": None}, 512 << 10),
         ({"head_dim": 64}, 64 << 10),
         # DeepSeek-V3: 512 + 64 numbers a layer, whatever the heads
@@ -74,7 +74,7 @@ def per_token(one: ModelShape) -> int:
         ({"model_type": "mamba"}, 0),
         ({"model_type": "bert"}, 0),
         ({"full_attention_interval": 4}, 32 << 10),
-        # families that say otherwise which layers attend, or keep keys and values otherwise
+        # families with another way to tell which layers attend, or another KV layout
         ({"model_type": "granitemoehybrid", "layer_types": ["mamba"] * 28 + ["attention"] * 4}, 16 << 10),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*" * 8}, 32 << 10),
         ({"model_type": "jamba", "attn_layer_period": 8, "attn_layer_offset": 4}, 16 << 10),

@@ -1,4 +1,4 @@
-"""The latency sketch: bounded error, and merging that no order can change."""
+"""The latency sketch: bounded error and order-independent merging."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What a scrape says of the machine, and that the dashboard asks for nothing else."""
+"""Host metrics in a scrape, and dashboard queries that match them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The OpenAI wire: what is taken, what is refused by name, and what comes back."""
+"""The OpenAI API: accepted requests, rejections that name the field, and response shapes."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""From what is served to what should be: in an order that serves all the while, and to the end."""
+"""Reconciliation: plans keep every model served and converge on the desired state."""
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ def has(name: str, version: str = "", *, pinned: bool = False, changing: bool = 
 
 
 def gone(name: str, version: str) -> Actual:
-    """It left memory by itself and would come back when somebody asks."""
+    """An evicted model that loads again on demand."""
     return Actual(model=name, names=(name,), offers=version)
 
 

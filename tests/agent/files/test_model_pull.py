@@ -1,4 +1,4 @@
-"""Models come into the store whole or not at all: from folders, snapshots and the bucket, cut short and resumed."""
+"""Pulls are atomic: from folders, snapshots and the bucket, interrupted and resumed."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_hugging_face_snapshots_are_accepted(folder: Path, store: ModelStore, tm
 
 
 class CutShort:
-    """A source that fails after so many bytes."""
+    """A source that fails after a number of bytes."""
 
     def __init__(self, inner: FolderSource, limit: int) -> None:
         self._inner, self._limit, self.read = inner, limit, 0
@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_existing_models(folder: Path, store: ModelStore) -> N
     version = pull(source, store, "elsewhere").version
     partial = store.folder / PARTIAL / f"tiny@{version}"
     partial.mkdir(parents=True)
-    # the device that is always full stands where the weights would go
+    # /dev/full stands in for the weights file
     (partial / "model.safetensors").symlink_to("/dev/full")
     with pytest.raises(Refused, match="the disk is full; what was fetched is kept, nothing was installed") as caught:
         pull(source, store, "tiny")

@@ -1,4 +1,4 @@
-"""Model folders: whole ones have a version, others a reason."""
+"""Model folders: complete ones have a version, others an error with its reason."""
 
 import json
 import shutil

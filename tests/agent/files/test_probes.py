@@ -1,4 +1,4 @@
-"""What a standby has to answer before it takes over."""
+"""Probes that a standby must answer before it takes over."""
 
 import math
 

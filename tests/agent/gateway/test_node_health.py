@@ -1,4 +1,4 @@
-"""Breakers, retry budgets and stall limits: who gets work after a failure, and when silence is one."""
+"""Circuit breakers, retry budgets and stall timeouts."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What becomes of a request whose worker was lost."""
+"""Recovery of a request whose worker was lost."""
 
 from typing import Any
 

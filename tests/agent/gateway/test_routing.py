@@ -1,4 +1,4 @@
-"""Where a request goes, and why."""
+"""Routing decisions and their reasons."""
 
 import msgspec
 import pytest
@@ -62,13 +62,13 @@ def where(decision: Decision) -> str:
         (AWAY, [node("a", state="suspect"), node("b", state="down")], "a"),
         (AWAY, [node("a", state="suspect"), node("b", state="lost")], "a"),
         (node("here", draining=True), [node("a", draining=True), node("b", load=3)], "b"),
-        # work that is still to be computed counts, at the speed at which it is computed
+        # pending work counts, at the node's speed
         (AWAY, [node("a", prefill_tok=2000), node("b", prefill_tok=100)], "b"),
         (AWAY, [node("a", prefill_tok=2000, prefill_tps=8000.0), node("b", prefill_tok=500)], "a"),
         (AWAY, [node("a", gap_us=80_000), node("b", load=4)], "b"),
-        # a row has to come free where all are taken
+        # when all rows are taken, one must become free first
         (AWAY, [node("a", load=8), node("b", load=7)], "b"),
-        # heat, and memory that is short, speak against a node
+        # throttling and memory pressure count against a node
         (AWAY, [node("a", heat=3), node("b", load=1)], "b"),
         (AWAY, [node("a", memory="hard"), node("b", load=1)], "b"),
         (AWAY, [node("a", kv_ppm=950_000), node("b", load=1)], "b"),

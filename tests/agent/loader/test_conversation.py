@@ -1,4 +1,4 @@
-"""What a chat template is given, what a grammar allows, and what a model's text means."""
+"""Chat template input, grammars, and parsing of model output."""
 
 import json
 from itertools import pairwise
@@ -40,7 +40,7 @@ def ask(**more: Any) -> Generate:
 
 
 def allows(grammar: str, text: str) -> bool:
-    """Whether a whole answer follows the grammar."""
+    """Whether a complete answer matches the grammar."""
     matcher = LLMatcher(TOKENIZER, grammar)
     assert not matcher.is_error(), matcher.get_error()
     tokens = list(text.encode())
@@ -111,7 +111,7 @@ HERMES = Markers(reasoning=("<think>", "</think>"), call=("<tool_call>", "</tool
 
 
 def said(text: str, cuts: list[int], *, reasoning: bool = False) -> Said:
-    """All that a text means when it comes in pieces."""
+    """Everything parsed from a text that arrives in chunks."""
     speech = Speech(HERMES, (WEATHER, CLOCK), reasoning=reasoning)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parts = [speech.feed(text[a:b]) for a, b in pairwise(edges)] + [speech.finish()]

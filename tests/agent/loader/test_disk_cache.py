@@ -1,4 +1,4 @@
-"""States on disk: found again, told apart by model and key, and never trusted."""
+"""KV states on disk: found again, separated by model and secret, and never trusted."""
 
 import os
 import stat
@@ -101,7 +101,7 @@ def test_an_invalid_file_is_set_aside(tmp_path: Path, how: str) -> None:
 
 
 def _made_before(folder: Path, first: Path, second: Path) -> DiskCache:
-    """A cache that knew a file which somebody has removed since."""
+    """A cache with an entry whose file was removed since."""
     first.write_bytes(second.read_bytes())
     cache = made(folder)
     first.unlink()

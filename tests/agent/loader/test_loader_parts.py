@@ -71,7 +71,7 @@ def test_stop_strings_match_whatever_the_chunk_boundaries(text: str, cuts: list[
     if not stopped:
         shown += stop.finish()
     assert bool(found) == stopped
-    # a stop that begins earlier may complete later than another one: then less is shown, never more
+    # a stop string that begins earlier may complete later than another: then less is sent, never more
     assert shown == expected or (found and expected.startswith(shown))
 
 
@@ -97,7 +97,7 @@ def test_two_prompts_do_not_alternate_without_progress(a: Turn, b: Turn, rate: f
 
 @given(turns, st.floats(1, 1000))
 def test_no_prompt_starves(long: Turn, rate: float) -> None:
-    """However short the newcomers: after long enough the long prompt goes first and yields no more."""
+    """However short new prompts are: after long enough the long prompt goes first and no longer yields."""
     waited = long._replace(waited_s=long.left_tok / (scheduling.AGEING * rate) + 1)
     newcomer = Turn(100, 1, 0.0)
     assert scheduling.first([waited, newcomer], rate) == waited
@@ -105,7 +105,7 @@ def test_no_prompt_starves(long: Turn, rate: float) -> None:
 
 
 def learnt(a: float, b: float, pieces: list[tuple[int, int]]) -> PrefillCost:
-    """A cost that has seen pieces of exactly this law."""
+    """A cost model that has measured chunks of exactly this law."""
     cost = PrefillCost()
     for tokens, before in pieces:
         cost.learn(tokens, before, a * tokens + b * tokens * (before + tokens / 2))
@@ -138,7 +138,7 @@ def test_the_prefill_cost_model_is_fitted_from_chunks() -> None:
 @pytest.mark.parametrize(
     ("decode_s", "before", "size"),
     [(0.0, 0, 512), (0.1, 0, 233), (0.1, 3000, 49), (0.7, 0, 32), (0.0, 20_000, 32)],
-    ids=["nobody waits", "beside decoding", "far in", "no time at all", "very far in"],
+    ids=["none waiting", "during decode", "long prefix", "no time left", "very long prefix"],
 )
 def test_a_prefill_chunk_is_bounded_by_waiting_requests(decode_s: float, before: int, size: int) -> None:
     cost = learnt(1e-3, 1.5e-6, [(256, 0), (256, 1000)])
@@ -149,14 +149,14 @@ def test_a_prefill_chunk_is_bounded_by_waiting_requests(decode_s: float, before:
 
 
 class Pieces:
-    """A cache whose pieces are the tokens themselves, 10 bytes each, so that what comes back can be read."""
+    """A cache whose states are the tokens themselves, 10 bytes each, so that results are readable."""
 
     def __init__(self, budget: int, *, cuttable: bool = True) -> None:
         split = (lambda piece, at: (piece[:at], piece[at:])) if cuttable else None
         self.cache: PromptCache[list[int]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
 
     def put(self, tokens: list[int]) -> list[int]:
-        """Keep; the tokens whose state had to be asked for."""
+        """Store a prompt; returns the tokens whose state was requested."""
         asked: list[int] = []
 
         def piece_of(begin: int, end: int) -> list[int]:
@@ -167,7 +167,7 @@ class Pieces:
         return asked
 
     def find(self, tokens: list[int]) -> list[int] | None:
-        """What is found, put together again."""
+        """The cached prefix, reassembled."""
         hit = self.cache.find(as_tokens(tokens))
         if hit is None:
             return None
@@ -243,7 +243,7 @@ TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
 
 @given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=30), st.integers(1, 900), st.booleans())
 def test_the_prefix_tree_keeps_its_invariants(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
-    """The budget holds, the books are right, and what is found is a beginning of what was asked for."""
+    """The budget holds, accounting is exact, and hits are prefixes of the prompt."""
     pieces = Pieces(budget, cuttable=cuttable)
     for putting, tokens in acts:
         if putting:
@@ -310,9 +310,7 @@ def test_a_chunk_is_never_larger_in_a_batch(lead: int, others: list[int], larges
         ([Block(0, 0)], 500, 1000.0, 0),
     ],
 )
-def test_a_row_joins_the_batch_with_the_least_padding(
-    blocks: list[Block], length: int, weights: float, where: int | None
-) -> None:
+def test_a_row_joins_with_least_padding(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
     assert scheduling.place(blocks, length, weights) == where
 
 

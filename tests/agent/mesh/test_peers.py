@@ -1,4 +1,4 @@
-"""What is believed of peers, and when."""
+"""Peer states over time."""
 
 import msgspec
 import pytest

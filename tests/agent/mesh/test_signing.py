@@ -1,4 +1,4 @@
-"""Who is a node of this rack."""
+"""Authentication between nodes of a rack."""
 
 import pytest
 from hypothesis import given

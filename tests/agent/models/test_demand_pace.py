@@ -1,4 +1,4 @@
-"""How much a model is asked for, and how evenly its answers flow."""
+"""Demand of a model, and the pace of its answers."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What leaves memory, and who may come in."""
+"""Eviction and admission."""
 
 import pytest
 from hypothesis import given
@@ -80,9 +80,7 @@ def test_admission_decisions(model_load: Load, key_load: Load, draining: bool, r
 
 
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 500), st.integers(1, 50), st.floats(0, 1000))
-def test_retry_after_is_a_reasonable_number_of_seconds(
-    n: int, limit: int, of_key: int, key_limit: int, rate: float
-) -> None:
+def test_retry_after_is_a_plausible_time(n: int, limit: int, of_key: int, key_limit: int, rate: float) -> None:
     decision = admit(model=Load(n, limit), key=Load(of_key, key_limit), draining=False, drain_rate_per_s=rate)
     assert isinstance(decision, Admit) == (n < limit and of_key < key_limit)
     if isinstance(decision, Turn):

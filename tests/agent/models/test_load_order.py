@@ -1,4 +1,4 @@
-"""Whose turn it is in memory: A B C A B C becomes AA BB CC, and nobody waits for ever."""
+"""The load queue: A B C A B C becomes AA BB CC, and no request starves."""
 
 import itertools
 from collections import deque
@@ -51,7 +51,7 @@ def test_the_cheaper_of_two_models_in_use_is_closed() -> None:
 
 
 class Machine:
-    """Room for one model; loading takes ``load_s``, a request ``work_s``. Time goes in steps of a tenth."""
+    """Memory for one model; loading takes ``load_s``, a request ``work_s``. Time advances by tenths of a second."""
 
     def __init__(self, *, load_s: float = 2.0, work_s: float = 1.0, max_wait_s: float = 20.0) -> None:
         self.load_s, self.work_s, self.max_wait_s = load_s, work_s, max_wait_s
@@ -103,13 +103,13 @@ def test_interleaved_requests_for_three_models_need_three_loads() -> None:
 
 
 def test_endless_interleaved_requests_are_grouped_and_waits_are_bounded() -> None:
-    """Three models asked for all the time in turn: without grouping each request would be a load."""
+    """Endless requests for three models in turn: without grouping each request would need a load."""
     machine, names = Machine(), itertools.cycle("abc")
     for tick in range(6_000):
         if tick % 3 == 0:
             machine.ask(next(names))
         machine.tick()
-    # the bound: both others have their turn first, each at most so long, and is loaded
+    # the bound: both others go first, each loaded and served for at most its turn
     bound = 3 * (machine.max_wait_s + machine.load_s + machine.work_s)
     assert max(machine.waits) <= bound
     assert len(machine.waits) > 1_900
@@ -129,7 +129,7 @@ def test_every_request_is_served_within_the_bound(asked: list[tuple[str, int]]) 
         machine.tick()
     assert len(machine.waits) == len(asked)
     assert max(machine.waits) <= 4 * (machine.max_wait_s + machine.load_s + machine.work_s)
-    # a load is never for nothing, and a model comes again only for who asked after it had gone
+    # no load is wasted, and a model is reloaded only for requests after its eviction
     assert len(machine.loads) <= len(asked)
 
 

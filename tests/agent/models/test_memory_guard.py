@@ -1,4 +1,4 @@
-"""The memory guard: three sources, levels with distance between them, actions in order."""
+"""The memory guard: three sources, levels with hysteresis, actions in order."""
 
 import pytest
 from hypothesis import given

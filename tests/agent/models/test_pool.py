@@ -167,7 +167,7 @@ async def test_a_queued_model_loads_when_memory_becomes_free(tmp_path: Path) -> 
 
 
 async def test_a_victim_that_crashes_during_eviction_does_not_block_the_load(tmp_path: Path) -> None:
-    """Its restart waits for the room that the load holds; the load must not wait for the slot the restart holds."""
+    """Its restart waits for memory that the load reserves; the load must not wait for the restart's slot."""
     models = [fake(n, need_bytes=40) for n in ("v1", "v2")] + [fake("y", need_bytes=90)]
     async with running(tmp_path, *models) as (pool, _):
         await pool.load("v1")
@@ -432,11 +432,11 @@ async def test_done_carries_the_finish_reason(tmp_path: Path) -> None:
         assert (answers[-1].finish, answers[-1].completion_tok) == ("length", 3)
 
 
-# ---- what leaves memory, and for whom ----
+# ---- eviction ----
 
 
 async def test_the_model_that_is_cheapest_to_miss_is_evicted(tmp_path: Path) -> None:
-    """Not the one that was used longest ago: it is asked for ten times as often."""
+    """Not the least recently used one: it is requested ten times as often."""
     models = [fake(n, need_bytes=40) for n in "abc"]
     async with running(tmp_path, *models) as (pool, events):
         await pool.load("a")
@@ -501,7 +501,7 @@ async def test_an_idle_model_is_evicted_after_its_keep_alive(tmp_path: Path) -> 
 
 
 async def test_a_busy_model_is_closed_for_one_that_waited_long_enough(tmp_path: Path) -> None:
-    """Its requests are finished, new ones wait, and it comes back when it is its turn again."""
+    """Its requests finish, new ones are queued, and it is loaded again in its turn."""
     models = (fake("a", need_bytes=60, fake_step_s=0.01), fake("b", need_bytes=60, fake_step_s=0.01))
     async with running(tmp_path, *models, memory={"max_wait_s": 0.5}) as (pool, events):
         await pool.load("a")
@@ -529,7 +529,7 @@ def _active(process: LoaderProcess) -> int:
 
 
 async def test_the_memory_guard_escalates_from_pressure_to_rejection(tmp_path: Path) -> None:
-    """The fake engines say what they hold; giving up the caches brings nothing back as long as they say so."""
+    """Fake engines report their memory; dropping caches frees nothing while they report the same."""
     models = [fake("a", fake_held_bytes=70, fake_step_s=0.02), fake("b", fake_held_bytes=70)]
     async with running(tmp_path, *models, budget=100) as (pool, events):
         await pool.load("a")

@@ -1,4 +1,4 @@
-"""The table of agent/DESIGN.md is what the simulator computes, and the policy keeps what it promises there."""
+"""The tables of agent/DESIGN.md match the simulators, and the policies meet their bounds."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The swap machine: an active loader always lives until another has proved itself, whatever happens in between."""
+"""The swap state machine: an active loader runs until its standby has passed its probes, whatever happens."""
 
 import pytest
 from hypothesis import given
@@ -86,7 +86,7 @@ events = st.sampled_from(MINE + OTHERS)
 
 
 class World:
-    """The loaders that effects start and stop. ``old`` and ``new`` live, ``serving`` answers."""
+    """The loaders that effects start and stop. ``old`` and ``new`` run, ``serving`` answers."""
 
     def __init__(self) -> None:
         self.old, self.new = True, False
@@ -120,7 +120,7 @@ class World:
 
 @given(st.booleans(), st.lists(events, max_size=25))
 def test_no_event_order_leaves_the_model_unserved(cold: bool, order: list[Event]) -> None:
-    """Events may come twice, too late, too early, or belong to another swap."""
+    """Events may be duplicated, late, early, or of another swap."""
     world = World()
     state, effects = begin("s", cold=cold)
     for effect in effects:
@@ -130,7 +130,7 @@ def test_no_event_order_leaves_the_model_unserved(cold: bool, order: list[Event]
         state, effects = swap.step(state, event)
         if state.flipped and not before.flipped:
             assert world.new
-            world.serving = "new"  # the flip reports itself, or that it could not be
+            world.serving = "new"  # the flip reports success or failure
         if event.swap_id != "s":
             assert (state, effects) == (before, ())
         for effect in effects:
@@ -157,7 +157,7 @@ def test_a_finished_swap_ignores_events(cold: bool, order: list[Event]) -> None:
 
 @given(st.booleans(), st.lists(st.sampled_from(MINE), max_size=6))
 def test_every_swap_can_finish(cold: bool, order: list[Event]) -> None:
-    """Whatever has happened, answering each effect with what it may honestly report leads to the end."""
+    """From any state, answering each effect with a possible result ends the swap."""
     state, _ = play(cold, *order)
     answers: dict[str, Event] = {
         "starting": READY,

@@ -184,7 +184,7 @@ def test_logs_are_followed_across_rotation(tmp_path: Path) -> None:
         turn = next(rounds)
         if turn == 0:
             with log.open("a") as file:
-                file.write(entry(2) + "\n")  # nobody has looked since
+                file.write(entry(2) + "\n")  # not polled since
             log.rename(tmp_path / "agent.jsonl.1")
             log.write_text(entry(3) + "\n")
         return turn == 2

@@ -1,4 +1,4 @@
-"""The status as a person reads it."""
+"""The human-readable status page."""
 
 import json
 from typing import Any

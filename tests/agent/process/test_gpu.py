@@ -1,4 +1,4 @@
-"""What the GPU recommends, asked in a process of its own; a machine without one says so."""
+"""The GPU's recommended working set, queried in a child process; a machine without a GPU reports that."""
 
 import os
 import sys

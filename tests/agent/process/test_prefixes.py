@@ -1,4 +1,4 @@
-"""What beginnings are known where, and what a loader has to do."""
+"""Which prefixes each node holds, and the work of a loader."""
 
 import msgspec
 import pytest
@@ -85,7 +85,7 @@ def test_a_table_keeps_the_latest_hashes_and_learns_its_size() -> None:
     assert texts[-1].chain[0] in table
     assert texts[0].chain[0] not in table
     assert len(list(table)) <= table.most == MOST_BLOCKS
-    # what should be there is not: the prompt cache is smaller than was thought
+    # an expected prefix is missing: the prompt cache is smaller than estimated
     for _ in range(20):
         table.took(texts[-1], 0)
     assert table.most == LEAST_BLOCKS

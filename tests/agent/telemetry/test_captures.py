@@ -1,4 +1,4 @@
-"""Outputs of real machines, each against the values that it was brought home for. They are not part of this project."""
+"""Captures of real machines, each with its expected values. The captures are not part of this project."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _SMC_LINE = re.compile(r"^\s+(\S{4})\s+\[(.{4})\].*?\(bytes ([0-9a-f]{2}(?: [0-9
 
 
 def smc_values(raw: bytes) -> dict[str, float]:
-    """Keys of a dump with their values, as the reader would decode them."""
+    """SMC keys of a dump with their decoded values."""
     found = {}
     for key, kind, digits in _SMC_LINE.findall(raw.decode()):
         value = smc.decode(kind, bytes.fromhex(digits.replace(" ", "")))
@@ -34,7 +34,7 @@ def smc_values(raw: bytes) -> dict[str, float]:
 
 
 def snmp_values(raw: bytes) -> dict[str, int]:
-    """Integers of a walk by their object identifier."""
+    """Integers of an SNMP walk by object identifier."""
     rows = [row.split("|") for row in raw.decode().splitlines()]
     return {row[0]: int(row[2]) for row in rows if len(row) == 3 and row[1] in ("2", "66", "67")}
 
@@ -64,7 +64,7 @@ def swapped(raw: bytes) -> tuple[int | None, int | None]:
 
 
 def watts(raw: bytes) -> list[tuple[float | None, float | None, float | None]]:
-    """Processor, GPU and all of the chip in milliwatts, of each sample."""
+    """CPU, GPU and package power in milliwatts, of each sample."""
     samples = powermetrics.Documents().feed(raw) if raw.startswith(b"<?xml") else powermetrics.parse_text(raw)
     return [tuple(None if w is None else round(w) for w in (s.cpu_mw, s.gpu_mw, s.soc_mw)) for s in samples]  # type: ignore[misc]
 
@@ -86,13 +86,13 @@ def profile(raw: bytes) -> tuple[str, str, int]:
 
 
 def first_limit(raw: bytes) -> int | None:
-    """Of a log of several limits the first alone."""
+    """Only the first of several limits in a log."""
     blocks = raw.split(b"CPU Power notify")
     return sysctl.parse_pmset_therm(blocks[1])
 
 
 def outlet(kind: str, *numbers: int) -> Callable[[bytes], float | None]:
-    """Watts of one outlet of a walk."""
+    """Watts of one outlet in an SNMP walk."""
     one = Outlet(kind=kind, numbers=numbers)
     return lambda raw: snmp.watts(one, snmp_values(raw))
 
@@ -190,17 +190,17 @@ def test_a_sleeping_cluster_gives_no_temperature() -> None:
 
 
 def test_truncated_output_gives_nothing_or_the_same() -> None:
-    """Every beginning of a capture: a value that is not the whole's must not come out of it."""
+    """Every truncation of a capture: it must not give a value that differs from the full capture's."""
     for name, parse, _ in KNOWN:
         raw = (CAPTURES / name).read_bytes()
         if name.startswith(("powermetrics", "smc", "snmp", "sysctl/archspec", "pmset", "system_profiler")):
-            continue  # samples that are whole count, see below; of a list of keys fewer are fewer sensors
+            continue  # complete samples count, see below; a shorter list of keys has fewer sensors
         whole = parse(raw)
         for end in range(0, len(raw), max(1, len(raw) // 200)):
             try:
                 found = parse(raw[:end])
             except AssertionError:
-                continue  # nothing could be read, which the test itself refuses
+                continue  # nothing was read, which the test itself rejects
             parts = zip(found, whole, strict=True) if parse is swapped else [(found, whole)]
             assert all(part in (of_whole, None) for part, of_whole in parts), f"{name} cut at {end}"
 

@@ -1,4 +1,4 @@
-"""The readers of macOS' libraries, run for real against a library with Apple's layouts that is built here."""
+"""Readers of macOS libraries, run against a stand-in library with Apple's layouts that is compiled here."""
 
 import asyncio
 import ctypes
@@ -19,7 +19,7 @@ from agent.telemetry.sensors.thermal import NOTIFY_KEY, ThermalCollector
 
 
 class Fake:
-    """The built library; ``lib.set(name=value)`` changes what it answers."""
+    """The compiled library; ``lib.set(name=value)`` changes its results."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)

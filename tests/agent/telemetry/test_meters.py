@@ -1,4 +1,4 @@
-"""Metered outlets: devices of every kind on real sockets, and what they do when something is wrong."""
+"""Metered outlets: devices of every kind on real sockets, and their failures."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ SECRETS = {"PLUG": "plug password", "COMMUNITY": "rack"}
 
 @contextlib.asynccontextmanager
 async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> AsyncIterator[str]:
-    """A device that answers every path like this."""
+    """A device that answers every path with this handler."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         found = answer(request)
@@ -48,7 +48,7 @@ async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> Asy
 
 @contextlib.asynccontextmanager
 async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncIterator[str]:
-    """An SNMP agent on a real socket, from the same library's other half; what it has not it answers so."""
+    """An SNMP agent on a real socket, by the same library; it reports missing objects as such."""
     from pyasn1.codec.ber import decoder, encoder
     from pysnmp.proto.api import v2c
 
@@ -59,7 +59,7 @@ async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncItera
         def datagram_received(self, data: bytes, address: Any) -> None:
             message, _ = decoder.decode(data, asn1Spec=v2c.Message())
             if bytes(v2c.apiMessage.get_community(message)) != community.encode():
-                return  # as real ones do: silence
+                return  # as real ones do: no response
             asked = v2c.apiMessage.get_pdu(message)
             answer = v2c.apiMessage.get_response(message)
             found = [
@@ -77,7 +77,7 @@ async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncItera
 
 
 async def read(meter: Meter) -> tuple[float | None, str]:
-    """Watts and problem after one look."""
+    """Watts and problem after one poll."""
     rack = RackMeters([meter], SECRETS)
     try:
         await rack.poll()
@@ -304,7 +304,7 @@ async def test_an_unexpected_setting_affects_only_its_meter() -> None:
         await rack.poll()
         assert [state["watts"] for state in rack.status()] == [143.0, 207.0]
         environ["ONE"] = "Gehäuse\u20ac"
-        rack._secrets.clear()  # as a meter that has failed forgets it
+        rack._secrets.clear()  # as a failed meter drops it
         await rack.poll()
         first, second = rack.status()
         assert first["watts"] is None
@@ -341,7 +341,7 @@ async def test_a_slow_keychain_is_queried_once_and_blocks_nothing(
         assert "still being looked up" in rack.status()[0]["problem"]
         assert rack.status()[1]["watts"] == 7.0, "which is no fault of the device"
         over.set()
-        await asyncio.sleep(0.1)  # it ends while nobody waits
+        await asyncio.sleep(0.1)  # it ends without a waiter
         for _ in range(3):
             await rack.poll()
         assert rack.status()[0]["watts"] == 7.0
@@ -355,7 +355,7 @@ async def test_a_shared_secret_survives_another_meters_timeout() -> None:
 
         async def given_up(what: Hashable, question: Callable[[], Any]) -> Any:
             found = await real(what, question)
-            rack._secrets.clear()  # as one with the same secret does that has just failed
+            rack._secrets.clear()  # as a failed meter with the same secret does
             return found
 
         rack._lookups.ask = given_up  # type: ignore[method-assign]

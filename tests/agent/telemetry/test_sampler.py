@@ -1,4 +1,4 @@
-"""Windows: nothing is lost when a sensor is slow, and nobody waits for one that hangs."""
+"""Windows: a slow sensor loses nothing, and a hanging one blocks nothing."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Re
 
 
 class Slow:
-    """A collector whose calls go on until they are let go; it counts what it has given away."""
+    """A collector whose calls block until released; it counts the readings it has returned."""
 
     name = "slow"
 
@@ -119,7 +119,7 @@ def answered(tokens: int) -> Answered:
 
 
 class Counted(Sampler):
-    """With an engine that has made 10 tokens, a resident model and an outlet whose reading is given away once."""
+    """With an engine that has produced 10 tokens, a resident model and an outlet that returns its reading once."""
 
     def __init__(self, spool: Spool, refresh: Callable[[], Awaitable[None]] = nothing) -> None:
         self.ledger = Ledger()

@@ -1,4 +1,4 @@
-"""Parsers of what systems print: right values from right text, and None, never a guess, from anything else."""
+"""Parsers of system output: correct values from valid text, and None, never a guess, from anything else."""
 
 import random
 import stat
@@ -231,7 +231,7 @@ def test_power_is_a_counter_difference(tmp_path: Path) -> None:
     ("after", "busy", "expected"),
     [
         ({"cpu": 1_500, "gpu": 300}, 0.5, 700),
-        ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter stands still
+        ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter is constant
         ({"cpu": 1_000, "gpu": 300}, 0.03, None),  # one of 32 cores
         ({"cpu": 1_000, "gpu": 300}, 0.01, 200),
         ({"cpu": 900, "gpu": 300}, 0.5, None),
@@ -454,7 +454,7 @@ def test_one_powermetrics_stall_costs_only_its_restart(tmp_path: Path) -> None:
     for second in range(2, 80, 2):
         clock[0] = float(second)
         if stream.last() is None and second > 30:
-            time.sleep(0.05)  # a real moment for the one that was started anew
+            time.sleep(0.05)  # real time for the restarted child
         known.append(stream.last() is not None)
     stream.close()
     gap = known.index(True, known.index(False)) - known.index(False)
@@ -633,13 +633,13 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "tasmota": lambda raw: http.parse_tasmota(raw, 0),
 }
 NUMBERS = ("zone", "fan", "rapl")
-"""Files that hold one number and nothing else: noise may happen to be one."""
+"""Files that contain just one number: noise may happen to be one."""
 
 
 @pytest.mark.parametrize("name", [name for name in PARSERS if name not in NUMBERS])
 @given(seed=st.integers(0, 1 << 62), size=st.integers(0, 400), printable=st.booleans())
 def test_noise_gives_no_reading(name: str, seed: int, size: int, *, printable: bool) -> None:
-    # not hypothesis' own bytes: those it likes best are the valid ones that stand in this file
+    # not hypothesis' own bytes: it prefers the valid ones in this file
     raw = random.Random(seed).randbytes(size)
     assert PARSERS[name](bytes(32 + byte % 95 for byte in raw) if printable else raw) is None
 

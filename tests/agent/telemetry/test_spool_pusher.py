@@ -1,4 +1,4 @@
-"""Batches on disk and on their way: nothing lost, nothing twice, whatever breaks."""
+"""The spool and the pusher: no batch is lost or duplicated, whatever fails."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ _open: list[Spool] = []
 
 @pytest.fixture(autouse=True)
 def close_spools() -> Iterator[None]:
-    """No lock outlives its test."""
+    """Release all locks after each test."""
     yield
     while _open:
         _open.pop()._lock.close()
@@ -372,7 +372,7 @@ def test_clock_jumps_drop_no_batch(tmp_path: Path) -> None:
 
 
 def test_skew_is_unknown_after_a_clock_change_until_the_store_answers(tmp_path: Path) -> None:
-    """A refusal is an answer, too: a store that finds the clock too far off says so by what it tells."""
+    """A rejection is a response, too: a store that rejects a skewed clock also reports its own time."""
 
     class Telling(Flaky):
         skew_ms: int | None = None
@@ -468,7 +468,7 @@ def test_a_start_on_a_full_disk_uses_only_the_reserve(
     assert reserve.stat().st_size == spool_module.RESERVE_BYTES
 
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
-        if reserve.exists() or len(body) > 4096:  # what is freed is enough for the identity, not for another reserve
+        if reserve.exists() or len(body) > 4096:  # the freed space is enough for the identity, not for another reserve
             raise OSError(28, "No space left on device")
         real(path, body, synced=synced)
 
@@ -532,7 +532,7 @@ def test_a_persisted_open_window_is_the_last_batch_of_a_killed_run(tmp_path: Pat
 def test_a_run_killed_between_two_renames_keeps_its_window_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
-    """Kept, kept again, sealed: five renames less the one of the kept; whichever is the last, one batch is found."""
+    """Persisted twice, then sealed: whichever of the renames is the last, one batch is found."""
     spool, left = opened(tmp_path), [renames]
 
     class KilledError(BaseException):
@@ -645,7 +645,7 @@ def test_a_mac_flushes_the_drive_for_the_file_and_for_its_name(tmp_path: Path, m
 
 @pytest.mark.parametrize("left", [b"", bytes(4096), b"half"])
 def test_a_truncated_open_window_is_dropped_and_the_agent_starts(tmp_path: Path, left: bytes) -> None:
-    """A loss of power can leave a name without what it was to hold."""
+    """A power loss can leave a name without its contents."""
     spool = opened(tmp_path)
     fill(spool, 1)
     spool.keep(make(spool))

@@ -1,4 +1,4 @@
-"""Throttle arithmetic against a model that looks at every tenth of a second by itself."""
+"""Throttle arithmetic against a model that evaluates every tenth of a second separately."""
 
 import math
 
@@ -28,7 +28,7 @@ moves = st.lists(
 
 
 def levels_by_step(happened: list[tuple[float, Level]]) -> list[Level]:
-    """The level in each step, from the first look at 0 on; before any look nothing is known."""
+    """The level in each step, from the first poll at 0 on; unknown before any poll."""
     found: list[Level] = []
     level: Level = None
     for after_s, new in happened:
@@ -76,7 +76,7 @@ def test_shares_and_events_match_a_second_by_second_model(happened: list[tuple[f
     throttle, now = Throttle(0.0), 0.0
     events: list[Throttled] = []
     for after_s, level in happened:
-        # somebody looks in between, too; that must change nothing
+        # additional polls must change nothing
         for looks in range(1, int(after_s // 7)):
             events += throttle.see(now + looks * 7, throttle.level)
         now += after_s

@@ -1,4 +1,4 @@
-"""Pieces of answers on their way: in order, whole, and few."""
+"""Answer frames in transit: ordered, complete and coalesced."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

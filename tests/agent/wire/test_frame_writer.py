@@ -1,4 +1,4 @@
-"""Frames of many onto one connection: in order, together, bounded, and nobody takes anybody along."""
+"""Multiplexed frames on one connection: ordered, batched, bounded, and failures stay isolated."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from agent.wire.frame_writer import FrameWriter
 
 
 class Wire:
-    """A connection that takes messages when it is told to."""
+    """A connection that accepts messages on command."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
