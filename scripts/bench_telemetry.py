@@ -258,7 +258,7 @@ async def measured(folder: Path, rest_s: float, rounds: int) -> bool:
     core, rss = await at_rest(folder / "rest", rest_s)
     day = over_a_day(folder / "day")
     grown = day[-1] - day[SETTLED_H]
-    over = f"at most {max(day) / 1e6:.1f} MB, {grown / 1e6:+.2f} from hour {SETTLED_H} on ({MOST_GROWTH / 1e6:.0f})"
+    over = f"max {max(day) / 1e6:.1f} MB, {grown / 1e6:+.2f} from hour {SETTLED_H} on (at most {MOST_GROWTH / 1e6:.0f})"
     size, records = await batch_bytes(folder / "batch")
     draining, quiet = await while_draining(folder / "drain")
     slower = draining / quiet - 1

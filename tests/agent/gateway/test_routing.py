@@ -89,10 +89,10 @@ def test_a_continuation_avoids_small_contexts_and_nodes_on_trial() -> None:
 
 
 def test_a_peer_without_a_heartbeat_may_serve_the_model() -> None:
-    stranger = NodeView(node="a", url="http://a", state="down", heard=False)
+    unseen = NodeView(node="a", url="http://a", state="down", heard=False)
     unknown = msgspec.structs.replace(WANTED, model="another")
     assert choose(unknown, HERE, ()).place == Refuse(code="model_not_found", known=("m",))
-    assert choose(unknown, HERE, (stranger,)).place == Refuse(code="no_capacity", loading=False, known=("m",))
+    assert choose(unknown, HERE, (unseen,)).place == Refuse(code="no_capacity", loading=False, known=("m",))
 
 
 CHAIN = tuple(range(40))
