@@ -1,4 +1,4 @@
-# mlxrack: `make demo` and `make test` do all of their own set-up. `make help` lists the rest.
+# mlxrack: `make demo` and `make test` do their own set-up. `make help` lists all targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate check lint types arch docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
 
-help: ## this list
+help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
-setup: $(STAMP) ## the virtual environment with every dependency, pinned
+setup: $(STAMP) ## create the virtual environment with all dependencies, pinned
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mlxrack needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
@@ -18,84 +18,84 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[agent,aggregator,dev]'
 	@touch $(STAMP)
 
-model: $(STAMP) ## the demo's models in the user's cache (177 MB download, once)
+model: $(STAMP) ## make the demo's models in the user's cache (177 MB download, once)
 	@$(BIN)/python -m scripts.fetch_demo_model
 
-demo: $(STAMP) model ## a rack of three nodes on this machine: serve, swap, evict, kill, outage, reports
+demo: $(STAMP) model ## run a rack of three nodes on this machine: serving, swap, eviction, failover, store outage, reports
 	@$(BIN)/python -m scripts.demo
 
-run: $(STAMP) model ## one agent on the demo model, until Ctrl-C
+run: $(STAMP) model ## run one agent with the demo model, until Ctrl-C
 	@$(BIN)/python -m scripts.run_one
 
-test: $(STAMP) model ## every test, two files at a time: most of them wait
+test: $(STAMP) model ## run all tests, two files in parallel: most tests wait
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(STAMP) ## style
+lint: $(STAMP) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP) ## mypy, strict
+types: $(STAMP) ## type-check (mypy, strict)
 	$(BIN)/mypy
 
-arch: $(STAMP) ## the import contracts
+arch: $(STAMP) ## check the import contracts
 	$(BIN)/lint-imports --no-logo
 
-fuzz: $(STAMP) ## twenty thousand random requests at a real agent
+fuzz: $(STAMP) ## send 20,000 random requests to a real agent
 	MLXRACK_FUZZ=20000 $(BIN)/python -m pytest tests/rack/test_poison.py
 
-swap: $(STAMP) model ## two hundred swaps under thirty streams, twenty of a real model, kills, loads and unloads
+swap: $(STAMP) model ## run 200 hot swaps under 30 streams, 20 with a real model; kills, loads and unloads
 	MLXRACK_SWAPS=200 MLXRACK_REAL_SWAPS=20 MLXRACK_CYCLES=200 MLXRACK_REAL_CYCLES=20 MLXRACK_KILLS=40 \
 	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_swaps.py
 
-chaos: $(STAMP) model ## the fault matrix, nodes killed under load, streams cut at any word, clients that leave
+chaos: $(STAMP) model ## run the fault matrix, node kills under load, failover of cut streams, client disconnects
 	MLXRACK_CHAOS=3 MLXRACK_CHAOS_S=120 MLXRACK_CUT_STREAMS=500 MLXRACK_BAD_REQUESTS=1000 MLXRACK_LEAVERS=1000 MLXRACK_CONTINUATIONS=20 \
-	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_doors.py tests/rack/test_leavers.py \
+	$(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_chaos.py tests/rack/test_kills.py tests/rack/test_gateways.py tests/rack/test_disconnects.py \
 	tests/rack/test_continuation.py tests/rack/test_routes.py
 
-crash: $(STAMP) ## an agent killed five hundred times while it samples and pushes to a store that fails
+crash: $(STAMP) ## kill an agent 500 times while it samples and pushes to a failing store
 	MLXRACK_CRASHES=500 $(BIN)/python -m pytest -s -v --timeout=4000 tests/rack/test_crash.py
 
-crash-aggregator: $(STAMP) ## an aggregator killed two hundred times; its tables and reports are those of one that was not
+crash-aggregator: $(STAMP) ## kill an aggregator 200 times; its tables and reports must equal those of an undisturbed one
 	MLXRACK_AGGREGATOR_KILLS=200 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_aggregator_kills.py
 
-score: $(STAMP) ## how often causes and verdicts are right, on made-up weeks whose truth is known
+score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic weeks
 	MLXRACK_SCORE=1 $(BIN)/python -m pytest -s -v tests/aggregator/test_scoring.py
 
-fuzz-parsers: $(STAMP) ## a hundred thousand inputs for every parser of what a sensor or a meter says
+fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,000 inputs
 	@$(BIN)/python -m scripts.fuzz_parsers
 
-soak: $(STAMP) ## ten minutes of a machine without a free moment, and ten of clients that leave
+soak: $(STAMP) ## soak: ten minutes on a saturated machine, and ten with client disconnects
 	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py
 
-simulate: $(STAMP) ## eviction by cost against least recently used, and ways to route, on made-up traffic
+simulate: $(STAMP) ## simulate eviction policies (cost, LRU) and routing policies on synthetic traffic
 	@$(BIN)/python -m scripts.simulate_eviction
 	@$(BIN)/python -m scripts.simulate_routing
 
-check: lint types arch test ## what CI runs
+check: lint types arch test ## run what CI runs
 
-docs: $(STAMP) ## the configuration reference, made from the code
+docs: $(STAMP) ## generate the configuration reference from the code
 	@$(BIN)/python -m scripts.document_config
 
-bench-dispatch: $(STAMP) ## what the door costs, beside a minimal proxy and LiteLLM's, in one run
+bench-dispatch: $(STAMP) ## measure gateway overhead, compared with a minimal proxy and LiteLLM's proxy
 	@$(BIN)/python -m scripts.bench_dispatch
 
-bench-telemetry: $(STAMP) model ## what telemetry costs: a core and memory at rest, tokens/s under load, bytes of a batch
+bench-telemetry: $(STAMP) model ## measure the cost of telemetry: CPU and memory at rest, tokens/s under load, bytes of a batch
 	@$(BIN)/python -m scripts.bench_telemetry
 
-bench-aggregate: $(STAMP) ## a month rolled up, a day more, the monthly numbers, and how it grows with the rack
+bench-aggregate: $(STAMP) ## time the rollup of a month, a daily increment, the monthly report, and growth with the rack
 	@$(BIN)/python -m scripts.bench_aggregate
 
-bench-placement: $(STAMP) ## how long a placement takes, how far from the best it is, and greedy alone
+bench-placement: $(STAMP) ## measure the placement solver: run time, optimality gap, greedy heuristic alone
 	@$(BIN)/python -m scripts.bench_placement
 
-sample-rack: $(STAMP) ## a bucket of made-up telemetry and its reports, for who wants to look without a rack
+sample-rack: $(STAMP) ## make a bucket of synthetic telemetry and its reports, to explore without a rack
 	@$(BIN)/python -m scripts.sample_rack
 
-bench-serve: $(STAMP) model ## tokens per second of the agent, mlx_lm.server and the bare engine, in one run
+bench-serve: $(STAMP) model ## measure tokens/s of the agent, mlx_lm.server and the bare engine
 	@$(BIN)/python -m scripts.bench_serve
 
-dist: $(STAMP) ## a wheel in dist/
+dist: $(STAMP) ## build a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-clean: ## remove what was built
+clean: ## remove build outputs
 	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .import_linter_cache

@@ -1,16 +1,14 @@
-"""``make bench-dispatch``: what the door costs, beside the least a proxy can do and beside LiteLLM's.
+"""``make bench-dispatch``: overhead of the gateway, compared with a minimal proxy and LiteLLM's proxy.
 
-One mock backend answers all of them: directly, through forty lines of aiohttp that look at nothing, through an agent to
-which it is an authenticated peer, and through LiteLLM's proxy in a virtual environment of its own. They take turns in
-interleaved rounds with the same requests; medians, their spread and ratios of the same run are printed. Refuses to
-report from a machine that is busy with other things.
+One mock backend serves all of them: directly, through forty lines of aiohttp that inspect nothing, through an agent
+that has it as an authenticated peer, and through LiteLLM's proxy in its own virtual environment. They take turns in
+interleaved rounds with the same requests; medians, their spread and ratios within the run are printed. Refuses to
+measure on a busy machine.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -22,13 +20,14 @@ from typing import NamedTuple
 
 import psutil
 
+from scripts.common import agent_toml, parser, quantile, report_bounds, running, script, wait_started
 from scripts.fetch_demo_model import default_folder
 from scripts.seaweed import free_port
 
 BUILD = Path("build/bench-dispatch")
 SECRET = "the secret of the bench's rack"
 RIVAL_KEY = "sk-" + "0123456789abcdef" * 4
-"""LiteLLM does not start without one."""
+"""LiteLLM does not start without a key."""
 BUSY = 0.6
 CONNECTIONS = 32
 ROUND_S = 3.0
@@ -67,7 +66,7 @@ web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print
 
 
 class Program(NamedTuple):
-    """Something that answers chat completions on a port of loopback."""
+    """A server of chat completions on a loopback port."""
 
     name: str
     port: int
@@ -75,7 +74,7 @@ class Program(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Of one round: how many a second, and the times of each in seconds."""
+    """One round: answers per second, and the latency of each in seconds."""
 
     per_s: float
     times: list[float]
@@ -85,7 +84,7 @@ class Answers(NamedTuple):
 
 
 class _Client(asyncio.Protocol):
-    """One connection that speaks just enough HTTP to keep a server busy; a client library would be what is measured."""
+    """One connection with just enough HTTP to keep a server busy; a client library would dominate the measurement."""
 
     def __init__(self, request: bytes, done: Callable[[float, bytes], bytes | None]) -> None:
         self._request = request
@@ -125,7 +124,7 @@ class _Client(asyncio.Protocol):
 
 
 def _end_of(buffer: bytes) -> int | None:
-    """Where the first answer ends; None while it is not whole."""
+    """Where the first answer ends; None while it is incomplete."""
     head = buffer.find(b"\r\n\r\n")
     if head < 0:
         return None
@@ -135,14 +134,14 @@ def _end_of(buffer: bytes) -> int | None:
         length = int(lines[at + 15 :].split(b"\r\n", 1)[0])
         return head + 4 + length if len(buffer) >= head + 4 + length else None
     end = buffer.find(b"0\r\n\r\n", head + 4)
-    # the last chunk alone ends in a size of nothing; "0" inside an event is followed by its own line's end
+    # only the last chunk has size 0; a "0" inside an event is followed by the end of its own line
     while end >= 0 and buffer[end - 2 : end] != b"\r\n":
         end = buffer.find(b"0\r\n\r\n", end + 1)
     return end + 5 if end >= 0 else None
 
 
 def request_bytes(program: Program, *, stream: bool = False, words: int = 16) -> bytes:
-    """A chat completion as it goes over the wire."""
+    """A chat completion as HTTP on the wire."""
     body = {
         "model": "m",
         "messages": [
@@ -162,7 +161,7 @@ def request_bytes(program: Program, *, stream: bool = False, words: int = 16) ->
 
 
 async def closed_loop(program: Program, seconds: float, connections: int = CONNECTIONS) -> Answers:
-    """As many as it can, over so many connections."""
+    """Closed loop: each connection sends its next request when the last one is answered."""
     request, times, until = request_bytes(program), [], time.perf_counter() + seconds
 
     def done(took: float, _: bytes) -> bytes | None:
@@ -175,8 +174,8 @@ async def closed_loop(program: Program, seconds: float, connections: int = CONNE
 
 
 async def open_loop(program: Program, seconds: float, per_s: float) -> Answers:
-    """So many a second, at random moments, whatever becomes of them."""
-    dice, tasks, times = random.Random(7), [], []
+    """Open loop: Poisson arrivals, independent of the answers."""
+    rng, tasks, times = random.Random(7), [], []
     request = request_bytes(program)
 
     def done(took: float, _: bytes) -> bytes | None:
@@ -186,26 +185,26 @@ async def open_loop(program: Program, seconds: float, per_s: float) -> Answers:
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         tasks.append(asyncio.create_task(_connected(program, [request], done)))
-        await asyncio.sleep(dice.expovariate(per_s))
+        await asyncio.sleep(rng.expovariate(per_s))
     await asyncio.gather(*tasks)
     return Answers(len(times) / seconds, times)
 
 
 async def streams(program: Program, count: int, words: int) -> Answers:
-    """Events a second of so many streams at the same time."""
+    """Events per second of concurrent streams."""
     events: list[int] = []
-    said: list[int] = []
+    produced: list[int] = []
 
     def done(_: float, answer: bytes) -> bytes | None:
         events.append(answer.count(b"data: "))
-        said.append(answer.count(b"word "))
+        produced.append(answer.count(b"word "))
         return None
 
     began = time.perf_counter()
     await _connected(program, [request_bytes(program, stream=True, words=words)] * count, done)
     took = time.perf_counter() - began
-    # a door that lags behind its worker sends several tokens in one event
-    assert sum(said) >= count * words, "a stream was cut short"
+    # a gateway that lags behind its worker sends several tokens in one event
+    assert sum(produced) >= count * words, "a stream was truncated"
     return Answers(sum(events) / took, [took])
 
 
@@ -221,47 +220,6 @@ async def _connected(program: Program, requests: list[bytes], done: Callable[[fl
 # ---- servers ----
 
 
-@contextlib.contextmanager
-def started(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that runs while it is needed."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **(env or {})})
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_for(program: Program, process: subprocess.Popen[bytes], log: Path, limit_s: float = 90.0) -> None:
-    """Until it answers a completion."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        try:
-            asyncio.run(closed_loop(program, 0.01, 1))
-            return
-        except (OSError, SystemExit):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{program.name} does not answer: {log.read_text()[-800:]}") from None
-            time.sleep(0.2)
-
-
-def agent_config(folder: Path, port: int, backend: int) -> Path:
-    """An agent whose only peer is the backend."""
-    path = folder / "agent.toml"
-    path.write_text(
-        f'[node]\nid = "door"\nrack = "r"\n[listen]\nport = {port}\n[paths]\nstate = "{folder / "state"}"\n'
-        f'[store]\nkind = "directory"\npath = "{folder / "bucket"}"\n'
-        "[limits]\nin_flight_per_model = 512\nin_flight_per_key = 512\n"
-        f'[peers]\nsecret = "env:BENCH_SECRET"\n[[peers.nodes]]\nid = "mock"\nurl = "http://127.0.0.1:{backend}"\n'
-    )
-    return path
-
-
 def litellm_config(folder: Path, backend: int) -> Path:
     """LiteLLM's proxy with one model."""
     path = folder / "litellm.yaml"
@@ -274,13 +232,13 @@ def litellm_config(folder: Path, backend: int) -> Path:
 
 
 def litellm_program(folder: Path) -> str | None:
-    """Its program in an environment of its own, installed once; None where it cannot be had."""
-    place = folder / "bench-litellm"
-    program = place / "bin" / "litellm"
+    """Its program in its own virtual environment, installed once; None when the installation fails."""
+    venv = folder / "bench-litellm"
+    program = venv / "bin" / "litellm"
     if not program.exists():
-        print(f"installing {LITELLM} into {place.name}, once", file=sys.stderr)
-        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", LITELLM]
-        made = subprocess.run([sys.executable, "-m", "venv", str(place)], check=False).returncode == 0
+        print(f"installing {LITELLM} into {venv.name}, once", file=sys.stderr)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", LITELLM]
+        made = subprocess.run([sys.executable, "-m", "venv", str(venv)], check=False).returncode == 0
         if not made or subprocess.run(pip, check=False).returncode != 0:
             return None
     return str(program)
@@ -288,34 +246,32 @@ def litellm_program(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def programs(build: Path, *, with_litellm: bool, gap_s: float = 0.0) -> Iterator[list[Program]]:
-    """The backend and everything in front of it."""
+    """The backend and the proxies in front of it."""
     build.mkdir(parents=True, exist_ok=True)
+    found: list[Program] = []
     with contextlib.ExitStack() as stack:
-        backend = Program("direct", free_port())
+
+        def start(program: Program, command: list[str], limit_s: float = 90.0, **environ: str) -> None:
+            log = build / f"{program.name}.log"
+            process = stack.enter_context(running(command, log, environ))
+            wait_started(lambda: asyncio.run(closed_loop(program, 0.01, 1)), process, log, limit_s)
+            found.append(program)
+
+        backend, minimal, agent = (Program(name, free_port()) for name in ("direct", "minimal", "agent"))
+        url = f"http://127.0.0.1:{backend.port}"
         mock = [sys.executable, "-m", "scripts.mock_worker", "--port", str(backend.port), "--secret", SECRET]
-        process = stack.enter_context(started([*mock, "--words", "100000", "--gap-s", str(gap_s)], build / "mock.log"))
-        wait_for(backend, process, build / "mock.log")
-        found = [backend]
-        minimal = Program("minimal", free_port())
-        command = [sys.executable, "-c", MINIMAL, str(minimal.port), f"http://127.0.0.1:{backend.port}"]
-        process = stack.enter_context(started(command, build / "minimal.log"))
-        wait_for(minimal, process, build / "minimal.log")
-        found.append(minimal)
-        agent = Program("agent", free_port())
-        config = agent_config(build, agent.port, backend.port)
-        script = str(Path(sys.executable).parent / "mlxrack-agent")
-        command = [script, "run", "--config", str(config)]
-        process = stack.enter_context(started(command, build / "agent.log", {"BENCH_SECRET": SECRET}))
-        wait_for(agent, process, build / "agent.log")
-        found.append(agent)
+        start(backend, [*mock, "--words", "100000", "--gap-s", str(gap_s)])
+        start(minimal, [sys.executable, "-c", MINIMAL, str(minimal.port), url])
+        peers = f'[peers]\nsecret = "env:BENCH_SECRET"\n[[peers.nodes]]\nid = "mock"\nurl = "{url}"\n'
+        limits = "[limits]\nin_flight_per_model = 512\nin_flight_per_key = 512\n"
+        config = agent_toml(build / "agent", "gateway", "r", limits + peers, port=agent.port)
+        start(agent, [script("mlxrack-agent"), "run", "--config", str(config)], BENCH_SECRET=SECRET)
         if with_litellm and (program := litellm_program(default_folder().parent)):
             rival = Program("litellm", free_port(), key=RIVAL_KEY)
             config = litellm_config(build, backend.port)
             command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(rival.port)]
             quiet = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": RIVAL_KEY}
-            process = stack.enter_context(started(command, build / "litellm.log", quiet))
-            wait_for(rival, process, build / "litellm.log", 180)
-            found.append(rival)
+            start(rival, command, 180.0, **quiet)
         yield found
 
 
@@ -323,11 +279,11 @@ def programs(build: Path, *, with_litellm: bool, gap_s: float = 0.0) -> Iterator
 
 
 def interleaved(found: list[Program], rounds: int, once: Callable[[Program], Answers]) -> dict[str, list[Answers]]:
-    """Each program once in each round, in an order by dice."""
-    dice = random.Random(3)
+    """Each program once per round, in random order."""
+    rng = random.Random(3)
     results: dict[str, list[Answers]] = {program.name: [] for program in found}
     for _ in range(rounds):
-        for program in dice.sample(found, len(found)):
+        for program in rng.sample(found, len(found)):
             results[program.name].append(once(program))
     return results
 
@@ -337,22 +293,16 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):>8.1f}  ({min(values):.1f} to {max(values):.1f})"
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The value below which ``share`` of them lie."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; 1 when a bar is not reached."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-litellm", action="store_true")
-    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too")
-    args = parser.parse_args(argv)
+    """Measure and print; 1 when a bound is missed."""
+    words = parser(__doc__)
+    words.add_argument("--rounds", type=int, default=7)
+    words.add_argument("--no-litellm", action="store_true")
+    words.add_argument("--anyway", action="store_true", help="also measure on a busy machine")
+    args = words.parse_args(argv)
     busy = psutil.cpu_percent(1.0) / 100
     if busy > BUSY and not args.anyway:
-        print(f"this machine is {busy:.0%} busy with other things; nothing measured now would mean much")
+        print(f"bench: CPU is {busy:.0%} busy (at most {BUSY:.0%}); retry on an idle machine or pass --anyway")
         return 2
     with programs(BUILD, with_litellm=not args.no_litellm) as found:
         ok = report(found, args.rounds, with_litellm=not args.no_litellm)
@@ -362,13 +312,13 @@ def main(argv: list[str] | None = None) -> int:
 def report(found: list[Program], rounds: int, *, with_litellm: bool) -> bool:
     """All measurements and ratios."""
     medians: dict[str, float] = {}
-    print(f"requests a second, {CONNECTIONS} connections, {rounds} interleaved rounds of {ROUND_S:g} s")
+    print(f"requests per second, {CONNECTIONS} connections, {rounds} interleaved rounds of {ROUND_S:g} s")
     for name, answers in interleaved(found, rounds, lambda p: asyncio.run(closed_loop(p, ROUND_S))).items():
         print(f"  {name:<8} {spread([one.per_s for one in answers])}")
         medians[name] = statistics.median([one.per_s for one in answers])
     direct: dict[float, float] = {}
     added: dict[float, float] = {}
-    print(f"milliseconds at {RATE_PER_S} requests a second, {rounds} interleaved rounds of {ROUND_S:g} s")
+    print(f"latency in ms at {RATE_PER_S} requests per second, {rounds} interleaved rounds of {ROUND_S:g} s")
     for name, answers in interleaved(found, rounds, lambda p: asyncio.run(open_loop(p, ROUND_S, RATE_PER_S))).items():
         times = [took * 1000 for one in answers for took in one.times]
         for share in (0.5, 0.99):
@@ -379,7 +329,7 @@ def report(found: list[Program], rounds: int, *, with_litellm: bool) -> bool:
         more = "  ".join(f"p{share * 100:.0f} {quantile(times, share):.2f}" for share in (0.5, 0.99))
         print(f"  {name:<8} {more}  added p50 {quantile(times, 0.5) - direct[0.5]:.2f}")
     chunks: dict[str, float] = {}
-    print(f"events a second, {STREAMS} streams of {WORDS} words, {rounds} interleaved rounds")
+    print(f"events per second, {STREAMS} streams of {WORDS} words, {rounds} interleaved rounds")
     fast = [one for one in found if one.name != "litellm"]
     for name, answers in interleaved(fast, rounds, lambda p: asyncio.run(streams(p, STREAMS, WORDS))).items():
         print(f"  {name:<8} {spread([one.per_s for one in answers])}")
@@ -390,23 +340,20 @@ def report(found: list[Program], rounds: int, *, with_litellm: bool) -> bool:
 def verdict(
     medians: dict[str, float], added: dict[float, float], chunks: dict[str, float], *, with_litellm: bool
 ) -> bool:
-    """Each bar, and whether it is reached."""
-    bars: list[tuple[str, float, float, bool]] = [
-        ("requests a second, agent / minimal proxy", medians["agent"] / medians["minimal"], 0.4, True),
+    """Each bound, and whether it is met."""
+    bounds: list[tuple[str, float, float, bool]] = [
+        ("requests per second, agent / minimal proxy", medians["agent"] / medians["minimal"], 0.4, True),
         ("added p50, ms", added[0.5], 2.0, False),
         ("added p99, ms", added[0.99], 8.0, False),
-        ("events a second", chunks["agent"], 8000.0, True),
+        ("events per second", chunks["agent"], 8000.0, True),
     ]
     if "litellm" in medians:
-        bars.append(("requests a second, agent / LiteLLM", medians["agent"] / medians["litellm"], 15.0, True))
-    good = "litellm" in medians or not with_litellm
-    if not good:
-        print("MISS LiteLLM could not be had; --no-litellm measures without it")
-    for name, value, bar, at_least in bars:
-        reached = value >= bar if at_least else value <= bar
-        good = good and reached
-        print(f"{'ok  ' if reached else 'MISS'} {name}: {value:.2f} ({'at least' if at_least else 'at most'} {bar:g})")
-    return good
+        bounds.append(("requests per second, agent / LiteLLM", medians["agent"] / medians["litellm"], 15.0, True))
+    lines = [] if "litellm" in medians or not with_litellm else [(False, "LiteLLM not installed; see --no-litellm")]
+    for name, value, bound, at_least in bounds:
+        line = f"{name}: {value:.2f} ({'at least' if at_least else 'at most'} {bound:g})"
+        lines.append((value >= bound if at_least else value <= bound, line))
+    return report_bounds(lines)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""How long a placement takes, how far from the best it is, and how far greedy alone would be.
+"""Run time of the placement solver, its optimality gap, and the gap of the greedy heuristic alone.
 
     python -m scripts.bench_placement [--seeds 3]
 
-Racks by dice, models standing where they happen to fit. Every plan is carried out on paper. Exits 1 when a bound is
-passed: 8 x 20 in a second, 100 x 200 in two, greedy within 15 %.
+Random racks, models initially placed where they happen to fit. Every plan's steps are simulated. Exits 1 when a bound
+is exceeded: 8 x 20 in a second, 100 x 200 in two, greedy within 15 %.
 """
 
-import argparse
 import statistics
 import time
 from typing import NamedTuple
 
 from aggregator import moves, packing
+from scripts.common import parser
 from tests.aggregator.test_placement import case
 
 SIZES = ((8, 20, 1.0), (30, 60, 2.0), (100, 200, 2.0))
 FILLS = ((0.5, 0.45), (0.65, 0.5), (0.75, 0.6))
-"""(memory, work) that the models need, as a share of what there is."""
+"""(memory, work) that the models need, as a share of the rack's capacity."""
 OVER = (1.2, 0.5)
 GREEDY = 0.15
 
 
 class Solved(NamedTuple):
-    """One rack."""
+    """The result for one rack."""
 
     seconds: float
     gap: float | None
@@ -49,9 +49,9 @@ def solve(nodes: int, models: int, fill: float, load: float, seed: int) -> Solve
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--seeds", type=int, default=3)
+    args = words.parse_args()
     good, greedy = True, []
     print(f"{'rack':>10} {'memory':>7} {'work':>5} {'seconds':>8} {'gap':>7} {'greedy':>7} {'steps':>6}")
     for nodes, models, limit_s in SIZES:

@@ -1,28 +1,27 @@
-"""``make bench-serve``: how much of the engine's own speed reaches a client, beside mlx-lm's server.
+"""``make bench-serve``: how much of the engine's throughput reaches a client, compared with mlx-lm's server.
 
-Half of it is here (speed); the other cases are in bench_fair.py.
+Throughput is measured here; the other cases are in bench_fair.py.
 
 Three programs hold the same model over the same BLAS: a bare ``BatchGenerator`` loop without a server (the limit),
 ``mlx_lm.server``, and the agent. One works at a time, in interleaved rounds with the same requests; medians and
-their spread are printed, and ratios within the run. Refuses to report from a machine that is busy with other things.
+their spread are printed, and ratios within the run. Refuses to measure on a busy machine.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.common import agent_toml, at_once, chat, running, script, wait_started
 from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.seaweed import free_port
 
@@ -33,7 +32,7 @@ TOKENS = 48
 BUSY = 0.6
 SUBJECTS = ("a whale", "the moon", "a clock", "bread", "a river", "chess", "snow", "a violin")
 
-BARE = r"""
+PREAMBLE = r"""
 import json, sys, time
 from agent.loader import blas
 blas.install()
@@ -42,10 +41,13 @@ from mlx_lm.generate import BatchGenerator
 import importlib
 importlib.import_module("mlx_lm.generate").maybe_set_recommended_wired_limit = lambda: None
 model, tokenizer = load(sys.argv[1])
+def tokens(text):
+    found = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return found if isinstance(found, list) else list(found["input_ids"])
+"""
+BARE = r"""
 def run(questions, max_tokens):
-    asked = [[{"role": "user", "content": q}] for q in questions]
-    prompts = [tokenizer.apply_chat_template(a, add_generation_prompt=True) for a in asked]
-    prompts = [p if isinstance(p, list) else list(p["input_ids"]) for p in prompts]
+    prompts = [tokens(q) for q in questions]
     began = time.perf_counter()
     bg = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], completion_batch_size=16)
     bg.insert(prompts, max_tokens=[max_tokens] * len(prompts))
@@ -57,10 +59,11 @@ def run(questions, max_tokens):
     bg.close()
     return made, time.perf_counter() - began
 run(["warm up"], 4)
+"""
+LOOP = r"""
 print("ready", flush=True)
 for line in sys.stdin:
-    order = json.loads(line)
-    print(json.dumps(run(order["questions"], order["max_tokens"])), flush=True)
+    print(json.dumps(run(**json.loads(line))), flush=True)
 """
 RIVAL = r"""
 import sys
@@ -93,7 +96,7 @@ class Server(NamedTuple):
 
 
 Runner = Callable[[list[str]], tuple[int, float]]
-"""Answers questions at the same time; returns tokens made and seconds."""
+"""Answers questions concurrently; returns completion tokens and seconds."""
 
 
 def main() -> int:
@@ -107,7 +110,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=default_folder() / MAIN)
     args = parser.parse_args()
     if os.getloadavg()[0] > BUSY:
-        print(f"bench: the machine is busy (load {os.getloadavg()[0]:.2f} over {BUSY}); try again when it is quiet")
+        print(f"bench: load average is {os.getloadavg()[0]:.2f} (at most {BUSY}); retry on an idle machine")
         return os.EX_TEMPFAIL
     BUILD.mkdir(parents=True, exist_ok=True)
     threads = os.cpu_count() or 1
@@ -115,11 +118,11 @@ def main() -> int:
     found: dict[str, Any] = {}
     if "speed" in args.cases:
         with (
-            bare(args.model, environ) as a,
+            piped(BARE, args.model, environ) as a,
             rival(args.model, environ) as b,
             agent(model_table(args.model), threads) as c,
         ):
-            runners: dict[str, Runner] = {"bare loop": a, "mlx_lm.server": asker(b), "agent": asker(c)}
+            runners: dict[str, Runner] = {"bare loop": bare(a), "mlx_lm.server": asker(b), "agent": asker(c)}
             found["speed"] = report(measure(runners, args.levels, args.rounds))
     if "fair" in args.cases:
         from scripts import bench_fair
@@ -130,12 +133,12 @@ def main() -> int:
 
 
 def measure(runners: dict[str, Runner], levels: list[int], rounds: int) -> dict[int, dict[str, list[float]]]:
-    """Tokens per second of each program at each level, by round; the order turns from round to round."""
+    """Tokens per second of each program at each concurrency, by round; the order rotates from round to round."""
     rates: dict[int, dict[str, list[float]]] = {level: {name: [] for name in runners} for level in levels}
     names = list(runners)
     for number in range(rounds):
         for level in levels:
-            # other questions each round, so that no prompt cache of one program helps it over the others
+            # new questions each round, so that no program gains by its prompt cache
             questions = [f"Tell me about {SUBJECTS[n % 8]}, number {number * 100 + n}." for n in range(level)]
             for name in names[number % 3 :] + names[: number % 3]:
                 made, seconds = runners[name](questions)
@@ -145,7 +148,7 @@ def measure(runners: dict[str, Runner], levels: list[int], rounds: int) -> dict[
 
 
 def report(rates: dict[int, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Print the table; what it says as data."""
+    """Print the table; returns it as data."""
     found = []
     print(f"\n{'at once':>8} {'bare loop':>18} {'mlx_lm.server':>18} {'agent':>18}   agent/bare  agent/mlx_lm")
     for level, by_name in rates.items():
@@ -160,39 +163,26 @@ def report(rates: dict[int, dict[str, list[float]]]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def bare(model: Path, environ: dict[str, str]) -> Iterator[Runner]:
-    """The engine alone."""
-    with piped([sys.executable, "-P", "-c", BARE, str(model)], environ) as process:
-
-        def run(questions: list[str]) -> tuple[int, float]:
-            made, seconds = exchange(process, {"questions": questions, "max_tokens": TOKENS})
-            return made, seconds
-
-        yield run
-
-
-@contextlib.contextmanager
-def piped(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A program that takes orders on its input, once it has said that it is ready."""
+def piped(code: str, model: Path, environ: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """A child process that calls its function ``run`` with the arguments it is sent; yields the caller's side."""
+    command = [sys.executable, "-P", "-c", PREAMBLE + code + LOOP, str(model)]
     process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.readline()
+    orders, answers = process.stdin, process.stdout
+    assert orders is not None
+    assert answers is not None
+    answers.readline()
+
+    def run(**arguments: Any) -> Any:
+        orders.write(json.dumps(arguments) + "\n")
+        orders.flush()
+        return json.loads(answers.readline())
+
     try:
-        yield process
+        yield run
     finally:
-        process.stdin.close()
+        orders.close()
         process.wait(timeout=20)
-        process.stdout.close()
-
-
-def exchange(process: subprocess.Popen[str], order: dict[str, Any]) -> Any:
-    """One order and its answer."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(order) + "\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
+        answers.close()
 
 
 @contextlib.contextmanager
@@ -201,8 +191,13 @@ def rival(model: Path, environ: dict[str, str]) -> Iterator[Server]:
     port = free_port()
     words = ["--model", str(model), "--port", str(port), "--host", "127.0.0.1", "--log-level", "ERROR"]
     command = [sys.executable, "-P", "-c", RIVAL, str(RIVAL_PATH), *words]
-    with running(command, environ, f"http://127.0.0.1:{port}/health") as pid:
-        yield Server(f"http://127.0.0.1:{port}/v1", str(model), pid)
+    with serving(command, environ, port, "health", str(model)) as server:
+        yield server
+
+
+def bare(run: Callable[..., Any]) -> Runner:
+    """Questions to the engine alone."""
+    return lambda questions: run(questions=questions, max_tokens=TOKENS)
 
 
 def asker(server: Server) -> Runner:
@@ -217,73 +212,40 @@ def model_table(model: Path) -> str:
 
 @contextlib.contextmanager
 def agent(models: str, threads: int, *, extra: str = "") -> Iterator[Server]:
-    """One agent, through its HTTP door."""
-    port, state = free_port(), (BUILD / "agent").resolve()
-    config = BUILD / "agent.toml"
-    config.write_text(
-        f'[node]\nid = "bench"\nrack = "bench"\n[listen]\nport = {port}\n[paths]\nstate = {json.dumps(str(state))}\n'
-        f"[store]\npath = {json.dumps(str(state / 'bucket'))}\n[loader]\nthreads = {threads}\n{extra}{models}"
-    )
-    program = str(Path(sys.executable).parent / "mlxrack-agent")
-    with running([program, "run", "--config", str(config)], dict(os.environ), f"http://127.0.0.1:{port}/ready") as pid:
-        yield Server(f"http://127.0.0.1:{port}/v1", "m", pid)
+    """One agent, through its HTTP API."""
+    port = free_port()
+    config = agent_toml(BUILD / "agent", "bench", "bench", f"[loader]\nthreads = {threads}\n{extra}{models}", port=port)
+    with serving([script("mlxrack-agent"), "run", "--config", str(config)], {}, port, "ready", "m") as server:
+        yield server
 
 
 @contextlib.contextmanager
-def running(command: list[str], environ: dict[str, str], ready: str) -> Iterator[int]:
+def serving(command: list[str], environ: dict[str, str], port: int, ready: str, model: str) -> Iterator[Server]:
     """A server until the block ends."""
-    with (BUILD / "servers.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                fetch(ready).close()
-                break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"bench: {command[1:3]} did not start; see {BUILD}/servers.log") from None
-                time.sleep(0.2)
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    log, base = BUILD / "servers.log", f"http://127.0.0.1:{port}"
+    with running(command, log, environ) as process:
+        wait_started(lambda: fetch(f"{base}/{ready}").close(), process, log, 120.0)
+        yield Server(f"{base}/v1", model, process.pid)
 
 
 def fetch(url: str) -> Any:
-    """An answer that is 200; raises as urllib does."""
+    """A response with status 200; raises as urllib does."""
     return urllib.request.urlopen(url, timeout=10)
 
 
 def ask_all(base: str, model: str, questions: list[str]) -> tuple[int, float]:
-    """All questions at the same time; tokens by the answers' own usage."""
-    made: list[int] = []
+    """All questions concurrently; tokens as the answers' usage counts them."""
 
-    def ask(question: str) -> None:
-        body: dict[str, Any] = {
-            "model": model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": TOKENS,
-            "temperature": 0,
-        }
+    def ask(question: str) -> int:
+        body = chat(model, question, TOKENS, temperature=0)
         request = urllib.request.Request(
             f"{base}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
-            made.append(json.loads(answer.read())["usage"]["completion_tokens"])
+            return int(json.loads(answer.read())["usage"]["completion_tokens"])
 
-    threads = [threading.Thread(target=ask, args=(q,)) for q in questions]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(made) != len(questions):
-        raise SystemExit(f"bench: {len(questions) - len(made)} requests failed")
+    made = at_once([functools.partial(ask, question) for question in questions])
     return sum(made), time.perf_counter() - began
 
 

@@ -1,10 +1,11 @@
-"""``make demo``: a rack of three nodes on this machine, with a real model, a real S3 store and real trouble.
+"""``make demo``: a rack of three nodes on this machine, with a real model, a real S3 store and real failures.
 
 Leaves build/demo/ with the bucket's listing, the weekly artifacts, the monthly PDF and summary.json. Everything
 listens on loopback and is stopped at the end.
 """
 
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import openai
 
+from scripts.common import agent_toml, at_once, s3_table, script, secret_file
 from scripts.fetch_demo_model import MAIN, SECOND, default_folder
 from scripts.seaweed import SeaweedFS, free_port
 from scripts.tcp_gate import TcpGate
@@ -48,7 +50,7 @@ QUESTIONS = (
 
 @dataclass
 class Tally:
-    """What clients saw."""
+    """Requests as clients counted them."""
 
     requests: int = 0
     failed: int = 0
@@ -57,13 +59,13 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def good(self, tokens: int) -> None:
-        """One answer."""
+        """Count an answer."""
         with self.lock:
             self.requests += 1
             self.completion_tokens += tokens
 
     def bad(self, error: str) -> None:
-        """One request without a proper answer."""
+        """Count a failed request."""
         with self.lock:
             self.requests += 1
             self.failed += 1
@@ -71,7 +73,7 @@ class Tally:
 
 
 class Sink(http.server.ThreadingHTTPServer):
-    """Stands in for Discord's webhook and keeps what it is sent."""
+    """A stand-in for Discord's webhook that keeps the messages."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _SinkHandler)
@@ -110,14 +112,14 @@ class Node:
 
     @property
     def url(self) -> str:
-        """Where clients connect."""
+        """Base URL for clients."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Start the agent."""
         with (self.folder / "stdout.txt").open("ab") as out:
             self.process = subprocess.Popen(
-                [_script("mlxrack-agent"), "run", "--config", str(self.config)],
+                [script("mlxrack-agent"), "run", "--config", str(self.config)],
                 env=self._environ,
                 stdout=out,
                 stderr=out,
@@ -125,7 +127,7 @@ class Node:
             )
 
     def ready(self) -> bool:
-        """Whether a model is loaded."""
+        """Whether its models are loaded."""
         try:
             with urllib.request.urlopen(f"{self.url}/ready", timeout=2) as answer:
                 return bool(answer.status == 200)
@@ -134,10 +136,7 @@ class Node:
 
     def cli(self, *words: str) -> dict[str, Any]:
         """A verb of mlxrack-agent, with --json."""
-        result: dict[str, Any] = json.loads(
-            _run([_script("mlxrack-agent"), *words, "--json", "--config", str(self.config)], self._environ)
-        )
-        return result
+        return _json_of(["mlxrack-agent", *words], self.config, self._environ)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -152,7 +151,7 @@ class Node:
         return self.process.wait(timeout=90)
 
     def windows(self) -> set[tuple[str, int, int]]:
-        """(node, epoch, seq) of every window this node closed, or found open after it was killed, from its own log."""
+        """(node, epoch, seq) of every window that this node closed, or recovered after a kill, from its log."""
         found, epoch = set(), 0
         for line in (self.folder / "state/logs/agent.jsonl").read_text().splitlines():
             entry = json.loads(line)
@@ -185,8 +184,10 @@ class Demo:
         self.nodes: list[Node] = []
 
     def run(self) -> int:
-        """Every act in turn; returns the exit status."""
-        say("A rack of three nodes on this machine. Watch it serve, swap, evict, die, come back and report.")
+        """Run all acts; returns the exit status."""
+        print(
+            "A rack of three nodes on this machine: it serves, swaps, evicts, fails, recovers and reports.", flush=True
+        )
         try:
             self._start()
             self._serve()
@@ -217,17 +218,16 @@ class Demo:
             ports = {name: free_port() for name in NODES}
             for name in NODES:
                 node = Node(name, ports[name], self.environ)
-                node.folder.mkdir(parents=True)
-                node.config.write_text(_agent_toml(name, ports, self.gate.port))
+                _write_agent_toml(name, ports, self.gate.port)
                 self.nodes.append(node)
                 node.start()
             (BUILD / "aggregator.toml").write_text(_aggregator_toml(self.store.port))
-            wait("every node has the model in memory", lambda: all(n.ready() for n in self.nodes), 120)
+            wait("the model is resident on every node", lambda: all(n.ready() for n in self.nodes), 120)
         for node in self.nodes:
             note(f"{node.name} serves {MAIN} at {node.url}/v1")
 
     def _serve(self) -> None:
-        with act("clients talk to any node: the official OpenAI client, streamed and whole, and curl"):
+        with act("send requests to any node: the official OpenAI client, streaming and not, and curl"):
             text = self._ask(self.nodes[0], "What is the capital of France?", temperature=0.0)
             note(f'"What is the capital of France?" -> "{text}"')
             self._curl(self.nodes[1])
@@ -235,7 +235,7 @@ class Demo:
 
     def _swap(self) -> None:
         first = self.nodes[0]
-        with act(f"swap the model on {first.name} while requests keep coming"), self._load(self.nodes) as counted:
+        with act(f"swap the model on {first.name} under load"), self._load(self.nodes) as counted:
             wait("load is running", lambda: counted.requests >= 2, 60)
             swap = first.cli("swap", MAIN, SECOND)
             at_flip = counted.requests
@@ -248,41 +248,41 @@ class Demo:
         }
         note(
             f"{swap['from_version'][:8]} -> {swap['to_version'][:8]} in {swap['window_us'] / 1e6:.1f} s, "
-            f"{counted.requests} requests meanwhile, {counted.failed} failed"
+            f"{counted.requests} requests during the swap, {counted.failed} failed"
         )
 
     def _evict(self) -> None:
         third = self.nodes[2]
-        with act(f"load a second model on {third.name}, which has room for one: the first must leave"):
+        with act(f"load a second model on {third.name}, which has memory for one: the first is evicted"):
             third.cli("load", SECOND)
             self._ask(third, "Name three colours.", model=SECOND)
             self._ask(third, "Name three colours.")
-        note(f"{third.name} serves {SECOND} now; what asks it for {MAIN} is answered by its peers")
+        note(f"{third.name} serves {SECOND} now and forwards requests for {MAIN} to its peers")
 
     def _kill(self) -> None:
         first, victim, third = self.nodes
-        victim.cli("seal")  # what it counted as a door is on disk; from here on clients use the other doors
-        self._aggregator("alert")  # as cron has done every minute; the first look of all tells nothing of the past
+        victim.cli("seal")  # what it counted as a gateway is on disk; from here on clients use the other gateways
+        self._aggregator("alert")  # as cron does every minute; the first run reports nothing of the past
         with act(f"kill {victim.name} (SIGKILL) under load"), self._load([first, third], stream=False) as counted:
             wait("load is running", lambda: counted.requests >= 2, 60)
             victim.kill()
             at_kill = counted.requests
             wait("requests after the kill", lambda: counted.requests >= at_kill + 6, 90)
-            wait("the peers declare it down", lambda: _peer_state(first, victim.name) == "down", 20)
+            wait("its peers report it down", lambda: _peer_state(first, victim.name) == "down", 20)
             self._aggregator("alert")
         self.summary["kill"] = {"requests_during": counted.requests, "failed": counted.failed}
-        note(f"{counted.requests} requests meanwhile, {counted.failed} failed")
+        note(f"{counted.requests} requests during the failover, {counted.failed} failed")
         for message in self.sink.messages:
-            note(f"alert arrived: {message['embeds'][0]['title']}".replace("\\", ""))
+            note(f"alert received: {message['embeds'][0]['title']}".replace("\\", ""))
         with act(f"start {victim.name} again"):
             victim.start()
-            wait("it serves", victim.ready, 60)
-            wait("its peers see it", lambda: _peer_state(first, victim.name) == "up", 20)
+            wait("it is ready", victim.ready, 60)
+            wait("its peers report it up", lambda: _peer_state(first, victim.name) == "up", 20)
             self._aggregator("alert")
 
     def _outage(self) -> None:
         assert self.gate is not None
-        with act("cut the store off; the nodes go on and keep their telemetry"):
+        with act("cut the store off: the nodes keep serving and spool their telemetry"):
             self.gate.shut()
             before = {n.name: n.cli("status")["windows_closed"] for n in self.nodes}
             self._burst([self.nodes[n % 3] for n in range(3)], stream=lambda _: False)
@@ -294,14 +294,14 @@ class Demo:
             waiting = {n.name: n.cli("status")["push"] for n in self.nodes}
         spooled = sum(p["waiting_batches"] for p in waiting.values())
         states = sorted({p["state"] for p in waiting.values()})
-        note(f"{spooled} batches wait on disk (state: {', '.join(states)})")
-        with act("the store comes back"):
+        note(f"{spooled} batches spooled on disk (state: {', '.join(states)})")
+        with act("restore the connection to the store"):
             self.gate.open()
-            wait("every batch has been sent", lambda: all(_drained(n) for n in self.nodes), 90)
+            wait("every batch is pushed", lambda: all(_drained(n) for n in self.nodes), 90)
         self.summary["outage"] = {"spooled_batches": spooled}
 
     def _stop_agents(self) -> None:
-        with act("stop the agents (SIGTERM): last windows are closed and sent"):
+        with act("stop the agents (SIGTERM): the last windows are closed and pushed"):
             assert all(n.process is not None for n in self.nodes)
             for node in self.nodes:
                 node.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
@@ -315,7 +315,7 @@ class Demo:
         now = datetime.now(UTC)
         year, number, _ = now.isocalendar()
         week, month = f"{year}-W{number:02d}", now.strftime("%Y-%m")
-        with act("run the aggregator as cron would: rollup, weekly, monthly"):
+        with act("run the aggregator as cron does: rollup, weekly, monthly"):
             rollup = self._aggregator("rollup")
             weekly = self._aggregator("weekly", "--week", week)
             monthly = self._aggregator("monthly", "--month", month)
@@ -327,9 +327,8 @@ class Demo:
             path = BUILD / Path(key).name
             path.write_bytes(bucket.get(key).body)
             paths[key.rsplit("/", 1)[-1]] = str(path)
-        report = json.loads(
-            next(Path(p) for n, p in paths.items() if n.startswith("report") and n.endswith("json")).read_text()
-        )
+        report_path = next(p for n, p in paths.items() if n.startswith("report") and n.endswith("json"))
+        report = json.loads(Path(report_path).read_text())
         written = set().union(*(n.windows() for n in self.nodes))
         self.summary |= {
             "nodes": len(self.nodes),
@@ -343,7 +342,7 @@ class Demo:
             "alerts": [m["embeds"][0]["title"].replace("\\", "") for m in self.sink.messages],
             "weekly": sorted(p for n, p in paths.items() if not n.startswith("report")),
             "pdf": next(p for n, p in paths.items() if n.endswith("pdf")),
-            "report": next(p for n, p in paths.items() if n.startswith("report") and n.endswith("json")),
+            "report": report_path,
             "bucket_listing": str(BUILD / "bucket.txt"),
         }
         self.summary["outage"]["lost_batches"] = len(written) - rollup["batches"]
@@ -369,19 +368,19 @@ class Demo:
                 f"{s['kill']['requests_during']} requests, {s['kill']['failed']} failed",
                 s["kill"]["failed"] == 0,
             ),
-            ("its alert arrived", "; ".join(s["alerts"]) or "none", any("Node down" in a for a in s["alerts"])),
+            ("its alert was received", "; ".join(s["alerts"]) or "none", any("Node down" in a for a in s["alerts"])),
             (
-                "the store was away",
-                f"{s['outage']['spooled_batches']} batches waited, {s['outage']['lost_batches']} lost",
+                "a store outage lost nothing",
+                f"{s['outage']['spooled_batches']} batches spooled, {s['outage']['lost_batches']} lost",
                 s["outage"]["lost_batches"] == 0 and s["outage"]["spooled_batches"] > 0,
             ),
             (
-                "every batch was read once",
-                f"{s['batches_written']} written, {s['batches_read']} read",
+                "every batch was rolled up once",
+                f"{s['batches_written']} written, {s['batches_read']} rolled up",
                 s["batches_written"] == s["batches_read"],
             ),
             (
-                "tokens agree to the last one",
+                "completion tokens agree exactly",
                 f"clients {s['client_completion_tokens']}, report {s['reported_completion_tokens']}",
                 s["client_completion_tokens"] == s["reported_completion_tokens"],
             ),
@@ -390,10 +389,10 @@ class Demo:
                 f"clients {s['requests']}, report {s['reported_requests']}",
                 s["requests"] - s["failed"] == s["reported_requests"],
             ),
-            ("a model was evicted, and it is explained", f"{s['evictions']} in the log", s["evictions"] >= 1),
-            ("in time", f"{s['seconds']} s of 240", s["seconds"] <= 240),
+            ("a model was evicted, with its reason", f"{s['evictions']} in the report", s["evictions"] >= 1),
+            ("within the time limit", f"{s['seconds']} s of 240", s["seconds"] <= 240),
         ]
-        print("\n  what was promised                               what happened")
+        print("\n  expected                                        observed")
         for promise, seen, good in checks:
             print(f"  {'ok ' if good else 'NO '} {promise:<44}{seen}")
         print(f"\n  report   {s['pdf']}\n  weekly   {', '.join(s['weekly'])}\n  figures  {BUILD / 'summary.json'}")
@@ -406,7 +405,7 @@ class Demo:
     def _ask(
         self, node: Node, question: str, *, model: str = MAIN, stream: bool = False, temperature: float = 0.7
     ) -> str:
-        """One request by the official client, without its own retries, so that every failure is seen."""
+        """One request by the official client, without its retries, so that every failure is counted."""
         client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0, timeout=120)
         messages: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         arguments: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": 24, "temperature": temperature}
@@ -427,7 +426,7 @@ class Demo:
             self.tally.bad(f"{node.name}: {type(error).__name__}: {error}"[:200])
             return text
         if usage is None:
-            self.tally.bad(f"{node.name}: an answer without usage")
+            self.tally.bad(f"{node.name}: no usage in the answer")
         else:
             self.tally.good(usage.completion_tokens)
         return text
@@ -441,28 +440,25 @@ class Demo:
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             self.tally.bad(f"curl: {type(error).__name__}")
 
-    def _burst(self, doors: Sequence[Node], stream: Callable[[int], bool]) -> None:
-        threads = [
-            threading.Thread(
-                target=self._ask, args=(door, QUESTIONS[n % len(QUESTIONS)]), kwargs={"stream": stream(n)}, daemon=True
-            )
-            for n, door in enumerate(doors)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def _burst(self, gateways: Sequence[Node], stream: Callable[[int], bool]) -> None:
+        at_once(
+            [
+                functools.partial(self._ask, gateway, QUESTIONS[n % len(QUESTIONS)], stream=stream(n))
+                for n, gateway in enumerate(gateways)
+            ]
+        )
 
     @contextlib.contextmanager
-    def _load(self, doors: Sequence[Node], *, stream: bool = True, clients: int = 3) -> Iterator["Counted"]:
-        """Clients that ask one question after another until the block ends."""
+    def _load(self, gateways: Sequence[Node], *, stream: bool = True, clients: int = 3) -> Iterator["Counted"]:
+        """Clients that send one request after another until the block ends."""
         over = threading.Event()
         counted = Counted(self.tally)
 
         def client(number: int) -> None:
             turn = number
             while not over.is_set():
-                self._ask(doors[turn % len(doors)], QUESTIONS[turn % len(QUESTIONS)], stream=stream and turn % 2 == 0)
+                gateway, question = gateways[turn % len(gateways)], QUESTIONS[turn % len(QUESTIONS)]
+                self._ask(gateway, question, stream=stream and turn % 2 == 0)
                 turn += 1
 
         threads = [threading.Thread(target=client, args=(n,), daemon=True) for n in range(clients)]
@@ -477,13 +473,11 @@ class Demo:
             counted.close()
 
     def _aggregator(self, verb: str, *words: str) -> dict[str, Any]:
-        command = [_script("mlxrack-aggregator"), verb, *words, "--json", "--config", str(BUILD / "aggregator.toml")]
-        result: dict[str, Any] = json.loads(_run(command, self.environ))
-        return result
+        return _json_of(["mlxrack-aggregator", verb, *words], BUILD / "aggregator.toml", self.environ)
 
 
 class Counted:
-    """Requests of one act: the tally's growth since it began."""
+    """Requests of one act: the tally's growth since its start."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -497,27 +491,22 @@ class Counted:
 
     @property
     def failed(self) -> int:
-        """Of them, those that failed."""
+        """How many of them failed."""
         return (self._after or (0, self._tally.failed))[1] - self._before[1]
 
     def close(self) -> None:
-        """No more."""
+        """Stop counting."""
         self._after = (self._tally.requests, self._tally.failed)
 
 
-def say(text: str) -> None:
-    """A line for the reader."""
-    print(text, flush=True)
-
-
 def note(text: str) -> None:
-    """A detail."""
+    """Print a detail of an act."""
     print(f"        {text}", flush=True)
 
 
 @contextlib.contextmanager
 def act(title: str) -> Iterator[None]:
-    """One act with its duration."""
+    """Print an act's title and duration."""
     began = time.monotonic()
     print(f"  ...   {title}", flush=True)
     yield
@@ -525,11 +514,13 @@ def act(title: str) -> Iterator[None]:
 
 
 def wait(what: str, done: Callable[[], bool], limit_s: float) -> None:
-    """Poll until done. Raises SystemExit with what was waited for."""
+    """Poll until done. Raises SystemExit with the condition on timeout."""
     deadline = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > deadline:
-            raise SystemExit(f"demo: waited {limit_s:.0f} s in vain until {what}; see {BUILD}/mini-*/state/logs")
+            raise SystemExit(
+                f"demo: timed out after {limit_s:.0f} s waiting until {what}; see {BUILD}/mini-*/state/logs"
+            )
         time.sleep(0.2)
 
 
@@ -549,8 +540,11 @@ def _run(command: list[str], environ: dict[str, str]) -> str:
     return run.stdout
 
 
-def _script(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
+def _json_of(words: list[str], config: Path, environ: dict[str, str]) -> dict[str, Any]:
+    """The JSON output of a console script."""
+    command = [script(words[0]), *words[1:], "--json", "--config", str(config)]
+    result: dict[str, Any] = json.loads(_run(command, environ))
+    return result
 
 
 def _secret_name(node: str) -> str:
@@ -558,7 +552,7 @@ def _secret_name(node: str) -> str:
 
 
 def _identity(node: str, environ: dict[str, str]) -> dict[str, Any]:
-    """A node's credential: put and get below its own prefixes, nothing else."""
+    """A node's credential: put and get below its own prefixes, read what all nodes share, nothing else."""
     own = [f"{verb}:{BUCKET}/{prefix}/v1/node={node}/*" for verb in ("Write", "Read") for prefix in ("raw", "urgent")]
     return {
         "name": node,
@@ -575,82 +569,42 @@ def _reader(environ: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _agent_toml(name: str, ports: dict[str, int], store_port: int) -> str:
-    models = default_folder()
+def _write_agent_toml(name: str, ports: dict[str, int], store_port: int) -> None:
     budget = 4_000_000_000 if name == NODES[0] else 1_600_000_000
-    (BUILD / name / "access.key").write_text(name)
-    (BUILD / name / "access.key").chmod(0o600)
+    tables = (
+        f"[memory]\nbudget_bytes = {budget}\n\n[loader]\nthreads = 1\n\n"
+        f"[telemetry]\nsample_s = {SAMPLE_S}\nupload_s = {SAMPLE_S}\n\n"
+        '[peers]\nsecret = "env:MLXRACK_DEMO_RACK"\n'
+    )
     peers = "".join(
         f'[[peers.nodes]]\nid = "{other}"\nurl = "http://127.0.0.1:{port}"\n'
         for other, port in ports.items()
         if other != name
     )
     served = "".join(
-        f"[[models]]\nname = {json.dumps(model)}\npath = {json.dumps(str(models / model))}\n"
-        f"preload = {'true' if model == MAIN else 'false'}\nrows = 4\nplan_context_tok = 1024\ncache_bytes = 67108864\n"
+        f"[[models]]\nname = {json.dumps(model)}\npath = {json.dumps(str(default_folder() / model))}\n"
+        f"preload = {json.dumps(model == MAIN)}\nrows = 4\nplan_context_tok = 1024\ncache_bytes = 67108864\n"
         for model in (MAIN, SECOND)
     )
-    state = json.dumps(str((BUILD / name / "state").resolve()))
-    key = json.dumps(f"file:{(BUILD / name / 'access.key').resolve()}")
-    return f"""[node]
-id = "{name}"
-rack = "{RACK}"
-
-[listen]
-port = {ports[name]}
-
-[paths]
-state = {state}
-
-[memory]
-budget_bytes = {budget}
-
-[loader]
-threads = 1
-
-[telemetry]
-sample_s = {SAMPLE_S}
-upload_s = {SAMPLE_S}
-
-[store]
-kind = "s3"
-endpoint = "http://127.0.0.1:{store_port}"
-bucket = "{BUCKET}"
-access_key = {key}
-secret_key = "env:{_secret_name(name)}"
-
-[peers]
-secret = "env:MLXRACK_DEMO_RACK"
-{peers}
-{served}"""
+    (BUILD / name).mkdir(parents=True)
+    access = secret_file(BUILD / name / "access.key", name)
+    store = s3_table(f"http://127.0.0.1:{store_port}", BUCKET, access, f"env:{_secret_name(name)}")
+    agent_toml(BUILD / name, name, RACK, f"{tables}{peers}\n{served}", port=ports[name], store=store)
 
 
 def _aggregator_toml(store_port: int) -> str:
     nodes = "".join(f'[[nodes]]\nid = "{n}"\nprice = 1399\nwatts = 40\n' for n in NODES)
-    (BUILD / "reader.key").write_text("aggregator")
-    (BUILD / "reader.key").chmod(0o600)
-    key = json.dumps(f"file:{(BUILD / 'reader.key').resolve()}")
-    return f"""rack = "{RACK}"
-timezone = "UTC"
-
-[store]
-kind = "s3"
-endpoint = "http://127.0.0.1:{store_port}"
-bucket = "{BUCKET}"
-access_key = {key}
-secret_key = "env:MLXRACK_DEMO_READER"
-
-[discord]
-alerts = "env:MLXRACK_DEMO_WEBHOOK"
-
-{nodes}"""
+    access = secret_file(BUILD / "reader.key", "aggregator")
+    store = s3_table(f"http://127.0.0.1:{store_port}", BUCKET, access, "env:MLXRACK_DEMO_READER")
+    discord = '[discord]\nalerts = "env:MLXRACK_DEMO_WEBHOOK"\n'
+    return f'rack = "{RACK}"\ntimezone = "UTC"\n\n{store}\n{discord}\n{nodes}'
 
 
 def main() -> int:
     """Command line."""
     missing = [m for m in (MAIN, SECOND) if not (default_folder() / m / "config.json").is_file()]
     if missing:
-        raise SystemExit(f"demo: {', '.join(missing)} missing; run `make model` first (make demo does)")
+        raise SystemExit(f"demo: model {', '.join(missing)} not found; run `make model` first (make demo does)")
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
     return Demo().run()

@@ -1,4 +1,4 @@
-"""``make docs``: the tables of docs/configuration.md, made from the code that reads the files."""
+"""``make docs``: generates the tables of docs/configuration.md from the code that reads the files."""
 
 import sys
 from pathlib import Path
@@ -65,8 +65,8 @@ def _type(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         base, meta = get_args(kind)
         bounds = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        said = [f"{sign} {getattr(meta, name):g}" for name, sign in bounds.items() if getattr(meta, name) is not None]
-        return f"{_type(base)} {' and '.join(said)}".strip()
+        limits = [f"{sign} {getattr(meta, name):g}" for name, sign in bounds.items() if getattr(meta, name) is not None]
+        return f"{_type(base)} {' and '.join(limits)}".strip()
     if get_origin(kind) is Literal:
         return ", ".join(f"`{v}`" for v in get_args(kind))
     if get_origin(kind) in (Union, UnionType):

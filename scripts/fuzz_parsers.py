@@ -1,12 +1,11 @@
-"""Noise for every parser of what a sensor or a meter says: a hundred thousand inputs each, made of real-looking ones by
-flipping, cutting, doubling and splicing. None may raise, and a number that comes out must be one that can be.
+"""Fuzzes every parser of sensor and meter output: a hundred thousand inputs each, mutated from realistic ones by
+flipping, truncating, duplicating and splicing. None may raise, and parsed numbers must be physically possible.
 
     python -m scripts.fuzz_parsers [--inputs 100000] [--seed 1]
 
-With atheris installed, ``--atheris NAME`` lets it look for new paths through one parser instead.
+With atheris installed, ``--atheris NAME`` runs coverage-guided fuzzing of one parser instead.
 """
 
-import argparse
 import random
 import sys
 import time
@@ -15,10 +14,11 @@ from typing import Any, NamedTuple
 
 from agent.telemetry.meters import http, snmp
 from agent.telemetry.sensors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
+from scripts.common import parser
 
 
 class Target(NamedTuple):
-    """A parser, inputs that it understands, and whether what it gives can be."""
+    """A parser, inputs that it accepts, and whether its result is possible."""
 
     parse: Callable[[bytes], Any]
     seeds: Sequence[bytes]
@@ -40,7 +40,7 @@ def _line_is_possible(found: macmon.Macmon) -> bool:
 
 
 def _smc(raw: bytes) -> smc.Temperatures:
-    """Bytes as a list of keys: four for the name, four for the value."""
+    """Interpret bytes as a list of SMC keys: four for the name, four for the value."""
     pairs = [(raw[n : n + 4].decode("latin-1"), smc.decode("flt ", raw[n + 4 : n + 8])) for n in range(0, len(raw), 8)]
     return smc.temperatures({key: value for key, value in pairs if value is not None})
 
@@ -54,7 +54,7 @@ _OUTLETS = tuple(
 
 
 def _smc_values(raw: bytes) -> tuple[tuple[int, ...], float | None]:
-    """Bytes as values of every type: one for the key, one for the type, eight for the value, cut to any size."""
+    """Interpret bytes as values of every type: key, type, eight bytes of value, cut to any size."""
     values: dict[str, float] = {}
     for n in range(0, len(raw), 10):
         if n + 1 >= len(raw):
@@ -72,7 +72,7 @@ def _fans_and_watts_are_possible(found: tuple[tuple[int, ...], float | None]) ->
 
 
 def _outlet(raw: bytes) -> float | None:
-    """Bytes as what a power distribution unit answered: one says of which maker, then a number each, any may lack."""
+    """Interpret bytes as a PDU's SNMP response: one selects the vendor, then one number each; any may be missing."""
     outlet = _OUTLETS[raw[0] % len(_OUTLETS)] if raw else _OUTLETS[0]
     names = snmp.oids(outlet)
     parts = [raw[1 + n * 4 : 5 + n * 4] for n in range(len(names))]
@@ -178,48 +178,32 @@ TARGETS: dict[str, Target] = {
     ),
     "tasmota": Target(lambda raw: http.parse_tasmota(raw, 1), [_TASMOTA], lambda watts: 0 <= watts < http.MOST_W),
 }
-_ODD = (
-    b"\0",
-    b"\xff",
-    b"-",
-    b".",
-    b",",
-    b"e9",
-    b"NaN",
-    b"Infinity",
-    b"9" * 40,
-    b"\n",
-    b"[",
-    b"{",
-    b"<",
-    b"\xc3",
-    b"1e400",
-)
+_ODD = (*b"\0 \xff - . , e9 NaN Infinity".split(b" "), b"9" * 40, *b"\n [ { < \xc3 1e400".split(b" "))
 
 
-def mutated(seed: bytes, dice: random.Random) -> bytes:
-    """One to six changes."""
+def mutated(seed: bytes, rng: random.Random) -> bytes:
+    """Apply one to six mutations."""
     raw = bytearray(seed)
-    for _ in range(dice.randint(1, 6)):
-        at = dice.randrange(len(raw) + 1)
-        match dice.randrange(6):
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(raw) + 1)
+        match rng.randrange(6):
             case 0 if raw:
-                raw[at % len(raw)] = dice.randrange(256)
+                raw[at % len(raw)] = rng.randrange(256)
             case 1:
-                del raw[at : at + dice.randint(1, 20)]
+                del raw[at : at + rng.randint(1, 20)]
             case 2:
-                raw[at:at] = dice.choice(_ODD)
+                raw[at:at] = rng.choice(_ODD)
             case 3:
                 del raw[at:]
             case 4:
-                raw[at:at] = raw[dice.randrange(len(raw) + 1) :][:40]
+                raw[at:at] = raw[rng.randrange(len(raw) + 1) :][:40]
             case _:
-                raw[at:at] = dice.randbytes(dice.randint(1, 8))
+                raw[at:at] = rng.randbytes(rng.randint(1, 8))
     return bytes(raw)
 
 
 def check(name: str, raw: bytes) -> bool:
-    """Whether anything was read. Raises AssertionError for a number that cannot be, and whatever the parser raises."""
+    """Whether anything was parsed. Raises AssertionError for an impossible number, and whatever the parser raises."""
     target = TARGETS[name]
     found = target.parse(raw)
     if found is None or found in ([], {}):
@@ -229,19 +213,19 @@ def check(name: str, raw: bytes) -> bool:
 
 
 def fuzz(name: str, inputs: int, seed: int) -> int:
-    """So many inputs for one parser; returns how many of them gave something."""
-    dice, target = random.Random(f"{name}{seed}"), TARGETS[name]
-    assert all(check(name, one) for one in target.seeds), f"{name}: a seed gives nothing"
-    return sum(check(name, mutated(dice.choice(target.seeds), dice)) for _ in range(inputs))
+    """Fuzz one parser; returns how many inputs were parsed."""
+    rng, target = random.Random(f"{name}{seed}"), TARGETS[name]
+    assert all(check(name, one) for one in target.seeds), f"{name}: a seed is not parsed"
+    return sum(check(name, mutated(rng.choice(target.seeds), rng)) for _ in range(inputs))
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--atheris", choices=sorted(TARGETS), help="let atheris look for paths through this parser")
-    args, rest = parser.parse_known_args()
+    words = parser(__doc__)
+    words.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
+    words.add_argument("--seed", type=int, default=1)
+    words.add_argument("--atheris", choices=sorted(TARGETS), help="fuzz this parser with atheris, guided by coverage")
+    args, rest = words.parse_known_args()
     if args.atheris:
         import atheris
 
@@ -253,7 +237,7 @@ def main() -> int:
         began = time.monotonic()
         read = fuzz(name, args.inputs, args.seed)
         took_s = time.monotonic() - began
-        print(f"{name:<22} {args.inputs} inputs, {read} read as something, none raised, {took_s:.0f} s", flush=True)
+        print(f"{name:<22} {args.inputs} inputs, {read} parsed, none raised, {took_s:.0f} s", flush=True)
     return 0
 
 

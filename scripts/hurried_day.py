@@ -1,12 +1,11 @@
-"""A day of a whole agent in minutes: every look at the sensors, every window and every push that 24 hours would have,
-one after the other. Prints the resident bytes after each hour, as a JSON list.
+"""A day of a whole agent in minutes: every poll of the sensors, every window and every push of 24 hours, without the
+waits between them. Prints the resident bytes after each hour as a JSON list.
 
     python -m scripts.hurried_day --config agent.toml [--hours 24]
 
-The configuration's own ``sample_s`` and ``upload_s`` should be long: what is done here is done beside its jobs.
+Configure a long ``sample_s`` and ``upload_s``: the agent's own jobs keep running beside this simulation.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,6 +16,7 @@ import psutil
 from agent.cli import state_folder
 from agent.config import AgentConfig, check
 from agent.daemon import Daemon
+from scripts.common import parser
 from shared import config as shared_config
 
 WINDOW_S = 60
@@ -31,17 +31,17 @@ async def day(config: Path, hours: int) -> list[int]:
     await asyncio.wait([running, asyncio.create_task(listening.wait())], return_when=asyncio.FIRST_COMPLETED)
     process = psutil.Process()
     found = [process.memory_info().rss]
-    looks = int(WINDOW_S / loaded.telemetry.poll_s)
+    polls = int(WINDOW_S / loaded.telemetry.poll_s)
     for _ in range(hours):
         for _ in range(60):
-            for look in range(1, looks + 1):
+            for number in range(1, polls + 1):
                 await daemon.poll()
-                if look % (looks // 4) == 0:
+                if number % (polls // 4) == 0:
                     await daemon.telemetry.sampler.keep()
             await daemon.telemetry.sampler.tick()
             if not await daemon.telemetry.outbox.push():
                 state = daemon.telemetry.pusher.state
-                raise SystemExit(f"nothing was sent: {state.reason or state.state}")
+                raise SystemExit(f"push failed: {state.reason or state.state}")
         found.append(process.memory_info().rss)
     daemon.stop()
     await running
@@ -50,10 +50,10 @@ async def day(config: Path, hours: int) -> list[int]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--hours", type=int, default=24)
-    args = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--config", type=Path, required=True)
+    words.add_argument("--hours", type=int, default=24)
+    args = words.parse_args()
     print(json.dumps(asyncio.run(day(args.config, args.hours))))
     return 0
 

@@ -1,8 +1,8 @@
-"""A worker without a model, to measure and to test doors with: plain ``/v1/chat/completions`` for any proxy, and the
-peer's side of mlxrack's own protocol, signed as a node of the rack.
+"""A worker without a model, to measure and test gateways: plain ``/v1/chat/completions`` for any proxy, and the peer's
+side of mlxrack's own protocol, signed as a node of the rack.
 
-It can be told to misbehave as real workers do: refuse what is asked, answer 5xx, break off after a 200, send an error
-frame or bytes that are no frame, stall, or work ten times as slowly.
+It can misbehave as real workers do: reject requests, answer 5xx, disconnect after a 200, send an error frame or an
+invalid frame, stall, or run ten times as slowly.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from agent.wire.frames import (
 )
 
 MODES = ("well", "refuses", "fails", "5xx", "breaks", "error", "garbage", "stalls", "slow")
-"""What it does with requests."""
+"""How it handles requests."""
 NOT_A_PEER = ("silent", "unsigned", "newer", "older", "noise", "senseless")
-"""What it does with beats."""
+"""How it answers heartbeats."""
 
 
 class MockWorker:
-    """Answers ``words`` words, one each ``gap_s``. ``mode`` is how it behaves; it may change at any time."""
+    """Answers ``words`` words, one each ``gap_s``. ``mode`` is its behaviour; it may change at any time."""
 
     def __init__(self, node: str, rack: str, secret: str, *, words: int = 16, gap_s: float = 0.0) -> None:
         self.node, self.rack = node, rack
@@ -72,7 +72,7 @@ class MockWorker:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    # ---- any proxy's side ----
+    # ---- for any proxy ----
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read())
@@ -97,14 +97,14 @@ class MockWorker:
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    # ---- a node's side ----
+    # ---- as a peer ----
 
     async def _beat(self, request: web.Request) -> web.Response:
         nonce = _nonce(request)
         if self.mode == "silent":
             await asyncio.sleep(3600)
         if self.mode == "noise":
-            return web.Response(body=b"\xc1 what a beat never is", headers={ANSWER_HEADER: "00"})
+            return web.Response(body=b"\xc1 not a heartbeat", headers={ANSWER_HEADER: "00"})
         view = ModelView(
             name="m",
             version="mock",
@@ -115,12 +115,12 @@ class MockWorker:
             context_tok=self.context_tok,
             rows=0 if self.mode == "senseless" else 8,
         )
-        beat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
+        heartbeat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
         if self.mode == "newer":
-            beat = msgspec.structs.replace(beat, protocol=PROTOCOL + 2, oldest=PROTOCOL + 1)
+            heartbeat = msgspec.structs.replace(heartbeat, protocol=PROTOCOL + 2, oldest=PROTOCOL + 1)
         if self.mode == "older":
-            beat = msgspec.structs.replace(beat, protocol=PROTOCOL - 1, oldest=PROTOCOL - 1)
-        body = msgspec.msgpack.encode(beat)
+            heartbeat = msgspec.structs.replace(heartbeat, protocol=PROTOCOL - 1, oldest=PROTOCOL - 1)
+        body = msgspec.msgpack.encode(heartbeat)
         key = Key("of another rack") if self.mode == "unsigned" else self._key
         return web.Response(body=body, headers={ANSWER_HEADER: key.answer(nonce, self.node, body)})
 
@@ -130,7 +130,7 @@ class MockWorker:
         socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES)
         await socket.prepare(request)
         await socket.send_str(f"{self._key.answer(_nonce(request), self.node)} by-the-mock")
-        await socket.receive_str()  # its proof, which a mock believes
+        await socket.receive_str()  # the proof, which a mock accepts unchecked
         tasks: dict[int, asyncio.Task[None]] = {}
         decoder = Decoder()
         try:
@@ -154,7 +154,7 @@ class MockWorker:
             if self.mode == "5xx" and request.transport is not None:
                 request.transport.abort()
                 return
-            # as an agent does: the pieces of a whole answer travel together
+            # as an agent does: frames of a non-streamed answer are sent together
             together = Together() if asked.whole else None
             async for piece in self._pieces(asked):
                 due = together.put(piece, time.monotonic()) if together is not None else (piece,)
@@ -208,7 +208,7 @@ async def _serve(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Serve until ended."""
+    """Serve until terminated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--node", default="mock")

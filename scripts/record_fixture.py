@@ -1,10 +1,10 @@
-"""Brings captures home from a Mac: runs every command and reader whose output the agent parses, and writes what they
-said into a folder, with serial numbers, UUIDs, addresses and names of people and machines masked.
+"""Records fixtures on a Mac: runs every command and reader whose output the agent parses, and writes their output to
+a folder, with serial numbers, UUIDs, addresses and names of people and machines masked.
 
     python scripts/record_fixture.py OUT_FOLDER [--seconds 10] [--root]
 
-With ``--root`` it also runs powermetrics, by sudo. Nothing is sent anywhere; look through the folder before you share
-it. Besides the standard library it needs nothing, so that it runs on a Mac that has nothing of ours.
+With ``--root`` it also runs powermetrics, with sudo. Nothing is sent anywhere; review the folder before you share it.
+It needs only the standard library, so that it runs on a Mac without mlxrack.
 """
 
 import argparse
@@ -22,7 +22,7 @@ THERMAL_KEY = "com.apple.system.thermalpressurelevel"
 
 
 class Capture(NamedTuple):
-    """A command and the file for what it prints."""
+    """A command and the file for its output."""
 
     file: str
     argv: Sequence[str]
@@ -57,13 +57,7 @@ CAPTURES = (
     ),
 )
 _MASKS = (
-    (
-        re.compile(
-            r'((?:serial|provisioning_UDID)[^:=\n]*[:=]\s*["<]?)[^",>\n]+',
-            re.I,
-        ),
-        r"\1MASKED",
-    ),
+    (re.compile(r'((?:serial|provisioning_UDID)[^:=\n]*[:=]\s*["<]?)[^",>\n]+', re.I), r"\1MASKED"),
     (
         re.compile(r"\b[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}\b", re.I),
         "00000000-0000-0000-0000-000000000000",
@@ -75,9 +69,9 @@ _MASKS = (
 
 
 def masked(text: str, names: Sequence[str] = ()) -> str:
-    """Without what tells one machine or person from another."""
-    for pattern, instead in _MASKS:
-        text = pattern.sub(instead, text)
+    """The text without identifiers of machines and people."""
+    for pattern, replacement in _MASKS:
+        text = pattern.sub(replacement, text)
     for name in names:
         if len(name) > 2:
             text = re.sub(rf"\b{re.escape(name)}\b", "MASKED", text)
@@ -85,17 +79,17 @@ def masked(text: str, names: Sequence[str] = ()) -> str:
 
 
 def record(capture: Capture, folder: Path, seconds: float, names: Sequence[str]) -> str:
-    """Run one and write what it said; returns a line for people."""
+    """Run one command and write its output; returns a line for display."""
     argv = ("sudo", *capture.argv) if capture.root else capture.argv
     try:
         run = subprocess.run(argv, capture_output=True, timeout=seconds + 20, check=False)
     except FileNotFoundError:
-        return f"{capture.file}: there is no {argv[0]}"
+        return f"{capture.file}: {argv[0]} not found"
     except subprocess.TimeoutExpired:
-        return f"{capture.file}: no end"
+        return f"{capture.file}: timed out after {seconds + 20:.0f} s"
     path = folder / capture.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    # NULs between documents are what a parser has to cope with: they stay
+    # NULs between documents are kept: parsers must handle them
     path.write_bytes(masked(run.stdout.decode("utf-8", "surrogateescape"), names).encode("utf-8", "surrogateescape"))
     return f"{capture.file}: {len(run.stdout)} bytes, exit {run.returncode}"
 
@@ -105,16 +99,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--root", action="store_true", help="also what needs sudo")
+    parser.add_argument("--root", action="store_true", help="also run commands that need sudo")
     args = parser.parse_args()
     if sys.platform != "darwin":
-        print("these are commands of macOS; run this on a Mac", file=sys.stderr)
+        print("record_fixture: macOS only; run it on a Mac", file=sys.stderr)
         return 2
     names = (getpass.getuser(), socket.gethostname().partition(".")[0], platform.node().partition(".")[0])
     for capture in CAPTURES:
         if args.root or not capture.root:
             print(record(capture, args.folder, args.seconds, names))
-    print(f"look through {args.folder} before you share it")
+    print(f"review {args.folder} before you share it")
     return 0
 
 

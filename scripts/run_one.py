@@ -5,40 +5,25 @@ import os
 import sys
 from pathlib import Path
 
+from scripts.common import agent_toml, script
 from scripts.fetch_demo_model import MAIN, SECOND, default_folder
 
 BUILD = Path("build/run")
 
 
 def main() -> int:
-    """Write a configuration when there is none, then become the agent."""
-    BUILD.mkdir(parents=True, exist_ok=True)
+    """Write a configuration when there is none, then exec the agent."""
     config = BUILD / "agent.toml"
     if not config.exists():
-        config.write_text(_toml())
+        models = "".join(
+            f"\n[[models]]\nname = {json.dumps(name)}\npath = {json.dumps(str(default_folder() / name))}\n"
+            f"preload = {json.dumps(name == MAIN)}\n"
+            for name in (MAIN, SECOND)
+        )
+        agent_toml(BUILD, "mini-1", "home", models.lstrip())
     print(f"configuration: {config} (yours to edit)", flush=True)
-    program = str(Path(sys.executable).parent / "mlxrack-agent")
+    program = script("mlxrack-agent")
     os.execv(program, [program, "run", "--config", str(config)])
-
-
-def _toml() -> str:
-    root = BUILD.resolve()
-    models = "".join(
-        f"\n[[models]]\nname = {json.dumps(name)}\npath = {json.dumps(str(default_folder() / name))}\n"
-        f"preload = {'true' if name == MAIN else 'false'}\n"
-        for name in (MAIN, SECOND)
-    )
-    return f"""[node]
-id = "mini-1"
-rack = "home"
-
-[paths]
-state = {json.dumps(str(root / "state"))}
-
-[store]
-kind = "directory"
-path = {json.dumps(str(root / "bucket"))}
-{models}"""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""``make sample-rack``: six weeks of a rack that never was, rolled up and reported, to look at without a rack.
+"""``make sample-rack``: five weeks of a synthetic rack, rolled up and reported, to explore reports without a rack.
 
-Writes build/sample/: the bucket as a directory, an aggregator.toml for it, and the newest artifacts side by side.
+Writes build/sample/: the bucket as a directory, its aggregator.toml, and the newest artifacts in one folder.
 """
 
-import argparse
 import shutil
 import sys
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from aggregator import cli
 from scripts.bench_aggregate import segments
+from scripts.common import parser
 from shared.store import list_all
 from shared.store_dir import DirectoryStore
 from tests.made_rack import WEEK_MS, Change, MadeModel, MadeRack, batches
@@ -22,7 +22,7 @@ WEEKS = 5
 
 
 def rack() -> MadeRack:
-    """Four nodes, four models, and a prompt cache that stops being hit in the last week."""
+    """Four nodes, four models, and prompt cache hits that cease in the last week."""
     return MadeRack(
         seed=11,
         rack="sample",
@@ -68,8 +68,7 @@ same_as = "qwen3-8b"
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser(__doc__).parse_args()
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
     made = rack()
@@ -93,7 +92,7 @@ def main() -> int:
     for listed in list_all(bucket, "report/"):
         target = BUILD / listed.key.rsplit("/", 1)[-1].replace("-r1", "")
         target.write_bytes(bucket.get(listed.key).body)
-    print(f"look at {BUILD}/*.html and {BUILD}/report.pdf; ask more with --config {config}")
+    print(f"open {BUILD}/*.html and {BUILD}/report.pdf; for further reports pass --config {config}")
     return 0
 
 

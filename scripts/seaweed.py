@@ -1,6 +1,6 @@
 """A real S3 server on loopback: SeaweedFS with credentials, for the demo, the tests and racks without a store.
 
-The filer's own HTTP port, which would answer without credentials, is switched off; only the S3 port is for use.
+The filer's own HTTP port, which would answer without credentials, is disabled; clients use the S3 port only.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from scripts.common import s3_table, script, secret_file
 from shared.errors import RackError
 from shared.store_s3 import S3Store
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class SeaweedFS:
-    """One server over ``folder``; use as a context manager. ``identities`` is the value of that key in its config."""
+    """One server over ``folder``, a context manager. ``identities`` is the value of that key in its configuration."""
 
     ADMIN = ("rackadmin", "rackadminsecret0")
 
@@ -51,12 +51,17 @@ class SeaweedFS:
         return f"http://127.0.0.1:{self.port}"
 
     def store(self, bucket: str, **more: Any) -> S3Store:
-        """Our client with the administrator's credentials."""
+        """A client with the administrator's credentials."""
         access_key, secret_key = self.ADMIN
         return S3Store(endpoint=self.endpoint, bucket=bucket, access_key=access_key, secret_key=secret_key, **more)
 
+    def table(self, folder: Path, bucket: str) -> str:
+        """A configuration's [store] table with the administrator's credentials in files of ``folder``."""
+        access, secret = (secret_file(folder / n, key) for n, key in zip(("access", "secret"), self.ADMIN, strict=True))
+        return s3_table(self.endpoint, bucket, access, secret)
+
     def start(self) -> "SeaweedFS":
-        """Start and wait until it answers. Raises RuntimeError with the end of its log."""
+        """Start and wait until it is healthy. Raises RuntimeError with the end of its log."""
         self._folder.mkdir(parents=True, exist_ok=True)
         data, config, log = self._folder / "data", self._folder / "s3.json", self._folder / "weed.log"
         data.mkdir(exist_ok=True)
@@ -80,7 +85,7 @@ class SeaweedFS:
         return self
 
     def stop(self) -> None:
-        """End it at once; what it acknowledged is on disk."""
+        """Kill it; every acknowledged write is on disk."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
@@ -93,13 +98,12 @@ class SeaweedFS:
         self.stop()
 
     def _command(self, data: Path, config: Path) -> list[str]:
-        program = Path(sys.executable).parent / "weed"
         ports = [
             f"-{name.replace('.grpc', '.port.grpc') if 'grpc' in name else name + '.port'}={p}"
             for name, p in self._ports.items()
         ]
         return [
-            str(program),
+            script("weed"),
             "-logtostderr=true",
             "server",
             f"-dir={data}",

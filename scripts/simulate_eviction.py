@@ -1,27 +1,28 @@
-"""Compares least-recently-used eviction with eviction by cost on made-up days of traffic. Deterministic.
+"""Compares least-recently-used eviction with eviction by cost on synthetic days of traffic. Deterministic.
 
 Prints the table of agent/DESIGN.md, which a test compares with what this computes. One node, sixteen hours; a request
-for a model that is not in memory makes room by the policy and waits for its load.
+for a model that is not resident evicts others by the policy and waits for its load.
 """
 
+import itertools
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from agent.models.demand import Demand
 from agent.models.eviction import Evict, NoRoom, Occupant, Ranking, by_age, by_cost, make_room
+from scripts.common import arrivals
 
 HOURS = 16
 BUDGET_GB = 40
 READ_GB_PER_S = 2.0
 START_S = 3.0
 SEED = 11
-"""Of what is printed; the half-life of demand was chosen with others."""
+"""For the printed table; the half-life of demand was chosen with other seeds."""
 
 
 class Kind(NamedTuple):
-    """A model of the trace: its size and how often it is asked for."""
+    """A model of the trace: its size and its request rate."""
 
     name: str
     gb: float
@@ -47,7 +48,7 @@ MODELS = (
 
 
 class Outcome(NamedTuple):
-    """What a policy cost."""
+    """The cost of a policy."""
 
     loads: int
     waited_s: float
@@ -55,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 def simulate(trace: Trace, ranking: Ranking, models: Sequence[Kind] = MODELS, budget_gb: float = BUDGET_GB) -> Outcome:
-    """Play a trace under a policy."""
+    """Replay a trace under a policy."""
     kinds = {kind.name: kind for kind in models}
     demands = {kind.name: Demand() for kind in models}
     resident: set[str] = set()
@@ -88,39 +89,37 @@ def _bytes(gb: float) -> int:
     return int(gb * 1e9)
 
 
-def _poisson(dice: random.Random, kind: Kind, begin_s: float, end_s: float, factor: float = 1.0) -> Iterator[float]:
-    now = begin_s
-    while (now := now + dice.expovariate(kind.per_hour * factor / 3600)) < end_s:
-        yield now
+def _poisson(rng: random.Random, kind: Kind, begin_s: float, end_s: float, factor: float = 1.0) -> Iterator[float]:
+    return itertools.takewhile(lambda at: at < end_s, arrivals(rng, kind.per_hour * factor / 3600, begin_s))
 
 
-def steady(dice: random.Random) -> Trace:
-    """Every model at its own pace."""
-    return sorted((at, kind.name) for kind in MODELS for at in _poisson(dice, kind, 0, HOURS * 3600))
+def steady(rng: random.Random) -> Trace:
+    """Every model at its own rate."""
+    return sorted((at, kind.name) for kind in MODELS for at in _poisson(rng, kind, 0, HOURS * 3600))
 
 
-def sweeps(dice: random.Random) -> Trace:
-    """The same, and every half hour a job that asks each model one question."""
+def sweeps(rng: random.Random) -> Trace:
+    """Steady traffic, and every half hour a job that sends one request to each model."""
     asked = [(half * 1800.0 + n * 5.0, kind.name) for half in range(2 * HOURS) for n, kind in enumerate(MODELS)]
-    return sorted(steady(dice) + asked)
+    return sorted(steady(rng) + asked)
 
 
-def shifts(dice: random.Random) -> Trace:
-    """Every two hours other models are the busy ones."""
+def shifts(rng: random.Random) -> Trace:
+    """Every two hours the request rates move to other models."""
     found: Trace = []
     for shift in range(HOURS // 2):
         begin = shift * 7200.0
         for n, kind in enumerate(MODELS):
             borrowed = kind._replace(per_hour=MODELS[(n + 3 * shift) % len(MODELS)].per_hour)
-            found += [(at, kind.name) for at in _poisson(dice, borrowed, begin, begin + 7200)]
+            found += [(at, kind.name) for at in _poisson(rng, borrowed, begin, begin + 7200)]
     return sorted(found)
 
 
-def bursts(dice: random.Random) -> Trace:
-    """Quiet, but for minutes in which one rarely used large model is asked again and again."""
+def bursts(rng: random.Random) -> Trace:
+    """Little traffic, but for minutes with many requests for one rarely used large model."""
     found: Trace = []
     for kind in MODELS:
-        found += [(at, kind.name) for at in _poisson(dice, kind, 0, HOURS * 3600, 0.3)]
+        found += [(at, kind.name) for at in _poisson(rng, kind, 0, HOURS * 3600, 0.3)]
     for begin in range(0, HOURS * 3600, 2400):
         large = MODELS[7] if begin % 4800 else MODELS[4]
         found += [(begin + n * 6.0, large.name) for n in range(40)]
@@ -128,7 +127,7 @@ def bursts(dice: random.Random) -> Trace:
 
 
 def in_turn(_: random.Random) -> Trace:
-    """Five models one after another, in a circle, and one more all the time: the worst for least recently used."""
+    """Five models in round-robin, and a sixth all the time: the worst case of least recently used."""
     circle = ["code-14b", "vision-11b", "chat-32b", "legal-14b", "batch-24b"]
     turns = [(n * 60.0, circle[n % 5]) for n in range(HOURS * 60)]
     return sorted(turns + [(n * 45.0, "chat-8b") for n in range(HOURS * 80)])
@@ -161,4 +160,3 @@ def table() -> str:
 
 if __name__ == "__main__":
     print(table())
-    sys.exit(0)

@@ -1,21 +1,23 @@
-"""``make simulate``: where requests go by seconds, by two choices, by least load, at random, on made-up traffic.
+"""``make simulate``: routing by estimated seconds, two random choices, least load and at random, on synthetic traffic.
 
-Nodes are modelled as what a router can tell of them: prompts are computed one after another at a speed, rows decode
-together, a prompt cache keeps what was used last. Every door knows of a node what it said in its last beat, up to a
-second ago, and what the door itself has sent since. The decisions are agent/gateway/routing.py's own.
+Nodes are modelled as far as a router sees them: prompts are prefilled one after another at a given speed, rows decode
+together, a prompt cache evicts the least recently used blocks. A gateway knows of a node its last heartbeat, up to a
+second old, and what the gateway itself has sent since. The decisions are agent/gateway/routing.py's own.
 """
 
 import heapq
+import itertools
 import random
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agent.gateway.routing import Local, RouteRequest, choose
 from agent.process.prefixes import BLOCK_TOK
 from agent.views import ModelView, NodeView
+from scripts.common import arrivals, quantile
 
 BEAT_S = 1.0
 ROWS = 8
@@ -25,22 +27,22 @@ Policy = Callable[[random.Random, RouteRequest, Sequence[NodeView]], str]
 
 
 class Request(NamedTuple):
-    """What comes to a door: block numbers of its prompt (those of an earlier turn first) and how long its answer is."""
+    """A request at a gateway: block numbers of its prompt (an earlier turn's first) and the length of its answer."""
 
     at_s: float
-    door: int
+    gateway: int
     blocks: tuple[int, ...]
     answer_tok: int
 
     @property
     def prompt_tok(self) -> int:
-        """All of the prompt."""
+        """Length of the prompt."""
         return len(self.blocks) * BLOCK_TOK
 
 
 @dataclass
 class Node:
-    """One machine; ``speed`` 1 is the usual one."""
+    """One machine; ``speed`` is relative to the usual one."""
 
     name: str
     speed: float = 1.0
@@ -54,12 +56,8 @@ class Node:
     cached_tok: int = 0
 
     def take(self, request: Request) -> tuple[float, float]:
-        """Answer it; when its first token and its last come."""
-        known = 0
-        for block in request.blocks:
-            if block not in self.cache:
-                break
-            known += 1
+        """Answer a request; returns the times of its first and last token."""
+        known = prefix_blocks(request.blocks, self.cache)
         self.keep(request.blocks)
         self.served += 1
         self.cached_tok += known * BLOCK_TOK
@@ -80,15 +78,15 @@ class Node:
         return first_s, last_s
 
     def keep(self, blocks: Sequence[int]) -> None:
-        """Blocks that are in the prompt cache from now on."""
+        """Put blocks into the prompt cache."""
         for block in reversed(blocks):
             self.cache[block] = None
             self.cache.move_to_end(block)
         while len(self.cache) > self.cache_blocks:
             self.cache.popitem(last=False)
 
-    def beat(self, now_s: float, running: int) -> NodeView:
-        """What it says of itself."""
+    def heartbeat(self, now_s: float, running: int) -> NodeView:
+        """Its heartbeat."""
         self.waiting = [one for one in self.waiting if one[0] > now_s]
         view = ModelView(
             name="m",
@@ -107,7 +105,7 @@ class Node:
 
 
 class Outcome(NamedTuple):
-    """What a policy made of a trace."""
+    """A trace under a policy."""
 
     first_token_s: list[float]
     nodes: list[Node]
@@ -120,19 +118,18 @@ class Outcome(NamedTuple):
 
     @property
     def unevenness(self) -> float:
-        """Most work of a node by the mean, each by its speed."""
+        """The most work of a node, relative to the mean; work is scaled by speed."""
         work = [node.work_s for node in self.nodes]
         return max(work) / statistics.mean(work)
 
     def p95(self) -> float:
-        """Of the times to the first token."""
-        ordered = sorted(self.first_token_s)
-        return ordered[int(0.95 * len(ordered))]
+        """TTFT, p95."""
+        return quantile(self.first_token_s, 0.95)
 
 
 class Measured(NamedTuple):
-    """A policy's row: share of the best possible cached tokens and p95 of the first token with conversations; most by
-    mean work with one hot prompt; shares of work at speeds 1, 2 and 4; the most of a burst by the fair share."""
+    """A policy's row: share of the best possible cached tokens and TTFT, p95, with conversations; max by mean work with
+    one hot prompt; shares of work at speeds 1, 2 and 4; the largest part of a burst by the fair share."""
 
     cached: float
     p95_s: float
@@ -141,31 +138,36 @@ class Measured(NamedTuple):
     burst: float
 
 
-HERE = NodeView(node="door")
+HERE = NodeView(node="gateway")
 
 
-def by_seconds(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
-    """All nodes are weighed."""
+def prefix_blocks(blocks: Sequence[int], held: Container[int]) -> int:
+    """How many of the first blocks are held."""
+    return next((n for n, block in enumerate(blocks) if block not in held), len(blocks))
+
+
+def by_seconds(rng: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """Compare all nodes."""
     place = choose(request, HERE, nodes).place
     assert not isinstance(place, Local)
     return getattr(place, "node", nodes[0].node)
 
 
-def by_two(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
-    """Two nodes by dice are weighed."""
-    return by_seconds(dice, request, dice.sample(list(nodes), min(2, len(nodes))))
+def by_two(rng: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """Compare two random nodes."""
+    return by_seconds(rng, request, rng.sample(list(nodes), min(2, len(nodes))))
 
 
-def by_load(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
-    """The fewest requests."""
+def by_load(rng: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """The node with the fewest requests."""
     loads = [node.models[0].in_flight + request.sent.get(node.node, (0, 0))[0] for node in nodes]
     least = [node for node, load in zip(nodes, loads, strict=True) if load == min(loads)]
-    return dice.choice(least).node
+    return rng.choice(least).node
 
 
-def at_random(dice: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
-    """Any."""
-    return dice.choice(list(nodes)).node
+def at_random(rng: random.Random, request: RouteRequest, nodes: Sequence[NodeView]) -> str:
+    """A random node."""
+    return rng.choice(list(nodes)).node
 
 
 POLICIES: dict[str, Policy] = {
@@ -176,14 +178,18 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def play(requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, doors: int, seed: int = 1) -> Outcome:
-    """Send a trace through a policy."""
-    dice = random.Random(seed)
+def play(
+    requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, gateways: int, seed: int = 1
+) -> Outcome:
+    """Replay a trace under a policy."""
+    rng = random.Random(seed)
     by_name = {node.name: node for node in nodes}
     running: list[tuple[float, str]] = []
     views: dict[tuple[int, str], NodeView] = {}
-    beats: dict[tuple[int, str], float] = {(d, n.name): dice.random() * BEAT_S for d in range(doors) for n in nodes}
-    sent: list[dict[str, tuple[int, int]]] = [{} for _ in range(doors)]
+    heartbeats: dict[tuple[int, str], float] = {
+        (d, n.name): rng.random() * BEAT_S for d in range(gateways) for n in nodes
+    }
+    sent: list[dict[str, tuple[int, int]]] = [{} for _ in range(gateways)]
     firsts: list[float] = []
     seen: set[int] = set()
     best = 0
@@ -191,31 +197,26 @@ def play(requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, 
         now = request.at_s
         while running and running[0][0] <= now:
             heapq.heappop(running)
-        for key, due in beats.items():
+        for key, due in heartbeats.items():
             if due <= now or key not in views:
-                door, name = key
+                gateway, name = key
                 busy = sum(one == name for _, one in running)
-                views[key] = by_name[name].beat(now, busy)
-                beats[key] = now + BEAT_S - (now - due) % BEAT_S if due <= now else due
-                sent[door].pop(name, None)
-        known = 0
-        for block in request.blocks:
-            if block not in seen:
-                break
-            known += 1
-        best += known * BLOCK_TOK
+                views[key] = by_name[name].heartbeat(now, busy)
+                heartbeats[key] = now + BEAT_S - (now - due) % BEAT_S if due <= now else due
+                sent[gateway].pop(name, None)
+        best += prefix_blocks(request.blocks, seen) * BLOCK_TOK
         seen.update(request.blocks)
         asked = RouteRequest(
             model="m",
             chain=request.blocks,
             prompt_tok=request.prompt_tok,
             answer_tok=request.answer_tok,
-            sent=dict(sent[request.door]),
-            draw=dice.random(),
+            sent=dict(sent[request.gateway]),
+            draw=rng.random(),
         )
-        name = policy(dice, asked, [views[(request.door, node.name)] for node in nodes])
-        count, tokens = sent[request.door].get(name, (0, 0))
-        sent[request.door][name] = (count + 1, tokens + request.prompt_tok)
+        name = policy(rng, asked, [views[(request.gateway, node.name)] for node in nodes])
+        count, tokens = sent[request.gateway].get(name, (0, 0))
+        sent[request.gateway][name] = (count + 1, tokens + request.prompt_tok)
         first_s, last_s = by_name[name].take(request)
         firsts.append(first_s - now)
         heapq.heappush(running, (last_s, name))
@@ -225,75 +226,69 @@ def play(requests: Sequence[Request], nodes: Sequence[Node], policy: Policy, *, 
 # ---- traces ----
 
 
-def conversations(seed: int, *, count: int = 500, per_s: float = 1.0, doors: int = 8) -> list[Request]:
-    """People who talk for some turns, each turn at another door; five applications with a system prompt each."""
-    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
+def conversations(seed: int, *, count: int = 500, per_s: float = 1.0, gateways: int = 8) -> list[Request]:
+    """Conversations of several turns, each turn at a random gateway; five applications with a system prompt each."""
+    rng, found, fresh = random.Random(seed), [], iter(range(10**9))
     systems = [[next(fresh) for _ in range(12)] for _ in range(5)]
-    at_s = 0.0
-    for _ in range(count):
-        at_s += dice.expovariate(per_s)
-        turn_s, blocks = at_s, list(dice.choice(systems))
-        for _ in range(dice.randint(2, 8)):
-            blocks += [next(fresh) for _ in range(dice.randint(1, 5))]
-            answer = dice.randint(50, 250)
-            found.append(Request(turn_s, dice.randrange(doors), tuple(blocks), answer))
+    for at_s in itertools.islice(arrivals(rng, per_s), count):
+        turn_s, blocks = at_s, list(rng.choice(systems))
+        for _ in range(rng.randint(2, 8)):
+            blocks += [next(fresh) for _ in range(rng.randint(1, 5))]
+            answer = rng.randint(50, 250)
+            found.append(Request(turn_s, rng.randrange(gateways), tuple(blocks), answer))
             blocks += [next(fresh) for _ in range(answer // BLOCK_TOK)]
-            turn_s += answer * GAP_S + dice.expovariate(1 / 10.0)
+            turn_s += answer * GAP_S + rng.expovariate(1 / 10.0)
     return sorted(found)
 
 
-def hot_prompt(seed: int, *, count: int = 3000, per_s: float = 12.0, doors: int = 8) -> list[Request]:
-    """One system prompt for everybody, short questions."""
-    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
+def hot_prompt(seed: int, *, count: int = 3000, per_s: float = 12.0, gateways: int = 8) -> list[Request]:
+    """One system prompt for all requests, short questions."""
+    rng, found, fresh = random.Random(seed), [], iter(range(10**9))
     system = [next(fresh) for _ in range(24)]
-    at_s = 0.0
-    for _ in range(count):
-        at_s += dice.expovariate(per_s)
+    for at_s in itertools.islice(arrivals(rng, per_s), count):
         blocks = (*system, next(fresh))
-        found.append(Request(at_s, dice.randrange(doors), blocks, dice.randint(50, 250)))
+        found.append(Request(at_s, rng.randrange(gateways), blocks, rng.randint(50, 250)))
     return found
 
 
-def steady(seed: int, *, count: int = 3000, per_s: float = 8.0, doors: int = 3) -> list[Request]:
-    """Requests that share nothing."""
-    dice, found, fresh = random.Random(seed), [], iter(range(10**9))
-    at_s = 0.0
-    for _ in range(count):
-        at_s += dice.expovariate(per_s)
-        blocks = tuple(next(fresh) for _ in range(dice.randint(2, 12)))
-        found.append(Request(at_s, dice.randrange(doors), blocks, dice.randint(50, 250)))
+def steady(seed: int, *, count: int = 3000, per_s: float = 8.0, gateways: int = 3) -> list[Request]:
+    """Requests without common prefixes."""
+    rng, found, fresh = random.Random(seed), [], iter(range(10**9))
+    for at_s in itertools.islice(arrivals(rng, per_s), count):
+        blocks = tuple(next(fresh) for _ in range(rng.randint(2, 12)))
+        found.append(Request(at_s, rng.randrange(gateways), blocks, rng.randint(50, 250)))
     return found
 
 
-def bursts(seed: int, *, count: int = 40, size: int = 64, doors: int = 8) -> list[Request]:
-    """So many at the same moment, through all doors, and then nothing until all is done."""
-    dice, fresh = random.Random(seed), iter(range(10**9))
+def bursts(seed: int, *, count: int = 40, size: int = 64, gateways: int = 8) -> list[Request]:
+    """``size`` simultaneous requests through all gateways, then none until all are answered."""
+    rng, fresh = random.Random(seed), iter(range(10**9))
     return [
-        Request(60.0 * n, k % doors, tuple(next(fresh) for _ in range(4)), dice.randint(50, 150))
+        Request(60.0 * n, k % gateways, tuple(next(fresh) for _ in range(4)), rng.randint(50, 150))
         for n in range(count)
         for k in range(size)
     ]
 
 
 def most_of_a_burst(
-    requests: Sequence[Request], policy: Policy, *, nodes: int = 8, doors: int = 8, seed: int = 1
+    requests: Sequence[Request], policy: Policy, *, nodes: int = 8, gateways: int = 8, seed: int = 1
 ) -> float:
-    """The most that one node got of any burst, by its fair share."""
+    """The most that one node received of any burst, relative to its fair share."""
     worst = 0.0
     for at_s in sorted({one.at_s for one in requests}):
         burst = [one for one in requests if one.at_s == at_s]
         machines = [Node(f"n{n}") for n in range(nodes)]
-        play(burst, machines, policy, doors=doors, seed=seed + int(at_s))
+        play(burst, machines, policy, gateways=gateways, seed=seed + int(at_s))
         worst = max(worst, max(node.served for node in machines) / (len(burst) / nodes))
     return worst
 
 
 def measured(policy: Policy, seed: int = 11) -> Measured:
     """One policy on all traces."""
-    talk = play(conversations(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
-    hot = play(hot_prompt(seed), [Node(f"n{n}") for n in range(8)], policy, doors=8)
+    talk = play(conversations(seed), [Node(f"n{n}") for n in range(8)], policy, gateways=8)
+    hot = play(hot_prompt(seed), [Node(f"n{n}") for n in range(8)], policy, gateways=8)
     speeds = [Node("n1", 1.0), Node("n2", 2.0), Node("n3", 4.0)]
-    play(steady(seed), speeds, policy, doors=3)
+    play(steady(seed), speeds, policy, gateways=3)
     total = sum(node.work_s * node.speed for node in speeds)
     shares = tuple(node.work_s * node.speed / total for node in speeds)
     return Measured(talk.cached, talk.p95(), hot.unevenness, shares, most_of_a_burst(bursts(seed), policy))
@@ -308,7 +303,7 @@ def line(name: str, one: Measured) -> str:
 def lines() -> Iterator[str]:
     """The table."""
     yield f"{'':<14}{'conversations':<34}{'hot prompt':<24}{'speeds 1:2:4':<20}bursts"
-    yield f"{'policy':<14}{'cached':<10}{'p95 first token':<24}{'max/mean work':<24}{'share of work':<20}most / fair"
+    yield f"{'policy':<14}{'cached':<10}{'TTFT, p95':<24}{'max/mean work':<24}{'share of work':<20}most / fair"
     for name, policy in POLICIES.items():
         yield line(name, measured(policy))
 

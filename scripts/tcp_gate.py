@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that can be shut and opened: a network that fails on command."""
+"""A TCP relay on loopback that can be shut and opened, to simulate network outages."""
 
 import contextlib
 import socket
@@ -6,7 +6,7 @@ import threading
 
 
 class TcpGate:
-    """Relays to ``target`` port. Shut, it cuts what is open and refuses what comes."""
+    """Relays to port ``target``. While shut, open connections are cut and new ones refused."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -18,7 +18,7 @@ class TcpGate:
         self._listen()
 
     def shut(self) -> None:
-        """Cut everything; connecting is refused from now on."""
+        """Cut all connections and refuse new ones."""
         with self._lock:
             self._open = False
             links, self._links = self._links, set()

@@ -1,4 +1,4 @@
-"""Telemetry as nodes would report it, through the real records and batches."""
+"""Telemetry as nodes report it, as real records and batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
@@ -41,7 +41,7 @@ DAY = Span("2026-W47", T0, T0 + 86_400_000, "UTC")
 
 
 def served(model: str = "m", *, worker: str = "n1", version: str = "v1", requests: int = 1, **more: object) -> Served:
-    """A line of the door's account; every request took 100 ms, 20 ms to the first token."""
+    """A gateway's record of requests; each took 100 ms, with a TTFT of 20 ms."""
     values: dict[str, object] = {
         "prompt_tok": 100 * requests,
         "completion_tok": 10 * requests,
@@ -59,7 +59,7 @@ def engine(model: str = "m", *, version: str = "v1", busy_s: float = 10.0) -> En
 
 
 def resident(model: str = "m", *, version: str = "v1", need: int = 10**9, state: str = "ready") -> Resident:
-    """A model in memory."""
+    """A resident model."""
     return Resident(model=model, version=version, state=state, need_bytes=need)
 
 
@@ -98,7 +98,7 @@ def batch(
 
 
 def window(*batches: Batch, span: Span = DAY) -> Window:
-    """Batches as reports see them, added up in plain Python: what the tables' SQL is compared with."""
+    """Batches as reports see them, added up in plain Python: the reference for the tables' SQL."""
     once = {b.id: straightened(b) for b in sorted(batches, key=lambda b: b.id, reverse=True)}
     inside = (b for b in once.values() if span.since_ms <= b.t_end_ms < span.until_ms)
     mine = sorted(inside, key=lambda b: (b.t_end_ms, b.seq, b.id))
@@ -159,7 +159,7 @@ def _when(fact: Fact) -> tuple[int, str, int, int]:
 
 
 def _summed(rows: Iterable[dict[str, Any]], kind: type[S]) -> tuple[S, ...]:
-    """Rows added up field by field. They come in the order of their batches' ends, so the last is the newest."""
+    """Rows added up field by field, in the order of their batches' ends, so the last is the newest."""
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(row[label] for label in _LABELS[kind])

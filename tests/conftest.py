@@ -1,4 +1,4 @@
-"""What every test may use: blocking calls in the event loop fail, and a tiny real model lies ready."""
+"""Fixtures for all tests: blocking calls in the event loop fail, and a tiny real model is provided."""
 
 import inspect
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from tests.tiny_model import write_tiny_model
 
 @pytest.fixture(autouse=True)
 def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
-    """A call that blocks inside our code while the event loop runs raises."""
+    """A blocking call in agent code on the event loop raises."""
     if not inspect.iscoroutinefunction(request.function):
         yield None
         return
     with blockbuster_ctx("agent") as buster:
-        # /proc is memory: reading a process' size there waits for nothing
+        # /proc is in memory: reading a process's size there does not block
         for function in ("io.BufferedReader.read", "os.read", "io.TextIOWrapper.read", "os.stat"):
             if function in buster.functions:
                 buster.functions[function].can_block_in("agent/process/footprint.py", "footprint_bytes")
         for blocking in buster.functions.values():
-            # its loop is in a thread of its own, for this very reason
+            # its loop runs in a separate thread, for this reason
             blocking.can_block_in("agent/telemetry/meters/snmp_client.py", "_get")
         yield buster
 
@@ -38,7 +38,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    """A real S3 server for the whole run."""
+    """A real S3 server for the whole session."""
     node = {
         "name": "n1",
         "credentials": [{"accessKey": "n1", "secretKey": "n1secretn1secret"}],

@@ -1,7 +1,7 @@
-"""A rack that never was, in all that it reports: days and nights of traffic, heat, restarts, outages, evictions, swaps
-and clocks that are off, through the real records, batches and segments. Equal seeds give equal bytes.
+"""The telemetry of a synthetic rack: days and nights of traffic, heat, restarts, outages, evictions, swaps
+and skewed clocks, as real records, batches and segments. Equal seeds give equal bytes.
 
-Used by tests and benches, and by `make sample-rack` for who wants to see reports without a rack. Noise: requests are
+Used by tests, benchmarks and `make sample-rack`, which shows reports without a rack. Noise: requests are
 drawn from a Poisson distribution around the hour's rate, each model's rate wanders by ``wander`` (one standard
 deviation) from week to week, and speeds and lengths by 3 % from window to window.
 """
@@ -44,7 +44,7 @@ CAUSES = ("cache_miss", "poisoned_kv", "traffic_drop", "throttling", "mix_shift"
 
 
 class MadeModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as it is used. Times are of one token on a node of speed 1; ``share`` of a prompt is in the cache."""
+    """A model's traffic. Times are per token on a node of speed 1; ``share`` of a prompt is in the prompt cache."""
 
     name: str
     per_hour: float
@@ -59,7 +59,7 @@ class MadeModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that becomes different at a moment, for one model or, if it names none, for all."""
+    """A change at some time, for one model or, if it names none, for all."""
 
     cause: str
     since_ms: int
@@ -68,7 +68,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MadeRack(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is. ``faults`` per node and week: restarts, outages, evictions and the like happen that often."""
+    """A rack. ``faults`` is the rate per node and week of restarts, outages, evictions and the like."""
 
     seed: int = 1
     rack: str = "r"
@@ -84,7 +84,7 @@ class MadeRack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outage(NamedTuple):
-    """[start, end): the node says nothing; ``kind`` is clean, unclean or power."""
+    """[start, end) without telemetry of the node; ``kind`` is clean, unclean or power."""
 
     node: str
     start_ms: int
@@ -93,7 +93,7 @@ class Outage(NamedTuple):
 
 
 def outages(rack: MadeRack, until_ms: int) -> list[Outage]:
-    """Every restart and outage there will be."""
+    """All restarts and outages."""
     found = []
     for node in rack.nodes:
         dice = random.Random(f"{rack.seed} outages {node}")
@@ -135,7 +135,7 @@ class _Node:
             end = min(at + self.rack.window_ms, self.until_ms)
             stop = waiting[0] if waiting and waiting[0].start_ms < end else None
             if stop is not None:
-                end = max(at + 1, stop.start_ms) if stop.kind == "clean" else at  # what was not sealed is gone
+                end = max(at + 1, stop.start_ms) if stop.kind == "clean" else at  # unsealed telemetry is lost
             if end > at:
                 seq += 1
                 events: list[Event] = []
@@ -310,7 +310,7 @@ class _Node:
                 self.version[name] = new
 
     def _heat(self, at: int) -> float:
-        """How much slower heat makes everything: 1, or more on some afternoons."""
+        """The slowdown by heat: 1, or more on some afternoons."""
         if self.rack.faults <= 0:
             return 1.0
         day = random.Random(f"{self.rack.seed} heat {self.node} {at // (24 * HOUR_MS)}")
@@ -363,7 +363,7 @@ class _Node:
         return [host, outlet]
 
     def _seen(self, start: int, end: int) -> list[Record]:
-        """What the first other node says of nodes that went away and came back."""
+        """Events of the first other node about nodes that went down and came up."""
         found: list[Record] = []
         for one in self.all_outages:
             watcher = next((n for n in self.rack.nodes if n != one.node), None)
@@ -382,7 +382,7 @@ class _Node:
 
 
 def _whole(found: list[Served], prompt: int, cached: int, answer: int) -> list[Served]:
-    """Rounding may not lose a token: what a single part leaves goes to it."""
+    """Rounding must not lose a token: the remainder goes to the last part."""
     ok = [one for one in found if one.outcome == "ok"]
     if len(ok) != 1:
         return found
@@ -417,7 +417,7 @@ def _poisson(dice: random.Random, mean: float) -> int:
 
 
 def _sketch(dice: random.Random, median: float, sigma: float, count: int) -> SketchWire:
-    """So many values around a median; a few draws stand for many, as in a short window they do."""
+    """Values around a median; few draws stand for many, as in a short window."""
     sketch, left = Sketch(), count
     for draws in range(min(count, 8), 0, -1):
         times = left // draws

@@ -1,4 +1,4 @@
-"""The house keeps its own rules: contracts that bite, guides that name what exists, names that are ours."""
+"""Rules of the repository: import contracts, design guides that name existing code, package names."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ GUIDES = ("agent/DESIGN.md", "aggregator/DESIGN.md")
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     command: list[str | Path] = [BIN / "lint-imports", "--no-logo", "--no-cache", "--config", folder / "pyproject.toml"]
-    # -P is not enough: the editable install's path must give way to the copy
+    # -P is not enough: the copy must come before the editable install's path
     environ = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
@@ -53,7 +53,7 @@ def copy(tmp_path: Path) -> Path:
         ("agent/cli.py", "import reportlab", "The agent needs nothing of the aggregator's"),
     ],
 )
-def test_a_planted_violation_fails(copy: Path, file: str, line: str, contract: str) -> None:
+def test_a_violated_import_contract_fails(copy: Path, file: str, line: str, contract: str) -> None:
     path = copy / file
     path.write_text(path.read_text() + f"\n{line}\n")
     run = lint(copy)
@@ -62,14 +62,14 @@ def test_a_planted_violation_fails(copy: Path, file: str, line: str, contract: s
     assert contract in broken
 
 
-def test_the_contracts_hold(copy: Path) -> None:
+def test_import_contracts_hold(copy: Path) -> None:
     run = lint(copy)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "0 broken" in run.stdout
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_name_in_a_guide_exists(guide: str) -> None:
+def test_every_name_in_a_design_guide_exists(guide: str) -> None:
     """A guide names code as `path/file.py` or `path/file.py:name`."""
     text = (ROOT / guide).read_text(encoding="utf-8")
     named = re.findall(r"`((?:agent|aggregator|shared|scripts|tests|launchd|docs)/[\w./-]+\.\w+)(?::([\w.]+))?`", text)
@@ -93,17 +93,17 @@ def test_import_names_are_this_repository() -> None:
         assert set(owners.get(name, ["mlxrack"])) <= {"mlxrack"}, f"another distribution owns the name {name}"
 
 
-def test_the_configuration_reference_is_what_the_code_reads() -> None:
+def test_the_configuration_reference_is_up_to_date() -> None:
     text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     for kind in (AgentConfig, AggregatorConfig):
         assert document(kind) in text, "run `make docs`"
 
 
-def test_the_log_lines_of_a_release_are_written_down() -> None:
+def test_the_changelog_has_the_current_version() -> None:
     assert shared.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_no_address_of_an_index_is_in_the_constraints() -> None:
+def test_constraints_contain_no_index_url() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert lines
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+]+", line) for line in lines)

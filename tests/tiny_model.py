@@ -1,4 +1,4 @@
-"""Makes a model folder small enough for any test and real enough for mlx-lm."""
+"""Makes a model folder small enough for any test and valid for mlx-lm."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ MAMBA = {
     "use_conv_bias": True,
     "time_step_rank": 4,
 }
-"""A recurrent model: its state cannot be cut by tokens."""
+"""A recurrent model: its state cannot be trimmed by tokens."""
 SLIDING = {
     "model_type": "gemma3_text",
     "num_hidden_layers": 3,

@@ -1,4 +1,4 @@
-"""What runs when, also when somebody sets the clock."""
+"""Scheduled jobs, also across clock changes."""
 
 import asyncio
 import datetime as dt
@@ -11,7 +11,7 @@ from agent.config import AgentConfig, Node
 from agent.schedule import ClockWatch, Job
 
 
-def test_a_clock_that_is_set_is_noticed_and_one_that_drifts_is_not() -> None:
+def test_clock_changes_are_detected_and_drift_is_not() -> None:
     mono, wall, jumps = [0.0], [1_000_000.0], list[float]()
     watch = ClockWatch(jumps.append, lambda: mono[0], lambda: wall[0])
     for _ in range(100):
@@ -27,7 +27,7 @@ def test_a_clock_that_is_set_is_noticed_and_one_that_drifts_is_not() -> None:
     assert len(jumps) == 2
 
 
-async def test_jobs_go_on_after_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_jobs_continue_after_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = 0
 
     async def run() -> None:
@@ -52,7 +52,7 @@ async def test_jobs_go_on_after_the_clock_was_set_back(monkeypatch: pytest.Monke
         scheduler.shutdown(wait=False)
 
 
-async def test_after_a_jump_jobs_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_clock_jump_jobs_keep_their_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None: ...
 
     config = AgentConfig(node=Node(id="n", rack="r"))
@@ -74,7 +74,7 @@ async def test_after_a_jump_jobs_keep_their_distance(monkeypatch: pytest.MonkeyP
         scheduler.shutdown(wait=False)
 
 
-def test_a_steady_job_that_fails_runs_again() -> None:
+def test_a_failing_job_runs_again() -> None:
     runs = 0
 
     async def run() -> None:
@@ -90,5 +90,5 @@ def test_a_steady_job_that_fails_runs_again() -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    # not as an async test: a log with a traceback reads sources, which blocks for a moment and may
+    # not an async test: logging a traceback reads source files, which blocks briefly and may do so
     asyncio.run(watched())

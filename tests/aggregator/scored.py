@@ -1,4 +1,4 @@
-"""Made-up weeks and eviction traces whose truth is known, and what the judgements make of them."""
+"""Synthetic weeks and eviction traces with known causes, and the judgements of them."""
 
 import random
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ WEEKS = (
 
 
 class Week(NamedTuple):
-    """A pair of weeks of one rack: what was done to it, to which model, and what was said of each model."""
+    """A pair of weeks of one rack: the injected change, its model, and the judgement of each model."""
 
     cause: str
     model: str
@@ -30,7 +30,7 @@ class Week(NamedTuple):
 
 
 def rack(seed: int, cause: str, figures: dict[str, Any]) -> tuple[MadeRack, str]:
-    """A rack by dice, and the model that the cause befalls."""
+    """A random rack, and the model that the cause affects."""
     dice = random.Random(f"rack {seed}")
     nodes = tuple(f"n{n}" for n in range(1, dice.choice(figures["nodes"]) + 1))
     models = tuple(
@@ -47,7 +47,7 @@ def rack(seed: int, cause: str, figures: dict[str, Any]) -> tuple[MadeRack, str]
     strength = dice.uniform(*figures["strength"])
     changes = (Change(cause=cause, since_ms=WEEKS[1].since_ms, model=hit, strength=strength),) if cause else ()
     if cause in ("throttling", "traffic_drop"):
-        # heat and quiet befall a whole rack, not one of its models
+        # heat and low traffic affect a whole rack, not one of its models
         changes = (Change(cause=cause, since_ms=WEEKS[1].since_ms, strength=strength),)
     made = MadeRack(
         seed=seed,
@@ -77,7 +77,7 @@ def judged(seed: int, cause: str, figures: dict[str, Any]) -> Week:
 
 
 def right(week: Week) -> bool | None:
-    """Whether a flagged week names its cause; None where nothing doubled, so that there is nothing to name."""
+    """Whether a flagged week names its cause; None where nothing doubled and there is none to name."""
     flagged = {model: cause for model, (flag, cause, _) in week.said.items() if flag}
     whole = week.cause in ("throttling", "traffic_drop")
     mine = [cause for model, cause in flagged.items() if whole or model == week.model]
@@ -85,15 +85,15 @@ def right(week: Week) -> bool | None:
 
 
 class Trace(NamedTuple):
-    """Evictions of one node whose verdicts are known, as a window, by (model, moment)."""
+    """Evictions of one node with known verdicts, as a window, by (model, time)."""
 
     window: Window
     truth: dict[tuple[str, int], str]
 
 
 def trace(seed: int) -> Trace:
-    """A day of evictions by dice. Each is made as what it is: justified by traffic (idle for long, not missed for
-    hours), wanted again within minutes, one of a pair that push each other out, without need, of a busy model, by
+    """A random day of evictions, each constructed for its verdict: justified by traffic (idle for long, not missed for
+    hours), requested again within minutes, one of a pair that evict each other, without need, of a busy model, by
     order, by idleness, or by memory that ran short."""
     dice = random.Random(f"evictions {seed}")
     records: list[Record] = []
@@ -144,5 +144,5 @@ def _eviction(
 
 
 def verdicts(made: Trace) -> list[tuple[str, str]]:
-    """(known, said) of every eviction of a trace."""
+    """(known, reported) verdicts of every eviction of a trace."""
     return [(made.truth[j.model, j.t_ms], j.verdict) for j in eviction.judge(made.window)]

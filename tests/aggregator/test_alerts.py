@@ -1,4 +1,4 @@
-"""Alerts: once per change of state, whatever is read twice, late or never."""
+"""Alerts: once per state change, whatever is read twice, late or never."""
 
 import http.server
 import json
@@ -34,7 +34,7 @@ def down(minute: int, peer: str = "n2") -> PeerDown:
     return PeerDown(t_ms=T0 + minute * MINUTE, peer=peer, last_seen_ms=T0 + minute * MINUTE - 4_000)
 
 
-def test_node_down_is_told_once_and_resolved_once() -> None:
+def test_node_down_is_alerted_once_and_resolved_once() -> None:
     first, second = batch([host()], node="n2"), batch([down(1)], node="n1")
     state, told = look(AlertState(), T0 + MINUTE, first, second)
     assert told == [("node_down", "n2", False)]
@@ -47,7 +47,7 @@ def test_node_down_is_told_once_and_resolved_once() -> None:
     assert told == [], "the ordered copy of the old event comes after the return"
 
 
-def test_silence_is_a_node_down_too() -> None:
+def test_missing_telemetry_is_a_node_down_too() -> None:
     state, told = look(AlertState(), T0 + MINUTE, batch([host()]))
     assert told == []
     state, told = look(state, T0 + MINUTE + 151_000)
@@ -73,7 +73,7 @@ def swap(minute: int, outcome: str) -> SwapFinished:
     )
 
 
-def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_is_over() -> None:
+def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_passes() -> None:
     state, told = look(AlertState(), T0 + MINUTE, batch([swap(0, "failed")]))
     assert told == [("swap_failed", "n1/m", False)]
     _, told = look(state, T0 + 2 * MINUTE, batch([swap(1, "flipped")], minute=1))
@@ -83,7 +83,7 @@ def test_a_failed_swap_fires_until_one_succeeds_or_an_hour_is_over() -> None:
     assert told == [("swap_failed", "n1/m", True)]
 
 
-def test_the_late_copy_of_an_old_failure_is_no_news() -> None:
+def test_a_late_duplicate_of_an_old_failure_is_not_alerted() -> None:
     failed, flipped = batch([swap(0, "failed")]), batch([swap(1, "flipped")], minute=1)
     state, told = look(AlertState(), T0 + MINUTE, failed)
     assert told == [("swap_failed", "n1/m", False)]
@@ -96,7 +96,7 @@ def test_the_late_copy_of_an_old_failure_is_no_news() -> None:
     assert told == [("swap_failed", "n1/m", False)], "but a new failure is"
 
 
-def test_a_clock_that_ran_ahead_hides_nothing() -> None:
+def test_a_clock_running_ahead_hides_no_alert() -> None:
     ahead = batch([host(throttled=1.0)], minute=5_000_000)
     state, _ = look(AlertState(), T0 + MINUTE, ahead)
     _, told = look(state, T0 + 20 * MINUTE)
@@ -180,7 +180,7 @@ def test_a_notice_is_posted_and_confirmed(webhook: _Webhook) -> None:
     assert body["username"] == "mlxrack"
 
 
-def test_discord_is_waited_for_as_it_asks(webhook: _Webhook) -> None:
+def test_discord_rate_limits_are_honoured(webhook: _Webhook) -> None:
     slept: list[float] = []
     webhook.answers = [(429, {"Retry-After": "1.5"}), (500, {})]
     assert discord(webhook, slept).post(notice(code="throttling"))
@@ -188,9 +188,7 @@ def test_discord_is_waited_for_as_it_asks(webhook: _Webhook) -> None:
 
 
 @pytest.mark.parametrize(("status", "kind"), [(404, Halt), (401, Halt), (503, Retryable)])
-def test_a_webhook_that_refuses_is_an_error_without_its_url(
-    webhook: _Webhook, status: int, kind: type[Exception]
-) -> None:
+def test_a_rejecting_webhook_is_an_error_without_its_url(webhook: _Webhook, status: int, kind: type[Exception]) -> None:
     webhook.answers = [(status, {})] * 3
     with pytest.raises(kind) as caught:
         discord(webhook).post(notice())

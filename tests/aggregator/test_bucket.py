@@ -1,4 +1,4 @@
-"""The aggregator over a real bucket: rolled up once, bad objects set aside, nothing wedged, clear errors."""
+"""The aggregator over a real bucket: batches rolled up once, bad objects quarantined, clear errors."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def minute(n: int, node: str = "n1") -> Batch:
     return batch([served(requests=n + 1), engine(), resident(), host()], node=node, minute=n)
 
 
-def test_what_was_sent_is_counted_once(store: ObjectStore) -> None:
+def test_pushed_batches_are_counted_once(store: ObjectStore) -> None:
     put(store, minute(0), minute(1))
     assert rollup.run(CONFIG, store).batches == 2
     put(store, minute(2))
@@ -77,7 +77,7 @@ def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStor
     assert before.keys() == {o.key for o in list_all(store, "minute/")}
 
 
-def test_a_run_that_was_cut_before_its_commit_is_done_again_without_harm(
+def test_a_run_interrupted_before_its_commit_is_repeated_safely(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, minute(0), minute(1))
@@ -93,7 +93,7 @@ def test_a_run_that_was_cut_before_its_commit_is_done_again_without_harm(
     assert rows(store) == (3, 2)
 
 
-def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_aggregators_lose_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     from aggregator import publish
 
     put(store, minute(0))
@@ -111,7 +111,7 @@ def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: p
     assert rows(store) == (1, 1)
 
 
-def test_bad_objects_are_set_aside_and_the_rest_goes_on(store: ObjectStore) -> None:
+def test_bad_objects_are_quarantined_and_the_rest_is_rolled_up(store: ObjectStore) -> None:
     good = put(store, minute(0))
     whole = store.get(good).body
     bad = {
@@ -147,7 +147,7 @@ def test_an_unknown_schema_waits_in_quarantine(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_any_order_and_any_split_give_the_same_bytes(tmp_path: Path, seed: int) -> None:
+def test_any_order_and_split_give_the_same_bytes(tmp_path: Path, seed: int) -> None:
     made = [minute(n, node) for n in range(6) for node in ("n1", "n2")]
     plain, mixed = DirectoryStore(tmp_path / "plain"), DirectoryStore(tmp_path / "mixed")
     for one in made:
@@ -170,14 +170,14 @@ def test_any_order_and_any_split_give_the_same_bytes(tmp_path: Path, seed: int) 
             assert plain.get(key).body == mixed.get(key).body, key
 
 
-def test_an_empty_bucket_gives_reports_that_say_so(store: ObjectStore) -> None:
+def test_an_empty_bucket_gives_reports_that_state_it(store: ObjectStore) -> None:
     assert rollup.run(CONFIG, store).number == 0
     assert len(weekly.run(CONFIG, store, "2026-W47")) == 16, "five artifacts in three forms, and a CSV"
     _, key = monthly.run(CONFIG, store, "2026-11")
     assert store.get(key).body.startswith(b"%PDF")
 
 
-def test_a_report_that_did_not_change_is_not_written_again(store: ObjectStore) -> None:
+def test_an_unchanged_report_is_not_rewritten(store: ObjectStore) -> None:
     put(store, minute(0))
     rollup.run(CONFIG, store)
     first = weekly.run(CONFIG, store, "2026-W47")
@@ -188,7 +188,7 @@ def test_a_report_that_did_not_change_is_not_written_again(store: ObjectStore) -
     assert any("cost-r2.json" in key for key in second)
 
 
-def test_one_run_at_a_time(store: ObjectStore) -> None:
+def test_runs_exclude_each_other(store: ObjectStore) -> None:
     with lease.held(store, "rollup"):
         with pytest.raises(Retryable, match="is at it already"), lease.held(store, "rollup"):
             pass
@@ -211,7 +211,7 @@ def directory(tmp_path: Path) -> Path:
     return config_file(tmp_path, f'[store]\nkind = "directory"\npath = "{tmp_path}/bucket"\n')
 
 
-def test_the_verbs_are_quiet_when_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_print_nothing_on_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(directory(tmp_path))
     put(DirectoryStore(tmp_path / "bucket"), minute(0))
     for verb in (
@@ -235,7 +235,7 @@ def test_the_verbs_are_quiet_when_all_is_well(tmp_path: Path, capsys: pytest.Cap
         (["monthly", "--month", "2026-13"], 1, "give it as 2026-11"),
     ],
 )
-def test_a_period_that_is_none_is_a_clear_error(
+def test_an_invalid_period_is_a_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, why: str
 ) -> None:
     assert status == cli.main([*words, "--config", str(directory(tmp_path))])
@@ -297,7 +297,7 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
     assert "there is no placement for 2026-W40" in capsys.readouterr().err
 
 
-def test_any_days_are_reported_and_halves_of_a_question_are_refused(
+def test_any_range_of_days_is_reported_and_incomplete_ranges_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(directory(tmp_path))
@@ -351,7 +351,7 @@ def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["economics", "--api-spend", "-1", "--nodes", "4"]) == 1
 
 
-def test_what_could_not_be_counted_is_said_in_the_report(tmp_path: Path) -> None:
+def test_uncounted_objects_are_mentioned_in_the_report(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, minute(0))
     store.put("raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz", b"half a fi")

@@ -1,4 +1,4 @@
-"""Money that adds up, changes taken apart without remainder, and prices of others that are dated and tiered."""
+"""Costs that add up, changes decomposed without remainder, and dated, tiered API prices."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 
 @st.composite
 def racks(draw: st.DrawFn) -> list[Batch]:
-    """Some minutes of two nodes with two loaders each, answering for three names and two keys."""
+    """Some minutes of two nodes with two loaders each, serving three names and two API keys."""
     made = []
     for minute in range(draw(st.integers(1, 6))):
         for node in ("n1", "n2"):
@@ -98,7 +98,7 @@ def test_pinned_models_pay_for_idle_time_by_the_memory_they_hold() -> None:
     assert abs((a.loaded - a.direct) - 3 * (b.loaded - b.direct)) < Decimal("0.00001")
 
 
-def test_an_outlet_tells_the_watts_and_two_nodes_share_one() -> None:
+def test_outlet_power_is_used_and_shared_by_two_nodes() -> None:
     outlet = OutletReading(
         meter="pdu", nodes=("n1", "n2"), power_mw=0, power_max_mw=0, energy_mj=60 * 90_000, covered_us=60_000_000
     )
@@ -135,13 +135,13 @@ factors = st.builds(
 
 
 @given(factors, factors)
-def test_a_change_is_taken_apart_without_remainder(now: Factors, before: Factors) -> None:
+def test_a_cost_change_is_decomposed_without_remainder(now: Factors, before: Factors) -> None:
     terms = cost_change.decompose(now, before)
     whole = now.per_m - before.per_m
     assert math.isclose(terms.total, whole, rel_tol=1e-6, abs_tol=1e-6 * max(now.per_m, before.per_m))
 
 
-def test_each_part_is_moved_by_its_own_cause_alone() -> None:
+def test_each_component_is_moved_by_its_own_cause_alone() -> None:
     base = Factors(
         tokens=1_100_000,
         requests=1000,
@@ -205,7 +205,7 @@ def test_prices_have_tiers_and_a_month_is_not_one_request() -> None:
     assert single > many
 
 
-def test_the_same_open_model_at_the_host_in_the_middle() -> None:
+def test_the_same_open_model_at_the_median_host() -> None:
     made = window(batch([served("chat", requests=1000, prompt_tok=10**6, completion_tok=10**5), engine("chat")]))
     priced = config("n1", compare=[{"model": "chat", "same_as": "llama-3.3-70b-instruct", "frontier": "openai/gpt-4o"}])
     money = cost.compute(made, priced)
@@ -221,7 +221,7 @@ def test_the_same_open_model_at_the_host_in_the_middle() -> None:
     assert one.saving == one.median - (one.ours or 0)
 
 
-def test_what_no_host_offers_is_unknown_and_counts_for_nothing() -> None:
+def test_a_model_no_host_offers_is_unknown_and_not_counted() -> None:
     made = window(batch([served("a", requests=9), served("b", requests=1, version="v2"), engine("a")]))
     priced = config(
         "n1",
@@ -271,7 +271,7 @@ def test_a_negative_saving_is_shown() -> None:
     assert one.saving < 0
 
 
-def test_focus_rows_add_up_to_what_the_nodes_cost() -> None:
+def test_focus_rows_add_up_to_the_nodes_cost() -> None:
     made = window(
         batch([served("a"), engine("a"), resident("a")]), batch([served("b"), engine("b"), resident("b")], node="n2")
     )

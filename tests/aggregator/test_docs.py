@@ -39,7 +39,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_duckdb_reads_what_the_reports_say(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duckdb_results_match_the_reports(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bucket)
     (block,) = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
     first, second = (query for query in block.split(";") if query.strip())
@@ -63,7 +63,7 @@ def test_duckdb_reads_what_the_reports_say(bucket: Path, monkeypatch: pytest.Mon
         assert abs(found[model] - said) <= 2 * RELATIVE_ERROR * said
 
 
-def test_polars_reads_the_same_files(
+def test_polars_reads_the_same_tables(
     bucket: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(bucket)

@@ -1,4 +1,4 @@
-"""Uptime with its causes, annotations, the scorecard, economics, and what a report says when something is wrong."""
+"""Uptime and its causes, annotations, the scorecard, economics, and reports on incomplete data."""
 
 import itertools
 import random
@@ -75,7 +75,7 @@ def restart(minute: int, previous: str = "unclean", boot: str = "b2") -> Batch:
         ),
     ],
 )
-def test_why_a_node_said_nothing(last: list[Record], boot: str, cause: str) -> None:
+def test_causes_of_missing_telemetry(last: list[Record], boot: str, cause: str) -> None:
     before = msgspec.structs.replace(batch([resident(), *last]), boot_id="b1")
     report = uptime.uptime(window(before, restart(5, boot=boot)), T0 + 6 * MINUTE)
     found = [i for i in report.incidents if i.scope == "node"]
@@ -92,13 +92,13 @@ def test_a_node_without_a_model_is_idle_and_the_rack_is_up_while_one_node_is() -
     assert (report.rack.up_s, report.rack.idle_s, report.rack.share) == (120.0, 0.0, 1.0)
 
 
-def test_what_was_reported_after_the_moment_of_judging_counts() -> None:
-    """A report of a period that is not over is judged up to the last full hour."""
+def test_events_after_the_judgement_time_count() -> None:
+    """The report of a period that is not over covers it up to the last full hour."""
     report = uptime.uptime(window(batch([resident()]), restart(5)), T0)
     assert (report.nodes[0].up_s, report.nodes[0].down_s, report.nodes[0].unknown_s) == (120.0, 240.0, 0.0)
 
 
-def test_incidents_that_follow_each_other_are_one() -> None:
+def test_consecutive_incidents_are_merged() -> None:
     failed = [
         SwapFinished(
             t_ms=T0 + n * MINUTE, swap_id=str(n), model="m", from_version="a", to_version="b", outcome="failed"
@@ -109,7 +109,7 @@ def test_incidents_that_follow_each_other_are_one() -> None:
     assert [i.times for i in report.incidents] == [2, 1]
 
 
-def test_what_a_person_wrote_stands_for_what_was_guessed() -> None:
+def test_annotations_override_detected_causes() -> None:
     raw = b"""
 [[incidents]]
 node = "n1"
@@ -140,13 +140,13 @@ fix = "Another circuit."
         (b"\xff", "annotations/v1/incidents.toml"),
     ],
 )
-def test_a_note_that_cannot_be_read_says_why(raw: bytes, why: str) -> None:
+def test_an_invalid_annotation_is_reported_with_its_reason(raw: bytes, why: str) -> None:
     with pytest.raises(Refused) as caught:
         annotations.parse(raw)
     assert why in caught.value.message
 
 
-def test_bad_notes_do_not_stop_a_report(tmp_path: Path) -> None:
+def test_invalid_annotations_do_not_stop_a_report(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     store.put(annotations.KEY, b"[[incidents")
     put(store, batch([served(), resident(), engine()]))
@@ -157,7 +157,7 @@ def test_bad_notes_do_not_stop_a_report(tmp_path: Path) -> None:
 # scorecard and economics
 
 
-def test_a_month_is_held_against_its_promises() -> None:
+def test_a_month_is_compared_with_its_targets() -> None:
     flipped = SwapFinished(
         t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=150_000_000
     )
@@ -189,7 +189,7 @@ inputs = st.builds(
 
 
 @given(inputs)
-def test_break_even_is_the_first_month_that_is_not_in_the_red(given_: Inputs) -> None:
+def test_break_even_is_the_first_month_without_a_loss(given_: Inputs) -> None:
     found = economics.judge(given_)
     balances = [m.balance for m in found.months]
     first = next((n for n, balance in enumerate(balances, 1) if balance >= 0), None)
@@ -217,7 +217,7 @@ def test_more_api_spend_pays_back_no_later() -> None:
         ({"watts": -5}, "below zero"),
     ],
 )
-def test_figures_that_cannot_be_are_refused(changes: dict[str, float], why: str) -> None:
+def test_impossible_figures_are_rejected(changes: dict[str, float], why: str) -> None:
     with pytest.raises(Refused, match=why):
         economics.judge(msgspec.structs.replace(Inputs(api_spend=1, nodes=1), **changes))
 
@@ -225,7 +225,7 @@ def test_figures_that_cannot_be_are_refused(changes: dict[str, float], why: str)
 # spans
 
 
-def test_any_days_have_a_span_and_as_many_before() -> None:
+def test_any_range_of_days_is_compared_with_as_many_days_before() -> None:
     span = between("2026-10-24", "2026-10-26", "Europe/Berlin")
     assert span.until_ms - span.since_ms == 3 * 86_400_000 + 3_600_000, "the clocks change on the 25th"
     before = as_long_before(span)
@@ -238,7 +238,7 @@ def test_any_days_have_a_span_and_as_many_before() -> None:
     assert full_hour(3_600_001) == 3_600_000
 
 
-def test_a_clock_that_is_minutes_off_is_put_right() -> None:
+def test_a_clock_off_by_minutes_is_corrected() -> None:
     wrong = batch([AgentStarted(t_ms=T0 + 600_000, version="0", previous="first")], minute=10)
     wrong = msgspec.structs.replace(wrong, clock_skew_ms=600_000)
     right = straightened(wrong)
@@ -249,7 +249,7 @@ def test_a_clock_that_is_minutes_off_is_put_right() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=9))
-def test_a_union_covers_what_its_pieces_cover(pieces: list[tuple[int, int]]) -> None:
+def test_a_union_covers_its_intervals(pieces: list[tuple[int, int]]) -> None:
     covered = {t for a, b in pieces for t in range(a, b)}
     found = union(pieces)
     assert covered == {t for a, b in found for t in range(a, b)}
@@ -299,7 +299,7 @@ def test_quantiles_of_ten_thousand_merged_sketches_are_within_their_bound(name: 
 # the store
 
 
-def test_a_bucket_is_copied_once_and_what_changed_is_copied_again(tmp_path: Path) -> None:
+def test_sync_copies_a_bucket_once_and_then_only_changes(tmp_path: Path) -> None:
     here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
     put(here, batch([served(), engine(), resident(), host()]))
     rollup.run(CONFIG, here)
@@ -317,7 +317,7 @@ def test_a_bucket_is_copied_once_and_what_changed_is_copied_again(tmp_path: Path
     assert rollup.run(CONFIG, there).number == load.newest_manifest(here).number, "the copy has nothing to do"
 
 
-def test_a_copy_that_was_cut_short_goes_on_and_clashes_are_named(tmp_path: Path) -> None:
+def test_an_interrupted_sync_resumes_and_conflicts_are_named(tmp_path: Path) -> None:
     here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
     for minute in range(5):
         put(here, batch([served()], minute=minute))
@@ -331,7 +331,7 @@ def test_a_copy_that_was_cut_short_goes_on_and_clashes_are_named(tmp_path: Path)
     assert there.get(keys_here[2]).body == b"something else"
 
 
-def test_only_what_is_old_and_counted_is_deleted(tmp_path: Path) -> None:
+def test_prune_deletes_only_old_rolled_up_objects(tmp_path: Path) -> None:
     from datetime import UTC, datetime
 
     store = DirectoryStore(tmp_path)
@@ -362,8 +362,8 @@ def test_only_what_is_old_and_counted_is_deleted(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 @settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.integers(0, 10**6), st.randoms())
-def test_reports_have_the_tokens_requests_seconds_and_dollars_of_the_batches(seed: int, dice: random.Random) -> None:
-    """Whatever is duplicated, late, reordered between nodes or split over runs."""
+def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None:
+    """Also with duplicates, late data, reordering between nodes and split runs."""
     since = week("2026-W45", "UTC").since_ms
     rack = MadeRack(
         seed=seed,
@@ -408,7 +408,7 @@ def test_reports_have_the_tokens_requests_seconds_and_dollars_of_the_batches(see
     assert report.total == sum(r.cost for r in report.rows)
 
 
-# what a report says when something is wrong
+# reports on incomplete data
 
 
 def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, str]:
@@ -432,7 +432,7 @@ def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, s
     ],
     ids=["no data", "no data", "no data", "no data", "zero tokens", "no price", "one without a price", "no comparison"],
 )
-def test_a_report_says_plainly_what_is_missing(made: tuple[Batch, ...], name: str, said: str) -> None:
+def test_a_report_states_missing_data(made: tuple[Batch, ...], name: str, said: str) -> None:
     assert said in artifacts_of(*made)[name]
 
 
@@ -447,7 +447,7 @@ def test_forty_models_with_eighty_characters_and_markup_in_their_names() -> None
     assert all(f"{n:02d}" in found["cost"] for n in range(40))
 
 
-def test_a_page_is_one_file_that_needs_nothing_else() -> None:
+def test_a_page_is_one_self_contained_file() -> None:
     curve = Curve(title="x", labels=("a", "b"), lines=(("y", (-1.0, 5.0)),))
     page = Page(
         title="t",

@@ -1,4 +1,4 @@
-"""Placements that fit, proposals that can be carried out, and reasons that are true."""
+"""Placements that fit, proposals that are executable, and correct reasons."""
 
 import random
 
@@ -19,7 +19,7 @@ from tests.builders import batch, engine, host, resident, served, window
 def case(
     seed: int, nodes: int, models: int, fill: float = 0.65, load: float = 0.5
 ) -> tuple[list[Copyable], list[Room], packing.Placement]:
-    """A rack by dice, its copies standing where they happen to fit."""
+    """A random rack, its copies placed where they happen to fit."""
     dice = random.Random(seed)
     rooms = [
         Room(name=f"n{i:03d}", budget_bytes=int(dice.choice((21.3, 36, 48)) * 1e9), speed=dice.choice((1.0, 2.0)))
@@ -70,7 +70,7 @@ def test_no_placement_overfills_a_node_and_none_is_worse_than_greedy(
 
 @settings(max_examples=40, deadline=None)
 @given(cases)
-def test_every_plan_can_be_carried_out(made: tuple[list[Copyable], list[Room], packing.Placement]) -> None:
+def test_every_plan_is_executable(made: tuple[list[Copyable], list[Room], packing.Placement]) -> None:
     models, rooms, now = made
     goal = packing.pack(models, rooms, now).pairs
     ordered = moves.order(models, rooms, now, goal)
@@ -95,14 +95,14 @@ def test_the_same_input_gives_the_same_placement(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_eight_nodes_and_twenty_models_are_solved_and_greedy_is_near(seed: int) -> None:
+def test_eight_nodes_and_twenty_models_are_solved_with_greedy_near_optimal(seed: int) -> None:
     models, rooms, now = case(seed, 8, 20)
     found = packing.pack(models, rooms, now)
     assert found.gap is not None
     assert not found.short
 
 
-def test_two_full_nodes_change_places_over_a_third() -> None:
+def test_two_full_nodes_swap_models_through_a_third() -> None:
     models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
     rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2", "n3")]
     now, goal = frozenset({("a", "n1"), ("b", "n2")}), frozenset({("a", "n2"), ("b", "n1")})
@@ -112,7 +112,7 @@ def test_two_full_nodes_change_places_over_a_third() -> None:
     assert not moves.simulate(models, rooms, now, ordered.steps)[1]
 
 
-def test_what_cannot_be_done_without_an_interruption_is_left_out() -> None:
+def test_moves_that_would_interrupt_service_are_left_out() -> None:
     models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
     rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2")]
     now, goal = frozenset({("a", "n1"), ("b", "n2")}), frozenset({("a", "n2"), ("b", "n1")})
@@ -132,14 +132,14 @@ def test_what_cannot_be_done_without_an_interruption_is_left_out() -> None:
         (Step(action="unload", model="a", node="n1"), "nobody serves a"),
     ],
 )
-def test_the_simulation_finds_what_is_wrong(step: Step, why: str) -> None:
+def test_the_simulation_detects_broken_plans(step: Step, why: str) -> None:
     models = [Copyable(name=n, need_bytes=8, copies=1, load=0.1) for n in ("a", "b")]
     rooms = [Room(name=n, budget_bytes=10) for n in ("n1", "n2")]
     _, (broken, *_) = moves.simulate(models, rooms, frozenset({("a", "n1")}), [step])
     assert why in broken.why
 
 
-def test_over_committed_says_so_first_and_what_would_mend_it() -> None:
+def test_over_commitment_is_stated_first_with_remedies() -> None:
     big = [
         batch(
             [
@@ -158,7 +158,7 @@ def test_over_committed_says_so_first_and_what_would_mend_it() -> None:
     assert report.short[0].startswith("No room for 1 x m0, 1 x m1 (16.0 GB): add 2 more nodes of 10.0 GB")
 
 
-def test_hysteresis_small_gains_move_nothing() -> None:
+def test_small_gains_move_nothing_by_hysteresis() -> None:
     a = [batch([host(), resident("a"), engine("a", busy_s=20), served("a")], minute=n) for n in range(10)]
     b = [
         batch([host(), resident("b", version="v2"), engine("b", version="v2", busy_s=30)], node="n2", minute=n)
@@ -168,7 +168,7 @@ def test_hysteresis_small_gains_move_nothing() -> None:
 
 
 def proposal() -> PlacementReport:
-    """A hot node with two models beside an empty one: the idle one is to move."""
+    """A hot node with two models beside an empty node: the idle model moves."""
     hot = [
         batch(
             [
@@ -185,7 +185,7 @@ def proposal() -> PlacementReport:
     return placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(10))))
 
 
-def test_every_move_says_why_and_what_declining_costs() -> None:
+def test_every_move_has_a_reason_and_the_cost_of_declining() -> None:
     report = proposal()
     load, unload = report.moves
     assert (load.action, load.source, load.gb, load.bound) == ("load", "n1", 1.0, "heat")
@@ -257,13 +257,13 @@ def test_a_first_placement_needs_no_telemetry() -> None:
         (INTAKE + "surprise = 1", intake.Intake, "surprise"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(text: str, kind: type, why: str) -> None:
+def test_an_invalid_file_is_reported_with_the_error(text: str, kind: type, why: str) -> None:
     with pytest.raises(Refused, match="toml") as caught:
         read(text, kind, "intake.toml")
     assert why in caught.value.message
 
 
-def test_a_studio_may_have_what_a_mini_has_not() -> None:
+def test_a_studio_may_hold_what_a_mini_cannot() -> None:
     text = INVENTORY.replace('chip = "M4"\nmemory_gb = 32', 'chip = "M4 Max"\nmemory_gb = 128\nkind = "studio"')
     assert len(intake.parse(text.encode(), intake.Inventory, "inventory.toml").nodes) == 2
 
@@ -283,7 +283,7 @@ def test_an_accepted_proposal_becomes_the_next_generation_and_keeps_settings() -
     assert state.nodes["elsewhere"] == (old,)
 
 
-def test_steps_that_need_others_are_refused() -> None:
+def test_steps_without_their_prerequisites_are_rejected() -> None:
     report = proposal()
     with pytest.raises(Refused, match="step 2 cannot be done without the others: nobody serves a"):
         acceptance.accepted(report, {2})
@@ -292,12 +292,12 @@ def test_steps_that_need_others_are_refused() -> None:
     assert len(acceptance.accepted(report, {1})) == 1
 
 
-def test_a_version_that_the_bucket_has_not_is_named() -> None:
+def test_a_version_missing_from_the_bucket_is_named() -> None:
     report = proposal()
     with pytest.raises(Refused, match="the bucket has not version va of a; on a node that serves it: mlxrack-agent"):
         acceptance.desired(report, acceptance.accepted(report, None), None, lambda *_: None, 1)
 
 
-def test_a_report_survives_its_json() -> None:
+def test_a_proposal_round_trips_as_json() -> None:
     report = proposal()
     assert msgspec.json.decode(msgspec.json.encode(report), type=PlacementReport) == report

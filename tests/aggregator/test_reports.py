@@ -1,4 +1,4 @@
-"""The aggregator's core: sums that add up, verdicts with reasons, and sentences for a month without data."""
+"""The aggregator's core: sums that add up, verdicts with reasons, and a month without data."""
 
 from decimal import Decimal
 
@@ -43,31 +43,31 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 # windows
 
 
-def test_a_week_begins_on_monday_in_the_racks_zone() -> None:
+def test_a_week_begins_on_monday_in_the_rack_time_zone() -> None:
     span = windows.week("2026-W47", "Europe/Berlin")
     assert _iso(span.since_ms) == "2026-11-15T23:00"
     assert span.until_ms - span.since_ms == 7 * 86_400_000
     assert windows.before(span).name == "2026-W46"
 
 
-def test_a_month_with_a_change_of_clocks_has_its_own_length() -> None:
+def test_a_month_with_a_dst_change_has_its_own_length() -> None:
     span = windows.month("2026-10", "Europe/Berlin")
     assert span.until_ms - span.since_ms == 31 * 86_400_000 + 3_600_000
 
 
 @pytest.mark.parametrize("name", ["2026-47", "2026-W60", "W47", "", "2026-W0"])
-def test_a_week_that_is_none_is_refused(name: str) -> None:
+def test_an_invalid_week_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
         windows.week(name, "UTC")
 
 
 @pytest.mark.parametrize("name", ["2026-13", "2026", "november", "2026-W47"])
-def test_a_month_that_is_none_is_refused(name: str) -> None:
+def test_an_invalid_month_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
         windows.month(name, "UTC")
 
 
-def test_times_that_no_node_lived_are_refused() -> None:
+def test_times_outside_any_possible_telemetry_are_rejected() -> None:
     for t_ms in (0, 10**18, -5):
         with pytest.raises(Refused):
             windows.utc_day(t_ms)
@@ -96,7 +96,7 @@ batches = st.lists(
 
 
 @given(batches, st.lists(st.tuples(st.sampled_from(("n1", "n2")), st.floats(0, 59)), max_size=6))
-def test_rows_add_up_to_what_the_nodes_cost(made: list[Batch], busy: list[tuple[str, float]]) -> None:
+def test_rows_add_up_to_the_nodes_cost(made: list[Batch], busy: list[tuple[str, float]]) -> None:
     extra = [
         batch([engine(busy_s=seconds), served(worker=node)], node=node, minute=400 + n)
         for n, (node, seconds) in enumerate(busy)
@@ -128,7 +128,7 @@ def test_a_known_hour_costs_what_it_should() -> None:
     assert abs(model.loaded_per_m - Decimal("0.048558") / 6600 * 10**6) < Decimal("0.001")
 
 
-def test_a_rack_with_prices_for_some_nodes_loses_no_money() -> None:
+def test_a_rack_with_prices_for_some_nodes_loses_no_cost() -> None:
     made = window(
         batch([engine(busy_s=20), served("a", worker="n1"), served("b", worker="n2", version="v2")]),
         batch([engine("b", version="v2", busy_s=50)], node="n2"),
@@ -140,14 +140,14 @@ def test_a_rack_with_prices_for_some_nodes_loses_no_money() -> None:
     assert report.average_per_m == a.loaded_per_m
 
 
-def test_without_a_price_there_is_no_money() -> None:
+def test_without_a_price_there_is_no_cost() -> None:
     report = cost.compute(window(batch([engine(), served()])), config())
     assert (report.priced, report.total, report.average_per_m) == (False, None, None)
     assert report.models[0].loaded is None
     assert report.models[0].requests == 1
 
 
-def test_one_loader_behind_two_names_is_shared_by_tokens() -> None:
+def test_one_loader_behind_two_served_names_is_split_by_tokens() -> None:
     made = window(batch([engine(busy_s=40), served("a", requests=3), served("b", requests=1)]))
     a, b = cost.compute(made, config("n1")).models
     assert (a.busy_s, b.busy_s) == (30.0, 10.0)
@@ -172,7 +172,7 @@ def test_a_restart_after_a_crash_is_an_incident_and_a_plain_gap_is_unknown() -> 
     assert incident.cause == "crash"
 
 
-def test_an_orderly_stop_and_a_network_fault_are_told_apart() -> None:
+def test_an_orderly_stop_and_a_network_fault_are_distinguished() -> None:
     stopped = [
         batch([AgentStopped(t_ms=T0 + MINUTE, reason="x")]),
         batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="clean")], minute=5, seq=1, epoch=2),
@@ -197,7 +197,7 @@ def test_a_node_that_is_still_down_is_an_open_incident() -> None:
     assert not uptime.uptime(window(*made, back), T0 + 10 * MINUTE).incidents
 
 
-def test_a_node_that_was_down_when_the_month_began_was_not_up() -> None:
+def test_a_node_down_at_the_start_of_the_month_was_not_up() -> None:
     back = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="unclean")
     (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
@@ -206,13 +206,13 @@ def test_a_node_that_was_down_when_the_month_began_was_not_up() -> None:
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)
 
 
-def test_requests_decide_availability() -> None:
+def test_availability_is_measured_by_requests() -> None:
     records = [served(requests=999), served(requests=1, outcome="failed"), served(requests=50, outcome="refused")]
     assert uptime.uptime(window(batch(records)), T0 + MINUTE).request_share == 0.999
     assert uptime.uptime(window(batch()), T0 + MINUTE).request_share is None
 
 
-def test_a_loader_that_ended_is_named() -> None:
+def test_an_exited_loader_is_named() -> None:
     event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
     (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
     assert (incident.scope, incident.text) == ("model m", "the loader ended (signal 9)")
@@ -260,7 +260,7 @@ def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hi
     assert hint in row.hint
 
 
-def test_the_most_evicted_come_first_and_ten_are_enough() -> None:
+def test_the_ten_most_evicted_models_are_listed_in_order() -> None:
     records = [evicted(model=f"m{n}", minute=t) for n in range(14) for t in range(n + 1)]
     report = eviction.report(window(batch(records)))
     assert len(report.rows) == 10
@@ -274,7 +274,7 @@ def minutes(node: str, *records: object, count: int = 10) -> list[Batch]:
     return [batch(list(records), node=node, minute=n) for n in range(count)]  # type: ignore[arg-type]
 
 
-def test_rule_1_a_hot_node_gives_its_least_busy_model_away() -> None:
+def test_rule_1_a_hot_node_moves_its_least_busy_model_away() -> None:
     hot = minutes(
         "n1",
         host(throttled=0.1),
@@ -305,7 +305,7 @@ def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
     assert [(m.action, m.model, m.node) for m in report.moves] == [("load", "b", "n2")], "another copy"
 
 
-def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
+def test_rule_3_long_prompts_with_few_hits_need_more_cache() -> None:
     records = [served("long", prompt_tok=9_000, cached_tok=100), served("short", prompt_tok=100, cached_tok=0)]
     report = placement.propose(window(batch([*records, resident("long"), resident("short", version="v2"), host()])))
     (setting,) = report.settings
@@ -313,7 +313,7 @@ def test_rule_3_long_prompts_with_few_hits_want_more_cache() -> None:
     assert "prompts of 9000 tokens on average and 1% of them" in setting.reason
 
 
-def test_rule_4_an_evicted_model_that_was_wanted_goes_where_there_is_room() -> None:
+def test_rule_4_an_evicted_model_in_demand_moves_where_there_is_room() -> None:
     made = [
         batch([host(), resident("k"), evicted(requests_last_hour=50, for_model="k", bytes=8 * 10**9)]),
         *minutes("n2", host()),
@@ -323,7 +323,7 @@ def test_rule_4_an_evicted_model_that_was_wanted_goes_where_there_is_room() -> N
     assert (move.action, move.model, move.node) == ("load", "m", "n2")
 
 
-def test_what_stands_well_stays_and_what_fits_nowhere_says_so() -> None:
+def test_well_placed_models_stay_and_unplaceable_ones_are_reported() -> None:
     assert not placement.propose(window(*minutes("n1", host(), resident(), engine(busy_s=5)))).rebalance
     full = minutes("n1", host(throttled=0.5), resident("a")) + minutes(
         "n2", host(budget=1), resident("b", version="vb", need=1)
@@ -346,7 +346,7 @@ def test_a_move_never_overfills_its_target() -> None:
 # the month
 
 
-def test_a_month_has_all_seven_sections_with_true_figures() -> None:
+def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
     month = windows.month("2026-11", "UTC")
     records: list[list[Record]] = [
         [served(requests=4), engine(), resident(), host(throttled=0.5), ThrottleEvent(t_ms=T0, level="heavy")],
@@ -374,7 +374,7 @@ def test_a_month_has_all_seven_sections_with_true_figures() -> None:
     assert "61.5 °C" in text
 
 
-def test_a_month_without_data_says_so_in_every_section() -> None:
+def test_a_month_without_data_states_it_in_every_section() -> None:
     report = compose(window(span=windows.month("2025-01", "UTC")), config("n1"), T0)
     assert report.empty
     text = pdf_text(pdf.render(report))

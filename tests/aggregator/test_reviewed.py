@@ -1,4 +1,4 @@
-"""Faults that a review found, each with the case that shows it."""
+"""Regressions found in review, each with its case."""
 
 import json
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ def requests(found: Window) -> int:
     return sum(s.requests for s in found.served)
 
 
-def test_an_absurd_number_stops_nobody(tmp_path: Path) -> None:
+def test_an_absurd_number_stops_no_run(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     absurd = HostSample(wall_power_mw=2**46, throttled_us=2**46)
     for n in range(5):
@@ -38,7 +38,7 @@ def test_an_absurd_number_stops_nobody(tmp_path: Path) -> None:
     assert requests(load.window(store, NOVEMBER)) == 7
 
 
-def test_files_that_are_older_than_a_column_are_read(tmp_path: Path) -> None:
+def test_files_older_than_a_column_are_read(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "bucket")
     put(store, batch([served(requests=3), engine(), host(), resident()]))
     rollup.run(CONFIG, store)
@@ -57,7 +57,7 @@ def test_files_that_are_older_than_a_column_are_read(tmp_path: Path) -> None:
     assert requests(load.window(store, NOVEMBER)) == 5
 
 
-def test_hours_outlive_their_minutes(tmp_path: Path) -> None:
+def test_hour_tables_outlive_minute_tables(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     for n in range(3):
         put(store, batch([served(requests=100)], minute=n))
@@ -71,8 +71,8 @@ def test_hours_outlive_their_minutes(tmp_path: Path) -> None:
     assert load.window(store, NOVEMBER) == before
 
 
-def test_a_slow_clock_is_no_silence(tmp_path: Path) -> None:
-    """The batch says itself that its clock is 200 s behind the store's."""
+def test_a_slow_clock_is_not_missing_telemetry(tmp_path: Path) -> None:
+    """The batch reports that its clock is 200 s behind the store's."""
     late = msgspec.structs.replace(batch([host()], minute=0), clock_skew_ms=-200_000)
     now_ms = T0 + MINUTE + 200_000 + 5_000
     state = alerts.observe(alerts.AlertState(), facts_of(straightened(late)), now_ms, Alerts())
@@ -84,7 +84,7 @@ def test_a_slow_clock_is_no_silence(tmp_path: Path) -> None:
     alert.run(CONFIG, store, Discord({}))
 
 
-def test_alerts_that_are_switched_on_later_begin_now(tmp_path: Path) -> None:
+def test_alerts_enabled_later_start_from_now(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, batch([host()], minute=0))
     rollup.run(CONFIG, store)
@@ -94,7 +94,7 @@ def test_alerts_that_are_switched_on_later_begin_now(tmp_path: Path) -> None:
     assert state["cursors"] == load.newest_manifest(store).cursors
 
 
-def test_a_node_that_booted_in_1970_is_put_right(tmp_path: Path) -> None:
+def test_a_node_that_booted_in_1970_is_corrected(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     started = AgentStarted(t_ms=5_000, version="0", previous="first")
     lost = msgspec.structs.replace(
@@ -106,7 +106,7 @@ def test_a_node_that_booted_in_1970_is_put_right(tmp_path: Path) -> None:
     assert requests(load.window(store, NOVEMBER)) == 4
 
 
-def test_an_object_no_node_sends_is_not_fetched(tmp_path: Path) -> None:
+def test_objects_no_node_sends_are_not_fetched(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, batch([served()]))
     store.put("raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz", bytes(17 << 20))
@@ -115,7 +115,7 @@ def test_an_object_no_node_sends_is_not_fetched(tmp_path: Path) -> None:
     assert not list_all(store, "quarantine/")
 
 
-def test_everything_is_read_again_when_asked(tmp_path: Path) -> None:
+def test_a_full_rebuild_reads_everything_again(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, batch([served(requests=3)]))
     first = rollup.run(CONFIG, store)
@@ -124,13 +124,13 @@ def test_everything_is_read_again_when_asked(tmp_path: Path) -> None:
     assert requests(load.window(store, NOVEMBER)) == 3
 
 
-def test_a_copied_manifest_speaks_of_nothing_that_was_not_copied(tmp_path: Path) -> None:
+def test_a_copied_manifest_lists_only_copied_objects(tmp_path: Path) -> None:
     here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
     put(here, batch([served(requests=3)]))
     rollup.run(CONFIG, here)
 
     class Busy(DirectoryStore):
-        """A rack that goes on while it is copied: a rollup between the tables and the manifest."""
+        """A rack that keeps running while it is copied: a rollup between the tables and the manifest."""
 
         def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
             if prefix == "day/v1/" and not after:
@@ -144,7 +144,7 @@ def test_a_copied_manifest_speaks_of_nothing_that_was_not_copied(tmp_path: Path)
     assert requests(load.window(there, NOVEMBER)) == 8
 
 
-def test_a_prune_that_died_is_finished_by_the_next(tmp_path: Path) -> None:
+def test_an_interrupted_prune_is_finished_by_the_next(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, batch([served()]))
     rollup.run(CONFIG, store)
@@ -160,8 +160,8 @@ def test_a_prune_that_died_is_finished_by_the_next(tmp_path: Path) -> None:
 # judgements
 
 
-def test_apply_changes_what_is_moved_and_nothing_else() -> None:
-    """A version that was deployed since, a model that happened to be cold, a pin: all stay."""
+def test_apply_changes_only_moved_models() -> None:
+    """A version deployed since, a model that happened to be cold, a pin: all stay."""
     report = proposal()
     newer = Assignment(model="b", source="b", version="vb2", pinned=True, rows=3)
     cold = Assignment(model="cold", source="cold", version="vc")
@@ -173,7 +173,7 @@ def test_apply_changes_what_is_moved_and_nothing_else() -> None:
     assert untouched.nodes == before.nodes
 
 
-def test_no_model_is_put_on_a_node_that_is_gone() -> None:
+def test_no_model_is_placed_on_a_node_that_is_gone() -> None:
     hot: list[Record] = [host(throttled=0.1), resident("a"), engine("a", busy_s=20)]
     alive = [batch(hot, minute=n) for n in range(60)]
     gone = [batch([host(), resident("c", version="vc")], node="n2", minute=n) for n in range(2)]
@@ -184,7 +184,7 @@ def test_no_model_is_put_on_a_node_that_is_gone() -> None:
     assert any(move.model == "c" and move.action == "load" for move in report.moves)
 
 
-def test_what_is_held_back_is_not_called_a_lack_of_room() -> None:
+def test_models_held_back_by_limits_are_not_reported_as_lack_of_memory() -> None:
     wish = {"placement": {"max_moves": 0, "models": [{"model": "a", "min_copies": 2}]}}
     config = msgspec.convert({**msgspec.to_builtins(CONFIG), **wish}, type(CONFIG))
     made = [batch([host(), resident("a"), engine("a")], minute=n) for n in range(3)]
@@ -234,7 +234,7 @@ def test_idle_nodes_are_paid_for_in_the_comparison() -> None:
     assert found.ours == money.total
 
 
-def test_what_is_pinned_stays() -> None:
+def test_pinned_models_stay() -> None:
     pinned = msgspec.structs.replace(resident("a"), pinned=True)
     hot: list[Record] = [host(throttled=0.2), pinned, engine("a", busy_s=2), resident("b", version="vb")]
     made = [batch([*hot, engine("b", version="vb", busy_s=20)], minute=n) for n in range(10)]

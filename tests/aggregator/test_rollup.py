@@ -1,4 +1,4 @@
-"""What lies in the tables is what was sent, whatever was late, came twice, out of order or split over runs."""
+"""Tables equal the pushed batches, also with late, duplicated or reordered ones and split runs."""
 
 import random
 import tempfile
@@ -41,7 +41,7 @@ SLOW: Any = {
     "suppress_health_check": [HealthCheck.too_slow],
     "phases": (Phase.explicit, Phase.generate),
 }
-"""Files are written for each example; looking for a smaller one would take minutes."""
+"""Files are written for each example; shrinking would take minutes."""
 NOVEMBER = month("2026-11", "UTC")
 
 models = st.sampled_from(("m", "k", "a model with ' and \" in it"))
@@ -156,7 +156,7 @@ def send(store: ObjectStore, made: list[Batch], dice: random.Random) -> None:
 
 
 def plain(found: Window) -> object:
-    """A window without what an order of equals may decide."""
+    """A window without fields that depend on the order of ties."""
     made = msgspec.to_builtins(found)
     for table in ("served", "latencies", "engines", "hosts", "residents", "outlets", "runs", "covers", "serving"):
         made[table] = sorted(made[table], key=str)
@@ -166,7 +166,7 @@ def plain(found: Window) -> object:
 
 @settings(max_examples=10, **SLOW)
 @given(histories(), st.randoms())
-def test_a_month_is_what_was_sent(made: list[Batch], dice: random.Random) -> None:
+def test_a_month_of_tables_equals_the_pushed_batches(made: list[Batch], dice: random.Random) -> None:
     """Tables written by SQL against sums in plain Python."""
     with tempfile.TemporaryDirectory() as folder:
         store = DirectoryStore(Path(folder, "bucket"))
@@ -177,8 +177,8 @@ def test_a_month_is_what_was_sent(made: list[Batch], dice: random.Random) -> Non
 
 @settings(max_examples=8, **SLOW)
 @given(histories(), st.sampled_from((0, 3_600_000, 5_400_000, 60_000 * 7)), st.integers(1, 50))
-def test_any_span_is_cut_out_exactly(made: list[Batch], offset_ms: int, hours: int) -> None:
-    """Days, hours and minutes are read as needed, and nothing twice or not at all."""
+def test_any_span_is_selected_exactly(made: list[Batch], offset_ms: int, hours: int) -> None:
+    """Days, hours and minutes are read as needed, each exactly once."""
     span = Span("x", T0 + offset_ms, T0 + offset_ms + hours * 3_600_000, "Asia/Kolkata")
     with tempfile.TemporaryDirectory() as folder:
         store = DirectoryStore(Path(folder, "bucket"))
@@ -190,7 +190,7 @@ def test_any_span_is_cut_out_exactly(made: list[Batch], offset_ms: int, hours: i
 
 @settings(max_examples=10, **SLOW)
 @given(histories(), st.randoms())
-def test_tables_have_the_same_bytes_however_they_came_about(made: list[Batch], dice: random.Random) -> None:
+def test_table_bytes_are_independent_of_run_history(made: list[Batch], dice: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         one, other = DirectoryStore(Path(folder, "one")), DirectoryStore(Path(folder, "other"))
         for item in made:
@@ -206,7 +206,7 @@ def contents(store: ObjectStore) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("prefixes", [keys.TABLE_PREFIXES, ("hour/",), ("day/",), ("minute/v1/table=served",)])
-def test_tables_that_were_deleted_come_back_with_the_same_bytes(tmp_path: Path, prefixes: tuple[str, ...]) -> None:
+def test_deleted_tables_are_rebuilt_with_the_same_bytes(tmp_path: Path, prefixes: tuple[str, ...]) -> None:
     store = DirectoryStore(tmp_path / "bucket")
     for minute in range(0, 4000, 500):
         put(store, batch([Served(model="m", requests=minute, ttft_us=Sketch([minute]).to_wire())], minute=minute))
@@ -225,7 +225,7 @@ def test_tables_that_were_deleted_come_back_with_the_same_bytes(tmp_path: Path, 
 
 @given(st.lists(st.lists(st.integers(0, 10**8), max_size=30), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None)
-def test_quantiles_by_sql_are_those_of_the_sketch(minutes: list[list[int]]) -> None:
+def test_sql_quantiles_equal_sketch_quantiles(minutes: list[list[int]]) -> None:
     fold = tables.FOLDS["served"]
     with parquet.Database() as db:
         lines = [

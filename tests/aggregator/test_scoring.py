@@ -1,4 +1,4 @@
-"""How often the judgements are right, on weeks and traces whose truth is known. `make score` runs the whole set."""
+"""Accuracy of the judgements on synthetic weeks and traces. `make score` runs the full set."""
 
 import os
 import tomllib
@@ -16,7 +16,7 @@ RIGHT, SILENT = 0.95, 0.99
 
 
 @pytest.mark.timeout(1200)
-def test_a_doubled_price_is_blamed_on_what_was_done() -> None:
+def test_a_doubled_cost_is_attributed_to_its_cause() -> None:
     figures = FIGURES["weeks"]
     count = figures["of_each_cause"] if WHOLE else 2
     print()
@@ -35,7 +35,7 @@ def test_a_doubled_price_is_blamed_on_what_was_done() -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_a_clean_week_is_left_in_peace() -> None:
+def test_a_clean_week_is_not_flagged() -> None:
     figures = FIGURES["weeks"]
     count = figures["clean"] if WHOLE else 6
     seeds = range(figures["first_seed"] + 50_000, figures["first_seed"] + 50_000 + count)
@@ -45,7 +45,7 @@ def test_a_clean_week_is_left_in_peace() -> None:
     assert silent / count >= SILENT
 
 
-def test_evictions_get_the_verdict_they_deserve() -> None:
+def test_evictions_get_the_correct_verdict() -> None:
     figures = FIGURES["evictions"]
     seeds = range(figures["first_seed"], figures["first_seed"] + figures["traces"])
     pairs = [pair for seed in seeds for pair in scored.verdicts(scored.trace(seed))]

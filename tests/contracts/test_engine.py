@@ -1,4 +1,4 @@
-"""One suite for every Engine: the fake one, and MLX on a tiny real model; then what only MLX has to show."""
+"""One suite for every Engine: the fake one, and MLX on a tiny real model; then MLX only."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def done_of(answers: list[Frame]) -> Done:
     return last
 
 
-def test_an_answer_is_accepted_made_and_done(engine: Engine) -> None:
+def test_an_answer_is_accepted_generated_and_done(engine: Engine) -> None:
     answers = run(engine, ask(1))[1]
     first, done = answers[0], done_of(answers)
     assert isinstance(first, Accepted)
@@ -67,13 +67,13 @@ def test_an_answer_is_accepted_made_and_done(engine: Engine) -> None:
     assert done.finish in ("length", "stop")
 
 
-def test_company_changes_nothing(engine: Engine) -> None:
+def test_batching_does_not_change_an_answer(engine: Engine) -> None:
     alone = {n: text_of(run(engine, ask(n, f"question {n}"))[n]) for n in (1, 2, 3)}
     together = run(engine, *(ask(n, f"question {n}") for n in (3, 1, 2)))
     assert alone == {n: text_of(together[n]) for n in (1, 2, 3)}
 
 
-def test_a_seed_decides_a_sampled_answer(engine: Engine) -> None:
+def test_a_seed_determines_a_sampled_answer(engine: Engine) -> None:
     def sampled(number: int, seed: int) -> Generate:
         return ask(number, temperature=0.9, top_p=0.95, seed=seed)
 
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: Engine) -> None:
     assert done_of(answers).finish == "stop"
 
 
-def test_too_long_a_request_is_refused_and_the_next_one_is_not(engine: Engine) -> None:
+def test_an_oversized_request_is_rejected_and_the_next_is_served(engine: Engine) -> None:
     refused = submit(engine, ask(1, max_tokens=10**6))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("context_length_exceeded", "max_tokens")
@@ -131,7 +131,7 @@ GONE_ON: list[dict[str, Any]] = [
     {"stop": ("a", "e")},
     {"prompt": "once upon a time"},
     {"schema": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}', "max_tokens": 40},
-    # ends by the model's own end, which counts as a token
+    # ends with the model's EOS token, which is counted
     {
         "schema": '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], '
         '"additionalProperties": false}',
@@ -140,9 +140,9 @@ GONE_ON: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema", "its end"])
-def test_an_answer_is_gone_on_with_after_any_of_its_tokens(engine: Engine, more: dict[str, Any]) -> None:
-    """What another loader made is taken up: the rest is what the first would have made, with the same counts."""
+@pytest.mark.parametrize("more", GONE_ON, ids=["greedy", "sampled", "penalties", "stop", "text", "schema", "eos"])
+def test_an_answer_can_be_continued_after_any_token(engine: Engine, more: dict[str, Any]) -> None:
+    """Tokens of another loader are continued: text and counts equal those of an uninterrupted answer."""
     whole = run(engine, ask(1, **more))[1]
     ids = [token for a in whole if isinstance(a, Tokens) for token in a.ids]
     texts = [a.text for a in whole if isinstance(a, Tokens)]
@@ -154,7 +154,7 @@ def test_an_answer_is_gone_on_with_after_any_of_its_tokens(engine: Engine, more:
         assert (done_of(rest).finish, done_of(rest).completion_tok) == (done_of(whole).finish, len(ids))
 
 
-# MLX alone
+# MLX only
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_the_working_set_is_never_wired(tiny_model: Path, monkeypatch: pytest.Mo
     ],
     ids=["corrupt weights", "no weights", "bad json", "unknown kind", "no folder"],
 )
-def test_a_model_that_cannot_be_loaded_says_why(tiny_model: Path, tmp_path: Path, break_it: object, why: str) -> None:
+def test_an_unloadable_model_reports_the_reason(tiny_model: Path, tmp_path: Path, break_it: object, why: str) -> None:
     import shutil
 
     folder = tmp_path / "broken"
@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_loaded_says_why(tiny_model: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_demo_model_knows_a_capital() -> None:
+def test_the_demo_model_answers_a_factual_question() -> None:
     from scripts.fetch_demo_model import MAIN, default_folder
 
     folder = default_folder() / MAIN
@@ -262,7 +262,7 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one(mlx: MLXEngine) -> None:
     assert done_of(got[1]).cached_tok == 0, "its own half-done prompt is no cache hit"
 
 
-def test_half_a_prompt_is_kept_when_it_is_cancelled(mlx: MLXEngine) -> None:
+def test_a_partial_prefill_is_cached_on_cancel(mlx: MLXEngine) -> None:
     submit(mlx, ask(1, "y" * 300))
     for _ in range(5):
         mlx.step()
@@ -273,7 +273,7 @@ def test_half_a_prompt_is_kept_when_it_is_cancelled(mlx: MLXEngine) -> None:
     assert text_of(again) == text_of(run(mlx, ask(3, "y" * 300))[3])
 
 
-def test_more_requests_than_rows_wait_their_turn(mlx: MLXEngine) -> None:
+def test_requests_beyond_the_rows_are_queued(mlx: MLXEngine) -> None:
     answers = run(mlx, *(ask(n, f"question {n}", max_tokens=5) for n in range(1, 13)))
     assert all(done_of(a).completion_tok <= 5 for a in answers.values())
     assert mlx.report().queue_max >= 8
@@ -284,7 +284,7 @@ def scored_of(answers: list[Frame]) -> list[Scored]:
     return [s for a in answers if isinstance(a, Tokens) for s in a.scored]
 
 
-def test_log_probabilities_are_those_of_the_choice(mlx: MLXEngine) -> None:
+def test_log_probabilities_belong_to_the_sampled_token(mlx: MLXEngine) -> None:
     answers = run(mlx, ask(1, logprobs=3), ask(2, "company"))
     scored = scored_of(answers[1])
     assert done_of(answers[1]).completion_tok == len(scored)
@@ -296,7 +296,7 @@ def test_log_probabilities_are_those_of_the_choice(mlx: MLXEngine) -> None:
     assert not scored_of(answers[2])
 
 
-def test_penalties_and_bias_change_one_row_alone(mlx: MLXEngine) -> None:
+def test_penalties_and_bias_affect_one_row_only(mlx: MLXEngine) -> None:
     plain = text_of(run(mlx, ask(1))[1])
     banned = ord("a") - 33  # the tiny tokenizer's alphabet begins at "!"
     mixed = run(mlx, ask(2), ask(3, logit_bias=((banned, 100.0),)), ask(4, presence_penalty=2.0, frequency_penalty=2.0))
@@ -307,8 +307,8 @@ def test_penalties_and_bias_change_one_row_alone(mlx: MLXEngine) -> None:
     assert (refused.code, refused.param) == ("invalid_value", "logit_bias")
 
 
-def test_penalties_are_openais() -> None:
-    """logit - count x frequency - presence, over what was generated: the prompt (here 1 and 2) is not punished."""
+def test_penalties_match_openai() -> None:
+    """logit - count x frequency - presence, over generated tokens: the prompt (here 1 and 2) is exempt."""
     import mlx.core as mx
 
     from agent.loader.mlx.sampling import penalty
@@ -337,8 +337,8 @@ def random_schema(dice: random.Random, depth: int = 0) -> dict[str, Any]:
             return {"type": kind}
 
 
-def test_random_schemas_in_batches_are_followed_to_the_letter(mlx: MLXEngine) -> None:
-    """A model of random weights would never write JSON by itself."""
+def test_random_schemas_in_batches_are_satisfied(mlx: MLXEngine) -> None:
+    """A model with random weights never produces JSON without a grammar."""
     dice = random.Random(11)
     schemas = [random_schema(dice) for _ in range(24)]
     for begin in range(0, len(schemas), 8):
@@ -374,7 +374,7 @@ def test_a_schema_survives_a_rebuilt_batch(mlx: MLXEngine) -> None:
 @pytest.mark.parametrize(
     "schema", ['{"type": "objekt"}', '{"type": "string", "pattern": "("}', '{"$ref": "#/nowhere"}']
 )
-def test_a_schema_that_cannot_be_followed_is_refused_by_name(mlx: MLXEngine, schema: str) -> None:
+def test_an_unsupported_schema_is_rejected_by_name(mlx: MLXEngine, schema: str) -> None:
     refused = submit(mlx, ask(1, schema=schema))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("invalid_value", "response_format")
@@ -391,7 +391,7 @@ def test_no_schema_ends_the_loader(mlx: MLXEngine) -> None:
     assert text_of(run(mlx, ask(2))[2])
 
 
-def test_a_prompt_is_continued_as_it_stands(mlx: MLXEngine) -> None:
+def test_a_raw_prompt_is_not_templated(mlx: MLXEngine) -> None:
     plain = Generate(id=1, model="m", prompt="hello", max_tokens=4, temperature=0.0)
     empty = Generate(id=2, model="m", prompt="", max_tokens=4, temperature=0.0)
     answers = run(mlx, plain, empty)

@@ -1,4 +1,4 @@
-"""What the MLX engine promises under load, shown on tiny real models: sharing, memory, cancels, odd kinds of models."""
+"""Guarantees of the MLX engine under load, on tiny real models: prefix sharing, memory, cancellation, odd models."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def shared(number: int) -> Generate:
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["in sequence", "all at once"])
-def test_twenty_requests_compute_a_shared_beginning_once(roomy_model: Path, together: bool) -> None:
+def test_twenty_requests_compute_a_shared_prefix_once(roomy_model: Path, together: bool) -> None:
     cold = MLXEngine(str(roomy_model), rows=20, prefill_chunk_tok=256)
     expected = {n: text_of(run(cold, shared(n))[n]) for n in range(20)}
     cold.close()
@@ -63,7 +63,7 @@ def test_twenty_requests_compute_a_shared_beginning_once(roomy_model: Path, toge
     assert report.prefill_tok < prefix + 64 + 20 * 40
 
 
-def test_a_running_request_shares_what_it_has(roomy_model: Path) -> None:
+def test_a_running_request_shares_its_prefix(roomy_model: Path) -> None:
     engine = MLXEngine(str(roomy_model), rows=4, prefill_chunk_tok=1024, cache_bytes=64 << 20)
     long = Generate(id=1, model="m", prompt=SYSTEM + "first", max_tokens=60, temperature=0.0)
     submit(engine, long)
@@ -76,8 +76,8 @@ def test_a_running_request_shares_what_it_has(roomy_model: Path) -> None:
     assert second.cached_tok >= len(SYSTEM)
 
 
-def test_the_cache_holds_what_it_says(roomy_model: Path) -> None:
-    """Bytes of MLX with a full cache, less those without it, against the cache's own account."""
+def test_cache_bytes_match_measured_memory(roomy_model: Path) -> None:
+    """MLX's memory with a full cache less that without it, against the cache's own accounting."""
     engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=256, cache_bytes=6 << 20)
     before = mx.get_active_memory()
     for begin in range(0, 96, 8):
@@ -91,7 +91,7 @@ def test_the_cache_holds_what_it_says(roomy_model: Path) -> None:
     assert held <= 1.05 * report.cache_bytes
 
 
-def test_rows_of_unequal_length_do_not_pay_for_each_other(roomy_model: Path) -> None:
+def test_rows_of_unequal_length_do_not_pay_for_padding(roomy_model: Path) -> None:
     """One prompt of 4,096 tokens beside seven of 8: peak bytes of keys and values over all batches."""
     prompts = ["x" * 4096] + [f"{n}" * 8 for n in range(7)]
     engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=512, kv_tok=64 * 1024)
@@ -124,7 +124,7 @@ def _peak_of_one_batch(engine: MLXEngine, prompts: list[str]) -> int:
     return peak
 
 
-def test_rows_that_outgrow_their_memory_wait_and_come_out_the_same(roomy_model: Path) -> None:
+def test_rows_that_outgrow_memory_wait_and_give_the_same_answer(roomy_model: Path) -> None:
     requests = [ask(n, f"question {n} " * 12, max_tokens=300, temperature=0.7, seed=n) for n in range(4)]
     ample = MLXEngine(str(roomy_model), rows=4, prefill_chunk_tok=256)
     expected = {r.id: text_of(run(ample, r)[r.id]) for r in requests}
@@ -176,7 +176,7 @@ def test_two_hundred_random_cancels_leave_nothing(mlx: MLXEngine) -> None:
 
 
 def test_fifty_random_schemas_in_batches_of_eight(tiny_model: Path) -> None:
-    """Random weights would never write JSON by themselves."""
+    """Random weights never produce JSON without a grammar."""
     engine = MLXEngine(str(tiny_model), rows=8, prefill_chunk_tok=64)
     dice = random.Random(23)
     schemas = [random_schema(dice) for _ in range(50)]
@@ -189,8 +189,8 @@ def test_fifty_random_schemas_in_batches_of_eight(tiny_model: Path) -> None:
     engine.close()
 
 
-def test_a_stop_string_leaks_nowhere_and_costs_one_token_at_most(mlx: MLXEngine) -> None:
-    """The tiny tokenizer has a token for each byte, so a stop is split at each of its characters in turn."""
+def test_a_stop_string_never_leaks_and_costs_at_most_one_token(mlx: MLXEngine) -> None:
+    """The tiny tokenizer has a token per byte, so a stop string is split at each of its characters in turn."""
     whole = text_of(run(mlx, ask(1, max_tokens=40))[1])
     for number, (begin, length) in enumerate([(b, n) for b in range(2, 30, 3) for n in (1, 2, 5, 9)], start=2):
         stop = whole[begin : begin + length]
@@ -202,7 +202,7 @@ def test_a_stop_string_leaks_nowhere_and_costs_one_token_at_most(mlx: MLXEngine)
         assert done_of(answers).completion_tok <= needed + 1
 
 
-def test_a_row_whose_rules_raise_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_whose_logits_processor_raises_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [ask(n, f"question {n}", max_tokens=20) for n in (1, 2, 3)]
     alone = {r.id: text_of(run(mlx, r)[r.id]) for r in requests}
     plain = mlx._processors
@@ -223,8 +223,8 @@ def test_a_row_whose_rules_raise_fails_alone(mlx: MLXEngine, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("config", [MAMBA, SLIDING], ids=["recurrent", "sliding"])
-def test_models_whose_state_cannot_be_cut(tmp_path: Path, config: dict[str, Any]) -> None:
-    """The same text alone, in company, after a cache hit and cold; what goes on from an earlier answer is a hit."""
+def test_models_with_untrimmable_state(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The same text alone, in a batch, after a cache hit and cold; a prompt extending an earlier answer is a hit."""
     write_tiny_model(tmp_path / "odd", seed=3, config=config)
     cold = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=32)
     requests = [ask(n, f"question {n} " * (n + 1), max_tokens=10) for n in range(4)]
@@ -254,7 +254,7 @@ def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 END_OF_THOUGHT = 259
 
 
-def test_reasoning_is_told_apart_and_counted(thinking_model: Path) -> None:
+def test_reasoning_is_separated_and_counted(thinking_model: Path) -> None:
     engine = MLXEngine(str(thinking_model), rows=2)
     thought = run(engine, ask(1, max_tokens=9))[1]
     ends_at_once = run(engine, ask(2, max_tokens=9, logit_bias=((END_OF_THOUGHT, 100.0),)))[2]
@@ -282,14 +282,14 @@ def test_a_schema_holds_after_the_reasoning(thinking_model: Path) -> None:
     jsonschema.validate(json.loads(text_of(answers)), schema)
 
 
-def test_a_model_that_does_not_reason_says_so(mlx: MLXEngine) -> None:
+def test_a_model_without_reasoning_reports_it(mlx: MLXEngine) -> None:
     refused = submit(mlx, ask(1, reasoning_effort="high"))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("unsupported_parameter", "reasoning_effort")
     assert done_of(run(mlx, ask(2, reasoning_effort="none"))[2])
 
 
-def test_a_call_can_be_insisted_on(roomy_model: Path) -> None:
+def test_a_tool_call_can_be_required(roomy_model: Path) -> None:
     mlx = MLXEngine(str(roomy_model), rows=4)
     parameters = {
         "type": "object",
@@ -307,7 +307,7 @@ def test_a_call_can_be_insisted_on(roomy_model: Path) -> None:
     assert [c.name for a in named if isinstance(a, Tokens) for c in a.calls] == ["right"]
 
 
-def test_vectors_are_made_beside_answers(mlx: MLXEngine) -> None:
+def test_embeddings_are_computed_beside_answers(mlx: MLXEngine) -> None:
     alone = text_of(run(mlx, ask(1))[1])
     embed = Embed(id=7, model="m", inputs=("a text", "another text of more tokens " * 4, (1, 2, 3)))
     frames: dict[int, list[Frame]] = {1: [submit(mlx, ask(1))], 7: [submit(mlx, embed)]}
@@ -336,7 +336,7 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(mlx: MLXEngine) -> None:
 
 
 def test_unequal_prompts_of_a_recurrent_model_are_not_mixed(tmp_path: Path) -> None:
-    """Some recurrent models take the padding of a shorter prompt for text."""
+    """Some recurrent models read the padding of a shorter prompt as text."""
     write_tiny_model(tmp_path / "odd", seed=8, config=MAMBA)
     engine = MLXEngine(str(tmp_path / "odd"), rows=4, prefill_chunk_tok=512)
     requests = [ask(n, "word " * (1 + 5 * n), max_tokens=10) for n in range(4)]
@@ -345,7 +345,7 @@ def test_unequal_prompts_of_a_recurrent_model_are_not_mixed(tmp_path: Path) -> N
     engine.close()
 
 
-def test_memory_that_is_no_round_number_still_admits(roomy_model: Path) -> None:
+def test_an_odd_kv_budget_still_admits(roomy_model: Path) -> None:
     engine = MLXEngine(str(roomy_model), rows=1, kv_tok=1000, prefill_chunk_tok=256)
     answers = run(engine, Generate(id=1, model="m", prompt="x" * 890, max_tokens=90, temperature=0.0))[1]
     engine.close()
@@ -353,12 +353,12 @@ def test_memory_that_is_no_round_number_still_admits(roomy_model: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [{"top_p": 0.0, "temperature": 1.0}, {"temperature": 1e-6}, {"temperature": 1e-300}])
-def test_dice_that_leave_one_choice_are_greedy(mlx: MLXEngine, more: dict[str, Any]) -> None:
+def test_sampling_with_one_candidate_is_greedy(mlx: MLXEngine, more: dict[str, Any]) -> None:
     greedy = text_of(run(mlx, ask(1))[1])
     assert {greedy} == {text_of(run(mlx, ask(n, seed=n, **more))[n]) for n in range(2, 6)}
 
 
-def test_what_a_user_writes_opens_no_thought(thinking_model: Path) -> None:
+def test_user_text_does_not_open_reasoning(thinking_model: Path) -> None:
     engine = MLXEngine(str(thinking_model), rows=2)
     quoted = ask(1, "what does <think> mean", max_tokens=9, template_args='{"enable_thinking": false}')
     answers = run(engine, quoted)[1]
@@ -370,7 +370,7 @@ def test_what_a_user_writes_opens_no_thought(thinking_model: Path) -> None:
     assert text_of(plain)
 
 
-def test_a_model_may_think_before_it_decides_on_a_call(thinking_model: Path) -> None:
+def test_a_model_may_reason_before_a_tool_call(thinking_model: Path) -> None:
     tool = json.dumps({"name": "f", "parameters": {"type": "object", "properties": {}}})
     engine = MLXEngine(str(thinking_model), rows=2)
     begin_thought = 258
@@ -393,7 +393,7 @@ def test_a_continued_text_keeps_its_white_space(mlx: MLXEngine) -> None:
     assert len(set(text)) == 1
 
 
-def test_a_row_whose_text_cannot_be_read_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_undecodable_text_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = text_of(run(mlx, ask(1))[1])
     made = mlx._model.detokenizer
 
@@ -416,7 +416,7 @@ def test_a_row_whose_text_cannot_be_read_fails_alone(mlx: MLXEngine, monkeypatch
     assert not mlx.busy
 
 
-def test_vectors_of_long_texts_are_made_in_pieces_and_in_turn(roomy_model: Path) -> None:
+def test_embeddings_of_long_texts_are_chunked_and_interleaved(roomy_model: Path) -> None:
     engine = MLXEngine(str(roomy_model), rows=2, prefill_chunk_tok=128)
     submit(engine, Embed(id=1, model="m", inputs=("x" * 2000, "y" * 2000)))
     submit(engine, Embed(id=2, model="m", inputs=("z" * 100,)))
@@ -470,7 +470,7 @@ def test_a_restart_finds_prompts_on_disk(roomy_model: Path, tmp_path: Path) -> N
     second.close()
 
 
-def test_a_spoilt_file_changes_no_answer(roomy_model: Path, tmp_path: Path) -> None:
+def test_a_corrupt_cache_file_changes_no_answer(roomy_model: Path, tmp_path: Path) -> None:
     long = Generate(id=1, model="m", prompt=SYSTEM * 3, max_tokens=12, temperature=0.0)
     first = with_disk(roomy_model, tmp_path)
     cold = run(first, long)[1]
@@ -485,7 +485,7 @@ def test_a_spoilt_file_changes_no_answer(roomy_model: Path, tmp_path: Path) -> N
     assert list((tmp_path / "quarantine").iterdir())
 
 
-def test_an_answer_that_a_stop_string_ends_is_kept_on_disk_too(roomy_model: Path, tmp_path: Path) -> None:
+def test_an_answer_ended_by_a_stop_string_is_cached_on_disk(roomy_model: Path, tmp_path: Path) -> None:
     first = with_disk(roomy_model, tmp_path)
     long = Generate(id=1, model="m", prompt=SYSTEM * 2, max_tokens=30, temperature=0.0)
     stop = text_of(run(MLXEngine(str(roomy_model)), long)[1])[5:8]

@@ -1,6 +1,6 @@
-"""The memory plan against what MLX really holds, for models of different shapes with over 100 MB of random weights.
+"""The memory plan against MLX's measured memory, for models of different shapes with over 100 MB of random weights.
 
-Each runs in a loader process of its own, asked through the frames that the daemon uses.
+Each runs in a separate loader process, driven by the daemon's frames.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ async def started(tmp_path: Path, folder: Path, **more: Any) -> tuple[ModelSpec,
 
 
 async def answer(loader: LoaderProcess, tokens: int, number: int) -> None:
-    """A request whose prompt and answer are so many tokens together."""
+    """A request whose prompt and answer have this many tokens in total."""
     letters = "abcdefghij"[number % 10] + "klmnopqrst"
     prompt = "".join(letters[n % 11] for n in range(tokens - 8))
     request = Generate(id=1, model="m", prompt=prompt, max_tokens=8, temperature=0.0)
@@ -120,7 +120,7 @@ async def answer(loader: LoaderProcess, tokens: int, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SHAPES)
-async def test_what_was_planned_is_what_is_held(name: str, tmp_path: Path) -> None:
+async def test_planned_memory_equals_measured_memory(name: str, tmp_path: Path) -> None:
     folder = await asyncio.to_thread(folder_of, name, tmp_path)
     length, several = (256, 128) if name == "4 bits" else (1024, 512)
     for rows, row_tok in ((1, length), (3, several)):
@@ -138,7 +138,7 @@ async def test_what_was_planned_is_what_is_held(name: str, tmp_path: Path) -> No
             await asyncio.gather(*(answer(loader, row_tok, number) for number in range(rows)))
             reported = await loader.report()
             assert reported is not None
-            # what these requests need: so many rows, each only as long as itself
+            # what these requests need: one row each, only as long as itself
             workspace = memory_plan.workspace_bytes(spec.shape, chunk_tok=256, context_tok=row_tok, rows=rows)
             planned = spec.plan.weights_bytes + spec.plan.kv_bytes + workspace
             print(f"{name}, {rows} x {row_tok}: planned {planned / 1e6:.1f} MB, held {reported.peak_bytes / 1e6:.1f}")

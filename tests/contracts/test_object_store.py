@@ -26,14 +26,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return made
 
 
-def test_what_was_put_is_got(store: ObjectStore) -> None:
+def test_a_put_object_is_read_back(store: ObjectStore) -> None:
     etag = store.put("a/b c+%/ü.bin", b"\x00\xffbody")
     got = store.get("a/b c+%/ü.bin")
     assert (b"\x00\xffbody", etag) == got
 
 
-def test_what_a_cut_off_write_left_counts_as_absent(store: ObjectStore) -> None:
-    """An object without content: SeaweedFS stores one when its writer dies between the header and the body."""
+def test_a_partial_write_counts_as_absent(store: ObjectStore) -> None:
+    """An empty object: SeaweedFS stores one when a writer is killed between header and body."""
     for number in range(5):
         store.put(f"cut/{number}", b"" if number != 3 else b"whole")
     with pytest.raises(NotFound):
@@ -53,7 +53,7 @@ def test_what_a_cut_off_write_left_counts_as_absent(store: ObjectStore) -> None:
     assert len(wins) == 1
 
 
-def test_what_is_not_there_is_not_found(store: ObjectStore) -> None:
+def test_a_missing_object_is_not_found(store: ObjectStore) -> None:
     with pytest.raises(NotFound):
         store.get("nothing")
 
@@ -65,7 +65,7 @@ def test_put_if_absent_writes_once(store: ObjectStore) -> None:
     assert store.get("once").body == b"first"
 
 
-def test_put_if_match_writes_over_what_was_read(store: ObjectStore) -> None:
+def test_put_if_match_replaces_the_version_read(store: ObjectStore) -> None:
     etag = store.put("state", b"1")
     newer = store.put_if_match("state", b"2", etag)
     with pytest.raises(PreconditionFailed):
@@ -75,7 +75,7 @@ def test_put_if_match_writes_over_what_was_read(store: ObjectStore) -> None:
         store.put_if_match("missing", b"x", etag)
 
 
-def test_of_many_writers_one_wins(store: ObjectStore) -> None:
+def test_one_of_many_writers_wins(store: ObjectStore) -> None:
     wins, start = list[int](), threading.Barrier(6)
 
     def write(number: int) -> None:
@@ -95,7 +95,7 @@ def test_of_many_writers_one_wins(store: ObjectStore) -> None:
     assert str(wins[0]).encode() == store.get("race").body
 
 
-def test_listing_goes_on_after_a_key_in_byte_order(store: ObjectStore) -> None:
+def test_listing_continues_after_a_key_in_byte_order(store: ObjectStore) -> None:
     for key in ("p/b", "p/a0", "p/a/x", "q/z", "p/Z"):
         store.put(key, key.encode())
     assert [o.key for o in store.list_after("p/")] == ["p/Z", "p/a/x", "p/a0", "p/b"]
@@ -107,7 +107,7 @@ def test_listing_goes_on_after_a_key_in_byte_order(store: ObjectStore) -> None:
     assert (3, store.get("q/z").etag) == (listed.size, listed.etag)
 
 
-def test_pages_add_up(store: ObjectStore) -> None:
+def test_list_pages_are_complete(store: ObjectStore) -> None:
     keys = [f"many/{n:04d}" for n in range(25)]
     for key in keys:
         store.put(key, b"x")
@@ -118,7 +118,7 @@ def test_pages_add_up(store: ObjectStore) -> None:
     assert keys == found == [o.key for o in list_all(store, "many/")]
 
 
-def test_deleting_is_quiet(store: ObjectStore) -> None:
+def test_deleting_a_missing_object_is_not_an_error(store: ObjectStore) -> None:
     store.put("gone", b"x")
     store.delete("gone")
     store.delete("gone")
@@ -127,28 +127,28 @@ def test_deleting_is_quiet(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "x" * 1100, "nul\0"])
-def test_a_key_that_cannot_be_is_refused(store: ObjectStore, key: str) -> None:
+def test_an_invalid_key_is_rejected(store: ObjectStore, key: str) -> None:
     with pytest.raises(Refused):
         store.put(key, b"x")
 
 
-# the directory alone
+# the directory store only
 
 
 @pytest.mark.parametrize("key", ["../out", "/abs", "a//b", "a/../b", ".", "a/", ".mlxrack-lock"])
-def test_no_key_leaves_the_directory(tmp_path: Path, key: str) -> None:
+def test_no_key_escapes_the_directory(tmp_path: Path, key: str) -> None:
     with pytest.raises(Refused):
         DirectoryStore(tmp_path / "bucket").put(key, b"x")
 
 
-def test_a_key_that_is_another_ones_folder_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_is_a_prefix_folder_is_rejected(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "bucket")
     store.put("a/b", b"x")
     with pytest.raises(Refused, match="another key is a folder"):
         store.put_if_absent("a/b/c", b"x")
 
 
-# S3 alone: credentials and the network
+# S3 only: credentials and the network
 
 
 def s3(server: SeaweedFS, **change: str) -> S3Store:
@@ -189,7 +189,7 @@ def test_refused_credentials_say_what_to_check(
         (501, "NotImplemented", Retryable),
     ],
 )
-def test_every_answer_of_a_store_has_one_meaning(status: int, code: str, kind: type[Exception]) -> None:
+def test_every_store_response_maps_to_one_error(status: int, code: str, kind: type[Exception]) -> None:
     error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
     assert kind is type(_translated("put", "k", error))
 
@@ -198,7 +198,7 @@ def test_every_answer_of_a_store_has_one_meaning(status: int, code: str, kind: t
     ("given", "expected"),
     [("7", 7.0), ("", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("-1", None), ("9" * 9, None)],
 )
-def test_a_store_may_say_when_to_come_again(given: str, expected: float | None) -> None:
+def test_retry_after_of_the_store_is_kept(given: str, expected: float | None) -> None:
     metadata = {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": given} if given else {}}
     error = ClientError({"Error": {"Code": "SlowDown"}, "ResponseMetadata": metadata}, "PutObject")  # type: ignore[typeddict-item]
     found = _translated("put", "k", error)
@@ -206,7 +206,7 @@ def test_a_store_may_say_when_to_come_again(given: str, expected: float | None) 
     assert found.retry_after_s == expected
 
 
-def test_a_nodes_credential_reaches_its_own_prefix_alone(seaweed: SeaweedFS) -> None:
+def test_a_node_credential_reaches_only_its_own_prefix(seaweed: SeaweedFS) -> None:
     s3(seaweed, bucket="scoped").create_bucket()
     node = s3(seaweed, bucket="scoped", access_key="n1", secret_key="n1secretn1secret")
     node.put_if_absent("raw/v1/node=n1/i0001/claim", b"me")
@@ -216,7 +216,7 @@ def test_a_nodes_credential_reaches_its_own_prefix_alone(seaweed: SeaweedFS) -> 
             node.put_if_absent(forbidden, b"x")
 
 
-def test_a_store_that_is_away_asks_to_wait_and_comes_back(seaweed: SeaweedFS) -> None:
+def test_an_unreachable_store_is_retryable_and_recovers(seaweed: SeaweedFS) -> None:
     gate = TcpGate(seaweed.port)
     store = s3(seaweed, endpoint=f"http://127.0.0.1:{gate.port}")
     store.create_bucket()
@@ -230,7 +230,7 @@ def test_a_store_that_is_away_asks_to_wait_and_comes_back(seaweed: SeaweedFS) ->
     gate.shut()
 
 
-def test_the_clock_is_told_by_every_answer_and_forgotten_when_it_was_set(seaweed: SeaweedFS) -> None:
+def test_clock_skew_comes_from_responses_and_resets_on_clock_changes(seaweed: SeaweedFS) -> None:
     store = seaweed.store("clock")
     assert store.clock_skew_ms is None
     store.create_bucket()
@@ -243,7 +243,7 @@ def test_the_clock_is_told_by_every_answer_and_forgotten_when_it_was_set(seaweed
     assert store.clock_skew_ms is not None, "a refusal is an answer, too"
 
 
-def test_parts_of_an_object(store: ObjectStore) -> None:
+def test_ranges_of_an_object(store: ObjectStore) -> None:
     store.put("whole", bytes(range(100)))
     assert store.get_part("whole", 10, 5) == bytes(range(10, 15))
     assert store.get_part("whole", 95, 50) == bytes(range(95, 100))
@@ -253,9 +253,9 @@ def test_parts_of_an_object(store: ObjectStore) -> None:
         store.get_part("nothing", 0, 5)
 
 
-def test_files_of_any_size(store: ObjectStore, tmp_path: Path) -> None:
+def test_files_of_any_size_round_trip(store: ObjectStore, tmp_path: Path) -> None:
     large = tmp_path / "large file"
-    large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients send parts
+    large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients use multipart uploads
     store.put_file("models/large", large)
     assert store.get("models/large").body == large.read_bytes()
     large.write_bytes(b"small now")

@@ -1,4 +1,4 @@
-"""A real S3 server behind a relay that fails as the world does: on command, or by dice."""
+"""A real S3 server behind a relay that fails on command or at random."""
 
 import asyncio
 import contextlib
@@ -18,8 +18,8 @@ _HOP = ("Transfer-Encoding", "Connection", "Content-Length", "Content-Encoding")
 class FlakyStore:
     """Relays to ``target`` on a port of its own; use as a context manager.
 
-    Of the calls a share fails: refused before or after they were done, asked to come again, or left hanging; answers
-    get lost after the object was stored. ``gone`` refuses everything.
+    A share of the calls fails: rejected before or after execution, throttled with a retry hint, or left hanging; some
+    responses get lost after the object was stored. ``gone`` rejects everything.
     """
 
     def __init__(self, target: str, *, share: float = 0.2, seed: int = 1) -> None:

@@ -71,7 +71,7 @@ class Agent:
         return True
 
     def output(self) -> str:
-        """What it printed; to be called when it has ended."""
+        """Its output; call it after the process has ended."""
         assert self.process is not None
         assert self.process.stdout is not None
         return self.process.stdout.read()
@@ -178,7 +178,7 @@ def rack(
     start: bool = True,
     links: Links | None = None,
 ) -> Iterator[list[Agent]]:
-    """As many agents as there are lists of models; all ready, all know each other, over ``links`` where there are
+    """One agent per list of models, all ready and peers of each other, over ``links`` where there are
     any."""
     agents = [Agent(folder, f"n{n}", free_port()) for n in range(1, len(models_of) + 1)]
     for agent, models in zip(agents, models_of, strict=True):

@@ -1,8 +1,8 @@
 """TCP relays on loopback, one for each direction between two nodes, that fail on command.
 
-All of them live in one thread with a loop of its own. A link is healthy, late (each piece is held back), reset (what
-is open gets an RST, what comes is cut at once), deaf (half-open: everything is accepted and nothing arrives), mute
-(one-way: requests arrive, answers do not) or cut (each answer ends after so many bytes).
+All run in one thread with its own event loop. A link is healthy, late (each chunk is delayed), reset (open connections
+get an RST, new ones are cut at once), deaf (half-open: everything is accepted and nothing arrives), mute
+(one-way: requests arrive, answers do not) or cut (each answer ends after a number of bytes).
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Link:
         self.port = self.server.sockets[0].getsockname()[1]
 
     def become(self, mode: Mode, amount: float) -> None:
-        """From now on so; what is open feels it too."""
+        """Change the fault; open connections are affected, too."""
         self.mode, self.amount = mode, amount
         if mode == "reset":
             for writer in list(self.open):
@@ -68,7 +68,7 @@ class Link:
                 if self.mode == "late":
                     await asyncio.sleep(self.amount)
                 while self.mode == "deaf" or (self.mode == "mute" and answers):
-                    await asyncio.sleep(0.05)  # nothing is lost for ever: TCP would send it again
+                    await asyncio.sleep(0.05)  # nothing is lost for good: TCP would retransmit it
                 if self.mode == "cut" and answers and sent + len(chunk) > self.amount:
                     sink.write(chunk[: max(0, int(self.amount) - sent)])
                     await sink.drain()
@@ -97,7 +97,7 @@ class Links:
         self._loop.close()
 
     def port(self, source: str, sink: str, target: int) -> int:
-        """The port at which ``source`` finds ``sink``, which listens on ``target``."""
+        """The port at which ``source`` reaches ``sink``, which listens on ``target``."""
         link = self._links.get((source, sink))
         if link is None:
             link = self._links[(source, sink)] = Link(target)

@@ -1,5 +1,5 @@
-"""Clients of a rack: many streams at the same time, each checked to its last word, with the times that chaos is
-judged by."""
+"""Clients of a rack: many concurrent streams, each checked to its last token, with the latencies that chaos tests
+judge."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ class Ask(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """What came of it. Times are seconds; ``at_s`` is when it was sent. ``fault`` is "" for a whole and correct
+    """Its result. Times are seconds; ``at_s`` is when it was sent. ``fault`` is "" for a complete and correct
     answer."""
 
     ask: Ask
@@ -39,24 +39,24 @@ class Heard(NamedTuple):
 
 
 class Expected:
-    """What each request has to be answered, learned from answers that nothing disturbed."""
+    """The expected answer of each request, learned from undisturbed answers."""
 
     def __init__(self) -> None:
         self._texts: dict[Ask, str] = {}
 
     def learn(self, heard: Heard) -> None:
-        """Take an undisturbed answer for the right one."""
+        """Record an undisturbed answer as the expected one."""
         assert not heard.fault, heard
         self._texts[heard.ask._replace(stream=True)] = heard.text
 
     def fault(self, heard: Heard) -> str:
-        """Its own fault, or that it says something else."""
+        """Its own fault, or that its text differs."""
         right = self._texts.get(heard.ask._replace(stream=True))
         return heard.fault or ("" if right is None or right == heard.text else "another text")
 
 
 async def ask(session: aiohttp.ClientSession, port: int, one: Ask, model: str = "m") -> Heard:
-    """One request as a careful client sends it: every promise about the answer's shape is checked."""
+    """One request of a strict client: every guarantee about the answer's shape is checked."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": one.prompt}],
@@ -127,7 +127,7 @@ async def _streamed(answer: aiohttp.ClientResponse, heard: Heard) -> tuple[Heard
 
 
 class Load:
-    """Requests in a thread of their own: each ``at_s`` after the start, to the port that ``door`` names then."""
+    """Requests in a separate thread: each ``at_s`` after the start, to the port that ``door`` returns then."""
 
     def __init__(
         self, plan: Sequence[tuple[float, Ask]], door: Callable[[int], int], *, timeout_s: float = 60.0
@@ -140,19 +140,19 @@ class Load:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     def start(self) -> "Load":
-        """Begin."""
+        """Start it."""
         self.began_s = time.monotonic()
         self._thread.start()
         return self
 
     def join(self) -> list[Heard]:
-        """Wait for the last answer; all of them in the order in which they were sent."""
+        """Wait for the last answer; returns all in the order of their requests."""
         self._thread.join()
         return sorted(self.heard, key=lambda one: one.at_s)
 
     async def _run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
-        # each request a connection of its own, as many clients have
+        # a new connection per request, as with many clients
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             tasks = [asyncio.create_task(self._one(session, n, at_s, one)) for n, (at_s, one) in enumerate(self._plan)]
@@ -164,7 +164,7 @@ class Load:
 
 
 def at_once(port: int, asks: Sequence[Ask]) -> list[Heard]:
-    """All at the same time, to one door."""
+    """All concurrently, to one gateway."""
     return Load([(0.0, one) for one in asks], lambda _: port).start().join()
 
 

@@ -1,4 +1,4 @@
-"""Workers without a model beside a real door, in a thread of their own."""
+"""Mock workers behind a real gateway, in a separate thread."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ class Named:
 def door_with_mocks(
     folder: Path, *nodes: str, words: int = 16, gap_s: float = 0.01, extra: str = "", wait: bool = True
 ) -> Iterator[tuple[Agent, list[MockWorker]]]:
-    """A door without models of its own, whose peers are mock workers of these names."""
+    """A gateway without models of its own, whose peers are mock workers of these names."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""An aggregator that is killed at any moment, again and again, leaves what an undisturbed one leaves, byte for byte."""
+"""An aggregator killed repeatedly at random times leaves the same bytes as an undisturbed one."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def contents(store: ObjectStore) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(120 + 6 * KILLS)
-def test_kills_at_any_moment_change_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_kills_at_any_time_change_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
     everything = {node: list(batches(RACK, node, SINCE_MS + DAYS * 24 * HOUR_MS)) for node in RACK.nodes}
     plain, killed = seaweed.store("plain"), seaweed.store("killed")
     for store in (plain, killed):
@@ -95,7 +95,7 @@ def test_kills_at_any_moment_change_nothing(tmp_path: Path, seaweed: SeaweedFS) 
             share = max(3, len(everything[node]) // KILLS // 3 * 3)
             put(killed, queue[:share])
             queues[node] = queue[share:]
-        killed.delete(LEASE)  # a killed run keeps its lease for minutes; nobody wants to wait for that here
+        killed.delete(LEASE)  # a killed run holds its lease for minutes; the test does not wait for it
         process, began = started(disturbed, "rollup"), time.monotonic()
         try:
             process.wait(dice.uniform(0.1, 1.0) * typical_s)

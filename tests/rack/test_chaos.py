@@ -1,8 +1,8 @@
-"""The fault matrix: what breaks, and what the requests were doing when it did. No cell may cost a client anything but
+"""The fault matrix: kinds of faults by phases of requests. No cell may cost a client anything but
 time.
 
-A door without a model of its own and three workers behind links that fail on command; each cell's row says how many
-requests there were, how many were tried again or gone on with, and what that cost in time. ``make chaos`` plays each
+A gateway without models and three workers behind links that fail on command; each cell's row shows how many
+requests there were, how many were retried or continued, and the added latency. ``make chaos`` runs each
 cell several times.
 """
 
@@ -20,7 +20,7 @@ from tests.rack.load import Ask, Expected, Heard, Load, at_once, quantile
 
 ROUNDS = int(os.environ.get("MLXRACK_CHAOS", "1"))
 FAULT_S = 0.6
-"""So long after the requests were sent it breaks."""
+"""The fault occurs this long after the requests were sent."""
 WORKER = model(rows=2, fake_step_s=0.02, fake_row_s=0.002, fake_prefill_tps=400)
 
 PHASES: dict[str, list[Ask]] = {
@@ -32,8 +32,8 @@ PHASES: dict[str, list[Ask]] = {
 
 
 class Fault(NamedTuple):
-    """How a node fails, how long the door may take to see it and to declare it dead, and how long a request may take
-    longer by it."""
+    """How a node fails, how long the gateway may take to notice and to mark it down, and how long a request may take
+    longer."""
 
     begin: Callable[["Shelf"], None]
     end: Callable[["Shelf"], None]
@@ -43,7 +43,7 @@ class Fault(NamedTuple):
 
 
 class Shelf:
-    """A door, its workers, one of which is the victim, and the links between them."""
+    """A gateway, its workers, one of which is the victim, and the links between them."""
 
     def __init__(self, agents: list[Agent], links: Links) -> None:
         self.door, self.victim, *self.others = agents
@@ -52,7 +52,7 @@ class Shelf:
         self.usual: dict[str, list[Heard]] = {}
 
     def state(self) -> str:
-        """What the door believes of the victim."""
+        """The victim's state on the gateway."""
         peers = self.door.status()["peers"]
         return str(next(p["state"] for p in peers if p["node"] == self.victim.node))
 
@@ -67,7 +67,7 @@ class Shelf:
         self.links.set(mode, source=self.door.node, sink=self.victim.node)  # type: ignore[arg-type]
 
     def learn(self, phase: str) -> list[Heard]:
-        """What the phase's requests are answered when nothing breaks, and how long that takes."""
+        """The undisturbed answers of the phase's requests, and their latency."""
         if phase not in self.usual:
             heard = at_once(self.door.port, PHASES[phase])
             for one in heard:
@@ -77,7 +77,7 @@ class Shelf:
 
 
 LATE_S = 0.0 if ROUNDS > 1 else 0.5
-"""Beside other tests what is due is done a little later."""
+"""Beside other tests deadlines are met a little later."""
 FAULTS: dict[str, Fault] = {
     "sigkill": Fault(lambda s: s.victim.kill(), lambda s: s.restarted(), 1.5, 3.5, 3.0),
     "sigstop": Fault(
@@ -96,7 +96,7 @@ FEW = [
     ("half_open", "queued"),
     ("one_way_drop", "whole"),
 ]
-"""What `make check` plays; `make chaos` plays all."""
+"""What `make check` runs; `make chaos` runs all."""
 CELLS = [(name, phase) for name in FAULTS for phase in PHASES] if ROUNDS > 1 else FEW
 
 
@@ -108,7 +108,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
 
 
 def healed(shelf: Shelf) -> float:
-    """Seconds until the door uses the victim again; returns when it has its share again."""
+    """Seconds until the gateway uses the victim again; returns once it has its share again."""
     began = time.monotonic()
     until(lambda: shelf.state() == "up", "the victim is back", 10.0)
     took = time.monotonic() - began
@@ -121,7 +121,7 @@ def healed(shelf: Shelf) -> float:
 
 
 def steps(shelf: Shelf, heard: list[Heard]) -> list[str]:
-    """What was decided for these requests, in words."""
+    """The decisions for these requests, for display."""
     found = []
     for one in heard:
         parts = shelf.door.get(f"/debug/decision/{one.request_id}").json["parts"]
@@ -130,7 +130,7 @@ def steps(shelf: Shelf, heard: list[Heard]) -> list[str]:
 
 
 def row(case: str, heard: list[Heard], usual: list[Heard], faults: list[str], moved: int, recovery_s: float) -> None:
-    """One line of the matrix."""
+    """One row of the matrix."""
     firsts = [one.first_s or one.total_s for one in heard]
     before = [one.first_s or one.total_s for one in usual]
     longest = max((one.longest_gap_s for one in heard), default=0.0)
@@ -144,7 +144,7 @@ def row(case: str, heard: list[Heard], usual: list[Heard], faults: list[str], mo
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("name", "phase"), CELLS)
-def test_a_fault_costs_time_and_nothing_else(shelf: Shelf, name: str, phase: str) -> None:
+def test_a_fault_costs_only_time(shelf: Shelf, name: str, phase: str) -> None:
     fault, usual = FAULTS[name], shelf.learn(phase)
     for _ in range(ROUNDS):
         load = Load([(0.0, one) for one in PHASES[phase]], lambda _: shelf.door.port).start()
@@ -167,7 +167,7 @@ def test_a_fault_costs_time_and_nothing_else(shelf: Shelf, name: str, phase: str
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", FAULTS if ROUNDS > 1 else ["sigkill", "sigstop"])
-def test_an_idle_node_that_fails_gets_no_more_work(shelf: Shelf, name: str) -> None:
+def test_a_failed_idle_node_gets_no_requests(shelf: Shelf, name: str) -> None:
     fault, usual = FAULTS[name], shelf.learn("mid_stream")
     for _ in range(ROUNDS):
         began = time.monotonic()

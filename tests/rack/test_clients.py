@@ -1,4 +1,4 @@
-"""Other people's clients against real models: each goes through chat, stream, tools, schema and embeddings."""
+"""Third-party clients against real models: chat, streaming, tools, schema and embeddings."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def _result(call_id: str) -> dict[str, Any]:
 
 
 def _required_call(one: openai.OpenAI, asked: dict[str, Any]) -> Any:
-    """A call, whole and streamed alike."""
+    """A tool call, with and without streaming."""
     more: dict[str, Any] = {**asked, "messages": _weather_question(), "tools": [WEATHER], "tool_choice": "required"}
     choice = one.chat.completions.create(**more).choices[0]
     assert choice.finish_reason == "tool_calls"
@@ -123,7 +123,7 @@ def test_openai_for_node(base: str) -> None:
 
 
 def _npm_client() -> Path:
-    """A folder with the client in it; skips where there is no npm or it cannot fetch."""
+    """A folder with the client installed; skips without npm or network."""
     if shutil.which("npm") is None or shutil.which("node") is None:
         pytest.skip("needs node and npm")
     NPM_FOLDER.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def _npm_client() -> Path:
 
 
 def _session(name: str, base: str) -> Any:
-    """What a client printed that runs as a program of its own."""
+    """The output of a client that runs as a separate program."""
     words = [sys.executable, "-m", f"tests.rack.clients.{name}", base]
     run = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Streams whose loader is killed go on where they stopped: the same text, the same counts, one role, one usage."""
+"""Streams whose loader is killed are continued: the same text and counts, one role, one usage."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from tests.rack.harness import Agent, Answer, events_of, model, rack, until
 
 KILLS = int(os.environ.get("MLXRACK_CONTINUATIONS", "2"))
 BEFORE_GIVEN_UP = 4
-"""A loader that ends five times in two minutes is not started again by itself."""
+"""A loader that exits five times in two minutes is not restarted automatically."""
 ASKED: dict[str, Any] = {"stream": True, "max_tokens": 60, "stream_options": {"include_usage": True}}
 
 
 def told(answer: Answer) -> tuple[str, str, int]:
-    """Text, why it ended, and how many tokens it says it has; checks the shape of the stream."""
+    """Text, finish reason and completion tokens; checks the shape of the stream."""
     assert answer.status == 200, answer.body
     events = events_of(answer)
     assert events[-1] == "[DONE]", events[-1]
@@ -37,7 +37,7 @@ def told(answer: Answer) -> tuple[str, str, int]:
 
 
 def kill_while_it_streams(agent: Agent, after_s: float, **asked: Any) -> Answer:
-    """One stream, and SIGKILL for its loader after so many seconds."""
+    """One stream, and SIGKILL to its loader after some seconds."""
     found: list[Answer] = []
     thread = threading.Thread(target=lambda: found.append(agent.chat("tell me", **asked)))
     thread.start()
@@ -51,7 +51,7 @@ def kill_while_it_streams(agent: Agent, after_s: float, **asked: Any) -> Answer:
 
 
 @pytest.mark.parametrize("dice", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_killed_loader_costs_a_pause_and_no_word(tmp_path: Path, dice: dict[str, Any]) -> None:
+def test_a_killed_loader_costs_a_pause_and_no_token(tmp_path: Path, dice: dict[str, Any]) -> None:
     chance = random.Random(3)
     for first in range(0, KILLS, BEFORE_GIVEN_UP):
         folder = tmp_path / str(first)
@@ -66,7 +66,7 @@ def test_a_killed_loader_costs_a_pause_and_no_word(tmp_path: Path, dice: dict[st
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("dice", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_real_model_goes_on_too(tmp_path: Path, tiny_model: Path, dice: dict[str, Any]) -> None:
+def test_a_real_model_is_continued(tmp_path: Path, tiny_model: Path, dice: dict[str, Any]) -> None:
     asked = {**ASKED, "max_tokens": 400, "stop": ["zzzz"]}
     with rack(tmp_path, [{"name": "m", "path": str(tiny_model), "plan_context_tok": 128}]) as (agent,):
         until(lambda: agent.get("/ready").status == 200, "it is loaded")
@@ -77,8 +77,8 @@ def test_a_real_model_goes_on_too(tmp_path: Path, tiny_model: Path, dice: dict[s
             until(lambda: agent.status()["models"][0]["state"] == "ready", "it is back")
 
 
-def test_a_peer_with_the_same_version_goes_on(tmp_path: Path) -> None:
-    """The door has no model of its own; one of the two workers is killed whole."""
+def test_a_peer_with_the_same_version_continues(tmp_path: Path) -> None:
+    """The gateway has no models; one of the two workers is killed entirely."""
     with rack(tmp_path, [], [model(fake_step_s=0.03)], [model(fake_step_s=0.03)]) as (door, first, second):
         whole = told(door.chat("tell me", **ASKED, temperature=0))
         found: list[Answer] = []

@@ -1,5 +1,5 @@
-"""An agent that is killed again and again while it samples and pushes to a store that fails: nothing that was sealed is
-lost, nothing is there twice, and what was not sealed is less than one window."""
+"""An agent killed repeatedly while it samples and pushes to a failing store: no sealed batch is
+lost or duplicated, and unsealed telemetry is less than one window."""
 
 import itertools
 import json
@@ -23,19 +23,19 @@ from tests.rack.harness import Agent, until
 KILLS = int(os.environ.get("MLXRACK_CRASHES", "12"))
 SAMPLE_S = 1.0
 SLACK_S = 0.5 if KILLS < 100 else 0.0
-"""Beside other tests the machine is busy, and what is due is done later; alone, one window is the bound."""
+"""Beside other tests the machine is busy and windows close later; alone, one window is the bound."""
 SPOOL_BYTES = 4 << 20
 
 
 class Sealed(NamedTuple):
-    """A batch that the agent said it has taken."""
+    """A batch that the agent reported as closed."""
 
     epoch: int
     seq: int
 
 
 class Logged(NamedTuple):
-    """What the log says, over all runs: windows closed, those found open at the next start, and when each run began."""
+    """From the log, over all runs: windows closed, those recovered at the next start, and when each run began."""
 
     sealed: set[Sealed]
     recovered: set[Sealed]
@@ -65,7 +65,7 @@ def logged(log: Path) -> Logged:
             try:
                 entry = json.loads(line)
             except ValueError:
-                continue  # cut by a kill
+                continue  # truncated by a kill
             if entry.get("event") == "agent_started":
                 epoch = entry["epoch"]
                 found.began_ms[epoch] = round(datetime.fromisoformat(entry["timestamp"]).timestamp() * 1000)
@@ -96,7 +96,7 @@ def spool_bytes(agent: Agent) -> int:
 
 
 @pytest.mark.timeout(300 + 6 * KILLS)
-def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_kills_at_any_time_lose_no_sealed_batch(tmp_path: Path, seaweed: SeaweedFS) -> None:
     bucket = "crashes"
     store = seaweed.store(bucket)
     store.create_bucket()
@@ -106,14 +106,14 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     with FlakyStore(seaweed.endpoint) as flaky:
         agent = configured(tmp_path, flaky.endpoint, bucket)
         for number in range(KILLS):
-            # now and then the store is away for two starts, and once for minutes
+            # sometimes the store is unreachable for two starts, and once for minutes
             flaky.gone = number % 10 in (7, 8) or 100 <= number < 160
             away_s += -flaky.gone * time.monotonic()
             agent.start(wait=False)
             time.sleep(chance.uniform(0.3, 2.9))
             epoch = epoch_of(agent)
             agent.kill()
-            # one that was killed before it had its number leaves that of the run before
+            # a run killed before it had its epoch leaves that of the previous run
             killed_ms.setdefault(epoch, time.time_ns() // 1_000_000)
             away_s += flaky.gone * time.monotonic()
             largest = max(largest, spool_bytes(agent))
@@ -128,10 +128,10 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
 
     log = next(path for path in tmp_path.glob("agent.jsonl"))
     (sealed, recovered, began_ms), every = logged(log), arrived(store)
-    # an answer that was lost makes a segment be sent again, with what has come since: the same batch in two segments
+    # after a lost response a segment is pushed again with newer batches: the same batch in two segments
     unique = {Sealed(batch.epoch, batch.seq): batch for batch in every}
     assert all(unique[Sealed(batch.epoch, batch.seq)] == batch for batch in every), "two batches under one number"
-    # the last window of all may still wait: the store fails at the end, too
+    # the very last window may still be spooled: the store fails at the end, too
     waiting = {batch_named(path.stem) for path in (agent.state / "spool").glob("*.batch")}
     print(
         f"{KILLS} kills; {calls} calls to the store, {failed} failed, {away_s:.0f} s away; {len(sealed)} windows "
@@ -147,7 +147,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     by_epoch: dict[int, list[Batch]] = {}
     for batch in batches:
         by_epoch.setdefault(batch.epoch, []).append(batch)
-    # of a run that was killed before it had kept anything, all is unsealed
+    # of a run killed before it persisted anything, all is unsealed
     unsealed_ms = {e: killed_ms[e] - began for e, began in began_ms.items() if e in killed_ms and e not in by_epoch}
     for epoch, mine in by_epoch.items():
         mine.sort(key=lambda batch: batch.seq)
@@ -165,7 +165,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_sealed(tmp_path: Path, seawee
     assert worst_s <= SAMPLE_S + SLACK_S
 
 
-def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_two_agents_on_one_spool_exclude_each_other(tmp_path: Path, seaweed: SeaweedFS) -> None:
     seaweed.store("doubles").create_bucket()
     agent = configured(tmp_path, seaweed.endpoint, "doubles")
     agent.start()
@@ -181,8 +181,8 @@ def test_two_agents_on_one_spool_cannot_both_run(tmp_path: Path, seaweed: Seawee
         agent.kill()
 
 
-def test_a_spool_killed_while_it_is_bounded_stays_bounded(tmp_path: Path) -> None:
-    """Appends and drops, cut at any moment, in a child that is killed; whoever opens it next finds it in order."""
+def test_a_spool_killed_while_dropping_stays_bounded(tmp_path: Path) -> None:
+    """Appends and drops in a child that is killed at random times; the next opener finds a consistent spool."""
     bound = 20_000
     for number in range(max(3, KILLS // 10)):
         pid = os.fork()

@@ -23,7 +23,7 @@ FAST = "[desired]\nfollow_s = 0.3\n[memory]\nmin_residency_s = 0\n"
 
 
 def version_of(path: str, tmp_path: Path) -> str:
-    """Of a fake model whose files are called so."""
+    """The version of a fake model with this path."""
     store = ModelStore(tmp_path / "memo", tmp_path / "nowhere")
     return store.describe(Model(name="x", engine="fake", path=path)).version
 
@@ -81,7 +81,7 @@ def test_a_node_follows_generation_by_generation_under_load(tmp_path: Path) -> N
         assert len(served(agent)) == 2, "a node that is not named is left alone"
 
 
-def test_a_local_order_wins_until_the_next_generation_and_is_reported(tmp_path: Path) -> None:
+def test_a_local_order_holds_until_the_next_generation_and_is_drift(tmp_path: Path) -> None:
     models = [model(), model("b", preload=False)]
     with rack(tmp_path, models, extra=FAST) as (agent,):
         publish(tmp_path, 1, assign("m", "plain-weights", tmp_path))
@@ -106,7 +106,7 @@ def test_a_local_order_wins_until_the_next_generation_and_is_reported(tmp_path: 
         assert (found[-1].state, found[-1].generation) == ("converged", 2)
 
 
-def test_without_the_bucket_a_node_serves_what_it_served(tmp_path: Path) -> None:
+def test_a_node_keeps_serving_without_the_bucket(tmp_path: Path) -> None:
     with rack(tmp_path, [model()], extra=FAST) as (agent,):
         publish(tmp_path, 4, assign("m", "weights-9", tmp_path))
         follows(agent, 4)
@@ -146,7 +146,7 @@ def test_an_assigned_model_is_fetched_from_the_bucket_and_swapped_in(tmp_path: P
         assert (agent.state / "models" / "tiny" / pushed.version / "mlxrack-manifest.json").exists()
 
 
-def test_nothing_leaves_while_what_should_come_cannot_be_had(tmp_path: Path) -> None:
+def test_nothing_is_unloaded_while_its_replacement_is_unavailable(tmp_path: Path) -> None:
     with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
         until(lambda: len(served(agent)) == 2, "what is configured is served")
         before = served(agent)
@@ -161,8 +161,8 @@ def test_nothing_leaves_while_what_should_come_cannot_be_had(tmp_path: Path) -> 
         assert list(served(agent)) == ["k"]
 
 
-def test_a_model_that_goes_elsewhere_stays_until_it_is_served_there(tmp_path: Path) -> None:
-    """Another node is assigned it and does not have it yet."""
+def test_a_model_that_moves_stays_until_it_is_served_there(tmp_path: Path) -> None:
+    """Another node is assigned the model and does not have it yet."""
     with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
         until(lambda: len(served(agent)) == 2, "what is configured is served")
         moved = DesiredState(
@@ -175,7 +175,7 @@ def test_a_model_that_goes_elsewhere_stays_until_it_is_served_there(tmp_path: Pa
         assert agent.chat().status == 200
 
 
-def test_a_model_that_left_by_itself_is_not_brought_back_unasked(tmp_path: Path) -> None:
+def test_an_evicted_model_is_not_reloaded_without_demand(tmp_path: Path) -> None:
     with rack(tmp_path, [model()], extra=FAST) as (agent,):
         publish(tmp_path, 1, assign("m", "plain-weights", tmp_path, keep_alive_s=0.5))
         follows(agent, 1)
@@ -186,7 +186,7 @@ def test_a_model_that_left_by_itself_is_not_brought_back_unasked(tmp_path: Path)
         assert agent.chat().status == 200, "and comes when somebody does"
 
 
-def test_what_was_ordered_out_stays_out_over_a_restart(tmp_path: Path) -> None:
+def test_an_unloaded_model_stays_unloaded_after_a_restart(tmp_path: Path) -> None:
     with rack(tmp_path, [model(), model("k")], extra=FAST) as (agent,):
         publish(tmp_path, 1, assign("m", "plain-weights", tmp_path), assign("k", "plain-weights", tmp_path))
         follows(agent, 1)
@@ -202,7 +202,7 @@ def test_what_was_ordered_out_stays_out_over_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
-    """A third node joins, and one of agent.toml leaves, without a word in anybody's configuration."""
+    """A third node joins and one of agent.toml leaves, without a change to any configuration."""
     with rack(tmp_path, [model()], [model()], [model("special")], extra=FAST) as (first, second, third):
         bucket = DirectoryStore(tmp_path / "bucket")
 

@@ -1,4 +1,4 @@
-"""Clients that do not behave: slow, silent, huge, malformed. Each costs itself alone, and nothing is echoed."""
+"""Misbehaving clients: slow, silent, huge, malformed. Each affects only itself, and nothing is echoed."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def chat(content: str = "x", **more: Any) -> dict[str, Any]:
 
 
 def raw(agent: Agent, data: bytes, wait_s: float = 5.0) -> bytes:
-    """What comes back for bytes on a fresh connection."""
+    """The response to raw bytes on a new connection."""
     with socket.create_connection(("127.0.0.1", agent.port), timeout=wait_s) as connection:
         connection.sendall(data)
         found = b""
@@ -47,7 +47,7 @@ def raw(agent: Agent, data: bytes, wait_s: float = 5.0) -> bytes:
     ],
     ids=["no http", "version", "length", "header", "expectation", "long url"],
 )
-def test_what_is_no_request_is_answered_in_the_envelope_and_not_echoed(tmp_path: Path, data: str) -> None:
+def test_an_invalid_request_gets_an_error_object_and_no_echo(tmp_path: Path, data: str) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         answer = raw(agent, data.encode(), 2.0)
         assert answer.split()[1].startswith(b"4")
@@ -57,7 +57,7 @@ def test_what_is_no_request_is_answered_in_the_envelope_and_not_echoed(tmp_path:
         assert agent.chat().status == 200
 
 
-def test_bodies_that_are_not_what_they_say(tmp_path: Path) -> None:
+def test_bodies_that_contradict_their_headers(tmp_path: Path) -> None:
     whole = json.dumps({"model": "m", **chat()}).encode()
     with rack(tmp_path, [model()], extra="[limits]\nbody_s = 1.0\n") as (agent,):
 
@@ -74,7 +74,7 @@ def test_bodies_that_are_not_what_they_say(tmp_path: Path) -> None:
         assert agent.status()["in_flight"] == 0
 
 
-def test_a_client_that_reads_no_more_holds_its_place_no_longer_than_a_gap(tmp_path: Path) -> None:
+def test_a_client_that_stops_reading_is_dropped_after_the_stall_timeout(tmp_path: Path) -> None:
     extra = "[limits]\ntoken_gap_s = 1.0\n"
     with rack(tmp_path, [model(fake_step_s=0.0)], extra=extra) as (agent,), socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -86,7 +86,7 @@ def test_a_client_that_reads_no_more_holds_its_place_no_longer_than_a_gap(tmp_pa
         until(lambda: agent.status()["models"][0]["in_flight"] == 0, "in the loader too")
 
 
-def test_more_answers_than_places_are_refused_for_what_they_are(tmp_path: Path) -> None:
+def test_n_beyond_the_limit_or_free_slots_is_rejected_with_its_reason(tmp_path: Path) -> None:
     with rack(tmp_path, [model(fake_step_s=0.02)], extra="[limits]\nin_flight_per_model = 4\n") as (agent,):
         never = post(agent, chat(n=5))
         assert (never.status, never.json["error"]["param"]) == (400, "n")
@@ -103,7 +103,7 @@ def test_more_answers_than_places_are_refused_for_what_they_are(tmp_path: Path) 
         assert 'outcome="cancelled"} 1.0' not in text
 
 
-def test_a_request_that_is_never_prepared_is_seen_and_its_loader_ended(tmp_path: Path) -> None:
+def test_the_watchdog_ends_a_loader_stuck_in_preparation(tmp_path: Path) -> None:
     extra = "[limits]\nprogress_s = 0.5\nstuck_s = 1.5\nload_wait_s = 10\n"
     with rack(tmp_path, [model()], extra=extra) as (agent,):
         hung = threading.Thread(target=post, args=(agent, chat("!hang")))
@@ -117,7 +117,7 @@ def test_a_request_that_is_never_prepared_is_seen_and_its_loader_ended(tmp_path:
 
 def test_a_large_request_is_forwarded_and_takes_no_peer_down(tmp_path: Path) -> None:
     with rack(tmp_path, [model("other")], [model()]) as (door, worker):
-        large = chat("x " * ((5 << 20) - 64))  # as a frame it is longer than a client's body may be
+        large = chat("x " * ((5 << 20) - 64))  # as a frame it exceeds the limit of a client's body
         answer = post(door, large)
         assert (answer.status, post(worker, large).status) == (400, 400), "too long a prompt, not a lost worker"
         assert answer.json["error"]["code"] == "context_length_exceeded"
@@ -125,7 +125,7 @@ def test_a_large_request_is_forwarded_and_takes_no_peer_down(tmp_path: Path) -> 
         assert post(door, chat()).status == 200
 
 
-def test_a_large_body_does_not_stop_the_beats(tmp_path: Path) -> None:
+def test_a_large_body_does_not_stop_heartbeats(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         answered = 0
         enum = '{"model": "m", "messages": [], "response_format": {"type": "json_schema", "json_schema": {"schema": '
@@ -138,7 +138,7 @@ def test_a_large_body_does_not_stop_the_beats(tmp_path: Path) -> None:
         assert answered >= 5, "others are answered while it is read"
 
 
-def test_no_error_quotes_what_was_sent(tmp_path: Path, tiny_model: Path) -> None:
+def test_no_error_echoes_the_request(tmp_path: Path, tiny_model: Path) -> None:
     schemas = [
         {"type": MARK},
         {"$ref": f"#/{MARK}"},

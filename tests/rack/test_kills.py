@@ -1,4 +1,4 @@
-"""Nodes that are killed while the rack works: which requests may notice, and how much."""
+"""Nodes killed under load: which requests are affected, and by how much."""
 
 import os
 import random
@@ -22,13 +22,13 @@ NODES = 8 if FULL else 4
 RATE_PER_S = 40 if FULL else 25
 EVERY_S = 5.0 if FULL else 3.0
 MOST_ADDED_MS = 150.0
-"""What a kill may add to the first token of those that it hit, in 99 of 100; asked of the full run alone."""
+"""What a kill may add to the TTFT of affected requests, p99; required of the full run only."""
 CUT_STREAMS = int(os.environ.get("MLXRACK_CUT_STREAMS", "24"))
 WORKER = model(rows=8, fake_step_s=0.02, fake_row_s=0.001, fake_prefill_tps=2000)
 
 
 class Killer(threading.Thread):
-    """Kills a node every so often and starts it again a second later. ``safe`` are doors that no kill is near."""
+    """Kills a node at intervals and restarts it a second later. ``safe`` are gateways with no kill near."""
 
     def __init__(self, agents: list[Agent], every_s: float, lasts_s: float, dice: random.Random) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Killer(threading.Thread):
         self.at_s: list[float] = []
 
     def door(self, number: int) -> int:
-        """A door that lives, and will for a while."""
+        """A gateway that is alive and will be for a while."""
         with self._lock:
             good = [a for a in self._agents if a is not self._next and a is not self._now]
         return good[number % len(good)].port
@@ -63,13 +63,13 @@ class Killer(threading.Thread):
             with self._lock:
                 self._now = None
                 self._next = self._dice.choice([a for a in self._agents if a is not victim])
-            # whoever came to the next one's door has gone by the time it is killed
+            # clients of the next victim are done by the time it is killed
             time.sleep(max(0.5, self._every_s / 2 - 1.5))
             due_s = max(due_s, time.monotonic())
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)
-def test_workers_are_killed_one_after_another_and_no_request_fails(tmp_path: Path) -> None:
+def test_workers_killed_one_after_another_fail_no_request(tmp_path: Path) -> None:
     dice = random.Random(11)
     prompts = [f"say something about {n} " * 4 for n in range(10)]
     asks = [Ask(p, 20, temperature=t, seed=s) for p in prompts for t, s in ((0.0, None), (0.8, 7))]
@@ -95,7 +95,7 @@ def test_workers_are_killed_one_after_another_and_no_request_fails(tmp_path: Pat
 
 
 def report(case: str, everything: list[Heard], expected: Expected, killer: Killer) -> float:
-    """What it cost whom; returns the milliseconds that it added to the first token of 99 in 100 that were hit."""
+    """Print the cost; returns the milliseconds added to the TTFT of affected requests, p99."""
     faults = [one for one in everything if expected.fault(one)]
     streams = [one for one in everything if one.first_s is not None]
     spared = [one.first_s for one in streams if not one.retries and one.first_s is not None]
@@ -113,7 +113,7 @@ def report(case: str, everything: list[Heard], expected: Expected, killer: Kille
 
 
 @pytest.mark.timeout(CHAOS_S * 2 + 120)
-def test_doors_are_killed_and_only_their_own_clients_notice(tmp_path: Path) -> None:
+def test_a_killed_gateway_affects_only_its_own_clients(tmp_path: Path) -> None:
     dice = random.Random(5)
     asks = [Ask(f"tell me {n}", 20) for n in range(20)]
     with rack(tmp_path, *([WORKER] for _ in range(min(4, NODES)))) as agents:
@@ -136,7 +136,7 @@ def test_doors_are_killed_and_only_their_own_clients_notice(tmp_path: Path) -> N
     faults = [one for one in everything if expected.fault(one)]
     own = ("ClientConnectorError", "ClientOSError", "ServerDisconnectedError", "ClientPayloadError")
     others = [one for one in faults if not one.fault.startswith(own)]
-    # a loader takes a moment to be ready again, and its door has learned of its peers by then
+    # a loader takes a moment to be ready again, and its gateway knows its peers by then
     print(
         f"of {len(everything)} requests {len(faults)} were on the killed door's own socket; {len(others)} others failed"
     )
@@ -181,15 +181,15 @@ class OpenAiClients(threading.Thread):
 
 
 def _until_cut(stream: openai.Stream) -> Iterator[object]:  # type: ignore[type-arg]
-    """The rest of a stream; one whose own door is killed after the first byte is its client's to ask again."""
+    """The rest of a stream; if its gateway is killed after the first byte, its client must retry."""
     try:
         yield from stream
-    except (openai.APIError, OSError, Exception):  # noqa: BLE001  # whatever the HTTP library calls it
+    except (openai.APIError, OSError, Exception):  # noqa: BLE001  # whatever the HTTP library raises
         return
 
 
 @pytest.mark.timeout(CUT_STREAMS * 2 + 120)
-def test_streams_that_are_cut_at_any_word_are_what_they_would_have_been(tmp_path: Path) -> None:
+def test_streams_cut_at_any_token_complete_unchanged(tmp_path: Path) -> None:
     """Loaders and whole nodes are killed at random moments; every stream is compared with an undisturbed one."""
     dice = random.Random(23)
     asks = [Ask(f"tell me {n}", 60, temperature=0.0 if n % 2 else 0.8, seed=n) for n in range(24)]
@@ -215,7 +215,7 @@ def test_streams_that_are_cut_at_any_word_are_what_they_would_have_been(tmp_path
             assert not wrong, [why for one in everything if (why := expected.fault(one))]
             if victim.process is not None and victim.process.poll() is not None:
                 victim.start()
-            # a loader that ends five times in two minutes is given up until somebody orders it back, as here
+            # a loader that exits five times in two minutes is given up until it is loaded by order, as here
             if victim.status()["models"][0]["state"] == "failed":
                 victim.admin("POST", "load", model="m")
             victim.ready()
@@ -225,7 +225,7 @@ def test_streams_that_are_cut_at_any_word_are_what_they_would_have_been(tmp_path
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", range(2))
-def test_while_one_node_is_left_its_door_answers(tmp_path: Path, seed: int) -> None:
+def test_the_last_node_still_answers(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     with rack(tmp_path, *([WORKER] for _ in range(4))) as agents:
         expected = Expected()
@@ -252,7 +252,7 @@ def test_while_one_node_is_left_its_door_answers(tmp_path: Path, seed: int) -> N
 
 
 @pytest.mark.timeout(120)
-def test_a_rack_that_is_cut_in_two_answers_on_both_sides(tmp_path: Path) -> None:
+def test_a_partitioned_rack_answers_on_both_sides(tmp_path: Path) -> None:
     with Links() as links, rack(tmp_path, *([WORKER] for _ in range(4)), links=links) as agents:
         expected = Expected()
         asks = [Ask(f"tell me {n}", 40) for n in range(16)]

@@ -1,4 +1,4 @@
-"""The connection between two nodes, spoken by hand: who may, what it carries, and what ends it."""
+"""The connection between two nodes, by hand: authentication, multiplexing, and what ends it."""
 
 import asyncio
 import contextlib
@@ -55,14 +55,14 @@ def ask(number: int, *, tokens: int = 5, door: str = "n2", content: str = "hello
 
 
 async def heard(socket: aiohttp.ClientWebSocketResponse, ends: int) -> list[Frame]:
-    """Frames until so many answers have ended."""
+    """Frames until this many answers have ended."""
     decoder, found = Decoder(), list[Frame]()
     while sum(isinstance(one, Done | Failed) for one in found) < ends:
         found += decoder.feed((await socket.receive(10)).data)
     return found
 
 
-async def test_only_nodes_of_the_rack_are_let_in_and_once(agent: Agent) -> None:
+async def test_only_nodes_of_the_rack_connect_and_only_once(agent: Agent) -> None:
     assert await status_of(agent, {}) == 403
     assert await status_of(agent, {"Authorization": "Bearer the rack secret"}) == 403
     assert await status_of(agent, signed(Key("another"))) == 403
@@ -74,17 +74,17 @@ async def test_only_nodes_of_the_rack_are_let_in_and_once(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("said", ["0" * 64, KEY.proof("another number", "n2"), b"", None])
-async def test_who_cannot_prove_itself_to_a_fresh_number_is_let_go(agent: Agent, said: str | bytes | None) -> None:
+async def test_a_peer_that_cannot_sign_a_fresh_nonce_is_disconnected(agent: Agent, said: str | bytes | None) -> None:
     url = f"http://127.0.0.1:{agent.port}/peer/v1/link"
     async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=signed()) as socket:
         await socket.receive()
-        if said is not None:  # else it says nothing at all
+        if said is not None:  # otherwise it sends nothing at all
             await (socket.send_str(said) if isinstance(said, str) else socket.send_bytes(encode(ask(1))))
         message = await socket.receive(10)
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.POLICY_VIOLATION)
 
 
-async def test_answers_of_many_requests_are_told_apart(agent: Agent) -> None:
+async def test_answers_of_many_requests_are_multiplexed(agent: Agent) -> None:
     async with linked(agent) as socket:
         for number in (7, 8, 9):
             await socket.send_bytes(encode(ask(number, tokens=number, content=f"ask {number}")))
@@ -106,7 +106,7 @@ async def test_a_cancelled_request_and_a_closed_connection_stop_the_engine(agent
     await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 0, "the other went with it")
 
 
-async def test_a_request_that_comes_back_is_refused(agent: Agent) -> None:
+async def test_a_looping_request_is_rejected(agent: Agent) -> None:
     async with linked(agent) as socket:
         await socket.send_bytes(encode(ask(1, door="n1")))
         (failed,) = await heard(socket, 1)
@@ -117,7 +117,7 @@ async def test_a_request_that_comes_back_is_refused(agent: Agent) -> None:
 @pytest.mark.parametrize(
     "noise", [b"\xc1\xc1", b"\x81\xa1f\xa7unknown", b"", "text"], ids=["bytes", "frame", "", "text"]
 )
-async def test_what_is_no_frame_ends_the_connection_and_nothing_else(agent: Agent, noise: bytes | str) -> None:
+async def test_an_invalid_frame_ends_only_its_connection(agent: Agent, noise: bytes | str) -> None:
     async with linked(agent) as socket:
         await (socket.send_bytes(noise) if isinstance(noise, bytes) else socket.send_str(noise))
         if noise:

@@ -1,4 +1,4 @@
-"""Requests that mean harm, beside requests that do not: only the bad ones fail, and each is told why.
+"""Poisoned requests beside valid ones: only the bad ones fail, each with a reason.
 
 ``MLXRACK_FUZZ`` is how many random requests are sent (``make fuzz`` sends 20,000).
 """
@@ -60,7 +60,7 @@ def leave_early(agent: Agent) -> int:
 
 
 def poisons(agent: Agent) -> list[tuple[str, int, Any]]:
-    """(kind, status that is due, what sends it)."""
+    """(kind, expected status, sender)."""
     deep = '{"type": "object", "properties": {"a": ' * 300 + "{}" + "}}" * 300
     schema = {"type": "json_schema", "json_schema": {"name": "x"}}
 
@@ -99,7 +99,7 @@ def poisons(agent: Agent) -> list[tuple[str, int, Any]]:
     ]
 
 
-def test_poison_reaches_nobody_else(agent: Agent) -> None:
+def test_poisoned_requests_affect_no_other_request(agent: Agent) -> None:
     alone = {n: text_of(post(agent, stream(n))) for n in range(STREAMS)}
     assert all(alone.values())
     harm = poisons(agent)
@@ -153,7 +153,7 @@ PATHS = ("/v1/chat/completions", "/v1/chat/completions", "/v1/completions", "/v1
 
 
 def random_request(dice: random.Random) -> tuple[str, bytes]:
-    """Mostly a sound request with a few fields made strange; now and then bytes that are no request."""
+    """Mostly a valid request with a few fields mutated; sometimes bytes that are not a request."""
     path = dice.choice(PATHS)
     sound: dict[str, Any] = chat()
     if path == "/v1/completions":
@@ -170,7 +170,7 @@ def random_request(dice: random.Random) -> tuple[str, bytes]:
     return path, raw
 
 
-def test_random_requests_are_answered_or_told_why(agent: Agent) -> None:
+def test_random_requests_are_answered_or_rejected_with_a_reason(agent: Agent) -> None:
     dice = random.Random(FUZZ)
     work = [random_request(dice) for _ in range(FUZZ)]
     strange: list[str] = []

@@ -1,4 +1,4 @@
-"""Nothing private leaves: marker strings go in everywhere a client can put them, and come out nowhere."""
+"""No private data leaks: marker strings go in everywhere a client can put them and appear nowhere."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.rack.harness import model, rack, until
 
 
 def marked() -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """Markers, and requests (door's model, body) that carry each of them somewhere."""
+    """Markers, and requests (gateway's model, body) that carry each of them somewhere."""
     fresh = (f"MARKER{secrets.token_hex(8)}" for _ in itertools.count())
     markers: list[str] = []
 
@@ -81,7 +81,7 @@ def marked() -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
     return markers, requests
 
 
-def test_no_marker_is_found_anywhere(tmp_path: Path, seaweed: SeaweedFS, tiny_model: Path) -> None:
+def test_no_marker_leaks(tmp_path: Path, seaweed: SeaweedFS, tiny_model: Path) -> None:
     real = {"name": "m", "path": str(tiny_model), "need_bytes": 10}
     bucket = seaweed.store("privacy")
     bucket.create_bucket()
@@ -155,7 +155,7 @@ def _run_reports(folder: Path, store: str) -> None:
 
 
 def _everything(folder: Path, bucket: Any) -> list[tuple[str, bytes]]:
-    """Every object in the bucket (unpacked too) and every file that any program wrote."""
+    """Every object in the bucket (also unpacked) and every file that any program wrote."""
     found = []
     for listed in list_all(bucket, ""):
         body = bucket.get(listed.key).body

@@ -1,4 +1,4 @@
-"""Where real agents send real requests: by speed, and to who knows the conversation."""
+"""Routing between real agents: by speed, and to the node whose prompt cache holds the conversation."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ WARM_S = 3.5
 
 
 @pytest.mark.timeout(90)
-def test_work_is_split_by_speed(tmp_path: Path) -> None:
+def test_requests_are_split_by_node_speed(tmp_path: Path) -> None:
     speeds = (1, 2, 4)
     workers = [[model(rows=4, fake_step_s=0.04 / speed)] for speed in speeds]
     with rack(tmp_path, [], *workers) as (door, *_):
@@ -44,7 +44,7 @@ def test_work_is_split_by_speed(tmp_path: Path) -> None:
 
 
 class Talk:
-    """A conversation that goes on at any door; what could have been found in a prompt cache is what was said before."""
+    """A conversation with each turn at any gateway; the possible prompt cache hit is its history."""
 
     def __init__(self, number: int, dice: random.Random) -> None:
         self.dice = dice
@@ -54,7 +54,7 @@ class Talk:
         self.possible_tok = self.cached_tok = self.turns = 0
 
     def turn(self, door: Agent) -> None:
-        """One question and its answer."""
+        """One turn."""
         self.messages.append({"role": "user", "content": f"question {self.number} {self.turns} " * 25})
         body: dict[str, Any] = {"model": "m", "messages": self.messages, "max_tokens": 30, "temperature": 0}
         answer = door.request("POST", "/v1/chat/completions", json.dumps(body).encode())
@@ -68,7 +68,7 @@ class Talk:
 
 
 @pytest.mark.timeout(90)
-def test_conversations_find_their_prompt_cache_from_any_door(tmp_path: Path) -> None:
+def test_conversations_hit_their_prompt_cache_from_any_gateway(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.005, fake_prefill_tps=3000, fake_cache_tok=60_000)
     with rack(tmp_path, *([worker] for _ in range(4))) as agents:
         dice = random.Random(4)
@@ -92,7 +92,7 @@ def test_conversations_find_their_prompt_cache_from_any_door(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(60)
-def test_one_hot_prompt_does_not_heat_one_node(tmp_path: Path) -> None:
+def test_one_hot_prompt_does_not_overload_one_node(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.01, fake_prefill_tps=3000, fake_cache_tok=60_000)
     with rack(tmp_path, [], *([worker] for _ in range(4))) as (door, *workers):
         system = "You are everybody's assistant. " * 100
@@ -104,7 +104,7 @@ def test_one_hot_prompt_does_not_heat_one_node(tmp_path: Path) -> None:
         assert max(served) / (sum(served) / len(served)) < 1.5
 
 
-def test_a_node_that_stops_in_order_gets_nothing_new_and_finishes(tmp_path: Path) -> None:
+def test_a_draining_node_gets_no_new_requests_and_finishes(tmp_path: Path) -> None:
     with rack(tmp_path, [], [model(fake_step_s=0.02)], [model(fake_step_s=0.02)]) as (door, first, _):
         heard: list[Any] = []
         thread = threading.Thread(

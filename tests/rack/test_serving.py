@@ -1,4 +1,4 @@
-"""Real agents, real sockets: what clients and operators see."""
+"""Real agents and sockets: what clients and operators observe."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def ask(one: Client, content: str = "hello", **more: Any) -> Any:
     return one.chat.completions.create(model="m", messages=[{"role": "user", "content": content}], **more)
 
 
-def test_the_official_client_works_whole_and_streamed(tmp_path: Path) -> None:
+def test_the_official_client_works_with_and_without_streaming(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,), client(agent) as one:
         whole = ask(one, max_tokens=6, temperature=0)
         assert whole.usage.completion_tokens == 6
@@ -108,7 +108,7 @@ def test_one_failed_choice_fails_the_request_once(tmp_path: Path) -> None:
         until(lambda: agent.status()["in_flight"] == 0, "everything is given up")
 
 
-def test_headers_say_who_answered(tmp_path: Path) -> None:
+def test_headers_name_the_worker(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         answer = agent.chat()
         assert answer.headers["X-Mlxrack-Node"] == "n1"
@@ -146,7 +146,7 @@ def test_bad_requests_get_a_clear_error(tmp_path: Path, path: str, body: bytes, 
         assert agent.chat().status == 200, "and the next request is served"
 
 
-def test_keys_are_asked_for_where_there_are_any(tmp_path: Path) -> None:
+def test_api_keys_are_required_when_configured(tmp_path: Path) -> None:
     extra = f'[[keys]]\nid = "shop"\nsha256 = "{hash_key("right")}"\n'
     with rack(tmp_path, [model()], extra=extra) as (agent,):
         assert agent.chat().status == 401
@@ -170,7 +170,7 @@ def test_admin_and_peer_calls_need_their_secrets(tmp_path: Path) -> None:
         assert (agent.state / "admin.token").stat().st_mode & 0o777 == 0o600
 
 
-def test_any_node_is_the_door(tmp_path: Path) -> None:
+def test_any_node_is_a_gateway(tmp_path: Path) -> None:
     with rack(tmp_path, [model()], [model("k")], []) as agents:
         for agent in agents:
             assert [agent.chat(model=name).headers["X-Mlxrack-Node"] for name in ("m", "k")] == ["n1", "n2"]
@@ -181,19 +181,19 @@ def test_any_node_is_the_door(tmp_path: Path) -> None:
         assert agents[2].chat(model="x").status == 404
 
 
-def test_a_request_waits_for_a_model_that_a_peer_is_loading(tmp_path: Path) -> None:
+def test_a_request_waits_for_a_model_a_peer_is_loading(tmp_path: Path) -> None:
     slow = model("slow", preload=False, fake_load_s=2.0)
     with rack(tmp_path, [], [model(), slow]) as (door, worker):
         loading = threading.Thread(target=lambda: worker.admin("POST", "load", model="slow"))
         loading.start()
         until(lambda: worker.status()["models"][1]["state"] == "starting", "it is being loaded")
-        time.sleep(1.2)  # a beat tells the door
+        time.sleep(1.2)  # a heartbeat informs the gateway
         answer = door.chat(model="slow")
         loading.join()
         assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n2")
 
 
-def test_a_dead_peer_costs_no_request_and_comes_back(tmp_path: Path) -> None:
+def test_a_lost_peer_costs_no_request_and_recovers(tmp_path: Path) -> None:
     with rack(tmp_path, [model(fake_step_s=0.01)], [model(fake_step_s=0.01)]) as (door, victim):
         answers: list[Answer] = []
         over = threading.Event()
@@ -222,7 +222,7 @@ def test_a_dead_peer_costs_no_request_and_comes_back(tmp_path: Path) -> None:
         assert retried >= 1, "requests that were on it were tried again"
 
 
-def test_a_stream_whose_worker_dies_ends_with_an_error_event(tmp_path: Path) -> None:
+def test_a_stream_whose_worker_is_lost_ends_with_an_error_event(tmp_path: Path) -> None:
     with rack(tmp_path, [], [model(fake_step_s=0.05)]) as (door, worker):
         result: list[Answer] = []
         thread = threading.Thread(target=lambda: result.append(door.chat(stream=True, max_tokens=400)))
@@ -236,7 +236,7 @@ def test_a_stream_whose_worker_dies_ends_with_an_error_event(tmp_path: Path) -> 
         assert last["error"]["code"] == "worker_lost"
 
 
-def test_a_killed_loader_is_restarted_and_status_says_so(tmp_path: Path) -> None:
+def test_a_killed_loader_is_restarted_and_shown_in_status(tmp_path: Path) -> None:
     with rack(tmp_path, [model(), model("k")]) as (agent,):
         until(lambda: all(one["pid"] for one in agent.status()["models"]), "both loaders run")
         first = agent.status()["models"][0]
@@ -322,7 +322,7 @@ def test_beyond_loopback_needs_keys(tmp_path: Path) -> None:
         assert "there is no [[keys]] entry" in agent.output()
 
 
-def test_a_model_that_is_not_there_fails_alone(tmp_path: Path) -> None:
+def test_a_missing_model_fails_alone(tmp_path: Path) -> None:
     missing = {"name": "gone", "path": str(tmp_path / "no folder"), "need_bytes": 10}
     with rack(tmp_path, [model(), missing]) as (agent,):
         until(lambda: agent.status()["models"][1]["state"] == "failed", "it has failed")
@@ -345,7 +345,7 @@ def test_corrupt_weights_fail_with_the_reason(tmp_path: Path, tiny_model: Path) 
         assert agent.chat().status == 200
 
 
-def test_a_store_that_refuses_the_credentials_is_a_state_and_loses_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
+def test_refused_store_credentials_are_a_state_and_lose_nothing(tmp_path: Path, seaweed: SeaweedFS) -> None:
     with rack(tmp_path, [model()], start=False) as (agent,):
         write_config(agent, [], [model()])
         key = tmp_path / "key"
@@ -365,7 +365,7 @@ def test_a_store_that_refuses_the_credentials_is_a_state_and_loses_nothing(tmp_p
         assert push["dropped_batches"] == 0
 
 
-def test_a_full_queue_turns_away_with_a_hint(tmp_path: Path) -> None:
+def test_a_full_queue_rejects_with_retry_after(tmp_path: Path) -> None:
     extra = "[limits]\nin_flight_per_model = 2\n"
     with rack(tmp_path, [model(fake_step_s=0.05)], extra=extra) as (agent,):
         threads = [threading.Thread(target=lambda: agent.chat(max_tokens=60)) for _ in range(2)]
@@ -382,7 +382,7 @@ def test_a_full_queue_turns_away_with_a_hint(tmp_path: Path) -> None:
         assert (agent.chat().status, agent.get("/ready").status) == (200, 200)
 
 
-def test_one_key_cannot_take_every_place(tmp_path: Path) -> None:
+def test_one_api_key_cannot_take_every_slot(tmp_path: Path) -> None:
     extra = "[limits]\nin_flight_per_key = 2\n" + "".join(
         f'[[keys]]\nid = "{name}"\nsha256 = "{hash_key(name)}"\n' for name in ("greedy", "modest")
     )
@@ -406,7 +406,7 @@ def test_one_key_cannot_take_every_place(tmp_path: Path) -> None:
         assert served.status == 200
 
 
-def test_a_loader_without_progress_is_seen_and_ended_and_its_requests_are_answered(tmp_path: Path) -> None:
+def test_the_watchdog_ends_a_stuck_loader_and_its_requests_are_answered(tmp_path: Path) -> None:
     extra = "[limits]\nprogress_s = 0.5\nstuck_s = 2.0\n"
     with rack(tmp_path, [model(fake_step_s=0.02)], extra=extra) as (agent,):
         assert agent.get("/live").status == 200
@@ -424,7 +424,7 @@ def test_a_loader_without_progress_is_seen_and_ended_and_its_requests_are_answer
         assert agent.get("/live").status == 200
 
 
-def test_who_waits_in_line_for_long_is_not_taken_for_lost(tmp_path: Path) -> None:
+def test_a_long_queued_request_is_not_taken_for_stalled(tmp_path: Path) -> None:
     extra = "[limits]\nfirst_token_s = 2.0\ntoken_gap_s = 2.0\n"
     with rack(tmp_path, [model(fake_step_s=0.1, rows=1)], [], extra=extra) as (agent, door):
         answers: list[Answer] = []
@@ -448,7 +448,7 @@ def test_engine_counts_are_fresh_when_scraped(tmp_path: Path) -> None:
         assert 'mlxrack_engine_decode_tokens_total{model="m"} 12.0' in agent.get("/metrics").body.decode()
 
 
-def test_a_client_that_leaves_frees_the_engine(tmp_path: Path) -> None:
+def test_a_client_disconnect_frees_the_engine(tmp_path: Path) -> None:
     with rack(tmp_path, [model(fake_step_s=0.02)], [model("k", fake_step_s=0.02)]) as (agent, peer):
         for name, stream in (("m", True), ("m", False), ("k", True), ("k", False)):
             body = json.dumps(
@@ -516,7 +516,7 @@ def test_the_daemon_never_imports_mlx(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def reported(folder: Path) -> list[Served]:
-    """Every line of the doors' accounts in the bucket."""
+    """Every ``Served`` record of the gateways in the bucket."""
     segments = (folder / "bucket").glob("raw/**/*.mpz")
     batches = {b.id: b for path in segments for b in unseal(path.read_bytes())}
     return [r for b in batches.values() for r in b.records if isinstance(r, Served)]

@@ -1,4 +1,4 @@
-"""A rack that works for long: on a machine without a free moment, and with clients that come and go."""
+"""Long runs of a rack: on a saturated machine, and with clients that connect and disconnect."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ import pytest
 
 from tests.rack.harness import Agent, model, rack, until
 from tests.rack.load import Ask, Load, quantile
-from tests.rack.test_leavers import leave
+from tests.rack.test_disconnects import leave
 
 SOAK_S = float(os.environ.get("MLXRACK_SOAK_S", "8"))
 STALL_S = 0.2
@@ -28,13 +28,13 @@ def burn(until_s: float) -> None:
 
 
 def lines(agent: Agent, event: str) -> list[dict[str, Any]]:
-    """Log lines of a kind."""
+    """Log lines of one event."""
     text = (agent.state / "logs" / "agent.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines() if f'"{event}"' in line]
 
 
 @pytest.mark.timeout(SOAK_S + 120)
-def test_a_busy_machine_and_stalls_are_no_deaths(tmp_path: Path) -> None:
+def test_a_busy_machine_and_stalls_mark_no_node_down(tmp_path: Path) -> None:
     worker = model(fake_step_s=0.01)
     with rack(tmp_path, *([worker] for _ in range(4))) as agents:
         until_s = time.monotonic() + SOAK_S
@@ -75,7 +75,7 @@ def held(agent: Agent) -> tuple[int, int, int]:
 
 
 @pytest.mark.timeout(SOAK_S + 120)
-def test_clients_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
+def test_connecting_and_disconnecting_clients_leak_nothing(tmp_path: Path) -> None:
     worker = model(rows=8, fake_step_s=0.01, fake_prefill_tps=2000)
     with rack(tmp_path, [], [worker], [worker]) as agents:
         door = agents[0]
@@ -106,7 +106,7 @@ def test_clients_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
             before = early[node]
             grew = (rss - before[0]) / 1e6
             print(f"{node}: memory {grew:+.1f} MB, descriptors {before[1]} -> {files}, tasks {before[2]} -> {tasks}")
-            # what is kept of the last requests is bounded and fills up in the first minutes
+            # the history of recent requests is bounded and fills in the first minutes
             assert grew < (10.0 if SOAK_S > 60 else 20.0)
             assert files <= before[1] + 2
             assert tasks <= before[2] + 2

@@ -32,7 +32,7 @@ LIMITS = "[limits]\nin_flight_per_key = 64\n[memory]\nmin_residency_s = 0\n"
 
 
 class Streams:
-    """Clients that stream one answer after another, and check each: whole, of one version, with that version's text."""
+    """Clients that stream one answer after another and check each: complete, of one version, with its text."""
 
     def __init__(self, agent: Agent, count: int, *, tokens: int = 40, prompts: int = 3) -> None:
         self._agent, self._tokens, self._prompts = agent, tokens, prompts
@@ -111,11 +111,11 @@ def children(agent: Agent) -> set[int]:
 
 
 def pair(**more: Any) -> list[dict[str, Any]]:
-    """Two models that can take each other's place."""
+    """Two models that can be swapped for each other."""
     return [model(fake_step_s=0.005, rows=32, **more), model("b", fake_step_s=0.005, rows=32, preload=False, **more)]
 
 
-def test_swaps_under_streams_lose_nothing_and_mix_nothing(tmp_path: Path) -> None:
+def test_swaps_under_streams_neither_lose_nor_mix_answers(tmp_path: Path) -> None:
     with rack(tmp_path, pair(), extra=LIMITS) as (agent,):
         with Streams(agent, 30) as streams:
             outcomes = [order(agent, "swap", model="m", new=new).json for new in ("b", "m") * (SWAPS // 2)]
@@ -180,7 +180,7 @@ def phase_is(agent: Agent, phase: str) -> bool:
 
 
 @pytest.mark.parametrize("phase", ["starting", "warming"])
-def test_a_standby_killed_on_the_way_leaves_the_old_model_serving(tmp_path: Path, phase: str) -> None:
+def test_a_standby_killed_during_a_swap_leaves_the_old_version_serving(tmp_path: Path, phase: str) -> None:
     models = [model(fake_step_s=0.005), model("b", fake_step_s=0.03, fake_load_s=1.0, preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,), Streams(agent, 8) as streams:
         version, old = shown(agent, "m")["version"], children(agent)
@@ -197,8 +197,8 @@ def test_a_standby_killed_on_the_way_leaves_the_old_model_serving(tmp_path: Path
     assert set(streams.versions) == {version}
 
 
-def test_an_old_loader_killed_while_it_drains_comes_back_for_its_streams(tmp_path: Path) -> None:
-    """Their answers are gone on with by the version that began them, token for token."""
+def test_a_loader_killed_while_draining_has_its_streams_continued(tmp_path: Path) -> None:
+    """Their answers are continued by the version that began them, token for token."""
     models = [model(fake_step_s=0.03), model("b", fake_step_s=0.005, preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,):
         before = agent.chat("long", max_tokens=120, temperature=0).json["choices"][0]["message"]["content"]
@@ -225,7 +225,7 @@ def test_an_old_loader_killed_while_it_drains_comes_back_for_its_streams(tmp_pat
         assert len(children(agent)) == 1
 
 
-def test_loaders_killed_at_any_moment_of_a_swap_fail_nobody(tmp_path: Path) -> None:
+def test_loaders_killed_at_any_time_of_a_swap_fail_no_request(tmp_path: Path) -> None:
     dice = random.Random(4)
     with rack(tmp_path, pair(fake_load_s=0.2), extra=LIMITS) as (agent,):
         names = ["m", "b"]
@@ -238,7 +238,7 @@ def test_loaders_killed_at_any_moment_of_a_swap_fail_nobody(tmp_path: Path) -> N
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(dice.choice(alive), signal.SIGKILL)
                 body = found[0].json
-                if "error" in body:  # killed before the swap had begun: refused, and nothing changed
+                if "error" in body:  # killed before the swap had begun: rejected, and nothing changed
                     assert body["error"]["code"] == "conflict", body
                     until(lambda: shown(agent, "m")["state"] == "ready", "a loader serves")
                     continue
@@ -262,9 +262,7 @@ GARBAGE = '{"probes": [{"prompt": "Say hello.", "answer": "Hello! How can I help
         ({"probes": "garbage"}, "probe 1 of 1: the answer differs from the recorded one"),
     ],
 )
-def test_a_standby_that_is_slow_or_answers_wrongly_does_not_take_over(
-    tmp_path: Path, standby: dict[str, Any], why: str
-) -> None:
+def test_a_slow_or_wrong_standby_does_not_take_over(tmp_path: Path, standby: dict[str, Any], why: str) -> None:
     if "probes" in standby:
         (tmp_path / "probes.json").write_text(GARBAGE)
         standby = {"probes": str(tmp_path / "probes.json")}
@@ -306,12 +304,12 @@ def noise(folder: Path) -> None:
         (nan_weights, "NaN or infinity"),
         (noise, "NaN or infinity|differs from the recorded one"),
     ],
-    ids=["truncated", "zeroed", "no config", "not numbers", "noise"],
+    ids=["truncated", "zeroed", "no config", "nan", "noise"],
 )
 def test_damaged_weights_never_take_over(
     tmp_path: Path, tiny_model: Path, damage: Callable[[Path], object], why: str
 ) -> None:
-    """What the files' shape shows is refused before anything starts; what only an answer shows, by the probes."""
+    """Damage visible in the files is rejected before anything starts; damage visible only in answers, by the probes."""
     good, bad = tmp_path / "good", tmp_path / "bad"
     shutil.copytree(tiny_model, good)
     shutil.copytree(tiny_model, bad)
@@ -348,7 +346,7 @@ def test_loads_and_unloads_leak_nothing(tmp_path: Path) -> None:
         files: set[Path] = set()
         before = (0, 0, 0)
         for cycle in range(CYCLES + 3):
-            if cycle == 3:  # pools of threads and caches of modules are filled by then
+            if cycle == 3:  # thread pools and module caches are filled by then
                 until(lambda: len(children(agent)) == 1, "only the other model is left")
                 before, files = resources(agent), set(agent.state.rglob("*"))
             assert order(agent, "load", model="b").status == 200
@@ -368,7 +366,7 @@ def test_loads_and_unloads_leak_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_real_model_gives_its_memory_back(tmp_path: Path) -> None:
+def test_unloading_a_real_model_frees_its_memory(tmp_path: Path) -> None:
     if not (default_folder() / MAIN).is_dir():
         pytest.skip("`make model` fetches the model")
     real = [{"name": "m", "path": str(default_folder() / MAIN), "preload": False}]
@@ -397,7 +395,7 @@ BAD: list[tuple[str, dict[str, str], int, str]] = [
 ]
 
 
-def test_orders_that_make_no_sense_change_nothing(tmp_path: Path) -> None:
+def test_invalid_orders_change_nothing(tmp_path: Path) -> None:
     models = [model(), model("b", preload=False), {"name": "gone", "path": "store:elsewhere", "preload": False}]
     with rack(tmp_path, models, extra=LIMITS) as (agent,):
         before = [(m["model"], m["version"], m["pid"]) for m in agent.status()["models"]]
@@ -410,7 +408,7 @@ def test_orders_that_make_no_sense_change_nothing(tmp_path: Path) -> None:
         assert before == [(m["model"], m["version"], m["pid"]) for m in agent.status()["models"]]
 
 
-def test_a_second_swap_of_a_model_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_swap_of_a_model_is_rejected_during_the_first(tmp_path: Path) -> None:
     models = [model(), model("b", fake_load_s=1.0, preload=False), model("c", preload=False)]
     with rack(tmp_path, models, extra=LIMITS) as (agent,), swapping(agent) as found:
         until(lambda: phase_is(agent, "starting"), "the first swap starts")
@@ -419,8 +417,8 @@ def test_a_second_swap_of_a_model_is_refused_while_the_first_goes_on(tmp_path: P
     assert found[0].json["outcome"] == "flipped"
 
 
-def test_when_memory_is_short_new_requests_are_told_to_come_again_and_running_ones_end(tmp_path: Path) -> None:
-    """The loader says that it holds more than all models may: pieces get small, caches go, then the door closes."""
+def test_under_memory_pressure_new_requests_get_retry_after_and_running_ones_finish(tmp_path: Path) -> None:
+    """The loader reports more than the budget: chunks shrink, caches are dropped, then requests are rejected."""
     extra = LIMITS + "budget_bytes = 1000\n"
     heavy = model(fake_step_s=0.05, fake_held_bytes=5_000)
     with rack(tmp_path, [heavy], extra=extra) as (agent,):

@@ -1,4 +1,4 @@
-"""Batches and segments: what goes in comes out, and nothing else comes out."""
+"""Batches and segments round-trip, and nothing else is accepted."""
 
 import msgpack
 import msgspec
@@ -14,7 +14,7 @@ from shared.records import RECORD_TYPES, PeerDown, prompt_bucket
 from tests.builders import batch, engine, host, resident, served
 
 
-def test_a_batch_comes_back() -> None:
+def test_a_batch_round_trips() -> None:
     one = batch([served(), engine(), resident(), host(), PeerDown(t_ms=1, peer="n2", last_seen_ms=0)])
     assert one == decode(encode(one))
     assert [one, one] == unseal(seal([one, one]))
@@ -31,7 +31,7 @@ def test_an_unknown_kind_of_record_is_counted_and_left_out() -> None:
     assert (len(read.records), read.unknown_records) == (2, 1)
 
 
-def test_the_others_keep_their_places() -> None:
+def test_known_records_keep_their_positions() -> None:
     tree = msgspec.to_builtins(batch([served()]))
     tree["records"] = [{"kind": "from_the_future"}, *tree["records"]]
     (fact,) = facts_of(decode(msgpack.packb(tree)))
@@ -39,7 +39,7 @@ def test_the_others_keep_their_places() -> None:
 
 
 @pytest.mark.parametrize("kind", [[1], {"a": 1}, None, 5])
-def test_a_kind_that_is_no_word_is_refused(kind: object) -> None:
+def test_a_non_string_kind_is_rejected(kind: object) -> None:
     tree = {**msgspec.to_builtins(batch()), "records": [{"kind": kind}]}
     with pytest.raises(Refused):
         decode(msgpack.packb(tree))
@@ -51,7 +51,7 @@ def test_new_fields_of_a_newer_agent_are_ignored() -> None:
 
 
 def test_a_batch_of_the_first_schema_still_decodes() -> None:
-    """Written out by hand: what agents of 0.1 send must be read for ever."""
+    """Written out by hand: batches of 0.1 agents must stay readable."""
     first_sketch = {"count": 1, "sum": 8, "min": 8, "max": 8, "idx": [95], "cnt": [1]}
     tree = {
         "v": 1,
@@ -84,7 +84,7 @@ def test_a_batch_of_the_first_schema_still_decodes() -> None:
         (msgpack.packb({**msgspec.to_builtins(batch()), "seq": "x"}), "Expected `int`"),
     ],
 )
-def test_anything_else_is_refused(raw: bytes, why: str) -> None:
+def test_invalid_batches_are_rejected(raw: bytes, why: str) -> None:
     with pytest.raises(Refused, match=why):
         decode(raw)
 
@@ -94,7 +94,7 @@ def test_anything_else_is_refused(raw: bytes, why: str) -> None:
     [b"", b"hello", seal([batch()])[:-4], zstandard.compress(b""), zstandard.compress(b"\x00" * (65 << 20))],
     ids=["empty", "text", "truncated", "no batch", "bomb"],
 )
-def test_a_bad_segment_is_refused(segment: bytes) -> None:
+def test_a_bad_segment_is_rejected(segment: bytes) -> None:
     with pytest.raises(Refused):
         unseal(segment)
 
@@ -113,8 +113,8 @@ def test_a_bad_segment_is_refused(segment: bytes) -> None:
         ({"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "a count out of range"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(change: dict[str, object], why: str) -> None:
-    """They would get past the types and stop every later run at a table that cannot hold them."""
+def test_impossible_numbers_are_rejected(change: dict[str, object], why: str) -> None:
+    """They would pass type checks and fail every later run at a table that cannot hold them."""
     tree = msgspec.to_builtins(batch([served()]))
     tree["records"] = [{**tree["records"][0], **change}]
     with pytest.raises(Refused, match=why):
@@ -122,7 +122,7 @@ def test_numbers_that_cannot_be_are_refused(change: dict[str, object], why: str)
 
 
 @given(st.binary(max_size=400))
-def test_no_bytes_get_past_the_reader(raw: bytes) -> None:
+def test_arbitrary_bytes_are_rejected_cleanly(raw: bytes) -> None:
     for read in (decode, unseal):
         with pytest.raises(Refused):
             read(raw)
@@ -139,6 +139,6 @@ def test_prompt_buckets(tokens: int, bucket: int) -> None:
     assert bucket == prompt_bucket(tokens)
 
 
-def test_batch_id_is_what_duplicates_share() -> None:
+def test_duplicates_share_their_batch_id() -> None:
     assert batch(minute=3).id == batch([served()], minute=3).id
     assert isinstance(batch(), Batch)

@@ -44,7 +44,7 @@ def test_every_problem_is_in_one_message() -> None:
         assert expected in found
 
 
-def test_what_types_cannot_say_is_checked_too() -> None:
+def test_cross_field_rules_are_checked() -> None:
     text = GOOD.replace('path = "/tmp/x"', "") + (
         '[listen]\nhost = "0.0.0.0"\n[peers]\nsecret = "hunter2"\n'
         '[[peers.nodes]]\nid = "n1"\nurl = "ftp://x"\n[[models]]\nname = "m"\n[[models]]\nname = "m"\npath = "p"\n'
@@ -76,7 +76,7 @@ def test_s3_secrets_must_be_references() -> None:
 @pytest.mark.parametrize(
     ("content", "why"), [(b"a = [", "is not TOML"), (b"\xff\xfe", "cannot be read"), (None, "no such file")]
 )
-def test_an_unreadable_file_says_why(tmp_path: Path, content: bytes | None, why: str) -> None:
+def test_an_unreadable_file_is_reported_with_its_reason(tmp_path: Path, content: bytes | None, why: str) -> None:
     path = tmp_path / "agent.toml"
     if content is not None:
         path.write_bytes(content)
@@ -84,7 +84,7 @@ def test_an_unreadable_file_says_why(tmp_path: Path, content: bytes | None, why:
         config.load(path, AgentConfig, agent_config.check)
 
 
-def test_the_aggregators_configuration_is_checked_alike() -> None:
+def test_the_aggregator_configuration_is_checked_too() -> None:
     text = (
         'rack = "r"\ntimezone = "Mars/Base"\n[store]\nkind = "directory"\npath = "p"\n[discord]\nalerts = "https://x"\n'
         '[[nodes]]\nid = "a"\n[[nodes]]\nid = "a"\nprice = -1\n'

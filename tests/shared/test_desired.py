@@ -1,4 +1,4 @@
-"""The desired state as it is written and read."""
+"""Writing and reading the desired state."""
 
 import json
 from typing import Any
@@ -13,12 +13,12 @@ from shared.errors import Refused
 ONE: dict[str, Any] = {"model": "m", "source": "s", "version": "v1"}
 
 
-def test_what_was_written_is_read() -> None:
+def test_the_desired_state_round_trips() -> None:
     made = DesiredState(generation=3, note="why", nodes={"n1": (Assignment(**ONE, pinned=True, rows=4),), "n2": ()})
     assert parse(encode(made)) == made
 
 
-def test_fields_of_a_newer_aggregator_are_passed_over() -> None:
+def test_fields_of_a_newer_aggregator_are_ignored() -> None:
     raw = json.dumps({"generation": 1, "later": 5, "nodes": {"n1": [{**ONE, "later": 6}]}}).encode()
     assert parse(raw).nodes["n1"][0].model == "m"
 
@@ -41,12 +41,12 @@ def test_fields_of_a_newer_aggregator_are_passed_over() -> None:
         ({"generation": 1, "peers": [{"id": "a", "url": "http://x"}, {"id": "b", "url": "http://x/"}]}, "the url"),
     ],
 )
-def test_a_state_that_cannot_be_is_refused(tree: object, why: str) -> None:
+def test_an_invalid_state_is_rejected(tree: object, why: str) -> None:
     with pytest.raises(Refused, match=why):
         parse(json.dumps(tree).encode())
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_get_past_the_reader(raw: bytes) -> None:
+def test_arbitrary_bytes_are_rejected_cleanly(raw: bytes) -> None:
     with pytest.raises(Refused):
         parse(b"\x00" + raw)

@@ -1,4 +1,4 @@
-"""Keys both ways: one name for one place, and the order in which they were written."""
+"""Object keys: round trip, uniqueness and write order."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 
 
 @given(names, st.integers(0, 9999), st.integers(0, 10**8 - 1), numbers, numbers)
-def test_a_key_comes_back(node: str, incarnation: int, epoch: int, first: int, more: int) -> None:
+def test_a_key_round_trips(node: str, incarnation: int, epoch: int, first: int, more: int) -> None:
     raw = keys.RawKey(NodeId(node), incarnation, epoch, first, first + more)
     assert raw == keys.parse_batch_key(keys.batch_key(raw))
 
@@ -22,7 +22,7 @@ def test_a_key_comes_back(node: str, incarnation: int, epoch: int, first: int, m
     st.tuples(st.integers(0, 9999), numbers.filter(lambda n: n < 10**8), numbers),
     st.tuples(st.integers(0, 9999), numbers.filter(lambda n: n < 10**8), numbers),
 )
-def test_keys_sort_as_they_were_written(a: tuple[int, int, int], b: tuple[int, int, int]) -> None:
+def test_keys_sort_in_write_order(a: tuple[int, int, int], b: tuple[int, int, int]) -> None:
     def key(t: tuple[int, int, int]) -> str:
         return keys.batch_key(keys.RawKey(NodeId("n"), t[0], t[1], t[2], t[2]))
 
@@ -40,12 +40,12 @@ def test_keys_sort_as_they_were_written(a: tuple[int, int, int], b: tuple[int, i
         "",
     ],
 )
-def test_a_foreign_key_is_refused(key: str) -> None:
+def test_a_foreign_key_is_rejected(key: str) -> None:
     with pytest.raises(Refused):
         keys.parse_batch_key(key)
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "a b", "ä", "x" * 64])
-def test_a_name_that_cannot_stand_in_a_key_is_refused(name: str) -> None:
+def test_a_name_invalid_in_a_key_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="use 1 to 63"):
         keys.check_name(name, "node id")

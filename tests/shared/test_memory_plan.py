@@ -31,7 +31,7 @@ def shape(**more: Any) -> ModelShape:
 
 
 def per_token(one: ModelShape) -> int:
-    """Without what does not grow with the row."""
+    """Without parts that do not grow with the row."""
     return (kv_bytes(one, rows=1, row_tok=2560, chunk_tok=0) - one.state_bytes) // 2560
 
 
@@ -51,7 +51,7 @@ def per_token(one: ModelShape) -> int:
             },
             46_080,
         ),
-        # every head has keys and values of its own
+        # every head has its own keys and values
         ({"num_key_value_heads": None}, 512 << 10),
         ({"head_dim": 64}, 64 << 10),
         # DeepSeek-V3: 512 + 64 numbers a layer, whatever the heads
@@ -74,7 +74,7 @@ def per_token(one: ModelShape) -> int:
         ({"model_type": "mamba"}, 0),
         ({"model_type": "bert"}, 0),
         ({"full_attention_interval": 4}, 32 << 10),
-        # families that say otherwise which layers attend, or keep keys and values otherwise
+        # families with another way to tell which layers attend, or another KV layout
         ({"model_type": "granitemoehybrid", "layer_types": ["mamba"] * 28 + ["attention"] * 4}, 16 << 10),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*" * 8}, 32 << 10),
         ({"model_type": "jamba", "attn_layer_period": 8, "attn_layer_offset": 4}, 16 << 10),
@@ -113,7 +113,7 @@ def per_token(one: ModelShape) -> int:
         ({"text_config": {"num_hidden_layers": 16}}, 64 << 10),
     ],
 )
-def test_key_and_value_bytes_of_a_token(config: dict[str, Any], expected: int) -> None:
+def test_kv_bytes_per_token(config: dict[str, Any], expected: int) -> None:
     assert expected == per_token(shape(**config))
 
 
@@ -132,12 +132,12 @@ def test_key_and_value_bytes_of_a_token(config: dict[str, Any], expected: int) -
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG", "sliding_window": 4096}, (8, 24, 4096)),
     ],
 )
-def test_which_layers_look_at_a_window(config: dict[str, Any], expected: tuple[int, int, int]) -> None:
+def test_layers_with_sliding_attention(config: dict[str, Any], expected: tuple[int, int, int]) -> None:
     one = shape(**config)
     assert expected == (one.full, one.sliding, one.window_tok)
 
 
-def test_a_window_is_all_that_a_sliding_layer_keeps() -> None:
+def test_a_sliding_layer_keeps_only_its_window() -> None:
     one = shape(layer_types=["sliding_attention"] * 32, sliding_window=512)
     long = kv_bytes(one, rows=2, row_tok=100_000, chunk_tok=256)
     assert long == 2 * (512 + 256) * (128 << 10)
@@ -150,7 +150,7 @@ def test_memory_grows_in_steps() -> None:
     assert kv_bytes(one, rows=3, row_tok=257, chunk_tok=1) == 3 * 512 * (128 << 10)
 
 
-def test_quantised_keys_and_values_as_mlx_lm_holds_them() -> None:
+def test_quantised_kv_caches_match_mlx_lm() -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import QuantizedKVCache
 
@@ -162,7 +162,7 @@ def test_quantised_keys_and_values_as_mlx_lm_holds_them() -> None:
         assert cache.nbytes == kv_bytes(one, rows=1, row_tok=300, chunk_tok=300, kv_bits=bits)
 
 
-def test_plain_and_rotating_caches_as_mlx_lm_holds_them() -> None:
+def test_plain_and_rotating_caches_match_mlx_lm() -> None:
     import mlx.core as mx
     from mlx_lm.models import cache as mlx_cache
 
@@ -197,14 +197,14 @@ def test_plain_and_rotating_caches_as_mlx_lm_holds_them() -> None:
         ({}, 0),
     ],
 )
-def test_what_recurrent_layers_keep_of_a_row(config: dict[str, Any], expected: int) -> None:
+def test_recurrent_layer_state_per_row(config: dict[str, Any], expected: int) -> None:
     one = shape(**config)
     assert one.state_bytes == expected
     many = kv_bytes(one, rows=3, row_tok=256, chunk_tok=0) - 3 * (kv_bytes(one, rows=1, row_tok=256, chunk_tok=0))
     assert many == 0
 
 
-def test_shapes_that_leave_out_what_mlx_lm_assumes() -> None:
+def test_shapes_with_omitted_defaults_of_mlx_lm() -> None:
     gemma = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560}}
     one = parse_shape(json.dumps({**gemma, "num_hidden_layers": 34, "vocab_size": 262208}).encode())
     assert (one.heads, one.sliding_token_bytes, one.window_tok) == (8, 2 * 4 * 256 * 2, 512)
@@ -213,7 +213,7 @@ def test_shapes_that_leave_out_what_mlx_lm_assumes() -> None:
     assert shape(intermediate_size=[100, 300, 200]).intermediate == 300
 
 
-def test_what_mlx_lm_leaves_out_does_not_count_and_eight_bits_become_sixteen() -> None:
+def test_tensors_mlx_lm_skips_do_not_count_and_8_bits_become_16() -> None:
     tensors = [
         Tensor("model.layers.0.weight", "BF16", 10),
         Tensor("vision_tower.patch.weight", "BF16", 1000),
@@ -224,7 +224,7 @@ def test_what_mlx_lm_leaves_out_does_not_count_and_eight_bits_become_sixteen() -
 
 
 @pytest.mark.parametrize("missing", ["num_hidden_layers", "num_attention_heads", "hidden_size"])
-def test_a_config_that_says_too_little_is_refused(missing: str) -> None:
+def test_an_incomplete_config_is_rejected(missing: str) -> None:
     with pytest.raises(Refused, match=missing):
         parse_shape(json.dumps({k: v for k, v in LLAMA.items() if k != missing}).encode())
     for wrong in (0, -1, "8", True, None):
@@ -232,7 +232,7 @@ def test_a_config_that_says_too_little_is_refused(missing: str) -> None:
             shape(**{missing: wrong})
 
 
-def test_the_width_of_numbers_is_read_from_the_norms() -> None:
+def test_the_dtype_is_read_from_the_norms() -> None:
     tensors = [Tensor("model.norm.weight", "F32", 4), Tensor("model.layers.0.mlp.weight", "U32", 4)]
     assert parse_shape(json.dumps(LLAMA).encode(), tensors).act_bytes == 4
     assert shape().act_bytes == 2
@@ -242,7 +242,7 @@ def header(tree: object) -> bytes:
     return json.dumps(tree).encode()
 
 
-def test_headers_of_weights_files() -> None:
+def test_safetensors_headers_are_read() -> None:
     raw = header(
         {
             "__metadata__": {"format": "mlx"},
@@ -266,19 +266,19 @@ def test_headers_of_weights_files() -> None:
         {"a": {"dtype": "F32", "data_offsets": [1]}},
     ],
 )
-def test_a_header_that_is_none_is_refused(tree: object) -> None:
+def test_an_invalid_header_is_rejected(tree: object) -> None:
     with pytest.raises(Refused, match="header"):
         model_shape.read_header(header(tree))
 
 
 @given(st.binary(max_size=64))
-def test_no_bytes_get_past_the_header_reader(raw: bytes) -> None:
+def test_arbitrary_header_bytes_are_rejected_cleanly(raw: bytes) -> None:
     with pytest.raises(Refused):
         model_shape.read_header(b"\xff" + raw)
 
 
 @given(st.binary(max_size=8), st.integers(0, 1 << 40))
-def test_the_length_of_a_header_is_believed_only_as_far_as_the_file_goes(first: bytes, size: int) -> None:
+def test_a_header_length_beyond_the_file_is_rejected(first: bytes, size: int) -> None:
     try:
         length = model_shape.header_bytes(first, size)
     except Refused:

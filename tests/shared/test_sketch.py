@@ -1,4 +1,4 @@
-"""The latency sketch: bounded error, and merging that no order can change."""
+"""The latency sketch: bounded error and order-independent merging."""
 
 import math
 import random
@@ -15,7 +15,7 @@ values = st.lists(st.integers(min_value=0, max_value=10**12), max_size=60)
 
 
 @given(st.integers(min_value=1, max_value=10**15))
-def test_a_bucket_holds_its_value(value: int) -> None:
+def test_a_value_lies_in_its_bucket(value: int) -> None:
     index = bucket_index(value)
     assert 2 ** (index / 32) * (1 - 1e-12) < value <= 2 ** ((index + 1) / 32) * (1 + 1e-12)
 
@@ -28,7 +28,7 @@ def test_merging_is_commutative_associative_and_exact(a: list[int], b: list[int]
 
 
 @given(values)
-def test_the_wire_form_comes_back(items: list[int]) -> None:
+def test_the_wire_form_round_trips(items: list[int]) -> None:
     wire = Sketch(items).to_wire()
     raw = msgspec.msgpack.encode(wire)
     assert wire == Sketch.from_wire(msgspec.msgpack.decode(raw, type=SketchWire)).to_wire()
@@ -58,6 +58,6 @@ def test_an_empty_sketch_has_no_quantile() -> None:
     assert Sketch([0, 0]).quantile(0.9) == 0.0
 
 
-def test_a_contradicting_wire_form_is_refused() -> None:
+def test_a_contradictory_wire_form_is_rejected() -> None:
     with pytest.raises(ValueError, match="counts and total differ"):
         Sketch.from_wire(SketchWire(count=3, idx=(1,), cnt=(1,)))

@@ -22,7 +22,7 @@ def test_secrets_are_resolved_by_reference(tmp_path: Path) -> None:
     assert secrets.resolve(f"file:{file}", {}) == "from-file"
 
 
-def test_a_secret_that_cannot_be_had_is_named_and_never_shown(tmp_path: Path) -> None:
+def test_an_unresolvable_secret_is_named_and_never_shown(tmp_path: Path) -> None:
     open_file = tmp_path / "open"
     open_file.write_text("topsecret")
     open_file.chmod(0o644)
@@ -44,23 +44,23 @@ def test_backoff_stays_under_its_cap(attempt: int, dice: float) -> None:
 
 
 @pytest.mark.parametrize(("gib", "share"), [(16, 2 / 3), (35, 2 / 3), (36, 3 / 4), (64, 3 / 4)])
-def test_the_default_budget_is_metals_share(gib: int, share: float) -> None:
+def test_the_default_memory_budget_is_metals_share(gib: int, share: float) -> None:
     assert abs(memory_plan.default_budget_bytes(gib << 30) - (gib << 30) * share) < 2
 
 
-def test_a_version_names_exactly_these_bytes() -> None:
+def test_a_version_identifies_exact_bytes() -> None:
     a, b = (ModelFile(name=n, size=1, sha256=n * 64) for n in "ab")
     assert catalog.version_of(Manifest(files=(a, b))) == catalog.version_of(Manifest(files=(b, a)))
     assert catalog.version_of(Manifest(files=(a, b))) != catalog.version_of(Manifest(files=(a,)))
 
 
 @pytest.mark.parametrize("config", [b"", b"[]", b"{}", b'{"num_hidden_layers": 0}', b'{"num_attention_heads": true}'])
-def test_a_shape_that_is_no_model_is_refused(config: bytes) -> None:
+def test_an_invalid_model_shape_is_rejected(config: bytes) -> None:
     with pytest.raises(Refused, match=r"config\.json"):
         model_shape.parse_shape(config)
 
 
-def test_a_logged_exception_keeps_its_place_and_loses_its_text(tmp_path: Path) -> None:
+def test_a_logged_exception_keeps_its_location_and_drops_its_text(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "agent.jsonl"
     logs.configure(path)
     try:

@@ -1,4 +1,4 @@
-"""What a scrape says of the machine, and that the dashboard asks for nothing else."""
+"""Host metrics in a scrape, and dashboard queries that match them."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def scraped(one: HostMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
 
 
-def test_everything_that_was_read_is_told_in_base_units() -> None:
+def test_all_readings_are_exported_in_base_units() -> None:
     clock = [100.0]
     one = host(clock)
     one.sampled(FULL)
@@ -112,7 +112,7 @@ def test_everything_that_was_read_is_told_in_base_units() -> None:
     assert ("mlxrack_wall_power_watts", (("meter", "spare"), ("nodes", "n3"))) not in found
 
 
-def test_what_was_not_read_is_left_out() -> None:
+def test_missing_readings_are_omitted() -> None:
     one = host()
     one.sampled(HostSample(sources_failed={"smc": "no such service"}))
     names = {name for name, _ in scraped(one)}
@@ -134,7 +134,7 @@ def test_every_metric_has_help_and_a_unit_in_its_name() -> None:
         assert family.name.endswith((*units, *states)), family.name
 
 
-def test_the_dashboard_and_the_example_ask_for_what_there_is() -> None:
+def test_dashboard_and_alert_examples_query_existing_metrics() -> None:
     folder = Path(agent.__file__).parent / "grafana"
     dashboard = json.loads((folder / "mlxrack.json").read_text())
     one = host()
@@ -159,7 +159,7 @@ def test_the_dashboard_and_the_example_ask_for_what_there_is() -> None:
     assert "job_name" in (folder / "prometheus.yml").read_text()
 
 
-def test_a_level_that_was_never_known_has_no_time() -> None:
+def test_an_unknown_thermal_level_has_no_duration() -> None:
     one = host()
     one.sampled(HostSample(thermal_level="unknown", thermal_level_us=(0, 0, 0, 0, 0)))
     names = {family.name for family in one.collect()}
@@ -168,7 +168,7 @@ def test_a_level_that_was_never_known_has_no_time() -> None:
     assert "mlxrack_thermal_pressure_seconds" in {family.name for family in one.collect()}
 
 
-def test_peaks_are_those_of_the_closed_window_however_often_an_engine_is_asked() -> None:
+def test_peaks_are_of_the_closed_window_regardless_of_scrapes() -> None:
     metrics = Metrics(_no_models, _no_peers, host())
     metrics.engine("m", Reported(queue_max=9, peak_bytes=100))
     metrics.closed([EngineWindow(model="m", version="v", queue_max=9, peak_bytes=100)])
@@ -186,7 +186,7 @@ def _no_peers() -> list[NodeView]:
     return []
 
 
-def test_what_tells_one_mac_from_another_is_masked() -> None:
+def test_identifiers_of_a_mac_are_masked() -> None:
     raw = """
       "serial_number" : "C02XK1ABCDEF",
           Serial Number (system): C02XK1ABCDEF

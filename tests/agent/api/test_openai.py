@@ -1,4 +1,4 @@
-"""The OpenAI wire: what is taken, what is refused by name, and what comes back."""
+"""The OpenAI API: accepted requests, rejections that name the field, and response shapes."""
 
 import base64
 import contextlib
@@ -43,7 +43,7 @@ def test_defaults() -> None:
     ) == (False, None, 1.0, 1.0, None, ())
 
 
-def test_everything_supported_is_taken() -> None:
+def test_all_supported_fields_are_accepted() -> None:
     request = parse(
         stream=True,
         stream_options={"include_usage": True},
@@ -64,7 +64,7 @@ def test_everything_supported_is_taken() -> None:
     ) == (True, True, 5, 0.0, 0.5, -3, ("a", "b"))
 
 
-def test_max_completion_tokens_goes_before_its_old_name() -> None:
+def test_max_completion_tokens_overrides_max_tokens() -> None:
     assert parse(max_completion_tokens=7, max_tokens=9).generate.max_tokens == 7
 
 
@@ -179,14 +179,14 @@ def test_neutral_values_of_unsupported_fields_are_accepted(name: str, neutral: A
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ],
 )
-def test_a_wrong_field_is_named(more: dict[str, Any], param: str | None) -> None:
+def test_an_invalid_field_is_named(more: dict[str, Any], param: str | None) -> None:
     with pytest.raises(Refused) as caught:
         parse(**more)
     assert param == caught.value.param
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"null", b"\xff", b"[" * 100_000])
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_rejected(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
         parse_chat(body)
     assert caught.value.code == "invalid_json"
@@ -203,7 +203,7 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
         max_size=5,
     )
 )
-def test_no_body_does_more_than_be_taken_or_refused(more: dict[str, Any]) -> None:
+def test_any_body_is_either_accepted_or_rejected(more: dict[str, Any]) -> None:
     with contextlib.suppress(Refused):
         assert parse(**more).generate.model == "m"
 
@@ -214,7 +214,7 @@ def test_messages_never_quote_values() -> None:
     assert "MARKER" not in caught.value.message
 
 
-def test_further_fields_are_taken() -> None:
+def test_optional_fields_are_accepted() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     request = parse(
         n=3,
@@ -248,13 +248,13 @@ def test_further_fields_are_taken() -> None:
         ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]}}, ["h"], ""),
     ],
 )
-def test_tools_and_the_choice_among_them(choice: Any, names: list[str], must_call: str | None) -> None:
+def test_tools_and_tool_choice(choice: Any, names: list[str], must_call: str | None) -> None:
     asked = parse(tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).generate
     assert (names, must_call) == ([json.loads(tool)["name"] for tool in asked.tools], asked.must_call)
     assert asked.one_call == bool(names)
 
 
-def test_a_conversation_with_calls_is_read() -> None:
+def test_a_conversation_with_tool_calls_is_parsed() -> None:
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
@@ -283,26 +283,26 @@ def test_a_conversation_with_calls_is_read() -> None:
         ),
     ],
 )
-def test_histories_as_clients_send_them_back(turn: dict[str, Any], content: str) -> None:
+def test_histories_as_clients_return_them_are_accepted(turn: dict[str, Any], content: str) -> None:
     assert parse(messages=[*BASE["messages"], turn]).generate.messages[1].content == content
 
 
 @pytest.mark.parametrize("field", ["chat_template_kwargs", "response_format", "tools", "metadata"])
-def test_what_is_nested_too_deep_is_refused(field: str) -> None:
+def test_excessive_nesting_is_rejected(field: str) -> None:
     body = b'{"model": "m", "%s": %s}' % (field.encode(), b'{"a": ' * 900 + b"1" + b"}" * 900)
     with pytest.raises(Refused) as caught:
         parse_chat(body)
     assert caught.value.code == "invalid_json"
 
 
-def test_offsets_of_streamed_texts_go_on() -> None:
+def test_text_offsets_continue_across_streamed_chunks() -> None:
     scored = [Scored(chosen=Candidate(text=t, raw=t.encode(), logprob=-1.0)) for t in ("ab", "c")]
     found = answers.text_logprobs(scored, 5)
     assert found is not None
     assert found["text_offset"] == [5, 7]
 
 
-def test_a_call_is_answered_whole_and_in_deltas() -> None:
+def test_tool_calls_are_sent_whole_and_as_deltas() -> None:
     call = ToolCall(id="c1", name="f", arguments='{"a": 1}')
     who = answers.Identity(answer_id="x", created=1, model="m", fingerprint="fp")
     choice = answers.Choice(index=0, text="", finish="tool_calls", reasoning="hm", calls=(call,))
@@ -317,7 +317,7 @@ def test_a_call_is_answered_whole_and_in_deltas() -> None:
     assert first["function"]["arguments"] + second["function"]["arguments"] == '{"a": 1}'
 
 
-def test_times_are_given_with_rates() -> None:
+def test_timings_include_rates() -> None:
     done = Done(
         id=1,
         finish="stop",
@@ -341,7 +341,7 @@ def embed(**more: Any) -> openai.EmbedRequest:
     return parse_embeddings(json.dumps({"model": "m", "input": "x", **more}).encode())
 
 
-def test_inputs_of_embeddings_take_four_shapes() -> None:
+def test_embedding_input_accepts_four_shapes() -> None:
     assert embed().embed.inputs == ("x",)
     assert embed(input=["x", "y"]).embed.inputs == ("x", "y")
     assert embed(input=[1, 2]).embed.inputs == ((1, 2),)
@@ -363,13 +363,13 @@ def test_inputs_of_embeddings_take_four_shapes() -> None:
         ({"n": 2}, "n"),
     ],
 )
-def test_wrong_embeddings_are_named(more: dict[str, Any], param: str) -> None:
+def test_an_invalid_embeddings_field_is_named(more: dict[str, Any], param: str) -> None:
     with pytest.raises(Refused) as caught:
         embed(**more)
     assert param == caught.value.param
 
 
-def test_vectors_are_written_as_numbers_or_base64() -> None:
+def test_vectors_are_encoded_as_floats_or_base64() -> None:
     raw = struct.pack("<2f", 0.5, -1.0)
     numbers = answers.embeddings("m", [raw], 3, base64=False)
     assert (numbers["data"][0]["embedding"], numbers["usage"]["total_tokens"]) == ([0.5, -1.0], 3)
@@ -381,7 +381,7 @@ def text(**more: Any) -> openai.AnswerRequest:
     return parse_text(json.dumps({"model": "m", "prompt": "p", **more}).encode())
 
 
-def test_text_completions_are_read() -> None:
+def test_text_completions_are_parsed() -> None:
     assert (text().prompts, text().generate.max_tokens, text().generate.logprobs) == (("p",), 16, None)
     assert (text(prompt=["a", "b"], n=2).prompts, text(n=2).n, text(logprobs=5).generate.logprobs) == (("a", "b"), 2, 5)
     assert text() == text(echo=False, suffix=None, best_of=1)
@@ -403,13 +403,13 @@ def test_text_completions_are_read() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
-def test_a_wrong_field_of_a_text_completion_is_named(more: dict[str, Any], param: str) -> None:
+def test_an_invalid_field_of_a_text_completion_is_named(more: dict[str, Any], param: str) -> None:
     with pytest.raises(Refused) as caught:
         text(**more)
     assert param == caught.value.param
 
 
-def test_shapes_that_clients_parse() -> None:
+def test_response_shapes_that_clients_parse() -> None:
     who = answers.Identity(answer_id="i", created=1, model="m", fingerprint="f")
     usage = answers.Usage(prompt_tok=3, cached_tok=1, completion_tok=2)
     scored = (Scored(chosen=Candidate(text="é", raw=b"\xc3\xa9", logprob=-0.5)),)

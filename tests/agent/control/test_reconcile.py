@@ -1,4 +1,4 @@
-"""From what is served to what should be: in an order that serves all the while, and to the end."""
+"""Reconciliation: plans keep every model served and converge on the desired state."""
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ def has(name: str, version: str = "", *, pinned: bool = False, changing: bool = 
 
 
 def gone(name: str, version: str) -> Actual:
-    """It left memory by itself and would come back when somebody asks."""
+    """An evicted model that loads again on demand."""
     return Actual(model=name, names=(name,), offers=version)
 
 
@@ -56,7 +56,7 @@ PINNED = want("a", "v1", pinned=True)
         ([has("b")], [], (), ()),
     ],
 )
-def test_plans(
+def test_reconcile_plans(
     actual: list[Actual], desired: list[Assignment], overridden: tuple[str, ...], expected: tuple[Action, ...]
 ) -> None:
     assert expected == plan(actual, desired, overridden)
@@ -75,7 +75,7 @@ def test_plans(
         ([has("b")], [], (), ()),
     ],
 )
-def test_drift(
+def test_drift_is_reported(
     actual: list[Actual], desired: list[Assignment], overridden: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
     assert expected == drift(actual, desired, overridden)
@@ -107,7 +107,7 @@ def performed(actual: list[Actual], action: Action) -> list[Actual]:
 
 
 @given(actuals, wants, st.sets(names))
-def test_actions_that_work_come_to_an_end_and_leave_no_drift_but_what_was_ordered_here(
+def test_successful_actions_converge_and_leave_only_drift_from_local_orders(
     actual: list[Actual], desired: list[Assignment], overridden: set[str]
 ) -> None:
     served = {one.model for one in actual if one.version} & {one.model for one in desired}

@@ -1,4 +1,4 @@
-"""Models come into the store whole or not at all: from folders, snapshots and the bucket, cut short and resumed."""
+"""Pulls are atomic: from folders, snapshots and the bucket, interrupted and resumed."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def model(path: str) -> Model:
     return msgspec.convert({"name": "m", "path": path}, Model)
 
 
-def test_a_pulled_model_is_the_folder_it_came_from(folder: Path, store: ModelStore) -> None:
+def test_a_pulled_model_equals_its_source_folder(folder: Path, store: ModelStore) -> None:
     before = store.describe(model(str(folder)))
     seen: list[tuple[int, int]] = []
     installed = pull(
@@ -68,7 +68,7 @@ def test_a_pulled_model_is_the_folder_it_came_from(folder: Path, store: ModelSto
     assert store.describe(model(f"store:tiny@{installed.version}")).path == spec.path
 
 
-def test_through_the_bucket_and_back(folder: Path, store: ModelStore, bucket: ObjectStore, tmp_path: Path) -> None:
+def test_push_to_the_bucket_and_pull_back(folder: Path, store: ModelStore, bucket: ObjectStore, tmp_path: Path) -> None:
     (folder / PROBES_NAME).write_text('{"probes": [{"prompt": "hi", "answer": "x"}]}')
     pushed = push(folder, store, bucket, "tiny")
     assert pushed == push(folder, store, bucket, "tiny", again=True)
@@ -91,7 +91,7 @@ def test_through_the_bucket_and_back(folder: Path, store: ModelStore, bucket: Ob
         other.remove("tiny", second.version)
 
 
-def test_hugging_face_folders(folder: Path, store: ModelStore, tmp_path: Path) -> None:
+def test_hugging_face_snapshots_are_accepted(folder: Path, store: ModelStore, tmp_path: Path) -> None:
     cache = tmp_path / "models--org--tiny"
     blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc123"
     blobs.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_hugging_face_folders(folder: Path, store: ModelStore, tmp_path: Path) -
 
 
 class CutShort:
-    """A source that fails after so many bytes."""
+    """A source that fails after a number of bytes."""
 
     def __init__(self, inner: FolderSource, limit: int) -> None:
         self._inner, self._limit, self.read = inner, limit, 0
@@ -130,9 +130,7 @@ class CutShort:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_what_was_cut_short_cannot_be_loaded_and_goes_on_where_it_stopped(
-    folder: Path, store: ModelStore, share: float
-) -> None:
+def test_an_interrupted_pull_is_not_loadable_and_resumes(folder: Path, store: ModelStore, share: float) -> None:
     whole = FolderSource(store, folder)
     total = sum(file.size for file in whole.manifest.files)
     with pytest.raises(Retryable, match="gone"):
@@ -146,12 +144,12 @@ def test_what_was_cut_short_cannot_be_loaded_and_goes_on_where_it_stopped(
     assert store.describe(model("store:tiny"))
 
 
-def test_a_disk_that_fills_up_keeps_what_is_there(folder: Path, store: ModelStore) -> None:
+def test_a_full_disk_keeps_existing_models(folder: Path, store: ModelStore) -> None:
     source = FolderSource(store, folder)
     version = pull(source, store, "elsewhere").version
     partial = store.folder / PARTIAL / f"tiny@{version}"
     partial.mkdir(parents=True)
-    # the device that is always full stands where the weights would go
+    # /dev/full stands in for the weights file
     (partial / "model.safetensors").symlink_to("/dev/full")
     with pytest.raises(Refused, match="the disk is full; what was fetched is kept, nothing was installed") as caught:
         pull(source, store, "tiny")
@@ -162,7 +160,7 @@ def test_a_disk_that_fills_up_keeps_what_is_there(folder: Path, store: ModelStor
     assert pull(source, store, "tiny").version == version
 
 
-def test_no_room_is_said_before_anything_is_fetched(folder: Path, store: ModelStore) -> None:
+def test_insufficient_space_is_reported_before_the_download(folder: Path, store: ModelStore) -> None:
     source = FolderSource(store, folder)
     with pytest.raises(Refused, match=r"MB more are needed and 1 MB are free .*free some"):
         pull(source, store, "tiny", free_bytes=lambda _: 1_000_000)
@@ -172,7 +170,7 @@ def test_no_room_is_said_before_anything_is_fetched(folder: Path, store: ModelSt
     assert [one.name for one in store.installed()] == ["other"]
 
 
-def test_damage_on_the_way_is_seen_thrown_away_and_mended_by_the_next_pull(
+def test_a_corrupt_download_is_detected_discarded_and_fetched_again(
     folder: Path, store: ModelStore, bucket: ObjectStore
 ) -> None:
     pushed = push(folder, store, bucket, "tiny")
@@ -203,7 +201,7 @@ def manifest(*names: str) -> bytes:
         (None, "the bucket does not hold it"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(store: ModelStore, tmp_path: Path, body: bytes | None, why: str) -> None:
+def test_an_invalid_manifest_is_rejected(store: ModelStore, tmp_path: Path, body: bytes | None, why: str) -> None:
     bucket = DirectoryStore(tmp_path / "bucket")
     if body is not None:
         bucket.put(model_manifest_key("m", "v1"), body)
@@ -225,7 +223,7 @@ def test_a_manifest_cannot_write_outside_its_folder(store: ModelStore, tmp_path:
     assert not store.folder.exists()
 
 
-def test_two_pulls_of_one_model_do_not_meet(folder: Path, store: ModelStore) -> None:
+def test_concurrent_pulls_of_one_model_are_excluded(folder: Path, store: ModelStore) -> None:
     whole = FolderSource(store, folder)
     inside, go = threading.Event(), threading.Event()
 
@@ -245,7 +243,7 @@ def test_two_pulls_of_one_model_do_not_meet(folder: Path, store: ModelStore) -> 
     assert len(store.installed()) == 1
 
 
-def test_weights_files_that_an_index_names_have_to_be_there(folder: Path, store: ModelStore) -> None:
+def test_weight_files_in_the_index_must_exist(folder: Path, store: ModelStore) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(Refused, match=r"lacks 1 of its weights files \(model-00002-of-00002.safetensors\)"):
@@ -261,7 +259,7 @@ def test_weights_files_that_an_index_names_have_to_be_there(folder: Path, store:
         (lambda f: os.truncate(f / "model.safetensors", 100_000), "truncated"),
     ],
 )
-def test_weights_that_are_none_say_so_before_a_load(
+def test_invalid_weights_are_reported_before_a_load(
     folder: Path, store: ModelStore, break_it: Callable[[Path], object], why: str
 ) -> None:
     break_it(folder)
@@ -269,14 +267,14 @@ def test_weights_that_are_none_say_so_before_a_load(
         store.describe(model(str(folder)))
 
 
-def test_the_bucket_is_asked_for_pieces(folder: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bucket_is_read_in_ranges(folder: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_pull, "PIECE_BYTES", 10_000)
     bucket = DirectoryStore(store.folder.parent / "bucket")
     pushed = push(folder, store, bucket, "tiny")
     assert pull(BucketSource(bucket, "tiny"), store, "tiny") == pushed
 
 
-def test_a_damaged_installed_model_is_mended_by_pulling_it_again(folder: Path, store: ModelStore) -> None:
+def test_pulling_again_repairs_a_damaged_installed_model(folder: Path, store: ModelStore) -> None:
     installed = pull(FolderSource(store, folder), store, "tiny")
     weights = store.place("tiny", installed.version) / "model.safetensors"
     raw = weights.read_bytes()
@@ -290,7 +288,7 @@ def test_a_damaged_installed_model_is_mended_by_pulling_it_again(folder: Path, s
     assert store.describe(model("store:tiny")).version == installed.version
 
 
-def test_what_is_left_of_a_pull_is_shown_counted_and_removed(folder: Path, store: ModelStore) -> None:
+def test_partial_pulls_are_listed_counted_and_removed(folder: Path, store: ModelStore) -> None:
     whole = FolderSource(store, folder)
     with pytest.raises(Retryable):
         pull(CutShort(whole, 200_000), store, "tiny")

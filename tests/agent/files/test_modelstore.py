@@ -1,4 +1,4 @@
-"""Model folders: whole ones have a version, others a reason."""
+"""Model folders: complete ones have a version, others an error with its reason."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def write_manifest(folder: Path, memo: Path) -> None:
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode({"files": files}))
 
 
-def test_the_version_is_the_bytes(folder: Path, tmp_path: Path) -> None:
+def test_the_version_is_a_hash_of_the_bytes(folder: Path, tmp_path: Path) -> None:
     version, need = describe(folder, tmp_path / "memo")
     weights = (folder / "model.safetensors").stat().st_size
     assert need > weights
@@ -44,7 +44,7 @@ def test_the_version_is_the_bytes(folder: Path, tmp_path: Path) -> None:
     assert version != describe(folder, tmp_path / "memo")[0]
 
 
-def test_hashes_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path) -> None:
+def test_hashes_are_cached_until_a_file_changes(folder: Path, tmp_path: Path) -> None:
     memo = tmp_path / "memo"
     first = describe(folder, memo)
     tree = json.loads(memo.read_text())
@@ -54,7 +54,7 @@ def test_hashes_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path
     assert first == describe(folder, memo), "a lost memo only costs time"
 
 
-def test_many_at_once_and_a_disk_that_refuses(folder: Path, tmp_path: Path) -> None:
+def test_concurrent_hashing_and_an_unwritable_disk(folder: Path, tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "memo", tmp_path / "store")
     model = msgspec.convert({"name": "m", "path": str(folder)}, Model)
     with ThreadPoolExecutor(8) as pool:
@@ -77,7 +77,7 @@ def test_many_at_once_and_a_disk_that_refuses(folder: Path, tmp_path: Path) -> N
         (lambda f: (f / MANIFEST_NAME).write_text("{"), "cannot be read"),
     ],
 )
-def test_a_folder_that_is_not_whole_says_why(
+def test_an_incomplete_folder_is_reported_with_its_reason(
     folder: Path, tmp_path: Path, break_it: Callable[[Path], object], why: str
 ) -> None:
     write_manifest(folder, tmp_path / "memo")
@@ -86,7 +86,7 @@ def test_a_folder_that_is_not_whole_says_why(
         describe(folder, tmp_path / "memo")
 
 
-def test_a_shape_that_is_not_understood_needs_a_word_from_the_operator(folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_shape_needs_a_configured_size(folder: Path, tmp_path: Path) -> None:
     tree = json.loads((folder / "config.json").read_text())
     del tree["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(tree))
@@ -95,7 +95,7 @@ def test_a_shape_that_is_not_understood_needs_a_word_from_the_operator(folder: P
     assert describe(folder, tmp_path / "memo", need_bytes=12_345)[1] == 12_345
 
 
-def test_only_what_mlx_lm_reads_counts_as_weights(folder: Path, tmp_path: Path) -> None:
+def test_only_files_that_mlx_lm_reads_count_as_weights(folder: Path, tmp_path: Path) -> None:
     _, need = describe(folder, tmp_path / "memo")
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert describe(folder, tmp_path / "memo")[1] == need

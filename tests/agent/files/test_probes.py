@@ -1,4 +1,4 @@
-"""What a standby has to answer before it takes over."""
+"""Probes that a standby must answer before it takes over."""
 
 import math
 
@@ -30,7 +30,7 @@ PARIS = Probe(prompt="Capital?", answer="Paris")
         (Probe(prompt="?"), Heard(text="x", tokens=1, logprobs=(-1.0, math.inf)), "produced NaN or infinity"),
     ],
 )
-def test_one_answer(probe: Probe, heard: Heard, why: str) -> None:
+def test_a_probe_compares_one_answer(probe: Probe, heard: Heard, why: str) -> None:
     reason = probes.fault(probe, heard)
     assert why in reason
     assert bool(reason) == bool(why)
@@ -41,13 +41,13 @@ def test_one_answer(probe: Probe, heard: Heard, why: str) -> None:
     ("texts", "faulty"),
     [(["aaaa"] * 5, True), (["aaaa"] * 4 + ["b"], False), (["a"] * 2, False), ([], False)],
 )
-def test_the_same_to_everything_is_no_answer(texts: list[str], faulty: bool) -> None:
+def test_identical_answers_to_all_probes_fail(texts: list[str], faulty: bool) -> None:
     assert bool(probes.alike([Heard(text=t, tokens=8) for t in texts])) == faulty
     assert not probes.alike([Heard(text="yes", tokens=1)] * 5), "short answers may well agree"
 
 
 @given(st.lists(st.builds(Probe, prompt=st.text(min_size=1), answer=st.text() | st.none()), min_size=1, max_size=5))
-def test_a_file_of_probes_is_read_as_it_was_written(made: list[Probe]) -> None:
+def test_a_probe_file_round_trips(made: list[Probe]) -> None:
     assert probes.parse(probes.render(made), "x") == tuple(made)
 
 
@@ -63,6 +63,6 @@ def test_a_file_of_probes_is_read_as_it_was_written(made: list[Probe]) -> None:
         b'{"probes": [{"prompt": "x", "expect": "y"}]}',
     ],
 )
-def test_a_file_that_is_none_is_refused(raw: bytes) -> None:
+def test_an_invalid_probe_file_is_rejected(raw: bytes) -> None:
     with pytest.raises(Refused, match="probes"):
         probes.parse(raw, "file of probes")

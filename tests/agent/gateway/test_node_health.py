@@ -1,4 +1,4 @@
-"""Breakers, retry budgets and stall limits: who gets work after a failure, and when silence is one."""
+"""Circuit breakers, retry budgets and stall timeouts."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ def opened() -> Breaker:
     return breaker
 
 
-def test_three_failures_in_a_row_open_and_two_do_not() -> None:
+def test_three_consecutive_failures_open_the_breaker_and_two_do_not() -> None:
     breaker = Breaker()
     for n in range(20):
         breaker.failed(n, "broke off")
@@ -28,7 +28,7 @@ def test_three_failures_in_a_row_open_and_two_do_not() -> None:
     assert opened().state(0.0) == "open"
 
 
-def test_half_of_many_open_even_when_never_three_in_a_row() -> None:
+def test_a_failure_rate_of_half_opens_the_breaker_without_three_in_a_row() -> None:
     breaker = Breaker()
     for n in range(20):
         breaker.failed(n / 5, "stalls")
@@ -39,7 +39,7 @@ def test_half_of_many_open_even_when_never_three_in_a_row() -> None:
     assert n > 3
 
 
-def test_a_connection_that_breaks_with_fifty_requests_is_one_failure() -> None:
+def test_a_lost_connection_with_fifty_requests_counts_as_one_failure() -> None:
     breaker = Breaker()
     for number in range(2):
         for n in range(50):
@@ -49,7 +49,7 @@ def test_a_connection_that_breaks_with_fifty_requests_is_one_failure() -> None:
     assert breaker.state(2.0) == "open"
 
 
-def test_after_the_pause_one_request_decides() -> None:
+def test_after_the_back_off_one_trial_request_decides() -> None:
     breaker = opened()
     assert breaker.state(FIRST_PAUSE_S - 0.1) == "open"
     assert breaker.state(FIRST_PAUSE_S) == "half_open"
@@ -60,7 +60,7 @@ def test_after_the_pause_one_request_decides() -> None:
     assert not breaker.begin(FIRST_PAUSE_S)
 
 
-def test_a_failed_trial_doubles_the_pause_up_to_a_bound() -> None:
+def test_a_failed_trial_doubles_the_back_off_up_to_a_bound() -> None:
     breaker, now = opened(), 0.0
     pauses = []
     for _ in range(8):
@@ -72,7 +72,7 @@ def test_a_failed_trial_doubles_the_pause_up_to_a_bound() -> None:
     assert max(pauses) == pytest.approx(MAX_PAUSE_S)
 
 
-def test_who_goes_on_beside_a_trial_is_no_trial() -> None:
+def test_requests_in_flight_during_a_trial_do_not_decide() -> None:
     breaker = opened()
     assert breaker.begin(3.0)
     assert not breaker.begin(3.0)
@@ -81,7 +81,7 @@ def test_who_goes_on_beside_a_trial_is_no_trial() -> None:
     assert breaker.state(3.2) == "probing"
 
 
-def test_a_trial_before_its_time_does_not_prolong_the_pause() -> None:
+def test_an_early_trial_does_not_prolong_the_back_off() -> None:
     breaker = opened()
     for n in range(5):
         assert breaker.begin(0.5 + n / 10)
@@ -89,7 +89,7 @@ def test_a_trial_before_its_time_does_not_prolong_the_pause() -> None:
     assert breaker.state(FIRST_PAUSE_S) == "half_open"
 
 
-def test_late_ends_of_requests_from_before_say_nothing() -> None:
+def test_late_results_of_earlier_requests_are_ignored() -> None:
     breaker = opened()
     breaker.ok(0.5)
     assert breaker.state(0.5) == "open"
@@ -97,14 +97,14 @@ def test_late_ends_of_requests_from_before_say_nothing() -> None:
     assert breaker.state(FIRST_PAUSE_S) == "half_open"
 
 
-def test_a_trial_that_says_nothing_leaves_the_place_to_the_next() -> None:
+def test_an_inconclusive_trial_lets_the_next_request_try() -> None:
     breaker = opened()
     assert breaker.begin(3.0)
     breaker.given_up(probe=True)
     assert breaker.state(3.0) == "half_open"
 
 
-def test_a_node_that_is_back_is_tried_at_once() -> None:
+def test_a_recovered_node_is_tried_at_once() -> None:
     breaker = opened()
     breaker.fresh(0.1)
     assert breaker.state(0.1) == "half_open"
@@ -147,7 +147,7 @@ def test_at_most_one_request_is_on_trial_and_success_always_closes(happened: lis
         assert (breaker.state(now) == "probing") == trial
 
 
-def test_trust_is_by_model_and_told_in_words() -> None:
+def test_breakers_are_per_model_and_readable_in_status() -> None:
     trust = NodeHealth()
     for n in range(3):
         trust.failed("a", "m", 0.5 + n / 4, "broke off", probe=False)
@@ -162,7 +162,7 @@ def test_trust_is_by_model_and_told_in_words() -> None:
     assert trust.view(1.6) == []
 
 
-def test_retries_are_a_share_of_the_traffic() -> None:
+def test_retries_are_bounded_by_a_share_of_the_traffic() -> None:
     budget = RetryBudget(0.0)
     while budget.take(0.0):
         pass
@@ -183,7 +183,7 @@ def test_a_quiet_rack_may_still_retry() -> None:
     assert budget.left() < 1.0
 
 
-def test_gap_limits_are_learned_between_a_floor_and_the_configured_bound() -> None:
+def test_stall_timeouts_adapt_between_a_floor_and_the_configured_bound() -> None:
     gaps = Gaps()
     assert gaps.limit_s(60.0) == GAP_FLOOR_S
     for _ in range(500):
@@ -198,5 +198,5 @@ def test_gap_limits_are_learned_between_a_floor_and_the_configured_bound() -> No
 @pytest.mark.parametrize(
     ("expected_s", "limit_s"), [(0.0, FIRST_FLOOR_S), (1.0, FIRST_FLOOR_S), (4.0, 40.0), (100.0, 120.0)]
 )
-def test_the_first_token_may_take_ten_times_what_was_expected(expected_s: float, limit_s: float) -> None:
+def test_the_first_token_may_take_ten_times_the_estimate(expected_s: float, limit_s: float) -> None:
     assert first_limit_s(expected_s, 120.0) == limit_s

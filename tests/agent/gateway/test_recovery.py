@@ -1,4 +1,4 @@
-"""What becomes of a request whose worker was lost."""
+"""Recovery of a request whose worker was lost."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ LOST = Loss(how="lost", elsewhere=False, left=False, can_go_on=False, held=False
         ({"how": "engine_failed", "left": True, "can_go_on": True}, Next(what="give_up")),
     ],
 )
-def test_after_a_loss(known: dict[str, Any], expected: Next) -> None:
+def test_recovery_after_a_lost_worker(known: dict[str, Any], expected: Next) -> None:
     assert after(msgspec.structs.replace(LOST, **known)) == expected
 
 
@@ -50,7 +50,7 @@ losses = st.builds(
 
 
 @given(losses)
-def test_what_a_client_has_is_never_said_again_and_never_dropped_while_it_can_go_on(loss: Loss) -> None:
+def test_received_tokens_are_never_repeated_nor_dropped_while_a_continuation_is_possible(loss: Loss) -> None:
     found = after(loss)
     if loss.left:
         may = loss.can_go_on and (loss.how != "engine_failed" or loss.elsewhere)

@@ -1,4 +1,4 @@
-"""Where a request goes, and why."""
+"""Routing decisions and their reasons."""
 
 import msgspec
 import pytest
@@ -62,23 +62,23 @@ def where(decision: Decision) -> str:
         (AWAY, [node("a", state="suspect"), node("b", state="down")], "a"),
         (AWAY, [node("a", state="suspect"), node("b", state="lost")], "a"),
         (node("here", draining=True), [node("a", draining=True), node("b", load=3)], "b"),
-        # work that is still to be computed counts, at the speed at which it is computed
+        # pending work counts, at the node's speed
         (AWAY, [node("a", prefill_tok=2000), node("b", prefill_tok=100)], "b"),
         (AWAY, [node("a", prefill_tok=2000, prefill_tps=8000.0), node("b", prefill_tok=500)], "a"),
         (AWAY, [node("a", gap_us=80_000), node("b", load=4)], "b"),
-        # a row has to come free where all are taken
+        # when all rows are taken, one must become free first
         (AWAY, [node("a", load=8), node("b", load=7)], "b"),
-        # heat, and memory that is short, speak against a node
+        # throttling and memory pressure count against a node
         (AWAY, [node("a", heat=3), node("b", load=1)], "b"),
         (AWAY, [node("a", memory="hard"), node("b", load=1)], "b"),
         (AWAY, [node("a", kv_ppm=950_000), node("b", load=1)], "b"),
     ],
 )
-def test_who_would_be_done_first_answers(here: NodeView, peers: list[NodeView], expected: str) -> None:
+def test_the_node_with_the_earliest_finish_is_chosen(here: NodeView, peers: list[NodeView], expected: str) -> None:
     assert where(choose(WANTED, here, tuple(peers))) == expected
 
 
-def test_an_answer_is_gone_on_with_where_there_is_room_and_no_trial() -> None:
+def test_a_continuation_avoids_small_contexts_and_nodes_on_trial() -> None:
     small, large = node("a", context_tok=1_000, versions=("v",)), node("b", context_tok=8_000, versions=("v",), load=9)
     going_on = msgspec.structs.replace(WANTED, version="v", over_tok=1_000)
     found = choose(going_on, AWAY, (small, large))
@@ -88,11 +88,11 @@ def test_an_answer_is_gone_on_with_where_there_is_room_and_no_trial() -> None:
     assert (where(found), dict(found.excluded)["a"]) == ("b", "circuit breaker: probing")
 
 
-def test_who_was_never_heard_may_serve_it() -> None:
-    stranger = NodeView(node="a", url="http://a", state="down", heard=False)
+def test_a_peer_without_a_heartbeat_may_serve_the_model() -> None:
+    unseen = NodeView(node="a", url="http://a", state="down", heard=False)
     unknown = msgspec.structs.replace(WANTED, model="another")
     assert choose(unknown, HERE, ()).place == Refuse(code="model_not_found", known=("m",))
-    assert choose(unknown, HERE, (stranger,)).place == Refuse(code="no_capacity", loading=False, known=("m",))
+    assert choose(unknown, HERE, (unseen,)).place == Refuse(code="no_capacity", loading=False, known=("m",))
 
 
 CHAIN = tuple(range(40))
@@ -102,7 +102,7 @@ CHAIN = tuple(range(40))
     ("holder_load", "expected"),
     [(0, "a"), (2, "a"), (8, "a"), (40, "b"), (80, "b")],
 )
-def test_what_a_prompt_cache_saves_is_weighed_against_waiting(holder_load: int, expected: str) -> None:
+def test_prompt_cache_hits_are_weighed_against_queueing(holder_load: int, expected: str) -> None:
     request = msgspec.structs.replace(WANTED, chain=CHAIN, prompt_tok=40 * BLOCK_TOK)
     holder = node("a", load=holder_load, known=frozenset(CHAIN[:35]))
     decision = choose(request, AWAY, (holder, node("b")))
@@ -111,32 +111,32 @@ def test_what_a_prompt_cache_saves_is_weighed_against_waiting(holder_load: int, 
     assert saved == {"a": 35 * BLOCK_TOK, "b": 0}
 
 
-def test_a_prompt_that_nobody_knows_goes_to_the_idlest() -> None:
+def test_an_uncached_prompt_goes_to_the_least_loaded_node() -> None:
     request = msgspec.structs.replace(WANTED, chain=CHAIN, prompt_tok=40 * BLOCK_TOK)
     known = frozenset(range(100, 200))
     assert where(choose(request, AWAY, (node("a", load=1, known=known), node("b"), node("c", load=2)))) == "b"
 
 
-def test_what_was_sent_since_the_last_beat_counts() -> None:
+def test_requests_sent_since_the_last_heartbeat_count() -> None:
     request = msgspec.structs.replace(WANTED, sent={"a": (3, 300)})
     assert where(choose(request, AWAY, (node("a"), node("b", load=1)))) == "b"
 
 
-def test_equals_share_by_dice_and_this_node_comes_first_among_them() -> None:
+def test_ties_are_broken_at_random_and_the_local_node_wins_them() -> None:
     peers = (node("a"), node("b"), node("c"))
     found = {where(choose(msgspec.structs.replace(WANTED, draw=n / 10), AWAY, peers)) for n in range(10)}
     assert found == {"a", "b", "c"}
     assert where(choose(msgspec.structs.replace(WANTED, draw=0.9), HERE, peers)) == "here"
 
 
-def test_a_node_without_measurements_is_taken_for_a_usual_one() -> None:
+def test_a_node_without_measurements_gets_default_speeds() -> None:
     fresh = node("b", prefill_tps=None, gap_us=None, answer_tok=None)
     decision = choose(WANTED, AWAY, (node("a", load=1), fresh))
     assert where(decision) == "b"
     assert {one.node: one.measured for one in decision.candidates} == {"a": True, "b": False}
 
 
-def test_a_context_that_seems_too_small_comes_last_and_one_that_was_found_so_never() -> None:
+def test_a_context_estimated_too_small_is_tried_last_and_one_known_too_small_never() -> None:
     small, large = node("here", context_tok=1_000), node("a", load=20, context_tok=4_000)
     fits, too_long = WANTED, msgspec.structs.replace(WANTED, prompt_tok=1_500)
     assert where(choose(fits, small, [large])) == "here"
@@ -147,7 +147,7 @@ def test_a_context_that_seems_too_small_comes_last_and_one_that_was_found_so_nev
     assert isinstance(choose(msgspec.structs.replace(WANTED, over_tok=4_000), small, [large]).place, Refuse)
 
 
-def test_what_was_tried_is_not_tried_again() -> None:
+def test_a_node_is_not_tried_twice() -> None:
     request = msgspec.structs.replace(WANTED, tried=frozenset({"here", "a"}))
     decision = choose(request, HERE, (node("a"), node("b", load=7)))
     assert decision.place == Forward(node="b", url="http://b")
@@ -165,26 +165,26 @@ def test_what_was_tried_is_not_tried_again() -> None:
         ({"a": "probing", "b": "open"}, "b"),
     ],
 )
-def test_breakers(breakers: dict[str, State], expected: str) -> None:
+def test_open_breakers_exclude_nodes(breakers: dict[str, State], expected: str) -> None:
     request = msgspec.structs.replace(WANTED, breakers=breakers)
     assert where(choose(request, AWAY, (node("a"), node("b", load=3)))) == expected
 
 
-def test_all_on_trial_is_a_short_wait() -> None:
+def test_all_nodes_on_trial_gives_a_short_wait() -> None:
     request = msgspec.structs.replace(WANTED, breakers={"a": "probing", "b": "probing"})
     decision = choose(request, AWAY, (node("a"), node("b")))
     assert isinstance(decision.place, Refuse)
     assert (decision.place.code, decision.place.loading) == ("no_capacity", True)
 
 
-def test_an_answer_goes_on_by_its_own_version_and_rather_where_that_is_ready() -> None:
+def test_a_continuation_needs_the_same_version_and_prefers_a_ready_node() -> None:
     request = msgspec.structs.replace(WANTED, version="old")
     back = node("here", ready=False, versions=("old",))
     assert where(choose(request, back, (node("a", load=6, versions=("old", "new")), node("b")))) == "a"
     assert where(choose(request, back, (node("b"),))) == "here"
 
 
-def test_unknown_and_unavailable_are_told_apart() -> None:
+def test_unknown_and_unavailable_models_are_distinguished() -> None:
     unknown = choose(RouteRequest(model="x"), HERE, (node("a", model="y"),)).place
     assert Refuse(code="model_not_found", known=("m", "y")) == unknown
     away = choose(WANTED, AWAY, (node("a", state="down"),)).place
@@ -216,7 +216,7 @@ breakers_of = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(("open"
     breakers_of,
     st.floats(0, 1, exclude_max=True),
 )
-def test_no_node_that_cannot_answer_is_chosen_and_some_node_is_while_one_can(
+def test_an_eligible_node_is_chosen_whenever_one_exists(
     peers: list[NodeView], tried: frozenset[str], breakers: dict[str, State], dice: float
 ) -> None:
     request = msgspec.structs.replace(WANTED, tried=tried, breakers=breakers, draw=dice)

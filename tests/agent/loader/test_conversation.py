@@ -1,4 +1,4 @@
-"""What a chat template is given, what a grammar allows, and what a model's text means."""
+"""Chat template input, grammars, and parsing of model output."""
 
 import json
 from itertools import pairwise
@@ -40,7 +40,7 @@ def ask(**more: Any) -> Generate:
 
 
 def allows(grammar: str, text: str) -> bool:
-    """Whether a whole answer follows the grammar."""
+    """Whether a complete answer matches the grammar."""
     matcher = LLMatcher(TOKENIZER, grammar)
     assert not matcher.is_error(), matcher.get_error()
     tokens = list(text.encode())
@@ -68,18 +68,18 @@ def allows(grammar: str, text: str) -> bool:
         ({"tools": (WEATHER,), "schema": SCHEMA}, "prose", False),
     ],
 )
-def test_a_grammar_allows_what_was_asked_for(more: dict[str, Any], answer: str, allowed: bool) -> None:
+def test_a_grammar_allows_the_requested_output(more: dict[str, Any], answer: str, allowed: bool) -> None:
     grammar = conversation.grammar(ask(**more), marker_is_token=False, json_calls=True)
     assert grammar is not None
     assert allows(grammar, answer) == allowed
 
 
-def test_where_anything_may_be_said_there_is_no_grammar() -> None:
+def test_unconstrained_output_has_no_grammar() -> None:
     assert conversation.grammar(ask(), marker_is_token=False, json_calls=True) is None
     assert conversation.grammar(ask(tools=(CLOCK,)), marker_is_token=False, json_calls=False) is None
 
 
-def test_tools_reach_a_model_whose_template_knows_none() -> None:
+def test_tools_are_added_to_the_prompt_when_the_template_has_no_support() -> None:
     call = ToolCall(id="c", name="clock", arguments='{"zone": 1}')
     messages = [
         Message(role="system", content="Be brief."),
@@ -96,7 +96,7 @@ def test_tools_reach_a_model_whose_template_knows_none() -> None:
     assert (told["role"], CLOCK in told["content"]) == ("system", True)
 
 
-def test_tools_reach_a_template_that_knows_them_as_objects() -> None:
+def test_a_template_with_tool_support_gets_tools_as_objects() -> None:
     call = ToolCall(id="c", name="clock", arguments='{"zone": 1}')
     turn, result = conversation.for_template(
         [Message(role="assistant", content="", calls=(call,)), Message(role="tool", content="x", call_id="c")],
@@ -111,7 +111,7 @@ HERMES = Markers(reasoning=("<think>", "</think>"), call=("<tool_call>", "</tool
 
 
 def said(text: str, cuts: list[int], *, reasoning: bool = False) -> Said:
-    """All that a text means when it comes in pieces."""
+    """Everything parsed from a text that arrives in chunks."""
     speech = Speech(HERMES, (WEATHER, CLOCK), reasoning=reasoning)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parts = [speech.feed(text[a:b]) for a, b in pairwise(edges)] + [speech.finish()]
@@ -119,7 +119,7 @@ def said(text: str, cuts: list[int], *, reasoning: bool = False) -> Said:
 
 
 @given(st.lists(st.integers(0, 200), max_size=12))
-def test_an_answer_means_the_same_however_it_is_cut(cuts: list[int]) -> None:
+def test_parsing_is_independent_of_chunk_boundaries(cuts: list[int]) -> None:
     found = said(f"<think>so <b>\n</think>\n\nHello {{x}} < y\n{CALL}\n{OTHER}", cuts)
     assert (found.reasoning, found.text.strip()) == ("so <b>\n", "Hello {x} < y")
     assert [(c.name, json.loads(c.arguments)) for c in found.calls] == [("weather", {"town": "Oslo"}), ("clock", {})]
@@ -127,7 +127,7 @@ def test_an_answer_means_the_same_however_it_is_cut(cuts: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 80), max_size=8))
-def test_a_thought_that_the_template_opened_is_no_content(cuts: list[int]) -> None:
+def test_reasoning_opened_by_the_template_is_not_content(cuts: list[int]) -> None:
     found = said("hm, hm</think>\n\nYes.", cuts, reasoning=True)
     assert (found.reasoning, found.text, found.calls) == ("hm, hm", "Yes.", ())
 
@@ -141,6 +141,6 @@ def test_a_thought_that_the_template_opened_is_no_content(cuts: list[int]) -> No
         "<tool_call>[]",
     ],
 )
-def test_a_call_that_cannot_be_read_is_text(text: str) -> None:
+def test_an_unparsable_tool_call_is_text(text: str) -> None:
     found = said(text, [3, 15])
     assert (found.text, found.calls) == (text, ())

@@ -1,4 +1,4 @@
-"""States on disk: found again, told apart by model and key, and never trusted."""
+"""KV states on disk: found again, separated by model and secret, and never trusted."""
 
 import os
 import stat
@@ -48,20 +48,20 @@ def test_blocks_survive_a_restart(tmp_path: Path) -> None:
     again.close()
 
 
-def test_what_prompts_share_is_stored_once(tmp_path: Path) -> None:
+def test_common_prefixes_are_stored_once(tmp_path: Path) -> None:
     keep(tmp_path, prompt(2))
     keep(tmp_path, as_tokens([*prompt(2)[:-1], *range(BLOCK_TOK), 1]))
     assert len(files(tmp_path)) == 3
 
 
-def test_another_model_or_key_finds_nothing(tmp_path: Path) -> None:
+def test_another_model_or_secret_gets_no_hit(tmp_path: Path) -> None:
     keep(tmp_path, prompt(2))
     for other in (made(tmp_path, model="v2"), made(tmp_path, secret=b"another one")):
         assert other.held(prompt(2)) == 0
         other.close()
 
 
-def test_nothing_of_a_prompt_can_be_read_and_nobody_else_may(tmp_path: Path) -> None:
+def test_files_are_unreadable_to_others_and_contain_no_prompt_text(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     keep(folder, prompt(2))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -74,7 +74,7 @@ def test_nothing_of_a_prompt_can_be_read_and_nobody_else_may(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "another's", "gone"])
-def test_a_file_that_is_not_what_it_should_be_is_put_aside(tmp_path: Path, how: str) -> None:
+def test_an_invalid_file_is_set_aside(tmp_path: Path, how: str) -> None:
     keep(tmp_path, prompt(2))
     first, second = files(tmp_path)
     raw = bytearray(first.read_bytes())
@@ -101,21 +101,21 @@ def test_a_file_that_is_not_what_it_should_be_is_put_aside(tmp_path: Path, how: 
 
 
 def _made_before(folder: Path, first: Path, second: Path) -> DiskCache:
-    """A cache that knew a file which somebody has removed since."""
+    """A cache with an entry whose file was removed since."""
     first.write_bytes(second.read_bytes())
     cache = made(folder)
     first.unlink()
     return cache
 
 
-def test_foreign_and_half_written_files_are_left_or_removed(tmp_path: Path) -> None:
+def test_foreign_files_are_kept_and_partial_files_removed(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     (tmp_path / "abc.tmp").write_text("half")
     made(tmp_path).close()
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_the_least_recently_used_block_leaves(tmp_path: Path) -> None:
+def test_the_least_recently_used_block_is_evicted(tmp_path: Path) -> None:
     keep(tmp_path, prompt(1))
     size = files(tmp_path)[0].stat().st_size
     cache = made(tmp_path, budget=2 * size)
@@ -129,7 +129,7 @@ def test_the_least_recently_used_block_leaves(tmp_path: Path) -> None:
     assert cache.held(as_tokens([2] * (BLOCK_TOK + 1))) == BLOCK_TOK
 
 
-def test_a_full_disk_costs_what_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_only_skips_new_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = made(tmp_path)
 
     def full(*_: object) -> None:
@@ -143,7 +143,7 @@ def test_a_full_disk_costs_what_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.lists(st.integers(0, 3), min_size=1, max_size=6))
-def test_what_is_held_is_the_common_beginning(
+def test_the_longest_common_prefix_is_returned(
     tmp_path_factory: pytest.TempPathFactory, a: list[int], b: list[int]
 ) -> None:
     """Prompts made of whole blocks of one token each."""

@@ -38,7 +38,7 @@ FRAMES: list[Frame] = [
 
 
 @given(st.lists(st.integers(1, 40), max_size=30))
-def test_frames_come_whole_wherever_the_stream_is_cut(cuts: list[int]) -> None:
+def test_frames_are_decoded_whatever_the_chunk_boundaries(cuts: list[int]) -> None:
     stream, decoder, got = b"".join(encode(f) for f in FRAMES), Decoder(), list[Frame]()
     for size in [*cuts, len(stream)]:
         got += decoder.feed(stream[:size])
@@ -48,7 +48,7 @@ def test_frames_come_whole_wherever_the_stream_is_cut(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\xc1", b"\x01", encode(Report())[:-1] + b"\xff", b"\x81\xa1f\xa4nope"])
-def test_what_is_no_frame_is_refused(raw: bytes) -> None:
+def test_an_invalid_frame_is_rejected(raw: bytes) -> None:
     with pytest.raises(Refused):
         decode(raw)
 
@@ -57,7 +57,7 @@ texts = st.text(alphabet="abSTOP ", max_size=40)
 
 
 @given(texts, st.lists(st.integers(1, 5), max_size=40), st.sampled_from([("STOP",), ("TOP", "b"), ("a a",), ()]))
-def test_a_stop_string_is_exact_wherever_the_text_is_cut(text: str, cuts: list[int], stops: tuple[str, ...]) -> None:
+def test_stop_strings_match_whatever_the_chunk_boundaries(text: str, cuts: list[int], stops: tuple[str, ...]) -> None:
     found = [at for at in (text.find(s) for s in stops) if at >= 0]
     expected = text[: min(found)] if found else text
     stop, shown, stopped, rest = StopText(stops), "", False, text
@@ -71,7 +71,7 @@ def test_a_stop_string_is_exact_wherever_the_text_is_cut(text: str, cuts: list[i
     if not stopped:
         shown += stop.finish()
     assert bool(found) == stopped
-    # a stop that begins earlier may complete later than another one: then less is shown, never more
+    # a stop string that begins earlier may complete later than another: then less is sent, never more
     assert shown == expected or (found and expected.startswith(shown))
 
 
@@ -86,18 +86,18 @@ turns = st.builds(Turn, st.integers(1, 99), st.integers(1, 5000), st.floats(0, 1
         ([Turn(2, 50, 0), Turn(1, 50, 0)], 1),
     ],
 )
-def test_the_shortest_goes_first_unless_another_waited_long(waiting: list[Turn], expected: int) -> None:
+def test_the_shortest_prompt_goes_first_unless_another_waited_long(waiting: list[Turn], expected: int) -> None:
     assert expected == scheduling.first(waiting, 100.0).id
 
 
 @given(turns, turns, st.floats(0, 1000))
-def test_two_prompts_never_take_turns_in_vain(a: Turn, b: Turn, rate: float) -> None:
+def test_two_prompts_do_not_alternate_without_progress(a: Turn, b: Turn, rate: float) -> None:
     assert not (scheduling.yields(a, b, rate) and scheduling.yields(b, a, rate))
 
 
 @given(turns, st.floats(1, 1000))
-def test_nobody_waits_for_ever(long: Turn, rate: float) -> None:
-    """However short the newcomers: after long enough the long prompt goes first and yields no more."""
+def test_no_prompt_starves(long: Turn, rate: float) -> None:
+    """However short new prompts are: after long enough the long prompt goes first and no longer yields."""
     waited = long._replace(waited_s=long.left_tok / (scheduling.AGEING * rate) + 1)
     newcomer = Turn(100, 1, 0.0)
     assert scheduling.first([waited, newcomer], rate) == waited
@@ -105,7 +105,7 @@ def test_nobody_waits_for_ever(long: Turn, rate: float) -> None:
 
 
 def learnt(a: float, b: float, pieces: list[tuple[int, int]]) -> PrefillCost:
-    """A cost that has seen pieces of exactly this law."""
+    """A cost model that has measured chunks of exactly this law."""
     cost = PrefillCost()
     for tokens, before in pieces:
         cost.learn(tokens, before, a * tokens + b * tokens * (before + tokens / 2))
@@ -119,7 +119,7 @@ def learnt(a: float, b: float, pieces: list[tuple[int, int]]) -> PrefillCost:
     st.integers(0, 8000),
     st.floats(0.05, 3.0),
 )
-def test_a_piece_fits_the_time_that_is_left(
+def test_a_prefill_chunk_fits_the_remaining_time(
     a: float, b: float, pieces: list[tuple[int, int]], before: int, seconds: float
 ) -> None:
     cost = learnt(a, b, pieces)
@@ -128,7 +128,7 @@ def test_a_piece_fits_the_time_that_is_left(
     assert cost.seconds(size + 1, before) >= seconds * 0.999
 
 
-def test_the_law_of_prefill_is_found_from_its_pieces() -> None:
+def test_the_prefill_cost_model_is_fitted_from_chunks() -> None:
     cost = learnt(2e-3, 3e-6, [(256, 0), (256, 256), (128, 512), (128, 2000)])
     assert cost.seconds(100, 4000) == pytest.approx(2e-3 * 100 + 3e-6 * 100 * 4050, rel=1e-3)
     assert learnt(2e-3, 0.0, [(100, 0)]).seconds(50, 0) == pytest.approx(0.1, rel=0.3)
@@ -138,9 +138,9 @@ def test_the_law_of_prefill_is_found_from_its_pieces() -> None:
 @pytest.mark.parametrize(
     ("decode_s", "before", "size"),
     [(0.0, 0, 512), (0.1, 0, 233), (0.1, 3000, 49), (0.7, 0, 32), (0.0, 20_000, 32)],
-    ids=["nobody waits", "beside decoding", "far in", "no time at all", "very far in"],
+    ids=["none waiting", "during decode", "long prefix", "no time left", "very long prefix"],
 )
-def test_a_piece_is_as_large_as_those_who_wait_allow(decode_s: float, before: int, size: int) -> None:
+def test_a_prefill_chunk_is_bounded_by_waiting_requests(decode_s: float, before: int, size: int) -> None:
     cost = learnt(1e-3, 1.5e-6, [(256, 0), (256, 1000)])
     plain = scheduling.chunk_tok(cost, 0.5, decode_s, before, 512)
     assert plain == pytest.approx(size, abs=1)
@@ -149,14 +149,14 @@ def test_a_piece_is_as_large_as_those_who_wait_allow(decode_s: float, before: in
 
 
 class Pieces:
-    """A cache whose pieces are the tokens themselves, 10 bytes each, so that what comes back can be read."""
+    """A cache whose states are the tokens themselves, 10 bytes each, so that results are readable."""
 
     def __init__(self, budget: int, *, cuttable: bool = True) -> None:
         split = (lambda piece, at: (piece[:at], piece[at:])) if cuttable else None
         self.cache: PromptCache[list[int]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
 
     def put(self, tokens: list[int]) -> list[int]:
-        """Keep; the tokens whose state had to be asked for."""
+        """Store a prompt; returns the tokens whose state was requested."""
         asked: list[int] = []
 
         def piece_of(begin: int, end: int) -> list[int]:
@@ -167,7 +167,7 @@ class Pieces:
         return asked
 
     def find(self, tokens: list[int]) -> list[int] | None:
-        """What is found, put together again."""
+        """The cached prefix, reassembled."""
         hit = self.cache.find(as_tokens(tokens))
         if hit is None:
             return None
@@ -176,7 +176,7 @@ class Pieces:
         return found
 
 
-def test_a_shared_beginning_is_held_once() -> None:
+def test_a_common_prefix_is_held_once() -> None:
     pieces = Pieces(10_000)
     system, one, two = list(range(50)), list(range(100, 120)), list(range(200, 230))
     assert pieces.put(system + one) == system + one
@@ -188,14 +188,14 @@ def test_a_shared_beginning_is_held_once() -> None:
     assert (pieces.cache.hits, pieces.cache.misses, pieces.cache.saved_tok) == (2, 0, 139)
 
 
-def test_one_token_is_always_left_to_start_from() -> None:
+def test_at_least_one_token_remains_to_be_computed() -> None:
     pieces = Pieces(1_000)
     pieces.put(list(range(20)))
     assert pieces.find(list(range(20))) == list(range(19))
     assert pieces.cache.peek(as_tokens(list(range(20)))) == 19
 
 
-def test_the_least_recently_used_leaves_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     pieces = Pieces(2 * 20 * (10 + TOKEN_BYTES))
     a, b, c = list(range(20)), list(range(100, 120)), list(range(200, 220))
     pieces.put(a)
@@ -207,7 +207,7 @@ def test_the_least_recently_used_leaves_first() -> None:
     assert dict(pieces.cache.evictions) == {"budget": 1}
 
 
-def test_what_many_share_outlives_the_questions() -> None:
+def test_shared_prefixes_outlive_single_prompts() -> None:
     each = 10 + TOKEN_BYTES
     system = list(range(50))
     pieces = Pieces((50 + 3 * 10) * each)
@@ -218,7 +218,7 @@ def test_what_many_share_outlives_the_questions() -> None:
     assert pieces.cache.evictions["budget"] == 6
 
 
-def test_a_state_larger_than_the_budget_pushes_nothing_out() -> None:
+def test_a_state_larger_than_the_budget_evicts_nothing() -> None:
     pieces = Pieces(30 * (10 + TOKEN_BYTES))
     pieces.put(list(range(20)))
     pieces.put(list(range(100, 200)))
@@ -226,7 +226,7 @@ def test_a_state_larger_than_the_budget_pushes_nothing_out() -> None:
     assert not pieces.cache.evictions
 
 
-def test_a_state_that_cannot_be_cut_serves_what_goes_on_from_its_end() -> None:
+def test_an_untrimmable_state_serves_only_prompts_that_extend_it() -> None:
     pieces = Pieces(10_000, cuttable=False)
     first, second = list(range(20)), [*range(20), *range(50, 60)]
     assert pieces.put(second) == second
@@ -242,8 +242,8 @@ TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
 
 
 @given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=30), st.integers(1, 900), st.booleans())
-def test_the_tree_is_sound_whatever_is_put_in(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
-    """The budget holds, the books are right, and what is found is a beginning of what was asked for."""
+def test_the_prefix_tree_keeps_its_invariants(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
+    """The budget holds, accounting is exact, and hits are prefixes of the prompt."""
     pieces = Pieces(budget, cuttable=cuttable)
     for putting, tokens in acts:
         if putting:
@@ -270,7 +270,7 @@ def nodes(cache: PromptCache[list[int]]) -> list[Any]:
 
 
 @given(st.lists(st.tuples(TOKENS, TOKENS), max_size=6))
-def test_an_ample_cache_finds_the_longest_beginning(pairs: list[tuple[list[int], list[int]]]) -> None:
+def test_an_ample_cache_returns_the_longest_prefix(pairs: list[tuple[list[int], list[int]]]) -> None:
     pieces, kept = Pieces(1 << 20), []
     for put, asked in pairs:
         pieces.put(put)
@@ -279,7 +279,7 @@ def test_an_ample_cache_finds_the_longest_beginning(pairs: list[tuple[list[int],
         assert pieces.cache.peek(as_tokens(asked)) == (best if best >= MIN_PREFIX_TOK else 0)
 
 
-def test_short_prompts_are_worked_on_together_up_to_one_piece() -> None:
+def test_short_prompts_are_prefilled_together_up_to_one_chunk() -> None:
     lead = Turn(1, 40, 0.0)
     others = [Turn(2, 60, 0.0), Turn(3, 40, 0.0), Turn(4, 500, 0.0), Turn(5, 41, 0.0)]
     assert scheduling.together(lead, others, 500.0, 256) == [1, 3, 5, 2]
@@ -288,7 +288,7 @@ def test_short_prompts_are_worked_on_together_up_to_one_piece() -> None:
 
 
 @given(st.integers(1, 300), st.lists(st.integers(1, 300), max_size=20), st.integers(32, 2048), st.floats(0, 5000))
-def test_a_piece_is_never_larger_with_company(lead: int, others: list[int], largest: int, rate: float) -> None:
+def test_a_chunk_is_never_larger_in_a_batch(lead: int, others: list[int], largest: int, rate: float) -> None:
     turns = [Turn(number, left, 0.0) for number, left in enumerate(others, start=2)]
     ids = scheduling.together(Turn(1, lead, 0.0), turns, rate, largest)
     left = {1: lead} | {turn.id: turn.left_tok for turn in turns}
@@ -310,11 +310,11 @@ def test_a_piece_is_never_larger_with_company(lead: int, others: list[int], larg
         ([Block(0, 0)], 500, 1000.0, 0),
     ],
 )
-def test_a_row_goes_where_it_adds_least(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
+def test_a_row_joins_with_least_padding(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
     assert scheduling.place(blocks, length, weights) == where
 
 
-def test_memory_is_counted_with_padding() -> None:
+def test_memory_includes_padding() -> None:
     assert Block(8, 300).padded_tok == 8 * 512
     assert scheduling.fits([], Block(1, 10**9), 1), "somebody has to be first"
     assert not scheduling.fits([], Block(2, 10**9), 1)

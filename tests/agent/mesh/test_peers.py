@@ -1,4 +1,4 @@
-"""What is believed of peers, and when."""
+"""Peer states over time."""
 
 import msgspec
 import pytest
@@ -28,14 +28,14 @@ def state(peers: PeerTable, now: float) -> str:
 @pytest.mark.parametrize(
     ("age", "expected"), [(0.0, "up"), (1.4, "up"), (1.6, "suspect"), (3.4, "suspect"), (3.6, "down")]
 )
-def test_silence_makes_suspect_and_then_dead(age: float, expected: str) -> None:
+def test_missed_heartbeats_make_a_peer_suspect_then_down(age: float, expected: str) -> None:
     peers = table()
     peers.heard("a", beat(), 10.0)
     assert state(peers, 10.0) == "up"
     assert state(peers, 10.0 + age) == expected
 
 
-def test_one_miss_makes_suspect_and_three_dead_and_one_answer_heals() -> None:
+def test_one_miss_is_suspect_three_are_down_and_one_answer_is_up() -> None:
     peers = table()
     peers.heard("a", beat(), 10.0)
     for now, expected in ((10.3, "suspect"), (10.6, "suspect"), (10.9, "down")):
@@ -45,7 +45,7 @@ def test_one_miss_makes_suspect_and_three_dead_and_one_answer_heals() -> None:
     assert state(peers, 11.0) == "up"
 
 
-def test_a_node_that_has_just_woken_judges_nobody_before_its_next_tick() -> None:
+def test_a_node_that_just_woke_marks_no_peer_down_before_its_next_tick() -> None:
     peers = table()
     peers.tick(9.75, 0.25)
     peers.heard("a", beat(), 10.0)
@@ -58,7 +58,7 @@ def test_a_node_that_has_just_woken_judges_nobody_before_its_next_tick() -> None
     assert state(peers, 74.75) == "down"
 
 
-def test_a_broken_request_keeps_new_ones_away_until_the_next_beat() -> None:
+def test_a_lost_request_excludes_the_peer_until_the_next_heartbeat() -> None:
     peers = table()
     peers.heard("a", beat(), 1.0)
     peers.lose("a")
@@ -67,14 +67,14 @@ def test_a_broken_request_keeps_new_ones_away_until_the_next_beat() -> None:
     assert state(peers, 1.2) == "up"
 
 
-def test_a_peer_that_started_anew_is_told_apart_from_one_that_went_on() -> None:
+def test_a_restarted_peer_is_distinguished_from_a_recovered_one() -> None:
     peers = table()
     assert not peers.heard("a", beat(epoch=1), 1.0)
     assert not peers.heard("a", beat(epoch=1), 2.0)
     assert peers.heard("a", beat(epoch=2), 3.0)
 
 
-def test_a_promise_that_was_not_kept_is_not_believed_until_the_next_beat() -> None:
+def test_a_model_found_unready_stays_so_until_the_next_heartbeat() -> None:
     peers = table()
     peers.heard("a", beat(), 1.0)
     peers.unready("a", "m")
@@ -85,7 +85,7 @@ def test_a_promise_that_was_not_kept_is_not_believed_until_the_next_beat() -> No
     peers.unready("gone", "m")
 
 
-def test_what_was_sent_counts_until_the_next_beat() -> None:
+def test_sent_requests_count_until_the_next_heartbeat() -> None:
     peers = table()
     peers.heard("a", beat(load=2), 1.0)
     peers.sent("a", "m", 70)
@@ -96,7 +96,7 @@ def test_what_was_sent_counts_until_the_next_beat() -> None:
     assert peers.sent_since_beat("m") == {}
 
 
-def test_what_has_ended_counts_no_more() -> None:
+def test_ended_requests_no_longer_count() -> None:
     peers = table()
     peers.heard("a", beat(), 1.0)
     before = peers.sent("a", "m", 70)
@@ -109,7 +109,7 @@ def test_what_has_ended_counts_no_more() -> None:
     peers.ended("gone", "m", 30, after)
 
 
-def test_who_slept_itself_judges_nobody_by_that_time() -> None:
+def test_time_asleep_does_not_count_as_missed_heartbeats() -> None:
     peers = table()
     peers.heard("a", beat(), 10.0)
     assert peers.tick(10.25, 0.25) == pytest.approx(10.0)  # the first tick since the start
@@ -122,7 +122,7 @@ def test_who_slept_itself_judges_nobody_by_that_time() -> None:
     assert state(peers, 74.5) == "down"
 
 
-def test_changes_are_told_once() -> None:
+def test_state_changes_are_reported_once() -> None:
     peers = PeerTable([("a", "u"), ("never", "u2")], beat_s=1.0, now=0.0)
     peers.heard("a", beat(), 1.0)
     assert peers.changes(2.0) == []
@@ -133,7 +133,7 @@ def test_changes_are_told_once() -> None:
     assert (back.up, back.for_s) == (True, 6.0)
 
 
-def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None:
+def test_just_after_a_start_no_model_is_reported_unknown() -> None:
     peers = table()
     early = choose(RouteRequest(model="x"), HERE, peers.view(1.0)).place
     assert isinstance(early, Refuse)
@@ -147,7 +147,7 @@ def test_just_after_a_start_nobody_is_told_that_a_model_does_not_exist() -> None
         assert Refuse(code="model_not_found", known=("m",)) == known
 
 
-def test_the_way_to_a_peer_takes_as_long_as_the_best_of_the_last_beats() -> None:
+def test_the_round_trip_is_the_minimum_of_recent_heartbeats() -> None:
     peers = table()
     for n, hop_s in enumerate((0.002, 0.9, 0.003, 0.5, 0.6, 0.7)):
         peers.heard("a", beat(), float(n), hop_s=hop_s)
@@ -156,13 +156,13 @@ def test_the_way_to_a_peer_takes_as_long_as_the_best_of_the_last_beats() -> None
     assert peers.view(6.0)[0].hop_s == 0.5
 
 
-def test_hashes_of_prefixes_arrive_as_a_set() -> None:
+def test_prefix_hashes_arrive_as_a_set() -> None:
     peers = table()
     peers.heard("a", beat(prefixes=packed([1, 2, 3])), 1.0)
     assert peers.view(1.0)[0].known["m"] == frozenset({1, 2, 3})
 
 
-def test_peers_can_be_replaced_and_those_that_stay_are_remembered() -> None:
+def test_replacing_peers_keeps_the_state_of_those_that_stay() -> None:
     peers = PeerTable([("a", "http://a"), ("b", "http://b")], beat_s=1.0, now=0.0)
     peers.heard("a", beat(), 1.0)
     peers.heard("b", beat("b"), 1.0)
@@ -182,7 +182,7 @@ events = st.lists(
 
 
 @given(events)
-def test_whatever_happens_a_beat_makes_a_peer_usable_and_silence_makes_it_dead(happened: list[_Event]) -> None:
+def test_a_heartbeat_always_makes_a_peer_usable_and_silence_down(happened: list[_Event]) -> None:
     peers, now = table(), 0.0
     peers.heard("a", beat(), now)
     for event in happened:

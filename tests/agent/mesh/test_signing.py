@@ -1,4 +1,4 @@
-"""Who is a node of this rack."""
+"""Authentication between nodes of a rack."""
 
 import pytest
 from hypothesis import given
@@ -22,12 +22,12 @@ def code_of(header: str, *, body: bytes = b"frame", path: str = ASKED["path"], n
     return caught.value.code
 
 
-def test_a_signed_request_says_who_asks() -> None:
+def test_a_signed_request_identifies_its_sender() -> None:
     signed = KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=NOW)
     assert (signed.node, signed.nonce, signed.protocol) == ("n1", "ab", PROTOCOL)
 
 
-def test_whatever_is_changed_is_refused() -> None:
+def test_any_modification_is_rejected() -> None:
     good = header()
     assert code_of(header(Key("another"))) == "not_a_peer"
     assert code_of(good, body=b"other") == "not_a_peer"
@@ -39,14 +39,14 @@ def test_whatever_is_changed_is_refused() -> None:
 
 
 @given(st.text(max_size=200))
-def test_no_header_of_others_breaks_anything(text: str) -> None:
+def test_foreign_headers_are_rejected_without_an_exception(text: str) -> None:
     with pytest.raises(NotAPeer):
         KEY.check(text, me="me", **ASKED, body=b"", now_ms=NOW)
     with pytest.raises(NotAPeer):
         parse(f"Mlxrack {text}")
 
 
-def test_a_clock_that_differs_is_named() -> None:
+def test_clock_skew_is_reported() -> None:
     late = NOW + int(FRESH_S * 1000) + 1
     assert code_of(header(), now_ms=late) == "clock_skew"
     assert code_of(header(), now_ms=NOW - int(FRESH_S * 1000) - 1) == "clock_skew"
@@ -54,13 +54,13 @@ def test_a_clock_that_differs_is_named() -> None:
         KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=late)
 
 
-def test_what_was_meant_for_another_node_is_refused_with_both_names() -> None:
+def test_a_request_for_another_node_is_rejected_naming_both() -> None:
     with pytest.raises(NotAPeer, match="n1 calls this node 'me', but its id is 'you'") as caught:
         KEY.check(header(), me="you", **ASKED, body=b"frame", now_ms=NOW)
     assert caught.value.code == "wrong_node"
 
 
-def test_a_proof_is_of_one_number_and_one_node() -> None:
+def test_a_proof_is_bound_to_one_nonce_and_one_node() -> None:
     proof = KEY.proof("12", "n1")
     assert KEY.is_proof(proof, "12", "n1")
     assert not KEY.is_proof(proof, "13", "n1")
@@ -69,7 +69,7 @@ def test_a_proof_is_of_one_number_and_one_node() -> None:
     assert not Key("another").is_proof(proof, "12", "n1")
 
 
-def test_other_protocols_are_told_before_anything_else() -> None:
+def test_protocol_mismatch_is_reported_first() -> None:
     newer = header().replace(f"v={PROTOCOL},oldest={OLDEST}", f"v={PROTOCOL + 2},oldest={PROTOCOL + 1}")
     older = header().replace(f"v={PROTOCOL},oldest={OLDEST}", f"v={OLDEST - 1},oldest={OLDEST - 1}")
     assert code_of(newer) == code_of(older) == "protocol_mismatch"
@@ -78,7 +78,7 @@ def test_other_protocols_are_told_before_anything_else() -> None:
     assert mismatch(PROTOCOL + 1, PROTOCOL) == "", "a newer one that still speaks ours"
 
 
-def test_a_signature_is_good_once() -> None:
+def test_a_signature_cannot_be_replayed() -> None:
     nonces = Nonces(most=3)
     assert nonces.take("a", NOW)
     assert not nonces.take("a", NOW + 1)
@@ -87,7 +87,7 @@ def test_a_signature_is_good_once() -> None:
         assert nonces.take(one, NOW + int(2 * FRESH_S * 1000) + 3)
 
 
-def test_an_answer_is_signed_for_its_question() -> None:
+def test_an_answer_is_signed_for_its_request() -> None:
     answer = KEY.answer("ab", "n2", b"body")
     assert KEY.is_answer(answer, "ab", "n2", b"body")
     assert not KEY.is_answer(answer, "cd", "n2", b"body")

@@ -1,4 +1,4 @@
-"""How much a model is asked for, and how evenly its answers flow."""
+"""Demand of a model, and the pace of its answers."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ def test_the_last_hour_is_counted_by_the_minute(times: list[float]) -> None:
     assert len(demand._minutes) <= 60
 
 
-def test_a_raised_window_is_measured_from_its_first_slice_to_its_last() -> None:
+def test_a_raised_window_is_measured_from_first_to_last_slice() -> None:
     pace = Pace()
     for tick in range(100):
         pace.gap(tick * 0.1, 0.1)
@@ -41,7 +41,7 @@ def test_a_raised_window_is_measured_from_its_first_slice_to_its_last() -> None:
     assert raised.window_s == pytest.approx(1.25), "from 10.5 to 11.75"
 
 
-def test_without_gaps_nothing_is_claimed() -> None:
+def test_no_latency_is_reported_without_gaps() -> None:
     assert Pace().raised(0.0, 9.0) == (None, None, 0.0)
     pace = Pace()
     pace.gap(5.0, 1.0)

@@ -1,4 +1,4 @@
-"""What leaves memory, and who may come in."""
+"""Eviction and admission."""
 
 import pytest
 from hypothesis import given
@@ -25,11 +25,11 @@ def model(name: str, size: int, *, used: float = 0.0, leases: int = 0, pinned: b
         (20, [model("a", 5)], 10, NoRoom(missing_bytes=10, kept=())),
     ],
 )
-def test_make_room(need: int, held: list[Occupant], budget: int, expected: object) -> None:
+def test_eviction_makes_room(need: int, held: list[Occupant], budget: int, expected: object) -> None:
     assert expected == make_room(need, held, budget)
 
 
-def test_without_leave_to_evict_nothing_leaves() -> None:
+def test_nothing_is_evicted_without_permission() -> None:
     assert NoRoom(missing_bytes=1, kept=("a",)) == make_room(6, [model("a", 5)], 10, may_evict=False)
 
 
@@ -48,7 +48,7 @@ occupants = st.lists(
 
 
 @given(st.integers(1, 40), occupants, st.integers(1, 60))
-def test_no_model_in_use_leaves_and_what_is_promised_fits(need: int, held: list[Occupant], budget: int) -> None:
+def test_models_in_use_are_not_evicted_and_the_plan_fits(need: int, held: list[Occupant], budget: int) -> None:
     decision = make_room(need, held, budget)
     if isinstance(decision, Evict):
         gone = [o for o in held if o.name in decision.victims]
@@ -75,12 +75,12 @@ FREE = Load(0, 4)
         (FREE, FREE, True, 0.0, Turn(code="draining", retry_after_s=1)),
     ],
 )
-def test_admission(model_load: Load, key_load: Load, draining: bool, rate: float, expected: object) -> None:
+def test_admission_decisions(model_load: Load, key_load: Load, draining: bool, rate: float, expected: object) -> None:
     assert expected == admit(model=model_load, key=key_load, draining=draining, drain_rate_per_s=rate)
 
 
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 500), st.integers(1, 50), st.floats(0, 1000))
-def test_the_hint_is_a_sane_number_of_seconds(n: int, limit: int, of_key: int, key_limit: int, rate: float) -> None:
+def test_retry_after_is_a_plausible_time(n: int, limit: int, of_key: int, key_limit: int, rate: float) -> None:
     decision = admit(model=Load(n, limit), key=Load(of_key, key_limit), draining=False, drain_rate_per_s=rate)
     assert isinstance(decision, Admit) == (n < limit and of_key < key_limit)
     if isinstance(decision, Turn):

@@ -1,4 +1,4 @@
-"""Whose turn it is in memory: A B C A B C becomes AA BB CC, and nobody waits for ever."""
+"""The load queue: A B C A B C becomes AA BB CC, and no request starves."""
 
 import itertools
 from collections import deque
@@ -41,17 +41,17 @@ def want(name: str, since: float = 0.0, need: int = 10) -> Wanted:
         ([want("big", need=11)], [held("a", leases=1)], 99.0, Turn()),
     ],
 )
-def test_turns(wanted: list[Wanted], occupants: list[Occupant], now: float, expected: Turn) -> None:
+def test_load_queue_decisions(wanted: list[Wanted], occupants: list[Occupant], now: float, expected: Turn) -> None:
     assert expected == next_turn(wanted, occupants, 10, now, max_wait_s=20.0)
 
 
-def test_the_cheaper_of_two_in_use_is_closed() -> None:
+def test_the_cheaper_of_two_models_in_use_is_closed() -> None:
     occupants = [held("dear", leases=1, per_s=2.0), held("cheap", leases=1, per_s=0.1)]
     assert next_turn([want("b")], occupants, 20, 30.0, max_wait_s=20.0).close == {"cheap"}
 
 
 class Machine:
-    """Room for one model; loading takes ``load_s``, a request ``work_s``. Time goes in steps of a tenth."""
+    """Memory for one model; loading takes ``load_s``, a request ``work_s``. Time advances by tenths of a second."""
 
     def __init__(self, *, load_s: float = 2.0, work_s: float = 1.0, max_wait_s: float = 20.0) -> None:
         self.load_s, self.work_s, self.max_wait_s = load_s, work_s, max_wait_s
@@ -92,7 +92,7 @@ class Machine:
             self.loading, self.loaded_at, self.resident = turn.load, self.now + self.load_s, ""
 
 
-def test_a_b_c_ten_times_at_once_is_three_loads() -> None:
+def test_interleaved_requests_for_three_models_need_three_loads() -> None:
     machine = Machine()
     for name in "abc" * 10:
         machine.ask(name)
@@ -102,14 +102,14 @@ def test_a_b_c_ten_times_at_once_is_three_loads() -> None:
     assert len(machine.loads) == 3
 
 
-def test_a_b_c_without_end_is_grouped_and_nobody_waits_longer_than_the_bound() -> None:
-    """Three models asked for all the time in turn: without grouping each request would be a load."""
+def test_endless_interleaved_requests_are_grouped_and_waits_are_bounded() -> None:
+    """Endless requests for three models in turn: without grouping each request would need a load."""
     machine, names = Machine(), itertools.cycle("abc")
     for tick in range(6_000):
         if tick % 3 == 0:
             machine.ask(next(names))
         machine.tick()
-    # the bound: both others have their turn first, each at most so long, and is loaded
+    # the bound: both others go first, each loaded and served for at most its turn
     bound = 3 * (machine.max_wait_s + machine.load_s + machine.work_s)
     assert max(machine.waits) <= bound
     assert len(machine.waits) > 1_900
@@ -118,7 +118,7 @@ def test_a_b_c_without_end_is_grouped_and_nobody_waits_longer_than_the_bound() -
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 60)), min_size=1, max_size=60))
-def test_everybody_is_served_within_the_bound(asked: list[tuple[str, int]]) -> None:
+def test_every_request_is_served_within_the_bound(asked: list[tuple[str, int]]) -> None:
     machine = Machine()
     by_tick: dict[int, list[str]] = {}
     for name, tick in asked:
@@ -129,11 +129,11 @@ def test_everybody_is_served_within_the_bound(asked: list[tuple[str, int]]) -> N
         machine.tick()
     assert len(machine.waits) == len(asked)
     assert max(machine.waits) <= 4 * (machine.max_wait_s + machine.load_s + machine.work_s)
-    # a load is never for nothing, and a model comes again only for who asked after it had gone
+    # no load is wasted, and a model is reloaded only for requests after its eviction
     assert len(machine.loads) <= len(asked)
 
 
-def test_what_cannot_come_holds_up_nobody() -> None:
+def test_an_unloadable_model_does_not_block_others() -> None:
     wanted = [want("huge", 0.0, need=99), want("b", 1.0)]
     assert next_turn(wanted, [held("a")], 10, 5.0, max_wait_s=20.0) == Turn(load="b")
     assert next_turn(wanted, [held("a", pinned=True)], 10, 50.0, max_wait_s=20.0) == Turn()

@@ -1,4 +1,4 @@
-"""The memory guard: three sources, levels with distance between them, actions in order."""
+"""The memory guard: three sources, levels with hysteresis, actions in order."""
 
 import pytest
 from hypothesis import given
@@ -50,12 +50,12 @@ def test_the_largest_source_of_each_loader_counts() -> None:
         ),
     ],
 )
-def test_what_is_done_in_what_order(readings: tuple[int, ...], expected: list[tuple[Action, ...]]) -> None:
+def test_actions_are_taken_in_order(readings: tuple[int, ...], expected: list[tuple[Action, ...]]) -> None:
     assert expected == play(*readings)
 
 
 @given(st.lists(st.integers(0, 150), max_size=60))
-def test_pressed_and_refusing_alternate_with_their_ends(readings: list[int]) -> None:
+def test_each_level_change_is_reported_with_its_end(readings: list[int]) -> None:
     flat = [action for actions in play(*readings) for action in actions]
     presses = [a for a in flat if a in ("press", "ease")]
     refusals = [a for a in flat if a in ("refuse", "accept")]

@@ -96,7 +96,7 @@ async def until(done: Callable[[], bool], limit_s: float = 15.0) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path) -> None:
+async def test_a_loaded_model_answers_and_an_unloaded_one_does_not(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, events):
         with pytest.raises(Retryable):
             await answer(pool, "a")
@@ -112,13 +112,13 @@ async def test_a_loaded_model_answers_and_an_unloaded_one_is_gone(tmp_path: Path
         assert len(of(events, ModelLoaded)) == 1
 
 
-async def test_loads_of_one_model_start_one_loader(tmp_path: Path) -> None:
+async def test_concurrent_loads_of_one_model_start_one_loader(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, events):
         await asyncio.gather(*(pool.orders.load("a") for _ in range(5)))
         assert len(of(events, ModelLoaded)) == 1
 
 
-async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> None:
+async def test_an_idle_model_is_evicted_before_a_busy_one(tmp_path: Path) -> None:
     models = [fake(n, need_bytes=40, fake_step_s=0.02) for n in "abc"]
     async with running(tmp_path, *models) as (pool, events):
         await pool.orders.load("a")
@@ -139,7 +139,7 @@ async def test_the_idle_model_leaves_and_the_busy_one_stays(tmp_path: Path) -> N
         assert len(text.split()) == 60
 
 
-async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
+async def test_insufficient_memory_reports_the_missing_bytes(tmp_path: Path) -> None:
     async with running(
         tmp_path, fake("a", need_bytes=5 * 10**6, pinned=True), fake("b", need_bytes=7 * 10**6), budget=10**7
     ) as (
@@ -154,7 +154,7 @@ async def test_no_room_names_what_is_missing(tmp_path: Path) -> None:
         assert await answer(pool, "a")
 
 
-async def test_a_model_without_room_comes_when_there_is_some(tmp_path: Path) -> None:
+async def test_a_queued_model_loads_when_memory_becomes_free(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, fake_step_s=0.02), fake("b", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
         await pool.orders.load("a")
@@ -166,8 +166,8 @@ async def test_a_model_without_room_comes_when_there_is_some(tmp_path: Path) -> 
         assert await pool.wanted("b", 15.0)
 
 
-async def test_a_victim_that_dies_while_room_is_made_blocks_nobody(tmp_path: Path) -> None:
-    """Its restart waits for the room that the load holds; the load must not wait for the slot the restart holds."""
+async def test_a_victim_that_crashes_during_eviction_does_not_block_the_load(tmp_path: Path) -> None:
+    """Its restart waits for memory that the load reserves; the load must not wait for the restart's slot."""
     models = [fake(n, need_bytes=40) for n in ("v1", "v2")] + [fake("y", need_bytes=90)]
     async with running(tmp_path, *models) as (pool, _):
         await pool.orders.load("v1")
@@ -184,7 +184,7 @@ async def test_a_victim_that_dies_while_room_is_made_blocks_nobody(tmp_path: Pat
         assert await pool.wanted("v1", 15.0) or await pool.wanted("y", 15.0)
 
 
-async def test_an_order_is_finished_though_nobody_listens(tmp_path: Path) -> None:
+async def test_an_order_completes_when_its_caller_is_gone(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.02), fake("b", fake_step_s=0.02)) as (pool, events):
         await pool.orders.load("a")
         busy = asyncio.create_task(answer(pool, "a", tokens=30))
@@ -207,7 +207,7 @@ async def test_an_order_is_finished_though_nobody_listens(tmp_path: Path) -> Non
         assert await answer(pool, "b")
 
 
-async def test_stopping_in_the_middle_of_anything_leaves_no_process(tmp_path: Path) -> None:
+async def test_stopping_at_any_time_leaves_no_process(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_load_s=0.5), fake("b", fake_load_s=0.5)) as (pool, _):
         await pool.orders.load("a")
         pid = pool.inventory.status()[0]["pid"]
@@ -220,7 +220,7 @@ async def test_stopping_in_the_middle_of_anything_leaves_no_process(tmp_path: Pa
         assert not [s for s in pool.inventory.status() if s["pid"]]
 
 
-async def test_a_model_that_loads_itself_cannot_be_swapped_in(tmp_path: Path) -> None:
+async def test_a_model_that_is_loading_cannot_be_swapped_in(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b", fake_load_s=0.5)) as (pool, _):
         await pool.orders.load("a")
         loading = asyncio.create_task(pool.orders.load("b"))
@@ -231,7 +231,7 @@ async def test_a_model_that_loads_itself_cannot_be_swapped_in(tmp_path: Path) ->
         assert await answer(pool, "a") != await answer(pool, "b")
 
 
-async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
+async def test_a_swap_under_load_neither_loses_nor_mixes_answers(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.005), fake("b", fake_step_s=0.005)) as (pool, events):
         await pool.orders.load("a")
         old, old_text = await answer(pool, "a", tokens=40)
@@ -259,7 +259,7 @@ async def test_a_swap_under_load_loses_nothing_and_mixes_nothing(tmp_path: Path)
         assert len([s for s in pool.inventory.status() if s["pid"]]) == 1
 
 
-async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path) -> None:
+async def test_a_failed_standby_leaves_the_active_version_serving(tmp_path: Path) -> None:
     missing = {"name": "b", "path": str(tmp_path / "none"), "need_bytes": 10, "preload": False}
     async with running(tmp_path, fake("a"), fake("slow", fake_step_s=1.0, probe_p99_s=0.2), missing) as (pool, events):
         await pool.orders.load("a")
@@ -273,7 +273,7 @@ async def test_a_standby_that_fails_leaves_the_old_model_serving(tmp_path: Path)
         assert [e.outcome for e in of(events, SwapFinished)] == ["failed"]
 
 
-async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_otherwise(tmp_path: Path) -> None:
+async def test_a_swap_without_memory_is_cold_if_a_peer_serves_and_rejected_otherwise(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
         await pool.orders.load("a")
@@ -291,14 +291,14 @@ async def test_a_swap_without_room_is_cold_when_a_peer_carries_and_refused_other
 @pytest.mark.parametrize(
     ("old", "new", "why"), [("a", "x", "not configured"), ("x", "a", "not configured"), ("a", "a", "serves already")]
 )
-async def test_a_swap_that_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, why: str) -> None:
+async def test_an_invalid_swap_is_rejected(tmp_path: Path, old: str, new: str, why: str) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
         await pool.orders.load("a")
         with pytest.raises(Refused, match=why):
             await pool.orders.swap(old, new)
 
 
-async def test_a_killed_loader_comes_back_and_says_so_while_others_answer(tmp_path: Path) -> None:
+async def test_a_killed_loader_is_restarted_and_reported_while_others_answer(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.05), fake("b")) as (pool, events):
         await pool.orders.load("a")
         await pool.orders.load("b")
@@ -315,7 +315,7 @@ async def test_a_killed_loader_comes_back_and_says_so_while_others_answer(tmp_pa
         assert len(of(events, LoaderExited)) == 1
 
 
-async def test_a_loader_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_crash_looping_loader_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.models.lifecycle.CRASHES_BEFORE_GIVING_UP", 2)
     async with running(tmp_path, fake("a")) as (pool, events):
         await pool.orders.load("a")
@@ -329,7 +329,7 @@ async def test_a_loader_that_dies_again_and_again_is_given_up(tmp_path: Path, mo
         assert not await pool.wanted("a", 1.0)
 
 
-async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
+async def test_closing_a_stream_early_cancels_the_request(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.01)) as (pool, _):
         await pool.orders.load("a")
         async with (
@@ -347,7 +347,7 @@ async def test_leaving_early_cancels_the_work(tmp_path: Path) -> None:
         assert first[0].decode_tok >= 1
 
 
-async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> None:
+async def test_counts_of_a_stopped_loader_are_kept(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
@@ -361,13 +361,13 @@ async def test_counts_of_a_loader_that_was_stopped_are_kept(tmp_path: Path) -> N
         assert pool.inventory.windows_so_far() == []
 
 
-async def test_a_cold_model_is_loaded_when_it_is_wanted(tmp_path: Path) -> None:
+async def test_a_cold_model_is_loaded_on_demand(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         assert await pool.wanted("a", 15.0)
         assert await answer(pool, "a")
 
 
-async def test_a_report_that_came_late_is_counted_with_the_next(tmp_path: Path) -> None:
+async def test_a_late_loader_report_is_counted_with_the_next(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
@@ -380,7 +380,7 @@ async def test_a_report_that_came_late_is_counted_with_the_next(tmp_path: Path) 
         assert window.decode_tok == 0
 
 
-async def test_who_gives_up_waiting_for_a_report_leaves_it_to_the_next(tmp_path: Path) -> None:
+async def test_a_timed_out_report_is_left_to_the_next_reader(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         await answer(pool, "a", tokens=7)
@@ -397,7 +397,7 @@ async def test_who_gives_up_waiting_for_a_report_leaves_it_to_the_next(tmp_path:
         assert window.decode_tok + later.decode_tok == 107
 
 
-async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path: Path) -> None:
+async def test_the_last_report_of_an_ended_loader_is_counted(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         process = pool._slots.named("a").loaded.process  # type: ignore[union-attr]
@@ -409,7 +409,7 @@ async def test_a_loader_that_is_gone_is_still_counted_for_what_it_said(tmp_path:
         assert await process.report() is None
 
 
-async def test_what_a_loader_said_late_is_counted_though_it_crashed(tmp_path: Path) -> None:
+async def test_a_late_report_is_counted_despite_a_crash(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         loaded = pool._slots.named("a").loaded
@@ -423,7 +423,7 @@ async def test_what_a_loader_said_late_is_counted_though_it_crashed(tmp_path: Pa
         assert window.decode_tok == 7
 
 
-async def test_done_says_how_it_ended(tmp_path: Path) -> None:
+async def test_done_carries_the_finish_reason(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
         async with pool.lease("a") as lease:
@@ -432,11 +432,11 @@ async def test_done_says_how_it_ended(tmp_path: Path) -> None:
         assert (answers[-1].finish, answers[-1].completion_tok) == ("length", 3)
 
 
-# ---- what leaves memory, and for whom ----
+# ---- eviction ----
 
 
-async def test_the_model_whose_absence_costs_least_leaves(tmp_path: Path) -> None:
-    """Not the one that was used longest ago: it is asked for ten times as often."""
+async def test_the_model_that_is_cheapest_to_miss_is_evicted(tmp_path: Path) -> None:
+    """Not the least recently used one: it is requested ten times as often."""
     models = [fake(n, need_bytes=40) for n in "abc"]
     async with running(tmp_path, *models) as (pool, events):
         await pool.orders.load("a")
@@ -451,7 +451,7 @@ async def test_the_model_whose_absence_costs_least_leaves(tmp_path: Path) -> Non
         assert evicted.reload_us > 0
 
 
-async def test_what_was_evicted_and_is_missed_says_after_how_long(tmp_path: Path) -> None:
+async def test_a_request_for_an_evicted_model_reports_the_time_since_eviction(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, events):
         await pool.orders.load("a")
         await pool.orders.unload("a")
@@ -474,7 +474,7 @@ async def test_a_pinned_model_stays_until_it_is_unpinned(tmp_path: Path) -> None
         await pool.orders.load("b")
 
 
-async def test_a_model_that_has_just_come_stays_for_a_while_but_not_against_an_order(tmp_path: Path) -> None:
+async def test_a_just_loaded_model_is_protected_except_from_an_order(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
     async with running(tmp_path, *models, memory={"min_residency_s": 1.0}) as (pool, _):
         assert await pool.wanted("a", 15.0)
@@ -485,7 +485,7 @@ async def test_a_model_that_has_just_come_stays_for_a_while_but_not_against_an_o
         assert time.monotonic() - began < 15.0
 
 
-async def test_an_idle_model_leaves_after_its_keep_alive(tmp_path: Path) -> None:
+async def test_an_idle_model_is_evicted_after_its_keep_alive(tmp_path: Path) -> None:
     models = [fake("stays"), fake("goes", keep_alive_s=0.3), fake("pinned", keep_alive_s=0.0, pinned=True)]
     async with running(tmp_path, *models, fake("at once", keep_alive_s=0.0)) as (pool, events):
         for name in ("stays", "goes", "pinned", "at once"):
@@ -500,8 +500,8 @@ async def test_an_idle_model_leaves_after_its_keep_alive(tmp_path: Path) -> None
         assert [m["state"] for m in pool.inventory.status()] == ["ready", "cold", "ready", "cold"]
 
 
-async def test_a_busy_model_makes_room_for_one_that_has_waited_long_enough(tmp_path: Path) -> None:
-    """Its requests are finished, new ones wait, and it comes back when it is its turn again."""
+async def test_a_busy_model_is_closed_for_one_that_waited_long_enough(tmp_path: Path) -> None:
+    """Its requests finish, new ones are queued, and it is loaded again in its turn."""
     models = (fake("a", need_bytes=60, fake_step_s=0.01), fake("b", need_bytes=60, fake_step_s=0.01))
     async with running(tmp_path, *models, memory={"max_wait_s": 0.5}) as (pool, events):
         await pool.orders.load("a")
@@ -528,8 +528,8 @@ def _active(process: LoaderProcess) -> int:
     return process.working.active_bytes if process.working else 0
 
 
-async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> None:
-    """The fake engines say what they hold; giving up the caches brings nothing back as long as they say so."""
+async def test_the_memory_guard_escalates_from_pressure_to_rejection(tmp_path: Path) -> None:
+    """Fake engines report their memory; dropping caches frees nothing while they report the same."""
     models = [fake("a", fake_held_bytes=70, fake_step_s=0.02), fake("b", fake_held_bytes=70)]
     async with running(tmp_path, *models, budget=100) as (pool, events):
         await pool.orders.load("a")
@@ -561,7 +561,7 @@ async def test_the_guard_presses_drops_evicts_and_refuses(tmp_path: Path) -> Non
         assert len((await busy)[1].split()) == 100, "who was being answered was answered"
 
 
-async def test_an_active_loader_that_dies_while_a_standby_starts_is_started_again(tmp_path: Path) -> None:
+async def test_an_active_loader_that_crashes_during_standby_start_is_restarted(tmp_path: Path) -> None:
     models = (fake("a"), fake("b", fake_load_s=3.0))
     async with running(tmp_path, *models) as (pool, events):
         await pool.orders.load("a")
@@ -577,7 +577,7 @@ async def test_an_active_loader_that_dies_while_a_standby_starts_is_started_agai
         assert len([s for s in pool.inventory.status() if s["pid"]]) == 1
 
 
-async def test_many_swaps_leave_no_memory_of_themselves(tmp_path: Path) -> None:
+async def test_many_swaps_do_not_leak_memory(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
         await pool.orders.load("a")
         for new in ("b", "a", "b"):
@@ -589,7 +589,7 @@ async def test_many_swaps_leave_no_memory_of_themselves(tmp_path: Path) -> None:
         assert not +pool._loaders.missed
 
 
-async def test_however_many_wait_a_model_is_started_once_and_a_broken_one_not_again_and_again(tmp_path: Path) -> None:
+async def test_many_waiters_start_a_model_once_and_a_broken_one_is_not_retried(tmp_path: Path) -> None:
     missing = {"name": "gone", "path": str(tmp_path / "none"), "preload": False}
     async with running(tmp_path, fake("a"), missing) as (pool, events):
         starts = 0
@@ -609,7 +609,7 @@ async def test_however_many_wait_a_model_is_started_once_and_a_broken_one_not_ag
         assert len(pool._lifecycles.tasks) < 5
 
 
-async def test_what_can_never_come_is_refused_at_once(tmp_path: Path) -> None:
+async def test_a_model_that_can_never_fit_is_rejected_at_once(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, pinned=True), fake("big", need_bytes=60))
     async with running(tmp_path, *models) as (pool, _):
         await pool.orders.load("a")
@@ -619,7 +619,7 @@ async def test_what_can_never_come_is_refused_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - began < 2.0
 
 
-async def test_a_loader_that_dies_in_a_cold_swap_is_not_started_beside_the_new_one(tmp_path: Path) -> None:
+async def test_a_loader_that_crashes_in_a_cold_swap_is_not_restarted_beside_the_new_one(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60, fake_step_s=0.05), fake("b", need_bytes=60))
     async with running(tmp_path, *models, carried=True) as (pool, _):
         await pool.orders.load("a")
@@ -639,7 +639,7 @@ async def test_a_loader_that_dies_in_a_cold_swap_is_not_started_beside_the_new_o
         ]
 
 
-async def test_a_name_that_is_taken_leaves_the_others_of_its_slot(tmp_path: Path) -> None:
+async def test_a_name_taken_over_leaves_other_names_of_its_loader(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b"), fake("c")) as (pool, _):
         await pool.orders.load("a")
         assert (await pool.orders.swap("a", "b")).outcome == "flipped"
@@ -661,7 +661,7 @@ async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> No
         await until(lambda: len(of(events, ModelEvicted)) == 1)
 
 
-async def test_a_loader_that_is_killed_while_it_starts_is_started_again_for_who_waits(tmp_path: Path) -> None:
+async def test_a_loader_killed_while_starting_is_restarted_for_waiting_requests(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_load_s=0.6)) as (pool, events):
         waiting = asyncio.create_task(pool.wanted("a", 20.0))
         await asyncio.sleep(0.4)

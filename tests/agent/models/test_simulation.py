@@ -1,4 +1,4 @@
-"""The table of agent/DESIGN.md is what the simulator computes, and the policy keeps what it promises there."""
+"""The tables of agent/DESIGN.md match the simulators, and the policies meet their bounds."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,7 @@ from scripts import simulate_routing
 from scripts.simulate_eviction import TRACES, simulate, table
 
 
-def test_the_design_shows_what_is_computed() -> None:
+def test_the_design_table_matches_the_simulator() -> None:
     assert table() in Path("agent/DESIGN.md").read_text(), "run `make simulate` and put its table there"
 
 
@@ -21,13 +21,13 @@ def test_cost_is_not_worse_than_least_recently_used_by_more_than_a_tenth(name: s
         assert simulate(trace, by_cost).waited_s <= 1.1 * simulate(trace, by_age).waited_s
 
 
-def test_a_trace_is_the_same_every_time() -> None:
+def test_traces_are_deterministic() -> None:
     for make in TRACES.values():
         assert make(random.Random(1)) == make(random.Random(1))
 
 
 @pytest.mark.timeout(60)
-def test_routing_by_seconds_does_what_the_guide_says() -> None:
+def test_routing_by_seconds_matches_the_design_guide() -> None:
     ours, load = (
         simulate_routing.measured(policy) for policy in (simulate_routing.by_seconds, simulate_routing.by_load)
     )

@@ -1,4 +1,4 @@
-"""The swap machine: an active loader always lives until another has proved itself, whatever happens in between."""
+"""The swap state machine: an active loader runs until its standby has passed its probes, whatever happens."""
 
 import pytest
 from hypothesis import given
@@ -70,7 +70,7 @@ CANNOT_RESTORE = Restored(swap_id="s", reason="and it did not start again")
         ),
     ],
 )
-def test_each_way_through(cold: bool, events: tuple[Event, ...], effects: list[Effect], outcome: str) -> None:
+def test_every_swap_path(cold: bool, events: tuple[Event, ...], effects: list[Effect], outcome: str) -> None:
     state, seen = play(cold, *events)
     assert (effects, outcome, "finished") == (seen, state.outcome, state.phase)
 
@@ -86,7 +86,7 @@ events = st.sampled_from(MINE + OTHERS)
 
 
 class World:
-    """The loaders that effects start and stop. ``old`` and ``new`` live, ``serving`` answers."""
+    """The loaders that effects start and stop. ``old`` and ``new`` run, ``serving`` answers."""
 
     def __init__(self) -> None:
         self.old, self.new = True, False
@@ -119,8 +119,8 @@ class World:
 
 
 @given(st.booleans(), st.lists(events, max_size=25))
-def test_no_order_of_events_leaves_the_model_unserved(cold: bool, order: list[Event]) -> None:
-    """Events may come twice, too late, too early, or belong to another swap."""
+def test_no_event_order_leaves_the_model_unserved(cold: bool, order: list[Event]) -> None:
+    """Events may be duplicated, late, early, or of another swap."""
     world = World()
     state, effects = begin("s", cold=cold)
     for effect in effects:
@@ -130,7 +130,7 @@ def test_no_order_of_events_leaves_the_model_unserved(cold: bool, order: list[Ev
         state, effects = swap.step(state, event)
         if state.flipped and not before.flipped:
             assert world.new
-            world.serving = "new"  # the flip reports itself, or that it could not be
+            world.serving = "new"  # the flip reports success or failure
         if event.swap_id != "s":
             assert (state, effects) == (before, ())
         for effect in effects:
@@ -148,7 +148,7 @@ def test_no_order_of_events_leaves_the_model_unserved(cold: bool, order: list[Ev
 
 
 @given(st.booleans(), st.lists(st.sampled_from(MINE), max_size=12))
-def test_a_finished_swap_does_nothing_more(cold: bool, order: list[Event]) -> None:
+def test_a_finished_swap_ignores_events(cold: bool, order: list[Event]) -> None:
     state, _ = play(cold, *order)
     if state.phase == "finished":
         for event in MINE:
@@ -156,8 +156,8 @@ def test_a_finished_swap_does_nothing_more(cold: bool, order: list[Event]) -> No
 
 
 @given(st.booleans(), st.lists(st.sampled_from(MINE), max_size=6))
-def test_every_swap_can_come_to_an_end(cold: bool, order: list[Event]) -> None:
-    """Whatever has happened, answering each effect with what it may honestly report leads to the end."""
+def test_every_swap_can_finish(cold: bool, order: list[Event]) -> None:
+    """From any state, answering each effect with a possible result ends the swap."""
     state, _ = play(cold, *order)
     answers: dict[str, Event] = {
         "starting": READY,

@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert caught.value.code == 0
@@ -76,12 +76,12 @@ def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys:
     assert "Traceback" not in err
 
 
-def test_without_an_agent_status_says_how_to_start_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_without_an_agent_tells_how_to_start_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "--config", str(config)]) == os.EX_UNAVAILABLE
     assert "has this agent been started" in capsys.readouterr().err
 
 
-def test_check_config_says_where_things_are(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_config_prints_paths(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check-config", "--config", str(config)]) == 0
     assert "agent.jsonl" in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_sample_prints_json(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(capsys.readouterr().out)["memory_total_bytes"] > 0
 
 
-def test_a_new_key_and_its_hash_belong_together(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_key_matches_its_hash(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["new-key", "web-shop", "--config", str(config)]) == 0
     out = capsys.readouterr().out
     key, stored = re.search(r"mlxr-\S+", out), re.search(r'sha256 = "(\w+)"', out)
@@ -115,13 +115,13 @@ def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.Capture
     assert "newsyslog" in out
 
 
-def test_a_service_needs_folders_of_its_own(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_needs_its_own_folders(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(config.read_text().split("logs =")[0])
     assert cli.main(["install", "--dry-run", "--config", str(config)]) == 1
     assert "paths.state and paths.logs" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_uncreatable_folder_is_a_one_line_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (config.parent / "s p").write_text("a file where the state folder should be")
     assert cli.main(["run", "--config", str(config)]) == os.EX_IOERR
     err = capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(config: Path, capsys: pytest
     assert "Traceback" not in err
 
 
-def test_a_strange_path_stays_one_string(tmp_path: Path) -> None:
+def test_an_unusual_path_is_quoted_as_one_string(tmp_path: Path) -> None:
     config = msgspec.convert({"node": {"id": "n", "rack": "r"}, "store": {"path": "x"}}, AgentConfig)
     odd = tmp_path / "a <b> & 'c'.toml"
     text = install.render_plist(
@@ -139,7 +139,7 @@ def test_a_strange_path_stays_one_string(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="would install")
-def test_install_off_macos_says_what_to_do(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_install_outside_macos_prints_instructions(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["install", "--config", str(config)]) == os.EX_UNAVAILABLE
     assert "--dry-run shows" in capsys.readouterr().err
 
@@ -169,13 +169,13 @@ def test_logs_are_filtered(tmp_path: Path) -> None:
     ("skew_ms", "said"),
     [(None, []), (1_900, ["ok"]), (-600_000, ["warning: 600 s behind"]), (3_000, ["warning: 3 s ahead of"])],
 )
-def test_doctor_looks_at_the_clock(skew_ms: int | None, said: list[str]) -> None:
+def test_doctor_checks_the_clock(skew_ms: int | None, said: list[str]) -> None:
     found = doctor._clock(skew_ms)
     assert [one.verdict for one in found] == [text.partition(":")[0] for text in said]
     assert all(text.partition(": ")[2] in one.seen for one, text in zip(found, said, strict=True))
 
 
-def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
+def test_logs_are_followed_across_rotation(tmp_path: Path) -> None:
     log = tmp_path / "agent.jsonl"
     log.write_text(entry(1) + "\n")
     rounds = iter(range(3))
@@ -184,7 +184,7 @@ def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
         turn = next(rounds)
         if turn == 0:
             with log.open("a") as file:
-                file.write(entry(2) + "\n")  # nobody has looked since
+                file.write(entry(2) + "\n")  # not polled since
             log.rename(tmp_path / "agent.jsonl.1")
             log.write_text(entry(3) + "\n")
         return turn == 2
@@ -194,12 +194,12 @@ def test_logs_can_be_followed_over_a_rotation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["soon", "5", "5y", ""])
-def test_a_span_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_span_is_rejected(text: str) -> None:
     with pytest.raises(Refused, match="--since"):
         logview.parse_since(text, NOW)
 
 
-def test_spans_and_times() -> None:
+def test_spans_and_times_are_parsed() -> None:
     assert datetime(2026, 11, 21, 11, 58, 30, tzinfo=UTC) == logview.parse_since("90s", NOW)
     assert datetime(2026, 11, 19, 12, 0, tzinfo=UTC) == logview.parse_since("2d", NOW)
     assert datetime(2026, 11, 20, 8, 0, tzinfo=UTC) == logview.parse_since("2026-11-20T08:00:00+00:00", NOW)
@@ -242,7 +242,7 @@ def test_models_are_pulled_listed_and_removed(
         (["models", "push", ".", "no model"], "use 1 to 63 letters"),
     ],
 )
-def test_what_cannot_be_pulled_or_removed_says_why(
+def test_failed_pulls_and_removals_report_the_reason(
     config: Path, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*words, "--config", str(config)]) == 1

@@ -1,4 +1,4 @@
-"""The status as a person reads it."""
+"""The human-readable status page."""
 
 import json
 from typing import Any
@@ -81,7 +81,7 @@ STATUS: dict[str, Any] = {
 }
 
 
-def test_everything_that_matters_is_on_the_page() -> None:
+def test_the_page_shows_all_relevant_state() -> None:
     text = status_text(STATUS)
     for part in (
         "node mini-1 of rack home",
@@ -104,7 +104,7 @@ def test_everything_that_matters_is_on_the_page() -> None:
     assert max(len(line) for line in text.splitlines()) < 140
 
 
-def test_why_a_request_went_where_it_went() -> None:
+def test_routing_decisions_are_explained() -> None:
     trail = Trail(request_id="req_1", t_ms=0, began_s=10.0, model="m", prompt_tok=12)
     peers = (node("a", load=3), node("b", state="down"))
     trail.add(10.001, "sent", "here", decision=choose(WANTED, HERE, peers))
@@ -123,7 +123,7 @@ def test_why_a_request_went_where_it_went() -> None:
     assert json.dumps(shown(trail))
 
 
-def test_of_a_large_rack_the_nodes_that_mattered_are_kept() -> None:
+def test_decisions_in_a_large_rack_keep_the_relevant_nodes() -> None:
     trail = Trail(request_id="req_1", t_ms=0, began_s=0.0, model="m")
     peers = tuple(node(f"n{number:02}", load=number, draining=number > 80) for number in range(100))
     decision = choose(WANTED, AWAY, peers)
@@ -134,7 +134,7 @@ def test_of_a_large_rack_the_nodes_that_mattered_are_kept() -> None:
     assert list(shown(trail)["steps"][1]["excluded"].values()) == ["loading", *["draining"] * 10]
 
 
-def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
+def test_recent_decisions_are_found_by_partial_id() -> None:
     kept = Decisions(kept=3)
     for name in ("old", "req_1", "req_1-1", "req_1-2"):
         kept.keep(Trail(request_id=name, t_ms=0, began_s=0.0, model="m"))
@@ -143,7 +143,7 @@ def test_decisions_of_the_last_requests_are_kept_by_part() -> None:
     assert [one.request_id for one in kept.last(2)] == ["req_1-2", "req_1-1"]
 
 
-def test_what_is_not_there_takes_no_room() -> None:
+def test_absent_sections_are_omitted() -> None:
     quiet = {**STATUS, "swaps": [], "peers": [], "desired": {**STATUS["desired"], "generation": 0}}
     text = status_text(quiet)
     assert "SWAP" not in text
@@ -151,7 +151,7 @@ def test_what_is_not_there_takes_no_room() -> None:
     assert "desired" not in text
 
 
-def test_short_memory_is_said() -> None:
+def test_low_memory_is_shown() -> None:
     short = {"level": "hard", "held_bytes": 9, "refusing": True}
     assert "memory pressure: hard, new requests are refused" in status_text({**STATUS, "memory": short})
 
@@ -165,11 +165,11 @@ def test_short_memory_is_said() -> None:
         ("load", "nobody", ""),
     ],
 )
-def test_progress_in_one_line(verb: str, model: str, expected: str) -> None:
+def test_progress_is_one_line(verb: str, model: str, expected: str) -> None:
     assert expected == progress(STATUS, verb, model)
 
 
-def test_sizes_and_tables() -> None:
+def test_sizes_and_tables_are_formatted() -> None:
     assert (size(None), size(5_400_000), size(5_400_000_000)) == ("-", "5 MB", "5.4 GB")
     assert table(("A", "BB"), [(1, "x"), ("long", "")]) == "A     BB\n1     x\nlong"
     assert models_text([]).startswith("MODEL")

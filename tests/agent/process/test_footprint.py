@@ -1,4 +1,4 @@
-"""What a process holds, as the system counts it."""
+"""Memory footprint of a process, as the system counts it."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from agent.process.footprint import _RusageInfo, footprint_bytes, physical_footp
 
 
 class Libproc:
-    """proc_pid_rusage as macOS answers it: a status, and the structure filled through the pointer."""
+    """proc_pid_rusage as on macOS: returns a status and fills the structure through the pointer."""
 
     def __init__(self, status: int, footprint: int = 0) -> None:
         self._status, self._footprint = status, footprint
@@ -25,8 +25,8 @@ class Libproc:
         return self._status
 
 
-def test_the_physical_footprint_is_read_from_its_place() -> None:
-    """rusage_info_v0 of <sys/resource.h>: 16 bytes of uuid, then eight-byte numbers, the footprint the eighth."""
+def test_the_physical_footprint_is_read_at_its_offset() -> None:
+    """rusage_info_v0 of <sys/resource.h>: 16 bytes of UUID, then 8-byte integers; the footprint is the eighth."""
     assert _RusageInfo.phys_footprint.offset == 16 + 7 * 8
     assert ctypes.sizeof(_RusageInfo) == 16 + 10 * 8
     fake = Libproc(0, 123_456_789)
@@ -37,7 +37,7 @@ def test_the_physical_footprint_is_read_from_its_place() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="counts otherwise there")
-def test_a_process_that_lives_has_one_and_one_that_is_gone_has_none() -> None:
+def test_a_live_process_has_a_footprint_and_an_ended_one_none() -> None:
     own = footprint_bytes(os.getpid())
     assert own is not None
     assert own > 10 << 20

@@ -1,4 +1,4 @@
-"""What beginnings are known where, and what a loader has to do."""
+"""Which prefixes each node holds, and the work of a loader."""
 
 import msgspec
 import pytest
@@ -33,7 +33,7 @@ def chain(*turns: str, **more: object) -> tuple[int, ...]:
     return text_of(KEY, ask(*turns, **more)).chain
 
 
-def test_a_conversation_that_goes_on_begins_with_what_it_was() -> None:
+def test_a_continued_conversation_keeps_its_prefix_hashes() -> None:
     system, first, answer = "s" * 900, "u" * 700, "a" * 500
     short, long = chain(system, first), chain(system, first, answer, "and then? " * 50)
     assert len(short) == 6
@@ -41,14 +41,14 @@ def test_a_conversation_that_goes_on_begins_with_what_it_was() -> None:
     assert len(long) > len(short)
 
 
-def test_the_whole_conversation_counts_and_not_its_first_message_alone() -> None:
+def test_the_chain_covers_the_whole_conversation() -> None:
     one, other = chain("s" * 2000, "x" * 600), chain("s" * 2000, "y" * 600)
     assert one[:7] == other[:7]
     assert matched(one, set(other)) == 7
     assert one[-1] != other[-1]
 
 
-def test_what_a_template_writes_is_part_of_it() -> None:
+def test_template_text_is_part_of_the_chain() -> None:
     plain = chain("s" * 600)
     assert chain("s" * 600, tools=('{"name":"f"}',))[0] != plain[0]
     assert chain("s" * 600, reasoning_effort="high")[0] != plain[0]
@@ -56,7 +56,7 @@ def test_what_a_template_writes_is_part_of_it() -> None:
     assert text_of(KEY, roles).chain[0] != plain[0], "the same words by somebody else"
 
 
-def test_hashes_tell_nothing_without_the_rack_secret() -> None:
+def test_hashes_depend_on_the_rack_secret() -> None:
     assert text_of(prefix_key("another"), ask("s" * 600)).chain != chain("s" * 600)
     assert text_of(b"", ask("s" * 600)).chain == ()
 
@@ -72,12 +72,12 @@ def test_long_prompts_are_bounded_and_short_ones_have_no_chain() -> None:
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=50))
-def test_hashes_survive_the_way(hashes: list[int]) -> None:
+def test_hashes_survive_encoding(hashes: list[int]) -> None:
     assert unpacked(packed(hashes)) == frozenset(hashes)
     assert unpacked(packed(hashes) + b"cut") == frozenset(hashes)
 
 
-def test_a_table_keeps_the_latest_and_learns_how_many() -> None:
+def test_a_table_keeps_the_latest_hashes_and_learns_its_size() -> None:
     table = PrefixTable()
     texts = [text_of(KEY, ask(f"{n} " * 40 * BLOCK_BYTES)) for n in range(30)]
     for text in texts:
@@ -85,7 +85,7 @@ def test_a_table_keeps_the_latest_and_learns_how_many() -> None:
     assert texts[-1].chain[0] in table
     assert texts[0].chain[0] not in table
     assert len(list(table)) <= table.most == MOST_BLOCKS
-    # what should be there is not: the prompt cache is smaller than was thought
+    # an expected prefix is missing: the prompt cache is smaller than estimated
     for _ in range(20):
         table.took(texts[-1], 0)
     assert table.most == LEAST_BLOCKS
@@ -97,7 +97,7 @@ def test_a_table_keeps_the_latest_and_learns_how_many() -> None:
     assert table.digest() == b""
 
 
-def test_work_is_what_is_still_to_be_computed() -> None:
+def test_work_excludes_cached_tokens() -> None:
     meter = Throughput(rows=4)
     meter.begin(1, 100)
     meter.begin(2, 50)
@@ -115,7 +115,7 @@ def test_work_is_what_is_still_to_be_computed() -> None:
     assert speed.answer_tok == 7
 
 
-def test_speed_follows_what_is_seen_and_is_forgotten() -> None:
+def test_speed_estimates_follow_measurements_and_expire() -> None:
     meter = Throughput(rows=4)
     for n in range(3):
         meter.worked(float(n), Working(decode_tok=80, decode_steps=80, decode_us=1_000_000))
@@ -141,7 +141,7 @@ class _Did(msgspec.Struct, frozen=True):
         max_size=60,
     )
 )
-def test_books_balance_whatever_comes_in_what_order(happened: list[_Did]) -> None:
+def test_work_accounting_balances_in_any_order(happened: list[_Did]) -> None:
     meter, open_ones = Throughput(rows=2), set()
     for n, did in enumerate(happened):
         if did.what == "begin" and did.number not in open_ones:

@@ -1,4 +1,4 @@
-"""Outputs of real machines, each against the values that it was brought home for. They are not part of this project."""
+"""Captures of real machines, each with its expected values. The captures are not part of this project."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _SMC_LINE = re.compile(r"^\s+(\S{4})\s+\[(.{4})\].*?\(bytes ([0-9a-f]{2}(?: [0-9
 
 
 def smc_values(raw: bytes) -> dict[str, float]:
-    """Keys of a dump with their values, as the reader would decode them."""
+    """SMC keys of a dump with their decoded values."""
     found = {}
     for key, kind, digits in _SMC_LINE.findall(raw.decode()):
         value = smc.decode(kind, bytes.fromhex(digits.replace(" ", "")))
@@ -34,7 +34,7 @@ def smc_values(raw: bytes) -> dict[str, float]:
 
 
 def snmp_values(raw: bytes) -> dict[str, int]:
-    """Integers of a walk by their object identifier."""
+    """Integers of an SNMP walk by object identifier."""
     rows = [row.split("|") for row in raw.decode().splitlines()]
     return {row[0]: int(row[2]) for row in rows if len(row) == 3 and row[1] in ("2", "66", "67")}
 
@@ -64,7 +64,7 @@ def swapped(raw: bytes) -> tuple[int | None, int | None]:
 
 
 def watts(raw: bytes) -> list[tuple[float | None, float | None, float | None]]:
-    """Processor, GPU and all of the chip in milliwatts, of each sample."""
+    """CPU, GPU and package power in milliwatts, of each sample."""
     samples = powermetrics.Documents().feed(raw) if raw.startswith(b"<?xml") else powermetrics.parse_text(raw)
     return [tuple(None if w is None else round(w) for w in (s.cpu_mw, s.gpu_mw, s.soc_mw)) for s in samples]  # type: ignore[misc]
 
@@ -86,13 +86,13 @@ def profile(raw: bytes) -> tuple[str, str, int]:
 
 
 def first_limit(raw: bytes) -> int | None:
-    """Of a log of several limits the first alone."""
+    """Only the first of several limits in a log."""
     blocks = raw.split(b"CPU Power notify")
     return sysctl.parse_pmset_therm(blocks[1])
 
 
 def outlet(kind: str, *numbers: int) -> Callable[[bytes], float | None]:
-    """Watts of one outlet of a walk."""
+    """Watts of one outlet in an SNMP walk."""
     one = Outlet(kind=kind, numbers=numbers)
     return lambda raw: snmp.watts(one, snmp_values(raw))
 
@@ -175,13 +175,11 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
 
 
 @pytest.mark.parametrize(("name", "read", "expected"), KNOWN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(KNOWN)])
-def test_what_real_machines_said_is_read_as_they_meant_it(
-    name: str, read: Callable[[bytes], Any], expected: Any
-) -> None:
+def test_captures_of_real_machines_are_parsed_correctly(name: str, read: Callable[[bytes], Any], expected: Any) -> None:
     assert read((CAPTURES / name).read_bytes()) == expected
 
 
-def test_cores_of_a_sleeping_cluster_are_no_temperature() -> None:
+def test_a_sleeping_cluster_gives_no_temperature() -> None:
     values = smc_values((CAPTURES / "smc/ismc_report-m4-pro.txt").read_bytes())
     kept = [v for k, v in values.items() if k.startswith("Tp") and smc.is_valid(v)]
     assert len([k for k in values if k.startswith("Tp")]) == 102
@@ -191,23 +189,23 @@ def test_cores_of_a_sleeping_cluster_are_no_temperature() -> None:
     assert (found.pcore_c, found.pcore_asleep) == (None, True)
 
 
-def test_what_is_cut_gives_nothing_or_the_same() -> None:
-    """Every beginning of a capture: a value that is not the whole's must not come out of it."""
+def test_truncated_output_gives_nothing_or_the_same() -> None:
+    """Every truncation of a capture: it must not give a value that differs from the full capture's."""
     for name, parse, _ in KNOWN:
         raw = (CAPTURES / name).read_bytes()
         if name.startswith(("powermetrics", "smc", "snmp", "sysctl/archspec", "pmset", "system_profiler")):
-            continue  # samples that are whole count, see below; of a list of keys fewer are fewer sensors
+            continue  # complete samples count, see below; a shorter list of keys has fewer sensors
         whole = parse(raw)
         for end in range(0, len(raw), max(1, len(raw) // 200)):
             try:
                 found = parse(raw[:end])
             except AssertionError:
-                continue  # nothing could be read, which the test itself refuses
+                continue  # nothing was read, which the test itself rejects
             parts = zip(found, whole, strict=True) if parse is swapped else [(found, whole)]
             assert all(part in (of_whole, None) for part, of_whole in parts), f"{name} cut at {end}"
 
 
-def test_samples_of_a_stream_do_not_depend_on_where_it_is_cut() -> None:
+def test_stream_samples_are_independent_of_chunk_boundaries() -> None:
     raw = (CAPTURES / "powermetrics/matiasinsaurralde_gpu_power_multiple_samples.plist").read_bytes()
     whole = powermetrics.Documents().feed(raw)
     for size in (1, 7, 1000, 8191):
@@ -217,14 +215,14 @@ def test_samples_of_a_stream_do_not_depend_on_where_it_is_cut() -> None:
 
 
 @pytest.mark.parametrize("name", ["plugusg4_GetStatus_switch0.json", "evcc-gen2_switch_GetStatus.json"])
-async def test_a_plug_that_says_what_a_real_one_said(name: str) -> None:
+async def test_plug_captures_are_parsed(name: str) -> None:
     said = (CAPTURES / "shelly" / name).read_bytes()
     async with plug(lambda _: web.Response(body=said, content_type="application/json")) as at:
         watts, problem = await read(Meter(name="x", kind="shelly", at=at, nodes=("n",)))
     assert (watts, problem) == (round(http.parse_shelly(said) or 0.0, 1), "")
 
 
-async def test_tasmota_as_real_ones_are_with_a_meter_and_without() -> None:
+async def test_tasmota_captures_with_and_without_a_meter() -> None:
     for name, expected in (("tasmota-10232_status8.json", 1.0), ("tasmota-3340_status8_no-energy-sensor.json", None)):
         said = (CAPTURES / "tasmota" / name).read_bytes()
         async with plug(lambda _, said=said: web.Response(body=said, content_type="application/json")) as at:  # type: ignore[misc]
@@ -244,7 +242,7 @@ async def test_tasmota_as_real_ones_are_with_a_meter_and_without() -> None:
         ("librenms_raritan-pdu_px2.snmprec", "raritan_inlet", (1, 1), 138.0),
     ],
 )
-async def test_units_that_say_what_real_ones_said(
+async def test_pdu_captures_are_parsed(
     walk: str, kind: MeterKind, numbers: tuple[int, ...], expected: float | None
 ) -> None:
     async with pdu(snmp_values((CAPTURES / "snmp" / walk).read_bytes())) as at:

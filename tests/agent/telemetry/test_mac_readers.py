@@ -1,4 +1,4 @@
-"""The readers of macOS' libraries, run for real against a library with Apple's layouts that is built here."""
+"""Readers of macOS libraries, run against a stand-in library with Apple's layouts that is compiled here."""
 
 import asyncio
 import ctypes
@@ -19,7 +19,7 @@ from agent.telemetry.sensors.thermal import NOTIFY_KEY, ThermalCollector
 
 
 class Fake:
-    """The built library; ``lib.set(name=value)`` changes what it answers."""
+    """The compiled library; ``lib.set(name=value)`` changes its results."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -66,7 +66,7 @@ def degrees(value: float) -> bytes:
 # ---- notify(3) ----
 
 
-async def test_a_change_of_the_level_is_heard_when_it_happens(mac: Fake) -> None:
+async def test_thermal_level_changes_are_notified(mac: Fake) -> None:
     notify = Notify(NOTIFY_KEY, mac.path)
     heard: asyncio.Queue[int] = asyncio.Queue()
 
@@ -88,7 +88,7 @@ async def test_a_change_of_the_level_is_heard_when_it_happens(mac: Fake) -> None
     assert mac.get("fake_cancelled") == before + 1
 
 
-def test_what_the_system_refuses_is_said(mac: Fake, tmp_path: Path) -> None:
+def test_system_errors_are_reported(mac: Fake, tmp_path: Path) -> None:
     mac.set(fake_notify_status=1000000)
     with pytest.raises(Failure, match="cannot be registered"):
         Notify(NOTIFY_KEY, mac.path)
@@ -115,7 +115,7 @@ def thermal(mac: Fake, clock: list[float]) -> ThermalCollector:
     )
 
 
-def test_a_short_excursion_between_two_looks_is_not_lost(mac: Fake) -> None:
+def test_a_short_excursion_between_polls_is_recorded(mac: Fake) -> None:
     clock = [0.0]
     mac.keys(("Tp01", "flt ", degrees(70.5)), ("Tp02", "flt ", degrees(40.0)), ("PSTR", "flt ", degrees(12.5)))
     collector = thermal(mac, clock)
@@ -141,7 +141,7 @@ def test_a_short_excursion_between_two_looks_is_not_lost(mac: Fake) -> None:
     collector.close()
 
 
-def test_no_level_from_anywhere_is_unknown_and_says_why(mac: Fake) -> None:
+def test_a_missing_thermal_level_is_unknown_with_a_reason(mac: Fake) -> None:
     mac.set(fake_notify_status=1)
     clock = [0.0]
     collector = thermal(mac, clock)
@@ -160,7 +160,7 @@ def test_no_level_from_anywhere_is_unknown_and_says_why(mac: Fake) -> None:
 # ---- the SMC ----
 
 
-def test_keys_are_found_by_their_beginnings_and_read_by_their_types(mac: Fake) -> None:
+def test_smc_keys_are_matched_by_prefix_and_decoded_by_type(mac: Fake) -> None:
     mac.keys(
         ("Tp01", "flt ", degrees(61.25)),
         ("Tp02", "flt ", degrees(3.4)),
@@ -186,7 +186,7 @@ def test_keys_are_found_by_their_beginnings_and_read_by_their_types(mac: Fake) -
     assert mac.get("fake_unreleased") == 0
 
 
-def test_a_sleeping_cluster_and_wild_numbers_are_no_readings(mac: Fake) -> None:
+def test_a_sleeping_cluster_and_implausible_values_are_discarded(mac: Fake) -> None:
     wild = (float("nan"), float("inf"), -9200.0, 0.0, 40089.36)
     mac.keys(
         *((f"Tp0{n}", "flt ", degrees(40.0)) for n in range(4)),
@@ -212,7 +212,7 @@ def test_a_sleeping_cluster_and_wild_numbers_are_no_readings(mac: Fake) -> None:
         ({"fake_short_answer": 1}, "40 bytes instead of 80"),
     ],
 )
-def test_a_controller_that_fails_is_named(mac: Fake, wrong: dict[str, int], why: str) -> None:
+def test_a_failing_smc_is_reported(mac: Fake, wrong: dict[str, int], why: str) -> None:
     mac.keys(("Tp01", "flt ", degrees(61.25)))
     mac.set(**wrong)
     with pytest.raises(Failure, match=why):
@@ -221,7 +221,7 @@ def test_a_controller_that_fails_is_named(mac: Fake, wrong: dict[str, int], why:
     assert mac.get("fake_open_connections") == 0
 
 
-def test_a_key_that_refuses_costs_itself_alone(mac: Fake) -> None:
+def test_a_failing_key_does_not_affect_others(mac: Fake) -> None:
     mac.keys(("Tp!1", "flt ", degrees(99.0)), ("Tp01", "flt ", degrees(61.25)))
     opened = smc.Smc(mac.path, mac.path)
     assert opened.values() == {"Tp01": 61.25}
@@ -233,7 +233,7 @@ def test_a_key_that_refuses_costs_itself_alone(mac: Fake) -> None:
     alone.close()
 
 
-def test_a_connection_that_broke_is_opened_anew_and_two_threads_share_a_look(mac: Fake) -> None:
+def test_a_broken_connection_is_reopened_and_threads_share_a_read(mac: Fake) -> None:
     clock, opened = [0.0], list[smc.Smc]()
 
     def open_one() -> smc.Smc:
@@ -257,7 +257,7 @@ def test_a_connection_that_broke_is_opened_anew_and_two_threads_share_a_look(mac
     one.close()
 
 
-def test_a_controller_that_stops_answering_gives_no_old_numbers(mac: Fake) -> None:
+def test_an_unresponsive_smc_gives_no_stale_values(mac: Fake) -> None:
     clock = [0.0]
     mac.keys(("Tp01", "flt ", degrees(61.25)), ("PSTR", "flt ", degrees(20.0)))
     one = Chip("darwin", open_smc=lambda: smc.Smc(mac.path, mac.path), clock=lambda: clock[0])
@@ -287,7 +287,7 @@ def test_memory_by_host_statistics(mac: Fake) -> None:
         vm.HostStatistics(mac.path)
 
 
-def test_numbers_texts_and_swap_by_sysctl(mac: Fake) -> None:
+def test_sysctl_integers_strings_and_swap(mac: Fake) -> None:
     read = sysctl.Sysctl(mac.path)
     mac.set(fake_pressure=4, fake_wired_limit_mb=12_000)
     assert read.integer("kern.memorystatus_vm_pressure_level") == 4
@@ -303,7 +303,7 @@ def test_numbers_texts_and_swap_by_sysctl(mac: Fake) -> None:
         read.swap()
 
 
-def test_memory_of_a_window(mac: Fake) -> None:
+def test_memory_of_one_window(mac: Fake) -> None:
     clock = [0.0]
     collector = MemoryCollector("darwin", MacMemory(mac.path), clock=lambda: clock[0])
     collector.read()
@@ -319,7 +319,7 @@ def test_memory_of_a_window(mac: Fake) -> None:
     assert (fields["memory_source"], reading.failed) == ("host_statistics64", {})
 
 
-def test_where_the_library_fails_the_commands_are_asked(mac: Fake, tmp_path: Path) -> None:
+def test_commands_are_the_fallback_for_libraries(mac: Fake, tmp_path: Path) -> None:
     page = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
     parts = {"Anonymous pages": 1000, "Pages purgeable": 10, "Pages wired down": 500, "Pages occupied by compressor": 7}
     said = {
@@ -350,6 +350,6 @@ def test_where_the_library_fails_the_commands_are_asked(mac: Fake, tmp_path: Pat
         ("critical", {"wired": 0.95}, "critical"),
     ],
 )
-def test_the_verdict_is_the_worst_of_three(level: str, more: dict[str, float], expected: str) -> None:
+def test_pressure_is_the_worst_of_three_sources(level: str, more: dict[str, float], expected: str) -> None:
     asked = {"swapped_out": 0, "compressed": 0.0, "wired": None, **more}
     assert verdict(level, **asked) == expected  # type: ignore[arg-type]

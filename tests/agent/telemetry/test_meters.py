@@ -1,4 +1,4 @@
-"""Metered outlets: devices of every kind on real sockets, and what they do when something is wrong."""
+"""Metered outlets: devices of every kind on real sockets, and their failures."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ SECRETS = {"PLUG": "plug password", "COMMUNITY": "rack"}
 
 @contextlib.asynccontextmanager
 async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> AsyncIterator[str]:
-    """A device that answers every path like this."""
+    """A device that answers every path with this handler."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         found = answer(request)
@@ -48,7 +48,7 @@ async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> Asy
 
 @contextlib.asynccontextmanager
 async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncIterator[str]:
-    """An SNMP agent on a real socket, from the same library's other half; what it has not it answers so."""
+    """An SNMP agent on a real socket, by the same library; it reports missing objects as such."""
     from pyasn1.codec.ber import decoder, encoder
     from pysnmp.proto.api import v2c
 
@@ -59,7 +59,7 @@ async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncItera
         def datagram_received(self, data: bytes, address: Any) -> None:
             message, _ = decoder.decode(data, asn1Spec=v2c.Message())
             if bytes(v2c.apiMessage.get_community(message)) != community.encode():
-                return  # as real ones do: silence
+                return  # as real ones do: no response
             asked = v2c.apiMessage.get_pdu(message)
             answer = v2c.apiMessage.get_response(message)
             found = [
@@ -77,7 +77,7 @@ async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncItera
 
 
 async def read(meter: Meter) -> tuple[float | None, str]:
-    """Watts and problem after one look."""
+    """Watts and problem after one poll."""
     rack = RackMeters([meter], SECRETS)
     try:
         await rack.poll()
@@ -112,7 +112,7 @@ PLUGS: list[tuple[MeterKind, int, Any, str, float | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "channel", "said", "path", "expected"), PLUGS)
-async def test_a_plug_is_asked_in_its_way(
+async def test_each_plug_kind_is_polled(
     kind: MeterKind, channel: int, said: Any, path: str, expected: float | None
 ) -> None:
     asked: list[str] = []
@@ -143,7 +143,7 @@ async def _never(request: web.Request) -> Any:
         (_never, "no answer within"),
     ],
 )
-async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
+async def test_a_plug_without_power_is_a_state_without_a_reading(
     monkeypatch: pytest.MonkeyPatch, answer: Any, why: str
 ) -> None:
     monkeypatch.setattr("agent.telemetry.meters.rack.TIMEOUT_S", 0.5)
@@ -153,12 +153,12 @@ async def test_a_plug_that_does_not_say_is_a_state_and_no_number(
     assert why in problem
 
 
-async def test_a_plug_that_is_not_there() -> None:
+async def test_an_unreachable_plug_is_reported() -> None:
     watts, problem = await read(shelly(f"http://127.0.0.1:{free_port()}"))
     assert (watts, problem) == (None, "unreachable (ClientConnectorError)")
 
 
-async def test_passwords_are_given_in_each_device_s_way_and_refusals_are_said() -> None:
+async def test_authentication_per_device_and_reported_rejections() -> None:
     right = encode_basic_auth("admin", SECRETS["PLUG"])
 
     def basic(request: web.Request) -> Any:
@@ -204,7 +204,7 @@ UNITS: list[tuple[MeterKind, tuple[int, ...], dict[str, int], float | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "numbers", "objects", "expected"), UNITS)
-async def test_a_unit_is_asked_by_snmp(
+async def test_a_pdu_is_polled_by_snmp(
     kind: MeterKind, numbers: tuple[int, ...], objects: dict[str, int], expected: float | None
 ) -> None:
     assert snmp.watts(Outlet(kind=kind, numbers=numbers), objects) == (
@@ -216,7 +216,7 @@ async def test_a_unit_is_asked_by_snmp(
     assert bool(problem) == (expected is None)
 
 
-async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> None:
+async def test_a_wrong_snmp_community_is_reported() -> None:
     async with pdu({f"{APC}.12.1.16.0": 312}) as at:
         watts, problem = await read(shelly(at, "apc_legacy"))
     assert watts is None
@@ -224,7 +224,7 @@ async def test_a_unit_with_another_community_says_nothing_and_that_is_said() -> 
 
 
 @given(st.sampled_from(sorted(SNMP_NUMBERS)), st.data())
-def test_no_numbers_of_a_unit_make_an_impossible_power(kind: str, data: st.DataObject) -> None:
+def test_no_snmp_values_give_an_impossible_power(kind: str, data: st.DataObject) -> None:
     outlet = Outlet(kind=kind, numbers=tuple(range(1, SNMP_NUMBERS[kind] + 1)))
     integers = st.integers(-(1 << 31), 1 << 32)
     values = {oid: data.draw(integers) for oid in snmp.oids(outlet) if data.draw(st.booleans())}
@@ -232,7 +232,7 @@ def test_no_numbers_of_a_unit_make_an_impossible_power(kind: str, data: st.DataO
     assert found is None or 0 <= found < snmp.MOST_W
 
 
-async def test_a_window_has_mean_highest_energy_and_who_hangs_on_it() -> None:
+async def test_a_window_has_mean_and_peak_power_energy_and_nodes() -> None:
     clock, power = [0.0], [10.0]
     async with plug(lambda _: {"apower": power[0]}) as at:
         shared = Meter(name="both", kind="shelly", at=at, nodes=("n1", "n2"))
@@ -252,7 +252,7 @@ async def test_a_window_has_mean_highest_energy_and_who_hangs_on_it() -> None:
     assert rack.drain() == [], "what does not answer is not in the window"
 
 
-async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
+async def test_outlets_of_one_device_are_polled_sequentially() -> None:
     now, most = 0, 0
 
     async def answer(_: web.Request) -> Any:
@@ -271,7 +271,7 @@ async def test_outlets_of_one_device_are_asked_one_after_another() -> None:
     assert most == 1
 
 
-async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unresponsive_device_is_polled_once_and_blocks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.telemetry.meters.rack.TIMEOUT_S", 0.3)
     asked = 0
 
@@ -292,7 +292,7 @@ async def test_a_device_that_says_nothing_is_asked_once_and_holds_nobody_up(monk
     assert all("no answer" in states[f"dead {n}"]["problem"] for n in range(6))
 
 
-async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None:
+async def test_an_unexpected_setting_affects_only_its_meter() -> None:
     async with pdu({f"{APC}.26.9.4.3.1.7.1": 143, f"{APC}.26.9.4.3.1.7.2": 207}) as at:
         environ = {"ONE": "rack", "TWO": "rack"}
         meters = [
@@ -304,7 +304,7 @@ async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None
         await rack.poll()
         assert [state["watts"] for state in rack.status()] == [143.0, 207.0]
         environ["ONE"] = "Gehäuse\u20ac"
-        rack._secrets.clear()  # as a meter that has failed forgets it
+        rack._secrets.clear()  # as a failed meter drops it
         await rack.poll()
         first, second = rack.status()
         assert first["watts"] is None
@@ -316,7 +316,7 @@ async def test_a_setting_that_nobody_foresaw_costs_its_own_meter_alone() -> None
         await rack.close()
 
 
-async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once(
+async def test_a_slow_keychain_is_queried_once_and_blocks_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, over = list[str](), threading.Event()
@@ -341,21 +341,21 @@ async def test_a_keychain_that_takes_its_time_holds_nothing_up_and_is_asked_once
         assert "secret lookup still pending" in rack.status()[0]["problem"]
         assert rack.status()[1]["watts"] == 7.0, "which is no fault of the device"
         over.set()
-        await asyncio.sleep(0.1)  # it ends while nobody waits
+        await asyncio.sleep(0.1)  # it ends without a waiter
         for _ in range(3):
             await rack.poll()
         assert rack.status()[0]["watts"] == 7.0
         assert asked == ["op://a/b/c"], "once"
 
 
-async def test_a_secret_that_another_meter_gives_up_meanwhile_is_still_there_for_this_one() -> None:
+async def test_a_shared_secret_survives_another_meters_timeout() -> None:
     async with plug(lambda _: {"apower": 7.0}) as at:
         rack = RackMeters([Meter(name="m", kind="shelly", at=at, nodes=("n",), secret="env:PLUG")], SECRETS)
         real = rack._lookups.ask
 
         async def given_up(what: Hashable, question: Callable[[], Any]) -> Any:
             found = await real(what, question)
-            rack._secrets.clear()  # as one with the same secret does that has just failed
+            rack._secrets.clear()  # as a failed meter with the same secret does
             return found
 
         rack._lookups.ask = given_up  # type: ignore[method-assign]
@@ -363,7 +363,7 @@ async def test_a_secret_that_another_meter_gives_up_meanwhile_is_still_there_for
         assert (rack.status()[0]["watts"], rack.problems) == (7.0, {})
 
 
-async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
+async def test_an_unresponsive_name_server_blocks_no_agent_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, over, real = list[str](), threading.Event(), socket.getaddrinfo
@@ -396,7 +396,7 @@ async def test_a_name_server_that_does_not_answer_takes_no_thread_of_the_agent(
         await rack.close()
 
 
-async def test_a_thread_that_cannot_be_started_costs_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_start_failure_costs_one_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -408,7 +408,7 @@ async def test_a_thread_that_cannot_be_started_costs_one_question(monkeypatch: p
     assert await lookups.ask("x", lambda: 2) == 2
 
 
-async def test_an_address_of_the_link_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_link_local_address_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     name, number = socket.if_indextoname(1), 1
     found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 80, 0, number))]
     monkeypatch.setattr("agent.telemetry.meters.lookups.socket.getaddrinfo", lambda *_, **__: found)
@@ -416,7 +416,7 @@ async def test_an_address_of_the_link_keeps_its_interface(monkeypatch: pytest.Mo
     assert (address["host"], address["port"]) == (f"fe80::1%{name}", 80)
 
 
-def test_every_kind_has_a_way_to_be_read() -> None:
+def test_every_meter_kind_has_a_reader() -> None:
     kinds = set(MeterKind.__args__)  # type: ignore[attr-defined]
     assert kinds == set(SNMP_NUMBERS) | set(http.PATHS)
     assert json.dumps(sorted(kinds))

@@ -1,4 +1,4 @@
-"""Windows: nothing is lost when a sensor is slow, and nobody waits for one that hangs."""
+"""Windows: a slow sensor loses nothing, and a hanging one blocks nothing."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Re
 
 
 class Slow:
-    """A collector whose calls go on until they are let go; it counts what it has given away."""
+    """A collector whose calls block until released; it counts the readings it has returned."""
 
     name = "slow"
 
@@ -83,7 +83,7 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_window_that_meets_a_look_in_between_waits_for_it() -> None:
+async def test_closing_a_window_waits_for_a_running_poll(spool: Spool) -> None:
     slow = Slow()
     one = sensing(slow)
     slow.go.clear()
@@ -98,7 +98,7 @@ async def test_a_window_that_meets_a_look_in_between_waits_for_it() -> None:
     assert (sample.swap_in_bytes, sample.sources_failed) == (1, {})
 
 
-async def test_a_reading_that_comes_late_is_the_next_window_s(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_late_reading_goes_to_the_next_window(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "COLLECTOR_DEADLINE_S", 0.1)
     slow = Slow()
     one = sensing(slow, Broken())
@@ -120,7 +120,7 @@ def answered(tokens: int) -> Answered:
 
 
 class Counted(Sampler):
-    """With an engine that has made 10 tokens, a resident model and an outlet whose reading is given away once."""
+    """With an engine that has produced 10 tokens, a resident model and an outlet that returns its reading once."""
 
     def __init__(self, spool: Spool, refresh: Callable[[], Awaitable[None]] = nothing) -> None:
         self.ledger = Ledger()
@@ -149,7 +149,7 @@ def files(spool: Spool) -> dict[str, Batch]:
     return {path.name: decode(path.read_bytes()) for path in spool._folder.glob("e*")}
 
 
-async def test_what_a_window_has_counted_is_kept_and_counted_once(spool: Spool) -> None:
+async def test_an_open_window_is_persisted_and_counted_once(spool: Spool) -> None:
     one = Counted(spool)
     one.ledger.record(answered(4))
     one.emit(PeerDown(t_ms=1, peer="p", last_seen_ms=0))
@@ -195,7 +195,7 @@ async def test_a_wrong_field_or_type_loses_its_own_source_only() -> None:
     assert set(sample.sources_failed) == {"misspelt", "mistyped"}
 
 
-async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -> None:
+async def test_a_closing_window_is_not_also_persisted(spool: Spool) -> None:
     slow = Slow()
     one = sampler(spool, slow)
     slow.go.clear()
@@ -208,9 +208,7 @@ async def test_a_window_that_is_being_closed_is_not_kept_as_well(spool: Spool) -
     assert list(files(spool)) == ["e00000001-0000000001.batch"]
 
 
-async def test_a_loader_that_does_not_answer_keeps_no_window_open(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_unresponsive_loader_does_not_delay_a_window(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hangs() -> None:
         await asyncio.sleep(60)
 
@@ -226,12 +224,12 @@ async def test_a_loader_that_does_not_answer_keeps_no_window_open(
     assert "e00000001-0000000002.open" in files(spool), "what is known without it is kept"
 
 
-async def test_a_meter_that_cannot_be_read_is_named_in_the_window() -> None:
+async def test_an_unreadable_meter_is_named_in_the_window() -> None:
     one = Sensing((), budget_bytes=1, problems=lambda: {"shelf": "refuses the password"})
     assert (await one.sample()).sources_failed == {"meter shelf": "refuses the password"}
 
 
-async def test_a_disk_that_refuses_costs_nothing_that_is_counted(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_error_loses_no_counts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Parsers of what systems print: right values from right text, and None, never a guess, from anything else."""
+"""Parsers of system output: correct values from valid text, and None, never a guess, from anything else."""
 
 import random
 import stat
@@ -92,7 +92,7 @@ def test_pressure_level(level: int | None, name: str) -> None:
     assert sysctl.pressure_name(level) == name
 
 
-def test_sysctl_lines_count_when_they_are_whole() -> None:
+def test_only_complete_sysctl_lines_count() -> None:
     assert sysctl.parse_sysctl(b"hw.memsize: 25769803776\nhw.model: Mac16,11\nhw.ncpu: 1") == {
         "hw.memsize": "25769803776",
         "hw.model": "Mac16,11",
@@ -126,7 +126,7 @@ def test_zone(raw: bytes, value: float | None) -> None:
     assert value == chip.parse_millidegrees(raw)
 
 
-def test_sensors_of_linux_are_read_and_their_absence_is_named(tmp_path: Path) -> None:
+def test_linux_sensors_are_read_and_absent_ones_named(tmp_path: Path) -> None:
     one = ThermalCollector(Chip("linux", sys_class=tmp_path), "linux")
     assert "no hwmon sensor" in one.read().failed["hwmon"]
     for number, value in enumerate(("41000\n", "63500\n", "junk\n")):
@@ -146,7 +146,7 @@ def test_sensors_of_linux_are_read_and_their_absence_is_named(tmp_path: Path) ->
     assert "thermal_level" not in fields, "Linux has no such level"
 
 
-def test_the_window_has_the_hottest_and_the_mean_by_time(tmp_path: Path) -> None:
+def test_a_window_has_the_peak_and_time_weighted_mean_temperature(tmp_path: Path) -> None:
     zone = tmp_path / "thermal" / "thermal_zone0"
     zone.mkdir(parents=True)
     clock = [0.0]
@@ -161,7 +161,7 @@ def test_the_window_has_the_hottest_and_the_mean_by_time(tmp_path: Path) -> None
     assert fields["package_temp_mean_mc"] == round((40 * 2 + 80 * 2 + 50 * 6) / 10 * 1000)
 
 
-def test_a_gauge_weighs_by_time_and_forgets_what_is_old() -> None:
+def test_a_gauge_is_time_weighted_and_drops_stale_values() -> None:
     gauge = Gauge()
     assert gauge.close(0.0) is None
     gauge.add(0.0, 10.0)
@@ -179,7 +179,7 @@ def test_a_gauge_weighs_by_time_and_forgets_what_is_old() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0.0, 1e6)), min_size=1, max_size=30))
-def test_windows_of_a_gauge_add_up(seen: list[tuple[float, float]]) -> None:
+def test_gauge_windows_add_up(seen: list[tuple[float, float]]) -> None:
     whole, parts, now = Gauge(), Gauge(), 0.0
     energy = covered = 0.0
     for after_s, value in seen:
@@ -205,7 +205,7 @@ def powercap(folder: Path, counter: int, *, package: str = "intel-rapl:0") -> No
     (folder / package / "max_energy_range_uj").write_text("10000000\n")
 
 
-def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
+def test_power_is_a_counter_difference(tmp_path: Path) -> None:
     clock = [0.0]
 
     def collector() -> PowerCollector:
@@ -232,7 +232,7 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
     ("after", "busy", "expected"),
     [
         ({"cpu": 1_500, "gpu": 300}, 0.5, 700),
-        ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter stands still
+        ({"cpu": 1_000, "gpu": 300}, 0.5, None),  # busy, and its counter is constant
         ({"cpu": 1_000, "gpu": 300}, 0.03, None),  # one of 32 cores
         ({"cpu": 1_000, "gpu": 300}, 0.01, 200),
         ({"cpu": 900, "gpu": 300}, 0.5, None),
@@ -240,13 +240,13 @@ def test_power_is_a_difference_of_counters(tmp_path: Path) -> None:
         ({"cpu": 1_500, "gpu": 300, "ane": 5}, 0.5, None),
     ],
 )
-def test_counters_that_stand_still_or_run_backwards_give_nothing(
+def test_constant_or_decreasing_counters_give_no_reading(
     after: dict[str, int], busy: float, expected: int | None
 ) -> None:
     assert spent_uj(Energy({"cpu": 1_000, "gpu": 100}), Energy(after), busy=busy) == expected
 
 
-def test_a_counter_that_went_round_is_told_from_one_that_was_set_back(tmp_path: Path) -> None:
+def test_counter_wrap_is_distinguished_from_reset(tmp_path: Path) -> None:
     whole = {"p": 262_143_328_850}
     near_the_end, low = Energy({"p": 262_000_000_000}), Energy({"p": 5_000_000_000})
     assert spent_uj(near_the_end, Energy({"p": 1_000_000}), busy=1.0, wraps=whole) == 144_328_850
@@ -265,7 +265,7 @@ def test_a_counter_that_went_round_is_told_from_one_that_was_set_back(tmp_path: 
     assert reading.failed["rapl"] == "energy counters jumped", "1,500 W are none of a node's"
 
 
-def test_a_sum_that_lacks_the_processor_is_none(tmp_path: Path) -> None:
+def test_a_sum_without_cpu_power_is_none(tmp_path: Path) -> None:
     line = b'{"temp":{},"cpu_power":%s,"gpu_power":9.0,"all_power":%s}'
     silent, measured = macmon.parse_macmon(line % (b"0.0", b"9.0")), macmon.parse_macmon(line % (b"0.1", b"9.1"))
     assert silent is not None
@@ -279,7 +279,7 @@ def test_a_sum_that_lacks_the_processor_is_none(tmp_path: Path) -> None:
         assert found.soc_mw == soc
 
 
-def test_energy_of_the_chip_is_the_parts_that_it_tells() -> None:
+def test_soc_energy_is_the_sum_of_reported_parts() -> None:
     class Metrics:
         cpu_total_mj, gpu_mj, ane_mj, dram_mj = 1200, 30.5, None, 7
 
@@ -288,7 +288,7 @@ def test_energy_of_the_chip_is_the_parts_that_it_tells() -> None:
         energy_of(object())
 
 
-def test_the_three_powers_are_kept_apart_and_the_parts_are_no_more_than_the_whole() -> None:
+def test_three_power_sources_are_separate_and_parts_do_not_exceed_the_total() -> None:
     clock, watts = [0.0], {"system": 10.0, "soc": 4.0}
 
     class Fixed(Chip):
@@ -309,7 +309,7 @@ def test_the_three_powers_are_kept_apart_and_the_parts_are_no_more_than_the_whol
     assert "more than the whole system" in found.failed["soc_power"]
 
 
-def test_watts_known_for_a_part_of_a_window_are_not_its_energy(tmp_path: Path) -> None:
+def test_power_known_for_part_of_a_window_is_not_its_energy(tmp_path: Path) -> None:
     clock, watts = [0.0], [10.0]
 
     class Fixed(Chip):
@@ -328,7 +328,7 @@ def test_watts_known_for_a_part_of_a_window_are_not_its_energy(tmp_path: Path) -
     assert (fields["energy_mj"], fields["energy_source"]) == (9_000, "ioreport")
 
 
-def test_documents_of_powermetrics_wherever_the_stream_is_cut() -> None:
+def test_powermetrics_documents_are_independent_of_chunk_boundaries() -> None:
     stream = powermetrics.Documents()
     raw = PLIST + b"\n\0" + PLIST.replace(b"500.5", b"oops") + b"\n\0" + PLIST.replace(b"Heavy", b"Weird")
     found = [sample for n in range(len(raw)) for sample in stream.feed(raw[n : n + 1])]
@@ -337,7 +337,7 @@ def test_documents_of_powermetrics_wherever_the_stream_is_cut() -> None:
     assert len(stream.feed(PLIST)) == 1, "noise without an end is dropped"
 
 
-def test_an_xml_bomb_is_no_document() -> None:
+def test_an_xml_bomb_is_rejected() -> None:
     entities = b"".join(b'<!ENTITY a%d "%s">' % (n, b"&a%d;" % (n - 1) * 10) for n in range(1, 10))
     bomb = (
         b'<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a0 "x">' + entities + b"]><plist><string>&a9;</string></plist>"
@@ -359,7 +359,7 @@ def script(folder: Path, text: str) -> str:
     ("text", "why"),
     [("exit 3", "exit 3"), ("exec sleep 60", "no end within"), ("yes", "prints over 1 MiB"), ("kill -9 $$", "exit -9")],
 )
-def test_a_command_that_fails_hangs_or_does_not_stop_is_named(
+def test_a_command_that_fails_hangs_or_never_ends_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
 ) -> None:
     monkeypatch.setattr(source, "COMMAND_TIMEOUT_S", 0.5)
@@ -370,7 +370,7 @@ def test_a_command_that_fails_hangs_or_does_not_stop_is_named(
     assert command_bytes(script(tmp_path, "echo fine")) == b"fine\n"
 
 
-def test_a_source_that_fails_is_left_alone_for_longer_and_longer() -> None:
+def test_a_failing_source_is_retried_with_back_off() -> None:
     clock, asked = [0.0], [0]
 
     def read() -> int:
@@ -388,7 +388,7 @@ def test_a_source_that_fails_is_left_alone_for_longer_and_longer() -> None:
     assert guarded.reason == ""
 
 
-def test_a_child_is_read_without_waiting_and_started_again(tmp_path: Path) -> None:
+def test_a_child_is_read_without_blocking_and_restarted(tmp_path: Path) -> None:
     clock = [0.0]
     child = Child([script(tmp_path, "echo one; exec sleep 60")], lambda: clock[0])
     deadline = time.monotonic() + 10
@@ -426,7 +426,7 @@ def test_macmon_and_powermetrics_as_children(tmp_path: Path) -> None:
     stream.close()
 
 
-def test_a_program_that_ends_at_once_is_left_alone_and_always_named(tmp_path: Path) -> None:
+def test_a_child_that_exits_at_once_backs_off_and_is_reported(tmp_path: Path) -> None:
     clock, starts = [0.0], tmp_path / "starts"
     program = script(tmp_path, f"echo x >> '{starts}'; exit 3")
     stream = PowermetricsStream(Child([program], lambda: clock[0]), lambda: clock[0])
@@ -443,7 +443,7 @@ def test_a_program_that_ends_at_once_is_left_alone_and_always_named(tmp_path: Pa
     assert len(starts.read_text().split()) <= 4
 
 
-def test_one_silence_of_powermetrics_costs_no_more_than_its_restart(tmp_path: Path) -> None:
+def test_one_powermetrics_stall_costs_only_its_restart(tmp_path: Path) -> None:
     (tmp_path / "document").write_bytes(PLIST)
     clock, starts = [0.0], tmp_path / "starts"
     program = script(tmp_path, f"echo x >> '{starts}'; cat '{tmp_path}/document'; exec sleep 60")
@@ -455,7 +455,7 @@ def test_one_silence_of_powermetrics_costs_no_more_than_its_restart(tmp_path: Pa
     for second in range(2, 80, 2):
         clock[0] = float(second)
         if stream.last() is None and second > 30:
-            time.sleep(0.05)  # a real moment for the one that was started anew
+            time.sleep(0.05)  # real time for the restarted child
         known.append(stream.last() is not None)
     stream.close()
     gap = known.index(True, known.index(False)) - known.index(False)
@@ -463,9 +463,7 @@ def test_one_silence_of_powermetrics_costs_no_more_than_its_restart(tmp_path: Pa
     assert stream.guard.reason == ""
 
 
-def test_a_second_source_is_no_longer_run_nor_named_when_the_first_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fallback_source_stops_when_the_primary_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, broken = [0.0], [True]
 
     class Controller:
@@ -533,11 +531,11 @@ def _refuse() -> Any:
         ({"user": -1.0, "idle": 2.0}, 0),
     ],
 )
-def test_processor_use_is_a_difference(after: dict[str, float], share: int | None) -> None:
+def test_cpu_use_is_a_counter_difference(after: dict[str, float], share: int | None) -> None:
     assert busy_ppm(dict.fromkeys(after, 0.0), after) == share
 
 
-def test_hardware_by_tiers_whatever_they_are_called() -> None:
+def test_core_tiers_are_recognised_by_any_name() -> None:
     values = {
         "hw.model": "Mac17,3",
         "machdep.cpu.brand_string": "Apple M5 Pro",
@@ -561,7 +559,7 @@ def test_psi() -> None:
     assert memory.parse_psi_total_us(b"") is None
 
 
-def test_free_space_is_that_of_the_disk_the_folder_lies_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_of_the_folders_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def usage(path: str) -> object:
@@ -574,7 +572,7 @@ def test_free_space_is_that_of_the_disk_the_folder_lies_on(tmp_path: Path, monke
     assert asked == [str(tmp_path)] * 2
 
 
-def test_a_disk_without_end_costs_its_number_and_not_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implausible_disk_size_drops_only_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.telemetry.sensors.host.psutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
     one = HostCollector(Path("/"))
     reading = one.read()
@@ -583,7 +581,7 @@ def test_a_disk_without_end_costs_its_number_and_not_the_window(monkeypatch: pyt
     assert "exceeds the largest value of a window" in one.sources()[0].reason
 
 
-def test_a_system_call_that_hangs_does_not_keep_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_system_call_does_not_block_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.telemetry.sensors.chip.CLOSE_S", 0.05)
     chip, over, entered = Chip("linux", sys_class=tmp_path), threading.Event(), threading.Event()
 
@@ -603,7 +601,7 @@ def test_a_system_call_that_hangs_does_not_keep_the_agent(tmp_path: Path, monkey
         reader.join()
 
 
-def test_the_real_machine_can_be_read() -> None:
+def test_this_machine_can_be_read() -> None:
     sensors, fields = Sensors(), dict[str, object]()
     try:
         for collector in sensors.all:
@@ -636,29 +634,29 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "tasmota": lambda raw: http.parse_tasmota(raw, 0),
 }
 NUMBERS = ("zone", "fan", "rapl")
-"""Files that hold one number and nothing else: noise may happen to be one."""
+"""Files that contain just one number: noise may happen to be one."""
 
 
 @pytest.mark.parametrize("name", [name for name in PARSERS if name not in NUMBERS])
 @given(seed=st.integers(0, 1 << 62), size=st.integers(0, 400), printable=st.booleans())
-def test_noise_is_no_reading(name: str, seed: int, size: int, *, printable: bool) -> None:
-    # not hypothesis' own bytes: those it likes best are the valid ones that stand in this file
+def test_noise_gives_no_reading(name: str, seed: int, size: int, *, printable: bool) -> None:
+    # not hypothesis' own bytes: it prefers the valid ones in this file
     raw = random.Random(seed).randbytes(size)
     assert PARSERS[name](bytes(32 + byte % 95 for byte in raw) if printable else raw) is None
 
 
 @pytest.mark.parametrize("name", fuzz_parsers.TARGETS)
-def test_broken_words_raise_nothing_and_give_no_impossible_number(name: str) -> None:
+def test_mutated_input_never_raises_nor_gives_impossible_values(name: str) -> None:
     fuzz_parsers.fuzz(name, 2_000, seed=7)
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_a_hundred_megabytes_are_no_reading(name: str) -> None:
+def test_oversized_output_gives_no_reading(name: str) -> None:
     for filling in (b"\0", b"9", b"vm.swapusage: total = 1.00M  used = 1.00M  free = 0.00M\n"):
         assert PARSERS[name](filling * (100_000_000 // len(filling))) is None
 
 
-def test_text_is_utf8_without_nul_and_not_endless() -> None:
+def test_text_must_be_bounded_utf8_without_nul() -> None:
     assert text_of("grüße".encode()) == "grüße"
     assert text_of(b"a\0b") == text_of(b"\xff\xfe") == text_of(b"x" * ((1 << 20) + 1)) == ""
 

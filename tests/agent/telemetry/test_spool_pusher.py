@@ -1,4 +1,4 @@
-"""Batches on disk and on their way: nothing lost, nothing twice, whatever breaks."""
+"""The spool and the pusher: no batch is lost or duplicated, whatever fails."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ _open: list[Spool] = []
 
 @pytest.fixture(autouse=True)
 def close_spools() -> Iterator[None]:
-    """No lock outlives its test."""
+    """Release all locks after each test."""
     yield
     while _open:
         _open.pop()._lock.close()
@@ -99,7 +99,7 @@ def pusher(spool: Spool, store: ObjectStore, clock: Callable[[], float] = lambda
     return Pusher(spool, lambda: store, clock=clock, random_01=lambda: 0.5, pace_s=0.0)
 
 
-def test_batches_are_sent_in_order_and_then_forgotten(tmp_path: Path) -> None:
+def test_batches_are_pushed_in_order_and_then_deleted(tmp_path: Path) -> None:
     spool, store = opened(tmp_path / "s"), DirectoryStore(tmp_path / "b")
     fill(spool, 130)
     assert pusher(spool, store).drain() == 130
@@ -108,7 +108,7 @@ def test_batches_are_sent_in_order_and_then_forgotten(tmp_path: Path) -> None:
     assert len([o for o in list_all(store, "raw/") if o.key.endswith(".mpz")]) == 3, "60 batches a segment"
 
 
-def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
+def test_an_outage_loses_nothing_and_is_reported_as_state(tmp_path: Path) -> None:
     def away(key: str, body: bytes) -> None:
         raise Retryable("the store is away")
 
@@ -125,7 +125,7 @@ def test_an_outage_keeps_everything_and_is_a_state(tmp_path: Path) -> None:
     assert (one.state.state, one.state.reason) == ("ok", "")
 
 
-def test_a_store_that_says_when_to_come_again_is_obeyed(tmp_path: Path) -> None:
+def test_retry_after_from_the_store_is_honoured(tmp_path: Path) -> None:
     store, clock = Flaky(tmp_path / "store"), [0.0]
     spool = opened(tmp_path / "spool")
     fill(spool, 1)
@@ -144,7 +144,7 @@ def test_a_store_that_says_when_to_come_again_is_obeyed(tmp_path: Path) -> None:
     assert push.clock_skew_ms == 1_500
 
 
-def test_a_client_is_kept_over_an_outage_and_made_anew_for_new_credentials(tmp_path: Path) -> None:
+def test_a_client_is_kept_during_an_outage_and_recreated_for_new_credentials(tmp_path: Path) -> None:
     store, made = Flaky(tmp_path / "store"), [0]
     spool = opened(tmp_path / "spool")
     fill(spool, 1)
@@ -171,7 +171,9 @@ def test_a_client_is_kept_over_an_outage_and_made_anew_for_new_credentials(tmp_p
     assert push.drain(force=True) == 0, "nothing is touched once the spool may be another's"
 
 
-def test_what_was_renamed_is_taken_whatever_the_folder_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renamed_batch_is_spooled_even_if_the_directory_sync_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spool = opened(tmp_path)
     real = os.open
 
@@ -185,7 +187,7 @@ def test_what_was_renamed_is_taken_whatever_the_folder_says(tmp_path: Path, monk
     assert ([w.seq for w in spool.waiting()], spool.count) == ([1, 2], 2)
 
 
-def test_the_same_batch_packed_otherwise_is_no_other_agent(tmp_path: Path) -> None:
+def test_a_repacked_batch_is_not_a_conflicting_agent(tmp_path: Path) -> None:
     store, spool = Flaky(tmp_path / "store"), opened(tmp_path / "spool")
     fill(spool, 1)
     batch = spool.read(spool.waiting()[0])
@@ -201,7 +203,7 @@ def test_the_same_batch_packed_otherwise_is_no_other_agent(tmp_path: Path) -> No
     assert again.waiting() == []
 
 
-def test_what_has_piled_up_is_sent_at_a_bounded_rate_and_stopped_at_once(tmp_path: Path) -> None:
+def test_a_backlog_is_pushed_at_a_bounded_rate_and_stops_at_once(tmp_path: Path) -> None:
     spool = opened(tmp_path / "spool")
     fill(spool, 24 * 60)
     push = Pusher(spool, lambda: DirectoryStore(tmp_path / "store"), pace_s=0.02)
@@ -228,7 +230,7 @@ def test_refused_credentials_keep_everything(tmp_path: Path) -> None:
     assert (one.state.state, one.state.waiting_batches) == ("refused", 2)
 
 
-def test_an_answer_that_was_lost_is_recognised(tmp_path: Path) -> None:
+def test_a_lost_upload_response_is_recognised(tmp_path: Path) -> None:
     spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
     one = pusher(spool, store)
     fill(spool, 1)
@@ -246,7 +248,7 @@ def test_an_answer_that_was_lost_is_recognised(tmp_path: Path) -> None:
     assert read_all(store) == [(1, 1, 1), (1, 1, 2), (1, 1, 3)]
 
 
-def test_two_agents_with_one_name_are_noticed(tmp_path: Path) -> None:
+def test_two_agents_with_one_node_id_are_detected(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "b")
     spool = opened(tmp_path / "s")
     fill(spool, 1)
@@ -286,7 +288,7 @@ def test_a_segment_the_store_refuses_for_good_does_not_block_the_rest(tmp_path: 
     assert len(list((tmp_path / "s/bad").iterdir())) == 60
 
 
-def test_urgent_events_go_ahead(tmp_path: Path) -> None:
+def test_urgent_events_are_pushed_first(tmp_path: Path) -> None:
     spool, store = opened(tmp_path / "s"), DirectoryStore(tmp_path / "b")
     one = pusher(spool, store)
     fill(spool, 1)
@@ -298,7 +300,7 @@ def test_urgent_events_go_ahead(tmp_path: Path) -> None:
     assert ((event,), 1) == (copy.records, copy.incarnation)
 
 
-def test_every_start_is_a_new_epoch_and_knows_how_the_last_one_ended(tmp_path: Path) -> None:
+def test_every_start_is_a_new_epoch_and_knows_the_previous_exit(tmp_path: Path) -> None:
     first = opened(tmp_path)
     assert (first.epoch, first.first_run) == (1, True)
     first.close(clean=False)
@@ -309,7 +311,7 @@ def test_every_start_is_a_new_epoch_and_knows_how_the_last_one_ended(tmp_path: P
     assert third.previous_clean
 
 
-def test_a_second_agent_on_one_spool_is_refused(tmp_path: Path) -> None:
+def test_a_second_agent_on_one_spool_is_rejected(tmp_path: Path) -> None:
     first = opened(tmp_path)
     with pytest.raises(Halt, match="in use by another agent"):
         opened(tmp_path)
@@ -319,13 +321,13 @@ def test_a_second_agent_on_one_spool_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("node", "hardware", "why"), [("n2", "h", "belongs to node 'n1'"), ("n1", "other", "written by other hardware")]
 )
-def test_a_spool_of_somebody_else_is_refused(tmp_path: Path, node: str, hardware: str, why: str) -> None:
+def test_a_spool_of_another_node_is_rejected(tmp_path: Path, node: str, hardware: str, why: str) -> None:
     opened(tmp_path).close(clean=True)
     with pytest.raises(Halt, match=why):
         opened(tmp_path, node=node, hardware=hardware)
 
 
-def test_leftovers_are_swept_and_damaged_batches_set_aside(tmp_path: Path) -> None:
+def test_partial_files_are_removed_and_damaged_batches_set_aside(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     fill(spool, 3)
     spool.close(clean=False)
@@ -360,7 +362,7 @@ def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
     assert [(w.epoch, w.seq) for w in aged.waiting()] == [(3, 1), (3, 2), (3, 3)]
 
 
-def test_no_jump_of_the_clock_drops_a_batch(tmp_path: Path) -> None:
+def test_clock_jumps_drop_no_batch(tmp_path: Path) -> None:
     spool = opened(tmp_path, max_batches=100)
     fill(spool, 3)
     for waiting in spool.waiting():
@@ -369,8 +371,8 @@ def test_no_jump_of_the_clock_drops_a_batch(tmp_path: Path) -> None:
     assert (len(spool.waiting()), spool.dropped) == (6, 0)
 
 
-def test_a_clock_that_was_set_is_unknown_until_the_store_answers(tmp_path: Path) -> None:
-    """A refusal is an answer, too: a store that finds the clock too far off says so by what it tells."""
+def test_skew_is_unknown_after_a_clock_change_until_the_store_answers(tmp_path: Path) -> None:
+    """A rejection is a response, too: a store that rejects a skewed clock also reports its own time."""
 
     class Telling(Flaky):
         skew_ms: int | None = None
@@ -413,13 +415,13 @@ def test_a_clock_that_was_set_is_unknown_until_the_store_answers(tmp_path: Path)
     assert push.drain(force=True) == 1
 
 
-def test_a_batch_out_of_turn_is_refused(tmp_path: Path) -> None:
+def test_an_out_of_order_batch_is_rejected(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     with pytest.raises(Refused, match="expected 1/1"):
         spool.append(Batch(rack="r", node="n1", epoch=1, seq=7, t_start_ms=0, t_end_ms=1))
 
 
-def test_a_disk_that_refuses_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_spools_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = opened(tmp_path)
 
     def full(descriptor: int) -> None:
@@ -434,7 +436,7 @@ def test_a_disk_that_refuses_takes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [w.seq for w in spool.waiting()] == [1]
 
 
-def test_a_full_disk_costs_the_oldest_and_not_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_drops_the_oldest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = opened(tmp_path)
     fill(spool, 20)
     real, refusals = spool_module._sync, [1]
@@ -456,7 +458,7 @@ def test_a_full_disk_costs_the_oldest_and_not_the_newest(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("waiting", [0, 20])
-def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
+def test_a_start_on_a_full_disk_uses_only_the_reserve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     spool = opened(tmp_path)
@@ -466,7 +468,7 @@ def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
     assert reserve.stat().st_size == spool_module.RESERVE_BYTES
 
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
-        if reserve.exists() or len(body) > 4096:  # what is freed is enough for the identity, not for another reserve
+        if reserve.exists() or len(body) > 4096:  # the freed space is enough for the identity, not for another reserve
             raise OSError(28, "No space left on device")
         real(path, body, synced=synced)
 
@@ -479,7 +481,7 @@ def test_a_start_on_a_full_disk_takes_what_was_set_by_and_nothing_else(
     assert reserve.exists(), "there is room again"
 
 
-def test_telemetry_does_not_take_what_was_set_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_does_not_use_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
@@ -491,7 +493,7 @@ def test_telemetry_does_not_take_what_was_set_by(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "reserve").exists()
 
 
-def test_a_full_disk_without_a_reserve_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_without_a_reserve_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -507,7 +509,7 @@ def test_the_identity_is_plain_json(tmp_path: Path) -> None:
     )
 
 
-def test_what_was_kept_of_an_open_window_is_the_last_batch_of_a_killed_run(tmp_path: Path) -> None:
+def test_a_persisted_open_window_is_the_last_batch_of_a_killed_run(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     fill(spool, 2)
     for t_end in (10, 20):
@@ -527,10 +529,10 @@ def test_what_was_kept_of_an_open_window_is_the_last_batch_of_a_killed_run(tmp_p
 
 
 @pytest.mark.parametrize("renames", range(5))
-def test_a_run_killed_between_two_renames_has_its_window_once(
+def test_a_run_killed_between_two_renames_keeps_its_window_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
-    """Kept, kept again, sealed: five renames less the one of the kept; whichever is the last, one batch is found."""
+    """Persisted twice, then sealed: whichever of the renames is the last, one batch is found."""
     spool, left = opened(tmp_path), [renames]
 
     class KilledError(BaseException):
@@ -559,7 +561,7 @@ def test_a_run_killed_between_two_renames_has_its_window_once(
     assert not list(tmp_path.glob("*.open"))
 
 
-def test_a_window_refused_at_its_last_step_is_taken_at_the_next_try(
+def test_a_window_that_fails_at_the_last_step_is_spooled_on_retry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool = opened(tmp_path)
@@ -580,7 +582,7 @@ def test_a_window_refused_at_its_last_step_is_taken_at_the_next_try(
     assert [path.name for path in tmp_path.glob("e*")] == ["e00000001-0000000001.batch"]
 
 
-def test_an_open_window_makes_no_sealed_one_leave_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_window_drops_no_sealed_batch_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = opened(tmp_path)
     fill(spool, 20)
 
@@ -593,9 +595,7 @@ def test_an_open_window_makes_no_sealed_one_leave_a_full_disk(tmp_path: Path, mo
     assert (len(spool.waiting()), spool.dropped) == (20, 0)
 
 
-def test_an_open_window_does_not_wait_for_a_drive_that_is_slow_to_sync(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_open_window_does_not_wait_for_a_slow_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     spool = opened(tmp_path)
     monkeypatch.setattr(spool_module, "_sync", synced.append)
@@ -644,8 +644,8 @@ def test_a_mac_flushes_the_drive_for_the_file_and_for_its_name(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("left", [b"", bytes(4096), b"half"])
-def test_half_an_open_window_is_gone_and_costs_no_start(tmp_path: Path, left: bytes) -> None:
-    """A loss of power can leave a name without what it was to hold."""
+def test_a_truncated_open_window_is_dropped_and_the_agent_starts(tmp_path: Path, left: bytes) -> None:
+    """A power loss can leave a name without its contents."""
     spool = opened(tmp_path)
     fill(spool, 1)
     spool.keep(make(spool))
@@ -659,7 +659,7 @@ def test_half_an_open_window_is_gone_and_costs_no_start(tmp_path: Path, left: by
     assert not list((tmp_path / "bad").iterdir())
 
 
-def test_an_open_window_counts_for_the_bound(tmp_path: Path) -> None:
+def test_an_open_window_counts_towards_the_bound(tmp_path: Path) -> None:
     probe = opened(tmp_path / "probe")
     size = len(encode(make(probe)))
     spool = opened(tmp_path / "spool", max_bytes=10 * size)

@@ -1,4 +1,4 @@
-"""Throttle arithmetic against a model that looks at every tenth of a second by itself."""
+"""Throttle arithmetic against a model that evaluates every tenth of a second separately."""
 
 import math
 
@@ -28,7 +28,7 @@ moves = st.lists(
 
 
 def levels_by_step(happened: list[tuple[float, Level]]) -> list[Level]:
-    """The level in each step, from the first look at 0 on; before any look nothing is known."""
+    """The level in each step, from the first poll at 0 on; unknown before any poll."""
     found: list[Level] = []
     level: Level = None
     for after_s, new in happened:
@@ -72,11 +72,11 @@ def brute_events(steps: list[Level]) -> list[tuple[float, float | None, int, boo
 
 @given(moves)
 @settings(max_examples=400)
-def test_shares_windows_and_events_are_those_of_a_second_by_second_model(happened: list[tuple[float, Level]]) -> None:
+def test_shares_and_events_match_a_second_by_second_model(happened: list[tuple[float, Level]]) -> None:
     throttle, now = Throttle(0.0), 0.0
     events: list[Throttled] = []
     for after_s, level in happened:
-        # somebody looks in between, too; that must change nothing
+        # additional polls must change nothing
         for looks in range(1, int(after_s // 7)):
             events += throttle.see(now + looks * 7, throttle.level)
         now += after_s
@@ -110,7 +110,7 @@ def test_shares_windows_and_events_are_those_of_a_second_by_second_model(happene
 
 
 @given(moves)
-def test_windows_add_up_to_the_whole_time(happened: list[tuple[float, Level]]) -> None:
+def test_windows_add_up_to_the_total_time(happened: list[tuple[float, Level]]) -> None:
     throttle, whole, now, known = Throttle(0.0), Throttle(0.0), 0.0, 0.0
     for after_s, level in happened:
         now += after_s
@@ -120,7 +120,7 @@ def test_windows_add_up_to_the_whole_time(happened: list[tuple[float, Level]]) -
     assert known == pytest.approx(whole.window(now).known_s)
 
 
-def test_what_is_hot_at_the_first_look_is_no_crossing() -> None:
+def test_a_hot_first_sample_is_not_a_crossing() -> None:
     throttle = Throttle(100.0)
     (event,) = throttle.see(100.0, 3)
     assert event == Throttled(start_s=100.0, end_s=None, peak=3, open_at_start=True)
@@ -128,7 +128,7 @@ def test_what_is_hot_at_the_first_look_is_no_crossing() -> None:
     assert throttle.see(111.1, 0) == [Throttled(start_s=100.0, end_s=101.0, peak=3, open_at_start=True)]
 
 
-def test_who_comes_back_within_ten_seconds_had_not_left() -> None:
+def test_a_return_within_ten_seconds_is_one_episode() -> None:
     throttle = Throttle(0.0)
     throttle.see(0.0, 0)
     assert len(throttle.see(10.0, 2)) == 1
@@ -139,7 +139,7 @@ def test_who_comes_back_within_ten_seconds_had_not_left() -> None:
     assert throttle.see(60.0, 2) == [Throttled(start_s=60.0, end_s=None, peak=2)], "that is a new one"
 
 
-def test_too_little_known_is_no_share() -> None:
+def test_insufficient_coverage_gives_no_share() -> None:
     throttle = Throttle(0.0)
     throttle.see(0.0, 2)
     assert throttle.share_5m(200.0)[0] is None
@@ -148,7 +148,7 @@ def test_too_little_known_is_no_share() -> None:
     assert throttle.share_5m(300.0) == pytest.approx((0.9, 1.0))
 
 
-def test_events_are_told_on_the_wall_clock() -> None:
+def test_events_have_wall_clock_times() -> None:
     begun = Throttled(start_s=90.0, end_s=None, peak=2)
     assert as_record(begun, 100.0, 1_000_000) == ThrottleEvent(t_ms=990_000, level=LEVELS[2])
     over = Throttled(start_s=90.0, end_s=95.0, peak=3, open_at_start=True)

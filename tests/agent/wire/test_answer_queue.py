@@ -1,4 +1,4 @@
-"""Pieces of answers on their way: in order, whole, and few."""
+"""Answer frames in transit: ordered, complete and coalesced."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -27,7 +27,7 @@ def told(pieces: Sequence[Answer]) -> tuple[str, tuple[int, ...], int]:
 
 
 @given(st.lists(st.sampled_from(("put", "get", "other")), max_size=400))
-def test_a_slow_reader_gets_everything_in_order(happened: list[str]) -> None:
+def test_a_slow_reader_receives_everything_in_order(happened: list[str]) -> None:
     async def scenario() -> None:
         queue = AnswerQueue()
         sent: list[Answer] = []
@@ -50,7 +50,7 @@ def test_a_slow_reader_gets_everything_in_order(happened: list[str]) -> None:
     asyncio.run(scenario())
 
 
-async def test_what_waits_for_a_reader_is_few_pieces() -> None:
+async def test_pending_tokens_are_coalesced() -> None:
     queue = AnswerQueue()
     for n in range(10_000):
         queue.put(token(n))
@@ -63,7 +63,7 @@ async def test_what_waits_for_a_reader_is_few_pieces() -> None:
     assert told(got)[1] == tuple(range(10_000))
 
 
-async def test_a_reader_that_waits_is_woken_and_one_that_leaves_may_come_back() -> None:
+async def test_a_waiting_reader_is_woken_and_may_return_after_leaving() -> None:
     queue = AnswerQueue()
     waiting = asyncio.create_task(queue.get())
     await asyncio.sleep(0)
@@ -75,7 +75,7 @@ async def test_a_reader_that_waits_is_woken_and_one_that_leaves_may_come_back() 
     assert await again == token(1)
 
 
-def test_a_whole_answer_travels_in_few_frames_and_its_beginning_at_once() -> None:
+def test_a_non_streamed_answer_needs_few_frames_and_starts_at_once() -> None:
     together = Together()
     sent: list[Answer] = []
     for n in range(100):
@@ -89,7 +89,7 @@ def test_a_whole_answer_travels_in_few_frames_and_its_beginning_at_once() -> Non
 
 
 @given(st.integers(0, 60), st.integers(1, 50))
-def test_frames_are_read_wherever_the_stream_is_cut(count: int, size: int) -> None:
+def test_frames_are_decoded_whatever_the_chunk_boundaries(count: int, size: int) -> None:
     frames: list[Answer] = [Accepted(id=1, prompt_tok=3, cached_tok=0), *(token(n) for n in range(count)), DONE]
     stream = b"".join(encode(one) for one in frames)
     decoder = Decoder()
@@ -99,7 +99,7 @@ def test_frames_are_read_wherever_the_stream_is_cut(count: int, size: int) -> No
     assert found == frames
 
 
-async def test_patience_ends_with_its_limit_and_is_renewed_by_each_piece() -> None:
+async def test_the_stall_timeout_restarts_with_each_frame() -> None:
     async def source() -> AsyncIterator[int]:
         for n in range(3):
             await asyncio.sleep(0.05)
@@ -118,7 +118,7 @@ async def test_patience_ends_with_its_limit_and_is_renewed_by_each_piece() -> No
     await patience.aclose()
 
 
-async def test_a_cancelled_wait_is_no_lost_patience() -> None:
+async def test_a_cancelled_wait_is_not_a_stall() -> None:
     async def source() -> AsyncIterator[int]:
         await asyncio.sleep(30)
         yield 1

@@ -1,4 +1,4 @@
-"""Frames of many onto one connection: in order, together, bounded, and nobody takes anybody along."""
+"""Multiplexed frames on one connection: ordered, batched, bounded, and failures stay isolated."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from agent.wire.frame_writer import FrameWriter
 
 
 class Wire:
-    """A connection that takes messages when it is told to."""
+    """A connection that accepts messages on command."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -29,7 +29,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_is_put_in_one_moment_leaves_as_one_message_and_in_order() -> None:
+async def test_simultaneous_frames_are_sent_as_one_message_in_order() -> None:
     wire = Wire()
     writer = FrameWriter(wire.send)
     for number in range(5):
@@ -41,7 +41,7 @@ async def test_what_is_put_in_one_moment_leaves_as_one_message_and_in_order() ->
     await writer.end()
 
 
-async def test_who_writes_waits_while_too_much_waits_and_may_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writers_wait_under_backpressure_and_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame_writer, "MOST_WAITING", 10)
     monkeypatch.setattr(frame_writer, "MESSAGE_BYTES", 8)
     wire = Wire()
@@ -61,7 +61,7 @@ async def test_who_writes_waits_while_too_much_waits_and_may_be_cancelled(monkey
     await writer.end()
 
 
-async def test_a_connection_that_breaks_lets_everybody_go(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broken_connection_releases_all_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame_writer, "MOST_WAITING", 4)
     wire = Wire()
     writer = FrameWriter(wire.send)
@@ -80,7 +80,7 @@ async def test_a_connection_that_breaks_lets_everybody_go(monkeypatch: pytest.Mo
     await writer.end()
 
 
-async def test_an_end_is_an_end_for_who_waits() -> None:
+async def test_closing_releases_waiting_writers() -> None:
     wire = Wire()
     wire.free.clear()
     writer = FrameWriter(wire.send)

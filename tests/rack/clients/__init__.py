@@ -1,1 +1,1 @@
-"""Scripted sessions of other people's clients; each runs as a program of its own and prints what it got as JSON."""
+"""Scripted sessions of third-party clients; each runs as a separate program and prints its results as JSON."""

@@ -1,4 +1,4 @@
-"""What every session asks."""
+"""The requests of every session."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ WEATHER: Any = {
 
 
 class City(pydantic.BaseModel):
-    """What is known of a city."""
+    """Facts of a city."""
 
     name: str = pydantic.Field(max_length=20)
     continent: str = pydantic.Field(pattern="^(Europe|Asia|Africa)$")

@@ -1,4 +1,4 @@
-"""Clients that leave, and clients that read slowly: neither may cost the rack anything that lasts."""
+"""Clients that disconnect or read slowly must not leak anything."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def body(prompt: str, max_tokens: int, *, stream: bool) -> bytes:
 
 
 def leave(port: int, dice: random.Random) -> None:
-    """One client that goes away at a random moment: before the first byte, in the middle, or while it waits in line."""
+    """One client that disconnects at a random time: before the first byte, mid-stream, or while it is queued."""
     prompt = "long " * 400 if dice.random() < 0.3 else f"short {dice.random()}"
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(body(prompt, 400, stream=dice.random() < 0.7))
@@ -55,7 +55,7 @@ def idle(agents: Sequence[Agent]) -> bool:
 
 
 def generated(agents: Sequence[Agent]) -> float:
-    """Tokens that the engines have made."""
+    """Tokens that the engines have produced."""
     total = 0.0
     for agent in agents:
         text = agent.get("/metrics").body.decode()
@@ -64,7 +64,7 @@ def generated(agents: Sequence[Agent]) -> float:
 
 
 @pytest.mark.timeout(600)
-def test_who_leaves_stops_the_engine_through_two_hops(tmp_path: Path) -> None:
+def test_a_disconnect_cancels_generation_through_two_hops(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.02, fake_prefill_tps=800)
     with rack(tmp_path, [], [worker], [worker]) as (door, *workers):
         dice = random.Random(9)
@@ -101,7 +101,7 @@ def read_slowly(port: int, number: int, stop: threading.Event) -> None:
 
 @pytest.mark.timeout(120)
 def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
-    """Fifty clients that take a kilobyte a second of answers that are made at once."""
+    """Fifty clients that read a kilobyte per second of answers that are produced at once."""
     worker = model(rows=64, fake_step_s=0.002)
     extra = "[limits]\nin_flight_per_key = 64\n"
     with rack(tmp_path, [], [worker], [worker], extra=extra) as agents:
