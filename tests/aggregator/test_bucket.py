@@ -105,7 +105,7 @@ def test_two_aggregators_at_once_lose_nothing(store: ObjectStore, monkeypatch: p
         commit(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("aggregator.publish.commit", slow)
-    with pytest.raises(Retryable, match="another aggregator was faster"):
+    with pytest.raises(Retryable, match="another aggregator committed first"):
         rollup.run(CONFIG, store)
     assert rollup.run(CONFIG, store).batches == 1
     assert rows(store) == (1, 1)
@@ -190,7 +190,7 @@ def test_a_report_that_did_not_change_is_not_written_again(store: ObjectStore) -
 
 def test_one_run_at_a_time(store: ObjectStore) -> None:
     with lease.held(store, "rollup"):
-        with pytest.raises(Retryable, match="is at it already"), lease.held(store, "rollup"):
+        with pytest.raises(Retryable, match=r"another run \(.+\) holds the lease"), lease.held(store, "rollup"):
             pass
         with lease.held(store, "alert"):
             pass
@@ -263,7 +263,7 @@ def test_refused_credentials_exit_77(
 def test_a_run_that_overlaps_exits_75(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lease.held(DirectoryStore(tmp_path / "bucket"), "rollup"):
         assert cli.main(["rollup", "--config", str(directory(tmp_path))]) == os.EX_TEMPFAIL
-    assert "is at it already" in capsys.readouterr().err
+    assert ") holds the lease" in capsys.readouterr().err
 
 
 def test_a_bad_configuration_exits_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,7 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
     assert cli.main(["apply", "--week", "2026-W47", "--steps", "x", "--config", config]) == 1
     assert "like 1,2" in capsys.readouterr().err
     assert cli.main(["apply", "--week", "2026-W40", "--config", config]) == 1
-    assert "there is no placement for 2026-W40" in capsys.readouterr().err
+    assert "no placement published for 2026-W40" in capsys.readouterr().err
 
 
 def test_any_days_are_reported_and_halves_of_a_question_are_refused(
@@ -321,7 +321,7 @@ def test_sync_and_prune_by_the_command_line(tmp_path: Path, capsys: pytest.Captu
     key = list_all(store, "raw/")[0].key
     copy.put(key, b"another")
     assert cli.main(["sync", "--to", str(target), "--config", config]) == 1
-    assert "different objects; neither was touched" in capsys.readouterr().err
+    assert "source and target differ; neither was changed" in capsys.readouterr().err
     target.write_text("[store]\npath = 5\n")
     assert cli.main(["sync", "--to", str(target), "--config", config]) == os.EX_CONFIG
     capsys.readouterr()
@@ -343,7 +343,7 @@ def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.Captur
     assert page.read_bytes().startswith(b"<!doctype html>")
     inventory.write_text('[[nodes]]\nid = "mini-1"\nchip = "M4"\nmemory_gb = 16\nbudget_gb = 2\n')
     assert cli.main([*words, "--json"]) == 1, "what does not fit is an error for scripts"
-    assert "No room for 1 x chat" in json.loads(capsys.readouterr().out)["short"][0]
+    assert "Not enough memory for 1 x chat" in json.loads(capsys.readouterr().out)["short"][0]
     assert cli.main(["plan", "--intake", str(tmp_path / "no"), "--inventory", str(inventory)]) == 1
     assert "No such file" in capsys.readouterr().err
     assert cli.main(["economics", "--api-spend", "12000", "--nodes", "4", "--json"]) == 0
@@ -358,7 +358,7 @@ def test_what_could_not_be_counted_is_said_in_the_report(tmp_path: Path) -> None
     rollup.run(CONFIG, store)
     weekly.run(CONFIG, store, "2026-W47")
     page = store.get("report/v1/weekly/2026-W47/uptime-r1.md").body.decode()
-    assert "1 objects could not be read and lie under quarantine/" in page
+    assert "1 unreadable objects are in quarantine/" in page
 
 
 def test_the_cron_file_names_verbs_that_exist() -> None:
