@@ -112,8 +112,8 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
         return msgspec.structs.replace(made, cause="low_volume", text=few)
     loaded = made.ratio >= made.direct_ratio
     cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
-    price = "" if loaded else " without idle time"
-    text = f"{worst:.1f} x the week before{price}: {why}"
+    price = "loaded" if loaded else "direct"
+    text = f"{price} price {worst:.1f} x the week before: {why}"
     return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
 
 
@@ -171,7 +171,7 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
     """
     parts = msgspec.structs.asdict(terms)
     leading = max(parts, key=lambda name: parts[name])
-    hits = f"prompt cache hit rate was {before.hit_share:.0%}, is now {now.hit_share:.0%}"
+    hits = f"the prompt cache hit rate is {now.hit_share:.0%} (before: {before.hit_share:.0%})"
     per_request = _per_request(now.completion_tok, now), _per_request(before.completion_tok, before)
     grown = per_request[0] / per_request[1] if per_request[1] else 1.0
     prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))

@@ -309,9 +309,9 @@ def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable
     largest = max(sizes[name].need_bytes for name, _ in missing)
     biggest = max((r.budget_bytes for r in rooms), default=0)
     node = (
-        f"a node with a memory budget of at least {largest / 1e9:.1f} GB"
+        f"a node with at least {largest / 1e9:.1f} GB for models"
         if largest > biggest or not biggest
-        else f"{_nodes(max(1, math.ceil(whole / biggest)))} with a memory budget of {biggest / 1e9:.1f} GB"
+        else f"{_nodes(max(1, math.ceil(whole / biggest)))} of {biggest / 1e9:.1f} GB for models"
     )
     drop = max((name for name, _ in missing), key=lambda name: (sizes[name].need_bytes, name))
     return f"Not enough memory for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."

@@ -110,10 +110,7 @@ def test_a_bad_segment_is_refused(segment: bytes) -> None:
         ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [10**6], "cnt": [1]}}, "sketch: bucket out of range"),
         ({"ttft_us": {"count": 1, "idx": [3], "cnt": [1]}}, "minimum and maximum do not fit the count"),
         ({"ttft_us": {"count": 2, "min": 1, "max": 2, "idx": [3, 0], "cnt": [1, 1]}}, "buckets out of order"),
-        (
-            {"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}},
-            "sketch: count out of range",
-        ),
+        ({"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "count out of range"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(change: dict[str, object], why: str) -> None:
