@@ -1,1 +1,1 @@
-"""The aggregator: turns what nodes reported into rollups, reports and alerts. Stateless; cron starts it."""
+"""The aggregator: turns telemetry into rollups, reports and alerts. Stateless; started by cron."""

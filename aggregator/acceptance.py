@@ -1,4 +1,4 @@
-"""From a proposal that somebody accepts to the desired state that agents follow. Pure."""
+"""Turn an accepted placement proposal into the desired state that agents follow. Pure."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -11,26 +11,26 @@ from shared.desired import Assignment, DesiredState
 from shared.errors import Refused
 
 Sources = Callable[[str, str], str | None]
-"""Where the bucket has a version of a model ("" for whichever it has), as ``name@version``; None when it has not."""
+"""Finds a version of a model in the bucket ("" for any version): ``name@version``, or None if it has none."""
 
 
 def accepted(report: PlacementReport, steps: Collection[int] | None) -> tuple[Move, ...]:
-    """The moves that are to be made: all, or those with these numbers. Raises Refused when they cannot be carried out
-    without the others."""
+    """The moves to be made: all, or those with these step numbers. Raises Refused if they depend on steps that are
+    left out."""
     chosen = tuple(m for m in report.moves if steps is None or m.step in steps)
     unknown = sorted(set(steps or ()) - {m.step for m in report.moves})
     if unknown:
-        raise Refused(f"apply: the proposal for {report.period} has no step {unknown[0]}; it has {len(report.moves)}")
+        raise Refused(f"apply: no step {unknown[0]} in the proposal for {report.period}; it has {len(report.moves)}")
     models, rooms, now = _world(report)
     made = [Step(action=m.action, model=m.model, node=m.node, source=m.source) for m in chosen]
     reached, broken = simulate(models, rooms, now, made)
     if broken:
         first = broken[0]
-        raise Refused(f"apply: step {chosen[first.step - 1].step} cannot be done without the others: {first.why}")
+        raise Refused(f"apply: step {chosen[first.step - 1].step} depends on steps left out: {first.why}")
     for name, wished in sorted(report.least.items()):
         before, after = (sum(model == name for model, _ in at) for at in (now, reached))
         if after < min(before, wished):
-            raise Refused(f"apply: these steps alone leave {after} of the {wished} copies that {name} needs")
+            raise Refused(f"apply: {name} needs {wished} copies; these steps alone leave {after}")
     return chosen
 
 
@@ -41,10 +41,10 @@ def desired(
     source_of: Sources,
     now_ms: int,
 ) -> DesiredState:
-    """The next desired state: what was desired, after the moves. Raises Refused naming what the bucket lacks.
+    """The next desired state: the previous one after the moves. Raises Refused naming what the bucket lacks.
 
-    Only nodes that a move touches change, and on them only what is moved: everything else keeps its version and its
-    settings, whatever happened to be in memory. A touched node that nothing was desired of gets what stands on it.
+    Only nodes that a move touches change, and on them only what is moved: everything else keeps its version and
+    settings, whatever is resident. A touched node without a desired state gets its current models.
     """
     old = before.nodes if before is not None else {}
     touched = sorted({move.node for move in chosen})
@@ -78,7 +78,7 @@ def _set(one: Assignment, setting: Setting) -> Assignment:
 
 
 def _standing(report: PlacementReport, node: str, source_of: Sources) -> tuple[Assignment, ...]:
-    """What stands on a node, as assignments."""
+    """A node's current models, as assignments."""
     mine = [p for p in report.placed if p.node == node and p.advice != "load"]
     return tuple(_from_bucket(p.model, p.version, source_of, pinned=p.pinned) for p in mine)
 
@@ -86,7 +86,7 @@ def _standing(report: PlacementReport, node: str, source_of: Sources) -> tuple[A
 def _moved(
     move: Move, old: Mapping[str, tuple[Assignment, ...]], report: PlacementReport, source_of: Sources
 ) -> Assignment:
-    """What a move brings: as it is assigned where it comes from, else as it is assigned anywhere, else as it stands."""
+    """The assignment that a move creates: copied from its source node, else from any node, else as it is placed now."""
     first = [a for a in old.get(move.source, ()) if a.model == move.model]
     anywhere = [a for node in sorted(old) for a in old[node] if a.model == move.model]
     for known in (*first, *anywhere):
@@ -102,8 +102,8 @@ def _from_bucket(model: str, version: str, source_of: Sources, *, pinned: bool) 
     source = source_of(model, version)
     if source is None:
         what = f"version {version}" if version else "any version"
-        mend = f"on a node that serves it: mlxrack-agent models push FOLDER {model}"
-        raise Refused(f"apply: the bucket has not {what} of {model}; {mend}")
+        hint = f"push it from a node that serves it: mlxrack-agent models push FOLDER {model}"
+        raise Refused(f"apply: the bucket does not hold {what} of {model}; {hint}")
     name, _, found = source.partition("@")
     return Assignment(model=model, source=name, version=found, pinned=pinned)
 
@@ -112,7 +112,7 @@ def _world(report: PlacementReport) -> tuple[list[Copyable], list[Room], Placeme
     sizes = {p.model: p.need_bytes for p in report.placed}
     sizes |= {m.model: round(m.gb * 1e9) for m in report.moves if m.gb and m.model not in sizes}
     models = [Copyable(name=name, need_bytes=size, copies=1, load=0.0) for name, size in sizes.items()]
-    # a node without a known budget holds what it holds
+    # a node without a known memory budget counts as unlimited
     rooms = [
         Room(name=n.node, budget_bytes=n.budget_bytes if n.budget_bytes is not None else 1 << 60) for n in report.nodes
     ]

@@ -1,7 +1,7 @@
-"""Which alerts fire and which are over: state and facts in, new state and notices out. Pure.
+"""Which alerts fire and which are resolved: state and facts in, new state and notices out. Pure.
 
-An alert is named by (code, subject); one notice when it begins to fire and one when it is resolved. What was sent is
-in the state, so that a cron job without memory never says a thing twice.
+An alert is identified by (code, subject): one notice when it fires, one when it is resolved. Sent notices are recorded
+in the state, so that a stateless cron job never sends one twice.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ SWAP_FAILED_FOR_S = 3600.0
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """What people read about one kind of alert. ``channel`` is alerts or thermal."""
+    """One kind of alert. ``channel`` is alerts or thermal."""
 
     code: str
     title: str
@@ -30,7 +30,7 @@ RULES = (
     Rule(code="node_down", title="Node down", severity="page", channel="alerts", runbook="docs/runbooks.md#node-down"),
     Rule(
         code="throttling",
-        title="Node is throttled",
+        title="Thermal throttling",
         severity="warn",
         channel="thermal",
         runbook="docs/runbooks.md#throttling",
@@ -53,7 +53,7 @@ RULES = (
 
 
 class Firing(msgspec.Struct, frozen=True, kw_only=True):
-    """An alert that holds since ``since_ms``; ``text`` is what was seen."""
+    """An alert that has been firing since ``since_ms``; ``text`` is the evidence."""
 
     code: str
     subject: str
@@ -62,7 +62,7 @@ class Firing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """What `alert` remembers of a node between runs; times in ms, bounded lists."""
+    """State of a node between runs of `alert`; times in ms, bounded lists."""
 
     last_seen_ms: int = 0
     last_up_ms: int = 0
@@ -74,7 +74,7 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AlertState(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it, as stored. ``cursors`` say how far each node's objects were read."""
+    """The stored state. ``cursors`` are the last objects read of each node."""
 
     cursors: dict[str, str] = {}
     nodes: dict[str, NodeMemory] = {}
@@ -82,7 +82,7 @@ class AlertState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
-    """Something to tell: an alert that began (``resolved`` false) or ended."""
+    """A notice to send: an alert that fired (``resolved`` false) or was resolved."""
 
     rule: Rule
     firing: Firing
@@ -90,8 +90,8 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alerts) -> AlertState:
-    """The state after some facts; the same fact twice changes nothing more. No time is remembered as later than now:
-    a clock that runs ahead must not hide what comes after it."""
+    """The state after some facts; idempotent for repeated facts. Times are capped at now: a clock that runs ahead must
+    not hide later events."""
     nodes = dict(state.nodes)
     for fact in sorted(facts, key=lambda f: (f.meta.t_end_ms, f.meta.node, f.meta.seq, f.ordinal)):
         _observe(nodes, fact, now_ms, config)
@@ -99,7 +99,7 @@ def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alert
 
 
 def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState, tuple[Notice, ...]]:
-    """Which alerts hold at ``now_ms``, and what is new about that."""
+    """The state with the alerts that fire at ``now_ms``, and the notices for what changed."""
     held = {_key(f): f for f in state.firing}
     now_firing = {_key(f): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
     rules = {rule.code: rule for rule in RULES}
@@ -110,7 +110,7 @@ def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState
 
 
 def _key(firing: Firing) -> tuple[str, str, int]:
-    """What makes an alert the same one; a second failed swap is another one."""
+    """The identity of an alert; a second failed swap is another alert."""
     return (firing.code, firing.subject, firing.since_ms if firing.code == "swap_failed" else 0)
 
 
@@ -123,7 +123,7 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=ended_ms)
     if isinstance(record, PeerDown):
         peer = nodes.get(record.peer, NodeMemory())
-        # every event is read twice, as an urgent copy and in order: one from before the peer's return is old news
+        # every event is read twice, as an urgent copy and in order: one from before the peer's return is outdated
         news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - SILENCE_GRACE_S * 1000
         if news and peer.down_since_ms is None:
             nodes[record.peer] = replace(peer, down_since_ms=min(record.last_seen_ms, now_ms), reported_by=node)
@@ -161,7 +161,7 @@ def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Seque
 
 def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
     if memory.down_since_ms is not None:
-        text = f"{node} has not answered {memory.reported_by or 'its peers'} since then"
+        text = f"{node} does not answer heartbeats of {memory.reported_by or 'its peers'}"
         return Firing(code="node_down", subject=node, since_ms=memory.down_since_ms, text=text)
     silent_ms = now_ms - memory.last_seen_ms
     if memory.last_seen_ms and silent_ms > (2 * config.upload_s + SILENCE_GRACE_S) * 1000:
@@ -171,14 +171,14 @@ def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing 
 
 
 def _throttled(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
-    """By the window before the node's last report; over when the node has been silent for two windows."""
+    """By the window before the node's last report; resolved once the node has been silent for two windows."""
     window_ms = config.throttled_window_s * 1000
     heat = [h for h in memory.heat if h[0] > now_ms - 2 * window_ms]
     known = sum(k for _, _, k in heat)
     throttled = sum(t for _, t, _ in heat)
     if not known or throttled / known <= config.throttled_share:
         return None
-    text = f"{node} was throttled {throttled / known:.0%} of the last {config.throttled_window_s:.0f} s"
+    text = f"{node} was thermally throttled for {throttled / known:.0%} of the last {config.throttled_window_s:.0f} s"
     return Firing(code="throttling", subject=node, since_ms=heat[0][0], text=text)
 
 
@@ -186,13 +186,13 @@ def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing
     recent = [t for t in memory.evictions if t > now_ms - config.storm_window_s * 1000]
     if len(recent) < config.storm_evictions:
         return None
-    text = f"{len(recent)} models left the memory of {node} within {config.storm_window_s:.0f} s"
+    text = f"{len(recent)} evictions on {node} within {config.storm_window_s:.0f} s"
     return Firing(code="eviction_storm", subject=node, since_ms=recent[0], text=text)
 
 
 def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
     return [
-        Firing(code="swap_failed", subject=f"{node}/{model}", since_ms=t_ms, text=reason or "no reason was given")
+        Firing(code="swap_failed", subject=f"{node}/{model}", since_ms=t_ms, text=reason or "no reason reported")
         for model, (t_ms, outcome, reason) in sorted(memory.swaps.items())
         if outcome == "failed" and now_ms - t_ms < SWAP_FAILED_FOR_S * 1000
     ]

@@ -1,7 +1,7 @@
-"""What people know of incidents and the machines do not: a file in the bucket that overrides what was guessed. Pure.
+"""Incident annotations by operators: a file in the bucket that overrides inferred causes. Pure.
 
 [[incidents]]
-node = "mini-3"              # left out: whichever node
+node = "mini-3"              # omitted: any node
 start = 2026-11-21T14:00:00+01:00
 end = 2026-11-21T15:30:00+01:00
 cause = "power"
@@ -21,7 +21,7 @@ CAUSES = ("power", "crash", "stopped", "network", "out_of_memory", "heat", "load
 
 
 class Annotation(msgspec.Struct, frozen=True, kw_only=True):
-    """A person's word on what happened at a node between two moments."""
+    """An operator's account of what happened on a node between two times."""
 
     start_ms: int
     end_ms: int
@@ -45,7 +45,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def parse(raw: bytes) -> tuple[Annotation, ...]:
-    """Read the file. Raises Refused with what is wrong with it."""
+    """Parse the file. Raises Refused with the reason."""
     try:
         file = msgspec.convert(tomllib.loads(raw.decode()), _File)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
@@ -56,10 +56,10 @@ def parse(raw: bytes) -> tuple[Annotation, ...]:
 def _checked(number: int, one: _Incident) -> Annotation:
     where = f"{KEY}: incidents[{number}]"
     if one.start.tzinfo is None or one.end.tzinfo is None:
-        raise Refused(f"{where}: give start and end with their zone, like 2026-11-21T14:00:00+01:00")
+        raise Refused(f"{where}: start and end need a UTC offset, like 2026-11-21T14:00:00+01:00")
     if one.end < one.start:
-        raise Refused(f"{where}: it ends before it starts")
+        raise Refused(f"{where}: end is before start")
     if one.cause and one.cause not in CAUSES:
-        raise Refused(f"{where}: cause {one.cause[:40]!r}; use one of {', '.join(CAUSES)}")
+        raise Refused(f"{where}: unknown cause {one.cause[:40]!r}; use one of {', '.join(CAUSES)}")
     start, end = (int(moment.timestamp() * 1000) for moment in (one.start, one.end))
     return Annotation(start_ms=start, end_ms=end, node=one.node, cause=one.cause, text=one.text, fix=one.fix)

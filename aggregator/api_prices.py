@@ -1,9 +1,9 @@
-"""What the same work would cost at API providers: offline, dated, per size of prompt. Pure but for genai-prices, which
-carries its data in itself and is never asked to fetch newer ones.
+"""Cost of the same work at API providers: offline, dated, by prompt size. Pure except for genai-prices, which ships
+its own data and is never asked to update them.
 
-Prices have tiers (a prompt over 200,000 tokens costs more per token at some), so nothing is priced as one sum: each
-bucket of prompt sizes is priced as that many requests of its mean size. Cached prompt tokens are priced as cached: what
-our cache found, theirs would have found.
+Prices are tiered (at some providers a prompt over 200,000 tokens costs more per token), so work is not priced as one
+sum: each prompt size bucket is priced as that many requests of its mean size. Cached prompt tokens are priced as
+cached: a prompt cache hit here is assumed to be one there.
 """
 
 import re
@@ -29,7 +29,7 @@ _TAIL = re.compile(r"([-_:]?(instruct|turbo|instant|versatile|it|fp8|bf16|fast|a
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """One provider's offer of a model and what the span's work would have cost there."""
+    """A provider's offer of a model and the cost of the span's work there."""
 
     provider: str
     model: str
@@ -37,9 +37,9 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name against APIs. ``median`` is the same open model at the host in the middle, ``hosts`` all of them,
-    cheapest first; ``frontier`` a named other model, which is another thing. ``saving`` is the median's cost less ours,
-    negative where an API would have been cheaper; ``share`` that by the median's cost."""
+    """A served name compared with APIs. ``median`` is the cost of the same open model at the median host, ``hosts`` are
+    all of them, cheapest first; ``frontier`` is a different, configured model. ``saving`` is the median's cost minus
+    ours, negative where an API would have been cheaper; ``share`` is ``saving`` / ``median``."""
 
     model: str
     ours: Decimal | None
@@ -57,8 +57,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
-    """All of them. ``covered`` is the share of tokens with a comparable price: savings speak of those alone. ``ours``
-    is their part of everything the nodes cost. ``source`` and ``at`` say whose prices, and of when."""
+    """All comparisons. ``covered`` is the share of tokens with a comparable price; savings cover only those. ``ours``
+    is their share of the total cost of the nodes. ``source`` and ``at`` are the origin and date of the prices."""
 
     source: str
     at: str
@@ -71,15 +71,15 @@ class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(window: Window, money: CostReport, config: AggregatorConfig, at: datetime) -> Comparisons:
-    """Price the span's answered work at APIs, with the prices of that moment. Work of nodes without a price here is
-    left out on both sides."""
+    """Price the span's answered work at APIs, with the prices at that time. Work of nodes without a configured price is
+    excluded on both sides."""
     priced = {node.node for node in money.nodes if node.cost is not None}
     served = [s for s in window.served if s.outcome == "ok" and s.worker in priced]
     rows = [_one([s for s in served if s.model == model.model], model, config, at) for model in money.models]
     tokens = {m.model: sum(s.prompt_tok + s.completion_tok for s in served if s.model == m.model) for m in money.models}
     known = [r for r in rows if r.median is not None and r.ours is not None]
     total, covered = sum(tokens.values()), sum(tokens[r.model] for r in known)
-    # idle nodes and lost work are paid for, too, whichever model they are counted to
+    # idle time and lost work cost money, too, whichever model they are attributed to
     ours = (money.total * covered / total).quantize(_CENT6) if money.total is not None and covered else None
     median = sum((r.median for r in known if r.median is not None), Decimal(0)) if known else None
     saving = median - ours if median is not None and ours is not None else None
@@ -96,19 +96,19 @@ def compare(window: Window, money: CostReport, config: AggregatorConfig, at: dat
 
 
 def hosts_of(same_as: str) -> list[tuple[str, str]]:
-    """(provider, model) of everything that hosts this open model; a host that is listed under two names is there with
-    all of its offers, and `_cheapest` takes one."""
+    """(provider, model) of every host of this open model; a host that is listed under two names appears with all of its
+    offers, of which `_cheapest` takes one."""
     wanted = _plain(same_as)
     return [(provider, model) for provider, model, plain in _offers() if plain == wanted]
 
 
 def company(provider: str) -> str:
-    """Who it is: some hosts are listed again behind a router of theirs."""
+    """The company behind a provider id: some hosts are listed again behind a router."""
     return provider.removeprefix("huggingface_").removesuffix("-ai")
 
 
 def _cheapest(hosts: Sequence[Host]) -> list[Host]:
-    """One offer of each company: nobody would pay it more than its least. What costs nothing is no price."""
+    """The cheapest offer of each company. Free offers are not prices."""
     best: dict[str, Host] = {}
     for host in sorted(hosts, key=lambda h: (h.cost, h.provider, h.model)):
         if host.cost > 0:
@@ -119,7 +119,7 @@ def _cheapest(hosts: Sequence[Host]) -> list[Host]:
 def price(
     provider: str, model: str, *, requests: int, prompt_tok: int, cached_tok: int, completion_tok: int, at: datetime
 ) -> Decimal | None:
-    """So many equal requests; None where there is no price. Token counts are of all of them together."""
+    """Cost of ``requests`` equal requests, None without a price. Token counts are totals over all of them."""
     if not requests:
         return Decimal(0)
     usage = genai_prices.Usage(
@@ -132,7 +132,7 @@ def price(
         found = genai_prices.calc_price(usage, model_ref=model, provider_id=provider, genai_request_timestamp=at)
     except (LookupError, ValueError):
         return None
-    # what integer division left of the means
+    # corrects for the integer division of the means
     exact = Decimal(prompt_tok + completion_tok) / (whole * requests)
     return (found.total_price * requests * exact).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
 
@@ -149,16 +149,16 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
         host = Host(provider="configured", model=own.name, cost=cost)
         found = _with_hosts(found, own.name, [host])
     elif wish is not None and rate is None:
-        why = f"API prices are in USD; give cost.usd_rate, {config.cost.currency} for a dollar"
+        why = f"API prices are in USD; set cost.usd_rate ({config.cost.currency} per USD)"
         found = msgspec.structs.replace(found, same_as=wish.same_as, why_not=why)
     elif wish is not None and wish.same_as and rate is not None:
         offers = [(p, m, _at(p, m, served, at)) for p, m in hosts_of(wish.same_as)]
         hosts = _cheapest([Host(provider=p, model=m, cost=_cents(c * rate)) for p, m, c in offers if c is not None])
         found = _with_hosts(found, wish.same_as, hosts)
         if not hosts:
-            found = msgspec.structs.replace(found, why_not=f"no host of {wish.same_as} has a price in {SOURCE}")
+            found = msgspec.structs.replace(found, why_not=f"{SOURCE} has no price for any host of {wish.same_as}")
     else:
-        found = msgspec.structs.replace(found, why_not="no [[compare]] names it")
+        found = msgspec.structs.replace(found, why_not="no [[compare]] entry")
     if wish is not None and wish.frontier and rate is not None:
         provider, _, name = wish.frontier.partition("/")
         dollars = _at(provider, name, served, at)
@@ -188,7 +188,7 @@ def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Compa
 
 
 def _at(provider: str, model: str, served: Sequence[ServedSum], at: datetime) -> Decimal | None:
-    """The work priced bucket by bucket; None when any part of it has no price."""
+    """The work priced by prompt size bucket; None if any bucket has no price."""
     total = Decimal(0)
     for bucket in sorted({s.prompt_bucket_tok for s in served}):
         mine = [s for s in served if s.prompt_bucket_tok == bucket]
@@ -219,7 +219,7 @@ def _configured(own: ApiPrice, served: Sequence[ServedSum]) -> Decimal:
 
 @lru_cache(maxsize=1)
 def _offers() -> tuple[tuple[str, str, str], ...]:
-    """Every priced offer: provider, model, and the model's plain name."""
+    """Every priced offer: provider, model, and the model's normalised name."""
     found = [
         (provider.id, model.id, _plain(model.id))
         for provider in data_snapshot.get_snapshot().providers
@@ -234,7 +234,7 @@ def _is_free(model: Any) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A model's name without its maker, its host's path and its variant."""
+    """A model's name without vendor, host path and variant."""
     last = name.lower().rsplit("/", 1)[-1].removeprefix("@cf/").split(":free")[0]
     last = re.sub(r"^(meta-|qwen\.|meta\.|google\.|openai\.|mistral\.)", "", last)
     return _TAIL.sub("", last)

@@ -1,8 +1,8 @@
-"""mlxrack-aggregator: rollups, reports and alerts from the bucket, as cron wants them.
+"""mlxrack-aggregator: rollups, reports and alerts from the bucket, to be run by cron.
 
-Quiet when all is well. The only place that reads the environment and the command line. Exit codes are os.EX_*:
-0 done, 64 wrong usage, 75 try later (another run is at it, the store is away), 77 the store refuses our credentials,
-78 the configuration cannot be used, 1 anything else.
+Silent on success. The only place that reads the environment and the command line. Exit codes are os.EX_*:
+0 success, 64 usage error, 75 try later (another run holds the lease, the store is unavailable), 77 the store rejected
+the credentials, 78 invalid configuration, 1 any other error.
 """
 
 import argparse
@@ -31,31 +31,31 @@ from shared.store_open import open_store
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
 _INPUTS = {
-    "api_spend": "what APIs cost you a month now",
-    "nodes": "how many nodes you would buy",
-    "node_price": "what one costs",
-    "setup": "what else is paid at the start: switch, rack, work",
-    "watts": "mean power of a node, in watts",
-    "electricity_per_kwh": "price of a kilowatt-hour",
-    "other_per_month": "other costs of a node a month",
-    "people_per_month": "cost of the people who run it, a month",
-    "kept": "share of the API work that moves to the rack",
-    "growth": "growth of the API spend a month, like 0.02",
-    "residual": "share of its price that a node is worth at the end",
-    "months": "how far to look",
+    "api_spend": "current API spend per month",
+    "nodes": "number of nodes to buy",
+    "node_price": "price of one node",
+    "setup": "other one-time costs: switch, rack, labour",
+    "watts": "mean power of one node in watts",
+    "electricity_per_kwh": "price per kWh",
+    "other_per_month": "other costs per node and month",
+    "people_per_month": "cost of operating staff per month",
+    "kept": "share of the API workload that moves to the rack",
+    "growth": "monthly growth of the API spend, for example 0.02",
+    "residual": "residual value of a node as a share of its price",
+    "months": "horizon in months",
 }
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file that `sync --to` names."""
+    """The file passed to `sync --to`."""
 
     store: Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
-    # a run that is told to stop gives its lease back on the way out
+    # a run that is terminated releases its lease on the way out
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs.configure(args.log, level="info" if args.verbose else "warning")
     try:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(error: RackError) -> int:
-    """os.EX_* of an error."""
+    """The os.EX_* exit status for an error."""
     if isinstance(error, shared_config.ConfigError) or error.code == "no_secret":
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
@@ -79,17 +79,17 @@ def exit_status(error: RackError) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="mlxrack-aggregator", description="Turn what the nodes reported into rollups, reports and alerts."
+        prog="mlxrack-aggregator", description="Turn telemetry of the nodes into rollups, reports and alerts."
     )
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
-        default = f"aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
+        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
         added.add_argument("--config", type=Path, default=None, help=default)
-        added.add_argument("--json", action="store_true", help="print what was done as JSON")
-        added.add_argument("--verbose", "-v", action="store_true", help="say what is done")
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
         added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
         added.set_defaults(run=run)
         return added
@@ -101,30 +101,28 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     roll = verb("rollup", "Add new telemetry to the minute, hour and day tables.", _rollup)
-    roll.add_argument(
-        "--again", action="store_true", help="read every segment that is left once more (after an upgrade)"
-    )
-    week = verb("weekly", "Publish placement, cost and evictions of a week.", _weekly)
-    week.add_argument("--week", default=None, help="like 2026-W47 (default: the last one that is over)")
-    week.add_argument("--since", default=None, metavar="DAY", help="any days instead of a week: the first, 2026-11-01")
-    week.add_argument("--until", default=None, metavar="DAY", help="and the last")
-    month = verb("monthly", "Publish the executive report of a month.", _monthly)
-    month.add_argument("--month", default=None, help="like 2026-11 (default: the last one that is over)")
-    verb("alert", "Tell people what changed since the last run.", _alert)
-    accept = verb("apply", "Publish an accepted placement as the desired state that agents follow.", _apply)
-    accept.add_argument("--week", default=None, help="whose placement (default: the last week that is over)")
-    accept.add_argument("--steps", default=None, help="only these of its steps, like 1,2")
-    accept.add_argument("--dry-run", action="store_true", help="say what would be published")
-    copy = verb("sync", "Copy the bucket into another store; what is there is not sent again.", _sync)
-    copy.add_argument("--to", type=Path, required=True, help="a TOML file with the [store] to copy into")
-    copy.add_argument("--without-raw", action="store_true", help="tables and reports only")
-    old = verb("prune", "Delete raw segments and minute tables older than [retention] keeps.", _prune)
-    old.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    first = local("plan", "Place models before there is any telemetry.", _plan)
-    first.add_argument("--intake", type=Path, required=True, help="what will be asked: models and workloads")
-    first.add_argument("--inventory", type=Path, required=True, help="the nodes there are")
-    first.add_argument("--html", type=Path, default=None, help="write the page to this file, too")
-    buy = local("economics", "From API spend to break-even, before buying.", _economics)
+    roll.add_argument("--again", action="store_true", help="re-read every segment in the bucket (after an upgrade)")
+    week = verb("weekly", "Publish the weekly reports: placement, cost, evictions, uptime, scorecard.", _weekly)
+    week.add_argument("--week", default=None, help="ISO week, for example 2026-W47 (default: the last complete week)")
+    week.add_argument("--since", default=None, metavar="DAY", help="instead of a week: first day, like 2026-11-01")
+    week.add_argument("--until", default=None, metavar="DAY", help="last day, inclusive")
+    month = verb("monthly", "Publish the monthly executive report.", _monthly)
+    month.add_argument("--month", default=None, help="for example 2026-11 (default: the last complete month)")
+    verb("alert", "Send alerts that fired or were resolved since the last run.", _alert)
+    accept = verb("apply", "Publish an accepted placement as the desired state for the agents.", _apply)
+    accept.add_argument("--week", default=None, help="week of the placement (default: the last complete week)")
+    accept.add_argument("--steps", default=None, help="only these steps, for example 1,2")
+    accept.add_argument("--dry-run", action="store_true", help="show what would be published")
+    copy = verb("sync", "Copy the bucket into another store, incrementally.", _sync)
+    copy.add_argument("--to", type=Path, required=True, help="TOML file with the target [store]")
+    copy.add_argument("--without-raw", action="store_true", help="skip raw segments")
+    old = verb("prune", "Delete raw segments and minute tables older than [retention].", _prune)
+    old.add_argument("--dry-run", action="store_true", help="show what would be deleted")
+    first = local("plan", "Propose a placement before there is any telemetry.", _plan)
+    first.add_argument("--intake", type=Path, required=True, help="TOML file with the expected models and workloads")
+    first.add_argument("--inventory", type=Path, required=True, help="TOML file with the nodes")
+    first.add_argument("--html", type=Path, default=None, help="also write the page to this file")
+    buy = local("economics", "Compute the break-even month of buying nodes from the current API spend.", _economics)
     for field in msgspec.structs.fields(Inputs):
         flag = f"--{field.name.replace('_', '-')}"
         whole = field.type is int
@@ -134,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
             text = f"{_INPUTS[field.name]} (default: {field.default:g})"
             buy.add_argument(flag, type=int if whole else float, default=field.default, help=text)
     buy.add_argument("--currency", default="USD")
-    buy.add_argument("--html", type=Path, default=None, help="write the page with its curve to this file, too")
-    verb("check-config", "Read the configuration and say what is wrong with it.", _check_config)
+    buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
+    verb("check-config", "Validate the configuration and print all problems.", _check_config)
     return parser
 
 
@@ -151,7 +149,7 @@ def _rollup(args: argparse.Namespace) -> int:
     config = _config(args)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        manifest = rollup.run(config, store, os.environ, _telling(args), again=args.again)
+        manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again)
     done = {
         "manifest": manifest.number,
         "batches": manifest.batches,
@@ -159,7 +157,7 @@ def _rollup(args: argparse.Namespace) -> int:
         "quarantined_total": manifest.quarantined_total,
         "quarantined": [msgspec.to_builtins(q) for q in manifest.quarantined],
     }
-    _say(args, done, f"manifest {manifest.number}: {manifest.batches} batches in all")
+    _say(args, done, f"manifest {manifest.number}: {manifest.batches} batches in total")
     return 0
 
 
@@ -170,7 +168,7 @@ def _weekly(args: argparse.Namespace) -> int:
 
     config = _config(args)
     if (args.since is None) != (args.until is None) or (args.since and args.week):
-        raise Refused("weekly: give --week, or --since and --until together")
+        raise Refused("weekly: use --week, or --since and --until together")
     if args.since:
         span = between(args.since, args.until, config.timezone)
         earlier = as_long_before(span)
@@ -180,7 +178,7 @@ def _weekly(args: argparse.Namespace) -> int:
     name = span.name
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _telling(args))
+        rollup.run(config, store, os.environ, _progress(args))
         published = weekly.publish_span(config, store, span, earlier)
     _say(args, {"week": name, "published": published}, "\n".join(published))
     return 0
@@ -195,7 +193,7 @@ def _monthly(args: argparse.Namespace) -> int:
     name = args.month or last_month(datetime.now(UTC), config.timezone)
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _telling(args))
+        rollup.run(config, store, os.environ, _progress(args))
         published = monthly.run(config, store, name)
     _say(args, {"month": name, "published": published}, "\n".join(published))
     return 0
@@ -212,7 +210,7 @@ def _alert(args: argparse.Namespace) -> int:
     with lease.held(store, "alert"):
         sent = alert.run(config, store, notify.Discord(urls))
     told = [{"code": n.rule.code, "subject": n.firing.subject, "resolved": n.resolved} for n in sent]
-    _say(args, {"sent": told}, f"{len(told)} notices")
+    _say(args, {"sent": told}, f"{len(told)} notices sent")
     return 0
 
 
@@ -239,7 +237,7 @@ def _numbers(text: str) -> set[int]:
     try:
         return {int(part) for part in text.split(",")}
     except ValueError:
-        raise Refused(f"--steps {text!r}: give numbers with commas between them, like 1,2") from None
+        raise Refused(f"--steps {text!r}: expected comma-separated step numbers like 1,2") from None
 
 
 def _sync(args: argparse.Namespace) -> int:
@@ -248,11 +246,11 @@ def _sync(args: argparse.Namespace) -> int:
     config = _config(args)
     target = shared_config.load(args.to, Target, lambda one: check_store(one.store))
     source, there = open_store(config.store, os.environ), open_store(target.store, os.environ)
-    done = sync.run(source, there, raw=not args.without_raw, told=_telling(args))
+    done = sync.run(source, there, raw=not args.without_raw, told=_progress(args))
     _say(args, msgspec.to_builtins(done), f"{done.written:,} objects, {done.bytes / 1e6:.1f} MB copied")
     for key in done.clashes:
         print(
-            f"mlxrack-aggregator: sync {key}: the two stores hold different objects; neither was touched",
+            f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed",
             file=sys.stderr,
         )
     return 1 if done.clashes else 0
@@ -295,7 +293,7 @@ def _economics(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, report: msgspec.Struct, page: Page) -> None:
-    """A result that somebody asked for at a terminal."""
+    """Print a result, and write it as HTML if requested."""
     from aggregator.report import html, markdown
 
     if args.html is not None:
@@ -308,12 +306,12 @@ def _show(args: argparse.Namespace, report: msgspec.Struct, page: Page) -> None:
 
 def _check_config(args: argparse.Namespace) -> int:
     config = _config(args)
-    print(f"fine; rack {config.rack}, {len(config.nodes)} nodes with prices, reports in {config.timezone}")
+    print(f"configuration valid: rack {config.rack}, {len(config.nodes)} nodes configured, time zone {config.timezone}")
     return 0
 
 
-def _telling(args: argparse.Namespace) -> Callable[[str], None]:
-    """Progress for who watches: on a terminal, or when it is asked for."""
+def _progress(args: argparse.Namespace) -> Callable[[str], None]:
+    """A progress printer: active on a terminal or with --verbose, never with --json."""
     if args.json or not (args.verbose or sys.stderr.isatty()):
         return lambda _: None
     return lambda text: print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The aggregator's configuration: its shape, its defaults and what types cannot check."""
+"""The aggregator's configuration: structure, defaults and checks beyond types."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -18,7 +18,7 @@ Positive = Annotated[float, Meta(gt=0)]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a node cost to buy and draws; without a price its cost is "no data"."""
+    """Purchase price and power of a node; without a price its cost is "no data"."""
 
     id: str
     price: Money | None = None
@@ -29,8 +29,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Prices around the nodes. ``usd_rate`` is what a dollar costs in ``currency``, for API prices. ``flag_ratio`` is
-    the week-on-week jump worth a flag, above ``flag_min_tok`` tokens."""
+    """Other prices. ``usd_rate`` is the price of one US dollar in ``currency``, for API prices. ``flag_ratio`` is the
+    week-on-week ratio from which a price is flagged, at ``flag_min_tok`` tokens or more."""
 
     currency: str = "USD"
     usd_rate: Positive | None = None
@@ -41,7 +41,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ApiPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an API charges for a comparable model, per million tokens."""
+    """Price of a comparable model at an API, per million tokens."""
 
     model: str
     name: str
@@ -50,7 +50,7 @@ class ApiPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Compare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a served name is compared with. ``same_as`` names the open model as API hosts do (like
+    """API models that a served name is compared with. ``same_as`` is the same open model as API hosts name it (like
     ``llama-3.3-70b-instruct``); ``frontier`` is one model of one provider, like ``openai/gpt-4o``."""
 
     model: str
@@ -59,7 +59,7 @@ class Compare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class PlacedModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the operator wants of a model's placement: at least so many copies, only on these nodes (none: any)."""
+    """Placement constraints of a model: minimum number of copies, and the nodes it may use (none: any)."""
 
     model: str
     min_copies: Annotated[int, Meta(ge=1)] = 1
@@ -67,14 +67,14 @@ class PlacedModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``max_moves`` copies at most are put elsewhere by one week's proposal."""
+    """``max_moves`` is the most copies that one week's proposal may move."""
 
     max_moves: Annotated[int, Meta(ge=0)] = 6
     models: tuple[PlacedModel, ...] = ()
 
 
 class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the month is held against."""
+    """Targets of the scorecard."""
 
     itl_p95_ms: Positive = 100.0
     uptime: Share = 0.999
@@ -84,14 +84,14 @@ class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many days raw segments and minute tables are kept; 0 keeps them. Hours, days and reports are kept."""
+    """Retention of raw segments and minute tables in days; 0 keeps them. Hours, days and reports are always kept."""
 
     raw_days: Annotated[int, Meta(ge=0)] = 35
     minute_days: Annotated[int, Meta(ge=0)] = 400
 
 
 class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When an alert fires. ``upload_s`` is the agents' upload interval, for the silence rule."""
+    """Alert thresholds. ``upload_s`` is the agents' upload interval: silence for twice that and 30 s fires."""
 
     upload_s: Positive = 60.0
     throttled_share: Share = 0.05
@@ -101,7 +101,7 @@ class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Discord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """References to webhook URLs; "" sends nothing. ``thermal`` falls back to ``alerts``."""
+    """Webhook URLs, as references to secrets; "" sends nothing. ``thermal`` falls back to ``alerts``."""
 
     alerts: str = ""
     thermal: str = ""
@@ -125,7 +125,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 def check(config: AggregatorConfig) -> Sequence[str]:
-    """Every problem that types cannot say, with key paths."""
+    """Problems that types cannot detect, with key paths."""
     found = check_store(config.store)
     for path, name in [("rack", config.rack), *((f"nodes[{n}].id", d.id) for n, d in enumerate(config.nodes))]:
         try:
@@ -133,9 +133,9 @@ def check(config: AggregatorConfig) -> Sequence[str]:
         except Refused as error:
             found.append(error.message)
     ids = [node.id for node in config.nodes]
-    found += [f"nodes: {i!r} stands there twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    found += [f"nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]
     found += [
-        f"{table}: {name!r} stands there twice"
+        f"{table}: duplicate model {name!r}"
         for table, names in (
             ("compare", [one.model for one in config.compare]),
             ("placement.models", [one.model for one in config.placement.models]),
@@ -144,13 +144,13 @@ def check(config: AggregatorConfig) -> Sequence[str]:
     ]
     for n, one in enumerate(config.compare):
         if one.frontier and one.frontier.count("/") < 1:
-            found.append(f"compare[{n}].frontier: give provider and model, like openai/gpt-4o")
+            found.append(f"compare[{n}].frontier: expected provider/model, like openai/gpt-4o")
     if config.retention.raw_days and config.retention.raw_days < 7:
-        found.append("retention.raw_days: at least 7, or 0 to keep raw segments: late data must still find them")
+        found.append("retention.raw_days: expected 7 or more (late data needs raw segments), or 0 to keep them")
     try:
         ZoneInfo(config.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        found.append(f"timezone: {config.timezone!r} is not an IANA zone like Europe/Berlin")
+        found.append(f"timezone: {config.timezone!r} is not an IANA time zone like Europe/Berlin")
     for name in ("alerts", "thermal"):
         value = getattr(config.discord, name)
         if value and not is_reference(value):
@@ -159,5 +159,5 @@ def check(config: AggregatorConfig) -> Sequence[str]:
 
 
 def decimal(value: float) -> Decimal:
-    """A configured number as the decimal that was written, not as its binary neighbour."""
+    """A configured number as the decimal in the file, not its binary approximation."""
     return Decimal(str(value))

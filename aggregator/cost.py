@@ -1,10 +1,10 @@
-"""What a million tokens cost: node money split by busy seconds, idle as its own row. Decimal, and every row adds up.
+"""Cost per million tokens: node cost allocated by busy seconds, idle time as its own row. Decimal; all rows add up.
 
 node cost per hour = price x (1 - residual) / life in hours + watts / 1000 x price per kWh x PUE + other. A node's cost
-over the time it reported is divided between its models by the seconds in which their loaders worked; what is left is
-idle. *Direct* counts busy seconds alone. *Loaded* adds idle: to models that are pinned there by the memory they hold
-and for how long, the rest by busy seconds. The *floor* is what it would cost if the nodes were never idle and always as
-well filled as in their best five minutes.
+over the time it reported is allocated to its models by the busy seconds of their loaders; the remainder is idle.
+*Direct* counts busy seconds only. *Loaded* adds idle cost: to models pinned there by the memory they hold over time,
+the rest by busy seconds. The *floor* is the price if nodes were never idle and always as well utilised as in their best
+five minutes.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ HOURS_PER_YEAR = Decimal(8766)
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 MILLION = Decimal(1_000_000)
 FULL_SLOT_US = 30_000_000
-"""Five minutes with less work than this say nothing of how fast a node can be."""
+"""Five-minute slots with less busy time than this say nothing about a node's peak throughput."""
 _CENT6 = Decimal("0.000001")
 
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One served name. Money is None where a node's price is unknown; ``per_m`` is per million tokens, of all of them
-    or of the kind that is named."""
+    """One served name. Money is None where a node's price is unknown; ``per_m`` is per million tokens, of all kinds or
+    of the named one."""
 
     model: str
     requests: int
@@ -49,13 +49,13 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Prompt and answer."""
+        """Prompt and completion tokens."""
         return self.prompt_tok + self.completion_tok
 
 
 class NodeCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One node: its cost over the time it reported, and how much of that nobody used. ``power`` says where its watts
-    are from: outlet, wall, system or configured."""
+    """One node: its cost over the time it reported, and the idle part of it. ``power`` is the source of ``watts``:
+    outlet, wall, system or configured."""
 
     node: str
     reported_s: float
@@ -68,8 +68,8 @@ class NodeCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a node's cost: a model's work there, or ``idle``, or ``unattributed`` (work nobody was answered by).
-    Rows of a node add up to its cost."""
+    """A part of a node's cost: a model's work there, ``idle``, or ``unattributed`` (work that answered no request).
+    The rows of a node add up to its cost."""
 
     node: str
     model: str
@@ -79,7 +79,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyCost(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client key used and what that cost, idle included."""
+    """Usage of one API key and its cost, idle time included."""
 
     key_id: str
     requests: int
@@ -89,7 +89,7 @@ class KeyCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CostReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it. ``priced`` says whether any node has a price; ``total`` is the sum over priced nodes."""
+    """The cost report. ``priced`` is whether any node has a price; ``total`` is the sum over priced nodes."""
 
     period: str
     currency: str
@@ -106,7 +106,7 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compute(window: Window, config: AggregatorConfig, previous: CostReport | None = None) -> CostReport:
-    """The report of one span, compared with ``previous`` where there is one."""
+    """The report of one span, compared with ``previous`` if given."""
     prices = {node.id: node for node in config.nodes}
     nodes = [_node(window, name, prices.get(name), config) for name in window.nodes]
     shares = _Shares(window, nodes)
@@ -134,7 +134,7 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
 
 
 def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal | None = None) -> Decimal | None:
-    """A node's cost per hour; None without a price. Measured ``watts`` stand in for the configured ones."""
+    """A node's cost per hour; None without a price. Measured ``watts`` replace the configured ones."""
     if node.price is None:
         return None
     owned = decimal(node.price) * (1 - decimal(node.residual)) / (decimal(node.life_years) * HOURS_PER_YEAR)
@@ -144,15 +144,15 @@ def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal | None = 
 
 
 def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
-    """Mean power, and what measured it: the node's outlet (shared by equal parts where several hang on it), its own
-    reading at the wall, of the whole system; none of them."""
+    """Mean power and its source: the node's outlet (split equally between its nodes), else the node's own reading of
+    wall power, else of system power, else none (configured)."""
     meters: dict[str, tuple[Decimal, int]] = {}
     for one in window.outlets:
         if node in one.nodes and one.covered_us:
             energy, covered = meters.get(one.meter, (Decimal(0), 0))
             meters[one.meter] = (energy + Decimal(one.energy_mj) / len(one.nodes), covered + one.covered_us)
     if meters:
-        # a machine with two outlets draws from both
+        # a node with two outlets draws from both
         return sum((energy * 1000 / covered for energy, covered in meters.values()), Decimal(0)), "outlet"
     host = window.host(node)
     if host is not None and host.wall_mw_known_ms:
@@ -170,7 +170,7 @@ def _node(window: Window, name: str, priced: Node | None, config: AggregatorConf
     cost = _rounded(rate * decimal(reported_s) / 3600) if rate is not None else None
     idle = None
     if cost is not None:
-        # two loaders may work in one second; then all of it is busy
+        # busy time of concurrent loaders may exceed wall time; the share is capped at 1
         share = min(Decimal(1), Decimal(busy_us) / 1_000_000 / decimal(reported_s)) if reported_s else Decimal(0)
         idle = cost - _rounded(cost * share)
     return NodeCost(
@@ -186,7 +186,7 @@ def _node(window: Window, name: str, priced: Node | None, config: AggregatorConf
 
 
 class _Sum:
-    """One served name being added up."""
+    """Running sums of one served name."""
 
     def __init__(self) -> None:
         self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = self.answered = 0
@@ -202,7 +202,7 @@ class _Sum:
 
 
 class _Shares:
-    """Money and seconds of every (node, version) given to the served names that it answered, by their work."""
+    """Allocates cost and busy time of every (node, version) to the served names it answered, by tokens computed."""
 
     def __init__(self, window: Window, nodes: list[NodeCost]) -> None:
         self._window = window
@@ -224,7 +224,7 @@ class _Shares:
         return self._sums[name]
 
     def rows(self) -> list[Row]:
-        """Each node's cost in parts."""
+        """The parts of each node's cost."""
         found = []
         for node in self._nodes.values():
             if node.cost is None or node.idle is None:
@@ -274,7 +274,7 @@ class _Shares:
             self._to_names(node.node, names, prefill, decode, money.get(version), idle.get(version))
 
     def _idle_weights(self, node: NodeCost, busy: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-        """Who pays for idle time, in whole parts: what is pinned by its memory over time, the rest by busy time."""
+        """Integer weights for idle cost: pinned models by memory over time, the rest by busy time."""
         mine = [r for r in self._window.residents if r.node == node.node and r.state == "ready"]
         held = {v: sum((r.need_bytes or 0) * r.length_ms for r in mine if r.version == v) for v in busy}
         pinned = {v: h for v, h in held.items() if any(r.pinned for r in mine if r.version == v)}
@@ -298,7 +298,7 @@ class _Shares:
         money: Decimal | None,
         idle: Decimal | None,
     ) -> None:
-        """One loader's time and money to the served names it answered, by their tokens."""
+        """Allocate one loader's time and cost to the served names it answered, by their tokens."""
         total = sum(names.values())
         if not total:
             return
@@ -318,7 +318,7 @@ class _Shares:
 
 
 def _divided(money: Decimal | None, weights: Mapping[str, int]) -> dict[str, Decimal]:
-    """An amount over some weights; the last takes what rounding leaves, so that it adds up."""
+    """Divide an amount by weights; the last part takes the rounding remainder, so that the parts add up."""
     wanted = sorted((name, weight) for name, weight in weights.items() if weight > 0)
     if money is None or not wanted:
         return {}
@@ -360,7 +360,7 @@ def _model(
 
 
 def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Factors | None:
-    """What the loaded price is the product of, and what else is evidence; None where there is no price."""
+    """The factors of the loaded price, and further evidence; None without a price."""
     if loaded is None or m.direct is None or not m.priced_tok:
         return None
     busy_us = m.prefill_us + m.decode_us
@@ -384,7 +384,7 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
 
 
 def _floor(window: Window, name: str, m: _Sum) -> Decimal | None:
-    """The direct price at the pace of the best five minutes: the 95th percentile of tokens per busy second."""
+    """The direct price at the throughput of the best five minutes: the 95th percentile of tokens per busy second."""
     if m.direct is None or not m.priced_tok:
         return None
     busy_us = m.prefill_us + m.decode_us
@@ -401,7 +401,7 @@ def _floor(window: Window, name: str, m: _Sum) -> Decimal | None:
 
 
 def _keys(window: Window, models: list[ModelCost]) -> list[KeyCost]:
-    """Every key's use, and its part of each model's loaded cost by the work it asked for; parts add up to the cost."""
+    """Usage of every API key, and its part of each model's loaded cost by the work it caused; parts add up."""
     work: dict[str, dict[str, int]] = {}
     sums: dict[str, list[int]] = {}
     for served in window.served:

@@ -1,15 +1,15 @@
-"""Why a million tokens cost more than the week before: the change taken apart exactly, its leading part, its likely
-cause. Pure.
+"""Why the price per million tokens changed against the week before: an exact decomposition, its largest term, and the
+likely cause. Pure.
 
-Both prices are looked at, because they see different things. The node costs the same whether it works or not, so on a
-rack with idle time more work for the same tokens does not move the loaded price at all, but the direct one; and less
-traffic moves the loaded price alone. The loaded price is rate x utilisation x seconds per token, and the seconds are
-prefill's and decode's (the direct price is the same without utilisation):
+Both prices are examined, because they respond to different changes. A node costs the same whether it is busy or not, so
+on a rack with idle time, more work for the same tokens moves only the direct price, and less traffic moves only the
+loaded one. The loaded price is rate x utilisation x seconds per token, and the seconds are those of prefill and decode
+(the direct price is the same without utilisation):
 
     $/M = rate x (loaded / direct) x (prompt share x uncached share x s per uncached token
                                       + answer share x s per answer token)
 
-The logarithmic mean divides a change of such a product between its factors without remainder (LMDI; B. W. Ang, "The
+The logarithmic mean attributes a change of such a product to its factors without residual (LMDI; B. W. Ang, "The
 LMDI approach to decomposition analysis", Energy Policy 33, 2005).
 """
 
@@ -20,7 +20,7 @@ import msgspec
 from aggregator.config import Cost
 
 _TINY = 1e-15
-"""Stands for a part that is zero; the logarithmic mean goes to its limit there."""
+"""Replaces a factor of zero; the logarithmic mean approaches its limit there."""
 HIT_FALL = 0.15
 ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
 THROTTLE_ROSE = 0.05
@@ -28,7 +28,7 @@ FEWER = 0.75
 
 
 class Factors(msgspec.Struct, frozen=True, kw_only=True):
-    """A week of one model: money and seconds over the tokens on priced nodes, and evidence."""
+    """A week of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
 
     tokens: int
     requests: int
@@ -55,14 +55,14 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hit_share(self) -> float:
-        """Prompt tokens that were in the cache."""
+        """Share of prompt tokens found in the prompt cache."""
         return self.cached_tok / self.prompt_tok if self.prompt_tok else 0.0
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """The change of the price per million tokens, in parts that add up to it: what a busy second costs, how much idle
-    time comes on top, prompts that were not in the cache, time per uncached token, time per answer token, and the mix
-    of prompt and answer."""
+    """The change of the price per million tokens, in terms that add up to it: cost of a busy second, idle time on top,
+    prompt cache misses, prefill time per uncached token, decode time per answer token, and the mix of prompt and
+    answer tokens."""
 
     rate: float
     utilisation: float
@@ -79,8 +79,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """Against the week before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
-    parts. ``flagged`` is whether it deserves a look: either at or above the configured ratio, at volumes that mean
-    something. ``cause`` is a word for programs, ``text`` a sentence with the evidence."""
+    terms. ``flagged`` is set if either ratio reaches the configured one at sufficient volume. ``cause`` is a
+    machine-readable identifier, ``text`` a sentence with the evidence."""
 
     ratio: float
     direct_ratio: float
@@ -92,7 +92,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change | None:
-    """The change, or None where there is nothing to compare with. A cause is named only for what is flagged."""
+    """The change, or None without a basis for comparison. A cause is given only for flagged changes."""
     if now is None or before is None or not before.loaded or not now.loaded:
         return None
     made = Change(
@@ -108,12 +108,12 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
     if worst < config.flag_ratio:
         return made
     if min(now.tokens, before.tokens) < config.flag_min_tok:
-        few = f"{worst:.1f} x the week before, at under {config.flag_min_tok:,} tokens in one of them: too few to judge"
+        few = f"{worst:.1f} x the week before, but under {config.flag_min_tok:,} tokens in one week: too few to judge"
         return msgspec.structs.replace(made, cause="low_volume", text=few)
     loaded = made.ratio >= made.direct_ratio
     cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
-    price = "" if loaded else ", idle time apart"
-    text = f"{worst:.1f} x the week before{price}: {why}"
+    price = "loaded" if loaded else "direct"
+    text = f"{price} price {worst:.1f} x the week before: {why}"
     return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
 
 
@@ -122,7 +122,7 @@ def _without_idle(f: Factors) -> Factors:
 
 
 def decompose(now: Factors, before: Factors) -> Terms:
-    """The parts of ``now.per_m - before.per_m``."""
+    """The terms of ``now.per_m - before.per_m``."""
     parts = dict.fromkeys(Terms.__struct_fields__, 0.0)
     for new, old, names in (
         (_prefill(now), _prefill(before), ("mix", "cache", "prefill")),
@@ -142,7 +142,7 @@ def _product(f: Factors, own: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _prefill(f: Factors) -> tuple[float, ...]:
-    """Seconds of prefill per token: share of prompts, share of them that was computed, seconds for one of those."""
+    """Factors of prefill seconds per token: prompt share, uncached share of prompts, seconds per uncached token."""
     tokens, uncached = f.prompt_tok + f.completion_tok, f.prompt_tok - f.cached_tok
     shares = (f.prompt_tok / tokens, uncached / f.prompt_tok) if f.prompt_tok else (0.0, 0.0)
     return (*shares, f.prefill_s / uncached if uncached else 0.0)
@@ -160,18 +160,18 @@ def _log_mean(a: float, b: float) -> float:
 
 
 def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
-    """The likely cause with its evidence, from the leading part.
+    """The likely cause with its evidence, from the largest term.
 
-    1. Answers much longer and more of them cut off, while as much of the prompts was found in the cache as before and
-       prompts are as long as they were: what is in the cache is suspect. That shows as mix, because answers are dear.
-    2. Prompts that were in the cache are not.
+    1. Answers much longer and more of them cut off at max_tokens, at an unchanged hit rate and prompt length: the
+       prompt cache is suspect. This shows up as mix, because answer tokens are more expensive.
+    2. The prompt cache hit rate dropped.
     3. Time per token rose on nodes that were throttled.
     4. Less traffic on the same nodes.
-    5. Otherwise the leading part itself.
+    5. Otherwise the largest term itself.
     """
     parts = msgspec.structs.asdict(terms)
     leading = max(parts, key=lambda name: parts[name])
-    hits = f"{before.hit_share:.0%} of prompt tokens were in the cache before, {now.hit_share:.0%} now"
+    hits = f"the prompt cache hit rate is {now.hit_share:.0%} (before: {before.hit_share:.0%})"
     per_request = _per_request(now.completion_tok, now), _per_request(before.completion_tok, before)
     grown = per_request[0] / per_request[1] if per_request[1] else 1.0
     prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))
@@ -179,30 +179,30 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
     cut_rose = now.cut_share - before.cut_share
     if held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
         return "poisoned_kv", (
-            f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them ran into their limit (before: "
-            f"{before.cut_share:.0%}) while {hits}; suspect a poisoned prompt cache: clear it and compare"
+            f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them hit their token limit (before: "
+            f"{before.cut_share:.0%}) while {hits}; suspected poisoned prompt cache: clear it and compare"
         )
     if leading == "cache" and before.hit_share - now.hit_share >= HIT_FALL:
         return (
             "cache_miss",
-            f"{hits}; likely a hot prefix that is missed: look at its node, its cache and its evictions",
+            f"{hits}; likely misses of a hot prefix: check the model's node, its cache and its evictions",
         )
     throttled = now.throttled_share - before.throttled_share
     if leading in ("prefill", "decode") and throttled >= THROTTLE_ROSE:
         return "throttling", (
-            f"its nodes were throttled {now.throttled_share:.0%} of the time, before {before.throttled_share:.0%}, and "
-            "a token took longer: give them air, or give a model away"
+            f"its nodes were throttled {now.throttled_share:.0%} of the time (before: {before.throttled_share:.0%}) "
+            "and time per token rose: improve cooling, or move a model to another node"
         )
     if leading == "utilisation":
         volume = now.tokens / before.tokens
-        fewer = f"{volume:.0%} of the tokens of the week before" if volume < FEWER else "more idle time on its nodes"
-        return ("traffic_drop" if volume < FEWER else "utilisation"), f"{fewer}, on nodes that cost the same"
+        fewer = f"{volume:.0%} of the previous week's tokens" if volume < FEWER else "more idle time on its nodes"
+        return ("traffic_drop" if volume < FEWER else "utilisation"), f"{fewer}, at the same node cost"
     texts = {
-        "mix": "answers are a larger part of its tokens, and they are the dear ones",
-        "rate": "its nodes cost more per busy second: prices, power, or other nodes than before",
-        "prefill": "a prompt token takes longer to compute, and heat does not explain it",
-        "decode": "an answer token takes longer, and heat does not explain it",
-        "cache": f"more of the prompts had to be computed; {hits}",
+        "mix": "a larger share of its tokens are answer tokens, which cost more",
+        "rate": "its nodes cost more per busy second: check prices, power, or a change of nodes",
+        "prefill": "prefill time per prompt token rose, and throttling does not explain it",
+        "decode": "decode time per answer token rose, and throttling does not explain it",
+        "cache": f"more prompt tokens had to be computed; {hits}",
     }
     return {"mix": "mix_shift"}.get(leading, leading), texts[leading]
 

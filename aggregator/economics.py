@@ -1,8 +1,8 @@
-"""Whether to buy at all: what APIs cost now against what nodes would cost, month by month. Pure.
+"""Whether to buy: current API cost against the cost of nodes, month by month. Pure.
 
-Buying pays for itself in the month in which what has been saved reaches what was paid. Money is Decimal; the running
-cost of a node is power, other costs and, where told, people. Hardware is paid at the start; what it is worth at the end
-is said, not counted.
+Break-even is the month in which cumulative savings reach the initial payment. Money is Decimal; the running cost of a
+node is power, other costs and, if given, staff. Hardware is paid at the start; its residual value is reported, not
+counted.
 """
 
 import math
@@ -16,14 +16,14 @@ from shared.errors import Refused
 
 MONTH_H = Decimal("730.5")
 RULES = ((5_000, 2, 12), (15_000, 4, 6), (50_000, 8, None))
-"""The rule of thumb: API spend a month, nodes, months to break even (None: at once worth it)."""
+"""The rule of thumb: API spend per month, nodes, months to break-even (None: immediately)."""
 SENSITIVITY = Decimal("0.2")
 _CENT = Decimal("0.01")
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """The customer's own figures. ``kept`` is the share of the API work that the rack takes over; ``growth`` how the
-    API spend would change each month without it."""
+    """The customer's figures. ``kept`` is the share of the API work that the rack takes over; ``growth`` the monthly
+    growth of the API spend without it."""
 
     api_spend: float
     nodes: int
@@ -40,8 +40,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Month(msgspec.Struct, frozen=True, kw_only=True):
-    """One month: what APIs would have cost, what the rack and the rest of the APIs cost, and the sum of savings less
-    what was paid at the start."""
+    """One month: cost with APIs only, cost of the rack and the remaining API work, and cumulative savings minus the
+    initial payment."""
 
     month: int
     api_only: Decimal
@@ -50,7 +50,7 @@ class Month(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hinge(msgspec.Struct, frozen=True, kw_only=True):
-    """An input, and the break-even month if it were a fifth lower or higher; None is never within the months."""
+    """Sensitivity of an input: break-even month at 20 % lower and higher; None is beyond the horizon."""
 
     name: str
     value: float
@@ -60,7 +60,7 @@ class Hinge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Economics(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer. ``break_even`` is the month (1 is the first) in which buying has paid for itself."""
+    """The result. ``break_even`` is the month (1 is the first) in which buying has paid for itself."""
 
     inputs: Inputs
     paid: Decimal
@@ -75,23 +75,23 @@ class Economics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(inputs: Inputs) -> None:
-    """Raises Refused for figures that cannot be."""
+    """Raises Refused for invalid figures."""
     if not all(math.isfinite(getattr(inputs, name)) for name in inputs.__struct_fields__):
-        raise Refused("economics: a figure is not a number")
+        raise Refused("economics: every figure must be a finite number")
     problems = [
-        (inputs.api_spend < 0, "api-spend: below zero"),
-        (inputs.nodes < 1, "nodes: at least 1"),
-        (not 1 <= inputs.months <= 240, "months: 1 to 240"),
-        (not 0 <= inputs.kept <= 1, "kept: a share from 0 to 1"),
-        (not -0.5 <= inputs.growth <= 1, "growth: a share each month from -0.5 to 1"),
-        (not 0 <= inputs.residual <= 1, "residual: a share from 0 to 1"),
+        (inputs.api_spend < 0, "api-spend: must not be below zero"),
+        (inputs.nodes < 1, "nodes: must be at least 1"),
+        (not 1 <= inputs.months <= 240, "months: must be from 1 to 240"),
+        (not 0 <= inputs.kept <= 1, "kept: must be a share from 0 to 1"),
+        (not -0.5 <= inputs.growth <= 1, "growth: must be a monthly rate from -0.5 to 1"),
+        (not 0 <= inputs.residual <= 1, "residual: must be a share from 0 to 1"),
         (
             min(
                 *(inputs.node_price, inputs.setup, inputs.watts, inputs.electricity_per_kwh),
                 *(inputs.other_per_month, inputs.people_per_month),
             )
             < 0,
-            "a price below zero",
+            "prices, costs and watts must not be below zero",
         ),
     ]
     found = [text for wrong, text in problems if wrong]
@@ -100,12 +100,12 @@ def check(inputs: Inputs) -> None:
 
 
 def judge(inputs: Inputs) -> Economics:
-    """Break-even, the curve, and which figures it hinges on. Raises Refused."""
+    """Break-even, the cumulative curve and its sensitivity. Raises Refused."""
     check(inputs)
     try:
         months, paid, running = _curve(inputs)
     except InvalidOperation:
-        raise Refused("economics: the figures grow beyond any money there is; look at growth and months") from None
+        raise Refused("economics: the amounts overflow; reduce growth or months") from None
     even = _break_even(months)
     hinges = sorted((_hinge(inputs, name, even) for name in _MOVABLE), key=lambda h: (-h.swing, h.name))
     worth = _cents(decimal(inputs.node_price) * inputs.nodes * decimal(inputs.residual))
@@ -164,31 +164,31 @@ def _hinge(inputs: Inputs, name: str, even: int | None) -> Hinge:
 
 def _rule(inputs: Inputs, even: int | None) -> str:
     spend, nodes, months = min(RULES, key=lambda rule: abs(rule[0] - inputs.api_spend))
-    said = f"within {months} months" if months else "soon"
+    said = f"within {months} months" if months else "immediately"
     ours = f"in month {even}" if even else f"not within {inputs.months} months"
     return (
-        f"The rule of thumb for about {spend:,} a month is {nodes} nodes, paid back {said}. Your figures, with "
-        f"{inputs.nodes} nodes: {ours}."
+        f"Rule of thumb for an API spend of about {spend:,} a month: {nodes} nodes, which break even {said}. Your "
+        f"figures with {inputs.nodes} nodes: {ours}."
     )
 
 
 def _sentence(inputs: Inputs, even: int | None, balance: Decimal, hinges: Sequence[Hinge]) -> str:
     most = hinges[0]
     names = most.name.replace("_", " ")
-    hinge = f" It hinges most on {names}." if most.swing else " None of the figures moves it by a fifth up or down."
+    hinge = f" Most sensitive to {names}." if most.swing else " A change of any figure by 20 % does not move it."
     if even is None:
         return (
-            f"{inputs.nodes} nodes do not pay for themselves within {inputs.months} months: {-balance:,.0f} would be "
-            f"missing.{hinge}"
+            f"{inputs.nodes} nodes do not pay for themselves within {inputs.months} months; balance after them: "
+            f"{balance:,.0f}.{hinge}"
         )
     if balance < 0:
         return (
-            f"{inputs.nodes} nodes have paid for themselves in month {even}, but after {inputs.months} months "
-            f"{-balance:,.0f} would be missing again.{hinge}"
+            f"{inputs.nodes} nodes break even in month {even}, but after {inputs.months} months the balance is "
+            f"negative again: {balance:,.0f}.{hinge}"
         )
     return (
-        f"{inputs.nodes} nodes have paid for themselves in month {even}; after {inputs.months} months {balance:,.0f} "
-        f"are saved.{hinge}"
+        f"{inputs.nodes} nodes break even in month {even}; cumulative savings after {inputs.months} months: "
+        f"{balance:,.0f}.{hinge}"
     )
 
 

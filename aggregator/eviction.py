@@ -1,15 +1,15 @@
-"""NodeEviction: which models left a node's memory, how often, and whether traffic justified it. Pure.
+"""Which models were evicted, how often, and whether traffic justified it. Pure.
 
-Each eviction is judged by itself, and a model's row says what most of its evictions were:
+Each eviction gets its own verdict; a model's row has the most frequent one:
 
 1. ordered: an operator or the desired state unloaded it.
-2. idle: its keep-alive time ended.
-3. placement, when it was wanted again within ten minutes of being evicted;
-4. placement, when it and another model push each other out (each evicted for the other within two hours);
-5. placement, when nothing needed the room: no other model is named and memory was not short;
-6. placement, when it was busy: asked at least once in every three minutes of the hour before;
-7. memory, when models held more than was planned;
-8. traffic: nobody missed it, the room was better used.
+2. idle: its keep-alive expired.
+3. placement, if it was requested again within ten minutes of its eviction;
+4. placement, if it and another model evict each other (each for the other within two hours);
+5. placement, if the memory was not needed: no other model is named and memory was not short;
+6. placement, if it was busy: at least one request every three minutes in the hour before;
+7. memory, if models held more than planned;
+8. traffic: nobody missed it, the memory was better used.
 """
 
 from bisect import bisect_left
@@ -28,7 +28,7 @@ BUSY_REQUESTS_H = 20
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """One eviction and its verdict, with the evidence as a sentence."""
+    """One eviction with its verdict and the evidence as a sentence."""
 
     node: str
     model: str
@@ -40,9 +40,9 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Evictions of one model on one node. ``wanted_again_s`` is the shortest time until somebody asked for it again
-    there (or, from agents that do not report that, until it was loaded again). ``verdict`` is that of most of them;
-    ``justified`` are those that traffic justified. ``reload_s`` is what loading it again took in all."""
+    """Evictions of one model on one node. ``wanted_again_s`` is the shortest time until its next request there (or, for
+    agents that do not report that, until it was loaded again). ``verdict`` is the most frequent one; ``justified``
+    counts those that traffic justified. ``reload_s`` is the total time of reloading it."""
 
     node: str
     model: str
@@ -59,7 +59,7 @@ class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvictionReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The most evicted first; ``left_out`` rows are beyond the top."""
+    """The most evicted models first; ``left_out`` counts the rows beyond ``top``."""
 
     period: str
     total: int
@@ -68,7 +68,7 @@ class EvictionReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def report(window: Window, top: int = TOP) -> EvictionReport:
-    """Evictions of a span, at most ``top`` rows."""
+    """Evictions of a span in at most ``top`` rows."""
     groups: dict[tuple[str, str], list[ModelEvicted]] = {}
     for meta, record in window.of(ModelEvicted):
         groups.setdefault((meta.node, record.model), []).append(record)
@@ -84,7 +84,7 @@ def report(window: Window, top: int = TOP) -> EvictionReport:
 
 
 def judge(window: Window) -> list[Judged]:
-    """Every eviction of a span with its verdict, in order."""
+    """Every eviction of a span with its verdict, in time order."""
     evictions = [(meta.node, record) for meta, record in window.of(ModelEvicted)]
     wanted: dict[tuple[str, str], list[int]] = {}
     for meta, missed in window.of(ModelMissed):
@@ -149,7 +149,7 @@ def _verdict(one: ModelEvicted, again_s: float | None, ping_pong: bool) -> tuple
 def _row(found: list[ModelEvicted], judged: list[Judged], key: tuple[str, str]) -> EvictionRow:
     node, model = key
     counts = Counter(j.verdict for j in judged)
-    # of equals, what asks for something to be done
+    # ties go to the verdict that calls for action
     order = ("placement", "memory", "idle", "traffic", "ordered")
     verdict = max(order, key=lambda v: (counts[v], -order.index(v)))
     known = [j.wanted_again_s for j in judged if j.wanted_again_s is not None]

@@ -1,5 +1,5 @@
-"""Cost as rows that FinOps tools read: the columns' names and meanings are those of the FOCUS specification (1.2, with
-the allocation columns of 1.3), one row for each day, node and model, and one for what was idle. Pure."""
+"""Cost export for FinOps tools: columns as defined by the FOCUS specification (1.2, with the allocation columns of
+1.3), one row per day, node and model, and one for idle time. Pure."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ METHOD = "busy-seconds"
 
 
 def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> bytes:
-    """The CSV of a span from its days' reports. Costs are amortised, so nothing is billed and all is effective."""
+    """The CSV of a span from its daily reports. Costs are amortised: BilledCost is 0, EffectiveCost holds them."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -1,7 +1,7 @@
-"""Segments out of the bucket into lines on disk, by day and table, ready to be merged: the part of a rollup that takes
-the time. Several processes share it; each has its own connection and writes its own files.
+"""Read segments from the bucket into NDJSON files on disk, by day and table, ready to be merged: the slow part of a
+rollup. Several processes share it; each has its own connection and writes its own files.
 
-A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and named with its reason.
+A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and listed with its reason.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ MAX_REASON = 200
 
 
 class Outcome(NamedTuple):
-    """What became of one object: how many good batches, and why it was set aside; "" when it was not."""
+    """Result for one object: number of valid batches, and the reason for its quarantine, or ""."""
 
     key: str
     batches: int
@@ -47,7 +47,7 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path) ->
 
 
 def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Everything that was written under a folder, by day and table."""
+    """All files written under a folder, by day and table."""
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.rglob("*.ndjson")):
         found.setdefault(path.parent.name, {}).setdefault(path.stem, []).append(path)
@@ -55,17 +55,17 @@ def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def lines(tables: Mapping[str, Sequence[Path]]) -> int:
-    """How many batches a day's files hold."""
+    """Number of batches in a day's files."""
     return sum(path.read_bytes().count(b"\n") for path in tables.get(BATCH_TABLE, ()))
 
 
 def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
-    """A segment's good batches, and the reason why it is to be set aside; "" when all of them are good."""
+    """A segment's valid batches, and the reason to quarantine it; "" if all of them are valid."""
     try:
         key = keys.parse_batch_key(name) if name.startswith(keys.RAW_PREFIX) else None
         batches = unseal(store.get(name).body)
     except NotFound:
-        return [], ""  # gone between the listing and the read: nothing of ours is ever deleted by us
+        return [], ""  # deleted between listing and read; prune deletes only counted segments
     except Refused as error:
         return [], error.message
     good: list[Batch] = []
@@ -80,7 +80,7 @@ def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
 
 
 def is_ours(key: str) -> bool:
-    """Whether an object under raw/ has a name that a node gives."""
+    """Whether an object under raw/ has a valid segment key."""
     try:
         keys.parse_batch_key(key)
     except Refused:
@@ -89,7 +89,7 @@ def is_ours(key: str) -> bool:
 
 
 class _Lines:
-    """Open files, one for each day and table; few of them are ever wanted at once."""
+    """Open files, one per day and table; only few are in use at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -110,7 +110,7 @@ class _Lines:
     def _file(self, day: str, table: object) -> BinaryIO:
         key = (day, str(table))
         if key not in self._open:
-            if len(self._open) > 400:  # a process may have 1,024 files open, and often only 256
+            if len(self._open) > 400:  # a process may open 1,024 files, often only 256
                 self.close()
                 self._open.clear()
             path = self._folder / day / f"{table}.ndjson"
@@ -120,9 +120,9 @@ class _Lines:
 
 
 def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
-    """That a batch is what its key says, and lived when nodes live. Raises Refused."""
+    """Check that a batch matches its key and has plausible times. Raises Refused."""
     if batch.rack != rack:
-        raise Refused(f"{name}: it belongs to rack {batch.rack[:63]!r}, not to {rack!r}")
+        raise Refused(f"{name}: belongs to rack {batch.rack[:63]!r}, expected {rack!r}")
     straight = straightened(batch)
     utc_day(straight.t_end_ms)
     for record in straight.records:
@@ -131,14 +131,14 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
                 utc_day(getattr(record, field))
     if key is None:
         if not name.startswith(f"{keys.URGENT_PREFIX}node={batch.node}/"):
-            raise Refused(f"{name}: holds a batch of another node ({batch.node[:63]!r})")
+            raise Refused(f"{name}: batch of another node ({batch.node[:63]!r})")
         return
     if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
-        raise Refused(f"{name}: holds a batch of another place ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
+        raise Refused(f"{name}: batch does not match the key ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
 
 
 def _keep_copy(store: ObjectStore, key: str) -> bool:
-    """Keep a bad object byte for byte; False when it was kept before, or cannot be."""
+    """Copy a bad object to quarantine; False if it is there already or cannot be copied."""
     try:
         store.put_if_absent(keys.quarantine_key(key), store.get(key).body)
     except (PreconditionFailed, NotFound, Refused):
@@ -147,7 +147,7 @@ def _keep_copy(store: ObjectStore, key: str) -> bool:
 
 
 def chunks(wanted: Sequence[str], parts: int) -> Iterator[Sequence[str]]:
-    """About equal shares of a list."""
+    """Split a list into about equal parts."""
     size = -(-len(wanted) // max(1, parts))
     for begin in range(0, len(wanted), max(1, size)):
         yield wanted[begin : begin + size]

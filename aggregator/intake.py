@@ -1,8 +1,8 @@
-"""The first placement, before any telemetry: from what will be asked and what there is to answer it. Pure.
+"""The initial placement, before any telemetry, from expected workloads and an inventory. Pure.
 
-Memory is exact where a model's own files are given (the arithmetic of shared/memory_plan.py, as the agent does it
-before it loads). Speed is an estimate from the chip: prefill is bound by arithmetic, decoding by memory bandwidth.
-The first week of telemetry replaces it.
+Memory is exact where a model's files are given (shared/memory_plan.py, as the agent computes it before a load). Speed
+is estimated from the chip: prefill is bound by compute, decode by memory bandwidth. The first week of telemetry
+replaces it.
 """
 
 import math
@@ -26,15 +26,15 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 CHUNK_TOK = 512
 EFFICIENCY, BANDWIDTH_USED = 0.45, 0.75
-"""Of a chip's peak arithmetic in prefill and of its bandwidth in decoding; what MLX reaches on such chips."""
+"""Shares of a chip's peak compute in prefill and of its bandwidth in decode that MLX reaches on such chips."""
 BATCHED = 3.0
-"""Rows that share one reading of the weights while a node is as busy as it may be."""
+"""Rows that share one read of the weights on a node at its load limit."""
 BITS_PER_WEIGHT = 4.5
-"""Four bits in groups of 64 that share a scale and a bias."""
+"""4-bit quantisation in groups of 64 that share a scale and a bias."""
 
 
 class Chip(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory bandwidth in GB/s, half-precision TFLOPS of the GPU, and the sizes of memory a mini has with it."""
+    """Memory bandwidth in GB/s, half-precision TFLOPS of the GPU, and memory sizes of a Mac mini with this chip."""
 
     bandwidth_gb_s: float
     tflops: float
@@ -49,12 +49,12 @@ CHIPS = {
     "M4 Pro": Chip(bandwidth_gb_s=273, tflops=8.5, mini_gb=(24, 48, 64)),
     "M4 Max": Chip(bandwidth_gb_s=546, tflops=17.0, mini_gb=()),
 }
-"""Chips that are known; others are told by ``bandwidth_gb_s`` and ``tflops`` in the inventory."""
+"""Known chips; for others the inventory gives ``bandwidth_gb_s`` and ``tflops``."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model: ``path`` to its folder (exact), or its figures. ``active_gb`` are the weights that one token reads, all
-    of them unless the model is a mixture of experts."""
+    """A model: ``path`` to its folder (exact), or its figures. ``active_gb`` are the weights read per token: all of
+    them unless the model is a mixture of experts."""
 
     name: str
     path: str = ""
@@ -67,8 +67,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What will be asked of a model: ``qps`` in the busiest five minutes of most days, tokens of a typical request,
-    ``cached`` the share of prompts that repeats, ``first_token_s`` what callers will wait for."""
+    """Expected workload of a model: ``qps`` in the busiest five minutes of most days, tokens of a typical request,
+    ``cached`` the share of prompt tokens that repeats, ``first_token_s`` the acceptable TTFT."""
 
     model: str
     qps: Annotated[float, Meta(ge=0)]
@@ -88,8 +88,8 @@ class Intake(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A node of the inventory. ``kind`` is mini, studio or other; ``budget_gb`` is what models may use where it is not
-    what the system recommends."""
+    """A node of the inventory. ``kind`` is mini, studio or other; ``budget_gb`` overrides the default memory budget
+    for models."""
 
     id: str
     chip: str
@@ -108,11 +108,11 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 T = TypeVar("T", Intake, Inventory)
 Measured = tuple[ModelShape, int]
-"""What a model's folder says: its shape and the bytes of its weights."""
+"""Shape and weight bytes, from a model's folder."""
 
 
 def parse(raw: bytes, kind: type[T], name: str) -> T:
-    """Read a file. Raises Refused with everything that is wrong with it."""
+    """Parse a file. Raises Refused listing all problems."""
     try:
         read = msgspec.convert(tomllib.loads(raw.decode()), kind)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def parse(raw: bytes, kind: type[T], name: str) -> T:
 
 
 def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measured]) -> PlacementReport:
-    """The first placement. ``measured`` holds the models that have a path."""
+    """The initial placement. ``measured`` holds the models that have a path."""
     chips = {m.id: chip_of(m) for m in inventory.nodes}
     reference = max(chips.values(), key=lambda c: c.bandwidth_gb_s)
     needs = {m.name: need_bytes(m, measured.get(m.name)) for m in intake.models}
@@ -168,7 +168,7 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
 
 
 def _with_another_copy(facts: Facts, pairs: packing.Placement) -> Facts | None:
-    """One copy more of the model that asks most of a node that is over its limit; None when none can have one."""
+    """Add a copy of the model with the highest load on an overloaded node; None if no such model can get one."""
     over = {r.name for r in facts.rooms if packing.load_of(r, facts.models, pairs) > r.limit + 1e-9}
     wanted = [
         m
@@ -184,7 +184,7 @@ def _with_another_copy(facts: Facts, pairs: packing.Placement) -> Facts | None:
 
 
 def need_bytes(model: Model, measured: Measured | None) -> int:
-    """Everything one loader may come to hold."""
+    """Peak memory of one loader."""
     cache = int(model.cache_gb * 1e9)
     if measured is not None:
         shape, weights = measured
@@ -203,14 +203,14 @@ def need_bytes(model: Model, measured: Measured | None) -> int:
 
 
 def budget_bytes(machine: Machine) -> int:
-    """What models may use of a machine."""
+    """Memory budget of a machine."""
     if machine.budget_gb is not None:
         return int(machine.budget_gb * 1e9)
     return default_budget_bytes(int(machine.memory_gb * (1 << 30)))
 
 
 def chip_of(machine: Machine) -> Chip:
-    """A machine's chip, with what the inventory says of it."""
+    """A machine's chip, with overrides from the inventory."""
     known = CHIPS.get(machine.chip, Chip(bandwidth_gb_s=0, tflops=0, mini_gb=()))
     return msgspec.structs.replace(
         known,
@@ -221,36 +221,32 @@ def chip_of(machine: Machine) -> Chip:
 
 def _intake(intake: Intake) -> list[str]:
     names = [m.name for m in intake.models]
-    found = [f"model {n!r} stands there twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    found = [f"duplicate model {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
     asked = [w.model for w in intake.workloads]
-    found += [f"two workloads for {n!r}: add them up" for n in sorted({n for n in asked if asked.count(n) > 1})]
-    found += [f"workload for {n!r}, which is no model of this file" for n in asked if n not in names]
+    found += [f"two workloads for {n!r}: merge them" for n in sorted({n for n in asked if asked.count(n) > 1})]
+    found += [f"workload for {n!r}: no such model in this file" for n in asked if n not in names]
     found += [f"model {n!r} has no workload" for n in names if n not in asked]
     for model in intake.models:
         found += _named(model.name, "model")
         if not model.path and (model.weights_gb is None or model.kv_kib_per_tok is None):
-            found.append(f"model {model.name!r}: give its path, or weights_gb and kv_kib_per_tok")
+            found.append(f"model {model.name!r}: needs path, or weights_gb and kv_kib_per_tok")
     return found
 
 
 def _inventory(inventory: Inventory) -> list[str]:
     if not inventory.nodes:
-        return ["it names no node"]
+        return ["no nodes defined"]
     ids = [m.id for m in inventory.nodes]
-    found = [f"node {n!r} stands there twice" for n in sorted({n for n in ids if ids.count(n) > 1})]
+    found = [f"duplicate node {n!r}" for n in sorted({n for n in ids if ids.count(n) > 1})]
     for machine in inventory.nodes:
         found += _named(machine.id, "node")
         chip = CHIPS.get(machine.chip)
         if machine.kind not in ("mini", "studio", "other"):
             found.append(f"node {machine.id}: kind {machine.kind!r}; use mini, studio or other")
         elif chip is None and not (machine.bandwidth_gb_s and machine.tflops):
-            found.append(
-                f"node {machine.id}: chip {machine.chip!r} is not known here; give its bandwidth_gb_s and tflops"
-            )
+            found.append(f"node {machine.id}: unknown chip {machine.chip!r}; add bandwidth_gb_s and tflops")
         elif chip is not None and machine.kind == "mini" and not chip.mini_gb:
-            found.append(
-                f'node {machine.id}: there is no Mac mini with {machine.chip}; a Mac Studio is kind = "studio"'
-            )
+            found.append(f'node {machine.id}: no Mac mini has {machine.chip}; for a Mac Studio set kind = "studio"')
         elif chip is not None and machine.kind == "mini" and machine.memory_gb not in chip.mini_gb:
             sizes = ", ".join(map(str, chip.mini_gb))
             found.append(f"node {machine.id}: a Mac mini with {machine.chip} has {sizes} GB, not {machine.memory_gb:g}")
@@ -272,18 +268,18 @@ def _active_bytes(model: Model, measured: Measured | None) -> float:
 
 
 def _prefill_s(active_bytes: float, chip: Chip) -> float:
-    """Seconds for one prompt token: two operations for each weight it meets."""
+    """Prefill seconds per prompt token: two operations per active weight."""
     weights = active_bytes * 8 / BITS_PER_WEIGHT
     return 2 * weights / (chip.tflops * 1e12 * EFFICIENCY)
 
 
 def _decode_s(active_bytes: float, chip: Chip) -> float:
-    """Seconds for one answer token alone: every weight it meets is read once."""
+    """Decode seconds per token for a single row: every active weight is read once."""
     return active_bytes / (chip.bandwidth_gb_s * 1e9 * BANDWIDTH_USED)
 
 
 def _seconds(load: Workload, active_bytes: float, chip: Chip) -> float:
-    """Busy seconds of one request among others."""
+    """Busy seconds of one request in a batch."""
     prefill = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip)
     return prefill + load.answer_tok * _decode_s(active_bytes, chip) / BATCHED
 
@@ -298,7 +294,7 @@ def _latency(load: Workload, active_bytes: float, chips: Mapping[str, Chip]) -> 
             slow.append(f"{node} about {wait:.1f} s")
     if not slow:
         return []
-    return [f"{load.model}: a first token within {load.first_token_s:g} s is not to be had on {', '.join(slow)}"]
+    return [f"{load.model}: TTFT target of {load.first_token_s:g} s cannot be met on {', '.join(slow)}"]
 
 
 def _node(room: Room, facts: Facts, reached: packing.Placement) -> NodeLoad:
@@ -325,5 +321,5 @@ def _placed(pair: tuple[str, str], needs: Mapping[str, int]) -> Placed:
         busy_share=None,
         requests=0,
         advice="load",
-        reason="by its expected work",
+        reason="placed by its expected load",
     )

@@ -1,6 +1,6 @@
-"""One run at a time, wherever cron started it: an object that says who runs and until when.
+"""One run at a time, on whichever host cron started it: an object that names the holder and an expiry.
 
-It only saves work. What guards the data are the conditional writes of publish.py.
+The lease only avoids duplicate work. Data are protected by the conditional writes in publish.py.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from shared.store import ObjectStore
 
 TTL_S = 900
 ALERT_TTL_S = 180
-"""Nobody may be without alerts for long because one run was killed."""
+"""Short, so that a killed run does not suspend alerts for long."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """``holder`` runs; after ``until_ms`` anybody may take over."""
+    """``holder`` is running; after ``until_ms`` any run may take over."""
 
     holder: str
     until_ms: int
@@ -47,18 +47,18 @@ def _take(store: ObjectStore, key: str, verb: str) -> str:
     except NotFound:
         with contextlib.suppress(PreconditionFailed):
             return store.put_if_absent(key, mine)
-        raise _busy(verb, "another run") from None
+        raise _busy(verb, "just started") from None
     try:
         lease = msgspec.json.decode(found.body, type=Lease)
     except msgspec.DecodeError:
-        lease = Lease(holder="", until_ms=0)  # nobody can hold what nobody can read
+        lease = Lease(holder="", until_ms=0)  # an unreadable lease counts as free
     if lease.until_ms > now_ms:
         raise _busy(verb, lease.holder)
     try:
         return store.put_if_match(key, mine, found.etag)
     except PreconditionFailed:
-        raise _busy(verb, "another run") from None
+        raise _busy(verb, "just started") from None
 
 
 def _busy(verb: str, holder: str) -> Retryable:
-    return Retryable(f"{verb}: {holder} is at it already", code="busy")
+    return Retryable(f"{verb}: another run ({holder}) holds the lease", code="busy")

@@ -1,4 +1,4 @@
-"""From the bucket: what is new under raw/, and spans of time out of what has been rolled up."""
+"""Read from the bucket: new segments under raw/, and spans of time from rolled-up tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +43,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Pending(NamedTuple):
-    """A segment that no commit has counted. ``folder`` is its cursor's name; None for a stranger's object, whose key
-    may sort anywhere and must hide nothing."""
+    """A segment that no commit has counted. ``folder`` names its cursor; None for a foreign object, whose key may sort
+    anywhere and must not advance a cursor."""
 
     key: str
     folder: str | None
@@ -52,14 +52,14 @@ class Pending(NamedTuple):
 
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new since some cursors."""
+    """Batches after given cursors, and the advanced cursors."""
 
     batches: tuple[Batch, ...]
     cursors: dict[str, str]
 
 
 def newest_manifest(store: ObjectStore) -> Manifest:
-    """The last commit; an empty one in a new bucket. Raises Refused when it cannot be read."""
+    """The latest commit; an empty one in a new bucket. Raises Refused if it cannot be parsed."""
     listed = list_all(store, keys.MANIFEST_PREFIX)
     if not listed:
         return Manifest()
@@ -70,10 +70,10 @@ def newest_manifest(store: ObjectStore) -> Manifest:
 
 
 def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> list[Pending]:
-    """Every segment after its folder's cursor: each folder's oldest first, the folders in turn, so that a piece of the
-    list is a piece of time.
+    """Every segment after its folder's cursor, oldest first, interleaved over the folders, so that a slice of the list
+    is a slice of time.
 
-    A folder is one incarnation of one node: within it keys only grow, between two of them they need not.
+    A folder is one incarnation of one node: within it keys only increase, between folders they need not.
     """
     columns = []
     for folder in _folders(store, prefix):
@@ -86,7 +86,7 @@ def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.R
 
 
 def advanced(read: Iterable[Pending]) -> dict[str, str]:
-    """The cursors after these segments."""
+    """The cursors advanced past these segments."""
     found: dict[str, str] = {}
     for one in read:
         if one.folder is not None:
@@ -95,8 +95,8 @@ def advanced(read: Iterable[Pending]) -> dict[str, str]:
 
 
 def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Fresh:
-    """Every good batch after the cursors, for who needs it at once; what is bad is left for `rollup` to set aside.
-    ``prefix`` may be the urgent copies'."""
+    """Every valid batch after the cursors, for immediate use; bad objects are left for `rollup` to quarantine.
+    ``prefix`` may be that of the urgent copies."""
     new = pending(store, cursors, prefix)
     batches = tuple(batch for one in new for batch in ingest.read(store, one.key, rack)[0])
     kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
@@ -104,20 +104,19 @@ def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str
 
 
 def beginnings(store: ObjectStore) -> dict[str, str]:
-    """Where somebody begins who wants to know what happens from now on: after what has been rolled up, and after the
-    urgent copies that lie there."""
+    """Initial cursors for a reader that starts now: after everything rolled up and after the urgent copies present."""
     return {**newest_manifest(store).cursors, **advanced(pending(store, {}, keys.URGENT_PREFIX))}
 
 
 def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]:
-    """Days whose minute tables are not all there, and days of which only hours or days are gone."""
+    """Days with missing minute tables, and days with only hour or day tables missing."""
     found: dict[tuple[str, str], int] = {}
     for prefix in keys.TABLE_PREFIXES:
         for listed in list_all(store, prefix):
             try:
                 level, _, day = keys.parse_table_key(listed.key)
             except Refused:
-                continue  # a stranger's object does not count
+                continue  # a foreign object does not count
             found[level, day] = found.get((level, day), 0) + 1
     lost = {day for day, made in manifest.days.items() if found.get(("minute", day), 0) < made.minute_files}
     torn = {
@@ -130,8 +129,8 @@ def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]
 
 
 def window(store: ObjectStore, span: Span) -> Window:
-    """Everything rolled up that ended in the span. Whole UTC days are read from day tables, the days at its edges from
-    hour tables, or from minute tables where the rack's zone is not a whole number of hours from UTC."""
+    """Everything rolled up that ended in the span. Whole UTC days are read from day tables, partial days from hour
+    tables, or from minute tables where the rack's UTC offset is not a whole number of hours."""
     with parquet.Database() as db, ThreadPoolExecutor(CONNECTIONS) as pool:
         sources = _Sources(store, db, pool, span)
         return Window(
@@ -152,7 +151,7 @@ def window(store: ObjectStore, span: Span) -> Window:
 
 
 class _Sources:
-    """SQL over the files of a span, fetched when they are first asked for."""
+    """SQL over the files of a span, which are fetched on construction."""
 
     def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
         self._store = store
@@ -174,12 +173,12 @@ class _Sources:
         }
 
     def folded(self, name: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
-        """A table over the whole span; "" when nothing of it is there."""
+        """A table aggregated over the whole span; "" if it has no files."""
         source = self._source(name)
         return rollup.folded(FOLDS[name], source, slot_ms, labels) if source else ""
 
     def slots(self, name: str) -> str:
-        """A table of short slots, one after the other."""
+        """A table in its short slots, in order."""
         return self.folded(name, FOLDS[name].slot_ms)
 
     def events(self) -> str:
@@ -219,7 +218,7 @@ class _Sources:
 
 
 def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) -> list[tuple[str, str]]:
-    """For each day of a span, where its rows of a table are read: the level, and the key."""
+    """The files of a table for each day of a span, as (level, key)."""
     if name == EVENT_TABLE:
         return [("hour", keys.hour_key(name, day)) for day in days]
     found = []
@@ -238,7 +237,7 @@ def _structs(db: parquet.Database, query: str, kind: type[S]) -> tuple[S, ...]:
         return ()
     fields = [f'"{name}"' for name in kind.__struct_fields__]
     rows = db.rows(f"SELECT {', '.join(fields)} FROM ({query})")
-    # what older files did not know takes its default
+    # columns that older files lack take their defaults
     return tuple(msgspec.convert({k: v for k, v in row.items() if v is not None}, kind) for row in rows)
 
 
@@ -257,7 +256,7 @@ def _events(db: parquet.Database, query: str) -> tuple[Fact, ...]:
 
 
 def newest_report(store: ObjectStore, cadence: str, period: str, name: str, extension: str) -> Stored | None:
-    """The newest revision of a report; None when there is none."""
+    """The latest revision of a report, or None."""
     prefix = keys.report_key(cadence, period, name, 0, "").removesuffix("0.")
     revisions = []
     for listed in list_all(store, prefix):
@@ -268,7 +267,7 @@ def newest_report(store: ObjectStore, cadence: str, period: str, name: str, exte
 
 
 def _folders(store: ObjectStore, prefix: str) -> list[str]:
-    """The incarnations of every node under a prefix; an object that lies beside them stands for itself."""
+    """The incarnation folders of every node under a prefix; an object beside them is returned as itself."""
     return [
         inner
         for outer in _children(store, prefix)
@@ -277,11 +276,11 @@ def _folders(store: ObjectStore, prefix: str) -> list[str]:
 
 
 def _children(store: ObjectStore, prefix: str) -> list[str]:
-    """Folders and objects directly under a prefix, found by skipping from one to the next."""
+    """Folders and objects directly under a prefix, found by skipping from one to the next key."""
     found, after = [], ""
     while page := store.list_after(prefix, after, limit=1):
         name, slash, _ = page[0].key[len(prefix) :].partition("/")
         found.append(prefix + name + slash)
-        # "0" is the character after "/": the next key beyond everything in this folder
+        # "0" is the character after "/": sorts after every key in this folder
         after = prefix + name + "0" if slash else page[0].key
     return found

@@ -1,20 +1,20 @@
-"""The aggregator's commit log: how far each node was read, and what each day's tables hold. Pure."""
+"""The aggregator's commit log: read cursors of each node, and the contents of each day's tables. Pure."""
 
 import msgspec
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
-    """An object that was set aside, and why."""
+    """An object in quarantine, and why."""
 
     key: str
     reason: str
 
 
 class Day(msgspec.Struct, frozen=True, kw_only=True):
-    """A UTC day's tables: how many batches, how many files at each level, and the SHA-256 over the minute files' own.
+    """A UTC day's tables: number of batches, number of files per level, and the SHA-256 over the minute files' hashes.
 
-    When raw segments are gone, the minute files are the record, and the hash says whether they are still that. A day
-    that was ``pruned`` has no minute files any more and takes no rows.
+    Once raw segments are deleted, the minute files are the record, and the hash verifies them. A ``pruned`` day has no
+    minute files and accepts no rows.
     """
 
     batches: int
@@ -26,9 +26,9 @@ class Day(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One commit. ``cursors`` hold, for each folder under raw/, the last key that was read.
+    """One commit. ``cursors`` hold the last key read of each folder under raw/.
 
-    ``quarantined`` names what this commit set aside; earlier commits name theirs.
+    ``quarantined`` lists the objects that this commit quarantined; earlier commits list theirs.
     """
 
     number: int = 0

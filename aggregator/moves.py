@@ -1,8 +1,8 @@
-"""From where copies stand to where they should: single steps in an order that can be carried out. Pure.
+"""Order the moves from the current to the proposed placement into feasible single steps. Pure.
 
-At no moment is a node's memory overdrawn, and no model has fewer copies than it had at the start or should have at the
-end, whichever is less, and never none of a model that is served. A copy may stand for a while on a node that has
-room. What cannot be done without an interruption is not done, and said.
+At no step does a node exceed its memory budget, and no model has fewer copies than at the start or at the end,
+whichever is less, and never none of a served model. A copy may be parked temporarily on a node with free memory. Moves
+that are impossible without an interruption are omitted and reported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from aggregator.packing import Copyable, Placement, Room, held
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """``action`` is load or unload; ``source`` is where the copy that is loaded replaces another, "" for a further
-    copy. ``parked`` says that it is there for a while only."""
+    """``action`` is load or unload; ``source`` is the node whose copy this one replaces, "" for an additional copy.
+    ``parked`` marks a temporary copy."""
 
     action: str
     model: str
@@ -24,7 +24,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ordered(msgspec.Struct, frozen=True, kw_only=True):
-    """The steps, where they end, and what was left out because nothing could make room for it."""
+    """The steps, the placement they reach, and the copies omitted because no memory could be freed for them."""
 
     steps: tuple[Step, ...]
     reached: Placement
@@ -32,7 +32,7 @@ class Ordered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Broken(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong with a step, from the simulation of a plan."""
+    """A problem with a step, found by simulation."""
 
     step: int
     why: str
@@ -49,7 +49,7 @@ def order(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, goa
 def simulate(
     models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, steps: Sequence[Step]
 ) -> tuple[Placement, tuple[Broken, ...]]:
-    """Carry the steps out on paper: where they lead, and everything that would go wrong on the way."""
+    """Simulate the steps: the placement they reach, and every problem on the way."""
     sizes = {m.name: m for m in models}
     budgets = {r.name: r for r in rooms}
     at, wrong = set(now), []
@@ -57,21 +57,21 @@ def simulate(
         pair = (step.model, step.node)
         if step.action == "load":
             if pair in at:
-                wrong.append(Broken(step=number, why=f"{step.model} stands on {step.node} already"))
+                wrong.append(Broken(step=number, why=f"{step.model} is already on {step.node}"))
             at.add(pair)
             room = budgets.get(step.node)
             if room is None:
-                wrong.append(Broken(step=number, why=f"there is no node {step.node}"))
+                wrong.append(Broken(step=number, why=f"unknown node {step.node}"))
             elif held(room, models, frozenset(at)) > room.budget_bytes:
-                wrong.append(Broken(step=number, why=f"{step.node} has not the memory for {step.model}"))
+                wrong.append(Broken(step=number, why=f"{step.node} lacks the memory for {step.model}"))
             if step.model not in sizes:
-                wrong.append(Broken(step=number, why=f"there is no model {step.model}"))
+                wrong.append(Broken(step=number, why=f"unknown model {step.model}"))
         elif pair not in at:
-            wrong.append(Broken(step=number, why=f"{step.model} does not stand on {step.node}"))
+            wrong.append(Broken(step=number, why=f"{step.model} is not on {step.node}"))
         else:
             at.remove(pair)
             if not any(model == step.model for model, _ in at):
-                wrong.append(Broken(step=number, why=f"nobody serves {step.model} any more"))
+                wrong.append(Broken(step=number, why=f"no node would serve {step.model}"))
     return frozenset(at), tuple(wrong)
 
 
@@ -94,11 +94,11 @@ class _Plan:
         self.parked: set[str] = set()
 
     def advance(self) -> bool:
-        """One step; False when there is none left, or none that can be done."""
+        """Add one step; False if none is left, or none is feasible."""
         return self._load() or self._unload() or self._park()
 
     def _load(self) -> bool:
-        """The largest copy that is wanted and fits."""
+        """Load the largest wanted copy that fits."""
         wanted = sorted(self.goal - self.at, key=lambda p: (-self.sizes[p[0]], p))
         for model, node in wanted:
             if self.free.get(node, 0) >= self.sizes[model]:
@@ -108,7 +108,7 @@ class _Plan:
         return False
 
     def _unload(self) -> bool:
-        """A copy that is not wanted, where that makes room for one that is, or else any; its model keeps enough."""
+        """Unload an unwanted copy, preferably where it frees memory for a wanted one; its model keeps enough copies."""
         waiting = {n for _, n in self.goal - self.at}
         gone = sorted(self.at - self.goal, key=lambda p: (p[1] not in waiting, -self.sizes.get(p[0], 0), p))
         for model, node in gone:
@@ -118,7 +118,7 @@ class _Plan:
         return False
 
     def _park(self) -> bool:
-        """A copy that stands in the way goes to a node with room for a while."""
+        """Park a copy that blocks a wanted one on a node with free memory."""
         waiting = sorted({n for _, n in self.goal - self.at})
         for node in waiting:
             for model, _ in sorted(p for p in self.at - self.goal if p[1] == node and p[0] not in self.parked):

@@ -1,4 +1,4 @@
-"""Notices to Discord. The webhook's URL is a secret and stands in no message, log line or error."""
+"""Send notices to Discord. The webhook URL is a secret and never appears in a message, log line or error."""
 
 import json
 import time
@@ -18,7 +18,7 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_`~|>[]()#@"})
 
 
 def payload(notice: Notice) -> dict[str, object]:
-    """The message of one notice, within Discord's limits; names are escaped and nobody is mentioned."""
+    """The message for one notice, within Discord's limits; names are escaped and mentions disabled."""
     rule, firing = notice.rule, notice.firing
     since = datetime.fromtimestamp(firing.since_ms / 1000, UTC)
     state = "resolved" if notice.resolved else "firing"
@@ -34,7 +34,7 @@ def payload(notice: Notice) -> dict[str, object]:
 
 
 class Discord:
-    """Posts to webhooks by channel name; a channel without a URL is silent."""
+    """Posts to webhooks by channel name; notices for a channel without a URL are not sent."""
 
     def __init__(self, urls: Mapping[str, str], *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._urls = urls
@@ -42,9 +42,9 @@ class Discord:
         self._http = urllib3.PoolManager(timeout=TIMEOUT_S, retries=False)
 
     def post(self, notice: Notice) -> bool:
-        """Send one notice and wait until Discord has it; False where no channel is configured.
+        """Send one notice and wait for its acceptance; False if no channel is configured.
 
-        Raises Retryable when it may work later, Halt when the webhook is gone.
+        Raises Retryable if it may succeed later, Halt if the webhook no longer exists.
         """
         url = self._urls.get(notice.rule.channel) or self._urls.get("alerts", "")
         if not url:
@@ -55,13 +55,13 @@ class Discord:
             if status in (200, 204):
                 return True
             if status in (401, 403, 404):
-                raise Halt(f"discord {notice.rule.channel}: the webhook is gone ({status}); make a new one")
+                raise Halt(f"discord {notice.rule.channel}: webhook deleted or invalid ({status}); create a new one")
             if attempt < 3:
                 self._sleep(min(MAX_WAIT_S, wait_s if wait_s is not None else 2.0**attempt))
-        raise Retryable(f"discord {notice.rule.channel}: not accepted (status {status}); it is sent by a later run")
+        raise Retryable(f"discord {notice.rule.channel}: not accepted (status {status}); a later run retries")
 
     def _try(self, url: str, body: bytes) -> tuple[int, float | None]:
-        """The status (0 for none) and how long Discord asks to wait."""
+        """The HTTP status (0 for none) and Discord's Retry-After in seconds."""
         joint = "&" if "?" in url else "?"
         try:
             answer = self._http.request(

@@ -1,13 +1,13 @@
-"""Which node holds which copies of which models: memory is a wall, load a soft limit, moving costs something. Pure.
+"""Assign copies of models to nodes: memory is a hard limit, load a soft one, moves have a cost. Pure.
 
-How many copies a model has is decided before (its demand over what a node may carry), and each copy carries an equal
-part of it; where the copies stand is a mixed-integer program:
+The number of copies of a model is decided beforehand (its demand over the capacity of a node), and each copy carries an
+equal share of the load; where the copies go is a mixed-integer program:
 
-    minimise   SHORT x copies without a place + OVER x load above a node's limit + gigabytes to be moved
+    minimise   SHORT x unplaced copies + OVER x load above a node's limit + gigabytes to be moved
     such that  the copies on a node fit its memory, and no node has two copies of one model.
 
-A greedy placement is always made; HiGHS starts from it and proves how far from the best it is. Nothing depends on the
-clock or on the order of the input: limits are counted in nodes of the search, one thread, one seed.
+A greedy placement is always computed; HiGHS starts from it and bounds its distance from the optimum. Nothing depends on
+the clock or the input order: limits are counted in nodes of the search tree, one thread, one seed.
 """
 
 import math
@@ -19,20 +19,20 @@ import msgspec
 import numpy as np
 
 SHORT, OVER, GB, DISTURB = 10_000.0, 100.0, 0.05, 0.5
-"""A copy without a place is worse than anything; one per cent of load too much is worth moving 20 GB. Of two moves that
-do as much, the one that disturbs less work is taken."""
+"""An unplaced copy outweighs everything; one per cent of load above the limit is worth moving 20 GB. Of two equally
+effective moves, the one that disturbs less load is taken."""
 CAP = 0.80
 GAP, LOOSE_GAP = 0.01, 0.30
 SEARCH_NODES = 300
 NEAREST = 12
 WHOLE = 40
-"""Nodes looked at for each model in a rack of over WHOLE: those it stands on, and others, different ones for each."""
+"""Candidate nodes per model in a rack of over WHOLE nodes: its current ones, and others that differ by model."""
 
 
 class Copyable(msgspec.Struct, frozen=True, kw_only=True):
-    """A model to be placed: bytes of one copy, how many copies, and the load of all of them together on nodes of speed
-    1 (2.5 keeps two and a half such nodes busy). ``only`` are the nodes it may stand on; none means any. ``pinned`` are
-    nodes on which it stands and stays."""
+    """A model to be placed: bytes of one copy, number of copies, and their total load in nodes of speed 1 (2.5 keeps
+    two and a half such nodes busy). ``only`` are the allowed nodes; none means any. ``pinned`` are nodes from which it
+    must not move."""
 
     name: str
     need_bytes: int
@@ -48,7 +48,7 @@ class Copyable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
-    """A node: bytes for models, its speed against the others, and the load it should not pass."""
+    """A node: memory budget, speed relative to the others, and load limit."""
 
     name: str
     budget_bytes: int
@@ -61,8 +61,8 @@ Placement = frozenset[tuple[str, str]]
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """A placement with its score. ``gap`` is how far from the best it may be at most (in racks of over WHOLE nodes: the
-    best of those that were looked at), None where nothing was proven; ``greedy_score`` is what greedy alone reached."""
+    """A placement with its score. ``gap`` bounds its distance from the optimum (in racks of over WHOLE nodes: from the
+    best of the candidates), None if nothing was proven; ``greedy_score`` is the score of greedy alone."""
 
     pairs: Placement
     score: float
@@ -73,10 +73,10 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pack(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most_moves: int | None = None) -> Packed:
-    """Place everything. ``now`` is where copies stand, ``most_moves`` how many copies may be put elsewhere."""
+    """Place all copies. ``now`` is the current placement, ``most_moves`` the maximum number of copies moved."""
     models, rooms = sorted(models, key=lambda m: m.name), sorted(rooms, key=lambda r: r.name)
     now = frozenset((m, n) for m, n in now if any(x.name == m for x in models) and any(r.name == n for r in rooms))
-    # the largest first fits best where everything fits, the smallest first leaves fewest out where it does not
+    # largest first packs best if everything fits, smallest first leaves out the fewest if not
     starts = [
         improved(models, rooms, greedy(models, rooms, now, most_moves, large), now, most_moves)
         for large in (True, False)
@@ -85,7 +85,7 @@ def pack(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most
     first_score = score(models, rooms, first, now)
     pairs, gap = _solved(models, rooms, now, first, most_moves)
     best_score = score(models, rooms, pairs, now)
-    if best_score > first_score - 1e-9:  # never worse than what was there, never different for nothing
+    if best_score > first_score - 1e-9:  # never worse than the start, never different without gain
         pairs, best_score = first, first_score
     return Packed(
         pairs=pairs,
@@ -98,7 +98,7 @@ def pack(models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, most
 
 
 def score(models: Sequence[Copyable], rooms: Sequence[Room], pairs: Placement, now: Placement) -> float:
-    """What a placement costs; lower is better."""
+    """The objective value of a placement; lower is better."""
     by_name = {m.name: m for m in models}
     short = sum(max(0, m.copies - _copies(pairs, m.name)) for m in models)
     over = sum(max(0.0, load_of(room, models, pairs) - room.limit) for room in rooms)
@@ -107,17 +107,17 @@ def score(models: Sequence[Copyable], rooms: Sequence[Room], pairs: Placement, n
 
 
 def cost_of_move(model: Copyable) -> float:
-    """What it costs to put one copy elsewhere."""
+    """The cost of moving one copy."""
     return GB * model.need_bytes / 1e9 + DISTURB * model.share
 
 
 def load_of(room: Room, models: Sequence[Copyable], pairs: Placement) -> float:
-    """How busy a node would be."""
+    """The load of a node under a placement."""
     return sum(m.share for m in models if (m.name, room.name) in pairs) / room.speed
 
 
 def held(room: Room, models: Sequence[Copyable], pairs: Placement) -> int:
-    """Bytes of a node in use."""
+    """Memory of a node in use, in bytes."""
     return sum(m.need_bytes for m in models if (m.name, room.name) in pairs)
 
 
@@ -128,8 +128,8 @@ def greedy(
     most_moves: int | None = None,
     large_first: bool = True,
 ) -> Placement:
-    """The largest (or smallest) first; a copy stays where it is unless that node is over its limit, else goes where it
-    makes the least load, then where most room is left."""
+    """Largest (or smallest) models first; a copy stays on its node if it fits there, else it goes where the resulting
+    load is lowest, then where most memory is free."""
     free = {r.name: r.budget_bytes for r in rooms}
     load = {r.name: 0.0 for r in rooms}
     by_name = {r.name: r for r in rooms}
@@ -171,8 +171,8 @@ def improved(
     most_moves: int | None = None,
     rounds: int = 100,
 ) -> Placement:
-    """Greedy's placement after the moves that help most, one at a time: a copy that leaves a node over its limit, or
-    two copies that change places."""
+    """Local search from the greedy placement, best step first: move a copy off an overloaded node, or exchange two
+    copies."""
     search = _Search(models, rooms, pairs, now, most_moves)
     for _ in range(rounds):
         if not (search.step(search.moves()) or search.step(search.exchanges())):
@@ -201,7 +201,7 @@ class _Search:
         self.load = {r.name: load_of(r, models, pairs) for r in rooms}
 
     def step(self, changes: Iterable[Change]) -> bool:
-        """Make the change that gains most; False when none gains."""
+        """Apply the change with the largest gain; False if none gains."""
         best: tuple[float, Change] | None = None
         for change in changes:
             gain = self._gain(change)
@@ -214,7 +214,7 @@ class _Search:
         return True
 
     def moves(self) -> Iterator[Change]:
-        """Every copy on a node over its limit to every node with room."""
+        """Every copy on an overloaded node to every node with enough memory."""
         for name, source in self._hot():
             need = self.models[name].need_bytes
             for target in self.rooms:
@@ -222,7 +222,7 @@ class _Search:
                     yield ((name, source, target),)
 
     def exchanges(self) -> Iterator[Change]:
-        """Every copy on a node over its limit against every copy elsewhere that carries less."""
+        """Every copy on an overloaded node exchanged with every copy elsewhere that has less load."""
         others = sorted(self.at)
         for name, source in self._hot():
             mine = self.models[name]
@@ -247,7 +247,7 @@ class _Search:
         return (name, target) not in self.at and _may(self.models[name], target)
 
     def _gain(self, change: Change) -> float:
-        """How much the score changes; not at all good where it takes too many moves."""
+        """Change of the score, negative for a gain; 0 if it would exceed the maximum number of moves."""
         loads: dict[str, float] = {}
         moved, cost = 0, 0.0
         for name, source, target in change:
@@ -288,13 +288,13 @@ def _count(pairs: set[tuple[str, str]], name: str) -> int:
 def _candidates(
     models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, start: Placement
 ) -> list[tuple[int, int]]:
-    """Pairs worth a variable."""
+    """The (node, model) pairs that get a variable in the program."""
     by_room = sorted(range(len(rooms)), key=lambda i: (-rooms[i].budget_bytes * rooms[i].speed, rooms[i].name))
     found = []
     for j, model in enumerate(models):
         kept = {i for i, r in enumerate(rooms) if (model.name, r.name) in now or (model.name, r.name) in start}
         fitting = [i for i in by_room if rooms[i].budget_bytes >= model.need_bytes and _may(model, rooms[i].name)]
-        # large racks: each model looks at another stretch of the nodes, so that together they look at all
+        # large racks: each model gets a different range of nodes, so that together they cover all
         offset = (j * 7) % max(1, len(fitting))
         near = (
             (fitting[offset:] + fitting[:offset])[: max(NEAREST, 2 * model.copies)] if len(rooms) > WHOLE else fitting
@@ -306,7 +306,7 @@ def _candidates(
 def _solved(
     models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, start: Placement, most_moves: int | None
 ) -> tuple[Placement, float | None]:
-    """HiGHS from a start; the placement and its proven gap."""
+    """Solve with HiGHS from a start; returns the placement and its proven gap."""
     pairs = _candidates(models, rooms, now, start)
     if not pairs:
         return start, None
@@ -316,7 +316,7 @@ def _solved(
         "output_flag": False,
         "threads": 1,
         "random_seed": 1,
-        # a rack that is too small has no good placement to be found, only a proof that takes minutes
+        # in a rack that is too small there is no good placement to find, only a proof that takes minutes
         "mip_rel_gap": LOOSE_GAP if short else GAP,
         "mip_abs_gap": 0.01,
         "mip_max_nodes": 1 if short else SEARCH_NODES,
@@ -331,7 +331,7 @@ def _solved(
     lower, upper = np.zeros(total), np.ones(total)
     for v, (i, j) in enumerate(pairs):
         moved = (models[j].name, rooms[i].name) not in now
-        # a hair's difference between equals, so that the same input always gives the same placement
+        # a tiny difference between equal choices, so that equal input gives an equal placement
         cost[v] = (cost_of_move(models[j]) if moved else 0.0) + 1e-6 * v / count
         lower[v] = float(rooms[i].name in models[j].pinned and (models[j].name, rooms[i].name) in start)
     for j, model in enumerate(models):

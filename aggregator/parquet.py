@@ -1,6 +1,6 @@
-"""DuckDB at work: rows into Parquet files and out of them, without extensions and without the network.
+"""Read and write Parquet files with DuckDB, without extensions and without network access.
 
-Equal sets of rows give equal bytes, in whatever order and however often they come.
+Equal sets of rows give equal bytes, in any order and with any repetition.
 """
 
 import json
@@ -29,7 +29,7 @@ _COPY = "(FORMAT parquet, COMPRESSION zstd)"
 
 
 class Database:
-    """A DuckDB of its own in memory, with a folder for the files it reads and writes."""
+    """An in-memory DuckDB with a temporary folder for the files it reads and writes."""
 
     def __init__(self, memory_mb: int = 350) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mlxrack-rollup-")
@@ -51,19 +51,19 @@ class Database:
         self._folder.cleanup()
 
     def file(self, name: str, body: bytes) -> Path:
-        """A file with that content."""
+        """Write a file into the folder; returns its path."""
         path = self.folder / name
         path.write_bytes(body)
         return path
 
     def rows(self, query: str) -> list[dict[str, Any]]:
-        """A query's rows."""
+        """The rows of a query."""
         result = self._db.execute(query)
         columns = [d[0] for d in result.description]
         return [dict(zip(columns, values, strict=True)) for values in result.fetchall()]
 
     def parquet(self, query: str) -> bytes:
-        """A query's rows as a file."""
+        """The rows of a query as a Parquet file."""
         made = self.folder / "made.parquet"
         self._db.execute(f"COPY ({query}) TO {quoted(made)} {_COPY}")
         body = made.read_bytes()
@@ -72,14 +72,14 @@ class Database:
 
 
 def reading(paths: Iterable[Path], columns: Mapping[str, str] | None = None) -> str:
-    """SQL that reads Parquet files. Columns that some of them lack are NULL there: files may be older than a column."""
+    """SQL that reads Parquet files. Columns missing from older files are NULL."""
     listed = ", ".join(quoted(path) for path in paths)
     query = f"SELECT * FROM read_parquet([{listed}], union_by_name=true)"
     return f"{query} UNION ALL BY NAME {rollup.no_rows(columns)}" if columns else query
 
 
 def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -> bytes:
-    """A minute table with the rows of NDJSON files added to ``old``; rows already there are not added again."""
+    """A minute table with the rows of NDJSON files merged into ``old``; duplicate rows are dropped."""
     columns = minute_columns(table)
     source = f"SELECT {flattened(table)} FROM ({_json(table, fresh)})" if fresh else ""
     if old is not None:
@@ -91,7 +91,7 @@ def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -
 
 
 def hours(db: Database, minutes: Mapping[str, Path]) -> dict[str, bytes]:
-    """The hour tables of a day from its minute tables, by name. A table without rows is not there."""
+    """The hour tables of a day from its minute tables, by name. Tables without rows are omitted."""
     found: dict[str, bytes] = {}
     for name, fold in FOLDS.items():
         source = _minutes(minutes, fold.source)
@@ -113,7 +113,7 @@ def days(db: Database, hourly: Mapping[str, bytes], day_ms: int) -> dict[str, by
 
 
 def row_json(meta: bytes, ordinal: int, record: msgspec.Struct | None) -> bytes:
-    """A line for `merged`: a batch's envelope as JSON, the record's place in it, the record."""
+    """One NDJSON line for `merged`: batch envelope, the record's position in it, the record."""
     head = meta[:-1] + b',"ordinal":%d' % ordinal
     return head + b"}\n" if record is None else head + b"," + msgspec.json.encode(record)[1:] + b"\n"
 

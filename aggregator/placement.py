@@ -1,13 +1,13 @@
-"""Which model should stand on which node, why, and the moves to get there. Pure.
+"""Which model should be on which node, why, and the moves to get there. Pure.
 
-Demand is the 95th percentile of five-minute windows, not the mean: bursts are what people wait in. What a node may
-carry is 80 % of its time, less where heat slows it. Three rules that a person can check come out of that:
+Demand is the 95th percentile of five-minute slots, not the mean: users wait during bursts. The load limit of a node is
+80 % of its time, less where it is throttled. Three rules follow that can be checked by hand:
 
-1. A node throttled for more than 3 % of its known time may carry less than it does, and gives a model away.
+1. A node throttled for more than 3 % of its known time gets a limit below its load, and gives up a model.
 2. A model that outgrows its node gets that node to itself, or another copy where it fits.
-3. Long prompts with few prompt-cache hits want a larger prompt cache where memory is left.
+3. Long prompts with few prompt cache hits get a larger prompt cache where memory is free.
 
-Moves are few by construction: each must be worth its gigabytes, and there is a cap.
+Moves are few by construction: each must be worth its gigabytes, and their number is capped.
 """
 
 import math
@@ -27,20 +27,20 @@ from shared.records import Hardware, ModelEvicted, ModelLoaded
 
 THROTTLED = 0.03
 ALONE = 0.95
-"""What a model may ask of a node that it has to itself before it gets another copy."""
+"""Load limit of a node that a single model has to itself, before the model gets another copy."""
 GONE_MS = 900_000
 LEAST_LOAD = 0.01
-"""A model in memory is never for nothing, even when nobody asked it."""
+"""Minimum load of a resident model, even without requests."""
 LONG_PROMPT_TOK = 2_000
 LOW_HIT_SHARE = 0.30
 BANDWIDTH_GB_S = {"M4 Pro": 273.0, "M4 Max": 546.0, "M4": 120.0, "M3 Ultra": 819.0, "M2": 100.0, "M1": 68.0}
-"""Memory bandwidth, which bounds decoding, of chips where no model stands on two nodes to compare them by."""
+"""Memory bandwidth, which bounds decode, for nodes without a shared model to compare speeds by."""
 LOAD_GB_S = 1.5
-"""Loading from an internal disk where no load has been measured yet."""
+"""Assumed load rate from an internal disk until a load has been measured."""
 
 
 class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as it was, and as it would be after the moves: memory, and its load at the 95th percentile."""
+    """A node now and after the moves: memory, and load at the 95th percentile."""
 
     node: str
     budget_bytes: int | None
@@ -55,7 +55,7 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on a node, and what is proposed for it there: keep, move, copy or remove."""
+    """A model on a node and the advice for it there: keep, move, copy or remove."""
 
     model: str
     node: str
@@ -69,9 +69,9 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One step that can be carried out by `load` or `unload` on a node. ``gb`` are read from disk or copied, ``load_s``
-    is about what that takes; load and free memory are those of ``node``. ``bound`` is the limit that asks for the move,
-    ``declined`` what stays as it is without it."""
+    """One step, carried out by `load` or `unload` on a node. ``gb`` are read from disk or copied, ``load_s`` is the
+    estimated time for it; load and free memory are those of ``node``. ``bound`` is the limit that calls for the move,
+    ``declined`` the consequence of not doing it."""
 
     step: int
     action: str
@@ -92,7 +92,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """A setting of a model on a node that should be another one."""
+    """A proposed change of a model's setting on a node."""
 
     model: str
     node: str
@@ -102,8 +102,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The map and the diff. ``short`` says first what does not fit, and what would mend it. ``gap`` is how far from the
-    best placement this may be at most; ``score`` what it costs by the measure in packing.py."""
+    """The placement and the moves. ``short`` lists what does not fit, with remedies. ``gap`` bounds the distance from
+    the optimal placement; ``score`` is the objective value of packing.py."""
 
     period: str
     rebalance: bool
@@ -119,7 +119,7 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan is made from, wherever it was had: telemetry of a week, or an intake before there is any."""
+    """Input of a plan, from a week's telemetry or from an intake before there is any."""
 
     models: tuple[Copyable, ...]
     rooms: tuple[Room, ...]
@@ -132,7 +132,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def propose(window: Window, config: AggregatorConfig | None = None) -> PlacementReport:
-    """Judge one span."""
+    """The placement report of one span."""
     most = config.placement.max_moves if config is not None else 6
     facts = facts_of_window(window, config)
     packed = packed_with_slack(facts, most)
@@ -157,7 +157,7 @@ def propose(window: Window, config: AggregatorConfig | None = None) -> Placement
 
 
 def load_of(room: Room, models: Sequence[Copyable], at: Placement) -> float:
-    """How busy a node is with copies where they stand: a model's work is shared by those there are."""
+    """The load of a node under a placement: a model's work is shared equally by its copies."""
     total = 0.0
     for model in models:
         if (model.name, room.name) in at:
@@ -166,8 +166,7 @@ def load_of(room: Room, models: Sequence[Copyable], at: Placement) -> float:
 
 
 def packed_with_slack(facts: Facts, most_moves: int) -> Packed:
-    """The best placement that keeps the copies there are; when they do not all fit, one with the copies that the demand
-    needs."""
+    """The best placement with the current number of copies; if they do not all fit, with as many as demand needs."""
     packed = packing.pack(facts.models, facts.rooms, facts.now, most_moves)
     if not packed.short:
         return packed
@@ -177,7 +176,7 @@ def packed_with_slack(facts: Facts, most_moves: int) -> Packed:
 
 
 def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> Facts:
-    """Nodes, models and demand as they were reported."""
+    """Nodes, models and demand as reported."""
     silent = _gone(window)
     everywhere = current(window)
     residents = {(r.model, r.node): r for r in everywhere if r.node not in silent}
@@ -190,7 +189,7 @@ def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> F
         stood = [r for r in everywhere if r.model == name]
         wish = wished.get(name)
         work = max(LEAST_LOAD, load.get(name, 0.0))
-        # its own node first, another copy when it has that
+        # its own node first, another copy once it has that
         alone = all(m == name for m, n in residents if n in {r.node for r in here})
         needed = max(1, wish.min_copies if wish else 1, math.ceil(work / (CAP if alone else ALONE) / _typical(speeds)))
         only = tuple(wish.nodes) if wish else ()
@@ -218,9 +217,9 @@ def facts_of_window(window: Window, config: AggregatorConfig | None = None) -> F
 
 
 def current(window: Window) -> list[ResidentSum]:
-    """What stood ready in each node's memory at the last moment it named anything.
+    """The ready models of each node in the last batch that listed any.
 
-    A node that was stopped in order ends with a batch that names nothing; what it held before is what it is for.
+    A node that was stopped cleanly ends with a batch that lists none; the models before that are its placement.
     """
     ready = [r for r in window.residents if r.state == "ready"]
     last = {node: max(r.last_ms for r in ready if r.node == node) for node in {r.node for r in ready}}
@@ -232,7 +231,7 @@ def current(window: Window) -> list[ResidentSum]:
 
 
 def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
-    """Steps with their reasons and figures, as they follow one another."""
+    """Steps with their reasons and figures, in order."""
     at, found = frozenset(facts.now), []
     by_room, by_model = {r.name: r for r in facts.rooms}, {m.name: m for m in facts.models}
     for number, step in enumerate(steps, 1):
@@ -267,7 +266,7 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
 
 
 def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
-    """Why not everything fits, and what would mend it; nothing when it does."""
+    """Why not everything fits, and the remedy; empty if it does."""
     found = []
     sizes = {m.name: m for m in facts.models}
     missing: list[tuple[str, int]] = []
@@ -277,8 +276,8 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
     if held_back:
         copies = ", ".join(f"{count} x {name}" for name, count in held_back)
         found.append(
-            f"No place for {copies} yet, though there is memory: the moves of one week are capped, or the nodes it may "
-            "stand on are."
+            f"{copies} not placed yet, though there is memory: limited by the max_moves of one week, or by the nodes "
+            "allowed in placement.models."
         )
     if missing:
         found.append(_too_little(missing, sizes, facts.rooms))
@@ -288,15 +287,15 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
         where = ", ".join(f"{name} by {share:.0%}" for name, share in busy)
         more = max(1, math.ceil(sum(share for _, share in busy) / CAP - 1e-9))
         found.append(
-            f"Too much work at the 95th percentile: over the limit {where}. {_nodes(more).capitalize()} like the "
-            "fastest would carry it, or the busiest model moves elsewhere."
+            f"Load at the 95th percentile exceeds the limit: {where}. Add {_nodes(more)} like the fastest, or move the "
+            "busiest model elsewhere."
         )
-    found += [f"{facts.why_limited[name]}, and its work fits nowhere else: give it air." for name, _ in hot]
+    found += [f"{facts.why_limited[name]}, and its load fits on no other node: improve its cooling." for name, _ in hot]
     return tuple(found)
 
 
 def _could_stand(model: Copyable, facts: Facts, pairs: Placement) -> bool:
-    """Whether a node has the memory for another copy, whoever may decide that it stands there."""
+    """Whether any node has the memory for another copy, regardless of other constraints."""
     return any(
         (model.name, room.name) not in pairs
         and room.budget_bytes - packing.held(room, facts.models, pairs) >= model.need_bytes
@@ -315,7 +314,7 @@ def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable
         else f"{_nodes(max(1, math.ceil(whole / biggest)))} of {biggest / 1e9:.1f} GB for models"
     )
     drop = max((name for name, _ in missing), key=lambda name: (sizes[name].need_bytes, name))
-    return f"No room for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."
+    return f"Not enough memory for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."
 
 
 def _nodes(count: int) -> str:
@@ -323,32 +322,32 @@ def _nodes(count: int) -> str:
 
 
 def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
-    """The limit that asks for a step, the sentence for it, and what stays without it."""
+    """The limit that calls for a step, its reason as a sentence, and the consequence of declining it."""
     by_room = {r.name: r for r in facts.rooms}
     model = next(m for m in facts.models if m.name == step.model)
     if step.action == "unload":
-        return "follows", f"{step.model} is served elsewhere now", f"{model.need_bytes / 1e9:.1f} GB stay in use"
+        return "follows", f"{step.model} is now served elsewhere", f"{model.need_bytes / 1e9:.1f} GB stay in use"
     if step.parked:
-        return "memory", f"makes room on {step.source} for a while", "the steps after it cannot be done"
+        return "memory", f"frees memory on {step.source} temporarily", "the following steps are impossible"
     if not step.source:
         standing = sum(name == step.model for name, _ in facts.now)
         if not standing:
-            return "copies", f"{step.model} stands nowhere", "nobody answers for it"
+            return "copies", f"{step.model} is on no node", "no node serves it"
         copies = "one copy" if standing == 1 else f"{standing} copies"
-        needed = f"{model.load:.2f} nodes' worth of work at the 95th percentile and {copies}"
+        needed = f"a load of {model.load:.2f} nodes at the 95th percentile and only {copies}"
         return "load", f"{step.model} has {needed}", f"its nodes stay at {model.load / standing:.0%} each"
     room = by_room[step.source]
     before = load_of(room, facts.models, facts.now)
     if room.name in facts.why_limited:
-        return "heat", facts.why_limited[room.name], f"{room.name} goes on being slowed at {before:.0%} load"
+        return "heat", facts.why_limited[room.name], f"{room.name} stays throttled at {before:.0%} load"
     if before > room.limit:
         alone = max((m for m in facts.models if (m.name, room.name) in facts.now), key=lambda m: (m.share, m.name))
-        itself = f"; {alone.name} needs it to itself" if alone.share / room.speed > 0.5 * CAP else ""
-        text = f"{room.name} is at {before:.0%} at the 95th percentile, its limit is {room.limit:.0%}{itself}"
-        return "load", text, f"{room.name} stays at {before:.0%}"
+        itself = f"; {alone.name} needs the node to itself" if alone.share / room.speed > 0.5 * CAP else ""
+        text = f"load of {room.name} is {before:.0%} at the 95th percentile, limit {room.limit:.0%}{itself}"
+        return "load", text, f"{room.name} stays at {before:.0%} load"
     if packing.held(room, facts.models, facts.now) > room.budget_bytes:
-        return "memory", f"{room.name} holds more than its memory budget", f"{room.name} goes on evicting"
-    return "room", f"makes room on {room.name} for another model", "that model finds no place"
+        return "memory", f"{room.name} exceeds its memory budget", f"{room.name} keeps evicting"
+    return "room", f"frees memory on {room.name} for another model", "that model cannot be placed"
 
 
 def _rooms(
@@ -372,7 +371,7 @@ def _rooms(
 
 
 def _speeds(window: Window) -> dict[str, float]:
-    """How fast a node decodes against the others: by a model that stands on several, else by its memory bandwidth."""
+    """Relative decode speed of each node: by models on several nodes, else by memory bandwidth."""
     paces: dict[str, dict[str, float]] = {}
     for one in window.engines:
         if one.decode_tok > 1000 and one.busy_decode_us:
@@ -402,7 +401,7 @@ def _typical(speeds: Mapping[str, float]) -> float:
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:
-    """Each model's load at the 95th percentile of five-minute windows, in nodes of speed 1."""
+    """Each model's load at the 95th percentile of five-minute slots, in nodes of speed 1."""
     slots = max(1, round(seconds(at_least_one(window.reported(n) for n in window.nodes)) * 1000 / SLOT_MS))
     busy: dict[str, list[int]] = {}
     for one in window.demand:
@@ -411,7 +410,7 @@ def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:
     for model, values in busy.items():
         mine = [(e.busy_us, speeds.get(e.node, 1.0)) for e in window.engines if e.model == model and e.busy_us]
         speed = sum(us * s for us, s in mine) / sum(us for us, _ in mine) if mine else 1.0
-        # five minutes without a request are windows, too
+        # slots without requests count, too
         idle = max(0, slots - len(values))
         rank = math.ceil(0.95 * (idle + len(values))) - idle
         p95 = sorted(values)[rank - 1] if rank >= 1 else 0
@@ -459,16 +458,16 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
         requests = sum(s.requests for s in window.served if s.worker == one.node and s.version == one.version)
         stays = (one.model, one.node) in reached
         others = sorted(n for m, n in reached - facts.now if m == one.model)
-        advice, reason = "keep", "fits, and its node is neither hot nor crowded"
+        advice, reason = "keep", "fits; its node is neither throttled nor over its load limit"
         if one.node in facts.silent:
-            advice, reason = "gone", "its node no longer reports"
+            advice, reason = "gone", "its node stopped reporting"
         elif one.node in troubled:
-            reason = "no better place was found"
+            reason = "no better placement found"
         if one.node not in facts.silent and not stays:
             advice = "move" if others else "remove"
-            reason = f"to {others[0]}: see the moves" if others else "more copies than its work needs"
+            reason = f"to {others[0]}, see moves" if others else "more copies than its load needs"
         elif stays and others:
-            advice, reason = "copy", f"also on {', '.join(others)}: see the moves"
+            advice, reason = "copy", f"also to {', '.join(others)}, see moves"
         found.append(
             Placed(
                 model=one.model,
@@ -487,12 +486,12 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
 
 def _blocked(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return [
-        f"{model} cannot come to {node} without an interruption: no node has room meanwhile" for model, node in pairs
+        f"{model} cannot move to {node} without an interruption: no node has memory to spare" for model, node in pairs
     ]
 
 
 def _stuck(facts: Facts, reached: Placement) -> list[str]:
-    """Hot nodes that could give nothing away."""
+    """Notes on throttled nodes that could not give up a model."""
     found = []
     for room in facts.rooms:
         before, after = (load_of(room, facts.models, at) for at in (facts.now, reached))
@@ -504,7 +503,7 @@ def _stuck(facts: Facts, reached: Placement) -> list[str]:
 def _evicted(
     window: Window, standing: set[str], load: Mapping[str, float], config: AggregatorConfig | None
 ) -> tuple[list[Copyable], dict[str, str]]:
-    """Models that were evicted, wanted again and stand nowhere now; and their versions."""
+    """Models that were evicted, requested again and are now on no node; and their versions."""
     rows = [r for r in eviction.report(window, top=10_000).rows if r.verdict == "placement" and r.model not in standing]
     sizes = {r.model: r.bytes // r.evictions for r in sorted(rows, key=lambda r: r.node)}
     wished = {w.model: w for w in config.placement.models} if config is not None else {}
@@ -522,7 +521,7 @@ def _evicted(
 
 
 def _gone(window: Window) -> dict[str, int]:
-    """Nodes that no longer reported when the others still did: when each was last heard of."""
+    """Nodes that stopped reporting while others continued, with the end of their last report."""
     last = {node: reported[-1][1] for node in window.nodes if (reported := window.reported(node))}
     latest = max(last.values(), default=0)
     return {node: t_ms for node, t_ms in last.items() if t_ms < latest - GONE_MS}
@@ -531,13 +530,13 @@ def _gone(window: Window) -> dict[str, int]:
 def _silent(window: Window, facts: Facts) -> list[str]:
     zone = ZoneInfo(window.span.timezone)
     return [
-        f"{node} has not reported since {datetime.fromtimestamp(t_ms / 1000, zone):%d %b %H:%M}: nothing is put there"
+        f"{node} has not reported since {datetime.fromtimestamp(t_ms / 1000, zone):%d %b %H:%M}: nothing placed there"
         for node, t_ms in sorted(facts.silent.items())
     ]
 
 
 def _cache_settings(window: Window, facts: Facts, reached: Placement) -> tuple[Setting, ...]:
-    """More prompt cache for models with long prompts that are rarely found in it, where memory is left."""
+    """A larger prompt cache for models with long prompts and a low hit rate, where memory is free."""
     found = []
     for model in sorted({s.model for s in window.served if s.outcome == "ok"}):
         mine = [s for s in window.served if s.model == model and s.outcome == "ok"]
@@ -552,8 +551,8 @@ def _cache_settings(window: Window, facts: Facts, reached: Placement) -> tuple[S
             now = max((e.cache_bytes for e in window.engines if e.model == model and e.node == room.name), default=0)
             value = now + free // 2
             why = (
-                f"{model} on {room.name}: prompts of {prompt // requests} tokens on average and {cached / prompt:.0%} "
-                f"of them found in the prompt cache; {free / 1e9:.1f} GB are free there, raise its cache_bytes"
+                f"{model} on {room.name}: prompts of {prompt // requests} tokens on average, prompt cache hit rate "
+                f"{cached / prompt:.0%}; {free / 1e9:.1f} GB are free there, increase its cache_bytes to {value:,}"
             )
             if free > 256 << 20:
                 found.append(Setting(model=model, node=room.name, setting="cache_bytes", value=value, reason=why))

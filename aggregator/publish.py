@@ -1,6 +1,6 @@
-"""Into the bucket: partitions, manifests, reports and state, each by a conditional write.
+"""Publish to the bucket: partitions, manifests, reports and state, each by a conditional write.
 
-A lost condition means that another aggregator runs; this one gives up without harm and the next run goes on.
+A failed condition means that another aggregator is running; this one gives up safely and the next run continues.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ MAX_REVISIONS = 1000
 
 
 def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]]) -> Day:
-    """Add rows (NDJSON files by table) to a day's minute tables and renew what is derived from them. Doing it again
-    changes nothing."""
-    # read before what they are made of: when another run renews that in between, these writes lose
+    """Merge rows (NDJSON files by table) into a day's minute tables and rebuild the tables derived from them.
+    Idempotent."""
+    # read before their sources: if another run rebuilds those in between, these conditional writes fail
     before = {key: _optional(store, key) for key in _derived(day)}
     with parquet.Database() as db:
         minutes: dict[str, Path] = {}
@@ -36,7 +36,7 @@ def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]])
         hourly = parquet.hours(db, minutes)
         daily = parquet.days(db, hourly, DAY_MS)
         batches = _batches(db, minutes[BATCH_TABLE])
-        # minutes that are gone for good must not take with them what was made of them
+        # lost minute tables must not remove what was derived from them
         known = before[keys.hour_key("run", day)]
         if known is not None and _told(db, known.body) > batches:
             hourly, daily = {}, {}
@@ -60,7 +60,7 @@ def _batches(db: parquet.Database, path: Path) -> int:
 
 
 def _told(db: parquet.Database, body: bytes) -> int:
-    """How many batches an hour table of runs speaks of."""
+    """Number of batches counted in an hour table of runs."""
     query = parquet.reading([db.file("known.parquet", body)])
     return int(db.rows(f"SELECT coalesce(sum(batches), 0) AS n FROM ({query})")[0]["n"])
 
@@ -70,16 +70,16 @@ def _there(found: Mapping[str, Stored | None]) -> list[str]:
 
 
 def commit(store: ObjectStore, manifest: Manifest) -> None:
-    """Make a manifest the newest. Raises Retryable when another aggregator was faster."""
+    """Commit a manifest as the latest. Raises Retryable when another aggregator committed first."""
     body = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
     try:
         store.put_if_absent(keys.manifest_key(manifest.number), body)
     except PreconditionFailed:
-        raise Retryable(f"commit manifest {manifest.number}: another aggregator was faster; run again") from None
+        raise Retryable(f"commit manifest {manifest.number}: another aggregator committed first; run again") from None
 
 
 def report(store: ObjectStore, cadence: str, period: str, name: str, extension: str, body: bytes) -> str:
-    """Write a report as its next revision, unless the newest revision has the same bytes. Returns its key."""
+    """Write a report as its next revision, unless the latest revision has the same bytes. Returns its key."""
     for revision in range(1, MAX_REVISIONS):
         key = keys.report_key(cadence, period, name, revision, extension)
         try:
@@ -90,22 +90,22 @@ def report(store: ObjectStore, cadence: str, period: str, name: str, extension: 
                 return key
             continue
         return key
-    raise Retryable(f"report {cadence}/{period}/{name}: over {MAX_REVISIONS} revisions")
+    raise Retryable(f"report {cadence}/{period}/{name}: more than {MAX_REVISIONS} revisions")
 
 
 def replace(store: ObjectStore, key: str, body: bytes, etag: str | None) -> None:
-    """Write state over the version that was read; ``etag`` None when there was none. Raises Retryable when lost."""
+    """Replace the state that was read; ``etag`` is None if there was none. Raises Retryable on a conflict."""
     try:
         if etag is None:
             store.put_if_absent(key, body)
         else:
             store.put_if_match(key, body, etag)
     except PreconditionFailed:
-        raise Retryable(f"write {key}: another aggregator changed it meanwhile; run again") from None
+        raise Retryable(f"write {key}: changed by another aggregator meanwhile; run again") from None
 
 
 def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh: Sequence[Path]) -> bytes | None:
-    """A minute table as it is after these rows; None when there is none."""
+    """A minute table after merging these rows; None if there is none."""
     key = keys.minute_key(table, day)
     old = _optional(store, key)
     if not fresh:

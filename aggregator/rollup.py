@@ -1,7 +1,7 @@
-"""How tables are added up, as SQL: minute rows to hours, hours to days, any of them to a span. Pure: only text.
+"""SQL that aggregates tables: minute rows to hours, hours to days, any of them to a span. Pure: builds text only.
 
-A latency sketch adds up by adding the counts of equal buckets, so the quantiles of an hour or a month are those of all
-its requests, within ``RELATIVE_ERROR``, in whatever order anything was read.
+Sketches are merged by adding the counts of equal buckets, so the quantiles of an hour or a month are those of all its
+requests, within ``RELATIVE_ERROR``, in any order of reading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ def quoted(text: object) -> str:
 
 
 def names(columns: Sequence[str], prefix: str = "") -> str:
-    """Column names for a list of them."""
+    """A comma-separated list of quoted column names."""
     return ", ".join(f'{prefix}"{c}"' for c in columns)
 
 
 def lifted(fold: Fold, source: str) -> str:
-    """Minute rows as folded ones, each its own sum. ``slot_ms`` and ``last_ms`` are the end of the row's batch."""
+    """Minute rows in the shape of folded ones. ``slot_ms`` and ``last_ms`` are the end of the row's batch."""
     wanted = [*fold.labels, *fold.sums, *fold.maxes, *fold.mins, *fold.lasts]
     wanted += [f"{name}_{part}" for name in fold.sketches for part in SKETCH]
     wanted += ["starts", "ends"] if fold.spans else []
@@ -33,8 +33,8 @@ def lifted(fold: Fold, source: str) -> str:
 
 
 def folded(fold: Fold, source: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
-    """Rows of ``source`` (lifted or folded ones) added up by their labels within slots of that length; None for no
-    slots at all. Other ``labels`` than the table's own fold further."""
+    """Rows of ``source`` (lifted or folded) aggregated by labels within slots of ``slot_ms``; None for no slots.
+    ``labels`` other than the table's own aggregate further."""
     keys = tuple(fold.labels if labels is None else labels)
     slot = [] if slot_ms is None else ["slot_ms"]
     base = (
@@ -57,7 +57,7 @@ def folded(fold: Fold, source: str, slot_ms: int | None, labels: Sequence[str] |
 
 
 def events(sources: dict[str, str]) -> str:
-    """One table of all events: ``sources`` are minute tables by kind."""
+    """One table of all events; ``sources`` are the minute tables by kind."""
     pieces = []
     for kind in EVENT_SOURCES:
         if kind not in sources:
@@ -71,17 +71,17 @@ def events(sources: dict[str, str]) -> str:
 
 
 def no_rows(columns: Mapping[str, str]) -> str:
-    """Nothing, with these columns."""
+    """An empty result with these columns."""
     return "SELECT " + ", ".join(f'NULL::{sql} AS "{name}"' for name, sql in columns.items()) + " WHERE false"
 
 
 def _sum(name: str) -> str:
-    """A sum that stays at the largest number there is, so that one absurd report cannot stop all others."""
+    """A sum that saturates at the BIGINT maximum, so that one absurd report cannot stop all others."""
     return f'least(coalesce(sum("{name}"), 0), {2**63 - 1})::BIGINT'
 
 
 def _plain(fold: Fold, base: str, by: Sequence[str]) -> str:
-    """Sums, highest, lowest and newest values of each group, and the parts of a sketch that add up alike."""
+    """Sums, maxima, minima and latest values of each group, and the scalar parts of sketches."""
     parts = [names(by)] if by else []
     parts.append("max(last_ms) AS last_ms, max(last_place) AS last_place")
     parts += [f'{_sum(name)} AS "{name}"' for name in fold.sums]
@@ -99,7 +99,7 @@ def _plain(fold: Fold, base: str, by: Sequence[str]) -> str:
 
 
 def _buckets(name: str, base: str, by: Sequence[str]) -> str:
-    """Two named queries: a sketch's buckets added up, and gathered again with the ranks they reach."""
+    """A named query: a sketch's buckets merged and collected into lists with their cumulative counts."""
     keys = f"{names(by)}, " if by else ""
     flat = f'SELECT {keys}unnest("{name}_idx") AS idx, unnest("{name}_cnt") AS cnt FROM {base}'
     added = f"SELECT {keys}idx, {_sum('cnt')} AS cnt FROM ({flat}) GROUP BY {keys}idx"
@@ -128,7 +128,7 @@ def _sketch_columns(name: str) -> str:
 
 
 def _quantile(name: str, q: float) -> str:
-    """The value of rank ceil(q x count): the midpoint of its bucket, within what was really seen."""
+    """The value of rank ceil(q x count): the midpoint of its bucket, clamped to the observed minimum and maximum."""
     merged, count, zero = f'"{name}_merged"', f'plain."{name}_count"', f'plain."{name}_zero"'
     rank = f"greatest(1, ceil({q}::DOUBLE * {count}))"
     place = f"len(list_filter({merged}.reached, lambda r: r + {zero} < {rank})) + 1"
@@ -142,7 +142,7 @@ def _quantile(name: str, q: float) -> str:
 
 
 def _spans(base: str, by: Sequence[str]) -> str:
-    """Intervals of each group, those that touch or overlap made one."""
+    """Intervals of each group, touching or overlapping ones merged."""
     keys = f"{names(by)}, " if by else ""
     within = f"PARTITION BY {names(by)} " if by else ""
     flat = f'SELECT {keys}last_ms, unnest("starts") AS a, unnest("ends") AS b FROM {base}'

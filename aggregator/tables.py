@@ -1,8 +1,8 @@
-"""The tables in the bucket: which columns, which of them name a row, and how the others add up. Pure.
+"""The tables in the bucket: their columns, which of them are labels, and how the others aggregate. Pure.
 
-A minute table has one row for each record that a node sent. An hour table and a day table have the same columns as
-each other: rows with equal labels are added up, and adding up what was added up gives the same as adding up everything
-at once. So late rows, and rows that come twice, cost a table's renewal and nothing else.
+A minute table has one row per record that a node sent. Hour and day tables share their columns: rows with equal labels
+are aggregated, and aggregating aggregates gives the same as aggregating everything at once. Late or duplicate rows
+therefore only cost a rebuild of the table.
 """
 
 from types import NoneType, UnionType
@@ -15,7 +15,7 @@ from shared.sketch import SketchWire
 
 BATCH_TABLE = "batch"
 MINUTE_TABLES = (*RECORD_TYPES, BATCH_TABLE)
-"""The batch table comes last: a day that has a batch there has all of its records."""
+"""The batch table is last: once a batch is in it, all of its records are written."""
 HOUR_MS, SLOT_MS = 3_600_000, 300_000
 EVENTS = tuple(str(kind.__struct_config__.tag) for kind in get_args(Event))
 IDENTITY = ("node", "incarnation", "epoch", "seq", "ordinal")
@@ -32,7 +32,7 @@ META = {
     "unknown_records": "BIGINT",
     "clock_skew_ms": "BIGINT",
 }
-"""What every row of a minute table says of the batch it came in."""
+"""Columns of the batch envelope, in every row of a minute table."""
 SKETCH = {
     "count": "BIGINT",
     "zero": "BIGINT",
@@ -42,14 +42,14 @@ SKETCH = {
     "idx": "INTEGER[]",
     "cnt": "BIGINT[]",
 }
-"""A sketch ``x`` is seven columns ``x_count`` and so on; ``idx`` are bucket numbers as they are, not their steps."""
+"""A sketch ``x`` is seven columns ``x_count`` and so on; ``idx`` are absolute bucket indices, not deltas."""
 _SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
 
 
 class Fold(msgspec.Struct, frozen=True, kw_only=True):
-    """How rows of one kind add up. ``lift`` makes minute rows look like folded ones: SQL for each column that is not
-    in the minute table under its own name. ``lasts`` take the newest row's value (newest by ``last_ms``, and at one
-    time by place), ``spans`` are pairs of lists that hold intervals."""
+    """How rows of one kind aggregate. ``lift`` gives minute rows the shape of folded ones: SQL for each column that is
+    not in the minute table under its own name. ``lasts`` take the latest row's value (by ``last_ms``, then by place),
+    ``spans`` are pairs of lists that hold intervals."""
 
     source: tuple[str, ...]
     labels: tuple[str, ...]
@@ -65,26 +65,26 @@ class Fold(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record_columns(kind: type[msgspec.Struct]) -> dict[str, str]:
-    """The types of a record's columns as they are stored."""
+    """Column types of a record as stored."""
     found: dict[str, str] = {}
     for field in msgspec.structs.fields(kind):
         inner = _without_none(field.type)
         if inner is SketchWire:
             found.update({f"{field.name}_{part}": sql for part, sql in SKETCH.items()})
         else:
-            # a map is read as JSON and stored as its text
+            # a map is read as JSON and stored as text
             found[field.name] = _sql_type(inner).replace("JSON", "VARCHAR")
     return found
 
 
 def minute_columns(table: str) -> dict[str, str]:
-    """All columns of a minute table, in their order."""
+    """All columns of a minute table, in order."""
     own = record_columns(RECORD_TYPES[table]) if table != BATCH_TABLE else {}
     return {**META, "ordinal": "INTEGER", **own}
 
 
 def wire_columns(table: str) -> dict[str, str]:
-    """The types of what is read in: a record as it was sent, its sketches still whole."""
+    """Column types of the input: a record as sent, with sketches as structs."""
     if table == BATCH_TABLE:
         return {**META, "ordinal": "INTEGER"}
     sketch = "STRUCT(" + ", ".join(f'"{part}" {sql}' for part, sql in SKETCH.items()) + ")"
@@ -96,7 +96,7 @@ def wire_columns(table: str) -> dict[str, str]:
 
 
 def flattened(table: str) -> str:
-    """SQL that makes stored columns of what is read in."""
+    """SQL that converts input columns to stored ones."""
     parts = [f'"{name}"' for name in (*META, "ordinal")]
     for name, sql in wire_columns(table).items():
         if sql.startswith("STRUCT"):
@@ -107,7 +107,7 @@ def flattened(table: str) -> str:
 
 
 def folded_columns(fold: Fold) -> dict[str, str]:
-    """The columns of an hour or day table. A file that is older than one of them has none of it."""
+    """The columns of an hour or day table. Older files may lack some of them."""
     minutes = {name: sql for table in fold.source for name, sql in minute_columns(table).items()}
     found = {"slot_ms": "BIGINT", "last_ms": "BIGINT", "last_place": "BIGINT"}
     found |= {name: minutes.get(name, "VARCHAR") for name in fold.labels}
@@ -150,7 +150,7 @@ _LENGTH = "(t_end_ms - t_start_ms)"
 
 
 def _weighted(name: str, column: str) -> dict[str, str]:
-    """A mean over time as two sums: the value by the time it stood for, and that time."""
+    """A time-weighted mean as two sums: value times duration, and duration."""
     return {
         f"{name}_ms": f"coalesce({column}::HUGEINT * {_LENGTH}, 0)",
         f"{name}_known_ms": f"CASE WHEN {column} IS NULL THEN 0 ELSE {_LENGTH} END",
@@ -268,7 +268,7 @@ FOLDS: dict[str, Fold] = {
         daily=False,
     ),
 }
-"""What lies under hour/ (and, where ``daily``, under day/), by table."""
+"""Tables under hour/ (and, where ``daily``, under day/)."""
 EVENT_TABLE = "event"
 """All events of a day in one table under hour/, with the record as JSON."""
 EVENT_SOURCES = (*EVENTS, "hardware")

@@ -1,8 +1,8 @@
-"""When nodes served, when they did not, and when nobody knows. Pure.
+"""When nodes were up, down or unknown, and the incidents. Pure.
 
-A node is *up* while it reported with a model ready in memory, *idle* while it reported without one (nothing was
-assigned, or everything was evicted), *down* where a restart or its peers explain that it said nothing, *unknown*
-otherwise: a gap in telemetry is never up. The rack is up while any node is.
+A node is *up* while it reported with a model ready, *idle* while it reported without one (nothing was assigned, or
+everything was evicted), *down* where a restart or its peers explain missing telemetry, *unknown* otherwise: a gap in
+telemetry never counts as up. The rack is up while any node is.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ from shared.records import (
 )
 
 JOIN_MS = 2_000
-"""Windows follow one another with a breath between them; a shorter gap is none."""
+"""Consecutive windows have small gaps between them; shorter ones are ignored."""
 GRACE_MS = 30_000
-"""A node whose window ends this long after it was last seen by a peer was heard of again."""
+"""A node with a window that ends later than this after a peer last saw it has reported again."""
 MERGE_MS = 600_000
-"""Incidents of one cause at one place that follow each other within this are one."""
+"""Incidents with the same cause, node and scope that follow within this time are merged."""
 NEAR_MS = 300_000
 LONG_HEAT_MS = 6 * 3_600_000
-"""How far before an incident its cause is looked for."""
+"""How long before an incident a throttle event may have begun to count as its cause."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that was not as it should be. ``end_ms`` is None while it lasts. ``cause`` is a word for programs
-    (power, crash, stopped, network, out_of_memory, heat, loader, deploy, unknown), ``text`` and ``fix`` are for people;
-    ``confirmed`` says that a person wrote it. ``times`` counts what was merged."""
+    """An incident. ``end_ms`` is None while it is open. ``cause`` is a machine-readable identifier (power, crash,
+    stopped, network, out_of_memory, heat, loader, deploy, unknown), ``text`` and ``fix`` are human-readable;
+    ``confirmed`` is set if an operator annotated it. ``times`` counts merged incidents."""
 
     node: str
     scope: str
@@ -63,7 +63,7 @@ class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Uptime(msgspec.Struct, frozen=True, kw_only=True):
-    """The rack: answered requests out of those that should have been, its minutes, and each node by time."""
+    """Availability of the rack by requests and by time, and of each node by time."""
 
     requests_ok: int
     requests_bad: int
@@ -75,10 +75,10 @@ class Uptime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) -> Uptime:
-    """Judge the span up to ``now_ms``. Refused and cancelled requests count neither way."""
+    """Availability in the span up to ``now_ms``. Refused and cancelled requests count neither way."""
     ok = sum(s.requests for s in window.served if s.outcome == "ok")
     bad = sum(s.requests for s in window.served if s.outcome == "failed")
-    # what was reported after the moment of judging is known, too
+    # telemetry from after ``now_ms`` counts, too
     latest = max((b for node in window.nodes for _, b in window.reported(node)), default=0)
     until = min(window.span.until_ms, max(now_ms, latest))
     known = {node: _gaps(window, node, until) for node in window.nodes}
@@ -97,7 +97,7 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
 
 
 class _Track:
-    """One node's time, taken apart."""
+    """One node's timeline."""
 
     def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
         self.node = node
@@ -114,7 +114,7 @@ class _Track:
         self.until = until
 
     def sums(self) -> NodeUptime:
-        """The node's row."""
+        """The node's totals."""
         return _sums(self.node, self.first, self.until, self.reported, self.up, self.down)
 
 
@@ -125,7 +125,7 @@ def _rack(mine: Sequence[_Track]) -> NodeUptime:
     since = min(t.first for t in mine)
     down: Intervals = ((since, mine[0].until),)
     for track in mine:
-        # before a node was there it could not be up
+        # before its first report a node counts as down for the rack
         down = _both(down, union(((since, track.first), *track.down)))
     return _sums("", min(t.first for t in mine), mine[0].until, reported, up, down)
 
@@ -145,7 +145,7 @@ def _sums(node: str, first: int, until: int, reported: Intervals, up: Intervals,
 
 
 def _closed(intervals: Intervals) -> Intervals:
-    """Breaths between windows filled."""
+    """Intervals with gaps of up to JOIN_MS closed."""
     merged: list[tuple[int, int]] = []
     for start, end in intervals:
         if merged and start - merged[-1][1] <= JOIN_MS:
@@ -156,7 +156,7 @@ def _closed(intervals: Intervals) -> Intervals:
 
 
 def _both(one: Intervals, other: Intervals) -> Intervals:
-    """Where two tracks overlap."""
+    """Intersection of two sets of intervals."""
     found = []
     i = j = 0
     while i < len(one) and j < len(other):
@@ -171,9 +171,9 @@ def _both(one: Intervals, other: Intervals) -> Intervals:
 
 
 def _gaps(window: Window, node: str, until: int) -> list[Incident]:
-    """Gaps between what a node reported, where a restart or its peers explain them; other gaps stay unknown."""
+    """Gaps in a node's telemetry that a restart or its peers explain; other gaps stay unknown."""
     reported = _closed(window.reported(node))
-    # a node that was down when the span began is told from a new one by what its first start says of the run before
+    # a node that was down when the span began differs from a new one by ``previous`` of its first start
     edges = [(window.span.since_ms, window.span.since_ms), *reported]
     found = []
     for (_, start), (end, _) in pairwise(edges):
@@ -192,19 +192,19 @@ def _gaps(window: Window, node: str, until: int) -> list[Incident]:
                 start_ms=max(down_at, reported[-1][1]),
                 end_ms=None,
                 cause="unknown",
-                text="it does not answer its peers",
-                fix="look at the machine",
+                text="no answer to heartbeats of its peers",
+                fix="check the machine",
             )
         )
     return found
 
 
 def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
-    """Why a node said nothing, by the first of these that holds.
+    """Why a node did not report; the first rule that matches.
 
-    1. it was stopped in order; 2. models had just held more memory than there is; 3. heat was slowing it; 4. a swap
-    had just begun or failed; 5. the machine was started again (another boot); 6. only the agent was; 7. its peers could
-    not reach it, and it came back without a restart.
+    1. clean stop; 2. hard memory pressure just before; 3. throttled at the time; 4. a swap had just ended; 5. the
+    machine rebooted; 6. only the agent restarted; 7. its peers could not reach it, and it came back without a
+    restart.
     """
     begun = next(
         (r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS),
@@ -213,30 +213,30 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
     if begun is not None and begun.previous == "first":
         return None
     if begun is not None and begun.previous == "clean":
-        return "stopped", "its operator stopped the agent", "started again"
+        return "stopped", "agent stopped by an operator", "restarted"
     if begun is not None:
         near = (start - NEAR_MS, start + JOIN_MS)
         if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
-            return "out_of_memory", "memory ran short just before the agent ended", "give a model away, or lower rows"
+            return "out_of_memory", "memory pressure just before the agent ended", "move a model away, or lower rows"
         if _was_hot(window, node, start):
-            return "heat", "heat was slowing the machine when it ended", "more air, or a cooler place"
+            return "heat", "the node was thermally throttled when it ended", "improve cooling or airflow"
         if any(m.node == node and _within(r.t_ms, near) for m, r in window.of(SwapFinished)):
-            return "deploy", "a swap had just ended on it", "compare the version with the one before"
+            return "deploy", "a swap had just ended on the node", "compare the new version with the previous one"
         boots = {run.boot_id for run in window.runs if run.node == node}
         if len(boots - {None, ""}) > 1 and _rebooted(window, node, start, end):
             return (
                 "power",
-                ("the machine started again: power, or a kernel panic (look for a .panic file that names IOGPUMemory)"),
-                "check power; see the runbook on panics",
+                ("the machine rebooted: power loss or kernel panic (look for a .panic file that mentions IOGPUMemory)"),
+                "check the power supply; see the runbook on panics",
             )
-        return "crash", "the agent ended without being told to", "started again by launchd or the operator"
+        return "crash", "the agent ended unexpectedly", "restarted by launchd or an operator"
     if any(record.peer == node and start - GRACE_MS <= record.t_ms <= end for _, record in window.of(PeerDown)):
-        return "network", "its peers could not reach it", "came back without a restart: look at the network"
+        return "network", "unreachable for its peers", "recovered without a restart: check the network"
     return None
 
 
 def _was_hot(window: Window, node: str, t_ms: int) -> bool:
-    """Whether throttling went on at that moment: begun, and not ended before."""
+    """Whether the node was throttled at that time: begun and not ended before."""
     begun = [r.t_ms for m, r in window.of(ThrottleEvent) if m.node == node and r.t_ms <= t_ms]
     ended = [r.t_ms for m, r in window.of(ThrottleEnded) if m.node == node and r.t_ms <= t_ms - NEAR_MS]
     return bool(begun) and max(begun) > max(ended, default=0) and t_ms - max(begun) < LONG_HEAT_MS
@@ -250,7 +250,7 @@ def _within(t_ms: int, near: tuple[int, int]) -> bool:
 
 
 def _rebooted(window: Window, node: str, start: int, end: int) -> bool:
-    """Whether the runs on both sides of a gap are of different boots."""
+    """Whether the machine rebooted between the runs before and after a gap."""
     runs = sorted((r for r in window.runs if r.node == node), key=lambda r: r.since_ms)
     before = [r.boot_id for r in runs if r.since_ms < start]
     after = [r.boot_id for r in runs if r.since_ms >= end - JOIN_MS]
@@ -258,7 +258,7 @@ def _rebooted(window: Window, node: str, start: int, end: int) -> bool:
 
 
 def _down_now(window: Window, node: str) -> int | None:
-    """When the peers declared the node down, if none has seen it since and it did not stop in order."""
+    """When the peers declared the node down, unless a peer has seen it since or it was stopped cleanly."""
     downs = [r.last_seen_ms for _, r in window.of(PeerDown) if r.peer == node]
     ups = [r.t_ms for _, r in window.of(PeerUp) if r.peer == node]
     stops = [r.t_ms for m, r in window.of(AgentStopped) if m.node == node]
@@ -276,8 +276,8 @@ def _loaders(window: Window) -> list[Incident]:
             start_ms=record.t_ms,
             end_ms=record.t_ms,
             cause="loader",
-            text=f"the loader ended ({record.cause})",
-            fix="started again by the agent",
+            text=f"the loader exited ({record.cause})",
+            fix="restarted by the agent",
         )
         for meta, record in window.of(LoaderExited)
     ]
@@ -291,8 +291,8 @@ def _swaps(window: Window) -> list[Incident]:
             start_ms=record.t_ms - record.window_us // 1000,
             end_ms=record.t_ms,
             cause="deploy",
-            text=f"the swap to {record.to_version} failed: {record.reason or 'no reason was given'}",
-            fix="the old version went on answering",
+            text=f"the swap to {record.to_version} failed: {record.reason or 'no reason reported'}",
+            fix="the old version continued to serve",
         )
         for meta, record in window.of(SwapFinished)
         if record.outcome == "failed"
@@ -300,7 +300,7 @@ def _swaps(window: Window) -> list[Incident]:
 
 
 def _heat(window: Window) -> list[Incident]:
-    """Throttling at the worst levels; the lesser ones are in the thermal figures."""
+    """Throttling at the highest levels; lower ones are covered by the thermal figures."""
     return [
         Incident(
             node=meta.node,
@@ -309,7 +309,7 @@ def _heat(window: Window) -> list[Incident]:
             end_ms=record.t_ms,
             cause="heat",
             text=f"thermal pressure rose to {record.level}",
-            fix="more air, or a cooler place",
+            fix="improve cooling or airflow",
         )
         for meta, record in window.of(ThrottleEnded)
         if record.level in _WORST
@@ -317,7 +317,7 @@ def _heat(window: Window) -> list[Incident]:
 
 
 def _merged(incidents: Sequence[Incident]) -> list[Incident]:
-    """Incidents of one cause at one place that follow each other closely are one."""
+    """Merge incidents with the same cause, node and scope that follow each other closely."""
     found: list[Incident] = []
     last: dict[tuple[str, str, str], int] = {}
     for one in incidents:
@@ -334,7 +334,7 @@ def _merged(incidents: Sequence[Incident]) -> list[Incident]:
 
 
 def _annotated(incident: Incident, annotations: Sequence[Annotation]) -> Incident:
-    """What a person wrote of an incident stands for what was guessed."""
+    """Apply an operator's annotation over the inferred cause."""
     end = incident.end_ms if incident.end_ms is not None else incident.start_ms
     for note in annotations:
         same = note.node in ("", incident.node) and note.start_ms <= end and note.end_ms >= incident.start_ms

@@ -1,3 +1,3 @@
-"""The vocabulary both programs speak; it imports nothing of ours but itself."""
+"""Types, keys and storage shared by agent and aggregator; imports neither of them."""
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""How long to wait before the next try; pure, so that waiting can be tested without waiting."""
+"""Delay before the next attempt; pure, so that tests need not wait."""
 
 
 def full_jitter_s(attempt: int, random_01: float, *, base_s: float = 1.0, cap_s: float = 300.0) -> float:
-    """Seconds before try ``attempt`` + 1 (attempt counts from 0): ``random_01`` times a doubling, capped ceiling.
+    """Seconds before attempt ``attempt`` + 1 (counted from 0): ``random_01`` times a capped ceiling that doubles.
 
-    Full jitter, because nodes that lost one store come back at different moments.
+    Full jitter, so that nodes which lost the same store do not all reconnect at once.
     """
     ceiling = min(cap_s, base_s * 2.0 ** min(attempt, 30))
     return random_01 * ceiling

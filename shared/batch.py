@@ -1,8 +1,8 @@
-"""The envelope in which records travel, and the segment in which batches are stored.
+"""The batch, which carries records, and the segment, in which batches are stored.
 
 A batch covers one window of one node. A segment is zstd over concatenated MessagePack batches, immutable once stored.
-Reading is suspicious: sizes are bounded, types are checked, an unknown schema version is refused and an unknown kind
-of record, from a newer agent, is counted and left out.
+Input is untrusted: sizes are bounded, types are checked, an unknown schema version is refused, and an unknown kind of
+record (from a newer agent) is counted and skipped.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from shared.sketch import SketchWire, bucket_index
 
 SCHEMA_VERSION = 1
 MAX_SEGMENT_BYTES = 16 << 20
-"""Refuse to unpack more than this: real segments are kilobytes."""
+"""Limit of the unpacked size; real segments are kilobytes."""
 MAX_COUNT = 1 << 46
-"""No honest count, time in ms or us, or size in bytes of one window reaches this (2,200 years, 2 years, 70 TB); sums of
-a hundred thousand still fit 64 bits."""
+"""Above any valid count, time in ms or us, or size in bytes of one window (2,200 years, 2 years, 70 TB); the sum of
+a hundred thousand such values still fits in 64 bits."""
 MAX_ITEMS = 256
 MAX_RECORDS = 20_000
 MAX_TEXT = 2_000
@@ -54,7 +54,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def id(self) -> BatchId:
-        """What the batch is de-duplicated on."""
+        """The key on which batches are de-duplicated."""
         return (NodeId(self.node), self.incarnation, self.epoch, self.seq)
 
 
@@ -68,10 +68,10 @@ def encode(batch: Batch) -> bytes:
 
 
 def decode(raw: bytes) -> Batch:
-    """Read one MessagePack batch. Raises Refused with what is wrong."""
+    """Read one MessagePack batch. Raises Refused with the reason."""
     batches = list(_unpack(raw))
     if len(batches) != 1:
-        raise Refused(f"decode batch: {len(batches)} batches where one was expected", code="bad_batch")
+        raise Refused(f"decode batch: expected one batch, found {len(batches)} batches", code="bad_batch")
     return batches[0]
 
 
@@ -81,23 +81,23 @@ def seal(batches: Iterable[Batch]) -> bytes:
 
 
 def unseal(segment: bytes) -> list[Batch]:
-    """Read a segment back. Raises Refused for anything but a whole segment of known batches."""
+    """Read a segment. Raises Refused unless it is complete and all of its batches are valid."""
     try:
-        # max_window_size keeps a hostile frame from asking for gigabytes before a byte is read
+        # max_window_size keeps a hostile frame from allocating gigabytes before the first byte is read
         reader = zstandard.ZstdDecompressor(max_window_size=8 << 20).stream_reader(segment, read_across_frames=True)
         raw = reader.read(MAX_SEGMENT_BYTES + 1)
     except zstandard.ZstdError as error:
         raise Refused(f"unseal segment: not a zstd frame ({error})", code="bad_segment") from None
     if len(raw) > MAX_SEGMENT_BYTES:
-        raise Refused(f"unseal segment: unpacks to over {MAX_SEGMENT_BYTES} bytes", code="bad_segment")
+        raise Refused(f"unseal segment: unpacked size exceeds {MAX_SEGMENT_BYTES} bytes", code="bad_segment")
     batches = list(_unpack(raw))
     if not batches:
-        raise Refused("unseal segment: no batch inside", code="bad_segment")
+        raise Refused("unseal segment: contains no batch", code="bad_segment")
     return batches
 
 
 def digest(body: bytes) -> str:
-    """sha256 of stored bytes, in hex."""
+    """SHA-256 of stored bytes, in hex."""
     return hashlib.sha256(body).hexdigest()
 
 
@@ -112,7 +112,7 @@ def _unpack(raw: bytes) -> Iterable[Batch]:
             consumed = unpacker.tell()
             yield _typed(raw[begins:consumed]) or _batch(_mapping(raw[begins:consumed]))
     except msgpack.OutOfData:
-        raise Refused("decode batch: cut off in the middle", code="bad_batch") from None
+        raise Refused("decode batch: truncated", code="bad_batch") from None
     except (msgpack.UnpackException, ValueError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"decode batch: not MessagePack ({type(error).__name__})", code="bad_batch") from None
 
@@ -124,8 +124,8 @@ def _mapping(raw: bytes) -> Any:
 
 
 def _typed(raw: bytes) -> Batch | None:
-    """A batch in which everything is known, in one go: sixteen times as fast. None for any other, which is then
-    looked at piece by piece."""
+    """Fast path, sixteen times as fast: a batch that contains only known records. None for any other, which is then
+    decoded record by record."""
     try:
         batch = _DECODER.decode(raw)
     except (msgspec.DecodeError, RecursionError):
@@ -138,15 +138,13 @@ def _typed(raw: bytes) -> Batch | None:
 
 def _batch(mapping: Any) -> Batch:
     if not isinstance(mapping, dict):
-        raise Refused(f"decode batch: a {type(mapping).__name__} where a map was expected", code="bad_batch")
+        raise Refused(f"decode batch: expected a map, found a {type(mapping).__name__}", code="bad_batch")
     version = mapping.get("v")
     if version != SCHEMA_VERSION:
-        raise Refused(
-            f"decode batch: schema version {str(version)[:20]} is not known here; upgrade", code="unknown_schema"
-        )
+        raise Refused(f"decode batch: unsupported schema version {str(version)[:20]}; upgrade", code="unknown_schema")
     records = mapping.get("records", ())
     if not isinstance(records, list | tuple):
-        raise Refused("decode batch: records is not a list", code="bad_batch")
+        raise Refused("decode batch: records: expected a list", code="bad_batch")
     known = [r if _is_known(r) else _UNKNOWN for r in records]
     try:
         envelope = {**mapping, "records": known, "unknown_records": sum(r is _UNKNOWN for r in known)}
@@ -158,15 +156,15 @@ def _batch(mapping: Any) -> Batch:
 
 
 def _is_known(record: Any) -> bool:
-    """False for a kind that a newer agent may have; what is no record at all is left to the type check."""
+    """False for the kind of a newer agent; a value without a kind is left to the type check."""
     kind = record.get("kind") if isinstance(record, dict) else None
     return not isinstance(kind, str) or kind in RECORD_TYPES
 
 
 def _check_plausible(batch: Batch) -> None:
-    """That every number can be one: types alone let a damaged batch through that no table or sum can hold."""
+    """Check the range of every number: a damaged batch may pass the type check and overflow tables and sums."""
     if len(batch.records) > MAX_RECORDS:
-        raise Refused(f"decode batch: {len(batch.records)} records", code="bad_batch")
+        raise Refused(f"decode batch: {len(batch.records)} records, the limit is {MAX_RECORDS}", code="bad_batch")
     for where, item in (("batch", batch), *((f"record {n}", record) for n, record in enumerate(batch.records))):
         if _is_plausible(item):
             continue
@@ -178,19 +176,19 @@ def _check_plausible(batch: Batch) -> None:
 
 @lru_cache
 def _numbers(kind: type[msgspec.Struct]) -> tuple[Callable[[Any], Any], Callable[[Any], Any] | None]:
-    """Getters for all values of a record, and for its sketches."""
+    """Getters for the plain values of a record, and for its sketches."""
     names = [f.name for f in msgspec.structs.fields(kind) if f.name not in ("records", "clock_skew_ms")]
     sketches = [f.name for f in msgspec.structs.fields(kind) if f.type is SketchWire]
     return _getter([n for n in names if n not in sketches]), _getter(sketches) if sketches else None
 
 
 def _getter(names: list[str]) -> Callable[[Any], Any]:
-    """The values of some fields, as a tuple however few they are."""
+    """A getter for fields that returns a tuple, also for fewer than two of them."""
     return attrgetter(*names) if len(names) > 1 else lambda item: tuple(getattr(item, name) for name in names)
 
 
 def _is_plausible(item: msgspec.Struct) -> bool:
-    """Whether a record needs no second look: what nearly all of them are."""
+    """Fast check that nearly all records pass; any other gets the detailed one."""
     values, sketches = _numbers(type(item))
     for value in values(item):
         if value is None or value is True or value is False:
@@ -207,15 +205,15 @@ def _is_plausible(item: msgspec.Struct) -> bool:
 
 
 def _implausible(value: object) -> str:
-    """What is wrong with a field's value; "" when nothing is."""
+    """What is wrong with a field's value, or ""."""
     if isinstance(value, SketchWire):
         return _bad_sketch(value)
     if isinstance(value, int) and not 0 <= value <= MAX_COUNT:
         return f"{value} is out of range"
     if isinstance(value, str) and len(value) > MAX_TEXT:
-        return f"a text of {len(value)} characters"
+        return f"text of {len(value)} characters, the limit is {MAX_TEXT}"
     if isinstance(value, tuple | dict) and len(value) > MAX_ITEMS and not _are_records(value):
-        return f"{len(value)} items"
+        return f"{len(value)} items, the limit is {MAX_ITEMS}"
     if isinstance(value, tuple):
         return next((p for p in map(_implausible, value) if p), "")
     if isinstance(value, dict):
@@ -230,13 +228,13 @@ def _are_records(value: object) -> bool:
 def _bad_sketch(wire: SketchWire) -> str:
     numbers = (wire.count, wire.zero, wire.sum, wire.min or 0, wire.max or 0, *wire.cnt)
     if min(numbers) < 0 or max(numbers) > MAX_COUNT:
-        return "a count out of range"
+        return "sketch: count out of range"
     if (wire.count > 0) != (wire.min is not None and wire.max is not None):
-        return "counts without a minimum and a maximum"
+        return "sketch: minimum and maximum do not fit the count"
     if len(wire.idx) != len(wire.cnt) or wire.zero + sum(wire.cnt) != wire.count or (wire.cnt and min(wire.cnt) <= 0):
-        return "sketch: counts and total differ"
+        return "sketch: bucket counts do not add up to the total"
     if len(wire.idx) > 1 and min(wire.idx[1:]) <= 0:
         return "sketch: buckets out of order"
     if wire.idx and not (wire.idx[0] >= -1 and sum(wire.idx) <= MAX_BUCKET):
-        return "a bucket out of range"
+        return "sketch: bucket out of range"
     return ""

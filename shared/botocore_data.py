@@ -1,5 +1,5 @@
-"""What botocore has to know of S3 and no more: its descriptions of a service fill a dozen megabytes, of which a client
-that makes eight calls needs one. Nothing is changed in what is kept."""
+"""botocore's description of S3, trimmed: the full service data take a dozen megabytes, of which a client that makes
+eight calls needs one. What is kept is unchanged."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ OPERATIONS = (
     "CompleteMultipartUpload",
     "AbortMultipartUpload",
 )
-"""What shared/store_s3.py calls, and what uploading a file in parts does."""
+"""Operations that shared/store_s3.py calls, and those of a multipart upload."""
 
 
 class SmallLoader(Loader):
-    """Loads as botocore does, and keeps what is used of it."""
+    """botocore's loader, which keeps only the data in use."""
 
     _cache: dict[object, Any]
 
@@ -39,7 +39,7 @@ class SmallLoader(Loader):
 
 
 def trimmed_model(model: dict[str, Any]) -> dict[str, Any]:
-    """A service's description with these operations, the shapes that they reach and no documentation."""
+    """A service description reduced to OPERATIONS and the shapes they reach, without documentation."""
     operations = {name: _plain(one) for name, one in model["operations"].items() if name in OPERATIONS}
     shapes: dict[str, Any] = {}
     todo = deque(_shapes_in(operations))
@@ -56,7 +56,7 @@ def trimmed_model(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def trimmed_endpoints(data: dict[str, Any]) -> dict[str, Any]:
-    """Every partition with its regions, and S3 as its only service."""
+    """Every partition with its regions, and S3 as the only service."""
     partitions = [
         {**one, "services": {name: value for name, value in one["services"].items() if name == "s3"}}
         for one in data["partitions"]
@@ -65,7 +65,7 @@ def trimmed_endpoints(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(found: Any) -> Any:
-    """With its documentation, which is more than half of it, empty."""
+    """The same with empty documentation, which is more than half of the data."""
     if isinstance(found, dict):
         texts = {"documentation"} if isinstance(found.get("documentation"), str) else set()
         return {key: "" if key in texts else _plain(value) for key, value in found.items()}

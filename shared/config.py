@@ -1,7 +1,7 @@
-"""TOML to a typed, frozen structure, with every problem in one message.
+"""Read TOML into a typed, frozen structure and report all problems at once.
 
 A program describes its configuration as nested msgspec Structs. Unlike a plain conversion, which stops at the first
-mistake, all mistakes are gathered with their key paths, so that the operator mends the file once.
+error, this collects all errors with their key paths, so that the operator edits the file once.
 """
 
 import difflib
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class ConfigError(Halt):
-    """The configuration cannot be used; ``problems`` lists every reason."""
+    """Invalid configuration; ``problems`` lists every error."""
 
     code = "bad_config"
 
@@ -30,22 +30,22 @@ class ConfigError(Halt):
 
 
 def load(path: Path, kind: type[T], check: Callable[[T], Sequence[str]]) -> T:
-    """Read ``path`` as ``kind``. ``check`` adds what types cannot say. Raises ConfigError with all problems."""
+    """Read ``path`` as ``kind``. ``check`` validates what types cannot. Raises ConfigError with all problems."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), ["there is no such file; --config names another"]) from None
+        raise ConfigError(str(path), ["no such file; pass the path with --config"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse(text, kind, check, source=str(path))
 
 
 def parse(text: str, kind: type[T], check: Callable[[T], Sequence[str]], *, source: str) -> T:
-    """As load, from text already read."""
+    """Like load, for text that is already read."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(source, [f"is not TOML: {error}"]) from None
+        raise ConfigError(source, [f"invalid TOML: {error}"]) from None
     found = list(problems(tree, kind, ""))
     if found:
         raise ConfigError(source, found)
@@ -57,7 +57,7 @@ def parse(text: str, kind: type[T], check: Callable[[T], Sequence[str]], *, sour
 
 
 def problems(tree: Any, kind: Any, path: str) -> list[str]:
-    """Everything in ``tree`` that does not fit ``kind``, each as ``key.path: what is wrong``."""
+    """All mismatches between ``tree`` and ``kind``, each as ``key.path: what is wrong``."""
     struct = _struct_of(kind)
     if struct is not None:
         return _struct_problems(tree, struct, path)
@@ -79,7 +79,7 @@ def _struct_problems(tree: Any, kind: type[msgspec.Struct], path: str) -> list[s
     for key in tree:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(sorted(fields))}"
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(fields))}"
             found.append(f"{_join(path, key)}: unknown key{hint}")
     for name, field in fields.items():
         if name in tree:
@@ -102,5 +102,5 @@ def _join(path: str, key: str) -> str:
 
 
 def _plain(message: str) -> str:
-    """msgspec's sentence without its `$` paths, which are relative to the value and not to the file."""
+    """msgspec's message without its `$` paths, which are relative to the value and not to the file."""
     return message.split(" - at ")[0].replace("`", "").lower()

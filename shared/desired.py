@@ -1,7 +1,7 @@
-"""What the rack should look like, as the aggregator writes it and every agent follows it. Pure.
+"""The desired state: what should be served where. The aggregator writes it, every agent follows it. Pure.
 
-One object in the bucket; its generation rises with every change. A node that it names serves exactly the models that
-are assigned to it; a node that it does not name is left alone.
+One object in the bucket; its generation increases with every change. A node listed in it serves exactly the models
+assigned to it; a node that is not listed is left unchanged.
 """
 
 import msgspec
@@ -15,7 +15,7 @@ SCHEMA = 1
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """A model on a node: the served name ``model``, and ``version`` of ``source`` under models/ in the bucket.
 
-    Settings that are None are the node's own for that name, or the defaults of agent.toml.
+    Settings that are None fall back to the node's own for that name, then to the defaults of agent.toml.
     """
 
     model: str
@@ -29,15 +29,15 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DesiredPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of the rack and where it is found."""
+    """A node of the rack and its URL."""
 
     id: str
     url: str
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
-    """``nodes`` holds the assignments of each node by its id; ``note`` says why, for people. ``peers``, where there
-    are any, are all nodes of the rack, and take the place of those in agent.toml."""
+    """``nodes`` holds the assignments by node id; ``note`` is a human-readable reason. ``peers``, where there are any,
+    lists all nodes of the rack and replaces the peers of agent.toml."""
 
     schema: int = SCHEMA
     generation: int
@@ -48,7 +48,7 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse(raw: bytes) -> DesiredState:
-    """Read and check. Raises Refused; fields of a newer aggregator are passed over."""
+    """Parse and validate. Raises Refused; unknown fields of a newer aggregator are ignored."""
     try:
         desired = msgspec.json.decode(raw, type=DesiredState)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
@@ -56,7 +56,7 @@ def parse(raw: bytes) -> DesiredState:
     if desired.schema != SCHEMA:
         raise Refused(f"desired state: schema {desired.schema}, this agent reads {SCHEMA}", code="bad_desired")
     if desired.generation < 1:
-        raise Refused("desired state: its generation is below 1", code="bad_desired")
+        raise Refused(f"desired state: generation {desired.generation} is below 1", code="bad_desired")
     for node, assignments in desired.nodes.items():
         _check(node, assignments)
     _check_peers(desired.peers)
@@ -64,7 +64,7 @@ def parse(raw: bytes) -> DesiredState:
 
 
 def encode(desired: DesiredState) -> bytes:
-    """The object as it is stored."""
+    """The object as stored."""
     return msgspec.json.format(msgspec.json.encode(desired), indent=1)
 
 
@@ -76,7 +76,7 @@ def _check(node: str, assignments: tuple[Assignment, ...]) -> None:
     for one in assignments:
         for value in (one.rows, one.plan_context_tok):
             if value is not None and value < 1:
-                raise Refused(f"desired state: {one.model} on {node}: a setting below 1", code="bad_desired")
+                raise Refused(f"desired state: {one.model} on {node}: setting {value} is below 1", code="bad_desired")
         try:
             check_name(one.model, "model")
             check_name(one.source, "source")
@@ -89,11 +89,11 @@ def _check_peers(peers: tuple[DesiredPeer, ...]) -> None:
     for what, values in (("id", [p.id for p in peers]), ("url", [p.url.rstrip("/") for p in peers])):
         for value in values:
             if values.count(value) > 1:
-                raise Refused(f"desired state: two peers have the {what} {value}", code="bad_desired")
+                raise Refused(f"desired state: two peers share the {what} {value}", code="bad_desired")
     for peer in peers:
         try:
             check_name(peer.id, "id")
         except Refused as error:
             raise Refused(f"desired state: peers: {error.message}", code="bad_desired") from None
         if not peer.url.startswith(("http://", "https://")):
-            raise Refused(f"desired state: peer {peer.id}: its url begins with http:// or https://", code="bad_desired")
+            raise Refused(f"desired state: peer {peer.id}: url: expected an http(s) URL", code="bad_desired")

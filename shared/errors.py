@@ -1,23 +1,23 @@
-"""The errors of both programs, by who has to act.
+"""Errors of both programs, classified by who has to act.
 
 ::
 
     RackError
-    ├── Refused      the caller asked for something that cannot be had: change the request
-    │   ├── NotFound             there is no such object
-    │   └── PreconditionFailed   somebody else wrote it first
-    ├── Retryable    try again later; nothing is wrong with the request
-    └── Halt         a human has to mend something; trying again does not help
-        └── AccessDenied         the store does not accept our credentials
+    ├── Refused      the request cannot succeed: change it
+    │   ├── NotFound             no such object
+    │   └── PreconditionFailed   another writer was first
+    ├── Retryable    try again later; the request itself is valid
+    └── Halt         an operator has to act; retrying does not help
+        └── AccessDenied         the store rejected the credentials
 
-A message names the attempt, the object, what was seen and what would mend it. It never carries a prompt or a secret.
+A message states the operation, the object, what was seen and the remedy. It never contains a prompt or a secret.
 """
 
 
 class RackError(Exception):
-    """Base of every error that is raised on purpose.
+    """Base class of all errors that are raised deliberately.
 
-    ``code`` is a stable word for programs, ``param`` the request field at fault, where there is one.
+    ``code`` is a stable machine-readable identifier, ``param`` the request field at fault, if any.
     """
 
     code = "error"
@@ -31,25 +31,25 @@ class RackError(Exception):
 
 
 class Refused(RackError):
-    """The caller's fault; the same call will be refused again."""
+    """The request is at fault; repeating it fails again."""
 
     code = "invalid_request"
 
 
 class NotFound(Refused):
-    """There is no object under this key."""
+    """No object with this key."""
 
     code = "not_found"
 
 
 class PreconditionFailed(Refused):
-    """A conditional write lost: the object exists already or has changed."""
+    """A conditional write failed: the object already exists or has changed."""
 
     code = "precondition_failed"
 
 
 class Retryable(RackError):
-    """May succeed later. ``retry_after_s`` is a hint in seconds, None where nothing is known."""
+    """May succeed later. ``retry_after_s`` is a hint in seconds, None if unknown."""
 
     code = "unavailable"
 
@@ -61,12 +61,12 @@ class Retryable(RackError):
 
 
 class Halt(RackError):
-    """Needs a human; the message says what to do."""
+    """An operator has to act; the message says how."""
 
     code = "halt"
 
 
 class AccessDenied(Halt):
-    """The store refused our credentials; data is kept until they are mended."""
+    """The store rejected the credentials; data are kept until they are replaced."""
 
     code = "access_denied"

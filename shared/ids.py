@@ -1,15 +1,15 @@
-"""Names of things, so that a node can never be passed where a model is meant."""
+"""Distinct types for identifiers, so that a node id cannot be passed as a model name."""
 
 from typing import NewType
 
 NodeId = NewType("NodeId", str)
-"""One machine of the rack; comes from its configuration."""
+"""A machine of the rack, as named in its configuration."""
 
 ModelName = NewType("ModelName", str)
-"""The served name, which clients ask for."""
+"""The served name that clients request."""
 
 Version = NewType("Version", str)
-"""What stands behind a served name: the first 16 hex digits of the sha256 of the model's manifest."""
+"""The version behind a served name: the first 16 hex digits of the SHA-256 of the model's manifest."""
 
 BatchId = tuple[NodeId, int, int, int]
-"""(node, incarnation, epoch, seq): the identity on which batches are de-duplicated."""
+"""(node, incarnation, epoch, seq): the key on which batches are de-duplicated."""

@@ -1,4 +1,4 @@
-"""Names of objects in the bucket, both ways; each prefix has one writer (docs/bucket.md)."""
+"""Build and parse object keys of the bucket; each prefix has one writer (docs/bucket.md)."""
 
 import re
 from typing import NamedTuple
@@ -19,7 +19,7 @@ ALERT_STATE = "state/v1/alerts.json"
 
 
 class RawKey(NamedTuple):
-    """Where a segment of batches stands."""
+    """The parts of a segment's key."""
 
     node: NodeId
     incarnation: int
@@ -29,11 +29,9 @@ class RawKey(NamedTuple):
 
 
 def check_name(name: str, what: str) -> str:
-    """A name that may stand in a key: letters, digits, dot, underscore, hyphen, 63 at most. Raises Refused."""
+    """Validate a name for use in a key: letters, digits, dot, underscore, hyphen, 63 at most. Raises Refused."""
     if not _NAME.fullmatch(name):
-        raise Refused(
-            f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-        )
+        raise Refused(f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit")
     return name
 
 
@@ -43,7 +41,7 @@ def raw_node_prefix(node: str) -> str:
 
 
 def batch_key(key: RawKey) -> str:
-    """The key of a segment; keys of one node sort in the order in which they were written."""
+    """The key of a segment; keys of one node sort in write order."""
     run = f"i{key.incarnation:04d}/e{key.epoch:08d}"
     return f"{raw_node_prefix(key.node)}{run}/{key.first_seq:010d}-{key.last_seq:010d}.mpz"
 
@@ -52,25 +50,25 @@ def parse_batch_key(key: str) -> RawKey:
     """The inverse of batch_key. Raises Refused for a foreign key."""
     match = _RAW.fullmatch(key)
     if not match or not _NAME.fullmatch(match[1]):
-        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
     raw = RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[5]))
     if raw.first_seq > raw.last_seq or batch_key(raw) != key:
-        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
     return raw
 
 
 def claim_key(node: str, incarnation: int) -> str:
-    """Where a node claims an incarnation, so that a lost spool can never reuse an old one's keys."""
+    """Key with which a node claims an incarnation, so that a new spool never reuses the keys of a lost one."""
     return f"{raw_node_prefix(node)}i{incarnation:04d}/claim"
 
 
 def is_claim(key: str) -> bool:
-    """Whether a key under raw/ is a claim and not a segment."""
+    """Whether a key under raw/ is a claim rather than a segment."""
     return key.startswith(RAW_PREFIX) and key.endswith("/claim")
 
 
 def urgent_key(key: RawKey, ordinal: int) -> str:
-    """A copy of urgent events, sent ahead of the segment that will hold them."""
+    """A copy of urgent events, sent ahead of the segment that contains them."""
     node = check_name(key.node, "node id")
     return f"{URGENT_PREFIX}node={node}/i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{ordinal:04d}.mpz"
 
@@ -94,7 +92,7 @@ def parse_table_key(key: str) -> tuple[str, str, str]:
     """Level (minute, hour or day), table and UTC day of a table's file. Raises Refused for a foreign key."""
     match = _TABLE.fullmatch(key)
     if not match:
-        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
     return match[1], match[2], match[3]
 
 
@@ -114,7 +112,7 @@ def model_prefix(name: str) -> str:
 
 
 def model_manifest_key(name: str, version: str) -> str:
-    """What a version of a model consists of."""
+    """The manifest of one version of a model."""
     return f"{model_prefix(name)}{check_name(version, 'version')}.json"
 
 
@@ -123,15 +121,15 @@ def parse_model_manifest_key(key: str) -> tuple[str, str]:
     name, _, file = key.removeprefix(MODEL_PREFIX).partition("/")
     version = file.removesuffix(".json")
     if not (_NAME.fullmatch(name) and _NAME.fullmatch(version)) or model_manifest_key(name, version) != key:
-        raise Refused(f"key {key!r} is not one of ours", code="foreign_key")
+        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
     return name, version
 
 
 def model_file_key(version: str, file: str) -> str:
-    """One file of a version; versions that two names share are there once."""
+    """One file of a version; a version that two names share is stored once."""
     return f"models/v1/files/{check_name(version, 'version')}/{file}"
 
 
 def quarantine_key(key: str) -> str:
-    """Where a copy of a bad object is kept, byte for byte."""
+    """Where an unreadable object is kept, byte for byte."""
     return f"quarantine/v1/{key}"

@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object a line, times in UTC, rotated by the program itself.
+"""Structured logs: one JSON object per line, times in UTC, rotated by the program itself.
 
-One line per request, tick or run, with its numbers. Only ids, counts and codes: no prompt, no completion, no secret.
-Our own lines are rendered once and written; those of libraries come through the standard library's logging.
+One line per request, tick or run, with its figures. Only ids, counts and codes: no prompt, completion or secret.
+Our own lines are rendered once and written; those of libraries pass through the standard library's logging.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-# structlog loads rich where it finds it, five megabytes for coloured lines that no log of ours has
+# structlog imports rich if it is installed: five megabytes for coloured output that is never used here
 sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 import structlog  # noqa: E402
 
@@ -24,7 +24,7 @@ KEEP = 5
 
 
 def configure(path: Path | None, *, level: str = "info", console: bool = False) -> None:
-    """Send log lines to ``path`` (rotated, 0600), and to stderr when ``console`` or when there is no path."""
+    """Write log lines to ``path`` (rotated, mode 0600), and to stderr if ``console`` is set or there is no path."""
     writers: list[Callable[[bytes], None]] = []
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -48,27 +48,27 @@ def configure(path: Path | None, *, level: str = "info", console: bool = False) 
         handler.setFormatter(formatter)
         root.addHandler(handler)
     root.setLevel(level.upper())
-    # aiohttp and boto3 may quote a request in their own lines; only their warnings are let through
+    # aiohttp and boto3 may quote requests in their log lines; only their warnings pass
     for noisy in ("aiohttp", "botocore", "boto3", "urllib3", "apscheduler", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     structlog.configure(
         processors=[structlog.processors.add_log_level, _name, *_processors(), _render],
         logger_factory=lambda name="": _Writer(str(name), writers),
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        # a request's line costs a fifth of what it would without
+        # a request's line costs a fifth of the time it takes without the cache
         cache_logger_on_first_use=True,
     )
 
 
 class _Writer:
-    """Where a rendered line goes; structlog calls the method of the line's level."""
+    """Sink of rendered lines; structlog calls the method named after the line's level."""
 
     def __init__(self, name: str, writers: list[Callable[[bytes], None]]) -> None:
         self.name = name
         self._writers = writers
 
     def msg(self, text: bytes) -> None:
-        """Write it."""
+        """Write one line."""
         for write in self._writers:
             write(text)
 
@@ -76,11 +76,11 @@ class _Writer:
 
 
 class _PrivateFile(logging.handlers.RotatingFileHandler):
-    """A rotating file that its owner alone may read, the fresh one after a rotation too."""
+    """A rotating file with mode 0600, which rotation preserves."""
 
     def line(self, text: bytes) -> None:
-        """Write a line that is rendered already, in one call of the system. A disk that is full loses it, as it would
-        lose any other's."""
+        """Write a rendered line with one system call. On a full disk the line is dropped, like any other log
+        line."""
         self.acquire()
         try:
             if self.stream is not None and self._size >= self.maxBytes:
@@ -110,17 +110,17 @@ def _name(logger: "_Writer", __: str, event: structlog.typing.EventDict) -> stru
 
 
 def _render(_: object, __: str, event: structlog.typing.EventDict) -> bytes:
-    """JSON, several times as fast as the standard library; what it does not know it writes as text."""
+    """JSON, several times as fast as the standard library; values of unknown types are written as text."""
     return msgspec.json.encode(event, enc_hook=str)
 
 
 def _rendered(logger: object, name: str, event: structlog.typing.EventDict) -> str:
-    """The same for the lines of libraries, which go another way."""
+    """The same for lines of libraries, which come through logging."""
     return _render(logger, name, event).decode()
 
 
 def _without_traceback_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Keep an exception's type and place and drop its text, which may quote a request."""
+    """Keep an exception's type and location, drop its text, which may quote a request."""
     error = event.pop("exc_info", None)
     if error is True:
         error = sys.exc_info()
@@ -139,5 +139,5 @@ def _without_traceback_values(_: object, __: str, event: structlog.typing.EventD
 
 
 def get_logger(name: str) -> Any:
-    """A logger that adds ``logger=name`` to each line."""
+    """A logger that adds ``logger=name`` to every line."""
     return structlog.get_logger(name)

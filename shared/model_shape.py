@@ -1,4 +1,4 @@
-"""What a model's files say of its shape: which layers keep what of a token, how wide it computes, what it weighs.
+"""A model's shape as its files describe it: what each layer caches per token, its widths, the size of its weights.
 
 Pure; read from config.json as mlx-lm reads it, family by family, and from the headers of the safetensors files.
 """
@@ -24,23 +24,23 @@ _LATENT = (
     "longcat_flash",
     "mistral4",
 )
-"""Families whose mlx-lm code caches the compressed latent; others with low-rank keys cache whole heads."""
+"""Families for which mlx-lm caches the compressed latent; others with low-rank keys cache full heads."""
 _ENCODERS = ("bert",)
 _RECURRENT = ("mamba", "mamba2", "rwkv7", "falcon_mamba")
 _HEAD_BY_FILE = ("gemma3_text", "minicpm", "recurrent_gemma")
-"""Families that use a head of their own wherever the files hold one, whatever config.json says."""
+"""Families that use a separate output head if the files contain one, whatever config.json says."""
 _ROTATING = (
     *("afmoe", "cohere2", "exaone4", "exaone_moe", "gemma3_text", "gemma3n", "gemma4_text", "gpt_oss", "laguna"),
     *("llama", "mellum", "mimo_v2_flash", "ministral3", "olmo3", "plamo3", "step3p5"),
 )
-"""Families whose mlx-lm code keeps no more of a sliding layer than its window; others keep everything."""
+"""Families for which mlx-lm keeps only the window of a sliding layer; for others it keeps everything."""
 _PATTERNS = {"gemma3_text": (6, 512), "cohere2": (4, 4096)}
-"""Sliding window pattern and window of families that may leave them out of config.json."""
+"""Sliding pattern and window of families that may omit them from config.json."""
 _DEFAULTS: dict[str, dict[str, object]] = {
     "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
 }
-"""What mlx-lm assumes where config.json is silent."""
+"""mlx-lm's defaults for keys missing from config.json."""
 _DROPPED = (
     "vision_tower.",
     "vision_model.",
@@ -50,7 +50,7 @@ _DROPPED = (
     "embed_audio.",
     "mtp.",
 )
-"""Parts of checkpoints that mlx-lm leaves out of a language model."""
+"""Parts of checkpoints that mlx-lm does not load into a language model."""
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -62,9 +62,9 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides a model's memory. ``full`` layers hold ``token_bytes`` for every token of a context, ``sliding``
-    ones ``sliding_token_bytes`` for the last ``window_tok`` only. ``state_bytes`` is what all recurrent layers hold of
-    a row, however long. ``act_bytes`` is the width of a number in computation."""
+    """The dimensions that determine a model's memory. ``full`` layers hold ``token_bytes`` per token of a context,
+    ``sliding`` ones ``sliding_token_bytes`` for the last ``window_tok`` only. ``state_bytes`` is the state of all
+    recurrent layers per row, of any length. ``act_bytes`` is the width of an activation."""
 
     full: int
     sliding: int = 0
@@ -82,31 +82,31 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_header(raw: bytes) -> tuple[Tensor, ...]:
-    """Arrays named in the JSON header of a safetensors file (without its eight length bytes). Raises Refused."""
+    """Arrays listed in the JSON header of a safetensors file (without its eight length bytes). Raises Refused."""
     try:
         tree = msgspec.json.decode(raw, type=dict[str, dict[str, object]])
         return tuple(_tensor(name, entry) for name, entry in tree.items() if name != "__metadata__")
     except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError):
-        raise Refused("its header is no safetensors header", code="bad_model") from None
+        raise Refused("invalid safetensors header", code="bad_model") from None
 
 
 def header_bytes(first_eight: bytes, file_bytes: int) -> int:
-    """Length of the header that these bytes announce. Raises Refused when the file cannot hold it."""
+    """Header length announced by these bytes. Raises Refused if the file is too short for it."""
     length = struct.unpack("<Q", first_eight)[0] if len(first_eight) == 8 else 0
     if not 0 < length <= min(MAX_HEADER_BYTES, file_bytes - 8):
-        raise Refused("it is no safetensors file, or cut off", code="bad_model")
+        raise Refused("it is not a safetensors file, or truncated", code="bad_model")
     return int(length)
 
 
 def weight_bytes(tensors: Iterable[Tensor], shape: ModelShape) -> int:
-    """Bytes of the arrays that stay in memory: what mlx-lm drops on loading (a head that is tied to the embeddings, the
-    eyes and ears of other models) does not count, and 8-bit floats become 16-bit ones."""
+    """Bytes of the arrays that stay in memory: what mlx-lm drops on loading (a head tied to the embeddings, vision and
+    audio towers) does not count, and 8-bit floats become 16-bit ones."""
     kept = [t for t in tensors if not (shape.tied and t.name.endswith("lm_head.weight")) and not _is_dropped(t.name)]
     return sum(t.nbytes * (2 if t.dtype.startswith("F8") else 1) for t in kept)
 
 
 def parse_shape(config_json: bytes, tensors: Sequence[Tensor] = ()) -> ModelShape:
-    """The shape from a model's config.json and its arrays. Raises Refused naming what is missing."""
+    """Derive the shape from a model's config.json and its arrays. Raises Refused naming what is missing."""
     try:
         tree = msgspec.json.decode(config_json, type=dict[str, object])
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -147,7 +147,7 @@ def _tensor(name: str, entry: dict[str, object]) -> Tensor:
 
 
 def _act_bytes(tree: dict[str, object], tensors: Sequence[Tensor]) -> int:
-    """Width of the numbers that are computed with: that of the norms' weights, or of what the config says."""
+    """Width of an activation in bytes: that of the norm weights, else the one in the configuration."""
     norms = [t.dtype for t in tensors if "norm" in t.name.lower() and t.dtype in _DTYPE_BYTES]
     if norms:
         return _DTYPE_BYTES[max(set(norms), key=norms.count)]
@@ -155,7 +155,7 @@ def _act_bytes(tree: dict[str, object], tensors: Sequence[Tensor]) -> int:
 
 
 def _token_numbers(tree: dict[str, object], heads: int, hidden: int) -> int:
-    """Numbers that one layer keeps of one token."""
+    """Numbers that one layer caches per token."""
     if "kv_lora_rank" in tree:
         rope = _integer(tree, "qk_rope_head_dim")
         if tree.get("model_type") in _LATENT:
@@ -168,7 +168,7 @@ def _token_numbers(tree: dict[str, object], heads: int, hidden: int) -> int:
 
 
 def _state_numbers(tree: dict[str, object]) -> int:
-    """Numbers of one recurrent layer's state of a row, in float32; 0 for what is too small to matter."""
+    """Numbers (float32) in one recurrent layer's state of a row; 0 if negligible."""
     linear = tree.get("linear_attn_config")
     if isinstance(linear, dict):
         return _integer(linear, "num_heads", 1) * _integer(linear, "head_dim", 1) ** 2
@@ -185,9 +185,9 @@ def _state_numbers(tree: dict[str, object]) -> int:
 
 
 def _layers(tree: dict[str, object]) -> tuple[list[str], int]:
-    """What each layer keeps (full, sliding, state or nothing), and the window.
+    """What each layer caches (full, sliding, state or nothing), and the window.
 
-    Families say it in seven ways; where none is used every layer looks at everything.
+    Families encode this in seven ways; without any of them every layer uses full attention.
     """
     family = str(tree.get("model_type"))
     count = _integer(tree, "num_hidden_layers", _integer(tree, "num_layers", -1) if "num_layers" in tree else 0)
@@ -224,7 +224,7 @@ def _layers(tree: dict[str, object]) -> tuple[list[str], int]:
 
 
 def _with_own(family: str, tree: dict[str, object], kinds: list[str]) -> list[str]:
-    """What single families do beside: share caches between layers, or keep two a layer."""
+    """Exceptions of single families: caches shared between layers, or two per layer."""
     shared = tree.get("num_kv_shared_layers")
     if isinstance(shared, int) and 0 < shared < len(kinds):
         return kinds[: len(kinds) - shared]

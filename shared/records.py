@@ -1,9 +1,9 @@
-"""What a node reports. Counts and integers only: no prompt, no completion, no text that a client sent.
+"""Records that a node reports. Counts and integers only: no prompt, no completion, no text sent by a client.
 
-Units end each name: ``_us`` microseconds, ``_ms`` milliseconds, ``_tok`` tokens, ``_bytes``, ``_mw`` milliwatts,
-``_mj`` millijoules, ``_mc`` thousandths of a degree Celsius, ``_ppm`` millionths. Absent is None, never 0.
-New fields get defaults; fields are never renamed or retyped. A record holds what happened in its batch's window:
-deltas, not totals.
+Names end in their unit: ``_us`` microseconds, ``_ms`` milliseconds, ``_tok`` tokens, ``_bytes``, ``_mw`` milliwatts,
+``_mj`` millijoules, ``_mc`` thousandths of a degree Celsius, ``_ppm`` parts per million. A missing value is None,
+never 0. New fields get defaults; fields are never renamed or retyped. A record covers its batch's window: deltas, not
+totals.
 """
 
 from typing import Union
@@ -13,7 +13,7 @@ import msgspec
 from shared.sketch import SketchWire
 
 PROMPT_BUCKETS_TOK = (1_000, 8_000, 32_000, 128_000, 200_000, 1_000_000)
-"""Prompt sizes that API prices tell apart; a request is counted in the first that holds it."""
+"""Upper bounds of the prompt sizes that API prices distinguish; a request counts in the first that fits."""
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
@@ -21,9 +21,9 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class Served(_Record, frozen=True, kw_only=True, tag="served"):
-    """Requests answered by this node as the door, alike in all their labels.
+    """Requests that this node answered as gateway, grouped by all labels.
 
-    ``worker`` is the node that did the work, "" when none did. ``outcome`` is ok, failed, cancelled or refused.
+    ``worker`` is the node that computed the answer, "" if none did. ``outcome`` is ok, failed, cancelled or refused.
     """
 
     model: str
@@ -45,7 +45,7 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
 
 
 class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
-    """What one loader on this node did in the window, whoever asked for it."""
+    """Work of one loader on this node in the window, for requests of any gateway."""
 
     model: str
     version: str
@@ -73,7 +73,7 @@ class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
 
 
 class Resident(_Record, frozen=True, kw_only=True, tag="resident"):
-    """A model version that was in memory when the window ended. ``state`` is ready, starting, draining or failed."""
+    """A model version resident at the end of the window. ``state`` is ready, starting, draining or failed."""
 
     model: str
     version: str
@@ -85,9 +85,9 @@ class Resident(_Record, frozen=True, kw_only=True, tag="resident"):
 
 
 class DesiredObserved(_Record, frozen=True, kw_only=True, tag="desired_observed"):
-    """Which generation of the desired state this node follows, and how far it is.
+    """The generation of the desired state that this node follows, and its progress.
 
-    ``state`` is none, acting, converged, drifted or failed; ``drift`` says what differs, model by model.
+    ``state`` is none, acting, converged, drifted or failed; ``drift`` lists the differences by model.
     """
 
     generation: int
@@ -99,11 +99,11 @@ class DesiredObserved(_Record, frozen=True, kw_only=True, tag="desired_observed"
 class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
     """The machine over the window. ``sources_failed`` names each source that could not be read, with its reason.
 
-    Powers and temperatures are looked at every few seconds: ``_mean_`` is weighted by time, a temperature without it
-    and ``_max_`` are the highest seen. The three powers are different things and none stands for another: at the wall,
-    of the whole system, of the chip. ``thermal_level_us`` is the time at each level, nominal first. The shares of the
-    last five minutes are absent while less than four fifths of them are known. ``memory_pressure`` is the kernel's
-    word at its worst, ``memory_verdict`` what swap, compression and wired memory make of it.
+    Power and temperatures are sampled every few seconds: ``_mean_`` is time-weighted; a temperature without it and
+    ``_max_`` are maxima. The three power figures are distinct and never substitute for each other: at the wall, of the
+    whole system, of the chip. ``thermal_level_us`` is the time at each level, nominal first. The five-minute shares
+    are absent while less than four fifths of that time are known. ``memory_pressure`` is the worst level the kernel
+    reported, ``memory_verdict`` is derived from swap, compression and wired memory.
     """
 
     cpu_ppm: int | None = None
@@ -151,7 +151,7 @@ class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
 
 
 class Hardware(_Record, frozen=True, kw_only=True, tag="hardware"):
-    """What the node is, once per start. ``cores`` by tier, the fastest first."""
+    """The node's hardware, once per start. ``cores`` by tier, the fastest first."""
 
     model: str
     chip: str
@@ -161,8 +161,8 @@ class Hardware(_Record, frozen=True, kw_only=True, tag="hardware"):
 
 
 class OutletReading(_Record, frozen=True, kw_only=True, tag="outlet"):
-    """A metered outlet over the window, read by one node for the rack. ``nodes`` hang on it; several share one number
-    that nobody can divide. ``energy_mj`` is the mean over the time that is covered."""
+    """A metered outlet over the window, read by one node for the rack. ``nodes`` draw from it; one reading for several
+    nodes cannot be divided. ``energy_mj`` is mean power over the covered time."""
 
     meter: str
     nodes: tuple[str, ...]
@@ -173,7 +173,7 @@ class OutletReading(_Record, frozen=True, kw_only=True, tag="outlet"):
 
 
 class AgentStarted(_Record, frozen=True, kw_only=True, tag="agent_started"):
-    """``previous`` says how the run before ended: first (there was none), clean or unclean."""
+    """``previous`` tells how the previous run ended: first (there was none), clean or unclean."""
 
     t_ms: int
     version: str
@@ -181,15 +181,15 @@ class AgentStarted(_Record, frozen=True, kw_only=True, tag="agent_started"):
 
 
 class AgentStopped(_Record, frozen=True, kw_only=True, tag="agent_stopped"):
-    """The agent was told to stop, and did."""
+    """The agent stopped on request."""
 
     t_ms: int
     reason: str
 
 
 class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
-    """A loader became ready. ``need_bytes`` was planned for all it may come to hold, ``footprint_bytes`` is what it
-    holds. ``planned_peak_bytes`` and ``peak_bytes`` compare plan and measurement of the same first prompt in MLX."""
+    """A loader became ready. ``need_bytes`` is its planned maximum, ``footprint_bytes`` its current size.
+    ``planned_peak_bytes`` and ``peak_bytes`` compare plan and measurement of the same first prompt in MLX."""
 
     t_ms: int
     model: str
@@ -202,11 +202,11 @@ class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
 
 
 class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
-    """A model left memory. ``reason`` is memory (another one needed the room), pressure (models held more than was
-    planned), idle (nobody used it for its keep-alive time) or ordered.
+    """A model was evicted. ``reason`` is memory (to make room for another), pressure (models held more than planned),
+    idle (its keep-alive expired) or ordered.
 
-    ``age_us`` counts from the moment it was ready, ``idle_us`` from its last request; ``reload_us`` is what loading it
-    had taken.
+    ``age_us`` counts from when it became ready, ``idle_us`` from its last request; ``reload_us`` is its last load
+    time.
     """
 
     t_ms: int
@@ -222,7 +222,7 @@ class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
 
 
 class ModelMissed(_Record, frozen=True, kw_only=True, tag="model_missed"):
-    """The first request for a model that had left memory, ``after_us`` after that. ``reason`` is the eviction's."""
+    """The first request for a model after its eviction, ``after_us`` later. ``reason`` is the eviction's."""
 
     t_ms: int
     model: str
@@ -243,8 +243,8 @@ class MemoryPressed(_Record, frozen=True, kw_only=True, tag="memory_pressed"):
 class SwapFinished(_Record, frozen=True, kw_only=True, tag="swap_finished"):
     """A hot swap ended. ``outcome`` is flipped or failed; ``window_us`` is from start to the old loader's end.
 
-    ``itl_before_us`` and ``itl_during_us`` are the old model's p95 gap between tokens, ``raised_us`` the time during
-    which gaps were at least twice as long as before. ``freed_bytes`` came back with the old loader.
+    ``itl_before_us`` and ``itl_during_us`` are the old model's p95 ITL, ``raised_us`` the time during which ITL was at
+    least twice as long as before. ``freed_bytes`` is the memory that the old loader released.
     """
 
     t_ms: int
@@ -264,7 +264,7 @@ class SwapFinished(_Record, frozen=True, kw_only=True, tag="swap_finished"):
 
 
 class LoaderExited(_Record, frozen=True, kw_only=True, tag="loader_exited"):
-    """A loader ended without being asked to. ``cause`` reads like "signal 9" or "exit 1"."""
+    """A loader ended unexpectedly. ``cause`` is like "signal 9" or "exit 1"."""
 
     t_ms: int
     model: str
@@ -274,8 +274,8 @@ class LoaderExited(_Record, frozen=True, kw_only=True, tag="loader_exited"):
 
 
 class ThrottleEvent(_Record, frozen=True, kw_only=True, tag="throttle"):
-    """The thermal pressure level rose to heavy or above, or was there when the agent began to look: then it counts as
-    no crossing."""
+    """The thermal pressure level rose to heavy or above. With ``open_at_start`` it was there when the agent started and
+    does not count as a crossing."""
 
     t_ms: int
     level: str
@@ -284,7 +284,7 @@ class ThrottleEvent(_Record, frozen=True, kw_only=True, tag="throttle"):
 
 
 class ThrottleEnded(_Record, frozen=True, kw_only=True, tag="throttle_ended"):
-    """It fell below heavy and stayed there. ``level`` is the highest of the event, which began at ``start_ms``."""
+    """The level fell below heavy and stayed there. ``level`` is the maximum since the event began at ``start_ms``."""
 
     t_ms: int
     start_ms: int
@@ -294,7 +294,7 @@ class ThrottleEnded(_Record, frozen=True, kw_only=True, tag="throttle_ended"):
 
 
 class PeerDown(_Record, frozen=True, kw_only=True, tag="peer_down"):
-    """This node declared a peer dead. ``last_seen_ms`` is the peer's last answer on this node's clock."""
+    """This node declared a peer down. ``last_seen_ms`` is the peer's last answer on this node's clock."""
 
     t_ms: int
     peer: str
@@ -302,7 +302,7 @@ class PeerDown(_Record, frozen=True, kw_only=True, tag="peer_down"):
 
 
 class PeerUp(_Record, frozen=True, kw_only=True, tag="peer_up"):
-    """A peer that had been declared dead answered again."""
+    """A peer that had been declared down answered again."""
 
     t_ms: int
     peer: str
@@ -310,7 +310,7 @@ class PeerUp(_Record, frozen=True, kw_only=True, tag="peer_up"):
 
 
 class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
-    """Stands where a newer agent's record stood, so that the others keep their places in the batch."""
+    """Placeholder for a newer agent's record, so that the others keep their positions in the batch."""
 
 
 Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
@@ -355,12 +355,12 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
         PeerUp,
     )
 }
-"""Every kind of record by the word that marks it on the wire."""
+"""Every kind of record by its tag on the wire."""
 
 URGENT = (AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited)
-"""Events that are also sent at once, outside the order, for `alert` to read."""
+"""Events that are also sent immediately, out of order, for `alert`."""
 
 
 def prompt_bucket(prompt_tok: int) -> int:
-    """The price bucket (its upper bound in tokens) of a prompt; the largest for anything beyond."""
+    """The price bucket (its upper bound in tokens) of a prompt; the largest for longer prompts."""
     return next((bound for bound in PROMPT_BUCKETS_TOK if prompt_tok <= bound), PROMPT_BUCKETS_TOK[-1])

@@ -2,7 +2,7 @@
 
 Bucket ``i`` counts the values in ``(2**(i/32), 2**((i+1)/32)]``, as in an OpenTelemetry exponential histogram, so a
 quantile read from it is within ``RELATIVE_ERROR`` of the exact one. All state is integers: merging is commutative,
-associative and exact, whatever the order. Values are integers (microseconds, as a rule).
+associative and exact, in any order. Values are integers (usually microseconds).
 """
 
 import math
@@ -35,13 +35,13 @@ def bucket_index(value: int) -> int:
 
 
 def bucket_midpoint(index: int) -> float:
-    """The value that a bucket stands for: the point of equal relative distance to both its ends."""
+    """The value that represents a bucket: the point of equal relative distance to both bounds."""
     low, high = 2 ** (index / _PER_OCTAVE), 2 ** ((index + 1) / _PER_OCTAVE)
     return 2 * low * high / (low + high)
 
 
 class Sketch:
-    """Counts of values by bucket; ``add`` and ``merge`` change it, nothing else does."""
+    """Counts of values by bucket; only ``add`` and ``merge`` change it."""
 
     __slots__ = ("buckets", "max", "min", "sum", "zero")
 
@@ -56,12 +56,12 @@ class Sketch:
 
     @property
     def count(self) -> int:
-        """How many values were added."""
+        """Number of values added."""
         return self.zero + sum(self.buckets.values())
 
     def add(self, value: int, times: int = 1) -> None:
-        """Count a value (an integer >= 0), so many times; negative values count as zero, because a clock stepped
-        back."""
+        """Count a value (an integer >= 0) ``times`` times; negative values, from a clock that stepped back, count as
+        zero."""
         value = max(0, value)
         if value == 0:
             self.zero += times
@@ -97,7 +97,7 @@ class Sketch:
             seen += self.buckets[index]
             if seen >= rank:
                 return min(max(bucket_midpoint(index), float(self.min)), float(self.max))
-        raise AssertionError("counts and total differ")
+        raise AssertionError("sketch: bucket counts do not add up to the total")
 
     def mean(self) -> float | None:
         """Exact mean of the values; None when nothing was added."""
@@ -122,7 +122,7 @@ class Sketch:
     def from_wire(cls, wire: SketchWire) -> "Sketch":
         """Read the stored form. Raises ValueError when its counts contradict each other."""
         if len(wire.idx) != len(wire.cnt) or wire.zero + sum(wire.cnt) != wire.count or any(c <= 0 for c in wire.cnt):
-            raise ValueError("sketch: counts and total differ")
+            raise ValueError("sketch: bucket counts do not add up to the total")
         if any(step <= 0 for step in wire.idx[1:]):
             raise ValueError("sketch: buckets out of order")
         sketch = cls()
@@ -137,7 +137,7 @@ class Sketch:
 
 
 def merged(wires: Iterable[SketchWire]) -> Sketch:
-    """One sketch of many stored ones."""
+    """Merge stored sketches into one."""
     total = Sketch()
     for wire in wires:
         total.merge(Sketch.from_wire(wire))

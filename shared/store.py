@@ -1,6 +1,6 @@
-"""The object store as both programs see it: eight calls, with the promises each backend must keep.
+"""The object store interface of both programs: eight calls and the guarantees of every backend.
 
-One contract suite (tests/contracts) runs on every implementation. Calls block; the agent makes them in a thread.
+One contract suite (tests/contracts) runs against every implementation. Calls block; the agent makes them in a thread.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 
 class Listed(NamedTuple):
-    """One line of a listing."""
+    """One entry of a listing."""
 
     key: str
     size: int
@@ -16,7 +16,7 @@ class Listed(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An object's bytes and the etag they had when they were read."""
+    """An object's bytes and their etag when read."""
 
     body: bytes
     etag: str
@@ -25,47 +25,47 @@ class Stored(NamedTuple):
 class ObjectStore(Protocol):
     """Objects by key, with conditional writes.
 
-    ``clock_skew_ms`` is this machine's clock less the store's, as its last answer told; None where it tells none.
+    ``clock_skew_ms`` is this machine's clock minus the store's, from its last response; None if the store has none.
 
-    An object without content is what a write leaves that was cut off before its body (SeaweedFS stores one when the
-    writer dies between the two): `get` and `list_after` do not see it, `put_if_absent` writes over it. Nobody here
-    writes one on purpose.
+    An empty object is what an interrupted write leaves behind (SeaweedFS stores one when the writer dies before the
+    body): `get` and `list_after` ignore it, `put_if_absent` overwrites it. Neither program writes one
+    deliberately.
 
-    Every call raises Retryable when the store does not answer or asks to wait, AccessDenied when it refuses the
+    Every call raises Retryable when the store does not respond or asks to wait, AccessDenied when it rejects the
     credentials, and Refused when the request itself can never succeed.
     """
 
     @property
     def clock_skew_ms(self) -> int | None:
-        """Within a second: that is what an answer's date tells."""
+        """Accurate to a second, the resolution of the Date header."""
         ...
 
     def forget_clock(self) -> None:
-        """This machine's clock was set: ``clock_skew_ms`` is None until the next answer."""
+        """This machine's clock was set: ``clock_skew_ms`` is None until the next response."""
         ...
 
     def put(self, key: str, body: bytes) -> str:
-        """Write, whatever was there; returns the etag."""
+        """Write unconditionally; returns the etag."""
         ...
 
     def put_if_absent(self, key: str, body: bytes) -> str:
-        """Write only if nothing is there; returns the etag. Raises PreconditionFailed when something is."""
+        """Write only if the key does not exist; returns the etag. Raises PreconditionFailed if it does."""
         ...
 
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
-        """Write only over the object with this etag; returns the new one. Raises PreconditionFailed otherwise."""
+        """Replace only the object with this etag; returns the new one. Raises PreconditionFailed otherwise."""
         ...
 
     def get(self, key: str) -> Stored:
-        """Read. Raises NotFound."""
+        """Read an object. Raises NotFound."""
         ...
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start`` on; fewer at the end, none beyond it. Raises NotFound."""
+        """At most ``length`` bytes from offset ``start``; fewer at the end, none beyond it. Raises NotFound."""
         ...
 
     def put_file(self, key: str, path: Path) -> None:
-        """Write a file of any size, whatever was there."""
+        """Upload a file of any size, unconditionally."""
         ...
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
@@ -73,7 +73,7 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove; no error when there is nothing. Nothing may depend on it having worked."""
+        """Delete; no error if the key does not exist. Callers must not depend on success."""
         ...
 
 

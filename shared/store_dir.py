@@ -1,7 +1,7 @@
-"""An object store in a directory: for one machine, for tests, for a look with `ls`.
+"""An object store in a directory: for a single machine, for tests, for inspection with `ls`.
 
-Writes go to a temporary file, are synced and then take their place in one step, so a reader never sees half an object.
-Conditional writes are exact between processes of one machine (a lock file and link(2)).
+Writes go to a temporary file, are synced and then renamed into place, so a reader never sees a partial object.
+Conditional writes are atomic between processes of one machine (a lock file and link(2)).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _TEMPORARY = ".mlxrack-tmp-"
 
 
 class DirectoryStore:
-    """ObjectStore over ``root``, which is made when missing."""
+    """ObjectStore over ``root``, which is created if missing."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -33,7 +33,7 @@ class DirectoryStore:
         return None
 
     def forget_clock(self) -> None:
-        """It tells none."""
+        """No-op: there is no store clock."""
 
     def put(self, key: str, body: bytes) -> str:
         path = self._path(key)
@@ -51,7 +51,7 @@ class DirectoryStore:
             except FileExistsError:
                 with self._locked():
                     if not path.is_file() or path.stat().st_size:
-                        raise PreconditionFailed(f"put {key}: it exists already") from None
+                        raise PreconditionFailed(f"put {key}: already exists") from None
                     os.replace(temporary, path)
         return _etag(body)
 
@@ -63,7 +63,7 @@ class DirectoryStore:
             except FileNotFoundError:
                 seen = "nothing"
             if seen != etag:
-                raise PreconditionFailed(f"put {key}: it changed (found {seen}, expected {etag})")
+                raise PreconditionFailed(f"put {key}: etag mismatch (found {seen}, expected {etag})")
             os.replace(temporary, path)
         return _etag(body)
 
@@ -71,7 +71,7 @@ class DirectoryStore:
         with _as_ours("get", key):
             body = self._path(key).read_bytes()
         if not body:
-            raise NotFound(f"get {key}: it is empty, so its write was cut off")
+            raise NotFound(f"get {key}: empty object, left by an interrupted write")
         return Stored(body, _etag(body))
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
@@ -121,7 +121,7 @@ class DirectoryStore:
             or any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts)
             or "\0" in key
         ):
-            raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
+            raise Refused(f"key {key!r}: invalid object key", code="bad_key")
         return self._root.joinpath(*parts)
 
     @contextlib.contextmanager
@@ -146,11 +146,11 @@ class DirectoryStore:
 
 @contextlib.contextmanager
 def _as_ours(verb: str, key: str) -> Iterator[None]:
-    """The operating system's errors in the store's words."""
+    """Translate OSError into the store's errors."""
     try:
         yield
     except FileNotFoundError:
-        raise NotFound(f"{verb} {key}: there is no such object") from None
+        raise NotFound(f"{verb} {key}: no such object") from None
     except (IsADirectoryError, NotADirectoryError, FileExistsError):
         raise Refused(f"{verb} {key}: another key is a folder of this one", code="bad_key") from None
     except OSError as error:

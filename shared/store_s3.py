@@ -1,7 +1,7 @@
-"""An object store over S3: Cloudflare R2, SeaweedFS or any other that honours conditional writes.
+"""An object store over S3: Cloudflare R2, SeaweedFS or any other with conditional writes.
 
-The client's settings are not taste, each mends something seen: no aws-chunked trailers (R2 refuses them), no
-``Expect: 100-continue`` (a second per PUT on servers that never send the 100), path addressing and region ``auto``.
+Each client setting fixes an observed problem: no aws-chunked trailers (R2 rejects them), no ``Expect: 100-continue``
+(a second per PUT on servers that never send the 100), path-style addressing and region ``auto``.
 """
 
 import contextlib
@@ -25,16 +25,14 @@ from shared.store import Listed, Stored
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
-
-
 EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
-"""Of an object without content, on every store: the MD5 of nothing."""
+"""ETag of an empty object on every store: the MD5 of no bytes."""
 
 
 class S3Store:
     """ObjectStore over one bucket, below an optional key prefix.
 
-    Conditional writes on a missing key are a lost condition here, whether the server answers 404 or 412.
+    A conditional write on a missing key raises PreconditionFailed, whether the server answers 404 or 412.
     """
 
     def __init__(
@@ -74,7 +72,9 @@ class S3Store:
         try:
             self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)
         except ValueError:
-            raise Halt(f"store: {endpoint!r} is no endpoint; mend store.endpoint", code="bad_endpoint") from None
+            raise Halt(
+                f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL", code="bad_endpoint"
+            ) from None
         self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         self._client.meta.events.register("after-call.s3", self._note_date)
         self._skew_ms: int | None = None
@@ -87,11 +87,11 @@ class S3Store:
         self._skew_ms = None
 
     def _note_date(self, http_response: Any = None, **_: object) -> None:
-        """Every answer says what time it is where it comes from."""
+        """Measure the clock skew from the Date header of a response."""
         with contextlib.suppress(AttributeError, TypeError, ValueError):
             theirs = parsedate_to_datetime(http_response.headers["date"])
             skew_ms = round((time.time() - theirs.timestamp()) * 1000)
-            # it tells whole seconds, so half of one is no difference
+            # the header has whole seconds, so less than one is no skew
             self._skew_ms = 0 if 0 <= skew_ms < 1000 else skew_ms - 500
 
     def put(self, key: str, body: bytes) -> str:
@@ -101,7 +101,7 @@ class S3Store:
         try:
             return self._put(key, body, {"IfNoneMatch": "*"})
         except PreconditionFailed:
-            # of several that find the same empty object, one wins
+            # of several writers that find the same empty object, one wins
             return self.put_if_match(key, body, EMPTY_ETAG)
 
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
@@ -109,14 +109,14 @@ class S3Store:
             try:
                 return self._put(key, body, {"IfMatch": f'"{etag}"'})
             except NotFound:
-                raise PreconditionFailed(f"put {key}: it is gone") from None
+                raise PreconditionFailed(f"put {key}: the object no longer exists") from None
 
     def get(self, key: str) -> Stored:
         with _as_ours("get", key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
             body = answer["Body"].read()
         if not body:
-            raise NotFound(f"get {key}: it is empty, so its write was cut off")
+            raise NotFound(f"get {key}: empty object, left by an interrupted write")
         return Stored(body, answer["ETag"].strip('"'))
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
@@ -135,14 +135,14 @@ class S3Store:
             return body
 
     def put_file(self, key: str, path: Path) -> None:
-        # in parts where it is large: one PUT takes 5 GB at most
+        # multipart for large files: one PUT takes 5 GB at most
         with _as_ours("put", key):
             try:
                 self._client.upload_file(str(path), self._bucket, self._prefix + key)
             except boto3.exceptions.S3UploadFailedError as error:
                 if isinstance(error.__context__, botocore.exceptions.ClientError):
                     raise error.__context__ from None
-                raise Retryable(f"put {key}: the store did not take the whole file") from None
+                raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
                 raise Refused(f"put {key}: {path.name} cannot be read ({error.strerror})", code="bad_file") from None
 
@@ -157,14 +157,14 @@ class S3Store:
             found = [Listed(o["Key"][cut:], o["Size"], o["ETag"].strip('"')) for o in page if o["Size"]]
             if found or not page:
                 return found
-            after = page[-1]["Key"][cut:]  # a page of empty objects alone is not the end
+            after = page[-1]["Key"][cut:]  # a page that has only empty objects is not the end
 
     def delete(self, key: str) -> None:
         with _as_ours("delete", key):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def create_bucket(self) -> None:
-        """Make the bucket when it is missing; for tests, the demo and racks that run their own store."""
+        """Create the bucket if it is missing; for tests, the demo and racks that run their own store."""
         with (
             _as_ours("create bucket", self._bucket),
             contextlib.suppress(
@@ -175,24 +175,24 @@ class S3Store:
 
     def _put(self, key: str, body: bytes, condition: dict[str, str]) -> str:
         if not key or len((self._prefix + key).encode()) > 1024 or "\0" in key:
-            raise Refused(f"key {key!r}: not a name for an object", code="bad_key")
+            raise Refused(f"key {key!r}: invalid object key", code="bad_key")
         with _as_ours("put", key):
             answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
             etag = answer.get("ETag")
             if not isinstance(etag, str):
-                raise Retryable(f"put {key}: what answered is no store (no ETag); is there a proxy in between?")
+                raise Retryable(f"put {key}: response without ETag, not from an S3 store; check for a proxy")
             return etag.strip('"')
 
 
 @contextlib.contextmanager
 def _as_ours(verb: str, key: str) -> Iterator[None]:
-    """boto3's errors in the store's words; none of them quotes a credential."""
+    """Translate boto3's errors into the store's; no message quotes a credential."""
     try:
         yield
     except botocore.exceptions.ClientError as error:
         raise _translated(verb, key, error) from None
     except botocore.exceptions.BotoCoreError as error:
-        raise Retryable(f"{verb} {key}: the store does not answer ({type(error).__name__})") from None
+        raise Retryable(f"{verb} {key}: the store does not respond ({type(error).__name__})") from None
 
 
 def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
@@ -200,27 +200,27 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     seen = f"{status} {code}".strip()
     if status == 412 or code in _LOST:
-        return PreconditionFailed(f"{verb} {key}: somebody else wrote it first")
+        return PreconditionFailed(f"{verb} {key}: another writer was first")
     if code == "NoSuchBucket":
-        return AccessDenied(f"{verb} {key}: the bucket does not exist; create it or mend store.bucket")
+        return AccessDenied(f"{verb} {key}: no such bucket; create it or correct store.bucket")
     if status == 404 or code == "NoSuchKey":
-        return NotFound(f"{verb} {key}: there is no such object")
+        return NotFound(f"{verb} {key}: no such object")
     if status in (401, 403) or code in _DENIED:
         if code == "RequestTimeTooSkewed":
-            return Halt(f"{verb} {key}: this machine's clock is too far from the store's; set it", code="clock_skew")
+            return Halt(f"{verb} {key}: clock skew too large; set this machine's clock", code="clock_skew")
         return AccessDenied(
-            f"{verb} {key}: the store refuses our credentials ({seen}); check store.access_key and secret_key"
+            f"{verb} {key}: the store rejected the credentials ({seen}); check store.access_key and store.secret_key"
         )
     if status == 429 or status >= 500 or status == 0:
-        return Retryable(f"{verb} {key}: the store asks to wait ({seen})", retry_after_s=_retry_after_s(error))
+        return Retryable(f"{verb} {key}: store busy or unavailable ({seen})", retry_after_s=_retry_after_s(error))
     if status == 413 or code in _HOPELESS:
-        return Refused(f"{verb} {key}: the store will never take this object ({seen})", code="store_refused")
+        return Refused(f"{verb} {key}: the store rejected the object permanently ({seen})", code="store_refused")
     if code == "RequestTimeout":
-        return Retryable(f"{verb} {key}: too slow for the store ({seen})")
-    return Halt(f"{verb} {key}: the store does not understand us ({seen}); check store.endpoint", code="store_refused")
+        return Retryable(f"{verb} {key}: request timed out at the store ({seen})")
+    return Halt(f"{verb} {key}: unexpected response ({seen}); check store.endpoint", code="store_refused")
 
 
 def _retry_after_s(error: botocore.exceptions.ClientError) -> float | None:
-    """Seconds that the store asks us to wait, by its header; None when it does not say, or says a date."""
+    """Seconds from the Retry-After header; None if it is absent or a date."""
     given = str(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
     return float(given) if given.isascii() and given.isdigit() and len(given) < 7 else None

@@ -1,4 +1,4 @@
-"""Look at what is new, urgent copies included, and tell people what changed; once per change."""
+"""Read new telemetry, including urgent copies, and send a notice once per change."""
 
 import time
 
@@ -17,9 +17,9 @@ log = get_logger("aggregator.alert")
 
 
 def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -> list[Notice]:
-    """One look; returns the notices that were sent. Raises the first failure after everything else was tried."""
+    """One run; returns the notices sent. Raises the first failure after trying all others."""
     state, stored = _read(store)
-    # taken before reading: a node must not look silent because others took long to read
+    # taken before reading: a node must not appear silent because reading the others took long
     now_ms = time.time_ns() // 1_000_000
     if not state.cursors:
         state = msgspec.structs.replace(state, cursors=load.beginnings(store))
@@ -40,7 +40,7 @@ def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -
 
 
 def _tell(notices: tuple[Notice, ...], discord: notify.Discord) -> tuple[list[Notice], list[Notice], RackError | None]:
-    """Sent, not sent, and the first reason."""
+    """Notices sent, notices not sent, and the first error."""
     sent: list[Notice] = []
     failed: list[Notice] = []
     failure: RackError | None = None
@@ -58,7 +58,7 @@ def _tell(notices: tuple[Notice, ...], discord: notify.Discord) -> tuple[list[No
 
 
 def _without(state: AlertState, failed: list[Notice]) -> AlertState:
-    """What could not be told is not noted as told: the next run sees the same change again."""
+    """A notice that could not be sent is not recorded as sent: the next run sees the same change again."""
     unsaid = [n.firing for n in failed if not n.resolved]
     kept = [f for f in state.firing if f not in unsaid]
     kept += [n.firing for n in failed if n.resolved]

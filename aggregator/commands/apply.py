@@ -1,4 +1,4 @@
-"""Publish an accepted placement as the rack's desired state. Agents follow it at their next look."""
+"""Publish an accepted placement as the rack's desired state. Agents follow it at their next poll."""
 
 import time
 from collections.abc import Collection
@@ -14,10 +14,10 @@ from shared.store import ObjectStore, Stored, list_all
 
 
 def proposal(store: ObjectStore, period: str) -> PlacementReport:
-    """The newest placement that was published for a period. Raises Refused."""
+    """The latest placement published for a period. Raises Refused."""
     found = load.newest_report(store, "weekly", period, "placement", "json")
     if found is None:
-        raise Refused(f"apply: there is no placement for {period}; make one with: mlxrack-aggregator weekly")
+        raise Refused(f"apply: no placement published for {period}; create one with: mlxrack-aggregator weekly")
     return msgspec.json.decode(found.body, type=PlacementReport)
 
 
@@ -28,8 +28,8 @@ def run(
     steps: Collection[int] | None,
     dry_run: bool,
 ) -> tuple[tuple[Move, ...], desired.DesiredState]:
-    """The moves that are made and the state that asks for them, published unless ``dry_run``. Raises Refused when it
-    cannot be, Retryable when another one wrote meanwhile."""
+    """The moves and the resulting desired state, published unless ``dry_run``. Raises Refused when it is impossible,
+    Retryable when another writer was first."""
     before, stored = _before(store)
     chosen = acceptance.accepted(report, steps)
     versions = _versions(store)
@@ -40,7 +40,7 @@ def run(
         if not version and len(own) > 1:
             named = ", ".join(found for _, found in own)
             raise Refused(
-                f"apply: the bucket has several versions of {model} ({named}); assign one in desired.json first"
+                f"apply: the bucket holds several versions of {model} ({named}); assign one in desired.json first"
             )
         pick = own or (fitting if version else [])
         return f"{pick[0][0]}@{pick[0][1]}" if pick else None

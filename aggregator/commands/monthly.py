@@ -1,4 +1,4 @@
-"""The executive report of a month: the PDF, and the same figures as JSON."""
+"""The monthly executive report as PDF, and its figures as JSON."""
 
 import time
 

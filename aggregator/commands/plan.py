@@ -1,4 +1,4 @@
-"""The first placement, from an intake and an inventory, before there is any telemetry."""
+"""The initial placement from an intake and an inventory, before there is any telemetry."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from shared.model_shape import Tensor, header_bytes, parse_shape, read_header, w
 
 
 def run(intake_path: Path, inventory_path: Path) -> PlacementReport:
-    """Read both files and the models they name. Raises Refused with what is wrong."""
+    """Read both files and the models they reference. Raises Refused with the reason."""
     asked = intake.parse(_read(intake_path), intake.Intake, intake_path.name)
     there = intake.parse(_read(inventory_path), intake.Inventory, inventory_path.name)
     measured = {m.name: _measured(intake_path.parent / m.path) for m in asked.models if m.path}
@@ -24,11 +24,11 @@ def _read(path: Path) -> bytes:
 
 
 def _measured(folder: Path) -> intake.Measured:
-    """A model folder's shape and the bytes of its weights, from config.json and the headers of its files."""
+    """Shape and weight bytes of a model folder, from config.json and the safetensors headers."""
     tensors: list[Tensor] = []
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise Refused(f"{folder}: no model*.safetensors there; give the folder of an MLX model")
+        raise Refused(f"{folder}: no model*.safetensors found; expected the folder of an MLX model")
     for path in files:
         with path.open("rb") as file:
             size = header_bytes(file.read(8), path.stat().st_size)

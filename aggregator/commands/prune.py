@@ -1,6 +1,6 @@
-"""Delete raw segments and minute tables that are older than the configuration keeps, and only what has been rolled up.
+"""Delete raw segments and minute tables beyond their retention, and only what has been rolled up.
 
-Nothing depends on a deletion having worked: the manifest says first what is no longer counted on.
+Nothing depends on the success of a deletion: the manifest is first updated to no longer rely on the objects.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from shared.store import ObjectStore, list_all
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
-    """How many objects went, or would go."""
+    """Number of objects deleted, or to be deleted with a dry run."""
 
     raw: int
     minute: int
@@ -24,7 +24,7 @@ class Pruned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(config: AggregatorConfig, store: ObjectStore, now: datetime, dry_run: bool = False) -> Pruned:
-    """Delete what is old. Raises Retryable when another run was faster."""
+    """Delete expired objects. Raises Retryable when another run committed first."""
     manifest = load.newest_manifest(store)
     raw = _raw(config, store, manifest, now)
     days = _days(config, manifest, now)
@@ -45,7 +45,7 @@ def run(config: AggregatorConfig, store: ObjectStore, now: datetime, dry_run: bo
 
 
 def _days(config: AggregatorConfig, manifest: Manifest, now: datetime) -> list[str]:
-    """Days whose minutes are no longer kept."""
+    """Days whose minute tables have expired."""
     if not config.retention.minute_days:
         return []
     oldest = (now.astimezone(UTC) - timedelta(days=config.retention.minute_days)).date().isoformat()
@@ -53,7 +53,7 @@ def _days(config: AggregatorConfig, manifest: Manifest, now: datetime) -> list[s
 
 
 def _raw(config: AggregatorConfig, store: ObjectStore, manifest: Manifest, now: datetime) -> list[str]:
-    """Segments of which every batch ended before the last day that is kept, and that a commit has counted."""
+    """Segments whose batches all ended before the first retained day, and that a commit has counted."""
     if not config.retention.raw_days:
         return []
     oldest = (now.astimezone(UTC) - timedelta(days=config.retention.raw_days)).date().isoformat()
@@ -73,7 +73,7 @@ def _raw(config: AggregatorConfig, store: ObjectStore, manifest: Manifest, now: 
 
 
 def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], int]:
-    """The last batch of each run that lies in one of these days."""
+    """The last sequence number of each run on these days."""
     found: dict[tuple[str, int, int], int] = {}
     with parquet.Database() as db:
         for day in days:

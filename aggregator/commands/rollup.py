@@ -1,7 +1,7 @@
-"""Read what is new under raw/, add it to the minute tables, renew hours and days, commit.
+"""Read new segments under raw/, merge them into the minute tables, rebuild hour and day tables, commit.
 
-Much of it, a first run or the end of an outage, is done in pieces, each with a commit of its own, and by as many
-processes as there are cores. Stopped anywhere, the next run does the rest.
+A large backlog (a first run, the end of an outage) is processed in pieces, each with its own commit, by as many
+processes as there are cores. After an interruption the next run continues.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from shared.store import ObjectStore
 from shared.store_open import open_store
 
 PIECE_SEGMENTS = 12_000
-"""Between two commits: a minute or so."""
+"""Segments per commit: about a minute of work."""
 PIECE_BYTES, MOST_BYTES = 256 << 20, 16 << 20
-"""Of a piece, and of a segment: an agent's are 256 KiB at most."""
+"""Limits of a piece and of a segment; agents write at most 256 KiB per segment."""
 FEW_SEGMENTS = 300
-"""Not worth starting processes for."""
+"""Below this number, starting processes does not pay off."""
 MOST_PROCESSES = 8
 
 log = get_logger("aggregator.rollup")
@@ -52,13 +52,13 @@ def run(
     told: Told = lambda _: None,
     again: bool = False,
 ) -> Manifest:
-    """Roll up everything new; returns the newest manifest. ``told`` hears of progress, ``environ`` resolves secrets
-    for further processes; without it there are none. ``again`` reads every segment that is left once more. Raises
-    Retryable when another run was faster."""
+    """Roll up new segments; returns the latest manifest. ``told`` receives progress, ``environ`` resolves secrets for
+    worker processes (none are started without it). ``again`` re-reads every segment still in the bucket. Raises
+    Retryable when another run committed first."""
     manifest = load.newest_manifest(store)
     lost, torn = load.missing(store, manifest)
     if lost:
-        log.warning("tables_are_gone", days=sorted(lost), reason="all segments that are left are read again")
+        log.warning("tables_missing", days=sorted(lost), reason="re-reading all segments still in the bucket")
         kept = {day: made for day, made in manifest.days.items() if day not in lost}
         manifest = _from_the_start(msgspec.structs.replace(manifest, days=kept))
     if again:
@@ -74,7 +74,7 @@ def run(
         for piece in _pieces(pending):
             manifest = _piece(config, store, workers, manifest, piece)
             done += len(piece)
-            told(f"{done:,} of {len(pending):,} segments, {manifest.batches:,} batches in all")
+            told(f"{done:,} of {len(pending):,} segments, {manifest.batches:,} batches in total")
     return manifest
 
 
@@ -93,18 +93,18 @@ def _piece(
         late = sum(ingest.lines(fresh.pop(day)) for day in closed)
         days = workers.renew(list(fresh), fresh)
     if late:
-        log.warning("too_late", batches=late, days=closed, reason="their minute tables are no longer kept")
+        log.warning("late_batches_dropped", batches=late, days=closed, reason="the minute tables have been pruned")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
     return _commit(store, manifest, load.advanced(piece), days, outcomes)
 
 
 def _from_the_start(manifest: Manifest) -> Manifest:
-    """Nothing has been read yet, so nothing of it has been counted."""
+    """Reset the cursors and everything counted along with them."""
     return msgspec.structs.replace(manifest, cursors={}, segments=0, unknown_records=0, quarantined_total=0, too_late=0)
 
 
 def _pieces(pending: Sequence[load.Pending]) -> Iterator[Sequence[load.Pending]]:
-    """Shares of a bounded number of segments and bytes."""
+    """Split into pieces bounded in segments and bytes."""
     piece: list[load.Pending] = []
     size = 0
     for one in pending:
@@ -118,12 +118,12 @@ def _pieces(pending: Sequence[load.Pending]) -> Iterator[Sequence[load.Pending]]
 
 
 def _too_large(one: load.Pending) -> ingest.Outcome:
-    """What no node sends is not even fetched."""
-    return ingest.Outcome(one.key, 0, 0, f"{one.key}: {one.size:,} bytes; a segment has at most {MOST_BYTES:,}")
+    """Quarantine without fetching: larger than any segment of an agent."""
+    return ingest.Outcome(one.key, 0, 0, f"{one.key}: {one.size:,} bytes, the limit of a segment is {MOST_BYTES:,}")
 
 
 def _sweep() -> None:
-    """What a killed run left on this disk a day ago."""
+    """Remove temporary folders of killed runs after a day."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > 86_400:
@@ -160,7 +160,7 @@ def _commit(
 
 
 class _Workers:
-    """Where the work is done: here, or in processes that each have a connection of their own."""
+    """Executes the work in this process, or in worker processes with their own connections."""
 
     def __init__(self, config: AggregatorConfig, store: ObjectStore, pool: Executor | None, count: int) -> None:
         self._config = config
@@ -169,11 +169,11 @@ class _Workers:
         self._count = count
 
     def spill(self, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
-        """Read segments, write their rows under a folder."""
+        """Read segments and write their rows into a folder."""
         if self._pool is None:
             return ingest.spill(self._store, self._config.rack, wanted, folder)
         rack = self._config.rack
-        # each node's segments are spread over the list; short shares keep all processes busy to the end
+        # each node's segments are spread over the list; small shares keep all processes busy to the end
         shares = list(ingest.chunks(wanted, 4 * self._count))
         started = [
             self._pool.submit(_spill, rack, list(share), folder / str(number)) for number, share in enumerate(shares)
@@ -181,7 +181,7 @@ class _Workers:
         return [outcome for share in _all(started) for outcome in share]
 
     def renew(self, days: Sequence[str], fresh: Mapping[str, Mapping[str, Sequence[Path]]]) -> dict[str, Day]:
-        """Renew the tables of some days."""
+        """Rebuild the tables of some days."""
         if self._pool is None:
             return {day: publish.renew_day(self._store, day, fresh.get(day, {})) for day in days}
         started: dict[str, Future[Day]] = {day: self._pool.submit(_renew, day, fresh.get(day, {})) for day in days}
@@ -189,11 +189,11 @@ class _Workers:
 
 
 def _all(started: Sequence[Future[T]]) -> list[T]:
-    """Every result. When one fails nobody is left writing where files are about to be deleted."""
+    """All results. On a failure, wait for the others, which still write into a folder about to be deleted."""
     try:
         return [one.result() for one in started]
     except BrokenProcessPool:
-        raise Retryable("rollup: one of its processes ended, for want of memory perhaps; run again") from None
+        raise Retryable("rollup: a worker process ended unexpectedly, possibly out of memory; run again") from None
     finally:
         for one in started:
             one.cancel()
@@ -221,7 +221,7 @@ _opened: list[ObjectStore] = []
 
 
 def _begin(config: AggregatorConfig, environ: Mapping[str, str]) -> None:
-    """A further process: it logs only what is wrong, and has a connection of its own."""
+    """Initialise a worker process: logs warnings only, opens its own connection."""
     logs.configure(None, level="warning")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -229,7 +229,7 @@ def _begin(config: AggregatorConfig, environ: Mapping[str, str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A run that is killed must not leave its helpers behind."""
+    """Exit with the parent, so that a killed run leaves no worker processes."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

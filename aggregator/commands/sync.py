@@ -1,7 +1,7 @@
-"""Copy a rack's bucket into another store: an air-gapped rack's into the company's, or onto a disk that is carried.
+"""Copy a rack's bucket into another store: from an air-gapped rack to the company's, or onto a portable disk.
 
-What never changes (raw segments, reports, manifests, quarantine) is written only where it is missing; a table is
-written over its older self. Each object is read back and compared. Stopped anywhere, the next run does the rest.
+Immutable objects (raw segments, reports, manifests, quarantine) are written only where they are missing; tables are
+overwritten. Each object is read back and compared. After an interruption the next run continues.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from shared.store import Listed, ObjectStore, list_all
 IMMUTABLE = (keys.RAW_PREFIX, "quarantine/v1/", "report/v1/", "prices/v1/")
 TABLES = keys.TABLE_PREFIXES
 LAST = (keys.MANIFEST_PREFIX, "annotations/v1/", "inventory/v1/")
-"""After everything they speak of."""
+"""Copied after everything they refer to."""
 CONNECTIONS = 8
 TELL_EVERY = 500
 STATE = "state/v1/sync.json"
 
 
 class Copied(msgspec.Struct, kw_only=True):
-    """What a run did: objects written, bytes, objects that were there already, and clashes (an immutable object that
-    differs on the two sides, which nobody may solve but a person)."""
+    """Result of a run: objects written, bytes, objects already present, and clashes (an immutable object that differs
+    on the two sides, which an operator has to resolve)."""
 
     written: int = 0
     bytes: int = 0
@@ -36,10 +36,10 @@ class Copied(msgspec.Struct, kw_only=True):
 def run(
     source: ObjectStore, target: ObjectStore, *, raw: bool = True, told: Callable[[str], None] = lambda _: None
 ) -> Copied:
-    """Copy everything that the target lacks. Raises Retryable when what was written cannot be read back."""
+    """Copy everything that the target lacks. Raises Retryable if an object does not read back as written."""
     done = Copied(clashes=[])
     seen = _seen(target)
-    # a manifest must not speak of what came after the tables were listed
+    # a manifest must not refer to objects written after the tables were listed
     last = {prefix: list_all(source, prefix) for prefix in LAST}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for prefix in (*(IMMUTABLE if raw else IMMUTABLE[1:]), *TABLES, *LAST):
@@ -69,20 +69,20 @@ def _differs(one: Listed, there: Listed | None, seen: dict[str, str], prefix: st
 
 
 def _copy(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, bool]:
-    """Bytes written, and whether the target holds something else that may not be written over."""
+    """Bytes written, and whether the target holds a different object that must not be overwritten."""
     try:
         body = source.get(one.key).body
     except NotFound:
-        return 0, False  # gone meanwhile: by its retention
+        return 0, False  # deleted meanwhile by retention
     if not _put(target, one.key, body):
         return 0, digest(target.get(one.key).body) != digest(body)
     if digest(target.get(one.key).body) != digest(body):
-        raise Retryable(f"sync {one.key}: what was read back differs from what was written; run again")
+        raise Retryable(f"sync {one.key}: read-back differs from what was written; run again")
     return len(body), False
 
 
 def _put(target: ObjectStore, key: str, body: bytes) -> bool:
-    """Whether it was written; False when something is there that stays."""
+    """Whether it was written; False if an immutable object is already there."""
     if key.startswith(IMMUTABLE) or key.startswith(keys.MANIFEST_PREFIX):
         try:
             target.put_if_absent(key, body)
@@ -94,10 +94,10 @@ def _put(target: ObjectStore, key: str, body: bytes) -> bool:
 
 
 def _seen(target: ObjectStore) -> dict[str, str]:
-    """The source's etag of each object as it was last copied."""
+    """The source's etag of each object at its last copy."""
     try:
         return msgspec.json.decode(target.get(STATE).body, type=dict[str, str])
     except NotFound:
         return {}
     except msgspec.DecodeError:
-        raise Refused(f"{STATE} in the target cannot be read; delete it to compare everything again") from None
+        raise Refused(f"{STATE} in the target: cannot be parsed; delete it to compare everything again") from None

@@ -1,4 +1,4 @@
-"""The artifacts of a week, each as JSON for programs, Markdown for chats and tickets, and HTML for people."""
+"""The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
 from datetime import UTC, datetime
@@ -20,13 +20,13 @@ log = get_logger("aggregator.weekly")
 
 
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
-    """Publish the week's artifacts; returns their keys."""
+    """Publish the week's reports; returns their keys."""
     span = week(name, config.timezone)
     return publish_span(config, store, span, before(span))
 
 
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
-    """The artifacts of any span, compared with an earlier one."""
+    """Publish the reports of any span, compared with an earlier one."""
     window, last = load.window(store, span), load.window(store, earlier)
     made = artifacts(config, window, last, notes(store), remarks(load.newest_manifest(store)))
     published = []
@@ -47,12 +47,12 @@ def artifacts(
     known: tuple[Annotation, ...] = (),
     said: tuple[str, ...] = (),
 ) -> dict[str, tuple[object, Page]]:
-    """Each artifact by its name: the figures, and the page that shows them."""
+    """Each report by name: its figures, and the page that shows them."""
     span = window.span
     now_ms = min(full_hour(time.time_ns() // 1_000_000), span.until_ms)
     was = cost.compute(last, config) if last.batches else None
     money = cost.compute(window, config, was)
-    # prices of the day on which the span ended: run again later, a week is priced as it was then
+    # prices as of the end of the span: a later run gives the same figures
     apis = api_prices.compare(window, money, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
     up = uptime.uptime(window, now_ms, known)
     score = scorecard.lines(window, up, apis, config.scorecard)
@@ -67,17 +67,17 @@ def artifacts(
 
 
 def remarks(manifest: Manifest) -> tuple[str, ...]:
-    """What telemetry could not be counted, as sentences."""
+    """Sentences about telemetry that could not be counted."""
     found = []
     if manifest.quarantined_total:
         found.append(
-            f"{manifest.quarantined_total:,} objects could not be read and lie under quarantine/; each is named with "
-            "its reason in the manifest of the run that set it aside."
+            f"{manifest.quarantined_total:,} unreadable objects are in quarantine/; the manifest of the run that put "
+            "an object there gives the reason."
         )
     if manifest.unknown_records:
-        found.append(f"{manifest.unknown_records:,} records are of kinds this version does not know: upgrade it.")
+        found.append(f"{manifest.unknown_records:,} records are of unknown kinds: upgrade the aggregator.")
     if manifest.too_late:
-        found.append(f"{manifest.too_late:,} batches came after their day's minutes had been deleted.")
+        found.append(f"{manifest.too_late:,} batches arrived after their day was pruned and are not counted.")
     return tuple(found)
 
 
@@ -86,11 +86,11 @@ def _clocks(window: Window) -> tuple[str, ...]:
     if not off:
         return ()
     named = ", ".join(f"{node} by up to {ms / 1000:.0f} s" for node, ms in sorted(off.items()))
-    return (f"Clocks that were off: {named}. Over two minutes it has been put right.",)
+    return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
 
 
 def notes(store: ObjectStore) -> tuple[Annotation, ...]:
-    """What people wrote of incidents; none when the file is missing, or cannot be read (which is logged)."""
+    """Incident annotations; none if the file is missing or invalid (which is logged)."""
     try:
         return annotations.parse(store.get(annotations.KEY).body)
     except NotFound:

@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else: no script, no network, light or dark as the reader has it."""
+"""Render a page as one self-contained HTML file: no scripts, no network, light or dark by the reader's setting."""
 
 import jinja2
 from markupsafe import Markup
@@ -10,7 +10,7 @@ _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
 
 
 def render(page: Page) -> bytes:
-    """The page as UTF-8 text. All text in it is escaped."""
+    """The page as UTF-8. All text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aggregator.report"),
         undefined=jinja2.StrictUndefined,
@@ -24,7 +24,7 @@ def render(page: Page) -> bytes:
 
 
 def svg(curve: Curve) -> Markup:
-    """Lines over the same points as an SVG, with the axis at zero where values go below it."""
+    """A line chart as SVG; the axis is at zero also if there are negative values."""
     values = [v for _, line in curve.lines for v in line]
     if not values:
         return Markup("")

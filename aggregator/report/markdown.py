@@ -1,4 +1,4 @@
-"""A page as Markdown, for a repository, a ticket or a chat."""
+"""Render a page as Markdown, for a repository, a ticket or a chat."""
 
 from aggregator.report.page import Curve, Page, Section, Table
 
@@ -6,7 +6,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def render(page: Page) -> bytes:
-    """The page as UTF-8 text."""
+    """The page as UTF-8."""
     parts = [f"# {_plain(page.title)}", "", _plain(page.lead), ""]
     for section in page.sections:
         parts += _section(section)
@@ -16,7 +16,7 @@ def render(page: Page) -> bytes:
 
 
 def bars(values: tuple[float, ...], width: int = 72) -> str:
-    """Numbers as a row of blocks, for a terminal. Negative ones are the lowest block."""
+    """Numbers as a row of block characters. Negative ones get the lowest block."""
     if not values:
         return ""
     step = max(1, -(-len(values) // width))

@@ -1,4 +1,4 @@
-"""A page as headings, sentences, tables and curves: what a report shows, without saying how it looks. Pure."""
+"""The content of a page (headings, sentences, tables, curves), independent of its rendering. Pure."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows of cells as text. ``numbers`` are the columns to be set to the right."""
+    """Rows of text cells. ``numbers`` are the right-aligned columns."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -14,7 +14,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """One or more lines over the same points; ``labels`` name the points, the first and last are shown."""
+    """One or more lines over the same points; ``labels`` name the points, of which the first and last are shown."""
 
     title: str
     labels: tuple[str, ...]
@@ -23,7 +23,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """A heading and what stands under it, in this order: sentences, a list, commands in order, a curve, a table."""
+    """A heading and its content, in this order: sentences, a list, numbered steps, a curve, a table."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """``lead`` is the sentence that somebody reads who reads one."""
+    """``lead`` is the one-sentence summary."""
 
     title: str
     lead: str
@@ -43,7 +43,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def table(columns: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> Table:
-    """A table; ``columns`` are named in one text with bars between them. Without rows it says so."""
+    """A table; ``columns`` are names separated by bars. Without rows it shows "no data"."""
     names = tuple(name.strip() for name in columns.split("|"))
     empty = (("no data", *("" for _ in names[1:])),)
     return Table(columns=names, rows=tuple(tuple(row) for row in rows) or empty, numbers=tuple(numbers))

@@ -1,4 +1,4 @@
-"""The executive PDF: a sentence, four figures, then the evidence. Vector shapes only; equal reports, equal bytes."""
+"""The executive PDF: headline, four key figures, evidence. Vector shapes only; equal reports give equal bytes."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
 LONGEST_TEXT = 600
-"""A cell cannot be taller than a page."""
+"""In characters: a table cell cannot be taller than a page."""
 
 
 def _style(name: str, size: float, **more: Any) -> ParagraphStyle:
@@ -80,12 +80,13 @@ def _front(report: Report) -> list[Any]:
 def _cards(report: Report) -> Table:
     up = report.uptime.request_share
     itl = report.volume.itl_p95_us
+    fast = None if itl is None else itl <= ITL_TARGET_US
     price = report.cost.average_per_m
     cards = [
         ("Requests answered", wording.count(report.volume.requests) if not report.empty else wording.NO_DATA, "", None),
         ("Availability", wording.share(up, 2), "target 99.90 %", None if up is None else up >= UPTIME_TARGET),
-        ("Token gap, p95", wording.ms(itl), "target 100 ms", None if itl is None else itl <= ITL_TARGET_US),
-        ("Cost per M tokens", wording.money(price, report.cost.currency), "all node time included", None),
+        ("Inter-token latency (ITL), p95", wording.ms(itl), "target 100 ms", fast),
+        ("Cost per million tokens", wording.money(price, report.cost.currency), "including idle time", None),
     ]
     cells = [
         [
@@ -118,7 +119,7 @@ def _verdict(good: bool | None) -> Any:
 def _volume(report: Report) -> list[Any]:
     v = report.volume
     if not v.models:
-        return _section("1. Inference volume", [_p("No data: no request was answered in this month.", BODY)])
+        return _section("1. Inference volume", [_p("No data: no requests were answered this month.", BODY)])
     rows = [
         (
             m.model,
@@ -132,10 +133,10 @@ def _volume(report: Report) -> list[Any]:
         )
         for m in v.models
     ]
-    head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "First token p50", "p95", "Token gap p95")
+    head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "TTFT p50", "TTFT p95", "ITL p95")
     text = (
         f"Answered: {wording.count(v.requests)}; failed: {wording.count(v.failed)}; refused: "
-        f"{wording.count(v.refused)}; given up by their callers: {wording.count(v.cancelled)}."
+        f"{wording.count(v.refused)}; cancelled by clients: {wording.count(v.cancelled)}."
     )
     chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
     return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])
@@ -174,21 +175,21 @@ def _thermal(report: Report) -> list[Any]:
         )
         for n in t.nodes
     ]
-    head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Throttled time")
+    head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Time throttled")
     body = [_p(t.advice, BODY), Spacer(1, 4)]
-    return _section("2. Heat", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
+    return _section("2. Thermal", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
 
 
 def _evictions(report: Report) -> list[Any]:
     e = report.evictions
     if not e.rows:
-        text = "No data." if report.empty else "No model had to leave memory."
+        text = "No data." if report.empty else "No model was evicted."
         return _section("3. Evictions", [_p(text, BODY)])
     rows = [
         (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), r.verdict, r.hint)
         for r in e.rows
     ]
-    head = ("Node", "Model", "Times", "Requests, hour before", "Verdict", "What it means")
+    head = ("Node", "Model", "Count", "Requests, hour before", "Verdict", "Evidence")
     widths = (0.13, 0.19, 0.07, 0.12, 0.11, 0.38)
     return _section("3. Evictions", [_table(head, rows, widths=widths, left=2, text_from=4)])
 
@@ -196,13 +197,13 @@ def _evictions(report: Report) -> list[Any]:
 def _distribution(report: Report) -> list[Any]:
     d = report.distribution
     if not d.nodes:
-        return _section("4. Where the models stand", [_p("No data.", BODY)])
-    verdict = "Rebalance: yes, see the recommendations." if d.rebalance else "Rebalance: no."
-    return _section("4. Where the models stand", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
+        return _section("4. Placement", [_p("No data.", BODY)])
+    verdict = "Rebalancing proposed, see recommendations." if d.rebalance else "No rebalancing needed."
+    return _section("4. Placement", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
 
 
 def _map(report: Report) -> Table:
-    """Nodes as rows, models as bars of the memory they hold."""
+    """One row per node with its models and a bar of its memory use."""
     d = report.distribution
     rows = []
     for node in d.nodes:
@@ -210,7 +211,7 @@ def _map(report: Report) -> Table:
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
         bar = _meter(node.held_bytes / node.budget_bytes if node.budget_bytes else 0.0)
         busy = _p(wording.share(node.busy_share), NUMBER)
-        # a cell cannot break over pages, rows can
+        # a cell cannot break across pages, rows can
         first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
         rows.append([_p(node.node, CELL), first, bar, _p(held, CELL), busy])
         rows += [["", cell, "", "", ""] for cell in more]
@@ -242,18 +243,18 @@ def _cost(report: Report) -> list[Any]:
         )
         for m, a in zip(c.models, report.apis.models, strict=True)
     ]
-    head = ("Model", "Cost", "per M, busy time", "per M, all time", "Same model at APIs", "Median cost", "Saving")
+    head = ("Model", "Cost", "Direct per M", "Loaded per M", "Same model at APIs", "Median cost", "Saving")
     if c.priced:
         text = (
-            f"The nodes cost {wording.money(c.total, c.currency)} over the time they reported, of which "
-            f"{wording.money(c.idle, c.currency)} was idle; the weighted average is "
-            f"{wording.money(c.average_per_m, c.currency)} per million tokens. A negative saving means that the API "
-            "would have been cheaper. "
-            f"Compared is the same open model at the host in the middle of the range; a price is known for "
-            f"{wording.share(report.apis.covered)} of the tokens ({report.apis.source}, as of {report.apis.at})."
+            f"Total cost of the nodes over the time they reported: {wording.money(c.total, c.currency)}, of which "
+            f"{wording.money(c.idle, c.currency)} idle. Weighted average: {wording.money(c.average_per_m, c.currency)} "
+            "per million tokens (M). Direct counts busy time only, loaded includes idle time. API costs are those of "
+            "the same open model at the median host; a price is known for "
+            f"{wording.share(report.apis.covered)} of the tokens ({report.apis.source}, as of {report.apis.at}). A "
+            "negative saving means that the API would have been cheaper."
         )
     else:
-        text = "No node has a price in the configuration, so costs are missing."
+        text = "No cost data: no node has a price in the configuration."
     return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1)])
 
 
@@ -263,8 +264,7 @@ def _uptime(report: Report) -> list[Any]:
         return _section("6. Uptime", [_p("No data.", BODY)])
     text = (
         f"{wording.share(u.request_share, 3)} of {wording.count(u.requests_ok + u.requests_bad)} requests were "
-        "answered. "
-        f"{report.swaps.flipped} model swaps succeeded and {report.swaps.failed} failed; the longest took "
+        f"answered. Model swaps: {report.swaps.flipped} succeeded, {report.swaps.failed} failed; the longest took "
         f"{wording.span(report.swaps.longest_s)}."
     )
     rows = [
@@ -278,14 +278,14 @@ def _uptime(report: Report) -> list[Any]:
         )
         for n in u.nodes
     ]
-    nodes = _table(("Node", "Uptime", "Serving", "Without a model", "Down", "Unknown"), rows, wide=0, left=1)
+    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows, wide=0, left=1)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 
 def _incidents(report: Report) -> list[Any]:
     incidents = report.uptime.incidents
     if not incidents:
-        return [_p("No incident.", BODY)]
+        return [_p("No incidents.", BODY)]
     zone = ZoneInfo(report.timezone)
 
     def moment(t_ms: int) -> str:
@@ -294,7 +294,7 @@ def _incidents(report: Report) -> list[Any]:
     rows = [
         (
             moment(i.start_ms),
-            wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "still",
+            wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "ongoing",
             i.node,
             i.scope,
             i.text,
@@ -302,28 +302,28 @@ def _incidents(report: Report) -> list[Any]:
         )
         for i in incidents[:40]
     ]
-    more = [_p(f"and {len(incidents) - 40} more in report.json", SMALL)] if len(incidents) > 40 else []
+    more = [_p(f"{len(incidents) - 40} more in the JSON report", SMALL)] if len(incidents) > 40 else []
     widths = (0.14, 0.08, 0.12, 0.16, 0.26, 0.24)
-    return [_table(("When", "Lasted", "Node", "What", "Cause", "Fix"), rows, widths=widths, left=6), *more]
+    return [_table(("Start", "Duration", "Node", "Scope", "Cause", "Fix"), rows, widths=widths, left=6), *more]
 
 
 def _recommendations(report: Report) -> list[Any]:
     if not report.recommendations:
-        text = "No data." if report.empty else "Nothing to change."
+        text = "No data." if report.empty else "No changes recommended."
         return _section("7. Recommendations", [_p(text, BODY)])
     rows = [(r.kind, r.text, r.because) for r in report.recommendations[:30]]
-    table = _table(("Kind", "What to do", "Because"), rows, widths=(0.14, 0.38, 0.48), left=3)
+    table = _table(("Kind", "Recommendation", "Reason"), rows, widths=(0.14, 0.38, 0.48), left=3)
     return _section("7. Recommendations", [table])
 
 
 def _method(report: Report) -> list[Any]:
     text = (
-        f"From {wording.count(report.batches)} telemetry batches; they cover {wording.share(report.covered)} of the "
-        "nodes' time since their first report. Percentiles are within 1.1 % of the exact ones. Tokens and requests are "
-        "counted once, at the node that answered the client. A gap in telemetry counts as unknown, never as up. Costs "
-        "divide each node's cost by the seconds its models worked; the rest is idle."
+        f"Source: {wording.count(report.batches)} telemetry batches, covering {wording.share(report.covered)} of the "
+        "nodes' time since their first report. Percentiles are within 1.1 % of the exact values. Tokens and requests "
+        "are counted once, at the gateway. A gap in telemetry counts as unknown, never as up. Each node's cost is "
+        "allocated to its models by their busy seconds; the remainder is idle."
     )
-    return [Spacer(1, 12), KeepTogether([_p("How these figures were made", HEAD), _p(text, SMALL)])]
+    return [Spacer(1, 12), KeepTogether([_p("Method", HEAD), _p(text, SMALL)])]
 
 
 def _section(title: str, body: list[Any]) -> list[Any]:
@@ -339,7 +339,7 @@ def _table(
     left: int = 1,
     text_from: int | None = None,
 ) -> Table:
-    """A quiet table. The first ``left`` columns, and those from ``text_from`` on, are text; the others are numbers."""
+    """A plain table. The first ``left`` columns, and those from ``text_from`` on, are text; the others are numbers."""
     columns = len(head)
     if widths is None:
         rest = (1 - 0.26) / (columns - 1)
@@ -383,6 +383,6 @@ def _footer(report: Report) -> Any:
 
 
 def _p(text: str, style: ParagraphStyle) -> Paragraph:
-    """A paragraph; long words may break anywhere, because model names hold no spaces."""
+    """A paragraph; long words may break anywhere, because model names contain no spaces."""
     cut = text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
     return Paragraph(escape(cut), style.clone(f"{style.name}-w", splitLongWords=1))

@@ -1,4 +1,4 @@
-"""Figures as people read them; absent is "no data"."""
+"""Human-readable figures; None is "no data"."""
 
 from decimal import Decimal
 

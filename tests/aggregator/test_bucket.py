@@ -105,7 +105,7 @@ def test_concurrent_aggregators_lose_nothing(store: ObjectStore, monkeypatch: py
         commit(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("aggregator.publish.commit", slow)
-    with pytest.raises(Retryable, match="another aggregator was faster"):
+    with pytest.raises(Retryable, match="another aggregator committed first"):
         rollup.run(CONFIG, store)
     assert rollup.run(CONFIG, store).batches == 1
     assert rows(store) == (1, 1)
@@ -143,7 +143,7 @@ def test_an_unknown_schema_waits_in_quarantine(store: ObjectStore) -> None:
     body = zstandard.compress(msgpack.packb({**tree, "v": 2}))
     store.put("raw/v1/node=n1/i0001/e00000001/0000000001-0000000001.mpz", body)
     (bad,) = rollup.run(CONFIG, store).quarantined
-    assert "schema version 2 is not known here; upgrade" in bad.reason
+    assert "unsupported schema version 2; upgrade" in bad.reason
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -190,7 +190,7 @@ def test_an_unchanged_report_is_not_rewritten(store: ObjectStore) -> None:
 
 def test_runs_exclude_each_other(store: ObjectStore) -> None:
     with lease.held(store, "rollup"):
-        with pytest.raises(Retryable, match="is at it already"), lease.held(store, "rollup"):
+        with pytest.raises(Retryable, match=r"another run \(.+\) holds the lease"), lease.held(store, "rollup"):
             pass
         with lease.held(store, "alert"):
             pass
@@ -253,7 +253,7 @@ def test_refused_credentials_exit_77(
     )
     assert cli.main(["rollup", "--config", str(config_file(tmp_path, store))]) == os.EX_NOPERM
     err = capsys.readouterr().err
-    assert "refuses our credentials" in err
+    assert "rejected the credentials" in err
     assert "wrongsecret" not in err
     monkeypatch.delenv("SECRET")
     assert cli.main(["rollup", "--config", str(config_file(tmp_path, store))]) == os.EX_CONFIG
@@ -263,7 +263,7 @@ def test_refused_credentials_exit_77(
 def test_a_run_that_overlaps_exits_75(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lease.held(DirectoryStore(tmp_path / "bucket"), "rollup"):
         assert cli.main(["rollup", "--config", str(directory(tmp_path))]) == os.EX_TEMPFAIL
-    assert "is at it already" in capsys.readouterr().err
+    assert ") holds the lease" in capsys.readouterr().err
 
 
 def test_a_bad_configuration_exits_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,7 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
     assert cli.main(["apply", "--week", "2026-W47", "--steps", "x", "--config", config]) == 1
     assert "like 1,2" in capsys.readouterr().err
     assert cli.main(["apply", "--week", "2026-W40", "--config", config]) == 1
-    assert "there is no placement for 2026-W40" in capsys.readouterr().err
+    assert "no placement published for 2026-W40" in capsys.readouterr().err
 
 
 def test_any_range_of_days_is_reported_and_incomplete_ranges_rejected(
@@ -321,7 +321,7 @@ def test_sync_and_prune_by_the_command_line(tmp_path: Path, capsys: pytest.Captu
     key = list_all(store, "raw/")[0].key
     copy.put(key, b"another")
     assert cli.main(["sync", "--to", str(target), "--config", config]) == 1
-    assert "different objects; neither was touched" in capsys.readouterr().err
+    assert "source and target differ; neither was changed" in capsys.readouterr().err
     target.write_text("[store]\npath = 5\n")
     assert cli.main(["sync", "--to", str(target), "--config", config]) == os.EX_CONFIG
     capsys.readouterr()
@@ -343,7 +343,7 @@ def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.Captur
     assert page.read_bytes().startswith(b"<!doctype html>")
     inventory.write_text('[[nodes]]\nid = "mini-1"\nchip = "M4"\nmemory_gb = 16\nbudget_gb = 2\n')
     assert cli.main([*words, "--json"]) == 1, "what does not fit is an error for scripts"
-    assert "No room for 1 x chat" in json.loads(capsys.readouterr().out)["short"][0]
+    assert "Not enough memory for 1 x chat" in json.loads(capsys.readouterr().out)["short"][0]
     assert cli.main(["plan", "--intake", str(tmp_path / "no"), "--inventory", str(inventory)]) == 1
     assert "No such file" in capsys.readouterr().err
     assert cli.main(["economics", "--api-spend", "12000", "--nodes", "4", "--json"]) == 0
@@ -358,7 +358,7 @@ def test_uncounted_objects_are_mentioned_in_the_report(tmp_path: Path) -> None:
     rollup.run(CONFIG, store)
     weekly.run(CONFIG, store, "2026-W47")
     page = store.get("report/v1/weekly/2026-W47/uptime-r1.md").body.decode()
-    assert "1 objects could not be read and lie under quarantine/" in page
+    assert "1 unreadable objects are in quarantine/" in page
 
 
 def test_the_cron_file_names_verbs_that_exist() -> None:

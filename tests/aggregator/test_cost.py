@@ -231,7 +231,7 @@ def test_a_model_no_host_offers_is_unknown_and_not_counted() -> None:
     found = api_prices.compare(made, cost.compute(made, priced), priced, AT)
     a, b = found.models
     assert (a.median, a.saving) == (None, None)
-    assert "no host of no-such-model-7b" in a.why_not
+    assert "has no price for any host of no-such-model-7b" in a.why_not
     assert b.median == Decimal("0.000001"), "100 prompt tokens and 10 of an answer"
     assert found.covered is not None
     assert found.covered == 0.0, "b's loader cost nothing here, so nothing is compared"

@@ -130,8 +130,8 @@ fix = "Another circuit."
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (b"[[incidents]]\nstart = 2026-11-21T00:00:00\nend = 2026-11-21T01:00:00\n", "with their zone"),
-        (b"[[incidents]]\nstart = 2026-11-21T02:00:00Z\nend = 2026-11-21T01:00:00Z\n", "ends before it starts"),
+        (b"[[incidents]]\nstart = 2026-11-21T00:00:00\nend = 2026-11-21T01:00:00\n", "need a UTC offset"),
+        (b"[[incidents]]\nstart = 2026-11-21T02:00:00Z\nend = 2026-11-21T01:00:00Z\n", "end is before start"),
         (
             b'[[incidents]]\nstart = 2026-11-21T02:00:00Z\nend = 2026-11-21T03:00:00Z\ncause = "gremlins"\n',
             "use one of power",
@@ -428,7 +428,7 @@ def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, s
         ((batch([served(requests=0, prompt_tok=0, completion_tok=0), engine()]),), "cost", "no data"),
         ((batch([served(), engine()], node="stranger"),), "cost", "No node of this period has a price"),
         ((batch([served(), engine()]), batch([served(worker="n3")], node="n3")), "cost", "Without a price: n3"),
-        ((batch([served(), engine()]),), "cost", "no [[compare]] names it"),
+        ((batch([served(), engine()]),), "cost", "no [[compare]] entry"),
     ],
     ids=["no data", "no data", "no data", "no data", "zero tokens", "no price", "one without a price", "no comparison"],
 )

@@ -124,12 +124,12 @@ def test_moves_that_would_interrupt_service_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("step", "why"),
     [
-        (Step(action="load", model="b", node="n1"), "has not the memory"),
-        (Step(action="load", model="a", node="n1"), "stands on n1 already"),
-        (Step(action="load", model="a", node="n9"), "there is no node n9"),
-        (Step(action="load", model="c", node="n2"), "there is no model c"),
-        (Step(action="unload", model="b", node="n1"), "does not stand on n1"),
-        (Step(action="unload", model="a", node="n1"), "nobody serves a"),
+        (Step(action="load", model="b", node="n1"), "n1 lacks the memory for b"),
+        (Step(action="load", model="a", node="n1"), "a is already on n1"),
+        (Step(action="load", model="a", node="n9"), "unknown node n9"),
+        (Step(action="load", model="c", node="n2"), "unknown model c"),
+        (Step(action="unload", model="b", node="n1"), "b is not on n1"),
+        (Step(action="unload", model="a", node="n1"), "no node would serve a"),
     ],
 )
 def test_the_simulation_detects_broken_plans(step: Step, why: str) -> None:
@@ -155,7 +155,7 @@ def test_over_commitment_is_stated_first_with_remedies() -> None:
     ]
     report = placement.propose(window(*big))
     assert report.short
-    assert report.short[0].startswith("No room for 1 x m0, 1 x m1 (16.0 GB): add 2 more nodes of 10.0 GB")
+    assert report.short[0].startswith("Not enough memory for 1 x m0, 1 x m1 (16.0 GB): add 2 more nodes of 10.0 GB")
 
 
 def test_small_gains_move_nothing_by_hysteresis() -> None:
@@ -192,8 +192,8 @@ def test_every_move_has_a_reason_and_the_cost_of_declining() -> None:
     assert load.load_before == 0.0
     assert load.load_after > 0
     assert load.free_before_bytes - load.free_after_bytes == 10**9
-    assert "goes on being slowed" in load.declined
-    assert unload.reason == "a is served elsewhere now"
+    assert "n1 stays throttled at" in load.declined
+    assert unload.reason == "a is now served elsewhere"
 
 
 # day one
@@ -239,19 +239,19 @@ def test_a_first_placement_needs_no_telemetry() -> None:
         ("load", "chat", "mini-2"),
     ]
     assert not report.short
-    assert "a first token within 0.1 s is not to be had on mini-1" in report.notes[0]
+    assert "TTFT target of 0.1 s cannot be met on mini-1" in report.notes[0]
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "why"),
     [
-        (INVENTORY.replace('"M4"', '"M4 Max"'), intake.Inventory, "there is no Mac mini with M4 Max"),
+        (INVENTORY.replace('"M4"', '"M4 Max"'), intake.Inventory, "no Mac mini has M4 Max"),
         (INVENTORY.replace("= 32", "= 48"), intake.Inventory, "a Mac mini with M4 has 16, 24, 32 GB, not 48"),
-        (INVENTORY.replace('"M4"', '"M9"'), intake.Inventory, "chip 'M9' is not known here; give its bandwidth_gb_s"),
-        (INVENTORY.replace("mini-2", "mini-1"), intake.Inventory, "stands there twice"),
-        ("nodes = []", intake.Inventory, "it names no node"),
-        (INTAKE.replace('model = "chat"', 'model = "code"'), intake.Intake, "which is no model of this file"),
-        (INTAKE.replace("weights_gb = 4.5", ""), intake.Intake, "give its path, or weights_gb and kv_kib_per_tok"),
+        (INVENTORY.replace('"M4"', '"M9"'), intake.Inventory, "unknown chip 'M9'; add bandwidth_gb_s"),
+        (INVENTORY.replace("mini-2", "mini-1"), intake.Inventory, "duplicate node 'mini-1'"),
+        ("nodes = []", intake.Inventory, "no nodes defined"),
+        (INTAKE.replace('model = "chat"', 'model = "code"'), intake.Intake, "'code': no such model in this file"),
+        (INTAKE.replace("weights_gb = 4.5", ""), intake.Intake, "needs path, or weights_gb and kv_kib_per_tok"),
         (INTAKE.replace("qps = 0.1", "qps = -1"), intake.Intake, "workloads[0].qps"),
         ("models = [", intake.Intake, "intake.toml"),
         (INTAKE + "surprise = 1", intake.Intake, "surprise"),
@@ -285,16 +285,16 @@ def test_an_accepted_proposal_becomes_the_next_generation_and_keeps_settings() -
 
 def test_steps_without_their_prerequisites_are_rejected() -> None:
     report = proposal()
-    with pytest.raises(Refused, match="step 2 cannot be done without the others: nobody serves a"):
+    with pytest.raises(Refused, match="step 2 depends on steps left out: no node would serve a"):
         acceptance.accepted(report, {2})
-    with pytest.raises(Refused, match="has no step 9"):
+    with pytest.raises(Refused, match="no step 9 in the proposal"):
         acceptance.accepted(report, {9})
     assert len(acceptance.accepted(report, {1})) == 1
 
 
 def test_a_version_missing_from_the_bucket_is_named() -> None:
     report = proposal()
-    with pytest.raises(Refused, match="the bucket has not version va of a; on a node that serves it: mlxrack-agent"):
+    with pytest.raises(Refused, match="does not hold version va of a; push it from a node that serves it: mlxrack"):
         acceptance.desired(report, acceptance.accepted(report, None), None, lambda *_: None, 1)
 
 

@@ -215,7 +215,7 @@ def test_availability_is_measured_by_requests() -> None:
 def test_an_exited_loader_is_named() -> None:
     event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
     (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
-    assert (incident.scope, incident.text) == ("model m", "the loader ended (signal 9)")
+    assert (incident.scope, incident.text) == ("model m", "the loader exited (signal 9)")
 
 
 # evictions
@@ -310,7 +310,7 @@ def test_rule_3_long_prompts_with_few_hits_need_more_cache() -> None:
     report = placement.propose(window(batch([*records, resident("long"), resident("short", version="v2"), host()])))
     (setting,) = report.settings
     assert (setting.model, setting.node, setting.setting, setting.value) == ("long", "n1", "cache_bytes", 4 * 10**9)
-    assert "prompts of 9000 tokens on average and 1% of them" in setting.reason
+    assert "prompts of 9000 tokens on average, prompt cache hit rate 1%" in setting.reason
 
 
 def test_rule_4_an_evicted_model_in_demand_moves_where_there_is_room() -> None:
@@ -369,7 +369,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
     assert report.cost.total is not None
     assert "4 requests with 40 tokens" in report.headline
     text = pdf_text(pdf.render(report))
-    for title in ("1. Inference volume", "2. Heat", "3. Evictions", "4. Where", "5. Cost", "6. Uptime", "7. Recomm"):
+    for title in ("1. Inference volume", "2. Thermal", "3. Evictions", "4. Place", "5. Cost", "6. Uptime", "7. Recomm"):
         assert title in text
     assert "61.5 °C" in text
 

@@ -111,7 +111,7 @@ def test_objects_no_node_sends_are_not_fetched(tmp_path: Path) -> None:
     put(store, batch([served()]))
     store.put("raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz", bytes(17 << 20))
     (bad,) = rollup.run(CONFIG, store).quarantined
-    assert "a segment has at most" in bad.reason
+    assert "the limit of a segment is" in bad.reason
     assert not list_all(store, "quarantine/")
 
 
@@ -194,7 +194,7 @@ def test_models_held_back_by_limits_are_not_reported_as_lack_of_memory() -> None
     hot = placement.propose(
         window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(3)))
     )
-    assert hot.short == ("n1 was throttled 4.0% of the time, and its work fits nowhere else: give it air.",)
+    assert hot.short == ("n1 was throttled 4.0% of the time, and its load fits on no other node: improve its cooling.",)
     assert placement.propose(window(batch([resident("a", need=0)]), batch([resident("a", need=0)], node="n2")))
 
 

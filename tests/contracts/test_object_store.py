@@ -221,7 +221,7 @@ def test_an_unreachable_store_is_retryable_and_recovers(seaweed: SeaweedFS) -> N
     store = s3(seaweed, endpoint=f"http://127.0.0.1:{gate.port}")
     store.create_bucket()
     gate.shut()
-    with pytest.raises(Retryable, match="does not answer"):
+    with pytest.raises(Retryable, match="does not respond"):
         store.put("k", b"x")
     gate.open()
     store.put("k", b"x")

@@ -341,7 +341,7 @@ def test_corrupt_weights_fail_with_the_reason(tmp_path: Path, tiny_model: Path) 
     (broken / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 200)
     with rack(tmp_path, [model(), {"name": "broken", "path": str(broken), "need_bytes": 10}]) as (agent,):
         until(lambda: agent.status()["models"][1]["state"] == "failed", "it has failed")
-        assert "its header is no safetensors header; fetch the model again" in agent.status()["models"][1]["reason"]
+        assert "invalid safetensors header; fetch the model again" in agent.status()["models"][1]["reason"]
         assert agent.chat().status == 200
 
 
@@ -360,7 +360,7 @@ def test_refused_store_credentials_are_a_state_and_lose_nothing(tmp_path: Path, 
         assert agent.chat().status == 200
         until(lambda: agent.status()["push"]["state"] == "refused", "the refusal is known")
         push = agent.status()["push"]
-        assert "refuses our credentials" in push["reason"]
+        assert "rejected the credentials" in push["reason"]
         assert push["waiting_batches"] >= 1
         assert push["dropped_batches"] == 0
 

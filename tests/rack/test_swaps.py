@@ -299,7 +299,7 @@ def noise(folder: Path) -> None:
     ("damage", "why"),
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "truncated"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 5_000), "no safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 5_000), "not a safetensors file"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
         (nan_weights, "NaN or infinity"),
         (noise, "NaN or infinity|differs from the recorded one"),

@@ -77,10 +77,10 @@ def test_a_batch_of_the_first_schema_still_decodes() -> None:
     [
         (b"", "0 batches"),
         (b"\xc1", "not MessagePack"),
-        (msgpack.packb([1, 2]), "a list where a map"),
+        (msgpack.packb([1, 2]), "expected a map, found a list"),
         (msgpack.packb({"v": 99}), "schema version 99"),
         (msgpack.packb({"v": 1}), "missing required field"),
-        (encode(batch([served()]))[:-3], "cut off|batches"),
+        (encode(batch([served()]))[:-3], "truncated|batches"),
         (msgpack.packb({**msgspec.to_builtins(batch()), "seq": "x"}), "Expected `int`"),
     ],
 )
@@ -104,13 +104,13 @@ def test_a_bad_segment_is_rejected(segment: bytes) -> None:
     [
         ({"prompt_tok": 2**63 + 5}, "prompt_tok: 9223372036854775813 is out of range"),
         ({"prompt_tok": -5}, "prompt_tok: -5 is out of range"),
-        ({"model": "x" * 5_000}, "model: a text of 5000 characters"),
-        ({"ttft_us": {"count": 99, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "counts and total differ"),
-        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [3, 4], "cnt": [1]}}, "counts and total differ"),
-        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [10**6], "cnt": [1]}}, "a bucket out of range"),
-        ({"ttft_us": {"count": 1, "idx": [3], "cnt": [1]}}, "without a minimum"),
+        ({"model": "x" * 5_000}, "model: text of 5000 characters, the limit is 2000"),
+        ({"ttft_us": {"count": 99, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "counts do not add up"),
+        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [3, 4], "cnt": [1]}}, "counts do not add up"),
+        ({"ttft_us": {"count": 1, "min": 1, "max": 2, "idx": [10**6], "cnt": [1]}}, "sketch: bucket out of range"),
+        ({"ttft_us": {"count": 1, "idx": [3], "cnt": [1]}}, "minimum and maximum do not fit the count"),
         ({"ttft_us": {"count": 2, "min": 1, "max": 2, "idx": [3, 0], "cnt": [1, 1]}}, "buckets out of order"),
-        ({"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "a count out of range"),
+        ({"ttft_us": {"count": 1, "sum": -1, "min": 1, "max": 2, "idx": [3], "cnt": [1]}}, "count out of range"),
     ],
 )
 def test_impossible_numbers_are_rejected(change: dict[str, object], why: str) -> None:

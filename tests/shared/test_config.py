@@ -74,7 +74,7 @@ def test_s3_secrets_must_be_references() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(b"a = [", "is not TOML"), (b"\xff\xfe", "cannot be read"), (None, "no such file")]
+    ("content", "why"), [(b"a = [", "invalid TOML"), (b"\xff\xfe", "cannot be read"), (None, "no such file")]
 )
 def test_an_unreadable_file_is_reported_with_its_reason(tmp_path: Path, content: bytes | None, why: str) -> None:
     path = tmp_path / "agent.toml"

@@ -35,7 +35,7 @@ def test_fields_of_a_newer_aggregator_are_ignored() -> None:
         ({"generation": 1, "nodes": {"n": [{**ONE, "version": "a/b"}]}}, "node n: version"),
         ({"generation": 1, "nodes": {"n": [{**ONE, "rows": 0}]}}, "below 1"),
         ({"generation": 1, "nodes": {"n": [{"model": "m"}]}}, "source"),
-        ({"generation": 1, "peers": [{"id": "a", "url": "ftp://x"}]}, "peer a: its url begins with"),
+        ({"generation": 1, "peers": [{"id": "a", "url": "ftp://x"}]}, r"peer a: url: expected an http\(s\) URL"),
         ({"generation": 1, "peers": [{"id": "../a", "url": "http://x"}]}, "peers: id"),
         ({"generation": 1, "peers": [{"id": "a", "url": "http://x"}, {"id": "a", "url": "http://y"}]}, "the id a"),
         ({"generation": 1, "peers": [{"id": "a", "url": "http://x"}, {"id": "b", "url": "http://x/"}]}, "the url"),

@@ -59,5 +59,5 @@ def test_an_empty_sketch_has_no_quantile() -> None:
 
 
 def test_a_contradictory_wire_form_is_rejected() -> None:
-    with pytest.raises(ValueError, match="counts and total differ"):
+    with pytest.raises(ValueError, match="bucket counts do not add up to the total"):
         Sketch.from_wire(SketchWire(count=3, idx=(1,), cnt=(1,)))

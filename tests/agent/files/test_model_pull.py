@@ -218,7 +218,7 @@ def test_a_manifest_cannot_write_outside_its_folder(store: ModelStore, tmp_path:
         def __init__(self) -> None:
             self.manifest = msgspec.json.decode(manifest("a.safetensors", name), type=Manifest)
 
-    with pytest.raises(Refused, match="which is no file of a model"):
+    with pytest.raises(Refused, match="which is not a model file"):
         pull(Strange(), store, "m")
     assert not store.folder.exists()
 
@@ -253,9 +253,9 @@ def test_weight_files_in_the_index_must_exist(folder: Path, store: ModelStore) -
 @pytest.mark.parametrize(
     ("break_it", "why"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4_000), "no safetensors file, or cut off"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file, or cut off"),
-        (lambda f: os.truncate(f / "model.safetensors", 100), "no safetensors file, or cut off"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4_000), "not a safetensors file, or truncated"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a safetensors file, or truncated"),
+        (lambda f: os.truncate(f / "model.safetensors", 100), "not a safetensors file, or truncated"),
         (lambda f: os.truncate(f / "model.safetensors", 100_000), "truncated"),
     ],
 )

@@ -63,7 +63,7 @@ def test_wrong_usage_exits_64(words: list[str], capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == os.EX_USAGE
-    assert "--help explains" in capsys.readouterr().err
+    assert "see --help" in capsys.readouterr().err
 
 
 def test_a_bad_configuration_exits_78_with_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
