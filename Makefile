@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate check lint types arch docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -39,6 +39,10 @@ types: $(STAMP) ## type-check (mypy, strict)
 
 arch: $(STAMP) ## check the import contracts
 	$(BIN)/lint-imports --no-logo
+	@$(BIN)/python -m scripts.house --pure
+
+house: $(STAMP) ## measure the structure: packages, arrows, classes, functions, lines; fails past its limits
+	@$(BIN)/python -m scripts.house
 
 fuzz: $(STAMP) ## send 20,000 random requests to a real agent
 	MLXRACK_FUZZ=20000 $(BIN)/python -m pytest tests/rack/test_poison.py

@@ -14,6 +14,7 @@ import aggregator
 import shared
 from agent.config import AgentConfig
 from aggregator.config import AggregatorConfig
+from scripts import house
 from scripts.document_config import document
 
 ROOT = Path(__file__).parent.parent
@@ -30,30 +31,59 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in ("agent", "aggregator", "shared"):
+    for name in ("agent", "aggregator", "shared", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
+IMPURE = [
+    ("agent/gateway/routing.py", "import time"),
+    ("agent/gateway/routing.py", "import secrets"),
+    ("agent/gateway/routing.py", "from shared.secrets import resolve"),
+    ("agent/gateway/routing.py", "from shared.logs import get_logger"),
+    ("agent/gateway/routing.py", "from agent.models.pool import Pool"),
+    ("agent/models/swap.py", "import asyncio"),
+    ("agent/models/swap.py", "import ctypes"),
+    ("agent/models/swap.py", "import selectors"),
+    ("agent/models/swap.py", "import tempfile"),
+    ("agent/models/lifecycle.py", "def late() -> None:\n    import random"),
+    ("agent/telemetry/sensors/reading.py", "import subprocess"),
+    ("aggregator/cost.py", "import os"),
+    ("aggregator/uptime.py", "import sqlite3"),
+    ("shared/records.py", "import pathlib"),
+    ("shared/bucket.py", "import boto3"),
+]
+
+
+def test_whatever_a_pure_module_imports_that_is_not_on_the_list_is_found(copy: Path) -> None:
+    for file, line in IMPURE:
+        path = copy / file
+        path.write_text(path.read_text() + f"\n{line}\n")
+    run = lint(copy)
+    assert run.returncode == 1
+    assert "The core decides without touching the world BROKEN" in run.stdout
+    for file, line in IMPURE:
+        words = line.split()
+        imported = words[words.index("import") + 1] if "from" not in words else words[1]
+        assert f"{file.removesuffix('.py').replace('/', '.')} -> {imported} " in run.stdout
+
+
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("agent/gateway/routing.py", "import time", "The agent's core decides without touching the world"),
-        ("agent/models/swap.py", "import asyncio", "The agent's core decides without touching the world"),
-        ("aggregator/cost.py", "import os", "The aggregator's core decides without touching the world"),
-        ("shared/records.py", "import pathlib", "The vocabulary is pure"),
         ("agent/models/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
         ("agent/daemon.py", "import agent.loader.mlx.engine", "The daemon process never loads the engine"),
         ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
-        ("agent/telemetry/spool.py", "import agent.models.pool", "Layers of the agent"),
+        ("agent/telemetry/spool.py", "import agent.gateway.call", "Layers of the agent"),
+        ("agent/mesh/peers.py", "import agent.models.swap", "Layers of the agent"),
         ("aggregator/window.py", "import aggregator.load", "Layers of the aggregator"),
         ("shared/ids.py", "import agent.config", "Two programs, one vocabulary"),
         ("aggregator/load.py", "import aiohttp", "The aggregator needs nothing of the agent's"),
         ("agent/cli.py", "import reportlab", "The agent needs nothing of the aggregator's"),
     ],
 )
-def test_a_violated_import_contract_fails(copy: Path, file: str, line: str, contract: str) -> None:
+def test_a_planted_import_breaks_its_contract(copy: Path, file: str, line: str, contract: str) -> None:
     path = copy / file
     path.write_text(path.read_text() + f"\n{line}\n")
     run = lint(copy)
@@ -62,7 +92,33 @@ def test_a_violated_import_contract_fails(copy: Path, file: str, line: str, cont
     assert contract in broken
 
 
-def test_import_contracts_hold(copy: Path) -> None:
+def test_a_new_package_has_to_be_given_a_layer(copy: Path) -> None:
+    (copy / "agent/policy.py").write_text("")
+    run = lint(copy)
+    assert run.returncode == 1
+    assert "Layers of the agent BROKEN" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("agent/gateway/routing.py", "datetime.now()"),
+        ("agent/gateway/routing.py", "datetime.datetime.now(datetime.UTC)"),
+        ("agent/models/swap.py", "date.today()"),
+        ("aggregator/uptime.py", "dt.datetime.utcnow()"),
+        ("aggregator/cost.py", "open('/etc/hosts')"),
+        ("shared/keys.py", "__import__('time').time()"),
+    ],
+)
+def test_a_planted_call_is_found(copy: Path, file: str, line: str) -> None:
+    assert house.planted(copy) == []
+    path = copy / file
+    path.write_text(path.read_text() + f"\n\ndef late() -> object:\n    return {line}\n")
+    (found,) = house.planted(copy)
+    assert found.startswith(f"{file}:")
+
+
+def test_the_contracts_hold(copy: Path) -> None:
     run = lint(copy)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "0 broken" in run.stdout

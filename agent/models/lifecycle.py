@@ -43,8 +43,8 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
 class Life(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model stands. Loaders are numbered by ``serial``; 0 is none.
 
-    ``loader`` serves, ``attempt`` is being started, ``leaving`` drains after an eviction; the outcome of ``abandoned``
-    starts is still to come and not wanted any more. ``retries`` means that a loader that dies while it starts is
+    ``loader`` serves, ``attempt`` is being started, ``leaving`` drains (``evicted_for`` another model); the outcome of
+    ``abandoned`` starts is still to come and not wanted any more. ``retries``: a loader that dies while it starts is
     started again, since nobody waits for the outcome. ``closed_for`` names the model for which this one accepts no new
     requests. Before ``not_before_s`` nothing is started. ``standby_bytes`` is planned for a swap's standby.
     """
@@ -56,6 +56,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     loader: int = 0
     attempt: int = 0
     leaving: int = 0
+    evicted_for: str = ""
     abandoned: frozenset[int] = frozenset()
     retries: bool = False
     in_rotation: bool = True
@@ -154,65 +155,11 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
 Event = Signal | Load | Started | StartFailed | Exited | Evict | Idle | Retired | Planned | Flipped | Close
 
 
-class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """Start a loader; answer with Started or StartFailed."""
-
-    attempt: int
-
-
-class Serve(msgspec.Struct, frozen=True, kw_only=True):
-    """The loader that was just started serves from now on."""
-
-    loader: int
-
-
-class Kill(msgspec.Struct, frozen=True, kw_only=True):
-    """The loader of an abandoned start is not wanted."""
-
-    attempt: int
-
-
-class Retire(msgspec.Struct, frozen=True, kw_only=True):
-    """Drain and end a loader; answer with Retired."""
-
-    loader: int
-    reason: str
-    for_model: str = ""
-
-
-class Wake(msgspec.Struct, frozen=True, kw_only=True):
-    """Feed "due" at that time."""
-
-    at_s: float
-
-
-class Crashed(msgspec.Struct, frozen=True, kw_only=True):
-    """The active loader is gone; tell and count it."""
-
-    loader: int
-    cause: str
-
-
-class GaveUp(msgspec.Struct, frozen=True, kw_only=True):
-    """No further start without an order."""
-
-    reason: str
-
-
-class Missed(msgspec.Struct, frozen=True, kw_only=True):
-    """A request waits for a model that was evicted."""
-
-    departed: Departure
-
-
-class Turned(msgspec.Struct, frozen=True, kw_only=True):
-    """The model was closed for another, or opened again."""
-
-    closed: bool
-    for_model: str
-
-
-Effect = Start | Serve | Kill | Retire | Wake | Crashed | GaveUp | Missed | Turned
+Effect = Literal["start", "serve", "kill", "retire", "wake", "crashed", "gave_up", "missed", "turned"]
+"""Start ``attempt`` (answer with Started or StartFailed); the loader just started serves; it is not wanted, kill it;
+drain and end ``leaving`` (answer with Retired); send "due" at ``not_before_s``; count the crash of the loader that
+served; nothing is started again without an order; a request waits for what ``departed``; the model was closed or
+opened. The names are fields of the state after the step, or before it for what the step has cleared."""
 Step = tuple[Life, tuple[Effect, ...]]
 
 
@@ -252,8 +199,7 @@ def step(life: Life, event: Event, now_s: float) -> Step:
         case Close():
             return _closed(life, event, now_s)
         case "wanted":
-            departed = life.departed
-            return (replace(life, departed=None), (Missed(departed=departed),)) if departed else (life, ())
+            return (replace(life, departed=None), ("missed",)) if life.departed else (life, ())
         case "adopt":
             failed = life.phase == "failed" and not life.claim
             return (replace(life, phase="cold", reason="") if failed else life), ()
@@ -270,13 +216,13 @@ def _after_stop(life: Life, event: Event) -> Step:
 def _forgotten(life: Life, event: Started | StartFailed) -> Step:
     """The outcome of an abandoned start: a loader that came up all the same is killed."""
     rest = replace(life, abandoned=life.abandoned - {event.attempt})
-    return rest, (Kill(attempt=event.attempt),) if isinstance(event, Started) else ()
+    return rest, ("kill",) if isinstance(event, Started) else ()
 
 
 def _start(life: Life) -> Step:
     serial = life.serial + 1
     begun = replace(life, phase="loading", reason="", serial=serial, attempt=serial)
-    return begun, (Start(attempt=serial),)
+    return begun, ("start",)
 
 
 def _due(life: Life, now_s: float) -> Step:
@@ -308,7 +254,7 @@ def _serves(life: Life, loader: int, version: str) -> Step:
         version=version,
         crashes=life.crashes if version == life.version else (),  # other files, another story
     )
-    return served, (Serve(loader=loader),)
+    return served, ("serve",)
 
 
 def _start_failed(life: Life, event: StartFailed, now_s: float) -> Step:
@@ -330,7 +276,6 @@ def _start_failed(life: Life, event: StartFailed, now_s: float) -> Step:
 def _exited(life: Life, event: Exited, now_s: float) -> Step:
     if not life.loader or event.loader != life.loader:
         return life, ()
-    told = Crashed(loader=event.loader, cause=event.cause)
     gone = replace(
         life,
         loader=0,
@@ -340,9 +285,9 @@ def _exited(life: Life, event: Exited, now_s: float) -> Step:
         reason=f"the loader exited ({event.cause}); restarting",
     )
     if not life.in_rotation:
-        return gone, (told,)
+        return gone, ("crashed",)
     after, effects = _backed_off(gone, now_s)
-    return after, (told, *effects)
+    return after, ("crashed", *effects)
 
 
 def _recent(life: Life, now_s: float) -> tuple[float, ...]:
@@ -356,16 +301,18 @@ def _backed_off(life: Life, now_s: float) -> Step:
     if count >= CRASHES_BEFORE_GIVING_UP:
         why = life.last_exit or life.reason
         reason = f"the loader exited {count} times in {CRASH_SPAN_S:.0f} s ({why}); given up"
-        return replace(life, phase="failed", reason=reason), (GaveUp(reason=reason),)
+        return replace(life, phase="failed", reason=reason), ("gave_up",)
     at_s = now_s + min(MAX_BACKOFF_S, 0.5 * 2.0 ** (count - 1) - 0.5)
-    return replace(life, phase="backing_off", not_before_s=at_s), (Wake(at_s=at_s),)
+    return replace(life, phase="backing_off", not_before_s=at_s), ("wake",)
 
 
 def _evict(life: Life, reason: str, for_model: str) -> Step:
     if life.claim or life.phase != "ready":
         return life, ()
-    drained = replace(life, phase="draining", claim="evict", loader=0, leaving=life.loader, reason=reason)
-    return drained, (Retire(loader=life.loader, reason=reason, for_model=for_model),)
+    drained = replace(
+        life, phase="draining", claim="evict", loader=0, leaving=life.loader, reason=reason, evicted_for=for_model
+    )
+    return drained, ("retire",)
 
 
 def _retired(life: Life, event: Retired, now_s: float) -> Step:
@@ -407,7 +354,7 @@ def _released(life: Life, now_s: float) -> Step:
         return replace(free, phase="ready"), ()
     if life.phase in ("backing_off", "draining"):
         at_s = max(now_s, life.not_before_s)
-        return replace(free, phase="backing_off", not_before_s=at_s), (Wake(at_s=at_s),)
+        return replace(free, phase="backing_off", not_before_s=at_s), ("wake",)
     return free, ()
 
 
@@ -418,5 +365,4 @@ def _closed(life: Life, event: Close, now_s: float) -> Step:
     after = replace(life, closed_for=for_model, open_until_s=open_until_s)
     if bool(life.closed_for) == bool(for_model):
         return after, ()
-    turned = Turned(closed=bool(for_model), for_model=for_model or life.closed_for)
-    return replace(after, closed_since_s=now_s), (turned,)
+    return replace(after, closed_since_s=now_s), ("turned",)

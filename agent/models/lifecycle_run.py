@@ -54,7 +54,7 @@ class Lifecycles:
         before = slot.life
         slot.life, effects = life.step(before, event, self._clock())
         for effect in effects:
-            self._perform(slot, effect)
+            self._perform(slot, effect, before)
         if not slot.life.loader:
             slot.loaded = None
         if slot.life != before:
@@ -64,11 +64,10 @@ class Lifecycles:
     def take_over(self, slot: Slot, event: life.Started | life.Flipped, loaded: Loaded) -> None:
         """A loader that is in memory and warm; it serves if the slot still wants it. No await: the flip is atomic."""
         slot.life, effects = life.step(slot.life, event, self._clock())
-        for effect in effects:
-            if isinstance(effect, life.Serve):
-                self._serve(slot, loaded, effect.loader)
-            elif isinstance(effect, life.Kill):
-                loaded.process.kill()
+        if "serve" in effects:
+            self._serve(slot, loaded)
+        if "kill" in effects:
+            loaded.process.kill()
         slot.notify()
 
     async def load(self, slot: Slot, *, ordered: bool) -> None:
@@ -88,29 +87,31 @@ class Lifecycles:
 
     # ---- effects ----
 
-    def _perform(self, slot: Slot, effect: life.Effect) -> None:
+    def _perform(self, slot: Slot, effect: life.Effect, before: life.Life) -> None:
+        now = slot.life
         match effect:
-            case life.Start():
-                if slot.life.claim != "load" or slot.life.retries:  # else the order performs it itself
-                    self.tasks.spawn(self._start_quietly(slot, effect.attempt))
-            case life.Retire():
+            case "start":
+                if now.claim != "load" or now.retries:  # else the order performs it itself
+                    self.tasks.spawn(self._start_quietly(slot, now.attempt))
+            case "retire" | "crashed":
                 loaded = slot.loaded
                 assert loaded is not None
+                if effect == "crashed":
+                    self._crashed(slot, loaded)
+                    return
                 self.loaders.retiring.append(loaded)  # from here on, or a stop in between would leave it behind
-                self.tasks.spawn(self._retire(slot, loaded, effect))
-            case life.Wake():
-                loop = asyncio.get_running_loop()
-                loop.call_later(max(0.0, effect.at_s - self._clock()), self.feed, slot, "due")
-            case life.Crashed():
-                self._crashed(slot, effect)
-            case life.GaveUp():
-                log.error("loader_given_up", model=slot.name, reason=effect.reason)
-            case life.Missed():
-                self._missed(slot, effect.departed)
-            case life.Turned():
-                turned = "model_closed" if effect.closed else "model_opened"
-                log.info(turned, model=slot.name, for_model=effect.for_model)
-            case life.Serve() | life.Kill():
+                self.tasks.spawn(self._retire(slot, loaded))
+            case "wake":
+                delay_s = max(0.0, now.not_before_s - self._clock())
+                asyncio.get_running_loop().call_later(delay_s, self.feed, slot, "due")
+            case "gave_up":
+                log.error("loader_given_up", model=slot.name, reason=now.reason)
+            case "missed":
+                self._missed(slot, before.departed)
+            case "turned":
+                turned = "model_closed" if now.closed_for else "model_opened"
+                log.info(turned, model=slot.name, for_model=now.closed_for or before.closed_for)
+            case "serve" | "kill":
                 raise AssertionError("needs a loader: see take_over")
 
     async def _start_quietly(self, slot: Slot, attempt: int) -> None:
@@ -153,12 +154,12 @@ class Lifecycles:
         now = self._clock()
         return Loaded(slot.name, spec, process, now, now - began)
 
-    def _serve(self, slot: Slot, loaded: Loaded, number: int) -> None:
+    def _serve(self, slot: Slot, loaded: Loaded) -> None:
         slot.loaded = loaded
         slot.spec, slot.model = loaded.spec, loaded.spec.model
         slot.peak_bytes, slot.keep_alive_s = 0, loaded.spec.model.keep_alive_s
         self._slots.rename(slot, loaded.spec.model.name)
-        self.tasks.spawn(self._watched(slot, loaded, number))
+        self.tasks.spawn(self._watched(slot, loaded, slot.life.loader))
         if self.watch is not None and (told := self.watch.greet(loaded)) is not None:
             self.tasks.spawn(told)
         self._emit(loaded_event(slot, loaded, self._wall_ms(), fused=self.store.fused))
@@ -169,30 +170,29 @@ class Lifecycles:
         if not loaded.process.stopping:
             self.feed(slot, life.Exited(loader=number, cause=loaded.process.cause))
 
-    def _crashed(self, slot: Slot, effect: life.Crashed) -> None:
-        loaded = slot.loaded
-        assert loaded is not None
+    def _crashed(self, slot: Slot, loaded: Loaded) -> None:
         event = LoaderExited(
             t_ms=self._wall_ms(),
             model=slot.name,
             version=loaded.spec.version,
-            cause=effect.cause,
+            cause=slot.life.last_exit,
             restarts=slot.life.restarts,
         )
         self._emit(event)
         log.error("loader_exited", model=event.model, cause=event.cause, restarts=event.restarts)
         self.tasks.spawn(self.loaders.take_window(loaded))  # what it reported late, and nobody has counted yet
 
-    async def _retire(self, slot: Slot, loaded: Loaded, effect: life.Retire) -> None:
+    async def _retire(self, slot: Slot, loaded: Loaded) -> None:
         """End a loader when its requests have ended; each has a deadline of its own."""
+        evicted = slot.life
         await self.loaders.retire(loaded, self._drain_s)
         now, demand = self._clock(), slot.demand
         event = ModelEvicted(
             t_ms=self._wall_ms(),
             model=slot.name,
             version=loaded.spec.version,
-            reason=effect.reason,
-            for_model=effect.for_model,
+            reason=evicted.reason,
+            for_model=evicted.evicted_for,
             bytes=loaded.spec.need_bytes,
             age_us=int((now - loaded.since_s) * 1e6),
             requests_last_hour=demand.last_hour(now),
@@ -201,9 +201,10 @@ class Lifecycles:
         )
         self._emit(event)
         log.info("model_evicted", model=event.model, reason=event.reason, for_model=event.for_model)
-        self.feed(slot, life.Retired(loader=effect.loader))
+        self.feed(slot, life.Retired(loader=evicted.leaving))
 
-    def _missed(self, slot: Slot, gone: life.Departure) -> None:
+    def _missed(self, slot: Slot, gone: life.Departure | None) -> None:
+        assert gone is not None
         event = ModelMissed(
             t_ms=self._wall_ms(),
             model=slot.name,

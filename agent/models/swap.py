@@ -13,6 +13,9 @@ import msgspec
 Phase = Literal["starting", "warming", "flipping", "draining", "stopping", "restoring", "finished"]
 
 
+What = Literal["standby_ready", "standby_failed", "probes_passed", "flipped", "drained", "stopped", "restored"]
+
+
 class SwapState(msgspec.Struct, frozen=True, kw_only=True):
     """Where a swap stands. ``flipped`` says which loader serves."""
 
@@ -24,43 +27,16 @@ class SwapState(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class _Event(msgspec.Struct, frozen=True, kw_only=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """The new loader has its model in memory; it did not start, ended, or failed a probe (``reason``); it passed every
+    probe; it is the active one; the old one has no request left, or their deadlines have passed; a process
+    is gone with its memory; after a failed cold swap the old model serves again (or, with a ``reason``, does not)."""
+
     swap_id: str
-
-
-class StandbyReady(_Event, frozen=True, kw_only=True):
-    """The new loader has its model in memory."""
-
-
-class StandbyFailed(_Event, frozen=True, kw_only=True):
-    """The new loader did not start, ended, or answered a probe wrongly or too late."""
-
-    reason: str
-
-
-class ProbesPassed(_Event, frozen=True, kw_only=True):
-    """The new loader answered every probe as it should, within its budget."""
-
-
-class Flipped(_Event, frozen=True, kw_only=True):
-    """The new loader is the active one."""
-
-
-class Drained(_Event, frozen=True, kw_only=True):
-    """The old loader has no request left, or their deadlines have passed."""
-
-
-class Stopped(_Event, frozen=True, kw_only=True):
-    """A loader's process is gone, and its memory with it."""
-
-
-class Restored(_Event, frozen=True, kw_only=True):
-    """After a failed cold swap the old model serves again (or, with a reason, does not)."""
-
+    what: What
     reason: str = ""
 
 
-Event = StandbyReady | StandbyFailed | ProbesPassed | Flipped | Drained | Stopped | Restored
 Effect = Literal[
     "leave_rotation",
     "start_standby",
@@ -95,27 +71,27 @@ def step(state: SwapState, event: Event) -> tuple[SwapState, tuple[Effect, ...]]
     """
     if event.swap_id != state.swap_id or state.phase == "finished":
         return state, ()
-    if isinstance(event, StandbyFailed) and state.phase in ("starting", "warming", "flipping"):
+    if event.what == "standby_failed" and state.phase in ("starting", "warming", "flipping"):
         failed = msgspec.structs.replace(state, outcome="failed", reason=event.reason)
         if state.cold:
             return msgspec.structs.replace(failed, phase="restoring"), ("stop_standby", "restore_active")
         return msgspec.structs.replace(failed, phase="finished"), ("stop_standby", "finish")
-    if isinstance(event, StandbyReady) and state.phase == "starting":
+    if event.what == "standby_ready" and state.phase == "starting":
         return msgspec.structs.replace(state, phase="warming"), ("warm_standby",)
-    if isinstance(event, ProbesPassed) and state.phase == "warming":
+    if event.what == "probes_passed" and state.phase == "warming":
         return msgspec.structs.replace(state, phase="flipping"), ("flip",)
-    if isinstance(event, Flipped) and state.phase == "flipping":
+    if event.what == "flipped" and state.phase == "flipping":
         flipped = msgspec.structs.replace(state, flipped=True, outcome="flipped")
         if state.cold:
             return msgspec.structs.replace(flipped, phase="finished"), ("finish",)
         return msgspec.structs.replace(flipped, phase="draining"), ("drain_old",)
-    if isinstance(event, Drained) and state.phase == "draining":
+    if event.what == "drained" and state.phase == "draining":
         return msgspec.structs.replace(state, phase="stopping"), ("stop_old" if state.flipped else "stop_active",)
-    if isinstance(event, Stopped) and state.phase == "stopping":
+    if event.what == "stopped" and state.phase == "stopping":
         if state.flipped:
             return msgspec.structs.replace(state, phase="finished"), ("finish",)
         return msgspec.structs.replace(state, phase="starting"), ("start_standby",)
-    if isinstance(event, Restored) and state.phase == "restoring":
+    if event.what == "restored" and state.phase == "restoring":
         reason = f"{state.reason}; {event.reason}" if event.reason else state.reason
         return msgspec.structs.replace(state, phase="finished", reason=reason), ("finish",)
     return state, ()

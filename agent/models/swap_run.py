@@ -91,13 +91,16 @@ class SwapRun:
                 self.detail = ""
                 if event is not None:
                     self.state, more = swap.step(self.state, event)
-                    log.info("swap_step", swap=event.swap_id, after=type(event).__name__, phase=self.state.phase)
+                    log.info("swap_step", swap=event.swap_id, after=event.what, phase=self.state.phase)
                     todo.extend(more)
         finally:
             if self._standby is not None and not self._serves(self._standby):
                 self._standby.kill()
         assert self._finished is not None, "every swap ends with the effect finish"
         return self._finished
+
+    def _event(self, what: swap.What, reason: str = "") -> swap.Event:
+        return swap.Event(swap_id=self.state.swap_id, what=what, reason=reason)
 
     def _serves(self, process: LoaderProcess) -> bool:
         return self._slot.loaded is not None and self._slot.loaded.process is process
@@ -131,9 +134,9 @@ class SwapRun:
         try:
             self._standby = await self._loaders.start(self._spec)
         except RackError as error:
-            return swap.StandbyFailed(swap_id=self.state.swap_id, reason=error.message)
+            return self._event("standby_failed", error.message)
         self._load_s = self._clock() - began
-        return swap.StandbyReady(swap_id=self.state.swap_id)
+        return self._event("standby_ready")
 
     async def _warm(self) -> swap.Event:
         assert self._standby is not None
@@ -144,33 +147,33 @@ class SwapRun:
         warmed = await warm(self._standby, self._spec.probes, self._spec.model.probe_p99_s, progress)
         self._took_us = warmed.took_us
         if warmed.reason:
-            return swap.StandbyFailed(swap_id=self.state.swap_id, reason=warmed.reason)
-        return swap.ProbesPassed(swap_id=self.state.swap_id)
+            return self._event("standby_failed", warmed.reason)
+        return self._event("probes_passed")
 
     def _flip(self) -> swap.Event:
         """The one assignment, in take_over, without an await before it: who was alive a moment ago is alive."""
         assert self._standby is not None
         if not self._standby.usable:
             reason = f"the new loader ended before it could take over ({self._standby.cause})"
-            return swap.StandbyFailed(swap_id=self.state.swap_id, reason=reason)
+            return self._event("standby_failed", reason)
         if not self.state.cold:
             self._old = self._slot.loaded or self._old  # it may have ended and been started again meanwhile
             self._loaders.retiring.append(self._old)
             self._host.feed(self._slot, life.Planned(standby_bytes=self._old.spec.need_bytes))
         loaded = Loaded(self._slot.name, self._spec, self._standby, self._clock(), self._load_s)
         self._host.take_over(self._slot, life.Flipped(version=self._spec.version), loaded)
-        return swap.Flipped(swap_id=self.state.swap_id)
+        return self._event("flipped")
 
     async def _drain(self) -> swap.Event:
         """Until the old loader's requests have ended; each has a deadline of its own."""
         self._old = await self._loaders.drain(self._old, self._request_s + MARGIN_S)
-        return swap.Drained(swap_id=self.state.swap_id)
+        return self._event("drained")
 
     async def _stop_old(self) -> swap.Event:
         if self._slot.loaded is self._old:
             self._host.feed(self._slot, "withdraw")
         self._freed = await self._loaders.retire(self._old, 0.0)
-        return swap.Stopped(swap_id=self.state.swap_id)
+        return self._event("stopped")
 
     async def _restore(self) -> swap.Event:
         began = self._clock()
@@ -179,11 +182,11 @@ class SwapRun:
         except RackError as error:
             # the release tries once more when the swap has ended
             why = f"and the old model did not start again: {error.message}"
-            return swap.Restored(swap_id=self.state.swap_id, reason=why)
+            return self._event("restored", why)
         now = self._clock()
         loaded = Loaded(self._old.name, self._old.spec, process, now, now - began)
         self._host.take_over(self._slot, life.Flipped(version=self._old.spec.version), loaded)
-        return swap.Restored(swap_id=self.state.swap_id)
+        return self._event("restored")
 
     def _finish(self) -> None:
         now = self._clock()

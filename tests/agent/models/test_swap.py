@@ -6,19 +6,17 @@ from hypothesis import strategies as st
 
 from agent.models import swap
 from agent.models.swap import (
-    Drained,
     Effect,
     Event,
-    Flipped,
-    ProbesPassed,
-    Restored,
-    StandbyFailed,
-    StandbyReady,
-    Stopped,
     SwapState,
+    What,
     begin,
     step,
 )
+
+
+def event(what: What, reason: str = "", swap_id: str = "s") -> Event:
+    return Event(swap_id=swap_id, what=what, reason=reason)
 
 
 def play(cold: bool, *events: Event) -> tuple[SwapState, list[Effect]]:
@@ -30,10 +28,14 @@ def play(cold: bool, *events: Event) -> tuple[SwapState, list[Effect]]:
     return state, effects
 
 
-READY, PASSED, DRAINED = StandbyReady(swap_id="s"), ProbesPassed(swap_id="s"), Drained(swap_id="s")
-FLIPPED, STOPPED = Flipped(swap_id="s"), Stopped(swap_id="s")
-FAILED, RESTORED = StandbyFailed(swap_id="s", reason="why"), Restored(swap_id="s")
-CANNOT_RESTORE = Restored(swap_id="s", reason="and it did not start again")
+READY, PASSED, DRAINED = (
+    event("standby_ready"),
+    event("probes_passed"),
+    event("drained"),
+)
+FLIPPED, STOPPED = event("flipped"), event("stopped")
+FAILED, RESTORED = event("standby_failed", "why"), event("restored")
+CANNOT_RESTORE = event("restored", "and it did not start again")
 
 
 @pytest.mark.parametrize(
@@ -77,11 +79,15 @@ def test_every_swap_path(cold: bool, events: tuple[Event, ...], effects: list[Ef
 
 def test_an_event_of_another_swap_changes_nothing() -> None:
     state, _ = begin("s", cold=False)
-    assert (state, ()) == step(state, StandbyReady(swap_id="other"))
+    assert (state, ()) == step(state, event("standby_ready", swap_id="other"))
 
 
 MINE = (READY, PASSED, FLIPPED, DRAINED, STOPPED, FAILED, RESTORED, CANNOT_RESTORE)
-OTHERS = (StandbyReady(swap_id="other"), Drained(swap_id="other"), StandbyFailed(swap_id="other", reason="x"))
+OTHERS = (
+    event("standby_ready", swap_id="other"),
+    event("drained", swap_id="other"),
+    event("standby_failed", "x", "other"),
+)
 events = st.sampled_from(MINE + OTHERS)
 
 

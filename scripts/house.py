@@ -1,0 +1,168 @@
+"""The measures of the house: prints them, and exits 1 where one is past its guide. ``--pure`` checks calls alone."""
+
+import ast
+import io
+import sys
+import tokenize
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import grimp
+
+from scripts.common import parser
+
+ROOT = Path(__file__).parent.parent
+PRODUCT = ("agent", "aggregator", "shared")
+CLOCKS = {("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today"), ("date", "today")}
+WORLD = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Measure(NamedTuple):
+    """One row: what was measured, its guide, where the largest stands; ``least`` turns the guide into a lower bound."""
+
+    name: str
+    value: float
+    guide: float
+    where: str = ""
+    least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the value keeps its guide."""
+        return self.value >= self.guide if self.least else self.value <= self.guide
+
+
+def impure_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Calls of clocks, files and the interpreter, which no import contract sees: (line, what)."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id in WORLD:
+            yield node.lineno, f"{called.id}()"
+        elif isinstance(called, ast.Attribute):
+            owner = called.value.attr if isinstance(called.value, ast.Attribute) else getattr(called.value, "id", "")
+            if (owner, called.attr) in CLOCKS:
+                yield node.lineno, f"{owner}.{called.attr}()"
+
+
+def pure_files(root: Path) -> list[Path]:
+    """Files of the modules that pyproject.toml calls pure."""
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    found = list[Path]()
+    for name in next(one["modules"] for one in contracts if one["id"] == "core-is-pure"):
+        path = root / name.removesuffix(".*").replace(".", "/")
+        found += path.glob("*.py") if name.endswith(".*") else [path.with_suffix(".py")]
+        found += [path / "__init__.py"]
+    return [path for path in found if path.is_file()]
+
+
+def planted(root: Path) -> list[str]:
+    """Every impure call in a pure module, for display."""
+    return [
+        f"{path.relative_to(root)}:{line}: {what} in a pure module"
+        for path in pure_files(root)
+        for line, what in impure_calls(ast.parse(path.read_text()))
+    ]
+
+
+def measures(root: Path) -> list[Measure]:
+    """Every row of the table."""
+    files = {path.relative_to(root): path.read_text() for name in PRODUCT for path in (root / name).rglob("*.py")}
+    lines = {path: len(text.splitlines()) for path, text in files.items()}
+    functions, classes, constructors, prose = [(0, "")], [(0, "")], [(0, "")], 0
+    for path, text in files.items():
+        tree = ast.parse(text)
+        prose += _prose(tree, text)
+        for node in ast.walk(tree):
+            where = f"{path}:{getattr(node, 'name', '')}"
+            if isinstance(node, Function):
+                functions.append((_length(node), where))
+            elif isinstance(node, ast.ClassDef):
+                methods = [one for one in node.body if isinstance(one, Function)]
+                classes.append((len(methods), where))
+                constructors += [(_length(one), where) for one in methods if one.name == "__init__"]
+    lengths = sorted(length for length, _ in functions[1:])
+    folders = Counter(str(path.parent) for path in files)
+    total = sum(lines.values())
+    tests, scripts = (_lines(root / name) for name in ("tests", "scripts"))
+    folder, most = folders.most_common(1)[0]
+    longest = max(lines, key=lambda path: lines[path])
+    layers, arrows = _layers(root)
+    return [
+        Measure("files in one folder", most, 30, folder),
+        Measure("layers of the agent", layers, 10),
+        Measure("import arrows between its children", arrows, 90),
+        Measure("methods of a class", *_most(classes, 24)),
+        Measure("lines of a constructor", *_most(constructors, 39)),
+        Measure("lines of a function, median", median(lengths), 8),
+        Measure("lines of a function, p99", lengths[int(len(lengths) * 0.99)], 41),
+        Measure("lines of a function, longest", *_most(functions, 60)),
+        Measure("lines of a file", lines[longest], 450, str(longest)),
+        Measure("lines of product code", total, 29_687),
+        Measure("lines of scripts", scripts, 4_212),
+        Measure("docstring and comment lines per 100", round(100 * prose / total, 2), 9.97, least=True),
+        Measure("test lines per line of code", round(tests / total, 2), 0.6, least=True),
+    ]
+
+
+def _most(found: list[tuple[int, str]], guide: int) -> tuple[int, int, str]:
+    length, where = max(found)
+    return length, guide, where
+
+
+def _length(node: Function) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def _lines(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.rglob("*.py"))
+
+
+def _prose(tree: ast.Module, text: str) -> int:
+    """Lines of docstrings, and comments."""
+    found = sum(one.type == tokenize.COMMENT for one in tokenize.generate_tokens(io.StringIO(text).readline))
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.ClassDef | ast.Module) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            found += (first.end_lineno or first.lineno) - first.lineno + 1
+    return found
+
+
+def _layers(root: Path) -> tuple[int, int]:
+    """Layers of the agent's contract, and pairs of its children of which one imports the other."""
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    graph = grimp.build_graph("agent")
+    arrows = {
+        (importer.split(".")[1], imported.split(".")[1])
+        for importer in graph.modules - {"agent"}
+        for imported in graph.find_modules_directly_imported_by(importer) - {"agent"}
+    }
+    return len(next(one["layers"] for one in contracts if one["id"] == "agent-layers")), len(
+        {(a, b) for a, b in arrows if a != b}
+    )
+
+
+def main() -> int:
+    """The table, or with --pure the calls."""
+    options = parser(__doc__)
+    options.add_argument("--pure", action="store_true", help="check only that pure modules call no clock and no file")
+    calls = planted(ROOT)
+    print("\n".join(calls) or "no pure module calls a clock, a file or the interpreter")
+    if options.parse_args().pure:
+        return 1 if calls else 0
+    rows = measures(ROOT)
+    for row in rows:
+        sign = ">=" if row.least else "<="
+        print(f"{'ok  ' if row.ok else 'PAST'} {row.name:38} {row.value:>9,} {sign} {row.guide:>9,}  {row.where}")
+    return 0 if all(row.ok for row in rows) and not calls else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
