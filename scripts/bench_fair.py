@@ -62,7 +62,7 @@ def text_of(tokens: int, salt: str) -> str:
 
 
 def stream(server: Server, content: str, *, max_tokens: int, system: str = "") -> Streamed:
-    """Stream one answer and time each chunk. Gaps carry the time at which they ended."""
+    """Stream one answer and time each chunk. TokenGaps carry the time at which they ended."""
     body = chat(server.model, content, max_tokens, temperature=0, stream=True)
     if system:
         body["messages"].insert(0, {"role": "system", "content": system})

@@ -17,7 +17,7 @@ from agent.gateway.recovery import MAX_RETRIES, Loss, after
 from agent.gateway.retry_budget import RetryBudget
 from agent.gateway.routing import Candidate, Decision, Forward, Local
 from agent.gateway.timed_reader import ReadTimeout, TimedReader
-from agent.gateway.timeouts import Watch, first_limit_s
+from agent.gateway.timeouts import AttemptTimeouts, first_limit_s
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.process.prefixes import Text, text_of
@@ -171,7 +171,7 @@ class Attempts:
         finally:
             self._table.ended(place.node, call.model, prompt_tok, sent_at)
 
-    async def _next(self, patience: TimedReader[Answer], watch: Watch) -> Answer | None:
+    async def _next(self, patience: TimedReader[Answer], watch: AttemptTimeouts) -> Answer | None:
         """The next piece, None at the end. Raises Retryable when it does not come in time."""
         try:
             return await patience.next(watch.limit_s(self._clock()))
@@ -183,8 +183,8 @@ class Attempts:
                 raise Retryable(reason, code="deadline_exceeded") from None
             raise Retryable(f"no token for {watch.waited_s:.1f} s", code="worker_lost") from None
 
-    def _watch(self, chosen: Candidate, call: Call) -> Watch:
-        return Watch(
+    def _watch(self, chosen: Candidate, call: Call) -> AttemptTimeouts:
+        return AttemptTimeouts(
             self._health.gaps(chosen.node, call.model),
             first_s=self._first_limit_s(chosen, call),
             gap_s=self._limits.token_gap_s,

@@ -20,7 +20,7 @@ SAME_S = 0.1
 State = Literal["closed", "open", "half_open", "probing"]
 
 
-class Breaker:
+class CircuitBreaker:
     """The circuit breaker of one model on one node."""
 
     def __init__(self) -> None:

@@ -4,16 +4,16 @@ argument."""
 from collections.abc import Mapping
 from typing import Any
 
-from agent.gateway.circuit_breaker import Breaker, State
-from agent.gateway.timeouts import Gaps
+from agent.gateway.circuit_breaker import CircuitBreaker, State
+from agent.gateway.timeouts import TokenGaps
 
 
 class NodeHealth:
     """The health of all nodes as one gateway sees it. A breaker exists from a node's first failure on."""
 
     def __init__(self) -> None:
-        self._breakers: dict[str, dict[str, Breaker]] = {}
-        self._gaps: dict[tuple[str, str], Gaps] = {}
+        self._breakers: dict[str, dict[str, CircuitBreaker]] = {}
+        self._gaps: dict[tuple[str, str], TokenGaps] = {}
 
     def states(self, model: str, now_s: float) -> Mapping[str, State]:
         """Nodes whose circuit breaker for a model is not closed."""
@@ -36,7 +36,7 @@ class NodeHealth:
 
     def failed(self, node: str, model: str, now_s: float, reason: str, *, probe: bool) -> None:
         """The node failed a request."""
-        breaker = self._breakers.setdefault(model, {}).setdefault(node, Breaker())
+        breaker = self._breakers.setdefault(model, {}).setdefault(node, CircuitBreaker())
         breaker.failed(now_s, reason, probe=probe)
 
     def given_up(self, node: str, model: str, *, probe: bool) -> None:
@@ -51,9 +51,9 @@ class NodeHealth:
             if node in breakers:
                 breakers[node].fresh(now_s)
 
-    def gaps(self, node: str, model: str) -> Gaps:
-        """Gaps between the pieces of its answers."""
-        return self._gaps.setdefault((node, model), Gaps())
+    def gaps(self, node: str, model: str) -> TokenGaps:
+        """TokenGaps between the pieces of its answers."""
+        return self._gaps.setdefault((node, model), TokenGaps())
 
     def view(self, now_s: float) -> list[dict[str, Any]]:
         """Every breaker that is not closed, for display."""

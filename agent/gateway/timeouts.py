@@ -12,11 +12,11 @@ FIRST_FLOOR_S = 15.0
 TIMES = 10.0
 _LOOK = 64
 _TURN = 2_048
-"""Gaps after which the older half of the history is dropped."""
+"""TokenGaps after which the older half of the history is dropped."""
 
 
-class Gaps:
-    """Gaps between the pieces of one node's answers, the last few thousand."""
+class TokenGaps:
+    """TokenGaps between the pieces of one node's answers, the last few thousand."""
 
     def __init__(self) -> None:
         self._older, self._newer, self._count = Sketch(), Sketch(), 0
@@ -46,11 +46,11 @@ def first_limit_s(expected_s: float, most_s: float) -> float:
     return min(most_s, max(FIRST_FLOOR_S, TIMES * expected_s))
 
 
-class Watch:
+class AttemptTimeouts:
     """Timeouts of one attempt: of its first token, of the gaps after it, and of the whole request, which ends at
     ``until_s``. ``learned`` (adaptive) timeouts apply where another node could take over."""
 
-    def __init__(self, gaps: Gaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
+    def __init__(self, gaps: TokenGaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
         self._gaps = gaps
         self._first_s = first_s
         self._gap_s = gap_s

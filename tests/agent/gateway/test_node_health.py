@@ -4,21 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.gateway.circuit_breaker import FIRST_PAUSE_S, MAX_PAUSE_S, Breaker
+from agent.gateway.circuit_breaker import FIRST_PAUSE_S, MAX_PAUSE_S, CircuitBreaker
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.retry_budget import FLOOR_PER_S, MOST, SHARE, RetryBudget
-from agent.gateway.timeouts import FIRST_FLOOR_S, GAP_FLOOR_S, Gaps, first_limit_s
+from agent.gateway.timeouts import FIRST_FLOOR_S, GAP_FLOOR_S, TokenGaps, first_limit_s
 
 
-def opened() -> Breaker:
-    breaker = Breaker()
+def opened() -> CircuitBreaker:
+    breaker = CircuitBreaker()
     for n in range(3):
         breaker.failed((n - 2) * 0.2, "broke off")
     return breaker
 
 
 def test_three_consecutive_failures_open_the_breaker_and_two_do_not() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for n in range(20):
         breaker.failed(n, "broke off")
         breaker.failed(n + 0.2, "broke off")
@@ -29,7 +29,7 @@ def test_three_consecutive_failures_open_the_breaker_and_two_do_not() -> None:
 
 
 def test_a_failure_rate_of_half_opens_the_breaker_without_three_in_a_row() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for n in range(20):
         breaker.failed(n / 5, "stalls")
         breaker.ok(n / 5)
@@ -40,7 +40,7 @@ def test_a_failure_rate_of_half_opens_the_breaker_without_three_in_a_row() -> No
 
 
 def test_a_lost_connection_with_fifty_requests_counts_as_one_failure() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for number in range(2):
         for n in range(50):
             breaker.failed(number + n / 1000, "broke off")
@@ -108,7 +108,7 @@ def test_a_recovered_node_is_tried_at_once() -> None:
     breaker = opened()
     breaker.fresh(0.1)
     assert breaker.state(0.1) == "half_open"
-    fine = Breaker()
+    fine = CircuitBreaker()
     fine.fresh(0.1)
     assert fine.state(0.1) == "closed"
 
@@ -120,7 +120,7 @@ steps = st.lists(
 
 @given(steps)
 def test_at_most_one_request_is_on_trial_and_success_always_closes(happened: list[tuple[float, str]]) -> None:
-    breaker, now, trial = Breaker(), 0.0, False
+    breaker, now, trial = CircuitBreaker(), 0.0, False
     for after_s, what in happened:
         now += after_s
         before = breaker.state(now)
@@ -184,7 +184,7 @@ def test_a_quiet_rack_may_still_retry() -> None:
 
 
 def test_stall_timeouts_adapt_between_a_floor_and_the_configured_bound() -> None:
-    gaps = Gaps()
+    gaps = TokenGaps()
     assert gaps.limit_s(60.0) == GAP_FLOOR_S
     for _ in range(500):
         gaps.add(0.8)
