@@ -359,7 +359,7 @@ def test_prune_deletes_only_old_rolled_up_objects(tmp_path: Path) -> None:
 # conservation, end to end
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 @settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.integers(0, 10**6), st.randoms())
 def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None:

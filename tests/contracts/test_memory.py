@@ -118,7 +118,7 @@ async def answer(loader: LoaderProcess, tokens: int, number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SHAPES)
 async def test_planned_memory_equals_measured_memory(name: str, tmp_path: Path) -> None:
     folder = await asyncio.to_thread(folder_of, name, tmp_path)

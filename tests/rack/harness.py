@@ -104,7 +104,7 @@ class Agent:
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-        timeout: float = 30,
+        timeout: float = 240,
     ) -> Answer:
         """One HTTP request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -206,7 +206,7 @@ def rack(
                 agent.process.stdout.close()
 
 
-def until(done: Callable[[], Any], what: str, limit_s: float = 20.0) -> None:
+def until(done: Callable[[], Any], what: str, limit_s: float = 180.0) -> None:
     """Poll until done."""
     deadline = time.monotonic() + limit_s
     while not done():

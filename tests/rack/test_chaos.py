@@ -142,7 +142,7 @@ def row(case: str, heard: list[Heard], usual: list[Heard], faults: list[str], mo
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "phase"), CELLS)
 def test_a_fault_costs_only_time(shelf: Shelf, name: str, phase: str) -> None:
     fault, usual = FAULTS[name], shelf.learn(phase)
@@ -165,7 +165,7 @@ def test_a_fault_costs_only_time(shelf: Shelf, name: str, phase: str) -> None:
         assert recovery_s < 3.0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FAULTS if ROUNDS > 1 else ["sigkill", "sigstop"])
 def test_a_failed_idle_node_gets_no_requests(shelf: Shelf, name: str) -> None:
     fault, usual = FAULTS[name], shelf.learn("mid_stream")

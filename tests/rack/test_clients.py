@@ -16,7 +16,7 @@ from scripts.fetch_demo_model import EMBEDDER, MAIN, default_folder
 from tests.rack.clients.shapes import CAPITAL, PARIS, SENTENCES, WEATHER, City
 from tests.rack.harness import Agent, rack, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NPM_PACKAGE = "openai@7.55.0"
 NPM_FOLDER = Path("build/clients")
@@ -30,7 +30,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
         {"name": "e", "path": str(default_folder() / EMBEDDER), "cache_bytes": 0},
     ]
     with rack(tmp_path_factory.mktemp("clients"), models) as (one,):
-        until(lambda: len(one.get("/v1/models").json["data"]) == 2, "both models are ready", 60)
+        until(lambda: len(one.get("/v1/models").json["data"]) == 2, "both models are ready", 600)
         yield one
 
 

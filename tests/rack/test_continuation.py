@@ -64,7 +64,7 @@ def test_a_killed_loader_costs_a_pause_and_no_token(tmp_path: Path, dice: dict[s
             assert agent.status()["models"][0]["restarts"] >= 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dice", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
 def test_a_real_model_is_continued(tmp_path: Path, tiny_model: Path, dice: dict[str, Any]) -> None:
     asked = {**ASKED, "max_tokens": 400, "stop": ["zzzz"]}

@@ -63,7 +63,7 @@ def generated(agents: Sequence[Agent]) -> float:
     return total
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_disconnect_cancels_generation_through_two_hops(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.02, fake_prefill_tps=800)
     with rack(tmp_path, [], [worker], [worker]) as (door, *workers):
@@ -99,7 +99,7 @@ def read_slowly(port: int, number: int, stop: threading.Event) -> None:
             stop.wait(0.25)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
     """Fifty clients that read a kilobyte per second of answers that are produced at once."""
     worker = model(rows=64, fake_step_s=0.002)

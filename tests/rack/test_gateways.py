@@ -31,7 +31,7 @@ def breakers(door: Agent) -> dict[str, str]:
     return {one["node"]: one["state"] for one in door.status()["breakers"]}
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not streamed"])
 @pytest.mark.parametrize("mode", ["5xx", "breaks", "error", "garbage", "stalls"])
 def test_a_failing_worker_opens_its_breaker_and_no_client_notices(tmp_path: Path, mode: str, stream: bool) -> None:
@@ -71,7 +71,7 @@ def test_a_worker_that_breaks_three_streams_is_excluded(tmp_path: Path) -> None:
         assert "connection lost" in reason
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_client_errors_open_no_breaker(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "one", "two") as (door, workers):
         for worker in workers:
@@ -111,7 +111,7 @@ def test_a_prompt_too_long_for_one_node_goes_to_another(tmp_path: Path) -> None:
         assert {each.fault[:4] for each in heard} == {"400:"}, "too long for every node"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(900)
 def test_half_open_lets_one_of_fifty_requests_through(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "only", words=WORDS, gap_s=0.05) as (door, (only,)):
         only.mode = "breaks"
@@ -129,7 +129,7 @@ def test_half_open_lets_one_of_fifty_requests_through(tmp_path: Path) -> None:
         assert breakers(door) == {}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(900)
 def test_all_breakers_open_still_tries_a_live_node(tmp_path: Path) -> None:
     with door_with_mocks(tmp_path, "one", "two", words=WORDS) as (door, (one, two)):
         one.mode = two.mode = "breaks"
@@ -326,7 +326,7 @@ def test_every_request_has_an_id_and_a_decision(tmp_path: Path) -> None:
         assert len(first.get(f"/debug/decision/{request_id}").json["parts"]) == 2
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(900)
 def test_a_node_that_slows_down_gets_fewer_requests_and_stays_up(tmp_path: Path) -> None:
     worker = model(rows=4, fake_step_s=0.01)
     with rack(tmp_path, [], [worker], [worker]) as (door, *_):

@@ -68,7 +68,7 @@ class Killer(threading.Thread):
             due_s = max(due_s, time.monotonic())
 
 
-@pytest.mark.timeout(CHAOS_S * 2 + 120)
+@pytest.mark.timeout(CHAOS_S * 2 + 900)
 def test_workers_killed_one_after_another_fail_no_request(tmp_path: Path) -> None:
     dice = random.Random(11)
     prompts = [f"say something about {n} " * 4 for n in range(10)]
@@ -112,7 +112,7 @@ def report(case: str, everything: list[Heard], expected: Expected, killer: Kille
     return added_ms
 
 
-@pytest.mark.timeout(CHAOS_S * 2 + 120)
+@pytest.mark.timeout(CHAOS_S * 2 + 900)
 def test_a_killed_gateway_affects_only_its_own_clients(tmp_path: Path) -> None:
     dice = random.Random(5)
     asks = [Ask(f"tell me {n}", 20) for n in range(20)]
@@ -188,7 +188,7 @@ def _until_cut(stream: openai.Stream) -> Iterator[object]:  # type: ignore[type-
         return
 
 
-@pytest.mark.timeout(CUT_STREAMS * 2 + 120)
+@pytest.mark.timeout(CUT_STREAMS * 2 + 900)
 def test_streams_cut_at_any_token_complete_unchanged(tmp_path: Path) -> None:
     """Loaders and whole nodes are killed at random moments; every stream is compared with an undisturbed one."""
     dice = random.Random(23)
@@ -223,7 +223,7 @@ def test_streams_cut_at_any_token_complete_unchanged(tmp_path: Path) -> None:
         print(f"{cut} streams were cut in {waves} kills and went on; {wrong} differ from an undisturbed run")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2))
 def test_the_last_node_still_answers(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
@@ -251,7 +251,7 @@ def test_the_last_node_still_answers(tmp_path: Path, seed: int) -> None:
         print(f"three of four nodes started at the same time were a rack again after {time.monotonic() - began:.1f} s")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_a_partitioned_rack_answers_on_both_sides(tmp_path: Path) -> None:
     with Links() as links, rack(tmp_path, *([WORKER] for _ in range(4)), links=links) as agents:
         expected = Expected()
@@ -278,7 +278,7 @@ def test_a_partitioned_rack_answers_on_both_sides(tmp_path: Path) -> None:
         assert time.monotonic() - began < 3.0
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(900)
 def test_a_killed_node_leaves_nothing_behind(tmp_path: Path) -> None:
     with rack(tmp_path, [WORKER], [WORKER]) as (first, second):
         pids = [agent.status()["models"][0]["pid"] for agent in (first, second)]

@@ -20,7 +20,7 @@ FUZZ = int(os.environ.get("MLXRACK_FUZZ", "1000"))
 RAISING = "{% if messages[0]['content'] == 'RAISE' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
 STREAMS = 4
 
-pytestmark = pytest.mark.timeout(120 + FUZZ // 20)
+pytestmark = pytest.mark.timeout(900 + FUZZ // 20)
 
 
 @pytest.fixture(scope="module")

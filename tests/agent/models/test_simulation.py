@@ -26,7 +26,7 @@ def test_traces_are_deterministic() -> None:
         assert make(random.Random(1)) == make(random.Random(1))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(900)
 def test_routing_by_seconds_matches_the_design_guide() -> None:
     ours, load = (
         simulate_routing.measured(policy) for policy in (simulate_routing.by_seconds, simulate_routing.by_load)

@@ -78,7 +78,7 @@ def sampler(spool: Spool, *collectors: Any) -> Sampler:
 
 
 async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not what():
             await asyncio.sleep(0.01)
 
