@@ -1,7 +1,7 @@
 """The agent process: every object is built here, once. Begin reading here.
 
-Start: spool (one agent per spool), sockets, peers, models, schedule. Stop: no new work, wait for what is in flight,
-loaders, the last window, the last push. MLX is never imported in this process; each model lives in a child.
+Start: spool (one agent per spool), sockets, peers, models, schedule. Stop: no new work, drain requests in flight,
+end loaders, last window, last push. MLX is never imported in this process; each model lives in a child.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ log = get_logger("agent.daemon")
 
 
 class Daemon:
-    """One agent. ``state`` is its folder; ``environ`` is where secrets by ``env:`` are looked up."""
+    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``."""
 
     def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
         self.config, self._state, self._environ = config, state, environ
@@ -85,18 +85,18 @@ class Daemon:
             lambda: open_store(config.store, environ, attempts=1),
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
-            on_peers=self._meet,
+            on_peers=self._set_peers,
         )
         self._heartbeats = Heartbeats(
             *(self._table, self._peer_client, self.telemetry.outbox.emit),
             rack=config.node.rack,
             beat_s=config.peers.beat_s,
-            on_back=self._dispatch.heard_again,
+            on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
         self._status = Status(config.node, self._budget, *parts)
 
-    # ---- how it is put together ----
+    # ---- construction ----
 
     def _telemetry(self) -> Telemetry:
         sources = Sources(
@@ -150,13 +150,13 @@ class Daemon:
             nonces=Nonces(),
         )
 
-    # ---- from start to end ----
+    # ---- start and stop ----
 
     async def run(self, started: Callable[[int], None] = lambda _: None) -> None:
-        """Serve until told to stop. ``started`` receives the port. Raises Halt when the address cannot be had."""
+        """Serve until stopped. ``started`` receives the port. Raises Halt when the address cannot be bound."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        _relax_the_collector()
-        # a client that hangs up cancels its handler, and with it the work in the loader
+        _tune_garbage_collector()
+        # a client that disconnects cancels its handler, and with it the work in the loader
         app = api.build(self._context())
         runner = Runner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
@@ -166,9 +166,9 @@ class Daemon:
             started(port)
             await self._stop.wait()
             self._timetable.shutdown()
-            await self._wind_down()
+            await self._shut_down()
         finally:
-            # not before: requests that still wait for an answer here need to know the peers
+            # not before: requests in flight here still need the peers' state
             for task in self._steady:
                 task.cancel()
             await asyncio.gather(*self._steady, return_exceptions=True)
@@ -178,11 +178,11 @@ class Daemon:
             await self.telemetry.close()
 
     def stop(self) -> None:
-        """Begin an orderly shutdown."""
+        """Begin a graceful shutdown."""
         self._stop.set()
 
     async def poll(self) -> None:
-        """Look at the clock and at the sensors."""
+        """Check the wall clock and poll the sensors."""
         self._timetable.look()
         await self.telemetry.poll()
 
@@ -191,7 +191,7 @@ class Daemon:
         self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=telemetry.previous()))
         log.info("agent_started", node=node.id, port=port, version=__version__, epoch=telemetry.spool.epoch)
         self._follower.prepare()
-        # the GPU may take its time, and a run that is killed meanwhile must be known to have been one
+        # the GPU may respond slowly, and a run that is killed meanwhile must leave a record
         await telemetry.sampler.keep()
         await self._ask_gpu()
         self._pool.start()
@@ -212,14 +212,14 @@ class Daemon:
     def _steady_jobs(self) -> tuple[schedule.Job, ...]:
         meters = [schedule.Job("meters", POLL_S, self.telemetry.meters.poll)] if self.config.meters else []
         return (
-            schedule.Job("probe", self._heartbeats.every_s, self._heartbeats.tick),
-            schedule.Job("tend", schedule.TEND_S, self._pool.tend),
+            schedule.Job("heartbeat", self._heartbeats.every_s, self._heartbeats.tick),
+            schedule.Job("maintain", schedule.MAINTAIN_S, self._pool.maintain),
             schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
             *meters,
         )
 
     async def _ask_gpu(self) -> None:
-        """What the GPU recommends, where a model is served that needs it and nothing else is configured."""
+        """Use the budget that the GPU recommends if a model needs the GPU and no other budget is configured."""
         if all(model.engine == "fake" for model in self.config.models) or not await self._budget.ask(self._environ):
             return
         self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
@@ -232,15 +232,15 @@ class Daemon:
             await site.start()
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
-            why = "another program uses it" if in_use else (error.strerror or type(error).__name__)
+            why = "address already in use" if in_use else (error.strerror or type(error).__name__)
             raise Halt(
-                f"listen on {host}:{port}: {why}; stop that program or choose another listen.port", code="port_in_use"
+                f"listen on {host}:{port}: {why}; stop the other program or change listen.port", code="port_in_use"
             ) from None
         server: Any = site._server
         return int(server.sockets[0].getsockname()[1])
 
-    async def _wind_down(self) -> None:
-        """No new work, then what is in flight, then the loaders, then the last window and the last push."""
+    async def _shut_down(self) -> None:
+        """Accept no new work, drain requests in flight, end the loaders, close the last window, push."""
         self._dispatch.draining = True
         self._follower.stop()
         telemetry, deadline = self.telemetry, time.monotonic() + self.config.limits.drain_s
@@ -248,7 +248,7 @@ class Daemon:
         while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await self._pool.stop(max(0.0, deadline - time.monotonic()))
-        telemetry.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="told to stop"))
+        telemetry.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="shutdown requested"))
         try:
             await telemetry.sampler.tick()
             with contextlib.suppress(TimeoutError):
@@ -262,7 +262,7 @@ class Daemon:
     def _busy(self) -> bool:
         return self._dispatch.in_flight > 0 or any(m.in_flight for m in self._pool.views())
 
-    # ---- what its parts tell each other ----
+    # ---- callbacks between parts ----
 
     def _emit(self, event: Event) -> None:
         self.telemetry.outbox.emit(event)
@@ -280,20 +280,20 @@ class Daemon:
         self._metrics.engine(model, reported)
         self._pool.inventory.reported_peak(model, reported.peak_bytes)
 
-    def _meet(self, peers: Sequence[tuple[str, str]]) -> None:
-        """From now on these are the other nodes. Without a secret there are none: nobody could prove to be one."""
+    def _set_peers(self, peers: Sequence[tuple[str, str]]) -> None:
+        """Replace the peers. Without a secret there are none: no node could prove that it is one."""
         if self.config.peers.secret:
-            for gone in self._table.become(peers, time.monotonic()):
-                self._peer_client.drop(gone)
+            for removed in self._table.become(peers, time.monotonic()):
+                self._peer_client.drop(removed)
         elif peers:
-            log.warning("peers_without_secret", reason="the desired state names peers, and there is no peers.secret")
+            log.warning("peers_without_secret", reason="the desired state lists peers, but peers.secret is not set")
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
 
 
 def admin_token(state: Path) -> str:
-    """The token of the local admin API, made at the first start, readable by the agent's user alone."""
+    """The token of the local admin API, created at the first start, readable by the agent's user only."""
     path = state / "admin.token"
     with contextlib.suppress(FileNotFoundError):
         token = path.read_text(encoding="ascii").strip()
@@ -306,9 +306,9 @@ def admin_token(state: Path) -> str:
     return token
 
 
-def _relax_the_collector() -> None:
-    """Objects made at the start stay; cycles are few and can wait. At its defaults the garbage collector took an eighth
-    of the time of a busy gateway."""
+def _tune_garbage_collector() -> None:
+    """Freeze the objects made at the start, and collect cycles rarely: there are few. At its defaults the garbage
+    collector took an eighth of the time of a busy gateway."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

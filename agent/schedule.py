@@ -1,7 +1,7 @@
 """The agent's periodic jobs and their schedule, on one page.
 
 Most run by the wall clock. Jobs that others depend on from second to second run by the event loop's monotonic clock,
-which nobody sets.
+which never jumps.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from agent.config import AgentConfig
 from shared.logs import get_logger
 
-TEND_S = 1.0
+MAINTAIN_S = 1.0
 """How often the pool maintains its resident models."""
 JUMP_S = 1.0
 """An NTP-disciplined wall clock never moves by more between two checks."""
@@ -74,8 +74,7 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
 
 
 def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:
-    """Reschedule every job from now: the wall clock was set, so the next runs are hours away or long
-    past."""
+    """Reschedule every job from now: the wall clock was set, so the next runs are hours away or long past."""
     now = dt.datetime.now(dt.UTC)
     for job in table:
         first = now + dt.timedelta(seconds=job.every_s + job.later_s)
@@ -84,7 +83,7 @@ def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:
 
 
 class ClockWatch:
-    """Detects that the wall clock was set; ``on_jump`` receives the difference in seconds."""
+    """Detects jumps of the wall clock; ``on_jump`` receives the difference in seconds."""
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class ClockWatch:
 
 
 class Timetable:
-    """The jobs that run by the wall clock; rescheduled when somebody sets it. ``on_jump`` receives the seconds."""
+    """The jobs that run by the wall clock; rescheduled when it is set. ``on_jump`` receives the seconds."""
 
     def __init__(self, on_jump: Callable[[float], None]) -> None:
         self._on_jump = on_jump

@@ -20,7 +20,7 @@ from shared import __version__
 
 
 class Status:
-    """Reads the daemon's objects, changes none."""
+    """A read-only view of the daemon's objects."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Status:
         self.started_s = int(time.time())
 
     def node(self) -> dict[str, Any]:
-        """What an operator wants to see first."""
+        """This node, for its operator."""
         spool, sample = self._telemetry.spool, self._telemetry.sampler.last_sample
         return {
             "node": self._node.id,
@@ -90,7 +90,7 @@ class Status:
         )
 
     def _trouble(self) -> dict[str, Any]:
-        """Where to look first when something is wrong."""
+        """What to check first when something fails."""
         now = time.monotonic()
         return {
             "peers": self._peers(now),
@@ -119,6 +119,6 @@ class Status:
 
 
 def _offered(model: ModelView) -> dict[str, Any]:
-    """A model of a node for display; of its prompts' hashes only how many there are."""
+    """A model of a node, for display; of its prefix hashes only the number."""
     fields = msgspec.structs.asdict(model)
     return {**fields, "prefixes": len(model.prefixes) // 8}

@@ -1,4 +1,4 @@
-"""Background tasks: kept alive while they run, finished once begun, ended together."""
+"""Background tasks: referenced while they run, completed once begun, cancelled together."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -17,7 +17,7 @@ class Tasks:
         return len(self._running)
 
     def spawn(self, work: Awaitable[T]) -> "asyncio.Future[T]":
-        """Begin work that nobody has to wait for."""
+        """Begin work in the background."""
         task = asyncio.ensure_future(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -26,18 +26,18 @@ class Tasks:
     async def finish(
         self, work: Coroutine[Any, Any, T], then: "Callable[[asyncio.Future[T]], None]" = lambda _: None
     ) -> T:
-        """Do work to its end, whether the caller is cancelled meanwhile or not; ``then`` receives the ended task."""
+        """Complete work even if the caller is cancelled meanwhile; ``then`` receives the ended task."""
         task = self.spawn(work)
         task.add_done_callback(then)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            # nobody will ask for the outcome; it is in the status and the log
+            # no caller reads the outcome; it is in the status and the log
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
 
     async def cancel(self) -> None:
-        """End all of them."""
+        """Cancel all of them."""
         for task in list(self._running):
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

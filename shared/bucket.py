@@ -1,4 +1,4 @@
-"""The [store] table that both configurations share, and what a reference to a secret looks like. Pure."""
+"""The [store] table that both configurations share, and the form of references to secrets. Pure."""
 
 from typing import Literal
 
@@ -6,12 +6,12 @@ import msgspec
 
 SECRET_KINDS = ("env:", "file:", "keychain:", "op://")
 REFERENCE_HINT = (
-    "holds a value; secrets are named by reference here: env:NAME, file:/path, keychain:service or op://..."
+    "is a literal value; use a reference to a secret instead: env:NAME, file:/path, keychain:service or op://..."
 )
 
 
 def is_reference(text: str) -> bool:
-    """Whether ``text`` names a secret instead of being one."""
+    """Whether ``text`` is a reference to a secret rather than the secret itself."""
     return text.startswith(SECRET_KINDS)
 
 
@@ -28,12 +28,12 @@ class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def check_store(store: Store) -> list[str]:
-    """Problems that types cannot say, with key paths."""
+    """Problems that types cannot express, with key paths."""
     if store.kind == "directory":
         return [] if store.path else ["store.path: is required when store.kind is 'directory'"]
     found = [f"store.{k}: is required when store.kind is 's3'" for k in ("endpoint", "bucket") if not getattr(store, k)]
     if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
-        found.append("store.endpoint: begins with http:// or https://")
+        found.append(f"store.endpoint: invalid value {store.endpoint!r}: expected an http(s) URL")
     for name in ("access_key", "secret_key"):
         value = getattr(store, name)
         if not value:

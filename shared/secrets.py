@@ -1,8 +1,8 @@
-"""Secrets are named by reference and resolved when they are needed; no file of ours holds one.
+"""Secrets are configured as references and resolved when needed; none of our files holds one.
 
 References: ``env:NAME``, ``file:/path`` (first line; the file must not be readable by others), ``keychain:service``
-(macOS) and ``op://vault/item/field`` (1Password's ``op``). The caller passes the environment, so that reading it
-stays visible.
+(macOS) and ``op://vault/item/field`` (1Password's ``op``). The caller passes the environment, so that access
+to it is explicit.
 """
 
 import stat
@@ -15,7 +15,7 @@ from shared.errors import Halt
 
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
-    """The secret behind ``reference``. Raises Halt that names the reference and never the value."""
+    """The secret behind ``reference``. Raises Halt with the reference, never the value."""
     if reference.startswith("env:"):
         value = environ.get(reference[4:], "")
         if not value:
@@ -27,7 +27,7 @@ def resolve(reference: str, environ: Mapping[str, str]) -> str:
         return _from_command(reference, ["/usr/bin/security", "find-generic-password", "-w", "-s", reference[9:]])
     if reference.startswith("op://"):
         return _from_command(reference, ["op", "read", "--no-newline", reference])
-    raise Halt(f"secret: a reference begins with one of {', '.join(SECRET_KINDS)}", code="no_secret")
+    raise Halt(f"secret: invalid reference; expected one of {', '.join(SECRET_KINDS)}", code="no_secret")
 
 
 def _from_file(reference: str) -> str:
@@ -38,7 +38,7 @@ def _from_file(reference: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise Halt(f"secret {reference}: cannot be read ({type(error).__name__})", code="no_secret") from None
     if mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise Halt(f"secret {reference}: others may read the file; chmod 600 it", code="no_secret")
+        raise Halt(f"secret {reference}: the file is readable by group or others; chmod 600 it", code="no_secret")
     lines = text.splitlines()
     if not lines or not lines[0].strip():
         raise Halt(f"secret {reference}: the file is empty", code="no_secret")
@@ -49,7 +49,7 @@ def _from_command(reference: str, argv: list[str]) -> str:
     try:
         run = subprocess.run(argv, capture_output=True, timeout=20, check=False, text=True)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Halt(f"secret {reference}: {argv[0]} did not answer ({type(error).__name__})", code="no_secret") from None
+        raise Halt(f"secret {reference}: {argv[0]} failed ({type(error).__name__})", code="no_secret") from None
     if run.returncode != 0 or not run.stdout.strip():
-        raise Halt(f"secret {reference}: {argv[0]} gave no value (exit {run.returncode})", code="no_secret")
+        raise Halt(f"secret {reference}: {argv[0]} returned no value (exit {run.returncode})", code="no_secret")
     return run.stdout.strip()

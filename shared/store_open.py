@@ -9,9 +9,9 @@ from shared.store import ObjectStore
 
 
 def open_store(store: Store, environ: Mapping[str, str], *, attempts: int = 3) -> ObjectStore:
-    """The configured bucket. Raises Halt when a secret cannot be resolved. Who waits between tries by himself, as
-    Retry-After asks, takes one of the ``attempts`` at a time."""
-    # imported when needed: boto3 is a tenth of a second that `--help` should not pay
+    """The configured store. Raises Halt when a secret cannot be resolved. A caller that waits between tries itself, as
+    Retry-After asks, sets ``attempts`` to 1."""
+    # imported on demand: boto3 takes a tenth of a second, which `--help` should not pay
     if store.kind == "directory":
         from pathlib import Path
 
@@ -24,7 +24,7 @@ def open_store(store: Store, environ: Mapping[str, str], *, attempts: int = 3) -
 
 @functools.lru_cache(maxsize=4)
 def _s3_store(endpoint: str, bucket: str, prefix: str, access_key: str, secret_key: str, attempts: int) -> ObjectStore:
-    """One client for all who ask with the same credentials: each costs a dozen megabytes and serves any thread."""
+    """One client for all callers with the same credentials: each costs a dozen megabytes and is thread-safe."""
     from shared.store_s3 import S3Store
 
     return S3Store(

@@ -142,7 +142,7 @@ class _Node:
                 if seq == 1:
                     events.append(AgentStarted(t_ms=at, version="0.1.0", previous=previous))
                 if stop is not None and stop.kind == "clean":
-                    events.append(AgentStopped(t_ms=end, reason="told to stop"))
+                    events.append(AgentStopped(t_ms=end, reason="shutdown requested"))
                 yield self._batch(epoch, seq, at, end, events)
             if stop is None:
                 at = end

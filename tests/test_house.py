@@ -1,4 +1,4 @@
-"""Rules of the repository: import contracts, design guides that name existing code, package names."""
+"""Rules of the repository: import contracts, names of code in design guides, package names."""
 
 import re
 import shutil
@@ -56,7 +56,7 @@ IMPURE = [
 ]
 
 
-def test_whatever_a_pure_module_imports_that_is_not_on_the_list_is_found(copy: Path) -> None:
+def test_a_pure_module_s_import_outside_the_allow_list_is_found(copy: Path) -> None:
     for file, line in IMPURE:
         path = copy / file
         path.write_text(path.read_text() + f"\n{line}\n")
@@ -92,7 +92,7 @@ def test_a_planted_import_breaks_its_contract(copy: Path, file: str, line: str, 
     assert contract in broken
 
 
-def test_a_new_package_has_to_be_given_a_layer(copy: Path) -> None:
+def test_a_new_package_needs_a_layer(copy: Path) -> None:
     (copy / "agent/policy.py").write_text("")
     run = lint(copy)
     assert run.returncode == 1
@@ -126,7 +126,7 @@ def test_the_contracts_hold(copy: Path) -> None:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_name_in_a_design_guide_exists(guide: str) -> None:
-    """A guide names code as `path/file.py` or `path/file.py:name`."""
+    """Design guides refer to code as `path/file.py` or `path/file.py:name`."""
     text = (ROOT / guide).read_text(encoding="utf-8")
     named = re.findall(r"`((?:agent|aggregator|shared|scripts|tests|launchd|docs)/[\w./-]+\.\w+)(?::([\w.]+))?`", text)
     assert len(named) > 20

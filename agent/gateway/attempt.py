@@ -1,7 +1,7 @@
-"""One request's attempts: sent to a node, watched, and when its worker is lost retried or continued elsewhere.
+"""The attempts of one request: sent to a node, supervised, and retried or continued elsewhere if the worker is lost.
 
-Until something has left for the client a request can be retried. A whole answer leaves at its end; a stream leaves with
-its first token. After that, another loader of the same version continues where the lost one stopped.
+A request can be retried until something was sent to the client: an answer that is not streamed is sent at its end, a
+stream from its first token on. After that, only another loader of the same version can continue the answer.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 TRIAL_S = 1.0
-"""An answer that flows for so long closes a circuit breaker."""
+"""A half-open circuit breaker closes when its probe has streamed tokens for this long."""
 LOST = ("worker_lost", "loader_lost", "not_ready")
-"""Errors that mean that the node is gone, its loader is, or the model is not there. The last says nothing against the
-node."""
+"""Error codes: the node was lost, its loader was lost, or the model is not ready there. The last does not count against
+the node."""
 ENGINE_FAILED = "engine_failed"
-"""The engine failed at this one request. It is tried on another node, and only if that can answer it the first is to
-blame."""
+"""The engine failed at this one request. It is tried on one other node, and only if that completes it does the failure
+count against the first."""
 TOO_LONG = "context_length_exceeded"
 
 log = get_logger("agent.dispatch")
 
 
 class Attempts:
-    """``work`` answers on this node; ``prefix_key`` keys the hashes of prompts' prefixes."""
+    """``work`` serves on this node; ``prefix_key`` keys the hashes of prompt prefixes."""
 
     def __init__(
         self,
@@ -61,20 +61,19 @@ class Attempts:
         self._clock = clock
 
     async def run(self, call: Call) -> AsyncGenerator[Answer, None]:
-        """Try until an answer is complete, or there is no more to be done. What a whole answer has brought is held
-        until then."""
+        """Try until an answer is complete or recovery gives up. An answer that is not streamed is held until then."""
         held: list[Answer] = []
-        left = False
+        sent = False
         call.text = text_of(self._prefix_key, call.ask)
         while True:
             try:
                 decision = await self._selection.place(call)
             except Retryable:
-                if not (call.going_on and call.whole and call.retries < MAX_RETRIES and self._paid()):
+                if not (call.continuing and call.whole and call.retries < MAX_RETRIES and self._paid()):
                     raise
-                # nobody can go on with it, and nothing has left: from the beginning, by any version
+                # no node can continue it, and nothing was sent: start over, on any version
                 held.clear()
-                self._start_over(call, "", "its version is gone")
+                self._start_over(call, "", "no node holds its version")
                 continue
             try:
                 async with contextlib.aclosing(self._watched(decision, call)) as answers:
@@ -82,20 +81,20 @@ class Attempts:
                         if call.whole:
                             held.append(answer)
                             continue
-                        left = left or isinstance(answer, Tokens | Embedded)
+                        sent = sent or isinstance(answer, Tokens | Embedded)
                         yield answer
             except Refused as error:
-                if error.code != TOO_LONG or not self._has_roomier(call, decision, error):
+                if error.code != TOO_LONG or not self._has_larger_context(call, decision, error):
                     raise
-                if not call.going_on:
+                if not call.continuing:
                     held.clear()
                 continue
             except Retryable as error:
                 if error.code not in (*LOST, ENGINE_FAILED):
                     raise
-                if not self._recovered(call, decision, error, left=left):
+                if not self._recovered(call, decision, error, sent=sent):
                     raise
-                if not call.going_on:
+                if not call.continuing:
                     held.clear()
                 continue
             for answer in held:
@@ -103,21 +102,21 @@ class Attempts:
             return
 
     async def _watched(self, decision: Decision, call: Call) -> AsyncGenerator[Answer, None]:
-        """One attempt, noted on the call, and its verdict on the node: good, bad, or none when the client left. One
-        layer for everything that is done to each piece: each further one costs the door as much as the work."""
+        """One attempt, recorded on the call, and its verdict on the node: good, bad, or none if the client left. One
+        layer does everything for each frame: each further one would cost the gateway as much as the work."""
         chosen = decision.chosen
         assert chosen is not None
         node, model = chosen.node, call.model
         probe = self._health.begin(node, model, self._clock())
-        self._note(call, "continues" if call.going_on else "sent", node, decision=decision)
+        self._note(call, "continues" if call.continuing else "sent", node, decision=decision)
         watch, verdict, flows_s = self._watch(chosen, call), False, 0.0
         try:
             async with (
                 self._attempt(decision, chosen, call) as answers,
-                contextlib.aclosing(TimedReader(answers)) as patience,
+                contextlib.aclosing(TimedReader(answers)) as reader,
             ):
                 while True:
-                    answer = await self._next(patience, watch)
+                    answer = await self._next(reader, watch)
                     if answer is None:
                         break
                     now = self._clock()
@@ -133,14 +132,14 @@ class Attempts:
                                 probe = False
                     elif isinstance(answer, Failed):
                         raise _error_of(answer)
-                    if call.going_on and isinstance(answer, Accepted):
-                        continue  # the client has heard that already
+                    if call.continuing and isinstance(answer, Accepted):
+                        continue  # the client has already received it
                     call.note(answer, now)
                     yield answer
             self._health.ok(node, model, self._clock(), probe=probe)
             verdict = True
             for other in call.faulty:
-                why = "an engine failed at a request that another answered"
+                why = "the engine failed at a request that another node completed"
                 self._health.failed(other, model, self._clock(), why, probe=False)
         except Retryable as error:
             verdict = error.code in LOST and error.code != "not_ready"
@@ -155,7 +154,7 @@ class Attempts:
     async def _attempt(
         self, decision: Decision, chosen: Candidate, call: Call
     ) -> AsyncIterator[AsyncGenerator[Answer, None]]:
-        """The answers of where it was decided to try; what a peer has been given is on the books meanwhile."""
+        """The answers of the chosen node; a forwarded request counts as load of the peer meanwhile."""
         ask, place = call.frame(self._node), decision.place
         if isinstance(place, Local):
             async with contextlib.aclosing(self._work(ask, call.text)) as answers:
@@ -171,15 +170,15 @@ class Attempts:
         finally:
             self._table.ended(place.node, call.model, prompt_tok, sent_at)
 
-    async def _next(self, patience: TimedReader[Answer], watch: AttemptTimeouts) -> Answer | None:
-        """The next piece, None at the end. Raises Retryable when it does not come in time."""
+    async def _next(self, reader: TimedReader[Answer], watch: AttemptTimeouts) -> Answer | None:
+        """The next frame, None at the end. Raises Retryable on a timeout."""
         try:
-            return await patience.next(watch.limit_s(self._clock()))
+            return await reader.next(watch.limit_s(self._clock()))
         except StopAsyncIteration:
             return None
         except ReadTimeout:
             if watch.is_over:
-                reason = f"the request took over {self._limits.request_s:g} s"
+                reason = f"the request exceeded limits.request_s ({self._limits.request_s:g} s)"
                 raise Retryable(reason, code="deadline_exceeded") from None
             raise Retryable(f"no token for {watch.waited_s:.1f} s", code="worker_lost") from None
 
@@ -194,26 +193,26 @@ class Attempts:
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:
         if not isinstance(call.ask, Generate):
-            return self._limits.request_s  # a long list of inputs comes back at its end
+            return self._limits.request_s  # embeddings of a long list arrive at its end
         if not chosen.measured or not self._selection.has_another(call.model, chosen.node):
             return self._limits.first_token_s
         return first_limit_s(chosen.first_token_s, self._limits.first_token_s)
 
-    def _has_roomier(self, call: Call, decision: Decision, error: Refused) -> bool:
-        """Whether another node's context is larger than that of the node which found the prompt too long; one that is
-        away for a moment counts. What has been made of an answer is kept."""
+    def _has_larger_context(self, call: Call, decision: Decision, error: Refused) -> bool:
+        """Whether another node has a larger context than the one that found the prompt too long; a node that is
+        temporarily unavailable counts. Tokens already produced are kept."""
         chosen = decision.chosen
         assert chosen is not None
         call.over_tok, call.too_long = max(call.over_tok, chosen.context_tok), error
-        if not chosen.context_tok or not self._selection.is_roomier(call):
+        if not chosen.context_tok or not self._selection.has_larger_context(call):
             return False
         self._note(call, "retries", chosen.node, why=error.message)
-        if not call.going_on:
+        if not call.continuing:
             call.start_over()
         return True
 
-    def _recovered(self, call: Call, decision: Decision, error: Retryable, *, left: bool) -> bool:
-        """Prepare what recovery.after decides; False when the request is given up."""
+    def _recovered(self, call: Call, decision: Decision, error: Retryable, *, sent: bool) -> bool:
+        """Prepare what recovery.after decides; False to give up."""
         place = decision.place
         assert isinstance(place, Local | Forward)
         node = place.node
@@ -222,8 +221,8 @@ class Attempts:
             Loss(
                 how=_how(error.code),
                 elsewhere=len(call.faulty) == 1 and self._selection.has_another(call.model, node),
-                left=left,
-                can_go_on=call.can_go_on,
+                left=sent,
+                can_go_on=call.can_continue,
                 held=self._selection.held_by_peer(call.model, call.version, node),
                 retries=call.retries,
                 in_time=self._clock() < call.began_s + self._limits.load_wait_s,
@@ -232,13 +231,13 @@ class Attempts:
         if then.what == "give_up" or (then.paid and not self._paid()):
             return False
         if then.what == "go_on":
-            self._go_on(call, node, paid=then.paid)
+            self._continue(call, node, paid=then.paid)
         else:
             self._start_over(call, node, error.message, paid=then.paid)
         return True
 
     def _lose(self, call: Call, place: Local | Forward, error: Retryable) -> None:
-        """What a loss says about the node: nothing new goes there before its next beat, which may be soon."""
+        """Record a loss: the node gets no new request before its next heartbeat, which may be soon."""
         self._note(call, "lost", place.node, why=error.message)
         call.tried.add(place.node)
         if error.code == ENGINE_FAILED:
@@ -251,20 +250,20 @@ class Attempts:
     def _paid(self) -> bool:
         return self._budget.take(self._clock())
 
-    def _go_on(self, call: Call, node: str, *, paid: bool) -> None:
-        """What exists of the answer stays; another loader continues after it. On this node it may be asked for at once,
-        so that a loader that was draining is known to be missed."""
+    def _continue(self, call: Call, node: str, *, paid: bool) -> None:
+        """Keep the tokens produced; another loader continues after them. This node may be tried again at once: a loader
+        that died while draining is restarted only for requests that wait for it."""
         if node == self._node and node not in call.faulty:
             call.tried.discard(node)
         if paid:
             call.retries += 1
-        call.going_on = True
+        call.continuing = True
         call.lost_s = self._clock()
         call.continuations += 1
         log.info("continued", request=call.request_id, node=node, tokens=len(call.made), version=call.version)
 
     def _start_over(self, call: Call, node: str, reason: str, *, paid: bool = True) -> None:
-        """From the beginning, elsewhere. Being turned away is no retry."""
+        """Start over elsewhere. A rejection by the node does not count as a retry."""
         call.start_over()
         if paid:
             call.retries += 1
@@ -286,7 +285,7 @@ def _error_of(failed: Failed) -> RackError:
 
 
 def _how(code: str) -> Literal["lost", "turned_away", "engine_failed"]:
-    """An error's code in the words of recovery."""
+    """An error code as recovery names the kind of loss."""
     if code == ENGINE_FAILED:
         return "engine_failed"
     return "turned_away" if code == "not_ready" else "lost"

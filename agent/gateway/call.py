@@ -1,4 +1,4 @@
-"""One part of one client request on its way, and what became of it. Pure data; dispatch moves it."""
+"""One part of one client request in progress, and its outcome. Pure data; dispatch changes it."""
 
 import secrets
 
@@ -11,15 +11,15 @@ from shared.errors import Refused
 
 MAX_CONTINUATIONS = 4
 TURN_SEEDS = 0x51_7C_C1_B7_27
-"""Between the seeds of several answers to one prompt, so that they differ and can be had again."""
+"""Distance of the seeds of several answers to one prompt: they differ, and are reproducible."""
 _NO_TEXT = Text((), 1)
 
 
 class Call(msgspec.Struct, kw_only=True):
-    """A request for several answers is several calls: ``part`` counts them all, ``turn`` those to the same prompt. The
+    """A request for several answers is several calls: ``part`` counts them all, ``turn`` those for the same prompt. The
     first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
-    the tokens that exist; while ``going_on`` the answer continues after them. ``over_tok`` is a context that was too
-    small for it, ``too_long`` what the node said that found it so; the engines of ``faulty`` nodes failed at it.
+    the tokens produced; while ``continuing``, the answer resumes after them. ``over_tok`` is a context length that was
+    too small for it, ``too_long`` the error of the node that found it so; engines of ``faulty`` nodes failed at it.
     """
 
     ask: Ask
@@ -32,7 +32,7 @@ class Call(msgspec.Struct, kw_only=True):
     text: Text = _NO_TEXT
     trail: Trail | None = None
     made: list[int] = msgspec.field(default_factory=list)
-    going_on: bool = False
+    continuing: bool = False
     lost_s: float = 0.0
     over_tok: int = 0
     too_long: Refused | None = None
@@ -55,18 +55,18 @@ class Call(msgspec.Struct, kw_only=True):
 
     @property
     def model(self) -> str:
-        """The name that was asked for."""
+        """The requested name."""
         return self.ask.model
 
     @property
     def answer_tok(self) -> int:
-        """The most that may be generated from here on."""
+        """The most tokens that may still be generated."""
         if not isinstance(self.ask, Generate):
             return 0
         return max(1, (self.ask.max_tokens or 4096) - len(self.made))
 
     @property
-    def can_go_on(self) -> bool:
+    def can_continue(self) -> bool:
         """Whether another loader of the same version could continue the answer: every token of it is known."""
         known = isinstance(self.ask, Generate) and bool(self.version) and len(self.made) == self.completion_tok > 0
         return known and self.continuations < MAX_CONTINUATIONS
@@ -76,23 +76,23 @@ class Call(msgspec.Struct, kw_only=True):
         """Why the answer ended; "" when it has not."""
         return self.done.finish if self.done else ""
 
-    def frame(self, door: str) -> Ask:
-        """What the worker is asked."""
+    def frame(self, gateway: str) -> Ask:
+        """The frame for the worker."""
         ask = self.ask
         if not isinstance(ask, Generate):
-            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=door)
-        # without a seed the door draws one, so that a retry throws the same dice
+            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=gateway)
+        # without a seed the gateway draws one, so that a retry samples the same tokens
         seed = self.seed if self.seed is not None else secrets.randbits(62)
         self.seed = seed
         return msgspec.structs.replace(
             ask,
             id=1,
             request_id=self.request_id,
-            door=door,
+            door=gateway,
             whole=self.whole,
             seed=seed + self.turn * TURN_SEEDS,
-            made=tuple(self.made) if self.going_on else (),
-            version=self.version if self.going_on else "",
+            made=tuple(self.made) if self.continuing else (),
+            version=self.version if self.continuing else "",
         )
 
     def note(self, answer: Answer, now_s: float) -> None:
@@ -101,7 +101,7 @@ class Call(msgspec.Struct, kw_only=True):
             if self.first_s is None:
                 self.first_s = now_s
             else:
-                # tokens that came together came one after another before
+                # tokens in one frame were produced one after another
                 each = max(1, answer.count)
                 self.gaps_us.append((int((now_s - self.last_s) * 1e6 / each), each))
             self.last_s = now_s
@@ -112,13 +112,13 @@ class Call(msgspec.Struct, kw_only=True):
             self.prompt_tok, self.cached_tok = answer.prompt_tok, answer.cached_tok
         elif isinstance(answer, Done):
             self.done = answer
-            if not self.going_on:
+            if not self.continuing:
                 self.cached_tok = answer.cached_tok
             self.completion_tok = answer.completion_tok
 
     def start_over(self) -> None:
-        """A fresh try: nothing of the lost one counts but that it happened."""
-        self.going_on = False
+        """Start over: of the lost attempt only the fact that it happened still counts."""
+        self.continuing = False
         self.completion_tok = self.prompt_tok = self.cached_tok = 0
         self.first_s = None
         self.gaps_us.clear()

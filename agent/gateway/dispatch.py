@@ -1,4 +1,4 @@
-"""One request from admission to its last token: admitted or refused, answered by attempts, counted once at its end."""
+"""One request from admission to its last token: admitted or rejected, answered by attempts, counted once at its end."""
 
 import contextlib
 import random
@@ -26,19 +26,19 @@ from agent.wire.frames import Accepted, Answer, Ask, Generate
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
-TURNED_AWAY = ("queue_full", "key_queue_full", "draining")
+REJECTED = ("queue_full", "key_queue_full", "draining")
 
-_TURNED = {
-    "draining": "this node is stopping",
-    "queue_full": "too many requests wait for this model",
-    "key_queue_full": "too many requests of this API key are in flight",
+_REJECTIONS = {
+    "draining": "this node is shutting down",
+    "queue_full": "too many requests in flight for this model",
+    "key_queue_full": "too many requests in flight for this API key",
 }
 
 log = get_logger("agent.dispatch")
 
 
 class Dispatch:
-    """The gateway of this node. ``prefix_key`` keys the hashes of prompts' prefixes; ``heat`` is the thermal level."""
+    """The gateway of this node. ``prefix_key`` keys the hashes of prompt prefixes; ``heat`` is the thermal level."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Dispatch:
 
     @property
     def in_flight(self) -> int:
-        """Requests of clients that have not ended."""
+        """Client requests admitted and not ended."""
         return self._by_model.total()
 
     def saturated(self, model: str) -> bool:
-        """Whether a further request for the model would be turned away."""
+        """Whether one more request for the model would be rejected."""
         return Load(self._by_model[model], self._limits.in_flight_per_model).over > 0
 
     def here(self) -> NodeView:
@@ -99,15 +99,14 @@ class Dispatch:
             known=self._pool.prefixes(),
         )
 
-    def heard_again(self, node: str) -> None:
-        """A peer is back, or has started anew."""
+    def peer_is_back(self, node: str) -> None:
+        """A peer is up again or has restarted."""
         self.health.fresh(node, self._clock())
 
     async def answer(self, call: Call) -> AsyncGenerator[Answer, None]:
-        """Accepted, Tokens and Done for one part of a request that has entered; counts it when it ends, however it
-        ends.
+        """Accepted, Tokens and Done for one part of an admitted request; counts it when it ends, whatever the outcome.
 
-        Raises Refused for what the client must change, Retryable for what may work later.
+        Raises Refused for what the client must change, Retryable for what may succeed later.
         """
         call.began_s = call.last_s = self._clock()
         self._begin_trail(call)
@@ -121,12 +120,12 @@ class Dispatch:
             outcome = outcome_of(error)
             raise
         finally:
-            # a part that was ended because another failed shares its fate
+            # a part that was cancelled because another failed has the outcome of that one
             self._count(call, call.fate if outcome == "cancelled" and call.fate else outcome)
 
     @contextlib.contextmanager
     def enter(self, calls: Sequence[Call]) -> Iterator[None]:
-        """Places for all parts of one request, or for none. Raises Refused or Retryable, and counts that."""
+        """Admit all parts of one request, or none. Raises Refused or Retryable, and counts the rejection."""
         first = calls[0]
         first.began_s = first.last_s = self._clock()
         first.known = self._is_known(first.model)
@@ -146,8 +145,8 @@ class Dispatch:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
         version = ask.version if isinstance(ask, Generate) else ""
         if version:
-            # it may be on its way back: started again after its end, or after its end while it drained
-            await self._pool.wanted_back(ask.model, version, self._limits.load_wait_s)
+            # its loader may be restarting, after a crash in service or while it drained
+            await self._pool.wait_for_version(ask.model, version, self._limits.load_wait_s)
         if text is None:
             text = text_of(self._prefix_key, ask)
         async with (
@@ -159,10 +158,10 @@ class Dispatch:
                     answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
                 yield answer
 
-    # ---- places for requests ----
+    # ---- admission ----
 
     def _is_known(self, model: str) -> bool:
-        """Whether some node serves the name; any other is a stranger's text and enters no record."""
+        """Whether some node serves the name; any other is arbitrary client text and is not recorded."""
         return self._pool.has(model) or any(
             m.name == model for peer in self._table.view(self._clock()) for m in peer.models
         )
@@ -170,7 +169,7 @@ class Dispatch:
     def _admit(self, call: Call, parts: int) -> None:
         most = min(self._limits.in_flight_per_model, self._limits.in_flight_per_key)
         if parts > most:
-            message = f"n: this node answers at most {most} at the same time"
+            message = f"n: this node generates at most {most} answers per request"
             raise Refused(message, code="invalid_value", param="n")
         now, drain = self._clock(), self._drain.get(call.model)
         decision = admit(
@@ -180,7 +179,7 @@ class Dispatch:
             drain_rate_per_s=drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
-            raise Retryable(_TURNED[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
+            raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._by_model[call.model] += parts
         self._by_key[call.key_id] += parts
 
@@ -190,7 +189,7 @@ class Dispatch:
             if not counts[name]:
                 del counts[name]
 
-    # ---- what is kept of it ----
+    # ---- records of a request ----
 
     def _begin_trail(self, call: Call) -> None:
         call.trail = self.decisions.keep(
@@ -207,7 +206,7 @@ class Dispatch:
         now = self._clock()
         if outcome == "ok":
             self._drain.setdefault(call.model, DrainRate()).ended(now)
-        # a name that nobody serves is a stranger's text and stays out of the records
+        # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
         if call.trail is not None:
             call.trail.outcome, call.trail.worker, call.trail.model = outcome, call.worker, model
@@ -235,5 +234,5 @@ class Dispatch:
 
 
 def outcome_of(error: RackError) -> str:
-    """What a request that ended with this error is counted as."""
-    return "refused" if isinstance(error, Refused) or error.code in TURNED_AWAY else "failed"
+    """The outcome to count for a request that ended with this error."""
+    return "refused" if isinstance(error, Refused) or error.code in REJECTED else "failed"

@@ -1,5 +1,5 @@
-"""Where a request goes next, and waiting while nothing can take it: a loader on its way, a peer that may be back, a
-breaker on trial."""
+"""Where a request is sent next, and waiting while no node can take it: for a loader that is starting, a peer that may
+come back, or a half-open circuit breaker."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,12 @@ from agent.views import NodeView, offers
 from shared.errors import Refused, Retryable
 
 LOST_S = 3.0
-"""For so long after a loss a peer that is not heard of may still be back."""
+"""How long after a loss a peer that has not answered since may still come back."""
 _STEP_S = 0.05
 
 
 class NodeSelection:
-    """``here`` is this node as routing sees it; for what it has let in it is a candidate even while it stops."""
+    """``here`` is this node as routing sees it; for admitted requests it is a candidate even while it drains."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class NodeSelection:
         request = RouteRequest(
             model=call.model,
             tried=frozenset(call.tried),
-            version=call.version if call.going_on else "",
+            version=call.version if call.continuing else "",
             chain=call.text.chain,
             prompt_tok=call.text.prompt_tok,
             answer_tok=call.answer_tok,
@@ -65,7 +65,7 @@ class NodeSelection:
         return choose(request, here, self._table.view(now))
 
     async def place(self, call: Call) -> Decision:
-        """Where to try next, waiting for a model that is on its way. Raises Refused or Retryable."""
+        """Where to try next, waiting for a model that is loading or restarting. Raises Refused or Retryable."""
         decision = self.decide(call)
         call.known = not isinstance(decision.place, Refuse) or decision.place.code != "model_not_found"
         if not isinstance(decision.place, Refuse):
@@ -86,35 +86,35 @@ class NodeSelection:
                 noted = True
             if place.code == "model_not_found":
                 known = ", ".join(place.known) or "none"
-                raise Refused(f"there is no such model; known: {known}", code="model_not_found", param="model")
-            if call.too_long is not None and not self.is_roomier(call):
+                raise Refused(f"no node serves this model; known: {known}", code="model_not_found", param="model")
+            if call.too_long is not None and not self.has_larger_context(call):
                 raise call.too_long
-            if self._pool.refusing and self._is_here(call.model) and not (call.going_on or place.loading):
-                raise Retryable("this node's memory is short", code="memory_pressure", retry_after_s=5)
-            if not queued and not call.going_on and self._is_here(call.model):
-                # in line from now on, however often what is asked for below is asked again
+            if self._pool.refusing and self._is_here(call.model) and not (call.continuing or place.loading):
+                raise Retryable("this node is under memory pressure", code="memory_pressure", retry_after_s=5)
+            if not queued and not call.continuing and self._is_here(call.model):
+                # keeps its place in the load queue, however often the wait below is repeated
                 waits.enter_context(self._pool.waiting(call.model))
                 queued = True
             left_s = deadline - self._clock()
             if left_s <= 0 or not await self._wait(call, place, min(left_s, 1.0)):
                 if self._clock() >= over_s:
-                    took = f"the request took over {self._limits.request_s:g} s"
-                    raise Retryable(took, code="deadline_exceeded")
-                if call.going_on:
-                    gone = "the loader was lost, and no node holds the version that began this answer"
-                    raise Retryable(gone, code="worker_lost")
-                raise Retryable("no node can answer for this model now", code="no_capacity", retry_after_s=5)
+                    late = f"the request exceeded limits.request_s ({self._limits.request_s:g} s)"
+                    raise Retryable(late, code="deadline_exceeded")
+                if call.continuing:
+                    lost = "the loader was lost, and no node holds the version that began this answer"
+                    raise Retryable(lost, code="worker_lost")
+                raise Retryable("no node can serve this model now", code="no_capacity", retry_after_s=5)
             call.tried.clear()
             decision = self.decide(call)
 
     async def _wait(self, call: Call, refused: Refuse, step_s: float) -> bool:
-        """True when trying again makes sense: a loader is coming, here or on a peer, or who failed may be back."""
+        """True when another try may help: a loader is starting, here or on a peer, or a failed node may be back."""
         name = call.model
-        if call.going_on:
+        if call.continuing:
             return await self._wait_for_version(call, step_s)
         if self._is_here(name):
-            if await self._pool.wanted(name, step_s):
-                await asyncio.sleep(min(0.005, step_s))  # ready, and yet no candidate: its breaker is on trial
+            if await self._pool.wait_ready(name, step_s):
+                await asyncio.sleep(min(0.005, step_s))  # ready, yet not a candidate: its breaker is half-open
                 return True
             await asyncio.sleep(min(_STEP_S, step_s))
             return self._pool.is_coming(name) or bool(call.tried) or refused.loading
@@ -124,30 +124,30 @@ class NodeSelection:
         return False
 
     async def _wait_for_version(self, call: Call, step_s: float) -> bool:
-        """As long as exactly the version that began an answer may still come back, here or on a peer."""
+        """True while exactly the version that began an answer may still come back, here or on a peer."""
         name, version = call.model, call.version
-        here = self._is_here(name) and self._pool.comes_back(name, version)
-        # who has just failed us is heard of again, or not, within a beat or two
+        here = self._is_here(name) and self._pool.can_continue(name, version)
+        # whether a node that has just failed answers again shows within a heartbeat or two
         if self.held_by_peer(name, version) or here or self._clock() - call.lost_s < LOST_S:
             await asyncio.sleep(min(_STEP_S, step_s))
             return True
         return False
 
-    def is_roomier(self, call: Call) -> bool:
-        """Whether a node that lives has, or may have when it is up again, more context than was too little."""
+    def has_larger_context(self, call: Call) -> bool:
+        """Whether a live node has, or may have once its loader is up, a larger context than was found too small."""
         nodes = (self._here(), *self._table.view(self._clock()))
         return any(
             one.context_tok > call.over_tok or (one.coming and not one.context_tok)
             for _, one in offers(nodes, call.model)
         )
 
-    def held_by_peer(self, model: str, version: str, but: str = "") -> bool:
-        """Whether a peer that lives can go on with this version's answers."""
+    def held_by_peer(self, model: str, version: str, excluding: str = "") -> bool:
+        """Whether a live peer can continue answers of this version."""
         peers = self._table.view(self._clock())
-        return any(version in one.versions for _, one in offers(peers, model, but=but))
+        return any(version in one.versions for _, one in offers(peers, model, but=excluding))
 
     def has_another(self, model: str, node: str) -> bool:
-        """Whether another node could take a request over from a node that is too slow or failed."""
+        """Whether another node could take over a request from one that is too slow or failed."""
         nodes = (self._here(), *self._table.view(self._clock()))
         return any(True for _ in offers(nodes, model, but=node, up=True, ready=True))
 

@@ -1,1 +1,1 @@
-"""The models in this node's memory: their life cycle, swaps, eviction, and whose load comes next."""
+"""The models resident on this node: their life cycle, swaps, eviction and load queue."""

@@ -1,16 +1,16 @@
-"""How much a model is asked for: a rate that forgets, and counts of the last hour. Pure: the time is an argument."""
+"""Demand for a model: a decaying request rate, and counts of the last hour. Pure: the time is an argument."""
 
 import math
 from collections import deque
 
 HALF_LIFE_S = 120.0
-"""A request counts half as much after so long; chosen with the simulator in scripts/simulate_eviction.py."""
+"""A request counts half as much after this time; chosen with scripts/simulate_eviction.py."""
 _DECAY_PER_S = math.log(2) / HALF_LIFE_S
 _MINUTES = 60
 
 
 class Demand:
-    """Requests for one model. Memory does not grow with their number."""
+    """Requests for one model, in memory that does not grow with their number."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -33,7 +33,7 @@ class Demand:
         self.last_s = now_s
 
     def per_s(self, now_s: float) -> float:
-        """Requests per second, recent ones weighing more: the weighed count over the mean time that one counts."""
+        """Requests per second, recent ones weighing more: the decayed count over the mean time that one counts."""
         return self._weight_at(now_s) * _DECAY_PER_S
 
     def last_hour(self, now_s: float) -> int:

@@ -1,7 +1,7 @@
-"""MemoryEviction: what leaves memory so that a model fits. (NodeEviction, in the aggregator, is another matter.)
+"""Memory eviction: which models are evicted so that another fits.
 
-A victim's cost is what its absence is expected to cost: the seconds that loading it again takes, times how often it is
-asked for. Cheapest per byte leaves first.
+A victim's cost is what its absence is expected to cost: the seconds that reloading takes, times its request rate. The
+cheapest per byte is evicted first.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ import msgspec
 
 
 class Occupant(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in memory. ``leases`` are requests that use it; times are on a monotonic clock.
+    """A resident model. ``leases`` are requests that use it; times are on a monotonic clock.
 
-    ``reload_s`` is how long it took to load, ``per_s`` how often it is asked for. Before ``stays_until_s`` it leaves
-    for no other.
+    ``reload_s`` is how long it took to load, ``per_s`` its request rate. Before ``stays_until_s`` it is not evicted for
+    another model.
     """
 
     name: str
@@ -27,24 +27,24 @@ class Occupant(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cost(self) -> float:
-        """Seconds of loading per second of time that its absence is expected to cost."""
+        """Expected cost of its absence, in seconds of loading per second of time."""
         return self.reload_s * self.per_s
 
 
 class Fits(msgspec.Struct, frozen=True):
-    """Nothing has to leave."""
+    """It fits; nothing is evicted."""
 
 
 class Evict(msgspec.Struct, frozen=True, kw_only=True):
-    """These leave, in this order."""
+    """Evict these, in this order."""
 
     victims: tuple[str, ...]
 
 
 class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
-    """It cannot fit now; ``missing_bytes`` are short even without everything that may leave.
+    """It cannot fit now: ``missing_bytes`` would be short even after evicting all models that may be evicted.
 
-    ``kept`` are the models that stay: in use, pinned, or too young to leave.
+    ``kept`` are the models that may not be evicted: in use, pinned, or just loaded.
     """
 
     missing_bytes: int
@@ -52,16 +52,16 @@ class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Ranking = Callable[[Occupant], tuple[float, float, str]]
-"""The smallest leaves first."""
+"""The smallest is evicted first."""
 
 
 def by_cost(occupant: Occupant) -> tuple[float, float, str]:
-    """Cheapest per byte, then the one that was used longest ago."""
+    """Cheapest per byte, then least recently used."""
     return occupant.cost / occupant.need_bytes if occupant.need_bytes else 0.0, occupant.last_used_s, occupant.name
 
 
 def by_age(occupant: Occupant) -> tuple[float, float, str]:
-    """Least recently used; what others do, and what the simulator compares with."""
+    """Least recently used: the common policy, with which the simulator compares."""
     return occupant.last_used_s, 0.0, occupant.name
 
 
@@ -74,11 +74,11 @@ def make_room(
     now_s: float = float("inf"),
     ranking: Ranking = by_cost,
 ) -> Fits | Evict | NoRoom:
-    """Decide how ``need_bytes`` more come under ``budget_bytes``.
+    """Decide how ``need_bytes`` more fit into ``budget_bytes``.
 
-    1. Leased and pinned models never leave, nor such as have to stay beyond ``now_s``.
-    2. The cheapest leave, until there is room; then any of them is spared, dearest first, whose bytes are not needed.
-    3. One victim whose absence costs less than theirs together takes their place.
+    1. Leased and pinned models are never evicted, nor those whose ``stays_until_s`` is after ``now_s``.
+    2. Victims are the cheapest, until it fits; then those whose bytes are not needed are spared, most expensive first.
+    3. A single victim whose absence costs no more than theirs together replaces them.
     """
     used = sum(o.need_bytes for o in occupants)
     short = used + need_bytes - budget_bytes
@@ -93,8 +93,8 @@ def make_room(
         chosen.append(occupant)
     freed = sum(o.need_bytes for o in chosen)
     if freed < short:
-        gone = {o.name for o in movable}
-        kept = tuple(o.name for o in occupants if o.name not in gone)
+        evictable = {o.name for o in movable}
+        kept = tuple(o.name for o in occupants if o.name not in evictable)
         return NoRoom(missing_bytes=short - sum(o.need_bytes for o in movable), kept=kept)
     for occupant in reversed(list(chosen)):
         if freed - occupant.need_bytes >= short:

@@ -1,4 +1,4 @@
-"""What this node holds, as batches, reconcile and the status report it."""
+"""The models of this node, as batches, reconcile and the status report them."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from shared.records import EngineWindow, Resident
 
 
 class Inventory:
-    """A view of all slots; changes none of them."""
+    """A read-only view of all slots."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Inventory:
         self._fused, self._clock = fused, clock
 
     def residents(self) -> list[Resident]:
-        """What is in memory, for the batch."""
+        """Resident models, for the batch."""
         return [slot_view.resident(slot) for slot in self._slots if slot.life.phase != "cold"]
 
     def status(self) -> list[dict[str, object]]:
@@ -38,31 +38,31 @@ class Inventory:
         return [slot_view.actual(slot) for slot in self._slots]
 
     def path_of(self, name: str) -> str:
-        """The files behind a name that is in memory; "" for one that is not."""
+        """The path of the files behind a name; "" for one that is not resident."""
         slot = self._slots.named(name)
         return slot.model.path if slot.loaded else ""
 
     def stalled(self, limit_s: float) -> list[str]:
-        """Models whose loader has work and has made no progress for so long."""
+        """Models whose loader has work and has made no progress for over ``limit_s``."""
         return [s.name for s in self._slots if s.loaded is not None and s.loaded.process.silent_s > limit_s]
 
     def reported_peak(self, name: str, peak_bytes: int) -> None:
-        """MLX's peak since a loader was last asked."""
+        """Take MLX's peak since a loader's last report."""
         slot = self._slots.find(name)
         if slot is not None:
             slot.peak_bytes = max(slot.peak_bytes, peak_bytes)
 
     async def windows(self) -> list[EngineWindow]:
-        """What every loader did since the last call, those that ended meanwhile included."""
+        """What every loader did since the last call, including those that ended meanwhile."""
         await self.refresh()
         return self._loaders.windows()
 
     def windows_so_far(self) -> list[EngineWindow]:
-        """What was received since the last window, and will be in the next one."""
+        """Counts received since the last window, which the next one will include."""
         return self._loaders.so_far()
 
     async def refresh(self) -> None:
-        """Ask every loader what it did since it was last asked."""
+        """Ask every loader for its counts since its last report."""
         for loaded in [*(slot.loaded for slot in self._slots), *self._loaders.retiring]:
             if loaded is not None:
                 await self._loaders.take_window(loaded)

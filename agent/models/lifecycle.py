@@ -1,4 +1,4 @@
-"""The life of one served model as a state machine: an event in, the next state and effects out. Pure: time is given.
+"""The life cycle of one model as a state machine: an event in, next state and effects out. Pure: time is an argument.
 
     cold --Load--> loading --Started--> ready --Evict, Idle--> draining --Retired--> cold
                      |  ^                 |
@@ -8,8 +8,8 @@
 
 ``Lifecycles`` performs the effects and feeds back what happened; nothing else changes a ``Life``. One operation at a
 time holds the ``claim`` on a model: a load, an eviction, a swap, or the reservation of a name that a swap takes over. A
-swap replaces the loader (``Flipped``) while the claim is its own; if the active loader crashes meanwhile it is
-restarted beside the standby, and whichever comes up first serves. Stale, foreign and repeated events change nothing.
+swap replaces the loader (``Flipped``) while it holds the claim; if the active loader crashes meanwhile, it is
+restarted beside the standby, and whichever is ready first serves. Stale, foreign and duplicate events change nothing.
 """
 
 from typing import Literal
@@ -21,19 +21,19 @@ CRASHES_BEFORE_GIVING_UP = 5
 CRASH_SPAN_S = 120.0
 MAX_BACKOFF_S = 8.0
 AGAIN_S = 1.0
-"""A load that failed for want of memory is tried again after so long."""
+"""A load that failed for lack of memory is retried after this time."""
 
 Phase = Literal["cold", "loading", "ready", "backing_off", "draining", "failed"]
 Claim = Literal["", "load", "evict", "swap", "reserved"]
 Fault = Literal["no_room", "died", "unusable", "cancelled"]
 Signal = Literal["due", "wanted", "adopt", "stop", "claim", "reserve", "release", "leave_rotation", "withdraw"]
-"""Events without facts: the time of a Wake has come; a request waits for the model; other files stand behind what is
-not in memory; the agent stops. Of a swap: it takes the model; it reserves a name that it takes over; it has ended,
-however it did; as a cold one it sends new requests to peers; as such it stops the active loader."""
+"""Events without data, in this order: the time of a "wake" has come; a request waits for the model; a model that is not
+resident got other files; the agent stops. Of a swap: it claims the model; it reserves a name that it will take over; it
+has ended, successfully or not; if cold, it leaves new requests to peers; if cold, it stops the active loader."""
 
 
 class Departure(msgspec.Struct, frozen=True, kw_only=True):
-    """A version that left memory at ``at_s`` (monotonic), and why."""
+    """A version that was evicted at ``at_s`` (monotonic), and why."""
 
     at_s: float
     version: str
@@ -41,12 +41,12 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model stands. Loaders are numbered by ``serial``; 0 is none.
+    """The state of a model. Loaders are numbered by ``serial``; 0 is none.
 
     ``loader`` serves, ``attempt`` is being started, ``leaving`` drains (``evicted_for`` another model); the outcome of
-    ``abandoned`` starts is still to come and not wanted any more. ``retries``: a loader that dies while it starts is
-    started again, since nobody waits for the outcome. ``closed_for`` names the model for which this one accepts no new
-    requests. Before ``not_before_s`` nothing is started. ``standby_bytes`` is planned for a swap's standby.
+    ``abandoned`` starts is pending and no longer needed. ``retries``: a loader that dies while it starts is restarted,
+    since no caller waits for the outcome. ``closed_for`` names the model for which this one accepts no new requests.
+    Nothing is started before ``not_before_s``. ``standby_bytes`` is planned for a swap's standby.
     """
 
     phase: Phase = "cold"
@@ -79,18 +79,18 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def coming(self) -> bool:
-        """Whether a loader is being started, or will be without further request."""
+        """Whether a loader is being started, or will be without another request."""
         return self.phase in ("loading", "backing_off")
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """Bring it into memory."""
+    """Load it into memory."""
 
     retries: bool = False
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):
-    """A start succeeded: the loader has the version in memory and is warm."""
+    """A start succeeded: the loader has the version in memory and is warmed up."""
 
     attempt: int
     version: str
@@ -105,21 +105,21 @@ class StartFailed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exited(msgspec.Struct, frozen=True, kw_only=True):
-    """A loader ended that was not told to."""
+    """A loader exited unexpectedly."""
 
     loader: int
     cause: str
 
 
 class Evict(msgspec.Struct, frozen=True, kw_only=True):
-    """Remove it from memory: by order, for another model, or under memory pressure."""
+    """Evict it: by order, for another model, or under memory pressure."""
 
     reason: str
     for_model: str = ""
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
-    """Unused for ``idle_s``; a ``keep_alive_s`` below zero keeps it."""
+    """Unused for ``idle_s``; with ``keep_alive_s`` below zero it stays resident."""
 
     idle_s: float
     keep_alive_s: float
@@ -132,7 +132,7 @@ class Retired(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory that a swap's standby, or its drained predecessor, needs beside the active loader."""
+    """Memory that a swap's standby, or its draining predecessor, needs beside the active loader."""
 
     standby_bytes: int
 
@@ -144,8 +144,8 @@ class Flipped(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Close(msgspec.Struct, frozen=True, kw_only=True):
-    """Accept no new requests for the sake of ``for_model``; "" opens. A model that stays ``in_use`` for ``limit_s``
-    while closed is opened for as long, or one endless answer would keep every waiting request out."""
+    """Accept no new requests, so that ``for_model`` can load; "" reopens. A closed model that is still ``in_use`` after
+    ``limit_s`` is reopened for as long, or one endless answer would block every waiting request."""
 
     for_model: str
     in_use: bool
@@ -155,23 +155,23 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
 Event = Signal | Load | Started | StartFailed | Exited | Evict | Idle | Retired | Planned | Flipped | Close
 
 
-Effect = Literal["start", "serve", "kill", "retire", "wake", "crashed", "gave_up", "missed", "turned"]
-"""Start ``attempt`` (answer with Started or StartFailed); the loader just started serves; it is not wanted, kill it;
-drain and end ``leaving`` (answer with Retired); send "due" at ``not_before_s``; count the crash of the loader that
-served; nothing is started again without an order; a request waits for what ``departed``; the model was closed or
-opened. The names are fields of the state after the step, or before it for what the step has cleared."""
+Effect = Literal["start", "serve", "kill", "retire", "wake", "crashed", "gave_up", "missed", "toggled"]
+"""Start ``attempt`` (answer with Started or StartFailed); the loader just started serves; it is not needed, kill it;
+drain and end ``leaving`` (answer with Retired); send "due" at ``not_before_s``; count the crash of the active loader;
+restarts have stopped until an order; a request waits for what ``departed``; the model was closed or reopened. The names
+are fields of the state after the step, or before it for what the step has cleared."""
 Step = tuple[Life, tuple[Effect, ...]]
 
 
 def step(life: Life, event: Event, now_s: float) -> Step:
     """The next state and what to do.
 
-    1. Load starts what is not in memory and not claimed; "due" does so for what backs off, during a hot swap, too.
-    2. Started serves; of an abandoned start it is killed. StartFailed goes back, backs off, or fails.
-    3. Exited backs off and gives up after too many crashes; a loader that a cold swap ends anyway is not restarted.
-    4. Evict and Idle drain what is ready and not claimed; Retired has the memory back.
-    5. A swap claims, plans, flips and releases; the release restarts what is missing then.
-    6. Close, "wanted" and "adopt" change no loader. "stop" ends it all.
+    1. Load starts a model that is not resident and not claimed; "due" does so after a back-off, in a hot swap, too.
+    2. Started: the loader serves; one of an abandoned start is killed. StartFailed: back to cold, back-off, or failed.
+    3. Exited: back-off, and failed after too many crashes; a loader that a cold swap ends anyway is not restarted.
+    4. Evict and Idle drain a model that is ready and not claimed; Retired: its memory is free.
+    5. A swap claims, plans, flips and releases; the release restarts a loader that is missing.
+    6. Close, "wanted" and "adopt" change no loader. "stop" ends everything.
     """
     if life.stopped:
         return _after_stop(life, event)
@@ -214,7 +214,7 @@ def _after_stop(life: Life, event: Event) -> Step:
 
 
 def _forgotten(life: Life, event: Started | StartFailed) -> Step:
-    """The outcome of an abandoned start: a loader that came up all the same is killed."""
+    """The outcome of an abandoned start: a loader that did start is killed."""
     rest = replace(life, abandoned=life.abandoned - {event.attempt})
     return rest, ("kill",) if isinstance(event, Started) else ()
 
@@ -252,7 +252,7 @@ def _serves(life: Life, loader: int, version: str) -> Step:
         closed_for="",
         departed=None,
         version=version,
-        crashes=life.crashes if version == life.version else (),  # other files, another story
+        crashes=life.crashes if version == life.version else (),  # other files, a new count
     )
     return served, ("serve",)
 
@@ -276,7 +276,7 @@ def _start_failed(life: Life, event: StartFailed, now_s: float) -> Step:
 def _exited(life: Life, event: Exited, now_s: float) -> Step:
     if not life.loader or event.loader != life.loader:
         return life, ()
-    gone = replace(
+    exited = replace(
         life,
         loader=0,
         restarts=life.restarts + 1,
@@ -285,13 +285,13 @@ def _exited(life: Life, event: Exited, now_s: float) -> Step:
         reason=f"the loader exited ({event.cause}); restarting",
     )
     if not life.in_rotation:
-        return gone, ("crashed",)
-    after, effects = _backed_off(gone, now_s)
+        return exited, ("crashed",)
+    after, effects = _backed_off(exited, now_s)
     return after, ("crashed", *effects)
 
 
 def _recent(life: Life, now_s: float) -> tuple[float, ...]:
-    """Crashes that count, with the one that has just happened."""
+    """Crashes that count, including the one that has just happened."""
     return (*(at for at in life.crashes if at >= now_s - CRASH_SPAN_S), now_s)
 
 
@@ -300,7 +300,7 @@ def _backed_off(life: Life, now_s: float) -> Step:
     count = len(life.crashes)
     if count >= CRASHES_BEFORE_GIVING_UP:
         why = life.last_exit or life.reason
-        reason = f"the loader exited {count} times in {CRASH_SPAN_S:.0f} s ({why}); given up"
+        reason = f"the loader exited {count} times in {CRASH_SPAN_S:.0f} s ({why}); restarts stopped"
         return replace(life, phase="failed", reason=reason), ("gave_up",)
     at_s = now_s + min(MAX_BACKOFF_S, 0.5 * 2.0 ** (count - 1) - 0.5)
     return replace(life, phase="backing_off", not_before_s=at_s), ("wake",)
@@ -342,7 +342,7 @@ def _swapped(life: Life, event: Signal | Planned | Flipped, now_s: float) -> Ste
 
 
 def _abandoned(life: Life) -> frozenset[int]:
-    """Starts whose outcome nobody wants, the one under way included."""
+    """Starts whose outcome is no longer needed, including the one in progress."""
     return life.abandoned | ({life.attempt} if life.attempt else set())
 
 
@@ -365,4 +365,4 @@ def _closed(life: Life, event: Close, now_s: float) -> Step:
     after = replace(life, closed_for=for_model, open_until_s=open_until_s)
     if bool(life.closed_for) == bool(for_model):
         return after, ()
-    return replace(after, closed_since_s=now_s), ("turned",)
+    return replace(after, closed_since_s=now_s), ("toggled",)

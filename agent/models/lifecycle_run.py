@@ -19,7 +19,7 @@ from shared.logs import get_logger
 from shared.records import Event, LoaderExited, ModelEvicted, ModelMissed
 
 NO_ROOM = ("no_memory", "no_process")
-"""Errors of a load that may go away by themselves; any other needs somebody."""
+"""Error codes of a load that may succeed later by itself; any other needs an operator."""
 
 log = get_logger("agent.models")
 
@@ -50,7 +50,7 @@ class Lifecycles:
         self.room = Room(slots, budget_bytes=budget_bytes, min_residency_s=stays_s, evict=self._evict_for, clock=clock)
 
     def feed(self, slot: Slot, event: life.Event) -> bool:
-        """One event into one slot's state machine, and its effects begun; False when it changed nothing."""
+        """Feed one event to a slot's state machine and begin its effects; False when it changed nothing."""
         before = slot.life
         slot.life, effects = life.step(before, event, self._clock())
         for effect in effects:
@@ -62,7 +62,7 @@ class Lifecycles:
         return slot.life != before
 
     def take_over(self, slot: Slot, event: life.Started | life.Flipped, loaded: Loaded) -> None:
-        """A loader that is in memory and warm; it serves if the slot still wants it. No await: the flip is atomic."""
+        """Let a warmed-up loader serve a slot if it is still needed, else kill it. No await: the flip is atomic."""
         slot.life, effects = life.step(slot.life, event, self._clock())
         if "serve" in effects:
             self._serve(slot, loaded)
@@ -71,12 +71,12 @@ class Lifecycles:
         slot.notify()
 
     async def load(self, slot: Slot, *, ordered: bool) -> None:
-        """Load it and wait for the outcome. Raises RackError; what is ``ordered`` may evict models just loaded."""
+        """Load it and wait for the outcome. Raises RackError. If ``ordered``, models just loaded may be evicted."""
         if self.feed(slot, life.Load()):
             await self._start(slot, slot.life.attempt, ordered=ordered)
 
     async def evict(self, slot: Slot, reason: str, for_model: str = "") -> None:
-        """Evict it, if it is ready and not claimed, and wait until its memory is back."""
+        """Evict it, if it is ready and not claimed, and wait until its memory is free."""
         before = slot.life.loader
         if self.feed(slot, life.Evict(reason=reason, for_model=for_model)):
             while slot.life.leaving == before:
@@ -91,7 +91,7 @@ class Lifecycles:
         now = slot.life
         match effect:
             case "start":
-                if now.claim != "load" or now.retries:  # else the order performs it itself
+                if now.claim != "load" or now.retries:  # else load() awaits it itself
                     self.tasks.spawn(self._start_quietly(slot, now.attempt))
             case "retire" | "crashed":
                 loaded = slot.loaded
@@ -99,28 +99,28 @@ class Lifecycles:
                 if effect == "crashed":
                     self._crashed(slot, loaded)
                     return
-                self.loaders.retiring.append(loaded)  # from here on, or a stop in between would leave it behind
+                self.loaders.retiring.append(loaded)  # now, or a stop before the task runs would miss it
                 self.tasks.spawn(self._retire(slot, loaded))
             case "wake":
                 delay_s = max(0.0, now.not_before_s - self._clock())
                 asyncio.get_running_loop().call_later(delay_s, self.feed, slot, "due")
             case "gave_up":
-                log.error("loader_given_up", model=slot.name, reason=now.reason)
+                log.error("loader_restarts_stopped", model=slot.name, reason=now.reason)
             case "missed":
                 self._missed(slot, before.departed)
-            case "turned":
-                turned = "model_closed" if now.closed_for else "model_opened"
-                log.info(turned, model=slot.name, for_model=now.closed_for or before.closed_for)
+            case "toggled":
+                event = "model_closed" if now.closed_for else "model_reopened"
+                log.info(event, model=slot.name, for_model=now.closed_for or before.closed_for)
             case "serve" | "kill":
                 raise AssertionError("needs a loader: see take_over")
 
     async def _start_quietly(self, slot: Slot, attempt: int) -> None:
-        """A start nobody waits for: its failure is a state and a log line."""
+        """A start that no caller waits for: its failure shows in the state and the log."""
         with contextlib.suppress(RackError):
             await self._start(slot, attempt, ordered=False)
 
     async def _start(self, slot: Slot, attempt: int, *, ordered: bool) -> None:
-        """Read the files, make room, start the loader. Raises RackError, after the slot has been told."""
+        """Read the files, make room, start the loader. Raises RackError after updating the slot's state."""
         fault: life.Fault | None = "cancelled"
         reason = "cancelled"
         try:
@@ -131,7 +131,7 @@ class Lifecycles:
             log.warning("model_load_failed", model=slot.name, code=error.code, reason=reason)
             raise
         except Exception as error:
-            fault, reason = "unusable", f"load {slot.name}: {type(error).__name__}; the log has more"
+            fault, reason = "unusable", f"load {slot.name}: unexpected {type(error).__name__}; see the log"
             log.error("model_load_failed", model=slot.name, exc_info=True)
             raise Refused(reason, code="bad_model") from None
         finally:
@@ -141,14 +141,14 @@ class Lifecycles:
 
     async def _started(self, slot: Slot, *, ordered: bool) -> Loaded:
         began = self._clock()
-        if slot.life.claim == "swap":  # the swap has planned for both
+        if slot.life.claim == "swap":  # the swap has planned memory for both
             assert slot.spec is not None
             spec = slot.spec
         else:
             spec = slot.spec = await asyncio.to_thread(self.store.describe, slot.model)
-            await self.room.make(spec, slot.name, but=slot, ordered=ordered)
+            await self.room.make(spec, slot.name, excluding=slot, ordered=ordered)
             for other in self._slots:
-                if other.life.closed_for in slot.names:  # there is room without it
+                if other.life.closed_for in slot.names:  # it fits without evicting this one
                     self.feed(other, life.Close(for_model="", in_use=False, limit_s=0.0))
         process = await self.loaders.start(spec)
         now = self._clock()
@@ -160,8 +160,8 @@ class Lifecycles:
         slot.peak_bytes, slot.keep_alive_s = 0, loaded.spec.model.keep_alive_s
         self._slots.rename(slot, loaded.spec.model.name)
         self.tasks.spawn(self._watched(slot, loaded, slot.life.loader))
-        if self.watch is not None and (told := self.watch.greet(loaded)) is not None:
-            self.tasks.spawn(told)
+        if self.watch is not None and (relief := self.watch.on_loaded(loaded)) is not None:
+            self.tasks.spawn(relief)
         self._emit(loaded_event(slot, loaded, self._wall_ms(), fused=self.store.fused))
         log.info("model_loaded", model=loaded.name, version=loaded.spec.version, seconds=round(loaded.load_s, 2))
 
@@ -180,10 +180,10 @@ class Lifecycles:
         )
         self._emit(event)
         log.error("loader_exited", model=event.model, cause=event.cause, restarts=event.restarts)
-        self.tasks.spawn(self.loaders.take_window(loaded))  # what it reported late, and nobody has counted yet
+        self.tasks.spawn(self.loaders.take_window(loaded))  # its last report, not counted yet
 
     async def _retire(self, slot: Slot, loaded: Loaded) -> None:
-        """End a loader when its requests have ended; each has a deadline of its own."""
+        """End a loader when its requests have ended; each has its own deadline."""
         evicted = slot.life
         await self.loaders.retire(loaded, self._drain_s)
         now, demand = self._clock(), slot.demand
@@ -203,14 +203,14 @@ class Lifecycles:
         log.info("model_evicted", model=event.model, reason=event.reason, for_model=event.for_model)
         self.feed(slot, life.Retired(loader=evicted.leaving))
 
-    def _missed(self, slot: Slot, gone: life.Departure | None) -> None:
-        assert gone is not None
+    def _missed(self, slot: Slot, departed: life.Departure | None) -> None:
+        assert departed is not None
         event = ModelMissed(
             t_ms=self._wall_ms(),
             model=slot.name,
-            version=gone.version,
-            reason=gone.reason,
-            after_us=int((self._clock() - gone.at_s) * 1e6),
+            version=departed.version,
+            reason=departed.reason,
+            after_us=int((self._clock() - departed.at_s) * 1e6),
         )
         self._emit(event)
         log.info("model_missed", model=event.model, reason=event.reason, after_s=round(event.after_us / 1e6, 1))

@@ -1,4 +1,4 @@
-"""Models that requests wait for and that are not in memory: carries out what load_order.py decides."""
+"""Models that requests wait for and that are not resident: carries out what load_order.py decides."""
 
 import time
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from agent.models.eviction import Occupant
 from agent.models.slot import Slot, Slots
 
 CLOSED_TURNS = 3
-"""A model is closed for at most so many times the longest wait, then open for as long."""
+"""A model is closed for at most this multiple of ``max_wait_s``, then open for as long."""
 
 
 class LoadQueue:
-    """``occupants`` gives what is in memory; ``feed`` sends an event to a slot's state machine."""
+    """``occupants`` returns the resident models; ``feed`` sends an event to a slot's state machine."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class LoadQueue:
         self._slots, self._occupants, self._feed, self._clock = slots, occupants, feed, clock
 
     def advance(self, budget_bytes: int) -> None:
-        """Load the model whose turn it is, and close or open those in use; see load_order.py."""
+        """Load the model whose turn it is, and close or reopen those in use; see load_order.py."""
         if not any(slot.waiting or slot.life.closed_for for slot in self._slots):
             return
         now = self._clock()
@@ -52,7 +52,7 @@ class LoadQueue:
         closed_for = slot.life.closed_for
         if not closed_for:
             return ""
-        # it stays closed until the one that it makes room for is loaded: else it would be in use again before that
+        # it stays closed until the model it makes room for is loaded, or it would be in use again before that
         other = self._slots.find(closed_for)
-        comes = turn.load == closed_for or (other is not None and bool(other.life.claim))
-        return closed_for if comes else ""
+        is_loading = turn.load == closed_for or (other is not None and bool(other.life.claim))
+        return closed_for if is_loading else ""

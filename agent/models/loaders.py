@@ -1,6 +1,6 @@
 """The loader processes of this node from start to end, and the counts of what they did.
 
-A loader that ends, however it ends, is asked for its last counts first where that is possible.
+Before a loader ends, for whatever reason, its last counts are collected if that is possible.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from shared.secrets import resolve
 
 STOP_GRACE_S = 10.0
 CUT_OFF_S = 0.5
-"""Within so long after a loader's end those whose answers it cut off have asked for its version again."""
+"""Requests that a loader's end interrupted ask for its version again within this time."""
 MARGIN_S = 5.0
-"""Beyond the requests' own deadline a drain waits so much longer, for their ends to be counted."""
+"""How much longer than the requests' own deadline a drain waits, so that their ends are counted."""
 MAX_STARTS = 2
 
 log = get_logger("agent.models.loaders")
 
 
 class Loaders:
-    """Starts and ends them. ``retiring`` are those that take no new work and finish what they have; ``missed`` counts
-    by version the answers that were cut off and cannot go on without it."""
+    """Starts and ends loaders. Those ``retiring`` accept no new work and finish what they have; ``missed`` counts, by
+    version, interrupted answers that only this version can continue."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Loaders:
         self.missed: Counter[str] = Counter()
 
     async def start(self, spec: ModelSpec) -> LoaderProcess:
-        """A loader with the model in memory and warm. Raises RackError with the reason."""
+        """Start a loader; returns with its model in memory and warmed up. Raises RackError with the reason."""
         model = spec.model
         arguments = (
             *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
@@ -72,7 +72,7 @@ class Loaders:
         )
         stuck_s = self._config.limits.stuck_s
         secret = ""
-        if model.disk_cache_bytes:  # a keychain may take its time
+        if model.disk_cache_bytes:  # a keychain may respond slowly
             secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
         start = LoaderSpec(
             arguments=arguments,
@@ -85,9 +85,9 @@ class Loaders:
         return await LoaderProcess.start(start, self._environ)
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:
-        """Wait for the last request, take the last counts, end the process; the bytes that it held until then.
+        """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then.
 
-        Cut short, ``stop`` in the pool ends it.
+        If this is cancelled, the pool's ``stop`` ends it.
         """
         if loaded not in self.retiring:
             self.retiring.append(loaded)
@@ -101,8 +101,8 @@ class Loaders:
         return held
 
     async def drain(self, loaded: Loaded, limit_s: float) -> Loaded:
-        """Wait until its requests have ended. One that dies meanwhile is started again for those whose answers only it
-        can go on with; returned is the loader at the end."""
+        """Wait until its requests have ended. One that dies meanwhile is restarted for answers that only it can
+        continue. Returns the loader at the end."""
         deadline, starts = self._clock() + limit_s, 0
         while self._clock() < deadline and not loaded.process.stopping:
             version = loaded.spec.version
@@ -111,27 +111,27 @@ class Loaders:
                 if not self.missed[version] or starts >= MAX_STARTS:
                     break
                 starts += 1
-                loaded = await self._again(loaded)
+                loaded = await self._restart(loaded)
             elif not loaded.process.in_flight and not self.missed[version]:
                 break
             else:
                 await asyncio.sleep(0.02)
         return loaded
 
-    async def _again(self, loaded: Loaded) -> Loaded:
-        log.warning("retiring_loader_died", model=loaded.name, version=loaded.spec.version, cause=loaded.process.cause)
+    async def _restart(self, loaded: Loaded) -> Loaded:
+        log.warning("draining_loader_died", model=loaded.name, version=loaded.spec.version, cause=loaded.process.cause)
         await self.take_window(loaded)
         try:
             fresh = loaded._replace(process=await self.start(loaded.spec))
         except RackError as error:
-            log.error("retiring_loader_lost", model=loaded.name, reason=error.message)
+            log.error("draining_loader_restart_failed", model=loaded.name, reason=error.message)
             return loaded
         if loaded in self.retiring:
             self.retiring[self.retiring.index(loaded)] = fresh
         return fresh
 
     async def take_window(self, loaded: Loaded) -> None:
-        """Ask a loader what it did since it was last asked."""
+        """Ask a loader for its counts since its last report."""
         reported = await loaded.process.report()
         if reported is None:
             return
@@ -141,11 +141,11 @@ class Loaders:
         self._reports[key] = total_of([*known, reported])
 
     def so_far(self) -> list[EngineWindow]:
-        """What was taken since the last window, loaders that ended meanwhile included."""
+        """Counts since the last window, including loaders that ended meanwhile."""
         return [_window_of(model, version, reported) for (model, version), reported in self._reports.items()]
 
     def windows(self) -> list[EngineWindow]:
-        """The same, and a fresh start."""
+        """The same, and begin a new window."""
         taken, self._reports = self.so_far(), {}
         return taken
 

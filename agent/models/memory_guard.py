@@ -1,8 +1,8 @@
-"""The memory guard at run time: what is done when models hold more than was planned. Pure; the pool performs it.
+"""The memory guard: what is done when models hold more memory than planned. Pure; the pool performs it.
 
-Three sources say what is held: MLX (arrays in use and freed ones that it keeps), the system (the process's footprint)
-and our own ledger (weights, keys and values, kept prompts). Of each loader the largest counts. What is done escalates
-from one reading to the next and is taken back with some distance, so that it does not flutter.
+Three sources measure it: MLX (arrays in use and freed ones that it keeps), the system (the process's footprint) and our
+own ledger (weights, KV cache, prompt cache). For each loader the largest counts. Actions escalate from one reading to
+the next and are reversed with hysteresis, so that they do not flap.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import msgspec
 Level = Literal["calm", "soft", "hard"]
 Action = Literal["ease", "press", "drop_caches", "evict_idle", "refuse", "accept"]
 RELEASE = 0.05
-"""A level is left when what is held has fallen so much of the budget below where it begins."""
+"""Hysteresis: a level ends when memory in use is this share of the budget below the level's threshold."""
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """What one loader holds, by source; None where a source is silent."""
+    """What one loader holds, by source; None where a source has no value."""
 
     name: str
     engine_bytes: int | None = None
@@ -31,7 +31,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GuardState(msgspec.Struct, frozen=True, kw_only=True):
-    """``steps`` counts readings in a row at the hard level; ``refusing`` says that new requests are turned away."""
+    """``steps`` counts consecutive readings at the hard level; while ``refusing``, new requests are rejected."""
 
     level: Level = "calm"
     steps: int = 0
@@ -44,10 +44,9 @@ def step(
 ) -> tuple[GuardState, tuple[Action, ...]]:
     """The next state and what to do.
 
-    1. Soft: admission pauses in the engines and prompts are worked on in small pieces ("press"); calm takes it back
-       ("ease").
-    2. Hard, first reading: the prompt caches are dropped; second: the cheapest idle model leaves, and so at each
-       further one; from the third on new requests are refused too, until the level is left ("accept").
+    1. Soft: engines pause admission and prefill in small chunks ("press"); calm reverses that ("ease").
+    2. Hard, first reading: prompt caches are dropped; from the second on, each evicts the cheapest idle model; from the
+       third on, new requests are rejected too, until the level ends ("accept").
     """
     used = sum(one.nbytes for one in held)
     level = _level(state.level, used / budget_bytes, soft, hard)

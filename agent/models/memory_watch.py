@@ -1,4 +1,4 @@
-"""Reads once a second what the loaders hold, and performs what guard.py decides about it."""
+"""Measures once a second what the loaders hold, and performs what memory_guard.py decides."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -14,27 +14,27 @@ log = get_logger("agent.memory")
 
 
 class MemoryWatch:
-    """``loaded`` gives every loader of the node; ``leave`` makes the idle model whose absence costs least leave."""
+    """``loaded`` returns every loader of the node; ``evict_idle`` evicts the idle model whose absence costs least."""
 
     def __init__(
         self,
         config: Memory,
         *,
         loaded: Callable[[], Sequence[Loaded]],
-        leave: Callable[[], None],
+        evict_idle: Callable[[], None],
         emit: Callable[[Event], None],
         wall_ms: Callable[[], int],
     ) -> None:
         self._config = config
         self._loaded = loaded
-        self._leave = leave
+        self._evict_idle = evict_idle
         self._emit = emit
         self._wall_ms = wall_ms
         self._state = guard.GuardState()
 
     @property
     def refusing(self) -> bool:
-        """Whether memory is so short that new requests are turned away."""
+        """Whether memory pressure is so high that new requests are rejected."""
         return self._state.refusing
 
     @property
@@ -47,8 +47,8 @@ class MemoryWatch:
         """For the status."""
         return {"level": self._state.level, "held_bytes": self._state.held_bytes, "refusing": self._state.refusing}
 
-    def greet(self, loaded: Loaded) -> Awaitable[None] | None:
-        """What a loader that has just come has to be told; None when memory is not short."""
+    def on_loaded(self, loaded: Loaded) -> Awaitable[None] | None:
+        """Bring a new loader to the current level; None when that is calm."""
         return loaded.process.relieve("soft") if self._state.level != "calm" else None
 
     async def read(self, budget_bytes: int) -> None:
@@ -73,4 +73,4 @@ class MemoryWatch:
             for one in self._loaded():
                 await one.process.relieve(levels[action])
         elif action == "evict_idle":
-            self._leave()
+            self._evict_idle()

@@ -1,6 +1,6 @@
-"""What an operator, the desired state or the start of the agent orders: load, unload, swap, pin.
+"""Orders by an operator, the desired state or the start of the agent: load, unload, swap, pin.
 
-An order once begun is finished, whether its caller still waits or not. Orders for one model run one after another.
+An order once begun is completed, whether or not its caller still waits. Orders for one model run one after another.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from agent.models import lifecycle as life
 from agent.models.lifecycle_run import Lifecycles
 from agent.models.slot import Loaded, Slot, Slots
 from agent.models.swap_run import SwapRun
-from agent.models.warmup import hear
+from agent.models.warmup import answer_of
 from shared.errors import Refused, Retryable
 from shared.records import Event, SwapFinished
 
@@ -22,7 +22,7 @@ KEPT_SWAPS = 20
 
 
 class Orders:
-    """``carried_by_peer`` tells whether another node serves a name now."""
+    """``carried_by_peer`` tells whether a peer serves a name now."""
 
     def __init__(
         self,
@@ -43,22 +43,22 @@ class Orders:
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
 
     def swaps(self) -> list[dict[str, str]]:
-        """The last swaps of this run, the newest last."""
+        """The last swaps since the agent's start, newest last."""
         return [run.view for run in self._swaps]
 
     async def load(self, name: str, *, ordered: bool = True) -> ModelSpec:
-        """Bring a configured model into memory, evicting idle ones if need be. Raises Refused with the reason.
+        """Load a configured model, evicting idle ones if necessary. Raises Refused with the reason.
 
-        What is not ``ordered`` spares models that have just been loaded.
+        Unless it is ``ordered``, models that were just loaded are not evicted.
         """
         return await self._lifecycles.tasks.finish(self._load(name, ordered=ordered))
 
     async def unload(self, name: str) -> None:
-        """Drain and stop a model's loader. Raises Refused when it is not in memory."""
+        """Drain and stop a model's loader. Raises Refused when it is not resident."""
         await self._lifecycles.tasks.finish(self._unload(name))
 
     async def swap(self, old: str, new: str) -> SwapFinished:
-        """Replace the files behind ``old`` by those of the configured model ``new`` without losing a request."""
+        """Replace the files behind ``old`` with those of the configured model ``new`` without losing a request."""
         model = self._models.get(new)
         if model is None:
             known = ", ".join(self._models)
@@ -66,15 +66,15 @@ class Orders:
         return await self.swap_to(old, model)
 
     async def swap_to(self, old: str, model: Model) -> SwapFinished:
-        """Replace the files behind ``old`` by those of ``model``, configured or not."""
+        """Replace the files behind ``old`` with those of ``model``, configured or not."""
         return await self._lifecycles.tasks.finish(self._swap(old, model))
 
     async def pin(self, name: str, *, pinned: bool) -> None:
-        """A pinned model leaves memory by order alone."""
+        """A pinned model is evicted by order only."""
         self._slots.named(name).pinned = pinned
 
     def adopt(self, model: Model) -> None:
-        """Serve a name that is not configured, or another model under a configured one that is not in memory."""
+        """Serve a name that is not configured, or another model under a configured one that is not resident."""
         found = self._slots.find(model.name)
         self._models[model.name] = model
         if found is None:
@@ -84,24 +84,24 @@ class Orders:
             self._lifecycles.feed(found, "adopt")
 
     async def record_probes(self, name: str) -> tuple[Probe, ...]:
-        """A model's probes with the answers that it gives now. Raises RackError."""
+        """A model's probes with its current answers. Raises RackError."""
         slot = self._slots.named(name)
         if not slot.ready or slot.loaded is None:
             raise Retryable(f"model {name} is not ready on this node ({slot.life.state})", code="not_ready")
         loaded = slot.loaded
         loaded.process.in_flight += 1
         try:
-            asked = loaded.spec.probes
-            heard = [await hear(loaded.process, probe.prompt, probe.max_tokens) for probe in asked]
+            probes = loaded.spec.probes
+            answers = [await answer_of(loaded.process, probe.prompt, probe.max_tokens) for probe in probes]
         finally:
             loaded.process.in_flight -= 1
         return tuple(
             Probe(prompt=probe.prompt, answer=one.text, max_tokens=probe.max_tokens)
-            for probe, one in zip(asked, heard, strict=True)
+            for probe, one in zip(probes, answers, strict=True)
         )
 
     async def _unclaimed(self, name: str) -> Slot:
-        """The slot behind a name, as soon as no other order or load is at work on it."""
+        """The slot behind a name, as soon as no other order or load holds its claim."""
         while (slot := self._slots.named(name)).life.claim:
             await slot.changed.wait()
         return slot
@@ -114,18 +114,18 @@ class Orders:
     async def _unload(self, name: str) -> None:
         slot = await self._unclaimed(name)
         if slot.loaded is None:
-            raise Refused(f"unload {name}: it is not in memory ({slot.life.state})", code="conflict")
+            raise Refused(f"unload {name}: not resident ({slot.life.state})", code="conflict")
         await self._lifecycles.evict(slot, "ordered")
 
     async def _swap(self, old: str, model: Model) -> SwapFinished:
         slot, other = self._slots.named(old), self._slots.find(model.name)
         if slot.life.claim:
-            raise Refused(f"swap {old}: it is loading or swapping already; see status", code="conflict")
+            raise Refused(f"swap {old}: already loading, swapping or being evicted; see status", code="conflict")
         if other is not slot and other is not None and (other.loaded is not None or other.life.claim):
-            reason = f"swap {old}: {model.name} is in memory itself, or on its way; unload it first"
+            reason = f"swap {old}: {model.name} is itself resident or loading; unload it first"
             raise Refused(reason, code="conflict")
         if not self._lifecycles.feed(slot, "claim"):
-            reason = f"swap {slot.name}: it is not in memory ({slot.life.state}); load it first"
+            reason = f"swap {slot.name}: not resident ({slot.life.state}); load it first"
             raise Refused(reason, code="conflict")
         if other is not None and other is not slot:
             self._lifecycles.feed(other, "reserve")
@@ -140,10 +140,10 @@ class Orders:
         spec = await asyncio.to_thread(self._lifecycles.store.describe, model)
         old = slot.loaded
         if old is not None and spec.version == old.spec.version:
-            raise Refused(f"swap {slot.name}: {model.name} is the version that serves already", code="conflict")
+            raise Refused(f"swap {slot.name}: {model.name} is already the active version", code="conflict")
         cold = await self._planned(slot, spec, model.name)
         if old is None or slot.loaded is not old:
-            raise Refused(f"swap {slot.name}: its loader has just exited; try again", code="conflict")
+            raise Refused(f"swap {slot.name}: its loader has just exited; retry", code="conflict")
         run = self._run(slot, spec, old)
         self._swaps.append(run)
         finished = await run.run(cold=cold)
@@ -151,7 +151,7 @@ class Orders:
         return finished
 
     async def _planned(self, slot: Slot, spec: ModelSpec, new: str) -> bool:
-        """Memory for the swap is planned; whether it has to be cold. Raises Refused when it cannot be had."""
+        """Plan memory for the swap; True when it has to be cold. Raises Refused when that is impossible, too."""
         how, short = self._lifecycles.room.for_swap(slot, spec)
         if how == "hot":
             await self._lifecycles.room.make(spec, new, ordered=True)

@@ -1,7 +1,7 @@
-"""The models in this node's memory: gives leases, and lets requests wait for a model that is not ready.
+"""The models resident on this node: leases on them, and waiting for a model that is not ready.
 
-What is decided about models is in lifecycle.py, eviction.py, load_order.py, memory_guard.py and swap.py. A request
-keeps the loader that it was leased, so no answer mixes two versions.
+Decisions about models are made in lifecycle.py, eviction.py, load_order.py, memory_guard.py and swap.py. A request
+keeps the loader that it leased, so no answer mixes two versions.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from shared.records import Event
 
 
 class Pool:
-    """All slots of this node. ``emit`` takes events for the next batch; ``orders`` and ``inventory`` are for others."""
+    """All slots of this node. ``emit`` takes events for the next batch; ``orders`` and ``inventory`` are public."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Pool:
         )
         self.room = runs.room
         runs.watch = MemoryWatch(
-            config.memory, loaded=self._all_loaded, leave=self._leave_cheapest, emit=emit, wall_ms=wall_ms
+            config.memory, loaded=self._all_loaded, evict_idle=self._evict_cheapest, emit=emit, wall_ms=wall_ms
         )
         self._watch = runs.watch
         self._queue = LoadQueue(config.memory, slots=slots, occupants=self.room.occupants, feed=runs.feed, clock=clock)
@@ -64,7 +64,7 @@ class Pool:
 
     @property
     def refusing(self) -> bool:
-        """Whether memory is so short that new requests are turned away."""
+        """Whether memory pressure is so high that new requests are rejected."""
         return self._watch.refusing
 
     @property
@@ -91,15 +91,15 @@ class Pool:
         return self._slots.find(name) is not None
 
     def prefixes(self) -> dict[str, PrefixTable]:
-        """Hashes of the prompts that each served name's loader received lately."""
+        """Hashes of the prompts that each served name's loader received recently."""
         return {name: slot.loaded.process.prefixes for slot in self._slots if slot.loaded for name in slot.names}
 
     # ---- leases and waiting ----
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
-        """Use of the loader behind a name, from now on the same one; with ``version`` to continue an answer that it
-        began. Raises Retryable when none is ready."""
+        """Lease the loader behind a name, which stays the same one; with ``version``, one that can continue an answer
+        of that version. Raises Retryable when none is ready."""
         slot = self._slots.named(name)
         loaded = slot.loaded if slot.ready else None
         if version:
@@ -119,7 +119,7 @@ class Pool:
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """A request waits for a name; while it does, the model's turn to be loaded draws nearer."""
+        """A request waits for a name; meanwhile, the model has its place in the load queue."""
         slot, since = self._slots.named(name), self._clock()
         slot.waiting.append(since)
         self._lifecycles.feed(slot, "wanted")
@@ -129,8 +129,8 @@ class Pool:
             slot.waiting.remove(since)
             self._advance()
 
-    async def wanted(self, name: str, timeout_s: float) -> bool:
-        """Wait until a name is ready here, loading it when it is cold; False when that took too long or failed."""
+    async def wait_ready(self, name: str, timeout_s: float) -> bool:
+        """Wait until a name is ready here, loading it when it is cold; False on a timeout or failure."""
         deadline = self._clock() + timeout_s
         with self.waiting(name):
             while not (slot := self._slots.named(name)).ready:
@@ -143,21 +143,21 @@ class Pool:
                         await changed.wait()
             return True
 
-    async def wanted_back(self, name: str, version: str, timeout_s: float) -> bool:
-        """Wait until exactly this version can continue an answer; False when that took too long or cannot be."""
+    async def wait_for_version(self, name: str, version: str, timeout_s: float) -> bool:
+        """Wait until exactly this version can continue an answer; False on a timeout or when none will."""
         slot, deadline = self._slots.named(name), self._clock() + timeout_s
         self._loaders.missed[version] += 1
         try:
             while all(one.spec.version != version for one in self._living(slot)):
-                if self._clock() >= deadline or not self.comes_back(name, version):
+                if self._clock() >= deadline or not self.can_continue(name, version):
                     return False
                 await asyncio.sleep(0.02)
             return True
         finally:
             self._loaders.missed[version] -= 1
 
-    def comes_back(self, name: str, version: str) -> bool:
-        """Whether this version is served here, is being restarted, or is draining."""
+    def can_continue(self, name: str, version: str) -> bool:
+        """Whether this version is active here, restarting, or draining, and can continue its answers."""
         return not self._stopping and version in self._versions(self._slots.named(name))
 
     def is_coming(self, name: str) -> bool:
@@ -168,7 +168,7 @@ class Pool:
         return not self._stopping and (slot.life.phase != "failed" or bool(slot.life.claim))
 
     def _versions(self, slot: Slot) -> tuple[str, ...]:
-        """What can continue an answer that it began, now or as soon as it is back."""
+        """Versions that can continue an answer that they began, now or once their loader has restarted."""
         found = {one.spec.version for one in self._loaders.retiring if one.name in slot.names}
         if slot.spec is not None and slot.life.state in ("starting", "ready"):
             found.add(slot.spec.version)
@@ -178,15 +178,15 @@ class Pool:
         retiring = [one for one in self._loaders.retiring if one.name in slot.names]
         return [one for one in (slot.loaded, *retiring) if one is not None and one.process.usable]
 
-    # ---- what happens without a request ----
+    # ---- start, maintenance, stop ----
 
     def start(self) -> None:
-        """Begin to load the models that are configured to be there from the start."""
+        """Begin to load the models that are configured with ``preload``."""
         for slot in self._slots:
             if slot.model.preload:
                 self._lifecycles.feed(slot, life.Load(retries=True))
 
-    async def tend(self) -> None:
+    async def maintain(self) -> None:
         """Once a second: unused models are evicted, the load queue advances, the memory guard measures."""
         now = self._clock()
         for slot in self._slots:
@@ -204,7 +204,7 @@ class Pool:
         if not self._stopping:
             self._queue.advance(self.room.budget_bytes)
 
-    def _leave_cheapest(self) -> None:
+    def _evict_cheapest(self) -> None:
         idle = [o for o in self.room.occupants() if not o.pinned and not o.leases]
         if idle:
             slot = self._slots.named(min(idle, key=eviction.by_cost).name)

@@ -1,4 +1,4 @@
-"""One served model on this node: names, files, loader and life. ``Lifecycles`` alone changes the last two."""
+"""One served model on this node: names, files, loader and life. Only ``Lifecycles`` changes the last two."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -16,7 +16,7 @@ from shared.errors import Refused
 
 
 class Loaded(NamedTuple):
-    """What answers: the files and the process that holds them."""
+    """A loader and the files that it serves."""
 
     name: str
     spec: ModelSpec
@@ -43,7 +43,7 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The name it was configured with, or that it took first."""
+        """Its configured name, or the first one that it took over."""
         return self.names[0]
 
     @property
@@ -59,17 +59,17 @@ class Slot:
 
     @property
     def occupied_bytes(self) -> int:
-        """Planned bytes of what is in memory or on its way there."""
+        """Planned bytes of what is resident or loading."""
         held = self.spec.need_bytes if self.spec and (self.loaded or self.life.state in ("starting", "draining")) else 0
         return held + self.life.standby_bytes
 
     @property
     def planned_bytes(self) -> int:
-        """What it will need, as far as that is known before its files were read."""
+        """Memory that it will need, as far as known before its files are read."""
         return self.spec.need_bytes if self.spec else self.model.need_bytes
 
     def occupant(self, now_s: float, min_residency_s: float) -> Occupant:
-        """As eviction sees it. A slot that is being changed is in use, whatever its leases."""
+        """As eviction sees it. A slot that is being changed counts as pinned."""
         loaded = self.loaded
         stays_s = max(self.life.open_until_s, loaded.since_s + max(min_residency_s, loaded.load_s)) if loaded else 0
         return Occupant(
@@ -84,13 +84,13 @@ class Slot:
         )
 
     def idle_s(self, now_s: float) -> float | None:
-        """How long nobody has used it; None while it is in use, wanted, pinned or not in memory."""
+        """How long it has been unused; None while it is leased, waited for, pinned or not resident."""
         if self.loaded is None or self.pinned or self.leases or self.waiting:
             return None
         return now_s - max(self.loaded.since_s, self.demand.last_s or 0.0)
 
     def notify(self) -> None:
-        """Wake everybody who waits for a change."""
+        """Wake all tasks that wait for a change."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -112,7 +112,7 @@ class Slots:
         return next((slot for slot in self._slots if name in slot.names), None)
 
     def named(self, name: str) -> Slot:
-        """The same. Raises Refused when this node does not know the name."""
+        """The slot with a name. Raises Refused when this node does not serve it."""
         slot = self.find(name)
         if slot is None:
             known = ", ".join(sorted(n for slot in self._slots for n in slot.names)) or "none"
@@ -120,11 +120,11 @@ class Slots:
         return slot
 
     def add(self, model: Model) -> None:
-        """Serve one more."""
+        """Serve one more model."""
         self._slots.append(Slot(model))
 
     def rename(self, slot: Slot, name: str) -> None:
-        """Give a name to a slot and take it from the others; one that has none left is gone."""
+        """Give a name to a slot and take it from the others; a slot without a name is removed."""
         for other in self:
             if other is not slot and name in other.names:
                 other.names.remove(name)
@@ -133,9 +133,9 @@ class Slots:
         if name not in slot.names:
             slot.names.append(name)
 
-    def occupants(self, now_s: float, min_residency_s: float, but: Slot | None = None) -> list[Occupant]:
+    def occupants(self, now_s: float, min_residency_s: float, excluding: Slot | None = None) -> list[Occupant]:
         """Everything that holds memory, as eviction sees it."""
-        return [s.occupant(now_s, min_residency_s) for s in self._slots if s.occupied_bytes and s is not but]
+        return [s.occupant(now_s, min_residency_s) for s in self._slots if s.occupied_bytes and s is not excluding]
 
 
 class Lease:

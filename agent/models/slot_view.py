@@ -1,4 +1,4 @@
-"""A slot as others see it: routing, batches, the memory guard, reconcile, the status."""
+"""A slot as routing, batches, the memory guard, reconcile and the status see it."""
 
 import msgspec
 
@@ -66,7 +66,7 @@ def actual(slot: Slot) -> Actual:
 
 
 def loaded_event(slot: Slot, loaded: Loaded, t_ms: int, *, fused: bool) -> ModelLoaded:
-    """The record of the load that has just ended."""
+    """The record of the load that has just completed."""
     planned, peak = _first_prompt(loaded, fused=fused)
     return ModelLoaded(
         t_ms=t_ms,
@@ -123,7 +123,7 @@ def _first_prompt(loaded: Loaded, *, fused: bool) -> tuple[int | None, int | Non
 def held_by(loaded: Loaded) -> Held:
     """What a loader holds, by source, as the memory guard sees it."""
     working, plan = loaded.process.working or Working(), loaded.spec.plan
-    if loaded.spec.model.engine == "fake":  # its numbers are invented, and its process is no model's
+    if loaded.spec.model.engine == "fake":  # its numbers are synthetic, and its process holds no model
         return Held(name=loaded.name, engine_bytes=working.active_bytes)
     overhead = plan.overhead_bytes
     return Held(

@@ -1,9 +1,9 @@
-"""One hot swap as a state machine: facts in, effects out; SwapRun performs them and feeds back what happened.
+"""One swap as a state machine: events in, effects out; SwapRun performs them and feeds back what happened.
 
 Hot: the new loader starts beside the old one, answers probes, takes over in one assignment, and the old one drains.
 Cold: there is no room for both, so the node leaves rotation for this model, drains and stops the old loader first, and
-peers carry the load. Whatever goes wrong before the flip leaves the old model serving (cold: starts it again).
-After the flip the new loader is the active one like any other: if it ends, it is started again.
+peers serve meanwhile. If anything fails before the flip, the old model keeps serving (cold: is restarted).
+After the flip the new loader is active like any other: if it exits, it is restarted.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ What = Literal["standby_ready", "standby_failed", "probes_passed", "flipped", "d
 
 
 class SwapState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a swap stands. ``flipped`` says which loader serves."""
+    """The state of a swap. ``flipped`` says which loader serves."""
 
     swap_id: str
     cold: bool
@@ -28,9 +28,9 @@ class SwapState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """The new loader has its model in memory; it did not start, ended, or failed a probe (``reason``); it passed every
-    probe; it is the active one; the old one has no request left, or their deadlines have passed; a process
-    is gone with its memory; after a failed cold swap the old model serves again (or, with a ``reason``, does not)."""
+    """The standby has its model in memory; it failed to start, exited, or failed a probe (``reason``); it passed every
+    probe; it is the active loader; the old one has no request left, or their deadlines have passed; a process has
+    ended and freed memory; after a failed cold swap the old model serves again (or, with a ``reason``, does not)."""
 
     swap_id: str
     what: What
@@ -60,13 +60,13 @@ def begin(swap_id: str, *, cold: bool) -> tuple[SwapState, tuple[Effect, ...]]:
 
 
 def step(state: SwapState, event: Event) -> tuple[SwapState, tuple[Effect, ...]]:
-    """The next state and what to do. An event of another swap, or one that comes too late, changes nothing.
+    """The next state and what to do. Late events, and those of another swap, change nothing.
 
     1. StandbyFailed before the flip: the standby stops; hot, the swap has failed; cold, the old model is restored.
     2. StandbyReady while starting: warm it. ProbesPassed while warming: flip.
-    3. Flipped: hot, the old loader drains; cold, it is gone already and the swap has succeeded.
+    3. Flipped: hot, the old loader drains; cold, it has already ended and the swap has succeeded.
     4. Drained: hot after the flip, stop the old loader; cold before it, stop it and then start the standby.
-    5. Stopped: hot, the old loader's memory is back and the swap has succeeded; cold, the standby starts.
+    5. Stopped: hot, the old loader's memory is free and the swap has succeeded; cold, the standby starts.
     6. Restored after a failed cold swap: finish.
     """
     if event.swap_id != state.swap_id or state.phase == "finished":

@@ -1,4 +1,4 @@
-"""One swap being performed: effects of the state machine become calls, and what happened becomes events."""
+"""Performs one swap: effects of the state machine become calls, and their outcomes become events."""
 
 import time
 from collections import deque
@@ -27,16 +27,16 @@ class Host(Protocol):
     loaders: Loaders
 
     def feed(self, slot: Slot, event: life.Event) -> bool:
-        """An event for the slot's state machine."""
+        """Feed an event to the slot's state machine."""
         ...
 
     def take_over(self, slot: Slot, event: life.Started | life.Flipped, loaded: Loaded) -> None:
-        """Serve a slot's names by this loader from now on; no await."""
+        """Serve a slot's names with this loader from now on; no await."""
         ...
 
 
 class SwapRun:
-    """``request_s`` bounds the drain: no request outlives it. ``detail`` says how far the swap is, for people."""
+    """``request_s`` bounds the drain: no request outlives it. ``detail`` is the progress, for display."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class SwapRun:
 
     def _detail(self) -> str:
         left = self._old.process.in_flight
-        return f"{left} requests left on the old loader" if self.state.phase == "draining" else self.detail
+        return f"{left} requests in flight on the old loader" if self.state.phase == "draining" else self.detail
 
     async def run(self, *, cold: bool) -> SwapFinished:
-        """Perform it to its end, whatever happens on the way."""
+        """Perform it to its end, whatever fails on the way."""
         self.state, effects = swap.begin(self.state.swap_id, cold=cold)
         todo = deque(effects)
         try:
@@ -151,13 +151,13 @@ class SwapRun:
         return self._event("probes_passed")
 
     def _flip(self) -> swap.Event:
-        """The one assignment, in take_over, without an await before it: who was alive a moment ago is alive."""
+        """The flip, in take_over, without an await after the check: a loader found usable is still usable there."""
         assert self._standby is not None
         if not self._standby.usable:
-            reason = f"the new loader ended before it could take over ({self._standby.cause})"
+            reason = f"the standby exited before the flip ({self._standby.cause})"
             return self._event("standby_failed", reason)
         if not self.state.cold:
-            self._old = self._slot.loaded or self._old  # it may have ended and been started again meanwhile
+            self._old = self._slot.loaded or self._old  # it may have exited and been restarted meanwhile
             self._loaders.retiring.append(self._old)
             self._host.feed(self._slot, life.Planned(standby_bytes=self._old.spec.need_bytes))
         loaded = Loaded(self._slot.name, self._spec, self._standby, self._clock(), self._load_s)
@@ -165,7 +165,7 @@ class SwapRun:
         return self._event("flipped")
 
     async def _drain(self) -> swap.Event:
-        """Until the old loader's requests have ended; each has a deadline of its own."""
+        """Wait until the old loader's requests have ended; each has its own deadline."""
         self._old = await self._loaders.drain(self._old, self._request_s + MARGIN_S)
         return self._event("drained")
 
@@ -180,8 +180,8 @@ class SwapRun:
         try:
             process = await self._loaders.start(self._old.spec)
         except RackError as error:
-            # the release tries once more when the swap has ended
-            why = f"and the old model did not start again: {error.message}"
+            # the release retries when the swap has ended
+            why = f"and the old model failed to restart: {error.message}"
             return self._event("restored", why)
         now = self._clock()
         loaded = Loaded(self._old.name, self._old.spec, process, now, now - began)

@@ -1,4 +1,4 @@
-"""Asks a standby its probes, and a good model for answers to record."""
+"""Sends probes to a standby, and to a good model whose answers are recorded."""
 
 import asyncio
 import struct
@@ -14,7 +14,7 @@ from shared.errors import RackError
 
 
 class Warmed(msgspec.Struct, frozen=True, kw_only=True):
-    """How a standby did. ``reason`` is "" when it may take over; ``took_us`` are the times of the timed probes."""
+    """The outcome. ``reason`` is "" when the standby may take over; ``took_us`` are the times of the timed probes."""
 
     reason: str = ""
     took_us: tuple[int, ...] = ()
@@ -23,8 +23,8 @@ class Warmed(msgspec.Struct, frozen=True, kw_only=True):
 async def warm(
     loader: LoaderProcess, probes: Sequence[Probe], budget_s: float, progress: Callable[[str], None] = lambda _: None
 ) -> Warmed:
-    """First whether it answers rightly, then 30 short requests one after another, none of which may take longer than
-    the budget. One at a time, because the active model serves its callers meanwhile."""
+    """First check its answers, then send 30 short requests, none of which may take longer than the budget. One at a
+    time, because the active model serves its clients meanwhile."""
     reason = await _right(loader, probes, budget_s, progress)
     took: list[int] = []
     for number in range(TIMED if not reason else 0):
@@ -41,13 +41,13 @@ async def warm(
 async def _right(
     loader: LoaderProcess, probes: Sequence[Probe], budget_s: float, progress: Callable[[str], None]
 ) -> str:
-    heard: list[Heard] = []
+    answers: list[Heard] = []
     for number, probe in enumerate(probes):
         progress(f"{number} of {len(probes)} answers compared")
         what = f"probe {number + 1} of {len(probes)}"
         try:
             async with asyncio.timeout(budget_s):
-                one = await hear(loader, probe.prompt, probe.max_tokens)
+                one = await answer_of(loader, probe.prompt, probe.max_tokens)
         except TimeoutError:
             return f"{what} took over {budget_s:g} s"
         except RackError as error:
@@ -55,23 +55,23 @@ async def _right(
         reason = fault(probe, one)
         if reason:
             return f"{what}: {reason}"
-        heard.append(one)
-    return alike(heard) if _writes(loader) else ""
+        answers.append(one)
+    return alike(answers) if _writes(loader) else ""
 
 
 async def _asked(loader: LoaderProcess, prompt: str, max_tokens: int, budget_s: float, what: str) -> str:
     try:
         async with asyncio.timeout(budget_s):
-            heard = await hear(loader, prompt, max_tokens)
+            answer = await answer_of(loader, prompt, max_tokens)
     except TimeoutError:
         return f"{what} took over {budget_s:g} s"
     except RackError as error:
         return f"{what}: {error.message}"
-    return "" if heard.tokens else f"{what}: the answer is empty"
+    return "" if answer.tokens else f"{what}: the answer is empty"
 
 
-async def hear(loader: LoaderProcess, prompt: str, max_tokens: int) -> Heard:
-    """One answer at temperature 0; of an encoder, its vector's numbers in the place of tokens. Raises RackError."""
+async def answer_of(loader: LoaderProcess, prompt: str, max_tokens: int) -> Heard:
+    """One answer at temperature 0; of an encoder, its vector's numbers in place of logprobs. Raises RackError."""
     texts: list[str] = []
     numbers: list[float] = []
     tokens = 0

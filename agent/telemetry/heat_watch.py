@@ -10,7 +10,7 @@ from shared.records import Event
 
 
 class HeatWatch:
-    """``emit`` takes throttling that began or ended."""
+    """``emit`` receives throttling that began or ended."""
 
     def __init__(self, thermal: ThermalCollector, emit: Callable[[Event], None]) -> None:
         self._thermal, self._emit = thermal, emit
@@ -18,27 +18,27 @@ class HeatWatch:
 
     @property
     def level(self) -> int:
-        """The thermal pressure level now; 0 where the system has none."""
+        """The current thermal pressure level; 0 where the system reports none."""
         return self._thermal.level or 0
 
     def watch(self) -> None:
-        """Listen to the system, if that is not done already and the system tells."""
+        """Subscribe to the system's notifications, where it has them, unless already subscribed."""
         if self._descriptor is None:
             self._descriptor = self._thermal.descriptor()
             if self._descriptor is not None:
                 asyncio.get_running_loop().add_reader(self._descriptor, self._changed)
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Unsubscribe."""
         if self._descriptor is not None:
             asyncio.get_running_loop().remove_reader(self._descriptor)
 
-    def tell(self) -> None:
-        """Emit what was noticed since the last call."""
+    def emit_changes(self) -> None:
+        """Emit the changes since the last call."""
         now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
         for event in self._thermal.take():
             self._emit(as_record(event, now_s, now_ms))
 
     def _changed(self) -> None:
         self._thermal.posted()
-        self.tell()
+        self.emit_changes()

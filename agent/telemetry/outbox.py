@@ -1,4 +1,4 @@
-"""What leaves this node for the bucket: windows in order, and copies of urgent events at once."""
+"""What this node uploads to the bucket: windows in order, and copies of urgent events at once."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,11 +17,11 @@ class Outbox:
     def __init__(self, sampler: Sampler, spool: Spool, pusher: Pusher, on_event: Callable[[Event], None]) -> None:
         self._sampler, self._spool, self._pusher, self._on_event = sampler, spool, pusher, on_event
         self._tasks, self._urgent = Tasks(), Tasks()
-        self._pushing, self._telling = asyncio.Lock(), asyncio.Lock()
+        self._pushing, self._sending = asyncio.Lock(), asyncio.Lock()
 
     @property
     def pushing(self) -> bool:
-        """Whether a push still runs, for example against a store that does not answer."""
+        """Whether a push still runs, for example against an unresponsive store."""
         return len(self._tasks) > 0
 
     def emit(self, event: Event) -> None:
@@ -32,7 +32,7 @@ class Outbox:
             self._urgent.spawn(self._send_urgent(event))
 
     async def push(self) -> int:
-        """Upload what waits in the spool; one push at a time, finished once begun. The number of batches sent."""
+        """Upload the spool; one push at a time, completed once begun. Returns the number of batches sent."""
         return await self._tasks.finish(self._push())
 
     async def seal(self) -> dict[str, Any]:
@@ -59,5 +59,5 @@ class Outbox:
             return await asyncio.to_thread(self._pusher.drain)
 
     async def _send_urgent(self, event: Event) -> None:
-        async with self._telling:
+        async with self._sending:
             await asyncio.to_thread(self._pusher.urgent, (event,), self._sampler.urgent_batch)

@@ -1,5 +1,5 @@
-"""Closes windows: sensors, counts and events of the last minute become one batch in the spool. In between, the open
-window's counts are kept on disk: an agent that is killed loses a quarter of a window, not all of it."""
+"""Closes windows: readings, counts and events of one window become one batch in the spool. In between, the open
+window's counts are written to disk: an agent that is killed loses a quarter of a window, not all of it."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,16 @@ from shared.logs import get_logger
 from shared.records import EngineWindow, Event, HostSample, Record
 
 REFRESH_S = 2.0
-"""Between two windows' ends loaders are waited for this long."""
+"""Timeout for the loaders' reports between two windows' ends."""
 KEPT_BATCHES = 60
-"""Windows held in memory while the disk refuses them."""
+"""Windows held in memory while they cannot be written to disk."""
 
 log = get_logger("agent.sampler")
 
 
 class Sources(NamedTuple):
-    """Where records come from besides sensors and requests. ``windows`` takes what loaders did, after which
-    ``so_far`` begins anew; ``standing`` are records of every window, ``metered`` drains the outlets."""
+    """Sources of records besides sensors and requests. ``windows`` takes the loaders' counts, which resets ``so_far``;
+    ``standing`` are records of every window, ``metered`` drains the meters."""
 
     windows: Callable[[], Awaitable[list[EngineWindow]]]
     refresh: Callable[[], Awaitable[None]]
@@ -38,7 +38,7 @@ class Sources(NamedTuple):
 
 
 class Sampler:
-    """Everything that happened since the last tick is in exactly one batch. ``once`` are records of the first."""
+    """Everything that happened since the last tick is in exactly one batch. ``once`` are records of the first batch."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Sampler:
 
     @property
     def held_windows(self) -> int:
-        """How many closed windows are in memory because the disk refuses them; ``disk_problem`` says why."""
+        """How many closed windows are in memory because the disk failed; ``disk_problem`` says why."""
         return len(self._unspooled) if self.disk_problem else 0
 
     def emit(self, event: Event) -> None:
@@ -76,18 +76,18 @@ class Sampler:
         self._events.append(event)
 
     async def tick(self) -> None:
-        """Close the window. A disk that refuses keeps the window in memory for the next tick.
+        """Close the window. If the disk fails, the window stays in memory for the next tick.
 
-        Once begun it is finished, even when the caller is cancelled: half a tick would count its window twice.
+        Once begun it is completed, even when the caller is cancelled: half a tick would count its window twice.
         """
         await self._tasks.finish(self._tick())
 
     async def keep(self) -> None:
-        """Put what the open window has counted so far on disk; sensors and outlets are read at its end only. A tick
-        that is at work, or windows that the disk has refused, come first."""
+        """Write the open window's counts so far to disk; sensors and meters are read at its end only. Skipped while a
+        tick runs or closed windows could not be written."""
         if self._ticking.locked() or self._unspooled:
             return
-        # a loader that does not answer must not keep the window from ending
+        # an unresponsive loader must not delay the window's end
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REFRESH_S):
                 await self._sources.refresh()
@@ -104,7 +104,7 @@ class Sampler:
             served, events = self._ledger.drain(), self._events
             self._events = []
             ended = self._wall_ms()
-            # a clock that was set back must not make a window that ends before it begins
+            # when the clock was set back, the window must still not end before it begins
             began, self._began_ms = min(self._began_ms, ended), ended
             standing = (*self._sources.standing(), *self._sources.metered())
             records: tuple[Record, ...] = (*self._once, *served, *windows, *standing, host, *events)
@@ -123,7 +123,7 @@ class Sampler:
             await self._written(self._spool.keep, batch)
 
     def batch(self, seq: int, records: tuple[Record, ...], began_ms: int, ended_ms: int) -> Batch:
-        """The envelope around some records."""
+        """A batch of some records."""
         identity = self._spool.identity
         return Batch(
             rack=identity.rack,
@@ -142,7 +142,7 @@ class Sampler:
         )
 
     def urgent_batch(self, seq: int, events: tuple[Event, ...]) -> Batch:
-        """A copy of events on their own."""
+        """A batch with copies of events alone."""
         now = self._wall_ms()
         return self.batch(seq, events, now, now)
 

@@ -1,4 +1,4 @@
-"""Reads every sensor with a deadline; one that fails or hangs loses its own fields and nothing else."""
+"""Reads every sensor with a timeout; one that fails or hangs loses its own fields only."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Sensing:
-    """``problems`` are those of sources that others read. ``budget_bytes`` is the memory budget, for the sample."""
+    """``problems`` are those of sources read elsewhere. ``budget_bytes`` is the memory budget, for the sample."""
 
     def __init__(
         self, collectors: Sequence[Collector], *, budget_bytes: int, problems: Callable[[], Mapping[str, str]] = dict
@@ -27,7 +27,7 @@ class Sensing:
 
     @property
     def hangs(self) -> bool:
-        """Whether a collector is still at work, for example in a system call that does not return."""
+        """Whether a collector is still running, for example in a system call that does not return."""
         return bool(self._running)
 
     async def sample(self) -> HostSample:
@@ -45,8 +45,8 @@ class Sensing:
         await asyncio.wait(polls, timeout=COLLECTOR_DEADLINE_S)
 
     async def _read(self, collector: Collector) -> Reading:
-        """What a collector read. One that is late delivers at the next window and is not asked for another reading
-        until then: what it has counted would be lost."""
+        """A collector's reading. A late one is delivered with the next window, and no other reading is requested until
+        then: its counts would be lost."""
         name = collector.name
         try:
             async with asyncio.timeout(COLLECTOR_DEADLINE_S):

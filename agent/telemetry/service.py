@@ -1,4 +1,4 @@
-"""Telemetry of one node, put together: sensors, meters, windows, spool and uploads."""
+"""The telemetry of one node: sensors, meters, windows, spool and uploads."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +21,8 @@ DAY_S = 86_400.0
 
 
 class Telemetry:
-    """``sources`` gives records of models; ``on_event`` and ``on_answered`` feed live metrics. Raises Halt when another
-    agent uses the spool or it belongs to another node."""
+    """``sources`` provides records of models; ``on_event`` and ``on_answered`` feed live metrics. Raises Halt when
+    another agent uses the spool or it belongs to another node."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Telemetry:
 
     @property
     def hangs(self) -> bool:
-        """Whether a thread waits for a silent store or sensor, and would hold up the exit."""
+        """Whether a thread waits for an unresponsive store or sensor, and would delay the exit."""
         return self.outbox.pushing or self.sensing.hangs
 
     async def poll(self) -> None:
         """Measure what changes from second to second."""
         self.heat.watch()
         await self.sensing.poll()
-        self.heat.tell()
+        self.heat.emit_changes()
 
     def previous(self) -> str:
         """How the last run ended: first (there was none), clean or unclean."""
@@ -76,7 +76,7 @@ class Telemetry:
         return "clean" if self.spool.previous_clean else "unclean"
 
     async def close(self) -> None:
-        """Give sensors and meters back."""
+        """Release sensors and meters."""
         self.heat.close()
         self._sensors.close()
         await self.meters.close()

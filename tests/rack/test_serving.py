@@ -308,7 +308,7 @@ def test_a_port_in_use_is_a_clear_error(tmp_path: Path) -> None:
         assert agent.process is not None
         assert agent.process.wait(timeout=20) == os.EX_UNAVAILABLE
         output = agent.output()
-        assert "another program uses it" in output
+        assert "address already in use; stop the other program" in output
         assert "listen.port" in output
         assert "Traceback" not in output
 

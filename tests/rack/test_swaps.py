@@ -383,13 +383,13 @@ def test_unloading_a_real_model_frees_its_memory(tmp_path: Path) -> None:
 BAD: list[tuple[str, dict[str, str], int, str]] = [
     ("swap", {"model": "m", "new": "zzz"}, 404, "zzz is not configured; known: m, b, gone"),
     ("swap", {"model": "zzz", "new": "b"}, 404, "not configured on this node"),
-    ("swap", {"model": "m", "new": "m"}, 409, "is the version that serves already"),
-    ("swap", {"model": "b", "new": "m"}, 409, "m is in memory itself"),
+    ("swap", {"model": "m", "new": "m"}, 409, "is already the active version"),
+    ("swap", {"model": "b", "new": "m"}, 409, "m is itself resident or loading"),
     ("swap", {"model": "m"}, 400, "new is required"),
     ("swap", {"model": "m", "new": "gone"}, 422, "nothing named elsewhere is in the store"),
     ("load", {"model": "gone"}, 422, "fetch it with `mlxrack-agent models pull"),
     ("load", {"model": "zzz"}, 404, "not configured on this node"),
-    ("unload", {"model": "b"}, 409, "it is not in memory"),
+    ("unload", {"model": "b"}, 409, "unload b: not resident"),
     ("pin", {"model": "zzz", "pinned": "yes"}, 404, "not configured on this node"),
     ("probes", {"model": "b"}, 503, "not ready"),
 ]
@@ -413,7 +413,7 @@ def test_a_second_swap_of_a_model_is_rejected_during_the_first(tmp_path: Path) -
     with rack(tmp_path, models, extra=LIMITS) as (agent,), swapping(agent) as found:
         until(lambda: phase_is(agent, "starting"), "the first swap starts")
         second = order(agent, "swap", model="m", new="c")
-        assert (second.status, "swapping already" in second.body.decode()) == (409, True)
+        assert (second.status, "already loading, swapping or being evicted" in second.body.decode()) == (409, True)
     assert found[0].json["outcome"] == "flipped"
 
 

@@ -54,7 +54,7 @@ def test_cross_field_rules_are_checked() -> None:
         "listen.host: 0.0.0.0 is reachable from other machines",
         "peers.nodes: lists this node itself",
         "peers.nodes[0].url: must begin with http",
-        "peers.secret: holds a value",
+        "peers.secret: is a literal value",
         "models: duplicate name 'm'",
         "models[0].path: is required",
         "store.path: is required",
@@ -68,8 +68,8 @@ def test_s3_secrets_must_be_references() -> None:
         '[store]\nkind = "s3"\nendpoint = "r2"\nbucket = "b"\naccess_key = "AKIA1234"\nsecret_key = "env:S"\n'
     )
     found = "\n".join(problems(text))
-    assert "store.endpoint: begins with" in found
-    assert "store.access_key: holds a value" in found
+    assert "store.endpoint: invalid value 'r2': expected an http(s) URL" in found
+    assert "store.access_key: is a literal value" in found
     assert "AKIA1234" not in found
 
 

@@ -1,4 +1,4 @@
-"""What a sensor is, and what it reads. Pure; ``source`` reads files and commands."""
+"""The interface of sensors, and their readings. Pure; ``source`` reads files and commands."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -7,14 +7,14 @@ import msgspec
 from shared.records import HostSample
 
 MAX_OUTPUT_BYTES = 1 << 20
-"""No source prints more."""
+"""The largest output that is accepted from a source."""
 
 
 _NOTHING = HostSample()
 
 
 class Reading(NamedTuple):
-    """A sample that holds only what was read, and each source that failed with its reason."""
+    """A sample with only the fields that were read, and each failed source with its reason."""
 
     sample: HostSample
     failed: dict[str, str]
@@ -27,21 +27,21 @@ class Reading(NamedTuple):
 
 
 def merged(*samples: HostSample) -> HostSample:
-    """One sample out of several; a later one wins."""
+    """Several samples as one; later ones win."""
     fields = (Reading(sample, {}).fields for sample in samples)
     return HostSample(**{name: value for one in fields for name, value in one.items()})
 
 
 def checked(reading: Reading) -> Reading:
-    """The reading. Raises TypeError or msgspec.ValidationError when it is no sample or a field is not of its type: one
-    such number would make the whole batch unreadable."""
+    """The reading, validated. Raises TypeError or msgspec.ValidationError when it is not a sample or a field has a
+    wrong type: one such value would make the whole batch unreadable."""
     if not isinstance(reading.sample, HostSample):
         raise TypeError(type(reading.sample).__name__)
     return Reading(msgspec.convert(msgspec.to_builtins(reading.sample), HostSample), reading.failed)
 
 
 class Source(NamedTuple):
-    """One way to read something, for people. ``reason`` says why it is not used, "" when it is."""
+    """One way to read something, for display. ``reason`` says why it is not used, "" when it is."""
 
     name: str
     reason: str
@@ -49,16 +49,16 @@ class Source(NamedTuple):
 
 
 class Collector(Protocol):
-    """One thing to read. No method raises for a source's sake; all may block for a few seconds."""
+    """One thing to read. No method raises when a source fails; all may block for a few seconds."""
 
     name: str
 
     def poll(self) -> None:
-        """Look at what changes from second to second; called every few seconds."""
+        """Measure what changes from second to second; called every few seconds."""
         ...
 
     def read(self) -> Reading:
-        """What was seen since the last call, and what is read now. ``sample`` holds only what was really read."""
+        """What was measured since the last call, and now. ``sample`` holds only what was actually read."""
         ...
 
     def sources(self) -> list[Source]:
@@ -71,7 +71,7 @@ class Failure(Exception):
 
 
 def text_of(raw: bytes) -> str:
-    """A source's words. "" for what is too long, holds a NUL or is not UTF-8: such a thing is no answer of ours."""
+    """A source's output as text. "" if it is too long, holds a NUL or is not UTF-8: no source of ours prints that."""
     if len(raw) > MAX_OUTPUT_BYTES or b"\0" in raw:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Files and commands as untrusted sources: bounded in size and time, left alone after repeated failures."""
+"""Files and commands as untrusted sources: bounded in size and time, paused after repeated failures."""
 
 import contextlib
 import itertools
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 class Guarded:
-    """A source that fails three times in a row is left alone for a while, longer each time: a hanging command must not
-    be run every two seconds for ever."""
+    """A source that fails three times in a row is paused, longer each time: a hanging command must not be run every two
+    seconds forever."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
@@ -31,9 +31,9 @@ class Guarded:
         self.reason = ""
 
     def call(self, read: Callable[[], T]) -> T | None:
-        """What ``read`` gives; None when it failed or is left alone, and then ``reason`` says why.
+        """The result of ``read``; None when it failed or is paused, and then ``reason`` says why.
 
-        A ``read`` that gives None itself has nothing yet: that is no failure, and not the end of one.
+        A ``read`` that returns None has nothing yet: that neither counts as a failure nor resets the count.
         """
         if self._clock() < self._not_before_s:
             return None
@@ -41,7 +41,7 @@ class Guarded:
             found = read()
         except Failure as error:
             self.reason = str(error)
-        except Exception as error:  # noqa: BLE001  # whatever a sensor does, the agent goes on
+        except Exception as error:  # noqa: BLE001  # whatever a sensor does, the agent continues
             self.reason = type(error).__name__
         else:
             if found is not None:
@@ -55,12 +55,12 @@ class Guarded:
 
 
 def preferred(guards: Iterable[Guarded], answered: str) -> Iterator[Guarded]:
-    """Those that come before the one that ``answered``, all when none did: the others were not asked."""
+    """Sources before the one that ``answered``, all when none did; the others were not tried."""
     return itertools.takewhile(lambda guard: guard.name != answered, guards)
 
 
 def file_bytes(path: Path) -> bytes:
-    """A small system file. Raises Failure."""
+    """The content of a small system file. Raises Failure."""
     try:
         with open(path, "rb") as file:
             return file.read(MAX_OUTPUT_BYTES + 1)
@@ -69,8 +69,7 @@ def file_bytes(path: Path) -> bytes:
 
 
 def command_bytes(*argv: str) -> bytes:
-    """What a system command prints. Raises Failure when it is missing, fails, takes too long or does not stop
-    printing."""
+    """The output of a system command. Raises Failure when it is missing, fails, times out or prints too much."""
     name = Path(argv[0]).name
     try:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
@@ -79,21 +78,21 @@ def command_bytes(*argv: str) -> bytes:
     try:
         found = _output(process, time.monotonic() + COMMAND_TIMEOUT_S)
     finally:
-        # it may have ended, and it may never; both are over here
+        # it may have ended, or hang; either way it is over here
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
     if found is None:
-        raise Failure(f"{name}: no end within {COMMAND_TIMEOUT_S:g} s")
+        raise Failure(f"{name}: timed out after {COMMAND_TIMEOUT_S:g} s")
     if len(found) > MAX_OUTPUT_BYTES:
-        raise Failure(f"{name}: prints over {MAX_OUTPUT_BYTES >> 20} MiB")
+        raise Failure(f"{name}: output exceeds {MAX_OUTPUT_BYTES >> 20} MiB")
     return found
 
 
 def _output(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | None:
-    """All of it up to the bound; None when it takes too long. Raises Failure when the command does."""
+    """Its output up to the bound; None on a timeout. Raises Failure when the command fails."""
     assert process.stdout is not None
     found = b""
     with selectors.DefaultSelector() as waiting:

@@ -1,4 +1,4 @@
-"""The life of a served model: one loader outside a swap, every effect once, and rest after whatever happens."""
+"""The life cycle of a model: one loader outside a swap, every effect once, and a settled state after any history."""
 
 import random
 from collections import Counter
@@ -108,7 +108,7 @@ def test_each_event_in_each_phase(events: tuple[Event, ...], phase: str, kinds: 
         assert effects == kinds
 
 
-def test_restart_delays_grow_and_end_in_giving_up() -> None:
+def test_restart_delays_grow_until_restarts_stop() -> None:
     life, now, delays = play(Load(), UP)[0], 0.0, []
     for _ in range(CRASHES_BEFORE_GIVING_UP):
         life, effects = step(life, Exited(loader=life.loader, cause="signal 9"), now)
@@ -125,7 +125,7 @@ def test_restart_delays_grow_and_end_in_giving_up() -> None:
     assert "5 times in 120 s (signal 9)" in life.reason
 
 
-def test_old_crashes_and_those_of_other_files_are_forgotten() -> None:
+def test_old_crashes_and_those_of_another_version_do_not_count() -> None:
     life = play(Load(), UP, Exited(loader=1, cause="x"), "due", Started(attempt=2, version="v1"))[0]
     assert len(life.crashes) == 1
     assert len(step(life, Exited(loader=2, cause="x"), 1000.0)[0].crashes) == 1
@@ -133,21 +133,21 @@ def test_old_crashes_and_those_of_other_files_are_forgotten() -> None:
     assert other.crashes == ()
 
 
-def test_a_load_without_room_is_not_tried_again_at_once() -> None:
+def test_a_load_that_does_not_fit_is_not_retried_at_once() -> None:
     life, _ = play(QUIET, failed(1, "no_room"), now_s=5.0)
     assert (life.state, life.not_before_s) == ("cold", 5.0 + AGAIN_S)
 
 
-def test_a_closed_model_that_stays_in_use_is_opened_for_a_while() -> None:
+def test_a_closed_model_that_stays_in_use_is_reopened_for_a_while() -> None:
     life = play(Load(), UP)[0]
     close = Close(for_model="b", in_use=True, limit_s=10.0)
     life, effects = step(life, close, 0.0)
-    assert (life.closed_for, effects) == ("b", ("turned",))
+    assert (life.closed_for, effects) == ("b", ("toggled",))
     assert step(life, close, 10.0) == (life, ())
     life, effects = step(life, close, 10.5)
-    assert (life.closed_for, life.open_until_s, effects) == ("", 20.5, ("turned",))
+    assert (life.closed_for, life.open_until_s, effects) == ("", 20.5, ("toggled",))
     life = play(Load(), UP, close, Evict(reason="memory"), Retired(loader=1))[0]
-    assert life.closed_for == "", "what has left memory may come back"
+    assert life.closed_for == "", "an evicted model may be loaded again"
 
 
 # ---- any history ----
@@ -174,14 +174,14 @@ HISTORIES = st.lists(st.tuples(EVENTS, st.floats(0, 3)), max_size=60)
 
 
 def test_events_of_every_kind_are_tried() -> None:
-    """Also those of a kind that is added later."""
+    """Including kinds that are added later."""
     named = {name for name in vars(lifecycle) if name in str(lifecycle.Event)}
     assert {"Load", "Started", "StartFailed", "Exited", "Evict", "Idle", "Retired", "Planned", "Flipped"} <= named
 
 
 @given(HISTORIES)
 def test_any_list_of_events_keeps_one_loader_and_does_each_thing_once(history: list[tuple[Event, float]]) -> None:
-    """Foreign, late and repeated events included."""
+    """Including foreign, late and duplicate events."""
     life, now, done, wakes = Life(), 0.0, Counter[tuple[Effect, int]](), set[float]()
     for event, later_s in history:
         now += later_s
@@ -189,14 +189,14 @@ def test_any_list_of_events_keeps_one_loader_and_does_each_thing_once(history: l
         done.update((effect, _number(effect, before, event, life)) for effect in effects)
         wakes |= {life.not_before_s} if "wake" in effects else set()
         loaders = [number for number in (life.loader, life.attempt) if number]
-        assert len(loaders) <= (2 if life.claim == "swap" else 1), "one loader, or one on its way, outside a swap"
+        assert len(loaders) <= (2 if life.claim == "swap" else 1), "one loader, or one being started, outside a swap"
         assert not (life.attempt and life.attempt in life.abandoned)
         assert (life.phase == "ready") <= bool(life.loader)
         assert (life.claim == "load") == (bool(life.attempt) and life.claim != "swap")
         assert (life.claim == "evict") == bool(life.leaving)
         assert life.in_rotation or life.claim == "swap"
         if not life.stopped and life.phase == "backing_off":
-            assert life.not_before_s in wakes, "somebody wakes it"
+            assert life.not_before_s in wakes, "a wake-up is due"
     assert not [one for one, times in done.items() if one[1] and times > 1]
     assert not {number for effect, number in done if effect == "serve"} & {n for e, n in done if e == "kill"}
 
@@ -210,8 +210,8 @@ def _number(effect: Effect, before: Life, event: Event, after: Life) -> int:
 
 
 @given(HISTORIES)
-def test_every_state_comes_to_rest(history: list[tuple[Event, float]]) -> None:
-    """Once outcomes arrive and nothing new is asked for, nothing is left under way."""
+def test_every_state_settles(history: list[tuple[Event, float]]) -> None:
+    """Once outcomes arrive and no new event is fed, no operation remains in progress."""
     life, now = Life(), 0.0
     for event, later_s in history:
         now += later_s
@@ -228,7 +228,7 @@ def test_every_state_comes_to_rest(history: list[tuple[Event, float]]) -> None:
 
 
 def _answer(life: Life) -> Event | None:
-    """What a world in which everything works would report next."""
+    """The next event in a world where everything works."""
     if life.attempt:
         return Started(attempt=life.attempt, version="v1")
     if life.abandoned:
@@ -240,14 +240,14 @@ def _answer(life: Life) -> Event | None:
     return "due" if life.phase == "backing_off" else None
 
 
-# ---- a brute-force model: processes that really run, and what a bystander sees of them ----
+# ---- a brute-force model: processes that run, as an observer counts them ----
 
 
 @dataclass
 class World:
-    """Runs effects against made-up processes and remembers all that ever happened, nothing else."""
+    """Runs effects against simulated processes and remembers everything that happened, nothing else."""
 
-    dice: random.Random
+    rng: random.Random
     life: Life = field(default_factory=Life)
     now_s: float = 0.0
     starting: set[int] = field(default_factory=set)
@@ -293,26 +293,26 @@ class World:
                 pass
 
     def anything(self) -> None:
-        """One random thing that the world or a caller could do now."""
-        self.now_s += self.dice.choice((0.0, 0.1, 1.0, 30.0))
+        """One random event that the world or a caller could cause now."""
+        self.now_s += self.rng.choice((0.0, 0.1, 1.0, 30.0))
         for at_s in [one for one in self.wakes if one <= self.now_s]:
             self.wakes.remove(at_s)
             self.feed("due")
-        self.dice.choice((self._ask, self._ask, self._outcome, self._outcome, self._crash, self._drained, self._swap))()
+        self.rng.choice((self._ask, self._ask, self._outcome, self._outcome, self._crash, self._drained, self._swap))()
 
     def _ask(self) -> None:
-        self.feed(self.dice.choice((Load(), QUIET, Evict(reason="memory"), "wanted", Idle(idle_s=9, keep_alive_s=5))))
+        self.feed(self.rng.choice((Load(), QUIET, Evict(reason="memory"), "wanted", Idle(idle_s=9, keep_alive_s=5))))
 
     def _outcome(self) -> None:
         if not self.starting:
             return
-        attempt = self.dice.choice(sorted(self.starting))
+        attempt = self.rng.choice(sorted(self.starting))
         self.starting.discard(attempt)
-        if self.dice.random() < 0.7:
+        if self.rng.random() < 0.7:
             self.running[attempt] = "v1"
             self.feed(Started(attempt=attempt, version="v1"))
         else:
-            fault: Fault = self.dice.choice(("no_room", "died", "unusable"))
+            fault: Fault = self.rng.choice(("no_room", "died", "unusable"))
             self.feed(StartFailed(attempt=attempt, fault=fault, reason="why"))
 
     def _crash(self) -> None:
@@ -330,8 +330,8 @@ class World:
     def _swap(self) -> None:
         if self.life.claim != "swap":
             self.feed("claim")
-        elif self.dice.random() < 0.5:
-            self.feed(Flipped(version=self.dice.choice(("v1", "v2"))))
+        elif self.rng.random() < 0.5:
+            self.feed(Flipped(version=self.rng.choice(("v1", "v2"))))
         else:
             self.feed("release")
 
@@ -343,10 +343,10 @@ def test_a_thousand_random_histories_agree_with_processes_that_are_counted(block
         for _ in range(80):
             world.anything()
             life = world.life
-            assert life.loader == world.serving, "who serves is who runs"
+            assert life.loader == world.serving, "the loader that serves is the one that runs"
             assert (life.loader in world.running) == bool(life.loader)
             assert life.restarts == world.exits
             assert world.starting == ({life.attempt} if life.attempt else set()) | life.abandoned
             alive = set(world.running) - world.draining
-            assert alive == ({life.loader} if life.loader else set()), "no process that nobody knows of"
-            assert (life.phase == "failed" and "given up" in life.reason) <= world.gave_up
+            assert alive == ({life.loader} if life.loader else set()), "no process is unaccounted for"
+            assert (life.phase == "failed" and "restarts stopped" in life.reason) <= world.gave_up

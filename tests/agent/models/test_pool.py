@@ -147,10 +147,10 @@ async def test_insufficient_memory_reports_the_missing_bytes(tmp_path: Path) -> 
         _,
     ):
         await pool.orders.load("a")
-        with pytest.raises(Refused, match="2 MB short of 10 MB; in use, pinned or just loaded: a"):
+        with pytest.raises(Refused, match="2 MB over the memory budget of 10 MB; in use, pinned or just loaded: a"):
             await pool.orders.load("b")
         assert pool.inventory.status()[1]["state"] == "cold", "room may come back"
-        assert "2 MB short" in str(pool.inventory.status()[1]["reason"])
+        assert "2 MB over the memory budget" in str(pool.inventory.status()[1]["reason"])
         assert await answer(pool, "a")
 
 
@@ -160,10 +160,10 @@ async def test_a_queued_model_loads_when_memory_becomes_free(tmp_path: Path) -> 
         await pool.orders.load("a")
         busy = asyncio.create_task(answer(pool, "a", tokens=40))
         await until(lambda: pool.views()[0].in_flight == 1)
-        assert not await pool.wanted("b", 0.3)
+        assert not await pool.wait_ready("b", 0.3)
         assert pool.is_coming("b")
         await busy
-        assert await pool.wanted("b", 120.0)
+        assert await pool.wait_ready("b", 120.0)
 
 
 async def test_a_victim_that_crashes_during_eviction_does_not_block_the_load(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_a_victim_that_crashes_during_eviction_does_not_block_the_load(tmp
             with contextlib.suppress(Refused):
                 await loading
             await until(lambda: all(s["state"] != "starting" for s in pool.inventory.status()))
-        assert await pool.wanted("v1", 120.0) or await pool.wanted("y", 120.0)
+        assert await pool.wait_ready("v1", 120.0) or await pool.wait_ready("y", 120.0)
 
 
 async def test_an_order_completes_when_its_caller_is_gone(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ async def test_a_model_that_is_loading_cannot_be_swapped_in(tmp_path: Path) -> N
         await pool.orders.load("a")
         loading = asyncio.create_task(pool.orders.load("b"))
         await until(lambda: pool.inventory.status()[1]["state"] == "starting")
-        with pytest.raises(Refused, match="or on its way"):
+        with pytest.raises(Refused, match="itself resident or loading"):
             await pool.orders.swap("a", "b")
         await loading
         assert await answer(pool, "a") != await answer(pool, "b")
@@ -289,7 +289,7 @@ async def test_a_swap_without_memory_is_cold_if_a_peer_serves_and_rejected_other
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "why"), [("a", "x", "not configured"), ("x", "a", "not configured"), ("a", "a", "serves already")]
+    ("old", "new", "why"), [("a", "x", "not configured"), ("x", "a", "not configured"), ("a", "a", "active version")]
 )
 async def test_an_invalid_swap_is_rejected(tmp_path: Path, old: str, new: str, why: str) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
@@ -308,25 +308,25 @@ async def test_a_killed_loader_is_restarted_and_reported_while_others_answer(tmp
         with pytest.raises(Retryable, match="signal 9"):
             await stream
         assert (await answer(pool, "b"))[1]
-        assert await pool.wanted("a", 120.0)
+        assert await pool.wait_ready("a", 120.0)
         assert await answer(pool, "a")
         status = pool.inventory.status()[0]
         assert (status["restarts"], status["last_exit"], status["state"]) == (1, "signal 9 (SIGKILL)", "ready")
         assert len(of(events, LoaderExited)) == 1
 
 
-async def test_a_crash_looping_loader_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_crash_looping_loader_is_not_restarted_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.models.lifecycle.CRASHES_BEFORE_GIVING_UP", 2)
     async with running(tmp_path, fake("a")) as (pool, events):
         await pool.orders.load("a")
         for number in (1, 2):
-            await pool.wanted("a", 120.0)
+            await pool.wait_ready("a", 120.0)
             with contextlib.suppress(Retryable):
                 await answer(pool, "a", text="!crash")
             await until(lambda number=number: len(of(events, LoaderExited)) == number)  # type: ignore[misc]
         await until(lambda: pool.inventory.status()[0]["state"] == "failed")
-        assert "given up" in str(pool.inventory.status()[0]["reason"])
-        assert not await pool.wanted("a", 1.0)
+        assert "restarts stopped" in str(pool.inventory.status()[0]["reason"])
+        assert not await pool.wait_ready("a", 1.0)
 
 
 async def test_closing_a_stream_early_cancels_the_request(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ async def test_counts_of_a_stopped_loader_are_kept(tmp_path: Path) -> None:
 
 async def test_a_cold_model_is_loaded_on_demand(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
-        assert await pool.wanted("a", 120.0)
+        assert await pool.wait_ready("a", 120.0)
         assert await answer(pool, "a")
 
 
@@ -456,8 +456,8 @@ async def test_a_request_for_an_evicted_model_reports_the_time_since_eviction(tm
         await pool.orders.load("a")
         await pool.orders.unload("a")
         await asyncio.sleep(0.2)
-        assert await pool.wanted("a", 120.0)
-        await pool.wanted("a", 1.0)
+        assert await pool.wait_ready("a", 120.0)
+        await pool.wait_ready("a", 1.0)
         (missed,) = of(events, ModelMissed)
         assert (missed.model, missed.reason) == ("a", "ordered")
         assert 200_000 <= missed.after_us < 5_000_000
@@ -477,9 +477,9 @@ async def test_a_pinned_model_stays_until_it_is_unpinned(tmp_path: Path) -> None
 async def test_a_just_loaded_model_is_protected_except_from_an_order(tmp_path: Path) -> None:
     models = (fake("a", need_bytes=60), fake("b", need_bytes=60))
     async with running(tmp_path, *models, memory={"min_residency_s": 1.0}) as (pool, _):
-        assert await pool.wanted("a", 120.0)
+        assert await pool.wait_ready("a", 120.0)
         began = time.monotonic()
-        assert await pool.wanted("b", 120.0)
+        assert await pool.wait_ready("b", 120.0)
         assert time.monotonic() - began >= 0.9
         await pool.orders.load("a")
         assert time.monotonic() - began < 15.0
@@ -491,10 +491,10 @@ async def test_an_idle_model_is_evicted_after_its_keep_alive(tmp_path: Path) -> 
         for name in ("stays", "goes", "pinned", "at once"):
             await pool.orders.load(name)
         await answer(pool, "goes")
-        await pool.tend()
+        await pool.maintain()
         await until(lambda: len(of(events, ModelEvicted)) == 1)
         await asyncio.sleep(0.4)
-        await pool.tend()
+        await pool.maintain()
         await until(lambda: len(of(events, ModelEvicted)) == 2)
         assert [(e.model, e.reason) for e in of(events, ModelEvicted)] == [("at once", "idle"), ("goes", "idle")]
         assert [m["state"] for m in pool.inventory.status()] == ["ready", "cold", "ready", "cold"]
@@ -509,7 +509,7 @@ async def test_a_busy_model_is_closed_for_one_that_waited_long_enough(tmp_path: 
 
         async def client(name: str) -> None:
             while not over:
-                assert await pool.wanted(name, 20.0)
+                assert await pool.wait_ready(name, 20.0)
                 with contextlib.suppress(Retryable):  # closed between the two lines
                     _, text = await answer(pool, name, tokens=10)
                     assert len(text.split()) == 10
@@ -540,22 +540,22 @@ async def test_the_memory_guard_escalates_from_pressure_to_rejection(tmp_path: P
             slot = pool._slots.named(name)
             assert slot.loaded is not None
             slot.loaded.process.working = Working(active_bytes=70)
-        await pool.tend()
+        await pool.maintain()
         assert pool.pressure["level"] == "hard"
         assert not pool.refusing
         slot = pool._slots.named("a")
         assert slot.loaded is not None
         await until(lambda: slot.loaded is not None and _active(slot.loaded.process) == 1 << 20)
         slot.loaded.process.working = Working(active_bytes=170)
-        await pool.tend()
+        await pool.maintain()
         await until(lambda: [e.model for e in of(events, ModelEvicted)] == ["b"])
         assert of(events, ModelEvicted)[0].reason == "pressure"
         slot.loaded.process.working = Working(active_bytes=170)
-        await pool.tend()
+        await pool.maintain()
         assert pool.refusing
         assert not any(view.ready for view in pool.views())
         slot.loaded.process.working = Working(active_bytes=10)
-        await pool.tend()
+        await pool.maintain()
         assert not pool.refusing
         assert [e.level for e in of(events, MemoryPressed)] == ["hard", "calm"]
         assert len((await busy)[1].split()) == 100, "who was being answered was answered"
@@ -570,7 +570,7 @@ async def test_an_active_loader_that_crashes_during_standby_start_is_restarted(t
         await until(lambda: bool(pool.orders.swaps()) and pool.orders.swaps()[-1]["phase"] == "starting")
         os.kill(pool.inventory.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
         await until(lambda: len(of(events, LoaderExited)) == 1)
-        assert await pool.wanted("a", 2.5), "long before the swap is through"
+        assert await pool.wait_ready("a", 2.5), "long before the swap is through"
         assert (await answer(pool, "a"))[0] == version
         assert (await swapping).outcome == "flipped"
         assert (await answer(pool, "a"))[0] != version
@@ -601,10 +601,10 @@ async def test_many_waiters_start_a_model_once_and_a_broken_one_is_not_retried(t
             return describe(model)
 
         pool._lifecycles.store.describe = counted  # type: ignore[method-assign]
-        found = await asyncio.gather(*(pool.wanted("gone", 5.0) for _ in range(20)))
+        found = await asyncio.gather(*(pool.wait_ready("gone", 5.0) for _ in range(20)))
         assert not any(found)
         assert starts == 1
-        assert all(await asyncio.gather(*(pool.wanted("a", 120.0) for _ in range(20))))
+        assert all(await asyncio.gather(*(pool.wait_ready("a", 120.0) for _ in range(20))))
         assert (starts, len(of(events, ModelLoaded))) == (2, 1)
         assert len(pool._lifecycles.tasks) < 5
 
@@ -614,7 +614,7 @@ async def test_a_model_that_can_never_fit_is_rejected_at_once(tmp_path: Path) ->
     async with running(tmp_path, *models) as (pool, _):
         await pool.orders.load("a")
         began = time.monotonic()
-        assert not await pool.wanted("big", 10.0)
+        assert not await pool.wait_ready("big", 10.0)
         assert not pool.is_coming("big")
         assert time.monotonic() - began < 2.0
 
@@ -653,17 +653,17 @@ async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> No
     async with running(tmp_path, fake("a", keep_alive_s=0.4, fake_step_s=0.02)) as (pool, events):
         await pool.orders.load("a")
         await answer(pool, "a", tokens=40)
-        await pool.tend()
+        await pool.maintain()
         await asyncio.sleep(0.1)
         assert not of(events, ModelEvicted)
         await asyncio.sleep(0.5)
-        await pool.tend()
+        await pool.maintain()
         await until(lambda: len(of(events, ModelEvicted)) == 1)
 
 
 async def test_a_loader_killed_while_starting_is_restarted_for_waiting_requests(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_load_s=0.6)) as (pool, events):
-        waiting = asyncio.create_task(pool.wanted("a", 20.0))
+        waiting = asyncio.create_task(pool.wait_ready("a", 20.0))
         await asyncio.sleep(0.4)
         for child in psutil.Process().children():
             if "agent.loader" in " ".join(child.cmdline()):

@@ -35,7 +35,7 @@ COLD = {
     "footprint_bytes": None,
     "plan_error_ppm": None,
     "waiting": 4,
-    "reason": "load code: 2 MB short",
+    "reason": "load code: 2 MB over the memory budget",
 }
 SWAP = {
     "swap": "1-chat",
@@ -92,7 +92,7 @@ def test_the_page_shows_all_relevant_state() -> None:
         "shelf  mini-1, mini-2  71.5 W",
         "spare  mini-3          -       no answer within 4 s",
         "smc                 SMC: service AppleSMC not found",
-        "load code: 2 MB short",
+        "load code: 2 MB over the memory budget",
         "failed   too slow",
         "warming  7 of 30 timed probes",
         "45bcb267 -> 6250d00b",
