@@ -480,7 +480,7 @@ def utc_day(t_ms: int) -> str:
     try:
         moment = datetime.fromtimestamp(t_ms / 1000, UTC)
     except (OverflowError, ValueError, OSError):
-        raise Refused(f"time {t_ms} is no date") from None
+        raise Refused(f"time {t_ms} is outside the representable range") from None
     if not 2020 <= moment.year < 2100:
         raise Refused(f"time {moment:%Y-%m-%d} is not plausible; check the node's clock")
     return moment.date().isoformat()
