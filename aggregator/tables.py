@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
-from shared.records import RECORD_TYPES, EngineWindow, Event
+from shared.records import RECORD_TYPES, EngineCounts, Event
 from shared.sketch import SketchWire
 
 BATCH_TABLE = "batch"
@@ -144,7 +144,7 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
-_ENGINE = [f.name for f in msgspec.structs.fields(EngineWindow) if f.name not in ("model", "version")]
+_ENGINE = EngineCounts.__struct_fields__
 _HIGHEST = tuple(name for name in _ENGINE if name.endswith(("_max", "_bytes")))
 _LENGTH = "(t_end_ms - t_start_ms)"
 

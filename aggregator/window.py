@@ -9,7 +9,7 @@ import msgspec
 
 from shared.batch import Batch
 from shared.errors import Refused
-from shared.records import Unknown
+from shared.records import EngineCounts, Unknown
 from shared.sketch import Sketch
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -116,26 +116,12 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
         return sketch
 
 
-class EngineSum(msgspec.Struct, frozen=True, kw_only=True):
-    """What the loaders of one version on one node did (see shared/records.py: EngineWindow)."""
+class EngineSum(EngineCounts, frozen=True, kw_only=True):
+    """What the loaders of one version on one node did."""
 
     node: str
     model: str
     version: str
-    busy_prefill_us: int = 0
-    busy_decode_us: int = 0
-    prefill_tok: int = 0
-    cached_tok: int = 0
-    decode_tok: int = 0
-    wasted_tok: int = 0
-    queue_max: int = 0
-    queue_us: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_evictions: int = 0
-    cache_bytes: int = 0
-    active_bytes: int = 0
-    peak_bytes: int = 0
 
     @property
     def busy_us(self) -> int:

@@ -150,7 +150,8 @@ _HIGHEST = (
         "queue_max",
     ),
     *("package_temp_mc", "pcore_temp_mc", "gpu_temp_mc", "fan_max_rpm", "system_power_max_mw", "memory_total_bytes"),
-    *("memory_used_max_bytes", "swap_used_bytes", "cache_bytes", "active_bytes", "peak_bytes"),
+    *("memory_used_max_bytes", "swap_used_bytes", "cache_bytes", "active_bytes", "peak_bytes", "kv_peak_bytes"),
+    "disk_bytes",
 )
 
 

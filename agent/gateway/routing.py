@@ -16,8 +16,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``chain`` are the hashes of the prompt's prefixes, ``prompt_tok`` its length, ``answer_tok`` the most tokens
     requested. ``over_tok`` is a context length that was found too small for it. ``breakers`` are this model's circuit
-    breakers that are not closed; ``sent`` is what each node was sent since its last heartbeat. ``labels`` are the
-    request's, for future rules. ``draw`` is a random draw in [0, 1) that breaks ties.
+    breakers that are not closed; ``sent`` is what each node was sent since its last heartbeat. ``draw`` is a
+    random draw in [0, 1) that breaks ties.
     """
 
     model: str
