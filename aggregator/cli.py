@@ -163,8 +163,8 @@ def _rollup(args: argparse.Namespace) -> int:
 
 def _weekly(args: argparse.Namespace) -> int:
     from aggregator import lease
+    from aggregator.calendar import as_long_before, before, between, last_week, week
     from aggregator.commands import rollup, weekly
-    from aggregator.window import as_long_before, before, between, last_week, week
 
     config = _config(args)
     if (args.since is None) != (args.until is None) or (args.since and args.week):
@@ -186,8 +186,8 @@ def _weekly(args: argparse.Namespace) -> int:
 
 def _monthly(args: argparse.Namespace) -> int:
     from aggregator import lease
+    from aggregator.calendar import last_month
     from aggregator.commands import monthly, rollup
-    from aggregator.window import last_month
 
     config = _config(args)
     name = args.month or last_month(datetime.now(UTC), config.timezone)
@@ -215,8 +215,8 @@ def _alert(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
+    from aggregator.calendar import last_week
     from aggregator.commands import apply
-    from aggregator.window import last_week
 
     config = _config(args)
     store = open_store(config.store, os.environ)

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from aggregator.calendar import HOUR_MS
 from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed
 
 TOP = 10
 SOON_S = 600.0
-PING_PONG_MS = 2 * 3_600_000
+PING_PONG_MS = 2 * HOUR_MS
 BUSY_REQUESTS_H = 20
 
 

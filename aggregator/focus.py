@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 
+from aggregator.calendar import Span
 from aggregator.cost import CostReport
-from aggregator.window import Span
 
 COLUMNS = (
     "BillingAccountId",

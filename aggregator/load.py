@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from aggregator import ingest, parquet, rollup
+from aggregator.calendar import DAY_MS, HOUR_MS, Span, utc_day_ms, utc_days
 from aggregator.manifest import Manifest
-from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_MS, HOUR_TABLES, Fold, folded_columns, minute_columns
+from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
-    DAY_MS,
     Asked,
     Cover,
     Demand,
@@ -26,10 +26,7 @@ from aggregator.window import (
     Run,
     ServedSum,
     Serving,
-    Span,
     Window,
-    utc_day_ms,
-    utc_days,
 )
 from shared import keys
 from shared.batch import Batch

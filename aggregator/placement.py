@@ -12,12 +12,11 @@ Moves are few by construction: each must be worth its gigabytes, and their numbe
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from zoneinfo import ZoneInfo
 
 import msgspec
 
 from aggregator import eviction, moves, packing
+from aggregator.calendar import local
 from aggregator.config import AggregatorConfig
 from aggregator.moves import Step
 from aggregator.packing import CAP, Copyable, Packed, Placement, Room
@@ -528,9 +527,8 @@ def _gone(window: Window) -> dict[str, int]:
 
 
 def _silent(window: Window, facts: Facts) -> list[str]:
-    zone = ZoneInfo(window.span.timezone)
     return [
-        f"{node} has not reported since {datetime.fromtimestamp(t_ms / 1000, zone):%d %b %H:%M}: nothing placed there"
+        f"{node} has not reported since {local(t_ms, window.span.timezone):%d %b %H:%M}: nothing placed there"
         for node, t_ms in sorted(facts.silent.items())
     ]
 

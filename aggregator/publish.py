@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from aggregator import parquet
+from aggregator.calendar import DAY_MS
 from aggregator.manifest import Day, Manifest
 from aggregator.tables import BATCH_TABLE, DAY_TABLES, HOUR_TABLES, MINUTE_TABLES
-from aggregator.window import DAY_MS
 from shared import keys
 from shared.batch import digest
 from shared.errors import NotFound, PreconditionFailed, Retryable

@@ -10,13 +10,14 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
+from aggregator.calendar import HOUR_MS
 from shared.records import RECORD_TYPES, EngineCounts, Event
 from shared.sketch import SketchWire
 
 BATCH_TABLE = "batch"
 MINUTE_TABLES = (*RECORD_TYPES, BATCH_TABLE)
 """The batch table is last: once a batch is in it, all of its records are written."""
-HOUR_MS, SLOT_MS = 3_600_000, 300_000
+SLOT_MS = 300_000
 EVENTS = tuple(str(kind.__struct_config__.tag) for kind in get_args(Event))
 IDENTITY = ("node", "incarnation", "epoch", "seq", "ordinal")
 META = {

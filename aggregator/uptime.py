@@ -11,6 +11,7 @@ from itertools import pairwise
 import msgspec
 
 from aggregator.annotations import Annotation
+from aggregator.calendar import HOUR_MS
 from aggregator.window import Intervals, Window, at_least_one, seconds, union
 from shared.records import (
     AgentStarted,
@@ -31,7 +32,7 @@ GRACE_MS = 30_000
 MERGE_MS = 600_000
 """Incidents with the same cause, node and scope that follow within this time are merged."""
 NEAR_MS = 300_000
-LONG_HEAT_MS = 6 * 3_600_000
+LONG_HEAT_MS = 6 * HOUR_MS
 """How long before an incident a throttle event may have begun to count as its cause."""
 
 

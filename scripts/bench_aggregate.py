@@ -152,7 +152,7 @@ def measured_month(config: Path) -> Timed:
         "from pathlib import Path\n"
         "from aggregator import config as c, load\n"
         "from aggregator.report.contents import compose\n"
-        "from aggregator.window import month\n"
+        "from aggregator.calendar import month\n"
         "from shared import config as s\n"
         "from shared.store_open import open_store\n"
         "config=s.load(Path(sys.argv[1]),c.AggregatorConfig,c.check)\n"

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
+from aggregator.calendar import Span
 from aggregator.tables import FOLDS, SLOT_MS
 from aggregator.window import (
     Asked,
@@ -21,7 +22,6 @@ from aggregator.window import (
     Run,
     ServedSum,
     Serving,
-    Span,
     Window,
     facts_of,
     meta_of,

@@ -5,11 +5,11 @@ import time
 import msgspec
 
 from aggregator import load, publish
+from aggregator.calendar import full_hour, month
 from aggregator.commands.weekly import notes
 from aggregator.config import AggregatorConfig
 from aggregator.report import pdf
 from aggregator.report.contents import compose
-from aggregator.window import full_hour, month
 from shared.store import ObjectStore
 
 

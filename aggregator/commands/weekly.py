@@ -1,17 +1,17 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from datetime import UTC, datetime
 
 import msgspec
 
 from aggregator import annotations, api_prices, cost, eviction, focus, load, placement, publish, scorecard, uptime
 from aggregator.annotations import Annotation
+from aggregator.calendar import Span, before, days, full_hour, local, week
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Manifest
 from aggregator.report import html, markdown, pages
 from aggregator.report.page import Page
-from aggregator.window import Span, Window, before, days, full_hour, week
+from aggregator.window import Window
 from shared.errors import NotFound, Refused
 from shared.logs import get_logger
 from shared.store import ObjectStore
@@ -53,7 +53,7 @@ def artifacts(
     was = cost.compute(last, config) if last.batches else None
     money = cost.compute(window, config, was)
     # prices as of the end of the span: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
+    apis = api_prices.compare(window, money, config, local(span.until_ms, "UTC"))
     up = uptime.uptime(window, now_ms, known)
     score = scorecard.lines(window, up, apis, config.scorecard)
     place, evicted = placement.propose(window, config), eviction.report(window)

@@ -4,15 +4,14 @@ Every figure comes from what nodes reported. What was not reported is None and r
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
-from zoneinfo import ZoneInfo
 
 import msgspec
 
 from aggregator import api_prices, cost, eviction, placement, scorecard, uptime
 from aggregator.annotations import Annotation
+from aggregator.calendar import days, local
 from aggregator.config import AggregatorConfig
-from aggregator.window import DAY_MS, Latency, ServedSum, Window, seconds
+from aggregator.window import Latency, ServedSum, Window, seconds
 from shared.records import SwapFinished, ThrottleEvent
 from shared.sketch import Sketch
 
@@ -118,7 +117,7 @@ def compose(window: Window, config: AggregatorConfig, now_ms: int, annotations: 
     volume = _volume(window)
     heat = _thermal(window)
     money = cost.compute(window, config)
-    until = datetime.fromtimestamp(window.span.until_ms / 1000, UTC)
+    until = local(window.span.until_ms, "UTC")
     apis = api_prices.compare(window, money, config, until)
     map_ = placement.propose(window, config)
     up = uptime.uptime(window, now_ms, annotations)
@@ -197,12 +196,9 @@ def _merged(times: Sequence[Latency], name: str) -> Sketch:
 
 
 def _days(window: Window) -> list[Day]:
-    zone = ZoneInfo(window.span.timezone)
-    first = datetime.fromtimestamp(window.span.since_ms / 1000, zone).date()
-    length = round((window.span.until_ms - window.span.since_ms) / DAY_MS)
-    sums = {(first + timedelta(days=n)).isoformat(): [0, 0] for n in range(length)}
+    sums = {day.name: [0, 0] for day in days(window.span)}
     for asked in window.asked:
-        day = datetime.fromtimestamp(asked.slot_ms / 1000, zone).date().isoformat()
+        day = local(asked.slot_ms, window.span.timezone).date().isoformat()
         if asked.outcome == "ok" and day in sums:
             sums[day][0] += asked.requests
             sums[day][1] += asked.prompt_tok + asked.completion_tok

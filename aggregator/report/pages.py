@@ -1,9 +1,7 @@
 """What each weekly artifact says, as a page. Pure."""
 
-from datetime import datetime
-from zoneinfo import ZoneInfo
-
 from aggregator.api_prices import Comparisons
+from aggregator.calendar import local
 from aggregator.cost import CostReport
 from aggregator.economics import Economics
 from aggregator.eviction import EvictionReport
@@ -395,7 +393,7 @@ def uptime(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str
                     "Start | Node | What | For | Times | Cause | Fix | Confirmed",
                     [
                         (
-                            datetime.fromtimestamp(i.start_ms / 1000, ZoneInfo(zone)).strftime("%d %b %H:%M"),
+                            f"{local(i.start_ms, zone):%d %b %H:%M}",
                             i.node,
                             i.scope,
                             "lasts" if i.end_ms is None else span((i.end_ms - i.start_ms) / 1000),

@@ -2,10 +2,8 @@
 
 import io
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 from xml.sax.saxutils import escape
-from zoneinfo import ZoneInfo
 
 from reportlab.graphics.shapes import Drawing, Line, Rect, String
 from reportlab.lib import colors
@@ -14,6 +12,7 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
+from aggregator.calendar import local
 from aggregator.report import wording
 from aggregator.report.contents import ITL_TARGET_US, UPTIME_TARGET, Report
 
@@ -286,14 +285,9 @@ def _incidents(report: Report) -> list[Any]:
     incidents = report.uptime.incidents
     if not incidents:
         return [_p("No incidents.", BODY)]
-    zone = ZoneInfo(report.timezone)
-
-    def moment(t_ms: int) -> str:
-        return datetime.fromtimestamp(t_ms / 1000, zone).strftime("%m-%d %H:%M:%S")
-
     rows = [
         (
-            moment(i.start_ms),
+            f"{local(i.start_ms, report.timezone):%m-%d %H:%M:%S}",
             wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "ongoing",
             i.node,
             i.scope,

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aggregator import cost, eviction
+from aggregator.calendar import Span
 from aggregator.config import AggregatorConfig
-from aggregator.window import Span, Window
+from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed, Record
 from tests.builders import batch, window
 from tests.made_rack import HOUR_MS, WEEK_MS, Change, MadeModel, MadeRack, batches

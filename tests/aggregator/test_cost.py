@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import api_prices, cost, cost_change, focus
+from aggregator.calendar import Span
 from aggregator.config import AggregatorConfig, Cost
 from aggregator.cost_change import Factors
-from aggregator.window import Span
 from shared.batch import Batch
 from shared.records import OutletReading, Record
 from tests.builders import DAY, T0, batch, engine, host, resident, served, window

@@ -12,12 +12,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from aggregator import annotations, cost, economics, load, scorecard, uptime
+from aggregator.calendar import Span, as_long_before, between, days, full_hour, month, week
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig, Scorecard
 from aggregator.economics import Inputs
 from aggregator.report import html, markdown, pages
 from aggregator.report.page import Curve, Page, Section, table
-from aggregator.window import Span, as_long_before, between, days, full_hour, month, straightened, union, week
+from aggregator.window import straightened, union
 from shared import keys
 from shared.batch import Batch, seal
 from shared.errors import Refused

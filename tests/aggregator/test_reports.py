@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import cost, eviction, placement, uptime
-from aggregator import window as windows
+from aggregator import calendar, cost, eviction, placement, uptime
 from aggregator.config import AggregatorConfig
 from aggregator.report import pdf
 from aggregator.report.contents import compose
@@ -44,33 +43,33 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 
 
 def test_a_week_begins_on_monday_in_the_rack_time_zone() -> None:
-    span = windows.week("2026-W47", "Europe/Berlin")
+    span = calendar.week("2026-W47", "Europe/Berlin")
     assert _iso(span.since_ms) == "2026-11-15T23:00"
     assert span.until_ms - span.since_ms == 7 * 86_400_000
-    assert windows.before(span).name == "2026-W46"
+    assert calendar.before(span).name == "2026-W46"
 
 
 def test_a_month_with_a_dst_change_has_its_own_length() -> None:
-    span = windows.month("2026-10", "Europe/Berlin")
+    span = calendar.month("2026-10", "Europe/Berlin")
     assert span.until_ms - span.since_ms == 31 * 86_400_000 + 3_600_000
 
 
 @pytest.mark.parametrize("name", ["2026-47", "2026-W60", "W47", "", "2026-W0"])
 def test_an_invalid_week_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
-        windows.week(name, "UTC")
+        calendar.week(name, "UTC")
 
 
 @pytest.mark.parametrize("name", ["2026-13", "2026", "november", "2026-W47"])
 def test_an_invalid_month_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
-        windows.month(name, "UTC")
+        calendar.month(name, "UTC")
 
 
 def test_times_outside_any_possible_telemetry_are_rejected() -> None:
     for t_ms in (0, 10**18, -5):
         with pytest.raises(Refused):
-            windows.utc_day(t_ms)
+            calendar.utc_day(t_ms)
 
 
 def _iso(t_ms: int) -> str:
@@ -347,7 +346,7 @@ def test_a_move_never_overfills_its_target() -> None:
 
 
 def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
-    month = windows.month("2026-11", "UTC")
+    month = calendar.month("2026-11", "UTC")
     records: list[list[Record]] = [
         [served(requests=4), engine(), resident(), host(throttled=0.5), ThrottleEvent(t_ms=T0, level="heavy")],
         [evicted(requests_last_hour=1), host(), resident("k")],
@@ -375,7 +374,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
 
 
 def test_a_month_without_data_states_it_in_every_section() -> None:
-    report = compose(window(span=windows.month("2025-01", "UTC")), config("n1"), T0)
+    report = compose(window(span=calendar.month("2025-01", "UTC")), config("n1"), T0)
     assert report.empty
     text = pdf_text(pdf.render(report))
     assert "No node reported anything in 2025-01." in text

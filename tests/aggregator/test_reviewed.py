@@ -8,10 +8,11 @@ import duckdb
 import msgspec
 
 from aggregator import acceptance, alerts, api_prices, cost, load, placement, uptime
+from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync
 from aggregator.config import Alerts
 from aggregator.notify import Discord
-from aggregator.window import Window, facts_of, month, straightened
+from aggregator.window import Window, facts_of, straightened
 from shared import keys
 from shared.desired import Assignment, DesiredState
 from shared.records import AgentStarted, HostSample, OutletReading, Record

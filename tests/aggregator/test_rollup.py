@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from aggregator import load, parquet, rollup, tables
+from aggregator.calendar import Span, month
 from aggregator.commands.rollup import run
 from aggregator.config import AggregatorConfig
-from aggregator.window import Span, Window, month
+from aggregator.window import Window
 from shared import keys
 from shared.batch import Batch, seal
 from shared.bucket import Store
