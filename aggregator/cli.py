@@ -275,20 +275,20 @@ def _prune(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from aggregator.commands import plan
-    from aggregator.report import pages
+    from aggregator.report.pages import placement
 
     report = plan.run(args.intake, args.inventory)
-    _show(args, report, pages.placement(report, "to be"))
+    _show(args, report, placement.page(report, "to be"))
     return 1 if report.short else 0
 
 
 def _economics(args: argparse.Namespace) -> int:
     from aggregator import economics
-    from aggregator.report import pages
+    from aggregator.report.pages import economics as economics_page
 
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in msgspec.structs.fields(Inputs)})
     report = economics.judge(inputs)
-    _show(args, report, pages.economics(report, args.currency))
+    _show(args, report, economics_page.page(report, args.currency))
     return 0
 
 

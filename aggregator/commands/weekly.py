@@ -9,8 +9,13 @@ from aggregator.annotations import Annotation
 from aggregator.calendar import Span, before, days, full_hour, local, week
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Manifest
-from aggregator.report import html, markdown, pages
+from aggregator.report import html, markdown
 from aggregator.report.page import Page
+from aggregator.report.pages import cost as cost_page
+from aggregator.report.pages import evictions as evictions_page
+from aggregator.report.pages import placement as placement_page
+from aggregator.report.pages import scorecard as scorecard_page
+from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import Window
 from shared.errors import NotFound, Refused
 from shared.logs import get_logger
@@ -58,11 +63,11 @@ def artifacts(
     score = scorecard.lines(window, up, apis, config.scorecard)
     place, evicted = placement.propose(window, config), eviction.report(window)
     return {
-        "placement": (place, pages.placement(place, config.rack)),
-        "cost": ({"cost": money, "apis": apis}, pages.cost(money, apis, config.rack, last.span.name)),
-        "evictions": (evicted, pages.evictions(evicted, config.rack)),
-        "uptime": (up, pages.uptime(up, span.name, config.timezone, config.rack, (*said, *_clocks(window)))),
-        "scorecard": (score, pages.scorecard(score, span.name, config.rack)),
+        "placement": (place, placement_page.page(place, config.rack)),
+        "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, config.rack, last.span.name)),
+        "evictions": (evicted, evictions_page.page(evicted, config.rack)),
+        "uptime": (up, uptime_page.page(up, span.name, config.timezone, config.rack, (*said, *_clocks(window)))),
+        "scorecard": (score, scorecard_page.page(score, span.name, config.rack)),
     }
 
 

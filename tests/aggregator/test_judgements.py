@@ -16,8 +16,9 @@ from aggregator.calendar import Span, as_long_before, between, days, full_hour, 
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig, Scorecard
 from aggregator.economics import Inputs
-from aggregator.report import html, markdown, pages
+from aggregator.report import html, markdown
 from aggregator.report.page import Curve, Page, Section, table
+from aggregator.report.pages import economics as economics_page
 from aggregator.window import straightened, union
 from shared import keys
 from shared.batch import Batch, seal
@@ -196,7 +197,7 @@ def test_break_even_is_the_first_month_without_a_loss(given_: Inputs) -> None:
     first = next((n for n, balance in enumerate(balances, 1) if balance >= 0), None)
     assert found.break_even == first
     assert found.total_saving == balances[-1]
-    assert pages.economics(found, "USD").lead == found.sentence
+    assert economics_page.page(found, "USD").lead == found.sentence
 
 
 def test_more_api_spend_pays_back_no_later() -> None:
