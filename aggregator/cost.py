@@ -164,7 +164,7 @@ def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
 
 def _node(window: Window, name: str, priced: Node | None, config: AggregatorConfig) -> NodeCost:
     reported_s = seconds(window.reported(name))
-    busy_us = sum(e.busy_us for e in window.engines if e.node == name)
+    busy_us = window.busy_us(name)
     watts, source = measured_watts(window, name)
     rate = rate_per_hour(priced, config, watts) if priced else None
     cost = _rounded(rate * decimal(reported_s) / 3600) if rate is not None else None

@@ -14,8 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from aggregator import moves, packing
+from aggregator.demand import Facts
 from aggregator.packing import CAP, Copyable, Room
-from aggregator.placement import Facts, NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
+from aggregator.placement import NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
 from shared.errors import Refused
 from shared.keys import check_name
 from shared.memory_plan import PROCESS_OVERHEAD_BYTES, default_budget_bytes, plan

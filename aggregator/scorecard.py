@@ -56,8 +56,7 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
 
 def _heat(window: Window, targets: Scorecard) -> Line:
     """Throttled time of nodes, each weighted by how long it worked: heat while idle slows nobody."""
-    busy = {h.node: sum(e.busy_us for e in window.engines if e.node == h.node) for h in window.hosts}
-    known = [(h, busy[h.node]) for h in window.hosts if h.throttled_share is not None]
+    known = [(h, window.busy_us(h.node)) for h in window.hosts if h.throttled_share is not None]
     weight = sum(us for _, us in known)
     value = None
     if weight:

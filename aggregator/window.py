@@ -292,6 +292,15 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         """The machine's sums."""
         return next((one for one in self.hosts if one.node == node), None)
 
+    def throttled_share(self, node: str) -> float | None:
+        """Share of a node's time in which it was throttled; None where its level was not known."""
+        host = self.host(node)
+        return host.throttled_share if host is not None else None
+
+    def busy_us(self, node: str) -> int:
+        """Microseconds that a node's loaders worked."""
+        return sum(e.busy_us for e in self.engines if e.node == node)
+
     def _cut(self, pieces: Iterable[tuple[int, int]]) -> Intervals:
         since, until = self.span.since_ms, self.span.until_ms
         return union((max(a, since), min(b, until)) for a, b in pieces)

@@ -61,7 +61,7 @@ def artifacts(
     apis = api_prices.compare(window, money, config, local(span.until_ms, "UTC"))
     up = uptime.uptime(window, now_ms, known)
     score = scorecard.lines(window, up, apis, config.scorecard)
-    place, evicted = placement.propose(window, config), eviction.report(window)
+    place, evicted = placement.propose(window, config.placement), eviction.report(window)
     return {
         "placement": (place, placement_page.page(place, config.rack)),
         "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, config.rack, last.span.name)),

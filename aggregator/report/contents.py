@@ -119,7 +119,7 @@ def compose(window: Window, config: AggregatorConfig, now_ms: int, annotations: 
     money = cost.compute(window, config)
     until = local(window.span.until_ms, "UTC")
     apis = api_prices.compare(window, money, config, until)
-    map_ = placement.propose(window, config)
+    map_ = placement.propose(window, config.placement)
     up = uptime.uptime(window, now_ms, annotations)
     evicted = eviction.report(window)
     known = sum(n.up_s + n.idle_s + n.down_s for n in up.nodes)
@@ -217,7 +217,7 @@ def _heat(window: Window, node: str) -> NodeHeat:
         peak_package_mc=host.package_temp_mc if host is not None else None,
         peak_pcore_mc=host.pcore_temp_mc if host is not None else None,
         throttle_events=sum(m.node == node and not event.open_at_start for m, event in window.of(ThrottleEvent)),
-        throttled_share=host.throttled_share if host is not None else None,
+        throttled_share=window.throttled_share(node),
     )
 
 
