@@ -8,9 +8,9 @@ import msgspec
 from aggregator.api_prices import Comparisons
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime
+from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
-from shared.sketch import Sketch
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,11 +36,7 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
 
 
 def _latency(window: Window, targets: Scorecard) -> Line:
-    itl = Sketch()
-    for one in window.latencies:
-        if one.outcome == "ok":
-            itl.merge(one.sketch("itl_us"))
-    p95 = itl.quantile(0.95)
+    p95 = merged(answered(window), "itl_us").quantile(0.95)
     value = p95 / 1000 if p95 is not None else None
     return _at_most("p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %")
 

@@ -97,6 +97,13 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
     )
 
 
+def covered(up: Uptime) -> float | None:
+    """Share of all nodes' time since their first reports that is known."""
+    known = sum(n.up_s + n.idle_s + n.down_s for n in up.nodes)
+    total = known + sum(n.unknown_s for n in up.nodes)
+    return known / total if total else None
+
+
 class _Track:
     """One node's timeline."""
 

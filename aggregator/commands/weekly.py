@@ -4,10 +4,11 @@ import time
 
 import msgspec
 
-from aggregator import annotations, api_prices, cost, eviction, focus, load, placement, publish, scorecard, uptime
+from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Annotation
-from aggregator.calendar import Span, before, days, full_hour, local, week
+from aggregator.calendar import Span, before, days, full_hour, week
 from aggregator.config import AggregatorConfig
+from aggregator.judgements import Judged, judge
 from aggregator.manifest import Manifest
 from aggregator.report import html, markdown
 from aggregator.report.page import Page
@@ -33,9 +34,10 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
     """Publish the reports of any span, compared with an earlier one."""
     window, last = load.window(store, span), load.window(store, earlier)
-    made = artifacts(config, window, last, notes(store), remarks(load.newest_manifest(store)))
+    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store))
+    said = (*remarks(load.newest_manifest(store)), *_clocks(window))
     published = []
-    for kind, (report, page) in made.items():
+    for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(report), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
@@ -45,29 +47,17 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     return published
 
 
-def artifacts(
-    config: AggregatorConfig,
-    window: Window,
-    last: Window,
-    known: tuple[Annotation, ...] = (),
-    said: tuple[str, ...] = (),
-) -> dict[str, tuple[object, Page]]:
-    """Each report by name: its figures, and the page that shows them."""
-    span = window.span
-    now_ms = min(full_hour(time.time_ns() // 1_000_000), span.until_ms)
-    was = cost.compute(last, config) if last.batches else None
-    money = cost.compute(window, config, was)
-    # prices as of the end of the span: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, local(span.until_ms, "UTC"))
-    up = uptime.uptime(window, now_ms, known)
-    score = scorecard.lines(window, up, apis, config.scorecard)
-    place, evicted = placement.propose(window, config.placement), eviction.report(window)
+def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str, tuple[object, Page]]:
+    """Each report by name: its figures, and the page that shows them. ``last`` names the period before, ``said`` are
+    remarks about telemetry."""
+    rack, period, place = judged.rack, judged.period, judged.distribution
+    money, apis, evicted, up, score = judged.cost, judged.apis, judged.evictions, judged.uptime, judged.scorecard
     return {
-        "placement": (place, placement_page.page(place, config.rack)),
-        "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, config.rack, last.span.name)),
-        "evictions": (evicted, evictions_page.page(evicted, config.rack)),
-        "uptime": (up, uptime_page.page(up, span.name, config.timezone, config.rack, (*said, *_clocks(window)))),
-        "scorecard": (score, scorecard_page.page(score, span.name, config.rack)),
+        "placement": (place, placement_page.page(place, rack)),
+        "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, rack, last)),
+        "evictions": (evicted, evictions_page.page(evicted, rack)),
+        "uptime": (up, uptime_page.page(up, period, judged.timezone, rack, said)),
+        "scorecard": (score, scorecard_page.page(score, period, rack)),
     }
 
 

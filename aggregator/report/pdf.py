@@ -12,15 +12,17 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
+from aggregator.advice import UPTIME_TARGET
 from aggregator.calendar import local
+from aggregator.judgements import Judged
 from aggregator.report import wording
-from aggregator.report.contents import ITL_TARGET_US, UPTIME_TARGET, Report
 
 INK, SOFT, FAINT, LINE = (colors.HexColor(c) for c in ("#1B2733", "#5B6B7A", "#F3F6F9", "#D5DDE5"))
 BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E"))
 MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
+ITL_TARGET_US = 100_000
 LONGEST_TEXT = 600
 """In characters: a table cell cannot be taller than a page."""
 
@@ -41,7 +43,7 @@ HEADLINE = _style("headline", 17, fontName=BOLD, leading=22, spaceAfter=4)
 SECTION = _style("section", 12.5, fontName=BOLD, spaceBefore=14, spaceAfter=5)
 
 
-def render(report: Report) -> bytes:
+def render(report: Judged) -> bytes:
     """The PDF's bytes."""
     buffer = io.BytesIO()
     document = SimpleDocTemplate(
@@ -65,7 +67,7 @@ def render(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _front(report: Report) -> list[Any]:
+def _front(report: Judged) -> list[Any]:
     return [
         _p(f"Rack {report.rack} · {report.period} · times in {report.timezone}", TITLE),
         Spacer(1, 4),
@@ -76,7 +78,7 @@ def _front(report: Report) -> list[Any]:
     ]
 
 
-def _cards(report: Report) -> Table:
+def _cards(report: Judged) -> Table:
     up = report.uptime.request_share
     itl = report.volume.itl_p95_us
     fast = None if itl is None else itl <= ITL_TARGET_US
@@ -115,7 +117,7 @@ def _verdict(good: bool | None) -> Any:
     return INK if good is None else (GOOD if good else BAD)
 
 
-def _volume(report: Report) -> list[Any]:
+def _volume(report: Judged) -> list[Any]:
     v = report.volume
     if not v.models:
         return _section("1. Inference volume", [_p("No data: no requests were answered this month.", BODY)])
@@ -162,7 +164,7 @@ def _bars(days: Sequence[Any]) -> Drawing:
     return drawing
 
 
-def _thermal(report: Report) -> list[Any]:
+def _thermal(report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
@@ -179,7 +181,7 @@ def _thermal(report: Report) -> list[Any]:
     return _section("2. Thermal", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
 
 
-def _evictions(report: Report) -> list[Any]:
+def _evictions(report: Judged) -> list[Any]:
     e = report.evictions
     if not e.rows:
         text = "No data." if report.empty else "No model was evicted."
@@ -193,7 +195,7 @@ def _evictions(report: Report) -> list[Any]:
     return _section("3. Evictions", [_table(head, rows, widths=widths, left=2, text_from=4)])
 
 
-def _distribution(report: Report) -> list[Any]:
+def _distribution(report: Judged) -> list[Any]:
     d = report.distribution
     if not d.nodes:
         return _section("4. Placement", [_p("No data.", BODY)])
@@ -201,7 +203,7 @@ def _distribution(report: Report) -> list[Any]:
     return _section("4. Placement", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
 
 
-def _map(report: Report) -> Table:
+def _map(report: Judged) -> Table:
     """One row per node with its models and a bar of its memory use."""
     d = report.distribution
     rows = []
@@ -226,7 +228,7 @@ def _meter(full: float) -> Drawing:
     return drawing
 
 
-def _cost(report: Report) -> list[Any]:
+def _cost(report: Judged) -> list[Any]:
     c = report.cost
     if not c.models:
         return _section("5. Cost", [_p("No data.", BODY)])
@@ -257,7 +259,7 @@ def _cost(report: Report) -> list[Any]:
     return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1)])
 
 
-def _uptime(report: Report) -> list[Any]:
+def _uptime(report: Judged) -> list[Any]:
     u = report.uptime
     if not u.nodes:
         return _section("6. Uptime", [_p("No data.", BODY)])
@@ -281,7 +283,7 @@ def _uptime(report: Report) -> list[Any]:
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 
-def _incidents(report: Report) -> list[Any]:
+def _incidents(report: Judged) -> list[Any]:
     incidents = report.uptime.incidents
     if not incidents:
         return [_p("No incidents.", BODY)]
@@ -301,7 +303,7 @@ def _incidents(report: Report) -> list[Any]:
     return [_table(("Start", "Duration", "Node", "Scope", "Cause", "Fix"), rows, widths=widths, left=6), *more]
 
 
-def _recommendations(report: Report) -> list[Any]:
+def _recommendations(report: Judged) -> list[Any]:
     if not report.recommendations:
         text = "No data." if report.empty else "No changes recommended."
         return _section("7. Recommendations", [_p(text, BODY)])
@@ -310,7 +312,7 @@ def _recommendations(report: Report) -> list[Any]:
     return _section("7. Recommendations", [table])
 
 
-def _method(report: Report) -> list[Any]:
+def _method(report: Judged) -> list[Any]:
     text = (
         f"Source: {wording.count(report.batches)} telemetry batches, covering {wording.share(report.covered)} of the "
         "nodes' time since their first report. Percentiles are within 1.1 % of the exact values. Tokens and requests "
@@ -364,7 +366,7 @@ def _styled(table: Table) -> Table:
     return table
 
 
-def _footer(report: Report) -> Any:
+def _footer(report: Judged) -> Any:
     def draw(canvas: Any, document: Any) -> None:
         canvas.saveState()
         canvas.setFont(REGULAR, 7.5)

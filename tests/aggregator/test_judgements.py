@@ -16,6 +16,7 @@ from aggregator.calendar import Span, as_long_before, between, days, full_hour, 
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig, Scorecard
 from aggregator.economics import Inputs
+from aggregator.judgements import judge
 from aggregator.report import html, markdown
 from aggregator.report.page import Curve, Page, Section, table
 from aggregator.report.pages import economics as economics_page
@@ -416,7 +417,8 @@ def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None
 def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, str]:
     span = week("2026-W47", "UTC")
     empty = window(span=Span("before", 0, 1, "UTC"))
-    found = weekly.artifacts(config, window(*made, span=span), empty)
+    judged = judge(window(*made, span=span), empty, config, span.until_ms)
+    found = weekly.artifacts(judged, empty.span.name)
     return {name: markdown.render(page).decode() + html.render(page).decode() for name, (_, page) in found.items()}
 
 

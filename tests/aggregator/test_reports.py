@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from aggregator import calendar, cost, eviction, placement, uptime
 from aggregator.config import AggregatorConfig
+from aggregator.judgements import judge
 from aggregator.report import pdf
-from aggregator.report.contents import compose
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import (
@@ -357,7 +357,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
         ],
     ]
     made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
-    report = compose(made, config("n1"), T0 + 10 * MINUTE)
+    report = judge(made, None, config("n1"), T0 + 10 * MINUTE)
     assert (report.volume.requests, report.volume.completion_tok) == (4, 40)
     assert sum(d.tokens for d in report.volume.days) == 440
     assert len(report.volume.days) == 30
@@ -374,7 +374,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
 
 
 def test_a_month_without_data_states_it_in_every_section() -> None:
-    report = compose(window(span=calendar.month("2025-01", "UTC")), config("n1"), T0)
+    report = judge(window(span=calendar.month("2025-01", "UTC")), None, config("n1"), T0)
     assert report.empty
     text = pdf_text(pdf.render(report))
     assert "No node reported anything in 2025-01." in text
@@ -385,14 +385,14 @@ def test_forty_models_with_long_names_fit_the_page() -> None:
     names = [f"org-{'x' * 60}-model-{n:02d}-instruct" for n in range(40)]
     records = [served(n, version=n[:16] + n[-14:], requests=3) for n in names]
     rows = [resident(n, version=n[:16] + n[-14:]) for n in names]
-    report = compose(window(batch([*records, *rows, host()])), config("n1"), T0 + MINUTE)
+    report = judge(window(batch([*records, *rows, host()])), None, config("n1"), T0 + MINUTE)
     body = pdf.render(report)
     assert len(body) < 200_000
     assert "model-39-instruct" in pdf_text(body).replace("\n", "")
 
 
 def test_equal_reports_give_equal_pdfs() -> None:
-    report = compose(window(batch([served(), host()])), config("n1"), T0 + MINUTE)
+    report = judge(window(batch([served(), host()])), None, config("n1"), T0 + MINUTE)
     assert pdf.render(report) == pdf.render(report)
 
 

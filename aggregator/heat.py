@@ -1,0 +1,57 @@
+"""Heat of the nodes and what to do about their room. Pure."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from aggregator.window import Window
+from shared.records import ThrottleEvent
+
+HOT_MC = 95_000
+THROTTLED_TARGET = 0.01
+
+
+class NodeHeat(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's heat; peaks in thousandths of a degree."""
+
+    node: str
+    peak_package_mc: int | None
+    peak_pcore_mc: int | None
+    throttle_events: int
+    throttled_share: float | None
+
+
+class Thermal(msgspec.Struct, frozen=True, kw_only=True):
+    """Heat of the rack and what to do about the room."""
+
+    nodes: tuple[NodeHeat, ...]
+    advice: str
+
+
+def thermal(window: Window) -> Thermal:
+    """Peaks and throttling of every node, and one piece of advice."""
+    nodes = tuple(_heat(window, node) for node in window.nodes)
+    return Thermal(nodes=nodes, advice=_ambient(nodes))
+
+
+def _heat(window: Window, node: str) -> NodeHeat:
+    host = window.host(node)
+    return NodeHeat(
+        node=node,
+        peak_package_mc=host.package_temp_mc if host is not None else None,
+        peak_pcore_mc=host.pcore_temp_mc if host is not None else None,
+        throttle_events=sum(m.node == node and not event.open_at_start for m, event in window.of(ThrottleEvent)),
+        throttled_share=window.throttled_share(node),
+    )
+
+
+def _ambient(nodes: Sequence[NodeHeat]) -> str:
+    hot = [n.node for n in nodes if max(n.peak_package_mc or 0, n.peak_pcore_mc or 0) >= HOT_MC]
+    throttled = [n.node for n in nodes if (n.throttled_share or 0) > THROTTLED_TARGET]
+    if throttled:
+        return f"Give {', '.join(throttled)} more air or cooler intake: heat slowed them for over 1 % of the time."
+    if hot:
+        return f"{', '.join(hot)} came to 95 °C or more without losing speed; leave no less air than there is."
+    if any(n.peak_package_mc is not None or n.throttled_share is not None for n in nodes):
+        return "Nothing to change: no node was slowed by heat."
+    return "No data: no node could read a temperature or a pressure level."
