@@ -37,11 +37,8 @@ def recommendations(
     found += [
         Recommendation(kind="placement", text=f"{m.action} {m.model} on {m.node}", because=m.reason) for m in map_.moves
     ]
-    cache = {setting.reason for setting in map_.settings}
-    found += [
-        Recommendation(kind="placement", text=note, because="prompt-cache hits" if note in cache else "placement")
-        for note in map_.notes
-    ]
+    found += [Recommendation(kind="placement", text=note, because="placement") for note in map_.notes]
+    found += [Recommendation(kind="placement", text=s.reason, because="prompt-cache hits") for s in map_.settings]
     found += [
         Recommendation(
             kind="capacity",
@@ -80,6 +77,6 @@ def recommendations(
         for m in money.models
         if m.change is not None and m.change.flagged
     ]
-    if heat.advice.startswith("Give"):
+    if heat.kind == "throttled":
         found.append(Recommendation(kind="operations", text=heat.advice, because="thermal telemetry"))
     return found

@@ -34,7 +34,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     now: Placement
     least: Mapping[str, int]
     load_s: Mapping[str, float]
-    why_limited: Mapping[str, str] = {}
+    throttled: Mapping[str, float] = {}
     versions: Mapping[str, str] = {}
     silent: Mapping[str, int] = {}
 
@@ -66,14 +66,14 @@ def facts_of(window: Window, rules: Rules) -> Facts:
     models += evicted
     least |= {m.name: m.copies for m in evicted}
     now: Placement = frozenset(residents)
-    rooms, why = _rooms(window, speeds, models, now, silent)
+    rooms, throttled = _rooms(window, speeds, models, now, silent)
     return Facts(
         models=tuple(models),
         rooms=rooms,
         now=now,
         least=least,
         load_s=_load_times(window),
-        why_limited=why,
+        throttled=throttled,
         versions={r.model: r.version for r in everywhere} | versions,
         silent=silent,
     )
@@ -104,8 +104,8 @@ def load_of(room: Room, models: Sequence[Copyable], at: Placement) -> float:
 
 def _rooms(
     window: Window, speeds: Mapping[str, float], models: Sequence[Copyable], now: Placement, silent: Mapping[str, int]
-) -> tuple[tuple[Room, ...], dict[str, str]]:
-    rooms, why = [], {}
+) -> tuple[tuple[Room, ...], dict[str, float]]:
+    rooms, throttled = [], {}
     for name in [n for n in window.nodes if n not in silent]:
         host = window.host(name)
         held = sum(m.need_bytes for m in models if (m.name, name) in now)
@@ -116,9 +116,9 @@ def _rooms(
             here = [m.share / room.speed for m in models if (m.name, name) in now and name not in m.pinned]
             load = packing.load_of(room, models, now)
             room = msgspec.structs.replace(room, limit=max(0.0, min(CAP, load - min(here))) if here else min(CAP, load))
-            why[name] = f"{name} was throttled {share:.1%} of the time"
+            throttled[name] = share
         rooms.append(room)
-    return tuple(rooms), why
+    return tuple(rooms), throttled
 
 
 def _speeds(window: Window) -> dict[str, float]:
@@ -180,7 +180,7 @@ def _evicted(
     window: Window, standing: set[str], load: Mapping[str, float], wished: Mapping[str, PlacedModel]
 ) -> tuple[list[Copyable], dict[str, str]]:
     """Models that were evicted, requested again and are now on no node; and their versions."""
-    rows = [r for r in eviction.report(window, top=10_000).rows if r.verdict == "placement" and r.model not in standing]
+    rows = [r for r in eviction.report(window, top=None).rows if r.verdict == "placement" and r.model not in standing]
     sizes = {r.model: r.bytes // r.evictions for r in sorted(rows, key=lambda r: r.node)}
     found = []
     for name, size in sorted(sizes.items()):

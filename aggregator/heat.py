@@ -1,6 +1,6 @@
 """Heat of the nodes and what to do about their room. Pure."""
 
-from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -22,16 +22,28 @@ class NodeHeat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Thermal(msgspec.Struct, frozen=True, kw_only=True):
-    """Heat of the rack and what to do about the room."""
+    """Heat of the rack and what to do about the room; ``kind`` is what the advice rests on: nodes that were throttled
+    too long, nodes that became hot, neither, or no reading."""
 
     nodes: tuple[NodeHeat, ...]
     advice: str
+    kind: Literal["throttled", "hot", "cool", "unknown"]
 
 
 def thermal(window: Window) -> Thermal:
     """Peaks and throttling of every node, and one piece of advice."""
     nodes = tuple(_heat(window, node) for node in window.nodes)
-    return Thermal(nodes=nodes, advice=_ambient(nodes))
+    hot = [n.node for n in nodes if max(n.peak_package_mc or 0, n.peak_pcore_mc or 0) >= HOT_MC]
+    throttled = [n.node for n in nodes if (n.throttled_share or 0) > THROTTLED_TARGET]
+    if throttled:
+        text = f"Give {', '.join(throttled)} more air or cooler intake: heat slowed them for over 1 % of the time."
+        return Thermal(nodes=nodes, kind="throttled", advice=text)
+    if hot:
+        text = f"{', '.join(hot)} came to 95 °C or more without losing speed; leave no less air than there is."
+        return Thermal(nodes=nodes, kind="hot", advice=text)
+    if any(n.peak_package_mc is not None or n.throttled_share is not None for n in nodes):
+        return Thermal(nodes=nodes, kind="cool", advice="Nothing to change: no node was slowed by heat.")
+    return Thermal(nodes=nodes, kind="unknown", advice="No data: no node could read a temperature or a pressure level.")
 
 
 def _heat(window: Window, node: str) -> NodeHeat:
@@ -43,15 +55,3 @@ def _heat(window: Window, node: str) -> NodeHeat:
         throttle_events=sum(m.node == node and not event.open_at_start for m, event in window.of(ThrottleEvent)),
         throttled_share=window.throttled_share(node),
     )
-
-
-def _ambient(nodes: Sequence[NodeHeat]) -> str:
-    hot = [n.node for n in nodes if max(n.peak_package_mc or 0, n.peak_pcore_mc or 0) >= HOT_MC]
-    throttled = [n.node for n in nodes if (n.throttled_share or 0) > THROTTLED_TARGET]
-    if throttled:
-        return f"Give {', '.join(throttled)} more air or cooler intake: heat slowed them for over 1 % of the time."
-    if hot:
-        return f"{', '.join(hot)} came to 95 °C or more without losing speed; leave no less air than there is."
-    if any(n.peak_package_mc is not None or n.throttled_share is not None for n in nodes):
-        return "Nothing to change: no node was slowed by heat."
-    return "No data: no node could read a temperature or a pressure level."

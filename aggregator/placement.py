@@ -91,7 +91,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The placement and the moves. ``short`` lists what does not fit, with remedies. ``gap`` bounds the distance from
+    """The placement and the moves. ``short`` lists what does not fit, with remedies; ``notes`` what
+    stays as it is, and why. ``gap`` bounds the distance from
     the optimal placement; ``score`` is the objective value of packing.py."""
 
     period: str
@@ -115,14 +116,13 @@ def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa:
     placed = _placed(window, ordered.reached, facts)
     made = described(facts, ordered.steps)
     settings = _cache_settings(window, facts, ordered.reached)
-    stuck = _stuck(facts, ordered.reached)
     return PlacementReport(
         period=window.span.name,
         rebalance=bool(made),
         nodes=_node_loads(window, facts, ordered.reached),
         placed=placed,
         moves=made,
-        notes=(*_silent(window, facts), *_blocked(ordered.blocked), *stuck, *(s.reason for s in settings)),
+        notes=(*_silent(window, facts), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
         short=explained(facts, packed),
         settings=settings,
         gap=packed.gap,
@@ -192,8 +192,7 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
         )
     if missing:
         found.append(_too_little(missing, sizes, facts.rooms))
-    hot = [(name, share) for name, share in packed.over if name in facts.why_limited]
-    busy = [(name, share) for name, share in packed.over if name not in facts.why_limited]
+    busy = [(name, share) for name, share in packed.over if name not in facts.throttled]
     if busy:
         where = ", ".join(f"{name} by {share:.0%}" for name, share in busy)
         more = max(1, math.ceil(sum(share for _, share in busy) / CAP - 1e-9))
@@ -201,7 +200,11 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
             f"Load at the 95th percentile exceeds the limit: {where}. Add {_nodes(more)} like the fastest, or move the "
             "busiest model elsewhere."
         )
-    found += [f"{facts.why_limited[name]}, and its load fits on no other node: improve its cooling." for name, _ in hot]
+    found += [
+        f"{_throttled(facts, name)}, and its load fits on no other node: improve its cooling."
+        for name, _ in packed.over
+        if name in facts.throttled
+    ]
     return tuple(found)
 
 
@@ -228,6 +231,10 @@ def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable
     return f"Not enough memory for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."
 
 
+def _throttled(facts: Facts, node: str) -> str:
+    return f"{node} was throttled {facts.throttled[node]:.1%} of the time"
+
+
 def _nodes(count: int) -> str:
     return "one more node" if count == 1 else f"{count} more nodes"
 
@@ -249,8 +256,8 @@ def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
         return "load", f"{step.model} has {needed}", f"its nodes stay at {model.load / standing:.0%} each"
     room = by_room[step.source]
     before = load_of(room, facts.models, facts.now)
-    if room.name in facts.why_limited:
-        return "heat", facts.why_limited[room.name], f"{room.name} stays throttled at {before:.0%} load"
+    if room.name in facts.throttled:
+        return "heat", _throttled(facts, room.name), f"{room.name} stays throttled at {before:.0%} load"
     if before > room.limit:
         alone = max((m for m in facts.models if (m.name, room.name) in facts.now), key=lambda m: (m.share, m.name))
         itself = f"; {alone.name} needs the node to itself" if alone.share / room.speed > 0.5 * CAP else ""
@@ -285,7 +292,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
 
 def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, ...]:
     found = []
-    troubled = {r.name for r in facts.rooms if load_of(r, facts.models, facts.now) > r.limit} | set(facts.why_limited)
+    troubled = {r.name for r in facts.rooms if load_of(r, facts.models, facts.now) > r.limit} | set(facts.throttled)
     for one in current(window):
         reported_us = seconds(window.reported(one.node)) * 1e6
         mine = [e for e in window.engines if e.node == one.node and e.version == one.version]
@@ -330,8 +337,8 @@ def _stuck(facts: Facts, reached: Placement) -> list[str]:
     found = []
     for room in facts.rooms:
         before, after = (load_of(room, facts.models, at) for at in (facts.now, reached))
-        if room.name in facts.why_limited and after >= before > 0:
-            found.append(f"{facts.why_limited[room.name]}, and no other node has room for any of its models")
+        if room.name in facts.throttled and after >= before > 0:
+            found.append(f"{_throttled(facts, room.name)}, and no other node has room for any of its models")
     return found
 
 

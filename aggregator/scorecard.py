@@ -3,6 +3,8 @@
 What was not measured is "no data" and counts as neither kept nor missed.
 """
 
+from typing import Literal
+
 import msgspec
 
 from aggregator.api_prices import Comparisons
@@ -12,9 +14,12 @@ from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
 
+Kind = Literal["latency", "uptime", "heat", "swap", "price"]
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """``value`` and ``target`` are numbers in ``unit``; ``kept`` is None without data; ``text`` says it in words."""
+    """``value`` and ``target`` are numbers in ``unit``; ``kept`` is None without data; ``text`` says it in words.
+    ``kind`` is the promise."""
 
     name: str
     value: float | None
@@ -22,6 +27,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     kept: bool | None
     text: str
+    kind: Kind
 
 
 def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scorecard) -> tuple[Line, ...]:
@@ -38,7 +44,9 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
 def _latency(window: Window, targets: Scorecard) -> Line:
     p95 = merged(answered(window), "itl_us").quantile(0.95)
     value = p95 / 1000 if p95 is not None else None
-    return _at_most("p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %")
+    return _at_most(
+        "latency", "p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %"
+    )
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
@@ -47,7 +55,7 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
     text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
     if up.rack.share is not None:
         text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
-    return Line(name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
+    return Line(kind="uptime", name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
 
 
 def _heat(window: Window, targets: Scorecard) -> Line:
@@ -59,14 +67,14 @@ def _heat(window: Window, targets: Scorecard) -> Line:
         value = sum((h.throttled_share or 0.0) * us for h, us in known) / weight
     elif known:
         value = max(h.throttled_share or 0.0 for h, _ in known)
-    return _at_most("throttled", value, targets.throttled, "share", "of the time in which models worked")
+    return _at_most("heat", "throttled", value, targets.throttled, "share", "of the time in which models worked")
 
 
 def _swaps(window: Window, targets: Scorecard) -> Line:
     swaps = [record for _, record in window.of(SwapFinished)]
     longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
     failed = sum(s.outcome == "failed" for s in swaps)
-    return _at_most("longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
+    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
 
 
 def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
@@ -78,6 +86,7 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
             cheaper = "cheaper" if one.times_cheaper >= 1 else "of the price: dearer here"
             found.append(
                 Line(
+                    kind="price",
                     name=f"{one.model} against {one.frontier}",
                     value=one.times_cheaper,
                     target=targets.times_cheaper,
@@ -89,8 +98,9 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     return found
 
 
-def _at_most(name: str, value: float | None, target: float, unit: str, of: str) -> Line:
+def _at_most(kind: Kind, name: str, value: float | None, target: float, unit: str, of: str) -> Line:
     if value is None:
-        return Line(name=name, value=None, target=target, unit=unit, kept=None, text="no data")
+        return Line(kind=kind, name=name, value=None, target=target, unit=unit, kept=None, text="no data")
     said = f"{value:.2%}" if unit == "share" else f"{value:,.1f} {unit}"
-    return Line(name=name, value=value, target=target, unit=unit, kept=value <= target, text=f"{said} {of}")
+    kept, text = value <= target, f"{said} {of}"
+    return Line(kind=kind, name=name, value=value, target=target, unit=unit, kept=kept, text=text)

@@ -146,4 +146,4 @@ def _eviction(
 
 def verdicts(made: Trace) -> list[tuple[str, str]]:
     """(known, reported) verdicts of every eviction of a trace."""
-    return [(made.truth[j.model, j.t_ms], j.verdict) for j in eviction.judge(made.window)]
+    return [(made.truth[e.record.model, e.record.t_ms], e.verdict) for e in eviction.judge(made.window)]

@@ -259,6 +259,21 @@ def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hi
     assert hint in row.hint
 
 
+def test_evictions_of_one_kind_are_counted_together_whatever_their_figures() -> None:
+    """The evidence is that of the most frequent kind; seconds and counts in a sentence do not set evictions apart."""
+    busy = [evicted(minute=100 + 60 * n, for_model="k", requests_last_hour=30) for n in range(2)]
+    wanted = [
+        one
+        for n in range(3)
+        for one in (
+            evicted(minute=10 * n),
+            msgspec.structs.replace(missed(n + 5), t_ms=T0 + 10 * n * MINUTE + 1000 * (n + 5)),
+        )
+    ]
+    (row,) = eviction.report(window(batch([*busy, *wanted]))).rows
+    assert row.hint == "wanted again after 5 s: give it room on another node, or pin it here"
+
+
 def test_the_ten_most_evicted_models_are_listed_in_order() -> None:
     records = [evicted(model=f"m{n}", minute=t) for n in range(14) for t in range(n + 1)]
     report = eviction.report(window(batch(records)))

@@ -13,13 +13,14 @@ def page(report: PlacementReport, rack: str) -> Page:
         lead = f"{len(report.moves)} steps would put the models where their work fits."
     if report.short:
         lead = report.short[0]
+    remarks = (*report.notes, *(setting.reason for setting in report.settings))
     return page_of(
         f"Placement, rack {rack}, {report.period}",
         lead,
         [
             Section(title="What does not fit", points=report.short) if len(report.short) > 1 else None,
             _moves(report) if report.moves else None,
-            Section(title="Settings and remarks", points=report.notes) if report.notes else None,
+            Section(title="Settings and remarks", points=remarks) if remarks else None,
             _nodes(report),
             _models(report),
         ],

@@ -21,5 +21,5 @@ def _target(line: Line) -> str:
     if line.unit == "times":
         return f"at least {line.target:g} times cheaper"
     if line.unit == "share":
-        return f"{'at least' if line.name == 'uptime' else 'at most'} {line.target:.1%}"
+        return f"{'at least' if line.kind == 'uptime' else 'at most'} {line.target:.1%}"
     return f"at most {line.target:g} {line.unit}"
