@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from aggregator.config import Scorecard
 from aggregator.cost import CostReport
 from aggregator.eviction import EvictionReport
 from aggregator.heat import Thermal
@@ -11,7 +12,6 @@ from aggregator.placement import PlacementReport
 from aggregator.uptime import Uptime
 from aggregator.window import Window, seconds
 
-UPTIME_TARGET = 0.999
 IDLE_NODE = 0.02
 RETIRE_AFTER_S = 7 * 86_400
 
@@ -31,6 +31,7 @@ def recommendations(
     money: CostReport,
     up: Uptime,
     evicted: EvictionReport,
+    targets: Scorecard,
 ) -> list[Recommendation]:
     """Capacity and placement first, then nodes to retire, then what an operator should look into."""
     found = [Recommendation(kind="capacity", text="make room", because=text) for text in map_.short]
@@ -70,7 +71,7 @@ def recommendations(
     found += [
         Recommendation(kind="operations", text=f"find out why {n.node} is down so often", because=f"up {n.share:.2%}")
         for n in up.nodes
-        if n.share is not None and n.share < UPTIME_TARGET
+        if n.share is not None and n.share < targets.uptime
     ]
     found += [
         Recommendation(kind="operations", text=f"cost of {m.model}", because=m.change.text)

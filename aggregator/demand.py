@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from aggregator import eviction, packing
+from aggregator import eviction, heat, packing
 from aggregator.config import PlacedModel
 from aggregator.config import Placement as Rules
 from aggregator.packing import CAP, Copyable, Placement, Room
@@ -16,7 +16,6 @@ from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
 from shared.records import Hardware, ModelEvicted, ModelLoaded
 
-THROTTLED = 0.03
 ALONE = 0.95
 """Load limit of a node that a single model has to itself, before the model gets another copy."""
 GONE_MS = 900_000
@@ -112,7 +111,7 @@ def _rooms(
         budget = host.memory_budget_bytes if host is not None and host.memory_budget_bytes is not None else held
         room = Room(name=name, budget_bytes=budget, speed=speeds[name])
         share = window.throttled_share(name)
-        if share is not None and share > THROTTLED:
+        if share is not None and share > heat.MOVE_SHARE:
             here = [m.share / room.speed for m in models if (m.name, name) in now and name not in m.pinned]
             load = packing.load_of(room, models, now)
             room = msgspec.structs.replace(room, limit=max(0.0, min(CAP, load - min(here))) if here else min(CAP, load))

@@ -8,7 +8,14 @@ from aggregator.window import Window
 from shared.records import ThrottleEvent
 
 HOT_MC = 95_000
-THROTTLED_TARGET = 0.01
+TARGET_SHARE = 0.01
+"""Default target: a node that was throttled for more of its time needs more air."""
+MOVE_SHARE = 0.03
+"""A node that was throttled for more of its time gives up a model."""
+ROSE_SHARE = 0.05
+"""A rise against the week before that explains slower tokens."""
+ALERT_SHARE = 0.05
+"""Default of the alert, over minutes."""
 
 
 class NodeHeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,13 +37,14 @@ class Thermal(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["throttled", "hot", "cool", "unknown"]
 
 
-def thermal(window: Window) -> Thermal:
-    """Peaks and throttling of every node, and one piece of advice."""
+def thermal(window: Window, target: float = TARGET_SHARE) -> Thermal:
+    """Peaks and throttling of every node, and one piece of advice; ``target`` is the highest tolerable share."""
     nodes = tuple(_heat(window, node) for node in window.nodes)
     hot = [n.node for n in nodes if max(n.peak_package_mc or 0, n.peak_pcore_mc or 0) >= HOT_MC]
-    throttled = [n.node for n in nodes if (n.throttled_share or 0) > THROTTLED_TARGET]
+    throttled = [n.node for n in nodes if (n.throttled_share or 0) > target]
     if throttled:
-        text = f"Give {', '.join(throttled)} more air or cooler intake: heat slowed them for over 1 % of the time."
+        long = f"heat slowed them for over {target * 100:g} % of the time"
+        text = f"Give {', '.join(throttled)} more air or cooler intake: {long}."
         return Thermal(nodes=nodes, kind="throttled", advice=text)
     if hot:
         text = f"{', '.join(hot)} came to 95 °C or more without losing speed; leave no less air than there is."

@@ -57,7 +57,7 @@ def judge(
 ) -> Judged:
     """The judgement of a span up to ``now_ms``. Costs are compared with those of ``last``, if it has any telemetry;
     ``notes`` are an operator's, about incidents."""
-    volume, thermal = volumes.volume(window), heat.thermal(window)
+    volume, thermal = volumes.volume(window), heat.thermal(window, config.scorecard.throttled)
     before = cost.compute(last, config) if last is not None and last.batches else None
     money = cost.compute(window, config, before)
     # prices as of the end of the span: a later run gives the same figures
@@ -82,7 +82,7 @@ def judge(
         uptime=up,
         swaps=_swaps(window),
         scorecard=scorecard.lines(window, up, apis, config.scorecard),
-        recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted)),
+        recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard)),
     )
 
 

@@ -22,6 +22,7 @@ from aggregator.moves import Step
 from aggregator.packing import CAP, Copyable, Packed, Placement, Room
 from aggregator.window import Window, seconds
 
+CROWDED = 0.90
 LONG_PROMPT_TOK = 2_000
 LOW_HIT_SHARE = 0.30
 LOAD_GB_S = 1.5
@@ -41,6 +42,16 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
     load: float = 0.0
     load_after: float = 0.0
     held_after_bytes: int = 0
+
+    @property
+    def held_share(self) -> float:
+        """Share of the memory budget in use; 0 where the budget is not known."""
+        return self.held_bytes / self.budget_bytes if self.budget_bytes else 0.0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether little memory is left for another model."""
+        return self.held_share > CROWDED
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):

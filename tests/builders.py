@@ -1,9 +1,11 @@
 """Telemetry as nodes report it, as real records and batches."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import msgspec
+from pypdf import PdfReader
 
 from aggregator.calendar import Span
 from aggregator.tables import FOLDS, SLOT_MS
@@ -123,6 +125,11 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
         asked=_summed(_served_rows(facts, SLOT_MS), Asked),
         events=tuple(sorted((f for f in facts if isinstance(f.record, EVENT_TYPES)), key=_when)),
     )
+
+
+def pdf_text(body: bytes) -> str:
+    """What a reader sees in a PDF."""
+    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
 
 
 EVENT_TYPES = (*get_args(Event), Hardware)

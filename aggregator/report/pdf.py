@@ -12,9 +12,9 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
-from aggregator.advice import UPTIME_TARGET
 from aggregator.calendar import local
 from aggregator.judgements import Judged
+from aggregator.placement import NodeLoad
 from aggregator.report import wording
 
 INK, SOFT, FAINT, LINE = (colors.HexColor(c) for c in ("#1B2733", "#5B6B7A", "#F3F6F9", "#D5DDE5"))
@@ -22,7 +22,6 @@ BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E")
 MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
-ITL_TARGET_US = 100_000
 LONGEST_TEXT = 600
 """In characters: a table cell cannot be taller than a page."""
 
@@ -79,14 +78,13 @@ def _front(report: Judged) -> list[Any]:
 
 
 def _cards(report: Judged) -> Table:
-    up = report.uptime.request_share
-    itl = report.volume.itl_p95_us
-    fast = None if itl is None else itl <= ITL_TARGET_US
+    up, itl = (next(line for line in report.scorecard if line.kind == kind) for kind in ("uptime", "latency"))
+    speed = wording.ms(report.volume.itl_p95_us)
     price = report.cost.average_per_m
     cards = [
         ("Requests answered", wording.count(report.volume.requests) if not report.empty else wording.NO_DATA, "", None),
-        ("Availability", wording.share(up, 2), "target 99.90 %", None if up is None else up >= UPTIME_TARGET),
-        ("Inter-token latency (ITL), p95", wording.ms(itl), "target 100 ms", fast),
+        ("Availability", wording.share(up.value, 2), f"target {wording.share(up.target, 2)}", up.kept),
+        ("Inter-token latency (ITL), p95", speed, f"target {itl.target:g} ms", itl.kept),
         ("Cost per million tokens", wording.money(price, report.cost.currency), "including idle time", None),
     ]
     cells = [
@@ -210,7 +208,7 @@ def _map(report: Judged) -> Table:
     for node in d.nodes:
         names = [f"{p.model} ({wording.gb(p.need_bytes)})" for p in d.placed if p.node == node.node] or ["nothing"]
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
-        bar = _meter(node.held_bytes / node.budget_bytes if node.budget_bytes else 0.0)
+        bar = _meter(node)
         busy = _p(wording.share(node.busy_share), NUMBER)
         # a cell cannot break across pages, rows can
         first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
@@ -220,11 +218,11 @@ def _map(report: Judged) -> Table:
     return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
 
 
-def _meter(full: float) -> Drawing:
+def _meter(node: NodeLoad) -> Drawing:
     drawing = Drawing(WIDTH * 0.18, 8)
     drawing.add(Rect(0, 1, WIDTH * 0.18, 6, fillColor=LINE, strokeColor=None))
-    colour = BLUE if full <= 0.9 else BAD
-    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, full), 6, fillColor=colour, strokeColor=None))
+    colour = BAD if node.crowded else BLUE
+    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, node.held_share), 6, fillColor=colour, strokeColor=None))
     return drawing
 
 

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from aggregator import annotations, cost, economics, load, scorecard, uptime
+from aggregator import alerts, annotations, cost, economics, heat, load, packing, scorecard, uptime
+from aggregator.alerts import AlertState
 from aggregator.calendar import Span, as_long_before, between, days, full_hour, month, week
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig, Scorecard
 from aggregator.economics import Inputs
 from aggregator.judgements import judge
-from aggregator.report import html, markdown
+from aggregator.report import html, markdown, pdf
 from aggregator.report.page import Curve, Page, Section, table
 from aggregator.report.pages import economics as economics_page
-from aggregator.window import straightened, union
+from aggregator.report.pages import scorecard as scorecard_page
+from aggregator.window import facts_of, straightened, union
 from shared import keys
 from shared.batch import Batch, seal
 from shared.errors import Refused
@@ -36,7 +38,7 @@ from shared.records import (
 from shared.sketch import RELATIVE_ERROR, Sketch
 from shared.store import ObjectStore, list_all
 from shared.store_dir import DirectoryStore
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
 
 CONFIG = msgspec.convert(
@@ -177,6 +179,41 @@ def test_a_month_is_compared_with_its_targets() -> None:
     }
     nothing = scorecard.lines(window(), uptime.uptime(window(), T0), None, Scorecard())
     assert [line.kept for line in nothing] == [None] * 4
+
+
+@pytest.mark.parametrize("share", [heat.TARGET_SHARE, heat.MOVE_SHARE, heat.ALERT_SHARE])
+def test_page_pdf_and_alert_take_a_share_of_throttling_from_one_definition(share: float) -> None:
+    """Each share is tolerated exactly, and not a thousandth more."""
+    for more, above in ((0.0, False), (0.001, True)):
+        throttled, records = share + more, [resident(), engine(), served(), host(throttled=share + more)]
+        made = [batch(records, minute=n) for n in range(3)]
+        judged = judge(window(*made), None, CONFIG, T0 + 3 * MINUTE)
+        target = throttled > heat.TARGET_SHARE
+        page = scorecard_page.page(judged.scorecard, "", "")
+        (line,) = (row for row in page.sections[0].table.rows if row[0] == "throttled")  # type: ignore[union-attr]
+        assert line[3] == ("missed" if target else "kept")
+        assert (judged.thermal.kind == "throttled") == target
+        assert ("more air" in pdf_text(pdf.render(judged))) == target
+        assert (judged.distribution.nodes[0].limit < packing.CAP) == (throttled > heat.MOVE_SHARE)
+        state = alerts.observe(AlertState(), facts_of(made[0]), T0 + MINUTE, CONFIG.alerts)
+        firing = {one.code for one in alerts.evaluate(state, T0 + MINUTE, CONFIG.alerts)[0].firing}
+        assert ("throttling" in firing) == (throttled > heat.ALERT_SHARE)
+        assert above == (throttled > share)
+
+
+def test_the_pdf_shows_the_configured_targets() -> None:
+    made = window(batch([served(), engine(), resident(), host(throttled=0.03)]))
+    plain = pdf_text(pdf.render(judge(made, None, CONFIG, T0 + MINUTE)))
+    assert "target 99.90 %" in plain
+    assert "target 100 ms" in plain
+    assert "for over 1 % of the time" in plain
+    targets = Scorecard(uptime=0.95, itl_p95_ms=5.5, throttled=0.02)
+    other = judge(made, None, msgspec.structs.replace(CONFIG, scorecard=targets), T0 + MINUTE)
+    text = pdf_text(pdf.render(other))
+    assert "target 95.00 %" in text
+    assert "target 5.5 ms" in text
+    assert "for over 2 % of the time" in text
+    assert {line.kind: line.kept for line in other.scorecard}["latency"] is False
 
 
 inputs = st.builds(

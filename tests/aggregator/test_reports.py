@@ -26,7 +26,7 @@ from shared.records import (
     SwapFinished,
     ThrottleEvent,
 )
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 
 
 def config(*nodes: str, **more: object) -> AggregatorConfig:
@@ -409,11 +409,3 @@ def test_forty_models_with_long_names_fit_the_page() -> None:
 def test_equal_reports_give_equal_pdfs() -> None:
     report = judge(window(batch([served(), host()])), None, config("n1"), T0 + MINUTE)
     assert pdf.render(report) == pdf.render(report)
-
-
-def pdf_text(body: bytes) -> str:
-    import io
-
-    from pypdf import PdfReader
-
-    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
