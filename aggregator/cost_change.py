@@ -20,7 +20,7 @@ import msgspec
 from aggregator import heat
 from aggregator.config import Cost
 
-_TINY = 1e-15
+_TINY = 1e-18
 """Replaces a factor of zero; the logarithmic mean approaches its limit there."""
 HIT_FALL = 0.15
 ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
