@@ -216,6 +216,14 @@ FOLDS: dict[str, Fold] = {
         lasts=("need_bytes", "pinned"),
         lift={"windows": "1", "length_ms": _LENGTH},
     ),
+    "desired": Fold(
+        source=("desired_observed",),
+        labels=("node", "generation", "state"),
+        sums=("windows",),
+        mins=("since_ms",),
+        lasts=("reason",),
+        lift={"windows": "1", "since_ms": "t_start_ms"},
+    ),
     "outlet": Fold(
         source=("outlet",),
         labels=("meter", "nodes"),

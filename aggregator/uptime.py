@@ -63,8 +63,21 @@ class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
     share: float | None
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node follows the desired state: the newest generation it reported and its state there (acting, converged,
+    drifted or failed) since when, the windows of the span that were not converged, and the last reason given."""
+
+    node: str
+    generation: int
+    state: str
+    since_ms: int
+    not_converged: int
+    reason: str
+
+
 class Uptime(msgspec.Struct, frozen=True, kw_only=True):
-    """Availability of the rack by requests and by time, and of each node by time."""
+    """Availability of the rack by requests and by time, and of each node by time. ``desired`` is absent where no
+    node follows a desired state."""
 
     requests_ok: int
     requests_bad: int
@@ -73,6 +86,7 @@ class Uptime(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeUptime, ...]
     incidents: tuple[Incident, ...]
     lost_batches: int = 0
+    desired: tuple[Progress, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) -> Uptime:
@@ -93,8 +107,30 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
         rack=_rack(list(tracks.values())),
         nodes=tuple(track.sums() for track in tracks.values()),
         incidents=tuple(_annotated(one, annotations) for one in merged),
+        desired=_desired(window) or msgspec.UNSET,
         lost_batches=sum(max(run.missing, run.dropped_batches - run.dropped_before) for run in window.runs),
     )
+
+
+def _desired(window: Window) -> tuple[Progress, ...]:
+    found = []
+    for node in sorted({d.node for d in window.desired}):
+        *before, newest = sorted((d for d in window.desired if d.node == node), key=lambda d: (d.last_ms, d.generation))
+        behind = [d for d in (*before, newest) if d.state not in ("none", "converged")]
+        if newest.state == "none":
+            continue
+        found.append(
+            Progress(
+                node=node,
+                generation=newest.generation,
+                state=newest.state,
+                # it may have been in the same state earlier, too
+                since_ms=max([newest.since_ms, *(d.last_ms for d in before)]),
+                not_converged=sum(d.windows for d in behind),
+                reason=next((d.reason for d in reversed(behind) if d.reason), ""),
+            )
+        )
+    return tuple(found)
 
 
 def covered(up: Uptime) -> float | None:

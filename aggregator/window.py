@@ -169,6 +169,18 @@ class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int | None = None
 
 
+class DesiredSum(msgspec.Struct, frozen=True, kw_only=True):
+    """A node at one generation of the desired state and in one state, from its first window there to its last."""
+
+    node: str
+    generation: int
+    state: str
+    windows: int
+    since_ms: int
+    last_ms: int
+    reason: str = ""
+
+
 class OutletSum(msgspec.Struct, frozen=True, kw_only=True):
     """A metered outlet: joules in thousandths over the time that is covered."""
 
@@ -254,6 +266,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[EngineSum, ...] = ()
     hosts: tuple[HostSum, ...] = ()
     residents: tuple[ResidentSum, ...] = ()
+    desired: tuple[DesiredSum, ...] = ()
     outlets: tuple[OutletSum, ...] = ()
     runs: tuple[Run, ...] = ()
     covers: tuple[Cover, ...] = ()

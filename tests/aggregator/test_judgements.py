@@ -22,6 +22,7 @@ from aggregator.report import html, markdown, pdf
 from aggregator.report.page import Curve, Page, Section, table
 from aggregator.report.pages import economics as economics_page
 from aggregator.report.pages import scorecard as scorecard_page
+from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import facts_of, straightened, union
 from shared import keys
 from shared.batch import Batch, seal
@@ -29,6 +30,7 @@ from shared.errors import Refused
 from shared.ids import NodeId
 from shared.records import (
     AgentStarted,
+    DesiredObserved,
     MemoryPressed,
     ModelEvicted,
     Record,
@@ -157,6 +159,31 @@ def test_invalid_annotations_do_not_stop_a_report(tmp_path: Path) -> None:
     put(store, batch([served(), resident(), engine()]))
     rollup.run(CONFIG, store)
     assert weekly.run(CONFIG, store, "2026-W47")
+
+
+def test_the_page_shows_how_each_node_follows_the_desired_state() -> None:
+    states = [
+        (1, "converged", ""),
+        (2, "acting", ""),
+        (2, "failed", "no memory"),
+        (2, "converged", ""),
+        (2, "drifted", ""),
+    ]
+    made = [
+        batch([DesiredObserved(generation=g, state=state, reason=reason)], minute=n)
+        for n, (g, state, reason) in enumerate([*states, (2, "converged", "")])
+    ]
+    idle = batch([DesiredObserved(generation=0, state="none")], node="n2")
+    report = uptime.uptime(window(*made, idle), T0 + 6 * MINUTE)
+    (progress,) = report.desired or ()
+    assert (progress.generation, progress.state, progress.since_ms) == (2, "converged", T0 + 5 * MINUTE)
+    assert (progress.not_converged, progress.reason) == (3, "no memory")
+    text = markdown.render(uptime_page.page(report, "2026-W47", "UTC", "r")).decode()
+    line = "n1: desired state: generation 2, converged since 21 Nov 00:05; not converged in 3 windows"
+    assert f"- {line}, last because: no memory" in text
+    plain = uptime.uptime(window(idle), T0 + MINUTE)
+    assert b"desired" not in msgspec.json.encode(plain)
+    assert "Desired state" not in markdown.render(uptime_page.page(plain, "2026-W47", "UTC", "r")).decode()
 
 
 # scorecard and economics

@@ -1,9 +1,11 @@
 """The page of availability and incidents. Pure."""
 
+from collections.abc import Sequence
+
 from aggregator.calendar import local
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import NO_DATA, span
-from aggregator.uptime import NodeUptime, Uptime
+from aggregator.uptime import NodeUptime, Progress, Uptime
 
 
 def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
@@ -20,6 +22,7 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
                 text=(*(lost if report.lost_batches else ()), *remarks),
                 table=table(columns, nodes, (1, 2, 3, 4, 5)),
             ),
+            _desired(report.desired or (), zone),
             _incidents(report, zone),
         ],
         "Up is the time a node reported by the time it is known to have reported or to have been down. A gap that "
@@ -44,6 +47,18 @@ def _lead(report: Uptime) -> str:
 def _row(name: str, n: NodeUptime) -> tuple[str, ...]:
     up = f"{n.share:.3%}" if n.share is not None else NO_DATA
     return (name, *map(span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)), up)
+
+
+def _desired(nodes: Sequence[Progress], zone: str) -> Section | None:
+    lines = []
+    for n in nodes:
+        line = (
+            f"{n.node}: desired state: generation {n.generation}, {n.state} since {local(n.since_ms, zone):%d %b %H:%M}"
+        )
+        if n.not_converged:
+            line += f"; not converged in {n.not_converged:,} windows"
+        lines.append(f"{line}, last because: {n.reason}" if n.reason else line)
+    return Section(title="Desired state", points=tuple(lines)) if lines else None
 
 
 def _incidents(report: Uptime, zone: str) -> Section:
