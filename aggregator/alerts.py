@@ -26,29 +26,14 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     runbook: str
 
 
-RULES = (
-    Rule(code="node_down", title="Node down", severity="page", channel="alerts", runbook="docs/runbooks.md#node-down"),
-    Rule(
-        code="throttling",
-        title="Thermal throttling",
-        severity="warn",
-        channel="thermal",
-        runbook="docs/runbooks.md#throttling",
-    ),
-    Rule(
-        code="swap_failed",
-        title="Model swap failed",
-        severity="warn",
-        channel="alerts",
-        runbook="docs/runbooks.md#swap-failed",
-    ),
-    Rule(
-        code="eviction_storm",
-        title="Eviction storm",
-        severity="warn",
-        channel="alerts",
-        runbook="docs/runbooks.md#eviction-storm",
-    ),
+RULES = tuple(
+    Rule(code=code, title=title, severity=severity, channel=channel, runbook=f"docs/runbooks.md#{anchor}")
+    for code, title, severity, channel, anchor in (
+        ("node_down", "Node down", "page", "alerts", "node-down"),
+        ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
+        ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
+        ("eviction_storm", "Eviction storm", "warn", "alerts", "eviction-storm"),
+    )
 )
 
 

@@ -225,22 +225,18 @@ def _gaps(window: Window, node: str, until: int) -> list[Incident]:
             continue
         cause = _cause(window, node, start, end)
         if cause is not None:
-            word, text, fix = cause
-            found.append(Incident(node=node, scope="node", start_ms=start, end_ms=end, cause=word, text=text, fix=fix))
+            found.append(_incident(node, "node", (start, end), cause))
     down_at = _down_now(window, node)
     if down_at is not None and reported and reported[-1][1] <= down_at + GRACE_MS and reported[-1][1] < until:
-        found.append(
-            Incident(
-                node=node,
-                scope="node",
-                start_ms=max(down_at, reported[-1][1]),
-                end_ms=None,
-                cause="unknown",
-                text="no answer to heartbeats of its peers",
-                fix="check the machine",
-            )
-        )
+        why = ("unknown", "no answer to heartbeats of its peers", "check the machine")
+        found.append(_incident(node, "node", (max(down_at, reported[-1][1]), None), why))
     return found
+
+
+def _incident(node: str, scope: str, times: tuple[int, int | None], why: tuple[str, str, str]) -> Incident:
+    """``times`` are its start and end, ``why`` its cause, text and fix."""
+    (start, end), (cause, text, fix) = times, why
+    return Incident(node=node, scope=scope, start_ms=start, end_ms=end, cause=cause, text=text, fix=fix)
 
 
 def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
@@ -313,51 +309,32 @@ def _down_now(window: Window, node: str) -> int | None:
 
 
 def _loaders(window: Window) -> list[Incident]:
-    return [
-        Incident(
-            node=meta.node,
-            scope=f"model {record.model}",
-            start_ms=record.t_ms,
-            end_ms=record.t_ms,
-            cause="loader",
-            text=f"the loader exited ({record.cause})",
-            fix="restarted by the agent",
-        )
-        for meta, record in window.of(LoaderExited)
-    ]
+    found = []
+    for meta, record in window.of(LoaderExited):
+        why = ("loader", f"the loader exited ({record.cause})", "restarted by the agent")
+        found.append(_incident(meta.node, f"model {record.model}", (record.t_ms, record.t_ms), why))
+    return found
 
 
 def _swaps(window: Window) -> list[Incident]:
-    return [
-        Incident(
-            node=meta.node,
-            scope=f"model {record.model}",
-            start_ms=record.t_ms - record.window_us // 1000,
-            end_ms=record.t_ms,
-            cause="deploy",
-            text=f"the swap to {record.to_version} failed: {record.reason or 'no reason reported'}",
-            fix="the old version continued to serve",
-        )
-        for meta, record in window.of(SwapFinished)
-        if record.outcome == "failed"
-    ]
+    found = []
+    for meta, record in window.of(SwapFinished):
+        if record.outcome == "failed":
+            text = f"the swap to {record.to_version} failed: {record.reason or 'no reason reported'}"
+            times = (record.t_ms - record.window_us // 1000, record.t_ms)
+            why = ("deploy", text, "the old version continued to serve")
+            found.append(_incident(meta.node, f"model {record.model}", times, why))
+    return found
 
 
 def _heat(window: Window) -> list[Incident]:
     """Throttling at the highest levels; lower ones are covered by the thermal figures."""
-    return [
-        Incident(
-            node=meta.node,
-            scope="heat",
-            start_ms=record.start_ms,
-            end_ms=record.t_ms,
-            cause="heat",
-            text=f"thermal pressure rose to {record.level}",
-            fix="improve cooling or airflow",
-        )
-        for meta, record in window.of(ThrottleEnded)
-        if record.level in _WORST
-    ]
+    found = []
+    for meta, record in window.of(ThrottleEnded):
+        if record.level in _WORST:
+            why = ("heat", f"thermal pressure rose to {record.level}", "improve cooling or airflow")
+            found.append(_incident(meta.node, "heat", (record.start_ms, record.t_ms), why))
+    return found
 
 
 def _merged(incidents: Sequence[Incident]) -> list[Incident]:

@@ -121,14 +121,9 @@ def _volume(report: Judged) -> list[Any]:
         return _section("1. Inference volume", [_p("No data: no requests were answered this month.", BODY)])
     rows = [
         (
-            m.model,
-            wording.count(m.requests),
-            wording.count(m.prompt_tok),
+            *(m.model, wording.count(m.requests), wording.count(m.prompt_tok)),
             wording.share(m.cached_tok / m.prompt_tok if m.prompt_tok else None),
-            wording.count(m.completion_tok),
-            wording.ms(m.ttft_p50_us),
-            wording.ms(m.ttft_p95_us),
-            wording.ms(m.itl_p95_us),
+            *(wording.count(m.completion_tok), *map(wording.ms, (m.ttft_p50_us, m.ttft_p95_us, m.itl_p95_us))),
         )
         for m in v.models
     ]
@@ -166,11 +161,8 @@ def _thermal(report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
-            n.node,
-            wording.celsius(n.peak_package_mc),
-            wording.celsius(n.peak_pcore_mc),
-            wording.count(n.throttle_events),
-            wording.share(n.throttled_share),
+            *(n.node, wording.celsius(n.peak_package_mc), wording.celsius(n.peak_pcore_mc)),
+            *(wording.count(n.throttle_events), wording.share(n.throttled_share)),
         )
         for n in t.nodes
     ]
@@ -232,13 +224,8 @@ def _cost(report: Judged) -> list[Any]:
         return _section("5. Cost", [_p("No data.", BODY)])
     rows = [
         (
-            m.model,
-            wording.money(m.loaded, c.currency),
-            wording.money(m.direct_per_m, c.currency),
-            wording.money(m.loaded_per_m, c.currency),
-            a.same_as or wording.NO_DATA,
-            wording.money(a.median, c.currency),
-            wording.money(a.saving, c.currency),
+            *(m.model, *(wording.money(value, c.currency) for value in (m.loaded, m.direct_per_m, m.loaded_per_m))),
+            *(a.same_as or wording.NO_DATA, wording.money(a.median, c.currency), wording.money(a.saving, c.currency)),
         )
         for m, a in zip(c.models, report.apis.models, strict=True)
     ]
@@ -267,14 +254,7 @@ def _uptime(report: Judged) -> list[Any]:
         f"{wording.span(report.swaps.longest_s)}."
     )
     rows = [
-        (
-            n.node,
-            wording.share(n.share, 2),
-            wording.span(n.up_s),
-            wording.span(n.idle_s),
-            wording.span(n.down_s),
-            wording.span(n.unknown_s),
-        )
+        (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)))
         for n in u.nodes
     ]
     nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows, wide=0, left=1)
@@ -289,10 +269,7 @@ def _incidents(report: Judged) -> list[Any]:
         (
             f"{local(i.start_ms, report.timezone):%m-%d %H:%M:%S}",
             wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "ongoing",
-            i.node,
-            i.scope,
-            i.text,
-            i.fix,
+            *(i.node, i.scope, i.text, i.fix),
         )
         for i in incidents[:40]
     ]
