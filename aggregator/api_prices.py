@@ -13,7 +13,6 @@ from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
 
 import genai_prices
 import msgspec
@@ -218,13 +217,9 @@ def _offers() -> tuple[tuple[str, str, str], ...]:
         (provider.id, model.id, _plain(model.id))
         for provider in data_snapshot.get_snapshot().providers
         for model in provider.models
-        if not _is_free(model)
+        if not str(model.id).endswith(":free")
     ]
     return tuple(sorted(found))
-
-
-def _is_free(model: Any) -> bool:
-    return str(model.id).endswith(":free")
 
 
 def _plain(name: str) -> str:

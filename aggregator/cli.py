@@ -27,6 +27,7 @@ from shared.bucket import Store, check_store
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
 from shared.secrets import resolve
+from shared.store import ObjectStore
 from shared.store_open import open_store
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
@@ -142,12 +143,16 @@ def _config(args: argparse.Namespace) -> AggregatorConfig:
     return shared_config.load(path, AggregatorConfig, aggregator_config.check)
 
 
+def _opened(args: argparse.Namespace) -> tuple[AggregatorConfig, ObjectStore]:
+    config = _config(args)
+    return config, open_store(config.store, os.environ)
+
+
 def _rollup(args: argparse.Namespace) -> int:
     from aggregator import lease
     from aggregator.commands import rollup
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     with lease.held(store, "rollup"):
         manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again)
     done = {
@@ -203,8 +208,7 @@ def _alert(args: argparse.Namespace) -> int:
     from aggregator import lease, notify
     from aggregator.commands import alert
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     references = {"alerts": config.discord.alerts, "thermal": config.discord.thermal}
     urls = {name: resolve(reference, os.environ) for name, reference in references.items() if reference}
     with lease.held(store, "alert"):
@@ -218,8 +222,7 @@ def _apply(args: argparse.Namespace) -> int:
     from aggregator.calendar import last_week
     from aggregator.commands import apply
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
     steps = _numbers(args.steps) if args.steps is not None else None
     moves, state = apply.run(config, store, report, steps, args.dry_run)
@@ -249,10 +252,7 @@ def _sync(args: argparse.Namespace) -> int:
     done = sync.run(source, there, raw=not args.without_raw, told=_progress(args))
     _say(args, msgspec.to_builtins(done), f"{done.written:,} objects, {done.bytes / 1e6:.1f} MB copied")
     for key in done.clashes:
-        print(
-            f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed",
-            file=sys.stderr,
-        )
+        print(f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed", file=sys.stderr)
     return 1 if done.clashes else 0
 
 
@@ -260,8 +260,7 @@ def _prune(args: argparse.Namespace) -> int:
     from aggregator import lease
     from aggregator.commands import prune
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     with lease.held(store, "rollup"):
         done = prune.run(config, store, datetime.now(UTC), args.dry_run)
     would = "would be deleted" if args.dry_run else "deleted"

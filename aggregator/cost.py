@@ -189,7 +189,7 @@ class _Sum:
     """Running sums of one served name."""
 
     def __init__(self) -> None:
-        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = self.answered = 0
+        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = 0
         self.prefill_us = self.decode_us = Decimal(0)
         self.direct: Decimal | None = None
         self.prefill = Decimal(0)
@@ -246,7 +246,6 @@ class _Shares:
             total = self._sums.setdefault(served.model, _Sum())
             if served.outcome == "ok":
                 total.requests += served.requests
-                total.answered += served.completion_tok
                 total.cut += served.requests if served.finish == "length" else 0
             total.prompt_tok += served.prompt_tok
             total.cached_tok += served.cached_tok

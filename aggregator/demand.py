@@ -4,6 +4,7 @@ Demand is the 95th percentile of five-minute slots, not the mean: users wait dur
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -45,6 +46,7 @@ def facts_of(window: Window, rules: Rules) -> Facts:
     residents = {(r.model, r.node): r for r in everywhere if r.node not in silent}
     speeds = _speeds(window)
     load = _loads(window, speeds)
+    typical = statistics.median(speeds.values()) if speeds else 1.0
     wished = {w.model: w for w in rules.models}
     models, least = [], {}
     for name in sorted({r.model for r in everywhere}):
@@ -54,7 +56,7 @@ def facts_of(window: Window, rules: Rules) -> Facts:
         work = max(LEAST_LOAD, load.get(name, 0.0))
         # its own node first, another copy once it has that
         alone = all(m == name for m, n in residents if n in {r.node for r in here})
-        needed = max(wish.min_copies, math.ceil(work / (CAP if alone else ALONE) / _typical(speeds)))
+        needed = max(wish.min_copies, math.ceil(work / (CAP if alone else ALONE) / typical))
         allowed = [n for n in window.nodes if n not in silent and (not wish.nodes or n in wish.nodes)]
         least[name] = min(needed, max(1, len(allowed)))
         copies = max(least[name], len(here))
@@ -128,10 +130,10 @@ def _speeds(window: Window) -> dict[str, float]:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
     chips = {meta.node: record.chip for meta, record in window.of(Hardware)}
     known = {node: found for node in window.nodes if (found := _bandwidth(chips.get(node, "")))}
-    typical = _median(list(known.values())) if known else None
+    typical = statistics.median(known.values()) if known else None
     speeds = {}
     for node in window.nodes:
-        ratios = [_median(list(p.values())) / p[node] for p in paces.values() if len(p) > 1 and node in p]
+        ratios = [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
         guessed = known[node] / typical if node in known and typical else 1.0
         speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
     return speeds
@@ -139,15 +141,6 @@ def _speeds(window: Window) -> dict[str, float]:
 
 def _bandwidth(chip: str) -> float | None:
     return next((gb for name, gb in BANDWIDTH_GB_S.items() if chip.endswith(name)), None)
-
-
-def _median(values: list[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def _typical(speeds: Mapping[str, float]) -> float:
-    return _median(list(speeds.values())) if speeds else 1.0
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:
@@ -172,7 +165,7 @@ def _load_times(window: Window) -> dict[str, float]:
     times: dict[str, list[float]] = {}
     for _, record in window.of(ModelLoaded):
         times.setdefault(record.model, []).append(record.load_us / 1e6)
-    return {model: _median(found) for model, found in times.items()}
+    return {model: statistics.median(found) for model, found in times.items()}
 
 
 def _evicted(

@@ -49,11 +49,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(
-    window: Window,
-    last: Window | None,
-    config: AggregatorConfig,
-    now_ms: int,
-    notes: Sequence[Annotation] = (),
+    window: Window, last: Window | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation] = ()
 ) -> Judged:
     """The judgement of a span up to ``now_ms``. Costs are compared with those of ``last``, if it has any telemetry;
     ``notes`` are an operator's, about incidents."""

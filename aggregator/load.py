@@ -31,9 +31,9 @@ from aggregator.window import (
 )
 from shared import keys
 from shared.batch import Batch
-from shared.errors import NotFound, Refused
+from shared.errors import Refused
 from shared.records import RECORD_TYPES
-from shared.store import ObjectStore, Stored, list_all
+from shared.store import ObjectStore, Stored, find, list_all
 
 CONNECTIONS = 8
 
@@ -153,7 +153,6 @@ class _Sources:
     """SQL over the files of a span, which are fetched on construction."""
 
     def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
-        self._store = store
         self._db = db
         self._span = span
         days = utc_days(span)
@@ -164,11 +163,11 @@ class _Sources:
         for name in HOUR_TABLES:
             self._levels[name] = _levels(name, days, whole, hourly)
             wanted += [key for _, key in self._levels[name]]
-        bodies = pool.map(self._fetch, wanted)
+        found = pool.map(lambda key: find(store, key), wanted)
         self._files = {
-            key: db.file(f"{number}.parquet", body)
-            for number, (key, body) in enumerate(zip(wanted, bodies, strict=True))
-            if body is not None
+            key: db.file(f"{number}.parquet", stored.body)
+            for number, (key, stored) in enumerate(zip(wanted, found, strict=True))
+            if stored is not None
         }
 
     def folded(self, name: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
@@ -208,12 +207,6 @@ class _Sources:
 
     def _inside(self, column: str) -> str:
         return f"{column} >= {self._span.since_ms} AND {column} < {self._span.until_ms}"
-
-    def _fetch(self, key: str) -> bytes | None:
-        try:
-            return self._store.get(key).body
-        except NotFound:
-            return None
 
 
 def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) -> list[tuple[str, str]]:

@@ -225,10 +225,7 @@ FOLDS: dict[str, Fold] = {
         lift={"windows": "1", "since_ms": "t_start_ms"},
     ),
     "outlet": Fold(
-        source=("outlet",),
-        labels=("meter", "nodes"),
-        sums=("energy_mj", "covered_us"),
-        maxes=("power_max_mw",),
+        source=("outlet",), labels=("meter", "nodes"), sums=("energy_mj", "covered_us"), maxes=("power_max_mw",)
     ),
     "run": Fold(
         source=("batch",),
@@ -248,10 +245,7 @@ FOLDS: dict[str, Fold] = {
         },
     ),
     "cover": Fold(
-        source=("batch",),
-        labels=("node",),
-        spans=True,
-        lift={"starts": "[t_start_ms]", "ends": "[t_end_ms]"},
+        source=("batch",), labels=("node",), spans=True, lift={"starts": "[t_start_ms]", "ends": "[t_end_ms]"}
     ),
     "serving": Fold(
         source=("resident",),

@@ -145,9 +145,9 @@ class _Track:
 
     def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
         self.node = node
-        self.reported = _closed(window.reported(node))
+        self.reported = union(window.reported(node), JOIN_MS)
         ready = window.ready(node)
-        self.up = _both(self.reported, _closed(ready))
+        self.up = _both(self.reported, union(ready, JOIN_MS))
         self.down = union(
             (max(i.start_ms, window.span.since_ms), min(until, i.end_ms if i.end_ms is not None else until))
             for i in incidents
@@ -188,17 +188,6 @@ def _sums(node: str, first: int, until: int, reported: Intervals, up: Intervals,
     )
 
 
-def _closed(intervals: Intervals) -> Intervals:
-    """Intervals with gaps of up to JOIN_MS closed."""
-    merged: list[tuple[int, int]] = []
-    for start, end in intervals:
-        if merged and start - merged[-1][1] <= JOIN_MS:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
 def _both(one: Intervals, other: Intervals) -> Intervals:
     """Intersection of two sets of intervals."""
     found = []
@@ -216,7 +205,7 @@ def _both(one: Intervals, other: Intervals) -> Intervals:
 
 def _gaps(window: Window, node: str, until: int) -> list[Incident]:
     """Gaps in a node's telemetry that a restart or its peers explain; other gaps stay unknown."""
-    reported = _closed(window.reported(node))
+    reported = union(window.reported(node), JOIN_MS)
     # a node that was down when the span began differs from a new one by ``previous`` of its first start
     edges = [(window.span.since_ms, window.span.since_ms), *reported]
     found = []
@@ -246,10 +235,7 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
     machine rebooted; 6. only the agent restarted; 7. its peers could not reach it, and it came back without a
     restart.
     """
-    begun = next(
-        (r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS),
-        None,
-    )
+    begun = next((r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS), None)
     if begun is not None and begun.previous == "first":
         return None
     if begun is not None and begun.previous == "clean":

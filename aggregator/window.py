@@ -223,13 +223,10 @@ class Cover(msgspec.Struct, frozen=True, kw_only=True):
     ends: tuple[int, ...]
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
+class Serving(Cover, frozen=True, kw_only=True):
     """When a node had a model ready in memory."""
 
-    node: str
     model: str
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,13 +290,11 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
 
     def reported(self, node: str) -> Intervals:
         """When the node reported, within the span."""
-        found = [(c.starts, c.ends) for c in self.covers if c.node == node]
-        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+        return self._cut(c for c in self.covers if c.node == node)
 
     def ready(self, node: str) -> Intervals:
         """When the node had any model ready, within the span."""
-        found = [(c.starts, c.ends) for c in self.serving if c.node == node]
-        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+        return self._cut(c for c in self.serving if c.node == node)
 
     def host(self, node: str) -> HostSum | None:
         """The machine's sums."""
@@ -314,16 +309,17 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         """Microseconds that a node's loaders worked."""
         return sum(e.busy_us for e in self.engines if e.node == node)
 
-    def _cut(self, pieces: Iterable[tuple[int, int]]) -> Intervals:
+    def _cut(self, tracks: Iterable[Cover]) -> Intervals:
         since, until = self.span.since_ms, self.span.until_ms
+        pieces = (pair for one in tracks for pair in zip(one.starts, one.ends, strict=True))
         return union((max(a, since), min(b, until)) for a, b in pieces)
 
 
-def union(pieces: Iterable[tuple[int, int]]) -> Intervals:
-    """Intervals in order, those that touch or overlap made one."""
+def union(pieces: Iterable[tuple[int, int]], gap_ms: int = 0) -> Intervals:
+    """Intervals in order, those that overlap or are at most ``gap_ms`` apart made one."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(pieces):
-        if merged and start <= merged[-1][1]:
+        if merged and start <= merged[-1][1] + gap_ms:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         elif end > start:
             merged.append((start, end))
@@ -361,10 +357,7 @@ def straightened(batch: Batch) -> Batch:
         return batch
     records = tuple(_shifted(record, skew_ms) for record in batch.records)
     return msgspec.structs.replace(
-        batch,
-        t_start_ms=max(0, batch.t_start_ms - skew_ms),
-        t_end_ms=max(0, batch.t_end_ms - skew_ms),
-        records=records,
+        batch, t_start_ms=max(0, batch.t_start_ms - skew_ms), t_end_ms=max(0, batch.t_end_ms - skew_ms), records=records
     )
 
 

@@ -18,9 +18,9 @@ from aggregator.report.pages import placement as placement_page
 from aggregator.report.pages import scorecard as scorecard_page
 from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import Window
-from shared.errors import NotFound, Refused
+from shared.errors import Refused
 from shared.logs import get_logger
-from shared.store import ObjectStore
+from shared.store import ObjectStore, find
 
 log = get_logger("aggregator.weekly")
 
@@ -63,17 +63,15 @@ def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str
 
 def remarks(manifest: Manifest) -> tuple[str, ...]:
     """Sentences about telemetry that could not be counted."""
-    found = []
-    if manifest.quarantined_total:
-        found.append(
-            f"{manifest.quarantined_total:,} unreadable objects are in quarantine/; the manifest of the run that put "
-            "an object there gives the reason."
-        )
-    if manifest.unknown_records:
-        found.append(f"{manifest.unknown_records:,} records are of unknown kinds: upgrade the aggregator.")
-    if manifest.too_late:
-        found.append(f"{manifest.too_late:,} batches arrived after their day was pruned and are not counted.")
-    return tuple(found)
+    found = (
+        (
+            manifest.quarantined_total,
+            "unreadable objects are in quarantine/; the manifest of the run that put an object there gives the reason.",
+        ),
+        (manifest.unknown_records, "records are of unknown kinds: upgrade the aggregator."),
+        (manifest.too_late, "batches arrived after their day was pruned and are not counted."),
+    )
+    return tuple(f"{count:,} {text}" for count, text in found if count)
 
 
 def _clocks(window: Window) -> tuple[str, ...]:
@@ -86,10 +84,9 @@ def _clocks(window: Window) -> tuple[str, ...]:
 
 def notes(store: ObjectStore) -> tuple[Annotation, ...]:
     """Incident annotations; none if the file is missing or invalid (which is logged)."""
+    stored = find(store, annotations.KEY)
     try:
-        return annotations.parse(store.get(annotations.KEY).body)
-    except NotFound:
-        return ()
+        return annotations.parse(stored.body) if stored is not None else ()
     except Refused as error:
         log.warning("annotations_unreadable", reason=error.message)
         return ()

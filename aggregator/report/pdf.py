@@ -22,6 +22,8 @@ BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E")
 MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
+ALL = ((0, 0), (-1, -1))
+"""Every cell of a table."""
 LONGEST_TEXT = 600
 """In characters: a table cell cannot be taller than a page."""
 
@@ -96,19 +98,13 @@ def _cards(report: Judged) -> Table:
         for n, (name, value, note, good) in enumerate(cards)
     ]
     table = Table([cells], colWidths=[WIDTH / 4] * 4)
-    table.setStyle(
-        TableStyle(
-            [
-                ("BACKGROUND", (0, 0), (-1, -1), FAINT),
-                ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white),
-                ("LEFTPADDING", (0, 0), (-1, -1), 8),
-                ("TOPPADDING", (0, 0), (-1, -1), 7),
-                ("BOTTOMPADDING", (0, 0), (-1, -1), 8),
-                ("VALIGN", (0, 0), (-1, -1), "TOP"),
-            ]
-        )
-    )
+    lines = [("BACKGROUND", *ALL, FAINT), ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white)]
+    table.setStyle(TableStyle([*lines, *_padding(left=8, top=7, bottom=8), ("VALIGN", *ALL, "TOP")]))
     return table
+
+
+def _padding(**sizes: float) -> list[Any]:
+    return [(f"{side.upper()}PADDING", *ALL, size) for side, size in sizes.items()]
 
 
 def _verdict(good: bool | None) -> Any:
@@ -128,10 +124,8 @@ def _volume(report: Judged) -> list[Any]:
         for m in v.models
     ]
     head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "TTFT p50", "TTFT p95", "ITL p95")
-    text = (
-        f"Answered: {wording.count(v.requests)}; failed: {wording.count(v.failed)}; refused: "
-        f"{wording.count(v.refused)}; cancelled by clients: {wording.count(v.cancelled)}."
-    )
+    answered, failed, refused, cancelled = map(wording.count, (v.requests, v.failed, v.refused, v.cancelled))
+    text = f"Answered: {answered}; failed: {failed}; refused: {refused}; cancelled by clients: {cancelled}."
     chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
     return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])
 
@@ -147,14 +141,14 @@ def _bars(days: Sequence[Any]) -> Drawing:
         drawing.add(Rect(n * step + 1, base, step - 2, tall, fillColor=BLUE, strokeColor=None))
         if day.tokens == most and most:
             at = min(max(n * step + step / 2, 30), WIDTH - 30)
-            label = String(at, base + tall + 2, f"{most:,}", fontName=REGULAR, fontSize=7, fillColor=SOFT)
-            label.textAnchor = "middle"
-            drawing.add(label)
+            drawing.add(_label(at, base + tall + 2, f"{most:,}"))
         if n % 5 == 0 or n == len(days) - 1:
-            tick = String(n * step + step / 2, 2, day.date[8:], fontName=REGULAR, fontSize=7, fillColor=SOFT)
-            tick.textAnchor = "middle"
-            drawing.add(tick)
+            drawing.add(_label(n * step + step / 2, 2, day.date[8:]))
     return drawing
+
+
+def _label(x: float, y: float, text: str) -> String:
+    return String(x, y, text, fontName=REGULAR, fontSize=7, fillColor=SOFT, textAnchor="middle")
 
 
 def _thermal(report: Judged) -> list[Any]:
@@ -325,19 +319,9 @@ def _table(
 
 
 def _styled(table: Table) -> Table:
-    table.setStyle(
-        TableStyle(
-            [
-                ("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE),
-                ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE),
-                ("VALIGN", (0, 0), (-1, -1), "MIDDLE"),
-                ("TOPPADDING", (0, 0), (-1, -1), 3),
-                ("BOTTOMPADDING", (0, 0), (-1, -1), 3.5),
-                ("LEFTPADDING", (0, 0), (-1, -1), 3),
-                ("RIGHTPADDING", (0, 0), (-1, -1), 3),
-            ]
-        )
-    )
+    lines = [("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE), ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE)]
+    padding = _padding(top=3, bottom=3.5, left=3, right=3)
+    table.setStyle(TableStyle([*lines, ("VALIGN", *ALL, "MIDDLE"), *padding]))
     return table
 
 
