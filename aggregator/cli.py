@@ -85,20 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=text)
-        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
-        added.add_argument("--config", type=Path, default=None, help=default)
-        added.add_argument("--json", action="store_true", help="print the result as JSON")
-        added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
-        added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
-        added.set_defaults(run=run)
-        return added
-
     def local(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
         added.add_argument("--json", action="store_true", help="print the result as JSON")
         added.set_defaults(run=run, log=None, verbose=False)
+        return added
+
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = local(name, text, run)
+        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
+        added.add_argument("--config", type=Path, default=None, help=default)
+        added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
+        added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
         return added
 
     roll = verb("rollup", "Add new telemetry to the minute, hour and day tables.", _rollup)
@@ -180,12 +178,11 @@ def _weekly(args: argparse.Namespace) -> int:
     else:
         span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
         earlier = before(span)
-    name = span.name
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
         rollup.run(config, store, os.environ, _progress(args))
         published = weekly.publish_span(config, store, span, earlier)
-    _say(args, {"week": name, "published": published}, "\n".join(published))
+    _say(args, {"week": span.name, "published": published}, "\n".join(published))
     return 0
 
 

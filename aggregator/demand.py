@@ -129,7 +129,7 @@ def _speeds(window: Window) -> dict[str, float]:
         if one.decode_tok > 1000 and one.busy_decode_us:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
     chips = {meta.node: record.chip for meta, record in window.of(Hardware)}
-    known = {node: found for node in window.nodes if (found := _bandwidth(chips.get(node, "")))}
+    known = {n: gb for n, chip in chips.items() for name, gb in BANDWIDTH_GB_S.items() if chip.endswith(name)}
     typical = statistics.median(known.values()) if known else None
     speeds = {}
     for node in window.nodes:
@@ -137,10 +137,6 @@ def _speeds(window: Window) -> dict[str, float]:
         guessed = known[node] / typical if node in known and typical else 1.0
         speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
     return speeds
-
-
-def _bandwidth(chip: str) -> float | None:
-    return next((gb for name, gb in BANDWIDTH_GB_S.items() if chip.endswith(name)), None)
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:

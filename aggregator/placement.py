@@ -306,8 +306,7 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
     troubled = {r.name for r in facts.rooms if load_of(r, facts.models, facts.now) > r.limit} | set(facts.throttled)
     for one in current(window):
         reported_us = seconds(window.reported(one.node)) * 1e6
-        mine = [e for e in window.engines if e.node == one.node and e.version == one.version]
-        busy = sum(e.busy_us for e in mine)
+        busy = sum(e.busy_us for e in window.engines if e.node == one.node and e.version == one.version)
         requests = sum(s.requests for s in window.served if s.worker == one.node and s.version == one.version)
         stays = (one.model, one.node) in reached
         others = sorted(n for m, n in reached - facts.now if m == one.model)

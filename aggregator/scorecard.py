@@ -82,19 +82,13 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     found = []
     for one in apis.models if apis is not None else ():
         if one.frontier and one.times_cheaper is not None:
-            kept = one.times_cheaper >= targets.times_cheaper
-            cheaper = "cheaper" if one.times_cheaper >= 1 else "of the price: dearer here"
-            found.append(
-                Line(
-                    kind="price",
-                    name=f"{one.model} against {one.frontier}",
-                    value=one.times_cheaper,
-                    target=targets.times_cheaper,
-                    unit="times",
-                    kept=kept,
-                    text=f"{one.times_cheaper:.1f} times {cheaper}; another model, so not the same answers",
-                )
+            name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
+            cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
+            text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
+            line = Line(
+                kind="price", name=name, value=times, target=target, unit="times", kept=times >= target, text=text
             )
+            found.append(line)
     return found
 
 

@@ -105,7 +105,7 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
         requests_bad=bad,
         request_share=ok / (ok + bad) if ok + bad else None,
         rack=_rack(list(tracks.values())),
-        nodes=tuple(track.sums() for track in tracks.values()),
+        nodes=tuple(_sums(t.node, t.first, t.until, t.reported, t.up, t.down) for t in tracks.values()),
         incidents=tuple(_annotated(one, annotations) for one in merged),
         desired=_desired(window) or msgspec.UNSET,
         lost_batches=sum(max(run.missing, run.dropped_batches - run.dropped_before) for run in window.runs),
@@ -156,10 +156,6 @@ class _Track:
         first = min([self.reported[0][0]] if self.reported else [until], default=until)
         self.first = min([first, *(a for a, _ in self.down)])
         self.until = until
-
-    def sums(self) -> NodeUptime:
-        """The node's totals."""
-        return _sums(self.node, self.first, self.until, self.reported, self.up, self.down)
 
 
 def _rack(mine: Sequence[_Track]) -> NodeUptime:

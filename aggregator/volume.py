@@ -52,9 +52,7 @@ def volume(window: Window) -> Volume:
     times = answered(window)
     return Volume(
         requests=sum(s.requests for s in ok),
-        failed=outcomes["failed"],
-        refused=outcomes["refused"],
-        cancelled=outcomes["cancelled"],
+        **outcomes,
         prompt_tok=sum(s.prompt_tok for s in ok),
         completion_tok=sum(s.completion_tok for s in ok),
         models=tuple(_model(name, ok, times) for name in sorted({s.model for s in ok})),

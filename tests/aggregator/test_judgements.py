@@ -212,7 +212,8 @@ def test_a_month_is_compared_with_its_targets() -> None:
 def test_page_pdf_and_alert_take_a_share_of_throttling_from_one_definition(share: float) -> None:
     """Each share is tolerated exactly, and not a thousandth more."""
     for more, above in ((0.0, False), (0.001, True)):
-        throttled, records = share + more, [resident(), engine(), served(), host(throttled=share + more)]
+        throttled = share + more
+        records: list[Record] = [resident(), engine(), served(), host(throttled=throttled)]
         made = [batch(records, minute=n) for n in range(3)]
         judged = judge(window(*made), None, CONFIG, T0 + 3 * MINUTE)
         target = throttled > heat.TARGET_SHARE
