@@ -35,11 +35,7 @@ def accepted(report: PlacementReport, steps: Collection[int] | None) -> tuple[Mo
 
 
 def desired(
-    report: PlacementReport,
-    chosen: Sequence[Move],
-    before: DesiredState | None,
-    source_of: Sources,
-    now_ms: int,
+    report: PlacementReport, chosen: Sequence[Move], before: DesiredState | None, source_of: Sources, now_ms: int
 ) -> DesiredState:
     """The next desired state: the previous one after the moves. Raises Refused naming what the bucket lacks.
 

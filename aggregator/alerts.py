@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from aggregator.config import Alerts
+from aggregator.uptime import GRACE_MS
 from aggregator.window import Fact
 from shared.records import HostSample, ModelEvicted, PeerDown, PeerUp, SwapFinished
 
-SILENCE_GRACE_S = 30.0
 SWAP_FAILED_FOR_S = 3600.0
 
 
@@ -26,29 +26,14 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     runbook: str
 
 
-RULES = (
-    Rule(code="node_down", title="Node down", severity="page", channel="alerts", runbook="docs/runbooks.md#node-down"),
-    Rule(
-        code="throttling",
-        title="Thermal throttling",
-        severity="warn",
-        channel="thermal",
-        runbook="docs/runbooks.md#throttling",
-    ),
-    Rule(
-        code="swap_failed",
-        title="Model swap failed",
-        severity="warn",
-        channel="alerts",
-        runbook="docs/runbooks.md#swap-failed",
-    ),
-    Rule(
-        code="eviction_storm",
-        title="Eviction storm",
-        severity="warn",
-        channel="alerts",
-        runbook="docs/runbooks.md#eviction-storm",
-    ),
+RULES = tuple(
+    Rule(code=code, title=title, severity=severity, channel=channel, runbook=f"docs/runbooks.md#{anchor}")
+    for code, title, severity, channel, anchor in (
+        ("node_down", "Node down", "page", "alerts", "node-down"),
+        ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
+        ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
+        ("eviction_storm", "Eviction storm", "warn", "alerts", "eviction-storm"),
+    )
 )
 
 
@@ -119,12 +104,12 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
     ended_ms = min(fact.meta.t_end_ms, now_ms)
     mine = nodes.get(node, NodeMemory())
     nodes[node] = mine = replace(mine, last_seen_ms=max(mine.last_seen_ms, ended_ms))
-    if mine.down_since_ms is not None and ended_ms > mine.down_since_ms + SILENCE_GRACE_S * 1000:
+    if mine.down_since_ms is not None and ended_ms > mine.down_since_ms + GRACE_MS:
         nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=ended_ms)
     if isinstance(record, PeerDown):
         peer = nodes.get(record.peer, NodeMemory())
         # every event is read twice, as an urgent copy and in order: one from before the peer's return is outdated
-        news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - SILENCE_GRACE_S * 1000
+        news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - GRACE_MS
         if news and peer.down_since_ms is None:
             nodes[record.peer] = replace(peer, down_since_ms=min(record.last_seen_ms, now_ms), reported_by=node)
     elif isinstance(record, PeerUp):
@@ -164,7 +149,7 @@ def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing 
         text = f"{node} does not answer heartbeats of {memory.reported_by or 'its peers'}"
         return Firing(code="node_down", subject=node, since_ms=memory.down_since_ms, text=text)
     silent_ms = now_ms - memory.last_seen_ms
-    if memory.last_seen_ms and silent_ms > (2 * config.upload_s + SILENCE_GRACE_S) * 1000:
+    if memory.last_seen_ms and silent_ms > 2 * config.upload_s * 1000 + GRACE_MS:
         text = f"no telemetry from {node} for {silent_ms // 1000} s"
         return Firing(code="node_down", subject=node, since_ms=memory.last_seen_ms, text=text)
     return None

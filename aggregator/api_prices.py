@@ -10,21 +10,19 @@ import re
 import statistics
 from collections.abc import Sequence
 from datetime import datetime
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import Decimal
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
 
 import genai_prices
 import msgspec
 from genai_prices import data_snapshot
 
 from aggregator.config import AggregatorConfig, ApiPrice, decimal
-from aggregator.cost import CostReport, ModelCost
+from aggregator.cost import MILLION, CostReport, ModelCost, rounded
 from aggregator.window import ServedSum, Window
 
 SOURCE = f"genai-prices {version('genai-prices')}"
-_CENT6 = Decimal("0.000001")
 _TAIL = re.compile(r"([-_:]?(instruct|turbo|instant|versatile|it|fp8|bf16|fast|awq|chat|hf|v1:0))+$")
 
 
@@ -80,7 +78,7 @@ def compare(window: Window, money: CostReport, config: AggregatorConfig, at: dat
     known = [r for r in rows if r.median is not None and r.ours is not None]
     total, covered = sum(tokens.values()), sum(tokens[r.model] for r in known)
     # idle time and lost work cost money, too, whichever model they are attributed to
-    ours = (money.total * covered / total).quantize(_CENT6) if money.total is not None and covered else None
+    ours = rounded(money.total * covered / total) if money.total is not None and covered else None
     median = sum((r.median for r in known if r.median is not None), Decimal(0)) if known else None
     saving = median - ours if median is not None and ours is not None else None
     return Comparisons(
@@ -134,7 +132,7 @@ def price(
         return None
     # corrects for the integer division of the means
     exact = Decimal(prompt_tok + completion_tok) / (whole * requests)
-    return (found.total_price * requests * exact).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+    return rounded(found.total_price * requests * exact)
 
 
 def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:
@@ -153,7 +151,7 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
         found = msgspec.structs.replace(found, same_as=wish.same_as, why_not=why)
     elif wish is not None and wish.same_as and rate is not None:
         offers = [(p, m, _at(p, m, served, at)) for p, m in hosts_of(wish.same_as)]
-        hosts = _cheapest([Host(provider=p, model=m, cost=_cents(c * rate)) for p, m, c in offers if c is not None])
+        hosts = _cheapest([Host(provider=p, model=m, cost=rounded(c * rate)) for p, m, c in offers if c is not None])
         found = _with_hosts(found, wish.same_as, hosts)
         if not hosts:
             found = msgspec.structs.replace(found, why_not=f"{SOURCE} has no price for any host of {wish.same_as}")
@@ -162,7 +160,7 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
     if wish is not None and wish.frontier and rate is not None:
         provider, _, name = wish.frontier.partition("/")
         dollars = _at(provider, name, served, at)
-        cost_there = _cents(dollars * rate) if dollars is not None else None
+        cost_there = rounded(dollars * rate) if dollars is not None else None
         times = float(cost_there / model.loaded) if cost_there and model.loaded else None
         found = msgspec.structs.replace(found, frontier=wish.frontier, frontier_cost=cost_there, times_cheaper=times)
     return found
@@ -173,7 +171,7 @@ def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Compa
     costs = [h.cost for h in ordered]
     if not costs:
         return msgspec.structs.replace(found, same_as=same_as)
-    median = Decimal(statistics.median(costs)).quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+    median = rounded(Decimal(statistics.median(costs)))
     saving = median - found.ours if found.ours is not None else None
     return msgspec.structs.replace(
         found,
@@ -207,14 +205,9 @@ def _at(provider: str, model: str, served: Sequence[ServedSum], at: datetime) ->
     return total
 
 
-def _cents(value: Decimal) -> Decimal:
-    return value.quantize(_CENT6, rounding=ROUND_HALF_EVEN)
-
-
 def _configured(own: ApiPrice, served: Sequence[ServedSum]) -> Decimal:
     prompt, completion = sum(s.prompt_tok for s in served), sum(s.completion_tok for s in served)
-    cost = (decimal(own.input_per_m) * prompt + decimal(own.output_per_m) * completion) / 1_000_000
-    return cost.quantize(_CENT6, rounding=ROUND_HALF_EVEN)
+    return rounded((decimal(own.input_per_m) * prompt + decimal(own.output_per_m) * completion) / MILLION)
 
 
 @lru_cache(maxsize=1)
@@ -224,13 +217,9 @@ def _offers() -> tuple[tuple[str, str, str], ...]:
         (provider.id, model.id, _plain(model.id))
         for provider in data_snapshot.get_snapshot().providers
         for model in provider.models
-        if not _is_free(model)
+        if not str(model.id).endswith(":free")
     ]
     return tuple(sorted(found))
-
-
-def _is_free(model: Any) -> bool:
-    return str(model.id).endswith(":free")
 
 
 def _plain(name: str) -> str:

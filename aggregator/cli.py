@@ -27,6 +27,7 @@ from shared.bucket import Store, check_store
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
 from shared.secrets import resolve
+from shared.store import ObjectStore
 from shared.store_open import open_store
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
@@ -84,20 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=text)
-        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
-        added.add_argument("--config", type=Path, default=None, help=default)
-        added.add_argument("--json", action="store_true", help="print the result as JSON")
-        added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
-        added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
-        added.set_defaults(run=run)
-        return added
-
     def local(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
         added.add_argument("--json", action="store_true", help="print the result as JSON")
         added.set_defaults(run=run, log=None, verbose=False)
+        return added
+
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = local(name, text, run)
+        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
+        added.add_argument("--config", type=Path, default=None, help=default)
+        added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
+        added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
         return added
 
     roll = verb("rollup", "Add new telemetry to the minute, hour and day tables.", _rollup)
@@ -142,12 +141,16 @@ def _config(args: argparse.Namespace) -> AggregatorConfig:
     return shared_config.load(path, AggregatorConfig, aggregator_config.check)
 
 
+def _opened(args: argparse.Namespace) -> tuple[AggregatorConfig, ObjectStore]:
+    config = _config(args)
+    return config, open_store(config.store, os.environ)
+
+
 def _rollup(args: argparse.Namespace) -> int:
     from aggregator import lease
     from aggregator.commands import rollup
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     with lease.held(store, "rollup"):
         manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again)
     done = {
@@ -163,8 +166,8 @@ def _rollup(args: argparse.Namespace) -> int:
 
 def _weekly(args: argparse.Namespace) -> int:
     from aggregator import lease
+    from aggregator.calendar import as_long_before, before, between, last_week, week
     from aggregator.commands import rollup, weekly
-    from aggregator.window import as_long_before, before, between, last_week, week
 
     config = _config(args)
     if (args.since is None) != (args.until is None) or (args.since and args.week):
@@ -175,19 +178,18 @@ def _weekly(args: argparse.Namespace) -> int:
     else:
         span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
         earlier = before(span)
-    name = span.name
     store = open_store(config.store, os.environ)
     with lease.held(store, "rollup"):
         rollup.run(config, store, os.environ, _progress(args))
         published = weekly.publish_span(config, store, span, earlier)
-    _say(args, {"week": name, "published": published}, "\n".join(published))
+    _say(args, {"week": span.name, "published": published}, "\n".join(published))
     return 0
 
 
 def _monthly(args: argparse.Namespace) -> int:
     from aggregator import lease
+    from aggregator.calendar import last_month
     from aggregator.commands import monthly, rollup
-    from aggregator.window import last_month
 
     config = _config(args)
     name = args.month or last_month(datetime.now(UTC), config.timezone)
@@ -203,8 +205,7 @@ def _alert(args: argparse.Namespace) -> int:
     from aggregator import lease, notify
     from aggregator.commands import alert
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     references = {"alerts": config.discord.alerts, "thermal": config.discord.thermal}
     urls = {name: resolve(reference, os.environ) for name, reference in references.items() if reference}
     with lease.held(store, "alert"):
@@ -215,11 +216,10 @@ def _alert(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
+    from aggregator.calendar import last_week
     from aggregator.commands import apply
-    from aggregator.window import last_week
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
     steps = _numbers(args.steps) if args.steps is not None else None
     moves, state = apply.run(config, store, report, steps, args.dry_run)
@@ -249,10 +249,7 @@ def _sync(args: argparse.Namespace) -> int:
     done = sync.run(source, there, raw=not args.without_raw, told=_progress(args))
     _say(args, msgspec.to_builtins(done), f"{done.written:,} objects, {done.bytes / 1e6:.1f} MB copied")
     for key in done.clashes:
-        print(
-            f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed",
-            file=sys.stderr,
-        )
+        print(f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed", file=sys.stderr)
     return 1 if done.clashes else 0
 
 
@@ -260,8 +257,7 @@ def _prune(args: argparse.Namespace) -> int:
     from aggregator import lease
     from aggregator.commands import prune
 
-    config = _config(args)
-    store = open_store(config.store, os.environ)
+    config, store = _opened(args)
     with lease.held(store, "rollup"):
         done = prune.run(config, store, datetime.now(UTC), args.dry_run)
     would = "would be deleted" if args.dry_run else "deleted"
@@ -275,20 +271,20 @@ def _prune(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from aggregator.commands import plan
-    from aggregator.report import pages
+    from aggregator.report.pages import placement
 
     report = plan.run(args.intake, args.inventory)
-    _show(args, report, pages.placement(report, "to be"))
+    _show(args, report, placement.page(report, "to be"))
     return 1 if report.short else 0
 
 
 def _economics(args: argparse.Namespace) -> int:
     from aggregator import economics
-    from aggregator.report import pages
+    from aggregator.report.pages import economics as economics_page
 
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in msgspec.structs.fields(Inputs)})
     report = economics.judge(inputs)
-    _show(args, report, pages.economics(report, args.currency))
+    _show(args, report, economics_page.page(report, args.currency))
     return 0
 
 

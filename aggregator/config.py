@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta
 
+from aggregator import heat
 from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
 from shared.errors import Refused
 from shared.keys import check_name
@@ -74,11 +75,11 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Targets of the scorecard."""
+    """Targets of the scorecard and of the monthly report."""
 
     itl_p95_ms: Positive = 100.0
     uptime: Share = 0.999
-    throttled: Share = 0.01
+    throttled: Share = heat.TARGET_SHARE
     swap_s: Positive = 120.0
     times_cheaper: Positive = 5.0
 
@@ -94,7 +95,7 @@ class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Alert thresholds. ``upload_s`` is the agents' upload interval: silence for twice that and 30 s fires."""
 
     upload_s: Positive = 60.0
-    throttled_share: Share = 0.05
+    throttled_share: Share = heat.ALERT_SHARE
     throttled_window_s: Positive = 300.0
     storm_evictions: Annotated[int, Meta(gt=0)] = 5
     storm_window_s: Positive = 600.0

@@ -164,22 +164,22 @@ def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
 
 def _node(window: Window, name: str, priced: Node | None, config: AggregatorConfig) -> NodeCost:
     reported_s = seconds(window.reported(name))
-    busy_us = sum(e.busy_us for e in window.engines if e.node == name)
+    busy_us = window.busy_us(name)
     watts, source = measured_watts(window, name)
     rate = rate_per_hour(priced, config, watts) if priced else None
-    cost = _rounded(rate * decimal(reported_s) / 3600) if rate is not None else None
+    cost = rounded(rate * decimal(reported_s) / 3600) if rate is not None else None
     idle = None
     if cost is not None:
         # busy time of concurrent loaders may exceed wall time; the share is capped at 1
         share = min(Decimal(1), Decimal(busy_us) / 1_000_000 / decimal(reported_s)) if reported_s else Decimal(0)
-        idle = cost - _rounded(cost * share)
+        idle = cost - rounded(cost * share)
     return NodeCost(
         node=name,
         reported_s=round(reported_s, 3),
         busy_s=round(busy_us / 1e6, 3),
-        watts=_rounded(watts) if watts is not None else (decimal(priced.watts) if priced else None),
+        watts=rounded(watts) if watts is not None else (decimal(priced.watts) if priced else None),
         power=source,
-        rate_per_h=_rounded(rate) if rate is not None else None,
+        rate_per_h=rounded(rate) if rate is not None else None,
         cost=cost,
         idle=idle,
     )
@@ -189,7 +189,7 @@ class _Sum:
     """Running sums of one served name."""
 
     def __init__(self) -> None:
-        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = self.answered = 0
+        self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = 0
         self.prefill_us = self.decode_us = Decimal(0)
         self.direct: Decimal | None = None
         self.prefill = Decimal(0)
@@ -246,7 +246,6 @@ class _Shares:
             total = self._sums.setdefault(served.model, _Sum())
             if served.outcome == "ok":
                 total.requests += served.requests
-                total.answered += served.completion_tok
                 total.cut += served.requests if served.finish == "length" else 0
             total.prompt_tok += served.prompt_tok
             total.cached_tok += served.cached_tok
@@ -325,7 +324,7 @@ def _divided(money: Decimal | None, weights: Mapping[str, int]) -> dict[str, Dec
     left, total = money, sum(weight for _, weight in wanted)
     found: dict[str, Decimal] = {}
     for name, weight in wanted[:-1]:
-        found[name] = _rounded(money * weight / total)
+        found[name] = rounded(money * weight / total)
         left -= found[name]
     found[wanted[-1][0]] = left
     return found
@@ -397,7 +396,7 @@ def _floor(window: Window, name: str, m: _Sum) -> Decimal | None:
         return _per_m(m.direct, m.priced_tok)
     best = paces[min(len(paces) - 1, int(0.95 * len(paces)))]
     as_it_was = float(Decimal(m.prompt_tok + m.completion_tok) / busy_us)
-    return _rounded(m.direct / m.priced_tok * MILLION * decimal(min(1.0, as_it_was / best)))
+    return rounded(m.direct / m.priced_tok * MILLION * decimal(min(1.0, as_it_was / best)))
 
 
 def _keys(window: Window, models: list[ModelCost]) -> list[KeyCost]:
@@ -423,12 +422,13 @@ def _keys(window: Window, models: list[ModelCost]) -> list[KeyCost]:
 
 
 def _per_m(money: Decimal | None, tokens: int) -> Decimal | None:
-    return _rounded(money / tokens * MILLION) if money is not None and tokens > 0 else None
+    return rounded(money / tokens * MILLION) if money is not None and tokens > 0 else None
 
 
 def _s(us: Decimal) -> float:
     return float(round(us / 1_000_000, 3))
 
 
-def _rounded(value: Decimal) -> Decimal:
+def rounded(value: Decimal) -> Decimal:
+    """To millionths, the precision of all money in reports."""
     return value.quantize(_CENT6, rounding=ROUND_HALF_EVEN)

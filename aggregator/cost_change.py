@@ -17,13 +17,13 @@ import math
 
 import msgspec
 
+from aggregator import heat
 from aggregator.config import Cost
 
-_TINY = 1e-15
+_TINY = 1e-18
 """Replaces a factor of zero; the logarithmic mean approaches its limit there."""
 HIT_FALL = 0.15
 ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
-THROTTLE_ROSE = 0.05
 FEWER = 0.75
 
 
@@ -188,7 +188,7 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
             f"{hits}; likely misses of a hot prefix: check the model's node, its cache and its evictions",
         )
     throttled = now.throttled_share - before.throttled_share
-    if leading in ("prefill", "decode") and throttled >= THROTTLE_ROSE:
+    if leading in ("prefill", "decode") and throttled >= heat.ROSE_SHARE:
         return "throttling", (
             f"its nodes were throttled {now.throttled_share:.0%} of the time (before: {before.throttled_share:.0%}) "
             "and time per token rose: improve cooling, or move a model to another node"

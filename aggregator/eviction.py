@@ -15,28 +15,46 @@ Each eviction gets its own verdict; a model's row has the most frequent one:
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
+from aggregator.calendar import HOUR_MS
 from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed
 
 TOP = 10
 SOON_S = 600.0
-PING_PONG_MS = 2 * 3_600_000
+PING_PONG_MS = 2 * HOUR_MS
 BUSY_REQUESTS_H = 20
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """One eviction with its verdict and the evidence as a sentence."""
+Kind = Literal["ordered", "idle", "idle_too_soon", "overrun", "wanted", "ping_pong", "unneeded", "busy", "unmissed"]
+"""Which rule an eviction falls under."""
+Verdict = Literal["placement", "memory", "idle", "traffic", "ordered"]
+_UNLESS_PLACEMENT: dict[Kind, Verdict] = {
+    "ordered": "ordered",
+    "idle": "idle",
+    "idle_too_soon": "idle",
+    "overrun": "memory",
+    "unmissed": "traffic",
+}
+
+
+class Eviction(msgspec.Struct, frozen=True, kw_only=True):
+    """One eviction and which rule it falls under; ``why`` is the evidence as a sentence, ``wanted_again_s`` the time
+    until the model's next request there."""
 
     node: str
-    model: str
-    t_ms: int
-    verdict: str
+    record: ModelEvicted
+    kind: Kind
     why: str
     wanted_again_s: float | None
-    bytes: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """The rule's verdict."""
+        return _UNLESS_PLACEMENT.get(self.kind, "placement")
 
 
 class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,9 +71,9 @@ class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
     made_room_for: tuple[str, ...]
     wanted_again_s: float | None
     reload_s: float
-    verdict: str
+    verdict: Verdict
     hint: str
-    verdicts: dict[str, int] = {}
+    verdicts: dict[Verdict, int] = {}
 
 
 class EvictionReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,34 +85,22 @@ class EvictionReport(msgspec.Struct, frozen=True, kw_only=True):
     left_out: int = 0
 
 
-def report(window: Window, top: int = TOP) -> EvictionReport:
-    """Evictions of a span in at most ``top`` rows."""
-    groups: dict[tuple[str, str], list[ModelEvicted]] = {}
-    for meta, record in window.of(ModelEvicted):
-        groups.setdefault((meta.node, record.model), []).append(record)
-    judged = judge(window)
-    rows = [_row(found, [j for j in judged if (j.node, j.model) == key], key) for key, found in sorted(groups.items())]
+def report(window: Window, top: int | None = TOP) -> EvictionReport:
+    """Evictions of a span in at most ``top`` rows; None for all."""
+    groups: dict[tuple[str, str], list[Eviction]] = {}
+    for one in judge(window):
+        groups.setdefault((one.node, one.record.model), []).append(one)
+    rows = [_row(node, model, found) for (node, model), found in groups.items()]
     rows.sort(key=lambda r: (-r.evictions, r.node, r.model))
-    return EvictionReport(
-        period=window.span.name,
-        total=sum(r.evictions for r in rows),
-        rows=tuple(rows[:top]),
-        left_out=max(0, len(rows) - top),
-    )
+    shown = tuple(rows[:top])
+    total = sum(r.evictions for r in rows)
+    return EvictionReport(period=window.span.name, total=total, rows=shown, left_out=len(rows) - len(shown))
 
 
-def judge(window: Window) -> list[Judged]:
+def judge(window: Window) -> list[Eviction]:
     """Every eviction of a span with its verdict, in time order."""
     evictions = [(meta.node, record) for meta, record in window.of(ModelEvicted)]
-    wanted: dict[tuple[str, str], list[int]] = {}
-    for meta, missed in window.of(ModelMissed):
-        wanted.setdefault((meta.node, missed.model), []).append(missed.t_ms)
-    reported = set(wanted)
-    for meta, loaded in window.of(ModelLoaded):
-        if (meta.node, loaded.model) not in reported:
-            wanted.setdefault((meta.node, loaded.model), []).append(loaded.t_ms)
-    for times in wanted.values():
-        times.sort()
+    wanted = _wanted(window)
     pushed: dict[tuple[str, str, str], list[int]] = {}
     for node, one in evictions:
         if one.for_model:
@@ -103,20 +109,21 @@ def judge(window: Window) -> list[Judged]:
     for node, one in evictions:
         again_s = _after(wanted.get((node, one.model), []), one.t_ms)
         back = pushed.get((node, one.for_model, one.model), [])
-        ping_pong = any(abs(t - one.t_ms) <= PING_PONG_MS for t in back)
-        verdict, why = _verdict(one, again_s, ping_pong)
-        found.append(
-            Judged(
-                node=node,
-                model=one.model,
-                t_ms=one.t_ms,
-                verdict=verdict,
-                why=why,
-                wanted_again_s=again_s,
-                bytes=one.bytes,
-            )
-        )
-    return sorted(found, key=lambda j: (j.t_ms, j.node, j.model))
+        kind = _kind(one, again_s, any(abs(t - one.t_ms) <= PING_PONG_MS for t in back))
+        found.append(Eviction(node=node, record=one, kind=kind, why=_why(kind, one, again_s), wanted_again_s=again_s))
+    return sorted(found, key=lambda e: (e.record.t_ms, e.node, e.record.model))
+
+
+def _wanted(window: Window) -> dict[tuple[str, str], list[int]]:
+    """When each model was requested again on each node, or, for agents that do not report that, loaded again."""
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for meta, missed in window.of(ModelMissed):
+        wanted.setdefault((meta.node, missed.model), []).append(missed.t_ms)
+    reported = set(wanted)
+    for meta, loaded in window.of(ModelLoaded):
+        if (meta.node, loaded.model) not in reported:
+            wanted.setdefault((meta.node, loaded.model), []).append(loaded.t_ms)
+    return {key: sorted(times) for key, times in wanted.items()}
 
 
 def _after(times: Sequence[int], t_ms: int) -> float | None:
@@ -124,49 +131,55 @@ def _after(times: Sequence[int], t_ms: int) -> float | None:
     return (times[place] - t_ms) / 1000 if place < len(times) else None
 
 
-def _verdict(one: ModelEvicted, again_s: float | None, ping_pong: bool) -> tuple[str, str]:
-    if one.reason == "ordered":
-        return "ordered", "an operator unloaded it; nothing to do"
+def _kind(one: ModelEvicted, again_s: float | None, ping_pong: bool) -> Kind:
     soon = again_s is not None and again_s < SOON_S
+    if one.reason == "ordered":
+        return "ordered"
     if one.reason == "idle":
-        late = f", and it was wanted {again_s:.0f} s later: raise it" if soon else ""
-        return "idle", f"its keep-alive time ended{late}"
+        return "idle_too_soon" if soon else "idle"
     if one.reason == "pressure":
-        return "memory", "models held more memory than was planned: compare their plan errors in the nodes' status"
+        return "overrun"
     if soon:
-        return "placement", f"wanted again after {again_s:.0f} s: give it room on another node, or pin it here"
+        return "wanted"
     if ping_pong:
-        return "placement", f"it and {one.for_model} push each other out of this node: part them"
+        return "ping_pong"
     if not one.for_model:
-        return "placement", "evicted although nothing needed its room: look at this node's budget and settings"
-    if one.requests_last_hour >= BUSY_REQUESTS_H:
-        return "placement", (
-            f"it had served {one.requests_last_hour} requests in the hour before: two busy models share its node"
-        )
-    return "traffic", "nobody missed it: the room was better used"
+        return "unneeded"
+    return "busy" if one.requests_last_hour >= BUSY_REQUESTS_H else "unmissed"
 
 
-def _row(found: list[ModelEvicted], judged: list[Judged], key: tuple[str, str]) -> EvictionRow:
-    node, model = key
-    counts = Counter(j.verdict for j in judged)
+def _why(kind: Kind, one: ModelEvicted, again_s: float | None) -> str:
+    return {
+        "ordered": "an operator unloaded it; nothing to do",
+        "idle": "its keep-alive time ended",
+        "idle_too_soon": f"its keep-alive time ended, and it was wanted {again_s or 0:.0f} s later: raise it",
+        "overrun": "models held more memory than was planned: compare their plan errors in the nodes' status",
+        "wanted": f"wanted again after {again_s or 0:.0f} s: give it room on another node, or pin it here",
+        "ping_pong": f"it and {one.for_model} push each other out of this node: part them",
+        "unneeded": "evicted although nothing needed its room: look at this node's budget and settings",
+        "busy": f"it had served {one.requests_last_hour} requests in the hour before: two busy models share its node",
+        "unmissed": "nobody missed it: the room was better used",
+    }[kind]
+
+
+def _row(node: str, model: str, found: Sequence[Eviction]) -> EvictionRow:
+    counts = Counter(e.verdict for e in found)
     # ties go to the verdict that calls for action
-    order = ("placement", "memory", "idle", "traffic", "ordered")
+    order: tuple[Verdict, ...] = ("placement", "memory", "idle", "traffic", "ordered")
     verdict = max(order, key=lambda v: (counts[v], -order.index(v)))
-    known = [j.wanted_again_s for j in judged if j.wanted_again_s is not None]
-    reasons = Counter(j.why.split(":")[0] for j in judged if j.verdict == verdict)
-    most = reasons.most_common(1)[0][0]
-    hint = next(j.why for j in judged if j.verdict == verdict and j.why.split(":")[0] == most)
+    most = Counter(e.kind for e in found if e.verdict == verdict).most_common(1)[0][0]
+    records = [e.record for e in found]
     return EvictionRow(
         node=node,
         model=model,
         evictions=len(found),
         justified=counts["traffic"],
-        bytes=sum(e.bytes for e in found),
-        requests_last_hour=sum(e.requests_last_hour for e in found),
-        made_room_for=tuple(sorted({e.for_model for e in found if e.for_model})),
-        wanted_again_s=min(known, default=None),
-        reload_s=round(sum(e.reload_us for e in found) / 1e6, 3),
+        bytes=sum(r.bytes for r in records),
+        requests_last_hour=sum(r.requests_last_hour for r in records),
+        made_room_for=tuple(sorted({r.for_model for r in records if r.for_model})),
+        wanted_again_s=min((e.wanted_again_s for e in found if e.wanted_again_s is not None), default=None),
+        reload_s=round(sum(r.reload_us for r in records) / 1e6, 3),
         verdict=verdict,
-        hint=hint,
+        hint=next(e.why for e in found if e.kind == most),
         verdicts=dict(sorted(counts.items())),
     )

@@ -7,32 +7,15 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 
+from aggregator.calendar import Span
 from aggregator.cost import CostReport
-from aggregator.window import Span
 
 COLUMNS = (
-    "BillingAccountId",
-    "BillingCurrency",
-    "BillingPeriodStart",
-    "BillingPeriodEnd",
-    "ChargePeriodStart",
-    "ChargePeriodEnd",
-    "ChargeCategory",
-    "ChargeDescription",
-    "ServiceCategory",
-    "ServiceName",
-    "ProviderName",
-    "PublisherName",
-    "ResourceId",
-    "ResourceName",
-    "SkuId",
-    "ConsumedQuantity",
-    "ConsumedUnit",
-    "BilledCost",
-    "EffectiveCost",
-    "AllocatedMethodId",
-    "AllocatedResourceId",
-    "Tags",
+    *("BillingAccountId", "BillingCurrency", "BillingPeriodStart", "BillingPeriodEnd"),
+    *("ChargePeriodStart", "ChargePeriodEnd", "ChargeCategory", "ChargeDescription"),
+    *("ServiceCategory", "ServiceName", "ProviderName", "PublisherName", "ResourceId", "ResourceName", "SkuId"),
+    *("ConsumedQuantity", "ConsumedUnit", "BilledCost", "EffectiveCost"),
+    *("AllocatedMethodId", "AllocatedResourceId", "Tags"),
 )
 METHOD = "busy-seconds"
 
@@ -40,8 +23,8 @@ METHOD = "busy-seconds"
 def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> bytes:
     """The CSV of a span from its daily reports. Costs are amortised: BilledCost is 0, EffectiveCost holds them."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
     for day, report in days:
         tokens = {m.model: m.tokens for m in report.models}
         busy = {m.model: m.busy_s for m in report.models}
@@ -49,31 +32,16 @@ def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> by
             whole = busy.get(row.model, 0.0)
             part = Decimal(str(row.busy_s)) / Decimal(str(whole)) if whole else Decimal(0)
             quantity = round(tokens.get(row.model, 0) * part) if row.kind == "model" else Decimal(str(row.busy_s))
+            is_model = row.kind == "model"
             writer.writerow(
-                {
-                    "BillingAccountId": rack,
-                    "BillingCurrency": report.currency,
-                    "BillingPeriodStart": _iso(span.since_ms),
-                    "BillingPeriodEnd": _iso(span.until_ms),
-                    "ChargePeriodStart": _iso(day.since_ms),
-                    "ChargePeriodEnd": _iso(day.until_ms),
-                    "ChargeCategory": "Usage",
-                    "ChargeDescription": f"{row.model or row.kind} on {row.node}",
-                    "ServiceCategory": "AI and Machine Learning",
-                    "ServiceName": "LLM inference",
-                    "ProviderName": "on premises",
-                    "PublisherName": "mlxrack",
-                    "ResourceId": row.node,
-                    "ResourceName": row.node,
-                    "SkuId": row.model if row.kind == "model" else row.kind,
-                    "ConsumedQuantity": quantity,
-                    "ConsumedUnit": "Tokens" if row.kind == "model" else "Seconds",
-                    "BilledCost": "0",
-                    "EffectiveCost": row.cost,
-                    "AllocatedMethodId": METHOD,
-                    "AllocatedResourceId": row.node,
-                    "Tags": "{}",
-                }
+                (
+                    *(rack, report.currency, *map(_iso, (span.since_ms, span.until_ms, day.since_ms, day.until_ms))),
+                    *("Usage", f"{row.model or row.kind} on {row.node}"),
+                    *("AI and Machine Learning", "LLM inference", "on premises", "mlxrack"),
+                    *(row.node, row.node, row.model if is_model else row.kind),
+                    *(quantity, "Tokens" if is_model else "Seconds", "0", row.cost),
+                    *(METHOD, row.node, "{}"),
+                )
             )
     return out.getvalue().encode()
 

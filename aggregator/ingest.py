@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from aggregator import parquet
+from aggregator.calendar import utc_day
 from aggregator.tables import BATCH_TABLE
-from aggregator.window import meta_of, straightened, utc_day
+from aggregator.window import meta_of, straightened
 from shared import keys
 from shared.batch import Batch, unseal
 from shared.errors import NotFound, PreconditionFailed, Refused

@@ -14,8 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from aggregator import moves, packing
+from aggregator.demand import Facts
 from aggregator.packing import CAP, Copyable, Room
-from aggregator.placement import Facts, NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
+from aggregator.placement import NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
 from shared.errors import Refused
 from shared.keys import check_name
 from shared.memory_plan import PROCESS_OVERHEAD_BYTES, default_budget_bytes, plan
@@ -189,13 +190,7 @@ def need_bytes(model: Model, measured: Measured | None) -> int:
     if measured is not None:
         shape, weights = measured
         made = plan(
-            shape,
-            weights,
-            rows=model.rows,
-            row_tok=model.row_tok,
-            chunk_tok=CHUNK_TOK,
-            cache_bytes=cache,
-            fused=True,
+            shape, weights, rows=model.rows, row_tok=model.row_tok, chunk_tok=CHUNK_TOK, cache_bytes=cache, fused=True
         )
         return made.need_bytes
     kv = model.rows * model.row_tok * int((model.kv_kib_per_tok or 0) * 1024)
@@ -213,9 +208,7 @@ def chip_of(machine: Machine) -> Chip:
     """A machine's chip, with overrides from the inventory."""
     known = CHIPS.get(machine.chip, Chip(bandwidth_gb_s=0, tflops=0, mini_gb=()))
     return msgspec.structs.replace(
-        known,
-        bandwidth_gb_s=machine.bandwidth_gb_s or known.bandwidth_gb_s,
-        tflops=machine.tflops or known.tflops,
+        known, bandwidth_gb_s=machine.bandwidth_gb_s or known.bandwidth_gb_s, tflops=machine.tflops or known.tflops
     )
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from aggregator import ingest, parquet, rollup
+from aggregator.calendar import DAY_MS, HOUR_MS, Span, utc_day_ms, utc_days
 from aggregator.manifest import Manifest
-from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_MS, HOUR_TABLES, Fold, folded_columns, minute_columns
+from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
-    DAY_MS,
     Asked,
     Cover,
     Demand,
+    DesiredSum,
     EngineSum,
     Fact,
     HostSum,
@@ -26,16 +27,13 @@ from aggregator.window import (
     Run,
     ServedSum,
     Serving,
-    Span,
     Window,
-    utc_day_ms,
-    utc_days,
 )
 from shared import keys
 from shared.batch import Batch
-from shared.errors import NotFound, Refused
+from shared.errors import Refused
 from shared.records import RECORD_TYPES
-from shared.store import ObjectStore, Stored, list_all
+from shared.store import ObjectStore, Stored, find, list_all
 
 CONNECTIONS = 8
 
@@ -140,6 +138,7 @@ def window(store: ObjectStore, span: Span) -> Window:
             engines=_structs(db, sources.folded("engine", None), EngineSum),
             hosts=_structs(db, sources.folded("host", None), HostSum),
             residents=_structs(db, sources.folded("resident", None), ResidentSum),
+            desired=_structs(db, sources.folded("desired", None), DesiredSum),
             outlets=_structs(db, sources.folded("outlet", None), OutletSum),
             runs=_structs(db, sources.folded("run", None), Run),
             covers=_structs(db, sources.folded("cover", None), Cover),
@@ -154,7 +153,6 @@ class _Sources:
     """SQL over the files of a span, which are fetched on construction."""
 
     def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
-        self._store = store
         self._db = db
         self._span = span
         days = utc_days(span)
@@ -165,11 +163,11 @@ class _Sources:
         for name in HOUR_TABLES:
             self._levels[name] = _levels(name, days, whole, hourly)
             wanted += [key for _, key in self._levels[name]]
-        bodies = pool.map(self._fetch, wanted)
+        found = pool.map(lambda key: find(store, key), wanted)
         self._files = {
-            key: db.file(f"{number}.parquet", body)
-            for number, (key, body) in enumerate(zip(wanted, bodies, strict=True))
-            if body is not None
+            key: db.file(f"{number}.parquet", stored.body)
+            for number, (key, stored) in enumerate(zip(wanted, found, strict=True))
+            if stored is not None
         }
 
     def folded(self, name: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:
@@ -209,12 +207,6 @@ class _Sources:
 
     def _inside(self, column: str) -> str:
         return f"{column} >= {self._span.since_ms} AND {column} < {self._span.until_ms}"
-
-    def _fetch(self, key: str) -> bytes | None:
-        try:
-            return self._store.get(key).body
-        except NotFound:
-            return None
 
 
 def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) -> list[tuple[str, str]]:

@@ -14,16 +14,7 @@ import msgspec
 
 from aggregator import rollup
 from aggregator.rollup import names, quoted
-from aggregator.tables import (
-    EVENT_SOURCES,
-    EVENT_TABLE,
-    FOLDS,
-    IDENTITY,
-    META,
-    flattened,
-    minute_columns,
-    wire_columns,
-)
+from aggregator.tables import EVENT_SOURCES, EVENT_TABLE, FOLDS, IDENTITY, META, flattened, minute_columns, wire_columns
 
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 
 from aggregator import parquet
+from aggregator.calendar import DAY_MS
 from aggregator.manifest import Day, Manifest
 from aggregator.tables import BATCH_TABLE, DAY_TABLES, HOUR_TABLES, MINUTE_TABLES
-from aggregator.window import DAY_MS
 from shared import keys
 from shared.batch import digest
-from shared.errors import NotFound, PreconditionFailed, Retryable
-from shared.store import ObjectStore, Stored
+from shared.errors import PreconditionFailed, Retryable
+from shared.store import ObjectStore, Stored, find
 
 MAX_REVISIONS = 1000
 
@@ -24,7 +24,7 @@ def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]])
     """Merge rows (NDJSON files by table) into a day's minute tables and rebuild the tables derived from them.
     Idempotent."""
     # read before their sources: if another run rebuilds those in between, these conditional writes fail
-    before = {key: _optional(store, key) for key in _derived(day)}
+    before = {key: find(store, key) for key in _derived(day)}
     with parquet.Database() as db:
         minutes: dict[str, Path] = {}
         hashes: list[str] = []
@@ -86,7 +86,7 @@ def report(store: ObjectStore, cadence: str, period: str, name: str, extension: 
             store.put_if_absent(key, body)
         except PreconditionFailed:
             following = keys.report_key(cadence, period, name, revision + 1, extension)
-            if _optional(store, following) is None and store.get(key).body == body:
+            if find(store, following) is None and store.get(key).body == body:
                 return key
             continue
         return key
@@ -107,7 +107,7 @@ def replace(store: ObjectStore, key: str, body: bytes, etag: str | None) -> None
 def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh: Sequence[Path]) -> bytes | None:
     """A minute table after merging these rows; None if there is none."""
     key = keys.minute_key(table, day)
-    old = _optional(store, key)
+    old = find(store, key)
     if not fresh:
         return old.body if old else None
     body = parquet.merged(db, table, fresh, old.body if old else None)
@@ -118,10 +118,3 @@ def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh
 
 def _derived(day: str) -> list[str]:
     return [*(keys.hour_key(table, day) for table in HOUR_TABLES), *(keys.day_key(table, day) for table in DAY_TABLES)]
-
-
-def _optional(store: ObjectStore, key: str) -> Stored | None:
-    try:
-        return store.get(key)
-    except NotFound:
-        return None

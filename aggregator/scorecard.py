@@ -3,18 +3,23 @@
 What was not measured is "no data" and counts as neither kept nor missed.
 """
 
+from typing import Literal
+
 import msgspec
 
 from aggregator.api_prices import Comparisons
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime
+from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
-from shared.sketch import Sketch
+
+Kind = Literal["latency", "uptime", "heat", "swap", "price"]
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """``value`` and ``target`` are numbers in ``unit``; ``kept`` is None without data; ``text`` says it in words."""
+    """``value`` and ``target`` are numbers in ``unit``; ``kept`` is None without data; ``text`` says it in words.
+    ``kind`` is the promise."""
 
     name: str
     value: float | None
@@ -22,6 +27,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     kept: bool | None
     text: str
+    kind: Kind
 
 
 def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scorecard) -> tuple[Line, ...]:
@@ -36,13 +42,11 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
 
 
 def _latency(window: Window, targets: Scorecard) -> Line:
-    itl = Sketch()
-    for one in window.latencies:
-        if one.outcome == "ok":
-            itl.merge(one.sketch("itl_us"))
-    p95 = itl.quantile(0.95)
+    p95 = merged(answered(window), "itl_us").quantile(0.95)
     value = p95 / 1000 if p95 is not None else None
-    return _at_most("p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %")
+    return _at_most(
+        "latency", "p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %"
+    )
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
@@ -51,27 +55,26 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
     text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
     if up.rack.share is not None:
         text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
-    return Line(name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
+    return Line(kind="uptime", name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
 
 
 def _heat(window: Window, targets: Scorecard) -> Line:
     """Throttled time of nodes, each weighted by how long it worked: heat while idle slows nobody."""
-    busy = {h.node: sum(e.busy_us for e in window.engines if e.node == h.node) for h in window.hosts}
-    known = [(h, busy[h.node]) for h in window.hosts if h.throttled_share is not None]
+    known = [(h, window.busy_us(h.node)) for h in window.hosts if h.throttled_share is not None]
     weight = sum(us for _, us in known)
     value = None
     if weight:
         value = sum((h.throttled_share or 0.0) * us for h, us in known) / weight
     elif known:
         value = max(h.throttled_share or 0.0 for h, _ in known)
-    return _at_most("throttled", value, targets.throttled, "share", "of the time in which models worked")
+    return _at_most("heat", "throttled", value, targets.throttled, "share", "of the time in which models worked")
 
 
 def _swaps(window: Window, targets: Scorecard) -> Line:
     swaps = [record for _, record in window.of(SwapFinished)]
     longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
     failed = sum(s.outcome == "failed" for s in swaps)
-    return _at_most("longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
+    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
 
 
 def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
@@ -79,23 +82,19 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     found = []
     for one in apis.models if apis is not None else ():
         if one.frontier and one.times_cheaper is not None:
-            kept = one.times_cheaper >= targets.times_cheaper
-            cheaper = "cheaper" if one.times_cheaper >= 1 else "of the price: dearer here"
-            found.append(
-                Line(
-                    name=f"{one.model} against {one.frontier}",
-                    value=one.times_cheaper,
-                    target=targets.times_cheaper,
-                    unit="times",
-                    kept=kept,
-                    text=f"{one.times_cheaper:.1f} times {cheaper}; another model, so not the same answers",
-                )
+            name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
+            cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
+            text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
+            line = Line(
+                kind="price", name=name, value=times, target=target, unit="times", kept=times >= target, text=text
             )
+            found.append(line)
     return found
 
 
-def _at_most(name: str, value: float | None, target: float, unit: str, of: str) -> Line:
+def _at_most(kind: Kind, name: str, value: float | None, target: float, unit: str, of: str) -> Line:
     if value is None:
-        return Line(name=name, value=None, target=target, unit=unit, kept=None, text="no data")
+        return Line(kind=kind, name=name, value=None, target=target, unit=unit, kept=None, text="no data")
     said = f"{value:.2%}" if unit == "share" else f"{value:,.1f} {unit}"
-    return Line(name=name, value=value, target=target, unit=unit, kept=value <= target, text=f"{said} {of}")
+    kept, text = value <= target, f"{said} {of}"
+    return Line(kind=kind, name=name, value=value, target=target, unit=unit, kept=kept, text=text)

@@ -10,13 +10,14 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
-from shared.records import RECORD_TYPES, EngineWindow, Event
+from aggregator.calendar import HOUR_MS
+from shared.records import RECORD_TYPES, EngineCounts, Event
 from shared.sketch import SketchWire
 
 BATCH_TABLE = "batch"
 MINUTE_TABLES = (*RECORD_TYPES, BATCH_TABLE)
 """The batch table is last: once a batch is in it, all of its records are written."""
-HOUR_MS, SLOT_MS = 3_600_000, 300_000
+SLOT_MS = 300_000
 EVENTS = tuple(str(kind.__struct_config__.tag) for kind in get_args(Event))
 IDENTITY = ("node", "incarnation", "epoch", "seq", "ordinal")
 META = {
@@ -144,7 +145,7 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
-_ENGINE = [f.name for f in msgspec.structs.fields(EngineWindow) if f.name not in ("model", "version")]
+_ENGINE = EngineCounts.__struct_fields__
 _HIGHEST = tuple(name for name in _ENGINE if name.endswith(("_max", "_bytes")))
 _LENGTH = "(t_end_ms - t_start_ms)"
 
@@ -215,11 +216,16 @@ FOLDS: dict[str, Fold] = {
         lasts=("need_bytes", "pinned"),
         lift={"windows": "1", "length_ms": _LENGTH},
     ),
+    "desired": Fold(
+        source=("desired_observed",),
+        labels=("node", "generation", "state"),
+        sums=("windows",),
+        mins=("since_ms",),
+        lasts=("reason",),
+        lift={"windows": "1", "since_ms": "t_start_ms"},
+    ),
     "outlet": Fold(
-        source=("outlet",),
-        labels=("meter", "nodes"),
-        sums=("energy_mj", "covered_us"),
-        maxes=("power_max_mw",),
+        source=("outlet",), labels=("meter", "nodes"), sums=("energy_mj", "covered_us"), maxes=("power_max_mw",)
     ),
     "run": Fold(
         source=("batch",),
@@ -239,10 +245,7 @@ FOLDS: dict[str, Fold] = {
         },
     ),
     "cover": Fold(
-        source=("batch",),
-        labels=("node",),
-        spans=True,
-        lift={"starts": "[t_start_ms]", "ends": "[t_end_ms]"},
+        source=("batch",), labels=("node",), spans=True, lift={"starts": "[t_start_ms]", "ends": "[t_end_ms]"}
     ),
     "serving": Fold(
         source=("resident",),

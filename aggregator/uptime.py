@@ -11,6 +11,7 @@ from itertools import pairwise
 import msgspec
 
 from aggregator.annotations import Annotation
+from aggregator.calendar import HOUR_MS
 from aggregator.window import Intervals, Window, at_least_one, seconds, union
 from shared.records import (
     AgentStarted,
@@ -31,7 +32,7 @@ GRACE_MS = 30_000
 MERGE_MS = 600_000
 """Incidents with the same cause, node and scope that follow within this time are merged."""
 NEAR_MS = 300_000
-LONG_HEAT_MS = 6 * 3_600_000
+LONG_HEAT_MS = 6 * HOUR_MS
 """How long before an incident a throttle event may have begun to count as its cause."""
 
 
@@ -62,8 +63,21 @@ class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
     share: float | None
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node follows the desired state: the newest generation it reported and its state there (acting, converged,
+    drifted or failed) since when, the windows of the span that were not converged, and the last reason given."""
+
+    node: str
+    generation: int
+    state: str
+    since_ms: int
+    not_converged: int
+    reason: str
+
+
 class Uptime(msgspec.Struct, frozen=True, kw_only=True):
-    """Availability of the rack by requests and by time, and of each node by time."""
+    """Availability of the rack by requests and by time, and of each node by time. ``desired`` is absent where no
+    node follows a desired state."""
 
     requests_ok: int
     requests_bad: int
@@ -72,6 +86,7 @@ class Uptime(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeUptime, ...]
     incidents: tuple[Incident, ...]
     lost_batches: int = 0
+    desired: tuple[Progress, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) -> Uptime:
@@ -90,10 +105,39 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
         requests_bad=bad,
         request_share=ok / (ok + bad) if ok + bad else None,
         rack=_rack(list(tracks.values())),
-        nodes=tuple(track.sums() for track in tracks.values()),
+        nodes=tuple(_sums(t.node, t.first, t.until, t.reported, t.up, t.down) for t in tracks.values()),
         incidents=tuple(_annotated(one, annotations) for one in merged),
+        desired=_desired(window) or msgspec.UNSET,
         lost_batches=sum(max(run.missing, run.dropped_batches - run.dropped_before) for run in window.runs),
     )
+
+
+def _desired(window: Window) -> tuple[Progress, ...]:
+    found = []
+    for node in sorted({d.node for d in window.desired}):
+        *before, newest = sorted((d for d in window.desired if d.node == node), key=lambda d: (d.last_ms, d.generation))
+        behind = [d for d in (*before, newest) if d.state not in ("none", "converged")]
+        if newest.state == "none":
+            continue
+        found.append(
+            Progress(
+                node=node,
+                generation=newest.generation,
+                state=newest.state,
+                # it may have been in the same state earlier, too
+                since_ms=max([newest.since_ms, *(d.last_ms for d in before)]),
+                not_converged=sum(d.windows for d in behind),
+                reason=next((d.reason for d in reversed(behind) if d.reason), ""),
+            )
+        )
+    return tuple(found)
+
+
+def covered(up: Uptime) -> float | None:
+    """Share of all nodes' time since their first reports that is known."""
+    known = sum(n.up_s + n.idle_s + n.down_s for n in up.nodes)
+    total = known + sum(n.unknown_s for n in up.nodes)
+    return known / total if total else None
 
 
 class _Track:
@@ -101,9 +145,9 @@ class _Track:
 
     def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
         self.node = node
-        self.reported = _closed(window.reported(node))
+        self.reported = union(window.reported(node), JOIN_MS)
         ready = window.ready(node)
-        self.up = _both(self.reported, _closed(ready))
+        self.up = _both(self.reported, union(ready, JOIN_MS))
         self.down = union(
             (max(i.start_ms, window.span.since_ms), min(until, i.end_ms if i.end_ms is not None else until))
             for i in incidents
@@ -112,10 +156,6 @@ class _Track:
         first = min([self.reported[0][0]] if self.reported else [until], default=until)
         self.first = min([first, *(a for a, _ in self.down)])
         self.until = until
-
-    def sums(self) -> NodeUptime:
-        """The node's totals."""
-        return _sums(self.node, self.first, self.until, self.reported, self.up, self.down)
 
 
 def _rack(mine: Sequence[_Track]) -> NodeUptime:
@@ -144,17 +184,6 @@ def _sums(node: str, first: int, until: int, reported: Intervals, up: Intervals,
     )
 
 
-def _closed(intervals: Intervals) -> Intervals:
-    """Intervals with gaps of up to JOIN_MS closed."""
-    merged: list[tuple[int, int]] = []
-    for start, end in intervals:
-        if merged and start - merged[-1][1] <= JOIN_MS:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
 def _both(one: Intervals, other: Intervals) -> Intervals:
     """Intersection of two sets of intervals."""
     found = []
@@ -172,7 +201,7 @@ def _both(one: Intervals, other: Intervals) -> Intervals:
 
 def _gaps(window: Window, node: str, until: int) -> list[Incident]:
     """Gaps in a node's telemetry that a restart or its peers explain; other gaps stay unknown."""
-    reported = _closed(window.reported(node))
+    reported = union(window.reported(node), JOIN_MS)
     # a node that was down when the span began differs from a new one by ``previous`` of its first start
     edges = [(window.span.since_ms, window.span.since_ms), *reported]
     found = []
@@ -181,22 +210,18 @@ def _gaps(window: Window, node: str, until: int) -> list[Incident]:
             continue
         cause = _cause(window, node, start, end)
         if cause is not None:
-            word, text, fix = cause
-            found.append(Incident(node=node, scope="node", start_ms=start, end_ms=end, cause=word, text=text, fix=fix))
+            found.append(_incident(node, "node", (start, end), cause))
     down_at = _down_now(window, node)
     if down_at is not None and reported and reported[-1][1] <= down_at + GRACE_MS and reported[-1][1] < until:
-        found.append(
-            Incident(
-                node=node,
-                scope="node",
-                start_ms=max(down_at, reported[-1][1]),
-                end_ms=None,
-                cause="unknown",
-                text="no answer to heartbeats of its peers",
-                fix="check the machine",
-            )
-        )
+        why = ("unknown", "no answer to heartbeats of its peers", "check the machine")
+        found.append(_incident(node, "node", (max(down_at, reported[-1][1]), None), why))
     return found
+
+
+def _incident(node: str, scope: str, times: tuple[int, int | None], why: tuple[str, str, str]) -> Incident:
+    """``times`` are its start and end, ``why`` its cause, text and fix."""
+    (start, end), (cause, text, fix) = times, why
+    return Incident(node=node, scope=scope, start_ms=start, end_ms=end, cause=cause, text=text, fix=fix)
 
 
 def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
@@ -206,10 +231,7 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
     machine rebooted; 6. only the agent restarted; 7. its peers could not reach it, and it came back without a
     restart.
     """
-    begun = next(
-        (r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS),
-        None,
-    )
+    begun = next((r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS), None)
     if begun is not None and begun.previous == "first":
         return None
     if begun is not None and begun.previous == "clean":
@@ -269,51 +291,32 @@ def _down_now(window: Window, node: str) -> int | None:
 
 
 def _loaders(window: Window) -> list[Incident]:
-    return [
-        Incident(
-            node=meta.node,
-            scope=f"model {record.model}",
-            start_ms=record.t_ms,
-            end_ms=record.t_ms,
-            cause="loader",
-            text=f"the loader exited ({record.cause})",
-            fix="restarted by the agent",
-        )
-        for meta, record in window.of(LoaderExited)
-    ]
+    found = []
+    for meta, record in window.of(LoaderExited):
+        why = ("loader", f"the loader exited ({record.cause})", "restarted by the agent")
+        found.append(_incident(meta.node, f"model {record.model}", (record.t_ms, record.t_ms), why))
+    return found
 
 
 def _swaps(window: Window) -> list[Incident]:
-    return [
-        Incident(
-            node=meta.node,
-            scope=f"model {record.model}",
-            start_ms=record.t_ms - record.window_us // 1000,
-            end_ms=record.t_ms,
-            cause="deploy",
-            text=f"the swap to {record.to_version} failed: {record.reason or 'no reason reported'}",
-            fix="the old version continued to serve",
-        )
-        for meta, record in window.of(SwapFinished)
-        if record.outcome == "failed"
-    ]
+    found = []
+    for meta, record in window.of(SwapFinished):
+        if record.outcome == "failed":
+            text = f"the swap to {record.to_version} failed: {record.reason or 'no reason reported'}"
+            times = (record.t_ms - record.window_us // 1000, record.t_ms)
+            why = ("deploy", text, "the old version continued to serve")
+            found.append(_incident(meta.node, f"model {record.model}", times, why))
+    return found
 
 
 def _heat(window: Window) -> list[Incident]:
     """Throttling at the highest levels; lower ones are covered by the thermal figures."""
-    return [
-        Incident(
-            node=meta.node,
-            scope="heat",
-            start_ms=record.start_ms,
-            end_ms=record.t_ms,
-            cause="heat",
-            text=f"thermal pressure rose to {record.level}",
-            fix="improve cooling or airflow",
-        )
-        for meta, record in window.of(ThrottleEnded)
-        if record.level in _WORST
-    ]
+    found = []
+    for meta, record in window.of(ThrottleEnded):
+        if record.level in _WORST:
+            why = ("heat", f"thermal pressure rose to {record.level}", "improve cooling or airflow")
+            found.append(_incident(meta.node, "heat", (record.start_ms, record.t_ms), why))
+    return found
 
 
 def _merged(incidents: Sequence[Incident]) -> list[Incident]:

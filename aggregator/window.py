@@ -1,21 +1,18 @@
 """A span of time and everything that was reported in it; the one input of every report. Pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple, TypeVar
-from zoneinfo import ZoneInfo
 
 import msgspec
 
+from aggregator.calendar import HOUR_MS, Span
 from shared.batch import Batch
-from shared.errors import Refused
-from shared.records import Unknown
+from shared.records import EngineCounts, Unknown
 from shared.sketch import Sketch
 
 R = TypeVar("R", bound=msgspec.Struct)
 
-DAY_MS = 86_400_000
-LONGEST_WINDOW_MS = 6 * 3_600_000
+LONGEST_WINDOW_MS = 6 * HOUR_MS
 STRAIGHTEN_MS = 120_000
 """A clock that is off by more than this puts events into the wrong hour often enough to matter."""
 _TIMES = ("t_ms", "last_seen_ms", "start_ms")
@@ -43,15 +40,6 @@ class Fact(NamedTuple):
     meta: Meta
     ordinal: int
     record: msgspec.Struct
-
-
-class Span(NamedTuple):
-    """[since, until) in milliseconds, with the name under which its reports are filed and its zone."""
-
-    name: str
-    since_ms: int
-    until_ms: int
-    timezone: str
 
 
 Intervals = tuple[tuple[int, int], ...]
@@ -116,26 +104,12 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
         return sketch
 
 
-class EngineSum(msgspec.Struct, frozen=True, kw_only=True):
-    """What the loaders of one version on one node did (see shared/records.py: EngineWindow)."""
+class EngineSum(EngineCounts, frozen=True, kw_only=True):
+    """What the loaders of one version on one node did."""
 
     node: str
     model: str
     version: str
-    busy_prefill_us: int = 0
-    busy_decode_us: int = 0
-    prefill_tok: int = 0
-    cached_tok: int = 0
-    decode_tok: int = 0
-    wasted_tok: int = 0
-    queue_max: int = 0
-    queue_us: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_evictions: int = 0
-    cache_bytes: int = 0
-    active_bytes: int = 0
-    peak_bytes: int = 0
 
     @property
     def busy_us(self) -> int:
@@ -195,6 +169,18 @@ class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int | None = None
 
 
+class DesiredSum(msgspec.Struct, frozen=True, kw_only=True):
+    """A node at one generation of the desired state and in one state, from its first window there to its last."""
+
+    node: str
+    generation: int
+    state: str
+    windows: int
+    since_ms: int
+    last_ms: int
+    reason: str = ""
+
+
 class OutletSum(msgspec.Struct, frozen=True, kw_only=True):
     """A metered outlet: joules in thousandths over the time that is covered."""
 
@@ -237,13 +223,10 @@ class Cover(msgspec.Struct, frozen=True, kw_only=True):
     ends: tuple[int, ...]
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
+class Serving(Cover, frozen=True, kw_only=True):
     """When a node had a model ready in memory."""
 
-    node: str
     model: str
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -280,6 +263,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[EngineSum, ...] = ()
     hosts: tuple[HostSum, ...] = ()
     residents: tuple[ResidentSum, ...] = ()
+    desired: tuple[DesiredSum, ...] = ()
     outlets: tuple[OutletSum, ...] = ()
     runs: tuple[Run, ...] = ()
     covers: tuple[Cover, ...] = ()
@@ -306,28 +290,36 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
 
     def reported(self, node: str) -> Intervals:
         """When the node reported, within the span."""
-        found = [(c.starts, c.ends) for c in self.covers if c.node == node]
-        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+        return self._cut(c for c in self.covers if c.node == node)
 
     def ready(self, node: str) -> Intervals:
         """When the node had any model ready, within the span."""
-        found = [(c.starts, c.ends) for c in self.serving if c.node == node]
-        return self._cut(pair for starts, ends in found for pair in zip(starts, ends, strict=True))
+        return self._cut(c for c in self.serving if c.node == node)
 
     def host(self, node: str) -> HostSum | None:
         """The machine's sums."""
         return next((one for one in self.hosts if one.node == node), None)
 
-    def _cut(self, pieces: Iterable[tuple[int, int]]) -> Intervals:
+    def throttled_share(self, node: str) -> float | None:
+        """Share of a node's time in which it was throttled; None where its level was not known."""
+        host = self.host(node)
+        return host.throttled_share if host is not None else None
+
+    def busy_us(self, node: str) -> int:
+        """Microseconds that a node's loaders worked."""
+        return sum(e.busy_us for e in self.engines if e.node == node)
+
+    def _cut(self, tracks: Iterable[Cover]) -> Intervals:
         since, until = self.span.since_ms, self.span.until_ms
+        pieces = (pair for one in tracks for pair in zip(one.starts, one.ends, strict=True))
         return union((max(a, since), min(b, until)) for a, b in pieces)
 
 
-def union(pieces: Iterable[tuple[int, int]]) -> Intervals:
-    """Intervals in order, those that touch or overlap made one."""
+def union(pieces: Iterable[tuple[int, int]], gap_ms: int = 0) -> Intervals:
+    """Intervals in order, those that overlap or are at most ``gap_ms`` apart made one."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(pieces):
-        if merged and start <= merged[-1][1]:
+        if merged and start <= merged[-1][1] + gap_ms:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         elif end > start:
             merged.append((start, end))
@@ -365,10 +357,7 @@ def straightened(batch: Batch) -> Batch:
         return batch
     records = tuple(_shifted(record, skew_ms) for record in batch.records)
     return msgspec.structs.replace(
-        batch,
-        t_start_ms=max(0, batch.t_start_ms - skew_ms),
-        t_end_ms=max(0, batch.t_end_ms - skew_ms),
-        records=records,
+        batch, t_start_ms=max(0, batch.t_start_ms - skew_ms), t_end_ms=max(0, batch.t_end_ms - skew_ms), records=records
     )
 
 
@@ -386,108 +375,3 @@ def seconds(intervals: Sequence[tuple[int, int]]) -> float:
 def at_least_one(tracks: Iterable[Intervals]) -> Intervals:
     """When any of several was."""
     return union(pair for track in tracks for pair in track)
-
-
-def week(name: str, zone: str) -> Span:
-    """The week ``2026-W47``, Monday 00:00 to Monday 00:00 in the rack's zone. Raises Refused."""
-    try:
-        year, number = name.split("-W")
-        monday = date.fromisocalendar(int(year), int(number), 1)
-    except ValueError:
-        raise Refused(f"week {name!r}: give it as 2026-W47") from None
-    return _span(f"{int(year)}-W{int(number):02d}", monday, monday + timedelta(days=7), zone)
-
-
-def month(name: str, zone: str) -> Span:
-    """The month ``2026-11`` in the rack's zone. Raises Refused."""
-    try:
-        first = datetime.strptime(name, "%Y-%m").date()  # noqa: DTZ007  # a date, the zone comes next
-    except ValueError:
-        raise Refused(f"month {name!r}: give it as 2026-11") from None
-    after = (first + timedelta(days=32)).replace(day=1)
-    return _span(first.strftime("%Y-%m"), first, after, zone)
-
-
-def last_week(now: datetime, zone: str) -> str:
-    """The name of the last week that is over."""
-    year, number, _ = (now.astimezone(ZoneInfo(zone)) - timedelta(days=7)).isocalendar()
-    return f"{year}-W{number:02d}"
-
-
-def last_month(now: datetime, zone: str) -> str:
-    """The name of the last month that is over."""
-    first = now.astimezone(ZoneInfo(zone)).replace(day=1)
-    return (first - timedelta(days=1)).strftime("%Y-%m")
-
-
-def before(span: Span) -> Span:
-    """The week before a week."""
-    monday = datetime.fromtimestamp(span.since_ms / 1000, ZoneInfo(span.timezone)).date() - timedelta(days=7)
-    year, number, _ = monday.isocalendar()
-    return week(f"{year}-W{number:02d}", span.timezone)
-
-
-def between(since: str, until: str, zone: str) -> Span:
-    """Any days of the rack's zone, both inclusive, like 2026-11-01 and 2026-11-07. Raises Refused."""
-    try:
-        first, last = date.fromisoformat(since), date.fromisoformat(until)
-    except ValueError:
-        raise Refused(f"days {since!r} to {until!r}: give them as 2026-11-01") from None
-    if not date(2020, 1, 1) <= first <= last < date(2100, 1, 1):
-        raise Refused(f"days {since} to {until}: the second comes before the first, or they are no node's time")
-    return _span(f"{first.isoformat()}--{last.isoformat()}", first, last + timedelta(days=1), zone)
-
-
-def as_long_before(span: Span) -> Span:
-    """The days before a span of days, as many of them."""
-    zone = ZoneInfo(span.timezone)
-    first = datetime.fromtimestamp(span.since_ms / 1000, zone).date()
-    after = datetime.fromtimestamp(span.until_ms / 1000, zone).date()
-    start = first - (after - first)
-    return _span(f"{start.isoformat()}--{(first - timedelta(days=1)).isoformat()}", start, first, span.timezone)
-
-
-def days(span: Span) -> list[Span]:
-    """Each day of a span in its zone."""
-    zone = ZoneInfo(span.timezone)
-    first = datetime.fromtimestamp(span.since_ms / 1000, zone).date()
-    last = datetime.fromtimestamp((span.until_ms - 1) / 1000, zone).date()
-    return [
-        _span(day.isoformat(), day, day + timedelta(days=1), span.timezone)
-        for day in (first + timedelta(days=n) for n in range((last - first).days + 1))
-    ]
-
-
-def utc_days(span: Span) -> list[str]:
-    """UTC days (YYYY-MM-DD) that a span touches."""
-    first = datetime.fromtimestamp(span.since_ms / 1000, UTC).date()
-    last = datetime.fromtimestamp((span.until_ms - 1) / 1000, UTC).date()
-    return [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
-
-
-def full_hour(t_ms: int) -> int:
-    """The last full hour: a report of a period that is not over is the same until the next."""
-    return t_ms - t_ms % 3_600_000
-
-
-def utc_day_ms(day: str) -> int:
-    """When a UTC day (YYYY-MM-DD) begins."""
-    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
-
-
-def utc_day(t_ms: int) -> str:
-    """The UTC day of a moment. Moments that no node can have lived are Refused."""
-    try:
-        moment = datetime.fromtimestamp(t_ms / 1000, UTC)
-    except (OverflowError, ValueError, OSError):
-        raise Refused(f"time {t_ms} is outside the representable range") from None
-    if not 2020 <= moment.year < 2100:
-        raise Refused(f"time {moment:%Y-%m-%d} is not plausible; check the node's clock")
-    return moment.date().isoformat()
-
-
-def _span(name: str, first: date, after: date, zone: str) -> Span:
-    def midnight(day: date) -> int:
-        return int(datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone)).timestamp() * 1000)
-
-    return Span(name, midnight(first), midnight(after), zone)

@@ -44,11 +44,9 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
     total_us: SketchWire = SketchWire()
 
 
-class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
-    """Work of one loader on this node in the window, for requests of any gateway."""
+class EngineCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Work of one loader over some time: counts, and levels and peaks of memory and queue."""
 
-    model: str
-    version: str
     busy_prefill_us: int = 0
     busy_decode_us: int = 0
     prefill_tok: int = 0
@@ -70,6 +68,14 @@ class EngineWindow(_Record, frozen=True, kw_only=True, tag="engine"):
     cache_bytes: int = 0
     active_bytes: int = 0
     peak_bytes: int = 0
+
+
+class EngineWindow(EngineCounts, frozen=True, tag_field="kind", tag="engine"):
+    """Work of one loader on this node in the window, for requests of any gateway."""
+
+    # not kw_only: these two come before the inherited fields, on the wire and in tables
+    model: str
+    version: str
 
 
 class Resident(_Record, frozen=True, kw_only=True, tag="resident"):

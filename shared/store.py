@@ -6,6 +6,8 @@ One contract suite (tests/contracts) runs against every implementation. Calls bl
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from shared.errors import NotFound
+
 
 class Listed(NamedTuple):
     """One entry of a listing."""
@@ -75,6 +77,14 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Delete; no error if the key does not exist. Callers must not depend on success."""
         ...
+
+
+def find(store: ObjectStore, key: str) -> Stored | None:
+    """The object, or None if there is none."""
+    try:
+        return store.get(key)
+    except NotFound:
+        return None
 
 
 def list_all(store: ObjectStore, prefix: str, after: str = "") -> list[Listed]:

@@ -1,15 +1,19 @@
 """Telemetry as nodes report it, as real records and batches."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import msgspec
+from pypdf import PdfReader
 
+from aggregator.calendar import Span
 from aggregator.tables import FOLDS, SLOT_MS
 from aggregator.window import (
     Asked,
     Cover,
     Demand,
+    DesiredSum,
     EngineSum,
     Fact,
     HostSum,
@@ -21,7 +25,6 @@ from aggregator.window import (
     Run,
     ServedSum,
     Serving,
-    Span,
     Window,
     facts_of,
     meta_of,
@@ -29,7 +32,17 @@ from aggregator.window import (
     union,
 )
 from shared.batch import Batch
-from shared.records import EngineWindow, Event, Hardware, HostSample, OutletReading, Record, Resident, Served
+from shared.records import (
+    DesiredObserved,
+    EngineWindow,
+    Event,
+    Hardware,
+    HostSample,
+    OutletReading,
+    Record,
+    Resident,
+    Served,
+)
 from shared.sketch import Sketch
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -110,6 +123,7 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
         engines=_summed(_engine_rows(facts), EngineSum),
         hosts=_summed(_host_rows(facts), HostSum),
         residents=_summed(_resident_rows(facts), ResidentSum),
+        desired=_summed(_desired_rows(facts), DesiredSum),
         outlets=_summed(
             (msgspec.structs.asdict(f.record) for f in facts if isinstance(f.record, OutletReading)), OutletSum
         ),
@@ -125,19 +139,25 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
     )
 
 
+def pdf_text(body: bytes) -> str:
+    """What a reader sees in a PDF."""
+    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
+
+
 EVENT_TYPES = (*get_args(Event), Hardware)
 _LABELS = {
     ServedSum: FOLDS["served"].labels,
     EngineSum: FOLDS["engine"].labels,
     HostSum: ("node",),
     ResidentSum: FOLDS["resident"].labels,
+    DesiredSum: FOLDS["desired"].labels,
     OutletSum: ("meter", "nodes"),
     Run: ("node", "incarnation", "epoch"),
     Demand: ("slot_ms", "model"),
     Asked: ("slot_ms", "model", "outcome"),
 }
 _LOWEST = ("disk_free_bytes", "first_seq", "since_ms", "dropped_before")
-_NEWEST = ("memory_budget_bytes", "need_bytes", "pinned", "agent_version", "boot_id")
+_NEWEST = ("memory_budget_bytes", "need_bytes", "pinned", "agent_version", "boot_id", "reason")
 _HIGHEST = (
     *(
         "last_ms",
@@ -150,7 +170,8 @@ _HIGHEST = (
         "queue_max",
     ),
     *("package_temp_mc", "pcore_temp_mc", "gpu_temp_mc", "fan_max_rpm", "system_power_max_mw", "memory_total_bytes"),
-    *("memory_used_max_bytes", "swap_used_bytes", "cache_bytes", "active_bytes", "peak_bytes"),
+    *("memory_used_max_bytes", "swap_used_bytes", "cache_bytes", "active_bytes", "peak_bytes", "kv_peak_bytes"),
+    "disk_bytes",
 )
 
 
@@ -225,6 +246,13 @@ def _resident_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
             length = f.meta.t_end_ms - f.meta.t_start_ms
             row = msgspec.structs.asdict(f.record)
             yield {**row, "node": f.meta.node, "windows": 1, "length_ms": length, "last_ms": f.meta.t_end_ms}
+
+
+def _desired_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
+    for f in facts:
+        if isinstance(f.record, DesiredObserved):
+            row, meta = msgspec.structs.asdict(f.record), f.meta
+            yield {**row, "node": meta.node, "windows": 1, "since_ms": meta.t_start_ms, "last_ms": meta.t_end_ms}
 
 
 def _run_row(batch: Batch) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
+
 from agent.config import AgentConfig
 from agent.files.modelstore import ModelSpec
 from agent.models.slot import Loaded
@@ -142,15 +144,9 @@ class Loaders:
 
     def so_far(self) -> list[EngineWindow]:
         """Counts since the last window, including loaders that ended meanwhile."""
-        return [_window_of(model, version, reported) for (model, version), reported in self._reports.items()]
+        return [EngineWindow(*loaded, **msgspec.structs.asdict(reported)) for loaded, reported in self._reports.items()]
 
     def windows(self) -> list[EngineWindow]:
         """The same, and begin a new window."""
         taken, self._reports = self.so_far(), {}
         return taken
-
-
-def _window_of(model: str, version: str, reported: Reported) -> EngineWindow:
-    """A loader's report as the record of a window; the fields are the same."""
-    counts = {name: getattr(reported, name) for name in Reported.__struct_fields__}
-    return EngineWindow(model=model, version=version, **counts)

@@ -10,6 +10,7 @@ import msgpack
 import msgspec
 
 from shared.errors import Refused
+from shared.records import EngineCounts
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 64 << 20
@@ -230,30 +231,8 @@ class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
     retryable: bool = False
 
 
-class Reported(_Frame, frozen=True, kw_only=True, tag="reported"):
-    """What the engine did since the last report; see shared.records.EngineWindow."""
-
-    busy_prefill_us: int = 0
-    busy_decode_us: int = 0
-    prefill_tok: int = 0
-    cached_tok: int = 0
-    decode_tok: int = 0
-    wasted_tok: int = 0
-    steps: int = 0
-    queue_max: int = 0
-    queue_us: int = 0
-    padding_tok: int = 0
-    kv_peak_bytes: int = 0
-    rebuilds: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_saved_tok: int = 0
-    cache_evictions: int = 0
-    disk_restored_tok: int = 0
-    disk_bytes: int = 0
-    cache_bytes: int = 0
-    active_bytes: int = 0
-    peak_bytes: int = 0
+class Reported(EngineCounts, frozen=True, kw_only=True, tag_field="f", tag="reported"):
+    """What the engine did since the last report."""
 
 
 Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)

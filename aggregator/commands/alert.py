@@ -9,9 +9,9 @@ from aggregator.alerts import AlertState, Notice
 from aggregator.config import AggregatorConfig
 from aggregator.window import facts_of, straightened
 from shared import keys
-from shared.errors import NotFound, RackError
+from shared.errors import RackError
 from shared.logs import get_logger
-from shared.store import ObjectStore, Stored
+from shared.store import ObjectStore, Stored, find
 
 log = get_logger("aggregator.alert")
 
@@ -66,9 +66,8 @@ def _without(state: AlertState, failed: list[Notice]) -> AlertState:
 
 
 def _read(store: ObjectStore) -> tuple[AlertState, Stored | None]:
-    try:
-        stored = store.get(keys.ALERT_STATE)
-    except NotFound:
+    stored = find(store, keys.ALERT_STATE)
+    if stored is None:
         return AlertState(), None
     try:
         return msgspec.json.decode(stored.body, type=AlertState), stored

@@ -9,8 +9,8 @@ from aggregator import acceptance, load, publish
 from aggregator.config import AggregatorConfig
 from aggregator.placement import Move, PlacementReport
 from shared import desired, keys
-from shared.errors import NotFound, Refused
-from shared.store import ObjectStore, Stored, list_all
+from shared.errors import Refused
+from shared.store import ObjectStore, find, list_all
 
 
 def proposal(store: ObjectStore, period: str) -> PlacementReport:
@@ -22,15 +22,12 @@ def proposal(store: ObjectStore, period: str) -> PlacementReport:
 
 
 def run(
-    config: AggregatorConfig,
-    store: ObjectStore,
-    report: PlacementReport,
-    steps: Collection[int] | None,
-    dry_run: bool,
+    config: AggregatorConfig, store: ObjectStore, report: PlacementReport, steps: Collection[int] | None, dry_run: bool
 ) -> tuple[tuple[Move, ...], desired.DesiredState]:
     """The moves and the resulting desired state, published unless ``dry_run``. Raises Refused when it is impossible,
     Retryable when another writer was first."""
-    before, stored = _before(store)
+    stored = find(store, keys.DESIRED)
+    before = desired.parse(stored.body) if stored is not None else None
     chosen = acceptance.accepted(report, steps)
     versions = _versions(store)
 
@@ -49,14 +46,6 @@ def run(
     if not dry_run:
         publish.replace(store, keys.DESIRED, desired.encode(state), stored.etag if stored else None)
     return chosen, state
-
-
-def _before(store: ObjectStore) -> tuple[desired.DesiredState | None, Stored | None]:
-    try:
-        stored = store.get(keys.DESIRED)
-    except NotFound:
-        return None, None
-    return desired.parse(stored.body), stored
 
 
 def _versions(store: ObjectStore) -> list[tuple[str, str]]:

@@ -5,20 +5,20 @@ import time
 import msgspec
 
 from aggregator import load, publish
+from aggregator.calendar import full_hour, month
 from aggregator.commands.weekly import notes
 from aggregator.config import AggregatorConfig
+from aggregator.judgements import judge
 from aggregator.report import pdf
-from aggregator.report.contents import compose
-from aggregator.window import full_hour, month
 from shared.store import ObjectStore
 
 
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
     """Publish the month's report; returns its keys."""
     window = load.window(store, month(name, config.timezone))
-    report = compose(window, config, full_hour(time.time_ns() // 1_000_000), notes(store))
-    body = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store))
+    body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     return [
         publish.report(store, "monthly", name, "report", "json", body),
-        publish.report(store, "monthly", name, "report", "pdf", pdf.render(report)),
+        publish.report(store, "monthly", name, "report", "pdf", pdf.render(judged)),
     ]

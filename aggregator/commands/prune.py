@@ -11,8 +11,8 @@ from aggregator import load, parquet, publish
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Manifest
 from shared import keys
-from shared.errors import NotFound, Refused
-from shared.store import ObjectStore, list_all
+from shared.errors import Refused
+from shared.store import ObjectStore, find, list_all
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,11 +77,8 @@ def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], 
     found: dict[tuple[str, int, int], int] = {}
     with parquet.Database() as db:
         for day in days:
-            try:
-                body = store.get(keys.day_key("run", day)).body
-            except NotFound:
-                continue
-            for row in db.rows(parquet.reading([db.file("run.parquet", body)])):
+            stored = find(store, keys.day_key("run", day))
+            for row in db.rows(parquet.reading([db.file("run.parquet", stored.body)])) if stored else ():
                 run = (row["node"], row["incarnation"], row["epoch"])
                 found[run] = max(found.get(run, -1), row["last_seq"])
     return found

@@ -79,11 +79,7 @@ def run(
 
 
 def _piece(
-    config: AggregatorConfig,
-    store: ObjectStore,
-    workers: "_Workers",
-    manifest: Manifest,
-    piece: Sequence[load.Pending],
+    config: AggregatorConfig, store: ObjectStore, workers: "_Workers", manifest: Manifest, piece: Sequence[load.Pending]
 ) -> Manifest:
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as name:
         outcomes = workers.spill([one.key for one in piece if one.size <= MOST_BYTES], Path(name))

@@ -12,7 +12,7 @@ import msgspec
 from shared import keys
 from shared.batch import digest
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
-from shared.store import Listed, ObjectStore, list_all
+from shared.store import Listed, ObjectStore, find, list_all
 
 IMMUTABLE = (keys.RAW_PREFIX, "quarantine/v1/", "report/v1/", "prices/v1/")
 TABLES = keys.TABLE_PREFIXES
@@ -95,9 +95,8 @@ def _put(target: ObjectStore, key: str, body: bytes) -> bool:
 
 def _seen(target: ObjectStore) -> dict[str, str]:
     """The source's etag of each object at its last copy."""
+    stored = find(target, STATE)
     try:
-        return msgspec.json.decode(target.get(STATE).body, type=dict[str, str])
-    except NotFound:
-        return {}
+        return msgspec.json.decode(stored.body, type=dict[str, str]) if stored is not None else {}
     except msgspec.DecodeError:
         raise Refused(f"{STATE} in the target: cannot be parsed; delete it to compare everything again") from None

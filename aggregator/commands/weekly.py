@@ -1,20 +1,26 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from datetime import UTC, datetime
 
 import msgspec
 
-from aggregator import annotations, api_prices, cost, eviction, focus, load, placement, publish, scorecard, uptime
+from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Annotation
+from aggregator.calendar import Span, before, days, full_hour, week
 from aggregator.config import AggregatorConfig
+from aggregator.judgements import Judged, judge
 from aggregator.manifest import Manifest
-from aggregator.report import html, markdown, pages
+from aggregator.report import html, markdown
 from aggregator.report.page import Page
-from aggregator.window import Span, Window, before, days, full_hour, week
-from shared.errors import NotFound, Refused
+from aggregator.report.pages import cost as cost_page
+from aggregator.report.pages import evictions as evictions_page
+from aggregator.report.pages import placement as placement_page
+from aggregator.report.pages import scorecard as scorecard_page
+from aggregator.report.pages import uptime as uptime_page
+from aggregator.window import Window
+from shared.errors import Refused
 from shared.logs import get_logger
-from shared.store import ObjectStore
+from shared.store import ObjectStore, find
 
 log = get_logger("aggregator.weekly")
 
@@ -28,9 +34,10 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
     """Publish the reports of any span, compared with an earlier one."""
     window, last = load.window(store, span), load.window(store, earlier)
-    made = artifacts(config, window, last, notes(store), remarks(load.newest_manifest(store)))
+    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store))
+    said = (*remarks(load.newest_manifest(store)), *_clocks(window))
     published = []
-    for kind, (report, page) in made.items():
+    for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(report), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
@@ -40,45 +47,31 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     return published
 
 
-def artifacts(
-    config: AggregatorConfig,
-    window: Window,
-    last: Window,
-    known: tuple[Annotation, ...] = (),
-    said: tuple[str, ...] = (),
-) -> dict[str, tuple[object, Page]]:
-    """Each report by name: its figures, and the page that shows them."""
-    span = window.span
-    now_ms = min(full_hour(time.time_ns() // 1_000_000), span.until_ms)
-    was = cost.compute(last, config) if last.batches else None
-    money = cost.compute(window, config, was)
-    # prices as of the end of the span: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, datetime.fromtimestamp(span.until_ms / 1000, UTC))
-    up = uptime.uptime(window, now_ms, known)
-    score = scorecard.lines(window, up, apis, config.scorecard)
-    place, evicted = placement.propose(window, config), eviction.report(window)
+def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str, tuple[object, Page]]:
+    """Each report by name: its figures, and the page that shows them. ``last`` names the period before, ``said`` are
+    remarks about telemetry."""
+    rack, period, place = judged.rack, judged.period, judged.distribution
+    money, apis, evicted, up, score = judged.cost, judged.apis, judged.evictions, judged.uptime, judged.scorecard
     return {
-        "placement": (place, pages.placement(place, config.rack)),
-        "cost": ({"cost": money, "apis": apis}, pages.cost(money, apis, config.rack, last.span.name)),
-        "evictions": (evicted, pages.evictions(evicted, config.rack)),
-        "uptime": (up, pages.uptime(up, span.name, config.timezone, config.rack, (*said, *_clocks(window)))),
-        "scorecard": (score, pages.scorecard(score, span.name, config.rack)),
+        "placement": (place, placement_page.page(place, rack)),
+        "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, rack, last)),
+        "evictions": (evicted, evictions_page.page(evicted, rack)),
+        "uptime": (up, uptime_page.page(up, period, judged.timezone, rack, said)),
+        "scorecard": (score, scorecard_page.page(score, period, rack)),
     }
 
 
 def remarks(manifest: Manifest) -> tuple[str, ...]:
     """Sentences about telemetry that could not be counted."""
-    found = []
-    if manifest.quarantined_total:
-        found.append(
-            f"{manifest.quarantined_total:,} unreadable objects are in quarantine/; the manifest of the run that put "
-            "an object there gives the reason."
-        )
-    if manifest.unknown_records:
-        found.append(f"{manifest.unknown_records:,} records are of unknown kinds: upgrade the aggregator.")
-    if manifest.too_late:
-        found.append(f"{manifest.too_late:,} batches arrived after their day was pruned and are not counted.")
-    return tuple(found)
+    found = (
+        (
+            manifest.quarantined_total,
+            "unreadable objects are in quarantine/; the manifest of the run that put an object there gives the reason.",
+        ),
+        (manifest.unknown_records, "records are of unknown kinds: upgrade the aggregator."),
+        (manifest.too_late, "batches arrived after their day was pruned and are not counted."),
+    )
+    return tuple(f"{count:,} {text}" for count, text in found if count)
 
 
 def _clocks(window: Window) -> tuple[str, ...]:
@@ -91,10 +84,9 @@ def _clocks(window: Window) -> tuple[str, ...]:
 
 def notes(store: ObjectStore) -> tuple[Annotation, ...]:
     """Incident annotations; none if the file is missing or invalid (which is logged)."""
+    stored = find(store, annotations.KEY)
     try:
-        return annotations.parse(store.get(annotations.KEY).body)
-    except NotFound:
-        return ()
+        return annotations.parse(stored.body) if stored is not None else ()
     except Refused as error:
         log.warning("annotations_unreadable", reason=error.message)
         return ()

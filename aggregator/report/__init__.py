@@ -1,1 +1,1 @@
-"""What reports say (contents.py) and how they look (pdf.py, markdown.py)."""
+"""What reports show (pages/) and how they look (html.py, markdown.py, pdf.py); nothing is decided here."""

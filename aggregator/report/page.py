@@ -1,6 +1,6 @@
 """The content of a page (headings, sentences, tables, curves), independent of its rendering. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -40,6 +40,11 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     lead: str
     sections: tuple[Section, ...]
     foot: str = ""
+
+
+def page_of(title: str, lead: str, sections: Iterable[Section | None], foot: str = "") -> Page:
+    """A page of the sections that are there."""
+    return Page(title=title, lead=lead, sections=tuple(one for one in sections if one is not None), foot=foot)
 
 
 def table(columns: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> Table:

@@ -2,10 +2,8 @@
 
 import io
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 from xml.sax.saxutils import escape
-from zoneinfo import ZoneInfo
 
 from reportlab.graphics.shapes import Drawing, Line, Rect, String
 from reportlab.lib import colors
@@ -14,14 +12,18 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
+from aggregator.calendar import local
+from aggregator.judgements import Judged
+from aggregator.placement import NodeLoad
 from aggregator.report import wording
-from aggregator.report.contents import ITL_TARGET_US, UPTIME_TARGET, Report
 
 INK, SOFT, FAINT, LINE = (colors.HexColor(c) for c in ("#1B2733", "#5B6B7A", "#F3F6F9", "#D5DDE5"))
 BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E"))
 MARGIN = 18 * mm
 WIDTH = A4[0] - 2 * MARGIN
 REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
+ALL = ((0, 0), (-1, -1))
+"""Every cell of a table."""
 LONGEST_TEXT = 600
 """In characters: a table cell cannot be taller than a page."""
 
@@ -42,7 +44,7 @@ HEADLINE = _style("headline", 17, fontName=BOLD, leading=22, spaceAfter=4)
 SECTION = _style("section", 12.5, fontName=BOLD, spaceBefore=14, spaceAfter=5)
 
 
-def render(report: Report) -> bytes:
+def render(report: Judged) -> bytes:
     """The PDF's bytes."""
     buffer = io.BytesIO()
     document = SimpleDocTemplate(
@@ -66,7 +68,7 @@ def render(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _front(report: Report) -> list[Any]:
+def _front(report: Judged) -> list[Any]:
     return [
         _p(f"Rack {report.rack} · {report.period} · times in {report.timezone}", TITLE),
         Spacer(1, 4),
@@ -77,15 +79,14 @@ def _front(report: Report) -> list[Any]:
     ]
 
 
-def _cards(report: Report) -> Table:
-    up = report.uptime.request_share
-    itl = report.volume.itl_p95_us
-    fast = None if itl is None else itl <= ITL_TARGET_US
+def _cards(report: Judged) -> Table:
+    up, itl = (next(line for line in report.scorecard if line.kind == kind) for kind in ("uptime", "latency"))
+    speed = wording.ms(report.volume.itl_p95_us)
     price = report.cost.average_per_m
     cards = [
         ("Requests answered", wording.count(report.volume.requests) if not report.empty else wording.NO_DATA, "", None),
-        ("Availability", wording.share(up, 2), "target 99.90 %", None if up is None else up >= UPTIME_TARGET),
-        ("Inter-token latency (ITL), p95", wording.ms(itl), "target 100 ms", fast),
+        ("Availability", wording.share(up.value, 2), f"target {wording.share(up.target, 2)}", up.kept),
+        ("Inter-token latency (ITL), p95", speed, f"target {itl.target:g} ms", itl.kept),
         ("Cost per million tokens", wording.money(price, report.cost.currency), "including idle time", None),
     ]
     cells = [
@@ -97,47 +98,34 @@ def _cards(report: Report) -> Table:
         for n, (name, value, note, good) in enumerate(cards)
     ]
     table = Table([cells], colWidths=[WIDTH / 4] * 4)
-    table.setStyle(
-        TableStyle(
-            [
-                ("BACKGROUND", (0, 0), (-1, -1), FAINT),
-                ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white),
-                ("LEFTPADDING", (0, 0), (-1, -1), 8),
-                ("TOPPADDING", (0, 0), (-1, -1), 7),
-                ("BOTTOMPADDING", (0, 0), (-1, -1), 8),
-                ("VALIGN", (0, 0), (-1, -1), "TOP"),
-            ]
-        )
-    )
+    lines = [("BACKGROUND", *ALL, FAINT), ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white)]
+    table.setStyle(TableStyle([*lines, *_padding(left=8, top=7, bottom=8), ("VALIGN", *ALL, "TOP")]))
     return table
+
+
+def _padding(**sizes: float) -> list[Any]:
+    return [(f"{side.upper()}PADDING", *ALL, size) for side, size in sizes.items()]
 
 
 def _verdict(good: bool | None) -> Any:
     return INK if good is None else (GOOD if good else BAD)
 
 
-def _volume(report: Report) -> list[Any]:
+def _volume(report: Judged) -> list[Any]:
     v = report.volume
     if not v.models:
         return _section("1. Inference volume", [_p("No data: no requests were answered this month.", BODY)])
     rows = [
         (
-            m.model,
-            wording.count(m.requests),
-            wording.count(m.prompt_tok),
+            *(m.model, wording.count(m.requests), wording.count(m.prompt_tok)),
             wording.share(m.cached_tok / m.prompt_tok if m.prompt_tok else None),
-            wording.count(m.completion_tok),
-            wording.ms(m.ttft_p50_us),
-            wording.ms(m.ttft_p95_us),
-            wording.ms(m.itl_p95_us),
+            *(wording.count(m.completion_tok), *map(wording.ms, (m.ttft_p50_us, m.ttft_p95_us, m.itl_p95_us))),
         )
         for m in v.models
     ]
     head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "TTFT p50", "TTFT p95", "ITL p95")
-    text = (
-        f"Answered: {wording.count(v.requests)}; failed: {wording.count(v.failed)}; refused: "
-        f"{wording.count(v.refused)}; cancelled by clients: {wording.count(v.cancelled)}."
-    )
+    answered, failed, refused, cancelled = map(wording.count, (v.requests, v.failed, v.refused, v.cancelled))
+    text = f"Answered: {answered}; failed: {failed}; refused: {refused}; cancelled by clients: {cancelled}."
     chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
     return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])
 
@@ -153,25 +141,22 @@ def _bars(days: Sequence[Any]) -> Drawing:
         drawing.add(Rect(n * step + 1, base, step - 2, tall, fillColor=BLUE, strokeColor=None))
         if day.tokens == most and most:
             at = min(max(n * step + step / 2, 30), WIDTH - 30)
-            label = String(at, base + tall + 2, f"{most:,}", fontName=REGULAR, fontSize=7, fillColor=SOFT)
-            label.textAnchor = "middle"
-            drawing.add(label)
+            drawing.add(_label(at, base + tall + 2, f"{most:,}"))
         if n % 5 == 0 or n == len(days) - 1:
-            tick = String(n * step + step / 2, 2, day.date[8:], fontName=REGULAR, fontSize=7, fillColor=SOFT)
-            tick.textAnchor = "middle"
-            drawing.add(tick)
+            drawing.add(_label(n * step + step / 2, 2, day.date[8:]))
     return drawing
 
 
-def _thermal(report: Report) -> list[Any]:
+def _label(x: float, y: float, text: str) -> String:
+    return String(x, y, text, fontName=REGULAR, fontSize=7, fillColor=SOFT, textAnchor="middle")
+
+
+def _thermal(report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
-            n.node,
-            wording.celsius(n.peak_package_mc),
-            wording.celsius(n.peak_pcore_mc),
-            wording.count(n.throttle_events),
-            wording.share(n.throttled_share),
+            *(n.node, wording.celsius(n.peak_package_mc), wording.celsius(n.peak_pcore_mc)),
+            *(wording.count(n.throttle_events), wording.share(n.throttled_share)),
         )
         for n in t.nodes
     ]
@@ -180,7 +165,7 @@ def _thermal(report: Report) -> list[Any]:
     return _section("2. Thermal", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
 
 
-def _evictions(report: Report) -> list[Any]:
+def _evictions(report: Judged) -> list[Any]:
     e = report.evictions
     if not e.rows:
         text = "No data." if report.empty else "No model was evicted."
@@ -194,7 +179,7 @@ def _evictions(report: Report) -> list[Any]:
     return _section("3. Evictions", [_table(head, rows, widths=widths, left=2, text_from=4)])
 
 
-def _distribution(report: Report) -> list[Any]:
+def _distribution(report: Judged) -> list[Any]:
     d = report.distribution
     if not d.nodes:
         return _section("4. Placement", [_p("No data.", BODY)])
@@ -202,14 +187,14 @@ def _distribution(report: Report) -> list[Any]:
     return _section("4. Placement", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
 
 
-def _map(report: Report) -> Table:
+def _map(report: Judged) -> Table:
     """One row per node with its models and a bar of its memory use."""
     d = report.distribution
     rows = []
     for node in d.nodes:
         names = [f"{p.model} ({wording.gb(p.need_bytes)})" for p in d.placed if p.node == node.node] or ["nothing"]
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
-        bar = _meter(node.held_bytes / node.budget_bytes if node.budget_bytes else 0.0)
+        bar = _meter(node)
         busy = _p(wording.share(node.busy_share), NUMBER)
         # a cell cannot break across pages, rows can
         first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
@@ -219,27 +204,22 @@ def _map(report: Report) -> Table:
     return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
 
 
-def _meter(full: float) -> Drawing:
+def _meter(node: NodeLoad) -> Drawing:
     drawing = Drawing(WIDTH * 0.18, 8)
     drawing.add(Rect(0, 1, WIDTH * 0.18, 6, fillColor=LINE, strokeColor=None))
-    colour = BLUE if full <= 0.9 else BAD
-    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, full), 6, fillColor=colour, strokeColor=None))
+    colour = BAD if node.crowded else BLUE
+    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, node.held_share), 6, fillColor=colour, strokeColor=None))
     return drawing
 
 
-def _cost(report: Report) -> list[Any]:
+def _cost(report: Judged) -> list[Any]:
     c = report.cost
     if not c.models:
         return _section("5. Cost", [_p("No data.", BODY)])
     rows = [
         (
-            m.model,
-            wording.money(m.loaded, c.currency),
-            wording.money(m.direct_per_m, c.currency),
-            wording.money(m.loaded_per_m, c.currency),
-            a.same_as or wording.NO_DATA,
-            wording.money(a.median, c.currency),
-            wording.money(a.saving, c.currency),
+            *(m.model, *(wording.money(value, c.currency) for value in (m.loaded, m.direct_per_m, m.loaded_per_m))),
+            *(a.same_as or wording.NO_DATA, wording.money(a.median, c.currency), wording.money(a.saving, c.currency)),
         )
         for m, a in zip(c.models, report.apis.models, strict=True)
     ]
@@ -258,7 +238,7 @@ def _cost(report: Report) -> list[Any]:
     return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1)])
 
 
-def _uptime(report: Report) -> list[Any]:
+def _uptime(report: Judged) -> list[Any]:
     u = report.uptime
     if not u.nodes:
         return _section("6. Uptime", [_p("No data.", BODY)])
@@ -268,37 +248,22 @@ def _uptime(report: Report) -> list[Any]:
         f"{wording.span(report.swaps.longest_s)}."
     )
     rows = [
-        (
-            n.node,
-            wording.share(n.share, 2),
-            wording.span(n.up_s),
-            wording.span(n.idle_s),
-            wording.span(n.down_s),
-            wording.span(n.unknown_s),
-        )
+        (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)))
         for n in u.nodes
     ]
     nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows, wide=0, left=1)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 
-def _incidents(report: Report) -> list[Any]:
+def _incidents(report: Judged) -> list[Any]:
     incidents = report.uptime.incidents
     if not incidents:
         return [_p("No incidents.", BODY)]
-    zone = ZoneInfo(report.timezone)
-
-    def moment(t_ms: int) -> str:
-        return datetime.fromtimestamp(t_ms / 1000, zone).strftime("%m-%d %H:%M:%S")
-
     rows = [
         (
-            moment(i.start_ms),
+            f"{local(i.start_ms, report.timezone):%m-%d %H:%M:%S}",
             wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "ongoing",
-            i.node,
-            i.scope,
-            i.text,
-            i.fix,
+            *(i.node, i.scope, i.text, i.fix),
         )
         for i in incidents[:40]
     ]
@@ -307,7 +272,7 @@ def _incidents(report: Report) -> list[Any]:
     return [_table(("Start", "Duration", "Node", "Scope", "Cause", "Fix"), rows, widths=widths, left=6), *more]
 
 
-def _recommendations(report: Report) -> list[Any]:
+def _recommendations(report: Judged) -> list[Any]:
     if not report.recommendations:
         text = "No data." if report.empty else "No changes recommended."
         return _section("7. Recommendations", [_p(text, BODY)])
@@ -316,7 +281,7 @@ def _recommendations(report: Report) -> list[Any]:
     return _section("7. Recommendations", [table])
 
 
-def _method(report: Report) -> list[Any]:
+def _method(report: Judged) -> list[Any]:
     text = (
         f"Source: {wording.count(report.batches)} telemetry batches, covering {wording.share(report.covered)} of the "
         "nodes' time since their first report. Percentiles are within 1.1 % of the exact values. Tokens and requests "
@@ -354,23 +319,13 @@ def _table(
 
 
 def _styled(table: Table) -> Table:
-    table.setStyle(
-        TableStyle(
-            [
-                ("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE),
-                ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE),
-                ("VALIGN", (0, 0), (-1, -1), "MIDDLE"),
-                ("TOPPADDING", (0, 0), (-1, -1), 3),
-                ("BOTTOMPADDING", (0, 0), (-1, -1), 3.5),
-                ("LEFTPADDING", (0, 0), (-1, -1), 3),
-                ("RIGHTPADDING", (0, 0), (-1, -1), 3),
-            ]
-        )
-    )
+    lines = [("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE), ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE)]
+    padding = _padding(top=3, bottom=3.5, left=3, right=3)
+    table.setStyle(TableStyle([*lines, ("VALIGN", *ALL, "MIDDLE"), *padding]))
     return table
 
 
-def _footer(report: Report) -> Any:
+def _footer(report: Judged) -> Any:
     def draw(canvas: Any, document: Any) -> None:
         canvas.saveState()
         canvas.setFont(REGULAR, 7.5)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aggregator import cost, eviction
+from aggregator.calendar import Span
 from aggregator.config import AggregatorConfig
-from aggregator.window import Span, Window
+from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed, Record
 from tests.builders import batch, window
 from tests.made_rack import HOUR_MS, WEEK_MS, Change, MadeModel, MadeRack, batches
@@ -145,4 +146,4 @@ def _eviction(
 
 def verdicts(made: Trace) -> list[tuple[str, str]]:
     """(known, reported) verdicts of every eviction of a trace."""
-    return [(made.truth[j.model, j.t_ms], j.verdict) for j in eviction.judge(made.window)]
+    return [(made.truth[e.record.model, e.record.t_ms], e.verdict) for e in eviction.judge(made.window)]

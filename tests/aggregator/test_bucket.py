@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from aggregator import cli, lease, load
+from aggregator.calendar import month
 from aggregator.commands import monthly, rollup, weekly
 from aggregator.config import AggregatorConfig
-from aggregator.window import month
 from scripts.seaweed import SeaweedFS
 from shared import keys
 from shared.batch import Batch, encode, seal

@@ -8,13 +8,13 @@ from decimal import Decimal
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aggregator import api_prices, cost, cost_change, focus
+from aggregator.calendar import Span
 from aggregator.config import AggregatorConfig, Cost
 from aggregator.cost_change import Factors
-from aggregator.window import Span
 from shared.batch import Batch
 from shared.records import OutletReading, Record
 from tests.builders import DAY, T0, batch, engine, host, resident, served, window
@@ -135,6 +135,36 @@ factors = st.builds(
 
 
 @given(factors, factors)
+@example(  # a replaced zero, times an absurd price of a busy second, was no longer negligible
+    Factors(
+        tokens=850_077,
+        requests=1,
+        loaded=2.0,
+        direct=1.0,
+        prefill_s=0.0,
+        decode_s=1.0,
+        busy_s=1.0,
+        prompt_tok=1,
+        cached_tok=0,
+        completion_tok=850_076,
+        cut_share=1.0,
+        throttled_share=1.0,
+    ),
+    Factors(
+        tokens=1_050_010,
+        requests=100_000,
+        loaded=4.0,
+        direct=1.0,
+        prefill_s=0.0,
+        decode_s=0.001,
+        busy_s=0.001,
+        prompt_tok=1_019_996,
+        cached_tok=0,
+        completion_tok=30_014,
+        cut_share=1.0,
+        throttled_share=1.0,
+    ),
+)
 def test_a_cost_change_is_decomposed_without_remainder(now: Factors, before: Factors) -> None:
     terms = cost_change.decompose(now, before)
     whole = now.per_m - before.per_m

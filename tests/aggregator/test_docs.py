@@ -7,9 +7,9 @@ import duckdb
 import pytest
 
 from aggregator import load
+from aggregator.calendar import month
 from aggregator.commands import rollup
 from aggregator.config import AggregatorConfig
-from aggregator.window import month
 from shared import keys
 from shared.batch import seal
 from shared.bucket import Store

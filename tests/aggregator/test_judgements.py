@@ -11,19 +11,26 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from aggregator import annotations, cost, economics, load, scorecard, uptime
+from aggregator import alerts, annotations, cost, economics, heat, load, packing, scorecard, uptime
+from aggregator.alerts import AlertState
+from aggregator.calendar import Span, as_long_before, between, days, full_hour, month, week
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig, Scorecard
 from aggregator.economics import Inputs
-from aggregator.report import html, markdown, pages
+from aggregator.judgements import judge
+from aggregator.report import html, markdown, pdf
 from aggregator.report.page import Curve, Page, Section, table
-from aggregator.window import Span, as_long_before, between, days, full_hour, month, straightened, union, week
+from aggregator.report.pages import economics as economics_page
+from aggregator.report.pages import scorecard as scorecard_page
+from aggregator.report.pages import uptime as uptime_page
+from aggregator.window import facts_of, straightened, union
 from shared import keys
 from shared.batch import Batch, seal
 from shared.errors import Refused
 from shared.ids import NodeId
 from shared.records import (
     AgentStarted,
+    DesiredObserved,
     MemoryPressed,
     ModelEvicted,
     Record,
@@ -33,7 +40,7 @@ from shared.records import (
 from shared.sketch import RELATIVE_ERROR, Sketch
 from shared.store import ObjectStore, list_all
 from shared.store_dir import DirectoryStore
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
 
 CONFIG = msgspec.convert(
@@ -154,6 +161,31 @@ def test_invalid_annotations_do_not_stop_a_report(tmp_path: Path) -> None:
     assert weekly.run(CONFIG, store, "2026-W47")
 
 
+def test_the_page_shows_how_each_node_follows_the_desired_state() -> None:
+    states = [
+        (1, "converged", ""),
+        (2, "acting", ""),
+        (2, "failed", "no memory"),
+        (2, "converged", ""),
+        (2, "drifted", ""),
+    ]
+    made = [
+        batch([DesiredObserved(generation=g, state=state, reason=reason)], minute=n)
+        for n, (g, state, reason) in enumerate([*states, (2, "converged", "")])
+    ]
+    idle = batch([DesiredObserved(generation=0, state="none")], node="n2")
+    report = uptime.uptime(window(*made, idle), T0 + 6 * MINUTE)
+    (progress,) = report.desired or ()
+    assert (progress.generation, progress.state, progress.since_ms) == (2, "converged", T0 + 5 * MINUTE)
+    assert (progress.not_converged, progress.reason) == (3, "no memory")
+    text = markdown.render(uptime_page.page(report, "2026-W47", "UTC", "r")).decode()
+    line = "n1: desired state: generation 2, converged since 21 Nov 00:05; not converged in 3 windows"
+    assert f"- {line}, last because: no memory" in text
+    plain = uptime.uptime(window(idle), T0 + MINUTE)
+    assert b"desired" not in msgspec.json.encode(plain)
+    assert "Desired state" not in markdown.render(uptime_page.page(plain, "2026-W47", "UTC", "r")).decode()
+
+
 # scorecard and economics
 
 
@@ -176,6 +208,42 @@ def test_a_month_is_compared_with_its_targets() -> None:
     assert [line.kept for line in nothing] == [None] * 4
 
 
+@pytest.mark.parametrize("share", [heat.TARGET_SHARE, heat.MOVE_SHARE, heat.ALERT_SHARE])
+def test_page_pdf_and_alert_take_a_share_of_throttling_from_one_definition(share: float) -> None:
+    """Each share is tolerated exactly, and not a thousandth more."""
+    for more, above in ((0.0, False), (0.001, True)):
+        throttled = share + more
+        records: list[Record] = [resident(), engine(), served(), host(throttled=throttled)]
+        made = [batch(records, minute=n) for n in range(3)]
+        judged = judge(window(*made), None, CONFIG, T0 + 3 * MINUTE)
+        target = throttled > heat.TARGET_SHARE
+        page = scorecard_page.page(judged.scorecard, "", "")
+        (line,) = (row for row in page.sections[0].table.rows if row[0] == "throttled")  # type: ignore[union-attr]
+        assert line[3] == ("missed" if target else "kept")
+        assert (judged.thermal.kind == "throttled") == target
+        assert ("more air" in pdf_text(pdf.render(judged))) == target
+        assert (judged.distribution.nodes[0].limit < packing.CAP) == (throttled > heat.MOVE_SHARE)
+        state = alerts.observe(AlertState(), facts_of(made[0]), T0 + MINUTE, CONFIG.alerts)
+        firing = {one.code for one in alerts.evaluate(state, T0 + MINUTE, CONFIG.alerts)[0].firing}
+        assert ("throttling" in firing) == (throttled > heat.ALERT_SHARE)
+        assert above == (throttled > share)
+
+
+def test_the_pdf_shows_the_configured_targets() -> None:
+    made = window(batch([served(), engine(), resident(), host(throttled=0.03)]))
+    plain = pdf_text(pdf.render(judge(made, None, CONFIG, T0 + MINUTE)))
+    assert "target 99.90 %" in plain
+    assert "target 100 ms" in plain
+    assert "for over 1 % of the time" in plain
+    targets = Scorecard(uptime=0.95, itl_p95_ms=5.5, throttled=0.02)
+    other = judge(made, None, msgspec.structs.replace(CONFIG, scorecard=targets), T0 + MINUTE)
+    text = pdf_text(pdf.render(other))
+    assert "target 95.00 %" in text
+    assert "target 5.5 ms" in text
+    assert "for over 2 % of the time" in text
+    assert {line.kind: line.kept for line in other.scorecard}["latency"] is False
+
+
 inputs = st.builds(
     Inputs,
     api_spend=st.floats(0, 1e6),
@@ -195,7 +263,7 @@ def test_break_even_is_the_first_month_without_a_loss(given_: Inputs) -> None:
     first = next((n for n, balance in enumerate(balances, 1) if balance >= 0), None)
     assert found.break_even == first
     assert found.total_saving == balances[-1]
-    assert pages.economics(found, "USD").lead == found.sentence
+    assert economics_page.page(found, "USD").lead == found.sentence
 
 
 def test_more_api_spend_pays_back_no_later() -> None:
@@ -414,7 +482,8 @@ def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None
 def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, str]:
     span = week("2026-W47", "UTC")
     empty = window(span=Span("before", 0, 1, "UTC"))
-    found = weekly.artifacts(config, window(*made, span=span), empty)
+    judged = judge(window(*made, span=span), empty, config, span.until_ms)
+    found = weekly.artifacts(judged, empty.span.name)
     return {name: markdown.render(page).decode() + html.render(page).decode() for name, (_, page) in found.items()}
 
 

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import cost, eviction, placement, uptime
-from aggregator import window as windows
+from aggregator import calendar, cost, eviction, placement, uptime
 from aggregator.config import AggregatorConfig
+from aggregator.judgements import judge
 from aggregator.report import pdf
-from aggregator.report.contents import compose
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import (
@@ -27,7 +26,7 @@ from shared.records import (
     SwapFinished,
     ThrottleEvent,
 )
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 
 
 def config(*nodes: str, **more: object) -> AggregatorConfig:
@@ -44,33 +43,33 @@ def config(*nodes: str, **more: object) -> AggregatorConfig:
 
 
 def test_a_week_begins_on_monday_in_the_rack_time_zone() -> None:
-    span = windows.week("2026-W47", "Europe/Berlin")
+    span = calendar.week("2026-W47", "Europe/Berlin")
     assert _iso(span.since_ms) == "2026-11-15T23:00"
     assert span.until_ms - span.since_ms == 7 * 86_400_000
-    assert windows.before(span).name == "2026-W46"
+    assert calendar.before(span).name == "2026-W46"
 
 
 def test_a_month_with_a_dst_change_has_its_own_length() -> None:
-    span = windows.month("2026-10", "Europe/Berlin")
+    span = calendar.month("2026-10", "Europe/Berlin")
     assert span.until_ms - span.since_ms == 31 * 86_400_000 + 3_600_000
 
 
 @pytest.mark.parametrize("name", ["2026-47", "2026-W60", "W47", "", "2026-W0"])
 def test_an_invalid_week_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
-        windows.week(name, "UTC")
+        calendar.week(name, "UTC")
 
 
 @pytest.mark.parametrize("name", ["2026-13", "2026", "november", "2026-W47"])
 def test_an_invalid_month_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="give it as"):
-        windows.month(name, "UTC")
+        calendar.month(name, "UTC")
 
 
 def test_times_outside_any_possible_telemetry_are_rejected() -> None:
     for t_ms in (0, 10**18, -5):
         with pytest.raises(Refused):
-            windows.utc_day(t_ms)
+            calendar.utc_day(t_ms)
 
 
 def _iso(t_ms: int) -> str:
@@ -260,6 +259,21 @@ def test_an_eviction_has_a_verdict(records: list[ModelEvicted], verdict: str, hi
     assert hint in row.hint
 
 
+def test_evictions_of_one_kind_are_counted_together_whatever_their_figures() -> None:
+    """The evidence is that of the most frequent kind; seconds and counts in a sentence do not set evictions apart."""
+    busy = [evicted(minute=100 + 60 * n, for_model="k", requests_last_hour=30) for n in range(2)]
+    wanted = [
+        one
+        for n in range(3)
+        for one in (
+            evicted(minute=10 * n),
+            msgspec.structs.replace(missed(n + 5), t_ms=T0 + 10 * n * MINUTE + 1000 * (n + 5)),
+        )
+    ]
+    (row,) = eviction.report(window(batch([*busy, *wanted]))).rows
+    assert row.hint == "wanted again after 5 s: give it room on another node, or pin it here"
+
+
 def test_the_ten_most_evicted_models_are_listed_in_order() -> None:
     records = [evicted(model=f"m{n}", minute=t) for n in range(14) for t in range(n + 1)]
     report = eviction.report(window(batch(records)))
@@ -347,7 +361,7 @@ def test_a_move_never_overfills_its_target() -> None:
 
 
 def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
-    month = windows.month("2026-11", "UTC")
+    month = calendar.month("2026-11", "UTC")
     records: list[list[Record]] = [
         [served(requests=4), engine(), resident(), host(throttled=0.5), ThrottleEvent(t_ms=T0, level="heavy")],
         [evicted(requests_last_hour=1), host(), resident("k")],
@@ -358,7 +372,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
         ],
     ]
     made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
-    report = compose(made, config("n1"), T0 + 10 * MINUTE)
+    report = judge(made, None, config("n1"), T0 + 10 * MINUTE)
     assert (report.volume.requests, report.volume.completion_tok) == (4, 40)
     assert sum(d.tokens for d in report.volume.days) == 440
     assert len(report.volume.days) == 30
@@ -375,7 +389,7 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
 
 
 def test_a_month_without_data_states_it_in_every_section() -> None:
-    report = compose(window(span=windows.month("2025-01", "UTC")), config("n1"), T0)
+    report = judge(window(span=calendar.month("2025-01", "UTC")), None, config("n1"), T0)
     assert report.empty
     text = pdf_text(pdf.render(report))
     assert "No node reported anything in 2025-01." in text
@@ -386,20 +400,12 @@ def test_forty_models_with_long_names_fit_the_page() -> None:
     names = [f"org-{'x' * 60}-model-{n:02d}-instruct" for n in range(40)]
     records = [served(n, version=n[:16] + n[-14:], requests=3) for n in names]
     rows = [resident(n, version=n[:16] + n[-14:]) for n in names]
-    report = compose(window(batch([*records, *rows, host()])), config("n1"), T0 + MINUTE)
+    report = judge(window(batch([*records, *rows, host()])), None, config("n1"), T0 + MINUTE)
     body = pdf.render(report)
     assert len(body) < 200_000
     assert "model-39-instruct" in pdf_text(body).replace("\n", "")
 
 
 def test_equal_reports_give_equal_pdfs() -> None:
-    report = compose(window(batch([served(), host()])), config("n1"), T0 + MINUTE)
+    report = judge(window(batch([served(), host()])), None, config("n1"), T0 + MINUTE)
     assert pdf.render(report) == pdf.render(report)
-
-
-def pdf_text(body: bytes) -> str:
-    import io
-
-    from pypdf import PdfReader
-
-    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)

@@ -8,10 +8,11 @@ import duckdb
 import msgspec
 
 from aggregator import acceptance, alerts, api_prices, cost, load, placement, uptime
+from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync
 from aggregator.config import Alerts
 from aggregator.notify import Discord
-from aggregator.window import Window, facts_of, month, straightened
+from aggregator.window import Window, facts_of, straightened
 from shared import keys
 from shared.desired import Assignment, DesiredState
 from shared.records import AgentStarted, HostSample, OutletReading, Record
@@ -189,7 +190,7 @@ def test_models_held_back_by_limits_are_not_reported_as_lack_of_memory() -> None
     config = msgspec.convert({**msgspec.to_builtins(CONFIG), **wish}, type(CONFIG))
     made = [batch([host(), resident("a"), engine("a")], minute=n) for n in range(3)]
     other = [batch([host()], node="n2", minute=n) for n in range(3)]
-    report = placement.propose(window(*made, *other), config)
+    report = placement.propose(window(*made, *other), config.placement)
     assert "though there is memory" in report.short[0]
     hot = placement.propose(
         window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(3)))

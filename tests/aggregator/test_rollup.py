@@ -11,14 +11,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from aggregator import load, parquet, rollup, tables
+from aggregator.calendar import Span, month
 from aggregator.commands.rollup import run
 from aggregator.config import AggregatorConfig
-from aggregator.window import Span, Window, month
+from aggregator.window import Window
 from shared import keys
 from shared.batch import Batch, seal
 from shared.bucket import Store
 from shared.ids import NodeId
 from shared.records import (
+    DesiredObserved,
     EngineWindow,
     Hardware,
     HostSample,
@@ -101,6 +103,13 @@ outlets = st.builds(
     energy_mj=counts,
     covered_us=counts,
 )
+desired = st.builds(
+    DesiredObserved,
+    generation=st.integers(0, 2),
+    state=st.sampled_from(("none", "acting", "converged", "drifted")),
+    reason=st.sampled_from(("", "no memory")),
+    drift=st.sampled_from(((), ("m is missing",))),
+)
 moments = st.integers(0, 30 * 1440).map(lambda minute: T0 + minute * MINUTE)
 events = st.one_of(
     st.builds(ModelEvicted, t_ms=moments, model=models, version=st.just("v1"), reason=st.just("memory"), idle_us=maybe),
@@ -116,7 +125,7 @@ events = st.one_of(
     ),
     st.builds(Hardware, model=st.just("Mac16,10"), chip=st.just("M4"), memory_bytes=counts, cores=st.just((4, 6))),
 )
-records: st.SearchStrategy[Record] = st.one_of(served, engines, hosts, residents, outlets, events)
+records: st.SearchStrategy[Record] = st.one_of(served, engines, hosts, residents, desired, outlets, events)
 
 
 @st.composite

@@ -16,7 +16,7 @@ import pytest
 
 from agent.telemetry.sensors.host import hardware_id
 from aggregator import load
-from aggregator.window import between
+from aggregator.calendar import between
 from scripts.seaweed import free_port
 from shared.batch import unseal
 from shared.store import list_all

@@ -1,0 +1,151 @@
+"""The page of costs: prices per million tokens, their changes, APIs, and where the money went. Pure."""
+
+from collections.abc import Sequence
+
+from aggregator.api_prices import Comparisons
+from aggregator.cost import CostReport
+from aggregator.cost_change import Terms
+from aggregator.report.page import Page, Section, page_of, table
+from aggregator.report.wording import NO_DATA, count, money, share, span
+
+
+def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
+    """What a million tokens cost, and what they would have cost elsewhere."""
+    flagged = [f"{m.model}: {m.change.text}" for m in report.models if m.change is not None and m.change.flagged]
+    return page_of(
+        f"Cost per million tokens, rack {rack}, {report.period}",
+        _lead(report, apis, len(flagged)),
+        [
+            Section(title="Look at these first", points=tuple(flagged)) if flagged else None,
+            _prices(report, before),
+            _work(report),
+            _changes(report, before),
+            _apis(apis, report.currency),
+            _rows(report),
+            _nodes(report),
+            _keys(report),
+        ],
+        "Direct counts the seconds in which a model's loader worked; loaded adds its nodes' idle time; the floor "
+        "is the price if nodes were never idle and always as full as in their best five minutes. A cached prompt "
+        "token takes no time of its own. Tokens are counted once, by our tokenizers; APIs count with theirs.",
+    )
+
+
+def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
+    if not report.priced:
+        return "No node of this period has a price in the configuration: add `price` to [[nodes]] to see money here."
+    text = f"{money(report.average_per_m, report.currency)} per million tokens on average, all node time included"
+    if apis.saving is not None and apis.share is not None:
+        word = "less than" if apis.saving >= 0 else "more than"
+        text += f": {share(abs(apis.share))} {word} the same open models at API hosts in the middle of the range"
+    if flagged:
+        text += f"; {flagged} model{'s' if flagged > 1 else ''} jumped"
+    if report.unpriced_nodes:
+        text += f". Without a price: {', '.join(report.unpriced_nodes)}"
+    return f"{text}."
+
+
+def _prices(report: CostReport, before: str) -> Section:
+    rows = []
+    for m in report.models:
+        own = (m.loaded_per_m, m.direct_per_m, m.floor_per_m, m.uncached_per_m, m.cached_per_m, m.output_per_m)
+        ratios = (m.change.ratio, m.change.direct_ratio) if m.change is not None else (None, None)
+        rows.append(
+            (
+                m.model,
+                *(money(price, report.currency) for price in (*own, m.last_loaded_per_m)),
+                *(f"{ratio:.2f} x" if ratio is not None else NO_DATA for ratio in ratios),
+            )
+        )
+    columns = f"Model | Loaded | Direct | Floor | Uncached | Cached | Answer | {before} | Change | Of direct"
+    return Section(title="Per million tokens", table=table(columns, rows, range(1, 10)))
+
+
+def _work(report: CostReport) -> Section:
+    rows = [
+        (
+            *(m.model, count(m.requests), count(m.prompt_tok)),
+            share(m.cached_tok / m.prompt_tok if m.prompt_tok else None),
+            *(count(m.completion_tok), span(m.busy_s)),
+            *(money(m.direct, report.currency), money(m.loaded, report.currency)),
+        )
+        for m in report.models
+    ]
+    columns = "Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct cost | Loaded cost"
+    return Section(title="Work and money", table=table(columns, rows, range(1, 8)))
+
+
+def _changes(report: CostReport, before: str) -> Section | None:
+    rows = []
+    for model, change in ((m.model, m.change) for m in report.models):
+        if change is not None:
+            rows.append((f"{model}, loaded", *_signed(change.terms), change.text))
+            rows.append((f"{model}, direct", *_signed(change.direct_terms), ""))
+    columns = "Model | Rate | Idle time | Cache misses | Prefill time | Decode time | Mix | Together | Remark"
+    text = f"In {report.currency} per million tokens; the parts add up to the change."
+    title = f"What changed since {before}"
+    return Section(title=title, text=(text,), table=table(columns, rows, range(1, 8))) if rows else None
+
+
+def _signed(terms: Terms) -> Sequence[str]:
+    parts = (terms.rate, terms.utilisation, terms.cache, terms.prefill, terms.decode, terms.mix, terms.total)
+    return [f"{value:+.4f}" if abs(value) >= 0.00005 else "0" for value in parts]
+
+
+def _apis(apis: Comparisons, currency: str) -> Section:
+    rows = [
+        (
+            *(one.model, money(one.ours, currency), one.same_as or NO_DATA, money(one.median, currency)),
+            f"{money(one.lowest, currency)} to {money(one.highest, currency)}" if one.hosts else one.why_not,
+            *(str(len(one.hosts)), money(one.saving, currency), share(one.share)),
+            *(one.frontier, money(one.frontier_cost, currency) if one.frontier else ""),
+            f"{one.times_cheaper:.1f} x" if one.times_cheaper is not None else "",
+        )
+        for one in apis.models
+    ]
+    text = (
+        f"A comparable price is known for {share(apis.covered)} of the tokens; savings speak of those alone. Prices: "
+        f"{apis.source}, as of {apis.at}. Negative savings mean that an API would have been cheaper. A frontier model "
+        "is another model: its price says what replacing it saves, not what is equal."
+    )
+    columns = "Model | Here | Same model | Median | Range | Hosts | Saving | Share | Frontier | Its cost | Cheaper"
+    return Section(title="The same work at APIs", text=(text,), table=table(columns, rows, (1, 3, 5, 6, 7, 9, 10)))
+
+
+def _rows(report: CostReport) -> Section | None:
+    if not report.priced:
+        return None
+    names = {"idle": "idle", "unattributed": "work that answered nobody"}
+    rows = [(r.node, names.get(r.kind, r.model), span(r.busy_s), f"{r.cost:,.6f}") for r in report.rows]
+    return Section(
+        title="Where the money went",
+        text=(f"Rows add up to {money(report.total, report.currency)}.",),
+        table=table("Node | For | Busy | Cost", rows, (2, 3)),
+    )
+
+
+def _nodes(report: CostReport) -> Section:
+    rows = [
+        (
+            *(n.node, span(n.reported_s), span(n.busy_s), f"{n.watts:.1f}" if n.watts is not None else NO_DATA),
+            *(n.power, *(money(value, report.currency) for value in (n.rate_per_h, n.cost, n.idle))),
+        )
+        for n in report.nodes
+    ]
+    columns = "Node | Reported | Busy | Watts | Measured by | Per hour | Cost | Idle"
+    return Section(title="Nodes", table=table(columns, rows, (1, 2, 3, 5, 6, 7)))
+
+
+def _keys(report: CostReport) -> Section | None:
+    if not any(k.key_id for k in report.keys):
+        return None
+    rows = [
+        (
+            k.key_id or "(without a key)",
+            *map(count, (k.requests, k.prompt_tok, k.completion_tok)),
+            money(k.cost, report.currency),
+        )
+        for k in report.keys
+    ]
+    columns = "Key | Requests | Prompt tokens | Answer tokens | Cost, idle included"
+    return Section(title="Client keys", table=table(columns, rows, (1, 2, 3, 4)))

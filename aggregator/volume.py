@@ -1,0 +1,100 @@
+"""What was asked of the rack: requests, tokens and latencies by model and day. Pure."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from aggregator.calendar import days, local
+from aggregator.window import Latency, ServedSum, Window
+from shared.sketch import Sketch
+
+
+class ModelVolume(msgspec.Struct, frozen=True, kw_only=True):
+    """One served name. Latencies in microseconds, within 1.1 %."""
+
+    model: str
+    requests: int
+    prompt_tok: int
+    cached_tok: int
+    completion_tok: int
+    ttft_p50_us: float | None
+    ttft_p95_us: float | None
+    itl_p95_us: float | None
+
+
+class Day(msgspec.Struct, frozen=True, kw_only=True):
+    """Answered requests and tokens of one day in the rack's zone."""
+
+    date: str
+    requests: int
+    tokens: int
+
+
+class Volume(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of the rack."""
+
+    requests: int
+    failed: int
+    refused: int
+    cancelled: int
+    prompt_tok: int
+    completion_tok: int
+    models: tuple[ModelVolume, ...]
+    days: tuple[Day, ...]
+    itl_p95_us: float | None
+
+
+def volume(window: Window) -> Volume:
+    """The span's answered, failed, refused and cancelled requests."""
+    ok = [s for s in window.served if s.outcome == "ok"]
+    outcomes = {o: sum(s.requests for s in window.served if s.outcome == o) for o in ("failed", "refused", "cancelled")}
+    times = answered(window)
+    return Volume(
+        requests=sum(s.requests for s in ok),
+        **outcomes,
+        prompt_tok=sum(s.prompt_tok for s in ok),
+        completion_tok=sum(s.completion_tok for s in ok),
+        models=tuple(_model(name, ok, times) for name in sorted({s.model for s in ok})),
+        days=tuple(_days(window)),
+        itl_p95_us=merged(times, "itl_us").quantile(0.95),
+    )
+
+
+def _model(name: str, ok: Sequence[ServedSum], times: Sequence[Latency]) -> ModelVolume:
+    mine = [s for s in ok if s.model == name]
+    slow = [one for one in times if one.model == name]
+    ttft = merged(slow, "ttft_us")
+    return ModelVolume(
+        model=name,
+        requests=sum(s.requests for s in mine),
+        prompt_tok=sum(s.prompt_tok for s in mine),
+        cached_tok=sum(s.cached_tok for s in mine),
+        completion_tok=sum(s.completion_tok for s in mine),
+        ttft_p50_us=ttft.quantile(0.5),
+        ttft_p95_us=ttft.quantile(0.95),
+        itl_p95_us=merged(slow, "itl_us").quantile(0.95),
+    )
+
+
+def answered(window: Window) -> list[Latency]:
+    """Times of answered requests."""
+    return [one for one in window.latencies if one.outcome == "ok"]
+
+
+def merged(times: Sequence[Latency], name: Literal["ttft_us", "itl_us", "total_us"]) -> Sketch:
+    """One sketch of all of them."""
+    whole = Sketch()
+    for one in times:
+        whole.merge(one.sketch(name))
+    return whole
+
+
+def _days(window: Window) -> list[Day]:
+    sums = {day.name: [0, 0] for day in days(window.span)}
+    for asked in window.asked:
+        day = local(asked.slot_ms, window.span.timezone).date().isoformat()
+        if asked.outcome == "ok" and day in sums:
+            sums[day][0] += asked.requests
+            sums[day][1] += asked.prompt_tok + asked.completion_tok
+    return [Day(date=day, requests=requests, tokens=tokens) for day, (requests, tokens) in sums.items()]
