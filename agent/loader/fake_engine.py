@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agent.loader.generation import Lately, Prepared
+from agent.loader.counts import Lately
+from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
     Accepted,

@@ -5,8 +5,6 @@ from typing import Any, Literal, Protocol
 
 from agent.wire.frames import Ask, Failed, Frame, Ready, Reported, Working
 
-_LATELY = ("prefill_tok", "prefill_us", "decode_tok", "decode_us", "decode_steps")
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,27 +64,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release all resources."""
         ...
-
-
-class Lately:
-    """Work of an engine since the last call of ``taken``, on the engine's clock."""
-
-    def __init__(self) -> None:
-        self._sums = dict.fromkeys(_LATELY, 0)
-
-    def prefilled(self, tokens: int, us: int) -> None:
-        """Add prefilled prompt tokens, or time spent on prefill."""
-        self._sums["prefill_tok"] += tokens
-        self._sums["prefill_us"] += us
-
-    def decoded(self, tokens: int, us: int) -> None:
-        """Add one decode step with its tokens; a step without tokens is ignored."""
-        if tokens:
-            self._sums["decode_tok"] += tokens
-            self._sums["decode_us"] += us
-            self._sums["decode_steps"] += 1
-
-    def taken(self) -> dict[str, int]:
-        """Return the fields of Working and reset the sums."""
-        sums, self._sums = self._sums, dict.fromkeys(_LATELY, 0)
-        return sums
