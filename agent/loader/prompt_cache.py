@@ -10,7 +10,7 @@ share is always more recent than the questions below it.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -222,3 +222,10 @@ def common(left: Tokens, right: Tokens) -> int:
     length = min(len(left), len(right))
     differs = np.flatnonzero(left[:length] != right[:length])
     return int(differs[0]) if len(differs) else length
+
+
+def most_shared(tokens: Tokens, others: Sequence[Tokens], least_tok: int) -> tuple[int, int] | None:
+    """Which of the others has the longest common prefix with ``tokens``, and its length; None below ``least_tok``."""
+    lengths = [common(tokens, other) for other in others]
+    best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+    return None if best is None or lengths[best] < least_tok else (best, lengths[best])

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from agent.loader.prompt_cache import Tokens, common
 from agent.loader.scheduling import Turn, first, yields
 
 STEP_TOK = 256
@@ -175,10 +174,3 @@ class Placement:
         others = [block for number, block in enumerate(blocks) if number != at and block.rows]
         joined = blocks[at].joined(row.planned_tok) if at < len(blocks) else Block(1, row.planned_tok)
         return at if fits(others, joined, self.limits.kv_tok) else None
-
-
-def most_shared(tokens: Tokens, others: Sequence[Tokens], least_tok: int) -> tuple[int, int] | None:
-    """Which of the others has the longest common prefix with ``tokens``, and its length; None below ``least_tok``."""
-    lengths = [common(tokens, other) for other in others]
-    best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
-    return None if best is None or lengths[best] < least_tok else (best, lengths[best])

@@ -10,7 +10,8 @@ from agent.loader.mlx import kv
 from agent.loader.mlx.batch import Batch
 from agent.loader.mlx.row import Row
 from agent.loader.mlx.states import Held, PromptStates
-from agent.loader.row_placement import Limits, Placed, Placement, most_shared
+from agent.loader.prompt_cache import most_shared
+from agent.loader.row_placement import Limits, Placed, Placement
 from agent.wire.frames import Failed, Frame
 
 SHARE_TOK = 64

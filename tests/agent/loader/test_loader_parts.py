@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from agent.loader import prefill_pace, scheduling
 from agent.loader.prefill_pace import PrefillCost
-from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common
+from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common, most_shared
+from agent.loader.prompt_cache import Tokens as Run
 from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
@@ -278,6 +279,15 @@ def test_an_ample_cache_returns_the_longest_prefix(pairs: list[tuple[list[int], 
         kept += [put] if len(put) >= MIN_PREFIX_TOK else []
         best = max((common(as_tokens(one), as_tokens(asked[:-1])) for one in kept), default=0)
         assert pieces.cache.peek(as_tokens(asked)) == (best if best >= MIN_PREFIX_TOK else 0)
+
+
+@given(TOKENS.map(as_tokens), st.lists(TOKENS.map(as_tokens), max_size=5), st.integers(1, 9))
+def test_the_longest_shared_prefix_is_found(tokens: Run, others: list[Run], least: int) -> None:
+    longest = max((common(tokens, other) for other in others), default=0)
+    found = most_shared(tokens, others, least)
+    assert (found is None) == (longest < least)
+    if found is not None:
+        assert (common(tokens, others[found[0]]), found[1]) == (longest, longest)
 
 
 def test_short_prompts_are_prefilled_together_up_to_one_chunk() -> None:

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader.prompt_cache import as_tokens, common
 from agent.loader.row_placement import (
     GROWTH_TOK,
     Block,
@@ -14,7 +13,6 @@ from agent.loader.row_placement import (
     Placement,
     Start,
     fits,
-    most_shared,
     place,
 )
 from agent.loader.scheduling import Turn
@@ -185,15 +183,3 @@ def test_preempting_the_youngest_ends_with_rows_that_fit(at: Placement) -> None:
 def test_a_row_is_planned_with_the_first_tokens_of_its_answer() -> None:
     assert Candidate(Turn(1, 5, 0.0), 100, 10).planned_tok == 110
     assert Candidate(Turn(1, 5, 0.0), 100, 10_000).planned_tok == 100 + GROWTH_TOK
-
-
-TOKENS = st.lists(st.integers(0, 2), max_size=9).map(as_tokens)
-
-
-@given(TOKENS, st.lists(TOKENS, max_size=5), st.integers(1, 9))
-def test_the_longest_shared_prefix_is_found(tokens, others, least) -> None:  # type: ignore[no-untyped-def]
-    longest = max((common(tokens, other) for other in others), default=0)
-    found = most_shared(tokens, others, least)
-    assert (found is None) == (longest < least)
-    if found is not None:
-        assert (common(tokens, others[found[0]]), found[1]) == (longest, longest)
