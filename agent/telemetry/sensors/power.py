@@ -93,7 +93,8 @@ class IoReport:
             try:
                 import zeus_apple_silicon  # optional, macOS only
             except ImportError:
-                raise Failure("ioreport: zeus-apple-silicon is not installed (pip install mlxrack[mac])") from None
+                why = "ioreport: zeus-apple-silicon is not installed (pip install zeus-apple-silicon)"
+                raise Failure(why) from None
             self._monitor = zeus_apple_silicon.AppleEnergyMonitor()
         return energy_of(self._monitor.get_cumulative_energy())
 
