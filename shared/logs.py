@@ -64,8 +64,7 @@ class _Writer:
     """Sink of rendered lines; structlog calls the method named after the line's level."""
 
     def __init__(self, name: str, writers: list[Callable[[bytes], None]]) -> None:
-        self.name = name
-        self._writers = writers
+        self.name, self._writers = name, writers
 
     def msg(self, text: bytes) -> None:
         """Write one line."""

@@ -45,10 +45,7 @@ class HostMetrics(Collector):
         meters: Callable[[], Sequence[dict[str, Any]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity = identity
-        self._push = push
-        self._meters = meters
-        self._clock = clock
+        self._identity, self._push, self._meters, self._clock = identity, push, meters, clock
         self._last: tuple[float, HostSample] | None = None
         self._level_us: Counter[str] = Counter()
         self._energy_mj: Counter[str] = Counter()

@@ -195,8 +195,7 @@ class _ByModel:
 
 class _Gauges(Collector):
     def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], peers: Callable[[], Sequence[NodeView]]) -> None:
-        self._status = status
-        self._peers = peers
+        self._status, self._peers = status, peers
 
     def collect(self) -> list[GaugeMetricFamily]:
         ready = GaugeMetricFamily("mlxrack_model_ready", "1 when the model accepts requests here.", labels=["model"])

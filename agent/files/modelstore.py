@@ -77,9 +77,7 @@ class ModelStore:
     """
 
     def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
-        self._memo = memo
-        self.folder = folder
-        self.fused = fused
+        self._memo, self.folder, self.fused = memo, folder, fused
         self._hashes: dict[str, _Hashed] = self._read_memo()
         self._hashing = threading.Lock()
         self._changed = False

@@ -66,11 +66,7 @@ def _engine(args: argparse.Namespace) -> Engine:
             kv_tok=args.kv_tok,
         )
         return FakeEngine(
-            speed,
-            load_s=args.fake_load_s,
-            salt=args.path,
-            rows=args.rows,
-            held_bytes=args.fake_held_bytes,
+            speed, load_s=args.fake_load_s, salt=args.path, rows=args.rows, held_bytes=args.fake_held_bytes
         )
     from agent.loader import blas
 

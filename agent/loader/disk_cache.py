@@ -39,8 +39,7 @@ class DiskCache:
     the model. Reads and writes may run in different threads."""
 
     def __init__(self, folder: Path, secret: bytes, fingerprint: str, budget_bytes: int) -> None:
-        self._folder = folder
-        self._budget = budget_bytes
+        self._folder, self._budget = folder, budget_bytes
         self._names = hmac.digest(secret, b"mlxrack disk cache: names", "sha256")
         self._cipher = AESGCM(hmac.digest(secret, b"mlxrack disk cache: contents", "sha256"))
         self._first = hmac.digest(self._names, fingerprint.encode(), "sha256")

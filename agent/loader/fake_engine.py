@@ -78,20 +78,13 @@ class FakeEngine:
     """Engine whose numbers are simulated but consistent."""
 
     def __init__(
-        self,
-        speed: Pretence = _AT_ONCE,
-        *,
-        load_s: float = 0.0,
-        salt: str = "",
-        rows: int = 8,
-        held_bytes: int = 0,
+        self, speed: Pretence = _AT_ONCE, *, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
     ) -> None:
         time.sleep(load_s)
         self._speed = speed
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
-        self._salt = salt
-        self._limit = rows
+        self._salt, self._limit = salt, rows
         self._waiting: list[_Row] = []
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}

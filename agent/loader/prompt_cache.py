@@ -38,10 +38,7 @@ class _Node(Generic[P]):
     __slots__ = ("children", "parent", "piece", "size", "tokens", "used")
 
     def __init__(self, tokens: Tokens, piece: P | None, size: int, parent: "_Node[P] | None") -> None:
-        self.tokens = tokens
-        self.piece = piece
-        self.size = size
-        self.parent = parent
+        self.tokens, self.piece, self.size, self.parent = tokens, piece, size, parent
         self.children: dict[int, _Node[P]] = {}
         self.used = 0
 
@@ -56,9 +53,7 @@ class PromptCache(Generic[P]):
     def __init__(
         self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None
     ) -> None:
-        self.budget_bytes = budget_bytes
-        self._nbytes = nbytes
-        self._split = split
+        self.budget_bytes, self._nbytes, self._split = budget_bytes, nbytes, split
         self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
         self._clock = 0
         self._leaves: set[_Node[P]] = set()

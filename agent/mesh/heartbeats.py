@@ -37,14 +37,8 @@ class Heartbeats:
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._table = table
-        self._client = client
-        self._emit = emit
-        self._rack = rack
-        self._beat_s = beat_s
-        self._on_back = on_back
-        self._clock = clock
-        self._wall_ms = wall_ms
+        self._table, self._client, self._emit, self._rack = table, client, emit, rack
+        self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
         self._due: dict[str, float] = {}
         self._open: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()

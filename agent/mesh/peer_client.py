@@ -36,8 +36,7 @@ class PeerClient:
         self, secret: str, node: str, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     ) -> None:
         self._key = Key(secret)
-        self._node = node
-        self._wall_ms = wall_ms
+        self._node, self._wall_ms = node, wall_ms
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None

@@ -42,9 +42,7 @@ class PeerLink:
     """An open connection. ``alive`` until it ends."""
 
     def __init__(self, node: str, url: str, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._node = node
-        self.url = url
-        self._socket = socket
+        self._node, self.url, self._socket = node, url, socket
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._writer = FrameWriter(socket.send_bytes)

@@ -56,13 +56,10 @@ class Pusher:
         random_01: Callable[[], float] = random.random,
         pace_s: float = PACE_S,
     ) -> None:
-        self._spool = spool
-        self._open_store = open_store
+        self._spool, self._open_store = spool, open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
-        self._clock = clock
-        self._wall_ms = wall_ms
-        self._random_01 = random_01
+        self._clock, self._wall_ms, self._random_01 = clock, wall_ms, random_01
         self._pace_s = pace_s
         self._stopping = threading.Event()
         self._not_before_s = 0.0

@@ -61,9 +61,7 @@ class Spool:
     """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it is in use or another node's."""
 
     def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._max_batches = max_batches
+        self._folder, self._max_bytes, self._max_batches = folder, max_bytes, max_batches
         self._bounds = threading.Lock()
         self._naming = threading.Lock()
         self._count = self._bytes = 0

@@ -129,8 +129,7 @@ class EncoderEngine:
         began = time.perf_counter()
         never_wire_memory()
         self._folder = Path(path)
-        self._blas = blas
-        self._batch_tok = batch_tok
+        self._blas, self._batch_tok = blas, batch_tok
         try:
             self._load()
         except Exception as error:  # noqa: BLE001  # damaged files may raise anything

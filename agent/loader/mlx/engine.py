@@ -30,19 +30,7 @@ from agent.loader.prefill_pace import PrefillPace
 from agent.loader.prompt_cache import as_tokens
 from agent.loader.row_placement import STEP_TOK, Limits
 from agent.loader.stopping import StopText
-from agent.wire.frames import (
-    Accepted,
-    Ask,
-    Embed,
-    Failed,
-    Frame,
-    Generate,
-    Message,
-    Ready,
-    Reported,
-    Tokens,
-    Working,
-)
+from agent.wire.frames import Accepted, Ask, Embed, Failed, Frame, Generate, Message, Ready, Reported, Tokens, Working
 from shared.errors import Refused
 
 _WARM_PROMPT = "Say hello to everybody who came today. " * 12

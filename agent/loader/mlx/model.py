@@ -257,10 +257,7 @@ class TextModel:
         """An argument for the template that is not one of its variables, or is reserved for the renderer."""
         named = json.loads(request.template_args) if request.template_args else {}
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
-        return next(
-            (k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)),
-            None,
-        )
+        return next((k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)), None)
 
     def _is_special(self, text: str) -> bool:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})

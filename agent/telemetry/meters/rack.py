@@ -36,8 +36,7 @@ class RackMeters:
         self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._meters = tuple(meters)
-        self._environ = environ
-        self._clock = clock
+        self._environ, self._clock = environ, clock
         self._gauges = {meter.name: Gauge() for meter in meters}
         self._last: dict[str, float] = {}
         self._energy_mj: dict[str, int] = {}

@@ -91,9 +91,7 @@ class Chip:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_mac = platform == "darwin"
-        self._sys_class = sys_class
-        self._open_smc = open_smc
-        self._clock = clock
+        self._sys_class, self._open_smc, self._clock = sys_class, open_smc, clock
         # thermal and power read from their own threads
         self._lock = threading.Lock()
         self._smc: smc.Smc | None = None

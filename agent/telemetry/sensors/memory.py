@@ -55,8 +55,7 @@ class MacMemory:
     """Readings of macOS, through the system library or, where that fails, its commands."""
 
     def __init__(self, library: str = vm.LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
-        self._library = library
-        self._run = run
+        self._library, self._run = library, run
         self._sysctl: sysctl.Sysctl | None = None
         self._statistics: vm.HostStatistics | None = None
 
@@ -116,8 +115,7 @@ class MemoryCollector:
     ) -> None:
         self._is_mac = platform == "darwin"
         self._mac = mac or MacMemory()
-        self._psi = psi
-        self._clock = clock
+        self._psi, self._clock = psi, clock
         self._used = Gauge()
         self._worst = "unknown"
         self._counters: dict[str, int] = {}

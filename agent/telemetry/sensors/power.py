@@ -131,9 +131,7 @@ class PowerCollector:
     ) -> None:
         self._chip = chip
         self._counters = counters or (IoReport() if platform == "darwin" else Rapl())
-        self._powermetrics = powermetrics
-        self._clock = clock
-        self._cpu_times = cpu_times
+        self._powermetrics, self._clock, self._cpu_times = powermetrics, clock, cpu_times
         self._system, self._soc = Gauge(), Gauge()
         self._last: tuple[float, Energy] | None = None
         self._last_cpu = cpu_times()

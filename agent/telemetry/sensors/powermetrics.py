@@ -122,8 +122,7 @@ class PowermetricsStream:
     """powermetrics as a child process; ``last`` is its newest sample while fresh. It runs only as root."""
 
     def __init__(self, child: Child, clock: Callable[[], float] = time.monotonic) -> None:
-        self._child = child
-        self._clock = clock
+        self._child, self._clock = child, clock
         self._lock = threading.Lock()
         self._documents = Documents()
         self._last: tuple[float, Powermetrics] | None = None

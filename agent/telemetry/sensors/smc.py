@@ -115,13 +115,7 @@ class _Version(ctypes.Structure):
 
 
 class _Limits(ctypes.Structure):
-    _fields_ = [
-        ("version", c_uint16),
-        ("length", c_uint16),
-        ("cpu", c_uint32),
-        ("gpu", c_uint32),
-        ("memory", c_uint32),
-    ]
+    _fields_ = [("version", c_uint16), ("length", c_uint16), ("cpu", c_uint32), ("gpu", c_uint32), ("memory", c_uint32)]
 
 
 class _Info(ctypes.Structure):

@@ -24,8 +24,7 @@ class Guarded:
     be run every two seconds for ever."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name = name
-        self._clock = clock
+        self.name, self._clock = name, clock
         self._failures = 0
         self._not_before_s = 0.0
         self.reason = ""

@@ -58,11 +58,8 @@ class ThermalCollector:
     ) -> None:
         self._chip = chip
         self._is_mac = platform == "darwin"
-        self._open_notify = notify
-        self._run = run
-        self._powermetrics = powermetrics
-        self._also_failed = also_failed
-        self._clock = clock
+        self._open_notify, self._run, self._powermetrics = notify, run, powermetrics
+        self._also_failed, self._clock = also_failed, clock
         self._notify: Notify | None = None
         self._throttle = Throttle(clock())
         self._gauges = {name: Gauge() for name in _TEMPERATURES}
