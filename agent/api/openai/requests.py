@@ -18,14 +18,8 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 ADVISORY = frozenset(
     {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 )
 """Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure."""
@@ -125,32 +119,13 @@ def parse_embeddings(body: bytes) -> EmbedRequest:
 
 _SAMPLING = frozenset(
     {
-        "model",
-        "n",
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "stop",
-        "logprobs",
-        "frequency_penalty",
-        "presence_penalty",
-        "logit_bias",
-        "timings",
+        *("model", "n", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"),
+        *("frequency_penalty", "presence_penalty", "logit_bias", "timings"),
     }
 )
 _CHAT = _SAMPLING | {
-    "messages",
-    "max_completion_tokens",
-    "top_logprobs",
-    "response_format",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "chat_template_kwargs",
+    *("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"),
 }
 _TEXT = _SAMPLING | {"prompt"}
 _EMBED = frozenset({"model", "input", "encoding_format"})
@@ -277,13 +252,7 @@ def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
         raise wrong("stream_options", "an object")
     if not stream:
         raise Refused("stream_options needs stream: true", code="invalid_value", param="stream_options")
-    for key in options:
-        if key not in ("include_usage", "include_obfuscation"):
-            raise Refused(
-                f"unknown field stream_options.{shown(key)}",
-                code="unknown_parameter",
-                param=f"stream_options.{shown(key)}",
-            )
+    only(options, frozenset({"include_usage", "include_obfuscation"}), "stream_options")
     return boolean(options, "include_usage", "stream_options.include_usage")
 
 
