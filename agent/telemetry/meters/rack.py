@@ -182,7 +182,7 @@ class RackMeters:
 
     def _failed(self, meter: Meter, why: str) -> None:
         self._secrets.pop(meter.secret, None)
-        self._gauges[meter.name].gone(self._clock())
+        self._gauges[meter.name].add(self._clock(), None)
         self._last.pop(meter.name, None)
         if self.problems.get(meter.name) != why:
             log.warning("meter_failed", meter=meter.name, reason=why)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from agent.telemetry.sensors.child import FIRST_S, Child
-from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, text_of
+from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, number, text_of
 from agent.telemetry.sensors.source import Guarded
 from agent.telemetry.sensors.throttle import LEVELS
 
@@ -95,7 +95,7 @@ def parse_document(raw: bytes) -> Powermetrics | None:
         cpu_mw=cpu,
         gpu_mw=graphics,
         ane_mw=ane,
-        soc_mw=_sum(_milliwatts(processor.get("combined_power")), cpu, graphics, ane),
+        soc_mw=_sum(number(processor.get("combined_power"), MOST_MW), cpu, graphics, ane),
         level=level_of(str(tree.get("thermal_pressure", ""))),
     )
 
@@ -169,7 +169,7 @@ def _block(elapsed_ms: str, text: str) -> Powermetrics:
     watts: dict[str, float | None] = {}
     for name, value in _WATTS.findall(text):
         # GPU power is printed twice; the first is in the same table as the others
-        watts.setdefault(name, _milliwatts(float(value)))
+        watts.setdefault(name, number(float(value), MOST_MW))
     pressure = _PRESSURE.search(text)
     return Powermetrics(
         elapsed_ns=round(float(elapsed_ms) * 1e6),
@@ -198,14 +198,8 @@ def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _power(table: dict[str, Any], name: str, elapsed_ns: int) -> float | None:
-    power = _milliwatts(table.get(f"{name}_power"))
+    power = number(table.get(f"{name}_power"), MOST_MW)
     if power is not None:
         return power
-    energy_mj = _milliwatts(table.get(f"{name}_energy"))
-    return None if energy_mj is None else _milliwatts(energy_mj * 1e9 / elapsed_ns)
-
-
-def _milliwatts(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value < MOST_MW else None
+    energy_mj = number(table.get(f"{name}_energy"), MOST_MW)
+    return None if energy_mj is None else number(energy_mj * 1e9 / elapsed_ns, MOST_MW)

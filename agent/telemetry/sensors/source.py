@@ -67,6 +67,13 @@ def file_bytes(path: Path) -> bytes:
         raise Failure(f"{path}: {error.strerror or type(error).__name__}") from None
 
 
+def bytes_or_none(path: Path) -> bytes:
+    """A small system file; b"" where there is none to read."""
+    with contextlib.suppress(Failure):
+        return file_bytes(path)
+    return b""
+
+
 def command_bytes(*argv: str) -> bytes:
     """What a system command prints. Raises Failure when it is missing, fails, takes too long or does not stop
     printing."""

@@ -6,8 +6,8 @@ import struct
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
 from agent.telemetry.sensors.reading import Failure, text_of
+from agent.telemetry.sensors.system_library import LIBRARY, functions
 
-LIBRARY = "/usr/lib/libSystem.B.dylib"
 _LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
 _SWAP = re.compile(r"\btotal = (\d+\.\d\d)M  used = (\d+\.\d\d)M  free = (\d+\.\d\d)M\b")
 _MOST_BYTES = 4096
@@ -70,12 +70,8 @@ class Sysctl:
     """sysctlbyname(3). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
-        try:
-            call = ctypes.CDLL(library, use_errno=True).sysctlbyname
-        except (OSError, AttributeError) as error:
-            raise Failure(f"sysctlbyname: {type(error).__name__}") from None
-        call.argtypes, call.restype = [c_char_p, c_void_p, c_void_p, c_void_p, c_size_t], c_int
-        self._call = call
+        signature = (c_int, c_char_p, c_void_p, c_void_p, c_void_p, c_size_t)
+        self._call = functions(library, "sysctlbyname: {}", sysctlbyname=signature).sysctlbyname
 
     def raw(self, name: str) -> bytes:
         """A value's bytes. Raises Failure for a name that does not exist."""

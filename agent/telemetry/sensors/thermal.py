@@ -15,7 +15,7 @@ from typing import Any
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors.chip import Chip
 from agent.telemetry.sensors.notify import Notify
-from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, known, merged, text_of
 from agent.telemetry.sensors.source import Guarded, command_bytes, preferred
 from agent.telemetry.sensors.sysctl import parse_pmset_therm
 from agent.telemetry.sensors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
@@ -94,11 +94,7 @@ class ThermalCollector:
             self._look_elsewhere()
         reading, now = self._chip.read(), self._clock()
         for name, field in _TEMPERATURES.items():
-            celsius = getattr(reading, field) if reading is not None else None
-            if celsius is None:
-                self._gauges[name].gone(now)
-            else:
-                self._gauges[name].add(now, celsius)
+            self._gauges[name].add(now, getattr(reading, field) if reading is not None else None)
 
     def take(self) -> list[Throttled]:
         """Events since the last call, on this collector's clock."""
@@ -194,7 +190,7 @@ class ThermalCollector:
     def _by_notify(self) -> int:
         if self._notify is None:
             self._notify = self._open_notify()
-        return _known(level_of_state(self._notify.state()), "notify(3)")
+        return known(level_of_state(self._notify.state()), "notify(3): no thermal pressure level")
 
     def _by_pmset(self) -> Source:
         """Shown by `doctor` but never used: it works on Intel Macs only."""
@@ -208,13 +204,8 @@ class ThermalCollector:
         )
 
     def _by_command(self) -> int:
-        return _known(parse_notifyutil(self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)), "notifyutil")
-
-
-def _known(level: int | None, source: str) -> int:
-    if level is None:
-        raise Failure(f"{source}: no thermal pressure level")
-    return level
+        raw = self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)
+        return known(parse_notifyutil(raw), "notifyutil: no thermal pressure level")
 
 
 def _seconds(window: Window) -> dict[str, Any]:
