@@ -1,7 +1,6 @@
 """What this node has adopted: the desired state, what came of it, and what an operator ordered here. Kept on disk, so
 that a start without the bucket serves what was served."""
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from shared.desired import Assignment, DesiredState
+from shared.durable import write_whole
 from shared.errors import Retryable
 
 
@@ -79,13 +79,8 @@ class Adopted:
             self._keep(msgspec.structs.replace(self._kept, ordered={**others, model: path} if differs else others))
 
     def _keep(self, kept: _Kept) -> None:
-        temporary = self._file.with_suffix(".tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(msgspec.json.encode(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._file)
+            write_whole(self._file, msgspec.json.encode(kept))
         except OSError as error:
             why = f"desired state: {self._file} cannot be written ({error.strerror})"
             raise Retryable(why, code="disk_full") from None

@@ -19,6 +19,7 @@ import msgspec
 from agent.files.modelstore import PARTIAL, Installed, ModelStore
 from shared import catalog
 from shared.catalog import Manifest, ModelFile
+from shared.durable import sync, sync_folder, write_whole
 from shared.errors import NotFound, Refused, Retryable
 from shared.keys import model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
 from shared.store import ObjectStore, list_all
@@ -37,15 +38,12 @@ class Source(Protocol):
     @property
     def manifest(self) -> Manifest:
         """Its files."""
-        ...
 
     def part(self, file: ModelFile, start: int, length: int) -> bytes:
         """A range of bytes of one file. Raises Refused or Retryable."""
-        ...
 
     def probes(self) -> bytes | None:
         """Recorded answers that come with the model."""
-        ...
 
 
 class FolderSource:
@@ -255,7 +253,7 @@ def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int,
             done += len(piece)
             progress(done, total)
         opened.flush()
-        os.fsync(opened.fileno())
+        sync(opened.fileno())
     if digest.hexdigest() != file.sha256:
         path.unlink()
         raise Refused(
@@ -272,22 +270,11 @@ def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> 
         stray.unlink()
     if (probes := source.probes()) is not None:
         (partial / catalog.PROBES_NAME).write_bytes(probes)
-    with (partial / catalog.MANIFEST_NAME).open("wb") as file:
-        file.write(msgspec.json.encode(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(partial / catalog.MANIFEST_NAME, msgspec.json.encode(manifest))
     place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, place)
     for folder in (place, place.parent, partial.parent):
-        _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(folder)
 
 
 @contextlib.contextmanager
