@@ -292,7 +292,7 @@ def _doctor(args: argparse.Namespace) -> int:
     config, _ = _config(args)
     findings = doctor.examine(config, state_folder(config), os.environ)
     if args.json:
-        print(json.dumps([{"what": f.what, "verdict": f.verdict, "seen": f.seen} for f in findings], indent=2))
+        print(json.dumps([found._asdict() for found in findings], indent=2))
     else:
         print(table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
     return 1 if any(f.verdict == "problem" for f in findings) else 0

@@ -25,42 +25,32 @@ class Engine(Protocol):
 
     def describe(self) -> Ready:
         """What was loaded."""
-        ...
 
     @property
     def busy(self) -> bool:
         """Whether step() has work to do."""
-        ...
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         """Tokens, grammar and limits of a request; Failed when it cannot be served. A single other thread may call this
         while the owner steps, so that a huge prompt delays no other request's tokens."""
-        ...
 
     def submit(self, prepared: Prepared) -> Frame:
         """Accept a request: Accepted, or Failed."""
-        ...
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; unknown ids are no error."""
-        ...
 
     def step(self) -> list[Frame]:
         """One iteration of the scheduler: Tokens, Embedded, Done and Failed for any of the accepted requests."""
-        ...
 
     def report(self) -> Reported:
         """Counts since the last report."""
-        ...
 
     def working(self) -> Working:
         """Its current memory, pending requests and speed."""
-        ...
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         """Set the memory pressure level; see agent.wire.frames.Relieve."""
-        ...
 
     def close(self) -> None:
         """Release all resources."""
-        ...

@@ -37,9 +37,7 @@ class PushState(msgspec.Struct, kw_only=True):
     reason: str = ""
     waiting_batches: int = 0
     sent_batches: int = 0
-    sent_segments: int = 0
     failures: int = 0
-    last_ok_ms: int | None = None
 
 
 class Pusher:
@@ -52,14 +50,13 @@ class Pusher:
         open_store: Callable[[], ObjectStore],
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         random_01: Callable[[], float] = random.random,
         pace_s: float = PACE_S,
     ) -> None:
         self._spool, self._open_store = spool, open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
-        self._clock, self._wall_ms, self._random_01 = clock, wall_ms, random_01
+        self._clock, self._random_01 = clock, random_01
         self._pace_s = pace_s
         self._stopping = threading.Event()
         self._not_before_s = 0.0
@@ -83,7 +80,6 @@ class Pusher:
         else:
             self.state.failures = 0
             self.state.state, self.state.reason = "ok", ""
-            self.state.last_ok_ms = self._wall_ms()
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
 
@@ -154,7 +150,6 @@ class Pusher:
         self._spool.delete(files)
         self.state.failures = 0  # the store accepts data: a later failure in a long backlog restarts the back-off
         self.state.sent_batches += len(batches)
-        self.state.sent_segments += 1
 
     @staticmethod
     def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
