@@ -82,24 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
     cli_models.add(models, _config_and_state, _common)
-    for name, text in (
-        ("load", "Load a configured model into memory, evicting idle models if necessary."),
-        ("unload", "Drain a model and evict it from memory."),
+    for name, text, run_order in (
+        ("load", "Load a configured model into memory, evicting idle models if necessary.", _order("load")),
+        ("unload", "Drain a model and evict it from memory.", _order("unload")),
+        ("pin", "Exclude a model from eviction.", _pin("yes")),
+        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
     ):
-        order = verb(name, text, _order(name))
+        order = verb(name, text, run_order)
         order.add_argument("model", help="served name")
         _json(order)
     swap = verb("swap", "Replace the version behind a served name without losing a request (hot or cold swap).", _swap)
     swap.add_argument("old", help="served name")
     swap.add_argument("new", help="configured model that takes over the name")
     _json(swap)
-    for name, text, run_pin in (
-        ("pin", "Exclude a model from eviction.", _pin("yes")),
-        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
-    ):
-        pin = verb(name, text, run_pin)
-        pin.add_argument("model", help="served name")
-        _json(pin)
     probes = verb(
         "probes", "Record a model's answers to its probes and print the file that a standby must reproduce.", _probes
     )

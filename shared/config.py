@@ -120,8 +120,7 @@ def _readable_table(tree: Any, kind: type[msgspec.Struct], path: str, found: _Fo
 def _stand_in(kind: Any, path: str) -> Any:
     """A value in place of a required one that cannot be read, so that the others can be checked. A text is the path:
     no other is the same."""
-    struct = _struct_of(kind)
-    if struct is not None:
+    if (struct := _struct_of(kind)) is not None:
         return _readable_table({}, struct, path, _Found())
     if get_origin(kind) is Literal:
         return get_args(kind)[0]

@@ -71,8 +71,7 @@ def list_all(store: ObjectStore, prefix: str, after: str = "") -> list[Listed]:
     """Every object under ``prefix`` after ``after``, page by page."""
     found: list[Listed] = []
     while True:
-        page = store.list_after(prefix, after)
-        if not page:
+        if not (page := store.list_after(prefix, after)):
             return found
         found += page
         after = page[-1].key

@@ -78,8 +78,7 @@ class HostMetrics(Collector):
         read_s, sample = self._last
         yield _gauge("sample_age_seconds", "Time since the last window was closed.", self._clock() - read_s)
         for field, name, factor, text in _GAUGES:
-            value = getattr(sample, field)
-            if value is not None:
+            if (value := getattr(sample, field)) is not None:
                 yield _gauge(name, text, value * factor)
         yield from self._of_levels(sample)
         yield from self._sums()

@@ -94,8 +94,7 @@ class Metrics:
 
     def answered(self, one: Answered) -> None:
         """Count one request."""
-        by_model = self._by_model.get(one.model)
-        if by_model is None:
+        if (by_model := self._by_model.get(one.model)) is None:
             # a label lookup costs more than the count
             by_model = self._by_model[one.model] = _ByModel(self, one.model)
         by_model.count(one)

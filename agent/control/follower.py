@@ -228,8 +228,7 @@ class Follower:
         path = self._path_here(one)
         if self._is_fake(one) or self._models.place(one.source, one.version).is_dir():
             return path
-        configured = self._configured(one.model)
-        if configured is not None:
+        if (configured := self._configured(one.model)) is not None:
             with contextlib.suppress(RackError):
                 if self._models.describe(configured).version == one.version:
                     return configured.path
@@ -244,8 +243,7 @@ class Follower:
 
     def _proved(self, one: Assignment) -> str:
         """The path that was served for an assigned model before; else where its files should be."""
-        served = self._adopted.served.get(one.model)
-        if served is not None:
+        if (served := self._adopted.served.get(one.model)) is not None:
             return served
         configured = self._configured(one.model)
         return configured.path if configured is not None else self._path_here(one)

@@ -77,11 +77,8 @@ class BucketSource:
         try:
             self.manifest = msgspec.json.decode(bucket.get(key).body, type=Manifest)
         except NotFound:
-            raise Refused(
-                f"pull {name}@{self._version}: the bucket does not hold it; "
-                f"upload it with `mlxrack-agent models push FOLDER {name}`",
-                code="not_found",
-            ) from None
+            why = f"the bucket does not hold it; upload it with `mlxrack-agent models push FOLDER {name}`"
+            raise Refused(f"pull {name}@{self._version}: {why}", code="not_found") from None
         except msgspec.DecodeError:
             raise Refused(f"pull {name}: {key} is not a manifest", code="bad_model") from None
         if catalog.version_of(self.manifest) != self._version:
@@ -245,8 +242,7 @@ def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int,
             done += len(piece)
             progress(done, total)
         while (at := opened.tell()) < file.size:
-            piece = source.part(file, at, min(PIECE_BYTES, file.size - at))
-            if not piece:
+            if not (piece := source.part(file, at, min(PIECE_BYTES, file.size - at))):
                 raise Refused(f"pull: {file.name} ends after {at} of {file.size} bytes at its source", code="bad_model")
             opened.write(piece)
             digest.update(piece)
@@ -296,10 +292,8 @@ def _of_the_disk(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Refused(
-                f"{what}: the disk is full; what was fetched is kept, nothing was installed; free some and pull again",
-                code="disk_full",
-            ) from None
+            why = "the disk is full; what was fetched is kept, nothing was installed; free some and pull again"
+            raise Refused(f"{what}: {why}", code="disk_full") from None
         raise Refused(f"{what}: {error.filename or 'the disk'}: {error.strerror}", code="bad_model") from None
 
 

@@ -250,8 +250,7 @@ class ModelStore:
             raise _bad(name, f"its {catalog.MANIFEST_NAME} cannot be read") from None
         have = {f.name: f for f in made.files}
         for wanted in came.files:
-            got = have.get(wanted.name)
-            if got is None:
+            if (got := have.get(wanted.name)) is None:
                 raise _bad(name, f"file {wanted.name} is missing; fetch the model again")
             if got != wanted:
                 seen = f"{got.size} bytes, sha256 {got.sha256[:8]}.."

@@ -71,8 +71,7 @@ class DiskCache:
         found: list[list[Array]] = []
         for name in self._chain(tokens)[begin:end]:
             began = time.monotonic()
-            block = self._open(name)
-            if block is None:
+            if (block := self._open(name)) is None:
                 break
             took = time.monotonic() - began
             self._read_s = took if not self._read_s else 0.7 * self._read_s + 0.3 * took

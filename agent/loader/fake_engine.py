@@ -144,8 +144,7 @@ class FakeEngine:
     def cancel(self, request_id: int) -> None:
         self._embeds = [work for work in self._embeds if work[0].id != request_id]
         self._waiting = [row for row in self._waiting if row.request.id != request_id]
-        row = self._rows.pop(request_id, None)
-        if row:
+        if row := self._rows.pop(request_id, None):
             self._counts.add("wasted_tok", row.made)
 
     def step(self) -> list[Frame]:

@@ -134,8 +134,7 @@ class PromptCache(Generic[P]):
         path: list[tuple[_Node[P], int]] = []
         node, at, usable, usable_at = self._root, 0, 0, 0
         while at < len(tokens):
-            child = node.children.get(int(tokens[at]))
-            if child is None:
+            if (child := node.children.get(int(tokens[at]))) is None:
                 break
             taken = common(child.tokens, tokens[at:])
             path.append((child, taken))
@@ -152,8 +151,7 @@ class PromptCache(Generic[P]):
         """The node up to which ``tokens`` is cached; an edge that it leaves midway is split there."""
         node, at = self._root, 0
         while at < len(tokens):
-            child = node.children.get(int(tokens[at]))
-            if child is None:
+            if (child := node.children.get(int(tokens[at]))) is None:
                 break
             taken = common(child.tokens, tokens[at:])
             at += taken

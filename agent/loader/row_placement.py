@@ -141,8 +141,7 @@ class Placement:
         blocks, shut = self._blocks, self._shut
         found: dict[int, list[int]] = {}
         for row in rows[: max(0, self.limits.rows - len(self.rows))]:
-            at = self._batch_for(row, blocks, shut)
-            if at is None:
+            if (at := self._batch_for(row, blocks, shut)) is None:
                 break
             shut |= {at} if row.apart else set()
             blocks += [Block(0, 0)] * (at + 1 - len(blocks))

@@ -53,8 +53,7 @@ class Heartbeats:
     async def tick(self) -> None:
         """Send the heartbeats that are due, and report what has changed."""
         now = self._clock()
-        asleep_s = self._table.tick(now, self.every_s)
-        if asleep_s:
+        if asleep_s := self._table.tick(now, self.every_s):
             self._woke += 1
             self._due.clear()
             log.warning("sleep_detected", seconds=round(asleep_s, 2))

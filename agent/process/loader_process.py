@@ -199,8 +199,7 @@ class LoaderProcess:
         try:
             await self._send(msgspec.structs.replace(request, id=number))
             while not finished:
-                answer = await answers.get()
-                if answer is None:
+                if (answer := await answers.get()) is None:
                     raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
                 finished = isinstance(answer, Done | Failed)
                 if text is not None and isinstance(answer, Accepted):

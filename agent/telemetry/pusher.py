@@ -156,10 +156,8 @@ class Pusher:
         """The key exists: from this agent, when a response was lost, or from another agent with the same name."""
         stored = store.get(key).body
         if digest(stored) != digest(body) and _said(stored) != _said(body):
-            raise Halt(
-                f"push {key}: another agent writes under this node's name; each node must have its own node.id",
-                code="identity_clash",
-            )
+            why = "another agent writes under this node's name; each node must have its own node.id"
+            raise Halt(f"push {key}: {why}", code="identity_clash")
 
     def _claim(self, store: ObjectStore) -> int:
         """Claim the first incarnation that no earlier spool of this node has used."""
@@ -200,10 +198,8 @@ class Pusher:
 def _said(segment: bytes) -> list[Batch] | None:
     """The segment's batches without fields that depend on packing and the clock; None for an invalid segment."""
     try:
-        return [
-            msgspec.structs.replace(batch, mono_ms=0, dropped_batches=0, clock_skew_ms=None)
-            for batch in unseal(segment)
-        ]
+        each = unseal(segment)
+        return [msgspec.structs.replace(one, mono_ms=0, dropped_batches=0, clock_skew_ms=None) for one in each]
     except Refused:
         return None
 

@@ -77,7 +77,8 @@ class Spool:
     def _begin(self, node: str, rack: str, hardware: str) -> None:
         """A new epoch, stored before its first batch."""
         with _as_ours("open", self._folder):
-            self._sweep()
+            for leftover in self._folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
             self.identity = self._identity(node, rack, hardware)
             self._recover()
         self.first_run = self.identity.epoch == 0
@@ -139,8 +140,7 @@ class Spool:
         """Batches not yet sent, oldest first."""
         found = []
         for path in self._folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match:
+            if match := _NAME.fullmatch(path.name):
                 with contextlib.suppress(FileNotFoundError):
                     found.append(Waiting(epoch=int(match[1]), seq=int(match[2]), path=path, size=path.stat().st_size))
         return sorted(found, key=lambda w: (w.epoch, w.seq))
@@ -211,15 +211,9 @@ class Spool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise Halt(
-                f"spool {self._folder}: in use by another agent; stop that one, or set another paths.state here",
-                code="spool_in_use",
-            ) from None
+            why = "in use by another agent; stop that one, or set another paths.state here"
+            raise Halt(f"spool {self._folder}: {why}", code="spool_in_use") from None
         return lock
-
-    def _sweep(self) -> None:
-        for leftover in self._folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """The window that was open when the last run was killed becomes its last batch. After a power failure the copy
@@ -256,11 +250,8 @@ class Spool:
             # unreadable then or now; keep the known value
             identity.hardware = hardware if identity.hardware == "unknown" else identity.hardware
         elif identity.hardware != hardware:
-            raise Halt(
-                f"spool {self._folder}: written by other hardware; a copied disk must not report as {node!r}: "
-                "move the spool folder away and restart",
-                code="wrong_identity",
-            )
+            why = f"a copied disk must not report as {node!r}: move the spool folder away and restart"
+            raise Halt(f"spool {self._folder}: written by other hardware; {why}", code="wrong_identity")
         return identity
 
     def _write_identity(self) -> None:

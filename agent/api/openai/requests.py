@@ -201,8 +201,7 @@ def _chat_logprobs(tree: dict[str, Any]) -> int | None:
 
 
 def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
-    bias = tree.get("logit_bias")
-    if bias is None:
+    if (bias := tree.get("logit_bias")) is None:
         return ()
     if not isinstance(bias, dict) or len(bias) > 1024:
         raise wrong("logit_bias", "an object of at most 1024 token ids and numbers")
@@ -218,8 +217,7 @@ def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
 
 def _schema(tree: dict[str, Any]) -> str | None:
     """The JSON schema that ``response_format`` requires, as text; None for free text."""
-    wanted = tree.get("response_format")
-    if wanted is None:
+    if (wanted := tree.get("response_format")) is None:
         return None
     if not isinstance(wanted, dict):
         raise wrong("response_format", "an object")
@@ -245,8 +243,7 @@ def _schema(tree: dict[str, Any]) -> str | None:
 
 
 def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
-    options = tree.get("stream_options")
-    if options is None:
+    if (options := tree.get("stream_options")) is None:
         return False
     if not isinstance(options, dict):
         raise wrong("stream_options", "an object")
@@ -257,8 +254,7 @@ def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
 
 
 def _stop(tree: dict[str, Any]) -> tuple[str, ...]:
-    stop = tree.get("stop")
-    if stop is None:
+    if (stop := tree.get("stop")) is None:
         return ()
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:

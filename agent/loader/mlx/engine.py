@@ -139,8 +139,7 @@ class MLXEngine:
 
     def cancel(self, request_id: int) -> None:
         self._embeddings.cancel(request_id)
-        row = self._rows.cancel(request_id)
-        if row is not None:
+        if (row := self._rows.cancel(request_id)) is not None:
             self._counts.add("wasted_tok", len(row.made))
 
     def step(self) -> list[Frame]:

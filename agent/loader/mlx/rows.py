@@ -62,8 +62,7 @@ class Rows:
 
     def cancel(self, row_id: int) -> Row | None:
         """Forget a row and cache its state; None when it is unknown."""
-        row = self.by_id.pop(row_id, None)
-        if row is None:
+        if (row := self.by_id.pop(row_id, None)) is None:
             return None
         if row in self.waiting:
             self.waiting.remove(row)
@@ -92,8 +91,7 @@ class Rows:
 
     def set_aside(self, row: Row) -> None:
         """Preempt a row: remove it from the batch with its partial state; it resumes at its next turn."""
-        held = self._taken_out(row)
-        if held is not None:
+        if (held := self._taken_out(row)) is not None:
             row.partial = (kv.detached(held[0]), held[1])
             if any(other.behind is row for other in self.waiting):
                 self.cache.keep(held)

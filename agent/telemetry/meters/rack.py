@@ -158,8 +158,7 @@ class RackMeters:
         """
         if not meter.secret:
             return ""
-        known = self._secrets.get(meter.secret)
-        if known is not None:
+        if (known := self._secrets.get(meter.secret)) is not None:
             return known
         try:
             async with asyncio.timeout(SECRET_S):

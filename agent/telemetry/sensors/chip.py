@@ -137,8 +137,7 @@ class Chip:
 
     def _read(self) -> ChipReading | None:
         for name, read in self._readers().items():
-            found = self.guards[name].call(read)
-            if found is not None:
+            if (found := self.guards[name].call(read)) is not None:
                 self._answered = name
                 if name != "macmon" and self._macmon is not None:
                     # its output would no longer be read, and stale output would later be taken for current
@@ -200,8 +199,7 @@ class MacmonPipe:
     """`macmon pipe`; its last line is the current reading. Raises Failure where it is not installed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, program: str = "macmon") -> None:
-        path = shutil.which(program)
-        if path is None:
+        if (path := shutil.which(program)) is None:
             raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
         self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
         self._clock = clock

@@ -129,8 +129,7 @@ class MemoryCollector:
     def read(self) -> Reading:
         self.poll()
         sample = self._read_mac() if self._is_mac else self._read_linux()
-        seen = self._used.close(self._clock())
-        if seen is not None:
+        if (seen := self._used.close(self._clock())) is not None:
             used = HostSample(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
             sample = merged(sample, used)
         failed = {guard.name: guard.reason for guard in self._guards.values() if guard.reason}
@@ -183,8 +182,7 @@ class MemoryCollector:
         return merged(parts, whole)
 
     def _parts(self) -> HostSample:
-        found = self._guards["vm"].call(self._mac.vm)
-        if found is None:
+        if (found := self._guards["vm"].call(self._mac.vm)) is None:
             return HostSample()
         parts, source = found
         both = parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None

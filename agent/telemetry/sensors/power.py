@@ -66,8 +66,7 @@ class Rapl:
         for path in sorted(self._powercap.glob("intel-rapl:[0-9]*/energy_uj")):
             if path.parent.name.count(":") > 1 or not bytes_or_none(path.parent / "name").startswith(b"package"):
                 continue  # a subdomain of a package, or the whole platform: both would be counted twice
-            counter = parse_energy_uj(file_bytes(path))
-            if counter is not None:
+            if (counter := parse_energy_uj(file_bytes(path))) is not None:
                 parts[path.parent.name] = counter
                 self.wraps[path.parent.name] = parse_energy_uj(bytes_or_none(path.parent / "max_energy_range_uj")) or 0
         if not parts:

@@ -27,8 +27,7 @@ def parse_sysctl(raw: bytes) -> dict[str, str]:
 
 def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
     """Total and used bytes of swap from `vm.swapusage`; None for anything else and for inconsistent values."""
-    match = _SWAP.search(text_of(raw))
-    if match is None:
+    if (match := _SWAP.search(text_of(raw))) is None:
         return None
     total, used, free = (round(float(one) * (1 << 20)) for one in match.groups())
     # each is rounded to hundredths of a MiB
@@ -47,8 +46,7 @@ def parse_system_profiler(raw: bytes) -> dict[str, str]:
     of ``parse_sysctl``. Serial numbers are not read."""
     text, found = text_of(raw), {}
     for name, pattern in _PROFILE.items():
-        match = pattern.search(text)
-        if match:
+        if match := pattern.search(text):
             found[name] = match[1].strip()
     if match := re.fullmatch(r"(\d+) GB", found.get("hw.memsize", "")):
         found["hw.memsize"] = str(int(match[1]) << 30)

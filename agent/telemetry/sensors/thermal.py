@@ -106,19 +106,15 @@ class ThermalCollector:
         self.poll()
         now = self._clock()
         reading = self._chip.read()
-        closed = {name: gauge.close(now) for name, gauge in self._gauges.items()}
-        most = {name: round(seen.most * 1000) for name, seen in closed.items() if seen is not None}
-        mean = {name: round(seen.mean * 1000) for name, seen in closed.items() if seen is not None}
+        degrees: dict[str, int] = {}
+        for name, gauge in self._gauges.items():
+            if (seen := gauge.close(now)) is not None:
+                degrees |= {f"{name}_mc": round(seen.most * 1000), f"{name}_mean_mc": round(seen.mean * 1000)}
         chip = HostSample(
-            package_temp_mc=most.get("package_temp"),
-            package_temp_mean_mc=mean.get("package_temp"),
-            pcore_temp_mc=most.get("pcore_temp"),
-            pcore_temp_mean_mc=mean.get("pcore_temp"),
-            gpu_temp_mc=most.get("gpu_temp"),
-            gpu_temp_mean_mc=mean.get("gpu_temp"),
             temp_source=reading.source if reading is not None else None,
             fan_rpm=reading.fans_rpm if reading is not None else (),
             pcore_asleep=reading is not None and reading.pcore_asleep,
+            **degrees,  # type: ignore[arg-type]
         )
         sample = merged(chip, self._level_sample(now)) if self._is_mac else chip
         asked = preferred(self._guards.values(), self._source)

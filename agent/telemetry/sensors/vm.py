@@ -46,8 +46,7 @@ def parse_vm_stat(raw: bytes) -> Vm | None:
     """Parse `vm_stat`; None when the header names no page size or a part is missing. Unknown labels and truncated lines
     are ignored."""
     text = text_of(raw)
-    header = _HEADER.match(text)
-    if header is None:
+    if (header := _HEADER.match(text)) is None:
         return None
     size, pages = int(header[1]), {label.strip(): int(count) for label, count in _LINE.findall(text)}
     if size not in (4096, 16384):
