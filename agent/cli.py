@@ -82,24 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
     cli_models.add(models, _config_and_state, _common)
-    for name, text in (
-        ("load", "Load a configured model into memory, evicting idle models if necessary."),
-        ("unload", "Drain a model and evict it from memory."),
+    for name, text, run_order in (
+        ("load", "Load a configured model into memory, evicting idle models if necessary.", _order("load")),
+        ("unload", "Drain a model and evict it from memory.", _order("unload")),
+        ("pin", "Exclude a model from eviction.", _pin("yes")),
+        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
     ):
-        order = verb(name, text, _order(name))
+        order = verb(name, text, run_order)
         order.add_argument("model", help="served name")
         _json(order)
     swap = verb("swap", "Replace the version behind a served name without losing a request (hot or cold swap).", _swap)
     swap.add_argument("old", help="served name")
     swap.add_argument("new", help="configured model that takes over the name")
     _json(swap)
-    for name, text, run_pin in (
-        ("pin", "Exclude a model from eviction.", _pin("yes")),
-        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
-    ):
-        pin = verb(name, text, run_pin)
-        pin.add_argument("model", help="served name")
-        _json(pin)
     probes = verb(
         "probes", "Record a model's answers to its probes and print the file that a standby must reproduce.", _probes
     )
@@ -292,7 +287,7 @@ def _doctor(args: argparse.Namespace) -> int:
     config, _ = _config(args)
     findings = doctor.examine(config, state_folder(config), os.environ)
     if args.json:
-        print(json.dumps([{"what": f.what, "verdict": f.verdict, "seen": f.seen} for f in findings], indent=2))
+        print(json.dumps([found._asdict() for found in findings], indent=2))
     else:
         print(table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
     return 1 if any(f.verdict == "problem" for f in findings) else 0

@@ -19,20 +19,9 @@ STORED = "store:"
 _LOOPBACK = ("127.", "::1", "localhost")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-MeterKind = Literal[
-    "shelly",
-    "shelly_pm1",
-    "shelly_em1",
-    "shelly_gen1",
-    "tasmota",
-    "apc_device",
-    "apc_legacy",
-    "apc_outlet",
-    "raritan_outlet",
-    "raritan_inlet",
-    "servertech_cord",
-    "sensor",
-]
+PlugKind = Literal["shelly", "shelly_pm1", "shelly_em1", "shelly_gen1", "tasmota"]
+ApcKind = Literal["apc_device", "apc_legacy", "apc_outlet"]
+MeterKind = Literal[PlugKind, ApcKind, "raritan_outlet", "raritan_inlet", "servertech_cord", "sensor"]
 SNMP_NUMBERS = {
     "apc_device": 1,
     "apc_legacy": 0,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from agent.telemetry.meters import http, snmp
-from agent.telemetry.sensors import chip, macmon, memory, power, powermetrics, smc, sysctl, thermal, vm
+from agent.telemetry.sensors import chip, macmon, memory, power, powermetrics, reading, smc, sysctl, thermal, vm
 from scripts.common import parser
 
 
@@ -68,7 +68,7 @@ def _smc_values(raw: bytes) -> tuple[tuple[int, ...], float | None]:
 
 def _fans_and_watts_are_possible(found: tuple[tuple[int, ...], float | None]) -> bool:
     fans, watts = found
-    return all(0 <= rpm <= smc.MOST_RPM for rpm in fans) and (watts is None or 0 < watts < smc.MOST_W)
+    return all(0 <= rpm <= reading.MOST_RPM for rpm in fans) and (watts is None or 0 < watts < reading.MOST_W)
 
 
 def _outlet(raw: bytes) -> float | None:
@@ -92,14 +92,6 @@ _PLIST = (
     b"<key>processor</key><dict><key>cpu_power</key><real>44.07</real><key>gpu_energy</key><integer>31</integer>"
     b"<key>combined_power</key><real>59.4</real></dict><key>thermal_pressure</key><string>Nominal</string></dict></plist>"
 )
-_TEXT = b"""*** Sampled system activity (Mon Oct 23 16:51:12 2023 +0200) (1012.07ms elapsed) ***
-
-CPU Power: 211 mW
-GPU Power: 147 mW
-ANE Power: 0 mW
-Combined Power (CPU + GPU + ANE): 359 mW
-Current pressure level: Moderate
-"""
 _VM = b"""Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages wired down:                        100000.
 Pages purgeable:                          10000.
@@ -117,9 +109,6 @@ _TASMOTA = b'{"StatusSNS":{"Time":"2020-12-23T08:28:42","ENERGY":{"Total":4.957,
 
 TARGETS: dict[str, Target] = {
     "vm_stat": Target(vm.parse_vm_stat, [_VM], _vm_is_possible),
-    "memory_pressure": Target(
-        vm.parse_memory_pressure, [b"System-wide memory free percentage: 80%\n"], lambda n: 0 <= n <= 100
-    ),
     "swapusage": Target(
         sysctl.parse_swapusage,
         [b"vm.swapusage: total = 4096.00M  used = 2743.50M  free = 1352.50M  (encrypted)\n"],
@@ -157,13 +146,10 @@ TARGETS: dict[str, Target] = {
         thermal.parse_notifyutil, [thermal.NOTIFY_KEY.encode() + b" 2\n"], lambda level: level in (0, 1, 2, 3, 4)
     ),
     "zone": Target(chip.parse_millidegrees, [b"61500\n"], lambda degrees: 1 <= degrees < 130),
-    "fan": Target(chip.parse_rpm, [b"1200\n"], lambda rpm: 0 <= rpm <= smc.MOST_RPM),
+    "fan": Target(chip.parse_rpm, [b"1200\n"], lambda rpm: 0 <= rpm <= reading.MOST_RPM),
     "rapl": Target(power.parse_energy_uj, [b"123456789\n"], lambda uj: uj >= 0),
     "macmon": Target(macmon.parse_macmon, [_MACMON], _line_is_possible),
     "powermetrics plist": Target(powermetrics.parse_document, [_PLIST], _powers_are_possible),
-    "powermetrics text": Target(
-        powermetrics.parse_text, [_TEXT], lambda found: all(_powers_are_possible(one) for one in found)
-    ),
     "powermetrics stream": Target(
         lambda raw: powermetrics.Documents().feed(raw),
         [_PLIST + b"\n\0" + _PLIST],

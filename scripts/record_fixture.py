@@ -31,7 +31,6 @@ class Capture(NamedTuple):
 
 CAPTURES = (
     Capture("vm_stat/vm_stat.txt", ("/usr/bin/vm_stat",)),
-    Capture("memory_pressure/Q.txt", ("/usr/bin/memory_pressure", "-Q")),
     Capture("sysctl/swapusage.txt", ("/usr/sbin/sysctl", "vm.swapusage")),
     Capture("sysctl/hw.txt", ("/usr/sbin/sysctl", "hw", "machdep.cpu.brand_string", "kern.osproductversion")),
     Capture(

@@ -90,8 +90,7 @@ def unseal(segment: bytes) -> list[Batch]:
         raise Refused(f"unseal segment: not a zstd frame ({error})", code="bad_segment") from None
     if len(raw) > MAX_SEGMENT_BYTES:
         raise Refused(f"unseal segment: unpacked size exceeds {MAX_SEGMENT_BYTES} bytes", code="bad_segment")
-    batches = list(_unpack(raw))
-    if not batches:
+    if not (batches := list(_unpack(raw))):
         raise Refused("unseal segment: contains no batch", code="bad_segment")
     return batches
 

@@ -8,16 +8,8 @@ from typing import Any
 from botocore.loaders import Loader
 
 OPERATIONS = (
-    "PutObject",
-    "GetObject",
-    "HeadObject",
-    "DeleteObject",
-    "ListObjectsV2",
-    "CreateBucket",
-    "CreateMultipartUpload",
-    "UploadPart",
-    "CompleteMultipartUpload",
-    "AbortMultipartUpload",
+    *("PutObject", "GetObject", "HeadObject", "DeleteObject", "ListObjectsV2", "CreateBucket"),
+    *("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload"),
 )
 """Operations that shared/store_s3.py calls, and those of a multipart upload."""
 

@@ -35,8 +35,7 @@ def check_store(store: Store) -> list[str]:
     if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
         found.append(f"store.endpoint: invalid value {store.endpoint!r}: expected an http(s) URL")
     for name in ("access_key", "secret_key"):
-        value = getattr(store, name)
-        if not value:
+        if not (value := getattr(store, name)):
             found.append(f"store.{name}: is required when store.kind is 's3'")
         elif not is_reference(value):
             found.append(f"store.{name}: {REFERENCE_HINT}")

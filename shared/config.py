@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from shared.errors import Halt
 
 T = TypeVar("T", bound=msgspec.Struct)
+_NOTHING = object()
 
 
 class ConfigError(Halt):
@@ -46,47 +47,84 @@ def parse(text: str, kind: type[T], check: Callable[[T], Sequence[str]], *, sour
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(source, [f"invalid TOML: {error}"]) from None
-    found = list(problems(tree, kind, ""))
-    if found:
-        raise ConfigError(source, found)
-    config = msgspec.convert(tree, kind)
-    found = list(check(config))
-    if found:
-        raise ConfigError(source, found)
+    found = _Found()
+    readable = _readable(tree, kind, "", found)
+    try:
+        config = msgspec.convert(readable, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(source, found.problems or [_plain(str(error))]) from None
+    values = [problem for problem in check(config) if not found.covers(problem)]
+    if found.problems or values:
+        raise ConfigError(source, [*found.problems, *values])
     return config
 
 
-def problems(tree: Any, kind: Any, path: str) -> list[str]:
-    """All mismatches between ``tree`` and ``kind``, each as ``key.path: what is wrong``."""
-    struct = _struct_of(kind)
+class _Found:
+    """Problems of types, and the paths of what could not be read, about whose values nothing is said."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._unread: list[str] = []
+
+    def add(self, path: str, what: str, unread: str | None = None) -> None:
+        """Note a problem; ``unread`` is what it makes unreadable, if not ``path`` alone."""
+        self.problems.append(f"{path or 'file'}: {what}")
+        self._unread.append(unread or path)
+
+    def covers(self, problem: str) -> bool:
+        """Whether a problem of a value, which begins with the key's path, follows from what could not be read."""
+        path = problem.split(" ")[0].rstrip(":")
+        return any(path == unread or path.startswith((f"{unread}.", f"{unread}[")) for unread in self._unread)
+
+
+def _readable(tree: Any, kind: Any, path: str, found: _Found) -> Any:
+    """``tree`` without what does not fit ``kind``, all of which is noted; _NOTHING when it does not fit at all."""
+    struct, items = _struct_of(kind), _items_of(kind)
     if struct is not None:
-        return _struct_problems(tree, struct, path)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (list, tuple) and isinstance(tree, list) and args and _struct_of(args[0]) is not None:
-        return [p for n, item in enumerate(tree) for p in problems(item, args[0], f"{path}[{n}]")]
+        return _readable_table(tree, struct, path, found)
+    if items is not None and isinstance(tree, list):
+        read = [_readable(item, items, f"{path}[{n}]", found) for n, item in enumerate(tree)]
+        return [item for item in read if item is not _NOTHING]
     try:
         msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        return [f"{path}: {_plain(str(error))}"]
-    return []
+        # what a table's other keys have to be depends on its kind
+        chosen = path.rpartition(".")[0] if get_origin(kind) is Literal else None
+        found.add(path, _plain(str(error)), chosen)
+        return _NOTHING
+    return tree
 
 
-def _struct_problems(tree: Any, kind: type[msgspec.Struct], path: str) -> list[str]:
-    if not isinstance(tree, dict):
-        return [f"{path or 'file'}: expected a table"]
+def _readable_table(tree: Any, kind: type[msgspec.Struct], path: str, found: _Found) -> Any:
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-    found = []
-    for key in tree:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(fields))}"
-            found.append(f"{_join(path, key)}: unknown key{hint}")
+    if not isinstance(tree, dict):
+        found.add(path, "expected a table")
+        return _stand_in(kind, path)
+    for key in (key for key in tree if key not in fields):
+        close = difflib.get_close_matches(key, fields, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(fields))}"
+        found.add(_join(path, key), f"unknown key{hint}")
+    read = {}
     for name, field in fields.items():
-        if name in tree:
-            found += problems(tree[name], field.type, _join(path, name))
+        at = _join(path, name)
+        value = _readable(tree[name], field.type, at, found) if name in tree else _NOTHING
+        if name not in tree and field.required:
+            found.add(at, "is required")
+        if value is not _NOTHING:
+            read[name] = value
         elif field.required:
-            found.append(f"{_join(path, name)}: is required")
-    return found
+            read[name] = _stand_in(field.type, at)
+    return read
+
+
+def _stand_in(kind: Any, path: str) -> Any:
+    """A value in place of a required one that cannot be read, so that the others can be checked. A text is the path:
+    no other is the same."""
+    if (struct := _struct_of(kind)) is not None:
+        return _readable_table({}, struct, path, _Found())
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
+    return [] if _items_of(kind) is not None else path if kind is str else 1
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
@@ -95,6 +133,11 @@ def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
         inner = [a for a in get_args(kind) if a is not type(None)]
         kind = inner[0] if len(inner) == 1 else None
     return kind if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else None
+
+
+def _items_of(kind: Any) -> Any:
+    """The type of a list's items; None for anything else."""
+    return get_args(kind)[0] if get_origin(kind) in (list, tuple) else None
 
 
 def _join(path: str, key: str) -> str:

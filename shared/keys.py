@@ -90,8 +90,7 @@ def day_key(table: str, day: str) -> str:
 
 def parse_table_key(key: str) -> tuple[str, str, str]:
     """Level (minute, hour or day), table and UTC day of a table's file. Raises Refused for a foreign key."""
-    match = _TABLE.fullmatch(key)
-    if not match:
+    if not (match := _TABLE.fullmatch(key)):
         raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
     return match[1], match[2], match[3]
 

@@ -8,6 +8,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
@@ -64,8 +65,7 @@ class _Writer:
     """Sink of rendered lines; structlog calls the method named after the line's level."""
 
     def __init__(self, name: str, writers: list[Callable[[bytes], None]]) -> None:
-        self.name = name
-        self._writers = writers
+        self.name, self._writers = name, writers
 
     def msg(self, text: bytes) -> None:
         """Write one line."""
@@ -127,14 +127,9 @@ def _without_traceback_values(_: object, __: str, event: structlog.typing.EventD
     if isinstance(error, BaseException):
         error = (type(error), error, error.__traceback__)
     if isinstance(error, tuple) and error[0] is not None:
-        frames = []
-        trace = error[2]
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            frames.append(f"{Path(code.co_filename).name}:{trace.tb_lineno}:{code.co_name}")
-            trace = trace.tb_next
+        steps = [(frame.f_code, line) for frame, line in traceback.walk_tb(error[2])]
         event["error"] = error[0].__name__
-        event["at"] = frames[-6:]
+        event["at"] = [f"{Path(code.co_filename).name}:{line}:{code.co_name}" for code, line in steps[-6:]]
     return event
 
 

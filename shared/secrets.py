@@ -17,8 +17,7 @@ from shared.errors import Halt
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
     """The secret behind ``reference``. Raises Halt with the reference, never the value."""
     if reference.startswith("env:"):
-        value = environ.get(reference[4:], "")
-        if not value:
+        if not (value := environ.get(reference[4:], "")):
             raise Halt(f"secret {reference}: the environment variable is not set", code="no_secret")
         return value
     if reference.startswith("file:"):

@@ -40,43 +40,33 @@ class ObjectStore(Protocol):
     @property
     def clock_skew_ms(self) -> int | None:
         """Accurate to a second, the resolution of the Date header."""
-        ...
 
     def forget_clock(self) -> None:
         """This machine's clock was set: ``clock_skew_ms`` is None until the next response."""
-        ...
 
     def put(self, key: str, body: bytes) -> str:
         """Write unconditionally; returns the etag."""
-        ...
 
     def put_if_absent(self, key: str, body: bytes) -> str:
         """Write only if the key does not exist; returns the etag. Raises PreconditionFailed if it does."""
-        ...
 
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
         """Replace only the object with this etag; returns the new one. Raises PreconditionFailed otherwise."""
-        ...
 
     def get(self, key: str) -> Stored:
         """Read an object. Raises NotFound."""
-        ...
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
         """At most ``length`` bytes from offset ``start``; fewer at the end, none beyond it. Raises NotFound."""
-        ...
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file of any size, unconditionally."""
-        ...
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         """At most ``limit`` objects under ``prefix`` whose key sorts (by bytes) after ``after``, in order."""
-        ...
 
     def delete(self, key: str) -> None:
         """Delete; no error if the key does not exist. Callers must not depend on success."""
-        ...
 
 
 def find(store: ObjectStore, key: str) -> Stored | None:
@@ -91,8 +81,7 @@ def list_all(store: ObjectStore, prefix: str, after: str = "") -> list[Listed]:
     """Every object under ``prefix`` after ``after``, page by page."""
     found: list[Listed] = []
     while True:
-        page = store.list_after(prefix, after)
-        if not page:
+        if not (page := store.list_after(prefix, after)):
             return found
         found += page
         after = page[-1].key

@@ -97,8 +97,7 @@ class DirectoryStore:
                 if len(listed) == limit:
                     break
                 with contextlib.suppress(FileNotFoundError):
-                    body = self._path(key).read_bytes()
-                    if body:
+                    if body := self._path(key).read_bytes():
                         listed.append(Listed(key, len(body), _etag(body)))
         return listed
 

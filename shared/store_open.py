@@ -28,10 +28,5 @@ def _s3_store(endpoint: str, bucket: str, prefix: str, access_key: str, secret_k
     from shared.store_s3 import S3Store
 
     return S3Store(
-        endpoint=endpoint,
-        bucket=bucket,
-        prefix=prefix,
-        access_key=access_key,
-        secret_key=secret_key,
-        attempts=attempts,
+        endpoint=endpoint, bucket=bucket, prefix=prefix, access_key=access_key, secret_key=secret_key, attempts=attempts
     )

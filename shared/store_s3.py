@@ -25,6 +25,14 @@ from shared.store import Listed, Stored
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+_CONFIG = Config(
+    region_name="auto",
+    signature_version="s3v4",
+    s3={"addressing_style": "path"},
+    max_pool_connections=16,
+    request_checksum_calculation="when_required",
+    response_checksum_validation="when_required",
+)
 EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
 """ETag of an empty object on every store: the MD5 of no bytes."""
 
@@ -50,31 +58,17 @@ class S3Store:
     ) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        config = Config(
-            region_name="auto",
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            connect_timeout=connect_timeout_s,
-            read_timeout=read_timeout_s,
-            max_pool_connections=16,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        core = botocore.session.Session()
-        core.register_component("data_loader", SmallLoader())
-        session = boto3.session.Session(
-            botocore_session=core,
+        self._client: Any = _client(
+            endpoint,
+            Config(
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                connect_timeout=connect_timeout_s,
+                read_timeout=read_timeout_s,
+            ),
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
             aws_session_token=session_token,
         )
-        try:
-            self._client: Any = session.client("s3", endpoint_url=endpoint, config=config)
-        except ValueError:
-            raise Halt(
-                f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL", code="bad_endpoint"
-            ) from None
         self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
         self._client.meta.events.register("after-call.s3", self._note_date)
         self._skew_ms: int | None = None
@@ -182,6 +176,17 @@ class S3Store:
             if not isinstance(etag, str):
                 raise Retryable(f"put {key}: response without ETag, not from an S3 store; check for a proxy")
             return etag.strip('"')
+
+
+def _client(endpoint: str, patience: Config, **credentials: str | None) -> Any:
+    core = botocore.session.Session()
+    core.register_component("data_loader", SmallLoader())
+    session = boto3.session.Session(botocore_session=core, **credentials)
+    try:
+        return session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience))
+    except ValueError:
+        why = f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL"
+        raise Halt(why, code="bad_endpoint") from None
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import web
 
-from agent.api.context import CONTEXT, json_response, require_admin
+from agent.api.context import CONTEXT, Context, json_response, require_admin
 from agent.files.probes import render
 from shared.errors import Refused
 
@@ -16,9 +16,11 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pinned: Literal["yes", "no"] = "yes"
 
 
-async def _names(request: web.Request) -> _Names:
+async def _order(request: web.Request) -> tuple[Context, _Names]:
+    """What an operator orders, of which model. Raises what ``require_admin`` raises, and Refused for a wrong body."""
+    require_admin(request)
     try:
-        return msgspec.json.decode(await request.read(), type=_Names)
+        return request.app[CONTEXT], msgspec.json.decode(await request.read(), type=_Names)
     except msgspec.DecodeError as error:
         raise Refused(f"admin request: {error}", code="invalid_json") from None
 
@@ -31,29 +33,23 @@ async def status(request: web.Request) -> web.Response:
 
 async def load(request: web.Request) -> web.Response:
     """Load a model; responds when it is ready."""
-    require_admin(request)
-    names = await _names(request)
-    context = request.app[CONTEXT]
+    context, names = await _order(request)
     spec = await context.follower.by_operator(names.model, context.pool.orders.load(names.model))
     return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
 
 
 async def unload(request: web.Request) -> web.Response:
     """Drain and stop a model's loader; responds when its memory is freed."""
-    require_admin(request)
-    names = await _names(request)
-    context = request.app[CONTEXT]
+    context, names = await _order(request)
     await context.follower.by_operator(names.model, context.pool.orders.unload(names.model))
     return json_response({"model": names.model, "unloaded": True})
 
 
 async def swap(request: web.Request) -> web.Response:
     """Replace the version behind a served name; responds when the swap has succeeded or failed."""
-    require_admin(request)
-    names = await _names(request)
+    context, names = await _order(request)
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
-    context = request.app[CONTEXT]
     finished = await context.follower.by_operator(names.model, context.pool.orders.swap(names.model, names.new))
     body: dict[str, Any] = msgspec.to_builtins(finished)
     return json_response(body, status=200 if finished.outcome == "flipped" else 409)
@@ -61,18 +57,15 @@ async def swap(request: web.Request) -> web.Response:
 
 async def pin(request: web.Request) -> web.Response:
     """Pin a model in memory until an operator unloads it, or unpin it."""
-    require_admin(request)
-    names = await _names(request)
-    context = request.app[CONTEXT]
+    context, names = await _order(request)
     await context.follower.by_operator(names.model, context.pool.orders.pin(names.model, pinned=names.pinned == "yes"))
     return json_response({"model": names.model, "pinned": names.pinned == "yes"})
 
 
 async def probes(request: web.Request) -> web.Response:
     """Run a model's probes now; responds with its answers, as a probes file."""
-    require_admin(request)
-    names = await _names(request)
-    found = await request.app[CONTEXT].pool.orders.record_probes(names.model)
+    context, names = await _order(request)
+    found = await context.pool.orders.record_probes(names.model)
     return web.Response(body=render(found), content_type="application/json")
 
 

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.answers import Choice, Identity, Usage, error_body, timings
-from agent.api.context import CONTEXT, REQUEST_ID, note
+from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response, note
 from agent.api.openai import AnswerRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
@@ -35,21 +35,20 @@ class Shape(Protocol):
 
     prefix: str
 
+    def whole(self, who: Identity, choices: Sequence[Choice], usage: Usage) -> Event:
+        """A complete answer."""
+
     def begin(self, who: Identity, index: int) -> Event | None:
         """The event before a choice's first text; None for none."""
-        ...
 
     def pieces(self, who: Identity, index: int, answer: Tokens, scored: Sequence[Scored] | None) -> list[Event]:
         """Part of a choice, in as many events as it takes."""
-        ...
 
     def end(self, who: Identity, index: int, finish: str) -> Event:
         """The event that ends a choice, with its finish reason."""
-        ...
 
     def usage(self, who: Identity, usage: Usage) -> Event:
         """Token counts over all choices."""
-        ...
 
 
 async def read(request: web.Request, parse: Callable[[bytes], R]) -> R:
@@ -73,6 +72,23 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
         )
         for index, (prompt, turn) in enumerate(parts)
     ]
+
+
+async def answer(request: web.Request, parse: Callable[[bytes], AnswerRequest], shape: Shape) -> web.StreamResponse:
+    """A client's request from its body to its last byte, whole or streamed."""
+    key_id = client_key_id(request)
+    wanted = await read(request, parse)
+    calls = calls_of(request, wanted, key_id)
+    try:
+        if wanted.stream:
+            return await streamed(request, calls, wanted, shape)
+        choices = await whole(request, calls)
+        body, done = shape.whole(identity(calls, shape.prefix), choices, usage(calls)), calls[0].done
+        if wanted.timings and done:
+            body["timings"] = timings(done)  # of the first choice
+        return json_response(body, headers=headers(calls[0]))
+    finally:
+        note_calls(request, calls)
 
 
 async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
@@ -232,12 +248,6 @@ def usage(calls: Sequence[Call]) -> Usage:
         completion_tok=sum(call.completion_tok for call in calls),
         reasoning_tok=sum(call.done.reasoning_tok for call in calls if call.done),
     )
-
-
-def with_timings(body: Event, calls: Sequence[Call], wanted: AnswerRequest) -> Event:
-    """A complete answer with the first choice's timings, if they were requested."""
-    done = calls[0].done
-    return {**body, "timings": timings(done)} if wanted.timings and done else body
 
 
 def headers(call: Call) -> dict[str, str]:

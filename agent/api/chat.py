@@ -7,25 +7,13 @@ from aiohttp import web
 
 from agent.api import answering, answers, openai
 from agent.api.answering import Event, Shape
-from agent.api.answers import Identity, Usage
-from agent.api.context import client_key_id, json_response
+from agent.api.answers import Choice, Identity, Usage
 from agent.wire.frames import Scored, Tokens
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer one conversation."""
-    key_id = client_key_id(request)
-    wanted = await answering.read(request, openai.parse_chat)
-    calls = answering.calls_of(request, wanted, key_id)
-    try:
-        if wanted.stream:
-            return await answering.streamed(request, calls, wanted, _Chunks())
-        choices = await answering.whole(request, calls)
-        body = answers.chat_completion(answering.identity(calls, "chatcmpl"), choices, answering.usage(calls))
-        body = answering.with_timings(body, calls, wanted)
-        return json_response(body, headers=answering.headers(calls[0]))
-    finally:
-        answering.note_calls(request, calls)
+    return await answering.answer(request, openai.parse_chat, _Chunks())
 
 
 class _Chunks(Shape):
@@ -35,6 +23,9 @@ class _Chunks(Shape):
 
     def __init__(self) -> None:
         self._called: Counter[int] = Counter()
+
+    def whole(self, who: Identity, choices: Sequence[Choice], usage: Usage) -> Event:
+        return answers.chat_completion(who, choices, usage)
 
     def begin(self, who: Identity, index: int) -> Event | None:
         return answers.chat_chunk(who, index, {"role": "assistant", "content": ""})

@@ -8,24 +8,12 @@ from aiohttp import web
 from agent.api import answering, answers, openai
 from agent.api.answering import Event, Shape
 from agent.api.answers import Choice, Identity, Usage
-from agent.api.context import client_key_id, json_response
 from agent.wire.frames import Scored, Tokens
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Continue one or several prompts."""
-    key_id = client_key_id(request)
-    wanted = await answering.read(request, openai.parse_text)
-    calls = answering.calls_of(request, wanted, key_id)
-    try:
-        if wanted.stream:
-            return await answering.streamed(request, calls, wanted, _Pieces())
-        choices = await answering.whole(request, calls)
-        body = answers.text_completion(answering.identity(calls, "cmpl"), choices, answering.usage(calls))
-        body = answering.with_timings(body, calls, wanted)
-        return json_response(body, headers=answering.headers(calls[0]))
-    finally:
-        answering.note_calls(request, calls)
+    return await answering.answer(request, openai.parse_text, _Pieces())
 
 
 class _Pieces(Shape):
@@ -35,6 +23,9 @@ class _Pieces(Shape):
 
     def __init__(self) -> None:
         self._offset: Counter[int] = Counter()
+
+    def whole(self, who: Identity, choices: Sequence[Choice], usage: Usage) -> Event:
+        return answers.text_completion(who, choices, usage)
 
     def begin(self, who: Identity, index: int) -> Event | None:
         return None

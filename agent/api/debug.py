@@ -12,8 +12,7 @@ async def decision(request: web.Request) -> web.Response:
     retries, continuations."""
     require_local_or_admin(request)
     dispatch = request.app[CONTEXT].dispatch
-    found = dispatch.decisions.find(request.match_info["request"])
-    if not found:
+    if not (found := dispatch.decisions.find(request.match_info["request"])):
         why = f"no decision of this request is recorded here; each gateway keeps those of its last {KEPT} requests"
         raise Refused(why, code="not_found")
     return json_response({"parts": [shown(trail) for trail in found]})

@@ -11,34 +11,23 @@ from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_respons
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
-STATUS = {
-    "invalid_api_key": 401,
-    "not_a_peer": 403,
-    "protocol_mismatch": 403,
-    "clock_skew": 403,
-    "wrong_node": 403,
-    "loop": 508,
-    "model_not_found": 404,
-    "not_found": 404,
-    "conflict": 409,
-    "body_timeout": 408,
-    "body_too_large": 413,
-    "queue_full": 429,
-    "key_queue_full": 429,
-    "draining": 503,
-    "no_capacity": 503,
-    "no_memory": 507,
-    "disk_full": 507,
-    "memory_pressure": 503,
-    "worker_lost": 502,
-    "loader_lost": 502,
-    "not_ready": 503,
-    "engine_failed": 500,
-    "deadline_exceeded": 504,
-    "bad_model": 422,
-    "bad_probes": 422,
-    "bad_hash": 422,
+_CODES = {
+    401: ("invalid_api_key",),
+    403: ("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
+    404: ("model_not_found", "not_found"),
+    408: ("body_timeout",),
+    409: ("conflict",),
+    413: ("body_too_large",),
+    422: ("bad_model", "bad_probes", "bad_hash"),
+    429: ("queue_full", "key_queue_full"),
+    500: ("engine_failed",),
+    502: ("worker_lost", "loader_lost"),
+    503: ("draining", "no_capacity", "memory_pressure", "not_ready"),
+    504: ("deadline_exceeded",),
+    507: ("no_memory", "disk_full"),
+    508: ("loop",),
 }
+STATUS = {code: status for status, codes in _CODES.items() for code in codes}
 KIND = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 log = get_logger("agent.api")
@@ -83,21 +72,17 @@ async def middleware(
             response, code = response_of(error), error.code
         except web.HTTPRequestEntityTooLarge:
             message = f"the request body exceeds {request.client_max_size} bytes (limits.body_bytes)"
-            response = response_of(Refused(message, code="body_too_large"))
             code = "body_too_large"
+            response = response_of(Refused(message, code=code))
         except web.HTTPException as error:
-            response = json_response(
-                error_body(error.reason, kind="invalid_request_error", code=f"http_{error.status}"),
-                status=error.status,
-                headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
-            )
             code = f"http_{error.status}"
+            body = error_body(error.reason, kind="invalid_request_error", code=code)
+            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            response = json_response(body, status=error.status, headers=allow)
         except Exception:  # a bug: its type and location go to the log, nothing to the client
             log.error("handler_failed", request=request_id, exc_info=True)
-            response = response_of(
-                RackError("internal error; see the agent's log for this request id", code="internal")
-            )
-            code = "internal"
+            code, message = "internal", "internal error; see the agent's log for this request id"
+            response = response_of(RackError(message, code=code))
         status = response.status
         if not response.prepared:
             response.headers["X-Mlxrack-Request-Id"] = request_id

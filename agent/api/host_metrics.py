@@ -3,8 +3,8 @@ uploads. What was not read is left out, never 0."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from agent.telemetry.sensors.throttle import LEVELS, THROTTLED_FROM
 from shared.records import HostSample, ThrottleEvent
 
+F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily)
 _PRESSURES = ("normal", "warn", "critical", "unknown")
 _GAUGES: tuple[tuple[str, str, float, str], ...] = (
     ("cpu_ppm", "cpu_ratio", 1e-6, "Share of CPU time that was not idle in the last window."),
@@ -45,10 +46,7 @@ class HostMetrics(Collector):
         meters: Callable[[], Sequence[dict[str, Any]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity = identity
-        self._push = push
-        self._meters = meters
-        self._clock = clock
+        self._identity, self._push, self._meters, self._clock = identity, push, meters, clock
         self._last: tuple[float, HostSample] | None = None
         self._level_us: Counter[str] = Counter()
         self._energy_mj: Counter[str] = Counter()
@@ -80,8 +78,7 @@ class HostMetrics(Collector):
         read_s, sample = self._last
         yield _gauge("sample_age_seconds", "Time since the last window was closed.", self._clock() - read_s)
         for field, name, factor, text in _GAUGES:
-            value = getattr(sample, field)
-            if value is not None:
+            if (value := getattr(sample, field)) is not None:
                 yield _gauge(name, text, value * factor)
         yield from self._of_levels(sample)
         yield from self._sums()
@@ -118,49 +115,41 @@ class HostMetrics(Collector):
             level = LEVELS.index(sample.thermal_level)
             yield _gauge("thermal_pressure_level", "0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping.", level)
         if sample.memory_pressure is not None:
-            pressure = GaugeMetricFamily("mlxrack_memory_pressure", "1 for the kernel's level.", labels=["level"])
-            for name in _PRESSURES:
-                pressure.add_metric([name], 1.0 if sample.memory_pressure == name else 0.0)
-            yield pressure
-        fans = GaugeMetricFamily("mlxrack_fan_rpm", "Fan speed in revolutions per minute.", labels=["fan"])
-        for number, rpm in enumerate(sample.fan_rpm):
-            fans.add_metric([str(number)], rpm)
-        yield fans
+            levels = {name: sample.memory_pressure == name for name in _PRESSURES}
+            yield _family(GaugeMetricFamily, "memory_pressure", "1 for the kernel's level.", "level", levels)
+        fans = {str(number): rpm for number, rpm in enumerate(sample.fan_rpm)}
+        yield _family(GaugeMetricFamily, "fan_rpm", "Fan speed in revolutions per minute.", "fan", fans)
 
     def _sums(self) -> Iterator[Metric]:
         if any(self._level_us.values()):  # where no level was ever known, no time at a level is known either
             yield from self._of_heat()
-        energy = CounterMetricFamily("mlxrack_energy_joules", "Energy since the start, by source.", labels=["source"])
-        for source, used_mj in self._energy_mj.items():
-            energy.add_metric([source], used_mj / 1e3)
-        swapped = CounterMetricFamily("mlxrack_swapped_bytes", "Bytes swapped out and in.", labels=["way"])
-        for way, bytes_ in self._swapped.items():
-            swapped.add_metric([way], bytes_)
-        yield from (energy, swapped)
+        joules = {source: used_mj / 1e3 for source, used_mj in self._energy_mj.items()}
+        yield _family(CounterMetricFamily, "energy_joules", "Energy since the start, by source.", "source", joules)
+        yield _family(CounterMetricFamily, "swapped_bytes", "Bytes swapped out and in.", "way", self._swapped)
 
     def _of_heat(self) -> Iterator[Metric]:
-        throttles = CounterMetricFamily(
-            "mlxrack_thermal_throttle_events", "Rises of the thermal pressure level to heavy or above.", labels=["to"]
-        )
-        for level in LEVELS[THROTTLED_FROM:]:
-            throttles.add_metric([level], self._throttles[level])
-        spent = CounterMetricFamily(
-            "mlxrack_thermal_pressure_seconds", "Time at each thermal pressure level.", labels=["level"]
-        )
-        for level in LEVELS:
-            spent.add_metric([level], self._level_us[level] / 1e6)
-        yield from (throttles, spent)
+        rises = "Rises of the thermal pressure level to heavy or above."
+        events = {level: self._throttles[level] for level in LEVELS[THROTTLED_FROM:]}
+        yield _family(CounterMetricFamily, "thermal_throttle_events", rises, "to", events)
+        spent_s = {level: self._level_us[level] / 1e6 for level in LEVELS}
+        spent = "Time at each thermal pressure level."
+        yield _family(CounterMetricFamily, "thermal_pressure_seconds", spent, "level", spent_s)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"mlxrack_{name}", text, value=float(value))
 
 
+def _family(kind: type[F], name: str, text: str, label: str, values: Mapping[str, float]) -> F:
+    """A metric with one label and its values."""
+    family = kind(f"mlxrack_{name}", text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], float(number))
+    return family
+
+
 def _sources(sample: HostSample) -> GaugeMetricFamily:
-    up = GaugeMetricFamily("mlxrack_source_up", "1 for a sensor that was read in the last window.", labels=["source"])
     read = {str(getattr(sample, field)) for field in _SOURCES if getattr(sample, field) not in (None, "unknown", "")}
-    for source in sorted(read - sample.sources_failed.keys()):
-        up.add_metric([source], 1.0)
-    for source in sorted(sample.sources_failed):
-        up.add_metric([source], 0.0)
-    return up
+    states = dict.fromkeys(sorted(read), 1.0) | dict.fromkeys(sorted(sample.sources_failed), 0.0)
+    text = "1 for a sensor that was read in the last window."
+    return _family(GaugeMetricFamily, "source_up", text, "source", states)

@@ -38,6 +38,16 @@ _LEVELS = {
     "disk_bytes": "Bytes of prompt cache on disk.",
     "active_bytes": "Active MLX memory in bytes.",
 }
+_STATUS = (
+    ("state", "model_ready", "1 when the model accepts requests here."),
+    ("in_flight", "model_in_flight", "Requests that hold a lease."),
+    ("waiting", "model_waiting", "Requests that wait for the model."),
+    ("footprint_bytes", "loader_resident_bytes", "Resident bytes of the loader."),
+    ("need_bytes", "model_planned_bytes", "Bytes planned for the model."),
+    ("restarts", "loader_restarts", "Unexpected exits of the loader."),
+    ("silent_s", "loader_silent_seconds", "Time since the loader's last progress on pending work."),
+)
+"""Gauges of the models' status: its field, name, text."""
 _PEAKS = {
     "queue_max": "Longest queue in the last closed window.",
     "kv_peak_bytes": "Peak KV cache bytes of running requests in the last closed window, padding included.",
@@ -59,12 +69,10 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.", ("model",))
         self._cached = self._counter("cached_tokens", "Prompt tokens found in a prompt cache.", ("model",))
         self._completion = self._counter("completion_tokens", "Tokens generated for clients.", ("model",))
-        self._retries = self._counter(
-            "retries", "Attempts on another node or loader before the first byte.", ("model",)
-        )
-        self._continued = self._counter(
-            "continuations", "Answers continued by another loader after the first byte.", ("model",)
-        )
+        again = "Attempts on another node or loader before the first byte."
+        self._retries = self._counter("retries", again, ("model",))
+        continued = "Answers continued by another loader after the first byte."
+        self._continued = self._counter("continuations", continued, ("model",))
         self._latencies = {
             "time_to_first_token_seconds": _Latency("Time from request to first token (TTFT)."),
             "inter_token_latency_seconds": _Latency("Time between two tokens of one answer (ITL)."),
@@ -86,8 +94,7 @@ class Metrics:
 
     def answered(self, one: Answered) -> None:
         """Count one request."""
-        by_model = self._by_model.get(one.model)
-        if by_model is None:
+        if (by_model := self._by_model.get(one.model)) is None:
             # a label lookup costs more than the count
             by_model = self._by_model[one.model] = _ByModel(self, one.model)
         by_model.count(one)
@@ -195,33 +202,16 @@ class _ByModel:
 
 class _Gauges(Collector):
     def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], peers: Callable[[], Sequence[NodeView]]) -> None:
-        self._status = status
-        self._peers = peers
+        self._status, self._peers = status, peers
 
     def collect(self) -> list[GaugeMetricFamily]:
-        ready = GaugeMetricFamily("mlxrack_model_ready", "1 when the model accepts requests here.", labels=["model"])
-        flight = GaugeMetricFamily("mlxrack_model_in_flight", "Requests that hold a lease.", labels=["model"])
-        waiting = GaugeMetricFamily("mlxrack_model_waiting", "Requests that wait for the model.", labels=["model"])
-        footprint = GaugeMetricFamily(
-            "mlxrack_loader_resident_bytes", "Resident bytes of the loader.", labels=["model"]
-        )
-        planned = GaugeMetricFamily("mlxrack_model_planned_bytes", "Bytes planned for the model.", labels=["model"])
-        restarts = GaugeMetricFamily("mlxrack_loader_restarts", "Unexpected exits of the loader.", labels=["model"])
-        silent = GaugeMetricFamily(
-            "mlxrack_loader_silent_seconds", "Time since the loader's last progress on pending work.", labels=["model"]
-        )
+        found = [GaugeMetricFamily(f"mlxrack_{name}", text, labels=["model"]) for _, name, text in _STATUS]
         for one in self._status():
-            labels = [str(one["model"])]
-            ready.add_metric(labels, 1.0 if one["state"] == "ready" else 0.0)
-            flight.add_metric(labels, float(one["in_flight"]))
-            waiting.add_metric(labels, float(one["waiting"]))
-            restarts.add_metric(labels, float(one["restarts"]))
-            silent.add_metric(labels, float(one["silent_s"]))
-            if one["need_bytes"] is not None:
-                planned.add_metric(labels, float(one["need_bytes"]))
-            if one["footprint_bytes"] is not None:
-                footprint.add_metric(labels, float(one["footprint_bytes"]))
+            for (field, _, _), family in zip(_STATUS, found, strict=True):
+                value = one[field] == "ready" if field == "state" else one[field]
+                if value is not None:
+                    family.add_metric([str(one["model"])], float(value))
         up = GaugeMetricFamily("mlxrack_peer_up", "1 when the peer answers heartbeats.", labels=["peer"])
         for peer in self._peers():
             up.add_metric([peer.node], 1.0 if peer.state == "up" else 0.0)
-        return [ready, flight, waiting, footprint, planned, restarts, silent, up]
+        return [*found, up]

@@ -6,22 +6,24 @@ from aiohttp import web
 
 from agent.api import answers
 from agent.api.context import CONTEXT, client_key_id, json_response
+from agent.views import NodeView
 from shared.errors import Refused, Retryable
+
+
+def _nodes(request: web.Request) -> tuple[NodeView, ...]:
+    context = request.app[CONTEXT]
+    return context.dispatch.here(), *context.peers.view(time.monotonic())
 
 
 def _served(request: web.Request) -> dict[str, int]:
     """Names that a live node has ready now; a peer that is down hides only its own."""
-    context = request.app[CONTEXT]
-    nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
-    ready = {m.name for node in nodes if node.state != "down" for m in node.models if m.ready}
-    return dict.fromkeys(ready, context.status.started_s)
+    ready = {m.name for node in _nodes(request) if node.state != "down" for m in node.models if m.ready}
+    return dict.fromkeys(ready, request.app[CONTEXT].status.started_s)
 
 
 def _is_known(request: web.Request, name: str) -> bool:
     """Whether a node has it, ready or not, or may have it because it has not answered a heartbeat yet."""
-    context = request.app[CONTEXT]
-    nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
-    return any(not node.heard or any(m.name == name for m in node.models) for node in nodes)
+    return any(not node.heard or any(m.name == name for m in node.models) for node in _nodes(request))
 
 
 async def list_models(request: web.Request) -> web.Response:

@@ -93,8 +93,7 @@ class _Works:
     """The requests of one connection, each in its own task."""
 
     def __init__(self, context: Context, socket: web.WebSocketResponse, gateway: str) -> None:
-        self._context = context
-        self._socket = socket
+        self._context, self._socket = context, socket
         self._writer = FrameWriter(socket.send_bytes)
         self._gateway = gateway
         self._tasks: dict[int, asyncio.Task[None]] = {}

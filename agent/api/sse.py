@@ -19,8 +19,7 @@ class EventStream:
     each; one that stopped reading would hold its row in the engine forever."""
 
     def __init__(self, request: web.Request, headers: dict[str, str], patience_s: float) -> None:
-        self._request = request
-        self._patience_s = patience_s
+        self._request, self._patience_s = request, patience_s
         self._response = web.StreamResponse(headers={**_HEADERS, **headers})
 
     async def open(self) -> None:

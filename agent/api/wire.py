@@ -18,11 +18,7 @@ class _Protocol(RequestHandler):
     """aiohttp's own error responses are plain text that echoes the request, and so are its log lines for them."""
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("the response has already been started")

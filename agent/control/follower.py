@@ -1,10 +1,7 @@
-"""Follows the desired state: fetch it, plan, act, report. What was adopted, what came of it and what was ordered here
-is kept on disk, so that a start without the bucket serves what was served."""
+"""Follows the desired state: fetch it, plan, act, report. What comes of it is kept by ``agent.control.adopted``."""
 
 import asyncio
 import contextlib
-import os
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -13,11 +10,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from agent.config import STORED, AgentConfig, Model
+from agent.control.adopted import Adopted
 from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
 from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
 from agent.models.pool import Pool
-from shared.desired import Assignment, DesiredState, parse
+from shared.desired import Assignment, parse
 from shared.errors import NotFound, RackError, Refused, Retryable
 from shared.keys import DESIRED
 from shared.logs import get_logger
@@ -28,15 +26,6 @@ MAX_PAUSE_S = 3600.0
 
 log = get_logger("agent.control.follower")
 T = TypeVar("T")
-
-
-class _Adopted(msgspec.Struct, kw_only=True, frozen=True):
-    """``served`` are paths that were brought and proved, ``ordered`` what an operator's orders left: a path, or ""
-    for unloaded; both by model."""
-
-    desired: DesiredState | None = None
-    served: dict[str, str] = {}
-    ordered: dict[str, str] = {}
 
 
 class _Trouble(msgspec.Struct):
@@ -63,17 +52,12 @@ class Follower:
         on_peers: Callable[[Sequence[tuple[str, str]]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config
-        self._pool = pool
-        self._models = models
+        self._config, self._pool, self._models = config, pool, models
         self._open_store = open_store
         self._store: ObjectStore | None = None
-        self._memory = memory
-        self._carried_by_peer = carried_by_peer
-        self._on_peers = on_peers
+        self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._clock = clock
-        self._remembering = threading.Lock()
-        self._adopted = self._recall()
+        self._adopted = Adopted(memory, config.node.id)
         self._reason = ""
         self._troubles: dict[bytes, _Trouble] = {}
         self._orders: set[asyncio.Task[Any]] = set()
@@ -84,10 +68,11 @@ class Follower:
 
     def observed(self) -> DesiredObserved:
         """How far this node is, for the batch and the status."""
-        desired = self._adopted.desired
+        adopted, desired = self._adopted, self._adopted.desired
         if desired is None:
             return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
-        found = drift(self._pool.inventory.actual(), self._assigned(), self._adopted.ordered) if self._follows() else ()
+        actual = self._pool.inventory.actual()
+        found = drift(actual, adopted.assigned, adopted.ordered) if adopted.follows else ()
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
@@ -104,9 +89,9 @@ class Follower:
     def prepare(self) -> None:
         """At a start: what was served before is loaded right away, and nothing else."""
         self._tell_peers()
-        if not self._follows():
+        if not self._adopted.follows:
             return
-        ordered, assigned = self._adopted.ordered, self._assigned()
+        ordered, assigned = self._adopted.ordered, self._adopted.assigned
         for model in self._config.models:
             if model.name not in {one.model for one in assigned}:
                 self._pool.orders.adopt(msgspec.structs.replace(model, preload=False))
@@ -134,7 +119,7 @@ class Follower:
             if error.message != self._reason:
                 log.warning("desired_unknown", reason=error.message)
             self._reason = error.message
-        if self._follows():
+        if self._adopted.follows:
             await self._reconcile()
 
     # ---- looking ----
@@ -156,9 +141,9 @@ class Follower:
                 code="bad_desired",
             )
         if known is None or found.generation > known.generation:
-            self._remember(_Adopted(desired=found, served=self._adopted.served))
+            self._adopted.adopt(found)
             self._troubles.clear()
-            log.info("desired_adopted", generation=found.generation, follows=self._follows())
+            log.info("desired_adopted", generation=found.generation, follows=self._adopted.follows)
 
     def _tell_peers(self) -> None:
         """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
@@ -167,14 +152,6 @@ class Follower:
             return
         named = [(peer.id, peer.url.rstrip("/")) for peer in desired.peers if peer.id != here]
         self._on_peers(named or [(peer.id, peer.url.rstrip("/")) for peer in self._config.peers.nodes])
-
-    def _follows(self) -> bool:
-        desired = self._adopted.desired
-        return desired is not None and self._config.node.id in desired.nodes
-
-    def _assigned(self) -> Sequence[Assignment]:
-        desired = self._adopted.desired
-        return desired.nodes.get(self._config.node.id, ()) if desired is not None else ()
 
     # ---- acting ----
 
@@ -196,19 +173,11 @@ class Follower:
         self._acting = False
 
     def _plan(self) -> tuple[Action, ...]:
-        return plan(self._pool.inventory.actual(), self._assigned(), self._adopted.ordered)
+        return plan(self._pool.inventory.actual(), self._adopted.assigned, self._adopted.ordered)
 
     def _may_leave(self, model: str) -> bool:
         """A model that goes to another node stays here until it is served there."""
-        desired = self._adopted.desired
-        assert desired is not None
-        elsewhere = any(
-            one.model == model
-            for node, assigned in desired.nodes.items()
-            if node != self._config.node.id
-            for one in assigned
-        )
-        return not elsewhere or self._carried_by_peer(model)
+        return not self._adopted.on_others(model) or self._carried_by_peer(model)
 
     async def _tried(self, action: Action) -> str:
         """The code of what went wrong; "" when nothing did."""
@@ -252,18 +221,14 @@ class Follower:
         else:
             self._pool.orders.adopt(model)
             await self._pool.orders.load(one.model, ordered=False)
-        adopted = self._adopted
-        await asyncio.to_thread(
-            self._remember, msgspec.structs.replace(adopted, served={**adopted.served, one.model: path})
-        )
+        await asyncio.to_thread(self._adopted.brought, one.model, path)
 
     def _fetched(self, one: Assignment) -> str:
         """The path of an assigned version, brought from the bucket when it is not here."""
         path = self._path_here(one)
         if self._is_fake(one) or self._models.place(one.source, one.version).is_dir():
             return path
-        configured = self._configured(one.model)
-        if configured is not None:
+        if (configured := self._configured(one.model)) is not None:
             with contextlib.suppress(RackError):
                 if self._models.describe(configured).version == one.version:
                     return configured.path
@@ -278,8 +243,7 @@ class Follower:
 
     def _proved(self, one: Assignment) -> str:
         """The path that was served for an assigned model before; else where its files should be."""
-        served = self._adopted.served.get(one.model)
-        if served is not None:
+        if (served := self._adopted.served.get(one.model)) is not None:
             return served
         configured = self._configured(one.model)
         return configured.path if configured is not None else self._path_here(one)
@@ -304,7 +268,7 @@ class Follower:
         except msgspec.ValidationError as error:
             raise Refused(f"desired state: {one.model}: {error}", code="bad_desired") from None
 
-    # ---- remembering ----
+    # ---- orders ----
 
     def _ordered(self, model: str, done: "asyncio.Task[Any]") -> None:
         if done.cancelled() or done.exception() is not None or self._adopted.desired is None:
@@ -312,35 +276,12 @@ class Follower:
         if getattr(done.result(), "outcome", "flipped") != "flipped":
             return  # a swap that changed nothing
         now = next((one for one in self._pool.inventory.actual() if model in one.names), None)
-        ordered = {**self._adopted.ordered, model: self._pool.inventory.path_of(model)}
-        wanted = next((one for one in self._assigned() if now is not None and one.model in now.names), None)
-        if wanted and now and (now.version, now.pinned) == (wanted.version, wanted.pinned):
-            ordered.pop(model)  # it is what the desired state says too
+        wanted = next((one for one in self._adopted.assigned if now is not None and one.model in now.names), None)
+        as_desired = wanted and now and (now.version, now.pinned) == (wanted.version, wanted.pinned)
         try:
-            self._remember(msgspec.structs.replace(self._adopted, ordered=ordered))
+            self._adopted.order(model, self._pool.inventory.path_of(model), differs=not as_desired)
         except RackError as error:
             log.error("desired_not_kept", reason=error.message)
-
-    def _recall(self) -> _Adopted:
-        try:
-            return msgspec.json.decode(self._memory.read_bytes(), type=_Adopted)
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-            return _Adopted()  # the bucket knows
-
-    def _remember(self, adopted: _Adopted) -> None:
-        """On disk first, then in force. Raises Retryable when the disk refuses."""
-        with self._remembering:
-            temporary = self._memory.with_suffix(".tmp")
-            try:
-                with temporary.open("wb") as file:
-                    file.write(msgspec.json.encode(adopted))
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._memory)
-            except OSError as error:
-                why = f"desired state: {self._memory} cannot be written ({error.strerror})"
-                raise Retryable(why, code="disk_full") from None
-            self._adopted = adopted
 
 
 def _tagged(action: Action) -> tuple[str, Action]:

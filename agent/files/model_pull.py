@@ -19,6 +19,7 @@ import msgspec
 from agent.files.modelstore import PARTIAL, Installed, ModelStore
 from shared import catalog
 from shared.catalog import Manifest, ModelFile
+from shared.durable import sync, sync_folder, write_whole
 from shared.errors import NotFound, Refused, Retryable
 from shared.keys import model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
 from shared.store import ObjectStore, list_all
@@ -37,15 +38,12 @@ class Source(Protocol):
     @property
     def manifest(self) -> Manifest:
         """Its files."""
-        ...
 
     def part(self, file: ModelFile, start: int, length: int) -> bytes:
         """A range of bytes of one file. Raises Refused or Retryable."""
-        ...
 
     def probes(self) -> bytes | None:
         """Recorded answers that come with the model."""
-        ...
 
 
 class FolderSource:
@@ -79,11 +77,8 @@ class BucketSource:
         try:
             self.manifest = msgspec.json.decode(bucket.get(key).body, type=Manifest)
         except NotFound:
-            raise Refused(
-                f"pull {name}@{self._version}: the bucket does not hold it; "
-                f"upload it with `mlxrack-agent models push FOLDER {name}`",
-                code="not_found",
-            ) from None
+            why = f"the bucket does not hold it; upload it with `mlxrack-agent models push FOLDER {name}`"
+            raise Refused(f"pull {name}@{self._version}: {why}", code="not_found") from None
         except msgspec.DecodeError:
             raise Refused(f"pull {name}: {key} is not a manifest", code="bad_model") from None
         if catalog.version_of(self.manifest) != self._version:
@@ -247,15 +242,14 @@ def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int,
             done += len(piece)
             progress(done, total)
         while (at := opened.tell()) < file.size:
-            piece = source.part(file, at, min(PIECE_BYTES, file.size - at))
-            if not piece:
+            if not (piece := source.part(file, at, min(PIECE_BYTES, file.size - at))):
                 raise Refused(f"pull: {file.name} ends after {at} of {file.size} bytes at its source", code="bad_model")
             opened.write(piece)
             digest.update(piece)
             done += len(piece)
             progress(done, total)
         opened.flush()
-        os.fsync(opened.fileno())
+        sync(opened.fileno())
     if digest.hexdigest() != file.sha256:
         path.unlink()
         raise Refused(
@@ -272,22 +266,11 @@ def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> 
         stray.unlink()
     if (probes := source.probes()) is not None:
         (partial / catalog.PROBES_NAME).write_bytes(probes)
-    with (partial / catalog.MANIFEST_NAME).open("wb") as file:
-        file.write(msgspec.json.encode(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(partial / catalog.MANIFEST_NAME, msgspec.json.encode(manifest))
     place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, place)
     for folder in (place, place.parent, partial.parent):
-        _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -309,10 +292,8 @@ def _of_the_disk(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Refused(
-                f"{what}: the disk is full; what was fetched is kept, nothing was installed; free some and pull again",
-                code="disk_full",
-            ) from None
+            why = "the disk is full; what was fetched is kept, nothing was installed; free some and pull again"
+            raise Refused(f"{what}: {why}", code="disk_full") from None
         raise Refused(f"{what}: {error.filename or 'the disk'}: {error.strerror}", code="bad_model") from None
 
 

@@ -19,6 +19,7 @@ from agent.config import STORED, AgentConfig, Model
 from agent.files.probes import BUILT_IN, Probe, parse
 from shared import catalog, memory_plan, model_shape
 from shared.catalog import Manifest, ModelFile
+from shared.durable import write_whole
 from shared.errors import Refused
 from shared.ids import Version
 from shared.keys import check_name
@@ -77,9 +78,7 @@ class ModelStore:
     """
 
     def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
-        self._memo = memo
-        self.folder = folder
-        self.fused = fused
+        self._memo, self.folder, self.fused = memo, folder, fused
         self._hashes: dict[str, _Hashed] = self._read_memo()
         self._hashing = threading.Lock()
         self._changed = False
@@ -90,14 +89,8 @@ class ModelStore:
             version = Version(hashlib.sha256(f"fake:{model.path or model.name}".encode()).hexdigest()[:16])
             need = model.need_bytes or 1 << 20
             plan = MemoryPlan(weights_bytes=need, kv_bytes=0, workspace_bytes=0, overhead_bytes=0)
-            return ModelSpec(
-                model=model,
-                path=model.path,
-                version=version,
-                need_bytes=need,
-                plan=plan,
-                probes=self._probes(model, None),
-            )
+            probes = self._probes(model, None)
+            return ModelSpec(model=model, path=model.path, version=version, need_bytes=need, plan=plan, probes=probes)
         folder = self.resolve(model)
         manifest = self.manifest(model.name, folder)
         tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
@@ -122,22 +115,13 @@ class ModelStore:
         check_name(name, "model")
         held = [one.version for one in self.installed(name)]
         if not held:
-            raise Refused(
-                f"model {model.name}: nothing named {name} is in the store ({self.folder}); "
-                f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`",
-                code="bad_model",
-            )
+            remedy = f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`"
+            raise _bad(model.name, f"nothing named {name} is in the store ({self.folder}); {remedy}")
         if not version and len(held) > 1:
-            raise Refused(
-                f"model {model.name}: the store holds {len(held)} versions of {name} ({', '.join(held)}); "
-                f'specify one: path = "{STORED}{name}@VERSION"',
-                code="bad_model",
-            )
+            seen = f"the store holds {len(held)} versions of {name} ({', '.join(held)})"
+            raise _bad(model.name, f'{seen}; specify one: path = "{STORED}{name}@VERSION"')
         if version and version not in held:
-            raise Refused(
-                f"model {model.name}: the store does not hold version {version} of {name}, only {', '.join(held)}",
-                code="bad_model",
-            )
+            raise _bad(model.name, f"the store does not hold version {version} of {name}, only {', '.join(held)}")
         return self.place(name, version or held[0])
 
     def place(self, name: str, version: str) -> Path:
@@ -184,9 +168,7 @@ class ModelStore:
     def manifest(self, name: str, folder: Path) -> Manifest:
         """The files of a model folder, hashed and compared with the manifest that came with them. Raises Refused."""
         if not folder.is_dir():
-            raise Refused(
-                f"model {name}: no such folder: {folder}; put the model there or correct its path", code="bad_model"
-            )
+            raise _bad(name, f"no such folder: {folder}; put the model there or correct its path")
         with self._hashing:
             return self._read_manifest(name, folder)
 
@@ -196,8 +178,8 @@ class ModelStore:
             shape = model_shape.parse_shape(config, tensors)
         except Refused as error:
             if not model.need_bytes:
-                why = f"model {model.name}: {error.message}; or configure the memory it needs with need_bytes"
-                raise Refused(why, code="bad_model") from None
+                why = f"{error.message}; or configure the memory it needs with need_bytes"
+                raise _bad(model.name, why) from None
             weights = sum(tensor.nbytes for tensor in tensors)
             return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
         plan = memory_plan.plan(
@@ -231,19 +213,17 @@ class ModelStore:
         try:
             return (folder / "config.json").read_bytes()
         except OSError:
-            raise Refused(
-                f"model {name}: {folder} has no config.json; it is not an mlx-lm model folder", code="bad_model"
-            ) from None
+            raise _bad(name, f"{folder} has no config.json; it is not an mlx-lm model folder") from None
 
     def _read_manifest(self, name: str, folder: Path) -> Manifest:
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and catalog.is_model_file(_inside(p, folder)))
         if not any(p.suffix == ".safetensors" for p in paths):
-            raise Refused(f"model {name}: {folder} holds no .safetensors file", code="bad_model")
+            raise _bad(name, f"{folder} holds no .safetensors file")
         try:
             _check_shards(name, folder, {_inside(p, folder) for p in paths})
             files = tuple(self._file(path, folder) for path in paths)
         except OSError as error:
-            raise Refused(f"model {name}: its files cannot be read ({error.strerror})", code="bad_model") from None
+            raise _bad(name, f"its files cannot be read ({error.strerror})") from None
         self._write_memo()
         made = Manifest(files=files)
         self._compare(name, folder, made)
@@ -267,19 +247,16 @@ class ModelStore:
         except FileNotFoundError:
             return
         except msgspec.DecodeError:
-            raise Refused(f"model {name}: its {catalog.MANIFEST_NAME} cannot be read", code="bad_model") from None
+            raise _bad(name, f"its {catalog.MANIFEST_NAME} cannot be read") from None
         have = {f.name: f for f in made.files}
         for wanted in came.files:
-            got = have.get(wanted.name)
-            if got is None:
-                raise Refused(f"model {name}: file {wanted.name} is missing; fetch the model again", code="bad_model")
+            if (got := have.get(wanted.name)) is None:
+                raise _bad(name, f"file {wanted.name} is missing; fetch the model again")
             if got != wanted:
                 seen = f"{got.size} bytes, sha256 {got.sha256[:8]}.."
-                raise Refused(
-                    f"model {name}: file {wanted.name} is corrupt ({seen}; expected {wanted.size} bytes, "
-                    f"{wanted.sha256[:8]}..); delete the folder and fetch the model again",
-                    code="bad_model",
-                )
+                expected = f"expected {wanted.size} bytes, {wanted.sha256[:8]}.."
+                why = f"file {wanted.name} is corrupt ({seen}; {expected}); delete the folder and fetch the model again"
+                raise _bad(name, why)
 
     def _read_memo(self) -> dict[str, _Hashed]:
         try:
@@ -292,14 +269,9 @@ class ModelStore:
         if not self._changed:
             return
         with contextlib.suppress(OSError):
-            self._store_memo()
+            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._memo, msgspec.json.encode(self._hashes), synced=False)
             self._changed = False
-
-    def _store_memo(self) -> None:
-        temporary = self._memo.with_suffix(".tmp")
-        self._memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(self._hashes))
-        temporary.replace(self._memo)
 
 
 def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
@@ -314,11 +286,9 @@ def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
             raise Refused("it is truncated", code="bad_model")
         yield from tensors
     except Refused as error:
-        raise Refused(
-            f"model {name}: file {file.name}: {error.message}; fetch the model again", code="bad_model"
-        ) from None
+        raise _bad(name, f"file {file.name}: {error.message}; fetch the model again") from None
     except OSError as error:
-        raise Refused(f"model {name}: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
+        raise _bad(name, f"{file.name} cannot be read ({error.strerror})") from None
 
 
 def _check_shards(name: str, folder: Path, names: set[str]) -> None:
@@ -326,10 +296,11 @@ def _check_shards(name: str, folder: Path, names: set[str]) -> None:
         return
     missing = catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names)
     if missing:
-        raise Refused(
-            f"model {name}: {folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download",
-            code="bad_model",
-        )
+        raise _bad(name, f"{folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
+
+
+def _bad(name: str, why: str) -> Refused:
+    return Refused(f"model {name}: {why}", code="bad_model")
 
 
 def _inside(path: Path, folder: Path) -> str:

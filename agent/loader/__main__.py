@@ -30,12 +30,10 @@ def main() -> int:
     parser.add_argument("--disk-cache", default="", help="folder of the disk cache; its secret is read from stdin")
     parser.add_argument("--disk-cache-bytes", type=int, default=0, help="budget of the disk cache")
     parser.add_argument("--fingerprint", default="", help="model version that the disk cache's states belong to")
-    parser.add_argument("--fake-step-s", type=float, default=0.0)
-    parser.add_argument("--fake-row-s", type=float, default=0.0)
-    parser.add_argument("--fake-prefill-tps", type=float, default=0.0)
-    parser.add_argument("--fake-cache-tok", type=int, default=0)
-    parser.add_argument("--fake-load-s", type=float, default=0.0)
-    parser.add_argument("--fake-held-bytes", type=int, default=0)
+    for name in ("step-s", "row-s", "prefill-tps", "load-s"):
+        parser.add_argument(f"--fake-{name}", type=float, default=0.0)
+    for name in ("cache-tok", "held-bytes"):
+        parser.add_argument(f"--fake-{name}", type=int, default=0)
     args = parser.parse_args()
     if args.device:
         from agent.loader.mlx import device
@@ -66,11 +64,7 @@ def _engine(args: argparse.Namespace) -> Engine:
             kv_tok=args.kv_tok,
         )
         return FakeEngine(
-            speed,
-            load_s=args.fake_load_s,
-            salt=args.path,
-            rows=args.rows,
-            held_bytes=args.fake_held_bytes,
+            speed, load_s=args.fake_load_s, salt=args.path, rows=args.rows, held_bytes=args.fake_held_bytes
         )
     from agent.loader import blas
 

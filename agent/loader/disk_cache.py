@@ -39,8 +39,7 @@ class DiskCache:
     the model. Reads and writes may run in different threads."""
 
     def __init__(self, folder: Path, secret: bytes, fingerprint: str, budget_bytes: int) -> None:
-        self._folder = folder
-        self._budget = budget_bytes
+        self._folder, self._budget = folder, budget_bytes
         self._names = hmac.digest(secret, b"mlxrack disk cache: names", "sha256")
         self._cipher = AESGCM(hmac.digest(secret, b"mlxrack disk cache: contents", "sha256"))
         self._first = hmac.digest(self._names, fingerprint.encode(), "sha256")
@@ -72,8 +71,7 @@ class DiskCache:
         found: list[list[Array]] = []
         for name in self._chain(tokens)[begin:end]:
             began = time.monotonic()
-            block = self._open(name)
-            if block is None:
+            if (block := self._open(name)) is None:
                 break
             took = time.monotonic() - began
             self._read_s = took if not self._read_s else 0.7 * self._read_s + 0.3 * took

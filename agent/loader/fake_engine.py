@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agent.loader.generation import Lately, Prepared
+from agent.loader.counts import Counts
+from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
     Accepted,
@@ -77,26 +78,18 @@ class FakeEngine:
     """Engine whose numbers are simulated but consistent."""
 
     def __init__(
-        self,
-        speed: Pretence = _AT_ONCE,
-        *,
-        load_s: float = 0.0,
-        salt: str = "",
-        rows: int = 8,
-        held_bytes: int = 0,
+        self, speed: Pretence = _AT_ONCE, *, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
     ) -> None:
         time.sleep(load_s)
         self._speed = speed
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
-        self._salt = salt
-        self._limit = rows
+        self._salt, self._limit = salt, rows
         self._waiting: list[_Row] = []
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
-        self._window: dict[str, int] = {}
-        self._lately = Lately()
+        self._counts = Counts()
         self._due: list[Frame] = []
         self._held_bytes = held_bytes or 1 << 20
 
@@ -143,27 +136,26 @@ class FakeEngine:
         else:
             row.left_tok = prompt_tok - cached_tok + row.made
             self._waiting.append(row)
-        self._count("cached_tok", cached_tok)
+        self._counts.add("cached_tok", cached_tok)
         waiting = len(self._waiting) + len(self._rows) - self._limit
-        self._window["queue_max"] = max(self._window.get("queue_max", 0), waiting)
+        self._counts.highest("queue_max", waiting)
         return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok)
 
     def cancel(self, request_id: int) -> None:
         self._embeds = [work for work in self._embeds if work[0].id != request_id]
         self._waiting = [row for row in self._waiting if row.request.id != request_id]
-        row = self._rows.pop(request_id, None)
-        if row:
-            self._count("wasted_tok", row.made)
+        if row := self._rows.pop(request_id, None):
+            self._counts.add("wasted_tok", row.made)
 
     def step(self) -> list[Frame]:
-        self._count("steps", 1)
+        self._counts.add("steps", 1)
         answers, self._due = self._due, []
         self._prefill()
         rows = list(self._rows.values())
         step_s = (self._speed.step_s + self._speed.row_s * len(rows)) * self._slower
         time.sleep(step_s)
-        self._count("busy_decode_us", max(1, int(step_s * 1e6)))
-        self._lately.decoded(len(rows), int(step_s * 1e6))
+        self._counts.add("busy_decode_us", max(1, int(step_s * 1e6)))
+        self._counts.lately.decoded(len(rows), int(step_s * 1e6))
         for row in rows:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
@@ -180,13 +172,13 @@ class FakeEngine:
             row = self._waiting[0]
             row.begun_s = row.begun_s or time.perf_counter()
             piece = min(row.left_tok, _PIECE_TOK) if self._speed.prefill_tps else row.left_tok
-            self._count("prefill_tok", piece)
+            self._counts.add("prefill_tok", piece)
             row.left_tok -= piece
             if self._speed.prefill_tps:
                 piece_s = piece / self._speed.prefill_tps * self._slower
                 time.sleep(piece_s)
-                self._count("busy_prefill_us", int(piece_s * 1e6))
-                self._lately.prefilled(piece, int(piece_s * 1e6))
+                self._counts.add("busy_prefill_us", int(piece_s * 1e6))
+                self._counts.lately.prefilled(piece, int(piece_s * 1e6))
             if row.left_tok <= 0:
                 self._rows[row.request.id] = self._waiting.pop(0)
                 self._keep(row.prompt)
@@ -213,12 +205,12 @@ class FakeEngine:
             self._kept.move_to_end(one)
         while len(self._kept) * _BLOCK_TOK > self._speed.cache_tok:
             self._kept.popitem(last=False)
-            self._count("cache_evictions", 1)
+            self._counts.add("cache_evictions", 1)
 
     def _advance(self, row: _Row) -> list[Frame]:
         row.made += 1
         row.first_s = row.first_s or time.perf_counter()
-        self._count("decode_tok", 1)
+        self._counts.add("decode_tok", 1)
         word = next(row.words)
         row.said.append(word.strip())
         ids = (_WORDS.index(word.strip()),)
@@ -239,13 +231,13 @@ class FakeEngine:
         return [Tokens(id=row.request.id, text=said, count=1, calls=calls, scored=scored, ids=ids), done]
 
     def report(self) -> Reported:
-        window, self._window = self._window, {}
-        return Reported(active_bytes=self._held_bytes, **window)
+        return Reported(active_bytes=self._held_bytes, **self._counts.taken())
 
     def working(self) -> Working:
         held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
         waits = tuple(row.request.id for row in self._waiting if not row.begun_s)
-        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, **self._lately.taken())
+        lately = self._counts.lately.taken()
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, **lately)
 
     def relieve(self, level: str) -> None:
         if level == "hard":
@@ -254,9 +246,6 @@ class FakeEngine:
     def close(self) -> None:
         self._rows.clear()
         self._waiting.clear()
-
-    def _count(self, name: str, amount: int) -> None:
-        self._window[name] = self._window.get(name, 0) + amount
 
 
 def _resumed(row: _Row) -> str:

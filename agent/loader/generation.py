@@ -5,8 +5,6 @@ from typing import Any, Literal, Protocol
 
 from agent.wire.frames import Ask, Failed, Frame, Ready, Reported, Working
 
-_LATELY = ("prefill_tok", "prefill_us", "decode_tok", "decode_us", "decode_steps")
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -27,66 +25,32 @@ class Engine(Protocol):
 
     def describe(self) -> Ready:
         """What was loaded."""
-        ...
 
     @property
     def busy(self) -> bool:
         """Whether step() has work to do."""
-        ...
 
     def prepare(self, request: Ask) -> Prepared | Failed:
         """Tokens, grammar and limits of a request; Failed when it cannot be served. A single other thread may call this
         while the owner steps, so that a huge prompt delays no other request's tokens."""
-        ...
 
     def submit(self, prepared: Prepared) -> Frame:
         """Accept a request: Accepted, or Failed."""
-        ...
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; unknown ids are no error."""
-        ...
 
     def step(self) -> list[Frame]:
         """One iteration of the scheduler: Tokens, Embedded, Done and Failed for any of the accepted requests."""
-        ...
 
     def report(self) -> Reported:
         """Counts since the last report."""
-        ...
 
     def working(self) -> Working:
         """Its current memory, pending requests and speed."""
-        ...
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         """Set the memory pressure level; see agent.wire.frames.Relieve."""
-        ...
 
     def close(self) -> None:
         """Release all resources."""
-        ...
-
-
-class Lately:
-    """Work of an engine since the last call of ``taken``, on the engine's clock."""
-
-    def __init__(self) -> None:
-        self._sums = dict.fromkeys(_LATELY, 0)
-
-    def prefilled(self, tokens: int, us: int) -> None:
-        """Add prefilled prompt tokens, or time spent on prefill."""
-        self._sums["prefill_tok"] += tokens
-        self._sums["prefill_us"] += us
-
-    def decoded(self, tokens: int, us: int) -> None:
-        """Add one decode step with its tokens; a step without tokens is ignored."""
-        if tokens:
-            self._sums["decode_tok"] += tokens
-            self._sums["decode_us"] += us
-            self._sums["decode_steps"] += 1
-
-    def taken(self) -> dict[str, int]:
-        """Return the fields of Working and reset the sums."""
-        sums, self._sums = self._sums, dict.fromkeys(_LATELY, 0)
-        return sums

@@ -10,7 +10,7 @@ share is always more recent than the questions below it.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -38,10 +38,7 @@ class _Node(Generic[P]):
     __slots__ = ("children", "parent", "piece", "size", "tokens", "used")
 
     def __init__(self, tokens: Tokens, piece: P | None, size: int, parent: "_Node[P] | None") -> None:
-        self.tokens = tokens
-        self.piece = piece
-        self.size = size
-        self.parent = parent
+        self.tokens, self.piece, self.size, self.parent = tokens, piece, size, parent
         self.children: dict[int, _Node[P]] = {}
         self.used = 0
 
@@ -56,9 +53,7 @@ class PromptCache(Generic[P]):
     def __init__(
         self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None
     ) -> None:
-        self.budget_bytes = budget_bytes
-        self._nbytes = nbytes
-        self._split = split
+        self.budget_bytes, self._nbytes, self._split = budget_bytes, nbytes, split
         self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
         self._clock = 0
         self._leaves: set[_Node[P]] = set()
@@ -139,8 +134,7 @@ class PromptCache(Generic[P]):
         path: list[tuple[_Node[P], int]] = []
         node, at, usable, usable_at = self._root, 0, 0, 0
         while at < len(tokens):
-            child = node.children.get(int(tokens[at]))
-            if child is None:
+            if (child := node.children.get(int(tokens[at]))) is None:
                 break
             taken = common(child.tokens, tokens[at:])
             path.append((child, taken))
@@ -157,8 +151,7 @@ class PromptCache(Generic[P]):
         """The node up to which ``tokens`` is cached; an edge that it leaves midway is split there."""
         node, at = self._root, 0
         while at < len(tokens):
-            child = node.children.get(int(tokens[at]))
-            if child is None:
+            if (child := node.children.get(int(tokens[at]))) is None:
                 break
             taken = common(child.tokens, tokens[at:])
             at += taken
@@ -222,3 +215,10 @@ def common(left: Tokens, right: Tokens) -> int:
     length = min(len(left), len(right))
     differs = np.flatnonzero(left[:length] != right[:length])
     return int(differs[0]) if len(differs) else length
+
+
+def most_shared(tokens: Tokens, others: Sequence[Tokens], least_tok: int) -> tuple[int, int] | None:
+    """Which of the others has the longest common prefix with ``tokens``, and its length; None below ``least_tok``."""
+    lengths = [common(tokens, other) for other in others]
+    best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+    return None if best is None or lengths[best] < least_tok else (best, lengths[best])

@@ -37,14 +37,8 @@ class Heartbeats:
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._table = table
-        self._client = client
-        self._emit = emit
-        self._rack = rack
-        self._beat_s = beat_s
-        self._on_back = on_back
-        self._clock = clock
-        self._wall_ms = wall_ms
+        self._table, self._client, self._emit, self._rack = table, client, emit, rack
+        self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
         self._due: dict[str, float] = {}
         self._open: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,8 +53,7 @@ class Heartbeats:
     async def tick(self) -> None:
         """Send the heartbeats that are due, and report what has changed."""
         now = self._clock()
-        asleep_s = self._table.tick(now, self.every_s)
-        if asleep_s:
+        if asleep_s := self._table.tick(now, self.every_s):
             self._woke += 1
             self._due.clear()
             log.warning("sleep_detected", seconds=round(asleep_s, 2))

@@ -36,8 +36,7 @@ class PeerClient:
         self, secret: str, node: str, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     ) -> None:
         self._key = Key(secret)
-        self._node = node
-        self._wall_ms = wall_ms
+        self._node, self._wall_ms = node, wall_ms
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
@@ -83,8 +82,7 @@ class PeerClient:
 
     def drop(self, node: str) -> None:
         """Abort the connection to a peer that is gone; requests that wait on it fail at once."""
-        link = self._links.pop(node, None)
-        if link is not None:
+        if (link := self._links.pop(node, None)) is not None:
             link.abort()
 
     async def close(self) -> None:
@@ -98,8 +96,7 @@ class PeerClient:
     async def _linked(self, node: str, url: str) -> PeerLink:
         """The connection to a peer, opened by the first caller that needs it; concurrent callers share the outcome.
         Raises Retryable."""
-        task = self._connecting.get(node)
-        if task is None:
+        if (task := self._connecting.get(node)) is None:
             task = self._connecting[node] = asyncio.create_task(self._opened_link(node, url))
             # waiting callers get its outcome; when none is left, its exception must still be read
             task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -42,9 +42,7 @@ class PeerLink:
     """An open connection. ``alive`` until it ends."""
 
     def __init__(self, node: str, url: str, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._node = node
-        self.url = url
-        self._socket = socket
+        self._node, self.url, self._socket = node, url, socket
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._writer = FrameWriter(socket.send_bytes)
@@ -65,8 +63,7 @@ class PeerLink:
                 raise Refused("the request is too large to forward", code="body_too_large")
             await self._send(frame)
             while not finished:
-                answer = await answers.get()
-                if answer is None:
+                if (answer := await answers.get()) is None:
                     raise Retryable(f"peer {self._node}: connection lost", code="worker_lost")
                 finished = isinstance(answer, _ENDS)
                 yield answer
@@ -79,8 +76,7 @@ class PeerLink:
         """Abort the connection: the peer is gone."""
         self._lost()
         self._writer.abort()
-        wire = self._socket.get_extra_info("socket")
-        if wire is not None:
+        if (wire := self._socket.get_extra_info("socket")) is not None:
             with contextlib.suppress(OSError):
                 wire.shutdown(SHUT_RDWR)
         if self._reading is not None:

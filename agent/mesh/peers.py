@@ -89,8 +89,7 @@ class PeerTable:
     def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
         """A peer answered; what was sent since its last heartbeat is now in its own count. True when it was down or has
         restarted since."""
-        known = self._peers.get(node)
-        if known is None:
+        if (known := self._peers.get(node)) is None:
             return False
         before = known.beat
         away = self._state(known, now) == "down"
@@ -131,8 +130,7 @@ class PeerTable:
 
     def sent(self, node: str, model: str, prompt_tok: int) -> int:
         """A request was forwarded, and counts as load until the next heartbeat. Pass the result to ``ended``."""
-        known = self._peers.get(node)
-        if known is None:
+        if (known := self._peers.get(node)) is None:
             return -1
         requests, tokens = known.sent.get(model, (0, 0))
         known.sent[model] = (requests + 1, tokens + prompt_tok)
@@ -140,8 +138,7 @@ class PeerTable:
 
     def ended(self, node: str, model: str, prompt_tok: int, sent_at: int) -> None:
         """A forwarded request has ended: a node that has just become idle is known to be idle before it reports it."""
-        known = self._peers.get(node)
-        if known is not None:
+        if (known := self._peers.get(node)) is not None:
             requests, tokens = known.sent.get(model, (0, 0))
             # tokens of a request from before the heartbeat are in its count, or were done by then
             known.sent[model] = (requests - 1, tokens - prompt_tok if known.beats == sent_at else tokens)

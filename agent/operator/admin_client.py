@@ -42,13 +42,11 @@ class AdminClient:
             answer = connection.getresponse()
             tree = json.loads(answer.read())
         except ConnectionRefusedError:
-            raise Retryable(
-                f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`", code="not_running"
-            ) from None
+            why = f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`"
+            raise Retryable(why, code="not_running") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Retryable(
-                f"the agent on {self._host}:{self._port} does not answer ({type(error).__name__})"
-            ) from None
+            why = f"the agent on {self._host}:{self._port} does not answer ({type(error).__name__})"
+            raise Retryable(why) from None
         finally:
             connection.close()
         if answer.status >= 400:
@@ -62,9 +60,7 @@ class AdminClient:
         try:
             return self._token_file.read_text(encoding="ascii").strip()
         except FileNotFoundError:
-            raise Retryable(
-                f"{self._token_file} does not exist; has this agent been started with this configuration?",
-                code="not_running",
-            ) from None
+            why = f"{self._token_file} does not exist; has this agent been started with this configuration?"
+            raise Retryable(why, code="not_running") from None
         except PermissionError:
             raise Halt(f"{self._token_file}: permission denied; run this command as the agent's user") from None

@@ -30,9 +30,7 @@ def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.
     models.set_defaults(run=lambda args: _list(args, *load(args)))
     verbs = models.add_subparsers(metavar="VERB")
 
-    def verb(
-        name: str, text: str, run: Callable[[argparse.Namespace, AgentConfig, Path], int]
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, run: Verb) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
         common(added)
         added.set_defaults(run=lambda args: run(args, *load(args)))
@@ -83,23 +81,16 @@ def _pull(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
             print(f"hashing {folder} ...", file=sys.stderr, flush=True)
         source = FolderSource(store, folder)
     name = check_name(args.name or asked, "model name (choose one with --name)")
-    installed = pull(
-        source, store, name, disk_bytes=config.model_store.disk_bytes, progress=_Progress(f"pull {name}", args.json)
-    )
+    progress = _Progress(f"pull {name}", args.json)
+    installed = pull(source, store, name, disk_bytes=config.model_store.disk_bytes, progress=progress)
     return _done(args, installed, f'in the store; to serve it: path = "{STORED}{name}@{installed.version}"')
 
 
 def _push(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     name = check_name(args.name, "model name")
     bucket = open_store(config.store, os.environ)
-    pushed = push(
-        args.folder.expanduser(),
-        _store(config, state),
-        bucket,
-        name,
-        again=args.again,
-        progress=_Progress(f"push {name}", args.json),
-    )
+    folder, progress = args.folder.expanduser(), _Progress(f"push {name}", args.json)
+    pushed = push(folder, _store(config, state), bucket, name, again=args.again, progress=progress)
     return _done(args, pushed, f"in the bucket; nodes get it with `mlxrack-agent models pull {BUCKET}{name}`")
 
 
@@ -158,6 +149,4 @@ class _Progress:
         speed = done / max(1e-3, time.monotonic() - self._began)
         line = f"{self._what}: {percent} %, {size(done)} of {size(total)}, {size(int(speed))}/s"
         end = "\n" if percent == 100 or not self._live else ""
-        print(
-            f"\r{line:<70}{end}" if self._live else line, end=end if self._live else "\n", file=sys.stderr, flush=True
-        )
+        print(f"\r{line:<70}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import psutil
 
 from agent.config import AgentConfig
@@ -39,7 +39,7 @@ MAC_ONLY = (
 )
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class Finding(NamedTuple):
     """One check. ``verdict`` is ok, warning or problem."""
 
     what: str
@@ -50,7 +50,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
     """Every check, in the order in which an operator would run them."""
     return [
-        _finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
         _memory(config, environ),
         *_models(config, state),
@@ -70,10 +70,10 @@ def _blas() -> Finding:
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines()
-        return _finding("mlx", "problem", f"import failed: {lines[-1] if lines else run.returncode}")
+        return Finding("mlx", "problem", f"import failed: {lines[-1] if lines else run.returncode}")
     version, _, name = run.stdout.strip().partition("|")
     verdict = "warning" if "reference" in name else "ok"
-    return _finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
+    return Finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
 
 
 def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
@@ -82,7 +82,7 @@ def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
     budget, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
     verdict = "warning" if budget > total else "ok"
     why = f"; {device.reason}" if device.reason else ""
-    return _finding("memory", verdict, f"budget {budget / 1e9:.1f} GB of {total / 1e9:.1f} GB ({source}{why})")
+    return Finding("memory", verdict, f"budget {budget / 1e9:.1f} GB of {total / 1e9:.1f} GB ({source}{why})")
 
 
 def _models(config: AgentConfig, state: Path) -> list[Finding]:
@@ -91,11 +91,11 @@ def _models(config: AgentConfig, state: Path) -> list[Finding]:
         try:
             spec = store.describe(model)
         except RackError as error:
-            found.append(_finding(f"model {model.name}", "problem", error.message))
+            found.append(Finding(f"model {model.name}", "problem", error.message))
             continue
         seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
-        found.append(_finding(f"model {model.name}", "ok", seen))
-    return found or [_finding("models", "warning", "none configured; this node only forwards requests")]
+        found.append(Finding(f"model {model.name}", "ok", seen))
+    return found or [Finding("models", "warning", "none configured; this node only forwards requests")]
 
 
 def _port(config: AgentConfig) -> Finding:
@@ -105,8 +105,8 @@ def _port(config: AgentConfig) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return _finding("port", "warning", f"{host}:{port} is in use ({error.strerror}); is the agent running?")
-    return _finding("port", "ok", f"{host}:{port} is free")
+            return Finding("port", "warning", f"{host}:{port} is in use ({error.strerror}); is the agent running?")
+    return Finding("port", "ok", f"{host}:{port} is free")
 
 
 def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
@@ -120,8 +120,8 @@ def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
     except NotFound:
         pass
     except RackError as error:
-        return [_finding("store", "problem", error.message), *_clock(skew_ms)]
-    return [_finding("store", "ok", f"{config.store.kind} is reachable and accepts the credentials"), *_clock(skew_ms)]
+        return [Finding("store", "problem", error.message), *_clock(skew_ms)]
+    return [Finding("store", "ok", f"{config.store.kind} is reachable and accepts the credentials"), *_clock(skew_ms)]
 
 
 def _clock(skew_ms: int | None) -> list[Finding]:
@@ -129,19 +129,19 @@ def _clock(skew_ms: int | None) -> list[Finding]:
     if skew_ms is None:
         return []
     if abs(skew_ms) <= SKEW_WARNING_MS:
-        return [_finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
+        return [Finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
     seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; set it by NTP"
-    return [_finding("clock", "warning", seen)]
+    return [Finding("clock", "warning", seen)]
 
 
 def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
     if not config.peers.nodes:
-        return [_finding("peers", "ok", "none configured")]
+        return [Finding("peers", "ok", "none configured")]
     try:
         resolve(config.peers.secret, environ)
     except RackError as error:
-        return [_finding("peers", "problem", error.message)]
-    return [_finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows their state")]
+        return [Finding("peers", "problem", error.message)]
+    return [Finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows their state")]
 
 
 def _sensors(state: Path) -> list[Finding]:
@@ -149,7 +149,7 @@ def _sensors(state: Path) -> list[Finding]:
     sensors = Sensors(state.absolute())
     try:
         return [
-            _finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)
+            Finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)
             for collector in sensors.all
             for source in collector.sources()
         ]
@@ -160,10 +160,6 @@ def _sensors(state: Path) -> list[Finding]:
 def _mac_only() -> list[Finding]:
     if sys.platform == "darwin":
         missing = [tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)]
-        tools = _finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all found")
-        return [tools, *(_finding("verify once on this Mac", "warning", text) for text in MAC_ONLY)]
-    return [_finding("verify on a Mac", "warning", text) for text in MAC_ONLY]
-
-
-def _finding(what: str, verdict: str, seen: str) -> Finding:
-    return Finding(what=what, verdict=verdict, seen=seen)
+        tools = Finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all found")
+        return [tools, *(Finding("verify once on this Mac", "warning", text) for text in MAC_ONLY)]
+    return [Finding("verify on a Mac", "warning", text) for text in MAC_ONLY]

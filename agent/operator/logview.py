@@ -1,6 +1,7 @@
 """Human-readable view of the agent's log: filter by time, level and request, follow new lines."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +30,7 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_since(text: str, now: datetime) -> datetime:
     """``90s``, ``15m``, ``1h``, ``2d``, or an ISO time. Raises Refused."""
-    match = _SPAN.fullmatch(text)
-    if match:
+    if match := _SPAN.fullmatch(text):
         return now - timedelta(seconds=int(match[1]) * _UNIT_S[match[2]])
     try:
         given = datetime.fromisoformat(text)
@@ -90,17 +90,11 @@ def lines(path: Path, which: Filter, *, follow: bool, until: Callable[[], bool] 
 def _reopened(path: Path, live: Any) -> Any:
     """The same file, or the new one after a rotation."""
     try:
-        if live is not None and path.stat().st_ino == _inode(live):
+        if live is not None and path.stat().st_ino == os.fstat(live.fileno()).st_ino:
             return live
         return path.open(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return live
-
-
-def _inode(file: Any) -> int:
-    import os
-
-    return os.fstat(file.fileno()).st_ino
 
 
 def _age(path: Path) -> int:

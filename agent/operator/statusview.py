@@ -13,25 +13,24 @@ def status_text(s: dict[str, Any]) -> str:
         "",
         models_text(s["models"]),
     ]
-    if s["peers"]:
-        rows = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
-        lines += ["", table(("PEER", "STATE", "MODELS", "NOTE"), rows)]
-    if s["breakers"]:
-        broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
-        lines += ["", table(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)]
-    if s["swaps"]:
-        rows = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
-        lines += ["", table(("SWAP", "VERSIONS", "STATE", "NOTE"), rows)]
+    peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
+    broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
+    swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
+    lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers)
+    lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)
+    lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps)
     lines += ["", _telemetry(s["push"])]
-    if s["meters"]:
-        rows = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
-        lines += ["", table(("METER", "NODES", "POWER", "NOTE"), rows)]
+    meters = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
+    lines += _section(("METER", "NODES", "POWER", "NOTE"), meters)
     # a meter's problem is shown beside the meter
     silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
-    if silent:
-        lines += ["", table(("SENSOR UNAVAILABLE", "REASON"), silent)]
+    lines += _section(("SENSOR UNAVAILABLE", "REASON"), silent)
     lines += _desired_lines(s.get("desired"))
     return "\n".join(lines)
+
+
+def _section(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return ["", table(head, rows)] if rows else []
 
 
 def _telemetry(push: dict[str, Any]) -> str:

@@ -19,16 +19,9 @@ class _RusageInfo(ctypes.Structure):
 
     _fields_ = (
         ("uuid", ctypes.c_uint8 * 16),
-        ("user_time", ctypes.c_uint64),
-        ("system_time", ctypes.c_uint64),
-        ("pkg_idle_wkups", ctypes.c_uint64),
-        ("interrupt_wkups", ctypes.c_uint64),
-        ("pageins", ctypes.c_uint64),
-        ("wired_size", ctypes.c_uint64),
-        ("resident_size", ctypes.c_uint64),
-        ("phys_footprint", ctypes.c_uint64),
-        ("proc_start_abstime", ctypes.c_uint64),
-        ("proc_exit_abstime", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("user_time", "system_time", "pkg_idle_wkups", "interrupt_wkups")),
+        *((name, ctypes.c_uint64) for name in ("pageins", "wired_size", "resident_size", "phys_footprint")),
+        *((name, ctypes.c_uint64) for name in ("proc_start_abstime", "proc_exit_abstime")),
     )
 
 

@@ -148,13 +148,7 @@ class LoaderProcess:
             raise Retryable(f"start loader: cannot create a socket ({why})", code="no_process") from None
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "agent.loader",
-                "--fd",
-                str(theirs.fileno()),
-                *spec.arguments,
+                *(sys.executable, "-P", "-m", "agent.loader", "--fd", str(theirs.fileno()), *spec.arguments),
                 pass_fds=(theirs.fileno(),),
                 env=environment(environ, spec.threads),
                 stdin=asyncio.subprocess.PIPE if spec.secret else asyncio.subprocess.DEVNULL,
@@ -195,20 +189,17 @@ class LoaderProcess:
     async def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answers to one request, which ``text`` describes for the prefix table and throughput. Leaving early cancels
         it. Raises Retryable when the loader is lost."""
-        number = next(self._ids)
-        answers = AnswerQueue()
+        number, answers, finished = next(self._ids), AnswerQueue(), False
         if not self._owed:
             self._heard_s = time.monotonic()
         self._open[number] = answers
         self._owed.add(number)
         self._unanswered[number] = time.monotonic()
         self.throughput.begin(number, text.prompt_tok if text else 0)
-        finished = False
         try:
             await self._send(msgspec.structs.replace(request, id=number))
             while not finished:
-                answer = await answers.get()
-                if answer is None:
+                if (answer := await answers.get()) is None:
                     raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
                 finished = isinstance(answer, Done | Failed)
                 if text is not None and isinstance(answer, Accepted):
@@ -375,11 +366,8 @@ def total_of(reports: Sequence[Reported]) -> Reported:
     """Merge several reports: counts are summed, levels take the last, peaks the highest."""
     total = reports[-1]
     for earlier in reports[:-1]:
-        counts = {
-            name: getattr(total, name) + getattr(earlier, name)
-            for name in Reported.__struct_fields__
-            if name not in _LEVELS
-        }
+        counted = set(Reported.__struct_fields__) - set(_LEVELS)
+        counts = {name: getattr(total, name) + getattr(earlier, name) for name in counted}
         peaks = {name: max(getattr(total, name), getattr(earlier, name)) for name in _PEAKS}
         total = msgspec.structs.replace(total, **peaks, **counts)
     return total

@@ -28,8 +28,7 @@ class Text:
     __slots__ = ("chain", "prompt_tok")
 
     def __init__(self, chain: Chain, prompt_tok: int) -> None:
-        self.chain = chain
-        self.prompt_tok = prompt_tok
+        self.chain, self.prompt_tok = chain, prompt_tok
 
 
 def prefix_key(rack_secret: str) -> bytes:

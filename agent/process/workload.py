@@ -82,9 +82,7 @@ class Throughput:
     def token(self, number: int) -> None:
         """The first token arrived, so prefill has ended."""
         one = self._open.get(number)
-        if one is None:
-            return
-        if not one.begun:
+        if one is not None and not one.begun:
             one.begun = True
             self.prefill_tok -= one.left_tok
             one.left_tok = 0
@@ -106,8 +104,7 @@ class Throughput:
 
     def end(self, number: int) -> None:
         """It ended, whatever the outcome."""
-        one = self._open.pop(number, None)
-        if one is not None:
+        if (one := self._open.pop(number, None)) is not None:
             self.prefill_tok -= one.left_tok
 
     @property

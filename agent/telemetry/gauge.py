@@ -22,16 +22,12 @@ class Gauge:
         self._sum = self._covered_s = 0.0
         self._most: float | None = None
 
-    def add(self, now_s: float, value: float) -> None:
-        """Record the current value."""
+    def add(self, now_s: float, value: float | None) -> None:
+        """Record the current value; None when it cannot be read: the last one no longer holds."""
         self._advance(now_s)
-        self._last = (now_s, now_s + HOLDS_S, value)
-        self._most = value if self._most is None else max(self._most, value)
-
-    def gone(self, now_s: float) -> None:
-        """Record that it cannot be read: the last value no longer holds."""
-        self._advance(now_s)
-        self._last = None
+        self._last = None if value is None else (now_s, now_s + HOLDS_S, value)
+        if value is not None:
+            self._most = value if self._most is None else max(self._most, value)
 
     def close(self, now_s: float) -> Seen | None:
         """Summary since the last call; None without a value."""

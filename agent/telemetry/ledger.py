@@ -1,6 +1,7 @@
 """Requests as the gateway saw them, summed into the window's records; only counts and durations are kept."""
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -39,6 +40,7 @@ class _Sum:
         self.ttft, self.itl, self.total = Sketch(), Sketch(), Sketch()
 
 
+_LABELS = ("model", "version", "worker", "key_id", "task_class", "outcome", "finish", "prompt_bucket_tok")
 Labels = tuple[str, str, str, str, str, str, str, int]
 
 
@@ -79,16 +81,8 @@ class Ledger:
 
 
 def _served(labels: Labels, one: _Sum) -> Served:
-    model, version, worker, key_id, task_class, outcome, finish, bucket = labels
     return Served(
-        model=model,
-        version=version,
-        worker=worker,
-        key_id=key_id,
-        task_class=task_class,
-        outcome=outcome,
-        finish=finish,
-        prompt_bucket_tok=bucket,
+        **dict[str, Any](zip(_LABELS, labels, strict=True)),
         requests=one.requests,
         retries=one.retries,
         prompt_tok=one.prompt_tok,

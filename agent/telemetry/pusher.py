@@ -37,9 +37,7 @@ class PushState(msgspec.Struct, kw_only=True):
     reason: str = ""
     waiting_batches: int = 0
     sent_batches: int = 0
-    sent_segments: int = 0
     failures: int = 0
-    last_ok_ms: int | None = None
 
 
 class Pusher:
@@ -52,17 +50,13 @@ class Pusher:
         open_store: Callable[[], ObjectStore],
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         random_01: Callable[[], float] = random.random,
         pace_s: float = PACE_S,
     ) -> None:
-        self._spool = spool
-        self._open_store = open_store
+        self._spool, self._open_store = spool, open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
-        self._clock = clock
-        self._wall_ms = wall_ms
-        self._random_01 = random_01
+        self._clock, self._random_01 = clock, random_01
         self._pace_s = pace_s
         self._stopping = threading.Event()
         self._not_before_s = 0.0
@@ -86,7 +80,6 @@ class Pusher:
         else:
             self.state.failures = 0
             self.state.state, self.state.reason = "ok", ""
-            self.state.last_ok_ms = self._wall_ms()
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
 
@@ -157,17 +150,14 @@ class Pusher:
         self._spool.delete(files)
         self.state.failures = 0  # the store accepts data: a later failure in a long backlog restarts the back-off
         self.state.sent_batches += len(batches)
-        self.state.sent_segments += 1
 
     @staticmethod
     def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
         """The key exists: from this agent, when a response was lost, or from another agent with the same name."""
         stored = store.get(key).body
         if digest(stored) != digest(body) and _said(stored) != _said(body):
-            raise Halt(
-                f"push {key}: another agent writes under this node's name; each node must have its own node.id",
-                code="identity_clash",
-            )
+            why = "another agent writes under this node's name; each node must have its own node.id"
+            raise Halt(f"push {key}: {why}", code="identity_clash")
 
     def _claim(self, store: ObjectStore) -> int:
         """Claim the first incarnation that no earlier spool of this node has used."""
@@ -208,10 +198,8 @@ class Pusher:
 def _said(segment: bytes) -> list[Batch] | None:
     """The segment's batches without fields that depend on packing and the clock; None for an invalid segment."""
     try:
-        return [
-            msgspec.structs.replace(batch, mono_ms=0, dropped_batches=0, clock_skew_ms=None)
-            for batch in unseal(segment)
-        ]
+        each = unseal(segment)
+        return [msgspec.structs.replace(one, mono_ms=0, dropped_batches=0, clock_skew_ms=None) for one in each]
     except Refused:
         return None
 

@@ -19,9 +19,7 @@ class Sensing:
     def __init__(
         self, collectors: Sequence[Collector], *, budget_bytes: int, problems: Callable[[], Mapping[str, str]] = dict
     ) -> None:
-        self._collectors = collectors
-        self._problems = problems
-        self.budget_bytes = budget_bytes
+        self._collectors, self._problems, self.budget_bytes = collectors, problems, budget_bytes
         self._running: dict[str, asyncio.Future[Any]] = {}
         self._late: dict[str, asyncio.Future[Reading]] = {}
 

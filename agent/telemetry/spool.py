@@ -10,9 +10,7 @@ must not cost a month of data. A lock file admits one agent at a time.
 import contextlib
 import errno
 import fcntl
-import os
 import re
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from typing import IO
 
 import msgspec
 
+from shared import durable
 from shared.batch import Batch, decode, encode
 from shared.errors import Halt, Refused, Retryable
 from shared.logs import get_logger
@@ -61,9 +60,7 @@ class Spool:
     """The spool in ``folder``; opening it begins a new epoch. Raises Halt when it is in use or another node's."""
 
     def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._max_batches = max_batches
+        self._folder, self._max_bytes, self._max_batches = folder, max_bytes, max_batches
         self._bounds = threading.Lock()
         self._naming = threading.Lock()
         self._count = self._bytes = 0
@@ -80,7 +77,8 @@ class Spool:
     def _begin(self, node: str, rack: str, hardware: str) -> None:
         """A new epoch, stored before its first batch."""
         with _as_ours("open", self._folder):
-            self._sweep()
+            for leftover in self._folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
             self.identity = self._identity(node, rack, hardware)
             self._recover()
         self.first_run = self.identity.epoch == 0
@@ -117,7 +115,7 @@ class Spool:
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
-            _write_whole(path.with_suffix(_OPEN), body, synced=False)
+            durable.write_whole(path.with_suffix(_OPEN), body, synced=False)
 
     def append(self, batch: Batch) -> None:
         """Append a batch. Raises Retryable when the write fails; the batch is then not in the spool."""
@@ -126,8 +124,8 @@ class Spool:
             self._make_room(len(body))
             # first over the open window's copy, then renamed: at every instant exactly one copy exists
             self._write(path.with_suffix(_OPEN), body)
-            _renamed(path.with_suffix(_OPEN), path)
-            _sync_folder(self._folder)
+            durable.rename(path.with_suffix(_OPEN), path)
+            durable.sync_folder(self._folder)
         self._seq = batch.seq
         self._set_by()
         with self._bounds:
@@ -142,8 +140,7 @@ class Spool:
         """Batches not yet sent, oldest first."""
         found = []
         for path in self._folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match:
+            if match := _NAME.fullmatch(path.name):
                 with contextlib.suppress(FileNotFoundError):
                     found.append(Waiting(epoch=int(match[1]), seq=int(match[2]), path=path, size=path.stat().st_size))
         return sorted(found, key=lambda w: (w.epoch, w.seq))
@@ -184,9 +181,12 @@ class Spool:
         for one in self.waiting():
             if self._count < self._max_batches and self._bytes + size <= self._max_bytes:
                 return
-            if _unlinked(one.path):
-                self._gone(one)
-                self.dropped += 1
+            self._drop(one)
+
+    def _drop(self, one: Waiting) -> None:
+        if _unlinked(one.path):
+            self._gone(one)
+            self.dropped += 1
 
     def _gone(self, one: Waiting) -> None:
         with self._bounds:
@@ -211,15 +211,9 @@ class Spool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise Halt(
-                f"spool {self._folder}: in use by another agent; stop that one, or set another paths.state here",
-                code="spool_in_use",
-            ) from None
+            why = "in use by another agent; stop that one, or set another paths.state here"
+            raise Halt(f"spool {self._folder}: {why}", code="spool_in_use") from None
         return lock
-
-    def _sweep(self) -> None:
-        for leftover in self._folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """The window that was open when the last run was killed becomes its last batch. After a power failure the copy
@@ -230,13 +224,13 @@ class Spool:
                 continue
             if _is_whole(kept):
                 with open(kept, "rb") as file:
-                    _sync(file.fileno())  # keep() does not sync
-                _renamed(kept, path)
+                    durable.sync(file.fileno())  # keep() does not sync
+                durable.rename(kept, path)
                 log.info("window_recovered", of_epoch=int(match[1]), seq=int(match[2]))
             else:
                 kept.unlink()
                 log.warning("window_unreadable", of_epoch=int(match[1]), seq=int(match[2]))
-        _sync_folder(self._folder)
+        durable.sync_folder(self._folder)
 
     def _identity(self, node: str, rack: str, hardware: str) -> Identity:
         path = self._folder / "identity.json"
@@ -256,40 +250,35 @@ class Spool:
             # unreadable then or now; keep the known value
             identity.hardware = hardware if identity.hardware == "unknown" else identity.hardware
         elif identity.hardware != hardware:
-            raise Halt(
-                f"spool {self._folder}: written by other hardware; a copied disk must not report as {node!r}: "
-                "move the spool folder away and restart",
-                code="wrong_identity",
-            )
+            why = f"a copied disk must not report as {node!r}: move the spool folder away and restart"
+            raise Halt(f"spool {self._folder}: written by other hardware; {why}", code="wrong_identity")
         return identity
 
     def _write_identity(self) -> None:
         path = self._folder / "identity.json"
         with _as_ours("write", path), self._naming:
             try:
-                _write_whole(path, msgspec.json.encode(self.identity))
+                durable.write_whole(path, msgspec.json.encode(self.identity))
             except OSError as error:
                 if error.errno != errno.ENOSPC or not _unlinked(self._folder / _RESERVE):
                     raise
                 self._write(path, msgspec.json.encode(self.identity))
-            _sync_folder(self._folder)
+            durable.sync_folder(self._folder)
         self._set_by()
 
     def _write(self, path: Path, body: bytes) -> None:
         """On a full disk, drop the oldest tenth of the batches and retry once: models and logs need space, too."""
         try:
-            _write_whole(path, body)
+            durable.write_whole(path, body)
         except OSError as error:
             if error.errno != errno.ENOSPC or not self._gave_way():
                 raise
-            _write_whole(path, body)
+            durable.write_whole(path, body)
 
     def _gave_way(self) -> bool:
         oldest = self.waiting()
         for one in oldest[: 1 + len(oldest) // 10]:
-            if _unlinked(one.path):
-                self._gone(one)
-                self.dropped += 1
+            self._drop(one)
         return bool(oldest)
 
     def _set_by(self) -> None:
@@ -297,7 +286,7 @@ class Spool:
         if not reserve.exists():
             # a full disk has no reserve until there is room again
             with contextlib.suppress(OSError):
-                _write_whole(reserve, bytes(RESERVE_BYTES))
+                durable.write_whole(reserve, bytes(RESERVE_BYTES))
 
 
 @contextlib.contextmanager
@@ -323,43 +312,3 @@ def _is_whole(path: Path) -> bool:
     except Refused:
         return False
     return True
-
-
-def _write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
-    """Write atomically; the name is durable only once the folder is synced, too."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(body)
-            file.flush()
-            if synced:
-                _sync(file.fileno())
-        _renamed(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _renamed(before: Path, path: Path) -> None:
-    # not by pathlib: it interns every part of every name, and Python's intern table would grow with each batch
-    os.replace(before, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in the folder durable. A failure is ignored: the files are in place already."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            _sync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    """Flush to the drive itself; on macOS fsync alone stops at the drive's cache."""
-    if sys.platform == "darwin":
-        # some file systems do not support it
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(descriptor)

@@ -188,7 +188,7 @@ def test_a_broken_batch_is_rebuilt_and_the_answers_are_the_same(mlx: MLXEngine) 
     def broken(chunk_tok: int) -> None:
         raise RuntimeError("as if one row had broken the batch")
 
-    mlx._batches[0].step = broken  # type: ignore[method-assign, assignment]
+    mlx._rows.batches[0].step = broken  # type: ignore[method-assign, assignment]
     while mlx.busy:
         for answer in mlx.step():
             got[answer.id].append(answer)  # type: ignore[union-attr]
@@ -277,7 +277,12 @@ def test_requests_beyond_the_rows_are_queued(mlx: MLXEngine) -> None:
     answers = run(mlx, *(ask(n, f"question {n}", max_tokens=5) for n in range(1, 13)))
     assert all(done_of(a).completion_tok <= 5 for a in answers.values())
     assert mlx.report().queue_max >= 8
-    assert (len(mlx._rows), mlx._waiting, mlx._prefilling, [b.rows for b in mlx._batches]) == (0, [], [], [{}])
+    assert (len(mlx._rows.by_id), mlx._rows.waiting, mlx._rows.prefilling, [b.rows for b in mlx._rows.batches]) == (
+        0,
+        [],
+        [],
+        [{}],
+    )
 
 
 def scored_of(answers: list[Frame]) -> list[Scored]:
@@ -364,7 +369,7 @@ def test_a_schema_survives_a_rebuilt_batch(mlx: MLXEngine) -> None:
     def broken(chunk_tok: int) -> None:
         raise RuntimeError("as if a row had broken the batch")
 
-    mlx._batches[0].step = broken  # type: ignore[method-assign, assignment]
+    mlx._rows.batches[0].step = broken  # type: ignore[method-assign, assignment]
     while mlx.busy:
         got += mlx.step()
     assert whole == text_of(got)

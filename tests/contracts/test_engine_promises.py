@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 
 from agent.loader.disk_cache import DiskCache
+from agent.loader.mlx import entries
 from agent.loader.mlx.engine import MLXEngine
 from agent.wire.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
 from tests.contracts.test_engine import ask, done_of, random_schema, run, submit, text_of
@@ -101,7 +102,7 @@ def test_rows_of_unequal_length_do_not_pay_for_padding(roomy_model: Path) -> Non
     peak = 0
     while engine.busy:
         ends += [a.id for a in engine.step() if isinstance(a, Done)]
-        peak = max(peak, engine.kv_bytes)
+        peak = max(peak, engine._rows.kv_bytes)
     engine.close()
     each = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
     total_tok = sum(len(prompt) + 8 for prompt in prompts)
@@ -135,7 +136,7 @@ def test_rows_that_outgrow_memory_wait_and_give_the_same_answer(roomy_model: Pat
     while tight.busy:
         for answer in tight.step():
             got[answer.id].append(answer)  # type: ignore[union-attr]
-        assert tight.kv_bytes <= (1536 + 4 * 256) * each, "one step may pass the bound before it is seen"
+        assert tight._rows.kv_bytes <= (1536 + 4 * 256) * each, "one step may pass the bound before it is seen"
     report = tight.report()
     tight.close()
     assert expected == {n: text_of(a) for n, a in got.items()}
@@ -163,15 +164,15 @@ def test_two_hundred_random_cancels_leave_nothing(mlx: MLXEngine) -> None:
         for victim in [one for one in alive if dice.random() < 0.15]:
             mlx.cancel(victim)
             alive.discard(victim)
-            assert victim not in mlx._rows
-        running = [row.id for batch in mlx._batches for row in batch.rows.values()]
-        waiting = [row.id for row in mlx._waiting]
-        assert sorted(running + waiting) == sorted(alive) == sorted(mlx._rows)
-        assert {row.id for row in mlx._prefilling} <= set(running)
+            assert victim not in mlx._rows.by_id
+        running = [row.id for batch in mlx._rows.batches for row in batch.rows.values()]
+        waiting = [row.id for row in mlx._rows.waiting]
+        assert sorted(running + waiting) == sorted(alive) == sorted(mlx._rows.by_id)
+        assert {row.id for row in mlx._rows.prefilling} <= set(running)
     assert 0 < ended < 200
     assert not mlx.busy
     mlx.step()
-    assert (mlx.kv_bytes, mlx._waiting, mlx._prefilling) == (0, [], [])
+    assert (mlx._rows.kv_bytes, mlx._rows.waiting, mlx._rows.prefilling) == (0, [], [])
     assert text_of(run(mlx, ask(999))[999])
 
 
@@ -205,17 +206,17 @@ def test_a_stop_string_never_leaks_and_costs_at_most_one_token(mlx: MLXEngine) -
 def test_a_row_whose_logits_processor_raises_fails_alone(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [ask(n, f"question {n}", max_tokens=20) for n in (1, 2, 3)]
     alone = {r.id: text_of(run(mlx, r)[r.id]) for r in requests}
-    plain = mlx._processors
+    plain = entries.processors
 
-    def with_one_that_raises(row: Any) -> list[Any]:
+    def with_one_that_raises(model: Any, row: Any) -> list[Any]:
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             if len(tokens) > len(row.prompt) + 4:
                 raise RuntimeError("as a grammar might")
             return logits
 
-        return [process] if row.id == 9 else plain(row)
+        return [process] if row.id == 9 else plain(model, row)
 
-    monkeypatch.setattr(mlx, "_processors", with_one_that_raises)
+    monkeypatch.setattr(entries, "processors", with_one_that_raises)
     got = run(mlx, *requests[:2], ask(9, "the bad one", max_tokens=20), requests[2])
     assert alone == {n: text_of(got[n]) for n in (1, 2, 3)}
     assert isinstance(got[9][-1], Failed)
@@ -434,7 +435,7 @@ def test_a_fault_in_planning_is_survived(mlx: MLXEngine, monkeypatch: pytest.Mon
     alone = text_of(run(mlx, ask(1, max_tokens=20))[1])
     submit(mlx, ask(2, max_tokens=20))
     got: list[Frame] = [frame for _ in range(3) for frame in mlx.step()]
-    plain = mlx._make_room
+    plain = mlx._scheduler.make_room
     raised: list[int] = []
 
     def once() -> None:
@@ -443,7 +444,7 @@ def test_a_fault_in_planning_is_survived(mlx: MLXEngine, monkeypatch: pytest.Mon
             raise RuntimeError("as if memory had run out")
         plain()
 
-    monkeypatch.setattr(mlx, "_make_room", once)
+    monkeypatch.setattr(mlx._scheduler, "make_room", once)
     while mlx.busy:
         got += mlx.step()
     assert alone == text_of(got)

@@ -319,7 +319,7 @@ def test_beyond_loopback_needs_keys(tmp_path: Path) -> None:
         agent.start(wait=False)
         assert agent.process is not None
         assert agent.process.wait(timeout=20) == os.EX_CONFIG
-        assert "there is no [[keys]] entry" in agent.output()
+        assert "no [[keys]] entry exists" in agent.output()
 
 
 def test_a_missing_model_fails_alone(tmp_path: Path) -> None:

@@ -57,8 +57,7 @@ def written(tree: Any, path: str, limit: int) -> str:
 
 def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
     """A boolean; null and a missing field are false."""
-    value = tree.get(name)
-    if value is None:
+    if (value := tree.get(name)) is None:
         return False
     if not isinstance(value, bool):
         raise wrong(path or name, "true or false")
@@ -67,8 +66,7 @@ def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
 
 def integer(tree: dict[str, Any], name: str, low: int, high: int) -> int | None:
     """An integer within bounds; None if absent."""
-    value = tree.get(name)
-    if value is None:
+    if (value := tree.get(name)) is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong(name, f"an integer from {low} to {high}")
@@ -77,8 +75,7 @@ def integer(tree: dict[str, Any], name: str, low: int, high: int) -> int | None:
 
 def number(tree: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
     """A number within bounds."""
-    value = tree.get(name)
-    if value is None:
+    if (value := tree.get(name)) is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise wrong(name, f"a number from {low:g} to {high:g}")

@@ -18,14 +18,8 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 ADVISORY = frozenset(
     {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 )
 """Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure."""
@@ -125,32 +119,13 @@ def parse_embeddings(body: bytes) -> EmbedRequest:
 
 _SAMPLING = frozenset(
     {
-        "model",
-        "n",
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "stop",
-        "logprobs",
-        "frequency_penalty",
-        "presence_penalty",
-        "logit_bias",
-        "timings",
+        *("model", "n", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"),
+        *("frequency_penalty", "presence_penalty", "logit_bias", "timings"),
     }
 )
 _CHAT = _SAMPLING | {
-    "messages",
-    "max_completion_tokens",
-    "top_logprobs",
-    "response_format",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "chat_template_kwargs",
+    *("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"),
 }
 _TEXT = _SAMPLING | {"prompt"}
 _EMBED = frozenset({"model", "input", "encoding_format"})
@@ -226,8 +201,7 @@ def _chat_logprobs(tree: dict[str, Any]) -> int | None:
 
 
 def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
-    bias = tree.get("logit_bias")
-    if bias is None:
+    if (bias := tree.get("logit_bias")) is None:
         return ()
     if not isinstance(bias, dict) or len(bias) > 1024:
         raise wrong("logit_bias", "an object of at most 1024 token ids and numbers")
@@ -243,8 +217,7 @@ def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
 
 def _schema(tree: dict[str, Any]) -> str | None:
     """The JSON schema that ``response_format`` requires, as text; None for free text."""
-    wanted = tree.get("response_format")
-    if wanted is None:
+    if (wanted := tree.get("response_format")) is None:
         return None
     if not isinstance(wanted, dict):
         raise wrong("response_format", "an object")
@@ -270,26 +243,18 @@ def _schema(tree: dict[str, Any]) -> str | None:
 
 
 def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
-    options = tree.get("stream_options")
-    if options is None:
+    if (options := tree.get("stream_options")) is None:
         return False
     if not isinstance(options, dict):
         raise wrong("stream_options", "an object")
     if not stream:
         raise Refused("stream_options needs stream: true", code="invalid_value", param="stream_options")
-    for key in options:
-        if key not in ("include_usage", "include_obfuscation"):
-            raise Refused(
-                f"unknown field stream_options.{shown(key)}",
-                code="unknown_parameter",
-                param=f"stream_options.{shown(key)}",
-            )
+    only(options, frozenset({"include_usage", "include_obfuscation"}), "stream_options")
     return boolean(options, "include_usage", "stream_options.include_usage")
 
 
 def _stop(tree: dict[str, Any]) -> tuple[str, ...]:
-    stop = tree.get("stop")
-    if stop is None:
+    if (stop := tree.get("stop")) is None:
         return ()
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:

@@ -7,7 +7,6 @@ from mlx_lm.generate import BatchGenerator
 
 from agent.loader.mlx.kv import Layers
 from agent.loader.mlx.sampling import Processor, Sampler
-from agent.loader.scheduling import Block
 
 if TYPE_CHECKING:
     from agent.loader.mlx.row import Row
@@ -45,11 +44,6 @@ class Batch:
             prefill_step_size=chunk_tok,
         )
         self.rows: dict[int, Row] = {}
-
-    @property
-    def block(self) -> Block:
-        """Its memory use."""
-        return Block(len(self.rows), max((row.length_tok for row in self.rows.values()), default=0))
 
     def add(self, rows: Sequence["Row"], entries: Sequence[Entry]) -> None:
         """Add rows; they are prefilled together."""

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from tokenizers import Tokenizer
 
 from agent.loader.blas import REFERENCE
+from agent.loader.counts import Counts
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
 from agent.loader.mlx.pooling import done, unit_bytes
@@ -129,14 +130,13 @@ class EncoderEngine:
         began = time.perf_counter()
         never_wire_memory()
         self._folder = Path(path)
-        self._blas = blas
-        self._batch_tok = batch_tok
+        self._blas, self._batch_tok = blas, batch_tok
         try:
             self._load()
         except Exception as error:  # noqa: BLE001  # damaged files may raise anything
             raise cannot_load(self._folder, error) from None
         self._work: dict[int, _Work] = {}
-        self._window: dict[str, int] = {}
+        self._counts = Counts()
         mx.reset_peak_memory()
         self._vectors([[0]])
         self._warm_peak = mx.get_peak_memory()
@@ -199,17 +199,16 @@ class EncoderEngine:
         while work.inputs and (not batch or (len(batch) + 1) * _longest(batch, work.inputs[0]) <= self._batch_tok):
             batch.append(work.inputs.popleft())
         made: list[Frame] = [Embedded(id=number, vectors=tuple(self._vectors(batch)))]
-        self._count("busy_prefill_us", int((time.perf_counter() - began) * 1e6))
-        self._count("prefill_tok", sum(len(ids) for ids in batch))
-        self._count("steps", 1)
+        self._counts.add("busy_prefill_us", int((time.perf_counter() - began) * 1e6))
+        self._counts.add("prefill_tok", sum(len(ids) for ids in batch))
+        self._counts.add("steps", 1)
         if work.inputs:
             return made
         del self._work[number]
         return [*made, done(number, work.prompt_tok, work.since_s)]
 
     def report(self) -> Reported:
-        window, self._window = self._window, {}
-        return Reported(**window, active_bytes=mx.get_active_memory())
+        return Reported(**self._counts.taken(), active_bytes=mx.get_active_memory())
 
     def working(self) -> Working:
         return Working(active_bytes=mx.get_active_memory(), reuse_bytes=mx.get_cache_memory())
@@ -231,9 +230,6 @@ class EncoderEngine:
         pooled = hidden[:, 0] if self._by_first else (hidden * mask[:, :, None]).sum(axis=1)
         mx.eval(pooled)
         return [unit_bytes(pooled[number]) for number in range(len(batch))]
-
-    def _count(self, name: str, amount: int) -> None:
-        self._window[name] = self._window.get(name, 0) + amount
 
 
 def _longest(batch: list[list[int]], one: list[int]) -> int:

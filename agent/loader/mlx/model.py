@@ -86,21 +86,14 @@ class TextModel:
 
     def prepare(self, request: Generate) -> Prepared | Failed:
         """Tokens, limits and grammar of a request, or the reason why it cannot be served."""
-        too_long = self._surely_too_long(request)
-        if too_long is not None:
-            return too_long
-        refusal = self._unfit(request)
-        if refusal is not None:
+        if refusal := self._surely_too_long(request) or self._unfit(request):
             return refusal
         try:
             prompt = self._prompt_tokens(request)
         except Exception as error:  # noqa: BLE001  # a template may raise anything; the text may quote the prompt
-            return _failed(
-                request,
-                f"the model's chat template rejected these messages ({type(error).__name__})",
-                "messages" if request.prompt is None else "prompt",
-                code="template_error",
-            )
+            message = f"the model's chat template rejected these messages ({type(error).__name__})"
+            param = "messages" if request.prompt is None else "prompt"
+            return _failed(request, message, param, code="template_error")
         if not prompt:
             message = "the model's chat template rendered an empty prompt from these messages"
             return _failed(request, message, "messages", code="template_error")
@@ -113,9 +106,8 @@ class TextModel:
         try:
             extra = self._extra(request, prompt)
         except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may raise anything
-            return _failed(
-                request, f"this model does not support the constraints ({type(error).__name__})", _param(request)
-            )
+            message = f"this model does not support the constraints ({type(error).__name__})"
+            return _failed(request, message, _param(request))
         return extra if isinstance(extra, Failed) else Prepared(request, (prompt,), wanted, extra)
 
     def prepared(self, request: Generate, prompt: list[int], max_tokens: int) -> Prepared:
@@ -209,8 +201,7 @@ class TextModel:
         if beyond:
             message = f"logit_bias: token id out of range; this model has {known} tokens"
             return _failed(request, message, "logit_bias")
-        unknown = self._unknown_to_template(request)
-        if unknown is not None:
+        if (unknown := self._unknown_to_template(request)) is not None:
             message = f"chat_template_kwargs: this model's template has no variable {unknown[:64]}"
             return _failed(request, message, "chat_template_kwargs")
         effort = request.reasoning_effort
@@ -257,10 +248,7 @@ class TextModel:
         """An argument for the template that is not one of its variables, or is reserved for the renderer."""
         named = json.loads(request.template_args) if request.template_args else {}
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
-        return next(
-            (k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)),
-            None,
-        )
+        return next((k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)), None)
 
     def _is_special(self, text: str) -> bool:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})

@@ -10,6 +10,7 @@ from agent.loader.mlx.model import Extra
 from agent.loader.mlx.speech import Said, Speech
 from agent.loader.prompt_cache import Tokens as TokenArray
 from agent.loader.prompt_cache import as_tokens
+from agent.loader.row_placement import Candidate
 from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
 from agent.wire.frames import Done, Generate
@@ -63,9 +64,24 @@ class Row:
         """Whether it is in a batch and its prompt is not fully computed."""
         return self.batch is not None and self.left_tok > 0
 
+    @property
+    def apart(self) -> bool:
+        """Whether it failed together with other rows, and must first succeed alone."""
+        return self.breaks > 1
+
+    @property
+    def state(self) -> tuple[Layers, list[int]] | None:
+        """A running row's state and the tokens that it covers."""
+        assert self.batch is not None
+        return self.batch.state(self)
+
     def turn(self, now_s: float) -> Turn:
         """The row as input of scheduling."""
         return Turn(self.id, self.left_tok, now_s - self.since_s)
+
+    def candidate(self, now_s: float) -> Candidate:
+        """The row as input of placement."""
+        return Candidate(self.turn(now_s), self.length_tok, self.max_tokens - len(self.made), self.apart)
 
     def take(self, token: int, finish: str | None) -> tuple[Said, bool]:
         """Add a token: the text it yields, and whether it completed a stop string."""

@@ -52,8 +52,7 @@ class PromptStates:
 
     def find(self, tokens: Tokens) -> tuple[kv.Layers, int]:
         """A state to start from, owned by the row, and the number of tokens that it covers."""
-        hit = self._memory.find(tokens)
-        if hit is None:
+        if (hit := self._memory.find(tokens)) is None:
             return make_prompt_cache(self._weights), 0
         return (kv.join(hit.pieces) if self.sliceable else kv.detached(hit.pieces[0][0])), hit.common_tok
 

@@ -4,10 +4,9 @@ A plug without a meter omits the value; a negative value means reversed wiring o
 is a node's consumption, so neither is a reading.
 """
 
-import json
 from typing import Any
 
-from agent.telemetry.sensors.reading import text_of
+from agent.telemetry.sensors.reading import json_object, number
 
 MOST_W = 20_000.0
 PATHS = {
@@ -22,26 +21,26 @@ PATHS = {
 
 def parse_shelly(raw: bytes) -> float | None:
     """``apower`` (or ``act_power`` of an energy meter) of a component's status, generation 2 and later."""
-    tree = _tree(raw)
-    return _watts(tree.get("apower", tree.get("act_power")))
+    tree = json_object(raw)
+    return number(tree.get("apower", tree.get("act_power")), MOST_W)
 
 
 def parse_shelly_gen1(raw: bytes, channel: int) -> float | None:
     """``meters[channel].power`` of /status; None where ``is_valid`` is false."""
-    meter = _at(_tree(raw).get("meters"), channel)
+    meter = _at(json_object(raw).get("meters"), channel)
     if not isinstance(meter, dict) or meter.get("is_valid") is False:
         return None
-    return _watts(meter.get("power"))
+    return number(meter.get("power"), MOST_W)
 
 
 def parse_tasmota(raw: bytes, channel: int) -> float | None:
     """``StatusSNS.ENERGY.Power``; firmware for several outlets returns a list."""
-    status = _tree(raw).get("StatusSNS")
+    status = json_object(raw).get("StatusSNS")
     energy = status.get("ENERGY") if isinstance(status, dict) else None
     power = energy.get("Power") if isinstance(energy, dict) else None
     if isinstance(power, list):
-        return _watts(_at(power, channel))
-    return _watts(power) if channel == 0 else None
+        return number(_at(power, channel), MOST_W)
+    return number(power, MOST_W) if channel == 0 else None
 
 
 def parse(kind: str, raw: bytes, channel: int) -> float | None:
@@ -51,19 +50,5 @@ def parse(kind: str, raw: bytes, channel: int) -> float | None:
     return parse_shelly_gen1(raw, channel) if kind == "shelly_gen1" else parse_shelly(raw)
 
 
-def _tree(raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text_of(raw))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _at(found: Any, index: int) -> Any:
     return found[index] if isinstance(found, list) and 0 <= index < len(found) else None
-
-
-def _watts(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value < MOST_W else None

@@ -20,8 +20,7 @@ class Lookups:
 
     async def ask(self, what: Hashable, question: Callable[[], Any]) -> Any:
         """The result of ``question``, or of the pending one for the same ``what``. Raises what it raises."""
-        answer = self._asked.get(what)
-        if answer is None:
+        if (answer := self._asked.get(what)) is None:
             loop = asyncio.get_running_loop()
             answer = loop.create_future()
             threading.Thread(target=_answer, args=(loop, answer, question), daemon=True, name="lookup").start()

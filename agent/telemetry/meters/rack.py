@@ -36,8 +36,7 @@ class RackMeters:
         self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._meters = tuple(meters)
-        self._environ = environ
-        self._clock = clock
+        self._environ, self._clock = environ, clock
         self._gauges = {meter.name: Gauge() for meter in meters}
         self._last: dict[str, float] = {}
         self._energy_mj: dict[str, int] = {}
@@ -159,8 +158,7 @@ class RackMeters:
         """
         if not meter.secret:
             return ""
-        known = self._secrets.get(meter.secret)
-        if known is not None:
+        if (known := self._secrets.get(meter.secret)) is not None:
             return known
         try:
             async with asyncio.timeout(SECRET_S):
@@ -183,7 +181,7 @@ class RackMeters:
 
     def _failed(self, meter: Meter, why: str) -> None:
         self._secrets.pop(meter.secret, None)
-        self._gauges[meter.name].gone(self._clock())
+        self._gauges[meter.name].add(self._clock(), None)
         self._last.pop(meter.name, None)
         if self.problems.get(meter.name) != why:
             log.warning("meter_failed", meter=meter.name, reason=why)

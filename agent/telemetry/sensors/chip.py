@@ -1,7 +1,6 @@
 """Temperatures, fans and power of the chip, from the best available source: the SMC, else macmon; on Linux hwmon and
 thermal zones. One reading is shared by all collectors."""
 
-import contextlib
 import json
 import shutil
 import sys
@@ -15,8 +14,8 @@ import msgspec
 from agent.telemetry.sensors import smc
 from agent.telemetry.sensors.child import FIRST_S, Child
 from agent.telemetry.sensors.macmon import Macmon, parse_macmon
-from agent.telemetry.sensors.reading import Failure, Source, text_of
-from agent.telemetry.sensors.source import Guarded, file_bytes, preferred
+from agent.telemetry.sensors.reading import MOST_RPM, Failure, Source, text_of
+from agent.telemetry.sensors.source import Guarded, bytes_or_none, preferred
 
 FRESH_S = 0.5
 """Collectors that read within this time share one reading."""
@@ -76,7 +75,7 @@ def parse_millidegrees(raw: bytes) -> float | None:
 def parse_rpm(raw: bytes) -> int | None:
     """Revolutions per minute from a hwmon fan."""
     text = text_of(raw).strip()
-    return int(text) if text.isdigit() and int(text[:9]) <= smc.MOST_RPM and raw.endswith(b"\n") else None
+    return int(text) if text.isdigit() and int(text[:9]) <= MOST_RPM and raw.endswith(b"\n") else None
 
 
 class Chip:
@@ -91,9 +90,7 @@ class Chip:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_mac = platform == "darwin"
-        self._sys_class = sys_class
-        self._open_smc = open_smc
-        self._clock = clock
+        self._sys_class, self._open_smc, self._clock = sys_class, open_smc, clock
         # thermal and power read from their own threads
         self._lock = threading.Lock()
         self._smc: smc.Smc | None = None
@@ -140,8 +137,7 @@ class Chip:
 
     def _read(self) -> ChipReading | None:
         for name, read in self._readers().items():
-            found = self.guards[name].call(read)
-            if found is not None:
+            if (found := self.guards[name].call(read)) is not None:
                 self._answered = name
                 if name != "macmon" and self._macmon is not None:
                     # its output would no longer be read, and stale output would later be taken for current
@@ -177,7 +173,8 @@ class Chip:
         sensors, fans = self._hwmon()
         if not sensors:
             zones = sorted((self._sys_class / "thermal").glob("thermal_zone*/temp"))
-            sensors = {"zones": [t for t in (_read_millidegrees(path) for path in zones) if t is not None]}
+            found = [parse_millidegrees(bytes_or_none(path)) for path in zones]
+            sensors = {"zones": [celsius for celsius in found if celsius is not None]}
         cpu = [t for name in _CPU_SENSORS for t in sensors.get(name, [])]
         hottest = max(cpu or [t for group in sensors.values() for t in group], default=None)
         if hottest is None and not fans:
@@ -188,14 +185,13 @@ class Chip:
         sensors: dict[str, list[float]] = {}
         fans: list[int] = []
         for folder in sorted((self._sys_class / "hwmon").glob("hwmon*")):
-            name = _first_word(folder / "name")
-            found = [_read_millidegrees(path) for path in sorted(folder.glob("temp*_input"))]
+            name = text_of(bytes_or_none(folder / "name")).strip()
+            found = [parse_millidegrees(bytes_or_none(path)) for path in sorted(folder.glob("temp*_input"))]
             if kept := [t for t in found if t is not None]:
                 sensors.setdefault(name, []).extend(kept)
             for path in sorted(folder.glob("fan*_input")):
-                with contextlib.suppress(Failure):
-                    rpm = parse_rpm(file_bytes(path))
-                    fans += [rpm] if rpm is not None else []
+                rpm = parse_rpm(bytes_or_none(path))
+                fans += [rpm] if rpm is not None else []
         return sensors, fans
 
 
@@ -203,8 +199,7 @@ class MacmonPipe:
     """`macmon pipe`; its last line is the current reading. Raises Failure where it is not installed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, program: str = "macmon") -> None:
-        path = shutil.which(program)
-        if path is None:
+        if (path := shutil.which(program)) is None:
             raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
         self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
         self._clock = clock
@@ -232,22 +227,6 @@ class MacmonPipe:
         self._child.close()
 
 
-def _read_millidegrees(path: Path) -> float | None:
-    try:
-        return parse_millidegrees(file_bytes(path))
-    except Failure:
-        return None
-
-
-def _first_word(path: Path) -> str:
-    try:
-        return text_of(file_bytes(path)).strip()
-    except Failure:
-        return ""
-
-
 def _seen(reading: ChipReading) -> str:
-    fields = {
-        k: v for k, v in msgspec.structs.asdict(reading).items() if v not in (None, (), False, "") and k != "source"
-    }
-    return json.dumps(fields)
+    fields = msgspec.structs.asdict(reading).items()
+    return json.dumps({k: v for k, v in fields if v not in (None, (), False, "") and k != "source"})

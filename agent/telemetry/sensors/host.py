@@ -12,19 +12,13 @@ import psutil
 
 from agent.telemetry.sensors import sysctl
 from agent.telemetry.sensors.reading import Failure, Reading, Source, text_of
-from agent.telemetry.sensors.source import command_bytes, file_bytes
+from agent.telemetry.sensors.source import bytes_or_none, command_bytes
 from shared.batch import MAX_COUNT
 from shared.records import Hardware, HostSample
 
 _SYSCTLS = (
-    "hw.model",
-    "machdep.cpu.brand_string",
-    "hw.memsize",
-    "hw.perflevel0.logicalcpu",
-    "hw.perflevel1.logicalcpu",
-    "hw.nperflevels",
-    "kern.osproductversion",
-    "kern.osversion",
+    *("hw.model", "machdep.cpu.brand_string", "hw.memsize", "hw.nperflevels"),
+    *("hw.perflevel0.logicalcpu", "hw.perflevel1.logicalcpu", "kern.osproductversion", "kern.osversion"),
 )
 
 
@@ -72,26 +66,23 @@ def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
 def hardware_id() -> str:
     """A stable, hashed id of this machine, to detect a copied disk; "unknown" where there is none."""
     found = ""
-    try:
-        if sys.platform == "darwin":
+    if sys.platform != "darwin":
+        found = text_of(bytes_or_none(Path("/etc/machine-id"))).strip()
+    else:
+        with contextlib.suppress(Failure):
             text = text_of(command_bytes("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"))
             match = re.search(r'"IOPlatformUUID" = "([^"]+)"', text)
             found = match[1] if match else ""
-        else:
-            found = text_of(file_bytes(Path("/etc/machine-id"))).strip()
-    except Failure:
-        pass
     return hashlib.sha256(f"mlxrack:{found}".encode()).hexdigest()[:16] if found else "unknown"
 
 
 def boot_id() -> str:
     """Changes with every boot; "" where it cannot be read."""
-    try:
-        if sys.platform == "darwin":
-            return text_of(command_bytes("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")).strip()
-        return text_of(file_bytes(Path("/proc/sys/kernel/random/boot_id"))).strip()
-    except Failure:
-        return ""
+    if sys.platform != "darwin":
+        return text_of(bytes_or_none(Path("/proc/sys/kernel/random/boot_id"))).strip()
+    with contextlib.suppress(Failure):
+        return text_of(command_bytes("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")).strip()
+    return ""
 
 
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
@@ -125,10 +116,7 @@ def hardware_of(values: dict[str, str], memory_bytes: int) -> Hardware:
 
 
 def _linux_chip() -> str:
-    try:
-        match = re.search(r"^model name\s*: (.+)\n", text_of(file_bytes(Path("/proc/cpuinfo"))), re.MULTILINE)
-    except Failure:
-        return ""
+    match = re.search(r"^model name\s*: (.+)\n", text_of(bytes_or_none(Path("/proc/cpuinfo"))), re.MULTILINE)
     return match[1].strip() if match else ""
 
 

@@ -5,14 +5,9 @@ the SMC itself cannot be read, and are labelled as such. Fields differ between v
 0.0 degrees or watts mean "no reading".
 """
 
-import json
-from typing import Any
-
 import msgspec
 
-from agent.telemetry.sensors.reading import text_of
-
-MOST_W = 1_000.0
+from agent.telemetry.sensors.reading import MOST_RPM, MOST_W, json_object, number
 
 
 class Macmon(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,30 +22,22 @@ class Macmon(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_macmon(raw: bytes) -> Macmon | None:
     """Parse one line of `macmon pipe`; None for anything else, including a truncated line."""
-    try:
-        tree = json.loads(text_of(raw))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(tree, dict) or not isinstance(tree.get("temp"), dict):
+    tree = json_object(raw)
+    if not isinstance(tree.get("temp"), dict):
         return None
     fans = tree.get("fans")
-    rpm = [_number(fan.get("rpm"), 20_000) for fan in fans if isinstance(fan, dict)] if isinstance(fans, list) else []
+    listed = [fan for fan in fans if isinstance(fan, dict)] if isinstance(fans, list) else []
+    rpm = [number(fan.get("rpm"), MOST_RPM) for fan in listed]
     return Macmon(
         cpu_mean_c=_celsius(tree["temp"].get("cpu_temp_avg")),
         gpu_mean_c=_celsius(tree["temp"].get("gpu_temp_avg")),
         fans_rpm=tuple(round(one) for one in rpm if one is not None),
-        system_w=_number(tree.get("sys_power"), MOST_W) or None,
+        system_w=number(tree.get("sys_power"), MOST_W) or None,
         # a CPU power of exactly 0 means that it is not measured (as in macOS 27), and the sum lacks it
-        soc_w=None if tree.get("cpu_power") == 0 else _number(tree.get("all_power"), MOST_W) or None,
+        soc_w=None if tree.get("cpu_power") == 0 else number(tree.get("all_power"), MOST_W) or None,
     )
 
 
-def _celsius(value: Any) -> float | None:
-    found = _number(value, 120.0)
+def _celsius(value: object) -> float | None:
+    found = number(value, 120.0)
     return found if found is not None and found > 15.0 else None
-
-
-def _number(value: Any, below: float) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value < below else None

@@ -8,14 +8,16 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import psutil
 
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors import sysctl, vm
-from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, known, merged, text_of
 from agent.telemetry.sensors.source import Guarded, command_bytes, file_bytes
+from agent.telemetry.sensors.system_library import LIBRARY
 from shared.records import HostSample
 
 PRESSURE_LEVEL = "kern.memorystatus_vm_pressure_level"
@@ -54,11 +56,16 @@ def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | N
 class MacMemory:
     """Readings of macOS, through the system library or, where that fails, its commands."""
 
-    def __init__(self, library: str = vm.LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
-        self._library = library
-        self._run = run
-        self._sysctl: sysctl.Sysctl | None = None
-        self._statistics: vm.HostStatistics | None = None
+    def __init__(self, library: str = LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
+        self._library, self._run = library, run
+
+    @cached_property
+    def _sysctl(self) -> sysctl.Sysctl:
+        return sysctl.Sysctl(self._library)
+
+    @cached_property
+    def _statistics(self) -> vm.HostStatistics:
+        return vm.HostStatistics(self._library)
 
     def level(self) -> str:
         """Name of the kernel's pressure level. Raises Failure."""
@@ -67,39 +74,25 @@ class MacMemory:
     def integer(self, name: str) -> int:
         """An integer by its sysctl name. Raises Failure."""
         try:
-            if self._sysctl is None:
-                self._sysctl = sysctl.Sysctl(self._library)
             return self._sysctl.integer(name)
         except Failure:
             values = sysctl.parse_sysctl(self._run("/usr/sbin/sysctl", name))
-            found = sysctl.parse_integer(values.get(name, ""))
-            if found is None:
-                raise Failure(f"sysctl {name}: not an integer") from None
-            return found
+            return known(sysctl.parse_integer(values.get(name, "")), f"sysctl {name}: not an integer")
 
     def vm(self) -> tuple[vm.Vm, str]:
         """Memory by kind, and the source. Raises Failure."""
         try:
-            if self._statistics is None:
-                self._statistics = vm.HostStatistics(self._library)
             return self._statistics.read(), "host_statistics64"
         except Failure:
-            found = vm.parse_vm_stat(self._run("/usr/bin/vm_stat"))
-            if found is None:
-                raise Failure("vm_stat: unexpected output") from None
-            return found, "vm_stat"
+            return known(vm.parse_vm_stat(self._run("/usr/bin/vm_stat")), "vm_stat: unexpected output"), "vm_stat"
 
     def swap(self) -> tuple[int, int]:
         """Total and used bytes of swap. Raises Failure."""
         try:
-            if self._sysctl is None:
-                self._sysctl = sysctl.Sysctl(self._library)
             return self._sysctl.swap()
         except Failure:
-            found = sysctl.parse_swapusage(self._run("/usr/sbin/sysctl", "vm.swapusage"))
-            if found is None:
-                raise Failure("sysctl vm.swapusage: unexpected output") from None
-            return found
+            raw = self._run("/usr/sbin/sysctl", "vm.swapusage")
+            return known(sysctl.parse_swapusage(raw), "sysctl vm.swapusage: unexpected output")
 
 
 class MemoryCollector:
@@ -116,8 +109,7 @@ class MemoryCollector:
     ) -> None:
         self._is_mac = platform == "darwin"
         self._mac = mac or MacMemory()
-        self._psi = psi
-        self._clock = clock
+        self._psi, self._clock = psi, clock
         self._used = Gauge()
         self._worst = "unknown"
         self._counters: dict[str, int] = {}
@@ -132,16 +124,12 @@ class MemoryCollector:
         level = self._guards["pressure"].call(self._mac.level)
         self._worst = worse(self._worst, level or "unknown")
         found = self._guards["vm"].call(self._mac.vm)
-        if found is None:
-            self._used.gone(now)
-        else:
-            self._used.add(now, found[0].used_bytes)
+        self._used.add(now, None if found is None else found[0].used_bytes)
 
     def read(self) -> Reading:
         self.poll()
         sample = self._read_mac() if self._is_mac else self._read_linux()
-        seen = self._used.close(self._clock())
-        if seen is not None:
+        if (seen := self._used.close(self._clock())) is not None:
             used = HostSample(memory_used_bytes=round(seen.mean), memory_used_max_bytes=round(seen.most))
             sample = merged(sample, used)
         failed = {guard.name: guard.reason for guard in self._guards.values() if guard.reason}
@@ -168,10 +156,7 @@ class MemoryCollector:
         )
 
     def _stalled_us(self) -> int:
-        found = parse_psi_total_us(file_bytes(self._psi))
-        if found is None:
-            raise Failure(f"{self._psi}: unexpected content")
-        return found
+        return known(parse_psi_total_us(file_bytes(self._psi)), f"{self._psi}: unexpected content")
 
     def _read_mac(self) -> HostSample:
         total = psutil.virtual_memory().total
@@ -197,8 +182,7 @@ class MemoryCollector:
         return merged(parts, whole)
 
     def _parts(self) -> HostSample:
-        found = self._guards["vm"].call(self._mac.vm)
-        if found is None:
+        if (found := self._guards["vm"].call(self._mac.vm)) is None:
             return HostSample()
         parts, source = found
         both = parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None

@@ -1,13 +1,12 @@
 """A number that macOS publishes under a key by notify(3): its current value, and a descriptor that becomes readable
 when it is published again. Unprivileged. Signatures: <notify.h>."""
 
-import ctypes
 import os
 from ctypes import byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 
 from agent.telemetry.sensors.reading import Failure
+from agent.telemetry.sensors.system_library import LIBRARY, functions
 
-LIBRARY = "/usr/lib/libSystem.B.dylib"
 _OK = 0
 
 
@@ -15,15 +14,13 @@ class Notify:
     """One key. Raises Failure when notify(3) is missing or refuses. Must be closed."""
 
     def __init__(self, key: str, library: str = LIBRARY) -> None:
-        try:
-            self._lib = ctypes.CDLL(library)
-            self._lib.notify_register_file_descriptor.argtypes = [c_char_p, c_void_p, c_int, c_void_p]
-            self._lib.notify_get_state.argtypes = [c_int, c_void_p]
-            for name in ("notify_register_file_descriptor", "notify_get_state", "notify_cancel"):
-                getattr(self._lib, name).restype = c_uint32
-            self._lib.notify_cancel.argtypes = [c_int]
-        except (OSError, AttributeError) as error:
-            raise Failure(f"notify(3): {type(error).__name__}") from None
+        self._lib = functions(
+            library,
+            "notify(3): {}",
+            notify_register_file_descriptor=(c_uint32, c_char_p, c_void_p, c_int, c_void_p),
+            notify_get_state=(c_uint32, c_int, c_void_p),
+            notify_cancel=(c_uint32, c_int),
+        )
         descriptor, token = c_int(-1), c_int(-1)
         status = self._lib.notify_register_file_descriptor(key.encode(), byref(descriptor), 0, byref(token))
         if status != _OK:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import psutil
 
 from agent.telemetry.gauge import Gauge, Seen
-from agent.telemetry.sensors import smc
 from agent.telemetry.sensors.chip import Chip
-from agent.telemetry.sensors.reading import Failure, Reading, Source
-from agent.telemetry.sensors.source import Guarded, file_bytes
+from agent.telemetry.sensors.reading import MOST_W, Failure, Reading, Source
+from agent.telemetry.sensors.source import Guarded, bytes_or_none, file_bytes
 from shared.records import HostSample
 
 BUSY_SHARE = 0.01
@@ -31,11 +30,6 @@ class Energy(NamedTuple):
     """Microjoules since an arbitrary start, by part."""
 
     parts: dict[str, int]
-
-    @property
-    def total_uj(self) -> int:
-        """Sum over all parts."""
-        return sum(self.parts.values())
 
 
 def parse_energy_uj(raw: bytes) -> int | None:
@@ -70,12 +64,11 @@ class Rapl:
     def read(self) -> Energy:
         parts = {}
         for path in sorted(self._powercap.glob("intel-rapl:[0-9]*/energy_uj")):
-            if path.parent.name.count(":") > 1 or not _is_package(path.parent):
+            if path.parent.name.count(":") > 1 or not bytes_or_none(path.parent / "name").startswith(b"package"):
                 continue  # a subdomain of a package, or the whole platform: both would be counted twice
-            counter = parse_energy_uj(file_bytes(path))
-            if counter is not None:
+            if (counter := parse_energy_uj(file_bytes(path))) is not None:
                 parts[path.parent.name] = counter
-                self.wraps[path.parent.name] = _range_uj(path.parent)
+                self.wraps[path.parent.name] = parse_energy_uj(bytes_or_none(path.parent / "max_energy_range_uj")) or 0
         if not parts:
             raise Failure("rapl: no readable energy counter found")
         return Energy(parts)
@@ -93,7 +86,8 @@ class IoReport:
             try:
                 import zeus_apple_silicon  # optional, macOS only
             except ImportError:
-                raise Failure("ioreport: zeus-apple-silicon is not installed (pip install mlxrack[mac])") from None
+                why = "ioreport: zeus-apple-silicon is not installed (pip install zeus-apple-silicon)"
+                raise Failure(why) from None
             self._monitor = zeus_apple_silicon.AppleEnergyMonitor()
         return energy_of(self._monitor.get_cumulative_energy())
 
@@ -130,9 +124,7 @@ class PowerCollector:
     ) -> None:
         self._chip = chip
         self._counters = counters or (IoReport() if platform == "darwin" else Rapl())
-        self._powermetrics = powermetrics
-        self._clock = clock
-        self._cpu_times = cpu_times
+        self._powermetrics, self._clock, self._cpu_times = powermetrics, clock, cpu_times
         self._system, self._soc = Gauge(), Gauge()
         self._last: tuple[float, Energy] | None = None
         self._last_cpu = cpu_times()
@@ -141,13 +133,13 @@ class PowerCollector:
 
     def poll(self) -> None:
         now, reading = self._clock(), self._chip.read()
-        _note(self._system, now, reading.system_w if reading is not None else None)
+        self._system.add(now, reading.system_w if reading is not None else None)
         if reading is not None:
             self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
         watts = self._powermetrics()
         if watts is None and reading is not None:
             watts = reading.soc_w
-        _note(self._soc, now, watts)
+        self._soc.add(now, watts)
 
     def read(self) -> Reading:
         self.poll()
@@ -188,7 +180,7 @@ class PowerCollector:
         if spent is None:
             failed[self._guard.name] = "energy counters stuck or ran backwards"
             return None
-        if spent > smc.MOST_W * 1e6 * (now - before[0]):
+        if spent > MOST_W * 1e6 * (now - before[0]):
             failed[self._guard.name] = "energy counters jumped"
             return None
         return spent, now - before[0]
@@ -214,24 +206,3 @@ def _energy(
     if soc is not None and soc.covered_s > 0:
         return round(soc.mean * soc.covered_s * 1000), "soc_estimate"
     return None
-
-
-def _note(gauge: Gauge, now: float, value: float | None) -> None:
-    if value is None:
-        gauge.gone(now)
-    else:
-        gauge.add(now, value)
-
-
-def _is_package(folder: Path) -> bool:
-    try:
-        return file_bytes(folder / "name").startswith(b"package")
-    except Failure:
-        return False
-
-
-def _range_uj(folder: Path) -> int:
-    try:
-        return parse_energy_uj(file_bytes(folder / "max_energy_range_uj")) or 0
-    except Failure:
-        return 0

@@ -1,6 +1,7 @@
 """The interface of sensors, and their readings. Pure; ``source`` reads files and commands."""
 
-from typing import Any, NamedTuple, Protocol
+import json
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -8,9 +9,12 @@ from shared.records import HostSample
 
 MAX_OUTPUT_BYTES = 1 << 20
 """The largest output that is accepted from a source."""
-
-
+MOST_RPM = 20_000
+MOST_W = 1_000.0
+"""No fan turns faster, and no node draws more; a higher number is an error of its source."""
 _NOTHING = HostSample()
+
+T = TypeVar("T")
 
 
 class Reading(NamedTuple):
@@ -55,19 +59,39 @@ class Collector(Protocol):
 
     def poll(self) -> None:
         """Measure what changes from second to second; called every few seconds."""
-        ...
 
     def read(self) -> Reading:
         """What was measured since the last call, and now. ``sample`` holds only what was actually read."""
-        ...
 
     def sources(self) -> list[Source]:
         """Every source in the order of preference, for `doctor`; reads each of them now."""
-        ...
 
 
 class Failure(Exception):
     """A source cannot be read; the message says why."""
+
+
+def known(found: T | None, why: str) -> T:
+    """What was found. Raises Failure with ``why`` when that is None."""
+    if found is None:
+        raise Failure(why)
+    return found
+
+
+def number(value: object, below: float) -> float | None:
+    """A number of a source's JSON or property list, from 0 up to ``below``; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < below else None
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """A source's JSON object; an empty one for anything else."""
+    try:
+        found = json.loads(text_of(raw))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def text_of(raw: bytes) -> str:

@@ -15,16 +15,15 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_uint8, c_uint16, c_uint32
 
 import msgspec
 
-from agent.telemetry.sensors.reading import Failure
+from agent.telemetry.sensors.reading import MOST_RPM, MOST_W, Failure
+from agent.telemetry.sensors.system_library import LIBRARY, functions
 
 IOKIT = "/System/Library/Frameworks/IOKit.framework/IOKit"
-LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
+_MISSING = "SMC: IOKit is not available ({})"
 SERVICE = "AppleSMC"
 ENDPOINT = "AppleSMCKeysEndpoint"
 ASLEEP_C = 40.0
 """Placeholder value of a sleeping cluster's sensors."""
-MOST_RPM = 20_000
-MOST_W = 1_000.0
 _WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
 
 
@@ -106,22 +105,13 @@ def _most(values: Iterable[float]) -> float | None:
 
 class _Version(ctypes.Structure):
     _fields_ = [
-        ("major", c_uint8),
-        ("minor", c_uint8),
-        ("build", c_uint8),
-        ("reserved", c_uint8),
+        *((name, c_uint8) for name in ("major", "minor", "build", "reserved")),
         ("release", c_uint16),
     ]
 
 
 class _Limits(ctypes.Structure):
-    _fields_ = [
-        ("version", c_uint16),
-        ("length", c_uint16),
-        ("cpu", c_uint32),
-        ("gpu", c_uint32),
-        ("memory", c_uint32),
-    ]
+    _fields_ = [("version", c_uint16), ("length", c_uint16), ("cpu", c_uint32), ("gpu", c_uint32), ("memory", c_uint32)]
 
 
 class _Info(ctypes.Structure):
@@ -136,9 +126,7 @@ class KeyData(ctypes.Structure):
         ("version", _Version),
         ("limits", _Limits),
         ("info", _Info),
-        ("result", c_uint8),
-        ("status", c_uint8),
-        ("command", c_uint8),
+        *((name, c_uint8) for name in ("result", "status", "command")),
         ("index", c_uint32),
         ("bytes", c_uint8 * 32),
     ]
@@ -155,14 +143,23 @@ MOST_KEYS = 10_000
 class Smc:
     """An open connection to the controller. Raises Failure when it cannot be opened. Must be closed."""
 
-    def __init__(self, iokit: str = IOKIT, libsystem: str = LIBSYSTEM) -> None:
+    def __init__(self, iokit: str = IOKIT, libsystem: str = LIBRARY) -> None:
+        self._lib = functions(
+            iokit,
+            _MISSING,
+            IOServiceMatching=(c_void_p, c_char_p),
+            IOServiceGetMatchingServices=(c_int, c_uint32, c_void_p, c_void_p),
+            IOIteratorNext=(c_uint32, c_uint32),
+            IORegistryEntryGetName=(c_int, c_uint32, c_char_p),
+            IOServiceOpen=(c_int, c_uint32, c_uint32, c_uint32, c_void_p),
+            IOServiceClose=(c_int, c_uint32),
+            IOObjectRelease=(c_int, c_uint32),
+            IOConnectCallStructMethod=(c_int, c_uint32, c_uint32, c_void_p, c_size_t, c_void_p, c_void_p),
+        )
         try:
-            self._lib = ctypes.CDLL(iokit)
-            system = ctypes.CDLL(libsystem)
-            task = c_uint32.in_dll(system, "mach_task_self_").value
-            self._declare()
-        except (OSError, AttributeError, ValueError) as error:
-            raise Failure(f"SMC: IOKit is not available ({type(error).__name__})") from None
+            task = c_uint32.in_dll(functions(libsystem, _MISSING), "mach_task_self_").value
+        except ValueError as error:
+            raise Failure(_MISSING.format(type(error).__name__)) from None
         self._connection = self._opened(task)
         self._kinds: dict[str, tuple[int, int]] = {}
         try:
@@ -191,20 +188,6 @@ class Smc:
         if self._connection:
             self._lib.IOServiceClose(self._connection)
             self._connection = 0
-
-    def _declare(self) -> None:
-        lib = self._lib
-        lib.IOServiceMatching.argtypes, lib.IOServiceMatching.restype = [c_char_p], c_void_p
-        lib.IOServiceGetMatchingServices.argtypes = [c_uint32, c_void_p, c_void_p]
-        lib.IOIteratorNext.argtypes, lib.IOIteratorNext.restype = [c_uint32], c_uint32
-        lib.IORegistryEntryGetName.argtypes = [c_uint32, c_char_p]
-        lib.IOServiceOpen.argtypes = [c_uint32, c_uint32, c_uint32, c_void_p]
-        lib.IOServiceClose.argtypes = [c_uint32]
-        lib.IOObjectRelease.argtypes = [c_uint32]
-        lib.IOConnectCallStructMethod.argtypes = [c_uint32, c_uint32, c_void_p, c_size_t, c_void_p, c_void_p]
-        for name in ("IOServiceGetMatchingServices", "IORegistryEntryGetName", "IOServiceOpen", "IOServiceClose"):
-            getattr(lib, name).restype = c_int
-        lib.IOObjectRelease.restype = lib.IOConnectCallStructMethod.restype = c_int
 
     def _opened(self, task: int) -> int:
         iterator = c_uint32(0)

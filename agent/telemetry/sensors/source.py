@@ -24,8 +24,7 @@ class Guarded:
     seconds forever."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name = name
-        self._clock = clock
+        self.name, self._clock = name, clock
         self._failures = 0
         self._not_before_s = 0.0
         self.reason = ""
@@ -66,6 +65,13 @@ def file_bytes(path: Path) -> bytes:
             return file.read(MAX_OUTPUT_BYTES + 1)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror or type(error).__name__}") from None
+
+
+def bytes_or_none(path: Path) -> bytes:
+    """A small system file; b"" where there is none to read."""
+    with contextlib.suppress(Failure):
+        return file_bytes(path)
+    return b""
 
 
 def command_bytes(*argv: str) -> bytes:

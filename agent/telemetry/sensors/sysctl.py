@@ -6,8 +6,8 @@ import struct
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
 from agent.telemetry.sensors.reading import Failure, text_of
+from agent.telemetry.sensors.system_library import LIBRARY, functions
 
-LIBRARY = "/usr/lib/libSystem.B.dylib"
 _LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
 _SWAP = re.compile(r"\btotal = (\d+\.\d\d)M  used = (\d+\.\d\d)M  free = (\d+\.\d\d)M\b")
 _MOST_BYTES = 4096
@@ -27,8 +27,7 @@ def parse_sysctl(raw: bytes) -> dict[str, str]:
 
 def parse_swapusage(raw: bytes) -> tuple[int, int] | None:
     """Total and used bytes of swap from `vm.swapusage`; None for anything else and for inconsistent values."""
-    match = _SWAP.search(text_of(raw))
-    if match is None:
+    if (match := _SWAP.search(text_of(raw))) is None:
         return None
     total, used, free = (round(float(one) * (1 << 20)) for one in match.groups())
     # each is rounded to hundredths of a MiB
@@ -47,8 +46,7 @@ def parse_system_profiler(raw: bytes) -> dict[str, str]:
     of ``parse_sysctl``. Serial numbers are not read."""
     text, found = text_of(raw), {}
     for name, pattern in _PROFILE.items():
-        match = pattern.search(text)
-        if match:
+        if match := pattern.search(text):
             found[name] = match[1].strip()
     if match := re.fullmatch(r"(\d+) GB", found.get("hw.memsize", "")):
         found["hw.memsize"] = str(int(match[1]) << 30)
@@ -70,12 +68,8 @@ class Sysctl:
     """sysctlbyname(3). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
-        try:
-            call = ctypes.CDLL(library, use_errno=True).sysctlbyname
-        except (OSError, AttributeError) as error:
-            raise Failure(f"sysctlbyname: {type(error).__name__}") from None
-        call.argtypes, call.restype = [c_char_p, c_void_p, c_void_p, c_void_p, c_size_t], c_int
-        self._call = call
+        signature = (c_int, c_char_p, c_void_p, c_void_p, c_void_p, c_size_t)
+        self._call = functions(library, "sysctlbyname: {}", sysctlbyname=signature).sysctlbyname
 
     def raw(self, name: str) -> bytes:
         """A value's bytes. Raises Failure for a name that does not exist."""

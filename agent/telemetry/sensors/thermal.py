@@ -15,7 +15,7 @@ from typing import Any
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors.chip import Chip
 from agent.telemetry.sensors.notify import Notify
-from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.reading import Failure, Reading, Source, known, merged, text_of
 from agent.telemetry.sensors.source import Guarded, command_bytes, preferred
 from agent.telemetry.sensors.sysctl import parse_pmset_therm
 from agent.telemetry.sensors.throttle import LEVELS, PRESSURED_FROM, THROTTLED_FROM, Throttle, Throttled, Window
@@ -58,11 +58,8 @@ class ThermalCollector:
     ) -> None:
         self._chip = chip
         self._is_mac = platform == "darwin"
-        self._open_notify = notify
-        self._run = run
-        self._powermetrics = powermetrics
-        self._also_failed = also_failed
-        self._clock = clock
+        self._open_notify, self._run, self._powermetrics = notify, run, powermetrics
+        self._also_failed, self._clock = also_failed, clock
         self._notify: Notify | None = None
         self._throttle = Throttle(clock())
         self._gauges = {name: Gauge() for name in _TEMPERATURES}
@@ -97,11 +94,7 @@ class ThermalCollector:
             self._look_elsewhere()
         reading, now = self._chip.read(), self._clock()
         for name, field in _TEMPERATURES.items():
-            celsius = getattr(reading, field) if reading is not None else None
-            if celsius is None:
-                self._gauges[name].gone(now)
-            else:
-                self._gauges[name].add(now, celsius)
+            self._gauges[name].add(now, getattr(reading, field) if reading is not None else None)
 
     def take(self) -> list[Throttled]:
         """Events since the last call, on this collector's clock."""
@@ -113,19 +106,15 @@ class ThermalCollector:
         self.poll()
         now = self._clock()
         reading = self._chip.read()
-        closed = {name: gauge.close(now) for name, gauge in self._gauges.items()}
-        most = {name: round(seen.most * 1000) for name, seen in closed.items() if seen is not None}
-        mean = {name: round(seen.mean * 1000) for name, seen in closed.items() if seen is not None}
+        degrees: dict[str, int] = {}
+        for name, gauge in self._gauges.items():
+            if (seen := gauge.close(now)) is not None:
+                degrees |= {f"{name}_mc": round(seen.most * 1000), f"{name}_mean_mc": round(seen.mean * 1000)}
         chip = HostSample(
-            package_temp_mc=most.get("package_temp"),
-            package_temp_mean_mc=mean.get("package_temp"),
-            pcore_temp_mc=most.get("pcore_temp"),
-            pcore_temp_mean_mc=mean.get("pcore_temp"),
-            gpu_temp_mc=most.get("gpu_temp"),
-            gpu_temp_mean_mc=mean.get("gpu_temp"),
             temp_source=reading.source if reading is not None else None,
             fan_rpm=reading.fans_rpm if reading is not None else (),
             pcore_asleep=reading is not None and reading.pcore_asleep,
+            **degrees,  # type: ignore[arg-type]
         )
         sample = merged(chip, self._level_sample(now)) if self._is_mac else chip
         asked = preferred(self._guards.values(), self._source)
@@ -197,7 +186,7 @@ class ThermalCollector:
     def _by_notify(self) -> int:
         if self._notify is None:
             self._notify = self._open_notify()
-        return _known(level_of_state(self._notify.state()), "notify(3)")
+        return known(level_of_state(self._notify.state()), "notify(3): no thermal pressure level")
 
     def _by_pmset(self) -> Source:
         """Shown by `doctor` but never used: it works on Intel Macs only."""
@@ -211,13 +200,8 @@ class ThermalCollector:
         )
 
     def _by_command(self) -> int:
-        return _known(parse_notifyutil(self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)), "notifyutil")
-
-
-def _known(level: int | None, source: str) -> int:
-    if level is None:
-        raise Failure(f"{source}: no thermal pressure level")
-    return level
+        raw = self._run("/usr/bin/notifyutil", "-g", NOTIFY_KEY)
+        return known(parse_notifyutil(raw), "notifyutil: no thermal pressure level")
 
 
 def _seconds(window: Window) -> dict[str, Any]:

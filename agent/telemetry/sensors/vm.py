@@ -11,13 +11,12 @@ from ctypes import byref, c_int, c_uint, c_uint32, c_uint64, c_void_p
 
 import msgspec
 
-from agent.telemetry.sensors.reading import Failure, text_of
+from agent.telemetry.sensors.reading import Failure, known, text_of
+from agent.telemetry.sensors.system_library import LIBRARY, functions
 
-LIBRARY = "/usr/lib/libSystem.B.dylib"
 HOST_VM_INFO64 = 4
 _LINE = re.compile(r'^"?([^":\n]+)"?:[ \t]+(\d{1,19})\.[ \t]*\n', re.MULTILINE)
 _HEADER = re.compile(r"^Mach Virtual Memory Statistics: \(page size of (\d{4,6}) bytes\)[ \t]*\n")
-_FREE = re.compile(r"^System-wide memory free percentage: (\d{1,3})%[ \t]*\n", re.MULTILINE)
 _LABELS = {
     "internal": "Anonymous pages",
     "purgeable": "Pages purgeable",
@@ -47,19 +46,12 @@ def parse_vm_stat(raw: bytes) -> Vm | None:
     """Parse `vm_stat`; None when the header names no page size or a part is missing. Unknown labels and truncated lines
     are ignored."""
     text = text_of(raw)
-    header = _HEADER.match(text)
-    if header is None:
+    if (header := _HEADER.match(text)) is None:
         return None
     size, pages = int(header[1]), {label.strip(): int(count) for label, count in _LINE.findall(text)}
     if size not in (4096, 16384):
         return None
     return _vm({name: pages[label] for name, label in _LABELS.items() if label in pages}, size)
-
-
-def parse_memory_pressure(raw: bytes) -> int | None:
-    """The free percentage of `memory_pressure -Q`."""
-    match = _FREE.search(text_of(raw))
-    return int(match[1]) if match and int(match[1]) <= 100 else None
 
 
 def _vm(pages: Mapping[str, int], size: int) -> Vm | None:
@@ -98,14 +90,13 @@ class HostStatistics:
     """host_statistics64(HOST_VM_INFO64). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
-        try:
-            lib = ctypes.CDLL(library)
-            lib.mach_host_self.argtypes, lib.mach_host_self.restype = [], c_uint32
-            lib.host_page_size.argtypes, lib.host_page_size.restype = [c_uint32, c_void_p], c_int
-            lib.host_statistics64.argtypes = [c_uint32, c_int, c_void_p, c_void_p]
-            lib.host_statistics64.restype = c_int
-        except (OSError, AttributeError) as error:
-            raise Failure(f"host_statistics64: {type(error).__name__}") from None
+        lib = functions(
+            library,
+            "host_statistics64: {}",
+            mach_host_self=(c_uint32,),
+            host_page_size=(c_int, c_uint32, c_void_p),
+            host_statistics64=(c_int, c_uint32, c_int, c_void_p, c_void_p),
+        )
         self._lib, self._host = lib, lib.mach_host_self()
         size = ctypes.c_size_t(0)
         if lib.host_page_size(self._host, byref(size)) != 0 or size.value not in (4096, 16384):
@@ -120,7 +111,5 @@ class HostStatistics:
             raise Failure(f"host_statistics64: kern_return {status}")
         if count.value < COUNT - 2:  # the last field is newer than the rest
             raise Failure(f"host_statistics64: {count.value} words, expected {COUNT}")
-        found = _vm({name: int(getattr(statistics, name)) for name in _LABELS}, self._size)
-        if found is None:
-            raise Failure("host_statistics64: implausible values")
-        return found
+        pages = {name: int(getattr(statistics, name)) for name in _LABELS}
+        return known(_vm(pages, self._size), "host_statistics64: implausible values")

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader import scheduling
-from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common
-from agent.loader.scheduling import Block, PrefillCost, Turn
+from agent.loader import prefill_pace, scheduling
+from agent.loader.prefill_pace import PrefillCost
+from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common, most_shared
+from agent.loader.prompt_cache import Tokens as Run
+from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
     Accepted,
@@ -142,10 +144,10 @@ def test_the_prefill_cost_model_is_fitted_from_chunks() -> None:
 )
 def test_a_prefill_chunk_is_bounded_by_waiting_requests(decode_s: float, before: int, size: int) -> None:
     cost = learnt(1e-3, 1.5e-6, [(256, 0), (256, 1000)])
-    plain = scheduling.chunk_tok(cost, 0.5, decode_s, before, 512)
+    plain = prefill_pace.chunk_tok(cost, 0.5, decode_s, before, 512)
     assert plain == pytest.approx(size, abs=1)
     assert 32 <= plain <= 512
-    assert scheduling.chunk_tok(PrefillCost(), 0.5, decode_s, before, 512) == 512
+    assert prefill_pace.chunk_tok(PrefillCost(), 0.5, decode_s, before, 512) == 512
 
 
 class Pieces:
@@ -279,6 +281,15 @@ def test_an_ample_cache_returns_the_longest_prefix(pairs: list[tuple[list[int], 
         assert pieces.cache.peek(as_tokens(asked)) == (best if best >= MIN_PREFIX_TOK else 0)
 
 
+@given(TOKENS.map(as_tokens), st.lists(TOKENS.map(as_tokens), max_size=5), st.integers(1, 9))
+def test_the_longest_shared_prefix_is_found(tokens: Run, others: list[Run], least: int) -> None:
+    longest = max((common(tokens, other) for other in others), default=0)
+    found = most_shared(tokens, others, least)
+    assert (found is None) == (longest < least)
+    if found is not None:
+        assert (common(tokens, others[found[0]]), found[1]) == (longest, longest)
+
+
 def test_short_prompts_are_prefilled_together_up_to_one_chunk() -> None:
     lead = Turn(1, 40, 0.0)
     others = [Turn(2, 60, 0.0), Turn(3, 40, 0.0), Turn(4, 500, 0.0), Turn(5, 41, 0.0)]
@@ -295,30 +306,3 @@ def test_a_chunk_is_never_larger_in_a_batch(lead: int, others: list[int], larges
     assert ids[0] == 1
     assert len(ids) == len(set(ids))
     assert len(ids) == 1 or len(ids) * max(left[n] for n in ids) <= largest
-
-
-@pytest.mark.parametrize(
-    ("blocks", "length", "weights", "where"),
-    [
-        ([], 10, 1000.0, None),
-        ([Block(7, 20)], 4096, 1000.0, None),
-        ([Block(7, 20)], 4096, 1e6, 0),
-        ([Block(1, 4100)], 8, 1000.0, None),
-        ([Block(1, 4100)], 8, 1e6, 0),
-        ([Block(1, 4100), Block(3, 30)], 8, 1000.0, 1),
-        ([Block(1, 4100), Block(3, 30)], 4000, 1000.0, 0),
-        ([Block(0, 0)], 500, 1000.0, 0),
-    ],
-)
-def test_a_row_joins_with_least_padding(blocks: list[Block], length: int, weights: float, where: int | None) -> None:
-    assert scheduling.place(blocks, length, weights) == where
-
-
-def test_memory_includes_padding() -> None:
-    assert Block(8, 300).padded_tok == 8 * 512
-    assert scheduling.fits([], Block(1, 10**9), 1), "somebody has to be first"
-    assert not scheduling.fits([], Block(2, 10**9), 1)
-    assert scheduling.fits([], Block(2, 200), 512)
-    assert not scheduling.fits([], Block(2, 257), 512)
-    assert scheduling.fits([Block(1, 4096)], Block(1, 200), 4352)
-    assert not scheduling.fits([Block(1, 4096)], Block(1, 300), 4352)

@@ -236,7 +236,7 @@ async def test_a_disk_error_loses_no_counts(spool: Spool, monkeypatch: pytest.Mo
     one = Counted(spool)
     one.ledger.record(answered(4))
     with monkeypatch.context() as patched:
-        patched.setattr("agent.telemetry.spool._write_whole", full)
+        patched.setattr("shared.durable.write_whole", full)
         await one.keep()
         await one.tick()
         assert (one.held_windows, one.disk_problem[-23:]) == (1, "No space left on device")

@@ -174,7 +174,7 @@ def test_a_gauge_is_time_weighted_and_drops_stale_values() -> None:
     assert gauge.close(200.0) is None
     gauge.add(200.0, 7.0)
     assert gauge.close(200.0) == Seen(mean=7.0, most=7.0, covered_s=0.0)
-    gauge.gone(203.0)
+    gauge.add(203.0, None)
     assert gauge.close(210.0) == Seen(mean=7.0, most=7.0, covered_s=3.0)
 
 
@@ -621,7 +621,6 @@ def test_this_machine_can_be_read() -> None:
 
 PARSERS: dict[str, Callable[[bytes], object]] = {
     "vm_stat": vm.parse_vm_stat,
-    "memory_pressure": vm.parse_memory_pressure,
     "swapusage": sysctl.parse_swapusage,
     "psi": memory.parse_psi_total_us,
     "notifyutil": thermal.parse_notifyutil,

@@ -16,6 +16,7 @@ import pytest
 from agent.telemetry import spool as spool_module
 from agent.telemetry.pusher import Pusher
 from agent.telemetry.spool import Spool
+from shared import durable
 from shared.batch import Batch, encode, seal, unseal
 from shared.errors import AccessDenied, Halt, Refused, Retryable
 from shared.records import PeerDown
@@ -210,7 +211,7 @@ def test_a_backlog_is_pushed_at_a_bounded_rate_and_stops_at_once(tmp_path: Path)
     began = time.monotonic()
     assert push.drain() == 24 * 60
     assert time.monotonic() - began >= 23 * 0.02
-    assert push.state.sent_segments == 24
+    assert len(list((tmp_path / "store").rglob("*.mpz"))) == 24
     fill(spool, 24 * 60)
     slow = Pusher(spool, lambda: DirectoryStore(tmp_path / "store"), pace_s=60.0)
     threading.Timer(0.3, slow.stop).start()
@@ -427,7 +428,7 @@ def test_a_disk_error_spools_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agent.telemetry.spool._sync", full)
+    monkeypatch.setattr("shared.durable.sync", full)
     with pytest.raises(Retryable, match="No space left"):
         spool.append(make(spool))
     monkeypatch.undo()
@@ -439,14 +440,14 @@ def test_a_disk_error_spools_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_drops_the_oldest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = opened(tmp_path)
     fill(spool, 20)
-    real, refusals = spool_module._sync, [1]
+    real, refusals = durable.sync, [1]
 
     def full_once(descriptor: int) -> None:
         if refusals and refusals.pop():
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr("agent.telemetry.spool._sync", full_once)
+    monkeypatch.setattr("shared.durable.sync", full_once)
     fill(spool, 1)
     assert [w.seq for w in spool.waiting()] == list(range(4, 22))
     assert (spool.dropped, spool.count) == (3, 18)
@@ -464,7 +465,7 @@ def test_a_start_on_a_full_disk_uses_only_the_reserve(
     spool = opened(tmp_path)
     fill(spool, waiting)
     spool.close(clean=True)
-    reserve, real = tmp_path / "reserve", spool_module._write_whole
+    reserve, real = tmp_path / "reserve", durable.write_whole
     assert reserve.stat().st_size == spool_module.RESERVE_BYTES
 
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
@@ -473,7 +474,7 @@ def test_a_start_on_a_full_disk_uses_only_the_reserve(
         real(path, body, synced=synced)
 
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_write_whole", full)
+        patched.setattr(durable, "write_whole", full)
         again = opened(tmp_path)
     assert (again.epoch, again.dropped, again.count) == (2, 0, waiting)
     assert not reserve.exists()
@@ -487,7 +488,7 @@ def test_telemetry_does_not_use_the_reserve(tmp_path: Path, monkeypatch: pytest.
 
     spool = opened(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_write_whole", full)
+        patched.setattr(durable, "write_whole", full)
         with pytest.raises(Retryable, match="No space left"):
             spool.append(make(spool))
     assert (tmp_path / "reserve").exists()
@@ -497,7 +498,7 @@ def test_a_full_disk_without_a_reserve_is_reported(tmp_path: Path, monkeypatch: 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spool_module, "_sync", full)
+    monkeypatch.setattr(durable, "sync", full)
     with pytest.raises(Retryable, match="No space left"):
         opened(tmp_path)
 
@@ -546,7 +547,7 @@ def test_a_run_killed_between_two_renames_keeps_its_window_once(
 
     ends = {0: None, 1: 10, 2: 20, 3: 30, 4: 30}
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "_renamed", until_killed)
+        patched.setattr(durable, "rename", until_killed)
         try:
             spool.keep(msgspec.structs.replace(make(spool), t_end_ms=10))
             spool.keep(msgspec.structs.replace(make(spool), t_end_ms=20))
@@ -574,7 +575,7 @@ def test_a_window_that_fails_at_the_last_step_is_spooled_on_retry(
             raise OSError(5, "Input/output error")
         before.replace(path)
 
-    monkeypatch.setattr(spool_module, "_renamed", fails_once)
+    monkeypatch.setattr(durable, "rename", fails_once)
     with pytest.raises(Retryable, match="Input/output error"):
         spool.append(make(spool))
     assert (spool.waiting(), spool.next_seq()) == ([], 1)
@@ -589,7 +590,7 @@ def test_an_open_window_drops_no_sealed_batch_on_a_full_disk(tmp_path: Path, mon
     def full(path: Path, body: bytes, *, synced: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spool_module, "_write_whole", full)
+    monkeypatch.setattr(durable, "write_whole", full)
     with pytest.raises(Retryable, match="No space left"):
         spool.keep(make(spool))
     assert (len(spool.waiting()), spool.dropped) == (20, 0)
@@ -598,7 +599,7 @@ def test_an_open_window_drops_no_sealed_batch_on_a_full_disk(tmp_path: Path, mon
 def test_an_open_window_does_not_wait_for_a_slow_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     spool = opened(tmp_path)
-    monkeypatch.setattr(spool_module, "_sync", synced.append)
+    monkeypatch.setattr(durable, "sync", synced.append)
     spool.keep(make(spool))
     assert synced == []
     spool.append(make(spool))
@@ -615,7 +616,7 @@ def test_a_recovered_window_is_synced_before_it_counts_as_closed(
     spool, synced = opened(tmp_path), list[str]()
     spool.keep(make(spool))
     spool._lock.close()  # as a kill does
-    monkeypatch.setattr(spool_module, "_sync", lambda descriptor: synced.append(what_is(descriptor)))
+    monkeypatch.setattr(durable, "sync", lambda descriptor: synced.append(what_is(descriptor)))
     opened(tmp_path)
     assert synced[:2] == ["file", "folder"]
 

@@ -1,0 +1,49 @@
+"""What a batch is given for one row: the tokens to compute, the state that they follow, and how tokens are drawn."""
+
+import mlx.core as mx
+
+from agent.loader.mlx import kv, sampling
+from agent.loader.mlx.batch import Entry
+from agent.loader.mlx.model import TextModel
+from agent.loader.mlx.row import Row
+
+
+def entry(model: TextModel, row: Row, layers: kv.Layers, cached_tok: int) -> Entry:
+    """A row's input after the ``cached_tok`` tokens that ``layers`` cover."""
+    tokens = row.prompt + row.made
+    request, position = row.request, len(row.made)
+    return Entry(
+        fresh=tokens[cached_tok:],
+        held=tokens[:cached_tok],
+        layers=layers,
+        max_tokens=row.max_tokens - position,
+        sampler=sampling.sampler(request.temperature, request.top_p, request.seed, position),
+        processors=[_guarded(row, process) for process in processors(model, row)],
+    )
+
+
+def processors(model: TextModel, row: Row) -> list[sampling.Processor]:
+    """A row's logits processors; created again when a batch is rebuilt."""
+    request, extra, begin = row.request, row.extra, len(row.prompt)
+    found: list[sampling.Processor] = []
+    if request.frequency_penalty or request.presence_penalty:
+        found.append(sampling.penalty(request.frequency_penalty, request.presence_penalty, begin))
+    if request.logit_bias:
+        found.append(sampling.bias(request.logit_bias))
+    if extra.grammar is not None:
+        matcher = model.matcher(extra.grammar)
+        found.append(sampling.constraint(matcher, begin, model.ends, extra.after, extra.opening))
+    return found
+
+
+def _guarded(row: Row, process: sampling.Processor) -> sampling.Processor:
+    """A row whose processor raises fails alone; the batch continues with the row's unchanged logits."""
+
+    def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+        try:
+            return process(tokens, logits)
+        except Exception:  # noqa: BLE001  # a grammar may reject its input
+            row.broken = True
+            return logits
+
+    return guarded
