@@ -92,6 +92,14 @@ _PLIST = (
     b"<key>processor</key><dict><key>cpu_power</key><real>44.07</real><key>gpu_energy</key><integer>31</integer>"
     b"<key>combined_power</key><real>59.4</real></dict><key>thermal_pressure</key><string>Nominal</string></dict></plist>"
 )
+_TEXT = b"""*** Sampled system activity (Mon Oct 23 16:51:12 2023 +0200) (1012.07ms elapsed) ***
+
+CPU Power: 211 mW
+GPU Power: 147 mW
+ANE Power: 0 mW
+Combined Power (CPU + GPU + ANE): 359 mW
+Current pressure level: Moderate
+"""
 _VM = b"""Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages wired down:                        100000.
 Pages purgeable:                          10000.
@@ -150,6 +158,9 @@ TARGETS: dict[str, Target] = {
     "rapl": Target(power.parse_energy_uj, [b"123456789\n"], lambda uj: uj >= 0),
     "macmon": Target(macmon.parse_macmon, [_MACMON], _line_is_possible),
     "powermetrics plist": Target(powermetrics.parse_document, [_PLIST], _powers_are_possible),
+    "powermetrics text": Target(
+        powermetrics.parse_text, [_TEXT], lambda found: all(_powers_are_possible(one) for one in found)
+    ),
     "powermetrics stream": Target(
         lambda raw: powermetrics.Documents().feed(raw),
         [_PLIST + b"\n\0" + _PLIST],

@@ -7,6 +7,7 @@ length.
 
 import os
 import plistlib
+import re
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from agent.telemetry.sensors.child import FIRST_S, Child
-from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, number
+from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure, number, text_of
 from agent.telemetry.sensors.source import Guarded
 from agent.telemetry.sensors.throttle import LEVELS
 
@@ -31,11 +32,16 @@ ARGV = (
 FRESH_S = 15.0
 MOST_MW = 1_000_000.0
 _END = b"</plist>"
+_HEADER = re.compile(
+    r"^\*\*\* (?:Sampled|Summary) system activity .*\((\d+(?:\.\d+)?)ms elapsed\) \*\*\*$", re.MULTILINE
+)
+_WATTS = re.compile(r"^(CPU|GPU|ANE|Combined) Power(?: \([^)\n]*\))?: (\d+(?:\.\d+)?) mW[ \t]*\n", re.MULTILINE)
+_PRESSURE = re.compile(r"^Current pressure level: (\w+)[ \t]*\n", re.MULTILINE)
 
 
 class Powermetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """One interval, ``elapsed_ns`` 0 where there was none; None for missing values. ``soc_mw`` is CPU, GPU and neural
-    engine together."""
+    """One interval, ``elapsed_ns`` 0 where its length is unknown; None for missing values. ``soc_mw`` is CPU, GPU and
+    neural engine together."""
 
     elapsed_ns: int
     cpu_mw: float | None = None
@@ -57,7 +63,8 @@ class Documents:
         found = []
         while (end := self._kept.find(_END)) >= 0:
             document, self._kept = self._kept[: end + len(_END)], self._kept[end + len(_END) :]
-            if (sample := parse_document(document)) is not None:
+            sample = parse_document(document)
+            if sample is not None:
                 found.append(sample)
         if len(self._kept) > MAX_OUTPUT_BYTES:
             self._kept = b""
@@ -80,7 +87,8 @@ def parse_document(raw: bytes) -> Powermetrics | None:
         return None
     processor, gpu = _table(tree, "processor"), _table(tree, "gpu")
     cpu, ane = _power(processor, "cpu", elapsed_ns), _power(processor, "ane", elapsed_ns)
-    if (graphics := _power(processor, "gpu", elapsed_ns)) is None:
+    graphics = _power(processor, "gpu", elapsed_ns)
+    if graphics is None:
         graphics = _power(gpu, "gpu", elapsed_ns)
     return Powermetrics(
         elapsed_ns=elapsed_ns,
@@ -90,6 +98,18 @@ def parse_document(raw: bytes) -> Powermetrics | None:
         soc_mw=_sum(number(processor.get("combined_power"), MOST_MW), cpu, graphics, ane),
         level=level_of(str(tree.get("thermal_pressure", ""))),
     )
+
+
+def parse_text(raw: bytes) -> list[Powermetrics]:
+    """The samples of the human-readable format. Only complete lines count; tables without a header are one sample of
+    unknown length."""
+    text = text_of(raw)
+    heads = list(_HEADER.finditer(text))
+    if not heads:
+        whole = _block("0", text)
+        return [whole] if whole.cpu_mw is not None or whole.gpu_mw is not None else []
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return [_block(head[1], text[head.end() : end]) for head, end in zip(heads, ends, strict=True)]
 
 
 def level_of(name: str) -> int | None:
@@ -145,6 +165,22 @@ class PowermetricsStream:
         self._child.close()
 
 
+def _block(elapsed_ms: str, text: str) -> Powermetrics:
+    watts: dict[str, float | None] = {}
+    for name, value in _WATTS.findall(text):
+        # GPU power is printed twice; the first is in the same table as the others
+        watts.setdefault(name, number(float(value), MOST_MW))
+    pressure = _PRESSURE.search(text)
+    return Powermetrics(
+        elapsed_ns=round(float(elapsed_ms) * 1e6),
+        cpu_mw=watts.get("CPU"),
+        gpu_mw=watts.get("GPU"),
+        ane_mw=watts.get("ANE"),
+        soc_mw=_sum(watts.get("Combined"), watts.get("CPU"), watts.get("GPU"), watts.get("ANE")),
+        level=level_of(pressure[1]) if pressure else None,
+    )
+
+
 def _sum(combined: float | None, *parts: float | None) -> float | None:
     """Sum of all three parts; macOS before 13 does not print it. A CPU power of exactly 0 means that it is not measured
     (as in macOS 27), and then the sum is None."""
@@ -162,7 +198,8 @@ def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _power(table: dict[str, Any], name: str, elapsed_ns: int) -> float | None:
-    if (power := number(table.get(f"{name}_power"), MOST_MW)) is not None:
+    power = number(table.get(f"{name}_power"), MOST_MW)
+    if power is not None:
         return power
     energy_mj = number(table.get(f"{name}_energy"), MOST_MW)
     return None if energy_mj is None else number(energy_mj * 1e9 / elapsed_ns, MOST_MW)

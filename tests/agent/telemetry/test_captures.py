@@ -65,12 +65,12 @@ def swapped(raw: bytes) -> tuple[int | None, int | None]:
 
 def watts(raw: bytes) -> list[tuple[float | None, float | None, float | None]]:
     """CPU, GPU and package power in milliwatts, of each sample."""
-    samples = powermetrics.Documents().feed(raw)
+    samples = powermetrics.Documents().feed(raw) if raw.startswith(b"<?xml") else powermetrics.parse_text(raw)
     return [tuple(None if w is None else round(w) for w in (s.cpu_mw, s.gpu_mw, s.soc_mw)) for s in samples]  # type: ignore[misc]
 
 
 def levels(raw: bytes) -> list[int | None]:
-    samples = powermetrics.Documents().feed(raw)
+    samples = powermetrics.Documents().feed(raw) if raw.startswith(b"<?xml") else powermetrics.parse_text(raw)
     return [sample.level for sample in samples]
 
 
@@ -136,6 +136,25 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
     ("powermetrics/pumas_powermetrics-output-m1.plist", levels, [0]),
     ("powermetrics/pumas_powermetrics-output-m1-2.plist", watts, [(103, 19, 122)]),
     ("powermetrics/pumas_powermetrics-output-m1-2.plist", levels, [0]),
+    ("powermetrics/power-server_sonoma-m1max.txt", watts, [(211, 147, 359)]),
+    ("powermetrics/power-server_tahoe-m4-summary.txt", watts, [(420, 98, 519)]),
+    (
+        "powermetrics/codecarbon_mock_powermetrics_log.txt",
+        lambda raw: watts(raw)[:2],
+        [(947, 153, 1100), (420, 67, 487)],
+    ),
+    ("powermetrics/codecarbon_mock_powermetrics_log.txt", lambda raw: len(watts(raw)), 10),
+    (
+        "powermetrics/singhkays_m1mini_macos11_first3samples.txt",
+        watts,
+        [(None, 1, None), (None, 1, None), (None, 0, None)],
+    ),
+    ("powermetrics/singhkays_powermetrics-help_macos11.txt", watts, []),
+    ("powermetrics/all-smi_m1pro_excerpt.txt", watts, [(289, 112, 401)]),
+    ("powermetrics/all-smi_m1ultra_excerpt.txt", watts, [(5247, 139, 5385)]),
+    ("powermetrics/all-smi_m3pro_excerpt.txt", watts, [(3224, 31, 3254)]),
+    ("powermetrics/beszel_m2pro_gpu_power.txt", watts, [(None, 4, None)]),
+    ("powermetrics/thermal_m4air_nominal.txt", levels, [0]),
     ("shelly/plugusg4_GetStatus_switch0.json", http.parse_shelly, 0.0),
     ("shelly/evcc-gen2_switch_GetStatus.json", http.parse_shelly, 47.11),
     ("shelly/plugusg4_GetDeviceInfo.json", http.parse_shelly, None),
