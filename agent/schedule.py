@@ -91,9 +91,7 @@ class ClockWatch:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._on_jump = on_jump
-        self._clock = clock
-        self._wall = wall
+        self._on_jump, self._clock, self._wall = on_jump, clock, wall
         self._offset_s = wall() - clock()
 
     def look(self) -> None:

@@ -153,8 +153,7 @@ class _Sources:
     """SQL over the files of a span, which are fetched on construction."""
 
     def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
-        self._db = db
-        self._span = span
+        self._db, self._span = db, span
         days = utc_days(span)
         hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]

@@ -37,8 +37,7 @@ class Discord:
     """Posts to webhooks by channel name; notices for a channel without a URL are not sent."""
 
     def __init__(self, urls: Mapping[str, str], *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._urls = urls
-        self._sleep = sleep
+        self._urls, self._sleep = urls, sleep
         self._http = urllib3.PoolManager(timeout=TIMEOUT_S, retries=False)
 
     def post(self, notice: Notice) -> bool:

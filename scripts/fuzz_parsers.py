@@ -117,6 +117,9 @@ _TASMOTA = b'{"StatusSNS":{"Time":"2020-12-23T08:28:42","ENERGY":{"Total":4.957,
 
 TARGETS: dict[str, Target] = {
     "vm_stat": Target(vm.parse_vm_stat, [_VM], _vm_is_possible),
+    "memory_pressure": Target(
+        vm.parse_memory_pressure, [b"System-wide memory free percentage: 80%\n"], lambda n: 0 <= n <= 100
+    ),
     "swapusage": Target(
         sysctl.parse_swapusage,
         [b"vm.swapusage: total = 4096.00M  used = 2743.50M  free = 1352.50M  (encrypted)\n"],

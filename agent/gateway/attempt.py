@@ -57,8 +57,7 @@ class Attempts:
     ) -> None:
         self._node, self._table, self._peer_client, self._limits = node, table, peer_client, limits
         self._selection, self._health, self._budget, self._work = selection, health, budget, work
-        self._prefix_key = prefix_key
-        self._clock = clock
+        self._prefix_key, self._clock = prefix_key, clock
 
     async def run(self, call: Call) -> AsyncGenerator[Answer, None]:
         """Try until an answer is complete or recovery gives up. An answer that is not streamed is held until then."""

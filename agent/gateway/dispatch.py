@@ -55,16 +55,9 @@ class Dispatch:
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._node = node
-        self._pool = pool
-        self._table = table
-        self._peer_client = peer_client
-        self._ledger = ledger
-        self._limits = limits
-        self._prefix_key = prefix_key
-        self._heat = heat
-        self._clock = clock
-        self._wall_ms = wall_ms
+        self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
+        self._ledger, self._limits, self._prefix_key, self._heat = ledger, limits, prefix_key, heat
+        self._clock, self._wall_ms = clock, wall_ms
         self._by_model: Counter[str] = Counter()
         self._by_key: Counter[str] = Counter()
         self._drain: dict[str, DrainRate] = {}

@@ -36,13 +36,8 @@ class NodeSelection:
         draw: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
-        self._table = table
-        self._health = health
-        self._limits = limits
-        self._here = here
-        self._draw = draw
-        self._clock = clock
+        self._pool, self._table, self._health, self._limits = pool, table, health, limits
+        self._here, self._draw, self._clock = here, draw, clock
 
     def decide(self, call: Call) -> Decision:
         """Where to try now."""

@@ -51,10 +51,7 @@ class AttemptTimeouts:
     ``until_s``. ``learned`` (adaptive) timeouts apply where another node could take over."""
 
     def __init__(self, gaps: TokenGaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
-        self._gaps = gaps
-        self._first_s = first_s
-        self._gap_s = gap_s
-        self._until_s = until_s
+        self._gaps, self._first_s, self._gap_s, self._until_s = gaps, first_s, gap_s, until_s
         self._learned = learned
         self._asked_s = self._heard_s = 0.0
         self.waited_s = 0.0

@@ -14,12 +14,7 @@ class Inventory:
     """A read-only view of all slots."""
 
     def __init__(
-        self,
-        slots: Slots,
-        loaders: Loaders,
-        *,
-        fused: Callable[[], bool],
-        clock: Callable[[], float] = time.monotonic,
+        self, slots: Slots, loaders: Loaders, *, fused: Callable[[], bool], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._slots, self._loaders = slots, loaders
         self._fused, self._clock = fused, clock

@@ -41,9 +41,7 @@ class Lifecycles:
     ) -> None:
         self._slots, self.store, self.loaders = slots, store, loaders
         self._drain_s = config.limits.request_s + MARGIN_S
-        self._emit = emit
-        self._clock = clock
-        self._wall_ms = wall_ms
+        self._emit, self._clock, self._wall_ms = emit, clock, wall_ms
         self.tasks = Tasks()
         self.watch: MemoryWatch | None = None
         stays_s = config.memory.min_residency_s

@@ -46,12 +46,8 @@ class Loaders:
         on_report: Callable[[str, Reported], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config
-        self._environ = environ
-        self._prompts = prompts
-        self._threads = threads
-        self._on_report = on_report
-        self._clock = clock
+        self._config, self._environ, self._prompts, self._threads = config, environ, prompts, threads
+        self._on_report, self._clock = on_report, clock
         self._reports: dict[tuple[str, str], Reported] = {}
         self.retiring: list[Loaded] = []
         self.missed: Counter[str] = Counter()

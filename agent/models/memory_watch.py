@@ -25,10 +25,7 @@ class MemoryWatch:
         emit: Callable[[Event], None],
         wall_ms: Callable[[], int],
     ) -> None:
-        self._config = config
-        self._loaded = loaded
-        self._evict_idle = evict_idle
-        self._emit = emit
+        self._config, self._loaded, self._evict_idle, self._emit = config, loaded, evict_idle, emit
         self._wall_ms = wall_ms
         self._state = guard.GuardState()
 

@@ -37,9 +37,7 @@ class Orders:
         self._slots, self._lifecycles = slots, lifecycles
         self._models = {model.name: model for model in config.models}
         self._request_s = config.limits.request_s
-        self._emit = emit
-        self._carried_by_peer = carried_by_peer
-        self._wall_ms = wall_ms
+        self._emit, self._carried_by_peer, self._wall_ms = emit, carried_by_peer, wall_ms
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
 
     def swaps(self) -> list[dict[str, str]]:

@@ -46,12 +46,7 @@ class Pool:
         self._stopping = False
         slots = self._slots = Slots(config.models)
         runs = self._lifecycles = Lifecycles(
-            *(slots, store, loaders),
-            config,
-            budget_bytes=budget_bytes,
-            emit=emit,
-            clock=clock,
-            wall_ms=wall_ms,
+            *(slots, store, loaders), config, budget_bytes=budget_bytes, emit=emit, clock=clock, wall_ms=wall_ms
         )
         self.room = runs.room
         runs.watch = MemoryWatch(

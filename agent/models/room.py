@@ -23,11 +23,8 @@ class Room:
         evict: Callable[[Slot, str], Awaitable[None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._slots = slots
-        self.budget_bytes = budget_bytes
-        self._min_residency_s = min_residency_s
-        self._evict = evict
-        self._clock = clock
+        self._slots, self.budget_bytes, self._min_residency_s = slots, budget_bytes, min_residency_s
+        self._evict, self._clock = evict, clock
         self._making = asyncio.Lock()
 
     def occupants(self, excluding: Slot | None = None) -> list[eviction.Occupant]:

@@ -159,10 +159,7 @@ class _Workers:
     """Executes the work in this process, or in worker processes with their own connections."""
 
     def __init__(self, config: AggregatorConfig, store: ObjectStore, pool: Executor | None, count: int) -> None:
-        self._config = config
-        self._store = store
-        self._pool = pool
-        self._count = count
+        self._config, self._store, self._pool, self._count = config, store, pool, count
 
     def spill(self, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
         """Read segments and write their rows into a folder."""

@@ -44,8 +44,7 @@ from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, 
 from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
 
 CONFIG = msgspec.convert(
-    {"rack": "r", "store": {"path": "x"}, "nodes": [{"id": n, "price": 1999.0} for n in ("n1", "n2")]},
-    AggregatorConfig,
+    {"rack": "r", "store": {"path": "x"}, "nodes": [{"id": n, "price": 1999.0} for n in ("n1", "n2")]}, AggregatorConfig
 )
 
 

@@ -241,11 +241,7 @@ def evicted(minute: int = 0, **more: object) -> ModelEvicted:
         ([evicted(), missed(45)], "placement", "wanted again after 45 s"),
         ([evicted(for_model="k"), missed(4_000)], "traffic", "nobody missed it"),
         ([evicted(requests_last_hour=29, for_model="k")], "placement", "had served 29 requests"),
-        (
-            [evicted(for_model="k"), evicted(minute=5, model="k", for_model="m")],
-            "placement",
-            "push each other out",
-        ),
+        ([evicted(for_model="k"), evicted(minute=5, model="k", for_model="m")], "placement", "push each other out"),
         (
             [evicted(), ModelLoaded(t_ms=T0 + 60_000, model="m", version="v", load_us=1, need_bytes=1)],
             "placement",

@@ -172,11 +172,7 @@ def write_config(
 
 @contextlib.contextmanager
 def rack(
-    folder: Path,
-    *models_of: Sequence[dict[str, Any]],
-    extra: str = "",
-    start: bool = True,
-    links: Links | None = None,
+    folder: Path, *models_of: Sequence[dict[str, Any]], extra: str = "", start: bool = True, links: Links | None = None
 ) -> Iterator[list[Agent]]:
     """One agent per list of models, all ready and peers of each other, over ``links`` where there are
     any."""

@@ -114,10 +114,7 @@ def test_openai_for_node(base: str) -> None:
     found = json.loads(run.stdout)
     assert found["whole"] == found["streamed"] == PARIS
     assert found["call"] == found["streamedCall"]
-    assert (found["call"]["name"], json.loads(found["call"]["arguments"])["town"] in TOWNS) == (
-        "weather",
-        True,
-    )
+    assert (found["call"]["name"], json.loads(found["call"]["arguments"])["town"] in TOWNS) == ("weather", True)
     City.model_validate_json(found["schema"])
     assert (found["vector"], found["error"]) == (384, [404, "model_not_found"])
 

@@ -69,7 +69,7 @@ def test_wrong_types_unknown_keys_and_wrong_values_are_reported_together() -> No
         "peers.nodes[0].url: expected str": "",
         "peers.nodes: duplicate id 'n1'": "a rule over a list with a wrong item",
         "peers.nodes[1].url: must begin with": "",
-        "peers.secret: holds a value": "",
+        "peers.secret: is a literal value": "",
         "models[0].rows: expected int": "",
         "models[0].path: is required": "a value of a table with a wrong key",
         "models[1].engine: invalid enum value": "whether a path is required depends on it",

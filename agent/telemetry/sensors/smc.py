@@ -104,10 +104,7 @@ def _most(values: Iterable[float]) -> float | None:
 
 
 class _Version(ctypes.Structure):
-    _fields_ = [
-        *((name, c_uint8) for name in ("major", "minor", "build", "reserved")),
-        ("release", c_uint16),
-    ]
+    _fields_ = [*((name, c_uint8) for name in ("major", "minor", "build", "reserved")), ("release", c_uint16)]
 
 
 class _Limits(ctypes.Structure):

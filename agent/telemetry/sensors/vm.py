@@ -15,6 +15,7 @@ from agent.telemetry.sensors.reading import Failure, known, text_of
 from agent.telemetry.sensors.system_library import LIBRARY, functions
 
 HOST_VM_INFO64 = 4
+_FREE = re.compile(r"^System-wide memory free percentage: (\d{1,3})%[ \t]*\n", re.MULTILINE)
 _LINE = re.compile(r'^"?([^":\n]+)"?:[ \t]+(\d{1,19})\.[ \t]*\n', re.MULTILINE)
 _HEADER = re.compile(r"^Mach Virtual Memory Statistics: \(page size of (\d{4,6}) bytes\)[ \t]*\n")
 _LABELS = {
@@ -52,6 +53,12 @@ def parse_vm_stat(raw: bytes) -> Vm | None:
     if size not in (4096, 16384):
         return None
     return _vm({name: pages[label] for name, label in _LABELS.items() if label in pages}, size)
+
+
+def parse_memory_pressure(raw: bytes) -> int | None:
+    """The free percentage of `memory_pressure -Q`."""
+    match = _FREE.search(text_of(raw))
+    return int(match[1]) if match and int(match[1]) <= 100 else None
 
 
 def _vm(pages: Mapping[str, int], size: int) -> Vm | None:

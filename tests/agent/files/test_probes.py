@@ -38,8 +38,7 @@ def test_a_probe_compares_one_answer(probe: Probe, heard: Heard, why: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("texts", "faulty"),
-    [(["aaaa"] * 5, True), (["aaaa"] * 4 + ["b"], False), (["a"] * 2, False), ([], False)],
+    ("texts", "faulty"), [(["aaaa"] * 5, True), (["aaaa"] * 4 + ["b"], False), (["a"] * 2, False), ([], False)]
 )
 def test_identical_answers_to_all_probes_fail(texts: list[str], faulty: bool) -> None:
     assert bool(probes.alike([Heard(text=t, tokens=8) for t in texts])) == faulty

@@ -98,10 +98,7 @@ def test_a_peer_without_a_heartbeat_may_serve_the_model() -> None:
 CHAIN = tuple(range(40))
 
 
-@pytest.mark.parametrize(
-    ("holder_load", "expected"),
-    [(0, "a"), (2, "a"), (8, "a"), (40, "b"), (80, "b")],
-)
+@pytest.mark.parametrize(("holder_load", "expected"), [(0, "a"), (2, "a"), (8, "a"), (40, "b"), (80, "b")])
 def test_prompt_cache_hits_are_weighed_against_queueing(holder_load: int, expected: str) -> None:
     request = msgspec.structs.replace(WANTED, chain=CHAIN, prompt_tok=40 * BLOCK_TOK)
     holder = node("a", load=holder_load, known=frozenset(CHAIN[:35]))

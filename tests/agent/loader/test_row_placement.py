@@ -4,17 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader.row_placement import (
-    GROWTH_TOK,
-    Block,
-    Candidate,
-    Limits,
-    Placed,
-    Placement,
-    Start,
-    fits,
-    place,
-)
+from agent.loader.row_placement import GROWTH_TOK, Block, Candidate, Limits, Placed, Placement, Start, fits, place
 from agent.loader.scheduling import Turn
 
 LIMITS = Limits(rows=4, kv_tok=8192, weights_tok=1000.0)

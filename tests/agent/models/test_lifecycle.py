@@ -69,11 +69,7 @@ CASES: list[tuple[tuple[Event, ...], str, list[Effect] | None]] = [
     ((Load(), UP, "claim", Evict(reason="memory")), "ready", ["start", "serve"]),
     ((Load(), UP, "claim", Flipped(version="v2"), "release"), "ready", ["start", "serve", "serve"]),
     ((Load(), UP, "claim", "leave_rotation", "withdraw", "release"), "backing_off", ["start", "serve", "wake"]),
-    (
-        (Load(), UP, "claim", "leave_rotation", Exited(loader=1, cause="x")),
-        "draining",
-        ["start", "serve", "crashed"],
-    ),
+    ((Load(), UP, "claim", "leave_rotation", Exited(loader=1, cause="x")), "draining", ["start", "serve", "crashed"]),
     (
         (Load(), UP, "claim", Exited(loader=1, cause="x"), "due", Flipped(version="v2")),
         "ready",

@@ -59,14 +59,7 @@ async def running(
     loaders = Loaders(
         config, os.environ, prompts=tmp_path / "prompts", threads=1, on_report=lambda model, reported: None
     )
-    pool = Pool(
-        config,
-        store,
-        loaders,
-        budget_bytes=budget,
-        emit=events.append,
-        carried_by_peer=lambda _: carried,
-    )
+    pool = Pool(config, store, loaders, budget_bytes=budget, emit=events.append, carried_by_peer=lambda _: carried)
     try:
         yield pool, events
     finally:
@@ -128,13 +121,13 @@ async def test_an_idle_model_is_evicted_before_a_busy_one(tmp_path: Path) -> Non
         await until(lambda: pool.views()[0].in_flight == 1)
         await pool.orders.load("c")
         (evicted,) = of(events, ModelEvicted)
-        assert (
-            evicted.model,
-            evicted.reason,
-            evicted.for_model,
-            evicted.bytes,
-            evicted.requests_last_hour,
-        ) == ("b", "memory", "c", 40, 1)
+        assert (evicted.model, evicted.reason, evicted.for_model, evicted.bytes, evicted.requests_last_hour) == (
+            "b",
+            "memory",
+            "c",
+            40,
+            1,
+        )
         _, text = await busy
         assert len(text.split()) == 60
 
@@ -142,10 +135,7 @@ async def test_an_idle_model_is_evicted_before_a_busy_one(tmp_path: Path) -> Non
 async def test_insufficient_memory_reports_the_missing_bytes(tmp_path: Path) -> None:
     async with running(
         tmp_path, fake("a", need_bytes=5 * 10**6, pinned=True), fake("b", need_bytes=7 * 10**6), budget=10**7
-    ) as (
-        pool,
-        _,
-    ):
+    ) as (pool, _):
         await pool.orders.load("a")
         with pytest.raises(Refused, match="2 MB over the memory budget of 10 MB; in use, pinned or just loaded: a"):
             await pool.orders.load("b")
@@ -332,10 +322,7 @@ async def test_a_crash_looping_loader_is_not_restarted_forever(tmp_path: Path, m
 async def test_closing_a_stream_early_cancels_the_request(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.01)) as (pool, _):
         await pool.orders.load("a")
-        async with (
-            pool.lease("a") as lease,
-            contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers,
-        ):
+        async with pool.lease("a") as lease, contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers:
             async for answer in answers:
                 if isinstance(answer, Tokens):
                     break

@@ -5,14 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.models import swap
-from agent.models.swap import (
-    Effect,
-    Event,
-    SwapState,
-    What,
-    begin,
-    step,
-)
+from agent.models.swap import Effect, Event, SwapState, What, begin, step
 
 
 def event(what: What, reason: str = "", swap_id: str = "s") -> Event:
@@ -28,11 +21,7 @@ def play(cold: bool, *events: Event) -> tuple[SwapState, list[Effect]]:
     return state, effects
 
 
-READY, PASSED, DRAINED = (
-    event("standby_ready"),
-    event("probes_passed"),
-    event("drained"),
-)
+READY, PASSED, DRAINED = (event("standby_ready"), event("probes_passed"), event("drained"))
 FLIPPED, STOPPED = event("flipped"), event("stopped")
 FAILED, RESTORED = event("standby_failed", "why"), event("restored")
 CANNOT_RESTORE = event("restored", "and it did not start again")

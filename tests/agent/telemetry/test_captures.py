@@ -105,6 +105,8 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
     ("vm_stat/slotstream_mte-mac_before.txt", swapped, (41_698_285 * 16_384, 69_922_789 * 16_384)),
     ("vm_stat/go-osstat_intel-4k.txt", used_gib, 11.67),
     ("vm_stat/physical-free-test_intel-4k_swapped.txt", used_gib, 3.88),
+    ("memory_pressure/captured-host-16gb-4k_Q.txt", vm.parse_memory_pressure, 60),
+    ("memory_pressure/submission-24gb_Q.txt", vm.parse_memory_pressure, 80),
     ("sysctl/px-80_swapusage.txt", sysctl.parse_swapusage, (4 * GIB, round(2743.5 * (1 << 20)))),
     ("sysctl/submission-24gb_swapusage.txt", sysctl.parse_swapusage, (4 * GIB, round(2694.19 * (1 << 20)))),
     ("sysctl/ansible_macos-sysctl-vm-partial.txt", sysctl.parse_swapusage, (2 * GIB, round(1017.5 * (1 << 20)))),

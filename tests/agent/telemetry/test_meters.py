@@ -316,9 +316,7 @@ async def test_an_unexpected_setting_affects_only_its_meter() -> None:
         await rack.close()
 
 
-async def test_a_slow_keychain_is_queried_once_and_blocks_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_slow_keychain_is_queried_once_and_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, over = list[str](), threading.Event()
 
     def slow(reference: str, environ: Mapping[str, str]) -> str:
@@ -363,9 +361,7 @@ async def test_a_shared_secret_survives_another_meters_timeout() -> None:
         assert (rack.status()[0]["watts"], rack.problems) == (7.0, {})
 
 
-async def test_an_unresponsive_name_server_blocks_no_agent_thread(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_unresponsive_name_server_blocks_no_agent_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, over, real = list[str](), threading.Event(), socket.getaddrinfo
 
     def silent(host: str, *more: Any, **others: Any) -> Any:

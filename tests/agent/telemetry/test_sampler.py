@@ -71,10 +71,7 @@ def sampler(spool: Spool, *collectors: Any) -> Sampler:
     async def windows() -> list[Any]:
         return []
 
-    return Sampler(
-        *(spool, Ledger(), sensing(*collectors), Sources(windows, nothing, list, lambda: ())),
-        boot_id="b",
-    )
+    return Sampler(*(spool, Ledger(), sensing(*collectors), Sources(windows, nothing, list, lambda: ())), boot_id="b")
 
 
 async def until(what: Callable[[], bool]) -> None:

@@ -621,6 +621,7 @@ def test_this_machine_can_be_read() -> None:
 
 PARSERS: dict[str, Callable[[bytes], object]] = {
     "vm_stat": vm.parse_vm_stat,
+    "memory_pressure": vm.parse_memory_pressure,
     "swapusage": sysctl.parse_swapusage,
     "psi": memory.parse_psi_total_us,
     "notifyutil": thermal.parse_notifyutil,
