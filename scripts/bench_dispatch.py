@@ -87,8 +87,7 @@ class _Client(asyncio.Protocol):
     """One connection with just enough HTTP to keep a server busy; a client library would dominate the measurement."""
 
     def __init__(self, request: bytes, done: Callable[[float, bytes], bytes | None]) -> None:
-        self._request = request
-        self._done = done
+        self._request, self._done = request, done
         self._buffer = b""
         self._began = 0.0
         self._transport: asyncio.Transport | None = None

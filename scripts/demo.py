@@ -103,8 +103,7 @@ class Node:
     """One agent process of the demo."""
 
     def __init__(self, name: str, port: int, environ: dict[str, str]) -> None:
-        self.name = name
-        self.port = port
+        self.name, self.port = name, port
         self.folder = BUILD / name
         self.config = self.folder / "agent.toml"
         self._environ = environ
