@@ -58,9 +58,7 @@ def exit_status(error: RackError) -> int:
         return os.EX_UNAVAILABLE
     if error.code in ("no_secret", "wrong_identity"):
         return os.EX_CONFIG
-    if isinstance(error, Retryable):
-        return os.EX_TEMPFAIL
-    return os.EX_UNAVAILABLE if isinstance(error, Halt) else 1
+    return os.EX_TEMPFAIL if isinstance(error, Retryable) else os.EX_UNAVAILABLE if isinstance(error, Halt) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

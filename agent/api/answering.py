@@ -182,8 +182,7 @@ async def streamed(
             async for index, answer in parts:
                 if isinstance(answer, Tokens) and stream is None:
                     who = identity(calls, shape.prefix, answered=calls[index])
-                    patience_s = request.app[CONTEXT].config.limits.token_gap_s
-                    stream = EventStream(request, headers(calls[index]), patience_s)
+                    stream = EventStream(request, headers(calls[index]), request.app[CONTEXT].config.limits.token_gap_s)
                     await stream.open()
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):

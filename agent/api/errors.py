@@ -37,9 +37,7 @@ def status_of(error: RackError) -> int:
     """The HTTP status of an error."""
     if error.code in STATUS:
         return STATUS[error.code]
-    if isinstance(error, Refused):
-        return 400
-    return 503 if isinstance(error, Retryable) else 500
+    return 400 if isinstance(error, Refused) else 503 if isinstance(error, Retryable) else 500
 
 
 def response_of(error: RackError) -> web.Response:

@@ -71,8 +71,7 @@ class Follower:
         adopted, desired = self._adopted, self._adopted.desired
         if desired is None:
             return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
-        actual = self._pool.inventory.actual()
-        found = drift(actual, adopted.assigned, adopted.ordered) if adopted.follows else ()
+        found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.ordered) if adopted.follows else ()
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)

@@ -72,10 +72,8 @@ class _Hashed(msgspec.Struct, kw_only=True):
 
 
 class ModelStore:
-    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while.
-
-    ``folder`` holds pulled models. ``fused`` says that attention does not materialize scores, as on a GPU.
-    """
+    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while. ``folder`` holds
+    pulled models. ``fused`` says that attention does not materialize scores, as on a GPU."""
 
     def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
         self._memo, self.folder, self.fused = memo, folder, fused
@@ -178,8 +176,7 @@ class ModelStore:
             shape = model_shape.parse_shape(config, tensors)
         except Refused as error:
             if not model.need_bytes:
-                why = f"{error.message}; or configure the memory it needs with need_bytes"
-                raise _bad(model.name, why) from None
+                raise _bad(model.name, f"{error.message}; or configure the memory it needs with need_bytes") from None
             weights = sum(tensor.nbytes for tensor in tensors)
             return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
         plan = memory_plan.plan(

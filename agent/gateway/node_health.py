@@ -36,8 +36,7 @@ class NodeHealth:
 
     def failed(self, node: str, model: str, now_s: float, reason: str, *, probe: bool) -> None:
         """The node failed a request."""
-        breaker = self._breakers.setdefault(model, {}).setdefault(node, CircuitBreaker())
-        breaker.failed(now_s, reason, probe=probe)
+        self._breakers.setdefault(model, {}).setdefault(node, CircuitBreaker()).failed(now_s, reason, probe=probe)
 
     def given_up(self, node: str, model: str, *, probe: bool) -> None:
         """A request ended without evidence about the node."""

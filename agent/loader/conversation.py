@@ -35,11 +35,9 @@ def plain_text(turns: Sequence[dict[str, Any]]) -> str:
 
 
 def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> str | None:
-    """The answer's grammar in llguidance's Lark, None for unconstrained answers.
-
-    Free text that may contain calls is constrained only inside the calls. ``marker_is_token``: the marker is a special
-    token of the model; ``json_calls``: it writes its calls in JSON, or can be made to.
-    """
+    """The answer's grammar in llguidance's Lark, None for unconstrained answers. Free text that may contain calls is
+    constrained only inside the calls. ``marker_is_token``: the marker is a special token of the model; ``json_calls``:
+    it writes its calls in JSON, or can be made to."""
     schema = None if request.schema is None else f"%json {_strict(json.loads(request.schema))}"
     if not request.tools or (request.must_call is None and not json_calls):
         return None if schema is None else f"start: {schema}\n"

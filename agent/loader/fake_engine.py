@@ -137,8 +137,7 @@ class FakeEngine:
             row.left_tok = prompt_tok - cached_tok + row.made
             self._waiting.append(row)
         self._counts.add("cached_tok", cached_tok)
-        waiting = len(self._waiting) + len(self._rows) - self._limit
-        self._counts.highest("queue_max", waiting)
+        self._counts.highest("queue_max", len(self._waiting) + len(self._rows) - self._limit)
         return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok)
 
     def cancel(self, request_id: int) -> None:
@@ -159,8 +158,7 @@ class FakeEngine:
         for row in rows:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
-            vectors = tuple(_vector(one) for one in embed.inputs)
-            answers.append(Embedded(id=embed.id, vectors=vectors))
+            answers.append(Embedded(id=embed.id, vectors=tuple(_vector(one) for one in embed.inputs)))
             answers.append(Done(id=embed.id, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0))
         self._embeds.clear()
         return answers
@@ -305,8 +303,7 @@ def _calls(request: Generate) -> tuple[ToolCall, ...]:
 
 
 def _vector(text: str | tuple[int, ...]) -> bytes:
-    digest = hashlib.sha256(repr(text).encode()).digest()
-    return struct.pack("<8f", *(byte / 255 for byte in digest[:8]))
+    return struct.pack("<8f", *(byte / 255 for byte in hashlib.sha256(repr(text).encode()).digest()[:8]))
 
 
 def _words(request: Generate, salt: str) -> Iterator[str]:

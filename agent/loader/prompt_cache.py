@@ -44,11 +44,8 @@ class _Node(Generic[P]):
 
 
 class PromptCache(Generic[P]):
-    """Holds up to ``budget_bytes``; 0 disables it.
-
-    ``split(piece, at)`` returns the pieces of the first ``at`` tokens and of the rest; None for states that cannot be
-    sliced. ``nbytes(piece)`` is the size of a piece.
-    """
+    """Holds up to ``budget_bytes``; 0 disables it. ``split(piece, at)`` returns the pieces of the first ``at`` tokens
+    and of the rest; None for states that cannot be sliced. ``nbytes(piece)`` is the size of a piece."""
 
     def __init__(
         self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None

@@ -83,10 +83,8 @@ class Loaders:
         return await LoaderProcess.start(start, self._environ)
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:
-        """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then.
-
-        If this is cancelled, the pool's ``stop`` ends it.
-        """
+        """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then. If
+        this is cancelled, the pool's ``stop`` ends it."""
         if loaded not in self.retiring:
             self.retiring.append(loaded)
         loaded = await self.drain(loaded, drain_s)

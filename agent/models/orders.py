@@ -45,10 +45,8 @@ class Orders:
         return [run.view for run in self._swaps]
 
     async def load(self, name: str, *, ordered: bool = True) -> ModelSpec:
-        """Load a configured model, evicting idle ones if necessary. Raises Refused with the reason.
-
-        Unless it is ``ordered``, models that were just loaded are not evicted.
-        """
+        """Load a configured model, evicting idle ones if necessary. Raises Refused with the reason. Unless it is
+        ``ordered``, models that were just loaded are not evicted."""
         return await self._lifecycles.tasks.finish(self._load(name, ordered=ordered))
 
     async def unload(self, name: str) -> None:
@@ -156,8 +154,7 @@ class Orders:
             self._lifecycles.feed(slot, life.Planned(standby_bytes=spec.need_bytes))
             return False
         if not self._carried_by_peer(slot.name):
-            reason = f"swap {slot.name}: {short}, and no peer serves {slot.name} meanwhile"
-            raise Refused(reason, code="no_memory")
+            raise Refused(f"swap {slot.name}: {short}, and no peer serves {slot.name} meanwhile", code="no_memory")
         held = slot.loaded.spec.need_bytes if slot.loaded else 0
         self._lifecycles.feed(slot, life.Planned(standby_bytes=max(0, spec.need_bytes - held)))
         return True

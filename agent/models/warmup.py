@@ -92,11 +92,10 @@ async def answer_of(loader: LoaderProcess, prompt: str, max_tokens: int) -> Hear
 def _request(loader: LoaderProcess, prompt: str, max_tokens: int) -> Generate | Embed:
     if not _writes(loader):
         return Embed(id=0, model="", inputs=(prompt,), request_id="probe")
-    message = Message(role="user", content=prompt)
     return Generate(
         id=0,
         model="",
-        messages=(message,),
+        messages=(Message(role="user", content=prompt),),
         max_tokens=max_tokens,
         temperature=0.0,
         logprobs=0,

@@ -80,9 +80,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def size(value: int | None) -> str:
     """Bytes for display."""
-    if value is None:
-        return "-"
-    return f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
+    return "-" if value is None else f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
 
 
 def progress(s: dict[str, Any], verb: str, model: str) -> str:
@@ -140,6 +138,4 @@ def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
 
 
 def _span(seconds: int) -> str:
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -47,8 +47,7 @@ _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to start a loader: its arguments, the number of BLAS threads, the number of requests decoded together, the
-    watchdog's limit in seconds without progress while it has work, and a secret that it reads from standard
-    input."""
+    watchdog's limit in seconds without progress while it has work, and a secret that it reads from standard input."""
 
     arguments: tuple[str, ...]
     threads: int = 1
@@ -60,9 +59,8 @@ class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """The child's environment."""
-    kept = {name: environ[name] for name in _PASSED_ON if name in environ}
     return {
-        **kept,
+        **{name: environ[name] for name in _PASSED_ON if name in environ},
         "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -216,11 +214,9 @@ class LoaderProcess:
                     self._writer.write(encode(Cancel(id=number)))
 
     async def report(self) -> Reported | None:
-        """The engine's counters since the last report; None when no report arrives in time.
-
-        A report that arrived too late for the last call is added to this one, so that no count is lost. Reports are
-        consumed only after the last await: a cancelled call leaves them to the next one.
-        """
+        """The engine's counters since the last report; None when no report arrives in time. A report that arrived too
+        late for the last call is added to this one, so that no count is lost. Reports are consumed only after the last
+        await: a cancelled call leaves them to the next one."""
         self._reported.clear()
         # a loader that has ended may have reported before
         with contextlib.suppress(Retryable):

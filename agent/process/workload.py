@@ -44,9 +44,7 @@ class _Mean:
         self._at_s = now_s
 
     def value(self, now_s: float) -> float | None:
-        if self._at_s is None or now_s - self._at_s > STALE_S:
-            return None
-        return self._sum / self._weight
+        return None if self._at_s is None or now_s - self._at_s > STALE_S else self._sum / self._weight
 
 
 class _Open:

@@ -64,10 +64,8 @@ class Pusher:
         self.state = PushState()
 
     def drain(self, *, force: bool = False) -> int:
-        """Push waiting batches; returns how many were confirmed. Failures are reported in `state`, never raised.
-
-        After a failure the push backs off (full jitter, 1 s to 5 min) unless ``force``.
-        """
+        """Push waiting batches; returns how many were confirmed. Failures are reported in `state`, never raised. After
+        a failure the push backs off (full jitter, 1 s to 5 min) unless ``force``."""
         if self._stopping.is_set() or (not force and self._clock() < self._not_before_s):
             return 0
         sent = 0

@@ -76,10 +76,8 @@ class Sampler:
         self._events.append(event)
 
     async def tick(self) -> None:
-        """Close the window. If the disk fails, the window stays in memory for the next tick.
-
-        Once begun it is completed, even when the caller is cancelled: half a tick would count its window twice.
-        """
+        """Close the window. If the disk fails, the window stays in memory for the next tick. Once begun it is
+        completed, even when the caller is cancelled: half a tick would count its window twice."""
         await self._tasks.finish(self._tick())
 
     async def keep(self) -> None:

@@ -107,11 +107,8 @@ class Spool:
 
     def keep(self, batch: Batch) -> None:
         """Store the open window's contents so far, replacing the previous copy. Raises Retryable when the write fails;
-        on a full disk no sealed batch is dropped for an open one.
-
-        It protects against a killed agent and is not synced: a drive that is slow to sync must not delay it, and a
-        power failure loses the open window.
-        """
+        on a full disk no sealed batch is dropped for an open one. It protects against a killed agent and is not synced:
+        a drive that is slow to sync must not delay it, and a power failure loses the open window."""
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
@@ -164,8 +161,7 @@ class Spool:
             return  # dropped to make room meanwhile, and counted then
         self.dropped += 1
         self._gone(waiting)
-        aside = sorted((self._folder / "bad").iterdir())
-        for path in aside[:-KEPT_BAD]:
+        for path in sorted((self._folder / "bad").iterdir())[:-KEPT_BAD]:
             path.unlink(missing_ok=True)
 
     def delete(self, sent: list[Waiting]) -> None:

@@ -48,10 +48,8 @@ MAX_TEMPLATE_ARGS_CHARS = 4096
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times.
-
-    ``seed`` is None where the client set none.
-    """
+    """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times. ``seed`` is
+    None where the client set none."""
 
     generate: Generate
     prompts: tuple[str, ...] = ()

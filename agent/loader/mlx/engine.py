@@ -37,10 +37,8 @@ _WARM_PROMPT = "Say hello to everybody who came today. " * 12
 
 
 class MLXEngine:
-    """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded.
-
-    ``kv_tok`` limits the tokens of all rows together, padding included; ``reuse_bytes`` the freed buffers kept by MLX.
-    """
+    """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded. ``kv_tok``
+    limits the tokens of all rows together, padding included; ``reuse_bytes`` the freed buffers kept by MLX."""
 
     def __init__(
         self,

@@ -104,11 +104,8 @@ class Rows:
         self._requeue(row)
 
     def rebuild(self, batch: Batch) -> None:
-        """Discard a failed batch; its rows restart from their known tokens.
-
-        The culprit is unknown: a row that is in a second failed batch without progress gets a batch of its own, and at
-        the next failure it ends.
-        """
+        """Discard a failed batch; its rows restart from their known tokens. The culprit is unknown: a row that is in a
+        second failed batch without progress gets a batch of its own, and at the next failure it ends."""
         batch.close()
         self.batches.remove(batch)
         for row in list(batch.rows.values()):

@@ -68,8 +68,7 @@ class Scheduler:
 
     def _begin(self, group: list[Row], now_s: float) -> None:
         """Add rows to batches while there is room."""
-        seats = self._placement.seats([row.candidate(now_s) for row in group])
-        for at, ids in sorted(seats.items()):
+        for at, ids in sorted(self._placement.seats([row.candidate(now_s) for row in group]).items()):
             self._join(self._rows.batch(at), [self._rows.by_id[number] for number in ids], now_s)
 
     def _join(self, batch: Batch, rows: list[Row], now_s: float) -> None:

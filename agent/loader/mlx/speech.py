@@ -109,8 +109,7 @@ class Speech:
         assert self._markers.parse is not None
         try:
             found = self._markers.parse(self._call, self._tools)
-            each = found if isinstance(found, list) else [found]
-            calls = tuple(_call(one) for one in each)
+            calls = tuple(_call(one) for one in (found if isinstance(found, list) else [found]))
         except Exception:  # noqa: BLE001  # a parser may raise anything for a model's output
             return ()
         self.called = self.called or bool(calls)

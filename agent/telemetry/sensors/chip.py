@@ -148,9 +148,7 @@ class Chip:
         return None
 
     def _readers(self) -> dict[str, Callable[[], ChipReading | None]]:
-        if self._is_mac:
-            return {"smc": self._read_smc, "macmon": self._read_macmon}
-        return {"hwmon": self._read_linux}
+        return {"smc": self._read_smc, "macmon": self._read_macmon} if self._is_mac else {"hwmon": self._read_linux}
 
     def _read_smc(self) -> ChipReading:
         if self._smc is None:

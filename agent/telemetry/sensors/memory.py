@@ -121,8 +121,7 @@ class MemoryCollector:
             memory = psutil.virtual_memory()
             self._used.add(now, memory.total - memory.available)
             return
-        level = self._guards["pressure"].call(self._mac.level)
-        self._worst = worse(self._worst, level or "unknown")
+        self._worst = worse(self._worst, self._guards["pressure"].call(self._mac.level) or "unknown")
         found = self._guards["vm"].call(self._mac.vm)
         self._used.add(now, None if found is None else found[0].used_bytes)
 

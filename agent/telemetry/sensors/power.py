@@ -94,8 +94,7 @@ class IoReport:
 
 def energy_of(metrics: object) -> Energy:
     """CPU, GPU and neural engine of an AppleEnergyMetrics (millijoules); a chip may lack some. DRAM is left out,
-    because no other source of chip power counts it.
-    Raises Failure when the CPU's is missing."""
+    because no other source of chip power counts it. Raises Failure when the CPU's is missing."""
     names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj"}
     found = {part: getattr(metrics, name, None) for part, name in names.items()}
     parts = {

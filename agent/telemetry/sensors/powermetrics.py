@@ -156,9 +156,7 @@ class PowermetricsStream:
         return self._fresh()
 
     def _fresh(self) -> Powermetrics | None:
-        if self._last is None or self._clock() - self._last[0] > FRESH_S:
-            return None
-        return self._last[1]
+        return None if self._last is None or self._clock() - self._last[0] > FRESH_S else self._last[1]
 
     def close(self) -> None:
         """Kill the child."""

@@ -31,11 +31,8 @@ _WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
 
 
 def decode(kind: str, raw: bytes) -> float | None:
-    """A key's value by its type; None for an unknown type or size.
-
-    ``flt`` is a little-endian float, ``ioft`` 48.16 bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the
-    unsigned integers are big-endian.
-    """
+    """A key's value by its type; None for an unknown type or size. ``flt`` is a little-endian float, ``ioft`` 48.16
+    bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the unsigned integers are big-endian."""
     name = kind.strip()
     sizes = {"flt": 4, "ioft": 8, "fpe2": 2, "ui8": 1, "ui16": 2, "ui32": 4}
     if len(raw) != sizes.get(name):
@@ -204,9 +201,7 @@ class Smc:
 
     def _name(self, service: int) -> str:
         buffer = ctypes.create_string_buffer(128)
-        if self._lib.IORegistryEntryGetName(service, buffer) != 0:
-            return ""
-        return buffer.value.decode("ascii", "replace")
+        return "" if self._lib.IORegistryEntryGetName(service, buffer) != 0 else buffer.value.decode("ascii", "replace")
 
     def _connected(self, service: int, task: int) -> int:
         connection = c_uint32(0)
@@ -239,9 +234,7 @@ class Smc:
         data = KeyData(key=_number(key), command=READ_KEY)
         data.info.size = size
         answer = self._call(data)
-        if answer is None or size > 32:
-            return None
-        return decode(_name_of(kind), bytes(answer.bytes)[:size])
+        return None if answer is None or size > 32 else decode(_name_of(kind), bytes(answer.bytes)[:size])
 
     def _kind(self, key: str) -> tuple[int, int]:
         """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""

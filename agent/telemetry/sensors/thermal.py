@@ -38,10 +38,8 @@ def level_of_state(state: int) -> int | None:
 
 class ThermalCollector:
     """Level, temperatures and fans. ``take`` returns events; ``on_event`` is called from any thread when there are any.
-
     ``powermetrics`` returns its last level, None where it does not run; ``also_failed`` gives the reason where it
-    should run.
-    """
+    should run."""
 
     name = "thermal"
 
