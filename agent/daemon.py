@@ -295,8 +295,7 @@ def admin_token(state: Path) -> str:
     """The token of the local admin API, created at the first start, readable by the agent's user only."""
     path = state / "admin.token"
     with contextlib.suppress(FileNotFoundError):
-        token = path.read_text(encoding="ascii").strip()
-        if token:
+        if token := path.read_text(encoding="ascii").strip():
             return token
     token = secrets.token_hex(32)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:

@@ -138,8 +138,7 @@ async def _side_by_side(request: web.Request, calls: Sequence[Call]) -> AsyncGen
     try:
         left = len(calls)
         while left:
-            piece = await _next_piece(queue, tasks)
-            if isinstance(piece, RackError):
+            if isinstance(piece := await _next_piece(queue, tasks), RackError):
                 calls[0].fate = outcome_of(piece)
                 raise piece
             if piece is None:

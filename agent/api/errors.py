@@ -58,8 +58,7 @@ async def middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Assign each request an id, turn errors into responses, write one log line."""
-    request_id = new_request_id()
-    request[REQUEST_ID] = request_id
+    request_id = request[REQUEST_ID] = new_request_id()
     began = time.monotonic()
     status, code = 499, "client_gone"
     try:

@@ -111,8 +111,7 @@ class ModelStore:
             return Path(model.path).expanduser()
         name, _, version = model.path.removeprefix(STORED).partition("@")
         check_name(name, "model")
-        held = [one.version for one in self.installed(name)]
-        if not held:
+        if not (held := [one.version for one in self.installed(name)]):
             remedy = f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`"
             raise _bad(model.name, f"nothing named {name} is in the store ({self.folder}); {remedy}")
         if not version and len(held) > 1:
@@ -291,8 +290,7 @@ def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
 def _check_shards(name: str, folder: Path, names: set[str]) -> None:
     if catalog.INDEX_NAME not in names:
         return
-    missing = catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names)
-    if missing:
+    if missing := catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names):
         raise _bad(name, f"{folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
 
 

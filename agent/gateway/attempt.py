@@ -114,10 +114,7 @@ class Attempts:
                 self._attempt(decision, chosen, call) as answers,
                 contextlib.aclosing(TimedReader(answers)) as reader,
             ):
-                while True:
-                    answer = await self._next(reader, watch)
-                    if answer is None:
-                        break
+                while (answer := await self._next(reader, watch)) is not None:
                     now = self._clock()
                     if isinstance(answer, Waits):
                         watch.waits(now)

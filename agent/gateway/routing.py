@@ -231,8 +231,7 @@ def _pick(weighed: Sequence[Candidate], here: str, draw: float) -> Candidate:
     sound = [one for one in weighed if not one.last_resort] or weighed
     least = min(one.cost_s for one in sound)
     near = [one for one in sound if one.cost_s <= least + NEAR_S]
-    local = next((one for one in near if one.node == here), None)
-    if local is not None:
+    if (local := next((one for one in near if one.node == here), None)) is not None:
         return local
     near.sort(key=lambda one: one.node)
     return near[int(draw * len(near))]

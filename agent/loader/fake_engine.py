@@ -81,10 +81,9 @@ class FakeEngine:
         self, speed: Pretence = _AT_ONCE, *, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
     ) -> None:
         time.sleep(load_s)
-        self._speed = speed
+        self._speed, self._salt, self._limit = speed, salt, rows
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
-        self._salt, self._limit = salt, rows
         self._waiting: list[_Row] = []
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
@@ -164,8 +163,7 @@ class FakeEngine:
         return answers
 
     def _prefill(self) -> None:
-        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no
-        time."""
+        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no time."""
         while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
             row = self._waiting[0]
             row.begun_s = row.begun_s or time.perf_counter()

@@ -54,10 +54,7 @@ class PromptCache(Generic[P]):
         self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
         self._clock = 0
         self._leaves: set[_Node[P]] = set()
-        self.bytes = 0
-        self.hits = 0
-        self.misses = 0
-        self.saved_tok = 0
+        self.bytes = self.hits = self.misses = self.saved_tok = 0
         self.evictions: Counter[str] = Counter()
 
     def find(self, prompt: Tokens) -> Hit[P] | None:

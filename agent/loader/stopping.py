@@ -13,8 +13,7 @@ class StopText:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
+        if found := [at for at in (text.find(stop) for stop in self._stops) if at >= 0]:
             self._held = ""
             return text[: min(found)], True
         keep = max(_overlap(text, stop) for stop in self._stops)

@@ -49,8 +49,7 @@ class LoadQueue:
     def _closed_for(self, slot: Slot, turn: load_order.Turn) -> str:
         if slot.name in turn.close:
             return turn.waiter
-        closed_for = slot.life.closed_for
-        if not closed_for:
+        if not (closed_for := slot.life.closed_for):
             return ""
         # it stays closed until the model it makes room for is loaded, or it would be in use again before that
         other = self._slots.find(closed_for)

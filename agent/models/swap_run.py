@@ -51,8 +51,7 @@ class SwapRun:
     ) -> None:
         self._host, self._loaders, self._slot, self._spec, self._old = host, host.loaders, slot, spec, old
         self._pace = self._old.process.pace
-        self._request_s = request_s
-        self._wall_ms, self._clock = wall_ms, clock
+        self._request_s, self._wall_ms, self._clock = request_s, wall_ms, clock
         self._began = clock()
         self._standby: LoaderProcess | None = None
         self._load_s = 0.0

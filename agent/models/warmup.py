@@ -52,8 +52,7 @@ async def _right(
             return f"{what} took over {budget_s:g} s"
         except RackError as error:
             return f"{what}: {error.message}"
-        reason = fault(probe, one)
-        if reason:
+        if reason := fault(probe, one):
             return f"{what}: {reason}"
         answers.append(one)
     return alike(answers) if _writes(loader) else ""

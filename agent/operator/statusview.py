@@ -88,8 +88,7 @@ def progress(s: dict[str, Any], verb: str, model: str) -> str:
     if verb == "swap":
         swap = next((x for x in reversed(s["swaps"]) if not x["outcome"]), None)
         return f"{swap['phase']} {swap['detail']}".strip() if swap else ""
-    one = next((m for m in s["models"] if model in m["names"]), None)
-    if one is None:
+    if (one := next((m for m in s["models"] if model in m["names"]), None)) is None:
         return ""
     return f"{one['state']}, {one['in_flight']} requests in flight" if one["in_flight"] else str(one["state"])
 

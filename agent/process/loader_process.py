@@ -91,8 +91,7 @@ class LoaderProcess:
         writer: asyncio.StreamWriter,
         spec: LoaderSpec,
     ) -> None:
-        self._process = process
-        self._reader, self._writer = reader, writer
+        self._process, self._reader, self._writer = process, reader, writer
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._reports: list[Reported] = []
@@ -101,8 +100,7 @@ class LoaderProcess:
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
-        self.stopping = False
-        self._broken = False
+        self.stopping = self._broken = False
         self._heard_s = 0.0
         self._unanswered: dict[int, float] = {}
         self._owed: set[int] = set()

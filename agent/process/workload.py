@@ -60,9 +60,7 @@ class Throughput:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._open: dict[int, _Open] = {}
-        self._prefill = _Mean(0.7)
-        self._gap = _Mean(0.7)
-        self._answer = _Mean(0.95)
+        self._prefill, self._gap, self._answer = _Mean(0.7), _Mean(0.7), _Mean(0.95)
         self.prefill_tok = 0
 
     def begin(self, number: int, prompt_tok: int) -> None:
@@ -72,15 +70,13 @@ class Throughput:
 
     def accepted(self, number: int, prompt_tok: int, cached_tok: int) -> None:
         """The engine accepted it and reports the exact counts."""
-        one = self._open.get(number)
-        if one is not None and not one.begun:
+        if (one := self._open.get(number)) is not None and not one.begun:
             self.prefill_tok += prompt_tok - cached_tok - one.left_tok
             one.left_tok = prompt_tok - cached_tok
 
     def token(self, number: int) -> None:
         """The first token arrived, so prefill has ended."""
-        one = self._open.get(number)
-        if one is not None and not one.begun:
+        if (one := self._open.get(number)) is not None and not one.begun:
             one.begun = True
             self.prefill_tok -= one.left_tok
             one.left_tok = 0

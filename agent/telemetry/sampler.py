@@ -94,8 +94,7 @@ class Sampler:
 
     async def _tick(self) -> None:
         async with self._ticking:
-            host = await self._sensing.sample()
-            self.last_sample = host
+            host = self.last_sample = await self._sensing.sample()
             self._sources.on_sample(host)
             windows = await self._sources.windows()
             # no await from here to the end of the window: what is drained is in this batch and in no other

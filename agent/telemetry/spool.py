@@ -61,10 +61,8 @@ class Spool:
 
     def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
         self._folder, self._max_bytes, self._max_batches = folder, max_bytes, max_batches
-        self._bounds = threading.Lock()
-        self._naming = threading.Lock()
-        self._count = self._bytes = 0
-        self.dropped = 0
+        self._bounds, self._naming = threading.Lock(), threading.Lock()
+        self._count = self._bytes = self.dropped = 0
         with _as_ours("open", folder):
             (folder / "bad").mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()

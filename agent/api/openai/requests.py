@@ -173,8 +173,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _model(tree: dict[str, Any]) -> str:
-    model = tree.get("model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(model := tree.get("model"), str) or not model:
         raise wrong("model", "a model's name")
     if len(model) > 256:
         raise wrong("model", "at most 256 characters")

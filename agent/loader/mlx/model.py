@@ -192,8 +192,7 @@ class TextModel:
     def _unfit(self, request: Generate) -> Failed | None:
         # a model's vocabulary may be padded beyond the tokenizer's
         known = min(self.vocabulary, len(self.tokenizer))
-        beyond = [token for token, _ in request.logit_bias if token >= known]
-        if beyond:
+        if any(token >= known for token, _ in request.logit_bias):
             message = f"logit_bias: token id out of range; this model has {known} tokens"
             return _failed(request, message, "logit_bias")
         if (unknown := self._unknown_to_template(request)) is not None:

@@ -39,8 +39,7 @@ class Scheduler:
         return self._rows.placement(self.limits._replace(pressed=self._pace.pressed))
 
     def _start(self, now_s: float) -> None:
-        ready = [row for row in self._rows.waiting if row.behind is None]
-        if not ready:
+        if not (ready := [row for row in self._rows.waiting if row.behind is None]):
             return
         prefilling = [row.turn(now_s) for row in self._rows.prefilling]
         candidates = [row.candidate(now_s) for row in ready]

@@ -46,10 +46,8 @@ class Speech:
             edges[CONTENT].append((markers.call[0], CALL))
             edges[CALL] = [(markers.call[1], CONTENT)] if markers.call[1] else []
         self._state = TextStateMachine(edges).make_state(REASONING if reasoning else CONTENT)
-        self._call = ""
-        self._blank = ""
-        self._begun = False
-        self.called = False
+        self._call = self._blank = ""
+        self._begun = self.called = False
 
     @property
     def reasoning(self) -> bool:

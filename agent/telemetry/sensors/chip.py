@@ -205,8 +205,7 @@ class MacmonPipe:
         self._last: Macmon | None = None
 
     def last(self) -> Macmon | None:
-        """The newest line; None while the first may still come. Raises Failure when macmon exited or prints
-        none."""
+        """The newest line; None while the first may still come. Raises Failure when macmon exited or prints none."""
         try:
             said = self._child.read()
         except Failure:

@@ -175,8 +175,7 @@ class PowerCollector:
         before, self._last = self._last, (now, energy) if energy is not None else None
         if before is None or energy is None or now <= before[0]:
             return None
-        spent = spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)
-        if spent is None:
+        if (spent := spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)) is None:
             failed[self._guard.name] = "energy counters stuck or ran backwards"
             return None
         if spent > MOST_W * 1e6 * (now - before[0]):

@@ -205,8 +205,7 @@ class Smc:
 
     def _connected(self, service: int, task: int) -> int:
         connection = c_uint32(0)
-        status = self._lib.IOServiceOpen(service, task, 0, byref(connection))
-        if status != 0:
+        if (status := self._lib.IOServiceOpen(service, task, 0, byref(connection))) != 0:
             raise Failure(f"SMC: open failed (0x{status & 0xFFFFFFFF:08x})")
         return connection.value
 
@@ -239,8 +238,7 @@ class Smc:
     def _kind(self, key: str) -> tuple[int, int]:
         """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""
         if key not in self._kinds:
-            answer = self._call(KeyData(key=_number(key), command=KEY_INFO))
-            if answer is None:
+            if (answer := self._call(KeyData(key=_number(key), command=KEY_INFO))) is None:
                 raise KeyError(key)
             self._kinds[key] = (answer.info.size, answer.info.kind)
         return self._kinds[key]
@@ -252,8 +250,7 @@ class Smc:
         found = []
         for index in range(int(count)):
             with contextlib.suppress(Failure):
-                answer = self._call(KeyData(command=KEY_BY_INDEX, index=index))
-                if answer is not None:
+                if (answer := self._call(KeyData(command=KEY_BY_INDEX, index=index))) is not None:
                     found.append(_name_of(answer.key))
         return found
 

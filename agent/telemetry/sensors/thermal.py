@@ -54,8 +54,7 @@ class ThermalCollector:
         also_failed: Callable[[], dict[str, str]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._chip = chip
-        self._is_mac = platform == "darwin"
+        self._chip, self._is_mac = chip, platform == "darwin"
         self._open_notify, self._run, self._powermetrics = notify, run, powermetrics
         self._also_failed, self._clock = also_failed, clock
         self._notify: Notify | None = None
