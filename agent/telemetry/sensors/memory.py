@@ -45,12 +45,8 @@ def worse(one: str, other: str) -> str:
 def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | None) -> str:
     """The memory verdict: the worst of the kernel's level, swap-outs while a large share of memory is compressed, and
     wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
-    found = level
-    if swapped_out > 0 and compressed >= COMPRESSED_SHARE:
-        found = worse(found, "warn")
-    if wired is not None and wired >= WIRED_SHARE:
-        found = worse(found, "warn")
-    return found
+    short = (swapped_out > 0 and compressed >= COMPRESSED_SHARE) or (wired is not None and wired >= WIRED_SHARE)
+    return worse(level, "warn") if short else level
 
 
 class MacMemory:
@@ -121,7 +117,8 @@ class MemoryCollector:
             memory = psutil.virtual_memory()
             self._used.add(now, memory.total - memory.available)
             return
-        self._worst = worse(self._worst, self._guards["pressure"].call(self._mac.level) or "unknown")
+        level = self._guards["pressure"].call(self._mac.level)
+        self._worst = worse(self._worst, level or "unknown")
         found = self._guards["vm"].call(self._mac.vm)
         self._used.add(now, None if found is None else found[0].used_bytes)
 

@@ -135,8 +135,7 @@ class PowerCollector:
         self._system.add(now, reading.system_w if reading is not None else None)
         if reading is not None:
             self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
-        watts = self._powermetrics()
-        if watts is None and reading is not None:
+        if (watts := self._powermetrics()) is None and reading is not None:
             watts = reading.soc_w
         self._soc.add(now, watts)
 

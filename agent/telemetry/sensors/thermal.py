@@ -101,8 +101,7 @@ class ThermalCollector:
 
     def read(self) -> Reading:
         self.poll()
-        now = self._clock()
-        reading = self._chip.read()
+        now, reading = self._clock(), self._chip.read()
         degrees: dict[str, int] = {}
         for name, gauge in self._gauges.items():
             if (seen := gauge.close(now)) is not None:
@@ -125,8 +124,7 @@ class ThermalCollector:
             for name, read in self._readers.items():
                 level = self._guards[name].call(read)
                 found.append(Source(name, self._guards[name].reason, LEVELS[level] if level is not None else ""))
-        also = [Source(name, why) for name, why in self._also_failed().items()]
-        return [*found, *also, *self._chip.sources()]
+        return [*found, *(Source(name, why) for name, why in self._also_failed().items()), *self._chip.sources()]
 
     def close(self) -> None:
         """Release all resources."""
