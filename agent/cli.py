@@ -52,15 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_status(error: RackError) -> int:
     """Exit status (os.EX_*) for an error."""
-    if isinstance(error, shared_config.ConfigError):
+    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_identity"):
         return os.EX_CONFIG
     if error.code in ("not_running", "port_in_use", "spool_in_use"):
         return os.EX_UNAVAILABLE
-    if error.code in ("no_secret", "wrong_identity"):
-        return os.EX_CONFIG
-    if isinstance(error, Retryable):
-        return os.EX_TEMPFAIL
-    return os.EX_UNAVAILABLE if isinstance(error, Halt) else 1
+    return os.EX_TEMPFAIL if isinstance(error, Retryable) else os.EX_UNAVAILABLE if isinstance(error, Halt) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,8 +158,7 @@ def log_file(config: AgentConfig) -> Path:
 
 
 def _client(args: argparse.Namespace) -> AdminClient:
-    config, _ = _config(args)
-    return AdminClient(config, state_folder(config))
+    return AdminClient(*_config_and_state(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -284,8 +279,7 @@ def _logs(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from agent.operator import doctor
 
-    config, _ = _config(args)
-    findings = doctor.examine(config, state_folder(config), os.environ)
+    findings = doctor.examine(*_config_and_state(args), os.environ)
     if args.json:
         print(json.dumps([found._asdict() for found in findings], indent=2))
     else:

@@ -157,8 +157,7 @@ class Daemon:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _tune_garbage_collector()
         # a client that disconnects cancels its handler, and with it the work in the loader
-        app = api.build(self._context())
-        runner = Runner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = Runner(api.build(self._context()), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
         try:
             port = await self._listen(runner)
@@ -296,12 +295,10 @@ def admin_token(state: Path) -> str:
     """The token of the local admin API, created at the first start, readable by the agent's user only."""
     path = state / "admin.token"
     with contextlib.suppress(FileNotFoundError):
-        token = path.read_text(encoding="ascii").strip()
-        if token:
+        if token := path.read_text(encoding="ascii").strip():
             return token
     token = secrets.token_hex(32)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
         file.write(token + "\n")
     return token
 

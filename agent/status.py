@@ -120,5 +120,4 @@ class Status:
 
 def _offered(model: ModelView) -> dict[str, Any]:
     """A model of a node, for display; of its prefix hashes only the number."""
-    fields = msgspec.structs.asdict(model)
-    return {**fields, "prefixes": len(model.prefixes) // 8}
+    return {**msgspec.structs.asdict(model), "prefixes": len(model.prefixes) // 8}

@@ -1,6 +1,6 @@
 """Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, probes, seal."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -51,8 +51,7 @@ async def swap(request: web.Request) -> web.Response:
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
     finished = await context.follower.by_operator(names.model, context.pool.orders.swap(names.model, names.new))
-    body: dict[str, Any] = msgspec.to_builtins(finished)
-    return json_response(body, status=200 if finished.outcome == "flipped" else 409)
+    return json_response(msgspec.to_builtins(finished), status=200 if finished.outcome == "flipped" else 409)
 
 
 async def pin(request: web.Request) -> web.Response:

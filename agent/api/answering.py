@@ -138,8 +138,7 @@ async def _side_by_side(request: web.Request, calls: Sequence[Call]) -> AsyncGen
     try:
         left = len(calls)
         while left:
-            piece = await _next_piece(queue, tasks)
-            if isinstance(piece, RackError):
+            if isinstance(piece := await _next_piece(queue, tasks), RackError):
                 calls[0].fate = outcome_of(piece)
                 raise piece
             if piece is None:
@@ -182,8 +181,7 @@ async def streamed(
             async for index, answer in parts:
                 if isinstance(answer, Tokens) and stream is None:
                     who = identity(calls, shape.prefix, answered=calls[index])
-                    patience_s = request.app[CONTEXT].config.limits.token_gap_s
-                    stream = EventStream(request, headers(calls[index]), patience_s)
+                    stream = EventStream(request, headers(calls[index]), request.app[CONTEXT].config.limits.token_gap_s)
                     await stream.open()
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):

@@ -64,8 +64,7 @@ def note(request: web.Request, **fields: object) -> None:
 
 def client_key_id(request: web.Request) -> str:
     """The id of the client's key; "" on a node without keys. Raises Unauthorized."""
-    keys = request.app[CONTEXT].config.keys
-    if not keys:
+    if not (keys := request.app[CONTEXT].config.keys):
         return ""
     offered = hash_key(_bearer(request))
     found = ""

@@ -11,8 +11,7 @@ async def decision(request: web.Request) -> web.Response:
     """Routing decisions of a recent request, part by part: candidates and their costs, excluded nodes and reasons,
     retries, continuations."""
     require_local_or_admin(request)
-    dispatch = request.app[CONTEXT].dispatch
-    if not (found := dispatch.decisions.find(request.match_info["request"])):
+    if not (found := request.app[CONTEXT].dispatch.decisions.find(request.match_info["request"])):
         why = f"no decision of this request is recorded here; each gateway keeps those of its last {KEPT} requests"
         raise Refused(why, code="not_found")
     return json_response({"parts": [shown(trail) for trail in found]})

@@ -37,9 +37,7 @@ def status_of(error: RackError) -> int:
     """The HTTP status of an error."""
     if error.code in STATUS:
         return STATUS[error.code]
-    if isinstance(error, Refused):
-        return 400
-    return 503 if isinstance(error, Retryable) else 500
+    return 400 if isinstance(error, Refused) else 503 if isinstance(error, Retryable) else 500
 
 
 def response_of(error: RackError) -> web.Response:
@@ -60,8 +58,7 @@ async def middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Assign each request an id, turn errors into responses, write one log line."""
-    request_id = new_request_id()
-    request[REQUEST_ID] = request_id
+    request_id = request[REQUEST_ID] = new_request_id()
     began = time.monotonic()
     status, code = 499, "client_gone"
     try:

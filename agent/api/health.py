@@ -44,5 +44,4 @@ async def metrics(request: web.Request) -> web.Response:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_FRESH_S):
             await context.pool.inventory.refresh()
-    body = context.metrics()
-    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    return web.Response(body=context.metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

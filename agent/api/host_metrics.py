@@ -151,5 +151,4 @@ def _family(kind: type[F], name: str, text: str, label: str, values: Mapping[str
 def _sources(sample: HostSample) -> GaugeMetricFamily:
     read = {str(getattr(sample, field)) for field in _SOURCES if getattr(sample, field) not in (None, "unknown", "")}
     states = dict.fromkeys(sorted(read), 1.0) | dict.fromkeys(sorted(sample.sources_failed), 0.0)
-    text = "1 for a sensor that was read in the last window."
-    return _family(GaugeMetricFamily, "source_up", text, "source", states)
+    return _family(GaugeMetricFamily, "source_up", "1 for a sensor that was read in the last window.", "source", states)

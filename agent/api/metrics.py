@@ -66,13 +66,11 @@ class Metrics:
         self.host = host
         labels = ("model", "outcome")
         self._requests = self._counter("requests", "Client requests answered at this node as gateway.", labels)
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.", ("model",))
-        self._cached = self._counter("cached_tokens", "Prompt tokens found in a prompt cache.", ("model",))
-        self._completion = self._counter("completion_tokens", "Tokens generated for clients.", ("model",))
-        again = "Attempts on another node or loader before the first byte."
-        self._retries = self._counter("retries", again, ("model",))
-        continued = "Answers continued by another loader after the first byte."
-        self._continued = self._counter("continuations", continued, ("model",))
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered requests.")
+        self._cached = self._counter("cached_tokens", "Prompt tokens found in a prompt cache.")
+        self._completion = self._counter("completion_tokens", "Tokens generated for clients.")
+        self._retries = self._counter("retries", "Attempts on another node or loader before the first byte.")
+        self._continued = self._counter("continuations", "Answers continued by another loader after the first byte.")
         self._latencies = {
             "time_to_first_token_seconds": _Latency("Time from request to first token (TTFT)."),
             "inter_token_latency_seconds": _Latency("Time between two tokens of one answer (ITL)."),
@@ -80,14 +78,12 @@ class Metrics:
         }
         self._ttft, self._itl, self._total = self._latencies.values()
         self._busy = self._counter("engine_busy_seconds", "Busy time of the engine, by phase.", ("model", "phase"))
-        self._engine = {
-            field: self._counter(f"engine_{name}", text, ("model",)) for field, (name, text) in _ENGINE.items()
-        }
+        self._engine = {field: self._counter(f"engine_{name}", text) for field, (name, text) in _ENGINE.items()}
         self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
         self._peaks = {field: self._gauge(f"engine_{field}", text) for field, text in _PEAKS.items()}
         self._evicted = self._counter("model_evictions", "Models evicted from memory.", ("model", "reason"))
-        self._missed = self._counter("model_misses", "First requests for a model after its eviction.", ("model",))
-        self._swaps = self._counter("swaps", "Swaps by outcome.", ("model", "outcome"))
+        self._missed = self._counter("model_misses", "First requests for a model after its eviction.")
+        self._swaps = self._counter("swaps", "Swaps by outcome.", labels)
         self._by_model: dict[str, _ByModel] = {}
         self._registry.register(_Gauges(status, peers))
         self._registry.register(_Histograms(self._latencies))
@@ -131,7 +127,7 @@ class Metrics:
         """The exposition text."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ("model",)) -> Counter:
         return Counter(f"mlxrack_{name}", text, labels, registry=self._registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:

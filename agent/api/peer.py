@@ -72,8 +72,7 @@ async def link(request: web.Request) -> web.StreamResponse:
 
 async def close_links(app: web.Application) -> None:
     """On shutdown: tell peers at once that this node is going away."""
-    sockets = set(app[LINKS])
-    closing = (one.close(code=WSCloseCode.GOING_AWAY) for one in sockets)
+    closing = (one.close(code=WSCloseCode.GOING_AWAY) for one in set(app[LINKS]))
     with contextlib.suppress(TimeoutError):  # one that no longer reads cannot be told
         async with asyncio.timeout(2 * CLOSE_S):
             await asyncio.gather(*closing, return_exceptions=True)

@@ -53,16 +53,14 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._pool, self._models = config, pool, models
-        self._open_store = open_store
         self._store: ObjectStore | None = None
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
-        self._clock = clock
+        self._open_store, self._clock = open_store, clock
         self._adopted = Adopted(memory, config.node.id)
         self._reason = ""
         self._troubles: dict[bytes, _Trouble] = {}
         self._orders: set[asyncio.Task[Any]] = set()
-        self._acting = False
-        self._stopping = False
+        self._acting = self._stopping = False
 
     # ---- what others ask ----
 
@@ -71,8 +69,7 @@ class Follower:
         adopted, desired = self._adopted, self._adopted.desired
         if desired is None:
             return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
-        actual = self._pool.inventory.actual()
-        found = drift(actual, adopted.assigned, adopted.ordered) if adopted.follows else ()
+        found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.ordered) if adopted.follows else ()
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
@@ -160,7 +157,8 @@ class Follower:
         tried: set[bytes] = set()
         missing = False
         while not self._stopping:
-            todo = [a for a in self._plan() if msgspec.json.encode(_tagged(a)) not in tried]
+            planned = plan(self._pool.inventory.actual(), self._adopted.assigned, self._adopted.ordered)
+            todo = [a for a in planned if msgspec.json.encode(_tagged(a)) not in tried]
             self._acting = bool(todo)
             if not todo:
                 break
@@ -172,9 +170,6 @@ class Follower:
             missing = missing or (isinstance(action, Bring) and failed not in ("", "no_memory"))
         self._acting = False
 
-    def _plan(self) -> tuple[Action, ...]:
-        return plan(self._pool.inventory.actual(), self._adopted.assigned, self._adopted.ordered)
-
     def _may_leave(self, model: str) -> bool:
         """A model that goes to another node stays here until it is served there."""
         return not self._adopted.on_others(model) or self._carried_by_peer(model)
@@ -182,8 +177,7 @@ class Follower:
     async def _tried(self, action: Action) -> str:
         """The code of what went wrong; "" when nothing did."""
         key = msgspec.json.encode(_tagged(action))
-        before = self._troubles.get(key)
-        if before is not None and self._clock() < before.again_s:
+        if (before := self._troubles.get(key)) is not None and self._clock() < before.again_s:
             return "paused"
         try:
             await self._act(action)
@@ -214,8 +208,7 @@ class Follower:
         if found.version != one.version:
             raise Refused(f"desired state: {one.model}: {path} is version {found.version}, not {one.version}")
         if action.swap:
-            finished = await self._pool.orders.swap_to(one.model, model)
-            if finished.outcome != "flipped":
+            if (finished := await self._pool.orders.swap_to(one.model, model)).outcome != "flipped":
                 raise Refused(f"desired state: swap {one.model}: {finished.reason}", code="swap_failed")
             await self._pool.orders.pin(one.model, pinned=one.pinned)
         else:

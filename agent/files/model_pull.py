@@ -117,11 +117,9 @@ def pull(
     progress: Progress = lambda done, total: None,
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Installed:
-    """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it.
-
-    Raises Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched is kept
-    for the next attempt.
-    """
+    """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it. Raises
+    Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched is kept for the
+    next attempt."""
     manifest = source.manifest
     catalog.check_manifest(manifest, f"pull {name}")
     version = catalog.version_of(manifest)

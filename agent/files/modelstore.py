@@ -72,10 +72,8 @@ class _Hashed(msgspec.Struct, kw_only=True):
 
 
 class ModelStore:
-    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while.
-
-    ``folder`` holds pulled models. ``fused`` says that attention does not materialize scores, as on a GPU.
-    """
+    """Reads model folders; remembers file hashes in ``memo``, because hashing 20 GB takes a while. ``folder`` holds
+    pulled models. ``fused`` says that attention does not materialize scores, as on a GPU."""
 
     def __init__(self, memo: Path, folder: Path, *, fused: bool = sys.platform == "darwin") -> None:
         self._memo, self.folder, self.fused = memo, folder, fused
@@ -113,8 +111,7 @@ class ModelStore:
             return Path(model.path).expanduser()
         name, _, version = model.path.removeprefix(STORED).partition("@")
         check_name(name, "model")
-        held = [one.version for one in self.installed(name)]
-        if not held:
+        if not (held := [one.version for one in self.installed(name)]):
             remedy = f"fetch it with `mlxrack-agent models pull SOURCE --name {name}`"
             raise _bad(model.name, f"nothing named {name} is in the store ({self.folder}); {remedy}")
         if not version and len(held) > 1:
@@ -178,8 +175,7 @@ class ModelStore:
             shape = model_shape.parse_shape(config, tensors)
         except Refused as error:
             if not model.need_bytes:
-                why = f"{error.message}; or configure the memory it needs with need_bytes"
-                raise _bad(model.name, why) from None
+                raise _bad(model.name, f"{error.message}; or configure the memory it needs with need_bytes") from None
             weights = sum(tensor.nbytes for tensor in tensors)
             return None, MemoryPlan(weights_bytes=weights, kv_bytes=0, workspace_bytes=0, cache_bytes=model.cache_bytes)
         plan = memory_plan.plan(
@@ -294,8 +290,7 @@ def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
 def _check_shards(name: str, folder: Path, names: set[str]) -> None:
     if catalog.INDEX_NAME not in names:
         return
-    missing = catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names)
-    if missing:
+    if missing := catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names):
         raise _bad(name, f"{folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
 
 

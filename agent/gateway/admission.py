@@ -57,14 +57,11 @@ class DrainRate:
 
 def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: float) -> Admit | Turn:
     """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight.
-
-    The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s.
-    """
+    The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s."""
     if draining:
         return Turn(code="draining", retry_after_s=1)
     over = max(model.over, key.over)
     if not over:
         return Admit()
     wait_s = over / drain_rate_per_s if drain_rate_per_s > 0 else _UNKNOWN_WAIT_S
-    code = "queue_full" if model.over else "key_queue_full"
-    return Turn(code=code, retry_after_s=round(min(60.0, max(1.0, wait_s))))
+    return Turn(code="queue_full" if model.over else "key_queue_full", retry_after_s=round(min(60.0, max(1.0, wait_s))))

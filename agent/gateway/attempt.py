@@ -114,10 +114,7 @@ class Attempts:
                 self._attempt(decision, chosen, call) as answers,
                 contextlib.aclosing(TimedReader(answers)) as reader,
             ):
-                while True:
-                    answer = await self._next(reader, watch)
-                    if answer is None:
-                        break
+                while (answer := await self._next(reader, watch)) is not None:
                     now = self._clock()
                     if isinstance(answer, Waits):
                         watch.waits(now)
@@ -276,8 +273,7 @@ class Attempts:
 
 def _error_of(failed: Failed) -> RackError:
     if failed.retryable:
-        code = "not_ready" if failed.code == "not_ready" else "loader_lost"
-        return Retryable(failed.message, code=code)
+        return Retryable(failed.message, code="not_ready" if failed.code == "not_ready" else "loader_lost")
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")
     return Refused(failed.message, code=failed.code, param=failed.param)
@@ -285,6 +281,4 @@ def _error_of(failed: Failed) -> RackError:
 
 def _how(code: str) -> Literal["lost", "turned_away", "engine_failed"]:
     """An error code as recovery names the kind of loss."""
-    if code == ENGINE_FAILED:
-        return "engine_failed"
-    return "turned_away" if code == "not_ready" else "lost"
+    return "engine_failed" if code == ENGINE_FAILED else "turned_away" if code == "not_ready" else "lost"

@@ -36,9 +36,7 @@ class CircuitBreaker:
         """Closed; open until its back-off ends; half_open when one request may try; probing while that one runs."""
         if self._open_until_s is None:
             return "closed"
-        if self._probing:
-            return "probing"
-        return "open" if now_s < self._open_until_s else "half_open"
+        return "probing" if self._probing else "open" if now_s < self._open_until_s else "half_open"
 
     def left_s(self, now_s: float) -> float:
         """Time until one request may try; 0 if it may now."""

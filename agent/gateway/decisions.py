@@ -107,8 +107,7 @@ def _step(step: Step, began_s: float) -> dict[str, Any]:
         base["node"] = step.node
     if step.why:
         base["why"] = step.why
-    decision = step.decision
-    if decision is None:
+    if (decision := step.decision) is None:
         return base
     if isinstance(decision.place, Refuse):
         base["why"] = decision.place.code

@@ -98,9 +98,7 @@ class Dispatch:
 
     async def answer(self, call: Call) -> AsyncGenerator[Answer, None]:
         """Accepted, Tokens and Done for one part of an admitted request; counts it when it ends, whatever the outcome.
-
-        Raises Refused for what the client must change, Retryable for what may succeed later.
-        """
+        Raises Refused for what the client must change, Retryable for what may succeed later."""
         call.began_s = call.last_s = self._clock()
         self._begin_trail(call)
         outcome = "cancelled"
@@ -162,8 +160,7 @@ class Dispatch:
     def _admit(self, call: Call, parts: int) -> None:
         most = min(self._limits.in_flight_per_model, self._limits.in_flight_per_key)
         if parts > most:
-            message = f"n: this node generates at most {most} answers per request"
-            raise Refused(message, code="invalid_value", param="n")
+            raise Refused(f"n: this node generates at most {most} answers per request", code="invalid_value", param="n")
         now, drain = self._clock(), self._drain.get(call.model)
         decision = admit(
             model=Load(self._by_model[call.model] + parts - 1, self._limits.in_flight_per_model),

@@ -17,8 +17,7 @@ class NodeHealth:
 
     def states(self, model: str, now_s: float) -> Mapping[str, State]:
         """Nodes whose circuit breaker for a model is not closed."""
-        breakers = self._breakers.get(model)
-        if not breakers:
+        if not (breakers := self._breakers.get(model)):
             return {}
         states = {node: breaker.state(now_s) for node, breaker in breakers.items()}
         return {node: state for node, state in states.items() if state != "closed"}
@@ -30,19 +29,16 @@ class NodeHealth:
 
     def ok(self, node: str, model: str, now_s: float, *, probe: bool) -> None:
         """The node completed a request."""
-        breaker = self._breakers.get(model, {}).get(node)
-        if breaker is not None:
+        if (breaker := self._breakers.get(model, {}).get(node)) is not None:
             breaker.ok(now_s, probe=probe)
 
     def failed(self, node: str, model: str, now_s: float, reason: str, *, probe: bool) -> None:
         """The node failed a request."""
-        breaker = self._breakers.setdefault(model, {}).setdefault(node, CircuitBreaker())
-        breaker.failed(now_s, reason, probe=probe)
+        self._breakers.setdefault(model, {}).setdefault(node, CircuitBreaker()).failed(now_s, reason, probe=probe)
 
     def given_up(self, node: str, model: str, *, probe: bool) -> None:
         """A request ended without evidence about the node."""
-        breaker = self._breakers.get(model, {}).get(node)
-        if breaker is not None:
+        if (breaker := self._breakers.get(model, {}).get(node)) is not None:
             breaker.given_up(probe=probe)
 
     def fresh(self, node: str, now_s: float) -> None:

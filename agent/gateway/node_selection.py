@@ -130,16 +130,14 @@ class NodeSelection:
 
     def has_larger_context(self, call: Call) -> bool:
         """Whether a live node has, or may have once its loader is up, a larger context than was found too small."""
-        nodes = (self._here(), *self._table.view(self._clock()))
         return any(
             one.context_tok > call.over_tok or (one.coming and not one.context_tok)
-            for _, one in offers(nodes, call.model)
+            for _, one in offers((self._here(), *self._table.view(self._clock())), call.model)
         )
 
     def held_by_peer(self, model: str, version: str, excluding: str = "") -> bool:
         """Whether a live peer can continue answers of this version."""
-        peers = self._table.view(self._clock())
-        return any(version in one.versions for _, one in offers(peers, model, but=excluding))
+        return any(version in one.versions for _, one in offers(self._table.view(self._clock()), model, but=excluding))
 
     def has_another(self, model: str, node: str) -> bool:
         """Whether another node could take over a request from one that is too slow or failed."""

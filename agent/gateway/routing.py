@@ -158,9 +158,7 @@ def _fit(request: RouteRequest, node: NodeView) -> ModelView | str:
         return "model not served"
     if request.breakers and request.breakers.get(node.node) == "probing":
         return "circuit breaker: probing"
-    if request.over_tok and model.context_tok <= request.over_tok:
-        return "context too small"
-    return model
+    return "context too small" if request.over_tok and model.context_tok <= request.over_tok else model
 
 
 def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple[float, float, int]) -> Candidate:
@@ -233,8 +231,7 @@ def _pick(weighed: Sequence[Candidate], here: str, draw: float) -> Candidate:
     sound = [one for one in weighed if not one.last_resort] or weighed
     least = min(one.cost_s for one in sound)
     near = [one for one in sound if one.cost_s <= least + NEAR_S]
-    local = next((one for one in near if one.node == here), None)
-    if local is not None:
+    if (local := next((one for one in near if one.node == here), None)) is not None:
         return local
     near.sort(key=lambda one: one.node)
     return near[int(draw * len(near))]
@@ -248,5 +245,4 @@ def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], pe
     # one that was lost, tried or is probing may be available again in a moment
     living = [node for node in nodes if node.state != "down" and not node.draining]
     offered = [m for node in living for m in node.models if m.name == request.model]
-    loading = unheard or any(m.coming or m.ready for m in offered)
-    return Refuse(code="no_capacity", loading=loading, known=tuple(known))
+    return Refuse(code="no_capacity", loading=unheard or any(m.coming or m.ready for m in offered), known=tuple(known))

@@ -15,8 +15,7 @@ class TimedReader(Generic[T]):
     """Reads pieces from ``source``, each within a time limit. Must be closed after use."""
 
     def __init__(self, source: AsyncIterator[T]) -> None:
-        self._source = source
-        self._loop = asyncio.get_running_loop()
+        self._source, self._loop = source, asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
         self._until_s = 0.0
         self._timer: asyncio.TimerHandle | None = None

@@ -53,8 +53,7 @@ class AttemptTimeouts:
     def __init__(self, gaps: TokenGaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
         self._gaps, self._first_s, self._gap_s, self._until_s = gaps, first_s, gap_s, until_s
         self._learned = learned
-        self._asked_s = self._heard_s = 0.0
-        self.waited_s = 0.0
+        self._asked_s = self._heard_s = self.waited_s = 0.0
         self.is_over = False
         """Whether the limit is the request's deadline, not the next piece's timeout."""
 

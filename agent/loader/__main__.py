@@ -46,8 +46,7 @@ def main() -> int:
     # a Ctrl-C in the terminal reaches the whole group; the daemon decides when a loader ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    sock = socket.socket(fileno=args.fd)
-    status = serve(sock, lambda: _engine(args))
+    status = serve(socket.socket(fileno=args.fd), lambda: _engine(args))
     sys.stdout.flush()
     return status
 

@@ -35,17 +35,14 @@ def plain_text(turns: Sequence[dict[str, Any]]) -> str:
 
 
 def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> str | None:
-    """The answer's grammar in llguidance's Lark, None for unconstrained answers.
-
-    Free text that may contain calls is constrained only inside the calls. ``marker_is_token``: the marker is a special
-    token of the model; ``json_calls``: it writes its calls in JSON, or can be made to.
-    """
+    """The answer's grammar in llguidance's Lark, None for unconstrained answers. Free text that may contain calls is
+    constrained only inside the calls. ``marker_is_token``: the marker is a special token of the model; ``json_calls``:
+    it writes its calls in JSON, or can be made to."""
     schema = None if request.schema is None else f"%json {_strict(json.loads(request.schema))}"
     if not request.tools or (request.must_call is None and not json_calls):
         return None if schema is None else f"start: {schema}\n"
     calls = _strict(_any_call(request.tools, request.must_call or ""))
-    begin = CALL_BEGIN if marker_is_token else f'"{CALL_BEGIN}"'
-    end = CALL_END if marker_is_token else f'"{CALL_END}"'
+    begin, end = (CALL_BEGIN, CALL_END) if marker_is_token else (f'"{CALL_BEGIN}"', f'"{CALL_END}"')
     call = f'call: {begin} "\\n" %json {calls} "\\n" {end}\n'
     if request.must_call is not None:
         return f"start: call\n{call}"
@@ -60,8 +57,7 @@ def grammar(request: Generate, *, marker_is_token: bool, json_calls: bool) -> st
 
 def _any_call(tools: Sequence[str], name: str) -> dict[str, Any]:
     """JSON schema of a call to the tool of that name, or to any tool for ""."""
-    described = [json.loads(tool) for tool in tools]
-    wanted = [tool for tool in described if not name or tool["name"] == name]
+    wanted = [tool for tool in map(json.loads, tools) if not name or tool["name"] == name]
     definitions: dict[str, Any] = {}
     shapes = []
     for number, tool in enumerate(wanted):
@@ -139,9 +135,7 @@ def _object(arguments: str) -> Any:
 
 def _strict(schema: Any) -> str:
     """A schema in the form that the grammar expects."""
-    if isinstance(schema, dict):
-        schema = {"x-guidance": _SPACING, **schema}
-    return _compact(schema)
+    return _compact({"x-guidance": _SPACING, **schema} if isinstance(schema, dict) else schema)
 
 
 def _compact(tree: Any) -> str:

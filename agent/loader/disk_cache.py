@@ -46,8 +46,7 @@ class DiskCache:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._read_s = 0.0
-        self.quarantined = 0
-        self.failures = 0
+        self.quarantined = self.failures = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._find_files()
         self._queue: queue.Queue[tuple[str, list[Array]] | None] = queue.Queue(_BEHIND)

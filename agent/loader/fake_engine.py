@@ -81,10 +81,9 @@ class FakeEngine:
         self, speed: Pretence = _AT_ONCE, *, load_s: float = 0.0, salt: str = "", rows: int = 8, held_bytes: int = 0
     ) -> None:
         time.sleep(load_s)
-        self._speed = speed
+        self._speed, self._salt, self._limit = speed, salt, rows
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
-        self._salt, self._limit = salt, rows
         self._waiting: list[_Row] = []
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
@@ -137,8 +136,7 @@ class FakeEngine:
             row.left_tok = prompt_tok - cached_tok + row.made
             self._waiting.append(row)
         self._counts.add("cached_tok", cached_tok)
-        waiting = len(self._waiting) + len(self._rows) - self._limit
-        self._counts.highest("queue_max", waiting)
+        self._counts.highest("queue_max", len(self._waiting) + len(self._rows) - self._limit)
         return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok)
 
     def cancel(self, request_id: int) -> None:
@@ -159,15 +157,13 @@ class FakeEngine:
         for row in rows:
             answers += self._advance(row)
         for embed, prompt_tok in self._embeds:
-            vectors = tuple(_vector(one) for one in embed.inputs)
-            answers.append(Embedded(id=embed.id, vectors=vectors))
+            answers.append(Embedded(id=embed.id, vectors=tuple(_vector(one) for one in embed.inputs)))
             answers.append(Done(id=embed.id, finish="stop", prompt_tok=prompt_tok, cached_tok=0, completion_tok=0))
         self._embeds.clear()
         return answers
 
     def _prefill(self) -> None:
-        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no
-        time."""
+        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no time."""
         while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
             row = self._waiting[0]
             row.begun_s = row.begun_s or time.perf_counter()
@@ -305,8 +301,7 @@ def _calls(request: Generate) -> tuple[ToolCall, ...]:
 
 
 def _vector(text: str | tuple[int, ...]) -> bytes:
-    digest = hashlib.sha256(repr(text).encode()).digest()
-    return struct.pack("<8f", *(byte / 255 for byte in digest[:8]))
+    return struct.pack("<8f", *(byte / 255 for byte in hashlib.sha256(repr(text).encode()).digest()[:8]))
 
 
 def _words(request: Generate, salt: str) -> Iterator[str]:

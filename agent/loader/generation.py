@@ -9,9 +9,7 @@ from agent.wire.frames import Ask, Failed, Frame, Ready, Reported, Working
 @dataclass(frozen=True)
 class Prepared:
     """A request with everything computed ahead of the engine; ``extra`` and ``restored`` are private to the engine.
-
-    ``prompts`` are token ids: one conversation or text, or every input of an Embed.
-    """
+    ``prompts`` are token ids: one conversation or text, or every input of an Embed."""
 
     request: Ask
     prompts: tuple[list[int], ...]

@@ -14,11 +14,9 @@ _MEASURED_TOK = 32
 
 
 class PrefillCost:
-    """Prefill time of a chunk, fitted to earlier ones: seconds = a x tokens + b x tokens x their mean position.
-
-    The second term is attention over all previous tokens. Least squares in which a chunk has 0.9 of the weight of the
-    next one.
-    """
+    """Prefill time of a chunk, fitted to earlier ones: seconds = a x tokens + b x tokens x their mean position. The
+    second term is attention over all previous tokens. Least squares in which a chunk has 0.9 of the weight of the next
+    one."""
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)

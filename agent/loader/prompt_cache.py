@@ -44,11 +44,8 @@ class _Node(Generic[P]):
 
 
 class PromptCache(Generic[P]):
-    """Holds up to ``budget_bytes``; 0 disables it.
-
-    ``split(piece, at)`` returns the pieces of the first ``at`` tokens and of the rest; None for states that cannot be
-    sliced. ``nbytes(piece)`` is the size of a piece.
-    """
+    """Holds up to ``budget_bytes``; 0 disables it. ``split(piece, at)`` returns the pieces of the first ``at`` tokens
+    and of the rest; None for states that cannot be sliced. ``nbytes(piece)`` is the size of a piece."""
 
     def __init__(
         self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None
@@ -57,10 +54,7 @@ class PromptCache(Generic[P]):
         self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
         self._clock = 0
         self._leaves: set[_Node[P]] = set()
-        self.bytes = 0
-        self.hits = 0
-        self.misses = 0
-        self.saved_tok = 0
+        self.bytes = self.hits = self.misses = self.saved_tok = 0
         self.evictions: Counter[str] = Counter()
 
     def find(self, prompt: Tokens) -> Hit[P] | None:

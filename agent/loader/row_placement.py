@@ -37,9 +37,7 @@ class Block(NamedTuple):
 
 def place(blocks: Sequence[Block], length_tok: int, weights_tok: float) -> int | None:
     """The batch in which a row of ``length_tok`` adds least to the memory read per step; None for a batch of its own.
-
-    ``weights_tok`` is the cost of one more batch per step: reading the model's weights, in tokens of KV cache.
-    """
+    ``weights_tok`` is the cost of one more batch per step: reading the model's weights, in tokens of KV cache."""
     alone = Block(1, length_tok).padded_tok + weights_tok
     costs = [block.joined(length_tok).padded_tok - block.padded_tok for block in blocks]
     best = min(range(len(costs)), key=costs.__getitem__, default=None)
@@ -110,8 +108,7 @@ class Placement:
 
     def without(self, row_id: int) -> "Placement":
         """After a row has left its batch."""
-        left = tuple(tuple(row for row in batch if row.id != row_id) for batch in self.batches)
-        return Placement(left, self.limits)
+        return Placement(tuple(tuple(row for row in batch if row.id != row_id) for batch in self.batches), self.limits)
 
     def room_for(self, row: Candidate) -> bool:
         """Whether a row may start beside the running ones."""

@@ -32,8 +32,7 @@ def first(waiting: Sequence[Turn], rate_tok_per_s: float) -> Turn:
 
 def yields(current: Turn, best: Turn, rate_tok_per_s: float) -> bool:
     """Whether the prompt in prefill yields: only to half as much or less, so that similar ones do not alternate."""
-    shorter = 2 * best.left_tok <= current.left_tok
-    return shorter and urgency(best, rate_tok_per_s) < urgency(current, rate_tok_per_s)
+    return 2 * best.left_tok <= current.left_tok and urgency(best, rate_tok_per_s) < urgency(current, rate_tok_per_s)
 
 
 def together(lead: Turn, others: Sequence[Turn], rate_tok_per_s: float, largest_tok: int) -> list[int]:

@@ -13,8 +13,7 @@ class StopText:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
+        if found := [at for at in (text.find(stop) for stop in self._stops) if at >= 0]:
             self._held = ""
             return text[: min(found)], True
         keep = max(_overlap(text, stop) for stop in self._stops)
@@ -29,5 +28,4 @@ class StopText:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

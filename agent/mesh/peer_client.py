@@ -72,8 +72,7 @@ class PeerClient:
 
     async def link(self, node: str, url: str) -> PeerLink:
         """The open connection to a peer. Raises Retryable (code worker_lost) when none can be opened."""
-        link = self._links.get(node)
-        if link is not None and link.url != url:
+        if (link := self._links.get(node)) is not None and link.url != url:
             self.drop(node)  # the node has a new url
             link = None
         if link is None or not link.alive:

@@ -66,9 +66,8 @@ class PeerTable:
     """Peers by node id. ``now`` is a monotonic clock in seconds, passed by the caller."""
 
     def __init__(self, urls: Iterable[tuple[str, str]], *, beat_s: float, now: float) -> None:
-        self._beat_s = beat_s
+        self._beat_s, self._tick_s = beat_s, now
         self._peers = {node: _Known(url=url, last_s=now) for node, url in urls}
-        self._tick_s = now
         self._ticks = False
         self._view: tuple[NodeView, ...] = ()
         self._good_until_s = -_NEVER
@@ -119,8 +118,7 @@ class PeerTable:
 
     def unready(self, node: str, model: str) -> None:
         """A node rejected a request that its last heartbeat had offered to take: it is not ready until its next one."""
-        known = self._peers.get(node)
-        if known is not None and known.beat is not None:
+        if (known := self._peers.get(node)) is not None and known.beat is not None:
             models = tuple(
                 msgspec.structs.replace(one, ready=False, coming=True, versions=()) if one.name == model else one
                 for one in known.beat.models
@@ -180,8 +178,7 @@ class PeerTable:
         return self._view
 
     def _view_of(self, node: str, known: _Known, now: float) -> NodeView:
-        beat = known.beat
-        if beat is None:
+        if (beat := known.beat) is None:
             # just after the start it is unknown what a peer serves
             fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
             return NodeView(node=node, url=known.url, state="unknown" if fresh else "down", heard=False)

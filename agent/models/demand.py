@@ -13,8 +13,7 @@ class Demand:
     """Requests for one model, in memory that does not grow with their number."""
 
     def __init__(self) -> None:
-        self._weight = 0.0
-        self._weighed_s = 0.0
+        self._weight = self._weighed_s = 0.0
         self._minutes: deque[tuple[int, int]] = deque()
         self.last_s: float | None = None
 

@@ -10,11 +10,8 @@ import msgspec
 
 
 class Occupant(msgspec.Struct, frozen=True, kw_only=True):
-    """A resident model. ``leases`` are requests that use it; times are on a monotonic clock.
-
-    ``reload_s`` is how long it took to load, ``per_s`` its request rate. Before ``stays_until_s`` it is not evicted for
-    another model.
-    """
+    """A resident model. ``leases`` are requests that use it; times are on a monotonic clock. ``reload_s`` is how long
+    it took to load, ``per_s`` its request rate. Before ``stays_until_s`` it is not evicted for another model."""
 
     name: str
     need_bytes: int
@@ -42,10 +39,8 @@ class Evict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
-    """It cannot fit now: ``missing_bytes`` would be short even after evicting all models that may be evicted.
-
-    ``kept`` are the models that may not be evicted: in use, pinned, or just loaded.
-    """
+    """It cannot fit now: ``missing_bytes`` would be short even after evicting all models that may be evicted. ``kept``
+    are the models that may not be evicted: in use, pinned, or just loaded."""
 
     missing_bytes: int
     kept: tuple[str, ...]
@@ -80,8 +75,7 @@ def make_room(
     2. Victims are the cheapest, until it fits; then those whose bytes are not needed are spared, most expensive first.
     3. A single victim whose absence costs no more than theirs together replaces them.
     """
-    used = sum(o.need_bytes for o in occupants)
-    short = used + need_bytes - budget_bytes
+    short = sum(o.need_bytes for o in occupants) + need_bytes - budget_bytes
     if short <= 0:
         return Fits()
     free = [o for o in occupants if not o.pinned and o.leases == 0 and o.stays_until_s <= now_s]

@@ -43,8 +43,7 @@ class Inventory:
 
     def reported_peak(self, name: str, peak_bytes: int) -> None:
         """Take MLX's peak since a loader's last report."""
-        slot = self._slots.find(name)
-        if slot is not None:
+        if (slot := self._slots.find(name)) is not None:
             slot.peak_bytes = max(slot.peak_bytes, peak_bytes)
 
     async def windows(self) -> list[EngineWindow]:

@@ -226,6 +226,4 @@ class Lifecycles:
 
 
 def _fault_of(error: RackError) -> life.Fault:
-    if error.code in NO_ROOM:
-        return "no_room"
-    return "died" if error.code == "loader_died" else "unusable"
+    return "no_room" if error.code in NO_ROOM else "died" if error.code == "loader_died" else "unusable"

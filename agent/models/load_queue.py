@@ -49,10 +49,8 @@ class LoadQueue:
     def _closed_for(self, slot: Slot, turn: load_order.Turn) -> str:
         if slot.name in turn.close:
             return turn.waiter
-        closed_for = slot.life.closed_for
-        if not closed_for:
+        if not (closed_for := slot.life.closed_for):
             return ""
         # it stays closed until the model it makes room for is loaded, or it would be in use again before that
         other = self._slots.find(closed_for)
-        is_loading = turn.load == closed_for or (other is not None and bool(other.life.claim))
-        return closed_for if is_loading else ""
+        return closed_for if turn.load == closed_for or (other is not None and bool(other.life.claim)) else ""

@@ -58,17 +58,14 @@ class Loaders:
         arguments = (
             *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
             *("--prefill-chunk", str(model.prefill_chunk_tok), "--cache-bytes", str(model.cache_bytes)),
-            *("--kv-tok", str(model.rows * model.plan_context_tok)),
-            *("--stall-s", str(model.stall_s)),
+            *("--kv-tok", str(model.rows * model.plan_context_tok), "--stall-s", str(model.stall_s)),
             *("--reuse-bytes", str(spec.plan.reuse_bytes)),
             *("--disk-cache", str(self._prompts / model.name), "--fingerprint", spec.version),
-            *("--disk-cache-bytes", str(model.disk_cache_bytes)),
-            *("--max-tokens", str(model.max_tokens)),
+            *("--disk-cache-bytes", str(model.disk_cache_bytes), "--max-tokens", str(model.max_tokens)),
             *("--fake-step-s", str(model.fake_step_s), "--fake-load-s", str(model.fake_load_s)),
             *("--fake-row-s", str(model.fake_row_s), "--fake-prefill-tps", str(model.fake_prefill_tps)),
             *("--fake-cache-tok", str(model.fake_cache_tok), "--fake-held-bytes", str(model.fake_held_bytes)),
         )
-        stuck_s = self._config.limits.stuck_s
         secret = ""
         if model.disk_cache_bytes:  # a keychain may respond slowly
             secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
@@ -77,16 +74,14 @@ class Loaders:
             threads=self._threads,
             rows=model.rows,
             keeps_prompts=bool(model.fake_cache_tok if model.engine == "fake" else model.cache_bytes),
-            stuck_s=stuck_s,
+            stuck_s=self._config.limits.stuck_s,
             secret=secret,
         )
         return await LoaderProcess.start(start, self._environ)
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:
-        """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then.
-
-        If this is cancelled, the pool's ``stop`` ends it.
-        """
+        """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then. If
+        this is cancelled, the pool's ``stop`` ends it."""
         if loaded not in self.retiring:
             self.retiring.append(loaded)
         loaded = await self.drain(loaded, drain_s)
@@ -130,8 +125,7 @@ class Loaders:
 
     async def take_window(self, loaded: Loaded) -> None:
         """Ask a loader for its counts since its last report."""
-        reported = await loaded.process.report()
-        if reported is None:
+        if (reported := await loaded.process.report()) is None:
             return
         self._on_report(loaded.name, reported)
         key = (loaded.name, loaded.spec.version)

@@ -12,7 +12,7 @@ from agent.files.modelstore import ModelSpec
 from agent.files.probes import Probe
 from agent.models import lifecycle as life
 from agent.models.lifecycle_run import Lifecycles
-from agent.models.slot import Loaded, Slot, Slots
+from agent.models.slot import Slot, Slots
 from agent.models.swap_run import SwapRun
 from agent.models.warmup import answer_of
 from shared.errors import Refused, Retryable
@@ -45,10 +45,8 @@ class Orders:
         return [run.view for run in self._swaps]
 
     async def load(self, name: str, *, ordered: bool = True) -> ModelSpec:
-        """Load a configured model, evicting idle ones if necessary. Raises Refused with the reason.
-
-        Unless it is ``ordered``, models that were just loaded are not evicted.
-        """
+        """Load a configured model, evicting idle ones if necessary. Raises Refused with the reason. Unless it is
+        ``ordered``, models that were just loaded are not evicted."""
         return await self._lifecycles.tasks.finish(self._load(name, ordered=ordered))
 
     async def unload(self, name: str) -> None:
@@ -57,8 +55,7 @@ class Orders:
 
     async def swap(self, old: str, new: str) -> SwapFinished:
         """Replace the files behind ``old`` with those of the configured model ``new`` without losing a request."""
-        model = self._models.get(new)
-        if model is None:
+        if (model := self._models.get(new)) is None:
             known = ", ".join(self._models)
             raise Refused(f"swap {old} {new}: {new} is not configured; known: {known}", code="model_not_found")
         return await self.swap_to(old, model)
@@ -120,11 +117,9 @@ class Orders:
         if slot.life.claim:
             raise Refused(f"swap {old}: already loading, swapping or being evicted; see status", code="conflict")
         if other is not slot and other is not None and (other.loaded is not None or other.life.claim):
-            reason = f"swap {old}: {model.name} is itself resident or loading; unload it first"
-            raise Refused(reason, code="conflict")
+            raise Refused(f"swap {old}: {model.name} is itself resident or loading; unload it first", code="conflict")
         if not self._lifecycles.feed(slot, "claim"):
-            reason = f"swap {slot.name}: not resident ({slot.life.state}); load it first"
-            raise Refused(reason, code="conflict")
+            raise Refused(f"swap {slot.name}: not resident ({slot.life.state}); load it first", code="conflict")
         if other is not None and other is not slot:
             self._lifecycles.feed(other, "reserve")
         try:
@@ -142,7 +137,7 @@ class Orders:
         cold = await self._planned(slot, spec, model.name)
         if old is None or slot.loaded is not old:
             raise Refused(f"swap {slot.name}: its loader has just exited; retry", code="conflict")
-        run = self._run(slot, spec, old)
+        run = SwapRun(self._lifecycles, slot, spec, old, request_s=self._request_s, wall_ms=self._wall_ms)
         self._swaps.append(run)
         finished = await run.run(cold=cold)
         self._emit(finished)
@@ -156,11 +151,7 @@ class Orders:
             self._lifecycles.feed(slot, life.Planned(standby_bytes=spec.need_bytes))
             return False
         if not self._carried_by_peer(slot.name):
-            reason = f"swap {slot.name}: {short}, and no peer serves {slot.name} meanwhile"
-            raise Refused(reason, code="no_memory")
+            raise Refused(f"swap {slot.name}: {short}, and no peer serves {slot.name} meanwhile", code="no_memory")
         held = slot.loaded.spec.need_bytes if slot.loaded else 0
         self._lifecycles.feed(slot, life.Planned(standby_bytes=max(0, spec.need_bytes - held)))
         return True
-
-    def _run(self, slot: Slot, spec: ModelSpec, old: Loaded) -> SwapRun:
-        return SwapRun(self._lifecycles, slot, spec, old, request_s=self._request_s, wall_ms=self._wall_ms)

@@ -200,8 +200,7 @@ class Pool:
             self._queue.advance(self.room.budget_bytes)
 
     def _evict_cheapest(self) -> None:
-        idle = [o for o in self.room.occupants() if not o.pinned and not o.leases]
-        if idle:
+        if idle := [o for o in self.room.occupants() if not o.pinned and not o.leases]:
             slot = self._slots.named(min(idle, key=eviction.by_cost).name)
             if not slot.waiting:
                 self._lifecycles.feed(slot, life.Evict(reason="pressure"))

@@ -32,10 +32,8 @@ class Room:
         return self._slots.occupants(self._clock(), self._min_residency_s, excluding)
 
     async def make(self, spec: ModelSpec, name: str, *, excluding: Slot | None = None, ordered: bool = False) -> None:
-        """Evict what eviction.make_room selects; if ``ordered``, models that were just loaded may be evicted.
-
-        Raises Refused with the missing bytes.
-        """
+        """Evict what eviction.make_room selects; if ``ordered``, models that were just loaded may be evicted. Raises
+        Refused with the missing bytes."""
         async with self._making:
             now = float("inf") if ordered else self._clock()
             while True:

@@ -29,16 +29,14 @@ class Slot:
     """One served model under one or more names."""
 
     def __init__(self, model: Model) -> None:
-        self.names = [model.name]
-        self.model = model
+        self.names, self.model = [model.name], model
         self.spec: ModelSpec | None = None
         self.loaded: Loaded | None = None
         self.life = Life()
         self.demand = Demand()
         self.waiting: list[float] = []
         self.peak_bytes = 0
-        self.keep_alive_s = model.keep_alive_s
-        self.pinned = model.pinned
+        self.keep_alive_s, self.pinned = model.keep_alive_s, model.pinned
         self.changed = asyncio.Event()
 
     @property
@@ -113,8 +111,7 @@ class Slots:
 
     def named(self, name: str) -> Slot:
         """The slot with a name. Raises Refused when this node does not serve it."""
-        slot = self.find(name)
-        if slot is None:
+        if (slot := self.find(name)) is None:
             known = ", ".join(sorted(n for slot in self._slots for n in slot.names)) or "none"
             raise Refused(f"model {name}: not configured on this node; known: {known}", code="model_not_found")
         return slot
@@ -142,9 +139,7 @@ class Lease:
     """The right to use one loader for one request."""
 
     def __init__(self, loaded: Loaded) -> None:
-        self.spec = loaded.spec
-        self.process = loaded.process
-        self.version = loaded.spec.version
+        self.spec, self.process, self.version = loaded.spec, loaded.process, loaded.spec.version
 
     def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answers to the request; see LoaderProcess.generate."""

@@ -51,8 +51,7 @@ class SwapRun:
     ) -> None:
         self._host, self._loaders, self._slot, self._spec, self._old = host, host.loaders, slot, spec, old
         self._pace = self._old.process.pace
-        self._request_s = request_s
-        self._wall_ms, self._clock = wall_ms, clock
+        self._request_s, self._wall_ms, self._clock = request_s, wall_ms, clock
         self._began = clock()
         self._standby: LoaderProcess | None = None
         self._load_s = 0.0
@@ -146,16 +145,13 @@ class SwapRun:
 
         warmed = await warm(self._standby, self._spec.probes, self._spec.model.probe_p99_s, progress)
         self._took_us = warmed.took_us
-        if warmed.reason:
-            return self._event("standby_failed", warmed.reason)
-        return self._event("probes_passed")
+        return self._event("standby_failed", warmed.reason) if warmed.reason else self._event("probes_passed")
 
     def _flip(self) -> swap.Event:
         """The flip, in take_over, without an await after the check: a loader found usable is still usable there."""
         assert self._standby is not None
         if not self._standby.usable:
-            reason = f"the standby exited before the flip ({self._standby.cause})"
-            return self._event("standby_failed", reason)
+            return self._event("standby_failed", f"the standby exited before the flip ({self._standby.cause})")
         if not self.state.cold:
             self._old = self._slot.loaded or self._old  # it may have exited and been restarted meanwhile
             self._loaders.retiring.append(self._old)
@@ -181,8 +177,7 @@ class SwapRun:
             process = await self._loaders.start(self._old.spec)
         except RackError as error:
             # the release retries when the swap has ended
-            why = f"and the old model failed to restart: {error.message}"
-            return self._event("restored", why)
+            return self._event("restored", f"and the old model failed to restart: {error.message}")
         now = self._clock()
         loaded = Loaded(self._old.name, self._old.spec, process, now, now - began)
         self._host.take_over(self._slot, life.Flipped(version=self._old.spec.version), loaded)

@@ -52,8 +52,7 @@ async def _right(
             return f"{what} took over {budget_s:g} s"
         except RackError as error:
             return f"{what}: {error.message}"
-        reason = fault(probe, one)
-        if reason:
+        if reason := fault(probe, one):
             return f"{what}: {reason}"
         answers.append(one)
     return alike(answers) if _writes(loader) else ""
@@ -92,11 +91,10 @@ async def answer_of(loader: LoaderProcess, prompt: str, max_tokens: int) -> Hear
 def _request(loader: LoaderProcess, prompt: str, max_tokens: int) -> Generate | Embed:
     if not _writes(loader):
         return Embed(id=0, model="", inputs=(prompt,), request_id="probe")
-    message = Message(role="user", content=prompt)
     return Generate(
         id=0,
         model="",
-        messages=(message,),
+        messages=(Message(role="user", content=prompt),),
         max_tokens=max_tokens,
         temperature=0.0,
         logprobs=0,

@@ -115,8 +115,7 @@ def _refuse_while_served(config: AgentConfig, state: Path, place: Path, version:
         if error.code == "not_running":
             return
         raise
-    users = [m["model"] for m in served if str(place) == m["path"]]
-    if users:
+    if users := [m["model"] for m in served if str(place) == m["path"]]:
         raise Refused(f"remove {place.parent.name}@{version}: it serves {users[0]}; unload that model first")
 
 

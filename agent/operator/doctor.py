@@ -72,8 +72,7 @@ def _blas() -> Finding:
         lines = run.stderr.strip().splitlines()
         return Finding("mlx", "problem", f"import failed: {lines[-1] if lines else run.returncode}")
     version, _, name = run.stdout.strip().partition("|")
-    verdict = "warning" if "reference" in name else "ok"
-    return Finding("mlx", verdict, f"{version.strip()}, BLAS:{name}")
+    return Finding("mlx", "warning" if "reference" in name else "ok", f"{version.strip()}, BLAS:{name}")
 
 
 def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:

@@ -53,8 +53,7 @@ def render_newsyslog(*, user: str, logs: Path) -> str:
 
 def program_path() -> Path:
     """Absolute path of the installed script: launchd expands nothing."""
-    found = shutil.which("mlxrack-agent") or str(Path(sys.executable).parent / "mlxrack-agent")
-    return Path(found).resolve()
+    return Path(shutil.which("mlxrack-agent") or str(Path(sys.executable).parent / "mlxrack-agent")).resolve()
 
 
 def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -> None:

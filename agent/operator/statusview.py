@@ -80,9 +80,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def size(value: int | None) -> str:
     """Bytes for display."""
-    if value is None:
-        return "-"
-    return f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
+    return "-" if value is None else f"{value / 1e9:.1f} GB" if value >= 10**9 else f"{value / 1e6:.0f} MB"
 
 
 def progress(s: dict[str, Any], verb: str, model: str) -> str:
@@ -90,8 +88,7 @@ def progress(s: dict[str, Any], verb: str, model: str) -> str:
     if verb == "swap":
         swap = next((x for x in reversed(s["swaps"]) if not x["outcome"]), None)
         return f"{swap['phase']} {swap['detail']}".strip() if swap else ""
-    one = next((m for m in s["models"] if model in m["names"]), None)
-    if one is None:
+    if (one := next((m for m in s["models"] if model in m["names"]), None)) is None:
         return ""
     return f"{one['state']}, {one['in_flight']} requests in flight" if one["in_flight"] else str(one["state"])
 
@@ -140,6 +137,4 @@ def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
 
 
 def _span(seconds: int) -> str:
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -47,8 +47,7 @@ _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to start a loader: its arguments, the number of BLAS threads, the number of requests decoded together, the
-    watchdog's limit in seconds without progress while it has work, and a secret that it reads from standard
-    input."""
+    watchdog's limit in seconds without progress while it has work, and a secret that it reads from standard input."""
 
     arguments: tuple[str, ...]
     threads: int = 1
@@ -60,9 +59,8 @@ class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 def environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """The child's environment."""
-    kept = {name: environ[name] for name in _PASSED_ON if name in environ}
     return {
-        **kept,
+        **{name: environ[name] for name in _PASSED_ON if name in environ},
         "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -93,8 +91,7 @@ class LoaderProcess:
         writer: asyncio.StreamWriter,
         spec: LoaderSpec,
     ) -> None:
-        self._process = process
-        self._reader, self._writer = reader, writer
+        self._process, self._reader, self._writer = process, reader, writer
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._reports: list[Reported] = []
@@ -103,8 +100,7 @@ class LoaderProcess:
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
-        self.stopping = False
-        self._broken = False
+        self.stopping = self._broken = False
         self._heard_s = 0.0
         self._unanswered: dict[int, float] = {}
         self._owed: set[int] = set()
@@ -216,11 +212,9 @@ class LoaderProcess:
                     self._writer.write(encode(Cancel(id=number)))
 
     async def report(self) -> Reported | None:
-        """The engine's counters since the last report; None when no report arrives in time.
-
-        A report that arrived too late for the last call is added to this one, so that no count is lost. Reports are
-        consumed only after the last await: a cancelled call leaves them to the next one.
-        """
+        """The engine's counters since the last report; None when no report arrives in time. A report that arrived too
+        late for the last call is added to this one, so that no count is lost. Reports are consumed only after the last
+        await: a cancelled call leaves them to the next one."""
         self._reported.clear()
         # a loader that has ended may have reported before
         with contextlib.suppress(Retryable):

@@ -34,10 +34,8 @@ class Pace:
         self._slices[-1][1].add(int(gap_s * 1e6))
 
     def raised(self, since_s: float, until_s: float, lookback_s: float = 60.0) -> Raised:
-        """Compare ITL between ``since_s`` and ``until_s`` with that of the preceding ``lookback_s``.
-
-        The span of raised latency extends from the first raised slice to the end of the last.
-        """
+        """Compare ITL between ``since_s`` and ``until_s`` with that of the preceding ``lookback_s``. The span of raised
+        latency extends from the first raised slice to the end of the last."""
         begin, end = int(since_s / SLICE_S), int(until_s / SLICE_S)
         before = [one for at, one in self._slices if begin - lookback_s / SLICE_S <= at < begin]
         during = [(at, one) for at, one in self._slices if begin <= at <= end]

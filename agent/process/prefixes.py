@@ -70,11 +70,9 @@ def unpacked(raw: bytes) -> frozenset[int]:
 
 
 class PrefixTable:
-    """Prefixes of the requests that one loader received recently, least recent first.
-
-    The prompt cache itself is in the loader and evicts as needed, so the table's size is learned: a cache hit shorter
-    than expected shrinks it, one as expected lets it grow. For a loader without a prompt cache ``most`` is 0.
-    """
+    """Prefixes of the requests that one loader received recently, least recent first. The prompt cache itself is in the
+    loader and evicts as needed, so the table's size is learned: a cache hit shorter than expected shrinks it, one as
+    expected lets it grow. For a loader without a prompt cache ``most`` is 0."""
 
     def __init__(self, most: int = MOST_BLOCKS) -> None:
         self._hashes: dict[int, None] = {}

@@ -44,9 +44,7 @@ class _Mean:
         self._at_s = now_s
 
     def value(self, now_s: float) -> float | None:
-        if self._at_s is None or now_s - self._at_s > STALE_S:
-            return None
-        return self._sum / self._weight
+        return None if self._at_s is None or now_s - self._at_s > STALE_S else self._sum / self._weight
 
 
 class _Open:
@@ -62,9 +60,7 @@ class Throughput:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._open: dict[int, _Open] = {}
-        self._prefill = _Mean(0.7)
-        self._gap = _Mean(0.7)
-        self._answer = _Mean(0.95)
+        self._prefill, self._gap, self._answer = _Mean(0.7), _Mean(0.7), _Mean(0.95)
         self.prefill_tok = 0
 
     def begin(self, number: int, prompt_tok: int) -> None:
@@ -74,15 +70,13 @@ class Throughput:
 
     def accepted(self, number: int, prompt_tok: int, cached_tok: int) -> None:
         """The engine accepted it and reports the exact counts."""
-        one = self._open.get(number)
-        if one is not None and not one.begun:
+        if (one := self._open.get(number)) is not None and not one.begun:
             self.prefill_tok += prompt_tok - cached_tok - one.left_tok
             one.left_tok = prompt_tok - cached_tok
 
     def token(self, number: int) -> None:
         """The first token arrived, so prefill has ended."""
-        one = self._open.get(number)
-        if one is not None and not one.begun:
+        if (one := self._open.get(number)) is not None and not one.begun:
             one.begun = True
             self.prefill_tok -= one.left_tok
             one.left_tok = 0

@@ -10,11 +10,8 @@ from shared.sketch import Sketch
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that ended, or a further answer to it (``requests`` 0).
-
-    Absent times are None: a refused request has no first token. ``itl_us`` are inter-token latencies (ITL) and how
-    often each occurred.
-    """
+    """One request that ended, or a further answer to it (``requests`` 0). Absent times are None: a refused request has
+    no first token. ``itl_us`` are inter-token latencies (ITL) and how often each occurred."""
 
     model: str
     version: str = ""

@@ -56,18 +56,15 @@ class Pusher:
         self._spool, self._open_store = spool, open_store
         self._store: ObjectStore | None = None
         self._last_skew_ms: int | None = None
-        self._clock, self._random_01 = clock, random_01
-        self._pace_s = pace_s
+        self._clock, self._random_01, self._pace_s = clock, random_01, pace_s
         self._stopping = threading.Event()
         self._not_before_s = 0.0
         self._urgent = 0
         self.state = PushState()
 
     def drain(self, *, force: bool = False) -> int:
-        """Push waiting batches; returns how many were confirmed. Failures are reported in `state`, never raised.
-
-        After a failure the push backs off (full jitter, 1 s to 5 min) unless ``force``.
-        """
+        """Push waiting batches; returns how many were confirmed. Failures are reported in `state`, never raised. After
+        a failure the push backs off (full jitter, 1 s to 5 min) unless ``force``."""
         if self._stopping.is_set() or (not force and self._clock() < self._not_before_s):
             return 0
         sent = 0
@@ -85,8 +82,7 @@ class Pusher:
 
     def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
         """Push a copy of events now, for alerts; they are also sent in order, so a failure here loses nothing."""
-        incarnation = self._spool.identity.incarnation
-        if incarnation is None or self._clock() < self._not_before_s:
+        if (incarnation := self._spool.identity.incarnation) is None or self._clock() < self._not_before_s:
             return
         batch = batch_of(self._spool.next_seq(), tuple(events))
         self._urgent += 1
@@ -118,8 +114,7 @@ class Pusher:
 
     def _drain(self) -> int:
         store = self._opened()
-        incarnation = self._spool.identity.incarnation
-        if incarnation is None:
+        if (incarnation := self._spool.identity.incarnation) is None:
             incarnation = self._claim(store)
         sent = 0
         for number, group in enumerate(_groups(self._spool.waiting())):

@@ -76,10 +76,8 @@ class Sampler:
         self._events.append(event)
 
     async def tick(self) -> None:
-        """Close the window. If the disk fails, the window stays in memory for the next tick.
-
-        Once begun it is completed, even when the caller is cancelled: half a tick would count its window twice.
-        """
+        """Close the window. If the disk fails, the window stays in memory for the next tick. Once begun it is
+        completed, even when the caller is cancelled: half a tick would count its window twice."""
         await self._tasks.finish(self._tick())
 
     async def keep(self) -> None:
@@ -96,8 +94,7 @@ class Sampler:
 
     async def _tick(self) -> None:
         async with self._ticking:
-            host = await self._sensing.sample()
-            self.last_sample = host
+            host = self.last_sample = await self._sensing.sample()
             self._sources.on_sample(host)
             windows = await self._sources.windows()
             # no await from here to the end of the window: what is drained is in this batch and in no other

@@ -71,9 +71,7 @@ class Telemetry:
 
     def previous(self) -> str:
         """How the last run ended: first (there was none), clean or unclean."""
-        if self.spool.first_run:
-            return "first"
-        return "clean" if self.spool.previous_clean else "unclean"
+        return "first" if self.spool.first_run else "clean" if self.spool.previous_clean else "unclean"
 
     async def close(self) -> None:
         """Release sensors and meters."""

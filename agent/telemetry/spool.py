@@ -61,10 +61,8 @@ class Spool:
 
     def __init__(self, folder: Path, *, node: str, rack: str, hardware: str, max_bytes: int, max_batches: int) -> None:
         self._folder, self._max_bytes, self._max_batches = folder, max_bytes, max_batches
-        self._bounds = threading.Lock()
-        self._naming = threading.Lock()
-        self._count = self._bytes = 0
-        self.dropped = 0
+        self._bounds, self._naming = threading.Lock(), threading.Lock()
+        self._count = self._bytes = self.dropped = 0
         with _as_ours("open", folder):
             (folder / "bad").mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -107,11 +105,8 @@ class Spool:
 
     def keep(self, batch: Batch) -> None:
         """Store the open window's contents so far, replacing the previous copy. Raises Retryable when the write fails;
-        on a full disk no sealed batch is dropped for an open one.
-
-        It protects against a killed agent and is not synced: a drive that is slow to sync must not delay it, and a
-        power failure loses the open window.
-        """
+        on a full disk no sealed batch is dropped for an open one. It protects against a killed agent and is not synced:
+        a drive that is slow to sync must not delay it, and a power failure loses the open window."""
         path, body = self._path_of(batch), encode(batch)
         with _as_ours("write", path):
             self._make_room(len(body))
@@ -164,8 +159,7 @@ class Spool:
             return  # dropped to make room meanwhile, and counted then
         self.dropped += 1
         self._gone(waiting)
-        aside = sorted((self._folder / "bad").iterdir())
-        for path in aside[:-KEPT_BAD]:
+        for path in sorted((self._folder / "bad").iterdir())[:-KEPT_BAD]:
             path.unlink(missing_ok=True)
 
     def delete(self, sent: list[Waiting]) -> None:

@@ -58,11 +58,10 @@ class FrameWriter:
         self._room.set()
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 if not self._waiting:
-                    self._wake = loop.create_future()
+                    self._wake = asyncio.get_running_loop().create_future()
                     await self._wake
                 message = self._taken()
                 await self._send(message)

@@ -124,10 +124,8 @@ class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
 
 
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
-    """The model is resident and warm. ``serves`` is text for a generative model, vectors for an encoder.
-
-    ``peak_bytes`` is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens.
-    """
+    """The model is resident and warm. ``serves`` is text for a generative model, vectors for an encoder. ``peak_bytes``
+    is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens."""
 
     protocol: int = PROTOCOL
     engine: str
@@ -159,10 +157,8 @@ class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
 
 class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
     """The next piece of the answer. ``text`` may be empty while a character or a stop string is incomplete.
-
-    ``reasoning`` is the model's reasoning before its answer; ``calls`` are complete. ``ids`` are the tokens, from
-    which another loader could continue.
-    """
+    ``reasoning`` is the model's reasoning before its answer; ``calls`` are complete. ``ids`` are the tokens, from which
+    another loader could continue."""
 
     id: int
     text: str
@@ -174,10 +170,8 @@ class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
 
 
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):
-    """The answer is complete. ``finish`` is stop, length or tool_calls.
-
-    The times are the engine's: until work on it began, for prefill, for decode.
-    """
+    """The answer is complete. ``finish`` is stop, length or tool_calls. The times are the engine's: until work on it
+    began, for prefill, for decode."""
 
     id: int
     finish: str

@@ -28,8 +28,7 @@ class Tools(NamedTuple):
 
 def messages(tree: dict[str, Any]) -> tuple[Message, ...]:
     """The conversation. Raises Refused naming the turn."""
-    found = tree.get("messages")
-    if not isinstance(found, list) or not 0 < len(found) <= MAX_MESSAGES:
+    if not isinstance(found := tree.get("messages"), list) or not 0 < len(found) <= MAX_MESSAGES:
         raise wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages")
     return tuple(_message(item, f"messages[{n}]") for n, item in enumerate(found))
 
@@ -91,11 +90,9 @@ def _function(tool: Any, path: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise unsupported(f"{path}.type", "only tools of type function are supported")
     only(tool, frozenset({"type", "function", "cache_control"}), path)
-    function = tool.get("function")
-    if not isinstance(function, dict):
+    if not isinstance(function := tool.get("function"), dict):
         raise wrong(f"{path}.function", "an object")
-    name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name := function.get("name"), str) or not _NAME.fullmatch(name):
         raise wrong(f"{path}.function.name", "1 to 64 letters, digits, dots, dashes and underscores")
     only(function, frozenset({"name", "description", "parameters", "strict"}), f"{path}.function")
     boolean(function, "strict", f"{path}.function.strict")
@@ -112,8 +109,7 @@ def _function(tool: Any, path: str) -> dict[str, Any]:
 def _message(item: Any, path: str) -> Message:
     if not isinstance(item, dict):
         raise wrong(path, "an object")
-    role = item.get("role")
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role := item.get("role"), str) or role not in ROLES:
         raise wrong(f"{path}.role", f"one of {', '.join(ROLES)}")
     for key, value in item.items():
         if key not in _KNOWN and value is not None and value != []:

@@ -48,10 +48,8 @@ MAX_TEMPLATE_ARGS_CHARS = 4096
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times.
-
-    ``seed`` is None where the client set none.
-    """
+    """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times. ``seed`` is
+    None where the client set none."""
 
     generate: Generate
     prompts: tuple[str, ...] = ()
@@ -175,8 +173,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _model(tree: dict[str, Any]) -> str:
-    model = tree.get("model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(model := tree.get("model"), str) or not model:
         raise wrong("model", "a model's name")
     if len(model) > 256:
         raise wrong("model", "at most 256 characters")

@@ -37,10 +37,8 @@ _WARM_PROMPT = "Say hello to everybody who came today. " * 12
 
 
 class MLXEngine:
-    """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded.
-
-    ``kv_tok`` limits the tokens of all rows together, padding included; ``reuse_bytes`` the freed buffers kept by MLX.
-    """
+    """Engine over one mlx-lm model folder. Raises Refused from the constructor when it cannot be loaded. ``kv_tok``
+    limits the tokens of all rows together, padding included; ``reuse_bytes`` the freed buffers kept by MLX."""
 
     def __init__(
         self,
@@ -280,8 +278,7 @@ class MLXEngine:
         self._pace.prefilled(prompt_tok, before_tok, prompt_s)
 
     def _count_padding(self, batch: Batch) -> None:
-        decoding = [row.length_tok for row in batch.rows.values() if not row.prefilling]
-        if decoding:
+        if decoding := [row.length_tok for row in batch.rows.values() if not row.prefilling]:
             self._counts.add("padding_tok", len(decoding) * max(decoding) - sum(decoding))
         self._counts.highest("kv_peak_bytes", self._rows.kv_bytes)
 
@@ -310,8 +307,7 @@ class MLXEngine:
 
     def _measure_weights(self, row: Row) -> None:
         """Measure the cost of reading the weights, in tokens of KV cache."""
-        held = row.state
-        if held is not None:
+        if (held := row.state) is not None:
             each = kv.layers_nbytes(held[0]) / max(1, len(held[1]))
             weights_tok = self._model.weights_bytes / each if each else 0.0
             self._scheduler.limits = self._scheduler.limits._replace(weights_tok=weights_tok)

@@ -31,8 +31,7 @@ def processors(model: TextModel, row: Row) -> list[sampling.Processor]:
     if request.logit_bias:
         found.append(sampling.bias(request.logit_bias))
     if extra.grammar is not None:
-        matcher = model.matcher(extra.grammar)
-        found.append(sampling.constraint(matcher, begin, model.ends, extra.after, extra.opening))
+        found.append(sampling.constraint(model.matcher(extra.grammar), begin, model.ends, extra.after, extra.opening))
     return found
 
 

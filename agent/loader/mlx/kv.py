@@ -90,8 +90,7 @@ def detached(layers: Layers) -> Layers:
     copies = [copy.copy(layer) for layer in layers]
     arrays = []
     for layer in copies:
-        found = _each_array(layer, _fresh)
-        arrays += found
+        arrays += _each_array(layer, _fresh)
     mx.eval(arrays)
     return copies
 

@@ -60,9 +60,7 @@ class Extra:
 
 class TextModel:
     """A text model. ``limit_tok`` limits prompt and answer together. Raises Refused when it cannot be loaded.
-
-    ``prepare`` and what it uses may run on another thread than the one that computes: it does not touch MLX.
-    """
+    ``prepare`` and what it uses may run on another thread than the one that computes: it does not touch MLX."""
 
     def __init__(self, path: Path, *, limit_tok: int, default_max_tokens: int) -> None:
         never_wire_memory()
@@ -76,11 +74,9 @@ class TextModel:
         self._default_max_tokens = default_max_tokens
         self._longest_token_bytes = max(len(str(token).encode()) for token in self.tokenizer.get_vocab())
         self._grammars: LLTokenizer | None = None
-        template = getattr(self.tokenizer, "chat_template", None)
-        self._native_tools = "tools" in str(template or "")
+        self._native_tools = "tools" in str(getattr(self.tokenizer, "chat_template", None) or "")
         self._marker_is_token = self._is_special(conversation.CALL_BEGIN)
-        renderer = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
-        self._reserved = _TEMPLATE_OWN | set(renderer.parameters)
+        self._reserved = _TEMPLATE_OWN | set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
         parser = self.tokenizer.tool_parser
         self._json_calls = parser is None or parser.__module__.endswith("json_tools")
 
@@ -92,8 +88,7 @@ class TextModel:
             prompt = self._prompt_tokens(request)
         except Exception as error:  # noqa: BLE001  # a template may raise anything; the text may quote the prompt
             message = f"the model's chat template rejected these messages ({type(error).__name__})"
-            param = "messages" if request.prompt is None else "prompt"
-            return _failed(request, message, param, code="template_error")
+            return _failed(request, message, "messages" if request.prompt is None else "prompt", code="template_error")
         if not prompt:
             message = "the model's chat template rendered an empty prompt from these messages"
             return _failed(request, message, "messages", code="template_error")
@@ -197,8 +192,7 @@ class TextModel:
     def _unfit(self, request: Generate) -> Failed | None:
         # a model's vocabulary may be padded beyond the tokenizer's
         known = min(self.vocabulary, len(self.tokenizer))
-        beyond = [token for token, _ in request.logit_bias if token >= known]
-        if beyond:
+        if any(token >= known for token, _ in request.logit_bias):
             message = f"logit_bias: token id out of range; this model has {known} tokens"
             return _failed(request, message, "logit_bias")
         if (unknown := self._unknown_to_template(request)) is not None:
@@ -273,10 +267,8 @@ def embedding_inputs(
 
 
 def never_wire_memory() -> None:
-    """mlx-lm wires the whole working set by default, which has panicked base M4 machines; disable that call.
-
-    Freed buffers are kept for reuse up to 5 % of the machine's memory, which avoids frequent clearing.
-    """
+    """mlx-lm wires the whole working set by default, which has panicked base M4 machines; disable that call. Freed
+    buffers are kept for reuse up to 5 % of the machine's memory, which avoids frequent clearing."""
     module = importlib.import_module("mlx_lm.generate")
     module.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
     mx.set_cache_limit(max(256 << 20, psutil.virtual_memory().total // 20))
@@ -320,9 +312,7 @@ def _arrays(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def _param(request: Generate) -> str:
-    if request.schema is not None:
-        return "response_format"
-    return "tools" if request.tools else "logprobs"
+    return "response_format" if request.schema is not None else "tools" if request.tools else "logprobs"
 
 
 def _fault(said: str) -> str:

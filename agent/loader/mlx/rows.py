@@ -104,11 +104,8 @@ class Rows:
         self._requeue(row)
 
     def rebuild(self, batch: Batch) -> None:
-        """Discard a failed batch; its rows restart from their known tokens.
-
-        The culprit is unknown: a row that is in a second failed batch without progress gets a batch of its own, and at
-        the next failure it ends.
-        """
+        """Discard a failed batch; its rows restart from their known tokens. The culprit is unknown: a row that is in a
+        second failed batch without progress gets a batch of its own, and at the next failure it ends."""
         batch.close()
         self.batches.remove(batch)
         for row in list(batch.rows.values()):
@@ -159,8 +156,7 @@ class Rows:
             self.prefilling.remove(row)  # its last token is computed in the next decode step
         held_tok = row.length_tok - row.left_tok
         behind = [other for other in self.waiting if other.behind is row]
-        ready = [other for other in behind if other.shared_tok <= held_tok or row.left_tok <= 1]
-        if ready:
+        if ready := [other for other in behind if other.shared_tok <= held_tok or row.left_tok <= 1]:
             self.cache.keep(row.state)
         for other in ready:
             other.behind = None
@@ -172,8 +168,7 @@ class Rows:
             return
         running = self.running
         computed = [other.tokens[: other.length_tok - other.left_tok] for other in running]
-        found = most_shared(row.tokens[:-1], computed, self.cache.peek(row.tokens) + SHARE_TOK)
-        if found:
+        if found := most_shared(row.tokens[:-1], computed, self.cache.peek(row.tokens) + SHARE_TOK):
             self.cache.keep(running[found[0]].state)
 
     def _requeue(self, row: Row) -> None:

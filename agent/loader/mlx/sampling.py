@@ -71,10 +71,8 @@ def constraint(
     matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = (), opening: int | None = None
 ) -> Processor:
     """Allow only tokens that a grammar permits, and the end when it is complete; the matcher tracks generated tokens.
-
     With ``after``, the grammar applies only after these tokens (the end of the reasoning); with ``opening``, too, that
-    delay holds only if the answer begins with that token, which is allowed.
-    """
+    delay holds only if the answer begins with that token, which is allowed."""
     consumed = 0
     waiting = bool(after) and opening is None
     decided = opening is None

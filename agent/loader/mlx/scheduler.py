@@ -39,8 +39,7 @@ class Scheduler:
         return self._rows.placement(self.limits._replace(pressed=self._pace.pressed))
 
     def _start(self, now_s: float) -> None:
-        ready = [row for row in self._rows.waiting if row.behind is None]
-        if not ready:
+        if not (ready := [row for row in self._rows.waiting if row.behind is None]):
             return
         prefilling = [row.turn(now_s) for row in self._rows.prefilling]
         candidates = [row.candidate(now_s) for row in ready]
@@ -68,8 +67,7 @@ class Scheduler:
 
     def _begin(self, group: list[Row], now_s: float) -> None:
         """Add rows to batches while there is room."""
-        seats = self._placement.seats([row.candidate(now_s) for row in group])
-        for at, ids in sorted(seats.items()):
+        for at, ids in sorted(self._placement.seats([row.candidate(now_s) for row in group]).items()):
             self._join(self._rows.batch(at), [self._rows.by_id[number] for number in ids], now_s)
 
     def _join(self, batch: Batch, rows: list[Row], now_s: float) -> None:

@@ -24,8 +24,7 @@ def scored(response: Any, wanted: int, token_bytes: Callable[[int], bytes]) -> S
 
 def _candidate(token: int, logprobs: mx.array, token_bytes: Callable[[int], bytes]) -> Candidate:
     raw = token_bytes(token)
-    logprob = max(float(_number(logprobs[token])), _LEAST)
-    return Candidate(text=raw.decode("utf-8", "replace"), raw=raw, logprob=logprob)
+    return Candidate(text=raw.decode("utf-8", "replace"), raw=raw, logprob=max(float(_number(logprobs[token])), _LEAST))
 
 
 def _number(array: mx.array) -> Any:

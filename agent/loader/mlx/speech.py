@@ -46,10 +46,8 @@ class Speech:
             edges[CONTENT].append((markers.call[0], CALL))
             edges[CALL] = [(markers.call[1], CONTENT)] if markers.call[1] else []
         self._state = TextStateMachine(edges).make_state(REASONING if reasoning else CONTENT)
-        self._call = ""
-        self._blank = ""
-        self._begun = False
-        self.called = False
+        self._call = self._blank = ""
+        self._begun = self.called = False
 
     @property
     def reasoning(self) -> bool:
@@ -109,8 +107,7 @@ class Speech:
         assert self._markers.parse is not None
         try:
             found = self._markers.parse(self._call, self._tools)
-            each = found if isinstance(found, list) else [found]
-            calls = tuple(_call(one) for one in each)
+            calls = tuple(_call(one) for one in (found if isinstance(found, list) else [found]))
         except Exception:  # noqa: BLE001  # a parser may raise anything for a model's output
             return ()
         self.called = self.called or bool(calls)

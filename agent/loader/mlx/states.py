@@ -75,10 +75,8 @@ class PromptStates:
 
     def read_back(self, tokens: Tokens, prefill_s: Callable[[int, float], float]) -> Restored | None:
         """Blocks on disk that continue the state in memory, if reading them is faster than prefill, which takes
-        ``prefill_s`` seconds for (tokens, tokens before them).
-
-        Called from the preparing thread: the state in memory may change meanwhile, so the result is only a hint.
-        """
+        ``prefill_s`` seconds for (tokens, tokens before them). Called from the preparing thread: the state in memory
+        may change meanwhile, so the result is only a hint."""
         if self._disk is None:
             return None
         begin, end = self.peek(tokens) // BLOCK_TOK, self._disk.held(tokens) // BLOCK_TOK

@@ -39,8 +39,7 @@ class Names(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """Its addresses. Raises OSError."""
-        found = await self._lookups.ask((host, port, family), lambda: _addresses(host, port, family))
-        return list(found)
+        return list(await self._lookups.ask((host, port, family), lambda: _addresses(host, port, family)))
 
     async def close(self) -> None:
         """Nothing to release."""

@@ -152,10 +152,8 @@ class RackMeters:
             return body
 
     async def _secret(self, meter: Meter) -> str:
-        """Resolved once, and again after the meter has failed: it may have been changed.
-
-        Raises Failure while the lookup is pending; its result is used by the next poll.
-        """
+        """Resolved once, and again after the meter has failed: it may have been changed. Raises Failure while the
+        lookup is pending; its result is used by the next poll."""
         if not meter.secret:
             return ""
         if (known := self._secrets.get(meter.secret)) is not None:

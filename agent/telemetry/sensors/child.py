@@ -18,12 +18,9 @@ class Child:
     """Runs ``argv`` and reads its standard output."""
 
     def __init__(self, argv: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._argv = tuple(argv)
-        self._name = Path(argv[0]).name
-        self._clock = clock
+        self._argv, self._name, self._clock = tuple(argv), Path(argv[0]).name, clock
         self._process: subprocess.Popen[bytes] | None = None
-        self._heard_s = 0.0
-        self.started_s = 0.0
+        self._heard_s = self.started_s = 0.0
 
     def read(self) -> bytes:
         """Its output since the last call. Raises Failure when it cannot run or has been silent for too long; the next

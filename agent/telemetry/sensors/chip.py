@@ -148,9 +148,7 @@ class Chip:
         return None
 
     def _readers(self) -> dict[str, Callable[[], ChipReading | None]]:
-        if self._is_mac:
-            return {"smc": self._read_smc, "macmon": self._read_macmon}
-        return {"hwmon": self._read_linux}
+        return {"smc": self._read_smc, "macmon": self._read_macmon} if self._is_mac else {"hwmon": self._read_linux}
 
     def _read_smc(self) -> ChipReading:
         if self._smc is None:
@@ -166,8 +164,7 @@ class Chip:
     def _read_macmon(self) -> ChipReading | None:
         if self._macmon is None:
             self._macmon = MacmonPipe(self._clock)
-        last = self._macmon.last()
-        return of_macmon(last) if last is not None else None
+        return of_macmon(last) if (last := self._macmon.last()) is not None else None
 
     def _read_linux(self) -> ChipReading:
         sensors, fans = self._hwmon()
@@ -189,9 +186,8 @@ class Chip:
             found = [parse_millidegrees(bytes_or_none(path)) for path in sorted(folder.glob("temp*_input"))]
             if kept := [t for t in found if t is not None]:
                 sensors.setdefault(name, []).extend(kept)
-            for path in sorted(folder.glob("fan*_input")):
-                rpm = parse_rpm(bytes_or_none(path))
-                fans += [rpm] if rpm is not None else []
+            speeds = [parse_rpm(bytes_or_none(path)) for path in sorted(folder.glob("fan*_input"))]
+            fans += [rpm for rpm in speeds if rpm is not None]
         return sensors, fans
 
 
@@ -202,13 +198,11 @@ class MacmonPipe:
         if (path := shutil.which(program)) is None:
             raise Failure("macmon is not installed (`brew install macmon`; PyPI's macmon is another program)")
         self._child = Child((path, "pipe", "-s", "0", "-i", str(MACMON_S * 1000)), clock)
-        self._clock = clock
-        self._kept = b""
+        self._clock, self._kept = clock, b""
         self._last: Macmon | None = None
 
     def last(self) -> Macmon | None:
-        """The newest line; None while the first may still come. Raises Failure when macmon exited or prints
-        none."""
+        """The newest line; None while the first may still come. Raises Failure when macmon exited or prints none."""
         try:
             said = self._child.read()
         except Failure:

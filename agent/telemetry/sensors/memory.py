@@ -45,12 +45,8 @@ def worse(one: str, other: str) -> str:
 def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | None) -> str:
     """The memory verdict: the worst of the kernel's level, swap-outs while a large share of memory is compressed, and
     wired memory near the GPU's limit (shares in 0..1; None where there is no limit)."""
-    found = level
-    if swapped_out > 0 and compressed >= COMPRESSED_SHARE:
-        found = worse(found, "warn")
-    if wired is not None and wired >= WIRED_SHARE:
-        found = worse(found, "warn")
-    return found
+    short = (swapped_out > 0 and compressed >= COMPRESSED_SHARE) or (wired is not None and wired >= WIRED_SHARE)
+    return worse(level, "warn") if short else level
 
 
 class MacMemory:

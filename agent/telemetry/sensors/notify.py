@@ -33,8 +33,7 @@ class Notify:
     def state(self) -> int:
         """The current number; 0 also for a key that was never published. Raises Failure."""
         value = c_uint64(0)
-        status = self._lib.notify_get_state(self._token, byref(value))
-        if status != _OK:
+        if (status := self._lib.notify_get_state(self._token, byref(value))) != _OK:
             raise Failure(f"notify(3): cannot read the state (status {status})")
         return int(value.value)
 

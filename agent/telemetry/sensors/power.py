@@ -94,8 +94,7 @@ class IoReport:
 
 def energy_of(metrics: object) -> Energy:
     """CPU, GPU and neural engine of an AppleEnergyMetrics (millijoules); a chip may lack some. DRAM is left out,
-    because no other source of chip power counts it.
-    Raises Failure when the CPU's is missing."""
+    because no other source of chip power counts it. Raises Failure when the CPU's is missing."""
     names = {"cpu": "cpu_total_mj", "gpu": "gpu_mj", "ane": "ane_mj"}
     found = {part: getattr(metrics, name, None) for part, name in names.items()}
     parts = {
@@ -136,8 +135,7 @@ class PowerCollector:
         self._system.add(now, reading.system_w if reading is not None else None)
         if reading is not None:
             self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
-        watts = self._powermetrics()
-        if watts is None and reading is not None:
+        if (watts := self._powermetrics()) is None and reading is not None:
             watts = reading.soc_w
         self._soc.add(now, watts)
 
@@ -176,8 +174,7 @@ class PowerCollector:
         before, self._last = self._last, (now, energy) if energy is not None else None
         if before is None or energy is None or now <= before[0]:
             return None
-        spent = spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)
-        if spent is None:
+        if (spent := spent_uj(before[1], energy, busy=busy, wraps=self._counters.wraps)) is None:
             failed[self._guard.name] = "energy counters stuck or ran backwards"
             return None
         if spent > MOST_W * 1e6 * (now - before[0]):

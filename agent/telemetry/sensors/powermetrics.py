@@ -63,8 +63,7 @@ class Documents:
         found = []
         while (end := self._kept.find(_END)) >= 0:
             document, self._kept = self._kept[: end + len(_END)], self._kept[end + len(_END) :]
-            sample = parse_document(document)
-            if sample is not None:
+            if (sample := parse_document(document)) is not None:
                 found.append(sample)
         if len(self._kept) > MAX_OUTPUT_BYTES:
             self._kept = b""
@@ -87,8 +86,7 @@ def parse_document(raw: bytes) -> Powermetrics | None:
         return None
     processor, gpu = _table(tree, "processor"), _table(tree, "gpu")
     cpu, ane = _power(processor, "cpu", elapsed_ns), _power(processor, "ane", elapsed_ns)
-    graphics = _power(processor, "gpu", elapsed_ns)
-    if graphics is None:
+    if (graphics := _power(processor, "gpu", elapsed_ns)) is None:
         graphics = _power(gpu, "gpu", elapsed_ns)
     return Powermetrics(
         elapsed_ns=elapsed_ns,
@@ -104,8 +102,7 @@ def parse_text(raw: bytes) -> list[Powermetrics]:
     """The samples of the human-readable format. Only complete lines count; tables without a header are one sample of
     unknown length."""
     text = text_of(raw)
-    heads = list(_HEADER.finditer(text))
-    if not heads:
+    if not (heads := list(_HEADER.finditer(text))):
         whole = _block("0", text)
         return [whole] if whole.cpu_mw is not None or whole.gpu_mw is not None else []
     ends = [head.start() for head in heads[1:]] + [len(text)]
@@ -156,9 +153,7 @@ class PowermetricsStream:
         return self._fresh()
 
     def _fresh(self) -> Powermetrics | None:
-        if self._last is None or self._clock() - self._last[0] > FRESH_S:
-            return None
-        return self._last[1]
+        return None if self._last is None or self._clock() - self._last[0] > FRESH_S else self._last[1]
 
     def close(self) -> None:
         """Kill the child."""
@@ -198,8 +193,7 @@ def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _power(table: dict[str, Any], name: str, elapsed_ns: int) -> float | None:
-    power = number(table.get(f"{name}_power"), MOST_MW)
-    if power is not None:
+    if (power := number(table.get(f"{name}_power"), MOST_MW)) is not None:
         return power
     energy_mj = number(table.get(f"{name}_energy"), MOST_MW)
     return None if energy_mj is None else number(energy_mj * 1e9 / elapsed_ns, MOST_MW)

@@ -31,11 +31,8 @@ _WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
 
 
 def decode(kind: str, raw: bytes) -> float | None:
-    """A key's value by its type; None for an unknown type or size.
-
-    ``flt`` is a little-endian float, ``ioft`` 48.16 bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the
-    unsigned integers are big-endian.
-    """
+    """A key's value by its type; None for an unknown type or size. ``flt`` is a little-endian float, ``ioft`` 48.16
+    bits of fixed point, little-endian; ``fpe2`` (14.2 bits) and the unsigned integers are big-endian."""
     name = kind.strip()
     sizes = {"flt": 4, "ioft": 8, "fpe2": 2, "ui8": 1, "ui16": 2, "ui32": 4}
     if len(raw) != sizes.get(name):
@@ -204,14 +201,11 @@ class Smc:
 
     def _name(self, service: int) -> str:
         buffer = ctypes.create_string_buffer(128)
-        if self._lib.IORegistryEntryGetName(service, buffer) != 0:
-            return ""
-        return buffer.value.decode("ascii", "replace")
+        return "" if self._lib.IORegistryEntryGetName(service, buffer) != 0 else buffer.value.decode("ascii", "replace")
 
     def _connected(self, service: int, task: int) -> int:
         connection = c_uint32(0)
-        status = self._lib.IOServiceOpen(service, task, 0, byref(connection))
-        if status != 0:
+        if (status := self._lib.IOServiceOpen(service, task, 0, byref(connection))) != 0:
             raise Failure(f"SMC: open failed (0x{status & 0xFFFFFFFF:08x})")
         return connection.value
 
@@ -239,15 +233,12 @@ class Smc:
         data = KeyData(key=_number(key), command=READ_KEY)
         data.info.size = size
         answer = self._call(data)
-        if answer is None or size > 32:
-            return None
-        return decode(_name_of(kind), bytes(answer.bytes)[:size])
+        return None if answer is None or size > 32 else decode(_name_of(kind), bytes(answer.bytes)[:size])
 
     def _kind(self, key: str) -> tuple[int, int]:
         """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""
         if key not in self._kinds:
-            answer = self._call(KeyData(key=_number(key), command=KEY_INFO))
-            if answer is None:
+            if (answer := self._call(KeyData(key=_number(key), command=KEY_INFO))) is None:
                 raise KeyError(key)
             self._kinds[key] = (answer.info.size, answer.info.kind)
         return self._kinds[key]
@@ -259,8 +250,7 @@ class Smc:
         found = []
         for index in range(int(count)):
             with contextlib.suppress(Failure):
-                answer = self._call(KeyData(command=KEY_BY_INDEX, index=index))
-                if answer is not None:
+                if (answer := self._call(KeyData(command=KEY_BY_INDEX, index=index))) is not None:
                     found.append(_name_of(answer.key))
         return found
 

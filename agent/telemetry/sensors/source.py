@@ -30,10 +30,8 @@ class Guarded:
         self.reason = ""
 
     def call(self, read: Callable[[], T]) -> T | None:
-        """The result of ``read``; None when it failed or is paused, and then ``reason`` says why.
-
-        A ``read`` that returns None has nothing yet: that neither counts as a failure nor resets the count.
-        """
+        """The result of ``read``; None when it failed or is paused, and then ``reason`` says why. A ``read`` that
+        returns None has nothing yet: that neither counts as a failure nor resets the count."""
         if self._clock() < self._not_before_s:
             return None
         try:

@@ -38,10 +38,8 @@ def level_of_state(state: int) -> int | None:
 
 class ThermalCollector:
     """Level, temperatures and fans. ``take`` returns events; ``on_event`` is called from any thread when there are any.
-
     ``powermetrics`` returns its last level, None where it does not run; ``also_failed`` gives the reason where it
-    should run.
-    """
+    should run."""
 
     name = "thermal"
 
@@ -56,8 +54,7 @@ class ThermalCollector:
         also_failed: Callable[[], dict[str, str]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._chip = chip
-        self._is_mac = platform == "darwin"
+        self._chip, self._is_mac = chip, platform == "darwin"
         self._open_notify, self._run, self._powermetrics = notify, run, powermetrics
         self._also_failed, self._clock = also_failed, clock
         self._notify: Notify | None = None
@@ -104,8 +101,7 @@ class ThermalCollector:
 
     def read(self) -> Reading:
         self.poll()
-        now = self._clock()
-        reading = self._chip.read()
+        now, reading = self._clock(), self._chip.read()
         degrees: dict[str, int] = {}
         for name, gauge in self._gauges.items():
             if (seen := gauge.close(now)) is not None:
@@ -128,8 +124,7 @@ class ThermalCollector:
             for name, read in self._readers.items():
                 level = self._guards[name].call(read)
                 found.append(Source(name, self._guards[name].reason, LEVELS[level] if level is not None else ""))
-        also = [Source(name, why) for name, why in self._also_failed().items()]
-        return [*found, *also, *self._chip.sources()]
+        return [*found, *(Source(name, why) for name, why in self._also_failed().items()), *self._chip.sources()]
 
     def close(self) -> None:
         """Release all resources."""

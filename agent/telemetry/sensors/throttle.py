@@ -24,10 +24,8 @@ Level = int | None
 
 
 class Throttled(msgspec.Struct, frozen=True, kw_only=True):
-    """A throttle event, with start and end on the caller's clock and ``peak``, the highest level.
-
-    ``open_at_start``: already hot when monitoring began or resumed, which does not count as a crossing.
-    """
+    """A throttle event, with start and end on the caller's clock and ``peak``, the highest level. ``open_at_start``:
+    already hot when monitoring began or resumed, which does not count as a crossing."""
 
     start_s: float
     end_s: float | None

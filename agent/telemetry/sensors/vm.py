@@ -113,8 +113,7 @@ class HostStatistics:
     def read(self) -> Vm:
         """Current memory. Raises Failure."""
         statistics, count = Statistics(), c_uint(COUNT)
-        status = self._lib.host_statistics64(self._host, HOST_VM_INFO64, byref(statistics), byref(count))
-        if status != 0:
+        if (status := self._lib.host_statistics64(self._host, HOST_VM_INFO64, byref(statistics), byref(count))) != 0:
             raise Failure(f"host_statistics64: kern_return {status}")
         if count.value < COUNT - 2:  # the last field is newer than the rest
             raise Failure(f"host_statistics64: {count.value} words, expected {COUNT}")
