@@ -4,7 +4,7 @@ from collections import deque
 
 import msgspec
 
-_WINDOW_S = 30.0
+_RECENT_S = 30.0
 _UNKNOWN_WAIT_S = 5.0
 
 
@@ -51,7 +51,7 @@ class DrainRate:
         return len(self._ended) / max(1.0, now_s - self._ended[0])
 
     def _forget(self, now_s: float) -> None:
-        while self._ended and self._ended[0] < now_s - _WINDOW_S:
+        while self._ended and self._ended[0] < now_s - _RECENT_S:
             self._ended.popleft()
 
 

@@ -2,7 +2,7 @@
 
 Failures are what the node did to requests: it refused to connect, answered 5xx, stalled, or disconnected after a 200.
 What a client did (a bad request, a disconnect) is not evidence against a node. After ``OPENS_AFTER`` failures in a row,
-or when half of at least ``MANY`` answers of the last ``WINDOW_S`` failed, the breaker opens; after a back-off that
+or when half of at least ``MANY`` answers of the last ``RECENT_S`` failed, the breaker opens; after a back-off that
 grows with each failure it lets exactly one request through (half-open), and closes when that succeeds.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 OPENS_AFTER = 3
 MANY = 10
-WINDOW_S = 20.0
+RECENT_S = 20.0
 FIRST_PAUSE_S = 2.0
 MAX_PAUSE_S = 30.0
 SAME_S = 0.1
@@ -88,5 +88,5 @@ class CircuitBreaker:
         self._open_until_s, self._probing, self.reason = now_s + self._pause_s, False, reason
 
     def _half_failed(self, now_s: float) -> bool:
-        recent = [good for at, good in self._ends if at > now_s - WINDOW_S]
+        recent = [good for at, good in self._ends if at > now_s - RECENT_S]
         return len(recent) >= MANY and 2 * recent.count(False) >= len(recent)

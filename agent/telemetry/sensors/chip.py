@@ -21,6 +21,7 @@ FRESH_S = 0.5
 """Collectors that read within this time share one reading."""
 CLOSE_S = 1.0
 MACMON_S = 2
+MACMON_SOURCE = "macmon (unfiltered means)"
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 
 
@@ -54,7 +55,7 @@ def of_smc(values: dict[str, float]) -> ChipReading:
 def of_macmon(line: Macmon) -> ChipReading:
     """From macmon, whose temperatures are unfiltered means."""
     return ChipReading(
-        source="macmon (unfiltered means)",
+        source=MACMON_SOURCE,
         package_c=line.cpu_mean_c,
         gpu_c=line.gpu_mean_c,
         fans_rpm=line.fans_rpm,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from agent.telemetry.gauge import Gauge, Seen
-from agent.telemetry.sensors.chip import Chip
+from agent.telemetry.sensors.chip import MACMON_SOURCE, Chip
 from agent.telemetry.sensors.reading import MOST_W, Failure, Reading, Source
 from agent.telemetry.sensors.source import Guarded, bytes_or_none, file_bytes
 from shared.records import HostSample
@@ -134,7 +134,7 @@ class PowerCollector:
         now, reading = self._clock(), self._chip.read()
         self._system.add(now, reading.system_w if reading is not None else None)
         if reading is not None:
-            self._whole = "macmon" if reading.source.startswith("macmon") else "PSTR"
+            self._whole = "macmon" if reading.source == MACMON_SOURCE else "PSTR"
         if (watts := self._powermetrics()) is None and reading is not None:
             watts = reading.soc_w
         self._soc.add(now, watts)
