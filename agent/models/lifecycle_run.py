@@ -14,7 +14,7 @@ from agent.models.room import Room
 from agent.models.slot import Loaded, Slot, Slots
 from agent.models.slot_view import loaded_event
 from agent.tasks import Tasks
-from shared.errors import RackError, Refused
+from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 from shared.records import Event, LoaderExited, ModelEvicted, ModelMissed
 
@@ -70,15 +70,17 @@ class Lifecycles:
 
     async def load(self, slot: Slot, *, ordered: bool) -> None:
         """Load it and wait for the outcome. Raises RackError. If ``ordered``, models just loaded may be evicted."""
-        if self.feed(slot, life.Load()):
-            await self._start(slot, slot.life.attempt, ordered=ordered)
+        if not self.feed(slot, life.Load()):
+            raise Retryable(f"load {slot.name}: the agent is shutting down", code="stopping")
+        await self._start(slot, slot.life.attempt, ordered=ordered)
 
     async def evict(self, slot: Slot, reason: str, for_model: str = "") -> None:
-        """Evict it, if it is ready and not claimed, and wait until its memory is free."""
+        """Evict it and wait until its memory is free. Raises Retryable when it is not ready or claimed."""
         before = slot.life.loader
-        if self.feed(slot, life.Evict(reason=reason, for_model=for_model)):
-            while slot.life.leaving == before:
-                await slot.changed.wait()
+        if not self.feed(slot, life.Evict(reason=reason, for_model=for_model)):
+            raise Retryable(f"evict {slot.name}: it is being changed; try again", code="no_memory")
+        while slot.life.leaving == before:
+            await slot.changed.wait()
 
     async def _evict_for(self, slot: Slot, for_model: str) -> None:
         await self.evict(slot, "memory", for_model)

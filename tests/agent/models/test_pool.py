@@ -20,7 +20,7 @@ from agent.models.loaders import Loaders
 from agent.models.pool import Pool
 from agent.process.loader_process import LoaderProcess
 from agent.wire.frames import Done, Generate, Message, Reported, Tokens, Working
-from shared.errors import Refused, Retryable
+from shared.errors import RackError, Refused, Retryable
 from shared.records import Event, LoaderExited, MemoryPressed, ModelEvicted, ModelLoaded, ModelMissed, SwapFinished
 
 
@@ -207,6 +207,22 @@ async def test_stopping_at_any_time_leaves_no_process(tmp_path: Path) -> None:
         await asyncio.gather(loading, swapping, return_exceptions=True)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # type: ignore[arg-type]
+        assert not [s for s in pool.inventory.status() if s["pid"]]
+
+
+async def test_an_order_after_the_stop_is_refused_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
+        await pool.orders.load("a")
+        await pool.stop(0.0)
+        for order in (
+            pool.orders.load("a"),
+            pool.orders.load("b"),
+            pool.orders.swap("a", "b"),
+            pool.orders.unload("a"),
+        ):
+            async with asyncio.timeout(60):
+                with pytest.raises(RackError):
+                    await order
         assert not [s for s in pool.inventory.status() if s["pid"]]
 
 
