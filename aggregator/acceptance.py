@@ -18,8 +18,7 @@ def accepted(report: PlacementReport, steps: Collection[int] | None) -> tuple[Mo
     """The moves to be made: all, or those with these step numbers. Raises Refused if they depend on steps that are
     left out."""
     chosen = tuple(m for m in report.moves if steps is None or m.step in steps)
-    unknown = sorted(set(steps or ()) - {m.step for m in report.moves})
-    if unknown:
+    if unknown := sorted(set(steps or ()) - {m.step for m in report.moves}):
         raise Refused(f"apply: no step {unknown[0]} in the proposal for {report.period}; it has {len(report.moves)}")
     models, rooms, now = _world(report)
     made = [Step(action=m.action, model=m.model, node=m.node, source=m.source) for m in chosen]
@@ -43,23 +42,16 @@ def desired(
     settings, whatever is resident. A touched node without a desired state gets its current models.
     """
     old = before.nodes if before is not None else {}
-    touched = sorted({move.node for move in chosen})
-    nodes = dict(old)
-    for node in touched:
-        if node not in old:
-            nodes[node] = _standing(report, node, source_of)
+    new = sorted({move.node for move in chosen} - set(old))
+    nodes = {**old, **{node: _standing(report, node, source_of) for node in new}}
     for move in chosen:
         others = tuple(a for a in nodes[move.node] if a.model != move.model)
         if move.action == "load":
             others = (*others, _moved(move, old, report, source_of))
         nodes[move.node] = tuple(sorted(others, key=lambda a: a.model))
     for setting in report.settings:
-        nodes = {
-            node: tuple(
-                _set(one, setting) if (node, one.model) == (setting.node, setting.model) else one for one in given
-            )
-            for node, given in nodes.items()
-        }
+        if given := nodes.get(setting.node):
+            nodes[setting.node] = tuple(_set(one, setting) if one.model == setting.model else one for one in given)
     return DesiredState(
         generation=(before.generation if before is not None else 0) + 1,
         written_ms=now_ms,
@@ -95,8 +87,7 @@ def _moved(
 
 
 def _from_bucket(model: str, version: str, source_of: Sources, *, pinned: bool) -> Assignment:
-    source = source_of(model, version)
-    if source is None:
+    if (source := source_of(model, version)) is None:
         what = f"version {version}" if version else "any version"
         hint = f"push it from a node that serves it: mlxrack-agent models push FOLDER {model}"
         raise Refused(f"apply: the bucket does not hold {what} of {model}; {hint}")

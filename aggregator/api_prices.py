@@ -143,8 +143,7 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
     wish = next((c for c in config.compare if c.model == model.model), None)
     found = Comparison(model=model.model, ours=model.loaded)
     if own is not None:
-        cost = _configured(own, served)
-        host = Host(provider="configured", model=own.name, cost=cost)
+        host = Host(provider="configured", model=own.name, cost=_configured(own, served))
         found = _with_hosts(found, own.name, [host])
     elif wish is not None and rate is None:
         why = f"API prices are in USD; set cost.usd_rate ({config.cost.currency} per USD)"
@@ -167,9 +166,8 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
 
 
 def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Comparison:
-    ordered = sorted(hosts, key=lambda h: (h.cost, h.provider, h.model))
-    costs = [h.cost for h in ordered]
-    if not costs:
+    """With the figures of the hosts, cheapest first."""
+    if not (costs := [h.cost for h in hosts]):
         return msgspec.structs.replace(found, same_as=same_as)
     median = rounded(Decimal(statistics.median(costs)))
     saving = median - found.ours if found.ours is not None else None
@@ -179,7 +177,7 @@ def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Compa
         median=median,
         lowest=costs[0],
         highest=costs[-1],
-        hosts=tuple(ordered),
+        hosts=tuple(hosts),
         saving=saving,
         share=float(saving / median) if saving is not None and median else None,
     )

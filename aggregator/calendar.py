@@ -52,9 +52,7 @@ def last_month(now: datetime, zone: str) -> str:
 
 def before(span: Span) -> Span:
     """The week before a week."""
-    monday = local(span.since_ms, span.timezone).date() - timedelta(days=7)
-    year, number, _ = monday.isocalendar()
-    return week(f"{year}-W{number:02d}", span.timezone)
+    return week(last_week(local(span.since_ms, span.timezone), span.timezone), span.timezone)
 
 
 def between(since: str, until: str, zone: str) -> Span:

@@ -123,13 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     first.add_argument("--html", type=Path, default=None, help="also write the page to this file")
     buy = local("economics", "Compute the break-even month of buying nodes from the current API spend.", _economics)
     for field in msgspec.structs.fields(Inputs):
-        flag = f"--{field.name.replace('_', '-')}"
-        whole = field.type is int
+        flag, text = f"--{field.name.replace('_', '-')}", _INPUTS[field.name]
         if field.required:
-            buy.add_argument(flag, type=int if whole else float, required=True, help=_INPUTS[field.name])
+            buy.add_argument(flag, type=field.type, required=True, help=text)
         else:
-            text = f"{_INPUTS[field.name]} (default: {field.default:g})"
-            buy.add_argument(flag, type=int if whole else float, default=field.default, help=text)
+            buy.add_argument(flag, type=field.type, default=field.default, help=f"{text} (default: {field.default:g})")
     buy.add_argument("--currency", default="USD")
     buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
     verb("check-config", "Validate the configuration and print all problems.", _check_config)

@@ -153,8 +153,7 @@ def check(config: AggregatorConfig) -> Sequence[str]:
     except (ZoneInfoNotFoundError, ValueError, OSError):
         found.append(f"timezone: {config.timezone!r} is not an IANA time zone like Europe/Berlin")
     for name in ("alerts", "thermal"):
-        value = getattr(config.discord, name)
-        if value and not is_reference(value):
+        if (value := getattr(config.discord, name)) and not is_reference(value):
             found.append(f"discord.{name}: {REFERENCE_HINT}")
     return found
 

@@ -110,7 +110,7 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
     prices = {node.id: node for node in config.nodes}
     nodes = [_node(window, name, prices.get(name), config) for name in window.nodes]
     shares = _Shares(window, nodes)
-    models = [_model(shares, name, window, previous, config) for name in shares.names]
+    models = [_model(name, m, window, previous, config) for name, m in sorted(shares.sums.items())]
     priced = [n for n in nodes if n.cost is not None]
     total = sum((n.cost for n in priced if n.cost is not None), Decimal(0)) if priced else None
     idle = sum((n.idle for n in priced if n.idle is not None), Decimal(0)) if priced else None
@@ -190,10 +190,8 @@ class _Sum:
 
     def __init__(self) -> None:
         self.requests = self.prompt_tok = self.cached_tok = self.completion_tok = self.cut = 0
-        self.prefill_us = self.decode_us = Decimal(0)
+        self.prefill_us = self.decode_us = self.prefill = self.idle = Decimal(0)
         self.direct: Decimal | None = None
-        self.prefill = Decimal(0)
-        self.idle = Decimal(0)
         self.priced_prompt = self.priced_cached = self.priced_completion = 0
 
     @property
@@ -205,23 +203,13 @@ class _Shares:
     """Allocates cost and busy time of every (node, version) to the served names it answered, by tokens computed."""
 
     def __init__(self, window: Window, nodes: list[NodeCost]) -> None:
-        self._window = window
-        self._nodes = {n.node: n for n in nodes}
-        self._sums: dict[str, _Sum] = {}
+        self._window, self._nodes = window, {n.node: n for n in nodes}
+        self.sums: dict[str, _Sum] = {}
         self._rows: dict[tuple[str, str], tuple[Decimal, Decimal]] = {}
         self._work: dict[tuple[str, str], dict[str, int]] = {}
         self._count()
         for node in nodes:
             self._share_out(node)
-
-    @property
-    def names(self) -> list[str]:
-        """Every served name."""
-        return sorted(self._sums)
-
-    def of(self, name: str) -> _Sum:
-        """The sums of a served name."""
-        return self._sums[name]
 
     def rows(self) -> list[Row]:
         """The parts of each node's cost."""
@@ -243,7 +231,7 @@ class _Shares:
         for served in self._window.served:
             if not served.model:
                 continue
-            total = self._sums.setdefault(served.model, _Sum())
+            total = self.sums.setdefault(served.model, _Sum())
             if served.outcome == "ok":
                 total.requests += served.requests
                 total.cut += served.requests if served.finish == "length" else 0
@@ -268,9 +256,9 @@ class _Shares:
         busy_money = None if node.cost is None or node.idle is None else node.cost - node.idle
         money = _divided(busy_money, {version: sum(us) for version, us in busy.items()})
         idle = _divided(node.idle, self._idle_weights(node, busy))
-        for version, (prefill, decode) in sorted(busy.items()):
+        for version, us in sorted(busy.items()):
             names = self._work.get((node.node, version), {})
-            self._to_names(node.node, names, prefill, decode, money.get(version), idle.get(version))
+            self._to_names(node.node, names, us, money.get(version), idle.get(version))
 
     def _idle_weights(self, node: NodeCost, busy: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """Integer weights for idle cost: pinned models by memory over time, the rest by busy time."""
@@ -289,21 +277,15 @@ class _Shares:
         return weights | {v: int(scale * (1 - part) * us / sum(free.values())) for v, us in free.items()}
 
     def _to_names(
-        self,
-        node: str,
-        names: Mapping[str, int],
-        prefill: int,
-        decode: int,
-        money: Decimal | None,
-        idle: Decimal | None,
+        self, node: str, names: Mapping[str, int], busy: tuple[int, int], money: Decimal | None, idle: Decimal | None
     ) -> None:
-        """Allocate one loader's time and cost to the served names it answered, by their tokens."""
-        total = sum(names.values())
-        if not total:
+        """Allocate one loader's time (of prefill and decode) and cost to the served names it answered, by tokens."""
+        if not (total := sum(names.values())):
             return
+        prefill, decode = busy
         direct_of, idle_of = _divided(money, dict(names)), _divided(idle, dict(names))
         for name, tokens in names.items():
-            model, us = self._sums[name], Decimal(prefill + decode) * tokens / total
+            model, us = self.sums[name], Decimal(prefill + decode) * tokens / total
             model.prefill_us += Decimal(prefill) * tokens / total
             model.decode_us += Decimal(decode) * tokens / total
             if money is None or idle is None:
@@ -330,10 +312,7 @@ def _divided(money: Decimal | None, weights: Mapping[str, int]) -> dict[str, Dec
     return found
 
 
-def _model(
-    shares: _Shares, name: str, window: Window, previous: CostReport | None, config: AggregatorConfig
-) -> ModelCost:
-    m = shares.of(name)
+def _model(name: str, m: _Sum, window: Window, previous: CostReport | None, config: AggregatorConfig) -> ModelCost:
     loaded = m.direct + m.idle if m.direct is not None else None
     before = next((b for b in previous.models if b.model == name), None) if previous else None
     made = ModelCost(
@@ -362,7 +341,6 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
     """The factors of the loaded price, and further evidence; None without a price."""
     if loaded is None or m.direct is None or not m.priced_tok:
         return None
-    busy_us = m.prefill_us + m.decode_us
     mine = {e.node for e in window.engines if e.model == name and e.busy_us}
     hosts = [h for h in window.hosts if h.node in mine]
     known = sum(h.thermal_known_us for h in hosts)
@@ -373,7 +351,7 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
         direct=float(m.direct),
         prefill_s=float(m.prefill_us / 1_000_000),
         decode_s=float(m.decode_us / 1_000_000),
-        busy_s=float(busy_us / 1_000_000),
+        busy_s=float((m.prefill_us + m.decode_us) / 1_000_000),
         prompt_tok=m.priced_prompt,
         cached_tok=m.priced_cached,
         completion_tok=m.priced_completion,

@@ -112,8 +112,7 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
         return msgspec.structs.replace(made, cause="low_volume", text=few)
     loaded = made.ratio >= made.direct_ratio
     cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
-    price = "loaded" if loaded else "direct"
-    text = f"{price} price {worst:.1f} x the week before: {why}"
+    text = f"{'loaded' if loaded else 'direct'} price {worst:.1f} x the week before: {why}"
     return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
 
 
@@ -149,10 +148,9 @@ def _prefill(f: Factors) -> tuple[float, ...]:
 
 
 def _decode(f: Factors) -> tuple[float, ...]:
-    tokens = f.prompt_tok + f.completion_tok
     if not f.completion_tok:
         return (0.0, 0.0)
-    return (f.completion_tok / tokens, f.decode_s / f.completion_tok)
+    return (f.completion_tok / (f.prompt_tok + f.completion_tok), f.decode_s / f.completion_tok)
 
 
 def _log_mean(a: float, b: float) -> float:
@@ -172,8 +170,7 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
     parts = msgspec.structs.asdict(terms)
     leading = max(parts, key=lambda name: parts[name])
     hits = f"the prompt cache hit rate is {now.hit_share:.0%} (before: {before.hit_share:.0%})"
-    per_request = _per_request(now.completion_tok, now), _per_request(before.completion_tok, before)
-    grown = per_request[0] / per_request[1] if per_request[1] else 1.0
+    grown = _ratio(_per_request(now.completion_tok, now), _per_request(before.completion_tok, before))
     prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))
     held = now.hit_share >= before.hit_share - HIT_FALL / 2
     cut_rose = now.cut_share - before.cut_share

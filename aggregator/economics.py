@@ -94,8 +94,7 @@ def check(inputs: Inputs) -> None:
             "prices, costs and watts must not be below zero",
         ),
     ]
-    found = [text for wrong, text in problems if wrong]
-    if found:
+    if found := [text for wrong, text in problems if wrong]:
         raise Refused("economics: " + "; ".join(found))
 
 
@@ -108,7 +107,6 @@ def judge(inputs: Inputs) -> Economics:
         raise Refused("economics: the amounts overflow; reduce growth or months") from None
     even = _break_even(months)
     hinges = sorted((_hinge(inputs, name, even) for name in _MOVABLE), key=lambda h: (-h.swing, h.name))
-    worth = _cents(decimal(inputs.node_price) * inputs.nodes * decimal(inputs.residual))
     return Economics(
         inputs=inputs,
         paid=paid,
@@ -116,7 +114,7 @@ def judge(inputs: Inputs) -> Economics:
         break_even=even,
         months=tuple(months),
         total_saving=months[-1].balance,
-        worth_at_end=worth,
+        worth_at_end=_cents(decimal(inputs.node_price) * inputs.nodes * decimal(inputs.residual)),
         hinges=tuple(hinges),
         rule_of_thumb=_rule(inputs, even),
         sentence=_sentence(inputs, even, months[-1].balance, hinges),

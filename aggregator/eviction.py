@@ -28,7 +28,6 @@ SOON_S = 600.0
 PING_PONG_MS = 2 * HOUR_MS
 BUSY_REQUESTS_H = 20
 
-
 Kind = Literal["ordered", "idle", "idle_too_soon", "overrun", "wanted", "ping_pong", "unneeded", "busy", "unmissed"]
 """Which rule an eviction falls under."""
 Verdict = Literal["placement", "memory", "idle", "traffic", "ordered"]

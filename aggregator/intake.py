@@ -132,21 +132,13 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
     active = {m.name: _active_bytes(m, measured.get(m.name)) for m in intake.models}
     models, least, notes = [], {}, []
     for load in intake.workloads:
-        work = load.qps * _seconds(load, active[load.model], reference)
-        copies = min(len(inventory.nodes), max(load.min_copies, math.ceil(work / CAP)))
-        least[load.model] = copies
-        models.append(
-            Copyable(name=load.model, need_bytes=needs[load.model], copies=copies, load=work, only=load.nodes)
-        )
-        notes += _latency(load, active[load.model], chips)
-    rooms = tuple(
-        Room(
-            name=m.id,
-            budget_bytes=budget_bytes(m),
-            speed=round(chips[m.id].bandwidth_gb_s / reference.bandwidth_gb_s, 3),
-        )
-        for m in inventory.nodes
-    )
+        name = load.model
+        work = load.qps * _seconds(load, active[name], reference)
+        least[name] = copies = min(len(inventory.nodes), max(load.min_copies, math.ceil(work / CAP)))
+        models.append(Copyable(name=name, need_bytes=needs[name], copies=copies, load=work, only=load.nodes))
+        notes += _latency(load, active[name], chips)
+    speeds = {node: round(chip.bandwidth_gb_s / reference.bandwidth_gb_s, 3) for node, chip in chips.items()}
+    rooms = tuple(Room(name=m.id, budget_bytes=budget_bytes(m), speed=speeds[m.id]) for m in inventory.nodes)
     facts = Facts(models=tuple(models), rooms=rooms, now=frozenset(), least=least, load_s={})
     packed = packed_with_slack(facts, len(models) * len(rooms))
     while packed.over and (more := _with_another_copy(facts, packed.pairs)) is not None:
@@ -188,11 +180,9 @@ def need_bytes(model: Model, measured: Measured | None) -> int:
     """Peak memory of one loader."""
     cache = int(model.cache_gb * 1e9)
     if measured is not None:
-        shape, weights = measured
-        made = plan(
-            shape, weights, rows=model.rows, row_tok=model.row_tok, chunk_tok=CHUNK_TOK, cache_bytes=cache, fused=True
-        )
-        return made.need_bytes
+        return plan(
+            *measured, rows=model.rows, row_tok=model.row_tok, chunk_tok=CHUNK_TOK, cache_bytes=cache, fused=True
+        ).need_bytes
     kv = model.rows * model.row_tok * int((model.kv_kib_per_tok or 0) * 1024)
     return int((model.weights_gb or 0) * 1e9) + kv + cache + PROCESS_OVERHEAD_BYTES
 
@@ -280,11 +270,9 @@ def _seconds(load: Workload, active_bytes: float, chip: Chip) -> float:
 def _latency(load: Workload, active_bytes: float, chips: Mapping[str, Chip]) -> list[str]:
     if load.first_token_s is None:
         return []
-    slow = []
-    for node, chip in sorted(chips.items()):
-        wait = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip)
-        if wait > load.first_token_s:
-            slow.append(f"{node} about {wait:.1f} s")
+    fresh_tok = load.prompt_tok * (1 - load.cached)
+    waits = {node: fresh_tok * _prefill_s(active_bytes, chip) for node, chip in sorted(chips.items())}
+    slow = [f"{node} about {wait:.1f} s" for node, wait in waits.items() if wait > load.first_token_s]
     if not slow:
         return []
     return [f"{load.model}: TTFT target of {load.first_token_s:g} s cannot be met on {', '.join(slow)}"]

@@ -157,11 +157,8 @@ class _Sources:
         days = utc_days(span)
         hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
-        wanted: list[str] = []
-        self._levels: dict[str, list[tuple[str, str]]] = {}
-        for name in HOUR_TABLES:
-            self._levels[name] = _levels(name, days, whole, hourly)
-            wanted += [key for _, key in self._levels[name]]
+        self._levels = {name: _levels(name, days, whole, hourly) for name in HOUR_TABLES}
+        wanted = [key for files in self._levels.values() for _, key in files]
         found = pool.map(lambda key: find(store, key), wanted)
         self._files = {
             key: db.file(f"{number}.parquet", stored.body)
@@ -181,11 +178,9 @@ class _Sources:
     def events(self) -> str:
         """The events of the span."""
         found = [self._files[key] for _, key in self._levels[EVENT_TABLE] if key in self._files]
-        return (
-            f"{parquet.reading(found)} WHERE {self._inside('t_end_ms')} ORDER BY t_end_ms, node, seq, ordinal"
-            if found
-            else ""
-        )
+        if not found:
+            return ""
+        return f"{parquet.reading(found)} WHERE {self._inside('t_end_ms')} ORDER BY t_end_ms, node, seq, ordinal"
 
     def _source(self, name: str) -> str:
         fold, pieces = FOLDS[name], []
@@ -200,9 +195,8 @@ class _Sources:
 
     def _lifted(self, fold: Fold, files: Sequence[Path]) -> str:
         columns = {name: sql for table in fold.source for name, sql in minute_columns(table).items()}
-        return rollup.lifted(
-            fold, f"SELECT * FROM ({parquet.reading(files, columns)}) WHERE {self._inside('t_end_ms')}"
-        )
+        rows = f"SELECT * FROM ({parquet.reading(files, columns)}) WHERE {self._inside('t_end_ms')}"
+        return rollup.lifted(fold, rows)
 
     def _inside(self, column: str) -> str:
         return f"{column} >= {self._span.since_ms} AND {column} < {self._span.until_ms}"
@@ -211,15 +205,12 @@ class _Sources:
 def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) -> list[tuple[str, str]]:
     """The files of a table for each day of a span, as (level, key)."""
     if name == EVENT_TABLE:
-        return [("hour", keys.hour_key(name, day)) for day in days]
+        return [("hour", keys.table_key("hour", name, day)) for day in days]
     found = []
     for day in days:
-        if day in whole and FOLDS[name].daily:
-            found.append(("day", keys.day_key(name, day)))
-        elif day in whole or hourly:
-            found.append(("hour", keys.hour_key(name, day)))
-        else:
-            found += [("minute", keys.minute_key(table, day)) for table in FOLDS[name].source]
+        level = "day" if day in whole and FOLDS[name].daily else "hour" if day in whole or hourly else "minute"
+        tables = FOLDS[name].source if level == "minute" else (name,)
+        found += [(level, keys.table_key(level, table, day)) for table in tables]
     return found
 
 
@@ -237,8 +228,7 @@ def _events(db: parquet.Database, query: str) -> tuple[Fact, ...]:
         return ()
     found = []
     for row in db.rows(query):
-        kind = RECORD_TYPES.get(row["kind"])
-        if kind is not None:
+        if (kind := RECORD_TYPES.get(row["kind"])) is not None:
             record = msgspec.json.decode(row["record"], type=dict[str, Any])
             present = {name: value for name, value in record.items() if value is not None}
             meta = Meta(**{name: row[name] for name in Meta._fields})

@@ -59,8 +59,7 @@ def simulate(
             if pair in at:
                 wrong.append(Broken(step=number, why=f"{step.model} is already on {step.node}"))
             at.add(pair)
-            room = budgets.get(step.node)
-            if room is None:
+            if (room := budgets.get(step.node)) is None:
                 wrong.append(Broken(step=number, why=f"unknown node {step.node}"))
             elif held(room, models, frozenset(at)) > room.budget_bytes:
                 wrong.append(Broken(step=number, why=f"{step.node} lacks the memory for {step.model}"))
@@ -78,8 +77,7 @@ def simulate(
 class _Plan:
     def __init__(self, models: Sequence[Copyable], rooms: Sequence[Room], now: Placement, goal: Placement) -> None:
         self.sizes: Mapping[str, int] = {m.name: m.need_bytes for m in models}
-        self.rooms = {r.name: r for r in rooms}
-        self.models = models
+        self.models, self.rooms = models, {r.name: r for r in rooms}
         self.at, self.goal = set(now), goal
         self.steps: list[Step] = []
         counts = [(sum(m == name for m, _ in now), sum(m == name for m, _ in goal)) for name in self.sizes]

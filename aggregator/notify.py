@@ -21,14 +21,13 @@ def payload(notice: Notice) -> dict[str, object]:
     """The message for one notice, within Discord's limits; names are escaped and mentions disabled."""
     rule, firing = notice.rule, notice.firing
     since = datetime.fromtimestamp(firing.since_ms / 1000, UTC)
-    state = "resolved" if notice.resolved else "firing"
     text = f"{_escaped(firing.text)}\nsince {since:%Y-%m-%d %H:%M:%S} UTC\nrunbook: {rule.runbook}"
     embed = {
         "title": f"{'Resolved: ' if notice.resolved else ''}{rule.title}: {_escaped(firing.subject)}"[:_TITLE],
         "description": text[:_DESCRIPTION],
         "color": COLOURS["resolved" if notice.resolved else rule.severity],
         "timestamp": since.isoformat(),
-        "footer": {"text": f"{rule.code} {state}"},
+        "footer": {"text": f"{rule.code} {'resolved' if notice.resolved else 'firing'}"},
     }
     return {"username": "mlxrack", "embeds": [embed], "allowed_mentions": {"parse": []}}
 

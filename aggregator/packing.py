@@ -11,7 +11,7 @@ the clock or the input order: limits are counted in nodes of the search tree, on
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import highspy
@@ -150,7 +150,7 @@ def greedy(
             if free[node] >= model.need_bytes:
                 put(model, node)
     for model in order:
-        while _count(pairs, model.name) < model.copies and left > 0:
+        while _copies(pairs, model.name) < model.copies and left > 0:
             fitting = [
                 (max(0.0, load[n] + model.share / r.speed - r.limit), load[n] + model.share / r.speed, -free[n], n)
                 for n, r in by_name.items()
@@ -277,11 +277,7 @@ def _may(model: Copyable, node: str) -> bool:
     return not model.only or node in model.only or node in model.pinned
 
 
-def _copies(pairs: Placement, name: str) -> int:
-    return sum(1 for model, _ in pairs if model == name)
-
-
-def _count(pairs: set[tuple[str, str]], name: str) -> int:
+def _copies(pairs: Set[tuple[str, str]], name: str) -> int:
     return sum(1 for model, _ in pairs if model == name)
 
 
@@ -360,8 +356,7 @@ def _solved(
     if not len(values) or info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return start, None
     found = frozenset((models[j].name, rooms[i].name) for v, (i, j) in enumerate(pairs) if values[v] > 0.5)
-    gap = float(info.mip_gap)
-    return found, gap if math.isfinite(gap) else None
+    return found, gap if math.isfinite(gap := float(info.mip_gap)) else None
 
 
 Row = tuple[float, float, list[tuple[int, float]]]

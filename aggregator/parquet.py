@@ -85,8 +85,7 @@ def hours(db: Database, minutes: Mapping[str, Path]) -> dict[str, bytes]:
     """The hour tables of a day from its minute tables, by name. Tables without rows are omitted."""
     found: dict[str, bytes] = {}
     for name, fold in FOLDS.items():
-        source = _minutes(minutes, fold.source)
-        if source:
+        if source := _minutes(minutes, fold.source):
             found[name] = db.parquet(rollup.folded(fold, rollup.lifted(fold, source), fold.slot_ms))
     events = {kind: reading([minutes[kind]], minute_columns(kind)) for kind in EVENT_SOURCES if kind in minutes}
     if events:

@@ -102,9 +102,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The placement and the moves. ``short`` lists what does not fit, with remedies; ``notes`` what
-    stays as it is, and why. ``gap`` bounds the distance from
-    the optimal placement; ``score`` is the objective value of packing.py."""
+    """The placement and the moves. ``short`` lists what does not fit, with remedies; ``notes`` what stays as it is, and
+    why. ``gap`` bounds the distance from the optimal placement; ``score`` is the objective value of packing.py."""
 
     period: str
     rebalance: bool
@@ -124,18 +123,16 @@ def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa:
     facts = facts_of(window, rules)
     packed = packed_with_slack(facts, rules.max_moves)
     ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
-    placed = _placed(window, ordered.reached, facts)
     made = described(facts, ordered.steps)
-    settings = _cache_settings(window, facts, ordered.reached)
     return PlacementReport(
         period=window.span.name,
         rebalance=bool(made),
         nodes=_node_loads(window, facts, ordered.reached),
-        placed=placed,
+        placed=_placed(window, ordered.reached, facts),
         moves=made,
         notes=(*_silent(window, facts), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
         short=explained(facts, packed),
-        settings=settings,
+        settings=_cache_settings(window, facts, ordered.reached),
         gap=packed.gap,
         score=round(packed.score, 6),
         least=dict(facts.least),
@@ -157,9 +154,9 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
     at, found = frozenset(facts.now), []
     by_room, by_model = {r.name: r for r in facts.rooms}, {m.name: m for m in facts.models}
     for number, step in enumerate(steps, 1):
-        pair = frozenset([(step.model, step.node)])
-        after = at | pair if step.action == "load" else at - pair
-        room, model = by_room[step.node], by_model[step.model]
+        pair, loads = frozenset([(step.model, step.node)]), step.action == "load"
+        after = at | pair if loads else at - pair
+        room, gb = by_room[step.node], by_model[step.model].need_bytes / 1e9
         bound, reason, declined = _why(facts, step)
         found.append(
             Move(
@@ -168,10 +165,8 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
                 model=step.model,
                 node=step.node,
                 source=step.source,
-                gb=round(model.need_bytes / 1e9, 3) if step.action == "load" else 0.0,
-                load_s=round(facts.load_s.get(step.model, model.need_bytes / 1e9 / LOAD_GB_S), 1)
-                if step.action == "load"
-                else None,
+                gb=round(gb, 3) if loads else 0.0,
+                load_s=round(facts.load_s.get(step.model, gb / LOAD_GB_S), 1) if loads else None,
                 load_before=round(load_of(room, facts.models, at), 4),
                 load_after=round(load_of(room, facts.models, after), 4),
                 free_before_bytes=room.budget_bytes - packing.held(room, facts.models, at),
@@ -191,10 +186,8 @@ def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
     """Why not everything fits, and the remedy; empty if it does."""
     found = []
     sizes = {m.name: m for m in facts.models}
-    missing: list[tuple[str, int]] = []
-    held_back: list[tuple[str, int]] = []
-    for name, count in packed.short:
-        (held_back if _could_stand(sizes[name], facts, packed.pairs) else missing).append((name, count))
+    held_back = [one for one in packed.short if _could_stand(sizes[one[0]], facts, packed.pairs)]
+    missing = [one for one in packed.short if one not in held_back]
     if held_back:
         copies = ", ".join(f"{count} x {name}" for name, count in held_back)
         found.append(

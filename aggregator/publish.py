@@ -29,19 +29,18 @@ def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]])
         minutes: dict[str, Path] = {}
         hashes: list[str] = []
         for table in MINUTE_TABLES:
-            body = _merge(store, db, table, day, fresh.get(table, ()))
-            if body is not None:
+            if (body := _merge(store, db, table, day, fresh.get(table, ()))) is not None:
                 minutes[table] = db.file(f"minute-{table}.parquet", body)
                 hashes.append(f"{table} {digest(body)}\n")
         hourly = parquet.hours(db, minutes)
         daily = parquet.days(db, hourly, DAY_MS)
         batches = _batches(db, minutes[BATCH_TABLE])
         # lost minute tables must not remove what was derived from them
-        known = before[keys.hour_key("run", day)]
+        known = before[keys.table_key("hour", "run", day)]
         if known is not None and _told(db, known.body) > batches:
             hourly, daily = {}, {}
-        bodies = {keys.hour_key(table, day): body for table, body in hourly.items()}
-        bodies |= {keys.day_key(table, day): body for table, body in daily.items()}
+        bodies = {keys.table_key("hour", table, day): body for table, body in hourly.items()}
+        bodies |= {keys.table_key("day", table, day): body for table, body in daily.items()}
         for key, body in bodies.items():
             old = before[key]
             if old is None or old.body != body:
@@ -106,7 +105,7 @@ def replace(store: ObjectStore, key: str, body: bytes, etag: str | None) -> None
 
 def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh: Sequence[Path]) -> bytes | None:
     """A minute table after merging these rows; None if there is none."""
-    key = keys.minute_key(table, day)
+    key = keys.table_key("minute", table, day)
     old = find(store, key)
     if not fresh:
         return old.body if old else None
@@ -117,4 +116,5 @@ def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh
 
 
 def _derived(day: str) -> list[str]:
-    return [*(keys.hour_key(table, day) for table in HOUR_TABLES), *(keys.day_key(table, day) for table in DAY_TABLES)]
+    levels = (("hour", HOUR_TABLES), ("day", DAY_TABLES))
+    return [keys.table_key(level, table, day) for level, tables in levels for table in tables]

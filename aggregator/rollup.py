@@ -59,9 +59,7 @@ def folded(fold: Fold, source: str, slot_ms: int | None, labels: Sequence[str] |
 def events(sources: dict[str, str]) -> str:
     """One table of all events; ``sources`` are the minute tables by kind."""
     pieces = []
-    for kind in EVENT_SOURCES:
-        if kind not in sources:
-            continue
+    for kind in (one for one in EVENT_SOURCES if one in sources):
         own = [name for name in minute_columns(kind) if name not in META and name != "ordinal"]
         packed = "to_json(struct_pack(" + ", ".join(f'"{name}" := "{name}"' for name in own) + "))::VARCHAR"
         meta = names([*META, "ordinal"])
@@ -132,10 +130,7 @@ def _quantile(name: str, q: float) -> str:
     merged, count, zero = f'"{name}_merged"', f'plain."{name}_count"', f'plain."{name}_zero"'
     rank = f"greatest(1, ceil({q}::DOUBLE * {count}))"
     place = f"len(list_filter({merged}.reached, lambda r: r + {zero} < {rank})) + 1"
-    low, high = (
-        f"pow(2, ({merged}.idx[{place}]) / {1 << SCALE}.0)",
-        f"pow(2, ({merged}.idx[{place}] + 1) / {1 << SCALE}.0)",
-    )
+    low, high = (f"pow(2, ({merged}.idx[{place}]{step}) / {1 << SCALE}.0)" for step in ("", " + 1"))
     middle = f"2 * {low} * {high} / ({low} + {high})"
     clamped = f'least(greatest({middle}, plain."{name}_min"), plain."{name}_max")'
     return f"CASE WHEN {count} = 0 THEN NULL WHEN {rank} <= {zero} THEN 0 ELSE {clamped} END"

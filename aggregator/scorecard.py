@@ -85,10 +85,8 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
             name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
             cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
             text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
-            line = Line(
-                kind="price", name=name, value=times, target=target, unit="times", kept=times >= target, text=text
-            )
-            found.append(line)
+            kept = times >= target
+            found.append(Line(kind="price", name=name, value=times, target=target, unit="times", kept=kept, text=text))
     return found
 
 

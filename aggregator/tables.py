@@ -22,27 +22,12 @@ EVENTS = tuple(str(kind.__struct_config__.tag) for kind in get_args(Event))
 IDENTITY = ("node", "incarnation", "epoch", "seq", "ordinal")
 META = {
     "node": "VARCHAR",
-    "incarnation": "BIGINT",
-    "epoch": "BIGINT",
-    "seq": "BIGINT",
-    "t_start_ms": "BIGINT",
-    "t_end_ms": "BIGINT",
-    "boot_id": "VARCHAR",
-    "agent_version": "VARCHAR",
-    "dropped_batches": "BIGINT",
-    "unknown_records": "BIGINT",
-    "clock_skew_ms": "BIGINT",
+    **dict.fromkeys(("incarnation", "epoch", "seq", "t_start_ms", "t_end_ms"), "BIGINT"),
+    **dict.fromkeys(("boot_id", "agent_version"), "VARCHAR"),
+    **dict.fromkeys(("dropped_batches", "unknown_records", "clock_skew_ms"), "BIGINT"),
 }
 """Columns of the batch envelope, in every row of a minute table."""
-SKETCH = {
-    "count": "BIGINT",
-    "zero": "BIGINT",
-    "sum": "BIGINT",
-    "min": "BIGINT",
-    "max": "BIGINT",
-    "idx": "INTEGER[]",
-    "cnt": "BIGINT[]",
-}
+SKETCH = {**dict.fromkeys(("count", "zero", "sum", "min", "max"), "BIGINT"), "idx": "INTEGER[]", "cnt": "BIGINT[]"}
 """A sketch ``x`` is seven columns ``x_count`` and so on; ``idx`` are absolute bucket indices, not deltas."""
 _SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
 

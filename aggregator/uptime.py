@@ -144,18 +144,16 @@ class _Track:
     """One node's timeline."""
 
     def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
-        self.node = node
+        self.node, self.until = node, until
         self.reported = union(window.reported(node), JOIN_MS)
-        ready = window.ready(node)
-        self.up = _both(self.reported, union(ready, JOIN_MS))
+        self.up = _both(self.reported, union(window.ready(node), JOIN_MS))
         self.down = union(
             (max(i.start_ms, window.span.since_ms), min(until, i.end_ms if i.end_ms is not None else until))
             for i in incidents
             if i.scope == "node"
         )
-        first = min([self.reported[0][0]] if self.reported else [until], default=until)
+        first = self.reported[0][0] if self.reported else until
         self.first = min([first, *(a for a, _ in self.down)])
-        self.until = until
 
 
 def _rack(mine: Sequence[_Track]) -> NodeUptime:
@@ -208,8 +206,7 @@ def _gaps(window: Window, node: str, until: int) -> list[Incident]:
     for (_, start), (end, _) in pairwise(edges):
         if end - start <= JOIN_MS:
             continue
-        cause = _cause(window, node, start, end)
-        if cause is not None:
+        if (cause := _cause(window, node, start, end)) is not None:
             found.append(_incident(node, "node", (start, end), cause))
     down_at = _down_now(window, node)
     if down_at is not None and reported and reported[-1][1] <= down_at + GRACE_MS and reported[-1][1] < until:
@@ -340,8 +337,7 @@ def _annotated(incident: Incident, annotations: Sequence[Annotation]) -> Inciden
     """Apply an operator's annotation over the inferred cause."""
     end = incident.end_ms if incident.end_ms is not None else incident.start_ms
     for note in annotations:
-        same = note.node in ("", incident.node) and note.start_ms <= end and note.end_ms >= incident.start_ms
-        if same:
+        if note.node in ("", incident.node) and note.start_ms <= end and note.end_ms >= incident.start_ms:
             return msgspec.structs.replace(
                 incident,
                 cause=note.cause or incident.cause,

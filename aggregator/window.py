@@ -334,19 +334,9 @@ def facts_of(batch: Batch) -> list[Fact]:
 
 def meta_of(batch: Batch) -> Meta:
     """A batch's envelope. A window that begins after its end, or days before it, is a clock that was set."""
-    return Meta(
-        batch.node,
-        batch.incarnation,
-        batch.epoch,
-        batch.seq,
-        min(max(batch.t_start_ms, batch.t_end_ms - LONGEST_WINDOW_MS), batch.t_end_ms),
-        batch.t_end_ms,
-        batch.boot_id,
-        batch.agent_version,
-        batch.dropped_batches,
-        batch.unknown_records,
-        batch.clock_skew_ms,
-    )
+    start_ms = min(max(batch.t_start_ms, batch.t_end_ms - LONGEST_WINDOW_MS), batch.t_end_ms)
+    agent = (batch.boot_id, batch.agent_version, batch.dropped_batches, batch.unknown_records)
+    return Meta(*batch.id, start_ms, batch.t_end_ms, *agent, batch.clock_skew_ms)
 
 
 def straightened(batch: Batch) -> Batch:

@@ -205,15 +205,14 @@ def main() -> int:
     args = words.parse_args()
     warn_if_busy()
     lines: list[tuple[bool, str]] = []
-    with tempfile.TemporaryDirectory(prefix="mlxrack-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="mlxrack-bench-") as name, SeaweedFS(Path(name, "store")) as server:
         folder = Path(name)
-        with SeaweedFS(folder / "store") as server:
-            if args.only in (None, "month"):
-                lines += month(folder, server, args.nodes, args.days)
-            if args.only in (None, "single"):
-                lines += single(folder, server, args.nodes)
-            if args.only in (None, "growth"):
-                lines += growth(folder, server, [int(n) for n in args.growth.split(",")])
+        if args.only in (None, "month"):
+            lines += month(folder, server, args.nodes, args.days)
+        if args.only in (None, "single"):
+            lines += single(folder, server, args.nodes)
+        if args.only in (None, "growth"):
+            lines += growth(folder, server, [int(n) for n in args.growth.split(",")])
     return 0 if report_bounds(lines) else 1
 
 

@@ -88,8 +88,7 @@ class _Client(asyncio.Protocol):
 
     def __init__(self, request: bytes, done: Callable[[float, bytes], bytes | None]) -> None:
         self._request, self._done = request, done
-        self._buffer = b""
-        self._began = 0.0
+        self._buffer, self._began = b"", 0.0
         self._transport: asyncio.Transport | None = None
         self.closed = asyncio.get_running_loop().create_future()
 
@@ -191,8 +190,7 @@ async def open_loop(program: Program, seconds: float, per_s: float) -> Answers:
 
 async def streams(program: Program, count: int, words: int) -> Answers:
     """Events per second of concurrent streams."""
-    events: list[int] = []
-    produced: list[int] = []
+    events, produced = list[int](), list[int]()
 
     def done(_: float, answer: bytes) -> bytes | None:
         events.append(answer.count(b"data: "))
@@ -304,8 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: CPU is {busy:.0%} busy (at most {BUSY:.0%}); retry on an idle machine or pass --anyway")
         return 2
     with programs(BUILD, with_litellm=not args.no_litellm) as found:
-        ok = report(found, args.rounds, with_litellm=not args.no_litellm)
-    return 0 if ok else 1
+        return 0 if report(found, args.rounds, with_litellm=not args.no_litellm) else 1
 
 
 def report(found: list[Program], rounds: int, *, with_litellm: bool) -> bool:

@@ -122,7 +122,11 @@ def main() -> int:
             rival(args.model, environ) as b,
             agent(model_table(args.model), threads) as c,
         ):
-            runners: dict[str, Runner] = {"bare loop": bare(a), "mlx_lm.server": asker(b), "agent": asker(c)}
+            runners: dict[str, Runner] = {
+                "bare loop": lambda questions: a(questions=questions, max_tokens=TOKENS),
+                "mlx_lm.server": functools.partial(ask_all, b),
+                "agent": functools.partial(ask_all, c),
+            }
             found["speed"] = report(measure(runners, args.levels, args.rounds))
     if "fair" in args.cases:
         from scripts import bench_fair
@@ -195,16 +199,6 @@ def rival(model: Path, environ: dict[str, str]) -> Iterator[Server]:
         yield server
 
 
-def bare(run: Callable[..., Any]) -> Runner:
-    """Questions to the engine alone."""
-    return lambda questions: run(questions=questions, max_tokens=TOKENS)
-
-
-def asker(server: Server) -> Runner:
-    """Questions to a server over HTTP."""
-    return lambda questions: ask_all(server.base, server.model, questions)
-
-
 def model_table(model: Path) -> str:
     """The agent's configuration of the model."""
     return f'[[models]]\nname = "m"\npath = {json.dumps(str(model))}\nrows = 16\nplan_context_tok = 4096\n'
@@ -233,14 +227,13 @@ def fetch(url: str) -> Any:
     return urllib.request.urlopen(url, timeout=10)
 
 
-def ask_all(base: str, model: str, questions: list[str]) -> tuple[int, float]:
-    """All questions concurrently; tokens as the answers' usage counts them."""
+def ask_all(server: Server, questions: list[str]) -> tuple[int, float]:
+    """All questions concurrently over HTTP; tokens as the answers' usage counts them."""
 
     def ask(question: str) -> int:
-        body = chat(model, question, TOKENS, temperature=0)
-        request = urllib.request.Request(
-            f"{base}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        body = json.dumps(chat(server.model, question, TOKENS, temperature=0)).encode()
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.base}/chat/completions", body, head)
         with urllib.request.urlopen(request, timeout=300) as answer:
             return int(json.loads(answer.read())["usage"]["completion_tokens"])
 

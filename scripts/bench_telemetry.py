@@ -195,8 +195,7 @@ def fill(folder: Path) -> None:
     served = [Served(model=name, requests=7, prompt_tok=900, completion_tok=400) for name in ("chat", "code")]
     host = HostSample(cpu_ppm=250_000, memory_used_bytes=8 << 30, package_temp_mc=61_000, system_power_mw=21_000)
     for _ in range(DAYS):
-        hardware = hardware_id()
-        spool = Spool(folder, node="n1", rack="bench", hardware=hardware, max_bytes=1 << 30, max_batches=10**6)
+        spool = Spool(folder, node="n1", rack="bench", hardware=hardware_id(), max_bytes=1 << 30, max_batches=10**6)
         for minute in range(1, 24 * 60 + 1):
             end_ms = 60_000 * minute
             window = Batch(

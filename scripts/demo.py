@@ -167,10 +167,8 @@ class Demo:
     """The whole run."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.tally = Tally()
+        self.began, self.tally, self.sink = time.monotonic(), Tally(), Sink()
         self.summary: dict[str, Any] = {}
-        self.sink = Sink()
         self.environ = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self.environ |= {
             "MLXRACK_DEMO_RACK": "rack-secret-of-the-demo",
@@ -208,9 +206,8 @@ class Demo:
 
     def _start(self) -> None:
         with act("start a store (SeaweedFS, S3) and three agents"):
-            self.store = SeaweedFS(
-                BUILD / "store", [_identity(n, self.environ) for n in NODES] + [_reader(self.environ)]
-            )
+            identities = [*(_identity(n, self.environ) for n in NODES), _reader(self.environ)]
+            self.store = SeaweedFS(BUILD / "store", identities)
             self.store.start()
             self.store.store(BUCKET).create_bucket()
             self.gate = TcpGate(self.store.port)
@@ -302,9 +299,10 @@ class Demo:
     def _stop_agents(self) -> None:
         with act("stop the agents (SIGTERM): the last windows are closed and pushed"):
             assert all(n.process is not None for n in self.nodes)
-            for node in self.nodes:
-                node.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-            codes = [node.process.wait(timeout=90) for node in self.nodes]  # type: ignore[union-attr]
+            processes = [node.process for node in self.nodes if node.process is not None]
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            codes = [process.wait(timeout=90) for process in processes]
         self.summary["exit_codes"] = codes
         if any(codes):
             raise SystemExit(f"demo: an agent ended with {codes}; see {BUILD}/mini-*/stdout.txt")

@@ -135,8 +135,7 @@ def _renamed(stem: str) -> str:
         return "model.embed_tokens.weight"
     if stem == "output_norm":
         return "model.norm.weight"
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match is None:
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)) is None:
         raise SystemExit(f"convert: unknown tensor {stem}; the contents of {PACKAGE} have changed")
     return f"model.layers.{match[1]}.{_TENSORS[match[2]]}.weight"
 
@@ -146,8 +145,7 @@ def _write(folder: Path, weights: dict[str, Any], metadata: dict[str, Any], *, p
 
     folder.mkdir(parents=True)
     if perturbed:
-        name = "model.norm.weight"
-        weights = {**weights, name: weights[name] * 1.01}
+        weights = {**weights, "model.norm.weight": weights["model.norm.weight"] * 1.01}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(_config(metadata), indent=1))
     _tokenizer(metadata).save(str(folder / "tokenizer.json"))
@@ -194,17 +192,13 @@ def _tokenizer(metadata: dict[str, Any]) -> Any:
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    )
+    special = [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

@@ -60,8 +60,7 @@ def _smc_values(raw: bytes) -> tuple[tuple[int, ...], float | None]:
         if n + 1 >= len(raw):
             break
         kind, size = _KINDS[raw[n + 1] % len(_KINDS)], 1 + (raw[n + 1] >> 5)
-        value = smc.decode(kind, raw[n + 2 : n + 2 + size])
-        if value is not None:
+        if (value := smc.decode(kind, raw[n + 2 : n + 2 + size])) is not None:
             values[_FANS_AND_WATTS[raw[n] % len(_FANS_AND_WATTS)]] = value
     return smc.fans_rpm(values), smc.system_power_w(values)
 

@@ -41,31 +41,23 @@ class MockWorker:
     """Answers ``words`` words, one each ``gap_s``. ``mode`` is its behaviour; it may change at any time."""
 
     def __init__(self, node: str, rack: str, secret: str, *, words: int = 16, gap_s: float = 0.0) -> None:
-        self.node, self.rack = node, rack
-        self._key = Key(secret)
+        self.node, self.rack, self._key = node, rack, Key(secret)
         self.words, self.gap_s = words, gap_s
         self.mode = "well"
-        self.context_tok = 0
-        self.began = self.ended = self.now = self.most = 0
+        self.context_tok = self.port = self.began = self.ended = self.now = self.most = 0
         self._runner: web.AppRunner | None = None
-        self.port = 0
 
     async def start(self, port: int = 0) -> None:
         """Listen on loopback."""
         app = web.Application(client_max_size=64 << 20)
-        app.add_routes(
-            [
-                web.post("/v1/chat/completions", self._chat),
-                web.get("/peer/v1/beat", self._beat),
-                web.get("/peer/v1/link", self._link),
-            ]
-        )
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/peer/v1/beat", self._beat)
+        app.router.add_get("/peer/v1/link", self._link)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        site: Any = web.TCPSite(self._runner, "127.0.0.1", port)
         await site.start()
-        server: Any = site._server
-        self.port = server.sockets[0].getsockname()[1]
+        self.port = site._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Close everything."""

@@ -36,8 +36,7 @@ class SeaweedFS:
     ADMIN = ("rackadmin", "rackadminsecret0")
 
     def __init__(self, folder: Path, identities: list[dict[str, Any]] | None = None) -> None:
-        self._folder = folder
-        self._identities = identities or []
+        self._folder, self._identities = folder, identities or []
         self.port = free_port()
         self._ports = {
             n: free_port() for n in ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
@@ -103,27 +102,12 @@ class SeaweedFS:
             for name, p in self._ports.items()
         ]
         return [
-            script("weed"),
-            "-logtostderr=true",
-            "server",
-            f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            *ports,
-            "-filer",
-            "-filer.disableHttp",
-            "-s3",
-            f"-s3.port={self.port}",
-            f"-s3.port.grpc={self._s3_grpc}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            f"-s3.config={config}",
-            "-master.volumeSizeLimitMB=64",
-            "-master.volumePreallocate=false",
-            "-volume.max=0",
-            "-volume.minFreeSpace=1",
-            "-volume.preStopSeconds=0",
-            "-s3.cacheCapacityMB=0",
+            *(script("weed"), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(*ports, "-filer", "-filer.disableHttp"),
+            *("-s3", f"-s3.port={self.port}", f"-s3.port.grpc={self._s3_grpc}", f"-s3.config={config}"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.cacheCapacityMB=0"),
+            *("-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false"),
+            *("-volume.max=0", "-volume.minFreeSpace=1", "-volume.preStopSeconds=0"),
         ]
 
     def _wait(self, log: Path) -> None:

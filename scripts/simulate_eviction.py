@@ -117,9 +117,7 @@ def shifts(rng: random.Random) -> Trace:
 
 def bursts(rng: random.Random) -> Trace:
     """Little traffic, but for minutes with many requests for one rarely used large model."""
-    found: Trace = []
-    for kind in MODELS:
-        found += [(at, kind.name) for at in _poisson(rng, kind, 0, HOURS * 3600, 0.3)]
+    found = [(at, kind.name) for kind in MODELS for at in _poisson(rng, kind, 0, HOURS * 3600, 0.3)]
     for begin in range(0, HOURS * 3600, 2400):
         large = MODELS[7] if begin % 4800 else MODELS[4]
         found += [(begin + n * 6.0, large.name) for n in range(40)]

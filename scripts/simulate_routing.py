@@ -63,13 +63,10 @@ class Node:
         self.cached_tok += known * BLOCK_TOK
         while self.rows and self.rows[0] <= request.at_s:
             heapq.heappop(self.rows)
-        row_s = self.rows[0] if len(self.rows) >= ROWS else request.at_s
-        if len(self.rows) >= ROWS:
-            heapq.heappop(self.rows)
+        row_s = heapq.heappop(self.rows) if len(self.rows) >= ROWS else request.at_s
         fresh_tok = max(1, request.prompt_tok - known * BLOCK_TOK)
         prefill_s = fresh_tok / (PREFILL_TPS * self.speed)
-        first_s = max(request.at_s, self.free_s, row_s) + prefill_s
-        self.free_s = first_s
+        self.free_s = first_s = max(request.at_s, self.free_s, row_s) + prefill_s
         step_s = GAP_S / self.speed * (1.0 + min(len(self.rows) + 1, ROWS) / ROWS)
         last_s = first_s + request.answer_tok * step_s
         heapq.heappush(self.rows, last_s)
@@ -200,8 +197,7 @@ def play(
         for key, due in heartbeats.items():
             if due <= now or key not in views:
                 gateway, name = key
-                busy = sum(one == name for _, one in running)
-                views[key] = by_name[name].heartbeat(now, busy)
+                views[key] = by_name[name].heartbeat(now, sum(one == name for _, one in running))
                 heartbeats[key] = now + BEAT_S - (now - due) % BEAT_S if due <= now else due
                 sent[gateway].pop(name, None)
         best += prefix_blocks(request.blocks, seen) * BLOCK_TOK
@@ -243,12 +239,12 @@ def conversations(seed: int, *, count: int = 500, per_s: float = 1.0, gateways: 
 
 def hot_prompt(seed: int, *, count: int = 3000, per_s: float = 12.0, gateways: int = 8) -> list[Request]:
     """One system prompt for all requests, short questions."""
-    rng, found, fresh = random.Random(seed), [], iter(range(10**9))
+    rng, fresh = random.Random(seed), iter(range(10**9))
     system = [next(fresh) for _ in range(24)]
-    for at_s in itertools.islice(arrivals(rng, per_s), count):
-        blocks = (*system, next(fresh))
-        found.append(Request(at_s, rng.randrange(gateways), blocks, rng.randint(50, 250)))
-    return found
+    return [
+        Request(at_s, rng.randrange(gateways), (*system, next(fresh)), rng.randint(50, 250))
+        for at_s in itertools.islice(arrivals(rng, per_s), count)
+    ]
 
 
 def steady(seed: int, *, count: int = 3000, per_s: float = 8.0, gateways: int = 3) -> list[Request]:

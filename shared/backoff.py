@@ -6,5 +6,4 @@ def full_jitter_s(attempt: int, random_01: float, *, base_s: float = 1.0, cap_s:
 
     Full jitter, so that nodes which lost the same store do not all reconnect at once.
     """
-    ceiling = min(cap_s, base_s * 2.0 ** min(attempt, 30))
-    return random_01 * ceiling
+    return random_01 * min(cap_s, base_s * 2.0 ** min(attempt, 30))

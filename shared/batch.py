@@ -106,20 +106,13 @@ def _unpack(raw: bytes) -> Iterable[Batch]:
     consumed = 0
     try:
         while consumed < len(raw):
-            begins = consumed
             unpacker.skip()
-            consumed = unpacker.tell()
-            yield _typed(raw[begins:consumed]) or _batch(_mapping(raw[begins:consumed]))
+            one, consumed = raw[consumed : unpacker.tell()], unpacker.tell()
+            yield _typed(one) or _batch(one)
     except msgpack.OutOfData:
         raise Refused("decode batch: truncated", code="bad_batch") from None
     except (msgpack.UnpackException, ValueError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"decode batch: not MessagePack ({type(error).__name__})", code="bad_batch") from None
-
-
-def _mapping(raw: bytes) -> Any:
-    return msgpack.unpackb(
-        raw, raw=False, strict_map_key=True, max_array_len=2 * MAX_RECORDS, max_map_len=4 * MAX_ITEMS
-    )
 
 
 def _typed(raw: bytes) -> Batch | None:
@@ -135,14 +128,14 @@ def _typed(raw: bytes) -> Batch | None:
     return batch
 
 
-def _batch(mapping: Any) -> Batch:
+def _batch(raw: bytes) -> Batch:
+    limits = {"max_array_len": 2 * MAX_RECORDS, "max_map_len": 4 * MAX_ITEMS}
+    mapping = msgpack.unpackb(raw, raw=False, strict_map_key=True, **limits)
     if not isinstance(mapping, dict):
         raise Refused(f"decode batch: expected a map, found a {type(mapping).__name__}", code="bad_batch")
-    version = mapping.get("v")
-    if version != SCHEMA_VERSION:
+    if (version := mapping.get("v")) != SCHEMA_VERSION:
         raise Refused(f"decode batch: unsupported schema version {str(version)[:20]}; upgrade", code="unknown_schema")
-    records = mapping.get("records", ())
-    if not isinstance(records, list | tuple):
+    if not isinstance(records := mapping.get("records", ()), list | tuple):
         raise Refused("decode batch: records: expected a list", code="bad_batch")
     known = [r if _is_known(r) else _UNKNOWN for r in records]
     try:
@@ -213,11 +206,8 @@ def _implausible(value: object) -> str:
         return f"text of {len(value)} characters, the limit is {MAX_TEXT}"
     if isinstance(value, tuple | dict) and len(value) > MAX_ITEMS and not _are_records(value):
         return f"{len(value)} items, the limit is {MAX_ITEMS}"
-    if isinstance(value, tuple):
-        return next((p for p in map(_implausible, value) if p), "")
-    if isinstance(value, dict):
-        return next((p for p in map(_implausible, (*value.keys(), *value.values())) if p), "")
-    return ""
+    inner = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return next((p for p in map(_implausible, inner) if p), "")
 
 
 def _are_records(value: object) -> bool:

@@ -32,8 +32,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def version_of(manifest: Manifest) -> Version:
     """Content-derived version: 16 hex digits of the SHA-256 over the sorted manifest."""
-    body = msgspec.json.encode(sorted(manifest.files))
-    return Version(hashlib.sha256(body).hexdigest()[:16])
+    return Version(hashlib.sha256(msgspec.json.encode(sorted(manifest.files))).hexdigest()[:16])
 
 
 def is_model_file(name: str) -> bool:
@@ -51,8 +50,7 @@ def is_loaded(name: str) -> bool:
 def check_manifest(manifest: Manifest, what: str) -> None:
     """Validate an untrusted manifest. Raises Refused for files that are not model files or lie outside its folder."""
     names = [file.name for file in manifest.files]
-    strange = [name for name in names if not is_model_file(name)]
-    if strange:
+    if strange := [name for name in names if not is_model_file(name)]:
         raise Refused(f"{what}: the manifest lists {strange[0]!r}, which is not a model file", code="bad_model")
     if len(set(names)) != len(names) or any(file.size < 0 for file in manifest.files):
         raise Refused(f"{what}: the manifest lists a duplicate file or a negative size", code="bad_model")

@@ -78,9 +78,8 @@ def _check(node: str, assignments: tuple[Assignment, ...]) -> None:
             if value is not None and value < 1:
                 raise Refused(f"desired state: {one.model} on {node}: setting {value} is below 1", code="bad_desired")
         try:
-            check_name(one.model, "model")
-            check_name(one.source, "source")
-            check_name(one.version, "version")
+            for what in ("model", "source", "version"):
+                check_name(getattr(one, what), what)
         except Refused as error:
             raise Refused(f"desired state: node {node}: {error.message}", code="bad_desired") from None
 

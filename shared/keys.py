@@ -48,13 +48,11 @@ def batch_key(key: RawKey) -> str:
 
 def parse_batch_key(key: str) -> RawKey:
     """The inverse of batch_key. Raises Refused for a foreign key."""
-    match = _RAW.fullmatch(key)
-    if not match or not _NAME.fullmatch(match[1]):
-        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
-    raw = RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[5]))
-    if raw.first_seq > raw.last_seq or batch_key(raw) != key:
-        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
-    return raw
+    if (match := _RAW.fullmatch(key)) and _NAME.fullmatch(match[1]):
+        raw = RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[5]))
+        if raw.first_seq <= raw.last_seq and batch_key(raw) == key:
+            return raw
+    raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
 
 
 def claim_key(node: str, incarnation: int) -> str:
@@ -73,19 +71,9 @@ def urgent_key(key: RawKey, ordinal: int) -> str:
     return f"{URGENT_PREFIX}node={node}/i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{ordinal:04d}.mpz"
 
 
-def minute_key(table: str, day: str) -> str:
-    """The Parquet file of one table and one UTC day (YYYY-MM-DD)."""
-    return f"minute/v1/table={table}/dt={day}/part.parquet"
-
-
-def hour_key(table: str, day: str) -> str:
-    """The hourly rollup of one table and one UTC day."""
-    return f"hour/v1/table={table}/dt={day}/part.parquet"
-
-
-def day_key(table: str, day: str) -> str:
-    """The daily rollup of one table and one UTC day."""
-    return f"day/v1/table={table}/dt={day}/part.parquet"
+def table_key(level: str, table: str, day: str) -> str:
+    """The Parquet file of one table and one UTC day (YYYY-MM-DD); ``level`` is minute, or hour or day of a rollup."""
+    return f"{level}/v1/table={table}/dt={day}/part.parquet"
 
 
 def parse_table_key(key: str) -> tuple[str, str, str]:

@@ -79,8 +79,7 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     """A rotating file with mode 0600, which rotation preserves."""
 
     def line(self, text: bytes) -> None:
-        """Write a rendered line with one system call. On a full disk the line is dropped, like any other log
-        line."""
+        """Write a rendered line with one system call. On a full disk it is dropped, like any other log line."""
         self.acquire()
         try:
             if self.stream is not None and self._size >= self.maxBytes:

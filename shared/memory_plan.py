@@ -89,8 +89,6 @@ def plan(
 
 
 def default_budget_bytes(ram_bytes: int) -> int:
-    """Memory budget of a node without a configured one: 2/3 of its memory below 36 GiB, 3/4 from there on.
-
-    Metal recommends these shares as working set size on such machines.
-    """
+    """Memory budget of a node without a configured one: 2/3 of its memory below 36 GiB, 3/4 from there on, the shares
+    that Metal recommends as working set size on such machines."""
     return ram_bytes * 2 // 3 if ram_bytes < (36 << 30) else ram_bytes * 3 // 4

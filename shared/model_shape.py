@@ -15,14 +15,8 @@ MAX_HEADER_BYTES = 100 << 20
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CONFIG_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _LATENT = (
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm4_moe_lite",
-    "glm_moe_dsa",
-    "kimi_k2",
-    "kimi_linear",
-    "longcat_flash",
-    "mistral4",
+    *("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_linear"),
+    *("longcat_flash", "mistral4"),
 )
 """Families for which mlx-lm caches the compressed latent; others with low-rank keys cache full heads."""
 _ENCODERS = ("bert",)
@@ -42,13 +36,8 @@ _DEFAULTS: dict[str, dict[str, object]] = {
 }
 """mlx-lm's defaults for keys missing from config.json."""
 _DROPPED = (
-    "vision_tower.",
-    "vision_model.",
-    "multi_modal_projector.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "mtp.",
+    *("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision."),
+    *("audio_tower.", "embed_audio.", "mtp."),
 )
 """Parts of checkpoints that mlx-lm does not load into a language model."""
 
@@ -169,8 +158,7 @@ def _token_numbers(tree: dict[str, object], heads: int, hidden: int) -> int:
 
 def _state_numbers(tree: dict[str, object]) -> int:
     """Numbers (float32) in one recurrent layer's state of a row; 0 if negligible."""
-    linear = tree.get("linear_attn_config")
-    if isinstance(linear, dict):
+    if isinstance(linear := tree.get("linear_attn_config"), dict):
         return _integer(linear, "num_heads", 1) * _integer(linear, "head_dim", 1) ** 2
     for names in (
         ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),

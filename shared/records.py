@@ -6,7 +6,7 @@ never 0. New fields get defaults; fields are never renamed or retyped. A record 
 totals.
 """
 
-from typing import Union
+from typing import Union, get_args
 
 import msgspec
 
@@ -209,11 +209,8 @@ class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
 
 class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
     """A model was evicted. ``reason`` is memory (to make room for another), pressure (models held more than planned),
-    idle (its keep-alive expired) or ordered.
-
-    ``age_us`` counts from when it became ready, ``idle_us`` from its last request; ``reload_us`` is its last load
-    time.
-    """
+    idle (its keep-alive expired) or ordered. ``age_us`` counts from when it became ready, ``idle_us`` from its last
+    request; ``reload_us`` is its last load time."""
 
     t_ms: int
     model: str
@@ -338,28 +335,7 @@ Record = Union[  # noqa: UP007
 ]
 
 RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
-    str(cls.__struct_config__.tag): cls
-    for cls in (
-        Served,
-        EngineWindow,
-        Resident,
-        DesiredObserved,
-        HostSample,
-        Hardware,
-        OutletReading,
-        AgentStarted,
-        AgentStopped,
-        ModelLoaded,
-        ModelEvicted,
-        ModelMissed,
-        MemoryPressed,
-        SwapFinished,
-        LoaderExited,
-        ThrottleEvent,
-        ThrottleEnded,
-        PeerDown,
-        PeerUp,
-    )
+    str(cls.__struct_config__.tag): cls for cls in get_args(Record) if cls is not Unknown
 }
 """Every kind of record by its tag on the wire."""
 

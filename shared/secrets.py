@@ -38,10 +38,9 @@ def _from_file(reference: str) -> str:
         raise Halt(f"secret {reference}: cannot be read ({type(error).__name__})", code="no_secret") from None
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         raise Halt(f"secret {reference}: the file is readable by group or others; chmod 600 it", code="no_secret")
-    lines = text.splitlines()
-    if not lines or not lines[0].strip():
+    if not (first := next(iter(text.splitlines()), "").strip()):
         raise Halt(f"secret {reference}: the file is empty", code="no_secret")
-    return lines[0].strip()
+    return first
 
 
 def _from_command(reference: str, argv: list[str]) -> str:

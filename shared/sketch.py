@@ -6,7 +6,8 @@ associative and exact, in any order. Values are integers (usually microseconds).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -47,8 +48,7 @@ class Sketch:
 
     def __init__(self, values: Iterable[int] = ()) -> None:
         self.buckets: dict[int, int] = {}
-        self.zero = 0
-        self.sum = 0
+        self.zero = self.sum = 0
         self.min: int | None = None
         self.max: int | None = None
         for value in values:
@@ -62,8 +62,7 @@ class Sketch:
     def add(self, value: int, times: int = 1) -> None:
         """Count a value (an integer >= 0) ``times`` times; negative values, from a clock that stepped back, count as
         zero."""
-        value = max(0, value)
-        if value == 0:
+        if (value := max(0, value)) == 0:
             self.zero += times
         else:
             index = bucket_index(value)
@@ -78,10 +77,8 @@ class Sketch:
             self.buckets[index] = self.buckets.get(index, 0) + count
         self.zero += other.zero
         self.sum += other.sum
-        if other.min is not None:
-            self.min = other.min if self.min is None else min(self.min, other.min)
-        if other.max is not None:
-            self.max = other.max if self.max is None else max(self.max, other.max)
+        self.min = min((low for low in (self.min, other.min) if low is not None), default=None)
+        self.max = max((high for high in (self.max, other.max) if high is not None), default=None)
         return self
 
     def quantile(self, q: float) -> float | None:
@@ -101,8 +98,7 @@ class Sketch:
 
     def mean(self) -> float | None:
         """Exact mean of the values; None when nothing was added."""
-        total = self.count
-        return self.sum / total if total else None
+        return self.sum / total if (total := self.count) else None
 
     def to_wire(self) -> SketchWire:
         """The stored form; equal sketches give equal bytes."""
@@ -126,7 +122,7 @@ class Sketch:
         if any(step <= 0 for step in wire.idx[1:]):
             raise ValueError("sketch: buckets out of order")
         sketch = cls()
-        sketch.buckets = dict(zip(_running_sum(wire.idx), wire.cnt, strict=True))
+        sketch.buckets = dict(zip(accumulate(wire.idx), wire.cnt, strict=True))
         sketch.zero, sketch.sum, sketch.min, sketch.max = wire.zero, wire.sum, wire.min, wire.max
         return sketch
 
@@ -142,11 +138,3 @@ def merged(wires: Iterable[SketchWire]) -> Sketch:
     for wire in wires:
         total.merge(Sketch.from_wire(wire))
     return total
-
-
-def _running_sum(deltas: Sequence[int]) -> list[int]:
-    out, at = [], 0
-    for n, delta in enumerate(deltas):
-        at = delta if n == 0 else at + delta
-        out.append(at)
-    return out

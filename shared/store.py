@@ -30,8 +30,7 @@ class ObjectStore(Protocol):
     ``clock_skew_ms`` is this machine's clock minus the store's, from its last response; None if the store has none.
 
     An empty object is what an interrupted write leaves behind (SeaweedFS stores one when the writer dies before the
-    body): `get` and `list_after` ignore it, `put_if_absent` overwrites it. Neither program writes one
-    deliberately.
+    body): `get` and `list_after` ignore it, `put_if_absent` overwrites it. Neither program means to write one.
 
     Every call raises Retryable when the store does not respond or asks to wait, AccessDenied when it rejects the
     credentials, and Refused when the request itself can never succeed.

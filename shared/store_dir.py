@@ -114,12 +114,8 @@ class DirectoryStore:
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
-        if (
-            not key
-            or len(key) > 1024
-            or any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts)
-            or "\0" in key
-        ):
+        odd = any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts)
+        if not key or len(key) > 1024 or odd or "\0" in key:
             raise Refused(f"key {key!r}: invalid object key", code="bad_key")
         return self._root.joinpath(*parts)
 

@@ -159,12 +159,8 @@ class S3Store:
 
     def create_bucket(self) -> None:
         """Create the bucket if it is missing; for tests, the demo and racks that run their own store."""
-        with (
-            _as_ours("create bucket", self._bucket),
-            contextlib.suppress(
-                self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists
-            ),
-        ):
+        there = (self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists)
+        with _as_ours("create bucket", self._bucket), contextlib.suppress(*there):
             self._client.create_bucket(Bucket=self._bucket)
 
     def _put(self, key: str, body: bytes, condition: dict[str, str]) -> str:

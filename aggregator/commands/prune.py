@@ -33,12 +33,9 @@ def run(config: AggregatorConfig, store: ObjectStore, now: datetime, dry_run: bo
     if not dry_run:
         if days:
             gone = {day: msgspec.structs.replace(manifest.days[day], minute_files=0, pruned=True) for day in days}
-            publish.commit(
-                store,
-                msgspec.structs.replace(
-                    manifest, number=manifest.number + 1, days={**manifest.days, **gone}, quarantined=()
-                ),
-            )
+            made = {**manifest.days, **gone}
+            after = msgspec.structs.replace(manifest, number=manifest.number + 1, days=made, quarantined=())
+            publish.commit(store, after)
         for key in (*raw, *minute):
             store.delete(key)
     return Pruned(raw=len(raw), minute=len(minute), days=tuple(days))
@@ -77,7 +74,7 @@ def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], 
     found: dict[tuple[str, int, int], int] = {}
     with parquet.Database() as db:
         for day in days:
-            stored = find(store, keys.day_key("run", day))
+            stored = find(store, keys.table_key("day", "run", day))
             for row in db.rows(parquet.reading([db.file("run.parquet", stored.body)])) if stored else ():
                 run = (row["node"], row["incarnation"], row["epoch"])
                 found[run] = max(found.get(run, -1), row["last_seq"])

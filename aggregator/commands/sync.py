@@ -83,13 +83,11 @@ def _copy(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, b
 
 def _put(target: ObjectStore, key: str, body: bytes) -> bool:
     """Whether it was written; False if an immutable object is already there."""
-    if key.startswith(IMMUTABLE) or key.startswith(keys.MANIFEST_PREFIX):
-        try:
-            target.put_if_absent(key, body)
-        except PreconditionFailed:
-            return False
-        return True
-    target.put(key, body)
+    write = target.put_if_absent if key.startswith((*IMMUTABLE, keys.MANIFEST_PREFIX)) else target.put
+    try:
+        write(key, body)
+    except PreconditionFailed:
+        return False
     return True
 
 

@@ -75,8 +75,7 @@ def remarks(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _clocks(window: Window) -> tuple[str, ...]:
-    off = {run.node: run.skew_max_ms for run in window.runs if run.skewed_batches and run.skew_max_ms}
-    if not off:
+    if not (off := {run.node: run.skew_max_ms for run in window.runs if run.skewed_batches and run.skew_max_ms}):
         return ()
     named = ", ".join(f"{node} by up to {ms / 1000:.0f} s" for node, ms in sorted(off.items()))
     return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)

@@ -127,7 +127,7 @@ def _volume(report: Judged) -> list[Any]:
     answered, failed, refused, cancelled = map(wording.count, (v.requests, v.failed, v.refused, v.cancelled))
     text = f"Answered: {answered}; failed: {failed}; refused: {refused}; cancelled by clients: {cancelled}."
     chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
-    return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1), *chart])
+    return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows), *chart])
 
 
 def _bars(days: Sequence[Any]) -> Drawing:
@@ -162,7 +162,7 @@ def _thermal(report: Judged) -> list[Any]:
     ]
     head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Time throttled")
     body = [_p(t.advice, BODY), Spacer(1, 4)]
-    return _section("2. Thermal", [*body, _table(head, rows, wide=0, left=1)] if rows else [_p("No data.", BODY)])
+    return _section("2. Thermal", [*body, _table(head, rows)] if rows else [_p("No data.", BODY)])
 
 
 def _evictions(report: Judged) -> list[Any]:
@@ -194,11 +194,10 @@ def _map(report: Judged) -> Table:
     for node in d.nodes:
         names = [f"{p.model} ({wording.gb(p.need_bytes)})" for p in d.placed if p.node == node.node] or ["nothing"]
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
-        bar = _meter(node)
         busy = _p(wording.share(node.busy_share), NUMBER)
         # a cell cannot break across pages, rows can
         first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
-        rows.append([_p(node.node, CELL), first, bar, _p(held, CELL), busy])
+        rows.append([_p(node.node, CELL), first, _meter(node), _p(held, CELL), busy])
         rows += [["", cell, "", "", ""] for cell in more]
     head = [_p(h, HEAD) for h in ("Node", "Models in memory", "Memory", "")] + [_p("Busy", HEAD_RIGHT)]
     return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
@@ -235,7 +234,7 @@ def _cost(report: Judged) -> list[Any]:
         )
     else:
         text = "No cost data: no node has a price in the configuration."
-    return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows, wide=0, left=1)])
+    return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows)])
 
 
 def _uptime(report: Judged) -> list[Any]:
@@ -251,7 +250,7 @@ def _uptime(report: Judged) -> list[Any]:
         (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)))
         for n in u.nodes
     ]
-    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows, wide=0, left=1)
+    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 
@@ -299,16 +298,14 @@ def _table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
-    wide: int | None = None,
     widths: Sequence[float] | None = None,
     left: int = 1,
     text_from: int | None = None,
 ) -> Table:
-    """A plain table. The first ``left`` columns, and those from ``text_from`` on, are text; the others are numbers."""
-    columns = len(head)
+    """A plain table, its first column wide if no ``widths`` are given. The first ``left`` columns, and those from
+    ``text_from`` on, are text; the others are numbers."""
     if widths is None:
-        rest = (1 - 0.26) / (columns - 1)
-        widths = [0.26 if n == wide else rest for n in range(columns)]
+        widths = [0.26, *((1 - 0.26) / (len(head) - 1) for _ in head[1:])]
 
     def is_text(n: int) -> bool:
         return n < left or (text_from is not None and n >= text_from)
@@ -320,8 +317,7 @@ def _table(
 
 def _styled(table: Table) -> Table:
     lines = [("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE), ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE)]
-    padding = _padding(top=3, bottom=3.5, left=3, right=3)
-    table.setStyle(TableStyle([*lines, ("VALIGN", *ALL, "MIDDLE"), *padding]))
+    table.setStyle(TableStyle([*lines, ("VALIGN", *ALL, "MIDDLE"), *_padding(top=3, bottom=3.5, left=3, right=3)]))
     return table
 
 

@@ -46,7 +46,7 @@ def test_files_older_than_a_column_are_read(tmp_path: Path) -> None:
     whole = load.window(store, NOVEMBER)
     dropped = {"run": "dropped_before", "engine": "queue_us", "served": "retries", "host": "energy_mj"}
     for table, column in dropped.items():
-        for key in (keys.hour_key(table, "2026-11-21"), keys.day_key(table, "2026-11-21")):
+        for key in (keys.table_key("hour", table, "2026-11-21"), keys.table_key("day", table, "2026-11-21")):
             path, made = tmp_path / "old.parquet", tmp_path / "new.parquet"
             path.write_bytes(store.get(key).body)
             with duckdb.connect() as db:
