@@ -10,7 +10,7 @@ from agent.config import Node
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
-from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.peers import Heartbeat, PeerTable
 from agent.models.pool import Pool
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -72,10 +72,10 @@ class Status:
             "last_requests": [trail.request_id for trail in self._dispatch.decisions.last(20)],
         }
 
-    def heartbeat(self) -> Beat:
+    def heartbeat(self) -> Heartbeat:
         """What this node reports of itself to its peers."""
         here, tables = self._dispatch.here(), self._pool.prefixes()
-        return Beat(
+        return Heartbeat(
             node=here.node,
             rack=self._node.rack,
             epoch=self._telemetry.spool.epoch,

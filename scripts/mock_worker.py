@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from agent.mesh.peers import Beat
+from agent.mesh.peers import Heartbeat
 from agent.mesh.signing import ANSWER_HEADER, PROTOCOL, Key
 from agent.views import ModelView
 from agent.wire.frames import (
@@ -107,7 +107,7 @@ class MockWorker:
             context_tok=self.context_tok,
             rows=0 if self.mode == "senseless" else 8,
         )
-        heartbeat = Beat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
+        heartbeat = Heartbeat(node=self.node, rack=self.rack, epoch=1, models=(view,), t_ms=time.time_ns() // 1_000_000)
         if self.mode == "newer":
             heartbeat = msgspec.structs.replace(heartbeat, protocol=PROTOCOL + 2, oldest=PROTOCOL + 1)
         if self.mode == "older":

@@ -124,6 +124,10 @@ def test_the_contracts_hold(copy: Path) -> None:
     assert "0 broken" in run.stdout
 
 
+def test_the_structure_keeps_its_limits() -> None:
+    assert [row for row in house.measures(ROOT) if not row.ok] == []
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_name_in_a_design_guide_exists(guide: str) -> None:
     """Design guides refer to code as `path/file.py` or `path/file.py:name`."""

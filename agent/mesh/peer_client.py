@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
-from agent.mesh.peers import Beat
+from agent.mesh.peers import Heartbeat
 from agent.mesh.signing import ANSWER_HEADER, Key, mismatch
 from agent.wire.frames import MAX_FRAME_BYTES
 from shared.errors import RackError, Refused, Retryable
@@ -43,7 +43,7 @@ class PeerClient:
         self._links: dict[str, PeerLink] = {}
         self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
 
-    async def beat(self, node: str, url: str, timeout_s: float) -> Beat:
+    async def beat(self, node: str, url: str, timeout_s: float) -> Heartbeat:
         """The peer's answer to a heartbeat. Raises Retryable when it does not answer in time, Refused when it is not
         the expected node."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -55,7 +55,7 @@ class PeerClient:
                     raise await _refusal(url, answer)
                 body = await _read(answer, MAX_BEAT_BYTES)
                 signature = answer.headers.get(ANSWER_HEADER, "")
-            beat = msgspec.msgpack.decode(body, type=Beat)
+            beat = msgspec.msgpack.decode(body, type=Heartbeat)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
         except msgspec.ValidationError as error:

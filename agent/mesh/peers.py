@@ -24,7 +24,7 @@ ASLEEP_S = 0.5
 _NEVER = float("inf")
 
 
-class Beat(msgspec.Struct, frozen=True, kw_only=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent."""
 
     protocol: int = PROTOCOL
@@ -49,7 +49,7 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Known(msgspec.Struct, kw_only=True):
     url: str
-    beat: Beat | None = None
+    beat: Heartbeat | None = None
     last_s: float
     hops_s: tuple[float, ...] = ()
     beats: int = 0
@@ -85,7 +85,7 @@ class PeerTable:
         self._changed()
         return gone
 
-    def heard(self, node: str, beat: Beat, now: float, *, hop_s: float = 0.0) -> bool:
+    def heard(self, node: str, beat: Heartbeat, now: float, *, hop_s: float = 0.0) -> bool:
         """A peer answered; what was sent since its last heartbeat is now in its own count. True when it was down or has
         restarted since."""
         if (known := self._peers.get(node)) is None:

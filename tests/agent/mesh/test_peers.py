@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.gateway.routing import Refuse, RouteRequest, choose
-from agent.mesh.peers import Beat, PeerTable
+from agent.mesh.peers import Heartbeat, PeerTable
 from agent.process.prefixes import packed
 from agent.views import ModelView
 from tests.agent.gateway.test_routing import HERE
 
 
-def beat(name: str = "a", load: int = 0, epoch: int = 1, prefixes: bytes = b"") -> Beat:
+def beat(name: str = "a", load: int = 0, epoch: int = 1, prefixes: bytes = b"") -> Heartbeat:
     view = ModelView(name="m", version="v", ready=True, in_flight=load, prefixes=prefixes)
-    return Beat(node=name, rack="r", epoch=epoch, models=(view,))
+    return Heartbeat(node=name, rack="r", epoch=epoch, models=(view,))
 
 
 def table() -> PeerTable:
