@@ -64,7 +64,7 @@ class Dispatch:
         self.health = NodeHealth()
         self.budget = RetryBudget(clock())
         self.decisions = Decisions()
-        selection = NodeSelection(pool, table, self.health, limits, here=self.here, draw=draw, clock=clock)
+        selection = NodeSelection(node, pool, table, self.health, limits, here=self.here, draw=draw, clock=clock)
         self._attempts = Attempts(
             *(node, table, peer_client, limits, selection, self.health, self.budget, self.work),
             prefix_key=prefix_key,

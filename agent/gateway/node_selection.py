@@ -27,6 +27,7 @@ class NodeSelection:
 
     def __init__(
         self,
+        node: str,
         pool: Pool,
         table: PeerTable,
         health: NodeHealth,
@@ -36,7 +37,7 @@ class NodeSelection:
         draw: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool, self._table, self._health, self._limits = pool, table, health, limits
+        self._node, self._pool, self._table, self._health, self._limits = node, pool, table, health, limits
         self._here, self._draw, self._clock = here, draw, clock
 
     def decide(self, call: Call) -> Decision:
@@ -141,7 +142,8 @@ class NodeSelection:
 
     def has_another(self, model: str, node: str) -> bool:
         """Whether another node could take over a request from one that is too slow or failed."""
-        nodes = (self._here(), *self._table.view(self._clock()))
+        peers = self._table.view(self._clock())  # this node's own view costs more, and is asked for each attempt
+        nodes = peers if node == self._node else (self._here(), *peers)
         return any(True for _ in offers(nodes, model, but=node, up=True, ready=True))
 
     def _is_here(self, model: str) -> bool:

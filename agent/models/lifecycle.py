@@ -266,8 +266,9 @@ def _start_failed(life: Life, event: StartFailed, now_s: float) -> Step:
     if life.claim == "swap":
         return _backed_off(replace(ended, crashes=_recent(life, now_s)), now_s)
     ended = replace(ended, claim="")
-    if event.fault == "died" and life.retries:
-        return _backed_off(replace(ended, crashes=_recent(life, now_s)), now_s)
+    recent = _recent(life, now_s)
+    if event.fault == "died" and (life.retries or len(recent) > 1):  # an order does not end a back-off
+        return _backed_off(replace(ended, crashes=recent), now_s)
     if event.fault == "no_room":
         return replace(ended, phase="cold", not_before_s=now_s + AGAIN_S), ()
     return replace(ended, phase="cold" if event.fault == "cancelled" else "failed"), ()

@@ -49,11 +49,13 @@ class Lifecycles:
 
     def feed(self, slot: Slot, event: life.Event) -> bool:
         """Feed one event to a slot's state machine and begin its effects; False when it changed nothing."""
+        if event == "due" and slot not in self._slots:
+            return False  # a swap has taken its last name meanwhile
         before = slot.life
         slot.life, effects = life.step(before, event, self._clock())
         for effect in effects:
             self._perform(slot, effect, before)
-        if not slot.life.loader:
+        if not slot.life.loader and not slot.life.stopped:  # stop still has to end it
             slot.loaded = None
         if slot.life != before:
             slot.notify()
@@ -100,7 +102,7 @@ class Lifecycles:
                     self._crashed(slot, loaded)
                     return
                 self.loaders.retiring.append(loaded)  # now, or a stop before the task runs would miss it
-                self.tasks.spawn(self._retire(slot, loaded))
+                self.tasks.spawn(self._retire(slot, loaded, now))
             case "wake":
                 delay_s = max(0.0, now.not_before_s - self._clock())
                 asyncio.get_running_loop().call_later(delay_s, self.feed, slot, "due")
@@ -182,10 +184,15 @@ class Lifecycles:
         log.error("loader_exited", model=event.model, cause=event.cause, restarts=event.restarts)
         self.tasks.spawn(self.loaders.take_window(loaded))  # its last report, not counted yet
 
-    async def _retire(self, slot: Slot, loaded: Loaded) -> None:
-        """End a loader when its requests have ended; each has its own deadline."""
-        evicted = slot.life
-        await self.loaders.retire(loaded, self._drain_s)
+    async def _retire(self, slot: Slot, loaded: Loaded, evicted: life.Life) -> None:
+        """End a loader when its requests have ended; each has its own deadline. Whatever fails, the claim ends."""
+        try:
+            await self.loaders.retire(loaded, self._drain_s)
+            self._evicted(slot, loaded, evicted)
+        finally:
+            self.feed(slot, life.Retired(loader=evicted.leaving))
+
+    def _evicted(self, slot: Slot, loaded: Loaded, evicted: life.Life) -> None:
         now, demand = self._clock(), slot.demand
         event = ModelEvicted(
             t_ms=self._wall_ms(),
@@ -201,7 +208,6 @@ class Lifecycles:
         )
         self._emit(event)
         log.info("model_evicted", model=event.model, reason=event.reason, for_model=event.for_model)
-        self.feed(slot, life.Retired(loader=evicted.leaving))
 
     def _missed(self, slot: Slot, departed: life.Departure | None) -> None:
         assert departed is not None

@@ -54,6 +54,7 @@ CASES: list[tuple[tuple[Event, ...], str, list[Effect] | None]] = [
     ((Load(), failed(1, "unusable")), "failed", ["start"]),
     ((Load(), failed(1, "died")), "failed", ["start"]),
     ((QUIET, failed(1, "died")), "backing_off", ["start", "wake"]),
+    ((QUIET, failed(1, "died"), Load(), failed(2, "died")), "backing_off", ["start", "wake", "start", "wake"]),
     ((QUIET, failed(1, "died"), "due"), "loading", ["start", "wake", "start"]),
     ((Load(), UP, Evict(reason="ordered")), "draining", ["start", "serve", "retire"]),
     ((Load(), UP, Evict(reason="ordered"), Retired(loader=1)), "cold", ["start", "serve", "retire"]),

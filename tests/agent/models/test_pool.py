@@ -210,6 +210,51 @@ async def test_stopping_at_any_time_leaves_no_process(tmp_path: Path) -> None:
         assert not [s for s in pool.inventory.status() if s["pid"]]
 
 
+async def test_a_stop_during_a_hot_swap_ends_the_active_loader_too(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b", fake_load_s=30.0)) as (pool, _):
+        await pool.orders.load("a")
+        pid: Any = pool.inventory.status()[0]["pid"]
+        swapping = asyncio.create_task(pool.orders.swap("a", "b"))
+        await until(lambda: bool(pool.orders.swaps()))
+        stopping = asyncio.create_task(pool.stop(0.0))
+        await pool.maintain()  # goes on until the daemon's jobs are cancelled
+        await stopping
+        await asyncio.gather(swapping, return_exceptions=True)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+async def test_a_slot_whose_name_a_swap_took_is_not_restarted(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("a"), fake("b")) as (pool, events):
+        await pool.orders.load("a")
+        await pool.orders.load("b")
+        orphan = pool._slots.named("b")
+        orphan.life = msgspec.structs.replace(orphan.life, crashes=(time.monotonic(),) * 3)  # a long back-off
+        os.kill(pool.inventory.status()[1]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        await until(lambda: orphan.life.phase == "backing_off")
+        assert (await pool.orders.swap("a", "b")).outcome == "flipped"
+        assert orphan not in pool._slots
+        loaded = len(of(events, ModelLoaded))
+        assert not pool._lifecycles.feed(orphan, "due")
+        assert len(of(events, ModelLoaded)) == loaded
+
+
+async def test_an_eviction_that_fails_ends_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(tmp_path, fake("a")) as (pool, _):
+        await pool.orders.load("a")
+        retire = pool._loaders.retire
+
+        async def breaks(*given: Any) -> int:
+            await retire(*given)
+            raise OSError("out of file descriptors")
+
+        monkeypatch.setattr(pool._loaders, "retire", breaks)
+        await pool.orders.unload("a")
+        monkeypatch.undo()
+        await pool.orders.load("a")
+        assert await answer(pool, "a")
+
+
 async def test_an_order_after_the_stop_is_refused_at_once(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a"), fake("b")) as (pool, _):
         await pool.orders.load("a")
