@@ -189,6 +189,8 @@ class Lifecycles:
         try:
             await self.loaders.retire(loaded, self._drain_s)
             self._evicted(slot, loaded, evicted)
+        except Exception:
+            log.error("model_eviction_failed", model=slot.name, exc_info=True)
         finally:
             self.feed(slot, life.Retired(loader=evicted.leaving))
 
