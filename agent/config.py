@@ -167,6 +167,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_s: Seconds = 60.0
 
 
+class Api(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the API treats fields that this server does not know. ``unknown_fields`` are ignored, and named in the log
+    and in the response header X-Mlxrack-Ignored; or refused with a 400. With ``strict`` a ``max_tokens`` beyond the
+    context length is a 400, else it is capped and named in that header."""
+
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    strict: bool = False
+
+
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``budget_bytes`` for all models together; 0 uses what the GPU reports, else the share of the machine's memory
     that Metal would recommend.
@@ -223,6 +232,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     telemetry: Telemetry = Telemetry()
     meters: tuple[Meter, ...] = ()
     limits: Limits = Limits()
+    api: Api = Api()
     memory: Memory = Memory()
     model_store: Shelf = Shelf()
     desired: Desired = Desired()

@@ -9,17 +9,19 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
+from agent.api import ignored
 from agent.api.answers import Choice, Identity, Usage, error_body, timings
-from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response, note
-from agent.api.openai import AnswerRequest
+from agent.api.context import CONTEXT, LOGGED, REQUEST_ID, client_key_id, json_response, note
+from agent.api.openai import AnswerRequest, EmbedRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
+from agent.config import Api
 from agent.gateway.call import Call
 from agent.gateway.dispatch import outcome_of
 from agent.wire.frames import Answer, Done, Generate, Scored, Tokens
 from shared.errors import RackError, Retryable
 
-R = TypeVar("R")
+R = TypeVar("R", bound=AnswerRequest | EmbedRequest)
 
 _LARGE_BYTES = 256 << 10
 _QUEUED = 64
@@ -51,10 +53,14 @@ class Shape(Protocol):
         """Token counts over all choices."""
 
 
-async def read(request: web.Request, parse: Callable[[bytes], R]) -> R:
+async def read(request: web.Request, parse: Callable[[bytes, Api], R]) -> R:
     """A request's body, parsed; a large one in a thread, because peers wait at most a second for a heartbeat."""
-    body = await body_of(request, request.app[CONTEXT].config.limits.body_s)
-    return parse(body) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse, body)
+    config = request.app[CONTEXT].config
+    body = await body_of(request, config.limits.body_s)
+    large = len(body) >= _LARGE_BYTES
+    wanted = await asyncio.to_thread(parse, body, config.api) if large else parse(body, config.api)
+    ignored.log_once(wanted.ignored, request.app[LOGGED])
+    return wanted
 
 
 def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[Call]:
@@ -74,7 +80,9 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
     ]
 
 
-async def answer(request: web.Request, parse: Callable[[bytes], AnswerRequest], shape: Shape) -> web.StreamResponse:
+async def answer(
+    request: web.Request, parse: Callable[[bytes, Api], AnswerRequest], shape: Shape
+) -> web.StreamResponse:
     """A client's request from its body to its last byte, whole or streamed."""
     key_id = client_key_id(request)
     wanted = await read(request, parse)
@@ -86,7 +94,9 @@ async def answer(request: web.Request, parse: Callable[[bytes], AnswerRequest], 
         body, done = shape.whole(identity(calls, shape.prefix), choices, usage(calls)), calls[0].done
         if wanted.timings and done:
             body["timings"] = timings(done)  # of the first choice
-        return json_response(body, headers=headers(calls[0]))
+        if unmet := dict.fromkeys(one for call in calls if call.done for one in call.done.unmet):
+            body["warnings"] = list(unmet)
+        return json_response(body, headers=headers(calls, wanted.ignored))
     finally:
         note_calls(request, calls)
 
@@ -181,7 +191,8 @@ async def streamed(
             async for index, answer in parts:
                 if isinstance(answer, Tokens) and stream is None:
                     who = identity(calls, shape.prefix, answered=calls[index])
-                    stream = EventStream(request, headers(calls[index]), request.app[CONTEXT].config.limits.token_gap_s)
+                    patience_s = request.app[CONTEXT].config.limits.token_gap_s
+                    stream = EventStream(request, headers(calls, wanted.ignored, calls[index]), patience_s)
                     await stream.open()
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):
@@ -216,7 +227,11 @@ def _events(
     """The events that one piece becomes on the stream."""
     if isinstance(answer, Done):
         end = shape.end(who, index, answer.finish)
-        return [{**end, "timings": timings(answer)} if wanted.timings else end]
+        if wanted.timings:
+            end["timings"] = timings(answer)
+        if answer.unmet:
+            end["warnings"] = list(answer.unmet)
+        return [end]
     if not isinstance(answer, Tokens):
         return []
     found: list[Event] = []
@@ -248,14 +263,13 @@ def usage(calls: Sequence[Call]) -> Usage:
     )
 
 
-def headers(call: Call) -> dict[str, str]:
-    """Headers that name the worker and version of the part that answered first."""
-    found = {
-        "X-Mlxrack-Version": call.version,
-        "X-Mlxrack-Node": call.worker,
-        "X-Mlxrack-Request-Id": call.request_id.split("-")[0],
-    }
-    return {**found, "X-Mlxrack-Retries": str(call.retries)} if call.retries else found
+def headers(calls: Sequence[Call], unused: Sequence[str] = (), answered: Call | None = None) -> dict[str, str]:
+    """Headers that name the worker and version of the part that ``answered`` first, and fields that had no effect."""
+    first = answered or calls[0]
+    found = {"X-Mlxrack-Version": first.version, "X-Mlxrack-Node": first.worker}
+    if first.retries:
+        found["X-Mlxrack-Retries"] = str(first.retries)
+    return found | ignored.header([*unused, *(name for call in calls for name in call.ignored)])
 
 
 def note_calls(request: web.Request, calls: Sequence[Call]) -> None:

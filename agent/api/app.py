@@ -3,14 +3,15 @@
 from aiohttp import web
 
 from agent.api import admin, chat, completions, debug, embeddings, errors, health, models, peer, wire
-from agent.api.context import CONTEXT, LINKS, Context
+from agent.api.context import CONTEXT, LINKS, LOGGED, Context
 
 
 def build(context: Context) -> web.Application:
     """Build the application over the daemon's objects."""
     app = web.Application(middlewares=[errors.middleware], client_max_size=context.config.limits.body_bytes)
     app[CONTEXT] = context
-    app[LINKS] = set()
+    app[LINKS], app[LOGGED] = set(), set()
+    app.on_response_prepare.append(errors.on_prepare)
     app.on_shutdown.append(peer.close_links)
     routes = [
         web.post("/v1/chat/completions", chat.chat_completions),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from agent.config import AgentConfig, hash_key, is_loopback
 from agent.control.follower import Follower
@@ -43,6 +43,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
 CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
+LOGGED: web.AppKey[Any] = web.AppKey("logged", set)
 REQUEST_ID = "mlxrack_request_id"
 LOG_FIELDS = "mlxrack_log_fields"
 
@@ -50,6 +51,12 @@ LOG_FIELDS = "mlxrack_log_fields"
 def new_request_id() -> str:
     """The id of a request in responses, logs and `why`."""
     return f"req_{secrets.token_hex(12)}"
+
+
+def sign(response: web.StreamResponse, request_id: str) -> None:
+    """Give a response the request's id, under our name and the one that OpenAI's clients read, and no library's
+    version."""
+    response.headers.update({"X-Mlxrack-Request-Id": request_id, "x-request-id": request_id, hdrs.SERVER: "mlxrack"})
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

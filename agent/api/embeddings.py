@@ -24,6 +24,6 @@ async def embeddings(request: web.Request) -> web.Response:
                     if isinstance(answer, Embedded):
                         vectors += answer.vectors
         body = answers.embeddings(call.model, vectors, call.prompt_tok, base64=wanted.base64)
-        return json_response(body, headers=answering.headers(call))
+        return json_response(body, headers=answering.headers([call], wanted.ignored))
     finally:
         answering.note_calls(request, [call])

@@ -7,17 +7,19 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from agent.api.answers import error_body
-from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id
+from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id, sign
+from agent.api.paths import not_allowed, not_served
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 _CODES = {
     401: ("invalid_api_key",),
     403: ("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
-    404: ("model_not_found", "not_found"),
+    404: ("model_not_found", "not_found", "unknown_url"),
     408: ("body_timeout",),
     409: ("conflict",),
     413: ("body_too_large",),
+    415: ("unsupported_encoding",),
     422: ("bad_model", "bad_probes", "bad_hash"),
     429: ("queue_full", "key_queue_full"),
     500: ("engine_failed",),
@@ -29,6 +31,8 @@ _CODES = {
 }
 STATUS = {code: status for status, codes in _CODES.items() for code in codes}
 KIND = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ENCODINGS = ("gzip", "deflate")
+"""Content encodings of bodies that aiohttp decodes without further libraries."""
 
 log = get_logger("agent.api")
 
@@ -40,6 +44,12 @@ def status_of(error: RackError) -> int:
     return 400 if isinstance(error, Refused) else 503 if isinstance(error, Retryable) else 500
 
 
+def undecodable() -> Refused:
+    """The error for a body in another content encoding."""
+    message = f"this Content-Encoding is not supported; send {' or '.join(ENCODINGS)}, or none"
+    return Refused(message, code="unsupported_encoding")
+
+
 def response_of(error: RackError) -> web.Response:
     """The error response for a client; its message quotes nothing that the client sent except field names."""
     status = status_of(error)
@@ -49,6 +59,8 @@ def response_of(error: RackError) -> web.Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if error.code == "unsupported_encoding":
+        headers["Accept-Encoding"] = ", ".join(ENCODINGS)
     body = error_body(error.message, kind=kind, code=error.code, param=error.param)
     return json_response(body, status=status, headers=headers)
 
@@ -72,20 +84,36 @@ async def middleware(
             code = "body_too_large"
             response = response_of(Refused(message, code=code))
         except web.HTTPException as error:
-            code = f"http_{error.status}"
-            body = error_body(error.reason, kind="invalid_request_error", code=code)
-            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-            response = json_response(body, status=error.status, headers=allow)
+            response, code = _no_route(request, error)
         except Exception:  # a bug: its type and location go to the log, nothing to the client
             log.error("handler_failed", request=request_id, exc_info=True)
             code, message = "internal", "internal error; see the agent's log for this request id"
             response = response_of(RackError(message, code=code))
         status = response.status
-        if not response.prepared:
-            response.headers["X-Mlxrack-Request-Id"] = request_id
         return response
     finally:
         _log(request, request_id, status, code, time.monotonic() - began)
+
+
+async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
+    """Sign every response, streams and errors included."""
+    sign(response, request.get(REQUEST_ID) or new_request_id())
+
+
+def _no_route(request: web.Request, error: web.HTTPException) -> tuple[web.Response, str]:
+    """The response to a path or method that is not served, and its code."""
+    if isinstance(error, web.HTTPNotFound):
+        served = [path for path in _paths(request.app) if path.startswith("/v1/") and "{" not in path]
+        found = Refused(not_served(request.method, request.path, served), code="unknown_url")
+        return response_of(found), found.code
+    code, allowed = f"http_{error.status}", error.headers.get("Allow", "")
+    message = not_allowed(request.method, request.path, allowed) if error.status == 405 else error.reason
+    body = error_body(message, kind="invalid_request_error", code=code)
+    return json_response(body, status=error.status, headers={"Allow": allowed} if allowed else None), code
+
+
+def _paths(app: web.Application) -> list[str]:
+    return [resource.canonical for resource in app.router.resources()]
 
 
 def _log(request: web.Request, request_id: str, status: int, code: str, seconds: float) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.web_protocol import RequestHandler
 
 from agent.api.answers import error_body
-from agent.api.context import json_response, new_request_id
+from agent.api.context import json_response, new_request_id, sign
+from agent.api.errors import ENCODINGS, response_of, undecodable
 from shared.errors import Refused
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -22,7 +23,9 @@ class _Protocol(RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("the response has already been started")
-        response = _answer(status)
+        # the parser itself refuses encodings for which aiohttp lacks a library, and bodies that it cannot decode
+        response = response_of(undecodable()) if _is_unsupported(exc) else _answer(status)
+        sign(response, new_request_id())  # none has been assigned yet
         response.force_close()
         return response
 
@@ -53,6 +56,8 @@ async def expect(request: web.Request) -> web.StreamResponse | None:
 
 async def body_of(request: web.Request, limit_s: float) -> bytes:
     """The whole body. Raises Refused when it does not arrive in time or cannot be decoded."""
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() not in ("", "identity", *ENCODINGS):
+        raise undecodable()
     try:
         if request.content.is_eof():
             return await request.read()  # it arrived with its headers, as most do
@@ -64,14 +69,15 @@ async def body_of(request: web.Request, limit_s: float) -> bytes:
         raise Refused("the request body does not match its headers", code="invalid_json") from None
 
 
+def _is_unsupported(exc: BaseException | None) -> bool:
+    return isinstance(exc, ContentEncodingError) and not any(one in exc.message for one in ENCODINGS)
+
+
 def _answer(status: int) -> web.Response:
     kind = "invalid_request_error" if status < 500 else "server_error"
     try:
         phrase = HTTPStatus(status).phrase.lower()
     except ValueError:
         phrase = "refused"
-    body: dict[str, Any] = error_body(f"invalid HTTP request ({phrase})", kind=kind, code=f"http_{status}")
-    response = json_response(body, status=status)
-    # no id has been assigned yet
-    response.headers["X-Mlxrack-Request-Id"] = new_request_id()
-    return response
+    body = error_body(f"invalid HTTP request ({phrase})", kind=kind, code=f"http_{status}")
+    return json_response(body, status=status)

@@ -19,7 +19,8 @@ class Call(msgspec.Struct, kw_only=True):
     """A request for several answers is several calls: ``part`` counts them all, ``turn`` those for the same prompt. The
     first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
     the tokens produced; while ``continuing``, the answer resumes after them. ``over_tok`` is a context length that was
-    too small for it, ``too_long`` the error of the node that found it so; engines of ``faulty`` nodes failed at it.
+    too small for it, ``too_long`` the error of the node that found it so; engines of ``faulty`` nodes failed at it;
+    ``ignored`` are the fields of the request that the worker capped or left out.
     """
 
     ask: Ask
@@ -45,6 +46,7 @@ class Call(msgspec.Struct, kw_only=True):
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0
+    ignored: tuple[str, ...] = ()
     done: Done | None = None
     known: bool = False
     fate: str = ""
@@ -109,7 +111,7 @@ class Call(msgspec.Struct, kw_only=True):
             self.made += answer.ids
         elif isinstance(answer, Accepted):
             self.worker, self.version = answer.node, answer.version
-            self.prompt_tok, self.cached_tok = answer.prompt_tok, answer.cached_tok
+            self.prompt_tok, self.cached_tok, self.ignored = answer.prompt_tok, answer.cached_tok, answer.ignored
         elif isinstance(answer, Done):
             self.done = answer
             if not self.continuing:

@@ -63,6 +63,11 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     the first call. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept
     on disk. ``made`` are tokens of the answer that were already produced: generation continues after them, and only
     exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its pieces may be joined.
+
+    ``top_k`` keeps that many of the likeliest tokens (0: all), ``min_p`` those at least that likely relative to the
+    likeliest. ``repetition_penalty`` (1: none) applies to tokens of the last ``repetition_window_tok`` of prompt and
+    answer (0: all of them). With ``ignore_eos`` only ``max_tokens`` or a stop string ends the answer. A ``strict``
+    request whose ``max_tokens`` exceed the context fails; else they are capped and named in ``Accepted.ignored``.
     """
 
     id: int
@@ -78,6 +83,12 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_window_tok: int = 0
+    ignore_eos: bool = False
+    strict: bool = False
     schema: str | None = None
     tools: tuple[str, ...] = ()
     must_call: str | None = None
@@ -93,11 +104,13 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
 
 
 class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
-    """A vector for each input: texts, or token ids."""
+    """A vector for each input: texts, or token ids. ``dimensions`` is the size that the vectors must have, None for the
+    model's own."""
 
     id: int
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None
     request_id: str = ""
     door: str = ""
 
@@ -146,13 +159,15 @@ class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):
 
 
 class Accepted(_Frame, frozen=True, kw_only=True, tag="accepted"):
-    """The request is in the engine; ``cached_tok`` of its ``prompt_tok`` are cached. ``version`` will answer it."""
+    """The request is in the engine; ``cached_tok`` of its ``prompt_tok`` are cached. ``version`` will answer it.
+    ``ignored`` are names of request fields that the engine capped or that have no effect on this model."""
 
     id: int
     prompt_tok: int
     cached_tok: int
     version: str = ""
     node: str = ""
+    ignored: tuple[str, ...] = ()
 
 
 class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
@@ -171,7 +186,8 @@ class Tokens(_Frame, frozen=True, kw_only=True, tag="tokens"):
 
 class Done(_Frame, frozen=True, kw_only=True, tag="done"):
     """The answer is complete. ``finish`` is stop, length or tool_calls. The times are the engine's: until work on it
-    began, for prefill, for decode."""
+    began, for prefill, for decode. ``unmet`` are parts of schemas that the answer violates, which the engine could not
+    enforce."""
 
     id: int
     finish: str
@@ -182,6 +198,7 @@ class Done(_Frame, frozen=True, kw_only=True, tag="done"):
     queue_us: int = 0
     prefill_us: int = 0
     decode_us: int = 0
+    unmet: tuple[str, ...] = ()
 
 
 class Waits(_Frame, frozen=True, kw_only=True, tag="waits"):

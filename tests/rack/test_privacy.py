@@ -116,7 +116,7 @@ def test_no_marker_leaks(tmp_path: Path, seaweed: SeaweedFS, tiny_model: Path) -
             assert door.get("/peer/v1/link", Authorization=f"Mlxrack {markers[5]}").status == 403
             vectors = json.dumps({"model": "m", "input": [markers[6], markers[7]]}).encode()
             answered.add(("embeddings", door.request("POST", "/v1/embeddings", vectors, headers).status))
-            wrong = json.dumps({"model": "m", "input": markers[8], markers[9]: markers[9]}).encode()
+            wrong = json.dumps({"model": "m", "input": {markers[8]: markers[9]}}).encode()
             assert door.request("POST", "/v1/embeddings", wrong, headers).status == 400
         assert ("message", 200) in answered
         assert ("streamed", 200) in answered

@@ -108,6 +108,46 @@ def test_one_failed_choice_fails_the_request_once(tmp_path: Path) -> None:
         until(lambda: agent.status()["in_flight"] == 0, "everything is given up")
 
 
+def test_unknown_fields_are_named_or_refused_as_configured(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"num_ctx": 4096, "wibble": 1, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 3}
+    with rack(tmp_path, [model()], [model("k")]) as (agent, _), client(agent) as one:
+        for stream in (False, True):
+            for _ in range(2):
+                answer = agent.chat(**more, stream=stream)
+                assert (answer.status, answer.headers["X-Mlxrack-Ignored"]) == (200, "num_ctx, wibble")
+        assert "X-Mlxrack-Ignored" not in agent.chat().headers
+        parsed = one.chat.completions.with_raw_response.create(
+            model="k", messages=[{"role": "user", "content": "x"}], extra_body={"keep_alive": "5m"}
+        )
+        assert parsed.headers["X-Mlxrack-Ignored"] == "keep_alive", "by a forwarding gateway, too"
+        log = [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()]
+        named = [field for line in log if line["event"] == "fields_ignored" for field in line["fields"]]
+        assert sorted(named) == ["keep_alive", "num_ctx", "wibble"], "each once"
+    with rack(tmp_path, [model()], extra='[api]\nunknown_fields = "refuse"\n') as (agent,):
+        answer = agent.chat(**more)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "wibble")
+        del more["wibble"]
+        assert agent.chat(**more).headers["X-Mlxrack-Ignored"] == "num_ctx"
+
+
+def test_every_response_carries_the_request_id_that_clients_read(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()]) as (agent,), client(agent) as one:
+        assert str(ask(one)._request_id).startswith("req_")
+        with pytest.raises(openai.NotFoundError) as caught:
+            one.models.retrieve("other")
+        assert str(caught.value.request_id).startswith("req_")
+        with pytest.raises(openai.NotFoundError, match="POST /v1/responses: no such route; the Responses API"):
+            one.responses.create(model="m", input="x")
+        with (
+            Client(base_url=f"http://127.0.0.1:{agent.port}", api_key="x", max_retries=0) as short,
+            pytest.raises(openai.NotFoundError, match=r"/chat/completions: no such route; did you mean /v1/chat"),
+        ):
+            ask(short)
+        for answer in (agent.chat(stream=True), agent.get("/health"), agent.get("/nothing"), agent.get("/metrics")):
+            assert answer.headers["x-request-id"] == answer.headers["X-Mlxrack-Request-Id"]
+            assert answer.headers["Server"] == "mlxrack"
+
+
 def test_headers_name_the_worker(tmp_path: Path) -> None:
     with rack(tmp_path, [model()]) as (agent,):
         answer = agent.chat()
@@ -121,7 +161,6 @@ def test_headers_name_the_worker(tmp_path: Path) -> None:
     [
         ("/v1/chat/completions", b"{", 400, None),
         ("/v1/chat/completions", b'{"model": "m", "messages": "x"}', 400, "messages"),
-        ("/v1/chat/completions", b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "q": 1}', 400, "q"),
         ("/v1/chat/completions", b'{"model": "x", "messages": [{"role": "user", "content": "x"}]}', 404, "model"),
         (
             "/v1/chat/completions",
@@ -131,6 +170,7 @@ def test_headers_name_the_worker(tmp_path: Path) -> None:
         ),
         ("/v1/chat/completions", b"x" * 2000, 413, None),
         ("/v1/nothing", b"{}", 404, None),
+        ("/v1/chat/completions/", b"{}", 404, None),
     ],
 )
 def test_bad_requests_get_a_clear_error(tmp_path: Path, path: str, body: bytes, status: int, param: str | None) -> None:
@@ -140,7 +180,14 @@ def test_bad_requests_get_a_clear_error(tmp_path: Path, path: str, body: bytes, 
         assert (status, param) == (answer.status, error["param"])
         assert error["message"]
         assert "Traceback" not in answer.body.decode()
-        assert agent.get("/v1/chat/completions").status == 405
+        assert answer.headers["x-request-id"] == answer.headers["X-Mlxrack-Request-Id"]
+        other = agent.get("/v1/chat/completions")
+        assert (other.status, other.headers["Allow"]) == (405, "POST")
+        assert "GET /v1/chat/completions: method not allowed; use POST" in other.json["error"]["message"]
+        if status == 404 and not param:
+            assert error["type"] == "not_found_error"
+            assert f"POST {path}: no such route" in error["message"]
+            assert "/v1/chat/completions" in error["message"]
         if status == 404 and param:
             assert "known: m" in error["message"]
         assert agent.chat().status == 200, "and the next request is served"

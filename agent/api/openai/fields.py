@@ -1,14 +1,51 @@
 """Validated access to a client's JSON: every error names the field and never quotes a value."""
 
 import json
+import re
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
+from agent.config import Api
 from shared.errors import Refused
 
 MAX_DEPTH = 100
 """Deeper than any schema that can be enforced."""
+MAX_NAMED = 64
+"""Fields without effect that are named, for each request."""
+_INDEX = re.compile(r"\[\d+\]")
+
+
+class Extras:
+    """What a body holds beyond the fields that have an effect: named for the client or, where the node's policy says
+    so, refused by name. Null and an empty list count as absent."""
+
+    def __init__(self, policy: Api) -> None:
+        self._refuses = policy.unknown_fields == "refuse"
+        self._names: dict[str, None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Fields without effect, each once, a list's under ``[]``."""
+        return tuple(self._names)
+
+    def idle(self, path: str) -> None:
+        """A known field that has no effect."""
+        if len(self._names) < MAX_NAMED:
+            self._names[_INDEX.sub("[]", path)] = None
+
+    def unknown(self, path: str) -> None:
+        """An unknown field. Raises Refused where the policy is to refuse them."""
+        if self._refuses:
+            raise Refused(f"unknown field {path}", code="unknown_parameter", param=path)
+        self.idle(path)
+
+    def beyond(self, tree: dict[str, Any], known: Collection[str], path: str) -> None:
+        """An object's unknown fields."""
+        for key, value in tree.items():
+            if key not in known and value is not None and value != []:
+                self.unknown(f"{path}.{shown(key)}")
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -39,14 +76,6 @@ def shallower(tree: Any, limit: int) -> bool:
     return False
 
 
-def only(tree: dict[str, Any], known: frozenset[str], path: str) -> None:
-    """Refuse an object's unknown fields by name; null counts as absent."""
-    for key, value in tree.items():
-        if key not in known and value is not None:
-            name = f"{path}.{shown(key)}"
-            raise Refused(f"unknown field {name}", code="unknown_parameter", param=name)
-
-
 def written(tree: Any, path: str, limit: int) -> str:
     """A schema or similar as JSON text of at most ``limit`` characters."""
     found = json.dumps(tree, ensure_ascii=False)
@@ -64,22 +93,28 @@ def boolean(tree: dict[str, Any], name: str, path: str | None = None) -> bool:
     return value
 
 
-def integer(tree: dict[str, Any], name: str, low: int, high: int) -> int | None:
-    """An integer within bounds; None if absent."""
-    if (value := tree.get(name)) is None:
+def integer(tree: dict[str, Any], name: str, low: int, high: int, off: Collection[int] = ()) -> int | None:
+    """An integer within bounds; None if absent or one of ``off``, with which other servers' clients say so."""
+    if (value := tree.get(name)) is None or _is_off(value, off):
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong(name, f"an integer from {low} to {high}")
     return value
 
 
-def number(tree: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
-    """A number within bounds."""
-    if (value := tree.get(name)) is None:
+def number(
+    tree: dict[str, Any], name: str, low: float, high: float, default: float, off: Collection[float] = ()
+) -> float:
+    """A number within bounds; the default if absent or one of ``off``."""
+    if (value := tree.get(name)) is None or _is_off(value, off):
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise wrong(name, f"a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _is_off(value: Any, off: Collection[float]) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value in off
 
 
 def text(value: Any, path: str) -> str:

@@ -1,55 +1,34 @@
 """Request bodies, each parsed to one validated structure.
 
-Nothing is ignored silently. A field that would change behaviour and is not supported is refused by name, unless its
-value is neutral; advisory fields are accepted without effect (docs/api.md).
+Strictness is for what changes behaviour: a known field that would change the answer and is not supported is refused by
+name, unless its value is neutral. What has no effect is accepted and named (docs/api.md).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from agent.api.openai.conversation import MAX_SCHEMA_CHARS, RENDERER_KEY, messages, tools
-from agent.api.openai.fields import boolean, integer, number, only, read_object, shown, unsupported, written, wrong
+from agent.api.openai.fields import Extras, boolean, integer, number, read_object, shown, unsupported, written, wrong
+from agent.api.openai.known import ADVISORY, ELSEWHERE, NEUTRAL, TEXT_NEUTRAL, Neutral
+from agent.config import Api
 from agent.wire.frames import Embed, Generate
 from shared.errors import Refused
 
+DEFAULT = Api()
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
-ADVISORY = frozenset(
-    {
-        *("user", "metadata", "store", "service_tier", "safety_identifier"),
-        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-    }
-)
-"""Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure."""
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "moderation": (),
-}
-"""Known fields that are not supported yet, with their neutral values; null is neutral everywhere."""
-
-
-TEXT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "best_of": (1,)}
-"""The same for text completions."""
-EMBED_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"dimensions": ()}
-"""The same for embeddings."""
 MAX_CHOICES = 16
 MAX_INPUTS = 2048
 MAX_INPUT_TOK = 1 << 20
+MAX_TOK = 1 << 31
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_TEMPLATE_ARGS_CHARS = 4096
 
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times. ``seed`` is
-    None where the client set none."""
+    None where the client set none. ``ignored`` are fields without effect."""
 
     generate: Generate
     prompts: tuple[str, ...] = ()
@@ -58,113 +37,150 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     include_usage: bool = False
     timings: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request for embeddings. ``base64`` selects the encoding of the vectors."""
+    """A validated request for embeddings. ``base64`` selects the encoding of the vectors; ``ignored`` as above."""
 
     embed: Embed
     base64: bool = False
+    ignored: tuple[str, ...] = ()
 
 
-def parse_chat(body: bytes) -> AnswerRequest:
+def parse_chat(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
     """Parse a chat completion's body. Raises Refused with ``param`` naming the field; values are never quoted."""
-    tree = read_object(body)
-    _refuse_unsupported(tree, _CHAT, NEUTRAL)
-    max_tokens = integer(tree, "max_completion_tokens", 1, 1 << 31)
-    callable_tools = tools(tree)
+    tree, extras = read_object(body), Extras(policy)
+    _sort_out(tree, _CHAT, NEUTRAL, extras)
+    callable_tools, schema = tools(tree, extras), _schema(tree, extras)
     generate = Generate(
-        **_sampling(tree),
-        messages=messages(tree),
-        max_tokens=max_tokens if max_tokens is not None else integer(tree, "max_tokens", 1, 1 << 31),
+        **_sampling(tree, policy),
+        messages=messages(tree, extras),
+        max_tokens=_max_tokens(tree),
+        ignore_eos=_ignores_eos(tree, extras, constrained=bool(schema or callable_tools.described)),
         logprobs=_chat_logprobs(tree),
-        schema=_schema(tree),
+        schema=schema,
         tools=callable_tools.described,
         must_call=callable_tools.must_call,
         one_call=callable_tools.one_call,
         reasoning_effort=_effort(tree),
         template_args=_template_args(tree),
     )
-    return AnswerRequest(generate=generate, **_delivery(tree))
+    return AnswerRequest(generate=generate, **_delivery(tree, extras), ignored=extras.names)
 
 
-def parse_text(body: bytes) -> AnswerRequest:
+def parse_text(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
     """Parse a text completion's body. Raises Refused as parse_chat does."""
-    tree = read_object(body)
-    _refuse_unsupported(tree, _TEXT, TEXT_NEUTRAL)
-    delivery = _delivery(tree)
+    tree, extras = read_object(body), Extras(policy)
+    _sort_out(tree, _TEXT, TEXT_NEUTRAL, extras)
+    delivery = _delivery(tree, extras)
     prompts = _prompts(tree)
     if len(prompts) * delivery["n"] > MAX_CHOICES:
         raise wrong("n", f"at most {MAX_CHOICES} answers over all prompts")
+    given = any(tree.get(name) is not None for name in _MAX_TOKENS)
     generate = Generate(
-        **_sampling(tree),
-        max_tokens=integer(tree, "max_tokens", 1, 1 << 31) or 16,
+        **_sampling(tree, policy),
+        max_tokens=_max_tokens(tree) if given else 16,
+        ignore_eos=_ignores_eos(tree, extras, constrained=False),
         logprobs=integer(tree, "logprobs", 0, 5),
     )
-    return AnswerRequest(generate=generate, prompts=prompts, **delivery)
+    return AnswerRequest(generate=generate, prompts=prompts, **delivery, ignored=extras.names)
 
 
-def parse_embeddings(body: bytes) -> EmbedRequest:
+def parse_embeddings(body: bytes, policy: Api = DEFAULT) -> EmbedRequest:
     """Parse a request for embeddings. Raises Refused as parse_chat does."""
-    tree = read_object(body)
-    _refuse_unsupported(tree, _EMBED, EMBED_NEUTRAL)
+    tree, extras = read_object(body), Extras(policy)
+    _sort_out(tree, _EMBED, {}, extras)
     form = tree.get("encoding_format")
     if form not in (None, "float", "base64"):
         raise wrong("encoding_format", "float or base64")
-    embed = Embed(id=0, model=_model(tree), inputs=_inputs(tree.get("input")))
-    return EmbedRequest(embed=embed, base64=form == "base64")
+    embed = Embed(
+        id=0, model=_model(tree), inputs=_inputs(tree.get("input")), dimensions=integer(tree, "dimensions", 1, MAX_TOK)
+    )
+    return EmbedRequest(embed=embed, base64=form == "base64", ignored=extras.names)
 
 
+_MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict")
 _SAMPLING = frozenset(
     {
-        *("model", "n", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"),
-        *("frequency_penalty", "presence_penalty", "logit_bias", "timings"),
+        *("model", "n", "stream", "stream_options", "temperature", "top_p", "seed", "stop", "logprobs", *_MAX_TOKENS),
+        *("frequency_penalty", "presence_penalty", "logit_bias", "timings", "top_k", "min_p", "ignore_eos"),
+        *("repetition_penalty", "repeat_penalty", "repetition_context_size", "repeat_last_n"),
     }
 )
 _CHAT = _SAMPLING | {
-    *("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("messages", "top_logprobs", "response_format", "tools", "tool_choice"),
     *("parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"),
 }
 _TEXT = _SAMPLING | {"prompt"}
-_EMBED = frozenset({"model", "input", "encoding_format"})
+_EMBED = frozenset({"model", "input", "encoding_format", "dimensions"})
 
 
-def _delivery(tree: dict[str, Any]) -> dict[str, Any]:
+def _delivery(tree: dict[str, Any], extras: Extras) -> dict[str, Any]:
     """How many answers, and how they are delivered."""
     stream = boolean(tree, "stream")
     return {
         "n": integer(tree, "n", 1, MAX_CHOICES) or 1,
         "seed": integer(tree, "seed", -(1 << 63), (1 << 63) - 1),
         "stream": stream,
-        "include_usage": _include_usage(tree, stream),
+        "include_usage": _include_usage(tree, stream, extras),
         "timings": boolean(tree, "timings"),
     }
 
 
-def _sampling(tree: dict[str, Any]) -> dict[str, Any]:
+def _sampling(tree: dict[str, Any], policy: Api) -> dict[str, Any]:
     """The fields that both kinds of request share."""
     return {
         "id": 0,
         "model": _model(tree),
         "temperature": number(tree, "temperature", 0.0, 2.0, 1.0),
         "top_p": number(tree, "top_p", 0.0, 1.0, 1.0),
+        "top_k": integer(tree, "top_k", 1, MAX_TOK, off=(-1, 0)) or 0,
+        "min_p": number(tree, "min_p", 0.0, 1.0, 0.0),
         "stop": _stop(tree),
         "frequency_penalty": number(tree, "frequency_penalty", -2.0, 2.0, 0.0),
         "presence_penalty": number(tree, "presence_penalty", -2.0, 2.0, 0.0),
         "logit_bias": _logit_bias(tree),
+        "strict": policy.strict,
+        **_repetition(tree),
     }
 
 
-def _refuse_unsupported(
-    tree: dict[str, Any], supported: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]
-) -> None:
+def _repetition(tree: dict[str, Any]) -> dict[str, Any]:
+    """The repetition penalty under mlx-lm's names, or else under llama.cpp's."""
+    factor = number(tree, "repeat_penalty", 0.1, 10.0, 1.0, off=(0,))
+    last = integer(tree, "repeat_last_n", 0, MAX_TOK, off=(-1,))
+    window = integer(tree, "repetition_context_size", 1, MAX_TOK, off=(-1, 0))
+    factor = number(tree, "repetition_penalty", 0.1, 10.0, factor, off=(0,))
+    return {"repetition_penalty": 1.0 if last == 0 else factor, "repetition_window_tok": window or last or 0}
+
+
+def _max_tokens(tree: dict[str, Any]) -> int | None:
+    """The longest answer, None for no limit but the model's; the frame's bound exceeds every context length."""
+    given = [integer(tree, name, 1, (1 << 63) - 1, off=(-1,)) for name in _MAX_TOKENS]
+    return next((min(one, MAX_TOK) for one in given if one is not None), None)
+
+
+def _ignores_eos(tree: dict[str, Any], extras: Extras, *, constrained: bool) -> bool:
+    """Whether the end tokens are masked; what a schema or tools constrain must be able to end."""
+    wanted = boolean(tree, "ignore_eos")
+    if wanted and constrained:
+        extras.idle("ignore_eos")
+    return wanted and not constrained
+
+
+def _sort_out(tree: dict[str, Any], supported: frozenset[str], neutral: Neutral, extras: Extras) -> None:
+    """Refuse what would change the answer and is not supported; name what has no effect. Null is absent."""
     for name, value in tree.items():
-        if name in supported or name in ADVISORY or (value is None and name in neutral):
+        if value is None or name in supported or name in ADVISORY:
             continue
-        if name not in neutral:
-            raise Refused(f"unknown field {shown(name)}", code="unknown_parameter", param=shown(name))
-        if not any(_same(value, one) for one in neutral[name]):
-            raise Refused(f"{name} is not supported yet", code="unsupported_parameter", param=name)
+        idle = any(_same(value, one) for one in (*neutral.get(name, ()), *ELSEWHERE.get(name, ())))
+        if name in neutral and not idle:
+            raise Refused(f"{name} is not supported", code="unsupported_parameter", param=name)
+        if name in ELSEWHERE and not idle:
+            extras.idle(name)
+        elif name not in neutral and name not in ELSEWHERE:
+            extras.unknown(shown(name))
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -212,41 +228,46 @@ def _logit_bias(tree: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(pairs))
 
 
-def _schema(tree: dict[str, Any]) -> str | None:
+def _schema(tree: dict[str, Any], extras: Extras) -> str | None:
     """The JSON schema that ``response_format`` requires, as text; None for free text."""
     if (wanted := tree.get("response_format")) is None:
         return None
     if not isinstance(wanted, dict):
         raise wrong("response_format", "an object")
-    only(wanted, frozenset({"type", "json_schema"}), "response_format")
-    kind = wanted.get("type")
+    kind, path = wanted.get("type"), "response_format"
+    extras.beyond(wanted, _SCHEMA_KEYS | {"type", "json_schema"}, path)
     if kind == "text":
         return None
-    if kind == "json_object":
-        return '{"type": "object"}'
-    if kind != "json_schema":
-        raise wrong("response_format.type", "text, json_object or json_schema")
-    inner = wanted.get("json_schema")
+    if kind not in ("json_object", "json_schema"):
+        raise wrong(f"{path}.type", "text, json_object or json_schema")
+    inner: Any = wanted  # llama.cpp and others take the schema beside the type
+    if wanted.get("schema") is None:
+        if kind == "json_object":
+            return '{"type": "object"}'
+        inner, path = wanted.get("json_schema"), f"{path}.json_schema"
     schema = inner.get("schema") if isinstance(inner, dict) else None
-    if not isinstance(inner, dict) or not isinstance(schema, dict):
-        raise wrong("response_format.json_schema.schema", "a JSON schema")
-    only(inner, frozenset({"name", "description", "strict", "schema"}), "response_format.json_schema")
+    if not isinstance(schema, dict):
+        raise wrong(f"{path}.schema", "a JSON schema")
+    extras.beyond(inner, _SCHEMA_KEYS | {"type", "json_schema"}, path)
     # always strict
-    boolean(inner, "strict", "response_format.json_schema.strict")
-    found = written(schema, "response_format.json_schema.schema", MAX_SCHEMA_CHARS)
+    boolean(inner, "strict", f"{path}.strict")
+    found = written(schema, f"{path}.schema", MAX_SCHEMA_CHARS)
     if RENDERER_KEY in found:
-        raise unsupported("response_format.json_schema.schema", f"{RENDERER_KEY} is not supported")
+        raise unsupported(f"{path}.schema", f"{RENDERER_KEY} is not supported")
     return found
 
 
-def _include_usage(tree: dict[str, Any], stream: bool) -> bool:
+_SCHEMA_KEYS = frozenset({"name", "description", "strict", "schema"})
+
+
+def _include_usage(tree: dict[str, Any], stream: bool, extras: Extras) -> bool:
     if (options := tree.get("stream_options")) is None:
         return False
     if not isinstance(options, dict):
         raise wrong("stream_options", "an object")
     if not stream:
         raise Refused("stream_options needs stream: true", code="invalid_value", param="stream_options")
-    only(options, frozenset({"include_usage", "include_obfuscation"}), "stream_options")
+    extras.beyond(options, frozenset({"include_usage", "include_obfuscation"}), "stream_options")
     return boolean(options, "include_usage", "stream_options.include_usage")
 
 

@@ -20,7 +20,7 @@ from agent.loader.blas import REFERENCE
 from agent.loader.counts import Counts
 from agent.loader.generation import Prepared
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
-from agent.loader.mlx.pooling import done, unit_bytes
+from agent.loader.mlx.pooling import done, other_size, unit_bytes
 from agent.wire.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported, Working
 
 _KINDS = ("bert",)
@@ -145,7 +145,7 @@ class EncoderEngine:
     def _load(self) -> None:
         config = json.loads((self._folder / "config.json").read_bytes())
         self._limit_tok = int(config["max_position_embeddings"])
-        self._vocabulary = int(config["vocab_size"])
+        self._vocabulary, self._size = int(config["vocab_size"]), int(config["hidden_size"])
         self._tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -176,7 +176,7 @@ class EncoderEngine:
         if not isinstance(request, Embed):
             message = f"{request.model} is an embedding model and generates no text; use /v1/embeddings"
             return Failed(id=request.id, code="unsupported_parameter", message=message, param="model")
-        return embedding_inputs(
+        return other_size(request.id, request.dimensions, self._size) or embedding_inputs(
             request, lambda text: self._tokenizer.encode(text).ids, self._limit_tok, self._vocabulary
         )
 

@@ -17,7 +17,7 @@ def entry(model: TextModel, row: Row, layers: kv.Layers, cached_tok: int) -> Ent
         held=tokens[:cached_tok],
         layers=layers,
         max_tokens=row.max_tokens - position,
-        sampler=sampling.sampler(request.temperature, request.top_p, request.seed, position),
+        sampler=sampling.sampler(request, position),
         processors=[_guarded(row, process) for process in processors(model, row)],
     )
 
@@ -26,10 +26,14 @@ def processors(model: TextModel, row: Row) -> list[sampling.Processor]:
     """A row's logits processors; created again when a batch is rebuilt."""
     request, extra, begin = row.request, row.extra, len(row.prompt)
     found: list[sampling.Processor] = []
+    if request.repetition_penalty != 1.0:
+        found.append(sampling.repetition(request.repetition_penalty, request.repetition_window_tok))
     if request.frequency_penalty or request.presence_penalty:
         found.append(sampling.penalty(request.frequency_penalty, request.presence_penalty, begin))
     if request.logit_bias:
         found.append(sampling.bias(request.logit_bias))
+    if request.ignore_eos and extra.grammar is None:  # where a grammar is complete, only an end token is allowed
+        found.append(sampling.never(model.ends))
     if extra.grammar is not None:
         found.append(sampling.constraint(model.matcher(extra.grammar), begin, model.ends, extra.after, extra.opening))
     return found

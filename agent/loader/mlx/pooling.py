@@ -12,11 +12,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from agent.wire.frames import Accepted, Done, Embedded, Failed, Frame
 
+FLOAT_BYTES = 4
+
 
 @dataclass
 class _Work:
     inputs: deque[list[int]]
     prompt_tok: int
+    dimensions: int | None = None
     making: Iterator[bytes | None] | None = None
     since_s: float = field(default_factory=time.perf_counter)
 
@@ -34,9 +37,9 @@ class EmbeddingQueue:
         """Whether step() has work to do."""
         return bool(self._work)
 
-    def take(self, number: int, inputs: Sequence[list[int]]) -> Accepted:
-        """Accept a request."""
-        work = self._work[number] = _Work(deque(inputs), sum(len(ids) for ids in inputs))
+    def take(self, number: int, inputs: Sequence[list[int]], dimensions: int | None = None) -> Accepted:
+        """Accept a request; ``dimensions`` as in Embed."""
+        work = self._work[number] = _Work(deque(inputs), sum(len(ids) for ids in inputs), dimensions)
         return Accepted(id=number, prompt_tok=work.prompt_tok, cached_tok=0)
 
     def cancel(self, number: int) -> None:
@@ -54,6 +57,9 @@ class EmbeddingQueue:
             vector = next(work.making)
             made: list[Frame] = []
             if vector is not None:
+                if refusal := other_size(number, work.dimensions, len(vector) // FLOAT_BYTES):
+                    del self._work[number]
+                    return [refusal]
                 made = [Embedded(id=number, vectors=(vector,))]
                 work.making = None
         except Exception as error:  # noqa: BLE001  # a model without ``model``, or out of memory
@@ -64,6 +70,14 @@ class EmbeddingQueue:
             return made
         del self._work[number]
         return [*made, done(number, work.prompt_tok, work.since_s)]
+
+
+def other_size(number: int, dimensions: int | None, size: int) -> Failed | None:
+    """The failure of a request for vectors of another size than the model's own; None for its own size."""
+    if dimensions in (None, size):
+        return None
+    message = f"dimensions: this model's vectors have {size} numbers, and none can be cut off; omit it or send {size}"
+    return Failed(id=number, code="invalid_value", message=message, param="dimensions")
 
 
 def done(number: int, prompt_tok: int, since_s: float) -> Done:
