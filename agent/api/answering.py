@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api import ignored
-from agent.api.answers import Choice, Identity, Usage, error_body, timings
+from agent.api.answers import Choice, Identity, Usage, annotated, error_body
 from agent.api.context import CONTEXT, LOGGED, REQUEST_ID, client_key_id, json_response, note
 from agent.api.openai import AnswerRequest, EmbedRequest
 from agent.api.sse import EventStream, Unread
@@ -91,12 +91,9 @@ async def answer(
         if wanted.stream:
             return await streamed(request, calls, wanted, shape)
         choices = await whole(request, calls)
-        body, done = shape.whole(identity(calls, shape.prefix), choices, usage(calls)), calls[0].done
-        if wanted.timings and done:
-            body["timings"] = timings(done)  # of the first choice
-        if unmet := dict.fromkeys(one for call in calls if call.done for one in call.done.unmet):
-            body["warnings"] = list(unmet)
-        return json_response(body, headers=headers(calls, wanted.ignored))
+        body = shape.whole(identity(calls, shape.prefix), choices, usage(calls))
+        ends = [call.done for call in calls if call.done]
+        return json_response(annotated(body, ends, timed=wanted.timings), headers=headers(calls, wanted.ignored))
     finally:
         note_calls(request, calls)
 
@@ -226,12 +223,7 @@ def _events(
 ) -> list[Event]:
     """The events that one piece becomes on the stream."""
     if isinstance(answer, Done):
-        end = shape.end(who, index, answer.finish)
-        if wanted.timings:
-            end["timings"] = timings(answer)
-        if answer.unmet:
-            end["warnings"] = list(answer.unmet)
-        return [end]
+        return [annotated(shape.end(who, index, answer.finish), [answer], timed=wanted.timings)]
     if not isinstance(answer, Tokens):
         return []
     found: list[Event] = []

@@ -119,6 +119,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
+def annotated(body: dict[str, Any], ends: Sequence[Done], *, timed: bool) -> dict[str, Any]:
+    """An answer with the timings of its first choice, if requested, and with what its choices violate of schemas."""
+    unmet = list(dict.fromkeys(one for end in ends for one in end.unmet))
+    timed_by = {"timings": timings(ends[0])} if timed and ends else {}
+    return {**body, **timed_by, **({"warnings": unmet} if unmet else {})}
+
+
 def timings(done: Done) -> dict[str, Any]:
     """Time that one answer spent in each phase, as the engine measured it; rates are tokens per second."""
     computed = done.prompt_tok - done.cached_tok

@@ -44,8 +44,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
 LOGGED: web.AppKey[Any] = web.AppKey("logged", set)
-REQUEST_ID = "mlxrack_request_id"
-LOG_FIELDS = "mlxrack_log_fields"
+REQUEST_ID = web.RequestKey("request_id", str)
+LOG_FIELDS: web.RequestKey[Any] = web.RequestKey("log_fields", dict)
 
 
 def new_request_id() -> str:
