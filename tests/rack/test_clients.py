@@ -56,6 +56,11 @@ def test_openai_for_python(base: str) -> None:
             messages=[{"role": "user", "content": "Describe Rome."}], response_format=City, **asked
         )
         assert isinstance(parsed.choices[0].message.parsed, City)
+        turns: Any = [question[0], parsed.choices[0].message, {"role": "user", "content": "And Oslo?"}]
+        local = {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "num_ctx": 2048}
+        echoed = one.chat.completions.with_raw_response.create(messages=turns, **asked, extra_body=local)
+        assert echoed.parse().choices[0].message.content
+        assert echoed.headers["X-Mlxrack-Ignored"] == "num_ctx"
         _check_vectors(one)
 
 
@@ -89,8 +94,10 @@ def _check_vectors(one: openai.OpenAI) -> None:
     found = one.embeddings.create(model="e", input=SENTENCES)
     a, b, c = (item.embedding for item in found.data)
     assert [round(_dot(a, b), 3), round(_dot(a, c), 3), round(_dot(b, c), 3)] == [0.666, 0.105, 0.141]
-    plain = one.embeddings.create(model="e", input=SENTENCES[0], encoding_format="float")
+    plain = one.embeddings.create(model="e", input=SENTENCES[0], encoding_format="float", dimensions=384)
     assert all(math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, plain.data[0].embedding, strict=True))
+    with pytest.raises(openai.BadRequestError, match="dimensions: this model's vectors have 384 numbers"):
+        one.embeddings.create(model="e", input=SENTENCES[0], dimensions=256)
     by_decoder = one.embeddings.create(model="m", input=["a cat", "a kitten"])
     x, y = (item.embedding for item in by_decoder.data)
     assert (len(x), round(_dot(x, x), 3)) == (576, 1.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ParsedChatCompletionMessage
 
 from agent.config import hash_key
 from scripts.seaweed import SeaweedFS
@@ -21,6 +22,7 @@ from shared.records import Served
 from tests.rack.harness import SCRIPT, Agent, Answer, events_of, model, rack, until, write_config
 
 Client = openai.OpenAI
+STRICT = "[api]\nstrict = true\n"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
@@ -44,6 +46,9 @@ def test_the_official_client_works_with_and_without_streaming(tmp_path: Path) ->
         assert len({chunk.id for chunk in chunks}) == 1
         assert sum(c.delta.role == "assistant" for chunk in chunks for c in chunk.choices) == 1
         assert chunks[-1].usage.completion_tokens == 6
+        said = ParsedChatCompletionMessage[Any](role="assistant", content="x", parsed={"a": 1}, refusal=None)
+        turns: Any = [{"role": "user", "content": "hi"}, said, {"role": "user", "content": "and?"}]
+        assert one.chat.completions.create(model="m", messages=turns, max_tokens=2).choices[0].message.content
         assert [m.id for m in one.models.list()] == ["m"]
         assert one.models.retrieve("m").id == "m"
         with pytest.raises(openai.NotFoundError, match="known: m"):
@@ -97,7 +102,7 @@ def test_text_completions(tmp_path: Path) -> None:
 
 
 def test_one_failed_choice_fails_the_request_once(tmp_path: Path) -> None:
-    with rack(tmp_path, [model()]) as (agent,):
+    with rack(tmp_path, [model()], extra=STRICT) as (agent,):
         for stream in (False, True):
             answer = agent.chat(n=3, max_tokens=99_999, stream=stream)
             assert (answer.status, answer.json["error"]["param"]) == (400, "max_tokens")
@@ -174,7 +179,7 @@ def test_headers_name_the_worker(tmp_path: Path) -> None:
     ],
 )
 def test_bad_requests_get_a_clear_error(tmp_path: Path, path: str, body: bytes, status: int, param: str | None) -> None:
-    with rack(tmp_path, [model()], extra="[limits]\nbody_bytes = 1000\n") as (agent,):
+    with rack(tmp_path, [model()], extra=f"[limits]\nbody_bytes = 1000\n{STRICT}") as (agent,):
         answer = agent.request("POST", path, body)
         error = answer.json["error"]
         assert (status, param) == (answer.status, error["param"])

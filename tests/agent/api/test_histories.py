@@ -298,7 +298,7 @@ def tried(parser: Any, body: dict[str, Any], policy: Api) -> tuple[Any, Refused 
         return None, error
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(turns, max_size=4) | st.lists(turns | broken | anything, max_size=4), policies)
 def test_any_history_is_accepted_or_refused_for_a_documented_cause(history: list[Any], policy: Api) -> None:
     request, refusal = tried(parse_chat, {"model": "m", "messages": history}, policy)
@@ -311,12 +311,13 @@ def test_any_history_is_accepted_or_refused_for_a_documented_cause(history: list
         assert all(call.id for m in generate.messages for call in m.calls)
 
 
+@settings(deadline=None)
 @given(st.lists(plain_turns, min_size=1, max_size=5))
 def test_what_clients_add_to_a_message_never_refuses_it(history: list[Any]) -> None:
     parse(*history, policy=Api())
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(bodies, policies, st.booleans())
 def test_any_body_is_accepted_or_refused_for_a_documented_cause(body: dict[str, Any], policy: Api, valid: bool) -> None:
     base: dict[str, Any] = {"model": "m", "messages": [USER], "prompt": "p", "input": "x"} if valid else {}
@@ -325,6 +326,7 @@ def test_any_body_is_accepted_or_refused_for_a_documented_cause(body: dict[str, 
         assert refusal is None or documented(refusal), (refusal.code, refusal.param)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_accepted_or_refused(raw: bytes) -> None:
     with contextlib.suppress(Refused):

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.api import ignored
@@ -83,6 +83,7 @@ def test_a_name_repeated_in_a_list_is_given_once() -> None:
 names = st.lists(st.text(max_size=200), max_size=200)
 
 
+@settings(deadline=None)
 @given(names)
 def test_the_header_is_bounded_and_safe_whatever_the_names(found: list[str]) -> None:
     made = ignored.header(found)

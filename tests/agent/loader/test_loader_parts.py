@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,25 @@ def test_frames_are_decoded_whatever_the_chunk_boundaries(cuts: list[int]) -> No
 def test_an_invalid_frame_is_rejected(raw: bytes) -> None:
     with pytest.raises(Refused):
         decode(raw)
+
+
+@pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: type(frame).__name__)
+def test_a_frame_of_an_older_peer_lacks_fields_and_one_of_a_newer_peer_has_more(frame: Frame) -> None:
+    """Every field beyond the first version's has a default; an unknown one is skipped."""
+    tree = msgspec.msgpack.decode(encode(frame))
+    lately = (
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "repetition_window_tok",
+        "ignore_eos",
+        "strict",
+        "ignored",
+        "unmet",
+    )
+    older = {name: value for name, value in tree.items() if name not in lately}
+    assert decode(msgspec.msgpack.encode(older)) == frame
+    assert decode(msgspec.msgpack.encode({**tree, "field_to_come": [1]})) == frame
 
 
 texts = st.text(alphabet="abSTOP ", max_size=40)
