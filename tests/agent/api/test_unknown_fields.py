@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from agent.api import ignored
 from agent.api.openai import ELSEWHERE, parse_chat, parse_embeddings, parse_text
+from agent.api.openai.fields import MAX_NAMED
 from agent.config import Api
 from shared.errors import Refused
 
@@ -78,6 +79,15 @@ def test_strict_reaches_the_engine() -> None:
 def test_a_name_repeated_in_a_list_is_given_once() -> None:
     many = [{**HI, "a": 1, "b": 2}] * 50
     assert parse_chat(body(messages=many)).ignored == ("messages[].a", "messages[].b")
+
+
+def test_an_empty_extra_of_a_message_is_no_field() -> None:
+    empty: list[dict[str, Any]] = [{**HI, "attachments": [], "sender": None}]
+    assert parse_chat(body(messages=empty), REFUSE) == parse_chat(body())
+
+
+def test_the_number_of_names_is_bounded() -> None:
+    assert len(parse_chat(body(**{f"x{n}": 1 for n in range(500)})).ignored) == MAX_NAMED
 
 
 names = st.lists(st.text(max_size=200), max_size=200)
