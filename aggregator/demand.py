@@ -15,6 +15,7 @@ from aggregator.config import Placement as Rules
 from aggregator.packing import CAP, Copyable, Placement, Room
 from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
+from shared.chips import find
 from shared.records import Hardware, ModelEvicted, ModelLoaded
 
 ALONE = 0.95
@@ -22,8 +23,6 @@ ALONE = 0.95
 GONE_MS = 900_000
 LEAST_LOAD = 0.01
 """Minimum load of a resident model, even without requests."""
-BANDWIDTH_GB_S = {"M4 Pro": 273.0, "M4 Max": 546.0, "M4": 120.0, "M3 Ultra": 819.0, "M2": 100.0, "M1": 68.0}
-"""Memory bandwidth, which bounds decode, for nodes without a shared model to compare speeds by."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,8 +127,8 @@ def _speeds(window: Window) -> dict[str, float]:
     for one in window.engines:
         if one.decode_tok > 1000 and one.busy_decode_us:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
-    chips = {meta.node: record.chip for meta, record in window.of(Hardware)}
-    known = {n: gb for n, chip in chips.items() for name, gb in BANDWIDTH_GB_S.items() if chip.endswith(name)}
+    machines = {meta.node: record for meta, record in window.of(Hardware)}
+    known = {n: chip.bandwidth(m.memory_bytes / (1 << 30)) for n, m in machines.items() if (chip := find(m.chip))}
     typical = statistics.median(known.values()) if known else None
     speeds = {}
     for node in window.nodes:

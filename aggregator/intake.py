@@ -17,6 +17,7 @@ from aggregator import moves, packing
 from aggregator.demand import Facts
 from aggregator.packing import CAP, Copyable, Room
 from aggregator.placement import NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
+from shared.chips import Chip, find
 from shared.errors import Refused
 from shared.keys import check_name
 from shared.memory_plan import PROCESS_OVERHEAD_BYTES, default_budget_bytes, plan
@@ -32,25 +33,6 @@ BATCHED = 3.0
 """Rows that share one read of the weights on a node at its load limit."""
 BITS_PER_WEIGHT = 4.5
 """4-bit quantisation in groups of 64 that share a scale and a bias."""
-
-
-class Chip(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory bandwidth in GB/s, half-precision TFLOPS of the GPU, and memory sizes of a Mac mini with this chip."""
-
-    bandwidth_gb_s: float
-    tflops: float
-    mini_gb: tuple[int, ...]
-
-
-CHIPS = {
-    "M1": Chip(bandwidth_gb_s=68, tflops=2.6, mini_gb=(8, 16)),
-    "M2": Chip(bandwidth_gb_s=100, tflops=3.6, mini_gb=(8, 16, 24)),
-    "M2 Pro": Chip(bandwidth_gb_s=200, tflops=6.8, mini_gb=(16, 32)),
-    "M4": Chip(bandwidth_gb_s=120, tflops=4.3, mini_gb=(16, 24, 32)),
-    "M4 Pro": Chip(bandwidth_gb_s=273, tflops=8.5, mini_gb=(24, 48, 64)),
-    "M4 Max": Chip(bandwidth_gb_s=546, tflops=17.0, mini_gb=()),
-}
-"""Known chips; for others the inventory gives ``bandwidth_gb_s`` and ``tflops``."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -196,10 +178,9 @@ def budget_bytes(machine: Machine) -> int:
 
 def chip_of(machine: Machine) -> Chip:
     """A machine's chip, with overrides from the inventory."""
-    known = CHIPS.get(machine.chip, Chip(bandwidth_gb_s=0, tflops=0, mini_gb=()))
-    return msgspec.structs.replace(
-        known, bandwidth_gb_s=machine.bandwidth_gb_s or known.bandwidth_gb_s, tflops=machine.tflops or known.tflops
-    )
+    known = find(machine.chip) or Chip(name=machine.chip, bandwidth_gb_s=0, tflops=0, memory_gb=())
+    gb_s = machine.bandwidth_gb_s or known.bandwidth(machine.memory_gb)
+    return msgspec.structs.replace(known, bandwidth_gb_s=gb_s, tflops=machine.tflops or known.tflops, binned={})
 
 
 def _intake(intake: Intake) -> list[str]:
@@ -223,7 +204,7 @@ def _inventory(inventory: Inventory) -> list[str]:
     found = [f"duplicate node {n!r}" for n in sorted({n for n in ids if ids.count(n) > 1})]
     for machine in inventory.nodes:
         found += _named(machine.id, "node")
-        chip = CHIPS.get(machine.chip)
+        chip = find(machine.chip)
         if machine.kind not in ("mini", "studio", "other"):
             found.append(f"node {machine.id}: kind {machine.kind!r}; use mini, studio or other")
         elif chip is None and not (machine.bandwidth_gb_s and machine.tflops):
