@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from agent import config as agent_config
-from agent.config import AgentConfig
-from agent.operator import cli_models, install, logview
+from agent.config import AgentConfig, Node
+from agent.operator import cli_models, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import AdminClient
 from agent.operator.statusview import progress, size, status_text, table, why_text
 from shared import __version__, logs
@@ -28,7 +30,12 @@ from shared import config as shared_config
 from shared.commandline import Parser
 from shared.errors import Halt, RackError, Refused, Retryable
 
+if TYPE_CHECKING:
+    from agent.daemon import Daemon
+
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
+ALONE = AgentConfig(node=Node(id="local", rack="local"))
+"""The configuration of a machine that has none, for `serve` and what goes with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verb("run", "Run the agent in the foreground until it receives SIGTERM or SIGINT.", _run)
     run.add_argument("--console", action="store_true", help="also write the log to the terminal")
+    serve = verb("serve", "Serve one model on this machine until Ctrl-C; pulls it first if necessary.", _serve)
+    serve_one.add_options(serve)
     _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
     models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
@@ -111,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     service = verb("install", "Install the agent as a macOS service (LaunchDaemon and log rotation).", _install)
     service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
+    completion.add(verbs, parser)
     new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name as reports show it")
     return parser
@@ -129,8 +139,14 @@ def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None
 
 
 def _config_and_state(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
-    config, _ = _config(args)
+    """The configuration, or that of a machine without one, and its state folder."""
+    named = args.config or os.environ.get(CONFIG_VARIABLE)
+    config = _config(args)[0] if named or Path("agent.toml").exists() else _with_own_store(ALONE)
     return config, state_folder(config)
+
+
+def _with_own_store(config: AgentConfig) -> AgentConfig:
+    return agent_config.with_own_store(config, str(state_folder(config) / obtain.OWN_BUCKET))
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +155,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
     path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "agent.toml"))
-    return shared_config.load(path, AgentConfig, agent_config.check), path
+    return _with_own_store(shared_config.load(path, AgentConfig, agent_config.check)), path
 
 
 def state_folder(config: AgentConfig) -> Path:
@@ -162,29 +178,59 @@ def _client(args: argparse.Namespace) -> AdminClient:
 
 
 def _run(args: argparse.Namespace) -> int:
+    config, path = _config(args)
+
+    def started(daemon: "Daemon", port: int) -> None:
+        host = config.listen.host
+        print(f"mlxrack-agent {config.node.id}: http://{host}:{port}/v1 (pid {os.getpid()})", flush=True)
+        if not config.keys:
+            print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
+        print(f"status: mlxrack-agent status --config '{path}'", flush=True)
+
+    _foreground(config, args.console, started)
+    return 0
+
+
+def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon", int], None]) -> None:
+    """Run the daemon until a signal ends it; ``started`` is called in its loop once it listens."""
     from agent.daemon import Daemon
 
-    config, path = _config(args)
     state_folder(config).mkdir(parents=True, exist_ok=True, mode=0o700)
-    logs.configure(log_file(config), level=config.log_level, console=args.console)
+    logs.configure(log_file(config), level=config.log_level, console=console)
 
     async def serve() -> None:
         daemon = Daemon(config, state_folder(config), os.environ)
-
-        def started(port: int) -> None:
-            host = config.listen.host
-            print(f"mlxrack-agent {config.node.id}: http://{host}:{port}/v1 (pid {os.getpid()})", flush=True)
-            if not config.keys:
-                print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
-            print(f"status: mlxrack-agent status --config '{path}'", flush=True)
-
-        await daemon.run(started)
+        await daemon.run(lambda port: started(daemon, port))
         if daemon.telemetry.hangs:
             # a thread blocked on an unresponsive store or sensor would delay the exit by minutes; batches are on disk
             sys.stdout.flush()
             os._exit(0)
 
     asyncio.run(serve())
+
+
+def _serve(args: argparse.Namespace) -> int:
+    began_s, args.json = time.monotonic(), False
+    config, state = _config_and_state(args)
+    options = serve_one.Options(args.name, args.revision, args.port, args.rows, args.context)
+    serving = serve_one.prepare(args.model, config, obtain.access_of(config, state, os.environ, args), options)
+    waiting: list[asyncio.Task[None]] = []
+    failed: list[str] = []
+
+    async def announce(daemon: "Daemon", port: int) -> None:
+        listen = msgspec.structs.replace(serving.config.listen, port=port)
+        client = AdminClient(msgspec.structs.replace(serving.config, listen=listen), state)
+        if why := await serve_one.announce(client, serving, port, began_s, lambda line: print(line, flush=True)):
+            failed.append(why)
+            daemon.stop()
+
+    _foreground(
+        serving.config,
+        args.console,
+        lambda daemon, port: waiting.append(asyncio.get_running_loop().create_task(announce(daemon, port))),
+    )
+    if failed:
+        raise Refused(f"serve {serving.spec.model.name}: {failed[0]}")
     return 0
 
 
@@ -268,7 +314,7 @@ def _seal(args: argparse.Namespace) -> int:
 
 
 def _logs(args: argparse.Namespace) -> int:
-    config, _ = _config(args)
+    config, _ = _config_and_state(args)
     since = logview.parse_since(args.since, datetime.now(UTC)) if args.since else None
     which = logview.Filter(since=since, level=args.level, request=args.request)
     for line in logview.lines(log_file(config), which, follow=args.follow):
@@ -288,8 +334,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    import msgspec
-
     from agent.telemetry.sensors import Sensors
     from agent.telemetry.sensors.reading import merged
     from shared.records import HostSample

@@ -220,7 +220,7 @@ class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """agent.toml."""
+    """agent.toml. Without ``store`` a node that has no peers keeps its telemetry in its state folder."""
 
     node: Node
     listen: Listen = Listen()
@@ -261,8 +261,25 @@ def check(config: AgentConfig) -> Sequence[str]:
         *_check_models(config.models),
         *_check_disk_cache(config),
         *_check_meters(config.meters),
-        *check_store(config.store),
+        *_check_store(config),
     ]
+
+
+def has_store(config: AgentConfig) -> bool:
+    """Whether a bucket is configured."""
+    return config.store != Store()
+
+
+def with_own_store(config: AgentConfig, folder: str) -> AgentConfig:
+    """A node without a [store] keeps its telemetry in a folder of its own."""
+    return config if has_store(config) else msgspec.structs.replace(config, store=Store(path=folder))
+
+
+def _check_store(config: AgentConfig) -> list[str]:
+    """One node alone needs none."""
+    if has_store(config):
+        return check_store(config.store)
+    return ["store.path: is required with peers; all nodes of a rack share one bucket"] if config.peers.nodes else []
 
 
 def _check_names(config: AgentConfig) -> list[str]:

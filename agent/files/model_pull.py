@@ -1,4 +1,4 @@
-"""Pulls a model into the store from a folder, a Hugging Face snapshot or the bucket, and pushes one to the bucket.
+"""Pulls a model into the store from a folder, the Hugging Face hub or the bucket, and pushes one to the bucket.
 
 Blocking; use a thread. Files are fetched under ``.partial`` and installed in one atomic step when every file is
 there, its SHA-256 matches and all of it is synced to disk. An interrupted pull resumes where it stopped.
@@ -16,20 +16,24 @@ from typing import Any, Protocol
 
 import msgspec
 
+from agent.files.hub_listing import ORIGIN_NAME, Asked, matches, parse_origin
 from agent.files.modelstore import PARTIAL, Installed, ModelStore
 from shared import catalog
 from shared.catalog import Manifest, ModelFile
 from shared.durable import sync, sync_folder, write_whole
 from shared.errors import NotFound, Refused, Retryable
-from shared.keys import model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
+from shared.keys import MODEL_PREFIX, model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
 from shared.store import ObjectStore, list_all
 
 PIECE_BYTES = 8 << 20
 RESERVE_BYTES = 512 << 20
 """Disk space that stays free for the spool and the logs."""
+COMPANIONS = (catalog.PROBES_NAME, ORIGIN_NAME)
+"""Files that travel with a version and are not part of it: recorded answers, and where it came from."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes fetched and the total."""
+Write = Callable[[bytes], object]
 
 
 class Source(Protocol):
@@ -39,11 +43,11 @@ class Source(Protocol):
     def manifest(self) -> Manifest:
         """Its files."""
 
-    def part(self, file: ModelFile, start: int, length: int) -> bytes:
-        """A range of bytes of one file. Raises Refused or Retryable."""
+    def copy(self, file: ModelFile, start: int, write: Write) -> None:
+        """Write one file's bytes from ``start`` on, piece by piece. Raises Refused or Retryable."""
 
-    def probes(self) -> bytes | None:
-        """Recorded answers that come with the model."""
+    def companion(self, name: str) -> bytes | None:
+        """One of COMPANIONS; None where the model has none."""
 
 
 class FolderSource:
@@ -53,17 +57,19 @@ class FolderSource:
         self._folder = snapshot_of(folder)
         self.manifest = store.manifest(folder.name, self._folder)
 
-    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+    def copy(self, file: ModelFile, start: int, write: Write) -> None:
         try:
-            with (self._folder / file.name).open("rb") as opened:
-                opened.seek(start)
-                return opened.read(length)
+            opened = (self._folder / file.name).open("rb")
         except OSError as error:
             raise Refused(f"pull: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
+        with opened:
+            opened.seek(start)
+            while piece := opened.read(PIECE_BYTES):
+                write(piece)
 
-    def probes(self) -> bytes | None:
+    def companion(self, name: str) -> bytes | None:
         with contextlib.suppress(OSError):
-            return (self._folder / catalog.PROBES_NAME).read_bytes()
+            return (self._folder / name).read_bytes()
         return None
 
 
@@ -84,13 +90,14 @@ class BucketSource:
         if catalog.version_of(self.manifest) != self._version:
             raise Refused(f"pull {name}: {key} does not describe version {self._version}", code="bad_model")
 
-    def part(self, file: ModelFile, start: int, length: int) -> bytes:
-        return self._bucket.get_part(model_file_key(self._version, file.name), start, length)
+    def copy(self, file: ModelFile, start: int, write: Write) -> None:
+        key, at = model_file_key(self._version, file.name), start
+        while at < file.size and (piece := self._bucket.get_part(key, at, min(PIECE_BYTES, file.size - at))):
+            write(piece)
+            at += len(piece)
 
-    def probes(self) -> bytes | None:
-        with contextlib.suppress(NotFound):
-            return self._bucket.get(model_file_key(self._version, catalog.PROBES_NAME)).body
-        return None
+    def companion(self, name: str) -> bytes | None:
+        return _companion(self._bucket, self._version, name)
 
 
 def snapshot_of(folder: Path) -> Path:
@@ -115,17 +122,19 @@ def pull(
     *,
     disk_bytes: int = 0,
     progress: Progress = lambda done, total: None,
+    begins: Callable[[ModelFile], None] = lambda file: None,
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Installed:
-    """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it. Raises
-    Refused naming what is missing or wrong, Retryable when the source does not answer; what was fetched is kept for the
-    next attempt."""
+    """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it. ``begins``
+    is called before each file. Raises Refused naming what is missing or wrong, Retryable when the source does not
+    answer; what was fetched is kept for the next attempt."""
     manifest = source.manifest
     catalog.check_manifest(manifest, f"pull {name}")
     version = catalog.version_of(manifest)
     place = store.place(name, version)
     total = sum(file.size for file in manifest.files)
-    installed = Installed(name=name, version=version, size=total)
+    origin = parse_origin(source.companion(ORIGIN_NAME))
+    installed = Installed(name=name, version=version, size=total, origin=origin)
     if _is_whole(store, name, place):
         return installed
     with _of_the_disk(f"pull {name}"), _alone(store.folder / PARTIAL / f"{name}@{version}") as partial:
@@ -139,9 +148,12 @@ def pull(
         there = sum(_size(partial / file.name) for file in manifest.files)
         _check_room(store, name, total, there, disk_bytes, free_bytes(partial))
         done = 0
-        for file in manifest.files:
+        # the small ones first: an interrupted pull has them, and what is wrong with them is known before the weights
+        for file in sorted(manifest.files, key=lambda file: file.size):
+            begins(file)
             done = _fetch(source, file, partial / file.name, done, total, progress)
         _install(source, manifest, partial, place)
+        store.remember(place, manifest)
     return installed
 
 
@@ -166,10 +178,35 @@ def push(
             bucket.put_file(key, snapshot_of(folder) / file.name)
         done += file.size
         progress(done, total)
-    if (probes := source.probes()) is not None:
-        bucket.put(model_file_key(version, catalog.PROBES_NAME), probes)
+    for companion in COMPANIONS:
+        if (body := source.companion(companion)) is not None:
+            bucket.put(model_file_key(version, companion), body)
     bucket.put(model_manifest_key(name, version), msgspec.json.encode(source.manifest))
-    return Installed(name=name, version=version, size=total)
+    origin = parse_origin(source.companion(ORIGIN_NAME))
+    return Installed(name=name, version=version, size=total, origin=origin)
+
+
+def in_bucket(bucket: ObjectStore) -> list[Installed]:
+    """Every model in the bucket. Raises RackError when the bucket cannot be listed."""
+    found = []
+    for listed in list_all(bucket, MODEL_PREFIX):
+        with contextlib.suppress(Refused):  # a foreign key, or not a manifest
+            name, version = parse_model_manifest_key(listed.key)
+            source = BucketSource(bucket, name, version)
+            origin = parse_origin(source.companion(ORIGIN_NAME))
+            size = sum(file.size for file in source.manifest.files)
+            found.append(Installed(name=name, version=version, size=size, origin=origin))
+    return found
+
+
+def find_in_bucket(bucket: ObjectStore, name: str, asked: Asked) -> BucketSource | None:
+    """The version in the bucket that came from a model of the hub; None where there is none. Raises Refused for
+    several."""
+    found = [v for v in versions(bucket, name) if matches(parse_origin(_companion(bucket, v, ORIGIN_NAME)), asked)]
+    if len(found) > 1:
+        what = f"the bucket holds {len(found)} revisions of it as {name} ({', '.join(found)})"
+        raise Refused(f"pull {asked.repo}: {what}; specify one: bucket:{name}@VERSION, or --revision COMMIT")
+    return BucketSource(bucket, name, found[0]) if found else None
 
 
 def versions(bucket: ObjectStore, name: str) -> list[str]:
@@ -183,6 +220,12 @@ def _only_version(bucket: ObjectStore, name: str) -> str:
         return found[0]
     what = f"{len(found)} versions ({', '.join(found)}); specify one: bucket:{name}@VERSION" if found else "no version"
     raise Refused(f"pull {name}: the bucket holds {what}", code="not_found")
+
+
+def _companion(bucket: ObjectStore, version: str, name: str) -> bytes | None:
+    with contextlib.suppress(NotFound):
+        return bucket.get(model_file_key(version, name)).body
+    return None
 
 
 def _is_there(bucket: ObjectStore, key: str, size: int) -> bool:
@@ -207,63 +250,75 @@ def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes
             code="disk_full",
         )
     if total - there > free - RESERVE_BYTES:
+        missing = total - there + RESERVE_BYTES - free
         raise Refused(
             f"pull {name}: {(total - there) / 1e6:.0f} MB more are needed and {free / 1e6:.0f} MB are free "
-            f"({RESERVE_BYTES / 1e6:.0f} MB of them stay reserved); free some and pull again",
+            f"({RESERVE_BYTES / 1e6:.0f} MB of them stay reserved): {missing / 1e6:.0f} MB are missing; free some and "
+            "pull again",
             code="disk_full",
         )
 
 
 def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
-    """Fetch one file, from where an earlier attempt stopped; returns the bytes done so far. Data of an earlier attempt
-    that does not match is fetched once more."""
-    had = _size(path)
+    """Fetch one file, from where an earlier attempt stopped; returns the bytes done so far. Data that does not match is
+    deleted and fetched once more."""
     try:
         return _fetched(source, file, path, done, total, progress)
     except Refused as error:
-        if error.code != "bad_hash" or not had:
+        if error.code != "bad_hash":
             raise
     return _fetched(source, file, path, done, total, progress)
 
 
 def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
+    digest, at = hashlib.sha256(), 0
+
+    def count(piece: bytes) -> None:
+        nonlocal at
+        at += len(piece)
+        digest.update(piece)
+        progress(done + min(at, file.size), total)
+
+    def write(piece: bytes) -> None:
+        opened.write(piece)
+        count(piece)
+        if at > file.size:
+            raise _mismatch(file, path, f"{file.name} has more than {file.size} bytes")
+
     with path.open("ab+") as opened:
-        there = opened.tell()
-        if there > file.size:
+        if (there := opened.tell()) > file.size:
             there = opened.truncate(0)
         opened.seek(0)
-        while (at := opened.tell()) < there:
-            piece = opened.read(min(PIECE_BYTES, there - at))
-            digest.update(piece)
-            done += len(piece)
-            progress(done, total)
-        while (at := opened.tell()) < file.size:
-            if not (piece := source.part(file, at, min(PIECE_BYTES, file.size - at))):
-                raise Refused(f"pull: {file.name} ends after {at} of {file.size} bytes at its source", code="bad_model")
-            opened.write(piece)
-            digest.update(piece)
-            done += len(piece)
-            progress(done, total)
+        while piece := opened.read(min(PIECE_BYTES, there - at)):
+            count(piece)
+        if at < file.size:
+            source.copy(file, at, write)
+        if at < file.size:
+            raise Refused(f"pull: {file.name} ends after {at} of {file.size} bytes at its source", code="bad_model")
         opened.flush()
         sync(opened.fileno())
     if digest.hexdigest() != file.sha256:
-        path.unlink()
-        raise Refused(
-            f"pull: sha256 of {file.name} is {digest.hexdigest()[:12]}.., its manifest says {file.sha256[:12]}..; "
-            "the file was deleted, nothing was installed; pull again, and repair the source if that fails too",
-            code="bad_hash",
-        )
-    return done
+        raise _mismatch(file, path, f"sha256 of {file.name} is {digest.hexdigest()[:12]}..")
+    return done + file.size
+
+
+def _mismatch(file: ModelFile, path: Path, seen: str) -> Refused:
+    path.unlink(missing_ok=True)
+    return Refused(
+        f"pull: {seen}, its manifest says {file.sha256[:12]}..; the file was deleted, nothing was installed; pull "
+        "again, and repair the source if that fails too",
+        code="bad_hash",
+    )
 
 
 def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> None:
     wanted = {file.name for file in manifest.files}
     for stray in [p for p in partial.rglob("*") if p.is_file() and p.relative_to(partial).as_posix() not in wanted]:
         stray.unlink()
-    if (probes := source.probes()) is not None:
-        (partial / catalog.PROBES_NAME).write_bytes(probes)
+    for name in COMPANIONS:
+        if (body := source.companion(name)) is not None:
+            (partial / name).write_bytes(body)
     write_whole(partial / catalog.MANIFEST_NAME, msgspec.json.encode(manifest))
     place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, place)

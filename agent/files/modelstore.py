@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from agent.config import STORED, AgentConfig, Model
+from agent.files.hub_listing import ORIGIN_NAME, Asked, Origin, matches, parse_origin
 from agent.files.probes import BUILT_IN, Probe, parse
 from shared import catalog, memory_plan, model_shape
 from shared.catalog import Manifest, ModelFile
@@ -58,11 +59,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
-    """A version in the store."""
+    """A version in the store or the bucket; ``origin`` is None for one that did not come from the hub."""
 
     name: str
     version: str
     size: int
+    origin: Origin | None = None
 
 
 class _Hashed(msgspec.Struct, kw_only=True):
@@ -129,10 +131,30 @@ class ModelStore:
         """The complete versions in the store, in order."""
         folders = [self.folder / check_name(name, "model")] if name else _folders(self.folder)
         return [
-            Installed(name=folder.name, version=version.name, size=_size(version))
+            Installed(name=folder.name, version=version.name, size=_size(version), origin=_origin(version))
             for folder in folders
             for version in _folders(folder)
         ]
+
+    def from_hub(self, asked: Asked, name: str = "") -> list[Installed]:
+        """The installed versions of a model of the hub, under one name or any."""
+        return [one for one in self.installed(name) if matches(one.origin, asked)]
+
+    def fragments(self, name: str) -> list[Path]:
+        """Folders that may hold files of another version of ``name``: installed ones and partial downloads."""
+        found = [folder for folder in _folders(self.folder / PARTIAL) if folder.name.startswith(f"{name}@")]
+        return [*found, *_folders(self.folder / check_name(name, "model"))]
+
+    def remember(self, place: Path, manifest: Manifest) -> None:
+        """Note the hashes of a version that was just verified, so that it need not be hashed again."""
+        with self._hashing, contextlib.suppress(OSError):
+            for file in manifest.files:
+                stat = (place / file.name).stat()
+                self._hashes[str(place / file.name)] = _Hashed(
+                    size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=file.sha256
+                )
+            self._changed = True
+            self._write_memo()
 
     def partials(self) -> list[Installed]:
         """Partial downloads of interrupted pulls, which resume from there."""
@@ -306,6 +328,12 @@ def _folders(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return []
+
+
+def _origin(folder: Path) -> Origin | None:
+    with contextlib.suppress(OSError):
+        return parse_origin((folder / ORIGIN_NAME).read_bytes())
+    return None
 
 
 def _size(folder: Path) -> int:

@@ -1,25 +1,31 @@
 """mlxrack-agent models: the models that this node serves, and its model store on disk."""
 
 import argparse
+import contextlib
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from agent.config import STORED, AgentConfig
-from agent.files.model_pull import BucketSource, FolderSource, Source, pull, push
-from agent.files.modelstore import Installed, ModelStore, model_folder
+from agent.files.hub_listing import parse_name
+from agent.files.model_pull import BucketSource, FolderSource, in_bucket, push
+from agent.files.modelstore import Installed, ModelStore
+from agent.operator import obtain, recommended
 from agent.operator.admin_client import AdminClient
+from agent.operator.obtain import Access, Progress, access_of, fetched, publish
 from agent.operator.statusview import models_text, size, table
-from shared.errors import Refused, Retryable
+from agent.telemetry.sensors.host import hardware
+from shared import chips
+from shared.errors import Halt, RackError, Refused, Retryable
 from shared.keys import check_name
 from shared.store_open import open_store
 
 BUCKET = "bucket:"
+NAME = "model name (choose one with --name)"
+RECOMMEND = "List models that fit a Mac's memory, with the tokens per second to expect."
 Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]
 """Configuration and state folder."""
 Verb = Callable[[argparse.Namespace, AgentConfig, Path], int]
@@ -28,6 +34,8 @@ Verb = Callable[[argparse.Namespace, AgentConfig, Path], int]
 def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.ArgumentParser], None]) -> None:
     """Add the verbs under ``models``; without a verb it lists."""
     models.set_defaults(run=lambda args: _list(args, *load(args)))
+    # only a pull looks for models elsewhere
+    models.set_defaults(token="", offline=True)
     verbs = models.add_subparsers(metavar="VERB")
 
     def verb(name: str, text: str, run: Verb) -> argparse.ArgumentParser:
@@ -36,79 +44,147 @@ def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.
         added.set_defaults(run=lambda args: run(args, *load(args)))
         return added
 
-    verb("list", "List the models that this node serves and those in its store.", _list)
+    verb("list", "List the models that this node serves, those in its store and those in the bucket.", _list)
     fetch = verb("pull", "Install a model into this node's store: verified, resumable, atomic.", _pull)
-    fetch.add_argument(
-        "source", help="a model folder, a Hugging Face cache folder, or bucket:NAME[@VERSION] for one in the bucket"
-    )
-    fetch.add_argument("--name", default="", help="name in the store (default: the folder's or the bucket's)")
+    fetch.add_argument("source", help="org/model on the Hugging Face hub, bucket:NAME[@VERSION], or a model folder")
+    fetch.add_argument("--name", default="", help="name in the store (default: that of the source)")
+    fetch.add_argument("--publish", action="store_true", help="then upload it to the bucket, as the operator may")
+    obtain.add_options(fetch)
     put = verb("push", "Upload a model folder to the bucket, for all nodes to pull.", _push)
     put.add_argument("folder", type=Path, help="a model folder, or a Hugging Face cache folder")
     put.add_argument("name", help="name in the bucket")
     put.add_argument("--again", action="store_true", help="upload files again that are already in the bucket")
-    out = verb("remove", "Delete a version from this node's store.", _remove)
-    out.add_argument("model", help="NAME@VERSION, or NAME when there is only one version")
+    for name in ("rm", "remove"):
+        out = verb(name, "Delete a version from this node's store.", _remove)
+        out.add_argument("model", help="NAME@VERSION, or NAME when there is only one version")
+    advice = verbs.add_parser("recommend", help=RECOMMEND, description=RECOMMEND)
+    advice.add_argument("--memory", type=float, default=0.0, metavar="GB", help="memory (default: this machine's)")
+    advice.add_argument("--chip", default="", help='chip, like "M4 Pro" (default: this machine\'s)')
+    advice.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    advice.add_argument(
+        "--markdown", action="store_true", help="print the table of all memory sizes for docs/models.md"
+    )
+    advice.set_defaults(run=_recommend, config=None)
 
 
 def _list(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
-    stored, partials = _store(config, state).installed(), _store(config, state).partials()
+    access = access_of(config, state, os.environ, args)
+    stored, partials, shared = access.store.installed(), access.store.partials(), _in_bucket(access)
     try:
         served = AdminClient(config, state).status()["models"]
     except Retryable as error:
         served = []
-        print(f"(agent not running: {error.message})", file=sys.stderr)
+        access.say(f"(agent not running: {error.message})")
+    loaded = {m["path"] for m in served if m["version"]}
+    resident = {one: str(access.store.place(one.name, one.version)) in loaded for one in stored}
     if args.json:
-        print(json.dumps({"served": served, "stored": msgspec.to_builtins(stored)}, indent=2))
+        tree = [{**msgspec.to_builtins(one), "loaded": resident[one]} for one in stored]
+        print(json.dumps({"served": served, "stored": tree, "bucket": msgspec.to_builtins(shared)}, indent=2))
         return 0
     if served:
         print(models_text(served) + "\n")
-    rows = [(one.name, one.version, size(one.size), f"{STORED}{one.name}@{one.version}") for one in stored]
-    rows += [(one.name, one.version, size(one.size), "incomplete; pull it again") for one in partials]
-    print(table(("STORED", "VERSION", "SIZE", "PATH FOR agent.toml"), rows) if rows else "the model store is empty")
+    head = ("MODEL", "VERSION", "SIZE", "REVISION", "LICENCE", "WHERE", "PATH FOR agent.toml")
+    rows = [
+        (*_cells(one), "loaded" if resident[one] else "here", f"{STORED}{one.name}@{one.version}") for one in stored
+    ]
+    rows += [(*_cells(one), "incomplete", "pull it again") for one in partials]
+    rows += [(*_cells(one), "bucket", f"pull {BUCKET}{one.name}@{one.version}") for one in shared]
+    print("\n".join([*([] if stored else ["the model store is empty"]), *([table(head, rows)] if rows else [])]))
     return 0
+
+
+def _cells(one: Installed) -> tuple[str, str, str, str, str]:
+    """Name, version, size, revision on the hub and licence."""
+    origin = one.origin
+    revision = f"{origin.repo}@{origin.revision[:12]}" if origin else "-"
+    return one.name, one.version, size(one.size), revision, (origin.licence if origin else "") or "-"
+
+
+def _in_bucket(access: Access) -> list[Installed]:
+    """The models in the bucket; none, with a line that says so, where it cannot be listed."""
+    if access.bucket is None:
+        return []
+    try:
+        return in_bucket(access.bucket())
+    except RackError as error:
+        access.say(f"(bucket: {error.message})")
+        return []
 
 
 def _pull(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
-    store = _store(config, state)
-    source: Source
+    access = access_of(config, state, os.environ, args)
+    installed = _pulled(args, config, access)
+    if args.publish:
+        publish(installed, access)
+    elif access.bucket is not None and installed.origin is not None:
+        access.say("other nodes pull it from the hub, too, unless an operator publishes it: add --publish")
+    return _done(args, installed, f'in the store; to serve it: path = "{STORED}{installed.name}@{installed.version}"')
+
+
+def _pulled(args: argparse.Namespace, config: AgentConfig, access: Access) -> Installed:
     if args.source.startswith(BUCKET):
         asked, _, version = args.source.removeprefix(BUCKET).partition("@")
         source = BucketSource(open_store(config.store, os.environ), check_name(asked, "model"), version)
-    else:
-        folder = Path(args.source).expanduser()
-        asked = folder.resolve().name
-        if not args.json:
-            print(f"hashing {folder} ...", file=sys.stderr, flush=True)
-        source = FolderSource(store, folder)
-    name = check_name(args.name or asked, "model name (choose one with --name)")
-    progress = _Progress(f"pull {name}", args.json)
-    installed = pull(source, store, name, disk_bytes=config.model_store.disk_bytes, progress=progress)
-    return _done(args, installed, f'in the store; to serve it: path = "{STORED}{name}@{installed.version}"')
+        return fetched(source, access, check_name(args.name or asked, NAME))
+    folder = Path(args.source).expanduser()
+    if not folder.exists() and (hub := parse_name(args.source)) is not None:
+        asked_for = hub._replace(revision=args.revision or hub.revision)
+        return obtain.obtain(asked_for, access, name=args.name)
+    access.say(f"hashing {folder} ...")
+    name = check_name(args.name or folder.resolve().name, NAME)
+    return fetched(FolderSource(access.store, folder), access, name)
 
 
 def _push(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
-    name = check_name(args.name, "model name")
+    name, access = check_name(args.name, "model name"), access_of(config, state, os.environ, args)
     bucket = open_store(config.store, os.environ)
-    folder, progress = args.folder.expanduser(), _Progress(f"push {name}", args.json)
-    pushed = push(folder, _store(config, state), bucket, name, again=args.again, progress=progress)
+    folder, progress = args.folder.expanduser(), Progress(f"push {name}", args.json)
+    pushed = push(folder, access.store, bucket, name, again=args.again, progress=progress)
     return _done(args, pushed, f"in the bucket; nodes get it with `mlxrack-agent models pull {BUCKET}{name}`")
 
 
-def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
-    store = _store(config, state)
-    name, _, version = args.model.partition("@")
-    held = [one.version for one in (*store.installed(name), *store.partials()) if one.name == name]
-    if not version and len(held) != 1:
-        what = f"{len(held)} versions in the store: {', '.join(held)}; name one" if held else "it is not in the store"
-        raise Refused(f"remove {name}: {what}", code="not_found")
-    version = version or held[0]
-    _refuse_while_served(config, state, store.place(name, version), version)
-    store.remove(name, version)
-    print(json.dumps({"removed": name, "version": version}) if args.json else f"removed {name}@{version}")
+def _recommend(args: argparse.Namespace) -> int:
+    if args.markdown:
+        print(recommended.markdown())
+        return 0
+    here = hardware() if not args.memory or not args.chip else None
+    memory_gb = args.memory or (here.memory_bytes / (1 << 30) if here else 0)
+    brand = args.chip or (here.chip if here and not args.memory else "")
+    chip = chips.find(brand)
+    found = recommended.for_memory(memory_gb, chip)
+    if args.json:
+        machine = {"memory_gb": memory_gb, "chip": chip.name if chip else None}
+        print(json.dumps({**machine, "models": msgspec.to_builtins(found)}, indent=2))
+        return 0
+    speed = f"{chip.bandwidth(memory_gb):.0f} GB/s" if chip else "unknown to this program: no tokens/s"
+    print(f"{memory_gb:.0f} GB, chip {brand or 'not given'} ({speed}); calculated, not measured")
+    print(table(recommended.HEAD, recommended.rows_of(found)) if found else "no model of the table fits")
     return 0
 
 
-def _refuse_while_served(config: AgentConfig, state: Path, place: Path, version: str) -> None:
+def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
+    store = access_of(config, state, os.environ, args).store
+    name, _, version = args.model.partition("@")
+    held = [one for one in (*store.installed(name), *store.partials()) if one.name == name]
+    if not version and len(held) != 1:
+        names = ", ".join(one.version for one in held)
+        what = f"{len(held)} versions in the store: {names}; name one" if held else "it is not in the store"
+        raise Refused(f"remove {name}: {what}", code="not_found")
+    version = version or held[0].version
+    _refuse_while_served(config, state, store, store.place(name, version))
+    freed = sum(one.size for one in held if one.version == version)
+    store.remove(name, version)
+    gone = {"removed": name, "version": version, "freed_bytes": freed}
+    print(json.dumps(gone) if args.json else f"removed {name}@{version}, {size(freed)} freed")
+    return 0
+
+
+def _refuse_while_served(config: AgentConfig, state: Path, store: ModelStore, place: Path) -> None:
+    what = f"remove {place.parent.name}@{place.name}"
+    for model in config.models:
+        with contextlib.suppress(Refused):
+            if model.path and store.resolve(model) == place:
+                raise Halt(f"{what}: [[models]] {model.name} is configured with it; remove that table first")
     try:
         served = AdminClient(config, state).status()["models"]
     except Retryable as error:
@@ -116,11 +192,7 @@ def _refuse_while_served(config: AgentConfig, state: Path, place: Path, version:
             return
         raise
     if users := [m["model"] for m in served if str(place) == m["path"]]:
-        raise Refused(f"remove {place.parent.name}@{version}: it serves {users[0]}; unload that model first")
-
-
-def _store(config: AgentConfig, state: Path) -> ModelStore:
-    return ModelStore(state / "models.json", model_folder(config, state))
+        raise Refused(f"{what}: it serves {users[0]}; unload that model first")
 
 
 def _done(args: argparse.Namespace, installed: Installed, where: str) -> int:
@@ -129,23 +201,3 @@ def _done(args: argparse.Namespace, installed: Installed, where: str) -> int:
     else:
         print(f"{installed.name} {installed.version}, {size(installed.size)}: {where}")
     return 0
-
-
-class _Progress:
-    """On a terminal one line that is rewritten; elsewhere a line for every 10 %."""
-
-    def __init__(self, what: str, silent: bool) -> None:
-        self._what, self._silent = what, silent
-        self._began, self._said = time.monotonic(), -1
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        percent = 100 * done // total if total else 100
-        step = percent if self._live else percent // 10
-        if self._silent or step == self._said:
-            return
-        self._said = step
-        speed = done / max(1e-3, time.monotonic() - self._began)
-        line = f"{self._what}: {percent} %, {size(done)} of {size(total)}, {size(int(speed))}/s"
-        end = "\n" if percent == 100 or not self._live else ""
-        print(f"\r{line:<70}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import pytest
 
 from agent.config import Model
 from agent.files import model_pull
-from agent.files.model_pull import BucketSource, FolderSource, pull, push
+from agent.files.model_pull import BucketSource, FolderSource, Write, pull, push
 from agent.files.modelstore import PARTIAL, ModelStore
 from scripts.seaweed import SeaweedFS
 from shared.catalog import MANIFEST_NAME, PROBES_NAME, Manifest, ModelFile
@@ -118,14 +118,19 @@ class CutShort:
         self._inner, self._limit, self.read = inner, limit, 0
         self.manifest = inner.manifest
 
-    def part(self, file: ModelFile, start: int, length: int) -> bytes:
+    def copy(self, file: ModelFile, start: int, write: Write) -> None:
+        def limited(piece: bytes) -> None:
+            kept = piece[: self._limit - self.read]
+            self.read += len(kept)
+            write(kept)
+            if len(kept) < len(piece) or self.read >= self._limit:
+                raise Retryable("the source is gone")
+
         if self.read >= self._limit:
             raise Retryable("the source is gone")
-        piece = self._inner.part(file, start, min(length, self._limit - self.read))
-        self.read += len(piece)
-        return piece
+        self._inner.copy(file, start, limited)
 
-    def probes(self) -> bytes | None:
+    def companion(self, name: str) -> bytes | None:
         return None
 
 
@@ -216,6 +221,7 @@ def test_an_invalid_manifest_is_rejected(store: ModelStore, tmp_path: Path, body
 def test_a_manifest_cannot_write_outside_its_folder(store: ModelStore, tmp_path: Path, name: str) -> None:
     class Strange(FolderSource):
         def __init__(self) -> None:
+            self._folder = tmp_path
             self.manifest = msgspec.json.decode(manifest("a.safetensors", name), type=Manifest)
 
     with pytest.raises(Refused, match="which is not a model file"):
@@ -228,10 +234,10 @@ def test_concurrent_pulls_of_one_model_are_excluded(folder: Path, store: ModelSt
     inside, go = threading.Event(), threading.Event()
 
     class Slow(CutShort):
-        def part(self, file: ModelFile, start: int, length: int) -> bytes:
+        def copy(self, file: ModelFile, start: int, write: Write) -> None:
             inside.set()
             assert go.wait(10)
-            return super().part(file, start, length)
+            super().copy(file, start, write)
 
     first = threading.Thread(target=lambda: pull(Slow(whole, 1 << 40), store, "tiny"))
     first.start()
