@@ -23,7 +23,7 @@ import msgspec
 from agent import config as agent_config
 from agent.config import AgentConfig, Node
 from agent.operator import cli_models, completion, install, logview, obtain, serve_one
-from agent.operator.admin_client import AdminClient
+from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.statusview import progress, size, status_text, table, why_text
 from shared import __version__, logs
 from shared import config as shared_config
@@ -195,12 +195,20 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
     """Run the daemon until a signal ends it; ``started`` is called in its loop once it listens."""
     from agent.daemon import Daemon
 
-    state_folder(config).mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = state_folder(config)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     logs.configure(log_file(config), level=config.log_level, console=console)
 
     async def serve() -> None:
-        daemon = Daemon(config, state_folder(config), os.environ)
-        await daemon.run(lambda port: started(daemon, port))
+        daemon = Daemon(config, state, os.environ)
+
+        def listening(port: int) -> None:
+            with contextlib.suppress(OSError):  # a full disk must not keep it from serving
+                (state / PORT_NAME).write_text(str(port), encoding="ascii")
+            started(daemon, port)
+
+        await daemon.run(listening)
+        (state / PORT_NAME).unlink(missing_ok=True)
         if daemon.telemetry.hangs:
             # a thread blocked on an unresponsive store or sensor would delay the exit by minutes; batches are on disk
             sys.stdout.flush()
@@ -218,8 +226,7 @@ def _serve(args: argparse.Namespace) -> int:
     failed: list[str] = []
 
     async def announce(daemon: "Daemon", port: int) -> None:
-        listen = msgspec.structs.replace(serving.config.listen, port=port)
-        client = AdminClient(msgspec.structs.replace(serving.config, listen=listen), state)
+        client = AdminClient(serving.config, state)
         if why := await serve_one.announce(client, serving, port, began_s, lambda line: print(line, flush=True)):
             failed.append(why)
             daemon.stop()

@@ -11,6 +11,8 @@ from shared.errors import Halt, Refused, Retryable
 
 STATUS_TIMEOUT_S = 5.0
 ORDER_TIMEOUT_S = 900.0
+PORT_NAME = "port"
+"""Where a running agent notes its port, which need not be the configured one."""
 
 
 class AdminClient:
@@ -19,7 +21,7 @@ class AdminClient:
     def __init__(self, config: AgentConfig, state: Path) -> None:
         host = config.listen.host
         self._host = host if is_loopback(host) else ("127.0.0.1" if host == "0.0.0.0" else host)
-        self._port = config.listen.port
+        self._port = _listening(state / PORT_NAME) or config.listen.port
         self._token_file = state / "admin.token"
 
     def status(self) -> dict[str, Any]:
@@ -64,3 +66,10 @@ class AdminClient:
             raise Retryable(why, code="not_running") from None
         except PermissionError:
             raise Halt(f"{self._token_file}: permission denied; run this command as the agent's user") from None
+
+
+def _listening(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import STORED, AgentConfig
+from agent.config import STORED, AgentConfig, Model
 from agent.files.hub_listing import parse_name
 from agent.files.model_pull import BucketSource, FolderSource, in_bucket, push
 from agent.files.modelstore import Installed, ModelStore
@@ -17,11 +17,9 @@ from agent.operator import obtain, recommended
 from agent.operator.admin_client import AdminClient
 from agent.operator.obtain import Access, Progress, access_of, fetched, publish
 from agent.operator.statusview import models_text, size, table
-from agent.telemetry.sensors.host import hardware
 from shared import chips
-from shared.errors import Halt, RackError, Refused, Retryable
+from shared.errors import RackError, Refused, Retryable
 from shared.keys import check_name
-from shared.store_open import open_store
 
 BUCKET = "bucket:"
 NAME = "model name (choose one with --name)"
@@ -113,7 +111,7 @@ def _in_bucket(access: Access) -> list[Installed]:
 
 def _pull(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     access = access_of(config, state, os.environ, args)
-    installed = _pulled(args, config, access)
+    installed = _pulled(args, access)
     if args.publish:
         publish(installed, access)
     elif access.bucket is not None and installed.origin is not None:
@@ -121,10 +119,10 @@ def _pull(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     return _done(args, installed, f'in the store; to serve it: path = "{STORED}{installed.name}@{installed.version}"')
 
 
-def _pulled(args: argparse.Namespace, config: AgentConfig, access: Access) -> Installed:
+def _pulled(args: argparse.Namespace, access: Access) -> Installed:
     if args.source.startswith(BUCKET):
         asked, _, version = args.source.removeprefix(BUCKET).partition("@")
-        source = BucketSource(open_store(config.store, os.environ), check_name(asked, "model"), version)
+        source = BucketSource(access.rack_bucket("pull"), check_name(asked, "model"), version)
         return fetched(source, access, check_name(args.name or asked, NAME))
     folder = Path(args.source).expanduser()
     if not folder.exists() and (hub := parse_name(args.source)) is not None:
@@ -137,7 +135,7 @@ def _pulled(args: argparse.Namespace, config: AgentConfig, access: Access) -> In
 
 def _push(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     name, access = check_name(args.name, "model name"), access_of(config, state, os.environ, args)
-    bucket = open_store(config.store, os.environ)
+    bucket = access.rack_bucket("push")
     folder, progress = args.folder.expanduser(), Progress(f"push {name}", args.json)
     pushed = push(folder, access.store, bucket, name, again=args.again, progress=progress)
     return _done(args, pushed, f"in the bucket; nodes get it with `mlxrack-agent models pull {BUCKET}{name}`")
@@ -147,6 +145,8 @@ def _recommend(args: argparse.Namespace) -> int:
     if args.markdown:
         print(recommended.markdown())
         return 0
+    from agent.telemetry.sensors.host import hardware
+
     here = hardware() if not args.memory or not args.chip else None
     memory_gb = args.memory or (here.memory_bytes / (1 << 30) if here else 0)
     brand = args.chip or (here.chip if here and not args.memory else "")
@@ -181,10 +181,8 @@ def _remove(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
 
 def _refuse_while_served(config: AgentConfig, state: Path, store: ModelStore, place: Path) -> None:
     what = f"remove {place.parent.name}@{place.name}"
-    for model in config.models:
-        with contextlib.suppress(Refused):
-            if model.path and store.resolve(model) == place:
-                raise Halt(f"{what}: [[models]] {model.name} is configured with it; remove that table first")
+    if names := [model.name for model in config.models if _is_at(store, model, place)]:
+        raise Refused(f"{what}: [[models]] {names[0]} is configured with it; remove that table first")
     try:
         served = AdminClient(config, state).status()["models"]
     except Retryable as error:
@@ -193,6 +191,12 @@ def _refuse_while_served(config: AgentConfig, state: Path, store: ModelStore, pl
         raise
     if users := [m["model"] for m in served if str(place) == m["path"]]:
         raise Refused(f"{what}: it serves {users[0]}; unload that model first")
+
+
+def _is_at(store: ModelStore, model: Model, place: Path) -> bool:
+    with contextlib.suppress(Refused):
+        return bool(model.path) and store.resolve(model) == place
+    return False
 
 
 def _done(args: argparse.Namespace, installed: Installed, where: str) -> int:

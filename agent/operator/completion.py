@@ -60,12 +60,11 @@ def _bash(program: str, found: list[Level], shell: str) -> str:
   esac
 }}
 {name}() {{
-  local at="" word i
-  for ((i = 1; i < COMP_CWORD; i++)); do
-    word="${{COMP_WORDS[i]}}"
+  local at="" word
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
     {name}_words "${{at:+$at }}$word" >/dev/null && at="${{at:+$at }}$word"
   done
-  COMPREPLY=($(compgen -W "$({name}_words "$at")" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  COMPREPLY=($(compgen -W "$({name}_words "$at")" -- "${{COMP_WORDS[@]:COMP_CWORD:1}}"))
 }}
 complete -o default -F {name} {program}
 """

@@ -41,6 +41,12 @@ class Access(NamedTuple):
     disk_bytes: int = 0
     silent: bool = False
 
+    def rack_bucket(self, what: str) -> ObjectStore:
+        """The bucket of the rack. Raises Refused where none is configured."""
+        if self.bucket is None:
+            raise Refused(f"{what}: no [store] is configured; it names the bucket that the rack's nodes share")
+        return self.bucket()
+
     def hub(self) -> Hub:
         """The hub. Raises Refused when this node has to stay offline, Halt when the token cannot be resolved."""
         if self.token and not is_reference(self.token):
@@ -106,11 +112,10 @@ def fetched(source: Source, access: Access, name: str) -> Installed:
 def publish(installed: Installed, access: Access) -> None:
     """Upload an installed version to the bucket, for all nodes. Raises RackError; the credential has to be one that may
     write ``models/``, which a node's may not."""
-    if access.bucket is None:
-        raise Refused("publish: no [store] is configured; it names the bucket that the rack's nodes share")
+    bucket = access.rack_bucket("publish")
     place, progress = access.store.place(installed.name, installed.version), Progress("publish", access.silent)
     try:
-        push(place, access.store, access.bucket(), installed.name, progress=progress)
+        push(place, access.store, bucket, installed.name, progress=progress)
     except AccessDenied as error:
         remedy = "models/ is the operator's: publish with a configuration whose [store] has the operator's credential"
         raise Halt(f"publish {installed.name}: {error.message}; {remedy}", code=error.code) from None

@@ -141,6 +141,9 @@ def prepare(text: str, config: AgentConfig, access: Access, options: Options) ->
     check_port(port)
     budget = _Budget(config, access.environ)
     model = _model(text, config, access, options, budget)
+    if model.name in {one.name for one in config.models}:
+        rows, row_tok = options.rows or model.rows, options.context_tok or model.plan_context_tok
+        options = options._replace(rows=rows, context_tok=row_tok)
     spec = access.store.describe(model)
     if spec.shape is not None:
         need = need_of(spec.shape, spec.plan.weights_bytes, model, fused=access.store.fused)
@@ -148,7 +151,7 @@ def prepare(text: str, config: AgentConfig, access: Access, options: Options) ->
         spec = access.store.describe(msgspec.structs.replace(model, rows=rows, plan_context_tok=row_tok))
     elif spec.need_bytes > budget.bytes_for(spec.need_bytes):
         raise does_not_fit(model.name, spec.need_bytes, budget.bytes_for(spec.need_bytes))
-    kind = kind_of(spec.shape, template=has_template(Path(spec.path)))
+    kind = kind_of(spec.shape, template=model.engine == "fake" or has_template(Path(spec.path)))
     return Serving(one_node(config, spec.model, options.port), spec, kind)
 
 

@@ -40,8 +40,9 @@ class Repo:
 
 
 class StandInHub:
-    """Models by ``org/name``. ``corrupt`` counts, by file, how often a wrong byte is sent; ``hold`` stops a file after
-    so many bytes until ``release`` is set; ``token`` opens gated models."""
+    """Models by ``org/name``. ``corrupt`` counts, by file, how often a wrong byte is sent; ``cut`` ends the next
+    download of a file after so many bytes; ``hold`` stops at this byte of a file until ``release`` is set; ``token``
+    opens gated models."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -119,7 +120,7 @@ class StandInHub:
         await answer.prepare(request)
         if request.method == "HEAD":
             return answer
-        end = start + min([self.cut.pop(path, len(body)), self.hold.get(path, len(body)), len(body) - start])
+        end = min(start + self.cut.pop(path, len(body)), max(start, self.hold.get(path, len(body))), len(body))
         self.sent.append(Sent(path, start, end - start))
         await answer.write(body[start:end])
         if path in self.hold:

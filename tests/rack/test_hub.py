@@ -267,8 +267,10 @@ def test_serve_goes_from_an_empty_folder_to_a_token_in_one_command(node: Node, h
             print(f"serve: {time.monotonic() - began:.1f} s from an empty folder to the first answer")
             assert answer.status == 200, answer.body
             assert answer.json["usage"]["completion_tokens"] >= 1
-            listed = node.run("models", "list", "--json")
-            assert [one["name"] for one in json.loads(listed[1])["stored"]] == ["tiny"]
+            (stored,) = node.json("models", "list")["stored"]
+            assert (stored["name"], stored["loaded"]) == ("tiny", True)
+            status, _, err = node.run("models", "rm", "tiny")
+            assert (status, "it serves tiny; unload that model first" in err) == (1, True), err
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0
         finally:

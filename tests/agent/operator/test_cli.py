@@ -41,6 +41,8 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for verb in (
         "run",
+        "serve",
+        "completion",
         "status",
         "models",
         "load",
@@ -84,6 +86,36 @@ def test_status_without_an_agent_tells_how_to_start_it(config: Path, capsys: pyt
 def test_check_config_prints_paths(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check-config", "--config", str(config)]) == 0
     assert "agent.jsonl" in capsys.readouterr().out
+
+
+def test_one_node_needs_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text(f'[node]\nid = "n1"\nrack = "r"\n[paths]\nstate = "{tmp_path / "s"}"\n')
+    assert cli.main(["check-config", "--config", str(path)]) == 0
+    args = cli._parser().parse_args(["status", "--config", str(path)])
+    config, state = cli._config_and_state(args)
+    assert config.store.path == str(state / "bucket"), "never the working directory"
+    assert cli.main(["models", "push", str(tmp_path), "m", "--config", str(path)]) == 1
+    assert "no [store] is configured" in capsys.readouterr().err
+    with path.open("a") as file:
+        file.write('[peers]\nsecret = "env:X"\nnodes = [{ id = "n2", url = "http://n2:1" }]\n')
+    assert cli.main(["check-config", "--config", str(path)]) == os.EX_CONFIG
+    assert "store.path: is required with peers" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_configuration_is_a_node_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.CONFIG_VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert cli.main(["models", "list"]) == 0
+    assert "the model store is empty" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [], "looking writes nothing"
+    assert cli.main(["run"]) == os.EX_CONFIG, "a daemon is configured"
+    (tmp_path / "agent.toml").write_text("[node]\n")
+    assert cli.main(["models", "list"]) == os.EX_CONFIG, "a configuration that is there counts"
 
 
 def test_sample_prints_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
