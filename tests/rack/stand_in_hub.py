@@ -42,13 +42,14 @@ class Repo:
 class StandInHub:
     """Models by ``org/name``. ``corrupt`` counts, by file, how often a wrong byte is sent; ``cut`` ends the next
     download of a file after so many bytes; ``hold`` stops at this byte of a file until ``release`` is set; ``token``
-    opens gated models."""
+    opens gated models; ``answers`` are given instead of a model's description."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.token = "hf_right"
         self.sent: list[Sent] = []
         self.asked: list[str] = []
+        self.answers: dict[str, tuple[int, dict[str, str]]] = {}
         self.corrupt: dict[str, int] = {}
         self.cut: dict[str, int] = {}
         self.hold: dict[str, int] = {}
@@ -71,6 +72,9 @@ class StandInHub:
     async def _info(self, request: web.Request) -> web.Response:
         name = f"{request.match_info['org']}/{request.match_info['name']}"
         self.asked.append(f"info {name}")
+        if name in self.answers:
+            status, headers = self.answers[name]
+            return web.json_response({}, status=status, headers=headers)
         if (repo := self.repos.get(name)) is None:
             return web.json_response({}, status=401, headers={"X-Error-Code": "RepoNotFound"})
         revision = request.match_info.get("revision", "main")

@@ -317,6 +317,15 @@ def test_serve_refuses_before_it_downloads(node: Node, hub: StandInHub, tmp_path
     assert hub.bytes_of(WEIGHTS) == 0
 
 
+def test_serve_says_why_a_model_cannot_be_loaded(node: Node, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "broken", seed=5)
+    (tmp_path / "broken/tokenizer.json").unlink()
+    status, out, err = node.run("serve", "broken", "--port", "0")
+    assert status == 1, out
+    assert "mlxrack-agent: serve broken: " in err
+    assert "curl" not in out
+
+
 def test_the_stand_in_lists_what_the_hub_lists(hub: StandInHub) -> None:
     from huggingface_hub import HfApi
 
