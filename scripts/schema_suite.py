@@ -39,8 +39,9 @@ _DRAFTS = {
 
 
 def grammar(schema: dict[str, Any]) -> str:
-    """The grammar of an answer that follows a schema."""
-    return f"start: %json {json.dumps({'x-guidance': _SPACING, **schema})}\n"
+    """The grammar of an answer that follows a schema. llguidance takes the options out by putting the last keyword in
+    their place, and order matters to it: they are last."""
+    return f"start: %json {json.dumps({**schema, 'x-guidance': _SPACING})}\n"
 
 
 def faulty(schema: dict[str, Any]) -> str | None:
@@ -70,12 +71,11 @@ def texts(value: Any) -> Iterator[str]:
 
 def allows(written: str, value: Any) -> bool:
     """Whether a grammar takes a value."""
-    return any(_takes(written, text) for text in islice(texts(value), _MOST_ORDERS))
+    compiled = LLMatcher(_TOKENIZER, written)
+    return any(_takes(compiled.deep_copy(), list(text.encode())) for text in islice(texts(value), _MOST_ORDERS))
 
 
-def _takes(written: str, text: str) -> bool:
-    matcher = LLMatcher(_TOKENIZER, written)
-    tokens = list(text.encode())
+def _takes(matcher: LLMatcher, tokens: list[int]) -> bool:
     return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
 

@@ -199,7 +199,9 @@ def _property_names(one: One, keyword: str, value: Any) -> None:
     rules = _resolved(one.rewriting, one.rewriting.document.child(one.place, keyword))
     if rules is True or rules == {} or rules == {"type": "string"}:
         return
-    free = not any(key in one.schema for key in ("properties", "patternProperties", "required"))
+    free = not any(
+        key in one.schema for key in ("properties", "patternProperties", "required", "unevaluatedProperties")
+    )
     stated = {**rules, "type": "string"} if isinstance(rules, dict) and rules.get("type", "string") == "string" else {}
     names, pattern = stated.get("enum"), stated.get("pattern")
     if free and set(stated) == {"type", "enum"} and isinstance(names, list) and _are_text(names):

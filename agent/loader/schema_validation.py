@@ -1,5 +1,6 @@
 """What a value leaves unmet of a JSON schema: the jsonschema library within limits, on any schema. Pure."""
 
+import graphlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,13 +8,20 @@ from typing import Any
 import jsonschema.validators
 import regex
 from jsonschema.exceptions import ValidationError
-from jsonschema_specifications import REGISTRY
+from referencing import Registry
 
-from agent.loader.schema_references import Document, draft, pointer, portable
+from agent.loader.schema_references import IN_PLACE, Document, Place, draft, pointer, portable
 
-_STEPS = 100_000
+_STEPS = 50_000
+_DEPTH = 100
+"""Checks within checks, each of up to six frames of Python. The library must not reach the interpreter's limit: its
+extension in Rust does not survive that."""
+_MOST_REFERENCES = 40
+"""With more, what is unevaluated is not looked for: the library follows them without our limits."""
 _STEPS_OF_A_PATTERN, _PATTERN_S = 100, 0.1
 _LISTS = ("allOf", "anyOf", "enum", "oneOf", "prefixItems", "required")
+_TURNING = ("contains", "disallow", "if", "not", "oneOf")
+"""Keywords that a value may break because it satisfies a schema: inside, what is not known must not count as met."""
 _NUMBERS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf", "divisibleBy")
 
 _Check = Callable[[Any, Any, Any, Any], Any]
@@ -25,10 +33,9 @@ def unmet(schema: Any, value: Any) -> str | None:
     raises. What takes longer than a few seconds counts as met: steps are limited, and so is the time of each search for
     a pattern."""
     try:
-        bare, patterns = _bare(schema)
-        base = _DIALECTS.get(draft(schema), _NEWEST)
-        checker = _extended(base, _Checks(patterns).table(base))
-        error = next(checker(bare, registry=REGISTRY).iter_errors(value), None)
+        bare, unevaluated = _bare(schema)
+        checker = _Checks().library(_DIALECTS.get(draft(schema), _NEWEST), unevaluated=unevaluated)
+        error = next(checker(bare, registry=Registry()).iter_errors(value), None)
     except Exception:  # noqa: BLE001  # libraries may raise anything on a hostile schema; it has been followed already
         return None
     if error is None:
@@ -49,55 +56,89 @@ _DIALECTS: dict[int, Any] = {
 
 
 class _TooMuch(Exception):
-    """The limit of steps, or of a pattern's time, is reached."""
+    """The limit of steps, of depth, or of a pattern's time is reached; or what matters is not known."""
 
 
 def _bare(schema: Any) -> tuple[Any, bool]:
-    """A copy without ``$schema``, with which the library would go on without our checks; whether there are patterns
-    among the names of properties."""
+    """A copy without ``$schema``, with which the library would go on without our checks; and whether it may look for
+    what is unevaluated, for which it searches patterns and follows references by itself."""
     bare = json.loads(json.dumps(schema))
-    document, patterns = Document(bare), False
-    waiting = [document.root]
-    while waiting:
-        place = waiting.pop()
-        if isinstance(place.schema, dict):
-            waiting += document.children(place)
-            place.schema.pop("$schema", None)
-            patterns = patterns or "patternProperties" in place.schema
-    return bare, patterns
+    document = Document(bare)
+    places = [document.root]
+    for place in places:
+        places += document.children(place) if isinstance(place.schema, dict) else ()
+    schemas = [place.schema for place in places if isinstance(place.schema, dict)]
+    for one in schemas:
+        one.pop("$schema", None)
+    beyond = any(key in one for one in schemas for key in ("patternProperties", "$dynamicRef", "$recursiveRef"))
+    return bare, not beyond and _ends(document, places)
+
+
+def _ends(document: Document, places: list[Place]) -> bool:
+    """Whether following references, on one value, ends soon."""
+    leads: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    references = 0
+    for place in places:
+        if not isinstance(place.schema, dict):
+            continue
+        below = [one for one in document.children(place) if one.path[len(place.path)] in {*IN_PLACE, "not"}]
+        if isinstance(reference := place.schema.get("$ref"), str):
+            references += 1
+            below += [found] if (found := document.target(place, reference)) else []
+        leads[place.path] = [one.path for one in below]
+    try:
+        graphlib.TopologicalSorter(leads).prepare()
+    except graphlib.CycleError:
+        return False
+    return references <= _MOST_REFERENCES
 
 
 class _Checks:
     """The keywords' checks for one value, counted, and with those replaced that search for patterns."""
 
-    def __init__(self, patterns: bool) -> None:
+    def __init__(self) -> None:
         self._left = _STEPS
-        self._patterns = patterns
+        self._depth = self._turned = 0
 
-    def table(self, base: Any) -> dict[str, _Check]:
-        """Checks by keyword."""
-        checks = {
+    def library(self, base: Any, *, unevaluated: bool) -> Any:
+        """A validator's class of the library that uses these checks."""
+        table = {
             **base.VALIDATORS,
             "pattern": self._pattern,
             "patternProperties": self._pattern_properties,
             "additionalProperties": self._additional_properties,
             "type": _or_null(base.VALIDATORS["type"]),
         }
-        if self._patterns:
-            checks.pop("unevaluatedProperties", None)  # the library searches for the patterns itself
-        return {keyword: self._guarded(keyword, check) for keyword, check in checks.items()}
+        if not unevaluated:
+            table |= {keyword: _unknown for keyword in table if keyword.startswith("unevaluated")}
+        checker = _extended(base, {keyword: self._guarded(keyword, check) for keyword, check in table.items()})
+        evolved = checker.evolve
+
+        def counted(validator: Any, **changes: Any) -> Any:
+            self._spend(1)
+            return evolved(validator, **changes)
+
+        checker.evolve = counted
+        return checker
 
     def _guarded(self, keyword: str, check: _Check) -> _Check:
         def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
             self._spend(1)
             if not _means_something(keyword, value, schema):
                 return
+            turns = keyword in _TURNING
+            self._depth, self._turned = self._depth + 1, self._turned + turns
             try:
+                if self._depth > _DEPTH:
+                    raise _TooMuch
                 yield from check(validator, value, instance, schema) or ()
             except _TooMuch:
                 raise
-            except Exception:  # noqa: BLE001  # whatever a keyword's value makes the library raise: it means nothing
-                return
+            except Exception as error:  # a keyword's value may make the library raise anything
+                if self._turned:
+                    raise _TooMuch from error
+            finally:
+                self._depth, self._turned = self._depth - 1, self._turned - turns
 
         return checked
 
@@ -135,6 +176,10 @@ class _Checks:
                 yield ValidationError("is not declared")
             else:
                 yield from validator.descend(instance[name], value, path=name)
+
+
+def _unknown(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+    raise LookupError("not looked for")
 
 
 def _or_null(check: _Check) -> _Check:

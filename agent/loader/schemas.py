@@ -103,7 +103,8 @@ class _Repair:
             raise _Spent
         if isinstance(tree, bool):
             return None if tree else NOTHING
-        return self._faulty({**tree, "$defs": definitions} if definitions else {**tree})
+        # below the root, where it will be used: options that are put into the root may change the order of its keywords
+        return self._faulty({"allOf": [tree], "$defs": definitions})
 
     def _limit_depth(self) -> None:
         while found := too_deep(self._trees):
@@ -141,10 +142,10 @@ class _Repair:
 
     def _loosen_together(self) -> None:
         """Schemas that are refused for what their parts mean together. Of the definitions that are refused, each is
-        mended while the others demand nothing; it too, unless the fault is that it refers to itself."""
+        loosened while the others demand nothing; it too, unless the fault is that it refers to itself."""
         names = list(self._trees)[::-1]
         refused = {name for name in names if self._fault(self._trees[name], self._definitions()) is not None}
-        for name in names:
+        for name in (name for name in names if name in self._trees):
             definitions = {n: True if n in refused - {name} else tree for n, tree in self._definitions().items()}
             while (tree := self._trees[name]) is not False and self._fault(tree, definitions) is not None:
                 alone = {**definitions, name: True}
@@ -152,6 +153,7 @@ class _Repair:
                 fault = partial(self._fault, definitions=used)
                 self._loosen(self._culprit((self._trees, name), fault), fault)
             refused.discard(name)
+            self._prune()
 
     def _culprit(self, slot: Slot, fault: Callable[[Tree], str | None]) -> Slot:
         """The innermost schema that is refused for more than what it refers to."""
