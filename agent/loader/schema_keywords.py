@@ -10,8 +10,6 @@ _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _EXACT = 1 << 53
 """llguidance computes with doubles: larger integers are not told apart."""
-_MOST = 1 << 20
-"""Counts above it are not enforced; no answer gets that long."""
 
 
 def _types(one: One, keyword: str, value: Any) -> None:
@@ -47,8 +45,6 @@ def _is_exact(value: Any) -> bool:
 def _count(one: One, keyword: str, value: Any) -> None:
     if not _is_number(value) or value < 0 or value != int(value):
         one.lose(keyword, ODD)
-    elif value > _MOST:
-        one.lose(keyword)
     elif value or keyword.startswith("max"):
         one.node[keyword] = int(value)
 

@@ -111,15 +111,7 @@ class _Checks:
         }
         if not unevaluated:
             table |= {keyword: _unknown for keyword in table if keyword.startswith("unevaluated")}
-        checker = _extended(base, {keyword: self._guarded(keyword, check) for keyword, check in table.items()})
-        evolved = checker.evolve
-
-        def counted(validator: Any, **changes: Any) -> Any:
-            self._spend(1)
-            return evolved(validator, **changes)
-
-        checker.evolve = counted
-        return checker
+        return _extended(base, {keyword: self._guarded(keyword, check) for keyword, check in table.items()})
 
     def _guarded(self, keyword: str, check: _Check) -> _Check:
         def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
