@@ -102,6 +102,8 @@ difference in load."""
 HEAT_S = (0.0, 0.05, 0.5, 2.0, 5.0)
 """Penalty by thermal level: a hot node should cool down while others can serve."""
 MEMORY_S: Mapping[str, float] = {"calm": 0.0, "soft": 0.5, "hard": 2.0}
+CAPPED_S = 30.0
+"""A node whose context holds the prompt, but would cap the answer's tokens."""
 KV_S = 0.15
 """Penalty, times k/(1-k), for a KV cache of which the share k is used."""
 NEAR_S = 0.005
@@ -177,7 +179,7 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     for_row_s = max(0, requests + 1 - model.rows) * usual_tok * step_s / model.rows
     wait_s = max(0, model.prefill_tok + sent_tok) / prefill_tps + for_row_s
     prefill_s = (request.prompt_tok - saved_tok) / prefill_tps
-    barrier_s = _barrier_s(node, model)
+    barrier_s = _barrier_s(node, model, request)
     resort = _last_resort(request, node, model)
     others_s = OTHERS * prefill_s
     cost_s = wait_s + prefill_s + answer_s + others_s + barrier_s
@@ -196,10 +198,11 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     )
 
 
-def _barrier_s(node: NodeView, model: ModelView) -> float:
+def _barrier_s(node: NodeView, model: ModelView, request: RouteRequest) -> float:
     full = min(0.99, model.kv_ppm / 1e6)
     heat_s = HEAT_S[min(node.heat, len(HEAT_S) - 1)]
-    return node.hop_s + heat_s + MEMORY_S.get(node.memory, 0.0) + KV_S * full / (1.0 - full)
+    capped_s = CAPPED_S if 0 < model.context_tok < request.prompt_tok + request.answer_tok else 0.0
+    return capped_s + node.hop_s + heat_s + MEMORY_S.get(node.memory, 0.0) + KV_S * full / (1.0 - full)
 
 
 def _last_resort(request: RouteRequest, node: NodeView, model: ModelView) -> str:
@@ -237,10 +240,16 @@ def _pick(weighed: Sequence[Candidate], here: str, draw: float) -> Candidate:
     return near[int(draw * len(near))]
 
 
+def _askable(here: NodeView, peers: Sequence[NodeView]) -> tuple[str, ...]:
+    """Names that can be asked for: this node's, which it loads on demand, and what peers have ready or soon."""
+    offered = {m.name for peer in peers if peer.state != "down" for m in peer.models if m.ready or m.coming}
+    return tuple(sorted(offered | {m.name for m in here.models}))
+
+
 def _refuse(request: RouteRequest, here: NodeView, nodes: Sequence[NodeView], peers: Sequence[NodeView]) -> Refuse:
     known = sorted({m.name for node in (here, *peers) for m in node.models})
     if request.model not in known and all(node.heard for node in peers):
-        return Refuse(code="model_not_found", known=tuple(known))
+        return Refuse(code="model_not_found", known=_askable(here, peers))
     unheard = any(node.state == "unknown" for node in peers)
     # one that was lost, tried or is probing may be available again in a moment
     living = [node for node in nodes if node.state != "down" and not node.draining]

@@ -133,6 +133,14 @@ def test_a_node_without_measurements_gets_default_speeds() -> None:
     assert {one.node: one.measured for one in decision.candidates} == {"a": True, "b": False}
 
 
+def test_an_answer_is_sent_where_its_tokens_are_not_capped() -> None:
+    small, large = node("here", context_tok=2_000), node("a", load=8, context_tok=8_000)
+    long_answer = msgspec.structs.replace(WANTED, answer_tok=4_000)
+    assert where(choose(WANTED, small, [large])) == "here"
+    assert where(choose(long_answer, small, [large])) == "a"
+    assert where(choose(long_answer, small, [])) == "here", "it is capped there"
+
+
 def test_a_context_estimated_too_small_is_tried_last_and_one_known_too_small_never() -> None:
     small, large = node("here", context_tok=1_000), node("a", load=20, context_tok=4_000)
     fits, too_long = WANTED, msgspec.structs.replace(WANTED, prompt_tok=1_500)
