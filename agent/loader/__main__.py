@@ -17,6 +17,7 @@ def main() -> int:
     """Serve one model on the socket that the daemon handed over."""
     parser = argparse.ArgumentParser(prog="agent.loader")
     parser.add_argument("--device", action="store_true", help="print MLX's device information and exit")
+    parser.add_argument("--describe", default="", help="print what the probe of a chat template finds, and exit")
     parser.add_argument("--fd", type=int, default=-1, help="descriptor of the connected Unix socket")
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
     parser.add_argument("--path", default="", help="model folder")
@@ -39,6 +40,10 @@ def main() -> int:
         from agent.loader.mlx import device
 
         return device.main()
+    if args.describe:
+        from agent.loader.mlx import describe
+
+        return describe.main(args.describe)
     if args.fd < 0:
         parser.error("--fd is required")
     # a core file would contain prompts

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from agent.loader.counts import Counts
 from agent.loader.generation import Prepared
 from agent.loader.stopping import StopText
@@ -111,14 +113,17 @@ class FakeEngine:
             self._slower = 10.0
         prompt_tok = len(_prompt(request))
         room = CONTEXT_TOK - prompt_tok
-        if room <= 0 or (request.max_tokens or 0) > room:
+        wanted = request.max_tokens or 64
+        if room < max(1, len(request.made)) or (wanted > room and request.strict):
             return Failed(
                 id=request.id,
                 code="context_length_exceeded",
-                message=f"prompt ({prompt_tok} tokens) and max_tokens exceed the context of {CONTEXT_TOK}",
-                param="max_tokens",
+                message=f"prompt is too long: {prompt_tok}; this model's maximum context length is {CONTEXT_TOK}",
+                param="messages" if room <= 0 else "max_tokens",
             )
-        return Prepared(request, ([0] * prompt_tok,), request.max_tokens or 64)
+        ignored = ("max_tokens",) if wanted > room else ()
+        capped = msgspec.structs.replace(request, max_tokens=min(wanted, room))
+        return Prepared(capped, ([0] * prompt_tok,), min(wanted, room), ignored)
 
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
@@ -137,7 +142,8 @@ class FakeEngine:
             self._waiting.append(row)
         self._counts.add("cached_tok", cached_tok)
         self._counts.highest("queue_max", len(self._waiting) + len(self._rows) - self._limit)
-        return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok)
+        ignored = prepared.extra or ()
+        return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=cached_tok, ignored=ignored)
 
     def cancel(self, request_id: int) -> None:
         self._embeds = [work for work in self._embeds if work[0].id != request_id]

@@ -109,6 +109,7 @@ def status(slot: Slot, now_s: float, *, fused: bool) -> dict[str, object]:
         "last_exit": life.last_exit,
         "silent_s": round(loaded.process.silent_s, 1) if loaded else 0.0,
         "blas": loaded.process.ready.blas if loaded and loaded.process.ready else "",
+        "conversation": loaded.process.ready.talks if loaded and loaded.process.ready else {},
     }
 
 

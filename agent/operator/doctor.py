@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import psutil
 
 from agent.config import AgentConfig
 from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.heartbeats import SKEW_WARNING_MS
+from agent.operator.statusview import talks_text
 from agent.process import gpu
+from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
 from shared.errors import NotFound, RackError
 from shared.keys import claim_key
@@ -53,7 +56,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
         _memory(config, environ),
-        *_models(config, state),
+        *_models(config, state, environ),
         _port(config),
         *_store(config, environ),
         *_peers(config, environ),
@@ -84,7 +87,19 @@ def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
     return Finding("memory", verdict, f"budget {budget / 1e9:.1f} GB of {total / 1e9:.1f} GB ({source}{why})")
 
 
-def _models(config: AgentConfig, state: Path) -> list[Finding]:
+def _talks(folder: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """How a model's chat template is spoken to; asked in a child process, which loads its tokenizer only."""
+    command = [sys.executable, "-P", "-m", "agent.loader", "--describe", folder]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment(environ, threads=1)
+    )
+    try:
+        return msgspec.json.decode(run.stdout, type=dict[str, str])
+    except msgspec.DecodeError:
+        return {"template": f"it cannot be examined (exit status {run.returncode})"}
+
+
+def _models(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
     store, found = ModelStore(state / "models.json", model_folder(config, state)), []
     for model in config.models:
         try:
@@ -93,7 +108,12 @@ def _models(config: AgentConfig, state: Path) -> list[Finding]:
             found.append(Finding(f"model {model.name}", "problem", error.message))
             continue
         seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
-        found.append(Finding(f"model {model.name}", "ok", seen))
+        if model.engine == "mlx":
+            talks = _talks(spec.path, environ)
+            found.append(Finding(f"model {model.name}", "warning" if "template" in talks else "ok", seen))
+            found.append(Finding("  chat template", found[-1].verdict, talks_text(talks)))
+        else:
+            found.append(Finding(f"model {model.name}", "ok", seen))
     return found or [Finding("models", "warning", "none configured; this node only forwards requests")]
 
 

@@ -1,6 +1,6 @@
 """The agent's status as human-readable tables. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -13,9 +13,11 @@ def status_text(s: dict[str, Any]) -> str:
         "",
         models_text(s["models"]),
     ]
+    talks = [(", ".join(m["names"]), talks_text(m["conversation"])) for m in s["models"] if m.get("conversation")]
     peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
     broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
     swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
+    lines += _section(("MODEL", "CHAT TEMPLATE"), talks)
     lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers)
     lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)
     lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps)
@@ -134,6 +136,11 @@ def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
         return []
     first = f"desired state: generation {desired['generation']}, {desired['state']}"
     return [first + (f"; {desired['reason']}" if desired["reason"] else ""), *(f"  {d}" for d in desired["drift"])]
+
+
+def talks_text(found: Mapping[str, str]) -> str:
+    """What the probe of a model's chat template found, in one line."""
+    return "; ".join(f"{what}: {how}" for what, how in found.items())
 
 
 def _span(seconds: int) -> str:

@@ -138,7 +138,8 @@ class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
 
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     """The model is resident and warm. ``serves`` is text for a generative model, vectors for an encoder. ``peak_bytes``
-    is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens."""
+    is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens. ``talks`` says how its
+    chat template is spoken to, as found by a probe."""
 
     protocol: int = PROTOCOL
     engine: str
@@ -149,6 +150,7 @@ class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     warm_tok: int = 0
     blas: str = ""
     serves: str = "text"
+    talks: dict[str, str] = {}
 
 
 class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):

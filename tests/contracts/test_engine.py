@@ -97,9 +97,22 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: Engine) -> None:
 
 
 def test_an_oversized_request_is_rejected_and_the_next_is_served(engine: Engine) -> None:
-    refused = submit(engine, ask(1, max_tokens=10**6))
+    refused = submit(engine, ask(1, max_tokens=10**6, strict=True))
     assert isinstance(refused, Failed)
     assert (refused.code, refused.param) == ("context_length_exceeded", "max_tokens")
+    long = submit(engine, ask(3, "word " * 40_000, max_tokens=1))
+    assert isinstance(long, Failed)
+    assert (long.code, long.param) == ("context_length_exceeded", "messages")
+    # LiteLLM and LangChain shorten the conversation when they find these words
+    assert "this model's maximum context length is" in long.message
+    assert "prompt is too long" in long.message
+
+
+def test_max_tokens_beyond_the_context_are_capped_and_named(engine: Engine) -> None:
+    capped = submit(engine, ask(1, max_tokens=10**6))
+    assert isinstance(capped, Accepted)
+    assert capped.ignored == ("max_tokens",)
+    engine.cancel(1)
     assert done_of(run(engine, ask(2))[2])
 
 
@@ -152,6 +165,13 @@ def test_an_answer_can_be_continued_after_any_token(engine: Engine, more: dict[s
         assert [token for a in rest if isinstance(a, Tokens) for token in a.ids] == ids[cut:]
         assert text_of(rest) == "".join(texts[cut:])
         assert (done_of(rest).finish, done_of(rest).completion_tok) == (done_of(whole).finish, len(ids))
+
+
+def test_an_answer_longer_than_this_context_is_continued_elsewhere(engine: Engine) -> None:
+    """Ended here, it would be shorter than the node that began it made it."""
+    refused = submit(engine, ask(1, max_tokens=10**6, made=(5,) * engine.describe().context_tok))
+    assert isinstance(refused, Failed)
+    assert refused.code == "context_length_exceeded"
 
 
 # MLX only

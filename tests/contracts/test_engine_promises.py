@@ -336,6 +336,14 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(mlx: MLXEngine) -> None:
     assert refused.code == "context_length_exceeded"
 
 
+def test_a_configuration_that_only_mlx_lm_reads_loads(tmp_path: Path) -> None:
+    pattern = {"model_type": "exaone4", "head_dim": 16, "sliding_window": 24, "sliding_window_pattern": "LLLG"}
+    write_tiny_model(tmp_path / "m", seed=1, config={**pattern, "num_hidden_layers": 4, "rope_scaling": None})
+    engine = MLXEngine(str(tmp_path / "m"))
+    assert done_of(run(engine, ask(1))[1]).completion_tok
+    engine.close()
+
+
 def test_unequal_prompts_of_a_recurrent_model_are_not_mixed(tmp_path: Path) -> None:
     """Some recurrent models read the padding of a shorter prompt as text."""
     write_tiny_model(tmp_path / "odd", seed=8, config=MAMBA)

@@ -49,20 +49,35 @@ def messages(tree: dict[str, Any], extras: Extras) -> tuple[Message, ...]:
 
 
 def _answering(turns: Iterable[Message]) -> Iterator[Message]:
-    """The turns with every call under an id, and every result under that of its call: a result that names none answers
-    the first call without one."""
+    """The turns with every call under an id of its own, and every result under that of its call: a result that names
+    none answers the first call without one, and of calls that share an id the first."""
+    used: set[str] = set()
     waiting: dict[str, None] = {}
+    named: dict[str, list[str]] = {}
     for n, turn in enumerate(turns):
-        if any(not call.id for call in turn.calls):
-            named = [replace(call, id=call.id or f"call_{n}_{at}") for at, call in enumerate(turn.calls)]
-            turn = replace(turn, calls=tuple(named))
+        own: dict[str, list[str]] = {}
+        for at, call in enumerate(turn.calls):
+            number = call.id if call.id and call.id not in used else f"call_{n}_{at}"
+            used.add(number)
+            own.setdefault(call.id, []).append(number)
+        if own:
+            numbers = {given: iter(ids) for given, ids in own.items()}
+            turn = replace(turn, calls=tuple(replace(call, id=next(numbers[call.id])) for call in turn.calls))
+        named |= own
         waiting |= {call.id: None for call in turn.calls}
-        if turn.role == "tool" and not turn.call_id:
-            if not waiting:
-                raise wrong(f"messages[{n}].tool_call_id", "the id of the call that this answers")
-            turn = replace(turn, call_id=next(iter(waiting)))
-        waiting.pop(turn.call_id, None)
+        if turn.role == "tool":
+            turn = replace(turn, call_id=_answered(turn.call_id, named, waiting, n))
+            waiting.pop(turn.call_id, None)
         yield turn
+
+
+def _answered(given: str, named: dict[str, list[str]], waiting: dict[str, None], n: int) -> str:
+    """The id of the call that a result answers."""
+    if given:
+        return ids.pop(0) if (ids := named.get(given)) else given
+    if not waiting:
+        raise wrong(f"messages[{n}].tool_call_id", "the id of the call that this answers")
+    return next(iter(waiting))
 
 
 def tools(tree: dict[str, Any], extras: Extras) -> Tools:

@@ -83,6 +83,7 @@ class MLXEngine:
             peak_bytes=self._warm_peak,
             warm_tok=self._warm_tok,
             blas=self._blas,
+            talks=self._model.talks,
         )
 
     @property
@@ -101,7 +102,7 @@ class MLXEngine:
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
         if isinstance(request, Embed):
-            return self._embeddings.take(request.id, prepared.prompts)
+            return self._embeddings.take(request.id, prepared.prompts, request.dimensions)
         prompt = prepared.prompts[0]
         array = as_tokens(prompt)
         if prepared.restored is not None:
@@ -123,7 +124,7 @@ class MLXEngine:
         else:
             self._rows.add(row)
             self._counts.highest("queue_max", len(self._rows.waiting))
-        return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected)
+        return Accepted(id=request.id, prompt_tok=len(prompt), cached_tok=expected, ignored=row.extra.ignored)
 
     def _resumed(self, row: Row) -> str:
         """Advance a row to where another loader stopped; its finish reason if it ended there, "" if it continues."""

@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from agent.loader.mlx import kv, sampling
 from agent.loader.mlx.batch import Entry
+from agent.loader.mlx.constraint import Constraint
 from agent.loader.mlx.model import TextModel
 from agent.loader.mlx.row import Row
 
@@ -32,10 +33,11 @@ def processors(model: TextModel, row: Row) -> list[sampling.Processor]:
         found.append(sampling.penalty(request.frequency_penalty, request.presence_penalty, begin))
     if request.logit_bias:
         found.append(sampling.bias(request.logit_bias))
-    if request.ignore_eos and extra.grammar is None:  # where a grammar is complete, only an end token is allowed
+    if request.ignore_eos and extra.plan.whole is None:  # where a grammar is complete, only an end token is allowed
         found.append(sampling.never(model.ends))
-    if extra.grammar is not None:
-        found.append(sampling.constraint(model.matcher(extra.grammar), begin, model.ends, extra.after, extra.opening))
+    if extra.plan.whole is not None or extra.plan.announced is not None:
+        thought, text = extra.markers.reasoning, model.text_of
+        found.append(Constraint(extra.plan, begin, model.ends, model.matcher, text, thought, inside=extra.inside))
     return found
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,47 +16,38 @@ import psutil
 from llguidance import LLMatcher, LLTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from agent.loader import conversation
+from agent.loader.chat.calls import OWN
+from agent.loader.chat.grammar import Plan
+from agent.loader.chat.probe import Conversation, probed
+from agent.loader.chat.speech import Markers, Speech
+from agent.loader.chat.summary import summary
 from agent.loader.generation import Prepared
-from agent.loader.mlx.speech import Markers, Speech, parse_json_call
+from agent.loader.mlx.plan import Planner
+from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused
+from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import Embed, Failed, Generate
 from shared.errors import Refused
 
-_EFFORTS_OFF = ("none", "minimal")
+_TOO_LONG = "context_length_exceeded"
 _TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
-_FAULTS = (
-    ("unimplemented", "uses an unsupported keyword"),
-    ("pointer", "has an unresolvable reference"),
-    ("$ref", "has an unresolvable reference"),
-    ("format", "uses an unknown format"),
-    ("type", "uses an unknown type"),
-    ("unsatisfiable", "cannot be satisfied by any value"),
-    ("regex", "has an unsupported pattern"),
-    ("limit", "is too large"),
-    ("too", "is too large"),
-    ("deep", "is too deep"),
-    ("recursion", "is too deep"),
-)
-"""llguidance's errors, in words that quote nothing of the schema."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What a text model adds to a prepared request. ``grammar`` is validated Lark; ``after`` are the token ids that end
-    the reasoning, before which no grammar applies; ``opening`` is the token with which the model may start reasoning
-    by itself."""
+    """What a text model adds to a prepared request. ``plan`` constrains the answer, which begins ``inside`` the
+    reasoning or not; ``check`` names what of a schema a call breaks that no grammar can enforce."""
 
-    grammar: str | None
-    after: tuple[int, ...]
+    plan: Plan
     markers: Markers
-    reasoning: bool
-    opening: int | None = None
+    inside: bool = False
+    unmet: Callable[[str, str], str | None] | None = None
+    ignored: tuple[str, ...] = ()
 
     def speech(self, request: Generate) -> Speech:
         """A parser of this request's answer."""
-        return Speech(self.markers, request.tools, reasoning=self.reasoning)
+        return Speech(self.markers, request.tools, reasoning=self.inside, new_id=_call_id)
 
 
 class TextModel:
@@ -74,48 +66,58 @@ class TextModel:
         self._default_max_tokens = default_max_tokens
         self._longest_token_bytes = max(len(str(token).encode()) for token in self.tokenizer.get_vocab())
         self._grammars: LLTokenizer | None = None
-        self._native_tools = "tools" in str(getattr(self.tokenizer, "chat_template", None) or "")
-        self._marker_is_token = self._is_special(conversation.CALL_BEGIN)
         self._reserved = _TEMPLATE_OWN | set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-        parser = self.tokenizer.tool_parser
-        self._json_calls = parser is None or parser.__module__.endswith("json_tools")
+        self._template = template = ChatTemplate(self.tokenizer)
+        self.talk = probed(template.render, template.traits(self.ends)) if template.exists else Conversation()
+        template.keep((*(self.talk.reasoning or ()), self.talk.form.marker, self.talk.form.stop))
+        self._prompts = PromptWriter(template, self.talk)
+        self._planner = Planner(self.talk, template, self.ends, self.grammars)
+
+    @property
+    def talks(self) -> dict[str, str]:
+        """How the model is spoken to, in words."""
+        return summary(self.talk, template=self._template.exists)
 
     def prepare(self, request: Generate) -> Prepared | Failed:
         """Tokens, limits and grammar of a request, or the reason why it cannot be served."""
         if refusal := self._surely_too_long(request) or self._unfit(request):
             return refusal
         try:
-            prompt = self._prompt_tokens(request)
-        except Exception as error:  # noqa: BLE001  # a template may raise anything; the text may quote the prompt
-            message = f"the model's chat template rejected these messages ({type(error).__name__})"
+            prompt = self._prompt(request)
+        except TemplateRefused as error:
+            return _failed(request, str(error), "messages", code="template_error")
+        except Exception as error:  # noqa: BLE001  # a tokenizer may raise anything; the text may quote the prompt
+            message = f"the text cannot be tokenized ({type(error).__name__})"
             return _failed(request, message, "messages" if request.prompt is None else "prompt", code="template_error")
-        if not prompt:
-            message = "the model's chat template rendered an empty prompt from these messages"
-            return _failed(request, message, "messages", code="template_error")
-        room = self.context_tok - len(prompt)
+        room = self.context_tok - len(prompt.tokens)
         wanted = request.max_tokens if request.max_tokens is not None else min(self._default_max_tokens, room)
-        if wanted < 1:
+        if wanted < 1 <= room:
             return _failed(request, "max_tokens: expected at least 1", "max_tokens")
-        if room < 1 or wanted > room:
-            return self._too_long(request, f"{len(prompt)}", room, wanted)
+        # an answer that is longer already was begun with a larger context, where it can be continued
+        if room < max(1, len(request.made)) or (wanted > room and request.strict):
+            return self._too_long(request, f"{len(prompt.tokens)}", room - len(request.made))
         try:
-            extra = self._extra(request, prompt)
+            extra = self._extra(request, prompt, ("max_tokens",) if wanted > room else ())
         except Exception as error:  # noqa: BLE001  # a schema or a tokenizer may raise anything
             message = f"this model does not support the constraints ({type(error).__name__})"
             return _failed(request, message, _param(request))
-        return extra if isinstance(extra, Failed) else Prepared(request, (prompt,), wanted, extra)
+        return extra if isinstance(extra, Failed) else Prepared(request, (prompt.tokens,), min(wanted, room), extra)
 
     def prepared(self, request: Generate, prompt: list[int], max_tokens: int) -> Prepared:
         """A request with a prompt that is already tokenized."""
-        return Prepared(request, (prompt,), max_tokens, Extra(None, (), Markers(), reasoning=False))
+        return Prepared(request, (prompt,), max_tokens, Extra(Plan(), Markers()))
 
     def prepare_embedding(self, request: Embed) -> Prepared | Failed:
         """Token ids of each input."""
         return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
 
-    def matcher(self, grammar: str) -> LLMatcher:
-        """A new matcher of a grammar."""
-        return LLMatcher(self.grammars(), grammar)
+    def matcher(self, grammar: str, written: str = "") -> LLMatcher:
+        """A new matcher of a grammar whose first part is ``written``; it has stopped if the grammar forbids that."""
+        # its warnings would quote the answer
+        found = LLMatcher(self.grammars(), grammar, log_level=0)
+        if written:
+            found.consume_tokens(self.grammars().tokenize_str(written))
+        return found
 
     def grammars(self) -> LLTokenizer:
         """llguidance's view of the tokenizer, created on first use (a third of a second)."""
@@ -127,6 +129,10 @@ class TextModel:
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
         return bytes(self.grammars().decode_bytes([token]))
+
+    def text_of(self, tokens: list[int]) -> str:
+        """The text of tokens, control tokens included."""
+        return bytes(self.grammars().decode_bytes(tokens)).decode(errors="ignore")
 
     def detokenizer(self, *, trims: bool) -> Any:
         """A new detokenizer. mlx-lm's drop the space before an answer; with ``trims`` false this one does not, because
@@ -145,49 +151,21 @@ class TextModel:
         start = int(first if first is not None else self.ends[0])
         return [int(token) for token in self.tokenizer.encode(text)] or [start]
 
-    def _extra(self, request: Generate, prompt: list[int]) -> Extra | Failed:
-        """Markers and a validated grammar."""
+    def _prompt(self, request: Generate) -> Prompt:
+        if request.prompt is not None:
+            return Prompt(self.encode(request.prompt), False, OWN)
+        return self._prompts.write(request)
+
+    def _extra(self, request: Generate, prompt: Prompt, ignored: tuple[str, ...]) -> Extra | Failed:
+        """How the answer is parsed and constrained."""
         if request.logprobs is not None:
             self.grammars()  # needed for the tokens' bytes; not every tokenizer supports it
-        written = conversation.grammar(request, marker_is_token=self._marker_is_token, json_calls=self._json_calls)
-        thinks = self.tokenizer.has_thinking
-        if written is not None:
-            is_error, said = LLMatcher.validate_grammar_with_warnings(written, self.grammars())
-            if is_error:
-                return _failed(request, f"{_param(request)}: the schema {_fault(str(said[0]))}", _param(request))
-        open_thought = thinks and request.prompt is None and self._inside_thought(request, prompt)
-        may_open = thinks and not open_thought and request.must_call is None and request.schema is None
-        opening = tuple(self.tokenizer.think_start_tokens) if may_open else ()
-        return Extra(
-            grammar=written,
-            after=tuple(self.tokenizer.think_end_tokens) if open_thought or len(opening) == 1 else (),
-            markers=self._markers(request),
-            reasoning=open_thought,
-            opening=opening[0] if len(opening) == 1 else None,
-        )
-
-    def _markers(self, request: Generate) -> Markers:
-        tokenizer, call, parse = self.tokenizer, None, None
         if request.prompt is not None:
-            return Markers()  # a text is continued verbatim
-        if request.tools:
-            if self._json_calls or request.must_call is not None:
-                call, parse = (conversation.CALL_BEGIN, conversation.CALL_END), parse_json_call
-            else:
-                call, parse = (tokenizer.tool_call_start, tokenizer.tool_call_end), tokenizer.tool_parser
-        return Markers(
-            reasoning=(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None,
-            call=call,
-            parse=parse,
-        )
-
-    def _inside_thought(self, request: Generate, prompt: list[int]) -> bool:
-        """Whether the template itself has opened the reasoning, after the last message; text from users does not
-        count."""
-        before = self._prompt_tokens(request, begin_answer=False)
-        same = next((n for n, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
-        added = prompt[min(same, len(prompt)) :]
-        return bool(self.tokenizer.rfind_think_start(added) > self.tokenizer.rfind_think_end(added))
+            return Extra(Plan(), Markers(), ignored=ignored)  # a text is continued verbatim
+        found = self._planner.planned(request, prompt.form)
+        if isinstance(found, Failed):
+            return found
+        return Extra(found.plan, found.markers, prompt.inside, found.unmet, ignored)
 
     def _unfit(self, request: Generate) -> Failed | None:
         # a model's vocabulary may be padded beyond the tokenizer's
@@ -199,7 +177,7 @@ class TextModel:
             message = f"chat_template_kwargs: this model's template has no variable {unknown[:64]}"
             return _failed(request, message, "chat_template_kwargs")
         effort = request.reasoning_effort
-        if effort is not None and effort not in _EFFORTS_OFF and not self.tokenizer.has_thinking:
+        if effort is not None and effort not in EFFORTS_OFF and not self.talk.reasons:
             message = f"reasoning_effort: {request.model} does not support reasoning; omit it"
             return _failed(request, message, "reasoning_effort", code="unsupported_parameter")
         return None
@@ -209,44 +187,22 @@ class TextModel:
         size = len((request.prompt or "").encode()) + sum(len(m.content.encode()) for m in request.messages)
         # a wide margin: some tokenizers drop characters or map an unknown word to one token
         least = size // (4 * self._longest_token_bytes)
-        return None if least < self.context_tok else self._too_long(request, f"over {least}", 0, 1)
+        return None if least < self.context_tok else self._too_long(request, f"over {least}", 0)
 
-    def _too_long(self, request: Generate, prompt_tok: str, room: int, wanted: int) -> Failed:
-        message = f"prompt of {prompt_tok} tokens plus max_tokens exceeds the context length of {self.context_tok}"
-        param = "max_tokens" if room >= 1 else ("messages" if request.prompt is None else "prompt")
-        return _failed(request, message, param, code="context_length_exceeded")
-
-    def _prompt_tokens(self, request: Generate, *, begin_answer: bool = True) -> list[int]:
-        if request.prompt is not None:
-            return self.encode(request.prompt)
-        turns = conversation.for_template(request.messages, request.tools, native_tools=self._native_tools)
-        if not getattr(self.tokenizer, "chat_template", None):
-            return self.encode(conversation.plain_text(turns))
-        tokens: Any = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=begin_answer, tokenize=True, **self._template_args(request)
-        )
-        return [int(token) for token in (tokens if isinstance(tokens, list) else tokens["input_ids"])]
-
-    def _template_args(self, request: Generate) -> dict[str, Any]:
-        args: dict[str, Any] = {}
-        if request.tools and self._native_tools:
-            args["tools"] = [{"type": "function", "function": json.loads(tool)} for tool in request.tools]
-        if request.reasoning_effort is not None:
-            args["reasoning_effort"] = request.reasoning_effort
-            args["enable_thinking"] = request.reasoning_effort not in _EFFORTS_OFF
-        elif request.must_call is not None or request.schema is not None:
-            args["enable_thinking"] = False
-        return args | (json.loads(request.template_args) if request.template_args else {})
+    def _too_long(self, request: Generate, prompt_tok: str, room: int) -> Failed:
+        # clients that shorten the conversation look for these words
+        limit = f"this model's maximum context length is {self.context_tok} tokens"
+        if room < 1:
+            message = f"prompt is too long: {prompt_tok} tokens; {limit}; shorten the conversation"
+            return _failed(request, message, "messages" if request.prompt is None else "prompt", code=_TOO_LONG)
+        message = f"max_tokens: {limit}, and the prompt has {prompt_tok}; ask for at most {room}"
+        return _failed(request, message, "max_tokens", code=_TOO_LONG)
 
     def _unknown_to_template(self, request: Generate) -> str | None:
         """An argument for the template that is not one of its variables, or is reserved for the renderer."""
         named = json.loads(request.template_args) if request.template_args else {}
-        template = str(getattr(self.tokenizer, "chat_template", None) or "")
-        return next((k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", template)), None)
-
-    def _is_special(self, text: str) -> bool:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return any(str(token) == text and token.special for token in added.values())
+        source = self._template.source
+        return next((k for k in named if k in self._reserved or not re.search(rf"\b{re.escape(k)}\b", source)), None)
 
 
 def embedding_inputs(
@@ -266,6 +222,10 @@ def embedding_inputs(
     return Prepared(request, tuple(prompts))
 
 
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
 def never_wire_memory() -> None:
     """mlx-lm wires the whole working set by default, which has panicked base M4 machines; disable that call. Freed
     buffers are kept for reuse up to 5 % of the machine's memory, which avoids frequent clearing."""
@@ -282,15 +242,25 @@ def evaluate_everything(model: Any) -> None:
 
 def cannot_load(path: Path, error: Exception) -> Refused:
     """The error of a failed load; libraries may raise anything for damaged files."""
-    reason = str(error).splitlines()[0][:200] if str(error) else "no reason given"
+    reason = " ".join(str(error).split())[:200] or "no reason given"
     return Refused(f"model folder {path}: load failed ({type(error).__name__}: {reason})", code="bad_model")
+
+
+def tokenizer_settings(path: Path) -> dict[str, Any]:
+    """How a folder's tokenizer is loaded: without the model's configuration where transformers cannot read that."""
+    settings: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        AutoConfig.from_pretrained(str(path), **settings)
+    except Exception:  # noqa: BLE001  # it may raise anything for a value that mlx-lm understands
+        settings["config"] = PretrainedConfig()
+    return settings
 
 
 def _loaded(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     if not path.is_dir():
         raise Refused(f"model folder {path}: does not exist", code="bad_model")
     try:
-        loaded: Any = load(str(path), tokenizer_config={"trust_remote_code": False}, return_config=True)
+        loaded: Any = load(str(path), tokenizer_config=tokenizer_settings(path), return_config=True)
         model, tokenizer, config = loaded
         evaluate_everything(model)
     except Exception as error:  # noqa: BLE001  # mlx-lm may raise anything for damaged files
@@ -313,11 +283,6 @@ def _arrays(tree: Any) -> list[tuple[str, mx.array]]:
 
 def _param(request: Generate) -> str:
     return "response_format" if request.schema is not None else "tools" if request.tools else "logprobs"
-
-
-def _fault(said: str) -> str:
-    lowered = said.splitlines()[0].lower() if said else ""
-    return next((words for mark, words in _FAULTS if mark in lowered), "is not supported")
 
 
 def _failed(request: Generate, message: str, param: str, *, code: str = "invalid_value") -> Failed:

@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent.loader.chat.speech import Said, Speech
 from agent.loader.mlx.batch import Batch
 from agent.loader.mlx.kv import Layers
 from agent.loader.mlx.model import Extra
-from agent.loader.mlx.speech import Said, Speech
 from agent.loader.prompt_cache import Tokens as TokenArray
 from agent.loader.prompt_cache import as_tokens
 from agent.loader.row_placement import Candidate
@@ -43,6 +43,7 @@ class Row:
     shared_tok: int = 0
     breaks: int = 0
     broken: bool = False
+    unmet: list[str] = field(default_factory=list)
 
     @property
     def id(self) -> int:
@@ -95,13 +96,14 @@ class Row:
             self.detokenizer.finalize()
         said = self.speech.feed(self.detokenizer.last_segment)
         if finish is not None:
-            rest = self.speech.finish()
-            said = Said(said.text + rest.text, said.reasoning + rest.reasoning, said.calls + rest.calls)
+            said += self.speech.finish(cut=finish == "length")
         # stop strings apply to content, not to reasoning and arguments
         text, stopped = self.stop.feed(said.text)
         if finish is not None and not stopped:
             text += self.stop.finish()
         calls = said.calls[:1] if self.request.one_call else said.calls
+        if self.extra.unmet is not None:
+            self.unmet += filter(None, (self.extra.unmet(call.name, call.arguments) for call in calls))
         called_enough = self.request.one_call and self.speech.called
         return Said(text, said.reasoning, calls), stopped or (called_enough and finish is None)
 
@@ -119,6 +121,7 @@ class Row:
             queue_us=_us(self.begun_s - self.since_s),
             prefill_us=_us(first - self.begun_s),
             decode_us=_us(now - first),
+            unmet=tuple(self.unmet),
         )
 
 

@@ -9,11 +9,8 @@ be continued on any node with the same result.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from llguidance import LLMatcher
 from mlx_lm.sample_utils import apply_top_p, make_repetition_penalty
 
 from agent.wire.frames import Generate
@@ -93,45 +90,6 @@ def bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         return logits.at[:, ids].add(values.astype(logits.dtype))
-
-    return process
-
-
-def constraint(
-    matcher: LLMatcher, begin: int, ends: list[int], after: tuple[int, ...] = (), opening: int | None = None
-) -> Processor:
-    """Allow only tokens that a grammar permits, and the end when it is complete; the matcher tracks generated tokens.
-    With ``after``, the grammar applies only after these tokens (the end of the reasoning); with ``opening``, too, that
-    delay holds only if the answer begins with that token, which is allowed."""
-    consumed = 0
-    waiting = bool(after) and opening is None
-    decided = opening is None
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal consumed, waiting, begin, decided
-        fresh: Any = tokens[begin + consumed :].tolist()
-        if fresh and not decided:
-            waiting, decided = fresh[0] == opening, True
-        if waiting:
-            at = next((n for n in range(len(fresh)) if tuple(fresh[n : n + len(after)]) == after), None)
-            if at is None:
-                return logits
-            waiting, begin = False, begin + at + len(after)
-            fresh = fresh[at + len(after) :]
-        if fresh and not matcher.is_stopped():
-            matcher.consume_tokens(fresh)
-            consumed += len(fresh)
-        if matcher.is_stopped():
-            only_end = mx.full(logits.shape, -float("inf"), dtype=logits.dtype)
-            only_end[:, mx.array(ends)] = 0.0
-            return only_end
-        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.zeros(logits.shape[-1], dtype=bool)
-        known = np.unpackbits(bits, bitorder="little")[: len(allowed)]
-        allowed[: len(known)] = known
-        if not decided and opening is not None:
-            allowed[opening] = True
-        return mx.where(mx.array(allowed), logits, -float("inf"))
 
     return process
 

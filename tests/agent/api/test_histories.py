@@ -118,6 +118,21 @@ def test_results_find_their_calls() -> None:
     assert [m.call_id for m in twice if m.role == "tool"] == ["call_1_0", "call_3_0"]
 
 
+def test_calls_that_share_an_id_are_answered_in_order() -> None:
+    """Some servers number the calls of each turn anew, or name them like their function."""
+
+    def turn(*names: str) -> dict[str, Any]:
+        calls = [{"id": "x", "type": "function", "function": {"name": name, "arguments": "{}"}} for name in names]
+        return {"role": "assistant", "tool_calls": calls}
+
+    result = {"role": "tool", "tool_call_id": "x", "content": "4"}
+    found = parse(USER, turn("f", "g"), result, result, turn("h"), result, USER, turn("i"), result, result)
+    ids = {call.name: call.id for message in found for call in message.calls}
+    assert len(set(ids.values())) == 4
+    answered = [ids["f"], ids["g"], ids["h"], ids["i"], "x"]
+    assert [message.call_id for message in found if message.role == "tool"] == answered
+
+
 def test_the_official_client_s_own_messages_are_accepted() -> None:
     """Every field of the client's message objects, as a history holds them, with what this server adds."""
     choice = {"index": 0, "finish_reason": "stop", "logprobs": None}

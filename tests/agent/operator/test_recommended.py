@@ -1,6 +1,7 @@
 """The table of models by memory: what it lists fits, and its figures follow from the memory plan and the chip."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from agent import cli
 from agent.files.hub_listing import Asked, parse_name
 from agent.operator import recommended
-from agent.operator.recommended import MAX_ROWS, MODELS, Recommended
+from agent.operator.recommended import MAX_ROWS, MODELS, Recommended, markdown
 from shared import chips
 from shared.memory_plan import default_budget_bytes
 
@@ -81,3 +82,9 @@ def test_the_table_for_the_documentation_is_whole(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert {line.count("|") for line in lines} == {9}
     assert {line.split("|")[1].strip() for line in lines[2:]} == {f"{gb} GB" for gb in (16, 24, 32, 48, 64, 128)}
+
+
+def test_the_documented_table_is_the_computed_one() -> None:
+    text = (Path(__file__).parents[3] / "docs/models.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- recommended: generated -->")[2].partition("<!-- recommended: end -->")[0]
+    assert table.strip() == markdown().strip()

@@ -24,6 +24,7 @@ MODEL: dict[str, Any] = {
     "restarts": 1,
     "reason": "",
     "last_exit": "signal 9 (SIGKILL)",
+    "conversation": {"tools": "native, parallel", "system": "native"},
 }
 COLD = {
     **MODEL,
@@ -89,6 +90,7 @@ def test_the_page_shows_all_relevant_state() -> None:
         "chat, chat-next  ready (pinned)  45bcb267  3",
         "-1.2 %",
         "last exit: signal 9 (SIGKILL)",
+        "tools: native, parallel; system: native",
         "shelf  mini-1, mini-2  71.5 W",
         "spare  mini-3          -       no answer within 4 s",
         "smc                 SMC: service AppleSMC not found",

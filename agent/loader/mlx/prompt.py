@@ -1,0 +1,196 @@
+"""A request's prompt: its conversation, changed as the model's template needs it, rendered and tokenized."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from agent.loader.chat.calls import OWN, CallFormat
+from agent.loader.chat.probe import Conversation
+from agent.loader.chat.turns import PLAIN, Manner, arguments_of, instructions, plain_text, tool_objects, turns
+from agent.loader.mlx.template import ChatTemplate
+from agent.wire.frames import Generate, Message, ToolCall
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS_OFF = ("none", "minimal")
+
+
+class Prompt(NamedTuple):
+    """Token ids; whether the answer begins ``inside`` the reasoning; the format in which the prompt asks for calls."""
+
+    tokens: list[int]
+    inside: bool
+    form: CallFormat
+
+
+class TemplateRefused(Exception):
+    """The template takes no form of the conversation; the text names the turn and the reason."""
+
+
+class _Rendered(NamedTuple):
+    """A prompt as text, in which ``mark`` breaks the control words of users."""
+
+    text: str
+    mark: str
+    inside: bool
+    form: CallFormat
+
+    @property
+    def plain(self) -> str:
+        """The text without the marks."""
+        return self.text.replace(self.mark, "") if self.mark else self.text
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    manner: Manner
+    form: CallFormat
+    native: bool
+
+
+class PromptWriter:
+    """Writes the prompts of one model. ``talk`` is what the probe found."""
+
+    def __init__(self, template: ChatTemplate, talk: Conversation) -> None:
+        self._template, self._talk = template, talk
+
+    def write(self, request: Generate) -> Prompt:
+        """The prompt of a conversation. Raises TemplateRefused."""
+        messages = [self._parted(message) for message in request.messages]
+        if not self._template.exists:
+            told = instructions(request.tools, OWN) if request.tools else ""
+            given, mark = self._template.shield(turns(messages, PLAIN._replace(system="native"), OWN, told))
+            return Prompt(self._template.shielded_tokens(plain_text(given), mark), False, OWN)
+        first: Exception | None = None
+        kept: _Rendered | None = None
+        for attempt in self._attempts(messages, request):
+            try:
+                rendered = self._rendered(messages, request, attempt)
+            except Exception as error:  # noqa: BLE001  # a template may raise anything
+                first = first or error
+                continue
+            kept = kept or rendered
+            if not _lost(messages, rendered.plain, beside="text beside a call" not in self._talk.lost):
+                return self._tokenized(rendered)
+        if kept is None:
+            assert first is not None
+            raise TemplateRefused(self._reason(messages, request, first))
+        return self._tokenized(kept)
+
+    def _attempts(self, messages: Sequence[Message], request: Generate) -> Iterator[_Attempt]:
+        """As the probe found it; then with calls as text; then in the form that every template takes."""
+        talk = self._talk
+        calls = any(message.calls or message.role == "tool" for message in messages)
+        yield _Attempt(talk.manner, talk.form, talk.native)
+        if calls:
+            yield _Attempt(talk.manner._replace(calls="text"), talk.form, talk.native)
+        yield _Attempt(PLAIN, talk.form if talk.native and not calls else OWN, talk.native and not calls)
+        if request.tools or calls:
+            yield _Attempt(PLAIN, OWN, native=False)
+
+    def _tokenized(self, rendered: _Rendered) -> Prompt:
+        tokens = self._template.shielded_tokens(rendered.text, rendered.mark)
+        return Prompt(tokens, rendered.inside, rendered.form)
+
+    def _rendered(self, messages: list[Message], request: Generate, attempt: _Attempt) -> _Rendered:
+        told = instructions(request.tools, attempt.form) if request.tools and not attempt.native else ""
+        if self._talk.quiet and _off(request):
+            told = f"{self._talk.quiet}\n\n{told}".strip()
+        given = turns(messages, attempt.manner, attempt.form, told)
+        tools = tool_objects(request.tools, attempt.manner) if request.tools and attempt.native else []
+        # documents for the template come as variables
+        (given, tools, variables), mark = self._template.shield((given, tools, self.variables(request)))
+        text = self._template.render(given, tools, variables, begin_answer=True)
+        if not text:
+            raise ValueError("an empty prompt")
+        inside = self._inside(text, self._template.render(given, tools, variables, begin_answer=False))
+        return _Rendered(text, mark, inside, attempt.form)
+
+    def variables(self, request: Generate) -> dict[str, Any]:
+        """The template's variables."""
+        talk = self._talk
+        found: dict[str, Any] = {}
+        effort = request.reasoning_effort
+        if effort is not None and talk.efforts is not None:
+            found[talk.efforts[0]] = nearest(effort, talk.efforts[1])
+        if talk.switch is not None and (effort is not None or _off(request)):
+            value = talk.switch.off if _off(request) else talk.switch.on
+            found |= {} if value is None else {talk.switch.variable: value}
+        return found | (json.loads(request.template_args) if request.template_args else {})
+
+    def _inside(self, prompt: str, before: str) -> bool:
+        """Whether the template itself has opened the reasoning, after the last message; text from users does not
+        count."""
+        if self._talk.reasoning is None:
+            return False
+        begin, end = self._talk.reasoning
+        same = next((n for n, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
+        added = prompt[min(same, len(prompt)) :]
+        return added.rfind(begin) > added.rfind(end)
+
+    def _parted(self, message: Message) -> Message:
+        """An earlier answer with its reasoning apart, which some clients keep in its content."""
+        marks = self._talk.reasoning
+        if marks is None or message.role != "assistant" or message.reasoning or marks[1] not in message.content:
+            return message
+        before, _, content = message.content.partition(marks[1])
+        if before.lstrip()[: len(marks[0])] != marks[0]:
+            return message
+        return replace(message, reasoning=before.lstrip().removeprefix(marks[0]).strip(), content=content.lstrip())
+
+    def _reason(self, messages: Sequence[Message], request: Generate, error: Exception) -> str:
+        """Which turn is refused and why; the template's own words only where they quote nothing."""
+        attempt = _Attempt(PLAIN, OWN, native=False)
+        taken, refused = 0, len(messages)
+        while refused - taken > 1:  # bisected: there may be thousands of turns
+            count = (taken + refused) // 2
+            try:
+                self._rendered(list(messages[:count]), replace(request, tools=()), attempt)
+                taken = count
+            except Exception:  # noqa: BLE001  # as before
+                refused = count
+        turn = refused - 1
+        said = str(error)
+        fixed = said if 0 < len(said) < 200 and said in self._template.source else type(error).__name__
+        return f"messages[{turn}]: the model's chat template refused this {messages[turn].role} message: {fixed}"
+
+
+def nearest(effort: str, taken: Sequence[str]) -> str:
+    """The effort of those that a template takes that is next to the wanted one, the smaller of two."""
+    at = EFFORTS.index(effort)
+    return min(taken, key=lambda one: (abs(EFFORTS.index(one) - at), EFFORTS.index(one)))
+
+
+def _off(request: Generate) -> bool:
+    """Whether the model is not to reason."""
+    if request.reasoning_effort is not None:
+        return request.reasoning_effort in EFFORTS_OFF
+    return request.must_call is not None or request.schema is not None
+
+
+def _lost(messages: Sequence[Message], text: str, *, beside: bool) -> bool:
+    """Whether a text or a call of a message is missing in a prompt. Answers are not looked for if they hold reasoning,
+    nor text beside calls unless ``beside``."""
+    squeezed: str | None = None
+    for message in messages:
+        if any(word not in text for call in message.calls for word in _words(call)):
+            return True
+        content = message.content.strip() if beside or not message.calls else ""
+        if not content or (message.role == "assistant" and "think" in content) or content in text:
+            continue
+        if json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            continue
+        if squeezed is None:
+            squeezed = re.sub(r"\s+", "", text)
+        if re.sub(r"\s+", "", content) not in squeezed:
+            return True
+    return False
+
+
+def _words(call: ToolCall) -> list[str]:
+    """A call's name, and those of its arguments that every template writes alike."""
+    texts = [value for value in arguments_of(call.arguments).values() if isinstance(value, str)]
+    return [call.name, *(one for one in texts if one.isascii() and one.isalnum())]
