@@ -39,6 +39,7 @@ def base(agent: Agent) -> str:
     return f"http://127.0.0.1:{agent.port}/v1"
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")  # of the client, for its own object
 def test_openai_for_python(base: str) -> None:
     with openai.OpenAI(base_url=base, api_key="none", max_retries=0) as one:
         asked: dict[str, Any] = {"model": "m", "temperature": 0, "max_tokens": 100}
