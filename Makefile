@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -27,8 +27,8 @@ demo: $(STAMP) model ## run a rack of three nodes on this machine: serving, swap
 run: $(STAMP) model ## run one agent with the demo model, until Ctrl-C
 	@$(BIN)/python -m scripts.run_one
 
-test: $(STAMP) model ## run all tests, two files in parallel: most tests wait
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP) model ## run all tests, three files in parallel: most tests wait
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .
@@ -60,7 +60,11 @@ crash: $(STAMP) ## kill an agent 500 times while it samples and pushes to a fail
 	MLXRACK_CRASHES=500 $(BIN)/python -m pytest -s -v --timeout=4000 tests/rack/test_crash.py
 
 crash-aggregator: $(STAMP) ## kill an aggregator 200 times; its tables and reports must equal those of an undisturbed one
-	MLXRACK_AGGREGATOR_KILLS=200 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_aggregator_kills.py
+	MLXRACK_AGGREGATOR_KILLS=200 MLXRACK_TOTALS=3 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_aggregator_kills.py \
+	tests/aggregator/test_judgements.py -k 'kills or totals'
+
+memory: $(STAMP) ## compare the memory plan with measurement, for models of every shape
+	MLXRACK_SHAPES=all $(BIN)/python -m pytest -s -v tests/contracts/test_memory.py
 
 score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic weeks
 	MLXRACK_SCORE=1 $(BIN)/python -m pytest -s -v tests/aggregator/test_scoring.py
@@ -70,6 +74,15 @@ fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,
 
 soak: $(STAMP) ## soak: ten minutes on a saturated machine, and ten with client disconnects
 	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py
+
+families: $(STAMP) ## run the matrix of model families, write it into docs/models.md; MLXRACK_TEMPLATES adds a folder of real ones
+	@$(BIN)/python -m scripts.families
+
+schemas: $(STAMP) ## run the JSON-Schema-Test-Suite in the folder SUITE through the grammar
+	@$(BIN)/python -m scripts.schema_suite $(SUITE)
+
+histories: $(STAMP) ## feed 300 random histories to each model family, and 1,000 texts with control words
+	MLXRACK_HISTORIES=300 MLXRACK_INJECTIONS=1000 $(BIN)/python -m pytest --timeout=3000 tests/agent/loader/test_histories.py tests/agent/loader/chat/test_injection.py
 
 simulate: $(STAMP) ## simulate eviction policies (cost, LRU) and routing policies on synthetic traffic
 	@$(BIN)/python -m scripts.simulate_eviction

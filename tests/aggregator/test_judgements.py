@@ -1,6 +1,7 @@
 """Uptime and its causes, annotations, the scorecard, economics, and reports on incomplete data."""
 
 import itertools
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from shared.store_dir import DirectoryStore
 from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
 
+DAYS = int(os.environ.get("MLXRACK_TOTALS", "1"))
+"""Days, and racks, whose totals are compared; `make crash-aggregator` runs more."""
 CONFIG = msgspec.convert(
     {"rack": "r", "store": {"path": "x"}, "nodes": [{"id": n, "price": 1999.0} for n in ("n1", "n2")]}, AggregatorConfig
 )
@@ -427,7 +430,7 @@ def test_prune_deletes_only_old_rolled_up_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=DAYS, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.integers(0, 10**6), st.randoms())
 def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None:
     """Also with duplicates, late data, reordering between nodes and split runs."""
@@ -441,7 +444,7 @@ def test_report_totals_equal_the_batches(seed: int, dice: random.Random) -> None
         skewed=("n2",),
         metered=("n1",),
     )
-    everything = {node: list(batches(rack, node, since + 2 * 24 * HOUR_MS)) for node in rack.nodes}
+    everything = {node: list(batches(rack, node, since + DAYS * 24 * HOUR_MS)) for node in rack.nodes}
     with tempfile.TemporaryDirectory() as folder:
         store = DirectoryStore(Path(folder))
         queues = {node: list(made) for node, made in everything.items()}
