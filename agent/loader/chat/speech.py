@@ -86,7 +86,7 @@ class Speech:
         found = self._piece(piece)
         if self._state == CALL:
             found += self._unread() if cut and not self._tells_its_end else self._called(self._function)
-        elif self._state == HEADER and self._call.strip():
+        elif self._state == HEADER and self._call.strip() and not self._call.startswith(harmony.BEGINS):
             found += self._unread()
         if self._blank.strip():  # what might have been a bare call
             self._lead, self._call, self._blank = "", self._blank, ""

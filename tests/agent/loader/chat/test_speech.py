@@ -161,6 +161,12 @@ def test_a_call_that_was_cut_off_is_text_unless_it_is_known_to_be_complete(
     assert len((whole.feed(text) + whole.finish()).calls) == 1
 
 
+def test_an_answer_that_is_cut_off_in_a_header_shows_none_of_it() -> None:
+    for header in ("<|channel|>fin", "<|start|>assistant<|channel|>final"):
+        assert said("<|channel|>analysis<|message|>hm<|end|>" + header, [9], CHANNELS) == Said("", "hm", ())
+    assert said("no header at all", [3], CHANNELS).text == "no header at all"
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [
