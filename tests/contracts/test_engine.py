@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from agent.loader.fake_engine import FakeEngine
 from agent.loader.generation import Engine
@@ -405,6 +406,29 @@ def test_an_unsupported_schema_is_rejected_by_name(mlx: MLXEngine, schema: str) 
     assert (refused.code, refused.param) == ("invalid_value", "response_format")
     assert not mlx.busy
     assert text_of(run(mlx, ask(2))[2])
+
+
+def test_an_object_of_a_thousand_optional_properties_can_be_written(mlx: MLXEngine) -> None:
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1000)}}
+    answers = run(mlx, ask(1, schema=json.dumps(schema), max_tokens=40))[1]
+    assert done_of(answers).finish in ("stop", "length")
+
+
+def test_a_grammar_is_compiled_before_the_engine_has_it(mlx: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compiled(tokenizer: LLTokenizer, grammar: str, **settings: Any) -> LLMatcher:
+        made.append(grammar)
+        return LLMatcher(tokenizer, grammar, **settings)
+
+    monkeypatch.setattr("agent.loader.mlx.model.LLMatcher", compiled)
+    prepared = mlx.prepare(ask(1, schema='{"type": "object", "properties": {"a": {"type": "integer"}}}'))
+    assert not isinstance(prepared, Failed)
+    before = len(made)
+    mlx.submit(prepared)
+    while mlx.busy:
+        mlx.step()
+    assert (before, len(made)) == (1, 1)
 
 
 def test_no_schema_ends_the_loader(mlx: MLXEngine) -> None:

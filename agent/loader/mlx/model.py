@@ -7,13 +7,14 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import llguidance.hf
 import mlx.core as mx
 import psutil
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -31,6 +32,9 @@ from agent.wire.frames import Embed, Failed, Generate
 from shared.errors import Refused
 
 _TOO_LONG = "context_length_exceeded"
+_COMPILED = 4
+_LIMITS = LLParserLimits(max_items_in_row=50_000, verbose_errors=False)
+"""llguidance's default of 2,000 ends the answer at an object with more than 500 optional properties."""
 _TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
 
 
@@ -66,6 +70,7 @@ class TextModel:
         self._default_max_tokens = default_max_tokens
         self._longest_token_bytes = max(len(str(token).encode()) for token in self.tokenizer.get_vocab())
         self._grammars: LLTokenizer | None = None
+        self._compiled = lru_cache(_COMPILED)(self._compile)
         self._reserved = _TEMPLATE_OWN | set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
         self._template = template = ChatTemplate(self.tokenizer)
         self.talk = probed(template.render, template.traits(self.ends)) if template.exists else Conversation()
@@ -112,12 +117,16 @@ class TextModel:
         return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
 
     def matcher(self, grammar: str, written: str = "") -> LLMatcher:
-        """A new matcher of a grammar whose first part is ``written``; it has stopped if the grammar forbids that."""
-        # its warnings would quote the answer
-        found = LLMatcher(self.grammars(), grammar, log_level=0)
+        """A new matcher of a grammar whose first part is ``written``; it has stopped if the grammar forbids that. The
+        latest grammars are kept compiled: thousands of properties take seconds."""
+        found = self._compiled(grammar).deep_copy()
         if written:
             found.consume_tokens(self.grammars().tokenize_str(written))
         return found
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        # its warnings would quote the answer
+        return LLMatcher(self.grammars(), grammar, log_level=0, limits=_LIMITS)
 
     def grammars(self) -> LLTokenizer:
         """llguidance's view of the tokenizer, created on first use (a third of a second)."""
@@ -165,6 +174,11 @@ class TextModel:
         found = self._planner.planned(request, prompt.form)
         if isinstance(found, Failed):
             return found
+        if (trial := found.plan.whole or found.plan.trial()) is not None:
+            begun = self.matcher(trial)  # compiled now, since the other thread steps every request
+            begun.compute_bitmask()
+            if begun.is_error():
+                return _failed(request, "this model's tokens do not support the constraints", _param(request))
         return Extra(found.plan, found.markers, prompt.inside, found.unmet, ignored)
 
     def _unfit(self, request: Generate) -> Failed | None:
