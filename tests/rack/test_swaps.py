@@ -22,12 +22,20 @@ import pytest
 
 from scripts.fetch_demo_model import MAIN, SECOND, default_folder
 from tests.rack.harness import Agent, Answer, events_of, model, rack, until
+from tests.tiny_model import write_tiny_model
 
 SWAPS = int(os.environ.get("MLXRACK_SWAPS", "4"))
 REAL_SWAPS = int(os.environ.get("MLXRACK_REAL_SWAPS", "1"))
 CYCLES = int(os.environ.get("MLXRACK_CYCLES", "6"))
 REAL_CYCLES = int(os.environ.get("MLXRACK_REAL_CYCLES", "1"))
 KILLS = int(os.environ.get("MLXRACK_KILLS", "3"))
+FORTY_MB = {
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+}
 LIMITS = "[limits]\nin_flight_per_key = 64\n[memory]\nmin_residency_s = 0\n"
 
 
@@ -135,19 +143,32 @@ def test_swaps_under_streams_neither_lose_nor_mix_answers(tmp_path: Path) -> Non
         )
 
 
+def real_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two models that MLX computes: in `make swap` the demo's, otherwise random weights of 40 MB."""
+    if REAL_SWAPS > 1:
+        if not (default_folder() / SECOND).is_dir():
+            pytest.skip("`make model` fetches the model")
+        return default_folder() / MAIN, default_folder() / SECOND
+    made = tmp_path / "one", tmp_path / "other"
+    for seed, folder in enumerate(made):
+        write_tiny_model(folder, seed=seed, config=FORTY_MB)
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_swaps_of_a_real_model_under_streams(tmp_path: Path) -> None:
-    if not (default_folder() / SECOND).is_dir():
-        pytest.skip("`make model` fetches the model")
+    folders = real_folders(tmp_path)
+    weights = min((folder / "model.safetensors").stat().st_size for folder in folders)
     real = [
-        {"name": name, "path": str(default_folder() / folder), "preload": name == "m", "probe_p99_s": 120.0}
-        for name, folder in (("m", MAIN), ("b", SECOND))
+        {"name": name, "path": str(folder), "preload": name == "m", "probe_p99_s": 120.0}
+        for name, folder in zip("mb", folders, strict=True)
     ]
     with rack(tmp_path, real, extra=LIMITS) as (agent,):
         until(lambda: shown(agent, "m")["state"] == "ready", "the model is loaded", limit_s=600)
         error = shown(agent, "m")["plan_error_ppm"]
-        assert abs(error) < 100_000, "planned and measured memory agree within 10 %"
+        if REAL_SWAPS > 1:
+            assert abs(error) < 100_000, "planned and measured memory agree within 10 %"
         with Streams(agent, 8, tokens=24, prompts=2) as streams:
             until(lambda: streams.answers >= 16, "the usual ITL is known", limit_s=600)
             outcomes = [order(agent, "swap", model="m", new=("b", "m")[n % 2]).json for n in range(REAL_SWAPS)]
@@ -161,7 +182,7 @@ def test_swaps_of_a_real_model_under_streams(tmp_path: Path) -> None:
             f"{statistics.median(o['window_us'] for o in outcomes) / 1e6:.1f} s; plan error {error / 1e4:+.1f} %; "
             f"freed {statistics.median(o['freed_bytes'] for o in outcomes) / 1e6:.0f} MB"
         )
-        assert all(o["freed_bytes"] > 500e6 for o in outcomes)
+        assert all(o["freed_bytes"] > 0.9 * weights for o in outcomes)
 
 
 @contextlib.contextmanager
