@@ -25,7 +25,7 @@ def build(context: Context) -> web.Application:
         web.get("/metrics", health.metrics),
         web.get("/debug/decision/{request}", debug.decision),
         web.get("/debug/rack", debug.rack),
-        web.get("/peer/v1/beat", peer.beat),
+        web.get("/peer/v1/beat", peer.heartbeat),
         web.get("/peer/v1/link", peer.link),
         web.get("/admin/v1/status", admin.status),
         web.post("/admin/v1/load", admin.load),

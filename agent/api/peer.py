@@ -39,7 +39,7 @@ _MSGPACK = "application/x-msgpack"
 log = get_logger("agent.api")
 
 
-async def beat(request: web.Request) -> web.Response:
+async def heartbeat(request: web.Request) -> web.Response:
     """Answer a heartbeat: what this node offers now."""
     signed = _signed(request)
     context = request.app[CONTEXT]

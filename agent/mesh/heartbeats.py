@@ -91,9 +91,9 @@ class Heartbeats:
     async def _ask(self, node: str, url: str) -> None:
         began, woke = self._clock(), self._woke
         try:
-            beat = await self._client.beat(node, url, self._beat_s)
-            if beat.rack != self._rack:
-                self._note(node, f"peer {url}: belongs to rack {beat.rack!r}, this node to {self._rack!r}")
+            heartbeat = await self._client.heartbeat(node, url, self._beat_s)
+            if heartbeat.rack != self._rack:
+                self._note(node, f"peer {url}: belongs to rack {heartbeat.rack!r}, this node to {self._rack!r}")
                 return
         except RackError as error:
             self._note(node, error.message)
@@ -104,10 +104,10 @@ class Heartbeats:
         finally:
             self._open[node] -= 1
         now = self._clock()
-        skew_ms = beat.t_ms - self._wall_ms()
+        skew_ms = heartbeat.t_ms - self._wall_ms()
         late = f"peer {url}: clock skew of {skew_ms / 1000:.1f} s" if abs(skew_ms) > SKEW_WARNING_MS else ""
         self._note(node, late)
-        if self._table.heard(node, beat, now, hop_s=now - began):
+        if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
         self._report(now)
 

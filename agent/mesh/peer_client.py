@@ -43,7 +43,7 @@ class PeerClient:
         self._links: dict[str, PeerLink] = {}
         self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
 
-    async def beat(self, node: str, url: str, timeout_s: float) -> Heartbeat:
+    async def heartbeat(self, node: str, url: str, timeout_s: float) -> Heartbeat:
         """The peer's answer to a heartbeat. Raises Retryable when it does not answer in time, Refused when it is not
         the expected node."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -55,20 +55,20 @@ class PeerClient:
                     raise await _refusal(url, answer)
                 body = await _read(answer, MAX_BEAT_BYTES)
                 signature = answer.headers.get(ANSWER_HEADER, "")
-            beat = msgspec.msgpack.decode(body, type=Heartbeat)
+            heartbeat = msgspec.msgpack.decode(body, type=Heartbeat)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
         except msgspec.ValidationError as error:
             raise Refused(f"peer {url}: invalid heartbeat ({error}); upgrade the older of the two") from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             raise Refused(f"peer {url}: not a heartbeat; is it an mlxrack agent of this version?") from None
-        if why := mismatch(beat.protocol, beat.oldest):
+        if why := mismatch(heartbeat.protocol, heartbeat.oldest):
             raise Refused(f"peer {url}: {why}", code="protocol_mismatch")
-        if not self._key.is_answer(signature, nonce, beat.node, body):
+        if not self._key.is_answer(signature, nonce, heartbeat.node, body):
             raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
-        if beat.node != node:
-            raise Refused(f"peer {url}: identifies as {beat.node!r}, but is configured as {node!r}")
-        return beat
+        if heartbeat.node != node:
+            raise Refused(f"peer {url}: identifies as {heartbeat.node!r}, but is configured as {node!r}")
+        return heartbeat
 
     async def link(self, node: str, url: str) -> PeerLink:
         """The open connection to a peer. Raises Retryable (code worker_lost) when none can be opened."""

@@ -49,7 +49,7 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Known(msgspec.Struct, kw_only=True):
     url: str
-    beat: Heartbeat | None = None
+    heartbeat: Heartbeat | None = None
     last_s: float
     hops_s: tuple[float, ...] = ()
     beats: int = 0
@@ -85,19 +85,19 @@ class PeerTable:
         self._changed()
         return gone
 
-    def heard(self, node: str, beat: Heartbeat, now: float, *, hop_s: float = 0.0) -> bool:
+    def heard(self, node: str, heartbeat: Heartbeat, now: float, *, hop_s: float = 0.0) -> bool:
         """A peer answered; what was sent since its last heartbeat is now in its own count. True when it was down or has
         restarted since."""
         if (known := self._peers.get(node)) is None:
             return False
-        before = known.beat
+        before = known.heartbeat
         away = self._state(known, now) == "down"
-        anew = before is not None and before.epoch != beat.epoch
-        known.beat, known.last_s, known.misses, known.lost, known.sent = beat, now, 0, False, {}
+        anew = before is not None and before.epoch != heartbeat.epoch
+        known.heartbeat, known.last_s, known.misses, known.lost, known.sent = heartbeat, now, 0, False, {}
         known.beats += 1
         # one late answer says little about the network, several do
         known.hops_s = (*known.hops_s[1 - HOPS :], hop_s)
-        for model in beat.models:
+        for model in heartbeat.models:
             if known.prefixes.get(model.name) != model.prefixes:
                 known.prefixes[model.name] = model.prefixes
                 known.hashes = {**known.hashes, model.name: unpacked(model.prefixes)}
@@ -118,12 +118,12 @@ class PeerTable:
 
     def unready(self, node: str, model: str) -> None:
         """A node rejected a request that its last heartbeat had offered to take: it is not ready until its next one."""
-        if (known := self._peers.get(node)) is not None and known.beat is not None:
+        if (known := self._peers.get(node)) is not None and known.heartbeat is not None:
             models = tuple(
                 msgspec.structs.replace(one, ready=False, coming=True, versions=()) if one.name == model else one
-                for one in known.beat.models
+                for one in known.heartbeat.models
             )
-            known.beat = msgspec.structs.replace(known.beat, models=models)
+            known.heartbeat = msgspec.structs.replace(known.heartbeat, models=models)
             self._changed()
 
     def sent(self, node: str, model: str, prompt_tok: int) -> int:
@@ -161,7 +161,7 @@ class PeerTable:
         """Peers that went down or came back since the last call."""
         found = []
         for node, known in self._peers.items():
-            is_down = known.beat is not None and self._state(known, now) == "down"
+            is_down = known.heartbeat is not None and self._state(known, now) == "down"
             if is_down and not known.down:
                 known.down, known.down_since_s = True, known.last_s
                 found.append(Changed(node=node, up=False, for_s=now - known.last_s))
@@ -178,7 +178,7 @@ class PeerTable:
         return self._view
 
     def _view_of(self, node: str, known: _Known, now: float) -> NodeView:
-        if (beat := known.beat) is None:
+        if (heartbeat := known.heartbeat) is None:
             # just after the start it is unknown what a peer serves
             fresh = known.misses < DOWN_MISSES and now - known.last_s <= DOWN_BEATS * self._beat_s
             return NodeView(node=node, url=known.url, state="unknown" if fresh else "down", heard=False)
@@ -186,10 +186,10 @@ class PeerTable:
             node=node,
             url=known.url,
             state=self._state(known, now),
-            draining=beat.draining,
-            models=beat.models,
-            heat=beat.heat,
-            memory=beat.memory,
+            draining=heartbeat.draining,
+            models=heartbeat.models,
+            heat=heartbeat.heat,
+            memory=heartbeat.memory,
             hop_s=min(known.hops_s, default=0.0),
             known=known.hashes,
         )
