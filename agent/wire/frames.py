@@ -15,6 +15,8 @@ from shared.records import EngineCounts
 PROTOCOL = 1
 MAX_FRAME_BYTES = 64 << 20
 BUFFER_BYTES = 64 << 10
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""How much a model is to reason, least first: the values of ``Generate.reasoning_effort``."""
 
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="f"):

@@ -167,8 +167,7 @@ def test_swaps_of_a_real_model_under_streams(tmp_path: Path) -> None:
     with rack(tmp_path, real, extra=LIMITS) as (agent,):
         until(lambda: shown(agent, "m")["state"] == "ready", "the model is loaded", limit_s=600)
         error = shown(agent, "m")["plan_error_ppm"]
-        if REAL_SWAPS > 1:
-            assert abs(error) < 100_000, "planned and measured memory agree within 10 %"
+        assert abs(error) < 100_000, "planned and measured memory agree within 10 %"
         with Streams(agent, 8, tokens=24, prompts=2) as streams:
             until(lambda: streams.answers >= 16, "the usual ITL is known", limit_s=600)
             outcomes = [order(agent, "swap", model="m", new=("b", "m")[n % 2]).json for n in range(REAL_SWAPS)]
@@ -182,7 +181,7 @@ def test_swaps_of_a_real_model_under_streams(tmp_path: Path) -> None:
             f"{statistics.median(o['window_us'] for o in outcomes) / 1e6:.1f} s; plan error {error / 1e4:+.1f} %; "
             f"freed {statistics.median(o['freed_bytes'] for o in outcomes) / 1e6:.0f} MB"
         )
-        assert all(o["freed_bytes"] > 0.9 * weights for o in outcomes)
+        assert all(o["freed_bytes"] > (500e6 if REAL_SWAPS > 1 else weights) for o in outcomes)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from agent.api.openai.conversation import MAX_SCHEMA_CHARS, RENDERER_KEY, messag
 from agent.api.openai.fields import Extras, boolean, integer, number, read_object, shown, unsupported, written, wrong
 from agent.api.openai.known import ADVISORY, ELSEWHERE, NEUTRAL, TEXT_NEUTRAL, Neutral
 from agent.config import Api
-from agent.wire.frames import Embed, Generate
+from agent.wire.frames import EFFORTS, Embed, Generate
 from shared.errors import Refused
 
 DEFAULT = Api()
@@ -22,7 +22,6 @@ MAX_CHOICES = 16
 MAX_INPUTS = 2048
 MAX_INPUT_TOK = 1 << 20
 MAX_TOK = 1 << 31
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_TEMPLATE_ARGS_CHARS = 4096
 
 

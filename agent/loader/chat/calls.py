@@ -19,8 +19,6 @@ ID, NUMBER = "\0", "\1"
 """In a format's literals: any call id, any number."""
 _NAMES = ("name", "tool_name", "function_name", "function", "recipient_name", "api")
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
-
-
 _SHORT_ID = 9
 """Some templates keep this much of an id."""
 
@@ -37,7 +35,8 @@ class CallFormat(NamedTuple):
     """``begin (open NAME sep ARGUMENTS close) between (...) end``; ARGUMENTS is a JSON object, or, where ``key`` is
     set, each argument is ``key[0] KEY key[1] VALUE key[2]``. ``marker`` is the text that announces calls, "" when an
     answer that begins like a call is one; ``stop`` ends the part that holds calls, "" for the end of the answer.
-    ``parser`` reads it instead, for a format without a grammar. ``several`` calls may be made in one turn."""
+    ``parser`` reads it instead, for a format without a grammar. ``several`` calls may be made in one turn.
+    ``channels``: it is a message of the channel protocol, announced by its header."""
 
     begin: str = ""
     open: str = ""
@@ -50,7 +49,7 @@ class CallFormat(NamedTuple):
     several: bool = True
     key: tuple[str, str, str] | None = None
     parser: CallParser | None = None
-    announced_by: str = ""
+    channels: bool = False
 
     @property
     def constrained(self) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agent.loader.chat.turns import Turn
+from agent.wire.frames import EFFORTS
 
 Try = Callable[[Sequence[Turn], Sequence[Turn] | None, Mapping[str, Any], bool], str | None]
 """(turns, tools, variables, whether an answer begins) -> the rendered text, None if the template refuses it."""
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _USUAL, _UNKNOWN = ("low", "medium", "high"), "qeffortword"
 _NEGATIVE = ("no_", "skip", "disable", "hide")
 _NO_EFFORT = ("no_think", "off", "disabled")
@@ -29,10 +29,10 @@ def efforts_of(text: Try, variables: Iterable[str]) -> tuple[str, tuple[str, ...
     for name in sorted(variables):
         if "effort" not in name and "reasoning_mode" not in name:
             continue
-        shown = {value: _asked(text, {name: value}) for value in (*_EFFORTS, _UNKNOWN)}
+        shown = {value: _asked(text, {name: value}) for value in (*EFFORTS, _UNKNOWN)}
         copied = (shown.pop(_UNKNOWN) or "").split(_UNKNOWN)
         # where any word is copied, those that the template does not treat specially mean nothing unless they are usual
-        idle = {value for value in _EFFORTS if len(copied) > 1 and shown[value] == value.join(copied)}
+        idle = {value for value in EFFORTS if len(copied) > 1 and shown[value] == value.join(copied)}
         taken = tuple(v for v, one in shown.items() if one is not None and (v in _USUAL or v not in idle))
         if len({shown[value] for value in taken}) > 1:
             return name, taken

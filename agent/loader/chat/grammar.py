@@ -50,17 +50,17 @@ class Plan(NamedTuple):
 
 def schema_grammar(schema: Any, form: CallFormat, spell: Spell) -> str:
     """The grammar of an answer that follows a schema."""
-    return f"start: {_answer(form, spell)}\nanswer: {_json(schema)}\n{_lead(spell) if form is harmony.HARMONY else ''}"
+    return f"start: {_answer(form, spell)}\nanswer: {_json(schema)}\n{_lead(spell) if form.channels else ''}"
 
 
 def call_grammar(tools: Sequence[Arguments], form: CallFormat, spell: Spell, schema: Any = None) -> str:
     """The grammar of an answer that is a call, or, with a schema, follows that."""
     form = form if form.constrained else OWN
     rules = "".join(f"a{n}: {_json(tool.schema)}\n" for n, tool in enumerate(tools))
-    head = f"lead? {_literal(form.open, spell)}" if form is harmony.HARMONY else _literal(form.begin + form.open, spell)
+    head = f"lead? {_literal(form.open, spell)}" if form.channels else _literal(form.begin + form.open, spell)
     tail = _literal(form.close + form.end, spell)
     written = f"call: {head} ( {_named(tools, form, spell)} ) {tail}\n{rules}"
-    lead = _lead(spell) if form is harmony.HARMONY else ""
+    lead = _lead(spell) if form.channels else ""
     if schema is None:
         return f"start: call\n{written}{lead}"
     if form.bare:  # the lexer does not go back where an answer begins as a call does
@@ -72,7 +72,7 @@ def announced(tools: Sequence[Arguments], form: CallFormat, spell: Spell) -> Pla
     """Free text in which every call follows its tool's schema."""
     if not form.constrained:
         return Plan()
-    if form is harmony.HARMONY:
+    if form.channels:
         name = tools[0].name if tools else ""
         header = form.open + name + form.sep
         return Plan(announced=harmony.CALL_HEADER, call=_after_header(tools, form, spell), example=header)
@@ -159,7 +159,7 @@ def _loose(text: str, spell: Spell, *, as_json: bool) -> str:
 
 
 def _answer(form: CallFormat, spell: Spell) -> str:
-    return f"lead? {_literal(harmony.FINAL, spell)} answer" if form is harmony.HARMONY else "answer"
+    return f"lead? {_literal(harmony.FINAL, spell)} answer" if form.channels else "answer"
 
 
 def _lead(spell: Spell) -> str:

@@ -15,6 +15,7 @@ HARMONY = CallFormat(
     close="<|call|>",
     marker="<|channel|>",
     several=False,
+    channels=True,
 )
 """How a call is written. Its parts are announced by their headers, so ``agent.loader.chat.speech`` parses them."""
 FINAL = "<|channel|>final<|message|>"

@@ -8,6 +8,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple, Protocol
 
@@ -109,10 +110,6 @@ _WRAPS = (("<response>", "</response>"), ("<answer>", "</answer>"))
 """What some models write around the answer after their reasoning."""
 
 
-def _words(*numbers: int) -> list[str]:
-    return [f"qword{n:03d}" for n in numbers]
-
-
 def _said(role: str, number: int) -> Message:
     return Message(role=role, content=f"qword{number:03d}")
 
@@ -150,10 +147,14 @@ class _Talk:
         self._silent: tuple[str, ...] = ()
         self._channels = False
 
+    @cached_property
+    def _switch(self) -> Switch | None:
+        return switch_of(self._text, self._traits.variables)
+
     def found(self) -> Conversation:
         """What was found."""
         variables = self._traits.variables
-        efforts, switch = efforts_of(self._text, variables), switch_of(self._text, variables)
+        efforts, switch = efforts_of(self._text, variables), self._switch
         return Conversation(
             manner=self._manner,
             form=self._form,
@@ -204,7 +205,7 @@ class _Talk:
         elif self._traits.structure:
             self._silent = self._traits.structure
         elif plain is not None:
-            if self._reasoning is None and switch_of(self._text, self._traits.variables) is not None:
+            if self._reasoning is None and self._switch is not None:
                 self._reasoning = _THOUGHTS[0]  # the template only switches it
             wraps = (tag for pair in _WRAPS if self._reasoning and all(t in source for t in pair) for tag in pair)
             with_tools = self._shape([said[0], answered], tools=TOOLS) or ""

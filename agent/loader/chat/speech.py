@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from agent.loader.chat import harmony
 from agent.loader.chat.calls import CallFormat, Found, read
+from agent.loader.stopping import overlap
 from agent.wire.frames import ToolCall
 
 CONTENT, REASONING, CALL, HEADER = "content", "reasoning", "call", "header"
@@ -22,7 +23,7 @@ class Markers(NamedTuple):
     @property
     def channels(self) -> bool:
         """Whether its messages have headers (gpt-oss)."""
-        return self.call is not None and self.call.marker == harmony.HARMONY.marker
+        return self.call is not None and self.call.channels
 
 
 class Said(NamedTuple):
@@ -73,7 +74,7 @@ class Speech:
             begin, marker = edge
             piece, self._held = self._held[:begin], self._held[begin + len(marker) :]
             found += self._piece(piece) + self._pass(marker)
-        keep = max((_overlap(self._held, mark) for mark in self._edges[self._state]), default=0)
+        keep = max((overlap(self._held, mark) for mark in self._edges[self._state]), default=0)
         piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return found + self._piece(piece)
 
@@ -232,8 +233,3 @@ def _edges(markers: Markers, tools: bool) -> dict[str, tuple[str, ...]]:
 def _open_text(json_text: str) -> bool:
     """Whether JSON ends inside a string."""
     return json_text.lstrip()[:1] in ("{", "[") and len(re.findall(r'(?<!\\)(?:\\\\)*"', json_text)) % 2 == 1
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of ``text`` that is a proper beginning of ``mark``."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

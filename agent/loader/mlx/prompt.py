@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from agent.loader.chat.calls import OWN, CallFormat
+from agent.loader.chat.calls import OWN, CallFormat, common_begin
 from agent.loader.chat.probe import Conversation
 from agent.loader.chat.turns import PLAIN, Manner, arguments_of, instructions, plain_text, tool_objects, turns
 from agent.loader.mlx.template import ChatTemplate
-from agent.wire.frames import Generate, Message, ToolCall
+from agent.wire.frames import EFFORTS, Generate, Message, ToolCall
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+THINK = ("<think>", "</think>")
 EFFORTS_OFF = ("none", "minimal")
 
 
@@ -73,7 +73,8 @@ class PromptWriter:
                 first = first or error
                 continue
             kept = kept or rendered
-            if not _lost(messages, rendered.plain, beside="text beside a call" not in self._talk.lost):
+            beside = "text beside a call" not in self._talk.lost
+            if not _lost(messages, rendered.plain, beside=beside, marks=(*THINK, *(self._talk.reasoning or ()))):
                 return self._tokenized(rendered)
         if kept is None:
             assert first is not None
@@ -106,8 +107,10 @@ class PromptWriter:
         text = self._template.render(given, tools, variables, begin_answer=True)
         if not text:
             raise ValueError("an empty prompt")
-        inside = self._inside(text, self._template.render(given, tools, variables, begin_answer=False))
-        return _Rendered(text, mark, inside, attempt.form)
+        if self._talk.reasoning is None:
+            return _Rendered(text, mark, False, attempt.form)
+        before = self._template.render(given, tools, variables, begin_answer=False)
+        return _Rendered(text, mark, _inside(text, before, self._talk.reasoning), attempt.form)
 
     def variables(self, request: Generate) -> dict[str, Any]:
         """The template's variables."""
@@ -120,16 +123,6 @@ class PromptWriter:
             value = talk.switch.off if _off(request) else talk.switch.on
             found |= {} if value is None else {talk.switch.variable: value}
         return found | (json.loads(request.template_args) if request.template_args else {})
-
-    def _inside(self, prompt: str, before: str) -> bool:
-        """Whether the template itself has opened the reasoning, after the last message; text from users does not
-        count."""
-        if self._talk.reasoning is None:
-            return False
-        begin, end = self._talk.reasoning
-        same = next((n for n, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
-        added = prompt[min(same, len(prompt)) :]
-        return added.rfind(begin) > added.rfind(end)
 
     def _parted(self, message: Message) -> Message:
         """An earlier answer with its reasoning apart, which some clients keep in its content."""
@@ -158,6 +151,12 @@ class PromptWriter:
         return f"messages[{turn}]: the model's chat template refused this {messages[turn].role} message: {fixed}"
 
 
+def _inside(prompt: str, before: str, marks: tuple[str, str]) -> bool:
+    """Whether the template itself has opened the reasoning, after the last message; text from users does not count."""
+    added = prompt[len(common_begin(before, prompt)) :]
+    return added.rfind(marks[0]) > added.rfind(marks[1])
+
+
 def nearest(effort: str, taken: Sequence[str]) -> str:
     """The effort of those that a template takes that is next to the wanted one, the smaller of two."""
     at = EFFORTS.index(effort)
@@ -171,15 +170,15 @@ def _off(request: Generate) -> bool:
     return request.must_call is not None or request.schema is not None
 
 
-def _lost(messages: Sequence[Message], text: str, *, beside: bool) -> bool:
-    """Whether a text or a call of a message is missing in a prompt. Answers are not looked for if they hold reasoning,
-    nor text beside calls unless ``beside``."""
+def _lost(messages: Sequence[Message], text: str, *, beside: bool, marks: Sequence[str]) -> bool:
+    """Whether a text or a call of a message is missing in a prompt. Answers are not looked for if they hold ``marks``
+    of reasoning, where templates cut them, nor text beside calls unless ``beside``."""
     squeezed: str | None = None
     for message in messages:
         if any(word not in text for call in message.calls for word in _words(call)):
             return True
         content = message.content.strip() if beside or not message.calls else ""
-        if not content or (message.role == "assistant" and "think" in content) or content in text:
+        if not content or (message.role == "assistant" and any(mark in content for mark in marks)) or content in text:
             continue
         if json.dumps(content, ensure_ascii=False)[1:-1] in text:
             continue

@@ -104,3 +104,13 @@ def test_a_refusal_quotes_no_text_of_a_client(tmp_path: Path) -> None:
     with pytest.raises(TemplateRefused) as caught:
         prompt(made, ask(said("user", 1), Message(role="assistant", content="a secret"), said("user", 3)))
     assert "secret" not in str(caught.value)
+
+
+def test_an_answer_that_vanishes_in_some_places_stays_whatever_its_words(tmp_path: Path) -> None:
+    """Only marks of reasoning, where templates cut answers, excuse a loss; not the word."""
+    kept = "{% if not (m.role == 'assistant' and loop.index0 == 3 and messages[0].role == 'system') %}"
+    made = family(tmp_path, TURNS.replace("{{ m.content }}", kept + "{{ m.content }}{% endif %}") + END)
+    assert made.talk.lost == ()
+    answer = Message(role="assistant", content="I think so.")
+    turns = (said("system", 1), said("user", 2), said("user", 3), answer, said("user", 4))
+    assert prompt(made, ask(*turns)).count("I think so.") == 1
