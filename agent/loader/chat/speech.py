@@ -10,15 +10,19 @@ from agent.loader.chat.calls import CallFormat, Found, read
 from agent.loader.stopping import overlap
 from agent.wire.frames import ToolCall
 
+THINK = ("<think>", "</think>")
+"""What most models write around their reasoning."""
 CONTENT, REASONING, CALL, HEADER = "content", "reasoning", "call", "header"
 
 
 class Markers(NamedTuple):
-    """How a model marks reasoning and calls; None where it has neither. ``silent`` tokens are no part of content."""
+    """How a model marks reasoning and calls; None where it has neither. ``silent`` tokens are no part of content. With
+    ``unknown`` neither template nor vocabulary say whether it reasons: an answer that begins with THINK does."""
 
     reasoning: tuple[str, str] | None = None
     call: CallFormat | None = None
     silent: tuple[str, ...] = ()
+    unknown: bool = False
 
     @property
     def channels(self) -> bool:
@@ -53,6 +57,7 @@ class Speech:
         self._plain = not any(self._edges.values()) and not self._may_be_bare
         self._held = self._lead = self._call = self._blank = self._function = ""
         self._begun = self.called = False
+        self._start = "" if markers.unknown else None
 
     @property
     def reasoning(self) -> bool:
@@ -67,6 +72,10 @@ class Speech:
 
     def feed(self, text: str) -> Said:
         """The parts that ``text`` adds."""
+        if self._start is not None:
+            if (begun := self._started(self._start + text)) is None:
+                return Said()
+            text = begun
         if self._plain:
             return Said(text)
         found, self._held = Said(), self._held + text
@@ -81,6 +90,9 @@ class Speech:
     def finish(self, *, cut: bool = False) -> Said:
         """The parts held back, once the text has ended. Where it was ``cut`` off, a call is none whose format does not
         tell whether it is complete: arguments might be missing."""
+        if self._start is not None:
+            text, self._start = self._start, None
+            return self.feed(text) + self.finish(cut=cut)
         if self._plain:
             return Said()
         piece, self._held = self._held, ""
@@ -93,6 +105,19 @@ class Speech:
             self._lead, self._call, self._blank = "", self._blank, ""
             found += self._called("")
         return found
+
+    def _started(self, text: str) -> str | None:
+        """What an answer begins with, less the begin of reasoning; None while it may become that."""
+        seen = text.lstrip()
+        if seen != THINK[0] and THINK[0].startswith(seen):
+            self._start = text
+            return None
+        self._start = None
+        if not seen.startswith(THINK[0]):
+            return text
+        self._markers = self._markers._replace(reasoning=THINK)
+        self._edges, self._plain, self._state = _edges(self._markers, bool(self._tools)), False, REASONING
+        return seen.removeprefix(THINK[0])
 
     @property
     def _tells_its_end(self) -> bool:

@@ -46,9 +46,8 @@ class Planner:
         form = HARMONY if self._talk.channels else asked
         if request.must_call is not None and not form.constrained:
             form = OWN
-        markers = Markers(
-            reasoning=None if self._talk.channels else self._talk.reasoning, call=form, silent=self._talk.silent
-        )
+        marks = None if self._talk.channels else self._talk.reasoning
+        markers = Markers(marks, form, self._talk.silent, unknown=marks is None and not self._talk.channels)
         if not request.tools and request.schema is None:
             return Planned(Plan(), markers, None)
         found = self._schemas(request)

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 
 from agent.loader.chat.calls import OWN, CallFormat, common_begin
 from agent.loader.chat.probe import Conversation
+from agent.loader.chat.speech import THINK
 from agent.loader.chat.turns import PLAIN, Manner, arguments_of, instructions, plain_text, tool_objects, turns
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import EFFORTS, Generate, Message, ToolCall
 
-THINK = ("<think>", "</think>")
 EFFORTS_OFF = ("none", "minimal")
 
 

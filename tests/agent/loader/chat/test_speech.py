@@ -161,6 +161,17 @@ def test_a_call_that_was_cut_off_is_text_unless_it_is_known_to_be_complete(
     assert len((whole.feed(text) + whole.finish()).calls) == 1
 
 
+@given(Cuts)
+def test_reasoning_that_no_template_names_begins_an_answer_or_is_text(cuts: list[int]) -> None:
+    unknown = Markers(call=OWN, unknown=True)
+    assert said("<think>\nhm\n</think>\n\nYes.", cuts, unknown) == Said("Yes.", "\nhm\n", ())
+    assert said(f"\n<think>hm</think>{CALL}", cuts, unknown).reasoning == "hm"
+    for text in ("The tag <think> opens it.", "<thin", "<thanks>", "a"):
+        assert said(text, cuts, unknown) == Said(text, "", ())
+    alone = Speech(Markers(unknown=True))
+    assert (alone.feed("  <") + alone.feed("b>") + alone.finish()).text == "  <b>"
+
+
 def test_an_answer_that_is_cut_off_in_a_header_shows_none_of_it() -> None:
     for header in ("<|channel|>fin", "<|start|>assistant<|channel|>final"):
         assert said("<|channel|>analysis<|message|>hm<|end|>" + header, [9], CHANNELS) == Said("", "hm", ())
