@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
 from scripts.seaweed import SeaweedFS
 from tests.tiny_model import write_tiny_model
+
+# a crowded machine draws examples slowly, and that says nothing about the code
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

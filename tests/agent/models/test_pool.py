@@ -557,19 +557,24 @@ async def test_a_busy_model_is_closed_for_one_that_waited_long_enough(tmp_path: 
 
         async def client(name: str) -> None:
             while not over:
-                assert await pool.wait_ready(name, 20.0)
+                assert await pool.wait_ready(name, 120.0)
                 with contextlib.suppress(Retryable):  # closed between the two lines
                     _, text = await answer(pool, name, tokens=10)
                     assert len(text.split()) == 10
                     served[name] += 1
 
         clients = [asyncio.create_task(client(name)) for name in "aaabbb"]
-        await until(lambda: len(of(events, ModelEvicted)) >= 4, 40.0)
+        await until(lambda: len(of(events, ModelEvicted)) >= 4)
         over = True
         await asyncio.gather(*clients)
         turns = [e.model for e in of(events, ModelEvicted)]
         assert turns[:4] == ["a", "b", "a", "b"]
         assert min(served.values()) > 10, "each turn serves many requests, not one"
+
+
+def _children() -> set[int]:
+    """The loaders of this process."""
+    return {child.pid for child in psutil.Process().children()}
 
 
 def _active(process: LoaderProcess) -> int:
@@ -594,6 +599,7 @@ async def test_the_memory_guard_escalates_from_pressure_to_rejection(tmp_path: P
         slot = pool._slots.named("a")
         assert slot.loaded is not None
         await until(lambda: slot.loaded is not None and _active(slot.loaded.process) == 1 << 20)
+        os.kill(slot.loaded.process.pid, signal.SIGSTOP)  # it is busy until the end of this test
         slot.loaded.process.working = Working(active_bytes=170)
         await pool.maintain()
         await until(lambda: [e.model for e in of(events, ModelEvicted)] == ["b"])
@@ -606,19 +612,25 @@ async def test_the_memory_guard_escalates_from_pressure_to_rejection(tmp_path: P
         await pool.maintain()
         assert not pool.refusing
         assert [e.level for e in of(events, MemoryPressed)] == ["hard", "calm"]
+        os.kill(slot.loaded.process.pid, signal.SIGCONT)
         assert len((await busy)[1].split()) == 100, "who was being answered was answered"
 
 
 async def test_an_active_loader_that_crashes_during_standby_start_is_restarted(tmp_path: Path) -> None:
-    models = (fake("a"), fake("b", fake_load_s=3.0))
+    models = (fake("a"), fake("b", fake_load_s=0.5))
     async with running(tmp_path, *models) as (pool, events):
         await pool.orders.load("a")
         version, _ = await answer(pool, "a")
         swapping = asyncio.create_task(pool.orders.swap("a", "b"))
-        await until(lambda: bool(pool.orders.swaps()) and pool.orders.swaps()[-1]["phase"] == "starting")
-        os.kill(pool.inventory.status()[0]["pid"], signal.SIGKILL)  # type: ignore[arg-type]
+        active = pool.inventory.status()[0]["pid"]
+        await until(lambda: len(_children()) == 2)
+        (standby,) = _children() - {active}
+        os.kill(standby, signal.SIGSTOP)  # so it cannot be ready first
+        os.kill(active, signal.SIGKILL)  # type: ignore[arg-type]
         await until(lambda: len(of(events, LoaderExited)) == 1)
-        assert await pool.wait_ready("a", 2.5), "long before the swap is through"
+        assert await pool.wait_ready("a", 120.0), "before the swap is through"
+        assert not swapping.done()
+        os.kill(standby, signal.SIGCONT)
         assert (await answer(pool, "a"))[0] == version
         assert (await swapping).outcome == "flipped"
         assert (await answer(pool, "a"))[0] != version
@@ -711,7 +723,7 @@ async def test_keep_alive_counts_from_the_end_of_an_answer(tmp_path: Path) -> No
 
 async def test_a_loader_killed_while_starting_is_restarted_for_waiting_requests(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_load_s=0.6)) as (pool, events):
-        waiting = asyncio.create_task(pool.wait_ready("a", 20.0))
+        waiting = asyncio.create_task(pool.wait_ready("a", 120.0))
         await asyncio.sleep(0.4)
         for child in psutil.Process().children():
             if "agent.loader" in " ".join(child.cmdline()):
