@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
     completion.add(verbs, parser)
     new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
-    new_key.add_argument("name", help="the client's name as reports show it")
+    new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
+    new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
     return parser
 
 
@@ -369,6 +370,9 @@ def _check_config(args: argparse.Namespace) -> int:
     models = ", ".join(m.name for m in config.models) or "none"
     print(f"{path}: valid; node {config.node.id} of rack {config.node.rack}, models: {models}")
     print(f"state {state_folder(config)}, log {log_file(config)}")
+    for group in sorted({key.cache_group for key in config.keys if key.cache_group}):
+        ids = ", ".join(key.id for key in config.keys if key.cache_group == group)
+        print(f"prompt cache {group} is shared by the keys {ids}")
     return 0
 
 
@@ -396,4 +400,6 @@ def _new_key(args: argparse.Namespace) -> int:
     key = f"mlxr-{secrets.token_urlsafe(32)}"
     print(f"API key for {args.name} (shown once, not stored): {key}\n")
     print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{agent_config.hash_key(key)}"')
+    if args.cache_group:
+        print(f'cache_group = "{args.cache_group}"')
     return 0

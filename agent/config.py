@@ -59,10 +59,13 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A client's API key: the id that reports show, and the SHA-256 of the key; never the key."""
+    """A client's API key: the id that reports show, and the SHA-256 of the key; never the key. What its prompts leave
+    in the prompt caches serves no other key, but those of the same ``cache_group``, if it has one: whoever shares a
+    cache can find out what the others have sent."""
 
     id: str
     sha256: str
+    cache_group: str = ""
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -251,6 +254,11 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def cache_group(keys: Sequence[Key], key_id: str) -> str:
+    """The group with which a key shares its prompt cache; "" for none."""
+    return next((key.cache_group for key in keys if key.id == key_id), "")
+
+
 def check(config: AgentConfig) -> Sequence[str]:
     """Every problem that types cannot express, with key paths."""
     return [
@@ -287,6 +295,7 @@ def _check_names(config: AgentConfig) -> list[str]:
     named += [(f"models[{n}].name", m.name) for n, m in enumerate(config.models)]
     named += [(f"peers.nodes[{n}].id", p.id) for n, p in enumerate(config.peers.nodes)]
     named += [(f"keys[{n}].id", k.id) for n, k in enumerate(config.keys)]
+    named += [(f"keys[{n}].cache_group", k.cache_group) for n, k in enumerate(config.keys) if k.cache_group]
     found = []
     for path, name in named:
         try:
@@ -305,10 +314,15 @@ def _check_listen(config: AgentConfig) -> list[str]:
 
 
 def _check_keys(keys: Sequence[Key]) -> list[str]:
-    return [
+    found = [
         f"keys[{n}].sha256: must be a SHA-256 in hex; `mlxrack-agent new-key NAME` prints one"
         for n, key in enumerate(keys)
         if not _SHA256.fullmatch(key.sha256)
+    ]
+    return found + [
+        f"keys[{n}].cache_group: must be that of the other keys with the id {key.id!r}"
+        for n, key in enumerate(keys)
+        if key.cache_group != cache_group(keys, key.id)
     ]
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from agent.api import ignored
 from agent.api.answers import Choice, Identity, Usage, annotated, error_body
-from agent.api.context import CONTEXT, LOGGED, REQUEST_ID, client_key_id, json_response, note
+from agent.api.context import CONTEXT, LOGGED, REQUEST_ID, cache_of, client_key_id, json_response, note
 from agent.api.openai import AnswerRequest, EmbedRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
@@ -65,12 +65,14 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R]) -> R:
 
 def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[Call]:
     """A call for each choice. Parts beyond the first of a prompt do not count the request or its prompt again."""
+    cache = cache_of(request, key_id)
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
         Call(
             ask=wanted.generate if prompt is None else msgspec.structs.replace(wanted.generate, prompt=prompt),
             request_id=request[REQUEST_ID] if index == 0 else f"{request[REQUEST_ID]}-{index}",
             key_id=key_id,
+            cache=cache,
             whole=not wanted.stream,
             part=index,
             turn=turn,

@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 from aiohttp import hdrs, web
 
-from agent.config import AgentConfig, hash_key, is_loopback
+from agent.config import AgentConfig, cache_group, hash_key, is_loopback
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Key, Nonces
 from agent.models.pool import Pool
 from agent.status import Status
+from agent.wire.namespaces import Namespace, namespace_of
 from shared.errors import RackError
 
 
@@ -81,6 +82,11 @@ def client_key_id(request: web.Request) -> str:
     if not found:
         raise Unauthorized("no valid API key; send Authorization: Bearer <key>")
     return found
+
+
+def cache_of(request: web.Request, key_id: str) -> Namespace:
+    """The namespace of the prompt cache that a key's requests use."""
+    return namespace_of(key_id, cache_group(request.app[CONTEXT].config.keys, key_id))
 
 
 def require_admin(request: web.Request) -> None:

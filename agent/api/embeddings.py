@@ -5,7 +5,7 @@ import contextlib
 from aiohttp import web
 
 from agent.api import answering, answers, openai
-from agent.api.context import CONTEXT, REQUEST_ID, client_key_id, json_response
+from agent.api.context import CONTEXT, REQUEST_ID, cache_of, client_key_id, json_response
 from agent.gateway.call import Call
 from agent.wire.frames import Embedded
 
@@ -14,7 +14,8 @@ async def embeddings(request: web.Request) -> web.Response:
     """Vectors of all inputs, in input order."""
     key_id = client_key_id(request)
     wanted = await answering.read(request, openai.parse_embeddings)
-    call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id)
+    cache = cache_of(request, key_id)
+    call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id, cache=cache)
     vectors: tuple[bytes, ...] = ()
     try:
         dispatch = request.app[CONTEXT].dispatch

@@ -63,7 +63,7 @@ class Attempts:
         """Try until an answer is complete or recovery gives up. An answer that is not streamed is held until then."""
         held: list[Answer] = []
         sent = False
-        call.text = text_of(self._prefix_key, call.ask)
+        call.text = text_of(self._prefix_key, call.frame(self._node))
         while True:
             try:
                 decision = await self._selection.place(call)

@@ -7,6 +7,7 @@ import msgspec
 from agent.gateway.decisions import Trail
 from agent.process.prefixes import Text
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
+from agent.wire.namespaces import Namespace
 from shared.errors import Refused
 
 MAX_CONTINUATIONS = 4
@@ -17,14 +18,16 @@ _NO_TEXT = Text((), 1)
 
 class Call(msgspec.Struct, kw_only=True):
     """A request for several answers is several calls: ``part`` counts them all, ``turn`` those for the same prompt. The
-    first part counts as the request, the first turn as the prompt. ``seed`` is None until one is drawn. ``made`` are
-    the tokens produced; while ``continuing``, the answer resumes after them. ``over_tok`` is a context length that was
-    too small for it, ``too_long`` the error of the node that found it so; engines of ``faulty`` nodes failed at it;
-    ``ignored`` are the fields of the request that the worker capped or left out.
+    first part counts as the request, the first turn as the prompt. ``cache`` is the namespace of its key; ``seed`` is
+    None until one is drawn. ``made`` are the tokens produced; while ``continuing``, the answer resumes after them.
+    ``over_tok`` is a context length that was too small for it, ``too_long`` the error of the node that found it so;
+    engines of ``faulty`` nodes failed at it; ``ignored`` are the fields of the request that the worker capped or left
+    out.
     """
 
     ask: Ask
     request_id: str
+    cache: Namespace
     key_id: str = ""
     whole: bool = True
     part: int = 0
@@ -92,6 +95,7 @@ class Call(msgspec.Struct, kw_only=True):
             request_id=self.request_id,
             door=gateway,
             whole=self.whole,
+            cache=self.cache,
             seed=seed + self.turn * TURN_SEEDS,
             made=tuple(self.made) if self.continuing else (),
             version=self.version if self.continuing else "",

@@ -1,10 +1,10 @@
 """KV states of prompts on disk, so that they survive a restart. Off unless configured.
 
-Tokens are split into blocks. A block's file is named by a keyed hash of all tokens up to its end and of the model, so a
-prompt finds its blocks by computing names, shared prefixes are stored once, and a name reveals nothing without the
-key. Contents are encrypted and authenticated with AES-GCM, which also serves as the checksum: a file that was
-truncated, swapped or forged fails to decrypt and is quarantined. A separate thread writes; when it falls behind, blocks
-are dropped rather than waited for.
+Tokens are split into blocks. A block's file is named by a keyed hash of all tokens up to its end, of their namespace
+and of the model, so a prompt finds its blocks by computing names, prefixes that a namespace shares are stored once, and
+a name reveals nothing without the key. Contents are encrypted and authenticated with AES-GCM, which also serves as the
+checksum: a file that was truncated, swapped or forged fails to decrypt and is quarantined. A separate thread writes;
+when it falls behind, blocks are dropped rather than waited for.
 """
 
 import contextlib
@@ -99,10 +99,12 @@ class DiskCache:
         self._writer.join(wait_s)
 
     def _chain(self, tokens: Tokens) -> list[str]:
-        """Names of the full blocks of ``tokens``."""
+        """Names of the full blocks of ``tokens``. A block is sealed for its name, and so for its namespace."""
         names, state = [], self._first
+        if tokens.namespace:
+            state = hmac.digest(self._names, state + b"namespace\0" + tokens.namespace.encode(), hashlib.sha256)
         for begin in range(0, len(tokens) - BLOCK_TOK + 1, BLOCK_TOK):
-            state = hmac.digest(self._names, state + tokens[begin : begin + BLOCK_TOK].tobytes(), hashlib.sha256)
+            state = hmac.digest(self._names, state + tokens.ids[begin : begin + BLOCK_TOK].tobytes(), hashlib.sha256)
             names.append(state.hex())
         return names
 

@@ -40,6 +40,7 @@ from agent.wire.frames import (
     ToolCall,
     Working,
 )
+from agent.wire.namespaces import Namespace
 
 CONTEXT_TOK = 8192
 _PIECE_TOK = 256
@@ -132,7 +133,7 @@ class FakeEngine:
             self._embeds.append((request, prompt_tok))
             return Accepted(id=request.id, prompt_tok=prompt_tok, cached_tok=0)
         prompt = _prompt(request)
-        cached_tok = min(self._known_tok(prompt), prompt_tok - 1)
+        cached_tok = min(self._known_tok(request.cache, prompt), prompt_tok - 1)
         stop = StopText(request.stop)
         row = _Row(request, prompt, cached_tok, _words(request, self._salt), stop, time.perf_counter())
         if finish := _resumed(row):
@@ -183,7 +184,7 @@ class FakeEngine:
                 self._counts.lately.prefilled(piece, int(piece_s * 1e6))
             if row.left_tok <= 0:
                 self._rows[row.request.id] = self._waiting.pop(0)
-                self._keep(row.prompt)
+                self._keep(row.request.cache, row.prompt)
             if self._speed.prefill_tps:
                 return
 
@@ -191,18 +192,18 @@ class FakeEngine:
         held = sum(len(one.prompt) + one.made for one in self._rows.values())
         return not self._speed.kv_tok or not self._rows or held + len(row.prompt) <= self._speed.kv_tok
 
-    def _known_tok(self, prompt: tuple[str, ...]) -> int:
+    def _known_tok(self, cache: Namespace, prompt: tuple[str, ...]) -> int:
         known = 0
-        for number, one in enumerate(_blocks(prompt), 1):
+        for number, one in enumerate(_blocks(cache, prompt), 1):
             if one not in self._kept:
                 break
             known = number * _BLOCK_TOK
         return known
 
-    def _keep(self, tokens: tuple[str, ...]) -> None:
+    def _keep(self, cache: Namespace, tokens: tuple[str, ...]) -> None:
         if not self._speed.cache_tok:
             return
-        for one in _blocks(tokens):
+        for one in _blocks(cache, tokens):
             self._kept[one] = None
             self._kept.move_to_end(one)
         while len(self._kept) * _BLOCK_TOK > self._speed.cache_tok:
@@ -226,7 +227,7 @@ class FakeEngine:
         if not stopped and not calls and row.made < limit:
             return [Tokens(id=row.request.id, text=text, count=1, scored=scored, ids=ids)]
         del self._rows[row.request.id]
-        self._keep((*row.prompt, *_heading("assistant"), *row.said))
+        self._keep(row.request.cache, (*row.prompt, *_heading("assistant"), *row.said))
         text += "" if stopped else row.stop.finish()
         done = _done(row, "tool_calls" if calls else "stop" if stopped else "length")
         said = "" if calls else text
@@ -290,9 +291,9 @@ def _heading(role: str) -> tuple[str, ...]:
     return (f"<{role}>",) * 4
 
 
-def _blocks(tokens: tuple[str, ...]) -> Iterator[int]:
-    """Hashes of the whole prefix up to each block's end."""
-    state = hashlib.sha256()
+def _blocks(cache: Namespace, tokens: tuple[str, ...]) -> Iterator[int]:
+    """Hashes of the namespace and the whole prefix up to each block's end."""
+    state = hashlib.sha256(cache.encode() + b"\0")
     for at in range(0, len(tokens) - _BLOCK_TOK + 1, _BLOCK_TOK):
         state.update("\0".join(tokens[at : at + _BLOCK_TOK]).encode())
         yield int.from_bytes(state.copy().digest()[:8], "little")

@@ -1,4 +1,7 @@
-"""KV states of earlier prompts in a radix tree over their tokens: shared prefixes are stored once.
+"""KV states of earlier prompts in radix trees over their tokens: shared prefixes are stored once.
+
+``Tokens`` belong to a namespace, and each namespace has a tree of its own: a prompt finds, and is compared with, what
+requests of its namespace have left. There is no way to ask with bare token ids. All trees share one budget.
 
 Each edge of the tree is a run of tokens with the *piece* of state that belongs to exactly these tokens. Pieces are
 opaque here; slicing and measuring them is the engine's task. Where a model's state cannot be sliced by tokens
@@ -16,13 +19,31 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.wire.namespaces import Namespace
+
 P = TypeVar("P")
 
 MIN_PREFIX_TOK = 8
 """Shorter common prefixes are not worth a copy."""
 TOKEN_BYTES = 4
 
-Tokens = NDArray[np.int32]
+Ids = NDArray[np.int32]
+_NO_IDS: Ids = np.zeros(0, dtype=np.int32)
+
+
+class Tokens:
+    """A run of tokens and the namespace that it belongs to."""
+
+    __slots__ = ("ids", "namespace")
+
+    def __init__(self, namespace: Namespace, ids: Ids) -> None:
+        self.namespace, self.ids = namespace, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "Tokens":
+        return Tokens(self.namespace, self.ids[part])
 
 
 class Hit(NamedTuple, Generic[P]):
@@ -37,21 +58,32 @@ class _Node(Generic[P]):
 
     __slots__ = ("children", "parent", "piece", "size", "tokens", "used")
 
-    def __init__(self, tokens: Tokens, piece: P | None, size: int, parent: "_Node[P] | None") -> None:
+    def __init__(self, tokens: Ids, piece: P | None, size: int, parent: "_Node[P] | None") -> None:
         self.tokens, self.piece, self.size, self.parent = tokens, piece, size, parent
         self.children: dict[int, _Node[P]] = {}
         self.used = 0
 
 
+class _Root(_Node[P]):
+    """Where the tree of a namespace begins. It is there while the tree holds something, so roots are never more than
+    leaves, which the budget bounds."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(_NO_IDS, None, 0, None)
+        self.namespace = namespace
+
+
 class PromptCache(Generic[P]):
-    """Holds up to ``budget_bytes``; 0 disables it. ``split(piece, at)`` returns the pieces of the first ``at`` tokens
-    and of the rest; None for states that cannot be sliced. ``nbytes(piece)`` is the size of a piece."""
+    """Holds up to ``budget_bytes``, all namespaces together; 0 disables it. ``split(piece, at)`` returns the pieces of
+    the first ``at`` tokens and of the rest; None for states that cannot be sliced. ``nbytes(piece)`` is its size."""
 
     def __init__(
         self, budget_bytes: int, nbytes: Callable[[P], int], split: Callable[[P, int], tuple[P, P]] | None = None
     ) -> None:
         self.budget_bytes, self._nbytes, self._split = budget_bytes, nbytes, split
-        self._root: _Node[P] = _Node(as_tokens(()), None, 0, None)
+        self._roots: dict[Namespace, _Root[P]] = {}
         self._clock = 0
         self._leaves: set[_Node[P]] = set()
         self.bytes = self.hits = self.misses = self.saved_tok = 0
@@ -85,7 +117,8 @@ class PromptCache(Generic[P]):
         cannot be sliced is requested as a whole, from 0."""
         if len(tokens) < MIN_PREFIX_TOK or not self.budget_bytes:
             return
-        node, held = self._branch(tokens)
+        root = self._roots.get(tokens.namespace) or _Root(tokens.namespace)
+        node, held = self._branch(root, tokens.ids)
         if held == len(tokens) and (self._split is not None or node.piece is not None):
             return
         piece = piece_of(held if self._split is not None else 0, len(tokens))
@@ -95,9 +128,10 @@ class PromptCache(Generic[P]):
             return  # it would evict everything else and then itself
         fresh = node
         if held < len(tokens):
-            fresh = _Node(tokens[held:].copy(), None, 0, node)
+            fresh = _Node(tokens.ids[held:].copy(), None, 0, node)
             node.children[int(fresh.tokens[0])] = fresh
             self._leaves.discard(node)
+        self._roots[root.namespace] = root
         fresh.piece = piece
         if not fresh.children:
             self._leaves.add(fresh)
@@ -116,7 +150,7 @@ class PromptCache(Generic[P]):
 
     def clear(self) -> None:
         """Remove everything; not counted as evictions."""
-        self._root.children.clear()
+        self._roots.clear()
         self._leaves.clear()
         self.bytes = 0
 
@@ -126,11 +160,12 @@ class PromptCache(Generic[P]):
     def _walk(self, tokens: Tokens) -> tuple[list[tuple[_Node[P], int]], int]:
         """The edges on the path of ``tokens`` with the tokens used of each, and the number of tokens with a state."""
         path: list[tuple[_Node[P], int]] = []
-        node, at, usable, usable_at = self._root, 0, 0, 0
-        while at < len(tokens):
-            if (child := node.children.get(int(tokens[at]))) is None:
+        ids, at, usable, usable_at = tokens.ids, 0, 0, 0
+        node: _Node[P] | None = self._roots.get(tokens.namespace)
+        while node is not None and at < len(ids):
+            if (child := node.children.get(int(ids[at]))) is None:
                 break
-            taken = common(child.tokens, tokens[at:])
+            taken = _common(child.tokens, ids[at:])
             path.append((child, taken))
             at += taken
             whole = taken == len(child.tokens)
@@ -141,13 +176,14 @@ class PromptCache(Generic[P]):
             node = child
         return path[:usable], usable_at
 
-    def _branch(self, tokens: Tokens) -> tuple[_Node[P], int]:
-        """The node up to which ``tokens`` is cached; an edge that it leaves midway is split there."""
-        node, at = self._root, 0
-        while at < len(tokens):
-            if (child := node.children.get(int(tokens[at]))) is None:
+    def _branch(self, root: _Root[P], ids: Ids) -> tuple[_Node[P], int]:
+        """The node up to which ``ids`` is cached; an edge that it leaves midway is split there."""
+        node: _Node[P] = root
+        at = 0
+        while at < len(ids):
+            if (child := node.children.get(int(ids[at]))) is None:
                 break
-            taken = common(child.tokens, tokens[at:])
+            taken = _common(child.tokens, ids[at:])
             at += taken
             if taken < len(child.tokens):
                 return self._divide(child, taken), at
@@ -172,14 +208,17 @@ class PromptCache(Generic[P]):
         return upper
 
     def _drop(self, leaf: _Node[P]) -> None:
-        """Remove a leaf, and its ancestors that have neither other children nor a state."""
+        """Remove a leaf, its ancestors that have neither other children nor a state, and an empty tree."""
         node = leaf
         while node.parent is not None:
             parent = node.parent
             self._resize(node, 0)
             del parent.children[int(node.tokens[0])]
             self._leaves.discard(node)
-            if parent.children or parent is self._root:
+            if parent.children:
+                return
+            if isinstance(parent, _Root):
+                del self._roots[parent.namespace]
                 return
             if parent.piece is not None:
                 self._leaves.add(parent)
@@ -199,13 +238,17 @@ def _lineage(node: _Node[P]) -> list[_Node[P]]:
     return found
 
 
-def as_tokens(tokens: "tuple[int, ...] | list[int]") -> Tokens:
+def as_tokens(namespace: Namespace, ids: Sequence[int]) -> Tokens:
     """Token ids as the cache expects them."""
-    return np.asarray(tokens, dtype=np.int32)
+    return Tokens(namespace, np.asarray(ids, dtype=np.int32))
 
 
 def common(left: Tokens, right: Tokens) -> int:
-    """Length of the common prefix of two runs of tokens."""
+    """Length of the common prefix of two runs of tokens; 0 in different namespaces, whatever the tokens are."""
+    return _common(left.ids, right.ids) if left.namespace == right.namespace else 0
+
+
+def _common(left: Ids, right: Ids) -> int:
     length = min(len(left), len(right))
     differs = np.flatnonzero(left[:length] != right[:length])
     return int(differs[0]) if len(differs) else length

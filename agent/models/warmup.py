@@ -10,6 +10,7 @@ import msgspec
 from agent.files.probes import TIMED, TIMED_TOK, Heard, Probe, alike, fault
 from agent.process.loader_process import LoaderProcess
 from agent.wire.frames import Done, Embed, Embedded, Failed, Generate, Message, Tokens
+from agent.wire.namespaces import PROBES
 from shared.errors import RackError
 
 
@@ -99,6 +100,7 @@ def _request(loader: LoaderProcess, prompt: str, max_tokens: int) -> Generate | 
         temperature=0.0,
         logprobs=0,
         private=True,
+        cache=PROBES,
         request_id="probe",
     )
 

@@ -2,7 +2,8 @@
 
 The gateway may have no tokenizer, so a conversation is treated as bytes, about four per token, and its prefixes as a
 chain: one keyed hash per ``BLOCK_BYTES``, each over everything up to there. Two conversations share exactly the hashes
-of their common prefix. The key belongs to the rack, so hashes in a heartbeat reveal nothing about prompts to others.
+of their common prefix if they use the same namespace of the prompt cache, else none. The key belongs to the rack, so
+hashes in a heartbeat reveal nothing about prompts to others.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from agent.wire.frames import Embed, Generate
+from agent.wire.namespaces import Namespace
 
 BYTES_PER_TOK = 4
 BLOCK_BYTES = 256
@@ -18,6 +20,7 @@ MOST_BLOCKS = 1024
 """Maximum per conversation, and in one node's table."""
 LEAST_BLOCKS = 64
 _HASH_BYTES = 8
+_SALT_BYTES = 16
 
 Chain = tuple[int, ...]
 
@@ -43,7 +46,7 @@ def text_of(key: bytes, ask: Generate | Embed) -> Text:
         return Text((), size // BYTES_PER_TOK + 1)
     parts = [part.encode("utf-8", "surrogatepass") for part in _parts(ask)]
     size = sum(len(part) for part in parts)
-    chain = _chain(key, parts) if key and size >= BLOCK_BYTES else ()
+    chain = _chain(key, ask.cache, parts) if key and size >= BLOCK_BYTES else ()
     return Text(chain, size // BYTES_PER_TOK + 1)
 
 
@@ -133,8 +136,9 @@ def _parts(ask: Generate) -> Iterator[str]:
             yield f"\2{call.name}\0{call.arguments}"
 
 
-def _chain(key: bytes, parts: Sequence[bytes]) -> Chain:
-    state = hashlib.blake2b(key=key, digest_size=_HASH_BYTES)
+def _chain(key: bytes, cache: Namespace, parts: Sequence[bytes]) -> Chain:
+    salt = hashlib.blake2b(cache.encode(), digest_size=_SALT_BYTES).digest() if cache else b""
+    state = hashlib.blake2b(key=key, salt=salt, digest_size=_HASH_BYTES)
     text = b"".join(parts)
     found = []
     for at in range(0, min(len(text), MOST_BLOCKS * BLOCK_BYTES) - BLOCK_BYTES + 1, BLOCK_BYTES):

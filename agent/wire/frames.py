@@ -9,6 +9,7 @@ from typing import Literal, Union
 import msgpack
 import msgspec
 
+from agent.wire.namespaces import OPEN, Namespace
 from shared.errors import Refused
 from shared.records import EngineCounts
 
@@ -65,6 +66,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     the first call. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept
     on disk. ``made`` are tokens of the answer that were already produced: generation continues after them, and only
     exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its pieces may be joined.
+    ``cache`` is the namespace in which anything computed for it is kept and found again.
 
     ``top_k`` keeps that many of the likeliest tokens (0: all), ``min_p`` those at least that likely relative to the
     likeliest. ``repetition_penalty`` (1: none) applies to tokens of the last ``repetition_window_tok`` of prompt and
@@ -101,6 +103,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     made: tuple[int, ...] = ()
     version: str = ""
     whole: bool = False
+    cache: Namespace = OPEN
     request_id: str = ""
     door: str = ""
 

@@ -7,6 +7,7 @@ from mlx_lm.generate import BatchGenerator
 
 from agent.loader.mlx.kv import Layers
 from agent.loader.mlx.sampling import Processor, Sampler
+from agent.loader.prompt_cache import Tokens, as_tokens
 
 if TYPE_CHECKING:
     from agent.loader.mlx.row import Row
@@ -59,20 +60,20 @@ class Batch:
             row.batch, row.uid = self, uid
             self.rows[uid] = row
 
-    def remove(self, row: "Row") -> tuple[Layers, list[int]] | None:
+    def remove(self, row: "Row") -> tuple[Layers, Tokens] | None:
         """Remove a row; returns its state and the tokens that it covers, None when it is empty."""
         found = self.generator.remove([row.uid], return_prompt_caches=True)
         self.forget(row)
-        return _held(found.values())
+        return _held(row, found.values())
 
     def forget(self, row: "Row") -> None:
         """Drop a row that has ended by itself."""
         del self.rows[row.uid]
         row.batch = None
 
-    def state(self, row: "Row") -> tuple[Layers, list[int]] | None:
+    def state(self, row: "Row") -> tuple[Layers, Tokens] | None:
         """A running row's state and the tokens that it covers."""
-        return _held(self.generator.extract_cache([row.uid]).values())
+        return _held(row, self.generator.extract_cache([row.uid]).values())
 
     def step(self, chunk_tok: int) -> Worked:
         """A token for every decoding row and at most ``chunk_tok`` of each prompt. Raises whatever a row causes."""
@@ -91,8 +92,8 @@ class Batch:
         self.generator.close()
 
 
-def _held(found: Any) -> tuple[Layers, list[int]] | None:
+def _held(row: "Row", found: Any) -> tuple[Layers, Tokens] | None:
     for layers, tokens in found:
         if tokens and not any(layer.empty() for layer in layers):
-            return layers, list(tokens)
+            return layers, as_tokens(row.request.cache, tokens)
     return None

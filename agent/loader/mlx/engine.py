@@ -96,7 +96,8 @@ class MLXEngine:
         prepared = self._model.prepare(request)
         if isinstance(prepared, Failed):
             return prepared
-        restored = self._cache.read_back(as_tokens(prepared.prompts[0]), self._pace.cost.seconds)
+        tokens = as_tokens(request.cache, prepared.prompts[0])
+        restored = self._cache.read_back(tokens, self._pace.cost.seconds)
         return replace(prepared, restored=restored)
 
     def submit(self, prepared: Prepared) -> Frame:
@@ -104,7 +105,7 @@ class MLXEngine:
         if isinstance(request, Embed):
             return self._embeddings.take(request.id, prepared.prompts, request.dimensions)
         prompt = prepared.prompts[0]
-        array = as_tokens(prompt)
+        array = as_tokens(request.cache, prompt)
         if prepared.restored is not None:
             self._counts.add("disk_restored_tok", self._cache.put_back(array, prepared.restored))
         expected = self._cache.peek(array)
@@ -253,7 +254,8 @@ class MLXEngine:
         said, stopped = row.take(response.token, finish)
         if finish is not None:
             batch.forget(row)
-            self._cache.finished((response.prompt_cache, response.all_tokens), private=row.request.private)
+            tokens = as_tokens(row.request.cache, response.all_tokens)
+            self._cache.finished((response.prompt_cache, tokens), private=row.request.private)
         elif stopped:
             self._cache.finished(batch.remove(row), private=row.request.private)
         by_model = finish == "stop"

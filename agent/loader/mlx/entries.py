@@ -1,5 +1,7 @@
 """What a batch is given for one row: the tokens to compute, the state that they follow, and how tokens are drawn."""
 
+from functools import partial
+
 import mlx.core as mx
 
 from agent.loader.mlx import kv, sampling
@@ -36,8 +38,8 @@ def processors(model: TextModel, row: Row) -> list[sampling.Processor]:
     if request.ignore_eos and extra.plan.whole is None:  # where a grammar is complete, only an end token is allowed
         found.append(sampling.never(model.ends))
     if extra.plan.whole is not None or extra.plan.announced is not None:
-        thought, text = extra.markers.reasoning, model.text_of
-        found.append(Constraint(extra.plan, begin, model.ends, model.matcher, text, thought, inside=extra.inside))
+        thought, text, matcher = extra.markers.reasoning, model.text_of, partial(model.matcher, request.cache)
+        found.append(Constraint(extra.plan, begin, model.ends, matcher, text, thought, inside=extra.inside))
     return found
 
 

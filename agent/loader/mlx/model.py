@@ -29,10 +29,11 @@ from agent.loader.mlx.plan import Planner
 from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import Embed, Failed, Generate
+from agent.wire.namespaces import Namespace
 from shared.errors import Refused
 
 _TOO_LONG = "context_length_exceeded"
-_COMPILED = 4
+_COMPILED = 16
 _LIMITS = LLParserLimits(max_items_in_row=50_000, verbose_errors=False)
 """llguidance's default of 2,000 ends the answer at an object with more than 500 optional properties."""
 _TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
@@ -116,15 +117,16 @@ class TextModel:
         """Token ids of each input."""
         return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
 
-    def matcher(self, grammar: str, written: str = "") -> LLMatcher:
+    def matcher(self, cache: Namespace, grammar: str, written: str = "") -> LLMatcher:
         """A new matcher of a grammar whose first part is ``written``; it has stopped if the grammar forbids that. The
-        latest grammars are kept compiled: thousands of properties take seconds."""
-        found = self._compiled(grammar).deep_copy()
+        latest grammars are kept compiled for their namespace: thousands of properties take seconds, and whose schema
+        it was must not show in them."""
+        found = self._compiled(cache, grammar).deep_copy()
         if written:
             found.consume_tokens(self.grammars().tokenize_str(written))
         return found
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, _: Namespace, grammar: str) -> LLMatcher:
         # its warnings would quote the answer
         return LLMatcher(self.grammars(), grammar, log_level=0, limits=_LIMITS)
 
@@ -175,7 +177,7 @@ class TextModel:
         if isinstance(found, Failed):
             return found
         if (trial := found.plan.whole or found.plan.trial()) is not None:
-            begun = self.matcher(trial)  # compiled now, since the other thread steps every request
+            begun = self.matcher(request.cache, trial)  # compiled now, since the other thread steps every request
             begun.compute_bitmask()
             if begun.is_error():
                 return _failed(request, "this model's tokens do not support the constraints", _param(request))

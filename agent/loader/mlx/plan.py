@@ -15,6 +15,7 @@ from agent.loader.chat.probe import Conversation
 from agent.loader.chat.speech import Markers
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import Failed, Generate
+from agent.wire.namespaces import Namespace
 
 _KEPT, _KEPT_CHARS = 1024, 8 << 10
 """Schemas whose enforceable form is kept, and the longest of them."""
@@ -68,7 +69,7 @@ class Planner:
             if request.must_call and tool["name"] != request.must_call:
                 continue
             try:
-                schema, unenforced = self._followed(json.dumps(tool.get("parameters")), True)
+                schema, unenforced = self._followed(request.cache, json.dumps(tool.get("parameters")), True)
             except schemas.Unfollowable as error:
                 if request.must_call is not None:
                     return _failed(request, f"tools[{number}].function.parameters: {error}", f"tools[{number}]")
@@ -78,7 +79,7 @@ class Planner:
         if request.schema is None:
             return tools, None, odd
         try:
-            schema, _ = self._followed(request.schema, False)
+            schema, _ = self._followed(request.cache, request.schema, False)
         except schemas.Unfollowable as error:
             return _failed(request, f"response_format.json_schema.schema: {error}", "response_format")
         return tools, json.loads(schema), odd
@@ -94,11 +95,12 @@ class Planner:
         trial = plan.whole or plan.trial()
         return plan if trial is None or not self._faulty_grammar(trial) else None
 
-    def _followed(self, text: str, tool: bool) -> tuple[str, bool]:
-        return (self._short if len(text) <= _KEPT_CHARS else self._long)(text, tool)
+    def _followed(self, cache: Namespace, text: str, tool: bool) -> tuple[str, bool]:
+        return (self._short if len(text) <= _KEPT_CHARS else self._long)(cache, text, tool)
 
-    def _follow(self, text: str, tool: bool) -> tuple[str, bool]:
-        """A schema as text in the form that can be enforced, and whether some of it is not."""
+    def _follow(self, _: Namespace, text: str, tool: bool) -> tuple[str, bool]:
+        """A schema as text in the form that can be enforced, and whether some of it is not. Kept for its namespace, so
+        that the time it takes tells nobody that another key has sent it."""
         schema = json.loads(text)
         if schema is None:
             schema = {"type": "object", "properties": {}}

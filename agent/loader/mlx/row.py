@@ -38,7 +38,7 @@ class Row:
     cached_tok: int = 0
     reasoning_tok: int = 0
     looked_up: bool = False
-    partial: tuple[Layers, list[int]] | None = None
+    partial: tuple[Layers, TokenArray] | None = None
     behind: "Row | None" = None
     shared_tok: int = 0
     breaks: int = 0
@@ -58,7 +58,7 @@ class Row:
     @property
     def tokens(self) -> TokenArray:
         """Prompt and answer so far."""
-        return as_tokens(self.prompt + self.made) if self.made else self.array
+        return as_tokens(self.request.cache, self.prompt + self.made) if self.made else self.array
 
     @property
     def prefilling(self) -> bool:
@@ -71,7 +71,7 @@ class Row:
         return self.breaks > 1
 
     @property
-    def state(self) -> tuple[Layers, list[int]] | None:
+    def state(self) -> tuple[Layers, TokenArray] | None:
         """A running row's state and the tokens that it covers."""
         assert self.batch is not None
         return self.batch.state(self)

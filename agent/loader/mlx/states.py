@@ -7,9 +7,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from agent.loader.disk_cache import BLOCK_TOK, Array, DiskCache
 from agent.loader.mlx import kv
-from agent.loader.prompt_cache import PromptCache, Tokens, as_tokens
+from agent.loader.prompt_cache import PromptCache, Tokens
 
-Held = tuple[kv.Layers, list[int]]
+Held = tuple[kv.Layers, Tokens]
 """A row's state and the tokens that it covers."""
 Restored = tuple[int, list[list[Array]]]
 """Number of the first block that was read from disk, and the blocks."""
@@ -62,16 +62,16 @@ class PromptStates:
             return
         layers, tokens = held
         if self.sliceable:
-            self._memory.put(as_tokens(tokens), lambda begin, end: kv.cut(layers, begin, end))
+            self._memory.put(tokens, lambda begin, end: kv.cut(layers, begin, end))
         else:
-            self._memory.put(as_tokens(tokens), lambda begin, end: kv.detached(layers))
+            self._memory.put(tokens, lambda begin, end: kv.detached(layers))
 
     def finished(self, held: Held | None, *, private: bool) -> None:
         """Cache a row's final state, on disk too unless it is ``private``."""
         self.keep(held)
         if held is not None and self._disk is not None and not private:
             layers, tokens = held
-            self._disk.offer(as_tokens(tokens), lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
+            self._disk.offer(tokens, lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
 
     def read_back(self, tokens: Tokens, prefill_s: Callable[[int, float], float]) -> Restored | None:
         """Blocks on disk that continue the state in memory, if reading them is faster than prefill, which takes

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.loader import prompt_cache
 from agent.loader.disk_cache import BLOCK_TOK, Array, DiskCache
-from agent.loader.prompt_cache import Tokens, as_tokens
+from agent.loader.prompt_cache import Tokens
+from agent.wire.namespaces import OPEN, Namespace, namespace_of
 
 SECRET = b"a secret of at least thirty-two characters"
 
@@ -23,8 +25,12 @@ def block_of(begin: int, end: int) -> list[Array]:
     return [("float32", (1, 1, end - begin, 1), np.arange(begin, end, dtype=np.float32).tobytes())]
 
 
-def prompt(blocks: int, *, last: int = 7) -> Tokens:
-    return as_tokens([*range(1000, 1000 + blocks * BLOCK_TOK), last])
+def as_tokens(ids: list[int], namespace: Namespace = OPEN) -> Tokens:
+    return prompt_cache.as_tokens(namespace, ids)
+
+
+def prompt(blocks: int, *, last: int = 7, namespace: Namespace = OPEN) -> Tokens:
+    return as_tokens([*range(1000, 1000 + blocks * BLOCK_TOK), last], namespace)
 
 
 def keep(folder: Path, tokens: Tokens) -> None:
@@ -43,14 +49,14 @@ def test_blocks_survive_a_restart(tmp_path: Path) -> None:
     assert again.held(prompt(3)) == 3 * BLOCK_TOK
     assert again.held(prompt(3)[: 3 * BLOCK_TOK]) == 2 * BLOCK_TOK, "the last token never counts"
     assert again.held(prompt(5)) == 3 * BLOCK_TOK
-    assert again.held(as_tokens([1, *prompt(3)])) == 0
+    assert again.held(as_tokens([1, *prompt(3).ids])) == 0
     assert again.read(prompt(3), 1, 3) == [block_of(BLOCK_TOK, 2 * BLOCK_TOK), block_of(2 * BLOCK_TOK, 3 * BLOCK_TOK)]
     again.close()
 
 
 def test_common_prefixes_are_stored_once(tmp_path: Path) -> None:
     keep(tmp_path, prompt(2))
-    keep(tmp_path, as_tokens([*prompt(2)[:-1], *range(BLOCK_TOK), 1]))
+    keep(tmp_path, as_tokens([*prompt(2).ids[:-1], *range(BLOCK_TOK), 1]))
     assert len(files(tmp_path)) == 3
 
 
@@ -61,6 +67,31 @@ def test_another_model_or_secret_gets_no_hit(tmp_path: Path) -> None:
         other.close()
 
 
+def test_another_namespace_gets_no_hit(tmp_path: Path) -> None:
+    alice, bob = namespace_of("alice"), namespace_of("bob")
+    keep(tmp_path, prompt(2, namespace=alice))
+    cache = made(tmp_path)
+    for other in (bob, OPEN, namespace_of("x", "alice")):
+        assert cache.held(prompt(2, namespace=other)) == 0
+        assert cache.read(prompt(2, namespace=other), 0, 2) == []
+    assert cache.held(prompt(2, namespace=alice)) == 2 * BLOCK_TOK
+    cache.offer(prompt(2, namespace=bob), block_of)
+    cache.close()
+    assert len(files(tmp_path)) == 4, "stored again, although the tokens are the same"
+
+
+def test_a_block_under_another_namespaces_name_is_set_aside(tmp_path: Path) -> None:
+    alice, bob = prompt(1, namespace=namespace_of("alice")), prompt(1, namespace=namespace_of("bob"))
+    keep(tmp_path, alice)
+    cache = made(tmp_path)
+    files(tmp_path)[0].rename(tmp_path / f"{cache._chain(bob)[0]}.kv")
+    cache.close()
+    again = made(tmp_path)
+    assert again.held(bob) == BLOCK_TOK
+    assert (again.read(bob, 0, 1), again.quarantined, again.held(bob)) == ([], 1, 0)
+    again.close()
+
+
 def test_files_are_unreadable_to_others_and_contain_no_prompt_text(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     keep(folder, prompt(2))
@@ -69,7 +100,7 @@ def test_files_are_unreadable_to_others_and_contain_no_prompt_text(tmp_path: Pat
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         raw = file.read_bytes()
         assert block_of(0, BLOCK_TOK)[0][2][:64] not in raw
-        assert prompt(2)[:16].tobytes() not in raw
+        assert prompt(2).ids[:16].tobytes() not in raw
         assert b"float32" not in raw
 
 

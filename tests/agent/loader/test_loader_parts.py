@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader import prefill_pace, scheduling
+from agent.loader import prefill_pace, prompt_cache, scheduling
 from agent.loader.prefill_pace import PrefillCost
-from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, as_tokens, common, most_shared
+from agent.loader.prompt_cache import MIN_PREFIX_TOK, TOKEN_BYTES, PromptCache, common, most_shared
 from agent.loader.prompt_cache import Tokens as Run
 from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
@@ -27,6 +27,7 @@ from agent.wire.frames import (
     decode,
     encode,
 )
+from agent.wire.namespaces import OPEN, Namespace, namespace_of
 from shared.errors import Refused
 
 FRAMES: list[Frame] = [
@@ -61,6 +62,7 @@ def test_a_frame_of_an_older_peer_lacks_fields_and_one_of_a_newer_peer_has_more(
     """Every field beyond the first version's has a default; an unknown one is skipped."""
     tree = msgspec.msgpack.decode(encode(frame))
     lately = (
+        "cache",
         "top_k",
         "min_p",
         "repetition_penalty",
@@ -170,32 +172,40 @@ def test_a_prefill_chunk_is_bounded_by_waiting_requests(decode_s: float, before:
     assert prefill_pace.chunk_tok(PrefillCost(), 0.5, decode_s, before, 512) == 512
 
 
+def as_tokens(ids: list[int], namespace: Namespace = OPEN) -> Run:
+    return prompt_cache.as_tokens(namespace, ids)
+
+
+State = tuple[Namespace, int]
+
+
 class Pieces:
-    """A cache whose states are the tokens themselves, 10 bytes each, so that results are readable."""
+    """A cache whose states are the namespaces and tokens themselves, 10 bytes each, so that results are readable."""
 
     def __init__(self, budget: int, *, cuttable: bool = True) -> None:
         split = (lambda piece, at: (piece[:at], piece[at:])) if cuttable else None
-        self.cache: PromptCache[list[int]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
+        self.cache: PromptCache[list[State]] = PromptCache(budget, lambda piece: 10 * len(piece), split)
 
-    def put(self, tokens: list[int]) -> list[int]:
+    def put(self, tokens: list[int], namespace: Namespace = OPEN) -> list[int]:
         """Store a prompt; returns the tokens whose state was requested."""
         asked: list[int] = []
 
-        def piece_of(begin: int, end: int) -> list[int]:
+        def piece_of(begin: int, end: int) -> list[State]:
             asked[:] = tokens[begin:end]
-            return tokens[begin:end]
+            return [(namespace, token) for token in asked]
 
-        self.cache.put(as_tokens(tokens), piece_of)
+        self.cache.put(as_tokens(tokens, namespace), piece_of)
         return asked
 
-    def find(self, tokens: list[int]) -> list[int] | None:
+    def find(self, tokens: list[int], namespace: Namespace = OPEN) -> list[int] | None:
         """The cached prefix, reassembled."""
-        hit = self.cache.find(as_tokens(tokens))
+        hit = self.cache.find(as_tokens(tokens, namespace))
         if hit is None:
             return None
-        found = [token for piece, taken in hit.pieces for token in piece[:taken]]
+        found = [state for piece, taken in hit.pieces for state in piece[:taken]]
         assert hit.common_tok == len(found)
-        return found
+        assert {owner for owner, _ in found} == {namespace}, "a state of another namespace"
+        return [token for _, token in found]
 
 
 def test_a_common_prefix_is_held_once() -> None:
@@ -260,30 +270,63 @@ def test_an_untrimmable_state_serves_only_prompts_that_extend_it() -> None:
     assert pieces.find(first) is None, "one token is needed to start from"
 
 
+ALICE, BOB = namespace_of("alice"), namespace_of("bob")
 TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=14)
+ACTS = st.lists(st.tuples(st.booleans(), TOKENS, st.sampled_from([OPEN, ALICE, BOB])), max_size=30)
+Acts = list[tuple[bool, list[int], Namespace]]
 
 
-@given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=30), st.integers(1, 900), st.booleans())
-def test_the_prefix_tree_keeps_its_invariants(acts: list[tuple[bool, list[int]]], budget: int, cuttable: bool) -> None:
-    """The budget holds, accounting is exact, and hits are prefixes of the prompt."""
+def test_namespaces_share_the_budget_and_nothing_else() -> None:
+    each = 20 * (10 + TOKEN_BYTES)
+    pieces, same = Pieces(2 * each), list(range(20))
+    assert pieces.put(same, ALICE) == same
+    assert pieces.find([*same, 7], BOB) is None
+    assert pieces.put(same, BOB) == same, "stored again, although the tokens are the same"
+    assert (pieces.find([*same, 7], ALICE), pieces.find([*same, 7], BOB)) == (same, same)
+    assert pieces.cache.bytes == 2 * each
+    pieces.find([*same, 7], ALICE)
+    pieces.put(list(range(100, 120)), OPEN)
+    assert (pieces.find([*same, 7], ALICE), pieces.find([*same, 7], BOB)) == (same, None), "the least recent is evicted"
+    assert sorted(pieces.cache._roots) == sorted([ALICE, OPEN])
+    pieces.put(list(range(500)), BOB)
+    assert BOB not in pieces.cache._roots, "nothing is kept of what is too large"
+
+
+@given(ACTS, st.booleans())
+def test_a_namespace_is_as_if_it_were_alone(acts: Acts, cuttable: bool) -> None:
+    """Whatever the others do, in whatever order, if the budget suffices."""
+    together = Pieces(1 << 20, cuttable=cuttable)
+    alone = {owner: Pieces(1 << 20, cuttable=cuttable) for owner in (OPEN, ALICE, BOB)}
+    for putting, tokens, owner in acts:
+        for pieces in (together, alone[owner]):
+            assert pieces.cache.peek(as_tokens(tokens, owner)) == alone[owner].cache.peek(as_tokens(tokens, owner))
+        did = [p.put(tokens, owner) if putting else p.find(tokens, owner) for p in (together, alone[owner])]
+        assert did[0] == did[1]
+    assert together.cache.bytes == sum(pieces.cache.bytes for pieces in alone.values())
+
+
+@given(ACTS, st.integers(1, 900), st.booleans())
+def test_the_prefix_tree_keeps_its_invariants(acts: Acts, budget: int, cuttable: bool) -> None:
+    """The budget holds, accounting is exact, hits are prefixes of the prompt, and no empty tree stays."""
     pieces = Pieces(budget, cuttable=cuttable)
-    for putting, tokens in acts:
+    for putting, tokens, owner in acts:
         if putting:
-            pieces.put(tokens)
+            pieces.put(tokens, owner)
         else:
-            found = pieces.find(tokens)
+            found = pieces.find(tokens, owner)
             assert found is None or (found == tokens[: len(found)] and len(found) < len(tokens))
         assert 0 <= pieces.cache.bytes <= budget
         assert pieces.cache.bytes == sum(n.size for n in nodes(pieces.cache))
         for node in nodes(pieces.cache):
             assert node.children or node.piece is not None, "nothing hangs there without a state"
             assert bool(node.children) != (node in pieces.cache._leaves)
+        assert all(root.children for root in pieces.cache._roots.values())
     pieces.cache.shrink(0, "pressure")
-    assert (pieces.cache.bytes, nodes(pieces.cache)) == (0, [])
+    assert (pieces.cache.bytes, nodes(pieces.cache), pieces.cache._roots) == (0, [], {})
 
 
-def nodes(cache: PromptCache[list[int]]) -> list[Any]:
-    found, left = [], list(cache._root.children.values())
+def nodes(cache: PromptCache[list[State]]) -> list[Any]:
+    found, left = [], [node for root in cache._roots.values() for node in root.children.values()]
     while left:
         node = left.pop()
         found.append(node)
@@ -308,6 +351,7 @@ def test_the_longest_shared_prefix_is_found(tokens: Run, others: list[Run], leas
     assert (found is None) == (longest < least)
     if found is not None:
         assert (common(tokens, others[found[0]]), found[1]) == (longest, longest)
+    assert most_shared(Run(ALICE, tokens.ids), others, least) is None, "another's tokens are never alike"
 
 
 def test_short_prompts_are_prefilled_together_up_to_one_chunk() -> None:

@@ -85,7 +85,22 @@ def test_status_without_an_agent_tells_how_to_start_it(config: Path, capsys: pyt
 
 def test_check_config_prints_paths(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check-config", "--config", str(config)]) == 0
-    assert "agent.jsonl" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "agent.jsonl" in out
+    assert "shared" not in out
+
+
+def test_check_config_tells_which_keys_share_a_prompt_cache(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = '[[keys]]\nid = "{}"\nsha256 = "' + "0" * 64 + '"\ncache_group = "{}"\n'
+    before = config.read_text()
+    config.write_text(before + key.format("web", "team") + key.format("bot", "team") + key.format("alone", ""))
+    assert cli.main(["check-config", "--config", str(config)]) == 0
+    assert "prompt cache team is shared by the keys web, bot\n" in capsys.readouterr().out
+    config.write_text(before + key.format("web", "te am") + key.format("bot", "team") + key.format("bot", ""))
+    assert cli.main(["check-config", "--config", str(config)]) == os.EX_CONFIG
+    said = capsys.readouterr().err
+    assert "keys[0].cache_group 'te am': use 1 to 63 letters" in said
+    assert "keys[2].cache_group: must be that of the other keys with the id 'bot'" in said
 
 
 def test_one_node_needs_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +145,9 @@ def test_a_new_key_matches_its_hash(config: Path, capsys: pytest.CaptureFixture[
     assert key is not None
     assert stored is not None
     assert hash_key(key[0]) == stored[1]
+    assert "cache_group" not in out
+    assert cli.main(["new-key", "web-shop", "--cache-group", "shops", "--config", str(config)]) == 0
+    assert 'cache_group = "shops"' in capsys.readouterr().out
 
 
 def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

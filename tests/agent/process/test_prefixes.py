@@ -1,5 +1,7 @@
 """Which prefixes each node holds, and the work of a loader."""
 
+import hashlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -19,6 +21,7 @@ from agent.process.prefixes import (
 )
 from agent.process.workload import STALE_S, Throughput
 from agent.wire.frames import Embed, Generate, Message, Working
+from agent.wire.namespaces import OPEN, PROBES, Namespace, namespace_of
 
 KEY = prefix_key("the rack secret")
 
@@ -59,6 +62,27 @@ def test_template_text_is_part_of_the_chain() -> None:
 def test_hashes_depend_on_the_rack_secret() -> None:
     assert text_of(prefix_key("another"), ask("s" * 600)).chain != chain("s" * 600)
     assert text_of(b"", ask("s" * 600)).chain == ()
+
+
+@given(
+    st.lists(
+        st.sampled_from([OPEN, PROBES, *map(namespace_of, "abc"), namespace_of("a", "b")]), min_size=2, unique=True
+    )
+)
+def test_namespaces_have_no_hash_in_common(namespaces: list[Namespace]) -> None:
+    chains = [set(chain("s" * 900, "u" * 700, cache=one)) for one in namespaces]
+    assert sum(len(one) for one in chains) == len(set().union(*chains))
+    table = PrefixTable()
+    table.took(text_of(KEY, ask("s" * 900, cache=namespaces[0])), 0)
+    assert [matched(chain("s" * 900, cache=one), table) for one in namespaces] == [3] + [0] * (len(namespaces) - 1)
+
+
+def test_the_open_namespace_is_hashed_as_by_a_gateway_that_knows_of_none() -> None:
+    """A peer of an older version sends none: its conversations keep their way."""
+    state = hashlib.blake2b(key=KEY, digest_size=8)
+    state.update(b"p" * BLOCK_BYTES)
+    old = int.from_bytes(state.digest(), "little")
+    assert text_of(KEY, Generate(id=1, model="m", prompt="p" * 300, max_tokens=1)).chain == (old,)
 
 
 def test_long_prompts_are_bounded_and_short_ones_have_no_chain() -> None:

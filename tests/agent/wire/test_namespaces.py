@@ -1,0 +1,38 @@
+"""A namespace of the prompt cache belongs to one key, or to one group."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.config import Key, cache_group
+from agent.wire.namespaces import OPEN, PROBES, Namespace, namespace_of
+
+names = st.text(alphabet=":ab-key grouprobs\0", max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("key_id", "group", "expected"),
+    [
+        ("", "", OPEN),
+        ("shop", "", "key:shop"),
+        ("shop", "team", "group:team"),
+        ("shop", "shop", "group:shop"),
+        ("probes", "", "key:probes"),
+    ],
+)
+def test_a_namespace_names_a_key_or_a_group(key_id: str, group: str, expected: str) -> None:
+    assert namespace_of(key_id, group) == expected
+
+
+@given(names, names, names.filter(bool), names.filter(bool))
+def test_two_keys_share_a_namespace_only_in_one_group(a_group: str, b_group: str, a: str, b: str) -> None:
+    """Whatever they are called: a group named like a key is not that key's namespace."""
+    shared = a_group == b_group if a_group or b_group else a == b
+    assert (namespace_of(a, a_group) == namespace_of(b, b_group)) == shared
+    assert not {namespace_of(a, a_group), namespace_of(b, b_group)} & {OPEN, PROBES}
+
+
+def test_a_key_has_the_group_of_its_entry() -> None:
+    keys = (Key(id="a", sha256=""), Key(id="b", sha256="", cache_group="team"), Key(id="team", sha256=""))
+    found = {key_id: namespace_of(key_id, cache_group(keys, key_id)) for key_id in ("", "a", "b", "team")}
+    assert found == {"": OPEN, "a": Namespace("key:a"), "b": Namespace("group:team"), "team": Namespace("key:team")}
