@@ -1,10 +1,16 @@
 """A namespace of the prompt cache belongs to one key, or to one group."""
 
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import Key, cache_group
+from agent.models.warmup import answer_of
+from agent.process.loader_process import LoaderProcess
+from agent.wire.frames import Ask, Done, Generate
 from agent.wire.namespaces import OPEN, PROBES, Namespace, namespace_of
 
 names = st.text(alphabet=":ab-key grouprobs\0", max_size=12)
@@ -36,3 +42,18 @@ def test_a_key_has_the_group_of_its_entry() -> None:
     keys = (Key(id="a", sha256=""), Key(id="b", sha256="", cache_group="team"), Key(id="team", sha256=""))
     found = {key_id: namespace_of(key_id, cache_group(keys, key_id)) for key_id in ("", "a", "b", "team")}
     assert found == {"": OPEN, "a": Namespace("key:a"), "b": Namespace("group:team"), "team": Namespace("key:team")}
+
+
+async def test_the_questions_for_a_standby_have_a_namespace_of_their_own() -> None:
+    """Nobody finds out which questions an operator has recorded."""
+    asked: list[Ask] = []
+
+    class Standby:
+        ready: Any = None
+
+        async def generate(self, ask: Ask) -> AsyncIterator[Done]:
+            asked.append(ask)
+            yield Done(id=1, finish="stop", prompt_tok=1, cached_tok=0, completion_tok=1)
+
+    await answer_of(cast(LoaderProcess, Standby()), "What is the capital of France?", 4)
+    assert [one.cache for one in asked if isinstance(one, Generate)] == [PROBES]
