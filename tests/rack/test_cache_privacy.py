@@ -196,16 +196,17 @@ def test_with_a_real_model_and_its_disk_cache(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("a secret of at least thirty-two characters")
     (tmp_path / "secret").chmod(0o600)
     real = {"name": "m", "path": str(default_folder() / MAIN), "rows": 2, "disk_cache_bytes": 256 << 20}
-    extra = f'{EXTRA}[disk_cache]\nsecret = "file:{tmp_path / "secret"}"\n'
+    extra = f'{EXTRA}[loader]\nthreads = 1\n[disk_cache]\nsecret = "file:{tmp_path / "secret"}"\n'
     text = "Miller of accounting has a salary per year in EUR of 83250. Is this above the median? " * 11
 
     def found(*keys: str) -> list[int]:
         return [cached_tok(send(agent, key, text)) for key in keys]
 
     with rack(tmp_path, [real], extra=extra) as (agent,):
-        assert found("alice", "carol") == [0, 0]
-        assert min(found("alice", "dave")) > 256, "the same key, and one of its group"
-        assert agent.stop() == 0
-        agent.start().ready()
-        assert found("bob") == [0], "what is on disk is not for others either"
-        assert min(found("dave", "alice")) >= 256
+        before, again = found("alice", "alice")
+        assert (before, again > 256) == (0, True)
+        for verb in ("unload", "load"):
+            assert agent.admin("POST", verb, model="m").status == 200
+        assert found("alice")[0] >= 256, "from disk"
+        before, again = found("bob", "bob")
+        assert (before, again > 256) == (0, True), "neither her memory nor her disk, but his own"
