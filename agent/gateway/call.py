@@ -85,7 +85,7 @@ class Call(msgspec.Struct, kw_only=True):
         """The frame for the worker."""
         ask = self.ask
         if not isinstance(ask, Generate):
-            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=gateway)
+            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=gateway, cache=self.cache)
         # without a seed the gateway draws one, so that a retry samples the same tokens
         seed = self.seed if self.seed is not None else secrets.randbits(62)
         self.seed = seed

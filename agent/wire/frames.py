@@ -116,6 +116,7 @@ class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
+    cache: Namespace = OPEN
     request_id: str = ""
     door: str = ""
 

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import Key, cache_group
+from agent.gateway.call import Call
 from agent.models.warmup import answer_of
 from agent.process.loader_process import LoaderProcess
-from agent.wire.frames import Ask, Done, Generate
+from agent.wire.frames import Ask, Done, Embed, Generate
 from agent.wire.namespaces import OPEN, PROBES, Namespace, namespace_of
 
 names = st.text(alphabet=":ab-key grouprobs\0", max_size=12)
@@ -57,3 +58,17 @@ async def test_the_questions_for_a_standby_have_a_namespace_of_their_own() -> No
 
     await answer_of(cast(LoaderProcess, Standby()), "What is the capital of France?", 4)
     assert [one.cache for one in asked if isinstance(one, Generate)] == [PROBES]
+
+
+@pytest.mark.parametrize("ask", [Generate(id=0, model="m", max_tokens=1), Embed(id=0, model="m", inputs=("x",))])
+def test_every_frame_of_a_call_carries_its_namespace(ask: Ask) -> None:
+    """Continued and repeated ones, too; a call cannot be made without one."""
+    call = Call(ask=ask, request_id="r", cache=namespace_of("shop"))
+    frames = [call.frame("n1")]
+    call.continuing, call.made = True, [1, 2]
+    frames.append(call.frame("n1"))
+    call.start_over()
+    frames.append(call.frame("n1"))
+    assert {frame.cache for frame in frames} == {namespace_of("shop")}
+    with pytest.raises(TypeError, match="cache"):
+        Call(ask=ask, request_id="r")  # type: ignore[call-arg]
