@@ -154,7 +154,9 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits on client requests and on how long operations may take. A loader that has work and makes no progress for
+    """Limits on client requests and on how long operations may take. Before its first token a request may be silent for
+    ``first_token_s``: neither waiting for its turn nor being computed. It has ``request_s`` without the time in which
+    its prompt is computed, and again from its first token on. A loader that has work and makes no progress for
     ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog ends it and starts it again."""
 
     body_bytes: Annotated[int, Meta(gt=0, le=16 << 20)] = 10 << 20
@@ -173,10 +175,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Api(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the API treats fields that this server does not know. ``unknown_fields`` are ignored, and named in the log
     and in the response header X-Mlxrack-Ignored; or refused with a 400. With ``strict`` a ``max_tokens`` beyond the
-    context length is a 400, else it is capped and named in that header."""
+    context length is a 400, else it is capped and named in that header.
+
+    While the prompt of a stream is computed, an SSE comment is sent every ``keepalive_s``, so that proxies and clients
+    that drop silent connections (commonly after 60 s) keep it; 0 sends none. With the first comment the status 200 is
+    sent, so an error after it ends the stream as an event."""
 
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     strict: bool = False
+    keepalive_s: Annotated[float, Meta(ge=0)] = 15.0
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ from agent.api.wire import body_of
 from agent.config import Api
 from agent.gateway.call import Call
 from agent.gateway.dispatch import outcome_of
-from agent.wire.frames import Answer, Done, Generate, Scored, Tokens
+from agent.wire.frames import Accepted, Answer, Done, Generate, Scored, Tokens, Waits
 from shared.errors import RackError, Retryable
 
 R = TypeVar("R", bound=AnswerRequest | EmbedRequest)
@@ -179,24 +179,32 @@ async def _next_piece(
 async def streamed(
     request: web.Request, calls: Sequence[Call], wanted: AnswerRequest, shape: Shape
 ) -> web.StreamResponse:
-    """All parts as one stream. Nothing is sent before the first token: until then, errors get a proper status."""
+    """All parts as one stream. Nothing is sent before the first token or the first comment that keeps the connection
+    alive: until then, errors get a proper status."""
     stream: EventStream | None = None
     who = identity(calls, shape.prefix)
     begun: set[int] = set()
+    config = request.app[CONTEXT].config
+    quiet = _Quiet(config.api.keepalive_s)
     # with usage requested, every chunk has the field, as clients expect
     more = {"usage": None} if wanted.include_usage else {}
     try:
         async with contextlib.aclosing(pieces(request, calls)) as parts:
             async for index, answer in parts:
-                if isinstance(answer, Tokens) and stream is None:
-                    who = identity(calls, shape.prefix, answered=calls[index])
-                    patience_s = request.app[CONTEXT].config.limits.token_gap_s
+                told = isinstance(answer, Tokens)
+                due = quiet.due(answer, time.monotonic())
+                if (told or due) and stream is None:
+                    patience_s = config.limits.token_gap_s
                     stream = EventStream(request, headers(calls, wanted.ignored, calls[index]), patience_s)
                     await stream.open()
+                if due and stream is not None:
+                    await stream.keep_alive()
+                if told and not begun:
+                    who = identity(calls, shape.prefix, answered=calls[index])
                 if stream is not None:
                     for event in _events(answer, index, who, shape, wanted, begun):
                         await stream.send({**event, **more})
-        if stream is None:
+        if stream is None or not begun:
             raise Retryable("the worker sent no tokens", code="worker_lost")
         if wanted.include_usage:
             await stream.send(shape.usage(who, usage(calls)))
@@ -211,6 +219,28 @@ async def streamed(
             await stream.send(error_body(error.message, kind="server_error", code=error.code))
             return await stream.close(done=False)
         return _unread(request, stream)
+
+
+class _Quiet:
+    """When a stream without tokens is to be kept alive: every ``every_s`` (0: never), from when a worker took it."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._since_s: float | None = None
+
+    def due(self, answer: Answer, now_s: float) -> bool:
+        """Whether a comment is to be sent, now that ``answer`` came."""
+        if isinstance(answer, Tokens):
+            self._every_s = 0.0
+        if not self._every_s or not isinstance(answer, Accepted | Waits):
+            return False
+        if self._since_s is None:
+            self._since_s = now_s if isinstance(answer, Accepted) else None
+            return False
+        if now_s - self._since_s < self._every_s:
+            return False
+        self._since_s = now_s
+        return True
 
 
 def _unread(request: web.Request, stream: EventStream | None) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from aiohttp import web
 from agent.api.answers import error_body
 from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id, sign
 from agent.api.paths import not_allowed, not_served
+from agent.process.watch import CRASHED, SUSPECT
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
@@ -22,8 +23,8 @@ _CODES = {
     415: ("unsupported_encoding",),
     422: ("bad_model", "bad_probes", "bad_hash"),
     429: ("queue_full", "key_queue_full"),
-    500: ("engine_failed",),
-    502: ("worker_lost", "loader_lost"),
+    500: ("engine_failed", SUSPECT),
+    502: ("worker_lost", "loader_lost", CRASHED),
     503: ("draining", "no_capacity", "memory_pressure", "not_ready"),
     504: ("deadline_exceeded",),
     507: ("no_memory", "disk_full"),
@@ -59,6 +60,8 @@ def response_of(error: RackError) -> web.Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if error.code == SUSPECT:
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat any other error of the server
     if error.code == "unsupported_encoding":
         headers["Accept-Encoding"] = ", ".join(ENCODINGS)
     body = error_body(error.message, kind=kind, code=error.code, param=error.param)

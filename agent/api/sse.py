@@ -8,6 +8,7 @@ from aiohttp import web
 
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
+_COMMENT = b": keep-alive\n\n"
 
 
 class Unread(Exception):
@@ -29,6 +30,10 @@ class EventStream:
     async def send(self, body: dict[str, Any]) -> None:
         """One event. Raises Unread."""
         await self._write(b"data: " + msgspec.json.encode(body) + b"\n\n")
+
+    async def keep_alive(self) -> None:
+        """A comment, which readers skip. Raises Unread."""
+        await self._write(_COMMENT)
 
     async def close(self, *, done: bool) -> web.StreamResponse:
         """End the stream; ``done`` marks the answer as complete."""

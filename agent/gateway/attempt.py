@@ -21,15 +21,16 @@ from agent.gateway.timeouts import AttemptTimeouts, first_limit_s
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.process.prefixes import Text, text_of
-from agent.wire.frames import Accepted, Answer, Ask, Embedded, Failed, Generate, Tokens, Waits
+from agent.process.watch import CRASHED, SUSPECT
+from agent.wire.frames import Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens, Waits
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 TRIAL_S = 1.0
 """A half-open circuit breaker closes when its probe has streamed tokens for this long."""
-LOST = ("worker_lost", "loader_lost", "not_ready")
-"""Error codes: the node was lost, its loader was lost, or the model is not ready there. The last does not count against
-the node."""
+LOST = ("worker_lost", "loader_lost", CRASHED, "not_ready")
+"""Error codes: the node was lost, its loader was lost or crashed, or the model is not ready there. The last does not
+count against the node."""
 ENGINE_FAILED = "engine_failed"
 """The engine failed at this one request. It is tried on one other node, and only if that completes it does the failure
 count against the first."""
@@ -89,7 +90,7 @@ class Attempts:
                     held.clear()
                 continue
             except Retryable as error:
-                if error.code not in (*LOST, ENGINE_FAILED):
+                if error.code not in (*LOST, ENGINE_FAILED, SUSPECT):
                     raise
                 if not self._recovered(call, decision, error, sent=sent):
                     raise
@@ -117,9 +118,10 @@ class Attempts:
                 while (answer := await self._next(reader, watch)) is not None:
                     now = self._clock()
                     if isinstance(answer, Waits):
-                        watch.waits(now)
-                        continue
-                    if isinstance(answer, Tokens):
+                        watch.waits(now, answer.done_tok)
+                        if call.whole or call.first_s is not None:
+                            continue
+                    elif isinstance(answer, Tokens):
                         watch.token(now)
                         if probe:
                             flows_s = flows_s or now
@@ -128,8 +130,12 @@ class Attempts:
                                 probe = False
                     elif isinstance(answer, Failed):
                         raise _error_of(answer)
-                    if call.continuing and isinstance(answer, Accepted):
-                        continue  # the client has already received it
+                    elif isinstance(answer, Done):
+                        answer = call.told(answer)
+                    elif isinstance(answer, Accepted):
+                        call.taken(answer, now)
+                        if call.continuing:
+                            continue  # the client has already received it
                     call.note(answer, now)
                     yield answer
             self._health.ok(node, model, self._clock(), probe=probe)
@@ -143,6 +149,7 @@ class Attempts:
                 self._health.failed(node, model, self._clock(), error.message, probe=probe)
             raise
         finally:
+            call.due_s = watch.until_s
             if not verdict:
                 self._health.given_up(node, model, probe=probe)
 
@@ -183,8 +190,10 @@ class Attempts:
             self._health.gaps(chosen.node, call.model),
             first_s=self._first_limit_s(chosen, call),
             gap_s=self._limits.token_gap_s,
-            until_s=call.began_s + self._limits.request_s,
+            until_s=call.due_s,
             learned=self._selection.has_another(call.model, chosen.node),
+            request_s=self._limits.request_s,
+            fresh=not call.continuing,
         )
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:
@@ -222,6 +231,7 @@ class Attempts:
                 held=self._selection.held_by_peer(call.model, call.version, node),
                 retries=call.retries,
                 in_time=self._clock() < call.began_s + self._limits.load_wait_s,
+                crashes=call.crashes,
             )
         )
         if then.what == "give_up" or (then.paid and not self._paid()):
@@ -236,6 +246,8 @@ class Attempts:
         """Record a loss: the node gets no new request before its next heartbeat, which may be soon."""
         self._note(call, "lost", place.node, why=error.message)
         call.tried.add(place.node)
+        call.lose(self._clock())
+        call.crashes += error.code == CRASHED
         if error.code == ENGINE_FAILED:
             call.faulty = (*call.faulty, place.node)
         elif isinstance(place, Forward) and error.code == "not_ready":
@@ -273,12 +285,15 @@ class Attempts:
 
 def _error_of(failed: Failed) -> RackError:
     if failed.retryable:
-        return Retryable(failed.message, code="not_ready" if failed.code == "not_ready" else "loader_lost")
+        kept = failed.code in ("not_ready", "queue_full", SUSPECT, CRASHED)
+        return Retryable(failed.message, code=failed.code if kept else "loader_lost")
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")
     return Refused(failed.message, code=failed.code, param=failed.param)
 
 
-def _how(code: str) -> Literal["lost", "turned_away", "engine_failed"]:
+def _how(code: str) -> Literal["lost", "turned_away", "engine_failed", "suspect"]:
     """An error code as recovery names the kind of loss."""
+    if code == SUSPECT:
+        return "suspect"
     return "engine_failed" if code == ENGINE_FAILED else "turned_away" if code == "not_ready" else "lost"

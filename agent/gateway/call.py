@@ -16,13 +16,28 @@ TURN_SEEDS = 0x51_7C_C1_B7_27
 _NO_TEXT = Text((), 1)
 
 
+class Spent(msgspec.Struct, kw_only=True):
+    """What the attempts of a request took at workers that were lost, by the gateway's clock, and how many tokens of the
+    prompt were cached when the first of them began: what later ones find in a cache, the request may have put there.
+    ``taken_s`` is when the current attempt was accepted, ``first_s`` its first token, None before. ``lost``: an attempt
+    was lost that a worker had accepted."""
+
+    prefill_us: int = 0
+    decode_us: int = 0
+    cached_tok: int | None = None
+    taken_s: float | None = None
+    first_s: float | None = None
+    lost: bool = False
+
+
 class Call(msgspec.Struct, kw_only=True):
     """A request for several answers is several calls: ``part`` counts them all, ``turn`` those for the same prompt. The
     first part counts as the request, the first turn as the prompt. ``cache`` is the namespace of its key; ``seed`` is
     None until one is drawn. ``made`` are the tokens produced; while ``continuing``, the answer resumes after them.
     ``over_tok`` is a context length that was too small for it, ``too_long`` the error of the node that found it so;
     engines of ``faulty`` nodes failed at it; ``ignored`` are the fields of the request that the worker capped or left
-    out.
+    out. ``due_s`` is when the request is over: computing its prompt does not count. ``crashes``: see Loss. ``spent`` is
+    what lost attempts took.
     """
 
     ask: Ask
@@ -53,10 +68,13 @@ class Call(msgspec.Struct, kw_only=True):
     done: Done | None = None
     known: bool = False
     fate: str = ""
+    crashes: int = 0
     began_s: float = 0.0
+    due_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
     gaps_us: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    spent: Spent = msgspec.field(default_factory=Spent)
 
     @property
     def model(self) -> str:
@@ -104,6 +122,7 @@ class Call(msgspec.Struct, kw_only=True):
     def note(self, answer: Answer, now_s: float) -> None:
         """Count a piece of the answer."""
         if isinstance(answer, Tokens):
+            self.spent.first_s = self.spent.first_s or now_s
             if self.first_s is None:
                 self.first_s = now_s
             else:
@@ -118,9 +137,35 @@ class Call(msgspec.Struct, kw_only=True):
             self.prompt_tok, self.cached_tok, self.ignored = answer.prompt_tok, answer.cached_tok, answer.ignored
         elif isinstance(answer, Done):
             self.done = answer
-            if not self.continuing:
-                self.cached_tok = answer.cached_tok
-            self.completion_tok = answer.completion_tok
+            self.cached_tok, self.completion_tok = answer.cached_tok, answer.completion_tok
+
+    def taken(self, answer: Accepted, now_s: float) -> None:
+        """An attempt was accepted."""
+        spent = self.spent
+        spent.taken_s, spent.first_s = now_s, None
+        # until it is known how much was really found: an estimate
+        spent.cached_tok = answer.cached_tok if spent.cached_tok is None else min(spent.cached_tok, answer.cached_tok)
+
+    def lose(self, now_s: float) -> None:
+        """The attempt was lost: what it took is part of the request."""
+        spent = self.spent
+        if spent.taken_s is not None:
+            first_s = spent.first_s or now_s
+            spent.prefill_us += int((first_s - spent.taken_s) * 1e6)
+            spent.decode_us += int((max(self.last_s, first_s) - first_s) * 1e6) if spent.first_s else 0
+            spent.taken_s = spent.first_s = None
+            spent.lost = True
+
+    def told(self, done: Done) -> Done:
+        """The end of the answer, as it is for the request and not only for the last attempt at it."""
+        if not self.spent.lost or self.spent.cached_tok is None:
+            return done
+        return msgspec.structs.replace(
+            done,
+            cached_tok=min(self.spent.cached_tok, done.cached_tok),
+            prefill_us=done.prefill_us + self.spent.prefill_us,
+            decode_us=done.decode_us + self.spent.decode_us,
+        )
 
     def start_over(self) -> None:
         """Start over: of the lost attempt only the fact that it happened still counts."""

@@ -100,6 +100,7 @@ class Dispatch:
         """Accepted, Tokens and Done for one part of an admitted request; counts it when it ends, whatever the outcome.
         Raises Refused for what the client must change, Retryable for what may succeed later."""
         call.began_s = call.last_s = self._clock()
+        call.due_s = call.began_s + self._limits.request_s
         self._begin_trail(call)
         outcome = "cancelled"
         try:

@@ -70,7 +70,7 @@ class NodeSelection:
             return await self._waited(call, decision, waits)
 
     async def _waited(self, call: Call, decision: Decision, waits: contextlib.ExitStack) -> Decision:
-        over_s = call.began_s + self._limits.request_s
+        over_s = call.due_s
         deadline, queued, noted = min(over_s, self._clock() + self._limits.load_wait_s), False, False
         while True:
             place = decision.place

@@ -1,8 +1,10 @@
 """Adaptive timeouts: when a silent worker counts as stalled, learned from its usual times. Pure.
 
 Between tokens: ten times the usual p99 gap, at least ``GAP_FLOOR_S``. Before the first: ten times the expected time of
-queue and prefill, at least ``FIRST_FLOOR_S``. Neither exceeds the configured limits. A node that is gone altogether is
-detected by missed heartbeats long before; this is for those that answer heartbeats and nothing else.
+queue and prefill, at least ``FIRST_FLOOR_S``. Neither exceeds the configured limits. Both limit silence, not duration:
+while a worker reports that a request waits or that its prompt is being computed, a first token may take any time. A
+node that is gone altogether is detected by missed heartbeats long before; this is for those that answer heartbeats and
+nothing else.
 """
 
 from shared.sketch import Sketch
@@ -47,13 +49,25 @@ def first_limit_s(expected_s: float, most_s: float) -> float:
 
 
 class AttemptTimeouts:
-    """Timeouts of one attempt: of its first token, of the gaps after it, and of the whole request, which ends at
-    ``until_s``. ``learned`` (adaptive) timeouts apply where another node could take over."""
+    """Timeouts of one attempt: of the silence before its first token, of the gaps after it, and of the request, which
+    ends at ``until_s``. The time in which a prompt is computed does not count towards that, and a ``fresh`` answer has
+    ``request_s`` from its first token on. ``learned`` (adaptive) timeouts apply where another node could take over."""
 
-    def __init__(self, gaps: TokenGaps, *, first_s: float, gap_s: float, until_s: float, learned: bool) -> None:
-        self._gaps, self._first_s, self._gap_s, self._until_s = gaps, first_s, gap_s, until_s
-        self._learned = learned
+    def __init__(
+        self,
+        gaps: TokenGaps,
+        *,
+        first_s: float,
+        gap_s: float,
+        until_s: float,
+        learned: bool,
+        request_s: float,
+        fresh: bool = True,
+    ) -> None:
+        self._gaps, self._first_s, self._gap_s, self.until_s = gaps, first_s, gap_s, until_s
+        self._learned, self._request_s, self._fresh = learned, request_s, fresh
         self._asked_s = self._heard_s = self.waited_s = 0.0
+        self._done_tok, self._moved_s = 0, 0.0
         self.is_over = False
         """Whether the limit is the request's deadline, not the next piece's timeout."""
 
@@ -64,7 +78,7 @@ class AttemptTimeouts:
             limit_s = self._first_s
         else:
             limit_s = self._gaps.limit_s(self._gap_s) if self._learned else self._gap_s
-        over_s = self._until_s - now_s
+        over_s = self.until_s - now_s
         self.waited_s, self.is_over = limit_s, over_s <= limit_s
         return max(0.0, min(limit_s, over_s))
 
@@ -73,9 +87,15 @@ class AttemptTimeouts:
         if self._heard_s:
             # the time that the client took to read is not the worker's gap
             self._gaps.add(now_s - max(self._asked_s, self._heard_s))
+        elif self._fresh:
+            self.until_s = now_s + self._request_s
         self._heard_s = now_s
 
-    def waits(self, now_s: float) -> None:
-        """The request is queued, or was set aside for lack of memory: its silence means nothing."""
+    def waits(self, now_s: float, done_tok: int = 0) -> None:
+        """The request is queued, or was set aside for lack of memory: its silence means nothing. Or ``done_tok`` of its
+        prompt are computed: while that grows, its time stands still."""
         if self._heard_s:
             self._heard_s = now_s
+        elif done_tok > self._done_tok:
+            self.until_s += now_s - self._moved_s if self._done_tok else 0.0
+            self._done_tok, self._moved_s = done_tok, now_s

@@ -11,6 +11,7 @@ from pathlib import Path
 from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Engine
 from agent.loader.serve import serve
+from agent.wire.progress import Progress
 
 
 def main() -> int:
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--device", action="store_true", help="print MLX's device information and exit")
     parser.add_argument("--describe", default="", help="print what the probe of a chat template finds, and exit")
     parser.add_argument("--fd", type=int, default=-1, help="descriptor of the connected Unix socket")
+    parser.add_argument("--progress-fd", type=int, default=None, help="descriptor of the file that tells progress")
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
     parser.add_argument("--path", default="", help="model folder")
     parser.add_argument("--rows", type=int, default=8, help="requests decoded together")
@@ -51,7 +53,7 @@ def main() -> int:
     # a Ctrl-C in the terminal reaches the whole group; the daemon decides when a loader ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    status = serve(socket.socket(fileno=args.fd), lambda: _engine(args))
+    status = serve(socket.socket(fileno=args.fd), lambda: _engine(args), Progress(args.progress_fd))
     sys.stdout.flush()
     return status
 

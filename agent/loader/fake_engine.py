@@ -21,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from agent.loader.counts import Counts
-from agent.loader.generation import Prepared
+from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
     Accepted,
@@ -102,7 +102,7 @@ class FakeEngine:
     def busy(self) -> bool:
         return bool(self._rows or self._waiting or self._embeds or self._due)
 
-    def prepare(self, request: Ask) -> Prepared | Failed:
+    def prepare(self, request: Ask, advance: Advance = nothing) -> Prepared | Failed:
         if isinstance(request, Embed):
             return Prepared(request, tuple([0] * (len(one) // 4 + 1) for one in request.inputs))
         texts = [m.content for m in request.messages] or [request.prompt or ""]
@@ -239,8 +239,11 @@ class FakeEngine:
     def working(self) -> Working:
         held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
         waits = tuple(row.request.id for row in self._waiting if not row.begun_s)
+        computes = tuple(
+            (row.request.id, len(row.prompt) + row.made - row.left_tok) for row in self._waiting if row.begun_s
+        )
         lately = self._counts.lately.taken()
-        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, **lately)
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, computes=computes, **lately)
 
     def relieve(self, level: str) -> None:
         if level == "hard":

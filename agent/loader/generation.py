@@ -1,5 +1,6 @@
 """The interface between the loader's loop and an engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,13 @@ class Prepared:
     restored: Any = None
 
 
+Advance = Callable[[], None]
+
+
+def nothing() -> None:
+    """Nobody watches."""
+
+
 class Engine(Protocol):
     """A model that serves several requests concurrently. One thread owns it and makes every call but ``prepare``."""
 
@@ -28,9 +36,10 @@ class Engine(Protocol):
     def busy(self) -> bool:
         """Whether step() has work to do."""
 
-    def prepare(self, request: Ask) -> Prepared | Failed:
+    def prepare(self, request: Ask, advance: Advance = nothing) -> Prepared | Failed:
         """Tokens, grammar and limits of a request; Failed when it cannot be served. A single other thread may call this
-        while the owner steps, so that a huge prompt delays no other request's tokens."""
+        while the owner steps, so that a huge prompt delays no other request's tokens. Calls ``advance`` between parts
+        of long work: without it for long, the loader is taken for stuck."""
 
     def submit(self, prepared: Prepared) -> Frame:
         """Accept a request: Accepted, or Failed."""

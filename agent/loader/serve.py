@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from agent.loader.generation import Engine, Prepared
 from agent.wire.frames import (
@@ -28,6 +29,7 @@ from agent.wire.frames import (
     Stop,
     encode,
 )
+from agent.wire.progress import Progress
 from shared.errors import RackError
 
 EXIT_LOAD_FAILED = 3
@@ -40,15 +42,18 @@ class _Gone:
     """The daemon closed the socket."""
 
 
-class _Asked:
-    """A request arrived and is being prepared; Prepared or Failed follows."""
+class _Asked(NamedTuple):
+    """A request arrived and is to be prepared; Prepared or Failed follows."""
+
+    id: int
 
 
 Inbox = queue.SimpleQueue[Frame | Prepared | _Asked | _Gone]
 
 
-def serve(sock: socket.socket, make_engine: Callable[[], Engine]) -> int:
-    """Load, send Ready, then serve until Stop or until the daemon is gone. Returns the exit status."""
+def serve(sock: socket.socket, make_engine: Callable[[], Engine], progress: Progress) -> int:
+    """Load, send Ready, then serve until Stop or until the daemon is gone. ``progress`` tells the daemon what is being
+    prepared. Returns the exit status."""
     inbox: Inbox = queue.SimpleQueue()
     asked: queue.SimpleQueue[Ask] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox, asked), daemon=True).start()
@@ -57,10 +62,11 @@ def serve(sock: socket.socket, make_engine: Callable[[], Engine]) -> int:
     except RackError as error:
         _send(sock, [LoadFailed(code=error.code, message=error.message)])
         return EXIT_LOAD_FAILED
-    threading.Thread(target=_prepare, args=(engine, asked, inbox), daemon=True).start()
+    loop = _Loop(sock, inbox, engine)
+    threading.Thread(target=_prepare, args=(engine, asked, inbox, progress, loop.dropped), daemon=True).start()
     try:
         _send(sock, [engine.describe()])
-        return _Loop(sock, inbox, engine).run()
+        return loop.run()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the daemon is gone
     finally:
@@ -73,8 +79,9 @@ class _Loop:
     def __init__(self, sock: socket.socket, inbox: "Inbox", engine: Engine) -> None:
         self._sock, self._inbox, self._engine = sock, inbox, engine
         self._open: set[int] = set()
-        self._dropped: set[int] = set()
-        self._asked = 0
+        self._asked: set[int] = set()
+        self.dropped: set[int] = set()
+        """Requests that were cancelled before they were prepared."""
         self._stopping = False
         self._said_s = time.monotonic()
 
@@ -116,16 +123,15 @@ class _Loop:
 
     def _taken(self, item: "Frame | Prepared | _Asked") -> list[Frame]:
         if isinstance(item, _Asked):
-            self._asked += 1
+            self._asked.add(item.id)
         elif isinstance(item, Prepared | Failed):
-            self._asked -= 1
             return self._submitted(item)
         elif isinstance(item, Cancel):
             if item.id in self._open:
                 self._open.discard(item.id)
                 self._engine.cancel(item.id)
-            else:
-                self._dropped.add(item.id)  # it may still be prepared
+            elif item.id in self._asked:
+                self.dropped.add(item.id)
         elif isinstance(item, Report):
             return [self._engine.report()]
         elif isinstance(item, Relieve):
@@ -137,10 +143,9 @@ class _Loop:
 
     def _submitted(self, item: Prepared | Failed) -> list[Frame]:
         number = item.id if isinstance(item, Failed) else item.request.id
-        dropped = number in self._dropped
-        # requests are prepared in the order of their ids, so cancels of earlier ids are obsolete
-        self._dropped = {one for one in self._dropped if one > number}
-        if dropped:
+        self._asked.discard(number)
+        if number in self.dropped:
+            self.dropped.discard(number)
             return []
         if isinstance(item, Failed):
             return [item]
@@ -153,13 +158,21 @@ class _Loop:
         return [answer]
 
 
-def _prepare(engine: Engine, asked: "queue.SimpleQueue[Ask]", inbox: "Inbox") -> None:
+def _prepare(
+    engine: Engine, asked: "queue.SimpleQueue[Ask]", inbox: "Inbox", progress: Progress, dropped: set[int]
+) -> None:
     while True:
         request = asked.get()
+        if request.id in dropped:  # nobody wants it: what it would cost is saved
+            inbox.put(Failed(id=request.id, code="cancelled", message="cancelled"))
+            continue
+        progress.begin(request.id)
         try:
-            inbox.put(engine.prepare(request))
+            found: Prepared | Failed = engine.prepare(request, progress.advance)
         except Exception as error:  # noqa: BLE001  # one request must not end the loader
-            inbox.put(_not_taken(request.id, error))
+            found = _not_taken(request.id, error)
+        progress.end()
+        inbox.put(found)
 
 
 def _not_taken(request_id: int, error: Exception) -> Failed:
@@ -183,7 +196,7 @@ def _read(sock: socket.socket, inbox: "Inbox", asked: "queue.SimpleQueue[Ask]") 
         while chunk := sock.recv(1 << 16):
             for frame in decoder.feed(chunk):
                 if isinstance(frame, Generate | Embed):
-                    inbox.put(_Asked())
+                    inbox.put(_Asked(frame.id))
                     asked.put(frame)
                 else:
                     inbox.put(frame)

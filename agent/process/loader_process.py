@@ -8,13 +8,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
 from agent.process.pace import Pace
 from agent.process.prefixes import MOST_BLOCKS, PrefixTable, Text
+from agent.process.preparation import size_bytes
+from agent.process.watch import Watch
 from agent.process.workload import Throughput
 from agent.wire.answer_queue import AnswerQueue
 from agent.wire.frames import (
@@ -38,6 +40,7 @@ from agent.wire.frames import (
     Working,
     encode,
 )
+from agent.wire.progress import Progress
 from shared.errors import Refused, Retryable
 
 START_TIMEOUT_S = 600.0
@@ -90,8 +93,10 @@ class LoaderProcess:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         spec: LoaderSpec,
+        watch: Watch,
     ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+        self._process, self._reader, self._writer, self._watch = process, reader, writer, watch
+        self._waiting: dict[int, Ask] = {}
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._reports: list[Reported] = []
@@ -100,10 +105,7 @@ class LoaderProcess:
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
-        self.stopping = self._broken = False
-        self._heard_s = 0.0
-        self._unanswered: dict[int, float] = {}
-        self._owed: set[int] = set()
+        self.stopping = self._broken = self._stuck = False
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
         self.working: Working | None = None
@@ -124,10 +126,8 @@ class LoaderProcess:
 
     @property
     def silent_s(self) -> float:
-        """Seconds without any frame while requests are pending, or without accepting one of them."""
-        now = time.monotonic()
-        silent = now - self._heard_s if self._owed else 0.0
-        return max([silent, *(now - since for since in self._unanswered.values())])
+        """Seconds without progress while it has requests; see Watch."""
+        return self._watch.silent_s
 
     @property
     def cause(self) -> str:
@@ -138,25 +138,29 @@ class LoaderProcess:
     async def start(cls, spec: LoaderSpec, environ: Mapping[str, str]) -> "LoaderProcess":
         """Spawn and wait until the model is resident and warmed up. Raises Refused with the loader's reason."""
         try:
+            progress = Progress()
+        except OSError as error:
+            raise _cannot("create a file", error) from None
+        try:
             ours, theirs = socket.socketpair()
         except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise Retryable(f"start loader: cannot create a socket ({why})", code="no_process") from None
+            progress.close()
+            raise _cannot("create a socket", error) from None
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "agent.loader", "--fd", str(theirs.fileno()), *spec.arguments),
-                pass_fds=(theirs.fileno(),),
+                *(sys.executable, "-P", "-m", "agent.loader", "--fd", str(theirs.fileno())),
+                *("--progress-fd", str(progress.fd), *spec.arguments),
+                pass_fds=(theirs.fileno(), progress.fd),
                 env=environment(environ, spec.threads),
                 stdin=asyncio.subprocess.PIPE if spec.secret else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
-        except OSError as error:
+        except BaseException as error:
             ours.close()
-            why = error.strerror or type(error).__name__
-            raise Retryable(f"start loader: cannot start a process ({why})", code="no_process") from None
-        except BaseException:
-            ours.close()
+            progress.close()
+            if isinstance(error, OSError):
+                raise _cannot("start a process", error) from None
             raise
         finally:
             theirs.close()
@@ -165,7 +169,7 @@ class LoaderProcess:
             process.stdin.write(spec.secret.encode())
             process.stdin.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        loader = cls(process, reader, writer, spec)
+        loader = cls(process, reader, writer, spec, Watch(progress))
         loader._tasks = [
             asyncio.create_task(loader._read()),
             asyncio.create_task(loader._read_stderr()),
@@ -183,33 +187,33 @@ class LoaderProcess:
         return loader
 
     async def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
-        """Answers to one request, which ``text`` describes for the prefix table and throughput. Leaving early cancels
-        it. Raises Retryable when the loader is lost."""
+        """Answers to one request, which ``text`` describes for the prefix table and throughput. It is sent when it is
+        its turn to be prepared. Leaving early cancels it. Raises Retryable when the loader is lost."""
+        if not self.usable:
+            raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
         number, answers, finished = next(self._ids), AnswerQueue(), False
-        if not self._owed:
-            self._heard_s = time.monotonic()
-        self._open[number] = answers
-        self._owed.add(number)
-        self._unanswered[number] = time.monotonic()
+        self._open[number], self._waiting[number] = answers, request
         self.throughput.begin(number, text.prompt_tok if text else 0)
         try:
-            await self._send(msgspec.structs.replace(request, id=number))
+            for refused in self._watch.add(number, request.cache, size_bytes(request)):
+                self._open[refused].put(_full(refused))
+            self._send_due()
             while not finished:
                 if (answer := await answers.get()) is None:
-                    raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
+                    raise self._watch.loss(number)
                 finished = isinstance(answer, Done | Failed)
                 if text is not None and isinstance(answer, Accepted):
                     self.prefixes.took(text, answer.cached_tok)
                 yield answer
         finally:
             del self._open[number]
-            self._owed.discard(number)
+            self._watch.done(number)
             self.throughput.end(number)
-            self._unanswered.pop(number, None)
             self._last_s.pop(number, None)
-            if not finished and not self.ended.is_set():
-                with contextlib.suppress(ConnectionError, RuntimeError):
-                    self._writer.write(encode(Cancel(id=number)))
+            sent = self._waiting.pop(number, None) is None
+            if not finished and sent and not self.ended.is_set():
+                self._write(Cancel(id=number))
+            self._send_due()
 
     async def report(self) -> Reported | None:
         """The engine's counters since the last report; None when no report arrives in time. A report that arrived too
@@ -257,6 +261,15 @@ class LoaderProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
+    def _send_due(self) -> None:
+        """Send the requests whose turn it is; few enough that none has to wait for the socket."""
+        while not self._broken and (number := self._watch.next()) is not None:
+            self._write(msgspec.structs.replace(self._waiting.pop(number), id=number))
+
+    def _write(self, frame: Frame) -> None:
+        with contextlib.suppress(ConnectionError, RuntimeError):  # then its end is read, too
+            self._writer.write(encode(frame))
+
     async def _send(self, frame: Frame) -> None:
         if self.ended.is_set():
             raise Retryable(f"the loader ended ({self.cause})", code="worker_lost")
@@ -277,7 +290,8 @@ class LoaderProcess:
             # a loader that sends invalid frames is unusable; its exit counts as unexpected, hence not `kill`
             self._end()
         self._broken = True
-        await self._process.wait()
+        status = await self._process.wait()
+        self._watch.ended(self.cause, status, stuck=self._stuck)
         self.ended.set()
         if not self._ready.done():
             died = (self._process.returncode or 0) < 0
@@ -289,19 +303,18 @@ class LoaderProcess:
 
     def _take(self, frame: Frame) -> None:
         if not isinstance(frame, Reported):  # a stuck loader may still send reports
-            self._heard_s = time.monotonic()
+            self._watch.heard()
         if isinstance(frame, Accepted | Tokens | Embedded | Done | Failed):
-            self._unanswered.pop(frame.id, None)
-            if isinstance(frame, Done | Failed):
-                self._owed.discard(frame.id)  # the engine is done with it, even if the client reads slowly
             if frame.id in self._open:
                 self._open[frame.id].put(frame)
             self._measure(frame)
         elif isinstance(frame, Working):
             self.working = frame
             self.throughput.worked(time.monotonic(), frame)
-            for number in self._open.keys() & set(frame.waits):
-                self._open[number].put(Waits(id=number))
+            self._tell_waiting(frame.waits)
+            for number, done_tok in frame.computes:
+                if number in self._open:
+                    self._open[number].put(Waits(id=number, done_tok=done_tok))
         elif isinstance(frame, Reported):
             self._reports.append(frame)
             self._reported.set()
@@ -316,9 +329,14 @@ class LoaderProcess:
         if isinstance(frame, Tokens):
             self._note_gap(frame)
         elif isinstance(frame, Accepted):
+            self._watch.accepted(frame.id)
+            self._send_due()
             self.throughput.accepted(frame.id, frame.prompt_tok, frame.cached_tok)
-        elif isinstance(frame, Done):
-            self.throughput.done(time.monotonic(), frame.id, frame.completion_tok)
+        elif isinstance(frame, Done | Failed):
+            self._watch.done(frame.id)
+            self._send_due()
+            if isinstance(frame, Done):
+                self.throughput.done(time.monotonic(), frame.id, frame.completion_tok)
 
     def _note_gap(self, frame: Tokens) -> None:
         now, number = time.monotonic(), frame.id
@@ -326,6 +344,7 @@ class LoaderProcess:
             self.pace.gap(now, now - self._last_s[number])
         else:
             self.throughput.token(number)
+            self._watch.answers(number)
         if number in self._open:
             self._last_s[number] = now
 
@@ -333,11 +352,18 @@ class LoaderProcess:
         """Watchdog: end a loader that has work but makes no progress. The exit counts as unexpected: no `kill`."""
         while not self.ended.is_set():
             if self.silent_s > limit_s:
+                self._stuck = True
                 self._end()
                 return
+            self._tell_waiting(self._watch.waiting)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, limit_s / 4)):
                     await self.ended.wait()
+
+    def _tell_waiting(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number in self._open:
+                self._open[number].put(Waits(id=number))
 
     async def _read_stderr(self) -> None:
         """Keep the tail of stderr during the start; later lines might quote a request and are discarded."""
@@ -350,6 +376,16 @@ class LoaderProcess:
         lines: Sequence[str] = self._stderr_tail.decode(errors="replace").strip().splitlines()
         said = f": {lines[-1][:300]}" if lines else ""
         return f"start loader: the loader exited before it was ready ({self.cause}){said}"
+
+
+def _cannot(do: str, error: OSError) -> Retryable:
+    why = error.strerror or type(error).__name__
+    return Retryable(f"start loader: cannot {do} ({why})", code="no_process")
+
+
+def _full(number: int) -> Failed:
+    message = "too much text waits to be prepared; send the request later"
+    return Failed(id=number, code="queue_full", message=message, retryable=True)
 
 
 _PEAKS = ("queue_max", "kv_peak_bytes", "peak_bytes")

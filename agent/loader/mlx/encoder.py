@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from agent.loader.blas import REFERENCE
 from agent.loader.counts import Counts
-from agent.loader.generation import Prepared
+from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
 from agent.loader.mlx.pooling import done, other_size, unit_bytes
 from agent.wire.frames import Accepted, Ask, Embed, Embedded, Failed, Frame, Ready, Reported, Working
@@ -172,13 +172,16 @@ class EncoderEngine:
     def busy(self) -> bool:
         return bool(self._work)
 
-    def prepare(self, request: Ask) -> Prepared | Failed:
+    def prepare(self, request: Ask, advance: Advance = nothing) -> Prepared | Failed:
         if not isinstance(request, Embed):
             message = f"{request.model} is an embedding model and generates no text; use /v1/embeddings"
             return Failed(id=request.id, code="unsupported_parameter", message=message, param="model")
         return other_size(request.id, request.dimensions, self._size) or embedding_inputs(
-            request, lambda text: self._tokenizer.encode(text).ids, self._limit_tok, self._vocabulary
+            request, self._encode, self._limit_tok, self._vocabulary, advance
         )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
 
     def submit(self, prepared: Prepared) -> Frame:
         request = prepared.request
@@ -211,7 +214,8 @@ class EncoderEngine:
         return Reported(**self._counts.taken(), active_bytes=mx.get_active_memory())
 
     def working(self) -> Working:
-        return Working(active_bytes=mx.get_active_memory(), reuse_bytes=mx.get_cache_memory())
+        computes = tuple((n, one.prompt_tok - sum(map(len, one.inputs))) for n, one in self._work.items())
+        return Working(active_bytes=mx.get_active_memory(), reuse_bytes=mx.get_cache_memory(), computes=computes)
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         if level == "hard":

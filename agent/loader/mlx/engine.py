@@ -17,7 +17,7 @@ import mlx.core as mx
 from agent.loader.blas import REFERENCE
 from agent.loader.counts import Counts
 from agent.loader.disk_cache import DiskCache
-from agent.loader.generation import Prepared
+from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.mlx import kv, scores
 from agent.loader.mlx.batch import Batch
 from agent.loader.mlx.model import TextModel, cannot_load
@@ -90,9 +90,9 @@ class MLXEngine:
     def busy(self) -> bool:
         return bool(self._rows.by_id or self._embeddings.busy or self._rows.due)
 
-    def prepare(self, request: Ask) -> Prepared | Failed:
+    def prepare(self, request: Ask, advance: Advance = nothing) -> Prepared | Failed:
         if isinstance(request, Embed):
-            return self._model.prepare_embedding(request)
+            return self._model.prepare_embedding(request, advance)
         prepared = self._model.prepare(request)
         if isinstance(prepared, Failed):
             return prepared
@@ -200,6 +200,7 @@ class MLXEngine:
             kv_bytes=self._rows.kv_bytes,
             cache_bytes=self._cache.bytes,
             waits=tuple(row.id for row in self._rows.waiting),
+            computes=self._rows.computes + self._embeddings.computes,
             **self._counts.lately.taken(),
         )
 

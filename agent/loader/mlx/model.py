@@ -24,9 +24,10 @@ from agent.loader.chat.grammar import Plan
 from agent.loader.chat.probe import Conversation, probed
 from agent.loader.chat.speech import Markers, Speech
 from agent.loader.chat.summary import summary
-from agent.loader.generation import Prepared
+from agent.loader.generation import Advance, Prepared, nothing
+from agent.loader.lengths import exceeds
 from agent.loader.mlx.plan import Planner
-from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused
+from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused, TooLong, unabridged
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import Embed, Failed, Generate
 from agent.wire.namespaces import Namespace
@@ -34,6 +35,8 @@ from shared.errors import Refused
 
 _TOO_LONG = "context_length_exceeded"
 _COMPILED = 16
+_TERSE = 3
+"""How much shorter than JSON a template may describe tools."""
 _LIMITS = LLParserLimits(max_items_in_row=50_000, verbose_errors=False)
 """llguidance's default of 2,000 ends the answer at an object with more than 500 optional properties."""
 _TEMPLATE_OWN = frozenset({"self", "messages", "tools", "bos_token", "eos_token", "raise_exception", "strftime_now"})
@@ -86,10 +89,12 @@ class TextModel:
 
     def prepare(self, request: Generate) -> Prepared | Failed:
         """Tokens, limits and grammar of a request, or the reason why it cannot be served."""
-        if refusal := self._surely_too_long(request) or self._unfit(request):
+        if refusal := self._unfit(request) or self._surely_too_long(request):
             return refusal
         try:
             prompt = self._prompt(request)
+        except TooLong as error:
+            return self._too_long(request, f"over {error.least_tok}", 0)
         except TemplateRefused as error:
             return _failed(request, str(error), "messages", code="template_error")
         except Exception as error:  # noqa: BLE001  # a tokenizer may raise anything; the text may quote the prompt
@@ -113,9 +118,9 @@ class TextModel:
         """A request with a prompt that is already tokenized."""
         return Prepared(request, (prompt,), max_tokens, Extra(Plan(), Markers()))
 
-    def prepare_embedding(self, request: Embed) -> Prepared | Failed:
+    def prepare_embedding(self, request: Embed, advance: Advance = nothing) -> Prepared | Failed:
         """Token ids of each input."""
-        return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary)
+        return embedding_inputs(request, self.encode, self.context_tok, self.vocabulary, advance)
 
     def matcher(self, cache: Namespace, grammar: str, written: str = "") -> LLMatcher:
         """A new matcher of a grammar whose first part is ``written``; it has stopped if the grammar forbids that. The
@@ -165,7 +170,7 @@ class TextModel:
     def _prompt(self, request: Generate) -> Prompt:
         if request.prompt is not None:
             return Prompt(self.encode(request.prompt), False, OWN)
-        return self._prompts.write(request)
+        return self._prompts.write(request, self.context_tok)
 
     def _extra(self, request: Generate, prompt: Prompt, ignored: tuple[str, ...]) -> Extra | Failed:
         """How the answer is parsed and constrained."""
@@ -199,11 +204,20 @@ class TextModel:
         return None
 
     def _surely_too_long(self, request: Generate) -> Failed | None:
-        """Reject a text that cannot fit under any tokenization, without spending seconds on tokenizing it."""
-        size = len((request.prompt or "").encode()) + sum(len(m.content.encode()) for m in request.messages)
+        """Reject a text that cannot fit, without rendering and tokenizing all of it."""
+        texts = [request.prompt or "", *unabridged(request.messages)]
         # a wide margin: some tokenizers drop characters or map an unknown word to one token
-        least = size // (4 * self._longest_token_bytes)
-        return None if least < self.context_tok else self._too_long(request, f"over {least}", 0)
+        least = sum(map(len, texts)) // (4 * self._longest_token_bytes)
+        if least < self.context_tok:
+            least = exceeds(texts, self.context_tok, self._count) or self._tools_exceed(request)
+        return self._too_long(request, f"over {least}", 0) if least else None
+
+    def _tools_exceed(self, request: Generate) -> int:
+        """The same of the tools, which templates write more briefly than JSON."""
+        return exceeds(request.tools, _TERSE * self.context_tok, self._count) // _TERSE
+
+    def _count(self, part: str) -> int:
+        return len(self._template.tokens(part))
 
     def _too_long(self, request: Generate, prompt_tok: str, room: int) -> Failed:
         # clients that shorten the conversation look for these words
@@ -222,20 +236,27 @@ class TextModel:
 
 
 def embedding_inputs(
-    request: Embed, encode: Callable[[str], list[int]], limit_tok: int, vocabulary: int
+    request: Embed, encode: Callable[[str], list[int]], limit_tok: int, vocabulary: int, advance: Advance = nothing
 ) -> Prepared | Failed:
     """Token ids of each input of an Embed, or the one that is invalid or too long."""
     prompts: list[list[int]] = []
     for number, text in enumerate(request.inputs):
+        advance()
+        if isinstance(text, str) and (least := exceeds([text], limit_tok, lambda part: len(encode(part)))):
+            return _input_too_long(request, number, f"over {least}", limit_tok)
         ids = encode(text) if isinstance(text, str) else list(text)
         if not ids or max(ids) >= vocabulary:
             message = f"input[{number}]: empty, or a token id out of range; this model has {vocabulary} tokens"
             return Failed(id=request.id, code="invalid_value", message=message, param="input")
         if len(ids) > limit_tok:
-            message = f"input[{number}]: {len(ids)} tokens exceed the context length of {limit_tok}"
-            return Failed(id=request.id, code="context_length_exceeded", message=message, param="input")
+            return _input_too_long(request, number, str(len(ids)), limit_tok)
         prompts.append(ids)
     return Prepared(request, tuple(prompts))
+
+
+def _input_too_long(request: Embed, number: int, tokens: str, limit_tok: int) -> Failed:
+    message = f"input[{number}]: {tokens} tokens exceed the context length of {limit_tok}"
+    return Failed(id=request.id, code=_TOO_LONG, message=message, param="input")
 
 
 def _call_id() -> str:

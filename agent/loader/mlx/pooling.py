@@ -37,6 +37,11 @@ class EmbeddingQueue:
         """Whether step() has work to do."""
         return bool(self._work)
 
+    @property
+    def computes(self) -> tuple[tuple[int, int], ...]:
+        """Requests, and how many tokens of each are computed or begun."""
+        return tuple((number, work.prompt_tok - sum(map(len, work.inputs))) for number, work in self._work.items())
+
     def take(self, number: int, inputs: Sequence[list[int]], dimensions: int | None = None) -> Accepted:
         """Accept a request; ``dimensions`` as in Embed."""
         work = self._work[number] = _Work(deque(inputs), sum(len(ids) for ids in inputs), dimensions)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from agent.loader.chat.calls import OWN, CallFormat, common_begin
 from agent.loader.chat.probe import Conversation
 from agent.loader.chat.speech import THINK
 from agent.loader.chat.turns import PLAIN, Manner, arguments_of, instructions, plain_text, tool_objects, turns
+from agent.loader.lengths import exceeds
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import EFFORTS, Generate, Message, ToolCall
 
@@ -28,6 +30,13 @@ class Prompt(NamedTuple):
 
 class TemplateRefused(Exception):
     """The template takes no form of the conversation; the text names the turn and the reason."""
+
+
+class TooLong(Exception):
+    """The prompt has ``least_tok`` tokens or more, which do not fit."""
+
+    def __init__(self, least_tok: int) -> None:
+        self.least_tok = least_tok
 
 
 class _Rendered(NamedTuple):
@@ -57,13 +66,13 @@ class PromptWriter:
     def __init__(self, template: ChatTemplate, talk: Conversation) -> None:
         self._template, self._talk = template, talk
 
-    def write(self, request: Generate) -> Prompt:
-        """The prompt of a conversation. Raises TemplateRefused."""
+    def write(self, request: Generate, limit_tok: int = sys.maxsize) -> Prompt:
+        """The prompt of a conversation. Raises TemplateRefused, and TooLong where it surely exceeds ``limit_tok``."""
         messages = [self._parted(message) for message in request.messages]
         if not self._template.exists:
             told = instructions(request.tools, OWN) if request.tools else ""
             given, mark = self._template.shield(turns(messages, PLAIN._replace(system="native"), OWN, told))
-            return Prompt(self._template.shielded_tokens(plain_text(given), mark), False, OWN)
+            return self._tokenized(_Rendered(plain_text(given), mark, False, OWN), limit_tok)
         first: Exception | None = None
         kept: _Rendered | None = None
         for attempt in self._attempts(messages, request):
@@ -75,11 +84,11 @@ class PromptWriter:
             kept = kept or rendered
             beside = "text beside a call" not in self._talk.lost
             if not _lost(messages, rendered.plain, beside=beside, marks=(*THINK, *(self._talk.reasoning or ()))):
-                return self._tokenized(rendered)
+                return self._tokenized(rendered, limit_tok)
         if kept is None:
             assert first is not None
             raise TemplateRefused(self._reason(messages, request, first))
-        return self._tokenized(kept)
+        return self._tokenized(kept, limit_tok)
 
     def _attempts(self, messages: Sequence[Message], request: Generate) -> Iterator[_Attempt]:
         """As the probe found it; then with calls as text; then in the form that every template takes."""
@@ -92,7 +101,9 @@ class PromptWriter:
         if request.tools or calls:
             yield _Attempt(PLAIN, OWN, native=False)
 
-    def _tokenized(self, rendered: _Rendered) -> Prompt:
+    def _tokenized(self, rendered: _Rendered, limit_tok: int) -> Prompt:
+        if least := exceeds([rendered.text], limit_tok, lambda part: len(self._template.tokens(part))):
+            raise TooLong(least)
         tokens = self._template.shielded_tokens(rendered.text, rendered.mark)
         return Prompt(tokens, rendered.inside, rendered.form)
 
@@ -149,6 +160,12 @@ class PromptWriter:
         said = str(error)
         fixed = said if 0 < len(said) < 200 and said in self._template.source else type(error).__name__
         return f"messages[{turn}]: the model's chat template refused this {messages[turn].role} message: {fixed}"
+
+
+def unabridged(messages: Sequence[Message]) -> list[str]:
+    """The texts of a conversation that stand whole in every prompt of it: of earlier answers, templates leave out what
+    they take for reasoning."""
+    return [message.content.strip() for message in messages if message.role != "assistant"]
 
 
 def _inside(prompt: str, before: str, marks: tuple[str, str]) -> bool:

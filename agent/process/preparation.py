@@ -1,0 +1,97 @@
+"""Which prompt a loader prepares next: fair between API keys, and within a key the small ones first. Pure.
+
+A loader prepares one prompt after the other, as they arrive. So little is sent ahead to it: at most one large prompt,
+and a few small ones that may be next.
+"""
+
+from dataclasses import dataclass, field
+
+from agent.wire.frames import Ask, Embed
+
+AHEAD_BYTES = 256 << 10
+"""Prompts sent ahead of their preparation, the largest not counted."""
+WAITING_BYTES = 512 << 20
+"""Prompts that may wait for one loader; beyond this, the largest of the key that holds most is refused."""
+_EACH_BYTES = 1 << 10
+"""What any prompt costs, however short."""
+
+
+def size_bytes(ask: Ask) -> int:
+    """What the preparation of a request costs, as the size of its texts."""
+    if isinstance(ask, Embed):
+        return _EACH_BYTES + sum(map(len, ask.inputs))
+    turns = sum(
+        len(one.content) + len(one.reasoning) + sum(len(call.arguments) for call in one.calls) for one in ask.messages
+    )
+    beside = len(ask.prompt or "") + len(ask.schema or "") + len(ask.template_args or "")
+    return _EACH_BYTES + turns + beside + sum(map(len, ask.tools)) + len(ask.made)
+
+
+@dataclass
+class _Key:
+    served: float
+    """Bytes prepared for this key, counted from where the others were when it began to wait."""
+    waiting: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """By request: its place among those of the key, and its size."""
+
+    @property
+    def first(self) -> int:
+        return min(self.waiting, key=lambda number: (self.waiting[number][0], number))
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.waiting.values())
+
+
+class PreparationLine:
+    """Requests that wait to be sent to a loader, and those sent that it has not prepared. A key that has had less is
+    served first; within a key a request is placed by its size plus what the key has had before it came, so a large one
+    is passed by small ones for a while only."""
+
+    def __init__(self, ahead_bytes: int = AHEAD_BYTES, waiting_bytes: int = WAITING_BYTES) -> None:
+        self._ahead_bytes, self._waiting_bytes = ahead_bytes, waiting_bytes
+        self._keys: dict[str, _Key] = {}
+        self._sent: dict[int, int] = {}
+        self._now = 0.0
+
+    @property
+    def waiting(self) -> list[int]:
+        """Requests that were not sent yet."""
+        return [number for key in self._keys.values() for number in key.waiting]
+
+    def add(self, number: int, name: str, size: int) -> list[int]:
+        """Queue a request of a key; returns those that are refused, because too much waits."""
+        key = self._keys.setdefault(name, _Key(self._now))
+        key.waiting[number] = (max(key.served, self._now) + size, size)
+        refused: list[int] = []
+        while sum(one.bytes for one in self._keys.values()) > self._waiting_bytes:
+            greedy = max(self._keys.values(), key=lambda one: one.bytes)
+            refused.append(max(greedy.waiting, key=lambda one: (greedy.waiting[one][1], one)))
+            del greedy.waiting[refused[-1]]
+        return refused
+
+    def next(self) -> int | None:
+        """The request to send now, None while it has to wait."""
+        ready = [key for key in self._keys.values() if key.waiting]
+        if not ready:
+            return None
+        key = min(ready, key=lambda one: (max(one.served, self._now) + one.waiting[one.first][1], one.first))
+        number = key.first
+        size = key.waiting[number][1]
+        ahead = [*self._sent.values(), size]
+        if self._sent and sum(ahead) - max(ahead) > self._ahead_bytes:
+            return None
+        del key.waiting[number]
+        self._sent[number] = size
+        # what others have had meanwhile is not saved up
+        self._now = min(max(one.served, self._now) for one in ready)
+        key.served = max(key.served, self._now) + size
+        return number
+
+    def leave(self, number: int) -> None:
+        """A request was prepared, or nobody wants it any more."""
+        self._sent.pop(number, None)
+        for key in self._keys.values():
+            key.waiting.pop(number, None)
+        if not self._sent and not self.waiting:
+            self._keys.clear()
