@@ -174,7 +174,7 @@ class FakeEngine:
         while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
             row = self._waiting[0]
             row.begun_s = row.begun_s or time.perf_counter()
-            piece = min(row.left_tok, _PIECE_TOK) if self._speed.prefill_tps else row.left_tok
+            piece = min(row.left_tok, self._chunk_tok)
             self._counts.add("prefill_tok", piece)
             row.left_tok -= piece
             if self._speed.prefill_tps:
@@ -187,6 +187,12 @@ class FakeEngine:
                 self._keep(row.request.cache, row.prompt)
             if self._speed.prefill_tps:
                 return
+
+    @property
+    def _chunk_tok(self) -> int:
+        """Prompt tokens of a step, which takes a quarter of a second at most."""
+        tps = self._speed.prefill_tps
+        return min(_PIECE_TOK, max(1, int(tps / 4))) if tps else CONTEXT_TOK
 
     def _has_room(self, row: _Row) -> bool:
         held = sum(len(one.prompt) + one.made for one in self._rows.values())

@@ -132,6 +132,7 @@ class _Loop:
                 self._engine.cancel(item.id)
             elif item.id in self._asked:
                 self.dropped.add(item.id)
+            return [self._engine.working()]
         elif isinstance(item, Report):
             return [self._engine.report()]
         elif isinstance(item, Relieve):

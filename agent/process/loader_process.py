@@ -207,11 +207,10 @@ class LoaderProcess:
                 yield answer
         finally:
             del self._open[number]
-            self._watch.done(number)
             self.throughput.end(number)
             self._last_s.pop(number, None)
-            sent = self._waiting.pop(number, None) is None
-            if not finished and sent and not self.ended.is_set():
+            self._waiting.pop(number, None)
+            if self._watch.left(number) and not self.ended.is_set():
                 self._write(Cancel(id=number))
             self._send_due()
 

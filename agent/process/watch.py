@@ -30,7 +30,7 @@ class Watch:
         self._heard_s = self._moved_s = clock()
         self._last = Prepares()
         self._cause = ""
-        self._crashed = False
+        self._crashed = self._cancelled = False
         self._suspects: set[int] = set()
 
     def add(self, number: int, key: str, size: int) -> list[int]:
@@ -40,14 +40,14 @@ class Watch:
     def next(self) -> int | None:
         """The request to send to the loader now; None while none may be sent."""
         if (number := self._line.next()) is not None:
-            if not self._owed:
+            if not self._owed and not self._cancelled:
                 self._heard_s = self._clock()  # it owed no sign of life before
             self._owed.add(number)
         return number
 
     def heard(self) -> None:
         """The loader's main thread sent a frame that is more than a report."""
-        self._heard_s = self._clock()
+        self._heard_s, self._cancelled = self._clock(), False
 
     def accepted(self, number: int) -> None:
         """The engine has a request."""
@@ -61,10 +61,18 @@ class Watch:
             self._answering.add(number)
 
     def done(self, number: int) -> None:
-        """The engine is done with a request, even if the client reads slowly; or nobody waits for it any more."""
+        """The engine is done with a request, even if the client reads slowly; or it was never sent."""
         self._line.leave(number)
         for known in (self._owed, self._accepted, self._answering):
             known.discard(number)
+
+    def left(self, number: int) -> bool:
+        """Nobody waits for a request any more; whether the loader has to be told. It then owes a sign of life: clients
+        that leave a loader that hangs must not hide that it does."""
+        is_there = number in self._owed
+        self._cancelled = self._cancelled or is_there
+        self.done(number)
+        return is_there
 
     @property
     def silent_s(self) -> float:
@@ -73,7 +81,7 @@ class Watch:
         now, prepares = self._clock(), self._look()
         if prepares.request_id:
             return now - self._moved_s  # also when its client has left: those to come would wait behind it
-        return now - max(self._heard_s, self._moved_s) if self._owed else 0.0
+        return now - max(self._heard_s, self._moved_s) if self._owed or self._cancelled else 0.0
 
     @property
     def waiting(self) -> list[int]:

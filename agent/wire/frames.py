@@ -122,7 +122,7 @@ class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
 
 
 class Cancel(_Frame, frozen=True, kw_only=True, tag="cancel"):
-    """Stop working on a request; no answer follows."""
+    """Stop working on a request; no answer follows, but Working."""
 
     id: int
 
@@ -225,11 +225,11 @@ class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
 
 
 class Working(_Frame, frozen=True, kw_only=True, tag="working"):
-    """Sent about once a second while the engine works, whatever it works on, and when it has become idle: it is
-    alive, and this is the memory it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is its work since
-    the last such frame, on its own clock: tokens and time of prefill; tokens, time and steps of decode. ``waits`` are
-    requests that wait for a row or for memory: nothing is wrong with them. ``computes`` are those whose input is being
-    computed, with the tokens of it that are."""
+    """Sent about once a second while the engine works, whatever it works on, when it has become idle, and for a Cancel:
+    it is alive, and this is the memory it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is its work
+    since the last such frame, on its own clock: tokens and time of prefill; tokens, time and steps of decode. ``waits``
+    are requests that wait for a row or for memory: nothing is wrong with them. ``computes`` are those whose input is
+    being computed, with the tokens of it that are."""
 
     active_bytes: int = 0
     reuse_bytes: int = 0

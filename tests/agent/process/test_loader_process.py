@@ -1,0 +1,86 @@
+"""A real loader with the fake engine: the order of preparation, and what becomes of those that wait."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from agent.process.loader_process import LoaderProcess, LoaderSpec
+from agent.wire.frames import Answer, Failed, Generate, Message, Waits
+from shared.errors import Retryable
+
+
+@contextlib.asynccontextmanager
+async def running(*arguments: str, stuck_s: float = 600.0) -> AsyncIterator[LoaderProcess]:
+    spec = LoaderSpec(arguments=("--engine", "fake", "--path", "x", *arguments), stuck_s=stuck_s)
+    loader = await LoaderProcess.start(spec, os.environ)
+    try:
+        yield loader
+    finally:
+        loader.kill()
+        await loader.ended.wait()
+
+
+def ask(content: str, key: str = "") -> Generate:
+    return Generate(id=1, model="m", messages=(Message(role="user", content=content),), max_tokens=1, cache=key)
+
+
+async def last_of(loader: LoaderProcess, request: Generate) -> Answer:
+    last: Answer = Waits(id=0)
+    async for answer in loader.generate(request):
+        last = answer
+    return last
+
+
+async def test_a_short_prompt_of_another_key_waits_for_no_more_than_the_one_in_preparation() -> None:
+    large, ended = "word " * (1 << 20), []
+    async with running() as loader:
+
+        async def one(name: str, content: str, key: str) -> Answer:
+            answer = await last_of(loader, ask(content, key))
+            ended.append(name)
+            return answer
+
+        alice = [asyncio.create_task(one("alice", large, "alice")) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert not isinstance(await one("bob", "hi", "bob"), Failed)
+        refused = await asyncio.gather(*alice)
+    assert {answer.code for answer in refused if isinstance(answer, Failed)} == {"context_length_exceeded"}
+    assert len(refused) == 6
+    assert ended.index("bob") <= 2, ended
+
+
+async def test_requests_that_wait_are_told_so_and_those_that_nobody_wants_cost_nothing() -> None:
+    large = "word " * (1 << 20)
+    async with running() as loader:
+        first = asyncio.create_task(last_of(loader, ask("!hang")))
+        await asyncio.sleep(0)
+        left = [asyncio.create_task(last_of(loader, ask(large))) for _ in range(50)]
+        behind = loader.generate(ask("hi"))
+        assert isinstance(await anext(behind), Waits)
+        for task in (*left, first):
+            task.cancel()
+        await asyncio.gather(*left, first, return_exceptions=True)
+        assert loader.silent_s > 0, "that its client left does not hide that it hangs"
+        loader.kill()
+        with contextlib.suppress(Retryable):
+            async for answer in behind:
+                assert isinstance(answer, Waits)
+            raise AssertionError("it was answered by a loader that hangs")
+
+
+async def test_a_hung_preparation_is_ended_with_its_loader_and_alone_is_suspect() -> None:
+    async with running(stuck_s=1.0) as loader:
+
+        async def code_of(content: str) -> str:
+            try:
+                await last_of(loader, ask(content))
+            except Retryable as error:
+                return error.code
+            return ""
+
+        hung = asyncio.create_task(code_of("!hang"))
+        await asyncio.sleep(0)
+        waited = await asyncio.gather(*(code_of("hi") for _ in range(3)))
+        assert await hung == "suspect_request"
+        assert waited == ["worker_lost"] * 3, "those are merely lost"

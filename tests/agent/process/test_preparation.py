@@ -1,0 +1,231 @@
+"""Whose prompt a loader prepares next, and how long it is without progress."""
+
+import os
+import signal
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.process.preparation import PreparationLine, size_bytes
+from agent.process.watch import CRASHED, STALLED_S, SUSPECT, Watch
+from agent.wire.frames import Embed, Generate, Message, ToolCall
+from agent.wire.progress import Prepares, Progress
+
+MB = 1 << 20
+
+
+def order(line: PreparationLine) -> list[int]:
+    """The order in which everything that waits is prepared, one after the other."""
+    found = []
+    while (number := line.next()) is not None:
+        found.append(number)
+        line.leave(number)
+    return found
+
+
+def test_one_keys_large_prompts_delay_anothers_short_one_by_the_one_in_preparation_only() -> None:
+    line = PreparationLine()
+    for number in range(48):
+        assert line.add(number, "alice", 5 * MB) == []
+    assert line.next() == 0
+    assert line.next() is None, "one large prompt at a time"
+    line.add(48, "bob", 1000)
+    assert line.next() == 48, "a short one is sent ahead"
+    assert line.next() is None
+    line.leave(0)
+    line.leave(48)
+    assert line.next() == 1
+
+
+def test_keys_take_turns_by_what_they_had() -> None:
+    line = PreparationLine()
+    for number in range(6):
+        line.add(number, "a", 100)
+    for number in range(6, 8):
+        line.add(number, "b", 300)
+    assert order(line) == [0, 1, 2, 6, 3, 4, 5, 7]
+
+
+def test_small_ones_pass_a_large_one_of_their_key_for_a_while_only() -> None:
+    line = PreparationLine()
+    line.add(0, "a", 1000)
+    line.add(1, "a", 50)
+    served, number = [], 2
+    while 0 not in served:
+        line.add(number, "a", 100)
+        served.append(line.next())
+        line.leave(served[-1] or 0)
+        number += 1
+    assert served[0] == 1
+    assert 5 < len(served) < 15
+
+
+def test_what_waits_is_bounded_and_the_greediest_pays() -> None:
+    line = PreparationLine(waiting_bytes=100)
+    assert [line.add(n, "alice", 30) for n in range(3)] == [[], [], []]
+    assert line.add(3, "bob", 20) == [2], "not the one who came last, but the key that holds most"
+    assert line.add(4, "alice", 90) == [4]
+    assert order(line) == [3, 0, 1]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400), st.integers(0, 3)), max_size=60),
+    st.integers(0, 300),
+)
+def test_every_request_gets_its_turn_once_and_little_is_sent_ahead(
+    asked: list[tuple[str, int, int]], ahead: int
+) -> None:
+    line = PreparationLine(ahead_bytes=ahead)
+    sizes: dict[int, int] = {}
+    sent: list[int] = []
+    served: Counter[int] = Counter()
+
+    def take() -> None:
+        while (number := line.next()) is not None:
+            sent.append(number)
+            served[number] += 1
+            held = [sizes[one] for one in sent]
+            assert sum(held) - max(held) <= ahead
+
+    for number, (key, size, done) in enumerate(asked):
+        sizes[number] = size
+        assert line.add(number, key, size) == []
+        take()
+        for _ in range(min(done, len(sent))):
+            line.leave(sent.pop(0))
+            take()
+    while sent:
+        line.leave(sent.pop(0))
+        take()
+    assert served == Counter(range(len(asked)))
+    assert line.waiting == []
+
+
+def test_every_text_of_a_request_counts_towards_its_size() -> None:
+    call = ToolCall(id="1", name="f", arguments="x" * 300)
+    whole = Generate(
+        id=1,
+        model="m",
+        max_tokens=1,
+        messages=(Message(role="user", content="x" * 1000, reasoning="y" * 100, calls=(call,)),),
+        tools=("z" * 50,),
+        schema="s" * 20,
+    )
+    bare = size_bytes(Generate(id=1, model="m", max_tokens=1))
+    assert size_bytes(whole) - bare == 1470
+    assert size_bytes(Embed(id=1, model="m", inputs=("x" * 700, (1, 2, 3)))) - bare == 703
+
+
+class Told:
+    """A watch, its loader's end of the file, and a clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        ours = Progress()
+        self.loader = Progress(os.dup(ours.fd))
+        self.watch = Watch(ours, lambda: self.now_s)
+
+    def send(self, number: int) -> None:
+        self.watch.add(number, "", 10)
+        assert self.watch.next() == number
+
+
+def test_a_request_that_waits_behind_another_ages_nothing() -> None:
+    told = Told()
+    told.send(1)
+    told.send(2)
+    told.loader.begin(1)
+    for _ in range(100):
+        told.now_s += 1.0
+        told.loader.advance()
+        assert told.watch.silent_s == 0.0
+    assert told.watch.waiting == [1, 2]
+    told.now_s += STALLED_S
+    assert told.watch.silent_s == STALLED_S, "the thread hangs at it"
+    assert told.watch.waiting == [1], "the others may go elsewhere"
+    told.loader.end()
+    assert told.watch.silent_s == 0.0
+
+
+def test_a_hung_preparation_is_seen_while_the_engine_goes_on_and_after_its_client_left() -> None:
+    told = Told()
+    told.send(1)
+    told.send(2)
+    told.watch.accepted(1)
+    told.loader.begin(2)
+    assert told.watch.silent_s == 0.0
+    for _ in range(60):
+        told.now_s += 1.0
+        told.watch.heard()
+    assert told.watch.silent_s == 60.0
+    assert told.watch.left(2)
+    assert told.watch.silent_s == 60.0
+
+
+def test_clients_that_leave_a_silent_loader_do_not_hide_it() -> None:
+    told = Told()
+    for number in range(5):
+        told.send(number)
+        told.now_s += 15.0
+        assert told.watch.left(number)
+        assert told.watch.silent_s == 15.0 * (number + 1)
+    told.watch.heard()
+    assert told.watch.silent_s == 0.0
+    told.now_s += 1000.0
+    assert told.watch.silent_s == 0.0, "an idle one owes nothing"
+    told.send(9)
+    assert told.watch.silent_s == 0.0
+
+
+ABORTED, KILLED = -signal.SIGABRT, -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("preparing", "accepted", "answering", "status", "stuck", "codes"),
+    [
+        (1, (), (), KILLED, False, {1: SUSPECT, 2: "worker_lost"}),
+        (1, (3,), (), KILLED, True, {1: SUSPECT, 2: "worker_lost", 3: CRASHED}),
+        (0, (1,), (), ABORTED, False, {1: SUSPECT, 2: "worker_lost"}),
+        (0, (1,), (), KILLED, True, {1: SUSPECT}),
+        (0, (1,), (), KILLED, False, {1: "worker_lost"}),
+        (0, (1,), (1,), ABORTED, False, {1: CRASHED}),
+        (0, (1, 2), (), ABORTED, False, {1: CRASHED, 2: CRASHED, 3: "worker_lost"}),
+        (0, (), (), ABORTED, False, {1: "worker_lost"}),
+        (0, (1,), (), 4, False, {1: "worker_lost"}),
+    ],
+    ids=["in preparation", "stuck", "alone", "alone, stuck", "from outside", "it answers", "two", "waits", "exits"],
+)
+def test_who_may_have_ended_a_loader(
+    preparing: int,
+    accepted: tuple[int, ...],
+    answering: tuple[int, ...],
+    status: int,
+    stuck: bool,
+    codes: dict[int, str],
+) -> None:
+    told = Told()
+    for number in (1, 2, 3):
+        told.send(number)
+    for number in accepted:
+        told.watch.accepted(number)
+    for number in answering:
+        told.watch.answers(number)
+    if preparing:
+        told.loader.begin(preparing)
+    told.watch.ended("why", status, stuck=stuck)
+    assert {number: told.watch.loss(number).code for number in codes} == codes
+
+
+def test_progress_is_told_through_the_file() -> None:
+    ours = Progress()
+    theirs = Progress(os.dup(ours.fd))
+    assert ours.read() == Prepares()
+    theirs.begin(7)
+    theirs.advance()
+    assert ours.read() == Prepares(7, 2)
+    theirs.end()
+    assert ours.read() == Prepares(0, 3)
+    theirs.close()
+    ours.close()
