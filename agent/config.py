@@ -156,8 +156,8 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits on client requests and on how long operations may take. Before its first token a request may be silent for
     ``first_token_s``: neither waiting for its turn nor being computed. It has ``request_s`` without the time in which
-    its prompt is computed, and again from its first token on. A loader that has work and makes no progress for
-    ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog ends it and starts it again."""
+    it waits at a loader or is computed, and again from its first token on. A loader that has work and makes no progress
+    for ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog ends it and starts it again."""
 
     body_bytes: Annotated[int, Meta(gt=0, le=16 << 20)] = 10 << 20
     body_s: Seconds = 60.0

@@ -35,6 +35,8 @@ ENGINE_FAILED = "engine_failed"
 """The engine failed at this one request. It is tried on one other node, and only if that completes it does the failure
 count against the first."""
 TOO_LONG = "context_length_exceeded"
+FULL_S = 5.0
+"""When a client may come again that was refused because too much text waits at a loader."""
 
 log = get_logger("agent.dispatch")
 
@@ -118,7 +120,7 @@ class Attempts:
                 while (answer := await self._next(reader, watch)) is not None:
                     now = self._clock()
                     if isinstance(answer, Waits):
-                        watch.waits(now, answer.done_tok)
+                        watch.waits(now)
                         if call.whole or call.first_s is not None:
                             continue
                     elif isinstance(answer, Tokens):
@@ -285,7 +287,9 @@ class Attempts:
 
 def _error_of(failed: Failed) -> RackError:
     if failed.retryable:
-        kept = failed.code in ("not_ready", "queue_full", SUSPECT, CRASHED)
+        if failed.code == "queue_full":
+            return Retryable(failed.message, code=failed.code, retry_after_s=FULL_S)
+        kept = failed.code in ("not_ready", SUSPECT, CRASHED)
         return Retryable(failed.message, code=failed.code if kept else "loader_lost")
     if failed.code == "engine_failed":
         return Retryable(failed.message, code="engine_failed")

@@ -36,8 +36,7 @@ class Call(msgspec.Struct, kw_only=True):
     None until one is drawn. ``made`` are the tokens produced; while ``continuing``, the answer resumes after them.
     ``over_tok`` is a context length that was too small for it, ``too_long`` the error of the node that found it so;
     engines of ``faulty`` nodes failed at it; ``ignored`` are the fields of the request that the worker capped or left
-    out. ``due_s`` is when the request is over: computing its prompt does not count. ``crashes``: see Loss. ``spent`` is
-    what lost attempts took.
+    out. ``due_s`` is when the request is over. ``crashes``: see Loss. ``spent`` is what lost attempts took.
     """
 
     ask: Ask

@@ -50,8 +50,9 @@ def first_limit_s(expected_s: float, most_s: float) -> float:
 
 class AttemptTimeouts:
     """Timeouts of one attempt: of the silence before its first token, of the gaps after it, and of the request, which
-    ends at ``until_s``. The time in which a prompt is computed does not count towards that, and a ``fresh`` answer has
-    ``request_s`` from its first token on. ``learned`` (adaptive) timeouts apply where another node could take over."""
+    ends at ``until_s``. The time in which its worker says that it waits or that its prompt is computed does not count,
+    and a ``fresh`` answer has ``request_s`` from its first token on. ``learned`` (adaptive) timeouts apply where
+    another node could take over."""
 
     def __init__(
         self,
@@ -67,7 +68,6 @@ class AttemptTimeouts:
         self._gaps, self._first_s, self._gap_s, self.until_s = gaps, first_s, gap_s, until_s
         self._learned, self._request_s, self._fresh = learned, request_s, fresh
         self._asked_s = self._heard_s = self.waited_s = 0.0
-        self._done_tok, self._moved_s = 0, 0.0
         self.is_over = False
         """Whether the limit is the request's deadline, not the next piece's timeout."""
 
@@ -91,11 +91,10 @@ class AttemptTimeouts:
             self.until_s = now_s + self._request_s
         self._heard_s = now_s
 
-    def waits(self, now_s: float, done_tok: int = 0) -> None:
-        """The request is queued, or was set aside for lack of memory: its silence means nothing. Or ``done_tok`` of its
-        prompt are computed: while that grows, its time stands still."""
+    def waits(self, now_s: float) -> None:
+        """The request is queued, its prompt is being computed, or it was set aside for lack of memory: its silence
+        means nothing, and before its first token its time stands still."""
         if self._heard_s:
             self._heard_s = now_s
-        elif done_tok > self._done_tok:
-            self.until_s += now_s - self._moved_s if self._done_tok else 0.0
-            self._done_tok, self._moved_s = done_tok, now_s
+        else:
+            self.until_s += now_s - self._asked_s

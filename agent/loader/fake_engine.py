@@ -244,12 +244,9 @@ class FakeEngine:
 
     def working(self) -> Working:
         held_tok = sum(len(row.prompt) + row.made for row in self._rows.values())
-        waits = tuple(row.request.id for row in self._waiting if not row.begun_s)
-        computes = tuple(
-            (row.request.id, len(row.prompt) + row.made - row.left_tok) for row in self._waiting if row.begun_s
-        )
+        waits = tuple(row.request.id for row in self._waiting)
         lately = self._counts.lately.taken()
-        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, computes=computes, **lately)
+        return Working(active_bytes=self._held_bytes, kv_bytes=held_tok << 10, waits=waits, **lately)
 
     def relieve(self, level: str) -> None:
         if level == "hard":

@@ -311,9 +311,6 @@ class LoaderProcess:
             self.working = frame
             self.throughput.worked(time.monotonic(), frame)
             self._tell_waiting(frame.waits)
-            for number, done_tok in frame.computes:
-                if number in self._open:
-                    self._open[number].put(Waits(id=number, done_tok=done_tok))
         elif isinstance(frame, Reported):
             self._reports.append(frame)
             self._reported.set()

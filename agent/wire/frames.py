@@ -210,11 +210,10 @@ class Done(_Frame, frozen=True, kw_only=True, tag="done"):
 
 
 class Waits(_Frame, frozen=True, kw_only=True, tag="waits"):
-    """This request waits for its turn, for a row or for memory, or its prompt is being computed, of which ``done_tok``
-    tokens are; sent periodically, so that its silence does not count as a stall."""
+    """This request waits for its turn, for a row or for memory, or its prompt is being computed; sent periodically, so
+    that its silence does not count as a stall."""
 
     id: int
-    done_tok: int = 0
 
 
 class Embedded(_Frame, frozen=True, kw_only=True, tag="embedded"):
@@ -228,8 +227,7 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     """Sent about once a second while the engine works, whatever it works on, when it has become idle, and for a Cancel:
     it is alive, and this is the memory it holds. ``reuse_bytes`` are freed arrays that MLX keeps. The rest is its work
     since the last such frame, on its own clock: tokens and time of prefill; tokens, time and steps of decode. ``waits``
-    are requests that wait for a row or for memory: nothing is wrong with them. ``computes`` are those whose input is
-    being computed, with the tokens of it that are."""
+    are requests that wait for a row or for memory, or whose input is being computed: nothing is wrong with them."""
 
     active_bytes: int = 0
     reuse_bytes: int = 0
@@ -241,7 +239,6 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     decode_us: int = 0
     decode_steps: int = 0
     waits: tuple[int, ...] = ()
-    computes: tuple[tuple[int, int], ...] = ()
 
 
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):

@@ -214,8 +214,8 @@ class EncoderEngine:
         return Reported(**self._counts.taken(), active_bytes=mx.get_active_memory())
 
     def working(self) -> Working:
-        computes = tuple((n, one.prompt_tok - sum(map(len, one.inputs))) for n, one in self._work.items())
-        return Working(active_bytes=mx.get_active_memory(), reuse_bytes=mx.get_cache_memory(), computes=computes)
+        active, reuse = mx.get_active_memory(), mx.get_cache_memory()
+        return Working(active_bytes=active, reuse_bytes=reuse, waits=tuple(self._work))
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         if level == "hard":

@@ -199,8 +199,7 @@ class MLXEngine:
             reuse_bytes=mx.get_cache_memory(),
             kv_bytes=self._rows.kv_bytes,
             cache_bytes=self._cache.bytes,
-            waits=tuple(row.id for row in self._rows.waiting),
-            computes=self._rows.computes + self._embeddings.computes,
+            waits=(*(row.id for row in (*self._rows.waiting, *self._rows.prefilling)), *self._embeddings.waits),
             **self._counts.lately.taken(),
         )
 

@@ -38,9 +38,9 @@ class EmbeddingQueue:
         return bool(self._work)
 
     @property
-    def computes(self) -> tuple[tuple[int, int], ...]:
-        """Requests, and how many tokens of each are computed or begun."""
-        return tuple((number, work.prompt_tok - sum(map(len, work.inputs))) for number, work in self._work.items())
+    def waits(self) -> tuple[int, ...]:
+        """Requests that are computed or wait for that."""
+        return tuple(self._work)
 
     def take(self, number: int, inputs: Sequence[list[int]], dimensions: int | None = None) -> Accepted:
         """Accept a request; ``dimensions`` as in Embed."""

@@ -42,11 +42,6 @@ class Rows:
         return sum(batch.kv_bytes for batch in self.batches)
 
     @property
-    def computes(self) -> tuple[tuple[int, int], ...]:
-        """Rows in prefill, and how many tokens of each are computed."""
-        return tuple((row.id, row.length_tok - row.left_tok) for row in self.prefilling)
-
-    @property
     def before_tok(self) -> float:
         """Mean number of tokens before the chunks that are being prefilled."""
         held = [row.length_tok - row.left_tok for row in self.prefilling]
