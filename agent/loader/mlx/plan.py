@@ -1,6 +1,8 @@
 """What constrains a request's answer: the schema of its response, and those of its tools' arguments."""
 
 import json
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +24,10 @@ _KEPT, _KEPT_CHARS = 1024, 8 << 10
 _KEPT_LONG = 16
 """Longer ones: clients choose how many there are, and each may take megabytes."""
 _ANY = {"type": "object"}
+BUDGET_S = 2.0
+"""CPU time for the schemas of one request, all together: requests behind it wait meanwhile."""
+_REMEMBERED = 256
+"""Schemas that were too costly, by their hashes: they are refused at once when they come again."""
 
 
 class Planned(NamedTuple):
@@ -30,6 +36,16 @@ class Planned(NamedTuple):
     plan: Plan
     markers: Markers
     unmet: Callable[[str, str], str | None] | None
+
+
+class _TooCostly(Exception):
+    """The schemas of a request take too long; the text is for the client."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where}: the schemas of this request take more than {BUDGET_S:g} s to compile together; simplify their "
+            "patterns, repetitions and alternatives, or send fewer"
+        )
 
 
 class Planner:
@@ -41,6 +57,8 @@ class Planner:
         self._talk, self._template, self._ends, self._grammars = talk, template, ends, grammars
         self._short, self._long = lru_cache(_KEPT)(self._follow), lru_cache(_KEPT_LONG)(self._follow)
         self._spell: Callable[[str], str] | None = None
+        self._where = ""
+        self._until_s, self._costly = 0.0, OrderedDict[int, None]()
 
     def planned(self, request: Generate, asked: CallFormat) -> Planned | Failed:
         """The plan of a request whose prompt asks for calls in a format; Failed naming the schema's fault."""
@@ -51,11 +69,15 @@ class Planner:
         markers = Markers(marks, form, self._talk.silent, unknown=marks is None and not self._talk.channels)
         if not request.tools and request.schema is None:
             return Planned(Plan(), markers, None)
-        found = self._schemas(request)
-        if isinstance(found, Failed):
-            return found
-        tools, schema, odd = found
-        plan = self._plan(request, form, tools, schema)
+        self._until_s = time.thread_time() + BUDGET_S
+        try:
+            found = self._schemas(request)
+            if isinstance(found, Failed):
+                return found
+            tools, schema, odd = found
+            plan = self._plan(request, form, tools, schema)
+        except _TooCostly as error:
+            return _failed(request, str(error))
         if plan is None:
             return _failed(request, "this model's tokens do not support the constraints of the request")
         loose = {json.loads(t)["name"] for t in request.tools} if not form.constrained else odd
@@ -68,6 +90,7 @@ class Planner:
             tool = json.loads(text)
             if request.must_call and tool["name"] != request.must_call:
                 continue
+            self._where = f"tools[{number}].function.parameters"
             try:
                 schema, unenforced = self._followed(request.cache, json.dumps(tool.get("parameters")), True)
             except schemas.Unfollowable as error:
@@ -78,6 +101,7 @@ class Planner:
             odd |= {tool["name"]} if unenforced else set()
         if request.schema is None:
             return tools, None, odd
+        self._where = "response_format.json_schema.schema"
         try:
             schema, _ = self._followed(request.cache, request.schema, False)
         except schemas.Unfollowable as error:
@@ -96,7 +120,16 @@ class Planner:
         return plan if trial is None or not self._faulty_grammar(trial) else None
 
     def _followed(self, cache: Namespace, text: str, tool: bool) -> tuple[str, bool]:
-        return (self._short if len(text) <= _KEPT_CHARS else self._long)(cache, text, tool)
+        key = hash((cache, text, tool))
+        try:
+            if key in self._costly:
+                raise _TooCostly(self._where)
+            return (self._short if len(text) <= _KEPT_CHARS else self._long)(cache, text, tool)
+        except _TooCostly:
+            self._costly[key] = None
+            while len(self._costly) > _REMEMBERED:
+                self._costly.popitem(last=False)
+            raise
 
     def _follow(self, _: Namespace, text: str, tool: bool) -> tuple[str, bool]:
         """A schema as text in the form that can be enforced, and whether some of it is not. Kept for its namespace, so
@@ -115,6 +148,8 @@ class Planner:
         return self._faulty_grammar(f"start: %json {json.dumps(spaced)}\n")
 
     def _faulty_grammar(self, grammar: str) -> str | None:
+        if time.thread_time() > self._until_s:
+            raise _TooCostly(self._where)
         is_error, said = LLMatcher.validate_grammar_with_warnings(grammar, self._grammars())
         return (str(said[0]) if said else "refused") if is_error else None
 

@@ -11,8 +11,10 @@ from agent.loader.chat import probe
 from agent.loader.chat.calls import CallParser
 from agent.loader.chat.grammar import literal
 from agent.loader.chat.turns import Turn
+from agent.loader.mlx import sandbox
 from agent.loader.mlx.parsers import PARSERS
 
+sandbox.install()
 _BREAKS = tuple(chr(point) for point in range(0xF8A0, 0xF8B0))
 """Characters of a private area; one that a conversation does not contain breaks its control words."""
 _OURS = {"role": frozenset({"system", "user", "assistant", "tool"}), "type": frozenset({"function"})}

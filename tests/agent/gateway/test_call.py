@@ -1,5 +1,7 @@
 """What an answer tells of itself when attempts at it were lost: the whole request, not the last attempt."""
 
+from typing import Any
+
 from agent.gateway.call import Call
 from agent.wire.frames import Accepted, Answer, Done, Generate, Tokens
 
@@ -13,7 +15,7 @@ def accepted(cached_tok: int) -> Accepted:
 
 
 def done(cached_tok: int, **more: int) -> Done:
-    times = {"queue_us": 5, "prefill_us": 7_000_000, "decode_us": 3_000_000, "completion_tok": 4} | more
+    times: dict[str, Any] = {"queue_us": 5, "prefill_us": 7_000_000, "decode_us": 3_000_000, "completion_tok": 4} | more
     return Done(id=1, finish="stop", prompt_tok=1000, cached_tok=cached_tok, **times)
 
 
