@@ -163,10 +163,16 @@ class Placement:
         return {at for at, rows in enumerate(self.batches) if any(row.apart for row in rows)}
 
     def _batch_for(self, row: Candidate, blocks: Sequence[Block], shut: set[int]) -> int | None:
-        """Index of the batch that a row joins, ``len(blocks)`` for a new one; None when it does not fit in memory."""
+        """Index of the batch that a row joins, ``len(blocks)`` for a new one; None when it does not fit in memory. Where
+        the batch that would be cheapest to read has no room, because there it occupies as much as the longest, the next
+        one may have."""
         open_to = [] if row.apart else [at for at in range(len(blocks)) if at not in shut]
-        best = place([blocks[at] for at in open_to], row.planned_tok, self.limits.weights_tok)
-        at = len(blocks) if best is None else open_to[best]
-        others = [block for number, block in enumerate(blocks) if number != at and block.rows]
-        joined = blocks[at].joined(row.planned_tok) if at < len(blocks) else Block(1, row.planned_tok)
-        return at if fits(others, joined, self.limits.kv_tok) else None
+        while True:
+            best = place([blocks[at] for at in open_to], row.planned_tok, self.limits.weights_tok)
+            at = len(blocks) if best is None else open_to.pop(best)
+            others = [block for number, block in enumerate(blocks) if number != at and block.rows]
+            joined = blocks[at].joined(row.planned_tok) if at < len(blocks) else Block(1, row.planned_tok)
+            if fits(others, joined, self.limits.kv_tok):
+                return at
+            if best is None:
+                return None

@@ -77,6 +77,39 @@ def test_a_running_request_shares_its_prefix(roomy_model: Path) -> None:
     assert second.cached_tok >= len(SYSTEM)
 
 
+@pytest.fixture(scope="module")
+def heavy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama whose weights weigh as much as many tokens, as those of real models do."""
+    folder = tmp_path_factory.mktemp("models") / "heavy"
+    write_tiny_model(folder, seed=2, config={"max_position_embeddings": 2048, "intermediate_size": 4096})
+    return folder
+
+
+@pytest.mark.parametrize("phase", ["prefilling", "decoding"])
+def test_short_prompts_go_on_beside_one_that_takes_most_of_the_memory(heavy_model: Path, phase: str) -> None:
+    """Counted in steps: a starved machine makes them longer, not more."""
+    engine = MLXEngine(str(heavy_model), rows=4, prefill_chunk_tok=32, cache_bytes=8 << 20, kv_tok=2048)
+    assert engine._scheduler.limits.weights_tok > 4096, "joining the long one would be cheapest"
+    submit(engine, Generate(id=1, model="m", prompt="x" * 1100, max_tokens=None, temperature=0.0, ignore_eos=True))
+    engine.step()
+    while phase == "decoding" and not any(isinstance(a, Tokens) for a in engine.step()):
+        pass
+    row = engine._rows.by_id[1]
+    row.since_s, row.joined_s = row.since_s - 1e5, row.joined_s - 1e5  # it has been computed for very long
+    for number in range(2, 6):
+        submit(engine, Generate(id=number, model="m", prompt=f"question {number}", max_tokens=4, temperature=0.0))
+        steps = 1
+        while not any(isinstance(a, Done) and a.id == number for a in engine.step()):
+            steps += 1
+            assert steps < 12, "it waits for the long one"
+        assert row.id in engine._rows.by_id, "which is still there"
+    before = row.length_tok - row.left_tok
+    for _ in range(4):
+        engine.step()
+    assert row.length_tok - row.left_tok > before, "and goes on"
+    engine.close()
+
+
 def test_cache_bytes_match_measured_memory(roomy_model: Path) -> None:
     """MLX's memory with a full cache less that without it, against the cache's own accounting."""
     engine = MLXEngine(str(roomy_model), rows=8, prefill_chunk_tok=256, cache_bytes=6 << 20)

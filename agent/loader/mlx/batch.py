@@ -69,7 +69,7 @@ class Batch:
     def forget(self, row: "Row") -> None:
         """Drop a row that has ended by itself."""
         del self.rows[row.uid]
-        row.batch = None
+        row.left_batch()
 
     def state(self, row: "Row") -> tuple[Layers, Tokens] | None:
         """A running row's state and the tokens that it covers."""

@@ -31,6 +31,8 @@ class Row:
     array: TokenArray
     since_s: float = field(default_factory=time.perf_counter)
     begun_s: float = 0.0
+    joined_s: float = 0.0
+    in_batches_s: float = 0.0
     first_s: float = 0.0
     batch: Batch | None = None
     uid: int = -1
@@ -77,8 +79,15 @@ class Row:
         return self.batch.state(self)
 
     def turn(self, now_s: float) -> Turn:
-        """The row as input of scheduling."""
-        return Turn(self.id, self.left_tok, now_s - self.since_s)
+        """The row as input of scheduling. While it is computed it does not wait, or a long prompt would at last be
+        put before every short one for the time that it takes itself."""
+        now_in_s = now_s - self.joined_s if self.batch is not None else 0.0
+        return Turn(self.id, self.left_tok, now_s - self.since_s - self.in_batches_s - now_in_s)
+
+    def left_batch(self) -> None:
+        """It waits again."""
+        self.batch = None
+        self.in_batches_s += time.perf_counter() - self.joined_s
 
     def candidate(self, now_s: float) -> Candidate:
         """The row as input of placement."""

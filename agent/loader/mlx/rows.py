@@ -172,7 +172,9 @@ class Rows:
             self.cache.keep(running[found[0]].state)
 
     def _requeue(self, row: Row) -> None:
-        row.partial, row.batch = None, None
+        row.partial = None
+        if row.batch is not None:
+            row.left_batch()
         row.left_tok = row.length_tok - self.cache.peek(row.tokens)
         self._release(row)
         self.waiting.append(row)

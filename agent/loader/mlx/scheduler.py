@@ -74,7 +74,7 @@ class Scheduler:
         joining, entries = [], []
         for row in rows:
             self._rows.waiting.remove(row)
-            row.begun_s = row.begun_s or now_s
+            row.joined_s, row.begun_s = now_s, row.begun_s or now_s
             try:
                 entries.append(self._entry(row))
                 joining.append(row)

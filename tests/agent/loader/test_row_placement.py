@@ -78,6 +78,15 @@ def test_which_prompt_starts_next(at: Placement, prefilling: list[Turn], expecte
     assert at.start([candidate(1, 100), candidate(2, 400)], prefilling, 100.0) == expected
 
 
+def test_a_row_that_has_no_room_in_the_cheapest_batch_may_have_it_in_another() -> None:
+    """Beside a long row, a short one occupies as much as that; alone it needs little."""
+    long = placement([row(9, 5000)], limits=LIMITS._replace(weights_tok=12_000.0))
+    assert long.room_for(candidate(1, 31))
+    assert long.seats([candidate(1, 31)]) == {1: [1]}
+    assert long.start([candidate(1, 31)], [], 50.0) == Start(None, 1)
+    assert not placement([row(9, 7937)], limits=LIMITS._replace(weights_tok=12_000.0)).room_for(candidate(1, 31))
+
+
 def test_a_prompt_of_one_short_chunk_delays_no_first_token() -> None:
     assert placement([row(9, 50, made=0)]).start([candidate(1, 60)], [], 100.0) == Start(None, 1)
 
