@@ -540,3 +540,45 @@ def test_an_answer_ended_by_a_stop_string_is_cached_on_disk(roomy_model: Path, t
     second = with_disk(roomy_model, tmp_path)
     assert done_of(run(second, long)[1]).cached_tok >= 1024
     second.close()
+
+
+LARGE = "y" * (5 << 20)
+HUGE = {
+    "a message": {"messages": (Message(role="user", content=LARGE),)},
+    "words": {"messages": (Message(role="user", content="ab " * (2 << 20)),)},
+    "many messages": {"messages": tuple(Message(role="user", content="z" * 5000) for _ in range(1000))},
+    "an earlier answer": {"messages": (Message(role="assistant", content=LARGE), Message(role="user", content="a"))},
+    "tools": {
+        "messages": (Message(role="user", content="a"),),
+        "tools": (json.dumps({"name": "f", "description": LARGE, "parameters": {}}),),
+    },
+    "a prompt": {"prompt": LARGE},
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_prompt_that_cannot_fit_is_refused_without_being_tokenized(
+    mlx: MLXEngine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = mlx._model, 0
+    tokenizer, plain = model.tokenizer, type(model.tokenizer).__getattr__
+
+    def counted(held: Any, name: str) -> Any:
+        found = plain(held, name)
+        if name != "encode" or held is not tokenizer:
+            return found
+
+        def encode(text: str, **more: Any) -> Any:
+            nonlocal read
+            read += len(text)
+            return found(text, **more)
+
+        return encode
+
+    monkeypatch.setattr(type(tokenizer), "__getattr__", counted)
+    refused = mlx.prepare(Generate(id=1, model="m", max_tokens=4, temperature=0.0, **HUGE[kind]))  # type: ignore[arg-type]
+    assert isinstance(refused, Failed)
+    assert refused.code == "context_length_exceeded"
+    assert read < 64 * model.context_tok, "as far as it takes to know"
+    fits = mlx.prepare(Generate(id=2, model="m", max_tokens=4, temperature=0.0, prompt="short"))
+    assert not isinstance(fits, Failed)
