@@ -27,7 +27,8 @@ _ANY = {"type": "object"}
 BUDGET_S = 2.0
 """CPU time for the schemas of one request, all together: requests behind it wait meanwhile."""
 _REMEMBERED = 256
-"""Schemas that were too costly, by their hashes: they are refused at once when they come again."""
+"""Requests whose schemas were too costly together, by their hashes, with where the time was up: the same schemas are
+refused at once when they come again."""
 
 
 class Planned(NamedTuple):
@@ -42,6 +43,7 @@ class _TooCostly(Exception):
     """The schemas of a request take too long; the text is for the client."""
 
     def __init__(self, where: str) -> None:
+        self.where = where
         super().__init__(
             f"{where}: the schemas of this request take more than {BUDGET_S:g} s to compile together; simplify their "
             "patterns, repetitions and alternatives, or send fewer"
@@ -58,7 +60,7 @@ class Planner:
         self._short, self._long = lru_cache(_KEPT)(self._follow), lru_cache(_KEPT_LONG)(self._follow)
         self._spell: Callable[[str], str] | None = None
         self._where = ""
-        self._until_s, self._costly = 0.0, OrderedDict[int, None]()
+        self._until_s, self._costly = 0.0, OrderedDict[int, str]()
 
     def planned(self, request: Generate, asked: CallFormat) -> Planned | Failed:
         """The plan of a request whose prompt asks for calls in a format; Failed naming the schema's fault."""
@@ -70,13 +72,19 @@ class Planner:
         if not request.tools and request.schema is None:
             return Planned(Plan(), markers, None)
         self._until_s = time.thread_time() + BUDGET_S
+        together = hash((request.cache, request.tools, request.schema))
         try:
+            if together in self._costly:
+                raise _TooCostly(self._costly[together])
             found = self._schemas(request)
             if isinstance(found, Failed):
                 return found
             tools, schema, odd = found
             plan = self._plan(request, form, tools, schema)
         except _TooCostly as error:
+            self._costly[together] = error.where
+            while len(self._costly) > _REMEMBERED:
+                self._costly.popitem(last=False)
             return _failed(request, str(error))
         if plan is None:
             return _failed(request, "this model's tokens do not support the constraints of the request")
@@ -120,16 +128,7 @@ class Planner:
         return plan if trial is None or not self._faulty_grammar(trial) else None
 
     def _followed(self, cache: Namespace, text: str, tool: bool) -> tuple[str, bool]:
-        key = hash((cache, text, tool))
-        try:
-            if key in self._costly:
-                raise _TooCostly(self._where)
-            return (self._short if len(text) <= _KEPT_CHARS else self._long)(cache, text, tool)
-        except _TooCostly:
-            self._costly[key] = None
-            while len(self._costly) > _REMEMBERED:
-                self._costly.popitem(last=False)
-            raise
+        return (self._short if len(text) <= _KEPT_CHARS else self._long)(cache, text, tool)
 
     def _follow(self, _: Namespace, text: str, tool: bool) -> tuple[str, bool]:
         """A schema as text in the form that can be enforced, and whether some of it is not. Kept for its namespace, so

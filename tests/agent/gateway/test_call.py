@@ -4,10 +4,13 @@ from typing import Any
 
 from agent.gateway.call import Call
 from agent.wire.frames import Accepted, Answer, Done, Generate, Tokens
+from agent.wire.namespaces import namespace_of
 
 
 def call() -> Call:
-    return Call(ask=Generate(id=1, model="m", max_tokens=9), request_id="req_1", key_id="alice")
+    return Call(
+        ask=Generate(id=1, model="m", max_tokens=9), request_id="req_1", key_id="alice", cache=namespace_of("alice")
+    )
 
 
 def accepted(cached_tok: int) -> Accepted:

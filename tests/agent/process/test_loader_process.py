@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from agent.process.loader_process import LoaderProcess, LoaderSpec
 from agent.wire.frames import Answer, Failed, Generate, Message, Waits
+from agent.wire.namespaces import namespace_of
 from shared.errors import Retryable
 
 
@@ -22,7 +23,9 @@ async def running(*arguments: str, stuck_s: float = 600.0) -> AsyncIterator[Load
 
 
 def ask(content: str, key: str = "") -> Generate:
-    return Generate(id=1, model="m", messages=(Message(role="user", content=content),), max_tokens=1, cache=key)
+    return Generate(
+        id=1, model="m", messages=(Message(role="user", content=content),), max_tokens=1, cache=namespace_of(key)
+    )
 
 
 async def last_of(loader: LoaderProcess, request: Generate) -> Answer:
