@@ -22,8 +22,9 @@ import msgspec
 
 from agent import config as agent_config
 from agent.config import AgentConfig, Node
-from agent.operator import cli_models, completion, install, logview, obtain, serve_one
+from agent.operator import cli_models, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
+from agent.operator.resolved import files_and_secrets
 from agent.operator.statusview import progress, size, status_text, table, why_text
 from shared import __version__, logs
 from shared import config as shared_config
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from agent.daemon import Daemon
 
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
+_MISCONFIGURED = ("no_secret", "weak_secret", "bad_tls", "wrong_identity")
 ALONE = AgentConfig(node=Node(id="local", rack="local"))
 """The configuration of a machine that has none, for `serve` and what goes with it."""
 
@@ -59,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_status(error: RackError) -> int:
     """Exit status (os.EX_*) for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_identity"):
+    if isinstance(error, shared_config.ConfigError) or error.code in (
+        "no_secret",
+        "weak_secret",
+        "bad_tls",
+        "wrong_identity",
+    ):
         return os.EX_CONFIG
     if error.code in ("not_running", "port_in_use", "spool_in_use"):
         return os.EX_UNAVAILABLE
@@ -124,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
+    cli_tls.add(verb, _config_and_state, _common)
     return parser
 
 
@@ -183,7 +191,8 @@ def _run(args: argparse.Namespace) -> int:
 
     def started(daemon: "Daemon", port: int) -> None:
         host = config.listen.host
-        print(f"mlxrack-agent {config.node.id}: http://{host}:{port}/v1 (pid {os.getpid()})", flush=True)
+        base = f"{agent_config.scheme(config)}://{host}:{port}/v1"
+        print(f"mlxrack-agent {config.node.id}: {base} (pid {os.getpid()})", flush=True)
         if not config.keys:
             print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
         print(f"status: mlxrack-agent status --config '{path}'", flush=True)
@@ -367,12 +376,16 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _check_config(args: argparse.Namespace) -> int:
     config, path = _config(args)
+    if problems := files_and_secrets(config, os.environ):
+        raise shared_config.ConfigError(str(path), problems)
     models = ", ".join(m.name for m in config.models) or "none"
     print(f"{path}: valid; node {config.node.id} of rack {config.node.rack}, models: {models}")
     print(f"state {state_folder(config)}, log {log_file(config)}")
     for group in sorted({key.cache_group for key in config.keys if key.cache_group}):
         ids = ", ".join(key.id for key in config.keys if key.cache_group == group)
         print(f"prompt cache {group} is shared by the keys {ids}")
+    for warning in agent_config.plain_warnings(config):
+        print(f"warning: {warning}")
     return 0
 
 

@@ -9,14 +9,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shared import transport
 from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
 from shared.errors import Refused
+from shared.hosts import is_loopback
 from shared.keys import check_name
+from shared.transport import Tls
 
 DEFAULT_PORT = 8470
 STORED = "store:"
 """Prefix of a model path that names a model in the model store, with or without @VERSION."""
-_LOOPBACK = ("127.", "::1", "localhost")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 PlugKind = Literal["shelly", "shelly_pm1", "shelly_em1", "shelly_gen1", "tasmota"]
@@ -45,10 +47,14 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The address that clients and peers connect to. Addresses beyond loopback require keys."""
+    """The address that clients and peers connect to. Addresses beyond loopback require keys, and TLS or
+    ``insecure_http``. ``trusted_proxies`` are addresses or networks whose X-Forwarded-For and X-Forwarded-Proto are
+    believed."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
+    insecure_http: bool = False
+    trusted_proxies: tuple[str, ...] = ()
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,10 +82,13 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The rack's nodes. ``secret`` is a reference to their shared secret; requests between nodes are signed with it. A
-    peer that misses three heartbeats, ``beat_s`` apart, is down. The desired state may name other peers."""
+    """The rack's nodes. ``secret`` is a reference to their shared secret, at least 32 random characters (`mlxrack-agent
+    new-secret`); requests between nodes are signed with it. A peer that misses three heartbeats, ``beat_s`` apart, is
+    down. The desired state may name other peers, at hosts that are ``allowed``: names, domains like .rack.example, or
+    networks like 10.0.0.0/24."""
 
     secret: str = ""
+    allowed: tuple[str, ...] = ()
     beat_s: Seconds = 1.0
     nodes: tuple[Peer, ...] = ()
 
@@ -179,11 +188,15 @@ class Api(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     While the prompt of a stream is computed, an SSE comment is sent every ``keepalive_s``, so that proxies and clients
     that drop silent connections (commonly after 60 s) keep it; 0 sends none. With the first comment the status 200 is
-    sent, so an error after it ends the stream as an event."""
+    sent, so an error after it ends the stream as an event.
+
+    Where keys are configured, /metrics and /debug require the token in metrics.token of the state folder, or the admin
+    token; with ``open_metrics`` they are open."""
 
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     strict: bool = False
     keepalive_s: Annotated[float, Meta(ge=0)] = 15.0
+    open_metrics: bool = False
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -234,6 +247,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     node: Node
     listen: Listen = Listen()
+    tls: Tls = Tls()
     paths: Paths = Paths()
     keys: tuple[Key, ...] = ()
     peers: Peers = Peers()
@@ -251,11 +265,6 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is reachable from this machine only."""
-    return host.startswith(_LOOPBACK)
-
-
 def hash_key(key: str) -> str:
     """The hash that the configuration holds for an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -271,6 +280,7 @@ def check(config: AgentConfig) -> Sequence[str]:
     return [
         *_check_names(config),
         *_check_listen(config),
+        *_check_transport(config),
         *_check_keys(config.keys),
         *_check_peers(config),
         *_check_models(config.models),
@@ -318,6 +328,32 @@ def _check_listen(config: AgentConfig) -> list[str]:
     remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
     open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
     return [f"listen.host: {open_to}; {remedy}"]
+
+
+def scheme(config: AgentConfig) -> str:
+    """How the listener is spoken to."""
+    return "https" if config.tls.certificate else "http"
+
+
+def plain_url(config: AgentConfig, url: str) -> str:
+    """Why a peer must not be called at ``url``; "" when it may be."""
+    return transport.plain_url(url, config.tls, insecure=config.listen.insecure_http)
+
+
+def plain_warnings(config: AgentConfig) -> list[str]:
+    """What a running node sends in clear because ``insecure_http`` allows it, a sentence each."""
+    return transport.plain_warnings(config.listen.host, [(p.id, p.url) for p in config.peers.nodes], config.tls)
+
+
+def _check_transport(config: AgentConfig) -> list[str]:
+    """What would send prompts and keys in clear, or cannot work."""
+    insecure = config.listen.insecure_http
+    urls = [(f"peers.nodes[{n}].url", plain_url(config, p.url)) for n, p in enumerate(config.peers.nodes)]
+    return [
+        *transport.check_tls(config.tls),
+        *transport.check_listen(config.listen.host, config.listen.trusted_proxies, config.tls, insecure=insecure),
+        *(f"{path}: {why}" for path, why in urls if why),
+    ]
 
 
 def _check_keys(keys: Sequence[Key]) -> list[str]:

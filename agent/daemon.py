@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from aiohttp import web
@@ -26,7 +26,7 @@ from agent.api.context import Context
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.config import AgentConfig
+from agent.config import AgentConfig, plain_warnings
 from agent.control.follower import Follower
 from agent.files.modelstore import ModelStore, model_folder
 from agent.gateway.dispatch import Dispatch
@@ -36,6 +36,7 @@ from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Key, Nonces
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
+from agent.operator.admin_client import SERVED_NAME
 from agent.process.gpu import Budget
 from agent.process.prefixes import prefix_key
 from agent.status import Status
@@ -49,10 +50,16 @@ from shared.errors import Halt
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
 from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
-from shared.secrets import resolve
+from shared.secrets import strong
 from shared.store_open import open_store
 
+if TYPE_CHECKING:
+    from agent.mesh.tls import NodeTls
+
 LAST_PUSH_S = 15.0
+TLS_POLL_S = 5.0
+"""How often files of certificates are compared with those in force."""
+ADMIN_TOKEN, METRICS_TOKEN = "admin.token", "metrics.token"
 
 log = get_logger("agent.daemon")
 
@@ -67,10 +74,11 @@ class Daemon:
         self._timetable = schedule.Timetable(self._clock_was_set)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
-        self._rack_secret = resolve(config.peers.secret, environ) if config.peers.secret else ""
+        self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
+        self._tls = self._node_tls()
         urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
         self._table = PeerTable(urls, beat_s=config.peers.beat_s, now=time.monotonic())
-        self._peer_client = PeerClient(self._rack_secret, config.node.id)
+        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls)
         self.telemetry = self._telemetry()
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
@@ -94,7 +102,7 @@ class Daemon:
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self._status = Status(config.node, self._budget, *parts)
+        self._status = Status(config.node, self._budget, *parts, warnings=self._warnings)
 
     # ---- construction ----
 
@@ -118,6 +126,19 @@ class Daemon:
         identity = {"node": node.id, "rack": node.rack, "version": __version__}
         host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status)
         return Metrics(lambda: self._pool.inventory.status(), lambda: self._table.view(time.monotonic()), host)
+
+    def _node_tls(self) -> "NodeTls | None":
+        """Imported only where it is configured, because cryptography takes seven megabytes."""
+        if not self.config.tls.certificate:
+            return None
+        from agent.mesh.tls import NodeTls
+
+        node = self.config.node
+        served = self._state / SERVED_NAME
+        return NodeTls(self.config.tls, rack=node.rack, node=node.id, served=served, emit=self._emit)
+
+    def _warnings(self) -> list[str]:
+        return [*plain_warnings(self.config), *(self._tls.warnings() if self._tls is not None else ())]
 
     def _model_pool(self) -> Pool:
         config = self.config
@@ -144,7 +165,8 @@ class Daemon:
             status=self._status,
             metrics=self._metrics.text,
             seal=self.telemetry.outbox.seal,
-            admin_token=admin_token(self._state),
+            admin_token=token(self._state, ADMIN_TOKEN),
+            metrics_token=token(self._state, METRICS_TOKEN),
             rack_secret=self._rack_secret,
             rack_key=Key(self._rack_secret),
             nonces=Nonces(),
@@ -204,17 +226,27 @@ class Daemon:
             )
         )
         telemetry.heat.watch()
+        self._warn()
         self._steady = [asyncio.create_task(schedule.steadily(job)) for job in self._steady_jobs()]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
+    def _warn(self) -> None:
+        """Once, at the start; `status` shows them as long as they hold."""
+        for warning in plain_warnings(self.config):
+            log.warning("plain_http", reason=warning)
+        if self._tls is not None:
+            self._tls.report()
+
     def _steady_jobs(self) -> tuple[schedule.Job, ...]:
         meters = [schedule.Job("meters", POLL_S, self.telemetry.meters.poll)] if self.config.meters else []
+        tls = [schedule.Job("tls", TLS_POLL_S, self._tls.poll)] if self._tls is not None else []
         return (
             schedule.Job("heartbeat", self._heartbeats.every_s, self._heartbeats.tick),
             schedule.Job("maintain", schedule.MAINTAIN_S, self._pool.maintain),
             schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
             *meters,
+            *tls,
         )
 
     async def _ask_gpu(self) -> None:
@@ -226,7 +258,7 @@ class Daemon:
 
     async def _listen(self, runner: web.AppRunner) -> int:
         host, port = self.config.listen.host, self.config.listen.port
-        site = web.TCPSite(runner, host, port)
+        site = web.TCPSite(runner, host, port, ssl_context=self._tls.listener if self._tls is not None else None)
         try:
             await site.start()
         except OSError as error:
@@ -291,16 +323,16 @@ class Daemon:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
 
 
-def admin_token(state: Path) -> str:
-    """The token of the local admin API, created at the first start, readable by the agent's user only."""
-    path = state / "admin.token"
+def token(state: Path, name: str) -> str:
+    """A token of this node's own API, created at the first start, readable by the agent's user only."""
+    path = state / name
     with contextlib.suppress(FileNotFoundError):
-        if token := path.read_text(encoding="ascii").strip():
-            return token
-    token = secrets.token_hex(32)
+        if known := path.read_text(encoding="ascii").strip():
+            return known
+    made = secrets.token_hex(32)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-        file.write(token + "\n")
-    return token
+        file.write(made + "\n")
+    return made
 
 
 def _tune_garbage_collector() -> None:

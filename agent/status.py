@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -32,9 +33,11 @@ class Status:
         follower: Follower,
         table: PeerTable,
         heartbeats: Heartbeats,
+        warnings: Callable[[], list[str]] = list,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
+        self._warnings = warnings
         self.started_s = int(time.time())
 
     def node(self) -> dict[str, Any]:
@@ -53,6 +56,7 @@ class Status:
             "budget_from": self._budget.source,
             "models": self._pool.inventory.status(),
             "memory": self._pool.pressure,
+            "warnings": self._warnings(),
             "desired": msgspec.to_builtins(self._follower.observed()),
             **self._trouble(),
             "push": self._telemetry.outbox.status(),

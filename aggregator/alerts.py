@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
 from aggregator.uptime import GRACE_MS
 from aggregator.window import Fact
-from shared.records import HostSample, ModelEvicted, PeerDown, PeerUp, SwapFinished
+from shared.records import EXPIRY_DAYS, CertificateExpires, HostSample, ModelEvicted, PeerDown, PeerUp, SwapFinished
 
 SWAP_FAILED_FOR_S = 3600.0
+CERTIFICATES = ("listener", "node", "ca")
+"""Those that a node has."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +36,8 @@ RULES = tuple(
         ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
         ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
         ("eviction_storm", "Eviction storm", "warn", "alerts", "eviction-storm"),
+        ("certificate_expires", "Certificate expires", "warn", "alerts", "certificate-expires"),
+        ("certificate_expires_soon", "Certificate expires soon", "page", "alerts", "certificate-expires"),
     )
 )
 
@@ -47,7 +52,8 @@ class Firing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """State of a node between runs of `alert`; times in ms, bounded lists."""
+    """State of a node between runs of `alert`; times in ms, bounded lists. ``certificates`` are when a certificate was
+    last reported, and when it ends."""
 
     last_seen_ms: int = 0
     last_up_ms: int = 0
@@ -56,6 +62,7 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     heat: tuple[tuple[int, int, int], ...] = ()
     evictions: tuple[int, ...] = ()
     swaps: dict[str, tuple[int, str, str]] = {}
+    certificates: dict[str, tuple[int, int]] = {}
 
 
 class AlertState(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +138,11 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         # the ordered copy of an older swap comes after the urgent copy of a newer one
         if finished[0] > mine.swaps.get(record.model, (0, "", ""))[0]:
             nodes[node] = replace(mine, swaps={**mine.swaps, record.model: finished})
+    elif isinstance(record, CertificateExpires):
+        reported = (min(record.t_ms, now_ms), record.not_after_ms)
+        # at the same time, as after a change within one look, the later end is the newer certificate's
+        if record.certificate in CERTIFICATES and reported > mine.certificates.get(record.certificate, (0, 0)):
+            nodes[node] = replace(mine, certificates={**mine.certificates, record.certificate: reported})
 
 
 def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Sequence[Firing]:
@@ -140,6 +152,7 @@ def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Seque
         _throttled(node, memory, now_ms, config),
         _storm(node, memory, now_ms, config),
         *_swaps(node, memory, now_ms),
+        *_certificates(node, memory, now_ms),
     ]
     return [f for f in found if f is not None]
 
@@ -181,3 +194,18 @@ def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
         for model, (t_ms, outcome, reason) in sorted(memory.swaps.items())
         if outcome == "failed" and now_ms - t_ms < SWAP_FAILED_FOR_S * 1000
     ]
+
+
+def _certificates(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
+    """One alert from each of ``EXPIRY_DAYS`` on, until another certificate is reported."""
+    found = []
+    for code, days in zip(("certificate_expires", "certificate_expires_soon"), EXPIRY_DAYS, strict=True):
+        for name, (_, ends_ms) in sorted(memory.certificates.items()):
+            from_ms = ends_ms - days * DAY_MS
+            if from_ms <= now_ms:
+                left = (ends_ms - now_ms) // DAY_MS
+                text = f"the {name} certificate of {node} " + (
+                    f"expires in {left} days" if ends_ms > now_ms else "has expired"
+                )
+                found.append(Firing(code=code, subject=f"{node}/{name}", since_ms=from_ms, text=text))
+    return found

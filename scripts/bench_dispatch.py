@@ -25,7 +25,7 @@ from scripts.fetch_demo_model import default_folder
 from scripts.seaweed import free_port
 
 BUILD = Path("build/bench-dispatch")
-SECRET = "the secret of the bench's rack"
+SECRET = "the secret of the bench's rack, 81d3e07b52"
 RIVAL_KEY = "sk-" + "0123456789abcdef" * 4
 """LiteLLM does not start without a key."""
 BUSY = 0.6

@@ -171,7 +171,7 @@ class Demo:
         self.summary: dict[str, Any] = {}
         self.environ = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self.environ |= {
-            "MLXRACK_DEMO_RACK": "rack-secret-of-the-demo",
+            "MLXRACK_DEMO_RACK": "the rack secret of the demo, 7c20b5e9d1",
             "MLXRACK_DEMO_WEBHOOK": self.sink.url,
             "MLXRACK_DEMO_READER": "aggregatorsecret0",
             **{_secret_name(n): f"secretof{n.replace('-', '')}0000" for n in NODES},

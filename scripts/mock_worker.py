@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--node", default="mock")
     parser.add_argument("--rack", default="r")
-    parser.add_argument("--secret", default="the rack secret")
+    parser.add_argument("--secret", default="the rack secret of the tests, 4f1c9ab07d")
     parser.add_argument("--words", type=int, default=16)
     parser.add_argument("--gap-s", type=float, default=0.0)
     asyncio.run(_serve(parser.parse_args()))

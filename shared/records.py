@@ -15,6 +15,9 @@ from shared.sketch import SketchWire
 PROMPT_BUCKETS_TOK = (1_000, 8_000, 32_000, 128_000, 200_000, 1_000_000)
 """Upper bounds of the prompt sizes that API prices distinguish; a request counts in the first that fits."""
 
+EXPIRY_DAYS = (30, 7)
+"""Days before a certificate's end at which to warn, the first alert before the last."""
+
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     pass
@@ -312,6 +315,15 @@ class PeerUp(_Record, frozen=True, kw_only=True, tag="peer_up"):
     down_us: int
 
 
+class CertificateExpires(_Record, frozen=True, kw_only=True, tag="certificate_expires"):
+    """When a certificate of this node ends: ``certificate`` is listener (what clients see), node or ca. Recorded at
+    each start and change, and when one of ``EXPIRY_DAYS`` has come."""
+
+    t_ms: int
+    certificate: str
+    not_after_ms: int
+
+
 class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
     """Placeholder for a newer agent's record, so that the others keep their positions in the batch."""
 
@@ -329,6 +341,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     ThrottleEnded,
     PeerDown,
     PeerUp,
+    CertificateExpires,
 ]
 Record = Union[  # noqa: UP007
     Served, EngineWindow, Resident, DesiredObserved, HostSample, Hardware, OutletReading, Event, Unknown
@@ -339,7 +352,7 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
 }
 """Every kind of record by its tag on the wire."""
 
-URGENT = (AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited)
+URGENT = (AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited, CertificateExpires)
 """Events that are also sent immediately, out of order, for `alert`."""
 
 

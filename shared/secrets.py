@@ -8,10 +8,13 @@ to it is explicit.
 import stat
 import subprocess
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from shared.bucket import SECRET_KINDS
 from shared.errors import Halt
+
+LEAST_CHARS, LEAST_DISTINCT = 32, 8
 
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
@@ -27,6 +30,36 @@ def resolve(reference: str, environ: Mapping[str, str]) -> str:
     if reference.startswith("op://"):
         return _from_command(reference, ["op", "read", "--no-newline", reference])
     raise Halt(f"secret: invalid reference; expected one of {', '.join(SECRET_KINDS)}", code="no_secret")
+
+
+def strong(reference: str, what: str, environ: Mapping[str, str]) -> str:
+    """A secret that keys are derived from; ``what`` is its key in the configuration. Raises Halt for a weak one: what
+    is signed with it can be recorded, and guessed without asking anybody."""
+    if why := weakness(secret := resolve(reference, environ)):
+        how = "make one with `mlxrack-agent new-secret`, and use it on all nodes"
+        raise Halt(f"{what}: {reference} {why}; {how}", code="weak_secret")
+    return secret
+
+
+def weakness(secret: str) -> str:
+    """Why a secret is easy to guess, without quoting it: "" when it has ``LEAST_CHARS`` characters, ``LEAST_DISTINCT``
+    different ones, and neither repeats a shorter text nor counts up or down. Passphrases pass; words in a list are
+    not looked up."""
+    if len(secret) < LEAST_CHARS:
+        return f"has {len(secret)} characters, at least {LEAST_CHARS} random ones are required"
+    if (distinct := len(set(secret))) < LEAST_DISTINCT:
+        return f"has only {distinct} different characters, at least {LEAST_DISTINCT} are required"
+    if _repeats(secret):
+        return "repeats a shorter text"
+    steps = [ord(b) - ord(a) for a, b in pairwise(secret)]
+    if sum(abs(step) <= 1 for step in steps) > len(steps) / 2:
+        return "is a sequence of neighbouring characters"
+    return ""
+
+
+def _repeats(secret: str) -> bool:
+    """Whether a text of at most half its length, over and over, gives it, the last time perhaps cut short."""
+    return any(secret[:-length] == secret[length:] for length in range(1, len(secret) // 2 + 1))
 
 
 def _from_file(reference: str) -> str:

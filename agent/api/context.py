@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import hdrs, web
 
-from agent.config import AgentConfig, cache_group, hash_key, is_loopback
+from agent.config import AgentConfig, cache_group, hash_key
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.peers import PeerTable
@@ -37,6 +37,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Callable[[], bytes]
     seal: Callable[[], Awaitable[dict[str, Any]]]
     admin_token: str
+    metrics_token: str
     rack_secret: str
     rack_key: Key
     nonces: Nonces
@@ -95,10 +96,17 @@ def require_admin(request: web.Request) -> None:
         raise Unauthorized("the admin token is missing or wrong; read it from admin.token in the state folder")
 
 
-def require_local_or_admin(request: web.Request) -> None:
-    """Open on a loopback listener; else requires the admin token."""
-    if not is_loopback(request.app[CONTEXT].config.listen.host):
-        require_admin(request)
+def require_reader(request: web.Request) -> None:
+    """Require the metrics token or the admin token where keys are configured, whatever the listening address: a proxy
+    makes every client a local one. Raises Unauthorized."""
+    context = request.app[CONTEXT]
+    if context.config.api.open_metrics or not context.config.keys:
+        return  # without keys it listens on loopback only
+    offered = _bearer(request).encode()
+    # both are compared, so that timing reveals nothing
+    known = [hmac.compare_digest(offered, token.encode()) for token in (context.metrics_token, context.admin_token)]
+    if not any(known):
+        raise Unauthorized("the metrics token is missing or wrong; read it from metrics.token in the state folder")
 
 
 def _bearer(request: web.Request) -> str:

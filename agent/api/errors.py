@@ -7,15 +7,17 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from agent.api.answers import error_body
-from agent.api.context import LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id, sign
+from agent.api.context import CONTEXT, LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id, sign
 from agent.api.paths import not_allowed, not_served
+from agent.api.proxies import client_address, client_scheme
+from agent.config import scheme
 from agent.process.watch import CRASHED, SUSPECT
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 _CODES = {
     401: ("invalid_api_key",),
-    403: ("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
+    403: ("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node", "no_certificate", "wrong_certificate"),
     404: ("model_not_found", "not_found", "unknown_url"),
     408: ("body_timeout",),
     409: ("conflict",),
@@ -115,6 +117,18 @@ def _no_route(request: web.Request, error: web.HTTPException) -> tuple[web.Respo
     return json_response(body, status=error.status, headers={"Allow": allowed} if allowed else None), code
 
 
+def _behind_proxies(request: web.Request) -> dict[str, str]:
+    """Who a request is of where a reverse proxy stands in front; nothing where none is configured."""
+    config = request.app[CONTEXT].config
+    if not (trusted := config.listen.trusted_proxies):
+        return {}
+    peer = request.remote or ""
+    return {
+        "client": client_address(peer, request.headers, trusted),
+        "scheme": client_scheme(peer, request.headers, trusted, scheme(config)),
+    }
+
+
 def _paths(app: web.Application) -> list[str]:
     return [resource.canonical for resource in app.router.resources()]
 
@@ -124,5 +138,5 @@ def _log(request: web.Request, request_id: str, status: int, code: str, seconds:
     path = route.canonical if route is not None else "unknown"
     quiet = path in ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics") and status < 400
     write = log.debug if quiet else log.info
-    fields = request.get(LOG_FIELDS, {})
+    fields = {**_behind_proxies(request), **request.get(LOG_FIELDS, {})}
     write("request", request=request_id, path=path, status=status, code=code, ms=round(seconds * 1000, 1), **fields)

@@ -5,7 +5,7 @@ import contextlib
 
 from aiohttp import web
 
-from agent.api.context import CONTEXT, json_response, require_local_or_admin
+from agent.api.context import CONTEXT, json_response, require_reader
 
 _FRESH_S = 2.0
 """A scrape waits this long for engines that are in a long step, then returns what is known."""
@@ -39,7 +39,7 @@ async def live(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text, with the engines' current counts."""
-    require_local_or_admin(request)
+    require_reader(request)
     context = request.app[CONTEXT]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_FRESH_S):

@@ -14,7 +14,15 @@ from agent.api.host_metrics import HostMetrics
 from agent.telemetry.ledger import Answered
 from agent.views import NodeView
 from agent.wire.frames import Reported
-from shared.records import EngineWindow, Event, ModelEvicted, ModelMissed, SwapFinished, ThrottleEvent
+from shared.records import (
+    CertificateExpires,
+    EngineWindow,
+    Event,
+    ModelEvicted,
+    ModelMissed,
+    SwapFinished,
+    ThrottleEvent,
+)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # an extra series per counter that nobody reads
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -84,6 +92,10 @@ class Metrics:
         self._evicted = self._counter("model_evictions", "Models evicted from memory.", ("model", "reason"))
         self._missed = self._counter("model_misses", "First requests for a model after its eviction.")
         self._swaps = self._counter("swaps", "Swaps by outcome.", labels)
+        expires = "When a certificate of this node ends, in seconds since 1970."
+        self._expires = Gauge(
+            "mlxrack_certificate_expires_timestamp_seconds", expires, ("certificate",), registry=self._registry
+        )
         self._by_model: dict[str, _ByModel] = {}
         self._registry.register(_Gauges(status, peers))
         self._registry.register(_Histograms(self._latencies))
@@ -122,6 +134,8 @@ class Metrics:
             self._swaps.labels(event.model, event.outcome).inc()
         elif isinstance(event, ThrottleEvent):
             self.host.throttled(event)
+        elif isinstance(event, CertificateExpires):
+            self._expires.labels(event.certificate).set(event.not_after_ms / 1000)
 
     def text(self) -> bytes:
         """The exposition text."""

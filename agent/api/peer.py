@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from agent.api.context import CONTEXT, LINKS, Context
+from agent.mesh.node_names import wrong_certificate
 from agent.mesh.peer_link import HEARTBEAT_S
 from agent.mesh.signing import ANSWER_HEADER, NotAPeer, Signed
 from agent.wire.frame_writer import FrameWriter
@@ -173,9 +174,21 @@ def _signed(request: web.Request) -> Signed:
     signed = context.rack_key.check(
         header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
     )
+    _check_certificate(request, signed.node)
     if not context.nonces.take(signed.nonce, now_ms):
         raise NotAPeer("replayed request: its signature was already used")
     return signed
+
+
+def _check_certificate(request: web.Request, node: str) -> None:
+    """With mutual TLS, require the certificate of the node that signed; it is verified already. Raises NotAPeer."""
+    context = request.app[CONTEXT]
+    if not context.config.tls.ca:
+        return
+    shown = request.get_extra_info("peercert")
+    if why := wrong_certificate(shown, context.config.node.rack, node):
+        code = "wrong_certificate" if shown else "no_certificate"
+        raise NotAPeer(f"{node}: {why}", code=code)
 
 
 def _failed(number: int, error: RackError) -> Failed:

@@ -11,6 +11,7 @@ import msgspec
 
 from agent.config import STORED, AgentConfig, Model
 from agent.control.adopted import Adopted
+from agent.control.desired_peers import choose
 from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
 from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
@@ -58,6 +59,7 @@ class Follower:
         self._open_store, self._clock = open_store, clock
         self._adopted = Adopted(memory, config.node.id)
         self._reason = ""
+        self._refused_peers: Sequence[str] = ()
         self._troubles: dict[bytes, _Trouble] = {}
         self._orders: set[asyncio.Task[Any]] = set()
         self._acting = self._stopping = False
@@ -70,6 +72,7 @@ class Follower:
         if desired is None:
             return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
         found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.ordered) if adopted.follows else ()
+        found = (*found, *self._refused_peers)
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
@@ -144,11 +147,13 @@ class Follower:
 
     def _tell_peers(self) -> None:
         """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
-        desired, here = self._adopted.desired, self._config.node.id
-        if desired is None:
+        if (desired := self._adopted.desired) is None:
             return
-        named = [(peer.id, peer.url.rstrip("/")) for peer in desired.peers if peer.id != here]
-        self._on_peers(named or [(peer.id, peer.url.rstrip("/")) for peer in self._config.peers.nodes])
+        chosen = choose(self._config, desired.peers)
+        self._refused_peers = chosen.refused
+        for why in chosen.refused:
+            log.warning("desired_peer_refused", reason=why)
+        self._on_peers(chosen.peers)
 
     # ---- acting ----
 

@@ -7,15 +7,21 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
 
+from agent.mesh.node_names import server_name
 from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
 from agent.mesh.peers import Heartbeat
 from agent.mesh.signing import ANSWER_HEADER, Key, mismatch
+from agent.mesh.tls_errors import tls_reason
 from agent.wire.frames import MAX_FRAME_BYTES
 from shared.errors import RackError, Refused, Retryable
+
+if TYPE_CHECKING:
+    from agent.mesh.tls import NodeTls
 
 CONNECT_TIMEOUT_S = 2.0
 MAX_BEAT_BYTES = 1 << 20
@@ -25,17 +31,25 @@ _WHY = {
     "not_a_peer": "rejected the signature; peers.secret must be the same on all nodes",
     "protocol_mismatch": "incompatible protocol version; upgrade the older of the two nodes",
     "wrong_node": "has another node id than configured; correct peers.nodes",
+    "no_certificate": "accepts only nodes with a certificate of the rack; check this node's [tls]",
+    "wrong_certificate": "rejected this node's certificate: it names another node or rack",
     "clock_skew": "rejected the signature because of clock skew; synchronize both clocks to the same source",
 }
 
 
 class PeerClient:
-    """One HTTP session for all peers. ``secret`` is the rack's; ``node`` is this node's id."""
+    """One HTTP session for all peers. ``secret`` is the rack's; ``node`` is this node's id; with ``tls`` a peer must
+    show its own certificate before anything is sent to it."""
 
     def __init__(
-        self, secret: str, node: str, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+        self,
+        secret: str,
+        node: str,
+        *,
+        tls: "NodeTls | None" = None,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._key = Key(secret)
+        self._key, self._tls = Key(secret), tls
         self._node, self._wall_ms = node, wall_ms
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
@@ -50,14 +64,15 @@ class PeerClient:
         nonce = self._nonce()
         try:
             headers = self._headers(node, "/peer/v1/beat", nonce)
-            async with self._opened().get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout) as answer:
+            get = self._opened().get
+            async with get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout, **self._expected(node)) as answer:
                 if answer.status != 200:
                     raise await _refusal(url, answer)
                 body = await _read(answer, MAX_BEAT_BYTES)
                 signature = answer.headers.get(ANSWER_HEADER, "")
             heartbeat = msgspec.msgpack.decode(body, type=Heartbeat)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Retryable(f"peer {url}: does not answer ({type(error).__name__})") from None
+            raise Retryable(f"peer {url}: {_silence(url, error)}") from None
         except msgspec.ValidationError as error:
             raise Refused(f"peer {url}: invalid heartbeat ({error}); upgrade the older of the two") from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -107,7 +122,8 @@ class PeerClient:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 link = self._links[node] = await self._connected(node, url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Retryable(f"peer {node}: unreachable ({type(error).__name__})", code="worker_lost") from None
+            why = tls_reason(error) or type(error).__name__
+            raise Retryable(f"peer {node}: unreachable ({why})", code="worker_lost") from None
         except Refused as error:
             raise Retryable(error.message, code="worker_lost") from None
         return link
@@ -116,7 +132,11 @@ class PeerClient:
         nonce = self._nonce()
         headers = self._headers(node, "/peer/v1/link", nonce)
         socket = await self._opened().ws_connect(
-            f"{url}/peer/v1/link", headers=headers, max_msg_size=MAX_FRAME_BYTES, heartbeat=HEARTBEAT_S
+            f"{url}/peer/v1/link",
+            headers=headers,
+            max_msg_size=MAX_FRAME_BYTES,
+            heartbeat=HEARTBEAT_S,
+            **self._expected(node),
         )
         link = PeerLink(node, url, socket)
         try:
@@ -139,13 +159,34 @@ class PeerClient:
         signed = self._key.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
         return {"Authorization": signed}
 
+    def _expected(self, node: str) -> dict[str, Any]:
+        """How TLS verifies that a peer is ``node``. A node with TLS has no http:// URLs, on which it has no effect."""
+        return {"ssl": self._tls.calls, "server_hostname": server_name(node)} if self._tls is not None else {}
+
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            trace = aiohttp.TraceConfig()
+            trace.on_request_redirect.append(_redirected)
             self._session = aiohttp.ClientSession(
-                connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trace_configs=[trace],
             )
         return self._session
+
+
+def _silence(url: str, error: BaseException) -> str:
+    """Why a heartbeat was not answered."""
+    if why := tls_reason(error):
+        return why
+    if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("https:"):
+        return "closes the connection after the handshake; its log says why it refuses this node (tls_refused)"
+    return f"does not answer ({type(error).__name__})"
+
+
+async def _redirected(*_: object) -> None:
+    raise Refused("a peer never redirects; what answered is not an mlxrack agent", code="not_a_peer")
 
 
 async def _refusal(url: str, answer: aiohttp.ClientResponse) -> RackError:

@@ -20,7 +20,7 @@ from agent.wire.frames import Reported
 from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import EngineWindow
-from shared.secrets import resolve
+from shared.secrets import strong
 
 STOP_GRACE_S = 10.0
 CUT_OFF_S = 0.5
@@ -68,7 +68,8 @@ class Loaders:
         )
         secret = ""
         if model.disk_cache_bytes:  # a keychain may respond slowly
-            secret = await asyncio.to_thread(resolve, self._config.disk_cache.secret, self._environ)
+            reference = self._config.disk_cache.secret
+            secret = await asyncio.to_thread(strong, reference, "disk_cache.secret", self._environ)
         start = LoaderSpec(
             arguments=arguments,
             threads=self._threads,

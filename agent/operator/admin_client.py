@@ -2,15 +2,21 @@
 
 import http.client
 import json
+import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from agent.config import AgentConfig, is_loopback
+from agent.config import AgentConfig
 from shared.errors import Halt, Refused, Retryable
+from shared.hosts import is_loopback
 
 STATUS_TIMEOUT_S = 5.0
 ORDER_TIMEOUT_S = 900.0
+SERVED_NAME = "listener.pem"
+"""Where a running agent notes the certificate that its listener shows."""
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+"""X509_V_FLAG_NO_CHECK_TIME."""
 PORT_NAME = "port"
 """Where a running agent notes its port, which need not be the configured one."""
 
@@ -23,6 +29,7 @@ class AdminClient:
         self._host = host if is_loopback(host) else ("127.0.0.1" if host == "0.0.0.0" else host)
         self._port = _listening(state / PORT_NAME) or config.listen.port
         self._token_file = state / "admin.token"
+        self._served = state / SERVED_NAME if config.tls.certificate else None
 
     def status(self) -> dict[str, Any]:
         """The agent's status. Raises Retryable when the agent is not running."""
@@ -37,7 +44,7 @@ class AdminClient:
         return self._call("POST", f"/admin/v1/{verb}", body, ORDER_TIMEOUT_S)
 
     def _call(self, method: str, path: str, body: dict[str, str] | None, timeout_s: float) -> dict[str, Any]:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        connection = self._connection(timeout_s)
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json"}
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -46,6 +53,9 @@ class AdminClient:
         except ConnectionRefusedError:
             why = f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`"
             raise Retryable(why, code="not_running") from None
+        except ssl.SSLCertVerificationError:
+            why = f"what listens on {self._host}:{self._port} is not this agent: it shows another certificate"
+            raise Retryable(why) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = f"the agent on {self._host}:{self._port} does not answer ({type(error).__name__})"
             raise Retryable(why) from None
@@ -57,6 +67,22 @@ class AdminClient:
             raise Refused(str(reason), code=str(problem.get("code", "refused")))
         result: dict[str, Any] = tree
         return result
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        """With TLS, to nobody but the running agent: exactly the certificate that it noted in its state folder."""
+        if self._served is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # it is one certificate that is trusted, not a name, and `status` must still say when it has expired
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+        try:
+            context.load_verify_locations(cafile=self._served)
+        except OSError:
+            why = f"{self._served} cannot be read; is the agent running? start it: `mlxrack-agent run`"
+            raise Retryable(why, code="not_running") from None
+        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
 
     def _token(self) -> str:
         try:

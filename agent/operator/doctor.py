@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, plain_warnings
 from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.heartbeats import SKEW_WARNING_MS
 from agent.operator.statusview import talks_text
@@ -23,7 +23,7 @@ from agent.telemetry.sensors import Sensors
 from shared.errors import NotFound, RackError
 from shared.keys import claim_key
 from shared.memory_plan import default_budget_bytes
-from shared.secrets import resolve
+from shared.secrets import strong
 from shared.store_open import open_store
 
 MAC_ONLY = (
@@ -60,6 +60,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
         _port(config),
         *_store(config, environ),
         *_peers(config, environ),
+        *_transport(config),
         *_sensors(state),
         *_mac_only(),
     ]
@@ -157,10 +158,25 @@ def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
     if not config.peers.nodes:
         return [Finding("peers", "ok", "none configured")]
     try:
-        resolve(config.peers.secret, environ)
+        strong(config.peers.secret, "peers.secret", environ)
     except RackError as error:
         return [Finding("peers", "problem", error.message)]
     return [Finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows their state")]
+
+
+def _transport(config: AgentConfig) -> list[Finding]:
+    """TLS: whether its files can be used, and when they expire; and what is sent without it."""
+    plain = [Finding("plain HTTP", "warning", warning) for warning in plain_warnings(config)]
+    if not config.tls.certificate:
+        return plain or [Finding("tls", "ok", "not configured; this node is reachable from this machine only")]
+    from agent.mesh.tls import NodeTls
+
+    try:
+        tls = NodeTls(config.tls, rack=config.node.rack, node=config.node.id)
+    except RackError as error:
+        return [*plain, Finding("tls", "problem", error.message)]
+    near = [Finding("tls", "warning", warning) for warning in tls.warnings()]
+    return [*plain, *(near or [Finding("tls", "ok", "all certificates are valid for over 30 days")])]
 
 
 def _sensors(state: Path) -> list[Finding]:

@@ -10,6 +10,7 @@ def status_text(s: dict[str, Any]) -> str:
         f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
         + (", stopping" if s["draining"] else ""),
         f"{s['in_flight']} requests in flight; {_memory(s)}",
+        *(f"warning: {warning}" for warning in s.get("warnings", ())),
         "",
         models_text(s["models"]),
     ]

@@ -206,4 +206,5 @@ def test_every_rule_has_a_runbook_entry() -> None:
     for rule in RULES:
         anchor = rule.runbook.split("#")[1]
         assert f'<a id="{anchor}"></a>\n\n## {anchor.replace("-", " ")}' in text.lower(), rule.code
-    assert {"node_down", "throttling", "swap_failed", "eviction_storm"} == {r.code for r in alerts.RULES}
+    expiry = {"certificate_expires", "certificate_expires_soon"}
+    assert {"node_down", "throttling", "swap_failed", "eviction_storm", *expiry} == {r.code for r in alerts.RULES}

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from scripts.seaweed import free_port
 from tests.rack.links import Links
 
-SECRET = "the rack secret"
+SECRET = "the rack secret of the tests, 4f1c9ab07d"
 SCRIPT = str(Path(sys.executable).parent / "mlxrack-agent")
 
 
@@ -42,6 +43,7 @@ class Agent:
         self.config = folder / f"{node}.toml"
         self.process: subprocess.Popen[str] | None = None
         self.secret = SECRET
+        self.tls: ssl.SSLContext | None = None
 
     @property
     def state(self) -> Path:
@@ -107,7 +109,11 @@ class Agent:
         timeout: float = 240,
     ) -> Answer:
         """One HTTP request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        connection = (
+            http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.tls)
+            if self.tls is not None
+            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        )
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()

@@ -251,7 +251,7 @@ def test_one_deadline_covers_a_model_load(tmp_path: Path) -> None:
 
 def test_a_peer_with_another_secret_or_rack_is_rejected_on_both_sides(tmp_path: Path) -> None:
     first, second, third = (Agent(tmp_path, name, free_port()) for name in ("n1", "n2", "n3"))
-    second.secret = "something else"
+    second.secret = "another rack's secret, 93b1d60e5c"
     agents = [first, second, third]
     for agent in agents:
         write_config(agent, [a for a in agents if a is not agent], [model()])

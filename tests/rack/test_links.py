@@ -64,7 +64,7 @@ async def heard(socket: aiohttp.ClientWebSocketResponse, ends: int) -> list[Fram
 
 async def test_only_nodes_of_the_rack_connect_and_only_once(agent: Agent) -> None:
     assert await status_of(agent, {}) == 403
-    assert await status_of(agent, {"Authorization": "Bearer the rack secret"}) == 403
+    assert await status_of(agent, {"Authorization": f"Bearer {SECRET}"}) == 403
     assert await status_of(agent, signed(Key("another"))) == 403
     assert await status_of(agent, signed(t_ms=1)) == 403
     assert await status_of(agent, signed(to="n2")) == 403, "meant for another node"

@@ -113,7 +113,7 @@ def test_one_node_needs_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["models", "push", str(tmp_path), "m", "--config", str(path)]) == 1
     assert "no [store] is configured" in capsys.readouterr().err
     with path.open("a") as file:
-        file.write('[peers]\nsecret = "env:X"\nnodes = [{ id = "n2", url = "http://n2:1" }]\n')
+        file.write('[peers]\nsecret = "env:X"\nnodes = [{ id = "n2", url = "http://127.0.0.1:1" }]\n')
     assert cli.main(["check-config", "--config", str(path)]) == os.EX_CONFIG
     assert "store.path: is required with peers" in capsys.readouterr().err
 
