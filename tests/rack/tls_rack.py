@@ -5,6 +5,7 @@ import datetime as dt
 import json
 import ssl
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def tls_rack(
         agent.tls = authority.clients()
         others = [a for a in agents if a is not agent]
         ports = {other.node: via(agent, other) for other in others}
-        write_tls_config(
-            agent, others, models, authority.issue(agent.node), extra, lambda o, ports=ports: ports[o.node]
-        )  # type: ignore[misc]
+        tls, find = authority.issue(agent.node), partial(_port_of, ports)
+        write_tls_config(agent, others, models, tls, extra, find)
     try:
         for agent in agents:
             agent.start()
@@ -95,6 +95,10 @@ def tls_rack(
                 agent.kill()
             elif agent.process is not None and agent.process.stdout is not None:
                 agent.process.stdout.close()
+
+
+def _port_of(ports: dict[str, int], other: Agent) -> int:
+    return ports[other.node]
 
 
 def _now() -> dt.datetime:

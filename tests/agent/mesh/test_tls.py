@@ -7,6 +7,7 @@ import os
 import ssl
 import warnings
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from agent.mesh.certificates import Pair
 from agent.mesh.node_names import called_node, server_name, wrong_certificate
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.tls import NodeTls
@@ -316,9 +318,7 @@ async def test_the_rack_s_ca_is_replaced_without_a_restart(authority: Authority,
         assert "closes the connection" in await heartbeat(port, old)
 
 
-def _pair_of(tls: Tls) -> "object":
-    from agent.mesh.certificates import Pair
-
+def _pair_of(tls: Tls) -> Pair:
     return Pair(Path(tls.certificate).read_bytes(), Path(tls.key).read_bytes())
 
 
@@ -329,8 +329,8 @@ async def test_an_expiry_is_reported_at_the_start_and_at_each_step_once(authorit
     now = [int(dt.datetime.now(dt.UTC).timestamp() * 1000)]
     told: list[CertificateExpires] = []
     own = authority.issue("n1", days=40)
-    more = {"emit": told.append, "wall_ms": lambda: now[0]}
-    tls = await asyncio.to_thread(NodeTls, own, rack="r", node="n1", **more)
+    made = partial(NodeTls, own, rack="r", node="n1", emit=told.append, wall_ms=lambda: now[0])
+    tls = await asyncio.to_thread(made)
 
     def after(days: float) -> list[str]:
         before = len(told)
