@@ -10,12 +10,13 @@ import pytest
 
 from aggregator import alerts
 from aggregator.alerts import RULES, AlertState, Firing, Notice, evaluate, observe
+from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
 from aggregator.notify import Discord, payload
 from aggregator.window import Fact, facts_of
 from shared.batch import Batch
 from shared.errors import Halt, Retryable
-from shared.records import ModelEvicted, PeerDown, PeerUp, SwapFinished
+from shared.records import CertificateExpires, ModelEvicted, PeerDown, PeerUp, SwapFinished
 from tests.builders import MINUTE, T0, batch, host
 
 CONFIG = Alerts()
@@ -197,6 +198,50 @@ def test_a_rejecting_webhook_is_an_error_without_its_url(webhook: _Webhook, stat
 
 def test_without_a_webhook_nothing_is_sent() -> None:
     assert not Discord({}).post(notice())
+
+
+def expires(days: float, now_ms: int = T0, certificate: str = "listener") -> CertificateExpires:
+    ends_ms = now_ms + int(days * DAY_MS)
+    return CertificateExpires(t_ms=now_ms, certificate=certificate, not_after_ms=ends_ms)
+
+
+def codes(state: AlertState, now_ms: int, *batches: Batch) -> tuple[AlertState, list[tuple[str, str, bool]]]:
+    """Without those of a node that is silent, because days pass."""
+    state, told = look(state, now_ms, *batches)
+    return state, [one for one in told if one[0] != "node_down"]
+
+
+def test_an_expiry_is_alerted_thirty_and_seven_days_before_and_resolved_by_another_certificate() -> None:
+    first = batch([host(), expires(40)])
+    state, told = codes(AlertState(), T0, first)
+    assert told == []
+    expected = {
+        10: ("certificate_expires", "n1/listener", False),
+        33: ("certificate_expires_soon", "n1/listener", False),
+    }
+    for day in range(1, 45):
+        # nothing comes from the node meanwhile, or the same again
+        state, told = codes(state, T0 + day * DAY_MS, *([first] if day % 2 else []))
+        assert told == ([expected[day]] if day in expected else []), day
+    (text,) = {f.text for f in state.firing if f.code == "certificate_expires_soon"}
+    assert "expires in" in text
+    now_ms = T0 + 45 * DAY_MS
+    late = batch([host(), expires(100, now_ms)], minute=45 * 24 * 60)
+    state, told = codes(state, now_ms + MINUTE, late)
+    assert sorted(told) == [(code, "n1/listener", True) for code in ("certificate_expires", "certificate_expires_soon")]
+    _, told = codes(state, now_ms + 2 * MINUTE, first)
+    assert told == [], "the old certificate's record, read again"
+
+
+def test_certificates_of_a_node_are_told_apart_and_unknown_ones_are_not_kept() -> None:
+    made_up = [expires(1, certificate=f"x{n}") for n in range(50)]
+    state, told = codes(AlertState(), T0, batch([host(), expires(5), expires(20, certificate="ca"), *made_up]))
+    assert sorted(told) == [
+        ("certificate_expires", "n1/ca", False),
+        ("certificate_expires", "n1/listener", False),
+        ("certificate_expires_soon", "n1/listener", False),
+    ]
+    assert set(state.nodes["n1"].certificates) == {"ca", "listener"}
 
 
 def test_every_rule_has_a_runbook_entry() -> None:
