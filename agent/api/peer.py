@@ -120,6 +120,8 @@ class _Works:
         await self._writer.end()
 
     def _begin(self, ask: Ask) -> None:
+        if ask.id in self._tasks:  # what was begun before could no longer be cancelled
+            raise Refused("two open requests with one id")
         task = asyncio.create_task(self._worked(ask))
         self._tasks[ask.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(ask.id, None))

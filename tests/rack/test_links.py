@@ -106,6 +106,14 @@ async def test_a_cancelled_request_and_a_closed_connection_stop_the_engine(agent
     await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 0, "the other went with it")
 
 
+async def test_a_second_request_with_an_open_id_ends_the_connection_and_both(agent: Agent) -> None:
+    async with linked(agent) as socket:
+        await socket.send_bytes(encode(ask(1, tokens=4000)))
+        await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 1, "it runs")
+        await socket.send_bytes(encode(ask(1, tokens=4000)))
+        await asyncio.to_thread(until, lambda: agent.status()["models"][0]["in_flight"] == 0, "neither is left")
+
+
 async def test_a_looping_request_is_rejected(agent: Agent) -> None:
     async with linked(agent) as socket:
         await socket.send_bytes(encode(ask(1, door="n1")))
