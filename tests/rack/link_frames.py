@@ -90,10 +90,10 @@ def _shapes(rng: random.Random) -> bytes:
     deep: Any = 1
     for _ in range(rng.randrange(1, 1500)):
         deep = [deep] if rng.random() < 0.5 else {"f": deep}
-    small = {"f": rng.choice(("generate", "embed", "cancel", "nothing")), "id": rng.choice((None, "x", [], -1))}
+    small: Any = {"f": rng.choice(("generate", "embed", "cancel", "nothing")), "id": rng.choice((None, "x", [], -1))}
     one = rng.choice((small, [1, 2], "text", None, {1: 2}, {"f": 1}))
     try:
-        return msgpack.packb(deep if rng.random() < 0.2 else one)
+        return bytes(msgpack.packb(deep if rng.random() < 0.2 else one))
     except ValueError:  # msgpack's own limit on nesting
         return b"\x91" * 2000
 
