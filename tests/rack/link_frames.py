@@ -52,7 +52,9 @@ def _generate(rng: random.Random) -> bytes:
         "private": lambda: True,
     }
     chosen = {name: odd[name]() for name in rng.sample(sorted(odd), rng.randrange(6))}
-    plain = {"id": rng.choice(NUMBERS[:6]), "model": "m", "max_tokens": 2, "messages": (_message(rng),)}
+    # a second request with an open id ends the connection
+    number = rng.choice(NUMBERS[:6]) if rng.random() < 0.1 else rng.randrange(1 << 60)
+    plain = {"id": number, "model": "m", "max_tokens": 2, "messages": (_message(rng),)}
     return encode(Generate(**{**plain, **chosen}))
 
 
@@ -106,8 +108,8 @@ def _claims(rng: random.Random) -> bytes:
 
 def frame(rng: random.Random) -> bytes:
     """One frame."""
-    kinds = (_generate, _generate, _generate, _other, _mutated, _mutated, _shapes, _claims, _noise)
-    return rng.choice(kinds)(rng)
+    kinds = (_generate, _other, _mutated, _shapes, _claims, _noise)
+    return rng.choices(kinds, (20, 4, 3, 1, 1, 1))[0](rng)
 
 
 def _noise(rng: random.Random) -> bytes:
