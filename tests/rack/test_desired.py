@@ -219,5 +219,13 @@ def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
         say(2, first, second, third)
         until(lambda: peers_of(first) == {"n2": "up", "n3": "up"}, "it has joined")
         assert first.chat(model="special").headers["X-Mlxrack-Node"] == "n3"
-        bucket.put(DESIRED, encode(DesiredState(generation=3)))
+        evil = (DesiredPeer(id="n2", url="http://evil.example"), DesiredPeer(id="n9", url="http://127.0.0.1:9"))
+        bucket.put(DESIRED, encode(DesiredState(generation=3, peers=evil)))
+        until(lambda: peers_of(first) == {"n2": "up"}, "what is not allowed is not followed")
+        assert [line.partition(":")[0] for line in desired(first)["drift"]] == [
+            "peer n2 at evil.example is not followed",
+            "peer n9 at 127.0.0.1 is not followed",
+        ]
+        assert desired(first)["state"] == "drifted"
+        bucket.put(DESIRED, encode(DesiredState(generation=4)))
         until(lambda: set(peers_of(second)) == {"n1", "n3"}, "the configuration's again")
