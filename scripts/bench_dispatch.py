@@ -10,11 +10,14 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
+import ssl
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +74,7 @@ class Program(NamedTuple):
     name: str
     port: int
     key: str = ""
+    ca: str = ""
 
 
 class Answers(NamedTuple):
@@ -207,9 +211,11 @@ async def streams(program: Program, count: int, words: int) -> Answers:
 
 async def _connected(program: Program, requests: list[bytes], done: Callable[[float, bytes], bytes | None]) -> None:
     loop = asyncio.get_running_loop()
+    tls = ssl.create_default_context(cafile=program.ca) if program.ca else None
     clients = []
     for request in requests:
-        _, client = await loop.create_connection(lambda r=request: _Client(r, done), "127.0.0.1", program.port)  # type: ignore[misc]
+        make = partial(_Client, request, done)
+        _, client = await loop.create_connection(make, "127.0.0.1", program.port, ssl=tls)
         clients.append(client.closed)
     await asyncio.gather(*clients)
 
@@ -226,6 +232,14 @@ def litellm_config(folder: Path, backend: int) -> Path:
         "litellm_settings:\n  telemetry: false\n"
     )
     return path
+
+
+def issue_certificates(folder: Path) -> None:
+    """A CA, and certificates of the gateway and the mock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for verb in (["init"], ["issue", "gateway", "--ip", "127.0.0.1"], ["issue", "mock"]):
+        command = [script("mlxrack-agent"), "tls", *verb, "--rack", "r", "--folder", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def litellm_program(folder: Path) -> str | None:
@@ -256,13 +270,27 @@ def programs(build: Path, *, with_litellm: bool, gap_s: float = 0.0) -> Iterator
 
         backend, minimal, agent = (Program(name, free_port()) for name in ("direct", "minimal", "agent"))
         url = f"http://127.0.0.1:{backend.port}"
+        secured, tls_port, folder = (
+            Program("tls", free_port(), ca=str(build / "tls/ca.pem")),
+            free_port(),
+            build / "tls",
+        )
+        issue_certificates(folder)
         mock = [sys.executable, "-m", "scripts.mock_worker", "--port", str(backend.port), "--secret", SECRET]
+        mock += ["--tls", str(folder / "mock"), "--tls-port", str(tls_port)]
         start(backend, [*mock, "--words", "100000", "--gap-s", str(gap_s)])
         start(minimal, [sys.executable, "-c", MINIMAL, str(minimal.port), url])
         peers = f'[peers]\nsecret = "env:BENCH_SECRET"\n[[peers.nodes]]\nid = "mock"\nurl = "{url}"\n'
         limits = "[limits]\nin_flight_per_model = 512\nin_flight_per_key = 512\n"
         config = agent_toml(build / "agent", "gateway", "r", limits + peers, port=agent.port)
         start(agent, [script("mlxrack-agent"), "run", "--config", str(config)], BENCH_SECRET=SECRET)
+        files = {"certificate": "gateway.pem", "key": "gateway.key", "ca": "ca.pem"}
+        tls = "[tls]\n" + "".join(
+            f"{name} = {json.dumps(str((folder / one).resolve()))}\n" for name, one in files.items()
+        )
+        peers = peers.replace(url, f"https://127.0.0.1:{tls_port}") + tls
+        config = agent_toml(build / "agent-tls", "gateway", "r", limits + peers, port=secured.port)
+        start(secured, [script("mlxrack-agent"), "run", "--config", str(config)], BENCH_SECRET=SECRET)
         if with_litellm and (program := litellm_program(default_folder().parent)):
             rival = Program("litellm", free_port(), key=RIVAL_KEY)
             config = litellm_config(build, backend.port)
@@ -345,6 +373,8 @@ def verdict(
     ]
     if "litellm" in medians:
         bounds.append(("requests per second, agent / LiteLLM", medians["agent"] / medians["litellm"], 15.0, True))
+    for name, those in (("requests", medians), ("events", chunks)):
+        print(f"{name} per second with TLS on / off: {those['tls'] / those['agent']:.2f}")
     lines = [] if "litellm" in medians or not with_litellm else [(False, "LiteLLM not installed; see --no-litellm")]
     for name, value, bound, at_least in bounds:
         line = f"{name}: {value:.2f} ({'at least' if at_least else 'at most'} {bound:g})"

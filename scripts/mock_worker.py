@@ -7,6 +7,7 @@ invalid frame, stall, or run ten times as slowly.
 
 import argparse
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -47,7 +48,7 @@ class MockWorker:
         self.context_tok = self.port = self.began = self.ended = self.now = self.most = 0
         self._runner: web.AppRunner | None = None
 
-    async def start(self, port: int = 0) -> None:
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         """Listen on loopback."""
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -55,7 +56,7 @@ class MockWorker:
         app.router.add_get("/peer/v1/link", self._link)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
         await self._runner.setup()
-        site: Any = web.TCPSite(self._runner, "127.0.0.1", port)
+        site: Any = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]
 
@@ -195,6 +196,12 @@ def _nonce(request: web.Request) -> str:
 async def _serve(args: argparse.Namespace) -> None:
     worker = MockWorker(args.node, args.rack, args.secret, words=args.words, gap_s=args.gap_s)
     await worker.start(args.port)
+    if args.tls:  # a second port, for a gateway with TLS
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(f"{args.tls}.pem", f"{args.tls}.key")
+        await MockWorker(args.node, args.rack, args.secret, words=args.words, gap_s=args.gap_s).start(
+            args.tls_port, tls
+        )
     print(worker.port, flush=True)
     await asyncio.Event().wait()
 
@@ -206,6 +213,8 @@ def main() -> None:
     parser.add_argument("--node", default="mock")
     parser.add_argument("--rack", default="r")
     parser.add_argument("--secret", default="the rack secret of the tests, 4f1c9ab07d")
+    parser.add_argument("--tls", default="", help="certificate and key, without .pem and .key")
+    parser.add_argument("--tls-port", type=int, default=0)
     parser.add_argument("--words", type=int, default=16)
     parser.add_argument("--gap-s", type=float, default=0.0)
     asyncio.run(_serve(parser.parse_args()))
