@@ -252,3 +252,19 @@ def test_a_new_peer_is_followed_at_an_allowed_host_only() -> None:
     assert tls.peers == [("n2", "https://10.0.0.2:1"), ("n3", "https://10.0.0.3:1")]
     assert choose(config(), []).peers == [OWN]
     assert choose(AgentConfig(node=Node(id="n1", rack="r")), named).peers == []
+
+
+def test_what_is_sent_in_clear_is_a_warning_as_long_as_it_is() -> None:
+    from agent.config import check, plain_warnings
+    from agent.operator.doctor import _transport
+
+    lan = '[listen]\nhost = "0.0.0.0"\ninsecure_http = true\n' + KEYS + PEERS.format("http://mini-2.local:2")
+    found = parse(BASE + lan, AgentConfig, check, source="x")
+    first, second = plain_warnings(found)
+    assert "clients reach 0.0.0.0 by plain HTTP" in first
+    assert "requests to n2 use plain HTTP" in second
+    assert [(one.what, one.verdict) for one in _transport(found)] == [("plain HTTP", "warning")] * 2
+    assert plain_warnings(config()) == []
+    assert [one.verdict for one in _transport(config())] == ["ok"]
+    broken = config(peers="https://mini-2.local:2", tls=TLS)
+    assert [(one.verdict, "/k" in one.seen) for one in _transport(broken)] == [("problem", True)]
