@@ -29,6 +29,7 @@ def status_text(s: dict[str, Any]) -> str:
     silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
     lines += _section(("SENSOR UNAVAILABLE", "REASON"), silent)
     lines += _desired_lines(s.get("desired"))
+    lines += _log_lines(s.get("log", {}))
     return "\n".join(lines)
 
 
@@ -137,6 +138,14 @@ def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
         return []
     first = f"desired state: generation {desired['generation']}, {desired['state']}"
     return [first + (f"; {desired['reason']}" if desired["reason"] else ""), *(f"  {d}" for d in desired["drift"])]
+
+
+def _log_lines(log: dict[str, Any]) -> list[str]:
+    """Only what is wrong: lines of the log that could not be written."""
+    if not log.get("lost_lines"):
+        return []
+    now = f", {log['problem']}" if log["problem"] else "; lines are written again"
+    return [f"log: {log['lost_lines']} lines could not be written{now}"]
 
 
 def talks_text(found: Mapping[str, str]) -> str:

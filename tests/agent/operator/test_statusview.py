@@ -153,6 +153,13 @@ def test_absent_sections_are_omitted() -> None:
     assert "desired" not in text
 
 
+def test_lines_that_the_log_lost_are_shown() -> None:
+    full = {"lost_lines": 7, "problem": "No space left on device"}
+    assert "log: 7 lines could not be written, No space left on device" in status_text({**STATUS, "log": full})
+    assert "7 lines could not be written; lines are" in status_text({**STATUS, "log": {**full, "problem": ""}})
+    assert "could not be written" not in status_text({**STATUS, "log": {"lost_lines": 0, "problem": ""}})
+
+
 def test_low_memory_is_shown() -> None:
     short = {"level": "hard", "held_bytes": 9, "refusing": True}
     assert "memory pressure: hard, new requests are refused" in status_text({**STATUS, "memory": short})
