@@ -20,6 +20,8 @@ DEFAULT_PORT = 8470
 STORED = "store:"
 """Prefix of a model path that names a model in the model store, with or without @VERSION."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 PlugKind = Literal["shelly", "shelly_pm1", "shelly_em1", "shelly_gen1", "tasmota"]
 ApcKind = Literal["apc_device", "apc_legacy", "apc_outlet"]
@@ -48,11 +50,13 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The address that clients and peers connect to. Addresses beyond loopback require keys, and TLS or
-    ``insecure_http``. ``trusted_proxies`` are addresses or networks whose X-Forwarded-For and X-Forwarded-Proto are
-    believed."""
+    ``insecure_http``. On a loopback address only requests to a loopback name (localhost, 127.0.0.1, [::1]) are served,
+    and to ``names``: those under which a proxy on this machine passes requests on. ``trusted_proxies`` are addresses or
+    networks whose X-Forwarded-For and X-Forwarded-Proto are believed."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
+    names: tuple[str, ...] = ()
     insecure_http: bool = False
     trusted_proxies: tuple[str, ...] = ()
 
@@ -166,10 +170,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Limits on client requests and on how long operations may take. Before its first token a request may be silent for
     ``first_token_s``: neither waiting for its turn nor being computed. It has ``request_s`` without the time in which
     it waits at a loader or is computed, and again from its first token on. A loader that has work and makes no progress
-    for ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog ends it and starts it again."""
+    for ``progress_s`` turns /live to 503; after ``stuck_s`` the watchdog ends it and starts it again.
 
+    A connection must send its first request's headers within ``header_s`` and the next request within ``idle_s``. At
+    most ``connections`` are open (fewer where the process may open too few files), ``connections_per_address`` of one
+    address; when they are all taken, those that have sent no request are closed first. The bodies of requests in
+    flight and what they decode to may take ``bodies_bytes`` of memory in all and ``bodies_per_key_bytes`` for an API
+    key."""
+
+    header_s: Seconds = 10.0
+    idle_s: Seconds = 75.0
+    connections: Annotated[int, Meta(ge=16)] = 2048
+    connections_per_address: Positive = 512
     body_bytes: Annotated[int, Meta(gt=0, le=16 << 20)] = 10 << 20
     body_s: Seconds = 60.0
+    bodies_bytes: Positive = 256 << 20
+    bodies_per_key_bytes: Positive = 64 << 20
     in_flight_per_model: Positive = 64
     in_flight_per_key: Positive = 48
     request_s: Seconds = 600.0
@@ -190,13 +206,15 @@ class Api(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     that drop silent connections (commonly after 60 s) keep it; 0 sends none. With the first comment the status 200 is
     sent, so an error after it ends the stream as an event.
 
-    Where keys are configured, /metrics and /debug require the token in metrics.token of the state folder, or the admin
-    token; with ``open_metrics`` they are open."""
+    Web pages of ``cors_origins`` (exact origins, like https://chat.example.com) may use the API from a browser; others
+    are refused. Where keys are configured, /metrics and /debug require the token in metrics.token of the state folder,
+    or the admin token; with ``open_metrics`` they are open."""
 
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     strict: bool = False
     keepalive_s: Annotated[float, Meta(ge=0)] = 15.0
     open_metrics: bool = False
+    cors_origins: tuple[str, ...] = ()
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -281,6 +299,8 @@ def check(config: AgentConfig) -> Sequence[str]:
         *_check_names(config),
         *_check_listen(config),
         *_check_transport(config),
+        *_check_browsers(config),
+        *_check_bodies(config.limits),
         *_check_keys(config.keys),
         *_check_peers(config),
         *_check_models(config.models),
@@ -328,6 +348,29 @@ def _check_listen(config: AgentConfig) -> list[str]:
     remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
     open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
     return [f"listen.host: {open_to}; {remedy}"]
+
+
+def _check_browsers(config: AgentConfig) -> list[str]:
+    found = [
+        f"listen.names[{n}]: must be a host name or an IPv4 address, without a port"
+        for n, name in enumerate(config.listen.names)
+        if not _NAME.fullmatch(name)
+    ]
+    return found + [
+        f"api.cors_origins[{n}]: must be an origin in lower case, like https://chat.example.com; * is not supported"
+        for n, origin in enumerate(config.api.cors_origins)
+        if not _ORIGIN.fullmatch(origin)
+    ]
+
+
+def _check_bodies(limits: Limits) -> list[str]:
+    """The largest body must fit into what its key and all keys may hold, a text twice (docs/api.md)."""
+    found = []
+    if limits.bodies_per_key_bytes < 2 * limits.body_bytes:
+        found.append("limits.bodies_per_key_bytes: must be at least twice limits.body_bytes")
+    if limits.bodies_bytes < limits.bodies_per_key_bytes:
+        found.append("limits.bodies_bytes: must be at least limits.bodies_per_key_bytes")
+    return found
 
 
 def scheme(config: AgentConfig) -> str:

@@ -6,7 +6,6 @@ end loaders, last window, last push. MLX is never imported in this process; each
 
 import asyncio
 import contextlib
-import errno
 import gc
 import os
 import resource
@@ -15,13 +14,13 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
-from aiohttp import web
 
 from agent import schedule
 from agent.api import app as api
+from agent.api.connections import Listener, table_for
 from agent.api.context import Context
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
@@ -46,7 +45,6 @@ from agent.telemetry.service import Telemetry
 from agent.views import offers
 from agent.wire.frames import Reported
 from shared import __version__
-from shared.errors import Halt
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
 from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
@@ -70,6 +68,7 @@ class Daemon:
     def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
         self.config, self._state, self._environ = config, state, environ
         self._stop = asyncio.Event()
+        self._connections = table_for(config)
         self._steady: list[asyncio.Task[None]] = []
         self._timetable = schedule.Timetable(self._clock_was_set)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -164,6 +163,7 @@ class Daemon:
             peers=self._table,
             status=self._status,
             metrics=self._metrics.text,
+            connections=self._connections,
             seal=self.telemetry.outbox.seal,
             admin_token=token(self._state, ADMIN_TOKEN),
             metrics_token=token(self._state, METRICS_TOKEN),
@@ -179,12 +179,19 @@ class Daemon:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _tune_garbage_collector()
         # a client that disconnects cancels its handler, and with it the work in the loader
-        runner = Runner(api.build(self._context()), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = Runner(
+            api.build(self._context()),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+            keepalive_timeout=self.config.limits.idle_s,
+        )
         await runner.setup()
         try:
-            port = await self._listen(runner)
-            await self._start(port)
-            started(port)
+            listener = Listener(runner, self.config, self._connections, self._tls.listener if self._tls else None)
+            await listener.start()
+            await self._start(listener.port)
+            started(listener.port)
             await self._stop.wait()
             self._timetable.shutdown()
             await self._shut_down()
@@ -255,20 +262,6 @@ class Daemon:
             return
         self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
         log.info("memory_budget", bytes=self._budget.bytes, source=self._budget.source, reason=self._budget.reason)
-
-    async def _listen(self, runner: web.AppRunner) -> int:
-        host, port = self.config.listen.host, self.config.listen.port
-        site = web.TCPSite(runner, host, port, ssl_context=self._tls.listener if self._tls is not None else None)
-        try:
-            await site.start()
-        except OSError as error:
-            in_use = error.errno == errno.EADDRINUSE
-            why = "address already in use" if in_use else (error.strerror or type(error).__name__)
-            raise Halt(
-                f"listen on {host}:{port}: {why}; stop the other program or change listen.port", code="port_in_use"
-            ) from None
-        server: Any = site._server
-        return int(server.sockets[0].getsockname()[1])
 
     async def _shut_down(self) -> None:
         """Accept no new work, drain requests in flight, end the loaders, close the last window, push."""

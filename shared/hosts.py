@@ -20,9 +20,14 @@ def host_of(url: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is reachable from this machine only."""
-    address = address_of(host)
-    return address.is_loopback if address is not None else host.rstrip(".").lower() == "localhost"
+    """Whether ``host`` is reachable from this machine only: a loopback address, also one of IPv4 in IPv6, or
+    ``localhost``. What a resolver may take for an address (``127.1``, ``0``, ``2130706433``) is none."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix(".") == "localhost"
+    inner = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (inner or address).is_loopback
 
 
 def address_of(text: str) -> IPv4Address | IPv6Address | None:

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from agent.api.context import CONTEXT, Context, json_response, require_admin
 from agent.files.probes import render
+from shared import logs
 from shared.errors import Refused
 
 
@@ -28,7 +29,8 @@ async def _order(request: web.Request) -> tuple[Context, _Names]:
 async def status(request: web.Request) -> web.Response:
     """The full status of this node, in one response."""
     require_admin(request)
-    return json_response(request.app[CONTEXT].status.node())
+    context = request.app[CONTEXT]
+    return json_response(context.status.node() | {"connections": context.connections.state(), "log": logs.state()})
 
 
 async def load(request: web.Request) -> web.Response:

@@ -2,15 +2,18 @@
 
 from aiohttp import web
 
-from agent.api import admin, chat, completions, debug, embeddings, errors, health, models, peer, wire
-from agent.api.context import CONTEXT, LINKS, LOGGED, Context
+from agent.api import admin, chat, completions, debug, embeddings, errors, guard, health, models, peer, wire
+from agent.api.context import CONTEXT, LINKS, LOGGED, REFUSALS, Context
+from shared.log_repeats import Repeats
 
 
 def build(context: Context) -> web.Application:
     """Build the application over the daemon's objects."""
-    app = web.Application(middlewares=[errors.middleware], client_max_size=context.config.limits.body_bytes)
+    app = web.Application(
+        middlewares=[errors.middleware, guard.middleware], client_max_size=context.config.limits.body_bytes
+    )
     app[CONTEXT] = context
-    app[LINKS], app[LOGGED] = set(), set()
+    app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
     app.on_response_prepare.append(errors.on_prepare)
     app.on_shutdown.append(peer.close_links)
     routes = [

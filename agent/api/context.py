@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import hdrs, web
 
+from agent.api.connection_limits import Table
 from agent.config import AgentConfig, cache_group, hash_key
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
@@ -17,6 +18,7 @@ from agent.models.pool import Pool
 from agent.status import Status
 from agent.wire.namespaces import Namespace, namespace_of
 from shared.errors import RackError
+from shared.log_repeats import Repeats
 
 
 class Unauthorized(RackError):
@@ -35,6 +37,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     peers: PeerTable
     status: Status
     metrics: Callable[[], bytes]
+    connections: Table
     seal: Callable[[], Awaitable[dict[str, Any]]]
     admin_token: str
     metrics_token: str
@@ -46,7 +49,9 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
 LOGGED: web.AppKey[Any] = web.AppKey("logged", set)
+REFUSALS = web.AppKey("refusals", Repeats)
 REQUEST_ID = web.RequestKey("request_id", str)
+PROVED = web.RequestKey("proved", bool)
 LOG_FIELDS: web.RequestKey[Any] = web.RequestKey("log_fields", dict)
 
 
@@ -71,9 +76,17 @@ def note(request: web.Request, **fields: object) -> None:
     request.setdefault(LOG_FIELDS, {}).update(fields)
 
 
+def proved(request: web.Request) -> None:
+    """The client has shown who it is: its connection is not closed for one that has not, and its errors are logged."""
+    request[PROVED] = True
+    if (tracked := getattr(request.protocol, "tracked", None)) is not None:
+        tracked.proved()
+
+
 def client_key_id(request: web.Request) -> str:
     """The id of the client's key; "" on a node without keys. Raises Unauthorized."""
     if not (keys := request.app[CONTEXT].config.keys):
+        proved(request)
         return ""
     offered = hash_key(_bearer(request))
     found = ""
@@ -82,6 +95,7 @@ def client_key_id(request: web.Request) -> str:
             found = key.id
     if not found:
         raise Unauthorized("no valid API key; send Authorization: Bearer <key>")
+    proved(request)
     return found
 
 
@@ -94,6 +108,7 @@ def require_admin(request: web.Request) -> None:
     """Require the admin token, which lies in a file of the state folder. Raises Unauthorized."""
     if not hmac.compare_digest(_bearer(request).encode(), request.app[CONTEXT].admin_token.encode()):
         raise Unauthorized("the admin token is missing or wrong; read it from admin.token in the state folder")
+    proved(request)
 
 
 def require_reader(request: web.Request) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from agent.api.answers import error_body
-from agent.api.context import CONTEXT, LOG_FIELDS, REQUEST_ID, Unauthorized, json_response, new_request_id, sign
+from agent.api.context import (
+    CONTEXT,
+    LOG_FIELDS,
+    PROVED,
+    REFUSALS,
+    REQUEST_ID,
+    Unauthorized,
+    json_response,
+    new_request_id,
+    sign,
+)
+from agent.api.guard import share
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
@@ -17,17 +28,21 @@ from shared.logs import get_logger
 
 _CODES = {
     401: ("invalid_api_key",),
-    403: ("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node", "no_certificate", "wrong_certificate"),
+    403: (
+        *("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
+        *("no_certificate", "wrong_certificate", "cross_site"),
+    ),
     404: ("model_not_found", "not_found", "unknown_url"),
     408: ("body_timeout",),
     409: ("conflict",),
     413: ("body_too_large",),
-    415: ("unsupported_encoding",),
+    415: ("unsupported_encoding", "unsupported_media_type"),
+    421: ("wrong_host",),
     422: ("bad_model", "bad_probes", "bad_hash"),
-    429: ("queue_full", "key_queue_full"),
+    429: ("queue_full", "key_queue_full", "key_bodies_full"),
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
-    503: ("draining", "no_capacity", "memory_pressure", "not_ready"),
+    503: ("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
     504: ("deadline_exceeded",),
     507: ("no_memory", "disk_full"),
     508: ("loop",),
@@ -36,6 +51,9 @@ STATUS = {code: status for status, codes in _CODES.items() for code in codes}
 KIND = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ENCODINGS = ("gzip", "deflate")
 """Content encodings of bodies that aiohttp decodes without further libraries."""
+
+MOST_REFUSALS = 30
+"""Log lines a minute about unauthenticated requests that ended alike; the others are counted."""
 
 log = get_logger("agent.api")
 
@@ -101,7 +119,8 @@ async def middleware(
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
-    """Sign every response, streams and errors included."""
+    """Sign every response, streams and errors included; let allowed web pages read it."""
+    share(request, response)
     sign(response, request.get(REQUEST_ID) or new_request_id())
 
 
@@ -136,7 +155,13 @@ def _paths(app: web.Application) -> list[str]:
 def _log(request: web.Request, request_id: str, status: int, code: str, seconds: float) -> None:
     route = request.match_info.route.resource
     path = route.canonical if route is not None else "unknown"
-    quiet = path in ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics") and status < 400
+    quiet = path in ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics", "/openapi.json") and status < 400
     write = log.debug if quiet else log.info
-    fields = {**_behind_proxies(request), **request.get(LOG_FIELDS, {})}
+    fields = request.get(LOG_FIELDS, {})
+    if PROVED not in request and not quiet:  # unauthenticated requests cannot wipe the log either
+        repeated = request.app[REFUSALS].take((path, status, code), time.monotonic())
+        if repeated is None:
+            return
+        fields = {"repeated": repeated} if repeated else {}
+    fields = {**_behind_proxies(request), **fields}
     write("request", request=request_id, path=path, status=status, code=code, ms=round(seconds * 1000, 1), **fields)

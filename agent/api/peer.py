@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from agent.api.context import CONTEXT, LINKS, Context
+from agent.api.context import CONTEXT, LINKS, Context, proved
 from agent.mesh.node_names import wrong_certificate
 from agent.mesh.peer_link import HEARTBEAT_S
 from agent.mesh.signing import ANSWER_HEADER, NotAPeer, Signed
@@ -179,6 +179,7 @@ def _signed(request: web.Request) -> Signed:
     _check_certificate(request, signed.node)
     if not context.nonces.take(signed.nonce, now_ms):
         raise NotAPeer("replayed request: its signature was already used")
+    proved(request)
     return signed
 
 

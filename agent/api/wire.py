@@ -8,6 +8,7 @@ from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.web_protocol import RequestHandler
 
 from agent.api.answers import error_body
+from agent.api.connections import Tracked
 from agent.api.context import json_response, new_request_id, sign
 from agent.api.errors import ENCODINGS, response_of, undecodable
 from shared.errors import Refused
@@ -16,7 +17,39 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _Protocol(RequestHandler):
-    """aiohttp's own error responses are plain text that echoes the request, and so are its log lines for them."""
+    """aiohttp's own error responses are plain text that echoes the request, and so are its log lines for them.
+    ``tracked`` learns what happens to the connection, where the listener counts them."""
+
+    tracked: Tracked | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.tracked is not None:
+            self.tracked.opened(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.tracked is not None:
+            self.tracked.lost()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.tracked is not None:
+            self.tracked.stalled()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.tracked is not None:
+            self.tracked.reads()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            if self.tracked is not None:
+                self.tracked.enters("idle")
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

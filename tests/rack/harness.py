@@ -44,6 +44,8 @@ class Agent:
         self.process: subprocess.Popen[str] | None = None
         self.secret = SECRET
         self.tls: ssl.SSLContext | None = None
+        self.open_files = 0
+        """The limit of open files that it is started with; 0 for that of the tests."""
 
     @property
     def state(self) -> Path:
@@ -53,13 +55,11 @@ class Agent:
     def start(self, *, wait: bool = True) -> "Agent":
         """Start it and wait until it answers."""
         environ = {**os.environ, "MLXRACK_TEST_SECRET": self.secret}
+        command = [SCRIPT, "run", "--config", str(self.config)]
+        if self.open_files:
+            command = ["/bin/sh", "-c", f'ulimit -n {self.open_files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
-            [SCRIPT, "run", "--config", str(self.config)],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
         )
         if wait:
             until(lambda: self.alive() and self.get("/health").status == 200, f"{self.node} answers")

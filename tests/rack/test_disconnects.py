@@ -26,7 +26,7 @@ STOPS_S = 0.25
 def body(prompt: str, max_tokens: int, *, stream: bool) -> bytes:
     message = {"role": "user", "content": prompt}
     raw = json.dumps({"model": "m", "messages": [message], "max_tokens": max_tokens, "stream": stream}).encode()
-    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
 
 
 def leave(port: int, dice: random.Random) -> None:

@@ -40,10 +40,10 @@ def raw(agent: Agent, data: bytes, wait_s: float = 5.0) -> bytes:
     [
         f"{MARK}\r\n\r\n",
         f"GET /{MARK} HTTP/9\r\n\r\n",
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MARK}\r\n\r\n",
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{MARK} header\r\n\r\n",
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: {MARK}\r\nContent-Length: 2\r\n\r\n{{}}",
-        f"GET /{MARK * 1000} HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MARK}\r\n\r\n",
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{MARK} header\r\n\r\n",
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: {MARK}\r\nContent-Length: 2\r\n\r\n{{}}",
+        f"GET /{MARK * 1000} HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
     ids=["no http", "version", "length", "header", "expectation", "long url"],
 )
@@ -68,7 +68,7 @@ def test_bodies_that_contradict_their_headers(tmp_path: Path) -> None:
         answers = [send(whole, "gzip"), send(b"", "gzip"), send(whole, "br"), send(whole, "zstd")]
         assert [a.status // 100 for a in answers] == [4] * 4
         assert all(a.json["error"]["message"] for a in answers)
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
         unfinished = raw(agent, head)
         assert unfinished.startswith(b"HTTP/1.1 408")
         assert agent.status()["in_flight"] == 0
@@ -80,7 +80,9 @@ def test_a_client_that_stops_reading_is_dropped_after_the_stall_timeout(tmp_path
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", agent.port))
         body = json.dumps({"model": "m", **chat(stream=True, n=8, logprobs=True, max_tokens=6000)}).encode()
-        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        slow.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         until(lambda: agent.status()["in_flight"] == 8, "it has its places")
         until(lambda: agent.status()["in_flight"] == 0, "they are free again")
         until(lambda: agent.status()["models"][0]["in_flight"] == 0, "in the loader too")

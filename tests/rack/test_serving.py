@@ -513,7 +513,7 @@ def test_a_client_disconnect_frees_the_engine(tmp_path: Path) -> None:
                 {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4000, "stream": stream}
             ).encode()
             with socket.create_connection(("127.0.0.1", agent.port)) as link:
-                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
                 link.sendall(head.encode() + body)
                 where = agent if name == "m" else peer
                 until(lambda where=where: where.status()["models"][0]["in_flight"] == 1, "it runs")  # type: ignore[misc]

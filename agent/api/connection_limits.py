@@ -1,0 +1,195 @@
+"""Which connections a node keeps: who is admitted, who is closed for another, whose time is over. Pure: the time is an
+argument, and whoever holds the sockets does what is decided here."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any, Literal
+
+import msgspec
+
+Phase = Literal["greeting", "unread", "idle", "busy"]
+"""No complete request yet; a client without credentials that does not read what it asked for; between two requests;
+in a request."""
+
+OWN_DESCRIPTORS = 48
+"""Files of a node without models and peers: logs, spool, pipes, threads' sockets, uploads."""
+DESCRIPTORS_PER_MODEL = 6
+DESCRIPTORS_PER_PEER = 3
+MOST_SPARE = 32
+UNREAD_STEP_BYTES = 16 << 10
+"""A client that reads takes at least this much of an answer in each interval."""
+_ORDER: tuple[Phase, ...] = ("greeting", "unread", "idle")
+_INTERNAL = ("/peer/", "/admin/", "/health", "/live", "/ready", "/metrics")
+
+
+class Caps(msgspec.Struct, frozen=True, kw_only=True):
+    """How many connections may be open, in all and of one address. The last ``spare`` that are in a request are for
+    peers and operators."""
+
+    total: int
+    per_address: int
+    spare: int
+
+
+class Connection(msgspec.Struct, eq=False):
+    """One connection. ``known`` once its client has proved who it is (on a node without keys: has used the API);
+    ``cut`` ends it at once; ``unsent`` tells the bytes that wait for its client to read."""
+
+    address: str
+    since_s: float
+    phase: Phase = "greeting"
+    known: bool = False
+    cut: Callable[[], Any] = lambda: None
+    unsent: Callable[[], int] = lambda: 0
+
+    @property
+    def queue(self) -> tuple[Phase, bool]:
+        """Connections of one queue are closed in the order in which they came to it."""
+        return self.phase, self.known
+
+
+class Counts(msgspec.Struct):
+    """What happened to connections since the start."""
+
+    dropped: int = 0
+    refused: int = 0
+    overdue: int = 0
+
+
+def descriptors_for(connections: int, *, models: int, peers: int) -> int:
+    """The open files of a node with so many connections."""
+    return connections + OWN_DESCRIPTORS + DESCRIPTORS_PER_MODEL * models + DESCRIPTORS_PER_PEER * peers
+
+
+def caps_within(descriptors: int, wanted: int, per_address: int, *, models: int, peers: int) -> Caps:
+    """The connections that fit into a process's open files beside those that it needs itself; at least a quarter of
+    them."""
+    own = descriptors_for(0, models=models, peers=peers)
+    total = max(1, min(wanted, max(descriptors - own, descriptors // 4)))
+    spare = min(MOST_SPARE, total // 4)
+    return Caps(total=total, per_address=min(per_address, total), spare=spare)
+
+
+def client_of(address: str) -> str:
+    """What counts as one client address: an IPv4 address, also one written in IPv6; of IPv6 the network of 64 bits, of
+    which a machine may choose any, except for link-local ones."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if not isinstance(parsed, IPv6Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(parsed) if parsed.is_link_local else str(ip_network((parsed, 64), strict=False))
+
+
+class Table:
+    """All open connections, in the order in which they would be closed for another."""
+
+    def __init__(self, caps: Caps) -> None:
+        self.caps, self.counts = caps, Counts()
+        # a queue is a dict, for its order and for leaving it anywhere
+        self._queues: defaultdict[tuple[Phase, bool], dict[Connection, None]] = defaultdict(dict)
+        self._by_address: dict[str, dict[Connection, None]] = {}
+        self._paused: dict[Connection, tuple[int, float]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def enter(self, address: str, now_s: float) -> tuple[Connection | None, Connection | None]:
+        """The connection, None if it must be refused; and the one that is to be closed for it, which has left."""
+        own = self._by_address.get(address, {})
+        full, rival = False, None
+        if len(own) >= self.caps.per_address:
+            full, rival = True, _first(own)
+        elif len(self) >= self.caps.total:
+            full, rival = True, self.first_to_close()
+        if full and rival is None:
+            self.counts.refused += 1
+            return None, None
+        if rival is not None:
+            self.leave(rival)
+            self.counts.dropped += 1
+        connection = Connection(address, now_s)
+        self._queues[connection.queue][connection] = None
+        self._by_address.setdefault(address, {})[connection] = None
+        return connection, rival
+
+    def first_to_close(self) -> Connection | None:
+        """The connection that would be closed next; None when all are in a request."""
+        for phase in _ORDER:
+            for known in (False, True):
+                if queue := self._queues[phase, known]:
+                    return next(iter(queue))
+        return None
+
+    def move(self, connection: Connection, phase: Phase, now_s: float, *, known: bool = False) -> None:
+        """The connection enters a phase; it stays known."""
+        if self._queues[connection.queue].pop(connection, connection) is not None:
+            return  # it has left
+        connection.phase, connection.known, connection.since_s = phase, connection.known or known, now_s
+        self._queues[connection.queue][connection] = None
+
+    def leave(self, connection: Connection) -> None:
+        """The connection is closed; repeated calls do nothing."""
+        self._queues[connection.queue].pop(connection, None)
+        self._paused.pop(connection, None)
+        if (own := self._by_address.get(connection.address)) is not None:
+            own.pop(connection, None)
+            if not own:
+                del self._by_address[connection.address]
+
+    def serves(self, path: str) -> bool:
+        """Whether a request that has begun is answered: the last places are for those of peers and operators."""
+        requests = len(self._queues["busy", False]) + len(self._queues["busy", True])
+        return requests <= self.caps.total - self.caps.spare or path.startswith(_INTERNAL)
+
+    def state(self) -> dict[str, int]:
+        """For ``status``: how many are open, the caps, and what was done to keep them."""
+        caps = {"open": len(self), "limit": self.caps.total, "per_address": self.caps.per_address}
+        return caps | msgspec.structs.asdict(self.counts)
+
+    # ---- clients that do not read ----
+
+    def stalled(self, connection: Connection, now_s: float) -> None:
+        """The client does not read as fast as it is written to."""
+        self._paused[connection] = connection.unsent(), now_s
+        if connection.phase == "busy" and not connection.known:
+            self.move(connection, "unread", now_s)
+
+    def reads(self, connection: Connection, now_s: float) -> None:
+        """The client has read nearly everything."""
+        if self._paused.pop(connection, None) is not None and connection.phase == "unread":
+            self.move(connection, "busy", now_s)
+
+    def unread(self, now_s: float, limit_s: float) -> list[Connection]:
+        """Connections whose client has read nearly nothing for ``limit_s``."""
+        return [one for one in list(self._paused) if self._is_unread(one, now_s, limit_s)]
+
+    def _is_unread(self, connection: Connection, now_s: float, limit_s: float) -> bool:
+        before, since_s = self._paused[connection]
+        if before - (unsent := connection.unsent()) >= UNREAD_STEP_BYTES:
+            self._paused[connection] = unsent, now_s
+            return False
+        return now_s - since_s >= limit_s
+
+    # ---- time ----
+
+    def overdue(self, now_s: float, *, header_s: float, idle_s: float) -> list[Connection]:
+        """Connections whose headers, or next request, have not come in time."""
+        return [*self._older("greeting", now_s - header_s), *self._older("idle", now_s - idle_s)]
+
+    def _older(self, phase: Phase, than_s: float) -> Iterator[Connection]:
+        for known in (False, True):
+            for connection in self._queues[phase, known]:
+                if connection.since_s > than_s:
+                    break
+                yield connection
+
+
+def _first(connections: Iterable[Connection]) -> Connection | None:
+    """Of one address's connections the one that is closed first."""
+    closable = (one for one in connections if one.phase != "busy")
+    return min(closable, key=lambda one: (_ORDER.index(one.phase), one.known, one.since_s), default=None)

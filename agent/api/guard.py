@@ -1,0 +1,58 @@
+"""What is asked of every request before its handler: whether it may come from a browser, and whether the node has a
+place for it. It reads headers only."""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+
+from agent.api import origins
+from agent.api.context import CONTEXT
+from shared.errors import Retryable
+from shared.hosts import is_loopback
+
+ALLOWED_ORIGIN: web.RequestKey[str] = web.RequestKey("allowed_origin", str)
+_API = ("/v1/", "/openapi.json")
+_BUSY_S = 5.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what may not be served; answer a browser's preflight. Raises Refused and Retryable."""
+    tracked = getattr(request.protocol, "tracked", None)
+    if tracked is not None:
+        tracked.enters("busy")
+    origin = _checked(request)
+    if origin is not None:
+        request[ALLOWED_ORIGIN] = origin
+        if request.method == hdrs.METH_OPTIONS:
+            return web.Response(status=204, headers=origins.preflight(request.headers))
+    if tracked is not None and not tracked.serves(request.path):
+        raise Retryable("too many connections to this node", code="connections_full", retry_after_s=_BUSY_S)
+    return await handler(request)
+
+
+def share(request: web.Request, response: web.StreamResponse) -> None:
+    """Let an allowed page read the answer, errors and streams included."""
+    if (origin := request.get(ALLOWED_ORIGIN)) is not None:
+        response.headers.update(origins.sharing(origin))
+    if request.app[CONTEXT].config.api.cors_origins:
+        response.headers[hdrs.VARY] = hdrs.ORIGIN
+
+
+def _checked(request: web.Request) -> str | None:
+    config = request.app[CONTEXT].config
+    if hosts := request.headers.getall(hdrs.HOST, []):
+        hosts = [*hosts, request.host]  # which a proxy's form of the request line sets
+    if is_loopback(config.listen.host):
+        origins.check_host(hosts, _names(config.listen.names))
+    is_api = request.path.startswith(_API)
+    origin = origins.allowed_origin(request.headers, hosts, config.api.cors_origins, is_api=is_api)
+    if request.method == hdrs.METH_POST:
+        origins.check_content_type(request.headers, request.headers.get(hdrs.CONTENT_TYPE, ""))
+    return origin
+
+
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.lower().removesuffix(".") for name in names)

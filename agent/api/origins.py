@@ -1,0 +1,72 @@
+"""Whom a request that a browser may have sent comes from: the Host it names, its Origin, its fetch metadata. Pure.
+
+A web page can make a browser send requests anywhere, and its own name can be made to lead to this machine. So a node
+that trusts loopback serves loopback names only, and no node serves pages that are not its own or on the allow list.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from shared.errors import Refused
+from shared.hosts import is_loopback
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?")
+_ORIGIN = re.compile(r"https?://(.+)")
+_TOKENS = re.compile(r"[A-Za-z0-9_-]{1,64}(\s*,\s*[A-Za-z0-9_-]{1,64}){0,63}")
+_FOREIGN_SITES = ("cross-site", "same-site")
+_JSON = re.compile(r"application/json\s*(;.*)?", re.IGNORECASE)
+_EXPOSED = "Retry-After, X-Request-Id, X-Mlxrack-Request-Id, X-Mlxrack-Version, X-Mlxrack-Node, X-Mlxrack-Ignored"
+PREFLIGHT_S = 600
+"""How long a browser may remember that a page is allowed."""
+
+
+def check_host(hosts: Sequence[str], names: Collection[str]) -> None:
+    """Every Host of a request to a loopback listener is a loopback name or one of ``names`` (lower case). A request
+    without one is from no browser. Raises Refused."""
+    for host in hosts:
+        match = _HOST.fullmatch(host.strip())
+        name = match[1].strip("[]").lower() if match else ""
+        if not is_loopback(name) and name.removesuffix(".") not in names:
+            raise Refused(
+                "this Host is not served here; use localhost, or add the name to listen.names", code="wrong_host"
+            )
+
+
+def allowed_origin(
+    headers: Mapping[str, str], hosts: Sequence[str], allowed: Collection[str], *, is_api: bool
+) -> str | None:
+    """The origin of the page that sends a request and may read its answer; None for a request of no page, or of this
+    node's own. Pages of other origins are allowed on the API alone. Raises Refused."""
+    origin = headers.get("Origin")
+    if origin is not None and is_api and origin in allowed:
+        return origin
+    own = origin is None or ((match := _ORIGIN.fullmatch(origin)) is not None and match[1] in hosts)
+    if own and headers.get("Sec-Fetch-Site", "none").strip().lower() not in _FOREIGN_SITES:
+        return None
+    why = "requests of other web pages are refused; add the page's origin to api.cors_origins"
+    raise Refused(why, code="cross_site")
+
+
+def check_content_type(headers: Mapping[str, str], content_type: str) -> None:
+    """A browser's request has the content type of its body, which a page cannot send elsewhere without asking first.
+    Raises Refused."""
+    if "Origin" in headers and not _JSON.fullmatch(content_type):
+        raise Refused("from a browser, send Content-Type: application/json", code="unsupported_media_type")
+
+
+def sharing(origin: str) -> dict[str, str]:
+    """Headers of an answer that a page of an allowed origin may read."""
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _EXPOSED}
+
+
+def preflight(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers of the answer to a browser that asks whether a page of an allowed origin may send a request."""
+    asked = headers.get("Access-Control-Request-Headers", "")
+    found = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": asked if _TOKENS.fullmatch(asked) else "authorization, content-type",
+        "Access-Control-Max-Age": str(PREFLIGHT_S),
+    }
+    if headers.get("Access-Control-Request-Private-Network") == "true":
+        found["Access-Control-Allow-Private-Network"] = "true"
+    return found
