@@ -6,6 +6,7 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, Context, json_response, require_admin
+from agent.api.wire import body_of
 from agent.files.probes import render
 from shared import logs
 from shared.errors import Refused
@@ -21,7 +22,8 @@ async def _order(request: web.Request) -> tuple[Context, _Names]:
     """What an operator orders, of which model. Raises what ``require_admin`` raises, and Refused for a wrong body."""
     require_admin(request)
     try:
-        return request.app[CONTEXT], msgspec.json.decode(await request.read(), type=_Names)
+        body = await body_of(request, request.app[CONTEXT].config.limits.body_s)
+        return request.app[CONTEXT], msgspec.json.decode(body, type=_Names)
     except msgspec.DecodeError as error:
         raise Refused(f"admin request: {error}", code="invalid_json") from None
 

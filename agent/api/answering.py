@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -11,7 +12,8 @@ from aiohttp import web
 
 from agent.api import ignored
 from agent.api.answers import Choice, Identity, Usage, annotated, error_body
-from agent.api.context import CONTEXT, LOGGED, REQUEST_ID, cache_of, client_key_id, json_response, note
+from agent.api.bodies import Held, weight
+from agent.api.context import BODIES, CONTEXT, LOGGED, PARSING, REQUEST_ID, cache_of, client_key_id, json_response, note
 from agent.api.openai import AnswerRequest, EmbedRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
@@ -53,12 +55,18 @@ class Shape(Protocol):
         """Token counts over all choices."""
 
 
-async def read(request: web.Request, parse: Callable[[bytes, Api], R]) -> R:
-    """A request's body, parsed; a large one in a thread, because peers wait at most a second for a heartbeat."""
+async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: str, held: Held) -> R:
+    """A request's body, parsed; ``held`` counts its memory. It is admitted before it is read, and weighed before it is
+    decoded; a large one is decoded in a thread, because peers wait at most a second for a heartbeat."""
     config = request.app[CONTEXT].config
-    body = await body_of(request, config.limits.body_s)
-    large = len(body) >= _LARGE_BYTES
-    wanted = await asyncio.to_thread(parse, body, config.api) if large else parse(body, config.api)
+    note(request, key=key_id)
+    with request.app[CONTEXT].dispatch.reading(request[REQUEST_ID], key_id):
+        body = await body_of(request, config.limits.body_s, held)
+        large = len(body) >= _LARGE_BYTES
+        run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
+        heavy = await run(weight, body, held.most) if large else weight(body, held.most)
+        held.take(heavy - len(body))
+        wanted = await run(parse, body, config.api) if large else parse(body, config.api)
     ignored.log_once(wanted.ignored, request.app[LOGGED])
     return wanted
 
@@ -87,7 +95,11 @@ async def answer(
 ) -> web.StreamResponse:
     """A client's request from its body to its last byte, whole or streamed."""
     key_id = client_key_id(request)
-    wanted = await read(request, parse)
+    with request.app[BODIES].held(key_id) as held:
+        return await _answered(request, await read(request, parse, key_id, held), shape, key_id)
+
+
+async def _answered(request: web.Request, wanted: AnswerRequest, shape: Shape, key_id: str) -> web.StreamResponse:
     calls = calls_of(request, wanted, key_id)
     try:
         if wanted.stream:

@@ -1,9 +1,12 @@
 """All HTTP routes, on one page."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from aiohttp import web
 
 from agent.api import admin, chat, completions, debug, embeddings, errors, guard, health, models, peer, wire
-from agent.api.context import CONTEXT, LINKS, LOGGED, REFUSALS, Context
+from agent.api.bodies import Bodies
+from agent.api.context import BODIES, CONTEXT, LINKS, LOGGED, PARSING, REFUSALS, Context
 from shared.log_repeats import Repeats
 
 
@@ -14,8 +17,12 @@ def build(context: Context) -> web.Application:
     )
     app[CONTEXT] = context
     app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
+    app[BODIES] = Bodies(context.config.limits.bodies_bytes, context.config.limits.bodies_per_key_bytes)
+    # one thread: of large bodies one is decoded at a time, and one that was begun for a client who left, too
+    app[PARSING] = ThreadPoolExecutor(1, "parse")
     app.on_response_prepare.append(errors.on_prepare)
     app.on_shutdown.append(peer.close_links)
+    app.on_cleanup.append(_end_parsing)
     routes = [
         web.post("/v1/chat/completions", chat.chat_completions),
         web.post("/v1/completions", completions.completions),
@@ -40,3 +47,7 @@ def build(context: Context) -> web.Application:
     ]
     app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])
     return app
+
+
+async def _end_parsing(app: web.Application) -> None:
+    app[PARSING].shutdown(wait=False, cancel_futures=True)

@@ -3,11 +3,13 @@
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
 
+from agent.api.bodies import Bodies
 from agent.api.connection_limits import Table
 from agent.config import AgentConfig, cache_group, hash_key
 from agent.control.follower import Follower
@@ -49,6 +51,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
 LOGGED: web.AppKey[Any] = web.AppKey("logged", set)
+BODIES = web.AppKey("bodies", Bodies)
+PARSING = web.AppKey("parsing", Executor)
 REFUSALS = web.AppKey("refusals", Repeats)
 REQUEST_ID = web.RequestKey("request_id", str)
 PROVED = web.RequestKey("proved", bool)

@@ -5,7 +5,7 @@ import contextlib
 from aiohttp import web
 
 from agent.api import answering, answers, openai
-from agent.api.context import CONTEXT, REQUEST_ID, cache_of, client_key_id, json_response
+from agent.api.context import BODIES, CONTEXT, REQUEST_ID, cache_of, client_key_id, json_response
 from agent.gateway.call import Call
 from agent.wire.frames import Embedded
 
@@ -13,7 +13,12 @@ from agent.wire.frames import Embedded
 async def embeddings(request: web.Request) -> web.Response:
     """Vectors of all inputs, in input order."""
     key_id = client_key_id(request)
-    wanted = await answering.read(request, openai.parse_embeddings)
+    with request.app[BODIES].held(key_id) as held:
+        wanted = await answering.read(request, openai.parse_embeddings, key_id, held)
+        return await _embedded(request, wanted, key_id)
+
+
+async def _embedded(request: web.Request, wanted: openai.EmbedRequest, key_id: str) -> web.Response:
     cache = cache_of(request, key_id)
     call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id, cache=cache)
     vectors: tuple[bytes, ...] = ()

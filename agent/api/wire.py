@@ -8,11 +8,14 @@ from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.web_protocol import RequestHandler
 
 from agent.api.answers import error_body
+from agent.api.bodies import Held
 from agent.api.connections import Tracked
 from agent.api.context import json_response, new_request_id, sign
 from agent.api.errors import ENCODINGS, response_of, undecodable
 from shared.errors import Refused
 
+MAX_HEADER_BYTES = 32 << 10
+"""Of one request, all lines together."""
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -21,6 +24,16 @@ class _Protocol(RequestHandler):
     ``tracked`` learns what happens to the connection, where the listener counts them."""
 
     tracked: Tracked | None = None
+    _header_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._waiter is None or self._waiter.done():
+            self._header_bytes = 0
+        elif (size := self._header_bytes + len(data)) <= MAX_HEADER_BYTES:
+            self._header_bytes = size
+        else:  # the parser bounds each line only, and keeps them all
+            self.force_close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -87,19 +100,42 @@ async def expect(request: web.Request) -> web.StreamResponse | None:
     return None
 
 
-async def body_of(request: web.Request, limit_s: float) -> bytes:
-    """The whole body. Raises Refused when it does not arrive in time or cannot be decoded."""
-    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower() not in ("", "identity", *ENCODINGS):
+async def body_of(request: web.Request, limit_s: float, held: Held | None = None) -> bytes:
+    """The whole body; ``held`` counts its bytes as far as they are announced or have come. Raises Refused when it does
+    not arrive in time or cannot be decoded, and what Held.take raises."""
+    named = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, [])).strip().lower()
+    if named not in ("", "identity", *ENCODINGS):
         raise undecodable()
+    most, announced = request.client_max_size, request.content_length or 0
+    if announced > most:
+        raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=announced)
+    if held is not None:
+        held.take(announced)
     try:
         if request.content.is_eof():
-            return await request.read()  # it arrived with its headers, as most do
-        async with asyncio.timeout(limit_s):
-            return await request.read()
+            body = await _received(request, announced, held)  # it arrived with its headers, as most do
+        else:
+            async with asyncio.timeout(limit_s):
+                body = await _received(request, announced, held)
     except TimeoutError:
         raise Refused(f"no complete body within {limit_s:g} s (limits.body_s)", code="body_timeout") from None
     except web.RequestPayloadError:
         raise Refused("the request body does not match its headers", code="invalid_json") from None
+    return body
+
+
+async def _received(request: web.Request, announced: int, held: Held | None) -> bytes:
+    """The decoded bytes; one that is compressed or chunked is counted as it comes."""
+    parts: list[bytes] = []
+    size, counted = 0, announced
+    while part := await request.content.readany():
+        parts.append(part)
+        if (size := size + len(part)) > request.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=size)
+        if held is not None and size > counted:
+            held.take(size - counted)
+            counted = size
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _is_unsupported(exc: BaseException | None) -> bool:

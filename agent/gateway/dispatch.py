@@ -116,6 +116,34 @@ class Dispatch:
             self._count(call, call.fate if outcome == "cancelled" and call.fate else outcome)
 
     @contextlib.contextmanager
+    def reading(self, request_id: str, key_id: str) -> Iterator[None]:
+        """Admit a request whose body, and with it its model, is not known yet. Raises Retryable, and counts the
+        rejection."""
+        now = self._clock()
+        decision = admit(
+            model=Load(0, 1),
+            key=Load(self._by_key[key_id], self._limits.in_flight_per_key),
+            draining=self.draining,
+            drain_rate_per_s=sum(drain.per_s(now) for drain in self._drain.values()),
+        )
+        if isinstance(decision, Turn):
+            call = Call(
+                ask=Generate(id=0, model="", max_tokens=None),
+                request_id=request_id,
+                key_id=key_id,
+                began_s=now,
+                last_s=now,
+            )
+            self._begin_trail(call)
+            self._count(call, "refused", decision.code)
+            raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
+        self._by_key[key_id] += 1
+        try:
+            yield
+        finally:
+            self._forget_key(key_id, 1)
+
+    @contextlib.contextmanager
     def enter(self, calls: Sequence[Call]) -> Iterator[None]:
         """Admit all parts of one request, or none. Raises Refused or Retryable, and counts the rejection."""
         first = calls[0]
@@ -175,10 +203,15 @@ class Dispatch:
         self._by_key[call.key_id] += parts
 
     def _leave(self, call: Call, parts: int) -> None:
-        for counts, name in ((self._by_model, call.model), (self._by_key, call.key_id)):
-            counts[name] -= parts
-            if not counts[name]:
-                del counts[name]
+        self._by_model[call.model] -= parts
+        if not self._by_model[call.model]:
+            del self._by_model[call.model]
+        self._forget_key(call.key_id, parts)
+
+    def _forget_key(self, key_id: str, parts: int) -> None:
+        self._by_key[key_id] -= parts
+        if not self._by_key[key_id]:
+            del self._by_key[key_id]
 
     # ---- records of a request ----
 

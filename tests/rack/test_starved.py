@@ -69,9 +69,8 @@ def test_short_requests_go_on_beside_a_long_one(tmp_path: Path) -> None:
             assert complete(agent, f"question {number}", max_tokens=2).status == 200
             waited.append(time.monotonic() - began)
             assert not long, "the short ones need not wait for the long one"
-        print(
-            f"beside a prompt of {PROMPT_TOK} tokens: median {sorted(waited)[SHORT // 2]:.2f} s, worst {max(waited):.2f} s"
-        )
+        median = sorted(waited)[SHORT // 2]
+        print(f"beside a prompt of {PROMPT_TOK} tokens: median {median:.2f} s, worst {max(waited):.2f} s")
         asking.join()
         assert long[0].status == 200
         assert agent.status()["models"][0]["restarts"] == 0

@@ -78,8 +78,9 @@ def shallower(tree: Any, limit: int) -> bool:
 
 def written(tree: Any, path: str, limit: int) -> str:
     """A schema or similar as JSON text of at most ``limit`` characters."""
-    found = json.dumps(tree, ensure_ascii=False)
-    if len(found) > limit:
+    # the plain encoder makes a string of every part; what is surely too long costs only its own length
+    found = json.dumps(tree, ensure_ascii=False) if len(msgspec.json.encode(tree)) <= 4 * limit else None
+    if found is None or len(found) > limit:
         raise wrong(path, f"at most {limit} characters")
     return found
 

@@ -30,6 +30,11 @@ class Worker:
     unmet: tuple[str, ...] = ()
 
     @contextlib.contextmanager
+    def reading(self, request_id: str, key_id: str) -> Iterator[None]:
+        """Admit everything."""
+        yield
+
+    @contextlib.contextmanager
     def enter(self, calls: Sequence[Call]) -> Iterator[None]:
         """Admit everything."""
         yield

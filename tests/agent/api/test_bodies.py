@@ -1,0 +1,164 @@
+"""What bodies weigh before they are decoded, and the budget of those in flight."""
+
+import contextlib
+import json
+import tracemalloc
+from collections import Counter
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.api.bodies import LIGHT_BYTES, Bodies, Held, _outside_strings, weight
+from agent.api.openai.fields import shallower
+from shared.errors import RackError, Refused, Retryable
+
+ENOUGH = 1 << 40
+
+
+def repeated(piece: str, size: int = 200_000, ends: str = "[]") -> bytes:
+    return (ends[0] + ",".join([piece] * (size // (len(piece.encode()) + 1))) + ends[1]).encode()
+
+
+def distinct_keys(size: int, name: str = "k{}") -> bytes:
+    return ("{" + ",".join(f'"{name.format(n)}":1' for n in range(size // 12)) + "}").encode()
+
+
+BOMBS = {
+    "empty lists": repeated("[]"),
+    "empty objects": repeated("{}"),
+    "objects": repeated('{"a":1}'),
+    "nested lists": repeated("[[[[]]]]"),
+    "nested objects": repeated('{"a":{"b":{"c":{}}}}'),
+    "empty strings": repeated('""'),
+    "strings": repeated('"ab"'),
+    "longer strings": repeated('"0123456789abcdef0"'),
+    "wide strings": repeated('"\U0001f600"'),
+    "escaped strings": repeated('"\\ud83d\\ude00"'),
+    "quotes in strings": repeated('"\\"[[[[,,,,\\\\"'),
+    "small numbers": repeated("7"),
+    "numbers": repeated("1234567"),
+    "fractions": repeated("1.5"),
+    "nulls": repeated("null"),
+    "distinct keys": distinct_keys(200_000),
+    "distinct long keys": distinct_keys(200_000, "a key that is longer than any cache holds {}"),
+    "the same key": b"{" + b",".join([b'"k":[]'] * 30_000) + b"}",
+    "one wide character": ('["' + "a" * 200_000 + '\U0001f600"]').encode(),
+    "one escaped wide character": ('["' + "a" * 200_000 + '\\ud83d\\ude00"]').encode(),
+    "one character beyond Latin": ('["' + "a" * 200_000 + '\u4e2d"]').encode(),
+    "a chat": json.dumps({"messages": [{"role": "user", "content": "a[b]{c},: " * 200}] * 100}).encode(),
+}
+
+
+def cost(body: bytes) -> int:
+    """The most memory that decoding and the check of depth take, in bytes."""
+    tracemalloc.start()
+    try:
+        decoded = msgspec.json.decode(body)
+        shallower(decoded, 100)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_decoding_takes_no_more_than_a_body_weighs(name: str) -> None:
+    body = BOMBS[name]
+    # the decoder puts a string with escapes together in a buffer, one at a time
+    buffer = 2 * len(body) if b"\\" in body else 0
+    assert cost(body) <= weight(body, ENOUGH) + buffer
+    assert weight(body, ENOUGH) <= 180 * len(body), "and the bound is of some use"
+
+
+def test_a_text_weighs_what_it_takes_whatever_is_written_in_it() -> None:
+    text = json.dumps({"messages": [{"role": "user", "content": '{"a": [1, 2, 3], "b": "\\\\"},\n' * 20_000}]}).encode()
+    assert weight(text, ENOUGH) < 2.1 * len(text)
+
+
+def test_small_bodies_are_not_worth_weighing() -> None:
+    assert weight(b"[" * LIGHT_BYTES, ENOUGH) == 2 * LIGHT_BYTES
+    worst = repeated("[]", LIGHT_BYTES)
+    assert cost(worst) < 1 << 20
+
+
+def test_what_is_surely_too_much_is_not_counted_to_the_end() -> None:
+    assert 10_000 <= weight(repeated('""'), 10_000) < weight(repeated('""'), ENOUGH)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 10**9) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=5),
+    max_leaves=60,
+)
+
+
+def marks_of(tree: Any) -> Counter[str]:
+    if isinstance(tree, dict):
+        own = Counter({"{": 1, ":": len(tree), ",": max(0, len(tree) - 1)})
+        return sum((marks_of(one) for one in tree.values()), own)
+    if isinstance(tree, list):
+        return sum(map(marks_of, tree), Counter({"[": 1, ",": max(0, len(tree) - 1)}))
+    return Counter()
+
+
+@given(JSON, st.booleans())
+def test_exactly_the_marks_outside_strings_are_counted(tree: Any, ascii_only: bool) -> None:
+    text = json.dumps([tree] * 3, ensure_ascii=ascii_only).encode()
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    assert +_outside_strings(plain) == +marks_of([tree] * 3)
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_have_a_weight(body: bytes) -> None:
+    assert weight(body + b" " * LIGHT_BYTES, ENOUGH) >= len(body)
+
+
+def test_marks_are_counted_across_pieces() -> None:
+    text = (",".join(['"' + ",[{" * 40 + '"'] * 3000)).encode()
+    assert +_outside_strings(text) == {",": 2999}
+
+
+def refusal(held: Held, more: int) -> RackError:
+    with pytest.raises(RackError) as caught:
+        held.take(more)
+    return caught.value
+
+
+def test_a_budget_for_each_key_and_for_all() -> None:
+    bodies = Bodies(total=10, per_key=6)
+    with bodies.held("a") as first, bodies.held("a") as second, bodies.held("b") as third:
+        assert refusal(first, 7).code == "body_too_large"
+        assert isinstance(refusal(first, 7), Refused), "no retry helps"
+        first.take(4)
+        second.take(2)
+        full = refusal(second, 1)
+        assert isinstance(full, Retryable)
+        assert (full.code, full.retry_after_s) == ("key_bodies_full", 2.0)
+        assert refusal(third, 5).code == "bodies_full"
+        third.take(4)
+    assert bodies.in_all == 0
+    with bodies.held("b") as again:
+        again.take(6)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.booleans()), max_size=40))
+def test_the_budget_is_kept_and_given_back(steps: list[tuple[str, int, bool]]) -> None:
+    bodies, stacks = Bodies(total=12, per_key=8), list[tuple[contextlib.ExitStack, Held, str]]()
+    for key, size, ends in steps:
+        if ends and stacks:
+            stacks.pop(size % len(stacks))[0].close()
+        stack = contextlib.ExitStack()
+        held = stack.enter_context(bodies.held(key))
+        with contextlib.suppress(RackError):
+            held.take(size)
+        stacks.append((stack, held, key))
+        by_key: Counter[str] = Counter()
+        for _, one, owner in stacks:
+            by_key[owner] += one.bytes
+        assert bodies.in_all == by_key.total() <= 12
+        assert all(total <= 8 for total in by_key.values())
+    for stack, _, _ in stacks:
+        stack.close()
+    assert bodies.in_all == 0
