@@ -2,11 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 from aiohttp import web
 
-from agent.api import admin, chat, completions, debug, embeddings, errors, guard, health, models, peer, wire
+from agent.api import admin, chat, completions, debug, embeddings, errors, guard, health, models, openapi, peer, wire
 from agent.api.bodies import Bodies
-from agent.api.context import BODIES, CONTEXT, LINKS, LOGGED, PARSING, REFUSALS, Context
+from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
+from shared import __version__
 from shared.log_repeats import Repeats
 
 
@@ -29,6 +31,7 @@ def build(context: Context) -> web.Application:
         web.post("/v1/embeddings", embeddings.embeddings),
         web.get("/v1/models", models.list_models),
         web.get("/v1/models/{model:.+}", models.get_model),
+        web.get("/openapi.json", health.described),
         web.get("/health", health.health),
         web.get("/live", health.live),
         web.get("/ready", health.ready),
@@ -46,6 +49,8 @@ def build(context: Context) -> web.Application:
         web.post("/admin/v1/seal", admin.seal),
     ]
     app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])
+    described = [(info.method, info.resource.canonical) for info in app.router.routes() if info.resource is not None]
+    app[DESCRIBED] = msgspec.json.encode(openapi.document(__version__, [one for one in described if one[0] != "HEAD"]))
     return app
 
 

@@ -51,6 +51,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 CONTEXT = web.AppKey("context", Context)
 LINKS: web.AppKey[Any] = web.AppKey("links", set)
 LOGGED: web.AppKey[Any] = web.AppKey("logged", set)
+DESCRIBED = web.AppKey("described", bytes)
 BODIES = web.AppKey("bodies", Bodies)
 PARSING = web.AppKey("parsing", Executor)
 REFUSALS = web.AppKey("refusals", Repeats)

@@ -5,7 +5,7 @@ import contextlib
 
 from aiohttp import web
 
-from agent.api.context import CONTEXT, json_response, require_reader
+from agent.api.context import CONTEXT, DESCRIBED, json_response, require_reader
 
 _FRESH_S = 2.0
 """A scrape waits this long for engines that are in a long step, then returns what is known."""
@@ -14,6 +14,11 @@ _FRESH_S = 2.0
 async def health(request: web.Request) -> web.Response:
     """200 while the process responds."""
     return json_response({"status": "ok", "node": request.app[CONTEXT].config.node.id})
+
+
+async def described(request: web.Request) -> web.Response:
+    """The API as an OpenAPI document."""
+    return web.Response(body=request.app[DESCRIBED], content_type="application/json")
 
 
 async def ready(request: web.Request) -> web.Response:

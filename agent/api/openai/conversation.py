@@ -26,7 +26,7 @@ _THOUGHTS = frozenset({"thinking", "reasoning", "reasoning_text", "redacted_thin
 _THOUGHT_KEYS = ("thinking", "reasoning", "text", "summary")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MEDIA = ("audio", "images")
-_MESSAGE = MESSAGE_ECHOES | {
+MESSAGE = MESSAGE_ECHOES | {
     *("role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call"),
     *(*_REASONING_KEYS, *_MEDIA),
 }
@@ -157,7 +157,7 @@ def _message(item: Any, path: str, extras: Extras) -> Message:
         raise wrong(path, "an object")
     if not isinstance(role := item.get("role"), str) or role not in ROLES:
         raise wrong(f"{path}.role", f"one of {', '.join(ROLES)}")
-    extras.beyond(item, _MESSAGE, path)
+    extras.beyond(item, MESSAGE, path)
     for key in _MEDIA:
         if item.get(key) not in (None, []):
             raise unsupported(f"{path}.{key}", _TEXT_ONLY)

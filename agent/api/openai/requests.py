@@ -50,7 +50,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
 def parse_chat(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
     """Parse a chat completion's body. Raises Refused with ``param`` naming the field; values are never quoted."""
     tree, extras = read_object(body), Extras(policy)
-    _sort_out(tree, _CHAT, NEUTRAL, extras)
+    _sort_out(tree, CHAT, NEUTRAL, extras)
     callable_tools, schema = tools(tree, extras), _schema(tree, extras)
     generate = Generate(
         **_sampling(tree, policy),
@@ -71,7 +71,7 @@ def parse_chat(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
 def parse_text(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
     """Parse a text completion's body. Raises Refused as parse_chat does."""
     tree, extras = read_object(body), Extras(policy)
-    _sort_out(tree, _TEXT, TEXT_NEUTRAL, extras)
+    _sort_out(tree, TEXT, TEXT_NEUTRAL, extras)
     delivery = _delivery(tree, extras)
     prompts = _prompts(tree)
     if len(prompts) * delivery["n"] > MAX_CHOICES:
@@ -89,7 +89,7 @@ def parse_text(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
 def parse_embeddings(body: bytes, policy: Api = DEFAULT) -> EmbedRequest:
     """Parse a request for embeddings. Raises Refused as parse_chat does."""
     tree, extras = read_object(body), Extras(policy)
-    _sort_out(tree, _EMBED, {}, extras)
+    _sort_out(tree, EMBED, {}, extras)
     form = tree.get("encoding_format")
     if form not in (None, "float", "base64"):
         raise wrong("encoding_format", "float or base64")
@@ -107,12 +107,12 @@ _SAMPLING = frozenset(
         *("repetition_penalty", "repeat_penalty", "repetition_context_size", "repeat_last_n"),
     }
 )
-_CHAT = _SAMPLING | {
+CHAT = _SAMPLING | {
     *("messages", "top_logprobs", "response_format", "tools", "tool_choice"),
     *("parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"),
 }
-_TEXT = _SAMPLING | {"prompt"}
-_EMBED = frozenset({"model", "input", "encoding_format", "dimensions"})
+TEXT = _SAMPLING | {"prompt"}
+EMBED = frozenset({"model", "input", "encoding_format", "dimensions"})
 
 
 def _delivery(tree: dict[str, Any], extras: Extras) -> dict[str, Any]:
