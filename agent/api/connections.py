@@ -7,6 +7,7 @@ import errno
 import resource
 import socket
 import ssl
+import time
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +15,7 @@ from aiohttp import web
 from agent.api.connection_limits import Connection, Phase, Table, caps_within, client_of, descriptors_for
 from agent.config import AgentConfig
 from shared.errors import Halt
+from shared.log_repeats import Repeats
 from shared.logs import get_logger
 
 BACKLOG = 512
@@ -77,6 +79,7 @@ class Listener(web.BaseSite):
         self._config, self.table = config, table
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._complaints = Repeats()
 
     @property
     def name(self) -> str:
@@ -132,7 +135,8 @@ class Listener(web.BaseSite):
 
     def _exhausted(self, error: OSError) -> None:
         """No descriptor is left: something else took those that are kept for it. The least of ours makes room."""
-        log.warning("accept_failed", reason=error.strerror, open=len(self.table))
+        if (repeated := self._complaints.take("accept", time.monotonic())) is not None:
+            log.warning("accept_failed", reason=error.strerror, open=len(self.table), repeated=repeated)
         if (rival := self.table.first_to_close()) is not None:
             self.table.counts.dropped += 1
             self._close(rival)

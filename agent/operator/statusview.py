@@ -29,6 +29,7 @@ def status_text(s: dict[str, Any]) -> str:
     silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
     lines += _section(("SENSOR UNAVAILABLE", "REASON"), silent)
     lines += _desired_lines(s.get("desired"))
+    lines += _connection_lines(s.get("connections", {}))
     lines += _log_lines(s.get("log", {}))
     return "\n".join(lines)
 
@@ -138,6 +139,14 @@ def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
         return []
     first = f"desired state: generation {desired['generation']}, {desired['state']}"
     return [first + (f"; {desired['reason']}" if desired["reason"] else ""), *(f"  {d}" for d in desired["drift"])]
+
+
+def _connection_lines(found: dict[str, Any]) -> list[str]:
+    """Only what is unusual: connections that were closed for others, refused, or too slow."""
+    if not any(found.get(name) for name in ("dropped", "refused")):
+        return []
+    closed = f"{found['dropped']} closed for others, {found['refused']} refused, {found['overdue']} too slow"
+    return [f"connections: {found['open']} of {found['limit']} open; since the start {closed}"]
 
 
 def _log_lines(log: dict[str, Any]) -> list[str]:

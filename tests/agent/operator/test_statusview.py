@@ -160,6 +160,14 @@ def test_lines_that_the_log_lost_are_shown() -> None:
     assert "could not be written" not in status_text({**STATUS, "log": {"lost_lines": 0, "problem": ""}})
 
 
+def test_connections_are_shown_once_some_were_turned_away() -> None:
+    found = {"open": 160, "limit": 160, "per_address": 120, "dropped": 300, "refused": 2, "overdue": 4}
+    text = status_text({**STATUS, "connections": found})
+    assert "connections: 160 of 160 open; since the start 300 closed for others, 2 refused, 4 too slow" in text
+    usual = {**found, "dropped": 0, "refused": 0}
+    assert "connections:" not in status_text({**STATUS, "connections": usual})
+
+
 def test_low_memory_is_shown() -> None:
     short = {"level": "hard", "held_bytes": 9, "refusing": True}
     assert "memory pressure: hard, new requests are refused" in status_text({**STATUS, "memory": short})
