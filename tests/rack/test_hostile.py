@@ -165,5 +165,6 @@ def test_no_error_echoes_the_request(tmp_path: Path, tiny_model: Path) -> None:
             assert answer.status == 400, body
             assert not [mark for mark in (MARK, "9876543") if mark in answer.body.decode()], answer.body
         assert agent.status()["models"][0]["restarts"] == 0
-        log = b"".join(file.read_bytes() for file in tmp_path.rglob("*.log"))
+        log = b"".join(file.read_bytes() for file in tmp_path.rglob("agent.jsonl*"))
+        assert b"invalid_value" in log
         assert MARK.encode() not in log

@@ -52,7 +52,9 @@ def until_closed(connection: socket.socket, meanwhile: Callable[[], object] = la
 
 
 def log_bytes(agent: Agent) -> int:
-    return sum(file.stat().st_size for file in agent.folder.rglob("*.log*"))
+    files = list(agent.folder.rglob("agent.jsonl*"))
+    assert files, "the agent writes a log"
+    return sum(file.stat().st_size for file in files)
 
 
 @pytest.mark.parametrize("greeting", [b"", HALF, WHOLE], ids=["silent", "half open", "idle"])
@@ -117,6 +119,21 @@ def test_ten_thousand_requests_whose_answers_are_not_read(tmp_path: Path) -> Non
         until(lambda: agent.status()["connections"]["overdue"] == 1, "the connection is closed")
         assert agent.chat(headers=BEARER).status == 200
         assert log_bytes(agent) - before < 64 << 10, "refusals of strangers are counted, not written"
+
+
+def test_refusals_of_strangers_are_counted_and_not_all_written(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], extra=KEYS) as (agent,):
+        before = log_bytes(agent)
+        for path in (b"/v1/models", b"/v1/chat/completions", b"/%d"):
+            asked = b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for _ in range(400))
+            with connections(agent, 1, asked) as (one,):
+                found = b""
+                while found.count(b"HTTP/1.1 4") < 400:
+                    found += one.recv(1 << 16)
+        assert log_bytes(agent) - before < 3 * 40 * 200
+        for _ in range(50):
+            assert agent.request("POST", "/v1/chat/completions", b"{}", BEARER).status == 400
+        assert log_bytes(agent) - before > 50 * 100, "those of a key are all written"
 
 
 def test_links_without_credentials_are_refused_and_hold_nothing(tmp_path: Path) -> None:

@@ -145,6 +145,20 @@ async def test_connections_cut_before_they_begin_leave_no_socket_behind() -> Non
             ours.close()
 
 
+async def test_headers_have_a_bound_in_all() -> None:
+    line = b"X-Filler: " + b"y" * 4000 + b"\r\n"
+    async with listening(Caps(total=8, per_address=8, spare=2), header_s=300) as listener:
+        with connected(listener) as growing:
+            for part in (b"GET / HTTP/1.1\r\n", *[line] * 30):
+                with contextlib.suppress(OSError):  # it has been closed
+                    await asyncio.get_running_loop().sock_sendall(growing, part)
+                await asyncio.sleep(0)
+            await until(lambda: is_closed(growing))
+        large, url = {"X-Filler": "y" * 8000}, f"http://127.0.0.1:{listener.port}/"
+        async with ClientSession() as session, session.get(url, headers=large) as answer:
+            assert answer.status == 200
+
+
 @pytest.mark.parametrize(
     ("failure", "words", "code"),
     [
