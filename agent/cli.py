@@ -219,7 +219,7 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
 
         await daemon.run(listening)
         (state / PORT_NAME).unlink(missing_ok=True)
-        if daemon.telemetry.hangs:
+        if daemon.hangs:
             # a thread blocked on an unresponsive store or sensor would delay the exit by minutes; batches are on disk
             sys.stdout.flush()
             os._exit(0)

@@ -205,6 +205,11 @@ class Daemon:
             await self._peer_client.close()
             await self.telemetry.close()
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread waits for an unresponsive store or sensor, and would delay the exit."""
+        return self.telemetry.hangs or self._follower.hangs
+
     def stop(self) -> None:
         """Begin a graceful shutdown."""
         self._stop.set()

@@ -57,7 +57,7 @@ class Status:
             "models": self._pool.inventory.status(),
             "memory": self._pool.pressure,
             "warnings": self._warnings(),
-            "desired": msgspec.to_builtins(self._follower.observed()),
+            "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
             "meters": self._telemetry.meters.status(),

@@ -64,7 +64,7 @@ def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
     """A segment's valid batches, and the reason to quarantine it; "" if all of them are valid."""
     try:
         key = keys.parse_batch_key(name) if name.startswith(keys.RAW_PREFIX) else None
-        batches = unseal(store.get(name).body)
+        batches = unseal(store.get(name, keys.MOST_SEGMENT_BYTES).body)
     except NotFound:
         return [], ""  # deleted between listing and read; prune deletes only counted segments
     except Refused as error:
@@ -141,7 +141,7 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
 def _keep_copy(store: ObjectStore, key: str) -> bool:
     """Copy a bad object to quarantine; False if it is there already or cannot be copied."""
     try:
-        store.put_if_absent(keys.quarantine_key(key), store.get(key).body)
+        store.put_if_absent(keys.quarantine_key(key), store.get(key, keys.MOST_SEGMENT_BYTES).body)
     except (PreconditionFailed, NotFound, Refused):
         return False
     return True

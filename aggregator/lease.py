@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from shared.errors import NotFound, PreconditionFailed, Retryable
+from shared.keys import MOST_LEASE_BYTES
 from shared.store import ObjectStore
 
 TTL_S = 900
@@ -43,7 +44,7 @@ def _take(store: ObjectStore, key: str, verb: str) -> str:
     now_ms, ttl_s = time.time_ns() // 1_000_000, ALERT_TTL_S if verb == "alert" else TTL_S
     mine = msgspec.json.encode(Lease(holder=f"{socket.gethostname()}:{os.getpid()}", until_ms=now_ms + ttl_s * 1000))
     try:
-        found = store.get(key)
+        found = store.get(key, MOST_LEASE_BYTES)
     except NotFound:
         with contextlib.suppress(PreconditionFailed):
             return store.put_if_absent(key, mine)

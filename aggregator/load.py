@@ -62,7 +62,7 @@ def newest_manifest(store: ObjectStore) -> Manifest:
     if not listed:
         return Manifest()
     try:
-        return msgspec.json.decode(store.get(listed[-1].key).body, type=Manifest)
+        return msgspec.json.decode(store.get(listed[-1].key, keys.MOST_MANIFEST_BYTES).body, type=Manifest)
     except msgspec.DecodeError as error:
         raise Refused(f"manifest {listed[-1].key}: {error}; delete it to roll up again from the one before") from None
 
@@ -159,7 +159,7 @@ class _Sources:
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
         self._levels = {name: _levels(name, days, whole, hourly) for name in HOUR_TABLES}
         wanted = [key for files in self._levels.values() for _, key in files]
-        found = pool.map(lambda key: find(store, key), wanted)
+        found = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
         self._files = {
             key: db.file(f"{number}.parquet", stored.body)
             for number, (key, stored) in enumerate(zip(wanted, found, strict=True))
@@ -244,7 +244,7 @@ def newest_report(store: ObjectStore, cadence: str, period: str, name: str, exte
         revision, _, found = listed.key.removeprefix(prefix).partition(".")
         if found == extension and revision.isdigit():
             revisions.append((int(revision), listed.key))
-    return store.get(max(revisions)[1]) if revisions else None
+    return store.get(max(revisions)[1], keys.MOST_REPORT_BYTES) if revisions else None
 
 
 def _folders(store: ObjectStore, prefix: str) -> list[str]:

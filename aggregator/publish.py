@@ -24,7 +24,7 @@ def renew_day(store: ObjectStore, day: str, fresh: Mapping[str, Sequence[Path]])
     """Merge rows (NDJSON files by table) into a day's minute tables and rebuild the tables derived from them.
     Idempotent."""
     # read before their sources: if another run rebuilds those in between, these conditional writes fail
-    before = {key: find(store, key) for key in _derived(day)}
+    before = {key: find(store, key, keys.MOST_TABLE_BYTES) for key in _derived(day)}
     with parquet.Database() as db:
         minutes: dict[str, Path] = {}
         hashes: list[str] = []
@@ -85,7 +85,8 @@ def report(store: ObjectStore, cadence: str, period: str, name: str, extension: 
             store.put_if_absent(key, body)
         except PreconditionFailed:
             following = keys.report_key(cadence, period, name, revision + 1, extension)
-            if find(store, following) is None and store.get(key).body == body:
+            newest = find(store, following, keys.MOST_REPORT_BYTES) is None
+            if newest and store.get(key, keys.MOST_REPORT_BYTES).body == body:
                 return key
             continue
         return key
@@ -106,7 +107,7 @@ def replace(store: ObjectStore, key: str, body: bytes, etag: str | None) -> None
 def _merge(store: ObjectStore, db: parquet.Database, table: str, day: str, fresh: Sequence[Path]) -> bytes | None:
     """A minute table after merging these rows; None if there is none."""
     key = keys.table_key("minute", table, day)
-    old = find(store, key)
+    old = find(store, key, keys.MOST_TABLE_BYTES)
     if not fresh:
         return old.body if old else None
     body = parquet.merged(db, table, fresh, old.body if old else None)

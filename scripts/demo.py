@@ -29,6 +29,7 @@ from scripts.common import agent_toml, at_once, s3_table, script, secret_file
 from scripts.fetch_demo_model import MAIN, SECOND, default_folder
 from scripts.seaweed import SeaweedFS, free_port
 from scripts.tcp_gate import TcpGate
+from shared.keys import MOST_TABLE_BYTES
 from shared.store import list_all
 
 BUILD = Path("build/demo")
@@ -322,7 +323,7 @@ class Demo:
         paths = {}
         for key in [*weekly["published"], *monthly["published"]]:
             path = BUILD / Path(key).name
-            path.write_bytes(bucket.get(key).body)
+            path.write_bytes(bucket.get(key, MOST_TABLE_BYTES).body)
             paths[key.rsplit("/", 1)[-1]] = str(path)
         report_path = next(p for n, p in paths.items() if n.startswith("report") and n.endswith("json"))
         report = json.loads(Path(report_path).read_text())

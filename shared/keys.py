@@ -14,6 +14,27 @@ TABLE_PREFIXES = ("minute/v1/", "hour/v1/", "day/v1/")
 URGENT_PREFIX = "urgent/v1/"
 MANIFEST_PREFIX = "manifest/v1/"
 MODEL_PREFIX = "models/v1/manifest/"
+MOST_SEGMENT_BYTES = 16 << 20
+"""Limits of what is read, by kind of object. A segment: agents write at most 256 KiB."""
+MOST_CLAIM_BYTES = 1 << 10
+"""A claim holds the identity of a spool."""
+MOST_DESIRED_BYTES = 4 << 20
+"""A thousand nodes with twenty models each."""
+MOST_MODEL_MANIFEST_BYTES = 4 << 20
+"""Twenty thousand files of a model."""
+MOST_COMPANION_BYTES = 16 << 20
+"""Recorded probes of a model, and its origin."""
+MOST_TABLE_BYTES = 1 << 30
+"""A day's table: a thousand nodes write 200 MB."""
+MOST_MANIFEST_BYTES = 64 << 20
+"""A commit: a hundred thousand cursors, and a piece's 12,000 objects in quarantine."""
+MOST_REPORT_BYTES = 64 << 20
+"""A report; the longest are placements of thousands of models."""
+MOST_STATE_BYTES = 64 << 20
+"""State of `alert` and `sync`, by node and by table."""
+MOST_LEASE_BYTES = 4 << 10
+MOST_NOTES_BYTES = 4 << 20
+"""A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
 ALERT_STATE = "state/v1/alerts.json"
 

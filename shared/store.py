@@ -3,10 +3,14 @@
 One contract suite (tests/contracts) runs against every implementation. Calls block; the agent makes them in a thread.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from shared.errors import NotFound
+from shared.errors import NotFound, Refused
+
+MOST_LISTED = 1_000_000
+"""Objects that `list_all` holds in memory: 500 MB."""
 
 
 class Listed(NamedTuple):
@@ -32,7 +36,9 @@ class ObjectStore(Protocol):
     An empty object is what an interrupted write leaves behind (SeaweedFS stores one when the writer dies before the
     body): `get` and `list_after` ignore it, `put_if_absent` overwrites it. Neither program means to write one.
 
-    Every call raises Retryable when the store does not respond or asks to wait, AccessDenied when it rejects the
+    No call goes on for ever: its deadline counts from its beginning, however slowly bytes arrive, and grows with the
+    bytes of a large object. Every call raises Retryable when the store does not respond or asks to wait, or when what
+    answers cannot be a store (a proxy, a captive portal), AccessDenied when it rejects the
     credentials, and Refused when the request itself can never succeed.
     """
 
@@ -52,8 +58,9 @@ class ObjectStore(Protocol):
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
         """Replace only the object with this etag; returns the new one. Raises PreconditionFailed otherwise."""
 
-    def get(self, key: str) -> Stored:
-        """Read an object. Raises NotFound."""
+    def get(self, key: str, most_bytes: int) -> Stored:
+        """Read an object of at most ``most_bytes``. Raises NotFound, and Refused (code too_large) for a larger one, of
+        which no more than that is read."""
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
         """At most ``length`` bytes from offset ``start``; fewer at the end, none beyond it. Raises NotFound."""
@@ -68,19 +75,31 @@ class ObjectStore(Protocol):
         """Delete; no error if the key does not exist. Callers must not depend on success."""
 
 
-def find(store: ObjectStore, key: str) -> Stored | None:
-    """The object, or None if there is none."""
+def too_large(what: str, most_bytes: int) -> Refused:
+    """The error for an object that exceeds its reader's bound."""
+    return Refused(f"{what}: it has more than {most_bytes:,} bytes, the limit for this object", code="too_large")
+
+
+def find(store: ObjectStore, key: str, most_bytes: int) -> Stored | None:
+    """The object, or None if there is none. Raises Refused like `get`."""
     try:
-        return store.get(key)
+        return store.get(key, most_bytes)
     except NotFound:
         return None
 
 
-def list_all(store: ObjectStore, prefix: str, after: str = "") -> list[Listed]:
-    """Every object under ``prefix`` after ``after``, page by page."""
-    found: list[Listed] = []
-    while True:
-        if not (page := store.list_after(prefix, after)):
-            return found
-        found += page
+def each(store: ObjectStore, prefix: str, after: str = "") -> Iterator[Listed]:
+    """Every object under ``prefix`` after ``after``; one page at a time is in memory."""
+    while page := store.list_after(prefix, after):
+        yield from page
         after = page[-1].key
+
+
+def list_all(store: ObjectStore, prefix: str, after: str = "", most: int = MOST_LISTED) -> list[Listed]:
+    """Every object under ``prefix`` after ``after``. Raises Refused for more than ``most``."""
+    found: list[Listed] = []
+    for one in each(store, prefix, after):
+        if len(found) == most:
+            raise Refused(f"list {prefix}: more than {most:,} objects; is another rack's data in this bucket?")
+        found.append(one)
+    return found

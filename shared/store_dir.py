@@ -9,12 +9,14 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
-from shared.store import Listed, Stored
+from shared.store import Listed, Stored, too_large
 
 _LOCK = ".mlxrack-lock"
 _TEMPORARY = ".mlxrack-tmp-"
@@ -27,6 +29,7 @@ class DirectoryStore:
         self._root = root
         with _as_ours("open", str(root)):
             root.mkdir(parents=True, exist_ok=True)
+            self._real_root = root.resolve()
 
     @property
     def clock_skew_ms(self) -> int | None:
@@ -59,7 +62,7 @@ class DirectoryStore:
         path = self._path(key)
         with _as_ours("put", key), self._locked(), self._temporary(body) as temporary:
             try:
-                seen = _etag(path.read_bytes())
+                seen = self._listed(key).etag
             except FileNotFoundError:
                 seen = "nothing"
             if seen != etag:
@@ -67,15 +70,17 @@ class DirectoryStore:
             os.replace(temporary, path)
         return _etag(body)
 
-    def get(self, key: str) -> Stored:
-        with _as_ours("get", key):
-            body = self._path(key).read_bytes()
+    def get(self, key: str, most_bytes: int) -> Stored:
+        with _as_ours("get", key), self._opened(key) as file:
+            body = file.read(most_bytes + 1)
+        if len(body) > most_bytes:
+            raise too_large(f"get {key}", most_bytes)
         if not body:
             raise NotFound(f"get {key}: empty object, left by an interrupted write")
         return Stored(body, _etag(body))
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
-        with _as_ours("get", key), self._path(key).open("rb") as file:
+        with _as_ours("get", key), self._opened(key) as file:
             file.seek(start)
             return file.read(length)
 
@@ -96,14 +101,27 @@ class DirectoryStore:
             for key in keys:
                 if len(listed) == limit:
                     break
-                with contextlib.suppress(FileNotFoundError):
-                    if body := self._path(key).read_bytes():
-                        listed.append(Listed(key, len(body), _etag(body)))
+                # deleted meanwhile, or a link or a pipe that is no object
+                with contextlib.suppress(FileNotFoundError, Refused):
+                    if (one := self._listed(key)).size:
+                        listed.append(one)
         return listed
 
     def delete(self, key: str) -> None:
         with _as_ours("delete", key), contextlib.suppress(NotFound, FileNotFoundError):
             self._path(key).unlink()
+
+    def _listed(self, key: str) -> Listed:
+        with self._opened(key) as file:
+            etag = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            return Listed(key, file.tell(), etag)
+
+    def _opened(self, key: str) -> BufferedReader:
+        """An object's file. A pipe would make the reader wait, so only a regular file is one."""
+        path = self._path(key)
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise Refused(f"get {key}: not a regular file", code="bad_key")
+        return path.open("rb")
 
     def _keys_under(self, start: Path) -> Iterator[str]:
         for folder, folders, names in os.walk(start):
@@ -117,7 +135,10 @@ class DirectoryStore:
         odd = any(p in ("", ".", "..") or p.startswith(".mlxrack-") for p in parts)
         if not key or len(key) > 1024 or odd or "\0" in key:
             raise Refused(f"key {key!r}: invalid object key", code="bad_key")
-        return self._root.joinpath(*parts)
+        path = self._root.joinpath(*parts)
+        if not path.resolve().is_relative_to(self._real_root):
+            raise Refused(f"key {key!r}: a link leads out of the store's folder", code="bad_key")
+        return path
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import boto3
 import boto3.exceptions
 import botocore.exceptions
 import botocore.handlers
+import botocore.parsers
 import botocore.session
+import urllib3.exceptions
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from shared.botocore_data import SmallLoader
 from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
-from shared.store import Listed, Stored
+from shared.store import Listed, Stored, too_large
+from shared.store_pace import CALL_S, NOT_A_STORE, answer_of, pool_classes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
@@ -33,6 +38,16 @@ _CONFIG = Config(
     request_checksum_calculation="when_required",
     response_checksum_validation="when_required",
 )
+_SAID_BY_A_STORE = (*range(300, 412), *range(413, 429), *range(430, 501), 511)
+"""Statuses that a store explains by a code; a bare one comes from something between, or is botocore's 500 for a 200
+that is not XML. 412 and 429 speak for themselves."""
+_PARTS = TransferConfig(max_concurrency=4)
+"""Parts of a file that travel at once: each keeps the pace that store_pace asks for on a slow line."""
+PIECE_BYTES = 256 << 10
+MOST_EMPTY_PAGES = 100
+"""Pages of a listing that hold nothing but empty objects, before it is given up."""
+_ODD = (LookupError, TypeError, ValueError, AttributeError, botocore.parsers.ResponseParserError)
+"""What boto3 raises over an answer that has not the form of S3's."""
 EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
 """ETag of an empty object on every store: the MD5 of no bytes."""
 
@@ -54,6 +69,7 @@ class S3Store:
         session_token: str | None = None,
         connect_timeout_s: float = 5,
         read_timeout_s: float = 20,
+        call_s: float = CALL_S,
         attempts: int = 3,
     ) -> None:
         self._bucket = bucket
@@ -65,6 +81,7 @@ class S3Store:
                 connect_timeout=connect_timeout_s,
                 read_timeout=read_timeout_s,
             ),
+            call_s,
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
             aws_session_token=session_token,
@@ -82,7 +99,7 @@ class S3Store:
 
     def _note_date(self, http_response: Any = None, **_: object) -> None:
         """Measure the clock skew from the Date header of a response."""
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, OverflowError):
             theirs = parsedate_to_datetime(http_response.headers["date"])
             skew_ms = round((time.time() - theirs.timestamp()) * 1000)
             # the header has whole seconds, so less than one is no skew
@@ -105,53 +122,72 @@ class S3Store:
             except NotFound:
                 raise PreconditionFailed(f"put {key}: the object no longer exists") from None
 
-    def get(self, key: str) -> Stored:
-        with _as_ours("get", key):
+    def get(self, key: str, most_bytes: int) -> Stored:
+        with _as_ours("get", key), answer_of(most_bytes):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
-            body = answer["Body"].read()
+            etag = _etag(answer, f"get {key}", html=key.endswith(".html"))
+            body = _body(answer, f"get {key}", most_bytes)
         if not body:
             raise NotFound(f"get {key}: empty object, left by an interrupted write")
-        return Stored(body, answer["ETag"].strip('"'))
+        return Stored(body, etag)
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
         if length <= 0:
             return b""
-        with _as_ours("get", key):
+        wanted = f"bytes={start}-{start + length - 1}"
+        with _as_ours("get", key), answer_of(length):
             try:
-                answer = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{start + length - 1}"
-                )
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, Range=wanted)
             except botocore.exceptions.ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                     return b""
                 raise
-            body: bytes = answer["Body"].read()
-            return body
+            _etag(answer, f"get {key}", html=key.endswith(".html"))
+            range_is_right = str(answer.get("ContentRange", "")).startswith(f"bytes {start}-")
+            if not range_is_right or answer["ContentLength"] > length:
+                raise Retryable(f"get {key}: it answered another part than {wanted}: {NOT_A_STORE}")
+            return _body(answer, f"get {key}", length)
 
     def put_file(self, key: str, path: Path) -> None:
         # multipart for large files: one PUT takes 5 GB at most
         with _as_ours("put", key):
             try:
-                self._client.upload_file(str(path), self._bucket, self._prefix + key)
+                self._client.upload_file(str(path), self._bucket, self._prefix + key, Config=_PARTS)
             except boto3.exceptions.S3UploadFailedError as error:
                 if isinstance(error.__context__, botocore.exceptions.ClientError):
                     raise error.__context__ from None
                 raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
+                if error.filename is None:
+                    raise Retryable(f"put {key}: the store does not respond ({type(error).__name__})") from None
                 raise Refused(f"put {key}: {path.name} cannot be read ({error.strerror})", code="bad_file") from None
+            size = path.stat().st_size
+        # the upload's own answers are not shown to us
+        if size and len(self.get_part(key, size - 1, 2)) != 1:
+            raise Retryable(f"put {key}: it does not hold the {size} bytes that it accepted: {NOT_A_STORE}")
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, "MaxKeys": limit}
-        cut = len(self._prefix)
-        while True:
+        for _ in range(MOST_EMPTY_PAGES):
             if after:
                 arguments["StartAfter"] = self._prefix + after
             with _as_ours("list", prefix):
-                page = self._client.list_objects_v2(**arguments).get("Contents", ())
-            found = [Listed(o["Key"][cut:], o["Size"], o["ETag"].strip('"')) for o in page if o["Size"]]
-            if found or not page:
+                page = self._page(self._client.list_objects_v2(**arguments), prefix, after, limit)
+            if (found := [one for one in page if one.size]) or not page:
                 return found
-            after = page[-1]["Key"][cut:]  # a page that has only empty objects is not the end
+            after = page[-1].key  # a page that has only empty objects is not the end
+        raise Retryable(f"list {prefix}: {MOST_EMPTY_PAGES} pages of nothing but empty objects: {NOT_A_STORE}")
+
+    def _page(self, answer: Any, prefix: str, after: str, limit: int) -> list[Listed]:
+        """A page of a listing, if it is what was asked for: callers go on from its last key. Raises Retryable."""
+        cut = len(self._prefix)
+        page = [Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"')) for o in answer.get("Contents", ())]
+        keys = [after.encode(), *(one.key.encode() for one in page)]
+        theirs = all(o["Key"].startswith(self._prefix + prefix) for o in answer.get("Contents", ()))
+        ordered = all(before < key for before, key in pairwise(keys))
+        if "IsTruncated" not in answer or not (theirs and ordered) or len(page) > limit:
+            raise Retryable(f"list {prefix}: the listing is not of these keys in order: {NOT_A_STORE}")
+        return page
 
     def delete(self, key: str) -> None:
         with _as_ours("delete", key):
@@ -168,21 +204,45 @@ class S3Store:
             raise Refused(f"key {key!r}: invalid object key", code="bad_key")
         with _as_ours("put", key):
             answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
-            etag = answer.get("ETag")
-            if not isinstance(etag, str):
-                raise Retryable(f"put {key}: response without ETag, not from an S3 store; check for a proxy")
-            return etag.strip('"')
+            return _etag(answer, f"put {key}")
 
 
-def _client(endpoint: str, patience: Config, **credentials: str | None) -> Any:
+def _etag(answer: Any, what: str, *, html: bool = False) -> str:
+    """The ETag of an answer. Raises Retryable for one that cannot be a store's: it has none, or is a page although
+    ``html`` says that no page was asked for."""
+    etag, headers = answer.get("ETag"), answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if not isinstance(etag, str) or not etag.strip('"'):
+        raise Retryable(f"{what}: the answer has no ETag: {NOT_A_STORE}")
+    if not html and str(headers.get("content-type", "")).startswith("text/html"):
+        raise Retryable(f"{what}: the answer is an HTML page: {NOT_A_STORE}")
+    return etag.strip('"')
+
+
+def _body(answer: Any, what: str, most_bytes: int) -> bytes:
+    """The body of an answer, of which no more than ``most_bytes`` are ever held. Raises Refused for a larger one."""
+    body, pieces, size = answer["Body"], list[bytes](), 0
+    while size <= most_bytes and (piece := body.read(min(PIECE_BYTES, most_bytes + 1 - size))):
+        pieces.append(piece)
+        size += len(piece)
+    if size > most_bytes:
+        body.close()
+        raise too_large(what, most_bytes)
+    return b"".join(pieces)
+
+
+def _client(endpoint: str, patience: Config, call_s: float, **credentials: str | None) -> Any:
     core = botocore.session.Session()
     core.register_component("data_loader", SmallLoader())
     session = boto3.session.Session(botocore_session=core, **credentials)
     try:
-        return session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience))
+        client = session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience))
     except ValueError:
         why = f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL"
         raise Halt(why, code="bad_endpoint") from None
+    # botocore has no setting for its connections' class
+    http = client._endpoint.http_session
+    http._pool_classes_by_scheme = http._manager.pool_classes_by_scheme = pool_classes(call_s)
+    return client
 
 
 @contextlib.contextmanager
@@ -192,14 +252,24 @@ def _as_ours(verb: str, key: str) -> Iterator[None]:
         yield
     except botocore.exceptions.ClientError as error:
         raise _translated(verb, key, error) from None
-    except botocore.exceptions.BotoCoreError as error:
+    except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        inner = getattr(error, "kwargs", {}).get("error")
+        if isinstance(inner, Retryable):
+            raise Retryable(f"{verb} {key}: {inner.message}") from None
+        if isinstance(inner, _ODD):
+            raise Retryable(f"{verb} {key}: unreadable answer ({type(inner).__name__}): {NOT_A_STORE}") from None
         raise Retryable(f"{verb} {key}: the store does not respond ({type(error).__name__})") from None
+    except _ODD as error:
+        raise Retryable(f"{verb} {key}: unreadable answer ({type(error).__name__}): {NOT_A_STORE}") from None
 
 
 def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     seen = f"{status} {code}".strip()
+    wait_s = _retry_after_s(error)
+    if status in _SAID_BY_A_STORE and not (code and not code.isdigit()):
+        return Retryable(f"{verb} {key}: {status} without an error code of S3: {NOT_A_STORE}", retry_after_s=wait_s)
     if status == 412 or code in _LOST:
         return PreconditionFailed(f"{verb} {key}: another writer was first")
     if code == "NoSuchBucket":
@@ -213,7 +283,7 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
             f"{verb} {key}: the store rejected the credentials ({seen}); check store.access_key and store.secret_key"
         )
     if status == 429 or status >= 500 or status == 0:
-        return Retryable(f"{verb} {key}: store busy or unavailable ({seen})", retry_after_s=_retry_after_s(error))
+        return Retryable(f"{verb} {key}: store busy or unavailable ({seen})", retry_after_s=wait_s)
     if status == 413 or code in _HOPELESS:
         return Refused(f"{verb} {key}: the store rejected the object permanently ({seen})", code="store_refused")
     if code == "RequestTimeout":

@@ -16,9 +16,10 @@ from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
 from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
 from agent.models.pool import Pool
+from agent.tasks import Tasks
 from shared.desired import Assignment, parse
 from shared.errors import NotFound, RackError, Refused, Retryable
-from shared.keys import DESIRED
+from shared.keys import DESIRED, MOST_DESIRED_BYTES
 from shared.logs import get_logger
 from shared.records import DesiredObserved
 from shared.store import ObjectStore
@@ -60,6 +61,8 @@ class Follower:
         self._adopted = Adopted(memory, config.node.id)
         self._reason = ""
         self._refused_peers: Sequence[str] = ()
+        self._since_ms: int | None = None
+        self._asking = Tasks()
         self._troubles: dict[bytes, _Trouble] = {}
         self._orders: set[asyncio.Task[Any]] = set()
         self._acting = self._stopping = False
@@ -76,6 +79,17 @@ class Follower:
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
+
+    @property
+    def since_ms(self) -> int | None:
+        """Since when the desired state could not be asked for, UTC in ms; None while it can. Its reason may have
+        changed since."""
+        return self._since_ms
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread waits for the bucket, and would delay the exit."""
+        return len(self._asking) > 0
 
     async def by_operator(self, model: str, order: Coroutine[Any, Any, T]) -> T:
         """Have an order done that wins on this node until the next generation, whether who gave it still listens or
@@ -110,8 +124,8 @@ class Follower:
         """Look, and bring this node closer. A failure is a state, and is tried again after a pause that grows."""
         try:
             before = self._adopted.desired
-            await asyncio.to_thread(self._look)
-            self._reason = ""
+            await self._in_thread(self._look)
+            self._reason, self._since_ms = "", None
             if self._adopted.desired is not before:
                 self._tell_peers()
         except RackError as error:
@@ -119,8 +133,12 @@ class Follower:
             if error.message != self._reason:
                 log.warning("desired_unknown", reason=error.message)
             self._reason = error.message
+            self._since_ms = self._since_ms or time.time_ns() // 1_000_000
         if self._adopted.follows:
             await self._reconcile()
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await self._asking.finish(asyncio.to_thread(call, *args))
 
     # ---- looking ----
 
@@ -130,7 +148,7 @@ class Follower:
         if self._store is None:
             self._store = self._open_store()
         try:
-            found = parse(self._store.get(DESIRED).body)
+            found = parse(self._store.get(DESIRED, MOST_DESIRED_BYTES).body)
         except NotFound:
             return
         known = self._adopted.desired
@@ -207,7 +225,7 @@ class Follower:
 
     async def _bring(self, action: Bring) -> None:
         one = action.assignment
-        path = await asyncio.to_thread(self._fetched, one)
+        path = await self._in_thread(self._fetched, one)
         model = self._model(one, path)
         found = await asyncio.to_thread(self._models.describe, model)
         if found.version != one.version:

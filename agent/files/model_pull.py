@@ -22,7 +22,15 @@ from shared import catalog
 from shared.catalog import Manifest, ModelFile
 from shared.durable import sync, sync_folder, write_whole
 from shared.errors import NotFound, Refused, Retryable
-from shared.keys import MODEL_PREFIX, model_file_key, model_manifest_key, model_prefix, parse_model_manifest_key
+from shared.keys import (
+    MODEL_PREFIX,
+    MOST_COMPANION_BYTES,
+    MOST_MODEL_MANIFEST_BYTES,
+    model_file_key,
+    model_manifest_key,
+    model_prefix,
+    parse_model_manifest_key,
+)
 from shared.store import ObjectStore, list_all
 
 PIECE_BYTES = 8 << 20
@@ -81,7 +89,7 @@ class BucketSource:
         self._version = version or _only_version(bucket, name)
         key = model_manifest_key(name, self._version)
         try:
-            self.manifest = msgspec.json.decode(bucket.get(key).body, type=Manifest)
+            self.manifest = msgspec.json.decode(bucket.get(key, MOST_MODEL_MANIFEST_BYTES).body, type=Manifest)
         except NotFound:
             why = f"the bucket does not hold it; upload it with `mlxrack-agent models push FOLDER {name}`"
             raise Refused(f"pull {name}@{self._version}: {why}", code="not_found") from None
@@ -224,7 +232,7 @@ def _only_version(bucket: ObjectStore, name: str) -> str:
 
 def _companion(bucket: ObjectStore, version: str, name: str) -> bytes | None:
     with contextlib.suppress(NotFound):
-        return bucket.get(model_file_key(version, name)).body
+        return bucket.get(model_file_key(version, name), MOST_COMPANION_BYTES).body
     return None
 
 

@@ -23,6 +23,7 @@ from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView
 from agent.wire.frames import Accepted, Answer, Ask, Generate
+from agent.wire.namespaces import OPEN
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
@@ -130,6 +131,7 @@ class Dispatch:
             call = Call(
                 ask=Generate(id=0, model="", max_tokens=None),
                 request_id=request_id,
+                cache=OPEN,
                 key_id=key_id,
                 began_s=now,
                 last_s=now,

@@ -21,7 +21,7 @@ from agent.process import gpu
 from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
 from shared.errors import NotFound, RackError
-from shared.keys import claim_key
+from shared.keys import MOST_CLAIM_BYTES, claim_key
 from shared.memory_plan import default_budget_bytes
 from shared.secrets import strong
 from shared.store_open import open_store
@@ -134,7 +134,7 @@ def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
     try:
         store = open_store(config.store, environ)
         try:
-            store.get(claim_key(config.node.id, 1))
+            store.get(claim_key(config.node.id, 1), MOST_CLAIM_BYTES)
         finally:
             skew_ms = store.clock_skew_ms  # error responses carry the time, too
     except NotFound:

@@ -1,6 +1,7 @@
 """The agent's status as human-readable tables. Pure."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -43,7 +44,7 @@ def _telemetry(push: dict[str, Any]) -> str:
         f"telemetry: {push['state']}, {push['sent_batches']} batches sent, {push['waiting_batches']} waiting"
         + (f", {push['held_windows']} in memory" if push["held_windows"] else "")
         + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
-        + "".join(f"; {problem}" for problem in (push["reason"], push["disk_problem"]) if problem)
+        + "".join(f"; {problem}" for problem in (push["reason"] + _since(push), push["disk_problem"]) if problem)
     )
 
 
@@ -135,10 +136,13 @@ def _swap_words(x: dict[str, Any]) -> tuple[str, str]:
 
 
 def _desired_lines(desired: dict[str, Any] | None) -> list[str]:
-    if not desired or not desired["generation"]:
+    if not desired or not (desired["generation"] or desired["reason"]):
         return []
     first = f"desired state: generation {desired['generation']}, {desired['state']}"
-    return [first + (f"; {desired['reason']}" if desired["reason"] else ""), *(f"  {d}" for d in desired["drift"])]
+    return [
+        first + (f"; {desired['reason']}{_since(desired)}" if desired["reason"] else ""),
+        *(f"  {d}" for d in desired["drift"]),
+    ]
 
 
 def _connection_lines(found: dict[str, Any]) -> list[str]:
@@ -160,6 +164,13 @@ def _log_lines(log: dict[str, Any]) -> list[str]:
 def talks_text(found: Mapping[str, str]) -> str:
     """What the probe of a model's chat template found, in one line."""
     return "; ".join(f"{what}: {how}" for what, how in found.items())
+
+
+def _since(problem: Mapping[str, Any]) -> str:
+    """When a problem of the store began."""
+    if (since_ms := problem.get("since_ms")) is None:
+        return ""
+    return f" (since {datetime.fromtimestamp(since_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
 
 
 def _span(seconds: int) -> str:

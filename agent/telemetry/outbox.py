@@ -22,7 +22,7 @@ class Outbox:
     @property
     def pushing(self) -> bool:
         """Whether a push still runs, for example against an unresponsive store."""
-        return len(self._tasks) > 0
+        return len(self._tasks) + len(self._urgent) > 0
 
     def emit(self, event: Event) -> None:
         """An event for the next batch, and for the bucket at once if it is urgent."""
@@ -47,6 +47,7 @@ class Outbox:
         return {
             "state": state.state,
             "reason": state.reason,
+            "since_ms": state.since_ms,
             "waiting_batches": self._spool.count,
             "held_windows": self._sampler.held_windows,
             "disk_problem": self._sampler.disk_problem,

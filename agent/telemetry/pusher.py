@@ -31,10 +31,12 @@ log = get_logger("agent.telemetry.pusher")
 
 
 class PushState(msgspec.Struct, kw_only=True):
-    """State of the push for display. ``state`` is idle, ok, waiting (will retry) or refused (needs an operator)."""
+    """State of the push for display. ``state`` is idle, ok, waiting (will retry) or refused (needs an operator);
+    ``since_ms`` is when the failures began (UTC), whatever their ``reason`` now, None while there are none."""
 
     state: str = "idle"
     reason: str = ""
+    since_ms: int | None = None
     waiting_batches: int = 0
     sent_batches: int = 0
     failures: int = 0
@@ -76,7 +78,7 @@ class Pusher:
             self._failed(Retryable(f"spool: {error.strerror or type(error).__name__}", code="disk"))
         else:
             self.state.failures = 0
-            self.state.state, self.state.reason = "ok", ""
+            self.state.state, self.state.reason, self.state.since_ms = "ok", "", None
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
 
@@ -149,7 +151,7 @@ class Pusher:
     @staticmethod
     def _same_or_halt(store: ObjectStore, key: str, body: bytes) -> None:
         """The key exists: from this agent, when a response was lost, or from another agent with the same name."""
-        stored = store.get(key).body
+        stored = store.get(key, keys.MOST_SEGMENT_BYTES).body
         if digest(stored) != digest(body) and _said(stored) != _said(body):
             why = "another agent writes under this node's name; each node must have its own node.id"
             raise Halt(f"push {key}: {why}", code="identity_clash")
@@ -162,7 +164,7 @@ class Pusher:
             try:
                 store.put_if_absent(key, body)
             except PreconditionFailed:
-                if store.get(key).body != body:
+                if store.get(key, keys.MOST_CLAIM_BYTES).body != body:
                     continue
             self._spool.claim(incarnation)
             return incarnation
@@ -180,6 +182,7 @@ class Pusher:
         if self.state.reason != error.message:
             log.warning("push_failed", state=self.state.state, code=error.code, reason=error.message)
         self.state.reason = error.message
+        self.state.since_ms = self.state.since_ms or time.time_ns() // 1_000_000
         if isinstance(error, Halt):
             # credentials may have been corrected meanwhile; other errors do not justify an expensive new client
             self._last_skew_ms = self.clock_skew_ms

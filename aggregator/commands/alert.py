@@ -66,7 +66,7 @@ def _without(state: AlertState, failed: list[Notice]) -> AlertState:
 
 
 def _read(store: ObjectStore) -> tuple[AlertState, Stored | None]:
-    stored = find(store, keys.ALERT_STATE)
+    stored = find(store, keys.ALERT_STATE, keys.MOST_STATE_BYTES)
     if stored is None:
         return AlertState(), None
     try:

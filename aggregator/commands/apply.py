@@ -26,7 +26,7 @@ def run(
 ) -> tuple[tuple[Move, ...], desired.DesiredState]:
     """The moves and the resulting desired state, published unless ``dry_run``. Raises Refused when it is impossible,
     Retryable when another writer was first."""
-    stored = find(store, keys.DESIRED)
+    stored = find(store, keys.DESIRED, keys.MOST_DESIRED_BYTES)
     before = desired.parse(stored.body) if stored is not None else None
     chosen = acceptance.accepted(report, steps)
     versions = _versions(store)

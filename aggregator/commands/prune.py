@@ -74,7 +74,7 @@ def _reached(store: ObjectStore, days: list[str]) -> dict[tuple[str, int, int], 
     found: dict[tuple[str, int, int], int] = {}
     with parquet.Database() as db:
         for day in days:
-            stored = find(store, keys.table_key("day", "run", day))
+            stored = find(store, keys.table_key("day", "run", day), keys.MOST_TABLE_BYTES)
             for row in db.rows(parquet.reading([db.file("run.parquet", stored.body)])) if stored else ():
                 run = (row["node"], row["incarnation"], row["epoch"])
                 found[run] = max(found.get(run, -1), row["last_seq"])

@@ -71,12 +71,12 @@ def _differs(one: Listed, there: Listed | None, seen: dict[str, str], prefix: st
 def _copy(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, bool]:
     """Bytes written, and whether the target holds a different object that must not be overwritten."""
     try:
-        body = source.get(one.key).body
+        body = source.get(one.key, keys.MOST_TABLE_BYTES).body
     except NotFound:
         return 0, False  # deleted meanwhile by retention
     if not _put(target, one.key, body):
-        return 0, digest(target.get(one.key).body) != digest(body)
-    if digest(target.get(one.key).body) != digest(body):
+        return 0, digest(target.get(one.key, keys.MOST_TABLE_BYTES).body) != digest(body)
+    if digest(target.get(one.key, keys.MOST_TABLE_BYTES).body) != digest(body):
         raise Retryable(f"sync {one.key}: read-back differs from what was written; run again")
     return len(body), False
 
@@ -93,7 +93,7 @@ def _put(target: ObjectStore, key: str, body: bytes) -> bool:
 
 def _seen(target: ObjectStore) -> dict[str, str]:
     """The source's etag of each object at its last copy."""
-    stored = find(target, STATE)
+    stored = find(target, STATE, keys.MOST_STATE_BYTES)
     try:
         return msgspec.json.decode(stored.body, type=dict[str, str]) if stored is not None else {}
     except msgspec.DecodeError:

@@ -18,6 +18,7 @@ from aggregator.report.pages import placement as placement_page
 from aggregator.report.pages import scorecard as scorecard_page
 from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import Window
+from shared import keys
 from shared.errors import Refused
 from shared.logs import get_logger
 from shared.store import ObjectStore, find
@@ -83,7 +84,7 @@ def _clocks(window: Window) -> tuple[str, ...]:
 
 def notes(store: ObjectStore) -> tuple[Annotation, ...]:
     """Incident annotations; none if the file is missing or invalid (which is logged)."""
-    stored = find(store, annotations.KEY)
+    stored = find(store, annotations.KEY, keys.MOST_NOTES_BYTES)
     try:
         return annotations.parse(stored.body) if stored is not None else ()
     except Refused as error:

@@ -66,7 +66,7 @@ def test_pushed_batches_are_counted_once(store: ObjectStore) -> None:
 def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStore) -> None:
     put(store, minute(0), minute(1))
     rollup.run(CONFIG, store)
-    before = {o.key: store.get(o.key).body for o in list_all(store, "minute/")}
+    before = {o.key: store.get(o.key, 1 << 30).body for o in list_all(store, "minute/")}
     put(store, minute(0), minute(1), minute(2))
     rollup.run(CONFIG, store)
     assert rows(store) == (6, 3)
@@ -113,7 +113,7 @@ def test_concurrent_aggregators_lose_nothing(store: ObjectStore, monkeypatch: py
 
 def test_bad_objects_are_quarantined_and_the_rest_is_rolled_up(store: ObjectStore) -> None:
     good = put(store, minute(0))
-    whole = store.get(good).body
+    whole = store.get(good, 1 << 30).body
     bad = {
         "raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz": whole[:-5],
         "raw/v1/node=n1/i0001/e00000001/0000000003-0000000003.mpz": b"not a segment",
@@ -131,7 +131,7 @@ def test_bad_objects_are_quarantined_and_the_rest_is_rolled_up(store: ObjectStor
     assert all(q.reason for q in manifest.quarantined)
     assert rows(store) == (8, 2)
     for key, body in bad.items():
-        assert body == store.get(keys.quarantine_key(key)).body, "byte for byte"
+        assert body == store.get(keys.quarantine_key(key), 1 << 30).body, "byte for byte"
     assert manifest == rollup.run(CONFIG, store), "set aside once"
 
 
@@ -167,14 +167,14 @@ def test_any_order_and_split_give_the_same_bytes(tmp_path: Path, seed: int) -> N
         listed = [o.key for o in list_all(plain, prefix)]
         assert listed == [o.key for o in list_all(mixed, prefix)]
         for key in listed:
-            assert plain.get(key).body == mixed.get(key).body, key
+            assert plain.get(key, 1 << 30).body == mixed.get(key, 1 << 30).body, key
 
 
 def test_an_empty_bucket_gives_reports_that_state_it(store: ObjectStore) -> None:
     assert rollup.run(CONFIG, store).number == 0
     assert len(weekly.run(CONFIG, store, "2026-W47")) == 16, "five artifacts in three forms, and a CSV"
     _, key = monthly.run(CONFIG, store, "2026-11")
-    assert store.get(key).body.startswith(b"%PDF")
+    assert store.get(key, 1 << 30).body.startswith(b"%PDF")
 
 
 def test_an_unchanged_report_is_not_rewritten(store: ObjectStore) -> None:
@@ -289,7 +289,7 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
     assert "generation 1 would be published: 2 of 2 steps" in capsys.readouterr().out
     assert not list_all(store, "desired/")
     assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
-    desired = json.loads(store.get(keys.DESIRED).body)
+    desired = json.loads(store.get(keys.DESIRED, 1 << 30).body)
     assert {node: [a["model"] for a in given] for node, given in desired["nodes"].items()} == {"n1": ["b"], "n2": ["a"]}
     assert cli.main(["apply", "--week", "2026-W47", "--steps", "x", "--config", config]) == 1
     assert "like 1,2" in capsys.readouterr().err
@@ -357,7 +357,7 @@ def test_uncounted_objects_are_mentioned_in_the_report(tmp_path: Path) -> None:
     store.put("raw/v1/node=n1/i0001/e00000001/0000000002-0000000002.mpz", b"half a fi")
     rollup.run(CONFIG, store)
     weekly.run(CONFIG, store, "2026-W47")
-    page = store.get("report/v1/weekly/2026-W47/uptime-r1.md").body.decode()
+    page = store.get("report/v1/weekly/2026-W47/uptime-r1.md", 1 << 30).body.decode()
     assert "1 unreadable objects are in quarantine/" in page
 
 

@@ -48,7 +48,7 @@ def test_files_older_than_a_column_are_read(tmp_path: Path) -> None:
     for table, column in dropped.items():
         for key in (keys.table_key("hour", table, "2026-11-21"), keys.table_key("day", table, "2026-11-21")):
             path, made = tmp_path / "old.parquet", tmp_path / "new.parquet"
-            path.write_bytes(store.get(key).body)
+            path.write_bytes(store.get(key, 1 << 30).body)
             with duckdb.connect() as db:
                 db.execute(f"COPY (SELECT * EXCLUDE ({column}) FROM '{path}') TO '{made}' (FORMAT parquet)")
             store.put(key, made.read_bytes())
@@ -90,7 +90,7 @@ def test_alerts_enabled_later_start_from_now(tmp_path: Path) -> None:
     put(store, batch([host()], minute=0))
     rollup.run(CONFIG, store)
     alert.run(CONFIG, store, Discord({}))
-    state = json.loads(store.get(keys.ALERT_STATE).body)
+    state = json.loads(store.get(keys.ALERT_STATE, 1 << 30).body)
     assert state["nodes"] == {}, "what was rolled up long ago is no news"
     assert state["cursors"] == load.newest_manifest(store).cursors
 
@@ -149,7 +149,7 @@ def test_an_interrupted_prune_is_finished_by_the_next(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     put(store, batch([served()]))
     rollup.run(CONFIG, store)
-    kept = {o.key: store.get(o.key).body for o in list_all(store, "minute/")}
+    kept = {o.key: store.get(o.key, 1 << 30).body for o in list_all(store, "minute/")}
     later = datetime.fromtimestamp((T0 + 420 * 86_400_000) / 1000, UTC)
     prune.run(CONFIG, store, later)
     for key, body in kept.items():

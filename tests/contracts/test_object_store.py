@@ -28,7 +28,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 
 def test_a_put_object_is_read_back(store: ObjectStore) -> None:
     etag = store.put("a/b c+%/ü.bin", b"\x00\xffbody")
-    got = store.get("a/b c+%/ü.bin")
+    got = store.get("a/b c+%/ü.bin", 1 << 30)
     assert (b"\x00\xffbody", etag) == got
 
 
@@ -37,11 +37,11 @@ def test_a_partial_write_counts_as_absent(store: ObjectStore) -> None:
     for number in range(5):
         store.put(f"cut/{number}", b"" if number != 3 else b"whole")
     with pytest.raises(NotFound):
-        store.get("cut/1")
+        store.get("cut/1", 1 << 30)
     assert [one.key for one in store.list_after("cut/", limit=1)] == ["cut/3"]
     assert [one.key for one in list_all(store, "cut/")] == ["cut/3"]
     store.put_if_absent("cut/1", b"again")
-    assert store.get("cut/1").body == b"again"
+    assert store.get("cut/1", 1 << 30).body == b"again"
     with pytest.raises(PreconditionFailed):
         store.put_if_absent("cut/1", b"and again")
     wins = []
@@ -55,14 +55,14 @@ def test_a_partial_write_counts_as_absent(store: ObjectStore) -> None:
 
 def test_a_missing_object_is_not_found(store: ObjectStore) -> None:
     with pytest.raises(NotFound):
-        store.get("nothing")
+        store.get("nothing", 1 << 30)
 
 
 def test_put_if_absent_writes_once(store: ObjectStore) -> None:
     store.put_if_absent("once", b"first")
     with pytest.raises(PreconditionFailed):
         store.put_if_absent("once", b"second")
-    assert store.get("once").body == b"first"
+    assert store.get("once", 1 << 30).body == b"first"
 
 
 def test_put_if_match_replaces_the_version_read(store: ObjectStore) -> None:
@@ -70,7 +70,7 @@ def test_put_if_match_replaces_the_version_read(store: ObjectStore) -> None:
     newer = store.put_if_match("state", b"2", etag)
     with pytest.raises(PreconditionFailed):
         store.put_if_match("state", b"3", etag)
-    assert (b"2", newer) == store.get("state")
+    assert (b"2", newer) == store.get("state", 1 << 30)
     with pytest.raises(PreconditionFailed):
         store.put_if_match("missing", b"x", etag)
 
@@ -92,7 +92,7 @@ def test_one_of_many_writers_wins(store: ObjectStore) -> None:
     for thread in threads:
         thread.join()
     assert len(wins) == 1
-    assert str(wins[0]).encode() == store.get("race").body
+    assert str(wins[0]).encode() == store.get("race", 1 << 30).body
 
 
 def test_listing_continues_after_a_key_in_byte_order(store: ObjectStore) -> None:
@@ -104,7 +104,7 @@ def test_listing_continues_after_a_key_in_byte_order(store: ObjectStore) -> None
     assert store.list_after("p/", after="p/b") == []
     assert store.list_after("none/") == []
     (listed,) = store.list_after("q/")
-    assert (3, store.get("q/z").etag) == (listed.size, listed.etag)
+    assert (3, store.get("q/z", 1 << 30).etag) == (listed.size, listed.etag)
 
 
 def test_list_pages_are_complete(store: ObjectStore) -> None:
@@ -123,7 +123,7 @@ def test_deleting_a_missing_object_is_not_an_error(store: ObjectStore) -> None:
     store.delete("gone")
     store.delete("gone")
     with pytest.raises(NotFound):
-        store.get("gone")
+        store.get("gone", 1 << 30)
 
 
 @pytest.mark.parametrize("key", ["", "x" * 1100, "nul\0"])
@@ -154,7 +154,7 @@ def test_a_key_that_is_a_prefix_folder_is_rejected(tmp_path: Path) -> None:
 def s3(server: SeaweedFS, **change: str) -> S3Store:
     access_key, secret_key = server.ADMIN
     values = {"endpoint": server.endpoint, "bucket": "creds", "access_key": access_key, "secret_key": secret_key}
-    return S3Store(**{**values, **change}, attempts=1, connect_timeout_s=1, read_timeout_s=2)
+    return S3Store(**{**values, **change}, attempts=1, connect_timeout_s=1, read_timeout_s=2, call_s=20)
 
 
 @pytest.mark.parametrize("change", [{"secret_key": "wrong"}, {"access_key": "nobody"}])
@@ -210,7 +210,7 @@ def test_a_node_credential_reaches_only_its_own_prefix(seaweed: SeaweedFS) -> No
     s3(seaweed, bucket="scoped").create_bucket()
     node = s3(seaweed, bucket="scoped", access_key="n1", secret_key="n1secretn1secret")
     node.put_if_absent("raw/v1/node=n1/i0001/claim", b"me")
-    assert node.get("raw/v1/node=n1/i0001/claim").body == b"me"
+    assert node.get("raw/v1/node=n1/i0001/claim", 1 << 30).body == b"me"
     for forbidden in ("raw/v1/node=n2/i0001/claim", "manifest/v1/0000000001.json"):
         with pytest.raises(AccessDenied):
             node.put_if_absent(forbidden, b"x")
@@ -226,7 +226,7 @@ def test_an_unreachable_store_is_retryable_and_recovers(seaweed: SeaweedFS) -> N
     gate.open()
     store.put("k", b"x")
     with pytest.raises(Retryable):
-        s3(seaweed, endpoint=f"http://127.0.0.1:{free_port()}").get("k")
+        s3(seaweed, endpoint=f"http://127.0.0.1:{free_port()}").get("k", 1 << 30)
     gate.shut()
 
 
@@ -239,7 +239,7 @@ def test_clock_skew_comes_from_responses_and_resets_on_clock_changes(seaweed: Se
     store.forget_clock()
     assert store.clock_skew_ms is None
     with pytest.raises(NotFound):
-        store.get("nothing")
+        store.get("nothing", 1 << 30)
     assert store.clock_skew_ms is not None, "a refusal is an answer, too"
 
 
@@ -257,10 +257,10 @@ def test_files_of_any_size_round_trip(store: ObjectStore, tmp_path: Path) -> Non
     large = tmp_path / "large file"
     large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients use multipart uploads
     store.put_file("models/large", large)
-    assert store.get("models/large").body == large.read_bytes()
+    assert store.get("models/large", 1 << 30).body == large.read_bytes()
     large.write_bytes(b"small now")
     store.put_file("models/large", large)
-    assert store.get("models/large").body == b"small now"
+    assert store.get("models/large", 1 << 30).body == b"small now"
     with pytest.raises(Refused):
         store.put_file("models/none", tmp_path / "none")
     assert [one.key for one in list_all(store, "models/")] == ["models/large"]

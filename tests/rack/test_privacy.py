@@ -158,7 +158,7 @@ def _everything(folder: Path, bucket: Any) -> list[tuple[str, bytes]]:
     """Every object in the bucket (also unpacked) and every file that any program wrote."""
     found = []
     for listed in list_all(bucket, ""):
-        body = bucket.get(listed.key).body
+        body = bucket.get(listed.key, 1 << 30).body
         found.append((listed.key, listed.key.encode() + body))
         if listed.key.endswith(".mpz"):
             found.append((f"{listed.key} unpacked", zstandard.ZstdDecompressor().stream_reader(body).read()))

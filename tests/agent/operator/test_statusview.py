@@ -168,6 +168,14 @@ def test_connections_are_shown_once_some_were_turned_away() -> None:
     assert "connections:" not in status_text({**STATUS, "connections": usual})
 
 
+def test_a_problem_of_the_store_is_shown_with_its_begin() -> None:
+    began = {"reason": "get x: what answered is not an S3 store", "since_ms": 1_795_219_200_000}
+    push = {**STATUS["push"], "state": "waiting", **began}
+    desired = {"generation": 0, "state": "failed", "drift": [], **began}
+    text = status_text({**STATUS, "push": push, "desired": desired})
+    assert text.count("not an S3 store (since 2026-11-21 00:00:00 UTC)") == 2
+
+
 def test_low_memory_is_shown() -> None:
     short = {"level": "hard", "held_bytes": 9, "refusing": True}
     assert "memory pressure: hard, new requests are refused" in status_text({**STATUS, "memory": short})

@@ -75,8 +75,8 @@ class Flaky:
     def put_if_match(self, key: str, body: bytes, etag: str) -> str:
         return self.inner.put_if_match(key, body, etag)
 
-    def get(self, key: str) -> Stored:
-        return self.inner.get(key)
+    def get(self, key: str, most_bytes: int) -> Stored:
+        return self.inner.get(key, most_bytes)
 
     def get_part(self, key: str, start: int, length: int) -> bytes:
         return self.inner.get_part(key, start, length)
@@ -93,7 +93,7 @@ class Flaky:
 
 def read_all(store: ObjectStore) -> list[tuple[int, int, int]]:
     keys = [o.key for o in list_all(store, "raw/") if not o.key.endswith("/claim")]
-    return [(b.incarnation, b.epoch, b.seq) for key in keys for b in unseal(store.get(key).body)]
+    return [(b.incarnation, b.epoch, b.seq) for key in keys for b in unseal(store.get(key, 1 << 30).body)]
 
 
 def pusher(spool: Spool, store: ObjectStore, clock: Callable[[], float] = lambda: 0.0) -> Pusher:
@@ -120,10 +120,12 @@ def test_an_outage_loses_nothing_and_is_reported_as_state(tmp_path: Path) -> Non
     store.faults = [away]
     assert one.drain() == 0
     assert (one.state.state, one.state.reason, one.state.waiting_batches) == ("waiting", "the store is away", 3)
+    assert one.state.since_ms is not None
     assert one.drain() == 0, "nothing is tried before the backoff is over"
     now[0] = 10.0
     assert one.drain() == 3
     assert (one.state.state, one.state.reason) == ("ok", "")
+    assert one.state.since_ms is None
 
 
 def test_retry_after_from_the_store_is_honoured(tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_urgent_events_are_pushed_first(tmp_path: Path) -> None:
     event = PeerDown(t_ms=1, peer="n2", last_seen_ms=0)
     one.urgent((event,), lambda seq, events: make(spool, events))  # type: ignore[arg-type]
     (listed,) = list_all(store, "urgent/")
-    (copy,) = unseal(store.get(listed.key).body)
+    (copy,) = unseal(store.get(listed.key, 1 << 30).body)
     assert ((event,), 1) == (copy.records, copy.incarnation)
 
 
