@@ -48,7 +48,7 @@ def parse(raw: bytes) -> tuple[Annotation, ...]:
     """Parse the file. Raises Refused with the reason."""
     try:
         file = msgspec.convert(tomllib.loads(raw.decode()), _File)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise Refused(f"{KEY}: {error}") from None
     return tuple(_checked(n, one) for n, one in enumerate(file.incidents))
 

@@ -6,6 +6,7 @@ the credentials, 78 invalid configuration, 1 any other error.
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -66,7 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RackError as error:
         print(f"mlxrack-aggregator: {error.message}", file=sys.stderr)
         return exit_status(error)
+    except OSError as error:
+        print(f"mlxrack-aggregator: {_said(error)}", file=sys.stderr)
+        return os.EX_TEMPFAIL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
     return status
+
+
+def _said(error: OSError) -> str:
+    """An error of this machine in a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from aggregator import parquet
+
+        return parquet.full_disk()
+    return f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
 
 
 def exit_status(error: RackError) -> int:
@@ -259,7 +272,7 @@ def _prune(args: argparse.Namespace) -> int:
     with lease.held(store, "rollup"):
         done = prune.run(config, store, datetime.now(UTC), args.dry_run)
     would = "would be deleted" if args.dry_run else "deleted"
-    text = f"{done.raw:,} raw segments and {done.minute:,} minute tables {would}"
+    text = f"{done.raw:,} raw segments, {done.urgent:,} urgent copies and {done.minute:,} minute tables {would}"
     if args.dry_run and not args.json:
         print(text)
     else:

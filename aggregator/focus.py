@@ -18,6 +18,7 @@ COLUMNS = (
     *("AllocatedMethodId", "AllocatedResourceId", "Tags"),
 )
 METHOD = "busy-seconds"
+_FORMULA = tuple("=+-@|%＝＋－＠")
 
 
 def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> bytes:
@@ -34,7 +35,8 @@ def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> by
             quantity = round(tokens.get(row.model, 0) * part) if row.kind == "model" else Decimal(str(row.busy_s))
             is_model = row.kind == "model"
             writer.writerow(
-                (
+                _inert(value)
+                for value in (
                     *(rack, report.currency, *map(_iso, (span.since_ms, span.until_ms, day.since_ms, day.until_ms))),
                     *("Usage", f"{row.model or row.kind} on {row.node}"),
                     *("AI and Machine Learning", "LLM inference", "on premises", "mlxrack"),
@@ -44,6 +46,11 @@ def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> by
                 )
             )
     return out.getvalue().encode()
+
+
+def _inert(value: object) -> object:
+    """A text that spreadsheets take for a formula, as the text that it is; numbers are left."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
 
 
 def _iso(t_ms: int) -> str:

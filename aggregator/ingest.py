@@ -1,21 +1,26 @@
 """Read segments from the bucket into NDJSON files on disk, by day and table, ready to be merged: the slow part of a
 rollup. Several processes share it; each has its own connection and writes its own files.
 
-A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and listed with its reason.
+A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and listed with its reason. One
+that the store does not give out makes its node wait.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, TypeVar
 
 from aggregator import parquet
 from aggregator.calendar import utc_day
+from aggregator.cleaning import cleaned
+from aggregator.progress import Outcome, node_of
 from aggregator.tables import BATCH_TABLE
 from aggregator.window import meta_of, straightened
 from shared import keys
 from shared.batch import Batch, unseal
-from shared.errors import NotFound, PreconditionFailed, Refused
+from shared.errors import Halt, NotFound, PreconditionFailed, Refused, Retryable
+from shared.logs import get_logger
 from shared.records import Unknown
 from shared.store import ObjectStore
 
@@ -23,28 +28,54 @@ CONNECTIONS = 4
 MAX_REASON = 200
 
 
-class Outcome(NamedTuple):
-    """Result for one object: number of valid batches, and the reason for its quarantine, or ""."""
-
-    key: str
-    batches: int
-    unknown_records: int
-    reason: str
+T = TypeVar("T")
+log = get_logger("aggregator.ingest")
 
 
-def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path) -> list[Outcome]:
-    """Read the segments and write their rows to ``folder/<day>/<table>.ndjson``."""
+def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, most_bytes: int) -> list[Outcome]:
+    """Read segments in order and write their rows to ``folder/<day>/<table>.ndjson``, until that has ``most_bytes``;
+    at least one. Keys after an unreadable one of the same node are left out."""
     found: list[Outcome] = []
+    waiting: set[str] = set()
     lines = _Lines(folder)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for key, (batches, reason) in zip(wanted, pool.map(lambda k: read(store, k, rack), wanted), strict=True):
+        for key, got in _ahead(pool, lambda key: _got(store, key, rack), wanted):
+            if node_of(key) in waiting:
+                continue
+            batches, reason, unread = got
+            if unread:
+                waiting.add(node_of(key))
             for batch in batches:
                 lines.add(batch)
             kept = bool(reason) and (_keep_copy(store, key) or is_ours(key))
             unknown = sum(batch.unknown_records for batch in batches)
-            found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else ""))
+            found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else "", unread[:MAX_REASON]))
+            if lines.written >= most_bytes:
+                break
     lines.close()
     return found
+
+
+def _ahead(pool: ThreadPoolExecutor, call: Callable[[str], T], wanted: Sequence[str]) -> Iterator[tuple[str, T]]:
+    """Results in order, of which only a few are in memory: they may be large."""
+    running: deque[tuple[str, Future[T]]] = deque()
+    for key in wanted:
+        running.append((key, pool.submit(call, key)))
+        if len(running) > 2 * CONNECTIONS:
+            first, future = running.popleft()
+            yield first, future.result()
+    for key, future in running:
+        yield key, future.result()
+
+
+def _got(store: ObjectStore, key: str, rack: str) -> tuple[list[Batch], str, str]:
+    """What `read` says, and why the object could not be read, or ""."""
+    try:
+        return *read(store, key, rack), ""
+    except (Retryable, Halt) as error:
+        return [], "", error.message
+    except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        return [], f"{key}: cannot be taken apart ({type(error).__name__})", ""
 
 
 def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -57,16 +88,23 @@ def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 def lines(tables: Mapping[str, Sequence[Path]]) -> int:
     """Number of batches in a day's files."""
-    return sum(path.read_bytes().count(b"\n") for path in tables.get(BATCH_TABLE, ()))
+    found = 0
+    for path in tables.get(BATCH_TABLE, ()):
+        with path.open("rb") as file:
+            found += sum(1 for _ in file)
+    return found
 
 
 def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
-    """A segment's valid batches, and the reason to quarantine it; "" if all of them are valid."""
+    """A segment's valid batches, and the reason to quarantine it; "" if all of them are valid. Raises Retryable or Halt
+    if the store does not give it out."""
     try:
         key = keys.parse_batch_key(name) if name.startswith(keys.RAW_PREFIX) else None
         batches = unseal(store.get(name, keys.MOST_SEGMENT_BYTES).body)
     except NotFound:
-        return [], ""  # deleted between listing and read; prune deletes only counted segments
+        # prune deletes only counted segments
+        log.warning("segment_vanished", key=name, reason="listed, and not there when it was read")
+        return [], ""
     except Refused as error:
         return [], error.message
     good: list[Batch] = []
@@ -74,7 +112,7 @@ def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
     for batch in batches:
         try:
             _check(batch, key, rack, name)
-            good.append(batch)
+            good.append(cleaned(batch))
         except Refused as error:
             reasons.append(error.message)
     return good, reasons[0] if reasons else ""
@@ -95,18 +133,22 @@ class _Lines:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[tuple[str, str], BinaryIO] = {}
+        self.written = 0
 
     def add(self, batch: Batch) -> None:
         batch = straightened(batch)
         day, meta = utc_day(batch.t_end_ms), parquet.meta_json(meta_of(batch)._asdict())
         for ordinal, record in enumerate(batch.records):
             if not isinstance(record, Unknown):
-                self._file(day, record.__struct_config__.tag).write(parquet.row_json(meta, ordinal, record))
-        self._file(day, BATCH_TABLE).write(parquet.row_json(meta, 0, None))
+                self._write(day, record.__struct_config__.tag, parquet.row_json(meta, ordinal, record))
+        self._write(day, BATCH_TABLE, parquet.row_json(meta, 0, None))
 
     def close(self) -> None:
         for file in self._open.values():
             file.close()
+
+    def _write(self, day: str, table: object, line: bytes) -> None:
+        self.written += self._file(day, table).write(line)
 
     def _file(self, day: str, table: object) -> BinaryIO:
         key = (day, str(table))
@@ -131,7 +173,7 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
             if field in record.__struct_fields__:
                 utc_day(getattr(record, field))
     if key is None:
-        if not name.startswith(f"{keys.URGENT_PREFIX}node={batch.node}/"):
+        if not name.startswith(f"{keys.URGENT_PREFIX}node={keys.check_name(batch.node, 'node id')}/"):
             raise Refused(f"{name}: batch of another node ({batch.node[:63]!r})")
         return
     if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
@@ -142,7 +184,7 @@ def _keep_copy(store: ObjectStore, key: str) -> bool:
     """Copy a bad object to quarantine; False if it is there already or cannot be copied."""
     try:
         store.put_if_absent(keys.quarantine_key(key), store.get(key, keys.MOST_SEGMENT_BYTES).body)
-    except (PreconditionFailed, NotFound, Refused):
+    except (PreconditionFailed, NotFound, Refused, Retryable, Halt):
         return False
     return True
 

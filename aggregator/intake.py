@@ -98,7 +98,7 @@ def parse(raw: bytes, kind: type[T], name: str) -> T:
     """Parse a file. Raises Refused listing all problems."""
     try:
         read = msgspec.convert(tomllib.loads(raw.decode()), kind)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise Refused(f"{name}: {error}") from None
     problems = _intake(read) if isinstance(read, Intake) else _inventory(read)
     if problems:

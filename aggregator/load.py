@@ -1,6 +1,6 @@
 """Read from the bucket: new segments under raw/, and spans of time from rolled-up tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aggregator import ingest, parquet, rollup
+from aggregator import ingest, parquet, progress, rollup
 from aggregator.calendar import DAY_MS, HOUR_MS, Span, utc_day_ms, utc_days
-from aggregator.manifest import Manifest
+from aggregator.manifest import Manifest, parse
+from aggregator.progress import Pending
 from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
     Asked,
@@ -31,86 +32,109 @@ from aggregator.window import (
 )
 from shared import keys
 from shared.batch import Batch
-from shared.errors import Refused
+from shared.errors import Halt, Refused, Retryable
 from shared.records import RECORD_TYPES
-from shared.store import ObjectStore, Stored, find, list_all
+from shared.store import ObjectStore, Stored, each, find
 
 CONNECTIONS = 8
+MOST_FRESH_RECORDS = 200_000
+"""Records that a run of `alert` holds: an hour of a thousand nodes. The next run goes on from there."""
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-class Pending(NamedTuple):
-    """A segment that no commit has counted. ``folder`` names its cursor; None for a foreign object, whose key may sort
-    anywhere and must not advance a cursor."""
+class Backlog(NamedTuple):
+    """Segments that no commit has counted, and why folders could not be listed, by folder."""
 
-    key: str
-    folder: str | None
-    size: int = 0
+    segments: list[Pending]
+    unlisted: dict[str, str]
 
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
-    """Batches after given cursors, and the advanced cursors."""
+    """Batches after given cursors, and the advanced cursors. ``unread`` are objects that could not be read, with their
+    reasons: their nodes' cursors stay before them."""
 
     batches: tuple[Batch, ...]
     cursors: dict[str, str]
+    unread: dict[str, str] = {}
 
 
 def newest_manifest(store: ObjectStore) -> Manifest:
-    """The latest commit; an empty one in a new bucket. Raises Refused if it cannot be parsed."""
-    listed = list_all(store, keys.MANIFEST_PREFIX)
-    if not listed:
-        return Manifest()
-    try:
-        return msgspec.json.decode(store.get(listed[-1].key, keys.MOST_MANIFEST_BYTES).body, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise Refused(f"manifest {listed[-1].key}: {error}; delete it to roll up again from the one before") from None
+    """The latest commit; an empty one in a new bucket. Raises Refused if it cannot be parsed, or is a newer
+    version's."""
+    newest = ""
+    for listed in each(store, keys.MANIFEST_PREFIX):
+        newest = listed.key
+    return parse(store.get(newest, keys.MOST_MANIFEST_BYTES).body, newest) if newest else Manifest()
 
 
-def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> list[Pending]:
+def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Backlog:
     """Every segment after its folder's cursor, oldest first, interleaved over the folders, so that a slice of the list
     is a slice of time.
 
-    A folder is one incarnation of one node: within it keys only increase, between folders they need not.
+    A folder is one incarnation of one node: within it keys only increase, between folders they need not. One that
+    cannot be listed does not keep the others from being read.
     """
-    columns = []
-    for folder in _folders(store, prefix):
-        found = [one for one in list_all(store, folder, cursors.get(folder, "")) if not keys.is_claim(one.key)]
-        foreign = prefix == keys.RAW_PREFIX
-        columns.append(
-            [Pending(one.key, None if foreign and not ingest.is_ours(one.key) else folder, one.size) for one in found]
-        )
-    return [one for row in zip_longest(*columns) for one in row if one is not None]
+    columns: list[list[Pending]] = []
+    unlisted: dict[str, str] = {}
+    foreign = prefix == keys.RAW_PREFIX
+    for folder in _folders(store, prefix, unlisted):
+        try:
+            columns.append(
+                [
+                    Pending(one.key, None if foreign and not ingest.is_ours(one.key) else folder, one.size)
+                    for one in each(store, folder, cursors.get(folder, ""))
+                    if not keys.is_claim(one.key)
+                ]
+            )
+        except (Retryable, Refused) as error:
+            unlisted[folder] = error.message
+    return Backlog([one for row in zip_longest(*columns) for one in row if one is not None], unlisted)
 
 
-def advanced(read: Iterable[Pending]) -> dict[str, str]:
-    """The cursors advanced past these segments."""
-    found: dict[str, str] = {}
-    for one in read:
-        if one.folder is not None:
-            found[one.folder] = max(found.get(one.folder, ""), one.key)
-    return found
-
-
-def fresh(store: ObjectStore, rack: str, cursors: Mapping[str, str], prefix: str = keys.RAW_PREFIX) -> Fresh:
-    """Every valid batch after the cursors, for immediate use; bad objects are left for `rollup` to quarantine.
-    ``prefix`` may be that of the urgent copies."""
-    new = pending(store, cursors, prefix)
-    batches = tuple(batch for one in new for batch in ingest.read(store, one.key, rack)[0])
+def fresh(
+    store: ObjectStore,
+    rack: str,
+    cursors: Mapping[str, str],
+    prefix: str = keys.RAW_PREFIX,
+    passed: Callable[[str], bool] = lambda key: False,
+) -> Fresh:
+    """Valid batches after the cursors, for immediate use: all, or as many as MOST_FRESH_RECORDS allow. Bad objects are
+    left for `rollup` to quarantine. ``prefix`` may be that of the urgent copies; ``passed`` says whether an unreadable
+    object is no longer waited for."""
+    batches: list[Batch] = []
+    read: list[Pending] = []
+    backlog, records, unread = pending(store, cursors, prefix), 0, dict[str, str]()
+    waiting: set[str] = set()
+    for one in backlog.segments:
+        if progress.node_of(one.key) in waiting or records > MOST_FRESH_RECORDS:
+            continue
+        try:
+            found = ingest.read(store, one.key, rack)[0]
+        except (Retryable, Halt) as error:
+            if not passed(one.key):
+                unread[one.key] = error.message
+                waiting.add(progress.node_of(one.key))
+                continue
+            found = []
+        read.append(one)
+        batches += found
+        records += sum(len(batch.records) for batch in found)
     kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
-    return Fresh(batches=batches, cursors={**kept, **advanced(new)})
+    cursors = {**kept, **progress.advanced(read)}
+    return Fresh(batches=tuple(batches), cursors=cursors, unread={**backlog.unlisted, **unread})
 
 
 def beginnings(store: ObjectStore) -> dict[str, str]:
     """Initial cursors for a reader that starts now: after everything rolled up and after the urgent copies present."""
-    return {**newest_manifest(store).cursors, **advanced(pending(store, {}, keys.URGENT_PREFIX))}
+    return {**newest_manifest(store).cursors, **progress.advanced(pending(store, {}, keys.URGENT_PREFIX).segments)}
 
 
 def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]:
     """Days with missing minute tables, and days with only hour or day tables missing."""
     found: dict[tuple[str, str], int] = {}
     for prefix in keys.TABLE_PREFIXES:
-        for listed in list_all(store, prefix):
+        for listed in each(store, prefix):
             try:
                 level, _, day = keys.parse_table_key(listed.key)
             except Refused:
@@ -240,20 +264,23 @@ def newest_report(store: ObjectStore, cadence: str, period: str, name: str, exte
     """The latest revision of a report, or None."""
     prefix = keys.report_key(cadence, period, name, 0, "").removesuffix("0.")
     revisions = []
-    for listed in list_all(store, prefix):
+    for listed in each(store, prefix):
         revision, _, found = listed.key.removeprefix(prefix).partition(".")
         if found == extension and revision.isdigit():
             revisions.append((int(revision), listed.key))
     return store.get(max(revisions)[1], keys.MOST_REPORT_BYTES) if revisions else None
 
 
-def _folders(store: ObjectStore, prefix: str) -> list[str]:
-    """The incarnation folders of every node under a prefix; an object beside them is returned as itself."""
-    return [
-        inner
-        for outer in _children(store, prefix)
-        for inner in (_children(store, outer) if outer.endswith("/") else [outer])
-    ]
+def _folders(store: ObjectStore, prefix: str, unlisted: dict[str, str]) -> list[str]:
+    """The incarnation folders of every node under a prefix; an object beside them is returned as itself. A node whose
+    folders cannot be listed is noted in ``unlisted``."""
+    found: list[str] = []
+    for outer in _children(store, prefix):
+        try:
+            found += _children(store, outer) if outer.endswith("/") else [outer]
+        except (Retryable, Refused) as error:
+            unlisted[outer] = error.message
+    return found
 
 
 def _children(store: ObjectStore, prefix: str) -> list[str]:

@@ -14,7 +14,7 @@ TIMEOUT_S = 10.0
 MAX_WAIT_S = 30.0
 COLOURS = {"page": 0xC0392B, "warn": 0xD68910, "resolved": 0x1E8449}
 _TITLE, _DESCRIPTION = 256, 4096
-_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_`~|>[]()#@"})
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_`~|<>[]()#@"})
 
 
 def payload(notice: Notice) -> dict[str, object]:
@@ -74,4 +74,5 @@ class Discord:
 
 
 def _escaped(text: str) -> str:
-    return text.translate(_MARKDOWN)
+    """A text in which nothing is active: no markup, no mention, and no address that Discord would link."""
+    return text.translate(_MARKDOWN).replace("://", ":\u200b//")

@@ -3,9 +3,12 @@
 Equal sets of rows give equal bytes, in any order and with any repetition.
 """
 
+import contextlib
+import errno
 import json
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,29 @@ from aggregator.rollup import names, quoted
 from aggregator.tables import EVENT_SOURCES, EVENT_TABLE, FOLDS, IDENTITY, META, flattened, minute_columns, wire_columns
 
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error is that of a full disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk() -> str:
+    """What to do about it, in a sentence."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    what = f"the disk of {tempfile.gettempdir()} is full ({free / 1e6:,.0f} MB are free)"
+    return f"{what}; free some, or set TMPDIR to a folder with more room, and run again"
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """DuckDB's words for a full disk, as the error that everything else raises."""
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        if "space left" not in str(error).lower() and "failed to offload" not in str(error).lower():
+            raise
+        raise OSError(errno.ENOSPC, "No space left on device") from None
 
 
 class Database:
@@ -49,14 +75,16 @@ class Database:
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         """The rows of a query."""
-        result = self._db.execute(query)
-        columns = [d[0] for d in result.description]
-        return [dict(zip(columns, values, strict=True)) for values in result.fetchall()]
+        with _as_os_error():
+            result = self._db.execute(query)
+            columns = [d[0] for d in result.description]
+            return [dict(zip(columns, values, strict=True)) for values in result.fetchall()]
 
     def parquet(self, query: str) -> bytes:
         """The rows of a query as a Parquet file."""
         made = self.folder / "made.parquet"
-        self._db.execute(f"COPY ({query}) TO {quoted(made)} {_COPY}")
+        with _as_os_error():
+            self._db.execute(f"COPY ({query}) TO {quoted(made)} {_COPY}")
         body = made.read_bytes()
         made.unlink()
         return body
@@ -70,14 +98,16 @@ def reading(paths: Iterable[Path], columns: Mapping[str, str] | None = None) -> 
 
 
 def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -> bytes:
-    """A minute table with the rows of NDJSON files merged into ``old``; duplicate rows are dropped."""
-    columns = minute_columns(table)
+    """A minute table with the rows of NDJSON files merged into ``old``; duplicate rows are dropped, columns of a newer
+    version are kept."""
+    columns = list(minute_columns(table))
     source = f"SELECT {flattened(table)} FROM ({_json(table, fresh)})" if fresh else ""
     if old is not None:
         kept = reading([db.file("old.parquet", old)])
+        columns += [row["column_name"] for row in db.rows(f"DESCRIBE {kept}") if row["column_name"] not in columns]
         source = f"{kept} UNION ALL BY NAME {source}" if source else kept
     identity = names(IDENTITY)
-    query = f"SELECT DISTINCT ON ({identity}) {names(list(columns))} FROM ({source}) ORDER BY {identity}"
+    query = f"SELECT DISTINCT ON ({identity}) {names(columns)} FROM ({source}) ORDER BY {identity}"
     return db.parquet(query)
 
 

@@ -6,11 +6,9 @@ A failed condition means that another aggregator is running; this one gives up s
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from aggregator import parquet
 from aggregator.calendar import DAY_MS
-from aggregator.manifest import Day, Manifest
+from aggregator.manifest import Day, Manifest, encode
 from aggregator.tables import BATCH_TABLE, DAY_TABLES, HOUR_TABLES, MINUTE_TABLES
 from shared import keys
 from shared.batch import digest
@@ -70,9 +68,8 @@ def _there(found: Mapping[str, Stored | None]) -> list[str]:
 
 def commit(store: ObjectStore, manifest: Manifest) -> None:
     """Commit a manifest as the latest. Raises Retryable when another aggregator committed first."""
-    body = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
     try:
-        store.put_if_absent(keys.manifest_key(manifest.number), body)
+        store.put_if_absent(keys.manifest_key(manifest.number), encode(manifest))
     except PreconditionFailed:
         raise Retryable(f"commit manifest {manifest.number}: another aggregator committed first; run again") from None
 

@@ -27,7 +27,10 @@ MAX_COUNT = 1 << 46
 """Above any valid count, time in ms or us, or size in bytes of one window (2,200 years, 2 years, 70 TB); the sum of
 a hundred thousand such values still fits in 64 bits."""
 MAX_ITEMS = 256
-MAX_RECORDS = 20_000
+MAX_RECORDS = 5_000
+"""Of one batch. A node has dozens; each label of its requests makes one more, and a minute has fewer requests."""
+MAX_RATIO, SMALL_BYTES = 100, 1 << 20
+"""Agents fill a segment up to a quarter of SMALL_BYTES; beyond it, one that shrinks to a hundredth says nothing."""
 MAX_TEXT = 2_000
 _UNKNOWN = {"kind": "unknown"}
 MAX_BUCKET = bucket_index(MAX_COUNT)
@@ -90,6 +93,11 @@ def unseal(segment: bytes) -> list[Batch]:
         raise Refused(f"unseal segment: not a zstd frame ({error})", code="bad_segment") from None
     if len(raw) > MAX_SEGMENT_BYTES:
         raise Refused(f"unseal segment: unpacked size exceeds {MAX_SEGMENT_BYTES} bytes", code="bad_segment")
+    if len(raw) > max(SMALL_BYTES, MAX_RATIO * len(segment)):
+        raise Refused(
+            f"unseal segment: {len(segment):,} bytes unpack to {len(raw):,}, more than {MAX_RATIO} times as many",
+            code="bad_segment",
+        )
     if not (batches := list(_unpack(raw))):
         raise Refused("unseal segment: contains no batch", code="bad_segment")
     return batches

@@ -47,14 +47,18 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[DesiredPeer, ...] = ()
 
 
-def parse(raw: bytes) -> DesiredState:
-    """Parse and validate. Raises Refused; unknown fields of a newer aggregator are ignored."""
+def parse(raw: bytes, *, whole: bool = False) -> DesiredState:
+    """Parse and validate. Raises Refused; unknown fields of a newer aggregator are ignored, or refused by a reader that
+    writes the ``whole`` object back."""
     try:
         desired = msgspec.json.decode(raw, type=DesiredState)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise Refused(f"desired state: {error}", code="bad_desired") from None
     if desired.schema != SCHEMA:
         raise Refused(f"desired state: schema {desired.schema}, this agent reads {SCHEMA}", code="bad_desired")
+    if whole and (lost := unknown_field(msgspec.json.decode(raw), msgspec.to_builtins(desired))):
+        why = f"{lost} is not known to this version and would be lost; upgrade mlxrack on this machine"
+        raise Refused(f"desired state: {why}", code="newer_schema")
     if desired.generation < 1:
         raise Refused(f"desired state: generation {desired.generation} is below 1", code="bad_desired")
     for node, assignments in desired.nodes.items():
@@ -66,6 +70,19 @@ def parse(raw: bytes) -> DesiredState:
 def encode(desired: DesiredState) -> bytes:
     """The object as stored."""
     return msgspec.json.format(msgspec.json.encode(desired), indent=1)
+
+
+def unknown_field(given: object, understood: object, path: str = "") -> str:
+    """The first field of a tree that is missing from what was understood of it; "" if none is."""
+    pairs: list[tuple[object, object, str]] = []
+    if isinstance(given, dict) and isinstance(understood, dict):
+        for name, value in given.items():
+            if name not in understood:
+                return f"{path}{name}"
+            pairs.append((value, understood[name], f"{path}{name}."))
+    elif isinstance(given, list) and isinstance(understood, list | tuple):
+        pairs = [(a, b, f"{path[:-1]}[{n}].") for n, (a, b) in enumerate(zip(given, understood, strict=True))]
+    return next((found for one in pairs if (found := unknown_field(*one))), "")
 
 
 def _check(node: str, assignments: tuple[Assignment, ...]) -> None:

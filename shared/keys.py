@@ -8,6 +8,7 @@ from shared.ids import NodeId
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\.mpz")
+_URGENT = re.compile(r"urgent/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-\d{4,}\.mpz")
 _TABLE = re.compile(r"(minute|hour|day)/v1/table=([a-z_]+)/dt=(\d{4}-\d\d-\d\d)/part\.parquet")
 RAW_PREFIX = "raw/v1/"
 TABLE_PREFIXES = ("minute/v1/", "hour/v1/", "day/v1/")
@@ -90,6 +91,14 @@ def urgent_key(key: RawKey, ordinal: int) -> str:
     """A copy of urgent events, sent ahead of the segment that contains them."""
     node = check_name(key.node, "node id")
     return f"{URGENT_PREFIX}node={node}/i{key.incarnation:04d}/e{key.epoch:08d}/{key.first_seq:010d}-{ordinal:04d}.mpz"
+
+
+def parse_urgent_key(key: str) -> RawKey:
+    """The batch that an urgent copy belongs to (first and last sequence number are its). Raises Refused for a foreign
+    key."""
+    if (match := _URGENT.fullmatch(key)) and _NAME.fullmatch(match[1]):
+        return RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[4]))
+    raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
 
 
 def table_key(level: str, table: str, day: str) -> str:

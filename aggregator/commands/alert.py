@@ -1,6 +1,8 @@
 """Read new telemetry, including urgent copies, and send a notice once per change."""
 
+import functools
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -9,7 +11,8 @@ from aggregator.alerts import AlertState, Notice
 from aggregator.config import AggregatorConfig
 from aggregator.window import facts_of, straightened
 from shared import keys
-from shared.errors import RackError
+from shared.desired import unknown_field
+from shared.errors import RackError, Refused
 from shared.logs import get_logger
 from shared.store import ObjectStore, Stored, find
 
@@ -23,8 +26,11 @@ def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -
     now_ms = time.time_ns() // 1_000_000
     if not state.cursors:
         state = msgspec.structs.replace(state, cursors=load.beginnings(store))
-    read_raw = load.fresh(store, config.rack, state.cursors)
-    read_urgent = load.fresh(store, config.rack, state.cursors, keys.URGENT_PREFIX)
+    passed = _passed(store)
+    read_raw = load.fresh(store, config.rack, state.cursors, passed=passed)
+    read_urgent = load.fresh(store, config.rack, state.cursors, keys.URGENT_PREFIX, passed=lambda _: True)
+    for key, reason in {**read_urgent.unread, **read_raw.unread}.items():
+        log.warning("unreadable", key=key, reason=reason, effect="this node's later segments wait for it")
     facts = [f for batch in (*read_urgent.batches, *read_raw.batches) for f in facts_of(straightened(batch))]
     state = alerts.observe(state, facts, now_ms, config.alerts)
     state = msgspec.structs.replace(state, cursors={**read_raw.cursors, **read_urgent.cursors})
@@ -37,6 +43,16 @@ def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -
     if failure is not None:
         raise failure
     return sent
+
+
+def _passed(store: ObjectStore) -> Callable[[str], bool]:
+    """Whether a rollup has given up an object; asked only when there is an unreadable one."""
+
+    @functools.cache
+    def cursors() -> dict[str, str]:
+        return load.newest_manifest(store).cursors
+
+    return lambda key: any(key.startswith(folder) and key <= cursor for folder, cursor in cursors().items())
 
 
 def _tell(notices: tuple[Notice, ...], discord: notify.Discord) -> tuple[list[Notice], list[Notice], RackError | None]:
@@ -70,7 +86,11 @@ def _read(store: ObjectStore) -> tuple[AlertState, Stored | None]:
     if stored is None:
         return AlertState(), None
     try:
-        return msgspec.json.decode(stored.body, type=AlertState), stored
-    except msgspec.DecodeError:
+        state = msgspec.json.decode(stored.body, type=AlertState)
+        if lost := unknown_field(msgspec.json.decode(stored.body), msgspec.to_builtins(state)):
+            why = f"{lost} is not known to this version and would be lost; upgrade mlxrack on this machine"
+            raise Refused(f"{keys.ALERT_STATE}: {why}", code="newer_schema")
+        return state, stored
+    except (msgspec.DecodeError, RecursionError):
         log.warning("alert_state_unreadable", key=keys.ALERT_STATE)
         return AlertState(), stored

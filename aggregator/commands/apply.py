@@ -10,7 +10,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.placement import Move, PlacementReport
 from shared import desired, keys
 from shared.errors import Refused
-from shared.store import ObjectStore, find, list_all
+from shared.store import ObjectStore, each, find
 
 
 def proposal(store: ObjectStore, period: str) -> PlacementReport:
@@ -27,7 +27,7 @@ def run(
     """The moves and the resulting desired state, published unless ``dry_run``. Raises Refused when it is impossible,
     Retryable when another writer was first."""
     stored = find(store, keys.DESIRED, keys.MOST_DESIRED_BYTES)
-    before = desired.parse(stored.body) if stored is not None else None
+    before = desired.parse(stored.body, whole=True) if stored is not None else None
     chosen = acceptance.accepted(report, steps)
     versions = _versions(store)
 
@@ -50,7 +50,7 @@ def run(
 
 def _versions(store: ObjectStore) -> list[tuple[str, str]]:
     found = []
-    for listed in list_all(store, keys.MODEL_PREFIX):
+    for listed in each(store, keys.MODEL_PREFIX):
         try:
             found.append(keys.parse_model_manifest_key(listed.key))
         except Refused:

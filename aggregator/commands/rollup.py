@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -22,19 +22,20 @@ from typing import TypeVar
 
 import msgspec
 
-from aggregator import ingest, load, publish
+from aggregator import ingest, load, parquet, publish
+from aggregator.cleaning import text
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
+from aggregator.progress import MOST_BYTES, Outcome, Pending, Progress
 from shared import logs
 from shared.errors import Retryable
 from shared.logs import get_logger
 from shared.store import ObjectStore
 from shared.store_open import open_store
 
-PIECE_SEGMENTS = 12_000
-"""Segments per commit: about a minute of work."""
-PIECE_BYTES, MOST_BYTES = 256 << 20, 16 << 20
-"""Limits of a piece and of a segment; agents write at most 256 KiB per segment."""
+SPILL_BYTES = 1 << 30
+"""Limit of a piece as unpacked rows on disk; half of what is free there if that is less. An ordinary piece has a third
+of it."""
 FEW_SEGMENTS = 300
 """Below this number, starting processes does not pay off."""
 MOST_PROCESSES = 8
@@ -64,58 +65,89 @@ def run(
     if again:
         manifest = _from_the_start(manifest)
     _sweep()
-    pending = load.pending(store, manifest.cursors)
-    with _workers(config, store, environ, len(pending)) as workers:
+    backlog = load.pending(store, manifest.cursors)
+    progress = Progress(backlog.segments, manifest.unread, time.time_ns() // 1_000_000)
+    with _workers(config, store, environ, len(backlog.segments)) as workers:
         if torn:
             days = workers.renew(sorted(torn), {})
-            if not pending:
+            if not backlog.segments:
                 manifest = _commit(store, manifest, {}, days, [])
-        done = 0
-        for piece in _pieces(pending):
-            manifest = _piece(config, store, workers, manifest, piece)
-            done += len(piece)
-            told(f"{done:,} of {len(pending):,} segments, {manifest.batches:,} batches in total")
-    return manifest
+        while piece := progress.piece():
+            manifest = _piece(config, store, workers, manifest, progress, piece)
+            told(f"{progress.done:,} of {len(backlog.segments):,} segments, {manifest.batches:,} batches in total")
+        if again:
+            _tell_what_stays(manifest, workers.renewed)
+    return _with_unread(store, manifest, progress, backlog.unlisted)
+
+
+def _tell_what_stays(manifest: Manifest, renewed: Collection[str]) -> None:
+    """Days of which no segment is left to be read again."""
+    if stay := sorted(manifest.days.keys() - set(renewed)):
+        why = "their segments have been deleted (retention.raw_days); their tables stay as they are"
+        log.warning("days_not_read_again", days=len(stay), first=stay[0], last=stay[-1], reason=why)
 
 
 def _piece(
-    config: AggregatorConfig, store: ObjectStore, workers: "_Workers", manifest: Manifest, piece: Sequence[load.Pending]
+    config: AggregatorConfig,
+    store: ObjectStore,
+    workers: "_Workers",
+    manifest: Manifest,
+    progress: Progress,
+    piece: Sequence[Pending],
 ) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as name:
-        outcomes = workers.spill([one.key for one in piece if one.size <= MOST_BYTES], Path(name))
-        outcomes += [_too_large(one) for one in piece if one.size > MOST_BYTES]
-        fresh = ingest.spilled(Path(name))
-        closed = [day for day in fresh if day in manifest.days and manifest.days[day].pruned]
-        late = sum(ingest.lines(fresh.pop(day)) for day in closed)
-        days = workers.renew(list(fresh), fresh)
+    """Read a piece, merge it, commit it. Raises Retryable when even one segment is too much for the disk."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as name:
+            outcomes = workers.spill([one.key for one in piece if one.size <= MOST_BYTES], Path(name))
+            outcomes += [_too_large(one) for one in piece if one.size > MOST_BYTES]
+            fresh = ingest.spilled(Path(name))
+            closed = [day for day in fresh if day in manifest.days and manifest.days[day].pruned]
+            late = sum(ingest.lines(fresh.pop(day)) for day in closed)
+            days = workers.renew(list(fresh), fresh)
+    except OSError as error:
+        if not parquet.is_full(error):
+            raise
+        if not progress.too_much(piece):
+            raise Retryable(f"rollup: {parquet.full_disk()}", code="disk_full") from None
+        log.warning("piece_too_large", segments=len(piece), reason=parquet.full_disk())
+        return manifest
     if late:
         log.warning("late_batches_dropped", batches=late, days=closed, reason="the minute tables have been pruned")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
-    return _commit(store, manifest, load.advanced(piece), days, outcomes)
+    cursors, settled = progress.read(piece, outcomes)
+    return _commit(store, manifest, cursors, days, settled)
+
+
+def _with_unread(store: ObjectStore, manifest: Manifest, progress: Progress, unlisted: Mapping[str, str]) -> Manifest:
+    """Commit which objects could not be read, if that has changed. Raises Retryable if nothing could be read at all."""
+    for key, one in progress.unread.items():
+        log.warning(
+            "unreadable", key=text(key), reason=text(one.reason), effect="this node's later segments wait for it"
+        )
+    for folder, reason in unlisted.items():
+        log.warning("unlisted", key=text(folder), reason=text(reason), effect="this node's new segments wait for it")
+    kept = {key: one for key, one in manifest.unread.items() if key.startswith(tuple(unlisted))}
+    unread = {**kept, **progress.unread}
+    if unread.keys() != manifest.unread.keys():
+        number = manifest.number + 1
+        manifest = msgspec.structs.replace(manifest, number=number, unread=unread, quarantined=())
+        publish.commit(store, manifest)
+    if (progress.unread or unlisted) and not progress.done:
+        key, reason = next(iter({**{k: one.reason for k, one in progress.unread.items()}, **unlisted}.items()))
+        raise Retryable(f"rollup: nothing new could be read, {key} for example: {reason}")
+    return manifest
 
 
 def _from_the_start(manifest: Manifest) -> Manifest:
     """Reset the cursors and everything counted along with them."""
-    return msgspec.structs.replace(manifest, cursors={}, segments=0, unknown_records=0, quarantined_total=0, too_late=0)
+    return msgspec.structs.replace(
+        manifest, cursors={}, unread={}, segments=0, unknown_records=0, quarantined_total=0, too_late=0
+    )
 
 
-def _pieces(pending: Sequence[load.Pending]) -> Iterator[Sequence[load.Pending]]:
-    """Split into pieces bounded in segments and bytes."""
-    piece: list[load.Pending] = []
-    size = 0
-    for one in pending:
-        if piece and (len(piece) == PIECE_SEGMENTS or size + one.size > PIECE_BYTES):
-            yield piece
-            piece, size = [], 0
-        piece.append(one)
-        size += min(one.size, MOST_BYTES)
-    if piece:
-        yield piece
-
-
-def _too_large(one: load.Pending) -> ingest.Outcome:
+def _too_large(one: Pending) -> Outcome:
     """Quarantine without fetching: larger than any segment of an agent."""
-    return ingest.Outcome(one.key, 0, 0, f"{one.key}: {one.size:,} bytes, the limit of a segment is {MOST_BYTES:,}")
+    return Outcome(one.key, 0, 0, f"{one.key}: {one.size:,} bytes, the limit of a segment is {MOST_BYTES:,}")
 
 
 def _sweep() -> None:
@@ -131,7 +163,7 @@ def _commit(
     manifest: Manifest,
     cursors: Mapping[str, str],
     days: Mapping[str, Day],
-    outcomes: Sequence[ingest.Outcome],
+    outcomes: Sequence[Outcome],
 ) -> Manifest:
     bad = tuple(Quarantined(key=one.key, reason=one.reason) for one in outcomes if one.reason)
     segments = sum(bool(one.batches) for one in outcomes)
@@ -151,7 +183,7 @@ def _commit(
     publish.commit(store, made)
     log.info("rolled_up", manifest=made.number, segments=segments, batches=made.batches - manifest.batches)
     for one in bad:
-        log.warning("quarantined", key=one.key, reason=one.reason)
+        log.warning("quarantined", key=text(one.key), reason=text(one.reason))
     return made
 
 
@@ -160,21 +192,25 @@ class _Workers:
 
     def __init__(self, config: AggregatorConfig, store: ObjectStore, pool: Executor | None, count: int) -> None:
         self._config, self._store, self._pool, self._count = config, store, pool, count
+        self.renewed: set[str] = set()
 
-    def spill(self, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
-        """Read segments and write their rows into a folder."""
+    def spill(self, wanted: Sequence[str], folder: Path) -> list[Outcome]:
+        """Read segments and write their rows into a folder: as many as fit there."""
+        budget = min(SPILL_BYTES, shutil.disk_usage(folder).free // 2)
         if self._pool is None:
-            return ingest.spill(self._store, self._config.rack, wanted, folder)
+            return ingest.spill(self._store, self._config.rack, wanted, folder, budget)
         rack = self._config.rack
         # each node's segments are spread over the list; small shares keep all processes busy to the end
         shares = list(ingest.chunks(wanted, 4 * self._count))
         started = [
-            self._pool.submit(_spill, rack, list(share), folder / str(number)) for number, share in enumerate(shares)
+            self._pool.submit(_spill, rack, list(share), folder / str(number), budget // len(shares))
+            for number, share in enumerate(shares)
         ]
         return [outcome for share in _all(started) for outcome in share]
 
     def renew(self, days: Sequence[str], fresh: Mapping[str, Mapping[str, Sequence[Path]]]) -> dict[str, Day]:
         """Rebuild the tables of some days."""
+        self.renewed.update(days)
         if self._pool is None:
             return {day: publish.renew_day(self._store, day, fresh.get(day, {})) for day in days}
         started: dict[str, Future[Day]] = {day: self._pool.submit(_renew, day, fresh.get(day, {})) for day in days}
@@ -229,8 +265,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _spill(rack: str, wanted: Sequence[str], folder: Path) -> list[ingest.Outcome]:
-    return ingest.spill(_opened[0], rack, wanted, folder)
+def _spill(rack: str, wanted: Sequence[str], folder: Path, most_bytes: int) -> list[Outcome]:
+    return ingest.spill(_opened[0], rack, wanted, folder, most_bytes)
 
 
 def _renew(day: str, fresh: Mapping[str, Sequence[Path]]) -> Day:

@@ -4,7 +4,8 @@ Immutable objects (raw segments, reports, manifests, quarantine) are written onl
 overwritten. Each object is read back and compared. After an interruption the next run continues.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from shared import keys
 from shared.batch import digest
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
-from shared.store import Listed, ObjectStore, find, list_all
+from shared.store import Listed, ObjectStore, each, find, list_all
 
 IMMUTABLE = (keys.RAW_PREFIX, "quarantine/v1/", "report/v1/", "prices/v1/")
 TABLES = keys.TABLE_PREFIXES
@@ -43,26 +44,37 @@ def run(
     last = {prefix: list_all(source, prefix) for prefix in LAST}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for prefix in (*(IMMUTABLE if raw else IMMUTABLE[1:]), *TABLES, *LAST):
-            there = {one.key: one for one in list_all(target, prefix)}
-            here = last[prefix] if prefix in last else list_all(source, prefix)
-            wanted = [one for one in here if _differs(one, there.get(one.key), seen, prefix)]
-            done.present += len(there)
-            results = pool.map(lambda one: _copy(source, target, one), wanted)
-            for number, (one, (size, clash)) in enumerate(zip(wanted, results, strict=True), 1):
-                done.written += bool(size)
-                done.bytes += size
-                if clash:
-                    done.clashes.append(one.key)
-                else:
-                    seen[one.key] = one.etag
-                if number % TELL_EVERY == 0:
-                    told(f"{prefix}: {number:,} of {len(wanted):,}")
+            here = iter(last[prefix]) if prefix in last else each(source, prefix)
+            wanted = _wanted(here, each(target, prefix), seen, prefix, done)
+            while some := list(itertools.islice(wanted, TELL_EVERY)):
+                results = pool.map(lambda one: _copy(source, target, one), some)
+                for one, (size, clash) in zip(some, results, strict=True):
+                    done.written += bool(size)
+                    done.bytes += size
+                    if clash:
+                        done.clashes.append(one.key)
+                    elif not prefix.startswith(IMMUTABLE):
+                        seen[one.key] = one.etag
+                told(f"{prefix}: {done.written:,} objects copied")
             tables = {key: etag for key, etag in seen.items() if not key.startswith(IMMUTABLE)}
             target.put(STATE, msgspec.json.encode(tables, order="sorted"))
     return done
 
 
-def _differs(one: Listed, there: Listed | None, seen: dict[str, str], prefix: str) -> bool:
+def _wanted(
+    here: Iterator[Listed], there: Iterator[Listed], seen: Mapping[str, str], prefix: str, done: Copied
+) -> Iterator[Listed]:
+    """What the target lacks, from two listings in order, of which a page each is in memory."""
+    other = next(there, None)
+    for one in here:
+        while other is not None and other.key < one.key:
+            done.present, other = done.present + 1, next(there, None)
+        if _differs(one, other if other is not None and other.key == one.key else None, seen, prefix):
+            yield one
+    done.present += sum(1 for _ in there) + (other is not None)
+
+
+def _differs(one: Listed, there: Listed | None, seen: Mapping[str, str], prefix: str) -> bool:
     if there is None or there.size != one.size:
         return True
     return prefix not in IMMUTABLE and seen.get(one.key) != one.etag

@@ -1,6 +1,7 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -72,7 +73,12 @@ def remarks(manifest: Manifest) -> tuple[str, ...]:
         (manifest.unknown_records, "records are of unknown kinds: upgrade the aggregator."),
         (manifest.too_late, "batches arrived after their day was pruned and are not counted."),
     )
-    return tuple(f"{count:,} {text}" for count, text in found if count)
+    waiting = tuple(
+        f"{key} cannot be read since {datetime.fromtimestamp(one.since_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC "
+        f"({one.reason}): what its node sent later is not counted yet."
+        for key, one in sorted(manifest.unread.items())
+    )
+    return tuple(f"{count:,} {text}" for count, text in found if count) + waiting
 
 
 def _clocks(window: Window) -> tuple[str, ...]:

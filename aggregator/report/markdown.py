@@ -1,5 +1,7 @@
 """Render a page as Markdown, for a repository, a ticket or a chat."""
 
+import re
+
 from aggregator.report.page import Curve, Page, Section, Table
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -26,7 +28,7 @@ def bars(values: tuple[float, ...], width: int = 72) -> str:
 
 
 def _section(section: Section) -> list[str]:
-    parts = [f"## {section.title}", ""]
+    parts = [f"## {_plain(section.title)}", ""]
     for text in section.text:
         parts += [_plain(text), ""]
     if section.points:
@@ -41,11 +43,18 @@ def _section(section: Section) -> list[str]:
 
 
 def _curve(curve: Curve) -> list[str]:
-    parts = [f"{curve.title}, {curve.labels[0]} to {curve.labels[-1]}:" if curve.labels else curve.title, "", "```"]
+    title = f"{curve.title}, {curve.labels[0]} to {curve.labels[-1]}:" if curve.labels else curve.title
+    parts = [_plain(title), "", "```"]
     parts += [
-        f"{name:12} {bars(values)} {values[-1] if values else 0:,.6g} {curve.unit}" for name, values in curve.lines
+        f"{_fenced(name):12} {bars(values)} {values[-1] if values else 0:,.6g} {curve.unit}"
+        for name, values in curve.lines
     ]
     return [*parts, "```", ""]
+
+
+def _fenced(text: str) -> str:
+    """A text within a block of code, which it cannot end."""
+    return " ".join(text.split()).replace("`", "'")
 
 
 def _table(table: Table) -> list[str]:
@@ -55,8 +64,34 @@ def _table(table: Table) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|") or " "
+    return _inline(text).replace("|", "\\|") or " "
 
 
 def _plain(text: str) -> str:
-    return str(text).replace("\n", " ").replace("<", "&lt;")
+    """A text that begins a line, where a few characters more have a meaning."""
+    return _AT_START.sub(r"\1\\\2", _inline(text).strip())
+
+
+def _inline(text: str) -> str:
+    """A text in which nothing is active, whoever wrote it: no link, image, mention, markup or tag. Plain names and
+    sentences stay as they are, and so do commands between backticks."""
+    parts = _CODE.split(" ".join(str(text).split("\n")))
+    return "".join(part if n % 2 else _escaped(part) for n, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    text = _ENTITY.sub("&amp;", text).replace("\\", "\\\\")
+    text = _ACTIVE.sub(r"\\\g<0>", text).replace("<", "&lt;")
+    return _LINKED.sub(r"\g<0>&#8203;", text)
+
+
+_CODE = re.compile(r"(`[A-Za-z0-9 ._-]+`)")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_ACTIVE = re.compile(r"[*~`$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""Emphasis, code, formulas, links and images. An underscore within a word is none."""
+_LINKED = re.compile(
+    r"(?<![A-Za-z0-9])(?:[A-Za-z][A-Za-z0-9+.-]*:(?=//)|(?:mailto|javascript|data|xmpp|tel):|www\.)|@(?=\w)",
+    re.IGNORECASE,
+)
+"""What becomes a link or a mention by itself; a space of no width behind it keeps it text."""
+_AT_START = re.compile(r"^(\d{0,9})([#>+=.):-])(?=\s|$|[-=>#])")

@@ -1,0 +1,478 @@
+"""Buckets that one node, or a store, has spoiled: the others' numbers stand, the report says what is missing."""
+
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import duckdb
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator import cli, ingest, load, publish
+from aggregator.calendar import month
+from aggregator.commands import alert, prune, rollup, sync, weekly
+from aggregator.manifest import Manifest, Unread, encode, parse
+from aggregator.notify import Discord
+from aggregator.progress import SKIP_AFTER_MS, Outcome, Pending, Progress, node_of
+from shared import desired, keys
+from shared.batch import Batch, seal
+from shared.errors import Refused, Retryable
+from shared.ids import NodeId
+from shared.records import Served
+from shared.store import ObjectStore, Stored, each, list_all
+from shared.store_dir import DirectoryStore
+from tests.aggregator.test_bucket import CONFIG, directory, put, rows
+from tests.builders import T0, batch, engine, host, resident, served
+
+MOST = 1 << 30
+
+
+def minute(n: int, node: str = "n1") -> Batch:
+    return batch([served(requests=n + 1, worker=node), engine(), resident(), host()], node=node, minute=n)
+
+
+def key_of(one: Batch) -> str:
+    return keys.batch_key(keys.RawKey(NodeId(one.node), one.incarnation, one.epoch, one.seq, one.seq))
+
+
+def requests_by_node(store: ObjectStore) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for one in load.window(store, month("2026-11", "UTC")).served:
+        found[one.worker] = found.get(one.worker, 0) + one.requests
+    return found
+
+
+class Sick(DirectoryStore):
+    """Gives out some objects, or some listings, never."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.lost: tuple[str, ...] = ()
+        self.unlisted: tuple[str, ...] = ()
+
+    def get(self, key: str, most_bytes: int) -> Stored:
+        if self.lost and key.startswith(self.lost):
+            raise Retryable(f"get {key}: store busy or unavailable (500 InternalError)")
+        return super().get(key, most_bytes)
+
+    def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
+        if self.unlisted and prefix.startswith(self.unlisted):
+            raise Retryable(f"list {prefix}: store busy or unavailable (500 InternalError)")
+        return super().list_after(prefix, after, limit)
+
+
+# what one node can send
+
+
+def bombs(count: int) -> Iterator[Batch]:
+    """616 bytes that become 8.6 MB, each."""
+    for n in range(count):
+        yield batch([Served(model="m", requests=1)] * 5_000, node="bomb", minute=n)
+
+
+def test_bombs_of_one_node_cost_the_others_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    for one in bombs(24):
+        # several in one segment: a batch alone stays under the limits
+        put(store, *(msgspec.structs.replace(one, seq=one.seq * 100 + k) for k in range(12)))
+    for node in ("n1", "n2"):
+        put(store, minute(1, node))
+    monkeypatch.setattr(rollup, "SPILL_BYTES", 4 << 20)
+    assert cli.main(["rollup", "--json", "--config", str(directory(tmp_path))]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["batches"] == 2
+    assert said["quarantined_total"] == 24
+    assert requests_by_node(store) == {"n1": 2, "n2": 2}
+    reasons = {one.reason for m in manifests(store) for one in m.quarantined}
+    assert all("more than 100 times as many" in reason for reason in reasons)
+
+
+def manifests(store: ObjectStore) -> list[Manifest]:
+    return [parse(store.get(o.key, MOST).body, o.key) for o in list_all(store, keys.MANIFEST_PREFIX)]
+
+
+def test_too_many_records_for_a_minute_are_quarantined(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    key = put(store, batch([Served(model=f"m{n}", requests=n) for n in range(6_000)], node="bomb"))
+    put(store, minute(1))
+    (bad,) = rollup.run(CONFIG, store).quarantined
+    assert (bad.key, "6000 records, the limit is 5000" in bad.reason) == (key, True)
+    assert requests_by_node(store) == {"n1": 2}
+
+
+def test_a_piece_that_unpacks_to_much_is_committed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = DirectoryStore(tmp_path / "whole"), DirectoryStore(tmp_path / "parts")
+    for store in (whole, parts):
+        for node in ("n1", "n2"):
+            for n in range(12):
+                put(store, minute(n, node))
+    rollup.run(CONFIG, whole)
+    monkeypatch.setattr(rollup, "SPILL_BYTES", 10_000)
+    last = rollup.run(CONFIG, parts)
+    assert last.number > 3
+    assert (last.batches, last.segments) == (24, 24)
+    assert [m.segments for m in manifests(parts)] == sorted(m.segments for m in manifests(parts))
+    for prefix in keys.TABLE_PREFIXES:
+        for one in list_all(whole, prefix):
+            assert whole.get(one.key, MOST).body == parts.get(one.key, MOST).body, one.key
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_takes_smaller_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path)
+    for n in range(12):
+        put(store, minute(n))
+    spill, seen = ingest.spill, list[int]()
+
+    def small(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, most_bytes: int) -> list[Outcome]:
+        seen.append(len(wanted))
+        return spill(store, rack, wanted, folder, most_bytes) if len(wanted) <= 3 else full()  # type: ignore[return-value,func-returns-value]
+
+    monkeypatch.setattr(ingest, "spill", small)
+    assert rollup.run(CONFIG, store).batches == 12
+    assert seen[:3] == [12, 6, 3]
+
+
+@pytest.mark.parametrize(
+    "where", ["aggregator.ingest.spill", "aggregator.publish.renew_day", "aggregator.parquet.merged"]
+)
+def test_a_disk_too_full_for_anything_is_a_sentence(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(DirectoryStore(tmp_path / "bucket"), minute(1))
+    monkeypatch.setattr(where, full)
+    assert cli.main(["rollup", "--config", str(directory(tmp_path))]) == 75
+    error = capsys.readouterr().err
+    assert "is full" in error
+    assert "set TMPDIR" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.ENOSPC, 75), (errno.EIO, 1), (errno.EROFS, 1), (errno.EMFILE, 1), (None, 1)]
+)
+def test_no_error_of_this_machine_is_a_traceback(
+    number: int | None, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(number, "strange") if number else OSError("strange")
+
+    monkeypatch.setattr("aggregator.load.window", broken)
+    config = directory(tmp_path)
+    for verb in ("weekly", "monthly"):
+        assert cli.main([verb, "--config", str(config)]) == status
+        assert "Traceback" not in capsys.readouterr().err
+
+
+# what a store can withhold
+
+
+def test_an_object_that_cannot_be_read_makes_only_its_node_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Sick(tmp_path / "bucket")
+    for node in ("n1", "n2", "n3"):
+        for n in range(4):
+            put(store, minute(n, node))
+    store.lost = (key_of(minute(1, "n2")),)
+    monkeypatch.setattr(cli, "open_store", lambda *_: store)
+    config = str(directory(tmp_path))
+    assert cli.main(["rollup", "--config", config]) == 0
+    assert store.lost[0] in capsys.readouterr().err
+    assert requests_by_node(store) == {"n1": 10, "n2": 1, "n3": 10}
+    first = load.newest_manifest(store)
+    assert list(first.unread) == [store.lost[0]]
+    put(store, minute(4, "n1"))
+    again = rollup.run(CONFIG, store)
+    assert again.unread == first.unread, "since the first time"
+    said = " ".join(weekly.remarks(again))
+    assert store.lost[0] in said
+    assert "500 InternalError" in said
+    store.lost = ()
+    healed = rollup.run(CONFIG, store)
+    assert (healed.unread, healed.quarantined_total) == ({}, 0)
+    assert requests_by_node(store) == {"n1": 15, "n2": 10, "n3": 10}
+
+
+def test_an_object_that_stays_unreadable_is_passed_over_after_three_days(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    for n in range(3):
+        put(store, minute(n, "n2"))
+    put(store, minute(0))
+    store.lost = (key_of(minute(1, "n2")),)
+    first = rollup.run(CONFIG, store)
+    since = {key: Unread(reason=one.reason, since_ms=one.since_ms - SKIP_AFTER_MS) for key, one in first.unread.items()}
+    publish.commit(store, msgspec.structs.replace(first, number=first.number + 1, unread=since))
+    last = rollup.run(CONFIG, store)
+    assert requests_by_node(store) == {"n1": 1, "n2": 4}
+    assert last.unread == {}
+    assert [(one.key, "passed over" in one.reason) for m in manifests(store) for one in m.quarantined] == [
+        (store.lost[0], True)
+    ]
+
+
+def test_a_node_whose_folder_cannot_be_listed_stops_nobody(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    for node in ("n1", "n2"):
+        put(store, minute(1, node))
+    store.unlisted = ("raw/v1/node=n1/",)
+    rollup.run(CONFIG, store)
+    assert requests_by_node(store) == {"n2": 2}
+    store.unlisted = ()
+    rollup.run(CONFIG, store)
+    assert requests_by_node(store) == {"n1": 2, "n2": 2}
+
+
+def test_a_store_that_gives_out_nothing_is_tried_again_later(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    put(store, minute(1))
+    store.lost = ("raw/",)
+    with pytest.raises(Retryable, match="nothing new could be read"):
+        rollup.run(CONFIG, store)
+    store.lost = ()
+    assert rollup.run(CONFIG, store).batches == 1
+
+
+def test_alerts_of_the_others_are_sent(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    for node in ("n1", "n2"):
+        put(store, minute(1, node))
+    store.lost = (key_of(minute(1, "n1")),)
+    found = load.fresh(store, "r", {})
+    assert {one.node for one in found.batches} == {"n2"}
+    assert list(found.unread) == list(store.lost)
+    store.lost = ()
+    later = load.fresh(store, "r", found.cursors)
+    assert {one.node for one in later.batches} == {"n1"}
+    store.lost = (key_of(minute(1, "n1")),)
+    assert load.fresh(store, "r", {}, passed=lambda _: True).unread == {}
+    alert.run(CONFIG, store, Discord({}))
+
+
+def test_alert_reads_a_large_backlog_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path)
+    for n in range(6):
+        put(store, minute(n))
+    monkeypatch.setattr(load, "MOST_FRESH_RECORDS", 7)
+    cursors: dict[str, str] = {}
+    seen: list[int] = []
+    for _ in range(4):
+        found = load.fresh(store, "r", cursors)
+        seen += [one.seq for one in found.batches]
+        assert len(found.batches) <= 2
+        cursors = found.cursors
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_cursor_never_passes_what_was_not_read(data: st.DataObject) -> None:
+    pending = [
+        Pending(f"raw/v1/node={node}/i0001/{n:03}", f"raw/v1/node={node}/i0001/", 1)
+        for n in range(data.draw(st.integers(1, 8)))
+        for node in ("a", "b", "c")
+    ]
+    bad = set(data.draw(st.lists(st.sampled_from(pending), max_size=2)))
+    progress, cursors, counted = Progress(pending, {}, 0), dict[str, str](), list[str]()
+    rounds = 0
+    while piece := progress.piece():
+        stop, rounds = data.draw(st.integers(1, len(piece))), rounds + 1
+        assert rounds <= 100
+        outcomes, waiting = [], set[str]()
+        shares = [piece[n::2] for n in range(2)]  # each share is read in order, and stops where it likes
+        for share in shares:
+            for one in share[:stop]:
+                if node_of(one.key) not in waiting:
+                    outcomes.append(Outcome(one.key, 1, 0, "", "500" if one in bad else ""))
+                    if one in bad:
+                        waiting.add(node_of(one.key))
+        moved, settled = progress.read(piece, outcomes)
+        cursors |= moved
+        counted += [one.key for one in settled]
+    assert len(counted) == len(set(counted))
+    for one in pending:
+        passed = one.key <= cursors.get(one.folder or "", "")
+        earlier_bad = any(b.folder == one.folder and b.key <= one.key for b in bad)
+        assert passed != earlier_bad, one
+        assert passed == (one.key in counted)
+
+
+# names and texts
+
+STRANGE = "![x](http://evil.example/beacon.png) [go](javascript:alert(1))\n# |`<img src=x>`\x00\u202e" + "a" * 100
+
+
+def test_a_strange_name_is_replaced_and_its_numbers_count(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    put(store, batch([served(STRANGE, requests=3), served("plain.Name-1_x", requests=2)], node="n1"))
+    assert rollup.run(CONFIG, store).quarantined == ()
+    found = load.window(store, month("2026-11", "UTC"))
+    assert found.batches == 1
+    by_model = {one.model: one.requests for one in found.served}
+    (strange,) = set(by_model) - {"plain.Name-1_x"}
+    assert keys.check_name(strange, "model") == strange
+    assert (by_model[strange], by_model["plain.Name-1_x"]) == (3, 2)
+
+
+def test_a_batch_that_claims_another_node_is_no_urgent_copy(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put("urgent/v1/node=n1/i0001/x.mpz", seal([batch(node="n1/i0001")]))
+    assert ingest.read(store, "urgent/v1/node=n1/i0001/x.mpz", "r")[0] == []
+
+
+# manifests of other versions
+
+
+def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    put(store, minute(1))
+    made = rollup.run(CONFIG, store)
+    newer = {**json.loads(encode(made)), "number": 2, "schema": 99, "min_reader": 99, "days": {"x": "in another form"}}
+    store.put(keys.manifest_key(2), json.dumps(newer).encode())
+    put(store, minute(2))
+    config = str(directory(tmp_path))
+    for verb in ("rollup", "weekly", "monthly", "prune"):
+        assert cli.main([verb, "--config", config]) == 1
+        assert "a newer version wrote it" in capsys.readouterr().err
+    assert [m.key for m in list_all(store, keys.MANIFEST_PREFIX)] == [keys.manifest_key(1), keys.manifest_key(2)]
+
+
+def test_fields_of_a_readable_newer_version_are_kept(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    put(store, minute(1))
+    made = rollup.run(CONFIG, store)
+    newer = {**json.loads(encode(made)), "number": 2, "schema": 3, "future_field": {"a": [1, None]}}
+    store.put(keys.manifest_key(2), json.dumps(newer).encode())
+    put(store, minute(2))
+    rollup.run(CONFIG, store)
+    found = json.loads(store.get(keys.manifest_key(3), MOST).body)
+    assert (found["future_field"], found["schema"], "unknown" in found) == ({"a": [1, None]}, 3, False)
+
+
+def test_unknown_fields_inside_are_refused_not_dropped(tmp_path: Path) -> None:
+    tree = json.loads(encode(Manifest()))
+    tree["days"]["2026-11-21"] = {
+        "batches": 1,
+        "minute_files": 1,
+        "hour_files": 1,
+        "day_files": 1,
+        "sha256": "",
+        "new": 1,
+    }
+    with pytest.raises(Refused, match="new"):
+        parse(json.dumps(tree).encode(), "k")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{", b"[" * 100_000, b'{"min_reader": "x"}', b'{"number": -1e99}', b"\xff", b'{"schema": {}}']
+)
+def test_a_manifest_that_is_none_is_a_sentence(raw: bytes) -> None:
+    with pytest.raises(Refused, match="manifest k"):
+        parse(raw, "k")
+
+
+def test_a_manifest_without_numbers_is_read() -> None:
+    tree = json.loads(encode(Manifest(number=7, cursors={"a": "b"})))
+    for name in ("schema", "min_reader", "unread"):
+        del tree[name]
+    assert parse(json.dumps(tree).encode(), "k").cursors == {"a": "b"}
+
+
+def test_columns_of_a_newer_version_stay_in_minute_tables(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    put(store, minute(1))
+    rollup.run(CONFIG, store)
+    key = keys.table_key("minute", "served", "2026-11-21")
+    old, new = tmp_path / "old.parquet", tmp_path / "new.parquet"
+    old.write_bytes(store.get(key, MOST).body)
+    with duckdb.connect() as db:
+        db.execute(f"COPY (SELECT *, 7 AS future FROM '{old}') TO '{new}' (FORMAT parquet)")
+    store.put(key, new.read_bytes())
+    put(store, minute(2))
+    rollup.run(CONFIG, store)
+    new.write_bytes(store.get(key, MOST).body)
+    with duckdb.connect() as db:
+        assert sorted(db.execute(f"SELECT future FROM '{new}'").fetchall(), key=str) == [(7,), (None,)]
+    assert rows(store)[1] == 2
+
+
+def test_unknown_fields_of_state_that_is_written_back_are_refused(tmp_path: Path) -> None:
+    raw = b'{"schema": 1, "generation": 2, "nodes": {"n1": [{"model": "a", "source": "a", "version": "v", "new": 1}]}}'
+    assert desired.parse(raw).generation == 2
+    with pytest.raises(Refused, match=r"nodes\.n1\[0\]\.new is not known to this version"):
+        desired.parse(raw, whole=True)
+    store = DirectoryStore(tmp_path)
+    store.put(keys.ALERT_STATE, b'{"cursors": {}, "nodes": {"n1": {"last_seen_ms": 1, "new": 2}}}')
+    with pytest.raises(Refused, match=r"nodes\.n1\.new is not known"):
+        alert.run(CONFIG, store, Discord({}))
+
+
+# deletion
+
+
+def test_urgent_copies_go_with_their_segments(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    for n, epoch in ((0, 1), (1, 1), (3 * 1440, 2), (60 * 1440, 3)):
+        put(store, batch([served()], minute=n, epoch=epoch))
+    kept = [(2, 3 * 1440 + 2), (3, 60 * 1440 + 1)]
+    for epoch, seq in ((1, 1), (1, 2), (1, 9), (2, 3 * 1440 + 1), *kept):
+        raw = keys.RawKey(NodeId("n1"), 1, epoch, seq, seq)
+        store.put(keys.urgent_key(raw, 1), b"x")
+    store.put("urgent/v1/node=n1/hello", b"foreign")
+    rollup.run(CONFIG, store)
+    now = datetime.fromtimestamp(T0 / 1000, UTC) + timedelta(days=61)
+    assert prune.run(CONFIG, store, now, dry_run=True).urgent == 4
+    assert prune.run(CONFIG, store, now).urgent == 4
+    left = [one.key for one in list_all(store, "urgent/")]
+    assert [keys.parse_urgent_key(key)[2:4] for key in left if "hello" not in key] == kept
+    assert len(left) == 3
+    assert prune.run(CONFIG, store, now).urgent == 0
+
+
+def test_a_rollup_again_tells_which_days_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    for n in (0, 1440, 60 * 1440):
+        put(store, minute(n))
+    rollup.run(CONFIG, store)
+    assert prune.run(CONFIG, store, datetime.fromtimestamp(T0 / 1000, UTC) + timedelta(days=61)).raw == 2
+    before = load.newest_manifest(store).batches
+    assert cli.main(["rollup", "--again", "--config", str(directory(tmp_path))]) == 0
+    said = capsys.readouterr().err
+    assert "days_not_read_again" in said
+    assert "2026-11-21" in said
+    assert "2026-11-22" in said
+    assert load.newest_manifest(store).batches == before == 3
+
+
+def test_a_segment_that_vanishes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = DirectoryStore(tmp_path)
+    key = put(store, minute(1))
+    store.delete(key)
+    assert ingest.read(store, key, "r") == ([], "")
+    assert "segment_vanished" in "".join(capsys.readouterr())
+
+
+# listings
+
+
+def test_a_copy_compares_two_listings_in_order(tmp_path: Path) -> None:
+    here, there = DirectoryStore(tmp_path / "here"), DirectoryStore(tmp_path / "there")
+    for n in range(30):
+        here.put(f"raw/v1/{n:03}", b"%d" % n)
+        if n % 3 == 0:
+            there.put(f"raw/v1/{n:03}", b"%d" % n)
+    for key in ("raw/v1/0005", "raw/v1/zzz"):
+        there.put(key, b"only there")
+    done = sync.run(here, there)
+    assert (done.written, done.present, done.clashes) == (20, 12, [])
+    assert sync.run(here, there).written == 0
+    assert len(list(each(there, "raw/v1/"))) == 32
