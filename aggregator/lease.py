@@ -51,7 +51,7 @@ def _take(store: ObjectStore, key: str, verb: str) -> str:
         raise _busy(verb, "just started") from None
     try:
         lease = msgspec.json.decode(found.body, type=Lease)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         lease = Lease(holder="", until_ms=0)  # an unreadable lease counts as free
     if lease.until_ms > now_ms:
         raise _busy(verb, lease.holder)

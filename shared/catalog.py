@@ -62,7 +62,7 @@ def missing_shards(index: bytes, names: set[str]) -> list[str]:
     """Files that a model's index refers to and that are missing. Raises Refused when the index cannot be parsed."""
     try:
         tree = msgspec.json.decode(index, type=_Index)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError):
         raise Refused(f"{INDEX_NAME}: cannot be parsed", code="bad_model") from None
     return sorted(set(tree.weight_map.values()) - names)
 

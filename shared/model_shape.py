@@ -75,7 +75,7 @@ def read_header(raw: bytes) -> tuple[Tensor, ...]:
     try:
         tree = msgspec.json.decode(raw, type=dict[str, dict[str, object]])
         return tuple(_tensor(name, entry) for name, entry in tree.items() if name != "__metadata__")
-    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError):
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError, RecursionError):
         raise Refused("invalid safetensors header", code="bad_model") from None
 
 
@@ -98,7 +98,7 @@ def parse_shape(config_json: bytes, tensors: Sequence[Tensor] = ()) -> ModelShap
     """Derive the shape from a model's config.json and its arrays. Raises Refused naming what is missing."""
     try:
         tree = msgspec.json.decode(config_json, type=dict[str, object])
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise Refused(f"config.json: not a JSON object ({error})", code="bad_model") from None
     if isinstance(inner := tree.get("text_config"), dict):
         tree = {**_DEFAULTS.get(str(tree.get("model_type")), {}), **tree, **inner}

@@ -29,7 +29,7 @@ class Adopted:
         self._changing = threading.Lock()
         try:
             self._kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError, RecursionError):
             self._kept = _Kept()  # the bucket knows
 
     @property

@@ -47,15 +47,18 @@ class Hub:
             raise Refused(f"the hub is not asked, because {why}; {remedy}", code="offline")
         for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ[name] = "1"  # read when the client is imported
-        from huggingface_hub import constants
+        from huggingface_hub import constants, set_client_factory
         from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
 
+        from agent.files import hub_transport
+
         constants.DOWNLOAD_CHUNK_SIZE = PIECE_BYTES
+        set_client_factory(hub_transport.client)
         disable_progress_bars()
         logging.set_verbosity_error()  # its warnings quote signed addresses
         self._token, self.address = token or None, environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         # a compressed answer cannot be resumed
-        self._headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
+        self._headers = {**build_hf_headers(token=self._token), "Accept-Encoding": hub_transport.AS_FILE}
 
     def listing(self, asked: Asked) -> Listing:
         """The files and the commit of a model. Raises Refused when there is none or it cannot be served here, Retryable

@@ -87,7 +87,7 @@ def parse_origin(raw: bytes | None) -> Origin | None:
     """The origin that a version's file records; None where there is none or it is not one."""
     try:
         origin = msgspec.json.decode(raw or b"", type=Origin)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     valid = parse_name(origin.repo) == Asked(origin.repo) and _COMMIT.fullmatch(origin.revision)
     return msgspec.structs.replace(origin, licence=shown(origin.licence)) if valid else None

@@ -93,7 +93,7 @@ class BucketSource:
         except NotFound:
             why = f"the bucket does not hold it; upload it with `mlxrack-agent models push FOLDER {name}`"
             raise Refused(f"pull {name}@{self._version}: {why}", code="not_found") from None
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             raise Refused(f"pull {name}: {key} is not a manifest", code="bad_model") from None
         if catalog.version_of(self.manifest) != self._version:
             raise Refused(f"pull {name}: {key} does not describe version {self._version}", code="bad_model")

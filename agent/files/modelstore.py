@@ -264,7 +264,7 @@ class ModelStore:
             came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=Manifest)
         except FileNotFoundError:
             return
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             raise _bad(name, f"its {catalog.MANIFEST_NAME} cannot be read") from None
         have = {f.name: f for f in made.files}
         for wanted in came.files:

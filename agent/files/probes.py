@@ -56,7 +56,7 @@ def parse(raw: bytes, what: str) -> tuple[Probe, ...]:
     """Parse a file of probes. Raises Refused."""
     try:
         probes = msgspec.json.decode(raw, type=_File).probes
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise Refused(f"{what}: {error}; `mlxrack-agent probes MODEL` prints a valid one", code="bad_probes") from None
     if not probes or any(not p.prompt or not 0 < p.max_tokens <= 512 for p in probes):
         raise Refused(f"{what}: needs probes with a prompt and 1 to 512 max_tokens", code="bad_probes")

@@ -18,7 +18,10 @@ def proposal(store: ObjectStore, period: str) -> PlacementReport:
     found = load.newest_report(store, "weekly", period, "placement", "json")
     if found is None:
         raise Refused(f"apply: no placement published for {period}; create one with: mlxrack-aggregator weekly")
-    return msgspec.json.decode(found.body, type=PlacementReport)
+    try:
+        return msgspec.json.decode(found.body, type=PlacementReport)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Refused(f"apply: the placement of {period} cannot be parsed ({error}); publish it again") from None
 
 
 def run(

@@ -108,5 +108,5 @@ def _seen(target: ObjectStore) -> dict[str, str]:
     stored = find(target, STATE, keys.MOST_STATE_BYTES)
     try:
         return msgspec.json.decode(stored.body, type=dict[str, str]) if stored is not None else {}
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise Refused(f"{STATE} in the target: cannot be parsed; delete it to compare everything again") from None

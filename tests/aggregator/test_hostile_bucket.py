@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.files.model_pull import BucketSource
 from aggregator import cli, ingest, load, publish
 from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync, weekly
@@ -476,3 +477,29 @@ def test_a_copy_compares_two_listings_in_order(tmp_path: Path) -> None:
     assert (done.written, done.present, done.clashes) == (20, 12, [])
     assert sync.run(here, there).written == 0
     assert len(list(each(there, "raw/v1/"))) == 32
+
+
+DEEP = b'{"x": ' + b"[" * 100_000
+
+
+@pytest.mark.parametrize("raw", [DEEP, b"", b"{}", b"[]", b'{"files": 7}', b"\xff"])
+def test_a_file_that_is_none_is_a_sentence(raw: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    config = str(directory(tmp_path))
+    put(store, minute(1))
+    placement = keys.report_key("weekly", "2026-W47", "placement", 1, "json")
+    for key in (
+        placement,
+        keys.DESIRED,
+        keys.ALERT_STATE,
+        "annotations/v1/incidents.toml",
+        "state/v1/lease-rollup.json",
+    ):
+        store.put(key, raw)
+    for verb in (["apply", "--week", "2026-W47"], ["alert"], ["rollup"], ["weekly", "--week", "2026-W47"]):
+        status = cli.main([*verb, "--config", config])
+        assert status in (0, 1), verb
+        assert "Traceback" not in capsys.readouterr().err
+    store.put(keys.model_manifest_key("m", "v1"), raw)
+    with pytest.raises(Refused):
+        BucketSource(store, "m", "v1")

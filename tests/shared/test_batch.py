@@ -1,5 +1,7 @@
 """Batches and segments round-trip, and nothing else is accepted."""
 
+import tracemalloc
+
 import msgpack
 import msgspec
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator.window import facts_of
-from shared.batch import Batch, decode, encode, seal, unseal
+from shared.batch import MAX_SEGMENT_BYTES, Batch, decode, encode, seal, unseal
 from shared.errors import Refused
 from shared.records import RECORD_TYPES, PeerDown, prompt_bucket
 from tests.builders import batch, engine, host, resident, served
@@ -142,3 +144,42 @@ def test_prompt_buckets(tokens: int, bucket: int) -> None:
 def test_duplicates_share_their_batch_id() -> None:
     assert batch(minute=3).id == batch([served()], minute=3).id
     assert isinstance(batch(), Batch)
+
+
+def frame(raw: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=19).compress(raw)
+
+
+BOMBS = {
+    "nested arrays": lambda: frame(b"\x91" * 1_000_000 + b"\xc0"),
+    "nested maps": lambda: frame(b"\x81\xa1a" * 500_000 + b"\xc0"),
+    "an array of 4 billion": lambda: frame(b"\xdd\xff\xff\xff\xff"),
+    "a map of 4 billion": lambda: frame(b"\xdf\xff\xff\xff\xff"),
+    "a text of 4 GB": lambda: frame(b"\xdb\xff\xff\xff\xff"),
+    "bytes of 4 GB": lambda: frame(b"\xc6\xff\xff\xff\xff"),
+    "an extension of 4 GB": lambda: frame(b"\xc9\xff\xff\xff\xff\x01"),
+    "records of 4 billion": lambda: frame(b"\x81\xa7records\xdd\xff\xff\xff\xff"),
+    "a field nested deeply": lambda: frame(b"\x82\xa1v\x01\xa7records" + b"\x91" * 1_000_000),
+    "a gigabyte of zeros": lambda: frame(bytes(64 << 20)) * 16,
+    "a window of 2 GB": lambda: (
+        b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x01\x00\x00"  # magic, descriptor, window of 2^31, an empty last block
+    ),
+    "a frame that claims an exabyte": lambda: (
+        b"\x28\xb5\x2f\xfd\xe0" + (1 << 60).to_bytes(8, "little") + b"\x01\x00\x00"
+    ),
+    "thousands of empty frames": lambda: frame(b"") * 5_000,
+    "skippable frames": lambda: (b"\x50\x2a\x4d\x18\x00\x00\x00\x00") * 5_000,
+    "many equal batches": lambda: seal([Batch(rack="r", node="n", epoch=1, seq=1, t_start_ms=0, t_end_ms=1)] * 60_000),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_and_stays_small(bomb: str) -> None:
+    segment = BOMBS[bomb]()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused):
+            unseal(segment)
+        assert tracemalloc.get_traced_memory()[1] < 6 * MAX_SEGMENT_BYTES
+    finally:
+        tracemalloc.stop()
