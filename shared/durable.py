@@ -6,12 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+PRIVATE = 0o600
+"""The mode of a file of our state, whatever the umask."""
+PUBLIC = 0o644
+"""The mode of a file of a model: anybody on the machine may serve it."""
 
-def write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
+
+def write_whole(path: Path, body: bytes, *, synced: bool = True, mode: int = PRIVATE) -> None:
     """Write atomically; the name is durable only once the folder is synced, too. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(created(temporary, mode=mode), "wb") as file:
             file.write(body)
             file.flush()
             if synced:
@@ -20,6 +25,16 @@ def write_whole(path: Path, body: bytes, *, synced: bool = True) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def created(path: Path, flags: int = os.O_WRONLY | os.O_TRUNC, *, mode: int = PRIVATE) -> int:
+    """The descriptor of a file that is created if it is missing and has this mode in the end; never of what a link
+    leads to. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    # on a file that was there, or under a umask; some file systems have no modes
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        os.fchmod(descriptor, mode)
+    return descriptor
 
 
 def rename(before: Path, path: Path) -> None:

@@ -4,8 +4,7 @@ One contract suite (tests/contracts) runs against every implementation. Calls bl
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from shared.errors import NotFound, Refused
 
@@ -65,8 +64,8 @@ class ObjectStore(Protocol):
     def get_part(self, key: str, start: int, length: int) -> bytes:
         """At most ``length`` bytes from offset ``start``; fewer at the end, none beyond it. Raises NotFound."""
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Upload a file of any size, unconditionally."""
+    def put_file(self, key: str, file: BinaryIO) -> None:
+        """Upload an open file of any size, from where it stands to its end, unconditionally. It is read once."""
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         """At most ``limit`` objects under ``prefix`` whose key sorts (by bytes) after ``after``, in order."""

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, Stored, too_large
@@ -84,13 +85,15 @@ class DirectoryStore:
             file.seek(start)
             return file.read(length)
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, file: BinaryIO) -> None:
         target = self._path(key)
         with _as_ours("put", key), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._root) as folder:
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy = shutil.copyfile(path, Path(folder, "file"))
-            with copy.open("rb") as file:
-                os.fsync(file.fileno())
+            copy = Path(folder, "file")
+            with copy.open("wb") as made:
+                shutil.copyfileobj(file, made)
+                made.flush()
+                os.fsync(made.fileno())
             os.replace(copy, target)
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:

@@ -5,12 +5,12 @@ Each client setting fixes an observed problem: no aws-chunked trailers (R2 rejec
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 import boto3.exceptions
@@ -148,20 +148,21 @@ class S3Store:
                 raise Retryable(f"get {key}: it answered another part than {wanted}: {NOT_A_STORE}")
             return _body(answer, f"get {key}", length)
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, file: BinaryIO) -> None:
         # multipart for large files: one PUT takes 5 GB at most
         with _as_ours("put", key):
             try:
-                self._client.upload_file(str(path), self._bucket, self._prefix + key, Config=_PARTS)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                self._client.upload_fileobj(file, self._bucket, self._prefix + key, Config=_PARTS)
             except boto3.exceptions.S3UploadFailedError as error:
                 if isinstance(error.__context__, botocore.exceptions.ClientError):
                     raise error.__context__ from None
                 raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
-                if error.filename is None:
+                if isinstance(error, ConnectionError | TimeoutError):
                     raise Retryable(f"put {key}: the store does not respond ({type(error).__name__})") from None
-                raise Refused(f"put {key}: {path.name} cannot be read ({error.strerror})", code="bad_file") from None
-            size = path.stat().st_size
+                raise Refused(f"put {key}: the file cannot be read ({error.strerror})", code="bad_file") from None
         # the upload's own answers are not shown to us
         if size and len(self.get_part(key, size - 1, 2)) != 1:
             raise Retryable(f"put {key}: it does not hold the {size} bytes that it accepted: {NOT_A_STORE}")

@@ -25,6 +25,7 @@ from agent.files.hub_listing import (
     offline_because,
     taken,
 )
+from agent.files.model_folder import ModelFolder
 from shared import catalog
 from shared.catalog import Manifest, ModelFile
 from shared.errors import RackError, Refused, Retryable
@@ -91,9 +92,9 @@ class Hub:
 
     def _small(self, listing: Listing, file: HubFile, known: Sequence[Path]) -> bytes:
         for folder in known:
-            with contextlib.suppress(OSError):
-                path = folder / file.name
-                if path.stat().st_size == file.size and is_blob(content := path.read_bytes(), file.blob):
+            with contextlib.suppress(Refused):
+                content = ModelFolder(folder, listing.origin.repo).find(file.name, file.size)
+                if content is not None and is_blob(content, file.blob):
                     return content
         for _ in range(2):
             buffer = io.BytesIO()

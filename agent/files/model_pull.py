@@ -12,16 +12,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import msgspec
 
 from agent.files.hub_listing import ORIGIN_NAME, Asked, matches, parse_origin
+from agent.files.model_folder import ModelFolder
 from agent.files.modelstore import PARTIAL, Installed, ModelStore
 from shared import catalog
 from shared.catalog import Manifest, ModelFile
-from shared.durable import sync, sync_folder, write_whole
-from shared.errors import NotFound, Refused, Retryable
+from shared.durable import PUBLIC, created, sync, sync_folder, write_whole
+from shared.errors import NotFound, RackError, Refused, Retryable
 from shared.keys import (
     MODEL_PREFIX,
     MOST_COMPANION_BYTES,
@@ -36,6 +37,7 @@ from shared.store import ObjectStore, list_all
 PIECE_BYTES = 8 << 20
 RESERVE_BYTES = 512 << 20
 """Disk space that stays free for the spool and the logs."""
+MOST_REF_BYTES = 256
 COMPANIONS = (catalog.PROBES_NAME, ORIGIN_NAME)
 """Files that travel with a version and are not part of it: recorded answers, and where it came from."""
 
@@ -62,23 +64,57 @@ class FolderSource:
     """A model folder, or a Hugging Face cache folder of a model."""
 
     def __init__(self, store: ModelStore, folder: Path) -> None:
-        self._folder = snapshot_of(folder)
-        self.manifest = store.manifest(folder.name, self._folder)
+        self._folder = ModelFolder(snapshot_of(folder), f"model {folder.name}")
+        self.manifest = store.manifest(folder.name, self._folder.path)
+        for file in self.manifest.files:
+            self._open(file.name).close()
 
     def copy(self, file: ModelFile, start: int, write: Write) -> None:
-        try:
-            opened = (self._folder / file.name).open("rb")
-        except OSError as error:
-            raise Refused(f"pull: {file.name} cannot be read ({error.strerror})", code="bad_model") from None
-        with opened:
+        with self._open(file.name) as opened:
             opened.seek(start)
-            while piece := opened.read(PIECE_BYTES):
+            # a file that grows has one byte too many, which its reader notices
+            left = file.size - start + 1
+            while left > 0 and (piece := opened.read(min(PIECE_BYTES, left))):
                 write(piece)
+                left -= len(piece)
 
     def companion(self, name: str) -> bytes | None:
-        with contextlib.suppress(OSError):
-            return (self._folder / name).read_bytes()
-        return None
+        return self._folder.find(name)
+
+    def put(self, file: ModelFile, bucket: ObjectStore, key: str) -> None:
+        """Upload one file. Raises Refused when it is no longer what the manifest says; then nothing is left of it."""
+        with self._open(file.name) as opened:
+            hashed = _HashedFile(opened, file.size)
+            bucket.put_file(key, cast(BinaryIO, hashed))
+            if hashed.hexdigest() == file.sha256 and not opened.read(1):
+                return
+        with contextlib.suppress(RackError):
+            bucket.delete(key)
+        raise Refused(f"push: {file.name} was changed meanwhile; push again when that is done", code="bad_model")
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return self._folder.open(name, to_copy=True)
+        except OSError as error:
+            raise Refused(f"pull: {name} cannot be read ({error.strerror})", code="bad_model") from None
+
+
+class _HashedFile:
+    """A file's first ``size`` bytes, hashed as they are read, once and in order."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left, self._digest = file, size, hashlib.sha256()
+
+    def read(self, count: int = -1) -> bytes:
+        """At most ``count`` bytes."""
+        piece = self._file.read(self._left if count < 0 else min(count, self._left))
+        self._left -= len(piece)
+        self._digest.update(piece)
+        return piece
+
+    def hexdigest(self) -> str:
+        """Of what was read."""
+        return self._digest.hexdigest()
 
 
 class BucketSource:
@@ -113,11 +149,10 @@ def snapshot_of(folder: Path) -> Path:
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():
         return folder
-    with contextlib.suppress(OSError):
-        named = snapshots / (folder / "refs/main").read_text(encoding="ascii").strip()
-        if named.is_dir():
-            return named
-    found = sorted(p for p in snapshots.iterdir() if p.is_dir())
+    found = [] if snapshots.is_symlink() else [p for p in snapshots.iterdir() if p.is_dir() and not p.is_symlink()]
+    main = (ModelFolder(folder, f"model {folder.name}").find("refs/main", MOST_REF_BYTES) or b"").strip()
+    if len(named := [p for p in found if os.fsencode(p.name) == main]) == 1:
+        return named[0]
     if len(found) == 1:
         return found[0]
     raise Refused(f"{folder} holds {len(found)} snapshots and no refs/main; specify one of them", code="bad_model")
@@ -153,6 +188,7 @@ def pull(
             shutil.rmtree(partial)
             os.replace(place, partial)
         partial.mkdir(exist_ok=True)
+        _unlink_links(partial)
         there = sum(_size(partial / file.name) for file in manifest.files)
         _check_room(store, name, total, there, disk_bytes, free_bytes(partial))
         done = 0
@@ -183,7 +219,7 @@ def push(
     for file in source.manifest.files:
         key = model_file_key(version, file.name)
         if again or not _is_there(bucket, key, file.size):
-            bucket.put_file(key, snapshot_of(folder) / file.name)
+            source.put(file, bucket, key)
         done += file.size
         progress(done, total)
     for companion in COMPANIONS:
@@ -279,7 +315,7 @@ def _fetch(source: Source, file: ModelFile, path: Path, done: int, total: int, p
 
 
 def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int, progress: Progress) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     digest, at = hashlib.sha256(), 0
 
     def count(piece: bytes) -> None:
@@ -294,7 +330,7 @@ def _fetched(source: Source, file: ModelFile, path: Path, done: int, total: int,
         if at > file.size:
             raise _mismatch(file, path, f"{file.name} has more than {file.size} bytes")
 
-    with path.open("ab+") as opened:
+    with open(created(path, os.O_RDWR | os.O_APPEND, mode=PUBLIC), "ab+") as opened:
         if (there := opened.tell()) > file.size:
             there = opened.truncate(0)
         opened.seek(0)
@@ -326,9 +362,9 @@ def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> 
         stray.unlink()
     for name in COMPANIONS:
         if (body := source.companion(name)) is not None:
-            (partial / name).write_bytes(body)
-    write_whole(partial / catalog.MANIFEST_NAME, msgspec.json.encode(manifest))
-    place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(partial / name, body, mode=PUBLIC)
+    write_whole(partial / catalog.MANIFEST_NAME, msgspec.json.encode(manifest), mode=PUBLIC)
+    _make_folder(place.parent)
     os.replace(partial, place)
     for folder in (place, place.parent, partial.parent):
         sync_folder(folder)
@@ -337,9 +373,9 @@ def _install(source: Source, manifest: Manifest, partial: Path, place: Path) -> 
 @contextlib.contextmanager
 def _alone(partial: Path) -> Iterator[Path]:
     """The folder of a partial download, locked by one pull at a time."""
-    partial.mkdir(parents=True, exist_ok=True)
+    _make_folder(partial)
     lock: Any
-    with open(f"{partial}.lock", "a", encoding="ascii") as lock:
+    with open(created(Path(f"{partial}.lock"), os.O_WRONLY), "a", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -356,6 +392,21 @@ def _of_the_disk(what: str) -> Iterator[None]:
             why = "the disk is full; what was fetched is kept, nothing was installed; free some and pull again"
             raise Refused(f"{what}: {why}", code="disk_full") from None
         raise Refused(f"{what}: {error.filename or 'the disk'}: {error.strerror}", code="bad_model") from None
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder of the store; models are no secret, and the operator who pulls one need not be the one who serves it."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            one.mkdir()
+            one.chmod(0o755)
+
+
+def _unlink_links(partial: Path) -> None:
+    """Nothing is written to where a link leads."""
+    for stray in [p for p in partial.rglob("*") if p.is_symlink()]:
+        stray.unlink()
 
 
 def _size(path: Path) -> int:

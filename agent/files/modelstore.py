@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from agent.config import STORED, AgentConfig, Model
 from agent.files.hub_listing import ORIGIN_NAME, Asked, Origin, matches, parse_origin
+from agent.files.model_folder import ModelFolder, read_file
 from agent.files.probes import BUILT_IN, Probe, parse
 from shared import catalog, memory_plan, model_shape
 from shared.catalog import Manifest, ModelFile
@@ -28,6 +30,7 @@ from shared.memory_plan import MemoryPlan
 from shared.model_shape import ModelShape, Tensor
 
 PARTIAL = ".partial"
+HASHED_BYTES = 1 << 20
 
 
 def model_folder(config: AgentConfig, state: Path) -> Path:
@@ -91,15 +94,15 @@ class ModelStore:
             plan = MemoryPlan(weights_bytes=need, kv_bytes=0, workspace_bytes=0, overhead_bytes=0)
             probes = self._probes(model, None)
             return ModelSpec(model=model, path=model.path, version=version, need_bytes=need, plan=plan, probes=probes)
-        folder = self.resolve(model)
-        manifest = self.manifest(model.name, folder)
+        folder = _folder(model.name, self.resolve(model))
+        manifest = self.manifest(model.name, folder.path)
         tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
         shape, plan = self._planned(model, self._config(model.name, folder), tensors)
         need = model.need_bytes or plan.need_bytes
         version = catalog.version_of(manifest)
         return ModelSpec(
             model=model,
-            path=str(folder),
+            path=str(folder.path),
             version=version,
             need_bytes=need,
             plan=plan,
@@ -189,7 +192,7 @@ class ModelStore:
         if not folder.is_dir():
             raise _bad(name, f"no such folder: {folder}; put the model there or correct its path")
         with self._hashing:
-            return self._read_manifest(name, folder)
+            return self._read_manifest(name, _folder(name, folder))
 
     def _planned(self, model: Model, config: bytes, tensors: Sequence[Tensor]) -> tuple[ModelShape | None, MemoryPlan]:
         """The memory plan; for an unknown shape, the need_bytes that the operator configured."""
@@ -212,34 +215,34 @@ class ModelStore:
         return shape, plan
 
     @staticmethod
-    def _probes(model: Model, folder: Path | None) -> tuple[Probe, ...]:
+    def _probes(model: Model, folder: ModelFolder | None) -> tuple[Probe, ...]:
         """Recorded answers: from the configured file, else those that came with the model."""
         if model.probes:
             path = Path(model.probes).expanduser()
             try:
-                return parse(path.read_bytes(), f"model {model.name}: probes {path}")
+                return parse(read_file(path), f"model {model.name}: probes {path}")
             except OSError as error:
                 why = f"model {model.name}: its probes {path} cannot be read ({error.strerror})"
                 raise Refused(why, code="bad_probes") from None
         if folder is not None:
             with contextlib.suppress(FileNotFoundError):
-                raw = (folder / catalog.PROBES_NAME).read_bytes()
+                raw = folder.read(catalog.PROBES_NAME)
                 return parse(raw, f"model {model.name}: its {catalog.PROBES_NAME}")
         return BUILT_IN
 
-    def _config(self, name: str, folder: Path) -> bytes:
+    def _config(self, name: str, folder: ModelFolder) -> bytes:
         try:
-            return (folder / "config.json").read_bytes()
+            return folder.read("config.json")
         except OSError:
-            raise _bad(name, f"{folder} has no config.json; it is not an mlx-lm model folder") from None
+            raise _bad(name, f"{folder.path} has no config.json; it is not an mlx-lm model folder") from None
 
-    def _read_manifest(self, name: str, folder: Path) -> Manifest:
-        paths = sorted(p for p in folder.rglob("*") if p.is_file() and catalog.is_model_file(_inside(p, folder)))
-        if not any(p.suffix == ".safetensors" for p in paths):
-            raise _bad(name, f"{folder} holds no .safetensors file")
+    def _read_manifest(self, name: str, folder: ModelFolder) -> Manifest:
         try:
-            _check_shards(name, folder, {_inside(p, folder) for p in paths})
-            files = tuple(self._file(path, folder) for path in paths)
+            names = folder.names()
+            if not any(one.endswith(".safetensors") for one in names):
+                raise _bad(name, f"{folder.path} holds no .safetensors file")
+            _check_shards(name, folder, set(names))
+            files = tuple(self._file(name, folder, one) for one in names)
         except OSError as error:
             raise _bad(name, f"its files cannot be read ({error.strerror})") from None
         self._write_memo()
@@ -247,21 +250,25 @@ class ModelStore:
         self._compare(name, folder, made)
         return made
 
-    def _file(self, path: Path, folder: Path) -> ModelFile:
-        stat = path.stat()
-        known = self._hashes.get(str(path))
-        if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._changed = True
-            known = self._hashes[str(path)] = _Hashed(size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
-        return ModelFile(name=_inside(path, folder), size=known.size, sha256=known.sha256)
+    def _file(self, name: str, folder: ModelFolder, inside: str) -> ModelFile:
+        path = str(folder.path / inside)
+        with folder.open(inside) as file:
+            stat = os.fstat(file.fileno())
+            known = self._hashes.get(path)
+            if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                digest = _digest(file, stat.st_size)
+                after = os.fstat(file.fileno())
+                if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                    raise _bad(name, f"file {inside} is being written; wait until that is done")
+                self._changed = True
+                known = self._hashes[path] = _Hashed(size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
+        return ModelFile(name=inside, size=known.size, sha256=known.sha256)
 
     @staticmethod
-    def _compare(name: str, folder: Path, made: Manifest) -> None:
+    def _compare(name: str, folder: ModelFolder, made: Manifest) -> None:
         """Compare with the manifest that came with the model, if there is one."""
         try:
-            came = msgspec.json.decode((folder / catalog.MANIFEST_NAME).read_bytes(), type=Manifest)
+            came = msgspec.json.decode(folder.read(catalog.MANIFEST_NAME), type=Manifest)
         except FileNotFoundError:
             return
         except (msgspec.DecodeError, RecursionError):
@@ -287,17 +294,30 @@ class ModelStore:
         if not self._changed:
             return
         with contextlib.suppress(OSError):
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            self._memo.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_whole(self._memo, msgspec.json.encode(self._hashes), synced=False)
             self._changed = False
 
 
-def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
+def _folder(name: str, folder: Path) -> ModelFolder:
+    return ModelFolder(folder, f"model {name}")
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """The SHA-256 of the first ``size`` bytes: one that grows as it is read has no end."""
+    digest, left = hashlib.sha256(), size
+    while left and (piece := file.read(min(HASHED_BYTES, left))):
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
+
+
+def _tensors(name: str, folder: ModelFolder, file: ModelFile) -> Iterator[Tensor]:
     """The tensors of a weights file, from its header alone."""
     if not catalog.is_loaded(file.name):
         return
     try:
-        with (folder / file.name).open("rb") as weights:
+        with folder.open(file.name) as weights:
             length = model_shape.header_bytes(weights.read(8), file.size)
             tensors = model_shape.read_header(weights.read(length))
         if 8 + length + sum(t.nbytes for t in tensors) > file.size:
@@ -309,19 +329,15 @@ def _tensors(name: str, folder: Path, file: ModelFile) -> Iterator[Tensor]:
         raise _bad(name, f"{file.name} cannot be read ({error.strerror})") from None
 
 
-def _check_shards(name: str, folder: Path, names: set[str]) -> None:
+def _check_shards(name: str, folder: ModelFolder, names: set[str]) -> None:
     if catalog.INDEX_NAME not in names:
         return
-    if missing := catalog.missing_shards((folder / catalog.INDEX_NAME).read_bytes(), names):
-        raise _bad(name, f"{folder} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
+    if missing := catalog.missing_shards(folder.read(catalog.INDEX_NAME), names):
+        raise _bad(name, f"{folder.path} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
 
 
 def _bad(name: str, why: str) -> Refused:
     return Refused(f"model {name}: {why}", code="bad_model")
-
-
-def _inside(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -331,10 +347,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _origin(folder: Path) -> Origin | None:
-    with contextlib.suppress(OSError):
-        return parse_origin((folder / ORIGIN_NAME).read_bytes())
+    with contextlib.suppress(Refused):
+        return parse_origin(_folder(folder.name, folder).find(ORIGIN_NAME))
     return None
 
 
 def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())

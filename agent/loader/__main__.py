@@ -72,8 +72,11 @@ def _engine(args: argparse.Namespace) -> Engine:
         return FakeEngine(
             speed, load_s=args.fake_load_s, salt=args.path, rows=args.rows, held_bytes=args.fake_held_bytes
         )
+    from agent.files.model_folder import ModelFolder
     from agent.loader import blas
 
+    # mlx-lm and transformers open files by their names; the daemon's look at the folder may be hours old
+    ModelFolder(Path(args.path), f"model folder {args.path}").check()
     name = blas.install()
     from agent.loader.mlx.encoder import EncoderEngine, is_encoder
     from agent.loader.mlx.engine import MLXEngine

@@ -18,6 +18,7 @@ import psutil
 
 from agent.config import STORED, AgentConfig, Listen, Model, Peers
 from agent.files.hub_listing import Listing, parse_name
+from agent.files.model_folder import ModelFolder
 from agent.files.model_pull import BucketSource, snapshot_of
 from agent.files.modelstore import ModelSpec
 from agent.operator import recommended
@@ -170,11 +171,10 @@ def has_template(folder: Path) -> bool:
     """Whether the folder says how its model wants a conversation written."""
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
+    raw = ModelFolder(folder, f"model {folder.name}").find("tokenizer_config.json") or b""
     try:
-        return bool(
-            msgspec.json.decode((folder / "tokenizer_config.json").read_bytes(), type=dict).get("chat_template")
-        )
-    except (OSError, msgspec.DecodeError):
+        return bool(msgspec.json.decode(raw, type=dict).get("chat_template"))
+    except msgspec.DecodeError:
         return False
 
 

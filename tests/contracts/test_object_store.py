@@ -1,5 +1,6 @@
 """One suite for every ObjectStore: a directory, and a real S3 server."""
 
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -256,11 +257,9 @@ def test_ranges_of_an_object(store: ObjectStore) -> None:
 def test_files_of_any_size_round_trip(store: ObjectStore, tmp_path: Path) -> None:
     large = tmp_path / "large file"
     large.write_bytes(bytes(range(256)) * (20 << 12))  # above the size from which S3 clients use multipart uploads
-    store.put_file("models/large", large)
+    with large.open("rb") as file:
+        store.put_file("models/large", file)
     assert store.get("models/large", 1 << 30).body == large.read_bytes()
-    large.write_bytes(b"small now")
-    store.put_file("models/large", large)
+    store.put_file("models/large", io.BytesIO(b"small now"))
     assert store.get("models/large", 1 << 30).body == b"small now"
-    with pytest.raises(Refused):
-        store.put_file("models/none", tmp_path / "none")
     assert [one.key for one in list_all(store, "models/")] == ["models/large"]

@@ -278,7 +278,7 @@ def test_a_certificate_s_expiry_is_in_the_metrics_and_in_telemetry(tmp_path: Pat
 
         def events() -> set[str]:
             segments = [item.key for item in list_all(store, "raw/") if item.key.endswith(".mpz")]
-            batches = [batch for key in segments for batch in unseal(store.get(key).body)]
+            batches = [batch for key in segments for batch in unseal(store.get(key, 16 << 20).body)]
             return {r.certificate for b in batches for r in b.records if isinstance(r, CertificateExpires)}
 
         until(lambda: events() == {"listener", "ca"}, "both are in the bucket")

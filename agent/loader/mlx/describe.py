@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lm import tokenizer_utils
 
+from agent.files.model_folder import ModelFolder
 from agent.loader.chat.probe import Conversation, probed
 from agent.loader.chat.summary import summary
 from agent.loader.mlx.encoder import is_encoder
@@ -24,6 +25,7 @@ def main(folder: str) -> int:
 
 
 def _summary(folder: Path) -> dict[str, str]:
+    ModelFolder(folder, f"model folder {folder}").check()
     if is_encoder(str(folder)):
         return {"serves": "embeddings"}
     told: dict[str, Any] = json.loads((folder / "config.json").read_bytes())

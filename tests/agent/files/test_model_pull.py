@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from agent.config import Model
 from agent.files import model_pull
+from agent.files.model_folder import ModelFolder
 from agent.files.model_pull import BucketSource, FolderSource, Write, pull, push
 from agent.files.modelstore import PARTIAL, ModelStore
 from scripts.seaweed import SeaweedFS
@@ -153,15 +155,18 @@ def test_a_full_disk_keeps_existing_models(folder: Path, store: ModelStore) -> N
     source = FolderSource(store, folder)
     version = pull(source, store, "elsewhere").version
     partial = store.folder / PARTIAL / f"tiny@{version}"
-    partial.mkdir(parents=True)
-    # /dev/full stands in for the weights file
-    (partial / "model.safetensors").symlink_to("/dev/full")
-    with pytest.raises(Refused, match="the disk is full; what was fetched is kept, nothing was installed") as caught:
-        pull(source, store, "tiny")
+    full = "the disk is full; what was fetched is kept, nothing was installed"
+    # a limit of this process stands in for the disk
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "model.safetensors").stat().st_size - 1, before[1]))
+    try:
+        with pytest.raises(Refused, match=full) as caught:
+            pull(source, store, "tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.code == "disk_full"
     assert (partial / "config.json").exists()
     assert [one.name for one in store.installed()] == ["elsewhere"]
-    (partial / "model.safetensors").unlink()
     assert pull(source, store, "tiny").version == version
 
 
@@ -221,7 +226,7 @@ def test_an_invalid_manifest_is_rejected(store: ModelStore, tmp_path: Path, body
 def test_a_manifest_cannot_write_outside_its_folder(store: ModelStore, tmp_path: Path, name: str) -> None:
     class Strange(FolderSource):
         def __init__(self) -> None:
-            self._folder = tmp_path
+            self._folder = ModelFolder(tmp_path, "m")
             self.manifest = msgspec.json.decode(manifest("a.safetensors", name), type=Manifest)
 
     with pytest.raises(Refused, match="which is not a model file"):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import pytest
@@ -81,8 +82,8 @@ class Flaky:
     def get_part(self, key: str, start: int, length: int) -> bytes:
         return self.inner.get_part(key, start, length)
 
-    def put_file(self, key: str, path: Path) -> None:
-        self.inner.put_file(key, path)
+    def put_file(self, key: str, file: BinaryIO) -> None:
+        self.inner.put_file(key, file)
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         return self.inner.list_after(prefix, after, limit)
