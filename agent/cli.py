@@ -25,10 +25,12 @@ from agent.config import AgentConfig, Node
 from agent.operator import cli_models, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.resolved import files_and_secrets
+from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import progress, size, status_text, table, why_text
-from shared import __version__, logs
+from shared import __version__, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
+from shared.durable import write_whole
 from shared.errors import Halt, RackError, Refused, Retryable
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ ALONE = AgentConfig(node=Node(id="local", rack="local"))
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = _parser().parse_args(argv)
+    before = os.umask(private.UMASK)
     try:
         status: int = args.run(args)
     except BrokenPipeError:
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"mlxrack-agent: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return os.EX_IOERR
+    finally:
+        os.umask(before)
     return status
 
 
@@ -182,6 +187,10 @@ def log_file(config: AgentConfig) -> Path:
     return folder / "agent.jsonl"
 
 
+def _note(line: str) -> None:
+    print(f"mlxrack-agent: {line}", file=sys.stderr)
+
+
 def _client(args: argparse.Namespace) -> AdminClient:
     return AdminClient(*_config_and_state(args))
 
@@ -197,7 +206,8 @@ def _run(args: argparse.Namespace) -> int:
             print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
         print(f"status: mlxrack-agent status --config '{path}'", flush=True)
 
-    _foreground(config, args.console, started)
+    with state_held(state_folder(config), _note):
+        _foreground(config, args.console, started)
     return 0
 
 
@@ -206,7 +216,6 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
     from agent.daemon import Daemon
 
     state = state_folder(config)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     logs.configure(log_file(config), level=config.log_level, console=console)
 
     async def serve() -> None:
@@ -214,7 +223,7 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
 
         def listening(port: int) -> None:
             with contextlib.suppress(OSError):  # a full disk must not keep it from serving
-                (state / PORT_NAME).write_text(str(port), encoding="ascii")
+                write_whole(state / PORT_NAME, str(port).encode(), synced=False)
             started(daemon, port)
 
         await daemon.run(listening)
@@ -231,6 +240,13 @@ def _serve(args: argparse.Namespace) -> int:
     began_s, args.json = time.monotonic(), False
     config, state = _config_and_state(args)
     options = serve_one.Options(args.name, args.revision, args.port, args.rows, args.context)
+    with state_held(state, _note):
+        return _serve_held(args, config, state, options, began_s)
+
+
+def _serve_held(
+    args: argparse.Namespace, config: AgentConfig, state: Path, options: serve_one.Options, began_s: float
+) -> int:
     serving = serve_one.prepare(args.model, config, obtain.access_of(config, state, os.environ, args), options)
     waiting: list[asyncio.Task[None]] = []
     failed: list[str] = []
@@ -342,7 +358,8 @@ def _logs(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from agent.operator import doctor
 
-    findings = doctor.examine(*_config_and_state(args), os.environ)
+    config, state = _config_and_state(args)
+    findings = doctor.examine(config, state, log_file(config).parent, os.environ)
     if args.json:
         print(json.dumps([found._asdict() for found in findings], indent=2))
     else:

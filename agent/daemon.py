@@ -44,7 +44,8 @@ from agent.telemetry.sampler import Sources
 from agent.telemetry.service import Telemetry
 from agent.views import offers
 from agent.wire.frames import Reported
-from shared import __version__
+from shared import __version__, private
+from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
 from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
@@ -322,14 +323,15 @@ class Daemon:
 
 
 def token(state: Path, name: str) -> str:
-    """A token of this node's own API, created at the first start, readable by the agent's user only."""
+    """A token of this node's own API, created at the first start, readable by the agent's user only. One that others
+    could have read or written is replaced, and so is one that could be guessed."""
     path = state / name
-    with contextlib.suppress(FileNotFoundError):
-        if known := path.read_text(encoding="ascii").strip():
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if private.is_private(os.lstat(path)) and len(known := path.read_text(encoding="ascii").strip()) >= 32:
             return known
+        log.warning("token_replaced", name=name, reason="it was not this user's alone, or too short")
     made = secrets.token_hex(32)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-        file.write(made + "\n")
+    write_whole(path, f"{made}\n".encode())
     return made
 
 

@@ -1,5 +1,6 @@
 """Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, probes, seal."""
 
+import re
 from typing import Literal
 
 import msgspec
@@ -8,8 +9,11 @@ from aiohttp import web
 from agent.api.context import CONTEXT, Context, json_response, require_admin
 from agent.api.wire import body_of
 from agent.files.probes import render
+from agent.mesh.signing import listener_proof
 from shared import logs
 from shared.errors import Refused
+
+_NONCE = re.compile(r"[0-9a-f]{32,64}")
 
 
 class _Names(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,6 +30,15 @@ async def _order(request: web.Request) -> tuple[Context, _Names]:
         return request.app[CONTEXT], msgspec.json.decode(body, type=_Names)
     except msgspec.DecodeError as error:
         raise Refused(f"admin request: {error}", code="invalid_json") from None
+
+
+async def proof(request: web.Request) -> web.Response:
+    """Proof that who listens here knows the admin token, for who is about to send it; needs no token itself."""
+    nonce = request.query.get("nonce", "")
+    if not _NONCE.fullmatch(nonce):
+        raise Refused("admin proof: nonce must be 32 to 64 hex digits", code="invalid_value", param="nonce")
+    address = request.get_extra_info("sockname")
+    return json_response({"proof": listener_proof(request.app[CONTEXT].admin_token, nonce, address[:2])})
 
 
 async def status(request: web.Request) -> web.Response:

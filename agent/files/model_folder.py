@@ -1,4 +1,4 @@
-"""A model folder, read as if a stranger had packed it: regular files in it and nothing else.
+"""A model folder, read as untrusted data: regular files in it and nothing else.
 
 A clone or an archive may carry links. A file is looked up, must lie in the folder (or in the `blobs/` of its own
 Hugging Face cache folder), and is then opened from there step by step without following anything, so that a link
@@ -122,7 +122,7 @@ class ModelFolder:
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """A file that the operator named, wherever it is. Raises OSError, also for what is no file or too large."""
+    """A file that the operator named, wherever it is. Raises OSError, also for a FIFO, a device or too many bytes."""
     # without O_NONBLOCK, opening a FIFO waits for a writer
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

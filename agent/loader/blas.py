@@ -7,8 +7,10 @@ loader uses MLX's own BLAS and reports it.
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -57,9 +59,11 @@ def _built(library: Path) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlxrack", "blas")
     stamp = hashlib.sha256(f"{_SHIM}{library.stat().st_size}".encode()).hexdigest()[:12]
     shim = folder / f"libmlxrack-blas-{stamp}.so"
-    if shim.is_file():
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for one in (folder.parent, folder):
+        _take(one)
+    if shim.is_file() and not shim.is_symlink() and shim.stat().st_uid in (0, os.geteuid()):
         return shim
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, made = Path(scratch, "shim.c"), Path(scratch, "shim.so")
         source.write_text(_SHIM)
@@ -68,3 +72,12 @@ def _built(library: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             made.rename(shim)
     return shim
+
+
+def _take(folder: Path) -> None:
+    """Nobody else may put a library there that we would run. Raises OSError for another user's folder."""
+    seen = os.lstat(folder)
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid not in (0, os.geteuid()):
+        raise OSError(errno.EPERM, "another user's", str(folder))
+    if seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(0o700)

@@ -42,6 +42,13 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     mac: str
 
 
+def listener_proof(token: str, nonce: str, address: tuple[str, int]) -> str:
+    """What only the holder of a node's admin token can answer to a nonce. ``address`` is where its socket listens, so
+    that the right answer of another listener, to whom somebody passed the nonce on, is a wrong one."""
+    host, port = address[0].removeprefix("::ffff:").partition("%")[0], str(address[1])
+    return hmac.digest(token.encode(), _line("listener", nonce, host, port), "sha256").hex()
+
+
 class Key:
     """A key derived from the rack secret, for requests between nodes."""
 

@@ -1,13 +1,17 @@
 """The CLI's client of the admin API: blocking calls to the agent on this machine."""
 
+import contextlib
+import hmac
 import http.client
 import json
+import secrets
 import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from agent.config import AgentConfig
+from agent.mesh.signing import listener_proof
 from shared.errors import Halt, Refused, Retryable
 from shared.hosts import is_loopback
 
@@ -17,6 +21,7 @@ SERVED_NAME = "listener.pem"
 """Where a running agent notes the certificate that its listener shows."""
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
 """X509_V_FLAG_NO_CHECK_TIME."""
+MOST_PROOF_BYTES = 1024
 PORT_NAME = "port"
 """Where a running agent notes its port, which need not be the configured one."""
 
@@ -45,8 +50,10 @@ class AdminClient:
 
     def _call(self, method: str, path: str, body: dict[str, str] | None, timeout_s: float) -> dict[str, Any]:
         connection = self._connection(timeout_s)
-        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json"}
+        token = self._token()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         try:
+            self._recognise(connection, token)
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             answer = connection.getresponse()
             tree = json.loads(answer.read())
@@ -83,6 +90,22 @@ class AdminClient:
             why = f"{self._served} cannot be read; is the agent running? start it: `mlxrack-agent run`"
             raise Retryable(why, code="not_running") from None
         return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
+
+    def _recognise(self, connection: http.client.HTTPConnection, token: str) -> None:
+        """The port of an agent that was killed may be anybody's by now: the token is sent only on a connection whose
+        other end has shown that it knows it. Raises Retryable."""
+        connection.connect()
+        connection.auto_open = 0  # not another connection, whose end has shown nothing
+        nonce, address = secrets.token_hex(16), connection.sock.getpeername()[:2]
+        connection.request("GET", f"/admin/v1/proof?nonce={nonce}")
+        answer = connection.getresponse().read(MOST_PROOF_BYTES)
+        expected = listener_proof(token, nonce, address)
+        with contextlib.suppress(ValueError):
+            tree = json.loads(answer)
+            if isinstance(tree, dict) and hmac.compare_digest(str(tree.get("proof")).encode(), expected.encode()):
+                return
+        why = f"what listens on {self._host}:{self._port} does not know {self._token_file}, so it is not this agent"
+        raise Retryable(f"{why} (or one of an older version); start it: `mlxrack-agent run`", code="not_running")
 
     def _token(self) -> str:
         try:

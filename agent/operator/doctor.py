@@ -16,6 +16,7 @@ import psutil
 from agent.config import AgentConfig, plain_warnings
 from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.heartbeats import SKEW_WARNING_MS
+from agent.operator import state_folder
 from agent.operator.statusview import talks_text
 from agent.process import gpu
 from agent.process.loader_process import environment
@@ -50,7 +51,7 @@ class Finding(NamedTuple):
     seen: str
 
 
-def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
+def examine(config: AgentConfig, state: Path, logs: Path, environ: Mapping[str, str]) -> list[Finding]:
     """Every check, in the order in which an operator would run them."""
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
@@ -58,6 +59,7 @@ def examine(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> lis
         _memory(config, environ),
         *_models(config, state, environ),
         _port(config),
+        _state(state, logs),
         *_store(config, environ),
         *_peers(config, environ),
         *_transport(config),
@@ -127,6 +129,12 @@ def _port(config: AgentConfig) -> Finding:
         except OSError as error:
             return Finding("port", "warning", f"{host}:{port} is in use ({error.strerror}); is the agent running?")
     return Finding("port", "ok", f"{host}:{port} is free")
+
+
+def _state(state: Path, logs: Path) -> Finding:
+    if found := state_folder.problems(state, logs):
+        return Finding("state", "warning", state_folder.shown(found, state))
+    return Finding("state", "ok", f"{state} is this user's alone" if state.is_dir() else f"{state} does not exist yet")
 
 
 def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:

@@ -67,6 +67,7 @@ def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -
         DAEMON_PLIST.write_text(plist)
         DAEMON_PLIST.chmod(0o644)
         NEWSYSLOG.write_text(newsyslog)
+        NEWSYSLOG.chmod(0o644)
     except LookupError:
         raise Halt(f"install: user {user} does not exist; create it (no login), or set another with --user") from None
     except PermissionError:
