@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -71,6 +71,9 @@ score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic week
 
 fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,000 inputs
 	@$(BIN)/python -m scripts.fuzz_parsers
+
+abuse: $(STAMP) ## send the inputs of the security findings to real agents and aggregators: a table; 20 minutes
+	@$(BIN)/python -m scripts.abuse
 
 soak: $(STAMP) ## soak: ten minutes on a saturated machine, and ten with client disconnects
 	MLXRACK_SOAK_S=600 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_soak.py

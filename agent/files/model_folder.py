@@ -122,7 +122,7 @@ class ModelFolder:
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """A file that the operator named, wherever it is. Raises OSError, also for a FIFO, a device or too many bytes."""
+    """A file that the operator named, wherever it is. Raises OSError, also for a FIFO, a device, or too many bytes."""
     # without O_NONBLOCK, opening a FIFO waits for a writer
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
