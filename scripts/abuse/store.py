@@ -1,8 +1,10 @@
 """The bucket and the aggregator: findings 6, 9, 10 and 11."""
 
 import contextlib
+import ctypes
 import http.server
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,8 @@ from shared.store import list_all
 from shared.store_dir import DirectoryStore
 from tests.builders import batch, engine, host, resident, served
 from tests.rack.harness import model
+
+_CLONE_NEWNS = 0x20000
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
@@ -156,28 +160,40 @@ def _largest(folder: Path) -> Iterator[list[float]]:
         thread.join()
 
 
+def _small_disk(folder: Path, mb: int) -> str:
+    """Mount a small file system there, which ends with this process; why not, where that is not possible."""
+    folder.mkdir()
+    with contextlib.suppress(AttributeError, OSError):
+        if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) == 0:
+            for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", f"size={mb}m", "tmpfs", str(folder)]):
+                subprocess.run(["mount", *words], check=True, capture_output=True)
+            return ""
+    return " (a whole disk: only root can mount a small one)"
+
+
 @case(
     "zip-bomb-segments",
     "6",
-    "segments of 616 bytes with 19,000 equal records each, of one node; another node's good ones",
-    "the disk it takes is bounded, and the other node's telemetry is in the tables",
+    "24 and more segments of 936 bytes with 19,000 equal records each, of one node; a disk of 150 MB",
+    "rc 0, a commit, and the other node's telemetry is in it",
     limit_s=300,
 )
 def zip_bombs(place: Place) -> Seen:
-    """14,000 times larger unpacked; before, ENOSPC ended every later run without a commit."""
-    bucket, tmp, count = DirectoryStore(place.folder / "bucket"), place.folder / "tmp", place.size(60, 20)
-    tmp.mkdir()
+    """17,000 times larger unpacked; before, ENOSPC ended every later run without a commit."""
+    bucket, tmp, count = DirectoryStore(place.folder / "bucket"), place.folder / "tmp", place.size(72, 24)
     for minute in range(count):
         _put(bucket, "n1", minute, [served(worker="n1")] * 19_000)
     _good(bucket, "n2", 30)
     sizes = [one.size for one in list_all(bucket, "raw/v1/node=n1")]
+    whole = _small_disk(tmp, 150)
     with _largest(tmp) as most:
-        status, said = _aggregate(place, "rollup", tmp=tmp)
+        runs = [_aggregate(place, "rollup", tmp=tmp) for _ in range(2)]
     commits = list_all(bucket, "manifest/")
     cursors = json.loads(Path(place.folder / "bucket" / commits[-1].key).read_bytes())["cursors"] if commits else {}
+    last = [said.strip().splitlines()[-1][:120] for _, said in runs if said.strip()]
     return all_of(
-        (status == 0, f"rc {status}: {said.strip().splitlines()[-1][:120] if said.strip() else ''}"),
-        (most[0] < 120, f"{len(sizes)} segments of {max(sizes)} bytes took {most[0]:.0f} MB of disk"),
+        (all(status == 0 for status, _ in runs), f"rc {[status for status, _ in runs]} {last}"),
+        (bool(whole) or most[0] < 150, f"{len(sizes)} segments of {max(sizes)} bytes took {most[0]:.0f} MB{whole}"),
         (any("n2" in key for key in cursors), f"cursors of {sorted(cursors)}"),
     )
 
