@@ -107,7 +107,8 @@ def hostile_store(place: Place) -> Seen:
         reasons.append(f"{mode}: {push['reason'][:90]!r}" + (" since" if "since" in json.dumps(push) else ""))
         checks.append((good == asked and seen.peak_mb < 400, f"{mode}: {good} of {asked}, {seen.peak_mb:.0f} MB"))
     began = time.monotonic()
-    agent.stop()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        agent.stop()
     took, log = time.monotonic() - began, log_of(agent)
     named = [one for one in reasons if one.startswith(("html", "redirect")) and "S3" in one]
     return all_of(
