@@ -286,11 +286,16 @@ def _done(row: _Row, finish: str) -> Done:
 def _prompt(request: Generate) -> tuple[str, ...]:
     """A request's tokens: words, preceded by four header tokens per turn."""
     if request.prompt is not None or not request.messages:
-        return (*_heading(""), *(request.prompt or "").split())
+        return (*_heading(""), *_split(request.prompt or ""))
     found: list[str] = []
     for message in request.messages:
-        found += (*_heading(message.role), *message.content.split())
+        found += (*_heading(message.role), *_split(message.content))
     return tuple(found)
+
+
+def _split(text: str) -> list[str]:
+    """A text's words, as far as they may fit: refusing a long one costs what fits."""
+    return text.split(None, CONTEXT_TOK + 1)
 
 
 def _heading(role: str) -> tuple[str, ...]:

@@ -163,9 +163,9 @@ class Placement:
         return {at for at, rows in enumerate(self.batches) if any(row.apart for row in rows)}
 
     def _batch_for(self, row: Candidate, blocks: Sequence[Block], shut: set[int]) -> int | None:
-        """Index of the batch that a row joins, ``len(blocks)`` for a new one; None when it does not fit in memory. If
-        the batch that would be cheapest to read has no room, because there it occupies as much as the longest, the next
-        one may have."""
+        """Index of the batch that a row joins, ``len(blocks)`` for a new one; None when it does not fit in memory. The
+        batch that is cheapest to read may have no room, because a row occupies as much as the longest there: then the
+        next one is tried."""
         open_to = [] if row.apart else [at for at in range(len(blocks)) if at not in shut]
         while True:
             best = place([blocks[at] for at in open_to], row.planned_tok, self.limits.weights_tok)
