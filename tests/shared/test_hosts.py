@@ -168,7 +168,7 @@ def test_networks_may_be_written_with_host_bits() -> None:
 @pytest.mark.parametrize(
     "weak",
     [
-        *("", "a", "office", "x" * 31, "a" * 64, "ab" * 32, "hunter2 " * 8, "abcdefgh" * 5),
+        *("", "a", "office", "k3J9-xQ2vB7_mW5tR8yZ1", "x" * 31, "a" * 64, "ab" * 32, "hunter2 " * 8, "abcdefgh" * 5),
         *("0123456789abcdef" * 2 + "0123", "abcdefghijklmnopqrstuvwxyz0123456789", "change-me" * 4),
         *("zyxwvutsrqponmlkjihgfedcba9876543210", "aabbccddeeffgghhiijjkkllmmnnoopp", "password" * 4),
         "1111111122222222333333334444444455555555",
