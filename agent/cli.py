@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agent import config as agent_config
+from agent import config_checks
 from agent.config import AgentConfig, Node
 from agent.operator import cli_models, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
@@ -169,7 +170,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
     path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "agent.toml"))
-    return _with_own_store(shared_config.load(path, AgentConfig, agent_config.check)), path
+    return _with_own_store(shared_config.load(path, AgentConfig, config_checks.check)), path
 
 
 def state_folder(config: AgentConfig) -> Path:

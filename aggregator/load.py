@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aggregator import ingest, parquet, progress, rollup
+from aggregator import parquet, rollup
 from aggregator.calendar import DAY_MS, HOUR_MS, Span, utc_day_ms, utc_days
 from aggregator.manifest import Manifest, parse
-from aggregator.progress import Pending
+from aggregator.raw import ingest, progress
+from aggregator.raw.progress import Pending
 from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
     Asked,

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from agent.cli import state_folder
-from agent.config import AgentConfig, check
+from agent.config import AgentConfig
+from agent.config_checks import check
 from agent.daemon import Daemon
 from scripts.common import parser
 from shared import config as shared_config

@@ -22,11 +22,12 @@ from typing import TypeVar
 
 import msgspec
 
-from aggregator import ingest, load, parquet, publish
-from aggregator.cleaning import text
+from aggregator import load, parquet, publish
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
-from aggregator.progress import MOST_BYTES, Outcome, Pending, Progress
+from aggregator.raw import ingest
+from aggregator.raw.cleaning import text
+from aggregator.raw.progress import MOST_BYTES, Outcome, Pending, Progress
 from shared import logs
 from shared.errors import Retryable
 from shared.logs import get_logger

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.files.model_pull import BucketSource
-from aggregator import cli, ingest, load, publish
+from aggregator import cli, load, publish
 from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync, weekly
 from aggregator.manifest import Manifest, Unread, encode, parse
 from aggregator.notify import Discord
-from aggregator.progress import SKIP_AFTER_MS, Outcome, Pending, Progress, node_of
+from aggregator.raw import ingest
+from aggregator.raw.progress import SKIP_AFTER_MS, Outcome, Pending, Progress, node_of
 from shared import desired, keys
 from shared.batch import Batch, seal
 from shared.errors import Refused, Retryable
@@ -144,7 +145,7 @@ def test_a_full_disk_takes_smaller_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "where", ["aggregator.ingest.spill", "aggregator.publish.renew_day", "aggregator.parquet.merged"]
+    "where", ["aggregator.raw.ingest.spill", "aggregator.publish.renew_day", "aggregator.parquet.merged"]
 )
 def test_a_disk_too_full_for_anything_is_a_sentence(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -15,10 +15,10 @@ from pypdf import PdfReader
 from aggregator import alerts, focus, load
 from aggregator.alerts import Firing, Notice
 from aggregator.calendar import before, month, week
-from aggregator.cleaning import MOST_NAME, NAMES, cleaned, name, text
 from aggregator.commands import monthly, rollup, weekly
 from aggregator.config import AggregatorConfig
 from aggregator.notify import payload
+from aggregator.raw.cleaning import MOST_NAME, NAMES, cleaned, name, text
 from aggregator.report import html, markdown
 from aggregator.report.page import Curve, Section, page_of, table
 from shared.bucket import Store

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from aggregator import load, parquet, rollup, tables
 from aggregator.calendar import Span, month
-from aggregator.cleaning import cleaned
 from aggregator.commands.rollup import run
 from aggregator.config import AggregatorConfig
+from aggregator.raw.cleaning import cleaned
 from aggregator.window import Window
 from shared import keys
 from shared.batch import Batch, seal

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import config as agent_config
+from agent import config_checks
 from agent.config import AgentConfig
 from aggregator import config as aggregator_config
 from aggregator.config import AggregatorConfig
@@ -19,12 +19,12 @@ GOOD = '[node]\nid = "n1"\nrack = "r"\n[store]\nkind = "directory"\npath = "/tmp
 
 def problems(text: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        config.parse(text, AgentConfig, agent_config.check, source="agent.toml")
+        config.parse(text, AgentConfig, config_checks.check, source="agent.toml")
     return caught.value.problems
 
 
 def test_a_good_file_is_read() -> None:
-    read = config.parse(GOOD, AgentConfig, agent_config.check, source="agent.toml")
+    read = config.parse(GOOD, AgentConfig, config_checks.check, source="agent.toml")
     assert (read.node.id, read.listen.port, read.listen.host) == ("n1", 8470, "127.0.0.1")
 
 
@@ -163,7 +163,7 @@ def test_an_unreadable_file_is_reported_with_its_reason(tmp_path: Path, content:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=why):
-        config.load(path, AgentConfig, agent_config.check)
+        config.load(path, AgentConfig, config_checks.check)
 
 
 def test_the_aggregator_configuration_is_checked_too() -> None:

@@ -69,7 +69,7 @@ def test_what_is_allowed(host: str, allowed: tuple[str, ...], expected: bool) ->
 
 
 def problems(text: str) -> str:
-    from agent.config import check
+    from agent.config_checks import check
 
     try:
         parse(BASE + text, AgentConfig, check, source="x")
@@ -205,7 +205,7 @@ def test_a_weak_secret_is_named_by_its_reference_and_not_quoted() -> None:
 
 
 def config(*allowed: str, peers: str = "http://127.0.0.1:1", tls: str = "") -> AgentConfig:
-    from agent.config import check
+    from agent.config_checks import check
 
     names = ", ".join(f'"{one}"' for one in allowed)
     text = f'{BASE}[peers]\nsecret = "env:X"\nallowed = [{names}]\nnodes = [{{ id = "n2", url = "{peers}" }}]\n{tls}'
@@ -255,7 +255,8 @@ def test_a_new_peer_is_followed_at_an_allowed_host_only() -> None:
 
 
 def test_what_is_sent_in_clear_is_a_warning_as_long_as_it_is() -> None:
-    from agent.config import check, plain_warnings
+    from agent.config import plain_warnings
+    from agent.config_checks import check
     from agent.operator.doctor import _transport
 
     lan = '[listen]\nhost = "0.0.0.0"\ninsecure_http = true\n' + KEYS + PEERS.format("http://mini-2.local:2")

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.api.origins import allowed_origin, check_content_type, check_host, preflight
-from agent.config import AgentConfig, Api, Listen, Node, check
+from agent.config import AgentConfig, Api, Listen, Node
+from agent.config_checks import check
 from shared.errors import Refused
 from shared.hosts import is_loopback
 

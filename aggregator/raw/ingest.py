@@ -13,8 +13,8 @@ from typing import BinaryIO, TypeVar
 
 from aggregator import parquet
 from aggregator.calendar import utc_day
-from aggregator.cleaning import cleaned
-from aggregator.progress import Outcome, node_of
+from aggregator.raw.cleaning import cleaned
+from aggregator.raw.progress import Outcome, node_of
 from aggregator.tables import BATCH_TABLE
 from aggregator.window import meta_of, straightened
 from shared import keys
@@ -29,7 +29,7 @@ MAX_REASON = 200
 
 
 T = TypeVar("T")
-log = get_logger("aggregator.ingest")
+log = get_logger("aggregator.raw.ingest")
 
 
 def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, most_bytes: int) -> list[Outcome]:

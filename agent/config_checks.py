@@ -1,0 +1,166 @@
+"""What of a configuration types cannot express: every problem, each with the path of its key. Pure."""
+
+import re
+from collections.abc import Sequence
+
+from agent.config import SNMP_NUMBERS, AgentConfig, Key, Limits, Meter, Model, cache_group, has_store, plain_url
+from shared import transport
+from shared.bucket import REFERENCE_HINT, check_store, is_reference
+from shared.errors import Refused
+from shared.hosts import is_loopback
+from shared.keys import check_name
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+
+
+def check(config: AgentConfig) -> Sequence[str]:
+    """Every problem that types cannot express, with key paths."""
+    return [
+        *_check_names(config),
+        *_check_listen(config),
+        *_check_transport(config),
+        *_check_browsers(config),
+        *_check_bodies(config.limits),
+        *_check_keys(config.keys),
+        *_check_peers(config),
+        *_check_models(config.models),
+        *_check_disk_cache(config),
+        *_check_meters(config.meters),
+        *_check_store(config),
+    ]
+
+
+def _check_store(config: AgentConfig) -> list[str]:
+    """One node alone needs none."""
+    if has_store(config):
+        return check_store(config.store)
+    return ["store.path: is required with peers; all nodes of a rack share one bucket"] if config.peers.nodes else []
+
+
+def _check_names(config: AgentConfig) -> list[str]:
+    named = [("node.id", config.node.id), ("node.rack", config.node.rack)]
+    named += [(f"models[{n}].name", m.name) for n, m in enumerate(config.models)]
+    named += [(f"peers.nodes[{n}].id", p.id) for n, p in enumerate(config.peers.nodes)]
+    named += [(f"keys[{n}].id", k.id) for n, k in enumerate(config.keys)]
+    named += [(f"keys[{n}].cache_group", k.cache_group) for n, k in enumerate(config.keys) if k.cache_group]
+    found = []
+    for path, name in named:
+        try:
+            check_name(name, path)
+        except Refused as error:
+            found.append(error.message)
+    return found
+
+
+def _check_listen(config: AgentConfig) -> list[str]:
+    if is_loopback(config.listen.host) or config.keys:
+        return []
+    remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
+    open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
+    return [f"listen.host: {open_to}; {remedy}"]
+
+
+def _check_browsers(config: AgentConfig) -> list[str]:
+    found = [
+        f"listen.names[{n}]: must be a host name or an IPv4 address, without a port"
+        for n, name in enumerate(config.listen.names)
+        if not _NAME.fullmatch(name)
+    ]
+    return found + [
+        f"api.cors_origins[{n}]: must be an origin in lower case, like https://chat.example.com; * is not supported"
+        for n, origin in enumerate(config.api.cors_origins)
+        if not _ORIGIN.fullmatch(origin)
+    ]
+
+
+def _check_bodies(limits: Limits) -> list[str]:
+    """The largest body must fit into what its key and all keys may hold, a text twice (docs/api.md)."""
+    found = []
+    if limits.bodies_per_key_bytes < 2 * limits.body_bytes:
+        found.append("limits.bodies_per_key_bytes: must be at least twice limits.body_bytes")
+    if limits.bodies_bytes < limits.bodies_per_key_bytes:
+        found.append("limits.bodies_bytes: must be at least limits.bodies_per_key_bytes")
+    return found
+
+
+def _check_transport(config: AgentConfig) -> list[str]:
+    """What would send prompts and keys in clear, or cannot work."""
+    insecure = config.listen.insecure_http
+    urls = [(f"peers.nodes[{n}].url", plain_url(config, p.url)) for n, p in enumerate(config.peers.nodes)]
+    return [
+        *transport.check_tls(config.tls),
+        *transport.check_listen(config.listen.host, config.listen.trusted_proxies, config.tls, insecure=insecure),
+        *(f"{path}: {why}" for path, why in urls if why),
+    ]
+
+
+def _check_keys(keys: Sequence[Key]) -> list[str]:
+    found = [
+        f"keys[{n}].sha256: must be a SHA-256 in hex; `mlxrack-agent new-key NAME` prints one"
+        for n, key in enumerate(keys)
+        if not _SHA256.fullmatch(key.sha256)
+    ]
+    return found + [
+        f"keys[{n}].cache_group: must be that of the other keys with the id {key.id!r}"
+        for n, key in enumerate(keys)
+        if key.cache_group != cache_group(keys, key.id)
+    ]
+
+
+def _check_peers(config: AgentConfig) -> list[str]:
+    peers, found = config.peers, []
+    ids = [p.id for p in peers.nodes]
+    if config.node.id in ids:
+        found.append(f"peers.nodes: lists this node itself ({config.node.id!r}); remove it")
+    found += [f"peers.nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    found += [
+        f"peers.nodes[{n}].url: must begin with http:// or https://"
+        for n, p in enumerate(peers.nodes)
+        if not p.url.startswith(("http://", "https://"))
+    ]
+    urls = [p.url.rstrip("/") for p in peers.nodes]
+    found += [f"peers.nodes: duplicate url {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
+    if peers.nodes and not peers.secret:
+        found.append("peers.secret: is required with peers; use the same secret on all nodes")
+    if peers.secret and not is_reference(peers.secret):
+        found.append(f"peers.secret: {REFERENCE_HINT}")
+    return found
+
+
+def _check_disk_cache(config: AgentConfig) -> list[str]:
+    secret = config.disk_cache.secret
+    if secret and not is_reference(secret):
+        return [f"disk_cache.secret: {REFERENCE_HINT}"]
+    if not secret and any(m.disk_cache_bytes for m in config.models):
+        return ["disk_cache.secret: is required with disk_cache_bytes, because the disk cache holds prompts"]
+    return []
+
+
+def _check_meters(meters: Sequence[Meter]) -> list[str]:
+    names = [m.name for m in meters]
+    found = [f"meters: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+    for n, meter in enumerate(meters):
+        numbers = SNMP_NUMBERS.get(meter.kind)
+        if numbers is None and not meter.at.startswith(("http://", "https://")):
+            found.append(f"meters[{n}].at: must begin with http:// or https:// for {meter.kind}")
+        if numbers is not None and "://" in meter.at:
+            found.append(f"meters[{n}].at: must be an address for {meter.kind}, like 10.0.0.9 or 10.0.0.9:161")
+        if numbers is not None and len(meter.numbers) != numbers:
+            found.append(f"meters[{n}].numbers: {meter.kind} needs {numbers}, got {len(meter.numbers)}")
+        if not meter.nodes:
+            found.append(f"meters[{n}].nodes: is required; list the nodes that it powers")
+        if meter.secret and not is_reference(meter.secret):
+            found.append(f"meters[{n}].secret: {REFERENCE_HINT}")
+    return found
+
+
+def _check_models(models: Sequence[Model]) -> list[str]:
+    names = [m.name for m in models]
+    found = [f"models: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+    return found + [
+        f"models[{n}].path: is required (the model's folder)"
+        for n, m in enumerate(models)
+        if m.engine == "mlx" and not m.path
+    ]
