@@ -125,8 +125,10 @@ class S3Store:
     def get(self, key: str, most_bytes: int) -> Stored:
         with _as_ours("get", key), answer_of(most_bytes):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
-            etag = _etag(answer, f"get {key}", html=key.endswith(".html"))
-            body = _body(answer, f"get {key}", most_bytes)
+            # one that is not believed would leave its connection open
+            with contextlib.closing(answer["Body"]):
+                etag = _etag(answer, f"get {key}", html=key.endswith(".html"))
+                body = _body(answer, f"get {key}", most_bytes)
         if not body:
             raise NotFound(f"get {key}: empty object, left by an interrupted write")
         return Stored(body, etag)
@@ -142,11 +144,12 @@ class S3Store:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                     return b""
                 raise
-            _etag(answer, f"get {key}", html=key.endswith(".html"))
-            range_is_right = str(answer.get("ContentRange", "")).startswith(f"bytes {start}-")
-            if not range_is_right or answer["ContentLength"] > length:
-                raise Retryable(f"get {key}: it answered another part than {wanted}: {NOT_A_STORE}")
-            return _body(answer, f"get {key}", length)
+            with contextlib.closing(answer["Body"]):
+                _etag(answer, f"get {key}", html=key.endswith(".html"))
+                range_is_right = str(answer.get("ContentRange", "")).startswith(f"bytes {start}-")
+                if not range_is_right or answer["ContentLength"] > length:
+                    raise Retryable(f"get {key}: it answered another part than {wanted}: {NOT_A_STORE}")
+                return _body(answer, f"get {key}", length)
 
     def put_file(self, key: str, file: BinaryIO) -> None:
         # multipart for large files: one PUT takes 5 GB at most
@@ -226,7 +229,6 @@ def _body(answer: Any, what: str, most_bytes: int) -> bytes:
         pieces.append(piece)
         size += len(piece)
     if size > most_bytes:
-        body.close()
         raise too_large(what, most_bytes)
     return b"".join(pieces)
 
