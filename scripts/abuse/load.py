@@ -412,7 +412,7 @@ def _lines(headers: dict[str, str]) -> str:
     "12",
     "a model whose chat template never ends, one that makes 3 GB of text; another model beside them",
     "the request fails within a bound, memory is bounded, the other model is served",
-    limit_s=240,
+    limit_s=360,
 )
 def endless_template(place: Place) -> Seen:
     """A folder from elsewhere may carry any template."""
