@@ -34,7 +34,7 @@ async def _order(request: web.Request) -> tuple[Context, _Names]:
 
 async def proof(request: web.Request) -> web.Response:
     """Proof that who listens here knows the admin token, for who is about to send it; needs no token itself."""
-    nonce = request.query.get("nonce", "")
+    nonce = request.match_info["nonce"]
     if not _NONCE.fullmatch(nonce):
         raise Refused("admin proof: nonce must be 32 to 64 hex digits", code="invalid_value", param="nonce")
     address = request.get_extra_info("sockname")

@@ -40,7 +40,7 @@ def build(context: Context) -> web.Application:
         web.get("/debug/rack", debug.rack),
         web.get("/peer/v1/beat", peer.heartbeat),
         web.get("/peer/v1/link", peer.link),
-        web.get("/admin/v1/proof", admin.proof),
+        web.get("/admin/v1/proof/{nonce}", admin.proof),
         web.get("/admin/v1/status", admin.status),
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),

@@ -97,7 +97,7 @@ class AdminClient:
         connection.connect()
         connection.auto_open = 0  # not another connection, whose end has shown nothing
         nonce, address = secrets.token_hex(16), connection.sock.getpeername()[:2]
-        connection.request("GET", f"/admin/v1/proof?nonce={nonce}")
+        connection.request("GET", f"/admin/v1/proof/{nonce}")
         answer = connection.getresponse().read(MOST_PROOF_BYTES)
         expected = listener_proof(token, nonce, address)
         with contextlib.suppress(ValueError):

@@ -74,7 +74,8 @@ def _pair(place: Place, relay_of: Callable[[int], int], tables: dict[str, str], 
         port = relay_of(other.port) if is_door else other.port
         named = Agent(place.folder, "worker", other.port) if is_door else other
         write_config(agent, [named], [] if is_door else [model()], tables["door" if is_door else "worker"])
-        text = agent.config.read_text().replace(f"http://127.0.0.1:{other.port}", f"https://127.0.0.1:{port}")
+        scheme = "https" if is_door or tables["worker"] else "http"
+        text = agent.config.read_text().replace(f"http://127.0.0.1:{other.port}", f"{scheme}://127.0.0.1:{port}")
         agent.config.write_text(text)
     return made
 
@@ -151,8 +152,9 @@ def relay(place: Place) -> Seen:
 
 
 def _requests(agent: Agent) -> set[str]:
-    """The ids of all requests in an agent's log."""
-    return set(re.findall(r'"request":"([^"]+)"', log_of(agent)))
+    """The ids of all requests that an agent has served, by its log."""
+    lines = [line for line in log_of(agent).splitlines() if '"outcome"' in line]
+    return {found[1] for line in lines if (found := re.search(r'"request":"([^"]+)"', line))}
 
 
 def _replayed(port: int, opening: bytes, sent: bytes, count: int, rng: random.Random) -> int:

@@ -100,7 +100,7 @@ ANSWERS: dict[str, Callable[[bytes], bytes]] = {
     "another proof": lambda _: http(b'{"proof": "%s"}' % (b"0" * 64)),
     "no text": lambda _: http(b'{"proof": null}'),
     "a list": lambda _: http(b"[1]"),
-    "the nonce as proof": lambda raw: http(b'{"proof": "%s"}' % raw.split(b"nonce=")[1][:32]),
+    "the nonce as proof": lambda raw: http(b'{"proof": "%s"}' % raw.split(b"/proof/")[1][:32]),
     "closes": lambda _: b"",
     "closes after its answer": lambda _: http(b"{}", b"Connection: close\r\n"),
     "no HTTP": lambda _: b"SSH-2.0-OpenSSH_9.9\r\n",
@@ -116,7 +116,7 @@ def test_who_only_listens_there_gets_no_token(state: Path, answers: Callable[[by
         for call in (client.status, lambda: client.order("unload", model="m"), lambda: client.why("req_1")):
             with pytest.raises(Retryable, match=r"is not this agent|does not answer"):
                 call()
-        assert b"/admin/v1/proof?nonce=" in stranger.received
+        assert b"/admin/v1/proof/" in stranger.received
         assert TOKEN.encode() not in stranger.received
         assert b"Authorization" not in stranger.received
 
@@ -150,7 +150,7 @@ async def test_a_second_connection_is_not_trusted_for_the_first(state: Path) -> 
         port = stranger.port
 
         def right(raw: bytes) -> bytes:
-            nonce = raw.split(b"nonce=")[1][:32].decode()
+            nonce = raw.split(b"/proof/")[1][:32].decode()
             proof = listener_proof(TOKEN, nonce, ("127.0.0.1", port))
             return http(b'{"proof": "%s"}' % proof.encode(), b"Connection: close\r\n")
 
@@ -164,7 +164,7 @@ async def test_a_second_connection_is_not_trusted_for_the_first(state: Path) -> 
 async def test_only_a_nonce_is_answered(state: Path, nonce: str) -> None:
     async with agent(TOKEN) as port:
         with pytest.raises(RackError):
-            await asked(state, port, f"/admin/v1/proof?nonce={nonce}")
+            await asked(state, port, f"/admin/v1/proof/{nonce}")
 
 
 @pytest.mark.parametrize(("left", "right"), [("127.0.0.1", "::ffff:127.0.0.1"), ("fe80::1%en0", "fe80::1%en1")])
