@@ -142,7 +142,7 @@ def relay(place: Place) -> Seen:
     middle.change = bytes
     accepted = _replayed(worker.port, middle.openings[0], bytes(middle.up), place.size(10_000, 500), rng)
     until(lambda: _chat(door, tls=ca)[0] == 200, "the gateway answers again", 90)
-    strange = _requests(worker) - _requests(door)
+    strange = _requests(worker, '"outcome"') - _requests(door)
     return all_of(
         (readable == 0, f"{readable} readable words in {len(recorded) / 1e3:.0f} kB"),
         (200 not in altered, f"altered: {sorted(set(altered))}"),
@@ -151,9 +151,9 @@ def relay(place: Place) -> Seen:
     )
 
 
-def _requests(agent: Agent) -> set[str]:
-    """The ids of all requests that an agent has served, by its log."""
-    lines = [line for line in log_of(agent).splitlines() if '"outcome"' in line]
+def _requests(agent: Agent, only: str = "") -> set[str]:
+    """The ids of all requests in an agent's log, in lines that hold ``only``."""
+    lines = [line for line in log_of(agent).splitlines() if only in line]
     return {found[1] for line in lines if (found := re.search(r'"request":"([^"]+)"', line))}
 
 
