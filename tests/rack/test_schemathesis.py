@@ -1,6 +1,6 @@
 """schemathesis sends what the API's own document allows, and what it does not, to a real agent: no answer is a 5xx.
 
-Long form, thousands of requests: ``MLXRACK_ABUSE=1``.
+Long form, some thousand requests: ``MLXRACK_ABUSE=1``.
 """
 
 import os
@@ -17,7 +17,7 @@ from tests.rack.test_strangers import BEARER, KEYS
 
 ABUSE = os.environ.get("MLXRACK_ABUSE") == "1"
 RUN = settings(
-    max_examples=300 if ABUSE else 6,
+    max_examples=100 if ABUSE else 6,
     derandomize=True,
     database=None,
     deadline=None,
@@ -40,7 +40,7 @@ def sender(agent: Agent, path: str, seen: set[int]) -> Callable[[Any, bool], Non
     return send
 
 
-@pytest.mark.parametrize("extra", ["", KEYS], ids=["without keys", "with keys"])
+@pytest.mark.parametrize("extra", ["", KEYS] if ABUSE else [KEYS])
 @pytest.mark.filterwarnings("ignore")
 def test_no_request_makes_a_server_error(tmp_path: Path, extra: str) -> None:
     import schemathesis  # it takes a second to import
@@ -51,6 +51,8 @@ def test_no_request_makes_a_server_error(tmp_path: Path, extra: str) -> None:
         seen: dict[str, set[int]] = {}
         for found in schema.get_all_operations():
             operation: Any = found.ok()  # type: ignore[union-attr]
+            # an order before may have unloaded it, and then 503 is the truth
+            assert agent.admin("POST", "load", model="m").status == 200
             send = sender(agent, operation.path, seen.setdefault(operation.path, set()))
             for mode in (positive, negative) if operation.body else (positive,):
                 cases = operation.as_strategy(generation_mode=mode)
