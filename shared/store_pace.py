@@ -20,7 +20,7 @@ CALL_S = 20.0
 FLOOR_BYTES_S = 32 << 10
 """Pace at which bytes extend the deadline: a quarter of a megabit per second."""
 MOST_ANSWER_BYTES = 8 << 20
-"""Limit of an answer that is no object: a listing of 1,000 keys takes 4 MB at most."""
+"""Limit of any other answer than an object: a listing of 1,000 keys takes 4 MB at most."""
 NOT_A_STORE = "what answered is not an S3 store; check store.endpoint, and for a proxy or captive portal"
 
 _most_bytes: ContextVar[int] = ContextVar("most_bytes", default=MOST_ANSWER_BYTES)

@@ -5,7 +5,6 @@ Each client setting fixes an observed problem: no aws-chunked trailers (R2 rejec
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -50,6 +49,19 @@ _ODD = (LookupError, TypeError, ValueError, AttributeError, botocore.parsers.Res
 """What boto3 raises over an answer that has not the form of S3's."""
 EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
 """ETag of an empty object on every store: the MD5 of no bytes."""
+
+
+class _Counted:
+    """A file that is read once from its beginning, and how many bytes of it were."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.bytes = file, 0
+
+    def read(self, count: int = -1) -> bytes:
+        """At most ``count`` bytes."""
+        piece = self._file.read(count)
+        self.bytes += len(piece)
+        return piece
 
 
 class S3Store:
@@ -152,23 +164,22 @@ class S3Store:
                 return _body(answer, f"get {key}", length)
 
     def put_file(self, key: str, file: BinaryIO) -> None:
+        counted = _Counted(file)
         # multipart for large files: one PUT takes 5 GB at most
         with _as_ours("put", key):
             try:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                self._client.upload_fileobj(file, self._bucket, self._prefix + key, Config=_PARTS)
+                self._client.upload_fileobj(counted, self._bucket, self._prefix + key, Config=_PARTS)
             except boto3.exceptions.S3UploadFailedError as error:
                 if isinstance(error.__context__, botocore.exceptions.ClientError):
                     raise error.__context__ from None
                 raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
-                if isinstance(error, ConnectionError | TimeoutError):
+                if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
                     raise Retryable(f"put {key}: the store does not respond ({type(error).__name__})") from None
                 raise Refused(f"put {key}: the file cannot be read ({error.strerror})", code="bad_file") from None
         # the upload's own answers are not shown to us
-        if size and len(self.get_part(key, size - 1, 2)) != 1:
-            raise Retryable(f"put {key}: it does not hold the {size} bytes that it accepted: {NOT_A_STORE}")
+        if counted.bytes and len(self.get_part(key, counted.bytes - 1, 2)) != 1:
+            raise Retryable(f"put {key}: it does not hold the {counted.bytes} bytes that it accepted: {NOT_A_STORE}")
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
         arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, "MaxKeys": limit}

@@ -11,6 +11,7 @@ from pathlib import Path
 from agent.config import AgentConfig
 from agent.mesh.node_names import uri_of
 from agent.operator.statusview import table
+from shared.durable import created
 from shared.errors import RackError, Refused
 from shared.keys import check_name
 
@@ -178,6 +179,6 @@ def _write(path: Path, body: bytes, mode: int) -> None:
     """Whole and with its mode from the first byte on; a running agent may read it at any time."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    with os.fdopen(created(temporary, os.O_WRONLY | os.O_EXCL, mode=mode), "wb") as file:
         file.write(body)
     os.replace(temporary, path)

@@ -14,7 +14,7 @@ PIECE_SEGMENTS = 12_000
 PIECE_BYTES, MOST_BYTES = 32 << 20, 16 << 20
 """Limits of a piece and of a segment as stored; agents write at most 256 KiB per segment."""
 SKIP_AFTER_MS = 3 * 86_400_000
-"""A weekend and a working day: time for somebody to mend the store. Raw segments are kept for a week at least."""
+"""A weekend and a working day: time for somebody to repair the store. Raw segments are kept for a week at least."""
 
 
 class Pending(NamedTuple):

@@ -21,7 +21,7 @@ TLS = '[tls]\ncertificate = "/c"\nkey = "/k"\nca = "/ca"\n'
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        *(("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("[::1]", True), ("localhost", True)),
+        *(("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("[::1]", False), ("localhost", True)),
         *(("LOCALHOST", True), ("localhost.", True), ("::ffff:127.0.0.1", True)),
         *(("localhost.evil.example", False), ("127.0.0.1.evil.example", False), ("127.evil.example", False)),
         *(("", False), ("0.0.0.0", False), ("::", False), ("::10", False), ("10.0.0.1", False), ("mini.local", False)),
