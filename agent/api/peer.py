@@ -113,6 +113,7 @@ class _Works:
 
     async def end(self) -> None:
         """Cancel all requests: their answers cannot be delivered."""
+        self._writer.abort()  # before anything is waited for, because this may be cancelled
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

@@ -112,6 +112,7 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if texts[-1].startswith("!slow"):
             self._slower = 10.0
+        _calls(request)  # tools that cannot be called fail here, as with a real engine, and not in a step
         prompt_tok = len(_prompt(request))
         room = CONTEXT_TOK - prompt_tok
         wanted = request.max_tokens or 64

@@ -50,6 +50,5 @@ async def test_no_frame_of_a_peer_ends_a_process(tmp_path: Path) -> None:
         assert agent.alive()
         assert agent.chat().status == 200
         lines = [json.loads(line) for line in (agent.state / "logs/agent.jsonl").read_text().splitlines()]
-        bugs = [line for line in lines if line["event"] in ("peer_request_failed", "handler_failed")]
-        assert bugs == []
+        assert [line["event"] for line in lines if line["level"] == "error"] == []
         assert sum(line["event"] == "peer_request" for line in lines) > FRAMES // 20, "many were valid"
