@@ -8,7 +8,7 @@ hashes in a heartbeat reveal nothing about prompts to others.
 
 import hashlib
 import struct
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 
 from agent.wire.frames import Embed, Generate
 from agent.wire.namespaces import Namespace
@@ -44,9 +44,12 @@ def text_of(key: bytes, ask: Generate | Embed) -> Text:
     if isinstance(ask, Embed):
         size = sum(len(one) if isinstance(one, str) else BYTES_PER_TOK * len(one) for one in ask.inputs)
         return Text((), size // BYTES_PER_TOK + 1)
-    parts = [part.encode("utf-8", "surrogatepass") for part in _parts(ask)]
-    size = sum(len(part) for part in parts)
-    chain = _chain(key, ask.cache, parts) if key and size >= BLOCK_BYTES else ()
+    size, text = 0, bytearray()
+    for part in _parts(ask):
+        size += len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass"))
+        if (room := MOST_BLOCKS * BLOCK_BYTES - len(text)) > 0:  # what is beyond is not hashed, and may be megabytes
+            text += part[:room].encode("utf-8", "surrogatepass")[:room]
+    chain = _chain(key, ask.cache, text) if key and size >= BLOCK_BYTES else ()
     return Text(chain, size // BYTES_PER_TOK + 1)
 
 
@@ -131,17 +134,16 @@ def _parts(ask: Generate) -> Iterator[str]:
     for tool in ask.tools:
         yield tool + "\0"
     for message in ask.messages:
-        yield f"\1{message.role}\0{message.reasoning}\0{message.content}\0{message.call_id}"
+        yield from (f"\1{message.role}\0", message.reasoning, "\0", message.content, f"\0{message.call_id}")
         for call in message.calls:
             yield f"\2{call.name}\0{call.arguments}"
 
 
-def _chain(key: bytes, cache: Namespace, parts: Sequence[bytes]) -> Chain:
+def _chain(key: bytes, cache: Namespace, text: bytearray) -> Chain:
     salt = hashlib.blake2b(cache.encode(), digest_size=_SALT_BYTES).digest() if cache else b""
     state = hashlib.blake2b(key=key, salt=salt, digest_size=_HASH_BYTES)
-    text = b"".join(parts)
     found = []
-    for at in range(0, min(len(text), MOST_BLOCKS * BLOCK_BYTES) - BLOCK_BYTES + 1, BLOCK_BYTES):
+    for at in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
         state.update(text[at : at + BLOCK_BYTES])
         found.append(int.from_bytes(state.copy().digest(), "little"))
     return tuple(found)
