@@ -65,7 +65,7 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
         large = len(body) >= _LARGE_BYTES
         run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
         heavy = await run(weight, body, held.most) if large else weight(body, held.most)
-        held.take(heavy - len(body))
+        held.take(max(0, heavy - held.bytes))
         wanted = await run(parse, body, config.api) if large else parse(body, config.api)
     ignored.log_once(wanted.ignored, request.app[LOGGED])
     return wanted

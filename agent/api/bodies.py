@@ -14,6 +14,8 @@ from shared.errors import RackError, Refused, Retryable
 
 LIGHT_BYTES = 16 << 10
 """Bodies up to here are not weighed: at worst they decode to half a megabyte."""
+TEXT_TWICE = 2
+"""A body of text takes its length twice: as it came, and decoded."""
 LIST_BYTES, OBJECT_BYTES, KEY_BYTES, STRING_BYTES, VALUE_BYTES = 80, 208, 128, 64, 40
 """What one costs at most beside its text (CPython 3.11 to 3.13; tests/agent/api/test_bodies.py measures it)."""
 RETRY_S = 2.0

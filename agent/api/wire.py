@@ -1,6 +1,7 @@
 """HTTP below the handlers: requests that cannot be parsed, Expect headers, bodies. Responses quote nothing of them."""
 
 import asyncio
+import time
 from http import HTTPStatus
 
 from aiohttp import hdrs, web
@@ -8,14 +9,15 @@ from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.web_protocol import RequestHandler
 
 from agent.api.answers import error_body
-from agent.api.bodies import Held
+from agent.api.bodies import LIGHT_BYTES, TEXT_TWICE, Held
 from agent.api.connections import Tracked
 from agent.api.context import json_response, new_request_id, sign
 from agent.api.errors import ENCODINGS, response_of, undecodable
-from shared.errors import Refused
+from shared.errors import Refused, Retryable
 
 MAX_HEADER_BYTES = 32 << 10
 """Of one request, all lines together."""
+_ROOM_S = 0.02
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -110,7 +112,7 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
     if announced > most:
         raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=announced)
     if held is not None:
-        held.take(announced)
+        await _room(held, announced, limit_s)
     try:
         if request.content.is_eof():
             body = await _received(request, announced, held)  # it arrived with its headers, as most do
@@ -124,10 +126,23 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
     return body
 
 
+async def _room(held: Held, announced: int, limit_s: float) -> None:
+    """Hold what a body and its text will take, before any of it is read. While other requests hold the budget, the
+    client waits as long as for a body: what it has not sent yet costs nothing here. Raises as Held.take does."""
+    until_s = time.monotonic() + limit_s
+    while True:
+        try:
+            return held.take(announced if announced <= LIGHT_BYTES else TEXT_TWICE * announced)
+        except Retryable:
+            if time.monotonic() >= until_s:
+                raise
+        await asyncio.sleep(_ROOM_S)
+
+
 async def _received(request: web.Request, announced: int, held: Held | None) -> bytes:
     """The decoded bytes; one that is compressed or chunked is counted as it comes."""
     parts: list[bytes] = []
-    size, counted = 0, announced
+    size, counted = 0, held.bytes if held is not None else announced
     while part := await request.content.readany():
         parts.append(part)
         if (size := size + len(part)) > request.client_max_size:
