@@ -19,6 +19,9 @@ TEXT_TWICE = 2
 LIST_BYTES, OBJECT_BYTES, KEY_BYTES, STRING_BYTES, VALUE_BYTES = 80, 208, 128, 64, 40
 """What one costs at most beside its text (CPython 3.11 to 3.13; tests/agent/api/test_bodies.py measures it)."""
 RETRY_S = 2.0
+READ_BYTES_S, AT_ONCE_BYTES = 16 << 20, 16 << 20
+"""How fast bodies of one key are read, and how much of them at once: four million tokens a second. Reading, weighing
+and decoding take CPU time that the answers of other keys need."""
 _OTHER_THAN_MARKS = bytes(sorted(set(range(256)) - set(b'"[{,:')))
 _STRING = re.compile(rb'"[^"]*"')
 _WIDE = re.compile(rb"[\xf0-\xff]|\\u[dD][89aAbB]")
@@ -77,6 +80,10 @@ class Held:
         self._bodies.take(self._key_id, more, alone=self.bytes + more)
         self.bytes += more
 
+    def pace_s(self, more: int, now_s: float) -> float:
+        """Seconds to wait before reading ``more`` bytes."""
+        return self._bodies.pace_s(self._key_id, more, now_s)
+
     @property
     def most(self) -> int:
         """The most that one request may hold."""
@@ -90,6 +97,7 @@ class Bodies:
         self.total, self.per_key = total, per_key
         self.in_all = 0
         self._by_key: Counter[str] = Counter()
+        self._read_until_s: dict[str, float] = {}
 
     @contextlib.contextmanager
     def held(self, key_id: str) -> Iterator[Held]:
@@ -113,6 +121,14 @@ class Bodies:
             raise _full("the requests in flight hold too much memory", "bodies_full")
         self._by_key[key_id] += more
         self.in_all += more
+
+    def pace_s(self, key_id: str, more: int, now_s: float) -> float:
+        """Seconds until a key's next ``more`` bytes are to be read."""
+        earliest_s = now_s - AT_ONCE_BYTES / READ_BYTES_S
+        self._read_until_s = {key: until_s for key, until_s in self._read_until_s.items() if until_s > earliest_s}
+        until_s = max(self._read_until_s.get(key_id, 0.0), earliest_s) + more / READ_BYTES_S
+        self._read_until_s[key_id] = until_s
+        return max(0.0, until_s - now_s)
 
 
 def too_heavy(limit: int) -> RackError:

@@ -129,14 +129,19 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
 async def _room(held: Held, announced: int, limit_s: float) -> None:
     """Hold what a body and its text will take, before any of it is read. While other requests hold the budget, the
     client waits as long as for a body: what it has not sent yet costs nothing here. Raises as Held.take does."""
+    if announced <= LIGHT_BYTES:
+        held.take(announced)
+        return
     until_s = time.monotonic() + limit_s
     while True:
         try:
-            return held.take(announced if announced <= LIGHT_BYTES else TEXT_TWICE * announced)
+            held.take(TEXT_TWICE * announced)
+            break
         except Retryable:
             if time.monotonic() >= until_s:
                 raise
         await asyncio.sleep(_ROOM_S)
+    await asyncio.sleep(held.pace_s(announced, time.monotonic()))
 
 
 async def _received(request: web.Request, announced: int, held: Held | None) -> bytes:
@@ -149,6 +154,7 @@ async def _received(request: web.Request, announced: int, held: Held | None) -> 
             raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=size)
         if held is not None and size > counted:
             held.take(size - counted)
+            await asyncio.sleep(held.pace_s(size - counted, time.monotonic()))
             counted = size
     return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.api.bodies import LIGHT_BYTES, Bodies, Held, _outside_strings, weight
+from agent.api.bodies import AT_ONCE_BYTES, LIGHT_BYTES, READ_BYTES_S, Bodies, Held, _outside_strings, weight
 from agent.api.openai.fields import shallower
 from shared.errors import RackError, Refused, Retryable
 
@@ -162,3 +162,28 @@ def test_the_budget_is_kept_and_given_back(steps: list[tuple[str, int, bool]]) -
     for stack, _, _ in stacks:
         stack.close()
     assert bodies.in_all == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 10 << 20), st.floats(0, 2)), max_size=40))
+def test_a_key_s_bodies_are_read_no_faster_than_its_pace(asked: list[tuple[str, int, float]]) -> None:
+    """In any span a key gets what it may have at once, and its rate; and what others ask for changes nothing."""
+    both, alone = Bodies(1, 1), Bodies(1, 1)
+    now_s, read = 100.0, []
+    for key, size, later_s in asked:
+        now_s += later_s
+        wait_s = both.pace_s(key, size, now_s)
+        if key == "a":
+            assert wait_s == alone.pace_s(key, size, now_s)
+            read.append((now_s + wait_s, size))
+    for first, (began_s, _) in enumerate(read):
+        total = 0
+        for ended_s, size in read[first:]:
+            total += size
+            assert total <= AT_ONCE_BYTES + READ_BYTES_S * (ended_s - began_s) + (10 << 20) + 1
+
+
+def test_the_first_bodies_of_a_key_do_not_wait() -> None:
+    bodies = Bodies(1, 1)
+    assert [bodies.pace_s("a", 5 << 20, 50.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.25]
+    assert bodies.pace_s("b", 5 << 20, 50.0) == 0.0
+    assert bodies.pace_s("a", 1 << 20, 60.0) == 0.0, "it has had nothing for a while"
