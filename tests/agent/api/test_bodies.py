@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.api.bodies import AT_ONCE_BYTES, LIGHT_BYTES, READ_BYTES_S, Bodies, Held, _outside_strings, weight
+from agent.api.bodies import (
+    AT_ONCE_BYTES,
+    LIGHT_BYTES,
+    READ_BYTES_S,
+    Bodies,
+    Held,
+    _marks,
+    _outside_strings,
+    _pieces,
+    weight,
+)
 from agent.api.openai.fields import shallower
 from shared.errors import RackError, Refused, Retryable
 
@@ -184,6 +194,14 @@ def test_a_key_s_bodies_are_read_no_faster_than_its_pace(asked: list[tuple[str, 
 
 def test_the_first_bodies_of_a_key_do_not_wait() -> None:
     bodies = Bodies(1, 1)
-    assert [bodies.pace_s("a", 5 << 20, 50.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.25]
+    assert [bodies.pace_s("a", 5 << 20, 50.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
     assert bodies.pace_s("b", 5 << 20, 50.0) == 0.0
     assert bodies.pace_s("a", 1 << 20, 60.0) == 0.0, "it has had nothing for a while"
+
+
+@given(st.text(alphabet='"\\[{,:a', max_size=60).map(str.encode), st.integers(1, 7))
+def test_pieces_of_a_body_have_the_marks_of_the_whole(body: bytes, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agent.api.bodies._PIECE", size)
+        assert b"".join(_pieces(body)) == body
+        assert b"".join(map(_marks, _pieces(body))) == _marks(body)
