@@ -6,6 +6,7 @@ The filer's own HTTP port, which would answer without credentials, is disabled; 
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,10 +25,12 @@ START_TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free now, below those that systems give to outgoing connections: one of them would take it
+    before it is used."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(15_000, 32_000)))  # nothing depends on its secrecy
+            return int(probe.getsockname()[1])
 
 
 class SeaweedFS:

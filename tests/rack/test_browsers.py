@@ -94,7 +94,9 @@ def test_names_of_a_proxy_are_served(tmp_path: Path) -> None:
 )
 def test_an_address_that_cannot_be_bound_gets_its_own_advice(tmp_path: Path, host: str, words: str) -> None:
     with rack(tmp_path, [model()], extra=KEYS, start=False) as (agent,):
-        agent.config.write_text(agent.config.read_text().replace("[listen]", f'[listen]\nhost = "{host}"'))
+        agent.config.write_text(
+            agent.config.read_text().replace("[listen]", f'[listen]\ninsecure_http = true\nhost = "{host}"')
+        )
         agent.start(wait=False)
         assert agent.process is not None
         assert agent.process.wait(timeout=60) == 69
