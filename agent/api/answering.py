@@ -60,13 +60,18 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
     decoded; a large one is decoded in a thread, because peers wait at most a second for a heartbeat."""
     config = request.app[CONTEXT].config
     note(request, key=key_id)
-    with request.app[CONTEXT].dispatch.reading(request[REQUEST_ID], key_id):
-        body = await body_of(request, config.limits.body_s, held)
-        large = len(body) >= _LARGE_BYTES
-        run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
-        heavy = await run(weight, body, held.most) if large else weight(body, held.most)
-        held.take(max(0, heavy - held.bytes))
-        wanted = await run(parse, body, config.api) if large else parse(body, config.api)
+    try:
+        with request.app[CONTEXT].dispatch.reading(request[REQUEST_ID], key_id):
+            body = await body_of(request, config.limits.body_s, held)
+            large = len(body) >= _LARGE_BYTES
+            run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
+            heavy = await run(weight, body, held.most) if large else weight(body, held.most)
+            held.take(max(0, heavy - held.bytes))
+            wanted = await run(parse, body, config.api) if large else parse(body, config.api)
+    except Retryable:
+        if not request.content.is_eof():  # it will be read and dropped, which takes CPU time, too
+            await asyncio.sleep(held.pace_s(request.content_length or 0, time.monotonic()))
+        raise
     ignored.log_once(wanted.ignored, request.app[LOGGED])
     return wanted
 

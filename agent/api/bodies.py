@@ -22,6 +22,8 @@ RETRY_S = 2.0
 READ_BYTES_S, AT_ONCE_BYTES = 8 << 20, 16 << 20
 """How fast bodies of one key are read, and how much of them at once: two million tokens a second. Reading, weighing
 and decoding take CPU time that the answers of other keys need."""
+MOST_WAIT_S = 10.0
+"""A key that sent too much is no slower for longer than this."""
 _OTHER_THAN_MARKS = bytes(sorted(set(range(256)) - set(b'"[{,:')))
 _STRING = re.compile(rb'"[^"]*"')
 _WIDE = re.compile(rb"[\xf0-\xff]|\\u[dD][89aAbB]")
@@ -97,7 +99,7 @@ class Held:
         self.bytes += more
 
     def pace_s(self, more: int, now_s: float) -> float:
-        """Seconds to wait before reading ``more`` bytes."""
+        """Seconds to wait after reading ``more`` bytes."""
         return self._bodies.pace_s(self._key_id, more, now_s)
 
     @property
@@ -139,11 +141,11 @@ class Bodies:
         self.in_all += more
 
     def pace_s(self, key_id: str, more: int, now_s: float) -> float:
-        """Seconds until a key's next ``more`` bytes are to be read."""
+        """Seconds until bytes of a key may be read again, after ``more`` of them."""
         earliest_s = now_s - AT_ONCE_BYTES / READ_BYTES_S
         self._read_until_s = {key: until_s for key, until_s in self._read_until_s.items() if until_s > earliest_s}
         until_s = max(self._read_until_s.get(key_id, 0.0), earliest_s) + more / READ_BYTES_S
-        self._read_until_s[key_id] = until_s
+        self._read_until_s[key_id] = until_s = min(until_s, now_s + MOST_WAIT_S)
         return max(0.0, until_s - now_s)
 
 

@@ -141,7 +141,6 @@ async def _room(held: Held, announced: int, limit_s: float) -> None:
             if time.monotonic() >= until_s:
                 raise
         await asyncio.sleep(_ROOM_S)
-    await asyncio.sleep(held.pace_s(announced, time.monotonic()))
 
 
 async def _received(request: web.Request, announced: int, held: Held | None) -> bytes:
@@ -154,8 +153,9 @@ async def _received(request: web.Request, announced: int, held: Held | None) -> 
             raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=size)
         if held is not None and size > counted:
             held.take(size - counted)
-            await asyncio.sleep(held.pace_s(size - counted, time.monotonic()))
             counted = size
+        if held is not None and size > LIGHT_BYTES and (wait_s := held.pace_s(len(part), time.monotonic())):
+            await asyncio.sleep(wait_s)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

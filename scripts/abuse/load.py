@@ -242,8 +242,9 @@ def _half_open(port: int, count: int, raw: bytes) -> list[socket.socket]:
     for _ in range(count):
         with contextlib.suppress(OSError):
             sock = socket.create_connection(("127.0.0.1", port), timeout=5)
-            sock.sendall(raw)
             found.append(sock)
+            sock.settimeout(0.3)  # it need not read what it has no room for
+            sock.sendall(raw)
     return found
 
 
