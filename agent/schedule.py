@@ -5,7 +5,9 @@ which never jumps.
 """
 
 import asyncio
+import contextlib
 import datetime as dt
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -61,7 +63,7 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
     now = dt.datetime.now(dt.UTC)
     for job in table:
         scheduler.add_job(
-            job.run,
+            _quietly_cancelled(job.run),
             IntervalTrigger(seconds=job.every_s, timezone=dt.UTC),
             id=job.name,
             max_instances=1,
@@ -71,6 +73,17 @@ def start(table: tuple[Job, ...]) -> AsyncIOScheduler:
         )
     scheduler.start()
     return scheduler
+
+
+def _quietly_cancelled(run: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
+    """At the end of the program what runs is cancelled, which the scheduler would log as a failure."""
+
+    @functools.wraps(run)
+    async def job() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await run()
+
+    return job
 
 
 def realign(scheduler: AsyncIOScheduler, table: tuple[Job, ...]) -> None:

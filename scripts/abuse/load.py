@@ -38,7 +38,8 @@ def _told(agent: Agent, group: str, count: int) -> tuple[float, float, int]:
         start = " ".join(rng.choice(WORDS) for _ in range(400))
         secret, guess = (f"{group} {number} {start} salary {rng.randrange(10**6)} per year" for _ in range(2))
         assert agent.chat(secret, headers=as_key("alice"), max_tokens=1).status == 200
-        order = [(right, secret), (wrong, f"{group} {number} {guess[::-1]}")]
+        # as many words, so that it takes as long
+        order = [(right, secret), (wrong, " ".join(reversed(guess.split())))]
         for found, text in order if rng.random() < 0.5 else reversed(order):
             body = agent.chat(text, headers=as_key("bob"), max_tokens=1, timings=True).json
             found.append((body["usage"]["prompt_tokens_details"]["cached_tokens"], body["timings"]["prompt_ms"]))

@@ -104,7 +104,7 @@ def hostile_store(place: Place) -> Seen:
                 good += agent.chat().status == 200
                 time.sleep(0.2)
         push = agent.status()["push"]
-        reasons.append(f"{mode}: {push['reason'][:90]!r}" + (" since" if "since" in json.dumps(push) else ""))
+        reasons.append(f"{mode}: {push['reason'][:160]!r}" + (" since" if "since" in json.dumps(push) else ""))
         checks.append((good == asked and seen.peak_mb < 400, f"{mode}: {good} of {asked}, {seen.peak_mb:.0f} MB"))
     began = time.monotonic()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -114,7 +114,8 @@ def hostile_store(place: Place) -> Seen:
     return all_of(
         *checks,
         (len(named) == 2, "; ".join(reasons)),
-        ("raised an exception" not in log and "s3-secret-" not in log, "no traceback and no secret in the log"),
+        ("raised an exception" not in log, "no traceback in the log"),
+        ("s3-secret-" not in log, "no secret in the log"),
         (took < 25, f"stopped after {took:.0f} s"),
     )
 

@@ -92,3 +92,21 @@ def test_a_failing_job_runs_again() -> None:
 
     # not an async test: logging a traceback reads source files, which blocks briefly and may do so
     asyncio.run(watched())
+
+
+async def test_a_job_that_is_cancelled_at_the_end_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    begun = asyncio.Event()
+
+    async def waits() -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    scheduler = schedule.start((schedule.Job("waits", 3600.0, waits, at_once=True),))
+    async with asyncio.timeout(60):
+        await begun.wait()
+    scheduler.shutdown(wait=False)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert "raised an exception" not in caplog.text
