@@ -22,7 +22,7 @@ from agent.api.guard import share
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
-from agent.process.watch import CRASHED, SUSPECT
+from agent.wire.frames import CRASHED, SUSPECT
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 

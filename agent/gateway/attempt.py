@@ -13,7 +13,7 @@ from agent.config import Limits
 from agent.gateway.call import Call
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.node_selection import NodeSelection
-from agent.gateway.recovery import MAX_RETRIES, Loss, after
+from agent.gateway.recovery import CRASHES, MAX_RETRIES, Loss, after
 from agent.gateway.retry_budget import RetryBudget
 from agent.gateway.routing import Candidate, Decision, Forward, Local
 from agent.gateway.timed_reader import ReadTimeout, TimedReader
@@ -21,8 +21,7 @@ from agent.gateway.timeouts import AttemptTimeouts, first_limit_s
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.process.prefixes import Text, text_of
-from agent.process.watch import CRASHED, SUSPECT
-from agent.wire.frames import Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens, Waits
+from agent.wire.frames import CRASHED, SUSPECT, Accepted, Answer, Ask, Done, Embedded, Failed, Generate, Tokens, Waits
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
@@ -95,6 +94,8 @@ class Attempts:
                 if error.code not in (*LOST, ENGINE_FAILED, SUSPECT):
                     raise
                 if not self._recovered(call, decision, error, sent=sent):
+                    if call.crashes >= CRASHES:
+                        raise _suspect(call) from None
                     raise
                 if not call.continuing:
                     held.clear()
@@ -283,6 +284,13 @@ class Attempts:
     def _note(self, call: Call, what: str, node: str, *, why: str = "", decision: Decision | None = None) -> None:
         if call.trail is not None:
             call.trail.add(self._clock(), what, node, why, decision)
+
+
+def _suspect(call: Call) -> Retryable:
+    message = (
+        f"{call.crashes} loaders ended with this request in their hands, which may be why, so it is not tried again"
+    )
+    return Retryable(f"{message}; shorten or simplify it", code=SUSPECT)
 
 
 def _error_of(failed: Failed) -> RackError:

@@ -13,8 +13,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """A lost worker, and what is known at that time.
 
     ``how``: the worker or its loader was lost; it rejected the request, although an old heartbeat had offered to take
-    it; its engine failed at this request; or the request is suspect: it alone was in the hands of a loader that ended.
-    ``crashes`` are the loaders that ended by their own doing while this request, among others, was in their engines.
+    it; its engine failed at this request; or the request is suspect (agent.process.blame says when).
+    ``crashes`` are the loaders that crashed with this request, perhaps by chance, in their hands.
     ``elsewhere``: another node has it, and none failed at it before.
     ``left``: the client has part of the answer. ``can_go_on``: every token produced is known. ``held``: a live peer
     can continue it. ``retries`` were made before. ``in_time``: the time for waiting is not over.
@@ -41,8 +41,8 @@ class Next(msgspec.Struct, frozen=True, kw_only=True):
 def after(loss: Loss) -> Next:
     """Decide.
 
-    1. A request that ends loaders is tried nowhere again: one that alone was prepared or computed when a loader ended,
-       or that was there when ``CRASHES`` loaders did. What only waited at such a loader is merely lost.
+    1. A request that ends loaders is tried nowhere again: a suspect one, or one that was there when ``CRASHES`` loaders
+       crashed. What only waited at such a loader is merely lost.
     2. Rejected before the first byte: start over elsewhere, free of charge.
     3. A client that has part of its answer is owed the rest: continue it, free of charge, or give up; never start over.
     4. An engine that fails at a request may fail at it everywhere: one other node is tried, no more.

@@ -4,7 +4,8 @@ Each next word depends on the conversation, the seed and the words before it, so
 run can be continued anywhere. Words are tokens. Prefill time depends on the words that are not in the prompt cache,
 step time on the number of rows, and rows are admitted while their KV cache fits: to a router it looks like a real
 machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of memory does;
-``!hang`` is never prepared; ``!slow`` makes this loader ten times slower from then on.
+``!hang`` is never prepared; ``!raise`` ends the engine in its first step; ``!slow`` makes this loader ten times slower
+from then on.
 """
 
 import hashlib
@@ -158,6 +159,8 @@ class FakeEngine:
         answers, self._due = self._due, []
         self._prefill()
         rows = list(self._rows.values())
+        if any(row.request.messages and row.request.messages[-1].content.startswith("!raise") for row in rows):
+            raise RuntimeError("a request asked for it")
         step_s = (self._speed.step_s + self._speed.row_s * len(rows)) * self._slower
         time.sleep(step_s)
         self._counts.add("busy_decode_us", max(1, int(step_s * 1e6)))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from agent.loader.generation import Engine, Prepared
 from agent.wire.frames import (
+    CRASHED,
     Accepted,
     Ask,
     Cancel,
@@ -181,9 +182,7 @@ def _not_taken(request_id: int, error: Exception) -> Failed:
 
 
 def _engine_failed(request_id: int, error: Exception) -> Failed:
-    return Failed(
-        id=request_id, code="engine_failed", message=f"the engine failed ({type(error).__name__})", retryable=True
-    )
+    return Failed(id=request_id, code=CRASHED, message=f"the engine failed ({type(error).__name__})", retryable=True)
 
 
 def _send(sock: socket.socket, frames: list[Frame]) -> None:

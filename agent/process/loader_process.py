@@ -105,7 +105,7 @@ class LoaderProcess:
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
-        self.stopping = self._broken = self._stuck = False
+        self.stopping = self._broken = False
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
         self.working: Working | None = None
@@ -290,7 +290,7 @@ class LoaderProcess:
             self._end()
         self._broken = True
         status = await self._process.wait()
-        self._watch.ended(self.cause, status, stuck=self._stuck)
+        self._watch.ended(self.cause, status, ours=self.stopping)
         self.ended.set()
         if not self._ready.done():
             died = (self._process.returncode or 0) < 0
@@ -347,8 +347,7 @@ class LoaderProcess:
     async def _end_when_stuck(self, limit_s: float) -> None:
         """Watchdog: end a loader that has work but makes no progress. The exit counts as unexpected: no `kill`."""
         while not self.ended.is_set():
-            if self.silent_s > limit_s:
-                self._stuck = True
+            if self._watch.stuck(limit_s):
                 self._end()
                 return
             self._tell_waiting(self._watch.waiting)

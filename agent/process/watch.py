@@ -1,20 +1,27 @@
 """What is known of a loader's requests: which wait, for how long there was no progress, and which may have ended it."""
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+from agent.process.blame import Ending, blamed
 from agent.process.preparation import PreparationLine
+from agent.wire.frames import SUSPECT
 from agent.wire.progress import Prepares, Progress
 from shared.errors import Retryable
 
 STALLED_S = 5.0
 """While the thread that prepares has moved within this time, the requests behind it are told that they wait."""
-SUSPECT = "suspect_request"
-"""Code of the error that ends a request which may have ended its loader: it is not tried again."""
-CRASHED = "loader_crashed"
-"""Code of a loss where the loader ended by its own doing, with this request among several in its engine."""
+STEP_S = 30.0
+"""The same of the main thread: one step of an engine may take long where memory is short."""
+
+
+class Silence(NamedTuple):
+    """For how many seconds a loader's two threads have made no progress: 0 for one that has nothing to do."""
+
+    preparing_s: float
+    main_s: float
 
 
 class Watch:
@@ -24,14 +31,16 @@ class Watch:
     def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress, self._clock = progress, clock
         self._line = PreparationLine()
-        self._owed: set[int] = set()
+        self._owed: dict[int, None] = {}
+        """Sent and not done, in the order in which they were sent, which is that of their preparation."""
         self._accepted: set[int] = set()
         self._answering: set[int] = set()
-        self._heard_s = self._moved_s = clock()
+        self._cancelled = False
+        self._heard_s = self._began_s = self._moved_s = clock()
         self._last = Prepares()
+        self._stood_still = (False, False)
         self._cause = ""
-        self._crashed = self._cancelled = False
-        self._suspects: set[int] = set()
+        self._blamed: dict[int, str] = {}
 
     def add(self, number: int, key: str, size: int) -> list[int]:
         """A request of an API key waits for its preparation; returns those that are refused for lack of room."""
@@ -40,9 +49,8 @@ class Watch:
     def next(self) -> int | None:
         """The request to send to the loader now; None while none may be sent."""
         if (number := self._line.next()) is not None:
-            if not self._owed and not self._cancelled:
-                self._heard_s = self._clock()  # it owed no sign of life before
-            self._owed.add(number)
+            self._silence()  # it may have owed nothing before
+            self._owed[number] = None
         return number
 
     def heard(self) -> None:
@@ -63,62 +71,84 @@ class Watch:
     def done(self, number: int) -> None:
         """The engine is done with a request, even if the client reads slowly; or it was never sent."""
         self._line.leave(number)
-        for known in (self._owed, self._accepted, self._answering):
-            known.discard(number)
+        self._owed.pop(number, None)
+        self._accepted.discard(number)
+        self._answering.discard(number)
 
     def left(self, number: int) -> bool:
         """Nobody waits for a request any more; whether the loader has to be told. It then owes a sign of life: clients
         that leave a loader that hangs must not hide that it does."""
         is_there = number in self._owed
+        self._silence()
         self._cancelled = self._cancelled or is_there
         self.done(number)
         return is_there
 
     @property
     def silent_s(self) -> float:
-        """Seconds without progress on a request: of the thread that prepares, or of the whole loader. A request that
-        waits for its turn ages nothing."""
-        now, prepares = self._clock(), self._look()
-        if prepares.request_id:
-            return now - self._moved_s  # also when its client has left: those to come would wait behind it
-        return now - max(self._heard_s, self._moved_s) if self._owed or self._cancelled else 0.0
+        """Seconds without progress of the thread that is without for longer. A request that waits for its turn ages
+        nothing."""
+        return max(self._silence())
 
     @property
     def waiting(self) -> list[int]:
-        """Requests whose silence means nothing now: the one in preparation, which the watchdog times, and those behind
-        it while it moves."""
-        number = self._look().request_id
-        if not number:
-            return []
-        moves = self._clock() - self._moved_s < STALLED_S
-        behind = [*(self._owed - self._accepted - {number}), *self._line.waiting]
-        return [number, *(behind if moves else ())]
+        """Requests whose silence means nothing now: the one in preparation, which the watchdog times, and while both
+        threads make progress those that are not prepared, or not in the engine yet."""
+        silence, number = self._silence(), self._last.request_id
+        first = [number] if number else []
+        if silence.preparing_s >= STALLED_S or silence.main_s >= STEP_S:
+            return first
+        sent = [one for one in self._owed if one != number and one not in self._accepted]
+        return [*first, *sent, *self._line.waiting]
 
-    def ended(self, cause: str, status: int, *, stuck: bool) -> None:
-        """The loader has ended with this exit status, or was ended because it was stuck. Names the suspects."""
-        self._look()
-        self._cause = cause
-        self._crashed = stuck or (status < 0 and status != -signal.SIGKILL)
-        if self._last.request_id:
-            self._suspects = {self._last.request_id}
-        elif self._crashed and len(self._accepted) == 1:
-            self._suspects = self._accepted - self._answering
+    def stuck(self, limit_s: float) -> bool:
+        """Whether a thread made no progress for longer than the watchdog allows. Remembers which: the other one may be
+        still for nearly as long, where one holds the interpreter."""
+        silence = self._silence()
+        if max(silence) <= limit_s:
+            return False
+        self._stood_still = (silence.preparing_s > limit_s / 2, silence.main_s > limit_s / 2)
+        return True
+
+    def ended(self, cause: str, status: int, *, ours: bool) -> None:
+        """The loader has ended with this exit status; ``ours``: the daemon wanted it gone."""
+        number = self._look().request_id
+        prepared_s = self._clock() - self._began_s
+        end = Ending(status, self._stood_still, ours, number, prepared_s, self._accepted, self._answering)
+        self._cause, self._blamed = cause, blamed(end)
         self._progress.close()
 
     def loss(self, number: int) -> Retryable:
         """The error of a request that was lost with the loader."""
-        if number in self._suspects:
-            did = "computed" if number in self._accepted else "prepared"
-            message = f"the loader ended ({self._cause}) while it {did} this request, which may be why, so it is not"
-            return Retryable(f"{message} tried again; shorten or simplify it", code=SUSPECT)
-        code = CRASHED if self._crashed and number in self._accepted else "worker_lost"
-        return Retryable(f"the loader ended ({self._cause})", code=code)
+        code = self._blamed.get(number, "worker_lost")
+        if code != SUSPECT:
+            return Retryable(f"the loader ended ({self._cause})", code=code)
+        did = "computed" if number in self._accepted else "prepared"
+        message = f"the loader ended ({self._cause}) while it {did} this request, which may be why, so it is not"
+        return Retryable(f"{message} tried again; shorten or simplify it", code=code)
+
+    def _silence(self) -> Silence:
+        """The one that prepares is timed from its last move, also when nobody waits for the request any more: those to
+        come would wait behind it. The main thread is timed from its last frame, or from when it began to owe one."""
+        now, number = self._clock(), self._look().request_id
+        if not self._owes(number):
+            self._heard_s = now
+        return Silence(now - self._moved_s if number else 0.0, now - self._heard_s)
+
+    def _owes(self, preparing: int) -> bool:
+        """Whether the main thread owes a frame: to a Cancel, or about a request that it has. It has all that were sent
+        before the one in preparation, and all if none is."""
+        if self._cancelled or self._accepted or not preparing:
+            return self._cancelled or bool(self._owed)
+        return preparing in self._owed and next(iter(self._owed)) != preparing
 
     def _look(self) -> Prepares:
         """The loader's last word on what it prepares."""
         if not self._cause:
             with contextlib.suppress(OSError):
-                now = self._progress.read()
-                if now != self._last:
+                now, before = self._progress.read(), self._last
+                if now != before:
                     self._last, self._moved_s = now, self._clock()
+                if now.request_id != before.request_id:
+                    self._began_s = self._moved_s
         return self._last

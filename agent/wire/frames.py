@@ -241,6 +241,12 @@ class Working(_Frame, frozen=True, kw_only=True, tag="working"):
     waits: tuple[int, ...] = ()
 
 
+SUSPECT = "suspect_request"
+"""Code of the failure of a request that may have ended its loader: it is not tried again."""
+CRASHED = "loader_crashed"
+"""Code of a failure where the loader ended by its own doing, with this request, perhaps by chance, in its hands."""
+
+
 class Failed(_Frame, frozen=True, kw_only=True, tag="failed"):
     """This request failed; ``retryable`` when another node or another attempt may succeed."""
 

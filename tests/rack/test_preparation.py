@@ -96,9 +96,10 @@ def test_an_error_after_the_stream_was_kept_alive_is_an_event(tmp_path: Path) ->
         assert [json.loads(line[6:])["error"]["code"] for line in events] == ["suspect_request"]
 
 
-@pytest.mark.parametrize("content", ["!crash", "!hang"])
-def test_a_request_that_ends_its_loader_ends_no_other(tmp_path: Path, content: str) -> None:
-    """It fails with a reason and is tried nowhere again; what waited behind it is answered, and what else is served."""
+@pytest.mark.parametrize(("content", "ends"), [("!crash", 2), ("!raise", 2), ("!hang", 1)])
+def test_a_request_that_ends_its_loader_ends_no_other(tmp_path: Path, content: str, ends: int) -> None:
+    """It fails with a reason, at once where that is certain, else after the second loader, and is tried nowhere again;
+    what waited behind it is answered, and what else is served."""
     extra = "[limits]\nprogress_s = 0.5\nstuck_s = 2\n"
     with rack(tmp_path, [model(), model("k", fake_step_s=0.02)], [model()], [], extra=extra) as agents:
         door = agents[2]
@@ -121,10 +122,10 @@ def test_a_request_that_ends_its_loader_ends_no_other(tmp_path: Path, content: s
         assert fatal.headers["x-should-retry"] == "false"
         assert "shorten or simplify" in fatal.json["error"]["message"]
         assert {name: answer.status for name, answer in found.items()} == dict.fromkeys(found, 200)
-        until(lambda: sum(a.status()["models"][0]["restarts"] for a in agents[:2]) == 1, "one loader was ended")
+        until(lambda: sum(a.status()["models"][0]["restarts"] for a in agents[:2]) == ends, "its loaders were ended")
         assert agents[0].status()["models"][1]["restarts"] == 0
         until(lambda: all(a.get("/ready").status == 200 for a in agents[:2]), "all are ready again")
-        assert sum(a.status()["models"][0]["restarts"] for a in agents[:2]) == 1
+        assert sum(a.status()["models"][0]["restarts"] for a in agents[:2]) == ends
 
 
 def keys(*names: str) -> str:

@@ -5,8 +5,10 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
+import pytest
+
 from agent.process.loader_process import LoaderProcess, LoaderSpec
-from agent.wire.frames import Answer, Failed, Generate, Message, Waits
+from agent.wire.frames import Answer, Failed, Generate, Message, Tokens, Waits
 from agent.wire.namespaces import namespace_of
 from shared.errors import Retryable
 
@@ -22,17 +24,25 @@ async def running(*arguments: str, stuck_s: float = 600.0) -> AsyncIterator[Load
         await loader.ended.wait()
 
 
-def ask(content: str, key: str = "") -> Generate:
+def ask(content: str, key: str = "", max_tokens: int = 1) -> Generate:
     return Generate(
-        id=1, model="m", messages=(Message(role="user", content=content),), max_tokens=1, cache=namespace_of(key)
+        id=1,
+        model="m",
+        messages=(Message(role="user", content=content),),
+        max_tokens=max_tokens,
+        cache=namespace_of(key),
     )
 
 
+async def last(answers: AsyncIterator[Answer]) -> Answer:
+    found: Answer = Waits(id=0)
+    async for answer in answers:
+        found = answer
+    return found
+
+
 async def last_of(loader: LoaderProcess, request: Generate) -> Answer:
-    last: Answer = Waits(id=0)
-    async for answer in loader.generate(request):
-        last = answer
-    return last
+    return await last(loader.generate(request))
 
 
 async def test_a_short_prompt_of_another_key_waits_for_no_more_than_the_one_in_preparation() -> None:
@@ -87,3 +97,33 @@ async def test_a_hung_preparation_is_ended_with_its_loader_and_alone_is_suspect(
         waited = await asyncio.gather(*(code_of("hi") for _ in range(3)))
         assert await hung == "suspect_request"
         assert waited == ["worker_lost"] * 3, "those are merely lost"
+
+
+async def test_a_loader_that_the_daemon_ends_leaves_no_request_suspect() -> None:
+    async with running() as loader:
+        answers = loader.generate(ask("!hang"))
+        while loader.silent_s < 1.5:  # it is in preparation, and for long
+            assert isinstance(await anext(answers), Waits)
+        loader.kill()
+        with pytest.raises(Retryable) as caught:
+            await last(answers)
+        assert caught.value.code == "worker_lost"
+
+
+async def test_a_request_that_kills_its_loader_at_once_is_no_suspect_yet() -> None:
+    async with running() as loader:
+        with pytest.raises(Retryable) as caught:
+            await last_of(loader, ask("!crash"))
+        assert caught.value.code == "loader_crashed", "as one that an outsider kills"
+
+
+async def test_an_engine_that_raises_has_crashed_with_every_request_that_it_had() -> None:
+    async with running("--fake-step-s", "0.05") as loader:
+        other = loader.generate(ask("hi", max_tokens=1000))
+        while not isinstance(await anext(other), Tokens):
+            pass
+        for answer in (await last_of(loader, ask("!raise")), await last(other)):
+            assert isinstance(answer, Failed)
+            assert (answer.code, answer.retryable) == ("loader_crashed", True)
+        await loader.ended.wait()
+        assert loader.cause == "exit 4"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.process.preparation import PreparationLine, size_bytes
-from agent.process.watch import CRASHED, STALLED_S, SUSPECT, Watch
-from agent.wire.frames import Embed, Generate, Message, ToolCall
+from agent.process.preparation import AHEAD_BYTES, PreparationLine, size_bytes
+from agent.process.watch import STALLED_S, STEP_S, Watch
+from agent.wire.frames import CRASHED, SUSPECT, Embed, Generate, Message, ToolCall
 from agent.wire.progress import Prepares, Progress
 
 MB = 1 << 20
@@ -179,43 +179,117 @@ def test_clients_that_leave_a_silent_loader_do_not_hide_it() -> None:
     assert told.watch.silent_s == 0.0
 
 
-ABORTED, KILLED = -signal.SIGABRT, -signal.SIGKILL
+def test_new_requests_do_not_hide_a_main_thread_that_hangs() -> None:
+    """Each is prepared, waits for the engine, and is given up by its client."""
+    told = Told()
+    told.send(1)
+    told.loader.begin(1)
+    told.loader.end()
+    told.watch.heard()
+    told.watch.accepted(1)
+    for number in range(2, 60):
+        told.send(number)
+        told.loader.begin(number)
+        told.now_s += 20.0
+        assert told.watch.silent_s == 20.0 * (number - 1)
+        told.loader.end()
+        assert told.watch.silent_s == 20.0 * (number - 1)
+        assert told.watch.left(number)
+    assert told.watch.stuck(60.0)
+    told.watch.ended("why", KILLED, ours=False)
+    assert told.watch.loss(1).code == SUSPECT
 
 
-@pytest.mark.parametrize(
-    ("preparing", "accepted", "answering", "status", "stuck", "codes"),
-    [
-        (1, (), (), KILLED, False, {1: SUSPECT, 2: "worker_lost"}),
-        (1, (3,), (), KILLED, True, {1: SUSPECT, 2: "worker_lost", 3: CRASHED}),
-        (0, (1,), (), ABORTED, False, {1: SUSPECT, 2: "worker_lost"}),
-        (0, (1,), (), KILLED, True, {1: SUSPECT}),
-        (0, (1,), (), KILLED, False, {1: "worker_lost"}),
-        (0, (1,), (1,), ABORTED, False, {1: CRASHED}),
-        (0, (1, 2), (), ABORTED, False, {1: CRASHED, 2: CRASHED, 3: "worker_lost"}),
-        (0, (), (), ABORTED, False, {1: "worker_lost"}),
-        (0, (1,), (), 4, False, {1: "worker_lost"}),
-    ],
-    ids=["in preparation", "stuck", "alone", "alone, stuck", "from outside", "it answers", "two", "waits", "exits"],
-)
-def test_who_may_have_ended_a_loader(
-    preparing: int,
-    accepted: tuple[int, ...],
-    answering: tuple[int, ...],
-    status: int,
-    stuck: bool,
-    codes: dict[int, str],
-) -> None:
+def test_a_main_thread_owes_nothing_while_the_oldest_request_is_prepared() -> None:
     told = Told()
     for number in (1, 2, 3):
         told.send(number)
-    for number in accepted:
-        told.watch.accepted(number)
-    for number in answering:
-        told.watch.answers(number)
-    if preparing:
-        told.loader.begin(preparing)
-    told.watch.ended("why", status, stuck=stuck)
-    assert {number: told.watch.loss(number).code for number in codes} == codes
+    told.loader.begin(1)
+    for _ in range(100):
+        told.now_s += 1.0
+        told.loader.advance()
+        assert told.watch.silent_s == 0.0
+    told.loader.begin(2)
+    assert told.watch.silent_s == 0.0
+    for second in range(1, 100):
+        told.now_s += 1.0
+        told.loader.advance()
+        assert told.watch.silent_s == second, "the first is prepared, and nothing was heard of it"
+    told.watch.heard()
+    told.watch.accepted(1)
+    assert told.watch.silent_s == 0.0
+    told.now_s += 10.0
+    told.loader.advance()
+    assert told.watch.silent_s == 10.0
+    told.watch.heard()
+    told.watch.done(1)
+    told.now_s += 10.0
+    told.loader.advance()
+    assert told.watch.silent_s == 0.0, "it has nothing to do but to wait for the second"
+
+
+def test_what_waits_is_told_so_while_the_engine_is_in_a_long_step() -> None:
+    told = Told()
+    for number, size in ((1, 10), (2, 10), (3, AHEAD_BYTES), (4, AHEAD_BYTES)):
+        told.watch.add(number, "", size)
+    assert [told.watch.next() for _ in range(4)] == [1, 2, 3, None]
+    for number in (1, 2, 3):
+        told.loader.begin(number)
+    told.loader.end()
+    told.watch.heard()
+    told.watch.accepted(1)
+    for _ in range(int(STEP_S) - 1):
+        told.now_s += 1.0
+        assert sorted(told.watch.waiting) == [2, 3, 4], "prepared, and not sent yet"
+    told.now_s += 1.0
+    assert told.watch.waiting == [], "they may go elsewhere"
+    told.watch.heard()
+    assert sorted(told.watch.waiting) == [2, 3, 4]
+
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("long_s", "code"), [(0.0, CRASHED), (5.0, SUSPECT)])
+def test_what_the_loader_prepared_when_it_was_killed_is_known(long_s: float, code: str) -> None:
+    told = Told()
+    told.send(1)
+    told.send(2)
+    told.loader.begin(1)
+    assert told.watch.waiting == [1, 2]
+    told.now_s += long_s
+    told.loader.advance()
+    told.watch.ended("why", KILLED, ours=False)
+    assert told.watch.loss(1).code == code
+    assert told.watch.loss(2).code == "worker_lost"
+
+
+@pytest.mark.parametrize("hangs", ["preparing", "main"])
+def test_only_requests_of_the_thread_that_stood_still_are_suspect(hangs: str) -> None:
+    told = Told()
+    told.send(1)
+    told.send(2)
+    told.loader.begin(2)
+    told.watch.accepted(1)
+    while not told.watch.stuck(60.0):
+        told.now_s += 1.0
+        if hangs == "main":
+            told.loader.advance()
+        else:
+            told.watch.heard()
+    told.watch.ended("why", KILLED, ours=False)
+    found = {number: told.watch.loss(number).code for number in (1, 2)}
+    assert found == ({1: "worker_lost", 2: SUSPECT} if hangs == "preparing" else {1: SUSPECT, 2: "worker_lost"})
+
+
+def test_a_loader_that_the_daemon_ends_has_no_suspects() -> None:
+    told = Told()
+    told.send(1)
+    told.loader.begin(1)
+    assert told.watch.silent_s == 0.0
+    told.now_s += 30.0
+    told.watch.ended("why", KILLED, ours=True)
+    assert told.watch.loss(1).code == "worker_lost"
 
 
 def test_progress_is_told_through_the_file() -> None:
