@@ -87,7 +87,7 @@ def _format(text: str) -> None:
 _plain_call = ImmutableSandboxedEnvironment.call
 
 
-def _called(self: Any, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _called(self: Any, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A call in a template."""
     name, of = getattr(function, "__name__", ""), getattr(getattr(function, "__wrapped__", function), "__self__", None)
     if name == "generate_lorem_ipsum":
@@ -139,11 +139,11 @@ def _filtered(plain: Callable[..., Any], check: Callable[..., Any]) -> Callable[
     return measured
 
 
-def _filter_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+def _filter_indent(text: Any, /, width: Any = 4, *_: Any, **__: Any) -> None:
     _check(_width(width) * (str(text).count("\n") + 1))
 
 
-def _filter_wide(value: Any, *sizes: Any, **more: Any) -> None:
+def _filter_wide(value: Any, /, *sizes: Any, **more: Any) -> None:
     _check(max(map(_width, (*sizes, *more.values())), default=0))
 
 
@@ -153,20 +153,20 @@ def _filter_wordwrap(
     _check(_size(text) * max(1, _size(wrapstring or "\n")))
 
 
-def _filter_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> None:
+def _filter_round(value: Any, /, precision: Any = 0, *_: Any, **__: Any) -> None:
     _check(_width(precision), _MOST_BITS / 4)
 
 
-def _filter_tojson(value: Any, *given: Any, **more: Any) -> None:
+def _filter_tojson(value: Any, /, *given: Any, **more: Any) -> None:
     for one in (*given, *more.values()):
         _check(sum(map(_width, one)) if isinstance(one, list | tuple) else _width(one), _MOST_INDENT)
 
 
-def _filter_replace(text: Any, old: Any, new: Any, *_: Any, **__: Any) -> None:
+def _filter_replace(text: Any, /, old: Any, new: Any, *_: Any, **__: Any) -> None:
     _check(len(str(text)) * max(1, len(str(new))))
 
 
-def _filter_join(parts: Any, d: Any = "", *_: Any, **__: Any) -> Any:
+def _filter_join(parts: Any, /, d: Any = "", *_: Any, **__: Any) -> Any:
     return _joins(d, parts)
 
 
@@ -178,7 +178,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "tojson": _filter_tojson,
     "replace": _filter_replace,
     "join": _filter_join,
-    "format": lambda text, *_, **__: _percent(str(text)),
+    "format": lambda text, /, *_, **__: _percent(str(text)),
 }
 
 

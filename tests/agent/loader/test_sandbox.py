@@ -88,6 +88,8 @@ def test_a_template_that_makes_too_much_is_refused(source: str, monkeypatch: pyt
         ("{% for m in messages %}{{ m.content * loop.index }}{% endfor %}", "hi"),
         # a number is only a number, wherever it is no size: the time, an id
         ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1700000000) }}", "<1700000000>"),
+        ("{% macro m(context, function) %}{{ function }}{% endmacro %}{{ m(context=2, function=3) }}", "3"),
+        ("{{ '%(text)s'|format(text=1, name=2) }}{{ '{value}'.format(value=1, of=2, name=3) }}", "11"),
         ("{{ {}.get('k', 2147483647) }}{{ [2147483647].count(2147483647) }}", "21474836471"),
         ("{{ '{a}|{:>4}|{:,}'.format(1700000000, 1700000000, a=1700000000) }}", "1700000000|1700000000|1,700,000,000"),
         ("{{ 1700000000|center(3) }}{{ 1700000000|string|replace('17', '1') }}", "1700000000100000000"),
