@@ -286,10 +286,12 @@ def _folders(store: ObjectStore, prefix: str, unlisted: dict[str, str]) -> list[
 
 def _children(store: ObjectStore, prefix: str) -> list[str]:
     """Folders and objects directly under a prefix, found by skipping from one to the next key."""
-    found, after = [], ""
+    found, after = dict[str, None](), ""
     while page := store.list_after(prefix, after, limit=1):
         name, slash, _ = page[0].key[len(prefix) :].partition("/")
-        found.append(prefix + name + slash)
-        # "0" is the character after "/": sorts after every key in this folder
-        after = prefix + name + "0" if slash else page[0].key
-    return found
+        child = prefix + name + slash
+        # "~" is after every name of ours in this folder; it, unlike what is after the folder by bytes, skips no other
+        # folder in a store that lists folder by folder. A foreign name may be after "~".
+        after = child + "~" if slash and child not in found else page[0].key
+        found[child] = None
+    return list(found)

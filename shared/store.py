@@ -68,7 +68,8 @@ class ObjectStore(Protocol):
         """Upload an open file of any size, from where it stands to its end, unconditionally. It is read once."""
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
-        """At most ``limit`` objects under ``prefix`` whose key sorts (by bytes) after ``after``, in order."""
+        """At most ``limit`` objects under ``prefix`` whose key comes after ``after``, in the store's order: by bytes,
+        or folder by folder (SeaweedFS lists a/x before a-b/x). Within one folder the two are the same."""
 
     def delete(self, key: str) -> None:
         """Delete; no error if the key does not exist. Callers must not depend on success."""

@@ -6,7 +6,7 @@ Each client setting fixes an observed problem: no aws-chunked trailers (R2 rejec
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -47,6 +47,8 @@ MOST_EMPTY_PAGES = 100
 """Pages of a listing that hold nothing but empty objects, before it is given up."""
 _ODD = (LookupError, TypeError, ValueError, AttributeError, botocore.parsers.ResponseParserError)
 """What boto3 raises over an answer that has not the form of S3's."""
+_ORDERS: tuple[Callable[[bytes], bytes], ...] = (lambda key: key, lambda key: key.replace(b"/", b"\0"))
+"""Orders in which stores list: by bytes, or folder by folder as SeaweedFS does, where a/x comes before a-b/x."""
 EMPTY_ETAG = "d41d8cd98f00b204e9800998ecf8427e"
 """ETag of an empty object on every store: the MD5 of no bytes."""
 
@@ -198,8 +200,8 @@ class S3Store:
         cut = len(self._prefix)
         page = [Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"')) for o in answer.get("Contents", ())]
         keys = [after.encode(), *(one.key.encode() for one in page)]
+        ordered = any(all(place(a) < place(b) for a, b in pairwise(keys)) for place in _ORDERS)
         theirs = all(o["Key"].startswith(self._prefix + prefix) for o in answer.get("Contents", ()))
-        ordered = all(before < key for before, key in pairwise(keys))
         if "IsTruncated" not in answer or not (theirs and ordered) or len(page) > limit:
             raise Retryable(f"list {prefix}: the listing is not of these keys in order: {NOT_A_STORE}")
         return page

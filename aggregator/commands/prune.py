@@ -70,12 +70,12 @@ def _raw(store: ObjectStore, manifest: Manifest, reached: Mapping[Run, int]) -> 
     """Segments whose batches all ended before the first retained day, and that a commit has counted."""
     for folder, cursor in sorted(manifest.cursors.items()) if reached else ():
         for listed in each(store, folder):
-            if listed.key > cursor:
-                break
             try:
                 key = keys.parse_batch_key(listed.key)
             except Refused:
                 continue
+            if listed.key > cursor:
+                break  # our keys, unlike foreign ones, have the same order in every store
             if key.last_seq <= reached.get((key.node, key.incarnation, key.epoch), -1):
                 yield listed.key
 

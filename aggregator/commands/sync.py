@@ -4,7 +4,9 @@ Immutable objects (raw segments, reports, manifests, quarantine) are written onl
 overwritten. Each object is read back and compared. After an interruption the next run continues.
 """
 
+import contextlib
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,20 +66,20 @@ def run(
 def _wanted(
     here: Iterator[Listed], there: Iterator[Listed], seen: Mapping[str, str], prefix: str, done: Copied
 ) -> Iterator[Listed]:
-    """What the target lacks, from two listings in order, of which a page each is in memory."""
-    other = next(there, None)
-    for one in here:
-        while other is not None and other.key < one.key:
-            done.present, other = done.present + 1, next(there, None)
-        if _differs(one, other if other is not None and other.key == one.key else None, seen, prefix):
-            yield one
-    done.present += sum(1 for _ in there) + (other is not None)
+    """What the target lacks. Its listing is kept on disk, since two stores may list in different orders."""
+    with contextlib.closing(sqlite3.connect("")) as db:
+        db.execute("CREATE TABLE there (key BLOB PRIMARY KEY, size TEXT) WITHOUT ROWID")
+        db.executemany("INSERT OR REPLACE INTO there VALUES (?, ?)", ((_blob(one.key), str(one.size)) for one in there))
+        done.present += db.execute("SELECT count(*) FROM there").fetchone()[0]
+        for one in here:
+            size = db.execute("SELECT size FROM there WHERE key = ?", (_blob(one.key),)).fetchone()
+            if size != (str(one.size),) or (prefix not in IMMUTABLE and seen.get(one.key) != one.etag):
+                yield one
 
 
-def _differs(one: Listed, there: Listed | None, seen: Mapping[str, str], prefix: str) -> bool:
-    if there is None or there.size != one.size:
-        return True
-    return prefix not in IMMUTABLE and seen.get(one.key) != one.etag
+def _blob(key: str) -> bytes:
+    """A key for SQLite; a name on a disk may be no valid text."""
+    return key.encode(errors="surrogateescape")
 
 
 def _copy(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, bool]:

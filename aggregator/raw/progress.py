@@ -121,9 +121,5 @@ def node_of(key: str) -> str:
 
 
 def advanced(read: Iterable[Pending]) -> dict[str, str]:
-    """The cursors advanced past these segments."""
-    found: dict[str, str] = {}
-    for one in read:
-        if one.folder is not None:
-            found[one.folder] = max(found.get(one.folder, ""), one.key)
-    return found
+    """The cursors advanced past these segments, which are in the order of the store's listing."""
+    return {one.folder: one.key for one in read if one.folder is not None}

@@ -5,13 +5,14 @@ import os
 import random
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from aggregator import cli, lease, load
 from aggregator.calendar import month
-from aggregator.commands import monthly, rollup, weekly
+from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.config import AggregatorConfig
 from scripts.seaweed import SeaweedFS
 from shared import keys
@@ -20,7 +21,7 @@ from shared.bucket import Store
 from shared.errors import Retryable
 from shared.ids import NodeId
 from shared.records import Record
-from shared.store import ObjectStore, list_all
+from shared.store import Listed, ObjectStore, list_all
 from shared.store_dir import DirectoryStore
 from tests.builders import batch, engine, host, resident, served
 
@@ -75,6 +76,44 @@ def test_overlapping_segments_and_repeated_runs_change_nothing(store: ObjectStor
     rollup.run(CONFIG, store)
     assert rows(store) == (6, 3), "rolled up again from the start"
     assert before.keys() == {o.key for o in list_all(store, "minute/")}
+
+
+EXTENDED = ("mini", "mini-2", "mini.local", "mini0", "zed")
+"""Nodes of which one's name extends another's: stores list them in different orders."""
+
+
+def test_a_node_whose_name_extends_another_s_is_counted(store: ObjectStore) -> None:
+    for n in range(2):
+        for node in EXTENDED:
+            put(store, minute(n, node))
+            store.put(f"raw/v1/node={node}/~foreign", b"x")
+        # what is foreign is looked at, and quarantined, by every run
+        made = rollup.run(CONFIG, store)
+        assert made.batches == (n + 1) * len(EXTENDED)
+    assert {folder.split("/")[2] for folder in made.cursors} == {f"node={node}" for node in EXTENDED}
+    assert len(load.fresh(store, "r", {}).batches) == 2 * len(EXTENDED)
+    late = prune.run(CONFIG, store, datetime(2027, 12, 1, tzinfo=UTC), dry_run=True)
+    assert late.raw == 2 * len(EXTENDED)
+
+
+def test_stores_of_different_orders_are_compared(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in EXTENDED:
+        put(store, minute(0, node))
+    there = DirectoryStore(tmp_path / "there")
+    assert sync.run(store, there).written == len(EXTENDED)
+    put(store, minute(1, "mini"))
+    compared, copy = list[str](), sync._copy
+
+    def counted(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, bool]:
+        compared.append(one.key)
+        return copy(source, target, one)
+
+    monkeypatch.setattr(sync, "_copy", counted)
+    done = sync.run(store, there)
+    assert (done.written, done.present, done.clashes) == (1, len(EXTENDED), [])
+    assert len(compared) == 1, "what is there is not fetched again"
 
 
 def test_a_run_interrupted_before_its_commit_is_repeated_safely(

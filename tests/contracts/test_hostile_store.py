@@ -179,6 +179,7 @@ def test_another_part_than_was_asked_for_is_not_taken() -> None:
         "not complete": listing("raw/a", head=""),
         "other keys": listing("raw/a", "report/b"),
         "out of order": listing("raw/b", "raw/a"),
+        "in two orders": listing("raw/a-b/x", "raw/a/x", "raw/a-c/x"),
         "one twice": listing("raw/a", "raw/a"),
         "a size that is none": listing("raw/a", size="big"),
         "entities": b'<!DOCTYPE a [<!ENTITY b "x">]><ListBucketResult>&c;</ListBucketResult>',
@@ -189,6 +190,12 @@ def test_another_part_than_was_asked_for_is_not_taken() -> None:
 def test_a_listing_that_is_none_is_not_believed(answer: tuple[str, bytes]) -> None:
     with hostile(body(answer[1])) as store, pytest.raises(Retryable, match="not an S3 store"):
         store.list_after("raw/")
+
+
+@pytest.mark.parametrize("names", [("a-b/x", "a.b/x", "a/x"), ("a/x", "a-b/x", "a.b/x")])
+def test_either_order_of_names_is_a_listing(names: tuple[str, ...]) -> None:
+    with hostile(body(listing(*(f"raw/{name}" for name in names)))) as store:
+        assert [one.key for one in store.list_after("raw/")] == [f"raw/{name}" for name in names]
 
 
 def test_a_listing_that_never_advances_ends() -> None:

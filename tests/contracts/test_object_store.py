@@ -108,6 +108,26 @@ def test_listing_continues_after_a_key_in_byte_order(store: ObjectStore) -> None
     assert (3, store.get("q/z", 1 << 30).etag) == (listed.size, listed.etag)
 
 
+EXTENDED = ["a-1/x", "a-1/y", "a.b/x", "a/x", "a/y/1", "a/y-2/1", "a/y.z", "a0/x", "a~/x", "b"]
+"""Names of which one extends another, by a character before and after the slash."""
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 1000])
+def test_a_name_that_extends_another_is_listed_once(store: ObjectStore, limit: int) -> None:
+    for key in EXTENDED:
+        store.put(f"e/{key}", key.encode())
+    found, after = list[str](), ""
+    while page := store.list_after("e/", after, limit):
+        found += [one.key for one in page]
+        after = page[-1].key
+        assert len(found) <= len(EXTENDED)
+    assert sorted(found) == sorted(f"e/{key}" for key in EXTENDED)
+    for n, key in enumerate(found):
+        assert [one.key for one in store.list_after("e/", key)] == found[n + 1 :]
+    assert {one.key for one in list_all(store, "e/a")} == {key for key in found if key.startswith("e/a")}
+    assert {one.key for one in list_all(store, "e/a/")} == {"e/a/x", "e/a/y/1", "e/a/y-2/1", "e/a/y.z"}
+
+
 def test_list_pages_are_complete(store: ObjectStore) -> None:
     keys = [f"many/{n:04d}" for n in range(25)]
     for key in keys:
