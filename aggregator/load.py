@@ -90,6 +90,7 @@ def pending(store: ObjectStore, cursors: Mapping[str, str], prefix: str = keys.R
             )
         except (Retryable, Refused) as error:
             unlisted[folder] = error.message
+            store.list_after(prefix, limit=1)  # raises if it is not this folder's fault
     return Backlog([one for row in zip_longest(*columns) for one in row if one is not None], unlisted)
 
 
@@ -107,15 +108,23 @@ def fresh(
     read: list[Pending] = []
     backlog, records, unread = pending(store, cursors, prefix), 0, dict[str, str]()
     waiting: set[str] = set()
-    for one in backlog.segments:
-        if progress.node_of(one.key) in waiting or records > MOST_FRESH_RECORDS:
+    in_a_row: set[str] = set()
+    for at, one in enumerate(backlog.segments):
+        if (node := progress.node_of(one.key)) in waiting or records > MOST_FRESH_RECORDS:
             continue
+        if len(in_a_row) >= ingest.OUTAGE_NODES:
+            good, untried = [found.key for found in read], [later.key for later in backlog.segments[at:]]
+            if not ingest.gives_out_any(store, rack, progress.witnesses(good, cursors, untried)):
+                break  # the store is down, and would take its time over each node
+            in_a_row = set()
         try:
             found = ingest.read(store, one.key, rack)[0]
+            in_a_row = set()
         except (Retryable, Halt) as error:
+            in_a_row.add(node)
             if not passed(one.key):
                 unread[one.key] = error.message
-                waiting.add(progress.node_of(one.key))
+                waiting.add(node)
                 continue
             found = []
         read.append(one)
@@ -281,6 +290,7 @@ def _folders(store: ObjectStore, prefix: str, unlisted: dict[str, str]) -> list[
             found += _children(store, outer) if outer.endswith("/") else [outer]
         except (Retryable, Refused) as error:
             unlisted[outer] = error.message
+            store.list_after(prefix, limit=1)
     return found
 
 

@@ -101,6 +101,7 @@ def _piece(
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as name:
             outcomes = workers.spill([one.key for one in piece if one.size <= MOST_BYTES], Path(name))
             outcomes += [_too_large(one) for one in piece if one.size > MOST_BYTES]
+            outage = _outage(config, store, outcomes, progress.witnesses(outcomes, manifest.cursors))
             fresh = ingest.spilled(Path(name))
             closed = [day for day in fresh if day in manifest.days and manifest.days[day].pruned]
             late = sum(ingest.lines(fresh.pop(day)) for day in closed)
@@ -115,8 +116,17 @@ def _piece(
     if late:
         log.warning("late_batches_dropped", batches=late, days=closed, reason="the minute tables have been pruned")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
-    cursors, settled = progress.read(piece, outcomes)
-    return _commit(store, manifest, cursors, days, settled)
+    cursors, settled = progress.read(piece, [one for one in outcomes if not (outage and one.unread)])
+    made = _commit(store, manifest, cursors, days, settled)
+    if outage:
+        raise Retryable(f"rollup: nothing new could be read any more, {outage}; what was read before is committed")
+    return made
+
+
+def _outage(config: AggregatorConfig, store: ObjectStore, outcomes: Sequence[Outcome], witnesses: Sequence[str]) -> str:
+    """Why nothing can be read of any node: the store's fault, and not that of the nodes. "" if something can be."""
+    unread = next((f"{one.key}: {one.unread}" for one in outcomes if one.unread), "")
+    return unread if unread and not ingest.gives_out_any(store, config.rack, witnesses) else ""
 
 
 def _with_unread(store: ObjectStore, manifest: Manifest, progress: Progress, unlisted: Mapping[str, str]) -> Manifest:

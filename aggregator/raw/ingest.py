@@ -2,11 +2,11 @@
 rollup. Several processes share it; each has its own connection and writes its own files.
 
 A bad object never stops the rest: it is copied to quarantine/ byte for byte, counted, and listed with its reason. One
-that the store does not give out makes its node wait.
+that the store does not give out makes its node wait; several nodes' in a row end a share, since the store may be down.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -26,6 +26,8 @@ from shared.store import ObjectStore
 
 CONNECTIONS = 4
 MAX_REASON = 200
+OUTAGE_NODES = 3
+"""Nodes in a row of which nothing could be read, before a share ends: each costs the store's time limits."""
 
 
 T = TypeVar("T")
@@ -37,27 +39,35 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
     at least one. Keys after an unreadable one of the same node are left out."""
     found: list[Outcome] = []
     waiting: set[str] = set()
+    in_a_row: set[str] = set()
     lines = _Lines(folder)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for key, got in _ahead(pool, lambda key: _got(store, key, rack), wanted):
-            if node_of(key) in waiting:
+        wanted_yet = (key for key in wanted if node_of(key) not in waiting)
+        for key, got in _ahead(pool, lambda key: _got(store, key, rack), wanted_yet):
+            if (node := node_of(key)) in waiting:
                 continue
             batches, reason, unread = got
-            if unread:
-                waiting.add(node_of(key))
+            in_a_row = {*in_a_row, node} if unread else set()
+            waiting |= in_a_row
             for batch in batches:
                 lines.add(batch)
             kept = bool(reason) and (_keep_copy(store, key) or is_ours(key))
             unknown = sum(batch.unknown_records for batch in batches)
             found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else "", unread[:MAX_REASON]))
-            if lines.written >= most_bytes:
+            if lines.written >= most_bytes or len(in_a_row) >= OUTAGE_NODES:
                 break
     lines.close()
     return found
 
 
-def _ahead(pool: ThreadPoolExecutor, call: Callable[[str], T], wanted: Sequence[str]) -> Iterator[tuple[str, T]]:
-    """Results in order, of which only a few are in memory: they may be large."""
+def gives_out_any(store: ObjectStore, rack: str, some: Sequence[str]) -> bool:
+    """Whether the store gives out at least one of these objects, or says that it is not there."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return any(not unread for _, _, unread in pool.map(lambda key: _got(store, key, rack), some))
+
+
+def _ahead(pool: ThreadPoolExecutor, call: Callable[[str], T], wanted: Iterable[str]) -> Iterator[tuple[str, T]]:
+    """Results in order, of which only a few are in memory: they may be large. ``wanted`` is asked as late."""
     running: deque[tuple[str, Future[T]]] = deque()
     for key in wanted:
         running.append((key, pool.submit(call, key)))

@@ -13,6 +13,8 @@ PIECE_SEGMENTS = 12_000
 """Segments per commit: about a minute of work."""
 PIECE_BYTES, MOST_BYTES = 32 << 20, 16 << 20
 """Limits of a piece and of a segment as stored; agents write at most 256 KiB per segment."""
+WITNESSES = 4
+"""Of each kind."""
 SKIP_AFTER_MS = 3 * 86_400_000
 """A weekend and a working day: time for somebody to repair the store. Raw segments are kept for a week at least."""
 
@@ -78,12 +80,19 @@ class Progress:
         good = {key: one for key, one in found.items() if not one.unread}
         self._read |= good
         self.done += len(good)
-        stopped = any(one.key not in found and node_of(one.key) not in waiting for one in piece)
+        # a share also stops before what cannot be read, and that says nothing about its size
+        stopped = not waiting and any(one.key not in found for one in piece)
         self._parts = min(PIECE_SEGMENTS, 2 * self._parts) if stopped else max(1, self._parts // 2)
         self._rest = list(self._still_wanted(found))
         foreign = [self._read.pop(one.key) for one in piece if one.folder is None and one.key in self._read]
         cursors, settled = self._advanced()
         return cursors, [*foreign, *settled]
+
+    def witnesses(self, outcomes: Sequence[Outcome], cursors: Mapping[str, str]) -> list[str]:
+        """What to ask the store for, to know whether it gives out anything."""
+        tried = {one.key for one in outcomes}
+        good = [one.key for one in outcomes if not one.unread]
+        return witnesses(good, cursors, [one.key for one in self._rest if one.key not in tried])
 
     def _still_wanted(self, found: Mapping[str, Outcome]) -> Iterator[Pending]:
         """What is neither read nor behind an unreadable object of its node."""
@@ -113,6 +122,16 @@ class Progress:
             return one
         days = SKIP_AFTER_MS // 86_400_000
         return Outcome(one.key, 0, 0, f"{one.key}: passed over; unreadable for {days} days ({one.unread})")
+
+
+def witnesses(good: Sequence[str], cursors: Mapping[str, str], untried: Sequence[str]) -> list[str]:
+    """A few objects by which a store that is down differs from one that has lost some: the last one that could be read,
+    some that earlier runs read, some that nobody has asked for."""
+    return [*good[-1:], *_spread(sorted(cursors.values())), *_spread(untried)]
+
+
+def _spread(all_of_them: Sequence[str]) -> Sequence[str]:
+    return all_of_them[:: -(-len(all_of_them) // WITNESSES) or 1]
 
 
 def node_of(key: str) -> str:

@@ -55,13 +55,17 @@ class Sick(DirectoryStore):
         super().__init__(root)
         self.lost: tuple[str, ...] = ()
         self.unlisted: tuple[str, ...] = ()
+        self.gets_left, self.gets, self.lists = 1 << 30, 0, 0
 
     def get(self, key: str, most_bytes: int) -> Stored:
-        if self.lost and key.startswith(self.lost):
+        self.gets += 1
+        self.gets_left -= key.startswith("raw/")
+        if (self.lost and key.startswith(self.lost)) or (self.gets_left < 0 and key.startswith("raw/")):
             raise Retryable(f"get {key}: store busy or unavailable (500 InternalError)")
         return super().get(key, most_bytes)
 
     def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
+        self.lists += 1
         if self.unlisted and prefix.startswith(self.unlisted):
             raise Retryable(f"list {prefix}: store busy or unavailable (500 InternalError)")
         return super().list_after(prefix, after, limit)
@@ -242,6 +246,83 @@ def test_a_store_that_gives_out_nothing_is_tried_again_later(tmp_path: Path) -> 
         rollup.run(CONFIG, store)
     store.lost = ()
     assert rollup.run(CONFIG, store).batches == 1
+
+
+def filled(store: ObjectStore, nodes: int, minutes: int) -> None:
+    for n in range(minutes):
+        for node in range(nodes):
+            put(store, minute(n, f"n{node}"))
+
+
+def test_an_unreadable_prefix_is_asked_for_a_few_times(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    filled(store, 2, 60)
+    store.lost = ("raw/v1/node=n1/",)
+    made = rollup.run(CONFIG, store)
+    assert (made.batches, list(made.unread)) == (60, [key_of(minute(0, "n1"))])
+    assert store.gets < 60 + 60, "a minute each, when the store takes its time"
+
+
+@pytest.mark.parametrize("read_before", [0, 1, 20, 47])
+def test_a_store_that_goes_down_ends_the_run(read_before: int, tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    filled(store, 16, 3)
+    store.gets_left, store.gets = read_before, 0
+    with pytest.raises(Retryable, match="nothing new could be read"):
+        rollup.run(CONFIG, store)
+    assert store.gets < read_before + 100
+    before = load.newest_manifest(store)
+    assert before.unread == {}, "it is no node's fault"
+    assert before.batches <= read_before
+    store.gets_left = 1 << 30
+    assert rollup.run(CONFIG, store).batches == 48
+    assert requests_by_node(store) == {f"n{node}": 6 for node in range(16)}
+
+
+def test_a_store_that_has_lost_something_of_many_nodes_is_read_on(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    filled(store, 12, 3)
+    lost = [f"n{node}" for node in range(9)]
+    store.lost = tuple(key_of(minute(0, node)) for node in lost)
+    made = rollup.run(CONFIG, store)
+    assert sorted(made.unread) == sorted(store.lost)
+    assert requests_by_node(store) == {"n9": 6, "n10": 6, "n11": 6}
+    put(store, minute(3, "n10"))
+    again = rollup.run(CONFIG, store)
+    assert again.unread == made.unread
+    assert requests_by_node(store)["n10"] == 10
+    found = load.fresh(store, "r", {})
+    assert {one.node for one in found.batches} == {"n9", "n10", "n11"}
+    assert sorted(found.unread) == sorted(store.lost)
+
+
+def test_alert_does_not_wait_for_each_node_of_a_store_that_is_down(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    filled(store, 40, 2)
+    store.gets_left, store.gets = 50, 0
+    assert len(load.fresh(store, "r", {}).batches) == 50
+    assert store.gets < 50 + 20
+
+
+def test_a_listing_that_goes_down_ends_the_run(tmp_path: Path) -> None:
+    store = Sick(tmp_path)
+    filled(store, 40, 1)
+    store.unlisted, store.lists = ("raw/v1/node=n2",), 0
+    assert rollup.run(CONFIG, store).batches == 29
+    listed = DirectoryStore.list_after
+
+    def down(self: DirectoryStore, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
+        store.lists += 1
+        if store.lists > 60 and prefix.startswith("raw/"):
+            raise Retryable(f"list {prefix}: store busy or unavailable (500 InternalError)")
+        return listed(self, prefix, after, limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sick, "list_after", down)
+        store.lists = 0
+        with pytest.raises(Retryable, match="500 InternalError"):
+            load.pending(store, {})
+    assert store.lists <= 62
 
 
 def test_alerts_of_the_others_are_sent(tmp_path: Path) -> None:
