@@ -5,6 +5,7 @@ Each client setting fixes an observed problem: no aws-chunked trailers (R2 rejec
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
@@ -45,6 +46,9 @@ _PARTS = TransferConfig(max_concurrency=4)
 PIECE_BYTES = 256 << 10
 MOST_EMPTY_PAGES = 100
 """Pages of a listing that hold nothing but empty objects, before it is given up."""
+_S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+_TYPE = "application/octet-stream"
+"""Of everything that we write; without one some stores guess from the content."""
 _ODD = (LookupError, TypeError, ValueError, AttributeError, botocore.parsers.ResponseParserError)
 """What boto3 raises over an answer that has not the form of S3's."""
 _ORDERS: tuple[Callable[[bytes], bytes], ...] = (lambda key: key, lambda key: key.replace(b"/", b"\0"))
@@ -141,7 +145,7 @@ class S3Store:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
             # one that is not believed would leave its connection open
             with contextlib.closing(answer["Body"]):
-                etag = _etag(answer, f"get {key}", html=key.endswith(".html"))
+                etag = _etag(answer, f"get {key}")
                 body = _body(answer, f"get {key}", most_bytes)
         if not body:
             raise NotFound(f"get {key}: empty object, left by an interrupted write")
@@ -159,7 +163,7 @@ class S3Store:
                     return b""
                 raise
             with contextlib.closing(answer["Body"]):
-                _etag(answer, f"get {key}", html=key.endswith(".html"))
+                _etag(answer, f"get {key}")
                 range_is_right = str(answer.get("ContentRange", "")).startswith(f"bytes {start}-")
                 if not range_is_right or answer["ContentLength"] > length:
                     raise Retryable(f"get {key}: it answered another part than {wanted}: {NOT_A_STORE}")
@@ -170,7 +174,8 @@ class S3Store:
         # multipart for large files: one PUT takes 5 GB at most
         with _as_ours("put", key):
             try:
-                self._client.upload_fileobj(counted, self._bucket, self._prefix + key, Config=_PARTS)
+                more = {"ContentType": _TYPE}
+                self._client.upload_fileobj(counted, self._bucket, self._prefix + key, more, Config=_PARTS)
             except boto3.exceptions.S3UploadFailedError as error:
                 if isinstance(error.__context__, botocore.exceptions.ClientError):
                     raise error.__context__ from None
@@ -220,17 +225,20 @@ class S3Store:
         if not key or len((self._prefix + key).encode()) > 1024 or "\0" in key:
             raise Refused(f"key {key!r}: invalid object key", code="bad_key")
         with _as_ours("put", key):
-            answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
+            answer = self._client.put_object(
+                Bucket=self._bucket, Key=self._prefix + key, Body=body, ContentType=_TYPE, **condition
+            )
             return _etag(answer, f"put {key}")
 
 
-def _etag(answer: Any, what: str, *, html: bool = False) -> str:
-    """The ETag of an answer. Raises Retryable for one that cannot be a store's: it has none, or is a page although
-    ``html`` says that no page was asked for."""
+def _etag(answer: Any, what: str) -> str:
+    """The ETag of an answer. Raises Retryable for one that cannot be a store's: it has none, or is a page with the ETag
+    of a web server. An object may be a page, and a store guess so from its first bytes."""
     etag, headers = answer.get("ETag"), answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     if not isinstance(etag, str) or not etag.strip('"'):
         raise Retryable(f"{what}: the answer has no ETag: {NOT_A_STORE}")
-    if not html and str(headers.get("content-type", "")).startswith("text/html"):
+    is_page = str(headers.get("content-type", "")).lower().startswith(("text/html", "application/xhtml"))
+    if is_page and not _S3_ETAG.fullmatch(etag.strip('"')):
         raise Retryable(f"{what}: the answer is an HTML page: {NOT_A_STORE}")
     return etag.strip('"')
 

@@ -57,6 +57,9 @@ def body(content: bytes, *headers: str, length: int | None = None) -> Fault:
 NOT_A_STORE: dict[str, Fault] = {
     "a page": page("200 OK"),
     "a page with an ETag": page("200 OK", TAG),
+    "a page with a weak ETag": page("200 OK", f'ETag: W/"{"0" * 32}"'),
+    "a page with a proxy's ETag": page("200 OK", 'ETag: "5f1b-62a3c0de"'),
+    "a page of a portal in XHTML": body(HTML, TAG, "Content-Type: Application/XHTML+xml; charset=utf-8"),
     "nothing": body(b""),
     "no ETag": body(b"{}", "Content-Type: application/json"),
     "an empty ETag": body(b"{}", 'ETag: ""'),

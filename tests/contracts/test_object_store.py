@@ -33,6 +33,33 @@ def test_a_put_object_is_read_back(store: ObjectStore) -> None:
     assert (b"\x00\xffbody", etag) == got
 
 
+PAGES = {
+    "models/v1/files/v/chat_template.jinja": b"<!-- a template -->{{ x }}",
+    "models/v1/files/v/README.txt": b"<p>hello</p>",
+    "quarantine/v1/raw/v1/node=n1/x": b"<html><body>Sign in</body></html>",
+    "report/v1/weekly/2026-W47/cost-r1.html": b"<!doctype html><title>Cost</title>",
+    "report/v1/weekly/2026-W47/cost-r1.md": b"<b>x</b>",
+    "inventory/v1/x.xml": b'<?xml version="1.0"?><a/>',
+    "no extension": b" \n<TABLE>",
+}
+
+
+@pytest.mark.parametrize("key", PAGES)
+def test_an_object_may_look_like_a_page(store: ObjectStore, key: str) -> None:
+    store.put(key, PAGES[key])
+    assert store.get(key, 1 << 30).body == PAGES[key]
+    assert store.get_part(key, 0, 3) == PAGES[key][:3]
+    store.put_file(key, io.BytesIO(PAGES[key]))
+    assert store.get(key, 1 << 30).body == PAGES[key]
+    if isinstance(store, S3Store):  # written by somebody else, without a type
+        more = {"Bucket": store._bucket, "Key": store._prefix + key}
+        store._client.put_object(Body=PAGES[key], **more)
+        assert store.get(key, 1 << 30).body == PAGES[key]
+        store.put(key, PAGES[key])
+        given = store._client.head_object(**more)["ContentType"]
+        assert given == "application/octet-stream" or Path(key).suffix, "SeaweedFS goes by the name first"
+
+
 def test_a_partial_write_counts_as_absent(store: ObjectStore) -> None:
     """An empty object: SeaweedFS stores one when a writer is killed between header and body."""
     for number in range(5):
