@@ -8,6 +8,8 @@ import resource
 import socket
 import ssl
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -100,8 +102,8 @@ class Listener(web.BaseSite):
         except OSError as error:
             raise _cannot_listen(host, port, error) from None
         for listening in self._sockets:
-            self._begin(self._accept(listening))
-        self._begin(self._sweep())
+            self._begin(self._turns("accept", partial(self._accept, listening)))
+        self._begin(self._turns("sweep", self._sweep))
 
     async def stop(self) -> None:
         """Accept no more; connections stay with the runner."""
@@ -118,24 +120,39 @@ class Listener(web.BaseSite):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+    async def _turns(self, what: str, turn: Callable[[], Awaitable[None]]) -> None:
+        """A loop that no bug in one turn ends: without it nobody would be served until a restart."""
         while True:
             try:
-                accepted, peer = await loop.sock_accept(listening)
-            except ConnectionError:
-                continue  # it was closed while it waited
-            except OSError as error:
-                self._exhausted(error)
+                await turn()
+            except Exception:
+                if (repeated := self._complaints.take(what, time.monotonic())) is not None:
+                    log.error("listener_failed", what=what, repeated=repeated, exc_info=True)
                 await asyncio.sleep(ACCEPT_RETRY_S)
-                continue
+
+    async def _accept(self, listening: socket.socket) -> None:
+        try:
+            accepted, peer = await asyncio.get_running_loop().sock_accept(listening)
+        except ConnectionError:
+            return  # it was closed while it waited
+        except OSError as error:
+            self._exhausted(error)
+            await asyncio.sleep(ACCEPT_RETRY_S)
+            return
+        if not peer:  # macOS names nobody for one that was reset while it waited
+            accepted.close()
+            return
+        try:
             self._admit(accepted, client_of(str(peer[0])))
-            # others have their turn while many connect at once
-            await asyncio.sleep(0)
+        except BaseException:
+            accepted.close()
+            raise
+        # others have their turn while many connect at once
+        await asyncio.sleep(0)
 
     def _exhausted(self, error: OSError) -> None:
         """No descriptor is left: something else took those that are kept for it. The least of ours makes room."""
-        if (repeated := self._complaints.take("accept", time.monotonic())) is not None:
+        if (repeated := self._complaints.take("exhausted", time.monotonic())) is not None:
             log.warning("accept_failed", reason=error.strerror, open=len(self.table), repeated=repeated)
         if (rival := self.table.first_to_close()) is not None:
             self.table.counts.dropped += 1
@@ -184,12 +201,11 @@ class Listener(web.BaseSite):
     async def _sweep(self) -> None:
         """Close connections whose time is over."""
         loop, limits = asyncio.get_running_loop(), self._config.limits
-        while True:
-            await asyncio.sleep(min(SWEEP_S, limits.header_s / 4))
-            late = self.table.overdue(loop.time(), header_s=limits.header_s, idle_s=limits.idle_s)
-            for connection in late + self.table.unread(loop.time(), limits.token_gap_s):
-                self.table.counts.overdue += 1
-                self._close(connection)
+        await asyncio.sleep(min(SWEEP_S, limits.header_s / 4))
+        late = self.table.overdue(loop.time(), header_s=limits.header_s, idle_s=limits.idle_s)
+        for connection in late + self.table.unread(loop.time(), limits.token_gap_s):
+            self.table.counts.overdue += 1
+            self._close(connection)
 
 
 def table_for(config: AgentConfig) -> Table:

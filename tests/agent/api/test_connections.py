@@ -15,6 +15,7 @@ from aiohttp import ClientSession, web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from structlog.testing import capture_logs
 
 from agent.api import connections
 from agent.api.connection_limits import Caps, Table
@@ -62,6 +63,11 @@ def is_closed(one: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+async def answers(listener: Listener) -> bool:
+    async with ClientSession() as session, session.get(f"http://127.0.0.1:{listener.port}/") as answer:
+        return answer.status == 200
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,54 @@ async def test_without_a_descriptor_the_least_connection_makes_room(monkeypatch:
         async with session.get(f"http://127.0.0.1:{listener.port}/") as answer:
             assert answer.status == 200
     assert [one["event"] for one in complaints] == ["accept_failed"], "once a minute"
+
+
+async def test_one_that_was_reset_while_it_waited_has_no_address_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, nobody = asyncio.get_running_loop(), list[socket.socket]()
+    real = loop.sock_accept
+
+    async def accept(listening: socket.socket) -> Any:
+        accepted, peer = await real(listening)
+        if len(nobody) == 3:
+            return accepted, peer
+        nobody.append(accepted)
+        return accepted, [None, (), ""][len(nobody) - 1]
+
+    monkeypatch.setattr(loop, "sock_accept", accept)
+    async with listening(Caps(total=8, per_address=8, spare=2)) as listener:
+        for _ in range(3):
+            with connected(listener) as one:
+                await until(lambda one=one: is_closed(one))  # type: ignore[misc]
+        assert await answers(listener)
+        assert [one.fileno() for one in nobody] == [-1] * 3
+
+
+async def test_a_bug_in_one_turn_of_a_loop_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with listening(Caps(total=8, per_address=8, spare=2), header_s=0.2) as listener:
+
+        def once(name: str, owner: Any) -> None:
+            real, failures = getattr(owner, name), iter([KeyError("a"), TypeError("b")])
+
+            def fails(*given: Any, **named: Any) -> Any:
+                if (failure := next(failures, None)) is not None:
+                    raise failure
+                return real(*given, **named)
+
+            monkeypatch.setattr(owner, name, fails)
+
+        once("_admit", listener)
+        once("overdue", listener.table)
+        with capture_logs() as logged:
+            for _ in range(2):
+                with connected(listener) as one:
+                    await until(lambda one=one: is_closed(one))  # type: ignore[misc]
+            assert await answers(listener)
+            with connected(listener) as silent:
+                await until(lambda: is_closed(silent))
+        assert {one["what"] for one in logged} == {"accept", "sweep"}
+        assert len(logged) == 2, "once a minute each"
 
 
 async def test_connections_cut_before_they_begin_leave_no_socket_behind() -> None:
