@@ -1,8 +1,7 @@
 """Which connections a node keeps: who is admitted, who is closed for another, whose time is over. Pure: the time is an
 argument, and whoever holds the sockets does what is decided here."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Literal
 
@@ -11,6 +10,8 @@ import msgspec
 Phase = Literal["greeting", "unread", "idle", "busy"]
 """No complete request yet; a client without credentials that does not read what it asked for; between two requests;
 in a request."""
+Queue = Literal["unknown", "idle", "busy"]
+"""Those whose client has not proved who it is, whatever they do; those of known clients."""
 
 OWN_DESCRIPTORS = 48
 """Files of a node without models and peers: logs, spool, pipes, threads' sockets, uploads."""
@@ -19,7 +20,9 @@ DESCRIPTORS_PER_PEER = 3
 MOST_SPARE = 32
 UNREAD_STEP_BYTES = 16 << 10
 """A client that reads takes at least this much of an answer in each interval."""
-_ORDER: tuple[Phase, ...] = ("greeting", "unread", "idle")
+GREETING_S = 2.0
+"""So long an honest client needs at most until its request has come; a younger connection is spared where that harms
+nobody more."""
 _INTERNAL = ("/peer/", "/admin/", "/health", "/live", "/ready", "/metrics")
 
 
@@ -44,9 +47,16 @@ class Connection(msgspec.Struct, eq=False):
     unsent: Callable[[], int] = lambda: 0
 
     @property
-    def queue(self) -> tuple[Phase, bool]:
-        """Connections of one queue are closed in the order in which they came to it."""
-        return self.phase, self.known
+    def queue(self) -> Queue:
+        """Connections of one queue are closed in its order. Unknown ones stay where they came: what they ask without
+        credentials must not put them behind those who come later."""
+        if not self.known:
+            return "unknown"
+        return "busy" if self.phase == "busy" else "idle"
+
+    def is_new(self, now_s: float) -> bool:
+        """Whether its first request may well be under way."""
+        return self.phase == "greeting" and now_s - self.since_s < GREETING_S
 
 
 class Counts(msgspec.Struct):
@@ -71,29 +81,33 @@ def caps_within(descriptors: int, wanted: int, per_address: int, *, models: int,
     return Caps(total=total, per_address=min(per_address, total), spare=spare)
 
 
-def client_of(address: str) -> str:
+def client_of(address: str, scope: int = 0) -> str:
     """What counts as one client address: an IPv4 address, also one written in IPv6; of IPv6 the network of 64 bits, of
-    which a machine may choose any, except for link-local ones."""
+    which a machine may choose any; of link-local ones the interface, whose number is ``scope``."""
+    bare, _, zone = address.partition("%")
     try:
-        parsed = ip_address(address.partition("%")[0])
+        parsed = ip_address(bare)
     except ValueError:
         return address
     if not isinstance(parsed, IPv6Address):
         return str(parsed)
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)
-    return str(parsed) if parsed.is_link_local else str(ip_network((parsed, 64), strict=False))
+    network = str(ip_network((parsed, 64), strict=False))
+    return f"{network}%{zone or scope}" if parsed.is_link_local else network
 
 
 class Table:
-    """All open connections, in the order in which they would be closed for another."""
+    """All open connections, in the order in which they would be closed for another: unknown ones, the first to come
+    first; then idle ones of known clients, the longest idle first. None is closed in a request."""
 
     def __init__(self, caps: Caps) -> None:
         self.caps, self.counts = caps, Counts()
         # a queue is a dict, for its order and for leaving it anywhere
-        self._queues: defaultdict[tuple[Phase, bool], dict[Connection, None]] = defaultdict(dict)
+        self._queues: dict[Queue, dict[Connection, None]] = {"unknown": {}, "idle": {}, "busy": {}}
         self._by_address: dict[str, dict[Connection, None]] = {}
         self._paused: dict[Connection, tuple[int, float]] = {}
+        self._requests = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -103,9 +117,9 @@ class Table:
         own = self._by_address.get(address, {})
         full, rival = False, None
         if len(own) >= self.caps.per_address:
-            full, rival = True, _first(own)
+            full, rival = True, _first(own, now_s)
         elif len(self) >= self.caps.total:
-            full, rival = True, self.first_to_close()
+            full, rival = True, self.first_to_close(now_s)
         if full and rival is None:
             self.counts.refused += 1
             return None, None
@@ -117,24 +131,30 @@ class Table:
         self._by_address.setdefault(address, {})[connection] = None
         return connection, rival
 
-    def first_to_close(self) -> Connection | None:
-        """The connection that would be closed next; None when all are in a request."""
-        for phase in _ORDER:
-            for known in (False, True):
-                if queue := self._queues[phase, known]:
-                    return next(iter(queue))
-        return None
+    def first_to_close(self, now_s: float) -> Connection | None:
+        """The connection that would be closed next; None when all are in a request. A quarter of the places is for
+        unknown ones, so that known clients who keep theirs leave one to who is about to show a key."""
+        unknowns = self._queues["unknown"]
+        oldest = next((one for one in unknowns if one.phase != "busy"), None)
+        idle = next(iter(self._queues["idle"]), None)
+        if oldest is None or (oldest.is_new(now_s) and len(unknowns) < self.caps.total // 4):
+            return idle or oldest
+        return oldest
 
     def move(self, connection: Connection, phase: Phase, now_s: float, *, known: bool = False) -> None:
         """The connection enters a phase; it stays known."""
-        if self._queues[connection.queue].pop(connection, connection) is not None:
+        if connection not in (before := self._queues[connection.queue]):
             return  # it has left
+        self._requests += (phase == "busy") - (connection.phase == "busy")
         connection.phase, connection.known, connection.since_s = phase, connection.known or known, now_s
-        self._queues[connection.queue][connection] = None
+        if connection.known:
+            del before[connection]
+            self._queues[connection.queue][connection] = None
 
     def leave(self, connection: Connection) -> None:
         """The connection is closed; repeated calls do nothing."""
-        self._queues[connection.queue].pop(connection, None)
+        if self._queues[connection.queue].pop(connection, connection) is None:
+            self._requests -= connection.phase == "busy"
         self._paused.pop(connection, None)
         if (own := self._by_address.get(connection.address)) is not None:
             own.pop(connection, None)
@@ -143,8 +163,7 @@ class Table:
 
     def serves(self, path: str) -> bool:
         """Whether a request that has begun is answered: the last places are for those of peers and operators."""
-        requests = len(self._queues["busy", False]) + len(self._queues["busy", True])
-        return requests <= self.caps.total - self.caps.spare or path.startswith(_INTERNAL)
+        return self._requests <= self.caps.total - self.caps.spare or path.startswith(_INTERNAL)
 
     def state(self) -> dict[str, int]:
         """For ``status``: how many are open, the caps, and what was done to keep them."""
@@ -179,17 +198,13 @@ class Table:
 
     def overdue(self, now_s: float, *, header_s: float, idle_s: float) -> list[Connection]:
         """Connections whose headers, or next request, have not come in time."""
-        return [*self._older("greeting", now_s - header_s), *self._older("idle", now_s - idle_s)]
-
-    def _older(self, phase: Phase, than_s: float) -> Iterator[Connection]:
-        for known in (False, True):
-            for connection in self._queues[phase, known]:
-                if connection.since_s > than_s:
-                    break
-                yield connection
+        limits = {"greeting": header_s, "idle": idle_s}
+        waiting = (*self._queues["unknown"], *self._queues["idle"])
+        return [one for one in waiting if one.phase in limits and now_s - one.since_s >= limits[one.phase]]
 
 
-def _first(connections: Iterable[Connection]) -> Connection | None:
-    """Of one address's connections the one that is closed first."""
-    closable = (one for one in connections if one.phase != "busy")
-    return min(closable, key=lambda one: (_ORDER.index(one.phase), one.known, one.since_s), default=None)
+def _first(own: Iterable[Connection], now_s: float) -> Connection | None:
+    """Of one address's connections, which are in the order in which they came, the one that is closed first. It shares
+    the address with those it is closed for, so even a known one gives way to a request that may be under way."""
+    closable = (one for one in own if one.phase != "busy")
+    return min(closable, key=lambda one: (one.is_new(now_s), one.known, one.since_s * one.known), default=None)

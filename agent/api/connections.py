@@ -143,7 +143,7 @@ class Listener(web.BaseSite):
             accepted.close()
             return
         try:
-            self._admit(accepted, client_of(str(peer[0])))
+            self._admit(accepted, client_of(str(peer[0]), *peer[3:]))
         except BaseException:
             accepted.close()
             raise
@@ -154,7 +154,7 @@ class Listener(web.BaseSite):
         """No descriptor is left: something else took those that are kept for it. The least of ours makes room."""
         if (repeated := self._complaints.take("exhausted", time.monotonic())) is not None:
             log.warning("accept_failed", reason=error.strerror, open=len(self.table), repeated=repeated)
-        if (rival := self.table.first_to_close()) is not None:
+        if (rival := self.table.first_to_close(asyncio.get_running_loop().time())) is not None:
             self.table.counts.dropped += 1
             self._close(rival)
 

@@ -29,11 +29,12 @@ def entered(table: Table, address: str, now_s: float, phase: Phase = "greeting",
 @pytest.mark.parametrize(
     ("phases", "closed"),
     [
-        ([("idle", True), ("idle", False), ("greeting", False), ("busy", False)], 2),
+        ([("idle", True), ("idle", False), ("greeting", False), ("busy", False)], 1),
+        ([("idle", True), ("busy", False), ("greeting", False), ("idle", False)], 2),
         ([("idle", True), ("idle", False), ("busy", False), ("busy", True)], 1),
         ([("idle", True), ("busy", False), ("busy", True), ("idle", True)], 0),
         ([("greeting", False), ("greeting", False), ("idle", False), ("idle", True)], 0),
-        ([("idle", False), ("unread", False), ("busy", True), ("busy", True)], 1),
+        ([("idle", False), ("unread", False), ("busy", True), ("busy", True)], 0),
         ([("busy", False), ("busy", False), ("busy", True), ("busy", True)], None),
     ],
 )
@@ -97,14 +98,14 @@ def test_a_client_that_reads_nothing_for_too_long_is_found_and_a_slow_one_is_not
     assert table.unread(9, 4) == [connection]
     table.reads(connection, 10)
     assert table.unread(99, 4) == []
-    assert table.first_to_close() is None, "it is in a request again"
+    assert table.first_to_close(99) is None, "it is in a request again"
 
 
 def test_a_known_client_that_reads_slowly_keeps_its_place() -> None:
     table = Table(CAPS)
     connection = entered(table, "a", 0, "busy", known=True)
     table.stalled(connection, 0)
-    assert (connection.phase, table.first_to_close()) == ("busy", None)
+    assert (connection.phase, table.first_to_close(99)) == ("busy", None)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,19 @@ def test_a_known_client_that_reads_slowly_keeps_its_place() -> None:
         ("::ffff:10.0.0.7", "10.0.0.7"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
-        ("fe80::1%en0", "fe80::1"),
+        ("fe80::1%en0", "fe80::/64%en0"),
+        ("fe80::1:2:3%en0", "fe80::/64%en0"),
         ("::1", "::/64"),
         ("/a/socket", "/a/socket"),
     ],
 )
 def test_what_counts_as_one_address(address: str, client: str) -> None:
     assert client_of(address) == client
+
+
+def test_link_local_addresses_are_of_their_interface() -> None:
+    assert client_of("fe80::1", 4) == client_of("fe80::99:2", 4) != client_of("fe80::1", 5)
+    assert client_of("2001:db8::1", 4) == client_of("2001:db8::2", 5)
 
 
 @given(st.integers(16, 100_000), st.integers(16, 5000), st.integers(1, 5000), st.integers(0, 20), st.integers(0, 16))
@@ -155,12 +162,14 @@ def test_whatever_happens_the_caps_hold_and_only_a_lesser_one_is_closed(operatio
             if rival is not None:
                 there.remove(rival)
                 assert rival.phase != "busy", "no request is cut"
-                rank = ("greeting", "unread", "idle")
-                least = min(
-                    (one for one in before if rival.address != address or one.address == address),
-                    key=lambda one: ([*rank, "busy"].index(one.phase), one.known),
-                )
-                assert (rival.phase, rival.known) == (least.phase, least.known)
+                group = [one for one in before if one.address == address]
+                is_group = len(group) >= CAPS.per_address
+                rivals = [one for one in (group if is_group else before) if one.phase != "busy"]
+                strangers = [one for one in rivals if not one.known]
+                assert rival in rivals, "who has all its own makes room for itself only"
+                if strangers and rival is not strangers[0]:
+                    assert strangers[0].is_new(now_s), "the first stranger goes first"
+                    assert rival.known or is_group
             if connection is not None:
                 there.append(connection)
             else:
@@ -184,3 +193,77 @@ def test_whatever_happens_the_caps_hold_and_only_a_lesser_one_is_closed(operatio
     for one in there:
         table.leave(one)
     assert (len(table), table.unread(1e9, 0)) == (0, [])
+
+
+PEOPLE = st.lists(st.tuples(st.sampled_from(["greeting", "idle", "unread", "known", "busy"]), st.integers(0, 19)))
+ARRIVALS = st.lists(st.tuples(st.integers(0, 19), st.booleans()), max_size=40)
+
+
+def there_before(table: Table, people: list[tuple[str, int]], most_busy: int, group: str = "") -> list[Connection]:
+    """Strangers in any state, and clients with a key, who are in requests at ``most_busy`` places."""
+    found = list[Connection]()
+    for phase, address in people:
+        connection, rival = table.enter(group or f"s{address}", -50)
+        found = [one for one in found if one is not rival]
+        if connection is None:
+            continue
+        found.append(connection)
+        if phase == "known" or (phase == "busy" and sum(one.phase == "busy" for one in found) >= most_busy):
+            table.move(connection, "idle", -40, known=True)
+        elif phase == "busy":
+            table.move(connection, "busy", -40, known=True)
+        elif phase != "greeting":
+            table.move(connection, phase, -40)  # type: ignore[arg-type]
+    return found
+
+
+def comes(table: Table, address: str, now_s: float, *, asks: bool) -> None:
+    """A stranger, who at once asks what anybody may, or does not."""
+    connection, _ = table.enter(address, now_s)
+    if connection is not None and asks:
+        table.move(connection, "busy", now_s)
+        table.move(connection, "idle", now_s)
+
+
+@given(PEOPLE, ARRIVALS)
+def test_a_newcomer_s_request_of_the_first_second_is_served_whatever_others_hold(
+    people: list[tuple[str, int]], arrivals: list[tuple[int, bool]]
+) -> None:
+    """As long as fewer come within that second than others can be closed."""
+    table = Table(Caps(total=16, per_address=8, spare=2))
+    there_before(table, people, most_busy=8)
+    mine, _ = table.enter("mine", 0)
+    assert mine is not None
+    strangers = [one for one in table._queues["unknown"] if one.phase != "busy"]
+    for n, (address, asks) in enumerate(arrivals[: max(3, len(strangers) - 1)]):
+        comes(table, f"s{address}", n / 50, asks=asks)
+    assert mine in table._queues["unknown"]
+    table.move(mine, "busy", 1.0, known=True)
+    for address, asks in arrivals:
+        comes(table, f"s{address}", 1.5, asks=asks)
+    assert mine in table._queues["busy"]
+
+
+@given(PEOPLE, ARRIVALS)
+def test_so_is_that_of_one_who_shares_its_address_with_them(
+    people: list[tuple[str, int]], arrivals: list[tuple[int, bool]]
+) -> None:
+    table = Table(Caps(total=16, per_address=8, spare=2))
+    there_before(table, people, most_busy=4, group="office")
+    mine, _ = table.enter("office", 0)
+    assert mine is not None
+    for n, (_, asks) in enumerate(arrivals[:3]):
+        comes(table, "office", n / 50, asks=asks)
+    assert mine in table._queues["unknown"]
+
+
+def test_who_has_asked_once_and_asks_again_is_closed_before_who_came_later() -> None:
+    """Five addresses of a stranger hold the table of a keyed node, and renew what they hold."""
+    table = Table(Caps(total=2048, per_address=512, spare=32))
+    held = [entered(table, f"evil{n % 5}", n / 1000, "idle") for n in range(2048)]
+    for n, one in enumerate(held):
+        table.move(one, "busy", 3 + n / 1000)
+        table.move(one, "idle", 3 + n / 1000)
+    newcomers = [table.enter(f"office{n}", 10 + n / 100) for n in range(50)]
+    assert [rival for _, rival in newcomers] == held[:50]
+    assert [one for one, _ in newcomers if one is None] == []
