@@ -185,10 +185,14 @@ def _signed(request: web.Request) -> Signed:
 
 
 def _check_certificate(request: web.Request, node: str) -> None:
-    """With mutual TLS, require the certificate of the node that signed; it is verified already. Raises NotAPeer."""
+    """With mutual TLS, require the certificate of the node that signed; it is verified already, in this handshake and
+    not in one before: what a session that is resumed shows may have expired or been replaced since. Raises NotAPeer."""
     context = request.app[CONTEXT]
     if not context.config.tls.ca:
         return
+    shaken = request.get_extra_info("ssl_object")
+    if shaken is None or shaken.session_reused:
+        raise NotAPeer(f"{node}: resumes a TLS session; nodes shake hands anew", code="wrong_certificate")
     shown = request.get_extra_info("peercert")
     if why := wrong_certificate(shown, context.config.node.rack, node):
         code = "wrong_certificate" if shown else "no_certificate"

@@ -217,6 +217,34 @@ def test_the_secret_alone_makes_nobody_a_peer(tmp_path: Path) -> None:
         assert agent.chat().status == 200, "clients need no certificate"
 
 
+def test_a_session_that_is_resumed_shows_no_certificate_of_now(tmp_path: Path) -> None:
+    """TLS 1.2 resumes sessions by an id, also without tickets: nobody shows or checks a certificate then."""
+    with tls_rack(tmp_path, [model()]) as (authority, (agent,)):
+        agent.stop()
+        write_tls_config(agent, [Agent(tmp_path, "n2", free_port())], [model()], authority.issue("n1"))
+        agent.start().ready()
+        context = caller(authority, authority.issue("n2"))
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        request = "GET /peer/v1/beat HTTP/1.1\r\nHost: localhost\r\nAuthorization: {Authorization}\r\n\r\n"
+
+        def beat(session: ssl.SSLSession | None) -> tuple[ssl.SSLSocket, bytes]:
+            opened = socket.create_connection(("127.0.0.1", agent.port), timeout=60)
+            shaken = context.wrap_socket(opened, server_hostname=server_name("n1"), session=session)
+            shaken.sendall(request.format(**signed()).encode())
+            return shaken, shaken.recv(12)
+
+        first, answer = beat(None)
+        with first:
+            assert answer == b"HTTP/1.1 200", "a full handshake of TLS 1.2"
+            again, answer = beat(first.session)
+            with again:
+                assert again.session_reused, "or this test shows nothing"
+                assert answer == b"HTTP/1.1 403"
+            more, answer = beat(None)
+            with more:
+                assert answer == b"HTTP/1.1 200"
+
+
 def test_a_node_with_an_unusable_certificate_says_so_and_a_peer_tells_why(tmp_path: Path) -> None:
     """n2 is configured with another node's certificate: it does not start; with an expired one it does, and both say
     why they do not talk."""
