@@ -218,6 +218,7 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
 
     state = state_folder(config)
     logs.configure(log_file(config), level=config.log_level, console=console)
+    logs.catch_unraisable()
 
     async def serve() -> None:
         daemon = Daemon(config, state, os.environ)

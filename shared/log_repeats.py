@@ -8,6 +8,7 @@ EVERY_S = 60.0
 MOST_KINDS = 256
 """Kinds of lines that are told apart at a time; all further ones count as one."""
 _OTHER = ("other kinds of lines",)
+_NEVER = float("inf")
 
 
 class _Seen(msgspec.Struct):
@@ -22,7 +23,7 @@ class Repeats:
     def __init__(self, *, burst: int = 1, every_s: float = EVERY_S) -> None:
         self._burst, self._every_s = burst, every_s
         self._seen: dict[Hashable, _Seen] = {}
-        self.next_s = float("inf")
+        self.next_s = _NEVER
         """When counts of lines that were not written may be told."""
 
     def take(self, kind: Hashable, now_s: float) -> int | None:
@@ -43,10 +44,12 @@ class Repeats:
 
     def due(self, now_s: float) -> list[tuple[Hashable, int]]:
         """Kinds whose time is over with lines that were not written, and how many; each is told once."""
-        found = [(kind, seen.repeated) for kind, seen in self._seen.items() if seen.repeated and now_s >= seen.until_s]
+        # copies: whatever the garbage collector ends meanwhile may have a line of its own
+        every = dict(self._seen).items()
+        found = [(kind, seen.repeated) for kind, seen in every if seen.repeated and now_s >= seen.until_s]
         self._forget(now_s)
-        self.next_s = min((seen.until_s for seen in self._seen.values() if seen.repeated), default=float("inf"))
+        self.next_s = min((seen.until_s for _, seen in every if seen.repeated and now_s < seen.until_s), default=_NEVER)
         return found
 
     def _forget(self, now_s: float) -> None:
-        self._seen = {kind: seen for kind, seen in self._seen.items() if now_s < seen.until_s}
+        self._seen = {kind: seen for kind, seen in dict(self._seen).items() if now_s < seen.until_s}

@@ -76,6 +76,17 @@ def state() -> dict[str, Any]:
     return {"lost_lines": _file.lost if _file else 0, "problem": _file.problem if _file else ""}
 
 
+def catch_unraisable() -> None:
+    """Exceptions that no code can catch go to the log from now on, where repetitions are counted. Python itself would
+    write each to stderr, with what it was about: a client causes one by a TLS server name beyond ASCII."""
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    text = f"unraisable {raised.exc_type.__name__} in {type(raised.object).__name__}"
+    logging.getLogger("python").error(text, exc_info=raised.exc_value)
+
+
 def _to_stderr(text: bytes) -> None:
     with contextlib.suppress(OSError):  # its file may be full, too
         print(text.decode(), file=sys.stderr)
@@ -118,7 +129,12 @@ class _Libraries(logging.Handler):
         """Write how many records of each kind were left out, once a minute."""
         if (now_s := time.monotonic()) < self._repeats.next_s:
             return
-        for kind, count in self._repeats.due(now_s):
+        self.acquire()  # records of other threads are counted meanwhile
+        try:
+            due = self._repeats.due(now_s)
+        finally:
+            self.release()
+        for kind, count in due:
             name, *_, text = kind if isinstance(kind, tuple) else ("", kind)
             event = {"logger": name, "level": "warning", "event": "repeated", "of": text, "repeated": count}
             self._write(_render(None, "", _STAMP(None, "", event)))

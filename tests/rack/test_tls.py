@@ -1,6 +1,7 @@
 """TLS between real nodes, with somebody in between; who is refused, and what the operator is told."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -243,6 +244,30 @@ def test_a_session_that_is_resumed_shows_no_certificate_of_now(tmp_path: Path) -
             more, answer = beat(None)
             with more:
                 assert answer == b"HTTP/1.1 200"
+
+
+def test_a_server_name_that_is_none_leaves_its_bytes_nowhere(tmp_path: Path) -> None:
+    """Python fails to decode it before the listener is asked, and would write that to stderr each time."""
+    with tls_rack(tmp_path, [model()]) as (_, (agent,)):
+        out = ssl.MemoryBIO()
+        begun = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), out, server_hostname=f"{'x' * 40}.example")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            begun.do_handshake()
+        hello = out.read().replace(b"x" * 40, b"\xe4" * 20 + b"MARK" * 5)
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", agent.port), timeout=60) as one:
+                one.sendall(hello)
+                while one.recv(1 << 16):
+                    pass
+        assert agent.chat().status == 200
+        assert agent.process is not None
+        agent.process.terminate()
+        said = agent.output()
+        (line,) = [one for one in log_of(agent) if one["event"].startswith("unraisable")]
+        assert line["error"] == "UnicodeDecodeError"
+        everything = said + (agent.state / "logs/agent.jsonl").read_text()
+        assert "MARK" not in everything
+        assert "Exception ignored" not in everything
 
 
 def test_a_node_with_an_unusable_certificate_says_so_and_a_peer_tells_why(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,62 @@ def test_a_library_that_finds_ever_new_words_is_bounded_in_lines_and_in_memory(l
         logging.getLogger("aiohttp").error(f"{word} " + "x" * 10_000)
     assert len(log.lines()) <= MOST_KINDS + 1
     assert log.path.stat().st_size < 1 << 20
+
+
+def test_what_nobody_can_catch_is_written_once_a_minute_without_what_it_is_about(
+    log: Log, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Told:
+        def __repr__(self) -> str:
+            return "a secret"
+
+        def __del__(self) -> None:
+            raise ValueError("a secret")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the test's own returns afterwards
+    logs.catch_unraisable()
+    for _ in range(100):
+        Told()
+    (line,) = log.lines()
+    assert (line["logger"], line["event"], line["error"]) == (
+        "python",
+        "unraisable ValueError in function",
+        "ValueError",
+    )
+    assert line["at"][-1].startswith("test_logs.py:")
+    assert "secret" not in log.path.read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_counts_are_told_while_other_threads_complain(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that is counted between what is told and what is forgotten."""
+    library, entered = logging.getLogger("asyncio"), threading.Event()
+    for _ in range(5):
+        library.error("again")
+    log.now_s += 61
+    handler = logging.getLogger().handlers[0]
+    real = handler._repeats._forget  # type: ignore[attr-defined]
+
+    def forget(now_s: float) -> None:
+        other.start()
+        entered.wait(0.2)  # it may not come in before what is due has been forgotten
+        real(now_s)
+
+    def complain() -> None:
+        library.error("again")
+        library.error("again")
+        entered.set()
+
+    other = threading.Thread(target=complain)
+    monkeypatch.setattr(handler._repeats, "_forget", forget)  # type: ignore[attr-defined]
+    logs.get_logger("agent").info("of_ours")
+    other.join(60)
+    monkeypatch.setattr(handler._repeats, "_forget", real)  # type: ignore[attr-defined]
+    log.now_s += 61
+    logs.get_logger("agent").info("of_ours")
+    told = [line["repeated"] for line in log.lines() if line["event"] == "repeated"]
+    written = [line for line in log.lines() if line["event"] == "again"]
+    assert sum(told) + len(written) == 7, "each is written or counted, and none twice"
 
 
 def test_our_own_lines_are_all_written(log: Log) -> None:
