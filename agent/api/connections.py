@@ -8,6 +8,7 @@ import resource
 import socket
 import ssl
 import time
+from asyncio import sslproto
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from shared.logs import get_logger
 BACKLOG = 512
 SWEEP_S = 1.0
 ACCEPT_RETRY_S = 0.1
+TLS_BUFFER_BYTES = 16 << 10
+"""A TLS record's most."""
 _REMEDIES = {
     errno.EADDRINUSE: ("address already in use", "stop the other program or change listen.port"),
     errno.EACCES: ("not permitted", "ports below 1024 need privileges; choose a higher listen.port"),
@@ -78,6 +81,9 @@ class Listener(web.BaseSite):
 
     def __init__(self, runner: web.AppRunner, config: AgentConfig, table: Table, tls: ssl.SSLContext | None) -> None:
         super().__init__(runner, ssl_context=tls)
+        if tls is not None:
+            # asyncio makes this buffer for each connection before its handshake: 256 KiB for one that says nothing
+            sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         self._config, self.table = config, table
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()

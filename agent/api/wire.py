@@ -17,6 +17,8 @@ from shared.errors import Refused, Retryable
 
 MAX_HEADER_BYTES = 32 << 10
 """Of one request, all lines together."""
+MOST_UNSENT_BYTES = 64 << 10
+"""So much waits for a client to read before its handler does, with TLS as without."""
 _ROOM_S = 0.02
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -39,6 +41,8 @@ class _Protocol(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.set_write_buffer_limits(MOST_UNSENT_BYTES)
         if self.tracked is not None:
             self.tracked.opened(transport)
 

@@ -6,6 +6,7 @@ import datetime
 import errno
 import socket
 import ssl
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ async def listening(caps: Caps, tls: ssl.SSLContext | None = None, **limits: flo
         return web.Response(text="hello")
 
     app = web.Application()
+
+    async def unsent(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        return web.Response(text=str(request.transport.get_write_buffer_limits()[1]))
+
     app.router.add_get("/", hello)
+    app.router.add_get("/unsent", unsent)
     config = AgentConfig(node=Node(id="n", rack="r"), listen=Listen(port=0), limits=Limits(**limits))  # type: ignore[arg-type]
     runner = Runner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
@@ -99,6 +106,23 @@ async def test_a_handshake_counts_as_headers(tls: ssl.SSLContext) -> None:
             await until(lambda: is_closed(silent))
             await until(lambda: is_closed(half))
         await until(lambda: len(listener.table) <= 1)
+
+
+async def test_a_connection_that_says_nothing_costs_little_with_tls_too(tls: ssl.SSLContext) -> None:
+    count = 24
+    caps = Caps(total=64, per_address=64, spare=2)
+    async with listening(caps, tls) as listener, ClientSession() as session:
+        async with session.get(f"https://127.0.0.1:{listener.port}/unsent", ssl=False) as answer:
+            assert int(await answer.text()) <= 64 << 10, "nor one that does not read"
+        with contextlib.ExitStack() as stack:
+            tracemalloc.start()
+            stack.callback(tracemalloc.stop)
+            before, _ = tracemalloc.get_traced_memory()
+            for _ in range(count):
+                stack.enter_context(connected(listener))
+            await until(lambda: len(listener.table) >= count)
+            await asyncio.sleep(0.2)
+            assert (tracemalloc.get_traced_memory()[0] - before) / count < 100 << 10
 
 
 async def test_one_in_a_handshake_is_closed_for_another(tls: ssl.SSLContext) -> None:
