@@ -403,7 +403,7 @@ def _check_config(args: argparse.Namespace) -> int:
     for group in sorted({key.cache_group for key in config.keys if key.cache_group}):
         ids = ", ".join(key.id for key in config.keys if key.cache_group == group)
         print(f"prompt cache {group} is shared by the keys {ids}")
-    for warning in agent_config.plain_warnings(config):
+    for warning in agent_config.plain_warnings(config, agent_config.configured_peers(config)):
         print(f"warning: {warning}")
     return 0
 

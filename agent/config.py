@@ -306,6 +306,11 @@ def plain_url(config: AgentConfig, url: str) -> str:
     return transport.plain_url(url, config.tls, insecure=config.listen.insecure_http)
 
 
-def plain_warnings(config: AgentConfig) -> list[str]:
-    """What a running node sends in clear because ``insecure_http`` allows it, a sentence each."""
-    return transport.plain_warnings(config.listen.host, [(p.id, p.url) for p in config.peers.nodes], config.tls)
+def configured_peers(config: AgentConfig) -> list[tuple[str, str]]:
+    """(node, url) of the peers in agent.toml; the desired state may name others."""
+    return [(peer.id, peer.url.rstrip("/")) for peer in config.peers.nodes]
+
+
+def plain_warnings(config: AgentConfig, peers: Sequence[tuple[str, str]]) -> list[str]:
+    """What a node with these peers sends in clear because ``insecure_http`` allows it, a sentence each."""
+    return transport.plain_warnings(config.listen.host, peers, config.tls, insecure=config.listen.insecure_http)

@@ -25,7 +25,7 @@ from agent.api.context import Context
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.config import AgentConfig, plain_warnings
+from agent.config import AgentConfig, configured_peers, plain_warnings
 from agent.control.follower import Follower
 from agent.files.modelstore import ModelStore, model_folder
 from agent.gateway.dispatch import Dispatch
@@ -76,8 +76,7 @@ class Daemon:
         self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
         self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
         self._tls = self._node_tls()
-        urls = [(p.id, p.url.rstrip("/")) for p in config.peers.nodes]
-        self._table = PeerTable(urls, beat_s=config.peers.beat_s, now=time.monotonic())
+        self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
         self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls)
         self.telemetry = self._telemetry()
         self._metrics = self._live_metrics()
@@ -138,7 +137,8 @@ class Daemon:
         return NodeTls(self.config.tls, rack=node.rack, node=node.id, served=served, emit=self._emit)
 
     def _warnings(self) -> list[str]:
-        return [*plain_warnings(self.config), *(self._tls.warnings() if self._tls is not None else ())]
+        of_files = self._tls.warnings() if self._tls is not None else ()
+        return [*plain_warnings(self.config, self._table.urls()), *of_files]
 
     def _model_pool(self) -> Pool:
         config = self.config
@@ -245,11 +245,14 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
     def _warn(self) -> None:
-        """Once, at the start; `status` shows them as long as they hold."""
-        for warning in plain_warnings(self.config):
-            log.warning("plain_http", reason=warning)
+        """At the start; `status` shows them as long as they hold."""
+        self._warn_of_plain_http()
         if self._tls is not None:
             self._tls.report()
+
+    def _warn_of_plain_http(self) -> None:
+        for warning in plain_warnings(self.config, self._table.urls()):
+            log.warning("plain_http", reason=warning)
 
     def _steady_jobs(self) -> tuple[schedule.Job, ...]:
         meters = [schedule.Job("meters", POLL_S, self.telemetry.meters.poll)] if self.config.meters else []
@@ -313,8 +316,11 @@ class Daemon:
     def _set_peers(self, peers: Sequence[tuple[str, str]]) -> None:
         """Replace the peers. Without a secret there are none: no node could prove that it is one."""
         if self.config.peers.secret:
+            before = set(self._table.urls())
             for removed in self._table.become(peers, time.monotonic()):
                 self._peer_client.drop(removed)
+            if not before.issuperset(self._table.urls()):
+                self._warn_of_plain_http()
         elif peers:
             log.warning("peers_without_secret", reason="the desired state lists peers, but peers.secret is not set")
 

@@ -58,11 +58,13 @@ def plain_url(url: str, tls: Tls, *, insecure: bool) -> str:
     return "prompts would be sent in clear; use https:// with [tls] (docs/tls.md), or set listen.insecure_http = true"
 
 
-def plain_warnings(host: str, peers: Sequence[tuple[str, str]], tls: Tls) -> list[str]:
+def plain_warnings(host: str, peers: Sequence[tuple[str, str]], tls: Tls, *, insecure: bool) -> list[str]:
     """What a running node sends in clear because it is allowed to, a sentence each. ``peers`` are (id, url)."""
     found = []
+    if insecure and tls.certificate:
+        found.append("listen.insecure_http is set beside [tls]; remove it when all peers' urls begin with https://")
     if not (tls.certificate or is_loopback(host)):
         found.append(f"clients reach {host} by plain HTTP: API keys and prompts can be read on the network")
-    if plain := [node for node, url in peers if url.startswith("http://") and not is_loopback(host_of(url))]:
+    if plain := [node for node, url in peers if not (url.startswith("https://") or is_loopback(host_of(url)))]:
         found.append(f"requests to {', '.join(plain)} use plain HTTP: they can be read and changed on the network")
     return found

@@ -5,7 +5,7 @@ prompts through a host of their own. Pure.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from agent.config import AgentConfig, plain_url
+from agent.config import AgentConfig, configured_peers, plain_url
 from shared.desired import DesiredPeer
 from shared.hosts import host_of, permitted
 
@@ -20,7 +20,7 @@ class Chosen(NamedTuple):
 def choose(config: AgentConfig, desired: Sequence[DesiredPeer]) -> Chosen:
     """The desired peers that are at a configured node's own host or a host in ``peers.allowed``; a configured node
     that is desired elsewhere stays where it is configured. All configured ones where none are desired."""
-    configured = {peer.id: peer.url.rstrip("/") for peer in config.peers.nodes}
+    configured = dict(configured_peers(config))
     named = [peer for peer in desired if peer.id != config.node.id]
     if not named:
         return Chosen(list(configured.items()), ())
@@ -46,4 +46,6 @@ def _refusal(config: AgentConfig, configured: Mapping[str, str], node: str, url:
         return "its URL is not that of a node"
     if host != host_of(known) and not permitted(host, config.peers.allowed):
         return "it is neither a configured node's host nor in peers.allowed"
+    if not url.startswith("https://") and (config.tls.ca or known.startswith("https://")):
+        return "its URL must begin with https://; insecure_http is for the URLs in agent.toml"  # no downgrade by others
     return f"its URL {why}" if (why := plain_url(config, url)) else ""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
-from agent.config import AgentConfig, plain_warnings
+from agent.config import AgentConfig, configured_peers, plain_warnings
 from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.heartbeats import SKEW_WARNING_MS
 from agent.operator import state_folder
@@ -174,7 +174,7 @@ def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
 
 def _transport(config: AgentConfig) -> list[Finding]:
     """TLS: whether its files can be used, and when they expire; and what is sent without it."""
-    plain = [Finding("plain HTTP", "warning", warning) for warning in plain_warnings(config)]
+    plain = [Finding("plain HTTP", "warning", warning) for warning in plain_warnings(config, configured_peers(config))]
     if not config.tls.certificate:
         return plain or [Finding("tls", "ok", "not configured; this node is reachable from this machine only")]
     from agent.mesh.tls import NodeTls

@@ -231,3 +231,17 @@ def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
         assert desired(first)["state"] == "drifted"
         bucket.put(DESIRED, encode(DesiredState(generation=4)))
         until(lambda: set(peers_of(second)) == {"n1", "n3"}, "the configuration's again")
+
+
+def test_a_peer_that_the_desired_state_calls_by_plain_http_is_a_warning(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], [model()], extra=FAST, start=False) as (first, _):
+        text = first.config.read_text().replace("[listen]\n", "[listen]\ninsecure_http = true\n")
+        first.config.write_text(text.replace("[peers]\n", '[peers]\nallowed = ["192.0.2.0/24"]\n'))
+        first.start().ready()
+        assert first.status()["warnings"] == []
+        peers = (DesiredPeer(id="n7", url="http://192.0.2.7:1"),)
+        DirectoryStore(tmp_path / "bucket").put(DESIRED, encode(DesiredState(generation=1, peers=peers)))
+        until(lambda: [p["node"] for p in first.status()["peers"]] == ["n7"], "it is followed")
+        (warning,) = first.status()["warnings"]
+        assert warning.startswith("requests to n7 use plain HTTP")
+        assert "plain_http" in (first.state / "logs/agent.jsonl").read_text()

@@ -251,21 +251,43 @@ def test_a_new_peer_is_followed_at_an_allowed_host_only() -> None:
     tls = choose(config("10.0.0.0/24", peers="https://10.0.0.2:1", tls=TLS), desired("x", "x", "https://10.0.0.3:1"))
     assert tls.peers == [("n2", "https://10.0.0.2:1"), ("n3", "https://10.0.0.3:1")]
     assert choose(config(), []).peers == [OWN]
+
+
+@pytest.mark.parametrize("host", ["10.0.0.2", "10.0.0.3"])
+@pytest.mark.parametrize("known", ["https://10.0.0.2:1", "http://10.0.0.2:1"])
+def test_nobody_but_the_operator_of_a_node_takes_its_tls_away(known: str, host: str) -> None:
+    """Also while insecure_http is set, for a move to TLS: then agent.toml's own http:// URLs are called."""
+    moving = f"{TLS}[listen]\ninsecure_http = true\n"
+    rack = config("10.0.0.0/24", peers=known, tls=moving)
+    new = choose(rack, desired("x", f"http://{host}:7", "http://10.0.0.4:1"))
+    assert new.peers == [("n2", known)]
+    assert all("must begin with https://" in why for why in new.refused)
+    assert len(new.refused) == 2
+    assert choose(rack, desired("x", known)) == ([("n2", known)], ())
+    assert choose(rack, desired("x", f"https://{host}:7")).peers == [("n2", f"https://{host}:7")], "and it can be given"
+
+
+def test_a_node_without_peers_has_none_of_the_desired_state() -> None:
+    named = desired("http://me", "http://127.0.0.1:1")
     assert choose(AgentConfig(node=Node(id="n1", rack="r")), named).peers == []
 
 
 def test_what_is_sent_in_clear_is_a_warning_as_long_as_it_is() -> None:
-    from agent.config import plain_warnings
+    from agent.config import configured_peers, plain_warnings
     from agent.config_checks import check
     from agent.operator.doctor import _transport
 
     lan = '[listen]\nhost = "0.0.0.0"\ninsecure_http = true\n' + KEYS + PEERS.format("http://mini-2.local:2")
     found = parse(BASE + lan, AgentConfig, check, source="x")
-    first, second = plain_warnings(found)
+    first, second = plain_warnings(found, configured_peers(found))
     assert "clients reach 0.0.0.0 by plain HTTP" in first
     assert "requests to n2 use plain HTTP" in second
     assert [(one.what, one.verdict) for one in _transport(found)] == [("plain HTTP", "warning")] * 2
-    assert plain_warnings(config()) == []
+    assert plain_warnings(config(), [OWN]) == []
+    assert plain_warnings(found, [("n7", "http://10.0.0.7:1")])[1].startswith("requests to n7 use plain HTTP")
+    moving = config(peers="https://mini-2.local:2", tls=f"{TLS}[listen]\ninsecure_http = true\n")
+    (left,) = plain_warnings(moving, configured_peers(moving))
+    assert "insecure_http is set beside [tls]" in left
     assert [one.verdict for one in _transport(config())] == ["ok"]
     broken = config(peers="https://mini-2.local:2", tls=TLS)
     assert [(one.verdict, "/k" in one.seen) for one in _transport(broken)] == [("problem", True)]
