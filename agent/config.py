@@ -167,9 +167,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     A connection must send its first request's headers within ``header_s`` and the next request within ``idle_s``. At
     most ``connections`` are open (fewer where the process may open too few files), ``connections_per_address`` of one
-    address; when they are all taken, those whose client has shown no key are closed first, the oldest of them before
-    the others. The bodies of requests in flight and what they decode to may take ``bodies_bytes`` of memory in all and
-    ``bodies_per_key_bytes`` for an API key."""
+    address, unless it is loopback or in ``listen.trusted_proxies``; when they are all taken, those whose client has
+    shown no key are closed first, the oldest of them before the others. The bodies of requests in flight and what they
+    decode to may take ``bodies_bytes`` of memory in all and ``bodies_per_key_bytes`` for an API key."""
 
     header_s: Seconds = 10.0
     idle_s: Seconds = 75.0

@@ -1,11 +1,13 @@
 """Which connections a node keeps: who is admitted, who is closed for another, whose time is over. Pure: the time is an
 argument, and whoever holds the sockets does what is decided here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Literal
 
 import msgspec
+
+from shared.hosts import is_loopback, within
 
 Phase = Literal["greeting", "unread", "idle", "busy"]
 """No complete request yet; a client without credentials that does not read what it asked for; between two requests;
@@ -81,9 +83,12 @@ def caps_within(descriptors: int, wanted: int, per_address: int, *, models: int,
     return Caps(total=total, per_address=min(per_address, total), spare=spare)
 
 
-def client_of(address: str, scope: int = 0) -> str:
+def client_of(address: str, scope: int = 0, *, proxies: Sequence[str] = ()) -> str:
     """What counts as one client address: an IPv4 address, also one written in IPv6; of IPv6 the network of 64 bits, of
-    which a machine may choose any; of link-local ones the interface, whose number is ``scope``."""
+    which a machine may choose any; of link-local ones the interface, whose number is ``scope``. "" where many clients
+    have one address: those that are trusted to pass on others' requests, and this machine's own."""
+    if is_loopback(address) or within(address, proxies):
+        return ""
     bare, _, zone = address.partition("%")
     try:
         parsed = ip_address(bare)
@@ -113,10 +118,11 @@ class Table:
         return sum(map(len, self._queues.values()))
 
     def enter(self, address: str, now_s: float) -> tuple[Connection | None, Connection | None]:
-        """The connection, None if it must be refused; and the one that is to be closed for it, which has left."""
+        """The connection, None if it must be refused; and the one that is to be closed for it, which has left. For
+        the address "" the cap of all connections alone holds."""
         own = self._by_address.get(address, {})
         full, rival = False, None
-        if len(own) >= self.caps.per_address:
+        if address and len(own) >= self.caps.per_address:
             full, rival = True, _first(own, now_s)
         elif len(self) >= self.caps.total:
             full, rival = True, self.first_to_close(now_s)

@@ -149,7 +149,7 @@ class Listener(web.BaseSite):
             accepted.close()
             return
         try:
-            self._admit(accepted, client_of(str(peer[0]), *peer[3:]))
+            self._admit(accepted, client_of(str(peer[0]), *peer[3:], proxies=self._config.listen.trusted_proxies))
         except BaseException:
             accepted.close()
             raise

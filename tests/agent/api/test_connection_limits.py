@@ -117,12 +117,26 @@ def test_a_known_client_that_reads_slowly_keeps_its_place() -> None:
         ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
         ("fe80::1%en0", "fe80::/64%en0"),
         ("fe80::1:2:3%en0", "fe80::/64%en0"),
-        ("::1", "::/64"),
+        ("::2", "::/64"),
+        ("::1", ""),
+        ("127.0.0.9", ""),
+        ("::ffff:127.0.0.1", ""),
+        ("10.9.0.7", ""),
+        ("::ffff:10.9.0.7", ""),
+        ("2001:db8:9::7", ""),
         ("/a/socket", "/a/socket"),
     ],
 )
 def test_what_counts_as_one_address(address: str, client: str) -> None:
-    assert client_of(address) == client
+    assert client_of(address, proxies=("10.9.0.0/24", "2001:db8:9::7")) == client
+
+
+def test_a_proxy_s_clients_share_its_address_and_may_take_all_places() -> None:
+    table = Table(CAPS)
+    for n in range(4):
+        entered(table, "", n, "busy", known=True)
+    assert len(table) == CAPS.total > CAPS.per_address
+    assert table.enter("", 5) == (None, None)
 
 
 def test_link_local_addresses_are_of_their_interface() -> None:

@@ -223,6 +223,13 @@ async def test_connections_cut_before_they_begin_leave_no_socket_behind() -> Non
             ours.close()
 
 
+async def test_many_connections_of_one_proxy_are_kept() -> None:
+    async with listening(Caps(total=8, per_address=2, spare=2)) as listener, contextlib.AsyncExitStack() as stack:
+        many = [stack.enter_context(connected(listener)) for _ in range(6)]
+        await until(lambda: len(listener.table) == 6)
+        assert not any(is_closed(one) for one in many)
+
+
 async def test_headers_have_a_bound_in_all() -> None:
     line = b"X-Filler: " + b"y" * 4000 + b"\r\n"
     async with listening(Caps(total=8, per_address=8, spare=2), header_s=300) as listener:
