@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import psutil
 
-from agent.config import STORED, AgentConfig, Listen, Model, Peers
+from agent.config import STORED, AgentConfig, Listen, Model, Peers, scheme
 from agent.files.hub_listing import Listing, parse_name
 from agent.files.model_folder import ModelFolder
 from agent.files.model_pull import BucketSource, snapshot_of
@@ -30,6 +31,7 @@ from agent.process import gpu
 from shared import catalog, memory_plan, model_shape
 from shared.errors import Halt, RackError, Refused
 from shared.model_shape import ModelShape
+from shared.transport import Tls
 
 SETTINGS = ((8, 4096), (8, 2048), (4, 2048), (2, 2048), (1, 2048))
 """Requests at the same time and tokens for each, in order of preference."""
@@ -109,12 +111,13 @@ def served_name(folder: str) -> str:
 
 def one_node(config: AgentConfig, model: Model, port: int | None) -> AgentConfig:
     """The configuration with this model alone, for clients on this machine alone."""
-    listen = Listen(port=config.listen.port if port is None else port)
+    there = config.listen
+    listen = msgspec.structs.replace(there, host=Listen().host, port=there.port if port is None else port)
     return msgspec.structs.replace(config, models=(model,), listen=listen, peers=Peers(), meters=())
 
 
-def curl_line(kind: Kind, name: str, port: int, *, keys: bool) -> str:
-    """A request to try first, for a POSIX shell."""
+def curl_line(kind: Kind, name: str, url: str, *, keys: bool, trusted: str = "") -> str:
+    """A request to try first, for a POSIX shell. ``url`` ends with /v1; ``trusted`` is a file of certificates."""
     body: dict[str, object] = {"model": name}
     if kind == "chat":
         body["messages"] = [{"role": "user", "content": "Hello"}]
@@ -122,7 +125,14 @@ def curl_line(kind: Kind, name: str, port: int, *, keys: bool) -> str:
         body |= {"input": "Hello"} if kind == "embeddings" else {"prompt": "Once upon a time", "max_tokens": 50}
     path = "chat/completions" if kind == "chat" else kind
     key = ' -H "Authorization: Bearer $MLXRACK_KEY"' if keys else ""
-    return f"curl http://127.0.0.1:{port}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    trust = f" --cacert {shlex.quote(trusted)}" if trusted else ""
+    return f"curl{trust} {url}/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+def trusted_for(tls: Tls) -> str:
+    """The file by which a client on this machine knows the listener: that of the CA, or its own certificate; "" without
+    TLS."""
+    return tls.ca if tls.ca and not tls.node_certificate else tls.certificate
 
 
 def kind_of(shape: ModelShape | None, *, template: bool) -> Kind:
@@ -203,8 +213,9 @@ def ready_lines(serving: Serving, port: int, seconds: float) -> list[str]:
     lines = [f"{model.name} is ready after {seconds:.1f} s: {size(spec.need_bytes)} planned, {together}"]
     if serving.kind == "completions":
         lines.append("it has no chat template: it serves /v1/completions, which continue a text")
-    url = f"http://127.0.0.1:{port}/v1"
-    lines += [f"URL: {url}", curl_line(serving.kind, model.name, port, keys=bool(serving.config.keys))]
+    config = serving.config
+    url, trusted = f"{scheme(config)}://{config.listen.host}:{port}/v1", trusted_for(config.tls)
+    lines += [f"URL: {url}", curl_line(serving.kind, model.name, url, keys=bool(config.keys), trusted=trusted)]
     return [*lines, "Ctrl-C stops it"]
 
 

@@ -21,6 +21,7 @@ from tests.rack.tls_rack import Authority, tls_rack
 DOCS = Path(__file__).parents[2] / "docs"
 KEYS = f'[[keys]]\nid = "k"\nsha256 = "{hash_key("client-key")}"\n'
 ELSEWHERE = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+SITE = "llm.example.com"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
 
@@ -99,10 +100,10 @@ def test_node(secured: tuple[Authority, Agent], tmp_path: Path) -> None:
 def nginx_config(folder: Path, authority: Authority, agent: Agent, port: int) -> Path:
     """The documented server block, with this machine's paths and ports, in a file of its own."""
     (server,) = blocks("proxies.md", "nginx")
-    own = authority.issue("proxy")
+    own = authority.issue("proxy", host=SITE)
     server = server.replace("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
     server = server.replace("/etc/nginx/llm.pem", own.certificate).replace("/etc/nginx/llm.key", own.key)
-    server = server.replace("127.0.0.1:8470", f"127.0.0.1:{agent.port}").replace("llm.example.com", "localhost")
+    server = server.replace("127.0.0.1:8470", f"127.0.0.1:{agent.port}")
     temporary = "".join(
         f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -119,11 +120,19 @@ def nginx_config(folder: Path, authority: Authority, agent: Agent, port: int) ->
 def caddy_config(folder: Path, authority: Authority, agent: Agent, port: int) -> Path:
     """The documented site, likewise."""
     (site,) = blocks("proxies.md", "caddy")
-    own = authority.issue("proxy")
-    site = site.replace("llm.example.com {", f"https://localhost:{port} {{\n\ttls {own.certificate} {own.key}")
+    own = authority.issue("proxy", host=SITE)
+    site = site.replace(f"{SITE} {{", f"https://{SITE}:{port} {{\n\ttls {own.certificate} {own.key}")
     path = folder / "Caddyfile"
     path.write_text(f"{{\n\tadmin off\n}}\n{site.replace('127.0.0.1:8470', f'127.0.0.1:{agent.port}')}")
     return path
+
+
+class Site(httpx.HTTPTransport):
+    """Calls the documented site, whose name leads to this machine."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.headers["Host"] = request.extensions["sni_hostname"] = SITE
+        return super().handle_request(request)
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
@@ -133,10 +142,10 @@ def test_behind_a_reverse_proxy(tmp_path: Path, proxy: str) -> None:
     if program is None:
         pytest.skip(f"{proxy} is not installed")
     authority, port = Authority(tmp_path / "tls"), free_port()
-    extra = f'trusted_proxies = ["127.0.0.1"]\n{KEYS}'
+    documented = blocks("proxies.md", "toml")[0]
     with rack(tmp_path, [model(fake_step_s=0.05)], start=False) as (agent,):
-        text = agent.config.read_text()
-        agent.config.write_text(text.replace(f"port = {agent.port}\n", f"port = {agent.port}\n{extra}"))
+        text = agent.config.read_text().replace(f"[listen]\nport = {agent.port}\n", "")
+        agent.config.write_text(f"{text}\n{documented}port = {agent.port}\n{KEYS}")
         agent.start().ready()
         make = nginx_config if proxy == "nginx" else caddy_config
         config = make(tmp_path, authority, agent, port)
@@ -144,9 +153,9 @@ def test_behind_a_reverse_proxy(tmp_path: Path, proxy: str) -> None:
         with (tmp_path / "proxy.log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HOME": str(tmp_path)})
         try:
-            base = f"https://localhost:{port}"
+            base = f"https://127.0.0.1:{port}"
             # not the proxy's own address, which is trusted to name another
-            come = httpx.HTTPTransport(verify=authority.clients(), local_address=ELSEWHERE)
+            come = Site(verify=authority.clients(), local_address=ELSEWHERE)
             with httpx.Client(transport=come, timeout=60) as http:
                 until(lambda: process.poll() is None and _answers(http, base), f"{proxy} answers")
                 _check_proxied(http, base, agent)

@@ -32,10 +32,12 @@ class Authority:
         key.write_bytes(pair.key)
         return certificate, key
 
-    def issue(self, node: str, *, name: str = "", rack: str = "", age_days: int = 0, days: int = 100) -> Tls:
+    def issue(
+        self, node: str, *, name: str = "", rack: str = "", age_days: int = 0, days: int = 100, host: str = "localhost"
+    ) -> Tls:
         """Issue a certificate that began ``age_days`` ago; the [tls] table for it."""
         began = _now() - dt.timedelta(days=age_days)
-        hosts = {"names": ["localhost"], "addresses": ["127.0.0.1"]}
+        hosts = {"names": [host], "addresses": ["127.0.0.1"]}
         pair = issue(self._pair, rack=rack or self.rack, node=node, now=began, days=days, **hosts)
         certificate, key = self.put(name or node, pair)
         return Tls(certificate=str(certificate), key=str(key), ca=str(self.ca))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import AgentConfig, Model
+from agent.config import AgentConfig, Listen, Model, Node
 from agent.files.modelstore import ModelSpec
 from agent.operator import serve_one
 from agent.operator.serve_one import SETTINGS, Options, Serving
@@ -19,6 +19,7 @@ from shared.ids import Version
 from shared.keys import check_name
 from shared.memory_plan import MemoryPlan
 from shared.model_shape import ModelShape
+from shared.transport import Tls
 
 SHAPE = ModelShape(
     full=32,
@@ -87,7 +88,7 @@ def test_what_a_model_can_be_asked(shape: ModelShape | None, template: bool, kin
 @pytest.mark.parametrize("keys", [False, True])
 @pytest.mark.parametrize("kind", ["chat", "completions", "embeddings"])
 def test_the_curl_line_is_one_command_with_a_json_body(kind: serve_one.Kind, keys: bool) -> None:
-    words = shlex.split(serve_one.curl_line(kind, "m", 8470, keys=keys))
+    words = shlex.split(serve_one.curl_line(kind, "m", "http://127.0.0.1:8470/v1", keys=keys))
     assert words[:2] == ["curl", f"http://127.0.0.1:8470/v1/{'chat/completions' if kind == 'chat' else kind}"]
     assert json.loads(words[words.index("-d") + 1])["model"] == "m"
     assert ("Authorization: Bearer $MLXRACK_KEY" in words) is keys
@@ -125,6 +126,13 @@ def test_one_node_serves_one_model_to_this_machine_alone() -> None:
     assert serve_one.one_node(config, config.models[1], 0).listen.port == 0
 
 
+def test_what_is_configured_about_the_listener_stays() -> None:
+    listen = Listen(host="0.0.0.0", port=9, names=("llm.example.com",), insecure_http=True, trusted_proxies=("::1",))
+    config = AgentConfig(node=Node(id="n", rack="r"), listen=listen)
+    alone = serve_one.one_node(config, Model(name="m"), 7).listen
+    assert alone == msgspec.structs.replace(listen, host="127.0.0.1", port=7)
+
+
 def test_a_port_in_use_is_found_before_anything_else() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -143,4 +151,13 @@ def test_a_model_without_a_template_says_so() -> None:
     assert lines[0] == "m is ready after 1.2 s: 5 MB planned, up to 2 requests at the same time, 200 tokens together"
     assert "no chat template" in lines[1]
     assert lines[2] == "URL: http://127.0.0.1:8470/v1"
+    for tls, trusted in (
+        (Tls(certificate="/a c.pem", key="/k"), "/a c.pem"),
+        (Tls(certificate="/c", key="/k", ca="/ca.pem"), "/ca.pem"),
+        (Tls(certificate="/public", key="/k", ca="/ca.pem", node_certificate="/n", node_key="/nk"), "/public"),
+    ):
+        secured = msgspec.structs.replace(config, tls=tls)
+        *_, url, curl, _ = serve_one.ready_lines(Serving(secured, spec, "chat"), 8470, 1)
+        assert url == "URL: https://127.0.0.1:8470/v1"
+        assert shlex.split(curl)[:4] == ["curl", "--cacert", trusted, "https://127.0.0.1:8470/v1/chat/completions"]
     assert "no chat template" not in "".join(serve_one.ready_lines(Serving(config, spec, "chat"), 8470, 1))
