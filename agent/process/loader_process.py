@@ -138,19 +138,15 @@ class LoaderProcess:
     async def start(cls, spec: LoaderSpec, environ: Mapping[str, str]) -> "LoaderProcess":
         """Spawn and wait until the model is resident and warmed up. Raises Refused with the loader's reason."""
         try:
-            progress = Progress()
-        except OSError as error:
-            raise _cannot("create a file", error) from None
-        try:
             ours, theirs = socket.socketpair()
         except OSError as error:
-            progress.close()
             raise _cannot("create a socket", error) from None
+        progress = Progress()
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "agent.loader", "--fd", str(theirs.fileno())),
                 *("--progress-fd", str(progress.fd), *spec.arguments),
-                pass_fds=(theirs.fileno(), progress.fd),
+                pass_fds=tuple(fd for fd in (theirs.fileno(), progress.fd) if fd >= 0),
                 env=environment(environ, spec.threads),
                 stdin=asyncio.subprocess.PIPE if spec.secret else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 A frame would not do: a request that ends the process, or holds the interpreter, ends or holds every frame with it.
 """
 
+import contextlib
 import os
 import struct
 import tempfile
@@ -19,14 +20,10 @@ class Prepares(NamedTuple):
 
 
 class Progress:
-    """One end of the file. Raises OSError where there is no room for it."""
+    """One end of the file. Without room for it (``fd`` is -1) nothing is told: the watchdog has the frames."""
 
     def __init__(self, fd: int | None = None) -> None:
-        if fd is None:
-            with tempfile.TemporaryFile(buffering=0) as made:
-                fd = os.dup(made.fileno())
-            os.pwrite(fd, _LAYOUT.pack(0, 0), 0)
-        self.fd, self._now = fd, Prepares()
+        self.fd, self._now = _made() if fd is None else fd, Prepares()
 
     def begin(self, request_id: int) -> None:
         """The preparation of a request begins."""
@@ -41,13 +38,31 @@ class Progress:
         self._write(Prepares(0, self._now.moves + 1))
 
     def read(self) -> Prepares:
-        """The other end's last word."""
-        return Prepares(*_LAYOUT.unpack(os.pread(self.fd, _LAYOUT.size, 0)))
+        """The other end's last word; that nothing is in preparation where it could not be told."""
+        raw = b"" if self.fd < 0 else os.pread(self.fd, _LAYOUT.size, 0)
+        return Prepares(*_LAYOUT.unpack(raw)) if len(raw) == _LAYOUT.size else Prepares()
 
     def close(self) -> None:
         """Close this end."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
     def _write(self, now: Prepares) -> None:
         self._now = now
-        os.pwrite(self.fd, _LAYOUT.pack(*now), 0)
+        if self.fd < 0:
+            return
+        try:
+            os.pwrite(self.fd, _LAYOUT.pack(*now), 0)
+        except OSError:  # a full disk
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, 0)  # no word is better than the last one for ever
+
+
+def _made() -> int:
+    """The descriptor of a new file with its bytes in it, -1 where there is no room."""
+    try:
+        with tempfile.TemporaryFile(buffering=0) as made:
+            os.pwrite(made.fileno(), _LAYOUT.pack(0, 0), 0)
+            return os.dup(made.fileno())
+    except OSError:
+        return -1

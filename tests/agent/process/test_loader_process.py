@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import pytest
 
 from agent.process.loader_process import LoaderProcess, LoaderSpec
-from agent.wire.frames import Answer, Failed, Generate, Message, Tokens, Waits
+from agent.wire.frames import Answer, Done, Failed, Generate, Message, Tokens, Waits
 from agent.wire.namespaces import namespace_of
 from shared.errors import Retryable
 
@@ -127,3 +130,16 @@ async def test_an_engine_that_raises_has_crashed_with_every_request_that_it_had(
             assert (answer.code, answer.retryable) == ("loader_crashed", True)
         await loader.ended.wait()
         assert loader.cause == "exit 4"
+
+
+@pytest.mark.parametrize("fails", ["TemporaryFile", "pwrite"])
+async def test_a_loader_starts_on_a_full_disk(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile if fails == "TemporaryFile" else os, fails, full)
+    async with running(stuck_s=2.0) as loader:
+        assert isinstance(await last_of(loader, ask("hi")), Done)
+        with pytest.raises(Retryable) as caught:
+            await last_of(loader, ask("!hang"))
+        assert caught.value.code == "worker_lost", "that it hangs is seen, and nobody is blamed"

@@ -1,16 +1,23 @@
 """Whose prompt a loader prepares next, and how long it is without progress."""
 
+import errno
 import os
+import queue
 import signal
+import threading
 from collections import Counter
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.loader.fake_engine import FakeEngine
+from agent.loader.generation import Prepared
+from agent.loader.serve import Inbox, _prepare
 from agent.process.preparation import AHEAD_BYTES, PreparationLine, size_bytes
 from agent.process.watch import STALLED_S, STEP_S, Watch
-from agent.wire.frames import CRASHED, SUSPECT, Embed, Generate, Message, ToolCall
+from agent.wire.frames import CRASHED, SUSPECT, Ask, Embed, Generate, Message, ToolCall
 from agent.wire.progress import Prepares, Progress
 
 MB = 1 << 20
@@ -305,3 +312,35 @@ def test_progress_is_told_through_the_file() -> None:
     assert ours.read() == Prepares(0, 3)
     theirs.close()
     ours.close()
+
+
+def full(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_cannot_be_told_on_a_full_disk_is_no_old_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Progress()
+    theirs = Progress(os.dup(ours.fd))
+    theirs.begin(7)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", full)
+        theirs.end()
+        assert ours.read() == Prepares()
+        theirs.begin(8)
+    theirs.advance()
+    assert ours.read() == Prepares(8, 4), "there is room again"
+    theirs.close()
+    ours.close()
+
+
+def test_requests_are_prepared_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress()
+    monkeypatch.setattr(os, "pwrite", full)
+    asked: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_prepare, args=(FakeEngine(), asked, inbox, progress, set()), daemon=True).start()
+    for number in (1, 2):
+        asked.put(Generate(id=number, model="m", prompt="hi", max_tokens=1))
+        found = inbox.get(timeout=60)
+        assert isinstance(found, Prepared)
+        assert found.request.id == number
