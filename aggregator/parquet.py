@@ -98,16 +98,19 @@ def reading(paths: Iterable[Path], columns: Mapping[str, str] | None = None) -> 
 
 
 def merged(db: Database, table: str, fresh: Sequence[Path], old: bytes | None) -> bytes:
-    """A minute table with the rows of NDJSON files merged into ``old``; duplicate rows are dropped, columns of a newer
-    version are kept."""
+    """A minute table with the rows of NDJSON files merged into ``old``. Of duplicate rows the fresh one stays, which
+    this version has cleaned; the old one if it has columns of a newer version, which are kept."""
     columns = list(minute_columns(table))
-    source = f"SELECT {flattened(table)} FROM ({_json(table, fresh)})" if fresh else ""
+    sources = [f"SELECT {flattened(table)} FROM ({_json(table, fresh)})"] if fresh else []
     if old is not None:
         kept = reading([db.file("old.parquet", old)])
-        columns += [row["column_name"] for row in db.rows(f"DESCRIBE {kept}") if row["column_name"] not in columns]
-        source = f"{kept} UNION ALL BY NAME {source}" if source else kept
+        newer = [row["column_name"] for row in db.rows(f"DESCRIBE {kept}") if row["column_name"] not in columns]
+        columns += newer
+        sources.insert(0 if newer else 1, kept)
     identity = names(IDENTITY)
-    query = f"SELECT DISTINCT ON ({identity}) {names(columns)} FROM ({source}) ORDER BY {identity}"
+    first, *second = sources
+    others = "".join(f" UNION ALL BY NAME FROM ({one}) ANTI JOIN ({first}) USING ({identity})" for one in second)
+    query = f"SELECT DISTINCT ON ({identity}) {names(columns)} FROM (FROM ({first}){others}) ORDER BY {identity}"
     return db.parquet(query)
 
 

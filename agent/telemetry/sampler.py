@@ -21,6 +21,8 @@ REFRESH_S = 2.0
 """Timeout for the loaders' reports between two windows' ends."""
 KEPT_BATCHES = 60
 """Windows held in memory while they cannot be written to disk."""
+MOST_RECORDS = 1_000
+"""Of one batch: more become further batches of the same window. Below what readers accept, in number and bytes."""
 
 log = get_logger("agent.sampler")
 
@@ -106,15 +108,18 @@ class Sampler:
             standing = (*self._sources.standing(), *self._sources.metered())
             records: tuple[Record, ...] = (*self._once, *served, *windows, *standing, host, *events)
             self._once = ()
-            self._unspooled.append((began, self._began_ms, records))
+            parts = range(0, len(records), MOST_RECORDS)
+            self._unspooled += [(began, ended, records[at : at + MOST_RECORDS]) for at in parts]
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
             self._unspooled = self._unspooled[-KEPT_BATCHES:]
             await self._spool_all()
 
     async def _keep(self) -> None:
         async with self._ticking:
-            counted: list[Record] = [*self._ledger.so_far(), *self._sources.so_far()]
-            records: tuple[Record, ...] = (*self._once, *counted, *self._sources.standing(), *self._events)
+            others: list[Record] = [*self._sources.so_far(), *self._sources.standing(), *self._events]
+            # one batch, that an agent may be killed with: of more labels than fit the first ones
+            served = self._ledger.so_far()[: max(0, MOST_RECORDS - len(self._once) - len(others))]
+            records = (*self._once, *served, *others)[:MOST_RECORDS]
             ended = self._wall_ms()
             batch = self.batch(self._spool.next_seq(), records, min(self._began_ms, ended), ended)
             await self._written(self._spool.keep, batch)

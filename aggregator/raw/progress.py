@@ -11,8 +11,9 @@ from aggregator.manifest import Unread
 
 PIECE_SEGMENTS = 12_000
 """Segments per commit: about a minute of work."""
-PIECE_BYTES, MOST_BYTES = 32 << 20, 16 << 20
-"""Limits of a piece and of a segment as stored; agents write at most 256 KiB per segment."""
+PIECE_BYTES, MOST_BYTES = 256 << 20, 16 << 20
+"""Limits of a piece and of a segment as stored; agents write at most 256 KiB per segment. Each piece writes its days'
+tables again, so that after an outage few pieces cost less; what they unpack to has its own limit."""
 WITNESSES = 4
 """Of each kind."""
 SKIP_AFTER_MS = 3 * 86_400_000

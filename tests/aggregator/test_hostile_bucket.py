@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.files.model_pull import BucketSource
-from aggregator import cli, load, publish
+from aggregator import cli, load, parquet, publish
 from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync, weekly
 from aggregator.manifest import Manifest, Unread, encode, parse
 from aggregator.notify import Discord
 from aggregator.raw import ingest
 from aggregator.raw.progress import SKIP_AFTER_MS, Outcome, Pending, Progress, node_of
+from aggregator.window import meta_of
 from shared import desired, keys
 from shared.batch import Batch, seal
 from shared.errors import Refused, Retryable
@@ -404,6 +405,46 @@ def test_a_strange_name_is_replaced_and_its_numbers_count(tmp_path: Path) -> Non
     (strange,) = set(by_model) - {"plain.Name-1_x"}
     assert keys.check_name(strange, "model") == strange
     assert (by_model[strange], by_model["plain.Name-1_x"]) == (3, 2)
+
+
+def tables(store: ObjectStore) -> dict[str, bytes]:
+    return {one.key: store.get(one.key, MOST).body for prefix in keys.TABLE_PREFIXES for one in list_all(store, prefix)}
+
+
+def test_what_an_older_version_wrote_uncleaned_is_cleaned_by_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = DirectoryStore(tmp_path / "old"), DirectoryStore(tmp_path / "new")
+    for store in (old, new):
+        for n in range(30):
+            put(store, batch([served(f"{STRANGE} {n}"), served(f"m {n}"), host()], node="n1", minute=n))
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "cleaned", lambda batch: batch)
+        rollup.run(CONFIG, old)
+    rollup.run(CONFIG, new)
+    assert tables(old) != tables(new)
+    rollup.run(CONFIG, old, again=True)
+    assert tables(old) == tables(new)
+
+
+@pytest.mark.parametrize("future", [False, True])
+def test_which_of_two_rows_stays_is_defined(future: bool, tmp_path: Path) -> None:
+    """The fresh one; but never one that lacks what a newer version wrote."""
+
+    def lines(version: int, minutes: Sequence[int]) -> list[bytes]:
+        metas = [parquet.meta_json(meta_of(batch(minute=n))._asdict()) for n in minutes]
+        return [parquet.row_json(meta, 0, Served(model=f"v{version}", requests=1)) for meta in metas]
+
+    with parquet.Database() as db:
+        old = parquet.merged(db, "served", [db.file("a.ndjson", b"".join(lines(1, range(3000))))], None)
+        if future:
+            kept = db.file("kept.parquet", old)
+            old = db.parquet(f"SELECT *, 7 AS future FROM '{kept}'")
+        fresh = [db.file(f"{n}.ndjson", b"".join(lines(2, range(1000 + n, 4000, 2)))) for n in range(2)]
+        made = db.file("made.parquet", parquet.merged(db, "served", fresh, old))
+        found = [(row["seq"], row["model"]) for row in db.rows(f"SELECT seq, model FROM '{made}'")]
+    last_old = 3000 if future else 1000
+    assert found == [(n + 1, "v1" if n < last_old else "v2") for n in range(4000)]
 
 
 def test_a_batch_that_claims_another_node_is_no_urgent_copy(tmp_path: Path) -> None:

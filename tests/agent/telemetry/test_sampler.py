@@ -15,7 +15,7 @@ from agent.telemetry.sampler import Sampler, Sources
 from agent.telemetry.sensing import Sensing
 from agent.telemetry.sensors.reading import Reading, Source
 from agent.telemetry.spool import Spool
-from shared.batch import Batch, decode
+from shared.batch import MAX_RECORDS, Batch, decode, seal, unseal
 from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Record, Resident, Served
 
 
@@ -224,6 +224,30 @@ async def test_an_unresponsive_loader_does_not_delay_a_window(spool: Spool, monk
 async def test_an_unreadable_meter_is_named_in_the_window() -> None:
     one = Sensing((), budget_bytes=1, problems=lambda: {"shelf": "refuses the password"})
     assert (await one.sample()).sources_failed == {"meter shelf": "refuses the password"}
+
+
+async def test_a_window_of_many_labels_becomes_several_batches(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_max_bytes", 1 << 30)
+    one, long = Counted(spool), "x" * 40
+    labels = [f"{long}{n}" for n in range(MAX_RECORDS + 100)]
+    for label in labels:
+        one.ledger.record(Answered(model="m", outcome="ok", key_id=label, total_us=5))
+    one.emit(PeerDown(t_ms=1, peer="p", last_seen_ms=0))
+    await one.keep()
+    (kept,) = files(spool).values()
+    assert len(kept.records) == sampling.MOST_RECORDS
+    assert {EngineWindow, Resident, PeerDown} < set(kinds(kept.records))
+    await one.tick()
+    made = sorted(files(spool).values(), key=lambda batch: batch.seq)
+    assert [batch.seq for batch in made] == list(range(1, len(made) + 1))
+    assert len({(batch.t_start_ms, batch.t_end_ms) for batch in made}) == 1
+    records = [record for batch in made for record in batch.records]
+    assert sorted(r.key_id for r in records if isinstance(r, Served)) == sorted(labels)
+    assert sum(not isinstance(r, Served) for r in records) == 5
+    for waiting in await asyncio.to_thread(spool.waiting):
+        assert await asyncio.to_thread(spool.read, waiting) is not None, "nothing is put aside"
+    for batch in made:
+        assert unseal(seal([batch])) == [batch], "however alike its records are"
 
 
 async def test_a_disk_error_loses_no_counts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
