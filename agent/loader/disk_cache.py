@@ -22,6 +22,7 @@ import msgpack
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from agent.loader.generation import Advance, nothing
 from agent.loader.prompt_cache import Tokens
 
 BLOCK_TOK = 256
@@ -65,10 +66,12 @@ class DiskCache:
         with self._lock:
             return next((n for n, name in enumerate(names) if name not in self._files), len(names)) * BLOCK_TOK
 
-    def read(self, tokens: Tokens, begin: int, end: int) -> list[list[Array]]:
-        """Blocks ``begin`` to ``end`` (block numbers), up to the first that cannot be read or decrypted."""
+    def read(self, tokens: Tokens, begin: int, end: int, advance: Advance = nothing) -> list[list[Array]]:
+        """Blocks ``begin`` to ``end`` (block numbers), up to the first that cannot be read or decrypted. ``advance`` is
+        called before each."""
         found: list[list[Array]] = []
         for name in self._chain(tokens)[begin:end]:
+            advance()
             began = time.monotonic()
             if (block := self._open(name)) is None:
                 break

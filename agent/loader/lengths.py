@@ -7,6 +7,8 @@ the tokens that it always had.
 
 from collections.abc import Callable, Iterable, Iterator
 
+from agent.loader.generation import Advance, nothing
+
 PLAIN_CHARS = 8
 """Texts of up to this many characters for each token that fits are tokenized whole at once: that costs little, and
 most that are longer do not fit."""
@@ -18,14 +20,23 @@ CUT_TOK = 128
 character of a shorter rest its own."""
 
 
-def exceeds(texts: Iterable[str], limit_tok: int, count: Callable[[str], int]) -> int:
+def exceeds(
+    texts: Iterable[str],
+    limit_tok: int,
+    count: Callable[[str], int],
+    advance: Advance = nothing,
+    *,
+    known_chars: int = 0,
+) -> int:
     """At least how many tokens ``texts`` have together where they surely exceed ``limit_tok``, as far as they were
-    read; 0 where they may fit. ``count`` counts the tokens of a part, without those that begin or end a prompt."""
+    read; 0 where they may fit. ``count`` counts the tokens of a part, without those that begin or end a prompt.
+    ``advance`` is called before each part. Of the texts ``known_chars`` were found to fit before."""
     held = [text for text in texts if text]
-    if sum(map(len, held)) <= PLAIN_CHARS * limit_tok:
+    if sum(map(len, held)) - known_chars <= PLAIN_CHARS * limit_tok:
         return 0
     found = 0
     for part in (part for text in held for part in _parts(text)):
+        advance()
         found += max(0, count(part) - CUT_TOK)
         if found > MARGIN * limit_tok:
             return found

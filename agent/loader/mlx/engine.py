@@ -93,11 +93,11 @@ class MLXEngine:
     def prepare(self, request: Ask, advance: Advance = nothing) -> Prepared | Failed:
         if isinstance(request, Embed):
             return self._model.prepare_embedding(request, advance)
-        prepared = self._model.prepare(request)
+        prepared = self._model.prepare(request, advance)
         if isinstance(prepared, Failed):
             return prepared
         tokens = as_tokens(request.cache, prepared.prompts[0])
-        restored = self._cache.read_back(tokens, self._pace.cost.seconds)
+        restored = self._cache.read_back(tokens, self._pace.cost.seconds, advance)
         return replace(prepared, restored=restored)
 
     def submit(self, prepared: Prepared) -> Frame:

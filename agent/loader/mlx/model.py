@@ -87,12 +87,13 @@ class TextModel:
         """How the model is spoken to, in words."""
         return summary(self.talk, template=self._template.exists)
 
-    def prepare(self, request: Generate) -> Prepared | Failed:
+    def prepare(self, request: Generate, advance: Advance = nothing) -> Prepared | Failed:
         """Tokens, limits and grammar of a request, or the reason why it cannot be served."""
-        if refusal := self._unfit(request) or self._surely_too_long(request):
+        if refusal := self._unfit(request) or self._surely_too_long(request, advance):
             return refusal
         try:
-            prompt = self._prompt(request)
+            prompt = self._prompt(request, advance)
+            advance()
         except TooLong as error:
             return self._too_long(request, f"over {error.least_tok}", 0)
         except TemplateRefused as error:
@@ -167,10 +168,12 @@ class TextModel:
         start = int(first if first is not None else self.ends[0])
         return [int(token) for token in self.tokenizer.encode(text)] or [start]
 
-    def _prompt(self, request: Generate) -> Prompt:
+    def _prompt(self, request: Generate, advance: Advance) -> Prompt:
         if request.prompt is not None:
             return Prompt(self.encode(request.prompt), False, OWN)
-        return self._prompts.write(request, self.context_tok)
+        # those that _surely_too_long has read
+        known_chars = sum(map(len, (*unabridged(request.messages), *request.tools)))
+        return self._prompts.write(request, self.context_tok, advance, known_chars=known_chars)
 
     def _extra(self, request: Generate, prompt: Prompt, ignored: tuple[str, ...]) -> Extra | Failed:
         """How the answer is parsed and constrained."""
@@ -203,18 +206,19 @@ class TextModel:
             return _failed(request, message, "reasoning_effort", code="unsupported_parameter")
         return None
 
-    def _surely_too_long(self, request: Generate) -> Failed | None:
+    def _surely_too_long(self, request: Generate, advance: Advance) -> Failed | None:
         """Reject a text that cannot fit, without rendering and tokenizing all of it."""
         texts = [request.prompt or "", *unabridged(request.messages)]
         # a wide margin: some tokenizers drop characters or map an unknown word to one token
         least = sum(map(len, texts)) // (4 * self._longest_token_bytes)
         if least < self.context_tok:
-            least = exceeds(texts, self.context_tok, self._count) or self._tools_exceed(request)
+            least = exceeds(texts, self.context_tok, self._count, advance)
+            least = least or self._tools_exceed(request, advance)
         return self._too_long(request, f"over {least}", 0) if least else None
 
-    def _tools_exceed(self, request: Generate) -> int:
+    def _tools_exceed(self, request: Generate, advance: Advance) -> int:
         """The same of the tools, which templates write more briefly than JSON."""
-        return exceeds(request.tools, _TERSE * self.context_tok, self._count) // _TERSE
+        return exceeds(request.tools, _TERSE * self.context_tok, self._count, advance) // _TERSE
 
     def _count(self, part: str) -> int:
         return len(self._template.tokens(part))
@@ -242,7 +246,7 @@ def embedding_inputs(
     prompts: list[list[int]] = []
     for number, text in enumerate(request.inputs):
         advance()
-        if isinstance(text, str) and (least := exceeds([text], limit_tok, lambda part: len(encode(part)))):
+        if isinstance(text, str) and (least := exceeds([text], limit_tok, lambda part: len(encode(part)), advance)):
             return _input_too_long(request, number, f"over {least}", limit_tok)
         ids = encode(text) if isinstance(text, str) else list(text)
         if not ids or max(ids) >= vocabulary:

@@ -13,6 +13,7 @@ from agent.loader.chat.calls import OWN, CallFormat, common_begin
 from agent.loader.chat.probe import Conversation
 from agent.loader.chat.speech import THINK
 from agent.loader.chat.turns import PLAIN, Manner, arguments_of, instructions, plain_text, tool_objects, turns
+from agent.loader.generation import Advance, nothing
 from agent.loader.lengths import exceeds
 from agent.loader.mlx.template import ChatTemplate
 from agent.wire.frames import EFFORTS, Generate, Message, ToolCall
@@ -66,16 +67,31 @@ class PromptWriter:
     def __init__(self, template: ChatTemplate, talk: Conversation) -> None:
         self._template, self._talk = template, talk
 
-    def write(self, request: Generate, limit_tok: int = sys.maxsize) -> Prompt:
-        """The prompt of a conversation. Raises TemplateRefused, and TooLong where it surely exceeds ``limit_tok``."""
+    def write(
+        self, request: Generate, limit_tok: int = sys.maxsize, advance: Advance = nothing, *, known_chars: int = 0
+    ) -> Prompt:
+        """The prompt of a conversation. Raises TemplateRefused, and TooLong where it surely exceeds ``limit_tok``; of
+        its texts ``known_chars`` were found to fit before."""
+        rendered = self._written(request, advance)
+        if least := exceeds([rendered.text], limit_tok, self._count, advance, known_chars=known_chars):
+            raise TooLong(least)
+        advance()
+        tokens = self._template.shielded_tokens(rendered.text, rendered.mark)
+        return Prompt(tokens, rendered.inside, rendered.form)
+
+    def _count(self, part: str) -> int:
+        return len(self._template.tokens(part))
+
+    def _written(self, request: Generate, advance: Advance) -> _Rendered:
         messages = [self._parted(message) for message in request.messages]
         if not self._template.exists:
             told = instructions(request.tools, OWN) if request.tools else ""
             given, mark = self._template.shield(turns(messages, PLAIN._replace(system="native"), OWN, told))
-            return self._tokenized(_Rendered(plain_text(given), mark, False, OWN), limit_tok)
+            return _Rendered(plain_text(given), mark, False, OWN)
         first: Exception | None = None
         kept: _Rendered | None = None
         for attempt in self._attempts(messages, request):
+            advance()
             try:
                 rendered = self._rendered(messages, request, attempt)
             except Exception as error:  # noqa: BLE001  # a template may raise anything
@@ -84,11 +100,11 @@ class PromptWriter:
             kept = kept or rendered
             beside = "text beside a call" not in self._talk.lost
             if not _lost(messages, rendered.plain, beside=beside, marks=(*THINK, *(self._talk.reasoning or ()))):
-                return self._tokenized(rendered, limit_tok)
+                return rendered
         if kept is None:
             assert first is not None
             raise TemplateRefused(self._reason(messages, request, first))
-        return self._tokenized(kept, limit_tok)
+        return kept
 
     def _attempts(self, messages: Sequence[Message], request: Generate) -> Iterator[_Attempt]:
         """As the probe found it; then with calls as text; then in the form that every template takes."""
@@ -100,12 +116,6 @@ class PromptWriter:
         yield _Attempt(PLAIN, talk.form if talk.native and not calls else OWN, talk.native and not calls)
         if request.tools or calls:
             yield _Attempt(PLAIN, OWN, native=False)
-
-    def _tokenized(self, rendered: _Rendered, limit_tok: int) -> Prompt:
-        if least := exceeds([rendered.text], limit_tok, lambda part: len(self._template.tokens(part))):
-            raise TooLong(least)
-        tokens = self._template.shielded_tokens(rendered.text, rendered.mark)
-        return Prompt(tokens, rendered.inside, rendered.form)
 
     def _rendered(self, messages: list[Message], request: Generate, attempt: _Attempt) -> _Rendered:
         told = instructions(request.tools, attempt.form) if request.tools and not attempt.native else ""

@@ -6,6 +6,7 @@ from typing import Any
 from mlx_lm.models.cache import make_prompt_cache
 
 from agent.loader.disk_cache import BLOCK_TOK, Array, DiskCache
+from agent.loader.generation import Advance, nothing
 from agent.loader.mlx import kv
 from agent.loader.prompt_cache import PromptCache, Tokens
 
@@ -73,7 +74,9 @@ class PromptStates:
             layers, tokens = held
             self._disk.offer(tokens, lambda begin, end: kv.to_arrays(kv.cut(layers, begin, end)))
 
-    def read_back(self, tokens: Tokens, prefill_s: Callable[[int, float], float]) -> Restored | None:
+    def read_back(
+        self, tokens: Tokens, prefill_s: Callable[[int, float], float], advance: Advance = nothing
+    ) -> Restored | None:
         """Blocks on disk that continue the state in memory, if reading them is faster than prefill, which takes
         ``prefill_s`` seconds for (tokens, tokens before them). Called from the preparing thread: the state in memory
         may change meanwhile, so the result is only a hint."""
@@ -83,7 +86,7 @@ class PromptStates:
         computing_s = prefill_s((end - begin) * BLOCK_TOK, begin * BLOCK_TOK)
         if end <= begin or self._disk.seconds(end - begin) > computing_s > 0:
             return None
-        return begin, self._disk.read(tokens, begin, end)
+        return begin, self._disk.read(tokens, begin, end, advance)
 
     def put_back(self, tokens: Tokens, restored: Restored) -> int:
         """Move blocks from disk into memory; returns the number of tokens that were not in memory before."""

@@ -51,6 +51,9 @@ def test_blocks_survive_a_restart(tmp_path: Path) -> None:
     assert again.held(prompt(5)) == 3 * BLOCK_TOK
     assert again.held(as_tokens([1, *prompt(3).ids])) == 0
     assert again.read(prompt(3), 1, 3) == [block_of(BLOCK_TOK, 2 * BLOCK_TOK), block_of(2 * BLOCK_TOK, 3 * BLOCK_TOK)]
+    moved: list[None] = []
+    again.read(prompt(3), 0, 3, lambda: moved.append(None))
+    assert len(moved) == 3, "a block is progress"
     again.close()
 
 

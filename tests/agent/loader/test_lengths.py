@@ -4,6 +4,7 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from agent.loader import lengths
+from agent.loader.generation import Prepared
 from agent.loader.lengths import PART_CHARS, PLAIN_CHARS, exceeds
+from agent.loader.mlx.engine import MLXEngine
 from agent.loader.mlx.model import embedding_inputs
-from agent.wire.frames import Embed, Failed
+from agent.wire.frames import Embed, Failed, Generate, Message
+from tests.tiny_model import write_tiny_model
 
 WORDS = [
     "the",
@@ -166,6 +170,43 @@ def test_short_texts_are_not_even_counted() -> None:
     assert exceeds([], 100, never) == 0
 
 
+def test_every_part_is_progress_and_what_is_known_to_fit_is_not_read_again() -> None:
+    moved: list[None] = []
+    text = " " * (20 * PART_CHARS)
+    assert exceeds([text], 100, lambda part: 1, lambda: moved.append(None)) == 0
+    assert len(moved) >= 20
+    moved.clear()
+    assert exceeds([text + "x"], 100, lambda part: 1, lambda: moved.append(None), known_chars=len(text)) == 0
+    assert not moved
+    assert exceeds([text + "x" * 10_000], 100, len, known_chars=len(text)) > 100, "a template may add much"
+
+
+def test_a_large_prompt_of_few_tokens_is_read_twice_with_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of blanks, or one long word: once in parts, once whole."""
+    write_tiny_model(tmp_path / "model", seed=3)
+    engine = MLXEngine(str(tmp_path / "model"), kv_tok=512)
+    model = engine._model
+    read: list[int] = []
+    moved: list[int] = []
+
+    def few(text: str, *_: str) -> list[int]:
+        read.append(len(text))
+        return [1] * (1 + len(text) // 20_000)
+
+    monkeypatch.setattr(model._template, "tokens", few)
+    monkeypatch.setattr(model._template, "shielded_tokens", few)
+    monkeypatch.setattr(model, "_longest_token_bytes", 20_000)
+    size = 1 << 20
+    request = Generate(id=1, model="m", messages=(Message(role="user", content="x" * size),), max_tokens=1)
+    found = engine.prepare(request, lambda: moved.append(len(read)))
+    assert isinstance(found, Prepared)
+    assert sum(read) < 2.01 * size
+    assert len(moved) > size / PART_CHARS
+    assert {*range(len(read))} <= {*moved}, "before each part, and before the whole"
+
+
 def test_parts_are_the_text() -> None:
     for text in ("", "a" * 30_000, "word " * 9000, "word\n" * 9000, " " * 30_000):
         parts = list(lengths._parts(text))
@@ -192,7 +233,7 @@ def test_the_inputs_of_an_embedding_are_refused_alike_and_those_that_fit_are_who
     assert (found.code, found.param) == ("context_length_exceeded", "input")
     assert found.message.startswith("input[1]: over ")
     assert read < 100_000
-    assert len(moved) == 2
+    assert len(moved) > 2, "each input, and each part of one"
     whole = embedding_inputs(Embed(id=3, model="m", inputs=(fits, (1, 2, 3))), encode, 512, 10_000)
     assert not isinstance(whole, Failed)
     assert whole.prompts == (list(tokenizer(kind).encode(fits).ids), [1, 2, 3])
