@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from mlx_lm.generate import BatchGenerator
 
-from agent.loader.disk_cache import DiskCache
+from agent.loader.disk_cache import BLOCK_TOK, DiskCache
 from agent.loader.mlx import entries
 from agent.loader.mlx.engine import MLXEngine
 from agent.wire.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
@@ -507,8 +507,11 @@ def test_a_restart_finds_prompts_on_disk(roomy_model: Path, tmp_path: Path, monk
     first.close()
     second = with_disk(roomy_model, tmp_path)
     monkeypatch.setattr(second._pace.cost, "seconds", lambda *_: 3600.0)
+    moved: list[None] = []
+    second.prepare(long, lambda: moved.append(None))
     warm = run(second, long)[1]
     report = second.report()
+    assert len(moved) > report.disk_restored_tok // BLOCK_TOK > 1, "a block is progress"
     assert text_of(cold) == text_of(warm)
     assert done_of(warm).cached_tok == report.disk_restored_tok >= 0.9 * (done_of(cold).prompt_tok - 256)
     assert done_of(run(second, private)[2]).cached_tok == 0
