@@ -34,8 +34,8 @@ def blamed(end: Ending) -> dict[int, str]:
     1. A loader that the daemon ended for reasons of its own, or that left in peace, was ended by no request.
     2. The watchdog knows which thread stood still: only that one's requests may be why.
     3. A signal may be of either thread; an exit status is of the main one, where an engine raised.
-    4. SUSPECT: there is no other, and chance is no explanation; a SIGKILL may come from outside, so there it takes a
-       long preparation. Else CRASHED: what happens to a request twice is no chance.
+    4. SUSPECT: there is no other, and chance does not explain it; a SIGKILL may come from outside, so there it takes a
+       long preparation. Else CRASHED: what happens to a request twice is not chance.
     """
     stuck = any(end.stood_still)
     if not stuck and (end.status == 0 or (end.ours and end.status == _SIGKILL)):

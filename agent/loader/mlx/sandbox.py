@@ -78,7 +78,7 @@ def _percent(text: str | bytes) -> None:
 
 
 def _format(text: str) -> None:
-    """What ``text.format(...)`` adds to its values. Raises ValueError as that would for a text that is no format."""
+    """What ``text.format(...)`` adds to its values. Raises ValueError as that would for a text that is not a format."""
     specs = [spec or "" for _, _, spec, _ in Formatter().parse(text)]
     _check(any("{" in spec for spec in specs), 0)  # a width among the values
     _check(sum(int(wide) for spec in specs for wide in re.findall(r"\d+", spec)))
