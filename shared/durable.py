@@ -32,7 +32,7 @@ def created(path: Path, flags: int = os.O_WRONLY | os.O_TRUNC, *, mode: int = PR
     leads to. Raises OSError."""
     descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     # on a file that was there, or under a umask; some file systems have no modes
-    with contextlib.suppress(PermissionError, NotImplementedError):
+    with contextlib.suppress(OSError, NotImplementedError):
         os.fchmod(descriptor, mode)
     return descriptor
 

@@ -19,12 +19,12 @@ PUBLIC = ("models", "tls")
 
 @contextlib.contextmanager
 def held(state: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Use the folder alone; ``say`` takes a line for each thing that was corrected. Raises Halt when it is in use, of
-    another user, or open to others and full of other things."""
+    """Use the folder alone; ``say`` takes a line for each thing that was, or cannot be, corrected. Raises Halt when it
+    is in use, of another user, or open to others and full of other things."""
     with private.held(state, SECRET, (*TOKENS, *PUBLIC)) as corrected:
         (state / PORT_NAME).unlink(missing_ok=True)  # of a run that was killed
         for line in corrected:
-            say(f"{line}; corrected")
+            say(line)
         yield
 
 

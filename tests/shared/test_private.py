@@ -1,10 +1,11 @@
 """A state folder is its user's alone and one agent's at a time, whatever the umask and whatever was there."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,75 @@ def test_what_an_older_version_left_open_is_corrected(tmp_path: Path) -> None:
     assert (state / "models" / "m.json").stat().st_mode & 0o777 == 0o644, "models are no secret"
 
 
+@pytest.mark.parametrize("as_owner", [False, True])
+@pytest.mark.parametrize("mode", [0o000, 0o200, 0o004, 0o400])
+def test_what_its_own_user_may_not_use_is_corrected(
+    tmp_path: Path, mode: int, as_owner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    (state / "spool").mkdir(parents=True, mode=0o700)
+    (state / "spool" / "a.batch").write_bytes(b"x")
+    (state / "spool" / "a.batch").chmod(mode)
+    (state / "spool").chmod(mode)
+    if as_owner:
+        monkeypatch.setattr(os, "open", as_a_user_opens(os.open))
+    with private.held(state, SECRET) as corrected:
+        assert [line.split("/")[-1].split()[0] for line in corrected if "spool" in line] == ["spool", "a.batch"]
+    assert (state / "spool").stat().st_mode & 0o777 == 0o700
+    assert (state / "spool" / "a.batch").stat().st_mode & 0o777 == 0o600
+
+
+def as_a_user_opens(real: Callable[..., int]) -> Callable[..., int]:
+    """Root opens what it has no right to."""
+
+    def opened(path: Path, flags: int, *more: int, **named: int) -> int:
+        if os.path.lexists(path) and not os.lstat(path).st_mode & 0o400:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *more, **named)
+
+    return opened
+
+
+@pytest.mark.parametrize("how", ["refuses", "cannot", "ignores"])
+def test_a_file_system_without_modes_is_said_once_and_used(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    (state / "spool").mkdir(parents=True)
+    for path in (state / "spool", state):
+        path.chmod(0o777)
+
+    def fchmod(_: int, __: int) -> None:
+        if how != "ignores":
+            raise OSError(errno.EPERM if how == "refuses" else errno.ENOTSUP, "x")
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    with private.held(state, SECRET) as said:
+        (line,) = said
+    assert f"{state} has mode 777, and its file system keeps no modes" in line
+    assert "set paths.state to a folder on another disk" in line
+
+
+def test_what_root_left_open_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with sudo, and then one without."""
+    state = tmp_path / "state"
+    (state / "spool").mkdir(parents=True, mode=0o700)
+    state.chmod(0o755)
+
+    def fchmod(_: int, __: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    owner = state.stat().st_uid
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    monkeypatch.setattr(private, "_another_owner", lambda _: "")
+    with pytest.raises(Halt) as caught:
+        private.held(state, SECRET).__enter__()
+    assert f"{state} is user {owner}'s, and its mode cannot be changed" in caught.value.message
+    assert "run `chown 4321` on it, or set paths.state" in caught.value.message
+    assert caught.value.code == "state_not_private"
+
+
 def test_links_in_it_are_left_alone(tmp_path: Path) -> None:
     """An operator's way to another drive, or a stranger's to another file."""
     state, elsewhere = tmp_path / "state", tmp_path / "elsewhere"
@@ -64,7 +134,7 @@ def test_links_in_it_are_left_alone(tmp_path: Path) -> None:
     (state / "spool").symlink_to(elsewhere)
     (state / "desired.json").symlink_to(elsewhere / "file")
     with private.held(state, SECRET) as corrected:
-        assert corrected == [f"{state} has mode 755"]
+        assert corrected == [f"{state} has mode 755; corrected"]
     assert (elsewhere / "file").stat().st_mode & 0o777 == 0o644
     os.symlink(elsewhere / "file", state / "new")
     with pytest.raises(OSError, match="symbolic links"):
