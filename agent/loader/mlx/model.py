@@ -25,7 +25,7 @@ from agent.loader.chat.probe import Conversation, probed
 from agent.loader.chat.speech import Markers, Speech
 from agent.loader.chat.summary import summary
 from agent.loader.generation import Advance, Prepared, nothing
-from agent.loader.lengths import exceeds
+from agent.loader.lengths import MOST_CHARS, exceeds
 from agent.loader.mlx.plan import Planner
 from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused, TooLong, unabridged
 from agent.loader.mlx.template import ChatTemplate
@@ -209,11 +209,9 @@ class TextModel:
     def _surely_too_long(self, request: Generate, advance: Advance) -> Failed | None:
         """Reject a text that cannot fit, without rendering and tokenizing all of it."""
         texts = [request.prompt or "", *unabridged(request.messages)]
-        # a wide margin: some tokenizers drop characters or map an unknown word to one token
-        least = sum(map(len, texts)) // (4 * self._longest_token_bytes)
-        if least < self.context_tok:
-            least = exceeds(texts, self.context_tok, self._count, advance)
-            least = least or self._tools_exceed(request, advance)
+        longest = max(MOST_CHARS, self._longest_token_bytes)
+        least = exceeds(texts, self.context_tok, self._count, advance, most_chars=longest)
+        least = least or self._tools_exceed(request, advance)
         return self._too_long(request, f"over {least}", 0) if least else None
 
     def _tools_exceed(self, request: Generate, advance: Advance) -> int:
