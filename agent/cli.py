@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from agent.daemon import Daemon
 
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
-_MISCONFIGURED = ("no_secret", "weak_secret", "bad_tls", "wrong_identity")
 ALONE = AgentConfig(node=Node(id="local", rack="local"))
 """The configuration of a machine that has none, for `serve` and what goes with it."""
 

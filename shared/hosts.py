@@ -9,14 +9,15 @@ Network = IPv4Network | IPv6Network
 
 
 def host_of(url: str) -> str:
-    """The host of a URL in lower case; "" when it has none, or names a user or no valid port, which no node's does."""
+    """The host of a URL in lower case; "" when it has none, or names a user or no valid port, which no node's does. Nor
+    has one a ``%``: a client may decode it to another host, or take it for a zone of this machine."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         odd = parts.username is not None or parts.port == 0 or parts.scheme not in ("http", "https")
     except ValueError:
         return ""
-    return "" if odd else host.rstrip(".").lower()
+    return "" if odd or "%" in host else host.rstrip(".").lower()
 
 
 def is_loopback(host: str) -> bool:

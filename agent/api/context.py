@@ -127,6 +127,7 @@ def require_reader(request: web.Request) -> None:
     known = [hmac.compare_digest(offered, token.encode()) for token in (context.metrics_token, context.admin_token)]
     if not any(known):
         raise Unauthorized("the metrics token is missing or wrong; read it from metrics.token in the state folder")
+    proved(request)
 
 
 def _bearer(request: web.Request) -> str:

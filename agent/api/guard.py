@@ -44,7 +44,7 @@ def share(request: web.Request, response: web.StreamResponse) -> None:
 def _checked(request: web.Request) -> str | None:
     config = request.app[CONTEXT].config
     if hosts := request.headers.getall(hdrs.HOST, []):
-        hosts = [*hosts, request.host]  # which a proxy's form of the request line sets
+        hosts = [*hosts, _bracketed(request.host)]  # which a proxy's form of the request line sets
     if is_loopback(config.listen.host):
         origins.check_host(hosts, _names(config.listen.names))
     is_api = request.path.startswith(_API)
@@ -52,6 +52,11 @@ def _checked(request: web.Request) -> str | None:
     if request.method == hdrs.METH_POST:
         origins.check_content_type(request.headers, request.headers.get(hdrs.CONTENT_TYPE, ""))
     return origin
+
+
+def _bracketed(host: str) -> str:
+    """A host of a request line is without the brackets of an IPv6 address, and without a port."""
+    return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
 
 def _names(names: tuple[str, ...]) -> tuple[str, ...]:

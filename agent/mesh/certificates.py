@@ -99,6 +99,15 @@ def describe(pem: bytes) -> Described:
     return Described(subject=subject, issuer=issuer, names=tuple(names), is_ca=is_ca, not_after_ms=ends_ms)
 
 
+def end_of(pem: bytes) -> int:
+    """When the first of a file's certificates ends that ends at all, in ms. Raises Refused."""
+    try:
+        every = x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise Refused("not a certificate in PEM", code="bad_certificate") from None
+    return int(min(one.not_valid_after_utc for one in every).timestamp() * 1000)
+
+
 def first_of(pem: bytes) -> bytes:
     """The first certificate of a chain, alone. Raises Refused."""
     try:

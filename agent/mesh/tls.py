@@ -272,14 +272,14 @@ def _trust(context: ssl.SSLContext, ca: Path) -> None:
 
 
 def _expiries(files: _Files) -> list[Expiry]:
-    from agent.mesh.certificates import describe  # seven megabytes that a node without TLS does without
+    from agent.mesh.certificates import end_of  # seven megabytes that a node without TLS does without
 
     named = [("listener", files.certificate)]
     if files.ca is not None:
         named += [("ca", files.ca)]
         named += [("node", files.node_certificate)] if files.node_certificate != files.certificate else []
     try:
-        return [Expiry(name, describe(path.read_bytes()).not_after_ms) for name, path in named]
+        return [Expiry(name, end_of(path.read_bytes())) for name, path in named]
     except OSError as error:
         raise Halt(f"tls: {error.filename}: cannot be read ({error.strerror})", code="bad_tls") from None
     except RackError as error:

@@ -30,7 +30,7 @@ Before = Callable[[Listing, bytes], None]
 
 class Access(NamedTuple):
     """What a node may fetch models with. ``token`` is a reference to the hub's token; ``bucket`` is None without a
-    configured [store]; ``say`` takes lines for whoever waits."""
+    configured [store]; ``say`` takes lines for whoever waits; ``state`` is the node's state folder."""
 
     store: ModelStore
     bucket: Callable[[], ObjectStore] | None
@@ -40,6 +40,7 @@ class Access(NamedTuple):
     offline: bool = False
     disk_bytes: int = 0
     silent: bool = False
+    state: Path | None = None
 
     def rack_bucket(self, what: str) -> ObjectStore:
         """The bucket of the rack. Raises Refused where none is configured."""
@@ -67,6 +68,7 @@ def access_of(config: AgentConfig, state: Path, environ: Mapping[str, str], args
         offline=args.offline,
         disk_bytes=config.model_store.disk_bytes,
         silent=args.json,
+        state=state,
     )
 
 
@@ -106,6 +108,8 @@ def obtain(
 def fetched(source: Source, access: Access, name: str) -> Installed:
     """Pull from a source with progress on the terminal."""
     progress = Progress(f"pull {name}", access.silent)
+    if access.state is not None:  # the store may be in it, and unlike the store it is private
+        access.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     return pull(source, access.store, name, disk_bytes=access.disk_bytes, progress=progress, begins=progress.begins)
 
 

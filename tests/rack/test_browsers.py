@@ -32,6 +32,9 @@ def test_a_page_whose_name_leads_here_reads_nothing(tmp_path: Path, extra: str) 
             assert error(answer) == (421, "wrong_host"), path
             assert error(agent.get(path, Host="evil.example", Authorization=f"Bearer {token}")) == (421, "wrong_host")
         assert error(agent.request("GET", "http://evil.example/v1/models")) == (421, "wrong_host")
+        assert error(agent.request("GET", "http://[2001:db8::1]:8470/v1/models")) == (421, "wrong_host")
+        for own in ("http://[::1]:8470", "http://[::1]", "http://127.0.0.1:8470", "http://localhost:8470"):
+            assert agent.request("GET", f"{own}/health").status == 200, own
         assert agent.get("/health", Host="127.0.0.1").status == 200
         assert agent.get("/health", Host="[::1]:1").status == 200
 
@@ -94,9 +97,8 @@ def test_names_of_a_proxy_are_served(tmp_path: Path) -> None:
 )
 def test_an_address_that_cannot_be_bound_gets_its_own_advice(tmp_path: Path, host: str, words: str) -> None:
     with rack(tmp_path, [model()], extra=KEYS, start=False) as (agent,):
-        agent.config.write_text(
-            agent.config.read_text().replace("[listen]", f'[listen]\ninsecure_http = true\nhost = "{host}"')
-        )
+        listen = f'[listen]\ninsecure_http = true\nhost = "{host}"'
+        agent.config.write_text(agent.config.read_text().replace("[listen]", listen))
         agent.start(wait=False)
         assert agent.process is not None
         assert agent.process.wait(timeout=60) == 69

@@ -37,6 +37,7 @@ def test_loopback_is_an_address_or_one_name(host: str, expected: bool) -> None:
         *(("http://a.example:1/x", "a.example"), ("https://A.example.", "a.example"), ("http://[::1]:80", "::1")),
         *(("http://good@evil", ""), ("http://a:b@c", ""), ("ftp://a", ""), ("http://", ""), ("//a", "")),
         *(("http://a:99999", ""), ("http://[::1", ""), ("http://a:0", ""), ("a", "")),
+        *(("http://[fe80::1%25en0]:1", ""), ("http://[fe80::1%en0]", ""), ("http://evil%2eexample", "")),
     ],
 )
 def test_the_host_of_a_url(url: str, expected: str) -> None:

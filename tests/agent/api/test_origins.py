@@ -1,11 +1,15 @@
 """Which Host names, origins and content types are served."""
 
+from types import SimpleNamespace
+
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.api.context import CONTEXT, PROVED, Unauthorized, require_reader
 from agent.api.origins import allowed_origin, check_content_type, check_host, preflight
-from agent.config import AgentConfig, Api, Listen, Node
+from agent.config import AgentConfig, Api, Key, Listen, Node
 from agent.config_checks import check
 from shared.errors import Refused
 from shared.hosts import is_loopback
@@ -154,3 +158,18 @@ def test_origins_are_exact(origin: str) -> None:
     )
     named = AgentConfig(node=Node(id="n", rack="r"), listen=Listen(names=("rack.example.com", "rack:443")))
     assert [one[:15] for one in check(named)] == ["listen.names[1]"]
+
+
+@pytest.mark.parametrize("token", ["m" * 64, "a" * 64])
+def test_who_shows_the_metrics_token_is_known(token: str) -> None:
+    """A monitoring system keeps its connection when others want its place."""
+    config = AgentConfig(node=Node(id="n", rack="r"), keys=(Key(id="k", sha256="0" * 64),))
+    context = SimpleNamespace(config=config, metrics_token="m" * 64, admin_token="a" * 64)
+    headers = {"Authorization": f"Bearer {token}"}
+    request = make_mocked_request("GET", "/metrics", headers=headers, app={CONTEXT: context})
+    require_reader(request)
+    assert request[PROVED]
+    request = make_mocked_request("GET", "/metrics", app={CONTEXT: context})
+    with pytest.raises(Unauthorized):
+        require_reader(request)
+    assert PROVED not in request

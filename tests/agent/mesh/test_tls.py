@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from agent.mesh.certificates import Pair
+from agent.mesh.certificates import Pair, make_authority
 from agent.mesh.node_names import called_node, server_name, wrong_certificate
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.tls import NodeTls
@@ -352,6 +352,16 @@ async def test_an_expiry_is_reported_at_the_start_and_at_each_step_once(authorit
     assert await tls.poll()
     assert [one.certificate for one in told[before:]] == ["listener"], "another certificate"
     assert tls.warnings() == []
+
+
+def test_of_a_file_with_several_cas_the_first_to_end_is_reported(authority: Authority, tmp_path: Path) -> None:
+    """While a CA is replaced both are in the file: nodes that still have certificates of the old one depend on it."""
+    now = dt.datetime.now(dt.UTC)
+    own, old = authority.issue("n1"), make_authority("r", now=now - dt.timedelta(days=3640))
+    authority.ca.write_bytes(authority.ca.read_bytes() + old.certificate)
+    warned = NodeTls(own, rack="r", node="n1").warnings()
+    assert warned
+    assert all(one.startswith("the ca certificate expires in") for one in warned)
 
 
 def test_an_expired_certificate_does_not_keep_a_node_from_starting(authority: Authority) -> None:

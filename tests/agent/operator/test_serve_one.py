@@ -1,6 +1,8 @@
 """How `serve` chooses: settings that fit, names, what a model can be asked; and what it says."""
 
+import argparse
 import json
+import os
 import shlex
 import socket
 from pathlib import Path
@@ -11,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import AgentConfig, Listen, Model, Node
+from agent.files.model_pull import _make_folder
 from agent.files.modelstore import ModelSpec
-from agent.operator import serve_one
+from agent.operator import obtain, serve_one
 from agent.operator.serve_one import SETTINGS, Options, Serving
 from shared.errors import Halt
 from shared.ids import Version
@@ -131,6 +134,22 @@ def test_what_is_configured_about_the_listener_stays() -> None:
     config = AgentConfig(node=Node(id="n", rack="r"), listen=listen)
     alone = serve_one.one_node(config, Model(name="m"), 7).listen
     assert alone == msgspec.structs.replace(listen, host="127.0.0.1", port=7)
+
+
+def test_who_pulls_before_the_first_start_makes_a_state_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obtain, "pull", lambda _, store, name, **__: _make_folder(store.folder / name))
+    before = os.umask(0o022)
+    try:
+        config, state = AgentConfig(node=Node(id="n", rack="r")), tmp_path / "new" / "state"
+        given = argparse.Namespace(json=True, token="", offline=True)
+        access = obtain.access_of(config, state, {}, given)
+        assert not state.exists()
+        obtain.fetched(None, access, "m")  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    assert [one.stat().st_mode & 0o777 for one in (state, access.store.folder)] == [0o700, 0o755]
 
 
 def test_a_port_in_use_is_found_before_anything_else() -> None:
