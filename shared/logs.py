@@ -196,7 +196,8 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         opened = super()._open()
-        os.chmod(self.baseFilename, 0o600)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            os.chmod(self.baseFilename, 0o600)
         self._size = os.fstat(opened.fileno()).st_size
         return opened
 

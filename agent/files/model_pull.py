@@ -400,7 +400,8 @@ def _make_folder(folder: Path) -> None:
     for one in reversed(missing):
         with contextlib.suppress(FileExistsError):
             one.mkdir()
-            one.chmod(0o755)
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                one.chmod(0o755)
 
 
 def _unlink_links(partial: Path) -> None:

@@ -133,6 +133,17 @@ def test_counts_are_told_while_other_threads_complain(log: Log, monkeypatch: pyt
     assert sum(told) + len(written) == 7, "each is written or counted, and none twice"
 
 
+def test_a_file_system_without_modes_takes_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chmod(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "x")
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    logs.configure(tmp_path / "agent.log")
+    logs.get_logger("agent").info("of_ours")
+    logs.configure(None)
+    assert "of_ours" in (tmp_path / "agent.log").read_text()
+
+
 def test_our_own_lines_are_all_written(log: Log) -> None:
     for number in range(200):
         logs.get_logger("agent").info("request", ms=number)

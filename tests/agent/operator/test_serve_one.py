@@ -152,6 +152,15 @@ def test_who_pulls_before_the_first_start_makes_a_state_folder_of_their_own(
     assert [one.stat().st_mode & 0o777 for one in (state, access.store.folder)] == [0o700, 0o755]
 
 
+def test_models_may_lie_on_a_disk_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chmod(*_: object) -> None:
+        raise PermissionError(1, "x")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    _make_folder(tmp_path / "disk" / "m")
+    assert (tmp_path / "disk" / "m").is_dir()
+
+
 def test_a_port_in_use_is_found_before_anything_else() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
