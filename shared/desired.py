@@ -4,12 +4,21 @@ One object in the bucket; its generation increases with every change. A node lis
 assigned to it; a node that is not listed is left unchanged.
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from shared.errors import Refused
 from shared.keys import check_name
 
 SCHEMA = 1
+MOST = 1_000_000_000
+"""Bound of every number that counts something: far above any that is meant, and nothing that is computed or reported
+with it overflows."""
+MOST_BYTES = MOST_MS = 1 << 46
+"""Bounds of sizes (70 TB) and of times (2,200 years)."""
+Count = Annotated[int, Meta(ge=1, le=MOST)]
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,10 +31,10 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     version: str
     pinned: bool = False
-    rows: int | None = None
-    plan_context_tok: int | None = None
-    cache_bytes: int | None = None
-    keep_alive_s: float | None = None
+    rows: Count | None = None
+    plan_context_tok: Count | None = None
+    cache_bytes: Annotated[int, Meta(ge=0, le=MOST_BYTES)] | None = None
+    keep_alive_s: Annotated[float, Meta(ge=-1, le=MOST)] | None = None
 
 
 class DesiredPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,9 +48,9 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     """``nodes`` holds the assignments by node id; ``note`` is a human-readable reason. ``peers``, where there are any,
     lists all nodes of the rack and replaces the peers of agent.toml."""
 
-    schema: int = SCHEMA
-    generation: int
-    written_ms: int = 0
+    schema: Count = SCHEMA
+    generation: Count
+    written_ms: Annotated[int, Meta(ge=0, le=MOST_MS)] = 0
     note: str = ""
     nodes: dict[str, tuple[Assignment, ...]] = {}
     peers: tuple[DesiredPeer, ...] = ()
@@ -59,8 +68,6 @@ def parse(raw: bytes, *, whole: bool = False) -> DesiredState:
     if whole and (lost := unknown_field(msgspec.json.decode(raw), msgspec.to_builtins(desired))):
         why = f"{lost} is not known to this version and would be lost; upgrade mlxrack on this machine"
         raise Refused(f"desired state: {why}", code="newer_schema")
-    if desired.generation < 1:
-        raise Refused(f"desired state: generation {desired.generation} is below 1", code="bad_desired")
     for node, assignments in desired.nodes.items():
         _check(node, assignments)
     _check_peers(desired.peers)
@@ -91,9 +98,6 @@ def _check(node: str, assignments: tuple[Assignment, ...]) -> None:
         if names.count(name) > 1:
             raise Refused(f"desired state: node {node} is assigned {name} twice", code="bad_desired")
     for one in assignments:
-        for value in (one.rows, one.plan_context_tok):
-            if value is not None and value < 1:
-                raise Refused(f"desired state: {one.model} on {node}: setting {value} is below 1", code="bad_desired")
         try:
             for what in ("model", "source", "version"):
                 check_name(getattr(one, what), what)

@@ -10,6 +10,9 @@ import msgspec
 from shared.desired import Assignment, DesiredState
 from shared.durable import write_whole
 from shared.errors import Retryable
+from shared.logs import get_logger
+
+log = get_logger("agent.control.adopted")
 
 
 class _Kept(msgspec.Struct, kw_only=True, frozen=True):
@@ -29,8 +32,11 @@ class Adopted:
         self._changing = threading.Lock()
         try:
             self._kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError, RecursionError):
-            self._kept = _Kept()  # the bucket knows
+        except FileNotFoundError:
+            self._kept = _Kept()
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
+            log.warning("desired_not_read", reason=f"{file} is not used, the bucket is asked: {error}"[:500])
+            self._kept = _Kept()
 
     @property
     def desired(self) -> DesiredState | None:

@@ -17,6 +17,7 @@ from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
 from agent.models.pool import Pool
 from agent.tasks import Tasks
+from shared.batch import MAX_ITEMS, MAX_TEXT
 from shared.desired import Assignment, parse
 from shared.errors import NotFound, RackError, Refused, Retryable
 from shared.keys import DESIRED, MOST_DESIRED_BYTES
@@ -73,12 +74,13 @@ class Follower:
         """How far this node is, for the batch and the status."""
         adopted, desired = self._adopted, self._adopted.desired
         if desired is None:
-            return DesiredObserved(generation=0, state="failed" if self._reason else "none", reason=self._reason)
+            state = "failed" if self._reason else "none"
+            return DesiredObserved(generation=0, state=state, reason=self._reason[:MAX_TEXT])
         found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.ordered) if adopted.follows else ()
-        found = (*found, *self._refused_peers)
+        found = tuple(one[:MAX_TEXT] for one in (*found, *self._refused_peers)[:MAX_ITEMS])
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
-        return DesiredObserved(generation=desired.generation, state=state, reason=reason, drift=found)
+        return DesiredObserved(generation=desired.generation, state=state, reason=reason[:MAX_TEXT], drift=found)
 
     @property
     def since_ms(self) -> int | None:

@@ -62,6 +62,7 @@ class Pusher:
         self._stopping = threading.Event()
         self._not_before_s = 0.0
         self._urgent = 0
+        self._unreadable = ""
         self.state = PushState()
 
     def drain(self, *, force: bool = False) -> int:
@@ -78,9 +79,20 @@ class Pusher:
             self._failed(Retryable(f"spool: {error.strerror or type(error).__name__}", code="disk"))
         else:
             self.state.failures = 0
-            self.state.state, self.state.reason, self.state.since_ms = "ok", "", None
+            self._drained(sent)
         self.state.waiting_batches = len(self._spool.waiting())
         return sent
+
+    def _drained(self, sent: int) -> None:
+        """Nothing failed. A batch that cannot be read is shown until a later one was sent: it says nothing of itself
+        to the aggregator."""
+        unreadable, self._spool.unreadable = self._spool.unreadable, ""
+        self._unreadable = unreadable or ("" if sent else self._unreadable)
+        if self._unreadable:
+            self.state.since_ms = self.state.since_ms or time.time_ns() // 1_000_000
+            self.state.state, self.state.reason = "refused", self._unreadable
+        else:
+            self.state.state, self.state.reason, self.state.since_ms = "ok", "", None
 
     def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
         """Push a copy of events now, for alerts; they are also sent in order, so a failure here loses nothing."""

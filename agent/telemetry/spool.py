@@ -63,6 +63,7 @@ class Spool:
         self._folder, self._max_bytes, self._max_batches = folder, max_bytes, max_batches
         self._bounds, self._naming = threading.Lock(), threading.Lock()
         self._count = self._bytes = self.dropped = 0
+        self.unreadable = ""
         with _as_ours("open", folder):
             (folder / "bad").mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -141,7 +142,7 @@ class Spool:
         return sorted(found, key=lambda w: (w.epoch, w.seq))
 
     def read(self, waiting: Waiting) -> Batch | None:
-        """The batch, or None when the file is damaged; it is then moved to ``bad/``."""
+        """The batch, or None when the file is damaged; it is then moved to ``bad/``, and ``unreadable`` says why."""
         try:
             return decode(waiting.path.read_bytes())
         except FileNotFoundError:
@@ -149,6 +150,7 @@ class Spool:
         except Refused as error:
             log.error("batch_unreadable", epoch=waiting.epoch, seq=waiting.seq, reason=error.message)
             self.set_aside(waiting)
+            self.unreadable = f"spool: {waiting.path.name} was moved to {self._folder / 'bad'}: {error.message}"
             return None
 
     def set_aside(self, waiting: Waiting) -> None:

@@ -42,6 +42,20 @@ def test_a_node_that_is_not_named_follows_nothing(tmp_path: Path) -> None:
     assert (adopted.follows, adopted.assigned) == (False, ())
 
 
+@pytest.mark.parametrize("generation", [2**50, 10**30, 0])
+def test_what_cannot_be_meant_is_dropped_at_a_start(
+    tmp_path: Path, generation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "desired.json"
+    Adopted(file, "n1").adopt(DESIRED)
+    file.write_bytes(file.read_bytes().replace(b'"generation":3', b'"generation":%d' % generation))
+    adopted = Adopted(file, "n1")
+    assert (adopted.desired, adopted.assigned) == (None, ())
+    assert "desired_not_read" in capsys.readouterr().out
+    adopted.adopt(DESIRED)
+    assert Adopted(file, "n1").desired == DESIRED
+
+
 def test_what_cannot_be_written_is_not_in_force(tmp_path: Path) -> None:
     adopted = Adopted(tmp_path / "missing" / "desired.json", "n1")
     with pytest.raises(Retryable, match="cannot be written"):

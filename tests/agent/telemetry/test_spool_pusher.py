@@ -20,7 +20,7 @@ from agent.telemetry.spool import Spool
 from shared import durable
 from shared.batch import Batch, encode, seal, unseal
 from shared.errors import AccessDenied, Halt, Refused, Retryable
-from shared.records import PeerDown
+from shared.records import DesiredObserved, PeerDown
 from shared.store import Listed, ObjectStore, Stored, list_all
 from shared.store_dir import DirectoryStore
 
@@ -342,6 +342,22 @@ def test_partial_files_are_removed_and_damaged_batches_set_aside(tmp_path: Path)
     assert not list(tmp_path.glob("*.tmp"))
     assert read_all(store) == [(1, 1, 1), (1, 1, 3)]
     assert os.listdir(tmp_path / "bad") == ["e00000001-0000000002.batch"]
+
+
+def test_a_batch_that_this_node_cannot_read_is_shown_until_one_is_sent(tmp_path: Path) -> None:
+    spool, store = opened(tmp_path), Flaky(tmp_path / "b")
+    push = pusher(spool, store)
+    record = DesiredObserved(generation=2**50, state="converged")
+    spool.append(msgspec.structs.replace(make(spool), records=(record,)))
+    for _ in range(2):  # also while nothing is waiting
+        push.drain(force=True)
+        assert (push.state.state, push.state.sent_batches) == ("refused", 0)
+        assert "e00000001-0000000001.batch" in push.state.reason
+        assert "generation: 1125899906842624 is out of range" in push.state.reason
+        assert push.state.since_ms is not None
+    fill(spool, 1)
+    push.drain(force=True)
+    assert (push.state.state, push.state.reason, push.state.since_ms) == ("ok", "", None)
 
 
 def test_bounds_drop_the_oldest_and_count_it(tmp_path: Path) -> None:
