@@ -8,9 +8,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import msgspec
 
+from aggregator.raw.cleaning import MOST_LABEL, text
 from shared.errors import NotFound, PreconditionFailed, Retryable
 from shared.keys import MOST_LEASE_BYTES
 from shared.store import ObjectStore
@@ -18,6 +20,9 @@ from shared.store import ObjectStore
 TTL_S = 900
 ALERT_TTL_S = 180
 """Short, so that a killed run does not suspend alerts for long."""
+SKEW_S = 600
+"""How far the clocks of two hosts may be apart. A lease that ends later than any run may ask for was written under a
+wrong clock."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +30,10 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
     holder: str
     until_ms: int
+
+    def is_held(self, now_ms: int, ttl_s: int) -> bool:
+        """Whether a run holds it now."""
+        return now_ms < self.until_ms <= now_ms + (ttl_s + SKEW_S) * 1000
 
 
 @contextlib.contextmanager
@@ -53,8 +62,9 @@ def _take(store: ObjectStore, key: str, verb: str) -> str:
         lease = msgspec.json.decode(found.body, type=Lease)
     except (msgspec.DecodeError, RecursionError):
         lease = Lease(holder="", until_ms=0)  # an unreadable lease counts as free
-    if lease.until_ms > now_ms:
-        raise _busy(verb, lease.holder)
+    if lease.is_held(now_ms, ttl_s):
+        end = datetime.fromtimestamp(lease.until_ms / 1000, UTC)
+        raise _busy(verb, f"{text(lease.holder, MOST_LABEL)}, until {end:%Y-%m-%d %H:%M:%S} UTC at most")
     try:
         return store.put_if_match(key, mine, found.etag)
     except PreconditionFailed:
