@@ -46,6 +46,8 @@ _PARTS = TransferConfig(max_concurrency=4)
 PIECE_BYTES = 256 << 10
 MOST_EMPTY_PAGES = 100
 """Pages of a listing that hold nothing but empty objects, before it is given up."""
+_CODE = re.compile(r"[A-Za-z0-9.]{1,64}")
+"""An error code that may be printed."""
 _S3_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _TYPE = "application/octet-stream"
 """Of everything that we write; without one some stores guess from the content."""
@@ -290,7 +292,7 @@ def _as_ours(verb: str, key: str) -> Iterator[None]:
 def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    seen = f"{status} {code}".strip()
+    seen = f"{status} {code if _CODE.fullmatch(code) else ''}".strip()
     wait_s = _retry_after_s(error)
     if status in _SAID_BY_A_STORE and not (code and not code.isdigit()):
         return Retryable(f"{verb} {key}: {status} without an error code of S3: {NOT_A_STORE}", retry_after_s=wait_s)

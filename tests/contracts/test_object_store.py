@@ -242,6 +242,18 @@ def test_every_store_response_maps_to_one_error(status: int, code: str, kind: ty
     assert kind is type(_translated("put", "k", error))
 
 
+@pytest.mark.parametrize("status", [301, 400, 403, 405, 413, 429, 500, 503])
+@pytest.mark.parametrize(
+    "code", ["a\x1b[31mred", "a\nforged: line", "x" * 65, "<b>x</b>", "[x](http://evil)", "a\u202eb", "a b", "é", "a\n"]
+)
+def test_a_code_that_is_none_is_not_printed(status: int, code: str) -> None:
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+    said = str(_translated("put", "k", error))
+    assert code not in said
+    assert said.isprintable()
+    assert said.isascii()
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [("7", 7.0), ("", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("-1", None), ("9" * 9, None)],
