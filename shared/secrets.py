@@ -13,8 +13,10 @@ from pathlib import Path
 
 from shared.bucket import SECRET_KINDS
 from shared.errors import Halt
+from shared.regular_file import read_file
 
 LEAST_CHARS, LEAST_DISTINCT = 32, 8
+_MOST_BYTES = 64 << 10
 
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
@@ -63,14 +65,14 @@ def _repeats(secret: str) -> bool:
 
 
 def _from_file(reference: str) -> str:
-    path = Path(reference[5:])
     try:
-        mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8")
+        text = read_file(Path(reference[5:]), _MOST_BYTES, unless_mode=stat.S_IRGRP | stat.S_IROTH).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise Halt(f"secret {reference}: cannot be read ({type(error).__name__})", code="no_secret") from None
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise Halt(f"secret {reference}: the file is readable by group or others; chmod 600 it", code="no_secret")
+        if isinstance(error, PermissionError) and error.errno is None:
+            why = "the file is readable by group or others; chmod 600 it"
+        else:
+            why = f"cannot be read ({(isinstance(error, OSError) and error.strerror) or type(error).__name__})"
+        raise Halt(f"secret {reference}: {why}", code="no_secret") from None
     if not (first := next(iter(text.splitlines()), "").strip()):
         raise Halt(f"secret {reference}: the file is empty", code="no_secret")
     return first

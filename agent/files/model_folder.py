@@ -121,19 +121,6 @@ class ModelFolder:
         return Refused(f"{self._what}: {why}", code="bad_model")
 
 
-def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """A file that the operator named, wherever it is. Raises OSError, also for a FIFO, a device, or too many bytes."""
-    # without O_NONBLOCK, opening a FIFO waits for a writer
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if len(body := file.read(most_bytes + 1)) > most_bytes:
-            raise OSError(None, f"more than {most_bytes:,} bytes")
-        return body
-
-
 def _opened_beneath(root: Path, target: Path) -> int:
     """The descriptor of a file below a folder; no step may be a link."""
     steps = target.relative_to(root).parts

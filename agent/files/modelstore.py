@@ -18,7 +18,7 @@ import msgspec
 
 from agent.config import STORED, AgentConfig, Model
 from agent.files.hub_listing import ORIGIN_NAME, Asked, Origin, matches, parse_origin
-from agent.files.model_folder import ModelFolder, read_file
+from agent.files.model_folder import MOST_BYTES, ModelFolder
 from agent.files.probes import BUILT_IN, Probe, parse
 from shared import catalog, memory_plan, model_shape
 from shared.catalog import Manifest, ModelFile
@@ -28,6 +28,7 @@ from shared.ids import Version
 from shared.keys import check_name
 from shared.memory_plan import MemoryPlan
 from shared.model_shape import ModelShape, Tensor
+from shared.regular_file import read_file
 
 PARTIAL = ".partial"
 HASHED_BYTES = 1 << 20
@@ -220,7 +221,7 @@ class ModelStore:
         if model.probes:
             path = Path(model.probes).expanduser()
             try:
-                return parse(read_file(path), f"model {model.name}: probes {path}")
+                return parse(read_file(path, MOST_BYTES), f"model {model.name}: probes {path}")
             except OSError as error:
                 why = f"model {model.name}: its probes {path} cannot be read ({error.strerror})"
                 raise Refused(why, code="bad_probes") from None

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import ssl
 import stat
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from shared.durable import write_whole
 from shared.errors import Halt, RackError
 from shared.logs import get_logger
 from shared.records import EXPIRY_DAYS, CertificateExpires
+from shared.regular_file import MOST_PEM_BYTES, read_file
 from shared.transport import Tls
 
 _DAY_MS = 86_400_000
@@ -41,6 +43,10 @@ class _Files(NamedTuple):
     ca: Path | None
     node_certificate: Path
     node_key: Path
+
+
+_Bodies = Mapping[Path, bytes]
+"""The files' contents, each read once: what is tried is what is put in force."""
 
 
 class _Loaded(NamedTuple):
@@ -74,8 +80,9 @@ class NodeTls:
         self._told: dict[str, tuple[int, int]] = {}
         self.problem = ""
         """Why changed files are not in force; "" while all are."""
-        self._loaded = self._load(_stamp(self._files), at_start=True)
-        self.listener = self._listener()
+        stamp, bodies = _stamp(self._files), _read(self._files)
+        self._loaded = self._load(stamp, bodies, at_start=True)
+        self.listener = self._listener(bodies)
         self._note_served()
 
     @property
@@ -89,7 +96,7 @@ class NodeTls:
             self.problem = ""
             return False
         try:
-            self._loaded = self._load(stamp, at_start=False)
+            self._loaded = self._load(stamp, _read(self._files), at_start=False)
         except RackError as error:
             if error.message != self.problem:
                 log.warning("tls_files_not_used", reason=error.message)
@@ -132,12 +139,13 @@ class NodeTls:
 
     # ---- contexts ----
 
-    def _load(self, stamp: tuple[object, ...], *, at_start: bool) -> _Loaded:
-        """``stamp`` is from before the files are read, so that what changes meanwhile is read again."""
+    def _load(self, stamp: tuple[object, ...], bodies: _Bodies, *, at_start: bool) -> _Loaded:
+        """``stamp`` is from before the files were read, so that what changes meanwhile is read again."""
         files = self._files
-        clients = _server(files.certificate, files.key, files.ca)
-        peers = _server(files.node_certificate, files.node_key, files.ca) if files.ca else None
-        loaded = _Loaded(stamp, clients, peers, self._calling(), tuple(_expiries(files)), _leaf(files.certificate))
+        clients = _server(files.certificate, files.key, files.ca, bodies)
+        peers = _server(files.node_certificate, files.node_key, files.ca, bodies) if files.ca else None
+        leaf, ends = _leaf(bodies[files.certificate]), tuple(_expiries(files, bodies))
+        loaded = _Loaded(stamp, clients, peers, self._calling(bodies), ends, leaf)
         if peers is not None:
             self._prove(loaded.calls, peers, at_start=at_start)
         return loaded
@@ -151,10 +159,10 @@ class NodeTls:
         path = self._files.node_certificate
         raise Halt(f"tls: {path} cannot be used between nodes: {reason_of(error)}", code="bad_tls")
 
-    def _listener(self) -> ssl.SSLContext:
+    def _listener(self, bodies: _Bodies) -> ssl.SSLContext:
         """The listener's context for as long as it listens; for each handshake it gives way to the one in force."""
         files = self._files
-        context = _server(files.certificate, files.key, files.ca)
+        context = _server(files.certificate, files.key, files.ca, bodies)
         refusals = Refusals()
 
         class Heard(ssl.SSLObject):
@@ -175,7 +183,7 @@ class NodeTls:
         loaded = self._loaded
         shaking.context = loaded.peers if called_node(name) and loaded.peers is not None else loaded.clients
 
-    def _calling(self) -> ssl.SSLContext:
+    def _calling(self, bodies: _Bodies) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = False  # the node's own name is checked instead
@@ -189,8 +197,8 @@ class NodeTls:
 
         context.sslobject_class = Checked
         if self._files.ca is not None:
-            _trust(context, self._files.ca)
-            _load_pair(context, self._files.node_certificate, self._files.node_key)
+            _trust(context, self._files.ca, bodies)
+            _load_pair(context, self._files.node_certificate, self._files.node_key, bodies)
         return context
 
 
@@ -233,45 +241,67 @@ def _stamp(files: _Files) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _server(certificate: Path, key: Path, ca: Path | None) -> ssl.SSLContext:
+def _server(certificate: Path, key: Path, ca: Path | None, bodies: _Bodies) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     # a resumed session would skip the check of a certificate that has expired or been replaced since
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
-    _load_pair(context, certificate, key)
+    _load_pair(context, certificate, key, bodies)
     if ca is not None:
         context.verify_mode = ssl.CERT_OPTIONAL  # clients have keys; routes for peers require one
-        _trust(context, ca)
+        _trust(context, ca, bodies)
     return context
 
 
-def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+def _read(files: _Files) -> _Bodies:
+    """Only regular files: opening a FIFO in place of one would wait for ever. Raises Halt."""
+    bodies, keys = dict[Path, bytes](), (files.key, files.node_key)
+    for path in (path for path in files if path is not None):
+        try:
+            bodies[path] = read_file(path, MOST_PEM_BYTES, unless_mode=stat.S_IROTH if path in keys else 0)
+        except OSError as error:
+            if isinstance(error, PermissionError) and error.errno is None:
+                raise Halt(f"tls: {path}: the key is readable by others; chmod 600 it", code="bad_tls") from None
+            raise Halt(f"tls: {path}: cannot be read ({error.strerror})", code="bad_tls") from None
+    return bodies
+
+
+@contextlib.contextmanager
+def _as_path(body: bytes) -> Iterator[str]:
+    """A path by which OpenSSL, which takes no bytes, can read them: of a private file without a name, of which nothing
+    stays behind however this process ends."""
+    with tempfile.TemporaryFile() as file:
+        file.write(body)
+        file.seek(0)  # writes it out, too; on some systems opening the path does not rewind
+        yield f"/dev/fd/{file.fileno()}"
+
+
+def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path, bodies: _Bodies) -> None:
     """Raises Halt."""
     try:
-        if key.stat().st_mode & stat.S_IROTH:
-            raise Halt(f"tls: {key}: the key is readable by others; chmod 600 it", code="bad_tls")
-        # without a password OpenSSL would ask the terminal
-        context.load_cert_chain(certificate, key, password="")
+        with _as_path(bodies[certificate]) as chain, _as_path(bodies[key]) as secret:
+            # without a password OpenSSL would ask the terminal
+            context.load_cert_chain(chain, secret, password="")
     except ssl.SSLError as error:
         raise Halt(f"tls: {certificate} and {key}: {reason_of(error)}", code="bad_tls") from None
     except OSError as error:
-        name = error.filename or f"{certificate} or {key}"
-        raise Halt(f"tls: {name}: cannot be read ({error.strerror})", code="bad_tls") from None
+        raise Halt(f"tls: {certificate} or {key}: cannot be read ({error.strerror})", code="bad_tls") from None
 
 
-def _trust(context: ssl.SSLContext, ca: Path) -> None:
+def _trust(context: ssl.SSLContext, ca: Path, bodies: _Bodies) -> None:
     """Raises Halt."""
     try:
-        context.load_verify_locations(cafile=ca)
+        with _as_path(bodies[ca]) as path:
+            context.load_verify_locations(cafile=path)
     except ssl.SSLError:
         raise Halt(f"tls: {ca}: no certificate in PEM; it should be the CA's (ca.pem)", code="bad_tls") from None
     except OSError as error:
         raise Halt(f"tls: {ca}: cannot be read ({error.strerror})", code="bad_tls") from None
 
 
-def _expiries(files: _Files) -> list[Expiry]:
+def _expiries(files: _Files, bodies: _Bodies) -> list[Expiry]:
     from agent.mesh.certificates import end_of  # seven megabytes that a node without TLS does without
 
     named = [("listener", files.certificate)]
@@ -279,20 +309,15 @@ def _expiries(files: _Files) -> list[Expiry]:
         named += [("ca", files.ca)]
         named += [("node", files.node_certificate)] if files.node_certificate != files.certificate else []
     try:
-        return [Expiry(name, end_of(path.read_bytes())) for name, path in named]
-    except OSError as error:
-        raise Halt(f"tls: {error.filename}: cannot be read ({error.strerror})", code="bad_tls") from None
+        return [Expiry(name, end_of(bodies[path])) for name, path in named]
     except RackError as error:
         raise Halt(f"tls: {error.message}", code="bad_tls") from None
 
 
-def _leaf(certificate: Path) -> bytes:
+def _leaf(certificate: bytes) -> bytes:
     from agent.mesh.certificates import first_of
 
-    try:
-        return first_of(certificate.read_bytes())
-    except OSError as error:
-        raise Halt(f"tls: {certificate}: cannot be read ({error.strerror})", code="bad_tls") from None
+    return first_of(certificate)
 
 
 def _handshake(client: ssl.SSLContext, server: ssl.SSLContext, name: str) -> ssl.SSLError | None:

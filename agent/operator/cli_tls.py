@@ -14,6 +14,7 @@ from agent.operator.statusview import table
 from shared.durable import created
 from shared.errors import RackError, Refused
 from shared.keys import check_name
+from shared.regular_file import MOST_PEM_BYTES, read_file
 
 CA = "ca"
 Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]
@@ -167,7 +168,7 @@ def _absent(path: Path, remedy: str) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, MOST_PEM_BYTES)
     except FileNotFoundError:
         remedy = "; `mlxrack-agent tls init` makes the CA" if path.stem == CA else ""
         raise Refused(f"{path}: no such file{remedy}") from None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ def test_an_unresolvable_secret_is_named_and_never_shown(tmp_path: Path) -> None
     open_file = tmp_path / "open"
     open_file.write_text("topsecret")
     open_file.chmod(0o644)
+    os.mkfifo(tmp_path / "pipe", 0o600)
     for reference, why in (
         ("env:GONE", "is not set"),
         (f"file:{tmp_path}/none", "cannot be read"),
+        (f"file:{tmp_path}/pipe", "not a regular file"),
+        ("file:/dev/zero", "not a regular file"),
         (f"file:{open_file}", "readable by group or others; chmod 600"),
         ("topsecret", "invalid reference; expected one of"),
         ("op://vault/item/field", r"op failed \(|op returned no value"),

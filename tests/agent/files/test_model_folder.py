@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from agent.config import Model
 from agent.files import model_folder
-from agent.files.model_folder import ModelFolder, read_file
+from agent.files.model_folder import ModelFolder
 from agent.files.model_pull import BucketSource, FolderSource, Write, pull, push, snapshot_of
 from agent.files.modelstore import PARTIAL, ModelStore
 from shared.catalog import Manifest, ModelFile, check_manifest
 from shared.errors import RackError, Refused
+from shared.regular_file import read_file
 from shared.store import list_all
 from shared.store_dir import DirectoryStore
 
@@ -368,11 +369,11 @@ def test_no_path_leads_out(tmp_path_factory: pytest.TempPathFactory, steps: list
 def test_recorded_answers_that_an_operator_names_may_lie_anywhere_but_are_a_file(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"x")
     (tmp_path / "link").symlink_to("real")
-    assert read_file(tmp_path / "link") == b"x"
+    assert read_file(tmp_path / "link", 10) == b"x"
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         with pytest.raises(OSError, match="not a regular file"):
-            read_file(path)
+            read_file(path, 10)
     (tmp_path / "real").write_bytes(b"x" * 11)
     with pytest.raises(OSError, match="more than"):
         read_file(tmp_path / "real", 10)

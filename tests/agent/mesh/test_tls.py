@@ -271,6 +271,35 @@ async def test_a_half_written_pair_leaves_the_last_good_one(authority: Authority
         assert server._loaded.leaf == after["certificate"]
 
 
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a device", "a bomb"])
+@pytest.mark.parametrize("which", ["certificate", "key", "ca"])
+async def test_what_is_no_file_of_a_certificate_s_size_is_not_waited_for(
+    authority: Authority, which: str, kind: str
+) -> None:
+    """Opening a FIFO waits for a writer, which would hold the reload, and with it the end of the process, for ever."""
+    server = await node_tls(own := authority.issue("n1"), "n1")
+    path = Path(getattr(own, which))
+    before = path.read_bytes()
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path, 0o600)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch(mode=0o600)
+        os.truncate(path, 8 << 30)
+    async with asyncio.timeout(60):
+        assert not await asyncio.to_thread(server.reload)
+    assert f"tls: {path}: cannot be read (" in server.problem
+    path.rmdir() if kind == "a folder" else path.unlink()
+    path.touch(mode=0o600)
+    path.write_bytes(before)
+    assert await asyncio.to_thread(server.reload)
+    assert server.problem == ""
+
+
 @pytest.mark.parametrize(
     "how", ["gone", "another CA", "another node", "another rack", "expired", "readable", "unusable", "text"]
 )
