@@ -11,7 +11,10 @@ import msgspec
 
 from shared.errors import Refused
 
-MAX_HEADER_BYTES = 100 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""Of one weights file: 100,000 tensors, which is more than models in many files have in one."""
+MOST_TENSORS = 500_000
+"""Of a model: with every expert apart, and scales, those of a trillion parameters have under 300,000."""
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CONFIG_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _LATENT = (
@@ -82,7 +85,9 @@ def read_header(raw: bytes) -> tuple[Tensor, ...]:
 def header_bytes(first_eight: bytes, file_bytes: int) -> int:
     """Header length announced by these bytes. Raises Refused if the file is too short for it."""
     length = struct.unpack("<Q", first_eight)[0] if len(first_eight) == 8 else 0
-    if not 0 < length <= min(MAX_HEADER_BYTES, file_bytes - 8):
+    if MAX_HEADER_BYTES < length <= file_bytes - 8:
+        raise Refused(f"its header has more than {MAX_HEADER_BYTES:,} bytes", code="bad_model")
+    if not 0 < length <= file_bytes - 8:
         raise Refused("it is not a safetensors file, or truncated", code="bad_model")
     return int(length)
 

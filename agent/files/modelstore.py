@@ -6,6 +6,7 @@ lie under ``<store>/.partial`` and cannot be loaded.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -97,7 +98,10 @@ class ModelStore:
             return ModelSpec(model=model, path=model.path, version=version, need_bytes=need, plan=plan, probes=probes)
         folder = _folder(model.name, self.resolve(model))
         manifest = self.manifest(model.name, folder.path)
-        tensors = [t for file in manifest.files for t in _tensors(model.name, folder, file)]
+        every = (t for file in manifest.files for t in _tensors(model.name, folder, file))
+        tensors = list(itertools.islice(every, model_shape.MOST_TENSORS + 1))
+        if len(tensors) > model_shape.MOST_TENSORS:
+            raise _bad(model.name, f"its weights have more than {model_shape.MOST_TENSORS:,} tensors")
         shape, plan = self._planned(model, self._config(model.name, folder), tensors)
         need = model.need_bytes or plan.need_bytes
         version = catalog.version_of(manifest)

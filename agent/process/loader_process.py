@@ -47,6 +47,8 @@ START_TIMEOUT_S = 600.0
 _PASSED_ON = ("PATH", "HOME", "XDG_CACHE_HOME", "CC", "CXX", "TMPDIR", "LANG", "LC_ALL", "SSL_CERT_FILE")
 """The only variables that a loader inherits: no secret in the daemon's environment reaches it."""
 
+_HINTS = ("note:", "= note:", "help:", "= help:", "hint:", "stack backtrace:")
+
 
 class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to start a loader: its arguments, the number of BLAS threads, the number of requests decoded together, the
@@ -364,9 +366,15 @@ class LoaderProcess:
                 self._stderr_tail = (self._stderr_tail + chunk)[-2000:]
 
     def _start_failure(self) -> str:
-        lines: Sequence[str] = self._stderr_tail.decode(errors="replace").strip().splitlines()
-        said = f": {lines[-1][:300]}" if lines else ""
+        last = telling(self._stderr_tail.decode(errors="replace"))
+        said = f": {last[:300]}" if last else ""
         return f"start loader: the loader exited before it was ready ({self.cause}){said}"
+
+
+def telling(stderr: str) -> str:
+    """The line that says why a process ended: its last one, but for hints how to learn more."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith(_HINTS)), lines[-1] if lines else "")
 
 
 def _cannot(do: str, error: OSError) -> Retryable:

@@ -287,6 +287,13 @@ def test_a_header_length_beyond_the_file_is_rejected(first: bytes, size: int) ->
     assert first == struct.pack("<Q", length)
 
 
+def test_a_header_of_many_megabytes_is_not_read() -> None:
+    length = model_shape.MAX_HEADER_BYTES
+    assert model_shape.header_bytes(struct.pack("<Q", length), 1 << 40) == length
+    with pytest.raises(Refused, match="its header has more than 16,777,216 bytes"):
+        model_shape.header_bytes(struct.pack("<Q", length + 1), 1 << 40)
+
+
 def test_a_plan_adds_up() -> None:
     one = memory_plan.plan(shape(), 16 << 30, rows=4, row_tok=2048, chunk_tok=512, cache_bytes=1 << 28, fused=True)
     assert one.kv_bytes == 4 * 2048 * (128 << 10)

@@ -24,6 +24,7 @@ from agent.loader.chat.grammar import Plan
 from agent.loader.chat.probe import Conversation, probed
 from agent.loader.chat.speech import Markers, Speech
 from agent.loader.chat.summary import summary
+from agent.loader.cpu_limit import PROBE_S, cpu_limit
 from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.lengths import MOST_CHARS, exceeds
 from agent.loader.mlx.plan import Planner
@@ -76,9 +77,10 @@ class TextModel:
         self._grammars: LLTokenizer | None = None
         self._compiled = lru_cache(_COMPILED)(self._compile)
         self._reserved = _TEMPLATE_OWN | set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-        self._template = template = ChatTemplate(self.tokenizer)
-        self.talk = probed(template.render, template.traits(self.ends)) if template.exists else Conversation()
-        template.keep((*(self.talk.reasoning or ()), self.talk.form.marker, self.talk.form.stop))
+        with cpu_limit(PROBE_S, f"model folder {path}: its chat template does not end"):
+            self._template = template = ChatTemplate(self.tokenizer)
+            self.talk = probed(template.render, template.traits(self.ends)) if template.exists else Conversation()
+            template.keep((*(self.talk.reasoning or ()), self.talk.form.marker, self.talk.form.stop))
         self._prompts = PromptWriter(template, self.talk)
         self._planner = Planner(self.talk, template, self.ends, self.grammars)
 

@@ -2,8 +2,8 @@
 
 A template comes with a model's files, and one expression of it could take all of a machine's memory before anything
 else is asked. What grows a text or a list by a factor is measured before it is made; any other number is only a number,
-such as the time in seconds. Time is not limited here: a template that never ends is found by the watchdog, which ends
-this process.
+such as the time in seconds. Time is not limited here: a template that never ends is found by ``cpu_limit`` at the
+start and by the watchdog, which ends this process, later.
 """
 
 import math

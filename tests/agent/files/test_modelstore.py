@@ -11,6 +11,7 @@ import pytest
 
 from agent.config import Model
 from agent.files.modelstore import ModelStore
+from shared import model_shape
 from shared.catalog import MANIFEST_NAME
 from shared.errors import Refused
 
@@ -42,6 +43,12 @@ def test_the_version_is_a_hash_of_the_bytes(folder: Path, tmp_path: Path) -> Non
     assert version == describe(folder, tmp_path / "memo")[0]
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert version != describe(folder, tmp_path / "memo")[0]
+
+
+def test_a_model_of_too_many_tensors_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_shape, "MOST_TENSORS", 3)
+    with pytest.raises(Refused, match="model m: its weights have more than 3 tensors"):
+        describe(folder, tmp_path / "memo")
 
 
 def test_hashes_are_cached_until_a_file_changes(folder: Path, tmp_path: Path) -> None:

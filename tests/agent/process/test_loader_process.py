@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from agent.process.loader_process import LoaderProcess, LoaderSpec
+from agent.process.loader_process import LoaderProcess, LoaderSpec, telling
 from agent.wire.frames import Answer, Done, Failed, Generate, Message, Tokens, Waits
 from agent.wire.namespaces import namespace_of
 from shared.errors import Retryable
@@ -143,3 +143,19 @@ async def test_a_loader_starts_on_a_full_disk(fails: str, monkeypatch: pytest.Mo
         with pytest.raises(Retryable) as caught:
             await last_of(loader, ask("!hang"))
         assert caught.value.code == "worker_lost", "that it hangs is seen, and nobody is blamed"
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        ("", ""),
+        ("\n \n", ""),
+        ("memory allocation of 11811160064 bytes failed\nnote: run with `RUST_BACKTRACE=1`\n", "memory allocation of"),
+        ("thread 'main' panicked at a.rs:1:2:\na table is full\nnote: run\n  = help: see\n", "a table is full"),
+        ("Traceback (most recent call last):\n  File\nValueError: bad\n", "ValueError: bad"),
+        ("note: that alone\n", "note: that alone"),
+    ],
+)
+def test_the_line_that_tells_why_a_loader_ended_is_no_hint(stderr: str, expected: str) -> None:
+    assert telling(stderr).startswith(expected)
+    assert bool(telling(stderr)) == bool(expected)
