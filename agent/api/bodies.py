@@ -23,7 +23,7 @@ READ_BYTES_S, AT_ONCE_BYTES = 8 << 20, 16 << 20
 """How fast bodies of one key are read, and how much of them at once: two million tokens a second. Reading, weighing
 and decoding take CPU time that the answers of other keys need."""
 MOST_WAIT_S = 10.0
-"""A key that sent too much is no slower for longer than this."""
+"""For how long a key that sent too much is slowed down at most."""
 _OTHER_THAN_MARKS = bytes(sorted(set(range(256)) - set(b'"[{,:')))
 _STRING = re.compile(rb'"[^"]*"')
 _WIDE = re.compile(rb"[\xf0-\xff]|\\u[dD][89aAbB]")

@@ -122,6 +122,7 @@ class Call(msgspec.Struct, kw_only=True):
         """Count a piece of the answer."""
         if isinstance(answer, Tokens):
             self.spent.first_s = self.spent.first_s or now_s
+            self.crashes = 0  # it gets on, so it was by chance; MAX_CONTINUATIONS bounds what only seems so
             if self.first_s is None:
                 self.first_s = now_s
             else:

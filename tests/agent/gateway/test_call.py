@@ -69,3 +69,12 @@ def test_an_attempt_that_no_worker_took_changes_nothing() -> None:
     one.start_over()
     attempt(one, (4.0, accepted(64)), (5.0, token()), (6.0, done(80)))
     assert one.done == done(80)
+
+
+def test_a_crash_after_which_the_answer_went_on_was_by_chance() -> None:
+    one = call()
+    one.crashes = 1
+    one.note(accepted(0), 1.0)
+    assert one.crashes == 1, "accepted is not answered"
+    one.note(Tokens(id=1, text="a", count=1, ids=(5,)), 2.0)
+    assert one.crashes == 0
