@@ -5,6 +5,7 @@ References: ``env:NAME``, ``file:/path`` (first line; the file must not be reada
 to it is explicit.
 """
 
+import re
 import stat
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +18,21 @@ from shared.regular_file import read_file
 
 LEAST_CHARS, LEAST_DISTINCT = 32, 8
 _MOST_BYTES = 64 << 10
+_PLACEHOLDERS = re.compile(
+    r"change.?me|replace.?(?:me|this|it|with)|(?:my|your).?(?:secret|key)|passwor[dt]|passwd|example"
+)
+_ROWS = ("1234567890", "qwertyuiop", "asdfghjkl", "zxcvbnm", "qwertzuiop", "yxcvbnm", "azertyuiop", "qsdfghjklm")
+_COLUMNS = ("1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik,9ol.0p;/", "1q2w3e4r5t6y7u8i9o0p", "qazwsxedcrfvtgbyhnujmikolp")
+_KEYS = 4
+"""Neighbouring keys, in either direction, that are taken for a walk over the keyboard."""
+_WALKS = frozenset(
+    line[at : at + _KEYS]
+    for row in (*_ROWS, *_COLUMNS)
+    for line in (row, row[::-1])
+    for at in range(len(row) - _KEYS + 1)
+)
+_LEAST_REPEATED = 10
+"""Characters; fewer, among the letters of a random number, may repeat by chance."""
 
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
@@ -45,15 +61,24 @@ def strong(reference: str, what: str, environ: Mapping[str, str]) -> str:
 
 def weakness(secret: str) -> str:
     """Why a secret is easy to guess, without quoting it: "" when it has ``LEAST_CHARS`` characters, ``LEAST_DISTINCT``
-    different ones, and neither repeats a shorter text nor counts up or down. Passphrases pass; words in a list are
-    not looked up."""
+    different ones, and neither repeats a text, numbered or not, nor counts, walks over the keyboard or says that it
+    is to be replaced. Passphrases pass; words in a list are not looked up."""
     if len(secret) < LEAST_CHARS:
         return f"has {len(secret)} characters, at least {LEAST_CHARS} random ones are required"
     if (distinct := len(set(secret))) < LEAST_DISTINCT:
         return f"has only {distinct} different characters, at least {LEAST_DISTINCT} are required"
     if _repeats(secret):
         return "repeats a shorter text"
+    letters = re.sub(r"[^a-z]", "", secret.lower())
+    if _repeats(letters):
+        return "repeats a word, numbered or in other letters"
+    if _PLACEHOLDERS.search(secret.lower()):
+        return "contains a word that stands for a secret"
+    if _on_keyboard(secret.lower()) > len(secret) / 2:
+        return "is a walk over the keyboard"
     steps = [ord(b) - ord(a) for a, b in pairwise(secret)]
+    if max(map(steps.count, steps)) > len(steps) / 2:
+        return "goes on in equal steps"
     if sum(abs(step) <= 1 for step in steps) > len(steps) / 2:
         return "is a sequence of neighbouring characters"
     return ""
@@ -61,7 +86,17 @@ def weakness(secret: str) -> str:
 
 def _repeats(secret: str) -> bool:
     """Whether a text of at most half its length, over and over, gives it, the last time perhaps cut short."""
-    return any(secret[:-length] == secret[length:] for length in range(1, len(secret) // 2 + 1))
+    longest = min(len(secret) // 2, len(secret) - _LEAST_REPEATED)
+    return any(secret[:-length] == secret[length:] for length in range(1, longest + 1))
+
+
+def _on_keyboard(secret: str) -> int:
+    """How many characters are part of a run of neighbouring keys."""
+    found = set[int]()
+    for at in range(len(secret) - _KEYS + 1):
+        if secret[at : at + _KEYS] in _WALKS:
+            found.update(range(at, at + _KEYS))
+    return len(found)
 
 
 def _from_file(reference: str) -> str:

@@ -1,5 +1,8 @@
 """Hosts, networks and proxies: what is on this machine, what is allowed, whose word counts."""
 
+import random
+import string
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -173,6 +176,23 @@ def test_networks_may_be_written_with_host_bits() -> None:
         *("0123456789abcdef" * 2 + "0123", "abcdefghijklmnopqrstuvwxyz0123456789", "change-me" * 4),
         *("zyxwvutsrqponmlkjihgfedcba9876543210", "aabbccddeeffgghhiijjkkllmmnnoopp", "password" * 4),
         "1111111122222222333333334444444455555555",
+        *(
+            "changeme1changeme2changeme3changeme4",
+            "test1test2test3test4test5test6te",
+            "ACME-2024-acme-2025-Acme-2026-acme",
+        ),
+        *("qwertyuiopasdfghjklzxcvbnm123456", "1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik,", "1q2w3e4r5t6y7u8i9o0p1q2w3e4r5t6y"),
+        *(
+            "poiuytrewqlkjhgfdsamnbvcxz098765",
+            "REPLACE-ME-WITH-A-LONG-RANDOM-SECRET",
+            "acegikmoqsuwybdfhjlnprtvxz024681",
+        ),
+        *(
+            "put-your-secret-here-9f8a7b6c5d4e",
+            "replace_with_32_random_characters",
+            "P4ssworD-is-my-password-for-racks!",
+        ),
+        *("an-example-key-of-the-documentation", "adgjmpsvybehknqtwzcfiloruxADGJMP"),
     ],
 )
 def test_secrets_that_are_easily_guessed(weak: str) -> None:
@@ -182,7 +202,6 @@ def test_secrets_that_are_easily_guessed(weak: str) -> None:
 @given(st.binary(min_size=32, max_size=32))
 def test_what_new_secret_prints_is_strong(raw: bytes) -> None:
     import base64
-    import random
 
     rng = random.Random(raw)
     for text in (
@@ -191,6 +210,28 @@ def test_what_new_secret_prints_is_strong(raw: bytes) -> None:
         rng.randbytes(16).hex(),
     ):
         assert secrets.weakness(text) == ""
+
+
+@pytest.mark.parametrize(
+    "alphabet",
+    ["0123456789abcdef", string.ascii_letters + string.digits, string.ascii_letters + "-_" + string.digits],
+    ids=["hex", "base62", "urlsafe"],
+)
+def test_no_random_secret_is_refused(alphabet: str) -> None:
+    rng = random.Random(7)
+    assert not [why for _ in range(3000) if (why := secrets.weakness("".join(rng.choices(alphabet, k=32))))]
+
+
+@pytest.mark.parametrize(
+    "strong",
+    [
+        "correct horse battery staple and more",
+        "k3J9-xQ2vB7_mW5tR8yZ1-qwer-77Lp0sXc",
+        "0d9f6c1e-8a2b-4c7d-b3e5-91f04a6c2d8e",
+    ],
+)
+def test_a_passphrase_or_a_chance_run_of_keys_is_not_refused(strong: str) -> None:
+    assert secrets.weakness(strong) == ""
 
 
 def test_a_weak_secret_is_named_by_its_reference_and_not_quoted() -> None:
