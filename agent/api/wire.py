@@ -3,6 +3,7 @@
 import asyncio
 import time
 from http import HTTPStatus
+from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import ContentEncodingError
@@ -20,6 +21,7 @@ MAX_HEADER_BYTES = 32 << 10
 MOST_UNSENT_BYTES = 64 << 10
 """So much waits for a client to read before its handler does, with TLS as without."""
 _ROOM_S = 0.02
+_CHUNKED = "chunked"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -70,6 +72,11 @@ class _Protocol(RequestHandler):
             if self.tracked is not None:
                 self.tracked.enters("idle")
 
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        # the rest of a body that the client has been told is not what its headers say
+        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kwargs)
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
@@ -112,6 +119,9 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
     named = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, [])).strip().lower()
     if named not in ("", "identity", *ENCODINGS):
         raise undecodable()
+    if ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING, [_CHUNKED])).strip().lower() != _CHUNKED:
+        # the parser takes the last coding off and would leave the others on
+        raise Refused("this Transfer-Encoding is not supported; send chunked alone, or none", code="http_400")
     most, announced = request.client_max_size, request.content_length or 0
     if announced > most:
         raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=announced)

@@ -18,6 +18,8 @@ from tests.rack.test_strangers import BEARER, KEYS, connections
 ABUSE = os.environ.get("MLXRACK_ABUSE") == "1"
 LARGE = 9_900_000
 CHAT = "/v1/chat/completions"
+ASKED = b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":2}'
+CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(ASKED), ASKED)
 
 
 def chat_of(field: str, value: bytes) -> bytes:
@@ -135,6 +137,11 @@ def test_a_key_s_requests_are_admitted_before_their_bodies_are_read(tmp_path: Pa
         ("Transfer-Encoding: chunked", b"2;" + b"x" * 100_000 + b"\r\n{}\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: chunked, chunked", b"2\r\n{}\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: gzip", b"{}", 400),
+        ("Transfer-Encoding: gzip, chunked", b"2\r\n{}\r\n0\r\n\r\n", 400),
+        ("Transfer-Encoding: identity, chunked", CHUNKED, 400),
+        ("Transfer-Encoding: identity\r\nTransfer-Encoding: chunked", CHUNKED, 400),
+        ("Transfer-Encoding: Chunked", CHUNKED, 200),
+        ("Content-Encoding: GZIP\r\nContent-Length: 99", b"{}" + b" " * 97, 400),
         ("Content-Length: 0", b"", 400),
     ],
 )
@@ -144,6 +151,25 @@ def test_odd_framing_is_an_error_of_the_client(odd: Agent, head: str, body: byte
         answer = connection.recv(4096)
         assert int(answer.split()[1]) == status, answer
     assert odd.chat().status == 200
+
+
+def test_a_body_that_is_not_compressed_as_it_says_is_no_fault_of_ours(tmp_path: Path) -> None:
+    """Its client is told; the log, which is for faults, is not."""
+    with rack(tmp_path, [model()]) as (agent,):
+        for encoding in ("gzip", "GZIP", "deflate"):
+            head = (
+                f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: {encoding}\r\nContent-Length: 99\r\n\r\n"
+            )
+            with socket.create_connection(("127.0.0.1", agent.port), timeout=60) as connection:
+                connection.sendall(head.encode() + b"{}" + b" " * 97)
+                assert connection.recv(4096).split()[1] == b"400"
+                while connection.recv(4096):  # until it has done with the connection
+                    pass
+        agent.stop()
+        said = "".join(path.read_text() for path in (agent.state / "logs").glob("*.jsonl"))
+        assert said.count("\n") > 1
+        assert "PayloadError" not in said
+        assert "Unhandled" not in said
 
 
 @pytest.fixture(scope="module")
