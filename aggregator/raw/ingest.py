@@ -28,15 +28,19 @@ CONNECTIONS = 4
 MAX_REASON = 200
 OUTAGE_NODES = 3
 """Nodes in a row of which nothing could be read, before a share ends: each costs the store's time limits."""
-
+SEGMENT_DAYS = 60
+"""UTC days in one segment. Agents put at most 60 windows into one, so an honest one has no more even if its node slept
+between any two of them or its clock jumped, and however late it comes."""
+SPILL_DAYS = 60
+"""UTC days before a share ends: each rebuilds its tables. More than the raw segments of the usual retention have."""
 
 T = TypeVar("T")
 log = get_logger("aggregator.raw.ingest")
 
 
 def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, most_bytes: int) -> list[Outcome]:
-    """Read segments in order and write their rows to ``folder/<day>/<table>.ndjson``, until that has ``most_bytes``;
-    at least one. Keys after an unreadable one of the same node are left out."""
+    """Read segments in order and write their rows to ``folder/<day>/<table>.ndjson``, until that has ``most_bytes``
+    or SPILL_DAYS; at least one. Keys after an unreadable one of the same node are left out."""
     found: list[Outcome] = []
     waiting: set[str] = set()
     in_a_row: set[str] = set()
@@ -54,7 +58,7 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
             kept = bool(reason) and (_keep_copy(store, key) or is_ours(key))
             unknown = sum(batch.unknown_records for batch in batches)
             found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else "", unread[:MAX_REASON]))
-            if lines.written >= most_bytes or len(in_a_row) >= OUTAGE_NODES:
+            if lines.written >= most_bytes or len(lines.days) >= SPILL_DAYS or len(in_a_row) >= OUTAGE_NODES:
                 break
     lines.close()
     return found
@@ -119,12 +123,18 @@ def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
         return [], error.message
     good: list[Batch] = []
     reasons: list[str] = []
+    days: set[str] = set()
     for batch in batches:
         try:
-            _check(batch, key, rack, name)
+            days.add(_check(batch, key, rack, name))
             good.append(cleaned(batch))
         except Refused as error:
             reasons.append(error.message)
+    if len(days) > SEGMENT_DAYS:
+        return (
+            [],
+            f"{name}: batches of {len(days):,} days, from {min(days)} to {max(days)}; no agent writes such a segment",
+        )
     return good, reasons[0] if reasons else ""
 
 
@@ -144,10 +154,12 @@ class _Lines:
         self._folder = folder
         self._open: dict[tuple[str, str], BinaryIO] = {}
         self.written = 0
+        self.days: set[str] = set()
 
     def add(self, batch: Batch) -> None:
         batch = straightened(batch)
         day, meta = utc_day(batch.t_end_ms), parquet.meta_json(meta_of(batch)._asdict())
+        self.days.add(day)
         for ordinal, record in enumerate(batch.records):
             if not isinstance(record, Unknown):
                 self._write(day, record.__struct_config__.tag, parquet.row_json(meta, ordinal, record))
@@ -172,12 +184,12 @@ class _Lines:
         return self._open[key]
 
 
-def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
-    """Check that a batch matches its key and has plausible times. Raises Refused."""
+def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> str:
+    """The UTC day of a batch that matches its key and has plausible times. Raises Refused."""
     if batch.rack != rack:
         raise Refused(f"{name}: belongs to rack {batch.rack[:63]!r}, expected {rack!r}")
     straight = straightened(batch)
-    utc_day(straight.t_end_ms)
+    day = utc_day(straight.t_end_ms)
     for record in straight.records:
         for field in ("t_ms", "last_seen_ms", "start_ms"):
             if field in record.__struct_fields__:
@@ -185,9 +197,10 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> None:
     if key is None:
         if not name.startswith(f"{keys.URGENT_PREFIX}node={keys.check_name(batch.node, 'node id')}/"):
             raise Refused(f"{name}: batch of another node ({batch.node[:63]!r})")
-        return
+        return day
     if (batch.node, batch.incarnation, batch.epoch) != key[:3] or not key.first_seq <= batch.seq <= key.last_seq:
         raise Refused(f"{name}: batch does not match the key ({batch.node[:63]!r}, {batch.epoch}, {batch.seq})")
+    return day
 
 
 def _keep_copy(store: ObjectStore, key: str) -> bool:

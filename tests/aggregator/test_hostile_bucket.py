@@ -4,6 +4,7 @@ import errno
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.files.model_pull import BucketSource
+from agent.telemetry.pusher import SEGMENT_BATCHES
 from aggregator import cli, load, parquet, publish
-from aggregator.calendar import month
+from aggregator.calendar import DAY_MS, month
 from aggregator.commands import alert, prune, rollup, sync, weekly
 from aggregator.manifest import Manifest, Unread, encode, parse
 from aggregator.notify import Discord
@@ -111,6 +113,56 @@ def test_too_many_records_for_a_minute_are_quarantined(tmp_path: Path) -> None:
     (bad,) = rollup.run(CONFIG, store).quarantined
     assert (bad.key, "6000 records, the limit is 5000" in bad.reason) == (key, True)
     assert requests_by_node(store) == {"n1": 2}
+
+
+def daily(first: int, count: int, node: str = "n1", step_ms: int = -DAY_MS) -> list[Batch]:
+    """Batches of consecutive numbers, each of another day."""
+    made = [batch([served(worker=node)], node=node, minute=0, seq=first + n) for n in range(count)]
+    shifted = [T0 + (first + n - 1) * step_ms for n in range(count)]
+    return [
+        msgspec.structs.replace(one, t_start_ms=t_ms, t_end_ms=t_ms + 60_000)
+        for one, t_ms in zip(made, shifted, strict=True)
+    ]
+
+
+def skewed(count: int) -> list[Batch]:
+    """Batches of one minute, whose clock is said to be off by other days each."""
+    made = daily(1, count, step_ms=0)
+    return [msgspec.structs.replace(one, clock_skew_ms=n * DAY_MS) for n, one in enumerate(made)]
+
+
+@pytest.mark.parametrize("each_ms", [-DAY_MS, DAY_MS, 7 * DAY_MS, None])
+def test_a_segment_of_more_days_than_windows_fit_is_quarantined(tmp_path: Path, each_ms: int | None) -> None:
+    store = DirectoryStore(tmp_path)
+    bad = put(store, *(daily(1, 1_500, step_ms=each_ms) if each_ms else skewed(1_500)))
+    put(store, minute(0, "n2"))
+    made = rollup.run(CONFIG, store)
+    assert [one.key for one in made.quarantined] == [bad]
+    assert "no agent writes such a segment" in made.quarantined[0].reason
+    assert (made.batches, len(made.days)) == (1, 1)
+
+
+@pytest.mark.parametrize("each_ms", [-DAY_MS, DAY_MS, -40 * DAY_MS])
+def test_a_node_that_was_off_for_two_months_counts_whatever_it_slept(tmp_path: Path, each_ms: int) -> None:
+    store = DirectoryStore(tmp_path)
+    late = daily(1, SEGMENT_BATCHES, step_ms=each_ms)  # the longest gaps that the windows of one segment can have
+    found, reason = ingest.read(store, put(store, *late), "r")
+    assert (len(found), reason) == (SEGMENT_BATCHES, "")
+
+
+def test_many_days_are_committed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path)
+    monkeypatch.setattr(ingest, "SPILL_DAYS", 4)
+    for first in range(1, 16, 3):
+        put(store, *daily(first, 3))
+    put(store, minute(0, "n2"))
+    made = rollup.run(CONFIG, store)
+    commits = manifests(store)
+    assert (made.batches, len(made.days), made.segments) == (16, 15, 6)
+    new = [len(after.days) - len(before.days) for before, after in pairwise(commits)]
+    assert max([len(commits[0].days), *new]) <= 6
+    assert commits[0].batches > 3, "the other node's are not kept waiting"
+    assert rollup.run(CONFIG, store).number == made.number, "nothing is left"
 
 
 def test_a_piece_that_unpacks_to_much_is_committed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
