@@ -238,10 +238,10 @@ class MLXEngine:
         """One row's token; a row whose processors or detokenizer raise fails alone."""
         row = batch.rows[response.uid]
         try:
-            if not row.broken:
+            if row.broken is None:
                 return self._advance(batch, row, response)
-        except Exception:  # noqa: BLE001  # a detokenizer may meet an unknown id
-            row.broken = True
+        except Exception as error:  # noqa: BLE001  # a detokenizer may meet an unknown id
+            row.broken = error
         if row.batch is not None and response.finish_reason is None:
             batch.remove(row)
         elif row.batch is not None:

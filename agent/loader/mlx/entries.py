@@ -49,8 +49,8 @@ def _guarded(row: Row, process: sampling.Processor) -> sampling.Processor:
     def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
         try:
             return process(tokens, logits)
-        except Exception:  # noqa: BLE001  # a grammar may reject its input
-            row.broken = True
+        except Exception as error:  # noqa: BLE001  # a grammar may reject its input
+            row.broken = row.broken or error
             return logits
 
     return guarded

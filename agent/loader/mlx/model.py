@@ -27,6 +27,7 @@ from agent.loader.chat.summary import summary
 from agent.loader.cpu_limit import PROBE_S, cpu_limit
 from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.lengths import MOST_CHARS, exceeds
+from agent.loader.mlx.constraint import TooComplex, Unconstrained, too_complex, trial
 from agent.loader.mlx.plan import Planner
 from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused, TooLong, unabridged
 from agent.loader.mlx.template import ChatTemplate
@@ -186,10 +187,12 @@ class TextModel:
         found = self._planner.planned(request, prompt.form)
         if isinstance(found, Failed):
             return found
-        if (trial := found.plan.whole or found.plan.trial()) is not None:
-            begun = self.matcher(request.cache, trial)  # compiled now, since the other thread steps every request
-            begun.compute_bitmask()
-            if begun.is_error():
+        if (grammar := found.plan.whole or found.plan.trial()) is not None:
+            try:  # compiled now, since the other thread steps every request
+                trial(self.matcher(request.cache, grammar))
+            except TooComplex:
+                return too_complex(request)
+            except Unconstrained:
                 return _failed(request, "this model's tokens do not support the constraints", _param(request))
         return Extra(found.plan, found.markers, prompt.inside, found.unmet, ignored)
 

@@ -44,7 +44,7 @@ class Row:
     behind: "Row | None" = None
     shared_tok: int = 0
     breaks: int = 0
-    broken: bool = False
+    broken: Exception | None = None
     unmet: list[str] = field(default_factory=list)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.loader.mlx import kv
 from agent.loader.mlx.batch import Batch
+from agent.loader.mlx.constraint import TooComplex, too_complex
 from agent.loader.mlx.row import Row
 from agent.loader.mlx.states import Held, PromptStates
 from agent.loader.prompt_cache import most_shared
@@ -76,7 +77,8 @@ class Rows:
         """End a row that cannot be continued."""
         del self.by_id[row.id]
         self._release(row)
-        self.due.append(Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request"))
+        lost = Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request")
+        self.due.append(too_complex(row.request) if isinstance(row.broken, TooComplex) else lost)
 
     def taken_due(self) -> list[Frame]:
         """Return the frames that are due and forget them."""

@@ -78,7 +78,8 @@ class Scheduler:
             try:
                 entries.append(self._entry(row))
                 joining.append(row)
-            except Exception:  # noqa: BLE001  # one row's failure must not affect the others
+            except Exception as error:  # noqa: BLE001  # one row's failure must not affect the others
+                row.broken = error
                 self._rows.fail(row)
         if not joining:
             return

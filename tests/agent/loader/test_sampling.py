@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.loader.mlx import sampling
+from agent.loader.mlx import constraint, sampling
+from agent.loader.mlx.constraint import too_complex
 from agent.loader.mlx.encoder import EncoderEngine
 from agent.loader.mlx.engine import MLXEngine
 from agent.loader.mlx.pooling import EmbeddingQueue
-from agent.wire.frames import Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
+from agent.wire.frames import Accepted, Done, Embed, Embedded, Failed, Frame, Generate, Message, Tokens
 
 
 def ask(number: int = 1, **more: Any) -> Generate:
@@ -211,3 +212,49 @@ def _tiny_encoder(folder: Path, tokenizer_of: Path) -> Path:
     arrays = {name: mx.random.normal(shape, key=mx.random.key(n)) for n, (name, shape) in enumerate(shapes.items())}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     return folder
+
+
+COMPLEX = {"alternatives": "(a|b)?" * 1500, "options": "a?" * 3000}
+"""What llguidance finds too complex, even for a vocabulary of single bytes."""
+
+
+@pytest.mark.parametrize("where", ["answer", "property"])
+@pytest.mark.parametrize("which", COMPLEX)
+def test_a_pattern_that_is_too_complex_to_follow_is_refused(engine: MLXEngine, which: str, where: str) -> None:
+    text = {"type": "string", "pattern": f"^{COMPLEX[which]}$"}
+    tree = {"type": "object", "properties": {"p": text}, "required": ["p"], "additionalProperties": False}
+    answers = run(engine, ask(1, schema=json.dumps(text if where == "answer" else tree), max_tokens=60))[1]
+    _check_too_complex(answers[-1])
+    assert where == "property" or len(answers) == 1, "found in preparation"
+
+
+def test_a_pattern_that_is_too_complex_in_the_answer_ends_that_one_alone(
+    engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every such pattern shows it in the first steps."""
+    monkeypatch.setattr(constraint, "_TRIAL_STEPS", 0)
+    schema = json.dumps({"type": "string", "pattern": f"^{COMPLEX['alternatives']}$"})
+    answers = run(engine, ask(1, schema=schema, max_tokens=60), ask(2, ignore_eos=True))
+    assert isinstance(answers[1][0], Accepted), "it begins"
+    _check_too_complex(answers[1][-1])
+    done = answers[2][-1]
+    assert isinstance(done, Done)
+    assert done.completion_tok == 12
+
+
+def test_the_place_of_a_schema_that_is_too_complex_is_named() -> None:
+    assert too_complex(ask(1, schema="{}")).param == "response_format"
+    assert too_complex(ask(1, tools=("{}",))).param == "tools"
+
+
+def _check_too_complex(failed: Frame) -> None:
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.param, failed.retryable) == ("invalid_value", "response_format", False)
+    assert "too complex to enforce; simplify its patterns" in failed.message
+
+
+def test_patterns_that_can_be_followed_are(engine: MLXEngine) -> None:
+    for pattern in ("^[a-z]{3,20}$", "^a?$", "^[^@]{1,9}@[^@]{1,9}$", "^(a|b)?c$", ""):
+        schema = json.dumps({"type": "string", "pattern": pattern, "maxLength": 20})
+        (last,) = run(engine, ask(1, schema=schema, max_tokens=80))[1][-1:]
+        assert isinstance(last, Done), (pattern, last)
