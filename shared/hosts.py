@@ -20,6 +20,7 @@ def host_of(url: str) -> str:
     return "" if odd or "%" in host else host.rstrip(".").lower()
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether ``host`` is reachable from this machine only: a loopback address, also one of IPv4 in IPv6, or
     ``localhost``. What a resolver may take for an address (``127.1``, ``0``, ``2130706433``) is none."""

@@ -63,11 +63,13 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
     try:
         with request.app[CONTEXT].dispatch.reading(request[REQUEST_ID], key_id):
             body = await body_of(request, config.limits.body_s, held)
-            large = len(body) >= _LARGE_BYTES
-            run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
-            heavy = await run(weight, body, held.most) if large else weight(body, held.most)
-            held.take(max(0, heavy - held.bytes))
-            wanted = await run(parse, body, config.api) if large else parse(body, config.api)
+            if len(body) < _LARGE_BYTES:
+                held.take(max(0, weight(body, held.most) - held.bytes))
+                wanted = parse(body, config.api)
+            else:
+                run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
+                held.take(max(0, await run(weight, body, held.most) - held.bytes))
+                wanted = await run(parse, body, config.api)
     except Retryable:
         if not request.content.is_eof():  # it will be read and dropped, which takes CPU time, too
             await asyncio.sleep(held.pace_s(request.content_length or 0, time.monotonic()))

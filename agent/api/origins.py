@@ -6,6 +6,7 @@ that trusts loopback serves loopback names only, and no node serves pages that a
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 
 from shared.errors import Refused
 from shared.hosts import is_loopback
@@ -24,12 +25,18 @@ def check_host(hosts: Sequence[str], names: Collection[str]) -> None:
     """Every Host of a request to a loopback listener is a loopback name or one of ``names`` (lower case). A request
     without one is from no browser. Raises Refused."""
     for host in hosts:
-        match = _HOST.fullmatch(host.strip())
-        name = match[1].strip("[]").lower() if match else ""
+        name = _name_of(host)
         if not is_loopback(name) and name.removesuffix(".") not in names:
             raise Refused(
                 "this Host is not served here; use localhost, or add the name to listen.names", code="wrong_host"
             )
+
+
+@lru_cache(maxsize=64)
+def _name_of(host: str) -> str:
+    """The name in a Host header, in lower case; "" when it has none."""
+    match = _HOST.fullmatch(host.strip())
+    return match[1].strip("[]").lower() if match else ""
 
 
 def allowed_origin(

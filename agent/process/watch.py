@@ -49,7 +49,8 @@ class Watch:
     def next(self) -> int | None:
         """The request to send to the loader now; None while none may be sent."""
         if (number := self._line.next()) is not None:
-            self._silence()  # it may have owed nothing before
+            if not (self._owed or self._cancelled):
+                self._heard_s = self._clock()  # it owed nothing before
             self._owed[number] = None
         return number
 
