@@ -27,9 +27,9 @@ CONTEXT_TOK = 1024
 MOST_ROUNDS = 150
 TOGETHER = 4
 """Lessons in a batch."""
-LEARNT, WORST = 0.02, 0.1
+LEARNT, WORST, TRIALS = 0.02, 0.1, 4
 """Training ends when the losses of the answers are below the first, and then that of each of their tokens below the
-second, in conversations whose call ids were not trained: greedy answers are right by a wide margin."""
+second, in so many conversations whose call ids were not trained: greedy answers are right by a wide margin."""
 
 
 class Scene(NamedTuple):
@@ -505,9 +505,14 @@ def _trained(weights: Any, taught: Callable[[], list[Pair]]) -> int:
             mx.eval(mean, weights.parameters(), optimizer.state)
             means.append(mean.item())
         # a last step may have spoilt what was learnt, and other call ids may be answered otherwise
-        if max(means) < LEARNT and max(batch.losses(weights).max().item() for batch in _batches(taught())) < WORST:
+        if max(means) < LEARNT and all(_worst(weights, taught()) < WORST for _ in range(TRIALS)):
             return count + 1
     raise RuntimeError(f"not learnt in {MOST_ROUNDS} rounds: the losses are {means}")
+
+
+def _worst(weights: Any, pairs: list[Pair]) -> float:
+    """The largest loss of a token of an answer."""
+    return max(batch.losses(weights).max().item() for batch in _batches(pairs))
 
 
 class _Batch:

@@ -51,7 +51,7 @@ def test_what_cannot_be_meant_is_dropped_at_a_start(
     file.write_bytes(file.read_bytes().replace(b'"generation":3', b'"generation":%d' % generation))
     adopted = Adopted(file, "n1")
     assert (adopted.desired, adopted.assigned) == (None, ())
-    assert "desired_not_read" in capsys.readouterr().out
+    assert "desired_not_read" in "".join(capsys.readouterr())
     adopted.adopt(DESIRED)
     assert Adopted(file, "n1").desired == DESIRED
 
