@@ -510,9 +510,9 @@ def _trained(weights: Any, taught: Callable[[], list[Pair]]) -> int:
     raise RuntimeError(f"not learnt in {MOST_ROUNDS} rounds: the losses are {means}")
 
 
-def _worst(weights: Any, pairs: list[Pair]) -> float:
+def _worst(weights: Any, pairs: Sequence[Pair]) -> float:
     """The largest loss of a token of an answer."""
-    return max(batch.losses(weights).max().item() for batch in _batches(pairs))
+    return max(float(batch.losses(weights).max().item()) for batch in _batches(pairs))
 
 
 class _Batch:
