@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from shared.errors import Refused
 
-PROBE_S = 60.0
+PROBE_S = 30.0
 """For everything that is asked of a chat template at the start; the slowest known one takes a few seconds."""
 _AGAIN_S = 1.0
 
