@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Literal
 
+import msgspec
+
 from agent.config import Limits
 from agent.gateway.call import Call
 from agent.gateway.node_health import NodeHealth
@@ -65,7 +67,7 @@ class Attempts:
         """Try until an answer is complete or recovery gives up. An answer that is not streamed is held until then."""
         held: list[Answer] = []
         sent = False
-        call.text = text_of(self._prefix_key, call.frame(self._node))
+        call.text = text_of(self._prefix_key, msgspec.structs.replace(call.ask, cache=call.cache))
         while True:
             try:
                 decision = await self._selection.place(call)

@@ -201,11 +201,16 @@ def rack(
                 until(lambda agent=agent: all(p["state"] == "up" for p in agent.status()["peers"]), "peers are up")  # type: ignore[misc]
         yield agents
     finally:
-        for agent in agents:
-            if agent.process is not None and agent.process.poll() is None:
-                agent.kill()
-            elif agent.process is not None and agent.process.stdout is not None:
-                agent.process.stdout.close()
+        end(agents)
+
+
+def end(agents: Sequence[Agent]) -> None:
+    """End every process that still runs."""
+    for agent in agents:
+        if agent.process is not None and agent.process.poll() is None:
+            agent.kill()
+        elif agent.process is not None and agent.process.stdout is not None:
+            agent.process.stdout.close()
 
 
 def until(done: Callable[[], Any], what: str, limit_s: float = 180.0) -> None:

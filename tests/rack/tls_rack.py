@@ -12,7 +12,7 @@ from typing import Any
 from agent.mesh.certificates import Pair, issue, make_authority
 from scripts.seaweed import free_port
 from shared.transport import Tls
-from tests.rack.harness import Agent, until, write_config
+from tests.rack.harness import Agent, end, until, write_config
 
 
 class Authority:
@@ -92,11 +92,7 @@ def tls_rack(
             until(lambda agent=agent: all(p["state"] == "up" for p in agent.status()["peers"]), "peers are up")  # type: ignore[misc]
         yield authority, agents
     finally:
-        for agent in agents:
-            if agent.process is not None and agent.process.poll() is None:
-                agent.kill()
-            elif agent.process is not None and agent.process.stdout is not None:
-                agent.process.stdout.close()
+        end(agents)
 
 
 def _port_of(ports: dict[str, int], other: Agent) -> int:
