@@ -125,7 +125,7 @@ class Dispatch:
             model=Load(0, 1),
             key=Load(self._by_key[key_id], self._limits.in_flight_per_key),
             draining=self.draining,
-            drain_rate_per_s=sum(drain.per_s(now) for drain in self._drain.values()),
+            drain_rate_per_s=lambda: sum(drain.per_s(now) for drain in self._drain.values()),
         )
         if isinstance(decision, Turn):
             call = Call(
@@ -197,7 +197,7 @@ class Dispatch:
             model=Load(self._by_model[call.model] + parts - 1, self._limits.in_flight_per_model),
             key=Load(self._by_key[call.key_id] + parts - 1, self._limits.in_flight_per_key),
             draining=self.draining,
-            drain_rate_per_s=drain.per_s(now) if drain else 0.0,
+            drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
