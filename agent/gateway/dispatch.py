@@ -35,6 +35,9 @@ _REJECTIONS = {
     "key_queue_full": "too many requests in flight for this API key",
 }
 
+_ANY_MODEL = Load(0, 1)
+"""Room for any model, while a request's is not known."""
+
 log = get_logger("agent.dispatch")
 
 
@@ -120,14 +123,14 @@ class Dispatch:
     def reading(self, request_id: str, key_id: str) -> Iterator[None]:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable, and counts the
         rejection."""
-        now = self._clock()
         decision = admit(
-            model=Load(0, 1),
+            model=_ANY_MODEL,
             key=Load(self._by_key[key_id], self._limits.in_flight_per_key),
             draining=self.draining,
-            drain_rate_per_s=lambda: sum(drain.per_s(now) for drain in self._drain.values()),
+            drain_rate_per_s=self._drain_rate_per_s,
         )
         if isinstance(decision, Turn):
+            now = self._clock()
             call = Call(
                 ask=Generate(id=0, model="", max_tokens=None),
                 request_id=request_id,
@@ -209,6 +212,9 @@ class Dispatch:
         if not self._by_model[call.model]:
             del self._by_model[call.model]
         self._forget_key(call.key_id, parts)
+
+    def _drain_rate_per_s(self) -> float:
+        return sum(drain.per_s(self._clock()) for drain in self._drain.values())
 
     def _forget_key(self, key_id: str, parts: int) -> None:
         self._by_key[key_id] -= parts

@@ -38,6 +38,8 @@ class _Key:
 
     @property
     def first(self) -> int:
+        if len(self.waiting) == 1:
+            return next(iter(self.waiting))
         return min(self.waiting, key=lambda number: (self.waiting[number][0], number))
 
 
@@ -78,7 +80,9 @@ class PreparationLine:
         if not self._key_of:
             return None
         ready = [key for key in self._keys.values() if key.waiting]
-        key = min(ready, key=lambda one: (max(one.served, self._now) + one.waiting[one.first][1], one.first))
+        key = ready[0]
+        if len(ready) > 1:
+            key = min(ready, key=lambda one: (max(one.served, self._now) + one.waiting[one.first][1], one.first))
         number = key.first
         size = key.waiting[number][1]
         ahead = [*self._sent.values(), size]
