@@ -57,7 +57,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 def so_far(until_ms: int | msgspec.UnsetType | None, zone: str) -> str:
     """How far a span that is not over was judged, in words; "" if it is over."""
-    return f"so far until {local(until_ms, zone):%Y-%m-%d %H:%M}" if until_ms else ""
+    return f"so far until {local(until_ms, zone):%Y-%m-%d %H:%M} ({zone})" if until_ms else ""
 
 
 def judge(

@@ -97,7 +97,8 @@ def _restore(
         problems.append("restore: no manifest was written, so the bucket is not whole; remove these and run it again")
     if done.missing_models:
         named = ", ".join(done.missing_models)
-        problems.append(f"restore: the desired state names versions that are not in the bucket: {named}; push them")
+        what = f"restore: the desired state names versions that are not in the bucket: {named}"
+        problems.append(f"{what}; nodes that have them serve them, others need mlxrack-agent models push")
     return Ended(
         line="" if args.dry_run else line,
         shown=line if args.dry_run else "",

@@ -70,12 +70,7 @@ def _row(one: "Period", zone: str) -> tuple[str, ...]:
 
 def _plain(one: "Period") -> dict[str, Any]:
     reports = [
-        {
-            "name": r.name,
-            "revision": r.revision,
-            "files": [r.key(e) for e in r.extensions],
-            "stored_ms": r.stored_ms or None,
-        }
+        {"name": r.name, "revision": r.revision, "files": [r.key(e) for e in r.files], "stored_ms": r.stored_ms or None}
         for r in one.reports
     ]
     partial = {"so_far_until_ms": one.so_far_until_ms} if one.so_far_until_ms else {}
@@ -124,7 +119,8 @@ def _written(
     paths = reading.write(store, period, folder, args.report, extensions)
     if getattr(args, "open", False):
         reading.show_with_system([path for path in paths if path.suffix[1:] in reading.OPENED])
-    line = f"{len(paths)} files of {period.cadence} {period.period} written to {folder}"
+    files = f"{len(paths)} file{'s' if len(paths) > 1 else ''}"
+    line = f"{files} of {period.cadence} {period.period} written to {folder}"
     data = {"cadence": period.cadence, "period": period.period, "files": [str(path) for path in paths]}
     return Ended(line=line, details=tuple(map(str, paths)), data=data)
 

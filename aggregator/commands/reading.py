@@ -33,23 +33,27 @@ OPENER_S = 20.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A published report at its newest revision. ``stored_ms`` is when the store got its last file, 0 if it does not
-    say."""
+    """A published report. ``files`` are its formats with their newest revisions, which differ: a format that did not
+    change is not written again. ``stored_ms`` is when the store got the last of them, 0 if it does not say."""
 
     cadence: str
     period: str
     name: str
-    revision: int
-    extensions: tuple[str, ...]
+    files: dict[str, int]
     stored_ms: int
+
+    @property
+    def revision(self) -> int:
+        """The newest."""
+        return max(self.files.values())
 
     def key(self, extension: str) -> str:
         """The key of one of its files."""
-        return keys.report_key(self.cadence, self.period, self.name, self.revision, extension)
+        return keys.report_key(self.cadence, self.period, self.name, self.files[extension], extension)
 
     def file(self, extension: str) -> str:
         """The name of one of its files on a disk."""
-        return ReportKey(self.cadence, self.period, self.name, self.revision, extension).file
+        return ReportKey(self.cadence, self.period, self.name, self.files[extension], extension).file
 
 
 class Period(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +96,7 @@ def text_of(store: ObjectStore, period: Period, name: str = "") -> str:
     """What the reports of a period say, as Markdown. Raises Refused if they cannot be read."""
     if period.cadence == "monthly":
         return _month(store, period)
-    wished = [r for r in period.reports if "md" in r.extensions and name in ("", r.name)]
+    wished = [r for r in period.reports if "md" in r.files and name in ("", r.name)]
     wished.sort(key=lambda r: (ORDER.index(r.name) if r.name in ORDER else len(ORDER), r.name))
     if not wished:
         raise Refused(f"no report {name!r} in {period.period}; there are {', '.join(r.name for r in period.reports)}")
@@ -103,7 +107,7 @@ def figures_of(store: ObjectStore, period: Period, name: str = "") -> dict[str, 
     """The JSON of the reports of a period, by name. Raises Refused."""
     found = {}
     for report in period.reports:
-        if "json" in report.extensions and name in ("", report.name):
+        if "json" in report.files and name in ("", report.name):
             try:
                 found[report.name] = msgspec.json.decode(_body(store, report.key("json")))
             except (msgspec.DecodeError, RecursionError):
@@ -120,7 +124,7 @@ def write(
         (report, extension)
         for report in period.reports
         if name in ("", report.name)
-        for extension in report.extensions
+        for extension in report.files
         if not extensions or extension in extensions
     ]
     if not wished:
@@ -159,15 +163,16 @@ def _placed(path: Path, folder: Path) -> Path:
 
 
 def _period(store: ObjectStore, cadence: str, period: str, found: dict[str, list[tuple[ReportKey, int]]]) -> Period:
-    reports = []
-    for name, files in sorted(found.items()):
-        newest = max(key.revision for key, _ in files)
-        mine = [(key.extension, stored_ms) for key, stored_ms in files if key.revision == newest]
-        extensions, stored = tuple(sorted(e for e, _ in mine)), max(ms for _, ms in mine)
-        reports.append(
-            Report(cadence=cadence, period=period, name=name, revision=newest, extensions=extensions, stored_ms=stored)
-        )
+    reports = [_report(cadence, period, name, files) for name, files in sorted(found.items())]
     return Period(cadence=cadence, period=period, reports=tuple(reports), so_far_until_ms=_so_far(store, reports))
+
+
+def _report(cadence: str, period: str, name: str, files: Sequence[tuple[ReportKey, int]]) -> Report:
+    newest: dict[str, int] = {}
+    for key, _ in files:
+        newest[key.extension] = max(key.revision, newest.get(key.extension, 0))
+    stored_ms = max(ms for _, ms in files)
+    return Report(cadence=cadence, period=period, name=name, files=dict(sorted(newest.items())), stored_ms=stored_ms)
 
 
 class _SoFar(msgspec.Struct):
@@ -178,7 +183,7 @@ def _so_far(store: ObjectStore, reports: Sequence[Report]) -> int | None:
     """How far the reports of a period go; None if it was over. One of them is asked: they are made together."""
     for name in ("report", "uptime"):
         for report in reports:
-            if report.name == name and "json" in report.extensions:
+            if report.name == name and "json" in report.files:
                 try:
                     return msgspec.json.decode(_body(store, report.key("json")), type=_SoFar).so_far_until_ms
                 except (msgspec.DecodeError, RecursionError, Refused):
@@ -188,7 +193,7 @@ def _so_far(store: ObjectStore, reports: Sequence[Report]) -> int | None:
 
 def _month(store: ObjectStore, period: Period) -> str:
     """The executive report in words: its headline and recommendations, then the same pages as of a week."""
-    found = next((r for r in period.reports if r.name == "report" and "json" in r.extensions), None)
+    found = next((r for r in period.reports if r.name == "report" and "json" in r.files), None)
     if found is None:
         raise Refused(f"{period.period}: the figures of the report are missing in the bucket; publish it again")
     try:
@@ -203,7 +208,7 @@ def _month(store: ObjectStore, period: Period) -> str:
 
 
 def _names(period: Period) -> str:
-    return ", ".join(f"{r.name} ({', '.join(r.extensions)})" for r in period.reports)
+    return ", ".join(f"{r.name} ({', '.join(r.files)})" for r in period.reports)
 
 
 def _text(store: ObjectStore, key: str) -> str:

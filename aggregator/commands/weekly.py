@@ -82,7 +82,7 @@ def _marked(report: object, judged: Judged) -> object:
         return report
     mark = {"so_far_until_ms": judged.so_far_until_ms}
     plain = msgspec.to_builtins(report)
-    return [one | mark for one in plain] if isinstance(plain, list) else plain | mark
+    return [one | mark for one in plain] if isinstance(plain, list | tuple) else plain | mark
 
 
 def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str, tuple[object, Page]]:
@@ -99,7 +99,7 @@ def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str
     }
     if not judged.so_far:
         return found
-    return {name: (report, so_far(page, judged.so_far, judged.timezone)) for name, (report, page) in found.items()}
+    return {name: (report, so_far(page, judged.so_far)) for name, (report, page) in found.items()}
 
 
 def remarks(manifest: Manifest) -> tuple[str, ...]:

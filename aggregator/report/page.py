@@ -43,13 +43,13 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     foot: str = ""
 
 
-CODE = re.compile(r"(`[A-Za-z0-9 ._-]+`)")
+CODE = re.compile(r"(`[A-Za-z0-9._-]+(?: [A-Za-z0-9._-]+)*`)")
 """A command or a name within a text, as every format shows it."""
 
 
-def so_far(page: Page, until: str, zone: str) -> Page:
+def so_far(page: Page, until: str) -> Page:
     """A page of a span that is not over, which says so in its title and first sentence."""
-    lead = f"{until[:1].upper()}{until[1:]} ({zone}): {page.lead}"
+    lead = f"{until[:1].upper()}{until[1:]}: {page.lead}"
     return msgspec.structs.replace(page, title=f"{page.title}, {until}", lead=lead)
 
 
