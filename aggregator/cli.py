@@ -289,7 +289,7 @@ def _apply(args: argparse.Namespace) -> Ended:
         what = f"{len(moves)} of {len(report.moves)} steps of {report.period}"
         where += f"; back: {command('apply --undo', args.config)}"
     line = f"generation {state.generation} {done}: {what}" + ("" if args.dry_run else f", {where}")
-    lines = "\n".join((*shown, *([line] if args.dry_run else [])))
+    lines = "\n".join((*(shown if args.dry_run or not args.quiet else ()), *([line] if args.dry_run else [])))
     data = {"published": not args.dry_run, "desired": msgspec.to_builtins(state)}
     return Ended(line="" if args.dry_run else line, shown=lines, data=data)
 

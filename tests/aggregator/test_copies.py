@@ -413,7 +413,8 @@ def test_what_changes_nothing_is_not_published(
     proposed: tuple[str, DirectoryStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, store = proposed
-    assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
+    assert cli.main(["apply", "--week", "2026-W47", "--quiet", "--config", config]) == 0
+    assert capsys.readouterr() == ("", "")
     body = store.get(keys.DESIRED, MOST).body
     for more in ([], ["--dry-run"]):
         assert cli.main(["apply", "--week", "2026-W47", *more, "--config", config]) == os.EX_NOINPUT
