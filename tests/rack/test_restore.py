@@ -38,7 +38,7 @@ OLD = MadeRack(
     nodes=NODES,
     models=(MadeModel(name="chat", per_hour=60), MadeModel(name="code", per_hour=30)),
     since_ms=SINCE_MS,
-    window_ms=60_000 if FULL else 1_800_000,
+    window_ms=300_000 if FULL else 1_800_000,
     faults=2.0,
 )
 LEASE = "state/v1/lease-rollup.json"
