@@ -40,3 +40,10 @@ def check_store(store: Store) -> list[str]:
         elif not is_reference(value):
             found.append(f"store.{name}: {REFERENCE_HINT}")
     return found
+
+
+def place(store: Store) -> str:
+    """Where a bucket is, for display."""
+    if store.kind == "directory":
+        return store.path
+    return f"s3://{store.bucket}/{store.prefix}".rstrip("/")

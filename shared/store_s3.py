@@ -205,7 +205,10 @@ class S3Store:
     def _page(self, answer: Any, prefix: str, after: str, limit: int) -> list[Listed]:
         """A page of a listing, if it is what was asked for: callers go on from its last key. Raises Retryable."""
         cut = len(self._prefix)
-        page = [Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"')) for o in answer.get("Contents", ())]
+        page = [
+            Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"'), _written_ms(o))
+            for o in answer.get("Contents", ())
+        ]
         keys = [after.encode(), *(one.key.encode() for one in page)]
         ordered = any(all(place(a) < place(b) for a, b in pairwise(keys)) for place in _ORDERS)
         theirs = all(o["Key"].startswith(self._prefix + prefix) for o in answer.get("Contents", ()))
@@ -231,6 +234,14 @@ class S3Store:
                 Bucket=self._bucket, Key=self._prefix + key, Body=body, ContentType=_TYPE, **condition
             )
             return _etag(answer, f"put {key}")
+
+
+def _written_ms(listed: Any) -> int:
+    """When the store wrote an object of a listing; 0 if it does not say so in a way that is a time."""
+    try:
+        return int(listed["LastModified"].timestamp() * 1000)
+    except (KeyError, AttributeError, ValueError, OverflowError, OSError):
+        return 0
 
 
 def _etag(answer: Any, what: str) -> str:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from aggregator import alerts
@@ -132,6 +133,49 @@ def test_a_message_is_within_limits_and_mentions_nobody() -> None:
     assert "\\_1 \\@everyone" in embed["title"]
     resolved: Any = payload(notice(resolved=True))
     assert resolved["embeds"][0]["title"].startswith("Resolved: Node down")
+
+
+def description(one: Notice, rack_name: str = "office") -> tuple[str, str]:
+    """Title and text without the escapes, which are for Discord."""
+    body: Any = payload(one, rack_name)
+    (embed,) = body["embeds"]
+    return embed["title"].replace("\\", ""), embed["description"].replace("\\", "")
+
+
+def test_a_notice_names_the_rack_and_says_since_when_and_how_long() -> None:
+    gone = batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="mini-3", last_seen_ms=T0)], node="mini-2", minute=1)
+    state = observe(AlertState(), facts(gone), T0 + 3 * MINUTE, CONFIG)
+    state, (fired,) = evaluate(state, T0 + 3 * MINUTE, CONFIG)
+    title, text = description(fired)
+    assert title == "Node down: mini-3 (rack office)"
+    assert text.split("\n")[:2] == [
+        "mini-3 does not answer the heartbeats of mini-2.",
+        "It began at 2026-11-21 00:00:00 UTC, 3.0 min ago.",
+    ]
+    up = batch([PeerUp(t_ms=T0 + 30 * MINUTE, peer="mini-3", down_us=0)], node="mini-2", minute=30)
+    state = observe(state, facts(up), T0 + 31 * MINUTE, CONFIG)
+    state, notices = evaluate(state, T0 + 31 * MINUTE, CONFIG)
+    (over,) = [one for one in notices if one.resolved]
+    title, text = description(over)
+    assert title == "Resolved: Node down: mini-3 (rack office)"
+    assert text.split("\n")[:2] == [
+        "Over after 30.0 min: from 2026-11-21 00:00:00 to 2026-11-21 00:30:00 UTC.",
+        "It was: mini-3 does not answer the heartbeats of mini-2.",
+    ]
+
+
+def test_every_kind_of_notice_is_sentences_with_a_begin_and_a_duration() -> None:
+    for rule in RULES:
+        for resolved in (False, True):
+            firing = Firing(code=rule.code, subject="n1", since_ms=T0, text="n1 is what it is")
+            one = Notice(rule=rule, firing=firing, resolved=resolved, at_ms=T0 + 45 * MINUTE)
+            title, text = description(one)
+            assert "(rack office)" in title
+            assert "2026-11-21 00:00:00" in text
+            assert "45.0 min" in text
+            assert ("2026-11-21 00:45:00" in text) is resolved
+            early = msgspec.structs.replace(one, at_ms=T0 - MINUTE)  # clocks that differ
+            assert "-" not in description(early)[1].split("\n")[0].split(":")[0].replace("2026-11-21", "")
 
 
 class _Webhook(http.server.ThreadingHTTPServer):
