@@ -22,11 +22,12 @@ from aggregator import config as aggregator_config
 from aggregator.config import AggregatorConfig
 from aggregator.economics import Inputs
 from aggregator.report.page import Page
-from shared import __version__, logs
+from shared import __version__, cli_help, logs
 from shared import config as shared_config
 from shared.bucket import Store, check_store
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
+from shared.missing import broken_import, guarded
 from shared.secrets import resolve
 from shared.store import ObjectStore
 from shared.store_open import open_store
@@ -54,6 +55,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     store: Store
 
 
+@guarded("mlxrack-aggregator", "aggregator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlxrack-aggregator: {error.message}", file=sys.stderr)
         return exit_status(error)
     except OSError as error:
+        if broken_import(error):
+            raise
         print(f"mlxrack-aggregator: {_said(error)}", file=sys.stderr)
         return os.EX_TEMPFAIL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
     return status
@@ -144,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     buy.add_argument("--currency", default="USD")
     buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
     verb("check-config", "Validate the configuration and print all problems.", _check_config)
+    cli_help.add(verbs, parser)
     return parser
 
 
@@ -220,7 +225,7 @@ def _alert(args: argparse.Namespace) -> int:
     references = {"alerts": config.discord.alerts, "thermal": config.discord.thermal}
     urls = {name: resolve(reference, os.environ) for name, reference in references.items() if reference}
     with lease.held(store, "alert"):
-        sent = alert.run(config, store, notify.Discord(urls))
+        sent = alert.run(config, store, notify.Discord(urls, docs_url=config.discord.docs_url))
     told = [{"code": n.rule.code, "subject": n.firing.subject, "resolved": n.resolved} for n in sent]
     _say(args, {"sent": told}, f"{len(told)} notices sent")
     return 0
