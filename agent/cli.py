@@ -23,7 +23,7 @@ import msgspec
 from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
-from agent.operator import cli_models, cli_tls, completion, install, logview, obtain, serve_one
+from agent.operator import cli_models, cli_store, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
+    cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
     return parser
 
