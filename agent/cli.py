@@ -1,7 +1,7 @@
 """mlxrack-agent: run, inspect and control the agent.
 
 The only module that reads the environment and the command line. Exit codes are os.EX_*: 0 success, 64 usage error,
-69 agent not running or address in use, 75 temporary failure, 78 invalid configuration, 1 any other error.
+69 agent not running, address in use or package missing, 75 temporary failure, 78 invalid configuration, 1 any other.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """mlxrack-aggregator: rollups, reports and alerts from the bucket, to be run by cron.
 
 Silent on success. The only place that reads the environment and the command line. Exit codes are os.EX_*:
-0 success, 64 usage error, 75 try later (another run holds the lease, the store is unavailable), 77 the store rejected
-the credentials, 78 invalid configuration, 1 any other error.
+0 success, 64 usage error, 69 a package is missing, 75 try later (another run holds the lease, the store is
+unavailable), 77 the store rejected the credentials, 78 invalid configuration, 1 any other error.
 """
 
 import argparse

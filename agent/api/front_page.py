@@ -28,7 +28,7 @@ p { margin: 0.5rem 0; }
 .soft { color: var(--soft); }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.88em; }
 pre, ul { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-pre { padding: 0.9rem 1rem; overflow-x: auto; line-height: 1.5; }
+pre { padding: 0.9rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 ul { list-style: none; margin: 0; padding: 0.2rem 1rem; }
 li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0.2rem 1rem; padding: 0.5rem 0;
   border-top: 1px solid var(--line); overflow-wrap: anywhere; }
