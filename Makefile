@@ -115,7 +115,7 @@ bench-serve: $(STAMP) model ## measure tokens/s of the agent, mlx_lm.server and 
 	@$(BIN)/python -m scripts.bench_serve
 
 dist: $(STAMP) ## build a wheel in dist/
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove build outputs
 	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .import_linter_cache

@@ -20,7 +20,7 @@ CERTIFICATES = ("listener", "node", "ca")
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of alert. ``channel`` is alerts or thermal."""
+    """One kind of alert. ``channel`` is alerts or thermal, ``runbook`` a topic of `mlxrack-agent help`."""
 
     code: str
     title: str
@@ -30,8 +30,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 RULES = tuple(
-    Rule(code=code, title=title, severity=severity, channel=channel, runbook=f"docs/runbooks.md#{anchor}")
-    for code, title, severity, channel, anchor in (
+    Rule(code=code, title=title, severity=severity, channel=channel, runbook=runbook)
+    for code, title, severity, channel, runbook in (
         ("node_down", "Node down", "page", "alerts", "node-down"),
         ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
         ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),

@@ -2,8 +2,8 @@
 
 Each run says in one line what it did, nothing with --quiet. The only place that reads the environment and the command
 line. Exit codes are os.EX_*: 0 success, 64 usage error, 66 nothing to publish (no telemetry in the period, an empty
-proposal, no such report), 75 try later (another run holds the lease, the store is unavailable, the bucket is being
-restored), 77 the store rejected the credentials, 78 invalid configuration, 1 any other error.
+proposal, no such report), 69 a package is missing, 75 try later (another run holds the lease, the store is unavailable,
+the bucket is being restored), 77 the store rejected the credentials, 78 invalid configuration, 1 any other error.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from aggregator.commands.ended import Ended, NothingToPublish, command, say, tel
 from aggregator.config import AggregatorConfig
 from aggregator.economics import Inputs
 from aggregator.report.page import Page
-from shared import __version__, keys, logs
+from shared import __version__, cli_help, keys, logs
 from shared import config as shared_config
 from shared.bucket import place
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
+from shared.missing import broken_import, guarded
 from shared.secrets import resolve
 from shared.store import ObjectStore
 from shared.store_open import open_store
@@ -53,6 +54,7 @@ _INPUTS = {
 }
 
 
+@guarded("mlxrack-aggregator", "aggregator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs.configure(args.log, level="info" if args.verbose else "warning")
     try:
-        ended: Ended = args.run(args)
+        ended: Ended | int = args.run(args)
+        if isinstance(ended, int):  # `help` has paged its text itself
+            return ended
         return tell(ended, as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     except KeyboardInterrupt:
         return 130
@@ -72,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"mlxrack-aggregator: {error.message}", sys.stderr)
         return exit_status(error)
     except OSError as error:
+        if broken_import(error):
+            raise
         say(f"mlxrack-aggregator: {_said(error)}", sys.stderr)
         return os.EX_TEMPFAIL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
 
@@ -156,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     buy.add_argument("--currency", default="USD")
     buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
     verb("check-config", "Validate the configuration and print all problems.", _check_config)
+    cli_help.add(verbs, parser)
     return parser
 
 
@@ -258,7 +265,7 @@ def _alert(args: argparse.Namespace) -> Ended:
     references = {"alerts": config.discord.alerts, "thermal": config.discord.thermal}
     urls = {name: resolve(reference, os.environ) for name, reference in references.items() if reference}
     with lease.held(store, "alert"):
-        sent = alert.run(config, store, notify.Discord(urls, rack=config.rack))
+        sent = alert.run(config, store, notify.Discord(urls, rack=config.rack, docs_url=config.discord.docs_url))
     told = [{"code": n.rule.code, "subject": n.firing.subject, "resolved": n.resolved} for n in sent]
     each = [f"{'resolved' if n.resolved else 'fires'}: {n.rule.title}: {n.firing.text}" for n in sent]
     to = "to Discord" if urls else "nowhere: [discord] names no webhook"

@@ -91,7 +91,10 @@ class S3Store:
         read_timeout_s: float = 20,
         call_s: float = CALL_S,
         attempts: int = 3,
+        verify: str | bool | None = None,
     ) -> None:
+        """``verify`` is a file of CAs in PEM that the endpoint's certificate must be signed by (None: public ones);
+        False checks nothing, and is for a server that this process has started."""
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._client: Any = _client(
@@ -102,6 +105,7 @@ class S3Store:
                 read_timeout=read_timeout_s,
             ),
             call_s,
+            verify,
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
             aws_session_token=session_token,
@@ -267,12 +271,14 @@ def _body(answer: Any, what: str, most_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-def _client(endpoint: str, patience: Config, call_s: float, **credentials: str | None) -> Any:
+def _client(
+    endpoint: str, patience: Config, call_s: float, verify: str | bool | None, **credentials: str | None
+) -> Any:
     core = botocore.session.Session()
     core.register_component("data_loader", SmallLoader())
     session = boto3.session.Session(botocore_session=core, **credentials)
     try:
-        client = session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience))
+        client = session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience), verify=verify)
     except ValueError:
         why = f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL"
         raise Halt(why, code="bad_endpoint") from None

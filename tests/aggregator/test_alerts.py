@@ -12,12 +12,16 @@ import pytest
 from aggregator import alerts
 from aggregator.alerts import RULES, AlertState, Firing, Notice, evaluate, observe
 from aggregator.calendar import DAY_MS
-from aggregator.config import Alerts
+from aggregator.config import AggregatorConfig, Alerts, check
+from aggregator.config import Discord as DiscordConfig
 from aggregator.notify import Discord, payload
 from aggregator.window import Fact, facts_of
 from shared.batch import Batch
+from shared.bucket import Store
 from shared.errors import Halt, Retryable
 from shared.records import CertificateExpires, ModelEvicted, PeerDown, PeerUp, SwapFinished
+from shared.resources import pages
+from shared.topics import topics
 from tests.builders import MINUTE, T0, batch, host
 
 CONFIG = Alerts()
@@ -288,12 +292,31 @@ def test_certificates_of_a_node_are_told_apart_and_unknown_ones_are_not_kept() -
     assert set(state.nodes["n1"].certificates) == {"ca", "listener"}
 
 
-def test_every_rule_has_a_runbook_entry() -> None:
-    from pathlib import Path
+def test_a_notice_names_the_command_that_shows_its_runbook_and_the_page_where_phones_find_it() -> None:
+    for text in ("x", "x" * 9_000):
+        said: Any = payload(notice(text))
+        assert said["embeds"][0]["description"].endswith("\nrunbook: `mlxrack-agent help node-down`")
+        linked: Any = payload(notice(text), "https://wiki.example/mlxrack/")
+        lines = linked["embeds"][0]["description"].splitlines()
+        assert lines[-1] == "https://wiki.example/mlxrack/runbooks.md#node-down"
+        assert len(linked["embeds"][0]["description"]) <= 4096
 
-    text = Path("docs/runbooks.md").read_text(encoding="utf-8")
+
+@pytest.mark.parametrize(
+    ("url", "fine"),
+    [("", True), ("https://wiki.example/docs", True), ("http://10.0.0.1:8000/d/", True), ("wiki.example", False)]
+    + [(f"https://wiki.example/{odd}", False) for odd in (" x", "<x>", "(x)", '"')]
+    + [("file:///docs", False), ("javascript:alert(1)", False)],
+)
+def test_a_docs_url_is_one(url: str, fine: bool) -> None:
+    made = AggregatorConfig(rack="r", store=Store(path="b"), discord=DiscordConfig(docs_url=url))
+    assert bool(check(made)) != fine
+
+
+def test_every_rule_has_a_runbook_entry() -> None:
+    known = topics(pages())
     for rule in RULES:
-        anchor = rule.runbook.split("#")[1]
-        assert f'<a id="{anchor}"></a>\n\n## {anchor.replace("-", " ")}' in text.lower(), rule.code
+        assert known[rule.runbook].page == "runbooks", rule.code
+        assert known[rule.runbook].title.lower().startswith(rule.runbook.replace("-", " ")), rule.code
     expiry = {"certificate_expires", "certificate_expires_soon"}
     assert {"node_down", "throttling", "swap_failed", "eviction_storm", *expiry} == {r.code for r in alerts.RULES}
