@@ -296,7 +296,7 @@ def test_a_notice_names_the_command_that_shows_its_runbook_and_the_page_where_ph
     for text in ("x", "x" * 9_000):
         said: Any = payload(notice(text))
         assert said["embeds"][0]["description"].endswith("\nrunbook: `mlxrack-agent help node-down`")
-        linked: Any = payload(notice(text), "https://wiki.example/mlxrack/")
+        linked: Any = payload(notice(text), docs_url="https://wiki.example/mlxrack/")
         lines = linked["embeds"][0]["description"].splitlines()
         assert lines[-1] == "https://wiki.example/mlxrack/runbooks.md#node-down"
         assert len(linked["embeds"][0]["description"]) <= 4096

@@ -103,7 +103,7 @@ def test_every_verb_says_in_one_line_what_it_did_and_nothing_when_quiet(
         "fetch": ["--out", str(tmp_path / "out")],
     }
     reading_ones = {"list", "show", "plan", "economics", "check-config"}
-    assert set(acting) | reading_ones | {"apply", "restore"} == set(verbs()), "a new verb is tried here"
+    assert set(acting) | reading_ones | {"apply", "restore", "help"} == set(verbs()), "a new verb is tried here"
     for verb, words in acting.items():
         assert cli.main([verb, *words, "--config", filled]) == 0
         told = capsys.readouterr()

@@ -25,6 +25,7 @@ WRONG = "a shared library is missing"
 ARGUMENTS = {
     "--config": ["missing.toml"],
     "--to": ["missing.toml"],
+    "--from": ["missing.toml"],
     "--intake": ["i.toml"],
     "--inventory": ["i.toml"],
     "--api-spend": ["1"],
