@@ -165,7 +165,7 @@ def window(store: ObjectStore, span: Span) -> Window:
     tables, or from minute tables where the rack's UTC offset is not a whole number of hours."""
     with parquet.Database() as db, ThreadPoolExecutor(CONNECTIONS) as pool:
         sources = _Sources(store, db, pool, span)
-        return Window(
+        found = Window(
             span=span,
             served=_structs(db, sources.folded("served", None), ServedSum),
             latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
@@ -181,6 +181,28 @@ def window(store: ObjectStore, span: Span) -> Window:
             asked=_structs(db, sources.slots("asked"), Asked),
             events=_events(db, sources.events()),
         )
+        late = {node for node in found.nodes if not found.reported_at_the_start(node)}
+        return msgspec.structs.replace(found, reported_before=_reported_before(store, db, pool, span, late))
+
+
+def _reported_before(
+    store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span, nodes: set[str]
+) -> frozenset[str]:
+    """Which of these nodes had reported before the span: from its last days back, until all are found."""
+    days: list[str] = []
+    if nodes:
+        listed = (keys.parse_table_key(one.key)[2] for one in each(store, keys.table_prefix("day", "cover")))
+        days = sorted((day for day in listed if utc_day_ms(day) < span.since_ms), reverse=True)
+    found: set[str] = set()
+    for at in range(0, len(days), CONNECTIONS):
+        wanted = [keys.table_key("day", "cover", day) for day in days[at : at + CONNECTIONS]]
+        stored = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
+        files = [db.file(f"before-{at + n}.parquet", one.body) for n, one in enumerate(stored) if one is not None]
+        covers = _structs(db, parquet.reading(files, folded_columns(FOLDS["cover"])) if files else "", Cover)
+        found |= {one.node for one in covers if any(start < span.since_ms for start in one.starts)}
+        if found >= nodes:
+            break
+    return frozenset(found & nodes)
 
 
 class _Sources:

@@ -106,6 +106,11 @@ def table_key(level: str, table: str, day: str) -> str:
     return f"{level}/v1/table={table}/dt={day}/part.parquet"
 
 
+def table_prefix(level: str, table: str) -> str:
+    """All days of one table."""
+    return f"{level}/v1/table={table}/"
+
+
 def parse_table_key(key: str) -> tuple[str, str, str]:
     """Level (minute, hour or day), table and UTC day of a table's file. Raises Refused for a foreign key."""
     if not (match := _TABLE.fullmatch(key)):

@@ -16,7 +16,7 @@ from shared.store import ObjectStore
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
     """Publish the month's report; returns its keys."""
     window = load.window(store, month(name, config.timezone))
-    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store))
+    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     return [
         publish.report(store, "monthly", name, "report", "json", body),
