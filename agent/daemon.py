@@ -32,6 +32,7 @@ from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
+from agent.mesh.sightings import Sightings, mark_of
 from agent.mesh.signing import Key, Nonces
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
@@ -48,7 +49,7 @@ from shared import __version__, private
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
-from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
+from shared.records import AgentStopped, EngineWindow, Event
 from shared.secrets import strong
 from shared.store_open import open_store
 
@@ -77,8 +78,9 @@ class Daemon:
         self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
-        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls)
         self.telemetry = self._telemetry()
+        mark = mark_of(self.telemetry.spool.identity.hardware, self.telemetry.spool.identity.spool_id)
+        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls, mark=mark)
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
         self._pool = self._model_pool()
@@ -98,6 +100,7 @@ class Daemon:
             *(self._table, self._peer_client, self.telemetry.outbox.emit),
             rack=config.node.rack,
             beat_s=config.peers.beat_s,
+            sightings=Sightings(config.node.id, mark),
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
@@ -222,7 +225,7 @@ class Daemon:
 
     async def _start(self, port: int) -> None:
         node, telemetry = self.config.node, self.telemetry
-        self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=telemetry.previous()))
+        self._emit(telemetry.serves())
         log.info("agent_started", node=node.id, port=port, version=__version__, epoch=telemetry.spool.epoch)
         self._follower.prepare()
         # the GPU may respond slowly, and a run that is killed meanwhile must leave a record

@@ -37,6 +37,8 @@ MOST_LEASE_BYTES = 4 << 10
 MOST_NOTES_BYTES = 4 << 20
 """A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
+RACK = "desired/v1/rack.json"
+"""Whose bucket this is: the aggregator writes it once it has counted batches of its rack."""
 ALERT_STATE = "state/v1/alerts.json"
 
 
@@ -82,9 +84,19 @@ def claim_key(node: str, incarnation: int) -> str:
     return f"{raw_node_prefix(node)}i{incarnation:04d}/claim"
 
 
+def contest_key(node: str, incarnation: int) -> str:
+    """Where another agent says that it uses the id whose claim this is."""
+    return f"{raw_node_prefix(node)}i{incarnation:04d}/contested"
+
+
+def grant_key(node: str, incarnation: int) -> str:
+    """Where an operator says who may claim the id after this claim."""
+    return f"{raw_node_prefix(node)}i{incarnation:04d}/granted"
+
+
 def is_claim(key: str) -> bool:
-    """Whether a key under raw/ is a claim rather than a segment."""
-    return key.startswith(RAW_PREFIX) and key.endswith("/claim")
+    """Whether a key under raw/ is about a claim, and not a segment."""
+    return key.startswith(RAW_PREFIX) and key.endswith(("/claim", "/contested", "/granted"))
 
 
 def urgent_key(key: RawKey, ordinal: int) -> str:

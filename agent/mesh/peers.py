@@ -25,7 +25,8 @@ _NEVER = float("inf")
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node reports of itself once a second. ``epoch`` rises with every start of its agent."""
+    """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
+    and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py)."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -37,6 +38,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     heat: Count = 0
     memory: str = "calm"
     t_ms: int = 0
+    agent: str = ""
+    twice: tuple[str, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
