@@ -23,7 +23,7 @@ import msgspec
 from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
-from agent.operator import cli_models, cli_store, cli_tls, completion, install, logview, obtain, serve_one
+from agent.operator import cli_claim, cli_models, cli_store, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
@@ -107,9 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         ("pin", "Exclude a model from eviction.", _pin("yes")),
         ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
     ):
-        order = verb(name, text, run_order)
+        _json(order := verb(name, text, run_order))
         order.add_argument("model", help="served name")
-        _json(order)
     swap = verb("swap", "Replace the version behind a served name without losing a request (hot or cold swap).", _swap)
     swap.add_argument("old", help="served name")
     swap.add_argument("new", help="configured model that takes over the name")
@@ -139,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
     cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
+    cli_claim.add(verb, _config_and_state, _common)
     return parser
 
 
