@@ -82,6 +82,13 @@ class Follower:
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason[:MAX_TEXT], drift=found)
 
+    def governs(self, name: str) -> str:
+        """What decides how a name is served, if not agent.toml: "order" of an operator, or "desired" state, which wins
+        once it is newer; "" for agent.toml. What governs a name is not to be changed by anything below it."""
+        if name in self._adopted.ordered:
+            return "order"
+        return "desired" if any(one.model == name for one in self._adopted.assigned) else ""
+
     @property
     def since_ms(self) -> int | None:
         """Since when the desired state could not be asked for, UTC in ms; None while it can. Its reason may have
