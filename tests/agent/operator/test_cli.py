@@ -283,7 +283,7 @@ def test_models_are_pulled_listed_and_removed(
     ("words", "why"),
     [
         (["models", "pull", "/no/such/folder"], "no such folder"),
-        (["models", "pull", "bucket:nothing"], "the bucket holds no version"),
+        (["models", "pull", "bucket:nothing"], "holds none of that name, it holds no model at all; upload it"),
         (["models", "pull", "bucket:not a name"], "use 1 to 63 letters"),
         (["models", "pull", "bucket:x@0123456789abcdef"], "upload it with `mlxrack-agent models push"),
         (["models", "remove", "nothing"], "it is not in the store"),
