@@ -9,7 +9,6 @@ import msgspec
 from agent.control import standing
 from agent.control.adopted import Adopted
 from agent.control.standing import Base, Order, Start
-from agent.models.inventory import Served
 from agent.models.pool import Pool
 from shared.errors import Refused
 
@@ -58,8 +57,10 @@ class InForce:
         """How long what was just ordered for a name holds, and how to undo it."""
         key = self.own_name(name)
         if key not in self._adopted.orders:
-            base = self.base(key)
-            return f"this is what {base.says if base else standing.AGENT_TOML} says, so no order stands for {key}"
+            base, start = self.base(key), self.start(key)
+            later = self._at_next_start(start) if start is not None else ""
+            says = f"this is what {base.says if base else standing.AGENT_TOML} says, so no order stands for {key}"
+            return f"no order stands for {key}, which {later}" if later else says
         if not self._lasting:
             return "until this process ends"
         if self._adopted.unkept:
@@ -73,12 +74,17 @@ class InForce:
         return {start.names[0]: {"by": _by(start), "text": self._origin(start)} for start in self.starts()}
 
     def _origin(self, start: Start) -> str:
-        name, now = start.names[0], None
+        changed = self.changed.get(start.names[0], "")
+        return "; ".join(one for one in (standing.origin(start), changed, self._at_next_start(start)) if one)
+
+    def _at_next_start(self, start: Start) -> str:
+        """What the next start serves, if that is not what is served now; "" if it is."""
         with contextlib.suppress(Refused):
-            now = self._pool.inventory.served(name)
-        return "; ".join(
-            one for one in (standing.origin(start), self.changed.get(name), _at_next_start(now, start)) if one
-        )
+            now, then = self._pool.inventory.served(start.names[0]).model, start.model
+            if now.path != then.path:
+                files = (now.name, then.name) if now.name != then.name else (now.path, then.path)
+                return f"serves {files[0]} now, and {files[1]} from the next start on"
+        return ""
 
     def listed(self) -> list[dict[str, Any]]:
         """Every order that stands, for display."""
@@ -101,9 +107,3 @@ def _by(start: Start) -> str:
     if start.order != Order():
         return "order"
     return standing.AGENT_TOML if start.base.says == standing.AGENT_TOML else "desired"
-
-
-def _at_next_start(now: Served | None, start: Start) -> str:
-    if now is None or (now.names[0], now.model.path) == (start.names[0], start.model.path):
-        return ""
-    return f"serves {now.model.path or now.model.name} now, and the next start serves {start.model.name}"

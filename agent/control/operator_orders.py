@@ -180,7 +180,7 @@ class OperatorOrders:
         """Do what holds without an order; what was done, in words. Raises RackError."""
         base, start = self._in_force.base(name), self._in_force.start(name)
         if later:
-            return f"nothing has changed yet; at the next start {standing.instead(order, base)}" if base else "at once"
+            return f"nothing changes now; for the next start {standing.instead(order, base)}" if base else "it waited"
         if base is None or start is None:
             return "it was not in force"
         if self._adopted.follows:

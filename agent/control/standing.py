@@ -225,8 +225,10 @@ def unreadable(order: Order) -> str:
 
 def words(order: Order) -> str:
     """The orders with their times, like ``2026-11-26 10:12 UTC: swap to g``; the oldest first."""
-    said = sorted(_said(order))
-    return "; ".join(f"{_time(at_ms)}: {what}" for at_ms, what in said)
+    by_time: dict[str, list[str]] = {}
+    for at_ms, what in sorted(_said(order)):
+        by_time.setdefault(_time(at_ms), []).append(what)
+    return "; ".join(f"{time}: {', '.join(what)}" for time, what in by_time.items())
 
 
 def kinds(order: Order) -> str:

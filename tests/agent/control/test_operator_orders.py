@@ -156,8 +156,15 @@ async def test_clearing_serves_what_agent_toml_says_and_says_what_was_done(tmp_p
         await given(node, "unload a")
         await node.orders.clear("a", later=True)
         assert not node.now()[0][2], "nothing has changed yet"
+        await given(node, "load a")
+        await given(node, "swap a b")
+        (said,) = await node.orders.clear("a", later=True)
+        assert said["now"] == "nothing changes now; for the next start agent.toml says a"
+        for text in (node.follower.in_force.lasting("a"), node.follower.in_force.origins()["a"]["text"]):
+            assert "serves b now, and a from the next start on" in text
     async with started(tmp_path, *ABC) as node:
         assert node.now() == before
+        assert node.follower.in_force.origins()["a"] == {"by": "agent.toml", "text": "agent.toml"}
 
 
 async def test_an_order_that_cannot_be_undone_stands_and_the_reason_is_said(tmp_path: Path) -> None:

@@ -159,6 +159,10 @@ def test_what_an_order_makes_of_those_that_stand(orders: Orders, expected: Order
             Order(swap=swap("g", "f", at_ms=60_000), pinned=on(120_000)),
             "ordered 1970-01-01 00:01 UTC: swap to g; 1970-01-01 00:02 UTC: pin; agent.toml says f, not pinned",
         ),
+        (
+            Order(swap=swap("g", "f", at_ms=60_000), resident=off(119_000)),
+            "ordered 1970-01-01 00:01 UTC: swap to g, unload; agent.toml says f, loaded at the start",
+        ),
         (Order(resident=Switch(on=False)), "ordered before an upgrade: unload; agent.toml says loaded at the start"),
     ],
 )
