@@ -140,6 +140,7 @@ def test_an_order_for_what_is_not_configured_any_more_waits() -> None:
         (ended({"f": Order(swap=F_G, pinned=on())}, "f", Order(swap=F_G)), {"f": Order(pinned=on())}),
         (ended({"f": Order(swap=F_G)}, "f", Order(swap=F_G, pinned=on())), {}),
         (ended({"f": Order(pinned=off())}, "f", Order(pinned=on())), {"f": Order(pinned=off())}),
+        (ended({"f": Order(swap=swap("h", "f", "h"))}, "f", Order(swap=F_G)), {"f": Order(swap=swap("h", "f", "h"))}),
         (ended({}, "f", Order(pinned=on())), {}),
     ],
 )
