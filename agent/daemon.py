@@ -66,9 +66,10 @@ log = get_logger("agent.daemon")
 
 
 class Daemon:
-    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``."""
+    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``. Without ``lasting``,
+    operators' orders end with it, and those of earlier runs do not count."""
 
-    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str], *, lasting: bool = True) -> None:
         self.config, self._state, self._environ = config, state, environ
         self._stop = asyncio.Event()
         self._connections = table_for(config)
@@ -96,6 +97,7 @@ class Daemon:
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._set_peers,
+            lasting=lasting,
         )
         self._heartbeats = Heartbeats(
             *(self._table, self._peer_client, self.telemetry.outbox.emit),
@@ -142,7 +144,7 @@ class Daemon:
 
     def _warnings(self) -> list[str]:
         of_files = self._tls.warnings() if self._tls is not None else ()
-        return [*plain_warnings(self.config, self._table.urls()), *of_files]
+        return [*plain_warnings(self.config, self._table.urls()), *of_files, *self._follower.in_force.warnings()]
 
     def _model_pool(self) -> Pool:
         config = self.config
@@ -228,11 +230,11 @@ class Daemon:
         node, telemetry = self.config.node, self.telemetry
         self._emit(telemetry.serves())
         log.info("agent_started", node=node.id, port=port, version=__version__, epoch=telemetry.spool.epoch)
-        self._follower.prepare()
+        await self._follower.prepare()
         # the GPU may respond slowly, and a run that is killed meanwhile must leave a record
         await telemetry.sampler.keep()
         await self._ask_gpu()
-        self._pool.start()
+        self._pool.start(self._follower.in_force.loaded_first())
         self._timetable.start(
             schedule.jobs(
                 self.config,
@@ -285,6 +287,7 @@ class Daemon:
         while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await self._pool.stop(max(0.0, deadline - time.monotonic()))
+        await self._follower.orders.keep()
         telemetry.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="shutdown requested"))
         try:
             await telemetry.sampler.tick()

@@ -62,7 +62,7 @@ class Status:
             "in_flight": self._dispatch.in_flight,
             "budget_bytes": self._budget.bytes,
             "budget_from": self._budget.source,
-            "models": self._pool.inventory.status(),
+            "models": self._models(),
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
             "warnings": [*self._clashes(), *self._warnings()],
@@ -72,6 +72,13 @@ class Status:
             "meters": self._telemetry.meters.status(),
             "sources_failed": dict(sample.sources_failed) if sample else {},
         }
+
+    def _models(self) -> list[dict[str, Any]]:
+        origins = self._follower.in_force.origins()
+        return [
+            {**one, "origin": origins.get(str(one["model"]), {"by": "", "text": ""})}
+            for one in self._pool.inventory.status()
+        ]
 
     def rack(self) -> dict[str, Any]:
         """The rack as this node sees it: nodes with their load and speed, circuit breakers, retries, swaps."""
