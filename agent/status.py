@@ -12,6 +12,7 @@ from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
+from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -35,11 +36,12 @@ class Status:
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
         *,
+        keys: RackKeys,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings = warnings
+        self._warnings, self._keys = warnings, keys
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -64,6 +66,7 @@ class Status:
             "models": self._pool.inventory.status(),
             "memory": self._pool.pressure,
             "warnings": self._warnings(),
+            "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
@@ -98,6 +101,7 @@ class Status:
             heat=here.heat,
             memory=here.memory,
             t_ms=time.time_ns() // 1_000_000,
+            secrets=self._keys.marks,
         )
 
     def _trouble(self) -> dict[str, Any]:
@@ -124,6 +128,7 @@ class Status:
                 "memory": p.memory,
                 "models": sorted(m.name for m in p.models if m.ready),
                 "offers": [_offered(m) for m in p.models],
+                "needs_old_secret": self._keys.needs_older(self._table.accepts(p.node)),
             }
             for p in self._table.view(now)
         ]

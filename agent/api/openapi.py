@@ -242,4 +242,5 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/admin/v1/pin"): Operation("Pin a model in memory, or unpin it.", "admin", "Order"),
     ("POST", "/admin/v1/probes"): Operation("Record the answers to a model's probes.", "admin", "Order"),
     ("POST", "/admin/v1/seal"): Operation("Close the telemetry window and push it.", "admin"),
+    ("POST", "/admin/v1/reload"): Operation("Read the configuration again and put it in force.", "admin"),
 }

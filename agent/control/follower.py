@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agent.config import STORED, AgentConfig, Model
+from agent.config import STORED, Live, Model
 from agent.control.adopted import Adopted
 from agent.control.desired_peers import choose
 from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
@@ -45,7 +45,7 @@ class Follower:
 
     def __init__(
         self,
-        config: AgentConfig,
+        live: Live,
         pool: Pool,
         models: ModelStore,
         open_store: Callable[[], ObjectStore],
@@ -55,11 +55,11 @@ class Follower:
         on_peers: Callable[[Sequence[tuple[str, str]]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._pool, self._models = config, pool, models
+        self._live, self._pool, self._models = live, pool, models
         self._store: ObjectStore | None = None
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._open_store, self._clock = open_store, clock
-        self._adopted = Adopted(memory, config.node.id)
+        self._adopted = Adopted(memory, live.now.node.id)
         self._reason = ""
         self._refused_peers: Sequence[str] = ()
         self._since_ms: int | None = None
@@ -81,6 +81,19 @@ class Follower:
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason[:MAX_TEXT], drift=found)
+
+    def governs(self, name: str) -> str:
+        """What decides how a name is served, if not agent.toml: "order" of an operator, or "desired" state, which wins
+        once it is newer; "" for agent.toml. What governs a name is not to be changed by anything below it."""
+        if name in self._adopted.ordered:
+            return "order"
+        return "desired" if any(one.model == name for one in self._adopted.assigned) else ""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the desired state names this node, so that models which it does not name are only loaded when a
+        request asks for them."""
+        return self._adopted.follows
 
     @property
     def since_ms(self) -> int | None:
@@ -104,11 +117,11 @@ class Follower:
 
     def prepare(self) -> None:
         """At a start: what was served before is loaded right away, and nothing else."""
-        self._tell_peers()
+        self.tell_peers()
         if not self._adopted.follows:
             return
         ordered, assigned = self._adopted.ordered, self._adopted.assigned
-        for model in self._config.models:
+        for model in self._live.now.models:
             if model.name not in {one.model for one in assigned}:
                 self._pool.orders.adopt(msgspec.structs.replace(model, preload=False))
         for one in assigned:
@@ -129,7 +142,7 @@ class Follower:
             await self._in_thread(self._look)
             self._reason, self._since_ms = "", None
             if self._adopted.desired is not before:
-                self._tell_peers()
+                self.tell_peers()
         except RackError as error:
             self._store = None  # credentials may have changed
             if error.message != self._reason:
@@ -165,11 +178,10 @@ class Follower:
             self._troubles.clear()
             log.info("desired_adopted", generation=found.generation, follows=self._adopted.follows)
 
-    def _tell_peers(self) -> None:
-        """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
-        if (desired := self._adopted.desired) is None:
-            return
-        chosen = choose(self._config, desired.peers)
+    def tell_peers(self) -> None:
+        """Who the other nodes are, as the desired state says, or else agent.toml: when either has changed."""
+        desired = self._adopted.desired
+        chosen = choose(self._live.now, desired.peers if desired is not None else ())
         self._refused_peers = chosen.refused
         for why in chosen.refused:
             log.warning("desired_peer_refused", reason=why)
@@ -208,7 +220,7 @@ class Follower:
             await self._act(action)
         except RackError as error:
             times = before.times + 1 if before else 1
-            pause = min(MAX_PAUSE_S, self._config.desired.follow_s * 2.0 ** (times - 1))
+            pause = min(MAX_PAUSE_S, self._live.now.desired.follow_s * 2.0 ** (times - 1))
             self._troubles[key] = _Trouble(error.message, times, self._clock() + pause)
             log.warning("desired_failed", **_fields(action), reason=error.message, again_in_s=round(pause))
             return error.code
@@ -251,7 +263,7 @@ class Follower:
                 if self._models.describe(configured).version == one.version:
                     return configured.path
         source = BucketSource(self._store or self._open_store(), one.source, one.version)
-        disk_bytes = self._config.model_store.disk_bytes
+        disk_bytes = self._live.now.model_store.disk_bytes
         pull(source, self._models, one.source, disk_bytes=disk_bytes, progress=lambda done, total: self._go_on())
         return path
 
@@ -274,7 +286,7 @@ class Follower:
         return configured is not None and configured.engine == "fake"
 
     def _configured(self, name: str) -> Model | None:
-        return next((model for model in self._config.models if model.name == name), None)
+        return next((model for model in self._live.now.models if model.name == name), None)
 
     def _model(self, one: Assignment, path: str) -> Model:
         """Settings of the assignment over the node's own. Raises Refused for what cannot be."""

@@ -3,11 +3,10 @@
 An order once begun is completed, whether or not its caller still waits. Orders for one model run one after another.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from agent.config import AgentConfig, Model
+from agent.config import Live, Model
 from agent.files.modelstore import ModelSpec
 from agent.files.probes import Probe
 from agent.models import lifecycle as life
@@ -28,15 +27,14 @@ class Orders:
         self,
         slots: Slots,
         lifecycles: Lifecycles,
-        config: AgentConfig,
+        live: Live,
         *,
         emit: Callable[[Event], None],
         carried_by_peer: Callable[[str], bool],
         wall_ms: Callable[[], int],
     ) -> None:
         self._slots, self._lifecycles = slots, lifecycles
-        self._models = {model.name: model for model in config.models}
-        self._request_s = config.limits.request_s
+        self._live, self._others = live, dict[str, Model]()
         self._emit, self._carried_by_peer, self._wall_ms = emit, carried_by_peer, wall_ms
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
 
@@ -55,14 +53,16 @@ class Orders:
 
     async def swap(self, old: str, new: str) -> SwapFinished:
         """Replace the files behind ``old`` with those of the configured model ``new`` without losing a request."""
-        if (model := self._models.get(new)) is None:
-            known = ", ".join(self._models)
+        models = {model.name: model for model in self._live.now.models} | self._others
+        if (model := models.get(new)) is None:
+            known = ", ".join(models)
             raise Refused(f"swap {old} {new}: {new} is not configured; known: {known}", code="model_not_found")
         return await self.swap_to(old, model)
 
-    async def swap_to(self, old: str, model: Model) -> SwapFinished:
-        """Replace the files behind ``old`` with those of ``model``, configured or not."""
-        return await self._lifecycles.tasks.finish(self._swap(old, model))
+    async def swap_to(self, old: str, model: Model, *, again: bool = False) -> SwapFinished:
+        """Replace the files behind ``old`` with those of ``model``, configured or not; ``again`` even if only settings
+        differ."""
+        return await self._lifecycles.tasks.finish(self._swap(old, model, again=again))
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """A pinned model is evicted by order only."""
@@ -71,12 +71,16 @@ class Orders:
     def adopt(self, model: Model) -> None:
         """Serve a name that is not configured, or another model under a configured one that is not resident."""
         found = self._slots.find(model.name)
-        self._models[model.name] = model
+        self._others[model.name] = model
         if found is None:
             self._slots.add(model)
         elif found.loaded is None and not found.life.claim:
             found.model, found.spec, found.pinned = model, None, model.pinned
             self._lifecycles.feed(found, "adopt")
+
+    def configured(self, name: str) -> None:
+        """A name's model is that of the configuration again, if it has one."""
+        self._others.pop(name, None)
 
     async def record_probes(self, name: str) -> tuple[Probe, ...]:
         """A model's probes with its current answers. Raises RackError."""
@@ -112,7 +116,7 @@ class Orders:
             raise Refused(f"unload {name}: not resident ({slot.life.state})", code="conflict")
         await self._lifecycles.evict(slot, "ordered")
 
-    async def _swap(self, old: str, model: Model) -> SwapFinished:
+    async def _swap(self, old: str, model: Model, *, again: bool) -> SwapFinished:
         slot, other = self._slots.named(old), self._slots.find(model.name)
         if slot.life.claim:
             raise Refused(f"swap {old}: already loading, swapping or being evicted; see status", code="conflict")
@@ -123,21 +127,22 @@ class Orders:
         if other is not None and other is not slot:
             self._lifecycles.feed(other, "reserve")
         try:
-            return await self._performed(slot, model)
+            return await self._performed(slot, model, again=again)
         finally:
             for one in {slot, other} - {None}:
                 assert one is not None
                 self._lifecycles.feed(one, "release")
 
-    async def _performed(self, slot: Slot, model: Model) -> SwapFinished:
-        spec = await asyncio.to_thread(self._lifecycles.store.describe, model)
+    async def _performed(self, slot: Slot, model: Model, *, again: bool) -> SwapFinished:
+        spec = await self._lifecycles.describe(model)
         old = slot.loaded
-        if old is not None and spec.version == old.spec.version:
+        if old is not None and spec.version == old.spec.version and not again:
             raise Refused(f"swap {slot.name}: {model.name} is already the active version", code="conflict")
         cold = await self._planned(slot, spec, model.name)
         if old is None or slot.loaded is not old:
             raise Refused(f"swap {slot.name}: its loader has just exited; retry", code="conflict")
-        run = SwapRun(self._lifecycles, slot, spec, old, request_s=self._request_s, wall_ms=self._wall_ms)
+        request_s = self._live.now.limits.request_s
+        run = SwapRun(self._lifecycles, slot, spec, old, request_s=request_s, wall_ms=self._wall_ms)
         self._swaps.append(run)
         finished = await run.run(cold=cold)
         self._emit(finished)

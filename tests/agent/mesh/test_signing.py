@@ -4,32 +4,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.mesh.signing import FRESH_S, OLDEST, PROTOCOL, Key, Nonces, NotAPeer, mismatch, parse
+from agent.mesh.signing import FRESH_S, OLDEST, PROTOCOL, Key, Nonces, NotAPeer, RackKeys, mismatch, parse
 
-KEY = Key("the rack secret")
+KEYS = RackKeys(["the rack secret"])
+(KEY,) = KEYS
 NOW = 1_700_000_000_000
 ASKED = {"method": "POST", "path": "/peer/v1/link"}
 
 
-def header(key: Key = KEY, *, body: bytes = b"frame", t_ms: int = NOW, node: str = "n1", nonce: str = "ab") -> str:
-    return key.header(node=node, to="me", **ASKED, body=body, t_ms=t_ms, nonce=nonce)
+def header(
+    keys: RackKeys = KEYS, *, body: bytes = b"frame", t_ms: int = NOW, node: str = "n1", nonce: str = "ab"
+) -> str:
+    return keys.header(node=node, to="me", **ASKED, body=body, t_ms=t_ms, nonce=nonce)
 
 
 def code_of(header: str, *, body: bytes = b"frame", path: str = ASKED["path"], now_ms: int = NOW) -> str:
     with pytest.raises(NotAPeer) as caught:
-        KEY.check(header, me="me", method="POST", path=path, body=body, now_ms=now_ms)
+        KEYS.check(header, me="me", method="POST", path=path, body=body, now_ms=now_ms)
     assert "secret" not in header
     return caught.value.code
 
 
 def test_a_signed_request_identifies_its_sender() -> None:
-    signed = KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=NOW)
+    signed, key = KEYS.check(header(), me="me", **ASKED, body=b"frame", now_ms=NOW)
     assert (signed.node, signed.nonce, signed.protocol) == ("n1", "ab", PROTOCOL)
+    assert key is KEY
 
 
 def test_any_modification_is_rejected() -> None:
     good = header()
-    assert code_of(header(Key("another"))) == "not_a_peer"
+    assert code_of(header(RackKeys(["another"]))) == "not_a_peer"
     assert code_of(good, body=b"other") == "not_a_peer"
     assert code_of(good, path="/peer/v1/beat") == "not_a_peer"
     assert code_of(good.replace("node=n1", "node=n2")) == "not_a_peer"
@@ -41,7 +45,7 @@ def test_any_modification_is_rejected() -> None:
 @given(st.text(max_size=200))
 def test_foreign_headers_are_rejected_without_an_exception(text: str) -> None:
     with pytest.raises(NotAPeer):
-        KEY.check(text, me="me", **ASKED, body=b"", now_ms=NOW)
+        KEYS.check(text, me="me", **ASKED, body=b"", now_ms=NOW)
     with pytest.raises(NotAPeer):
         parse(f"Mlxrack {text}")
 
@@ -51,12 +55,12 @@ def test_clock_skew_is_reported() -> None:
     assert code_of(header(), now_ms=late) == "clock_skew"
     assert code_of(header(), now_ms=NOW - int(FRESH_S * 1000) - 1) == "clock_skew"
     with pytest.raises(NotAPeer, match="clock of n1 differs by -60 s"):
-        KEY.check(header(), me="me", **ASKED, body=b"frame", now_ms=late)
+        KEYS.check(header(), me="me", **ASKED, body=b"frame", now_ms=late)
 
 
 def test_a_request_for_another_node_is_rejected_naming_both() -> None:
     with pytest.raises(NotAPeer, match="n1 calls this node 'me', but its id is 'you'") as caught:
-        KEY.check(header(), me="you", **ASKED, body=b"frame", now_ms=NOW)
+        KEYS.check(header(), me="you", **ASKED, body=b"frame", now_ms=NOW)
     assert caught.value.code == "wrong_node"
 
 

@@ -1,0 +1,163 @@
+"""Changes of the configured models while the agent runs: one that is new is served, one that is gone drains and leaves,
+one with other files or settings is replaced without losing a request.
+
+For each name the newest wish counts; what is being done is finished first. What failed stays a wish of which the status
+tells, and is tried again with the next reload.
+"""
+
+from collections.abc import Callable, Mapping
+
+from agent.config import Model
+from agent.models import eviction
+from agent.models import lifecycle as life
+from agent.models.lifecycle_run import Lifecycles
+from agent.models.orders import Orders
+from agent.models.slot import Slot, Slots
+from agent.tasks import Tasks
+from shared.errors import RackError, Refused
+from shared.logs import get_logger
+
+log = get_logger("agent.models.changes")
+
+
+class Changes:
+    """``states`` tells what became of the last change of each model, for display: "" once it is done."""
+
+    def __init__(self, slots: Slots, lifecycles: Lifecycles, orders: Orders) -> None:
+        self._slots, self._lifecycles, self._orders = slots, lifecycles, orders
+        self._wishes: dict[str, Model | None] = {}
+        self._at_work: set[str] = set()
+        self._states: dict[str, str] = {}
+        self._tasks = Tasks()
+
+    @property
+    def states(self) -> Mapping[str, str]:
+        """By model: "changing", or why the last change failed; without those that succeeded."""
+        return dict(self._states)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Models whose last change failed."""
+        return tuple(name for name in self._states if name not in self._at_work)
+
+    def served(self, name: str) -> Model | None:
+        """The settings with which a name is served now."""
+        slot = self._slots.find(name)
+        return slot.model if slot is not None else None
+
+    def begin(self, name: str, wish: Model | None, needs_loader: Callable[[Model, Model], bool]) -> None:
+        """Have a name served with these settings, or no more."""
+        self._wishes[name], self._states[name] = wish, "changing"
+        if name not in self._at_work:
+            self._at_work.add(name)
+            self._tasks.spawn(self._work(name, needs_loader))
+
+    async def stop(self) -> None:
+        """Begin nothing more."""
+        await self._tasks.cancel()
+
+    async def _work(self, name: str, needs_loader: Callable[[Model, Model], bool]) -> None:
+        try:
+            while name in self._wishes:
+                wish = self._wishes.pop(name)
+                failed = await self._tried(name, wish, needs_loader)
+                self._states[name] = failed
+                if not failed:
+                    del self._states[name]
+        finally:
+            self._at_work.discard(name)
+
+    async def _tried(self, name: str, wish: Model | None, needs_loader: Callable[[Model, Model], bool]) -> str:
+        """Why it failed; "" when it is done."""
+        try:
+            slot = await self._unclaimed(name)
+            if wish is None:
+                await self._remove(name, slot)
+            elif slot is None:
+                await self._add(wish)
+            else:
+                await self._change(name, slot, wish, others=needs_loader(slot.model, wish))
+        except RackError as error:
+            log.warning("model_not_changed", model=name, reason=error.message)
+            return error.message
+        except Exception as error:
+            log.error("model_not_changed", model=name, exc_info=True)
+            return f"unexpected {type(error).__name__}; see the log"
+        log.info("model_changed", model=name, served=wish is not None)
+        return ""
+
+    async def _unclaimed(self, name: str) -> Slot | None:
+        """The slot behind a name, as soon as nothing else changes it; None if there is none."""
+        while (slot := self._slots.find(name)) is not None and slot.life.claim:
+            await slot.changed.wait()
+        return slot
+
+    async def _add(self, model: Model) -> None:
+        self._orders.configured(model.name)
+        self._slots.add(model)
+        if model.preload:
+            await self._loaded(self._slots.named(model.name), model.name)
+
+    async def _remove(self, name: str, slot: Slot | None) -> None:
+        """Take the name away at once; the loader ends when its requests have ended."""
+        self._orders.configured(name)
+        if slot is None:
+            return
+        if len(slot.names) > 1:
+            slot.names.remove(name)  # others are served with these files
+            return
+        self._slots.leave(slot)
+        try:
+            if slot.loaded is not None:
+                await self._lifecycles.evict(slot, "ordered")
+        finally:
+            self._slots.gone(slot)
+
+    async def _change(self, name: str, slot: Slot, wish: Model, *, others: bool) -> None:
+        self._orders.configured(name)
+        if others and slot.loaded is not None:
+            await self._replace(name, slot, wish)
+        elif slot.loaded is None:
+            slot.model, slot.spec = wish, None
+            self._lifecycles.feed(slot, "adopt")
+            if wish.preload:
+                await self._loaded(slot, name)
+        slot.model = wish
+        slot.pinned, slot.keep_alive_s = wish.pinned, wish.keep_alive_s
+
+    async def _replace(self, name: str, slot: Slot, wish: Model) -> None:
+        """Hot, or cold on a peer's account; else requests wait while one takes the place of the other."""
+        try:
+            finished = await self._orders.swap_to(name, wish, again=True)
+        except Refused as error:
+            if error.code != "no_memory":
+                raise
+            await self._in_its_place(name, slot, wish, error)
+            return
+        if finished.outcome != "flipped":
+            raise Refused(f"{finished.reason}; it is served as before", code="swap_failed")
+
+    async def _in_its_place(self, name: str, slot: Slot, wish: Model, refused: Refused) -> None:
+        """Raises ``refused`` if it would not fit even alone; and what loading it raised, with the old one back."""
+        before = slot.model
+        spec = await self._lifecycles.describe(wish)
+        if isinstance(self._lifecycles.room.alone(slot, spec), eviction.NoRoom):
+            raise refused
+        slot.model = wish  # whoever waits for it meanwhile has the new one loaded
+        try:
+            await self._lifecycles.evict(slot, "ordered")
+            await self._loaded(slot, name)
+        except RackError as error:
+            slot.model = before
+            self._lifecycles.feed(slot, "adopt")
+            if slot.loaded is None:
+                await self._loaded(slot, name)
+            raise Refused(f"{error.message}; it is served as before", code="swap_failed") from None
+
+    async def _loaded(self, slot: Slot, name: str) -> None:
+        """Load it as at a start, and wait for the outcome. Raises Refused with the reason."""
+        self._lifecycles.feed(slot, life.Load(retries=True))
+        while slot.life.claim or slot.life.coming:
+            await slot.changed.wait()
+        if slot.loaded is None and (slot.life.reason or slot.life.phase == "failed"):
+            raise Refused(slot.life.reason or f"load {name}: failed", code="bad_model")
