@@ -103,6 +103,10 @@ class Reloader:
                 self._note("refused", reason=error.message)
                 log.warning("config_not_reloaded", reason=error.message)
                 raise
+            except Exception as error:
+                self._note("refused", reason=f"unexpected {type(error).__name__}; see the log")
+                log.error("config_not_reloaded", exc_info=True)
+                raise
         self._note("changed" if report.changed else "unchanged", changed=report.changed, notes=report.notes)
         log.info("config_reloaded", changed=report.changed, notes=report.notes)
         return report
@@ -203,7 +207,7 @@ class Reloader:
         if served is not None and served.name != name:
             governor = governor or "order"
         if not governor:
-            if wish is not None and self._parts.follower.follows:  # as at a start
+            if wish is not None and self._parts.follower.follows():  # as at a start
                 wish = msgspec.structs.replace(wish, preload=False)
             changes.begin(name, wish, needs_loader)
             return ""

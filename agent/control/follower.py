@@ -41,7 +41,8 @@ class _Trouble(msgspec.Struct):
 
 class Follower:
     """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
-    whether another node serves a model now; ``on_peers`` takes (node, url) of all others."""
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Where
+    the desired state names this node, it ``follows``: models that are not assigned are loaded only for a request."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Follower:
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._open_store, self._clock = open_store, clock
         self._adopted = Adopted(memory, live.now.node.id)
+        self.follows: Callable[[], bool] = lambda: self._adopted.follows
         self._reason = ""
         self._refused_peers: Sequence[str] = ()
         self._since_ms: int | None = None
@@ -88,12 +90,6 @@ class Follower:
         if name in self._adopted.ordered:
             return "order"
         return "desired" if any(one.model == name for one in self._adopted.assigned) else ""
-
-    @property
-    def follows(self) -> bool:
-        """Whether the desired state names this node, so that models which it does not name are only loaded when a
-        request asks for them."""
-        return self._adopted.follows
 
     @property
     def since_ms(self) -> int | None:
@@ -139,7 +135,7 @@ class Follower:
         """Look, and bring this node closer. A failure is a state, and is tried again after a pause that grows."""
         try:
             before = self._adopted.desired
-            await self._in_thread(self._look)
+            await self._asking.finish(asyncio.to_thread(self._look))
             self._reason, self._since_ms = "", None
             if self._adopted.desired is not before:
                 self.tell_peers()
@@ -151,9 +147,6 @@ class Follower:
             self._since_ms = self._since_ms or time.time_ns() // 1_000_000
         if self._adopted.follows:
             await self._reconcile()
-
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await self._asking.finish(asyncio.to_thread(call, *args))
 
     # ---- looking ----
 
@@ -239,7 +232,7 @@ class Follower:
 
     async def _bring(self, action: Bring) -> None:
         one = action.assignment
-        path = await self._in_thread(self._fetched, one)
+        path = await self._asking.finish(asyncio.to_thread(self._fetched, one))
         model = self._model(one, path)
         found = await asyncio.to_thread(self._models.describe, model)
         if found.version != one.version:

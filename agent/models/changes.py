@@ -28,12 +28,13 @@ class Changes:
         self._wishes: dict[str, Model | None] = {}
         self._at_work: set[str] = set()
         self._states: dict[str, str] = {}
+        self._leaving: list[Slot] = []
         self._tasks = Tasks()
 
     @property
     def states(self) -> Mapping[str, str]:
         """By model: "changing", or why the last change failed; without those that succeeded."""
-        return dict(self._states)
+        return {slot.name: "changing" for slot in self._leaving} | self._states
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class Changes:
         try:
             slot = await self._unclaimed(name)
             if wish is None:
-                await self._remove(name, slot)
+                self._remove(name, slot)
             elif slot is None:
                 await self._add(wish)
             else:
@@ -98,8 +99,9 @@ class Changes:
         if model.preload:
             await self._loaded(self._slots.named(model.name), model.name)
 
-    async def _remove(self, name: str, slot: Slot | None) -> None:
-        """Take the name away at once; the loader ends when its requests have ended."""
+    def _remove(self, name: str, slot: Slot | None) -> None:
+        """Take the name away at once; the loader ends when its requests have ended, and nobody waits for that: the
+        name may be wanted again before."""
         self._orders.configured(name)
         if slot is None:
             return
@@ -107,11 +109,17 @@ class Changes:
             slot.names.remove(name)  # others are served with these files
             return
         self._slots.leave(slot)
+        self._leaving.append(slot)
+        self._tasks.spawn(self._left(slot))
+
+    async def _left(self, slot: Slot) -> None:
         try:
-            if slot.loaded is not None:
+            if slot.loaded is not None and slot.life.phase == "ready":
                 await self._lifecycles.evict(slot, "ordered")
         finally:
+            self._lifecycles.feed(slot, "stop")  # it is not started again, whatever was planned
             self._slots.gone(slot)
+            self._leaving.remove(slot)
 
     async def _change(self, name: str, slot: Slot, wish: Model, *, others: bool) -> None:
         self._orders.configured(name)

@@ -99,3 +99,78 @@ def test_an_answer_is_signed_for_its_request() -> None:
     assert not KEY.is_answer(answer, "ab", "n2", b"other")
     assert not KEY.is_answer("\u00e9", "ab", "n2", b"body")
     assert not Key("another").is_answer(answer, "ab", "n2", b"body")
+
+
+# ---- two secrets at once ----
+
+OLD, NEW = "the secret before", "the secret after"
+STAGES = ([OLD], [NEW, OLD], [NEW])
+"""What a node has before, during and after a rotation; all nodes reach the second before any reaches the third."""
+
+
+@given(st.permutations(range(4)), st.permutations(range(4)))
+def test_no_order_of_rotation_splits_the_rack(first: list[int], second: list[int]) -> None:
+    nodes = [RackKeys(STAGES[0]) for _ in range(4)]
+    for order, stage in ((first, STAGES[1]), (second, STAGES[2])):
+        for node in order:
+            nodes[node].become(stage)
+            for caller in nodes:
+                for called in nodes:
+                    _understood(caller, called)
+    assert all(node.marks == RackKeys([NEW]).marks for node in nodes)
+
+
+def _understood(caller: RackKeys, called: RackKeys) -> None:
+    signed, key = called.check(header(caller), me="me", **ASKED, body=b"frame", now_ms=NOW)
+    answered = caller.answered_with(key.answer(signed.nonce, "me", b"body"), signed.nonce, "me", b"body")
+    assert answered is not None
+    assert answered.mark == key.mark
+    common = [mark for mark in called.marks if mark in caller.marks]
+    assert key.mark == common[0], "the newest that both have"
+
+
+def test_a_secret_that_was_forgotten_counts_no_more() -> None:
+    keys = RackKeys([NEW, OLD])
+    _, of_old = keys.check(header(RackKeys([OLD])), me="me", **ASKED, body=b"frame", now_ms=NOW)
+    newest = keys.newest
+    keys.become([NEW])
+    assert keys.newest is newest, "a connection that has this key stays"
+    assert newest in keys
+    assert of_old not in keys
+    with pytest.raises(NotAPeer, match=r"peers\.secret must be the same"):
+        keys.check(header(RackKeys([OLD])), me="me", **ASKED, body=b"frame", now_ms=NOW)
+
+
+def test_a_version_that_knows_one_secret_reads_the_oldest_signature() -> None:
+    """It looks at ``mac`` alone, so that a rack of two versions holds together as long as the oldest is there."""
+    parts = header(RackKeys([NEW, OLD]))
+    only_first = parts[: parts.index(",mac2=")]
+    assert RackKeys([OLD]).check(only_first, me="me", **ASKED, body=b"frame", now_ms=NOW)
+
+
+@pytest.mark.parametrize(
+    ("mine", "accepted", "needs"),
+    [
+        ([NEW, OLD], [OLD], True),
+        ([NEW, OLD], [NEW, OLD], False),
+        ([NEW, OLD], [NEW], False),
+        ([NEW], [NEW, OLD], False),
+        ([OLD], [NEW, OLD], False),
+        ([NEW, OLD], [], None),
+        ([NEW, OLD], None, None),
+        ([], [OLD], None),
+    ],
+)
+def test_who_needs_the_old_secret(mine: list[str], accepted: list[str] | None, needs: bool | None) -> None:
+    marks = None if accepted is None else RackKeys(accepted).marks
+    assert RackKeys(mine).needs_older(marks) is needs
+
+
+def test_marks_and_headers_reveal_no_secret() -> None:
+    keys = RackKeys([NEW, OLD])
+    assert len(set(keys.marks)) == 2
+    assert not any(secret in header(keys) + str(keys.marks) for secret in (NEW, OLD))
+
+
+def test_prompts_are_hashed_alike_until_the_first_node_forgets_the_old_secret() -> None:
+    assert RackKeys([NEW, OLD]).prefix_key == RackKeys([OLD]).prefix_key != RackKeys([NEW]).prefix_key
