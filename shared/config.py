@@ -55,7 +55,7 @@ def load_settled(path: Path, kind: type[T], check: Callable[[T], Sequence[str]])
         except FileNotFoundError:
             text, before = "", None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+            raise ConfigError(str(path), [f"cannot be read: {getattr(error, 'strerror', '') or error}"]) from None
         time.sleep(SETTLE_S)
         if before is not None and before == _stamp(path):
             return parse(text, kind, check, source=str(path))
