@@ -4,6 +4,9 @@ The only module that reads the environment and the command line. Exit codes are 
 69 agent not running or address in use, 75 temporary failure, 78 invalid configuration, 1 any other error.
 """
 
+from agent.operator import early_hangups  # noqa: F401  # from here on SIGHUP does not end a daemon
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

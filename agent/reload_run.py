@@ -4,7 +4,8 @@ changed without an await in between. What may change is decided in agent/reloadi
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -191,7 +192,7 @@ class Reloader:
             logs.set_level(new.log_level)
         parts.follower.tell_peers()
         again = [name for name in retried if name not in found.models]
-        stays = [words for name in (*found.models, *again) if (words := self._begin(name, old, new))]
+        stays = [words for name in (*found.models, *again) if (words := self._begin(name, new))]
         changed = list(found.changes)
         if parts.keys.marks != marks and not any(one.startswith(RACK_SECRETS) for one in changed):
             changed.append("peers.secret: another value")
@@ -200,23 +201,28 @@ class Reloader:
         changed += [f"models: {name} is tried again" for name in again]
         return Report(changed=tuple(changed), notes=(*stays, *_fixed(old, new)))
 
-    def _begin(self, name: str, old: AgentConfig, new: AgentConfig) -> str:
+    def _begin(self, name: str, new: AgentConfig) -> str:
         """Begin the change of a model; a sentence when something else than agent.toml decides on it."""
-        changes, wish = self._parts.pool.changes, _model(new, name)
-        served, governor = changes.served(name), self._parts.follower.governs(name)
-        if served is not None and served.name != name:
-            governor = governor or "order"
+        changes = self._parts.pool.changes
+        governor = self._governor(name, changes.served(name))
+        changes.begin(name, partial(self._wish, name, new), needs_loader)
+        return f"models: {_GOVERNORS[governor]} decides on {name}" if governor else ""
+
+    def _governor(self, name: str, served: Model | None) -> str:
+        """What decides on a model instead of agent.toml; "" when nothing does."""
+        swapped = served is not None and served.name != name
+        return self._parts.follower.governs(name) or ("order" if swapped else "")
+
+    def _wish(self, name: str, new: AgentConfig, served: Model | None) -> Model | Literal["stays"] | None:
+        wish, governor = _model(new, name), self._governor(name, served)
         if not governor:
             if wish is not None and self._parts.follower.follows():  # as at a start
-                wish = msgspec.structs.replace(wish, preload=False)
-            changes.begin(name, wish, needs_loader)
-            return ""
+                return msgspec.structs.replace(wish, preload=False)
+            return wish
         if governor == "order" and wish is not None and served is not None and served.name == name:
             # its settings are the new ones, what was ordered stays
-            before = _model(old, name) or wish
-            kept = msgspec.structs.replace(wish, path=served.path, preload=served.preload, pinned=before.pinned)
-            changes.begin(name, kept, needs_loader)
-        return f"models: {_GOVERNORS[governor]} decides on {name}"
+            return msgspec.structs.replace(wish, path=served.path, preload=False, pinned=served.pinned)
+        return "stays"
 
 
 def rack_secrets(config: AgentConfig, environ: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,9 @@ For each name the newest wish counts; what is being done is finished first. What
 tells, and is tried again with the next reload.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from agent.config import Model
 from agent.models import eviction
@@ -17,6 +19,13 @@ from agent.tasks import Tasks
 from shared.errors import RackError, Refused
 from shared.logs import get_logger
 
+CONFLICTS, PAUSE_S = 20, 0.25
+"""How often a change that met an order, or a loader that had just exited, is tried again."""
+Decide = Callable[[Model | None], Model | Literal["stays"] | None]
+"""Given how a name is served, how it is to be: None for not at all, or as it is. Called when nothing else
+changes it."""
+NeedsLoader = Callable[[Model, Model], bool]
+
 log = get_logger("agent.models.changes")
 
 
@@ -25,7 +34,7 @@ class Changes:
 
     def __init__(self, slots: Slots, lifecycles: Lifecycles, orders: Orders) -> None:
         self._slots, self._lifecycles, self._orders = slots, lifecycles, orders
-        self._wishes: dict[str, Model | None] = {}
+        self._wishes: dict[str, Decide] = {}
         self._at_work: set[str] = set()
         self._states: dict[str, str] = {}
         self._leaving: list[Slot] = []
@@ -46,9 +55,9 @@ class Changes:
         slot = self._slots.find(name)
         return slot.model if slot is not None else None
 
-    def begin(self, name: str, wish: Model | None, needs_loader: Callable[[Model, Model], bool]) -> None:
-        """Have a name served with these settings, or no more."""
-        self._wishes[name], self._states[name] = wish, "changing"
+    def begin(self, name: str, decide: Decide, needs_loader: NeedsLoader) -> None:
+        """Have a name served as is decided when its turn comes."""
+        self._wishes[name], self._states[name] = decide, "changing"
         if name not in self._at_work:
             self._at_work.add(name)
             self._tasks.spawn(self._work(name, needs_loader))
@@ -57,35 +66,47 @@ class Changes:
         """Begin nothing more."""
         await self._tasks.cancel()
 
-    async def _work(self, name: str, needs_loader: Callable[[Model, Model], bool]) -> None:
+    async def _work(self, name: str, needs_loader: NeedsLoader) -> None:
         try:
             while name in self._wishes:
-                wish = self._wishes.pop(name)
-                failed = await self._tried(name, wish, needs_loader)
+                failed = await self._tried(name, self._wishes.pop(name), needs_loader)
                 self._states[name] = failed
                 if not failed:
                     del self._states[name]
         finally:
             self._at_work.discard(name)
 
-    async def _tried(self, name: str, wish: Model | None, needs_loader: Callable[[Model, Model], bool]) -> str:
+    async def _tried(self, name: str, decide: Decide, needs_loader: NeedsLoader) -> str:
         """Why it failed; "" when it is done."""
         try:
-            slot = await self._unclaimed(name)
-            if wish is None:
-                self._remove(name, slot)
-            elif slot is None:
-                await self._add(wish)
-            else:
-                await self._change(name, slot, wish, others=needs_loader(slot.model, wish))
+            for left in reversed(range(CONFLICTS)):
+                try:
+                    await self._once(name, decide, needs_loader)
+                    break
+                except RackError as error:
+                    if error.code != "conflict" or not left:
+                        raise
+                await asyncio.sleep(PAUSE_S)
         except RackError as error:
             log.warning("model_not_changed", model=name, reason=error.message)
             return error.message
         except Exception as error:
             log.error("model_not_changed", model=name, exc_info=True)
             return f"unexpected {type(error).__name__}; see the log"
-        log.info("model_changed", model=name, served=wish is not None)
         return ""
+
+    async def _once(self, name: str, decide: Decide, needs_loader: NeedsLoader) -> None:
+        slot = await self._unclaimed(name)
+        wish = decide(slot.model if slot is not None else None)
+        if wish == "stays":
+            return
+        if wish is None:
+            self._remove(name, slot)
+        elif slot is None:
+            await self._add(wish)
+        else:
+            await self._change(name, slot, wish, others=needs_loader(slot.model, wish))
+        log.info("model_changed", model=name, served=wish is not None)
 
     async def _unclaimed(self, name: str) -> Slot | None:
         """The slot behind a name, as soon as nothing else changes it; None if there is none."""
@@ -123,6 +144,7 @@ class Changes:
 
     async def _change(self, name: str, slot: Slot, wish: Model, *, others: bool) -> None:
         self._orders.configured(name)
+        repinned = wish.pinned != slot.model.pinned  # else what an operator ordered stays
         if others and slot.loaded is not None:
             await self._replace(name, slot, wish)
         elif slot.loaded is None:
@@ -130,8 +152,9 @@ class Changes:
             self._lifecycles.feed(slot, "adopt")
             if wish.preload:
                 await self._loaded(slot, name)
-        slot.model = wish
-        slot.pinned, slot.keep_alive_s = wish.pinned, wish.keep_alive_s
+        slot.model, slot.keep_alive_s = wish, wish.keep_alive_s
+        if repinned:
+            slot.pinned = wish.pinned
 
     async def _replace(self, name: str, slot: Slot, wish: Model) -> None:
         """Hot, or cold on a peer's account; else requests wait while one takes the place of the other."""

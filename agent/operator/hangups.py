@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Callable
 
+from agent.operator.early_hangups import heard
+
 TERMINAL = "/dev/tty"
 
 
 class Hangups:
-    """Takes the signal from its construction on, which is before the configuration is read: one that comes before
+    """Takes the signal from its construction on, or before
+    if the program has imported early_hangups: one that comes before
     somebody listens is delivered then. A program that was started from a terminal ends when the terminal does, unless
     the signal was ignored (`nohup`)."""
 
@@ -20,6 +23,7 @@ class Hangups:
         self._gone: Callable[[], None] = lambda: None
         self._pending = False
         ignored = signal.signal(signal.SIGHUP, lambda number, frame: self._heard()) is signal.SIG_IGN
+        self._pending = self._pending or bool(heard)
         self._has_terminal = not ignored and _is_there()
 
     def listen(self, again: Callable[[], None], gone: Callable[[], None]) -> None:

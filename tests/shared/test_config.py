@@ -194,7 +194,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> 
         if todo:
             todo.pop(0)()
 
-    monkeypatch.setattr(config.time, "sleep", sleep)
+    monkeypatch.setattr("shared.config.time.sleep", sleep)
 
 
 def test_half_a_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import psutil
 import pytest
 
 from agent.config import Model
@@ -26,7 +27,7 @@ def settings(name: str, **more: Any) -> Model:
 
 
 def begin(pool: Pool, name: str, wish: Model | None) -> None:
-    pool.changes.begin(name, wish, needs_loader)
+    pool.changes.begin(name, lambda served: wish, needs_loader)
 
 
 async def until(done: Callable[[], Any]) -> None:
@@ -42,7 +43,8 @@ async def settled(pool: Pool) -> dict[str, str]:
 
 
 def state(pool: Pool, name: str) -> str:
-    found = [one["state"] for one in pool.inventory.status() if name in one["names"]]
+    rows: list[dict[str, Any]] = pool.inventory.status()
+    found = [one["state"] for one in rows if name in one["names"]]
     return str(found[0]) if found else ""
 
 
@@ -174,7 +176,7 @@ async def test_one_that_cannot_be_loaded_leaves_the_one_before_and_is_told(tmp_p
         assert pool._slots.named("m").model.need_bytes == 60
         begin(pool, "m", settings("m", need_bytes=60, rows=2))
         assert await settled(pool) == {}
-        assert pool.changes.failed == ()
+        assert not pool.changes.failed
 
 
 async def test_the_newest_wish_counts(tmp_path: Path) -> None:
@@ -203,12 +205,54 @@ async def test_a_change_waits_for_an_order_that_is_being_carried_out(tmp_path: P
         assert len([one for one in events if isinstance(one, SwapFinished)]) == 2
 
 
+async def test_what_is_to_be_is_decided_when_an_order_that_was_being_carried_out_has_ended(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("m"), fake("n", fake_load_s=0.5)) as (pool, _):
+        await pool.orders.load("m")
+        swapping = asyncio.create_task(pool.orders.swap("m", "n"))
+        await until(lambda: pool._slots.named("m").life.claim == "swap")
+        seen = list[str]()
+
+        def decide(served: Model | None) -> Literal["stays"]:
+            seen.append(served.name if served is not None else "")
+            return "stays"
+
+        pool.changes.begin("m", decide, needs_loader)
+        assert (await swapping).outcome == "flipped"
+        assert await settled(pool) == {}
+        assert seen == ["n"]
+        served = pool.changes.served("m")
+        assert served is not None
+        assert served.name == "n"
+
+
+async def test_two_names_of_one_model_change_one_after_the_other(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("m"), fake("n")) as (pool, _):
+        await pool.orders.load("m")
+        await pool.orders.swap("m", "n")
+        begin(pool, "m", settings("n", rows=3))
+        begin(pool, "n", settings("n", rows=4))
+        assert await settled(pool) == {}
+        assert (await answer(pool, "m"))[0] == (await answer(pool, "n"))[0]
+
+
+async def test_an_operators_pin_outlasts_a_change_of_other_settings(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("m")) as (pool, _):
+        await pool.orders.load("m")
+        await pool.orders.pin("m", pinned=True)
+        begin(pool, "m", settings("m", rows=3))
+        assert await settled(pool) == {}
+        assert pool._slots.named("m").pinned
+        begin(pool, "m", settings("m", rows=3, pinned=True))
+        await settled(pool)
+        begin(pool, "m", settings("m", rows=3))
+        await settled(pool)
+        assert not pool._slots.named("m").pinned
+
+
 async def test_a_stop_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
     async with running(tmp_path, fake("m", fake_load_s=0.2)) as (pool, _):
         await pool.orders.load("m")
-        old = pool._slots.named("m").loaded
         begin(pool, "m", settings("m", rows=5))
         begin(pool, "n", settings("n", preload=True, fake_load_s=0.5))
         await until(lambda: pool._slots.named("m").life.claim == "swap")
-    assert old is not None
-    await asyncio.wait_for(old.process.ended.wait(), LIMIT_S)
+    await until(lambda: not psutil.Process().children())

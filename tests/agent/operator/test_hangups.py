@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from agent import cli
+
 PROGRAM = """
 import asyncio, signal, sys, time
 from agent.operator.hangups import Hangups
@@ -64,6 +66,19 @@ def test_each_reads_the_configuration_again_and_none_kills() -> None:
         process.terminate()
         assert said(process) == "ended", "one after the loop has ended does no harm either"
         assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("verb", "survives"), [("run", True), ("serve", True), ("status", False)])
+def test_one_that_comes_while_a_daemon_imports_its_modules_does_not_end_it(verb: str, survives: bool) -> None:
+    """Its first import is enough; what comes then is delivered as any other."""
+    program = (
+        "import signal, sys\nfrom agent.operator import early_hangups\nsignal.raise_signal(signal.SIGHUP)\n"
+        "from agent.operator.hangups import Hangups\nprint(Hangups()._pending)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, verb], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == ((0, "True\n") if survives else (-signal.SIGHUP, ""))
+    first = Path(cli.__file__).read_text().split("\nimport ")[0].splitlines()
+    assert any(line.startswith("from agent.operator import early_hangups") for line in first)
 
 
 def in_terminal(command: list[str]) -> tuple[int, int]:
