@@ -264,9 +264,8 @@ def _edited(text: str, found: re.Pattern[str], forms: Iterable[str], wanted: str
     """The edit that changes these keys and nothing else, as reading it again proves."""
     before = parse(text, AgentConfig, check, source="agent.toml")
     right = msgspec.structs.replace(before, peers=msgspec.structs.replace(before.peers, **peers))
-    places = list(found.finditer(text))
-    for form in forms if len(places) == 1 else ():
-        edited = text[: places[0].start()] + places[0].expand(form) + text[places[0].end() :]
+    for place, form in itertools.product(found.finditer(text), tuple(forms)):
+        edited = text[: place.start()] + place.expand(form) + text[place.end() :]
         try:
             if parse(edited, AgentConfig, check, source="agent.toml") == right:
                 return edited

@@ -1,5 +1,6 @@
 """What reading agent.toml again changes: every key is classified, and a change of any is told or refused."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import AgentConfig, Key, Model, Node, Peer, hash_key
-from agent.reloading import LIVE, MODEL_KEPT, RESTART, SECRETS, compare, needs_loader, paths, refusal, value_at
+from agent.reloading import (
+    LIVE,
+    MODEL_KEPT,
+    RESTART,
+    SECRETS,
+    SWITCHES,
+    compare,
+    needs_loader,
+    paths,
+    refusal,
+    value_at,
+)
 from shared.config import parse
 
 PLAIN = AgentConfig(node=Node(id="n1", rack="r"))
@@ -168,3 +180,12 @@ def test_refusals_read_as_sentences() -> None:
 def test_a_peer_that_is_new_is_told() -> None:
     peers = msgspec.structs.replace(PLAIN.peers, nodes=(Peer(id="n2", url="http://x"),))
     assert compare(PLAIN, msgspec.structs.replace(PLAIN, peers=peers)).changes == ("peers.nodes: + n2",)
+
+
+def test_the_documentation_names_every_key_that_needs_a_restart() -> None:
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
+    section = page.split("## What a reload changes")[1].split("## ")[0]
+    whole = {path.split(".")[0] for path in RESTART} - {path.split(".")[0] for path in LIVE}
+    for path in RESTART:
+        assert f"`{path}`" in section or (path.split(".")[0] in whole and f"`{path.split('.')[0]}`" in section), path
+    assert not [path for path in LIVE if f"`{path}`" in section and path not in SWITCHES]

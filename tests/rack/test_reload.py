@@ -73,6 +73,17 @@ def all_up(agents: Sequence[Agent]) -> bool:
     return all(peer["state"] == "up" for agent in agents for peer in agent.status()["peers"])
 
 
+def whole(agents: Sequence[Agent]) -> None:
+    """Wait until every node sees every other; on a busy machine a heartbeat may be late."""
+    until(lambda: all_up(agents), "the rack is whole")
+
+
+def strangers(agents: Sequence[Agent]) -> list[str]:
+    """Whenever a node took another for one that is not of its rack; one that was late or down is none."""
+    reasons = [line["reason"] for agent in agents for line in logged(agent, "peer_problem")]
+    return [reason for reason in reasons if re.search("secret|signature|signed|certificate|rejected", reason)]
+
+
 def rounds() -> Iterator[int]:
     """At least one, and as long as a drill lasts."""
     began = time.monotonic()
@@ -136,7 +147,7 @@ def _a_peer_leaves_and_comes_back(agents: Sequence[Agent], clients: Steady) -> N
     clients.more(SOME)
     gateway.config.write_text(before)
     assert changed(gateway) == [f"peers.nodes: + {gone.node}"]
-    until(lambda: all_up([gateway]), "the peer is up again")
+    whole([gateway])
     clients.more(SOME)
 
 
@@ -177,7 +188,7 @@ def secret_rack(folder: Path) -> Iterator[list[Agent]]:
             agent.start()
         for agent in agents[:2]:
             agent.ready()
-        until(lambda: all_up(agents), "peers are up")
+        whole(agents)
         yield agents
     finally:
         end(agents)
@@ -222,18 +233,17 @@ def test_no_order_of_nodes_splits_the_rack_while_its_secret_is_replaced(tmp_path
                     given(agent, f"secret {number} of the rack, 5ba1c07e62\n", number + 2)
                     done.append(agent)
                     clients.more(SOME)
-                    assert all_up(agents)
+                    whole(agents)
                     left = sorted(one.node for one in agents if one not in done)
                     until(lambda one=agent, left=left: needing(one) == left, "it knows who needs the old one")  # type: ignore[misc]
                 for agent in (agents[n] for n in second):
                     until(lambda one=agent: needing(one) == [], "none needs the old one")  # type: ignore[misc]
                     finished(agent)
                     clients.more(SOME)
-                    assert all_up(agents)
+                    whole(agents)
         assert clients.faults == []
         assert clients.answered >= 6 * SOME
-        for agent in agents:
-            assert logged(agent, "peer_rejected") == []
+        assert strangers(agents) == []
 
 
 def test_a_node_that_is_restarted_in_the_middle_of_a_rotation_stays_in_the_rack(tmp_path: Path) -> None:
@@ -245,18 +255,19 @@ def test_a_node_that_is_restarted_in_the_middle_of_a_rotation_stays_in_the_rack(
                     agent.stop()
                     clients.more(SOME)  # the other one serves
                     agent.start().ready()
-                    until(lambda: all_up(agents), "it is back")
+                    whole(agents)
             for number, agent in enumerate(reversed(agents)):
                 if number == 1:
                     agent.stop()
                     clients.more(SOME)
                     agent.start().ready()
-                    until(lambda: all_up(agents), "it is back")
+                    whole(agents)
                 until(lambda one=agent: needing(one) == [], "none needs the old one")  # type: ignore[misc]
                 finished(agent)
                 clients.more(SOME)
         assert clients.faults == []
-        until(lambda: all_up(agents), "the rack is whole")
+        whole(agents)
+        assert strangers(agents) == []
 
 
 def test_the_command_walks_through_a_rotation_and_refuses_to_end_it_early(tmp_path: Path) -> None:
@@ -296,7 +307,7 @@ def test_the_command_walks_through_a_rotation_and_refuses_to_end_it_early(tmp_pa
             until(lambda one=agent: needing(one) == [], "all have it")  # type: ignore[misc]
             ended = cli(agent, "secrets", "rotate", "--finish")
             assert ended.returncode == 0, ended.stderr
-        until(lambda: all_up(agents), "the rack is whole")
+        whole(agents)
         assert all(agent.status()["rack_secrets"] == 1 for agent in agents)
         others[0].stop()
         given(first, "secret 3 of the rack, 5ba1c07e62\n", 3)
@@ -322,25 +333,26 @@ def test_certificates_and_the_ca_are_replaced_without_a_lost_request(tmp_path: P
                 edit(agent, str(old.ca), str(bundle))
                 assert changed(agent) == [f"tls.ca {old.ca} -> {bundle}"]
                 clients.more(SOME)
-                assert all_up(agents)
+                whole(agents)
             for agent in reversed(agents):
                 files, by_old = new.issue(agent.node), tmp_path / "tls"
                 edit(agent, str(by_old / f"{agent.node}.pem"), files.certificate)
                 edit(agent, str(by_old / f"{agent.node}.key"), files.key)
                 assert len(changed(agent)) == 2
                 clients.more(SOME)
-                assert all_up(agents)
+                whole(agents)
             for agent in agents:
                 edit(agent, str(bundle), str(new.ca))
                 assert changed(agent) == [f"tls.ca {bundle} -> {new.ca}"]
                 clients.more(SOME)
-                assert all_up(agents)
+                whole(agents)
             for agent in agents:  # the same names, other files
                 new.issue(agent.node)
                 assert changed(agent) in (["tls: other certificates"], [])  # else it has seen it by itself
                 clients.more(SOME)
         assert clients.faults == []
-        assert all_up(agents)
+        whole(agents)
+        assert strangers(agents) == []
 
 
 # ---- what is wrong ----
@@ -415,8 +427,8 @@ def test_a_certificate_of_another_key_or_node_is_refused_and_the_ones_before_ser
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tmp_path: Path) -> None:
-    with rack(tmp_path, [model()], extra="[memory]\nbudget_bytes = 1000\n") as (agent,):
-        edit(agent, "need_bytes = 10", "need_bytes = 10000")
+    with rack(tmp_path, [model()], extra="[memory]\nbudget_bytes = 4_000_000_000\n") as (agent,):
+        edit(agent, "need_bytes = 10", "need_bytes = 5_000_000_000")
         assert changed(agent) == ["models: m need_bytes"]
         assert "memory budget" in settled(agent)["m"]
         assert agent.chat().status == 200, "it is served as before"
@@ -425,8 +437,8 @@ def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tmp_path: Path) -
         assert ended.returncode == 1
         assert "changed models: m is tried again" in ended.stdout
         assert "could not be changed" in ended.stdout
-        edit(agent, "budget_bytes = 1000", "budget_bytes = 100000")
-        assert changed(agent) == ["memory.budget_bytes 1000 -> 100000", "models: m is tried again"]
+        edit(agent, "budget_bytes = 4_000_000_000", "budget_bytes = 90_000_000_000")
+        assert changed(agent) == ["memory.budget_bytes 4000000000 -> 90000000000", "models: m is tried again"]
         assert settled(agent) == {}
         assert agent.chat().status == 200
 
