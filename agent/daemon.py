@@ -312,14 +312,14 @@ class Daemon:
 
     def _set_peers(self, peers: Sequence[tuple[str, str]]) -> None:
         """Replace the peers. Without a secret there are none: no node could prove that it is one."""
-        if self.config.peers.secret:
-            before = set(self._table.urls())
-            for removed in self._table.become(peers, time.monotonic()):
-                self._peer_client.retire(removed)
-            if not before.issuperset(self._table.urls()):
-                _warn_of_plain_http(self.config, self._table.urls())
-        elif peers:
+        known = bool(self.config.peers.secret)
+        if peers and not known:
             log.warning("peers_without_secret", reason="the desired state lists peers, but peers.secret is not set")
+        before = set(self._table.urls())
+        for removed in self._table.become(peers if known else (), time.monotonic()):
+            self._peer_client.retire(removed)
+        if not before.issuperset(self._table.urls()):
+            _warn_of_plain_http(self.config, self._table.urls())
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))

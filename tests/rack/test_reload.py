@@ -423,6 +423,13 @@ def test_a_certificate_of_another_key_or_node_is_refused_and_the_ones_before_ser
             assert re.search(words, refused(agent))
             agent.config.write_text(good)
         assert changed(agent) == []
+        alone = re.sub(r"\[peers\]\n(.*\n)*?(?=\[\[models)", "", good)
+        agent.config.write_text(alone)
+        assert changed(agent) == ["peers.secret: removed", "peers.nodes: - n2"]
+        assert agent.status()["peers"] == []
+        agent.config.write_text(good)
+        assert changed(agent) == ["peers.secret: set", "peers.nodes: + n2"]
+        whole([agent, other])
         assert agent.chat().status == other.chat().status == 200
 
 
