@@ -424,6 +424,12 @@ def test_what_changes_nothing_is_not_published(
     assert cli.main(["apply", "--week", "2026-W01", "--config", config]) == os.EX_NOINPUT
     assert "no node reported anything in 2026-W01" in capsys.readouterr().err
     found = apply.proposal(store, "2026-W47")
+    running = msgspec.structs.replace(found, period="2026-W46", so_far_until_ms=1_795_219_200_000)
+    store.put(keys.report_key("weekly", "2026-W46", "placement", 1, "json"), msgspec.json.encode(running))
+    store.delete(keys.DESIRED)
+    assert cli.main(["apply", "--week", "2026-W46", "--dry-run", "--config", config]) == 0
+    assert "steps of 2026-W46, so far until 2026-11-21 00:00 (UTC)" in capsys.readouterr().out
+    store.put(keys.DESIRED, body)
     still = msgspec.structs.replace(found, moves=())
     with pytest.raises(NothingToPublish, match="has no steps"):
         apply.run(CONFIG, store, still, None, dry_run=False)
