@@ -262,9 +262,7 @@ class Server:
         write_whole(folder / CONFIG, json.dumps(known).encode())
         (folder / DATA).mkdir(exist_ok=True, mode=0o700)
         argv = command(weed(), options, self._internal(), volume_mb(shutil.disk_usage(folder).free))
-        with contextlib.suppress(FileNotFoundError):
-            if self.log.stat().st_size > MOST_LOG_BYTES:
-                os.replace(self.log, self.log.with_suffix(".log.1"))
+        self.rotate()
         with os.fdopen(created(self.log, os.O_WRONLY | os.O_APPEND), "ab") as out:
             self._process = subprocess.Popen(
                 *(argv,),
@@ -318,6 +316,13 @@ class Server:
                 if time.monotonic() > deadline:
                     raise Halt(f"SeaweedFS does not answer: {error.message}; {self.last_words()}") from None
             time.sleep(0.2)
+
+    def rotate(self) -> None:
+        """Keep the log bounded: SeaweedFS appends to the file that it was given, so that is copied and emptied."""
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size > MOST_LOG_BYTES:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)
 
     def ended(self, wait_s: float) -> int | None:
         """Its exit status (negative: a signal) if it ends within the time; None while it runs."""

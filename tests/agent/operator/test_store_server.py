@@ -164,9 +164,20 @@ def test_an_address_of_another_machine_is_refused(run) -> None:  # type: ignore[
     status, _, said = run("--host", "192.0.2.7", "--insecure-http", "--port", str(free_port()))
     assert (status, "--host 192.0.2.7: no address of this machine" in said) == (os.EX_UNAVAILABLE, True)
     status, _, said = run("--host", "0.0.0.0")
-    assert (status, "--insecure-http" in said) == (1, True)
+    assert (status, "--insecure-http" in said) == (os.EX_USAGE, True)
     status, _, said = run("--certificate", "missing.pem", "--key", "missing.key")
     assert (status, "missing.pem cannot be read" in said) == (1, True)
+
+
+def test_the_log_is_bounded_while_its_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_server, "MOST_LOG_BYTES", 100)
+    server = store_server.Server(GOOD._replace(folder=tmp_path), [])
+    with server.log.open("a") as writer:
+        for text in ("x" * 101, "later"):
+            writer.write(text)
+            writer.flush()
+            server.rotate()
+    assert (server.log.read_text(), (tmp_path / "weed.log.1").read_text()) == ("later", "x" * 101)
 
 
 def test_the_launch_daemon_runs_the_same_command(run) -> None:  # type: ignore[no-untyped-def]
