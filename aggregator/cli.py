@@ -88,7 +88,7 @@ def _said(error: OSError) -> str:
 
 def exit_status(error: RackError) -> int:
     """The os.EX_* exit status for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code == "no_secret":
+    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "bad_tls"):
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM

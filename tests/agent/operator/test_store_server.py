@@ -8,15 +8,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import cli
+from agent.cli import exit_status as agent_status
 from agent.operator import store_server
 from agent.operator.cli_store import plist
 from agent.operator.store_server import INTERNAL, Options, bucket_for, check, command, identity, store_table, volume_mb
+from aggregator.cli import exit_status as aggregator_status
 from scripts.seaweed import free_port
+from shared.bucket import Store, check_store
+from shared.errors import Halt
+from shared.store_open import open_store
 
 FOLDER = Path("/srv/store")
 GOOD = Options(FOLDER, "office-rack")
@@ -99,6 +105,17 @@ def test_volumes_fit_the_disk_many_times(free_bytes: int) -> None:
     assert 64 <= volume_mb(free_bytes) <= 1024
     if free_bytes > 1 << 40:
         assert volume_mb(free_bytes) == 1024
+
+
+def test_the_ca_of_a_store_has_to_be_there_and_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    made = Store(kind="s3", endpoint="https://127.0.0.1:9", bucket="b", access_key="env:KEY", secret_key="env:KEY")
+    assert check_store(msgspec.structs.replace(made, ca="/x")) == []
+    (why,) = check_store(msgspec.structs.replace(made, ca="/x", endpoint="http://127.0.0.1:9"))
+    assert why.startswith("store.ca: has no effect")
+    with pytest.raises(Halt, match=r"store.ca: .*cannot be read; copy the CA's certificate there") as caught:
+        open_store(msgspec.structs.replace(made, ca=str(tmp_path / "ca.pem")), os.environ)
+    assert (agent_status(caught.value), aggregator_status(caught.value)) == (os.EX_CONFIG, os.EX_CONFIG)
 
 
 @pytest.fixture
