@@ -55,6 +55,10 @@ _INPUTS = {
 }
 
 
+_CONFIGURED = ("no_secret", "bad_tls", "wrong_rack", "all_quarantined")
+"""Codes of errors that a configuration, here or on the nodes, has to end."""
+
+
 @guarded("mlxrack-aggregator", "aggregator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -100,7 +104,7 @@ def _said(error: OSError) -> str:
 
 def exit_status(error: RackError) -> int:
     """The os.EX_* exit status for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_rack"):
+    if isinstance(error, shared_config.ConfigError) or error.code in _CONFIGURED:
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM
