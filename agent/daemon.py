@@ -46,6 +46,7 @@ from agent.telemetry.service import Telemetry
 from agent.views import offers
 from agent.wire.frames import Reported
 from shared import __version__, private
+from shared.clocks import SleepWatch
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
@@ -72,7 +73,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._connections = table_for(config)
         self._steady: list[asyncio.Task[None]] = []
-        self._timetable = schedule.Timetable(self._clock_was_set)
+        self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
         self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
@@ -304,6 +305,8 @@ class Daemon:
         self.telemetry.outbox.emit(event)
 
     def _clock_was_set(self, jump_s: float) -> None:
+        if abs(jump_s - self._sleeps.look()) <= schedule.JUMP_S:
+            return  # the machine slept, and its time is right
         log.warning("clock_was_set", seconds=round(jump_s, 1))
         self.telemetry.pusher.clock_was_set()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.mesh.sightings import Sightings, sentence
+from shared.clocks import SleepWatch
 from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import Event, NodeIdClash, PeerDown, PeerUp
@@ -38,7 +39,9 @@ class Heartbeats:
         on_back: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        slept: Callable[[], float] | None = None,
     ) -> None:
+        self._slept = slept or SleepWatch().look
         self._table, self._client, self._emit, self._rack = table, client, emit, rack
         self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
         self.sightings = sightings or Sightings("", "")
@@ -56,10 +59,14 @@ class Heartbeats:
     async def tick(self) -> None:
         """Send the heartbeats that are due, and report what has changed."""
         now = self._clock()
-        if asleep_s := self._table.tick(now, self.every_s):
+        late_s, slept_s = self._table.tick(now, self.every_s), self._slept()
+        if late_s or slept_s:
             self._woke += 1
             self._due.clear()
-            log.warning("sleep_detected", seconds=round(asleep_s, 2))
+        if slept_s:
+            log.warning("sleep_detected", seconds=round(slept_s, 2))
+        elif late_s:
+            log.info("heartbeats_late", seconds=round(late_s, 2), reason="this machine is busy")
         for node, url in self._table.urls():
             if now >= self._due.get(node, 0.0) and self._open.get(node, 0) < _MOST_OPEN:
                 # a little early rather than a tick late

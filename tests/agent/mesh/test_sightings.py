@@ -4,6 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.mesh.heartbeats import Heartbeats
+from agent.mesh.peer_client import PeerClient
+from agent.mesh.peers import PeerTable
 from agent.mesh.sightings import TOLD_EVERY_S, TWICE_S, Sightings, mark_of, sentence
 
 ME, A, B = mark_of("c" * 16, "0" * 32), mark_of("a" * 16, "1" * 32), mark_of("b" * 16, "2" * 32)
@@ -78,3 +81,35 @@ def test_memory_is_bounded_by_time_and_one_mark_is_never_two(steps: list[tuple[s
         found.saw(node, mark, now)
     for one in found.twice(now):
         assert {one.one, one.other} == {A, B}
+
+
+# heartbeats
+
+
+@pytest.mark.parametrize(("late_s", "slept_s", "said"), [(5.0, 0.0, "heartbeats_late"), (5.0, 4.0, "sleep_detected")])
+async def test_a_late_tick_alone_is_no_sleep(
+    late_s: float, slept_s: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[tuple[str, str]] = []
+
+    class Log:
+        def warning(self, event: str, **_: object) -> None:
+            lines.append(("warning", event))
+
+        def info(self, event: str, **_: object) -> None:
+            lines.append(("info", event))
+
+    monkeypatch.setattr("agent.mesh.heartbeats.log", Log())
+    now, slept = [0.0], [0.0]
+    table = PeerTable([], beat_s=1.0, now=0.0)
+    beats = Heartbeats(
+        *(table, PeerClient("s" * 40, "n1"), lambda _: None),
+        rack="r",
+        beat_s=1.0,
+        clock=lambda: now[0],
+        slept=lambda: slept[0],
+    )
+    await beats.tick()
+    now[0], slept[0] = late_s, slept_s
+    await beats.tick()
+    assert lines == [("warning" if slept_s else "info", said)]
