@@ -84,7 +84,7 @@ def _said(error: OSError) -> str:
 
 def exit_status(error: RackError) -> int:
     """The os.EX_* exit status for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code == "no_secret":
+    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_rack"):
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM
@@ -162,8 +162,9 @@ def _rollup(args: argparse.Namespace) -> int:
     from aggregator.commands import rollup
 
     config, store = _opened(args)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again)
+        manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again, faults=faults)
     done = {
         "manifest": manifest.number,
         "batches": manifest.batches,
@@ -172,7 +173,7 @@ def _rollup(args: argparse.Namespace) -> int:
         "quarantined": [msgspec.to_builtins(q) for q in manifest.quarantined],
     }
     _say(args, done, f"manifest {manifest.number}: {manifest.batches} batches in total")
-    return 0
+    return _done(faults)
 
 
 def _weekly(args: argparse.Namespace) -> int:
@@ -190,11 +191,12 @@ def _weekly(args: argparse.Namespace) -> int:
         span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
         earlier = before(span)
     store = open_store(config.store, os.environ)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _progress(args))
+        rollup.run(config, store, os.environ, _progress(args), faults=faults)
         published = weekly.publish_span(config, store, span, earlier)
     _say(args, {"week": span.name, "published": published}, "\n".join(published))
-    return 0
+    return _done(faults)
 
 
 def _monthly(args: argparse.Namespace) -> int:
@@ -205,10 +207,18 @@ def _monthly(args: argparse.Namespace) -> int:
     config = _config(args)
     name = args.month or last_month(datetime.now(UTC), config.timezone)
     store = open_store(config.store, os.environ)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _progress(args))
+        rollup.run(config, store, os.environ, _progress(args), faults=faults)
         published = monthly.run(config, store, name)
     _say(args, {"month": name, "published": published}, "\n".join(published))
+    return _done(faults)
+
+
+def _done(faults: Sequence[RackError]) -> int:
+    """The exit status of what was done although a part of the telemetry is wrong, which is raised last."""
+    if faults:
+        raise faults[0]
     return 0
 
 

@@ -53,11 +53,13 @@ class Backlog(NamedTuple):
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
     """Batches after given cursors, and the advanced cursors. ``unread`` are objects that could not be read, with their
-    reasons: their nodes' cursors stay before them."""
+    reasons: their nodes' cursors stay before them. ``racks`` is the other rack of each node, by its folder,
+    where nothing at all was of this rack."""
 
     batches: tuple[Batch, ...]
     cursors: dict[str, str]
     unread: dict[str, str] = {}
+    racks: dict[str, str] = {}
 
 
 def newest_manifest(store: ObjectStore) -> Manifest:
@@ -109,6 +111,8 @@ def fresh(
     backlog, records, unread = pending(store, cursors, prefix), 0, dict[str, str]()
     waiting: set[str] = set()
     in_a_row: set[str] = set()
+    strangers: dict[str, str] = {}
+    ours: set[str] = set()
     for at, one in enumerate(backlog.segments):
         if (node := progress.node_of(one.key)) in waiting or records > MOST_FRESH_RECORDS:
             continue
@@ -118,8 +122,12 @@ def fresh(
                 break  # the store is down, and would take its time over each node
             in_a_row = set()
         try:
-            found = ingest.read(store, one.key, rack)[0]
+            found, _, other = ingest.segment(store, one.key, rack)
             in_a_row = set()
+            if other:
+                strangers[node] = other
+                continue
+            ours.add(node)
         except (Retryable, Halt) as error:
             in_a_row.add(node)
             if not passed(one.key):
@@ -132,7 +140,8 @@ def fresh(
         records += sum(len(batch.records) for batch in found)
     kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
     cursors = {**kept, **progress.advanced(read)}
-    return Fresh(batches=tuple(batches), cursors=cursors, unread={**backlog.unlisted, **unread})
+    unread = {**backlog.unlisted, **unread}
+    return Fresh(batches=tuple(batches), cursors=cursors, unread=unread, racks={} if ours else strangers)
 
 
 def beginnings(store: ObjectStore) -> dict[str, str]:

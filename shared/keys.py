@@ -37,7 +37,7 @@ MOST_LEASE_BYTES = 4 << 10
 MOST_NOTES_BYTES = 4 << 20
 """A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
-RACK = "desired/v1/rack.json"
+RACK = "release/v1/rack.json"
 """Whose bucket this is: the aggregator writes it once it has counted batches of its rack."""
 ALERT_STATE = "state/v1/alerts.json"
 

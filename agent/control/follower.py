@@ -17,6 +17,7 @@ from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
 from agent.models.pool import Pool
 from agent.tasks import Tasks
+from shared import bucket_rack
 from shared.batch import MAX_ITEMS, MAX_TEXT
 from shared.desired import Assignment, parse
 from shared.errors import NotFound, RackError, Refused, Retryable
@@ -153,6 +154,7 @@ class Follower:
             found = parse(self._store.get(DESIRED, MOST_DESIRED_BYTES).body)
         except NotFound:
             return
+        bucket_rack.check(found.rack or bucket_rack.told(self._store), self._config.node.rack)
         known = self._adopted.desired
         if known is not None and found.generation < known.generation:
             raise Refused(

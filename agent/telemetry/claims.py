@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from agent.telemetry.spool_identity import Identity
-from shared import keys
+from shared import bucket_rack, keys
 from shared.errors import AccessDenied, Halt, PreconditionFailed, Retryable
 from shared.logs import get_logger
 from shared.records import NodeIdClash
@@ -47,12 +47,6 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """Who may claim next: a spool, or, where it has none yet, a machine."""
 
     to: str
-
-
-class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose bucket it is."""
-
-    rack: str
 
 
 def parse(raw: bytes) -> Claim:
@@ -113,7 +107,7 @@ class Claims:
     def hold(self, store: ObjectStore) -> None:
         """Make sure that the id is this spool's, and note who else uses it. Raises Halt (identity_clash, other_rack)
         with what to do, and whatever the store raises."""
-        self._check_rack(store)
+        bucket_rack.check(bucket_rack.told(store), self._me.rack)
         number = self._verified_claim(store) or 0
         newest, holder = self._newest(store, number)
         if holder is None or holder.spool_id != self._me.spool_id:
@@ -134,21 +128,6 @@ class Claims:
     def forget(self) -> None:
         """The store may be another one from now on."""
         self._verified = False
-
-    def _check_rack(self, store: ObjectStore) -> None:
-        stored = _found(store, keys.RACK)
-        if stored is None:
-            return
-        try:
-            rack = msgspec.json.decode(stored.body, type=Bucket).rack
-        except (msgspec.DecodeError, RecursionError):
-            return
-        if rack != self._me.rack:
-            raise Halt(
-                f"this bucket is that of rack {rack!r}, and this node is of rack {self._me.rack!r}: correct [store] or "
-                f"node.rack here; if the rack was renamed, delete {keys.RACK} from the bucket. Batches wait",
-                code="other_rack",
-            )
 
     def _verified_claim(self, store: ObjectStore) -> int | None:
         """The number of this spool's claim; once per store it is compared with the bucket, which may be new, or another

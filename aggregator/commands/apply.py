@@ -45,7 +45,11 @@ def run(
         pick = own or (fitting if version else [])
         return f"{pick[0][0]}@{pick[0][1]}" if pick else None
 
+    if before is not None and before.rack not in ("", config.rack):
+        why = f"the desired state in the bucket is that of rack {before.rack!r}, aggregator.toml says {config.rack!r}"
+        raise Refused(f"apply: {why}: correct rack or [store] there", code="wrong_rack")
     state = acceptance.desired(report, chosen, before, source_of, time.time_ns() // 1_000_000)
+    state = msgspec.structs.replace(state, rack=config.rack)
     if not dry_run:
         publish.replace(store, keys.DESIRED, desired.encode(state), stored.etag if stored else None)
     return chosen, state
