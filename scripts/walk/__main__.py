@@ -23,7 +23,7 @@ from scripts.common import parser
 from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.walk import machines, stand_ins
 from scripts.walk.blocks import Block, blocks
-from scripts.walk.machines import NAMES, REPLACED, Machine
+from scripts.walk.machines import NAMES, REPLACED, STORE_PORT, Machine
 from scripts.walk.terminal import Terminal
 from tests.rack.stand_in_hub import Repo, StandInHub
 from tests.tiny_model import write_tiny_model
@@ -61,6 +61,7 @@ class Failure(Exception):
     def __init__(self, block: Block, why: str, output: str) -> None:
         super().__init__(f"{block.where} ({block.section}): {why}")
         self.block, self.output = block, output
+        self.add_note(output[-2000:])
 
 
 class Walk:
@@ -91,7 +92,7 @@ class Walk:
         for scene in block.scenes:
             self._told(f"-- {scene}")
             self._scene(scene)
-        block = self._edit(block)
+        block = self._edit(self._on_loopback(block))
         for line in block.text.splitlines():
             self._told(f"   $ {line}")
         if block.terminal:
@@ -106,6 +107,11 @@ class Walk:
             if not re.search(wanted, ran.output):
                 raise Failure(block, f"its output has no {wanted!r}", ran.output)
         self.steps.append(Step(block, ran.seconds))
+
+    def _on_loopback(self, block: Block) -> Block:
+        """A store that is to be reached from everywhere is a program that the stand-ins do not reach."""
+        here, ports = self.machines[0].address, self.machines[0].ports
+        return block._replace(text=block.text.replace("--host 0.0.0.0", f"--host {here} --port {ports[STORE_PORT]}"))
 
     @staticmethod
     def plays(scene: str) -> bool:

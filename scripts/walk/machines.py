@@ -15,12 +15,14 @@ from scripts.seaweed import free_port
 HERE = Path(__file__).parent
 ROOT_NAME, FILE = "WALK_ROOT", "machines.json"
 NAMES = ("mini-1", "mini-2", "mini-3", "mini-4")
-PORTS = (8470, 8333)
-"""Documented ports: the agent's, and that of the store of `mlxrack-agent store serve`."""
+AGENT_PORT, STORE_PORT = 8470, 8333
+PORTS = (AGENT_PORT, STORE_PORT)
+"""Documented ports: the agent's, and that of `mlxrack-agent store serve`."""
 SITE = "llm.example.com"
 REPLACED = (
     "mini-1.local to mini-4.local are folders of this machine, each with its own home and an address on loopback",
     f"ports {' and '.join(map(str, PORTS))} are free ports of those addresses; {SITE} has the first three addresses",
+    "mlxrack-agent store serve gets the store's port and an address on loopback on its command line",
     "ssh, scp, sudo and launchctl are stand-ins (scripts/walk/stand_ins.py): launchctl starts what the plist says",
     "the Hugging Face hub is a stand-in on loopback, which gives out a small model under every name",
 )
@@ -123,6 +125,6 @@ def _curl_settings(machine: Machine) -> str:
         for host, address in {**named, "127.0.0.1": machine.address, "localhost": machine.address}.items():
             lines.append(f'connect-to = "{host}:{port}:{address}:{there}"')
     addresses = ",".join(f"127.0.0.{n}" for n in (1, 2, 3))
-    agent = machine.ports[PORTS[0]]
-    lines += [f'connect-to = "{SITE}:{PORTS[0]}:{SITE}:{agent}"', f'resolve = "{SITE}:{agent}:{addresses}"']
+    agent = machine.ports[AGENT_PORT]
+    lines += [f'connect-to = "{SITE}:{AGENT_PORT}:{SITE}:{agent}"', f'resolve = "{SITE}:{agent}:{addresses}"']
     return "\n".join(lines) + "\n"

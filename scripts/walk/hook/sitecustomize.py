@@ -43,4 +43,5 @@ def _resolved(host: Any, port: Any, *rest: Any, **more: Any) -> list[Any]:
     return [found for address in there for found in _getaddrinfo(address, number, *rest, **more)]
 
 
-socket.socket.bind, socket.getaddrinfo = _bound, _resolved  # type: ignore[method-assign]
+setattr(socket.socket, "bind", _bound)  # noqa: B010  # a method is replaced
+socket.getaddrinfo = _resolved
