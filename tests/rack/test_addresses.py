@@ -24,7 +24,7 @@ import pytest
 
 from agent.config import hash_key
 from scripts.seaweed import free_port
-from tests.rack.harness import Agent, end, model, until
+from tests.rack.harness import Agent, Answer, end, model, until
 from tests.rack.tls_rack import Authority, write_tls_config
 
 PAGE = Path(__file__).parents[2] / "docs/operating.md"
@@ -34,7 +34,7 @@ DEAF = "127.0.0.3"
 KEYS = f'[[keys]]\nid = "k"\nsha256 = "{hash_key("client-key")}"\n'
 SERVED = model(rows=8, fake_step_s=0.01)
 CLIENTS = 6
-TOKENS = 20
+TOKENS, LONG_TOKENS = 20, 400
 
 
 class Heard(NamedTuple):
@@ -153,11 +153,11 @@ class Clients:
             self.heard.append(ask(self._client, next(self._numbers)))
 
 
-def killed(agents: Sequence[Agent], clients: Clients, *, times: int) -> None:
-    """One node after the other is killed under load, while the other lives, and comes back."""
+def ended_in_turn(agents: Sequence[Agent], clients: Clients, how: Callable[[Agent], Any], *, times: int = 2) -> None:
+    """One node after the other ends under load, while the other lives, and comes back."""
     for agent, other in list(zip(agents, agents[::-1], strict=True))[:times]:
         clients.more(2 * CLIENTS)
-        agent.kill()
+        how(agent)
         clients.more(3 * CLIENTS)
         agent.start().ready()
         until(lambda agent=agent: agent.status()["peers"][0]["state"] == "up", "it knows its peer")  # type: ignore[misc]
@@ -181,9 +181,36 @@ def test_a_name_with_two_addresses_loses_no_request_before_its_first_byte(
     Names(monkeypatch, PLACES)
     with client_of(authority, agents[0].port) as client:
         with Clients(client) as clients:
-            killed(agents, clients, times=2)
+            ended_in_turn(agents, clients, Agent.kill)
         cut = check(clients.heard, "two A records")
     assert not [one for one in cut if one.fault == "a silent stop"], "a client can tell that an answer is not whole"
+
+
+def test_nodes_that_are_stopped_one_after_another_fail_no_request(
+    two_nodes: tuple[Authority, list[Agent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an upgrade: SIGTERM, and the next version starts."""
+    authority, agents = two_nodes
+    Names(monkeypatch, PLACES)
+    long: list[Answer] = []
+    with client_of(authority, agents[0].port) as client:
+        with Clients(client) as clients:
+            ended_in_turn(agents, clients, lambda agent: stopped_beside_a_long_answer(agent, long))
+        assert check(clients.heard, "stopped one after another") == []
+    assert [(one.status, one.json["usage"]["completion_tokens"]) for one in long] == [(200, LONG_TOKENS)] * 2
+
+
+def stopped_beside_a_long_answer(agent: Agent, long: list[Answer]) -> None:
+    """SIGTERM while the node has an answer to finish, for which it stays for seconds."""
+    key = {"Authorization": "Bearer client-key"}
+    asking = threading.Thread(
+        target=lambda: long.append(agent.chat("a long story", headers=key, max_tokens=LONG_TOKENS))
+    )
+    before = agent.status()["in_flight"]
+    asking.start()
+    until(lambda: agent.status()["in_flight"] > before, "it is being answered")
+    agent.stop()
+    asking.join(120)
 
 
 @contextlib.contextmanager
@@ -238,7 +265,7 @@ def test_the_documented_proxy_loses_no_request_before_its_first_byte(
     config = caddyfile(tmp_path, authority, agents, port)
     with running([program, "run", "--config", str(config)], tmp_path, lambda: answers(authority, port)):
         with client_of(authority, port) as client, Clients(client) as clients:
-            killed(agents, clients, times=1)  # the proxy takes seconds to see that a node is back
+            ended_in_turn(agents, clients, Agent.kill, times=1)  # the proxy takes seconds to see that a node is back
         check(clients.heard, "behind Caddy")
 
 
