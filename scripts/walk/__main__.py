@@ -24,7 +24,7 @@ from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.walk import machines, stand_ins
 from scripts.walk.blocks import Block, blocks
 from scripts.walk.machines import NAMES, REPLACED, STORE_PORT, Machine
-from scripts.walk.terminal import Terminal
+from scripts.walk.terminal import Ran, Terminal
 from tests.rack.stand_in_hub import Repo, StandInHub
 from tests.tiny_model import write_tiny_model
 
@@ -38,8 +38,9 @@ MILESTONES = {
     "First report": "first report",
 }
 """Sections whose end is what a newcomer waits for."""
-SCENES = ("dies", "is a new machine")
+MACHINE_SCENES = ("dies", "is a new machine")
 """What may happen to a machine: its service is killed; nothing is left of it but its name and the installation."""
+STORE_SCENES = ("the store stops", "the store starts")
 SHARED = "mlxrack/venv"
 """The installation in a machine's home; the first machine's is used by all."""
 
@@ -71,6 +72,7 @@ class Walk:
         self.machines = all_machines
         self.terminal = Terminal(all_machines[0], told)
         self.steps: list[Step] = []
+        self._lasting: list[Block] = []
         self._told, self._edit = told, edit
 
     def run(self, todo: Sequence[Block]) -> None:
@@ -95,10 +97,9 @@ class Walk:
         block = self._edit(self._on_loopback(block))
         for line in block.text.splitlines():
             self._told(f"   $ {line}")
-        if block.terminal:
-            ran = self.terminal.open(block.text, block.terminal, BLOCK_S, lasts=block.lasts)
-        else:
-            ran = self.terminal.run(block.text, block.language, BLOCK_S)
+        ran = self._run(block)
+        if block.lasts:
+            self._lasting.append(block)
         if ran.status is None:
             raise Failure(block, f"has not ended after {BLOCK_S:.0f} s", ran.output)
         if ran.status:
@@ -107,6 +108,11 @@ class Walk:
             if not re.search(wanted, ran.output):
                 raise Failure(block, f"its output has no {wanted!r}", ran.output)
         self.steps.append(Step(block, ran.seconds))
+
+    def _run(self, block: Block) -> Ran:
+        if block.terminal:
+            return self.terminal.open(block.text, block.terminal, BLOCK_S, lasts=block.lasts)
+        return self.terminal.run(block.text, block.language, BLOCK_S)
 
     def _on_loopback(self, block: Block) -> Block:
         """A store that is to be reached from everywhere is a program that the stand-ins do not reach."""
@@ -117,16 +123,26 @@ class Walk:
     def plays(scene: str) -> bool:
         """Whether the walk knows what happens in a scene."""
         name, _, what = scene.partition(" ")
-        return name in NAMES and what in SCENES
+        return scene in STORE_SCENES or (name in NAMES and what in MACHINE_SCENES)
 
     def _scene(self, scene: str) -> None:
         if not self.plays(scene):
             raise ValueError(f"scene {scene!r} is not one that the walk can play")
+        if scene in STORE_SCENES:
+            self._play_store(scene)
+            return
         name, _, what = scene.partition(" ")
         machine = self.machines[NAMES.index(name)]
         stand_ins.kill(machine)
         if what == "is a new machine":
             self._renew(machine)
+
+    def _play_store(self, scene: str) -> None:
+        if scene == "the store stops":
+            self.terminal.close()
+        else:
+            for block in self._lasting:
+                self._run(block)
 
     def _renew(self, machine: Machine) -> None:
         venv = (machine.home / SHARED).resolve()

@@ -1,13 +1,14 @@
 """A terminal on one of the walk's machines: blocks of shell run one after another, as if they were typed there."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Terminal:
         self._cwd, self._env = self._folder / "cwd", self._folder / "env"
         self._cwd.write_text(f"{machine.home}\n")
         self._env.write_text("")
+        self._numbers = itertools.count(2)
         self._open: list[tuple[subprocess.Popen[bytes], bool]] = []
 
     def run(self, text: str, language: str, limit_s: float) -> Ran:
@@ -58,7 +60,7 @@ class Terminal:
     def open(self, text: str, until: str, limit_s: float, *, lasts: bool = False) -> Ran:
         """Run a block that does not end in a terminal of its own, and return when it has printed ``until``; ``lasts``
         keeps it until the very end."""
-        began, log = time.monotonic(), self._folder / f"output of terminal {len(self._open) + 2}"
+        began, log = time.monotonic(), self._folder / f"output of terminal {next(self._numbers)}"
         process = self._started(text, "sh", log)
         self._open.append((process, lasts))
         while until not in (output := log.read_text(errors="replace")):
@@ -99,15 +101,6 @@ class Terminal:
             return {}
         found = re.findall(r"^(?:export|declare -x) ([A-Z_]+)='([^'\n]*)'$", self._env.read_text(), re.MULTILINE)
         return {name: value for name, value in found if name not in ("PATH", "HOME", "PYTHONPATH")}
-
-
-@contextlib.contextmanager
-def closing(terminal: Terminal) -> Iterator[Terminal]:
-    """Closes it at the end."""
-    try:
-        yield terminal
-    finally:
-        terminal.close()
 
 
 def end(process: subprocess.Popen[bytes], first: int = signal.SIGTERM) -> None:
