@@ -9,6 +9,7 @@ first: sudo ifconfig lo0 alias 127.0.0.2 (to 127.0.0.4).
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,8 @@ class Walk:
         self.terminal = Terminal(all_machines[0], told)
         self.steps: list[Step] = []
         self._lasting: list[Block] = []
+        self.after: dict[str, Callable[[], None]] = {}
+        """What happens elsewhere when a section has ended."""
         self._told, self._edit = told, edit
 
     def run(self, todo: Sequence[Block]) -> None:
@@ -81,6 +84,7 @@ class Walk:
         for block in todo:
             if block.section != section:
                 self.terminal.close(everything=False)
+                self.after.get(section, lambda: None)()
                 section = block.section
                 self._told(f"== {block.page}: {section}")
             self.step(block)
@@ -166,20 +170,31 @@ def todo(*, installs: bool) -> list[Block]:
 
 
 @contextmanager
-def ready(root: Path, model: Path | None, told: Say, edit: Edit = lambda block: block) -> Iterator[Walk]:
-    """The machines, under ``root``, and a hub that gives out ``model`` (None: a tiny one) under every name."""
-    if model is None:
-        model = root / "tiny"
-        write_tiny_model(model, seed=1)
+def ready(root: Path, model: Path, told: Say, edit: Edit = lambda block: block) -> Iterator[Walk]:
+    """The machines, under ``root``, and a hub that gives out ``model`` for one node under every name, a tiny one for a
+    rack of several, which is all that one machine can compute."""
     hub = StandInHub()
-    for name in sorted(_models_named()):
-        hub.repos[name] = Repo.of_folder(model)
+    names = sorted(_models_named())
+
+    def give(folder: Path) -> None:
+        hub.repos.update({name: Repo.of_folder(folder) for name in names})
+
+    give(model)
     with ExitStack() as stack:
         stack.enter_context(hub.running())
         made = machines.make(root, hub.endpoint, (str(Path(sys.base_prefix) / "bin"),))
         walk = Walk(made, told, edit)
+        walk.after = {"One node": lambda: give(tiny(root))}
         stack.callback(walk.close)
         yield walk
+
+
+def tiny(root: Path) -> Path:
+    """A model of a hundred kilobytes, with random weights."""
+    folder = root / "tiny"
+    if not folder.exists():
+        write_tiny_model(folder, seed=1)
+    return folder
 
 
 def share(some: Sequence[Machine], venv: Path) -> None:
@@ -236,13 +251,15 @@ def main() -> int:
     options.add_argument("--project", action="store_true", help="use this project's environment: installs nothing")
     args = options.parse_args()
     quiet = args.quiet or args.json
+    # whoever is told to end has to end what it has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     told: Say = (lambda _: None) if quiet else (lambda line: print(line, flush=True))
     demo = default_folder() / MAIN
     began, failed = time.monotonic(), None
     with _folder(keep=args.keep) as root:
         for line in REPLACED:
             told(f"replaced: {line}")
-        with ready(root, None if args.tiny or not demo.is_dir() else demo, told) as walk:
+        with ready(root, tiny(root) if args.tiny or not demo.is_dir() else demo, told) as walk:
             first = walk.machines[0].home
             if args.project:
                 share(walk.machines, Path(sys.prefix))

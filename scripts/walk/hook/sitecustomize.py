@@ -1,9 +1,10 @@
-"""Names and ports of the walk's machines, for the Python programs that run on one of them.
+"""Names, ports and cores of the walk's machines, for the Python programs that run on one of them.
 
 A machine is an address on loopback. Python imports this module by itself where its folder is in PYTHONPATH. It changes
 no address but those that the walk's documents name: ``WALK_HERE`` is this machine's address, ``WALK_HOSTS`` says which
 addresses a name has (``mini-1.local=127.0.0.1 llm.example.com=127.0.0.1,127.0.0.2``), ``WALK_PORTS`` which port of this
-machine stands for a documented one (``8470=23456``).
+machine stands for a documented one (``8470=23456``). Each machine has one core: with more, the loaders of several would
+compute each other to a standstill.
 """
 
 import os
@@ -45,3 +46,4 @@ def _resolved(host: Any, port: Any, *rest: Any, **more: Any) -> list[Any]:
 
 setattr(socket.socket, "bind", _bound)  # noqa: B010  # a method is replaced
 socket.getaddrinfo = _resolved
+os.cpu_count = lambda: 1
