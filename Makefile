@@ -123,7 +123,7 @@ drill: $(STAMP) ## drill what an operator relies on, at full size: reload and ro
 	tests/rack/test_restore.py tests/rack/test_addresses.py
 
 dist: $(STAMP) ## build a wheel in dist/
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove build outputs
 	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .import_linter_cache

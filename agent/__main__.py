@@ -1,7 +1,18 @@
-"""``python -P -m agent``: equivalent to ``mlxrack-agent``."""
+"""``python -P -m agent``: the same as ``mlxrack-agent``, which starts here, too."""
 
 import sys
+from collections.abc import Sequence
 
-from agent.cli import main
+from shared.missing import guarded
 
-sys.exit(main())
+
+@guarded("mlxrack-agent", "agent")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. The command line is imported inside the guard: it needs packages, too."""
+    from agent import cli
+
+    return cli.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

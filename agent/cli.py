@@ -1,7 +1,7 @@
 """mlxrack-agent: run, inspect and control the agent.
 
 The only module that reads the environment and the command line. Exit codes are os.EX_*: 0 success, 64 usage error,
-69 agent not running or address in use, 75 temporary failure, 78 invalid configuration, 1 any other error.
+69 agent not running, address in use or package missing, 75 temporary failure, 78 invalid configuration, 1 any other.
 """
 
 import argparse
@@ -23,16 +23,17 @@ import msgspec
 from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
-from agent.operator import cli_models, cli_tls, completion, install, logview, obtain, serve_one
+from agent.operator import cli_models, cli_store, cli_tls, completion, install, logview, obtain, serve_one
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import progress, size, status_text, table, why_text
-from shared import __version__, logs, private
+from shared import __version__, cli_help, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
 from shared.durable import write_whole
 from shared.errors import Halt, RackError, Refused, Retryable
+from shared.missing import broken_import, guarded
 
 if TYPE_CHECKING:
     from agent.daemon import Daemon
@@ -42,6 +43,7 @@ ALONE = AgentConfig(node=Node(id="local", rack="local"))
 """The configuration of a machine that has none, for `serve` and what goes with it."""
 
 
+@guarded("mlxrack-agent", "agent")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = _parser().parse_args(argv)
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlxrack-agent: {error.message}", file=sys.stderr)
         return exit_status(error)
     except OSError as error:
+        if broken_import(error):
+            raise
         print(f"mlxrack-agent: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return os.EX_IOERR
     finally:
@@ -79,9 +83,7 @@ def exit_status(error: RackError) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="mlxrack-agent", description="Serve language models on this node of the rack and report telemetry."
-    )
+    parser = Parser(prog="mlxrack-agent", description="Serve language models on this node; report telemetry.")
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -112,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("old", help="served name")
     swap.add_argument("new", help="configured model that takes over the name")
     _json(swap)
-    probes = verb(
-        "probes", "Record a model's answers to its probes and print the file that a standby must reproduce.", _probes
-    )
+    probes = verb("probes", "Record a model's answers to its probes: the file that a standby must reproduce.", _probes)
     probes.add_argument("model", help="served name of a model that is known to be good")
     why = verb("why", "Explain the routing of a request: candidates, costs, retries, continuations.", _why)
     why.add_argument("request", help="X-Mlxrack-Request-Id of an answer for which this node was the gateway")
@@ -133,9 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
     completion.add(verbs, parser)
+    cli_help.add(verbs, parser)
     new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
+    cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
     return parser
 

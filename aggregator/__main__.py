@@ -1,7 +1,18 @@
-"""``python -P -m aggregator``: the same as ``mlxrack-aggregator``."""
+"""``python -P -m aggregator``: the same as ``mlxrack-aggregator``, which starts here, too."""
 
 import sys
+from collections.abc import Sequence
 
-from aggregator.cli import main
+from shared.missing import guarded
 
-sys.exit(main())
+
+@guarded("mlxrack-aggregator", "aggregator")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. The command line is imported inside the guard: it needs packages, too."""
+    from aggregator import cli
+
+    return cli.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

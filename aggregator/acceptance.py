@@ -39,11 +39,10 @@ def desired(
     """The next desired state: the previous one after the moves. Raises Refused naming what the bucket lacks.
 
     Only nodes that a move touches change, and on them only what is moved: everything else keeps its version and
-    settings, whatever is resident. A touched node without a desired state gets its current models.
+    settings, whatever is resident.
     """
     old = before.nodes if before is not None else {}
-    new = sorted({move.node for move in chosen} - set(old))
-    nodes = {**old, **{node: _standing(report, node, source_of) for node in new}}
+    nodes = standing(report, chosen, before, source_of)
     for move in chosen:
         others = tuple(a for a in nodes[move.node] if a.model != move.model)
         if move.action == "load":
@@ -59,6 +58,16 @@ def desired(
         nodes=nodes,
         peers=before.peers if before is not None else (),
     )
+
+
+def standing(
+    report: PlacementReport, chosen: Sequence[Move], before: DesiredState | None, source_of: Sources
+) -> dict[str, tuple[Assignment, ...]]:
+    """What the moves start from: the desired state, and for a touched node without one its current models. Raises
+    Refused naming what the bucket lacks."""
+    old = before.nodes if before is not None else {}
+    new = sorted({move.node for move in chosen} - set(old))
+    return {**old, **{node: _standing(report, node, source_of) for node in new}}
 
 
 def _set(one: Assignment, setting: Setting) -> Assignment:

@@ -20,7 +20,7 @@ CERTIFICATES = ("listener", "node", "ca")
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of alert. ``channel`` is alerts or thermal."""
+    """One kind of alert. ``channel`` is alerts or thermal, ``runbook`` a topic of `mlxrack-agent help`."""
 
     code: str
     title: str
@@ -30,8 +30,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 RULES = tuple(
-    Rule(code=code, title=title, severity=severity, channel=channel, runbook=f"docs/runbooks.md#{anchor}")
-    for code, title, severity, channel, anchor in (
+    Rule(code=code, title=title, severity=severity, channel=channel, runbook=runbook)
+    for code, title, severity, channel, runbook in (
         ("node_down", "Node down", "page", "alerts", "node-down"),
         ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
         ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
@@ -74,11 +74,12 @@ class AlertState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
-    """A notice to send: an alert that fired (``resolved`` false) or was resolved."""
+    """A notice to send: an alert that fired (``resolved`` false) or was resolved; ``at_ms`` is when."""
 
     rule: Rule
     firing: Firing
     resolved: bool
+    at_ms: int = 0
 
 
 def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alerts) -> AlertState:
@@ -95,10 +96,22 @@ def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState
     held = {_key(f): f for f in state.firing}
     now_firing = {_key(f): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
     rules = {rule.code: rule for rule in RULES}
-    notices = [Notice(rule=rules[k[0]], firing=f, resolved=False) for k, f in now_firing.items() if k not in held]
-    notices += [Notice(rule=rules[k[0]], firing=f, resolved=True) for k, f in held.items() if k not in now_firing]
+    notices = [
+        Notice(rule=rules[k[0]], firing=f, resolved=False, at_ms=now_ms) for k, f in now_firing.items() if k not in held
+    ]
+    notices += [
+        Notice(rule=rules[k[0]], firing=f, resolved=True, at_ms=_ended_ms(f, state, now_ms))
+        for k, f in held.items()
+        if k not in now_firing
+    ]
     kept = tuple(held.get(k, f) for k, f in sorted(now_firing.items()))
     return msgspec.structs.replace(state, firing=kept), tuple(notices)
+
+
+def _ended_ms(firing: Firing, state: AlertState, now_ms: int) -> int:
+    """When an alert ended: when a node that was down answered again, otherwise when it was noticed."""
+    back_ms = state.nodes.get(firing.subject, NodeMemory()).last_up_ms
+    return back_ms if firing.code == "node_down" and back_ms > firing.since_ms else now_ms
 
 
 def _key(firing: Firing) -> tuple[str, str, int]:
@@ -159,11 +172,11 @@ def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Seque
 
 def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
     if memory.down_since_ms is not None:
-        text = f"{node} does not answer heartbeats of {memory.reported_by or 'its peers'}"
+        text = f"{node} does not answer the heartbeats of {memory.reported_by or 'its peers'}"
         return Firing(code="node_down", subject=node, since_ms=memory.down_since_ms, text=text)
     silent_ms = now_ms - memory.last_seen_ms
     if memory.last_seen_ms and silent_ms > 2 * config.upload_s * 1000 + GRACE_MS:
-        text = f"no telemetry from {node} for {silent_ms // 1000} s"
+        text = f"no telemetry arrives from {node}"
         return Firing(code="node_down", subject=node, since_ms=memory.last_seen_ms, text=text)
     return None
 

@@ -88,6 +88,13 @@ def local(t_ms: int, zone: str) -> datetime:
     return datetime.fromtimestamp(t_ms / 1000, ZoneInfo(zone))
 
 
+def duration(seconds: float) -> str:
+    """Seconds as 12 s, 5.0 min or 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def full_hour(t_ms: int) -> int:
     """The last full hour: a report of a period that is not over is the same until the next."""
     return t_ms - t_ms % HOUR_MS

@@ -1,35 +1,41 @@
 """mlxrack-aggregator: rollups, reports and alerts from the bucket, to be run by cron.
 
-Silent on success. The only place that reads the environment and the command line. Exit codes are os.EX_*:
-0 success, 64 usage error, 75 try later (another run holds the lease, the store is unavailable), 77 the store rejected
-the credentials, 78 invalid configuration, 1 any other error.
+Each run says in one line what it did, nothing with --quiet. The only place that reads the environment and the command
+line. Exit codes are os.EX_*: 0 success, 64 usage error, 66 nothing to publish (no telemetry in the period, an empty
+proposal, no such report), 69 a package is missing, 75 try later (another run holds the lease, the store is unavailable,
+the bucket is being restored), 77 the store rejected the credentials, 78 invalid configuration, 1 any other error.
 """
 
 import argparse
 import errno
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from aggregator import config as aggregator_config
+from aggregator.commands import cli_copies, cli_reports
+from aggregator.commands.ended import Ended, NothingToPublish, command, say, tell
 from aggregator.config import AggregatorConfig
 from aggregator.economics import Inputs
 from aggregator.report.page import Page
-from shared import __version__, logs
+from shared import __version__, cli_help, keys, logs
 from shared import config as shared_config
-from shared.bucket import Store, check_store
+from shared.bucket import place
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
+from shared.missing import broken_import, guarded
 from shared.secrets import resolve
 from shared.store import ObjectStore
 from shared.store_open import open_store
+
+if TYPE_CHECKING:
+    from aggregator.commands.weekly import Published
 
 CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
 _INPUTS = {
@@ -48,12 +54,7 @@ _INPUTS = {
 }
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file passed to `sync --to`."""
-
-    store: Store
-
-
+@guarded("mlxrack-aggregator", "aggregator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
@@ -61,16 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs.configure(args.log, level="info" if args.verbose else "warning")
     try:
-        status: int = args.run(args)
+        ended: Ended | int = args.run(args)
+        if isinstance(ended, int):  # `help` has paged its text itself
+            return ended
+        return tell(ended, as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except RackError as error:
-        print(f"mlxrack-aggregator: {error.message}", file=sys.stderr)
+        if not _expected(args, error):
+            say(f"mlxrack-aggregator: {error.message}", sys.stderr)
         return exit_status(error)
     except OSError as error:
-        print(f"mlxrack-aggregator: {_said(error)}", file=sys.stderr)
+        if broken_import(error):
+            raise
+        say(f"mlxrack-aggregator: {_said(error)}", sys.stderr)
         return os.EX_TEMPFAIL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
-    return status
+
+
+def _expected(args: argparse.Namespace, error: RackError) -> bool:
+    """Whether cron need not hear of it: a new rack has no last week yet, and nobody asked for a certain one."""
+    usual = isinstance(error, NothingToPublish) and error.usual
+    return bool(usual and args.quiet and not any(getattr(args, n, None) for n in ("week", "since", "month")))
 
 
 def _said(error: OSError) -> str:
@@ -88,6 +103,8 @@ def exit_status(error: RackError) -> int:
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM
+    if isinstance(error, NothingToPublish):
+        return os.EX_NOINPUT
     return os.EX_TEMPFAIL if isinstance(error, Retryable) else 1
 
 
@@ -98,17 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxrack {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def local(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def local(name: str, text: str, run: Callable[[argparse.Namespace], Ended]) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
         added.add_argument("--json", action="store_true", help="print the result as JSON")
-        added.set_defaults(run=run, log=None, verbose=False)
+        added.set_defaults(run=run, log=None, verbose=False, quiet=False)
         return added
 
-    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], Ended]) -> argparse.ArgumentParser:
         added = local(name, text, run)
         default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
         added.add_argument("--config", type=Path, default=None, help=default)
         added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
+        added.add_argument("--quiet", "-q", action="store_true", help="print errors only, for cron")
         added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
         return added
 
@@ -124,10 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     accept = verb("apply", "Publish an accepted placement as the desired state for the agents.", _apply)
     accept.add_argument("--week", default=None, help="week of the placement (default: the last complete week)")
     accept.add_argument("--steps", default=None, help="only these steps, for example 1,2")
+    accept.add_argument("--undo", action="store_true", help="publish the state before the last apply once more")
     accept.add_argument("--dry-run", action="store_true", help="show what would be published")
-    copy = verb("sync", "Copy the bucket into another store, incrementally.", _sync)
-    copy.add_argument("--to", type=Path, required=True, help="TOML file with the target [store]")
-    copy.add_argument("--without-raw", action="store_true", help="skip raw segments")
+    cli_reports.add(verb, _opened)
+    cli_copies.add(verb, _config, _progress, os.environ)
     old = verb("prune", "Delete raw segments and minute tables older than [retention].", _prune)
     old.add_argument("--dry-run", action="store_true", help="show what would be deleted")
     first = local("plan", "Propose a placement before there is any telemetry.", _plan)
@@ -144,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     buy.add_argument("--currency", default="USD")
     buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
     verb("check-config", "Validate the configuration and print all problems.", _check_config)
+    cli_help.add(verbs, parser)
     return parser
 
 
@@ -154,10 +173,19 @@ def _config(args: argparse.Namespace) -> AggregatorConfig:
 
 def _opened(args: argparse.Namespace) -> tuple[AggregatorConfig, ObjectStore]:
     config = _config(args)
-    return config, open_store(config.store, os.environ)
+    return config, _store(config)
 
 
-def _rollup(args: argparse.Namespace) -> int:
+def _store(config: AggregatorConfig) -> ObjectStore:
+    """The rack's bucket. Raises Retryable while it is being restored: what is missing in it is not gone."""
+    from aggregator.commands import restore
+
+    store = open_store(config.store, os.environ)
+    restore.check_whole(store)
+    return store
+
+
+def _rollup(args: argparse.Namespace) -> Ended:
     from aggregator import lease
     from aggregator.commands import rollup
 
@@ -171,11 +199,13 @@ def _rollup(args: argparse.Namespace) -> int:
         "quarantined_total": manifest.quarantined_total,
         "quarantined": [msgspec.to_builtins(q) for q in manifest.quarantined],
     }
-    _say(args, done, f"manifest {manifest.number}: {manifest.batches} batches in total")
-    return 0
+    counted = f"{manifest.batches:,} batches of {len(manifest.days)} days are in the tables"
+    commit = f"manifest {manifest.number} of {place(config.store)}" if manifest.number else place(config.store)
+    bad = f"; {manifest.quarantined_total:,} objects in quarantine/" if manifest.quarantined_total else ""
+    return Ended(line=f"rollup: {counted} ({commit}){bad}; reports: {command('weekly', args.config)}", data=done)
 
 
-def _weekly(args: argparse.Namespace) -> int:
+def _weekly(args: argparse.Namespace) -> Ended:
     from aggregator import lease
     from aggregator.calendar import as_long_before, before, between, last_week, week
     from aggregator.commands import rollup, weekly
@@ -189,30 +219,45 @@ def _weekly(args: argparse.Namespace) -> int:
     else:
         span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
         earlier = before(span)
-    store = open_store(config.store, os.environ)
+    store = _store(config)
     with lease.held(store, "rollup"):
         rollup.run(config, store, os.environ, _progress(args))
         published = weekly.publish_span(config, store, span, earlier)
-    _say(args, {"week": span.name, "published": published}, "\n".join(published))
-    return 0
+    return _published(args, config, "weekly", "week", span.name, published)
 
 
-def _monthly(args: argparse.Namespace) -> int:
+def _monthly(args: argparse.Namespace) -> Ended:
     from aggregator import lease
     from aggregator.calendar import last_month
     from aggregator.commands import monthly, rollup
 
     config = _config(args)
     name = args.month or last_month(datetime.now(UTC), config.timezone)
-    store = open_store(config.store, os.environ)
+    store = _store(config)
     with lease.held(store, "rollup"):
         rollup.run(config, store, os.environ, _progress(args))
         published = monthly.run(config, store, name)
-    _say(args, {"month": name, "published": published}, "\n".join(published))
-    return 0
+    return _published(args, config, "monthly", "month", name, published)
 
 
-def _alert(args: argparse.Namespace) -> int:
+def _published(
+    args: argparse.Namespace, config: AggregatorConfig, cadence: str, unit: str, name: str, published: "Published"
+) -> Ended:
+    """The end of a run that published reports."""
+    found = [keys.parse_report_key(key) for key in published]
+    names, revision = sorted({one.name for one in found}), max(one.revision for one in found)
+    partial = f", {published.so_far}" if published.so_far else ""
+    folder = published[0].rpartition("/")[0]
+    look = command(f"show {cadence} --{unit} {found[0].period}", args.config)
+    line = (
+        f"{cadence} {found[0].period}{partial}: {', '.join(names)} (revision {revision}) in {folder}/ of "
+        f"{place(config.store)}; read: {look}"
+    )
+    data = {unit: name, "published": published} | ({"so_far": published.so_far} if partial else {})
+    return Ended(line=line, data=data, details=tuple(published))
+
+
+def _alert(args: argparse.Namespace) -> Ended:
     from aggregator import lease, notify
     from aggregator.commands import alert
 
@@ -220,28 +265,40 @@ def _alert(args: argparse.Namespace) -> int:
     references = {"alerts": config.discord.alerts, "thermal": config.discord.thermal}
     urls = {name: resolve(reference, os.environ) for name, reference in references.items() if reference}
     with lease.held(store, "alert"):
-        sent = alert.run(config, store, notify.Discord(urls))
+        sent = alert.run(config, store, notify.Discord(urls, rack=config.rack, docs_url=config.discord.docs_url))
     told = [{"code": n.rule.code, "subject": n.firing.subject, "resolved": n.resolved} for n in sent]
-    _say(args, {"sent": told}, f"{len(told)} notices sent")
-    return 0
+    each = [f"{'resolved' if n.resolved else 'fires'}: {n.rule.title}: {n.firing.text}" for n in sent]
+    to = "to Discord" if urls else "nowhere: [discord] names no webhook"
+    line = f"alert: {len(told)} notices sent {to}" if told else "alert: nothing fired and nothing was resolved"
+    return Ended(
+        line=f"{line}; state: {keys.ALERT_STATE} of {place(config.store)}", data={"sent": told}, details=tuple(each)
+    )
 
 
-def _apply(args: argparse.Namespace) -> int:
+def _apply(args: argparse.Namespace) -> Ended:
     from aggregator.calendar import last_week
     from aggregator.commands import apply
 
+    if args.undo and (args.week is not None or args.steps is not None):
+        raise Refused("apply: --undo goes back from the current state; it takes neither --week nor --steps")
     config, store = _opened(args)
-    report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
-    steps = _numbers(args.steps) if args.steps is not None else None
-    moves, state = apply.run(config, store, report, steps, args.dry_run)
     done = "would be published" if args.dry_run else "published"
-    if args.json:
-        print(json.dumps({"published": not args.dry_run, "desired": msgspec.to_builtins(state)}))
-        return 0
-    for move in moves:
-        print(f"{move.step:3}. {move.action} {move.model} on {move.node}: {move.reason}")
-    print(f"generation {state.generation} {done}: {len(moves)} of {len(report.moves)} steps of {report.period}")
-    return 0
+    where = f"in {keys.DESIRED} of {place(config.store)}; nodes follow at their next poll"
+    if args.undo:
+        undone, state = apply.undo(store, args.dry_run)
+        shown: tuple[str, ...] = ()
+        what = f"the state before generation {undone.generation} ({undone.note})"
+    else:
+        report = apply.proposal(store, args.week or last_week(datetime.now(UTC), config.timezone))
+        steps = _numbers(args.steps) if args.steps is not None else None
+        moves, state = apply.run(config, store, report, steps, args.dry_run)
+        shown = tuple(f"{move.step:3}. {move.action} {move.model} on {move.node}: {move.reason}" for move in moves)
+        what = f"{len(moves)} of {len(report.moves)} steps of {report.period}"
+        where += f"; back: {command('apply --undo', args.config)}"
+    line = f"generation {state.generation} {done}: {what}" + ("" if args.dry_run else f", {where}")
+    lines = "\n".join((*(shown if args.dry_run or not args.quiet else ()), *([line] if args.dry_run else [])))
+    data = {"published": not args.dry_run, "desired": msgspec.to_builtins(state)}
+    return Ended(line="" if args.dry_run else line, shown=lines, data=data)
 
 
 def _numbers(text: str) -> set[int]:
@@ -251,20 +308,7 @@ def _numbers(text: str) -> set[int]:
         raise Refused(f"--steps {text!r}: expected comma-separated step numbers like 1,2") from None
 
 
-def _sync(args: argparse.Namespace) -> int:
-    from aggregator.commands import sync
-
-    config = _config(args)
-    target = shared_config.load(args.to, Target, lambda one: check_store(one.store))
-    source, there = open_store(config.store, os.environ), open_store(target.store, os.environ)
-    done = sync.run(source, there, raw=not args.without_raw, told=_progress(args))
-    _say(args, msgspec.to_builtins(done), f"{done.written:,} objects, {done.bytes / 1e6:.1f} MB copied")
-    for key in done.clashes:
-        print(f"mlxrack-aggregator: sync {key}: source and target differ; neither was changed", file=sys.stderr)
-    return 1 if done.clashes else 0
-
-
-def _prune(args: argparse.Namespace) -> int:
+def _prune(args: argparse.Namespace) -> Ended:
     from aggregator import lease
     from aggregator.commands import prune
 
@@ -273,34 +317,29 @@ def _prune(args: argparse.Namespace) -> int:
         done = prune.run(config, store, datetime.now(UTC), args.dry_run)
     would = "would be deleted" if args.dry_run else "deleted"
     text = f"{done.raw:,} raw segments, {done.urgent:,} urgent copies and {done.minute:,} minute tables {would}"
-    if args.dry_run and not args.json:
-        print(text)
-    else:
-        _say(args, msgspec.to_builtins(done), text)
-    return 0
+    line = f"prune: {text} in {place(config.store)}, by [retention]; hours, days and reports stay"
+    return Ended(line="" if args.dry_run else line, shown=text if args.dry_run else "", data=done)
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> Ended:
     from aggregator.commands import plan
     from aggregator.report.pages import placement
 
     report = plan.run(args.intake, args.inventory)
-    _show(args, report, placement.page(report, "to be"))
-    return 1 if report.short else 0
+    return _page(args, report, placement.page(report, "to be", planned=True), 1 if report.short else 0)
 
 
-def _economics(args: argparse.Namespace) -> int:
+def _economics(args: argparse.Namespace) -> Ended:
     from aggregator import economics
     from aggregator.report.pages import economics as economics_page
 
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in msgspec.structs.fields(Inputs)})
     report = economics.judge(inputs)
-    _show(args, report, economics_page.page(report, args.currency))
-    return 0
+    return _page(args, report, economics_page.page(report, args.currency), 0)
 
 
-def _show(args: argparse.Namespace, report: msgspec.Struct, page: Page) -> None:
-    """Print a result, and write it as HTML if requested."""
+def _page(args: argparse.Namespace, report: msgspec.Struct, page: Page, status: int) -> Ended:
+    """A result as a page, which is also written as HTML if requested."""
     from aggregator.report import html, markdown
 
     if args.html is not None:
@@ -308,24 +347,19 @@ def _show(args: argparse.Namespace, report: msgspec.Struct, page: Page) -> None:
             args.html.write_bytes(html.render(page))
         except OSError as error:
             raise Refused(f"write {args.html}: {error.strerror}") from None
-    print(msgspec.json.encode(report).decode() if args.json else markdown.render(page).decode())
+    line = f"written: {args.html}" if args.html is not None else ""
+    shown, data = markdown.render(page).decode(), msgspec.json.encode(report).decode()
+    return Ended(shown=shown, line=line, data=data, status=status)
 
 
-def _check_config(args: argparse.Namespace) -> int:
+def _check_config(args: argparse.Namespace) -> Ended:
     config = _config(args)
-    print(f"configuration valid: rack {config.rack}, {len(config.nodes)} nodes configured, time zone {config.timezone}")
-    return 0
+    text = f"configuration valid: rack {config.rack}, {len(config.nodes)} nodes configured, time zone {config.timezone}"
+    return Ended(shown=text, data={"rack": config.rack, "nodes": len(config.nodes), "timezone": config.timezone})
 
 
 def _progress(args: argparse.Namespace) -> Callable[[str], None]:
-    """A progress printer: active on a terminal or with --verbose, never with --json."""
-    if args.json or not (args.verbose or sys.stderr.isatty()):
+    """A progress printer: active on a terminal or with --verbose, never with --json or --quiet."""
+    if args.json or args.quiet or not (args.verbose or sys.stderr.isatty()):
         return lambda _: None
-    return lambda text: print(text, file=sys.stderr, flush=True)
-
-
-def _say(args: argparse.Namespace, done: dict[str, Any], text: str) -> None:
-    if args.json:
-        print(json.dumps(done))
-    elif args.verbose:
-        print(text)
+    return lambda text: say(text, sys.stderr)

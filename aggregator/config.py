@@ -11,6 +11,7 @@ from msgspec import Meta
 from aggregator import heat
 from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
 from shared.errors import Refused
+from shared.hosts import host_of
 from shared.keys import check_name
 
 Money = Annotated[float, Meta(ge=0)]
@@ -102,10 +103,12 @@ class Alerts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Discord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Webhook URLs, as references to secrets; "" sends nothing. ``thermal`` falls back to ``alerts``."""
+    """Webhook URLs, as references to secrets; "" sends nothing. ``thermal`` falls back to ``alerts``. ``docs_url`` is
+    where phones find this version's docs folder; a notice then links the page runbooks.md there."""
 
     alerts: str = ""
     thermal: str = ""
+    docs_url: str = ""
 
 
 class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -155,6 +158,8 @@ def check(config: AggregatorConfig) -> Sequence[str]:
     for name in ("alerts", "thermal"):
         if (value := getattr(config.discord, name)) and not is_reference(value):
             found.append(f"discord.{name}: {REFERENCE_HINT}")
+    if (url := config.discord.docs_url) and (not host_of(url) or set(url) & set(' <>()"')):
+        found.append("discord.docs_url: expected an http(s) URL, like https://wiki.example/mlxrack/docs")
     return found
 
 

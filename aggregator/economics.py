@@ -161,13 +161,15 @@ def _hinge(inputs: Inputs, name: str, even: int | None) -> Hinge:
 
 
 def _rule(inputs: Inputs, even: int | None) -> str:
-    spend, nodes, months = min(RULES, key=lambda rule: abs(rule[0] - inputs.api_spend))
-    said = f"within {months} months" if months else "immediately"
-    ours = f"in month {even}" if even else f"not within {inputs.months} months"
-    return (
-        f"Rule of thumb for an API spend of about {spend:,} a month: {nodes} nodes, which break even {said}. Your "
-        f"figures with {inputs.nodes} nodes: {ours}."
+    below = [rule for rule in RULES if rule[0] <= inputs.api_spend]
+    above = [rule for rule in RULES if rule[0] >= inputs.api_spend]
+    near = dict.fromkeys((*below[-1:], *above[:1]))
+    said = "; ".join(
+        f"at {spend:,} a month, {nodes} nodes break even {f'within {months} months' if months else 'immediately'}"
+        for spend, nodes, months in near
     )
+    ours = f"in month {even}" if even else f"not within {inputs.months} months"
+    return f"Rules of thumb: {said}. Yours, at {inputs.api_spend:,.0f} a month with {inputs.nodes} nodes: {ours}."
 
 
 def _sentence(inputs: Inputs, even: int | None, balance: Decimal, hinges: Sequence[Hinge]) -> str:

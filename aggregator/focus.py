@@ -17,15 +17,18 @@ COLUMNS = (
     *("ConsumedQuantity", "ConsumedUnit", "BilledCost", "EffectiveCost"),
     *("AllocatedMethodId", "AllocatedResourceId", "Tags"),
 )
+SO_FAR = "x_SoFarUntil"
 METHOD = "busy-seconds"
 _FORMULA = tuple("=+-@|%＝＋－＠")
 
 
-def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> bytes:
-    """The CSV of a span from its daily reports. Costs are amortised: BilledCost is 0, EffectiveCost holds them."""
+def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]], so_far_until_ms: int | None = None) -> bytes:
+    """The CSV of a span from its daily reports. Costs are amortised: BilledCost is 0, EffectiveCost holds them. A span
+    that is not over has a custom column that says how far it goes."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    custom = ((SO_FAR, _iso(so_far_until_ms)),) if so_far_until_ms else ()
+    writer.writerow((*COLUMNS, *(name for name, _ in custom)))
     for day, report in days:
         tokens = {m.model: m.tokens for m in report.models}
         busy = {m.model: m.busy_s for m in report.models}
@@ -42,7 +45,7 @@ def export(rack: str, span: Span, days: Iterable[tuple[Span, CostReport]]) -> by
                     *("AI and Machine Learning", "LLM inference", "on premises", "mlxrack"),
                     *(row.node, row.node, row.model if is_model else row.kind),
                     *(quantity, "Tokens" if is_model else "Seconds", "0", row.cost),
-                    *(METHOD, row.node, "{}"),
+                    *(METHOD, row.node, "{}", *(value for _, value in custom)),
                 )
             )
     return out.getvalue().encode()

@@ -27,7 +27,8 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers."""
+    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers.
+    ``so_far_until_ms`` is there while the span is not over: how far it was judged."""
 
     rack: str
     period: str
@@ -46,6 +47,17 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     swaps: Swaps
     scorecard: tuple[scorecard.Line, ...]
     recommendations: tuple[advice.Recommendation, ...]
+    so_far_until_ms: int | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def so_far(self) -> str:
+        """ "" for a span that is over; otherwise how far, in words."""
+        return so_far(self.so_far_until_ms, self.timezone)
+
+
+def so_far(until_ms: int | msgspec.UnsetType | None, zone: str) -> str:
+    """How far a span that is not over was judged, in words; "" if it is over."""
+    return f"so far until {local(until_ms, zone):%Y-%m-%d %H:%M} ({zone})" if until_ms else ""
 
 
 def judge(
@@ -56,8 +68,10 @@ def judge(
     volume, thermal = volumes.volume(window), heat.thermal(window, config.scorecard.throttled)
     before = cost.compute(last, config) if last is not None and last.batches else None
     money = cost.compute(window, config, before)
-    # prices as of the end of the span: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, local(window.span.until_ms, "UTC"))
+    # telemetry from after ``now_ms`` counts, too
+    judged_ms = max([now_ms, *(end for node in window.nodes for _, end in window.reported(node))])
+    # prices as of the end of the span, or of what there is of it: a later run gives the same figures
+    apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
     map_ = placement.propose(window, config.placement)
     up = uptime.uptime(window, now_ms, notes)
     evicted = eviction.report(window)
@@ -78,6 +92,7 @@ def judge(
         uptime=up,
         swaps=_swaps(window),
         scorecard=scorecard.lines(window, up, apis, config.scorecard),
+        so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
         recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard)),
     )
 

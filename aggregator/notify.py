@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 import urllib3
 
-from aggregator.alerts import Notice
+from aggregator.alerts import Notice, Rule
+from aggregator.calendar import duration
 from shared.errors import Halt, Retryable
 
 TIMEOUT_S = 10.0
@@ -17,14 +18,16 @@ _TITLE, _DESCRIPTION = 256, 4096
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_`~|<>[]()#@"})
 
 
-def payload(notice: Notice) -> dict[str, object]:
-    """The message for one notice, within Discord's limits; names are escaped and mentions disabled."""
+def payload(notice: Notice, rack: str = "", docs_url: str = "") -> dict[str, object]:
+    """The message for one notice, within Discord's limits; names are escaped and mentions disabled. It names the
+    command that shows the runbook, and the page below ``docs_url`` where there is one."""
     rule, firing = notice.rule, notice.firing
     since = datetime.fromtimestamp(firing.since_ms / 1000, UTC)
-    text = f"{_escaped(firing.text)}\nsince {since:%Y-%m-%d %H:%M:%S} UTC\nrunbook: {rule.runbook}"
+    where = f" (rack {_escaped(rack)})" if rack else ""
+    rest = f"\n{_runbook(rule, docs_url)}"
     embed = {
-        "title": f"{'Resolved: ' if notice.resolved else ''}{rule.title}: {_escaped(firing.subject)}"[:_TITLE],
-        "description": text[:_DESCRIPTION],
+        "title": f"{'Resolved: ' if notice.resolved else ''}{rule.title}: {_escaped(firing.subject)}{where}"[:_TITLE],
+        "description": _escaped(_sentences(notice))[: _DESCRIPTION - len(rest)] + rest,
         "color": COLOURS["resolved" if notice.resolved else rule.severity],
         "timestamp": since.isoformat(),
         "footer": {"text": f"{rule.code} {'resolved' if notice.resolved else 'firing'}"},
@@ -32,11 +35,38 @@ def payload(notice: Notice) -> dict[str, object]:
     return {"username": "mlxrack", "embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
-class Discord:
-    """Posts to webhooks by channel name; notices for a channel without a URL are not sent."""
+def _sentences(notice: Notice) -> str:
+    """What is or was the matter, since when, and for how long."""
+    firing = notice.firing
+    since = datetime.fromtimestamp(firing.since_ms / 1000, UTC)
+    lasted = duration(max(0, notice.at_ms - firing.since_ms) / 1000)
+    if not notice.resolved:
+        return f"{firing.text}.\nIt began at {since:%Y-%m-%d %H:%M:%S} UTC, {lasted} ago."
+    ended = datetime.fromtimestamp(max(notice.at_ms, firing.since_ms) / 1000, UTC)
+    return (
+        f"Over after {lasted}: from {since:%Y-%m-%d %H:%M:%S} to {ended:%Y-%m-%d %H:%M:%S} UTC.\nIt was: {firing.text}."
+    )
 
-    def __init__(self, urls: Mapping[str, str], *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._urls, self._sleep = urls, sleep
+
+def _runbook(rule: Rule, docs_url: str) -> str:
+    """Where the runbook is: the command works on every node, a link on a phone."""
+    page = f"\n{docs_url.rstrip('/')}/runbooks.md#{rule.runbook}" if docs_url else ""
+    return f"runbook: `mlxrack-agent help {rule.runbook}`{page}"
+
+
+class Discord:
+    """Posts to webhooks by channel name; notices for a channel without a URL are not sent. ``rack`` is named in each,
+    since several racks may write to one channel; ``docs_url`` is where the documentation is published."""
+
+    def __init__(
+        self,
+        urls: Mapping[str, str],
+        *,
+        rack: str = "",
+        docs_url: str = "",
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._urls, self._rack, self._docs_url, self._sleep = urls, rack, docs_url, sleep
         self._http = urllib3.PoolManager(timeout=TIMEOUT_S, retries=False)
 
     def post(self, notice: Notice) -> bool:
@@ -47,7 +77,7 @@ class Discord:
         url = self._urls.get(notice.rule.channel) or self._urls.get("alerts", "")
         if not url:
             return False
-        body = json.dumps(payload(notice)).encode()
+        body = json.dumps(payload(notice, self._rack, self._docs_url)).encode()
         for attempt in (1, 2, 3):
             status, wait_s = self._try(url, body)
             if status in (200, 204):

@@ -16,7 +16,8 @@ def is_reference(text: str) -> bool:
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The bucket. ``access_key`` and ``secret_key`` are references to secrets."""
+    """The bucket. ``access_key`` and ``secret_key`` are references to secrets. ``ca`` is a file in PEM with the CA that
+    signed the certificate of a store of your own; without one, public CAs are trusted."""
 
     kind: Literal["s3", "directory"] = "directory"
     path: str = ""
@@ -25,6 +26,7 @@ class Store(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     prefix: str = ""
     access_key: str = ""
     secret_key: str = ""
+    ca: str = ""
 
 
 def check_store(store: Store) -> list[str]:
@@ -34,9 +36,18 @@ def check_store(store: Store) -> list[str]:
     found = [f"store.{k}: is required when store.kind is 's3'" for k in ("endpoint", "bucket") if not getattr(store, k)]
     if store.endpoint and not store.endpoint.startswith(("http://", "https://")):
         found.append(f"store.endpoint: invalid value {store.endpoint!r}: expected an http(s) URL")
+    if store.ca and not store.endpoint.startswith("https://"):
+        found.append("store.ca: has no effect without an endpoint that begins with https://")
     for name in ("access_key", "secret_key"):
         if not (value := getattr(store, name)):
             found.append(f"store.{name}: is required when store.kind is 's3'")
         elif not is_reference(value):
             found.append(f"store.{name}: {REFERENCE_HINT}")
     return found
+
+
+def place(store: Store) -> str:
+    """Where a bucket is, for display."""
+    if store.kind == "directory":
+        return store.path
+    return f"s3://{store.bucket}/{store.prefix}".rstrip("/")

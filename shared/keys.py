@@ -9,7 +9,19 @@ from shared.ids import NodeId
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\.mpz")
 _URGENT = re.compile(r"urgent/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-\d{4,}\.mpz")
+_PERIODS = {
+    "weekly": re.compile(r"\d{4}-W\d\d|\d{4}-\d\d-\d\d--\d{4}-\d\d-\d\d", re.ASCII),
+    "monthly": re.compile(r"\d{4}-\d\d", re.ASCII),
+}
+_REPORT = re.compile(
+    r"report/v1/(weekly|monthly)/([0-9W-]+)/([a-z][a-z0-9_]{0,40})-r([1-9]\d{0,5})\.(json|md|html|csv|pdf)", re.ASCII
+)
 _TABLE = re.compile(r"(minute|hour|day)/v1/table=([a-z_]+)/dt=(\d{4}-\d\d-\d\d)/part\.parquet")
+PREFIXES = (
+    *("raw/", "urgent/", "minute/", "hour/", "day/", "manifest/", "report/", "prices/", "quarantine/"),
+    *("desired/", "state/", "models/", "release/", "annotations/", "inventory/"),
+)
+"""Everything in a bucket is under one of these; aggregator/commands/sync.py decides what a copy does with each."""
 RAW_PREFIX = "raw/v1/"
 TABLE_PREFIXES = ("minute/v1/", "hour/v1/", "day/v1/")
 URGENT_PREFIX = "urgent/v1/"
@@ -37,6 +49,7 @@ MOST_LEASE_BYTES = 4 << 10
 MOST_NOTES_BYTES = 4 << 20
 """A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
+DESIRED_HISTORY = "desired/v1/history/"
 ALERT_STATE = "state/v1/alerts.json"
 
 
@@ -121,6 +134,38 @@ def manifest_key(number: int) -> str:
 def report_key(cadence: str, period: str, name: str, revision: int, extension: str) -> str:
     """A report. ``cadence`` is weekly or monthly, ``period`` like 2026-W47 or 2026-11."""
     return f"report/v1/{cadence}/{period}/{name}-r{revision}.{extension}"
+
+
+def is_period(cadence: str, period: str) -> bool:
+    """Whether reports of a cadence (weekly, monthly) have periods of this form."""
+    return _PERIODS[cadence].fullmatch(period) is not None
+
+
+class ReportKey(NamedTuple):
+    """The parts of a report's key. ``file`` is its name on a disk: it says the period, and names no other folder."""
+
+    cadence: str
+    period: str
+    name: str
+    revision: int
+    extension: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.period}-{self.name}-r{self.revision}.{self.extension}"
+
+
+def parse_report_key(key: str) -> ReportKey:
+    """The inverse of report_key. Raises Refused for a foreign key."""
+    if not (match := _REPORT.fullmatch(key)) or not is_period(match[1], match[2]):
+        raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
+    return ReportKey(match[1], match[2], match[3], int(match[4]), match[5])
+
+
+def history_key(generation: int, digest: str) -> str:
+    """What a published desired state replaced; by the SHA-256 of what was published, so that two writers of the same
+    generation do not share one."""
+    return f"{DESIRED_HISTORY}{generation:010d}-{digest[:16]}.json"
 
 
 def model_prefix(name: str) -> str:

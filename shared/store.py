@@ -13,11 +13,12 @@ MOST_LISTED = 1_000_000
 
 
 class Listed(NamedTuple):
-    """One entry of a listing."""
+    """One entry of a listing. ``stored_ms`` is when the store last wrote it, 0 if it does not say."""
 
     key: str
     size: int
     etag: str
+    stored_ms: int = 0
 
 
 class Stored(NamedTuple):

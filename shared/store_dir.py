@@ -117,7 +117,7 @@ class DirectoryStore:
     def _listed(self, key: str) -> Listed:
         with self._opened(key) as file:
             etag = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-            return Listed(key, file.tell(), etag)
+            return Listed(key, file.tell(), etag, os.fstat(file.fileno()).st_mtime_ns // 1_000_000)
 
     def _opened(self, key: str) -> BufferedReader:
         """An object's file. A pipe would make the reader wait, so only a regular file is one."""

@@ -91,7 +91,10 @@ class S3Store:
         read_timeout_s: float = 20,
         call_s: float = CALL_S,
         attempts: int = 3,
+        verify: str | bool | None = None,
     ) -> None:
+        """``verify`` is a file of CAs in PEM that the endpoint's certificate must be signed by (None: public ones);
+        False checks nothing, and is for a server that this process has started."""
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._client: Any = _client(
@@ -102,6 +105,7 @@ class S3Store:
                 read_timeout=read_timeout_s,
             ),
             call_s,
+            verify,
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
             aws_session_token=session_token,
@@ -205,7 +209,10 @@ class S3Store:
     def _page(self, answer: Any, prefix: str, after: str, limit: int) -> list[Listed]:
         """A page of a listing, if it is what was asked for: callers go on from its last key. Raises Retryable."""
         cut = len(self._prefix)
-        page = [Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"')) for o in answer.get("Contents", ())]
+        page = [
+            Listed(o["Key"][cut:], int(o["Size"]), o["ETag"].strip('"'), _written_ms(o))
+            for o in answer.get("Contents", ())
+        ]
         keys = [after.encode(), *(one.key.encode() for one in page)]
         ordered = any(all(place(a) < place(b) for a, b in pairwise(keys)) for place in _ORDERS)
         theirs = all(o["Key"].startswith(self._prefix + prefix) for o in answer.get("Contents", ()))
@@ -233,6 +240,14 @@ class S3Store:
             return _etag(answer, f"put {key}")
 
 
+def _written_ms(listed: Any) -> int:
+    """When the store wrote an object of a listing; 0 if it does not say so in a way that is a time."""
+    try:
+        return int(listed["LastModified"].timestamp() * 1000)
+    except (KeyError, AttributeError, ValueError, OverflowError, OSError):
+        return 0
+
+
 def _etag(answer: Any, what: str) -> str:
     """The ETag of an answer. Raises Retryable for one that cannot be a store's: it has none, or is a page with the ETag
     of a web server. An object may be a page, and a store guess so from its first bytes."""
@@ -256,12 +271,14 @@ def _body(answer: Any, what: str, most_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-def _client(endpoint: str, patience: Config, call_s: float, **credentials: str | None) -> Any:
+def _client(
+    endpoint: str, patience: Config, call_s: float, verify: str | bool | None, **credentials: str | None
+) -> Any:
     core = botocore.session.Session()
     core.register_component("data_loader", SmallLoader())
     session = boto3.session.Session(botocore_session=core, **credentials)
     try:
-        client = session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience))
+        client = session.client("s3", endpoint_url=endpoint, config=_CONFIG.merge(patience), verify=verify)
     except ValueError:
         why = f"store.endpoint: invalid value {endpoint!r}: expected an http(s) URL"
         raise Halt(why, code="bad_endpoint") from None

@@ -6,6 +6,8 @@ import msgspec
 
 from shared.hosts import host_of, is_loopback, not_networks
 
+_HELP = "`mlxrack-agent help tls`"
+
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Files of TLS in PEM, read again when they change (docs/tls.md). ``certificate``, with its chain, and ``key`` are
@@ -41,21 +43,21 @@ def check_listen(host: str, proxies: Sequence[str], tls: Tls, *, insecure: bool)
     ]
     if not (is_loopback(host) or tls.certificate or insecure):
         why = f"{host} is reachable from other machines, and API keys and prompts would be sent in clear"
-        found.append(f"listen.host: {why}; configure [tls] (docs/tls.md), or set listen.insecure_http = true")
+        found.append(f"listen.host: {why}; configure [tls] ({_HELP}), or set listen.insecure_http = true")
     return found
 
 
 def plain_url(url: str, tls: Tls, *, insecure: bool) -> str:
     """Why a peer must not be called at ``url``; "" when it may be."""
     if url.startswith("https://"):
-        return "" if tls.ca else "https:// between nodes needs [tls] with certificate, key and ca (docs/tls.md)"
+        return "" if tls.ca else f"https:// between nodes needs [tls] with certificate, key and ca ({_HELP})"
     if not url.startswith("http://") or insecure:
         return ""
     if tls.ca:
         return "must begin with https://, because this node has tls.ca; or set listen.insecure_http = true"
     if is_loopback(host_of(url)):
         return ""
-    return "prompts would be sent in clear; use https:// with [tls] (docs/tls.md), or set listen.insecure_http = true"
+    return f"prompts would be sent in clear; use https:// with [tls] ({_HELP}), or set listen.insecure_http = true"
 
 
 def plain_warnings(host: str, peers: Sequence[tuple[str, str]], tls: Tls, *, insecure: bool) -> list[str]:

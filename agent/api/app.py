@@ -5,7 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 from aiohttp import web
 
-from agent.api import admin, chat, completions, debug, embeddings, errors, guard, health, models, openapi, peer, wire
+from agent.api import (
+    admin,
+    chat,
+    completions,
+    debug,
+    embeddings,
+    errors,
+    front,
+    guard,
+    health,
+    models,
+    openapi,
+    peer,
+    wire,
+)
 from agent.api.bodies import Bodies
 from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
 from shared import __version__
@@ -31,6 +45,7 @@ def build(context: Context) -> web.Application:
         web.post("/v1/embeddings", embeddings.embeddings),
         web.get("/v1/models", models.list_models),
         web.get("/v1/models/{model:.+}", models.get_model),
+        web.get("/", front.front),
         web.get("/openapi.json", health.described),
         web.get("/health", health.health),
         web.get("/live", health.live),

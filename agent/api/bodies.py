@@ -28,15 +28,17 @@ _OTHER_THAN_MARKS = bytes(sorted(set(range(256)) - set(b'"[{,:')))
 _STRING = re.compile(rb'"[^"]*"')
 _WIDE = re.compile(rb"[\xf0-\xff]|\\u[dD][89aAbB]")
 _WIDER_THAN_LATIN = re.compile(rb"[\xc4-\xff]|\\u")
+_WIDEST = 4
+"""Bytes that a character takes at most."""
 _PIECE = 64 << 10
 
 
 def weight(body: bytes, enough: int) -> int:
     """An upper bound of the memory, in bytes, of a JSON body with what it decodes to; at least ``enough`` when it is
     surely more than that."""
-    text = len(body) * _char_bytes(body)
     if len(body) <= LIGHT_BYTES:
-        return len(body) + text
+        return len(body) * (1 + _WIDEST)
+    text = len(body) * _char_bytes(body)
     marks = b"".join(_marks(piece) for piece in _pieces(body))
     strings = marks.count(b'"') // 2 * STRING_BYTES
     if (so_far := len(body) + text + strings) >= enough:
@@ -71,7 +73,7 @@ def _char_bytes(body: bytes) -> int:
     """A string takes as many bytes for each character as its widest one needs."""
     if body.isascii() and b"\\u" not in body:
         return 1
-    return 4 if _WIDE.search(body) else 2 if _WIDER_THAN_LATIN.search(body) else 1
+    return _WIDEST if _WIDE.search(body) else 2 if _WIDER_THAN_LATIN.search(body) else 1
 
 
 def _outside_strings(marks: bytes) -> Counter[str]:

@@ -60,7 +60,8 @@ class Tracked:
 
     def proved(self) -> None:
         """Its client has shown who it is."""
-        self._table.move(self._connection, "busy", self._loop.time(), known=True)
+        if not self._connection.known:
+            self._table.move(self._connection, "busy", self._loop.time(), known=True)
 
     def serves(self, path: str) -> bool:
         """Whether a request for this path is answered now."""

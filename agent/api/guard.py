@@ -47,6 +47,8 @@ def _checked(request: web.Request) -> str | None:
         hosts = [*hosts, _bracketed(request.host)]  # which a proxy's form of the request line sets
     if is_loopback(config.listen.host):
         origins.check_host(hosts, _names(config.listen.names))
+    if origins.is_visit(request.method, request.path, request.headers):
+        return None
     is_api = request.path.startswith(_API)
     origin = origins.allowed_origin(request.headers, hosts, config.api.cors_origins, is_api=is_api)
     if request.method == hdrs.METH_POST:

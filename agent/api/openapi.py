@@ -223,6 +223,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/embeddings"): Operation("Make a vector for each input.", "key", "EmbeddingsRequest", "Answer"),
     ("GET", "/v1/models"): Operation("List the models that can be served now.", "key"),
     ("GET", "/v1/models/{model}"): Operation("Describe one model.", "key"),
+    ("GET", "/"): Operation("What this server is: a page, or JSON where that is preferred.", kind="text/html"),
     ("GET", "/openapi.json"): Operation("This document."),
     ("GET", "/health"): Operation("Whether the process responds."),
     ("GET", "/live"): Operation("Whether every loader that has work makes progress.", failed="Object"),

@@ -32,6 +32,23 @@ def check_host(hosts: Sequence[str], names: Collection[str]) -> None:
             )
 
 
+def reached_host(hosts: Sequence[str], names: Collection[str], address: str, port: int) -> str:
+    """Host and port by which a client reached this server: those of its Host header if the name is a loopback name,
+    one of ``names`` (lower case) or the ``address`` that was connected to, else ``address`` and ``port``."""
+    match = _HOST.fullmatch(hosts[0].strip()) if len(hosts) == 1 else None
+    if match is not None and int((match[2] or ":1")[1:]) in range(1, 65536):
+        name = match[1].strip("[]").lower()
+        if is_loopback(name) or name.removesuffix(".") in names or name == address.lower():
+            return match[0].lower()
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def is_visit(method: str, path: str, headers: Mapping[str, str]) -> bool:
+    """Whether a browser opens the front page, perhaps by a link on another site, which cannot read or frame it."""
+    asked = (headers.get("Sec-Fetch-Mode"), headers.get("Sec-Fetch-Dest"))
+    return method == "GET" and path == "/" and asked == ("navigate", "document") and "Origin" not in headers
+
+
 @lru_cache(maxsize=64)
 def _name_of(host: str) -> str:
     """The name in a Host header, in lower case; "" when it has none."""

@@ -7,7 +7,9 @@ MAX_PATH_CHARS = 96
 _UNSAFE = re.compile(r"[^A-Za-z0-9/_.~:\-]")
 _BASE = "clients take the base URL, which ends in /v1, and add the rest themselves"
 _HINTS = (
-    (r"/(v\d+)?", f"this is the base URL, not a route; {_BASE}"),
+    (r"/v\d+", f"this is the base URL, not a route; {_BASE}"),
+    (r"/(docs|redoc|swagger|help|api-docs|openapi.*|index\..*|v1/openapi.*)(/.*)?", "see / and /openapi.json"),
+    (r"(/v1)?/(healthz?|livez?|readyz?|ping|status|metrics)(/.*)?", "did you mean /health, /live, /ready or /metrics?"),
     (r".*/responses(/.*)?", "the Responses API is not served; set the client to chat completions"),
     (r".*/(messages|complete)(/.*)?", "Anthropic's API is not served; use a client of the OpenAI API"),
     (r".*/models/.+", f"did you mean /v1/models/NAME? {_BASE}"),
@@ -33,7 +35,8 @@ def not_served(method: str, path: str, served: Sequence[str]) -> str:
 
 def not_allowed(method: str, path: str, allowed: str) -> str:
     """The message of a 405."""
-    return f"{method[:16]} {shown(path)}: method not allowed; use {allowed or 'another'}"
+    hint = f"; clients send to /v1/chat/completions: {_BASE}" if path == "/" else ""
+    return f"{method[:16]} {shown(path)}: method not allowed; use {allowed or 'another'}{hint}"
 
 
 def shown(path: str) -> str:

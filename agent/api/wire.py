@@ -3,7 +3,7 @@
 import asyncio
 import time
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import ContentEncodingError
@@ -15,6 +15,9 @@ from agent.api.connections import Tracked
 from agent.api.context import json_response, new_request_id, sign
 from agent.api.errors import ENCODINGS, response_of, undecodable
 from shared.errors import Refused, Retryable
+
+if TYPE_CHECKING:
+    from multidict import CIMultiDictProxy
 
 MAX_HEADER_BYTES = 32 << 10
 """Of one request, all lines together."""
@@ -116,20 +119,15 @@ async def expect(request: web.Request) -> web.StreamResponse | None:
 async def body_of(request: web.Request, limit_s: float, held: Held | None = None) -> bytes:
     """The whole body; ``held`` counts its bytes as far as they are announced or have come. Raises Refused when it does
     not arrive in time or cannot be decoded, and what Held.take raises."""
-    named = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, [])).strip().lower()
-    if named not in ("", "identity", *ENCODINGS):
-        raise undecodable()
-    if ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING, [_CHUNKED])).strip().lower() != _CHUNKED:
-        # the parser takes the last coding off and would leave the others on
-        raise Refused("this Transfer-Encoding is not supported; send chunked alone, or none", code="http_400")
+    _check_codings(request.headers)
     most, announced = request.client_max_size, request.content_length or 0
     if announced > most:
         raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=announced)
     if held is not None:
         await _room(held, announced, limit_s)
     try:
-        if request.content.is_eof():
-            body = await _received(request, announced, held)  # it arrived with its headers, as most do
+        if request.content.is_eof() and 0 < announced <= LIGHT_BYTES and hdrs.CONTENT_ENCODING not in request.headers:
+            body = request.content.read_nowait()  # it arrived with its headers, as most do
         else:
             async with asyncio.timeout(limit_s):
                 body = await _received(request, announced, held)
@@ -138,6 +136,19 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
     except web.RequestPayloadError:
         raise Refused("the request body does not match its headers", code="invalid_json") from None
     return body
+
+
+def _check_codings(headers: "CIMultiDictProxy[str]") -> None:
+    """Raises Refused for codings of the body that would be left on it."""
+    if hdrs.CONTENT_ENCODING in headers and _named(headers, hdrs.CONTENT_ENCODING) not in ("", "identity", *ENCODINGS):
+        raise undecodable()
+    if hdrs.TRANSFER_ENCODING in headers and _named(headers, hdrs.TRANSFER_ENCODING) != _CHUNKED:
+        # the parser takes the last coding off and would leave the others on
+        raise Refused("this Transfer-Encoding is not supported; send chunked alone, or none", code="http_400")
+
+
+def _named(headers: "CIMultiDictProxy[str]", name: str) -> str:
+    return ",".join(headers.getall(name)).strip().lower()
 
 
 async def _room(held: Held, announced: int, limit_s: float) -> None:

@@ -1,6 +1,7 @@
 """Admission: whether a request may start now, and when to retry if not. Pure: the time is an argument."""
 
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -10,6 +11,9 @@ _UNKNOWN_WAIT_S = 5.0
 
 class Admit(msgspec.Struct, frozen=True):
     """The request may start."""
+
+
+ADMITTED = Admit()
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,13 +59,14 @@ class DrainRate:
             self._ended.popleft()
 
 
-def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: float) -> Admit | Turn:
+def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float]) -> Admit | Turn:
     """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight.
     The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s."""
     if draining:
         return Turn(code="draining", retry_after_s=1)
     over = max(model.over, key.over)
     if not over:
-        return Admit()
-    wait_s = over / drain_rate_per_s if drain_rate_per_s > 0 else _UNKNOWN_WAIT_S
+        return ADMITTED
+    rate = drain_rate_per_s()
+    wait_s = over / rate if rate > 0 else _UNKNOWN_WAIT_S
     return Turn(code="queue_full" if model.over else "key_queue_full", retry_after_s=round(min(60.0, max(1.0, wait_s))))

@@ -35,6 +35,9 @@ _REJECTIONS = {
     "key_queue_full": "too many requests in flight for this API key",
 }
 
+_ANY_MODEL = Load(0, 1)
+"""Room for any model, while a request's is not known."""
+
 log = get_logger("agent.dispatch")
 
 
@@ -120,14 +123,14 @@ class Dispatch:
     def reading(self, request_id: str, key_id: str) -> Iterator[None]:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable, and counts the
         rejection."""
-        now = self._clock()
         decision = admit(
-            model=Load(0, 1),
+            model=_ANY_MODEL,
             key=Load(self._by_key[key_id], self._limits.in_flight_per_key),
             draining=self._closed_to(),
-            drain_rate_per_s=sum(drain.per_s(now) for drain in self._drain.values()),
+            drain_rate_per_s=self._drain_rate_per_s,
         )
         if isinstance(decision, Turn):
+            now = self._clock()
             call = Call(
                 ask=Generate(id=0, model="", max_tokens=None),
                 request_id=request_id,
@@ -205,7 +208,7 @@ class Dispatch:
             model=Load(self._by_model[call.model] + parts - 1, self._limits.in_flight_per_model),
             key=Load(self._by_key[call.key_id] + parts - 1, self._limits.in_flight_per_key),
             draining=self._closed_to(call.model),
-            drain_rate_per_s=drain.per_s(now) if drain else 0.0,
+            drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
@@ -217,6 +220,9 @@ class Dispatch:
         if not self._by_model[call.model]:
             del self._by_model[call.model]
         self._forget_key(call.key_id, parts)
+
+    def _drain_rate_per_s(self) -> float:
+        return sum(drain.per_s(self._clock()) for drain in self._drain.values())
 
     def _forget_key(self, key_id: str, parts: int) -> None:
         self._by_key[key_id] -= parts

@@ -11,18 +11,13 @@ from xml.sax.saxutils import escape
 
 from agent.config import AgentConfig
 from shared.errors import Halt, Refused
+from shared.resources import resource
 
 LABEL = "dev.mlxrack.agent"
 DAEMON_PLIST = Path("/Library/LaunchDaemons") / f"{LABEL}.plist"
 NEWSYSLOG = Path("/etc/newsyslog.d/dev.mlxrack.conf")
 STOP_MARGIN_S = 30
 """Time that launchd allows beyond the drain: for ending loaders, the last window and the last push."""
-
-
-def templates() -> Path:
-    """The template folder: inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent.parent / "launchd"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "launchd"
 
 
 def render_plist(config: AgentConfig, *, program: Path, config_path: Path, user: str, home: Path, logs: Path) -> str:
@@ -84,5 +79,5 @@ def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -
 
 
 def _filled(name: str, values: dict[str, str], *, xml: bool = True) -> str:
-    template = Template((templates() / name).read_text(encoding="utf-8"))
+    template = Template(resource(f"launchd/{name}").read_text(encoding="utf-8"))
     return template.substitute({k: escape(v) for k, v in values.items()} if xml else values)

@@ -44,13 +44,23 @@ def text_of(key: bytes, ask: Generate | Embed) -> Text:
     if isinstance(ask, Embed):
         size = sum(len(one) if isinstance(one, str) else BYTES_PER_TOK * len(one) for one in ask.inputs)
         return Text((), size // BYTES_PER_TOK + 1)
-    size, text = 0, bytearray()
-    for part in _parts(ask):
-        size += len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass"))
-        if (room := MOST_BLOCKS * BLOCK_BYTES - len(text)) > 0:  # what is beyond is not hashed, and may be megabytes
-            text += part[:room].encode("utf-8", "surrogatepass")[:room]
-    chain = _chain(key, ask.cache, text) if key and size >= BLOCK_BYTES else ()
+    size = sum(len(part) if part.isascii() else len(_utf8(part)) for part in _parts(ask))
+    chain = _chain(key, ask.cache, _hashed(ask)) if key and size >= BLOCK_BYTES else ()
     return Text(chain, size // BYTES_PER_TOK + 1)
+
+
+def _hashed(ask: Generate) -> bytearray:
+    """The text that is hashed: what is beyond may be megabytes."""
+    text = bytearray()
+    for part in _parts(ask):
+        if (room := MOST_BLOCKS * BLOCK_BYTES - len(text)) <= 0:
+            break
+        text += _utf8(part[:room])[:room]
+    return text
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def matched(chain: Chain, known: Container[int]) -> int:

@@ -33,14 +33,14 @@ class _Key:
     """Bytes prepared for this key, counted from where the others were when it began to wait."""
     waiting: dict[int, tuple[float, int]] = field(default_factory=dict)
     """By request: its place among those of the key, and its size."""
+    bytes: int = 0
+    """Of those that wait."""
 
     @property
     def first(self) -> int:
+        if len(self.waiting) == 1:
+            return next(iter(self.waiting))
         return min(self.waiting, key=lambda number: (self.waiting[number][0], number))
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, size in self.waiting.values())
 
 
 class PreparationLine:
@@ -52,37 +52,43 @@ class PreparationLine:
         self._ahead_bytes, self._waiting_bytes = ahead_bytes, waiting_bytes
         self._keys: dict[str, _Key] = {}
         self._sent: dict[int, int] = {}
+        self._key_of: dict[int, _Key] = {}
+        """Of each request that was not sent yet."""
+        self._bytes = 0
         self._now = 0.0
 
     @property
     def waiting(self) -> list[int]:
         """Requests that were not sent yet."""
-        return [number for key in self._keys.values() for number in key.waiting]
+        return list(self._key_of)
 
     def add(self, number: int, name: str, size: int) -> list[int]:
         """Queue a request of a key; returns those that are refused, because too much waits."""
-        key = self._keys.setdefault(name, _Key(self._now))
+        key = self._key_of[number] = self._keys.setdefault(name, _Key(self._now))
         key.waiting[number] = (max(key.served, self._now) + size, size)
+        key.bytes += size
+        self._bytes += size
         refused: list[int] = []
-        while sum(one.bytes for one in self._keys.values()) > self._waiting_bytes:
+        while self._bytes > self._waiting_bytes:
             greedy = max(self._keys.values(), key=lambda one: one.bytes)
             refused.append(max(greedy.waiting, key=lambda one: (greedy.waiting[one][1], one)))
-            del greedy.waiting[refused[-1]]
+            self._take(refused[-1])
         return refused
 
     def next(self) -> int | None:
         """The request to send now, None while it has to wait."""
-        ready = [key for key in self._keys.values() if key.waiting]
-        if not ready:
+        if not self._key_of:
             return None
-        key = min(ready, key=lambda one: (max(one.served, self._now) + one.waiting[one.first][1], one.first))
+        ready = [key for key in self._keys.values() if key.waiting]
+        key = ready[0]
+        if len(ready) > 1:
+            key = min(ready, key=lambda one: (max(one.served, self._now) + one.waiting[one.first][1], one.first))
         number = key.first
         size = key.waiting[number][1]
         ahead = [*self._sent.values(), size]
         if self._sent and sum(ahead) - max(ahead) > self._ahead_bytes:
             return None
-        del key.waiting[number]
-        self._sent[number] = size
+        self._sent[number] = self._take(number)
         # what others have had meanwhile is not saved up
         self._now = min(max(one.served, self._now) for one in ready)
         key.served = max(key.served, self._now) + size
@@ -91,7 +97,15 @@ class PreparationLine:
     def leave(self, number: int) -> None:
         """A request was prepared, or nobody wants it any more."""
         self._sent.pop(number, None)
-        for key in self._keys.values():
-            key.waiting.pop(number, None)
-        if not self._sent and not self.waiting:
+        if number in self._key_of:
+            self._take(number)
+        if not self._sent and not self._key_of:
             self._keys.clear()
+
+    def _take(self, number: int) -> int:
+        """A request waits no longer; its size."""
+        key = self._key_of.pop(number)
+        _, size = key.waiting.pop(number)
+        key.bytes -= size
+        self._bytes -= size
+        return size

@@ -79,9 +79,9 @@ class Watch:
     def left(self, number: int) -> bool:
         """Nobody waits for a request any more; whether the loader has to be told. It then owes a sign of life: clients
         that leave a loader that hangs must not hide that it does."""
-        is_there = number in self._owed
-        self._silence()
-        self._cancelled = self._cancelled or is_there
+        if is_there := number in self._owed:
+            self._silence()
+            self._cancelled = True
         self.done(number)
         return is_there
 

@@ -1,4 +1,5 @@
-"""Publish an accepted placement as the rack's desired state. Agents follow it at their next poll."""
+"""Publish an accepted placement as the rack's desired state, or the state before it again. Agents follow it at their
+next poll."""
 
 import time
 from collections.abc import Collection
@@ -6,11 +7,23 @@ from collections.abc import Collection
 import msgspec
 
 from aggregator import acceptance, load, publish
+from aggregator.acceptance import Sources
+from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig
 from aggregator.placement import Move, PlacementReport
 from shared import desired, keys
+from shared.batch import digest
+from shared.desired import DesiredState
 from shared.errors import Refused
-from shared.store import ObjectStore, each, find
+from shared.store import ObjectStore, Stored, each, find
+
+
+class Replaced(msgspec.Struct, frozen=True, kw_only=True):
+    """What a published desired state replaced: the state to go back to, and the key of the record of what that one
+    replaced ("" if it was the first). Kept under desired/, beside what it belongs to."""
+
+    before: DesiredState
+    earlier: str = ""
 
 
 def proposal(store: ObjectStore, period: str) -> PlacementReport:
@@ -26,12 +39,84 @@ def proposal(store: ObjectStore, period: str) -> PlacementReport:
 
 def run(
     config: AggregatorConfig, store: ObjectStore, report: PlacementReport, steps: Collection[int] | None, dry_run: bool
-) -> tuple[tuple[Move, ...], desired.DesiredState]:
-    """The moves and the resulting desired state, published unless ``dry_run``. Raises Refused when it is impossible,
-    Retryable when another writer was first."""
-    stored = find(store, keys.DESIRED, keys.MOST_DESIRED_BYTES)
-    before = desired.parse(stored.body, whole=True) if stored is not None else None
+) -> tuple[tuple[Move, ...], DesiredState]:
+    """The moves and the resulting desired state, published unless ``dry_run``. Raises NothingToPublish when it changes
+    nothing, Refused when it is impossible, Retryable when another writer was first."""
+    if not report.nodes:
+        raise NothingToPublish(f"apply: no node reported anything in {report.period}, so nothing is proposed for it")
+    stored, before = _current(store)
     chosen = acceptance.accepted(report, steps)
+    source_of = _sources(store)
+    state = acceptance.desired(report, chosen, before, source_of, _now_ms())
+    if state.nodes == (before.nodes if before is not None else {}):
+        raise NothingToPublish(_why_nothing(report, before))
+    if not dry_run:
+        nodes = acceptance.standing(report, chosen, before, source_of)
+        was = msgspec.structs.replace(before or DesiredState(generation=1), nodes=nodes)
+        _publish(store, state, stored, Replaced(before=was, earlier=_record(before, stored)))
+    return chosen, state
+
+
+def undo(store: ObjectStore, dry_run: bool) -> tuple[DesiredState, DesiredState]:
+    """What is undone, and the state before it as the next generation, published unless ``dry_run``. Raises Refused when
+    the current one is not from `apply`, Retryable when another writer was first.
+
+    Once more goes back once more: the new generation takes over the record of the state that it repeats.
+    """
+    stored, current = _current(store)
+    if stored is None or current is None:
+        raise Refused("apply --undo: there is no desired state, so nothing was applied")
+    record = _read_record(store, _record(current, stored))
+    if record is None:
+        why = "it was published by hand or is where the first apply began; the states before each apply are under"
+        raise Refused(f"apply --undo: generation {current.generation} is not from apply: {why} {keys.DESIRED_HISTORY}")
+    note = f"undo of generation {current.generation} ({current.note})"[:500]
+    state = msgspec.structs.replace(
+        record.before, generation=current.generation + 1, written_ms=_now_ms(), note=note, peers=current.peers
+    )
+    if not dry_run:
+        _publish(store, state, stored, _read_record(store, record.earlier))
+    return current, state
+
+
+def _publish(store: ObjectStore, state: DesiredState, stored: Stored | None, replaced: Replaced | None) -> None:
+    """Its record first: without the state it is of no effect, and no other state has the same key."""
+    body = desired.encode(state)
+    if replaced is not None:
+        record = msgspec.json.format(msgspec.json.encode(replaced), indent=1)
+        store.put(keys.history_key(state.generation, digest(body)), record)
+    publish.replace(store, keys.DESIRED, body, stored.etag if stored else None)
+
+
+def _current(store: ObjectStore) -> tuple[Stored | None, DesiredState | None]:
+    stored = find(store, keys.DESIRED, keys.MOST_DESIRED_BYTES)
+    return stored, desired.parse(stored.body, whole=True) if stored is not None else None
+
+
+def _record(state: DesiredState | None, stored: Stored | None) -> str:
+    return keys.history_key(state.generation, digest(stored.body)) if state is not None and stored is not None else ""
+
+
+def _read_record(store: ObjectStore, key: str) -> Replaced | None:
+    stored = find(store, key, keys.MOST_DESIRED_BYTES) if key.startswith(keys.DESIRED_HISTORY) else None
+    try:
+        found = msgspec.json.decode(stored.body, type=Replaced) if stored is not None else None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Refused(f"apply --undo: {key} cannot be parsed ({error})") from None
+    if found is not None:
+        desired.parse(desired.encode(found.before))  # raises for what no agent would follow
+    return found
+
+
+def _why_nothing(report: PlacementReport, before: DesiredState | None) -> str:
+    if not (report.moves or report.settings):
+        return f"apply: the placement of {report.period} has no steps, so there is nothing to publish"
+    held = f"generation {before.generation} already holds" if before is not None else "no node follows a state for"
+    return f"apply: {held} what the placement of {report.period} asks for"
+
+
+def _sources(store: ObjectStore) -> Sources:
+    """Finds versions in the bucket. A model of which it holds several, none asked for, is Refused."""
     versions = _versions(store)
 
     def source_of(model: str, version: str) -> str | None:
@@ -45,10 +130,7 @@ def run(
         pick = own or (fitting if version else [])
         return f"{pick[0][0]}@{pick[0][1]}" if pick else None
 
-    state = acceptance.desired(report, chosen, before, source_of, time.time_ns() // 1_000_000)
-    if not dry_run:
-        publish.replace(store, keys.DESIRED, desired.encode(state), stored.etag if stored else None)
-    return chosen, state
+    return source_of
 
 
 def _versions(store: ObjectStore) -> list[tuple[str, str]]:
@@ -59,3 +141,7 @@ def _versions(store: ObjectStore) -> list[tuple[str, str]]:
         except Refused:
             continue
     return found
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

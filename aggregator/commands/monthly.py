@@ -4,21 +4,23 @@ import time
 
 import msgspec
 
-from aggregator import load, publish
+from aggregator import publish
 from aggregator.calendar import full_hour, month
-from aggregator.commands.weekly import notes
+from aggregator.commands.weekly import Published, notes, reported
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
 from aggregator.report import pdf
 from shared.store import ObjectStore
 
 
-def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
-    """Publish the month's report; returns its keys."""
-    window = load.window(store, month(name, config.timezone))
+def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
+    """Publish the month's report. Raises NothingToPublish for one without telemetry."""
+    span = month(name, config.timezone)
+    window = reported(store, span)
     judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store))
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
-    return [
-        publish.report(store, "monthly", name, "report", "json", body),
-        publish.report(store, "monthly", name, "report", "pdf", pdf.render(judged)),
+    published = [
+        publish.report(store, "monthly", span.name, "report", extension, content)
+        for extension, content in (("json", body), ("pdf", pdf.render(judged)))
     ]
+    return Published(published, judged.so_far)

@@ -1,18 +1,20 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import msgspec
 
 from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Annotation
-from aggregator.calendar import Span, before, days, full_hour, week
+from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
+from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import Judged, judge
 from aggregator.manifest import Manifest
 from aggregator.report import html, markdown
-from aggregator.report.page import Page
+from aggregator.report.page import Page, so_far
 from aggregator.report.pages import cost as cost_page
 from aggregator.report.pages import evictions as evictions_page
 from aggregator.report.pages import placement as placement_page
@@ -27,26 +29,60 @@ from shared.store import ObjectStore, find
 log = get_logger("aggregator.weekly")
 
 
-def run(config: AggregatorConfig, store: ObjectStore, name: str) -> list[str]:
+class Published(list[str]):
+    """Keys of what was published. ``so_far`` says how far a span that is not over was judged, "" if it is over."""
+
+    def __init__(self, keys_: Iterable[str], so_far: str) -> None:
+        super().__init__(keys_)
+        self.so_far = so_far
+
+
+def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
     """Publish the week's reports; returns their keys."""
     span = week(name, config.timezone)
     return publish_span(config, store, span, before(span))
 
 
-def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> list[str]:
-    """Publish the reports of any span, compared with an earlier one."""
-    window, last = load.window(store, span), load.window(store, earlier)
+def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> Published:
+    """Publish the reports of any span, compared with an earlier one. Raises NothingToPublish for one without
+    telemetry."""
+    window = reported(store, span)
+    last = load.window(store, earlier)
     judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window))
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
-        body = msgspec.json.format(msgspec.json.encode(report), indent=1)
+        body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
     daily = [(day, cost.compute(load.window(store, day), config)) for day in days(span)]
-    csv = focus.export(config.rack, span, daily)
+    csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
-    return published
+    return Published(published, judged.so_far)
+
+
+def reported(store: ObjectStore, span: Span) -> Window:
+    """What nodes reported in a span. Raises NothingToPublish if there is nothing: a full set of empty reports would
+    look like a rack that stood still."""
+    if span.since_ms > time.time_ns() // 1_000_000:
+        begin = f"{local(span.since_ms, span.timezone):%Y-%m-%d} ({span.timezone})"
+        raise NothingToPublish(f"{span.name} has not begun: it begins on {begin}; nothing was published")
+    window = load.window(store, span)
+    if window.batches:
+        return window
+    known = sorted(load.newest_manifest(store).days)
+    new = not any(utc_day_ms(day) < span.until_ms for day in known)
+    there = "there is no telemetry yet" if not known else f"the telemetry is from {known[0]} to {known[-1]}"
+    raise NothingToPublish(f"no node reported anything in {span.name}; nothing was published ({there})", usual=new)
+
+
+def _marked(report: object, judged: Judged) -> object:
+    """The figures of a span that is not over say so, each row of a list for itself."""
+    if not judged.so_far:
+        return report
+    mark = {"so_far_until_ms": judged.so_far_until_ms}
+    plain = msgspec.to_builtins(report)
+    return [one | mark for one in plain] if isinstance(plain, list | tuple) else plain | mark
 
 
 def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str, tuple[object, Page]]:
@@ -54,13 +90,16 @@ def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str
     remarks about telemetry."""
     rack, period, place = judged.rack, judged.period, judged.distribution
     money, apis, evicted, up, score = judged.cost, judged.apis, judged.evictions, judged.uptime, judged.scorecard
-    return {
+    found = {
         "placement": (place, placement_page.page(place, rack)),
         "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, rack, last)),
         "evictions": (evicted, evictions_page.page(evicted, rack)),
         "uptime": (up, uptime_page.page(up, period, judged.timezone, rack, said)),
         "scorecard": (score, scorecard_page.page(score, period, rack)),
     }
+    if not judged.so_far:
+        return found
+    return {name: (report, so_far(page, judged.so_far)) for name, (report, page) in found.items()}
 
 
 def remarks(manifest: Manifest) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import jinja2
 from markupsafe import Markup
 
-from aggregator.report.page import Curve, Page
+from aggregator.report.page import CODE, Curve, Page
 
 _WIDTH, _HEIGHT = 640, 160
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
@@ -20,7 +20,14 @@ def render(page: Page) -> bytes:
         keep_trailing_newline=True,
     )
     environment.globals["svg"] = svg
+    environment.filters["coded"] = coded
     return environment.get_template("page.html.j2").render(page=page).encode()
+
+
+def coded(text: str) -> Markup:
+    """A text, escaped, with what stands between backticks as code."""
+    parts = (Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else part for n, part in enumerate(CODE.split(text)))
+    return Markup("").join(parts)
 
 
 def svg(curve: Curve) -> Markup:

@@ -2,7 +2,7 @@
 
 import re
 
-from aggregator.report.page import Curve, Page, Section, Table
+from aggregator.report.page import CODE, Curve, Page, Section, Table
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -75,7 +75,7 @@ def _plain(text: str) -> str:
 def _inline(text: str) -> str:
     """A text in which nothing is active, whoever wrote it: no link, image, mention, markup or tag. Plain names and
     sentences stay as they are, and so do commands between backticks."""
-    parts = _CODE.split(" ".join(str(text).split("\n")))
+    parts = CODE.split(" ".join(str(text).split("\n")))
     return "".join(part if n % 2 else _escaped(part) for n, part in enumerate(parts))
 
 
@@ -85,7 +85,6 @@ def _escaped(text: str) -> str:
     return _LINKED.sub(r"\g<0>&#8203;", text)
 
 
-_CODE = re.compile(r"(`[A-Za-z0-9 ._-]+`)")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _ACTIVE = re.compile(r"[*~`$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Emphasis, code, formulas, links and images. An underscore within a word is none."""

@@ -1,5 +1,6 @@
 """The content of a page (headings, sentences, tables, curves), independent of its rendering. Pure."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -40,6 +41,16 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     lead: str
     sections: tuple[Section, ...]
     foot: str = ""
+
+
+CODE = re.compile(r"(`[A-Za-z0-9._-]+(?: [A-Za-z0-9._-]+)*`)")
+"""A command or a name within a text, as every format shows it."""
+
+
+def so_far(page: Page, until: str) -> Page:
+    """A page of a span that is not over, which says so in its title and first sentence."""
+    lead = f"{until[:1].upper()}{until[1:]}: {page.lead}"
+    return msgspec.structs.replace(page, title=f"{page.title}, {until}", lead=lead)
 
 
 def page_of(title: str, lead: str, sections: Iterable[Section | None], foot: str = "") -> Page:

@@ -55,7 +55,7 @@ def render(report: Judged) -> bytes:
         rightMargin=MARGIN - 6,
         topMargin=16 * mm,
         bottomMargin=18 * mm,
-        title=f"Rack {report.rack}, {report.period}",
+        title=f"Rack {report.rack}, {_period(report)}",
         author="mlxrack",
         subject="Monthly report",
         lang="en",
@@ -70,13 +70,17 @@ def render(report: Judged) -> bytes:
 
 def _front(report: Judged) -> list[Any]:
     return [
-        _p(f"Rack {report.rack} · {report.period} · times in {report.timezone}", TITLE),
+        _p(f"Rack {report.rack} · {_period(report)} · times in {report.timezone}", TITLE),
         Spacer(1, 4),
         _p(report.headline, HEADLINE),
         Spacer(1, 6),
         _cards(report),
         Spacer(1, 4),
     ]
+
+
+def _period(report: Judged) -> str:
+    return f"{report.period}, {report.so_far}" if report.so_far else report.period
 
 
 def _cards(report: Judged) -> Table:
@@ -226,32 +230,48 @@ def _cost(report: Judged) -> list[Any]:
     if c.priced:
         text = (
             f"Total cost of the nodes over the time they reported: {wording.money(c.total, c.currency)}, of which "
-            f"{wording.money(c.idle, c.currency)} idle. Weighted average: {wording.money(c.average_per_m, c.currency)} "
-            "per million tokens (M). Direct counts busy time only, loaded includes idle time. API costs are those of "
-            "the same open model at the median host; a price is known for "
-            f"{wording.share(report.apis.covered)} of the tokens ({report.apis.source}, as of {report.apis.at}). A "
-            "negative saving means that the API would have been cheaper."
+            f"{wording.money(c.idle, c.currency)} idle. {_average(report)} Direct counts busy time only, loaded "
+            "includes idle time. API costs are those of the same open model at the median host"
+            f"{_known(report)} ({report.apis.source}, as of {report.apis.at}). A negative saving means that the API "
+            "would have been cheaper."
         )
     else:
         text = "No cost data: no node has a price in the configuration."
     return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows)])
 
 
+def _average(report: Judged) -> str:
+    if (price := report.cost.average_per_m) is None:
+        return "No token was answered by a node with a price."
+    return f"Weighted average: {wording.money(price, report.cost.currency)} per million tokens (M)."
+
+
+def _known(report: Judged) -> str:
+    covered = report.apis.covered
+    return "" if covered is None else f"; a price is known for {wording.share(covered)} of the tokens"
+
+
 def _uptime(report: Judged) -> list[Any]:
     u = report.uptime
     if not u.nodes:
         return _section("6. Uptime", [_p("No data.", BODY)])
-    text = (
-        f"{wording.share(u.request_share, 3)} of {wording.count(u.requests_ok + u.requests_bad)} requests were "
-        f"answered. Model swaps: {report.swaps.flipped} succeeded, {report.swaps.failed} failed; the longest took "
-        f"{wording.span(report.swaps.longest_s)}."
-    )
+    asked = u.requests_ok + u.requests_bad
+    answered = f"{wording.share(u.request_share, 3)} of {wording.count(asked)} requests were answered."
+    text = f"{answered if asked else 'No request was answered or failed.'} {_swaps(report)}"
     rows = [
         (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)))
         for n in u.nodes
     ]
     nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
+
+
+def _swaps(report: Judged) -> str:
+    swaps = report.swaps
+    if swaps.longest_s is None:
+        return "No model was swapped."
+    longest = wording.span(swaps.longest_s)
+    return f"Model swaps: {swaps.flipped} succeeded, {swaps.failed} failed; the longest took {longest}."
 
 
 def _incidents(report: Judged) -> list[Any]:
@@ -281,9 +301,10 @@ def _recommendations(report: Judged) -> list[Any]:
 
 
 def _method(report: Judged) -> list[Any]:
+    covering = f", covering {wording.share(report.covered)} of the nodes' time since their first report"
     text = (
-        f"Source: {wording.count(report.batches)} telemetry batches, covering {wording.share(report.covered)} of the "
-        "nodes' time since their first report. Percentiles are within 1.1 % of the exact values. Tokens and requests "
+        f"Source: {wording.count(report.batches)} telemetry batches{covering if report.covered is not None else ''}. "
+        "Percentiles are within 1.1 % of the exact values. Tokens and requests "
         "are counted once, at the gateway. A gap in telemetry counts as unknown, never as up. Each node's cost is "
         "allocated to its models by their busy seconds; the remainder is idle."
     )
@@ -326,7 +347,7 @@ def _footer(report: Judged) -> Any:
         canvas.saveState()
         canvas.setFont(REGULAR, 7.5)
         canvas.setFillColor(SOFT)
-        canvas.drawString(MARGIN, 10 * mm, f"mlxrack · rack {report.rack} · {report.period}")
+        canvas.drawString(MARGIN, 10 * mm, f"mlxrack · rack {report.rack} · {_period(report)}")
         canvas.drawRightString(A4[0] - MARGIN, 10 * mm, f"page {document.page}")
         canvas.restoreState()
 

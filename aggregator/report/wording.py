@@ -2,6 +2,8 @@
 
 from decimal import Decimal
 
+from aggregator.calendar import duration
+
 NO_DATA = "no data"
 
 
@@ -13,6 +15,20 @@ def count(value: int | None) -> str:
 def share(value: float | None, digits: int = 1) -> str:
     """12.3 %"""
     return NO_DATA if value is None else f"{value * 100:.{digits}f} %"
+
+
+def against(saving: float, other: str) -> str:
+    """A saving as a share of another price: "12.3 % less than it"; where it is many times the other, "188 times it"."""
+    if saving < -1:
+        return f"{1 - saving:,.{0 if saving < -9 else 1}f} times as much as {other}"
+    return f"{share(abs(saving))} {'less' if saving >= 0 else 'more'} than {other}"
+
+
+def saved(value: float | None) -> str:
+    """A saving as a share, for a table: 12.3 %, or costs 188 x."""
+    if value is None or value >= -1:
+        return share(value)
+    return f"costs {1 - value:,.{0 if value < -9 else 1}f} x"
 
 
 def ms(value_us: float | None) -> str:
@@ -43,8 +59,4 @@ def money(value: Decimal | None, currency: str) -> str:
 
 def span(value_s: float | None) -> str:
     """Seconds as 12 s, 5.0 min or 2.5 h."""
-    if value_s is None:
-        return NO_DATA
-    if value_s < 120:
-        return f"{value_s:.0f} s"
-    return f"{value_s / 60:.1f} min" if value_s < 7200 else f"{value_s / 3600:.1f} h"
+    return NO_DATA if value_s is None else duration(value_s)

@@ -24,7 +24,7 @@ REPLACED = (
     f"ports {' and '.join(map(str, PORTS))} are free ports of those addresses; {SITE} has the first three addresses",
     "mlxrack-agent store serve gets the store's port and an address on loopback on its command line",
     "ssh, scp, sudo and launchctl are stand-ins (scripts/walk/stand_ins.py): launchctl starts what the plist says",
-    "the Hugging Face hub is a stand-in on loopback: under every name a small model for one node, a tiny one for a rack",
+    "the hub is a stand-in on loopback: under every name a small model for one node, a tiny one for a rack",
 )
 _DROPPED = ("MLXRACK_", "WALK_", "HF_", "XDG_", "SSL_", "CURL_", "PYTHON", "PYTEST")
 

@@ -6,17 +6,22 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from aggregator import alerts
 from aggregator.alerts import RULES, AlertState, Firing, Notice, evaluate, observe
 from aggregator.calendar import DAY_MS
-from aggregator.config import Alerts
+from aggregator.config import AggregatorConfig, Alerts, check
+from aggregator.config import Discord as DiscordConfig
 from aggregator.notify import Discord, payload
 from aggregator.window import Fact, facts_of
 from shared.batch import Batch
+from shared.bucket import Store
 from shared.errors import Halt, Retryable
 from shared.records import CertificateExpires, ModelEvicted, PeerDown, PeerUp, SwapFinished
+from shared.resources import pages
+from shared.topics import topics
 from tests.builders import MINUTE, T0, batch, host
 
 CONFIG = Alerts()
@@ -134,6 +139,49 @@ def test_a_message_is_within_limits_and_mentions_nobody() -> None:
     assert resolved["embeds"][0]["title"].startswith("Resolved: Node down")
 
 
+def description(one: Notice, rack_name: str = "office") -> tuple[str, str]:
+    """Title and text without the escapes, which are for Discord."""
+    body: Any = payload(one, rack_name)
+    (embed,) = body["embeds"]
+    return embed["title"].replace("\\", ""), embed["description"].replace("\\", "")
+
+
+def test_a_notice_names_the_rack_and_says_since_when_and_how_long() -> None:
+    gone = batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="mini-3", last_seen_ms=T0)], node="mini-2", minute=1)
+    state = observe(AlertState(), facts(gone), T0 + 3 * MINUTE, CONFIG)
+    state, (fired,) = evaluate(state, T0 + 3 * MINUTE, CONFIG)
+    title, text = description(fired)
+    assert title == "Node down: mini-3 (rack office)"
+    assert text.split("\n")[:2] == [
+        "mini-3 does not answer the heartbeats of mini-2.",
+        "It began at 2026-11-21 00:00:00 UTC, 3.0 min ago.",
+    ]
+    up = batch([PeerUp(t_ms=T0 + 30 * MINUTE, peer="mini-3", down_us=0)], node="mini-2", minute=30)
+    state = observe(state, facts(up), T0 + 31 * MINUTE, CONFIG)
+    state, notices = evaluate(state, T0 + 31 * MINUTE, CONFIG)
+    (over,) = [one for one in notices if one.resolved]
+    title, text = description(over)
+    assert title == "Resolved: Node down: mini-3 (rack office)"
+    assert text.split("\n")[:2] == [
+        "Over after 30.0 min: from 2026-11-21 00:00:00 to 2026-11-21 00:30:00 UTC.",
+        "It was: mini-3 does not answer the heartbeats of mini-2.",
+    ]
+
+
+def test_every_kind_of_notice_is_sentences_with_a_begin_and_a_duration() -> None:
+    for rule in RULES:
+        for resolved in (False, True):
+            firing = Firing(code=rule.code, subject="n1", since_ms=T0, text="n1 is what it is")
+            one = Notice(rule=rule, firing=firing, resolved=resolved, at_ms=T0 + 45 * MINUTE)
+            title, text = description(one)
+            assert "(rack office)" in title
+            assert "2026-11-21 00:00:00" in text
+            assert "45.0 min" in text
+            assert ("2026-11-21 00:45:00" in text) is resolved
+            early = msgspec.structs.replace(one, at_ms=T0 - MINUTE)  # clocks that differ
+            assert "-" not in description(early)[1].split("\n")[0].split(":")[0].replace("2026-11-21", "")
+
+
 class _Webhook(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -244,12 +292,31 @@ def test_certificates_of_a_node_are_told_apart_and_unknown_ones_are_not_kept() -
     assert set(state.nodes["n1"].certificates) == {"ca", "listener"}
 
 
-def test_every_rule_has_a_runbook_entry() -> None:
-    from pathlib import Path
+def test_a_notice_names_the_command_that_shows_its_runbook_and_the_page_where_phones_find_it() -> None:
+    for text in ("x", "x" * 9_000):
+        said: Any = payload(notice(text))
+        assert said["embeds"][0]["description"].endswith("\nrunbook: `mlxrack-agent help node-down`")
+        linked: Any = payload(notice(text), docs_url="https://wiki.example/mlxrack/")
+        lines = linked["embeds"][0]["description"].splitlines()
+        assert lines[-1] == "https://wiki.example/mlxrack/runbooks.md#node-down"
+        assert len(linked["embeds"][0]["description"]) <= 4096
 
-    text = Path("docs/runbooks.md").read_text(encoding="utf-8")
+
+@pytest.mark.parametrize(
+    ("url", "fine"),
+    [("", True), ("https://wiki.example/docs", True), ("http://10.0.0.1:8000/d/", True), ("wiki.example", False)]
+    + [(f"https://wiki.example/{odd}", False) for odd in (" x", "<x>", "(x)", '"')]
+    + [("file:///docs", False), ("javascript:alert(1)", False)],
+)
+def test_a_docs_url_is_one(url: str, fine: bool) -> None:
+    made = AggregatorConfig(rack="r", store=Store(path="b"), discord=DiscordConfig(docs_url=url))
+    assert bool(check(made)) != fine
+
+
+def test_every_rule_has_a_runbook_entry() -> None:
+    known = topics(pages())
     for rule in RULES:
-        anchor = rule.runbook.split("#")[1]
-        assert f'<a id="{anchor}"></a>\n\n## {anchor.replace("-", " ")}' in text.lower(), rule.code
+        assert known[rule.runbook].page == "runbooks", rule.code
+        assert known[rule.runbook].title.lower().startswith(rule.runbook.replace("-", " ")), rule.code
     expiry = {"certificate_expires", "certificate_expires_soon"}
     assert {"node_down", "throttling", "swap_failed", "eviction_storm", *expiry} == {r.code for r in alerts.RULES}

@@ -116,7 +116,7 @@ def test_openai_for_node(base: str) -> None:
     script = Path(__file__).parent / "clients" / "openai_session.mjs"
     shutil.copy(script, folder / script.name)
     run = subprocess.run(
-        ["node", script.name, base], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        ["node", script.name, base], cwd=folder, capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
@@ -134,7 +134,7 @@ def _npm_client() -> Path:
     NPM_FOLDER.mkdir(parents=True, exist_ok=True)
     if not (NPM_FOLDER / "node_modules" / "openai").is_dir():
         words = ["npm", "install", "--no-audit", "--no-fund", "--no-save", "--prefix", ".", NPM_PACKAGE]
-        run = subprocess.run(words, cwd=NPM_FOLDER, capture_output=True, text=True, timeout=120, check=False)
+        run = subprocess.run(words, cwd=NPM_FOLDER, capture_output=True, text=True, timeout=600, check=False)
         if run.returncode != 0:
             pytest.skip("npm cannot fetch the client here")
     return NPM_FOLDER
@@ -143,7 +143,7 @@ def _npm_client() -> Path:
 def _session(name: str, base: str) -> Any:
     """The output of a client that runs as a separate program."""
     words = [sys.executable, "-m", f"tests.rack.clients.{name}", base]
-    run = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 

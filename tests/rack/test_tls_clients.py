@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def run(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SSL_", "REQUESTS_", "NODE_"))}
-    return subprocess.run(command, env={**kept, **environ}, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, env={**kept, **environ}, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,10 @@ def test_wrong_types_unknown_keys_and_wrong_values_are_reported_together() -> No
     ("text", "expected"),
     [
         ("node = 5\n", {"node: expected a table"}),
-        (GOOD + "models = 5\n", {"store.models: unknown key; known keys: access_key, bucket, endpoint, kind, path"}),
+        (
+            GOOD + "models = 5\n",
+            {"store.models: unknown key; known keys: access_key, bucket, ca, endpoint, kind, path"},
+        ),
         ("models = 5\n" + GOOD, {"models: expected array, got int"}),
         ("models = [5]\n" + GOOD, {"models[0]: expected a table"}),
         ("nod = 1\n" + GOOD, {"nod: unknown key; did you mean 'node'?"}),

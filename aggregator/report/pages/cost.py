@@ -6,7 +6,7 @@ from aggregator.api_prices import Comparisons
 from aggregator.cost import CostReport
 from aggregator.cost_change import Terms
 from aggregator.report.page import Page, Section, page_of, table
-from aggregator.report.wording import NO_DATA, count, money, share, span
+from aggregator.report.wording import NO_DATA, against, count, money, saved, share, span
 
 
 def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
@@ -34,10 +34,11 @@ def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
 def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
     if not report.priced:
         return "No node of this period has a price in the configuration: add `price` to [[nodes]] to see money here."
-    text = f"{money(report.average_per_m, report.currency)} per million tokens on average, all node time included"
+    text = "No token was answered by a node with a price"
+    if report.average_per_m is not None:
+        text = f"{money(report.average_per_m, report.currency)} per million tokens on average, all node time included"
     if apis.saving is not None and apis.share is not None:
-        word = "less than" if apis.saving >= 0 else "more than"
-        text += f": {share(abs(apis.share))} {word} the same open models at API hosts in the middle of the range"
+        text += f": {against(apis.share, 'the same open models at API hosts in the middle of the range')}"
     if flagged:
         text += f"; {flagged} model{'s' if flagged > 1 else ''} jumped"
     if report.unpriced_nodes:
@@ -97,16 +98,18 @@ def _apis(apis: Comparisons, currency: str) -> Section:
         (
             *(one.model, money(one.ours, currency), one.same_as or NO_DATA, money(one.median, currency)),
             f"{money(one.lowest, currency)} to {money(one.highest, currency)}" if one.hosts else one.why_not,
-            *(str(len(one.hosts)), money(one.saving, currency), share(one.share)),
+            *(str(len(one.hosts)), money(one.saving, currency), saved(one.share)),
             *(one.frontier, money(one.frontier_cost, currency) if one.frontier else ""),
             f"{one.times_cheaper:.1f} x" if one.times_cheaper is not None else "",
         )
         for one in apis.models
     ]
+    known = f"A comparable price is known for {share(apis.covered)} of the tokens; savings speak of those alone. "
     text = (
-        f"A comparable price is known for {share(apis.covered)} of the tokens; savings speak of those alone. Prices: "
-        f"{apis.source}, as of {apis.at}. Negative savings mean that an API would have been cheaper. A frontier model "
-        "is another model: its price says what replacing it saves, not what is equal."
+        f"{known if apis.covered is not None else ''}Prices: "
+        f"{apis.source}, as of {apis.at}. Negative savings mean that an API would have been cheaper. A row counts the "
+        "node time of its model, the sentence at the top that of all nodes. A frontier model is another model: its "
+        "price says what replacing it saves, not what is equal."
     )
     columns = "Model | Here | Same model | Median | Range | Hosts | Saving | Share | Frontier | Its cost | Cheaper"
     return Section(title="The same work at APIs", text=(text,), table=table(columns, rows, (1, 3, 5, 6, 7, 9, 10)))

@@ -5,9 +5,16 @@ from aggregator.placement import PlacementReport
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import count, gb, share, span
 
+APPLY = "`mlxrack-aggregator apply` publishes them as the rack's desired state."
+BY_HAND = (
+    "Nothing is published: enter each node's models as [[models]] of its agent.toml. Once there is telemetry, weekly "
+    "reports propose placements, which `mlxrack-aggregator apply` publishes."
+)
 
-def page(report: PlacementReport, rack: str) -> Page:
-    """Which model on which node; what does not fit comes first."""
+
+def page(report: PlacementReport, rack: str, *, planned: bool = False) -> Page:
+    """Which model on which node; what does not fit comes first. ``planned``: from an intake, before there is a
+    rack."""
     lead = "Every model stands well where it is." if report.placed or report.nodes else "No node reported anything."
     if report.moves:
         lead = f"{len(report.moves)} steps would put the models where their work fits."
@@ -19,7 +26,7 @@ def page(report: PlacementReport, rack: str) -> Page:
         lead,
         [
             Section(title="What does not fit", points=report.short) if len(report.short) > 1 else None,
-            _moves(report) if report.moves else None,
+            _moves(report, BY_HAND if planned else APPLY) if report.moves else None,
             Section(title="Settings and remarks", points=remarks) if remarks else None,
             _nodes(report),
             _models(report),
@@ -56,7 +63,7 @@ def _models(report: PlacementReport) -> Section:
     return Section(title="Models", table=table(columns, rows, (3, 4, 5)))
 
 
-def _moves(report: PlacementReport) -> Section:
+def _moves(report: PlacementReport, how: str) -> Section:
     rows = [
         (
             str(m.step),
@@ -71,11 +78,7 @@ def _moves(report: PlacementReport) -> Section:
         for m in report.moves
     ]
     columns = "Step | Do | Instead of | Reads | About | Load of the node | Free there | Limit | Why | Declined"
-    return Section(
-        title="Moves, in this order",
-        text=("`mlxrack-aggregator apply` publishes them as the rack's desired state.",),
-        table=table(columns, rows, (0, 3, 4)),
-    )
+    return Section(title="Moves, in this order", text=(how,), table=table(columns, rows, (0, 3, 4)))
 
 
 def _proof(report: PlacementReport) -> str:

@@ -131,7 +131,6 @@ async def test_what_an_answer_violates_of_a_schema_is_a_warning(client: Client, 
         ("GET", "/models", "did you mean /v1/models?"),
         ("GET", "/v1/models/", "did you mean /v1/models?"),
         ("GET", "/models/m", "did you mean /v1/models/NAME?"),
-        ("GET", "/", "this is the base URL"),
         ("POST", "/v1", "this is the base URL"),
         ("GET", "/v1/", "this is the base URL"),
         ("POST", "/v1/responses", "the Responses API is not served"),
@@ -146,6 +145,14 @@ async def test_what_an_answer_violates_of_a_schema_is_a_warning(client: Client, 
         ("POST", "/v1/moderations", "not part of this service"),
         ("POST", "/v1/files", "not part of this service"),
         ("POST", "/completion", "other servers' own routes"),
+        ("POST", "/v1/v1/v1/embeddings", "did you mean /v1/embeddings?"),
+        ("GET", "/v1/v1/models", "did you mean /v1/models?"),
+        ("GET", "/docs", "see / and /openapi.json"),
+        ("GET", "/index.html", "see / and /openapi.json"),
+        ("GET", "/v1/openapi.json", "see / and /openapi.json"),
+        ("GET", "/healthz", "did you mean /health"),
+        ("GET", "/v1/health", "did you mean /health"),
+        ("GET", "/readyz", "/ready"),
         ("GET", "/wp-admin.php", "check the base URL"),
     ],
 )
@@ -159,6 +166,27 @@ async def test_a_path_that_is_not_served_is_named_with_what_was_meant(
     assert words in error["message"]
     assert "/v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models" in error["message"]
     assert "/admin" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("GET", CHAT, "use POST"),
+        ("DELETE", CHAT, "use POST"),
+        ("POST", "/v1/models", "use GET"),
+        ("PUT", "/openapi.json", "use GET"),
+        ("POST", "/", "use GET,HEAD; clients send to /v1/chat/completions: clients take the base URL"),
+    ],
+)
+async def test_a_method_that_is_not_served_is_answered_with_those_that_are(
+    client: Client, method: str, path: str, words: str
+) -> None:
+    answer = await client.ask(method, path)
+    error = (await answer.json())["error"]
+    assert (answer.status, error["type"], error["code"]) == (405, "invalid_request_error", "http_405")
+    assert error["message"].startswith(f"{method} {path}: method not allowed; ")
+    assert words in error["message"]
+    assert answer.headers["Allow"] in error["message"]
 
 
 async def test_a_path_is_bounded_and_sanitized(client: Client) -> None:

@@ -76,12 +76,12 @@ FREE = Load(0, 4)
     ],
 )
 def test_admission_decisions(model_load: Load, key_load: Load, draining: bool, rate: float, expected: object) -> None:
-    assert expected == admit(model=model_load, key=key_load, draining=draining, drain_rate_per_s=rate)
+    assert expected == admit(model=model_load, key=key_load, draining=draining, drain_rate_per_s=lambda: rate)
 
 
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 500), st.integers(1, 50), st.floats(0, 1000))
 def test_retry_after_is_a_plausible_time(n: int, limit: int, of_key: int, key_limit: int, rate: float) -> None:
-    decision = admit(model=Load(n, limit), key=Load(of_key, key_limit), draining=False, drain_rate_per_s=rate)
+    decision = admit(model=Load(n, limit), key=Load(of_key, key_limit), draining=False, drain_rate_per_s=lambda: rate)
     assert isinstance(decision, Admit) == (n < limit and of_key < key_limit)
     if isinstance(decision, Turn):
         assert 1 <= decision.retry_after_s <= 60
