@@ -212,7 +212,16 @@ def _models_named() -> set[str]:
 
 def build_wheel(into: Path) -> None:
     """What `make dist` builds, in ``into``."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     subprocess.run([*command, "--wheel-dir", str(into), str(ROOT)], check=True, stdin=subprocess.DEVNULL)
 
 
