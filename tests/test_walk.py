@@ -106,7 +106,7 @@ def test_marks_are_read() -> None:
     assert faults([first, second, third]) == []
     assert faults([fourth, fifth]) == [
         "page.md:32: marked as not run, without a reason",
-        "page.md:39: a block of json is not run; mark it with its reason",
+        "page.md:39: a block of json is not run; put <!-- walk: REASON --> before it",
     ]
 
 

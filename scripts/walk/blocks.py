@@ -59,7 +59,7 @@ def faults(found: list[Block]) -> list[str]:
     """What is wrong with the marks of blocks: one that is neither run nor marked, a mark without a reason."""
     wrong = [f"{b.where}: marked as not run, without a reason" for b in found if b.marked and not b.reason]
     wrong += [
-        f"{b.where}: a block of {b.language or 'no language'} is not run; mark it with its reason"
+        f"{b.where}: a block of {b.language or 'no language'} is not run; put <!-- walk: REASON --> before it"
         for b in found
         if not b.marked and not b.runs
     ]
