@@ -13,7 +13,6 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,22 @@ import msgspec
 from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
-from agent.operator import cli_models, cli_store, cli_tls, completion, install, logview, obtain, serve_one
+from agent.operator import (
+    cli_claim,
+    cli_models,
+    cli_orders,
+    cli_store,
+    cli_tls,
+    completion,
+    install,
+    logview,
+    obtain,
+    serve_one,
+)
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
-from agent.operator.statusview import progress, size, status_text, table, why_text
+from agent.operator.statusview import status_text, table, why_text
 from shared import __version__, cli_help, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -101,19 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
     cli_models.add(models, _config_and_state, _common)
-    for name, text, run_order in (
-        ("load", "Load a configured model into memory, evicting idle models if necessary.", _order("load")),
-        ("unload", "Drain a model and evict it from memory.", _order("unload")),
-        ("pin", "Exclude a model from eviction.", _pin("yes")),
-        ("unpin", "Allow eviction of a pinned model again.", _pin("no")),
-    ):
-        order = verb(name, text, run_order)
-        order.add_argument("model", help="served name")
-        _json(order)
-    swap = verb("swap", "Replace the version behind a served name without losing a request (hot or cold swap).", _swap)
-    swap.add_argument("old", help="served name")
-    swap.add_argument("new", help="configured model that takes over the name")
-    _json(swap)
+    cli_orders.add(verb, _config_and_state, _common)
     probes = verb("probes", "Record a model's answers to its probes: the file that a standby must reproduce.", _probes)
     probes.add_argument("model", help="served name of a model that is known to be good")
     why = verb("why", "Explain the routing of a request: candidates, costs, retries, continuations.", _why)
@@ -139,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
     cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
+    cli_claim.add(verb, _config_and_state, _common)
     return parser
 
 
@@ -213,7 +212,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon", int], None]) -> None:
+def _foreground(
+    config: AgentConfig, console: bool, started: Callable[["Daemon", int], None], *, lasting: bool = True
+) -> None:
     """Run the daemon until a signal ends it; ``started`` is called in its loop once it listens."""
     from agent.daemon import Daemon
 
@@ -222,7 +223,7 @@ def _foreground(config: AgentConfig, console: bool, started: Callable[["Daemon",
     logs.catch_unraisable()
 
     async def serve() -> None:
-        daemon = Daemon(config, state, os.environ)
+        daemon = Daemon(config, state, os.environ, lasting=lasting)
 
         def listening(port: int) -> None:
             with contextlib.suppress(OSError):  # a full disk must not keep it from serving
@@ -264,6 +265,7 @@ def _serve_held(
         serving.config,
         args.console,
         lambda daemon, port: waiting.append(asyncio.get_running_loop().create_task(announce(daemon, port))),
+        lasting=False,  # `serve MODEL` is itself the newest order
     )
     if failed:
         raise Refused(f"serve {serving.spec.model.name}: {failed[0]}")
@@ -274,62 +276,6 @@ def _status(args: argparse.Namespace) -> int:
     status = _client(args).status()
     print(json.dumps(status, indent=2) if args.json else status_text(status))
     return 0
-
-
-def _order(verb: str) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        answer = _watched(args, verb, model=args.model)
-        print(json.dumps(answer) if args.json else f"{verb} {args.model}: done")
-        return 0
-
-    return run
-
-
-def _pin(pinned: str) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        answer = _client(args).order("pin", model=args.model, pinned=pinned)
-        words = "pinned, excluded from eviction" if answer["pinned"] else "unpinned, may be evicted"
-        print(json.dumps(answer) if args.json else f"{args.model}: {words} (until the agent restarts)")
-        return 0
-
-    return run
-
-
-def _swap(args: argparse.Namespace) -> int:
-    answer = _watched(args, "swap", model=args.old, new=args.new)
-    if args.json:
-        print(json.dumps(answer))
-        return 0
-    print(
-        f"swap {args.old}: {answer['outcome']}, {answer['from_version'][:8]} -> {answer['to_version'][:8]} "
-        f"in {answer['window_us'] / 1e6:.1f} s ({answer['probes']} timed probes, slowest "
-        f"{(answer['probe_p99_us'] or 0) / 1e6:.2f} s; {size(answer['freed_bytes'])} freed)"
-    )
-    if answer["itl_before_us"] and answer["itl_during_us"]:
-        before, during = answer["itl_before_us"] / 1e3, answer["itl_during_us"] / 1e3
-        print(
-            f"inter-token latency (ITL), p95: {before:.0f} ms before, {during:.0f} ms during the swap; "
-            f"elevated for {answer['raised_us'] / 1e6:.1f} s"
-        )
-    return 0
-
-
-def _watched(args: argparse.Namespace, verb: str, **body: str) -> dict[str, Any]:
-    """Send an order and show its progress until it has ended."""
-    client, said, began, live = _client(args), "", time.monotonic(), sys.stderr.isatty()
-    with ThreadPoolExecutor(1) as background:
-        order = background.submit(client.order, verb, **body)
-        while not wait([order], timeout=0.2).done:
-            with contextlib.suppress(RackError):
-                now = progress(client.status(), verb, body["model"])
-                # a terminal's line is rewritten; elsewhere one line per phase is enough
-                if now and (live or now.split()[0] != said.split(" ")[0]) and not args.json:
-                    line = f"{time.monotonic() - began:6.1f} s  {now}"
-                    print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
-                    said = now
-        if live and said:
-            print(file=sys.stderr)
-        return order.result()
 
 
 def _probes(args: argparse.Namespace) -> int:

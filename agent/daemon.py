@@ -32,6 +32,7 @@ from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
+from agent.mesh.sightings import Sightings, mark_of
 from agent.mesh.signing import Key, Nonces
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
@@ -45,10 +46,11 @@ from agent.telemetry.service import Telemetry
 from agent.views import offers
 from agent.wire.frames import Reported
 from shared import __version__, private
+from shared.clocks import SleepWatch
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
-from shared.records import AgentStarted, AgentStopped, EngineWindow, Event
+from shared.records import AgentStopped, EngineWindow, Event
 from shared.secrets import strong
 from shared.store_open import open_store
 
@@ -64,21 +66,23 @@ log = get_logger("agent.daemon")
 
 
 class Daemon:
-    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``."""
+    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``. Without ``lasting``,
+    operators' orders end with it, and those of earlier runs do not count."""
 
-    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str], *, lasting: bool = True) -> None:
         self.config, self._state, self._environ = config, state, environ
         self._stop = asyncio.Event()
         self._connections = table_for(config)
         self._steady: list[asyncio.Task[None]] = []
-        self._timetable = schedule.Timetable(self._clock_was_set)
+        self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
         self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
-        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls)
         self.telemetry = self._telemetry()
+        mark = mark_of(self.telemetry.spool.identity.hardware, self.telemetry.spool.identity.spool_id)
+        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls, mark=mark)
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
         self._pool = self._model_pool()
@@ -93,11 +97,13 @@ class Daemon:
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._set_peers,
+            lasting=lasting,
         )
         self._heartbeats = Heartbeats(
             *(self._table, self._peer_client, self.telemetry.outbox.emit),
             rack=config.node.rack,
             beat_s=config.peers.beat_s,
+            sightings=Sightings(config.node.id, mark),
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
@@ -138,7 +144,7 @@ class Daemon:
 
     def _warnings(self) -> list[str]:
         of_files = self._tls.warnings() if self._tls is not None else ()
-        return [*plain_warnings(self.config, self._table.urls()), *of_files]
+        return [*plain_warnings(self.config, self._table.urls()), *of_files, *self._follower.in_force.warnings()]
 
     def _model_pool(self) -> Pool:
         config = self.config
@@ -222,13 +228,13 @@ class Daemon:
 
     async def _start(self, port: int) -> None:
         node, telemetry = self.config.node, self.telemetry
-        self._emit(AgentStarted(t_ms=_wall_ms(), version=__version__, previous=telemetry.previous()))
+        self._emit(telemetry.serves())
         log.info("agent_started", node=node.id, port=port, version=__version__, epoch=telemetry.spool.epoch)
-        self._follower.prepare()
+        await self._follower.prepare()
         # the GPU may respond slowly, and a run that is killed meanwhile must leave a record
         await telemetry.sampler.keep()
         await self._ask_gpu()
-        self._pool.start()
+        self._pool.start(self._follower.in_force.loaded_first())
         self._timetable.start(
             schedule.jobs(
                 self.config,
@@ -284,6 +290,7 @@ class Daemon:
         while self._dispatch.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await self._pool.stop(max(0.0, deadline - time.monotonic()))
+        await self._follower.orders.keep()
         telemetry.sampler.emit(AgentStopped(t_ms=_wall_ms(), reason="shutdown requested"))
         try:
             await telemetry.sampler.tick()
@@ -305,6 +312,8 @@ class Daemon:
         self.telemetry.outbox.emit(event)
 
     def _clock_was_set(self, jump_s: float) -> None:
+        if abs(jump_s - self._sleeps.look()) <= schedule.JUMP_S:
+            return  # the machine slept, and its time is right
         log.warning("clock_was_set", seconds=round(jump_s, 1))
         self.telemetry.pusher.clock_was_set()
 

@@ -12,6 +12,7 @@ from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
+from agent.mesh.sightings import sentence
 from agent.models.pool import Pool
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -61,15 +62,23 @@ class Status:
             "in_flight": self._dispatch.in_flight,
             "budget_bytes": self._budget.bytes,
             "budget_from": self._budget.source,
-            "models": self._pool.inventory.status(),
+            "models": self._models(),
             "memory": self._pool.pressure,
-            "warnings": self._warnings(),
+            "hardware": spool.identity.hardware[:8],
+            "warnings": [*self._clashes(), *self._warnings()],
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
             "meters": self._telemetry.meters.status(),
             "sources_failed": dict(sample.sources_failed) if sample else {},
         }
+
+    def _models(self) -> list[dict[str, Any]]:
+        origins = self._follower.in_force.origins()
+        return [
+            {**one, "origin": origins.get(str(one["model"]), {"by": "", "text": ""})}
+            for one in self._pool.inventory.status()
+        ]
 
     def rack(self) -> dict[str, Any]:
         """The rack as this node sees it: nodes with their load and speed, circuit breakers, retries, swaps."""
@@ -83,8 +92,13 @@ class Status:
             "last_requests": [trail.request_id for trail in self._dispatch.decisions.last(20)],
         }
 
+    def met(self, node: str, mark: str) -> None:
+        """A peer asked for a heartbeat, and proved that it is of this rack."""
+        self._heartbeats.sightings.saw(node, mark, self._clock())
+
     def heartbeat(self) -> Heartbeat:
         """What this node reports of itself to its peers."""
+        sightings = self._heartbeats.sightings
         here, tables = self._dispatch.here(), self._pool.prefixes()
         return Heartbeat(
             node=here.node,
@@ -98,7 +112,16 @@ class Status:
             heat=here.heat,
             memory=here.memory,
             t_ms=time.time_ns() // 1_000_000,
+            agent=sightings.mine,
+            twice=tuple(sorted({found.node for found in sightings.twice(self._clock()) if not found.by})),
         )
+
+    def _clashes(self) -> list[str]:
+        """Who else uses this node's id, or that of a peer."""
+        sightings = self._heartbeats.sightings
+        seen = [sentence(found, self._node.id) for found in sightings.twice(self._clock())]
+        claimed = self._telemetry.pusher.claims.problem
+        return [claimed, *seen] if claimed else seen
 
     def _trouble(self) -> dict[str, Any]:
         """What to check first when something fails."""

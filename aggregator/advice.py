@@ -71,7 +71,7 @@ def recommendations(
     found += [
         Recommendation(kind="operations", text=f"find out why {n.node} is down so often", because=f"up {n.share:.2%}")
         for n in up.nodes
-        if n.share is not None and n.share < targets.uptime
+        if n.share is not None and n.share < targets.uptime and _failed(n.node, up)
     ]
     found += [
         Recommendation(kind="operations", text=f"cost of {m.model}", because=m.change.text)
@@ -81,3 +81,8 @@ def recommendations(
     if heat.kind == "throttled":
         found.append(Recommendation(kind="operations", text=heat.advice, because="thermal telemetry"))
     return found
+
+
+def _failed(node: str, up: Uptime) -> bool:
+    """Whether a node was ever down without its operator having stopped it."""
+    return any((i.node, i.scope) == (node, "node") and i.cause != "stopped" for i in up.incidents)

@@ -11,10 +11,22 @@ import msgspec
 from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
 from aggregator.uptime import GRACE_MS
-from aggregator.window import Fact
-from shared.records import EXPIRY_DAYS, CertificateExpires, HostSample, ModelEvicted, PeerDown, PeerUp, SwapFinished
+from aggregator.window import Fact, Meta
+from shared.records import (
+    EXPIRY_DAYS,
+    CertificateExpires,
+    HostSample,
+    ModelEvicted,
+    NodeIdClash,
+    PeerDown,
+    PeerUp,
+    SwapFinished,
+)
 
 SWAP_FAILED_FOR_S = 3600.0
+CLASH_FOR_MS = 1_800_000
+"""How long two agents under one id are alerted of after they were last seen; agents repeat it every ten minutes."""
+TURNS = 2
 CERTIFICATES = ("listener", "node", "ca")
 """Those that a node has."""
 
@@ -36,6 +48,7 @@ RULES = tuple(
         ("throttling", "Thermal throttling", "warn", "thermal", "throttling"),
         ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
         ("eviction_storm", "Eviction storm", "warn", "alerts", "eviction-storm"),
+        ("node_id_clash", "Two agents use one node id", "page", "alerts", "node-id-clash"),
         ("certificate_expires", "Certificate expires", "warn", "alerts", "certificate-expires"),
         ("certificate_expires_soon", "Certificate expires soon", "page", "alerts", "certificate-expires"),
     )
@@ -53,7 +66,8 @@ class Firing(msgspec.Struct, frozen=True, kw_only=True):
 
 class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     """State of a node between runs of `alert`; times in ms, bounded lists. ``certificates`` are when a certificate was
-    last reported, and when it ends."""
+    last reported, and when it ends. ``clash`` is when two agents were last seen under this id, and their marks;
+    ``incarnations`` is when each last reported, ``taken_turns`` when one did after another one had in between."""
 
     last_seen_ms: int = 0
     last_up_ms: int = 0
@@ -63,6 +77,9 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     evictions: tuple[int, ...] = ()
     swaps: dict[str, tuple[int, str, str]] = {}
     certificates: dict[str, tuple[int, int]] = {}
+    clash: tuple[int, str] = (0, "")
+    incarnations: dict[str, int] = {}
+    taken_turns: tuple[int, ...] = ()
 
 
 class AlertState(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +141,7 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
     ended_ms = min(fact.meta.t_end_ms, now_ms)
     mine = nodes.get(node, NodeMemory())
     nodes[node] = mine = replace(mine, last_seen_ms=max(mine.last_seen_ms, ended_ms))
+    nodes[node] = mine = _incarnation_seen(mine, fact.meta, ended_ms)
     if mine.down_since_ms is not None and ended_ms > mine.down_since_ms + GRACE_MS:
         nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=ended_ms)
     if isinstance(record, PeerDown):
@@ -151,11 +169,27 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         # the ordered copy of an older swap comes after the urgent copy of a newer one
         if finished[0] > mine.swaps.get(record.model, (0, "", ""))[0]:
             nodes[node] = replace(mine, swaps={**mine.swaps, record.model: finished})
+    elif isinstance(record, NodeIdClash):
+        twice = nodes.get(record.peer, NodeMemory())
+        clash = (min(record.t_ms, now_ms), " and ".join(filter(None, (record.one, record.other))))
+        nodes[record.peer] = replace(twice, clash=max(twice.clash, clash))
     elif isinstance(record, CertificateExpires):
         reported = (min(record.t_ms, now_ms), record.not_after_ms)
         # at the same time, as after a change within one look, the later end is the newer certificate's
         if record.certificate in CERTIFICATES and reported > mine.certificates.get(record.certificate, (0, 0)):
             nodes[node] = replace(mine, certificates={**mine.certificates, record.certificate: reported})
+
+
+def _incarnation_seen(memory: NodeMemory, meta: Meta, ended_ms: int) -> NodeMemory:
+    """Spools of one node follow each other; two whose windows take turns are two agents, each with a spool."""
+    name, known = str(meta.incarnation), memory.incarnations
+    if not meta.incarnation or ended_ms <= known.get(name, 0):
+        return memory
+    turn = name in known and any(known[name] < at < ended_ms for one, at in known.items() if one != name)
+    turns = (*memory.taken_turns, ended_ms) if turn else memory.taken_turns
+    recent = {one: at for one, at in known.items() if at > ended_ms - CLASH_FOR_MS}
+    turns = tuple(t for t in turns if t > ended_ms - CLASH_FOR_MS)
+    return msgspec.structs.replace(memory, incarnations={**recent, name: ended_ms}, taken_turns=turns[-TURNS:])
 
 
 def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Sequence[Firing]:
@@ -164,6 +198,7 @@ def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Seque
         _down(node, memory, now_ms, config),
         _throttled(node, memory, now_ms, config),
         _storm(node, memory, now_ms, config),
+        _twice(node, memory, now_ms),
         *_swaps(node, memory, now_ms),
         *_certificates(node, memory, now_ms),
     ]
@@ -199,6 +234,18 @@ def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing
         return None
     text = f"{len(recent)} evictions on {node} within {config.storm_window_s:.0f} s"
     return Firing(code="eviction_storm", subject=node, since_ms=recent[0], text=text)
+
+
+def _twice(node: str, memory: NodeMemory, now_ms: int) -> Firing | None:
+    """Seen by an agent or a peer, or by two spools of one node that take turns (one turn is a state folder that was
+    put back)."""
+    seen_ms, marks = memory.clash
+    turns = [t for t in memory.taken_turns if t > now_ms - CLASH_FOR_MS]
+    if seen_ms <= now_ms - CLASH_FOR_MS and len(turns) < TURNS:
+        return None
+    text = f"two agents report as {node}" + (f" ({marks})" if marks else "")
+    since_ms = seen_ms if seen_ms > now_ms - CLASH_FOR_MS else turns[0]
+    return Firing(code="node_id_clash", subject=node, since_ms=since_ms, text=f"{text}: each needs its own node.id")
 
 
 def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:

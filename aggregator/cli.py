@@ -7,11 +7,12 @@ the bucket is being restored), 77 the store rejected the credentials, 78 invalid
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def _said(error: OSError) -> str:
 
 def exit_status(error: RackError) -> int:
     """The os.EX_* exit status for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code == "no_secret":
+    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_rack"):
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM
@@ -190,8 +191,9 @@ def _rollup(args: argparse.Namespace) -> Ended:
     from aggregator.commands import rollup
 
     config, store = _opened(args)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again)
+        manifest = rollup.run(config, store, os.environ, _progress(args), again=args.again, faults=faults)
     done = {
         "manifest": manifest.number,
         "batches": manifest.batches,
@@ -202,7 +204,8 @@ def _rollup(args: argparse.Namespace) -> Ended:
     counted = f"{manifest.batches:,} batches of {len(manifest.days)} days are in the tables"
     commit = f"manifest {manifest.number} of {place(config.store)}" if manifest.number else place(config.store)
     bad = f"; {manifest.quarantined_total:,} objects in quarantine/" if manifest.quarantined_total else ""
-    return Ended(line=f"rollup: {counted} ({commit}){bad}; reports: {command('weekly', args.config)}", data=done)
+    line = f"rollup: {counted} ({commit}){bad}; reports: {command('weekly', args.config)}"
+    return _with_faults(Ended(line=line, data=done), faults)
 
 
 def _weekly(args: argparse.Namespace) -> Ended:
@@ -220,10 +223,12 @@ def _weekly(args: argparse.Namespace) -> Ended:
         span = week(args.week or last_week(datetime.now(UTC), config.timezone), config.timezone)
         earlier = before(span)
     store = _store(config)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _progress(args))
-        published = weekly.publish_span(config, store, span, earlier)
-    return _published(args, config, "weekly", "week", span.name, published)
+        rollup.run(config, store, os.environ, _progress(args), faults=faults)
+        with _explained(faults):
+            published = weekly.publish_span(config, store, span, earlier)
+    return _with_faults(_published(args, config, "weekly", "week", span.name, published), faults)
 
 
 def _monthly(args: argparse.Namespace) -> Ended:
@@ -234,10 +239,31 @@ def _monthly(args: argparse.Namespace) -> Ended:
     config = _config(args)
     name = args.month or last_month(datetime.now(UTC), config.timezone)
     store = _store(config)
+    faults: list[RackError] = []
     with lease.held(store, "rollup"):
-        rollup.run(config, store, os.environ, _progress(args))
-        published = monthly.run(config, store, name)
-    return _published(args, config, "monthly", "month", name, published)
+        rollup.run(config, store, os.environ, _progress(args), faults=faults)
+        with _explained(faults):
+            published = monthly.run(config, store, name)
+    return _with_faults(_published(args, config, "monthly", "month", name, published), faults)
+
+
+@contextlib.contextmanager
+def _explained(faults: Sequence[RackError]) -> Iterator[None]:
+    """Where nothing can be published because of what is wrong with the telemetry, that is what is said."""
+    try:
+        yield
+    except NothingToPublish:
+        if faults:
+            raise faults[0] from None
+        raise
+
+
+def _with_faults(ended: Ended, faults: Sequence[RackError]) -> Ended:
+    """The end of what was done although a part of the telemetry is wrong."""
+    if not faults:
+        return ended
+    problems = (*ended.problems, *(fault.message for fault in faults))
+    return msgspec.structs.replace(ended, problems=problems, status=exit_status(faults[0]))
 
 
 def _published(

@@ -53,11 +53,13 @@ class Backlog(NamedTuple):
 
 class Fresh(msgspec.Struct, frozen=True, kw_only=True):
     """Batches after given cursors, and the advanced cursors. ``unread`` are objects that could not be read, with their
-    reasons: their nodes' cursors stay before them."""
+    reasons: their nodes' cursors stay before them. ``racks`` is the other rack of each node, by its folder,
+    where nothing at all was of this rack."""
 
     batches: tuple[Batch, ...]
     cursors: dict[str, str]
     unread: dict[str, str] = {}
+    racks: dict[str, str] = {}
 
 
 def newest_manifest(store: ObjectStore) -> Manifest:
@@ -109,6 +111,8 @@ def fresh(
     backlog, records, unread = pending(store, cursors, prefix), 0, dict[str, str]()
     waiting: set[str] = set()
     in_a_row: set[str] = set()
+    strangers: dict[str, str] = {}
+    ours: set[str] = set()
     for at, one in enumerate(backlog.segments):
         if (node := progress.node_of(one.key)) in waiting or records > MOST_FRESH_RECORDS:
             continue
@@ -118,8 +122,12 @@ def fresh(
                 break  # the store is down, and would take its time over each node
             in_a_row = set()
         try:
-            found = ingest.read(store, one.key, rack)[0]
+            found, _, other = ingest.segment(store, one.key, rack)
             in_a_row = set()
+            if other:
+                strangers[node] = other
+                continue
+            ours.add(node)
         except (Retryable, Halt) as error:
             in_a_row.add(node)
             if not passed(one.key):
@@ -132,7 +140,8 @@ def fresh(
         records += sum(len(batch.records) for batch in found)
     kept = {folder: key for folder, key in cursors.items() if folder.startswith(prefix)}
     cursors = {**kept, **progress.advanced(read)}
-    return Fresh(batches=tuple(batches), cursors=cursors, unread={**backlog.unlisted, **unread})
+    unread = {**backlog.unlisted, **unread}
+    return Fresh(batches=tuple(batches), cursors=cursors, unread=unread, racks={} if ours else strangers)
 
 
 def beginnings(store: ObjectStore) -> dict[str, str]:
@@ -165,7 +174,7 @@ def window(store: ObjectStore, span: Span) -> Window:
     tables, or from minute tables where the rack's UTC offset is not a whole number of hours."""
     with parquet.Database() as db, ThreadPoolExecutor(CONNECTIONS) as pool:
         sources = _Sources(store, db, pool, span)
-        return Window(
+        found = Window(
             span=span,
             served=_structs(db, sources.folded("served", None), ServedSum),
             latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
@@ -181,6 +190,28 @@ def window(store: ObjectStore, span: Span) -> Window:
             asked=_structs(db, sources.slots("asked"), Asked),
             events=_events(db, sources.events()),
         )
+        late = {node for node in found.nodes if not found.reported_at_the_start(node)}
+        return msgspec.structs.replace(found, reported_before=_reported_before(store, db, pool, span, late))
+
+
+def _reported_before(
+    store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span, nodes: set[str]
+) -> frozenset[str]:
+    """Which of these nodes had reported before the span: from its last days back, until all are found."""
+    days: list[str] = []
+    if nodes:
+        listed = (keys.parse_table_key(one.key)[2] for one in each(store, keys.table_prefix("day", "cover")))
+        days = sorted((day for day in listed if utc_day_ms(day) < span.since_ms), reverse=True)
+    found: set[str] = set()
+    for at in range(0, len(days), CONNECTIONS):
+        wanted = [keys.table_key("day", "cover", day) for day in days[at : at + CONNECTIONS]]
+        stored = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
+        files = [db.file(f"before-{at + n}.parquet", one.body) for n, one in enumerate(stored) if one is not None]
+        covers = _structs(db, parquet.reading(files, folded_columns(FOLDS["cover"])) if files else "", Cover)
+        found |= {one.node for one in covers if any(start < span.since_ms for start in one.starts)}
+        if found >= nodes:
+            break
+    return frozenset(found & nodes)
 
 
 class _Sources:

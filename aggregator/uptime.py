@@ -1,8 +1,10 @@
-"""When nodes were up, down or unknown, and the incidents. Pure.
+"""When nodes were up, down or unknown, and the incidents. Pure. All rules of uptime are here.
 
 A node is *up* while it reported with a model ready, *idle* while it reported without one (nothing was assigned, or
-everything was evicted), *down* where a restart or its peers explain missing telemetry, *unknown* otherwise: a gap in
-telemetry never counts as up. The rack is up while any node is.
+everything was evicted), *down* where a restart, its peers or an operator explain missing telemetry, *excused* where an
+operator takes it out of the account, *unknown* otherwise: a gap in telemetry never counts as up. A node's time begins
+with its first report: nothing is known of it before that. The rack is up while any node is, and excused where every
+node that is not up is.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import msgspec
 
 from aggregator.annotations import Annotation
 from aggregator.calendar import HOUR_MS
-from aggregator.window import Intervals, Window, at_least_one, seconds, union
+from aggregator.window import Intervals, Window, at_least_one, both, seconds, union, without
 from shared.records import (
     AgentStarted,
     AgentStopped,
@@ -53,7 +55,8 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one node, or of the rack. ``share`` is (up + idle) / (up + idle + down)."""
+    """Seconds of one node, or of the rack, that add up to the time since its first report. ``share`` is
+    (up + idle) / (up + idle + down)."""
 
     node: str
     up_s: float
@@ -61,6 +64,7 @@ class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
     down_s: float
     unknown_s: float
     share: float | None
+    excused_s: float = 0.0
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,14 +103,14 @@ def uptime(window: Window, now_ms: int, annotations: Sequence[Annotation] = ()) 
     known = {node: _gaps(window, node, until) for node in window.nodes}
     incidents = [one for found in known.values() for one in found] + _loaders(window) + _swaps(window) + _heat(window)
     merged = _merged(sorted(incidents, key=lambda i: (i.start_ms, i.node, i.scope)))
-    tracks = {node: _Track(window, node, known[node], until) for node in window.nodes}
+    tracks = {node: _Track(window, node, known[node], until, annotations) for node in window.nodes}
     return Uptime(
         requests_ok=ok,
         requests_bad=bad,
         request_share=ok / (ok + bad) if ok + bad else None,
         rack=_rack(list(tracks.values())),
-        nodes=tuple(_sums(t.node, t.first, t.until, t.reported, t.up, t.down) for t in tracks.values()),
-        incidents=tuple(_annotated(one, annotations) for one in merged),
+        nodes=tuple(_sums(t.node, t.first, t.until, t.reported, t.up, t.down, t.excused) for t in tracks.values()),
+        incidents=_confirmed(merged, list(tracks.values()), annotations),
         desired=_desired(window) or msgspec.UNSET,
         lost_batches=sum(max(run.missing, run.dropped_batches - run.dropped_before) for run in window.runs),
     )
@@ -135,25 +139,54 @@ def _desired(window: Window) -> tuple[Progress, ...]:
 
 def covered(up: Uptime) -> float | None:
     """Share of all nodes' time since their first reports that is known."""
-    known = sum(n.up_s + n.idle_s + n.down_s for n in up.nodes)
+    known = sum(n.up_s + n.idle_s + n.down_s + n.excused_s for n in up.nodes)
     total = known + sum(n.unknown_s for n in up.nodes)
     return known / total if total else None
 
 
 class _Track:
-    """One node's timeline."""
+    """One node's timeline, from its first report on. ``down`` and ``excused`` are silence, and apart."""
 
-    def __init__(self, window: Window, node: str, incidents: Sequence[Incident], until: int) -> None:
+    def __init__(
+        self, window: Window, node: str, incidents: Sequence[Incident], until: int, notes: Sequence[Annotation]
+    ) -> None:
         self.node, self.until = node, until
         self.reported = union(window.reported(node), JOIN_MS)
-        self.up = _both(self.reported, union(window.ready(node), JOIN_MS))
-        self.down = union(
-            (max(i.start_ms, window.span.since_ms), min(until, i.end_ms if i.end_ms is not None else until))
-            for i in incidents
-            if i.scope == "node"
+        self.up = both(self.reported, union(window.ready(node), JOIN_MS))
+        self.first = _known_since(window, node, until)
+        self.silent = without(((self.first, until),), self.reported)
+        inferred = union(
+            (i.start_ms, i.end_ms if i.end_ms is not None else until) for i in incidents if i.scope == "node"
         )
-        first = self.reported[0][0] if self.reported else until
-        self.first = min([first, *(a for a, _ in self.down)])
+        self.down, self.excused = _as_noted(self.silent, both(inferred, self.silent), node, notes)
+
+
+def _known_since(window: Window, node: str, until: int) -> int:
+    """From when on anything is known of a node: the span's beginning where it had reported before, else its first
+    report. A start says nothing about the time before: an attempt that failed, or whose report never arrived, is no
+    life."""
+    if node in window.reported_before:
+        return window.span.since_ms
+    reported = window.reported(node)
+    return reported[0][0] if reported else until
+
+
+def _as_noted(
+    silent: Intervals, down: Intervals, node: str, notes: Sequence[Annotation]
+) -> tuple[Intervals, Intervals]:
+    """What of a node's silence is down and what is excused, after what operators say; of two that overlap the first
+    holds."""
+    excused: Intervals = ()
+    for note in notes:
+        if note.counts is None or not note.concerns(node):
+            continue
+        piece = both(silent, union([(note.start_ms, note.end_ms)]))
+        silent, down = without(silent, piece), without(down, piece)
+        if note.counts == "down":
+            down = union((*down, *piece))
+        elif note.counts == "excused":
+            excused = union((*excused, *piece))
+    return down, excused
 
 
 def _rack(mine: Sequence[_Track]) -> NodeUptime:
@@ -161,47 +194,38 @@ def _rack(mine: Sequence[_Track]) -> NodeUptime:
         return NodeUptime(node="", up_s=0.0, idle_s=0.0, down_s=0.0, unknown_s=0.0, share=None)
     reported, up = at_least_one(t.reported for t in mine), at_least_one(t.up for t in mine)
     since = min(t.first for t in mine)
-    down: Intervals = ((since, mine[0].until),)
+    away: Intervals = ((since, mine[0].until),)
+    excused = away
     for track in mine:
-        # before its first report a node counts as down for the rack
-        down = _both(down, union(((since, track.first), *track.down)))
-    return _sums("", min(t.first for t in mine), mine[0].until, reported, up, down)
+        # before its first report a node is not there, and answers nothing
+        before = union([(since, track.first)])
+        away = both(away, union((*before, *track.down, *track.excused)))
+        excused = both(excused, union((*before, *track.excused)))
+    return _sums("", since, mine[0].until, reported, up, without(away, excused), excused)
 
 
-def _sums(node: str, first: int, until: int, reported: Intervals, up: Intervals, down: Intervals) -> NodeUptime:
+def _sums(
+    node: str, first: int, until: int, reported: Intervals, up: Intervals, down: Intervals, excused: Intervals
+) -> NodeUptime:
     reported_s, up_s = seconds(reported), seconds(up)
-    down_s = seconds(down) - seconds(_both(down, reported))
+    down_s, excused_s = seconds(without(down, reported)), seconds(without(excused, reported))
     known_s = reported_s + down_s
     return NodeUptime(
         node=node,
         up_s=round(up_s, 3),
         idle_s=round(reported_s - up_s, 3),
         down_s=round(down_s, 3),
-        unknown_s=round(max(0.0, (until - first) / 1000 - known_s), 3),
+        unknown_s=round(max(0.0, (until - first) / 1000 - known_s - excused_s), 3),
         share=reported_s / known_s if known_s else None,
+        excused_s=round(excused_s, 3),
     )
-
-
-def _both(one: Intervals, other: Intervals) -> Intervals:
-    """Intersection of two sets of intervals."""
-    found = []
-    i = j = 0
-    while i < len(one) and j < len(other):
-        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
-        if end > start:
-            found.append((start, end))
-        if one[i][1] < other[j][1]:
-            i += 1
-        else:
-            j += 1
-    return tuple(found)
 
 
 def _gaps(window: Window, node: str, until: int) -> list[Incident]:
     """Gaps in a node's telemetry that a restart or its peers explain; other gaps stay unknown."""
     reported = union(window.reported(node), JOIN_MS)
-    # a node that was down when the span began differs from a new one by ``previous`` of its first start
-    edges = [(window.span.since_ms, window.span.since_ms), *reported]
+    known_since = _known_since(window, node, until)
+    edges = [(known_since, known_since), *reported]
     found = []
     for (_, start), (end, _) in pairwise(edges):
         if end - start <= JOIN_MS:
@@ -224,15 +248,15 @@ def _incident(node: str, scope: str, times: tuple[int, int | None], why: tuple[s
 def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
     """Why a node did not report; the first rule that matches.
 
-    1. clean stop; 2. hard memory pressure just before; 3. throttled at the time; 4. a swap had just ended; 5. the
-    machine rebooted; 6. only the agent restarted; 7. its peers could not reach it, and it came back without a
-    restart.
+    1. clean stop, by what the next start or the last window says; 2. hard memory pressure just before; 3. throttled at
+    the time; 4. a swap had just ended; 5. the machine rebooted; 6. only the agent restarted; 7. its peers could not
+    reach it, and it came back without a restart.
     """
-    begun = next((r for m, r in window.of(AgentStarted) if m.node == node and start <= r.t_ms <= end + JOIN_MS), None)
+    begun = _begun(window, node, start, end)
+    if begun is not None and (begun.previous == "clean" or _was_stopped(window, node, start)):
+        return "stopped", "agent stopped by an operator", "restarted"
     if begun is not None and begun.previous == "first":
         return None
-    if begun is not None and begun.previous == "clean":
-        return "stopped", "agent stopped by an operator", "restarted"
     if begun is not None:
         near = (start - NEAR_MS, start + JOIN_MS)
         if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
@@ -254,6 +278,20 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
     return None
 
 
+def _begun(window: Window, node: str, start: int, end: int) -> AgentStarted | None:
+    """The start that ended a gap: said in the first window after it, however long the start took."""
+    for meta, record in window.of(AgentStarted):
+        if meta.node == node and (start <= record.t_ms <= end + JOIN_MS or abs(meta.t_start_ms - end) <= JOIN_MS):
+            return record
+    return None
+
+
+def _was_stopped(window: Window, node: str, t_ms: int) -> bool:
+    """Whether a node's last window before a gap ends with its stop: what follows, a start that failed for one, does
+    not change that."""
+    return any(m.node == node and abs(m.t_end_ms - t_ms) <= JOIN_MS for m, _ in window.of(AgentStopped))
+
+
 def _was_hot(window: Window, node: str, t_ms: int) -> bool:
     """Whether the node was throttled at that time: begun and not ended before."""
     begun = [r.t_ms for m, r in window.of(ThrottleEvent) if m.node == node and r.t_ms <= t_ms]
@@ -261,6 +299,13 @@ def _was_hot(window: Window, node: str, t_ms: int) -> bool:
     return bool(begun) and max(begun) > max(ended, default=0) and t_ms - max(begun) < LONG_HEAT_MS
 
 
+_WORDS = {
+    "planned": "planned work",
+    "external": "not caused by the rack",
+    "not_down": "not down, only without telemetry",
+    "unknown": "nobody knows",
+    "other": "not held against the rack",
+}
 _WORST = ("trapping", "sleeping", "critical")
 
 
@@ -333,16 +378,52 @@ def _merged(incidents: Sequence[Incident]) -> list[Incident]:
     return found
 
 
-def _annotated(incident: Incident, annotations: Sequence[Annotation]) -> Incident:
-    """Apply an operator's annotation over the inferred cause."""
-    end = incident.end_ms if incident.end_ms is not None else incident.start_ms
-    for note in annotations:
-        if note.node in ("", incident.node) and note.start_ms <= end and note.end_ms >= incident.start_ms:
-            return msgspec.structs.replace(
-                incident,
-                cause=note.cause or incident.cause,
-                text=note.text or incident.text,
-                fix=note.fix or incident.fix,
-                confirmed=True,
-            )
-    return incident
+def _confirmed(
+    incidents: Sequence[Incident], tracks: Sequence[_Track], notes: Sequence[Annotation]
+) -> tuple[Incident, ...]:
+    """The incidents with operators' annotations over the inferred causes. Silence that was unknown, and that an
+    annotation says something about, is an incident, too."""
+    until = max((track.until for track in tracks), default=0)
+    found = [piece for one in incidents for piece in _pieces(one, notes, until)] if notes else list(incidents)
+    for track in tracks:
+        told = union(
+            (i.start_ms, i.end_ms or track.until) for i in incidents if (i.node, i.scope) == (track.node, "node")
+        )
+        silent = without(track.silent, told)
+        for note in notes:
+            if note.counts in ("down", "excused") and note.concerns(track.node):
+                inside = both(silent, union([(note.start_ms, note.end_ms)]))
+                silent = without(silent, inside)
+                found += [_noted(_incident(track.node, "node", times, ("unknown", "", "")), note) for times in inside]
+    return tuple(sorted(found, key=lambda i: (i.start_ms, i.node, i.scope)))
+
+
+def _pieces(incident: Incident, notes: Sequence[Annotation], until: int) -> list[Incident]:
+    """An incident cut where an annotation of its node begins or ends: an interval says nothing about what is outside.
+    What concerns a single moment, or a model, is annotated as a whole."""
+    end = incident.end_ms if incident.end_ms is not None else until
+    mine = [n for n in notes if n.concerns(incident.node) and n.start_ms <= end and n.end_ms >= incident.start_ms]
+    if mine and incident.scope != "node":
+        return [_noted(incident, mine[0])]
+    found = []
+    left: Intervals = ((incident.start_ms, end),)
+    for note in mine:
+        inside = both(left, union([(note.start_ms, note.end_ms)]))
+        left = without(left, inside)
+        found += [_noted(_spanning(incident, times, end), note) for times in inside]
+    return [*found, *(_spanning(incident, times, end) for times in left)]
+
+
+def _spanning(incident: Incident, times: tuple[int, int], end: int) -> Incident:
+    """A piece of an incident; the last one of an open incident is open."""
+    return msgspec.structs.replace(incident, start_ms=times[0], end_ms=incident.end_ms if times[1] == end else times[1])
+
+
+def _noted(incident: Incident, note: Annotation) -> Incident:
+    return msgspec.structs.replace(
+        incident,
+        cause=note.cause or incident.cause,
+        text=note.text or _WORDS.get(note.cause, "") or incident.text or note.cause,
+        fix=note.fix or incident.fix,
+        confirmed=True,
+    )

@@ -255,7 +255,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was reported in a span, added up, each batch once; the one input of every report."""
+    """Everything that was reported in a span, added up, each batch once; the one input of every report.
+    ``reported_before`` are nodes that had not reported when the span began, and had reported at some time before."""
 
     span: Span
     served: tuple[ServedSum, ...] = ()
@@ -271,6 +272,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     demand: tuple[Demand, ...] = ()
     asked: tuple[Asked, ...] = ()
     events: tuple[Fact, ...] = ()
+    reported_before: frozenset[str] = frozenset()
 
     def of(self, kind: type[R]) -> Iterator[tuple[Meta, R]]:
         """Events of one kind with their batches."""
@@ -291,6 +293,10 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     def reported(self, node: str) -> Intervals:
         """When the node reported, within the span."""
         return self._cut(c for c in self.covers if c.node == node)
+
+    def reported_at_the_start(self, node: str) -> bool:
+        """Whether a node's telemetry covers the span's first moment."""
+        return any(start == self.span.since_ms for start, _ in self.reported(node))
 
     def ready(self, node: str) -> Intervals:
         """When the node had any model ready, within the span."""
@@ -324,6 +330,35 @@ def union(pieces: Iterable[tuple[int, int]], gap_ms: int = 0) -> Intervals:
         elif end > start:
             merged.append((start, end))
     return tuple(merged)
+
+
+def both(one: Intervals, other: Intervals) -> Intervals:
+    """Intersection of two sets of intervals, in order."""
+    found = []
+    i = j = 0
+    while i < len(one) and j < len(other):
+        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if end > start:
+            found.append((start, end))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
+
+
+def without(one: Intervals, other: Intervals) -> Intervals:
+    """What of a set of intervals is not in another one."""
+    found = []
+    for start, end in one:
+        for a, b in other:
+            if b > start and a < end:
+                if a > start:
+                    found.append((start, a))
+                start = max(start, b)
+        if end > start:
+            found.append((start, end))
+    return tuple(found)
 
 
 def facts_of(batch: Batch) -> list[Fact]:

@@ -46,9 +46,10 @@ class DesiredPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     """``nodes`` holds the assignments by node id; ``note`` is a human-readable reason. ``peers``, where there are any,
-    lists all nodes of the rack and replaces the peers of agent.toml."""
+    lists all nodes of the rack and replaces the peers of agent.toml. ``rack`` is whose it is, "" where nobody said."""
 
     schema: Count = SCHEMA
+    rack: str = ""
     generation: Count
     written_ms: Annotated[int, Meta(ge=0, le=MOST_MS)] = 0
     note: str = ""

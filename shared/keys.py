@@ -50,6 +50,8 @@ MOST_NOTES_BYTES = 4 << 20
 """A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
 DESIRED_HISTORY = "desired/v1/history/"
+RACK = "release/v1/rack.json"
+"""Whose bucket this is: the aggregator writes it once it has counted batches of its rack."""
 ALERT_STATE = "state/v1/alerts.json"
 
 
@@ -95,9 +97,19 @@ def claim_key(node: str, incarnation: int) -> str:
     return f"{raw_node_prefix(node)}i{incarnation:04d}/claim"
 
 
+def contest_key(node: str, incarnation: int) -> str:
+    """Where another agent says that it uses the id whose claim this is."""
+    return f"{raw_node_prefix(node)}i{incarnation:04d}/contested"
+
+
+def grant_key(node: str, incarnation: int) -> str:
+    """Where an operator says who may claim the id after this claim."""
+    return f"{raw_node_prefix(node)}i{incarnation:04d}/granted"
+
+
 def is_claim(key: str) -> bool:
-    """Whether a key under raw/ is a claim rather than a segment."""
-    return key.startswith(RAW_PREFIX) and key.endswith("/claim")
+    """Whether a key under raw/ is about a claim, and not a segment."""
+    return key.startswith(RAW_PREFIX) and key.endswith(("/claim", "/contested", "/granted"))
 
 
 def urgent_key(key: RawKey, ordinal: int) -> str:
@@ -117,6 +129,11 @@ def parse_urgent_key(key: str) -> RawKey:
 def table_key(level: str, table: str, day: str) -> str:
     """The Parquet file of one table and one UTC day (YYYY-MM-DD); ``level`` is minute, or hour or day of a rollup."""
     return f"{level}/v1/table={table}/dt={day}/part.parquet"
+
+
+def table_prefix(level: str, table: str) -> str:
+    """All days of one table."""
+    return f"{level}/v1/table={table}/"
 
 
 def parse_table_key(key: str) -> tuple[str, str, str]:

@@ -324,6 +324,16 @@ class CertificateExpires(_Record, frozen=True, kw_only=True, tag="certificate_ex
     not_after_ms: int
 
 
+class NodeIdClash(_Record, frozen=True, kw_only=True, tag="node_id_clash"):
+    """Two agents use one node id, ``peer``: by a claim in the bucket, or by what a peer sees. ``one`` and ``other`` are
+    marks of their hardware, "" where it is not known. Repeated every ten minutes while it lasts."""
+
+    t_ms: int
+    peer: str
+    one: str = ""
+    other: str = ""
+
+
 class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
     """Placeholder for a newer agent's record, so that the others keep their positions in the batch."""
 
@@ -342,6 +352,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     PeerDown,
     PeerUp,
     CertificateExpires,
+    NodeIdClash,
 ]
 Record = Union[  # noqa: UP007
     Served, EngineWindow, Resident, DesiredObserved, HostSample, Hardware, OutletReading, Event, Unknown
@@ -352,7 +363,10 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
 }
 """Every kind of record by its tag on the wire."""
 
-URGENT = (AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited, CertificateExpires)
+URGENT = (
+    *(AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited, CertificateExpires),
+    NodeIdClash,
+)
 """Events that are also sent immediately, out of order, for `alert`."""
 
 

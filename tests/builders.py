@@ -116,7 +116,7 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
     inside = (b for b in once.values() if span.since_ms <= b.t_end_ms < span.until_ms)
     mine = sorted(inside, key=lambda b: (b.t_end_ms, b.seq, b.id))
     facts = [f for b in mine for f in facts_of(b)]
-    return Window(
+    made = Window(
         span=span,
         served=_summed(_served_rows(facts), ServedSum),
         latencies=_latencies(facts),
@@ -137,6 +137,9 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
         asked=_summed(_served_rows(facts, SLOT_MS), Asked),
         events=tuple(sorted((f for f in facts if isinstance(f.record, EVENT_TYPES)), key=_when)),
     )
+    earlier = {b.node for b in once.values() if meta_of(b).t_start_ms < span.since_ms}
+    before = frozenset(node for node in made.nodes if node in earlier and not made.reported_at_the_start(node))
+    return msgspec.structs.replace(made, reported_before=before)
 
 
 def pdf_text(body: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, probes, seal."""
+"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, orders, probes, seal."""
 
 import re
 from typing import Literal
@@ -20,6 +20,14 @@ class _Names(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model: str
     new: str = ""
     pinned: Literal["yes", "no"] = "yes"
+
+
+class _Clearing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``model`` is "" for all; ``unreadable`` is about the file that could not be read, and ends no order."""
+
+    model: str = ""
+    later: Literal["yes", "no"] = "no"
+    unreadable: Literal["yes", "no"] = "no"
 
 
 async def _order(request: web.Request) -> tuple[Context, _Names]:
@@ -51,15 +59,20 @@ async def status(request: web.Request) -> web.Response:
 async def load(request: web.Request) -> web.Response:
     """Load a model; responds when it is ready."""
     context, names = await _order(request)
-    spec = await context.follower.by_operator(names.model, context.pool.orders.load(names.model))
-    return json_response({"model": names.model, "version": spec.version, "need_bytes": spec.need_bytes})
+    orders = context.follower.orders
+    spec = await orders.load(names.model)
+    loaded = {"version": spec.version, "need_bytes": spec.need_bytes}
+    return json_response({"model": names.model, **loaded, "lasts": context.follower.in_force.lasting(names.model)})
 
 
 async def unload(request: web.Request) -> web.Response:
     """Drain and stop a model's loader; responds when its memory is freed."""
     context, names = await _order(request)
-    await context.follower.by_operator(names.model, context.pool.orders.unload(names.model))
-    return json_response({"model": names.model, "unloaded": True})
+    orders = context.follower.orders
+    await orders.unload(names.model)
+    return json_response(
+        {"model": names.model, "unloaded": True, "lasts": context.follower.in_force.lasting(names.model)}
+    )
 
 
 async def swap(request: web.Request) -> web.Response:
@@ -67,15 +80,43 @@ async def swap(request: web.Request) -> web.Response:
     context, names = await _order(request)
     if not names.new:
         raise Refused("admin request: new is required", code="invalid_value", param="new")
-    finished = await context.follower.by_operator(names.model, context.pool.orders.swap(names.model, names.new))
-    return json_response(msgspec.to_builtins(finished), status=200 if finished.outcome == "flipped" else 409)
+    orders = context.follower.orders
+    finished = await orders.swap(names.model, names.new)
+    if finished.outcome != "flipped":
+        return json_response(msgspec.to_builtins(finished), status=409)
+    return json_response({**msgspec.to_builtins(finished), "lasts": context.follower.in_force.lasting(names.model)})
 
 
 async def pin(request: web.Request) -> web.Response:
     """Pin a model in memory until an operator unloads it, or unpin it."""
     context, names = await _order(request)
-    await context.follower.by_operator(names.model, context.pool.orders.pin(names.model, pinned=names.pinned == "yes"))
-    return json_response({"model": names.model, "pinned": names.pinned == "yes"})
+    orders, pinned = context.follower.orders, names.pinned == "yes"
+    await orders.pin(names.model, pinned=pinned)
+    return json_response(
+        {"model": names.model, "pinned": pinned, "lasts": context.follower.in_force.lasting(names.model)}
+    )
+
+
+async def orders(request: web.Request) -> web.Response:
+    """The orders that stand on this node, and what the file of them has to say."""
+    require_admin(request)
+    follower = request.app[CONTEXT].follower
+    return json_response({"orders": follower.in_force.listed(), "warnings": follower.in_force.warnings()})
+
+
+async def clear_orders(request: web.Request) -> web.Response:
+    """End orders, and do what holds without them; responds when that is done or has failed."""
+    require_admin(request)
+    context = request.app[CONTEXT]
+    try:
+        wanted = msgspec.json.decode(await body_of(request, context.config.limits.body_s), type=_Clearing)
+    except msgspec.DecodeError as error:
+        raise Refused(f"admin request: {error}", code="invalid_json") from None
+    if wanted.unreadable == "yes":
+        await context.follower.orders.forget_unreadable()
+        return json_response({"ended": [], "warnings": context.follower.in_force.warnings()})
+    ended = await context.follower.orders.clear(wanted.model, later=wanted.later == "yes")
+    return json_response({"ended": ended, "warnings": context.follower.in_force.warnings()})
 
 
 async def probes(request: web.Request) -> web.Response:

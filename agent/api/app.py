@@ -61,6 +61,8 @@ def build(context: Context) -> web.Application:
         web.post("/admin/v1/unload", admin.unload),
         web.post("/admin/v1/swap", admin.swap),
         web.post("/admin/v1/pin", admin.pin),
+        web.get("/admin/v1/orders", admin.orders),
+        web.post("/admin/v1/orders/clear", admin.clear_orders),
         web.post("/admin/v1/probes", admin.probes),
         web.post("/admin/v1/seal", admin.seal),
     ]

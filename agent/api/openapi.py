@@ -97,6 +97,7 @@ FIELDS: Mapping[str, Schema] = {
 }
 """Fields that have an effect. ``logprobs`` differs: a flag in chats, a number in text completions."""
 _LOGPROBS = {"chat": _FLAG, "text": _maybe(type="integer", minimum=0, maximum=5)}
+_YES_OR_NO: Schema = {"enum": ["yes", "no"]}
 _TEXT_OR_NULL = _maybe(type="string")
 _CALL: Schema = {
     "type": "object",
@@ -167,7 +168,8 @@ def _schemas() -> dict[str, Schema]:
     error = {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT}
     messages = {**dict.fromkeys(sorted(MESSAGE), Schema()), **_MESSAGE_FIELDS}
     part = {"type": {"enum": ["text", "input_text", "output_text"]}, "text": _TEXT}
-    order = {"model": _TEXT, "new": _TEXT, "pinned": {"enum": ["yes", "no"]}}
+    order = {"model": _TEXT, "new": _TEXT, "pinned": _YES_OR_NO}
+    clearing = {"model": _TEXT, "later": _YES_OR_NO, "unreadable": _YES_OR_NO}
     return {
         "ChatRequest": _request(fields.CHAT, NEUTRAL, ("model", "messages"), logprobs=_LOGPROBS["chat"]),
         "TextRequest": _request(fields.TEXT, TEXT_NEUTRAL, ("model", "prompt"), logprobs=_LOGPROBS["text"]),
@@ -177,6 +179,7 @@ def _schemas() -> dict[str, Schema]:
         "Tool": _object(tool, ("function",)),
         "Function": _object(function, ("name",)),
         "Order": {**_object(order, ("model",)), "additionalProperties": False},
+        "Clearing": {**_object(clearing, ()), "additionalProperties": False},
         "Error": _object({"error": _object(error, error)}, ("error",)),
         "Answer": _object({"object": _TEXT, "model": _TEXT, "usage": _ANY_OBJECT}, ("object",)),
         "Object": _ANY_OBJECT,
@@ -241,6 +244,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Replace the version behind a served name.", "admin", "Order", failed="Object"
     ),
     ("POST", "/admin/v1/pin"): Operation("Pin a model in memory, or unpin it.", "admin", "Order"),
+    ("GET", "/admin/v1/orders"): Operation("The operator's orders that stand on this node.", "admin"),
+    ("POST", "/admin/v1/orders/clear"): Operation("End orders, of one model or all.", "admin", "Clearing"),
     ("POST", "/admin/v1/probes"): Operation("Record the answers to a model's probes.", "admin", "Order"),
     ("POST", "/admin/v1/seal"): Operation("Close the telemetry window and push it.", "admin"),
 }

@@ -44,6 +44,7 @@ async def heartbeat(request: web.Request) -> web.Response:
     """Answer a heartbeat: what this node offers now."""
     signed = _signed(request)
     context = request.app[CONTEXT]
+    context.status.met(signed.node, request.query.get("agent", ""))
     body = msgspec.msgpack.encode(context.status.heartbeat())
     signature = context.rack_key.answer(signed.nonce, context.config.node.id, body)
     return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})

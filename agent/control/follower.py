@@ -1,9 +1,11 @@
-"""Follows the desired state: fetch it, plan, act, report. What comes of it is kept by ``agent.control.adopted``."""
+"""Follows the desired state: fetch it, plan, act, report. What comes of it is kept by ``agent.control.adopted``; what
+an operator orders meanwhile is done by ``agent.control.operator_orders``.
+"""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +14,15 @@ import msgspec
 from agent.config import STORED, AgentConfig, Model
 from agent.control.adopted import Adopted
 from agent.control.desired_peers import choose
+from agent.control.in_force import InForce
+from agent.control.operator_orders import OperatorOrders
 from agent.control.reconcile import Action, Bring, Pin, Unload, drift, plan
+from agent.control.standing import Base
 from agent.files.model_pull import BucketSource, pull
 from agent.files.modelstore import ModelStore
 from agent.models.pool import Pool
 from agent.tasks import Tasks
+from shared import bucket_rack
 from shared.batch import MAX_ITEMS, MAX_TEXT
 from shared.desired import Assignment, parse
 from shared.errors import NotFound, RackError, Refused, Retryable
@@ -41,7 +47,8 @@ class _Trouble(msgspec.Struct):
 
 class Follower:
     """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
-    whether another node serves a model now; ``on_peers`` takes (node, url) of all others."""
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Without ``lasting``,
+    operators' orders end with this process. ``orders`` and ``in_force`` are public."""
 
     def __init__(
         self,
@@ -53,19 +60,21 @@ class Follower:
         *,
         carried_by_peer: Callable[[str], bool],
         on_peers: Callable[[Sequence[tuple[str, str]]], None] = lambda _: None,
+        lasting: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._pool, self._models = config, pool, models
         self._store: ObjectStore | None = None
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._open_store, self._clock = open_store, clock
-        self._adopted = Adopted(memory, config.node.id)
+        self._adopted = Adopted(memory, config.node.id, lasting=lasting)
+        self.in_force = InForce(pool, self._adopted, self._bases, lasting=lasting)
+        self.orders = OperatorOrders(pool, models, self._adopted, self.in_force)
         self._reason = ""
         self._refused_peers: Sequence[str] = ()
         self._since_ms: int | None = None
         self._asking = Tasks()
         self._troubles: dict[bytes, _Trouble] = {}
-        self._orders: set[asyncio.Task[Any]] = set()
         self._acting = self._stopping = False
 
     # ---- what others ask ----
@@ -76,11 +85,18 @@ class Follower:
         if desired is None:
             state = "failed" if self._reason else "none"
             return DesiredObserved(generation=0, state=state, reason=self._reason[:MAX_TEXT])
-        found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.ordered) if adopted.follows else ()
+        found = drift(self._pool.inventory.actual(), adopted.assigned, adopted.orders) if adopted.follows else ()
         found = tuple(one[:MAX_TEXT] for one in (*found, *self._refused_peers)[:MAX_ITEMS])
         reason = self._reason or next((trouble.reason for trouble in self._troubles.values()), "")
         state = "failed" if reason else "acting" if self._acting else "drifted" if found else "converged"
         return DesiredObserved(generation=desired.generation, state=state, reason=reason[:MAX_TEXT], drift=found)
+
+    def governs(self, name: str) -> str:
+        """What decides how a name is served, if not agent.toml: "order" of an operator, or "desired" state, which wins
+        once it is newer; "" for agent.toml. What governs a name is not to be changed by anything below it."""
+        if self.in_force.governs(name):
+            return "order"
+        return "desired" if any(one.model == name for one in self._adopted.assigned) else ""
 
     @property
     def since_ms(self) -> int | None:
@@ -93,30 +109,22 @@ class Follower:
         """Whether a thread waits for the bucket, and would delay the exit."""
         return len(self._asking) > 0
 
-    async def by_operator(self, model: str, order: Coroutine[Any, Any, T]) -> T:
-        """Have an order done that wins on this node until the next generation, whether who gave it still listens or
-        not."""
-        task = asyncio.create_task(order)
-        self._orders.add(task)
-        task.add_done_callback(self._orders.discard)
-        task.add_done_callback(lambda done: self._ordered(model, done))
-        return await asyncio.shield(task)
-
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """At a start: what was served before is loaded right away, and nothing else."""
         self._tell_peers()
-        if not self._adopted.follows:
-            return
-        ordered, assigned = self._adopted.ordered, self._adopted.assigned
-        for model in self._config.models:
-            if model.name not in {one.model for one in assigned}:
-                self._pool.orders.adopt(msgspec.structs.replace(model, preload=False))
-        for one in assigned:
-            if one.model not in ordered:
-                self._pool.orders.adopt(self._model(one, self._proved(one)))
-        for name, path in ordered.items():
-            base = self._configured(name) or Model(name=name)
-            self._pool.orders.adopt(msgspec.structs.replace(base, path=path or base.path, preload=bool(path)))
+        if self._adopted.follows:
+            for base in self._bases():
+                self._pool.orders.adopt(base.model)
+        await self.orders.prepare()
+
+    def _bases(self) -> list[Base]:
+        """What holds without orders: agent.toml, or the desired state where it names this node."""
+        if not self._adopted.follows or (desired := self._adopted.desired) is None:
+            return [Base(model=model) for model in self._config.models]
+        assigned, says = self._adopted.assigned, f"generation {desired.generation} of the desired state"
+        others = [model for model in self._config.models if model.name not in {one.model for one in assigned}]
+        idle = [Base(model=msgspec.structs.replace(model, preload=False), says=says) for model in others]
+        return [*idle, *(Base(model=self._model(one, self._proved(one)), says=says) for one in assigned)]
 
     def stop(self) -> None:
         """Begin nothing more; a fetch that runs ends with its next piece."""
@@ -124,6 +132,7 @@ class Follower:
 
     async def tick(self) -> None:
         """Look, and bring this node closer. A failure is a state, and is tried again after a pause that grows."""
+        await self.orders.keep()
         try:
             before = self._adopted.desired
             await self._in_thread(self._look)
@@ -153,6 +162,7 @@ class Follower:
             found = parse(self._store.get(DESIRED, MOST_DESIRED_BYTES).body)
         except NotFound:
             return
+        bucket_rack.check(found.rack or bucket_rack.told(self._store), self._config.node.rack)
         known = self._adopted.desired
         if known is not None and found.generation < known.generation:
             raise Refused(
@@ -182,7 +192,7 @@ class Follower:
         tried: set[bytes] = set()
         missing = False
         while not self._stopping:
-            planned = plan(self._pool.inventory.actual(), self._adopted.assigned, self._adopted.ordered)
+            planned = plan(self._pool.inventory.actual(), self._adopted.assigned, self._adopted.orders)
             todo = [a for a in planned if msgspec.json.encode(_tagged(a)) not in tried]
             self._acting = bool(todo)
             if not todo:
@@ -285,21 +295,6 @@ class Follower:
             return msgspec.convert({**base, **settings, "path": path, "preload": True, "pinned": one.pinned}, Model)
         except msgspec.ValidationError as error:
             raise Refused(f"desired state: {one.model}: {error}", code="bad_desired") from None
-
-    # ---- orders ----
-
-    def _ordered(self, model: str, done: "asyncio.Task[Any]") -> None:
-        if done.cancelled() or done.exception() is not None or self._adopted.desired is None:
-            return
-        if getattr(done.result(), "outcome", "flipped") != "flipped":
-            return  # a swap that changed nothing
-        now = next((one for one in self._pool.inventory.actual() if model in one.names), None)
-        wanted = next((one for one in self._adopted.assigned if now is not None and one.model in now.names), None)
-        as_desired = wanted and now and (now.version, now.pinned) == (wanted.version, wanted.pinned)
-        try:
-            self._adopted.order(model, self._pool.inventory.path_of(model), differs=not as_desired)
-        except RackError as error:
-            log.error("desired_not_kept", reason=error.message)
 
 
 def _tagged(action: Action) -> tuple[str, Action]:

@@ -262,8 +262,22 @@ def _only_version(bucket: ObjectStore, name: str) -> str:
     found = versions(bucket, name)
     if len(found) == 1:
         return found[0]
-    what = f"{len(found)} versions ({', '.join(found)}); specify one: bucket:{name}@VERSION" if found else "no version"
-    raise Refused(f"pull {name}: the bucket holds {what}", code="not_found")
+    if found:
+        what = f"the bucket holds {len(found)} versions ({', '.join(found)}); specify one: bucket:{name}@VERSION"
+    else:
+        there = _names(bucket)
+        held = f"it holds {', '.join(there)}" if there else "it holds no model at all"
+        what = f"the bucket holds none of that name, {held}; upload it with `mlxrack-agent models push FOLDER {name}`"
+    raise Refused(f"pull {name}: {what}", code="not_found")
+
+
+def _names(bucket: ObjectStore) -> list[str]:
+    """The names of all models in the bucket."""
+    found = set()
+    for listed in list_all(bucket, MODEL_PREFIX):
+        with contextlib.suppress(Refused):  # a foreign key, or a file of a model
+            found.add(parse_model_manifest_key(listed.key)[0])
+    return sorted(found)
 
 
 def _companion(bucket: ObjectStore, version: str, name: str) -> bytes | None:

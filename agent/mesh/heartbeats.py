@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
+from agent.mesh.sightings import Sightings, sentence
+from shared.clocks import SleepWatch
 from shared.errors import RackError
 from shared.logs import get_logger
-from shared.records import Event, PeerDown, PeerUp
+from shared.records import Event, NodeIdClash, PeerDown, PeerUp
 
 SKEW_WARNING_MS = 2_000
 TICKS_PER_BEAT = 4
@@ -33,12 +35,16 @@ class Heartbeats:
         *,
         rack: str,
         beat_s: float,
+        sightings: Sightings | None = None,
         on_back: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        slept: Callable[[], float] | None = None,
     ) -> None:
+        self._slept = slept or SleepWatch().look
         self._table, self._client, self._emit, self._rack = table, client, emit, rack
         self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
+        self.sightings = sightings or Sightings("", "")
         self._due: dict[str, float] = {}
         self._open: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,16 +59,23 @@ class Heartbeats:
     async def tick(self) -> None:
         """Send the heartbeats that are due, and report what has changed."""
         now = self._clock()
-        if asleep_s := self._table.tick(now, self.every_s):
+        late_s, slept_s = self._table.tick(now, self.every_s), self._slept()
+        if late_s or slept_s:
             self._woke += 1
             self._due.clear()
-            log.warning("sleep_detected", seconds=round(asleep_s, 2))
+        if slept_s:
+            log.warning("sleep_detected", seconds=round(slept_s, 2))
+        elif late_s:
+            log.info("heartbeats_late", seconds=round(late_s, 2), reason="this machine is busy")
         for node, url in self._table.urls():
             if now >= self._due.get(node, 0.0) and self._open.get(node, 0) < _MOST_OPEN:
                 # a little early rather than a tick late
                 self._due[node] = now + self._beat_s - self.every_s / 2
                 self._spawn(node, url)
         self._report(now)
+        for found in self.sightings.news(now):
+            self._emit(NodeIdClash(t_ms=self._wall_ms(), peer=found.node, one=found.one, other=found.other))
+            log.warning("node_id_clash", reason=sentence(found, self.sightings.me))
 
     async def close(self) -> None:
         """Cancel all heartbeats in flight."""
@@ -104,6 +117,8 @@ class Heartbeats:
         finally:
             self._open[node] -= 1
         now = self._clock()
+        self.sightings.saw(node, heartbeat.agent, now)
+        self.sightings.heard(node, heartbeat.twice, now)
         skew_ms = heartbeat.t_ms - self._wall_ms()
         late = f"peer {url}: clock skew of {skew_ms / 1000:.1f} s" if abs(skew_ms) > SKEW_WARNING_MS else ""
         self._note(node, late)

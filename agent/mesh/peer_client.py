@@ -39,7 +39,7 @@ _WHY = {
 
 class PeerClient:
     """One HTTP session for all peers. ``secret`` is the rack's; ``node`` is this node's id; with ``tls`` a peer must
-    show its own certificate before anything is sent to it."""
+    show its own certificate before anything is sent to it. ``mark`` is this agent's, told with each heartbeat."""
 
     def __init__(
         self,
@@ -47,10 +47,12 @@ class PeerClient:
         node: str,
         *,
         tls: "NodeTls | None" = None,
+        mark: str = "",
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._key, self._tls = Key(secret), tls
         self._node, self._wall_ms = node, wall_ms
+        self._beat = f"/peer/v1/beat?agent={mark}" if mark else "/peer/v1/beat"
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
@@ -63,9 +65,9 @@ class PeerClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         nonce = self._nonce()
         try:
-            headers = self._headers(node, "/peer/v1/beat", nonce)
+            headers = self._headers(node, self._beat, nonce)
             get = self._opened().get
-            async with get(f"{url}/peer/v1/beat", headers=headers, timeout=timeout, **self._expected(node)) as answer:
+            async with get(f"{url}{self._beat}", headers=headers, timeout=timeout, **self._expected(node)) as answer:
                 if answer.status != 200:
                     raise await _refusal(url, answer)
                 body = await _read(answer, MAX_BEAT_BYTES)

@@ -2,7 +2,7 @@
 
 A peer that missed a heartbeat (it failed, or the last answer is older than almost 1.5 intervals) is *suspect*; after
 three misses (or almost 3.5 intervals of silence) it is *down*. It is *lost*, and gets no requests before its next
-heartbeat, when a request to it could not connect or broke. A node that was itself asleep judges no peer by that time.
+heartbeat, when a request to it could not connect or broke. A node that was itself held up judges no peer by that time.
 """
 
 from collections.abc import Iterable
@@ -20,12 +20,13 @@ DOWN_MISSES = 3
 HOPS = 4
 """Round trips of recent heartbeats that are kept; the shortest is the estimate."""
 ASLEEP_S = 0.5
-"""A tick that is late by this much means that this node, not its peers, was asleep."""
+"""A tick that is late by this much means that this node, not its peers, was busy, stopped or asleep."""
 _NEVER = float("inf")
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node reports of itself once a second. ``epoch`` rises with every start of its agent."""
+    """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
+    and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py)."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -37,6 +38,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     heat: Count = 0
     memory: str = "calm"
     t_ms: int = 0
+    agent: str = ""
+    twice: tuple[str, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,8 +149,8 @@ class PeerTable:
         return {node: known.sent[model] for node, known in self._peers.items() if model in known.sent}
 
     def tick(self, now: float, every_s: float) -> float:
-        """Call this every ``every_s``. A late call means that this node was asleep: heartbeats missed in that time do
-        not count against peers. Returns for how long it was asleep."""
+        """Call this every ``every_s``. A late call means that this node was busy, stopped or asleep: heartbeats missed
+        in that time do not count against peers. Returns by how much it is late."""
         late_s = now - self._tick_s - every_s
         self._tick_s, self._ticks = now, True
         if late_s < ASLEEP_S:

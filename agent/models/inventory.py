@@ -2,12 +2,22 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+from agent.config import Model
 from agent.models import slot_view
 from agent.models.loaders import Loaders
 from agent.models.slot import Slots
 from agent.views import Actual
 from shared.records import EngineWindow, Resident
+
+
+class Served(NamedTuple):
+    """The names of one model, its own first; the files and settings behind them; their version if it is resident."""
+
+    names: tuple[str, ...]
+    model: Model
+    version: str
 
 
 class Inventory:
@@ -32,10 +42,11 @@ class Inventory:
         """Every model of this node, as reconcile sees it."""
         return [slot_view.actual(slot) for slot in self._slots]
 
-    def path_of(self, name: str) -> str:
-        """The path of the files behind a name; "" for one that is not resident."""
+    def served(self, name: str) -> Served:
+        """What is behind a name. Raises Refused for one that this node does not serve."""
         slot = self._slots.named(name)
-        return slot.model.path if slot.loaded else ""
+        version = slot.loaded.spec.version if slot.loaded else ""
+        return Served(names=tuple(slot.names), model=slot.model, version=version)
 
     def stalled(self, limit_s: float) -> list[str]:
         """Models whose loader has work and has made no progress for over ``limit_s``."""

@@ -46,6 +46,7 @@ class Lifecycles:
         self.watch: MemoryWatch | None = None
         stays_s = config.memory.min_residency_s
         self.room = Room(slots, budget_bytes=budget_bytes, min_residency_s=stays_s, evict=self._evict_for, clock=clock)
+        self.room.fused = lambda: store.fused
 
     def feed(self, slot: Slot, event: life.Event) -> bool:
         """Feed one event to a slot's state machine and begin its effects; False when it changed nothing."""

@@ -4,10 +4,11 @@ An order once begun is completed, whether or not its caller still waits. Orders 
 """
 
 import asyncio
+import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from agent.config import AgentConfig, Model
+from agent.config import STORED, AgentConfig, Model
 from agent.files.modelstore import ModelSpec
 from agent.files.probes import Probe
 from agent.models import lifecycle as life
@@ -40,6 +41,10 @@ class Orders:
         self._emit, self._carried_by_peer, self._wall_ms = emit, carried_by_peer, wall_ms
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
 
+    def _known(self) -> dict[str, Model]:
+        """What a swap finds under a name: its own files."""
+        return self._models
+
     def swaps(self) -> list[dict[str, str]]:
         """The last swaps since the agent's start, newest last."""
         return [run.view for run in self._swaps]
@@ -53,16 +58,23 @@ class Orders:
         """Drain and stop a model's loader. Raises Refused when it is not resident."""
         await self._lifecycles.tasks.finish(self._unload(name))
 
-    async def swap(self, old: str, new: str) -> SwapFinished:
-        """Replace the files behind ``old`` with those of the configured model ``new`` without losing a request."""
-        if (model := self._models.get(new)) is None:
-            known = ", ".join(self._models)
-            raise Refused(f"swap {old} {new}: {new} is not configured; known: {known}", code="model_not_found")
-        return await self.swap_to(old, model)
+    async def swap(self, old: str, new: str, *, flipped: Callable[[], None] = lambda: None) -> SwapFinished:
+        """Replace the files behind ``old`` with those of the configured model ``new`` without losing a request; its
+        own files are those of ``old`` itself. ``flipped`` is called as soon as they are served."""
+        if (model := self._known().get(new)) is None:
+            known = ", ".join(self._known()) or "none"
+            remedy = f'add [[models]] with name = "{new}" to agent.toml, then reload or restart the agent'
+            if new.startswith(STORED) or "/" in new:
+                remedy = f'add [[models]] with path = "{new}" and a name of its own to agent.toml, then reload or '
+                remedy += "restart the agent, and swap to that name"
+            raise Refused(
+                f"swap {old} {new}: {new} is not configured (known: {known}); {remedy}", code="model_not_found"
+            )
+        return await self.swap_to(old, model, flipped=flipped)
 
-    async def swap_to(self, old: str, model: Model) -> SwapFinished:
+    async def swap_to(self, old: str, model: Model, *, flipped: Callable[[], None] = lambda: None) -> SwapFinished:
         """Replace the files behind ``old`` with those of ``model``, configured or not."""
-        return await self._lifecycles.tasks.finish(self._swap(old, model))
+        return await self._lifecycles.tasks.finish(self._swap(old, model, flipped))
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """A pinned model is evicted by order only."""
@@ -70,13 +82,27 @@ class Orders:
 
     def adopt(self, model: Model) -> None:
         """Serve a name that is not configured, or another model under a configured one that is not resident."""
-        found = self._slots.find(model.name)
         self._models[model.name] = model
-        if found is None:
+        if self._slots.find(model.name) is None:
             self._slots.add(model)
-        elif found.loaded is None and not found.life.claim:
-            found.model, found.spec, found.pinned = model, None, model.pinned
-            self._lifecycles.feed(found, "adopt")
+        else:
+            self._adopted(self._slots.named(model.name), model)
+
+    def adopt_swapped(self, model: Model, names: Sequence[str]) -> None:
+        """Serve other files under names of which the first is served and not resident; the others are taken from who
+        has them, or given back. What ``swap`` finds under their names stays as it is."""
+        slot = self._slots.named(names[0])
+        if self._adopted(slot, model):
+            self._slots.give_back(slot, {name: one for name, one in self._known().items() if name not in names})
+            for name in names:
+                self._slots.rename(slot, name)
+
+    def _adopted(self, slot: Slot, model: Model) -> bool:
+        if slot.loaded is not None or slot.life.claim:
+            return False
+        slot.model, slot.spec, slot.pinned = model, None, model.pinned
+        self._lifecycles.feed(slot, "adopt")
+        return True
 
     async def record_probes(self, name: str) -> tuple[Probe, ...]:
         """A model's probes with its current answers. Raises RackError."""
@@ -112,7 +138,7 @@ class Orders:
             raise Refused(f"unload {name}: not resident ({slot.life.state})", code="conflict")
         await self._lifecycles.evict(slot, "ordered")
 
-    async def _swap(self, old: str, model: Model) -> SwapFinished:
+    async def _swap(self, old: str, model: Model, flipped: Callable[[], None]) -> SwapFinished:
         slot, other = self._slots.named(old), self._slots.find(model.name)
         if slot.life.claim:
             raise Refused(f"swap {old}: already loading, swapping or being evicted; see status", code="conflict")
@@ -123,13 +149,19 @@ class Orders:
         if other is not None and other is not slot:
             self._lifecycles.feed(other, "reserve")
         try:
-            return await self._performed(slot, model)
+            return await self._performed(slot, model, functools.partial(self._flipped, slot, old, model, flipped))
         finally:
             for one in {slot, other} - {None}:
                 assert one is not None
                 self._lifecycles.feed(one, "release")
 
-    async def _performed(self, slot: Slot, model: Model) -> SwapFinished:
+    def _flipped(self, slot: Slot, old: str, model: Model, flipped: Callable[[], None]) -> None:
+        """A model that serves its own files again gives back the names that swaps had brought it."""
+        if old == model.name == slot.name:
+            self._slots.give_back(slot, self._known())
+        flipped()
+
+    async def _performed(self, slot: Slot, model: Model, flipped: Callable[[], None]) -> SwapFinished:
         spec = await asyncio.to_thread(self._lifecycles.store.describe, model)
         old = slot.loaded
         if old is not None and spec.version == old.spec.version:
@@ -137,7 +169,8 @@ class Orders:
         cold = await self._planned(slot, spec, model.name)
         if old is None or slot.loaded is not old:
             raise Refused(f"swap {slot.name}: its loader has just exited; retry", code="conflict")
-        run = SwapRun(self._lifecycles, slot, spec, old, request_s=self._request_s, wall_ms=self._wall_ms)
+        limit_s, wall_ms = self._request_s, self._wall_ms
+        run = SwapRun(self._lifecycles, slot, spec, old, request_s=limit_s, wall_ms=wall_ms, flipped=flipped)
         self._swaps.append(run)
         finished = await run.run(cold=cold)
         self._emit(finished)

@@ -7,7 +7,7 @@ keeps the loader that it leased, so no answer mixes two versions.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from agent.config import AgentConfig
 from agent.files.modelstore import ModelStore
@@ -175,11 +175,27 @@ class Pool:
 
     # ---- start, maintenance, stop ----
 
-    def start(self) -> None:
-        """Begin to load the models that are configured with ``preload``."""
-        for slot in self._slots:
-            if slot.model.preload:
-                self._lifecycles.feed(slot, life.Load(retries=True))
+    def start(self, first: Sequence[str] = ()) -> None:
+        """Begin to load the models with ``preload``. Those in ``first`` are loaded one after another, so that each
+        finds the room that is left by those before it, and then all others together."""
+        preloaded = [slot for slot in self._slots if slot.model.preload]
+        ahead = [slot for name in first for slot in preloaded if slot.name == name]
+        others = [slot for slot in preloaded if slot not in ahead]
+        if ahead:
+            self._lifecycles.tasks.spawn(self._start_in_turn(ahead, others))
+        else:
+            self._preload(others)
+
+    async def _start_in_turn(self, ahead: Sequence[Slot], others: Sequence[Slot]) -> None:
+        for slot in ahead:
+            self._preload([slot])
+            while slot.life.claim:
+                await slot.changed.wait()
+        self._preload(others)
+
+    def _preload(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self._lifecycles.feed(slot, life.Load(retries=True))
 
     async def maintain(self) -> None:
         """Once a second: unused models are evicted, the load queue advances, the memory guard measures."""

@@ -7,12 +7,14 @@ from typing import Literal
 
 from agent.files.modelstore import ModelSpec
 from agent.models import eviction
+from agent.models.fitting import never_fits
 from agent.models.slot import Slot, Slots
 from shared.errors import Refused
 
 
 class Room:
-    """``evict`` drains a slot and ends its loader, for the named model. ``budget_bytes`` may change at any time."""
+    """``evict`` drains a slot and ends its loader, for the named model. ``budget_bytes`` may change at any time, and
+    ``fused`` is that of the ModelStore."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class Room:
         self._slots, self.budget_bytes, self._min_residency_s = slots, budget_bytes, min_residency_s
         self._evict, self._clock = evict, clock
         self._making = asyncio.Lock()
+        self.fused: Callable[[], bool] = lambda: False
 
     def occupants(self, excluding: Slot | None = None) -> list[eviction.Occupant]:
         """Models that hold memory now."""
@@ -41,11 +44,13 @@ class Room:
                 if isinstance(found, eviction.Fits):
                     return
                 if isinstance(found, eviction.NoRoom):
-                    raise self._refused(name, found)
+                    raise self._refused(name, found, spec)
                 # decided and claimed without an await in between, one at a time: a model in use by then is spared
                 await self._evict(self._slots.named(found.victims[0]), name)
 
-    def _refused(self, name: str, found: eviction.NoRoom) -> Refused:
+    def _refused(self, name: str, found: eviction.NoRoom, spec: ModelSpec) -> Refused:
+        if spec.need_bytes > self.budget_bytes:
+            return Refused(f"load {name}: {never_fits(spec, self.budget_bytes, fused=self.fused())}", code="no_memory")
         return Refused(
             f"load {name}: {found.missing_bytes / 1e6:.0f} MB over the memory budget of "
             f"{self.budget_bytes / 1e6:.0f} MB; in use, pinned or just loaded: {', '.join(found.kept) or 'nothing'}",

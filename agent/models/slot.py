@@ -1,7 +1,7 @@
 """One served model on this node: names, files, loader and life. Only ``Lifecycles`` changes the last two."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from agent.config import Model
@@ -119,6 +119,13 @@ class Slots:
     def add(self, model: Model) -> None:
         """Serve one more model."""
         self._slots.append(Slot(model))
+
+    def give_back(self, slot: Slot, configured: Mapping[str, Model]) -> None:
+        """Leave a slot its own name; the names that it had taken over are served as configured again, from cold."""
+        for name in slot.names[1:]:
+            slot.names.remove(name)
+            if name in configured:
+                self.add(configured[name])
 
     def rename(self, slot: Slot, name: str) -> None:
         """Give a name to a slot and take it from the others; a slot without a name is removed."""

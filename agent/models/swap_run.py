@@ -36,7 +36,8 @@ class Host(Protocol):
 
 
 class SwapRun:
-    """``request_s`` bounds the drain: no request outlives it. ``detail`` is the progress, for display."""
+    """``request_s`` bounds the drain: no request outlives it. ``flipped`` is called when the new version serves, long
+    before the old loader has ended. ``detail`` is the progress, for display."""
 
     def __init__(
         self,
@@ -47,8 +48,10 @@ class SwapRun:
         *,
         request_s: float,
         wall_ms: Callable[[], int],
+        flipped: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._flipped = flipped
         self._host, self._loaders, self._slot, self._spec, self._old = host, host.loaders, slot, spec, old
         self._pace = self._old.process.pace
         self._request_s, self._wall_ms, self._clock = request_s, wall_ms, clock
@@ -158,6 +161,7 @@ class SwapRun:
             self._host.feed(self._slot, life.Planned(standby_bytes=self._old.spec.need_bytes))
         loaded = Loaded(self._slot.name, self._spec, self._standby, self._clock(), self._load_s)
         self._host.take_over(self._slot, life.Flipped(version=self._spec.version), loaded)
+        self._flipped()
         return self._event("flipped")
 
     async def _drain(self) -> swap.Event:

@@ -183,14 +183,18 @@ def _refuse_while_served(config: AgentConfig, state: Path, store: ModelStore, pl
     what = f"remove {place.parent.name}@{place.name}"
     if names := [model.name for model in config.models if _is_at(store, model, place)]:
         raise Refused(f"{what}: [[models]] {names[0]} is configured with it; remove that table first")
+    client = AdminClient(config, state)
     try:
-        served = AdminClient(config, state).status()["models"]
+        served, orders = client.status()["models"], client.orders()["orders"]
     except Retryable as error:
         if error.code == "not_running":
             return
         raise
     if users := [m["model"] for m in served if str(place) == m["path"]]:
         raise Refused(f"{what}: it serves {users[0]}; unload that model first")
+    swaps = [(one["model"], one["orders"]["swap"]) for one in orders if one["orders"]["swap"]]
+    if users := [model for model, swap in swaps if _is_at(store, Model(name="_", path=swap["table"]["path"]), place)]:
+        raise Refused(f"{what}: {users[0]} was swapped to it; end that with `mlxrack-agent orders clear {users[0]}`")
 
 
 def _is_at(store: ModelStore, model: Model, place: Path) -> bool:

@@ -19,6 +19,7 @@ def status_text(s: dict[str, Any]) -> str:
     peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
     broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
     swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
+    lines += _section(("MODEL", "SERVED BECAUSE OF"), _origins(s["models"]))
     lines += _section(("MODEL", "CHAT TEMPLATE"), talks)
     lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers)
     lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)
@@ -33,6 +34,14 @@ def status_text(s: dict[str, Any]) -> str:
     lines += _connection_lines(s.get("connections", {}))
     lines += _log_lines(s.get("log", {}))
     return "\n".join(lines)
+
+
+def _origins(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Where what is served comes from; nothing where all is as agent.toml says."""
+    found = [(", ".join(m["names"]), m["origin"]) for m in models if m.get("origin")]
+    if all(one["text"] in ("", "agent.toml") for _, one in found):
+        return []
+    return [(names, str(one["text"])) for names, one in found]
 
 
 def _section(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -57,7 +57,10 @@ class Outbox:
 
     async def _push(self) -> int:
         async with self._pushing:
-            return await asyncio.to_thread(self._pusher.drain)
+            sent = await asyncio.to_thread(self._pusher.drain)
+        if (clash := self._pusher.claims.news()) is not None:
+            self.emit(clash)
+        return sent
 
     async def _send_urgent(self, event: Event) -> None:
         async with self._sending:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from agent.telemetry.claims import Claims
 from agent.telemetry.spool import Spool, Waiting
 from shared import keys
 from shared.backoff import full_jitter_s
@@ -57,6 +58,7 @@ class Pusher:
     ) -> None:
         self._spool, self._open_store = spool, open_store
         self._store: ObjectStore | None = None
+        self.claims = Claims(spool.identity, spool.claim)
         self._last_skew_ms: int | None = None
         self._clock, self._random_01, self._pace_s = clock, random_01, pace_s
         self._stopping = threading.Event()
@@ -96,7 +98,8 @@ class Pusher:
 
     def urgent(self, events: Sequence[Event], batch_of: Callable[[int, tuple[Event, ...]], Batch]) -> None:
         """Push a copy of events now, for alerts; they are also sent in order, so a failure here loses nothing."""
-        if (incarnation := self._spool.identity.incarnation) is None or self._clock() < self._not_before_s:
+        incarnation = self._spool.identity.incarnation
+        if incarnation is None or self._clock() < self._not_before_s or self.state.state == "refused":
             return
         batch = batch_of(self._spool.next_seq(), tuple(events))
         self._urgent += 1
@@ -128,8 +131,8 @@ class Pusher:
 
     def _drain(self) -> int:
         store = self._opened()
-        if (incarnation := self._spool.identity.incarnation) is None:
-            incarnation = self._claim(store)
+        self.claims.hold(store)
+        incarnation = self._spool.identity.incarnation or 0
         sent = 0
         for number, group in enumerate(_groups(self._spool.waiting())):
             if number and self._stopping.wait(self._pace_s):
@@ -168,20 +171,6 @@ class Pusher:
             why = "another agent writes under this node's name; each node must have its own node.id"
             raise Halt(f"push {key}: {why}", code="identity_clash")
 
-    def _claim(self, store: ObjectStore) -> int:
-        """Claim the first incarnation that no earlier spool of this node has used."""
-        body = self._spool.identity.spool_id.encode()
-        for incarnation in range(1, 10_000):
-            key = keys.claim_key(self._spool.identity.node, incarnation)
-            try:
-                store.put_if_absent(key, body)
-            except PreconditionFailed:
-                if store.get(key, keys.MOST_CLAIM_BYTES).body != body:
-                    continue
-            self._spool.claim(incarnation)
-            return incarnation
-        raise Halt(f"claim an incarnation for {self._spool.identity.node}: all are in use", code="identity_clash")
-
     def _opened(self) -> ObjectStore:
         store = self._store  # another thread may reset it at any moment
         if store is None:
@@ -199,6 +188,7 @@ class Pusher:
             # credentials may have been corrected meanwhile; other errors do not justify an expensive new client
             self._last_skew_ms = self.clock_skew_ms
             self._store = None
+            self.claims.forget()
         wait_s = full_jitter_s(self.state.failures - 1, self._random_01())
         asked_s = error.retry_after_s if isinstance(error, Retryable) and error.retry_after_s else 0.0
         # Retry-After is the minimum; jitter spreads nodes that all received the same value

@@ -1,5 +1,6 @@
 """The telemetry of one node: sensors, meters, windows, spool and uploads."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from agent.telemetry.sensing import Sensing
 from agent.telemetry.sensors import Sensors
 from agent.telemetry.sensors.host import boot_id, hardware, hardware_id
 from agent.telemetry.spool import Spool
-from shared.records import Event
+from shared import __version__
+from shared.errors import RackError
+from shared.logs import get_logger
+from shared.records import AgentStarted, Event
 from shared.store_open import open_store
 
 DAY_S = 86_400.0
+
+log = get_logger("agent.telemetry")
 
 
 class Telemetry:
@@ -69,9 +75,14 @@ class Telemetry:
         await self.sensing.poll()
         self.heat.emit_changes()
 
-    def previous(self) -> str:
-        """How the last run ended: first (there was none), clean or unclean."""
-        return "first" if self.spool.first_run else "clean" if self.spool.previous_clean else "unclean"
+    def serves(self) -> AgentStarted:
+        """The agent serves from now on: the event that says so."""
+        try:
+            self.spool.serves()
+        except RackError as error:
+            # the node serves all the same; at worst the next start asks about the run before this one
+            log.error("spool_failed", code=error.code, reason=error.message)
+        return AgentStarted(t_ms=time.time_ns() // 1_000_000, version=__version__, previous=self.spool.previous)
 
     async def close(self) -> None:
         """Release sensors and meters."""

@@ -12,13 +12,13 @@ import errno
 import fcntl
 import re
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from agent.telemetry import spool_identity
 from shared import durable
 from shared.batch import Batch, decode, encode
 from shared.errors import Halt, Refused, Retryable
@@ -33,18 +33,6 @@ _RESERVE = "reserve"
 _NAME = re.compile(r"e(\d{8,})-(\d{10,})\.batch")
 
 log = get_logger("agent.telemetry.spool")
-
-
-class Identity(msgspec.Struct, kw_only=True):
-    """The writer of this spool, stored beside the batches so that epochs never repeat."""
-
-    spool_id: str
-    node: str
-    rack: str
-    hardware: str
-    incarnation: int | None = None
-    epoch: int = 0
-    clean: bool = True
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,12 +66,10 @@ class Spool:
         with _as_ours("open", self._folder):
             for leftover in self._folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
-            self.identity = self._identity(node, rack, hardware)
+            self.identity = spool_identity.read(self._folder, node=node, rack=rack, hardware=hardware)
             self._recover()
-        self.first_run = self.identity.epoch == 0
-        self.previous_clean = self.identity.clean
+        self.previous = spool_identity.previous(self.identity)
         self.identity.epoch += 1
-        self.identity.clean = False
         waiting = self.waiting()
         self._count, self._bytes = len(waiting), sum(one.size for one in waiting)
         self._make_room(0)
@@ -188,11 +174,19 @@ class Spool:
         with self._bounds:
             self._count, self._bytes = self._count - 1, self._bytes - one.size
 
-    def claim(self, incarnation: int) -> None:
-        """Store the incarnation that was claimed; ignored once the spool is closed, since another agent may own it."""
+    def serves(self) -> None:
+        """The agent serves: only now is this run one that the next start asks about. A start that fails before leaves
+        what the last run left."""
+        self.identity.served, self.identity.clean = True, False
+        self._write_identity()
+
+    def claim(self, number: int) -> None:
+        """Store the claim on the node id that is this spool's; its first one is the incarnation that its batches are
+        written under for good. Ignored once the spool is closed, since another agent may own it."""
         if self._lock.closed:
             return
-        self.identity.incarnation = incarnation
+        self.identity.claim = number
+        self.identity.incarnation = self.identity.incarnation or number
         self._write_identity()
 
     def close(self, *, clean: bool) -> None:
@@ -227,28 +221,6 @@ class Spool:
                 kept.unlink()
                 log.warning("window_unreadable", of_epoch=int(match[1]), seq=int(match[2]))
         durable.sync_folder(self._folder)
-
-    def _identity(self, node: str, rack: str, hardware: str) -> Identity:
-        path = self._folder / "identity.json"
-        if not path.exists():
-            return Identity(spool_id=uuid.uuid4().hex, node=node, rack=rack, hardware=hardware)
-        try:
-            identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-        except msgspec.DecodeError:
-            raise Halt(f"spool: {path} is damaged; move the folder away and restart", code="bad_spool") from None
-        if (identity.node, identity.rack) != (node, rack):
-            raise Halt(
-                f"spool {self._folder}: belongs to node {identity.node!r} of rack {identity.rack!r}, but the "
-                f"configuration has {node!r} of {rack!r}; restore node.id, or set another paths.state for the new node",
-                code="wrong_identity",
-            )
-        if "unknown" in (identity.hardware, hardware):
-            # unreadable then or now; keep the known value
-            identity.hardware = hardware if identity.hardware == "unknown" else identity.hardware
-        elif identity.hardware != hardware:
-            why = f"a copied disk must not report as {node!r}: move the spool folder away and restart"
-            raise Halt(f"spool {self._folder}: written by other hardware; {why}", code="wrong_identity")
-        return identity
 
     def _write_identity(self) -> None:
         path = self._folder / "identity.json"

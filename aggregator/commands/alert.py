@@ -9,6 +9,7 @@ import msgspec
 from aggregator import alerts, load, notify, publish
 from aggregator.alerts import AlertState, Notice
 from aggregator.config import AggregatorConfig
+from aggregator.raw.cleaning import text
 from aggregator.window import facts_of, straightened
 from shared import keys
 from shared.desired import unknown_field
@@ -42,6 +43,12 @@ def run(config: AggregatorConfig, store: ObjectStore, discord: notify.Discord) -
         publish.replace(store, keys.ALERT_STATE, body, stored.etag if stored else None)
     if failure is not None:
         raise failure
+    if read_raw.racks:
+        others = " and ".join(repr(text(one)) for one in sorted(set(read_raw.racks.values())))
+        why = (
+            f"what is new is all of rack {others}, aggregator.toml says {config.rack!r}: correct rack or [store] there"
+        )
+        raise Refused(f"alert: {why}", code="wrong_rack")
     return sent
 
 

@@ -45,9 +45,11 @@ def run(
     if not report.nodes:
         raise NothingToPublish(f"apply: no node reported anything in {report.period}, so nothing is proposed for it")
     stored, before = _current(store)
+    _check_rack(config, before)
     chosen = acceptance.accepted(report, steps)
     source_of = _sources(store)
     state = acceptance.desired(report, chosen, before, source_of, _now_ms())
+    state = msgspec.structs.replace(state, rack=config.rack)
     if state.nodes == (before.nodes if before is not None else {}):
         raise NothingToPublish(_why_nothing(report, before))
     if not dry_run:
@@ -131,6 +133,13 @@ def _sources(store: ObjectStore) -> Sources:
         return f"{pick[0][0]}@{pick[0][1]}" if pick else None
 
     return source_of
+
+
+def _check_rack(config: AggregatorConfig, before: DesiredState | None) -> None:
+    """Raises Refused for the desired state of another rack."""
+    if before is not None and before.rack not in ("", config.rack):
+        why = f"the desired state in the bucket is that of rack {before.rack!r}, aggregator.toml says {config.rack!r}"
+        raise Refused(f"apply: {why}: correct rack or [store] there", code="wrong_rack")
 
 
 def _versions(store: ObjectStore) -> list[tuple[str, str]]:

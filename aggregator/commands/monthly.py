@@ -17,7 +17,7 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
     """Publish the month's report. Raises NothingToPublish for one without telemetry."""
     span = month(name, config.timezone)
     window = reported(store, span)
-    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store))
+    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     published = [
         publish.report(store, "monthly", span.name, "report", extension, content)

@@ -27,9 +27,9 @@ from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
 from aggregator.raw import ingest
 from aggregator.raw.cleaning import text
-from aggregator.raw.progress import MOST_BYTES, Outcome, Pending, Progress
-from shared import logs
-from shared.errors import Retryable
+from aggregator.raw.progress import MOST_BYTES, Outcome, Pending, Progress, node_of
+from shared import bucket_rack, logs
+from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 from shared.store import ObjectStore
 from shared.store_open import open_store
@@ -43,6 +43,7 @@ MOST_PROCESSES = 8
 
 log = get_logger("aggregator.rollup")
 Told = Callable[[str], None]
+Faults = list[RackError]
 T = TypeVar("T")
 _TEMPORARY = "mlxrack-rollup-"
 
@@ -53,10 +54,12 @@ def run(
     environ: Mapping[str, str] | None = None,
     told: Told = lambda _: None,
     again: bool = False,
+    faults: Faults | None = None,
 ) -> Manifest:
     """Roll up new segments; returns the latest manifest. ``told`` receives progress, ``environ`` resolves secrets for
     worker processes (none are started without it). ``again`` re-reads every segment still in the bucket. Raises
-    Retryable when another run committed first."""
+    Retryable when another run committed first, and Refused (code wrong_rack) when all nodes write for another rack.
+    ``faults`` receives what is wrong although the rest is committed (codes wrong_rack, all_quarantined)."""
     manifest = load.newest_manifest(store)
     lost, torn = load.missing(store, manifest)
     if lost:
@@ -78,7 +81,51 @@ def run(
             told(f"{progress.done:,} of {len(backlog.segments):,} segments, {manifest.batches:,} batches in total")
         if again:
             _tell_what_stays(manifest, workers.renewed)
-    return _with_unread(store, manifest, progress, backlog.unlisted)
+    manifest = _with_unread(store, manifest, progress, backlog.unlisted)
+    if progress.counted:
+        bucket_rack.tell(store, config.rack)
+    _judge(config, progress, manifest, faults)
+    return manifest
+
+
+def _judge(config: AggregatorConfig, progress: Progress, manifest: Manifest, faults: Faults | None) -> None:
+    """What is wrong with all new objects, or with all of a node."""
+    racks, all_nodes = progress.strangers(manifest.cursors)
+    if racks:
+        fault = _wrong_rack(config.rack, racks, len(progress.foreign), all_nodes)
+        if all_nodes:
+            raise fault
+    elif progress.bad and not progress.counted:
+        key, reason = next(iter(progress.bad.items()))
+        why = f"rollup: nothing was counted, and all {len(progress.bad):,} new objects are in quarantine: {reason}"
+        fault = Refused(why if key in reason else f"{why} ({key})", code="all_quarantined")
+    else:
+        return
+    if faults is None:
+        log.warning(fault.code, reason=fault.message)
+    else:
+        faults.append(fault)
+
+
+def _wrong_rack(rack: str, racks: Mapping[str, str], objects: int, all_nodes: bool) -> Refused:
+    names = sorted({text(one) for one in racks.values()})
+    others = " and ".join(repr(one) for one in names)
+    stays = f"their {objects:,} objects are neither counted nor set aside, and read again by the next run"
+    if all_nodes:
+        who = "all nodes write" if len(racks) > 1 else f"node {_node(next(iter(racks)))}, the only one, writes"
+        remedy = f"set rack = {names[0]!r} there" if len(names) == 1 else "correct one of them"
+        why = f"{who} rack {others}, aggregator.toml says {rack!r}: {remedy}, or correct its [store]; {stays}"
+    else:
+        who = ", ".join(_node(one) for one in sorted(racks))
+        why = (
+            f"{who} {'write' if len(racks) > 1 else 'writes'} rack {others}, this bucket is that of {rack!r}: correct "
+            f"node.rack or [store] there; {stays}. Of a node that is gone, delete raw/v1/node=ID/"
+        )
+    return Refused(f"rollup: {why}", code="wrong_rack")
+
+
+def _node(folder: str) -> str:
+    return text(folder.rpartition("node=")[2])
 
 
 def _tell_what_stays(manifest: Manifest, renewed: Collection[str]) -> None:
@@ -117,6 +164,10 @@ def _piece(
         log.warning("late_batches_dropped", batches=late, days=closed, reason="the minute tables have been pruned")
         manifest = msgspec.structs.replace(manifest, too_late=manifest.too_late + late)
     cursors, settled = progress.read(piece, [one for one in outcomes if not (outage and one.unread)])
+    for one in (misplaced := progress.misplaced()):
+        ingest.keep_copy(store, one.key)
+    moved, more = progress.settle(misplaced)
+    cursors, settled = {**cursors, **moved}, [*settled, *more]
     made = _commit(store, manifest, cursors, days, settled)
     if outage:
         raise Retryable(f"rollup: nothing new could be read any more, {outage}; what was read before is committed")
@@ -193,9 +244,17 @@ def _commit(
     )
     publish.commit(store, made)
     log.info("rolled_up", manifest=made.number, segments=segments, batches=made.batches - manifest.batches)
-    for one in bad:
-        log.warning("quarantined", key=text(one.key), reason=text(one.reason))
+    _tell_of(bad)
     return made
+
+
+def _tell_of(bad: Sequence[Quarantined]) -> None:
+    """One line for each node and kind of reason, with an example of each."""
+    kinds: dict[tuple[str, str], list[Quarantined]] = {}
+    for one in bad:
+        kinds.setdefault((node_of(one.key), one.reason.replace(one.key, "")), []).append(one)
+    for same in kinds.values():
+        log.warning("quarantined", key=text(same[0].key), objects=len(same), reason=text(same[0].reason))
 
 
 class _Workers:

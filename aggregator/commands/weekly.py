@@ -1,13 +1,13 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
 
 from aggregator import annotations, cost, focus, load, publish
-from aggregator.annotations import Annotation
+from aggregator.annotations import Annotation, Notes
 from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
 from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig
@@ -22,7 +22,6 @@ from aggregator.report.pages import scorecard as scorecard_page
 from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import Window
 from shared import keys
-from shared.errors import Refused
 from shared.logs import get_logger
 from shared.store import ObjectStore, find
 
@@ -48,8 +47,9 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     telemetry."""
     window = reported(store, span)
     last = load.window(store, earlier)
-    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store))
-    said = (*remarks(load.newest_manifest(store)), *_clocks(window))
+    noted = notes(store)
+    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
+    said = (*remarks(load.newest_manifest(store)), *_clocks(window), *noted.refused, *_unheard(window, noted.entries))
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
@@ -127,11 +127,17 @@ def _clocks(window: Window) -> tuple[str, ...]:
     return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
 
 
-def notes(store: ObjectStore) -> tuple[Annotation, ...]:
-    """Incident annotations; none if the file is missing or invalid (which is logged)."""
+def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
+    """Annotations of this span whose node is none that reported: mostly a name that was mistyped."""
+    since, until = window.span.since_ms, window.span.until_ms
+    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since} - set(window.nodes)
+    return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
+
+
+def notes(store: ObjectStore) -> Notes:
+    """Incident annotations; what is wrong with the file, or with some of its entries, is logged and told."""
     stored = find(store, annotations.KEY, keys.MOST_NOTES_BYTES)
-    try:
-        return annotations.parse(stored.body) if stored is not None else ()
-    except Refused as error:
-        log.warning("annotations_unreadable", reason=error.message)
-        return ()
+    found = annotations.read(stored.body) if stored is not None else Notes()
+    for reason in found.refused:
+        log.warning("annotation_refused", reason=reason)
+    return found

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from aggregator import parquet
 from aggregator.calendar import utc_day
-from aggregator.raw.cleaning import cleaned
+from aggregator.raw.cleaning import MOST_NAME, cleaned, text
 from aggregator.raw.progress import Outcome, node_of
 from aggregator.tables import BATCH_TABLE
 from aggregator.window import meta_of, straightened
@@ -34,6 +34,15 @@ between any two of them or its clock jumped, and however late it comes."""
 SPILL_DAYS = 60
 """UTC days before a share ends: each rebuilds its tables. More than the raw segments of the usual retention have."""
 
+
+class Segment(NamedTuple):
+    """Its valid batches, the reason to quarantine it, or "", and the other rack that all of its batches name, or ""."""
+
+    batches: list[Batch]
+    reason: str
+    rack: str = ""
+
+
 T = TypeVar("T")
 log = get_logger("aggregator.raw.ingest")
 
@@ -50,14 +59,15 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
         for key, got in _ahead(pool, lambda key: _got(store, key, rack), wanted_yet):
             if (node := node_of(key)) in waiting:
                 continue
-            batches, reason, unread = got
+            (batches, reason, other), unread = got
             in_a_row = {*in_a_row, node} if unread else set()
             waiting |= in_a_row
             for batch in batches:
                 lines.add(batch)
-            kept = bool(reason) and (_keep_copy(store, key) or is_ours(key))
+            kept = bool(reason) and (bool(other) or keep_copy(store, key) or is_ours(key))
             unknown = sum(batch.unknown_records for batch in batches)
-            found.append(Outcome(key, len(batches), unknown, reason[:MAX_REASON] if kept else "", unread[:MAX_REASON]))
+            told = reason[:MAX_REASON] if kept else ""
+            found.append(Outcome(key, len(batches), unknown, told, unread[:MAX_REASON], other))
             if lines.written >= most_bytes or len(lines.days) >= SPILL_DAYS or len(in_a_row) >= OUTAGE_NODES:
                 break
     lines.close()
@@ -67,7 +77,7 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
 def gives_out_any(store: ObjectStore, rack: str, some: Sequence[str]) -> bool:
     """Whether the store gives out at least one of these objects, or says that it is not there."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return any(not unread for _, _, unread in pool.map(lambda key: _got(store, key, rack), some))
+        return any(not unread for _, unread in pool.map(lambda key: _got(store, key, rack), some))
 
 
 def _ahead(pool: ThreadPoolExecutor, call: Callable[[str], T], wanted: Iterable[str]) -> Iterator[tuple[str, T]]:
@@ -82,14 +92,14 @@ def _ahead(pool: ThreadPoolExecutor, call: Callable[[str], T], wanted: Iterable[
         yield key, future.result()
 
 
-def _got(store: ObjectStore, key: str, rack: str) -> tuple[list[Batch], str, str]:
-    """What `read` says, and why the object could not be read, or ""."""
+def _got(store: ObjectStore, key: str, rack: str) -> tuple[Segment, str]:
+    """A segment, and why the object could not be read, or ""."""
     try:
-        return *read(store, key, rack), ""
+        return segment(store, key, rack), ""
     except (Retryable, Halt) as error:
-        return [], "", error.message
+        return Segment([], ""), error.message
     except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        return [], f"{key}: cannot be taken apart ({type(error).__name__})", ""
+        return Segment([], f"{key}: cannot be taken apart ({type(error).__name__})"), ""
 
 
 def spilled(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -112,15 +122,21 @@ def lines(tables: Mapping[str, Sequence[Path]]) -> int:
 def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
     """A segment's valid batches, and the reason to quarantine it; "" if all of them are valid. Raises Retryable or Halt
     if the store does not give it out."""
+    found = segment(store, name, rack)
+    return found.batches, found.reason
+
+
+def segment(store: ObjectStore, name: str, rack: str) -> Segment:
+    """A segment taken apart. Raises like `read`."""
     try:
         key = keys.parse_batch_key(name) if name.startswith(keys.RAW_PREFIX) else None
         batches = unseal(store.get(name, keys.MOST_SEGMENT_BYTES).body)
     except NotFound:
         # prune deletes only counted segments
         log.warning("segment_vanished", key=name, reason="listed, and not there when it was read")
-        return [], ""
+        return Segment([], "")
     except Refused as error:
-        return [], error.message
+        return Segment([], error.message)
     good: list[Batch] = []
     reasons: list[str] = []
     days: set[str] = set()
@@ -131,11 +147,11 @@ def read(store: ObjectStore, name: str, rack: str) -> tuple[list[Batch], str]:
         except Refused as error:
             reasons.append(error.message)
     if len(days) > SEGMENT_DAYS:
-        return (
-            [],
-            f"{name}: batches of {len(days):,} days, from {min(days)} to {max(days)}; no agent writes such a segment",
-        )
-    return good, reasons[0] if reasons else ""
+        why = f"batches of {len(days):,} days, from {min(days)} to {max(days)}; no agent writes such a segment"
+        return Segment([], f"{name}: {why}")
+    others = {batch.rack for batch in batches} - {rack}
+    other = text(others.pop(), MOST_NAME) if len(others) == 1 and not good else ""
+    return Segment(good, reasons[0] if reasons else "", other if all(b.rack != rack for b in batches) else "")
 
 
 def is_ours(key: str) -> bool:
@@ -203,7 +219,7 @@ def _check(batch: Batch, key: keys.RawKey | None, rack: str, name: str) -> str:
     return day
 
 
-def _keep_copy(store: ObjectStore, key: str) -> bool:
+def keep_copy(store: ObjectStore, key: str) -> bool:
     """Copy a bad object to quarantine; False if it is there already or cannot be copied."""
     try:
         store.put_if_absent(keys.quarantine_key(key), store.get(key, keys.MOST_SEGMENT_BYTES).body)

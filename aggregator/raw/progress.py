@@ -31,13 +31,14 @@ class Pending(NamedTuple):
 
 class Outcome(NamedTuple):
     """Result for one object: number of valid batches, and the reason for its quarantine, or "". ``unread`` says why it
-    could not be read at all."""
+    could not be read at all; ``rack`` names the other rack that every batch in it is of."""
 
     key: str
     batches: int
     unknown_records: int
     reason: str
     unread: str = ""
+    rack: str = ""
 
 
 class Progress:
@@ -53,7 +54,10 @@ class Progress:
         self._read: dict[str, Outcome] = {}
         self._parts = 1
         self.unread: dict[str, Unread] = {}
-        self.done = 0
+        self.foreign: dict[str, Outcome] = {}
+        self.bad: dict[str, str] = {}
+        self._ours: set[str] = set()
+        self.done = self.counted = 0
 
     def piece(self) -> list[Pending]:
         """What to read next, bounded in segments and bytes; at least one segment while there are any."""
@@ -78,8 +82,12 @@ class Progress:
         found = {one.key: self._passed_over(one) for one in outcomes}
         waiting = {node_of(key) for key, one in found.items() if one.unread}
         self.unread |= {key: self._since(key, one.unread) for key, one in found.items() if one.unread}
-        good = {key: one for key, one in found.items() if not one.unread}
+        self.foreign |= {key: one for key, one in found.items() if one.rack}
+        good = {key: one for key, one in found.items() if not one.unread and not one.rack}
         self._read |= good
+        self._ours |= {node_of(key) for key, one in good.items() if one.batches}
+        self.bad |= {key: one.reason for key, one in good.items() if one.reason}
+        self.counted += sum(one.batches for one in good.values())
         self.done += len(good)
         # a share also stops before what cannot be read, and that says nothing about its size
         stopped = not waiting and any(one.key not in found for one in piece)
@@ -88,6 +96,26 @@ class Progress:
         foreign = [self._read.pop(one.key) for one in piece if one.folder is None and one.key in self._read]
         cursors, settled = self._advanced()
         return cursors, [*foreign, *settled]
+
+    def misplaced(self) -> list[Outcome]:
+        """Objects of another rack from nodes that also wrote batches of this one: what is left of an earlier
+        configuration. Those of nodes that wrote nothing else are not settled, since the name that is wrong may be that
+        in the aggregator's configuration."""
+        return [one for key, one in self.foreign.items() if node_of(key) in self._ours]
+
+    def settle(self, some: Sequence[Outcome]) -> tuple[dict[str, str], list[Outcome]]:
+        """Have these objects of another rack settled after all, as bad ones: like `read`."""
+        for one in some:
+            self._read[one.key] = self.foreign.pop(one.key)._replace(rack="")
+            self.bad[one.key] = one.reason
+        return self._advanced()
+
+    def strangers(self, cursors: Mapping[str, str]) -> tuple[dict[str, str], bool]:
+        """Nodes all of whose new objects are of another rack, with its name, and whether those are all nodes of the
+        bucket."""
+        racks = {node_of(key): one.rack for key, one in self.foreign.items()}
+        others = (self._ours | {node_of(folder) for folder in cursors}) - racks.keys()
+        return racks, not others
 
     def witnesses(self, outcomes: Sequence[Outcome], cursors: Mapping[str, str]) -> list[str]:
         """What to ask the store for, to know whether it gives out anything."""

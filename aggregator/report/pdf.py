@@ -259,10 +259,10 @@ def _uptime(report: Judged) -> list[Any]:
     answered = f"{wording.share(u.request_share, 3)} of {wording.count(asked)} requests were answered."
     text = f"{answered if asked else 'No request was answered or failed.'} {_swaps(report)}"
     rows = [
-        (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)))
+        (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.excused_s, n.unknown_s)))
         for n in u.nodes
     ]
-    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Unknown"), rows)
+    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Excused", "Unknown"), rows)
     return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
 
 

@@ -19,7 +19,7 @@ from aggregator.window import Fact, facts_of
 from shared.batch import Batch
 from shared.bucket import Store
 from shared.errors import Halt, Retryable
-from shared.records import CertificateExpires, ModelEvicted, PeerDown, PeerUp, SwapFinished
+from shared.records import CertificateExpires, ModelEvicted, NodeIdClash, PeerDown, PeerUp, SwapFinished
 from shared.resources import pages
 from shared.topics import topics
 from tests.builders import MINUTE, T0, batch, host
@@ -319,4 +319,45 @@ def test_every_rule_has_a_runbook_entry() -> None:
         assert known[rule.runbook].page == "runbooks", rule.code
         assert known[rule.runbook].title.lower().startswith(rule.runbook.replace("-", " ")), rule.code
     expiry = {"certificate_expires", "certificate_expires_soon"}
-    assert {"node_down", "throttling", "swap_failed", "eviction_storm", *expiry} == {r.code for r in alerts.RULES}
+    assert {"node_down", "throttling", "swap_failed", "eviction_storm", "node_id_clash", *expiry} == {
+        r.code for r in alerts.RULES
+    }
+
+
+# two agents under one id
+
+
+def clashes(state: AlertState, now_ms: int) -> list[str]:
+    after, _ = alerts.evaluate(state, now_ms, CONFIG)
+    return [f.subject for f in after.firing if f.code == "node_id_clash"]
+
+
+def test_two_agents_under_one_id_are_alerted_of_and_resolved() -> None:
+    event = NodeIdClash(t_ms=T0 + MINUTE, peer="n1", one="aaaaaaaa", other="bbbbbbbb")
+    told = batch([event], node="n2", minute=1)
+    state = alerts.observe(AlertState(), [*facts_of(told), *facts_of(told)], T0 + 2 * MINUTE, CONFIG)
+    assert clashes(state, T0 + 2 * MINUTE) == ["n1"]
+    (firing,) = [f for f in alerts.evaluate(state, T0 + 2 * MINUTE, CONFIG)[0].firing if f.subject == "n1"]
+    assert firing.text == "two agents report as n1 (aaaaaaaa and bbbbbbbb): each needs its own node.id"
+    assert clashes(state, T0 + 32 * MINUTE) == []
+
+
+@pytest.mark.parametrize(
+    ("incarnations", "fires"),
+    [
+        ([1, 1, 1, 2, 2, 2], False),
+        ([2, 2, 1, 1], False),
+        ([1, 1, 2, 2, 1, 1], False),
+        ([1, 2, 1, 2, 1, 2], True),
+        ([0, 1, 0, 1, 0, 1], False),
+    ],
+)
+def test_spools_of_one_node_that_take_turns_are_two_agents(incarnations: list[int], fires: bool) -> None:
+    """Older agents claim nothing: each of two has a spool, and an incarnation."""
+    made = [msgspec.structs.replace(batch([host()], minute=n), incarnation=one) for n, one in enumerate(incarnations)]
+    now_ms = T0 + 6 * MINUTE
+    state = alerts.observe(AlertState(), [f for one in made for f in facts_of(one)], now_ms, CONFIG)
+    assert clashes(state, now_ms) == (["n1"] if fires else [])
+    assert clashes(state, now_ms + 60 * MINUTE) == []
+    again = alerts.observe(state, [f for one in made for f in facts_of(one)], now_ms, CONFIG)
+    assert clashes(again, now_ms) == (["n1"] if fires else []), "facts arrive twice"

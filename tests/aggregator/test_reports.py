@@ -198,8 +198,10 @@ def test_a_node_that_is_still_down_is_an_open_incident() -> None:
 
 def test_a_node_down_at_the_start_of_the_month_was_not_up() -> None:
     back = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="unclean")
-    (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
+    (node,) = uptime.uptime(window(batch(minute=-60), batch([back], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
+    (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
+    assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0), "it had never reported"
     new = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="first")
     (node,) = uptime.uptime(window(batch([new], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
     """When the rack and its nodes answered, and what went wrong. ``remarks`` are about telemetry that is missing."""
     lost = (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.",)
     nodes = [_row("the rack", report.rack), *(_row(n.node, n) for n in report.nodes)] if report.nodes else []
-    columns = "Node | Serving | Without a model | Down | Unknown | Up"
+    columns = "Node | Serving | Without a model | Down | Excused | Unknown | Up"
     return page_of(
         f"Uptime, rack {rack}, {period}",
         _lead(report),
@@ -20,14 +20,15 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
             Section(
                 title="Nodes",
                 text=(*(lost if report.lost_batches else ()), *remarks),
-                table=table(columns, nodes, (1, 2, 3, 4, 5)),
+                table=table(columns, nodes, (1, 2, 3, 4, 5, 6)),
             ),
             _desired(report.desired or (), zone),
             _incidents(report, zone),
         ],
-        "Up is the time a node reported by the time it is known to have reported or to have been down. A gap that "
-        "nothing explains is unknown and counts neither way. Causes are guessed by rule until somebody confirms "
-        f"them in annotations/v1/incidents.toml. Times are in {zone}.",
+        "Up is the time a node reported by the time it is known to have reported or to have been down, from its first "
+        "report on. A gap that nothing explains is unknown and counts neither way; nor does time that an operator "
+        "excused. Causes are guessed by rule until somebody confirms them in annotations/v1/incidents.toml. Times "
+        f"are in {zone}.",
     )
 
 
@@ -46,7 +47,7 @@ def _lead(report: Uptime) -> str:
 
 def _row(name: str, n: NodeUptime) -> tuple[str, ...]:
     up = f"{n.share:.3%}" if n.share is not None else NO_DATA
-    return (name, *map(span, (n.up_s, n.idle_s, n.down_s, n.unknown_s)), up)
+    return (name, *map(span, (n.up_s, n.idle_s, n.down_s, n.excused_s, n.unknown_s)), up)
 
 
 def _desired(nodes: Sequence[Progress], zone: str) -> Section | None:

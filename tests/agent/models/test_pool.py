@@ -677,6 +677,9 @@ async def test_a_model_that_can_never_fit_is_rejected_at_once(tmp_path: Path) ->
         assert not await pool.wait_ready("big", 10.0)
         assert not pool.is_coming("big")
         assert time.monotonic() - began < 2.0
+        pool.room.budget_bytes = 59
+        with pytest.raises(Refused, match="so it can never fit; need_bytes"):
+            await pool.orders.load("big")
 
 
 async def test_a_loader_that_crashes_in_a_cold_swap_is_not_restarted_beside_the_new_one(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from agent import cli
 from agent.config import AgentConfig, hash_key
 from agent.operator import doctor, install, logview
+from agent.operator.admin_client import AdminClient
 from shared.errors import Refused
 
 CONFIG = """[node]
@@ -279,11 +280,23 @@ def test_models_are_pulled_listed_and_removed(
     assert "the model store is empty" in capsys.readouterr().out
 
 
+def test_files_that_a_model_was_swapped_to_are_not_removed(
+    config: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = ["--config", str(config)]
+    assert cli.main(["models", "pull", str(tiny_model), "--name", "tiny", *option]) == 0
+    orders = {"swap": {"table": {"path": "store:tiny"}}, "resident": None, "pinned": None}
+    monkeypatch.setattr(AdminClient, "status", lambda _: {"models": []})
+    monkeypatch.setattr(AdminClient, "orders", lambda _: {"orders": [{"model": "m", "orders": orders}]})
+    assert cli.main(["models", "remove", "tiny", *option]) == 1
+    assert "m was swapped to it; end that with `mlxrack-agent orders clear m`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["models", "pull", "/no/such/folder"], "no such folder"),
-        (["models", "pull", "bucket:nothing"], "the bucket holds no version"),
+        (["models", "pull", "bucket:nothing"], "holds none of that name, it holds no model at all; upload it"),
         (["models", "pull", "bucket:not a name"], "use 1 to 63 letters"),
         (["models", "pull", "bucket:x@0123456789abcdef"], "upload it with `mlxrack-agent models push"),
         (["models", "remove", "nothing"], "it is not in the store"),

@@ -283,10 +283,11 @@ def test_a_segment_the_store_refuses_for_good_does_not_block_the_rest(tmp_path: 
         raise Refused("too large")
 
     spool, store = opened(tmp_path / "s"), Flaky(tmp_path / "b")
-    spool.claim(1)
+    one = pusher(spool, store)
+    one.drain()
     fill(spool, 61)
     store.faults = [refused]
-    pusher(spool, store).drain()
+    one.drain()
     assert read_all(store) == [(1, 1, 61)]
     assert spool.dropped == 60
     assert len(list((tmp_path / "s/bad").iterdir())) == 60
@@ -306,13 +307,15 @@ def test_urgent_events_are_pushed_first(tmp_path: Path) -> None:
 
 def test_every_start_is_a_new_epoch_and_knows_the_previous_exit(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    assert (first.epoch, first.first_run) == (1, True)
+    assert (first.epoch, first.previous) == (1, "first")
+    first.serves()
     first.close(clean=False)
     second = opened(tmp_path)
-    assert (second.epoch, second.first_run, second.previous_clean) == (2, False, False)
+    assert (second.epoch, second.previous) == (2, "unclean")
+    second.serves()
     second.close(clean=True)
     third = opened(tmp_path)
-    assert third.previous_clean
+    assert (third.epoch, third.previous) == (3, "clean")
 
 
 def test_a_second_agent_on_one_spool_is_rejected(tmp_path: Path) -> None:
@@ -524,7 +527,7 @@ def test_a_full_disk_without_a_reserve_is_reported(tmp_path: Path, monkeypatch: 
 
 def test_the_identity_is_plain_json(tmp_path: Path) -> None:
     opened(tmp_path).close(clean=True)
-    assert {"node", "rack", "epoch", "incarnation", "spool_id", "hardware", "clean"} == set(
+    assert {"node", "rack", "epoch", "incarnation", "claim", "spool_id", "hardware", "served", "clean"} == set(
         json.loads((tmp_path / "identity.json").read_text())
     )
 
