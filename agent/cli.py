@@ -4,16 +4,19 @@ The only module that reads the environment and the command line. Exit codes are 
 69 agent not running, address in use or package missing, 75 temporary failure, 78 invalid configuration, 1 any other.
 """
 
+from agent.operator import early_hangups  # noqa: F401  # from here on SIGHUP does not end a daemon
+
+# isort: split
 import argparse
 import asyncio
 import contextlib
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ from agent.operator import (
     cli_claim,
     cli_models,
     cli_orders,
+    cli_reload,
+    cli_secrets,
     cli_store,
     cli_tls,
     completion,
@@ -35,6 +40,7 @@ from agent.operator import (
     serve_one,
 )
 from agent.operator.admin_client import PORT_NAME, AdminClient
+from agent.operator.hangups import Hangups
 from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import status_text, table, why_text
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from agent.daemon import Daemon
 
 CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
+Load = Callable[[Path, type[AgentConfig], Callable[[AgentConfig], Sequence[str]]], AgentConfig]
 ALONE = AgentConfig(node=Node(id="local", rack="local"))
 """The configuration of a machine that has none, for `serve` and what goes with it."""
 
@@ -85,6 +92,7 @@ def exit_status(error: RackError) -> int:
         "weak_secret",
         "bad_tls",
         "wrong_identity",
+        "not_reloaded",
     ):
         return os.EX_CONFIG
     if error.code in ("not_running", "port_in_use", "spool_in_use"):
@@ -132,12 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
     completion.add(verbs, parser)
     cli_help.add(verbs, parser)
-    new_key = verb("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
-    new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
-    new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
     cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
     cli_claim.add(verb, _config_and_state, _common)
+    cli_reload.add(verb, _config_and_state)
+    cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)
     return parser
 
 
@@ -153,10 +160,10 @@ def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None
     )
 
 
-def _config_and_state(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
+def _config_and_state(args: argparse.Namespace, load: Load = shared_config.load) -> tuple[AgentConfig, Path]:
     """The configuration, or that of a machine without one, and its state folder."""
     named = args.config or os.environ.get(CONFIG_VARIABLE)
-    config = _config(args)[0] if named or Path("agent.toml").exists() else _with_own_store(ALONE)
+    config = _config(args, load)[0] if named or Path("agent.toml").exists() else _with_own_store(ALONE)
     return config, state_folder(config)
 
 
@@ -168,9 +175,9 @@ def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _config(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
+def _config(args: argparse.Namespace, load: Load = shared_config.load) -> tuple[AgentConfig, Path]:
     path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "agent.toml"))
-    return _with_own_store(shared_config.load(path, AgentConfig, config_checks.check)), path
+    return _with_own_store(load(path, AgentConfig, config_checks.check)), path
 
 
 def state_folder(config: AgentConfig) -> Path:
@@ -197,6 +204,7 @@ def _client(args: argparse.Namespace) -> AdminClient:
 
 
 def _run(args: argparse.Namespace) -> int:
+    hangups = Hangups()
     config, path = _config(args)
 
     def started(daemon: "Daemon", port: int) -> None:
@@ -208,14 +216,22 @@ def _run(args: argparse.Namespace) -> int:
         print(f"status: mlxrack-agent status --config '{path}'", flush=True)
 
     with state_held(state_folder(config), _note):
-        _foreground(config, args.console, started)
+        read = partial(_config, args, shared_config.load_settled)
+        _foreground(config, args.console, started, hangups, lambda: read()[0])
     return 0
 
 
 def _foreground(
-    config: AgentConfig, console: bool, started: Callable[["Daemon", int], None], *, lasting: bool = True
+    config: AgentConfig,
+    console: bool,
+    started: Callable[["Daemon", int], None],
+    hangups: Hangups,
+    read: Callable[[], AgentConfig],
+    *,
+    lasting: bool = True,
 ) -> None:
-    """Run the daemon until a signal ends it; ``started`` is called in its loop once it listens."""
+    """Run the daemon until a signal ends it; ``started`` is called in its loop once it listens, and ``read`` for each
+    reload."""
     from agent.daemon import Daemon
 
     state = state_folder(config)
@@ -223,12 +239,13 @@ def _foreground(
     logs.catch_unraisable()
 
     async def serve() -> None:
-        daemon = Daemon(config, state, os.environ, lasting=lasting)
+        daemon = Daemon(config, state, os.environ, read, lasting=lasting)
 
         def listening(port: int) -> None:
             with contextlib.suppress(OSError):  # a full disk must not keep it from serving
                 write_whole(state / PORT_NAME, str(port).encode(), synced=False)
             started(daemon, port)
+            hangups.listen(daemon.reloader.begin, daemon.stop)
 
         await daemon.run(listening)
         (state / PORT_NAME).unlink(missing_ok=True)
@@ -241,17 +258,17 @@ def _foreground(
 
 
 def _serve(args: argparse.Namespace) -> int:
-    began_s, args.json = time.monotonic(), False
+    began_s, args.json, hangups = time.monotonic(), False, Hangups()
     config, state = _config_and_state(args)
     options = serve_one.Options(args.name, args.revision, args.port, args.rows, args.context)
     with state_held(state, _note):
-        return _serve_held(args, config, state, options, began_s)
+        serving = serve_one.prepare(args.model, config, obtain.access_of(config, state, os.environ, args), options)
+        return _serve_held(args, serving, state, hangups, began_s)
 
 
 def _serve_held(
-    args: argparse.Namespace, config: AgentConfig, state: Path, options: serve_one.Options, began_s: float
+    args: argparse.Namespace, serving: serve_one.Serving, state: Path, hangups: Hangups, began_s: float
 ) -> int:
-    serving = serve_one.prepare(args.model, config, obtain.access_of(config, state, os.environ, args), options)
     waiting: list[asyncio.Task[None]] = []
     failed: list[str] = []
 
@@ -265,6 +282,10 @@ def _serve_held(
         serving.config,
         args.console,
         lambda daemon, port: waiting.append(asyncio.get_running_loop().create_task(announce(daemon, port))),
+        hangups,
+        lambda: serve_one.one_node(
+            _config_and_state(args, shared_config.load_settled)[0], serving.spec.model, args.port
+        ),
         lasting=False,  # `serve MODEL` is itself the newest order
     )
     if failed:
@@ -372,13 +393,4 @@ def _install(args: argparse.Namespace) -> int:
         return 0
     install.install(plist, newsyslog, user=args.user, folders=(home, folder))
     print(f"installed and started {install.LABEL}; check it with `mlxrack-agent status --config '{path}'`")
-    return 0
-
-
-def _new_key(args: argparse.Namespace) -> int:
-    key = f"mlxr-{secrets.token_urlsafe(32)}"
-    print(f"API key for {args.name} (shown once, not stored): {key}\n")
-    print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{agent_config.hash_key(key)}"')
-    if args.cache_group:
-        print(f'cache_group = "{args.cache_group}"')
     return 0

@@ -2,7 +2,7 @@
 tested against this module."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -80,11 +80,13 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The rack's nodes. ``secret`` is a reference to their shared secret, at least 32 random characters (`mlxrack-agent
-    new-secret`); requests between nodes are signed with it. A peer that misses three heartbeats, ``beat_s`` apart, is
+    new-secret`); requests between nodes are signed with it. While it is replaced, ``old_secret`` is the one before,
+    which counts as well (`mlxrack-agent secrets rotate`). A peer that misses three heartbeats, ``beat_s`` apart, is
     down. The desired state may name other peers, at hosts that are ``allowed``: names, domains like .rack.example, or
     networks like 10.0.0.0/24."""
 
     secret: str = ""
+    old_secret: str = ""
     allowed: tuple[str, ...] = ()
     beat_s: Seconds = 1.0
     nodes: tuple[Peer, ...] = ()
@@ -274,6 +276,32 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     loader: Loader = Loader()
     disk_cache: DiskCache = DiskCache()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Live:
+    """The configuration in force. Parts hold this and never a table or a value of it, so that all of them have a new
+    one with one assignment. What has to be derived from it is derived by a follower."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.now = config
+        self._followers: list[Callable[[AgentConfig], None]] = []
+
+    def follow(self, take: Callable[[AgentConfig], None]) -> None:
+        """Call ``take`` with the configuration, now and whenever another one is put in force. It must not fail."""
+        self._followers.append(take)
+        take(self.now)
+
+    def replace(self, config: AgentConfig) -> None:
+        """Put another one in force; if a follower fails, the one before stays, and what it raised is raised."""
+        before, self.now = self.now, config
+        try:
+            for take in self._followers:
+                take(config)
+        except BaseException:
+            self.now = before
+            for take in self._followers:
+                take(before)
+            raise
 
 
 def hash_key(key: str) -> str:

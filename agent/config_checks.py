@@ -124,8 +124,12 @@ def _check_peers(config: AgentConfig) -> list[str]:
     found += [f"peers.nodes: duplicate url {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
     if peers.nodes and not peers.secret:
         found.append("peers.secret: is required with peers; use the same secret on all nodes")
-    if peers.secret and not is_reference(peers.secret):
-        found.append(f"peers.secret: {REFERENCE_HINT}")
+    named = (("peers.secret", peers.secret), ("peers.old_secret", peers.old_secret))
+    found += [f"{path}: {REFERENCE_HINT}" for path, secret in named if secret and not is_reference(secret)]
+    if peers.old_secret and peers.old_secret == peers.secret:
+        found.append("peers.old_secret: is the same as peers.secret; remove it, or set peers.secret to the new one")
+    if peers.old_secret and not peers.secret:
+        found.append("peers.secret: is required with peers.old_secret, which it replaces")
     return found
 
 

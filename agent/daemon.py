@@ -25,7 +25,7 @@ from agent.api.context import Context
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.config import AgentConfig, configured_peers, plain_warnings
+from agent.config import AgentConfig, Live, configured_peers, plain_warnings
 from agent.control.follower import Follower
 from agent.files.modelstore import ModelStore, model_folder
 from agent.gateway.dispatch import Dispatch
@@ -33,12 +33,12 @@ from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.mesh.sightings import Sightings, mark_of
-from agent.mesh.signing import Key, Nonces
+from agent.mesh.signing import Nonces, RackKeys
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
 from agent.operator.admin_client import SERVED_NAME
 from agent.process.gpu import Budget
-from agent.process.prefixes import prefix_key
+from agent.reload_run import Parts, Read, Reloader, rack_secrets
 from agent.status import Status
 from agent.telemetry.meters.rack import POLL_S
 from agent.telemetry.sampler import Sources
@@ -51,7 +51,6 @@ from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.memory_plan import default_budget_bytes
 from shared.records import AgentStopped, EngineWindow, Event
-from shared.secrets import strong
 from shared.store_open import open_store
 
 if TYPE_CHECKING:
@@ -66,33 +65,44 @@ log = get_logger("agent.daemon")
 
 
 class Daemon:
-    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``. Without ``lasting``,
-    operators' orders end with it, and those of earlier runs do not count."""
+    """One agent. ``state`` is its folder; ``environ`` resolves references to secrets by ``env:``; ``read`` gives the
+    configuration again, for a reload. Without ``lasting``, operators' orders end with it, and those of earlier runs do
+    not count."""
 
-    def __init__(self, config: AgentConfig, state: Path, environ: Mapping[str, str], *, lasting: bool = True) -> None:
-        self.config, self._state, self._environ = config, state, environ
+    def __init__(
+        self,
+        config: AgentConfig,
+        state: Path,
+        environ: Mapping[str, str],
+        read: Read | None = None,
+        *,
+        lasting: bool = True,
+    ) -> None:
+        self._live, self._state, self._environ = Live(config), state, environ
         self._stop = asyncio.Event()
-        self._connections = table_for(config)
+        self._connections = table_for(self._live)
         self._steady: list[asyncio.Task[None]] = []
         self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
-        self._rack_secret = strong(config.peers.secret, "peers.secret", environ) if config.peers.secret else ""
+        self._keys = RackKeys(rack_secrets(config, environ))
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
         self.telemetry = self._telemetry()
         mark = mark_of(self.telemetry.spool.identity.hardware, self.telemetry.spool.identity.spool_id)
-        self._peer_client = PeerClient(self._rack_secret, config.node.id, tls=self._tls, mark=mark)
+        self._peer_client = PeerClient(
+            self._keys, config.node.id, tls=self._tls, accepts=self._table.accepts, mark=mark
+        )
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
         self._pool = self._model_pool()
         self._dispatch = Dispatch(
-            *(config.node.id, self._pool, self._table, self._peer_client, self.telemetry.ledger, config.limits),
-            prefix_key=prefix_key(self._rack_secret) if self._rack_secret else b"",
+            *(config.node.id, self._pool, self._table, self._peer_client, self.telemetry.ledger, self._live),
+            prefix_key=lambda: self._keys.prefix_key,
             heat=lambda: self.telemetry.heat.level,
         )
         self._follower = Follower(
-            *(config, self._pool, self._models),
+            *(self._live, self._pool, self._models),
             lambda: open_store(config.store, environ, attempts=1),
             state / "desired.json",
             carried_by_peer=self._carried_by_peer,
@@ -107,7 +117,10 @@ class Daemon:
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self._status = Status(config.node, self._budget, *parts, warnings=self._warnings)
+        self._status = Status(config.node, self._budget, *parts, warnings=self._warnings, keys=self._keys)
+        reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
+        self.reloader = Reloader(reloaded, environ, read)
+        self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
 
     # ---- construction ----
 
@@ -144,18 +157,14 @@ class Daemon:
 
     def _warnings(self) -> list[str]:
         of_files = self._tls.warnings() if self._tls is not None else ()
-        return [*plain_warnings(self.config, self._table.urls()), *of_files, *self._follower.in_force.warnings()]
+        of_orders, of_reloads = self._follower.in_force.warnings(), self.reloader.warnings()
+        return [*plain_warnings(self.config, self._table.urls()), *of_files, *of_orders, *of_reloads]
 
     def _model_pool(self) -> Pool:
-        config = self.config
-        loaders = Loaders(
-            *(config, self._environ),
-            prompts=self._state / "prompts",
-            threads=config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models))),
-            on_report=self._on_report,
-        )
+        prompts = self._state / "prompts"
+        loaders = Loaders(self._live, self._environ, prompts=prompts, on_report=self._on_report)
         return Pool(
-            *(config, self._models, loaders),
+            *(self._live, self._models, loaders),
             budget_bytes=self._budget.bytes,
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
@@ -163,7 +172,7 @@ class Daemon:
 
     def _context(self) -> Context:
         return Context(
-            config=self.config,
+            live=self._live,
             dispatch=self._dispatch,
             pool=self._pool,
             follower=self._follower,
@@ -174,9 +183,9 @@ class Daemon:
             seal=self.telemetry.outbox.seal,
             admin_token=token(self._state, ADMIN_TOKEN),
             metrics_token=token(self._state, METRICS_TOKEN),
-            rack_secret=self._rack_secret,
-            rack_key=Key(self._rack_secret),
+            keys=self._keys,
             nonces=Nonces(),
+            reloader=self.reloader,
         )
 
     # ---- start and stop ----
@@ -186,20 +195,17 @@ class Daemon:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _tune_garbage_collector()
         # a client that disconnects cancels its handler, and with it the work in the loader
-        runner = Runner(
-            api.build(self._context()),
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=1.0,
-            keepalive_timeout=self.config.limits.idle_s,
-        )
+        runner = Runner(api.build(self._context()), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
+        self._live.follow(lambda now: runner.keep_idle(now.limits.idle_s))
         try:
-            listener = Listener(runner, self.config, self._connections, self._tls.listener if self._tls else None)
+            listener = Listener(runner, self._live, self._connections, self._tls.listener if self._tls else None)
             await listener.start()
             await self._start(listener.port)
+            self.reloader.state = ""
             started(listener.port)
             await self._stop.wait()
+            self.reloader.state = "stopping"
             self._timetable.shutdown()
             await self._shut_down(runner, listener)
         finally:
@@ -211,6 +217,11 @@ class Daemon:
             await runner.cleanup()
             await self._peer_client.close()
             await self.telemetry.close()
+
+    @property
+    def config(self) -> AgentConfig:
+        """The configuration in force."""
+        return self._live.now
 
     @property
     def hangs(self) -> bool:
@@ -244,21 +255,14 @@ class Daemon:
                 follow=self._follower.tick,
             )
         )
+        self._live.follow(lambda now: self._timetable.retime("follow", now.desired.follow_s))
         telemetry.heat.watch()
-        self._warn()
+        _warn_of_plain_http(self.config, self._table.urls())
+        if self._tls is not None:
+            self._tls.report()
         self._steady = [asyncio.create_task(schedule.steadily(job)) for job in self._steady_jobs()]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-
-    def _warn(self) -> None:
-        """At the start; `status` shows them as long as they hold."""
-        self._warn_of_plain_http()
-        if self._tls is not None:
-            self._tls.report()
-
-    def _warn_of_plain_http(self) -> None:
-        for warning in plain_warnings(self.config, self._table.urls()):
-            log.warning("plain_http", reason=warning)
 
     def _steady_jobs(self) -> tuple[schedule.Job, ...]:
         meters = [schedule.Job("meters", POLL_S, self.telemetry.meters.poll)] if self.config.meters else []
@@ -275,8 +279,12 @@ class Daemon:
         """Use the budget that the GPU recommends if a model needs the GPU and no other budget is configured."""
         if all(model.engine == "fake" for model in self.config.models) or not await self._budget.ask(self._environ):
             return
-        self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
+        self._put_budget(self.config.memory.budget_bytes)
         log.info("memory_budget", bytes=self._budget.bytes, source=self._budget.source, reason=self._budget.reason)
+
+    def _put_budget(self, configured: int) -> None:
+        self._budget.configure(configured)
+        self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
 
     async def _shut_down(self, runner: Runner, listener: Listener) -> None:
         """Accept no new work, drain requests in flight, end the loaders, close the last window, push."""
@@ -328,14 +336,14 @@ class Daemon:
 
     def _set_peers(self, peers: Sequence[tuple[str, str]]) -> None:
         """Replace the peers. Without a secret there are none: no node could prove that it is one."""
-        if self.config.peers.secret:
-            before = set(self._table.urls())
-            for removed in self._table.become(peers, time.monotonic()):
-                self._peer_client.drop(removed)
-            if not before.issuperset(self._table.urls()):
-                self._warn_of_plain_http()
-        elif peers:
+        known = bool(self.config.peers.secret)
+        if peers and not known:
             log.warning("peers_without_secret", reason="the desired state lists peers, but peers.secret is not set")
+        before = set(self._table.urls())
+        for removed in self._table.become(peers if known else (), time.monotonic()):
+            self._peer_client.retire(removed)
+        if not before.issuperset(self._table.urls()):
+            _warn_of_plain_http(self.config, self._table.urls())
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
@@ -359,6 +367,12 @@ def token(state: Path, name: str) -> str:
     made = secrets.token_hex(32)
     write_whole(path, f"{made}\n".encode())
     return made
+
+
+def _warn_of_plain_http(config: AgentConfig, peers: Sequence[tuple[str, str]]) -> None:
+    """At the start, and when there are others; `status` shows it as long as it holds."""
+    for warning in plain_warnings(config, peers):
+        log.warning("plain_http", reason=warning)
 
 
 def _tune_garbage_collector() -> None:

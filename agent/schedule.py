@@ -128,6 +128,15 @@ class Timetable:
         """Run these from now on."""
         self._jobs, self._scheduler = table, start(table)
 
+    def retime(self, name: str, every_s: float) -> None:
+        """Run a job at another interval from now on."""
+        before, self._jobs = (
+            self._jobs,
+            tuple(job._replace(every_s=every_s) if job.name == name else job for job in self._jobs),
+        )
+        if self._scheduler is not None and before != self._jobs:
+            realign(self._scheduler, tuple(job for job in self._jobs if job not in before))
+
     def look(self) -> None:
         """Call this every few seconds."""
         self._watch.look()

@@ -13,6 +13,7 @@ from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.sightings import sentence
+from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -36,11 +37,12 @@ class Status:
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
         *,
+        keys: RackKeys,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings = warnings
+        self._warnings, self._keys = warnings, keys
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -66,6 +68,7 @@ class Status:
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
             "warnings": [*self._clashes(), *self._warnings()],
+            "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
@@ -114,6 +117,7 @@ class Status:
             t_ms=time.time_ns() // 1_000_000,
             agent=sightings.mine,
             twice=tuple(sorted({found.node for found in sightings.twice(self._clock()) if not found.by})),
+            secrets=self._keys.marks,
         )
 
     def _clashes(self) -> list[str]:
@@ -147,6 +151,7 @@ class Status:
                 "memory": p.memory,
                 "models": sorted(m.name for m in p.models if m.ready),
                 "offers": [_offered(m) for m in p.models],
+                "needs_old_secret": self._keys.needs_older(self._table.accepts(p.node)),
             }
             for p in self._table.view(now)
         ]

@@ -5,6 +5,7 @@ error, this collects all errors with their key paths, so that the operator edits
 """
 
 import difflib
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 
 from shared.errors import Halt
+from shared.regular_file import read_file
 
+MOST_BYTES = 4 << 20
+SETTLE_S, SETTLE_TRIES = 0.1, 20
 T = TypeVar("T", bound=msgspec.Struct)
 _NOTHING = object()
 
@@ -39,6 +43,32 @@ def load(path: Path, kind: type[T], check: Callable[[T], Sequence[str]]) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse(text, kind, check, source=str(path))
+
+
+def load_settled(path: Path, kind: type[T], check: Callable[[T], Sequence[str]]) -> T:
+    """Like load, of a regular file that may be being written at this moment: half of a file may be a valid one. Blocks
+    for ``SETTLE_S`` and more."""
+    for _ in range(SETTLE_TRIES):
+        before = _stamp(path)
+        try:
+            text = read_file(path, MOST_BYTES).decode()
+        except FileNotFoundError:
+            text, before = "", None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(str(path), [f"cannot be read: {getattr(error, 'strerror', '') or error}"]) from None
+        time.sleep(SETTLE_S)
+        if before is not None and before == _stamp(path):
+            return parse(text, kind, check, source=str(path))
+    raise ConfigError(str(path), ["is being written, or gone; try again when it is complete"])
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; None while there is none."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_size, seen.st_ino
 
 
 def parse(text: str, kind: type[T], check: Callable[[T], Sequence[str]], *, source: str) -> T:

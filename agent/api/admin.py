@@ -1,4 +1,5 @@
-"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, orders, probes, seal."""
+"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, orders, probes, seal,
+reload."""
 
 import re
 from typing import Literal
@@ -53,7 +54,8 @@ async def status(request: web.Request) -> web.Response:
     """The full status of this node, in one response."""
     require_admin(request)
     context = request.app[CONTEXT]
-    return json_response(context.status.node() | {"connections": context.connections.state(), "log": logs.state()})
+    more = {"connections": context.connections.state(), "log": logs.state(), "reload": context.reloader.view()}
+    return json_response(context.status.node() | more)
 
 
 async def load(request: web.Request) -> web.Response:
@@ -130,3 +132,9 @@ async def seal(request: web.Request) -> web.Response:
     """Close the current window now and try to push; for tests, demos and before planned work on a node."""
     require_admin(request)
     return json_response(await request.app[CONTEXT].seal())
+
+
+async def reload(request: web.Request) -> web.Response:
+    """Read the configuration again and put it in force, all or nothing; responds with what has changed."""
+    require_admin(request)
+    return json_response(await request.app[CONTEXT].reloader.reload())

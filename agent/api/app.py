@@ -28,12 +28,13 @@ from shared.log_repeats import Repeats
 
 def build(context: Context) -> web.Application:
     """Build the application over the daemon's objects."""
-    app = web.Application(
-        middlewares=[errors.middleware, guard.middleware], client_max_size=context.config.limits.body_bytes
-    )
+    # the body's limit is configured, and applied in agent/api/wire.py
+    app = web.Application(middlewares=[errors.middleware, guard.middleware])
     app[CONTEXT] = context
     app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
-    app[BODIES] = Bodies(context.config.limits.bodies_bytes, context.config.limits.bodies_per_key_bytes)
+    limits = context.config.limits
+    bodies = app[BODIES] = Bodies(limits.bodies_bytes, limits.bodies_per_key_bytes)
+    context.live.follow(lambda now: bodies.become(now.limits.bodies_bytes, now.limits.bodies_per_key_bytes))
     # one thread: of large bodies one is decoded at a time, and one that was begun for a client who left, too
     app[PARSING] = ThreadPoolExecutor(1, "parse")
     app.on_response_prepare.append(errors.on_prepare)
@@ -65,6 +66,7 @@ def build(context: Context) -> web.Application:
         web.post("/admin/v1/orders/clear", admin.clear_orders),
         web.post("/admin/v1/probes", admin.probes),
         web.post("/admin/v1/seal", admin.seal),
+        web.post("/admin/v1/reload", admin.reload),
     ]
     app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])
     described = [(info.method, info.resource.canonical) for info in app.router.routes() if info.resource is not None]

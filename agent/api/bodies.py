@@ -119,6 +119,10 @@ class Bodies:
         self._by_key: Counter[str] = Counter()
         self._read_until_s: dict[str, float] = {}
 
+    def become(self, total: int, per_key: int) -> None:
+        """Have another budget; what is held stays counted."""
+        self.total, self.per_key = total, per_key
+
     @contextlib.contextmanager
     def held(self, key_id: str) -> Iterator[Held]:
         """For the life of one request."""

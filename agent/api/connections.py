@@ -15,8 +15,8 @@ from typing import Any
 
 from aiohttp import web
 
-from agent.api.connection_limits import Connection, Phase, Table, caps_within, client_of, descriptors_for
-from agent.config import AgentConfig
+from agent.api.connection_limits import Caps, Connection, Phase, Table, caps_within, client_of, descriptors_for
+from agent.config import AgentConfig, Live
 from shared.errors import Halt
 from shared.log_repeats import Repeats
 from shared.logs import get_logger
@@ -80,12 +80,12 @@ class Listener(web.BaseSite):
     """Accepts connections on the configured address, for a runner whose server makes protocols with a ``tracked``. With
     ``tls`` the handshake must be done within ``limits.header_s``, too."""
 
-    def __init__(self, runner: web.AppRunner, config: AgentConfig, table: Table, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, runner: web.AppRunner, live: Live, table: Table, tls: ssl.SSLContext | None) -> None:
         super().__init__(runner, ssl_context=tls)
         if tls is not None:
             # asyncio makes this buffer for each connection before its handshake: 256 KiB for one that says nothing
             sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
-        self._config, self.table = config, table
+        self._live, self.table = live, table
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaints = Repeats()
@@ -93,7 +93,7 @@ class Listener(web.BaseSite):
     @property
     def name(self) -> str:
         """Its URL."""
-        return f"{'https' if self._ssl_context else 'http'}://{self._config.listen.host}:{self.port}"
+        return f"{'https' if self._ssl_context else 'http'}://{self._live.now.listen.host}:{self.port}"
 
     @property
     def port(self) -> int:
@@ -103,7 +103,7 @@ class Listener(web.BaseSite):
     async def start(self) -> None:
         """Bind and accept. Raises Halt with a remedy when the address cannot be bound."""
         await super().start()
-        host, port = self._config.listen.host, self._config.listen.port
+        host, port = self._live.now.listen.host, self._live.now.listen.port
         try:
             self._sockets = await _bound(host, port)
         except OSError as error:
@@ -150,7 +150,7 @@ class Listener(web.BaseSite):
             accepted.close()
             return
         try:
-            self._admit(accepted, client_of(str(peer[0]), *peer[3:], proxies=self._config.listen.trusted_proxies))
+            self._admit(accepted, client_of(str(peer[0]), *peer[3:], proxies=self._live.now.listen.trusted_proxies))
         except BaseException:
             accepted.close()
             raise
@@ -188,7 +188,7 @@ class Listener(web.BaseSite):
             made[0].tracked = Tracked(self.table, connection, loop)
             return made[0]
 
-        limit_s = self._config.limits.header_s if self._ssl_context else None
+        limit_s = self._live.now.limits.header_s if self._ssl_context else None
         # one that speaks no TLS, or has gone
         with contextlib.suppress(OSError):
             await loop.connect_accepted_socket(protocol, accepted, ssl=self._ssl_context, ssl_handshake_timeout=limit_s)
@@ -207,7 +207,7 @@ class Listener(web.BaseSite):
 
     async def _sweep(self) -> None:
         """Close connections whose time is over."""
-        loop, limits = asyncio.get_running_loop(), self._config.limits
+        loop, limits = asyncio.get_running_loop(), self._live.now.limits
         await asyncio.sleep(min(SWEEP_S, limits.header_s / 4))
         late = self.table.overdue(loop.time(), header_s=limits.header_s, idle_s=limits.idle_s)
         for connection in late + self.table.unread(loop.time(), limits.token_gap_s):
@@ -215,15 +215,25 @@ class Listener(web.BaseSite):
             self._close(connection)
 
 
-def table_for(config: AgentConfig) -> Table:
-    """The table of a node's connections, with caps that leave open files for its other work; raises the process's soft
-    limit of open files as far as that needs and the hard limit allows."""
+def table_for(live: Live) -> Table:
+    """The table of a node's connections, with caps that leave open files for its other work."""
+    table = Table(_caps(live.now))
+
+    def take(config: AgentConfig) -> None:
+        table.caps = _caps(config)
+
+    live.follow(take)
+    return table
+
+
+def _caps(config: AgentConfig) -> Caps:
+    """Raises the process's soft limit of open files as far as the caps need it and the hard limit allows."""
     limits, models, peers = config.limits, len(config.models), len(config.peers.nodes)
     descriptors = _raised(descriptors_for(limits.connections, models=models, peers=peers))
     caps = caps_within(descriptors, limits.connections, limits.connections_per_address, models=models, peers=peers)
     if caps.total < limits.connections:
         log.warning("fewer_connections", connections=caps.total, configured=limits.connections, open_files=descriptors)
-    return Table(caps)
+    return caps
 
 
 def _raised(wanted: int) -> int:

@@ -11,12 +11,13 @@ from aiohttp import hdrs, web
 
 from agent.api.bodies import Bodies
 from agent.api.connection_limits import Table
-from agent.config import AgentConfig, cache_group, hash_key
+from agent.config import AgentConfig, Live, cache_group, hash_key
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.peers import PeerTable
-from agent.mesh.signing import Key, Nonces
+from agent.mesh.signing import Nonces, RackKeys
 from agent.models.pool import Pool
+from agent.reload_run import Reloader
 from agent.status import Status
 from agent.wire.namespaces import Namespace, namespace_of
 from shared.errors import RackError
@@ -32,7 +33,7 @@ class Unauthorized(RackError):
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The objects of the daemon that handlers use."""
 
-    config: AgentConfig
+    live: Live
     dispatch: Dispatch
     pool: Pool
     follower: Follower
@@ -43,9 +44,14 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     seal: Callable[[], Awaitable[dict[str, Any]]]
     admin_token: str
     metrics_token: str
-    rack_secret: str
-    rack_key: Key
+    keys: RackKeys
     nonces: Nonces
+    reloader: Reloader
+
+    @property
+    def config(self) -> AgentConfig:
+        """The configuration in force."""
+        return self.live.now
 
 
 CONTEXT = web.AppKey("context", Context)

@@ -34,7 +34,7 @@ _CODES = {
     ),
     404: ("model_not_found", "not_found", "unknown_url"),
     408: ("body_timeout",),
-    409: ("conflict",),
+    409: ("conflict", "not_reloaded"),
     413: ("body_too_large",),
     415: ("unsupported_encoding", "unsupported_media_type"),
     421: ("wrong_host",),
@@ -103,7 +103,8 @@ async def middleware(
         except RackError as error:
             response, code = response_of(error), error.code
         except web.HTTPRequestEntityTooLarge:
-            message = f"the request body exceeds {request.client_max_size} bytes (limits.body_bytes)"
+            most = request.app[CONTEXT].config.limits.body_bytes
+            message = f"the request body exceeds {most} bytes (limits.body_bytes)"
             code = "body_too_large"
             response = response_of(Refused(message, code=code))
         except web.HTTPException as error:

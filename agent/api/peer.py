@@ -12,7 +12,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from agent.api.context import CONTEXT, LINKS, Context, proved
 from agent.mesh.node_names import wrong_certificate
 from agent.mesh.peer_link import HEARTBEAT_S
-from agent.mesh.signing import ANSWER_HEADER, NotAPeer, Signed
+from agent.mesh.signing import ANSWER_HEADER, Key, NotAPeer, Signed
 from agent.wire.frame_writer import FrameWriter
 from agent.wire.frames import (
     MAX_FRAME_BYTES,
@@ -42,28 +42,28 @@ log = get_logger("agent.api")
 
 async def heartbeat(request: web.Request) -> web.Response:
     """Answer a heartbeat: what this node offers now."""
-    signed = _signed(request)
+    signed, key = _signed(request)
     context = request.app[CONTEXT]
     context.status.met(signed.node, request.query.get("agent", ""))
     body = msgspec.msgpack.encode(context.status.heartbeat())
-    signature = context.rack_key.answer(signed.nonce, context.config.node.id, body)
+    signature = key.answer(signed.nonce, context.config.node.id, body)
     return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
 
 
 async def link(request: web.Request) -> web.StreamResponse:
     """A peer's connection: both sides authenticate in their first messages, then requests of the peer's clients
     arrive as frames, and answers go back. They are never forwarded again, so a request cannot loop."""
-    signed = _signed(request)
+    signed, key = _signed(request)
     context = request.app[CONTEXT]
     socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_S, heartbeat=HEARTBEAT_S)
     await socket.prepare(request)
     challenge = secrets.token_hex(16)
-    await socket.send_str(f"{context.rack_key.answer(signed.nonce, context.config.node.id)} {challenge}")
-    if not await _proved(context, socket, challenge, signed.node):
+    await socket.send_str(f"{key.answer(signed.nonce, context.config.node.id)} {challenge}")
+    if not await _proved(key, socket, challenge, signed.node):
         return socket
     open_links = request.app[LINKS]
     open_links.add(socket)
-    works = _Works(context, socket, signed.node)
+    works = _Works(context, socket, signed.node, key)
     try:
         await works.take()
     finally:
@@ -80,11 +80,11 @@ async def close_links(app: web.Application) -> None:
             await asyncio.gather(*closing, return_exceptions=True)
 
 
-async def _proved(context: Context, socket: web.WebSocketResponse, challenge: str, node: str) -> bool:
+async def _proved(key: Key, socket: web.WebSocketResponse, challenge: str, node: str) -> bool:
     """Whether the connected node is the one that signed, now and not in a replay."""
     with contextlib.suppress(TimeoutError):
         reply = await socket.receive(timeout=PROOF_S)
-        if reply.type is WSMsgType.TEXT and context.rack_key.is_proof(reply.data, challenge, node):
+        if reply.type is WSMsgType.TEXT and key.is_proof(reply.data, challenge, node):
             return True
     await socket.close(code=WSCloseCode.POLICY_VIOLATION)
     return False
@@ -93,8 +93,8 @@ async def _proved(context: Context, socket: web.WebSocketResponse, challenge: st
 class _Works:
     """The requests of one connection, each in its own task."""
 
-    def __init__(self, context: Context, socket: web.WebSocketResponse, gateway: str) -> None:
-        self._context, self._socket = context, socket
+    def __init__(self, context: Context, socket: web.WebSocketResponse, gateway: str, key: Key) -> None:
+        self._context, self._socket, self._key = context, socket, key
         self._writer = FrameWriter(socket.send_bytes)
         self._gateway = gateway
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -151,6 +151,9 @@ class _Works:
     async def _answered(self, ask: Ask, seen: dict[str, Any]) -> None:
         if ask.door == self._context.config.node.id:
             raise Refused("forwarding loop: this node sent the request; check its peers' urls", code="loop")
+        if self._key not in self._context.keys:
+            # its other requests go on; a node of the rack opens another one
+            raise Retryable("this connection was opened with a secret that counts no more", code="not_ready")
         together = Together() if isinstance(ask, Generate) and ask.whole else None
         async with contextlib.aclosing(self._context.dispatch.work(ask)) as answers:
             async for answer in answers:
@@ -168,21 +171,21 @@ def _named(number: int, answer: Answer) -> bytes:
     return encode(msgspec.structs.replace(answer, id=number))
 
 
-def _signed(request: web.Request) -> Signed:
-    """The authenticated sender. Raises NotAPeer."""
+def _signed(request: web.Request) -> tuple[Signed, Key]:
+    """The authenticated sender, and the key that both have. Raises NotAPeer."""
     context = request.app[CONTEXT]
-    if not context.rack_secret:
+    if not context.keys:
         raise NotAPeer("peer requests are refused: this node has no peers.secret")
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
-    signed = context.rack_key.check(
+    signed, key = context.keys.check(
         header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
     )
     _check_certificate(request, signed.node)
     if not context.nonces.take(signed.nonce, now_ms):
         raise NotAPeer("replayed request: its signature was already used")
     proved(request)
-    return signed
+    return signed, key
 
 
 def _check_certificate(request: web.Request, node: str) -> None:

@@ -12,7 +12,7 @@ from aiohttp.web_protocol import RequestHandler
 from agent.api.answers import error_body
 from agent.api.bodies import LIGHT_BYTES, TEXT_TWICE, Held
 from agent.api.connections import Tracked
-from agent.api.context import json_response, new_request_id, sign
+from agent.api.context import CONTEXT, json_response, new_request_id, sign
 from agent.api.errors import ENCODINGS, response_of, undecodable
 from shared.errors import Refused, Retryable
 
@@ -107,6 +107,11 @@ class Runner(web.AppRunner):
         server.__class__ = _Server  # aiohttp has no hook for the protocol's class
         return server
 
+    def keep_idle(self, idle_s: float) -> None:
+        """How long a connection that is opened from now on may wait for its next request."""
+        assert self.server is not None
+        self.server._kwargs["keepalive_timeout"] = idle_s
+
 
 async def expect(request: web.Request) -> web.StreamResponse | None:
     """Honor Expect: 100-continue; any other expectation is a 417."""
@@ -120,7 +125,7 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
     """The whole body; ``held`` counts its bytes as far as they are announced or have come. Raises Refused when it does
     not arrive in time or cannot be decoded, and what Held.take raises."""
     _check_codings(request.headers)
-    most, announced = request.client_max_size, request.content_length or 0
+    most, announced = request.app[CONTEXT].config.limits.body_bytes, request.content_length or 0
     if announced > most:
         raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=announced)
     if held is not None:
@@ -130,7 +135,7 @@ async def body_of(request: web.Request, limit_s: float, held: Held | None = None
             body = request.content.read_nowait()  # it arrived with its headers, as most do
         else:
             async with asyncio.timeout(limit_s):
-                body = await _received(request, announced, held)
+                body = await _received(request, most, announced, held)
     except TimeoutError:
         raise Refused(f"no complete body within {limit_s:g} s (limits.body_s)", code="body_timeout") from None
     except web.RequestPayloadError:
@@ -168,14 +173,14 @@ async def _room(held: Held, announced: int, limit_s: float) -> None:
         await asyncio.sleep(_ROOM_S)
 
 
-async def _received(request: web.Request, announced: int, held: Held | None) -> bytes:
-    """The decoded bytes; one that is compressed or chunked is counted as it comes."""
+async def _received(request: web.Request, most: int, announced: int, held: Held | None) -> bytes:
+    """The decoded bytes, at most ``most``; one that is compressed or chunked is counted as it comes."""
     parts: list[bytes] = []
     size, counted = 0, held.bytes if held is not None else announced
     while part := await request.content.readany():
         parts.append(part)
-        if (size := size + len(part)) > request.client_max_size:
-            raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=size)
+        if (size := size + len(part)) > most:
+            raise web.HTTPRequestEntityTooLarge(max_size=most, actual_size=size)
         if held is not None and size > counted:
             held.take(size - counted)
             counted = size

@@ -7,11 +7,11 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from agent.config import STORED, AgentConfig, Model
+from agent.config import STORED, Live, Model
 from agent.control.adopted import Adopted
 from agent.control.desired_peers import choose
 from agent.control.in_force import InForce
@@ -47,12 +47,13 @@ class _Trouble(msgspec.Struct):
 
 class Follower:
     """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
-    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Without ``lasting``,
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Where the desired state names
+    this node, it ``follows``: models that are not assigned are loaded only for a request. Without ``lasting``,
     operators' orders end with this process. ``orders`` and ``in_force`` are public."""
 
     def __init__(
         self,
-        config: AgentConfig,
+        live: Live,
         pool: Pool,
         models: ModelStore,
         open_store: Callable[[], ObjectStore],
@@ -63,11 +64,12 @@ class Follower:
         lasting: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._pool, self._models = config, pool, models
+        self._live, self._pool, self._models = live, pool, models
         self._store: ObjectStore | None = None
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._open_store, self._clock = open_store, clock
-        self._adopted = Adopted(memory, config.node.id, lasting=lasting)
+        self._adopted = Adopted(memory, live.now.node.id, lasting=lasting)
+        self.follows: Callable[[], bool] = lambda: self._adopted.follows
         self.in_force = InForce(pool, self._adopted, self._bases, lasting=lasting)
         self.orders = OperatorOrders(pool, models, self._adopted, self.in_force)
         self._reason = ""
@@ -111,7 +113,7 @@ class Follower:
 
     async def prepare(self) -> None:
         """At a start: what was served before is loaded right away, and nothing else."""
-        self._tell_peers()
+        self.tell_peers()
         if self._adopted.follows:
             for base in self._bases():
                 self._pool.orders.adopt(base.model)
@@ -119,10 +121,11 @@ class Follower:
 
     def _bases(self) -> list[Base]:
         """What holds without orders: agent.toml, or the desired state where it names this node."""
+        models = self._live.now.models
         if not self._adopted.follows or (desired := self._adopted.desired) is None:
-            return [Base(model=model) for model in self._config.models]
+            return [Base(model=model) for model in models]
         assigned, says = self._adopted.assigned, f"generation {desired.generation} of the desired state"
-        others = [model for model in self._config.models if model.name not in {one.model for one in assigned}]
+        others = [model for model in models if model.name not in {one.model for one in assigned}]
         idle = [Base(model=msgspec.structs.replace(model, preload=False), says=says) for model in others]
         return [*idle, *(Base(model=self._model(one, self._proved(one)), says=says) for one in assigned)]
 
@@ -135,10 +138,10 @@ class Follower:
         await self.orders.keep()
         try:
             before = self._adopted.desired
-            await self._in_thread(self._look)
+            await self._asking.finish(asyncio.to_thread(self._look))
             self._reason, self._since_ms = "", None
             if self._adopted.desired is not before:
-                self._tell_peers()
+                self.tell_peers()
         except RackError as error:
             self._store = None  # credentials may have changed
             if error.message != self._reason:
@@ -147,9 +150,6 @@ class Follower:
             self._since_ms = self._since_ms or time.time_ns() // 1_000_000
         if self._adopted.follows:
             await self._reconcile()
-
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await self._asking.finish(asyncio.to_thread(call, *args))
 
     # ---- looking ----
 
@@ -162,7 +162,7 @@ class Follower:
             found = parse(self._store.get(DESIRED, MOST_DESIRED_BYTES).body)
         except NotFound:
             return
-        bucket_rack.check(found.rack or bucket_rack.told(self._store), self._config.node.rack)
+        bucket_rack.check(found.rack or bucket_rack.told(self._store), self._live.now.node.rack)
         known = self._adopted.desired
         if known is not None and found.generation < known.generation:
             raise Refused(
@@ -175,11 +175,10 @@ class Follower:
             self._troubles.clear()
             log.info("desired_adopted", generation=found.generation, follows=self._adopted.follows)
 
-    def _tell_peers(self) -> None:
-        """Who the other nodes are, where the desired state says so; else it is for agent.toml to say."""
-        if (desired := self._adopted.desired) is None:
-            return
-        chosen = choose(self._config, desired.peers)
+    def tell_peers(self) -> None:
+        """Who the other nodes are, as the desired state says, or else agent.toml: when either has changed."""
+        desired = self._adopted.desired
+        chosen = choose(self._live.now, desired.peers if desired is not None else ())
         self._refused_peers = chosen.refused
         for why in chosen.refused:
             log.warning("desired_peer_refused", reason=why)
@@ -218,7 +217,7 @@ class Follower:
             await self._act(action)
         except RackError as error:
             times = before.times + 1 if before else 1
-            pause = min(MAX_PAUSE_S, self._config.desired.follow_s * 2.0 ** (times - 1))
+            pause = min(MAX_PAUSE_S, self._live.now.desired.follow_s * 2.0 ** (times - 1))
             self._troubles[key] = _Trouble(error.message, times, self._clock() + pause)
             log.warning("desired_failed", **_fields(action), reason=error.message, again_in_s=round(pause))
             return error.code
@@ -237,7 +236,7 @@ class Follower:
 
     async def _bring(self, action: Bring) -> None:
         one = action.assignment
-        path = await self._in_thread(self._fetched, one)
+        path = await self._asking.finish(asyncio.to_thread(self._fetched, one))
         model = self._model(one, path)
         found = await asyncio.to_thread(self._models.describe, model)
         if found.version != one.version:
@@ -261,7 +260,7 @@ class Follower:
                 if self._models.describe(configured).version == one.version:
                     return configured.path
         source = BucketSource(self._store or self._open_store(), one.source, one.version)
-        disk_bytes = self._config.model_store.disk_bytes
+        disk_bytes = self._live.now.model_store.disk_bytes
         pull(source, self._models, one.source, disk_bytes=disk_bytes, progress=lambda done, total: self._go_on())
         return path
 
@@ -284,7 +283,7 @@ class Follower:
         return configured is not None and configured.engine == "fake"
 
     def _configured(self, name: str) -> Model | None:
-        return next((model for model in self._config.models if model.name == name), None)
+        return next((model for model in self._live.now.models if model.name == name), None)
 
     def _model(self, one: Assignment, path: str) -> Model:
         """Settings of the assignment over the node's own. Raises Refused for what cannot be."""

@@ -115,6 +115,15 @@ class ModelStore:
             probes=self._probes(model, folder),
         )
 
+    def look(self, model: Model) -> None:
+        """Whether a configured model is there, without reading its weights. Raises Refused naming what is wrong and the
+        remedy."""
+        folder = None
+        if model.engine != "fake":
+            folder = _folder(model.name, self.resolve(model))
+            self._config(model.name, folder)
+        self._probes(model, folder)
+
     def resolve(self, model: Model) -> Path:
         """The folder behind a configured path. Raises Refused when the store does not hold it."""
         if not model.path.startswith(STORED):

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from agent.config import Limits
+from agent.config import Live
 from agent.gateway.call import Call
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.node_selection import NodeSelection
@@ -43,23 +43,23 @@ log = get_logger("agent.dispatch")
 
 
 class Attempts:
-    """``work`` serves on this node; ``prefix_key`` keys the hashes of prompt prefixes."""
+    """``work`` serves on this node; ``prefix_key`` gives the key of the hashes of prompt prefixes."""
 
     def __init__(
         self,
         node: str,
         table: PeerTable,
         peer_client: PeerClient,
-        limits: Limits,
+        live: Live,
         selection: NodeSelection,
         health: NodeHealth,
         budget: RetryBudget,
         work: Callable[[Ask, Text], AsyncGenerator[Answer, None]],
         *,
-        prefix_key: bytes = b"",
+        prefix_key: Callable[[], bytes] = bytes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._node, self._table, self._peer_client, self._limits = node, table, peer_client, limits
+        self._node, self._table, self._peer_client, self._live = node, table, peer_client, live
         self._selection, self._health, self._budget, self._work = selection, health, budget, work
         self._prefix_key, self._clock = prefix_key, clock
 
@@ -67,7 +67,7 @@ class Attempts:
         """Try until an answer is complete or recovery gives up. An answer that is not streamed is held until then."""
         held: list[Answer] = []
         sent = False
-        call.text = text_of(self._prefix_key, msgspec.structs.replace(call.ask, cache=call.cache))
+        call.text = text_of(self._prefix_key(), msgspec.structs.replace(call.ask, cache=call.cache))
         while True:
             try:
                 decision = await self._selection.place(call)
@@ -186,7 +186,7 @@ class Attempts:
             return None
         except ReadTimeout:
             if watch.is_over:
-                reason = f"the request exceeded limits.request_s ({self._limits.request_s:g} s)"
+                reason = f"the request exceeded limits.request_s ({self._live.now.limits.request_s:g} s)"
                 raise Retryable(reason, code="deadline_exceeded") from None
             raise Retryable(f"no token for {watch.waited_s:.1f} s", code="worker_lost") from None
 
@@ -194,19 +194,19 @@ class Attempts:
         return AttemptTimeouts(
             self._health.gaps(chosen.node, call.model),
             first_s=self._first_limit_s(chosen, call),
-            gap_s=self._limits.token_gap_s,
+            gap_s=self._live.now.limits.token_gap_s,
             until_s=call.due_s,
             learned=self._selection.has_another(call.model, chosen.node),
-            request_s=self._limits.request_s,
+            request_s=self._live.now.limits.request_s,
             fresh=not call.continuing,
         )
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:
         if not isinstance(call.ask, Generate):
-            return self._limits.request_s  # embeddings of a long list arrive at its end
+            return self._live.now.limits.request_s  # embeddings of a long list arrive at its end
         if not chosen.measured or not self._selection.has_another(call.model, chosen.node):
-            return self._limits.first_token_s
-        return first_limit_s(chosen.first_token_s, self._limits.first_token_s)
+            return self._live.now.limits.first_token_s
+        return first_limit_s(chosen.first_token_s, self._live.now.limits.first_token_s)
 
     def _has_larger_context(self, call: Call, decision: Decision, error: Refused) -> bool:
         """Whether another node has a larger context than the one that found the prompt too long; a node that is
@@ -235,7 +235,7 @@ class Attempts:
                 can_go_on=call.can_continue,
                 held=self._selection.held_by_peer(call.model, call.version, node),
                 retries=call.retries,
-                in_time=self._clock() < call.began_s + self._limits.load_wait_s,
+                in_time=self._clock() < call.began_s + self._live.now.limits.load_wait_s,
                 crashes=call.crashes,
             )
         )

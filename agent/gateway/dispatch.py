@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 import msgspec
 
-from agent.config import Limits
+from agent.config import Live
 from agent.gateway.admission import DrainRate, Load, Turn, admit
 from agent.gateway.attempt import Attempts
 from agent.gateway.call import Call
@@ -42,7 +42,8 @@ log = get_logger("agent.dispatch")
 
 
 class Dispatch:
-    """The gateway of this node. ``prefix_key`` keys the hashes of prompt prefixes; ``heat`` is the thermal level."""
+    """The gateway of this node. ``prefix_key`` gives the key of the hashes of prompt prefixes; ``heat`` is the thermal
+    level."""
 
     def __init__(
         self,
@@ -51,16 +52,16 @@ class Dispatch:
         table: PeerTable,
         peer_client: PeerClient,
         ledger: Ledger,
-        limits: Limits,
+        live: Live,
         *,
-        prefix_key: bytes = b"",
+        prefix_key: Callable[[], bytes] = bytes,
         heat: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
-        self._ledger, self._limits, self._prefix_key, self._heat = ledger, limits, prefix_key, heat
+        self._ledger, self._live, self._prefix_key, self._heat = ledger, live, prefix_key, heat
         self._clock, self._wall_ms = clock, wall_ms
         self._by_model: Counter[str] = Counter()
         self._by_key: Counter[str] = Counter()
@@ -68,9 +69,9 @@ class Dispatch:
         self.health = NodeHealth()
         self.budget = RetryBudget(clock())
         self.decisions = Decisions()
-        selection = NodeSelection(node, pool, table, self.health, limits, here=self.here, draw=draw, clock=clock)
+        selection = NodeSelection(node, pool, table, self.health, live, here=self.here, draw=draw, clock=clock)
         self._attempts = Attempts(
-            *(node, table, peer_client, limits, selection, self.health, self.budget, self.work),
+            *(node, table, peer_client, live, selection, self.health, self.budget, self.work),
             prefix_key=prefix_key,
             clock=clock,
         )
@@ -83,7 +84,7 @@ class Dispatch:
 
     def saturated(self, model: str) -> bool:
         """Whether one more request for the model would be rejected."""
-        return Load(self._by_model[model], self._limits.in_flight_per_model).over > 0
+        return Load(self._by_model[model], self._live.now.limits.in_flight_per_model).over > 0
 
     def here(self) -> NodeView:
         """This node as routing sees it."""
@@ -104,7 +105,7 @@ class Dispatch:
         """Accepted, Tokens and Done for one part of an admitted request; counts it when it ends, whatever the outcome.
         Raises Refused for what the client must change, Retryable for what may succeed later."""
         call.began_s = call.last_s = self._clock()
-        call.due_s = call.began_s + self._limits.request_s
+        call.due_s = call.began_s + self._live.now.limits.request_s
         self._begin_trail(call)
         outcome = "cancelled"
         try:
@@ -125,7 +126,7 @@ class Dispatch:
         rejection."""
         decision = admit(
             model=_ANY_MODEL,
-            key=Load(self._by_key[key_id], self._limits.in_flight_per_key),
+            key=Load(self._by_key[key_id], self._live.now.limits.in_flight_per_key),
             draining=self._closed_to(),
             drain_rate_per_s=self._drain_rate_per_s,
         )
@@ -171,9 +172,9 @@ class Dispatch:
         version = ask.version if isinstance(ask, Generate) else ""
         if version:
             # its loader may be restarting, after a crash in service or while it drained
-            await self._pool.wait_for_version(ask.model, version, self._limits.load_wait_s)
+            await self._pool.wait_for_version(ask.model, version, self._live.now.limits.load_wait_s)
         if text is None:
-            text = text_of(self._prefix_key, ask)
+            text = text_of(self._prefix_key(), ask)
         async with (
             self._pool.lease(ask.model, version) as lease,
             contextlib.aclosing(lease.generate(ask, text)) as answers,
@@ -200,13 +201,13 @@ class Dispatch:
         return not (peers if model is None else any(True for _ in offers(peers, model, ready=True)))
 
     def _admit(self, call: Call, parts: int) -> None:
-        most = min(self._limits.in_flight_per_model, self._limits.in_flight_per_key)
+        most = min(self._live.now.limits.in_flight_per_model, self._live.now.limits.in_flight_per_key)
         if parts > most:
             raise Refused(f"n: this node generates at most {most} answers per request", code="invalid_value", param="n")
         now, drain = self._clock(), self._drain.get(call.model)
         decision = admit(
-            model=Load(self._by_model[call.model] + parts - 1, self._limits.in_flight_per_model),
-            key=Load(self._by_key[call.key_id] + parts - 1, self._limits.in_flight_per_key),
+            model=Load(self._by_model[call.model] + parts - 1, self._live.now.limits.in_flight_per_model),
+            key=Load(self._by_key[call.key_id] + parts - 1, self._live.now.limits.in_flight_per_key),
             draining=self._closed_to(call.model),
             drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent.config import Limits
+from agent.config import Live
 from agent.gateway.call import Call
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.routing import Decision, Forward, Refuse, RouteRequest, choose
@@ -31,13 +31,13 @@ class NodeSelection:
         pool: Pool,
         table: PeerTable,
         health: NodeHealth,
-        limits: Limits,
+        live: Live,
         *,
         here: Callable[[], NodeView],
         draw: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._node, self._pool, self._table, self._health, self._limits = node, pool, table, health, limits
+        self._node, self._pool, self._table, self._health, self._live = node, pool, table, health, live
         self._here, self._draw, self._clock = here, draw, clock
 
     def decide(self, call: Call) -> Decision:
@@ -74,7 +74,7 @@ class NodeSelection:
 
     async def _waited(self, call: Call, decision: Decision, waits: contextlib.ExitStack) -> Decision:
         over_s = call.due_s
-        deadline, queued, noted = min(over_s, self._clock() + self._limits.load_wait_s), False, False
+        deadline, queued, noted = min(over_s, self._clock() + self._live.now.limits.load_wait_s), False, False
         while True:
             place = decision.place
             call.known = not isinstance(place, Refuse) or place.code != "model_not_found"
@@ -97,7 +97,7 @@ class NodeSelection:
             left_s = deadline - self._clock()
             if left_s <= 0 or not await self._wait(call, place, min(left_s, 1.0)):
                 if self._clock() >= over_s:
-                    late = f"the request exceeded limits.request_s ({self._limits.request_s:g} s)"
+                    late = f"the request exceeded limits.request_s ({self._live.now.limits.request_s:g} s)"
                     raise Retryable(late, code="deadline_exceeded")
                 if call.continuing:
                     lost = "the loader was lost, and no node holds the version that began this answer"

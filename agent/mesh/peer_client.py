@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -15,7 +15,7 @@ import msgspec
 from agent.mesh.node_names import server_name
 from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
 from agent.mesh.peers import Heartbeat
-from agent.mesh.signing import ANSWER_HEADER, Key, mismatch
+from agent.mesh.signing import ANSWER_HEADER, RackKeys, mismatch
 from agent.mesh.tls_errors import tls_reason
 from agent.wire.frames import MAX_FRAME_BYTES
 from shared.errors import RackError, Refused, Retryable
@@ -38,25 +38,28 @@ _WHY = {
 
 
 class PeerClient:
-    """One HTTP session for all peers. ``secret`` is the rack's; ``node`` is this node's id; with ``tls`` a peer must
-    show its own certificate before anything is sent to it. ``mark`` is this agent's, told with each heartbeat."""
+    """One HTTP session for all peers. ``keys`` are the rack's; ``node`` is this node's id; with ``tls`` a peer must
+    show its own certificate before anything is sent to it. ``accepts`` tells the marks of the keys that a peer accepts,
+    as far as known; ``mark`` is this agent's, told with each heartbeat."""
 
     def __init__(
         self,
-        secret: str,
+        keys: RackKeys,
         node: str,
         *,
         tls: "NodeTls | None" = None,
+        accepts: Callable[[str], Sequence[str] | None] = lambda _: None,
         mark: str = "",
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._key, self._tls = Key(secret), tls
+        self._keys, self._tls, self._accepts = keys, tls, accepts
         self._node, self._wall_ms = node, wall_ms
         self._beat = f"/peer/v1/beat?agent={mark}" if mark else "/peer/v1/beat"
         self._born = secrets.token_hex(8) + "."
         self._count = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self._links: dict[str, PeerLink] = {}
+        self._retired: set[PeerLink] = set()
         self._connecting: dict[str, asyncio.Task[PeerLink]] = {}
 
     async def heartbeat(self, node: str, url: str, timeout_s: float) -> Heartbeat:
@@ -81,7 +84,7 @@ class PeerClient:
             raise Refused(f"peer {url}: not a heartbeat; is it an mlxrack agent of this version?") from None
         if why := mismatch(heartbeat.protocol, heartbeat.oldest):
             raise Refused(f"peer {url}: {why}", code="protocol_mismatch")
-        if not self._key.is_answer(signature, nonce, heartbeat.node, body):
+        if self._keys.answered_with(signature, nonce, heartbeat.node, body) is None:
             raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
         if heartbeat.node != node:
             raise Refused(f"peer {url}: identifies as {heartbeat.node!r}, but is configured as {node!r}")
@@ -89,23 +92,36 @@ class PeerClient:
 
     async def link(self, node: str, url: str) -> PeerLink:
         """The open connection to a peer. Raises Retryable (code worker_lost) when none can be opened."""
-        if (link := self._links.get(node)) is not None and link.url != url:
-            self.drop(node)  # the node has a new url
+        link = self._links.get(node)
+        if link is not None and (link.url != url or self._is_outdated(link)):
+            self.retire(node)
             link = None
         if link is None or not link.alive:
             link = await self._linked(node, url)
         return link
 
-    def drop(self, node: str) -> None:
-        """Abort the connection to a peer that is gone; requests that wait on it fail at once."""
+    def _is_outdated(self, link: PeerLink) -> bool:
+        """Whether it was opened with another key than the newest one that both nodes have."""
+        newest = self._keys.newest
+        return link.key is not newest and newest is not None and newest.mark in (self._accepts(link.node) or ())
+
+    def retire(self, node: str) -> None:
+        """Open no more requests on the connection to a peer; it closes when those that are open have ended."""
         if (link := self._links.pop(node, None)) is not None:
-            link.abort()
+            self._retired = {one for one in (*self._retired, link) if one.alive}
+            link.retire()
+
+    def drop(self, node: str) -> None:
+        """Abort the connections to a peer that is gone; requests that wait on them fail at once."""
+        for link in [self._links.pop(node, None), *(one for one in self._retired if one.node == node)]:
+            if link is not None:
+                link.abort()
 
     async def close(self) -> None:
         """Close all connections."""
         for task in list(self._connecting.values()):
             task.cancel()
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.gather(*(link.close() for link in (*self._links.values(), *self._retired)))
         if self._session is not None:
             await self._session.close()
 
@@ -143,13 +159,13 @@ class PeerClient:
         link = PeerLink(node, url, socket)
         try:
             signature, _, challenge = str((await socket.receive()).data).partition(" ")
-            if not self._key.is_answer(signature, nonce, node):
+            if (key := self._keys.answered_with(signature, nonce, node)) is None:
                 raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
-            await socket.send_str(self._key.proof(challenge, self._node))
+            await socket.send_str(key.proof(challenge, self._node))
         except BaseException:
             link.abort()
             raise
-        link.read()
+        link.read(key)
         return link
 
     def _nonce(self) -> str:
@@ -158,7 +174,7 @@ class PeerClient:
 
     def _headers(self, to: str, path: str, nonce: str) -> dict[str, str]:
         t_ms = self._wall_ms()
-        signed = self._key.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
+        signed = self._keys.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
         return {"Authorization": signed}
 
     def _expected(self, node: str) -> dict[str, Any]:

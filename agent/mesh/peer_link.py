@@ -13,6 +13,7 @@ from socket import SHUT_RDWR
 import aiohttp
 import msgspec
 
+from agent.mesh.signing import Key
 from agent.wire.answer_queue import AnswerQueue
 from agent.wire.frame_writer import FrameWriter
 from agent.wire.frames import (
@@ -39,18 +40,22 @@ HEARTBEAT_S = 10.0
 
 
 class PeerLink:
-    """An open connection. ``alive`` until it ends."""
+    """An open connection. ``alive`` until it ends; ``key`` is the one with which both ends authenticated."""
 
     def __init__(self, node: str, url: str, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._node, self.url, self._socket = node, url, socket
+        self.node, self.url, self._socket = node, url, socket
         self._open: dict[int, AnswerQueue] = {}
         self._ids = itertools.count(1)
         self._writer = FrameWriter(socket.send_bytes)
         self.alive = True
+        self.key: Key | None = None
+        self._is_retired = False
         self._reading: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
-    def read(self) -> None:
-        """Start receiving frames."""
+    def read(self, key: Key) -> None:
+        """Start receiving frames, after the handshake."""
+        self.key = key
         self._reading = asyncio.create_task(self._read())
 
     async def generate(self, request: Ask) -> AsyncGenerator[Answer, None]:
@@ -64,13 +69,25 @@ class PeerLink:
             await self._send(frame)
             while not finished:
                 if (answer := await answers.get()) is None:
-                    raise Retryable(f"peer {self._node}: connection lost", code="worker_lost")
+                    raise Retryable(f"peer {self.node}: connection lost", code="worker_lost")
                 finished = isinstance(answer, _ENDS)
                 yield answer
         finally:
             del self._open[number]
             if not finished and self.alive:
                 self._cancel(number)
+            if self._is_retired:
+                self.retire()
+
+    def retire(self) -> None:
+        """Close it when no request is open on it any more; the caller opens none from now on."""
+        self._is_retired = True
+        # who was handed it a moment ago may not have sent anything yet
+        asyncio.get_running_loop().call_later(CLOSE_S, self._close_if_unused)
+
+    def _close_if_unused(self) -> None:
+        if self._is_retired and self.alive and not self._open and self._closing is None:
+            self._closing = asyncio.create_task(self.close())
 
     def abort(self) -> None:
         """Abort the connection: the peer is gone."""
@@ -99,7 +116,7 @@ class PeerLink:
             await self._writer.put(frame)
         except ConnectionError:
             self._lost()
-            raise Retryable(f"peer {self._node}: connection lost", code="worker_lost") from None
+            raise Retryable(f"peer {self.node}: connection lost", code="worker_lost") from None
 
     def _cancel(self, number: int) -> None:
         with contextlib.suppress(ConnectionError):

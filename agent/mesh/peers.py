@@ -26,7 +26,8 @@ _NEVER = float("inf")
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
-    and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py)."""
+    and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
+    the rack secrets that it accepts, the newest first: none from a version that knows one secret only."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -40,6 +41,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     t_ms: int = 0
     agent: str = ""
     twice: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +80,11 @@ class PeerTable:
     def urls(self) -> list[tuple[str, str]]:
         """(node, url) of every peer."""
         return [(node, known.url) for node, known in self._peers.items()]
+
+    def accepts(self, node: str) -> tuple[str, ...] | None:
+        """The marks of the rack secrets that a peer accepts, by its last heartbeat; None before the first."""
+        known = self._peers.get(node)
+        return known.heartbeat.secrets if known is not None and known.heartbeat is not None else None
 
     def become(self, urls: Iterable[tuple[str, str]], now: float) -> list[str]:
         """Replace the peers; the state of those that stay is kept. Returns those that were removed or got a new url."""

@@ -4,15 +4,20 @@ What is signed, one per line: protocol, sender, receiver, method, path with its 
 the body. A signature is valid for ``FRESH_S`` around the receiver's clock, and only once. A response has a signature
 over the request's nonce, so that the sender knows that a node of its rack answered. A connection is authenticated once
 more, over the receiver's random challenge, so that a recorded handshake cannot be replayed, not even after a restart.
+
+While the secret is replaced a node has two, and signs each request with both: two nodes that have one in common
+understand each other, in whatever order the nodes get theirs. What is answered is signed with the one that both have,
+the newest first.
 """
 
 import hashlib
 import hmac
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from agent.process.prefixes import prefix_key
 from shared.errors import RackError
 
 PROTOCOL = 2
@@ -22,6 +27,8 @@ OLDEST = 2
 FRESH_S = 60.0
 SCHEME = "Mlxrack"
 ANSWER_HEADER = "X-Mlxrack-Rack"
+_MACS = ("mac", "mac2")
+_MARK_BYTES = 6
 
 
 class NotAPeer(RackError):
@@ -31,7 +38,7 @@ class NotAPeer(RackError):
 
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of a request's Authorization header."""
+    """The contents of a request's Authorization header; ``macs`` has one for each secret of the sender."""
 
     protocol: int
     oldest: int
@@ -39,7 +46,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     to: str
     t_ms: int
     nonce: str
-    mac: str
+    macs: tuple[str, ...]
 
 
 def listener_proof(token: str, nonce: str, address: tuple[str, int]) -> str:
@@ -50,15 +57,12 @@ def listener_proof(token: str, nonce: str, address: tuple[str, int]) -> str:
 
 
 class Key:
-    """A key derived from the rack secret, for requests between nodes."""
+    """A key derived from one rack secret, for requests between nodes. ``mark`` tells it from others and reveals nothing
+    of it."""
 
     def __init__(self, secret: str) -> None:
         self._key = hashlib.sha256(b"mlxrack peers\0" + secret.encode()).digest()
-
-    def header(self, *, node: str, to: str, method: str, path: str, body: bytes, t_ms: int, nonce: str) -> str:
-        """The Authorization header of a request from ``node`` to ``to``."""
-        mac = self._mac(PROTOCOL, node, to, f"{method}\n{path}", t_ms, nonce, body)
-        return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},to={to},t={t_ms},nonce={nonce},mac={mac}"
+        self.mark = hmac.digest(self._key, b"mark", "sha256")[:_MARK_BYTES].hex()
 
     def proof(self, challenge: str, node: str) -> str:
         """The response of ``node`` to a challenge."""
@@ -76,15 +80,66 @@ class Key:
         """Whether ``offered`` is the signature of a node of this rack."""
         return hmac.compare_digest(offered.encode("ascii", "replace"), self.answer(nonce, node, body).encode())
 
-    def check(self, header: str, *, me: str, method: str, path: str, body: bytes, now_ms: int) -> Signed:
-        """The authenticated sender. Raises NotAPeer with the reason: no signature, another secret, clock skew, an
-        unsupported protocol version, or another receiver than ``me``."""
+    def mac(self, signed: bytes) -> str:
+        """The signature of a request."""
+        return hmac.digest(self._key, signed, "sha256").hex()
+
+
+class RackKeys:
+    """The keys of a node, the newest first; none without a rack secret. Whoever signs or checks holds this, so that all
+    have new ones at once. ``prefix_key`` is that of the oldest secret, on which the nodes agree until the first of them
+    forgets it."""
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        self._keys: Mapping[str, Key] = {}
+        self.newest: Key | None = None
+        self.prefix_key = b""
+        self.become(secrets)
+
+    def become(self, secrets: Sequence[str]) -> None:
+        """Have other keys; what is signed with those that are gone counts no more."""
+        self._keys = {secret: self._keys.get(secret) or Key(secret) for secret in secrets}
+        self.newest = next(iter(self), None)
+        self.prefix_key = prefix_key(secrets[-1]) if secrets else b""
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(tuple(self._keys.values()))
+
+    def __contains__(self, key: object) -> bool:
+        return any(one is key for one in self._keys.values())
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Of every key, the newest first."""
+        return tuple(key.mark for key in self)
+
+    def needs_older(self, accepted: Sequence[str] | None) -> bool | None:
+        """Whether a peer that accepts the keys with these marks lacks the newest one; None when that is not known: it
+        has not answered yet, or runs a version that knows one secret only."""
+        if not accepted or self.newest is None:
+            return None
+        return self.newest.mark not in accepted
+
+    def header(self, *, node: str, to: str, method: str, path: str, body: bytes, t_ms: int, nonce: str) -> str:
+        """The Authorization header of a request from ``node`` to ``to``. A version that knows one secret reads the
+        first signature, which is that of the oldest."""
+        signed = _request(PROTOCOL, node, to, f"{method}\n{path}", t_ms, nonce, body)
+        macs = [key.mac(signed) for key in self][::-1]
+        named = ",".join(f"{name}={mac}" for name, mac in zip(_MACS, macs, strict=False))
+        return f"{SCHEME} v={PROTOCOL},oldest={OLDEST},node={node},to={to},t={t_ms},nonce={nonce},{named}"
+
+    def check(self, header: str, *, me: str, method: str, path: str, body: bytes, now_ms: int) -> tuple[Signed, Key]:
+        """The authenticated sender, and the newest key that both have. Raises NotAPeer with the reason: no signature,
+        another secret, clock skew, an unsupported protocol version, or another receiver than ``me``."""
         signed = parse(header)
         # the protocol first: a newer one may sign in another way
         if why := mismatch(signed.protocol, signed.oldest):
             raise NotAPeer(why, code="protocol_mismatch")
-        mac = self._mac(signed.protocol, signed.node, signed.to, f"{method}\n{path}", signed.t_ms, signed.nonce, body)
-        if not hmac.compare_digest(mac.encode(), signed.mac.encode("ascii", "replace")):
+        line = _request(signed.protocol, signed.node, signed.to, f"{method}\n{path}", signed.t_ms, signed.nonce, body)
+        if (key := self._common(line, signed.macs)) is None:
             raise NotAPeer("invalid signature; peers.secret must be the same on all nodes")
         skew_s = (signed.t_ms - now_ms) / 1000
         if abs(skew_s) > FRESH_S:
@@ -93,11 +148,20 @@ class Key:
         if signed.to != me:
             why = f"{signed.node} calls this node {signed.to!r}, but its id is {me!r}; correct peers.nodes there"
             raise NotAPeer(why, code="wrong_node")
-        return signed
+        return signed, key
 
-    def _mac(self, protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> str:
-        signed = _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
-        return hmac.digest(self._key, signed, "sha256").hex()
+    def answered_with(self, offered: str, nonce: str, node: str, body: bytes = b"") -> Key | None:
+        """The key that an answer is signed with; None when it is none of ours."""
+        return next((key for key in self if key.is_answer(offered, nonce, node, body)), None)
+
+    def _common(self, signed: bytes, macs: Sequence[str]) -> Key | None:
+        """The newest key that made one of these signatures. All are compared, so that timing reveals nothing."""
+        offered, found = [mac.encode("ascii", "replace") for mac in macs], None
+        for key in self:
+            mac = key.mac(signed).encode()
+            matches = [hmac.compare_digest(mac, one) for one in offered]
+            found = found or (key if any(matches) else None)
+        return found
 
 
 class Nonces:
@@ -133,7 +197,7 @@ def parse(header: str) -> Signed:
             to=parts["to"],
             t_ms=_number(parts["t"]),
             nonce=parts["nonce"],
-            mac=parts["mac"],
+            macs=(parts["mac"], *(parts[name] for name in _MACS[1:] if name in parts)),
         )
     except (KeyError, ValueError):
         raise NotAPeer("malformed peer signature") from None
@@ -145,6 +209,10 @@ def mismatch(protocol: int, oldest: int) -> str:
         return ""
     which = "newer" if oldest > PROTOCOL else "older"
     return f"protocol version {protocol} is {which} than this node's {PROTOCOL}; upgrade the older of the two"
+
+
+def _request(protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> bytes:
+    return _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
 
 
 def _number(text: str) -> int:

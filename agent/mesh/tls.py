@@ -49,9 +49,10 @@ _Bodies = Mapping[Path, bytes]
 """The files' contents, each read once: what is tried is what is put in force."""
 
 
-class _Loaded(NamedTuple):
-    """What is in force; ``stamp`` identifies the files that it was made of."""
+class Loaded(NamedTuple):
+    """What is in force, or has been tried and may be; ``stamp`` identifies the ``files`` that it was made of."""
 
+    files: _Files
     stamp: tuple[object, ...]
     clients: ssl.SSLContext
     peers: ssl.SSLContext | None
@@ -75,14 +76,15 @@ class NodeTls:
         emit: Callable[[CertificateExpires], None] = lambda _: None,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._files, self._rack, self._node = _files(config), rack, node
+        self._rack, self._node = rack, node
         self._served, self._emit, self._wall_ms = served, emit, wall_ms
         self._told: dict[str, tuple[int, int]] = {}
         self.problem = ""
         """Why changed files are not in force; "" while all are."""
-        stamp, bodies = _stamp(self._files), _read(self._files)
-        self._loaded = self._load(stamp, bodies, at_start=True)
-        self.listener = self._listener(bodies)
+        files = _files(config)
+        stamp, bodies = _stamp(files), _read(files)
+        self._loaded = self._load(files, stamp, bodies, at_start=True)
+        self.listener = self._listener(files, bodies)
         self._note_served()
 
     @property
@@ -92,20 +94,32 @@ class NodeTls:
 
     def reload(self) -> bool:
         """Put changed files in force; whether it did. What is wrong with them is in ``problem``. Blocks."""
-        if (stamp := _stamp(self._files)) == self._loaded.stamp:
+        loaded = self._loaded
+        if _stamp(loaded.files) == loaded.stamp:
             self.problem = ""
             return False
         try:
-            self._loaded = self._load(stamp, _read(self._files), at_start=False)
+            tried = self._tried(loaded.files)
         except RackError as error:
             if error.message != self.problem:
                 log.warning("tls_files_not_used", reason=error.message)
             self.problem = f"{error.message}; the certificates loaded before stay in force"
             return False
-        self.problem = ""
+        if self._loaded is loaded:  # else another thread was first
+            self.put(tried)
+        return True
+
+    def tried(self, config: Tls) -> Loaded | None:
+        """The files of another configuration, tried but not in force; None when nothing has changed. Blocks. Raises
+        Halt."""
+        files, loaded = _files(config), self._loaded
+        return None if (files, _stamp(files)) == (loaded.files, loaded.stamp) else self._tried(files)
+
+    def put(self, loaded: Loaded) -> None:
+        """Put in force what was tried."""
+        self._loaded, self.problem = loaded, ""
         self._note_served()
         log.info("tls_reloaded")
-        return True
 
     async def poll(self) -> bool:
         """Reload what has changed, and report what expires; whether anything was reloaded."""
@@ -139,29 +153,31 @@ class NodeTls:
 
     # ---- contexts ----
 
-    def _load(self, stamp: tuple[object, ...], bodies: _Bodies, *, at_start: bool) -> _Loaded:
+    def _tried(self, files: _Files) -> Loaded:
+        stamp = _stamp(files)
+        return self._load(files, stamp, _read(files), at_start=False)
+
+    def _load(self, files: _Files, stamp: tuple[object, ...], bodies: _Bodies, *, at_start: bool) -> Loaded:
         """``stamp`` is from before the files were read, so that what changes meanwhile is read again."""
-        files = self._files
         clients = _server(files.certificate, files.key, files.ca, bodies)
         peers = _server(files.node_certificate, files.node_key, files.ca, bodies) if files.ca else None
         leaf, ends = _leaf(bodies[files.certificate]), tuple(_expiries(files, bodies))
-        loaded = _Loaded(stamp, clients, peers, self._calling(bodies), ends, leaf)
+        loaded = Loaded(files, stamp, clients, peers, self._calling(files, bodies), ends, leaf)
         if peers is not None:
-            self._prove(loaded.calls, peers, at_start=at_start)
+            self._prove(files, loaded.calls, peers, at_start=at_start)
         return loaded
 
-    def _prove(self, calls: ssl.SSLContext, peers: ssl.SSLContext, *, at_start: bool) -> None:
+    def _prove(self, files: _Files, calls: ssl.SSLContext, peers: ssl.SSLContext, *, at_start: bool) -> None:
         """Shake hands with ourselves: whatever is wrong with key, CA, names or usage is found before a peer finds it.
         At a start an expired certificate is reported and not refused: this node still serves. Raises Halt."""
         error = _handshake(calls, peers, server_name(self._node))
         if error is None or (at_start and is_expiry(error)):
             return
-        path = self._files.node_certificate
+        path = files.node_certificate
         raise Halt(f"tls: {path} cannot be used between nodes: {reason_of(error)}", code="bad_tls")
 
-    def _listener(self, bodies: _Bodies) -> ssl.SSLContext:
+    def _listener(self, files: _Files, bodies: _Bodies) -> ssl.SSLContext:
         """The listener's context for as long as it listens; for each handshake it gives way to the one in force."""
-        files = self._files
         context = _server(files.certificate, files.key, files.ca, bodies)
         refusals = Refusals()
 
@@ -183,7 +199,7 @@ class NodeTls:
         loaded = self._loaded
         shaking.context = loaded.peers if called_node(name) and loaded.peers is not None else loaded.clients
 
-    def _calling(self, bodies: _Bodies) -> ssl.SSLContext:
+    def _calling(self, files: _Files, bodies: _Bodies) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = False  # the node's own name is checked instead
@@ -196,9 +212,9 @@ class NodeTls:
                     raise WrongNode(why)
 
         context.sslobject_class = Checked
-        if self._files.ca is not None:
-            _trust(context, self._files.ca, bodies)
-            _load_pair(context, self._files.node_certificate, self._files.node_key, bodies)
+        if files.ca is not None:
+            _trust(context, files.ca, bodies)
+            _load_pair(context, files.node_certificate, files.node_key, bodies)
         return context
 
 

@@ -5,8 +5,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from agent.config import AgentConfig
-from agent.files.modelstore import ModelStore
+from agent.config import Live, Model
+from agent.files.modelstore import ModelSpec, ModelStore
 from agent.models import lifecycle as life
 from agent.models.loaders import MARGIN_S, Loaders
 from agent.models.memory_watch import MemoryWatch
@@ -32,7 +32,7 @@ class Lifecycles:
         slots: Slots,
         store: ModelStore,
         loaders: Loaders,
-        config: AgentConfig,
+        live: Live,
         *,
         budget_bytes: int,
         emit: Callable[[Event], None],
@@ -40,12 +40,17 @@ class Lifecycles:
         wall_ms: Callable[[], int],
     ) -> None:
         self._slots, self.store, self.loaders = slots, store, loaders
-        self._drain_s = config.limits.request_s + MARGIN_S
+        self._live = live
         self._emit, self._clock, self._wall_ms = emit, clock, wall_ms
         self.tasks = Tasks()
         self.watch: MemoryWatch | None = None
-        stays_s = config.memory.min_residency_s
-        self.room = Room(slots, budget_bytes=budget_bytes, min_residency_s=stays_s, evict=self._evict_for, clock=clock)
+        self.room = Room(
+            slots,
+            budget_bytes=budget_bytes,
+            min_residency_s=lambda: live.now.memory.min_residency_s,
+            evict=self._evict_for,
+            clock=clock,
+        )
         self.room.fused = lambda: store.fused
 
     def feed(self, slot: Slot, event: life.Event) -> bool:
@@ -70,6 +75,10 @@ class Lifecycles:
         if "kill" in effects:
             loaded.process.kill()
         slot.notify()
+
+    async def describe(self, model: Model) -> ModelSpec:
+        """What a model needs. Raises Refused."""
+        return await asyncio.to_thread(self.store.describe, model)
 
     async def load(self, slot: Slot, *, ordered: bool) -> None:
         """Load it and wait for the outcome. Raises RackError. If ``ordered``, models just loaded may be evicted."""
@@ -148,7 +157,7 @@ class Lifecycles:
             assert slot.spec is not None
             spec = slot.spec
         else:
-            spec = slot.spec = await asyncio.to_thread(self.store.describe, slot.model)
+            spec = slot.spec = await self.describe(slot.model)
             await self.room.make(spec, slot.name, excluding=slot, ordered=ordered)
             for other in self._slots:
                 if other.life.closed_for in slot.names:  # it fits without evicting this one
@@ -188,7 +197,7 @@ class Lifecycles:
     async def _retire(self, slot: Slot, loaded: Loaded, evicted: life.Life) -> None:
         """End a loader when its requests have ended; each has its own deadline. Whatever fails, the claim ends."""
         try:
-            await self.loaders.retire(loaded, self._drain_s)
+            await self.loaders.retire(loaded, self._live.now.limits.request_s + MARGIN_S)
             self._evicted(slot, loaded, evicted)
         except Exception:
             log.error("model_eviction_failed", model=slot.name, exc_info=True)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from agent.config import Memory
+from agent.config import Live
 from agent.models import lifecycle as life
 from agent.models import load_order
 from agent.models.eviction import Occupant
@@ -18,28 +18,27 @@ class LoadQueue:
 
     def __init__(
         self,
-        config: Memory,
+        live: Live,
         *,
         slots: Slots,
         occupants: Callable[[], list[Occupant]],
         feed: Callable[[Slot, life.Event], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_wait_s = config.max_wait_s
-        self._slots, self._occupants, self._feed, self._clock = slots, occupants, feed, clock
+        self._live, self._slots, self._occupants, self._feed, self._clock = live, slots, occupants, feed, clock
 
     def advance(self, budget_bytes: int) -> None:
         """Load the model whose turn it is, and close or reopen those in use; see load_order.py."""
         if not any(slot.waiting or slot.life.closed_for for slot in self._slots):
             return
-        now = self._clock()
+        now, max_wait_s = self._clock(), self._live.now.memory.max_wait_s
         queue = [
             load_order.Wanted(name=slot.name, need_bytes=slot.planned_bytes, since_s=min(slot.waiting))
             for slot in self._slots
             if slot.waiting and slot.life.phase == "cold" and not slot.life.claim and now >= slot.life.not_before_s
         ]
-        turn = load_order.next_turn(queue, self._occupants(), budget_bytes, now, max_wait_s=self._max_wait_s)
-        limit_s = CLOSED_TURNS * max(1.0, self._max_wait_s)
+        turn = load_order.next_turn(queue, self._occupants(), budget_bytes, now, max_wait_s=max_wait_s)
+        limit_s = CLOSED_TURNS * max(1.0, max_wait_s)
         for slot in self._slots:
             for_model = self._closed_for(slot, turn)
             self._feed(slot, life.Close(for_model=for_model, in_use=slot.leases > 0, limit_s=limit_s))

@@ -4,6 +4,7 @@ Before a loader ends, for whatever reason, its last counts are collected if that
 """
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import AgentConfig
+from agent.config import Live
 from agent.files.modelstore import ModelSpec
 from agent.models.slot import Loaded
 from agent.process.footprint import footprint_bytes
@@ -38,15 +39,14 @@ class Loaders:
 
     def __init__(
         self,
-        config: AgentConfig,
+        live: Live,
         environ: Mapping[str, str],
         *,
         prompts: Path,
-        threads: int,
         on_report: Callable[[str, Reported], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._environ, self._prompts, self._threads = config, environ, prompts, threads
+        self._live, self._environ, self._prompts = live, environ, prompts
         self._on_report, self._clock = on_report, clock
         self._reports: dict[tuple[str, str], Reported] = {}
         self.retiring: list[Loaded] = []
@@ -68,17 +68,22 @@ class Loaders:
         )
         secret = ""
         if model.disk_cache_bytes:  # a keychain may respond slowly
-            reference = self._config.disk_cache.secret
+            reference = self._live.now.disk_cache.secret
             secret = await asyncio.to_thread(strong, reference, "disk_cache.secret", self._environ)
         start = LoaderSpec(
             arguments=arguments,
-            threads=self._threads,
+            threads=self._threads(),
             rows=model.rows,
             keeps_prompts=bool(model.fake_cache_tok if model.engine == "fake" else model.cache_bytes),
-            stuck_s=self._config.limits.stuck_s,
+            stuck_s=lambda: self._live.now.limits.stuck_s,
             secret=secret,
         )
         return await LoaderProcess.start(start, self._environ)
+
+    def _threads(self) -> int:
+        """Of a loader that is started now."""
+        config = self._live.now
+        return config.loader.threads or max(1, (os.cpu_count() or 1) // max(1, len(config.models)))
 
     async def retire(self, loaded: Loaded, drain_s: float) -> int:
         """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then. If

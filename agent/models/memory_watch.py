@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from agent.config import Memory
+from agent.config import Live
 from agent.models import memory_guard as guard
 from agent.models.slot import Loaded
 from agent.models.slot_view import held_by
@@ -18,14 +18,14 @@ class MemoryWatch:
 
     def __init__(
         self,
-        config: Memory,
+        live: Live,
         *,
         loaded: Callable[[], Sequence[Loaded]],
         evict_idle: Callable[[], None],
         emit: Callable[[Event], None],
         wall_ms: Callable[[], int],
     ) -> None:
-        self._config, self._loaded, self._evict_idle, self._emit = config, loaded, evict_idle, emit
+        self._live, self._loaded, self._evict_idle, self._emit = live, loaded, evict_idle, emit
         self._wall_ms = wall_ms
         self._state = guard.GuardState()
 
@@ -51,7 +51,8 @@ class MemoryWatch:
     async def read(self, budget_bytes: int) -> None:
         """Read, decide, act."""
         before, held = self._state, [held_by(one) for one in self._loaded()]
-        self._state, actions = guard.step(before, held, budget_bytes, soft=self._config.soft, hard=self._config.hard)
+        shares = self._live.now.memory
+        self._state, actions = guard.step(before, held, budget_bytes, soft=shares.soft, hard=shares.hard)
         if before.level != self._state.level:
             event = MemoryPressed(
                 t_ms=self._wall_ms(),

@@ -3,12 +3,11 @@
 An order once begun is completed, whether or not its caller still waits. Orders for one model run one after another.
 """
 
-import asyncio
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from agent.config import STORED, AgentConfig, Model
+from agent.config import STORED, Live, Model
 from agent.files.modelstore import ModelSpec
 from agent.files.probes import Probe
 from agent.models import lifecycle as life
@@ -29,21 +28,20 @@ class Orders:
         self,
         slots: Slots,
         lifecycles: Lifecycles,
-        config: AgentConfig,
+        live: Live,
         *,
         emit: Callable[[Event], None],
         carried_by_peer: Callable[[str], bool],
         wall_ms: Callable[[], int],
     ) -> None:
         self._slots, self._lifecycles = slots, lifecycles
-        self._models = {model.name: model for model in config.models}
-        self._request_s = config.limits.request_s
+        self._live, self._others = live, dict[str, Model]()
         self._emit, self._carried_by_peer, self._wall_ms = emit, carried_by_peer, wall_ms
         self._swaps: deque[SwapRun] = deque(maxlen=KEPT_SWAPS)
 
     def _known(self) -> dict[str, Model]:
         """What a swap finds under a name: its own files."""
-        return self._models
+        return {model.name: model for model in self._live.now.models} | self._others
 
     def swaps(self) -> list[dict[str, str]]:
         """The last swaps since the agent's start, newest last."""
@@ -63,18 +61,21 @@ class Orders:
         own files are those of ``old`` itself. ``flipped`` is called as soon as they are served."""
         if (model := self._known().get(new)) is None:
             known = ", ".join(self._known()) or "none"
-            remedy = f'add [[models]] with name = "{new}" to agent.toml, then reload or restart the agent'
+            remedy = f'add [[models]] with name = "{new}" to agent.toml, then `mlxrack-agent reload`'
             if new.startswith(STORED) or "/" in new:
-                remedy = f'add [[models]] with path = "{new}" and a name of its own to agent.toml, then reload or '
-                remedy += "restart the agent, and swap to that name"
+                remedy = f'add [[models]] with path = "{new}" and a name of its own to agent.toml, then '
+                remedy += "`mlxrack-agent reload`, and swap to that name"
             raise Refused(
                 f"swap {old} {new}: {new} is not configured (known: {known}); {remedy}", code="model_not_found"
             )
         return await self.swap_to(old, model, flipped=flipped)
 
-    async def swap_to(self, old: str, model: Model, *, flipped: Callable[[], None] = lambda: None) -> SwapFinished:
-        """Replace the files behind ``old`` with those of ``model``, configured or not."""
-        return await self._lifecycles.tasks.finish(self._swap(old, model, flipped))
+    async def swap_to(
+        self, old: str, model: Model, *, again: bool = False, flipped: Callable[[], None] = lambda: None
+    ) -> SwapFinished:
+        """Replace the files behind ``old`` with those of ``model``, configured or not; ``again`` even if only settings
+        differ."""
+        return await self._lifecycles.tasks.finish(self._swap(old, model, flipped, again=again))
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """A pinned model is evicted by order only."""
@@ -82,7 +83,7 @@ class Orders:
 
     def adopt(self, model: Model) -> None:
         """Serve a name that is not configured, or another model under a configured one that is not resident."""
-        self._models[model.name] = model
+        self._others[model.name] = model
         if self._slots.find(model.name) is None:
             self._slots.add(model)
         else:
@@ -103,6 +104,10 @@ class Orders:
         slot.model, slot.spec, slot.pinned = model, None, model.pinned
         self._lifecycles.feed(slot, "adopt")
         return True
+
+    def configured(self, name: str) -> None:
+        """A name's model is that of the configuration again, if it has one."""
+        self._others.pop(name, None)
 
     async def record_probes(self, name: str) -> tuple[Probe, ...]:
         """A model's probes with its current answers. Raises RackError."""
@@ -138,7 +143,7 @@ class Orders:
             raise Refused(f"unload {name}: not resident ({slot.life.state})", code="conflict")
         await self._lifecycles.evict(slot, "ordered")
 
-    async def _swap(self, old: str, model: Model, flipped: Callable[[], None]) -> SwapFinished:
+    async def _swap(self, old: str, model: Model, flipped: Callable[[], None], *, again: bool) -> SwapFinished:
         slot, other = self._slots.named(old), self._slots.find(model.name)
         if slot.life.claim:
             raise Refused(f"swap {old}: already loading, swapping or being evicted; see status", code="conflict")
@@ -149,7 +154,8 @@ class Orders:
         if other is not None and other is not slot:
             self._lifecycles.feed(other, "reserve")
         try:
-            return await self._performed(slot, model, functools.partial(self._flipped, slot, old, model, flipped))
+            flip = functools.partial(self._flipped, slot, old, model, flipped)
+            return await self._performed(slot, model, flip, again=again)
         finally:
             for one in {slot, other} - {None}:
                 assert one is not None
@@ -161,15 +167,15 @@ class Orders:
             self._slots.give_back(slot, self._known())
         flipped()
 
-    async def _performed(self, slot: Slot, model: Model, flipped: Callable[[], None]) -> SwapFinished:
-        spec = await asyncio.to_thread(self._lifecycles.store.describe, model)
+    async def _performed(self, slot: Slot, model: Model, flipped: Callable[[], None], *, again: bool) -> SwapFinished:
+        spec = await self._lifecycles.describe(model)
         old = slot.loaded
-        if old is not None and spec.version == old.spec.version:
+        if old is not None and spec.version == old.spec.version and not again:
             raise Refused(f"swap {slot.name}: {model.name} is already the active version", code="conflict")
         cold = await self._planned(slot, spec, model.name)
         if old is None or slot.loaded is not old:
             raise Refused(f"swap {slot.name}: its loader has just exited; retry", code="conflict")
-        limit_s, wall_ms = self._request_s, self._wall_ms
+        limit_s, wall_ms = self._live.now.limits.request_s, self._wall_ms
         run = SwapRun(self._lifecycles, slot, spec, old, request_s=limit_s, wall_ms=wall_ms, flipped=flipped)
         self._swaps.append(run)
         finished = await run.run(cold=cold)

@@ -9,10 +9,11 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from agent.config import AgentConfig
+from agent.config import Live
 from agent.files.modelstore import ModelStore
 from agent.models import eviction
 from agent.models import lifecycle as life
+from agent.models.changes import Changes
 from agent.models.inventory import Inventory
 from agent.models.lifecycle_run import Lifecycles
 from agent.models.load_queue import LoadQueue
@@ -28,11 +29,12 @@ from shared.records import Event
 
 
 class Pool:
-    """All slots of this node. ``emit`` takes events for the next batch; ``orders`` and ``inventory`` are public."""
+    """All slots of this node. ``emit`` takes events for the next batch; ``orders``, ``changes`` and ``inventory`` are
+    public."""
 
     def __init__(
         self,
-        config: AgentConfig,
+        live: Live,
         store: ModelStore,
         loaders: Loaders,
         *,
@@ -44,17 +46,18 @@ class Pool:
     ) -> None:
         self._loaders, self._clock = loaders, clock
         self._stopping = False
-        slots = self._slots = Slots(config.models)
+        slots = self._slots = Slots(live.now.models)
         runs = self._lifecycles = Lifecycles(
-            *(slots, store, loaders), config, budget_bytes=budget_bytes, emit=emit, clock=clock, wall_ms=wall_ms
+            *(slots, store, loaders), live, budget_bytes=budget_bytes, emit=emit, clock=clock, wall_ms=wall_ms
         )
         self.room = runs.room
         runs.watch = MemoryWatch(
-            config.memory, loaded=self._all_loaded, evict_idle=self._evict_cheapest, emit=emit, wall_ms=wall_ms
+            live, loaded=self._all_loaded, evict_idle=self._evict_cheapest, emit=emit, wall_ms=wall_ms
         )
         self._watch = runs.watch
-        self._queue = LoadQueue(config.memory, slots=slots, occupants=self.room.occupants, feed=runs.feed, clock=clock)
-        self.orders = Orders(slots, runs, config, carried_by_peer=carried_by_peer, emit=emit, wall_ms=wall_ms)
+        self._queue = LoadQueue(live, slots=slots, occupants=self.room.occupants, feed=runs.feed, clock=clock)
+        self.orders = Orders(slots, runs, live, carried_by_peer=carried_by_peer, emit=emit, wall_ms=wall_ms)
+        self.changes = Changes(slots, runs, self.orders)
         self.inventory = Inventory(slots, loaders, fused=lambda: store.fused, clock=clock)
 
     @property
@@ -209,6 +212,7 @@ class Pool:
     async def stop(self, drain_s: float) -> None:
         """End every loader, after at most ``drain_s`` for requests in flight."""
         self._stopping = True
+        await self.changes.stop()
         await self._lifecycles.stop(drain_s)
 
     def _advance(self) -> None:

@@ -21,7 +21,7 @@ class Room:
         slots: Slots,
         *,
         budget_bytes: int,
-        min_residency_s: float,
+        min_residency_s: Callable[[], float],
         evict: Callable[[Slot, str], Awaitable[None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -32,7 +32,7 @@ class Room:
 
     def occupants(self, excluding: Slot | None = None) -> list[eviction.Occupant]:
         """Models that hold memory now."""
-        return self._slots.occupants(self._clock(), self._min_residency_s, excluding)
+        return self._slots.occupants(self._clock(), self._min_residency_s(), excluding)
 
     async def make(self, spec: ModelSpec, name: str, *, excluding: Slot | None = None, ordered: bool = False) -> None:
         """Evict what eviction.make_room selects; if ``ordered``, models that were just loaded may be evicted. Raises
@@ -68,10 +68,14 @@ class Room:
         if not isinstance(beside, eviction.NoRoom):
             return "hot", ""
         short = f"{beside.missing_bytes / 1e6:.0f} MB over the memory budget with both versions"
-        alone = eviction.make_room(spec.need_bytes, self.occupants(excluding=slot), self.budget_bytes, may_evict=False)
+        alone = self.alone(slot, spec)
         if isinstance(alone, eviction.NoRoom):
             missing = alone.missing_bytes / 1e6
             raise Refused(
                 f"swap {slot.name}: {short}, and {missing:.0f} MB over it without the old one", code="no_memory"
             )
         return "cold", short
+
+    def alone(self, slot: Slot, spec: ModelSpec) -> eviction.Fits | eviction.Evict | eviction.NoRoom:
+        """Whether a version fits in the place of the one that a slot has now."""
+        return eviction.make_room(spec.need_bytes, self.occupants(excluding=slot), self.budget_bytes, may_evict=False)

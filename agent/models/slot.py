@@ -94,10 +94,11 @@ class Slot:
 
 
 class Slots:
-    """All served models of this node."""
+    """All served models of this node. What is leaving has no name any more, and holds memory until it is gone."""
 
     def __init__(self, models: Sequence[Model]) -> None:
         self._slots = [Slot(model) for model in models]
+        self._leaving: list[Slot] = []
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(list(self._slots))
@@ -127,6 +128,17 @@ class Slots:
             if name in configured:
                 self.add(configured[name])
 
+    def leave(self, slot: Slot) -> None:
+        """Serve a slot's names no more."""
+        if slot in self._slots:
+            self._slots.remove(slot)
+            self._leaving.append(slot)
+            slot.notify()
+
+    def gone(self, slot: Slot) -> None:
+        """A slot that was leaving holds no memory any more."""
+        self._leaving.remove(slot)
+
     def rename(self, slot: Slot, name: str) -> None:
         """Give a name to a slot and take it from the others; a slot without a name is removed."""
         for other in self:
@@ -139,7 +151,8 @@ class Slots:
 
     def occupants(self, now_s: float, min_residency_s: float, excluding: Slot | None = None) -> list[Occupant]:
         """Everything that holds memory, as eviction sees it."""
-        return [s.occupant(now_s, min_residency_s) for s in self._slots if s.occupied_bytes and s is not excluding]
+        held = [one for one in (*self._slots, *self._leaving) if one.occupied_bytes and one is not excluding]
+        return [one.occupant(now_s, min_residency_s) for one in held]
 
 
 class Lease:

@@ -16,7 +16,7 @@ def status_text(s: dict[str, Any]) -> str:
         models_text(s["models"]),
     ]
     talks = [(", ".join(m["names"]), talks_text(m["conversation"])) for m in s["models"] if m.get("conversation")]
-    peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", p["problem"]) for p in s["peers"]]
+    peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", _peer_note(p)) for p in s["peers"]]
     broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
     swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
     lines += _section(("MODEL", "SERVED BECAUSE OF"), _origins(s["models"]))
@@ -55,6 +55,11 @@ def _telemetry(push: dict[str, Any]) -> str:
         + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
         + "".join(f"; {problem}" for problem in (push["reason"] + _since(push), push["disk_problem"]) if problem)
     )
+
+
+def _peer_note(peer: dict[str, Any]) -> str:
+    older = "needs the old rack secret, see `mlxrack-agent secrets`" if peer.get("needs_old_secret") else ""
+    return "; ".join(words for words in (peer["problem"], older) if words)
 
 
 def _watts(value: float | None) -> str:

@@ -52,17 +52,22 @@ class Budget:
     """Bytes for all models of this node: configured, recommended by the GPU, or ``default``."""
 
     def __init__(self, configured: int, default: int) -> None:
-        self._configured, self._default = configured, default
+        self._default, self._device, self._asked = default, Device(), False
         self.reason = ""
-        self.bytes, self.source = budget_bytes(configured, Device(), default)
+        self.configure(configured)
+
+    def configure(self, configured: int) -> None:
+        """Another budget is configured, or with 0 none."""
+        self._configured = configured
+        self.bytes, self.source = budget_bytes(configured, self._device, self._default)
 
     async def ask(self, environ: Mapping[str, str]) -> bool:
-        """Ask the GPU, unless the budget is configured; whether it was asked."""
-        if self._configured:
+        """Ask the GPU, unless the budget is configured or it was asked before; whether it was asked."""
+        if self._configured or self._asked:
             return False
-        device = await ask(environ)
-        self.reason = device.reason
-        self.bytes, self.source = budget_bytes(0, device, self._default)
+        self._device, self._asked = await ask(environ), True
+        self.reason = self._device.reason
+        self.configure(self._configured)
         return True
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -58,7 +58,7 @@ class LoaderSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     rows: int = 8
     keeps_prompts: bool = True
-    stuck_s: float = 60.0
+    stuck_s: Callable[[], float] = lambda: 60.0
     secret: str = ""
 
 
@@ -342,10 +342,10 @@ class LoaderProcess:
         if number in self._open:
             self._last_s[number] = now
 
-    async def _end_when_stuck(self, limit_s: float) -> None:
+    async def _end_when_stuck(self, limit: Callable[[], float]) -> None:
         """Watchdog: end a loader that has work but makes no progress. The exit counts as unexpected: no `kill`."""
         while not self.ended.is_set():
-            if self._watch.stuck(limit_s):
+            if self._watch.stuck(limit_s := limit()):
                 self._end()
                 return
             self._tell_waiting(self._watch.waiting)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec import convert
 
-from agent.config import AgentConfig, Model
+from agent.config import AgentConfig, Live, Model
 from agent.files.modelstore import ModelSpec, ModelStore
 from agent.models.loaders import Loaders
 from agent.process.loader_process import LoaderProcess
@@ -98,14 +98,14 @@ def folder_of(name: str, tmp_path: Path) -> Path:
 
 
 async def started(tmp_path: Path, folder: Path, **more: Any) -> tuple[ModelSpec, LoaderProcess]:
-    config = convert({"node": {"id": "n", "rack": "r"}, "store": {"path": "x"}}, AgentConfig)
+    config = convert({"node": {"id": "n", "rack": "r"}, "store": {"path": "x"}, "loader": {"threads": 2}}, AgentConfig)
     model = convert(
         {"name": "m", "path": str(folder), "cache_bytes": 0, "stall_s": 600.0, "prefill_chunk_tok": 256, **more}, Model
     )
     spec = await asyncio.to_thread(
         lambda: ModelStore(tmp_path / "memo", tmp_path / "store", fused=False).describe(model)
     )
-    loaders = Loaders(config, {}, prompts=tmp_path, threads=2, on_report=lambda name, reported: None)
+    loaders = Loaders(Live(config), {}, prompts=tmp_path, on_report=lambda name, reported: None)
     return spec, await loaders.start(spec)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from agent.mesh.signing import Key
+from agent.mesh.signing import Key, RackKeys
 from agent.wire.frames import Accepted, Cancel, Decoder, Done, Failed, Frame, Generate, Message, Tokens, encode
 from tests.rack.harness import SECRET, Agent, model, rack, until
 
@@ -25,11 +25,12 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
         yield first
 
 
-def signed(key: Key = KEY, *, nonce: str = "", t_ms: int | None = None, to: str = "n1") -> dict[str, str]:
+def signed(secret: str = SECRET, *, nonce: str = "", t_ms: int | None = None, to: str = "n1") -> dict[str, str]:
     t_ms = time.time_ns() // 1_000_000 if t_ms is None else t_ms
     nonce = nonce or f"by-hand-{next(_numbers)}"
-    path = "/peer/v1/link"
-    return {"Authorization": key.header(node="n2", to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)}
+    asked = RackKeys([secret]).header
+    header = asked(node="n2", to=to, method="GET", path="/peer/v1/link", body=b"", t_ms=t_ms, nonce=nonce)
+    return {"Authorization": header}
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +66,7 @@ async def heard(socket: aiohttp.ClientWebSocketResponse, ends: int) -> list[Fram
 async def test_only_nodes_of_the_rack_connect_and_only_once(agent: Agent) -> None:
     assert await status_of(agent, {}) == 403
     assert await status_of(agent, {"Authorization": f"Bearer {SECRET}"}) == 403
-    assert await status_of(agent, signed(Key("another"))) == 403
+    assert await status_of(agent, signed("another")) == 403
     assert await status_of(agent, signed(t_ms=1)) == 403
     assert await status_of(agent, signed(to="n2")) == 403, "meant for another node"
     once = signed()

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from agent.mesh.node_names import server_name
-from agent.mesh.signing import Key
+from agent.mesh.signing import RackKeys
 from agent.wire.frames import Generate, Message, encode
 from scripts.seaweed import free_port
 from shared.records import URGENT, CertificateExpires
@@ -30,7 +30,7 @@ LONG = os.environ.get("MLXRACK_ABUSE") == "1"
 FRAMES = 10_000 if LONG else 300
 LIVE = 100 if LONG else 3
 MARK = "PATIENT-MILLER-HAS-X"
-KEY = Key(SECRET)
+KEYS = RackKeys([SECRET])
 _numbers = itertools.count()
 
 
@@ -163,7 +163,7 @@ def _replay(port: int, sessions: list[bytes], times: int) -> None:
 def signed(node: str = "n2") -> dict[str, str]:
     t_ms, path = time.time_ns() // 1_000_000, "/peer/v1/beat"
     nonce = f"by-hand-{next(_numbers)}"
-    return {"Authorization": KEY.header(node=node, to="n1", method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)}
+    return {"Authorization": KEYS.header(node=node, to="n1", method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)}
 
 
 async def call(agent: Agent, context: ssl.SSLContext, node: str = "n2") -> tuple[int, str]:

@@ -1,6 +1,9 @@
 """Configuration: every problem in one message, with the path of its key."""
 
+import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,3 +180,70 @@ def test_the_aggregator_configuration_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"nodes\[1\].price") as caught:
         config.parse(text, AggregatorConfig, aggregator_config.check, source="x")
     assert len(caught.value.problems) == 4
+
+
+# ---- a file that is being written while it is read again ----
+
+
+def settled(path: Path) -> AgentConfig:
+    return config.load_settled(path, AgentConfig, config_checks.check)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> None:
+    """What somebody else does, one step each time that the reader waits."""
+    todo = list(steps)
+
+    def sleep(seconds: float) -> None:
+        if todo:
+            todo.pop(0)()
+
+    monkeypatch.setattr("shared.config.time.sleep", sleep)
+
+
+def test_half_a_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its beginnings is a valid one."""
+    path, models = tmp_path / "agent.toml", [f'[[models]]\nname = "m{n}"\npath = "/m"\n' for n in range(9)]
+    path.write_text(GOOD)
+
+    def append(text: str) -> None:
+        with path.open("a") as file:
+            file.write(text)
+
+    meanwhile(monkeypatch, *(partial(append, one) for one in models))
+    assert len(settled(path).models) == 9
+
+
+def test_a_file_that_is_moved_into_place_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when size and time are those of the one before."""
+    path, new = tmp_path / "agent.toml", tmp_path / "new"
+    path.write_text(GOOD)
+    seen = path.stat()
+
+    def replace() -> None:
+        new.write_text(GOOD.replace("n1", "n7"))
+        os.utime(new, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+        new.replace(path)
+
+    meanwhile(monkeypatch, replace)
+    assert settled(path).node.id == "n7"
+
+
+def test_a_file_that_is_gone_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "agent.toml"
+    meanwhile(monkeypatch, lambda: None, lambda: path.write_text(GOOD))
+    assert settled(path).node.id == "n1"
+
+
+def test_what_is_no_file_or_never_settles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SETTLE_TRIES", 2)
+    with pytest.raises(ConfigError, match="is being written, or gone"):
+        settled(tmp_path / "none.toml")
+    fifo, folder, large, binary = (tmp_path / name for name in ("fifo", "folder", "large", "binary"))
+    os.mkfifo(fifo)
+    folder.mkdir()
+    large.write_bytes(b"#" * ((4 << 20) + 1))
+    binary.write_bytes(b"\xff\xfe")
+    for path, words in ((fifo, "regular"), (folder, "directory|regular"), (large, "more than"), (binary, "utf-8")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            settled(path)
+        assert "Errno None" not in str(caught.value)

@@ -185,3 +185,19 @@ def test_every_line_is_written_or_counted(steps: list[tuple[int, int]], burst: i
     assert written.total() + told == len(steps)
     for times in seen_at.values():
         assert all(sum(at <= one < at + 60 for one in times) <= 2 * burst for at in times)
+
+
+def test_the_level_can_change_while_it_runs(log: Log) -> None:
+    """Also for loggers that have written before, which structlog caches."""
+    logger = logs.get_logger("levels")
+    logger.debug("one")
+    logger.info("two")
+    logs.set_level("debug")
+    logger.debug("three")
+    logging.getLogger("of a library").debug("four")
+    logs.set_level("error")
+    logger.warning("five")
+    logger.error("six")
+    logs.set_level("info")
+    logger.info("seven")
+    assert [line["event"] for line in log.lines()] == ["two", "three", "four", "six", "seven"]

@@ -14,7 +14,7 @@ from yarl import URL
 from agent.api import wire
 from agent.api.app import build
 from agent.api.context import Context
-from agent.config import AgentConfig, Node
+from agent.config import AgentConfig, Live, Node
 from agent.gateway.call import Call
 from agent.wire.frames import Accepted, Answer, Done, Embedded, Generate, Tokens
 
@@ -77,7 +77,7 @@ def worker() -> Worker:
 @pytest.fixture
 async def client(worker: Worker) -> AsyncIterator[Client]:
     parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
-    parts |= {"config": AgentConfig(node=Node(id="n1", rack="r")), "dispatch": worker, "admin_token": "t"}
+    parts |= {"live": Live(AgentConfig(node=Node(id="n1", rack="r"))), "dispatch": worker, "admin_token": "t"}
     runner = wire.Runner(build(Context(**parts)))
     await runner.setup()
     try:

@@ -22,7 +22,7 @@ from agent.api import connections
 from agent.api.connection_limits import Caps, Table
 from agent.api.connections import Listener
 from agent.api.wire import Runner
-from agent.config import AgentConfig, Limits, Listen, Node
+from agent.config import AgentConfig, Limits, Listen, Live, Node
 from shared.errors import Halt
 
 
@@ -48,7 +48,7 @@ async def listening(caps: Caps, tls: ssl.SSLContext | None = None, **limits: flo
     config = AgentConfig(node=Node(id="n", rack="r"), listen=Listen(port=0), limits=Limits(**limits))  # type: ignore[arg-type]
     runner = Runner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    listener = Listener(runner, config, Table(caps), tls)
+    listener = Listener(runner, Live(config), Table(caps), tls)
     await listener.start()
     try:
         yield listener

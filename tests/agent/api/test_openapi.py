@@ -11,7 +11,7 @@ from agent.api.app import build
 from agent.api.context import DESCRIBED, Context
 from agent.api.openai import parse_chat, parse_embeddings, parse_text
 from agent.api.openapi import OPERATIONS, document
-from agent.config import AgentConfig, Api, Node
+from agent.config import AgentConfig, Api, Live, Node
 from shared.errors import Refused
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -74,7 +74,7 @@ BEYOND_A_SCHEMA = {
 @pytest.fixture(scope="module")
 def served() -> dict[str, Any]:
     parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
-    app = build(Context(**{**parts, "config": AgentConfig(node=Node(id="n1", rack="r"))}))
+    app = build(Context(**{**parts, "live": Live(AgentConfig(node=Node(id="n1", rack="r")))}))
     found: dict[str, Any] = json.loads(app[DESCRIBED])
     routes = {(r.method, r.resource.canonical) for r in app.router.routes() if r.resource and r.method != "HEAD"}
     assert routes == set(OPERATIONS), "every route is told, and no other"

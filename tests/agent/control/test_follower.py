@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
-from agent.config import AgentConfig, Node
+from agent.config import AgentConfig, Live, Node
 from agent.control.follower import Follower
 from shared.batch import MAX_ITEMS, Batch, decode, encode
 from shared.desired import parse
@@ -35,7 +35,7 @@ def follower(bucket: object, folder: Path) -> Follower:
     config = AgentConfig(node=Node(id="n1", rack="r"))
     nothing: Any = None
     opened = lambda: cast(ObjectStore, bucket)  # noqa: E731
-    return Follower(config, nothing, nothing, opened, folder / "desired.json", carried_by_peer=lambda _: False)
+    return Follower(Live(config), nothing, nothing, opened, folder / "desired.json", carried_by_peer=lambda _: False)
 
 
 async def test_the_present_reason_is_shown_with_the_begin_of_the_trouble(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ async def test_whatever_is_observed_fits_in_a_batch(tmp_path: Path) -> None:
     peers = [{"id": f"p{n}", "url": f"http://{'h' * 3000}{n}"} for n in range(MAX_ITEMS + 1)]
     bucket.error, bucket.body = None, json.dumps({"generation": 1, "peers": peers}).encode()
     await asyncio.to_thread(follows._adopted.adopt, parse(bucket.body))
-    follows._tell_peers()
+    follows.tell_peers()
     assert len(follows._refused_peers) > MAX_ITEMS
     follows._reason = "y" * 5000
     assert carried(follows)

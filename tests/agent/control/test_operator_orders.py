@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, Live
 from agent.control.follower import Follower
 from agent.control.standing import Order
 from agent.files.modelstore import ModelStore
@@ -39,14 +39,14 @@ class Node:
     def __init__(self, folder: Path, *models: dict[str, Any], budget: int = 100) -> None:
         limits = {"drain_s": 5.0}
         tree = {"node": {"id": "n1", "rack": "r"}, "store": {"path": "x"}, "models": list(models), "limits": limits}
-        config = msgspec.convert({**tree, "memory": {"min_residency_s": 0.0}}, AgentConfig)
+        live = Live(msgspec.convert({**tree, "memory": {"min_residency_s": 0.0}}, AgentConfig))
         store = ModelStore(folder / "models.json", folder / "models")
-        loaders = Loaders(config, os.environ, prompts=folder / "prompts", threads=1, on_report=lambda model, _: None)
+        loaders = Loaders(live, os.environ, prompts=folder / "prompts", on_report=lambda model, _: None)
         self.pool = Pool(
-            *(config, store, loaders), budget_bytes=budget, emit=lambda _: None, carried_by_peer=lambda _: False
+            *(live, store, loaders), budget_bytes=budget, emit=lambda _: None, carried_by_peer=lambda _: False
         )
         self.follower = Follower(
-            *(config, self.pool, store, no_bucket), folder / "desired.json", carried_by_peer=lambda _: False
+            *(live, self.pool, store, no_bucket), folder / "desired.json", carried_by_peer=lambda _: False
         )
         self.orders = self.follower.orders
 
@@ -291,7 +291,7 @@ async def test_an_order_that_was_begun_before_a_newer_generation_does_not_outlas
     [
         ("store:b", 'add [[models]] with path = "store:b" and a name of its own to agent.toml, then reload or restart'),
         ("/models/b", 'add [[models]] with path = "/models/b" and a name of its own'),
-        ("d", 'add [[models]] with name = "d" to agent.toml, then reload or restart the agent'),
+        ("d", 'add [[models]] with name = "d" to agent.toml, then `mlxrack-agent reload`'),
     ],
 )
 async def test_a_swap_to_what_is_not_configured_says_how_to_configure_it(tmp_path: Path, new: str, remedy: str) -> None:

@@ -8,6 +8,7 @@ from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.mesh.sightings import TOLD_EVERY_S, TWICE_S, Sightings, mark_of, sentence
+from agent.mesh.signing import RackKeys
 
 ME, A, B = mark_of("c" * 16, "0" * 32), mark_of("a" * 16, "1" * 32), mark_of("b" * 16, "2" * 32)
 
@@ -93,7 +94,7 @@ async def test_a_late_tick_alone_is_no_sleep(
     now, slept = [0.0], [0.0]
     table = PeerTable([], beat_s=1.0, now=0.0)
     beats = Heartbeats(
-        *(table, PeerClient("s" * 40, "n1"), lambda _: None),
+        *(table, PeerClient(RackKeys(["s" * 40]), "n1"), lambda _: None),
         rack="r",
         beat_s=1.0,
         clock=lambda: now[0],

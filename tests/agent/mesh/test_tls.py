@@ -21,6 +21,7 @@ from structlog.testing import capture_logs
 from agent.mesh.certificates import Pair, make_authority
 from agent.mesh.node_names import called_node, server_name, wrong_certificate
 from agent.mesh.peer_client import PeerClient
+from agent.mesh.signing import RackKeys
 from agent.mesh.tls import NodeTls
 from agent.mesh.tls_errors import REPEAT_S, Refusals
 from scripts.mock_worker import MockWorker
@@ -61,7 +62,7 @@ async def listening(context: ssl.SSLContext) -> AsyncIterator[int]:
 
 async def heartbeat(port: int, tls: NodeTls | None, *, node: str = "n1", scheme: str = "https") -> str:
     """ "" for an answer, else the sentence that `status` shows."""
-    client = PeerClient(SECRET, "n2", tls=tls)
+    client = PeerClient(RackKeys([SECRET]), "n2", tls=tls)
     try:
         await client.heartbeat(node, f"{scheme}://127.0.0.1:{port}", 10.0)
     except RackError as error:
@@ -128,7 +129,7 @@ async def test_a_redirect_is_not_followed() -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        client = PeerClient(SECRET, "n2")
+        client = PeerClient(RackKeys([SECRET]), "n2")
         with pytest.raises(RackError, match="never redirects"):
             await client.heartbeat("n1", f"http://127.0.0.1:{site.port}", 10.0)
         await client.close()

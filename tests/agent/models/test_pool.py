@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, Live
 from agent.files.modelstore import ModelStore
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
@@ -50,16 +50,16 @@ async def running(
             "store": {"path": "x"},
             "models": list(models),
             "limits": {"drain_s": 5.0},
+            "loader": {"threads": 1},
             "memory": {"min_residency_s": 0.0, **(memory or {})},
         },
         AgentConfig,
     )
     events: list[Event] = []
     store = await asyncio.to_thread(ModelStore, tmp_path / "models.json", tmp_path / "models")
-    loaders = Loaders(
-        config, os.environ, prompts=tmp_path / "prompts", threads=1, on_report=lambda model, reported: None
-    )
-    pool = Pool(config, store, loaders, budget_bytes=budget, emit=events.append, carried_by_peer=lambda _: carried)
+    live = Live(config)
+    loaders = Loaders(live, os.environ, prompts=tmp_path / "prompts", on_report=lambda model, reported: None)
+    pool = Pool(live, store, loaders, budget_bytes=budget, emit=events.append, carried_by_peer=lambda _: carried)
     try:
         yield pool, events
     finally:

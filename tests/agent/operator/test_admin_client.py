@@ -16,7 +16,7 @@ from agent import daemon
 from agent.api import wire
 from agent.api.app import build
 from agent.api.context import Context
-from agent.config import AgentConfig, Node
+from agent.config import AgentConfig, Live, Node
 from agent.mesh.signing import listener_proof
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from shared.errors import RackError, Retryable
@@ -39,7 +39,7 @@ def client_of(state: Path, port: int) -> AdminClient:
 async def agent(token: str) -> AsyncIterator[int]:
     """The real routes of an agent, on a port of loopback."""
     parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
-    parts |= {"config": AgentConfig(node=Node(id="n1", rack="r")), "admin_token": token}
+    parts |= {"live": Live(AgentConfig(node=Node(id="n1", rack="r"))), "admin_token": token}
     runner = wire.Runner(build(Context(**parts)))
     await runner.setup()
     try:

@@ -18,7 +18,7 @@ from shared.errors import Retryable
 
 @contextlib.asynccontextmanager
 async def running(*arguments: str, stuck_s: float = 600.0) -> AsyncIterator[LoaderProcess]:
-    spec = LoaderSpec(arguments=("--engine", "fake", "--path", "x", *arguments), stuck_s=stuck_s)
+    spec = LoaderSpec(arguments=("--engine", "fake", "--path", "x", *arguments), stuck_s=lambda: stuck_s)
     loader = await LoaderProcess.start(spec, os.environ)
     try:
         yield loader
