@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -93,8 +93,9 @@ simulate: $(STAMP) ## simulate eviction policies (cost, LRU) and routing policie
 
 check: lint types arch test ## run what CI runs
 
-docs: $(STAMP) ## generate the configuration reference from the code
+docs: $(STAMP) ## generate the configuration reference and the table of memory from the code
 	@$(BIN)/python -m scripts.document_config
+	@$(BIN)/python -m scripts.document_memory
 
 bench-dispatch: $(STAMP) ## measure gateway overhead, compared with a minimal proxy and LiteLLM's proxy
 	@$(BIN)/python -m scripts.bench_dispatch
@@ -113,6 +114,13 @@ sample-rack: $(STAMP) ## make a bucket of synthetic telemetry and its reports, t
 
 bench-serve: $(STAMP) model ## measure tokens/s of the agent, mlx_lm.server and the bare engine
 	@$(BIN)/python -m scripts.bench_serve
+
+walk: $(STAMP) model ## do what README and docs/operating.md tell a newcomer to do, with an installed wheel, and time it
+	@$(BIN)/python -m scripts.walk
+
+drill: $(STAMP) ## drill what an operator relies on, at full size: reload and rotation under 40 requests/s, orders over restarts, restore, a name of two nodes; 25 minutes
+	MLXRACK_DRILL=1 MLXRACK_DRILL_S=240 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_reload.py tests/rack/test_orders.py \
+	tests/rack/test_restore.py tests/rack/test_addresses.py
 
 dist: $(STAMP) ## build a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

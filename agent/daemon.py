@@ -207,7 +207,7 @@ class Daemon:
             await self._stop.wait()
             self.reloader.state = "stopping"
             self._timetable.shutdown()
-            await self._shut_down()
+            await self._shut_down(runner, listener)
         finally:
             # not before: requests in flight here still need the peers' state
             for task in self._steady:
@@ -286,13 +286,16 @@ class Daemon:
         self._budget.configure(configured)
         self._pool.room.budget_bytes = self.telemetry.sensing.budget_bytes = self._budget.bytes
 
-    async def _shut_down(self) -> None:
+    async def _shut_down(self, runner: Runner, listener: Listener) -> None:
         """Accept no new work, drain requests in flight, end the loaders, close the last window, push."""
         self._dispatch.draining = True
         self._follower.stop()
         telemetry, deadline = self.telemetry, time.monotonic() + self.config.limits.drain_s
         log.info("agent_stopping", in_flight=self._dispatch.in_flight)
         while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await _leave(runner, listener)
+        while self._dispatch.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await self._pool.stop(max(0.0, deadline - time.monotonic()))
         await self._follower.orders.keep()
@@ -308,7 +311,8 @@ class Daemon:
         log.info("agent_stopped", waiting_batches=telemetry.pusher.state.waiting_batches)
 
     def _busy(self) -> bool:
-        return self._dispatch.in_flight > 0 or any(m.in_flight for m in self._pool.views())
+        """Whether a loader of this node has work. What peers compute for clients of this node is waited for later."""
+        return any(m.in_flight for m in self._pool.views())
 
     # ---- callbacks between parts ----
 
@@ -343,6 +347,13 @@ class Daemon:
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
+
+
+async def _leave(runner: Runner, listener: Listener) -> None:
+    """Refuse connections, so that clients try the next address, and close each one after its answer; idle ones now."""
+    await listener.stop()
+    if runner.server is not None:
+        runner.server.pre_shutdown()
 
 
 def token(state: Path, name: str) -> str:

@@ -17,7 +17,7 @@ TEXTS = [*CODE, *sorted(ROOT.glob("a*/DESIGN.md")), *sorted(ROOT.glob("docs/*.md
 PARSERS = {"mlxrack-agent": agent_cli._parser(), "mlxrack-aggregator": aggregator_cli._parser()}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
-COMMAND = re.compile(r"(?:^|[`/ ])(mlxrack-(?:agent|aggregator)) +([a-z][^`\"\n;|>#()]*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:^|[`/ ])(mlxrack-(?:agent|aggregator)) +([a-z][^`\"'\n;|>&#()]*)", re.MULTILINE)
 MAKE = re.compile(r"(?:`|^)make ([a-z-]+)(?!\*)", re.MULTILINE)
 PIP = re.compile(r"pip install ([^`\"\n)]+)")
 

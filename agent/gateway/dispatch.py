@@ -21,7 +21,7 @@ from agent.mesh.peers import PeerTable
 from agent.models.pool import Pool
 from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
-from agent.views import NodeView
+from agent.views import NodeView, offers
 from agent.wire.frames import Accepted, Answer, Ask, Generate
 from agent.wire.namespaces import OPEN
 from shared.errors import RackError, Refused, Retryable
@@ -127,7 +127,7 @@ class Dispatch:
         decision = admit(
             model=_ANY_MODEL,
             key=Load(self._by_key[key_id], self._live.now.limits.in_flight_per_key),
-            draining=self.draining,
+            draining=self._closed_to(),
             drain_rate_per_s=self._drain_rate_per_s,
         )
         if isinstance(decision, Turn):
@@ -192,6 +192,14 @@ class Dispatch:
             m.name == model for peer in self._table.view(self._clock()) for m in peer.models
         )
 
+    def _closed_to(self, model: str | None = None) -> bool:
+        """Whether a draining node rejects a request for a model (None: not known yet): no peer could take it. A client
+        may have other connections to this node, on which it would be rejected as often as it tries."""
+        if not self.draining:
+            return False
+        peers = [peer for peer in self._table.view(self._clock()) if peer.state == "up" and not peer.draining]
+        return not (peers if model is None else any(True for _ in offers(peers, model, ready=True)))
+
     def _admit(self, call: Call, parts: int) -> None:
         most = min(self._live.now.limits.in_flight_per_model, self._live.now.limits.in_flight_per_key)
         if parts > most:
@@ -200,7 +208,7 @@ class Dispatch:
         decision = admit(
             model=Load(self._by_model[call.model] + parts - 1, self._live.now.limits.in_flight_per_model),
             key=Load(self._by_key[call.key_id] + parts - 1, self._live.now.limits.in_flight_per_key),
-            draining=self.draining,
+            draining=self._closed_to(call.model),
             drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):

@@ -11,7 +11,7 @@ import msgspec
 from agent.config import Live
 from agent.gateway.call import Call
 from agent.gateway.node_health import NodeHealth
-from agent.gateway.routing import Decision, Refuse, RouteRequest, choose
+from agent.gateway.routing import Decision, Forward, Refuse, RouteRequest, choose
 from agent.mesh.peers import PeerTable
 from agent.models.pool import Pool
 from agent.views import NodeView, offers
@@ -55,10 +55,13 @@ class NodeSelection:
             sent=self._table.sent_since_beat(call.model),
             draw=self._draw(),
         )
-        here = self._here()
+        here, peers = self._here(), self._table.view(now)
         if here.draining:
+            elsewhere = choose(request, here, peers)
+            if isinstance(elsewhere.place, Forward):
+                return elsewhere
             here = msgspec.structs.replace(here, draining=False)
-        return choose(request, here, self._table.view(now))
+        return choose(request, here, peers)
 
     async def place(self, call: Call) -> Decision:
         """Where to try next, waiting for a model that is loading or restarting. Raises Refused or Retryable."""

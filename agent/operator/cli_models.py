@@ -114,7 +114,7 @@ def _pull(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     installed = _pulled(args, access)
     if args.publish:
         publish(installed, access)
-    elif access.bucket is not None and installed.origin is not None:
+    elif access.bucket is not None and installed.origin is not None and not args.source.startswith(BUCKET):
         access.say("other nodes pull it from the hub, too, unless an operator publishes it: add --publish")
     return _done(args, installed, f'in the store; to serve it: path = "{STORED}{installed.name}@{installed.version}"')
 

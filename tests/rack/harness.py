@@ -40,6 +40,8 @@ class Agent:
         self.folder = folder
         self.node = node
         self.port = port
+        self.address = "127.0.0.1"
+        """Where tests reach it."""
         self.config = folder / f"{node}.toml"
         self.process: subprocess.Popen[str] | None = None
         self.secret = SECRET
@@ -110,9 +112,9 @@ class Agent:
     ) -> Answer:
         """One HTTP request."""
         connection = (
-            http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.tls)
+            http.client.HTTPSConnection(self.address, self.port, timeout=timeout, context=self.tls)
             if self.tls is not None
-            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+            else http.client.HTTPConnection(self.address, self.port, timeout=timeout)
         )
         try:
             connection.request(method, path, body, headers or {})

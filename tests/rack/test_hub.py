@@ -234,6 +234,8 @@ def test_one_node_publishes_and_the_others_take_it_from_the_bucket(node: Node, h
     status, _, err = node.run("models", "pull", f"{NAME}@c0ffee0", "--config", str(tmp_path / "n2.toml"))
     assert (status, "from the bucket" in err) == (0, True), err
     assert len(hub.asked) == asked
+    status, _, err = node.run("models", "pull", "bucket:made-4bit", "--config", str(tmp_path / "n2.toml"))
+    assert (status, "--publish" in err) == (0, False), "what was published need not be"
     listed = node.json("models", "list", "--config", str(tmp_path / "n2.toml"))
     assert [one["version"] for one in (*listed["stored"], *listed["bucket"])] == [first["version"]] * 2
     assert listed["bucket"][0]["origin"]["licence"] == "apache-2.0"

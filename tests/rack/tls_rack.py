@@ -33,11 +33,19 @@ class Authority:
         return certificate, key
 
     def issue(
-        self, node: str, *, name: str = "", rack: str = "", age_days: int = 0, days: int = 100, host: str = "localhost"
+        self,
+        node: str,
+        *,
+        name: str = "",
+        rack: str = "",
+        age_days: int = 0,
+        days: int = 100,
+        host: str = "localhost",
+        address: str = "127.0.0.1",
     ) -> Tls:
         """Issue a certificate that began ``age_days`` ago; the [tls] table for it."""
         began = _now() - dt.timedelta(days=age_days)
-        hosts = {"names": [host], "addresses": ["127.0.0.1"]}
+        hosts = {"names": [host], "addresses": [address]}
         pair = issue(self._pair, rack=rack or self.rack, node=node, now=began, days=days, **hosts)
         certificate, key = self.put(name or node, pair)
         return Tls(certificate=str(certificate), key=str(key), ca=str(self.ca))

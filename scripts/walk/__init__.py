@@ -1,0 +1,1 @@
+"""``make walk``: the commands of README.md and docs/operating.md, run as a newcomer would, on one machine."""

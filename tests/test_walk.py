@@ -1,0 +1,164 @@
+"""README.md and docs/operating.md: `make walk` runs every block, or it says why not; each question has a heading."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agent.operator.recommended import MODELS
+from scripts import document_memory
+from scripts.walk.__main__ import PAGES, Step, Walk, table
+from scripts.walk.blocks import Block, blocks, faults
+
+ROOT = Path(__file__).parent.parent
+FOUND = [block for page in PAGES for block in blocks(page, (ROOT / page).read_text(encoding="utf-8"))]
+HEADINGS = [
+    (page.name, heading.lower())
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for heading in re.findall(r"^##+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+QUESTIONS = {
+    "add a node": "operating.md",
+    "replace": "operating.md",
+    "rotate": "operating.md",
+    "upgrade": "operating.md",
+    "back up": "operating.md",
+    "restore": "operating.md",
+    "without the store": "operating.md",
+    "one address": "operating.md",
+    "memory": "operating.md",
+    "dashboard": "operating.md",
+    "remove": "operating.md",
+    "uninstall": "operating.md",
+    "undo": "operating.md",
+    "sleep": "operating.md",
+    "power loss": "operating.md",
+    "filevault": "operating.md",
+    "firewall": "operating.md",
+}
+"""The main word of each question that an operator has asked, and the page whose heading answers it."""
+MARKED = """# Page
+
+## One
+
+Text.
+
+<!-- walk: macOS only -->
+```sh
+pmset
+```
+
+<!-- expect: a.b -->
+<!-- scene: mini-1 dies -->
+
+```sh
+echo "```" # not a fence
+cat <<END
+# no heading
+END
+```
+
+- a list:
+
+  <!-- terminal: stops -->
+  ```sh
+  serve
+  ```
+
+## Two
+
+<!-- walk: -->
+```toml
+x = 1
+```
+
+<!-- walk: too far away -->
+Text.
+
+```json
+{}
+```
+"""
+
+
+def test_every_block_is_run_or_marked_with_its_reason() -> None:
+    assert len([block for block in FOUND if block.runs]) > 25
+    assert faults(FOUND) == []
+
+
+def test_a_reason_that_names_a_test_names_one_that_reads_the_page_or_runs_the_verb() -> None:
+    named = [(block, path) for block in FOUND for path in re.findall(r"tests/[\w/]+\.py", block.reason)]
+    assert named
+    for block, path in named:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        wanted = Path(block.page).name if "runs it" in block.reason else "--undo"
+        assert wanted in text, f"{block.where}: {path}"
+
+
+def test_marks_are_read() -> None:
+    first, second, third, fourth, fifth = blocks("page.md", MARKED)
+    assert (first.section, first.runs, first.reason, first.text) == ("One", False, "macOS only", "pmset\n")
+    assert (second.expect, second.scenes, second.runs) == (("a.b",), ("mini-1 dies",), True)
+    assert second.text == 'echo "```" # not a fence\ncat <<END\n# no heading\nEND\n'
+    assert (third.terminal, third.text, third.section) == ("stops", "serve\n", "One")
+    assert (fourth.section, fourth.marked, fourth.runs) == ("Two", True, False)
+    assert (fifth.line, fifth.marked, fifth.runs) == (39, False, False)
+    assert faults([first, second, third]) == []
+    assert faults([fourth, fifth]) == [
+        "page.md:32: marked as not run, without a reason",
+        "page.md:39: a block of json is not run; put <!-- walk: REASON --> before it",
+    ]
+
+
+def test_a_block_that_is_not_run_has_no_other_marks() -> None:
+    (one,) = blocks("p", "<!-- walk: no -->\n<!-- expect: x -->\n```sh\nls\n```\n")
+    assert faults([one]) == ["p:3: marked as not run, and has other marks"]
+
+
+@pytest.mark.parametrize("word", QUESTIONS)
+def test_each_question_is_answered_by_a_heading(word: str) -> None:
+    pages = {page for page, heading in HEADINGS if word in heading}
+    assert QUESTIONS[word] in pages, "grep -ri of the word finds it in docs/"
+
+
+def test_each_section_answers_in_its_first_line() -> None:
+    text = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert len(sections) > 12
+    for section in sections:
+        heading, rest = section.split("\n", 1)
+        first = next(line for line in rest.splitlines() if line.strip())
+        assert len(first.split()) >= 8, heading
+        assert not first.startswith(("<!--", "```", "#", "|")), heading
+
+
+def test_the_table_of_memory_is_the_memory_plan_s() -> None:
+    assert document_memory.markdown() in document_memory.PAGE.read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_the_formula_for_kv_kib_per_tok_gives_the_plan_s_figure() -> None:
+    """docs/operating.md: layers x KV heads x head_dim x 4 / 1024, where no layer has a sliding window."""
+    checked = 0
+    for one in MODELS:
+        if one.shape.sliding:
+            continue
+        config = one.config
+        by_hand = config["layers"] * config["kv"] * config["head_dim"] * 4 / 1024  # type: ignore[operator]
+        assert document_memory.kv_kib_per_tok(one) == by_hand, one.repo
+        checked += 1
+    assert checked > 5
+
+
+def test_a_table_adds_up_each_section() -> None:
+    one, two = Block("README.md", 1, "One node", "sh", ""), Block("docs/operating.md", 9, "Undo", "sh", "")
+    rows = table([Step(one, 1.0), Step(one, 2.5), Step(two, 0.5)])
+    assert [(r.section, r.blocks, r.seconds, r.since_start, r.milestone) for r in rows] == [
+        ("One node", 2, 3.5, 3.5, "first token"),
+        ("Undo", 1, 0.5, 4.0, ""),
+    ]
+
+
+def test_the_walk_knows_every_scene_of_its_pages() -> None:
+    scenes = {scene for block in FOUND for scene in block.scenes}
+    assert scenes
+    assert {scene for scene in scenes if not Walk.plays(scene)} == set()
