@@ -35,6 +35,7 @@ from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Key, Nonces
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
+from agent.operator import resolved
 from agent.operator.admin_client import SERVED_NAME
 from agent.process.gpu import Budget
 from agent.process.prefixes import prefix_key
@@ -101,7 +102,7 @@ class Daemon:
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self._status = Status(config.node, self._budget, *parts, warnings=self._warnings)
+        self.status = Status(config.node, self._budget, *parts, warnings=self._warnings)
 
     # ---- construction ----
 
@@ -162,10 +163,11 @@ class Daemon:
             pool=self._pool,
             follower=self._follower,
             peers=self._table,
-            status=self._status,
+            status=self.status,
             metrics=self._metrics.text,
             connections=self._connections,
             seal=self.telemetry.outbox.seal,
+            secrets=lambda: resolved.problems(self.config, self._environ),
             admin_token=token(self._state, ADMIN_TOKEN),
             metrics_token=token(self._state, METRICS_TOKEN),
             rack_secret=self._rack_secret,

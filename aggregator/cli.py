@@ -31,7 +31,7 @@ from shared.secrets import resolve
 from shared.store import ObjectStore
 from shared.store_open import open_store
 
-CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
+CONFIG_NAME, CONFIG_VARIABLE = "aggregator.toml", "MLXRACK_AGGREGATOR_CONFIG"
 _INPUTS = {
     "api_spend": "current API spend per month",
     "nodes": "number of nodes to buy",
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         added = local(name, text, run)
-        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
+        default = f"aggregator.toml (default: {shared_config.places(CONFIG_NAME, CONFIG_VARIABLE)})"
         added.add_argument("--config", type=Path, default=None, help=default)
         added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
         added.add_argument("--log", type=Path, default=None, help="write the log to this file instead of stderr")
@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> AggregatorConfig:
-    path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "aggregator.toml"))
+    found = shared_config.located(CONFIG_NAME, args.config, os.environ.get(CONFIG_VARIABLE))
+    path = found or Path(CONFIG_NAME)
     return shared_config.load(path, AggregatorConfig, aggregator_config.check)
 
 

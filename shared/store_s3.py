@@ -22,12 +22,22 @@ import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from shared import connection_errors
 from shared.botocore_data import SmallLoader
 from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, Stored, too_large
 from shared.store_pace import CALL_S, NOT_A_STORE, answer_of, pool_classes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
+_DENIALS = {
+    "InvalidAccessKeyId": "it does not know the key in store.access_key",
+    "SignatureDoesNotMatch": "store.secret_key does not belong to store.access_key",
+    "ExpiredToken": "they have expired; replace store.access_key and store.secret_key",
+}
+_DENIAL = (
+    "they may not do this, or there is no such bucket, which this store does not tell apart; check store.bucket, "
+    "store.access_key and store.secret_key, and what that key may do"
+)
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 _CONFIG = Config(
@@ -184,7 +194,7 @@ class S3Store:
                 raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
                 if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
-                    raise Retryable(f"put {key}: the store does not respond ({type(error).__name__})") from None
+                    raise Retryable(f"put {key}: the store does not respond: {_silence(error)}") from None
                 raise Refused(f"put {key}: the file cannot be read ({error.strerror})", code="bad_file") from None
         # the upload's own answers are not shown to us
         if counted.bytes and len(self.get_part(key, counted.bytes - 1, 2)) != 1:
@@ -284,9 +294,14 @@ def _as_ours(verb: str, key: str) -> Iterator[None]:
             raise Retryable(f"{verb} {key}: {inner.message}") from None
         if isinstance(inner, _ODD):
             raise Retryable(f"{verb} {key}: unreadable answer ({type(inner).__name__}): {NOT_A_STORE}") from None
-        raise Retryable(f"{verb} {key}: the store does not respond ({type(error).__name__})") from None
+        raise Retryable(f"{verb} {key}: the store does not respond: {_silence(error)}") from None
     except _ODD as error:
         raise Retryable(f"{verb} {key}: unreadable answer ({type(error).__name__}): {NOT_A_STORE}") from None
+
+
+def _silence(error: Exception) -> str:
+    url = str(getattr(error, "kwargs", {}).get("endpoint_url") or "")
+    return connection_errors.why(error, url, "store.endpoint")
 
 
 def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
@@ -305,9 +320,7 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     if status in (401, 403) or code in _DENIED:
         if code == "RequestTimeTooSkewed":
             return Halt(f"{verb} {key}: clock skew too large; set this machine's clock", code="clock_skew")
-        return AccessDenied(
-            f"{verb} {key}: the store rejected the credentials ({seen}); check store.access_key and store.secret_key"
-        )
+        return AccessDenied(f"{verb} {key}: the store rejected the credentials ({seen}): {_DENIALS.get(code, _DENIAL)}")
     if status == 429 or status >= 500 or status == 0:
         return Retryable(f"{verb} {key}: store busy or unavailable ({seen})", retry_after_s=wait_s)
     if status == 413 or code in _HOPELESS:

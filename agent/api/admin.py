@@ -1,5 +1,6 @@
-"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, probes, seal."""
+"""Endpoints of the operator's CLI, behind the admin token: status, secrets, load, unload, swap, pin, probes, seal."""
 
+import asyncio
 import re
 from typing import Literal
 
@@ -46,6 +47,12 @@ async def status(request: web.Request) -> web.Response:
     require_admin(request)
     context = request.app[CONTEXT]
     return json_response(context.status.node() | {"connections": context.connections.state(), "log": logs.state()})
+
+
+async def secrets(request: web.Request) -> web.Response:
+    """By reference, why this agent cannot use a secret of its configuration ("" when it can); never a value."""
+    require_admin(request)
+    return json_response(await asyncio.to_thread(request.app[CONTEXT].secrets))
 
 
 async def load(request: web.Request) -> web.Response:

@@ -282,7 +282,7 @@ def test_a_peer_that_is_the_node_itself_and_a_request_that_loops(tmp_path: Path)
     try:
         agent.start().ready()
         until(lambda: agent.status()["peers"][0]["problem"], "it is noticed")
-        assert "has another node id than configured" in agent.status()["peers"][0]["problem"]
+        assert "this url leads back to this node itself" in agent.status()["peers"][0]["problem"]
         answer = agent.chat()
         assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n1")
     finally:
