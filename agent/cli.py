@@ -37,7 +37,7 @@ from agent.operator import (
 )
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.state_folder import held as state_held
-from agent.operator.statusview import progress, size, status_text, why_text
+from agent.operator.statusview import fold, progress, size, status_text, why_text
 from shared import __version__, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RackError as error:
-        print(f"mlxrack-agent: {error.message}", file=sys.stderr)
+        width = cli_doctor.width_of(sys.stderr)
+        print("\n".join(fold(line, width) for line in f"mlxrack-agent: {error.message}".split("\n")), file=sys.stderr)
         return exit_status(error)
     except OSError as error:
         print(f"mlxrack-agent: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)

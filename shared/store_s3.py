@@ -30,13 +30,13 @@ from shared.store_pace import CALL_S, NOT_A_STORE, answer_of, pool_classes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
 _DENIALS = {
-    "InvalidAccessKeyId": "it does not know the key in store.access_key",
-    "SignatureDoesNotMatch": "store.secret_key does not belong to store.access_key",
-    "ExpiredToken": "they have expired; replace store.access_key and store.secret_key",
+    "InvalidAccessKeyId": "it does not know this key; check store.access_key",
+    "SignatureDoesNotMatch": "the secret does not belong to the key; check store.access_key and store.secret_key",
+    "ExpiredToken": "they have expired; check store.access_key and store.secret_key",
 }
 _DENIAL = (
-    "they may not do this, or there is no such bucket, which this store does not tell apart; check store.bucket, "
-    "store.access_key and store.secret_key, and what that key may do"
+    "they may not do this, or there is no such bucket, which this store does not tell apart; check store.access_key, "
+    "what that key may do, and store.bucket"
 )
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}

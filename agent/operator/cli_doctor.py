@@ -12,7 +12,7 @@ from agent import config_checks
 from agent.config import AgentConfig
 from agent.operator import checks
 from agent.operator.checks import Finding
-from agent.operator.statusview import table
+from agent.operator.statusview import fold, table
 from shared import config as shared_config
 
 Outer = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
@@ -69,7 +69,7 @@ def _check_config(path: Path, places: Places) -> int:
         print(f"prompt cache {group} is shared by the keys {ids}")
     for one in noted:
         if one.verdict == "warning":
-            print(f"warning: {one.what}: {one.seen}")
+            print(fold(f"warning: {one.what}: {one.seen}", width_of(sys.stdout)))
     return 0
 
 

@@ -40,7 +40,8 @@ def fold(line: str, width: int) -> str:
     """A sentence on several lines; a table, which has line breaks already, and any line that fits stay as they are."""
     if not width or "\n" in line or len(line) <= width:
         return line
-    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    indent = " " * (len(line) - len(line.lstrip(" -")) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _section(head: Sequence[str], rows: Sequence[Sequence[object]], width: int) -> list[str]:
@@ -92,7 +93,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int = 0)
     if width and _width(cells) > width:
         last = len(head) - 1
         kept = [n for n in range(last + 1) if n in (0, last) or any(row[n] not in _SAYS_NOTHING for row in cells[1:])]
-        cells = [[row[n] for n in kept] for row in cells]
+        cells = _merged([[row[n] for n in kept] for row in cells], width)
     widths = _widths(cells)
     left = sum(widths[:-1]) + 2 * len(widths[:-1])
     if not width or left + widths[-1] <= width:
@@ -103,6 +104,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int = 0)
 _SAYS_NOTHING = ("", "0", "-")
 _LEAST_COLUMNS = 30
 """Where the last column would be narrower, it goes below the others."""
+
+
+def _merged(cells: list[list[str]], width: int) -> list[list[str]]:
+    """What no longer fits beside the first columns goes, with its heading, into the last one."""
+    widths, last = _widths(cells), len(cells[0]) - 1
+    fitting = sum(sum(widths[: n + 1]) + 2 * n <= width for n in range(last))
+    if fitting in (0, last):
+        return cells
+    head, *rows = cells
+    named = [(n, head[n].lower()) for n in range(fitting, last)]
+    more = [[f"{name} {row[n]}" for n, name in named if row[n] not in _SAYS_NOTHING] for row in rows]
+    ends = [
+        "; ".join(part for part in (", ".join(one), row[last]) if part) for one, row in zip(more, rows, strict=True)
+    ]
+    return [[*head[:fitting], ""], *([*row[:fitting], end] for row, end in zip(rows, ends, strict=True))]
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
