@@ -165,7 +165,7 @@ def secrets(facts: Sequence[SecretFact]) -> Iterator[Finding]:
 def models(facts: Sequence[ModelFact], budget: Budget) -> Iterator[Finding]:
     """Whether each can be loaded, and whether all of them fit together."""
     if not facts:
-        yield Finding("models", "warning", "none configured; this node only forwards requests to its peers")
+        yield Finding("models", "warning", "none configured; this node can only forward requests to peers")
     for fact in facts:
         if fact.problem:
             yield Finding(f"model {fact.name}", "problem", fact.problem, fact.key)

@@ -161,7 +161,7 @@ def test_retries_are_bounded_when_everything_fails(tmp_path: Path) -> None:
         ("unsigned", "response not signed with peers.secret"),
         ("newer", "is newer than this node's"),
         ("older", "is older than this node's"),
-        ("noise", "not a heartbeat; is it an mlxrack agent"),
+        ("noise", "not a heartbeat; what answered is not an mlxrack agent"),
         ("silent", "does not answer"),
         ("senseless", "invalid heartbeat"),
     ],
