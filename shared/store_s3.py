@@ -29,6 +29,8 @@ from shared.store import Listed, Stored, too_large
 from shared.store_pace import CALL_S, NOT_A_STORE, answer_of, pool_classes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
+NO_BUCKET = "no_bucket"
+"""Code of the AccessDenied for a bucket that does not exist, where the store says so."""
 _DENIALS = {
     "InvalidAccessKeyId": "it does not know this key; check store.access_key",
     "SignatureDoesNotMatch": "the secret does not belong to the key; check store.access_key and store.secret_key",
@@ -314,7 +316,7 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     if status == 412 or code in _LOST:
         return PreconditionFailed(f"{verb} {key}: another writer was first")
     if code == "NoSuchBucket":
-        return AccessDenied(f"{verb} {key}: no such bucket; create it or correct store.bucket")
+        return AccessDenied(f"{verb} {key}: no such bucket; create it or correct store.bucket", code=NO_BUCKET)
     if status == 404 or code == "NoSuchKey":
         return NotFound(f"{verb} {key}: no such object")
     if status in (401, 403) or code in _DENIED:

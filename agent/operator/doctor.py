@@ -32,6 +32,7 @@ from shared.memory_plan import default_budget_bytes
 from shared.secrets import strong
 from shared.store import ObjectStore
 from shared.store_open import open_store
+from shared.store_s3 import NO_BUCKET
 
 PEER_S = 3.0
 """How long a peer may take to answer."""
@@ -185,7 +186,7 @@ def _why_denied(store: ObjectStore, node: str, error: RackError) -> str:
         try:
             store.list_after(raw_node_prefix(node), limit=1)
         except RackError as listing:
-            if "no such bucket" in listing.message:
+            if listing.code == NO_BUCKET:
                 return _of_store(listing)
     return _of_store(error)
 

@@ -10,9 +10,11 @@ from agent.operator.checks import Finding
 from agent.operator.resolved import Resolver
 from scripts.seaweed import SeaweedFS
 from shared.bucket import Store
-from shared.errors import PreconditionFailed
+from shared.errors import AccessDenied, PreconditionFailed
 from shared.keys import claim_key
+from shared.store import Listed, Stored
 from shared.store_dir import DirectoryStore
+from shared.store_s3 import NO_BUCKET
 
 ENVIRON = {
     "ADMIN": SeaweedFS.ADMIN[0],
@@ -23,14 +25,12 @@ ENVIRON = {
 }
 
 
-def asked(seaweed: SeaweedFS, bucket: str, key: str, secret: str, *, endpoint: str = "") -> list[Finding]:
-    store = Store(
-        kind="s3",
-        endpoint=endpoint or seaweed.endpoint,
-        bucket=bucket,
-        access_key=f"env:{key}",
-        secret_key=f"env:{secret}",
-    )
+def asked(seaweed: SeaweedFS, bucket: str, key: str, secret: str) -> list[Finding]:
+    return asked_at(seaweed.endpoint, bucket, key, secret)
+
+
+def asked_at(endpoint: str, bucket: str, key: str, secret: str) -> list[Finding]:
+    store = Store(kind="s3", endpoint=endpoint, bucket=bucket, access_key=f"env:{key}", secret_key=f"env:{secret}")
     config = AgentConfig(node=Node(id="n1", rack="r"), store=store)
     return [one for one in doctor._store(config, Resolver(ENVIRON, "this shell")) if one.what == "store"]
 
@@ -71,6 +71,24 @@ def test_a_node_s_own_key_may_do_what_a_node_does_and_what_it_may_not_is_said(se
     findings = asked(seaweed, "scoped", "N1", "N1_SECRET")
     assert [one.verdict for one in findings] == ["warning"]
     assert "the desired state cannot be followed" in findings[0].seen
+
+
+class Reticent(DirectoryStore):
+    """Denies to read in a bucket that does not exist, and says so only to who lists it."""
+
+    def get(self, key: str, most_bytes: int) -> Stored:
+        raise AccessDenied(f"get {key}: the store rejected the credentials (403 AccessDenied): or no such bucket")
+
+    def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list[Listed]:
+        raise AccessDenied(f"list {prefix}: no such bucket; create it or correct store.bucket", code=NO_BUCKET)
+
+
+def test_a_store_that_tells_of_a_missing_bucket_only_to_who_lists_is_asked_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "open_store", lambda *_, **__: Reticent(tmp_path))
+    (found,) = asked_at("http://127.0.0.1:1", "bucket", "ADMIN", "ADMIN_SECRET")
+    assert found.seen == "no such bucket; create it or correct store.bucket"
 
 
 class Careless(DirectoryStore):
