@@ -14,6 +14,7 @@ import pytest
 
 from scripts.seaweed import free_port
 from tests.rack.harness import SCRIPT, SECRET, Agent, end, model, until, write_config
+from tests.rack.tls_rack import Authority, tls_rack
 
 
 class Page(BaseHTTPRequestHandler):
@@ -205,3 +206,24 @@ def test_run_says_the_url_when_a_model_answers_and_why_when_none_does(tmp_path: 
         assert "no model answers: neither models nor peers are configured" in said()
     finally:
         end([agent])
+
+
+def test_over_tls_peers_are_asked_with_certificates_and_a_wrong_one_is_told(tmp_path: Path) -> None:
+    with tls_rack(tmp_path, [model()], [model()]) as (authority, (first, second)):
+        _, found, _ = doctor(first)
+        assert (of(found, "peer n2")[0], of(found, "tls")[0]) == ("ok", "ok"), found
+        second.stop()
+        text = second.config.read_text()
+        other = Authority(tmp_path / "other").issue("n2")
+        own = authority.issue("n2")
+        for mine, theirs in zip(
+            (own.certificate, own.key, own.ca), (other.certificate, other.key, other.ca), strict=True
+        ):
+            text = text.replace(mine, theirs)
+        second.config.write_text(text)
+        second.tls = None
+        second.start(wait=False)
+        until(lambda: "signed by another CA" in of(doctor(first)[1], "peer n2")[1], "doctor tells it")
+        plain = first.config.read_text().replace(f"https://127.0.0.1:{second.port}", f"http://127.0.0.1:{second.port}")
+        first.config.write_text(plain.replace("[listen]\n", "[listen]\ninsecure_http = true\n"))
+        assert of(doctor(first)[1], "peer n2")[0] == "problem"
