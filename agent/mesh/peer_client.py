@@ -207,7 +207,7 @@ def _silence(url: str, error: BaseException) -> str:
 
 
 async def _redirected(*_: object) -> None:
-    raise Refused("a peer never redirects; what answered is not an mlxrack agent", code="not_a_peer")
+    raise Refused(f"a peer never redirects; what answered {_NO_AGENT}", code="not_a_peer")
 
 
 def another_node(found: str, expected: str, me: str) -> str:
@@ -220,8 +220,9 @@ def another_node(found: str, expected: str, me: str) -> str:
 
 def no_agent(status: int, kind: str) -> str:
     """What is said of an answer that no agent gives. ``kind`` is its content type."""
-    what = "a web page answers there" if "html" in kind.lower() else "what answers there"
-    return f"{what} (HTTP {status}): it {_NO_AGENT}"
+    if "html" in kind.lower():
+        return f"a web page answers there (HTTP {status}), of a proxy or another program: it {_NO_AGENT}"
+    return f"what answers there (HTTP {status}) {_NO_AGENT}"
 
 
 async def _code(answer: aiohttp.ClientResponse) -> str:
