@@ -5,7 +5,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiohttp import web
 
+from agent.mesh import heartbeats
+from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peer_client import PeerClient, another_node
+from agent.mesh.peers import PeerTable
 from agent.mesh.signing import NODE_HEADER
 from shared.errors import RackError
 
@@ -61,3 +64,17 @@ async def test_who_answers_instead_of_a_peer_is_said(answer: Answer, words: str)
 def test_the_node_that_answers_is_named() -> None:
     assert another_node("n2", "n3", "n1").startswith("node 'n2' answers at this url, which peers.nodes calls 'n3'")
     assert another_node("n1", "n3", "n1").startswith("this url leads back to this node itself")
+
+
+def test_a_problem_is_a_warning_once_and_again_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(heartbeats.log, "warning", lambda event, **fields: said.append(fields["reason"]))
+    table = PeerTable([("n2", "http://u")], beat_s=1, now=0)
+    beats = Heartbeats(table, PeerClient("x" * 32, "me"), lambda _: None, rack="r", beat_s=1)
+    for seconds in (2.1, 2.4, 12.9):
+        beats._note("n2", f"peer http://u: clock skew of {seconds} s; synchronize both clocks")
+    assert len(said) == 1
+    beats._note("n2", "peer http://u: nothing listens on u:80")
+    beats._note("n2", "")
+    beats._note("n2", "peer http://u: nothing listens on u:80")
+    assert len(said) == 3
