@@ -46,11 +46,12 @@ from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.hangups import Hangups
 from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import fold, status_text, why_text
-from shared import __version__, cli_help, logs, private
+from shared import __version__, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
 from shared.durable import write_whole
 from shared.errors import Halt, RackError, Refused, Retryable
+from shared.manual import cli_help
 from shared.missing import broken_import, guarded
 
 if TYPE_CHECKING:

@@ -102,21 +102,8 @@ class Daemon:
             prefix_key=lambda: self._keys.prefix_key,
             heat=lambda: self.telemetry.heat.level,
         )
-        self._follower = Follower(
-            *(self._live, self._pool, self._models),
-            lambda: open_store(config.store, environ, attempts=1),
-            state / "desired.json",
-            carried_by_peer=self._carried_by_peer,
-            on_peers=self._set_peers,
-            lasting=lasting,
-        )
-        self._heartbeats = Heartbeats(
-            *(self._table, self._peer_client, self.telemetry.outbox.emit),
-            rack=config.node.rack,
-            beat_s=config.peers.beat_s,
-            sightings=Sightings(config.node.id, mark),
-            on_back=self._dispatch.peer_is_back,
-        )
+        self._follower = self._new_follower(lasting=lasting)
+        self._heartbeats = self._new_heartbeats(mark)
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
         self.status = Status(config.node, self._budget, *parts, warnings=self._warnings, keys=self._keys)
         reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
@@ -146,6 +133,26 @@ class Daemon:
         host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status)
         return Metrics(lambda: self._pool.inventory.status(), lambda: self._table.view(time.monotonic()), host)
 
+    def _new_follower(self, *, lasting: bool) -> Follower:
+        return Follower(
+            *(self._live, self._pool, self._models),
+            lambda: open_store(self.config.store, self._environ, attempts=1),
+            self._state / "desired.json",
+            carried_by_peer=self._carried_by_peer,
+            on_peers=self._set_peers,
+            lasting=lasting,
+        )
+
+    def _new_heartbeats(self, mark: str) -> Heartbeats:
+        node = self.config.node
+        return Heartbeats(
+            *(self._table, self._peer_client, self.telemetry.outbox.emit),
+            rack=node.rack,
+            beat_s=self.config.peers.beat_s,
+            sightings=Sightings(node.id, mark),
+            on_back=self._dispatch.peer_is_back,
+        )
+
     def _node_tls(self) -> "NodeTls | None":
         """Imported only where it is configured, because cryptography takes seven megabytes."""
         if not self.config.tls.certificate:
@@ -163,7 +170,12 @@ class Daemon:
 
     def _model_pool(self) -> Pool:
         prompts = self._state / "prompts"
-        loaders = Loaders(self._live, self._environ, prompts=prompts, on_report=self._on_report)
+
+        def reported(model: str, report: Reported) -> None:
+            self._metrics.engine(model, report)
+            self._pool.inventory.reported_peak(model, report.peak_bytes)
+
+        loaders = Loaders(self._live, self._environ, prompts=prompts, on_report=reported)
         return Pool(
             *(self._live, self._models, loaders),
             budget_bytes=self._budget.bytes,
@@ -294,7 +306,7 @@ class Daemon:
         self._follower.stop()
         telemetry, deadline = self.telemetry, time.monotonic() + self.config.limits.drain_s
         log.info("agent_stopping", in_flight=self._dispatch.in_flight)
-        while self._busy() and time.monotonic() < deadline:
+        while _busy(self._pool) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         await _leave(runner, listener)
         while self._dispatch.in_flight and time.monotonic() < deadline:
@@ -312,10 +324,6 @@ class Daemon:
             telemetry.spool.close(clean=True)
         log.info("agent_stopped", waiting_batches=telemetry.pusher.state.waiting_batches)
 
-    def _busy(self) -> bool:
-        """Whether a loader of this node has work. What peers compute for clients of this node is waited for later."""
-        return any(m.in_flight for m in self._pool.views())
-
     # ---- callbacks between parts ----
 
     def _emit(self, event: Event) -> None:
@@ -332,10 +340,6 @@ class Daemon:
         self._metrics.closed(windows)
         return windows
 
-    def _on_report(self, model: str, reported: Reported) -> None:
-        self._metrics.engine(model, reported)
-        self._pool.inventory.reported_peak(model, reported.peak_bytes)
-
     def _set_peers(self, peers: Sequence[tuple[str, str]]) -> None:
         """Replace the peers. Without a secret there are none: no node could prove that it is one."""
         known = bool(self.config.peers.secret)
@@ -349,6 +353,11 @@ class Daemon:
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
+
+
+def _busy(pool: Pool) -> bool:
+    """Whether a loader of this node has work. What peers compute for clients of this node is waited for later."""
+    return any(m.in_flight for m in pool.views())
 
 
 async def _leave(runner: Runner, listener: Listener) -> None:

@@ -25,11 +25,12 @@ from aggregator.commands.ended import Ended, NothingToPublish, command, say, tel
 from aggregator.config import AggregatorConfig
 from aggregator.economics import Inputs
 from aggregator.report.page import Page
-from shared import __version__, cli_help, keys, logs
+from shared import __version__, keys, logs
 from shared import config as shared_config
 from shared.bucket import place
 from shared.commandline import Parser
 from shared.errors import AccessDenied, RackError, Refused, Retryable
+from shared.manual import cli_help
 from shared.missing import broken_import, guarded
 from shared.secrets import resolve
 from shared.store import ObjectStore

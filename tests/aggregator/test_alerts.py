@@ -19,9 +19,9 @@ from aggregator.window import Fact, facts_of
 from shared.batch import Batch
 from shared.bucket import Store
 from shared.errors import Halt, Retryable
+from shared.manual.topics import topics
 from shared.records import CertificateExpires, ModelEvicted, NodeIdClash, PeerDown, PeerUp, SwapFinished
 from shared.resources import pages
-from shared.topics import topics
 from tests.builders import MINUTE, T0, batch, host
 
 CONFIG = Alerts()

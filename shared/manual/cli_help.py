@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from shared.errors import Refused
+from shared.manual.topics import LISTED, WIDTH, Topic, asked, near, plain, topics
 from shared.resources import FILES, pages, resource
-from shared.topics import LISTED, WIDTH, Topic, asked, near, plain, topics
 
 TEXT = "Show the documentation: runbooks, operating tasks, pages; or print a file that comes with the program."
 

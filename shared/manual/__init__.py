@@ -1,0 +1,1 @@
+"""The documentation on the command line: what `help` knows, and the verb itself."""
