@@ -184,7 +184,7 @@ def _inline(text: str, program: str) -> str:
         kept.append(code.group())
         return f"\0{len(kept) - 1}\0"
 
-    bare = _EMPHASIS.sub(r"\2", _CODE.sub(keep, text))
+    bare = _EMPHASIS.sub(r"\2", _CODE.sub(keep, text.replace("\0", "")))
     linked = _LINK.sub(lambda link: _shown(link["text"], link["target"], program), bare)
     return re.sub(r"\0(\d+)\0", lambda at: kept[int(at[1])], linked)
 
