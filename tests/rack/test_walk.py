@@ -8,13 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-from scripts.walk.__main__ import ready, share, todo
+from scripts.walk.__main__ import ready, share, table, todo
 from scripts.walk.blocks import Block
 
-SECTIONS = (
-    *("Three nodes with TLS", "First report", "Add a node", "Change what a node serves"),
-    *("Rotate keys, secrets and certificates", "Back up and restore"),
-)
+SECTIONS = ("Three nodes with TLS", "First report", "Add a node", "Change what a node serves", "Back up and restore")
 
 
 def small(folder: Path, block: Block) -> Block:
@@ -40,3 +37,4 @@ def test_an_operator_s_commands_do_what_the_pages_say(tmp_path: Path) -> None:
         walk.activate()
         walk.run(some)
     assert len(walk.steps) == len(some)
+    print("\n".join(map(str, table(walk.steps))))
