@@ -55,6 +55,10 @@ _INPUTS = {
 }
 
 
+_CONFIGURED = ("no_secret", "bad_tls", "wrong_rack", "all_quarantined")
+"""Codes of errors that a configuration, here or on the nodes, has to end."""
+
+
 @guarded("mlxrack-aggregator", "aggregator")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -100,7 +104,7 @@ def _said(error: OSError) -> str:
 
 def exit_status(error: RackError) -> int:
     """The os.EX_* exit status for an error."""
-    if isinstance(error, shared_config.ConfigError) or error.code in ("no_secret", "wrong_rack"):
+    if isinstance(error, shared_config.ConfigError) or error.code in _CONFIGURED:
         return os.EX_CONFIG
     if isinstance(error, AccessDenied):
         return os.EX_NOPERM
@@ -304,6 +308,7 @@ def _alert(args: argparse.Namespace) -> Ended:
 def _apply(args: argparse.Namespace) -> Ended:
     from aggregator.calendar import last_week
     from aggregator.commands import apply
+    from aggregator.judgements import so_far
 
     if args.undo and (args.week is not None or args.steps is not None):
         raise Refused("apply: --undo goes back from the current state; it takes neither --week nor --steps")
@@ -319,7 +324,8 @@ def _apply(args: argparse.Namespace) -> Ended:
         steps = _numbers(args.steps) if args.steps is not None else None
         moves, state = apply.run(config, store, report, steps, args.dry_run)
         shown = tuple(f"{move.step:3}. {move.action} {move.model} on {move.node}: {move.reason}" for move in moves)
-        what = f"{len(moves)} of {len(report.moves)} steps of {report.period}"
+        partial = so_far(report.so_far_until_ms, config.timezone)
+        what = f"{len(moves)} of {len(report.moves)} steps of {report.period}" + (f", {partial}" if partial else "")
         where += f"; back: {command('apply --undo', args.config)}"
     line = f"generation {state.generation} {done}: {what}" + ("" if args.dry_run else f", {where}")
     lines = "\n".join((*(shown if args.dry_run or not args.quiet else ()), *([line] if args.dry_run else [])))

@@ -103,7 +103,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     """The placement and the moves. ``short`` lists what does not fit, with remedies; ``notes`` what stays as it is, and
-    why. ``gap`` bounds the distance from the optimal placement; ``score`` is the objective value of packing.py."""
+    why. ``gap`` bounds the distance from the optimal placement; ``score`` is the objective value of packing.py.
+    ``so_far_until_ms`` is there in the published report of a span that is not over."""
 
     period: str
     rebalance: bool
@@ -116,6 +117,7 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     gap: float | None = None
     score: float = 0.0
     least: dict[str, int] = {}
+    so_far_until_ms: int | msgspec.UnsetType = msgspec.UNSET
 
 
 def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa: B008  # immutable

@@ -192,5 +192,6 @@ def _inline(text: str, program: str) -> str:
 def _shown(text: str, target: str, program: str) -> str:
     page, _, anchor = target.partition("#")
     if re.fullmatch(r"(\.\./)?(docs/)?[a-z_-]*(\.md)?", page) and (page.endswith(".md") or anchor):
-        return f"{text} (`{program} help {anchor or page.rpartition('/')[2].removesuffix('.md')}`)"
+        shown = f"`{program} help {anchor or page.rpartition('/')[2].removesuffix('.md')}`"
+        return shown if text in (page, page.removesuffix(".md"), target) else f"{text} ({shown})"
     return f"{text} ({target})" if "://" in target and target != text else text

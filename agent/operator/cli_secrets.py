@@ -56,7 +56,7 @@ def add(outer: Outer, load: Load, path_of: Callable[[argparse.Namespace], Path],
     rotate = verbs.add_parser("rotate", help=text, description=text)
     common(rotate)
     how = rotate.add_mutually_exclusive_group()
-    how.add_argument("--with", dest="given", type=Path, default=None, help="the new secret's file, from the first node")
+    how.add_argument("--with", dest="given", metavar="FILE", type=Path, help="the new secret, from the first node")
     how.add_argument("--finish", action="store_true", help="forget the old secret, when no node needs it any more")
     rotate.add_argument("--dry-run", action="store_true", help="show the edit of agent.toml, and change nothing")
     rotate.set_defaults(run=lambda args: _rotate(args, node(args)))

@@ -18,6 +18,7 @@ from agent.operator.store_server import DEFAULT_PORT, Options, Server
 from shared.errors import Refused
 
 LABEL = "dev.mlxrack.store"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SERVE = "Run an S3 server for the rack until SIGTERM: makes folder, credentials and bucket, prints the [store] table."
 Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]
 """Configuration and state folder."""
@@ -55,7 +56,8 @@ def add(outer: Outer, load: Load, common: Callable[[argparse.ArgumentParser], No
 def _serve(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     options = _options(args, config, state)
     if why := store_server.check(options):
-        raise Refused(f"store serve: {why}")
+        print(f"mlxrack-agent store serve: {why}", file=sys.stderr)
+        return os.EX_USAGE
     if args.plist:
         sys.stdout.write(plist(options, args.user))
         return os.EX_OK
@@ -68,8 +70,8 @@ def _serve(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
         try:
             server.start(lock)
             _announce(server, as_json=args.json)
-            while (status := server.ended(3600)) is None:
-                pass
+            while (status := server.ended(600)) is None:
+                server.rotate()
         except _Ended:
             return os.EX_OK
         finally:
@@ -113,12 +115,13 @@ def _announce(server: Server, *, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP raise _Ended."""
+    """SIGTERM, SIGINT and SIGHUP raise _Ended, unless they are ignored, as after nohup."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Ended
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     except _Ended:  # before there was anything to end
@@ -131,7 +134,7 @@ def _signals() -> Iterator[None]:
 @contextlib.contextmanager
 def _ignoring() -> Iterator[None]:
     """A second signal does not cut the end short; launchd kills after its time."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     yield
 

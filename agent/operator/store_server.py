@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,7 @@ def command(program: str, options: Options, internal: Mapping[str, int], volume_
     return [
         *(program, "-logtostderr=true", "server", f"-dir={folder / DATA}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *(*ports, "-filer", "-filer.disableHttp", "-master.telemetry=false"),
+        "-master.electionTimeout=1s",  # it is alone, and would wait ten for others when it is started again
         *("-s3", f"-s3.port={options.port}", f"-s3.ip.bind={options.host}", f"-s3.config={folder / CONFIG}", *tls),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.cacheCapacityMB=0"),
         *(f"-master.volumeSizeLimitMB={volume_mb}", "-master.volumePreallocate=false"),
@@ -237,7 +239,7 @@ class Server:
     """SeaweedFS as a child process, for some identities. One more, of this run alone, makes the bucket."""
 
     def __init__(self, options: Options, identities: Sequence[Identity]) -> None:
-        self.options = options
+        self.options = options._replace(folder=options.folder.resolve())
         self._identities = identities
         self._admin = (f"admin{secrets.token_hex(8)}", secrets.token_hex(20))
         self._process: subprocess.Popen[bytes] | None = None
@@ -261,10 +263,9 @@ class Server:
         known = {"identities": [identity("store-serve", *self._admin), *self._identities]}
         write_whole(folder / CONFIG, json.dumps(known).encode())
         (folder / DATA).mkdir(exist_ok=True, mode=0o700)
-        argv = command(weed(), options, self._internal(), volume_mb(shutil.disk_usage(folder).free))
-        with contextlib.suppress(FileNotFoundError):
-            if self.log.stat().st_size > MOST_LOG_BYTES:
-                os.replace(self.log, self.log.with_suffix(".log.1"))
+        internal = self._internal()
+        argv = command(weed(), options, internal, volume_mb(shutil.disk_usage(folder).free))
+        self.rotate()
         with os.fdopen(created(self.log, os.O_WRONLY | os.O_APPEND), "ab") as out:
             self._process = subprocess.Popen(
                 *(argv,),
@@ -276,7 +277,7 @@ class Server:
                 pass_fds=(lock,) if lock is not None else (),
             )
         write_whole(folder / PID, str(self._process.pid).encode(), synced=False)
-        self._wait_for_bucket()
+        self._wait_for_bucket(internal["master"])
 
     def _internal(self) -> dict[str, int]:
         """Ports of the internal servers: those of the last run where they are free."""
@@ -294,7 +295,7 @@ class Server:
         write_whole(path, json.dumps(found).encode(), synced=False)
         return found
 
-    def _wait_for_bucket(self) -> None:
+    def _wait_for_bucket(self, master: int) -> None:
         from shared.store_s3 import S3Store
 
         options, deadline = self.options, time.monotonic() + START_S
@@ -313,11 +314,21 @@ class Server:
             try:
                 with warnings.catch_warnings(action="ignore"):  # of a certificate that is not checked: it is our own
                     store.create_bucket()
-                return
+                if _has_data(master):
+                    return
+                why = "its volumes are not there"
             except RackError as error:
-                if time.monotonic() > deadline:
-                    raise Halt(f"SeaweedFS does not answer: {error.message}; {self.last_words()}") from None
+                why = error.message
+            if time.monotonic() > deadline:
+                raise Halt(f"SeaweedFS does not answer: {why}; {self.last_words()}")
             time.sleep(0.2)
+
+    def rotate(self) -> None:
+        """Keep the log bounded: SeaweedFS appends to the file that it was given, so that is copied and emptied."""
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size > MOST_LOG_BYTES:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)
 
     def ended(self, wait_s: float) -> int | None:
         """Its exit status (negative: a signal) if it ends within the time; None while it runs."""
@@ -351,6 +362,17 @@ class Server:
             if bad:
                 return f"{self.log} says: {bad[-1][:300]}"
         return f"its log is {self.log}"
+
+
+def _has_data(master: int) -> bool:
+    """Whether the volumes have been found: a bucket can be made before, and what was stored cannot be read."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+    with (
+        contextlib.suppress(OSError, ValueError),
+        direct.open(f"http://127.0.0.1:{master}/dir/status", timeout=5) as told,
+    ):
+        return bool(json.load(told)["Topology"]["DataCenters"])
+    return False
 
 
 def died(status: int, server: Server) -> Halt:

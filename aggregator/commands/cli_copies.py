@@ -45,9 +45,8 @@ def add(verb: Verb, configured: Configured, progress: Progress, environ: Mapping
     back.add_argument("--from", dest="copy", type=Path, required=True, help="TOML file with the [store] of the copy")
     back.add_argument("--models", action="store_true", help="also models/, if the copy has it")
     back.add_argument("--dry-run", action="store_true", help="show what would be restored")
-    back.add_argument(
-        "--force", action="store_true", help="also into a bucket that is not empty, also from half a copy"
-    )
+    allowed = "go on although the bucket is not empty, or the copy is another rack's or not whole"
+    back.add_argument("--force", action="store_true", help=allowed)
 
 
 def _stores(config: AggregatorConfig, file: Path, environ: Mapping[str, str]) -> tuple[ObjectStore, ObjectStore, str]:

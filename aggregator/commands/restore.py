@@ -14,7 +14,7 @@ import msgspec
 from aggregator import lease
 from aggregator.commands import sync
 from aggregator.commands.sync import MARKER, Copied, Memory, Told
-from shared import desired, keys
+from shared import bucket_rack, desired, keys
 from shared.batch import unseal
 from shared.errors import RackError, Refused, Retryable
 from shared.store import ObjectStore, each, find
@@ -122,8 +122,8 @@ def _held(store: ObjectStore) -> str | None:
 
 
 def _racks(store: ObjectStore) -> set[str]:
-    """The racks that the first segments name."""
-    found: set[str] = set()
+    """The racks that the bucket and the first segments name."""
+    found = {bucket_rack.told(store)} - {""}
     for listed in itertools.islice(each(store, keys.RAW_PREFIX), FEW):
         if not keys.is_claim(listed.key):
             with contextlib.suppress(RackError):

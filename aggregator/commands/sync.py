@@ -183,8 +183,8 @@ def _passes(prefixes: Iterable[str]) -> Iterator[str]:
 
 
 def _rule(key: str) -> Rule:
-    # claims of two spools have the same size
-    return Rule(once=True) if keys.is_claim(key) else RULES[key[: key.index("/") + 1]]
+    # claims of two spools have the same size; what is said about a claim may change
+    return Rule(once=key.endswith("/claim")) if keys.is_claim(key) else RULES[key[: key.index("/") + 1]]
 
 
 def _not_late(listed: Iterator[Listed]) -> Iterator[Listed]:

@@ -17,7 +17,7 @@ from aggregator.commands import apply, restore, rollup, sync
 from aggregator.commands.ended import NothingToPublish
 from aggregator.commands.sync import COPY, MARKER
 from aggregator.placement import PlacementReport
-from shared import desired, keys
+from shared import bucket_rack, desired, keys
 from shared.desired import Assignment, DesiredState
 from shared.errors import Refused, Retryable
 from shared.records import Record
@@ -176,6 +176,21 @@ def test_another_rack_s_bucket_or_copy_is_refused_unless_forced(tmp_path: Path) 
     with pytest.raises(Refused, match="the bucket belongs to rack q, not to r"):
         restore.run(there, back, "r")
     assert len(list_all(back, "")) == 1
+    told = DirectoryStore(tmp_path / "told")
+    bucket_rack.tell(told, "q")
+    with pytest.raises(Refused, match="the bucket belongs to rack q, not to r"):
+        restore.run(there, told, "r")
+
+
+def test_what_is_said_about_a_claim_may_change_and_the_claim_may_not(tmp_path: Path) -> None:
+    here, there = made(tmp_path)
+    for key in (keys.grant_key("n1", 1), keys.contest_key("n1", 1), keys.claim_key("n1", 1)):
+        here.put(key, b"one")
+    assert sync.run(here, there, "r").written == 3
+    for key in (keys.grant_key("n1", 1), keys.contest_key("n1", 1), keys.claim_key("n1", 1)):
+        here.put(key, b"two")
+    done = sync.run(here, there, "r")
+    assert (done.written, done.clashes) == (2, [keys.claim_key("n1", 1)])
 
 
 def test_a_copy_that_never_became_whole_is_refused_unless_forced(
@@ -424,6 +439,12 @@ def test_what_changes_nothing_is_not_published(
     assert cli.main(["apply", "--week", "2026-W01", "--config", config]) == os.EX_NOINPUT
     assert "no node reported anything in 2026-W01" in capsys.readouterr().err
     found = apply.proposal(store, "2026-W47")
+    running = msgspec.structs.replace(found, period="2026-W46", so_far_until_ms=1_795_219_200_000)
+    store.put(keys.report_key("weekly", "2026-W46", "placement", 1, "json"), msgspec.json.encode(running))
+    store.delete(keys.DESIRED)
+    assert cli.main(["apply", "--week", "2026-W46", "--dry-run", "--config", config]) == 0
+    assert "steps of 2026-W46, so far until 2026-11-21 00:00 (UTC)" in capsys.readouterr().out
+    store.put(keys.DESIRED, body)
     still = msgspec.structs.replace(found, moves=())
     with pytest.raises(NothingToPublish, match="has no steps"):
         apply.run(CONFIG, store, still, None, dry_run=False)

@@ -30,6 +30,7 @@ class Steady:
     def __exit__(self, *_: object) -> None:
         self._ending.set()
         self._thread.join()
+        print(f"{self.answered} requests, {len(self.faults)} failed")
 
     def more(self, count: int) -> None:
         """Wait until that many more requests have been answered."""

@@ -173,8 +173,8 @@ def _models_change(agent: Agent, clients: Steady) -> None:
 
 
 @contextmanager
-def secret_rack(folder: Path) -> Iterator[list[Agent]]:
-    """Three agents with a secret in a file each; only the first two have the model."""
+def secret_rack(folder: Path, running: int = 3) -> Iterator[list[Agent]]:
+    """Three agents with a secret in a file each, of which so many run; only the first two have the model."""
     agents = [Agent(folder, f"n{n}", free_port()) for n in (1, 2, 3)]
     for agent, models in zip(agents, ([model()], [model()], []), strict=True):
         secret = folder / f"{agent.node}/rack.secret"
@@ -184,11 +184,12 @@ def secret_rack(folder: Path) -> Iterator[list[Agent]]:
         write_config(agent, [a for a in agents if a is not agent], models, WIDE)
         edit(agent, "env:MLXRACK_TEST_SECRET", f"file:{secret}")
     try:
-        for agent in agents:
+        for agent in agents[:running]:
             agent.start()
-        for agent in agents[:2]:
+        for agent in agents[:running][:2]:
             agent.ready()
-        whole(agents)
+        if running == len(agents):
+            whole(agents)
         yield agents
     finally:
         end(agents)
@@ -221,6 +222,14 @@ def needing(agent: Agent) -> list[str]:
     return [peer["node"] for peer in agent.status()["peers"] if peer["needs_old_secret"]]
 
 
+def restarted(agent: Agent, agents: Sequence[Agent], clients: Steady) -> None:
+    """As after a loss of power, while the other one serves."""
+    agent.stop()
+    clients.more(SOME)
+    agent.start().ready()
+    whole(agents)
+
+
 def test_no_order_of_nodes_splits_the_rack_while_its_secret_is_replaced(tmp_path: Path) -> None:
     orders = list(itertools.permutations(range(3)))
     with secret_rack(tmp_path) as agents:
@@ -236,60 +245,29 @@ def test_no_order_of_nodes_splits_the_rack_while_its_secret_is_replaced(tmp_path
                     whole(agents)
                     left = sorted(one.node for one in agents if one not in done)
                     until(lambda one=agent, left=left: needing(one) == left, "it knows who needs the old one")  # type: ignore[misc]
+                    if len(done) == 1:
+                        restarted(agents[number % 2], agents, clients)  # with one secret, or with two
                 for agent in (agents[n] for n in second):
                     until(lambda one=agent: needing(one) == [], "none needs the old one")  # type: ignore[misc]
                     finished(agent)
                     clients.more(SOME)
                     whole(agents)
+                    if agent is agents[second[1]]:
+                        restarted(agents[(number + 1) % 2], agents, clients)
         assert clients.faults == []
         assert clients.answered >= 6 * SOME
-        assert strangers(agents) == []
-
-
-def test_a_node_that_is_restarted_in_the_middle_of_a_rotation_stays_in_the_rack(tmp_path: Path) -> None:
-    with secret_rack(tmp_path) as agents:
-        with Steady([agents[2].port], rate=RATE) as clients:
-            for number, agent in enumerate(agents):
-                given(agent, "secret 2 of the rack, 5ba1c07e62\n", 2)
-                if not number:
-                    agent.stop()
-                    clients.more(SOME)  # the other one serves
-                    agent.start().ready()
-                    whole(agents)
-            for number, agent in enumerate(reversed(agents)):
-                if number == 1:
-                    agent.stop()
-                    clients.more(SOME)
-                    agent.start().ready()
-                    whole(agents)
-                until(lambda one=agent: needing(one) == [], "none needs the old one")  # type: ignore[misc]
-                finished(agent)
-                clients.more(SOME)
-        assert clients.faults == []
-        whole(agents)
         assert strangers(agents) == []
 
 
 def test_the_command_walks_through_a_rotation_and_refuses_to_end_it_early(tmp_path: Path) -> None:
     with secret_rack(tmp_path) as agents:
         first, *others = agents
-        before = first.config.read_text()
-        dry = cli(first, "secrets", "rotate", "--dry-run")
-        assert dry.returncode == 0
-        assert "+old_secret" in dry.stdout
-        assert first.config.read_text() == before
-        early = cli(first, "secrets", "rotate", "--finish")
-        assert early.returncode == 1
-        assert "nothing is left to do" in early.stderr
         begun = cli(first, "secrets", "rotate")
         assert begun.returncode == 0, begun.stderr
         new = secret_of(first)
         assert new.stat().st_mode & 0o777 == 0o600
         assert f"secrets rotate --with {new}" in begun.stdout
         assert new.read_text().strip() not in begun.stdout
-        twice = cli(first, "secrets", "rotate")
-        assert twice.returncode == 1
-        assert "a rotation is under way" in twice.stderr
         until(lambda: needing(first) == ["n2", "n3"], "it knows who needs the old one")
         refusal = cli(first, "secrets", "rotate", "--finish")
         assert refusal.returncode == 1
@@ -303,13 +281,14 @@ def test_the_command_walks_through_a_rotation_and_refuses_to_end_it_early(tmp_pa
         shown = cli(first, "secrets")
         assert "accepts the new secret and the old one" in shown.stdout
         assert shown.stdout.count("the newest") == 2
-        for agent in agents:
-            until(lambda one=agent: needing(one) == [], "all have it")  # type: ignore[misc]
-            ended = cli(agent, "secrets", "rotate", "--finish")
-            assert ended.returncode == 0, ended.stderr
+        ended = cli(first, "secrets", "rotate", "--finish")
+        assert ended.returncode == 0, ended.stderr
+        for other in others:
+            until(lambda one=other: needing(one) == [], "all have it")  # type: ignore[misc]
+            finished(other)
         whole(agents)
         assert all(agent.status()["rack_secrets"] == 1 for agent in agents)
-        others[0].stop()
+        others[0].kill()
         given(first, "secret 3 of the rack, 5ba1c07e62\n", 3)
         silent = cli(first, "secrets", "rotate", "--finish")
         assert silent.returncode == 1
@@ -360,7 +339,7 @@ def test_certificates_and_the_ca_are_replaced_without_a_lost_request(tmp_path: P
 
 def test_whatever_is_wrong_is_named_and_changes_nothing(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "tls")
-    with secret_rack(tmp_path) as (agent, *_):
+    with secret_rack(tmp_path, running=1) as (agent, *_):
         good, before = agent.config.read_text(), agent.status()
         loose = tmp_path / "loose.secret"
         loose.write_text("a secret that others can read, 8eb13f\n")

@@ -401,7 +401,7 @@ def test_unloading_a_real_model_frees_its_memory(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[str, dict[str, str], int, str]] = [
-    ("swap", {"model": "m", "new": "zzz"}, 404, "zzz is not configured; known: m, b, gone"),
+    ("swap", {"model": "m", "new": "zzz"}, 404, "zzz is not configured (known: m, b, gone)"),
     ("swap", {"model": "zzz", "new": "b"}, 404, "not configured on this node"),
     ("swap", {"model": "m", "new": "m"}, 409, "is already the active version"),
     ("swap", {"model": "b", "new": "m"}, 409, "m is itself resident or loading"),

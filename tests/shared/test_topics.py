@@ -98,7 +98,7 @@ run *this* [as](is.md)
 PLAIN = """Title
 =====
 
-Some `code*x` here, bold and tls.md (`p help tls`), x (`p help node-down`), y (https://z.example).
+Some `code*x` here, bold and `p help tls`, x (`p help node-down`), y (https://z.example).
 
 - one
 - two more

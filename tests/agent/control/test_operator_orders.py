@@ -289,7 +289,10 @@ async def test_an_order_that_was_begun_before_a_newer_generation_does_not_outlas
 @pytest.mark.parametrize(
     ("new", "remedy"),
     [
-        ("store:b", 'add [[models]] with path = "store:b" and a name of its own to agent.toml, then reload or restart'),
+        (
+            "store:b",
+            'add [[models]] with path = "store:b" and a name of its own to agent.toml, then `mlxrack-agent reload`',
+        ),
         ("/models/b", 'add [[models]] with path = "/models/b" and a name of its own'),
         ("d", 'add [[models]] with name = "d" to agent.toml, then `mlxrack-agent reload`'),
     ],

@@ -89,8 +89,18 @@ def test_memory_is_bounded_by_time_and_one_mark_is_never_two(steps: list[tuple[s
 
 @pytest.mark.parametrize(("late_s", "slept_s", "said"), [(5.0, 0.0, "heartbeats_late"), (5.0, 4.0, "sleep_detected")])
 async def test_a_late_tick_alone_is_no_sleep(
-    late_s: float, slept_s: float, said: str, capsys: pytest.CaptureFixture[str]
+    late_s: float, slept_s: float, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lines: list[tuple[str, str]] = []
+
+    class Log:
+        def warning(self, event: str, **_: object) -> None:
+            lines.append(("warning", event))
+
+        def info(self, event: str, **_: object) -> None:
+            lines.append(("info", event))
+
+    monkeypatch.setattr("agent.mesh.heartbeats.log", Log())
     now, slept = [0.0], [0.0]
     table = PeerTable([], beat_s=1.0, now=0.0)
     beats = Heartbeats(
@@ -103,6 +113,4 @@ async def test_a_late_tick_alone_is_no_sleep(
     await beats.tick()
     now[0], slept[0] = late_s, slept_s
     await beats.tick()
-    found = capsys.readouterr().out
-    assert said in found
-    assert ("warning" in found) == (slept_s > 0)
+    assert lines == [("warning" if slept_s else "info", said)]

@@ -100,6 +100,12 @@ def run(config: Path, *verb: str) -> int:
 def test_on_a_node_that_does_not_run_it_edits_the_file_alone(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = config.read_text()
+    assert run(config, "secrets", "rotate", "--finish") == 1, "none was begun"
+    assert run(config, "secrets", "rotate", "--dry-run") == 0
+    assert "+old_secret" in capsys.readouterr().out
+    assert config.read_text() == before
+    assert [one.name for one in tmp_path.glob("rack*")] == ["rack.secret"]
     assert run(config, "secrets", "rotate") == 0
     out = capsys.readouterr().out
     assert "the agent is not running; it reads this when it starts" in out
@@ -110,6 +116,8 @@ def test_on_a_node_that_does_not_run_it_edits_the_file_alone(
     assert (tmp_path / "rack.secret-2").stat().st_mode & 0o777 == 0o600
     assert run(config, "check-config") == 0
     assert run(config, "secrets", "rotate", "--finish") == 69, "only a running agent knows who needs the old one"
+    assert run(config, "secrets", "rotate") == 1
+    assert "a rotation is under way" in capsys.readouterr().err
     assert read(config.read_text()).peers == peers
 
 

@@ -8,15 +8,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import cli
+from agent.cli import exit_status as agent_status
 from agent.operator import store_server
 from agent.operator.cli_store import plist
 from agent.operator.store_server import INTERNAL, Options, bucket_for, check, command, identity, store_table, volume_mb
+from aggregator.cli import exit_status as aggregator_status
 from scripts.seaweed import free_port
+from shared.bucket import Store, check_store
+from shared.errors import Halt
+from shared.store_open import open_store
 
 FOLDER = Path("/srv/store")
 GOOD = Options(FOLDER, "office-rack")
@@ -101,6 +107,17 @@ def test_volumes_fit_the_disk_many_times(free_bytes: int) -> None:
         assert volume_mb(free_bytes) == 1024
 
 
+def test_the_ca_of_a_store_has_to_be_there_and_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    made = Store(kind="s3", endpoint="https://127.0.0.1:9", bucket="b", access_key="env:KEY", secret_key="env:KEY")
+    assert check_store(msgspec.structs.replace(made, ca="/x")) == []
+    (why,) = check_store(msgspec.structs.replace(made, ca="/x", endpoint="http://127.0.0.1:9"))
+    assert why.startswith("store.ca: has no effect")
+    with pytest.raises(Halt, match=r"store.ca: .*cannot be read; copy the CA's certificate there") as caught:
+        open_store(msgspec.structs.replace(made, ca=str(tmp_path / "ca.pem")), os.environ)
+    assert (agent_status(caught.value), aggregator_status(caught.value)) == (os.EX_CONFIG, os.EX_CONFIG)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -164,9 +181,20 @@ def test_an_address_of_another_machine_is_refused(run) -> None:  # type: ignore[
     status, _, said = run("--host", "192.0.2.7", "--insecure-http", "--port", str(free_port()))
     assert (status, "--host 192.0.2.7: no address of this machine" in said) == (os.EX_UNAVAILABLE, True)
     status, _, said = run("--host", "0.0.0.0")
-    assert (status, "--insecure-http" in said) == (1, True)
+    assert (status, "--insecure-http" in said) == (os.EX_USAGE, True)
     status, _, said = run("--certificate", "missing.pem", "--key", "missing.key")
     assert (status, "missing.pem cannot be read" in said) == (1, True)
+
+
+def test_the_log_is_bounded_while_its_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_server, "MOST_LOG_BYTES", 100)
+    server = store_server.Server(GOOD._replace(folder=tmp_path), [])
+    with server.log.open("a") as writer:
+        for text in ("x" * 101, "later"):
+            writer.write(text)
+            writer.flush()
+            server.rotate()
+    assert (server.log.read_text(), (tmp_path / "weed.log.1").read_text()) == ("later", "x" * 101)
 
 
 def test_the_launch_daemon_runs_the_same_command(run) -> None:  # type: ignore[no-untyped-def]

@@ -318,6 +318,25 @@ def test_every_start_is_a_new_epoch_and_knows_the_previous_exit(tmp_path: Path) 
     assert (third.epoch, third.previous) == (3, "clean")
 
 
+def test_a_start_that_never_served_leaves_what_the_last_run_left(tmp_path: Path) -> None:
+    """However it ended: with a message, killed, or because the disk was full."""
+    for served, clean, left in ((False, False, "first"), (True, True, "clean"), (True, False, "unclean")):
+        if served:
+            good = opened(tmp_path)
+            good.serves()
+            good.close(clean=clean)
+        for _ in range(3):
+            failed = opened(tmp_path)
+            assert failed.previous == left
+            failed._lock.close()  # as the system does when a process ends
+    path = tmp_path / "identity.json"
+    old = json.loads(path.read_text())
+    del old["served"], old["claim"]
+    path.write_text(json.dumps({**old, "clean": True}))
+    last = opened(tmp_path)
+    assert last.previous == "clean", "a version that did not note it"
+
+
 def test_a_second_agent_on_one_spool_is_rejected(tmp_path: Path) -> None:
     first = opened(tmp_path)
     with pytest.raises(Halt, match="in use by another agent"):
