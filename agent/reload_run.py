@@ -192,7 +192,7 @@ class Reloader:
             logs.set_level(new.log_level)
         parts.follower.tell_peers()
         again = [name for name in retried if name not in found.models]
-        stays = [words for name in (*found.models, *again) if (words := self._begin(name, new))]
+        stays = [words for name in (*found.models, *again) if (words := self._begin(name))]
         changed = list(found.changes)
         if parts.keys.marks != marks and not any(one.startswith(RACK_SECRETS) for one in changed):
             changed.append("peers.secret: another value")
@@ -201,11 +201,11 @@ class Reloader:
         changed += [f"models: {name} is tried again" for name in again]
         return Report(changed=tuple(changed), notes=(*stays, *_fixed(old, new)))
 
-    def _begin(self, name: str, new: AgentConfig) -> str:
+    def _begin(self, name: str) -> str:
         """Begin the change of a model; a sentence when something else than agent.toml decides on it."""
         changes = self._parts.pool.changes
         governor = self._governor(name, changes.served(name))
-        changes.begin(name, partial(self._wish, name, new), needs_loader)
+        changes.begin(name, partial(self._wish, name), needs_loader)
         return f"models: {_GOVERNORS[governor]} decides on {name}" if governor else ""
 
     def _governor(self, name: str, served: Model | None) -> str:
@@ -213,16 +213,11 @@ class Reloader:
         swapped = served is not None and served.name != name
         return self._parts.follower.governs(name) or ("order" if swapped else "")
 
-    def _wish(self, name: str, new: AgentConfig, served: Model | None) -> Model | Literal["stays"] | None:
-        wish, governor = _model(new, name), self._governor(name, served)
-        if not governor:
-            if wish is not None and self._parts.follower.follows():  # as at a start
-                return msgspec.structs.replace(wish, preload=False)
-            return wish
-        if governor == "order" and wish is not None and served is not None and served.name == name:
-            # its settings are the new ones, what was ordered stays
-            return msgspec.structs.replace(wish, path=served.path, preload=False, pinned=served.pinned)
-        return "stays"
+    def _wish(self, name: str, served: Model | None) -> Model | Literal["stays"] | None:
+        """As at a start: agent.toml, with what the desired state or an order says on top."""
+        if (start := self._parts.follower.in_force.start(name)) is not None:
+            return start.model
+        return "stays" if self._governor(name, served) else None
 
 
 def rack_secrets(config: AgentConfig, environ: Mapping[str, str]) -> list[str]:

@@ -47,8 +47,7 @@ class _Trouble(msgspec.Struct):
 
 class Follower:
     """``open_store`` gives the bucket, or raises; ``memory`` is the file of what was adopted. ``carried_by_peer`` says
-    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Where the desired state names
-    this node, it ``follows``: models that are not assigned are loaded only for a request. Without ``lasting``,
+    whether another node serves a model now; ``on_peers`` takes (node, url) of all others. Without ``lasting``,
     operators' orders end with this process. ``orders`` and ``in_force`` are public."""
 
     def __init__(
@@ -69,7 +68,6 @@ class Follower:
         self._carried_by_peer, self._on_peers = carried_by_peer, on_peers
         self._open_store, self._clock = open_store, clock
         self._adopted = Adopted(memory, live.now.node.id, lasting=lasting)
-        self.follows: Callable[[], bool] = lambda: self._adopted.follows
         self.in_force = InForce(pool, self._adopted, self._bases, lasting=lasting)
         self.orders = OperatorOrders(pool, models, self._adopted, self.in_force)
         self._reason = ""

@@ -28,7 +28,7 @@ log = get_logger("agent.telemetry.claims")
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """Who claims an id. Versions before 0.4 wrote the spool's id alone."""
+    """Who claims an id. The first versions wrote the spool's id alone."""
 
     spool_id: str
     hardware: str = UNKNOWN

@@ -52,7 +52,7 @@ LIVES = st.lists(
 
 def history(lives: list[tuple[int, int, bool, int]], *, failing: str, node: str = "n1", late: int = 0) -> list[Batch]:
     """Batches of some lives. Starts that failed raise the epoch; ``failing`` is what an agent makes of them for the
-    ``previous`` of the next start: nothing, or (before 0.4) an unclean end."""
+    ``previous`` of the next start: nothing, or (from the first versions) an unclean end."""
     made: list[Batch] = []
     at, epoch, previous = late, 0, "first"
     for silence, minutes, stops, failed in lives:

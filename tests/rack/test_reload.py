@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from agent.config import hash_key
 from agent.operator.cli_secrets import with_both, without_old
 from scripts.seaweed import free_port
@@ -505,13 +507,15 @@ def _takes_hangups(pid: int) -> bool:
     return found is not None and bool(int(found[1], 16) & 1 << (signal.SIGHUP - 1))
 
 
-def test_what_an_operator_ordered_stays_and_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["swap", "unload", "pin"])
+def test_what_an_operator_ordered_stays_and_is_said(tmp_path: Path, order: str) -> None:
     with rack(tmp_path, [model(), model("n", preload=False)]) as (agent,):
-        assert agent.admin("POST", "swap", model="m", new="n").status == 200
+        assert agent.admin("POST", order, model="m", **({"new": "n"} if order == "swap" else {})).status == 200
         before = {name: one for one in agent.status()["models"] for name in one["names"]}["m"]
         edit(agent, 'path = "weights of m"', 'path = "new weights of m"')
         said = reload(agent)
         assert said["notes"] == ["models: an operator's order decides on m"]
         assert settled(agent) == {}
         after = {name: one for one in agent.status()["models"] for name in one["names"]}["m"]
-        assert (after["state"], after["version"]) == (before["state"], before["version"])
+        assert (after["state"], after["pinned"]) == (before["state"], before["pinned"])
+        assert (after["version"] != before["version"]) is (order == "pin"), "a pin is no order about files"
