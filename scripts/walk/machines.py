@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.seaweed import free_port
-
 HERE = Path(__file__).parent
 ROOT_NAME, FILE = "WALK_ROOT", "machines.json"
 NAMES = ("mini-1", "mini-2", "mini-3", "mini-4")
@@ -77,6 +75,8 @@ class Machine(NamedTuple):
 def make(root: Path, hub: str, path: tuple[str, ...]) -> list[Machine]:
     """Make the machines' folders, and the stand-ins of programs, under ``root``; ``path`` are folders of programs that
     every machine has."""
+    from scripts.seaweed import free_port  # not needed by the stand-ins, which import this module often
+
     ports = {port: free_port() for port in PORTS}
     machines = [Machine(root, name, f"127.0.0.{n}", ports, hub, path) for n, name in enumerate(NAMES, 1)]
     for machine in machines:
