@@ -29,6 +29,9 @@ QUESTIONS = {
     "restore": "operating.md",
     "without the store": "operating.md",
     "one address": "operating.md",
+    "r2": "operating.md",
+    "dns": "operating.md",
+    "backup": "operating.md",
     "memory": "operating.md",
     "dashboard": "operating.md",
     "remove": "operating.md",
@@ -233,3 +236,30 @@ def test_other_machines_are_reached_as_the_pages_do_it(walk: Walk) -> None:
             walk.run([block(text)])
     with pytest.raises(Failure, match=f"ended with {stand_ins.NOT_FOUND}"):
         walk.run([block("ssh -t mini-2.local 'sudo launchctl print system/dev.mlxrack.agent'")])
+
+
+# ---- links ----
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings as GitHub names them, and anchors of its own."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles} | set(
+        re.findall(r'<a id="([^"]+)">', text)
+    )
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        if "://" in target:
+            continue
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            broken.append(target)
+    assert broken == []

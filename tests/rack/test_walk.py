@@ -12,6 +12,12 @@ from scripts.walk.__main__ import ready, share, table, todo
 from scripts.walk.blocks import Block
 
 SECTIONS = ("Three nodes with TLS", "First report", "Add a node", "Change what a node serves", "Back up and restore")
+"""Their titles up to a colon."""
+
+
+def title(block: Block) -> str:
+    """What its section is called."""
+    return block.section.partition(":")[0]
 
 
 def small(folder: Path, block: Block) -> Block:
@@ -32,8 +38,8 @@ def test_an_operator_s_commands_do_what_the_pages_say(tmp_path: Path) -> None:
     root, model = tmp_path / "walk", tmp_path / "not pulled"
     root.mkdir()
     model.mkdir()
-    some = [block for block in todo(installs=False) if block.section in SECTIONS]
-    assert {block.section for block in some} == set(SECTIONS)
+    some = [block for block in todo(installs=False) if title(block) in SECTIONS]
+    assert {title(block) for block in some} == set(SECTIONS)
     with ready(root, model, said.append, lambda block: small(root, block)) as walk:
         share(walk.machines, Path(sys.prefix))
         walk.activate()
