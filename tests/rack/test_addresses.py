@@ -211,10 +211,12 @@ def stopped_beside_a_long_answer(authority: Authority, agent: Agent, long: list[
         question: Any = {"model": "m", "messages": [{"role": "user", "content": "a long story"}]}
         with client.chat.completions.create(**question, max_tokens=LONG_TOKENS, stream=True) as pieces:
             next(pieces)
-            stopping = threading.Thread(target=agent.stop)
+            statuses: list[int] = []
+            stopping = threading.Thread(target=lambda: statuses.append(agent.stop()))
             stopping.start()
             long.append(1 + sum(1 for _ in pieces))
             stopping.join(120)
+    assert statuses == [0]
 
 
 @contextlib.contextmanager
