@@ -27,6 +27,7 @@ from agent import config_checks
 from agent.config import AgentConfig, Node
 from agent.operator import (
     cli_claim,
+    cli_doctor,
     cli_models,
     cli_orders,
     cli_reload,
@@ -35,15 +36,16 @@ from agent.operator import (
     cli_tls,
     completion,
     install,
+    legend,
     logview,
     obtain,
     serve_one,
+    startup,
 )
 from agent.operator.admin_client import PORT_NAME, AdminClient
 from agent.operator.hangups import Hangups
-from agent.operator.resolved import files_and_secrets
 from agent.operator.state_folder import held as state_held
-from agent.operator.statusview import status_text, table, why_text
+from agent.operator.statusview import fold, status_text, why_text
 from shared import __version__, cli_help, logs, private
 from shared import config as shared_config
 from shared.commandline import Parser
@@ -54,7 +56,8 @@ from shared.missing import broken_import, guarded
 if TYPE_CHECKING:
     from agent.daemon import Daemon
 
-CONFIG_VARIABLE = "MLXRACK_AGENT_CONFIG"
+CONFIG_NAME, CONFIG_VARIABLE = "agent.toml", "MLXRACK_AGENT_CONFIG"
+PLACES = shared_config.places(CONFIG_NAME, CONFIG_VARIABLE)
 Load = Callable[[Path, type[AgentConfig], Callable[[AgentConfig], Sequence[str]]], AgentConfig]
 ALONE = AgentConfig(node=Node(id="local", rack="local"))
 """The configuration of a machine that has none, for `serve` and what goes with it."""
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RackError as error:
-        print(f"mlxrack-agent: {error.message}", file=sys.stderr)
+        width = cli_doctor.width_of(sys.stderr)
+        print("\n".join(fold(line, width) for line in f"mlxrack-agent: {error.message}".split("\n")), file=sys.stderr)
         return exit_status(error)
     except OSError as error:
         if broken_import(error):
@@ -115,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--console", action="store_true", help="also write the log to the terminal")
     serve = verb("serve", "Serve one model on this machine until Ctrl-C; pulls it first if necessary.", _serve)
     serve_one.add_options(serve)
-    _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
+    status = _json(verb("status", "Show models, peers and telemetry of the running agent.", _status))
+    status.add_argument("--legend", action="store_true", help="explain the columns and states")
     models = verb("models", "List the models of this node; pull, push and remove models in its store.", _status)
     _json(models)
     cli_models.add(models, _config_and_state, _common)
@@ -131,10 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--since", default=None, help="90s, 15m, 1h, 2d, or a time like 2026-11-20T08:00")
     log.add_argument("--level", choices=logview.LEVELS, default="info", help="minimum level (default: info)")
     log.add_argument("--request", default=None, help="only lines with this request id")
-    _json(verb("doctor", "Check this machine: models, store, peers, sensors, BLAS.", _doctor))
+    cli_doctor.add(verb, _config_and_state, _path, lambda config: (state_folder(config), log_file(config)))
     sample = verb("sample", "Read every sensor and print the sample that a batch would carry.", _sample)
     sample.add_argument("--seconds", type=float, default=2.0, help="sampling time in seconds (default: %(default)s)")
-    verb("check-config", "Validate the configuration and report what is wrong with it.", _check_config)
     service = verb("install", "Install the agent as a macOS service (LaunchDaemon and log rotation).", _install)
     service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
     service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
@@ -155,15 +159,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None:
-    parser.add_argument(
-        "--config", type=Path, default=default, help=f"agent.toml (default: ${CONFIG_VARIABLE}, then ./agent.toml)"
-    )
+    parser.add_argument("--config", type=Path, default=default, help=f"agent.toml (default: {PLACES})")
 
 
 def _config_and_state(args: argparse.Namespace, load: Load = shared_config.load) -> tuple[AgentConfig, Path]:
     """The configuration, or that of a machine without one, and its state folder."""
-    named = args.config or os.environ.get(CONFIG_VARIABLE)
-    config = _config(args, load)[0] if named or Path("agent.toml").exists() else _with_own_store(ALONE)
+    config = _config(args, load)[0] if _located(args) is not None else _with_own_store(ALONE)
     return config, state_folder(config)
 
 
@@ -171,13 +172,22 @@ def _with_own_store(config: AgentConfig) -> AgentConfig:
     return agent_config.with_own_store(config, str(state_folder(config) / obtain.OWN_BUCKET))
 
 
-def _json(parser: argparse.ArgumentParser) -> None:
+def _json(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def _config(args: argparse.Namespace, load: Load = shared_config.load) -> tuple[AgentConfig, Path]:
-    path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "agent.toml"))
+    path = _path(args)
     return _with_own_store(load(path, AgentConfig, config_checks.check)), path
+
+
+def _path(args: argparse.Namespace) -> Path:
+    return _located(args) or Path(CONFIG_NAME)
+
+
+def _located(args: argparse.Namespace) -> Path | None:
+    return shared_config.located(CONFIG_NAME, args.config, os.environ.get(CONFIG_VARIABLE))
 
 
 def state_folder(config: AgentConfig) -> Path:
@@ -199,6 +209,10 @@ def _note(line: str) -> None:
     print(f"mlxrack-agent: {line}", file=sys.stderr)
 
 
+def _line(text: str) -> None:
+    print(text, flush=True)
+
+
 def _client(args: argparse.Namespace) -> AdminClient:
     return AdminClient(*_config_and_state(args))
 
@@ -206,14 +220,16 @@ def _client(args: argparse.Namespace) -> AdminClient:
 def _run(args: argparse.Namespace) -> int:
     hangups = Hangups()
     config, path = _config(args)
+    watching: list[asyncio.Task[None]] = []
 
     def started(daemon: "Daemon", port: int) -> None:
         host = config.listen.host
         base = f"{agent_config.scheme(config)}://{host}:{port}/v1"
-        print(f"mlxrack-agent {config.node.id}: {base} (pid {os.getpid()})", flush=True)
-        if not config.keys:
-            print("no [[keys]] configured: only local clients can connect; no API key is required", flush=True)
-        print(f"status: mlxrack-agent status --config '{path}'", flush=True)
+        _line(f"mlxrack-agent {config.node.id}: listens on {base.removesuffix('/v1')} (pid {os.getpid()})")
+        _line(f"status: mlxrack-agent status --config '{path}'")
+        preloaded = [model.name for model in config.models if model.preload]
+        said = startup.Said(base, preloaded, keys=bool(config.keys))
+        watching.append(asyncio.get_running_loop().create_task(startup.watch(daemon.status.node, said, _line)))
 
     with state_held(state_folder(config), _note):
         read = partial(_config, args, shared_config.load_settled)
@@ -294,8 +310,13 @@ def _serve_held(
 
 
 def _status(args: argparse.Namespace) -> int:
-    status = _client(args).status()
-    print(json.dumps(status, indent=2) if args.json else status_text(status))
+    if getattr(args, "legend", False):
+        print(legend.text(cli_doctor.width_of(sys.stdout) or 80))
+        return 0
+    status, width = _client(args).status(), cli_doctor.width_of(sys.stdout)
+    print(json.dumps(status, indent=2) if args.json else status_text(status, width))
+    if width and not args.json:
+        print(f"\n{legend.HINT}")
     return 0
 
 
@@ -325,18 +346,6 @@ def _logs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from agent.operator import doctor
-
-    config, state = _config_and_state(args)
-    findings = doctor.examine(config, state, log_file(config).parent, os.environ)
-    if args.json:
-        print(json.dumps([found._asdict() for found in findings], indent=2))
-    else:
-        print(table(("", "WHAT", "SEEN"), [(f.verdict, f.what, f.seen) for f in findings]))
-    return 1 if any(f.verdict == "problem" for f in findings) else 0
-
-
 def _sample(args: argparse.Namespace) -> int:
     from agent.telemetry.sensors import Sensors
     from agent.telemetry.sensors.reading import merged
@@ -358,21 +367,6 @@ def _sample(args: argparse.Namespace) -> int:
         sensors.close()
     sample = merged(*samples, HostSample(sources_failed=failed))
     print(msgspec.json.format(msgspec.json.encode(sample), indent=2).decode())
-    return 0
-
-
-def _check_config(args: argparse.Namespace) -> int:
-    config, path = _config(args)
-    if problems := files_and_secrets(config, os.environ):
-        raise shared_config.ConfigError(str(path), problems)
-    models = ", ".join(m.name for m in config.models) or "none"
-    print(f"{path}: valid; node {config.node.id} of rack {config.node.rack}, models: {models}")
-    print(f"state {state_folder(config)}, log {log_file(config)}")
-    for group in sorted({key.cache_group for key in config.keys if key.cache_group}):
-        ids = ", ".join(key.id for key in config.keys if key.cache_group == group)
-        print(f"prompt cache {group} is shared by the keys {ids}")
-    for warning in agent_config.plain_warnings(config, agent_config.configured_peers(config)):
-        print(f"warning: {warning}")
     return 0
 
 

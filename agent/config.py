@@ -85,7 +85,7 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     down. The desired state may name other peers, at hosts that are ``allowed``: names, domains like .rack.example, or
     networks like 10.0.0.0/24."""
 
-    secret: str = ""
+    secret: Annotated[str, Meta(description="required with `peers.nodes`")] = ""
     old_secret: str = ""
     allowed: tuple[str, ...] = ()
     beat_s: Seconds = 1.0
@@ -106,7 +106,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     name: str
-    path: str = ""
+    path: Annotated[str, Meta(description='required with `engine = "mlx"`')] = ""
     engine: Literal["mlx", "fake"] = "mlx"
     preload: bool = True
     pinned: bool = False
@@ -155,7 +155,9 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     at: str
     nodes: tuple[str, ...]
     channel: Annotated[int, Meta(ge=0)] = 0
-    numbers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    numbers: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...], Meta(description="required over SNMP, but for apc_legacy")
+    ] = ()
     user: str = "admin"
     secret: str = ""
     scale: Annotated[float, Meta(gt=0)] = 1.0
@@ -246,7 +248,7 @@ class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The prompt cache on disk, for models with ``disk_cache_bytes``. It holds prompts, so it is encrypted; ``secret``
     is a reference to the secret that keys are derived from (at least 32 random characters), kept elsewhere."""
 
-    secret: str = ""
+    secret: Annotated[str, Meta(description="required with `disk_cache_bytes`")] = ""
 
 
 class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -256,7 +258,8 @@ class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """agent.toml. Without ``store`` a node that has no peers keeps its telemetry in its state folder."""
+    """agent.toml. Without ``store`` a node that has no peers keeps its telemetry in its state folder; with peers it is
+    required."""
 
     node: Node
     listen: Listen = Listen()

@@ -7,11 +7,13 @@ from agent.config import SNMP_NUMBERS, AgentConfig, Key, Limits, Meter, Model, c
 from shared import transport
 from shared.bucket import REFERENCE_HINT, check_store, is_reference
 from shared.errors import Refused
-from shared.hosts import is_loopback
+from shared.hosts import host_of, is_loopback
 from shared.keys import check_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+_ODD_URL = re.compile(r"[?#\s\\]")
+_PEER_URL = "it is like http://mini-2.local:8470"
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
@@ -35,7 +37,7 @@ def check(config: AgentConfig) -> Sequence[str]:
 def _check_store(config: AgentConfig) -> list[str]:
     """One node alone needs none."""
     if has_store(config):
-        return check_store(config.store)
+        return check_store(config.store, alone=not config.peers.nodes)
     return ["store.path: is required with peers; all nodes of a rack share one bucket"] if config.peers.nodes else []
 
 
@@ -115,11 +117,7 @@ def _check_peers(config: AgentConfig) -> list[str]:
     if config.node.id in ids:
         found.append(f"peers.nodes: lists this node itself ({config.node.id!r}); remove it")
     found += [f"peers.nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]
-    found += [
-        f"peers.nodes[{n}].url: must begin with http:// or https://"
-        for n, p in enumerate(peers.nodes)
-        if not p.url.startswith(("http://", "https://"))
-    ]
+    found += [f"peers.nodes[{n}].url: {why}" for n, p in enumerate(peers.nodes) if (why := _peer_url(p.url))]
     urls = [p.url.rstrip("/") for p in peers.nodes]
     found += [f"peers.nodes: duplicate url {u}" for u in sorted({u for u in urls if urls.count(u) > 1})]
     if peers.nodes and not peers.secret:
@@ -131,6 +129,17 @@ def _check_peers(config: AgentConfig) -> list[str]:
     if peers.old_secret and not peers.secret:
         found.append("peers.secret: is required with peers.old_secret, which it replaces")
     return found
+
+
+def _peer_url(url: str) -> str:
+    """Why no node can be called at ``url``; "" when one can. A proxy may serve nodes below a path of its own."""
+    if not url.startswith(("http://", "https://")):
+        return "must begin with http:// or https://"
+    if not host_of(url) or _ODD_URL.search(url):
+        return f"is not the address of a node; {_PEER_URL}"
+    if url.rstrip("/").endswith("/v1"):
+        return f"is what clients use; without /v1 it is a node's: {_PEER_URL}"
+    return ""
 
 
 def _check_disk_cache(config: AgentConfig) -> list[str]:

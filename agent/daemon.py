@@ -36,6 +36,7 @@ from agent.mesh.sightings import Sightings, mark_of
 from agent.mesh.signing import Nonces, RackKeys
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
+from agent.operator import resolved
 from agent.operator.admin_client import SERVED_NAME
 from agent.process.gpu import Budget
 from agent.reload_run import Parts, Read, Reloader, rack_secrets
@@ -117,7 +118,7 @@ class Daemon:
             on_back=self._dispatch.peer_is_back,
         )
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self._status = Status(config.node, self._budget, *parts, warnings=self._warnings, keys=self._keys)
+        self.status = Status(config.node, self._budget, *parts, warnings=self._warnings, keys=self._keys)
         reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
         self.reloader = Reloader(reloaded, environ, read)
         self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
@@ -177,10 +178,11 @@ class Daemon:
             pool=self._pool,
             follower=self._follower,
             peers=self._table,
-            status=self._status,
+            status=self.status,
             metrics=self._metrics.text,
             connections=self._connections,
             seal=self.telemetry.outbox.seal,
+            secrets=lambda: resolved.problems(self.config, self._environ),
             admin_token=token(self._state, ADMIN_TOKEN),
             metrics_token=token(self._state, METRICS_TOKEN),
             keys=self._keys,

@@ -176,7 +176,7 @@ class Reloader:
         if model is None or self._parts.follower.governs(name):
             return
         try:
-            self._parts.models.look(model)
+            self._parts.models.outlook(model)
         except RackError as error:
             problems.append(error.message)
 

@@ -38,7 +38,7 @@ from shared.store_open import open_store
 if TYPE_CHECKING:
     from aggregator.commands.weekly import Published
 
-CONFIG_VARIABLE = "MLXRACK_AGGREGATOR_CONFIG"
+CONFIG_NAME, CONFIG_VARIABLE = "aggregator.toml", "MLXRACK_AGGREGATOR_CONFIG"
 _INPUTS = {
     "api_spend": "current API spend per month",
     "nodes": "number of nodes to buy",
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str, run: Callable[[argparse.Namespace], Ended]) -> argparse.ArgumentParser:
         added = local(name, text, run)
-        default = f"path of aggregator.toml (default: ${CONFIG_VARIABLE}, then ./aggregator.toml)"
+        default = f"aggregator.toml (default: {shared_config.places(CONFIG_NAME, CONFIG_VARIABLE)})"
         added.add_argument("--config", type=Path, default=None, help=default)
         added.add_argument("--verbose", "-v", action="store_true", help="print progress and the result")
         added.add_argument("--quiet", "-q", action="store_true", help="print errors only, for cron")
@@ -172,7 +172,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> AggregatorConfig:
-    path: Path = args.config or Path(os.environ.get(CONFIG_VARIABLE, "aggregator.toml"))
+    found = shared_config.located(CONFIG_NAME, args.config, os.environ.get(CONFIG_VARIABLE))
+    path = found or Path(CONFIG_NAME)
     return shared_config.load(path, AggregatorConfig, aggregator_config.check)
 
 

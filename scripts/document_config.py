@@ -55,10 +55,18 @@ def _table(title: str, text: str, fields: list[Any]) -> str:
 def _default(field: Any) -> str:
     if field.required:
         return "required"
+    if condition := _condition(field.type):
+        return condition
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return "none" if value in (None, (), "") else f"`{value}`"
+
+
+def _condition(kind: Any) -> str:
+    """When a field that has a default is required: the description of its type."""
+    metas = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((str(meta.description) for meta in metas if meta.description), "")
 
 
 def _type(kind: Any) -> str:

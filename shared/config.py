@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -21,6 +21,10 @@ MOST_BYTES = 4 << 20
 SETTLE_S, SETTLE_TRIES = 0.1, 20
 T = TypeVar("T", bound=msgspec.Struct)
 _NOTHING = object()
+
+
+FOLDER = Path("/usr/local/etc/mlxrack")
+"""Where a machine's configuration lies, for both programs; the current folder's counts before it."""
 
 
 class ConfigError(Halt):
@@ -34,12 +38,26 @@ class ConfigError(Halt):
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def located(name: str, given: Path | None, named: str | None) -> Path | None:
+    """The file ``name`` of a program: the one on the command line, the one in its environment variable, whether they
+    exist or not; else the first that exists in the current folder and in ``FOLDER``. None when there is none."""
+    if given is not None or named:
+        return given or Path(str(named))
+    return next((path for path in (Path(name), FOLDER / name) if path.exists()), None)
+
+
+def places(name: str, variable: str) -> str:
+    """Where ``located`` looks, for --help."""
+    return f"${variable}, ./{name}, {FOLDER / name}; the first that is there"
+
+
 def load(path: Path, kind: type[T], check: Callable[[T], Sequence[str]]) -> T:
     """Read ``path`` as ``kind``. ``check`` validates what types cannot. Raises ConfigError with all problems."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file; pass the path with --config"]) from None
+        also = f", nor {FOLDER / path}" if path == Path(path.name) else ""
+        raise ConfigError(str(path), [f"no such file{also}; pass the path with --config"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse(text, kind, check, source=str(path))
@@ -167,6 +185,8 @@ def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
 
 def _items_of(kind: Any) -> Any:
     """The type of a list's items; None for anything else."""
+    if get_origin(kind) is Annotated:  # a list whose description says when it is required
+        kind = get_args(kind)[0]
     return get_args(kind)[0] if get_origin(kind) in (list, tuple) else None
 
 

@@ -65,9 +65,14 @@ class RawKey(NamedTuple):
     last_seq: int
 
 
+def is_name(text: str) -> bool:
+    """Whether ``check_name`` would let it pass."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str, what: str) -> str:
     """Validate a name for use in a key: letters, digits, dot, underscore, hyphen, 63 at most. Raises Refused."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise Refused(f"{what} {name!r}: use 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit")
     return name
 

@@ -22,12 +22,24 @@ import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from shared import connection_errors
 from shared.botocore_data import SmallLoader
 from shared.errors import AccessDenied, Halt, NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, Stored, too_large
 from shared.store_pace import CALL_S, NOT_A_STORE, answer_of, pool_classes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Unauthorized", "ExpiredToken", "Forbidden"}
+NO_BUCKET = "no_bucket"
+"""Code of the AccessDenied for a bucket that does not exist, where the store says so."""
+_DENIALS = {
+    "InvalidAccessKeyId": "it does not know this key; check store.access_key",
+    "SignatureDoesNotMatch": "the secret does not belong to the key; check store.access_key and store.secret_key",
+    "ExpiredToken": "they have expired; check store.access_key and store.secret_key",
+}
+_DENIAL = (
+    "they may not do this, or there is no such bucket, which this store does not tell apart; check store.access_key, "
+    "what that key may do, and store.bucket"
+)
 _HOPELESS = {"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 _CONFIG = Config(
@@ -188,7 +200,7 @@ class S3Store:
                 raise Retryable(f"put {key}: upload of the file failed") from None
             except OSError as error:
                 if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
-                    raise Retryable(f"put {key}: the store does not respond ({type(error).__name__})") from None
+                    raise Retryable(f"put {key}: the store does not respond: {_silence(error)}") from None
                 raise Refused(f"put {key}: the file cannot be read ({error.strerror})", code="bad_file") from None
         # the upload's own answers are not shown to us
         if counted.bytes and len(self.get_part(key, counted.bytes - 1, 2)) != 1:
@@ -301,9 +313,14 @@ def _as_ours(verb: str, key: str) -> Iterator[None]:
             raise Retryable(f"{verb} {key}: {inner.message}") from None
         if isinstance(inner, _ODD):
             raise Retryable(f"{verb} {key}: unreadable answer ({type(inner).__name__}): {NOT_A_STORE}") from None
-        raise Retryable(f"{verb} {key}: the store does not respond ({type(error).__name__})") from None
+        raise Retryable(f"{verb} {key}: the store does not respond: {_silence(error)}") from None
     except _ODD as error:
         raise Retryable(f"{verb} {key}: unreadable answer ({type(error).__name__}): {NOT_A_STORE}") from None
+
+
+def _silence(error: Exception) -> str:
+    url = str(getattr(error, "kwargs", {}).get("endpoint_url") or "")
+    return connection_errors.why(error, url, "store.endpoint", ca="store.ca")
 
 
 def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> Exception:
@@ -316,15 +333,13 @@ def _translated(verb: str, key: str, error: botocore.exceptions.ClientError) -> 
     if status == 412 or code in _LOST:
         return PreconditionFailed(f"{verb} {key}: another writer was first")
     if code == "NoSuchBucket":
-        return AccessDenied(f"{verb} {key}: no such bucket; create it or correct store.bucket")
+        return AccessDenied(f"{verb} {key}: no such bucket; create it or correct store.bucket", code=NO_BUCKET)
     if status == 404 or code == "NoSuchKey":
         return NotFound(f"{verb} {key}: no such object")
     if status in (401, 403) or code in _DENIED:
         if code == "RequestTimeTooSkewed":
             return Halt(f"{verb} {key}: clock skew too large; set this machine's clock", code="clock_skew")
-        return AccessDenied(
-            f"{verb} {key}: the store rejected the credentials ({seen}); check store.access_key and store.secret_key"
-        )
+        return AccessDenied(f"{verb} {key}: the store rejected the credentials ({seen}): {_DENIALS.get(code, _DENIAL)}")
     if status == 429 or status >= 500 or status == 0:
         return Retryable(f"{verb} {key}: store busy or unavailable ({seen})", retry_after_s=wait_s)
     if status == 413 or code in _HOPELESS:

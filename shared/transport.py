@@ -1,8 +1,10 @@
 """Which connections may be plain HTTP, and the files of TLS. Pure."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shared.hosts import host_of, is_loopback, not_networks
 
@@ -14,11 +16,11 @@ class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     what clients see; ``ca`` is the rack's certificate authority, and with it nodes require each other's certificates.
     ``node_certificate`` and ``node_key`` are this node's own, where clients see another one, of a public CA."""
 
-    certificate: str = ""
-    key: str = ""
-    ca: str = ""
-    node_certificate: str = ""
-    node_key: str = ""
+    certificate: Annotated[str, Meta(description="required with `key` or `ca`")] = ""
+    key: Annotated[str, Meta(description="required with `certificate`")] = ""
+    ca: Annotated[str, Meta(description="required with `node_certificate`")] = ""
+    node_certificate: Annotated[str, Meta(description="required with `node_key`")] = ""
+    node_key: Annotated[str, Meta(description="required with `node_certificate`")] = ""
 
 
 def check_tls(tls: Tls) -> list[str]:

@@ -1,6 +1,7 @@
-"""Endpoints of the operator's CLI, behind the admin token: status, load, unload, swap, pin, orders, probes, seal,
-reload."""
+"""Endpoints of the operator's CLI, behind the admin token: status, secrets, load, unload, swap, pin, orders, probes,
+seal, reload."""
 
+import asyncio
 import re
 from typing import Literal
 
@@ -56,6 +57,12 @@ async def status(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     more = {"connections": context.connections.state(), "log": logs.state(), "reload": context.reloader.view()}
     return json_response(context.status.node() | more)
+
+
+async def secrets(request: web.Request) -> web.Response:
+    """By reference, why this agent cannot use a secret of its configuration ("" when it can); never a value."""
+    require_admin(request)
+    return json_response(await asyncio.to_thread(request.app[CONTEXT].secrets))
 
 
 async def load(request: web.Request) -> web.Response:

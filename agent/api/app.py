@@ -58,6 +58,7 @@ def build(context: Context) -> web.Application:
         web.get("/peer/v1/link", peer.link),
         web.get("/admin/v1/proof/{nonce}", admin.proof),
         web.get("/admin/v1/status", admin.status),
+        web.get("/admin/v1/secrets", admin.secrets),
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),
         web.post("/admin/v1/swap", admin.swap),

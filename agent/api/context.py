@@ -42,6 +42,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Callable[[], bytes]
     connections: Table
     seal: Callable[[], Awaitable[dict[str, Any]]]
+    secrets: Callable[[], dict[str, str]]
     admin_token: str
     metrics_token: str
     keys: RackKeys

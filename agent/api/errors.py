@@ -22,6 +22,7 @@ from agent.api.guard import share
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
+from agent.mesh.signing import NODE_HEADER, NotAPeer
 from agent.wire.frames import CRASHED, SUSPECT
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -52,6 +53,8 @@ KIND = {401: "authentication_error", 403: "permission_error", 404: "not_found_er
 ENCODINGS = ("gzip", "deflate")
 """Content encodings of bodies that aiohttp decodes without further libraries."""
 
+_PROBES = ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics", "/openapi.json")
+"""Asked again and again, by peers, load balancers and Prometheus."""
 MOST_REFUSALS = 30
 """Log lines a minute about unauthenticated requests that ended alike; the others are counted."""
 
@@ -82,6 +85,8 @@ def response_of(error: RackError) -> web.Response:
         headers["WWW-Authenticate"] = "Bearer"
     if error.code == SUSPECT:
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat any other error of the server
+    if isinstance(error, NotAPeer) and error.node:
+        headers[NODE_HEADER] = error.node
     if error.code == "unsupported_encoding":
         headers["Accept-Encoding"] = ", ".join(ENCODINGS)
     body = error_body(error.message, kind=kind, code=error.code, param=error.param)
@@ -156,7 +161,8 @@ def _paths(app: web.Application) -> list[str]:
 def _log(request: web.Request, request_id: str, status: int, code: str, seconds: float) -> None:
     route = request.match_info.route.resource
     path = route.canonical if route is not None else "unknown"
-    quiet = path in ("/peer/v1/beat", "/health", "/live", "/ready", "/metrics", "/openapi.json") and status < 400
+    # a probe's 503 is an answer, too; what it says has its own line where it began
+    quiet = path in _PROBES and (status < 400 or status == 503)
     write = log.debug if quiet else log.info
     fields = request.get(LOG_FIELDS, {})
     if PROVED not in request and not quiet:  # unauthenticated requests cannot wipe the log either

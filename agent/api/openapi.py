@@ -238,6 +238,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/peer/v1/link"): Operation("A connection of another node.", "rack"),
     ("GET", "/admin/v1/proof/{nonce}"): Operation("Prove that this listener knows the admin token."),
     ("GET", "/admin/v1/status"): Operation("The status of this node.", "admin"),
+    ("GET", "/admin/v1/secrets"): Operation("Which secrets this agent can resolve.", "admin"),
     ("POST", "/admin/v1/load"): Operation("Load a model.", "admin", "Order"),
     ("POST", "/admin/v1/unload"): Operation("Unload a model.", "admin", "Order"),
     ("POST", "/admin/v1/swap"): Operation(

@@ -26,7 +26,7 @@ from agent.files.hub_listing import (
     taken,
 )
 from agent.files.model_folder import ModelFolder
-from shared import catalog
+from shared import catalog, connection_errors
 from shared.catalog import Manifest, ModelFile
 from shared.errors import RackError, Refused, Retryable
 
@@ -142,7 +142,8 @@ class Hub:
             return Refused(f"{what}: the hub rejected the token ({status}); {TOKEN_HINT}", code="gated")
         if 400 <= status < 500 and status not in (408, 429):
             return Refused(f"{what}: {self.address} answered {status}", code="bad_model")
-        seen = f"answered {status}" if status else f"does not answer ({type(error).__name__})"
+        silence = connection_errors.why(error, self.address, "HF_ENDPOINT")
+        seen = f"answered {status}" if status else f"cannot be reached: {silence}"
         return Retryable(f"{what}: {self.address} {seen}; what was fetched is kept, pull again")
 
 

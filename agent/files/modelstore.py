@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import BinaryIO
 import msgspec
 
 from agent.config import STORED, AgentConfig, Model
-from agent.files.hub_listing import ORIGIN_NAME, Asked, Origin, matches, parse_origin
+from agent.files.hub_listing import ORIGIN_NAME, Asked, Origin, local_name, matches, parse_name, parse_origin
 from agent.files.model_folder import MOST_BYTES, ModelFolder
 from agent.files.probes import BUILT_IN, Probe, parse
 from shared import catalog, memory_plan, model_shape
@@ -98,11 +99,9 @@ class ModelStore:
             return ModelSpec(model=model, path=model.path, version=version, need_bytes=need, plan=plan, probes=probes)
         folder = _folder(model.name, self.resolve(model))
         manifest = self.manifest(model.name, folder.path)
-        every = (t for file in manifest.files for t in _tensors(model.name, folder, file))
-        tensors = list(itertools.islice(every, model_shape.MOST_TENSORS + 1))
-        if len(tensors) > model_shape.MOST_TENSORS:
-            raise _bad(model.name, f"its weights have more than {model_shape.MOST_TENSORS:,} tensors")
-        shape, plan = self._planned(model, self._config(model.name, folder), tensors)
+        shape, plan = self._planned(
+            model, self._config(model.name, folder), _all_tensors(model, folder, manifest.files)
+        )
         need = model.need_bytes or plan.need_bytes
         version = catalog.version_of(manifest)
         return ModelSpec(
@@ -115,14 +114,21 @@ class ModelStore:
             probes=self._probes(model, folder),
         )
 
-    def look(self, model: Model) -> None:
-        """Whether a configured model is there, without reading its weights. Raises Refused naming what is wrong and the
-        remedy."""
-        folder = None
-        if model.engine != "fake":
-            folder = _folder(model.name, self.resolve(model))
-            self._config(model.name, folder)
+    def outlook(self, model: Model) -> int:
+        """Planned bytes of a configured model, from the headers of its files: nothing is hashed, nothing is written.
+        Raises Refused as ``describe`` does, but for damaged weights."""
+        if model.engine == "fake":
+            return self.describe(model).need_bytes
+        folder = _folder(model.name, self.resolve(model))
+        if not folder.path.is_dir():
+            raise _no_folder(model.name, folder.path)
+        try:
+            files = [_unhashed(folder, name) for name in _part_names(model.name, folder)]
+        except OSError as error:
+            raise _bad(model.name, f"its files cannot be read ({error.strerror})") from None
+        _, plan = self._planned(model, self._config(model.name, folder), _all_tensors(model, folder, files))
         self._probes(model, folder)
+        return model.need_bytes or plan.need_bytes
 
     def resolve(self, model: Model) -> Path:
         """The folder behind a configured path. Raises Refused when the store does not hold it."""
@@ -204,7 +210,7 @@ class ModelStore:
     def manifest(self, name: str, folder: Path) -> Manifest:
         """The files of a model folder, hashed and compared with the manifest that came with them. Raises Refused."""
         if not folder.is_dir():
-            raise _bad(name, f"no such folder: {folder}; put the model there or correct its path")
+            raise _no_folder(name, folder)
         with self._hashing:
             return self._read_manifest(name, _folder(name, folder))
 
@@ -252,11 +258,7 @@ class ModelStore:
 
     def _read_manifest(self, name: str, folder: ModelFolder) -> Manifest:
         try:
-            names = folder.names()
-            if not any(one.endswith(".safetensors") for one in names):
-                raise _bad(name, f"{folder.path} holds no .safetensors file")
-            _check_shards(name, folder, set(names))
-            files = tuple(self._file(name, folder, one) for one in names)
+            files = tuple(self._file(name, folder, one) for one in _part_names(name, folder))
         except OSError as error:
             raise _bad(name, f"its files cannot be read ({error.strerror})") from None
         self._write_memo()
@@ -317,6 +319,20 @@ def _folder(name: str, folder: Path) -> ModelFolder:
     return ModelFolder(folder, f"model {name}")
 
 
+def _part_names(name: str, folder: ModelFolder) -> list[str]:
+    """The files of a model. Raises Refused where none holds weights, or some are missing; OSError."""
+    names = folder.names()
+    if not any(one.endswith(".safetensors") for one in names):
+        raise _bad(name, f"{folder.path} holds no .safetensors file")
+    _check_shards(name, folder, set(names))
+    return names
+
+
+def _unhashed(folder: ModelFolder, name: str) -> ModelFile:
+    with folder.open(name) as file:
+        return ModelFile(name=name, size=os.fstat(file.fileno()).st_size, sha256="")
+
+
 def _digest(file: BinaryIO, size: int) -> str:
     """The SHA-256 of the first ``size`` bytes: one that grows as it is read has no end."""
     digest, left = hashlib.sha256(), size
@@ -324,6 +340,14 @@ def _digest(file: BinaryIO, size: int) -> str:
         digest.update(piece)
         left -= len(piece)
     return digest.hexdigest()
+
+
+def _all_tensors(model: Model, folder: ModelFolder, files: Sequence[ModelFile]) -> list[Tensor]:
+    every = (t for file in files for t in _tensors(model.name, folder, file))
+    tensors = list(itertools.islice(every, model_shape.MOST_TENSORS + 1))
+    if len(tensors) > model_shape.MOST_TENSORS:
+        raise _bad(model.name, f"its weights have more than {model_shape.MOST_TENSORS:,} tensors")
+    return tensors
 
 
 def _tensors(name: str, folder: ModelFolder, file: ModelFile) -> Iterator[Tensor]:
@@ -348,6 +372,17 @@ def _check_shards(name: str, folder: ModelFolder, names: set[str]) -> None:
         return
     if missing := catalog.missing_shards(folder.read(catalog.INDEX_NAME), names):
         raise _bad(name, f"{folder.path} lacks {len(missing)} of its weights files ({missing[0]}); finish its download")
+
+
+def _no_folder(name: str, folder: Path) -> Refused:
+    """A name of the hub is a relative path, too: which of them was meant, only who wrote it knows."""
+    if folder.exists():
+        return _bad(name, f"{folder} is a file; its path is the folder that holds config.json and the weights")
+    asked = parse_name(re.sub(r"^(https?:)/", r"\1//", str(folder)))
+    if asked is None:
+        return _bad(name, f"no such folder: {folder}; put the model there or correct its path")
+    pull = f'fetch it with `mlxrack-agent models pull {asked.repo}`, then path = "{STORED}{local_name(asked.repo)}"'
+    return _bad(name, f"no such folder: {folder}; correct its path, or if it is a model of the Hugging Face hub {pull}")
 
 
 def _bad(name: str, why: str) -> Refused:

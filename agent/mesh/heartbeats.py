@@ -5,19 +5,20 @@ processes, so nothing here waits for them.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 
 from agent.mesh.peer_client import PeerClient
-from agent.mesh.peers import PeerTable
+from agent.mesh.peers import PeerTable, of_another_rack, skewed
 from agent.mesh.sightings import Sightings, sentence
 from shared.clocks import SleepWatch
 from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import Event, NodeIdClash, PeerDown, PeerUp
 
-SKEW_WARNING_MS = 2_000
 TICKS_PER_BEAT = 4
+_NUMBER = re.compile(r"[\d.]+ s\b")
 _MOST_OPEN = 2
 """Heartbeats to one peer that may be in flight at the same time."""
 
@@ -105,8 +106,8 @@ class Heartbeats:
         began, woke = self._clock(), self._woke
         try:
             heartbeat = await self._client.heartbeat(node, url, self._beat_s)
-            if heartbeat.rack != self._rack:
-                self._note(node, f"peer {url}: belongs to rack {heartbeat.rack!r}, this node to {self._rack!r}")
+            if foreign := of_another_rack(url, heartbeat, self._rack):
+                self._note(node, foreign)
                 return
         except RackError as error:
             self._note(node, error.message)
@@ -119,16 +120,15 @@ class Heartbeats:
         now = self._clock()
         self.sightings.saw(node, heartbeat.agent, now)
         self.sightings.heard(node, heartbeat.twice, now)
-        skew_ms = heartbeat.t_ms - self._wall_ms()
-        late = f"peer {url}: clock skew of {skew_ms / 1000:.1f} s" if abs(skew_ms) > SKEW_WARNING_MS else ""
-        self._note(node, late)
+        self._note(node, skewed(url, heartbeat, self._wall_ms()))
         if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
         self._report(now)
 
     def _note(self, node: str, problem: str) -> None:
-        if problem and self.problems.get(node) != problem:
-            log.info("peer_problem", peer=node, reason=problem)
+        # a clock's difference is another one at every heartbeat
+        if problem and _NUMBER.sub("", self.problems.get(node, "")) != _NUMBER.sub("", problem):
+            log.warning("peer_problem", peer=node, reason=problem)
         if problem:
             self.problems[node] = problem
         else:

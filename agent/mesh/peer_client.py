@@ -15,10 +15,12 @@ import msgspec
 from agent.mesh.node_names import server_name
 from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
 from agent.mesh.peers import Heartbeat
-from agent.mesh.signing import ANSWER_HEADER, RackKeys, mismatch
+from agent.mesh.signing import ANSWER_HEADER, NODE_HEADER, RackKeys, mismatch
 from agent.mesh.tls_errors import tls_reason
 from agent.wire.frames import MAX_FRAME_BYTES
+from shared import connection_errors
 from shared.errors import RackError, Refused, Retryable
+from shared.keys import is_name
 
 if TYPE_CHECKING:
     from agent.mesh.tls import NodeTls
@@ -30,11 +32,15 @@ _MAX_ERROR_BYTES = 8 << 10
 _WHY = {
     "not_a_peer": "rejected the signature; peers.secret must be the same on all nodes",
     "protocol_mismatch": "incompatible protocol version; upgrade the older of the two nodes",
-    "wrong_node": "has another node id than configured; correct peers.nodes",
     "no_certificate": "accepts only nodes with a certificate of the rack; check this node's [tls]",
     "wrong_certificate": "rejected this node's certificate: it names another node or rack",
     "clock_skew": "rejected the signature because of clock skew; synchronize both clocks to the same source",
+    "wrong_host": "serves its own machine only, and under other names; set listen.host and listen.names there",
+    "unknown_url": "has no such route; the url in peers.nodes ends with the port, without /v1",
+    "connections_full": "has too many open connections (limits.connections there)",
 }
+_KEY = "the url in peers.nodes"
+_NO_AGENT = f"is not an mlxrack agent; correct {_KEY}: http(s)://HOST:PORT, without /v1"
 
 
 class PeerClient:
@@ -71,8 +77,9 @@ class PeerClient:
             headers = self._headers(node, self._beat, nonce)
             get = self._opened().get
             async with get(f"{url}{self._beat}", headers=headers, timeout=timeout, **self._expected(node)) as answer:
-                if answer.status != 200:
-                    raise await _refusal(url, answer)
+                # the first byte of a page is a number in MessagePack
+                if answer.status != 200 or answer.content_type.startswith("text/"):
+                    raise await self._refusal(node, url, answer)
                 body = await _read(answer, MAX_BEAT_BYTES)
                 signature = answer.headers.get(ANSWER_HEADER, "")
             heartbeat = msgspec.msgpack.decode(body, type=Heartbeat)
@@ -81,13 +88,13 @@ class PeerClient:
         except msgspec.ValidationError as error:
             raise Refused(f"peer {url}: invalid heartbeat ({error}); upgrade the older of the two") from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            raise Refused(f"peer {url}: not a heartbeat; is it an mlxrack agent of this version?") from None
-        if why := mismatch(heartbeat.protocol, heartbeat.oldest):
-            raise Refused(f"peer {url}: {why}", code="protocol_mismatch")
+            raise Refused(f"peer {url}: not a heartbeat; what answered {_NO_AGENT}") from None
+        if unlike := mismatch(heartbeat.protocol, heartbeat.oldest):
+            raise Refused(f"peer {url}: {unlike}", code="protocol_mismatch")
         if self._keys.answered_with(signature, nonce, heartbeat.node, body) is None:
             raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
         if heartbeat.node != node:
-            raise Refused(f"peer {url}: identifies as {heartbeat.node!r}, but is configured as {node!r}")
+            raise Refused(f"peer {url}: {another_node(heartbeat.node, node, self._node)}", code="wrong_node")
         return heartbeat
 
     async def link(self, node: str, url: str) -> PeerLink:
@@ -140,8 +147,7 @@ class PeerClient:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 link = self._links[node] = await self._connected(node, url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            why = tls_reason(error) or type(error).__name__
-            raise Retryable(f"peer {node}: unreachable ({why})", code="worker_lost") from None
+            raise Retryable(f"peer {node}: unreachable ({_silence(url, error)})", code="worker_lost") from None
         except Refused as error:
             raise Retryable(error.message, code="worker_lost") from None
         return link
@@ -167,6 +173,19 @@ class PeerClient:
             raise
         link.read(key)
         return link
+
+    async def _refusal(self, node: str, url: str, answer: aiohttp.ClientResponse) -> RackError:
+        """The error for a response other than 200, in our own words."""
+        code = await _code(answer)
+        if code == "wrong_node":
+            found = answer.headers.get(NODE_HEADER, "")
+            found = found if is_name(found) else ""
+            return Refused(f"peer {url}: {another_node(found, node, self._node)}", code=code)
+        if code in _WHY:
+            return Refused(f"peer {url}: {_WHY[code]}", code=code)
+        ours = "X-Mlxrack-Request-Id" in answer.headers
+        seen = f"answered {answer.status}" if ours else no_agent(answer.status, answer.content_type)
+        return Retryable(f"peer {url}: {seen}", code="worker_lost")
 
     def _nonce(self) -> str:
         """Unique: within this process by a counter, across processes by its random prefix."""
@@ -196,25 +215,39 @@ class PeerClient:
 
 def _silence(url: str, error: BaseException) -> str:
     """Why a heartbeat was not answered."""
-    if why := tls_reason(error):
-        return why
+    if reason := tls_reason(error):
+        return reason
     if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("https:"):
         return "closes the connection after the handshake; its log says why it refuses this node (tls_refused)"
-    return f"does not answer ({type(error).__name__})"
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return f"answered {error.status}"
+    return connection_errors.why(error, url, _KEY)
 
 
 async def _redirected(*_: object) -> None:
-    raise Refused("a peer never redirects; what answered is not an mlxrack agent", code="not_a_peer")
+    raise Refused(f"a peer never redirects; what answered {_NO_AGENT}", code="not_a_peer")
 
 
-async def _refusal(url: str, answer: aiohttp.ClientResponse) -> RackError:
-    """The error for a response other than 200, in our own words."""
-    code = ""
+def another_node(found: str, expected: str, me: str) -> str:
+    """What is said of a url at which another node than ``expected`` answers; ``found`` is "" if it is not known."""
+    if found == me:
+        return f"this url leads back to this node itself ({me!r}), not to {expected!r}; correct it in peers.nodes"
+    who = f"node {found!r}" if found else "another node"
+    return f"{who} answers at this url, which peers.nodes calls {expected!r}; correct the id or the url there"
+
+
+def no_agent(status: int, kind: str) -> str:
+    """What is said of an answer that no agent gives. ``kind`` is its content type."""
+    if "html" in kind.lower():
+        return f"a web page answers there (HTTP {status}), of a proxy or another program: it {_NO_AGENT}"
+    return f"what answers there (HTTP {status}) {_NO_AGENT}"
+
+
+async def _code(answer: aiohttp.ClientResponse) -> str:
+    """The code of an agent's error; "" for anybody else's."""
     with contextlib.suppress(msgspec.DecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
-        code = str(msgspec.json.decode(await _read(answer, _MAX_ERROR_BYTES))["error"]["code"])
-    if code in _WHY:
-        return Refused(f"peer {url}: {_WHY[code]}", code=code)
-    return Retryable(f"peer {url}: answered {answer.status}", code="worker_lost")
+        return str(msgspec.json.decode(await _read(answer, _MAX_ERROR_BYTES))["error"]["code"])
+    return ""
 
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:

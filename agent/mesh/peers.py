@@ -19,6 +19,8 @@ DOWN_BEATS = 3.45
 DOWN_MISSES = 3
 HOPS = 4
 """Round trips of recent heartbeats that are kept; the shortest is the estimate."""
+SKEW_WARNING_MS = 2_000
+"""A clock that differs by more is reported."""
 ASLEEP_S = 0.5
 """A tick that is late by this much means that this node, not its peers, was busy, stopped or asleep."""
 _NEVER = float("inf")
@@ -223,3 +225,18 @@ class PeerTable:
 
     def _changed(self) -> None:
         self._good_until_s = -_NEVER
+
+
+def of_another_rack(url: str, heartbeat: Heartbeat, rack: str) -> str:
+    """What is said of a node that answers and belongs to another rack; "" when it belongs to this one."""
+    if heartbeat.rack == rack:
+        return ""
+    return f"peer {url}: belongs to rack {heartbeat.rack!r}, this node to {rack!r}; correct node.rack or the url"
+
+
+def skewed(url: str, heartbeat: Heartbeat, now_ms: int) -> str:
+    """What is said of a peer whose clock differs from this node's; "" when it does not."""
+    skew_ms = heartbeat.t_ms - now_ms
+    if abs(skew_ms) <= SKEW_WARNING_MS:
+        return ""
+    return f"peer {url}: clock skew of {skew_ms / 1000:.1f} s; synchronize both clocks to the same source"

@@ -27,14 +27,18 @@ OLDEST = 2
 FRESH_S = 60.0
 SCHEME = "Mlxrack"
 ANSWER_HEADER = "X-Mlxrack-Rack"
+NODE_HEADER = "X-Mlxrack-Node"
+"""Which node refuses a request that was meant for another."""
 _MACS = ("mac", "mac2")
 _MARK_BYTES = 6
 
 
 class NotAPeer(RackError):
-    """The sender is not a node of this rack, or cannot prove it."""
+    """The sender is not a node of this rack, or cannot prove it. ``node`` is who refuses, told to a sender who has
+    proved that it is of this rack."""
 
     code = "not_a_peer"
+    node = ""
 
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +151,9 @@ class RackKeys:
             raise NotAPeer(why, code="clock_skew")
         if signed.to != me:
             why = f"{signed.node} calls this node {signed.to!r}, but its id is {me!r}; correct peers.nodes there"
-            raise NotAPeer(why, code="wrong_node")
+            refusal = NotAPeer(why, code="wrong_node")
+            refusal.node = me
+            raise refusal
         return signed, key
 
     def answered_with(self, offered: str, nonce: str, node: str, body: bytes = b"") -> Key | None:

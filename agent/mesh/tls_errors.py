@@ -2,8 +2,9 @@
 
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from shared.connection_errors import causes
 from shared.logs import get_logger
 
 REPEAT_S = 60.0
@@ -66,7 +67,7 @@ def reason_of(error: ssl.SSLError) -> str:
 
 def tls_reason(error: BaseException) -> str:
     """Like ``reason_of`` for whatever a client library made of it; "" when TLS is not why it failed."""
-    found = [one for one in _causes(error) if isinstance(one, ssl.SSLError)]
+    found = [one for one in causes(error) if isinstance(one, ssl.SSLError)]
     # aiohttp's own errors are of ssl's types, too, and say less than what they were made of
     return reason_of(found[-1]) if found else ""
 
@@ -74,16 +75,6 @@ def tls_reason(error: BaseException) -> str:
 def is_expiry(error: ssl.SSLError) -> bool:
     """Whether a certificate was refused because it has expired."""
     return getattr(error, "verify_code", 0) == _EXPIRED
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it; aiohttp keeps it in different places."""
-    for _ in range(8):
-        if error is None:
-            return
-        yield error
-        inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
-        error = inner or error.__cause__ or error.__context__
 
 
 class Refusals:

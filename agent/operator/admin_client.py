@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, scheme
 from agent.mesh.signing import listener_proof
+from shared import connection_errors
 from shared.errors import Halt, Refused, Retryable
 from shared.hosts import is_loopback
+from shared.keys import is_name
 
 STATUS_TIMEOUT_S = 5.0
+SECRETS_TIMEOUT_S = 60.0
+"""A keychain may take its time."""
 ORDER_TIMEOUT_S = 900.0
 SERVED_NAME = "listener.pem"
 """Where a running agent notes the certificate that its listener shows."""
@@ -35,10 +39,15 @@ class AdminClient:
         self._port = _listening(state / PORT_NAME) or config.listen.port
         self._token_file = state / "admin.token"
         self._served = state / SERVED_NAME if config.tls.certificate else None
+        self._node, self._scheme = config.node.id, scheme(config)
 
     def status(self) -> dict[str, Any]:
         """The agent's status. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/status", None, STATUS_TIMEOUT_S)
+
+    def secrets(self) -> dict[str, Any]:
+        """By reference, why the agent cannot use a secret ("" when it can); never a value."""
+        return self._call("GET", "/admin/v1/secrets", None, SECRETS_TIMEOUT_S)
 
     def why(self, request_id: str) -> dict[str, Any]:
         """Routing decisions of a request. Raises Refused when none are kept."""
@@ -62,14 +71,14 @@ class AdminClient:
             answer = connection.getresponse()
             tree = json.loads(answer.read())
         except ConnectionRefusedError:
-            why = f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`"
-            raise Retryable(why, code="not_running") from None
+            seen = f"no agent is running on {self._host}:{self._port}; start it: `mlxrack-agent run`"
+            raise Retryable(seen, code="not_running") from None
         except ssl.SSLCertVerificationError:
-            why = f"what listens on {self._host}:{self._port} is not this agent: it shows another certificate"
-            raise Retryable(why) from None
+            seen = f"what listens on {self._host}:{self._port} is not this agent: it shows another certificate"
+            raise Retryable(seen) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = f"the agent on {self._host}:{self._port} does not answer ({type(error).__name__})"
-            raise Retryable(why) from None
+            said = connection_errors.why(error, f"{self._scheme}://{self._host}:{self._port}", "listen.port")
+            raise Retryable(f"the agent cannot be asked: {said}") from None
         finally:
             connection.close()
         if answer.status >= 400:
@@ -91,8 +100,8 @@ class AdminClient:
         try:
             context.load_verify_locations(cafile=self._served)
         except OSError:
-            why = f"{self._served} cannot be read; is the agent running? start it: `mlxrack-agent run`"
-            raise Retryable(why, code="not_running") from None
+            seen = f"{self._served} cannot be read; is the agent running? start it: `mlxrack-agent run`"
+            raise Retryable(seen, code="not_running") from None
         return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
 
     def _recognise(self, connection: http.client.HTTPConnection, token: str) -> None:
@@ -102,21 +111,50 @@ class AdminClient:
         connection.auto_open = 0  # not another connection, whose end has shown nothing
         nonce, address = secrets.token_hex(16), connection.sock.getpeername()[:2]
         connection.request("GET", f"/admin/v1/proof/{nonce}")
-        answer = connection.getresponse().read(MOST_PROOF_BYTES)
+        answer = connection.getresponse()
+        body = answer.read(MOST_PROOF_BYTES)
+        tree = _tree(body)
         expected = listener_proof(token, nonce, address)
-        with contextlib.suppress(ValueError):
-            tree = json.loads(answer)
-            if isinstance(tree, dict) and hmac.compare_digest(str(tree.get("proof")).encode(), expected.encode()):
-                return
-        why = f"what listens on {self._host}:{self._port} does not know {self._token_file}, so it is not this agent"
-        raise Retryable(f"{why} (or one of an older version); start it: `mlxrack-agent run`", code="not_running")
+        if hmac.compare_digest(str(tree.get("proof")).encode(), expected.encode()):
+            return
+        connection.close()  # who serves one connection at a time can answer the next question
+        raise Retryable(self._who_else(answer, body, tree), code="not_running")
+
+    def _who_else(self, answer: http.client.HTTPResponse, body: bytes, tree: dict[str, Any]) -> str:
+        """Who listens there instead. What it says of itself is proof of nothing, so it is only shown."""
+        at = f"{self._host}:{self._port}"
+        elsewhere = "stop it, or set another listen.port here"
+        if "proof" not in tree:
+            kind = str(answer.headers.get("Content-Type", ""))
+            what = "a web page" if "html" in kind or body[:1] == b"<" else f"HTTP {answer.status}"
+            older = "" if "html" in kind else " (or one of an older version)"
+            return f"what listens on {at} is not an mlxrack agent{older}: it answers with {what}; {elsewhere}"
+        if (node := self._node_there()) and node != self._node:
+            return (
+                f"the agent on {at} is that of node {node!r}, not of {self._node!r}: it does not know "
+                f"{self._token_file}; {elsewhere}, or name its configuration with --config"
+            )
+        seen = f"what listens on {at} does not know {self._token_file}, so it is not this agent"
+        return f"{seen}: one with another paths.state, or a copy; {elsewhere}, or start this one: `mlxrack-agent run`"
+
+    def _node_there(self) -> str:
+        """The node id that is given there, of which nothing is proved; "" for none."""
+        connection = self._connection(STATUS_TIMEOUT_S)
+        try:
+            connection.request("GET", "/health")
+            node = str(_tree(connection.getresponse().read(MOST_PROOF_BYTES)).get("node", ""))
+        except (OSError, http.client.HTTPException):
+            return ""
+        finally:
+            connection.close()
+        return node if is_name(node) else ""
 
     def _token(self) -> str:
         try:
             return self._token_file.read_text(encoding="ascii").strip()
-        except FileNotFoundError:
-            why = f"{self._token_file} does not exist; has this agent been started with this configuration?"
-            raise Retryable(why, code="not_running") from None
+        except (FileNotFoundError, NotADirectoryError):
+            seen = f"{self._token_file} does not exist; has this agent been started with this configuration?"
+            raise Retryable(seen, code="not_running") from None
         except PermissionError:
             raise Halt(f"{self._token_file}: permission denied; run this command as the agent's user") from None
 
@@ -126,3 +164,11 @@ def _listening(path: Path) -> int:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
+
+
+def _tree(body: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(tree := json.loads(body), dict):
+            return tree
+    return {}

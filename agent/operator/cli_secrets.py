@@ -21,6 +21,7 @@ from agent.operator.statusview import table
 from shared.config import parse
 from shared.durable import created, write_whole
 from shared.errors import RackError, Refused, Retryable
+from shared.keys import check_name
 from shared.secrets import strong
 
 Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]
@@ -63,6 +64,9 @@ def add(outer: Outer, load: Load, path_of: Callable[[argparse.Namespace], Path],
 
 
 def _new_key(args: argparse.Namespace) -> int:
+    check_name(args.name, "new-key: the name")
+    if args.cache_group:
+        check_name(args.cache_group, "new-key: the cache group")
     key = f"mlxr-{secrets.token_urlsafe(32)}"
     print(f"API key for {args.name} (shown once, not stored): {key}\n")
     print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{hash_key(key)}"')

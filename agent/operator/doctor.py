@@ -1,70 +1,64 @@
-"""Checks of this machine with their remedies, and the list of checks that need a real Mac."""
+"""Asks what `doctor` shows: this machine, the peers, the store, the GPU, the sensors and the running agent. What it
+means is judged in agent/operator/checks.py; nothing is written."""
 
 import asyncio
 import platform
+import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 import psutil
 
-from agent.config import AgentConfig, configured_peers, plain_warnings
+from agent.config import AgentConfig, configured_peers
 from agent.files.modelstore import ModelStore, model_folder
-from agent.mesh.heartbeats import SKEW_WARNING_MS
-from agent.operator import state_folder
+from agent.mesh.peer_client import PeerClient
+from agent.mesh.signing import RackKeys
+from agent.operator import checks, install, mac_checks, state_folder
+from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
+from agent.operator.facts import gather
+from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
 from agent.process import gpu
 from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
-from shared.errors import NotFound, RackError
-from shared.keys import MOST_CLAIM_BYTES, claim_key
+from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
+from shared.keys import DESIRED, MOST_CLAIM_BYTES, MOST_DESIRED_BYTES, claim_key, raw_node_prefix
 from shared.memory_plan import default_budget_bytes
 from shared.secrets import strong
+from shared.store import ObjectStore
 from shared.store_open import open_store
+from shared.store_s3 import NO_BUCKET
 
-MAC_ONLY = (
-    "the thermal pressure level reaches heavy under load, and notify(3)'s descriptor signals it (`sample`, /metrics)",
-    "the SMC is readable from a LaunchDaemon without a login: F0Ac and PSTR exist, P-cores warm up under load",
-    "PSTR agrees with a wall power meter, less the power supply's loss",
-    "IOReport's CPU energy counter advances (zeus-apple-silicon), or is reported as stuck (macOS 27)",
-    "an APC outlet reports watts, or needs `scale` (test with a known load)",
-    "the agent runs as a LaunchDaemon without a login and reaches Metal",
-    "host_statistics64, vm.swapusage and the memory pressure level agree with Activity Monitor",
-    "launchd waits ExitTimeOut before it sends SIGKILL, and newsyslog rotates launchd's output",
-    "MLX's Metal build gives the same answers as the CPU build in the tests",
-    "the GPU's recommended working set is reported (line `memory` above)",
-    "proc_pid_rusage's physical footprint agrees with Activity Monitor",
-    "the memory plan holds with Metal's fused attention and buffer cache (`status` shows each load's plan error)",
-)
+PEER_S = 3.0
+"""How long a peer may take to answer."""
 
 
-class Finding(NamedTuple):
-    """One check. ``verdict`` is ok, warning or problem."""
-
-    what: str
-    verdict: str
-    seen: str
-
-
-def examine(config: AgentConfig, state: Path, logs: Path, environ: Mapping[str, str]) -> list[Finding]:
-    """Every check, in the order in which an operator would run them."""
+def examine(
+    config: AgentConfig, state: Path, logs: Path, environ: Mapping[str, str], *, mac: bool = False
+) -> list[Finding]:
+    """Every check, in the order in which an operator would run them. ``mac`` adds what somebody has to look at on a
+    Mac."""
+    looking = resolver(config, state, environ, may_ask=True)
+    device = asyncio.run(gpu.ask(environ))
+    budget = _budget(config, device)
+    sources = _sources(state)
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
-        _memory(config, environ),
-        *_models(config, state, environ),
-        _port(config),
+        Finding("memory", "ok", _budget_text(budget, device)),
+        *checks.here(config, gather(config, state, logs, looking, budget)),
+        *_files(config, state, environ),
         _state(state, logs),
-        *_store(config, environ),
-        *_peers(config, environ),
-        *_transport(config),
-        *_sensors(state),
-        *_mac_only(),
+        *_store(config, looking),
+        *_peers(config, looking),
+        *(Finding(f"source {name}", "warning" if why else "ok", why or seen) for name, (seen, why) in sources.items()),
+        *_mac(config, looking, device, sources, to_look_at=mac),
     ]
 
 
@@ -81,17 +75,41 @@ def _blas() -> Finding:
     return Finding("mlx", "warning" if "reference" in name else "ok", f"{version.strip()}, BLAS:{name}")
 
 
-def _memory(config: AgentConfig, environ: Mapping[str, str]) -> Finding:
+def _budget(config: AgentConfig, device: gpu.Device) -> Budget:
     total = psutil.virtual_memory().total
-    device = gpu.Device() if config.memory.budget_bytes else asyncio.run(gpu.ask(environ))
-    budget, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
-    verdict = "warning" if budget > total else "ok"
-    why = f"; {device.reason}" if device.reason else ""
-    return Finding("memory", verdict, f"budget {budget / 1e9:.1f} GB of {total / 1e9:.1f} GB ({source}{why})")
+    found, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
+    return Budget(found, source, total)
 
 
-def _talks(folder: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """How a model's chat template is spoken to; asked in a child process, which loads its tokenizer only."""
+def _budget_text(budget: Budget, device: gpu.Device) -> str:
+    why = f"; {device.reason}" if device.reason and budget.source != "configured" else ""
+    return f"{budget.bytes / 1e9:.1f} GB of {budget.machine_bytes / 1e9:.1f} GB for models ({budget.source}{why})"
+
+
+def _files(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the models' files are whole, and how their chat templates are spoken to. What was found before is not
+    found again."""
+    store = ModelStore(state / "models.json", model_folder(config, state))
+    for n, model in enumerate(config.models):
+        try:
+            store.outlook(model)
+        except RackError:
+            continue
+        try:
+            spec = store.describe(model)
+        except RackError as error:
+            seen = error.message.removeprefix(f"model {model.name}: ")
+            yield Finding(f"{model.name}: files", "problem", seen, f"models[{n}].path")
+            continue
+        yield Finding(f"{model.name}: files", "ok", f"version {spec.version}")
+        if model.engine == "mlx":
+            talks = _described(spec.path, environ)
+            verdict: checks.Verdict = "warning" if "template" in talks else "ok"
+            yield Finding(f"{model.name}: chat", verdict, talks_text(talks))
+
+
+def _described(folder: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Asked in a child process, which loads the model's tokenizer only."""
     command = [sys.executable, "-P", "-m", "agent.loader", "--describe", folder]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=environment(environ, threads=1)
@@ -102,107 +120,168 @@ def _talks(folder: str, environ: Mapping[str, str]) -> dict[str, str]:
         return {"template": f"it cannot be examined (exit status {run.returncode})"}
 
 
-def _models(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> list[Finding]:
-    store, found = ModelStore(state / "models.json", model_folder(config, state)), []
-    for model in config.models:
-        try:
-            spec = store.describe(model)
-        except RackError as error:
-            found.append(Finding(f"model {model.name}", "problem", error.message))
-            continue
-        seen = f"version {spec.version}, needs {spec.need_bytes / 1e6:.0f} MB"
-        if model.engine == "mlx":
-            talks = _talks(spec.path, environ)
-            found.append(Finding(f"model {model.name}", "warning" if "template" in talks else "ok", seen))
-            found.append(Finding("  chat template", found[-1].verdict, talks_text(talks)))
-        else:
-            found.append(Finding(f"model {model.name}", "ok", seen))
-    return found or [Finding("models", "warning", "none configured; this node only forwards requests")]
-
-
-def _port(config: AgentConfig) -> Finding:
-    host, port = config.listen.host, config.listen.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return Finding("port", "warning", f"{host}:{port} is in use ({error.strerror}); is the agent running?")
-    return Finding("port", "ok", f"{host}:{port} is free")
-
-
 def _state(state: Path, logs: Path) -> Finding:
     if found := state_folder.problems(state, logs):
         return Finding("state", "warning", state_folder.shown(found, state))
     return Finding("state", "ok", f"{state} is this user's alone" if state.is_dir() else f"{state} does not exist yet")
 
 
-def _store(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
-    skew_ms = None
+# ---- the store ----
+
+
+def _store(config: AgentConfig, looking: Resolver) -> Iterator[Finding]:
+    named = [one for one in checks.references(config) if one.key.startswith("store.")]
+    if config.store.kind == "directory" and not Path(config.store.path).expanduser().is_dir():
+        yield Finding("store", "ok", f"{config.store.path} does not exist yet; the agent makes it")
+    elif all(looking.problem(one)[0] == "" for one in named):
+        yield from checks.store(config.store.kind, _asked_store(config, looking))
+    elif looking.running is not None:
+        push = looking.running.status["push"]
+        verdict: checks.Verdict = "problem" if push["reason"] else "ok"
+        yield Finding("store", verdict, f"the running agent says: {push['state']} {push['reason']}".strip())
+    else:
+        yield Finding("store", "problem", "cannot be asked without its secrets (see above)", "store")
+
+
+def _asked_store(config: AgentConfig, looking: Resolver) -> StoreFact:
     try:
-        store = open_store(config.store, environ)
-        try:
-            store.get(claim_key(config.node.id, 1), MOST_CLAIM_BYTES)
-        finally:
-            skew_ms = store.clock_skew_ms  # error responses carry the time, too
+        store = open_store(config.store, looking.environ, attempts=1)
+    except RackError as error:
+        return StoreFact(problem=_of_store(error))
+    try:
+        claim, denied = _claim(store, config.node.id), _desired(store)
+        problem = ""
+    except RackError as error:
+        claim, denied, problem = "none", [], _why_denied(store, config.node.id, error)
+    # error responses carry the time, too
+    return StoreFact(problem, denied, claim, store.clock_skew_ms)
+
+
+def _claim(store: ObjectStore, node: str) -> Any:
+    """What becomes of this node's claim when it is written again, unchanged and on the condition that there is none.
+    Raises RackError."""
+    try:
+        there = store.get(key := claim_key(node, 1), MOST_CLAIM_BYTES)
+    except NotFound:
+        return "none"
+    try:
+        store.put_if_absent(key, there.body)
+    except PreconditionFailed:
+        return "kept"
+    return "overwritten"
+
+
+def _desired(store: ObjectStore) -> list[str]:
+    try:
+        store.get(DESIRED, MOST_DESIRED_BYTES)
     except NotFound:
         pass
-    except RackError as error:
-        return [Finding("store", "problem", error.message), *_clock(skew_ms)]
-    return [Finding("store", "ok", f"{config.store.kind} is reachable and accepts the credentials"), *_clock(skew_ms)]
+    except AccessDenied as error:
+        return [f"{DESIRED}: {_of_store(error)}; the desired state cannot be followed without"]
+    return []
 
 
-def _clock(skew_ms: int | None) -> list[Finding]:
-    """A store in a folder reports no time."""
-    if skew_ms is None:
-        return []
-    if abs(skew_ms) <= SKEW_WARNING_MS:
-        return [Finding("clock", "ok", f"within {SKEW_WARNING_MS / 1000:g} s of the store's")]
-    seen = f"{abs(skew_ms) / 1000:.0f} s {'ahead of' if skew_ms > 0 else 'behind'} the store's; set it by NTP"
-    return [Finding("clock", "warning", seen)]
+def _why_denied(store: ObjectStore, node: str, error: RackError) -> str:
+    """A store that denies everything in a bucket that it does not have may still say so when it is to list it."""
+    if isinstance(error, AccessDenied):
+        try:
+            store.list_after(raw_node_prefix(node), limit=1)
+        except RackError as listing:
+            if listing.code == NO_BUCKET:
+                return _of_store(listing)
+    return _of_store(error)
 
 
-def _peers(config: AgentConfig, environ: Mapping[str, str]) -> list[Finding]:
+def _of_store(error: RackError) -> str:
+    """The message without the key that was tried."""
+    return re.sub(r"^(get|put|list) \S*: ", "", error.message)
+
+
+# ---- the peers ----
+
+
+def _peers(config: AgentConfig, looking: Resolver) -> Iterator[Finding]:
     if not config.peers.nodes:
-        return [Finding("peers", "ok", "none configured")]
+        yield Finding("peers", "ok", "none configured")
+        return
     try:
-        strong(config.peers.secret, "peers.secret", environ)
+        named = [one for one in checks.references(config) if one.key.startswith("peers.")]
+        keys = RackKeys([strong(one.reference, one.key, looking.environ) for one in named])
+        facts = asyncio.run(_answers(config, keys))
     except RackError as error:
-        return [Finding("peers", "problem", error.message)]
-    return [Finding("peers", "ok", f"{len(config.peers.nodes)} configured; `status` shows their state")]
+        if looking.running is None:
+            yield Finding("peers", "problem", f"cannot be asked: {error.message}", "peers.secret")
+        else:
+            yield from _seen_by_agent(looking.running.status)
+        return
+    yield from checks.peer_answers(config, facts, time.time_ns() // 1_000_000)
 
 
-def _transport(config: AgentConfig) -> list[Finding]:
-    """TLS: whether its files can be used, and when they expire; and what is sent without it."""
-    plain = [Finding("plain HTTP", "warning", warning) for warning in plain_warnings(config, configured_peers(config))]
-    if not config.tls.certificate:
-        return plain or [Finding("tls", "ok", "not configured; this node is reachable from this machine only")]
-    from agent.mesh.tls import NodeTls
+def _seen_by_agent(status: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where only the running agent has the secret, what it says of its peers."""
+    for peer in status["peers"]:
+        why, ready = peer["problem"].removeprefix(f"peer {peer['url']}: "), ", ".join(peer["models"]) or "none yet"
+        seen = why or f"{peer['state']}; models that answer there: {ready}"
+        verdict: checks.Verdict = "ok" if peer["state"] == "up" and not why else "problem"
+        yield Finding(f"peer {peer['node']}", verdict, f"{seen} (as seen by the running agent)")
 
-    try:
+
+async def _answers(config: AgentConfig, keys: RackKeys) -> list[PeerFact]:
+    """Ask every peer as the agent does, all at the same time. Raises RackError when this node's own TLS is at fault."""
+    tls = None
+    if config.tls.certificate:
+        from agent.mesh.tls import NodeTls
+
         tls = NodeTls(config.tls, rack=config.node.rack, node=config.node.id)
+    client = PeerClient(keys, config.node.id, tls=tls)
+    try:
+        return await asyncio.gather(*(_answer(client, node, url) for node, url in configured_peers(config)))
+    finally:
+        await client.close()
+
+
+async def _answer(client: PeerClient, node: str, url: str) -> PeerFact:
+    began = time.monotonic()
+    try:
+        heard = await client.heartbeat(node, url, PEER_S)
     except RackError as error:
-        return [*plain, Finding("tls", "problem", error.message)]
-    near = [Finding("tls", "warning", warning) for warning in tls.warnings()]
-    return [*plain, *(near or [Finding("tls", "ok", "all certificates are valid for over 30 days")])]
+        return PeerFact(node, url, problem=error.message)
+    return PeerFact(node, url, heard, hop_ms=(time.monotonic() - began) * 1000)
 
 
-def _sensors(state: Path) -> list[Finding]:
-    """Every source of every sensor: its current reading, or why there is none."""
+# ---- sensors, and what only a Mac can show ----
+
+
+def _sources(state: Path) -> dict[str, tuple[str, str]]:
+    """Every source of every sensor: its current reading, and why there is none."""
     sensors = Sensors(state.absolute())
     try:
-        return [
-            Finding(f"source {source.name}", "warning" if source.reason else "ok", source.reason or source.seen)
-            for collector in sensors.all
-            for source in collector.sources()
-        ]
+        return {
+            source.name: (source.seen, source.reason) for collector in sensors.all for source in collector.sources()
+        }
     finally:
         sensors.close()
 
 
-def _mac_only() -> list[Finding]:
+def _mac(
+    config: AgentConfig,
+    looking: Resolver,
+    device: gpu.Device,
+    sources: Mapping[str, tuple[str, str]],
+    *,
+    to_look_at: bool,
+) -> Iterator[Finding]:
+    facts = None
     if sys.platform == "darwin":
-        missing = [tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)]
-        tools = Finding("macOS tools", "warning" if missing else "ok", ", ".join(missing) or "all found")
-        return [tools, *(Finding("verify once on this Mac", "warning", text) for text in MAC_ONLY)]
-    return [Finding("verify on a Mac", "warning", text) for text in MAC_ONLY]
+        facts = mac_checks.MacFacts(
+            sources=sources,
+            gpu_bytes=device.recommended_bytes,
+            drain_s=config.limits.drain_s,
+            service=install.installed(),
+            status=looking.running.status if looking.running else None,
+            rotates=install.NEWSYSLOG.exists(),
+            missing_tools=[tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)],
+        )
+        yield from mac_checks.decided(facts)
+    if to_look_at:
+        yield from mac_checks.undecided(facts)

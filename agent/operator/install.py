@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 from xml.sax.saxutils import escape
 
 from agent.config import AgentConfig
@@ -76,6 +77,15 @@ def install(plist: str, newsyslog: str, *, user: str, folders: Sequence[Path]) -
         already = argv[1] == "bootstrap" and "already" in run.stderr.lower()
         if run.returncode != 0 and not already:
             raise Halt(f"install: {' '.join(argv)}: {(run.stderr or run.stdout).strip()}")
+
+
+def installed() -> dict[str, Any] | None:
+    """The property list of the installed service; None where none is installed."""
+    try:
+        found = plistlib.loads(DAEMON_PLIST.read_bytes())
+    except (OSError, ValueError, plistlib.InvalidFileException):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _filled(name: str, values: dict[str, str], *, xml: bool = True) -> str:

@@ -1,40 +1,89 @@
-"""What a configuration refers to, as far as it can be looked at without asking anybody: secrets and certificates."""
+"""Whether references to secrets can be resolved, and by whom: the values themselves are shown to nobody.
+
+What counts is what the service sees, not the shell in which somebody looks: the running agent is asked; where none
+runs, an installed service's environment stands for it; else the shell's, and it is said so.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from agent.config import AgentConfig
+from agent.operator import install
+from agent.operator.admin_client import AdminClient
+from agent.operator.checks import Secret, references
 from shared.errors import RackError
 from shared.secrets import resolve, weakness
-from shared.transport import Tls
+
+_SILENT = ("env:", "file:")
+"""References that are resolved without asking anybody; a keychain or `op` may ask for a password."""
 
 
-def files_and_secrets(config: AgentConfig, environ: Mapping[str, str]) -> list[str]:
-    """Weak secrets, and files of [tls] with which no agent would start, with key paths. A keychain may ask the
-    operator, and a variable may be set for the service alone: such references are judged when the agent starts."""
-    named = (("peers.secret", config.peers.secret), ("disk_cache.secret", config.disk_cache.secret))
-    found = [f"{key}: {why}" for key, reference in named if (why := _weakness(reference, environ))]
-    return [*found, *_tls(config.tls, config.node.rack, config.node.id)]
+class Running(NamedTuple):
+    """What the running agent says: its status and, by reference, why it cannot use a secret ("" when it can)."""
+
+    status: dict[str, Any]
+    secrets: Mapping[str, str]
 
 
-def _weakness(reference: str, environ: Mapping[str, str]) -> str:
-    here = reference.startswith("file:") and Path(reference[5:]).exists()
-    if not (here or (reference.startswith("env:") and environ.get(reference[4:]))):
-        return ""
+class Resolver:
+    """Looks at secrets in the agent's place. ``running`` is None when no agent answers; ``may_ask`` says whether a
+    keychain may be asked."""
+
+    def __init__(
+        self, environ: Mapping[str, str], by: str, running: Running | None = None, *, may_ask: bool = False
+    ) -> None:
+        self.environ, self.running = environ, running
+        self._by, self._may_ask = by, may_ask
+
+    @property
+    def agent_runs(self) -> bool:
+        """Whether the agent of this configuration runs."""
+        return self.running is not None
+
+    def problem(self, secret: Secret) -> tuple[str | None, str]:
+        """Why a secret cannot be used: "" when it can, None when nobody was asked; and in whose place it was tried."""
+        if self.running is not None and secret.reference in self.running.secrets:
+            return self.running.secrets[secret.reference], "the running agent"
+        if not (self._may_ask or secret.reference.startswith(_SILENT)):
+            return None, self._by
+        return problem_of(secret, self.environ), self._by
+
+
+def resolver(config: AgentConfig, state: Path, environ: Mapping[str, str], *, may_ask: bool = False) -> Resolver:
+    """The one for this machine as it is now."""
+    client = AdminClient(config, state)
     try:
-        why = weakness(resolve(reference, environ))
+        running = Running(client.status(), _secrets(client))
     except RackError as error:
-        return error.message
-    return f"{reference} {why}; make one with `mlxrack-agent new-secret`" if why else ""
+        running, unasked = None, error.message if error.code not in ("not_running", "unavailable") else ""
+    else:
+        unasked = ""
+    if (service := install.installed()) is not None:
+        variables = {str(name): str(value) for name, value in service.get("EnvironmentVariables", {}).items()}
+        return Resolver(variables, f"the installed service ({install.DAEMON_PLIST})", running, may_ask=may_ask)
+    by = f"this shell, because the agent cannot be asked: {unasked}" if unasked else "this shell"
+    return Resolver(environ, by, running, may_ask=may_ask)
 
 
-def _tls(tls: Tls, rack: str, node: str) -> list[str]:
-    if not tls.certificate:
-        return []
-    from agent.mesh.tls import NodeTls
-
+def problem_of(secret: Secret, environ: Mapping[str, str]) -> str:
+    """Why a secret cannot be used; "" when it can."""
     try:
-        NodeTls(tls, rack=rack, node=node)
+        value = resolve(secret.reference, environ)
     except RackError as error:
-        return [error.message]
-    return []
+        return error.message.removeprefix("secret ")
+    why = weakness(value) if secret.strong else ""
+    return f"{secret.reference} {why}; make one with `mlxrack-agent new-secret`" if why else ""
+
+
+def problems(config: AgentConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """By reference, why it cannot be used; "" when it can. Blocks: a keychain may take seconds."""
+    return {one.reference: problem_of(one, environ) for one in references(config)}
+
+
+def _secrets(client: AdminClient) -> Mapping[str, str]:
+    """An agent of an older version cannot tell."""
+    try:
+        return {str(name): str(why) for name, why in client.secrets().items()}
+    except RackError:
+        return {}

@@ -1,39 +1,40 @@
 """The agent's status as human-readable tables. Pure."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 
-def status_text(s: dict[str, Any]) -> str:
-    """The node, its models, peers, telemetry and last swaps."""
+def status_text(s: dict[str, Any], width: int = 0) -> str:
+    """The node, its models, peers, telemetry and last swaps, on so many columns (0: any number)."""
     lines = [
         f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
         + (", stopping" if s["draining"] else ""),
         f"{s['in_flight']} requests in flight; {_memory(s)}",
         *(f"warning: {warning}" for warning in s.get("warnings", ())),
         "",
-        models_text(s["models"]),
+        models_text(s["models"], width),
     ]
     talks = [(", ".join(m["names"]), talks_text(m["conversation"])) for m in s["models"] if m.get("conversation")]
     peers = [(p["node"], p["state"], ", ".join(p["models"]) or "-", _peer_note(p)) for p in s["peers"]]
     broken = [(b["node"], b["model"], b["state"], f"{b['for_s']} s", b["reason"]) for b in s["breakers"]]
     swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
-    lines += _section(("MODEL", "SERVED BECAUSE OF"), _origins(s["models"]))
-    lines += _section(("MODEL", "CHAT TEMPLATE"), talks)
-    lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers)
-    lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken)
-    lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps)
+    lines += _section(("MODEL", "SERVED BECAUSE OF"), _origins(s["models"]), width)
+    lines += _section(("MODEL", "CHAT TEMPLATE"), talks, width)
+    lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers, width)
+    lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken, width)
+    lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps, width)
     lines += ["", _telemetry(s["push"])]
     meters = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
-    lines += _section(("METER", "NODES", "POWER", "NOTE"), meters)
+    lines += _section(("METER", "NODES", "POWER", "NOTE"), meters, width)
     # a meter's problem is shown beside the meter
     silent = sorted((name, why) for name, why in s["sources_failed"].items() if not name.startswith("meter "))
-    lines += _section(("SENSOR UNAVAILABLE", "REASON"), silent)
+    lines += _section(("SENSOR UNAVAILABLE", "REASON"), silent, width)
     lines += _desired_lines(s.get("desired"))
     lines += _connection_lines(s.get("connections", {}))
     lines += _log_lines(s.get("log", {}))
-    return "\n".join(lines)
+    return "\n".join(fold(line, width) for line in lines)
 
 
 def _origins(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -44,8 +45,16 @@ def _origins(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(names, str(one["text"])) for names, one in found]
 
 
-def _section(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    return ["", table(head, rows)] if rows else []
+def fold(line: str, width: int) -> str:
+    """A sentence on several lines; a table, which has line breaks already, and any line that fits stay as they are."""
+    if not width or "\n" in line or len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" -")) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+def _section(head: Sequence[str], rows: Sequence[Sequence[object]], width: int) -> list[str]:
+    return ["", table(head, rows, width)] if rows else []
 
 
 def _telemetry(push: dict[str, Any]) -> str:
@@ -85,17 +94,66 @@ def why_text(parts: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def models_text(models: Sequence[dict[str, Any]]) -> str:
+def models_text(models: Sequence[dict[str, Any]], width: int = 0) -> str:
     """The models of a node, one per line."""
     head = ("MODEL", "STATE", "VERSION", "IN FLIGHT", "QUEUED", "MEMORY", "PLANNED", "PLAN ERROR", "RESTARTS", "NOTE")
-    return table(head, [_model_row(m) for m in models])
+    return table(head, [_model_row(m) for m in models], width)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with columns as wide as their contents."""
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int = 0) -> str:
+    """A table with columns as wide as their contents. On ``width`` columns (0: any number) it leaves out columns that
+    say nothing when they are too many, and wraps the last one."""
     cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    if width and _width(cells) > width:
+        last = len(head) - 1
+        kept = [n for n in range(last + 1) if n in (0, last) or any(row[n] not in _SAYS_NOTHING for row in cells[1:])]
+        cells = _merged([[row[n] for n in kept] for row in cells], width)
+    widths = _widths(cells)
+    left = sum(widths[:-1]) + 2 * len(widths[:-1])
+    if not width or left + widths[-1] <= width:
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(line for row in cells for line in _wrapped(row, widths, left, width))
+
+
+_SAYS_NOTHING = ("", "0", "-")
+_LEAST_COLUMNS = 30
+"""Where the last column would be narrower, it goes below the others."""
+
+
+def _merged(cells: list[list[str]], width: int) -> list[list[str]]:
+    """What no longer fits beside the first columns goes, with its heading, into the last one."""
+    widths, last = _widths(cells), len(cells[0]) - 1
+    fitting = sum(sum(widths[: n + 1]) + 2 * n <= width for n in range(last))
+    if fitting in (0, last):
+        return cells
+    head, *rows = cells
+    named = [(n, head[n].lower()) for n in range(fitting, last)]
+    more = [[f"{name} {row[n]}" for n, name in named if row[n] not in _SAYS_NOTHING] for row in rows]
+    ends = [
+        "; ".join(part for part in (", ".join(one), row[last]) if part) for one, row in zip(more, rows, strict=True)
+    ]
+    return [[*head[:fitting], ""], *([*row[:fitting], end] for row, end in zip(rows, ends, strict=True))]
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
+
+
+def _width(cells: Sequence[Sequence[str]]) -> int:
+    return sum(_widths(cells)) + 2 * (len(cells[0]) - 1)
+
+
+def _wrapped(row: Sequence[str], widths: Sequence[int], left: int, width: int) -> list[str]:
+    """A row whose last cell takes several lines, beside the others or below them."""
+    first = "  ".join(c.ljust(w) for c, w in zip(row[:-1], widths, strict=False))
+    beside = width - left >= _LEAST_COLUMNS
+    indent = left if beside else 4
+    if not beside and len(first.rstrip()) + 2 + len(row[-1]) <= width:
+        return [f"{first.rstrip()}  {row[-1]}".rstrip()]
+    lines = textwrap.wrap(row[-1], max(20, width - indent), break_on_hyphens=False, break_long_words=False) or [""]
+    if not beside:
+        return [first.rstrip(), *(" " * indent + line for line in lines if line)]
+    return [f"{first}  {lines[0]}".rstrip(), *(" " * indent + line for line in lines[1:])]
 
 
 def size(value: int | None) -> str:

@@ -161,7 +161,7 @@ def test_retries_are_bounded_when_everything_fails(tmp_path: Path) -> None:
         ("unsigned", "response not signed with peers.secret"),
         ("newer", "is newer than this node's"),
         ("older", "is older than this node's"),
-        ("noise", "not a heartbeat; is it an mlxrack agent"),
+        ("noise", "not a heartbeat; what answered is not an mlxrack agent"),
         ("silent", "does not answer"),
         ("senseless", "invalid heartbeat"),
     ],
@@ -282,7 +282,7 @@ def test_a_peer_that_is_the_node_itself_and_a_request_that_loops(tmp_path: Path)
     try:
         agent.start().ready()
         until(lambda: agent.status()["peers"][0]["problem"], "it is noticed")
-        assert "has another node id than configured" in agent.status()["peers"][0]["problem"]
+        assert "this url leads back to this node itself" in agent.status()["peers"][0]["problem"]
         answer = agent.chat()
         assert (answer.status, answer.headers["X-Mlxrack-Node"]) == (200, "n1")
     finally:

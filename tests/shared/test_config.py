@@ -2,10 +2,12 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from agent import config_checks
 from agent.config import AgentConfig
 from aggregator import config as aggregator_config
 from aggregator.config import AggregatorConfig
+from scripts.document_config import _condition, _is_list, _struct_of
 from shared import config
 from shared.config import ConfigError
 
@@ -247,3 +250,103 @@ def test_what_is_no_file_or_never_settles_is_refused(tmp_path: Path, monkeypatch
         with pytest.raises(ConfigError, match=words) as caught:
             settled(path)
         assert "Errno None" not in str(caught.value)
+
+
+COMPLETE = """
+[node]
+id = "n1"
+rack = "r"
+[tls]
+certificate = "/c"
+key = "/k"
+ca = "/a"
+node_certificate = "/n"
+node_key = "/m"
+[peers]
+secret = "env:A"
+nodes = [{ id = "n2", url = "https://mini-2:8470" }]
+[disk_cache]
+secret = "env:B"
+[store]
+kind = "s3"
+endpoint = "https://s3.example.com"
+bucket = "rack"
+access_key = "env:C"
+secret_key = "env:D"
+[[models]]
+name = "m"
+path = "/m"
+disk_cache_bytes = 1
+[[meters]]
+name = "p"
+kind = "apc_outlet"
+at = "10.0.0.9"
+nodes = ["n1"]
+numbers = [1]
+"""
+FOLDER = GOOD
+
+
+def conditional(kind: Any, path: str = "") -> Iterator[str]:
+    """Keys that the reference documents as required under a condition."""
+    for field in msgspec.structs.fields(kind):
+        at = f"{path}.{field.name}" if path else field.name
+        inner = _struct_of(field.type)
+        if inner is not None:
+            yield from conditional(inner, f"{at}[0]" if _is_list(field.type) else at)
+        elif _condition(field.type):
+            yield at
+
+
+@pytest.mark.parametrize("key", sorted(conditional(AgentConfig)))
+def test_what_is_required_under_a_condition_is_so_and_is_documented(key: str) -> None:
+    """The description says it, and the file without the key is refused with that key's name."""
+    text = FOLDER if key == "store.path" else COMPLETE
+    config.parse(text, AgentConfig, config_checks.check, source="x")
+    name = key.rpartition(".")[2]
+    table = key.rpartition(".")[0].replace("[0]", "")
+    head, mark, rest = text.partition(f"[[{table}]]" if f"[[{table}]]" in text else f"[{table}]")
+    without = head + mark + re.sub(rf"(?m)^{name} = .*\n", "", rest, count=1)
+    assert without != text
+    if key == "store.path":
+        without += 'prefix = "x"\n'
+    assert any(problem.startswith(f"{key}: ") for problem in problems(without)), problems(without)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://mini-2:8470", "https://mini-2.local:8470/", "http://10.0.0.7:80", "http://[fd00::7]:8470", "http://a/b"],
+)
+def test_urls_of_nodes_are_accepted(url: str) -> None:
+    assert config_checks._peer_url(url) == ""
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "mini-2:8470", "ftp://x", "http://", "http://x:8470/v1", "https://x/v1/", "http://u:p@x:1"),
+        *("http://x:8470?a=b", "http://x:8470#a", "http://x y:8470", "http://x:0", "HTTP://x", "http://a%2fb"),
+        "http://x:99999",
+    ],
+)
+def test_urls_at_which_no_node_can_be_called_are_refused(url: str) -> None:
+    assert config_checks._peer_url(url)
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ('kind = "s3"\nendpoint = "https://s3.example.com/rack"\nbucket = "rack"\n', "store.endpoint"),
+        ('kind = "s3"\nendpoint = "https://"\nbucket = "rack"\n', "store.endpoint"),
+        ('kind = "s3"\nendpoint = "s3.example.com"\nbucket = "rack"\n', "store.endpoint"),
+        ('kind = "s3"\nendpoint = "https://s3.example.com"\nbucket = "a/b"\n', "store.bucket"),
+        ('kind = "s3"\nendpoint = "https://s3.example.com"\nbucket = "ab"\n', "store.bucket"),
+        ('bucket = "rack"\n', "store.kind"),
+        ('access_key = "env:A"\n', "store.kind"),
+        ('prefix = "a"\n', "store.path"),
+        ('kind = "s3"\n', "store.bucket"),
+    ],
+)
+def test_half_a_store_says_what_is_missing(table: str, key: str) -> None:
+    found = problems(f'[node]\nid = "n1"\nrack = "r"\n[store]\n{table}')
+    assert [one for one in found if one.startswith(f"{key}: ")], found

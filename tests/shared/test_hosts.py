@@ -317,7 +317,12 @@ def test_a_node_without_peers_has_none_of_the_desired_state() -> None:
 def test_what_is_sent_in_clear_is_a_warning_as_long_as_it_is() -> None:
     from agent.config import configured_peers, plain_warnings
     from agent.config_checks import check
-    from agent.operator.doctor import _transport
+    from agent.operator.checks import Budget, Facts, Finding, ListenFact, transport
+    from agent.operator.facts import _tls
+
+    def _transport(config: AgentConfig) -> list[Finding]:
+        facts = Facts((), (), Budget(1, "", 1), (), ListenFact("", 1), *_tls(config))
+        return list(transport(config, facts))
 
     lan = '[listen]\nhost = "0.0.0.0"\ninsecure_http = true\n' + KEYS + PEERS.format("http://mini-2.local:2")
     found = parse(BASE + lan, AgentConfig, check, source="x")

@@ -97,7 +97,7 @@ def ran(program: str, cases: list[Case], folder: Path) -> list[tuple[int, str]]:
         f'[node]\nid = "n1"\nrack = "r"\n[listen]\nport = 0\n[paths]\nstate = {json.dumps(str(folder / "s"))}\n'
     )
     (folder / "aggregator.toml").write_text(
-        'rack = "r"\n[store]\nkind = "s3"\nendpoint = "http://127.0.0.1:9"\nbucket = "b"\n'
+        'rack = "r"\n[store]\nkind = "s3"\nendpoint = "http://127.0.0.1:9"\nbucket = "rack"\n'
         'access_key = "env:HOME"\nsecret_key = "env:HOME"\n'
     )
     run = subprocess.run(

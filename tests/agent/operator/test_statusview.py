@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.gateway.decisions import Decisions, Trail, shown
 from agent.gateway.routing import choose
+from agent.operator import legend
 from agent.operator.statusview import models_text, progress, size, status_text, table, why_text
 from tests.agent.gateway.test_routing import AWAY, HERE, WANTED, node
 
@@ -198,3 +201,38 @@ def test_sizes_and_tables_are_formatted() -> None:
     assert (size(None), size(5_400_000), size(5_400_000_000)) == ("-", "5 MB", "5.4 GB")
     assert table(("A", "BB"), [(1, "x"), ("long", "")]) == "A     BB\n1     x\nlong"
     assert models_text([]).startswith("MODEL")
+
+
+def test_a_status_fits_a_terminal_of_eighty_columns() -> None:
+    peer = "peer http://10.0.0.7:8470: node 'n2' answers at this url, which peers.nodes calls 'n6'; correct the id"
+    status = {**STATUS, "peers": [{"node": "n6", "state": "down", "models": [], "problem": peer}]}
+    text = status_text(status, 80)
+    assert max(len(line) for line in text.splitlines()) <= 80, text
+    flat = " ".join(text.split())
+    for words in ("which peers.nodes calls 'n6'", "last exit: signal 9 (SIGKILL)", "2 MB over the memory budget"):
+        assert words in flat, text
+    assert status_text(STATUS) == status_text(STATUS, 0), "elsewhere nothing is wrapped"
+
+
+WORDS = st.text("ab c-", max_size=90)
+
+
+@given(st.lists(st.tuples(st.text("xyz", max_size=12), st.text("0-z", max_size=9), WORDS), max_size=5))
+def test_a_table_on_a_terminal_loses_nothing_and_never_exceeds_it(rows: list[tuple[str, str, str]]) -> None:
+    text = table(("NAME", "STATE", "NOTE"), rows, 80)
+    assert all(len(line) <= 80 or " " not in line.strip() for line in text.splitlines())
+    assert "".join(one[2] for one in rows if one[2]).replace(" ", "") == "" or all(
+        word in text.replace("\n", " ") for one in rows for word in one[2].split() if len(word) < 30
+    )
+
+
+def test_the_legend_explains_every_column_and_fits() -> None:
+    text = legend.text()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    columns = ("IN FLIGHT", "QUEUED", "MEMORY", "PLANNED", "PLAN ERROR", "RESTARTS", "VERSION", "NOTE", "STATE")
+    head = models_text([MODEL]).splitlines()[0]
+    assert [name for name in columns if name not in text or name not in head] == []
+    for state in ("cold", "starting", "ready", "draining", "failed", "closed", "out of rotation"):
+        assert state in text, "of a model"
+    for state in ("up", "suspect", "lost", "down", "unknown", "half_open", "probing"):
+        assert state in text, "of a peer and a circuit breaker"

@@ -109,7 +109,7 @@ def test_volumes_fit_the_disk_many_times(free_bytes: int) -> None:
 
 def test_the_ca_of_a_store_has_to_be_there_and_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "k")
-    made = Store(kind="s3", endpoint="https://127.0.0.1:9", bucket="b", access_key="env:KEY", secret_key="env:KEY")
+    made = Store(kind="s3", endpoint="https://127.0.0.1:9", bucket="rack", access_key="env:KEY", secret_key="env:KEY")
     assert check_store(msgspec.structs.replace(made, ca="/x")) == []
     (why,) = check_store(msgspec.structs.replace(made, ca="/x", endpoint="http://127.0.0.1:9"))
     assert why.startswith("store.ca: has no effect")

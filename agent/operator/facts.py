@@ -1,0 +1,133 @@
+"""Gathers what is known of a configuration and its machine without asking anybody else and without writing anything.
+What it means is judged in agent/operator/checks.py."""
+
+import errno
+import os
+import pwd
+import shutil
+import socket
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from agent.config import AgentConfig, Model
+from agent.files.modelstore import ModelStore, model_folder
+from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, SecretFact, references
+from agent.operator.resolved import Resolver
+from agent.telemetry.spool_identity import Identity
+from shared.errors import RackError
+from shared.memory_plan import default_budget_bytes
+from shared.transport import check_tls
+
+_BIND_ERRORS = {
+    errno.EADDRINUSE: "in_use",
+    errno.EADDRNOTAVAIL: "no_such_address",
+    errno.EACCES: "not_permitted",
+    errno.EPERM: "not_permitted",
+}
+
+
+def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, budget: Budget | None = None) -> Facts:
+    """Facts for ``checks.here``. ``budget`` is what the GPU was asked for; by default the share that it recommends."""
+    problem, warnings = _tls(config)
+    return Facts(
+        secrets=[SecretFact(one, *resolver.problem(one)) for one in references(config)],
+        models=_models(config, state),
+        budget=budget or default_budget(config),
+        folders=_folders(config, state, logs),
+        listen=_listen(config, running=resolver.agent_runs),
+        tls_problem=problem,
+        tls_warnings=warnings,
+        spool_of=_spool_of(state),
+    )
+
+
+def default_budget(config: AgentConfig) -> Budget:
+    """The budget without asking the GPU."""
+    total = psutil.virtual_memory().total
+    if config.memory.budget_bytes:
+        return Budget(config.memory.budget_bytes, "configured", total)
+    return Budget(default_budget_bytes(total), "a share of the machine's memory", total)
+
+
+def _models(config: AgentConfig, state: Path) -> list[ModelFact]:
+    store = ModelStore(state / "models.json", model_folder(config, state))
+    return [
+        _model(store, n, model)
+        for n, model in enumerate(config.models)
+        if model.engine == "fake" or model.path  # one without is reported as such
+    ]
+
+
+def _model(store: ModelStore, n: int, model: Model) -> ModelFact:
+    key = f"models[{n}].path"
+    try:
+        need = store.outlook(model)
+        smallest = msgspec.structs.replace(model, rows=1, plan_context_tok=min(2048, model.plan_context_tok))
+        least = store.outlook(smallest)
+    except RackError as error:
+        key = f"models[{n}].probes" if error.code == "bad_probes" else key
+        return ModelFact(key, model.name, problem=error.message.removeprefix(f"model {model.name}: "))
+    return ModelFact(key, model.name, need, least, model.pinned)
+
+
+def _folders(config: AgentConfig, state: Path, logs: Path) -> list[FolderFact]:
+    named = {"paths.state": state, "paths.logs": logs, "model_store.path": model_folder(config, state)}
+    if config.store.kind == "directory" and config.store.path:
+        named["store.path"] = Path(config.store.path).expanduser()
+    # one inside another says nothing new
+    return [
+        _folder(key, path)
+        for key, path in named.items()
+        if not any(path != other and path.is_relative_to(other) for other in named.values())
+    ]
+
+
+def _folder(key: str, path: Path) -> FolderFact:
+    existing = next(one for one in (path.absolute(), *path.absolute().parents) if os.path.lexists(one))
+    if not existing.is_dir():
+        kind = "link that leads nowhere" if existing.is_symlink() and not existing.exists() else "file"
+        return FolderFact(key, str(path), str(existing), kind, writable=False)
+    try:
+        owner = pwd.getpwuid(existing.stat().st_uid).pw_name
+    except KeyError:
+        owner = f"user {existing.stat().st_uid}"
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    return FolderFact(key, str(path), str(existing), "folder", writable, owner, shutil.disk_usage(existing).free)
+
+
+def _listen(config: AgentConfig, *, running: bool) -> ListenFact:
+    host, port = config.listen.host, config.listen.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        with socket.socket(found[0][0]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[0][4])
+    except socket.gaierror:
+        return ListenFact(host, port, "no_such_address")
+    except OSError as error:
+        taken_by = "agent" if running else ""
+        return ListenFact(host, port, _BIND_ERRORS.get(error.errno or 0, "other"), taken_by, error.strerror or "")  # type: ignore[arg-type]
+    return ListenFact(host, port)
+
+
+def _tls(config: AgentConfig) -> tuple[str, list[str]]:
+    """Why the files cannot be used, and what is to be known of them. What is missing is reported elsewhere."""
+    if not config.tls.certificate or check_tls(config.tls):
+        return "", []
+    from agent.mesh.tls import NodeTls
+
+    try:
+        tls = NodeTls(config.tls, rack=config.node.rack, node=config.node.id)
+    except RackError as error:
+        return error.message, []
+    return "", list(tls.warnings())
+
+
+def _spool_of(state: Path) -> tuple[str, str] | None:
+    try:
+        identity = msgspec.json.decode((state / "spool" / "identity.json").read_bytes(), type=Identity)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return identity.node, identity.rack
