@@ -115,11 +115,11 @@ sample-rack: $(STAMP) ## make a bucket of synthetic telemetry and its reports, t
 bench-serve: $(STAMP) model ## measure tokens/s of the agent, mlx_lm.server and the bare engine
 	@$(BIN)/python -m scripts.bench_serve
 
-walk: $(STAMP) model ## do what README and docs/operating.md tell a newcomer to do, with an installed wheel, and time it
-	@$(BIN)/python -m scripts.walk
+walk: $(STAMP) model ## do what README and docs/operating.md tell a newcomer to do, with an installed wheel, and time it; ARGS=--json
+	@$(BIN)/python -m scripts.walk $(ARGS)
 
 drill: $(STAMP) ## drill what an operator relies on, at full size: reload and rotation under 40 requests/s, orders over restarts, restore, a name of two nodes; 25 minutes
-	MLXRACK_DRILL=1 MLXRACK_DRILL_S=240 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_reload.py tests/rack/test_orders.py \
+	MLXRACK_DRILL=1 MLXRACK_DRILL_S=180 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_reload.py tests/rack/test_orders.py \
 	tests/rack/test_restore.py tests/rack/test_addresses.py
 
 dist: $(STAMP) ## build a wheel in dist/

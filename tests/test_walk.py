@@ -1,13 +1,16 @@
 """README.md and docs/operating.md: `make walk` runs every block, or it says why not; each question has a heading."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.operator.recommended import MODELS
 from scripts import document_memory
-from scripts.walk.__main__ import PAGES, Step, Walk, table
+from scripts.walk import machines, stand_ins
+from scripts.walk.__main__ import PAGES, Failure, Step, Walk, table
 from scripts.walk.blocks import Block, blocks, faults
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +29,9 @@ QUESTIONS = {
     "restore": "operating.md",
     "without the store": "operating.md",
     "one address": "operating.md",
+    "r2": "operating.md",
+    "dns": "operating.md",
+    "backup": "operating.md",
     "memory": "operating.md",
     "dashboard": "operating.md",
     "remove": "operating.md",
@@ -162,3 +168,98 @@ def test_the_walk_knows_every_scene_of_its_pages() -> None:
     scenes = {scene for block in FOUND for scene in block.scenes}
     assert scenes
     assert {scene for scene in scenes if not Walk.plays(scene)} == set()
+
+
+# ---- the walk itself ----
+
+
+@pytest.fixture
+def walk(tmp_path: Path) -> Iterator[Walk]:
+    made = Walk(machines.make(tmp_path / "walk", "http://127.0.0.1:9", ()), lambda _: None)
+    yield made
+    made.close()
+
+
+def block(text: str, **more: Any) -> Block:
+    return Block("README.md", 1, "One node", "sh", text, **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "expect", "why"),
+    [
+        ("true\nfalse\necho no", (), "ended with 1"),
+        ("for x in 1 2; do (exit $x); done", (), "ended with 1"),
+        ("echo one", ("one", "two"), "its output has no 'two'"),
+        ("nothing-of-this-name", (), "ended with 127"),
+    ],
+)
+def test_a_block_that_fails_or_says_something_else_ends_the_walk(
+    walk: Walk, text: str, expect: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(Failure) as failed:
+        walk.run([block(text, expect=expect)])
+    assert why in str(failed.value)
+    assert walk.steps == []
+
+
+def test_a_block_begins_where_the_one_before_ended(walk: Walk) -> None:
+    walk.run(
+        [
+            block("mkdir -p ~/rack && cd ~/rack\nnode='mini 1'"),
+            block('pwd\necho "$node"', expect=("mini-1/home/rack\n", "mini 1\n")),
+        ]
+    )
+    assert len(walk.steps) == 2
+
+
+def test_another_terminal_runs_until_its_section_ends(walk: Walk) -> None:
+    there = walk.machines[0].home / "there"
+    serve = f"trap 'rm {there}; exit' INT; touch {there}; echo it runs\nwhile :; do sleep 0.1; done\n"
+    walk.run([block(serve, terminal="it runs"), block(f"test -f {there}")])
+    walk.run([block(f"test ! -f {there}")._replace(section="Two")])
+    with pytest.raises(Failure, match="ended with"):
+        walk.run([block("echo it stops", terminal="it runs")])
+
+
+def test_other_machines_are_reached_as_the_pages_do_it(walk: Walk) -> None:
+    first, second = walk.machines[:2]
+    walk.run(
+        [
+            block("ssh mini-2.local 'mkdir -p mlxrack && echo $WALK_MACHINE > mlxrack/name'"),
+            block("echo hello > file\nscp -q file mini-2.local:mlxrack/\nscp mini-2.local:mlxrack/name ."),
+        ]
+    )
+    assert (second.home / "mlxrack/file").read_text() == "hello\n"
+    assert (first.home / "name").read_text() == "mini-2\n"
+    for text in ("ssh mini-9.local true", "scp nothing mini-2.local:", "ssh mini-2.local 'exit 4'"):
+        with pytest.raises(Failure):
+            walk.run([block(text)])
+    with pytest.raises(Failure, match=f"ended with {stand_ins.NOT_FOUND}"):
+        walk.run([block("ssh -t mini-2.local 'sudo launchctl print system/dev.mlxrack.agent'")])
+
+
+# ---- links ----
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings as GitHub names them, and anchors of its own."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles} | set(
+        re.findall(r'<a id="([^"]+)">', text)
+    )
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        if "://" in target:
+            continue
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            broken.append(target)
+    assert broken == []

@@ -6,11 +6,10 @@ What is replaced is in one place here, and ``REPLACED`` tells it: the documents'
 import json
 import os
 import shlex
+import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-from scripts.seaweed import free_port
 
 HERE = Path(__file__).parent
 ROOT_NAME, FILE = "WALK_ROOT", "machines.json"
@@ -77,9 +76,17 @@ class Machine(NamedTuple):
 def make(root: Path, hub: str, path: tuple[str, ...]) -> list[Machine]:
     """Make the machines' folders, and the stand-ins of programs, under ``root``; ``path`` are folders of programs that
     every machine has."""
+    from scripts.seaweed import free_port  # not needed by the stand-ins, which import this module often
+
     ports = {port: free_port() for port in PORTS}
     machines = [Machine(root, name, f"127.0.0.{n}", ports, hub, path) for n, name in enumerate(NAMES, 1)]
     for machine in machines:
+        with socket.socket() as probe:
+            try:
+                probe.bind((machine.address, 0))
+            except OSError:
+                how = f"sudo ifconfig lo0 alias {machine.address}"
+                raise SystemExit(f"walk: loopback has no address {machine.address}; on a Mac: {how}") from None
         machine.home.mkdir(parents=True)
         (machine.home.parent / ".curlrc").write_text(_curl_settings(machine))
     (root / "bin").mkdir()

@@ -34,7 +34,9 @@ DEAF = "127.0.0.3"
 KEYS = f'[[keys]]\nid = "k"\nsha256 = "{hash_key("client-key")}"\n'
 SERVED = model(rows=8, fake_step_s=0.01)
 CLIENTS = 6
-TOKENS, LONG_TOKENS = 20, 400
+TOKENS, LONG_TOKENS = 20, 300
+TURNS = 10 if os.environ.get("MLXRACK_DRILL") else 1
+"""How many nodes end, one after the other."""
 
 
 class Heard(NamedTuple):
@@ -153,9 +155,12 @@ class Clients:
             self.heard.append(ask(self._client, next(self._numbers)))
 
 
-def ended_in_turn(agents: Sequence[Agent], clients: Clients, how: Callable[[Agent], Any], *, times: int = 2) -> None:
+def ended_in_turn(
+    agents: Sequence[Agent], clients: Clients, how: Callable[[Agent], Any], *, times: int = TURNS
+) -> None:
     """One node after the other ends under load, while the other lives, and comes back."""
-    for agent, other in list(zip(agents, agents[::-1], strict=True))[:times]:
+    for number in range(times):
+        agent, other = agents if number % 2 else agents[::-1]
         clients.more(2 * CLIENTS)
         how(agent)
         clients.more(3 * CLIENTS)
@@ -170,7 +175,7 @@ def check(heard: Sequence[Heard], case: str) -> list[Heard]:
     cut = [one for one in heard if one.fault and one.pieces]
     print(f"{case}: {len(heard)} requests, {len(lost)} lost before their first byte, {len(cut)} streams cut after it")
     assert not lost, lost[:3]
-    assert len(cut) <= 2 * CLIENTS, "only streams that went through a node as it was killed"
+    assert len(cut) <= TURNS * CLIENTS, "only streams that went through a node as it was killed"
     return cut
 
 
@@ -197,7 +202,7 @@ def test_nodes_that_are_stopped_one_after_another_fail_no_request(
         with Clients(client) as clients:
             ended_in_turn(agents, clients, lambda agent: stopped_beside_a_long_answer(authority, agent, long))
         assert check(clients.heard, "stopped one after another") == []
-    assert [pieces >= LONG_TOKENS for pieces in long] == [True, True], "it is finished before the node goes"
+    assert [pieces >= LONG_TOKENS for pieces in long] == [True] * TURNS, "it is finished before the node goes"
 
 
 def stopped_beside_a_long_answer(authority: Authority, agent: Agent, long: list[int]) -> None:
@@ -206,10 +211,12 @@ def stopped_beside_a_long_answer(authority: Authority, agent: Agent, long: list[
         question: Any = {"model": "m", "messages": [{"role": "user", "content": "a long story"}]}
         with client.chat.completions.create(**question, max_tokens=LONG_TOKENS, stream=True) as pieces:
             next(pieces)
-            stopping = threading.Thread(target=agent.stop)
+            statuses: list[int] = []
+            stopping = threading.Thread(target=lambda: statuses.append(agent.stop()))
             stopping.start()
             long.append(1 + sum(1 for _ in pieces))
             stopping.join(120)
+    assert statuses == [0]
 
 
 @contextlib.contextmanager
