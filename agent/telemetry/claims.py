@@ -108,8 +108,7 @@ class Claims:
         """Make sure that the id is this spool's, and note who else uses it. Raises Halt (identity_clash, other_rack)
         with what to do, and whatever the store raises."""
         bucket_rack.check(bucket_rack.told(store), self._me.rack)
-        number = self._verified_claim(store) or 0
-        newest, holder = self._newest(store, number)
+        newest, holder = self._newest(store, self._verified_claim(store) or 0)
         if holder is None or holder.spool_id != self._me.spool_id:
             newest = self._follow(store, newest, holder)
         if newest != self._me.claim:
@@ -131,24 +130,25 @@ class Claims:
 
     def _verified_claim(self, store: ObjectStore) -> int | None:
         """The number of this spool's claim; once per store it is compared with the bucket, which may be new, or another
-        one. A claim that an older version wrote is completed."""
+        one, where another agent may have that number. A claim that an older version wrote is completed."""
         number = self._me.claim or self._me.incarnation
         if number is None or self._verified:
             return number
         key, body = keys.claim_key(self._me.node, number), self._body()
         try:
             store.put_if_absent(key, body)
+            self._verified = True
         except PreconditionFailed:
             stored = store.get(key, keys.MOST_CLAIM_BYTES)
+            self._verified = parse(stored.body).spool_id == self._me.spool_id
             if stored.body == self._me.spool_id.encode():
                 store.put_if_match(key, body, stored.etag)
-        self._verified = True
         return number
 
     def _newest(self, store: ObjectStore, number: int) -> tuple[int, Claim | None]:
         """The number of the newest claim from ``number`` on, and the claim; 0 and None without any."""
         holder: Claim | None = None
-        if number and number == self._me.claim:
+        if number and self._verified and number == self._me.claim:
             holder = Claim(spool_id=self._me.spool_id)
         elif number:
             holder = self._claim(store, number)

@@ -193,6 +193,24 @@ def test_another_bucket_is_claimed_anew_and_another_racks_is_refused(tmp_path: P
     assert len(other.spool.waiting()) == 1
 
 
+def test_in_a_new_bucket_the_number_of_a_claim_may_be_another_agents(tmp_path: Path) -> None:
+    """The one that was refused in the old bucket may be the first in the new one."""
+    old, new = DirectoryStore(tmp_path / "old"), DirectoryStore(tmp_path / "new")
+    first, second = Node(tmp_path / "1", old, A), Node(tmp_path / "2", old, B)
+    assert (first.push(), second.push()) == (1, 0)
+    first.end()
+    second.end()
+    second = Node(tmp_path / "2", new, B)
+    assert second.push() == 2
+    first = Node(tmp_path / "1", new, A)
+    for _ in range(3):
+        assert first.push() == 0, "one of the two uploads"
+        assert "was claimed by another agent after this one" in first.reason
+    assert second.push() == 1
+    assert second.problem
+    assert len(read_all(only(new))) == 3
+
+
 def test_a_store_that_is_away_at_the_start_is_claimed_later(tmp_path: Path) -> None:
     def away(*_: object) -> None:
         raise Retryable("the store is away")
