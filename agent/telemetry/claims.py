@@ -13,7 +13,7 @@ import msgspec
 
 from agent.telemetry.spool_identity import Identity
 from shared import bucket_rack, keys
-from shared.errors import AccessDenied, Halt, PreconditionFailed, Retryable
+from shared.errors import AccessDenied, Halt, PreconditionFailed, Refused, Retryable
 from shared.logs import get_logger
 from shared.records import NodeIdClash
 from shared.store import ObjectStore, Stored, find
@@ -139,9 +139,9 @@ class Claims:
             store.put_if_absent(key, body)
             self._verified = True
         except PreconditionFailed:
-            stored = store.get(key, keys.MOST_CLAIM_BYTES)
-            self._verified = parse(stored.body).spool_id == self._me.spool_id
-            if stored.body == self._me.spool_id.encode():
+            stored = _found(store, key)
+            self._verified = stored is not None and parse(stored.body).spool_id == self._me.spool_id
+            if stored is not None and stored.body == self._me.spool_id.encode():
                 store.put_if_match(key, body, stored.etag)
         return number
 
@@ -209,8 +209,10 @@ def _granted_to(stored: Stored | None) -> str:
 
 def _found(store: ObjectStore, key: str) -> Stored | None:
     """An object that need not be there. A store may deny what is not there to who may not list; that credentials are
-    wrong shows at the next write."""
+    wrong shows at the next write. What no agent writes (too large, no file) is there, and says nothing."""
     try:
         return find(store, key, keys.MOST_CLAIM_BYTES)
     except AccessDenied:
         return None
+    except Refused:
+        return Stored(b"", "")

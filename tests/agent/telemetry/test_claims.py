@@ -248,6 +248,22 @@ def test_a_store_that_denies_what_is_not_there_is_no_obstacle(tmp_path: Path) ->
     assert Node(tmp_path / "2", store, B).push() == 0
 
 
+@pytest.mark.parametrize("garbage", [b"x" * 5000, b"\xff\xfe{", b"[" * 900, b'{"rack": 3, "to": [], "spool_id": 1}'])
+@pytest.mark.parametrize("at", [keys.claim_key, keys.contest_key, keys.grant_key, lambda *_: keys.RACK])
+def test_what_no_agent_wrote_beside_a_claim_stops_nobody(
+    at: Callable[[str, int], str], garbage: bytes, tmp_path: Path
+) -> None:
+    store = DirectoryStore(tmp_path / "b")
+    store.put(at("n1", 1), garbage)
+    node = Node(tmp_path / "1", store, A)
+    assert node.push() == 1
+    if at is not keys.claim_key:
+        store.put(at("n1", 1), garbage + b" ")
+    assert node.push() == 1
+    node.end()
+    assert Node(tmp_path / "1", store, A).push() == 1
+
+
 def only(store: ObjectStore) -> ObjectStore:
     """The store without what claims leave beside segments."""
     for one in list_all(store, "raw/"):
