@@ -193,6 +193,49 @@ def test_what_is_said_about_a_claim_may_change_and_the_claim_may_not(tmp_path: P
     assert (done.written, done.clashes) == (2, [keys.claim_key("n1", 1)])
 
 
+def test_a_claim_that_an_upgraded_agent_completed_is_no_conflict(tmp_path: Path) -> None:
+    """Neither in the copy, nor in the bucket that the copy is restored to."""
+    here, there = made(tmp_path)
+    claim, spool = keys.claim_key("n1", 1), "5f0c" * 8
+    whole = msgspec.json.encode({"spool_id": spool, "hardware": "a" * 16, "rack": "r"})
+    here.put(claim, spool.encode())
+    assert not sync.run(here, there, "r").clashes
+    old = DirectoryStore(tmp_path / "old")
+    shutil.copytree(tmp_path / "there", tmp_path / "old", dirs_exist_ok=True)
+    here.put(claim, whole)
+    assert not sync.run(here, there, "r").clashes
+    assert there.get(claim, MOST).body == whole
+    back = DirectoryStore(tmp_path / "back")
+    back.put(claim, whole)
+    assert not restore.run(old, back, "r", force=True).clashes
+    assert back.get(claim, MOST).body == whole, "what the agent said since"
+
+
+def test_the_copy_of_a_bucket_that_was_lost_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cron goes on: agents fill the next bucket, it is rolled up, and synced over the only copy."""
+    _, there = made(tmp_path)
+    before = {one.key: one.etag for one in list_all(there, "")}
+    config, copy = str(directory(tmp_path)), tmp_path / "copy.toml"
+    copy.write_text(f'[store]\nkind = "directory"\npath = "{tmp_path}/there"\n')
+    words = ["sync", "--to", str(copy), "--config", config]
+    bucket = DirectoryStore(tmp_path / "bucket")
+    for _ in range(2):
+        assert cli.main(words) == 1
+        assert "was lost, replaced or is older than its copy: bring it back with" in capsys.readouterr().err
+        assert {one.key: one.etag for one in list_all(there, "")} == before
+        put(bucket, minute(9))
+        assert cli.main(["rollup", "--config", config]) == 0
+    for one in list_all(bucket, ""):
+        if one.key.split("/")[0] in ("manifest", "minute", "hour", "day"):
+            bucket.delete(one.key)
+    assert cli.main(["restore", "--from", str(copy), "--force", "--config", config]) == 0
+    assert cli.main(["rollup", "--config", config]) == 0
+    assert cli.main(words) == 0
+    assert rollup.run(CONFIG, there).batches == 4
+
+
 def test_a_copy_that_never_became_whole_is_refused_unless_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
