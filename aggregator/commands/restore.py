@@ -76,8 +76,8 @@ def run(
         _count(source, prefixes, done)
         return done
     began = begun or Marker(rack=rack, began_ms=_now_ms())
-    _write(target, began)
     with lease.held(target, "rollup"):
+        _write(target, began)
         memory = Memory(dict(began.seen), lambda seen: _write(target, _with(began, seen)))
         made = sync.copied(source, target, prefixes, memory, held_back=True, told=told)
     done.written, done.bytes, done.present, done.clashes = made.written, made.bytes, made.present, made.clashes

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aggregator import cli, publish
+from aggregator import cli, lease, publish
 from aggregator.commands import apply, restore, rollup, sync
 from aggregator.commands.ended import NothingToPublish
 from aggregator.commands.sync import COPY, MARKER
@@ -338,6 +338,15 @@ def test_an_interrupted_restore_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
                 restore.run(there, back, "q")
     assert not done.clashes
     assert contents(back) == contents(here)
+    restore.check_whole(back)
+
+
+def test_a_restore_that_another_run_keeps_from_beginning_leaves_no_mark(tmp_path: Path) -> None:
+    """Only a restore could take it away again, and every other verb would wait for that."""
+    _, there = made(tmp_path)
+    back = DirectoryStore(tmp_path / "back")
+    with lease.held(back, "rollup"), pytest.raises(Retryable, match="holds the lease"):
+        restore.run(there, back, "r", force=True)
     restore.check_whole(back)
 
 
