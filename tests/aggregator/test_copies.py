@@ -427,10 +427,22 @@ def test_the_first_apply_is_undone_to_what_the_nodes_served(
     assert cli.main(["apply", "--undo", "--config", config]) == 0
     assert "generation 2 published: the state before generation 1" in capsys.readouterr().out
     assert (now(store).generation, nodes(now(store))) == (2, {"n1": ["a", "b"], "n2": []})
+    assert now(store).rack == "r", "another rack's nodes must not follow it either"
     assert cli.main(["apply", "--undo", "--config", config]) == 1
     assert "is not from apply" in capsys.readouterr().err, "there was nothing before"
     assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
     assert (now(store).generation, nodes(now(store))) == (3, {"n1": ["b"], "n2": ["a"]})
+
+
+def test_another_racks_apply_is_not_undone(
+    proposed: tuple[str, DirectoryStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, store = proposed
+    assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
+    Path(config).write_text(Path(config).read_text().replace('rack = "r"', 'rack = "q"'))
+    assert cli.main(["apply", "--undo", "--config", config]) == os.EX_CONFIG
+    assert "is that of rack 'r', aggregator.toml says 'q'" in capsys.readouterr().err
+    assert now(store).generation == 1
 
 
 def test_undo_goes_back_once_more_each_time_and_never_over_what_was_published_by_hand(
