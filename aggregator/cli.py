@@ -318,7 +318,7 @@ def _apply(args: argparse.Namespace) -> Ended:
     done = "would be published" if args.dry_run else "published"
     where = f"in {keys.DESIRED} of {place(config.store)}; nodes follow at their next poll"
     if args.undo:
-        undone, state = apply.undo(store, args.dry_run)
+        undone, state = apply.undo(config, store, args.dry_run)
         shown: tuple[str, ...] = ()
         what = f"the state before generation {undone.generation} ({undone.note})"
     else:

@@ -3,7 +3,7 @@
 import msgspec
 
 from shared import keys
-from shared.errors import AccessDenied, Halt, PreconditionFailed
+from shared.errors import AccessDenied, Halt, PreconditionFailed, Refused
 from shared.store import ObjectStore, find
 
 MOST_BYTES = 1 << 10
@@ -21,7 +21,7 @@ def told(store: ObjectStore) -> str:
     try:
         stored = find(store, keys.RACK, MOST_BYTES)
         return msgspec.json.decode(stored.body, type=BucketRack).rack if stored is not None else ""
-    except (AccessDenied, msgspec.DecodeError, RecursionError):
+    except (AccessDenied, Refused, msgspec.DecodeError, RecursionError):
         return ""
 
 

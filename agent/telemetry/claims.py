@@ -13,7 +13,7 @@ import msgspec
 
 from agent.telemetry.spool_identity import Identity
 from shared import bucket_rack, keys
-from shared.errors import AccessDenied, Halt, PreconditionFailed, Retryable
+from shared.errors import AccessDenied, Halt, PreconditionFailed, Refused, Retryable
 from shared.logs import get_logger
 from shared.records import NodeIdClash
 from shared.store import ObjectStore, Stored, find
@@ -108,8 +108,7 @@ class Claims:
         """Make sure that the id is this spool's, and note who else uses it. Raises Halt (identity_clash, other_rack)
         with what to do, and whatever the store raises."""
         bucket_rack.check(bucket_rack.told(store), self._me.rack)
-        number = self._verified_claim(store) or 0
-        newest, holder = self._newest(store, number)
+        newest, holder = self._newest(store, self._verified_claim(store) or 0)
         if holder is None or holder.spool_id != self._me.spool_id:
             newest = self._follow(store, newest, holder)
         if newest != self._me.claim:
@@ -131,24 +130,25 @@ class Claims:
 
     def _verified_claim(self, store: ObjectStore) -> int | None:
         """The number of this spool's claim; once per store it is compared with the bucket, which may be new, or another
-        one. A claim that an older version wrote is completed."""
+        one, where another agent may have that number. A claim that an older version wrote is completed."""
         number = self._me.claim or self._me.incarnation
         if number is None or self._verified:
             return number
         key, body = keys.claim_key(self._me.node, number), self._body()
         try:
             store.put_if_absent(key, body)
+            self._verified = True
         except PreconditionFailed:
-            stored = store.get(key, keys.MOST_CLAIM_BYTES)
-            if stored.body == self._me.spool_id.encode():
+            stored = _found(store, key)
+            self._verified = stored is not None and parse(stored.body).spool_id == self._me.spool_id
+            if stored is not None and stored.body == self._me.spool_id.encode():
                 store.put_if_match(key, body, stored.etag)
-        self._verified = True
         return number
 
     def _newest(self, store: ObjectStore, number: int) -> tuple[int, Claim | None]:
         """The number of the newest claim from ``number`` on, and the claim; 0 and None without any."""
         holder: Claim | None = None
-        if number and number == self._me.claim:
+        if number and self._verified and number == self._me.claim:
             holder = Claim(spool_id=self._me.spool_id)
         elif number:
             holder = self._claim(store, number)
@@ -209,8 +209,10 @@ def _granted_to(stored: Stored | None) -> str:
 
 def _found(store: ObjectStore, key: str) -> Stored | None:
     """An object that need not be there. A store may deny what is not there to who may not list; that credentials are
-    wrong shows at the next write."""
+    wrong shows at the next write. What no agent writes (too large, no file) is there, and says nothing."""
     try:
         return find(store, key, keys.MOST_CLAIM_BYTES)
     except AccessDenied:
         return None
+    except Refused:
+        return Stored(b"", "")

@@ -59,7 +59,7 @@ def run(
     return chosen, state
 
 
-def undo(store: ObjectStore, dry_run: bool) -> tuple[DesiredState, DesiredState]:
+def undo(config: AggregatorConfig, store: ObjectStore, dry_run: bool) -> tuple[DesiredState, DesiredState]:
     """What is undone, and the state before it as the next generation, published unless ``dry_run``. Raises Refused when
     the current one is not from `apply`, Retryable when another writer was first.
 
@@ -68,13 +68,19 @@ def undo(store: ObjectStore, dry_run: bool) -> tuple[DesiredState, DesiredState]
     stored, current = _current(store)
     if stored is None or current is None:
         raise Refused("apply --undo: there is no desired state, so nothing was applied")
+    _check_rack(config, current)
     record = _read_record(store, _record(current, stored))
     if record is None:
         why = "it was published by hand or is where the first apply began; the states before each apply are under"
         raise Refused(f"apply --undo: generation {current.generation} is not from apply: {why} {keys.DESIRED_HISTORY}")
     note = f"undo of generation {current.generation} ({current.note})"[:500]
     state = msgspec.structs.replace(
-        record.before, generation=current.generation + 1, written_ms=_now_ms(), note=note, peers=current.peers
+        record.before,
+        rack=config.rack,
+        generation=current.generation + 1,
+        written_ms=_now_ms(),
+        note=note,
+        peers=current.peers,
     )
     if not dry_run:
         _publish(store, state, stored, _read_record(store, record.earlier))

@@ -18,6 +18,7 @@ import msgspec
 
 from shared import keys
 from shared.batch import digest
+from shared.desired import Moment
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, ObjectStore, each, find, list_all
 
@@ -86,10 +87,14 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     ``models`` tell whether it has them."""
 
     rack: str
-    began_ms: int
-    finished_ms: int = 0
+    began_ms: Moment
+    finished_ms: Moment = 0
     raw: bool = True
     models: bool = False
+
+
+class _Claim(msgspec.Struct):
+    spool_id: str
 
 
 class Memory(NamedTuple):
@@ -119,6 +124,7 @@ def run(
     seen = _seen(target)
     if before is None and seen is None and target.list_after(keys.MANIFEST_PREFIX, limit=1):
         raise Refused("sync: the target is itself the bucket of an aggregator, not a copy; are the two interchanged?")
+    _check_history(source, target)
     made = Copy(rack=rack, began_ms=_now_ms(), raw=raw, models=models)
     finished = before.finished_ms if before is not None else 0
     _write_copy(target, msgspec.structs.replace(made, finished_ms=finished))
@@ -176,6 +182,20 @@ def copy_of(store: ObjectStore) -> Copy | None:
         raise Refused(f"{COPY}: cannot be parsed; delete it if this is the copy that you mean") from None
 
 
+def _check_history(source: ObjectStore, target: ObjectStore) -> None:
+    """Raises Refused where the copy has a commit that the source lacks: tables of a bucket that was lost must not be
+    replaced by those of the one after it."""
+    newest = ""
+    for listed in each(target, keys.MANIFEST_PREFIX):
+        newest = listed.key
+    if newest and _digest(source, newest) != _digest(target, newest):
+        why = "this bucket was lost, replaced or is older than its copy"
+        raise Refused(
+            f"sync: the copy has a commit that the bucket has not ({newest}), so {why}: bring it back with "
+            "`mlxrack-aggregator restore`, or use another target; the copy was left as it is"
+        )
+
+
 def _passes(prefixes: Iterable[str]) -> Iterator[str]:
     for prefix in prefixes:
         yield prefix
@@ -220,10 +240,21 @@ def _copy(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, b
     except NotFound:
         return 0, False  # deleted meanwhile by retention
     if not _put(target, one.key, body):
-        return 0, _digest(target, one.key) != digest(body)
+        there = target.get_part(one.key, 0, PART_BYTES) if keys.is_claim(one.key) else b""
+        if not there or not _completes(body, there):
+            return 0, not _completes(there, body) and _digest(target, one.key) != digest(body)
+        target.put(one.key, body)
     if _digest(target, one.key) != digest(body):
         raise _unequal(one.key)
     return len(body), False
+
+
+def _completes(claim: bytes, other: bytes) -> bool:
+    """Whether a claim is another one, completed: the first versions of agents wrote the spool's id alone."""
+    try:
+        return msgspec.json.decode(claim, type=_Claim).spool_id.encode() == other
+    except (msgspec.DecodeError, RecursionError):
+        return False
 
 
 def _copy_large(source: ObjectStore, target: ObjectStore, one: Listed) -> tuple[int, bool]:

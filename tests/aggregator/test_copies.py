@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aggregator import cli, publish
+from aggregator import cli, lease, publish
 from aggregator.commands import apply, restore, rollup, sync
 from aggregator.commands.ended import NothingToPublish
 from aggregator.commands.sync import COPY, MARKER
@@ -193,6 +193,49 @@ def test_what_is_said_about_a_claim_may_change_and_the_claim_may_not(tmp_path: P
     assert (done.written, done.clashes) == (2, [keys.claim_key("n1", 1)])
 
 
+def test_a_claim_that_an_upgraded_agent_completed_is_no_conflict(tmp_path: Path) -> None:
+    """Neither in the copy, nor in the bucket that the copy is restored to."""
+    here, there = made(tmp_path)
+    claim, spool = keys.claim_key("n1", 1), "5f0c" * 8
+    whole = msgspec.json.encode({"spool_id": spool, "hardware": "a" * 16, "rack": "r"})
+    here.put(claim, spool.encode())
+    assert not sync.run(here, there, "r").clashes
+    old = DirectoryStore(tmp_path / "old")
+    shutil.copytree(tmp_path / "there", tmp_path / "old", dirs_exist_ok=True)
+    here.put(claim, whole)
+    assert not sync.run(here, there, "r").clashes
+    assert there.get(claim, MOST).body == whole
+    back = DirectoryStore(tmp_path / "back")
+    back.put(claim, whole)
+    assert not restore.run(old, back, "r", force=True).clashes
+    assert back.get(claim, MOST).body == whole, "what the agent said since"
+
+
+def test_the_copy_of_a_bucket_that_was_lost_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cron goes on: agents fill the next bucket, it is rolled up, and synced over the only copy."""
+    _, there = made(tmp_path)
+    before = {one.key: one.etag for one in list_all(there, "")}
+    config, copy = str(directory(tmp_path)), tmp_path / "copy.toml"
+    copy.write_text(f'[store]\nkind = "directory"\npath = "{tmp_path}/there"\n')
+    words = ["sync", "--to", str(copy), "--config", config]
+    bucket = DirectoryStore(tmp_path / "bucket")
+    for _ in range(2):
+        assert cli.main(words) == 1
+        assert "was lost, replaced or is older than its copy: bring it back with" in capsys.readouterr().err
+        assert {one.key: one.etag for one in list_all(there, "")} == before
+        put(bucket, minute(9))
+        assert cli.main(["rollup", "--config", config]) == 0
+    for one in list_all(bucket, ""):
+        if one.key.split("/")[0] in ("manifest", "minute", "hour", "day"):
+            bucket.delete(one.key)
+    assert cli.main(["restore", "--from", str(copy), "--force", "--config", config]) == 0
+    assert cli.main(["rollup", "--config", config]) == 0
+    assert cli.main(words) == 0
+    assert rollup.run(CONFIG, there).batches == 4
+
+
 def test_a_copy_that_never_became_whole_is_refused_unless_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +341,15 @@ def test_an_interrupted_restore_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     restore.check_whole(back)
 
 
+def test_a_restore_that_another_run_keeps_from_beginning_leaves_no_mark(tmp_path: Path) -> None:
+    """Only a restore could take it away again, and every other verb would wait for that."""
+    _, there = made(tmp_path)
+    back = DirectoryStore(tmp_path / "back")
+    with lease.held(back, "rollup"), pytest.raises(Retryable, match="holds the lease"):
+        restore.run(there, back, "r", force=True)
+    restore.check_whole(back)
+
+
 def test_a_dry_run_writes_nothing_and_missing_versions_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,10 +427,23 @@ def test_the_first_apply_is_undone_to_what_the_nodes_served(
     assert cli.main(["apply", "--undo", "--config", config]) == 0
     assert "generation 2 published: the state before generation 1" in capsys.readouterr().out
     assert (now(store).generation, nodes(now(store))) == (2, {"n1": ["a", "b"], "n2": []})
+    assert now(store).rack == "r", "another rack's nodes must not follow it either"
     assert cli.main(["apply", "--undo", "--config", config]) == 1
     assert "is not from apply" in capsys.readouterr().err, "there was nothing before"
     assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
     assert (now(store).generation, nodes(now(store))) == (3, {"n1": ["b"], "n2": ["a"]})
+
+
+def test_another_racks_state_is_neither_written_over_nor_undone(
+    proposed: tuple[str, DirectoryStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, store = proposed
+    assert cli.main(["apply", "--week", "2026-W47", "--config", config]) == 0
+    Path(config).write_text(Path(config).read_text().replace('rack = "r"', 'rack = "q"'))
+    for words in (["--undo"], ["--week", "2026-W47"]):
+        assert cli.main(["apply", *words, "--config", config]) == os.EX_CONFIG
+        assert "is that of rack 'r', aggregator.toml says 'q'" in capsys.readouterr().err
+    assert (now(store).generation, now(store).rack) == (1, "r")
 
 
 def test_undo_goes_back_once_more_each_time_and_never_over_what_was_published_by_hand(

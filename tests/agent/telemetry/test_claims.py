@@ -193,6 +193,24 @@ def test_another_bucket_is_claimed_anew_and_another_racks_is_refused(tmp_path: P
     assert len(other.spool.waiting()) == 1
 
 
+def test_in_a_new_bucket_the_number_of_a_claim_may_be_another_agents(tmp_path: Path) -> None:
+    """The one that was refused in the old bucket may be the first in the new one."""
+    old, new = DirectoryStore(tmp_path / "old"), DirectoryStore(tmp_path / "new")
+    first, second = Node(tmp_path / "1", old, A), Node(tmp_path / "2", old, B)
+    assert (first.push(), second.push()) == (1, 0)
+    first.end()
+    second.end()
+    second = Node(tmp_path / "2", new, B)
+    assert second.push() == 2
+    first = Node(tmp_path / "1", new, A)
+    for _ in range(3):
+        assert first.push() == 0, "one of the two uploads"
+        assert "was claimed by another agent after this one" in first.reason
+    assert second.push() == 1
+    assert second.problem
+    assert len(read_all(only(new))) == 3
+
+
 def test_a_store_that_is_away_at_the_start_is_claimed_later(tmp_path: Path) -> None:
     def away(*_: object) -> None:
         raise Retryable("the store is away")
@@ -228,6 +246,22 @@ def test_a_store_that_denies_what_is_not_there_is_no_obstacle(tmp_path: Path) ->
     store = Denying(tmp_path / "b")
     assert Node(tmp_path / "1", store, A).push() == 1
     assert Node(tmp_path / "2", store, B).push() == 0
+
+
+@pytest.mark.parametrize("garbage", [b"x" * 5000, b"\xff\xfe{", b"[" * 900, b'{"rack": 3, "to": [], "spool_id": 1}'])
+@pytest.mark.parametrize("at", [keys.claim_key, keys.contest_key, keys.grant_key, lambda *_: keys.RACK])
+def test_what_no_agent_wrote_beside_a_claim_stops_nobody(
+    at: Callable[[str, int], str], garbage: bytes, tmp_path: Path
+) -> None:
+    store = DirectoryStore(tmp_path / "b")
+    store.put(at("n1", 1), garbage)
+    node = Node(tmp_path / "1", store, A)
+    assert node.push() == 1
+    if at is not keys.claim_key:
+        store.put(at("n1", 1), garbage + b" ")
+    assert node.push() == 1
+    node.end()
+    assert Node(tmp_path / "1", store, A).push() == 1
 
 
 def only(store: ObjectStore) -> ObjectStore:
