@@ -29,7 +29,6 @@ Read = Callable[[], AgentConfig]
 """Gives the configuration as at a start. Blocks; raises ConfigError."""
 RACK_SECRETS = ("peers.secret", "peers.old_secret")
 """The newest first."""
-_GOVERNORS = {"order": "an operator's order", "desired": "the desired state"}
 
 log = get_logger("agent.reload")
 
@@ -172,9 +171,12 @@ class Reloader:
 
     def _look(self, new: AgentConfig, name: str, problems: list[str]) -> None:
         """Whether a model that is going to be loaded is there at all."""
-        model = _model(new, name)
-        if model is None or self._parts.follower.governs(name):
+        model, follower = _model(new, name), self._parts.follower
+        if model is None or (governor := follower.governs(name)) == "desired":
             return
+        start = follower.in_force.serving(name) if governor else None
+        if start is not None and start.order.swap is not None:
+            return  # other files are served
         try:
             self._parts.models.look(model)
         except RackError as error:
@@ -204,9 +206,22 @@ class Reloader:
     def _begin(self, name: str, new: AgentConfig) -> str:
         """Begin the change of a model; a sentence when something else than agent.toml decides on it."""
         changes = self._parts.pool.changes
-        governor = self._governor(name, changes.served(name))
+        told = self._told(name, changes.served(name))
         changes.begin(name, partial(self._wish, name, new), needs_loader)
-        return f"models: {_GOVERNORS[governor]} decides on {name}" if governor else ""
+        return f"models: {told}" if told else ""
+
+    def _told(self, name: str, served: Model | None) -> str:
+        """What an operator has to know of a model on which agent.toml does not decide alone."""
+        if not (governor := self._governor(name, served)):
+            return ""
+        if governor == "desired":
+            return f"what the desired state says of {name} stays"
+        start = self._parts.follower.in_force.serving(name)
+        if start is None:
+            return f"{name} is not configured any more; what was ordered for it waits until it is"
+        if served is None and start.order.swap is not None:
+            return f"{name} is served with its own files until the next start, which does what was ordered for it"
+        return f"what an operator ordered for {name} stays"
 
     def _governor(self, name: str, served: Model | None) -> str:
         """What decides on a model instead of agent.toml; "" when nothing does."""
@@ -219,10 +234,29 @@ class Reloader:
             if wish is not None and self._parts.follower.follows():  # as at a start
                 return msgspec.structs.replace(wish, preload=False)
             return wish
-        if governor == "order" and wish is not None and served is not None and served.name == name:
-            # its settings are the new ones, what was ordered stays
-            return msgspec.structs.replace(wish, path=served.path, preload=False, pinned=served.pinned)
-        return "stays"
+        return self._ordered(name, served) if governor == "order" else self._desired(wish, served)
+
+    def _desired(self, wish: Model | None, served: Model | None) -> Model | Literal["stays"]:
+        """The desired state brings and removes models; what it does not say of one is as agent.toml says."""
+        if wish is None or served is None or (start := self._parts.follower.in_force.serving(wish.name)) is None:
+            return "stays"
+        same = (served.name, served.path) == (start.model.name, start.model.path)
+        return msgspec.structs.replace(start.model, preload=False) if same else "stays"
+
+    def _ordered(self, name: str, served: Model | None) -> Model | Literal["stays"] | None:
+        """An order says how a configured model is served: that of one which nothing configures any more waits. What was
+        not ordered is as agent.toml says; what is in memory, and what is not, stays so."""
+        in_force = self._parts.follower.in_force
+        if (start := in_force.serving(name)) is None:
+            return None
+        if served is not None:
+            same = served.name == start.model.name
+            return msgspec.structs.replace(start.model, preload=False) if same else "stays"
+        if (base := in_force.base(name)) is None:
+            return "stays"
+        own = start.names[0] == name
+        preload, pinned = (start.model.preload, start.model.pinned) if own else (False, base.model.pinned)
+        return msgspec.structs.replace(base.model, preload=preload, pinned=pinned)
 
 
 def rack_secrets(config: AgentConfig, environ: Mapping[str, str]) -> list[str]:
