@@ -125,3 +125,10 @@ def test_what_the_desired_state_does_not_say_is_as_agent_toml_says(tmp_path: Pat
         now = agent.status()["models"][0]
         assert now["pid"] != pid
         assert (now["version"], now["keep_alive_s"]) == (version_of("weights-2", tmp_path), 900)
+        assert agent.stop() == 0
+        agent.start().ready()
+        edit(agent, "keep_alive_s = 900", "keep_alive_s = 901")
+        told(agent)
+        assert agent.status()["models"][0]["keep_alive_s"] == 901
+        assert order(agent, "swap", model="m", new="b").status == order(agent, "swap", model="m", new="m").status == 200
+        assert names(agent)["m"] == now["version"], "what is assigned is its own, not what agent.toml has"
