@@ -122,7 +122,7 @@ class Reloader:
         if self._read is None:
             raise Refused("reload: this agent was started without a configuration file", code="not_reloaded")
         old, retried = self._parts.live.now, self._parts.pool.changes.failed
-        ready, found, problems = await asyncio.to_thread(self._prepared, old, retried)
+        ready, found, problems = await asyncio.to_thread(self._prepared, old)
         if problems:
             raise _refused(problems)
         assert ready is not None
@@ -133,7 +133,7 @@ class Reloader:
         if self.state:
             raise Retryable(f"reload: the agent is {self.state}; nothing was changed", code="not_ready")
 
-    def _prepared(self, old: AgentConfig, retried: Sequence[str]) -> tuple[_Ready | None, Comparison, list[str]]:
+    def _prepared(self, old: AgentConfig) -> tuple[_Ready | None, Comparison, list[str]]:
         """What would be put in force, what differs, and every reason against it. In a thread: it reads files, and a
         keychain may ask."""
         assert self._read is not None
@@ -147,7 +147,7 @@ class Reloader:
         problems = [refusal(found.restarts)] if found.restarts else []
         secrets = self._resolved(new, problems)
         tls = None if found.restarts else self._tried(new, problems)
-        for name in (*found.models, *retried):
+        for name in found.models:  # one that failed before and has not changed is no reason to keep a key in force
             self._look(new, name, problems)
         return _Ready(new, secrets, tls), found, problems
 
