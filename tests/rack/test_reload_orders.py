@@ -1,13 +1,14 @@
 """Reloads of models that requests are on their way to, that an operator has ordered, that the desired state assigns."""
 
 import re
+import shutil
 from pathlib import Path
 
 from tests.rack.harness import Agent, model, rack, until
 from tests.rack.steady import Steady
 from tests.rack.test_desired import FAST, assign, follows, publish, served, version_of
 from tests.rack.test_orders import standing
-from tests.rack.test_reload import WIDE, changed, edit, refused, reload, settled
+from tests.rack.test_reload import WIDE, changed, cli, edit, keys_of, refused, reload, secret_of, secret_rack, settled
 from tests.rack.test_swaps import order
 
 
@@ -132,3 +133,39 @@ def test_what_the_desired_state_does_not_say_is_as_agent_toml_says(tmp_path: Pat
         assert agent.status()["models"][0]["keep_alive_s"] == 901
         assert order(agent, "swap", model="m", new="b").status == order(agent, "swap", model="m", new="m").status == 200
         assert names(agent)["m"] == now["version"], "what is assigned is its own, not what agent.toml has"
+
+
+def test_one_that_failed_and_has_vanished_does_not_keep_a_key_in_force(tmp_path: Path) -> None:
+    folder = tmp_path / "torn"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with rack(tmp_path, [model()], extra=keys_of("one", "two")) as (agent,):
+        before = agent.config.read_text()
+        agent.config.write_text(f'{before}[[models]]\nname = "torn"\npath = "{folder}"\n')
+        assert changed(agent) == ["models: + torn"]
+        assert "torn" in settled(agent)
+        shutil.rmtree(folder)
+        edit(agent, keys_of("one", "two"), keys_of("two"))
+        assert changed(agent) == ["keys: client has another key", "models: torn is tried again"]
+        assert agent.chat(headers={"Authorization": "Bearer one"}).status == 401
+        assert "no such folder" in settled(agent)["torn"]
+        edit(agent, f'path = "{folder}"', f'path = "{folder} 2"')
+        assert f"{folder} 2 has no config.json" in refused(agent), "what is changed has to be there"
+
+
+def test_a_rotation_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    with secret_rack(tmp_path, running=1) as (agent, *_):
+        good, secret = agent.config.read_text(), secret_of(agent)
+        edit(agent, "sample_s = 1", "sample_s = 2")
+        ended = cli(agent, "secrets", "rotate")
+        assert ended.returncode != 0
+        assert "telemetry.sample_s needs a restart" in ended.stderr
+        agent.config.write_text(good)
+        same = secret.with_name("copied.secret")
+        shutil.copy(secret, same)
+        for given in (secret, same):
+            ended = cli(agent, "secrets", "rotate", "--with", str(given))
+            assert ended.returncode == 1
+            assert f"{given} holds the secret that this node has already" in ended.stderr
+        assert agent.config.read_text() == good
+        assert sorted(secret.parent.iterdir()) == sorted([secret, same])
