@@ -201,6 +201,8 @@ class Reloader:
         if ready.tls is not None and not any(one.startswith("tls.") for one in changed):
             changed.append("tls: other certificates")
         changed += [f"models: {name} is tried again" for name in again]
+        if new.peers.nodes != old.peers.nodes and parts.follower.names_peers:
+            stays.append("peers.nodes: the desired state names the peers; `mlxrack-agent status` shows them")
         return Report(changed=tuple(changed), notes=(*stays, *_fixed(old, new)))
 
     def _begin(self, name: str, new: AgentConfig) -> str:

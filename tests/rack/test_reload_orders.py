@@ -4,6 +4,9 @@ import re
 import shutil
 from pathlib import Path
 
+from shared.desired import DesiredPeer, DesiredState, encode
+from shared.keys import DESIRED
+from shared.store_dir import DirectoryStore
 from tests.rack.harness import Agent, model, rack, until
 from tests.rack.steady import Steady
 from tests.rack.test_desired import FAST, assign, follows, publish, served, version_of
@@ -169,3 +172,20 @@ def test_a_rotation_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> Non
             assert f"{given} holds the secret that this node has already" in ended.stderr
         assert agent.config.read_text() == good
         assert sorted(secret.parent.iterdir()) == sorted([secret, same])
+
+
+def test_peers_that_the_desired_state_names_are_said_to_be_its_own(tmp_path: Path) -> None:
+    with rack(tmp_path, [model()], [model()], [], extra=FAST) as agents:
+        table = f'[[peers.nodes]]\nid = "n3"\nurl = "http://127.0.0.1:{agents[2].port}"\n'
+        edit(agents[0], table, "")
+        said = reload(agents[0])
+        assert said["changed"] == ["peers.nodes: - n3"]
+        assert not [note for note in said["notes"] if note.startswith("peers.nodes")]
+        peers = (DesiredPeer(id="n2", url=f"http://127.0.0.1:{agents[1].port}"),)
+        DirectoryStore(tmp_path / "bucket").put(DESIRED, encode(DesiredState(generation=1, nodes={}, peers=peers)))
+        until(lambda: agents[0].status()["desired"]["generation"] == 1, "it looks")
+        edit(agents[0], "[[models]]", table + "[[models]]")
+        said = reload(agents[0])
+        assert said["changed"] == ["peers.nodes: + n3"]
+        assert "peers.nodes: the desired state names the peers" in str(said["notes"])
+        assert [peer["node"] for peer in agents[0].status()["peers"]] == ["n2"]
