@@ -29,7 +29,6 @@ Read = Callable[[], AgentConfig]
 """Gives the configuration as at a start. Blocks; raises ConfigError."""
 RACK_SECRETS = ("peers.secret", "peers.old_secret")
 """The newest first."""
-_GOVERNORS = {"order": "an operator's order", "desired": "the desired state"}
 
 log = get_logger("agent.reload")
 
@@ -123,7 +122,7 @@ class Reloader:
         if self._read is None:
             raise Refused("reload: this agent was started without a configuration file", code="not_reloaded")
         old, retried = self._parts.live.now, self._parts.pool.changes.failed
-        ready, found, problems = await asyncio.to_thread(self._prepared, old, retried)
+        ready, found, problems = await asyncio.to_thread(self._prepared, old)
         if problems:
             raise _refused(problems)
         assert ready is not None
@@ -134,7 +133,7 @@ class Reloader:
         if self.state:
             raise Retryable(f"reload: the agent is {self.state}; nothing was changed", code="not_ready")
 
-    def _prepared(self, old: AgentConfig, retried: Sequence[str]) -> tuple[_Ready | None, Comparison, list[str]]:
+    def _prepared(self, old: AgentConfig) -> tuple[_Ready | None, Comparison, list[str]]:
         """What would be put in force, what differs, and every reason against it. In a thread: it reads files, and a
         keychain may ask."""
         assert self._read is not None
@@ -148,7 +147,7 @@ class Reloader:
         problems = [refusal(found.restarts)] if found.restarts else []
         secrets = self._resolved(new, problems)
         tls = None if found.restarts else self._tried(new, problems)
-        for name in (*found.models, *retried):
+        for name in found.models:  # one that failed before and has not changed is no reason to keep a key in force
             self._look(new, name, problems)
         return _Ready(new, secrets, tls), found, problems
 
@@ -172,9 +171,12 @@ class Reloader:
 
     def _look(self, new: AgentConfig, name: str, problems: list[str]) -> None:
         """Whether a model that is going to be loaded is there at all."""
-        model = _model(new, name)
-        if model is None or self._parts.follower.governs(name):
+        model, follower = _model(new, name), self._parts.follower
+        if model is None or (governor := follower.governs(name)) == "desired":
             return
+        start = follower.in_force.serving(name) if governor else None
+        if start is not None and start.order.swap is not None:
+            return  # other files are served
         try:
             self._parts.models.outlook(model)
         except RackError as error:
@@ -199,14 +201,29 @@ class Reloader:
         if ready.tls is not None and not any(one.startswith("tls.") for one in changed):
             changed.append("tls: other certificates")
         changed += [f"models: {name} is tried again" for name in again]
+        if new.peers.nodes != old.peers.nodes and parts.follower.names_peers:
+            stays.append("peers.nodes: the desired state names the peers; `mlxrack-agent status` shows them")
         return Report(changed=tuple(changed), notes=(*stays, *_fixed(old, new)))
 
     def _begin(self, name: str) -> str:
         """Begin the change of a model; a sentence when something else than agent.toml decides on it."""
         changes = self._parts.pool.changes
-        governor = self._governor(name, changes.served(name))
+        told = self._told(name, changes.served(name))
         changes.begin(name, partial(self._wish, name), needs_loader)
-        return f"models: {_GOVERNORS[governor]} decides on {name}" if governor else ""
+        return f"models: {told}" if told else ""
+
+    def _told(self, name: str, served: Model | None) -> str:
+        """What an operator has to know of a model on which agent.toml does not decide alone."""
+        if not (governor := self._governor(name, served)):
+            return ""
+        if governor == "desired":
+            return f"what the desired state says of {name} stays"
+        start = self._parts.follower.in_force.serving(name)
+        if start is None:
+            return f"{name} is not configured any more; what was ordered for it waits until it is"
+        if served is None and start.order.swap is not None:
+            return f"{name} is served with its own files until the next start, which does what was ordered for it"
+        return f"what an operator ordered for {name} stays"
 
     def _governor(self, name: str, served: Model | None) -> str:
         """What decides on a model instead of agent.toml; "" when nothing does."""
@@ -215,9 +232,33 @@ class Reloader:
 
     def _wish(self, name: str, served: Model | None) -> Model | Literal["stays"] | None:
         """As at a start: agent.toml, with what the desired state or an order says on top."""
-        if (start := self._parts.follower.in_force.start(name)) is not None:
-            return start.model
-        return "stays" if self._governor(name, served) else None
+        base, governor = self._parts.follower.in_force.base(name), self._governor(name, served)
+        if not governor:
+            return base.model if base is not None else None
+        return self._ordered(name, served) if governor == "order" else self._desired(name, served)
+
+    def _desired(self, name: str, served: Model | None) -> Model | Literal["stays"]:
+        """The desired state brings and removes models; what it does not say of one is as agent.toml says."""
+        in_force = self._parts.follower.in_force
+        if in_force.base(name) is None or served is None or (start := in_force.serving(name)) is None:
+            return "stays"
+        same = (served.name, served.path) == (start.model.name, start.model.path)
+        return msgspec.structs.replace(start.model, preload=False) if same else "stays"
+
+    def _ordered(self, name: str, served: Model | None) -> Model | Literal["stays"] | None:
+        """An order says how a configured model is served: that of one which nothing configures any more waits. What was
+        not ordered is as agent.toml says; what is in memory, and what is not, stays so."""
+        in_force = self._parts.follower.in_force
+        if (start := in_force.serving(name)) is None:
+            return None
+        if served is not None:
+            same = served.name == start.model.name
+            return msgspec.structs.replace(start.model, preload=False) if same else "stays"
+        if (base := in_force.base(name)) is None:
+            return "stays"
+        own = start.names[0] == name
+        preload, pinned = (start.model.preload, start.model.pinned) if own else (False, base.model.pinned)
+        return msgspec.structs.replace(base.model, preload=preload, pinned=pinned)
 
 
 def rack_secrets(config: AgentConfig, environ: Mapping[str, str]) -> list[str]:

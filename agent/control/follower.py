@@ -99,6 +99,11 @@ class Follower:
         return "desired" if any(one.model == name for one in self._adopted.assigned) else ""
 
     @property
+    def names_peers(self) -> bool:
+        """Whether the desired state says who the peers are, and agent.toml only where they may be."""
+        return self._adopted.desired is not None and bool(self._adopted.desired.peers)
+
+    @property
     def since_ms(self) -> int | None:
         """Since when the desired state could not be asked for, UTC in ms; None while it can. Its reason may have
         changed since."""

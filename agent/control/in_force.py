@@ -34,6 +34,10 @@ class InForce:
         """That of one model, by its own name."""
         return next((one for one in self.starts() if one.names[0] == name), None)
 
+    def serving(self, name: str) -> Start | None:
+        """That of the model that answers to a name, which may be another one's; None where nothing configures it."""
+        return next((one for one in self.starts() if name in one.names), None)
+
     def base(self, name: str) -> Base | None:
         """What holds for one model without orders."""
         return next((one for one in self.bases() if one.model.name == name), None)

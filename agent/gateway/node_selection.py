@@ -116,7 +116,8 @@ class NodeSelection:
                 await asyncio.sleep(min(0.005, step_s))  # ready, yet not a candidate: its breaker is half-open
                 return True
             await asyncio.sleep(min(_STEP_S, step_s))
-            return self._pool.is_coming(name) or bool(call.tried) or refused.loading
+            gone = not self._is_here(name)  # taken away by a reload meanwhile; who else has it is decided anew
+            return gone or self._pool.is_coming(name) or bool(call.tried) or refused.loading
         if call.tried or refused.loading:
             await asyncio.sleep(min(_STEP_S, step_s))
             return True

@@ -143,7 +143,7 @@ class Changes:
             self._leaving.remove(slot)
 
     async def _change(self, name: str, slot: Slot, wish: Model, *, others: bool) -> None:
-        self._orders.configured(name)
+        self._orders.configured(name, wish)
         repinned = wish.pinned != slot.model.pinned  # else what an operator ordered stays
         if others and slot.loaded is not None:
             await self._replace(name, slot, wish)

@@ -105,9 +105,11 @@ class Orders:
         self._lifecycles.feed(slot, "adopt")
         return True
 
-    def configured(self, name: str) -> None:
-        """A name's model is that of the configuration again, if it has one."""
+    def configured(self, name: str, own: Model | None = None) -> None:
+        """A name's model is that of the configuration again, if it has one; or its ``own``, with other files."""
         self._others.pop(name, None)
+        if own is not None and own.name == name and (own.path != self._known().get(name, own).path):
+            self._others[name] = own
 
     async def record_probes(self, name: str) -> tuple[Probe, ...]:
         """A model's probes with its current answers. Raises RackError."""

@@ -97,8 +97,10 @@ class Pool:
     @contextlib.asynccontextmanager
     async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
         """Lease the loader behind a name, which stays the same one; with ``version``, one that can continue an answer
-        of that version. Raises Retryable when none is ready."""
-        slot = self._slots.named(name)
+        of that version. Raises Retryable when none is ready, or the name is not served here any more: a reload may have
+        taken it away since this node was chosen."""
+        if (slot := self._slots.find(name)) is None:
+            raise Retryable(f"model {name} is not served on this node any more", code="not_ready")
         loaded = slot.loaded if slot.ready else None
         if version:
             loaded = next((one for one in self._living(slot) if one.spec.version == version), None)
@@ -128,11 +130,12 @@ class Pool:
             self._advance()
 
     async def wait_ready(self, name: str, timeout_s: float) -> bool:
-        """Wait until a name is ready here, loading it when it is cold; False on a timeout or failure."""
+        """Wait until a name is ready here, loading it when it is cold; False on a timeout or failure, or when
+        it is not served here any more."""
         deadline = self._clock() + timeout_s
         with self.waiting(name):
-            while not (slot := self._slots.named(name)).ready:
-                if not self.is_coming(name) or slot.life.phase == "failed" or self._clock() >= deadline:
+            while (slot := self._slots.find(name)) is None or not slot.ready:
+                if slot is None or not self.is_coming(name) or slot.life.phase == "failed" or self._clock() >= deadline:
                     return False
                 self._advance()
                 changed = slot.changed
@@ -143,25 +146,27 @@ class Pool:
 
     async def wait_for_version(self, name: str, version: str, timeout_s: float) -> bool:
         """Wait until exactly this version can continue an answer; False on a timeout or when none will."""
-        slot, deadline = self._slots.named(name), self._clock() + timeout_s
+        deadline = self._clock() + timeout_s
         self._loaders.missed[version] += 1
         try:
-            while all(one.spec.version != version for one in self._living(slot)):
+            while (slot := self._slots.find(name)) is not None:
+                if any(one.spec.version == version for one in self._living(slot)):
+                    return True
                 if self._clock() >= deadline or not self.can_continue(name, version):
-                    return False
+                    break
                 await asyncio.sleep(0.02)
-            return True
+            return False
         finally:
             self._loaders.missed[version] -= 1
 
     def can_continue(self, name: str, version: str) -> bool:
         """Whether this version is active here, restarting, or draining, and can continue its answers."""
-        return not self._stopping and version in self._versions(self._slots.named(name))
+        slot = self._slots.find(name)
+        return not self._stopping and slot is not None and version in self._versions(slot)
 
     def is_coming(self, name: str) -> bool:
         """Whether waiting for a name may help: it is loading, swapping or restarting, or can be loaded."""
-        slot = self._slots.named(name)
-        if slot.life.phase == "cold" and not self.room.can_hold(slot):
+        if (slot := self._slots.find(name)) is None or (slot.life.phase == "cold" and not self.room.can_hold(slot)):
             return False
         return not self._stopping and (slot.life.phase != "failed" or bool(slot.life.claim))
 

@@ -117,18 +117,30 @@ def _begin(args: argparse.Namespace, node: _Node, peers: Peers) -> int:
     old = Path(_bare(peers.secret))
     new = args.given.absolute() if args.given is not None else _next_name(old)
     if args.given is not None:
-        strong(f"file:{new}", "the new secret", os.environ)
+        _check_given(new, strong(f"file:{new}", "the new secret", os.environ), peers.secret)
     edited = with_both(node.file.read_text(encoding="utf-8"), peers.secret, f"file:{new}")
     if _shown(args, node.file, edited):
         return 0
     if args.given is None:
         strong(peers.secret, "peers.secret", os.environ)  # who cannot read it is not the agent's user
         _write_secret(new, beside=old)
-    _put(args, node, edited)
+    try:
+        _put(args, node, edited)
+    except RackError:
+        if args.given is None:
+            new.unlink(missing_ok=True)  # nobody has it, and the next attempt makes another one
+        raise
     if not args.json:
         print(f"\nthe new secret is in {new}; every node must accept both before any forgets the old one")
         print(_next_steps(new))
     return 0
+
+
+def _check_given(file: Path, secret: str, reference: str) -> None:
+    """Raises Refused for the secret that is to be replaced."""
+    if secret == strong(reference, "peers.secret", os.environ):
+        why = f"{file} holds the secret that this node has already; give the file that the first node has made"
+        raise Refused(f"secrets rotate: {why}", code="conflict")
 
 
 def _bare(reference: str) -> str:

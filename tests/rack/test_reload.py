@@ -514,7 +514,7 @@ def test_what_an_operator_ordered_stays_and_is_said(tmp_path: Path, order: str) 
         before = {name: one for one in agent.status()["models"] for name in one["names"]}["m"]
         edit(agent, 'path = "weights of m"', 'path = "new weights of m"')
         said = reload(agent)
-        assert said["notes"] == ["models: an operator's order decides on m"]
+        assert said["notes"] == ["models: what an operator ordered for m stays"]
         assert settled(agent) == {}
         after = {name: one for one in agent.status()["models"] for name in one["names"]}["m"]
         assert (after["state"], after["pinned"]) == (before["state"], before["pinned"])

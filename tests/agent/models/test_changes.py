@@ -15,7 +15,7 @@ from agent.config import Model
 from agent.models.pool import Pool
 from agent.reloading import needs_loader
 from agent.wire.frames import Done, Tokens
-from shared.errors import Refused
+from shared.errors import Retryable
 from shared.records import ModelEvicted, SwapFinished
 from tests.agent.models.test_pool import answer, ask, fake, running
 
@@ -78,12 +78,25 @@ async def _first_then(answers: Any, pool: Pool) -> Any:
             begin(pool, "m", None)
             await until(lambda: state(pool, "m") == "")
             assert pool.changes.states["m"] == "changing", "it drains"
-            with pytest.raises(Refused, match="m"):
+            with pytest.raises(Retryable, match="any more"):  # another node may have it
                 async with pool.lease("m"):
                     raise AssertionError
             begin(pool, "m", settings("m", preload=True))
             await until(lambda: state(pool, "m") == "ready")
             assert (await answer(pool, "m"))[1]
+
+
+async def test_who_waits_for_one_that_leaves_waits_no_longer(tmp_path: Path) -> None:
+    async with running(tmp_path, fake("m", fake_load_s=3600.0)) as (pool, _):
+        waiting = asyncio.create_task(pool.wait_ready("m", 3000.0))
+        slot = pool._slots.named("m")
+        await until(lambda: slot.life.state == "starting" and slot.spec is not None)
+        assert slot.spec is not None
+        continuing = asyncio.create_task(pool.wait_for_version("m", slot.spec.version, 3000.0))
+        await asyncio.sleep(0.05)
+        pool._slots.leave(slot)
+        async with asyncio.timeout(LIMIT_S):
+            assert (await waiting, await continuing) == (False, False)
 
 
 async def test_one_that_waits_for_a_restart_is_not_started_after_it_is_gone(tmp_path: Path) -> None:
