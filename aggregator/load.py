@@ -1,6 +1,7 @@
 """Read from the bucket: new segments under raw/, and spans of time from rolled-up tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -197,21 +198,28 @@ def window(store: ObjectStore, span: Span) -> Window:
 def _reported_before(
     store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span, nodes: set[str]
 ) -> frozenset[str]:
-    """Which of these nodes had reported before the span: from its last days back, until all are found."""
-    days: list[str] = []
-    if nodes:
-        listed = (keys.parse_table_key(one.key)[2] for one in each(store, keys.table_prefix("day", "cover")))
-        days = sorted((day for day in listed if utc_day_ms(day) < span.since_ms), reverse=True)
+    """Which of these nodes had reported before the span: from its last days back, until all are found. What is no
+    table there tells nothing, and must not keep a report of other days from being made."""
+    days = sorted(_covered_before(store, span), reverse=True) if nodes else []
     found: set[str] = set()
     for at in range(0, len(days), CONNECTIONS):
         wanted = [keys.table_key("day", "cover", day) for day in days[at : at + CONNECTIONS]]
         stored = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
-        files = [db.file(f"before-{at + n}.parquet", one.body) for n, one in enumerate(stored) if one is not None]
+        bodies = [one.body for one in stored if one is not None and parquet.is_one(one.body)]
+        files = [db.file(f"before-{at + n}.parquet", body) for n, body in enumerate(bodies)]
         covers = _structs(db, parquet.reading(files, folded_columns(FOLDS["cover"])) if files else "", Cover)
         found |= {one.node for one in covers if any(start < span.since_ms for start in one.starts)}
         if found >= nodes:
             break
     return frozenset(found & nodes)
+
+
+def _covered_before(store: ObjectStore, span: Span) -> Iterator[str]:
+    for listed in each(store, keys.table_prefix("day", "cover")):
+        with contextlib.suppress(Refused, ValueError):
+            day = keys.parse_table_key(listed.key)[2]
+            if utc_day_ms(day) < span.since_ms:
+                yield day
 
 
 class _Sources:

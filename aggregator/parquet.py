@@ -90,6 +90,11 @@ class Database:
         return body
 
 
+def is_one(body: bytes) -> bool:
+    """Whether bytes are a Parquet file from its beginning to its end."""
+    return len(body) > 12 and body.startswith(b"PAR1") and body.endswith(b"PAR1")
+
+
 def reading(paths: Iterable[Path], columns: Mapping[str, str] | None = None) -> str:
     """SQL that reads Parquet files. Columns missing from older files are NULL."""
     listed = ", ".join(quoted(path) for path in paths)

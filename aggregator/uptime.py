@@ -250,14 +250,13 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
 
     1. clean stop, by what the next start or the last window says; 2. hard memory pressure just before; 3. throttled at
     the time; 4. a swap had just ended; 5. the machine rebooted; 6. only the agent restarted; 7. its peers could not
-    reach it, and it came back without a restart.
+    reach it, and it came back without a restart, or with another state folder, which knows nothing of the time before.
     """
     begun = _begun(window, node, start, end)
     if begun is not None and (begun.previous == "clean" or _was_stopped(window, node, start)):
         return "stopped", "agent stopped by an operator", "restarted"
-    if begun is not None and begun.previous == "first":
-        return None
-    if begun is not None:
+    fresh = begun is not None and begun.previous == "first"
+    if begun is not None and not fresh:
         near = (start - NEAR_MS, start + JOIN_MS)
         if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
             return "out_of_memory", "memory pressure just before the agent ended", "move a model away, or lower rows"
@@ -274,6 +273,8 @@ def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, s
             )
         return "crash", "the agent ended unexpectedly", "restarted by launchd or an operator"
     if any(record.peer == node and start - GRACE_MS <= record.t_ms <= end for _, record in window.of(PeerDown)):
+        if fresh:
+            return "unknown", "no answer to heartbeats of its peers", "replaced, or its state folder was lost"
         return "network", "unreachable for its peers", "recovered without a restart: check the network"
     return None
 

@@ -127,6 +127,31 @@ def test_the_tables_tell_a_new_node_from_one_that_was_down_when_the_span_began(t
     assert load.window(store, month("2026-10", "UTC")).reported_before == frozenset()
 
 
+def test_what_is_no_table_of_an_earlier_day_keeps_no_report_from_being_made(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    october = -60 * 24 * 40
+    put(store, *(batch([resident()], node="old", minute=october + n, seq=n + 1) for n in range(3)))
+    for node in ("old", "new"):
+        put(store, batch([started(0), resident()], node=node, minute=0, seq=1, epoch=9))
+    rollup.run(CONFIG, store)
+    for name in ("x.tmp", "dt=2026-99-99/part.parquet", "dt=2026-10-20/part.parquet", "dt=2026-10-21/part.parquet"):
+        store.put(f"day/v1/table=cover/{name}", b"PAR1 cut short" * len(name))
+    assert load.window(store, month("2026-11", "UTC")).reported_before == {"old"}
+
+
+def test_a_node_that_was_down_was_down_after_it_was_replaced_too() -> None:
+    """Its peers saw it; the new state folder knows nothing of the old one."""
+    down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
+    dead = [batch([resident()]), *(batch([down] if n == 1 else [], node="n2", minute=n) for n in range(60))]
+    new = msgspec.structs.replace(batch([started(50, "first"), resident()], minute=50, seq=1), incarnation=2)
+    before, after = (uptime.uptime(window(*dead, *more), T0 + 50 * MINUTE) for more in ([], [new]))
+    assert [n.down_s for n in before.nodes] == [3540.0, 0.0]
+    assert [(n.down_s, n.unknown_s) for n in after.nodes] == [(2940.0, 540.0), (0.0, 0.0)]
+    assert [(i.cause, i.text) for i in after.incidents] == [(i.cause, i.text) for i in before.incidents]
+    unseen = uptime.uptime(window(dead[0], new), T0 + 51 * MINUTE)
+    assert (unseen.nodes[0].down_s, unseen.nodes[0].unknown_s) == (0.0, 2940.0), "nobody saw it"
+
+
 # annotations
 
 
