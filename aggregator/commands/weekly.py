@@ -49,7 +49,8 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     last = load.window(store, earlier)
     noted = notes(store)
     judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
-    said = (*remarks(load.newest_manifest(store)), *_clocks(window), *noted.refused, *_unheard(window, noted.entries))
+    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last))
+    said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
@@ -132,6 +133,15 @@ def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
     since, until = window.span.since_ms, window.span.until_ms
     here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since} - set(window.nodes)
     return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
+
+
+def _gone(window: Window, last: Window) -> tuple[str, ...]:
+    """Nodes that are in no figure, since they reported nothing: dead, or taken away."""
+    gone = sorted(set(last.nodes) - set(window.nodes))
+    return tuple(
+        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures."
+        for node in gone
+    )
 
 
 def notes(store: ObjectStore) -> Notes:

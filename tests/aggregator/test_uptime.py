@@ -152,6 +152,19 @@ def test_a_node_that_was_down_was_down_after_it_was_replaced_too() -> None:
     assert (unseen.nodes[0].down_s, unseen.nodes[0].unknown_s) == (0.0, 2940.0), "nobody saw it"
 
 
+def test_a_node_that_is_silent_for_the_whole_period_is_named(tmp_path: Path) -> None:
+    """It is in no figure, and the others' would look like a whole rack's."""
+    store = DirectoryStore(tmp_path)
+    day = 24 * 60
+    for n, (node, at) in enumerate((("dead", -8 * day), ("n1", -8 * day), ("n1", 0), ("n1", 3 * day))):
+        put(store, batch([resident()], node=node, minute=at, seq=n + 1))
+    rollup.run(CONFIG, store)
+    for name, there in (("2026-W46", False), ("2026-W47", True), ("2026-W48", False)):
+        (page,) = (key for key in weekly.run(CONFIG, store, name) if key.endswith("/uptime-r1.md"))
+        said = "dead reported in 2026-W46 and nothing in this period" in store.get(page, 1 << 20).body.decode()
+        assert said == there, name
+
+
 # annotations
 
 
