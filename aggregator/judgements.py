@@ -15,6 +15,7 @@ from aggregator.annotations import Annotation
 from aggregator.calendar import local
 from aggregator.config import AggregatorConfig
 from aggregator.window import Window
+from shared.desired import Moment
 from shared.records import SwapFinished
 
 
@@ -47,7 +48,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     swaps: Swaps
     scorecard: tuple[scorecard.Line, ...]
     recommendations: tuple[advice.Recommendation, ...]
-    so_far_until_ms: int | msgspec.UnsetType = msgspec.UNSET
+    so_far_until_ms: Moment | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def so_far(self) -> str:

@@ -21,6 +21,7 @@ from aggregator.demand import Facts, current, facts_of, load_of
 from aggregator.moves import Step
 from aggregator.packing import CAP, Copyable, Packed, Placement, Room
 from aggregator.window import Window, seconds
+from shared.desired import Moment
 
 CROWDED = 0.90
 LONG_PROMPT_TOK = 2_000
@@ -117,7 +118,7 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     gap: float | None = None
     score: float = 0.0
     least: dict[str, int] = {}
-    so_far_until_ms: int | msgspec.UnsetType = msgspec.UNSET
+    so_far_until_ms: Moment | msgspec.UnsetType = msgspec.UNSET
 
 
 def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa: B008  # immutable

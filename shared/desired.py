@@ -19,6 +19,8 @@ with it overflows."""
 MOST_BYTES = MOST_MS = 1 << 46
 """Bounds of sizes (70 TB) and of times (2,200 years)."""
 Count = Annotated[int, Meta(ge=1, le=MOST)]
+Moment = Annotated[int, Meta(ge=0, le=MOST_MS)]
+"""A time in ms of a stored object, which any calendar can show."""
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +53,7 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     schema: Count = SCHEMA
     rack: str = ""
     generation: Count
-    written_ms: Annotated[int, Meta(ge=0, le=MOST_MS)] = 0
+    written_ms: Moment = 0
     note: str = ""
     nodes: dict[str, tuple[Assignment, ...]] = {}
     peers: tuple[DesiredPeer, ...] = ()

@@ -20,6 +20,7 @@ from aggregator.commands.ended import NothingToPublish
 from aggregator.judgements import Judged
 from aggregator.report import markdown
 from shared import keys
+from shared.desired import Moment
 from shared.errors import Refused
 from shared.keys import ReportKey
 from shared.store import ObjectStore, each
@@ -176,7 +177,7 @@ def _report(cadence: str, period: str, name: str, files: Sequence[tuple[ReportKe
 
 
 class _SoFar(msgspec.Struct):
-    so_far_until_ms: int | None = None
+    so_far_until_ms: Moment | None = None
 
 
 def _so_far(store: ObjectStore, reports: Sequence[Report]) -> int | None:

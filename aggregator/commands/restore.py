@@ -16,6 +16,7 @@ from aggregator.commands import sync
 from aggregator.commands.sync import MARKER, Copied, Memory, Told
 from shared import bucket_rack, desired, keys
 from shared.batch import unseal
+from shared.desired import Moment
 from shared.errors import RackError, Refused, Retryable
 from shared.store import ObjectStore, each, find
 
@@ -27,8 +28,8 @@ class Marker(msgspec.Struct, frozen=True, kw_only=True):
     """A restore into this bucket: unfinished while ``finished_ms`` is 0. ``seen`` is what it has replaced so far."""
 
     rack: str
-    began_ms: int
-    finished_ms: int = 0
+    began_ms: Moment
+    finished_ms: Moment = 0
     seen: dict[str, str] = {}
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from shared import keys
 from shared.batch import digest
+from shared.desired import Moment
 from shared.errors import NotFound, PreconditionFailed, Refused, Retryable
 from shared.store import Listed, ObjectStore, each, find, list_all
 
@@ -86,8 +87,8 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     ``models`` tell whether it has them."""
 
     rack: str
-    began_ms: int
-    finished_ms: int = 0
+    began_ms: Moment
+    finished_ms: Moment = 0
     raw: bool = True
     models: bool = False
 

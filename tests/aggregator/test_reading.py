@@ -256,6 +256,33 @@ def test_list_tells_periods_revisions_and_when(
     )
 
 
+@pytest.mark.parametrize("t_ms", ["99999999999999999", "-99999999999999999", "253402300799000", "1e30"])
+def test_a_time_that_no_calendar_has_is_no_traceback(
+    filled: str, store: DirectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], t_ms: str
+) -> None:
+    """In a report, in the mark of a copy, in that of a restore."""
+    for name in ("uptime", "placement"):
+        body = store.get(keys.report_key("weekly", "2026-W47", name, 1, "json"), 1 << 30).body
+        told = body.replace(b"{", b'{"so_far_until_ms": %s,' % t_ms.encode(), 1)
+        store.put(keys.report_key("weekly", "2026-W47", name, 2, "json"), told)
+    there = DirectoryStore(tmp_path / "copy")
+    there.put("state/v1/copy.json", f'{{"rack": "r", "began_ms": 1, "finished_ms": {t_ms}}}'.encode())
+    copy = tmp_path / "copy.toml"
+    copy.write_text(f'[store]\nkind = "directory"\npath = {json.dumps(str(tmp_path / "copy"))}\n')
+    assert cli.main(["list", "--config", filled]) == 0
+    assert cli.main(["show", "--report", "uptime", "--config", filled]) == 0
+    for words in (
+        ["apply", "--week", "2026-W47"],
+        ["restore", "--force", "--from", str(copy)],
+        ["sync", "--to", str(copy)],
+    ):
+        assert cli.main([*words, "--config", filled]) == 1, words
+        assert "cannot be parsed" in capsys.readouterr().err
+    store.put("state/v1/restore.json", f'{{"rack": "r", "began_ms": {t_ms}}}'.encode())
+    assert cli.main(["list", "--config", filled]) == 1
+    assert "cannot be parsed" in capsys.readouterr().err
+
+
 def test_formats_with_different_revisions_are_each_the_newest(
     filled: str, store: DirectoryStore, tmp_path: Path
 ) -> None:
