@@ -22,7 +22,9 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from shared.durable import created, write_whole
 from shared.errors import Halt, RackError, Refused
@@ -283,7 +285,7 @@ class Server:
         """Ports of the internal servers: those of the last run where they are free."""
         path, last = self.options.folder / PORTS, dict[str, int]()
         with contextlib.suppress(OSError, ValueError):
-            last = json.loads(path.read_text())
+            last = msgspec.json.decode(path.read_bytes(), type=dict[str, Annotated[int, msgspec.Meta(ge=1, lt=65536)]])
         taken = {self.options.port}
         found = dict[str, int]()
         for name in INTERNAL:

@@ -26,9 +26,9 @@ from aggregator import load, parquet, publish
 from aggregator.config import AggregatorConfig
 from aggregator.manifest import Day, Manifest, Quarantined
 from aggregator.raw import ingest
-from aggregator.raw.cleaning import text
+from aggregator.raw.cleaning import MOST_NAME, text
 from aggregator.raw.progress import MOST_BYTES, Outcome, Pending, Progress, node_of
-from shared import bucket_rack, logs
+from shared import bucket_rack, keys, logs
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 from shared.store import ObjectStore
@@ -58,8 +58,10 @@ def run(
 ) -> Manifest:
     """Roll up new segments; returns the latest manifest. ``told`` receives progress, ``environ`` resolves secrets for
     worker processes (none are started without it). ``again`` re-reads every segment still in the bucket. Raises
-    Retryable when another run committed first, and Refused (code wrong_rack) when all nodes write for another rack.
+    Retryable when another run committed first, and Refused (code wrong_rack) when the bucket is another rack's by what
+    it says, or by what all nodes write.
     ``faults`` receives what is wrong although the rest is committed (codes wrong_rack, all_quarantined)."""
+    _check_rack(config, store)
     manifest = load.newest_manifest(store)
     lost, torn = load.missing(store, manifest)
     if lost:
@@ -86,6 +88,17 @@ def run(
         bucket_rack.tell(store, config.rack)
     _judge(config, progress, manifest, faults)
     return manifest
+
+
+def _check_rack(config: AggregatorConfig, store: ObjectStore) -> None:
+    """Once a bucket says whose it is, a name in aggregator.toml is not believed against all its nodes."""
+    if (theirs := bucket_rack.told(store)) not in ("", config.rack):
+        theirs = text(theirs, MOST_NAME)
+        why = (
+            f"this bucket is that of rack {theirs!r} ({keys.RACK}), aggregator.toml says {config.rack!r}: set rack = "
+            f"{theirs!r} there, or correct its [store]; if the rack was renamed, delete {keys.RACK} from the bucket"
+        )
+        raise Refused(f"rollup: {why}", code="wrong_rack")
 
 
 def _judge(config: AggregatorConfig, progress: Progress, manifest: Manifest, faults: Faults | None) -> None:

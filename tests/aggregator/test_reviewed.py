@@ -134,7 +134,7 @@ def test_a_copied_manifest_lists_only_copied_objects(tmp_path: Path) -> None:
         """A rack that keeps running while it is copied: a rollup between the tables and the manifest."""
 
         def list_after(self, prefix: str, after: str = "", limit: int = 1000) -> list:  # type: ignore[type-arg]
-            if prefix == "day/v1/" and not after:
+            if prefix == "day/" and not after:
                 put(here, batch([served(requests=5)], minute=1))
                 rollup.run(CONFIG, here)
             return super().list_after(prefix, after, limit)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.operator.store_server import Options, Server
 from scripts.seaweed import SeaweedFS, free_port
 from shared.bucket import Store
 from shared.errors import AccessDenied, RackError
@@ -87,6 +88,14 @@ def alive(process: int) -> bool:
 
 def store_of(table: str) -> ObjectStore:
     return open_store(msgspec.convert(tomllib.loads(table)["store"], Store), {}, attempts=1)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff", b"[]", b"null", b'{"master": "x"}', b'{"master": 70000}'])
+def test_noted_ports_that_are_none_are_chosen_anew(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ports.json").write_bytes(raw)
+    ports = Server(Options(folder=tmp_path, bucket="r-rack"), [])._internal()
+    assert len(set(ports.values())) == len(ports) == 7
+    assert json.loads((tmp_path / "ports.json").read_bytes()) == ports
 
 
 def test_an_agent_and_an_aggregator_use_what_is_printed(tmp_path: Path) -> None:
