@@ -21,7 +21,8 @@ class SeaweedFS:
         self.port = free_port()
         admin = store_server.identity("admin", *self.ADMIN)
         options = store_server.Options(folder, "probe-bucket", port=self.port)
-        self._server = store_server.Server(options, [admin, *(identities or [])])
+        # a worker's tests make a hundred buckets in it, with a few kilobytes each
+        self._server = store_server.Server(options, [admin, *(identities or [])], volume_mb=32)
 
     @property
     def endpoint(self) -> str:

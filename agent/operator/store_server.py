@@ -238,11 +238,12 @@ def _unusable(folder: Path, error: OSError | UnicodeDecodeError) -> Halt:
 
 
 class Server:
-    """SeaweedFS as a child process, for some identities. One more, of this run alone, makes the bucket."""
+    """SeaweedFS as a child process, for some identities. One more, of this run alone, makes the bucket. A bucket
+    begins with seven volumes of ``volume_mb``; 0 chooses a size for a few buckets."""
 
-    def __init__(self, options: Options, identities: Sequence[Identity]) -> None:
+    def __init__(self, options: Options, identities: Sequence[Identity], volume_mb: int = 0) -> None:
         self.options = options._replace(folder=options.folder.resolve())
-        self._identities = identities
+        self._identities, self._volume_mb = identities, volume_mb
         self._admin = (f"admin{secrets.token_hex(8)}", secrets.token_hex(20))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -266,7 +267,7 @@ class Server:
         write_whole(folder / CONFIG, json.dumps(known).encode())
         (folder / DATA).mkdir(exist_ok=True, mode=0o700)
         internal = self._internal()
-        argv = command(weed(), options, internal, volume_mb(shutil.disk_usage(folder).free))
+        argv = command(weed(), options, internal, self._volume_mb or volume_mb(shutil.disk_usage(folder).free))
         self.rotate()
         with os.fdopen(created(self.log, os.O_WRONLY | os.O_APPEND), "ab") as out:
             self._process = subprocess.Popen(

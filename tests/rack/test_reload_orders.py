@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import struct
 from pathlib import Path
 
 from shared.desired import DesiredPeer, DesiredState, encode
@@ -71,9 +72,7 @@ def test_an_order_keeps_what_was_ordered_and_nothing_else(tmp_path: Path) -> Non
         assert agent.chat(model="u").headers["X-Mlxrack-Version"] == new["u"]
         edit(agent, 'path = "other weights of m"\n', "")
         edit(agent, 'name = "m"\nengine = "fake"', f'name = "m"\npath = "{tmp_path}/none"')
-        assert f"model m: {tmp_path}/none has no config.json" in refused(agent), (
-            "it would be loaded, so it is looked for"
-        )
+        assert f"model m: no such folder: {tmp_path}/none" in refused(agent), "it would be loaded, so it is looked for"
 
 
 def test_a_model_with_an_order_leaves_and_returns_with_its_table(tmp_path: Path) -> None:
@@ -141,10 +140,12 @@ def test_what_the_desired_state_does_not_say_is_as_agent_toml_says(tmp_path: Pat
 def test_one_that_failed_and_has_vanished_does_not_keep_a_key_in_force(tmp_path: Path) -> None:
     folder = tmp_path / "torn"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "none"}')
+    header = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with rack(tmp_path, [model()], extra=keys_of("one", "two")) as (agent,):
         before = agent.config.read_text()
-        agent.config.write_text(f'{before}[[models]]\nname = "torn"\npath = "{folder}"\n')
+        agent.config.write_text(f'{before}[[models]]\nname = "torn"\npath = "{folder}"\nneed_bytes = 9\n')
         assert changed(agent) == ["models: + torn"]
         assert "torn" in settled(agent)
         shutil.rmtree(folder)
@@ -153,7 +154,7 @@ def test_one_that_failed_and_has_vanished_does_not_keep_a_key_in_force(tmp_path:
         assert agent.chat(headers={"Authorization": "Bearer one"}).status == 401
         assert "no such folder" in settled(agent)["torn"]
         edit(agent, f'path = "{folder}"', f'path = "{folder} 2"')
-        assert f"{folder} 2 has no config.json" in refused(agent), "what is changed has to be there"
+        assert f"no such folder: {folder} 2" in refused(agent), "what is changed has to be there"
 
 
 def test_a_rotation_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
