@@ -93,7 +93,8 @@ def test_secrets_say_what_is_wrong_and_in_whose_place_it_was_looked_at() -> None
 
 def test_every_reference_of_a_configuration_is_looked_at() -> None:
     """A key whose name says secret or key, and that may hold a reference, is in the list."""
-    text = """{"node": {"id": "n", "rack": "r"}, "peers": {"secret": "env:1", "old_secret": "env:6"}, "disk_cache": {"secret": "env:2"},
+    text = """{"node": {"id": "n", "rack": "r"}, "peers": {"secret": "env:1", "old_secret": "env:6"},
+        "disk_cache": {"secret": "env:2"},
         "store": {"kind": "s3", "access_key": "env:3", "secret_key": "env:4"},
         "meters": [{"name": "m", "kind": "shelly", "at": "http://x", "nodes": ["n"], "secret": "env:5"}]}"""
     found = checks.references(msgspec.json.decode(text, type=AgentConfig))
