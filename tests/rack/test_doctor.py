@@ -215,7 +215,8 @@ def test_over_tls_peers_are_asked_with_certificates_and_a_wrong_one_is_told(tmp_
         second.config.write_text(text)
         second.tls = None
         second.start(wait=False)
-        until(lambda: "signed by another CA" in of(doctor(first)[1], "peer n2")[1], "doctor tells it")
+        until(lambda: "signed by another CA" in first.status()["peers"][0]["problem"], "the agent sees it")
+        assert "signed by another CA" in of(doctor(first)[1], "peer n2")[1]
         plain = first.config.read_text().replace(f"https://127.0.0.1:{second.port}", f"http://127.0.0.1:{second.port}")
         first.config.write_text(plain.replace("[listen]\n", "[listen]\ninsecure_http = true\n"))
         assert of(doctor(first)[1], "peer n2")[0] == "problem"
