@@ -172,3 +172,11 @@ def test_a_store_that_cannot_be_reached_says_why() -> None:
         assert f"{at} does not answer in time" in of(f"http://{at}")
     with listener(speaks_ssh) as at:
         assert "http:// that store.endpoint should say" in of(f"https://{at}")
+
+
+def test_a_ca_that_is_not_known_leads_to_the_key_that_names_one() -> None:
+    error = certificate_error(20)
+    assert why(error, "https://s", "store.endpoint", ca="store.ca").endswith(
+        "set store.ca to the file of that CA's certificate"
+    )
+    assert why(error, "https://s", "the url").endswith("not known here; add it")
