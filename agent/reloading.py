@@ -12,7 +12,7 @@ from agent.config import AgentConfig, Key, Model, Peer
 
 RESTART = (
     *("node.id", "node.rack", "listen.host", "listen.port", "paths.state", "paths.logs", "peers.beat_s"),
-    *("store.kind", "store.path", "store.endpoint", "store.bucket", "store.prefix", "store.access_key"),
+    *("store.kind", "store.path", "store.endpoint", "store.bucket", "store.prefix", "store.ca", "store.access_key"),
     *("store.secret_key", "telemetry.sample_s", "telemetry.poll_s", "telemetry.upload_s", "telemetry.spool_bytes"),
     *("telemetry.spool_days", "meters", "model_store.path"),
 )

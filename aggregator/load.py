@@ -198,8 +198,8 @@ def window(store: ObjectStore, span: Span) -> Window:
 def _reported_before(
     store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span, nodes: set[str]
 ) -> frozenset[str]:
-    """Which of these nodes had reported before the span: from its last days back, until all are found. What is no
-    table there tells nothing, and must not keep a report of other days from being made."""
+    """Which of these nodes had reported before the span: from its last days back, until all are found. An
+    object there that is not a table tells nothing, and must not keep a report of other days from being made."""
     days = sorted(_covered_before(store, span), reverse=True) if nodes else []
     found: set[str] = set()
     for at in range(0, len(days), CONNECTIONS):

@@ -93,6 +93,8 @@ class Terminal:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # a walk that runs in the background ignores it, and so would every shell
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def _kept(self, language: str) -> dict[str, str]:

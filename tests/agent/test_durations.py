@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 READS = ("time", "time_ns", "now", "utcnow", "wall", "wall_ms", "_wall", "_wall_ms")
 BETWEEN_CLOCKS = {
     "agent/schedule.py",  # compares this machine's two clocks, to see jumps
-    "agent/mesh/heartbeats.py",  # compares two machines' clocks, to see their skew
     "agent/mesh/tls.py",  # certificates end at a time of day
 }
 
