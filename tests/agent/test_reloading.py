@@ -1,5 +1,6 @@
 """What reading agent.toml again changes: every key is classified, and a change of any is told or refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,14 @@ def test_the_documentation_names_every_key_that_needs_a_restart() -> None:
     for path in RESTART:
         assert f"`{path}`" in section or (path.split(".")[0] in whole and f"`{path.split('.')[0]}`" in section), path
     assert not [path for path in LIVE if f"`{path}`" in section and path not in SWITCHES]
+
+
+def test_no_page_tells_to_reload_what_needs_a_restart() -> None:
+    """A sentence that says to reload names no key, and no table, that a reload refuses."""
+    whole = {path.partition(".")[0] for path in RESTART} - {path.partition(".")[0] for path in LIVE}
+    refused = [*(f"`{path}`" for path in RESTART if "." in path), *(f"`[{table}]`" for table in whole)]
+    pages = [Path("README.md"), *Path("docs").glob("*.md")]
+    sentences = [one for page in pages for one in re.split(r"[.:]\s|\n\n", page.read_text(encoding="utf-8"))]
+    told = [one for one in sentences if re.search(r"\b(and|then) (`mlxrack-agent )?reload\b", " ".join(one.split()))]
+    assert len(told) > 5, "the pages do tell to reload"
+    assert [one for one in told if any(key in one for key in refused)] == []
