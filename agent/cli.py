@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_help.add(verbs, parser)
     cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
-    cli_claim.add(verb, _config_and_state, _common)
+    cli_claim.add(verb, _configured, _common)
     cli_reload.add(verb, _config_and_state)
     cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)
     return parser
@@ -166,6 +166,12 @@ def _config_option(parser: argparse.ArgumentParser, default: Any = None) -> None
 def _config_and_state(args: argparse.Namespace, load: Load = shared_config.load) -> tuple[AgentConfig, Path]:
     """The configuration, or that of a machine without one, and its state folder."""
     config = _config(args, load)[0] if _located(args) is not None else _with_own_store(ALONE)
+    return config, state_folder(config)
+
+
+def _configured(args: argparse.Namespace) -> tuple[AgentConfig, Path]:
+    """The same for a verb that acts under a node's own name: without a configuration there is none to act under."""
+    config, _ = _config(args)
     return config, state_folder(config)
 
 

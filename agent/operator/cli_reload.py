@@ -44,8 +44,8 @@ def reloaded(client: AdminClient) -> dict[str, Any]:
         return client.order("reload")
     except Retryable as error:
         if error.code == "not_running":
-            why = "; if node.id or [paths] were changed: these need a restart"
-            raise Retryable(f"{error.message}{why}", code=error.code) from None
+            why = "(if node.id or [paths] were changed: these need a restart)"
+            raise Retryable(f"{error.message} {why}", code=error.code) from None
         raise
 
 

@@ -130,6 +130,8 @@ def test_a_machine_without_a_configuration_is_a_node_of_its_own(
     assert "the model store is empty" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [], "looking writes nothing"
     assert cli.main(["run"]) == os.EX_CONFIG, "a daemon is configured"
+    for verb in (["claim"], ["claim", "take"], ["secrets", "rotate"], ["check-config"], ["install", "--dry-run"]):
+        assert cli.main(verb) == os.EX_CONFIG, "what is done under a node's name needs one"
     (tmp_path / "agent.toml").write_text("[node]\n")
     assert cli.main(["models", "list"]) == os.EX_CONFIG, "a configuration that is there counts"
 
