@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from shared.errors import Refused
-from shared.manual.topics import LISTED, WIDTH, Topic, asked, near, plain, topics
+from shared.manual.topics import LISTED, WIDTH, Topic, asked, named, near, plain, topics
 from shared.resources import FILES, pages, resource
 
 TEXT = "Show the documentation: runbooks, operating tasks, pages; or print a file that comes with the program."
@@ -35,8 +35,7 @@ def _help(args: argparse.Namespace, verbs: "argparse._SubParsersAction[Any]", wh
         _page(json.dumps(_as_json(known, files), indent=2) if args.json else _list(known, files, whole.prog))
         return os.EX_OK
     name = asked(args.topic)
-    if name in known:
-        topic = known[name]
+    if topic := named(name, known):
         text = plain(topic.text, whole.prog, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
         also = f"\nThe verb: {whole.prog} {name} --help\n" if name in verbs.choices else ""
         _page(json.dumps(topic._asdict(), indent=2) if args.json else text + also)

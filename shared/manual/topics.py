@@ -79,6 +79,12 @@ def asked(words: Sequence[str]) -> str:
     return text.rpartition("/")[2] if "/" in text and " " not in text.strip("/ ") else slug(text)
 
 
+def named(name: str, known: Mapping[str, Topic]) -> Topic | None:
+    """The topic of a name, or of the anchor that a web page gives its heading (with the words after a colon)."""
+    whole = (one for one in known.values() if slug(one.title.replace(":", " ")) == name)
+    return known.get(name) or next(whole, None)
+
+
 def near(name: str, known: Mapping[str, Topic] | Sequence[str]) -> list[str]:
     """Names that may have been meant, best first: those spelled alike, then those with one of its words."""
     alike = difflib.get_close_matches(name, list(known), _NAMED, cutoff=0.6)
