@@ -7,7 +7,8 @@ keeps the loader that it leased, so no answer mixes two versions.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from agent.config import Live
 from agent.files.modelstore import ModelStore
@@ -94,8 +95,7 @@ class Pool:
 
     # ---- leases and waiting ----
 
-    @contextlib.asynccontextmanager
-    async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
+    def lease(self, name: str, version: str = "") -> Lease:
         """Lease the loader behind a name, which stays the same one; with ``version``, one that can continue an answer
         of that version. Raises Retryable when none is ready, or the name is not served here any more: a reload may have
         taken it away since this node was chosen."""
@@ -107,15 +107,13 @@ class Pool:
         if loaded is None:
             raise Retryable(f"model {name} is not ready on this node ({slot.life.state})", code="not_ready")
         slot.demand.asked(self._clock())
-        # counted before the first await: eviction and drain see it at once
-        loaded.process.in_flight += 1
-        try:
-            yield Lease(loaded)
-        finally:
-            loaded.process.in_flight -= 1
-            slot.demand.ended(self._clock())
-            if not loaded.process.in_flight:
-                self._advance()
+        return Lease(loaded, partial(self._used, slot, loaded))
+
+    def _used(self, slot: Slot, loaded: Loaded) -> None:
+        """A lease has ended."""
+        slot.demand.ended(self._clock())
+        if not loaded.process.in_flight:
+            self._advance()
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:

@@ -260,7 +260,7 @@ class LoaderProcess:
 
     def _send_due(self) -> None:
         """Send the requests whose turn it is; few enough that none has to wait for the socket."""
-        while not self._broken and (number := self._watch.next()) is not None:
+        while self._waiting and not self._broken and (number := self._watch.next()) is not None:
             self._write(msgspec.structs.replace(self._waiting.pop(number), id=number))
 
     def _write(self, frame: Frame) -> None:
