@@ -31,6 +31,7 @@ from aggregator.window import (
     ServedSum,
     Serving,
     Window,
+    WorkedSum,
 )
 from shared import keys
 from shared.batch import Batch
@@ -181,6 +182,7 @@ def window(store: ObjectStore, span: Span) -> Window:
             latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
             engines=_structs(db, sources.folded("engine", None), EngineSum),
             hosts=_structs(db, sources.folded("host", None), HostSum),
+            worked=_structs(db, sources.folded("worked", None), WorkedSum),
             residents=_structs(db, sources.folded("resident", None), ResidentSum),
             desired=_structs(db, sources.folded("desired", None), DesiredSum),
             outlets=_structs(db, sources.folded("outlet", None), OutletSum),
@@ -231,7 +233,7 @@ class _Sources:
         hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
         self._levels = {name: _levels(name, days, whole, hourly) for name in HOUR_TABLES}
-        wanted = [key for files in self._levels.values() for _, key in files]
+        wanted = list(dict.fromkeys(key for files in self._levels.values() for _, key in files))
         found = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
         self._files = {
             key: db.file(f"{number}.parquet", stored.body)

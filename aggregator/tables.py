@@ -35,7 +35,8 @@ _SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
 class Fold(msgspec.Struct, frozen=True, kw_only=True):
     """How rows of one kind aggregate. ``lift`` gives minute rows the shape of folded ones: SQL for each column that is
     not in the minute table under its own name. ``lasts`` take the latest row's value (by ``last_ms``, then by place),
-    ``spans`` are pairs of lists that hold intervals."""
+    ``spans`` are pairs of lists that hold intervals. ``batch`` makes one row of all the rows of a batch first, of
+    several tables too: SQL aggregates by name, for ``lift``."""
 
     source: tuple[str, ...]
     labels: tuple[str, ...]
@@ -46,6 +47,7 @@ class Fold(msgspec.Struct, frozen=True, kw_only=True):
     sketches: tuple[str, ...] = ()
     spans: bool = False
     lift: dict[str, str] = {}
+    batch: dict[str, str] = {}
     slot_ms: int = HOUR_MS
     daily: bool = True
 
@@ -192,6 +194,18 @@ FOLDS: dict[str, Fold] = {
             "memory_used_max_bytes": "greatest(memory_used_max_bytes, memory_used_bytes)",
             **_POWERS,
         },
+    ),
+    "worked": Fold(
+        source=("host", "engine"),
+        labels=("node",),
+        sums=("worked_us", "throttled_worked_us"),
+        batch={
+            "known_us": "coalesce(max(thermal_known_us), 0)",
+            "hot_us": "coalesce(max(throttled_us), 0)",
+            "busy_us": "coalesce(sum(busy_prefill_us), 0) + coalesce(sum(busy_decode_us), 0)",
+        },
+        # models that work at the same time do not make the time longer
+        lift={"worked_us": "least(busy_us, known_us)", "throttled_worked_us": "least(busy_us, known_us, hot_us)"},
     ),
     "resident": Fold(
         source=("resident",),

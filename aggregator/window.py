@@ -153,6 +153,15 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
         return self.throttled_us / self.thermal_known_us if self.thermal_known_us else None
 
 
+class WorkedSum(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the models of one machine worked while its thermal level was known, and how long of that it was
+    throttled: added up from each window's, since two totals do not tell what came together."""
+
+    node: str
+    worked_us: int
+    throttled_worked_us: int
+
+
 class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
     """A version in a node's memory in one state: for how long, and when last (``last_ms`` is a batch's end)."""
 
@@ -263,6 +272,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     latencies: tuple[Latency, ...] = ()
     engines: tuple[EngineSum, ...] = ()
     hosts: tuple[HostSum, ...] = ()
+    worked: tuple[WorkedSum, ...] = ()
     residents: tuple[ResidentSum, ...] = ()
     desired: tuple[DesiredSum, ...] = ()
     outlets: tuple[OutletSum, ...] = ()

@@ -26,6 +26,7 @@ from aggregator.window import (
     ServedSum,
     Serving,
     Window,
+    WorkedSum,
     facts_of,
     meta_of,
     straightened,
@@ -122,6 +123,7 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
         latencies=_latencies(facts),
         engines=_summed(_engine_rows(facts), EngineSum),
         hosts=_summed(_host_rows(facts), HostSum),
+        worked=_summed(_worked_rows(facts), WorkedSum),
         residents=_summed(_resident_rows(facts), ResidentSum),
         desired=_summed(_desired_rows(facts), DesiredSum),
         outlets=_summed(
@@ -152,6 +154,7 @@ _LABELS = {
     ServedSum: FOLDS["served"].labels,
     EngineSum: FOLDS["engine"].labels,
     HostSum: ("node",),
+    WorkedSum: ("node",),
     ResidentSum: FOLDS["resident"].labels,
     DesiredSum: FOLDS["desired"].labels,
     OutletSum: ("meter", "nodes"),
@@ -241,6 +244,19 @@ def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
             "fan_max_rpm": max(h.fan_rpm, default=None),
             "memory_used_max_bytes": max(used, default=None),
         }
+
+
+def _worked_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
+    of_batch: dict[Meta, list[Any]] = {}
+    for f in facts:
+        if isinstance(f.record, HostSample | EngineWindow):
+            of_batch.setdefault(f.meta, []).append(f.record)
+    for meta, records in of_batch.items():
+        hosts = [r for r in records if isinstance(r, HostSample)]
+        busy = sum(r.busy_prefill_us + r.busy_decode_us for r in records if isinstance(r, EngineWindow))
+        worked = min(busy, max((h.thermal_known_us for h in hosts), default=0))
+        hot = min(worked, max((h.throttled_us for h in hosts), default=0))
+        yield {"node": meta.node, "worked_us": worked, "throttled_worked_us": hot}
 
 
 def _resident_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
