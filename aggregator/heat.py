@@ -43,13 +43,15 @@ class Thermal(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["throttled", "hot", "cool", "unknown"]
 
 
-def share(window: Window, node: str) -> float | None:
-    """Share of a node's time in which it was throttled; where too little of that is known, the rest counts as cool.
-    None where nothing is."""
-    host, reported_us = window.host(node), seconds(window.reported(node)) * 1e6
-    if host is None or host.thermal_known_us >= KNOWN_SHARE * reported_us:
-        return window.throttled_share(node)
-    return host.throttled_us / reported_us if host.thermal_known_us else None
+def share(window: Window, *nodes: str) -> float | None:
+    """Share of the time of nodes in which they were throttled; where too little of that is known, the rest counts as
+    cool. None where nothing is."""
+    hosts = [host for host in window.hosts if host.node in nodes]
+    hot_us, known_us = sum(h.throttled_us for h in hosts), sum(h.thermal_known_us for h in hosts)
+    reported_us = sum(seconds(window.reported(node)) for node in nodes) * 1e6
+    if not known_us:
+        return None
+    return hot_us / (known_us if known_us >= KNOWN_SHARE * reported_us else reported_us)
 
 
 def share_to_move(window: Window, node: str) -> float | None:

@@ -147,11 +147,6 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     disk_free_bytes: int | None = None
     memory_budget_bytes: int | None = None
 
-    @property
-    def throttled_share(self) -> float | None:
-        """Of the time in which the level was known."""
-        return self.throttled_us / self.thermal_known_us if self.thermal_known_us else None
-
 
 class WorkedSum(msgspec.Struct, frozen=True, kw_only=True):
     """How long the models of one machine worked while its thermal level was known, and how long of that it was
@@ -315,11 +310,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     def host(self, node: str) -> HostSum | None:
         """The machine's sums."""
         return next((one for one in self.hosts if one.node == node), None)
-
-    def throttled_share(self, node: str) -> float | None:
-        """Share of a node's time in which it was throttled; None where its level was not known."""
-        host = self.host(node)
-        return host.throttled_share if host is not None else None
 
     def busy_us(self, node: str) -> int:
         """Microseconds that a node's loaders worked."""
