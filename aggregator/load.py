@@ -31,7 +31,6 @@ from aggregator.window import (
     ServedSum,
     Serving,
     Window,
-    WorkedSum,
 )
 from shared import keys
 from shared.batch import Batch
@@ -182,7 +181,6 @@ def window(store: ObjectStore, span: Span) -> Window:
             latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
             engines=_structs(db, sources.folded("engine", None), EngineSum),
             hosts=_structs(db, sources.folded("host", None), HostSum),
-            worked=_structs(db, sources.folded("worked", None), WorkedSum),
             residents=_structs(db, sources.folded("resident", None), ResidentSum),
             desired=_structs(db, sources.folded("desired", None), DesiredSum),
             outlets=_structs(db, sources.folded("outlet", None), OutletSum),

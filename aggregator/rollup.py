@@ -28,18 +28,12 @@ def lifted(fold: Fold, source: str) -> str:
     wanted += [f"{name}_{part}" for name in fold.sketches for part in SKETCH]
     wanted += ["starts", "ends"] if fold.spans else []
     parts = [f'{fold.lift.get(name, chr(34) + name + chr(34))} AS "{name}"' for name in wanted]
-    if fold.batch:
-        source = _batches(fold, source)
+    if fold.beside:
+        batch = names([name for name in IDENTITY if name != "ordinal"])
+        more = ", ".join(f'{sql} OVER (PARTITION BY {batch}) AS "{name}"' for name, sql in fold.beside.items())
+        source = f"SELECT * FROM (SELECT *, {more} FROM ({source})) WHERE {fold.own} IS NOT NULL"
     ends = "t_end_ms AS slot_ms, t_end_ms AS last_ms, seq * 65536 + ordinal AS last_place"
     return f"SELECT {ends}, {', '.join(parts)} FROM ({source})"
-
-
-def _batches(fold: Fold, source: str) -> str:
-    """One row of each batch."""
-    batch = names([name for name in IDENTITY if name != "ordinal"])
-    envelope = "max(t_start_ms) AS t_start_ms, max(t_end_ms) AS t_end_ms, 0 AS ordinal"
-    columns = ", ".join(f'{sql} AS "{name}"' for name, sql in fold.batch.items())
-    return f"SELECT {batch}, {envelope}, {columns} FROM ({source}) GROUP BY {batch}"
 
 
 def folded(fold: Fold, source: str, slot_ms: int | None, labels: Sequence[str] | None = None) -> str:

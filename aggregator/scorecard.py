@@ -61,10 +61,10 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
 
 def _heat(window: Window, targets: Scorecard) -> Line:
     """Throttled time of nodes while their models worked: heat while idle slows nobody."""
-    worked_us = sum(one.worked_us for one in window.worked)
+    worked_us = sum(one.worked_us for one in window.hosts)
     value, of = None, "of the time in which models worked"
     if worked_us:
-        value = sum(one.throttled_worked_us for one in window.worked) / worked_us
+        value = sum(one.throttled_worked_us for one in window.hosts) / worked_us
     elif not any(window.busy_us(node) for node in window.nodes):
         value = max((s for node in window.nodes if (s := heat.share(window, node)) is not None), default=None)
         of = "of the time of the hottest node; no model worked"

@@ -118,7 +118,9 @@ class EngineSum(EngineCounts, frozen=True, kw_only=True):
 
 
 class HostSum(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known."""
+    """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known. ``worked_us``
+    is how long its models worked while the thermal level was known, ``throttled_worked_us`` how long of that it was
+    throttled: added up from each window's, since two totals do not tell what came together."""
 
     node: str
     windows: int
@@ -128,6 +130,8 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     swap_out_bytes: int
     energy_mj: int
     pressed_windows: int
+    worked_us: int = 0
+    throttled_worked_us: int = 0
     wall_mw_ms: int = 0
     wall_mw_known_ms: int = 0
     system_mw_ms: int = 0
@@ -146,15 +150,6 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     swap_used_bytes: int | None = None
     disk_free_bytes: int | None = None
     memory_budget_bytes: int | None = None
-
-
-class WorkedSum(msgspec.Struct, frozen=True, kw_only=True):
-    """How long the models of one machine worked while its thermal level was known, and how long of that it was
-    throttled: added up from each window's, since two totals do not tell what came together."""
-
-    node: str
-    worked_us: int
-    throttled_worked_us: int
 
 
 class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,7 +262,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     latencies: tuple[Latency, ...] = ()
     engines: tuple[EngineSum, ...] = ()
     hosts: tuple[HostSum, ...] = ()
-    worked: tuple[WorkedSum, ...] = ()
     residents: tuple[ResidentSum, ...] = ()
     desired: tuple[DesiredSum, ...] = ()
     outlets: tuple[OutletSum, ...] = ()

@@ -26,7 +26,6 @@ from aggregator.window import (
     ServedSum,
     Serving,
     Window,
-    WorkedSum,
     facts_of,
     meta_of,
     straightened,
@@ -123,7 +122,6 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
         latencies=_latencies(facts),
         engines=_summed(_engine_rows(facts), EngineSum),
         hosts=_summed(_host_rows(facts), HostSum),
-        worked=_summed(_worked_rows(facts), WorkedSum),
         residents=_summed(_resident_rows(facts), ResidentSum),
         desired=_summed(_desired_rows(facts), DesiredSum),
         outlets=_summed(
@@ -154,7 +152,6 @@ _LABELS = {
     ServedSum: FOLDS["served"].labels,
     EngineSum: FOLDS["engine"].labels,
     HostSum: ("node",),
-    WorkedSum: ("node",),
     ResidentSum: FOLDS["resident"].labels,
     DesiredSum: FOLDS["desired"].labels,
     OutletSum: ("meter", "nodes"),
@@ -218,7 +215,11 @@ def _engine_rows(facts: Iterable[Fact], slot_ms: int = 0) -> Iterator[dict[str, 
             yield {**msgspec.structs.asdict(f.record), "node": f.meta.node, **_slot(f.meta, slot_ms)}
 
 
-def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
+def _host_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    busy: dict[Meta, int] = {}
+    for f in facts:
+        if isinstance(f.record, EngineWindow):
+            busy[f.meta] = busy.get(f.meta, 0) + f.record.busy_prefill_us + f.record.busy_decode_us
     for f in facts:
         if not isinstance(f.record, HostSample):
             continue
@@ -233,10 +234,13 @@ def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
             row[f"{name}_ms"] = (value or 0) * length
             row[f"{name}_known_ms"] = length if value is not None else 0
         used = [x for x in (h.memory_used_max_bytes, h.memory_used_bytes) if x is not None]
+        worked_us = min(busy.get(f.meta, 0), h.thermal_known_us)
         yield {
             **row,
             "node": f.meta.node,
             "windows": 1,
+            "worked_us": worked_us,
+            "throttled_worked_us": min(worked_us, h.throttled_us),
             "swap_in_bytes": h.swap_in_bytes or 0,
             "swap_out_bytes": h.swap_out_bytes or 0,
             "energy_mj": h.energy_mj or 0,
@@ -244,19 +248,6 @@ def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
             "fan_max_rpm": max(h.fan_rpm, default=None),
             "memory_used_max_bytes": max(used, default=None),
         }
-
-
-def _worked_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
-    of_batch: dict[Meta, list[Any]] = {}
-    for f in facts:
-        if isinstance(f.record, HostSample | EngineWindow):
-            of_batch.setdefault(f.meta, []).append(f.record)
-    for meta, records in of_batch.items():
-        hosts = [r for r in records if isinstance(r, HostSample)]
-        busy = sum(r.busy_prefill_us + r.busy_decode_us for r in records if isinstance(r, EngineWindow))
-        worked = min(busy, max((h.thermal_known_us for h in hosts), default=0))
-        hot = min(worked, max((h.throttled_us for h in hosts), default=0))
-        yield {"node": meta.node, "worked_us": worked, "throttled_worked_us": hot}
 
 
 def _resident_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
