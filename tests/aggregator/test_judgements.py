@@ -230,6 +230,7 @@ def hour_of(busy_s: float, throttled_s: float, known_s: float, *, hour: int, mod
         ([(3600.0, 0.0, 3600.0, 1)] * 36 + [(0.0, 360.0, 3600.0, 1)] * 36 + [(0.0, 0.0, 3600.0, 1)] * 648, 0.0),
         ([(1800.0, 3600.0, 3600.0, 1)], 1.0),
         ([(3600.0, 1800.0, 3600.0, 2)], 0.5),  # two models at the same time
+        ([(900.0, 900.0, 3600.0, 2)], 0.5),  # one after the other
         ([(3600.0, 0.0, 0.0, 1), (1800.0, 18.0, 3600.0, 1)], 0.01),  # unknown heat is no coolness
         ([(3600.0, 0.0, 0.0, 1)], None),
         ([(0.0, 360.0, 3600.0, 1)], 0.1),  # no model worked: of the known time
