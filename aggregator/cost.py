@@ -12,7 +12,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import msgspec
 
-from aggregator import cost_change
+from aggregator import cost_change, heat
 from aggregator.config import AggregatorConfig, Node, decimal
 from aggregator.cost_change import Change, Factors
 from aggregator.window import Window, seconds
@@ -342,8 +342,6 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
     if loaded is None or m.direct is None or not m.priced_tok:
         return None
     mine = {e.node for e in window.engines if e.model == name and e.busy_us}
-    hosts = [h for h in window.hosts if h.node in mine]
-    known = sum(h.thermal_known_us for h in hosts)
     return Factors(
         tokens=m.priced_tok,
         requests=m.requests,
@@ -356,7 +354,7 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
         cached_tok=m.priced_cached,
         completion_tok=m.priced_completion,
         cut_share=m.cut / m.requests if m.requests else 0.0,
-        throttled_share=sum(h.throttled_us for h in hosts) / known if known else 0.0,
+        throttled_share=heat.share(window, *mine) or 0.0,
     )
 
 

@@ -111,7 +111,7 @@ def _rooms(
         held = sum(m.need_bytes for m in models if (m.name, name) in now)
         budget = host.memory_budget_bytes if host is not None and host.memory_budget_bytes is not None else held
         room = Room(name=name, budget_bytes=budget, speed=speeds[name])
-        share = window.throttled_share(name)
+        share = heat.share_to_move(window, name)
         if share is not None and share > heat.MOVE_SHARE:
             here = [m.share / room.speed for m in models if (m.name, name) in now and name not in m.pinned]
             load = packing.load_of(room, models, now)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from aggregator import moves, packing
+from aggregator import heat, moves, packing
 from aggregator.calendar import local
 from aggregator.config import Placement as Rules
 from aggregator.demand import Facts, current, facts_of, load_of
@@ -286,7 +286,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
                 budget_bytes=host.memory_budget_bytes if host is not None else None,
                 held_bytes=packing.held(room, facts.models, facts.now),
                 busy_share=window.busy_us(room.name) / reported_us if reported_us else None,
-                throttled_share=window.throttled_share(room.name),
+                throttled_share=heat.share(window, room.name),
                 speed=room.speed,
                 limit=round(room.limit, 4),
                 load=round(load_of(room, facts.models, facts.now), 4),

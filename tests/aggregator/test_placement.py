@@ -13,6 +13,7 @@ from aggregator.packing import Copyable, Room
 from aggregator.placement import PlacementReport
 from shared.desired import Assignment, DesiredState
 from shared.errors import Refused
+from shared.records import HostSample, Record
 from tests.builders import batch, engine, host, resident, served, window
 
 
@@ -194,6 +195,37 @@ def test_every_move_has_a_reason_and_the_cost_of_declining() -> None:
     assert load.free_before_bytes - load.free_after_bytes == 10**9
     assert "n1 stays throttled at" in load.declined
     assert unload.reason == "a is now served elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("known_s", "hot_s", "count", "others", "moves"),
+    [
+        (60.0, 3.0, 1, 1, False),  # 3 s hot of 60 s known
+        (60.0, 1.5, 2, 2, False),  # 2.5 %
+        (60.0, 3.0, 10, 10, True),
+        (6.0, 0.3, 10, 10, False),  # of 600 s that it reported, 60 are known
+        (50.0, 2.5, 10, 10, True),
+        (45.0, 2.5, 10, 10, False),  # less than four fifths
+        (60.0, 3.0, 3, 40, False),  # the rack reported for 40 minutes, this node for three
+        (60.0, 3.0, 5, 40, True),
+    ],
+)
+def test_a_model_moves_only_for_heat_that_is_known(
+    known_s: float, hot_s: float, count: int, others: int, moves: bool
+) -> None:
+    sample = HostSample(
+        memory_budget_bytes=10**10, thermal_known_us=round(known_s * 1e6), throttled_us=round(hot_s * 1e6)
+    )
+    models: list[Record] = [
+        *(resident("a", version="va"), engine("a", version="va", busy_s=2)),
+        *(resident("b", version="vb"), engine("b", version="vb", busy_s=20)),
+    ]
+    hot = [batch([sample, *models], minute=others - count + n) for n in range(count)]
+    report = placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(others))))
+    assert any(move.bound == "heat" for move in report.moves) == moves
+    assert report.rebalance == moves
+    shown = {one.node: one.limit for one in report.nodes}
+    assert (shown["n1"] < packing.CAP) == moves
 
 
 # day one
