@@ -28,7 +28,6 @@ from agent.process import gpu
 from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
 from agent.telemetry.sensors.host import hardware
-from shared import chips
 from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
 from shared.keys import DESIRED, MOST_CLAIM_BYTES, MOST_DESIRED_BYTES, claim_key, raw_node_prefix
 from shared.memory_plan import default_budget_bytes
@@ -53,7 +52,7 @@ def examine(
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
-        _chip(),
+        checks.chip(hardware(), on_a_mac=sys.platform == "darwin"),
         Finding("memory", "ok", _budget_text(budget, device)),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
@@ -76,14 +75,6 @@ def _blas() -> Finding:
         return Finding("mlx", "problem", f"import failed: {lines[-1] if lines else run.returncode}")
     version, _, name = run.stdout.strip().partition("|")
     return Finding("mlx", "warning" if "reference" in name else "ok", f"{version.strip()}, BLAS:{name}")
-
-
-def _chip() -> Finding:
-    """What the chip table expects of this machine; a Mac that it does not know is worth a warning."""
-    here = hardware()
-    told = chips.identify(here.model, here.chip, here.memory_bytes)
-    on_a_mac = sys.platform == "darwin"
-    return Finding("chip", "warning" if told.remarks and on_a_mac else "ok", told.text)
 
 
 def _budget(config: AgentConfig, device: gpu.Device) -> Budget:
