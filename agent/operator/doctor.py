@@ -27,6 +27,7 @@ from agent.operator.statusview import talks_text
 from agent.process import gpu
 from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
+from agent.telemetry.sensors.host import hardware
 from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
 from shared.keys import DESIRED, MOST_CLAIM_BYTES, MOST_DESIRED_BYTES, claim_key, raw_node_prefix
 from shared.memory_plan import default_budget_bytes
@@ -51,6 +52,7 @@ def examine(
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
+        checks.chip(hardware(), on_a_mac=sys.platform == "darwin"),
         Finding("memory", "ok", _budget_text(budget, device)),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
