@@ -60,7 +60,7 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def packed(bundle: Bundle, verdicts: str) -> bytes:
-    """The archive; ``verdicts`` is for people who open it and is not read again."""
+    """The archive; ``verdicts`` is there to be looked at and is not read again."""
     steps = [
         _Step(
             name=name,

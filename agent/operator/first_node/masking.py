@@ -23,7 +23,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\beyJ[\w-]{6,}\.[\w-]+(?:\.[\w-]*)?", "<secret>"),
         (r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}", r"\1 <secret>"),
         (
-            rf"(?i)(\b[\w.-]*{_SECRET_WORDS}s?[\"']?\s*(?:=>|[:=])\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;<]+)",
+            rf"(?i)(\b[\w.-]*{_SECRET_WORDS}s?[\"']?\s*(?:=>|[:=](?!>))\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;<]+)",
             r"\1<secret>",
         ),
         (rf"(?i)(<key>[^<]*{_SECRET_WORDS}[^<]*</key>\s*<(string|data)>)[^<]*", r"\1(secret)"),
@@ -58,13 +58,7 @@ def masker(names: Mapping[str, Iterable[str]]) -> Mask:
     """The mask that also knows this machine's names, by what is put in their place (like "host")."""
     known = [(name, f"<{kind}>") for kind, found in names.items() for name in found]
     kept = sorted({one for one in known if one[0].lower() not in _NOT_NAMES}, key=lambda one: -len(one[0]))
-    rules = [
-        (
-            re.compile(rf"(?<![A-Za-z0-9_<]){re.escape(name)}(?![A-Za-z0-9_>])", re.IGNORECASE if len(name) > 3 else 0),
-            into,
-        )
-        for name, into in kept
-    ]
+    rules = [(_named(name), into) for name, into in kept]
 
     def mask(text: str) -> str:
         for pattern, into in rules:
@@ -72,6 +66,13 @@ def masker(names: Mapping[str, Iterable[str]]) -> Mask:
         return masked(text)
 
     return mask
+
+
+def _named(name: str) -> re.Pattern[str]:
+    """Wherever it is a word. A short one may be part of an identifier, as the host vm is of vm.swapusage."""
+    if len(name) > 3:
+        return re.compile(rf"(?<![A-Za-z0-9_<]){re.escape(name)}(?![A-Za-z0-9_>])", re.IGNORECASE)
+    return re.compile(rf"(?<![\w.<-]){re.escape(name)}(?![\w>-]|\.\w)")
 
 
 def masked(text: str) -> str:
@@ -83,7 +84,8 @@ def masked(text: str) -> str:
 
 
 def masked_json(text: str, mask: Mask) -> str:
-    """The same for the strings of a JSON document, so that it stays one. Anything else is masked as text."""
+    """The same for the strings of a JSON document, so that it stays one; its keys are words of a program, so that in
+    them only forms are masked. Anything else is masked as text."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -95,7 +97,7 @@ def _walked(tree: Any, mask: Mask) -> Any:
     if isinstance(tree, str):
         return mask(tree)
     if isinstance(tree, dict):
-        return {mask(name): _walked(one, mask) for name, one in tree.items()}
+        return {masked(name): _walked(one, mask) for name, one in tree.items()}
     return [_walked(one, mask) for one in tree] if isinstance(tree, list) else tree
 
 

@@ -49,8 +49,7 @@ SYSCTLS = (
 VM_ROOM = 512
 """Words that there is room for; the count that is passed is another."""
 ARRAY_TOO_SMALL = -307
-ENERGY_EVERY_S, ENERGY_S = 0.25, 8.0
-SAMPLED_S = 5.0
+ENERGY_EVERY_S = 0.25
 
 
 def versions() -> dict[str, Any]:
@@ -130,7 +129,7 @@ def energy() -> dict[str, Any]:
     except ImportError:
         raise Failure("ioreport: zeus-apple-silicon is not installed (pip install zeus-apple-silicon)") from None
     monitor, began, samples = zeus_apple_silicon.AppleEnergyMonitor(), time.monotonic(), []
-    while (at := time.monotonic() - began) <= ENERGY_S:
+    while (at := time.monotonic() - began) <= machine.ENERGY_S:
         found = monitor.get_cumulative_energy()
         counters = {name: getattr(found, name) for name in dir(found) if name.endswith("_mj")}
         samples.append([round(at, 4), {k: v for k, v in counters.items() if isinstance(v, int | float)}])
@@ -149,9 +148,9 @@ def sensors() -> dict[str, Any]:
     try:
         for collector in every:
             collector.read()
-        until = time.monotonic() + SAMPLED_S
+        until = time.monotonic() + machine.SAMPLED_S
         while time.monotonic() < until:
-            time.sleep(1.0)
+            time.sleep(machine.SAMPLED_S / 5)
             for collector in every:
                 collector.poll()
         return {collector.name: _collected(collector) for collector in every}

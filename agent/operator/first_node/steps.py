@@ -47,7 +47,7 @@ def steps(config: str, state: str, drain_s: float) -> list[Step]:
         Step("vm-stat", ("vm_stat",)),
         Step("memory-pressure", ("memory_pressure", "-Q")),
         Step("notify", _reader("notify"), 20),
-        Step("notifyutil", ("notifyutil", "-g", NOTIFY_KEY)),
+        Step("notifyutil", ("notifyutil", "-g", NOTIFY_KEY), keep=_lines(re.compile(re.escape(NOTIFY_KEY)))),
         Step("smc", _reader("smc"), 40),
         Step("energy", _reader("energy"), 40),
         Step("powermetrics", _powermetrics(), 30, root=True),
