@@ -49,7 +49,8 @@ def _source(name: str) -> Callable[[MacFacts], tuple[bool, str] | None]:
     return judge
 
 
-def _service(facts: MacFacts) -> tuple[bool, str] | None:
+def service(facts: MacFacts) -> tuple[bool, str] | None:
+    """Whether launchd lets the agent end in peace, and its output is rotated; None where no service is installed."""
     if facts.service is None:
         return None
     allowed_s = facts.service.get("ExitTimeOut", 0)
@@ -94,7 +95,7 @@ _CHECKS: tuple[tuple[str, Callable[[MacFacts], tuple[bool, str] | None], str], .
     ("APC outlet", _unknown, "an APC outlet reports watts, or needs `scale` (test with a known load)"),
     ("Metal", _metal, "the agent runs as a LaunchDaemon without a login and reaches Metal"),
     ("memory", _unknown, "host_statistics64, vm.swapusage and the pressure level agree with Activity Monitor"),
-    ("launchd", _service, "launchd waits ExitTimeOut before SIGKILL, and newsyslog rotates launchd's output"),
+    ("launchd", service, "launchd waits ExitTimeOut before SIGKILL, and newsyslog rotates launchd's output"),
     ("answers", _unknown, "MLX's Metal build gives the same answers as the CPU build in the tests"),
     ("GPU memory", _gpu, "the GPU's recommended working set is reported"),
     ("footprint", _unknown, "proc_pid_rusage's physical footprint agrees with Activity Monitor"),

@@ -10,7 +10,7 @@ import ctypes
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
 
 import msgspec
@@ -29,6 +29,9 @@ _ON_THE_CHIP = re.compile(r"T[pegaf]..|TCM[zb]")
 performance and graphics cores of the M3 (Tf), mean and maximum of the CPU's die (TCMb, TCMz). Others are not read."""
 _PCORES, _GPU = ("Tp", "Tf0", "Tf4"), ("Tg", "Tf1", "Tf2")
 _WANTED = re.compile(rf"{_ON_THE_CHIP.pattern}|F[0-9]Ac|PSTR")
+
+_NUMBER = re.compile(r"(?:flt|ioft|fpe2|fp[0-9a-f]{2}|sp[0-9a-f]{2}|[us]i(?:8|16|32|64)|flag)\s*$")
+"""Types of keys that are numbers."""
 
 
 # ---- decoding ----
@@ -181,6 +184,18 @@ class Smc:
             raise Failure(why)
         return found
 
+    def dump(self) -> Iterator[tuple[str, str, str]]:
+        """Every key, its type, and its value's bytes in hexadecimal where that is a number of a temperature, a fan or a
+        power: others may name the machine."""
+        for key in self._all_keys():
+            try:
+                size, kind = self._kind(key)
+                raw = self._bytes(key) if key[0] in "TFP" and size <= 8 and _NUMBER.match(_name_of(kind)) else b""
+            except (Failure, KeyError, UnicodeEncodeError) as error:
+                yield key, "", f"! {error}"
+            else:
+                yield key, _name_of(kind), (raw or b"").hex()
+
     def close(self) -> None:
         """Close the connection."""
         if self._connection:
@@ -231,13 +246,19 @@ class Smc:
 
     def _value(self, key: str) -> float | None:
         try:
-            size, kind = self._kind(key)
+            raw = self._bytes(key)
         except KeyError:
             return None
+        return None if raw is None else decode(_name_of(self._kinds[key][1]), raw)
+
+    def _bytes(self, key: str) -> bytes | None:
+        """A value; None for one that is not there or longer than an answer. Raises Failure, or KeyError for an unknown
+        key."""
+        size, _ = self._kind(key)
         data = KeyData(key=_number(key), command=READ_KEY)
         data.info.size = size
         answer = self._call(data)
-        return None if answer is None or size > 32 else decode(_name_of(kind), bytes(answer.bytes)[:size])
+        return None if answer is None or size > 32 else bytes(answer.bytes)[:size]
 
     def _kind(self, key: str) -> tuple[int, int]:
         """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""

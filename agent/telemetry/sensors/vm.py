@@ -6,7 +6,8 @@ purgeable pages), wired memory, and what the compressor occupies. Cached files d
 
 import ctypes
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from ctypes import byref, c_int, c_uint, c_uint32, c_uint64, c_void_p
 
 import msgspec
@@ -91,6 +92,16 @@ class Statistics(ctypes.Structure):
 
 
 COUNT = ctypes.sizeof(Statistics) // 4
+
+
+def of_words(words: Sequence[int], page_size: int) -> Vm | None:
+    """Memory from the words of host_statistics64, of which newer systems have more; None for too few and for
+    implausible ones."""
+    if len(words) < COUNT - 2 or page_size not in (4096, 16384):  # the last field is newer than the rest
+        return None
+    raw = struct.pack(f"={len(words)}I", *words).ljust(ctypes.sizeof(Statistics), b"\0")
+    statistics = Statistics.from_buffer_copy(raw)
+    return _vm({name: int(getattr(statistics, name)) for name in _LABELS}, page_size)
 
 
 class HostStatistics:
