@@ -19,7 +19,8 @@ from agent.operator.resolved import Resolver
 DEFAULT_USER = "_mlxrack"
 _PATH = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _CHILD = ("-P", "-B", "-m", "agent", "doctor", "--in-place", "--json", "--config")
-_LIMIT_S = 180.0
+_MOST_LINES = 8
+LIMIT_S = 180.0
 """For all secrets together; each may take twenty seconds."""
 
 
@@ -52,9 +53,11 @@ def examine(config: Path, found: Service | str) -> list[Finding]:
     if isinstance(found, str):
         return [Finding("service", "problem", found)]
     if os.geteuid() not in (0, found.uid):
-        seen = f"only root can look as {found.user}: run `sudo mlxrack-agent doctor --as-service --config {config}`"
-        return [Finding("service", "problem", seen)]
-    head = Finding("service", "ok", f"looked at as user {found.user}, with {', '.join(found.environ)} ({found.why})")
+        how = f"`sudo mlxrack-agent doctor --as-service {found.user} --config {config}`"
+        return [Finding("service", "problem", f"only root can look as {found.user}: run {how}")]
+    head = Finding(
+        "service", "ok", f"looked at as user {found.user}, with {', '.join(sorted(found.environ))} ({found.why})"
+    )
     return [head, *_asked(config, found)]
 
 
@@ -86,7 +89,7 @@ def _asked(config: Path, found: Service) -> list[Finding]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_LIMIT_S,
+            timeout=LIMIT_S,
             check=False,
         )
     except PermissionError:
@@ -95,9 +98,10 @@ def _asked(config: Path, found: Service) -> list[Finding]:
             Finding("program", "problem", f"{seen}folder that this user can enter (`ls -ld` each part of the path)")
         ]
     except subprocess.TimeoutExpired:
-        return [Finding("secrets", "problem", f"not answered within {_LIMIT_S:.0f} s: `security` or `op` waits")]
+        return [Finding("secrets", "problem", f"not answered within {LIMIT_S:.0f} s: `security` or `op` waits")]
     try:
         return [Finding(**one) for one in json.loads(run.stdout)]
     except (ValueError, TypeError):
-        last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        return [Finding("program", "problem", f"as {found.user} it ends with: {last}")]
+        lines = [line.strip() for line in run.stderr.splitlines()] or [f"exit status {run.returncode}"]
+        seen = " ".join(lines[-_MOST_LINES:]).removeprefix("mlxrack-agent: ")
+        return [Finding("configuration", "problem", f"as {found.user} it ends with: {seen}")]
