@@ -119,7 +119,7 @@ def token_in(reference: str, file: Path) -> str:
 
 def _of_file(seen: os.stat_result) -> Iterator[str]:
     if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1:
-        yield "is no regular file with one name"
+        yield "is not a regular file with one name"
     if seen.st_uid != os.geteuid():
         yield "belongs to another user than the one who runs this"
     if stat.S_IMODE(seen.st_mode) != stat.S_IRUSR:

@@ -104,18 +104,19 @@ def ask(python: str, pinned: Mapping[str, str], more: Sequence[str] = ()) -> Out
         wanted, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
         wanted.write_text("\n".join(f"{name}=={version}" for name, version in pinned.items()))
         tags = ["--platform", PLATFORM, "--python-version", python, "--implementation", "cp", "--only-binary=:all:"]
-        run = subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--no-input"),
-                *("--disable-pip-version-check", "--quiet", "--target", f"{folder}/target", "--report", str(report)),
-                *(*tags, "-r", str(wanted), *more),
-            ],
-            capture_output=True, text=True, check=False, timeout=LIMIT_S,
-        )  # fmt: skip
+        command = [
+            *(sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--no-input"),
+            *("--disable-pip-version-check", "--target", f"{folder}/target", "--report", str(report)),
+            *("--retries", "2", *tags, "-r", str(wanted), *more),  # only of a retry it says that an index is away
+        ]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return Outcome(python, silent=f"no answer within {LIMIT_S:.0f} s")
         if run.returncode == 0:
             found = json.loads(report.read_text())
             return Outcome(python, len(found["install"]), list(judged(found, pinned, python)))
-        return said(python, run.stderr)
+        return said(python, f"{run.stdout}\n{run.stderr}")
 
 
 def said(python: str, text: str) -> Outcome:
