@@ -36,13 +36,14 @@ class Status:
         table: PeerTable,
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
+        awake: Callable[[], dict[str, Any]] = dict,
         *,
         keys: RackKeys,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings, self._keys = warnings, keys
+        self._warnings, self._keys, self._awake = warnings, keys, awake
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -68,6 +69,7 @@ class Status:
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
             "warnings": [*self._clashes(), *self._warnings()],
+            "awake": self._awake(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),

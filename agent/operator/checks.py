@@ -156,6 +156,13 @@ def references(config: AgentConfig) -> list[Secret]:
     return [one for one in found if one.reference and is_reference(one.reference)]
 
 
+def unfit_for_service(secret: Secret) -> str:
+    """Why no service can ever use this kind of reference; "" for the others."""
+    if not secret.reference.startswith("env:"):
+        return ""
+    return f"{secret.reference}: launchd gives a service HOME and PATH alone; use file:, keychain: or op:// instead"
+
+
 def secrets(facts: Sequence[SecretFact]) -> Iterator[Finding]:
     """Those that could be used, in whose place they were looked at, and why the others cannot."""
     usable = [fact for fact in facts if fact.problem == ""]

@@ -28,14 +28,19 @@ def add(outer: Outer, load: Load, located: Callable[[argparse.Namespace], Path],
     """Add both verbs. ``located`` is the configuration's path, whether or not it can be read."""
     text = "Check this machine: configuration, secrets, models, memory, store, peers, TLS, sensors."
 
-    def run(args: argparse.Namespace) -> int:
+    def looked(args: argparse.Namespace) -> int:
         if args.replay is not None:
             return first_node.replay(args, _shown)
+        if args.as_service is not None:
+            return _as_service(args, located(args))
         if args.first_node is not None:
             return first_node.first_node(args, *load(args), located(args), _shown)
-        return _doctor(args, *load(args), places)
+        return (_in_place if args.in_place else _doctor)(args, *load(args), places)
 
-    doctor = outer("doctor", text, run)
+    doctor = outer("doctor", text, looked)
+    why = "check only what the service's user can do, as that user: configuration, each secret, folders (with sudo)"
+    doctor.add_argument("--as-service", nargs="?", const="", metavar="USER", help=f"{why}; USER if none is installed")
+    doctor.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
     first_node.add_options(doctor)
     doctor.add_argument("--mac", action="store_true", help="also list what somebody has to look at on a Mac")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -53,6 +58,19 @@ def _doctor(args: argparse.Namespace, config: AgentConfig, state: Path, places: 
     from agent.operator import doctor
 
     return _shown(args, doctor.examine(config, state, places(config)[1].parent, os.environ, mac=args.mac))
+
+
+def _as_service(args: argparse.Namespace, path: Path) -> int:
+    from agent.operator import as_service
+
+    return _shown(args, as_service.examine(path, as_service.service(args.as_service)))
+
+
+def _in_place(args: argparse.Namespace, config: AgentConfig, state: Path, places: Places) -> int:
+    """The child process of ``--as-service``, which is the service's user already."""
+    from agent.operator import as_service
+
+    return _shown(args, list(as_service.in_place(config, state, places(config)[1].parent)))
 
 
 def _shown(args: argparse.Namespace, findings: Sequence[Finding]) -> int:

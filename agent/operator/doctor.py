@@ -22,6 +22,7 @@ from agent.mesh.signing import RackKeys
 from agent.operator import checks, install, mac_checks, state_folder
 from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
 from agent.operator.facts import gather
+from agent.operator.mac import readings
 from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
 from agent.process import gpu
@@ -285,5 +286,8 @@ def _mac(
             missing_tools=[tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)],
         )
         yield from mac_checks.decided(facts)
+        yield from readings.settings()
+        yield from readings.local_network(facts.status)
+    yield from mac_checks.awake(looking.running.status if looking.running else None)
     if to_look_at:
         yield from mac_checks.undecided(facts)

@@ -39,6 +39,16 @@ def undecided(facts: MacFacts | None) -> Iterator[Finding]:
             yield Finding(f"on a Mac: {what}", "warning", text)
 
 
+def awake(status: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Whether the running agent keeps this machine awake; nothing where it does not have to."""
+    found = (status or {}).get("awake", {})
+    if found.get("state") == "held":
+        yield Finding("awake", "ok", f"the running agent keeps this machine awake (caffeinate, process {found['pid']})")
+    elif found.get("state") == "not_held":
+        why = found["problem"] or "caffeinate is being started"
+        yield Finding("awake", "warning", f"the running agent does not keep this machine awake: {why}")
+
+
 def _source(name: str) -> Callable[[MacFacts], tuple[bool, str] | None]:
     def judge(facts: MacFacts) -> tuple[bool, str] | None:
         if name not in facts.sources:

@@ -11,7 +11,7 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     lines = [
         f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
         + (", stopping" if s["draining"] else ""),
-        f"{s['in_flight']} requests in flight; {_memory(s)}",
+        f"{s['in_flight']} requests in flight; {_memory(s)}{_awake(s.get('awake', {}))}",
         *(f"warning: {warning}" for warning in s.get("warnings", ())),
         "",
         models_text(s["models"], width),
@@ -35,6 +35,11 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     lines += _connection_lines(s.get("connections", {}))
     lines += _log_lines(s.get("log", {}))
     return "\n".join(fold(line, width) for line in lines)
+
+
+def _awake(found: Mapping[str, Any]) -> str:
+    """Only where there is something to hold; why it is not held is among the warnings."""
+    return {"held": "; kept awake", "not_held": "; not kept awake"}.get(str(found.get("state")), "")
 
 
 def _origins(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
