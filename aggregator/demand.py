@@ -16,7 +16,7 @@ from aggregator.packing import CAP, Copyable, Placement, Room
 from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
 from shared.chips import find
-from shared.records import Hardware, ModelEvicted, ModelLoaded
+from shared.records import Hardware, ModelEvicted, ModelLoaded, ModelTimed
 
 ALONE = 0.95
 """Load limit of a node that a single model has to itself, before the model gets another copy."""
@@ -122,20 +122,30 @@ def _rooms(
 
 
 def _speeds(window: Window) -> dict[str, float]:
-    """Relative decode speed of each node: by models on several nodes, else by memory bandwidth."""
+    """Relative decode speed of each node: by the work of models on several nodes, else by what calibrations of the same
+    version measured there, else by memory bandwidth."""
     paces: dict[str, dict[str, float]] = {}
     for one in window.engines:
         if one.decode_tok > 1000 and one.busy_decode_us:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
+    timed: dict[str, dict[str, float]] = {}
+    for meta, record in window.of(ModelTimed):
+        if record.step_us and record.step_us[0] > 0:
+            timed.setdefault(record.version, {})[meta.node] = record.step_us[0]
     machines = {meta.node: record for meta, record in window.of(Hardware)}
     known = {n: chip.bandwidth(m.memory_bytes / (1 << 30)) for n, m in machines.items() if (chip := find(m.chip))}
     typical = statistics.median(known.values()) if known else None
     speeds = {}
     for node in window.nodes:
-        ratios = [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
+        ratios = _ratios(paces, node) or _ratios(timed, node)
         guessed = known[node] / typical if node in known and typical else 1.0
         speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
     return speeds
+
+
+def _ratios(paces: Mapping[str, Mapping[str, float]], node: str) -> list[float]:
+    """By how much a node is faster than the median of those with the same model."""
+    return [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:
