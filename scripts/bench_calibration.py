@@ -16,8 +16,7 @@ from agent.wire.frames import Calibrated, Frame, Generate, Tokens
 from scripts.fetch_demo_model import MAIN, default_folder
 
 ROWS, LENGTHS = (1, 4, 8), (64, 500, 1000, 2000)
-BAR = 0.15
-STEPS = 5
+BAR, STEPS = 0.15, 5
 
 
 def main() -> int:
@@ -34,17 +33,16 @@ def main() -> int:
     while not said:
         said = measuring.step()
     assert isinstance(said[0], Calibrated)
-    times = said[0].times
-    assert times is not None
+    if (times := said[0].times) is None:
+        return 1
     print(f"calibrated in {times.took_us / 1e6:.1f} s, {times.steps} steps, half within {times.spread_ppm / 1e4:.1f} %")
-    found: dict[tuple[int, int], list[float]] = {}
+    found, failed = dict[tuple[int, int], list[float]](), 0
     for number in range(args.rounds):
         for length in LENGTHS:
             for rows in ROWS:
                 found.setdefault((rows, length), []).append(stepped(engine, rows, length))
         print(f"  round {number + 1} of {args.rounds}", flush=True)
     print(f"{'rows':>5}{'tokens':>8}{'predicted':>12}{'median':>10}{'off':>8}   {'least .. most':20}")
-    failed = 0
     for (rows, length), us in found.items():
         told = times.step_us(rows, length)
         off, inside = told / statistics.median(us) - 1, min(us) <= told <= max(us)
