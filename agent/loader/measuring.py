@@ -11,10 +11,8 @@ class Measuring:
     """``allowed`` is what the daemon said last. What was timed is kept when a request interrupts."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        bounds = engine.bounds()
-        self._calibration = Calibration(bounds) if bounds is not None else None
-        self.allowed = False
+        self._engine, self.allowed = engine, False
+        self._calibration = self._begun()
 
     @property
     def wanted(self) -> bool:
@@ -36,13 +34,19 @@ class Measuring:
         if not calibration.done:
             return []
         times = calibration.times()
-        return self._ended(Calibrated(times=times, problem="" if times else "too slow to be timed"))
+        told = self._ended(Calibrated(times=times, problem="" if times else "too slow to be timed"))
+        self._calibration = self._begun()  # the daemon may want it again
+        return told
 
     def rest(self) -> None:
         """Give back all memory, because there is something to do; it goes on when it is allowed again."""
         if self.allowed:
             self.allowed = False
             self._give_back()
+
+    def _begun(self) -> Calibration | None:
+        bounds = self._engine.bounds()
+        return Calibration(bounds) if bounds is not None else None
 
     def _ended(self, frame: Calibrated) -> list[Frame]:
         self._calibration, self.allowed = None, False

@@ -31,6 +31,10 @@ MOST_BYTES = 1 << 20
 MOST_TRIES = 3
 """Loaders in which one model was begun to be timed and none finished; each may have died of it."""
 
+STEADY_PPM = 50_000
+"""Figures whose samples lie farther apart were disturbed by something else on this machine: they are used, and measured
+again; the steadier ones count."""
+
 log = get_logger("agent.models.figures")
 
 
@@ -82,7 +86,7 @@ class Figures:
         if self._known is None:
             self._known = await asyncio.to_thread(_read, self._path) if self._path is not None else {}
         for slot in self._slots:
-            if slot.loaded is not None and slot.loaded.process.throughput.timed is None:
+            if slot.loaded is not None:
                 await self._use(slot, slot.loaded, self._known)
         name = None
         if self._live.now.loader.calibrate:
@@ -106,29 +110,38 @@ class Figures:
     async def _use(self, slot: Slot, loaded: Loaded, known: dict[str, Known]) -> None:
         process, key = loaded.process, _key(loaded)
         said, process.calibrated = process.calibrated, None
-        if said is not None and said.times is None:
-            self._tries[key] = MOST_TRIES
-            log.warning("calibration_failed", model=loaded.name, reason=said.problem)
-        elif said is not None and said.times is not None and process.ready is not None:
-            known.pop(key, None)
-            known[key] = Known(
-                model=loaded.name,
-                version=loaded.spec.version,
-                runtime=process.ready.runtime,
-                measured_ms=self._wall_ms(),
-                times=said.times,
-            )
-            log.info("calibrated", model=loaded.name, steps=said.times.steps, took_s=round(said.times.took_us / 1e6, 1))
-            if self._path is not None:
-                await asyncio.to_thread(_write, self._path, known)
-        if (found := known.get(key)) is not None:
+        if said is not None:
+            self._begun.discard(process.pid)  # timed again, that is another try
+            if said.times is None:
+                self._tries[key] = MOST_TRIES
+                log.warning("calibration_failed", model=loaded.name, reason=said.problem)
+            else:
+                await self._learn(loaded, said.times, known)
+        if (found := known.get(key)) is not None and found.times is not process.throughput.timed:
             process.throughput.use(found.times)
             self._emit(timed_event(slot, loaded, found.times, found.measured_ms, self._wall_ms()))
+
+    async def _learn(self, loaded: Loaded, times: StepTimes, known: dict[str, Known]) -> None:
+        """Keep new figures, unless those that are known were less disturbed."""
+        key, ready, spread = _key(loaded), loaded.process.ready, round(times.spread_ppm / 1e6, 3)
+        log.info("calibrated", model=loaded.name, took_s=round(times.took_us / 1e6, 1), spread=spread)
+        if (old := known.get(key)) is not None and old.times.spread_ppm <= times.spread_ppm:
+            return
+        known.pop(key, None)
+        known[key] = Known(
+            model=loaded.name,
+            version=loaded.spec.version,
+            runtime=ready.runtime if ready is not None else "",
+            measured_ms=self._wall_ms(),
+            times=times,
+        )
+        if self._path is not None:
+            await asyncio.to_thread(_write, self._path, known)
 
     def _standing(self, slot: Slot) -> Standing:
         loaded, now = slot.loaded, self._clock()
         used_s = None if loaded is None else now - max(loaded.since_s, slot.demand.last_s or 0.0)
-        due = loaded is not None and slot.ready and loaded.process.throughput.timed is None and self._may_try(loaded)
+        due = loaded is not None and slot.ready and not _steady(loaded) and self._may_try(loaded)
         settled = not (slot.life.claim or slot.waiting or slot.life.state in ("starting", "draining"))
         return Standing(slot.name, settled, slot.leases, used_s, due)
 
@@ -136,6 +149,12 @@ class Figures:
         ready, begun = loaded.process.ready, loaded.process.pid in self._begun
         tries = self._tries[_key(loaded)]
         return ready is not None and bool(ready.runtime) and (tries < MOST_TRIES or (begun and tries == MOST_TRIES))
+
+
+def _steady(loaded: Loaded) -> bool:
+    """Whether its figures need not be timed again."""
+    timed = loaded.process.throughput.timed
+    return timed is not None and timed.spread_ppm <= STEADY_PPM
 
 
 def _key(loaded: Loaded) -> str:

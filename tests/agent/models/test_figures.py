@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from agent.config import AgentConfig, Live, Model
 from agent.files.modelstore import ModelStore
 from agent.models import idleness
+from agent.models.figures import Figures
 from agent.models.idleness import Standing, to_time
 from agent.models.loaders import Loaders
 from agent.models.pool import Pool
+from agent.models.slot import Loaded
 from agent.process import expectation
 from agent.process.loader_process import LoaderProcess
 from agent.wire.frames import Generate, Message, Tokens
@@ -226,6 +228,26 @@ async def test_a_model_that_dies_of_it_is_not_timed_for_ever(tmp_path: Path, tol
         for _ in range(10):
             await pool.maintain()
         assert True not in told
+
+
+async def test_figures_of_a_disturbed_machine_are_used_and_measured_again(
+    tmp_path: Path, told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.models.figures.STEADY_PPM", -1)  # nothing is steady enough
+    plain, learnt = Figures._learn, list[str]()
+
+    async def learn(self: Figures, loaded: Loaded, *more: Any) -> None:
+        learnt.append(loaded.name)
+        await plain(self, loaded, *more)
+
+    monkeypatch.setattr(Figures, "_learn", learn)
+    async with running(tmp_path, fake(fake_step_s=1e-5, fake_row_s=0.0)) as (pool, events):
+        await until(pool, lambda: len(learnt) == 3)
+        assert len(timed(events)) == 1, "the steadier figures stay"
+        told.clear()
+        for _ in range(3):
+            await pool.maintain()
+        assert True not in told, "not for ever"
 
 
 # ---- pure ----
