@@ -183,6 +183,7 @@ class Daemon:
             budget_bytes=self._budget.bytes,
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
+            figures=self._state / "step_times.json",
         )
 
     def _context(self) -> Context:

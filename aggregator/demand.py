@@ -16,7 +16,7 @@ from aggregator.packing import CAP, Copyable, Placement, Room
 from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
 from shared.chips import Identity, identify
-from shared.records import Hardware, ModelEvicted, ModelLoaded
+from shared.records import Hardware, ModelEvicted, ModelLoaded, ModelTimed
 
 ALONE = 0.95
 """Load limit of a node that a single model has to itself, before the model gets another copy."""
@@ -131,19 +131,23 @@ def machines(window: Window) -> dict[str, Identity]:
 
 
 def _speeds(window: Window, bandwidths: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Relative decode speed of each node: by models on several nodes, else by memory bandwidth; and what of it is a
-    guess, in words."""
+    """Relative decode speed of each node: by the work of models on several nodes, else by what calibrations of the same
+    version measured there, else by memory bandwidth; and what of it is a guess, in words."""
     paces: dict[str, dict[str, float]] = {}
     for one in window.engines:
         if one.decode_tok > 1000 and one.busy_decode_us:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
+    timed: dict[str, dict[str, float]] = {}
+    for meta, record in window.of(ModelTimed):
+        if record.step_us and record.step_us[0] > 0:
+            timed.setdefault(record.version, {})[meta.node] = record.step_us[0]
     there = machines(window)
     known = {n: one.chip.bandwidth(one.memory_gb) for n, one in there.items() if one.chip is not None}
     known |= {n: gb_s for n, gb_s in bandwidths.items() if n in window.nodes}
     typical = statistics.median(known.values()) if known else None
     speeds, unsure = {}, list[str]()
     for node in window.nodes:
-        ratios = [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
+        ratios = _ratios(paces, node) or _ratios(timed, node)
         guessed = known[node] / typical if node in known and typical else 1.0
         speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
         if not ratios and node not in known and (known or node in there):
@@ -158,6 +162,11 @@ _AS_TYPICAL = "taken to be as fast as the others until measured; `bandwidth_gb_s
 
 def _why_unknown(machine: Identity | None) -> str:
     return machine.remarks[0] if machine is not None else "it did not say what it is in this span"
+
+
+def _ratios(paces: Mapping[str, Mapping[str, float]], node: str) -> list[float]:
+    """By how much a node is faster than the median of those with the same model."""
+    return [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:

@@ -573,7 +573,7 @@ def _reader(environ: dict[str, str]) -> dict[str, Any]:
 def _write_agent_toml(name: str, ports: dict[str, int], store_port: int) -> None:
     budget = 4_000_000_000 if name == NODES[0] else 1_600_000_000
     tables = (
-        f"[memory]\nbudget_bytes = {budget}\n\n[loader]\nthreads = 1\n\n"
+        f"[memory]\nbudget_bytes = {budget}\n\n[loader]\nthreads = 1\ncalibrate = false\n\n"
         f"[telemetry]\nsample_s = {SAMPLE_S}\nupload_s = {SAMPLE_S}\n\n"
         '[peers]\nsecret = "env:MLXRACK_DEMO_RACK"\n'
     )

@@ -200,6 +200,7 @@ class Attempts:
             learned=self._selection.has_another(call.model, chosen.node),
             request_s=self._live.now.limits.request_s,
             fresh=not call.continuing,
+            step_s=chosen.step_s,
         )
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:

@@ -1,6 +1,7 @@
 """Placements that fit, proposals that are executable, and correct reasons."""
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -8,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import acceptance, intake, moves, packing, placement
+from aggregator.config import Placement as Rules
+from aggregator.demand import facts_of
 from aggregator.moves import Step
 from aggregator.packing import Copyable, Room
 from aggregator.placement import PlacementReport
 from shared.desired import Assignment, DesiredState
 from shared.errors import Refused
-from shared.records import HostSample, Record
-from tests.builders import batch, engine, host, resident, served, window
+from shared.records import EngineWindow, HostSample, ModelTimed, Record
+from tests.builders import T0, batch, engine, host, resident, served, window
 
 
 def case(
@@ -333,3 +336,20 @@ def test_a_version_missing_from_the_bucket_is_named() -> None:
 def test_a_proposal_round_trips_as_json() -> None:
     report = proposal()
     assert msgspec.json.decode(msgspec.json.encode(report), type=PlacementReport) == report
+
+
+def test_nodes_that_have_served_nothing_are_as_fast_as_their_calibrations_say() -> None:
+    """Unless both have worked with one model: what was done counts more than what was tried."""
+
+    def timed(step_us: int, version: str = "v1") -> ModelTimed:
+        return ModelTimed(t_ms=T0, model="m", version=version, rows=(1, 8), step_us=(step_us, 3 * step_us))
+
+    def speeds(*records: tuple[str, Sequence[Record]]) -> dict[str, float]:
+        batches = [batch([resident(), host(), *more], node=node) for node, more in records]
+        return {room.name: room.speed for room in facts_of(window(*batches), Rules(), {}).rooms}
+
+    assert speeds(("n1", [timed(20_000)]), ("n2", [timed(10_000)])) == {"n1": 0.75, "n2": 1.5}
+    assert speeds(("n1", [timed(20_000)]), ("n2", [timed(10_000, "v2")])) == {"n1": 1.0, "n2": 1.0}
+    assert speeds(("n1", [timed(0)]), ("n2", [timed(10_000)])) == {"n1": 1.0, "n2": 1.0}
+    worked = EngineWindow(model="m", version="v1", busy_decode_us=10**7, decode_tok=10_000)
+    assert speeds(("n1", [timed(20_000), worked]), ("n2", [timed(10_000), worked])) == {"n1": 1.0, "n2": 1.0}
