@@ -38,9 +38,8 @@ def add(outer: Outer, load: Load, places: Places) -> None:
         "what has changed, and leaves alone a service that runs as it should."
     )
     verb = outer("install", text, lambda args: _install(args, load, places))
-    verb.add_argument(
-        "--user", default=DEFAULT_USER, help="service user; one like _NAME is made (default: %(default)s)"
-    )
+    who = f"service user; one like _NAME is made (default: that of the installed service, else {DEFAULT_USER})"
+    verb.add_argument("--user", default=None, help=who)
     verb.add_argument("--restart", action="store_true", help="start it again, even if nothing has changed")
     more = "variable of the service beside HOME and PATH, kept by later installations; NAME= removes it; no secrets"
     verb.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=more)
@@ -71,20 +70,21 @@ def _install(args: argparse.Namespace, load: Load, places: Places) -> int:
 
 def _wanted(args: argparse.Namespace, config: AgentConfig, path: Path, places: Places) -> plan.Wanted:
     home, logs = places(config)
+    user = _user(_former()[1]) if args.user is None else str(args.user)
     if not config.paths.state or not config.paths.logs or not home.is_absolute() or not logs.is_absolute():
         raise Refused(
             "install: a service requires absolute paths.state and paths.logs; for example "
             '"/usr/local/var/mlxrack" and "/usr/local/var/log/mlxrack"'
         )
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", args.user) or args.user == "root":
-        raise Refused(f"install: --user {args.user!r}: name a user of this Mac, and not root")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", user):
+        raise Refused(f"install: --user {user!r}: name a user of this Mac")
     program, path = install.program_path(), path.resolve()
     text = install.render_plist(
-        config, program=program, config_path=path, user=args.user, home=home, logs=logs, environ=_variables(args.env)
+        config, program=program, config_path=path, user=user, home=home, logs=logs, environ=_variables(args.env)
     )
     references = [one.reference for one in checks.references(config)]
     return plan.Wanted(
-        user=args.user,
+        user=user,
         plist=text,
         arguments=[str(program), "run", "--config", str(path)],
         folders=[str(one) for one in dict.fromkeys((home, logs))],
@@ -140,6 +140,11 @@ def _facts(wanted: plan.Wanted) -> plan.Facts:
         let_in=run.let_in(SYSTEM, wanted.programs),
         newsyslog=SYSTEM.place(plan.NEWSYSLOG).exists(),
     )
+
+
+def _user(tree: Mapping[str, Any] | None) -> str:
+    """The installed service's user, else the one that would be made."""
+    return str((tree or {}).get("UserName", "")) or DEFAULT_USER
 
 
 def _elsewhere(user: str) -> plan.Account | None:
@@ -199,7 +204,7 @@ def _yes(question: str) -> bool:
 def _found(args: argparse.Namespace, load: Load, places: Places) -> removal.Found:
     _, tree = _former()
     config, path = _loaded(args, load)
-    user = str((tree or {}).get("UserName", "")) or DEFAULT_USER
+    user = _user(tree)
     account = run.account(SYSTEM, user)
     home, logs = _folders(tree, config, places)
     away = model_folder(config, home) if config and home else None
