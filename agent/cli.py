@@ -29,6 +29,7 @@ from agent.operator import (
     cli_chips,
     cli_claim,
     cli_doctor,
+    cli_install,
     cli_models,
     cli_orders,
     cli_reload,
@@ -36,7 +37,6 @@ from agent.operator import (
     cli_store,
     cli_tls,
     completion,
-    install,
     legend,
     logview,
     obtain,
@@ -44,8 +44,8 @@ from agent.operator import (
     startup,
 )
 from agent.operator.admin_client import PORT_NAME, AdminClient
-from agent.operator.checks import references, unfit_for_service
 from agent.operator.hangups import Hangups
+from agent.operator.service import output
 from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import fold, status_text, why_text
 from shared import __version__, logs, private
@@ -142,9 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_doctor.add(verb, _config_and_state, _path, lambda config: (state_folder(config), log_file(config)))
     sample = verb("sample", "Read every sensor and print the sample that a batch would carry.", _sample)
     sample.add_argument("--seconds", type=float, default=2.0, help="sampling time in seconds (default: %(default)s)")
-    service = verb("install", "Install the agent as a macOS service (LaunchDaemon and log rotation).", _install)
-    service.add_argument("--user", default="_mlxrack", help="service user (default: %(default)s)")
-    service.add_argument("--dry-run", action="store_true", help="print the files and change nothing")
+    cli_install.add(verb, _config, lambda config: (state_folder(config), log_file(config).parent))
     completion.add(verbs, parser)
     cli_help.add(verbs, parser)
     cli_store.add(verb, _config_and_state, _common)
@@ -239,7 +237,9 @@ def _run(args: argparse.Namespace) -> int:
         _line(f"status: mlxrack-agent status --config '{path}'")
         preloaded = [model.name for model in config.models if model.preload]
         said = startup.Said(base, preloaded, keys=bool(config.keys))
-        watching.append(asyncio.get_running_loop().create_task(startup.watch(daemon.status.node, said, _line)))
+        loop, folder = asyncio.get_running_loop(), log_file(config).parent
+        watching.append(loop.create_task(startup.watch(daemon.status.node, said, _line)))
+        watching.append(loop.create_task(output.keep_short(folder)))
 
     with state_held(state_folder(config), _note):
         read = partial(_config, args, shared_config.load_settled)
@@ -377,26 +377,4 @@ def _sample(args: argparse.Namespace) -> int:
         sensors.close()
     sample = merged(*samples, HostSample(sources_failed=failed))
     print(msgspec.json.format(msgspec.json.encode(sample), indent=2).decode())
-    return 0
-
-
-def _install(args: argparse.Namespace) -> int:
-    config, path = _config(args)
-    home, folder = state_folder(config), log_file(config).parent
-    if not config.paths.state or not config.paths.logs or not home.is_absolute() or " " in str(folder):
-        raise Refused(
-            "install: a service requires absolute paths.state and paths.logs, the latter without spaces; "
-            'for example "/usr/local/var/mlxrack" and "/usr/local/var/log/mlxrack"'
-        )
-    plist = install.render_plist(
-        config, program=install.program_path(), config_path=path.resolve(), user=args.user, home=home, logs=folder
-    )
-    newsyslog = install.render_newsyslog(user=args.user, logs=folder)
-    for why in filter(None, map(unfit_for_service, references(config))):
-        _note(f"warning: {why}")
-    if args.dry_run:
-        print(f"# {install.DAEMON_PLIST}\n{plist}\n# {install.NEWSYSLOG}\n{newsyslog}")
-        return 0
-    install.install(plist, newsyslog, user=args.user, folders=(home, folder))
-    print(f"installed and started {install.LABEL}; check it with `mlxrack-agent status --config '{path}'`")
     return 0

@@ -13,7 +13,6 @@ FILES = (
     "agent/grafana/mlxrack.json",
     "agent/grafana/prometheus.yml",
     "launchd/dev.mlxrack.agent.plist.in",
-    "launchd/dev.mlxrack.newsyslog.conf.in",
 )
 """Those that an operator may want to have, by their path in a checkout."""
 

@@ -282,8 +282,8 @@ def _mac(
             drain_s=config.limits.drain_s,
             service=install.installed(),
             status=looking.running.status if looking.running else None,
-            rotates=install.NEWSYSLOG.exists(),
-            missing_tools=[tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)],
+            renames=install.NEWSYSLOG.exists(),
+            missing_tools=[tool for tool in ("notifyutil", "vm_stat", "launchctl") if not shutil.which(tool)],
         )
         yield from mac_checks.decided(facts)
         yield from readings.settings()

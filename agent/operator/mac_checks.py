@@ -19,7 +19,7 @@ class MacFacts(NamedTuple):
     drain_s: float
     service: Mapping[str, Any] | None
     status: Mapping[str, Any] | None
-    rotates: bool
+    renames: bool = False
     missing_tools: Sequence[str] = ()
 
 
@@ -66,9 +66,9 @@ def service(facts: MacFacts) -> tuple[bool, str] | None:
     allowed_s = facts.service.get("ExitTimeOut", 0)
     if allowed_s < facts.drain_s:
         return False, f"launchd kills after {allowed_s} s, limits.drain_s is {facts.drain_s:g}; `mlxrack-agent install`"
-    if not facts.rotates:
-        return False, "newsyslog does not know the service's output file; `mlxrack-agent install`"
-    return True, f"launchd waits {allowed_s} s for the agent to end, and newsyslog rotates its output"
+    if facts.renames:
+        return False, "newsyslog still renames the service's output file, which then grows on; `mlxrack-agent install`"
+    return True, f"launchd waits {allowed_s} s for the agent to end"
 
 
 def _metal(facts: MacFacts) -> tuple[bool, str] | None:
@@ -105,7 +105,7 @@ _CHECKS: tuple[tuple[str, Callable[[MacFacts], tuple[bool, str] | None], str], .
     ("APC outlet", _unknown, "an APC outlet reports watts, or needs `scale` (test with a known load)"),
     ("Metal", _metal, "the agent runs as a LaunchDaemon without a login and reaches Metal"),
     ("memory", _unknown, "host_statistics64, vm.swapusage and the pressure level agree with Activity Monitor"),
-    ("launchd", service, "launchd waits ExitTimeOut before SIGKILL, and newsyslog rotates launchd's output"),
+    ("launchd", service, "launchd waits ExitTimeOut before SIGKILL, and its output file is cut in place"),
     ("answers", _unknown, "MLX's Metal build gives the same answers as the CPU build in the tests"),
     ("GPU memory", _gpu, "the GPU's recommended working set is reported"),
     ("footprint", _unknown, "proc_pid_rusage's physical footprint agrees with Activity Monitor"),

@@ -7,6 +7,7 @@ As with launchd, a property list is read when the service is bootstrapped and no
 import os
 import plistlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -98,8 +99,11 @@ def _path(operand: str) -> Path:
 
 
 def _sudo(machine: Machine, words: list[str]) -> int:
-    if Path(words[0]).name == "mlxrack-agent" and "install" in words and "--dry-run" not in words:
-        return _install(machine, words)
+    if Path(words[0]).name == "mlxrack-agent" and "--dry-run" not in words:
+        if "install" in words:
+            return _install(machine, words)
+        if "uninstall" in words:
+            return _uninstall(machine, words)
     return subprocess.run(words, env=_own(machine), check=False).returncode
 
 
@@ -109,17 +113,40 @@ def _own(machine: Machine) -> dict[str, str]:
 
 
 def _install(machine: Machine, words: list[str]) -> int:
-    """As `mlxrack-agent install` on a Mac: write the plist, bootstrap it unless it is, and start it again."""
+    """As `mlxrack-agent install` on a Mac that this machine is not: its plist, which is taken if it has changed."""
     run = subprocess.run([*words, "--dry-run"], env=_own(machine), capture_output=True, text=True, check=False)
     sys.stderr.write(run.stderr)
     found = re.search(r"<\?xml.*?</plist>", run.stdout, re.DOTALL)
     if run.returncode or found is None:
         return run.returncode or 1
-    if _service(machine) is None:
-        _keep(machine, Service(found[0]))
+    service = _service(machine)
+    if service is not None and service.plist == found[0] and _lives(service.pid):
+        print(f"nothing to change: it runs as it should: {LABEL}")
+        return 0
+    if service is not None:
+        _stop(service)
+    _keep(machine, Service(found[0]))
     _kickstart(machine)
     print(f"installed and started {LABEL}")
     return 0
+
+
+def _uninstall(machine: Machine, words: list[str]) -> int:
+    """As `mlxrack-agent uninstall`: the service ends, and what the steps remove of this machine's own files goes."""
+    service = _service(machine)
+    if service is not None:
+        _stop(service)
+        machine.services.unlink()
+    run = subprocess.run([*words, "--dry-run"], env=_own(machine), capture_output=True, text=True, check=False)
+    sys.stderr.write(run.stderr)
+    for line in run.stdout.splitlines():
+        if (step := shlex.split(line, comments=True))[:1] in (["/bin/rm"], ["/bin/rmdir"]):
+            if Path(step[-1] if step[-1] != "true" else step[1]).is_relative_to(machine.home):
+                subprocess.run(["/bin/sh", "-c", line], check=False)
+        elif line.startswith("# stays: "):
+            print(line.removeprefix("# "))
+    print(f"{LABEL} is not installed any more")
+    return run.returncode
 
 
 def _launchctl(machine: Machine, words: list[str]) -> int:

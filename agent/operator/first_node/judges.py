@@ -221,7 +221,7 @@ def _doctor(texts: Mapping[str, str]) -> Said:
 def _service(texts: Mapping[str, str]) -> Said:
     """What `doctor` says of the service, by the same judge."""
     told = json.loads(texts["service"])
-    facts = mac_checks.MacFacts({}, None, told["drain_s"], told["plist"], None, told["rotates"])
+    facts = mac_checks.MacFacts({}, None, told["drain_s"], told["plist"], None, told["renames"])
     good, seen = mac_checks.service(facts) or (False, "none is installed")
     return ("ok" if good else "warning"), seen
 

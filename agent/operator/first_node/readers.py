@@ -171,7 +171,7 @@ def service(drain_s: str) -> dict[str, Any]:
     return {
         "plist": {**told, "variables": sorted(found.get("EnvironmentVariables", {}))},
         "drain_s": float(drain_s),
-        "rotates": install.NEWSYSLOG.exists(),
+        "renames": install.NEWSYSLOG.exists(),
     }
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from agent.operator.install import LABEL
+from agent.operator.service.launchd import LABEL
 from agent.telemetry.sensors.powermetrics import ARGV as POWERMETRICS
 from agent.telemetry.sensors.thermal import NOTIFY_KEY
 

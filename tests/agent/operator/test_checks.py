@@ -244,7 +244,7 @@ def mac(**more: object) -> mac_checks.MacFacts:
         "drain_s": 60.0,
         "service": {"ExitTimeOut": 90},
         "status": {"budget_from": "recommended for Apple M4", "models": [{"plan_error_ppm": -200_000}]},
-        "rotates": True,
+        "renames": False,
     }
     return mac_checks.MacFacts(**(given | more))  # type: ignore[arg-type]
 

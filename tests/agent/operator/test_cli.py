@@ -165,7 +165,8 @@ def test_install_dry_run_prints_valid_files(config: Path, capsys: pytest.Capture
     assert Path(program).is_absolute()
     assert Path(path).is_absolute()
     assert (run, flag, plist["UserName"]) == ("run", "--config", "_mlxrack")
-    assert "newsyslog" in out
+    assert "/usr/bin/dscl . -create /Users/_mlxrack" in out, "a Mac without the user gets it"
+    assert "newsyslog" not in out
 
 
 def test_a_service_needs_its_own_folders(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
