@@ -57,11 +57,11 @@ class ModelFact(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Bytes for all models, where the number comes from, and the machine's memory."""
+    """Bytes for all models, where the number comes from, and the machine's memory (None: no source tells it)."""
 
     bytes: int
     source: str
-    machine_bytes: int
+    machine_bytes: int | None
 
 
 class FolderFact(NamedTuple):
@@ -176,7 +176,7 @@ def models(facts: Sequence[ModelFact], budget: Budget) -> Iterator[Finding]:
             seen = f"needs {size(fact.need_bytes)} of {size(budget.bytes)}"
             yield Finding(f"model {fact.name}", "ok", seen, fact.key)
     yield from _together([one for one in facts if not one.problem and one.need_bytes <= budget.bytes], budget)
-    if budget.bytes > budget.machine_bytes:
+    if budget.machine_bytes is not None and budget.bytes > budget.machine_bytes:
         seen = f"the budget of {size(budget.bytes)} is more than this machine's {size(budget.machine_bytes)}"
         yield Finding("memory", "warning", f"{seen}; correct memory.budget_bytes", "memory.budget_bytes")
 

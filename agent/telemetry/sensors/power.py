@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from agent.telemetry.gauge import Gauge, Seen
 from agent.telemetry.sensors.chip import MACMON_SOURCE, Chip
+from agent.telemetry.sensors.cpu import CpuUse
 from agent.telemetry.sensors.reading import MOST_W, Failure, Reading, Source
 from agent.telemetry.sensors.source import Guarded, bytes_or_none, file_bytes
 from shared.records import HostSample
@@ -119,14 +118,13 @@ class PowerCollector:
         counters: Rapl | IoReport | None = None,
         powermetrics: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        cpu_times: Callable[[], Any] = psutil.cpu_times,
+        cpu: CpuUse | None = None,
     ) -> None:
         self._chip = chip
         self._counters = counters or (IoReport() if platform == "darwin" else Rapl())
-        self._powermetrics, self._clock, self._cpu_times = powermetrics, clock, cpu_times
+        self._powermetrics, self._clock, self._cpu = powermetrics, clock, cpu or CpuUse()
         self._system, self._soc = Gauge(), Gauge()
         self._last: tuple[float, Energy] | None = None
-        self._last_cpu = cpu_times()
         self._closed_s, self._whole = clock(), "PSTR"
         self._guard = Guarded("ioreport" if platform == "darwin" else "rapl", clock)
 
@@ -169,7 +167,7 @@ class PowerCollector:
 
     def _counted(self, now: float, failed: dict[str, str]) -> tuple[int, float] | None:
         """Microjoules and seconds since the last window, from the chip's counters."""
-        busy = self._busy()
+        busy = (self._cpu.busy_ppm() or 0) / 1e6  # where that is unknown, no counter is called stuck
         energy = self._guard.call(self._counters.read)
         before, self._last = self._last, (now, energy) if energy is not None else None
         if before is None or energy is None or now <= before[0]:
@@ -181,12 +179,6 @@ class PowerCollector:
             failed[self._guard.name] = "energy counters jumped"
             return None
         return spent, now - before[0]
-
-    def _busy(self) -> float:
-        before, self._last_cpu = self._last_cpu, self._cpu_times()
-        idle = self._last_cpu.idle - before.idle
-        total = sum(self._last_cpu) - sum(before)
-        return 1 - idle / total if total > 0 else 0.0
 
 
 def _energy(

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +19,8 @@ from agent.telemetry.meters import http
 from agent.telemetry.sensors import Sensors, chip, macmon, memory, power, powermetrics, source, sysctl, thermal, vm
 from agent.telemetry.sensors.child import Child
 from agent.telemetry.sensors.chip import Chip, MacmonPipe
-from agent.telemetry.sensors.host import HostCollector, busy_ppm, hardware, hardware_of
+from agent.telemetry.sensors.cpu import busy_ppm
+from agent.telemetry.sensors.host import HostCollector, hardware, hardware_of
 from agent.telemetry.sensors.memory import MemoryCollector
 from agent.telemetry.sensors.power import Energy, PowerCollector, Rapl, energy_of, spent_uj
 from agent.telemetry.sensors.powermetrics import PowermetricsStream
@@ -562,18 +562,18 @@ def test_psi() -> None:
 def test_free_space_is_of_the_folders_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def usage(path: str) -> object:
-        asked.append(path)
+    def usage(path: Path) -> object:
+        asked.append(str(path))
         return type("Usage", (), {"free": 7})
 
-    monkeypatch.setattr(psutil, "disk_usage", usage)
+    monkeypatch.setattr("agent.process.machine.shutil.disk_usage", usage)
     assert HostCollector(tmp_path / "not" / "yet").read().fields["disk_free_bytes"] == 7
     assert HostCollector(tmp_path).read().fields["disk_free_bytes"] == 7
     assert asked == [str(tmp_path)] * 2
 
 
 def test_an_implausible_disk_size_drops_only_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.telemetry.sensors.host.psutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
+    monkeypatch.setattr("agent.process.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
     one = HostCollector(Path("/"))
     reading = one.read()
     assert "disk_free_bytes" not in reading.fields
