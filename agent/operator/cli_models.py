@@ -149,6 +149,8 @@ def _recommend(args: argparse.Namespace) -> int:
 
     here = hardware() if not args.memory or not args.chip else None
     memory_gb = args.memory or (here.memory_bytes / (1 << 30) if here else 0)
+    if not memory_gb:
+        raise Refused("models recommend: this machine does not tell its memory; give it by --memory (GB)")
     brand = args.chip or (here.chip if here and not args.memory else "")
     chip = chips.find(brand)
     found = recommended.for_memory(memory_gb, chip)

@@ -49,7 +49,7 @@ def examine(
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
-        _memory(budget, device),
+        *_memory(budget, device),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
         _state(state, logs),
@@ -73,12 +73,12 @@ def _blas() -> Finding:
     return Finding("mlx", "warning" if "reference" in name else "ok", f"{version.strip()}, BLAS:{name}")
 
 
-def _memory(budget: Budget, device: gpu.Device) -> Finding:
+def _memory(budget: Budget, device: gpu.Device) -> Iterator[Finding]:
     if not budget.bytes:
-        return Finding("memory", "problem", budget.source, "memory.budget_bytes")
+        return  # checks.models says so
     of = f" of {budget.machine_bytes / 1e9:.1f} GB" if budget.machine_bytes is not None else ""
     why = f"; {device.reason}" if device.reason and budget.source != "configured" else ""
-    return Finding("memory", "ok", f"{budget.bytes / 1e9:.1f} GB{of} for models ({budget.source}{why})")
+    yield Finding("memory", "ok", f"{budget.bytes / 1e9:.1f} GB{of} for models ({budget.source}{why})")
 
 
 def _files(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -61,7 +61,7 @@ def default_budget(configured: int, machine_bytes: int | None) -> int:
         return default_budget_bytes(machine_bytes)
     if configured:
         return configured
-    why = "memory: neither the system nor psutil tells how much this machine has"
+    why = "neither the system nor psutil tells how much memory this machine has"
     raise Halt(f"{why}; set memory.budget_bytes to what the models may use", code="memory_unknown")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -372,6 +373,33 @@ def test_a_mac_of_any_release_tells_its_memory_without_psutil(mac: Fake, tmp_pat
         assert memory_bytes("darwin", library=mac.path, command=says) == 16 << 30
     for none in (str(tmp_path / "none.so"), "libc.so.6"):
         assert memory_bytes("darwin", library=none, command=says) == 16 << 30
+
+
+def test_a_window_of_a_mac_has_everything_while_psutil_raises(mac: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the other way round: without a total, what the kernel tells is kept."""
+
+    class Raises:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed: (ipc/mig) array not large enough")
+
+    def missing(*argv: str) -> bytes:
+        raise Failure(f"{argv[0]}: No such file or directory")
+
+    monkeypatch.setitem(sys.modules, "psutil", Raises())
+    mac.set(fake_vm_words=104, fake_vm_patience=0, fake_wired_limit_mb=16_000)
+    collector = MemoryCollector("darwin", MacMemory(mac.path, run=missing))
+    collector.read()
+    whole = collector.read().fields
+    assert whole["memory_total_bytes"] == 24 << 30
+    kept = {"memory_used_bytes", "memory_used_max_bytes", "memory_wired_bytes", "memory_compressed_bytes"}
+    kept |= {"memory_source", "memory_pressure", "memory_verdict", "swap_total_bytes", "swap_used_bytes"}
+    kept |= {"swap_in_bytes", "swap_out_bytes", "gpu_wired_limit_bytes"}
+    assert whole.keys() == kept | {"memory_total_bytes"}
+    mac.set(fake_memsize=0)
+    monkeypatch.setattr("agent.process.machine._said", missing)
+    less = MemoryCollector("darwin", MacMemory(mac.path, run=missing))
+    less.read()
+    assert less.read().fields.keys() == kept
 
 
 def test_sysctl_integers_strings_and_swap(mac: Fake) -> None:
