@@ -12,7 +12,7 @@ from agent.process import machine
 from agent.telemetry.sensors import sysctl
 from agent.telemetry.sensors.cpu import CpuUse
 from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
-from agent.telemetry.sensors.source import bytes_or_none, command_bytes
+from agent.telemetry.sensors.source import bytes_or_none, command_bytes, optional_fact
 from shared.batch import MAX_COUNT
 from shared.records import Hardware, HostSample
 
@@ -50,6 +50,7 @@ class HostCollector:
         return Reading(merged(share, HostSample(disk_free_bytes=free)), failed)
 
 
+@optional_fact("unknown")
 def hardware_id() -> str:
     """A stable, hashed id of this machine, to detect a copied disk; "unknown" where there is none."""
     found = ""
@@ -63,6 +64,7 @@ def hardware_id() -> str:
     return hashlib.sha256(f"mlxrack:{found}".encode()).hexdigest()[:16] if found else "unknown"
 
 
+@optional_fact("")
 def boot_id() -> str:
     """Changes with every boot; "" where it cannot be read."""
     if sys.platform != "darwin":
@@ -72,6 +74,7 @@ def boot_id() -> str:
     return ""
 
 
+@optional_fact(Hardware(model="", chip="", memory_bytes=0))
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
     """Description of this machine, sent once per start; contains no serial number and no personal name. What cannot be
     learnt is "" or 0."""

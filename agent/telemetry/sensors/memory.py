@@ -55,6 +55,10 @@ def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | N
     return worse(level, "warn") if short else level
 
 
+def _less(whole: int | None, part: int | None) -> int | None:
+    return whole - part if whole is not None and part is not None and part <= whole else None
+
+
 class MacMemory:
     """Readings of macOS, through the system library or, where that fails, its commands. Those named ``polled`` never
     run a command: they are asked every two seconds, for as long as the agent runs."""
@@ -135,8 +139,7 @@ class MemoryCollector:
         now = self._clock()
         if not self._is_mac:
             known_of = machine.optional(self._meminfo) or {}
-            both = "MemTotal" in known_of and "MemAvailable" in known_of
-            self._used.add(now, known_of["MemTotal"] - known_of["MemAvailable"] if both else None)
+            self._used.add(now, _less(known_of.get("MemTotal"), known_of.get("MemAvailable")))
             return
         self._worst = worse(self._worst, machine.optional(self._mac.polled_level) or "unknown")
         found = machine.optional(self._mac.polled_vm)
@@ -161,14 +164,13 @@ class MemoryCollector:
 
     def _read_linux(self) -> HostSample:
         found = self._guards["meminfo"].call(self._meminfo) or {}
-        total, free = found.get("SwapTotal"), found.get("SwapFree")
         pages = self._guards["vmstat"].call(self._swapped)
         came, left = [None, None] if pages is None else [count * resource.getpagesize() for count in pages]
         return HostSample(
             memory_total_bytes=machine.memory_bytes("linux", meminfo=self._proc / "meminfo"),
             memory_source="meminfo" if found else None,
-            swap_used_bytes=total - free if total is not None and free is not None else None,
-            swap_total_bytes=total,
+            swap_used_bytes=_less(found.get("SwapTotal"), found.get("SwapFree")),
+            swap_total_bytes=found.get("SwapTotal"),
             swap_in_bytes=self._since_last("swap_in", came),
             swap_out_bytes=self._since_last("swap_out", left),
             memory_stall_us=self._since_last("stall", self._guards["psi"].call(self._stalled_us)),
