@@ -542,6 +542,7 @@ def _refuse() -> Any:
         ({"user": 5.0, "idle": 2.0, "iowait": 3.0, "guest": 5.0}, 500_000),
         ({"user": 0.0, "idle": 0.0}, None),
         ({"user": -1.0, "idle": 2.0}, 0),
+        ({"user": 3.0, "idle": -1.0}, None),
     ],
 )
 def test_cpu_use_is_a_counter_difference(after: dict[str, float], share: int | None) -> None:
