@@ -26,6 +26,7 @@ from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
 from agent.operator import (
+    cli_chips,
     cli_claim,
     cli_doctor,
     cli_models,
@@ -43,6 +44,7 @@ from agent.operator import (
     startup,
 )
 from agent.operator.admin_client import PORT_NAME, AdminClient
+from agent.operator.checks import references, unfit_for_service
 from agent.operator.hangups import Hangups
 from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import fold, status_text, why_text
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_store.add(verb, _config_and_state, _common)
     cli_tls.add(verb, _config_and_state, _common)
     cli_claim.add(verb, _configured, _common)
+    cli_chips.add(verb)
     cli_reload.add(verb, _config_and_state)
     cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)
     return parser
@@ -389,6 +392,8 @@ def _install(args: argparse.Namespace) -> int:
         config, program=install.program_path(), config_path=path.resolve(), user=args.user, home=home, logs=folder
     )
     newsyslog = install.render_newsyslog(user=args.user, logs=folder)
+    for why in filter(None, map(unfit_for_service, references(config))):
+        _note(f"warning: {why}")
     if args.dry_run:
         print(f"# {install.DAEMON_PLIST}\n{plist}\n# {install.NEWSYSLOG}\n{newsyslog}")
         return 0

@@ -252,9 +252,12 @@ class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``threads`` of the CPU's BLAS in each loader; 0 divides the cores among the models. Linux only."""
+    """``threads`` of the CPU's BLAS in each loader; 0 divides the cores among the models. Linux only. With
+    ``calibrate`` the steps of a model that this node has not timed yet are timed after its load, for a minute at most
+    and only while no request is here."""
 
     threads: Annotated[int, Meta(ge=0)] = 0
+    calibrate: bool = True
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

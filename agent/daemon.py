@@ -36,6 +36,7 @@ from agent.models.loaders import Loaders
 from agent.models.pool import Pool
 from agent.operator import resolved
 from agent.operator.admin_client import SERVED_NAME
+from agent.process import awake
 from agent.process.gpu import Budget
 from agent.process.machine import default_budget, memory_bytes
 from agent.reload_run import Parts, Read, Reloader, rack_secrets
@@ -78,7 +79,7 @@ class Daemon:
         lasting: bool = True,
     ) -> None:
         self._live, self._state, self._environ = Live(config), state, environ
-        self._stop = asyncio.Event()
+        self._stop, self._awake = asyncio.Event(), awake.of_this_machine()
         self._connections = table_for(self._live)
         self._steady: list[asyncio.Task[None]] = []
         self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
@@ -103,7 +104,7 @@ class Daemon:
         self._follower = self._new_follower(lasting=lasting)
         self._heartbeats = self._new_heartbeats(mark)
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self.status = Status(config.node, self._budget, *parts, warnings=self._warnings, keys=self._keys)
+        self.status = Status(config.node, self._budget, *parts, self._warnings, self._awake.view, keys=self._keys)
         reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
         self.reloader = Reloader(reloaded, environ, read)
         self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
@@ -164,7 +165,8 @@ class Daemon:
     def _warnings(self) -> list[str]:
         of_files = self._tls.warnings() if self._tls is not None else ()
         of_orders, of_reloads = self._follower.in_force.warnings(), self.reloader.warnings()
-        return [*plain_warnings(self.config, self._table.urls()), *of_files, *of_orders, *of_reloads]
+        plain = plain_warnings(self.config, self._table.urls())
+        return [*plain, *of_files, *of_orders, *of_reloads, *self._awake.warnings()]
 
     def _model_pool(self) -> Pool:
         prompts = self._state / "prompts"
@@ -179,6 +181,7 @@ class Daemon:
             budget_bytes=self._budget.bytes,
             emit=self._emit,
             carried_by_peer=self._carried_by_peer,
+            figures=self._state / "step_times.json",
         )
 
     def _context(self) -> Context:
@@ -213,6 +216,7 @@ class Daemon:
         try:
             listener = Listener(runner, self._live, self._connections, self._tls.listener if self._tls else None)
             await listener.start()
+            self._awake.start()
             await self._start(listener.port)
             self.reloader.state = ""
             started(listener.port)
@@ -229,6 +233,7 @@ class Daemon:
             await runner.cleanup()
             await self._peer_client.close()
             await self.telemetry.close()
+            await self._awake.close()
 
     @property
     def config(self) -> AgentConfig:

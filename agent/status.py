@@ -15,11 +15,12 @@ from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.sightings import sentence
 from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
+from agent.process import expectation
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
 from agent.telemetry.service import Telemetry
 from agent.views import ModelView
-from shared import __version__
+from shared import __version__, chips
 
 
 class Status:
@@ -36,13 +37,14 @@ class Status:
         table: PeerTable,
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
+        awake: Callable[[], dict[str, Any]] = dict,
         *,
         keys: RackKeys,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings, self._keys = warnings, keys
+        self._warnings, self._keys, self._awake = warnings, keys, awake
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -64,10 +66,11 @@ class Status:
             "in_flight": self._dispatch.in_flight,
             "budget_bytes": self._budget.bytes,
             "budget_from": self._budget.source,
-            "models": self._models(),
+            "models": (models := self._models()),
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
-            "warnings": [*self._clashes(), *self._warnings()],
+            "warnings": [*self._clashes(), *self._warnings(), *self._slow(models)],
+            "awake": self._awake(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),
@@ -77,11 +80,26 @@ class Status:
         }
 
     def _models(self) -> list[dict[str, Any]]:
-        origins = self._follower.in_force.origins()
+        origins, machine = self._follower.in_force.origins(), self._telemetry.machine
+        chip, memory_gb = chips.find(machine.chip), machine.memory_bytes / (1 << 30)
+        known: list[dict[str, Any]] = self._pool.inventory.status()
         return [
-            {**one, "origin": origins.get(str(one["model"]), {"by": "", "text": ""})}
-            for one in self._pool.inventory.status()
+            {
+                **one,
+                "origin": origins.get(str(one["model"]), {"by": "", "text": ""}),
+                "expected": expectation.expected(chip, memory_gb, one["figures"].get("weights_bytes", 0)),
+            }
+            for one in known
         ]
+
+    def _slow(self, models: list[dict[str, Any]]) -> list[str]:
+        """Models that are slower here than the chip allows."""
+        sample, level = self._telemetry.sampler.last_sample, self._telemetry.heat.level
+        hot_ppm, swapped = (sample.throttled_5m_ppm, sample.swap_out_bytes) if sample else (None, None)
+        seen = expectation.causes(LEVELS[min(level, len(LEVELS) - 1)], hot_ppm, swapped)
+        chip = self._telemetry.machine.chip
+        found = [expectation.warning(one["model"], one["figures"], one["expected"], chip, seen) for one in models]
+        return [sentence for sentence in found if sentence]
 
     def rack(self) -> dict[str, Any]:
         """The rack as this node sees it: nodes with their load and speed, circuit breakers, retries, swaps."""

@@ -19,7 +19,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     ``coming`` says that it is not ready yet and soon will be. ``versions`` are those that can continue an answer
     that they began, whether they accept new requests or not. ``rows`` requests are decoded together; ``prefill_tok``
     prompt tokens are still to be computed. ``prefill_tps`` (tokens per second), ``gap_us`` (ITL of an answer that
-    runs alone) and ``answer_tok`` (tokens of an answer) were measured there recently, None where nothing was.
+    runs alone) and ``answer_tok`` (tokens of an answer) were measured there recently, None where nothing was; the
+    first two are then what its calibration found, if it has one, and ``crowd`` how a step grows with the share of rows
+    in use.
     ``context_tok`` is the context length, prompt and answer together, 0 if unknown. ``kv_ppm`` is how full the KV
     cache is. ``prefixes`` are hashes of the prefixes that its prompt cache is likely to hold. Impossible values are
     rejected when a heartbeat is decoded: a single one would distort routing of every request at every gateway.
@@ -37,6 +39,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tps: Annotated[float, Meta(gt=0, le=1e12)] | None = None
     gap_us: Count | None = None
     answer_tok: Count | None = None
+    crowd: Annotated[float, Meta(ge=0, le=1e3)] | None = None
     kv_ppm: Count = 0
     prefixes: bytes = b""
 

@@ -24,6 +24,8 @@ from shared.records import (
 )
 
 SWAP_FAILED_FOR_S = 3600.0
+KNOWN_SHARE = 0.8
+"""A share of a window's known time is only taken when at least this much of the window is known; agents do the same."""
 CLASH_FOR_MS = 1_800_000
 """How long two agents under one id are alerted of after they were last seen; agents repeat it every ten minutes."""
 TURNS = 2
@@ -64,8 +66,20 @@ class Firing(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+class Warm(msgspec.Struct, frozen=True, kw_only=True):
+    """Heat of one window of a node. It is identified by its batch: a clock that runs ahead gives several of them the
+    same end, and two windows may well have the same figures."""
+
+    batch: tuple[int, int, int]
+    ended_ms: int
+    length_ms: int
+    throttled_us: int
+    known_us: int
+
+
 class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """State of a node between runs of `alert`; times in ms, bounded lists. ``certificates`` are when a certificate was
+    """State of a node between runs of `alert`; times in ms, bounded lists. ``evicted`` are times by what identifies an
+    eviction. ``certificates`` are when a certificate was
     last reported, and when it ends. ``clash`` is when two agents were last seen under this id, and their marks;
     ``incarnations`` is when each last reported, ``taken_turns`` when one did after another one had in between."""
 
@@ -73,8 +87,8 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     last_up_ms: int = 0
     down_since_ms: int | None = None
     reported_by: str = ""
-    heat: tuple[tuple[int, int, int], ...] = ()
-    evictions: tuple[int, ...] = ()
+    warm: tuple[Warm, ...] = ()
+    evicted: dict[str, int] = {}
     swaps: dict[str, tuple[int, str, str]] = {}
     certificates: dict[str, tuple[int, int]] = {}
     clash: tuple[int, str] = (0, "")
@@ -157,13 +171,11 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
             seen = max(peer.last_seen_ms, up_ms)
             nodes[record.peer] = replace(peer, down_since_ms=None, last_seen_ms=seen, last_up_ms=up_ms)
     elif isinstance(record, HostSample):
-        heat = {*mine.heat, (ended_ms, record.throttled_us, record.thermal_known_us)}
-        oldest = mine.last_seen_ms - config.throttled_window_s * 1000
-        nodes[node] = replace(mine, heat=tuple(sorted(h for h in heat if h[0] > oldest)))
+        nodes[node] = replace(mine, warm=_warmed(mine, fact.meta, ended_ms, record, config.throttled_window_s * 1000))
     elif isinstance(record, ModelEvicted) and record.reason not in ("ordered", "idle"):
         oldest = mine.last_seen_ms - config.storm_window_s * 1000
-        evictions = sorted({*mine.evictions, min(record.t_ms, now_ms)})
-        nodes[node] = replace(mine, evictions=tuple(t for t in evictions if t > oldest))
+        at = {f"{record.t_ms} {record.model} {record.version}": min(record.t_ms, now_ms), **mine.evicted}
+        nodes[node] = replace(mine, evicted={one: t for one, t in at.items() if t > oldest})
     elif isinstance(record, SwapFinished):
         finished = (min(record.t_ms, now_ms), record.outcome, record.reason)
         # the ordered copy of an older swap comes after the urgent copy of a newer one
@@ -178,6 +190,25 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         # at the same time, as after a change within one look, the later end is the newer certificate's
         if record.certificate in CERTIFICATES and reported > mine.certificates.get(record.certificate, (0, 0)):
             nodes[node] = replace(mine, certificates={**mine.certificates, record.certificate: reported})
+
+
+def _warmed(memory: NodeMemory, meta: Meta, ended_ms: int, sample: HostSample, window_ms: float) -> tuple[Warm, ...]:
+    """The newest windows of a node, as many as cover ``window_ms``."""
+    batch = (meta.incarnation, meta.epoch, meta.seq)
+    one = Warm(
+        batch=batch,
+        ended_ms=ended_ms,
+        length_ms=meta.t_end_ms - meta.t_start_ms,
+        throttled_us=sample.throttled_us,
+        known_us=sample.thermal_known_us,
+    )
+    known = memory.warm if any(w.batch == batch for w in memory.warm) else (*memory.warm, one)
+    kept, covered_ms = list[Warm](), 0
+    for w in sorted(known, key=lambda w: (w.ended_ms, w.batch), reverse=True):
+        if w.ended_ms > memory.last_seen_ms - window_ms and covered_ms < window_ms:
+            kept.insert(0, w)
+            covered_ms += w.length_ms
+    return tuple(kept)
 
 
 def _incarnation_seen(memory: NodeMemory, meta: Meta, ended_ms: int) -> NodeMemory:
@@ -217,19 +248,21 @@ def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing 
 
 
 def _throttled(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
-    """By the window before the node's last report; resolved once the node has been silent for two windows."""
-    window_ms = config.throttled_window_s * 1000
-    heat = [h for h in memory.heat if h[0] > now_ms - 2 * window_ms]
-    known = sum(k for _, _, k in heat)
-    throttled = sum(t for _, t, _ in heat)
-    if not known or throttled / known <= config.throttled_share:
+    """By the window before the node's last report; resolved once the node has been silent for two windows. Where too
+    little of it is known, the rest counts as cool."""
+    window_s = config.throttled_window_s
+    warm = [w for w in memory.warm if w.ended_ms > now_ms - 2 * window_s * 1000]
+    known_s, hot_s = (sum(getattr(w, name) for w in warm) / 1e6 for name in ("known_us", "throttled_us"))
+    share = hot_s / (known_s if known_s >= KNOWN_SHARE * window_s else window_s)
+    if share <= config.throttled_share:
         return None
-    text = f"{node} was thermally throttled for {throttled / known:.0%} of the last {config.throttled_window_s:.0f} s"
-    return Firing(code="throttling", subject=node, since_ms=heat[0][0], text=text)
+    rest = "" if known_s >= window_s else f"; {known_s:.0f} s of them are known"
+    text = f"{node} was thermally throttled for {hot_s:.0f} s, {share:.0%} of the last {window_s:.0f} s{rest}"
+    return Firing(code="throttling", subject=node, since_ms=warm[0].ended_ms, text=text)
 
 
 def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
-    recent = [t for t in memory.evictions if t > now_ms - config.storm_window_s * 1000]
+    recent = sorted(t for t in memory.evicted.values() if t > now_ms - config.storm_window_s * 1000)
     if len(recent) < config.storm_evictions:
         return None
     text = f"{len(recent)} evictions on {node} within {config.storm_window_s:.0f} s"

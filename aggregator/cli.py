@@ -164,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         if field.required:
             buy.add_argument(flag, type=field.type, required=True, help=text)
         else:
-            buy.add_argument(flag, type=field.type, default=field.default, help=f"{text} (default: {field.default:g})")
+            buy.add_argument(flag, type=field.type, help=f"{text} (default: {field.default:g})")
+    buy.add_argument("--chip", default="", help='chip of the nodes, like "M5 Pro", for list price and watts')
+    buy.add_argument("--memory", type=float, default=0.0, metavar="GB", help="memory of the nodes, with --chip")
     buy.add_argument("--currency", default="USD")
     buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
     verb("check-config", "Validate the configuration and print all problems.", _check_config)
@@ -367,8 +369,17 @@ def _economics(args: argparse.Namespace) -> Ended:
     from aggregator import economics
     from aggregator.report.pages import economics as economics_page
 
-    inputs = Inputs(**{field.name: getattr(args, field.name) for field in msgspec.structs.fields(Inputs)})
-    report = economics.judge(inputs)
+    fields = (field.name for field in msgspec.structs.fields(Inputs))
+    given = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    basis: tuple[str, ...] = ()
+    if args.chip:
+        price, watts, basis = economics.bought(args.chip, args.memory)
+        if "node_price" not in given and (price is None or args.currency != "USD"):
+            raise Refused(f"economics: {basis[0]}; give --node-price in {args.currency}")
+        if watts is None and "watts" not in given:
+            raise Refused(f"economics: {basis[1]}; give --watts")
+        given = {"node_price": price, "watts": watts, **given}
+    report = economics.judge(Inputs(**given), basis)
     return _page(args, report, economics_page.page(report, args.currency), 0)
 
 

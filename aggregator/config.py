@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from aggregator import heat
 from shared.bucket import REFERENCE_HINT, Store, check_store, is_reference
+from shared.chips import find, unknown
 from shared.errors import Refused
 from shared.hosts import host_of
 from shared.keys import check_name
@@ -20,14 +21,18 @@ Positive = Annotated[float, Meta(gt=0)]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Purchase price and power of a node; without a price its cost is "no data"."""
+    """Purchase price and power of a node; without a price its cost is "no data". Power that is neither measured nor
+    given as ``watts`` is that of the ``chip`` (like ``M4 Pro``) by the node's busy time, else 45 W. ``bandwidth_gb_s``
+    is the memory bandwidth of a chip that the chip table does not know."""
 
     id: str
     price: Money | None = None
     life_years: Positive = 3.0
     residual: Share = 0.2
-    watts: Money = 45.0
+    chip: str = ""
+    watts: Money | None = None
     other_per_month: Money = 0.0
+    bandwidth_gb_s: Positive | None = None
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,6 +132,11 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     alerts: Alerts = Alerts()
     discord: Discord = Discord()
 
+    @property
+    def bandwidths(self) -> dict[str, float]:
+        """Configured memory bandwidths (GB/s) by node."""
+        return {node.id: node.bandwidth_gb_s for node in self.nodes if node.bandwidth_gb_s is not None}
+
 
 def check(config: AggregatorConfig) -> Sequence[str]:
     """Problems that types cannot detect, with key paths."""
@@ -136,6 +146,11 @@ def check(config: AggregatorConfig) -> Sequence[str]:
             check_name(name, path)
         except Refused as error:
             found.append(error.message)
+    found += [
+        f"nodes[{n}].chip: {unknown(node.chip)}; leave it out, and give watts and bandwidth_gb_s"
+        for n, node in enumerate(config.nodes)
+        if node.chip and find(node.chip) is None
+    ]
     ids = [node.id for node in config.nodes]
     found += [f"nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]
     found += [

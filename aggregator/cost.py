@@ -12,10 +12,13 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import msgspec
 
-from aggregator import cost_change
+from aggregator import cost_change, heat
 from aggregator.config import AggregatorConfig, Node, decimal
 from aggregator.cost_change import Change, Factors
+from aggregator.demand import machines
 from aggregator.window import Window, seconds
+from shared.chips import Identity, desktop, find
+from shared.chips import price as list_price
 
 HOURS_PER_YEAR = Decimal(8766)
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
@@ -103,6 +106,12 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[Row, ...] = ()
     keys: tuple[KeyCost, ...] = ()
     unpriced_nodes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    """List prices of nodes without a price, where they are known."""
+
+
+ASSUMED_WATTS = Decimal(45)
+"""Of a node that is neither metered nor configured, and whose chip has no public figures."""
 
 
 def compute(window: Window, config: AggregatorConfig, previous: CostReport | None = None) -> CostReport:
@@ -117,6 +126,7 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
     attributed = sum((m.direct for m in models if m.direct is not None), Decimal(0))
     priced_nodes = {n.node for n in priced}
     tokens = sum(s.prompt_tok + s.completion_tok for s in window.served if s.worker in priced_nodes)
+    there = machines(window)
     return CostReport(
         period=window.span.name,
         currency=config.cost.currency,
@@ -130,17 +140,34 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
         rows=tuple(shares.rows()),
         keys=tuple(_keys(window, models)),
         unpriced_nodes=tuple(n.node for n in nodes if n.cost is None),
+        hints=tuple(hint for n in nodes if n.cost is None for hint in _listed(n.node, there.get(n.node))),
     )
 
 
-def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal | None = None) -> Decimal | None:
-    """A node's cost per hour; None without a price. Measured ``watts`` replace the configured ones."""
+def _listed(node: str, machine: Identity | None) -> tuple[str, ...]:
+    """The list price of a node that has none configured."""
+    if machine is None or machine.mac is None or machine.mac.kind == "other":
+        return ()
+    return (f"{node}: {list_price(machine.mac, machine.memory_gb)[1]}",)
+
+
+def rate_per_hour(node: Node, config: AggregatorConfig, watts: Decimal) -> Decimal | None:
+    """A node's cost per hour at a mean power of ``watts``; None without a price."""
     if node.price is None:
         return None
     owned = decimal(node.price) * (1 - decimal(node.residual)) / (decimal(node.life_years) * HOURS_PER_YEAR)
-    drawn = (watts if watts is not None else decimal(node.watts)) / 1000
-    power = drawn * decimal(config.cost.electricity_per_kwh) * decimal(config.cost.pue)
+    power = watts / 1000 * decimal(config.cost.electricity_per_kwh) * decimal(config.cost.pue)
     return owned + power + decimal(node.other_per_month) / HOURS_PER_MONTH
+
+
+def expected_watts(node: Node, busy: Decimal) -> tuple[Decimal, str]:
+    """Mean power of a node that nobody measures, and its source: configured, else that of the chip table for its chip,
+    busy for this share of the time, else assumed."""
+    if node.watts is not None:
+        return decimal(node.watts), "configured"
+    mac = desktop(chip) if (chip := find(node.chip)) is not None else None
+    watts = mac.watts(float(busy)) if mac is not None else None
+    return (ASSUMED_WATTS, "assumed") if watts is None else (rounded(decimal(watts)), "chip table")
 
 
 def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
@@ -165,19 +192,19 @@ def measured_watts(window: Window, node: str) -> tuple[Decimal | None, str]:
 def _node(window: Window, name: str, priced: Node | None, config: AggregatorConfig) -> NodeCost:
     reported_s = seconds(window.reported(name))
     busy_us = window.busy_us(name)
+    # busy time of concurrent loaders may exceed wall time; the share is capped at 1
+    share = min(Decimal(1), Decimal(busy_us) / 1_000_000 / decimal(reported_s)) if reported_s else Decimal(0)
     watts, source = measured_watts(window, name)
-    rate = rate_per_hour(priced, config, watts) if priced else None
+    if watts is None and priced is not None:
+        watts, source = expected_watts(priced, share)
+    rate = rate_per_hour(priced, config, watts) if priced is not None and watts is not None else None
     cost = rounded(rate * decimal(reported_s) / 3600) if rate is not None else None
-    idle = None
-    if cost is not None:
-        # busy time of concurrent loaders may exceed wall time; the share is capped at 1
-        share = min(Decimal(1), Decimal(busy_us) / 1_000_000 / decimal(reported_s)) if reported_s else Decimal(0)
-        idle = cost - rounded(cost * share)
+    idle = None if cost is None else cost - rounded(cost * share)
     return NodeCost(
         node=name,
         reported_s=round(reported_s, 3),
         busy_s=round(busy_us / 1e6, 3),
-        watts=rounded(watts) if watts is not None else (decimal(priced.watts) if priced else None),
+        watts=rounded(watts) if watts is not None else None,
         power=source,
         rate_per_h=rounded(rate) if rate is not None else None,
         cost=cost,
@@ -342,8 +369,6 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
     if loaded is None or m.direct is None or not m.priced_tok:
         return None
     mine = {e.node for e in window.engines if e.model == name and e.busy_us}
-    hosts = [h for h in window.hosts if h.node in mine]
-    known = sum(h.thermal_known_us for h in hosts)
     return Factors(
         tokens=m.priced_tok,
         requests=m.requests,
@@ -356,7 +381,7 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
         cached_tok=m.priced_cached,
         completion_tok=m.priced_completion,
         cut_share=m.cut / m.requests if m.requests else 0.0,
-        throttled_share=sum(h.throttled_us for h in hosts) / known if known else 0.0,
+        throttled_share=heat.share(window, *mine) or 0.0,
     )
 
 

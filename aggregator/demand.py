@@ -15,8 +15,8 @@ from aggregator.config import Placement as Rules
 from aggregator.packing import CAP, Copyable, Placement, Room
 from aggregator.tables import SLOT_MS
 from aggregator.window import ResidentSum, Window, at_least_one, seconds
-from shared.chips import find
-from shared.records import Hardware, ModelEvicted, ModelLoaded
+from shared.chips import Identity, identify
+from shared.records import Hardware, ModelEvicted, ModelLoaded, ModelTimed
 
 ALONE = 0.95
 """Load limit of a node that a single model has to itself, before the model gets another copy."""
@@ -36,14 +36,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     throttled: Mapping[str, float] = {}
     versions: Mapping[str, str] = {}
     silent: Mapping[str, int] = {}
+    guessed: tuple[str, ...] = ()
+    """Nodes whose speed is a guess, and why."""
 
 
-def facts_of(window: Window, rules: Rules) -> Facts:
-    """Nodes, models and demand as reported."""
+def facts_of(window: Window, rules: Rules, bandwidths: Mapping[str, float]) -> Facts:
+    """Nodes, models and demand as reported. ``bandwidths`` (GB/s) are configured, for chips that nobody knows."""
     silent = _gone(window)
     everywhere = current(window)
     residents = {(r.model, r.node): r for r in everywhere if r.node not in silent}
-    speeds = _speeds(window)
+    speeds, guessed = _speeds(window, bandwidths)
     load = _loads(window, speeds)
     typical = statistics.median(speeds.values()) if speeds else 1.0
     wished = {w.model: w for w in rules.models}
@@ -76,6 +78,7 @@ def facts_of(window: Window, rules: Rules) -> Facts:
         throttled=throttled,
         versions={r.model: r.version for r in everywhere} | versions,
         silent=silent,
+        guessed=guessed,
     )
 
 
@@ -111,7 +114,7 @@ def _rooms(
         held = sum(m.need_bytes for m in models if (m.name, name) in now)
         budget = host.memory_budget_bytes if host is not None and host.memory_budget_bytes is not None else held
         room = Room(name=name, budget_bytes=budget, speed=speeds[name])
-        share = window.throttled_share(name)
+        share = heat.share_to_move(window, name)
         if share is not None and share > heat.MOVE_SHARE:
             here = [m.share / room.speed for m in models if (m.name, name) in now and name not in m.pinned]
             load = packing.load_of(room, models, now)
@@ -121,21 +124,49 @@ def _rooms(
     return tuple(rooms), throttled
 
 
-def _speeds(window: Window) -> dict[str, float]:
-    """Relative decode speed of each node: by models on several nodes, else by memory bandwidth."""
+def machines(window: Window) -> dict[str, Identity]:
+    """What each node is by its own words, where it said so in this span."""
+    said = {meta.node: record for meta, record in window.of(Hardware)}
+    return {node: identify(record.model, record.chip, record.memory_bytes) for node, record in said.items()}
+
+
+def _speeds(window: Window, bandwidths: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Relative decode speed of each node: by the work of models on several nodes, else by what calibrations of the same
+    version measured there, else by memory bandwidth; and what of it is a guess, in words."""
     paces: dict[str, dict[str, float]] = {}
     for one in window.engines:
         if one.decode_tok > 1000 and one.busy_decode_us:
             paces.setdefault(one.model, {})[one.node] = one.busy_decode_us / one.decode_tok
-    machines = {meta.node: record for meta, record in window.of(Hardware)}
-    known = {n: chip.bandwidth(m.memory_bytes / (1 << 30)) for n, m in machines.items() if (chip := find(m.chip))}
+    timed: dict[str, dict[str, float]] = {}
+    for meta, record in window.of(ModelTimed):
+        if record.step_us and record.step_us[0] > 0:
+            timed.setdefault(record.version, {})[meta.node] = record.step_us[0]
+    there = machines(window)
+    known = {n: one.chip.bandwidth(one.memory_gb) for n, one in there.items() if one.chip is not None}
+    known |= {n: gb_s for n, gb_s in bandwidths.items() if n in window.nodes}
     typical = statistics.median(known.values()) if known else None
-    speeds = {}
+    speeds, unsure = {}, list[str]()
     for node in window.nodes:
-        ratios = [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
+        ratios = _ratios(paces, node) or _ratios(timed, node)
         guessed = known[node] / typical if node in known and typical else 1.0
         speeds[node] = round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3) if ratios else round(guessed, 3)
-    return speeds
+        if not ratios and node not in known and (known or node in there):
+            unsure.append(f"{node}: {_why_unknown(there.get(node))}; {_AS_TYPICAL}")
+        elif node not in bandwidths and node in there:
+            unsure += [f"{node}: {remark}" for remark in there[node].remarks]
+    return speeds, tuple(unsure)
+
+
+_AS_TYPICAL = "taken to be as fast as the others until measured; `bandwidth_gb_s` in its [[nodes]] table tells better"
+
+
+def _why_unknown(machine: Identity | None) -> str:
+    return machine.remarks[0] if machine is not None else "it did not say what it is in this span"
+
+
+def _ratios(paces: Mapping[str, Mapping[str, float]], node: str) -> list[float]:
+    """By how much a node is faster than the median of those with the same model."""
+    return [statistics.median(p.values()) / p[node] for p in paces.values() if len(p) > 1 and node in p]
 
 
 def _loads(window: Window, speeds: Mapping[str, float]) -> dict[str, float]:

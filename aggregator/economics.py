@@ -12,6 +12,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 import msgspec
 
 from aggregator.config import decimal
+from shared import chips
 from shared.errors import Refused
 
 MONTH_H = Decimal("730.5")
@@ -72,6 +73,24 @@ class Economics(msgspec.Struct, frozen=True, kw_only=True):
     hinges: tuple[Hinge, ...]
     rule_of_thumb: str
     sentence: str
+    basis: tuple[str, ...] = ()
+    """Where price and watts come from, if from the chip table."""
+
+
+def bought(name: str, memory_gb: float) -> tuple[float | None, float | None, tuple[str, ...]]:
+    """List price and watts at full work of the mini or Studio with a chip and so much memory, each None without a
+    public figure; and what is said of both. Raises Refused for a chip that the table does not know, or no such Mac."""
+    chip = chips.find(name)
+    if chip is None:
+        raise Refused(f"economics: {chips.unknown(name)}; give node-price and watts instead of chip")
+    mac = chips.desktop(chip)
+    if mac is None:
+        raise Refused(f"economics: no mini or Studio has {chip.name}; give node-price and watts instead of chip")
+    if memory_gb not in mac.memory_gb:
+        held = ", ".join(map(str, mac.memory_gb))
+        raise Refused(f"economics: a {mac.name} with {chip.name} has {held} GB; give one of them as memory")
+    price, told = chips.price(mac, memory_gb)
+    return price, mac.busy_w, (told, chips.power(mac))
 
 
 def check(inputs: Inputs) -> None:
@@ -98,8 +117,9 @@ def check(inputs: Inputs) -> None:
         raise Refused("economics: " + "; ".join(found))
 
 
-def judge(inputs: Inputs) -> Economics:
-    """Break-even, the cumulative curve and its sensitivity. Raises Refused."""
+def judge(inputs: Inputs, basis: tuple[str, ...] = ()) -> Economics:
+    """Break-even, the cumulative curve and its sensitivity; ``basis`` says where the figures come from. Raises
+    Refused."""
     check(inputs)
     try:
         months, paid, running = _curve(inputs)
@@ -118,6 +138,7 @@ def judge(inputs: Inputs) -> Economics:
         hinges=tuple(hinges),
         rule_of_thumb=_rule(inputs, even),
         sentence=_sentence(inputs, even, months[-1].balance, hinges),
+        basis=basis,
     )
 
 

@@ -1,8 +1,8 @@
 """The initial placement, before any telemetry, from expected workloads and an inventory. Pure.
 
 Memory is exact where a model's files are given (shared/memory_plan.py, as the agent computes it before a load). Speed
-is estimated from the chip: prefill is bound by compute, decode by memory bandwidth. The first week of telemetry
-replaces it.
+is estimated from the chip (shared/chips.py): prefill is bound by compute, decode by memory bandwidth. The first week
+of telemetry replaces it.
 """
 
 import math
@@ -17,7 +17,7 @@ from aggregator import moves, packing
 from aggregator.demand import Facts
 from aggregator.packing import CAP, Copyable, Room
 from aggregator.placement import NodeLoad, Placed, PlacementReport, described, explained, packed_with_slack
-from shared.chips import Chip, find
+from shared.chips import BITS_PER_WEIGHT, UNCONFIRMED, Chip, decode_tok_s, find, prefill_tok_s, sizes
 from shared.errors import Refused
 from shared.keys import check_name
 from shared.memory_plan import PROCESS_OVERHEAD_BYTES, default_budget_bytes, plan
@@ -27,12 +27,8 @@ Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 CHUNK_TOK = 512
-EFFICIENCY, BANDWIDTH_USED = 0.45, 0.75
-"""Shares of a chip's peak compute in prefill and of its bandwidth in decode that MLX reaches on such chips."""
 BATCHED = 3.0
 """Rows that share one read of the weights on a node at its load limit."""
-BITS_PER_WEIGHT = 4.5
-"""4-bit quantisation in groups of 64 that share a scale and a bias."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,11 +131,25 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
         nodes=tuple(_node(room, facts, ordered.reached) for room in rooms),
         placed=tuple(_placed(pair, needs) for pair in sorted(ordered.reached, key=lambda p: (p[1], p[0]))),
         moves=described(facts, ordered.steps),
-        notes=tuple(notes),
+        notes=(*notes, *_unsure(inventory)),
         short=explained(facts, packed),
         gap=packed.gap,
         score=round(packed.score, 6),
     )
+
+
+def _unsure(inventory: Inventory) -> list[str]:
+    """What of the estimates nobody has published, by chip."""
+    nodes: dict[str, list[str]] = {}
+    for machine in inventory.nodes:
+        chip = find(machine.chip)
+        if chip is not None and "tflops" in chip.unconfirmed and machine.tflops is None:
+            nodes.setdefault(chip.name, []).append(machine.id)
+    return [
+        f"{', '.join(ids)}: the prefill rate of {name} is {UNCONFIRMED}, TTFT and load are estimates; `tflops` in the "
+        "inventory replaces it"
+        for name, ids in nodes.items()
+    ]
 
 
 def _with_another_copy(facts: Facts, pairs: packing.Placement) -> Facts | None:
@@ -178,9 +188,10 @@ def budget_bytes(machine: Machine) -> int:
 
 def chip_of(machine: Machine) -> Chip:
     """A machine's chip, with overrides from the inventory."""
-    known = find(machine.chip) or Chip(name=machine.chip, bandwidth_gb_s=0, tflops=0, memory_gb=())
+    known = find(machine.chip) or Chip(name=machine.chip, bandwidth_gb_s=0, tflops=0)
     gb_s = machine.bandwidth_gb_s or known.bandwidth(machine.memory_gb)
-    return msgspec.structs.replace(known, bandwidth_gb_s=gb_s, tflops=machine.tflops or known.tflops, binned={})
+    tflops = machine.tflops or known.gpu_tflops(machine.memory_gb)
+    return msgspec.structs.replace(known, bandwidth_gb_s=gb_s, tflops=tflops, binned=())
 
 
 def _intake(intake: Intake) -> list[str]:
@@ -204,17 +215,31 @@ def _inventory(inventory: Inventory) -> list[str]:
     found = [f"duplicate node {n!r}" for n in sorted({n for n in ids if ids.count(n) > 1})]
     for machine in inventory.nodes:
         found += _named(machine.id, "node")
-        chip = find(machine.chip)
-        if machine.kind not in ("mini", "studio", "other"):
-            found.append(f"node {machine.id}: kind {machine.kind!r}; use mini, studio or other")
-        elif chip is None and not (machine.bandwidth_gb_s and machine.tflops):
-            found.append(f"node {machine.id}: unknown chip {machine.chip!r}; add bandwidth_gb_s and tflops")
-        elif chip is not None and machine.kind == "mini" and not chip.mini_gb:
-            found.append(f'node {machine.id}: no Mac mini has {machine.chip}; for a Mac Studio set kind = "studio"')
-        elif chip is not None and machine.kind == "mini" and machine.memory_gb not in chip.mini_gb:
-            sizes = ", ".join(map(str, chip.mini_gb))
-            found.append(f"node {machine.id}: a Mac mini with {machine.chip} has {sizes} GB, not {machine.memory_gb:g}")
+        if problem := _machine(machine):
+            found.append(f"node {machine.id}: {problem}")
     return found
+
+
+_SOLD = {"mini": "Mac mini", "studio": "Mac Studio"}
+
+
+def _machine(machine: Machine) -> str:
+    """What is wrong with a machine, by the table of chips; "" if nothing is."""
+    chip = find(machine.chip)
+    if machine.kind not in (*_SOLD, "other"):
+        return f"kind {machine.kind!r}; use mini, studio or other"
+    if chip is None:
+        known = machine.bandwidth_gb_s and machine.tflops
+        return "" if known else f"unknown chip {machine.chip!r}; add bandwidth_gb_s and tflops"
+    if machine.kind == "other":
+        return ""
+    sold, name = sizes(chip, machine.kind), _SOLD[machine.kind]
+    if not sold:
+        other = next((kind for kind in _SOLD if sizes(chip, kind)), "other")
+        return f'no {name} has {machine.chip}; for a {_SOLD.get(other, "Mac of another kind")} set kind = "{other}"'
+    if machine.memory_gb not in sold:
+        return f"a {name} with {machine.chip} has {', '.join(map(str, sold))} GB, not {machine.memory_gb:g}"
+    return ""
 
 
 def _named(name: str, what: str) -> list[str]:
@@ -233,13 +258,12 @@ def _active_bytes(model: Model, measured: Measured | None) -> float:
 
 def _prefill_s(active_bytes: float, chip: Chip) -> float:
     """Prefill seconds per prompt token: two operations per active weight."""
-    weights = active_bytes * 8 / BITS_PER_WEIGHT
-    return 2 * weights / (chip.tflops * 1e12 * EFFICIENCY)
+    return 1 / prefill_tok_s(chip.tflops, active_bytes * 8 / BITS_PER_WEIGHT)
 
 
 def _decode_s(active_bytes: float, chip: Chip) -> float:
     """Decode seconds per token for a single row: every active weight is read once."""
-    return active_bytes / (chip.bandwidth_gb_s * 1e9 * BANDWIDTH_USED)
+    return 1 / decode_tok_s(chip.bandwidth_gb_s, active_bytes)
 
 
 def _seconds(load: Workload, active_bytes: float, chip: Chip) -> float:

@@ -73,7 +73,7 @@ def judge(
     judged_ms = max([now_ms, *(end for node in window.nodes for _, end in window.reported(node))])
     # prices as of the end of the span, or of what there is of it: a later run gives the same figures
     apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
-    map_ = placement.propose(window, config.placement)
+    map_ = placement.propose(window, config.placement, config.bandwidths)
     up = uptime.uptime(window, now_ms, notes)
     evicted = eviction.report(window)
     return Judged(

@@ -231,7 +231,7 @@ class _Sources:
         hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
         self._levels = {name: _levels(name, days, whole, hourly) for name in HOUR_TABLES}
-        wanted = [key for files in self._levels.values() for _, key in files]
+        wanted = list(dict.fromkeys(key for files in self._levels.values() for _, key in files))
         found = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
         self._files = {
             key: db.file(f"{number}.parquet", stored.body)

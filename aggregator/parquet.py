@@ -159,5 +159,5 @@ def _json(table: str, paths: Sequence[Path]) -> str:
 
 def _minutes(minutes: Mapping[str, Path], tables: Sequence[str]) -> str:
     present = [table for table in tables if table in minutes]
-    columns = {name: sql for table in present for name, sql in minute_columns(table).items()}
-    return reading([minutes[table] for table in present], columns) if present else ""
+    columns = {name: sql for table in tables for name, sql in minute_columns(table).items()}
+    return reading([minutes[table] for table in present], columns) if tables[0] in minutes else ""

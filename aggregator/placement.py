@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from aggregator import moves, packing
+from aggregator import heat, moves, packing
 from aggregator.calendar import local
 from aggregator.config import Placement as Rules
 from aggregator.demand import Facts, current, facts_of, load_of
@@ -121,9 +121,13 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     so_far_until_ms: Moment | msgspec.UnsetType = msgspec.UNSET
 
 
-def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa: B008  # immutable
-    """The placement report of one span."""
-    facts = facts_of(window, rules)
+def propose(
+    window: Window,
+    rules: Rules = Rules(),  # noqa: B008  # immutable
+    bandwidths: Mapping[str, float] = {},
+) -> PlacementReport:
+    """The placement report of one span. ``bandwidths`` are those of ``AggregatorConfig.bandwidths``."""
+    facts = facts_of(window, rules, bandwidths)
     packed = packed_with_slack(facts, rules.max_moves)
     ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
     made = described(facts, ordered.steps)
@@ -133,7 +137,10 @@ def propose(window: Window, rules: Rules = Rules()) -> PlacementReport:  # noqa:
         nodes=_node_loads(window, facts, ordered.reached),
         placed=_placed(window, ordered.reached, facts),
         moves=made,
-        notes=(*_silent(window, facts), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
+        notes=(
+            *(*_silent(window, facts), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
+            *(facts.guessed if len(window.nodes) > 1 else ()),
+        ),
         short=explained(facts, packed),
         settings=_cache_settings(window, facts, ordered.reached),
         gap=packed.gap,
@@ -286,7 +293,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
                 budget_bytes=host.memory_budget_bytes if host is not None else None,
                 held_bytes=packing.held(room, facts.models, facts.now),
                 busy_share=window.busy_us(room.name) / reported_us if reported_us else None,
-                throttled_share=window.throttled_share(room.name),
+                throttled_share=heat.share(window, room.name),
                 speed=room.speed,
                 limit=round(room.limit, 4),
                 load=round(load_of(room, facts.models, facts.now), 4),

@@ -6,7 +6,7 @@ requests, within ``RELATIVE_ERROR``, in any order of reading.
 
 from collections.abc import Mapping, Sequence
 
-from aggregator.tables import EVENT_COLUMNS, EVENT_SOURCES, META, SKETCH, Fold, minute_columns
+from aggregator.tables import EVENT_COLUMNS, EVENT_SOURCES, IDENTITY, META, SKETCH, Fold, minute_columns
 from shared.sketch import SCALE
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
@@ -28,6 +28,10 @@ def lifted(fold: Fold, source: str) -> str:
     wanted += [f"{name}_{part}" for name in fold.sketches for part in SKETCH]
     wanted += ["starts", "ends"] if fold.spans else []
     parts = [f'{fold.lift.get(name, chr(34) + name + chr(34))} AS "{name}"' for name in wanted]
+    if fold.beside:
+        batch = names([name for name in IDENTITY if name != "ordinal"])
+        more = ", ".join(f'{sql} OVER (PARTITION BY {batch}) AS "{name}"' for name, sql in fold.beside.items())
+        source = f"SELECT * FROM (SELECT *, {more} FROM ({source})) WHERE {fold.own} IS NOT NULL"
     ends = "t_end_ms AS slot_ms, t_end_ms AS last_ms, seq * 65536 + ordinal AS last_place"
     return f"SELECT {ends}, {', '.join(parts)} FROM ({source})"
 

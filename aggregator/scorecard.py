@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from aggregator import heat
 from aggregator.api_prices import Comparisons
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime
@@ -59,15 +60,15 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
 
 
 def _heat(window: Window, targets: Scorecard) -> Line:
-    """Throttled time of nodes, each weighted by how long it worked: heat while idle slows nobody."""
-    known = [(h, window.busy_us(h.node)) for h in window.hosts if h.throttled_share is not None]
-    weight = sum(us for _, us in known)
-    value = None
-    if weight:
-        value = sum((h.throttled_share or 0.0) * us for h, us in known) / weight
-    elif known:
-        value = max(h.throttled_share or 0.0 for h, _ in known)
-    return _at_most("heat", "throttled", value, targets.throttled, "share", "of the time in which models worked")
+    """Throttled time of nodes while their models worked: heat while idle slows nobody."""
+    worked_us = sum(one.worked_us for one in window.hosts)
+    value, of = None, "of the time in which models worked"
+    if worked_us:
+        value = sum(one.throttled_worked_us for one in window.hosts) / worked_us
+    elif not any(window.busy_us(node) for node in window.nodes):
+        value = max((s for node in window.nodes if (s := heat.share(window, node)) is not None), default=None)
+        of = "of the time of the hottest node; no model worked"
+    return _at_most("heat", "throttled", value, targets.throttled, "share", of)
 
 
 def _swaps(window: Window, targets: Scorecard) -> Line:

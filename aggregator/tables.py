@@ -35,7 +35,8 @@ _SCALARS = {int: "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
 class Fold(msgspec.Struct, frozen=True, kw_only=True):
     """How rows of one kind aggregate. ``lift`` gives minute rows the shape of folded ones: SQL for each column that is
     not in the minute table under its own name. ``lasts`` take the latest row's value (by ``last_ms``, then by place),
-    ``spans`` are pairs of lists that hold intervals."""
+    ``spans`` are pairs of lists that hold intervals. Only rows of the first ``source`` are aggregated; ``beside`` gives
+    ``lift`` SQL aggregates over all rows of their batch, by name, and ``own`` is a column that only the first has."""
 
     source: tuple[str, ...]
     labels: tuple[str, ...]
@@ -46,6 +47,8 @@ class Fold(msgspec.Struct, frozen=True, kw_only=True):
     sketches: tuple[str, ...] = ()
     spans: bool = False
     lift: dict[str, str] = {}
+    beside: dict[str, str] = {}
+    own: str = ""
     slot_ms: int = HOUR_MS
     daily: bool = True
 
@@ -168,11 +171,11 @@ FOLDS: dict[str, Fold] = {
         maxes=_HIGHEST,
     ),
     "host": Fold(
-        source=("host",),
+        source=("host", "engine"),
         labels=("node",),
         sums=(
             *("windows", "thermal_known_us", "throttled_us", "swap_in_bytes", "swap_out_bytes", "memory_stall_us"),
-            *("energy_mj", "pressed_windows"),
+            *("energy_mj", "pressed_windows", "worked_us", "throttled_worked_us"),
             *_POWERS,
         ),
         maxes=(
@@ -190,8 +193,13 @@ FOLDS: dict[str, Fold] = {
             "pressed_windows": "CASE WHEN coalesce(memory_pressure, 'normal') = 'normal' THEN 0 ELSE 1 END",
             "fan_max_rpm": "list_max(fan_rpm)",
             "memory_used_max_bytes": "greatest(memory_used_max_bytes, memory_used_bytes)",
+            # models that work at the same time do not make the time longer
+            "worked_us": "least(coalesce(busy_us, 0), thermal_known_us)",
+            "throttled_worked_us": "least(coalesce(busy_us, 0), thermal_known_us, throttled_us)",
             **_POWERS,
         },
+        own="thermal_known_us",
+        beside={"busy_us": "sum(busy_prefill_us + busy_decode_us)"},
     ),
     "resident": Fold(
         source=("resident",),

@@ -118,7 +118,9 @@ class EngineSum(EngineCounts, frozen=True, kw_only=True):
 
 
 class HostSum(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known."""
+    """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known. ``worked_us``
+    is how long its models worked while the thermal level was known, ``throttled_worked_us`` how long of that it was
+    throttled: added up from each window's, since two totals do not tell what came together."""
 
     node: str
     windows: int
@@ -128,6 +130,8 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     swap_out_bytes: int
     energy_mj: int
     pressed_windows: int
+    worked_us: int = 0
+    throttled_worked_us: int = 0
     wall_mw_ms: int = 0
     wall_mw_known_ms: int = 0
     system_mw_ms: int = 0
@@ -146,11 +150,6 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     swap_used_bytes: int | None = None
     disk_free_bytes: int | None = None
     memory_budget_bytes: int | None = None
-
-    @property
-    def throttled_share(self) -> float | None:
-        """Of the time in which the level was known."""
-        return self.throttled_us / self.thermal_known_us if self.thermal_known_us else None
 
 
 class ResidentSum(msgspec.Struct, frozen=True, kw_only=True):
@@ -305,11 +304,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     def host(self, node: str) -> HostSum | None:
         """The machine's sums."""
         return next((one for one in self.hosts if one.node == node), None)
-
-    def throttled_share(self, node: str) -> float | None:
-        """Share of a node's time in which it was throttled; None where its level was not known."""
-        host = self.host(node)
-        return host.throttled_share if host is not None else None
 
     def busy_us(self, node: str) -> int:
         """Microseconds that a node's loaders worked."""

@@ -26,7 +26,7 @@ from shared.batch import Batch, seal
 from shared.ids import NodeId
 from shared.store import list_all
 from shared.store_s3 import S3Store
-from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches
+from tests.made_rack import HOUR_MS, MadeModel, MadeRack, batches, list_price
 
 SINCE_MS = 1_793_491_200_000
 """2026-11-01 00:00 UTC."""
@@ -90,7 +90,7 @@ def configured(folder: Path, server: SeaweedFS, bucket: str, nodes: int) -> Path
     """aggregator.toml for a new bucket."""
     server.store(bucket).create_bucket()
     path = folder / f"{bucket}.toml"
-    priced = "".join(f'[[nodes]]\nid = "{node}"\nprice = 1999\n' for node in rack(nodes).nodes)
+    priced = "".join(f'[[nodes]]\nid = "{node}"\nprice = {list_price():g}\n' for node in rack(nodes).nodes)
     path.write_text(
         f'rack = "bench"\n{server.table(folder, bucket)}{priced}'
         f'[[compare]]\nmodel = "chat"\nsame_as = "llama-3.1-8b-instruct"\nfrontier = "openai/gpt-4o"\n'

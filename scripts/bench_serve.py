@@ -208,7 +208,8 @@ def model_table(model: Path) -> str:
 def agent(models: str, threads: int, *, extra: str = "") -> Iterator[Server]:
     """One agent, through its HTTP API."""
     port = free_port()
-    config = agent_toml(BUILD / "agent", "bench", "bench", f"[loader]\nthreads = {threads}\n{extra}{models}", port=port)
+    tables = f"[loader]\nthreads = {threads}\ncalibrate = false\n{extra}{models}"
+    config = agent_toml(BUILD / "agent", "bench", "bench", tables, port=port)
     with serving([script("mlxrack-agent"), "run", "--config", str(config)], {}, port, "ready", "m") as server:
         yield server
 

@@ -44,8 +44,8 @@ DAYS, QUIET_S = 4, 12.0
 STREAMS, TOKENS, ROUND_S = 4, 64, 8.0
 OFTEN = "[telemetry]\nsample_s = 60\nupload_s = 60\npoll_s = 2\n"
 HURRIED = "[telemetry]\nsample_s = 4\nupload_s = 4\npoll_s = 2\n"
-MANUAL = "[telemetry]\nsample_s = 3600\nupload_s = 3600\npoll_s = 2\nspool_days = 3650\n"
-SELDOM = "[telemetry]\nsample_s = 86400\nupload_s = 86400\npoll_s = 5\n"
+MANUAL = "[telemetry]\nsample_s = 3600\nupload_s = 3600\npoll_s = 2\nspool_days = 3650\n[loader]\ncalibrate = false\n"
+SELDOM = "[telemetry]\nsample_s = 86400\nupload_s = 86400\npoll_s = 5\n[loader]\ncalibrate = false\n"
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,15 @@ from scripts.common import agent_toml, at_once, s3_table, script, secret_file
 from scripts.fetch_demo_model import MAIN, SECOND, default_folder
 from scripts.seaweed import SeaweedFS, free_port
 from scripts.tcp_gate import TcpGate
+from shared import chips
 from shared.keys import MOST_TABLE_BYTES
 from shared.store import list_all
 
 BUILD = Path("build/demo")
 RACK, BUCKET = "demo", "demo-rack"
 NODES = ("mini-1", "mini-2", "mini-3")
+MAC = "Mac16,11"
+"""What the nodes are said to have cost and to draw: the smallest of these."""
 SAMPLE_S = 5
 SYSTEM = "You are the assistant of a small company. Answer in one short sentence."
 QUESTIONS = (
@@ -570,7 +573,7 @@ def _reader(environ: dict[str, str]) -> dict[str, Any]:
 def _write_agent_toml(name: str, ports: dict[str, int], store_port: int) -> None:
     budget = 4_000_000_000 if name == NODES[0] else 1_600_000_000
     tables = (
-        f"[memory]\nbudget_bytes = {budget}\n\n[loader]\nthreads = 1\n\n"
+        f"[memory]\nbudget_bytes = {budget}\n\n[loader]\nthreads = 1\ncalibrate = false\n\n"
         f"[telemetry]\nsample_s = {SAMPLE_S}\nupload_s = {SAMPLE_S}\n\n"
         '[peers]\nsecret = "env:MLXRACK_DEMO_RACK"\n'
     )
@@ -591,7 +594,10 @@ def _write_agent_toml(name: str, ports: dict[str, int], store_port: int) -> None
 
 
 def _aggregator_toml(store_port: int) -> str:
-    nodes = "".join(f'[[nodes]]\nid = "{n}"\nprice = 1399\nwatts = 40\n' for n in NODES)
+    mac = chips.find_mac(MAC)
+    assert mac is not None
+    price, _ = chips.price(mac, min(mac.memory_gb))
+    nodes = "".join(f'[[nodes]]\nid = "{n}"\nprice = {price or 0:g}\nchip = "{mac.chip}"\n' for n in NODES)
     access = secret_file(BUILD / "reader.key", "aggregator")
     store = s3_table(f"http://127.0.0.1:{store_port}", BUCKET, access, "env:MLXRACK_DEMO_READER")
     discord = '[discord]\nalerts = "env:MLXRACK_DEMO_WEBHOOK"\n'

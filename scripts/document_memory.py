@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 
 from agent.operator.recommended import CACHE_BYTES, CHUNK_TOK, MODELS, Recommended
+from shared import chips
 from shared.memory_plan import default_budget_bytes, kv_bytes, plan
 
 PAGE = Path(__file__).parent.parent / "docs/operating.md"
 BEGIN, END = "<!-- memory: generated -->\n", "\n<!-- memory: end -->"
 USES = ((8, 2048), (1, 8192), (4, 8192), (1, 32768))
 """Requests at the same time, and tokens of each: the defaults of agent.toml first."""
-SIZES_GB = (16, 24, 32, 36, 48, 64, 96, 128)
-"""Memory of Macs."""
+SIZES_GB = sorted({gb for mac in chips.macs() if mac.kind != "other" for gb in mac.memory_gb if gb >= 16})
+"""Memory of minis and Studios."""
 KV_TOK = 1 << 14
 """Tokens over which the growth of the KV cache is measured, beyond any sliding window."""
 

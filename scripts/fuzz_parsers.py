@@ -31,19 +31,27 @@ def _vm_is_possible(found: vm.Vm) -> bool:
 
 
 def _powers_are_possible(found: powermetrics.Powermetrics) -> bool:
-    watts = (found.cpu_mw, found.gpu_mw, found.ane_mw)
+    watts = (found.cpu_mw, found.gpu_mw, found.ane_mw, found.soc_mw, found.elapsed_ns / 1e9)
     return all(w is None or 0 <= w < powermetrics.MOST_MW for w in watts) and found.level in (None, 0, 1, 2, 3, 4)
 
 
 def _line_is_possible(found: macmon.Macmon) -> bool:
-    degrees = (found.cpu_mean_c, found.gpu_mean_c)
-    return all(d is None or 15 < d < 120 for d in degrees) and all(0 <= rpm < 20_001 for rpm in found.fans_rpm)
+    degrees, watts = (found.cpu_mean_c, found.gpu_mean_c), (found.system_w, found.soc_w)
+    whole, parts = (one if one is not None else edge for one, edge in zip(watts, (reading.MOST_W, 0.0), strict=True))
+    return (
+        all(d is None or 15 < d < 120 for d in degrees)
+        and all(0 <= rpm < 20_001 for rpm in found.fans_rpm)
+        and all(w is None or 0 < w < reading.MOST_W for w in watts)
+        and parts <= reading.MOST_OVER_SYSTEM * whole
+    )
 
 
-def _smc(raw: bytes) -> smc.Temperatures:
-    """Interpret bytes as a list of SMC keys: four for the name, four for the value."""
+def _smc(raw: bytes) -> tuple[smc.Temperatures, float | None]:
+    """Interpret bytes as a list of SMC keys: four for the name, four for the value. Returns the hottest one, too."""
     pairs = [(raw[n : n + 4].decode("latin-1"), smc.decode("flt ", raw[n + 4 : n + 8])) for n in range(0, len(raw), 8)]
-    return smc.temperatures({key: value for key, value in pairs if value is not None})
+    values = {key: value for key, value in pairs if value is not None}
+    sensors = [values[key] for key in smc.wanted(values) if key.startswith("T")]
+    return smc.temperatures(values), max(filter(smc.is_valid, sensors), default=None)
 
 
 _KINDS = ("flt ", "ioft", "fpe2", "ui8 ", "ui16", "ui32", "ch8*", "flag")
@@ -82,8 +90,20 @@ def _outlet(raw: bytes) -> float | None:
     )
 
 
-def _temperatures_are_possible(found: smc.Temperatures) -> bool:
-    return all(d is None or 15 < d < 120 for d in (found.pcore_c, found.package_c, found.gpu_c))
+def _temperatures_are_possible(found: tuple[smc.Temperatures, float | None]) -> bool:
+    heat, hottest = found
+    return all(d is None or 15 < d < 120 for d in (heat.pcore_c, heat.package_c, heat.gpu_c)) and (
+        hottest is None or (heat.package_c is not None and heat.package_c >= hottest)
+    )
+
+
+def _bad_number(raw: bytes) -> powermetrics.Powermetrics | None:
+    """A property list with any bytes as one of its numbers: only that one may be lost."""
+    found = powermetrics.parse_document(_PLIST.replace(b"44.07", raw.replace(b"<", b"")))
+    assert found is not None, f"the whole sample was lost by {raw!r}"
+    assert found.level == 0, found
+    assert found.gpu_mw is not None, found
+    return found
 
 
 _PLIST = (
@@ -108,6 +128,7 @@ Pages occupied by compressor:             50000.
 Swapins:                                     20.
 Swapouts:                                    30.
 """
+_NUMBERS = (b"44.07", b"nan(0x8)", b"-nan", b"inf", b"1e999", b"0x10", b"12.", b"1_000", b"")
 _MACMON = (
     b'{"temp":{"cpu_temp_avg":51.5,"gpu_temp_avg":47.1},"sys_power":9.5,"all_power":0.55,'
     b'"fans":[{"name":"Fan 0","rpm":1000,"max_rpm":null}]}'
@@ -170,7 +191,16 @@ TARGETS: dict[str, Target] = {
     "zone": Target(chip.parse_millidegrees, [b"61500\n"], lambda degrees: 1 <= degrees < 130),
     "fan": Target(chip.parse_rpm, [b"1200\n"], lambda rpm: 0 <= rpm <= reading.MOST_RPM),
     "rapl": Target(power.parse_energy_uj, [b"123456789\n"], lambda uj: uj >= 0),
-    "macmon": Target(macmon.parse_macmon, [_MACMON], _line_is_possible),
+    "macmon": Target(
+        macmon.parse_macmon,
+        [
+            _MACMON,
+            b'{"temp":{},"all_power":144.0,"sys_power":144.0,"cpu_power":4.0,"gpu_power":140.0,"ane_power":0.0}',
+            b'{"temp":{},"all_power":12.0,"sys_power":41.0,"cpu_power":3.0,"ram_power":1.5}',
+        ],
+        _line_is_possible,
+    ),
+    "powermetrics number": Target(_bad_number, _NUMBERS, _powers_are_possible),
     "powermetrics plist": Target(powermetrics.parse_document, [_PLIST], _powers_are_possible),
     "powermetrics text": Target(
         powermetrics.parse_text, [_TEXT], lambda found: all(_powers_are_possible(one) for one in found)
@@ -180,7 +210,15 @@ TARGETS: dict[str, Target] = {
         [_PLIST + b"\n\0" + _PLIST],
         lambda found: all(_powers_are_possible(one) for one in found),
     ),
-    "smc": Target(_smc, [b"Tp01\0\0\x83BTe05\0\0\x40BTg0G\0\0\x20B"], _temperatures_are_possible),
+    "smc": Target(
+        _smc,
+        [
+            b"Tp01\0\0\x83BTe05\0\0\x40BTg0G\0\0\x20B",
+            b"TCMb\0\0\x76BTp00\0\0\x64BTa00\0\0\x22BTCMz\0\0\x40B",
+            b"Tp01\x66\x66\xd6@Tp02\x66\x66\x06ATe05\xcd\xcc\x10BTf04\0\0\x20B",
+        ],
+        _temperatures_are_possible,
+    ),
     "shelly": Target(http.parse_shelly, [_SHELLY], lambda watts: 0 <= watts < http.MOST_W),
     "shelly gen1": Target(
         lambda raw: http.parse_shelly_gen1(raw, 0),

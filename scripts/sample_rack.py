@@ -14,7 +14,7 @@ from scripts.common import parser
 from shared.keys import MOST_REPORT_BYTES
 from shared.store import list_all
 from shared.store_dir import DirectoryStore
-from tests.made_rack import WEEK_MS, Change, MadeModel, MadeRack, batches
+from tests.made_rack import WEEK_MS, Change, MadeModel, MadeRack, batches, list_price
 
 BUILD = Path("build/sample")
 SINCE_MS = 1_792_972_800_000
@@ -80,7 +80,7 @@ def main() -> int:
             bucket.put(key, body)
             count += 1
         print(f"{node}: {count} segments", flush=True)
-    nodes = "".join(f'[[nodes]]\nid = "{node}"\nprice = 1999\n' for node in made.nodes)
+    nodes = "".join(f'[[nodes]]\nid = "{node}"\nprice = {list_price():g}\n' for node in made.nodes)
     config = BUILD / "aggregator.toml"
     config.write_text(CONFIG.format(bucket=(BUILD / "bucket").resolve(), nodes=nodes))
     last = datetime.fromtimestamp((SINCE_MS + WEEKS * WEEK_MS - 86_400_000) / 1000, UTC)

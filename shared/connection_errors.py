@@ -7,10 +7,18 @@ anything decides.
 import errno
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+ON_MAC = sys.platform == "darwin"
+NO_ROUTE = "there is no route to"
+LOCAL_NETWORK = (
+    "Local Network privacy (macOS 15 and newer) may keep this process from it: a LaunchDaemon and what ssh starts are "
+    "exempt, other programs need System Settings, Privacy & Security, Local Network; `mlxrack-agent doctor` compares"
+)
+"""What EHOSTUNREACH (65) also means on a Mac, where the same address answers from a shell."""
 _MOST_CAUSES = 16
 
 
@@ -39,7 +47,7 @@ _WORDS = {
     Kind.REFUSED: "nothing listens on {at}; start it there, or correct {key}",
     Kind.SLOW: "{at} does not answer in time; is that machine on, and does a firewall let this through?",
     Kind.CLOSED: "{at} closes the connection without an answer; are the port and {scheme}:// in {key} right?",
-    Kind.UNREACHABLE: "there is no route to {host}; check its address, and the network of both machines",
+    Kind.UNREACHABLE: f"{NO_ROUTE} {{host}}; check its address, and the network of both machines",
     Kind.FORBIDDEN: "this machine does not allow a connection to {at}; check its firewall",
     Kind.FILES: "this process has too many open files; raise its limit (`ulimit -n`)",
     Kind.CERTIFICATE_NAME: "the certificate of {at} is not made for {host}; use a name that it holds in {key}",
@@ -85,7 +93,9 @@ def why(error: BaseException, url: str, key: str, *, ca: str = "") -> str:
     kind, said = _judged(error)
     host, at, scheme = _parts(url)
     remedy = f"set {ca} to the file of that CA's certificate" if ca else "add it"
-    return _WORDS[kind].format(host=host, at=at, scheme=scheme, key=key, detail=said, remedy=remedy)
+    words = _WORDS[kind].format(host=host, at=at, scheme=scheme, key=key, detail=said, remedy=remedy)
+    blocked = ON_MAC and kind is Kind.UNREACHABLE and any(_errno(one) == errno.EHOSTUNREACH for one in causes(error))
+    return f"{words}; {LOCAL_NETWORK}" if blocked else words
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -134,6 +144,10 @@ def _kind(error: BaseException) -> Kind | None:
     if isinstance(error, TimeoutError):
         return Kind.SLOW
     return next((_BY_NAME[one.__name__] for one in type(error).__mro__ if one.__name__ in _BY_NAME), None)
+
+
+def _errno(error: BaseException) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
 
 
 def _reason(error: BaseException) -> str:

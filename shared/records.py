@@ -210,6 +210,27 @@ class ModelLoaded(_Record, frozen=True, kw_only=True, tag="model_loaded"):
     peak_bytes: int | None = None
 
 
+class ModelTimed(_Record, frozen=True, kw_only=True, tag="model_timed"):
+    """Step times of a model on this node are put to use: just measured by its calibration, or kept from an earlier one
+    (``measured_ms``) with the same version on the same ``runtime``. ``prompt_us`` is the prefill of 1,000 tokens;
+    ``step_us`` are decode steps with ``rows`` rows of 1,000 tokens each, ``verify_us`` forwards of ``verify_tok``
+    tokens in ``verify_rows`` rows. Half of the samples were within ``spread_ppm`` of their median."""
+
+    t_ms: int
+    model: str
+    version: str
+    runtime: str = ""
+    measured_ms: int = 0
+    took_us: int = 0
+    spread_ppm: int = 0
+    prompt_us: int = 0
+    rows: tuple[int, ...] = ()
+    step_us: tuple[int, ...] = ()
+    verify_rows: tuple[int, ...] = ()
+    verify_tok: tuple[int, ...] = ()
+    verify_us: tuple[int, ...] = ()
+
+
 class ModelEvicted(_Record, frozen=True, kw_only=True, tag="model_evicted"):
     """A model was evicted. ``reason`` is memory (to make room for another), pressure (models held more than planned),
     idle (its keep-alive expired) or ordered. ``age_us`` counts from when it became ready, ``idle_us`` from its last
@@ -342,6 +363,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     AgentStarted,
     AgentStopped,
     ModelLoaded,
+    ModelTimed,
     ModelEvicted,
     ModelMissed,
     MemoryPressed,

@@ -215,7 +215,11 @@ def _engine_rows(facts: Iterable[Fact], slot_ms: int = 0) -> Iterator[dict[str, 
             yield {**msgspec.structs.asdict(f.record), "node": f.meta.node, **_slot(f.meta, slot_ms)}
 
 
-def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
+def _host_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    busy: dict[Meta, int] = {}
+    for f in facts:
+        if isinstance(f.record, EngineWindow):
+            busy[f.meta] = busy.get(f.meta, 0) + f.record.busy_prefill_us + f.record.busy_decode_us
     for f in facts:
         if not isinstance(f.record, HostSample):
             continue
@@ -230,10 +234,13 @@ def _host_rows(facts: Iterable[Fact]) -> Iterator[dict[str, Any]]:
             row[f"{name}_ms"] = (value or 0) * length
             row[f"{name}_known_ms"] = length if value is not None else 0
         used = [x for x in (h.memory_used_max_bytes, h.memory_used_bytes) if x is not None]
+        worked_us = min(busy.get(f.meta, 0), h.thermal_known_us)
         yield {
             **row,
             "node": f.meta.node,
             "windows": 1,
+            "worked_us": worked_us,
+            "throttled_worked_us": min(worked_us, h.throttled_us),
             "swap_in_bytes": h.swap_in_bytes or 0,
             "swap_out_bytes": h.swap_out_bytes or 0,
             "energy_mj": h.energy_mj or 0,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from shared import chips
 from shared.batch import Batch
 from shared.records import (
     AgentStarted,
@@ -41,6 +42,14 @@ from shared.sketch import Sketch, SketchWire
 HOUR_MS = 3_600_000
 WEEK_MS = 168 * HOUR_MS
 CAUSES = ("cache_miss", "poisoned_kv", "traffic_drop", "throttling", "mix_shift")
+MODEL, MEMORY_GB = "Mac16,11", 64
+"""What every node is: the largest mini of its year."""
+
+
+def list_price() -> float:
+    """US dollars for one node."""
+    mac = chips.find_mac(MODEL)
+    return (chips.price(mac, MEMORY_GB)[0] if mac else None) or 0.0
 
 
 class MadeModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +175,10 @@ class _Node:
         duty = min(1.0, busy_us / 1000 / max(1, end - start))
         records += self._host(start, end, heat, duty, events)
         if seq == 1:
-            records.append(Hardware(model="Mac16,11", chip="Apple M4 Pro", memory_bytes=64 << 30, cores=(10, 4)))
+            mac = chips.find_mac(MODEL)
+            assert mac is not None
+            memory_bytes = MEMORY_GB * chips.GIB
+            records.append(Hardware(model=MODEL, chip=f"Apple {mac.chip}", memory_bytes=memory_bytes, cores=(10, 4)))
         records.append(DesiredObserved(generation=1, state="converged"))
         records += self._seen(start, end)
         skew = 600_000 if self.node in self.rack.skewed else self.dice.randint(-40, 40)

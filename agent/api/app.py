@@ -5,21 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 from aiohttp import web
 
-from agent.api import (
-    admin,
-    chat,
-    completions,
-    debug,
-    embeddings,
-    errors,
-    front,
-    guard,
-    health,
-    models,
-    openapi,
-    peer,
-    wire,
-)
+from agent.api import admin, chat, completions, debug, embeddings, errors, front, health, models, openapi, peer, wire
 from agent.api.bodies import Bodies
 from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
 from shared import __version__
@@ -29,7 +15,7 @@ from shared.log_repeats import Repeats
 def build(context: Context) -> web.Application:
     """Build the application over the daemon's objects."""
     # the body's limit is configured, and applied in agent/api/wire.py
-    app = web.Application(middlewares=[errors.middleware, guard.middleware])
+    app = web.Application(middlewares=[errors.middleware])
     app[CONTEXT] = context
     app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
     limits = context.config.limits

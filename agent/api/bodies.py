@@ -5,7 +5,6 @@ A few bytes of JSON become an object of a hundred, so a body's length says littl
 punctuation outside strings tells how many objects there will be at most, for the price of a scan.
 """
 
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -90,10 +89,16 @@ def _outside_strings(marks: bytes) -> Counter[str]:
 
 
 class Held:
-    """What one request holds of the budget."""
+    """What one request holds of the budget, until the end of its context."""
 
     def __init__(self, bodies: "Bodies", key_id: str) -> None:
         self._bodies, self._key_id, self.bytes = bodies, key_id, 0
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bodies.release(self._key_id, self.bytes)
 
     def take(self, more: int) -> None:
         """Hold more. Raises Refused when no budget is large enough, Retryable when it is used up now."""
@@ -123,17 +128,9 @@ class Bodies:
         """Have another budget; what is held stays counted."""
         self.total, self.per_key = total, per_key
 
-    @contextlib.contextmanager
-    def held(self, key_id: str) -> Iterator[Held]:
+    def held(self, key_id: str) -> Held:
         """For the life of one request."""
-        held = Held(self, key_id)
-        try:
-            yield held
-        finally:
-            self.in_all -= held.bytes
-            self._by_key[key_id] -= held.bytes
-            if not self._by_key[key_id]:
-                del self._by_key[key_id]
+        return Held(self, key_id)
 
     def take(self, key_id: str, more: int, *, alone: int) -> None:
         """Count ``more`` bytes of a request that then holds ``alone``. Raises as Held.take does."""
@@ -145,6 +142,13 @@ class Bodies:
             raise _full("the requests in flight hold too much memory", "bodies_full")
         self._by_key[key_id] += more
         self.in_all += more
+
+    def release(self, key_id: str, bytes_held: int) -> None:
+        """A request has ended that held so much."""
+        self.in_all -= bytes_held
+        self._by_key[key_id] -= bytes_held
+        if not self._by_key[key_id]:
+            del self._by_key[key_id]
 
     def pace_s(self, key_id: str, more: int, now_s: float) -> float:
         """Seconds until bytes of a key may be read again, after ``more`` of them."""

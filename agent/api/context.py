@@ -1,7 +1,7 @@
 """What the handlers share: the daemon's objects, authentication, JSON responses and log fields."""
 
 import hmac
-import secrets
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -69,7 +69,7 @@ LOG_FIELDS: web.RequestKey[Any] = web.RequestKey("log_fields", dict)
 
 def new_request_id() -> str:
     """The id of a request in responses, logs and `why`."""
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{os.urandom(12).hex()}"
 
 
 def sign(response: web.StreamResponse, request_id: str) -> None:

@@ -18,7 +18,7 @@ from agent.api.context import (
     new_request_id,
     sign,
 )
-from agent.api.guard import share
+from agent.api.guard import admit, share
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
@@ -103,7 +103,7 @@ async def middleware(
     status, code = 499, "client_gone"
     try:
         try:
-            response = await handler(request)
+            response = admit(request) or await handler(request)
             status, code = response.status, ""
         except RackError as error:
             response, code = response_of(error), error.code

@@ -1,8 +1,6 @@
 """What is asked of every request before its handler: whether it may come from a browser, and whether the node has a
 place for it. It reads headers only."""
 
-from collections.abc import Awaitable, Callable
-
 from aiohttp import hdrs, web
 
 from agent.api import origins
@@ -14,12 +12,10 @@ ALLOWED_ORIGIN: web.RequestKey[str] = web.RequestKey("allowed_origin", str)
 _API = ("/v1/", "/openapi.json")
 _BUSY_S = 5.0
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-@web.middleware
-async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what may not be served; answer a browser's preflight. Raises Refused and Retryable."""
+def admit(request: web.Request) -> web.StreamResponse | None:
+    """Refuse what may not be served; the answer to a browser's preflight, None where a handler answers. Raises Refused
+    and Retryable."""
     tracked = getattr(request.protocol, "tracked", None)
     if tracked is not None:
         tracked.enters("busy")
@@ -30,7 +26,7 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
             return web.Response(status=204, headers=origins.preflight(request.headers))
     if tracked is not None and not tracked.serves(request.path):
         raise Retryable("too many connections to this node", code="connections_full", retry_after_s=_BUSY_S)
-    return await handler(request)
+    return None
 
 
 def share(request: web.Request, response: web.StreamResponse) -> None:

@@ -116,33 +116,31 @@ class Attempts:
         self._note(call, "continues" if call.continuing else "sent", node, decision=decision)
         watch, verdict, flows_s = self._watch(chosen, call), False, 0.0
         try:
-            async with (
-                self._attempt(decision, chosen, call) as answers,
-                contextlib.aclosing(TimedReader(answers)) as reader,
-            ):
-                while (answer := await self._next(reader, watch)) is not None:
-                    now = self._clock()
-                    if isinstance(answer, Waits):
-                        watch.waits(now)
-                        if call.whole or call.first_s is not None:
-                            continue
-                    elif isinstance(answer, Tokens):
-                        watch.token(now)
-                        if probe:
-                            flows_s = flows_s or now
-                            if now - flows_s > TRIAL_S:
-                                self._health.ok(node, model, now, probe=True)
-                                probe = False
-                    elif isinstance(answer, Failed):
-                        raise _error_of(answer)
-                    elif isinstance(answer, Done):
-                        answer = call.told(answer)
-                    elif isinstance(answer, Accepted):
-                        call.taken(answer, now)
-                        if call.continuing:
-                            continue  # the client has already received it
-                    call.note(answer, now)
-                    yield answer
+            async with self._attempt(decision, chosen, call) as answers:
+                with TimedReader(answers) as reader:
+                    while (answer := await self._next(reader, watch)) is not None:
+                        now = self._clock()
+                        if isinstance(answer, Waits):
+                            watch.waits(now)
+                            if call.whole or call.first_s is not None:
+                                continue
+                        elif isinstance(answer, Tokens):
+                            watch.token(now)
+                            if probe:
+                                flows_s = flows_s or now
+                                if now - flows_s > TRIAL_S:
+                                    self._health.ok(node, model, now, probe=True)
+                                    probe = False
+                        elif isinstance(answer, Failed):
+                            raise _error_of(answer)
+                        elif isinstance(answer, Done):
+                            answer = call.told(answer)
+                        elif isinstance(answer, Accepted):
+                            call.taken(answer, now)
+                            if call.continuing:
+                                continue  # the client has already received it
+                        call.note(answer, now)
+                        yield answer
             self._health.ok(node, model, self._clock(), probe=probe)
             verdict = True
             for other in call.faulty:
@@ -158,25 +156,28 @@ class Attempts:
             if not verdict:
                 self._health.given_up(node, model, probe=probe)
 
-    @contextlib.asynccontextmanager
-    async def _attempt(
+    def _attempt(
         self, decision: Decision, chosen: Candidate, call: Call
-    ) -> AsyncIterator[AsyncGenerator[Answer, None]]:
-        """The answers of the chosen node; a forwarded request counts as load of the peer meanwhile."""
+    ) -> contextlib.AbstractAsyncContextManager[AsyncGenerator[Answer, None]]:
+        """The answers of the chosen node."""
         ask, place = call.frame(self._node), decision.place
         if isinstance(place, Local):
-            async with contextlib.aclosing(self._work(ask, call.text)) as answers:
-                yield answers
-            return
+            return contextlib.aclosing(self._work(ask, call.text))
         assert isinstance(place, Forward)
-        prompt_tok = max(1, call.text.prompt_tok - chosen.saved_tok)
-        sent_at = self._table.sent(place.node, call.model, prompt_tok)
+        return self._forwarded(ask, place, call.model, max(1, call.text.prompt_tok - chosen.saved_tok))
+
+    @contextlib.asynccontextmanager
+    async def _forwarded(
+        self, ask: Ask, place: Forward, model: str, prompt_tok: int
+    ) -> AsyncIterator[AsyncGenerator[Answer, None]]:
+        """The answers of a peer, whose load the request counts as meanwhile."""
+        sent_at = self._table.sent(place.node, model, prompt_tok)
         try:
             link = await self._peer_client.link(place.node, place.url)
             async with contextlib.aclosing(link.generate(ask)) as answers:
                 yield answers
         finally:
-            self._table.ended(place.node, call.model, prompt_tok, sent_at)
+            self._table.ended(place.node, model, prompt_tok, sent_at)
 
     async def _next(self, reader: TimedReader[Answer], watch: AttemptTimeouts) -> Answer | None:
         """The next frame, None at the end. Raises Retryable on a timeout."""
@@ -199,6 +200,7 @@ class Attempts:
             learned=self._selection.has_another(call.model, chosen.node),
             request_s=self._live.now.limits.request_s,
             fresh=not call.continuing,
+            step_s=chosen.step_s,
         )
 
     def _first_limit_s(self, chosen: Candidate, call: Call) -> float:

@@ -4,12 +4,13 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from agent.config import Live
-from agent.gateway.admission import DrainRate, Load, Turn, admit
+from agent.gateway.admission import Admitted, DrainRate, Load, Turn, admit
 from agent.gateway.attempt import Attempts
 from agent.gateway.call import Call
 from agent.gateway.decisions import Decisions, Trail
@@ -120,8 +121,7 @@ class Dispatch:
             # a part that was cancelled because another failed has the outcome of that one
             self._count(call, call.fate if outcome == "cancelled" and call.fate else outcome)
 
-    @contextlib.contextmanager
-    def reading(self, request_id: str, key_id: str) -> Iterator[None]:
+    def reading(self, request_id: str, key_id: str) -> Admitted:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable, and counts the
         rejection."""
         decision = admit(
@@ -144,13 +144,9 @@ class Dispatch:
             self._count(call, "refused", decision.code)
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._by_key[key_id] += 1
-        try:
-            yield
-        finally:
-            self._forget_key(key_id, 1)
+        return Admitted(partial(self._forget_key, key_id, 1))
 
-    @contextlib.contextmanager
-    def enter(self, calls: Sequence[Call]) -> Iterator[None]:
+    def enter(self, calls: Sequence[Call]) -> Admitted:
         """Admit all parts of one request, or none. Raises Refused or Retryable, and counts the rejection."""
         first = calls[0]
         first.began_s = first.last_s = self._clock()
@@ -162,10 +158,7 @@ class Dispatch:
             self._count(first, outcome_of(error), error.code)
             raise
         self.budget.asked()
-        try:
-            yield
-        finally:
-            self._leave(first, len(calls))
+        return Admitted(partial(self._leave, first, len(calls)))
 
     async def work(self, ask: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
@@ -175,14 +168,12 @@ class Dispatch:
             await self._pool.wait_for_version(ask.model, version, self._live.now.limits.load_wait_s)
         if text is None:
             text = text_of(self._prefix_key(), ask)
-        async with (
-            self._pool.lease(ask.model, version) as lease,
-            contextlib.aclosing(lease.generate(ask, text)) as answers,
-        ):
-            async for answer in answers:
-                if isinstance(answer, Accepted):
-                    answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
-                yield answer
+        with self._pool.lease(ask.model, version) as lease:
+            async with contextlib.aclosing(lease.generate(ask, text)) as answers:
+                async for answer in answers:
+                    if isinstance(answer, Accepted):
+                        answer = msgspec.structs.replace(answer, version=lease.version, node=self._node)
+                    yield answer
 
     # ---- admission ----
 

@@ -56,7 +56,7 @@ class Refuse(msgspec.Struct, frozen=True, kw_only=True):
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A node that could serve the request, and its estimated cost in seconds: until it can start, for the uncached part
     of the prompt, for the answer, for the delay that this prefill causes to other requests, and further penalties.
-    ``measured`` tells measured speeds from defaults."""
+    ``measured`` tells measured speeds from defaults; ``step_s`` is the expected time between two tokens."""
 
     node: str
     cost_s: float
@@ -69,6 +69,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     context_tok: int = 0
     last_resort: str = ""
     measured: bool = False
+    step_s: float = 0.0
 
     @property
     def first_token_s(self) -> float:
@@ -172,7 +173,8 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
     requests = max(0, model.in_flight + sent)
     known_tok = BLOCK_TOK * matched(request.chain, node.known.get(model.name, ())) if request.chain else 0
     saved_tok = min(known_tok, max(0, request.prompt_tok - 1))
-    step_s = gap_s * (1.0 + min(requests + 1, model.rows) / model.rows)
+    crowd = 1.0 if model.crowd is None else model.crowd
+    step_s = gap_s * (1.0 + crowd * min(requests + 1, model.rows) / model.rows)
     answer_s = answer_tok * step_s
     # with all rows taken, one frees up as often as answers of usual length end
     usual_tok = usual[2] if usual[2] < UNKNOWN_TOK else answer_tok
@@ -194,7 +196,9 @@ def _weigh(request: RouteRequest, node: NodeView, model: ModelView, usual: tuple
         saved_tok=saved_tok,
         context_tok=model.context_tok,
         last_resort=resort,
-        measured=model.prefill_tps is not None and model.answer_tok is not None,
+        # the length of answers matters to the first token only where all rows are taken
+        measured=model.prefill_tps is not None and (model.answer_tok is not None or not for_row_s),
+        step_s=step_s if model.gap_us else 0.0,
     )
 
 

@@ -12,7 +12,7 @@ class ReadTimeout(Exception):
 
 
 class TimedReader(Generic[T]):
-    """Reads pieces from ``source``, each within a time limit. Must be closed after use."""
+    """Reads pieces from ``source``, each within a time limit. Its context ends the timer."""
 
     def __init__(self, source: AsyncIterator[T]) -> None:
         self._source, self._loop = source, asyncio.get_running_loop()
@@ -26,7 +26,7 @@ class TimedReader(Generic[T]):
         self._until_s = self._loop.time() + limit_s
         if self._timer is None or self._timer.when() > self._until_s:
             self._arm(self._until_s)
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._loop)
         try:
             return await anext(self._source)
         except asyncio.CancelledError:
@@ -36,8 +36,10 @@ class TimedReader(Generic[T]):
         finally:
             self._task, self._expired = None, False
 
-    async def aclose(self) -> None:
-        """Cancel the timer."""
+    def __enter__(self) -> "TimedReader[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._disarm()
 
     def _disarm(self) -> None:

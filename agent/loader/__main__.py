@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+from agent.loader import blas
 from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Engine
 from agent.loader.serve import serve
@@ -19,6 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="agent.loader")
     parser.add_argument("--device", action="store_true", help="print MLX's device information and exit")
     parser.add_argument("--describe", default="", help="print what the probe of a chat template finds, and exit")
+    parser.add_argument("--answers", action="store_true", help="print answers beside recorded ones, and exit")
     parser.add_argument("--fd", type=int, default=-1, help="descriptor of the connected Unix socket")
     parser.add_argument("--progress-fd", type=int, default=None, help="descriptor of the file that tells progress")
     parser.add_argument("--engine", choices=("mlx", "fake"), default="mlx")
@@ -46,6 +48,11 @@ def main() -> int:
         from agent.loader.mlx import describe
 
         return describe.main(args.describe)
+    if args.answers:
+        blas.install()
+        from agent.loader.mlx import known_answers
+
+        return known_answers.main()
     if args.fd < 0:
         parser.error("--fd is required")
     # a core file would contain prompts
@@ -73,7 +80,6 @@ def _engine(args: argparse.Namespace) -> Engine:
             speed, load_s=args.fake_load_s, salt=args.path, rows=args.rows, held_bytes=args.fake_held_bytes
         )
     from agent.files.model_folder import ModelFolder
-    from agent.loader import blas
 
     # mlx-lm and transformers open files by their names; the daemon's look at the folder may be hours old
     ModelFolder(Path(args.path), f"model folder {args.path}").check()

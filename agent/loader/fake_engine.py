@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from agent.loader.calibration import Bounds, Decode, Prefill, Task
 from agent.loader.counts import Counts
 from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.stopping import StopText
@@ -97,7 +98,13 @@ class FakeEngine:
         self._held_bytes = held_bytes or 1 << 20
 
     def describe(self) -> Ready:
-        return Ready(engine="fake", context_tok=CONTEXT_TOK, load_us=self._load_us, active_bytes=self._held_bytes)
+        return Ready(
+            engine="fake",
+            context_tok=CONTEXT_TOK,
+            load_us=self._load_us,
+            active_bytes=self._held_bytes,
+            runtime=repr(self._speed) if self.bounds() else "",
+        )
 
     @property
     def busy(self) -> bool:
@@ -255,6 +262,24 @@ class FakeEngine:
     def relieve(self, level: str) -> None:
         if level == "hard":
             self._held_bytes = 1 << 20
+
+    def bounds(self) -> Bounds | None:
+        if not (self._speed.step_s and self._speed.prefill_tps):
+            return None  # it pretends no machine
+        return Bounds(self._limit, self._speed.kv_tok or CONTEXT_TOK, CONTEXT_TOK, self._chunk_tok)
+
+    def measure(self, task: Task) -> float:
+        """Takes the time that it pretends, and reports exactly that."""
+        if isinstance(task, Prefill):
+            seconds = task.tokens / self._speed.prefill_tps if self._speed.prefill_tps else 0.0
+        else:
+            wide = task.rows if isinstance(task, Decode) else task.rows * task.tokens
+            seconds = self._speed.step_s + self._speed.row_s * wide
+        time.sleep(seconds * self._slower)
+        return seconds * self._slower * 1e6
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         self._rows.clear()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from agent.loader.calibration import Bounds, Task
 from agent.wire.frames import Ask, Failed, Frame, Ready, Reported, Working
 
 
@@ -58,6 +59,16 @@ class Engine(Protocol):
 
     def relieve(self, level: Literal["calm", "soft", "hard"]) -> None:
         """Set the memory pressure level; see agent.wire.frames.Relieve."""
+
+    def bounds(self) -> Bounds | None:
+        """What a calibration may use; None for an engine whose steps are not timed."""
+
+    def measure(self, task: Task) -> float | None:
+        """Perform one step of a calibration: its microseconds, None for one that only prepares the next. Called while
+        there is nothing else to do; leaves no trace but in memory, until ``rest``."""
+
+    def rest(self) -> None:
+        """Give back what ``measure`` holds."""
 
     def close(self) -> None:
         """Release all resources."""

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from agent.loader.generation import Engine, Prepared
+from agent.loader.measuring import Measuring
 from agent.wire.frames import (
     CRASHED,
     Accepted,
     Ask,
+    Calibrate,
     Cancel,
     Decoder,
     Done,
@@ -85,12 +87,13 @@ class _Loop:
         """Requests that were cancelled before they were prepared."""
         self._stopping = False
         self._said_s = time.monotonic()
+        self._measuring = Measuring(engine)
 
     def run(self) -> int:
         """Run until the daemon is gone or sends Stop; returns the exit status."""
         while True:
             while not self._inbox.empty() or not (self._engine.busy or self._done()):
-                item = self._inbox.get()
+                item = self._next()
                 if isinstance(item, _Gone):
                     return 0
                 try:
@@ -106,6 +109,16 @@ class _Loop:
                 return self._broken(error)
             self._open -= {a.id for a in answers if isinstance(a, Done | Failed)}
             _send(self._sock, answers + self._sign_of_life())
+
+    def _next(self) -> "Frame | Prepared | _Asked | _Gone":
+        """What arrives next. Steps are timed meanwhile if that is allowed; before anything but a report is handled, the
+        memory for that is given back."""
+        while self._inbox.empty() and self._measuring.wanted and not (self._asked or self._engine.busy):
+            _send(self._sock, self._measuring.step())
+        item = self._inbox.get()
+        if not isinstance(item, Report | Calibrate):
+            self._measuring.rest()
+        return item
 
     def _broken(self, error: Exception) -> int:
         """Fail every open request, then exit: the daemon starts another loader."""
@@ -139,6 +152,11 @@ class _Loop:
         elif isinstance(item, Relieve):
             self._engine.relieve(item.level)
             return [self._engine.working()]
+        elif isinstance(item, Calibrate):
+            if item.go:
+                self._measuring.allowed = True
+            else:
+                self._measuring.rest()
         elif isinstance(item, Stop):
             self._stopping = True
         return []

@@ -51,9 +51,12 @@ class Loaders:
         self._reports: dict[tuple[str, str], Reported] = {}
         self.retiring: list[Loaded] = []
         self.missed: Counter[str] = Counter()
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before a loader is started or ended."""
 
     async def start(self, spec: ModelSpec) -> LoaderProcess:
         """Start a loader; returns with its model in memory and warmed up. Raises RackError with the reason."""
+        self.before_change()
         model = spec.model
         arguments = (
             *("--engine", model.engine, "--path", spec.path, "--rows", str(model.rows)),
@@ -88,6 +91,7 @@ class Loaders:
     async def retire(self, loaded: Loaded, drain_s: float) -> int:
         """Wait for the last request, collect the last counts, end the process. Returns the bytes it held until then. If
         this is cancelled, the pool's ``stop`` ends it."""
+        self.before_change()
         if loaded not in self.retiring:
             self.retiring.append(loaded)
         loaded = await self.drain(loaded, drain_s)

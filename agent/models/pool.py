@@ -7,13 +7,16 @@ keeps the loader that it leased, so no answer mixes two versions.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 from agent.config import Live
 from agent.files.modelstore import ModelStore
 from agent.models import eviction
 from agent.models import lifecycle as life
 from agent.models.changes import Changes
+from agent.models.figures import Figures
 from agent.models.inventory import Inventory
 from agent.models.lifecycle_run import Lifecycles
 from agent.models.load_queue import LoadQueue
@@ -41,6 +44,7 @@ class Pool:
         budget_bytes: int,
         emit: Callable[[Event], None],
         carried_by_peer: Callable[[str], bool],
+        figures: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
@@ -57,6 +61,15 @@ class Pool:
         self._watch = runs.watch
         self._queue = LoadQueue(live, slots=slots, occupants=self.room.occupants, feed=runs.feed, clock=clock)
         self.orders = Orders(slots, runs, live, carried_by_peer=carried_by_peer, emit=emit, wall_ms=wall_ms)
+        self._figures = Figures(
+            *(figures, live, slots),
+            retiring=lambda: bool(loaders.retiring),
+            calm=lambda: self.memory_level == "calm" and not self._stopping,
+            emit=emit,
+            clock=clock,
+            wall_ms=wall_ms,
+        )
+        loaders.before_change = self._figures.halt
         self.changes = Changes(slots, runs, self.orders)
         self.inventory = Inventory(slots, loaders, fused=lambda: store.fused, clock=clock)
 
@@ -94,8 +107,7 @@ class Pool:
 
     # ---- leases and waiting ----
 
-    @contextlib.asynccontextmanager
-    async def lease(self, name: str, version: str = "") -> AsyncIterator[Lease]:
+    def lease(self, name: str, version: str = "") -> Lease:
         """Lease the loader behind a name, which stays the same one; with ``version``, one that can continue an answer
         of that version. Raises Retryable when none is ready, or the name is not served here any more: a reload may have
         taken it away since this node was chosen."""
@@ -106,20 +118,20 @@ class Pool:
             loaded = next((one for one in self._living(slot) if one.spec.version == version), None)
         if loaded is None:
             raise Retryable(f"model {name} is not ready on this node ({slot.life.state})", code="not_ready")
+        self._figures.halt()
         slot.demand.asked(self._clock())
-        # counted before the first await: eviction and drain see it at once
-        loaded.process.in_flight += 1
-        try:
-            yield Lease(loaded)
-        finally:
-            loaded.process.in_flight -= 1
-            slot.demand.ended(self._clock())
-            if not loaded.process.in_flight:
-                self._advance()
+        return Lease(loaded, partial(self._used, slot, loaded))
+
+    def _used(self, slot: Slot, loaded: Loaded) -> None:
+        """A lease has ended."""
+        slot.demand.ended(self._clock())
+        if not loaded.process.in_flight:
+            self._advance()
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
         """A request waits for a name; meanwhile, the model has its place in the load queue."""
+        self._figures.halt()
         slot, since = self._slots.named(name), self._clock()
         slot.waiting.append(since)
         self._lifecycles.feed(slot, "wanted")
@@ -213,6 +225,7 @@ class Pool:
                 self._lifecycles.feed(slot, life.Idle(idle_s=idle_s, keep_alive_s=slot.keep_alive_s))
         self._advance()
         await self._watch.read(self.room.budget_bytes)
+        await self._figures.tick()
 
     async def stop(self, drain_s: float) -> None:
         """End every loader, after at most ``drain_s`` for requests in flight."""

@@ -1,7 +1,7 @@
 """One served model on this node: names, files, loader and life. Only ``Lifecycles`` changes the last two."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from agent.config import Model
@@ -156,10 +156,20 @@ class Slots:
 
 
 class Lease:
-    """The right to use one loader for one request."""
+    """The right to use one loader for one request, until the end of the context, which calls ``ended``."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, ended: Callable[[], None]) -> None:
         self.spec, self.process, self.version = loaded.spec, loaded.process, loaded.spec.version
+        self._ended = ended
+        # counted before the first await: eviction and drain see it at once
+        self.process.in_flight += 1
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.in_flight -= 1
+        self._ended()
 
     def generate(self, request: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answers to the request; see LoaderProcess.generate."""

@@ -1,5 +1,7 @@
 """A slot as routing, batches, the memory guard, reconcile and the status see it."""
 
+from typing import Any
+
 import msgspec
 
 from agent.models.memory_guard import Held
@@ -7,7 +9,8 @@ from agent.models.slot import Loaded, Slot
 from agent.process.footprint import footprint_bytes
 from agent.views import Actual, ModelView
 from agent.wire.frames import Working
-from shared.records import ModelLoaded, Resident
+from agent.wire.step_times import TYPICAL_TOK, StepTimes
+from shared.records import ModelLoaded, ModelTimed, Resident
 
 
 def model_view(slot: Slot, name: str, now_s: float, *, refusing: bool, versions: tuple[str, ...]) -> ModelView:
@@ -24,16 +27,17 @@ def model_view(slot: Slot, name: str, now_s: float, *, refusing: bool, versions:
     )
     if loaded is None:
         return base
-    process, plan = loaded.process, loaded.spec.plan
+    process, plan, timed = loaded.process, loaded.spec.plan, loaded.process.throughput.timed
     speed = process.throughput.speed(now_s)
     held = process.working.kv_bytes if process.working and plan.kv_bytes else 0
     return msgspec.structs.replace(
         base,
         context_tok=process.ready.context_tok if process.ready else 0,
         prefill_tok=process.throughput.workload.prefill_tok,
-        prefill_tps=speed.prefill_tps,
-        gap_us=speed.gap_us,
+        prefill_tps=speed.prefill_tps or (timed.prefill_tps(slot.model.prefill_chunk_tok) if timed else None),
+        gap_us=timed.gap_us(slot.model.rows) if timed and speed.gap_us is None else speed.gap_us,
         answer_tok=speed.answer_tok,
+        crowd=process.throughput.crowd if timed else None,
         kv_ppm=min(10**6, held * 10**6 // plan.kv_bytes) if held else 0,
     )
 
@@ -80,6 +84,41 @@ def loaded_event(slot: Slot, loaded: Loaded, t_ms: int, *, fused: bool) -> Model
     )
 
 
+def timed_event(slot: Slot, loaded: Loaded, times: StepTimes, measured_ms: int, t_ms: int) -> ModelTimed:
+    """The record of figures that are put to use."""
+    return ModelTimed(
+        t_ms=t_ms,
+        model=slot.name,
+        version=loaded.spec.version,
+        runtime=loaded.process.ready.runtime if loaded.process.ready else "",
+        measured_ms=measured_ms,
+        took_us=times.took_us,
+        spread_ppm=times.spread_ppm,
+        prompt_us=round(times.prompt_us(TYPICAL_TOK, slot.model.prefill_chunk_tok)),
+        rows=tuple(one.rows for one in times.decode),
+        step_us=tuple(round(times.step_us(one.rows, TYPICAL_TOK)) for one in times.decode),
+        verify_rows=tuple(one.rows for one in times.verify),
+        verify_tok=tuple(one.tokens for one in times.verify),
+        verify_us=tuple(round(one.us) for one in times.verify),
+    )
+
+
+def figures(slot: Slot, loaded: Loaded) -> dict[str, Any]:
+    """Step times for display: tokens per second of a prompt and of one answer, microseconds of steps; {} for none."""
+    if (times := loaded.process.throughput.timed) is None:
+        return {}
+    return {
+        "prefill_tps": round(times.prefill_tps(slot.model.prefill_chunk_tok), 1),
+        "decode_tps": round(1e6 / max(1.0, times.step_us(1, TYPICAL_TOK)), 1),
+        "context_tok": TYPICAL_TOK,
+        "step_us": {str(one.rows): round(times.step_us(one.rows, TYPICAL_TOK)) for one in times.decode},
+        "verify_us": {f"{one.rows}x{one.tokens}": round(one.us) for one in times.verify},
+        "weights_bytes": loaded.spec.plan.weights_bytes,
+        "spread_ppm": times.spread_ppm,
+        "took_s": round(times.took_us / 1e6, 1),
+    }
+
+
 def status(slot: Slot, now_s: float, *, fused: bool) -> dict[str, object]:
     """For display."""
     loaded, spec, life = slot.loaded, slot.spec, slot.life
@@ -109,6 +148,7 @@ def status(slot: Slot, now_s: float, *, fused: bool) -> dict[str, object]:
         "last_exit": life.last_exit,
         "silent_s": round(loaded.process.silent_s, 1) if loaded else 0.0,
         "blas": loaded.process.ready.blas if loaded and loaded.process.ready else "",
+        "figures": figures(slot, loaded) if loaded else {},
         "conversation": loaded.process.ready.talks if loaded and loaded.process.ready else {},
     }
 

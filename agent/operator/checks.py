@@ -12,7 +12,9 @@ from agent.config import AgentConfig, configured_peers, plain_warnings
 from agent.mesh.peers import SKEW_WARNING_MS, Heartbeat, of_another_rack, skewed
 from agent.operator.statusview import size
 from shared.bucket import is_reference
+from shared.chips import identify
 from shared.hosts import host_of, is_loopback
+from shared.records import Hardware
 
 Verdict = Literal["ok", "warning", "problem"]
 LEAST_FREE_BYTES = 1 << 30
@@ -135,6 +137,13 @@ def here(config: AgentConfig, facts: Facts) -> list[Finding]:
     ]
 
 
+def chip(hardware: Hardware, *, on_a_mac: bool) -> Finding:
+    """What the chip table expects of this machine; a Mac that it does not know, or that contradicts itself, is worth a
+    warning."""
+    told = identify(hardware.model, hardware.chip, hardware.memory_bytes)
+    return Finding("chip", "warning" if told.remarks and on_a_mac else "ok", told.text)
+
+
 def references(config: AgentConfig) -> list[Secret]:
     """Every reference to a secret in a configuration; a literal value is reported elsewhere."""
     found = [
@@ -146,6 +155,13 @@ def references(config: AgentConfig) -> list[Secret]:
         *(Secret(f"meters[{n}].secret", meter.secret) for n, meter in enumerate(config.meters)),
     ]
     return [one for one in found if one.reference and is_reference(one.reference)]
+
+
+def unfit_for_service(secret: Secret) -> str:
+    """Why no service can ever use this kind of reference; "" for the others."""
+    if not secret.reference.startswith("env:"):
+        return ""
+    return f"{secret.reference}: launchd gives a service HOME and PATH alone; use file:, keychain: or op:// instead"
 
 
 def secrets(facts: Sequence[SecretFact]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from agent import config_checks
 from agent.config import AgentConfig
 from agent.operator import checks
 from agent.operator.checks import Finding
+from agent.operator.first_node import cli as first_node
 from agent.operator.statusview import fold, table
 from shared import config as shared_config
 
@@ -26,7 +27,21 @@ Places = Callable[[AgentConfig], tuple[Path, Path]]
 def add(outer: Outer, load: Load, located: Callable[[argparse.Namespace], Path], places: Places) -> None:
     """Add both verbs. ``located`` is the configuration's path, whether or not it can be read."""
     text = "Check this machine: configuration, secrets, models, memory, store, peers, TLS, sensors."
-    doctor = outer("doctor", text, lambda args: _doctor(args, *load(args), places))
+
+    def looked(args: argparse.Namespace) -> int:
+        if args.replay is not None:
+            return first_node.replay(args, _shown)
+        if args.as_service is not None:
+            return _as_service(args, located(args))
+        if args.first_node is not None:
+            return first_node.first_node(args, *load(args), located(args), _shown)
+        return (_in_place if args.in_place else _doctor)(args, *load(args), places)
+
+    doctor = outer("doctor", text, looked)
+    why = "check only what the service's user can do, as that user: configuration, each secret, folders (with sudo)"
+    doctor.add_argument("--as-service", nargs="?", const="", metavar="USER", help=f"{why}; USER if none is installed")
+    doctor.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
+    first_node.add_options(doctor)
     doctor.add_argument("--mac", action="store_true", help="also list what somebody has to look at on a Mac")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     text = "Say everything that is wrong with the configuration, without starting or asking anything else."
@@ -42,7 +57,23 @@ def width_of(stream: object) -> int:
 def _doctor(args: argparse.Namespace, config: AgentConfig, state: Path, places: Places) -> int:
     from agent.operator import doctor
 
-    findings = doctor.examine(config, state, places(config)[1].parent, os.environ, mac=args.mac)
+    return _shown(args, doctor.examine(config, state, places(config)[1].parent, os.environ, mac=args.mac))
+
+
+def _as_service(args: argparse.Namespace, path: Path) -> int:
+    from agent.operator import as_service
+
+    return _shown(args, as_service.examine(path, as_service.service(args.as_service)))
+
+
+def _in_place(args: argparse.Namespace, config: AgentConfig, state: Path, places: Places) -> int:
+    """The child process of ``--as-service``, which is the service's user already."""
+    from agent.operator import as_service
+
+    return _shown(args, list(as_service.in_place(config, state, places(config)[1].parent)))
+
+
+def _shown(args: argparse.Namespace, findings: Sequence[Finding]) -> int:
     if args.json:
         print(json.dumps([found._asdict() for found in findings], indent=2))
     else:

@@ -58,6 +58,7 @@ def add(models: argparse.ArgumentParser, load: Load, common: Callable[[argparse.
     advice = verbs.add_parser("recommend", help=RECOMMEND, description=RECOMMEND)
     advice.add_argument("--memory", type=float, default=0.0, metavar="GB", help="memory (default: this machine's)")
     advice.add_argument("--chip", default="", help='chip, like "M4 Pro" (default: this machine\'s)')
+    advice.add_argument("--bandwidth", type=float, default=0.0, metavar="GB/S", help="its memory bandwidth, if unknown")
     advice.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     advice.add_argument(
         "--markdown", action="store_true", help="print the table of all memory sizes for docs/models.md"
@@ -152,14 +153,21 @@ def _recommend(args: argparse.Namespace) -> int:
     if not memory_gb:
         raise Refused("models recommend: this machine does not tell its memory; give it by --memory (GB)")
     brand = args.chip or (here.chip if here and not args.memory else "")
-    chip = chips.find(brand)
+    model = here.model if here and not args.memory and not args.chip else ""
+    told = chips.identify(model, brand, int(memory_gb * chips.GIB))
+    given = chips.Chip(name=brand or "given", bandwidth_gb_s=args.bandwidth, tflops=0) if args.bandwidth > 0 else None
+    chip = given or told.chip
     found = recommended.for_memory(memory_gb, chip)
     if args.json:
-        machine = {"memory_gb": memory_gb, "chip": chip.name if chip else None}
+        machine = {"memory_gb": memory_gb, "chip": told.chip.name if told.chip else None, "remarks": told.remarks}
         print(json.dumps({**machine, "models": msgspec.to_builtins(found)}, indent=2))
         return 0
-    speed = f"{chip.bandwidth(memory_gb):.0f} GB/s" if chip else "unknown to this program: no tokens/s"
+    speed = f"{chip.bandwidth(memory_gb):g} GB/s" if chip else "unknown to this program: no tokens/s"
     print(f"{memory_gb:.0f} GB, chip {brand or 'not given'} ({speed}); calculated, not measured")
+    for remark in told.remarks if brand and told.chip else ():
+        print(f"note: {remark}")
+    if chip is None:
+        print(f"note: {chips.unknown(brand, model)}; --bandwidth gives its GB/s")
     print(table(recommended.HEAD, recommended.rows_of(found)) if found else "no model of the table fits")
     return 0
 

@@ -21,11 +21,13 @@ from agent.mesh.signing import RackKeys
 from agent.operator import checks, install, mac_checks, state_folder
 from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
 from agent.operator.facts import budget_of, gather
+from agent.operator.mac import readings
 from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
 from agent.process import gpu
 from agent.process.loader_process import environment
 from agent.telemetry.sensors import Sensors
+from agent.telemetry.sensors.host import hardware
 from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
 from shared.keys import DESIRED, MOST_CLAIM_BYTES, MOST_DESIRED_BYTES, claim_key, raw_node_prefix
 from shared.secrets import strong
@@ -49,6 +51,7 @@ def examine(
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
+        checks.chip(hardware(), on_a_mac=sys.platform == "darwin"),
         *_memory(budget, device),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
@@ -278,5 +281,8 @@ def _mac(
             missing_tools=[tool for tool in ("notifyutil", "vm_stat", "newsyslog") if not shutil.which(tool)],
         )
         yield from mac_checks.decided(facts)
+        yield from readings.settings()
+        yield from readings.local_network(facts.status)
+    yield from mac_checks.awake(looking.running.status if looking.running else None)
     if to_look_at:
         yield from mac_checks.undecided(facts)

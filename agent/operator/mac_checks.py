@@ -39,6 +39,16 @@ def undecided(facts: MacFacts | None) -> Iterator[Finding]:
             yield Finding(f"on a Mac: {what}", "warning", text)
 
 
+def awake(status: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Whether the running agent keeps this machine awake; nothing where it does not have to."""
+    found = (status or {}).get("awake", {})
+    if found.get("state") == "held":
+        yield Finding("awake", "ok", f"the running agent keeps this machine awake (caffeinate, process {found['pid']})")
+    elif found.get("state") == "not_held":
+        why = found["problem"] or "caffeinate is being started"
+        yield Finding("awake", "warning", f"the running agent does not keep this machine awake: {why}")
+
+
 def _source(name: str) -> Callable[[MacFacts], tuple[bool, str] | None]:
     def judge(facts: MacFacts) -> tuple[bool, str] | None:
         if name not in facts.sources:
@@ -49,7 +59,8 @@ def _source(name: str) -> Callable[[MacFacts], tuple[bool, str] | None]:
     return judge
 
 
-def _service(facts: MacFacts) -> tuple[bool, str] | None:
+def service(facts: MacFacts) -> tuple[bool, str] | None:
+    """Whether launchd lets the agent end in peace, and its output is rotated; None where no service is installed."""
     if facts.service is None:
         return None
     allowed_s = facts.service.get("ExitTimeOut", 0)
@@ -94,7 +105,7 @@ _CHECKS: tuple[tuple[str, Callable[[MacFacts], tuple[bool, str] | None], str], .
     ("APC outlet", _unknown, "an APC outlet reports watts, or needs `scale` (test with a known load)"),
     ("Metal", _metal, "the agent runs as a LaunchDaemon without a login and reaches Metal"),
     ("memory", _unknown, "host_statistics64, vm.swapusage and the pressure level agree with Activity Monitor"),
-    ("launchd", _service, "launchd waits ExitTimeOut before SIGKILL, and newsyslog rotates launchd's output"),
+    ("launchd", service, "launchd waits ExitTimeOut before SIGKILL, and newsyslog rotates launchd's output"),
     ("answers", _unknown, "MLX's Metal build gives the same answers as the CPU build in the tests"),
     ("GPU memory", _gpu, "the GPU's recommended working set is reported"),
     ("footprint", _unknown, "proc_pid_rusage's physical footprint agrees with Activity Monitor"),

@@ -1,7 +1,7 @@
 """Models that fit a Mac's memory, and how fast they would be there. Pure; the figures are arithmetic, not measurements.
 
-What fits is the memory plan with 8,192 tokens for each request. Decode reads every active weight once per token, of
-which MLX reaches about 80 % of the chip's bandwidth.
+What fits is the memory plan with 8,192 tokens for each request. Decode reads every active weight once per token, at
+the share of the chip's bandwidth that MLX reaches (shared/chips.py).
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from shared.chips import Chip, find
+from shared.chips import BITS_PER_WEIGHT, Chip, decode_tok_s, find
 from shared.memory_plan import default_budget_bytes, plan
 from shared.model_shape import ModelShape, parse_shape
 
@@ -17,7 +17,6 @@ USUAL_CHIP = {16: "M4", 24: "M4 Pro", 32: "M4", 48: "M4 Pro", 64: "M4 Pro", 128:
 """The chip of the Mac that is usually bought with so much memory."""
 ROW_TOK, CHUNK_TOK, MAX_ROWS = 8192, 512, 8
 CACHE_BYTES = 256 << 20
-BANDWIDTH_USED = 0.8
 _KEYS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -82,7 +81,7 @@ def need_bytes(model: Recommended, rows: int) -> int:
 
 def tokens_per_s(model: Recommended, bandwidth_gb_s: float) -> float:
     """Expected decode rate of one request with a short context."""
-    return BANDWIDTH_USED * bandwidth_gb_s / (model.active_b * model.bits / 8)
+    return decode_tok_s(bandwidth_gb_s, model.active_b * 1e9 * model.bits / 8)
 
 
 def recommend(budget_bytes: int, memory_gb: float, chip: Chip | None) -> list[Fit]:
@@ -174,8 +173,6 @@ _GLM_AIR = {
     "model_type": "glm4_moe",
     "max_position_embeddings": 131072,
 }
-FOUR_BIT = 4.5
-"""Bits per parameter: groups of 64 that share a scale and a bias."""
 
 
 def _model(
@@ -184,7 +181,7 @@ def _model(
     params_b: float,
     config: Mapping[str, object],
     active_b: float = 0.0,
-    bits: float = FOUR_BIT,
+    bits: float = BITS_PER_WEIGHT,
 ) -> Recommended:
     return Recommended(
         repo=f"mlx-community/{name}",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from agent.config import AgentConfig
 from agent.operator import install
 from agent.operator.admin_client import AdminClient
-from agent.operator.checks import Secret, references
+from agent.operator.checks import Secret, references, unfit_for_service
 from shared.errors import RackError
 from shared.secrets import resolve, weakness
 
@@ -28,13 +28,19 @@ class Running(NamedTuple):
 
 class Resolver:
     """Looks at secrets in the agent's place. ``running`` is None when no agent answers; ``may_ask`` says whether a
-    keychain may be asked."""
+    keychain may be asked, ``for_service`` whether launchd's environment is what counts."""
 
     def __init__(
-        self, environ: Mapping[str, str], by: str, running: Running | None = None, *, may_ask: bool = False
+        self,
+        environ: Mapping[str, str],
+        by: str,
+        running: Running | None = None,
+        *,
+        may_ask: bool = False,
+        for_service: bool = False,
     ) -> None:
         self.environ, self.running = environ, running
-        self._by, self._may_ask = by, may_ask
+        self._by, self._may_ask, self._for_service = by, may_ask, for_service
 
     @property
     def agent_runs(self) -> bool:
@@ -47,7 +53,8 @@ class Resolver:
             return self.running.secrets[secret.reference], "the running agent"
         if not (self._may_ask or secret.reference.startswith(_SILENT)):
             return None, self._by
-        return problem_of(secret, self.environ), self._by
+        why = problem_of(secret, self.environ)
+        return (self._for_service and why and unfit_for_service(secret)) or why, self._by
 
 
 def resolver(config: AgentConfig, state: Path, environ: Mapping[str, str], *, may_ask: bool = False) -> Resolver:
@@ -61,7 +68,8 @@ def resolver(config: AgentConfig, state: Path, environ: Mapping[str, str], *, ma
         unasked = ""
     if (service := install.installed()) is not None:
         variables = {str(name): str(value) for name, value in service.get("EnvironmentVariables", {}).items()}
-        return Resolver(variables, f"the installed service ({install.DAEMON_PLIST})", running, may_ask=may_ask)
+        by = f"the installed service ({install.DAEMON_PLIST})"
+        return Resolver(variables, by, running, may_ask=may_ask, for_service=True)
     by = f"this shell, because the agent cannot be asked: {unasked}" if unasked else "this shell"
     return Resolver(environ, by, running, may_ask=may_ask)
 

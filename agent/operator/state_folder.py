@@ -10,7 +10,10 @@ from agent.operator.admin_client import PORT_NAME
 from agent.operator.obtain import OWN_BUCKET
 from shared import private
 
-SECRET = ("listener.pem", PORT_NAME, "desired.json", "models.json", "spool", "prompts", "logs", OWN_BUCKET)
+SECRET = (
+    *("listener.pem", PORT_NAME, "desired.json", "models.json", "step_times.json", "spool", "prompts", "logs"),
+    OWN_BUCKET,
+)
 """What nobody else may read; all of it is created so, and what an older version created is corrected."""
 TOKENS = ("admin.token", "metrics.token")
 """Not corrected but replaced: who could read one may have kept it."""

@@ -11,7 +11,7 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     lines = [
         f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
         + (", stopping" if s["draining"] else ""),
-        f"{s['in_flight']} requests in flight; {_memory(s)}",
+        f"{s['in_flight']} requests in flight; {_memory(s)}{_awake(s.get('awake', {}))}",
         *(f"warning: {warning}" for warning in s.get("warnings", ())),
         "",
         models_text(s["models"], width),
@@ -22,6 +22,7 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     swaps = [(x["model"], f"{x['from'][:8]} -> {x['to'][:8]}", *_swap_words(x)) for x in s["swaps"]]
     lines += _section(("MODEL", "SERVED BECAUSE OF"), _origins(s["models"]), width)
     lines += _section(("MODEL", "CHAT TEMPLATE"), talks, width)
+    lines += _section(_TIMED, _timed(s["models"]), width)
     lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers, width)
     lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken, width)
     lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps, width)
@@ -35,6 +36,28 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     lines += _connection_lines(s.get("connections", {}))
     lines += _log_lines(s.get("log", {}))
     return "\n".join(fold(line, width) for line in lines)
+
+
+def _awake(found: Mapping[str, Any]) -> str:
+    """Only where there is something to hold; why it is not held is among the warnings."""
+    return {"held": "; kept awake", "not_held": "; not kept awake"}.get(str(found.get("state")), "")
+
+
+_TIMED = ("MODEL", "PREFILL", "ONE ANSWER", "STEP BY ROWS", "CHIP SHOULD REACH")
+
+
+def _timed(models: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What calibrations measured, beside what the chip should reach."""
+    found = list[tuple[str, ...]]()
+    for one in models:
+        if not (figures := one.get("figures")):
+            continue
+        steps = ", ".join(f"{rows}: {us / 1e3:.3g} ms" for rows, us in figures["step_us"].items())
+        hopes = one.get("expected") or {}
+        hoped = f"{hopes['prefill_tps']:.0f} and {hopes['decode_tps']:.3g} tokens/s" if hopes else "chip unknown"
+        rates = (f"{figures['prefill_tps']:.0f} tokens/s", f"{figures['decode_tps']:.3g} tokens/s")
+        found.append((", ".join(one["names"]), *rates, steps, hoped))
+    return found
 
 
 def _origins(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

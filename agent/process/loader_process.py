@@ -23,6 +23,8 @@ from agent.wire.frames import (
     Accepted,
     Answer,
     Ask,
+    Calibrate,
+    Calibrated,
     Cancel,
     Decoder,
     Done,
@@ -112,7 +114,8 @@ class LoaderProcess:
         self.ready: Ready | None = None
         self.working: Working | None = None
         self.pace = Pace()
-        self.throughput = Throughput(spec.rows)
+        self.throughput, self.threads = Throughput(spec.rows), spec.threads
+        self.calibrated: Calibrated | None = None
         self.prefixes = PrefixTable(MOST_BLOCKS if spec.keeps_prompts else 0)
         self._last_s: dict[int, float] = {}
 
@@ -246,6 +249,10 @@ class LoaderProcess:
             self.kill()
             await self.ended.wait()
 
+    def calibrate(self, *, go: bool) -> None:
+        """Let it time its model's steps while it has nothing else to do, or end that; ``calibrated`` follows."""
+        self._write(Calibrate(go=go))
+
     def kill(self) -> None:
         """SIGKILL; no error when it has exited."""
         self.stopping = True
@@ -260,7 +267,7 @@ class LoaderProcess:
 
     def _send_due(self) -> None:
         """Send the requests whose turn it is; few enough that none has to wait for the socket."""
-        while not self._broken and (number := self._watch.next()) is not None:
+        while self._waiting and not self._broken and (number := self._watch.next()) is not None:
             self._write(msgspec.structs.replace(self._waiting.pop(number), id=number))
 
     def _write(self, frame: Frame) -> None:
@@ -312,6 +319,8 @@ class LoaderProcess:
         elif isinstance(frame, Reported):
             self._reports.append(frame)
             self._reported.set()
+        elif isinstance(frame, Calibrated):
+            self.calibrated = frame
         elif isinstance(frame, Ready) and not self._ready.done():
             self._ready.set_result(frame)
         elif isinstance(frame, LoadFailed) and not self._ready.done():

@@ -7,6 +7,7 @@ from answers, never configured; what has not been measured is None.
 import msgspec
 
 from agent.wire.frames import Working
+from agent.wire.step_times import StepTimes
 
 STALE_S = 30.0
 """Validity of a measurement. A node that was slow and received no work since must be tried again."""
@@ -21,7 +22,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """Prefill in tokens per second; ITL in microseconds of a request that runs alone (a full batch is assumed to take
-    twice as long); tokens per answer."""
+    twice as long, unless that was timed); tokens per answer."""
 
     prefill_tps: float | None = None
     gap_us: int | None = None
@@ -58,10 +59,16 @@ class Throughput:
     """Tracks one loader's requests from start to end."""
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
+        self.rows, self.crowd = rows, 1.0
+        """``crowd``: how a step grows with the share of rows in use."""
+        self.timed: StepTimes | None = None
         self._open: dict[int, _Open] = {}
         self._prefill, self._gap, self._answer = _Mean(0.7), _Mean(0.7), _Mean(0.95)
         self.prefill_tok = 0
+
+    def use(self, times: StepTimes) -> None:
+        """Take a calibration's figures for what was not measured lately."""
+        self.timed, self.crowd = times, times.crowd(self.rows)
 
     def begin(self, number: int, prompt_tok: int) -> None:
         """A request was sent to the loader; ``prompt_tok`` is an estimate."""
@@ -93,7 +100,7 @@ class Throughput:
             self._prefill.add(now_s, working.prefill_us / 1e6, working.prefill_tok)
         if working.decode_steps and working.decode_us:
             rows = working.decode_tok / working.decode_steps
-            crowding = 1.0 + min(rows, self._rows) / self._rows
+            crowding = 1.0 + self.crowd * min(rows, self.rows) / self.rows
             self._gap.add(now_s, working.decode_us / working.decode_steps / 1e6 / crowding)
 
     def end(self, number: int) -> None:

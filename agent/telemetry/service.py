@@ -52,13 +52,13 @@ class Telemetry:
             max_bytes=settings.spool_bytes,
             max_batches=max(1, int(settings.spool_days * DAY_S / settings.sample_s)),
         )
-        self.ledger = Ledger(on_answered)
+        self.ledger, self.machine = Ledger(on_answered), hardware()
         self.pusher = Pusher(self.spool, lambda: open_store(config.store, environ, attempts=1))
         self.sensing = Sensing(self._sensors.all, budget_bytes=budget_bytes, problems=lambda: self.meters.problems)
         self.sampler = Sampler(
             *(self.spool, self.ledger, self.sensing, sources._replace(metered=self.meters.drain)),
             boot_id=boot_id(),
-            once=(hardware(),),
+            once=(self.machine,),
             clock_skew_ms=lambda: self.pusher.clock_skew_ms,
         )
         self.outbox = Outbox(self.sampler, self.spool, self.pusher, on_event)

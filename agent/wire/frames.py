@@ -10,6 +10,7 @@ import msgpack
 import msgspec
 
 from agent.wire.namespaces import OPEN, Namespace
+from agent.wire.step_times import StepTimes
 from shared.errors import Refused
 from shared.records import EngineCounts
 
@@ -138,6 +139,20 @@ class Relieve(_Frame, frozen=True, kw_only=True, tag="relieve"):
     level: Literal["calm", "soft", "hard"]
 
 
+class Calibrate(_Frame, frozen=True, kw_only=True, tag="calibrate"):
+    """The node is idle: time the model's steps until a request arrives, or until ``go`` is false. Calibrated follows
+    when that is done."""
+
+    go: bool
+
+
+class Calibrated(_Frame, frozen=True, kw_only=True, tag="calibrated"):
+    """How long the model's steps take, or which ``problem`` prevented it from being timed."""
+
+    times: StepTimes | None = None
+    problem: str = ""
+
+
 class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
     """Finish running requests and exit."""
 
@@ -145,7 +160,8 @@ class Stop(_Frame, frozen=True, kw_only=True, tag="stop"):
 class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     """The model is resident and warm. ``serves`` is text for a generative model, vectors for an encoder. ``peak_bytes``
     is the peak of MLX memory while the model answered its first prompt, of ``warm_tok`` tokens. ``talks`` says how its
-    chat template is spoken to, as found by a probe."""
+    chat template is spoken to, as found by a probe. ``runtime`` is what the times of its steps depend on beside the
+    model (device, system, libraries); "" for a model that is not timed."""
 
     protocol: int = PROTOCOL
     engine: str
@@ -157,6 +173,7 @@ class Ready(_Frame, frozen=True, kw_only=True, tag="ready"):
     blas: str = ""
     serves: str = "text"
     talks: dict[str, str] = {}
+    runtime: str = ""
 
 
 class LoadFailed(_Frame, frozen=True, kw_only=True, tag="load_failed"):
@@ -267,6 +284,8 @@ Frame = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     Cancel,
     Report,
     Relieve,
+    Calibrate,
+    Calibrated,
     Stop,
     Ready,
     LoadFailed,

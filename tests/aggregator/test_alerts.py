@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aggregator import alerts
 from aggregator.alerts import RULES, AlertState, Firing, Notice, evaluate, observe
@@ -20,7 +22,7 @@ from shared.batch import Batch
 from shared.bucket import Store
 from shared.errors import Halt, Retryable
 from shared.manual.topics import topics
-from shared.records import CertificateExpires, ModelEvicted, NodeIdClash, PeerDown, PeerUp, SwapFinished
+from shared.records import CertificateExpires, HostSample, ModelEvicted, NodeIdClash, PeerDown, PeerUp, SwapFinished
 from shared.resources import pages
 from tests.builders import MINUTE, T0, batch, host
 
@@ -70,6 +72,81 @@ def test_throttling_needs_over_five_percent_of_five_minutes() -> None:
     assert told == [("throttling", "n1", False)]
     _, told = look(state, T0 + 12 * MINUTE, *(batch([host()], minute=n) for n in range(6, 12)))
     assert told == [("throttling", "n1", True)]
+
+
+def heat(hot_s: float, known_s: float, minute: int = 0, ahead_ms: int = 0) -> Batch:
+    """A minute of which ``known_s`` were known and ``hot_s`` throttled."""
+    sample = HostSample(thermal_known_us=round(known_s * 1e6), throttled_us=round(hot_s * 1e6))
+    made = batch([sample], minute=minute)
+    return msgspec.structs.replace(made, t_start_ms=made.t_start_ms + ahead_ms, t_end_ms=made.t_end_ms + ahead_ms)
+
+
+@pytest.mark.parametrize(
+    ("windows", "share"),
+    [
+        ([(4.0, 60.0)], None),  # after a restart: 1.3 % of five minutes
+        ([(1.0, 3.0)], None),
+        ([(3.0, 60.0)] * 5, None),  # 15.0 s of 300
+        ([(3.02, 60.0)] * 5, "5%"),  # 15.1 s
+        ([(4.0, 60.0)] * 3, None),  # 12 s of 180 known
+        ([(3.0, 60.0)] * 3 + [(4.0, 60.0)], "5%"),  # 13 s of 240 known: enough of it
+        ([(0.0, 0.0)] * 4 + [(14.9, 14.9)], None),
+        ([(0.0, 0.0)] * 4 + [(16.0, 16.0)], "5%"),  # more than 5 % even if all the rest was cool
+        ([(60.0, 60.0)], "20%"),
+        ([(0.0, 0.0)] * 5, None),
+    ],
+)
+def test_a_share_of_too_little_knowledge_is_no_alert(windows: list[tuple[float, float]], share: str | None) -> None:
+    made = [heat(hot_s, known_s, minute) for minute, (hot_s, known_s) in enumerate(windows)]
+    state, told = look(AlertState(), T0 + len(made) * MINUTE, *made)
+    assert ("throttling", "n1", False) in told or share is None
+    texts = [firing.text for firing in state.firing if firing.code == "throttling"]
+    assert [f", {share} of the last 300 s" in text for text in texts] == [True] * (share is not None)
+    known_s = sum(known_s for _, known_s in windows)
+    assert all((f"{known_s:.0f} s of them are known" in text) == (known_s < 300) for text in texts)
+
+
+@pytest.mark.parametrize("ahead_ms", [0, 600_000, 86_400_000])
+@pytest.mark.parametrize("hot_s", [1.6, 3.2])
+def test_windows_of_a_clock_that_runs_ahead_are_told_apart(ahead_ms: int, hot_s: float) -> None:
+    """Five windows, all with the end that their node's clock gives them; 8 s are 2.7 %, 16 s are 5.3 %."""
+    made = [heat(hot_s, 60.0, minute, ahead_ms) for minute in range(5)]
+    one_by_one, firing = AlertState(), set[str]()
+    for minute, each in enumerate(made):
+        one_by_one, _ = look(one_by_one, T0 + (minute + 1) * MINUTE, each)
+    for state in (one_by_one, look(AlertState(), T0 + 5 * MINUTE, *made, *made)[0]):
+        again, told = look(state, T0 + 5 * MINUTE, *made)
+        assert (told, again) == ([], state), "what is read twice counts once"
+        firing = {one.code for one in state.firing}
+        assert ("throttling" in firing) == (hot_s > 3.0)
+
+
+def test_a_backlog_of_a_clock_that_runs_ahead_is_judged_by_its_last_five_minutes() -> None:
+    made = [heat(60.0 if minute < 55 else 0.0, 60.0, minute, 7_200_000) for minute in range(60)]
+    state, _ = look(AlertState(), T0 + 60 * MINUTE, *made)
+    assert not [one for one in state.firing if one.code == "throttling"]
+    assert len(state.nodes["n1"].warm) == 5
+
+
+@given(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 60)), min_size=1, max_size=9))
+def test_a_throttling_alert_is_never_of_less_than_its_share(windows: list[tuple[float, float]]) -> None:
+    """Whatever is unknown: never on less than 5 % of what is known in four fifths of the five minutes."""
+    made = [heat(min(pair), max(pair), minute) for minute, pair in enumerate(windows)]
+    state, _ = look(AlertState(), T0 + len(made) * MINUTE, *made)
+    hot_s, known_s = (sum(f(pair) for pair in windows[-5:]) for f in (min, max))
+    if any(one.code == "throttling" for one in state.firing):
+        assert hot_s > 0.05 * min(max(known_s, 240.0), 300.0) - 1e-4
+    elif known_s >= 240.001:
+        assert hot_s <= 0.05 * known_s + 1e-4
+
+
+def test_evictions_of_a_clock_that_runs_ahead_are_told_apart() -> None:
+    ahead = [ModelEvicted(t_ms=T0 + 3_600_000 + n, model="m", version="v", reason="memory") for n in range(5)]
+    made = batch(ahead)
+    _, told = look(AlertState(), T0 + MINUTE, made, made)
+    assert told == [("eviction_storm", "n1", False)]
+    _, told = look(AlertState(), T0 + MINUTE, batch(ahead[:4]), batch(ahead[:4], seq=2))
+    assert told == [], "the urgent copy and the ordered one are one eviction"
 
 
 def swap(minute: int, outcome: str) -> SwapFinished:

@@ -33,6 +33,7 @@ from shared.ids import NodeId
 from shared.records import (
     AgentStarted,
     DesiredObserved,
+    HostSample,
     MemoryPressed,
     ModelEvicted,
     Record,
@@ -211,14 +212,98 @@ def test_a_month_is_compared_with_its_targets() -> None:
     assert [line.kept for line in nothing] == [None] * 4
 
 
+def hour_of(busy_s: float, throttled_s: float, known_s: float, *, hour: int, models: int = 1) -> Batch:
+    sample = HostSample(thermal_known_us=round(known_s * 1e6), throttled_us=round(throttled_s * 1e6))
+    engines = [engine(f"m{n}", busy_s=busy_s) for n in range(models)]
+    made = batch([sample, *engines], minute=60 * hour, seq=hour + 1)
+    return msgspec.structs.replace(made, t_end_ms=made.t_start_ms + HOUR_MS)
+
+
+@pytest.mark.parametrize(
+    ("hours", "share"),
+    [
+        # 720 h known, 36 h busy, 3.6 h throttled, all of it while working
+        ([(3600.0, 360.0, 3600.0, 1)] * 36 + [(0.0, 0.0, 3600.0, 1)] * 684, 0.1),
+        # the same ratios in tables
+        ([(3600.0, 360.0, 3600.0, 1)] * 2 + [(0.0, 0.0, 3600.0, 1)] * 38, 0.1),
+        # the same totals, all heat while idle
+        ([(3600.0, 0.0, 3600.0, 1)] * 36 + [(0.0, 360.0, 3600.0, 1)] * 36 + [(0.0, 0.0, 3600.0, 1)] * 648, 0.0),
+        ([(1800.0, 3600.0, 3600.0, 1)], 1.0),
+        ([(3600.0, 1800.0, 3600.0, 2)], 0.5),  # two models at the same time
+        ([(900.0, 900.0, 3600.0, 2)], 0.5),  # one after the other
+        ([(3600.0, 0.0, 0.0, 1), (1800.0, 18.0, 3600.0, 1)], 0.01),  # unknown heat is no coolness
+        ([(3600.0, 0.0, 0.0, 1)], None),
+        ([(0.0, 360.0, 3600.0, 1)], 0.1),  # no model worked: of the known time
+    ],
+)
+def test_heat_counts_while_models_work(
+    hours: list[tuple[float, float, float, int]], share: float | None, tmp_path: Path
+) -> None:
+    made = [hour_of(*figures, hour=n, models=models) for n, (*figures, models) in enumerate(hours)]
+    november = month("2026-11", "UTC")
+    made = [msgspec.structs.replace(b, t_start_ms=b.t_start_ms - 20 * 86_400_000) for b in made]
+    made = [msgspec.structs.replace(b, t_end_ms=b.t_start_ms + HOUR_MS - 1) for b in made]
+    windows = [window(*made, span=november)]
+    if len(made) < 100:
+        store = DirectoryStore(tmp_path)
+        put(store, *made)
+        rollup.run(CONFIG, store)
+        windows.append(load.window(store, november))
+    for one in windows:
+        (line,) = (one for one in scorecard.lines(one, uptime.uptime(one, T0), None, Scorecard()) if one.kind == "heat")
+        assert line.value == (None if share is None else pytest.approx(share, abs=1e-6))
+        assert line.kept == (None if share is None else share <= 0.01)
+        worked = any(busy_s and known_s for busy_s, _, known_s, _ in hours)
+        assert ("in which models worked" in line.text) == (worked and share is not None)
+
+
+@pytest.mark.parametrize(
+    ("known_s", "hot_s", "count", "share", "kind"),
+    [
+        (60.0, 0.7, 10, 0.7 / 60, "throttled"),
+        (48.0, 0.6, 10, 0.6 / 48, "throttled"),  # four fifths
+        (6.0, 0.3, 10, 0.005, "cool"),  # 5 % of 60 s known, and 540 s are not
+        (6.0, 6.0, 10, 0.1, "throttled"),  # too hot, however cool the rest was
+        (0.0, 0.0, 10, None, "unknown"),
+    ],
+)
+def test_time_that_is_not_known_counts_as_cool(
+    known_s: float, hot_s: float, count: int, share: float | None, kind: str
+) -> None:
+    sample = HostSample(thermal_known_us=round(known_s * 1e6), throttled_us=round(hot_s * 1e6))
+    found = heat.thermal(window(*(batch([sample], minute=n) for n in range(count))))
+    assert found.nodes[0].throttled_share == (None if share is None else pytest.approx(share))
+    assert found.kind == kind
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60), st.integers(1, 3)), min_size=1, max_size=6
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_the_share_of_heat_lies_between_the_possible_overlaps(minutes: list[tuple[int, int, int, int]]) -> None:
+    made = []
+    for n, (busy_s, hot_s, more_s, models) in enumerate(minutes):
+        known = min(60, hot_s + more_s)
+        sample = HostSample(thermal_known_us=known * 10**6, throttled_us=hot_s * 10**6)
+        made.append(batch([sample, *(engine(f"m{k}", busy_s=busy_s) for k in range(models))], minute=n))
+    seen = window(*made)
+    (line,) = (one for one in scorecard.lines(seen, uptime.uptime(seen, T0), None, Scorecard()) if one.kind == "heat")
+    assert line.value is None or 0.0 <= line.value <= 1.0
+    hot, known = sum(m[1] for m in minutes), sum(min(60, m[1] + m[2]) for m in minutes)
+    if line.value is not None and all(busy_s == 60 for busy_s, *_ in minutes):
+        assert line.value == pytest.approx(hot / known), "they always worked"
+
+
 @pytest.mark.parametrize("share", [heat.TARGET_SHARE, heat.MOVE_SHARE, heat.ALERT_SHARE])
 def test_page_pdf_and_alert_take_a_share_of_throttling_from_one_definition(share: float) -> None:
     """Each share is tolerated exactly, and not a thousandth more."""
     for more, above in ((0.0, False), (0.001, True)):
         throttled = share + more
-        records: list[Record] = [resident(), engine(), served(), host(throttled=throttled)]
-        made = [batch(records, minute=n) for n in range(3)]
-        judged = judge(window(*made), None, CONFIG, T0 + 3 * MINUTE)
+        records: list[Record] = [resident(), engine(busy_s=60.0), served(), host(throttled=throttled)]
+        made = [batch(records, minute=n) for n in range(5)]
+        judged = judge(window(*made), None, CONFIG, T0 + 5 * MINUTE)
         target = throttled > heat.TARGET_SHARE
         page = scorecard_page.page(judged.scorecard, "", "")
         (line,) = (row for row in page.sections[0].table.rows if row[0] == "throttled")  # type: ignore[union-attr]
@@ -226,8 +311,8 @@ def test_page_pdf_and_alert_take_a_share_of_throttling_from_one_definition(share
         assert (judged.thermal.kind == "throttled") == target
         assert ("more air" in pdf_text(pdf.render(judged))) == target
         assert (judged.distribution.nodes[0].limit < packing.CAP) == (throttled > heat.MOVE_SHARE)
-        state = alerts.observe(AlertState(), facts_of(made[0]), T0 + MINUTE, CONFIG.alerts)
-        firing = {one.code for one in alerts.evaluate(state, T0 + MINUTE, CONFIG.alerts)[0].firing}
+        state = alerts.observe(AlertState(), [f for b in made for f in facts_of(b)], T0 + 5 * MINUTE, CONFIG.alerts)
+        firing = {one.code for one in alerts.evaluate(state, T0 + 5 * MINUTE, CONFIG.alerts)[0].firing}
         assert ("throttling" in firing) == (throttled > heat.ALERT_SHARE)
         assert above == (throttled > share)
 

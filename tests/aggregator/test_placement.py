@@ -1,6 +1,7 @@
 """Placements that fit, proposals that are executable, and correct reasons."""
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -8,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import acceptance, intake, moves, packing, placement
+from aggregator.config import Placement as Rules
+from aggregator.demand import facts_of
 from aggregator.moves import Step
 from aggregator.packing import Copyable, Room
 from aggregator.placement import PlacementReport
 from shared.desired import Assignment, DesiredState
 from shared.errors import Refused
-from tests.builders import batch, engine, host, resident, served, window
+from shared.records import EngineWindow, HostSample, ModelTimed, Record
+from tests.builders import T0, batch, engine, host, resident, served, window
 
 
 def case(
@@ -196,6 +200,37 @@ def test_every_move_has_a_reason_and_the_cost_of_declining() -> None:
     assert unload.reason == "a is now served elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("known_s", "hot_s", "count", "others", "moves"),
+    [
+        (60.0, 3.0, 1, 1, False),  # 3 s hot of 60 s known
+        (60.0, 1.5, 2, 2, False),  # 2.5 %
+        (60.0, 3.0, 10, 10, True),
+        (6.0, 0.3, 10, 10, False),  # of 600 s that it reported, 60 are known
+        (50.0, 2.5, 10, 10, True),
+        (45.0, 2.5, 10, 10, False),  # less than four fifths
+        (60.0, 3.0, 3, 40, False),  # the rack reported for 40 minutes, this node for three
+        (60.0, 3.0, 5, 40, True),
+    ],
+)
+def test_a_model_moves_only_for_heat_that_is_known(
+    known_s: float, hot_s: float, count: int, others: int, moves: bool
+) -> None:
+    sample = HostSample(
+        memory_budget_bytes=10**10, thermal_known_us=round(known_s * 1e6), throttled_us=round(hot_s * 1e6)
+    )
+    models: list[Record] = [
+        *(resident("a", version="va"), engine("a", version="va", busy_s=2)),
+        *(resident("b", version="vb"), engine("b", version="vb", busy_s=20)),
+    ]
+    hot = [batch([sample, *models], minute=others - count + n) for n in range(count)]
+    report = placement.propose(window(*hot, *(batch([host()], node="n2", minute=n) for n in range(others))))
+    assert any(move.bound == "heat" for move in report.moves) == moves
+    assert report.rebalance == moves
+    shown = {one.node: one.limit for one in report.nodes}
+    assert (shown["n1"] < packing.CAP) == moves
+
+
 # day one
 
 
@@ -301,3 +336,20 @@ def test_a_version_missing_from_the_bucket_is_named() -> None:
 def test_a_proposal_round_trips_as_json() -> None:
     report = proposal()
     assert msgspec.json.decode(msgspec.json.encode(report), type=PlacementReport) == report
+
+
+def test_nodes_that_have_served_nothing_are_as_fast_as_their_calibrations_say() -> None:
+    """Unless both have worked with one model: what was done counts more than what was tried."""
+
+    def timed(step_us: int, version: str = "v1") -> ModelTimed:
+        return ModelTimed(t_ms=T0, model="m", version=version, rows=(1, 8), step_us=(step_us, 3 * step_us))
+
+    def speeds(*records: tuple[str, Sequence[Record]]) -> dict[str, float]:
+        batches = [batch([resident(), host(), *more], node=node) for node, more in records]
+        return {room.name: room.speed for room in facts_of(window(*batches), Rules(), {}).rooms}
+
+    assert speeds(("n1", [timed(20_000)]), ("n2", [timed(10_000)])) == {"n1": 0.75, "n2": 1.5}
+    assert speeds(("n1", [timed(20_000)]), ("n2", [timed(10_000, "v2")])) == {"n1": 1.0, "n2": 1.0}
+    assert speeds(("n1", [timed(0)]), ("n2", [timed(10_000)])) == {"n1": 1.0, "n2": 1.0}
+    worked = EngineWindow(model="m", version="v1", busy_decode_us=10**7, decode_tok=10_000)
+    assert speeds(("n1", [timed(20_000), worked]), ("n2", [timed(10_000), worked])) == {"n1": 1.0, "n2": 1.0}

@@ -16,6 +16,7 @@ import pytest
 import urllib3
 import urllib3.exceptions
 
+from shared import connection_errors
 from shared.connection_errors import Kind, causes, kind_of, why
 from shared.errors import Retryable
 from shared.store_s3 import S3Store
@@ -180,3 +181,16 @@ def test_a_ca_that_is_not_known_leads_to_the_key_that_names_one() -> None:
         "set store.ca to the file of that CA's certificate"
     )
     assert why(error, "https://s", "the url").endswith("not known here; add it")
+
+
+@pytest.mark.parametrize(
+    ("on_mac", "number", "told"),
+    [(True, errno.EHOSTUNREACH, True), (True, errno.ENETUNREACH, False), (False, errno.EHOSTUNREACH, False)],
+)
+def test_no_route_on_a_mac_may_be_local_network_privacy(
+    monkeypatch: pytest.MonkeyPatch, on_mac: bool, number: int, told: bool
+) -> None:
+    monkeypatch.setattr(connection_errors, "ON_MAC", on_mac)
+    said = why(wrapped(OSError(number, "x")), "http://mini-2.local:8470", KEY)
+    assert said.startswith(f"{connection_errors.NO_ROUTE} mini-2.local; check its address")
+    assert ("Local Network privacy (macOS 15 and newer)" in said) is told

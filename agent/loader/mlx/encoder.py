@@ -17,6 +17,7 @@ import mlx.nn as nn
 from tokenizers import Tokenizer
 
 from agent.loader.blas import REFERENCE
+from agent.loader.calibration import Task
 from agent.loader.counts import Counts
 from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.mlx.model import cannot_load, embedding_inputs, never_wire_memory
@@ -221,6 +222,15 @@ class EncoderEngine:
         if level == "hard":
             mx.synchronize()
             mx.clear_cache()
+
+    def bounds(self) -> None:
+        return None
+
+    def measure(self, task: Task) -> None:
+        raise AssertionError("an encoder's steps are not timed")
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         self._work.clear()

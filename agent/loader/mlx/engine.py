@@ -15,10 +15,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from agent.loader.blas import REFERENCE
+from agent.loader.calibration import Bounds, Task
 from agent.loader.counts import Counts
 from agent.loader.disk_cache import DiskCache
 from agent.loader.generation import Advance, Prepared, nothing
-from agent.loader.mlx import kv, scores
+from agent.loader.mlx import device, kv, scores
 from agent.loader.mlx.batch import Batch
 from agent.loader.mlx.model import TextModel, cannot_load
 from agent.loader.mlx.pooling import EmbeddingQueue
@@ -26,6 +27,7 @@ from agent.loader.mlx.row import Row
 from agent.loader.mlx.rows import MAX_BREAKS, Rows
 from agent.loader.mlx.scheduler import Scheduler
 from agent.loader.mlx.states import PromptStates
+from agent.loader.mlx.timer import StepTimer
 from agent.loader.prefill_pace import PrefillPace
 from agent.loader.prompt_cache import as_tokens
 from agent.loader.row_placement import STEP_TOK, Limits
@@ -65,6 +67,7 @@ class MLXEngine:
         limits = Limits(rows, -(-kv_tok // STEP_TOK) * STEP_TOK)
         self._scheduler = Scheduler(self._rows, model, self._pace, self._counts, limits)
         self._embeddings = EmbeddingQueue(model.weights)
+        self._timer = StepTimer(model.weights, model.vocabulary)
         self._faults, self._reported_cache = 0, self._cache.counts
         try:
             self._warm_up()
@@ -84,6 +87,7 @@ class MLXEngine:
             warm_tok=self._warm_tok,
             blas=self._blas,
             talks=self._model.talks,
+            runtime=device.runtime(),
         )
 
     @property
@@ -211,7 +215,20 @@ class MLXEngine:
             mx.synchronize()
             mx.clear_cache()
 
+    def bounds(self) -> Bounds | None:
+        limits = self._scheduler.limits
+        # no longer than what decoding rows would wait for
+        chunk_tok = self._pace.chunk_tok(0.0, decoding=True)
+        return Bounds(limits.rows, limits.kv_tok, self._model.context_tok, chunk_tok)
+
+    def measure(self, task: Task) -> float | None:
+        return self._timer.measure(task)
+
+    def rest(self) -> None:
+        self._timer.rest()
+
     def close(self) -> None:
+        self.rest()
         self._rows.close()
         self._cache.close()
         mx.synchronize()

@@ -26,7 +26,8 @@ _CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 
 
 class ChipReading(msgspec.Struct, frozen=True, kw_only=True):
-    """Degrees Celsius (hottest of each kind), revolutions per minute, watts; None where not measured."""
+    """Degrees Celsius (hottest of each kind), revolutions per minute, watts; None where not measured. ``power_problem``
+    says why watts that the source has are not believed."""
 
     source: str
     package_c: float | None = None
@@ -36,6 +37,7 @@ class ChipReading(msgspec.Struct, frozen=True, kw_only=True):
     fans_rpm: tuple[int, ...] = ()
     system_w: float | None = None
     soc_w: float | None = None
+    power_problem: str = ""
 
 
 def of_smc(values: dict[str, float]) -> ChipReading:
@@ -61,6 +63,7 @@ def of_macmon(line: Macmon) -> ChipReading:
         fans_rpm=line.fans_rpm,
         system_w=line.system_w,
         soc_w=line.soc_w,
+        power_problem=line.problem,
     )
 
 

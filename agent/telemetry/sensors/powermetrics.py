@@ -32,9 +32,14 @@ ARGV = (
 FRESH_S = 15.0
 MOST_MW = 1_000_000.0
 _END = b"</plist>"
-_HEADER = re.compile(
-    r"^\*\*\* (?:Sampled|Summary) system activity .*\((\d+(?:\.\d+)?)ms elapsed\) \*\*\*$", re.MULTILINE
-)
+MOST_NS = 1e15
+MOST_ROUNDED = 0.98
+"""Of a sum, to allow for parts that are rounded."""
+_TYPED = re.compile(rb"<(real|integer|date|data)\s*(?:/>|>([^<]*)(?:</(real|integer|date|data)\s*>)?)")
+"""A value that the property list's parser converts, and refuses the whole document for. Its end may be missing."""
+_NUMBER = re.compile(rb"[ \t\r\n]*[+-]?\d{1,30}(?:\.\d{1,30})?(?:[eE][+-]?\d{1,3})?[ \t\r\n]*")
+_COUNT = re.compile(rb"[ \t\r\n]*[+-]?\d{1,30}[ \t\r\n]*")
+_HEADER = re.compile(r"^\*\*\* (?:Sampled|Summary) system activity .*\(([^()\n]*)ms elapsed\) \*\*\*$", re.MULTILINE)
 _WATTS = re.compile(r"^(CPU|GPU|ANE|Combined) Power(?: \([^)\n]*\))?: (\d+(?:\.\d+)?) mW[ \t]*\n", re.MULTILINE)
 _PRESSURE = re.compile(r"^Current pressure level: (\w+)[ \t]*\n", re.MULTILINE)
 
@@ -76,14 +81,14 @@ def parse_document(raw: bytes) -> Powermetrics | None:
     if not raw.startswith((b"<?xml", b"<plist")) or len(raw) > MAX_OUTPUT_BYTES:
         return None
     try:
-        tree = plistlib.loads(raw, fmt=plistlib.FMT_XML)
+        tree = plistlib.loads(_TYPED.sub(_readable, raw), fmt=plistlib.FMT_XML)
     except Exception:  # noqa: BLE001  # an XML parser may raise anything for garbage
         return None
     if not isinstance(tree, dict):
         return None
-    elapsed_ns = tree.get("elapsed_ns")
-    if not isinstance(elapsed_ns, int) or isinstance(elapsed_ns, bool) or elapsed_ns <= 0:
+    if "elapsed_ns" not in tree:
         return None
+    elapsed_ns = round(number(tree["elapsed_ns"], MOST_NS) or 0)
     processor, gpu = _table(tree, "processor"), _table(tree, "gpu")
     cpu, ane = _power(processor, "cpu", elapsed_ns), _power(processor, "ane", elapsed_ns)
     if (graphics := _power(processor, "gpu", elapsed_ns)) is None:
@@ -161,13 +166,15 @@ class PowermetricsStream:
 
 
 def _block(elapsed_ms: str, text: str) -> Powermetrics:
+    known = re.fullmatch(r"\d+(?:\.\d+)?", elapsed_ms)
+    elapsed_ns = (number(float(elapsed_ms) * 1e6, MOST_NS) if known else None) or 0
     watts: dict[str, float | None] = {}
     for name, value in _WATTS.findall(text):
         # GPU power is printed twice; the first is in the same table as the others
         watts.setdefault(name, number(float(value), MOST_MW))
     pressure = _PRESSURE.search(text)
     return Powermetrics(
-        elapsed_ns=round(float(elapsed_ms) * 1e6),
+        elapsed_ns=round(elapsed_ns),
         cpu_mw=watts.get("CPU"),
         gpu_mw=watts.get("GPU"),
         ane_mw=watts.get("ANE"),
@@ -176,14 +183,21 @@ def _block(elapsed_ms: str, text: str) -> Powermetrics:
     )
 
 
+def _readable(match: re.Match[bytes]) -> bytes:
+    """A value that a property list may hold as it is; else as a text, so that only this one is lost: `nan(0x8)`."""
+    kind, value, end = match.groups(b"")
+    good = {b"real": _NUMBER, b"integer": _COUNT}.get(kind)
+    return match[0] if good is not None and end == kind and good.fullmatch(value) else b"<string/>"
+
+
 def _sum(combined: float | None, *parts: float | None) -> float | None:
-    """Sum of all three parts; macOS before 13 does not print it. A CPU power of exactly 0 means that it is not measured
-    (as in macOS 27), and then the sum is None."""
+    """Sum of all three parts; macOS before 13 does not print it, and a sum below its parts is none. A CPU power of
+    exactly 0 means that it is not measured (as in macOS 27), and then the sum is None."""
     if parts[0] == 0:
         return None
-    if combined is not None:
-        return combined
     known = [part for part in parts if part is not None]
+    if combined is not None and combined >= MOST_ROUNDED * sum(known):
+        return combined
     return sum(known) if len(known) == len(parts) else None
 
 
@@ -196,4 +210,4 @@ def _power(table: dict[str, Any], name: str, elapsed_ns: int) -> float | None:
     if (power := number(table.get(f"{name}_power"), MOST_MW)) is not None:
         return power
     energy_mj = number(table.get(f"{name}_energy"), MOST_MW)
-    return None if energy_mj is None else number(energy_mj * 1e9 / elapsed_ns, MOST_MW)
+    return None if energy_mj is None or not elapsed_ns else number(energy_mj * 1e9 / elapsed_ns, MOST_MW)

@@ -12,6 +12,8 @@ MAX_OUTPUT_BYTES = 1 << 20
 MOST_RPM = 20_000
 MOST_W = 1_000.0
 """No fan turns faster, and no node draws more; a higher number is an error of its source."""
+MOST_OVER_SYSTEM = 1.1
+"""The parts draw no more than the whole system, with 10 % tolerance."""
 _NOTHING = HostSample()
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 Apple documents no key and publishes no "package temperature"; this follows the answers of real machines. Keys are
 discovered by prefix at the start, since they differ between chips. Many are offsets, not temperatures, and a CPU
-cluster that sleeps returns exactly 40.0 for all of its sensors: see ``is_valid``.
+cluster that sleeps returns a placeholder for all of its sensors (exactly 40.0, or values near 0): see ``is_valid``.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import ctypes
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
 
 import msgspec
@@ -23,8 +23,15 @@ _MISSING = "SMC: IOKit is not available ({})"
 SERVICE = "AppleSMC"
 ENDPOINT = "AppleSMCKeysEndpoint"
 ASLEEP_C = 40.0
-"""Placeholder value of a sleeping cluster's sensors."""
-_WANTED = re.compile(r"T[peg]..|TCM[zb]|F[0-9](?:Ac|Mx)|FNum|PSTR")
+"""Placeholder value of a sleeping cluster's sensors on the M4; on the M2 they are between 0 and 9."""
+_ON_THE_CHIP = re.compile(r"T[pegaf]..|TCM[zb]")
+"""Sensors of CPU and GPU: performance, efficiency and graphics cores (Tp, Te, Tg), efficiency cores of the M5 (Ta),
+performance and graphics cores of the M3 (Tf), mean and maximum of the CPU's die (TCMb, TCMz). Others are not read."""
+_PCORES, _GPU = ("Tp", "Tf0", "Tf4"), ("Tg", "Tf1", "Tf2")
+_WANTED = re.compile(rf"{_ON_THE_CHIP.pattern}|F[0-9]Ac|PSTR")
+
+_NUMBER = re.compile(r"(?:flt|ioft|fpe2|fp[0-9a-f]{2}|sp[0-9a-f]{2}|[us]i(?:8|16|32|64)|flag)\s*$")
+"""Types of keys that are numbers."""
 
 
 # ---- decoding ----
@@ -61,18 +68,18 @@ class Temperatures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def temperatures(values: Mapping[str, float]) -> Temperatures:
-    """Temperatures from values by key. ``package_c`` is TCMz where that is valid, else the hottest of CPU and GPU: a
-    definition of this module, not an Apple sensor."""
-    valid = {key: value for key, value in values.items() if is_valid(value)}
-    cores = [value for key, value in values.items() if key.startswith("Tp")]
-    hottest = {prefix: _most(v for key, v in valid.items() if key.startswith(prefix)) for prefix in ("Tp", "Te", "Tg")}
-    package_c = valid.get("TCMz")
+    """Temperatures from values by key. ``package_c`` is the hottest valid sensor of CPU and GPU, so it is never below
+    one of them: a definition of this module, not an Apple sensor. P-cores are asleep when all of their sensors are
+    placeholders."""
+    valid = {key: value for key, value in values.items() if _ON_THE_CHIP.fullmatch(key) and is_valid(value)}
+    pcore_c = _hottest(valid, _PCORES)
+    cores = [value for key, value in values.items() if key.startswith(_PCORES)]
     return Temperatures(
-        pcore_c=hottest["Tp"],
-        package_c=package_c if package_c is not None else _most(v for v in hottest.values() if v is not None),
-        gpu_c=hottest["Tg"],
-        pcore_asleep=hottest["Tp"] is None and any(value == ASLEEP_C for value in cores),
-        sensors=sum(key[:2] in hottest or key == "TCMz" for key in valid),
+        pcore_c=pcore_c,
+        package_c=_hottest(valid, ("T",)),
+        gpu_c=_hottest(valid, _GPU),
+        pcore_asleep=bool(cores) and pcore_c is None and (bool(valid) or ASLEEP_C in cores),
+        sensors=len(valid),
     )
 
 
@@ -93,8 +100,8 @@ def wanted(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if _WANTED.fullmatch(key)]
 
 
-def _most(values: Iterable[float]) -> float | None:
-    return max(values, default=None)
+def _hottest(values: Mapping[str, float], prefixes: tuple[str, ...]) -> float | None:
+    return max((value for key, value in values.items() if key.startswith(prefixes)), default=None)
 
 
 # ---- reading ----
@@ -177,6 +184,18 @@ class Smc:
             raise Failure(why)
         return found
 
+    def dump(self) -> Iterator[tuple[str, str, str]]:
+        """Every key, its type, and its value's bytes in hexadecimal where that is a number of a temperature, a fan or a
+        power: others may name the machine."""
+        for key in self._all_keys():
+            try:
+                size, kind = self._kind(key)
+                raw = self._bytes(key) if key[0] in "TFP" and size <= 8 and _NUMBER.match(_name_of(kind)) else b""
+            except (Failure, KeyError, UnicodeEncodeError) as error:
+                yield key, "", f"! {error}"
+            else:
+                yield key, _name_of(kind), (raw or b"").hex()
+
     def close(self) -> None:
         """Close the connection."""
         if self._connection:
@@ -227,13 +246,19 @@ class Smc:
 
     def _value(self, key: str) -> float | None:
         try:
-            size, kind = self._kind(key)
+            raw = self._bytes(key)
         except KeyError:
             return None
+        return None if raw is None else decode(_name_of(self._kinds[key][1]), raw)
+
+    def _bytes(self, key: str) -> bytes | None:
+        """A value; None for one that is not there or longer than an answer. Raises Failure, or KeyError for an unknown
+        key."""
+        size, _ = self._kind(key)
         data = KeyData(key=_number(key), command=READ_KEY)
         data.info.size = size
         answer = self._call(data)
-        return None if answer is None or size > 32 else decode(_name_of(kind), bytes(answer.bytes)[:size])
+        return None if answer is None or size > 32 else bytes(answer.bytes)[:size]
 
     def _kind(self, key: str) -> tuple[int, int]:
         """Size and type of a key's value, which never change. Raises KeyError for an unknown key."""

@@ -4,7 +4,7 @@ import re
 import struct
 
 from agent.process.machine import sysctl_bytes
-from agent.telemetry.sensors.reading import Failure, text_of
+from agent.telemetry.sensors.reading import Failure, known, text_of
 from agent.telemetry.sensors.system_library import LIBRARY
 
 _LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
@@ -62,6 +62,14 @@ def parse_integer(text: str) -> int | None:
     return int(text) if re.fullmatch(r"-?\d{1,20}", text) and text.isascii() else None
 
 
+def swap_of(raw: bytes) -> tuple[int, int] | None:
+    """Total and used bytes of swap from a struct xsw_usage; None for anything else and for inconsistent values."""
+    if len(raw) < 24:
+        return None
+    total, free, used = struct.unpack_from("<QQQ", raw)
+    return (total, used) if used <= total and free <= total else None
+
+
 class Sysctl:
     """sysctlbyname(3)."""
 
@@ -91,7 +99,4 @@ class Sysctl:
         raw = self.raw("vm.swapusage")
         if len(raw) < 24:
             raise Failure(f"sysctl vm.swapusage: {len(raw)} bytes, expected at least 24")
-        total, free, used = struct.unpack_from("<QQQ", raw)
-        if used > total or free > total:
-            raise Failure("sysctl vm.swapusage: inconsistent values")
-        return total, used
+        return known(swap_of(raw), "sysctl vm.swapusage: inconsistent values")

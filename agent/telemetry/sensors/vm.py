@@ -6,7 +6,8 @@ purgeable pages), wired memory, and what the compressor occupies. Cached files d
 
 import ctypes
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from ctypes import c_uint32, c_uint64
 
 import msgspec
@@ -95,6 +96,16 @@ class Statistics(ctypes.Structure):
 COUNT = ctypes.sizeof(Statistics) // 4
 
 
+def of_words(words: Sequence[int], page_size: int) -> Vm | None:
+    """Memory from the words of host_statistics64, of which newer systems have more; None for too few and for
+    implausible ones."""
+    if len(words) < COUNT - 2 or page_size not in (4096, 16384):  # the last field is newer than the rest
+        return None
+    raw = struct.pack(f"={len(words)}I", *words).ljust(ctypes.sizeof(Statistics), b"\0")
+    statistics = Statistics.from_buffer_copy(raw)
+    return _vm({name: int(getattr(statistics, name)) for name in _LABELS}, page_size)
+
+
 class HostStatistics:
     """host_statistics64(HOST_VM_INFO64). Raises Failure where it does not exist."""
 
@@ -107,6 +118,5 @@ class HostStatistics:
         raw = self._host.words("host_statistics64", HOST_VM_INFO64, COUNT)
         if len(raw) < (COUNT - 2) * 4:  # the last field is newer than the rest
             raise Failure(f"host_statistics64: {len(raw) // 4} words, expected {COUNT}")
-        statistics = Statistics.from_buffer_copy(raw.ljust(COUNT * 4, b"\0"))
-        pages = {name: int(getattr(statistics, name)) for name in _LABELS}
-        return known(_vm(pages, self._page_bytes), "host_statistics64: implausible values")
+        words = struct.unpack(f"={len(raw) // 4}I", raw)
+        return known(of_words(words, self._page_bytes), "host_statistics64: implausible values")

@@ -136,7 +136,7 @@ def _nodes(report: CostReport) -> Section:
         for n in report.nodes
     ]
     columns = "Node | Reported | Busy | Watts | Measured by | Per hour | Cost | Idle"
-    return Section(title="Nodes", table=table(columns, rows, (1, 2, 3, 5, 6, 7)))
+    return Section(title="Nodes", table=table(columns, rows, (1, 2, 3, 5, 6, 7)), points=report.hints)
 
 
 def _keys(report: CostReport) -> Section | None:

@@ -27,7 +27,7 @@ def _curve(report: Economics, currency: str) -> Section:
         lines=(("balance", balance),),
         unit=currency,
     )
-    return Section(title="The curve", text=(text, report.rule_of_thumb), curve=curve)
+    return Section(title="The curve", text=(text, report.rule_of_thumb, *report.basis), curve=curve)
 
 
 def _hinges(report: Economics) -> Section:

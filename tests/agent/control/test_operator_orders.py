@@ -203,7 +203,7 @@ async def test_an_order_that_failed_is_not_kept(tmp_path: Path) -> None:
 async def test_a_swap_is_kept_when_it_flips_and_not_when_the_old_loader_has_drained(tmp_path: Path) -> None:
     """A long answer on the old loader: a crash meanwhile must not bring the old files back."""
     async with started(tmp_path, fake("a", fake_step_s=0.05), fake("b", preload=False)) as node:
-        async with node.pool.lease("a") as lease:
+        with node.pool.lease("a") as lease:
             words = (Message(role="user", content="hello"),)
             answer = lease.generate(Generate(id=0, model="a", messages=words, max_tokens=2000, temperature=0.0))
             async for one in answer:

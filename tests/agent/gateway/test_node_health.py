@@ -193,6 +193,8 @@ def test_stall_timeouts_adapt_between_a_floor_and_the_configured_bound() -> None
     for _ in range(5000):
         gaps.add(0.01)
     assert gaps.limit_s(60.0) == GAP_FLOOR_S, "what was long ago is forgotten"
+    assert gaps.limit_s(60.0, 2.0) == 20.0, "a slow model's steps are known before any was seen"
+    assert gaps.limit_s(15.0, 2.0) == 15.0
 
 
 @pytest.mark.parametrize(

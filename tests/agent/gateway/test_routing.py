@@ -244,3 +244,17 @@ def test_an_eligible_node_is_chosen_whenever_one_exists(
     good = [n for n, p in usable.items() if p.state == "up" and breakers.get(n) != "open"]
     assert not good or decision.place.node in good
     assert all(one.cost_s >= 0 for one in decision.candidates)
+
+
+def test_a_calibration_stands_for_what_was_not_measured_lately() -> None:
+    """From the first request on a node knows its own speed, with as many rows as there are, and its stall limits."""
+    idle = node("here", prefill_tps=500.0, gap_us=1_000_000, answer_tok=None, crowd=4.0)
+    (one,) = choose(WANTED, idle, []).candidates
+    assert one.measured
+    assert one.step_s == pytest.approx(1.0 + 4.0 / 8)
+    assert one.prefill_s == pytest.approx(100 / 500)
+    # all rows taken: how long until one is free depends on answers, of which nothing is known
+    (full,) = choose(WANTED, node("here", load=8, answer_tok=None, crowd=4.0), []).candidates
+    assert not full.measured
+    (unknown,) = choose(WANTED, node("here", prefill_tps=None, gap_us=None, answer_tok=None), []).candidates
+    assert (unknown.measured, unknown.step_s) == (False, 0.0)

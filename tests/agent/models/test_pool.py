@@ -74,7 +74,7 @@ def ask(model: str, *, tokens: int = 5, text: str = "hello") -> Generate:
 
 async def answer(pool: Pool, model: str, **more: Any) -> tuple[str, str]:
     """The version that answered, and its text."""
-    async with pool.lease(model) as lease:
+    with pool.lease(model) as lease:
         texts = [a.text async for a in lease.generate(ask(model, **more)) if isinstance(a, Tokens)]
         return lease.version, "".join(texts)
 
@@ -383,10 +383,11 @@ async def test_a_crash_looping_loader_is_not_restarted_forever(tmp_path: Path, m
 async def test_closing_a_stream_early_cancels_the_request(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a", fake_step_s=0.01)) as (pool, _):
         await pool.orders.load("a")
-        async with pool.lease("a") as lease, contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers:
-            async for answer in answers:
-                if isinstance(answer, Tokens):
-                    break
+        with pool.lease("a") as lease:
+            async with contextlib.aclosing(lease.generate(ask("a", tokens=8_000))) as answers:
+                async for answer in answers:
+                    if isinstance(answer, Tokens):
+                        break
         assert pool.views()[0].in_flight == 0
         first = await pool.inventory.windows()
         await asyncio.sleep(0.1)
@@ -474,7 +475,7 @@ async def test_a_late_report_is_counted_despite_a_crash(tmp_path: Path) -> None:
 async def test_done_carries_the_finish_reason(tmp_path: Path) -> None:
     async with running(tmp_path, fake("a")) as (pool, _):
         await pool.orders.load("a")
-        async with pool.lease("a") as lease:
+        with pool.lease("a") as lease:
             answers = [a async for a in lease.generate(ask("a", tokens=3))]
         assert isinstance(answers[-1], Done)
         assert (answers[-1].finish, answers[-1].completion_tok) == ("length", 3)

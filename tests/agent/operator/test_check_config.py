@@ -260,3 +260,15 @@ def test_help_says_where_the_configuration_is_looked_for(verb: list[str], capsys
     with pytest.raises(SystemExit):
         cli.main([*verb, "--help"])
     assert "/usr/local/etc/mlxrack/agent.toml" in "".join(capsys.readouterr().out.split("\n")).replace(" ", "")
+
+
+def test_install_warns_of_a_secret_that_no_service_can_have(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RACK_X", SECRET)
+    base = BASE.replace("state = ", f'logs = "{tmp_path}/log"\nstate = ')
+    said = check(PEERS.format("http://127.0.0.1:1", "env:RACK_X"), "install", "--dry-run", base=base)
+    assert (said.status, SECRET in said.out + said.err) == (0, False)
+    assert "warning: env:RACK_X: launchd gives a service HOME and PATH alone; use file:" in said.err
+    said = check(PEERS.format("http://127.0.0.1:1", secret_file(tmp_path)), "install", "--dry-run", base=base)
+    assert (said.status, said.err) == (0, "")

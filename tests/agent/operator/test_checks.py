@@ -22,6 +22,7 @@ from agent.operator.checks import (
     StoreFact,
 )
 from agent.views import ModelView
+from shared.records import Hardware
 
 GB = 10**9
 BUDGET = Budget(16 * GB, "a share of the machine's memory", 24 * GB)
@@ -34,6 +35,26 @@ def verdicts(found: Iterable[Finding]) -> list[tuple[str, str]]:
 def config_of(*peers: tuple[str, str]) -> AgentConfig:
     nodes = tuple(Peer(id=node, url=url) for node, url in peers)
     return AgentConfig(node=Node(id="n1", rack="r"), peers=Peers(secret="env:X", nodes=nodes))
+
+
+# ---- this machine ----
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "on_a_mac", "verdict", "seen"),
+    [
+        ("Mac16,11", "Apple M4 Pro", True, "ok", "Mac mini (2024), M4 Pro, 24 GB: 273 GB/s"),
+        ("Mac16,10", "Apple M4 Pro", True, "warning", "but the chip calls itself Apple M4 Pro"),
+        ("Mac19,1", "Apple M7", True, "warning", "the chip table has no row for 'Apple M7'"),
+        ("", "AMD EPYC 7B13", False, "ok", "the chip table has no row for 'AMD EPYC 7B13'"),
+    ],
+)
+def test_a_mac_that_the_chip_table_does_not_know_is_a_warning(
+    model: str, chip: str, on_a_mac: bool, verdict: str, seen: str
+) -> None:
+    found = checks.chip(Hardware(model=model, chip=chip, memory_bytes=24 << 30), on_a_mac=on_a_mac)
+    assert (found.what, found.verdict) == ("chip", verdict)
+    assert seen in found.seen
 
 
 # ---- memory ----

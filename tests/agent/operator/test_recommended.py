@@ -64,6 +64,13 @@ def test_what_fits_a_mac(memory_gb: int, chip: str, fit: str, not_fit: str) -> N
     assert all(one.need_bytes <= default_budget_bytes(memory_gb << 30) and one.tokens_per_s for one in found)
 
 
+def test_the_usual_chips_are_sold_with_that_memory() -> None:
+    for memory_gb, name in recommended.USUAL_CHIP.items():
+        chip = chips.find(name)
+        assert chip is not None
+        assert memory_gb in (*chips.sizes(chip, "mini"), *chips.sizes(chip, "studio"))
+
+
 def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models", "recommend", "--memory", "24", "--chip", "M4 Pro", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

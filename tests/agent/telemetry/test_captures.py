@@ -117,7 +117,7 @@ KNOWN: list[tuple[str, Callable[[bytes], Any], Any]] = [
     ),
     ("smc/ismc_report-m4.txt", hottest, (55.8, 55.8, 32.0)),
     ("smc/ismc_report-m4-2.txt", hottest, (65.7, 65.7, 41.8)),
-    ("smc/ismc_report-m4-6.txt", hottest, (53.3, 48.1, 40.2)),
+    ("smc/ismc_report-m4-6.txt", hottest, (53.3, 53.3, 40.2)),
     ("smc/ismc_report-m4-pro.txt", hottest, (80.4, 80.4, 57.2)),
     ("pmset/node_exporter-2031_intel12_therm.txt", sysctl.parse_pmset_therm, 100),
     ("pmset/session-log_intel16_2026_therm.txt", sysctl.parse_pmset_therm, 100),

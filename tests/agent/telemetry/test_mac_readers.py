@@ -182,7 +182,7 @@ def test_smc_keys_are_matched_by_prefix_and_decoded_by_type(mac: Fake) -> None:
         ("Tx00", "flt ", degrees(90.0)),
     )
     opened = smc.Smc(mac.path, mac.path)
-    assert set(opened.keys) == {"Tp01", "Tp02", "Tp03", "Te05", "Tg0G", "TCMz", "F0Ac", "F1Ac", "F0Mx", "PSTR"}
+    assert set(opened.keys) == {"Tp01", "Tp02", "Tp03", "Te05", "Tg0G", "TCMz", "F0Ac", "F1Ac", "PSTR"}
     reading = chip.of_smc(opened.values())
     assert (reading.pcore_c, reading.package_c, reading.gpu_c) == (61.25, 63.0, 52.5)
     assert reading.fans_rpm == (1000, 1000)

@@ -345,7 +345,11 @@ def test_powermetrics_documents_are_independent_of_chunk_boundaries() -> None:
     stream = powermetrics.Documents()
     raw = PLIST + b"\n\0" + PLIST.replace(b"500.5", b"oops") + b"\n\0" + PLIST.replace(b"Heavy", b"Weird")
     found = [sample for n in range(len(raw)) for sample in stream.feed(raw[n : n + 1])]
-    assert [(s.cpu_mw, s.soc_mw, s.level) for s in found] == [(500.5, 520.5, 2), (500.5, 520.5, None)]
+    assert [(s.cpu_mw, s.gpu_mw, s.soc_mw, s.level) for s in found] == [
+        (500.5, 20.0, 520.5, 2),
+        (None, 20.0, None, 2),
+        (500.5, 20.0, 520.5, None),
+    ]
     assert stream.feed(b"x" * (2 << 20)) == []
     assert len(stream.feed(PLIST)) == 1, "noise without an end is dropped"
 
@@ -634,7 +638,7 @@ def test_nothing_of_a_host_that_fails_takes_the_rest_along(tmp_path: Path, monke
     assert "no source tells CPU times" in blind.sources()[0].reason
     reading = HostCollector(tmp_path).read()
     assert reading.failed.keys() == {"disk"}
-    collector = PowerCollector(Chip("linux", sys_class=tmp_path), "linux", cpu=CpuUse(lambda: None))
+    collector = PowerCollector(Chip("linux", sys_class=tmp_path), "linux", cpu_times=lambda: None)
     assert collector.read().fields.keys() <= {"energy_mj", "energy_source", "soc_power_mw"}
 
 

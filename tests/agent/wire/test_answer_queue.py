@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,15 +108,11 @@ async def test_the_stall_timeout_restarts_with_each_frame() -> None:
         await asyncio.sleep(30)
 
     patience: TimedReader[int] = TimedReader(source())
-    for n in range(3):
-        assert await patience.next(0.2) == n
-    try:
-        await patience.next(0.1)
-    except ReadTimeout:
-        pass
-    else:
-        raise AssertionError("it should have run out")
-    await patience.aclose()
+    with patience:
+        for n in range(3):
+            assert await patience.next(0.2) == n
+        with pytest.raises(ReadTimeout):
+            await patience.next(0.1)
 
 
 async def test_a_cancelled_wait_is_not_a_stall() -> None:
@@ -124,9 +121,9 @@ async def test_a_cancelled_wait_is_not_a_stall() -> None:
         yield 1
 
     patience: TimedReader[int] = TimedReader(source())
-    waiting = asyncio.create_task(patience.next(10.0))
-    await asyncio.sleep(0.01)
-    waiting.cancel()
-    (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
-    assert isinstance(outcome, asyncio.CancelledError)
-    await patience.aclose()
+    with patience:
+        waiting = asyncio.create_task(patience.next(10.0))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError)

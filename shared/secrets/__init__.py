@@ -1,13 +1,12 @@
 """Secrets are configured as references and resolved when needed; none of our files holds one.
 
 References: ``env:NAME``, ``file:/path`` (first line; the file must not be readable by others), ``keychain:service``
-(macOS) and ``op://vault/item/field`` (1Password's ``op``). The caller passes the environment, so that access
-to it is explicit.
+(macOS: the System keychain, else the user's) and ``op://vault/item/field`` (1Password's ``op``). The caller passes the
+environment, so that access to it is explicit.
 """
 
 import re
 import stat
-import subprocess
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from shared.bucket import SECRET_KINDS
 from shared.errors import Halt
 from shared.regular_file import read_file
+from shared.secrets.commands import from_keychain, from_op
 
 LEAST_CHARS, LEAST_DISTINCT = 32, 8
 _MOST_BYTES = 64 << 10
@@ -44,9 +44,9 @@ def resolve(reference: str, environ: Mapping[str, str]) -> str:
     if reference.startswith("file:"):
         return _from_file(reference)
     if reference.startswith("keychain:"):
-        return _from_command(reference, ["/usr/bin/security", "find-generic-password", "-w", "-s", reference[9:]])
+        return from_keychain(reference[9:], environ)
     if reference.startswith("op://"):
-        return _from_command(reference, ["op", "read", "--no-newline", reference])
+        return from_op(reference, environ)
     raise Halt(f"secret: invalid reference; expected one of {', '.join(SECRET_KINDS)}", code="no_secret")
 
 
@@ -111,13 +111,3 @@ def _from_file(reference: str) -> str:
     if not (first := next(iter(text.splitlines()), "").strip()):
         raise Halt(f"secret {reference}: the file is empty", code="no_secret")
     return first
-
-
-def _from_command(reference: str, argv: list[str]) -> str:
-    try:
-        run = subprocess.run(argv, capture_output=True, timeout=20, check=False, text=True)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Halt(f"secret {reference}: {argv[0]} failed ({type(error).__name__})", code="no_secret") from None
-    if run.returncode != 0 or not run.stdout.strip():
-        raise Halt(f"secret {reference}: {argv[0]} returned no value (exit {run.returncode})", code="no_secret")
-    return run.stdout.strip()

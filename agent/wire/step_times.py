@@ -1,0 +1,80 @@
+"""How long a model's steps take on this node, as its loader measured them, and what follows from that. Pure.
+
+Times are microseconds, lengths are tokens. Between row counts that were measured a step is interpolated, beyond the
+last it grows as between the last two.
+"""
+
+from itertools import pairwise
+
+import msgspec
+
+TYPICAL_TOK = 1_000
+"""Length of the prompt and of the context at which single figures are quoted."""
+MOST_CROWD = 64.0
+
+
+class RowTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """A decode step of ``rows`` rows with ``context_tok`` tokens each takes base_us + token_us x context_tok."""
+
+    rows: int
+    base_us: float
+    token_us: float
+
+
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
+    """One forward of ``rows`` rows with ``tokens`` tokens each, which speculation would verify."""
+
+    rows: int
+    tokens: int
+    us: float
+
+
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """``prefill`` are the coefficients of a chunk of n tokens after ``done``: chunk, token, and token x mean position.
+    ``decode`` by rows, ascending. ``context_tok`` is the longest context measured; ``steps`` were measured in
+    ``took_us``, and half of them were within ``spread_ppm`` of the median of their kind."""
+
+    prefill: tuple[float, float, float]
+    decode: tuple[RowTimes, ...]
+    verify: tuple[Verified, ...] = ()
+    context_tok: int = 0
+    steps: int = 0
+    took_us: int = 0
+    spread_ppm: int = 0
+
+    def step_us(self, rows: float, context_tok: float) -> float:
+        """A decode step of ``rows`` rows with this many tokens each."""
+        known = [(one.rows, one.base_us + one.token_us * context_tok) for one in self.decode]
+        if rows <= known[0][0] or len(known) == 1:
+            return known[0][1]
+        (r, us), (s, more) = next((pair for pair in pairwise(known) if rows <= pair[1][0]), known[-2:])
+        return max(us, us + (more - us) * (rows - r) / (s - r))
+
+    def prefill_us(self, tokens: int, done_tok: int) -> float:
+        """A prefill chunk of ``tokens`` after ``done_tok`` tokens."""
+        chunk, token, pair = self.prefill
+        return chunk + token * tokens + pair * tokens * (done_tok + tokens / 2)
+
+    def prompt_us(self, tokens: int, chunk_tok: int, done_tok: int = 0) -> float:
+        """A whole prompt in chunks of at most ``chunk_tok``."""
+        ends = [*range(done_tok, done_tok + tokens, chunk_tok), done_tok + tokens]
+        return sum(self.prefill_us(end - begin, begin) for begin, end in pairwise(ends))
+
+    def prefill_tps(self, chunk_tok: int) -> float:
+        """Tokens per second of a typical prompt."""
+        return TYPICAL_TOK * 1e6 / max(1.0, self.prompt_us(TYPICAL_TOK, chunk_tok))
+
+    def verify_us(self, rows: int, tokens: int) -> float | None:
+        """One forward of ``tokens`` tokens in each of ``rows`` rows; None where that was not measured."""
+        return next((one.us for one in self.verify if (one.rows, one.tokens) == (rows, tokens)), None)
+
+    def crowd(self, rows: int) -> float:
+        """How steps of an engine of ``rows`` rows grow with its share of rows in use: by this share of ``gap_us``."""
+        if rows == 1:
+            return 1.0
+        growth = self.step_us(rows, TYPICAL_TOK) / max(1.0, self.step_us(1, TYPICAL_TOK))
+        return MOST_CROWD if growth >= rows else min(MOST_CROWD, max(0.0, (growth - 1) / (1 - growth / rows)))
+
+    def gap_us(self, rows: int) -> int:
+        """ITL of an idle engine of ``rows`` rows: a step of r rows takes gap_us x (1 + crowd x r / rows)."""
+        return round(self.step_us(1, TYPICAL_TOK) / (1 + self.crowd(rows) / rows))
