@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from agent import schedule
 from agent.api import app as api
 from agent.api.connections import Listener, table_for
@@ -40,6 +38,7 @@ from agent.operator import resolved
 from agent.operator.admin_client import SERVED_NAME
 from agent.process import awake
 from agent.process.gpu import Budget
+from agent.process.machine import default_budget, memory_bytes
 from agent.reload_run import Parts, Read, Reloader, rack_secrets
 from agent.status import Status
 from agent.telemetry.meters.rack import POLL_S
@@ -51,7 +50,6 @@ from shared import __version__, private
 from shared.clocks import SleepWatch
 from shared.durable import write_whole
 from shared.logs import get_logger
-from shared.memory_plan import default_budget_bytes
 from shared.records import AgentStopped, EngineWindow, Event
 from shared.store_open import open_store
 
@@ -86,7 +84,7 @@ class Daemon:
         self._steady: list[asyncio.Task[None]] = []
         self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._budget = Budget(config.memory.budget_bytes, default_budget_bytes(psutil.virtual_memory().total))
+        self._budget = Budget(config.memory.budget_bytes, default_budget(config.memory.budget_bytes, memory_bytes()))
         self._keys = RackKeys(rack_secrets(config, environ))
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())

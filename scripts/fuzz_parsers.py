@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from agent.process import machine
 from agent.telemetry.meters import http, snmp
-from agent.telemetry.sensors import chip, macmon, memory, power, powermetrics, reading, smc, sysctl, thermal, vm
+from agent.telemetry.sensors import chip, cpu, macmon, memory, power, powermetrics, reading, smc, sysctl, thermal, vm
 from scripts.common import parser
 
 
@@ -136,6 +137,17 @@ _SHELLY = b'{"id":0,"source":"HTTP","output":true,"apower":47.11,"voltage":232.0
 _TASMOTA = b'{"StatusSNS":{"Time":"2020-12-23T08:28:42","ENERGY":{"Total":4.957,"Power":[1,2],"Voltage":253}}}'
 
 TARGETS: dict[str, Target] = {
+    "meminfo": Target(
+        machine.parse_meminfo,
+        [b"MemTotal:       25165824 kB\nMemAvailable:   21000000 kB\nSwapTotal:             0 kB\n"],
+        lambda found: all(count >= 0 for count in found.values()),
+    ),
+    "vmstat": Target(memory.parse_vmstat, [b"pswpin 12\npswpout 34\npgmajfault 5\n"], lambda found: min(found) >= 0),
+    "proc_stat": Target(
+        cpu.parse_proc_stat,
+        [b"cpu  10132153 290696 3084719 46828483 16683 0 25195 0 175628 0\ncpu0 1393280 32966 572056 13343292\n"],
+        lambda times: 4 <= len(times) <= 10 and min(times.values()) >= 0,
+    ),
     "vm_stat": Target(vm.parse_vm_stat, [_VM], _vm_is_possible),
     "memory_pressure": Target(
         vm.parse_memory_pressure, [b"System-wide memory free percentage: 80%\n"], lambda n: 0 <= n <= 100

@@ -73,6 +73,7 @@ def test_a_pure_module_s_import_outside_the_allow_list_is_found(copy: Path) -> N
     ("file", "line", "contract"),
     [
         ("agent/models/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
+        ("agent/telemetry/sensors/host.py", "def late() -> None:\n    import psutil", "psutil is asked in one place"),
         ("agent/daemon.py", "import agent.loader.mlx.engine", "The daemon process never loads the engine"),
         ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
         ("agent/telemetry/spool.py", "import agent.gateway.call", "Layers of the agent"),

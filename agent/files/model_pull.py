@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -166,7 +167,7 @@ def pull(
     disk_bytes: int = 0,
     progress: Progress = lambda done, total: None,
     begins: Callable[[ModelFile], None] = lambda file: None,
-    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    free_bytes: Callable[[Path], int] = lambda folder: _free_bytes(folder),
 ) -> Installed:
     """Fetch, verify, install. ``disk_bytes`` limits the whole store; 0 means that only the disk limits it. ``begins``
     is called before each file. Raises Refused naming what is missing or wrong, Retryable when the source does not
@@ -297,6 +298,13 @@ def _is_whole(store: ModelStore, name: str, place: Path) -> bool:
     with contextlib.suppress(Refused):
         return place.is_dir() and bool(store.manifest(name, place))
     return False
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return sys.maxsize  # some file systems do not tell; a write that finds the disk full does
 
 
 def _check_room(store: ModelStore, name: str, total: int, there: int, disk_bytes: int, free: int) -> None:

@@ -59,11 +59,12 @@ class ModelFact(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Bytes for all models, where the number comes from, and the machine's memory."""
+    """Bytes for all models (0: nothing tells them, and ``source`` says what to do), where the number comes from, and
+    the machine's memory (None: no source tells it)."""
 
     bytes: int
     source: str
-    machine_bytes: int
+    machine_bytes: int | None
 
 
 class FolderFact(NamedTuple):
@@ -186,13 +187,17 @@ def models(facts: Sequence[ModelFact], budget: Budget) -> Iterator[Finding]:
     for fact in facts:
         if fact.problem:
             yield Finding(f"model {fact.name}", "problem", fact.problem, fact.key)
+        elif not budget.bytes:
+            yield Finding(f"model {fact.name}", "ok", f"needs {size(fact.need_bytes)}", fact.key)
         elif fact.need_bytes > budget.bytes:
             yield Finding(f"model {fact.name}", "problem", _too_large(fact, budget), fact.key)
         else:
             seen = f"needs {size(fact.need_bytes)} of {size(budget.bytes)}"
             yield Finding(f"model {fact.name}", "ok", seen, fact.key)
+    if not budget.bytes:
+        yield Finding("memory", "problem", budget.source, "memory.budget_bytes")
     yield from _together([one for one in facts if not one.problem and one.need_bytes <= budget.bytes], budget)
-    if budget.bytes > budget.machine_bytes:
+    if budget.machine_bytes is not None and budget.bytes > budget.machine_bytes:
         seen = f"the budget of {size(budget.bytes)} is more than this machine's {size(budget.machine_bytes)}"
         yield Finding("memory", "warning", f"{seen}; correct memory.budget_bytes", "memory.budget_bytes")
 

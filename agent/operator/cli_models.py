@@ -150,6 +150,8 @@ def _recommend(args: argparse.Namespace) -> int:
 
     here = hardware() if not args.memory or not args.chip else None
     memory_gb = args.memory or (here.memory_bytes / (1 << 30) if here else 0)
+    if not memory_gb:
+        raise Refused("models recommend: this machine does not tell its memory; give it by --memory (GB)")
     brand = args.chip or (here.chip if here and not args.memory else "")
     model = here.model if here and not args.memory and not args.chip else ""
     told = chips.identify(model, brand, int(memory_gb * chips.GIB))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from agent.config import AgentConfig, configured_peers
 from agent.files.modelstore import ModelStore, model_folder
@@ -21,7 +20,7 @@ from agent.mesh.peer_client import PeerClient
 from agent.mesh.signing import RackKeys
 from agent.operator import checks, install, mac_checks, state_folder
 from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
-from agent.operator.facts import gather
+from agent.operator.facts import budget_of, gather
 from agent.operator.mac import readings
 from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
@@ -31,7 +30,6 @@ from agent.telemetry.sensors import Sensors
 from agent.telemetry.sensors.host import hardware
 from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
 from shared.keys import DESIRED, MOST_CLAIM_BYTES, MOST_DESIRED_BYTES, claim_key, raw_node_prefix
-from shared.memory_plan import default_budget_bytes
 from shared.secrets import strong
 from shared.store import ObjectStore
 from shared.store_open import open_store
@@ -48,13 +46,13 @@ def examine(
     Mac."""
     looking = resolver(config, state, environ, may_ask=True)
     device = asyncio.run(gpu.ask(environ))
-    budget = _budget(config, device)
+    budget = budget_of(config, device)
     sources = _sources(state)
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
         checks.chip(hardware(), on_a_mac=sys.platform == "darwin"),
-        Finding("memory", "ok", _budget_text(budget, device)),
+        *_memory(budget, device),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
         _state(state, logs),
@@ -78,15 +76,12 @@ def _blas() -> Finding:
     return Finding("mlx", "warning" if "reference" in name else "ok", f"{version.strip()}, BLAS:{name}")
 
 
-def _budget(config: AgentConfig, device: gpu.Device) -> Budget:
-    total = psutil.virtual_memory().total
-    found, source = gpu.budget_bytes(config.memory.budget_bytes, device, default_budget_bytes(total))
-    return Budget(found, source, total)
-
-
-def _budget_text(budget: Budget, device: gpu.Device) -> str:
+def _memory(budget: Budget, device: gpu.Device) -> Iterator[Finding]:
+    if not budget.bytes:
+        return  # checks.models says so
+    of = f" of {budget.machine_bytes / 1e9:.1f} GB" if budget.machine_bytes is not None else ""
     why = f"; {device.reason}" if device.reason and budget.source != "configured" else ""
-    return f"{budget.bytes / 1e9:.1f} GB of {budget.machine_bytes / 1e9:.1f} GB for models ({budget.source}{why})"
+    yield Finding("memory", "ok", f"{budget.bytes / 1e9:.1f} GB{of} for models ({budget.source}{why})")
 
 
 def _files(config: AgentConfig, state: Path, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -4,20 +4,18 @@ What it means is judged in agent/operator/checks.py."""
 import errno
 import os
 import pwd
-import shutil
 import socket
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from agent.config import AgentConfig, Model
 from agent.files.modelstore import ModelStore, model_folder
 from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, SecretFact, references
 from agent.operator.resolved import Resolver
+from agent.process import gpu, machine
 from agent.telemetry.spool_identity import Identity
-from shared.errors import RackError
-from shared.memory_plan import default_budget_bytes
+from shared.errors import Halt, RackError
 from shared.transport import check_tls
 
 _BIND_ERRORS = {
@@ -45,10 +43,17 @@ def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, bud
 
 def default_budget(config: AgentConfig) -> Budget:
     """The budget without asking the GPU."""
-    total = psutil.virtual_memory().total
-    if config.memory.budget_bytes:
-        return Budget(config.memory.budget_bytes, "configured", total)
-    return Budget(default_budget_bytes(total), "a share of the machine's memory", total)
+    return budget_of(config, gpu.Device())
+
+
+def budget_of(config: AgentConfig, device: gpu.Device) -> Budget:
+    """The budget, with what the GPU told; of no bytes where nothing tells them and the agent would not start."""
+    total, configured = machine.memory_bytes(), config.memory.budget_bytes
+    try:
+        default = machine.default_budget(configured, total)
+    except Halt as error:
+        return Budget(0, error.message, None)
+    return Budget(*gpu.budget_bytes(configured, device, default), total)
 
 
 def _models(config: AgentConfig, state: Path) -> list[ModelFact]:
@@ -94,7 +99,7 @@ def _folder(key: str, path: Path) -> FolderFact:
     except KeyError:
         owner = f"user {existing.stat().st_uid}"
     writable = os.access(existing, os.W_OK | os.X_OK)
-    return FolderFact(key, str(path), str(existing), "folder", writable, owner, shutil.disk_usage(existing).free)
+    return FolderFact(key, str(path), str(existing), "folder", writable, owner, machine.free_bytes(existing))
 
 
 def _listen(config: AgentConfig, *, running: bool) -> ListenFact:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
-import psutil
 
 from agent.config import STORED, AgentConfig, Listen, Model, Peers, scheme
 from agent.files.hub_listing import Listing, parse_name
@@ -27,7 +26,7 @@ from agent.operator.admin_client import AdminClient
 from agent.operator.obtain import Access, fetched, obtain
 from agent.operator.obtain import add_options as hub_options
 from agent.operator.statusview import size
-from agent.process import gpu
+from agent.process import gpu, machine
 from shared import catalog, memory_plan, model_shape
 from shared.errors import Halt, RackError, Refused
 from shared.model_shape import ModelShape
@@ -224,7 +223,7 @@ class _Budget:
 
     def __init__(self, config: AgentConfig, environ: Mapping[str, str]) -> None:
         self._configured, self._environ = config.memory.budget_bytes, environ
-        self._bytes = self._configured or memory_plan.default_budget_bytes(psutil.virtual_memory().total)
+        self._bytes = self._configured or machine.default_budget(0, machine.memory_bytes())
         self._asked = bool(self._configured)
 
     def bytes_for(self, need_bytes: int) -> int:

@@ -26,6 +26,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from agent.process.machine import free_bytes
 from shared.durable import created, write_whole
 from shared.errors import Halt, RackError, Refused
 from shared.hosts import is_loopback
@@ -267,7 +268,7 @@ class Server:
         write_whole(folder / CONFIG, json.dumps(known).encode())
         (folder / DATA).mkdir(exist_ok=True, mode=0o700)
         internal = self._internal()
-        argv = command(weed(), options, internal, self._volume_mb or volume_mb(shutil.disk_usage(folder).free))
+        argv = command(weed(), options, internal, self._volume_mb or volume_mb(free_bytes(folder) or 0))
         self.rotate()
         with os.fdopen(created(self.log, os.O_WRONLY | os.O_APPEND), "ab") as out:
             self._process = subprocess.Popen(

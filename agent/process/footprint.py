@@ -6,16 +6,19 @@ size omits compressed and includes shared memory. Elsewhere it is the resident s
 
 import ctypes
 import ctypes.util
+import functools
+import re
+import resource
 import sys
+from pathlib import Path
 from typing import Any
-
-import psutil
 
 _RUSAGE_INFO_V0 = 0
 
 
 class _RusageInfo(ctypes.Structure):
-    """struct rusage_info_v0 of <sys/resource.h> on macOS."""
+    """struct rusage_info_v0 of <sys/resource.h> on macOS. Its size is part of the version asked for: what a release
+    adds has another version."""
 
     _fields_ = (
         ("uuid", ctypes.c_uint8 * 16),
@@ -29,10 +32,16 @@ def footprint_bytes(pid: int) -> int | None:
     """Memory footprint of a process in bytes; None when it has exited."""
     if sys.platform == "darwin":
         return physical_footprint(pid, _libproc())
+    return resident_bytes(pid)
+
+
+def resident_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """Resident size by /proc/PID/statm; None when the process has exited or there is no such file."""
     try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
+        found = re.match(rb"\d+ (\d+) ", (proc / str(pid) / "statm").read_bytes())
+    except OSError:
         return None
+    return int(found[1]) * resource.getpagesize() if found else None
 
 
 def physical_footprint(pid: int, libproc: Any) -> int | None:
@@ -43,6 +52,7 @@ def physical_footprint(pid: int, libproc: Any) -> int | None:
     return int(info.phys_footprint)
 
 
+@functools.cache
 def _libproc() -> Any:
     try:
         return ctypes.CDLL(ctypes.util.find_library("proc") or "/usr/lib/libproc.dylib")

@@ -13,7 +13,6 @@ from typing import Any
 
 import llguidance.hf
 import mlx.core as mx
-import psutil
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load
@@ -31,6 +30,7 @@ from agent.loader.mlx.constraint import TooComplex, Unconstrained, too_complex, 
 from agent.loader.mlx.plan import Planner
 from agent.loader.mlx.prompt import EFFORTS_OFF, Prompt, PromptWriter, TemplateRefused, TooLong, unabridged
 from agent.loader.mlx.template import ChatTemplate
+from agent.process.machine import memory_bytes
 from agent.wire.frames import Embed, Failed, Generate
 from agent.wire.namespaces import Namespace
 from shared.errors import Refused
@@ -275,7 +275,7 @@ def never_wire_memory() -> None:
     buffers are kept for reuse up to 5 % of the machine's memory, which avoids frequent clearing."""
     module = importlib.import_module("mlx_lm.generate")
     module.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
-    mx.set_cache_limit(max(256 << 20, psutil.virtual_memory().total // 20))
+    mx.set_cache_limit(max(256 << 20, (memory_bytes() or 0) // 20))
 
 
 def evaluate_everything(model: Any) -> None:

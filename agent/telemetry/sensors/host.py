@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
+from agent.process import machine
 from agent.telemetry.sensors import sysctl
-from agent.telemetry.sensors.reading import Failure, Reading, Source, text_of
-from agent.telemetry.sensors.source import bytes_or_none, command_bytes
+from agent.telemetry.sensors.cpu import CpuUse
+from agent.telemetry.sensors.reading import Failure, Reading, Source, merged, text_of
+from agent.telemetry.sensors.source import bytes_or_none, command_bytes, optional_fact
 from shared.batch import MAX_COUNT
 from shared.records import Hardware, HostSample
 
@@ -27,10 +27,8 @@ class HostCollector:
 
     name = "host"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        # psutil.cpu_percent keeps its state per thread, and readings come from any thread
-        self._last = psutil.cpu_times()
+    def __init__(self, folder: Path, cpu: CpuUse | None = None) -> None:
+        self._folder, self._cpu = folder, cpu or CpuUse()
 
     def poll(self) -> None:
         """Nothing to poll: the system counts CPU time."""
@@ -38,31 +36,21 @@ class HostCollector:
     def sources(self) -> list[Source]:
         reading = self.read()
         free = reading.sample.disk_free_bytes or 0
-        return [Source("CPU and disk", reading.failed.get("disk", ""), f"{free / 1e9:.0f} GB free")]
+        return [Source("CPU and disk", "; ".join(reading.failed.values()), f"{free / 1e9:.0f} GB free")]
 
     def read(self) -> Reading:
-        before, self._last = self._last, psutil.cpu_times()
-        # the folder does not exist before the first start
-        there = next(one for one in (self._folder, *self._folder.parents) if one.exists())
-        free, share = psutil.disk_usage(str(there)).free, busy_ppm(before._asdict(), self._last._asdict())
+        share = HostSample(cpu_ppm=self._cpu.busy_ppm())
+        failed = {} if self._cpu.known else {"cpu": "no source tells CPU times"}
+        if (free := machine.free_bytes(self._folder)) is None:
+            return Reading(share, {**failed, "disk": f"the disk of {self._folder} does not tell its free space"})
         if free > MAX_COUNT:
             # some network file systems report exabytes, which exceeds the field's range
             over = f"{free / 1e12:.0f} TB free exceeds the largest value of a window"
-            return Reading(HostSample(cpu_ppm=share), {"disk": over})
-        return Reading(HostSample(cpu_ppm=share, disk_free_bytes=free), {})
+            return Reading(share, {**failed, "disk": over})
+        return Reading(merged(share, HostSample(disk_free_bytes=free)), failed)
 
 
-def busy_ppm(before: dict[str, float], after: dict[str, float]) -> int | None:
-    """CPU time between two readings that was not idle, in millionths; None when no time has passed."""
-    # guest time is part of user time on Linux
-    spent = {name: after[name] - before.get(name, 0.0) for name in after if not name.startswith("guest")}
-    total = sum(spent.values())
-    if total <= 0:
-        return None
-    idle = spent.get("idle", 0.0) + spent.get("iowait", 0.0)
-    return round(min(1.0, max(0.0, 1 - idle / total)) * 1e6)
-
-
+@optional_fact("unknown")
 def hardware_id() -> str:
     """A stable, hashed id of this machine, to detect a copied disk; "unknown" where there is none."""
     found = ""
@@ -76,6 +64,7 @@ def hardware_id() -> str:
     return hashlib.sha256(f"mlxrack:{found}".encode()).hexdigest()[:16] if found else "unknown"
 
 
+@optional_fact("")
 def boot_id() -> str:
     """Changes with every boot; "" where it cannot be read."""
     if sys.platform != "darwin":
@@ -85,12 +74,14 @@ def boot_id() -> str:
     return ""
 
 
+@optional_fact(Hardware(model="", chip="", memory_bytes=0))
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
-    """Description of this machine, sent once per start; contains no serial number and no personal name."""
-    memory = psutil.virtual_memory().total
+    """Description of this machine, sent once per start; contains no serial number and no personal name. What cannot be
+    learnt is "" or 0."""
+    memory = machine.memory_bytes() or 0
     if platform != "darwin":
-        cores = psutil.cpu_count(logical=True) or 0
-        return Hardware(model="", chip=_linux_chip(), memory_bytes=memory, cores=(cores,), system=_linux_system())
+        cores = (count,) if (count := os.cpu_count()) else ()
+        return Hardware(model="", chip=_linux_chip(), memory_bytes=memory, cores=cores, system=_linux_system())
     values: dict[str, str] = {}
     with contextlib.suppress(Failure):
         # -i: a name that this system lacks must not fail the others

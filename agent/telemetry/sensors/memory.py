@@ -1,18 +1,18 @@
 """Memory: use by kind, the system's memory pressure, swap-outs and swap-ins.
 
-On macOS ``used`` comes from vm.py; on Linux it is total minus available. psutil is used last and only for values that
-are correct on macOS: its "used" omits the compressor, and its swap-ins are page-ins of any file.
+On macOS ``used`` comes from vm.py; on Linux it is total minus available. psutil is asked for none of it: on macOS its
+"used" omits the compressor, its swap-ins are page-ins of any file, and in macOS 27 it raises.
 """
 
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import psutil
-
+from agent.process import machine
 from agent.telemetry.gauge import Gauge
 from agent.telemetry.sensors import sysctl, vm
 from agent.telemetry.sensors.reading import Failure, Reading, Source, known, merged, text_of
@@ -37,6 +37,12 @@ def parse_psi_total_us(raw: bytes) -> int | None:
     return int(match[1]) if match else None
 
 
+def parse_vmstat(raw: bytes) -> tuple[int, int] | None:
+    """Pages swapped in and out since boot, from /proc/vmstat; None where one is missing."""
+    found = {name: int(count) for name, count in re.findall(rb"^(pswpin|pswpout) (\d{1,19})\n", raw, re.MULTILINE)}
+    return (found[b"pswpin"], found[b"pswpout"]) if len(found) == 2 else None
+
+
 def worse(one: str, other: str) -> str:
     """The higher of two levels."""
     return max(one, other, key=_ORDER.index)
@@ -49,8 +55,13 @@ def verdict(level: str, *, swapped_out: int, compressed: float, wired: float | N
     return worse(level, "warn") if short else level
 
 
+def _less(whole: int | None, part: int | None) -> int | None:
+    return whole - part if whole is not None and part is not None and part <= whole else None
+
+
 class MacMemory:
-    """Readings of macOS, through the system library or, where that fails, its commands."""
+    """Readings of macOS, through the system library or, where that fails, its commands. Those named ``polled`` never
+    run a command: they are asked every two seconds, for as long as the agent runs."""
 
     def __init__(self, library: str = LIBRARY, run: Callable[..., bytes] = command_bytes) -> None:
         self._library, self._run = library, run
@@ -62,6 +73,18 @@ class MacMemory:
     @cached_property
     def _statistics(self) -> vm.HostStatistics:
         return vm.HostStatistics(self._library)
+
+    def polled_level(self) -> str:
+        """``level`` of the library. Raises Failure."""
+        return sysctl.pressure_name(self._sysctl.integer(PRESSURE_LEVEL))
+
+    def polled_vm(self) -> vm.Vm:
+        """``vm`` of the library. Raises Failure."""
+        return self._statistics.read()
+
+    def total_bytes(self) -> int | None:
+        """Memory of the machine; None when no source tells it."""
+        return machine.memory_bytes("darwin", library=self._library)
 
     def level(self) -> str:
         """Name of the kernel's pressure level. Raises Failure."""
@@ -100,27 +123,27 @@ class MemoryCollector:
         self,
         platform: str = sys.platform,
         mac: MacMemory | None = None,
-        psi: Path = Path("/proc/pressure/memory"),
+        proc: Path = Path("/proc"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_mac = platform == "darwin"
         self._mac = mac or MacMemory()
-        self._psi, self._clock = psi, clock
+        self._proc, self._clock = proc, clock
         self._used = Gauge()
         self._worst = "unknown"
         self._counters: dict[str, int] = {}
-        self._guards = {name: Guarded(name, clock) for name in ("pressure", "vm", "swap", "wired_limit", "psi")}
+        names = ("pressure", "vm", "swap", "wired_limit", "psi", "meminfo", "vmstat")
+        self._guards = {name: Guarded(name, clock) for name in names}
 
     def poll(self) -> None:
         now = self._clock()
         if not self._is_mac:
-            memory = psutil.virtual_memory()
-            self._used.add(now, memory.total - memory.available)
+            known_of = machine.optional(self._meminfo) or {}
+            self._used.add(now, _less(known_of.get("MemTotal"), known_of.get("MemAvailable")))
             return
-        level = self._guards["pressure"].call(self._mac.level)
-        self._worst = worse(self._worst, level or "unknown")
-        found = self._guards["vm"].call(self._mac.vm)
-        self._used.add(now, None if found is None else found[0].used_bytes)
+        self._worst = worse(self._worst, machine.optional(self._mac.polled_level) or "unknown")
+        found = machine.optional(self._mac.polled_vm)
+        self._used.add(now, None if found is None else found.used_bytes)
 
     def read(self) -> Reading:
         self.poll()
@@ -140,27 +163,38 @@ class MemoryCollector:
         ]
 
     def _read_linux(self) -> HostSample:
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        found = self._guards["meminfo"].call(self._meminfo) or {}
+        pages = self._guards["vmstat"].call(self._swapped)
+        came, left = [None, None] if pages is None else [count * resource.getpagesize() for count in pages]
         return HostSample(
-            memory_total_bytes=memory.total,
-            memory_source="psutil",
-            swap_used_bytes=swap.used,
-            swap_total_bytes=swap.total,
-            swap_in_bytes=self._since_last("swap_in", swap.sin),
-            swap_out_bytes=self._since_last("swap_out", swap.sout),
+            memory_total_bytes=machine.memory_bytes("linux", meminfo=self._proc / "meminfo"),
+            memory_source="meminfo" if found else None,
+            swap_used_bytes=_less(found.get("SwapTotal"), found.get("SwapFree")),
+            swap_total_bytes=found.get("SwapTotal"),
+            swap_in_bytes=self._since_last("swap_in", came),
+            swap_out_bytes=self._since_last("swap_out", left),
             memory_stall_us=self._since_last("stall", self._guards["psi"].call(self._stalled_us)),
         )
 
+    def _meminfo(self) -> dict[str, int]:
+        path = self._proc / "meminfo"
+        return known(machine.parse_meminfo(file_bytes(path)) or None, f"{path}: unexpected content")
+
+    def _swapped(self) -> tuple[int, int]:
+        path = self._proc / "vmstat"
+        return known(parse_vmstat(file_bytes(path)), f"{path}: unexpected content")
+
     def _stalled_us(self) -> int:
-        return known(parse_psi_total_us(file_bytes(self._psi)), f"{self._psi}: unexpected content")
+        path = self._proc / "pressure/memory"
+        return known(parse_psi_total_us(file_bytes(path)), f"{path}: unexpected content")
 
     def _read_mac(self) -> HostSample:
-        total = psutil.virtual_memory().total
+        total, now = self._mac.total_bytes(), self._guards["pressure"].call(self._mac.level)
         swap = self._guards["swap"].call(self._mac.swap)
         limit_mb = self._guards["wired_limit"].call(lambda: self._mac.integer(WIRED_LIMIT))
         limit = limit_mb << 20 if limit_mb else None  # 0 stands for the system's default, which is not published
         parts = self._parts()
-        level, self._worst = self._worst, "unknown"
+        level, self._worst = worse(self._worst, now or "unknown"), "unknown"
         wired = parts.memory_wired_bytes
         whole = HostSample(
             memory_total_bytes=total,
@@ -171,7 +205,7 @@ class MemoryCollector:
             memory_verdict=verdict(
                 level,
                 swapped_out=parts.swap_out_bytes or 0,
-                compressed=(parts.memory_compressed_bytes or 0) / total,
+                compressed=(parts.memory_compressed_bytes or 0) / total if total else 0.0,
                 wired=wired / limit if wired is not None and limit else None,
             ),
         )
@@ -184,6 +218,8 @@ class MemoryCollector:
         both = parts.swapped_in_bytes is not None and parts.swapped_out_bytes is not None
         return HostSample(
             memory_source=source,
+            memory_used_bytes=parts.used_bytes,  # of this moment, unless the polls saw the whole window
+            memory_used_max_bytes=parts.used_bytes,
             memory_wired_bytes=parts.wired_bytes,
             memory_compressed_bytes=parts.compressor_bytes,
             swap_in_bytes=self._since_last("swap_in", parts.swapped_in_bytes if both else None),

@@ -12,10 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from agent.telemetry.gauge import Gauge, Seen
 from agent.telemetry.sensors.chip import MACMON_SOURCE, Chip
+from agent.telemetry.sensors.cpu import CpuTimes, Times, busy_ppm
 from agent.telemetry.sensors.reading import MOST_OVER_SYSTEM, MOST_W, Failure, Reading, Source, number
 from agent.telemetry.sensors.source import Guarded, bytes_or_none, file_bytes
 from agent.telemetry.sensors.sysctl import Sysctl
@@ -133,14 +132,6 @@ def energy_of(metrics: object) -> Energy:
     return Energy(parts)
 
 
-def _cpu_times() -> Any:
-    """Of all cores together; None where they cannot be read."""
-    try:
-        return psutil.cpu_times()
-    except Exception:  # noqa: BLE001  # psutil raises more than it says on a system that is newer than itself
-        return None
-
-
 class PowerCollector:
     """Means over the window, and energy from the best available source: system power over time, else the chip's
     counters. ``powermetrics`` returns the chip's last power, None where it does not run."""
@@ -155,13 +146,13 @@ class PowerCollector:
         counters: Rapl | IoReport | None = None,
         powermetrics: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        cpu_times: Callable[[], Any] = _cpu_times,
+        cpu_times: Callable[[], Times | None] | None = None,
     ) -> None:
         self._chip = chip
         self._counters = counters or (IoReport() if platform == "darwin" else Rapl())
-        self._powermetrics, self._clock, self._cpu_times = powermetrics, clock, cpu_times
+        self._powermetrics, self._clock, self._cpu_times = powermetrics, clock, cpu_times or CpuTimes(platform)
         self._system, self._soc = Gauge(), Gauge()
-        self._past: deque[tuple[float, Energy, Any]] = deque()
+        self._past: deque[tuple[float, Energy, Times | None]] = deque()
         self._problem = ""
         self._closed_s, self._whole = clock(), "PSTR"
         self._guard = Guarded("ioreport" if platform == "darwin" else "rapl", clock)
@@ -234,12 +225,11 @@ class PowerCollector:
         return spent / (now - before[0]) / 1e6
 
 
-def _busy(before: Any, now: Any) -> float:
+def _busy(before: Times | None, now: Times | None) -> float:
     """The busy share of all CPU time between two readings. 1.0 where it cannot be read: no CPU runs without energy."""
     if before is None or now is None:
         return 1.0
-    total = sum(now) - sum(before)
-    return 1 - (now.idle - before.idle) / total if total > 0 else 0.0
+    return (busy_ppm(before, now) or 0) / 1e6
 
 
 def _stalled(watts: float, soc: Seen | None, window_s: float) -> str:

@@ -1,22 +1,26 @@
 """Files and commands as untrusted sources: bounded in size and time, paused after repeated failures."""
 
 import contextlib
+import functools
 import itertools
 import selectors
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure
+from shared.logs import get_logger
 
 COMMAND_TIMEOUT_S = 5.0
 FAILURES_TO_PAUSE = 3
 PAUSE_S = 60.0
 MOST_PAUSE_S = 3600.0
 
+P = ParamSpec("P")
 T = TypeVar("T")
+log = get_logger("agent.sensors")
 
 
 class Guarded:
@@ -54,6 +58,23 @@ class Guarded:
 def preferred(guards: Iterable[Guarded], answered: str) -> Iterator[Guarded]:
     """Sources before the one that ``answered``, all when none did; the others were not tried."""
     return itertools.takewhile(lambda guard: guard.name != answered, guards)
+
+
+def optional_fact(otherwise: T) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """An optional fact: what it is when its source raises, anything at all. It is logged, and the start goes on."""
+
+    def of(ask: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(ask)
+        def asked(*args: P.args, **options: P.kwargs) -> T:
+            try:
+                return ask(*args, **options)
+            except Exception as error:  # noqa: BLE001  # no fact of this kind may stop an agent
+                log.warning("fact_unknown", fact=ask.__name__, error=type(error).__name__)
+                return otherwise
+
+        return asked
+
+    return of
 
 
 def file_bytes(path: Path) -> bytes:

@@ -1,16 +1,14 @@
 """macOS sysctl: through the system library, or the command's output. Unprivileged."""
 
-import ctypes
 import re
 import struct
-from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
+from agent.process.machine import sysctl_bytes
 from agent.telemetry.sensors.reading import Failure, known, text_of
-from agent.telemetry.sensors.system_library import LIBRARY, functions
+from agent.telemetry.sensors.system_library import LIBRARY
 
 _LINE = re.compile(r"^([A-Za-z][\w.]*): (.*)\n", re.MULTILINE)
 _SWAP = re.compile(r"\btotal = (\d+\.\d\d)M  used = (\d+\.\d\d)M  free = (\d+\.\d\d)M\b")
-_MOST_BYTES = 4096
 _SPEED_LIMIT = re.compile(r"^[ \t]+CPU_Speed_Limit[ \t]+= (\d{1,3})\n", re.MULTILINE)
 _PROFILE = {
     "hw.model": re.compile(r'(?:Model Identifier: |"machine_model" : ")([A-Za-z]+\d+,\d+)["\n]'),
@@ -73,18 +71,17 @@ def swap_of(raw: bytes) -> tuple[int, int] | None:
 
 
 class Sysctl:
-    """sysctlbyname(3). Raises Failure where it does not exist."""
+    """sysctlbyname(3)."""
 
     def __init__(self, library: str = LIBRARY) -> None:
-        signature = (c_int, c_char_p, c_void_p, c_void_p, c_void_p, c_size_t)
-        self._call = functions(library, "sysctlbyname: {}", sysctlbyname=signature).sysctlbyname
+        self._library = library
 
     def raw(self, name: str) -> bytes:
-        """A value's bytes. Raises Failure for a name that does not exist."""
-        buffer, size = ctypes.create_string_buffer(_MOST_BYTES), c_size_t(_MOST_BYTES)
-        if self._call(name.encode(), buffer, byref(size), None, 0) != 0:
-            raise Failure(f"sysctl {name}: errno {ctypes.get_errno()}")
-        return buffer.raw[: min(size.value, _MOST_BYTES)]
+        """A value's bytes. Raises Failure where the function or the name does not exist."""
+        try:
+            return sysctl_bytes(name, self._library)
+        except OSError as error:
+            raise Failure(f"sysctl {name}: errno {error.errno}") from None
 
     def integer(self, name: str) -> int:
         """An integer of four or eight bytes. Raises Failure."""

@@ -3,9 +3,10 @@
 import ctypes
 from typing import Any
 
+from agent.process import machine
 from agent.telemetry.sensors.reading import Failure
 
-LIBRARY = "/usr/lib/libSystem.B.dylib"
+LIBRARY = machine.LIBRARY
 
 
 def functions(library: str, why: str, **signatures: tuple[Any, ...]) -> ctypes.CDLL:

@@ -8,12 +8,13 @@ import ctypes
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import c_uint32, c_uint64
 
 import msgspec
 
+from agent.telemetry.sensors.mach import MachHost
 from agent.telemetry.sensors.reading import Failure, known, text_of
-from agent.telemetry.sensors.system_library import LIBRARY, functions
+from agent.telemetry.sensors.system_library import LIBRARY
 
 HOST_VM_INFO64 = 4
 _FREE = re.compile(r"^System-wide memory free percentage: (\d{1,3})%[ \t]*\n", re.MULTILINE)
@@ -78,7 +79,8 @@ def _vm(pages: Mapping[str, int], size: int) -> Vm | None:
 
 
 class Statistics(ctypes.Structure):
-    """struct vm_statistics64 of <mach/vm_statistics.h>; counts are pages."""
+    """struct vm_statistics64 of <mach/vm_statistics.h> as in macOS 14; counts are pages. Later releases add fields at
+    the end."""
 
     _fields_ = [
         *((name, c_uint32) for name in ("free", "active", "inactive", "wired")),
@@ -108,25 +110,13 @@ class HostStatistics:
     """host_statistics64(HOST_VM_INFO64). Raises Failure where it does not exist."""
 
     def __init__(self, library: str = LIBRARY) -> None:
-        lib = functions(
-            library,
-            "host_statistics64: {}",
-            mach_host_self=(c_uint32,),
-            host_page_size=(c_int, c_uint32, c_void_p),
-            host_statistics64=(c_int, c_uint32, c_int, c_void_p, c_void_p),
-        )
-        self._lib, self._host = lib, lib.mach_host_self()
-        size = ctypes.c_size_t(0)
-        if lib.host_page_size(self._host, byref(size)) != 0 or size.value not in (4096, 16384):
-            raise Failure("host_page_size: no valid page size")
-        self._size = size.value
+        self._host = MachHost(library)
+        self._page_bytes = self._host.page_size()
 
     def read(self) -> Vm:
         """Current memory. Raises Failure."""
-        statistics, count = Statistics(), c_uint(COUNT)
-        if (status := self._lib.host_statistics64(self._host, HOST_VM_INFO64, byref(statistics), byref(count))) != 0:
-            raise Failure(f"host_statistics64: kern_return {status}")
-        if count.value < COUNT - 2:  # the last field is newer than the rest
-            raise Failure(f"host_statistics64: {count.value} words, expected {COUNT}")
-        pages = {name: int(getattr(statistics, name)) for name in _LABELS}
-        return known(_vm(pages, self._size), "host_statistics64: implausible values")
+        raw = self._host.words("host_statistics64", HOST_VM_INFO64, COUNT)
+        if len(raw) < (COUNT - 2) * 4:  # the last field is newer than the rest
+            raise Failure(f"host_statistics64: {len(raw) // 4} words, expected {COUNT}")
+        words = struct.unpack(f"={len(raw) // 4}I", raw)
+        return known(of_words(words, self._page_bytes), "host_statistics64: implausible values")

@@ -93,6 +93,9 @@ def test_whether_models_fit_is_arithmetic(models: list[ModelFact]) -> None:
 
 def test_a_budget_beyond_the_machine_is_a_warning() -> None:
     assert verdicts(checks.models([fact("a", 1)], Budget(30 * GB, "configured", 24 * GB)))[-1] == ("memory", "warning")
+    assert verdicts(checks.models([fact("a", 1)], Budget(30 * GB, "configured", None)))[-1] == ("model a", "ok")
+    unknown = Budget(0, "set memory.budget_bytes", None)
+    assert verdicts(checks.models([fact("a", 1)], unknown)) == [("model a", "ok"), ("memory", "problem")]
 
 
 # ---- secrets ----

@@ -54,9 +54,23 @@ int fake_pressure = 1;
 int fake_wired_limit_mb = 0;
 int fake_swap_broken = 0;
 
+uint64_t fake_memsize = 24ull << 30;
+int fake_long_value = 0; /* bytes that a structure has grown by */
+
+/* as the kernel does: a buffer that is too small gets nothing and ENOMEM */
+static int told(void *old, size_t *size, const void *value, size_t length) {
+    if (*size < length) {
+        errno = ENOMEM;
+        return -1;
+    }
+    memcpy(old, value, *size = length);
+    return 0;
+}
+
 int sysctlbyname(const char *name, void *old, size_t *size, void *fresh, size_t fresh_size) {
     (void)fresh;
     (void)fresh_size;
+    if (!strcmp(name, "hw.memsize") && fake_memsize) return told(old, size, &fake_memsize, sizeof fake_memsize);
     if (!strcmp(name, "kern.memorystatus_vm_pressure_level") && fake_pressure >= 0) {
         memcpy(old, &fake_pressure, *size = sizeof fake_pressure);
         return 0;
@@ -72,8 +86,9 @@ int sysctlbyname(const char *name, void *old, size_t *size, void *fresh, size_t 
     if (!strcmp(name, "vm.swapusage")) {
         struct xsw_usage usage = {4096ull << 20, 1352ull << 20, 2744ull << 20, 16384, 1};
         if (fake_swap_broken) usage.xsu_used = usage.xsu_total + 1;
-        memcpy(old, &usage, *size = sizeof usage);
-        return 0;
+        static uint8_t grown[1 << 20];
+        memcpy(grown, &usage, sizeof usage);
+        return told(old, size, grown, sizeof usage + (size_t)fake_long_value);
     }
     errno = ENOENT;
     return -1;
@@ -91,6 +106,10 @@ struct vm_statistics64 {
 } __attribute__((aligned(8)));
 
 int fake_vm_status = 0;
+int fake_vm_words = 38;     /* of this release's structure: 38 in macOS 14, 62 in 26, 104 in 27 */
+int fake_vm_patience = -1;  /* calls with fewer words that are answered before the kernel insists on its own; -1: all */
+int fake_vm_calls = 0;
+int fake_vm_complaints = 0; /* "count is larger than expected ... likely to result in memory corruption" */
 uint64_t fake_page_size = 16384;
 uint64_t fake_swapins = 20, fake_swapouts = 30;
 uint32_t fake_internal = 400000, fake_purgeable = 50000, fake_wired = 100000, fake_compressor = 25000;
@@ -106,6 +125,13 @@ int host_page_size(uint32_t host, uint64_t *size) {
 int host_statistics64(uint32_t host, int flavor, void *out, uint32_t *count) {
     if (fake_vm_status || host != 515 || flavor != 4) return fake_vm_status ? fake_vm_status : 4;
     if (*count < sizeof(struct vm_statistics64) / 4) return 4;
+    fake_vm_calls++;
+    if (*count > (uint32_t)fake_vm_words) fake_vm_complaints++;
+    if (*count < (uint32_t)fake_vm_words && fake_vm_patience >= 0 && fake_vm_calls > fake_vm_patience) {
+        *count = (uint32_t)fake_vm_words;
+        return -307;
+    }
+    uint32_t filled = *count < (uint32_t)fake_vm_words ? *count : (uint32_t)fake_vm_words;
     struct vm_statistics64 statistics;
     memset(&statistics, 0x5a, sizeof statistics); /* what is not asked for must not matter */
     statistics.wire_count = fake_wired;
@@ -114,8 +140,20 @@ int host_statistics64(uint32_t host, int flavor, void *out, uint32_t *count) {
     statistics.swapouts = fake_swapouts;
     statistics.compressor_page_count = fake_compressor;
     statistics.internal_page_count = fake_internal;
+    memset(out, 0x5a, filled * 4);
     memcpy(out, &statistics, sizeof statistics);
-    *count = sizeof statistics / 4;
+    *count = filled >= 62 ? filled : sizeof statistics / 4;
+    return 0;
+}
+
+uint32_t fake_ticks_user = 100, fake_ticks_idle = 900;
+int fake_cpu_status = 0;
+
+int host_statistics(uint32_t host, int flavor, void *out, uint32_t *count) {
+    if (fake_cpu_status || host != 515 || flavor != 3 || *count < 4) return fake_cpu_status ? fake_cpu_status : 4;
+    uint32_t ticks[] = {fake_ticks_user, 0, fake_ticks_idle, 0};
+    memcpy(out, ticks, sizeof ticks);
+    *count = 4;
     return 0;
 }
 

@@ -4,14 +4,17 @@ import asyncio
 import ctypes
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from agent.process.machine import memory_bytes
 from agent.telemetry.sensors import chip, smc, sysctl, vm
 from agent.telemetry.sensors.chip import Chip
+from agent.telemetry.sensors.cpu import CpuTimes, CpuUse
 from agent.telemetry.sensors.memory import MacMemory, MemoryCollector, verdict
 from agent.telemetry.sensors.notify import Notify
 from agent.telemetry.sensors.reading import Failure
@@ -28,7 +31,7 @@ class Fake:
 
     def set(self, **values: int) -> None:
         for name, value in values.items():
-            wide = name in ("fake_level", "fake_page_size", "fake_swapins", "fake_swapouts")
+            wide = name in ("fake_level", "fake_page_size", "fake_swapins", "fake_swapouts", "fake_memsize")
             (ctypes.c_uint64 if wide else ctypes.c_int).in_dll(self.lib, name).value = value
 
     def get(self, name: str) -> int:
@@ -52,8 +55,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mac(library: Path) -> Iterator[Fake]:
     fake = Fake(library)
     calm = {"fake_pressure": 1, "fake_has_smc": 1, "fake_page_size": 16384, "fake_swapins": 20, "fake_swapouts": 30}
+    calm |= {"fake_vm_words": 38, "fake_vm_patience": -1, "fake_memsize": 24 << 30, "fake_ticks_user": 100}
+    calm |= {"fake_ticks_idle": 900}
     zero = ("notify_status", "state_status", "level", "wired_limit_mb", "swap_broken", "vm_status", "open_status")
-    quiet = dict.fromkeys([f"fake_{name}" for name in (*zero, "call_status", "short_answer")], 0)
+    more = ("call_status", "short_answer", "vm_calls", "vm_complaints", "cpu_status", "long_value")
+    quiet = dict.fromkeys([f"fake_{name}" for name in (*zero, *more)], 0)
     fake.set(**quiet, **calm)
     yield fake
     fake.set(**quiet, **calm)
@@ -285,6 +291,115 @@ def test_memory_by_host_statistics(mac: Fake) -> None:
     mac.set(fake_page_size=1)
     with pytest.raises(Failure, match="no valid page size"):
         vm.HostStatistics(mac.path)
+
+
+RELEASES = [
+    pytest.param({"fake_vm_words": 38}, 1, id="macOS 14"),
+    pytest.param({"fake_vm_words": 62}, 1, id="macOS 26"),
+    pytest.param({"fake_vm_words": 104, "fake_vm_patience": 3}, 2, id="macOS 27"),
+    pytest.param({"fake_vm_words": 1000, "fake_vm_patience": 0}, 2, id="a later one"),
+]
+
+
+@pytest.mark.parametrize(("shape", "calls"), RELEASES)
+def test_memory_is_read_whatever_this_release_added(mac: Fake, shape: dict[str, int], calls: int) -> None:
+    """What reports of macOS 26 and 27 say: three calls are answered, then -307 and the count to pass; and more than the
+    kernel's own count is logged as a likely memory corruption."""
+    expected = vm.HostStatistics(mac.path).read()
+    mac.set(**shape, fake_vm_calls=0)
+    read = vm.HostStatistics(mac.path)
+    assert [read.read() for _ in range(9)] == [expected] * 9
+    assert mac.get("fake_vm_complaints") == 0
+    before = mac.get("fake_vm_calls")
+    read.read()
+    assert mac.get("fake_vm_calls") - before == calls
+
+
+@pytest.mark.parametrize("words", [1025, 1 << 30, -1])
+def test_a_structure_of_an_implausible_size_is_refused(mac: Fake, words: int) -> None:
+    mac.set(fake_vm_words=words, fake_vm_patience=0)
+    with pytest.raises(Failure, match="kern_return -307 for 38 words"):
+        vm.HostStatistics(mac.path).read()
+
+
+def test_a_sysctl_structure_may_grow(mac: Fake) -> None:
+    expected = sysctl.Sysctl(mac.path).swap()
+    for more in (0, 8, 5_000, 200_000):
+        mac.set(fake_long_value=more)
+        assert sysctl.Sysctl(mac.path).swap() == expected
+    mac.set(fake_long_value=900_000)
+    with pytest.raises(Failure, match="errno 12"):
+        sysctl.Sysctl(mac.path).swap()
+
+
+def test_cpu_times_of_the_host(mac: Fake) -> None:
+    use = CpuUse(CpuTimes("darwin", library=mac.path, last=lambda: None))
+    mac.set(fake_ticks_user=175, fake_ticks_idle=925)
+    assert use.busy_ppm() == 750_000
+    mac.set(fake_ticks_user=200, fake_ticks_idle=5)
+    assert use.busy_ppm() is None, "ticks are counted in 32 bits, and wrapped"
+    mac.set(fake_cpu_status=5)
+    assert use.busy_ppm() is None
+    assert CpuTimes("darwin", library=mac.path, last=lambda: {"idle": 1.0})() == {"idle": 1.0}
+
+
+def test_no_command_is_run_between_windows(mac: Fake, tmp_path: Path) -> None:
+    """Neither where the library works (macOS 27) nor where nothing of it does: a poll comes every two seconds."""
+    run: list[tuple[str, ...]] = []
+
+    def missing(*argv: str) -> bytes:
+        run.append(argv)
+        raise Failure(f"{argv[0]}: No such file or directory")
+
+    mac.set(fake_vm_words=104, fake_vm_patience=3)
+    works = MemoryCollector("darwin", MacMemory(mac.path, run=missing))
+    broken = MemoryCollector("darwin", MacMemory(str(tmp_path / "none.so"), run=missing))
+    for _ in range(20):
+        works.poll()
+        broken.poll()
+    assert run == []
+    reading = works.read()
+    assert (reading.fields["memory_used_bytes"], reading.failed, run) == (475_000 * 16384, {}, [])
+    assert "vm_stat" in broken.read().failed["vm"], "asked once in a window"
+
+
+def test_a_mac_of_any_release_tells_its_memory_without_psutil(mac: Fake, tmp_path: Path) -> None:
+    mac.set(fake_memsize=24 << 30)
+    nothing = (str(tmp_path / "none"),)
+    assert memory_bytes("darwin", library=mac.path, command=nothing) == 24 << 30
+    says = ("/bin/sh", "-c", "echo 17179869184")
+    for fails in (0, 1, 1 << 60):  # no such name; values that no Mac has
+        mac.set(fake_memsize=fails)
+        assert memory_bytes("darwin", library=mac.path, command=says) == 16 << 30
+    for none in (str(tmp_path / "none.so"), "libc.so.6"):
+        assert memory_bytes("darwin", library=none, command=says) == 16 << 30
+
+
+def test_a_window_of_a_mac_has_everything_while_psutil_raises(mac: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the other way round: without a total, what the kernel tells is kept."""
+
+    class Raises:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed: (ipc/mig) array not large enough")
+
+    def missing(*argv: str) -> bytes:
+        raise Failure(f"{argv[0]}: No such file or directory")
+
+    monkeypatch.setitem(sys.modules, "psutil", Raises())
+    mac.set(fake_vm_words=104, fake_vm_patience=0, fake_wired_limit_mb=16_000)
+    collector = MemoryCollector("darwin", MacMemory(mac.path, run=missing))
+    collector.read()
+    whole = collector.read().fields
+    assert whole["memory_total_bytes"] == 24 << 30
+    kept = {"memory_used_bytes", "memory_used_max_bytes", "memory_wired_bytes", "memory_compressed_bytes"}
+    kept |= {"memory_source", "memory_pressure", "memory_verdict", "swap_total_bytes", "swap_used_bytes"}
+    kept |= {"swap_in_bytes", "swap_out_bytes", "gpu_wired_limit_bytes"}
+    assert whole.keys() == kept | {"memory_total_bytes"}
+    mac.set(fake_memsize=0)
+    monkeypatch.setattr("agent.process.machine._said", missing)
+    less = MemoryCollector("darwin", MacMemory(mac.path, run=missing))
+    less.read()
+    assert less.read().fields.keys() == kept
 
 
 def test_sysctl_integers_strings_and_swap(mac: Fake) -> None:

@@ -9,18 +9,31 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.process import machine
 from agent.telemetry.gauge import Gauge, Seen
 from agent.telemetry.ledger import Answered, Ledger
 from agent.telemetry.meters import http
-from agent.telemetry.sensors import Sensors, chip, macmon, memory, power, powermetrics, source, sysctl, thermal, vm
+from agent.telemetry.sensors import (
+    Sensors,
+    chip,
+    host,
+    macmon,
+    memory,
+    power,
+    powermetrics,
+    source,
+    sysctl,
+    thermal,
+    vm,
+)
 from agent.telemetry.sensors.child import Child
 from agent.telemetry.sensors.chip import Chip, MacmonPipe
-from agent.telemetry.sensors.host import HostCollector, busy_ppm, hardware, hardware_of
+from agent.telemetry.sensors.cpu import CpuTimes, CpuUse, busy_ppm, parse_proc_stat
+from agent.telemetry.sensors.host import HostCollector, hardware, hardware_of
 from agent.telemetry.sensors.memory import MemoryCollector
 from agent.telemetry.sensors.power import Energy, PowerCollector, Rapl, energy_of, spent_uj
 from agent.telemetry.sensors.powermetrics import PowermetricsStream
@@ -533,6 +546,7 @@ def _refuse() -> Any:
         ({"user": 5.0, "idle": 2.0, "iowait": 3.0, "guest": 5.0}, 500_000),
         ({"user": 0.0, "idle": 0.0}, None),
         ({"user": -1.0, "idle": 2.0}, 0),
+        ({"user": 3.0, "idle": -1.0}, None),
     ],
 )
 def test_cpu_use_is_a_counter_difference(after: dict[str, float], share: int | None) -> None:
@@ -563,21 +577,97 @@ def test_psi() -> None:
     assert memory.parse_psi_total_us(b"") is None
 
 
+STAT = b"cpu  300 0 100 500 100 0 0 0 50 0\ncpu0 300 0 100 500 100 0 0 0 50 0\n"
+
+
+def test_kernel_files_of_linux() -> None:
+    found = parse_proc_stat(STAT)
+    assert found is not None
+    assert (len(found), found["user"], found["iowait"], found["guest"]) == (10, 300.0, 100.0, 50.0)
+    assert parse_proc_stat(b"cpu  1 2 3 4\n") == {"user": 1.0, "nice": 2.0, "system": 3.0, "idle": 4.0}
+    for raw in (b"", STAT[:20], b"cpu0 1 2 3 4\n", b"cpu  1 2 3\n", b"cpu  1 2 3 x\n", b"cpu  1 -2 3 4\n"):
+        assert parse_proc_stat(raw) is None
+    assert machine.parse_meminfo(b"MemTotal:  16 kB\nHugePages_Total:  0\nMemFree: 8 kB\nSwapFr") == {
+        "MemTotal": 16 << 10,
+        "MemFree": 8 << 10,
+    }
+    assert memory.parse_vmstat(b"nr_free 7\npswpin 12\npswpout 34\n") == (12, 34)
+    assert memory.parse_vmstat(b"pswpin 12\npswpout 3") is None
+
+
+def test_a_missing_kernel_file_loses_its_own_fields(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 4194304 kB\nMemAvailable: 1048576 kB\nSwapTotal: 8 kB\n")
+    one = MemoryCollector("linux", proc=tmp_path)
+    one.read()
+    reading = one.read()
+    assert reading.fields == {
+        "memory_total_bytes": 4 << 30,
+        "memory_used_bytes": 3 << 30,
+        "memory_used_max_bytes": 3 << 30,
+        "memory_source": "meminfo",
+        "swap_total_bytes": 8 << 10,
+    }
+    assert reading.failed.keys() == {"vmstat", "psi"}
+    (tmp_path / "meminfo").unlink()
+    (tmp_path / "vmstat").write_text("pswpin 12\npswpout 34\n")
+    one.read()  # what held when the window began
+    reading = one.read()
+    assert reading.fields == {"memory_total_bytes": machine.memory_bytes(), "swap_in_bytes": 0, "swap_out_bytes": 0}
+    assert reading.failed.keys() == {"meminfo", "psi"}
+    (tmp_path / "vmstat").write_text("pswpin 14\npswpout 34\n")
+    assert one.read().fields["swap_in_bytes"] > 0
+
+
+def test_times_of_two_sources_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_bytes(STAT)
+    use = CpuUse(CpuTimes("linux", stat=tmp_path / "stat", last=lambda: {"user": 0.0, "idle": 1.0}))
+    (tmp_path / "stat").write_bytes(STAT.replace(b"300", b"400"))
+    assert use.busy_ppm() == 1_000_000
+    (tmp_path / "stat").unlink()
+    assert use.busy_ppm() is None
+
+
+def test_nothing_of_a_host_that_fails_takes_the_rest_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: object) -> object:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("agent.process.machine.shutil.disk_usage", fails)
+    blind = HostCollector(tmp_path, CpuUse(lambda: None))
+    assert blind.read().failed.keys() == {"cpu", "disk"}
+    assert blind.read().fields == {}
+    assert "no source tells CPU times" in blind.sources()[0].reason
+    reading = HostCollector(tmp_path).read()
+    assert reading.failed.keys() == {"disk"}
+    collector = PowerCollector(Chip("linux", sys_class=tmp_path), "linux", cpu_times=lambda: None)
+    assert collector.read().fields.keys() <= {"energy_mj", "energy_source", "soc_power_mw"}
+
+
+def test_a_fact_of_the_start_that_cannot_be_learnt_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> bytes:
+        raise ValueError("whatever a library or a system may raise")
+
+    monkeypatch.setattr(host, "bytes_or_none", fails)
+    monkeypatch.setattr(host, "command_bytes", fails)
+    assert (hardware().chip, host.boot_id(), host.hardware_id()) == ("", "", "unknown")
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert (hardware("darwin", fails).chip, host.boot_id(), host.hardware_id()) == ("", "", "unknown")
+
+
 def test_free_space_is_of_the_folders_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def usage(path: str) -> object:
-        asked.append(path)
+    def usage(path: Path) -> object:
+        asked.append(str(path))
         return type("Usage", (), {"free": 7})
 
-    monkeypatch.setattr(psutil, "disk_usage", usage)
+    monkeypatch.setattr("agent.process.machine.shutil.disk_usage", usage)
     assert HostCollector(tmp_path / "not" / "yet").read().fields["disk_free_bytes"] == 7
     assert HostCollector(tmp_path).read().fields["disk_free_bytes"] == 7
     assert asked == [str(tmp_path)] * 2
 
 
 def test_an_implausible_disk_size_drops_only_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.telemetry.sensors.host.psutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
+    monkeypatch.setattr("agent.process.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=8 << 60))
     one = HostCollector(Path("/"))
     reading = one.read()
     assert "disk_free_bytes" not in reading.fields
