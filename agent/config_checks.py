@@ -219,9 +219,9 @@ def _meter_of_kind(meter: Meter) -> Iterator[tuple[str, str]]:
 
 def _generic_meter(meter: Meter) -> Iterator[tuple[str, str]]:
     if not _OID.fullmatch(meter.oid):
-        yield "oid", "is required in numbers, like 1.3.6.1.4.1.28507.1 (`snmpwalk -On` prints them)"
+        yield "oid", "is required in numbers, like 1.3.6.1.4.1.28507.43.1 (`snmpwalk -On` prints them)"
     if meter.status_oid and not _OID.fullmatch(meter.status_oid):
-        yield "status_oid", "must be in numbers, like 1.3.6.1.4.1.28507.1"
+        yield "status_oid", "must be in numbers, like 1.3.6.1.4.1.28507.43.1"
     if bool(meter.status_oid) != bool(meter.status_ok):
         yield "status_ok", "and status_oid need each other: values of status_oid with which the power counts"
 

@@ -262,7 +262,7 @@ def _meters(config: AgentConfig, environ: Mapping[str, str], looking: Resolver) 
 
 
 async def _polled(config: AgentConfig, environ: Mapping[str, str]) -> list[dict[str, Any]]:
-    meters = RackMeters(config.meters, environ)
+    meters = RackMeters(config.meters, environ, logs=False)
     try:
         await meters.poll()
         return meters.status()

@@ -36,10 +36,15 @@ class RackMeters:
     """``meters`` of the configuration. Call ``poll`` every few seconds, ``drain`` at a window's end."""
 
     def __init__(
-        self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
+        self,
+        meters: Sequence[Meter],
+        environ: Mapping[str, str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        logs: bool = True,
     ) -> None:
         self._meters = tuple(meters)
-        self._environ, self._clock = environ, clock
+        self._environ, self._clock, self._logs = environ, clock, logs
         self._gauges = {meter.name: Gauge() for meter in meters}
         self._last: dict[str, float] = {}
         self._energy_mj: dict[str, int] = {}
@@ -210,7 +215,7 @@ class RackMeters:
         self._secrets.pop(meter.secret, None)
         self._gauges[meter.name].add(self._clock(), None)
         self._last.pop(meter.name, None)
-        if self.problems.get(meter.name) != why:
+        if self._logs and self.problems.get(meter.name) != why:
             log.warning("meter_failed", meter=meter.name, reason=why)
         self.problems[meter.name] = why
 

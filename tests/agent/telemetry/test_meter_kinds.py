@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import config_checks
-from agent.config import SNMP_NUMBERS, Meter, MeterKind
-from agent.operator import checks
+from agent.config import SNMP_NUMBERS, AgentConfig, Meter, MeterKind, Node
+from agent.operator import checks, doctor
 from agent.telemetry.meters import home_assistant, http, kasa_client, snmp
 from agent.telemetry.meters.rack import RackMeters
 from agent.telemetry.meters.snmp import Outlet
@@ -556,3 +556,12 @@ async def test_doctor_has_a_line_for_each_meter() -> None:
     assert "says no power: operational status 2" in gone.seen
     (_, known) = checks.meters(polled, [{"meter": "gone", "nodes": ["n3"], "watts": 7.0, "problem": ""}])
     assert (known.verdict, known.seen) == ("ok", "7 W for n3 (as seen by the running agent)")
+
+
+async def test_doctor_prints_its_lines_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line of the log among them would break its JSON."""
+    meter = shelly(f"http://127.0.0.1:{free_port()}")
+    node = Node(id="n1", rack="r")
+    (polled,) = await doctor._polled(AgentConfig(node=node, meters=(meter,)), {})
+    assert "unreachable" in polled["problem"]
+    assert capfd.readouterr() == ("", "")
