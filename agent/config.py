@@ -16,9 +16,16 @@ DEFAULT_PORT = 8470
 STORED = "store:"
 """Prefix of a model path that names a model in the model store, with or without @VERSION."""
 
-PlugKind = Literal["shelly", "shelly_pm1", "shelly_em1", "shelly_gen1", "tasmota"]
+ShellyKind = Literal["shelly", "shelly_pm1", "shelly_em1", "shelly_em", "shelly_gen1", "shelly_gen1_em"]
+PlugKind = Literal[ShellyKind, "tasmota", "home_assistant", "kasa", "tapo"]
 ApcKind = Literal["apc_device", "apc_legacy", "apc_outlet"]
-MeterKind = Literal[PlugKind, ApcKind, "raritan_outlet", "raritan_inlet", "servertech_cord", "sensor"]
+SentryKind = Literal[
+    "servertech_cord", "servertech_outlet", "sentry3_tower", "sentry3_infeed", "sentry3_phases", "sentry3_outlet"
+]
+PduKind = Literal[
+    ApcKind, "raritan_outlet", "raritan_inlet", SentryKind, "eaton_outlet", "eaton_input", "cyberpower_outlet"
+]
+MeterKind = Literal[PlugKind, PduKind, "cyberpower_load", "sensor", "snmp"]
 SNMP_NUMBERS = {
     "apc_device": 1,
     "apc_legacy": 0,
@@ -26,10 +33,23 @@ SNMP_NUMBERS = {
     "raritan_outlet": 2,
     "raritan_inlet": 2,
     "servertech_cord": 2,
+    "servertech_outlet": 3,
+    "sentry3_tower": 1,
+    "sentry3_infeed": 2,
+    "sentry3_phases": 1,
+    "sentry3_outlet": 3,
+    "eaton_outlet": 2,
+    "eaton_input": 2,
+    "cyberpower_outlet": 1,
+    "cyberpower_load": 1,
     "sensor": 1,
+    "snmp": 0,
 }
 """How many numbers identify an outlet, by kind read over SNMP: APC's device or outlet, Raritan's PDU and outlet, Server
-Technology's unit and cord, a sensor's index."""
+Technology's unit, cord and outlet or, of Sentry3, tower, infeed and outlet, Eaton's unit and outlet or input,
+CyberPower's outlet or row of loads, a sensor's index."""
+KASA_KINDS = ("kasa", "tapo")
+"""Read by python-kasa, of the extra ``kasa``."""
 Positive = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -144,10 +164,17 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A metered outlet, read by this node for the rack: configure each on one node only. It powers ``nodes``; a reading
     that several share is reported as measured, and never divided.
 
-    ``kind`` is shelly (Switch, generation 2 and later), shelly_pm1, shelly_em1, shelly_gen1 or tasmota, with ``at`` a
-    url and ``channel`` the outlet; or over SNMP apc_device, apc_legacy, apc_outlet, raritan_outlet, raritan_inlet,
-    servertech_cord or sensor (RFC 3433), with ``at`` an address and ``numbers`` the outlet's identifiers there.
-    ``secret`` is a reference to the password or the community; ``scale`` is watts per unit of an APC outlet.
+    ``kind`` says how it is read, and what the other keys must be (docs/metrics.md). With ``at`` a url and ``channel``
+    the outlet: shelly (Switch, generation 2 and later), shelly_pm1, shelly_em1, shelly_em (three phases), shelly_gen1,
+    shelly_gen1_em and tasmota; ``phases`` of shelly_em and shelly_gen1_em are added up. home_assistant reads an
+    ``entity`` of power, whose last report is at most ``age_s`` old; its ``secret`` is a token. kasa and tapo
+    (extra ``kasa``) have an address as ``at``. So have PDUs over SNMP, with ``numbers`` for the outlet there:
+    apc_device, apc_legacy, apc_outlet, raritan_outlet, raritan_inlet, servertech_cord, servertech_outlet,
+    sentry3_tower, sentry3_infeed, sentry3_phases, sentry3_outlet, eaton_outlet, eaton_input, cyberpower_outlet,
+    cyberpower_load and sensor (RFC 3433). snmp is any other: the value at ``oid`` times ``scale`` is in ``unit``, and
+    counts while ``status_oid``, if there is one, has a value of ``status_ok``.
+
+    ``secret`` is a reference to the password, token or community; ``scale`` is also watts per unit of an APC outlet.
     """
 
     name: str
@@ -155,9 +182,16 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     at: str
     nodes: tuple[str, ...]
     channel: Annotated[int, Meta(ge=0)] = 0
+    phases: tuple[Literal["a", "b", "c"], ...] = ()
+    entity: str = ""
+    age_s: Seconds = 600.0
     numbers: Annotated[
-        tuple[Annotated[int, Meta(ge=0)], ...], Meta(description="required over SNMP, but for apc_legacy")
+        tuple[Annotated[int, Meta(ge=0)], ...], Meta(description="required over SNMP, but for apc_legacy and snmp")
     ] = ()
+    oid: str = ""
+    unit: Literal["mW", "W", "kW"] = "W"
+    status_oid: str = ""
+    status_ok: tuple[int, ...] = ()
     user: str = "admin"
     secret: str = ""
     scale: Annotated[float, Meta(gt=0)] = 1.0

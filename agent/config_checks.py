@@ -1,9 +1,22 @@
 """What of a configuration types cannot express: every problem, each with the path of its key. Pure."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from agent.config import SNMP_NUMBERS, AgentConfig, Key, Limits, Meter, Model, cache_group, has_store, plain_url
+import msgspec
+
+from agent.config import (
+    KASA_KINDS,
+    SNMP_NUMBERS,
+    AgentConfig,
+    Key,
+    Limits,
+    Meter,
+    Model,
+    cache_group,
+    has_store,
+    plain_url,
+)
 from shared import transport
 from shared.bucket import REFERENCE_HINT, check_store, is_reference
 from shared.errors import Refused
@@ -14,6 +27,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
 _ODD_URL = re.compile(r"[?#\s\\]")
 _PEER_URL = "it is like http://mini-2.local:8470"
+_ENTITY = re.compile(r"[a-z0-9_]{1,100}\.[a-z0-9_]{1,155}")
+_OID = re.compile(r"\.?1\.3(\.\d{1,10}){3,60}")
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
@@ -155,18 +170,60 @@ def _check_meters(meters: Sequence[Meter]) -> list[str]:
     names = [m.name for m in meters]
     found = [f"meters: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
     for n, meter in enumerate(meters):
-        numbers = SNMP_NUMBERS.get(meter.kind)
-        if numbers is None and not meter.at.startswith(("http://", "https://")):
-            found.append(f"meters[{n}].at: must begin with http:// or https:// for {meter.kind}")
-        if numbers is not None and "://" in meter.at:
-            found.append(f"meters[{n}].at: must be an address for {meter.kind}, like 10.0.0.9 or 10.0.0.9:161")
-        if numbers is not None and len(meter.numbers) != numbers:
-            found.append(f"meters[{n}].numbers: {meter.kind} needs {numbers}, got {len(meter.numbers)}")
-        if not meter.nodes:
-            found.append(f"meters[{n}].nodes: is required; list the nodes that it powers")
-        if meter.secret and not is_reference(meter.secret):
-            found.append(f"meters[{n}].secret: {REFERENCE_HINT}")
+        found += [f"meters[{n}].{key}: {why}" for key, why in (*_meter_keys(meter), *_meter_of_kind(meter))]
     return found
+
+
+def _meter_keys(meter: Meter) -> Iterator[tuple[str, str]]:
+    """What is wrong of the keys that every meter has."""
+    numbers = SNMP_NUMBERS.get(meter.kind)
+    if numbers is None and meter.kind not in KASA_KINDS and not meter.at.startswith(("http://", "https://")):
+        yield "at", f"must begin with http:// or https:// for {meter.kind}"
+    if (numbers is not None or meter.kind in KASA_KINDS) and "://" in meter.at:
+        port = "" if numbers is None else " or 10.0.0.9:161"
+        yield "at", f"must be an address for {meter.kind}, like 10.0.0.9{port}"
+    if numbers is not None and len(meter.numbers) != numbers:
+        yield "numbers", f"{meter.kind} needs {numbers}, got {len(meter.numbers)}"
+    if not meter.nodes:
+        yield "nodes", "is required; list the nodes that it powers"
+    if meter.secret and not is_reference(meter.secret):
+        yield "secret", REFERENCE_HINT
+
+
+_METER_KEYS = {
+    **dict.fromkeys(("oid", "unit", "status_oid", "status_ok"), ("snmp",)),
+    **dict.fromkeys(("entity", "age_s"), ("home_assistant",)),
+    "phases": ("shelly_em", "shelly_gen1_em"),
+}
+"""Kinds that a key belongs to; elsewhere it would be set without effect."""
+
+
+def _meter_of_kind(meter: Meter) -> Iterator[tuple[str, str]]:
+    """What is wrong of the keys that some kinds have."""
+    fields = {field.name: field.default for field in msgspec.structs.fields(Meter)}
+    for key, kinds in _METER_KEYS.items():
+        if meter.kind not in kinds and getattr(meter, key) != fields[key]:
+            yield key, f"is for {' and '.join(kinds)} only; {meter.kind} has none"
+    if len(set(meter.phases)) < len(meter.phases):
+        yield "phases", "names a phase twice"
+    if meter.kind == "snmp":
+        yield from _generic_meter(meter)
+    if meter.kind == "home_assistant":
+        if not _ENTITY.fullmatch(meter.entity):
+            yield "entity", "is required: the entity's id, like sensor.plug_power"
+        if not meter.secret:
+            yield "secret", "is required: a reference to a long-lived access token of Home Assistant"
+    if meter.kind == "tapo" and (not meter.secret or meter.user == "admin"):
+        yield "user" if meter.secret else "secret", "is required: e-mail address and password of the TP-Link account"
+
+
+def _generic_meter(meter: Meter) -> Iterator[tuple[str, str]]:
+    if not _OID.fullmatch(meter.oid):
+        yield "oid", "is required in numbers, like 1.3.6.1.4.1.28507.43.1 (`snmpwalk -On` prints them)"
+    if meter.status_oid and not _OID.fullmatch(meter.status_oid):
+        yield "status_oid", "must be in numbers, like 1.3.6.1.4.1.28507.43.1"
+    if bool(meter.status_oid) != bool(meter.status_ok):
+        yield "status_ok", "and status_oid need each other: values of status_oid with which the power counts"
 
 
 def _check_models(models: Sequence[Model]) -> list[str]:

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from agent.config import SNMP_NUMBERS
 from agent.process import machine
-from agent.telemetry.meters import http, snmp
+from agent.telemetry.meters import home_assistant, http, snmp
+from agent.telemetry.meters.answer import known
 from agent.telemetry.sensors import chip, cpu, macmon, memory, power, powermetrics, reading, smc, sysctl, thermal, vm
 from scripts.common import parser
 
@@ -57,8 +59,10 @@ def _smc(raw: bytes) -> tuple[smc.Temperatures, float | None]:
 _KINDS = ("flt ", "ioft", "fpe2", "ui8 ", "ui16", "ui32", "ch8*", "flag")
 _FANS_AND_WATTS = ("F0Ac", "F1Ac", "PSTR", "Tp01", "F9Mn")
 _OUTLETS = tuple(
-    snmp.Outlet(kind=kind, numbers=(1, 2), scale=0.1)
-    for kind in ("apc_device", "apc_outlet", "raritan_outlet", "raritan_inlet", "servertech_cord", "sensor")
+    snmp.Outlet(
+        kind=kind, numbers=(1, 2, 3)[:count], oid="1.3.6.1.4", scale=0.1, status_oid="1.3.6.1.5", status_ok=(1,)
+    )
+    for kind, count in SNMP_NUMBERS.items()
 )
 
 
@@ -106,6 +110,15 @@ def _bad_number(raw: bytes) -> powermetrics.Powermetrics | None:
     return found
 
 
+def _answered(number: int) -> bytes:
+    """What ``_outlet`` takes for an answer with a power."""
+    told: dict[str, int] = {}
+    for part in snmp.parts(_OUTLETS[number]):
+        told |= {part.oid: 71, **dict.fromkeys(part.exponents, 1)}
+        told |= {check.oid: min(check.right) for check in part.checks}
+    return bytes([number]) + b"".join(told.get(oid, 0).to_bytes(4, "big") for oid in snmp.oids(_OUTLETS[number]))
+
+
 _PLIST = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n<plist version="1.0"><dict>'
     b"<key>elapsed_ns</key><integer>5004758375</integer>"
@@ -134,6 +147,11 @@ _MACMON = (
     b'"fans":[{"name":"Fan 0","rpm":1000,"max_rpm":null}]}'
 )
 _SHELLY = b'{"id":0,"source":"HTTP","output":true,"apower":47.11,"voltage":232.0,"aenergy":{"total":5.1}}'
+_EM = b'{"id":0,"a_act_power":100.5,"a_errors":[],"b_act_power":20.0,"c_act_power":0.0,"total_act_power":120.5}'
+_STATE = (
+    b'{"entity_id":"sensor.plug","state":"0.0615","attributes":{"unit_of_measurement":"kW","device_class":"power"},'
+    b'"last_updated":"2026-11-27T00:59:30.1+00:00","last_reported":"2026-11-27T00:59:59+00:00"}'
+)
 _TASMOTA = b'{"StatusSNS":{"Time":"2020-12-23T08:28:42","ENERGY":{"Total":4.957,"Power":[1,2],"Voltage":253}}}'
 
 TARGETS: dict[str, Target] = {
@@ -177,11 +195,7 @@ TARGETS: dict[str, Target] = {
         [b"\0\x60\0\0\x7aD\0\0\0\0\1\x22\x0f\xa0\0\0\0\0\0\0\2\xe1\0\0\x2a\0\0\0\0\0"],
         _fans_and_watts_are_possible,
     ),
-    "snmp": Target(
-        _outlet,
-        [bytes([n]) + bytes([0, 0, 0, 71]) + b"".join(bytes([0, 0, 0, v]) for v in (6, 9, 0, 1)) for n in range(6)],
-        lambda watts: 0 <= watts < snmp.MOST_W,
-    ),
+    "snmp": Target(_outlet, [_answered(n) for n in range(len(_OUTLETS))], lambda watts: 0 <= watts < snmp.MOST_W),
     "psi": Target(
         memory.parse_psi_total_us, [b"some avg10=0.00 avg60=0.00 avg300=0.00 total=4242\n"], lambda n: n >= 0
     ),
@@ -223,6 +237,21 @@ TARGETS: dict[str, Target] = {
     "shelly gen1": Target(
         lambda raw: http.parse_shelly_gen1(raw, 0),
         [b'{"meters":[{"power":33.3,"is_valid":true,"total":1234}]}'],
+        lambda watts: 0 <= watts < http.MOST_W,
+    ),
+    "shelly em": Target(
+        lambda raw: known(http.power("shelly_em", raw, 0, ("a", "b"))),
+        [_EM],
+        lambda watts: 0 <= watts < 2 * http.MOST_W,
+    ),
+    "shelly gen1 em": Target(
+        lambda raw: known(http.power("shelly_gen1_em", raw, 0)),
+        [b'{"emeters":[{"power":33.3,"is_valid":true,"total":1234}],"total_power":33.3}'],
+        lambda watts: 0 <= watts < http.MOST_W,
+    ),
+    "home assistant": Target(
+        lambda raw: known(home_assistant.power(raw, 1795741200.0, 600.0)),
+        [_STATE],
         lambda watts: 0 <= watts < http.MOST_W,
     ),
     "tasmota": Target(lambda raw: http.parse_tasmota(raw, 1), [_TASMOTA], lambda watts: 0 <= watts < http.MOST_W),

@@ -28,8 +28,9 @@ def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[BlockBuster | 
             if function in buster.functions:
                 buster.functions[function].can_block_in("agent/process/footprint.py", "footprint_bytes")
         for blocking in buster.functions.values():
-            # its loop runs in a separate thread, for this reason
+            # their loops run in separate threads, for this reason
             blocking.can_block_in("agent/telemetry/meters/snmp_client.py", "_get")
+            blocking.can_block_in("agent/telemetry/meters/kasa_client.py", {"_get", "_connect"})
         yield buster
 
 

@@ -20,7 +20,7 @@ from shared.resources import FILES
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = ("agent", "aggregator", "store")
+EXTRAS = ("agent", "aggregator", "kasa", "store")
 MACHINES = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine, "python_version": python,
      "python_full_version": f"{python}.1", "os_name": "posix", "implementation_name": "cpython"}

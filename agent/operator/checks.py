@@ -4,8 +4,8 @@
 same, and what it has asked the peers, the store, the GPU and the running agent (agent/operator/doctor.py).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from agent.config import AgentConfig, configured_peers, plain_warnings
@@ -346,6 +346,20 @@ def store(kind: str, fact: StoreFact) -> Iterator[Finding]:
         yield Finding("store", "warning", why, "store")
     if fact.skew_ms is not None:
         yield clock(fact.skew_ms)
+
+
+def meters(polled: Sequence[Mapping[str, Any]], running: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """What each meter said, as in a status: just now from here, else to the running agent; or why it said nothing."""
+    by_agent = {meter["meter"]: meter for meter in running}
+    for n, meter in enumerate(polled):
+        what, nodes = f"meter {meter['meter']}", ", ".join(meter["nodes"])
+        seen = by_agent.get(meter["meter"], meter)
+        if meter["watts"] is not None:
+            yield Finding(what, "ok", f"{meter['watts']:g} W for {nodes}")
+        elif seen["watts"] is not None:
+            yield Finding(what, "ok", f"{seen['watts']:g} W for {nodes} (as seen by the running agent)")
+        else:
+            yield Finding(what, "warning", meter["problem"], f"meters[{n}]")
 
 
 def clock(skew_ms: int) -> Finding:

@@ -26,6 +26,7 @@ from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
 from agent.process import gpu
 from agent.process.loader_process import environment
+from agent.telemetry.meters.rack import RackMeters
 from agent.telemetry.sensors import Sensors
 from agent.telemetry.sensors.host import hardware
 from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError
@@ -58,6 +59,7 @@ def examine(
         _state(state, logs),
         *_store(config, looking),
         *_peers(config, looking),
+        *_meters(config, environ, looking),
         *(Finding(f"source {name}", "warning" if why else "ok", why or seen) for name, (seen, why) in sources.items()),
         *_mac(config, looking, device, sources, to_look_at=mac),
     ]
@@ -245,6 +247,25 @@ async def _answer(client: PeerClient, node: str, url: str) -> PeerFact:
     except RackError as error:
         return PeerFact(node, url, problem=error.message)
     return PeerFact(node, url, heard, hop_ms=(time.monotonic() - began) * 1000)
+
+
+# ---- meters ----
+
+
+def _meters(config: AgentConfig, environ: Mapping[str, str], looking: Resolver) -> Iterator[Finding]:
+    """Every meter, polled once from here; the running agent's reading stands for one whose secret only it can use."""
+    if config.meters:
+        told = looking.running.status.get("meters", []) if looking.running else []
+        yield from checks.meters(asyncio.run(_polled(config, environ)), told)
+
+
+async def _polled(config: AgentConfig, environ: Mapping[str, str]) -> list[dict[str, Any]]:
+    meters = RackMeters(config.meters, environ, logs=False)
+    try:
+        await meters.poll()
+        return meters.status()
+    finally:
+        await meters.close()
 
 
 # ---- sensors, and what only a Mac can show ----

@@ -7,15 +7,18 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
 
-from agent.config import SNMP_NUMBERS, Meter
+from agent.config import KASA_KINDS, SNMP_NUMBERS, Meter
 from agent.telemetry.gauge import Gauge
-from agent.telemetry.meters import http, snmp
+from agent.telemetry.meters import home_assistant, http, snmp
+from agent.telemetry.meters.answer import NoPower, Power
+from agent.telemetry.meters.kasa_client import KasaClient
 from agent.telemetry.meters.lookups import Lookups, Names
-from agent.telemetry.meters.snmp_client import NoAnswer, SnmpClient
+from agent.telemetry.meters.snmp_client import NoAnswer, Rejected, SnmpClient
 from agent.telemetry.sensors.reading import MAX_OUTPUT_BYTES, Failure
 from shared.errors import RackError
 from shared.logs import get_logger
@@ -33,15 +36,21 @@ class RackMeters:
     """``meters`` of the configuration. Call ``poll`` every few seconds, ``drain`` at a window's end."""
 
     def __init__(
-        self, meters: Sequence[Meter], environ: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic
+        self,
+        meters: Sequence[Meter],
+        environ: Mapping[str, str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        logs: bool = True,
     ) -> None:
         self._meters = tuple(meters)
-        self._environ, self._clock = environ, clock
+        self._environ, self._clock, self._logs = environ, clock, logs
         self._gauges = {meter.name: Gauge() for meter in meters}
         self._last: dict[str, float] = {}
         self._energy_mj: dict[str, int] = {}
         self.problems: dict[str, str] = {}
         self._snmp = SnmpClient()
+        self._kasa = KasaClient()
         self._lookups = Lookups()
         self._names = Names(self._lookups)
         self._secrets: dict[str, str] = {}
@@ -115,24 +124,48 @@ class RackMeters:
                     log.info("meter_back", meter=meter.name)
 
     async def _ask(self, meter: Meter) -> float:
-        if meter.kind in SNMP_NUMBERS:
-            outlet = snmp.Outlet(kind=meter.kind, numbers=meter.numbers, scale=meter.scale)
-            community = await self._secret(meter) or "public"
-            at = await self._address(meter.at)
-            watts = snmp.watts(outlet, await self._snmp.get(at, community, snmp.oids(outlet)))
-        else:
-            watts = http.parse(meter.kind, await self._http(meter), meter.channel)
-        if watts is None:
-            raise Failure("answers without a power reading; check that this outlet is metered, and its number")
-        return watts
+        """Watts. Raises Failure with why there are none, and what the network raises."""
+        found = await self._power(meter)
+        if isinstance(found, NoPower):
+            raise Failure(found.why)
+        return found
 
-    async def _http(self, meter: Meter) -> bytes:
-        """The body of the device's answer. Raises Failure."""
-        path = http.PATHS[meter.kind].format(channel=meter.channel)
+    async def _power(self, meter: Meter) -> Power:
+        if meter.kind in SNMP_NUMBERS:
+            return await self._by_snmp(meter)
+        if meter.kind in KASA_KINDS:
+            password = await self._secret(meter)
+            at = await self._address(meter.at)
+            return await self._kasa.get(meter.kind, at, meter.user, password, meter.channel)
+        body, now_s = await self._http(meter)
+        if len(body) > MAX_OUTPUT_BYTES:
+            return NoPower(f"answers without a power reading: over {MAX_OUTPUT_BYTES >> 20} MiB; check at and kind")
+        if meter.kind == "home_assistant":
+            return home_assistant.power(body, now_s, meter.age_s)
+        return http.power(meter.kind, body, meter.channel, meter.phases)
+
+    async def _by_snmp(self, meter: Meter) -> Power:
+        outlet = snmp.of_meter(meter)
+        community = await self._secret(meter) or "public"
+        at, asked, needed = await self._address(meter.at), snmp.oids(outlet), snmp.needed(outlet)
+        try:
+            values = await self._snmp.get(at, community, asked)
+        except Rejected:
+            if asked == needed:
+                raise
+            values = await self._snmp.get(at, community, needed)  # a device that refuses all for one that is missing
+        return snmp.power(outlet, values)
+
+    async def _http(self, meter: Meter) -> tuple[bytes, float]:
+        """The body of the device's answer, and the time (Unix seconds) by its clock, else by this machine's. Raises
+        Failure."""
+        path = _path(meter)
         password = await self._secret(meter)
         middlewares: tuple[Any, ...] = ()
         headers = {}
-        if password and meter.kind in ("tasmota", "shelly_gen1"):
+        if meter.kind == "home_assistant":
+            headers["Authorization"] = f"Bearer {password}"
+        elif password and meter.kind in ("tasmota", "shelly_gen1", "shelly_gen1_em"):
             headers["Authorization"] = aiohttp.encode_basic_auth(meter.user, password)
         elif password:
             middlewares = (aiohttp.DigestAuthMiddleware(meter.user, password),)
@@ -145,11 +178,12 @@ class RackMeters:
             if answer.status in (401, 403):
                 raise Failure(f"credentials rejected (HTTP {answer.status}); check the meter's user and secret")
             if answer.status != 200:
-                raise Failure(f"answered HTTP {answer.status}")
+                hint = "; check kind, channel and entity" if answer.status == 404 else ""
+                raise Failure(f"answered HTTP {answer.status}{hint}")
             body = b""
             while len(body) <= MAX_OUTPUT_BYTES and (piece := await answer.content.read(1 << 16)):
                 body += piece
-            return body
+            return body, _time_s(answer.headers.get("Date", ""))
 
     async def _secret(self, meter: Meter) -> str:
         """Resolved once, and again after the meter has failed: it may have been changed. Raises Failure while the
@@ -181,10 +215,25 @@ class RackMeters:
         self._secrets.pop(meter.secret, None)
         self._gauges[meter.name].add(self._clock(), None)
         self._last.pop(meter.name, None)
-        if self.problems.get(meter.name) != why:
+        if self._logs and self.problems.get(meter.name) != why:
             log.warning("meter_failed", meter=meter.name, reason=why)
         self.problems[meter.name] = why
 
     async def close(self) -> None:
         """Close the sockets."""
         await self._snmp.close()
+        await self._kasa.close()
+
+
+def _path(meter: Meter) -> str:
+    if meter.kind == "home_assistant":
+        return home_assistant.PATH.format(entity=meter.entity)
+    return http.PATHS[meter.kind].format(channel=meter.channel)
+
+
+def _time_s(date: str) -> float:
+    """The time that a device tells, which is also that of what it reports; this machine's when it tells none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return time.time()

@@ -1,11 +1,10 @@
-"""SNMP v2c client over pysnmp, in its own thread and event loop: the library reads files and decodes slowly, and must
-not block the agent's loop. It is started only where such a device is configured."""
+"""SNMP v2c client over pysnmp, in its own thread and event loop, which is started only where such a device is
+configured."""
 
-import asyncio
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+from agent.telemetry.meters.aside import Aside
 from agent.telemetry.sensors.reading import Failure
 
 TRY_S = 1.0
@@ -17,31 +16,24 @@ class NoAnswer(Failure):
     """The device does not answer."""
 
 
+class Rejected(Failure):
+    """The device refuses the request."""
+
+
 class SnmpClient:
     """Started by the first query. Must be closed."""
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._aside = Aside("snmp")
         self._engine: Any = None
 
     async def get(self, at: str, community: str, oids: Sequence[str]) -> dict[str, int]:
         """Integer values by object identifier, for those that exist. Raises Failure."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="snmp")
-            self._thread.start()
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._get(at, community, oids), self._loop))
+        return await self._aside.run(self._get(at, community, oids))
 
     async def close(self) -> None:
         """End the thread."""
-        loop, self._loop = self._loop, None
-        if loop is None or self._thread is None:
-            return
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._end(), loop))
-        loop.call_soon_threadsafe(loop.stop)
-        await asyncio.to_thread(self._thread.join)
-        loop.close()
+        await self._aside.close(self._end)
 
     async def _get(self, at: str, community: str, oids: Sequence[str]) -> dict[str, int]:
         from pysnmp.hlapi.v3arch import asyncio as hlapi
@@ -60,16 +52,12 @@ class SnmpClient:
         if problem:
             raise NoAnswer(f"SNMP: {problem}; check the community and the device's access list")
         if status:
-            raise Failure(f"SNMP: request refused (error {int(status)})")
+            raise Rejected(f"SNMP: request refused (error {int(status)})")
         return {str(oid): int(value) for oid, value in found if _is_number(value)}
 
     async def _end(self) -> None:
         if self._engine is not None:
             self._engine.close_dispatcher()
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -14,14 +14,14 @@ from aiohttp import encode_basic_auth, hdrs, web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import SNMP_NUMBERS, Meter, MeterKind
+from agent.config import KASA_KINDS, SNMP_NUMBERS, Meter, MeterKind
 from agent.telemetry.meters import http, snmp
 from agent.telemetry.meters.lookups import Lookups, Names
 from agent.telemetry.meters.rack import RackMeters
 from agent.telemetry.meters.snmp import Outlet
 from scripts.seaweed import free_port
 
-SECRETS = {"PLUG": "plug password", "COMMUNITY": "rack"}
+SECRETS = {"TOKEN": "token of home assistant", "PLUG": "plug password", "COMMUNITY": "rack"}
 
 
 @contextlib.asynccontextmanager
@@ -47,10 +47,16 @@ async def plug(answer: Callable[[web.Request], web.StreamResponse | Any]) -> Asy
 
 
 @contextlib.asynccontextmanager
-async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncIterator[str]:
-    """An SNMP agent on a real socket, by the same library; it reports missing objects as such."""
+async def pdu(
+    objects: Mapping[str, int], community: str = "rack", *, refuses_missing: bool = False
+) -> AsyncIterator[str]:
+    """An SNMP agent on a real socket, by the same library; it reports missing objects as such, or refuses a request
+    for one."""
     from pyasn1.codec.ber import decoder, encoder
     from pysnmp.proto.api import v2c
+
+    def _value(number: int) -> Any:
+        return v2c.Integer(number) if number < 1 << 31 else v2c.Gauge32(number)
 
     class Agent(asyncio.DatagramProtocol):
         def connection_made(self, transport: Any) -> None:
@@ -63,9 +69,11 @@ async def pdu(objects: Mapping[str, int], community: str = "rack") -> AsyncItera
             asked = v2c.apiMessage.get_pdu(message)
             answer = v2c.apiMessage.get_response(message)
             found = [
-                (oid, v2c.Integer(objects[str(oid)]) if str(oid) in objects else v2c.NoSuchInstance(""))
+                (oid, _value(objects[str(oid)]) if str(oid) in objects else v2c.NoSuchInstance(""))
                 for oid, _ in v2c.apiPDU.get_varbinds(asked)
             ]
+            if refuses_missing and any(str(oid) not in objects for oid, _ in found):
+                v2c.apiPDU.set_error_status(v2c.apiMessage.get_pdu(answer), 2)  # noSuchName
             v2c.apiPDU.set_varbinds(v2c.apiMessage.get_pdu(answer), found)
             self.transport.sendto(encoder.encode(answer), address)
 
@@ -414,5 +422,5 @@ async def test_a_link_local_address_keeps_its_interface(monkeypatch: pytest.Monk
 
 def test_every_meter_kind_has_a_reader() -> None:
     kinds = set(MeterKind.__args__)  # type: ignore[attr-defined]
-    assert kinds == set(SNMP_NUMBERS) | set(http.PATHS)
+    assert kinds == {*SNMP_NUMBERS, *http.PATHS, *KASA_KINDS, "home_assistant"}
     assert json.dumps(sorted(kinds))
