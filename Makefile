@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill mac wheels dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -93,9 +93,10 @@ simulate: $(STAMP) ## simulate eviction policies (cost, LRU) and routing policie
 
 check: lint types arch test ## run what CI runs
 
-docs: $(STAMP) ## generate the configuration reference and the table of memory from the code
+docs: $(STAMP) ## generate the configuration reference and the tables of memory and chips
 	@$(BIN)/python -m scripts.document_config
 	@$(BIN)/python -m scripts.document_memory
+	@$(BIN)/python -m scripts.document_chips
 
 bench-dispatch: $(STAMP) ## measure gateway overhead, compared with a minimal proxy and LiteLLM's proxy
 	@$(BIN)/python -m scripts.bench_dispatch
@@ -121,6 +122,19 @@ walk: $(STAMP) model ## do what README and docs/operating.md tell a newcomer to 
 drill: $(STAMP) ## drill what an operator relies on, at full size: reload and rotation under 40 requests/s, orders over restarts, restore, a name of two nodes; 25 minutes
 	MLXRACK_DRILL=1 MLXRACK_DRILL_S=180 $(BIN)/python -m pytest -s -v --timeout=1500 tests/rack/test_reload.py tests/rack/test_orders.py \
 	tests/rack/test_restore.py tests/rack/test_addresses.py
+
+mac: $(STAMP) model ## everything about Macs that needs none: macOS 14 to 27 in a library of their layouts, chips, meters, the service, the first Mac's archive, step times
+	$(BIN)/python -m pytest -v --timeout=600 tests/agent/telemetry tests/agent/operator tests/agent/process/test_awake.py tests/agent/process/test_footprint.py \
+	tests/agent/loader/test_calibration.py tests/agent/models/test_figures.py tests/contracts/test_calibration.py tests/aggregator/test_chip_figures.py \
+	tests/shared/test_chips.py tests/shared/test_connection_errors.py tests/shared/test_secret_commands.py tests/rack/test_awake.py tests/rack/test_without_psutil.py tests/test_mac_wheels.py
+	@$(BIN)/python -m scripts.fuzz_parsers --inputs 20000
+	@$(MAKE) --no-print-directory wheels
+
+wheels: $(STAMP) ## ask the package index for every pinned wheel of a Mac: macOS 14 on arm64, Python 3.11 to 3.14
+	@$(BIN)/python -m tests.mac_wheels || { status=$$?; [ $$status -eq 75 ] && echo "wheels: NOT CHECKED, the package index does not answer" && exit 0; exit $$status; }
+
+bench-calibration: $(STAMP) model ## compare predicted step times of a real model with measured ones
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m scripts.bench_calibration
 
 dist: $(STAMP) ## build a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
