@@ -173,6 +173,8 @@ def write_config(
     if others:
         text += '[peers]\nsecret = "env:MLXRACK_TEST_SECRET"\n'
         text += "".join(f'[[peers.nodes]]\nid = "{o.node}"\nurl = "http://127.0.0.1:{via(o)}"\n' for o in others)
+    if "[loader]" not in extra and any(table.get("engine") != "fake" for table in models):
+        text += "[loader]\ncalibrate = false\n"  # the times of a crowded machine, for a minute of its CPU
     for table in models:
         text += "[[models]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
     agent.config.write_text(text + extra)
