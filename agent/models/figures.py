@@ -18,7 +18,7 @@ from agent.models.idleness import Standing, to_time
 from agent.models.slot import Loaded, Slot, Slots
 from agent.models.slot_view import timed_event
 from agent.process.loader_process import LoaderProcess
-from agent.wire.step_times import StepTimes
+from agent.wire.step_times import Number, StepTimes
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.records import Event
@@ -44,7 +44,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     version: str
     runtime: str
-    measured_ms: int
+    measured_ms: Number
     times: StepTimes
 
 

@@ -390,6 +390,21 @@ def test_a_model_that_cannot_be_timed_serves_all_the_same() -> None:
         assert any(isinstance(frame, Accepted) for frame in daemon.until(Done))
 
 
+def test_figures_that_cannot_be_made_of_what_was_timed_do_not_end_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(_: Calibration) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Calibration, "times", impossible)
+    engine = Gated()
+    engine.let.release(10_000)
+    with loader(engine) as daemon:
+        daemon.send(Calibrate(go=True))
+        (*_, last) = daemon.until(Calibrated)
+        assert last == Calibrated(problem="ZeroDivisionError")
+        daemon.send(ask(1))
+        assert any(isinstance(frame, Accepted) for frame in daemon.until(Done))
+
+
 def test_the_loader_ends_while_it_is_timed() -> None:
     engine = Gated()
     with loader(engine) as daemon:

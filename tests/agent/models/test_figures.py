@@ -163,6 +163,39 @@ async def test_figures_survive_a_restart_and_belong_to_one_version_and_its_setti
             assert timed(events)[0].measured_ms > measured.measured_ms
 
 
+ROW = {"rows": 1, "base_us": 900.0, "token_us": 0.1}
+TIMES: dict[str, Any] = {"prefill": [0.0, 5.0, 0.0], "decode": [ROW]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"decode": []},
+        {"decode": [ROW, ROW]},
+        {"decode": [{**ROW, "rows": 8}, ROW]},
+        {"decode": [{**ROW, "rows": 0}]},
+        {"decode": [{**ROW, "base_us": 1e308, "token_us": 1e308}]},
+        {"decode": [{**ROW, "base_us": -9.0}]},
+        {"prefill": [1e308, 1e308, 1e308]},
+        {"verify": [{"rows": 1, "tokens": 2, "us": 1e300}]},
+        {"took_us": 1 << 63},
+        {"spread_ppm": -1},
+    ],
+)
+async def test_impossible_figures_of_a_file_are_measured_again(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    """With one of them in use each view of the model would raise, and so each request fail."""
+    kept, quick = tmp_path / "step_times.json", fake(fake_step_s=1e-5, fake_row_s=0.0, fake_prefill_tps=1e6)
+    async with running(tmp_path, quick) as (pool, events):
+        await until(pool, lambda: bool(timed(events)))
+    file = json.loads(kept.read_text())
+    ((key, known),) = file["known"].items()
+    kept.write_text(json.dumps({**file, "known": {key: {**known, "measured_ms": 1, "times": {**TIMES, **wrong}}}}))
+    async with running(tmp_path, quick) as (pool, events):
+        await until(pool, lambda: bool(timed(events)))
+        assert timed(events)[0].measured_ms > 1
+        assert pool.views()
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 99}', b'{"format": 1, "known": {"x": 3}}', b"\xff" * 99])
 async def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: bytes) -> None:
     kept = tmp_path / "step_times.json"
