@@ -86,7 +86,7 @@ def boot_id() -> str:
 
 
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
-    """Description of this machine, sent once per start; contains no serial number and no personal name."""
+    """Description of this machine, sent once per start and day; contains no serial number and no personal name."""
     memory = psutil.virtual_memory().total
     if platform != "darwin":
         cores = psutil.cpu_count(logical=True) or 0
