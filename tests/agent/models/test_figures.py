@@ -312,9 +312,28 @@ def test_a_node_slower_than_its_chip_is_named_with_the_likely_causes() -> None:
         sentence = expectation.warning("m", figures, hopes, "Apple M4", [])
         assert bool(sentence) == warns
         assert not warns or all(word in sentence for word in ("heat", "low power", "swap", "% below", "Apple M4"))
+    assert expectation.causes("nominal", 9, 0) == [
+        "it is hot (throttled within the last minutes): see to its fan and its place"
+    ]
     hot = expectation.causes("heavy", None, 5)
     assert "hot" in expectation.warning("m", {"decode_tps": 1.0}, hopes, "Apple M4", hot)
     assert expectation.causes("nominal", 0, 0) == expectation.causes("", None, None) == []
+
+
+@pytest.mark.parametrize(
+    ("brand", "memory_gb", "tok_s"),
+    [("M1", 16, 14), ("M1 Max", 64, 61), ("M1 Ultra", 128, 84), ("M2 Ultra", 192, 94), ("M3 Ultra", 256, 92)],
+)
+def test_a_healthy_chip_is_not_called_slow(brand: str, memory_gb: int, tok_s: float) -> None:
+    """As measured with 3.56 GiB of weights: llama.cpp discussion 4167."""
+    hopes = expectation.expected(chips.find(brand), memory_gb, int(3.56 * chips.GIB))
+    assert expectation.warning("m", {"decode_tps": tok_s}, hopes, brand, []) == ""
+    assert expectation.warning("m", {"decode_tps": tok_s / 2}, hopes, brand, []) != ""
+
+
+def test_a_small_model_is_not_expected_to_be_as_fast_as_its_weights_are_read() -> None:
+    hopes = expectation.expected(chips.find("M4 Max"), 64, 80 << 20)
+    assert expectation.warning("m", {"decode_tps": 350.0}, hopes, "M4 Max", []) == ""
 
 
 @pytest.mark.parametrize("brand", ["Intel Xeon", "", "Apple M99"])
