@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -255,12 +256,25 @@ async def test_a_model_that_dies_of_it_is_not_timed_for_ever(tmp_path: Path, tol
         for _ in range(3):
             told.clear()
             await until(pool, lambda: True in told)
-            await pool.orders.unload("a")
-            await pool.orders.load("a")
+            pid = pool.inventory.status()[0]["pid"]
+            assert isinstance(pid, int)
+            os.kill(pid, signal.SIGKILL)
+            await until(pool, lambda pid=pid: pool.inventory.status()[0]["pid"] not in (pid, None))  # type: ignore[misc]
         told.clear()
         for _ in range(10):
             await pool.maintain()
         assert True not in told
+
+
+async def test_a_model_that_is_unloaded_while_it_is_timed_is_timed_another_day(
+    tmp_path: Path, told: list[bool]
+) -> None:
+    async with running(tmp_path, fake(fake_prefill_tps=500.0)) as (pool, _):
+        for _ in range(5):
+            told.clear()
+            await until(pool, lambda: True in told)
+            await pool.orders.unload("a")
+            await pool.orders.load("a")
 
 
 async def test_figures_of_a_disturbed_machine_are_used_and_measured_again(
