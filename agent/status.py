@@ -81,7 +81,8 @@ class Status:
 
     def _models(self) -> list[dict[str, Any]]:
         origins, machine = self._follower.in_force.origins(), self._telemetry.machine
-        chip, memory_gb = chips.find(machine.chip), machine.memory_bytes / (1 << 30)
+        memory_gb = machine.memory_bytes / chips.GIB
+        chip = chips.identify(machine.model, machine.chip, machine.memory_bytes).chip
         known: list[dict[str, Any]] = self._pool.inventory.status()
         return [
             {

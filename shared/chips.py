@@ -224,17 +224,23 @@ def prefill_tok_s(tflops: float, active_params: float) -> float:
     return PREFILL_SHARE * tflops * 1e12 / (2 * active_params)
 
 
+def is_virtual(brand: str, model: str) -> bool:
+    """Whether a machine is a virtual one. Some guests say the brand of their host's chip, as if it were theirs."""
+    return "Virtual" in brand or "Virtual" in model
+
+
 def unknown(brand: str, model: str = "") -> str:
     """Why there are no figures for a machine, as a clause."""
-    if "Virtual" in brand or model.startswith("VirtualMac"):
-        return f"{brand[:60]!r} is a virtual machine, whose host's figures do not hold in it"
+    if is_virtual(brand, model):
+        return f"{(brand.strip() or model)[:60]!r} is a virtual machine, whose host's figures do not hold in it"
     return f"the chip table has no row for {brand[:60]!r}" if brand.strip() else "this machine names no chip"
 
 
 def identify(model: str, brand: str, memory_bytes: int) -> Identity:
     """What a machine is: by its model identifier, the chip's brand string and its memory. The brand string wins where
     they disagree, which is said; without one the model identifier tells the chip."""
-    memory_gb, mac, chip = round(memory_bytes / GIB), find_mac(model), find(brand)
+    memory_gb, mac = round(memory_bytes / GIB), find_mac(model)
+    chip = None if is_virtual(brand, model) else find(brand)
     if chip is None and not brand.strip() and mac is not None:
         chip = find(mac.chip)
     remarks: list[str] = []
@@ -246,7 +252,9 @@ def identify(model: str, brand: str, memory_bytes: int) -> Identity:
         remarks.append(f"model {model[:40]} is a {mac.title}, but the chip calls itself {brand.strip()[:60]}")
         mac = None
     held = mac.memory_gb if mac is not None else chip.memory_gb if chip is not None else ()
-    if held and memory_gb not in held:
+    if held and not memory_gb:
+        remarks.append("its memory is not known")
+    elif held and memory_gb not in held:
         remarks.append(f"it was sold with {_listed(held)} GB, not {memory_gb}")
     return Identity(mac if chip is not None else None, chip, memory_gb, tuple(remarks))
 

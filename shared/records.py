@@ -160,7 +160,7 @@ class HostSample(_Record, frozen=True, kw_only=True, tag="host"):
 
 
 class Hardware(_Record, frozen=True, kw_only=True, tag="hardware"):
-    """The node's hardware, once per start. ``cores`` by tier, the fastest first."""
+    """The node's hardware, once per start and UTC day. ``cores`` by tier, the fastest first."""
 
     model: str
     chip: str

@@ -29,11 +29,11 @@ class Measuring:
             if task is not None:
                 us = self._engine.measure(task)
                 calibration.learn(task, us, (time.perf_counter() - began) * 1e6)
+            times = calibration.times() if calibration.done else None
         except Exception as error:  # noqa: BLE001  # an unusual model may raise anything, and serves all the same
             return self._ended(Calibrated(problem=type(error).__name__))
         if not calibration.done:
             return []
-        times = calibration.times()
         told = self._ended(Calibrated(times=times, problem="" if times else "too slow to be timed"))
         self._calibration = self._begun()  # the daemon may want it again
         return told

@@ -18,7 +18,7 @@ from agent.models.idleness import Standing, to_time
 from agent.models.slot import Loaded, Slot, Slots
 from agent.models.slot_view import timed_event
 from agent.process.loader_process import LoaderProcess
-from agent.wire.step_times import StepTimes
+from agent.wire.step_times import Number, StepTimes
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.records import Event
@@ -29,7 +29,8 @@ MOST = 64
 """Figures kept, the newest."""
 MOST_BYTES = 1 << 20
 MOST_TRIES = 3
-"""Loaders in which one model was begun to be timed and none finished; each may have died of it."""
+"""Loaders in which one model was begun to be timed and none finished, except those ended in order: each of the others
+may have died of it."""
 
 STEADY_PPM = 50_000
 """Figures whose samples lie farther apart were disturbed by something else on this machine: they are used, and measured
@@ -44,7 +45,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     version: str
     runtime: str
-    measured_ms: int
+    measured_ms: Number
     times: StepTimes
 
 
@@ -72,7 +73,7 @@ class Figures:
         self._path, self._live, self._slots = path, live, slots
         self._retiring, self._calm, self._emit, self._clock, self._wall_ms = retiring, calm, emit, clock, wall_ms
         self._known: dict[str, Known] | None = None
-        self._tries, self._begun = Counter[str](), set[int]()
+        self._tries, self._begun = Counter[str](), dict[int, tuple[str, LoaderProcess]]()
         self._running: LoaderProcess | None = None
 
     def halt(self) -> None:
@@ -85,6 +86,7 @@ class Figures:
         """Put to use what is known or was measured; time what is not, if this is the moment."""
         if self._known is None:
             self._known = await asyncio.to_thread(_read, self._path) if self._path is not None else {}
+        self._forgive()
         for slot in self._slots:
             if slot.loaded is not None:
                 await self._use(slot, slot.loaded, self._known)
@@ -99,11 +101,19 @@ class Figures:
         if loaded is not None:
             self._time(loaded)
 
+    def _forgive(self) -> None:
+        """A loader that was unloaded or swapped while it was timed did not die of it."""
+        for pid, (key, process) in list(self._begun.items()):
+            if process.dismissed:
+                del self._begun[pid]
+                self._tries[key] -= 1
+
     def _time(self, loaded: Loaded) -> None:
         process = self._running = loaded.process
         if process.pid not in self._begun:
-            self._begun.add(process.pid)
-            self._tries[_key(loaded)] += 1
+            key = _key(loaded)
+            self._begun[process.pid] = (key, process)
+            self._tries[key] += 1
             log.info("calibration_started", model=loaded.name, version=loaded.spec.version)
         process.calibrate(go=True)  # again each second: a request ends it in the loader
 
@@ -111,7 +121,7 @@ class Figures:
         process, key = loaded.process, _key(loaded)
         said, process.calibrated = process.calibrated, None
         if said is not None:
-            self._begun.discard(process.pid)  # timed again, that is another try
+            self._begun.pop(process.pid, None)  # timed again, that is another try
             if said.times is None:
                 self._tries[key] = MOST_TRIES
                 log.warning("calibration_failed", model=loaded.name, reason=said.problem)

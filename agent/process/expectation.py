@@ -9,6 +9,9 @@ from typing import Any
 
 from shared.chips import BITS_PER_WEIGHT, Chip
 
+BESIDE_S = 0.0025
+"""What a decode step takes beside reading weights: it starts hundreds of kernels. Without it each Ultra and each small
+model would be called slow (a 7B model's steps take 4 to 6 ms longer on healthy ones, llama.cpp discussion 4167)."""
 SLOW = 0.7
 """Share of what is expected below which a node is called slow."""
 
@@ -20,7 +23,7 @@ def expected(chip: Chip | None, memory_gb: float, weights_bytes: int) -> dict[st
     # weights of more bits are fewer for their size
     return {
         "prefill_tps": round(chip.prefill_tok_s(memory_gb, weights_bytes * 8 / BITS_PER_WEIGHT), 1),
-        "decode_tps": round(chip.decode_tok_s(memory_gb, weights_bytes), 1),
+        "decode_tps": round(1 / (1 / chip.decode_tok_s(memory_gb, weights_bytes) + BESIDE_S), 1),
     }
 
 
@@ -45,7 +48,8 @@ def causes(heat: str, throttled_ppm: int | None, swapped_bytes: int | None) -> l
     """What slows a machine down now, in words."""
     found = []
     if heat not in ("", "nominal") or throttled_ppm:
-        found.append(f"it is hot (thermal level {heat or 'unknown'}): see to its fan and its place")
+        level = f"thermal level {heat}" if heat not in ("", "nominal") else "throttled within the last minutes"
+        found.append(f"it is hot ({level}): see to its fan and its place")
     if swapped_bytes:
         found.append("it swaps memory out: give it fewer or smaller models, or end other programs")
     return found

@@ -109,7 +109,7 @@ class LoaderProcess:
         self._stderr_tail = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.in_flight = 0
-        self.stopping = self._broken = False
+        self.stopping = self.dismissed = self._broken = False
         self.ended = asyncio.Event()
         self.ready: Ready | None = None
         self.working: Working | None = None
@@ -238,8 +238,9 @@ class LoaderProcess:
             await self._send(Relieve(level=level))
 
     async def stop(self, grace_s: float) -> None:
-        """End it: send Stop, wait at most ``grace_s`` seconds, then SIGKILL. Returns when the process has exited."""
-        self.stopping = True
+        """End it: send Stop, wait at most ``grace_s`` seconds, then SIGKILL. Returns when the process has exited.
+        It is ``dismissed`` from now on, unless it had ended by itself."""
+        self.stopping, self.dismissed = True, self.dismissed or not self.ended.is_set()
         with contextlib.suppress(Retryable):
             await self._send(Stop())
         try:

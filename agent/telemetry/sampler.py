@@ -17,6 +17,7 @@ from shared.errors import RackError
 from shared.logs import get_logger
 from shared.records import EngineWindow, Event, HostSample, Record
 
+DAY_MS = 86_400_000
 REFRESH_S = 2.0
 """Timeout for the loaders' reports between two windows' ends."""
 KEPT_BATCHES = 60
@@ -25,6 +26,13 @@ MOST_RECORDS = 1_000
 """Of one batch: more become further batches of the same window. Below what readers accept, in number and bytes."""
 
 log = get_logger("agent.sampler")
+
+
+def is_new_day(told_ms: int | None, began_ms: int) -> bool:
+    """Whether no window of the UTC day that this one begins in had the daily records; the last that had them began at
+    ``told_ms``, None for none yet. Reports are of whole days: each has its own, also where an agent runs for months. A
+    clock that is set to another day is one more."""
+    return told_ms is None or told_ms // DAY_MS != began_ms // DAY_MS
 
 
 class Sources(NamedTuple):
@@ -40,7 +48,8 @@ class Sources(NamedTuple):
 
 
 class Sampler:
-    """Everything that happened since the last tick is in exactly one batch. ``once`` are records of the first batch."""
+    """Everything that happened since the last tick is in exactly one batch. ``daily`` are records of the first
+    batch, and of the first one of each UTC day."""
 
     def __init__(
         self,
@@ -50,13 +59,14 @@ class Sampler:
         sources: Sources,
         *,
         boot_id: str,
-        once: Sequence[Record] = (),
+        daily: Sequence[Record] = (),
         clock_skew_ms: Callable[[], int | None] = lambda: None,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spool, self._ledger, self._sensing, self._sources = spool, ledger, sensing, sources
-        self._once = tuple(once)
+        self._daily = tuple(daily)
+        self._told_ms: int | None = None
         self._boot_id, self._clock_skew_ms = boot_id, clock_skew_ms
         self._wall_ms, self._clock = wall_ms, clock
         self._events: list[Event] = []
@@ -106,8 +116,8 @@ class Sampler:
             # when the clock was set back, the window must still not end before it begins
             began, self._began_ms = min(self._began_ms, ended), ended
             standing = (*self._sources.standing(), *self._sources.metered())
-            records: tuple[Record, ...] = (*self._once, *served, *windows, *standing, host, *events)
-            self._once = ()
+            records: tuple[Record, ...] = (*self._due(began), *served, *windows, *standing, host, *events)
+            self._told_ms = began if is_new_day(self._told_ms, began) else self._told_ms
             parts = range(0, len(records), MOST_RECORDS)
             self._unspooled += [(began, ended, records[at : at + MOST_RECORDS]) for at in parts]
             self.lost_windows += max(0, len(self._unspooled) - KEPT_BATCHES)
@@ -116,13 +126,18 @@ class Sampler:
 
     async def _keep(self) -> None:
         async with self._ticking:
-            others: list[Record] = [*self._sources.so_far(), *self._sources.standing(), *self._events]
-            # one batch, that an agent may be killed with: of more labels than fit the first ones
-            served = self._ledger.so_far()[: max(0, MOST_RECORDS - len(self._once) - len(others))]
-            records = (*self._once, *served, *others)[:MOST_RECORDS]
             ended = self._wall_ms()
-            batch = self.batch(self._spool.next_seq(), records, min(self._began_ms, ended), ended)
+            began = min(self._began_ms, ended)
+            others: list[Record] = [*self._sources.so_far(), *self._sources.standing(), *self._events]
+            daily = self._due(began)
+            # one batch, that an agent may be killed with: of more labels than fit the first ones
+            served = self._ledger.so_far()[: max(0, MOST_RECORDS - len(daily) - len(others))]
+            records = (*daily, *served, *others)[:MOST_RECORDS]
+            batch = self.batch(self._spool.next_seq(), records, began, ended)
             await self._written(self._spool.keep, batch)
+
+    def _due(self, began_ms: int) -> tuple[Record, ...]:
+        return self._daily if is_new_day(self._told_ms, began_ms) else ()
 
     def batch(self, seq: int, records: tuple[Record, ...], began_ms: int, ended_ms: int) -> Batch:
         """A batch of some records."""

@@ -58,7 +58,7 @@ class Telemetry:
         self.sampler = Sampler(
             *(self.spool, self.ledger, self.sensing, sources._replace(metered=self.meters.drain)),
             boot_id=boot_id(),
-            once=(self.machine,),
+            daily=(self.machine,),
             clock_skew_ms=lambda: self.pusher.clock_skew_ms,
         )
         self.outbox = Outbox(self.sampler, self.spool, self.pusher, on_event)

@@ -5,42 +5,55 @@ last it grows as between the last two.
 """
 
 from itertools import pairwise
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 TYPICAL_TOK = 1_000
 """Length of the prompt and of the context at which single figures are quoted."""
 MOST_CROWD = 64.0
+Us = Annotated[float, Meta(ge=0, le=1e11)]
+"""A time that some step may take, below a day or so: a file or a loader that tells another one is damaged."""
+Rows = Annotated[int, Meta(ge=1, le=1 << 20)]
+Number = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class RowTimes(msgspec.Struct, frozen=True, kw_only=True):
     """A decode step of ``rows`` rows with ``context_tok`` tokens each takes base_us + token_us x context_tok."""
 
-    rows: int
-    base_us: float
-    token_us: float
+    rows: Rows
+    base_us: Us
+    token_us: Us
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """One forward of ``rows`` rows with ``tokens`` tokens each, which speculation would verify."""
 
-    rows: int
-    tokens: int
-    us: float
+    rows: Rows
+    tokens: Rows
+    us: Us
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
     """``prefill`` are the coefficients of a chunk of n tokens after ``done``: chunk, token, and token x mean position.
     ``decode`` by rows, ascending. ``context_tok`` is the longest context measured; ``steps`` were measured in
-    ``took_us``, and half of them were within ``spread_ppm`` of the median of their kind."""
+    ``took_us``, and half of them were within ``spread_ppm`` of the median of their kind. Raises ValueError where
+    ``decode`` is empty or not ascending. Impossible values are rejected when it is decoded: one would fail every
+    estimate that routing makes."""
 
-    prefill: tuple[float, float, float]
+    prefill: tuple[Us, Us, Us]
     decode: tuple[RowTimes, ...]
     verify: tuple[Verified, ...] = ()
-    context_tok: int = 0
-    steps: int = 0
-    took_us: int = 0
-    spread_ppm: int = 0
+    context_tok: Number = 0
+    steps: Number = 0
+    took_us: Number = 0
+    spread_ppm: Number = 0
+
+    def __post_init__(self) -> None:
+        rows = [one.rows for one in self.decode]
+        if not rows or rows != sorted(set(rows)):
+            raise ValueError("decode: one entry for each number of rows, ascending")
 
     def step_us(self, rows: float, context_tok: float) -> float:
         """A decode step of ``rows`` rows with this many tokens each."""

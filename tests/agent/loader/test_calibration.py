@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.loader import calibration
+from agent.loader import serve as serving
 from agent.loader.calibration import Bounds, Calibration, Decode, Prefill, Task, Verify, fitted
 from agent.loader.fake_engine import FakeEngine, Pretence
 from agent.loader.generation import Advance, Prepared, nothing
@@ -216,10 +217,9 @@ def test_what_routing_reads_is_finite_whatever_was_measured(step: float, growth:
 # ---- in the loader's loop ----
 
 
-@pytest.fixture(autouse=True)
-def no_orphan_ends_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five seconds after the daemon has gone a loader exits, which here is the process of the tests."""
-    monkeypatch.setattr("agent.loader.serve._ORPHAN_GRACE_S", 1e6)
+# Five seconds after the daemon has gone a loader exits, which here is the process of the tests, with status 0. The
+# loader's thread may see the end of its socket after the test, so this is never undone.
+serving._ORPHAN_GRACE_S = 1e6
 
 
 class Gated(FakeEngine):
@@ -387,6 +387,21 @@ def test_a_model_that_cannot_be_timed_serves_all_the_same() -> None:
         (*_, last) = daemon.until(Calibrated)
         assert last == Calibrated(problem="ValueError")
         daemon.send(Calibrate(go=True), ask(1))
+        assert any(isinstance(frame, Accepted) for frame in daemon.until(Done))
+
+
+def test_figures_that_cannot_be_made_of_what_was_timed_do_not_end_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(_: Calibration) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Calibration, "times", impossible)
+    engine = Gated()
+    engine.let.release(10_000)
+    with loader(engine) as daemon:
+        daemon.send(Calibrate(go=True))
+        (*_, last) = daemon.until(Calibrated)
+        assert last == Calibrated(problem="ZeroDivisionError")
+        daemon.send(ask(1))
         assert any(isinstance(frame, Accepted) for frame in daemon.until(Done))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -163,6 +164,39 @@ async def test_figures_survive_a_restart_and_belong_to_one_version_and_its_setti
             assert timed(events)[0].measured_ms > measured.measured_ms
 
 
+ROW = {"rows": 1, "base_us": 900.0, "token_us": 0.1}
+TIMES: dict[str, Any] = {"prefill": [0.0, 5.0, 0.0], "decode": [ROW]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"decode": []},
+        {"decode": [ROW, ROW]},
+        {"decode": [{**ROW, "rows": 8}, ROW]},
+        {"decode": [{**ROW, "rows": 0}]},
+        {"decode": [{**ROW, "base_us": 1e308, "token_us": 1e308}]},
+        {"decode": [{**ROW, "base_us": -9.0}]},
+        {"prefill": [1e308, 1e308, 1e308]},
+        {"verify": [{"rows": 1, "tokens": 2, "us": 1e300}]},
+        {"took_us": 1 << 63},
+        {"spread_ppm": -1},
+    ],
+)
+async def test_impossible_figures_of_a_file_are_measured_again(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    """With one of them in use each view of the model would raise, and so each request fail."""
+    kept, quick = tmp_path / "step_times.json", fake(fake_step_s=1e-5, fake_row_s=0.0, fake_prefill_tps=1e6)
+    async with running(tmp_path, quick) as (pool, events):
+        await until(pool, lambda: bool(timed(events)))
+    file = json.loads(kept.read_text())
+    ((key, known),) = file["known"].items()
+    kept.write_text(json.dumps({**file, "known": {key: {**known, "measured_ms": 1, "times": {**TIMES, **wrong}}}}))
+    async with running(tmp_path, quick) as (pool, events):
+        await until(pool, lambda: bool(timed(events)))
+        assert timed(events)[0].measured_ms > 1
+        assert pool.views()
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 99}', b'{"format": 1, "known": {"x": 3}}', b"\xff" * 99])
 async def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: bytes) -> None:
     kept = tmp_path / "step_times.json"
@@ -222,12 +256,25 @@ async def test_a_model_that_dies_of_it_is_not_timed_for_ever(tmp_path: Path, tol
         for _ in range(3):
             told.clear()
             await until(pool, lambda: True in told)
-            await pool.orders.unload("a")
-            await pool.orders.load("a")
+            pid = pool.inventory.status()[0]["pid"]
+            assert isinstance(pid, int)
+            os.kill(pid, signal.SIGKILL)
+            await until(pool, lambda pid=pid: pool.inventory.status()[0]["pid"] not in (pid, None))  # type: ignore[misc]
         told.clear()
         for _ in range(10):
             await pool.maintain()
         assert True not in told
+
+
+async def test_a_model_that_is_unloaded_while_it_is_timed_is_timed_another_day(
+    tmp_path: Path, told: list[bool]
+) -> None:
+    async with running(tmp_path, fake(fake_prefill_tps=500.0)) as (pool, _):
+        for _ in range(5):
+            told.clear()
+            await until(pool, lambda: True in told)
+            await pool.orders.unload("a")
+            await pool.orders.load("a")
 
 
 async def test_figures_of_a_disturbed_machine_are_used_and_measured_again(
@@ -279,9 +326,28 @@ def test_a_node_slower_than_its_chip_is_named_with_the_likely_causes() -> None:
         sentence = expectation.warning("m", figures, hopes, "Apple M4", [])
         assert bool(sentence) == warns
         assert not warns or all(word in sentence for word in ("heat", "low power", "swap", "% below", "Apple M4"))
+    assert expectation.causes("nominal", 9, 0) == [
+        "it is hot (throttled within the last minutes): see to its fan and its place"
+    ]
     hot = expectation.causes("heavy", None, 5)
     assert "hot" in expectation.warning("m", {"decode_tps": 1.0}, hopes, "Apple M4", hot)
     assert expectation.causes("nominal", 0, 0) == expectation.causes("", None, None) == []
+
+
+@pytest.mark.parametrize(
+    ("brand", "memory_gb", "tok_s"),
+    [("M1", 16, 14), ("M1 Max", 64, 61), ("M1 Ultra", 128, 84), ("M2 Ultra", 192, 94), ("M3 Ultra", 256, 92)],
+)
+def test_a_healthy_chip_is_not_called_slow(brand: str, memory_gb: int, tok_s: float) -> None:
+    """As measured with 3.56 GiB of weights: llama.cpp discussion 4167."""
+    hopes = expectation.expected(chips.find(brand), memory_gb, int(3.56 * chips.GIB))
+    assert expectation.warning("m", {"decode_tps": tok_s}, hopes, brand, []) == ""
+    assert expectation.warning("m", {"decode_tps": tok_s / 2}, hopes, brand, []) != ""
+
+
+def test_a_small_model_is_not_expected_to_be_as_fast_as_its_weights_are_read() -> None:
+    hopes = expectation.expected(chips.find("M4 Max"), 64, 80 << 20)
+    assert expectation.warning("m", {"decode_tps": 350.0}, hopes, "M4 Max", []) == ""
 
 
 @pytest.mark.parametrize("brand", ["Intel Xeon", "", "Apple M99"])

@@ -16,7 +16,7 @@ from agent.telemetry.sensing import Sensing
 from agent.telemetry.sensors.reading import Reading, Source
 from agent.telemetry.spool import Spool
 from shared.batch import MAX_RECORDS, Batch, decode, seal, unseal
-from shared.records import EngineWindow, HostSample, OutletReading, PeerDown, Record, Resident, Served
+from shared.records import EngineWindow, Hardware, HostSample, OutletReading, PeerDown, Record, Resident, Served
 
 
 class Slow:
@@ -169,6 +169,50 @@ async def test_an_open_window_is_persisted_and_counted_once(spool: Spool) -> Non
     following = files(spool)["e00000001-0000000002.open"]
     assert kinds(following.records) == [EngineWindow, Resident], "the last window's is not in it"
     assert following.t_start_ms == sealed.t_end_ms
+
+
+DAY = sampling.DAY_MS
+
+
+@pytest.mark.parametrize(
+    ("told_ms", "began_ms", "due"),
+    [
+        (None, 0, True),
+        (0, 60_000, False),
+        (0, DAY - 1, False),
+        (DAY - 1, DAY, True),
+        (3 * DAY, 3 * DAY, False),
+        (3 * DAY, 9 * DAY + 5, True),
+        (3 * DAY, 2 * DAY, True),
+    ],
+)
+def test_a_day_is_new_in_its_first_window(told_ms: int | None, began_ms: int, due: bool) -> None:
+    assert sampling.is_new_day(told_ms, began_ms) is due
+
+
+async def test_what_the_machine_is_is_said_once_in_each_day(spool: Spool) -> None:
+    """A window over midnight is of the day before; the first that lies in a day says it, and its kept part, too."""
+
+    async def windows() -> list[Any]:
+        return []
+
+    machine, now = Hardware(model="Mac16,11", chip="Apple M4 Pro", memory_bytes=1), [DAY - 90_000]
+    one = Sampler(
+        *(spool, Ledger(), sensing(), Sources(windows, nothing, list, lambda: ())),
+        boot_id="b",
+        daily=(machine,),
+        wall_ms=lambda: now[0],
+    )
+    said: list[tuple[int, bool]] = []
+    for at_ms in (DAY - 30_000, DAY + 30_000, DAY + 90_000, DAY + 150_000, 3 * DAY, 3 * DAY + 60_000):
+        now[0] = at_ms
+        await one.keep()
+        (open_window,) = [batch for name, batch in files(spool).items() if name.endswith(".open")]
+        await one.tick()
+        batch = max(files(spool).values(), key=lambda found: found.seq)
+        said.append((batch.t_start_ms, machine in batch.records))
+        assert (machine in open_window.records) is said[-1][1]
+    assert [t_ms for t_ms, is_said in said if is_said] == [DAY - 90_000, DAY + 30_000, 3 * DAY]
 
 
 class Misspelt(Slow):
