@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import os
 import pwd
+import re
 import selectors
 import shutil
 import signal
@@ -20,6 +21,7 @@ from agent.operator.first_node import machine
 from agent.operator.first_node.bundle import Bundle, Taken
 from agent.operator.first_node.masking import Mask, masked_json
 from agent.operator.first_node.steps import Step
+from agent.operator.mac import readings
 from shared import __version__
 from shared.hosts import host_of
 
@@ -29,6 +31,7 @@ MOST_OUTPUT_BYTES = 2 << 20
 MOST_ERROR_CHARS = 600
 SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin"
 REAP_S = 2.0
+_SERIAL = re.compile(r'"IOPlatform(?:SerialNumber|UUID)" = "([^"]{6,})"')
 Progress = Callable[[str], None]
 
 
@@ -66,10 +69,16 @@ def names(config: AgentConfig) -> Mapping[str, set[str]]:
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0], config.node.id, config.node.rack}
     for node, url in configured_peers(config):
         hosts |= {node, host_of(url)}
+    hosts |= {host_of(config.store.endpoint) if config.store.endpoint else "", config.store.bucket}
     users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")} | {Path.home().name}
     with contextlib.suppress(OSError, KeyError):
         users |= {getpass.getuser(), pwd.getpwuid(os.getuid()).pw_gecos.split(",")[0]}
-    return {"host": {one for one in hosts if len(one) > 1}, "user": {one for one in users if len(one) > 1}}
+    serials = set[str]()
+    if machine.is_mac():
+        hosts |= {readings.said("scutil", "--get", name).strip() for name in ("ComputerName", "LocalHostName")}
+        serials |= set(_SERIAL.findall(readings.said("ioreg", "-r", "-d", "1", "-c", "IOPlatformExpertDevice")))
+    found = {"host": hosts, "user": users, "serial": serials}
+    return {kind: {one for one in names if len(one) > 1} for kind, names in found.items()}
 
 
 @contextlib.contextmanager

@@ -20,9 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.config import AgentConfig, Node
 from agent.operator.first_node import bundle, collect, judges, judging, masking
 from agent.operator.first_node.bundle import FORMAT, Bundle, Taken
 from agent.operator.first_node.steps import Step, steps
+from shared.bucket import Store
 from shared.errors import Refused
 from tests.agent.operator.fake_mac import PLANTED, PROGRAMS, build
 
@@ -177,6 +179,69 @@ def test_a_name_that_is_a_part_of_an_identifier_leaves_it_alone() -> None:
 def test_this_machines_names_are_masked_wherever_they_are() -> None:
     mask = masking.masker({"host": ["mini-4", "n1"], "user": ["bert", "root"]})
     assert mask("Mini-4 of bert, n1; N1 root albert n12") == "<host> of <user>, <host>; N1 root albert n12"
+
+
+ODD = r"""serial-number = <48325758 4b345137>|48325758
+kIOSerial_H2WXK4Q7TR_1|H2WXK4Q7TR
+S/N: 4711471147|4711471147
+UDID 0000813200471147|0000813200471147
+Hardware 8F2C9A41-77AB-5C3D-9E10-0A1B2C3D4E5F_x|0A1B2C3D4E5F
+en0:a4:83:e7:1b:0c:9d|a4:83
+en0:fe80::a483:e7ff:fe1b:c9d|a483
+a4-83-e7-1b-0c-9d|1b
+ether a483e71b0c9d|a483e71b0c9d
+x192.168.77.42|192.168
+[2001:db8::1]:8470|2001
+::ffff:192.168.1.5|192.168
+/Users/Bertram O'Neil/Library|Neil
+~bertram/x|bertram
+/Volumes/Berts Disk/models|Berts
+"Berts Mac mini"._mlxrack._tcp.local.|Berts
+Berts-Mac-mini.fritz.box|Berts
+no route to mini4.corp.example.com:8470|mini4
+mini.tailnet-1234.ts.net|tailnet
+op://Private/mlxrack rack/secret|rack
+op://vault/item/field|item
+dGhpcyBpcyBhIHNlY3JldCB0b2tlbiB3aXRo/c2xhc2hlcyBhbmQrcGx1cw==|c2xhc2hl
+wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY|bPxRf
+Password: correct horse battery|battery
+"password": "a\"b hunter"|hunter
+--token hunter2|hunter2
+<key>secret</key><array><string>hunter2</string></array>|hunter2
+<key>serial</key><data>SDJXWEs=</data>|SDJXWEs
+<key>serial</key><integer>4711</integer>|4711
+-----BEGIN PRIVATE KEY hunter|hunter
+https://bert:hunter2@berts/x|hunter2
+SSID: Berts Network|Berts
+J\u00fcrgen says|rgen
+h2wxk4q7tr|h2wxk4q7tr"""
+"""A line of output, and what of it may not stay."""
+
+
+@pytest.mark.parametrize("line", ODD.splitlines())
+def test_what_names_somebody_is_masked_in_odd_places(line: str) -> None:
+    text, _, planted = line.rpartition("|")
+    mask = masking.masker({"user": ["bert", "Jürgen"], "serial": ["H2WXK4Q7TR"]})
+    masked = mask(f"before {text} after\n{text}")
+    assert planted not in masked
+    assert mask(masked) == masked
+
+
+@pytest.mark.parametrize("unit", ["a", "a1", " ", "\n", "a@", "a.", ":", "serial", 'a"1', "-----BEGIN ", "op://a/"])
+def test_a_flood_is_masked_in_time_that_grows_with_it(unit: str) -> None:
+    """Where the search is quadratic this takes hours."""
+    assert masking.masked(unit * ((1 << 18) // len(unit))) is not None
+
+
+def test_a_machine_s_own_serial_and_names_are_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("ioreg", '"IOPlatformSerialNumber" = "ZZTOPQWERTY"'), ("scutil", "Jo’s Mac")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr("agent.operator.mac.readings.FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr("agent.operator.first_node.machine.PLATFORM", "darwin")
+    store = Store(kind="s3", endpoint="https://s3.berts.firm", bucket="berts-rack")
+    mask = masking.masker(collect.names(AgentConfig(node=Node(id="n1", rack="r"), store=store)))
+    assert mask("xzztopqwerty on Jo’s Mac, s3.berts.firm/berts-rack") == "x<serial> on <host>, <host>/<host>"
 
 
 # ---- archives ----
