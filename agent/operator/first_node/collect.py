@@ -18,7 +18,7 @@ from pathlib import Path
 
 from agent.config import AgentConfig, configured_peers
 from agent.operator.first_node import machine
-from agent.operator.first_node.bundle import Bundle, Taken
+from agent.operator.first_node.bundle import MOST_TEXT_BYTES, Bundle, Taken, shortened
 from agent.operator.first_node.masking import Mask, masked_json
 from agent.operator.first_node.steps import Step
 from agent.operator.mac import readings
@@ -27,7 +27,7 @@ from shared.hosts import host_of
 
 WHOLE_S = 420.0
 """All steps together; what is left is not taken."""
-MOST_OUTPUT_BYTES = 2 << 20
+MOST_OUTPUT_BYTES = MOST_TEXT_BYTES
 MOST_ERROR_CHARS = 600
 SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin"
 REAP_S = 2.0
@@ -60,8 +60,13 @@ def take(step: Step, mask: Mask, limit_s: float) -> Taken:
     began = time.monotonic()
     said, error = _run(step.name if step.argv[0] == sys.executable else step.argv[0], step.argv, limit_s)
     seconds = time.monotonic() - began
-    text = step.keep(said.decode("utf-8", "replace").replace("\0", "\n"))
-    return Taken(masked_json(text, mask) if text else "", seconds, mask(error))
+    try:
+        text = step.keep(said.decode("utf-8", "replace").replace("\0", "\n"))
+    except Exception as unlike:  # noqa: BLE001  # another shape than any version of the program has
+        text, error = "", error or f"{step.name}: unexpected output ({type(unlike).__name__})"
+    kept = shortened(masked_json(text, mask)) if text else ""
+    # before it is cut: half a secret has no form
+    return Taken(kept, round(seconds, 3), mask(error)[-MOST_ERROR_CHARS:])
 
 
 def names(config: AgentConfig) -> Mapping[str, set[str]]:
@@ -143,7 +148,7 @@ def _run(name: str, argv: Sequence[str], limit_s: float) -> tuple[bytes, str]:
                 stream.close()
     if why:
         return said, f"{name}: {why}"
-    last = complaint.decode("utf-8", "replace").strip()[-MOST_ERROR_CHARS:]
+    last = complaint.decode("utf-8", "replace").strip()
     # doctor exits 1 when it found something, and says it in its output
     if process.returncode and not (said and process.returncode == 1 and not last):
         return said, f"{name}: exit {process.returncode}{': ' if last else ''}{last}"
@@ -159,7 +164,7 @@ def _heard(process: "subprocess.Popen[bytes]", until: float) -> tuple[bytes, byt
             waiting.register(stream, selectors.EVENT_READ, name)
         while waiting.get_map():
             ready = waiting.select(max(0.0, until - time.monotonic()))
-            if not ready:
+            if not ready or time.monotonic() >= until:
                 return heard["out"], heard["err"], "did not end within its time and was ended"
             for key, _ in ready:
                 piece = os.read(key.fd, 1 << 16)

@@ -30,12 +30,19 @@ class Judge(NamedTuple):
 
 
 def verdicts(bundle: Bundle) -> list[Finding]:
-    """Every verdict, in the order of the steps."""
-    return [
+    """Every verdict, in the order of the steps. What an archive says is for terminals that obey escape sequences, too:
+    none is in a verdict."""
+    found = [
         _platform(bundle),
         *(found for one in JUDGES if (found := _judged(one, bundle.taken)) is not None),
         _steps(bundle),
     ]
+    return [one._replace(seen=printable(one.seen)) for one in found]
+
+
+def printable(text: str) -> str:
+    """On one line, without control characters."""
+    return "".join(one if one.isprintable() else " " if one in "\n\t" else "?" for one in text)
 
 
 def _judged(one: Judge, taken: Mapping[str, Taken]) -> Finding | None:

@@ -54,8 +54,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"(?i)(<key>[^<]*(?:serial|udid){_FOLLOWS}", r"\1(serial)"),
         (
             (
-                rf"(?im)^([ \t]{{0,80}}\"?(?:(?:computer|host|local ?host|user|real|full|log|boot volume|bonjour)[ _]?name"
-                rf"|owner|apple ?id)\"?{_STEP}[:=]{_STEP}\"?)[^\n\",]+"
+                rf"(?im)^([ \t]{{0,80}}\"?(?:(?:computer|host|local ?host|user|real|full|log|bonjour)[ _]?name"
+                rf"|boot volume(?: name)?|owner|apple ?id)\"?{_STEP}[:=]{_STEP}\"?)[^\n\",]+"
             ),
             r"\1<name>",
         ),

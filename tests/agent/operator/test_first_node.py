@@ -1,10 +1,12 @@
 """`doctor --first-node` on a fake Mac, `--replay` elsewhere, and archives that somebody made to do harm."""
 
+import contextlib
 import gzip
 import io
 import json
 import math
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -20,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import cli
 from agent.config import AgentConfig, Node
 from agent.operator.first_node import bundle, collect, judges, judging, masking
 from agent.operator.first_node.bundle import FORMAT, Bundle, Taken
@@ -314,6 +317,60 @@ def test_the_command_refuses_what_is_no_file_of_a_bundle(tmp_path: Path) -> None
             bundle.check_place(place)
 
 
+def headers(kind: bytes, times: int, record: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(record)
+    one = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(-(-len(record) // 512) * 512, b"\0")
+    return gzip.compress(one * times + tarfile.TarInfo(M).tobuf() + bytes(1024))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_before_headers_are_refused(kind: bytes) -> None:
+    with pytest.raises(Refused, match="not a whole"):
+        bundle.unpacked(headers(kind, 10_000, b"11 path=a\n\n"))
+
+
+def test_an_archive_cut_anywhere_is_refused_or_says_what_is_missing() -> None:
+    whole = bundle.packed(Bundle("", "", "darwin", {"smc": Taken("{}")}), "")
+    for at in range(0, len(whole) - 1, 7):
+        with pytest.raises(Refused):
+            bundle.unpacked(whole[:at])
+
+
+@pytest.mark.parametrize("number", [1e400, -1e400, math.nan, 10**400])
+def test_numbers_that_are_none_do_no_harm(number: float) -> None:
+    raw = tarred((M, manifest(steps=[{"name": "smc", "seconds": number}])))
+    with contextlib.suppress(Refused):
+        assert judges.verdicts(bundle.unpacked(raw))
+
+
+def test_an_archive_cannot_speak_to_the_terminal() -> None:
+    taken = {"smc": Taken(error="\x1b]0;x\x07\x1b[2J"), "\x1b[31m": Taken(skipped="this is not a Mac")}
+    for one in judges.verdicts(Bundle("", "\x1b[2J", "\x1b[2J", taken)):
+        assert one.seen.isprintable()
+
+
+def test_what_was_written_is_never_in_the_place_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.tmp").write_text("mine")
+    bundle.write(tmp_path / "x.tar.gz", b"1")
+    with pytest.raises(Refused, match="meanwhile"):
+        bundle.write(tmp_path / "x.tar.gz", b"2")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.tar.gz": "1", "x.tar.tmp": "mine"}
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Refused, match=r"cannot be written \(File too large\)"):
+            bundle.write(tmp_path / "x.tar.gz", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused(raw: bytes) -> None:
     for made in (raw, gzip.compress(raw), tarred((M, raw))):
@@ -356,13 +413,44 @@ def test_a_step_that_hangs_is_cut_with_all_it_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("yes 0123456789abcdef", "printed more than 2 MiB"),
+        ("yes 0123456789abcdef", "printed more than 1 MiB"),
         ("echo no 10.1.2.3 >&2; exit 3", "exit 3: no <address>"),
         ("kill -9 $$", "exit -9"),
     ],
 )
 def test_a_step_that_fails_says_why(script: str, why: str) -> None:
     assert why in collect.take(shell(script), masking.masked, 60.0).error
+
+
+@pytest.mark.parametrize("piece", [r"\377", "1.1.1.1\\n"])
+def test_whatever_a_step_floods_can_be_read_again(piece: str) -> None:
+    one = collect.take(shell(f"while :; do printf '{piece * 500}'; done"), masking.masked, 60.0)
+    assert "printed more than 1 MiB" in one.error
+    made = Bundle("", "", "darwin", {f"s-{n}": one for n in range(31)})
+    assert bundle.unpacked(bundle.packed(made, "")) == made
+
+
+def test_a_step_that_never_pauses_is_ended_at_its_limit() -> None:
+    one = collect.take(shell("while :; do echo; done"), masking.masked, 0.3)
+    assert "did not end within its time" in one.error
+
+
+def test_a_step_that_ignores_signals_is_ended() -> None:
+    one = collect.take(shell("trap '' TERM HUP INT; echo said; while :; do sleep 1; done"), masking.masked, 0.5)
+    assert (one.text, "did not end" in one.error) == ("said\n", True)
+
+
+@pytest.mark.parametrize("said", ["null", "[1]", '{"models": 3}', "[" * 900 + "]" * 900, '{"models": [null]}'])
+def test_output_of_another_shape_loses_its_own_step_only(said: str) -> None:
+    keep = next(step.keep for step in steps("", "s", 60.0) if step.name == "status")
+    one = collect.take(Step("x", ("printf", "%s", said), mac=False, keep=keep), masking.masked, 60.0)
+    assert "unexpected output" in one.error or one.text == ""
+    assert collect.take(Step("x", ("printf", "%s", said), mac=False), masking.masked, 60.0).text
+
+
+def test_an_error_is_masked_before_it_is_cut() -> None:
+    script = f"printf 'PASSWORD=%0900d' 7 >&2; printf '{'z' * 560}' >&2; exit 3"
+    assert "00007" not in collect.take(shell(script), masking.masked, 60.0).error
 
 
 def test_all_steps_together_are_bounded() -> None:
@@ -381,6 +469,18 @@ def test_an_interrupted_run_leaves_no_file(tmp_path: Path, number: int) -> None:
         process.send_signal(number)
         assert process.wait(60) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_cannot_be_used_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agent.operator.first_node.steps.steps", lambda *_: [shell("echo 1")])
+    (tmp_path / "bad.toml").write_text("bad")
+    for name, status in (("bad.toml", 0), ("none.toml", 78)):
+        options = ["--first-node", str(tmp_path / f"{name}.tar.gz"), "--config", str(tmp_path / name)]
+        assert cli.main(["doctor", *options]) == status
+    assert "going on without it" in capsys.readouterr().err
+    assert bundle.read(tmp_path / "bad.toml.tar.gz").taken["x"].text == "1"
 
 
 # ---- arithmetic ----
