@@ -21,7 +21,7 @@ from agent.operator.first_node import machine
 from agent.operator.first_node.bundle import MOST_TEXT_BYTES, Bundle, Taken, shortened
 from agent.operator.first_node.masking import Mask, masked_json
 from agent.operator.first_node.steps import Step
-from agent.operator.mac import readings
+from agent.operator.mac import network, readings
 from shared import __version__
 from shared.hosts import host_of
 
@@ -29,7 +29,7 @@ WHOLE_S = 420.0
 """All steps together; what is left is not taken."""
 MOST_OUTPUT_BYTES = MOST_TEXT_BYTES
 MOST_ERROR_CHARS = 600
-SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin"
+SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin:" + network.FIREWALL_FOLDER
 REAP_S = 2.0
 _SERIAL = re.compile(r'"IOPlatform(?:SerialNumber|UUID)" = "([^"]{6,})"')
 Progress = Callable[[str], None]
@@ -130,6 +130,7 @@ def _run(name: str, argv: Sequence[str], limit_s: float) -> tuple[bytes, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=dict(os.environ) if argv[0] == sys.executable else {**os.environ, "LC_ALL": "C"},
         )
     except OSError as error:
         return b"", f"{name}: {error.strerror or type(error).__name__}"

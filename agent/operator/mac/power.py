@@ -109,6 +109,24 @@ def _command(wanted: Sequence[Wanted]) -> str:
     return f"`sudo pmset -a {' '.join(f'{one.name} {one.value}' for one in wanted)}`"
 
 
+def awake(assertions: str, held_by: int | None) -> Finding:
+    """What `pmset -g assertions` says of sleep while the agent runs, whose own assertion the process ``held_by`` holds
+    (None where no agent says that it holds one)."""
+    system = dict(re.findall(r"^\s*(Prevent(?:UserIdle)?SystemSleep)\s+(\d+)\s*$", assertions, re.MULTILINE))
+    held = re.findall(r"^\s*pid (\d+)\((.{1,60}?)\): .*?\bPrevent(?:UserIdle)?SystemSleep\b", assertions, re.MULTILINE)
+    by = ", ".join(dict.fromkeys(name for _, name in held)) or "nobody"
+    if not system:
+        return Finding("power assertions", "warning", "`pmset -g assertions` does not say what prevents sleep")
+    if held_by is None:
+        kept = "1" in system.values()
+        seen = f"kept awake by {by}" if kept else "nothing keeps it awake now"
+        return Finding("power assertions", "ok", f"{seen}; no running agent says that it does")
+    if str(held_by) in {pid for pid, _ in held}:
+        return Finding("power assertions", "ok", f"macOS lists the agent's caffeinate (kept awake by {by})")
+    seen = f"the agent says that process {held_by} keeps it awake, and macOS does not list it (kept awake by {by})"
+    return Finding("power assertions", "warning", seen)
+
+
 def filevault(status: str, *, restarts: str = "") -> Finding:
     """What `fdesetup status` says; ``restarts`` is what `fdesetup supportsauthrestart` says."""
     said = status.lower()

@@ -27,9 +27,10 @@ from agent.config import AgentConfig, Node
 from agent.operator.first_node import bundle, collect, judges, judging, masking
 from agent.operator.first_node.bundle import FORMAT, Bundle, Taken
 from agent.operator.first_node.steps import Step, steps
+from agent.operator.mac import network
 from shared.bucket import Store
 from shared.errors import Refused
-from tests.agent.operator.fake_mac import PLANTED, PROGRAMS, build
+from tests.agent.operator.fake_mac import ASSERTIONS, PLANTED, PROGRAMS, build
 
 AGENT = (sys.executable, "-P", "-m", "agent")
 Ran = tuple[Path, list[dict[str, str]], str]
@@ -85,9 +86,59 @@ def test_a_whole_mac_is_judged_by_what_it_said(runs: dict[str, Ran]) -> None:
     assert of(found, "GPU statistics") == ("ok", "busy 37 %, 2.5 GB in use")
     assert of(found, "launchd") == ("ok", "state running, runs 3, last exit code 0")
     assert "0 of 64 tokens differ" in of(found, "answers")[1]
+    assert of(found, "versions")[0] == "ok"
+    assert of(found, "macOS") == ("ok", "macOS 27.0")
+    assert of(found, "hardware") == ("ok", "Mac16,10, Apple M4")
+    assert "M4" in of(found, "chip")[1]
+    assert of(found, "power assertions") == ("ok", "kept awake by caffeinate; no running agent says that it does")
+    assert of(found, "GPU memory")[0] == "warning"
     if os.geteuid() == 0:
         assert of(found, "powermetrics") == ("ok", "1 samples; the chip draws 2.80 W")
     assert "smc: " in progress, "each step with its time"
+
+
+def test_doctor_and_the_archive_judge_settings_alike(runs: dict[str, Ran]) -> None:
+    path, found, _ = runs["whole"]
+    inner = json.loads(bundle.read(path).taken["doctor"].text)
+    for what in ("sleep", "power loss", "energy mode", "FileVault", "firewall"):
+        assert of(found, what) == of(inner, what)
+    assert of(found, "sleep")[0] == of(found, "FileVault")[0] == of(found, "firewall")[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("pid", "verdict", "words"),
+    [(4711, "ok", "lists the agent's caffeinate"), (4712, "warning", "does not list it"), (None, "ok", "no running")],
+)
+def test_what_the_agent_says_of_sleep_is_compared_with_macos(pid: int | None, verdict: str, words: str) -> None:
+    state = {"state": "held" if pid else "not_held", "pid": pid, "problem": "" if pid else "it ended"}
+    texts = {"pmset-assertions": ASSERTIONS, "status": json.dumps({"models": [], "awake": state})}
+    found = judges.verdicts(Bundle("", "", "darwin", {name: Taken(text) for name, text in texts.items()}))
+    by = {one.what: one for one in found}
+    assert (by["power assertions"].verdict, words in by["power assertions"].seen) == (verdict, True)
+    assert by["awake"].verdict == ("ok" if pid else "warning")
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "verdict"),
+    [
+        ("sw-vers", "ProductVersion: 13.6.1\n", "problem"),
+        ("sw-vers", "ProductVersion:\t14\n", "ok"),
+        ("sw-vers", "nothing", "warning"),
+        ("hardware", "Modellkennung: Mac16,10\n", "warning"),
+        ("hardware", "      Model Identifier: Mac16,10\n", "ok"),
+    ],
+)
+def test_each_version_and_name_has_a_verdict(step: str, text: str, verdict: str) -> None:
+    found = judges.verdicts(Bundle("", "", "darwin", {step: Taken(text)}))
+    assert [one.verdict for one in found if one.what in ("macOS", "hardware")] == [verdict]
+
+
+def test_names_in_the_output_of_settings_are_not_kept() -> None:
+    keep = {step.name: step.keep for step in steps("", "s", 60.0)}
+    listed = "1 : /Applications/Diary.app\n(Allow incoming connections)\n2 : /opt/python3\n(Block incoming connections)"
+    assert network.apps(keep["firewall-apps"](listed)) == [network.App("/opt/python3", False)]
+    assert "bertram" not in keep["filevault"]("Deferred enablement appears to be active for user 'bertram'.")
+    assert "berts" not in keep["pmset-assertions"](ASSERTIONS)
 
 
 def test_a_broken_mac_says_so_in_words(runs: dict[str, Ran]) -> None:
@@ -388,7 +439,8 @@ json_values = st.recursive(
 @given(st.text(max_size=60) | json_values.map(json.dumps))
 def test_whatever_a_step_is_said_to_have_printed_there_is_a_verdict(text: str) -> None:
     taken = {step.name: Taken(text) for step in steps("c", "s", 60.0)}
-    assert len(judges.verdicts(Bundle("", "", "darwin", taken))) == len(judges.JUDGES) + 2
+    found = {one.what for one in judges.verdicts(Bundle("", "", "darwin", taken))}
+    assert found >= {*(one.what for one in judges.JUDGES), "platform", "steps", "sleep", "FileVault", "firewall"}
 
 
 # ---- steps ----

@@ -4,7 +4,6 @@ published outputs; the values are made up."""
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from agent.config import AgentConfig, Node
 from agent.operator import doctor, mac_checks
 from agent.operator.checks import Finding
+from agent.operator.first_node import machine
 from agent.operator.mac import network, power, readings
 from agent.operator.resolved import Resolver
 from agent.process.gpu import Device
@@ -326,7 +326,7 @@ def test_doctor_says_whether_the_agent_keeps_the_machine_awake(
 
 
 def test_doctor_asks_a_mac_for_its_settings(mac: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "PLATFORM", "darwin")
     config = AgentConfig(node=Node(id="n1", rack="r"))
     device = Device(recommended_bytes=None, reason="")
     found = doctor._mac(config, Resolver({}, "this shell"), device, {}, to_look_at=False)
