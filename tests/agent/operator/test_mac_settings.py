@@ -159,6 +159,18 @@ def test_disablesleep_counts_as_never() -> None:
     assert verdicts(power.judge(live, ""))["sleep"] == "ok"
 
 
+def test_stored_settings_without_sleep_leave_it_to_the_live_ones() -> None:
+    assert "after 10 min" in seen(power.judge(" Currently in use:\n sleep 10\n", "AC Power:\n womp 1\n"), "sleep")
+
+
+@pytest.mark.parametrize("unit", [" ", "a ", "\n", "pid 1("])
+def test_a_flood_is_judged_in_time_that_grows_with_it(unit: str) -> None:
+    """Where the search is quadratic this takes hours."""
+    text = "a" + unit * (1 << 20)
+    assert list(power.judge(text, text))
+    assert power.awake(text, 1).verdict == "warning"
+
+
 def test_a_pmset_that_says_nothing_is_no_good_news() -> None:
     (found,) = power.judge("", "")
     assert (found.verdict, "look at System Settings, Energy" in found.seen) == ("warning", True)
@@ -173,6 +185,8 @@ def test_a_pmset_that_says_nothing_is_no_good_news() -> None:
         ("FileVault is Off.\nEncryption in progress: Percent completed = 3", "warning", "being encrypted"),
         ("FileVault is Off.\nDeferred enablement appears to be active for user 'a'.", "warning", "at the next login"),
         ("", "warning", "does not say"),
+        ("FileVault is Off, but will be enabled after the next restart.", "warning", "at the next restart"),
+        ("Encryption paused: Percent completed = 33\nFileVault is On.", "warning", "being encrypted"),
     ],
 )
 def test_filevault(status: str, verdict: str, words: str) -> None:
