@@ -21,7 +21,7 @@ FORMAT = 1
 MOST_FILE_BYTES = 4 << 20
 MOST_BYTES = 32 << 20
 MOST_FILES = 100
-MOST_TEXT_BYTES = 1 << 20
+MOST_TEXT_BYTES = 768 << 10
 """Of one step, so that all of them together can be read again."""
 _TOP = "first-node/"
 _MEMBER = re.compile(r"first-node/([a-z0-9-]{1,40})\.(txt|json)")

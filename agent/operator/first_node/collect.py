@@ -176,7 +176,7 @@ def _heard(process: "subprocess.Popen[bytes]", until: float) -> tuple[bytes, byt
                 return (
                     heard["out"][:MOST_OUTPUT_BYTES],
                     b"",
-                    f"printed more than {MOST_OUTPUT_BYTES >> 20} MiB and was ended",
+                    f"printed more than {MOST_OUTPUT_BYTES >> 10} KiB and was ended",
                 )
     try:
         process.wait(max(0.1, until - time.monotonic()))

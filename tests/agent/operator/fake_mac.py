@@ -14,7 +14,7 @@ from agent.operator import install
 from agent.operator.first_node import machine
 machine.PLATFORM = "darwin"
 machine.LIBRARY = machine.IOKIT = os.environ["FAKE_MAC_LIBRARY"]
-machine.ENERGY_S, machine.SAMPLED_S = 1.6, 0.1
+machine.ENERGY_S, machine.SAMPLED_S = 0.6, 0.1
 install.DAEMON_PLIST = Path(os.environ["FAKE_MAC_PLIST"])
 if "--first-node" in sys.orig_argv and "FAKE_STALLED" in os.environ:
     from agent.operator.first_node import steps

@@ -465,7 +465,7 @@ def test_a_step_that_hangs_is_cut_with_all_it_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("yes 0123456789abcdef", "printed more than 1 MiB"),
+        ("yes 0123456789abcdef", "printed more than 768 KiB"),
         ("echo no 10.1.2.3 >&2; exit 3", "exit 3: no <address>"),
         ("kill -9 $$", "exit -9"),
     ],
@@ -477,8 +477,9 @@ def test_a_step_that_fails_says_why(script: str, why: str) -> None:
 @pytest.mark.parametrize("piece", [r"\377", "1.1.1.1\\n"])
 def test_whatever_a_step_floods_can_be_read_again(piece: str) -> None:
     one = collect.take(shell(f"while :; do printf '{piece * 500}'; done"), masking.masked, 60.0)
-    assert "printed more than 1 MiB" in one.error
-    made = Bundle("", "", "darwin", {f"s-{n}": one for n in range(31)})
+    assert "printed more than 768 KiB" in one.error
+    assert (len(steps("", "", 60.0)) + 1) * bundle.MOST_TEXT_BYTES < bundle.MOST_BYTES
+    made = Bundle("", "", "darwin", {"s": one})
     assert bundle.unpacked(bundle.packed(made, "")) == made
 
 
