@@ -43,7 +43,8 @@ def service(user: str = "") -> Service | str:
     except KeyError:
         how = "create it (docs/operating.md, Prepare a Mac), or name another: `doctor --as-service USER`"
         return f"user {name} does not exist; {how}"
-    variables = {str(key): str(value) for key, value in plist.get("EnvironmentVariables", {}).items()}
+    given = plist.get("EnvironmentVariables")
+    variables = {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else {}
     why = f"as {install.DAEMON_PLIST} says" if plist else "no service is installed; as `install` would"
     return Service(name, entry.pw_uid, entry.pw_gid, variables or {"HOME": entry.pw_dir, "PATH": _PATH}, why)
 
@@ -100,7 +101,9 @@ def _asked(config: Path, found: Service) -> list[Finding]:
     except subprocess.TimeoutExpired:
         return [Finding("secrets", "problem", f"not answered within {LIMIT_S:.0f} s: `security` or `op` waits")]
     try:
-        return [Finding(**one) for one in json.loads(run.stdout)]
+        if not (findings := [Finding(**one) for one in json.loads(run.stdout)]):
+            raise ValueError
+        return findings
     except (ValueError, TypeError):
         lines = [line.strip() for line in run.stderr.splitlines()] or [f"exit status {run.returncode}"]
         seen = " ".join(lines[-_MOST_LINES:]).removeprefix("mlxrack-agent: ")

@@ -34,7 +34,7 @@ def add(outer: Outer, load: Load, located: Callable[[argparse.Namespace], Path],
         if args.as_service is not None:
             return _as_service(args, located(args))
         if args.first_node is not None:
-            return first_node.first_node(args, *load(args), located(args), _shown)
+            return first_node.first_node(args, load, located(args), _shown)
         return (_in_place if args.in_place else _doctor)(args, *load(args), places)
 
     doctor = outer("doctor", text, looked)

@@ -21,6 +21,7 @@ from agent.mesh.signing import RackKeys
 from agent.operator import checks, install, mac_checks, state_folder
 from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
 from agent.operator.facts import budget_of, gather
+from agent.operator.first_node import machine
 from agent.operator.mac import readings
 from agent.operator.resolved import Resolver, resolver
 from agent.operator.statusview import talks_text
@@ -52,7 +53,7 @@ def examine(
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         _blas(),
-        checks.chip(hardware(), on_a_mac=sys.platform == "darwin"),
+        checks.chip(hardware(), on_a_mac=machine.is_mac()),
         *_memory(budget, device),
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
@@ -291,7 +292,7 @@ def _mac(
     to_look_at: bool,
 ) -> Iterator[Finding]:
     facts = None
-    if sys.platform == "darwin":
+    if machine.is_mac():
         facts = mac_checks.MacFacts(
             sources=sources,
             gpu_bytes=device.recommended_bytes,

@@ -78,19 +78,21 @@ def _metal(facts: MacFacts) -> tuple[bool, str] | None:
     return source.startswith(("recommended", "configured")), f"the running service's memory budget is {source}"
 
 
-def _gpu(facts: MacFacts) -> tuple[bool, str] | None:
-    if facts.gpu_bytes is None:
+def gpu(recommended_bytes: int | None) -> tuple[bool, str]:
+    """Whether the GPU says how much of the memory it may have."""
+    if not recommended_bytes:
         return False, "Metal reports no recommended working set; is this a virtual machine?"
-    return True, f"Metal recommends {facts.gpu_bytes / 1e9:.1f} GB for models"
+    return True, f"Metal recommends {recommended_bytes / 1e9:.1f} GB for models"
 
 
-def _plans(facts: MacFacts) -> tuple[bool, str] | None:
-    models = (facts.status or {}).get("models", ())
+def plans(models: Sequence[Mapping[str, Any]]) -> tuple[bool, str] | None:
+    """How far the models' memory is from its plan, the worst of them; None where none was measured."""
     errors = [one["plan_error_ppm"] / 1e6 for one in models if one["plan_error_ppm"] is not None]
     if not errors:
         return None
     worst = max(errors, key=abs)
-    return abs(worst) <= PLAN_ERROR, f"the largest difference between memory and plan is {worst:+.1%}"
+    seen = f"the largest difference between memory and plan is {worst:+.1%} ({len(errors)} models)"
+    return abs(worst) <= PLAN_ERROR, seen
 
 
 def _unknown(_: MacFacts) -> tuple[bool, str] | None:
@@ -107,8 +109,12 @@ _CHECKS: tuple[tuple[str, Callable[[MacFacts], tuple[bool, str] | None], str], .
     ("memory", _unknown, "host_statistics64, vm.swapusage and the pressure level agree with Activity Monitor"),
     ("launchd", service, "launchd waits ExitTimeOut before SIGKILL, and its output file is cut in place"),
     ("answers", _unknown, "MLX's Metal build gives the same answers as the CPU build in the tests"),
-    ("GPU memory", _gpu, "the GPU's recommended working set is reported"),
+    ("GPU memory", lambda facts: gpu(facts.gpu_bytes), "the GPU's recommended working set is reported"),
     ("footprint", _unknown, "proc_pid_rusage's physical footprint agrees with Activity Monitor"),
-    ("memory plan", _plans, "it holds with Metal's fused attention and buffer cache (PLAN ERROR in `status`)"),
+    (
+        "memory plan",
+        lambda facts: plans((facts.status or {}).get("models", ())),
+        "it holds with Metal's fused attention and buffer cache (PLAN ERROR in `status`)",
+    ),
 )
 """What, how it is decided, and what to look at where it cannot be."""

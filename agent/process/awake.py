@@ -15,6 +15,8 @@ from shared.logs import get_logger
 COMMAND = ("/usr/bin/caffeinate", "-i", "-s", "-w", str(os.getpid()))
 """-i against idle sleep, -s against sleep on mains power; the display may sleep, and disks as `pmset` says."""
 FIRST_DELAY_S, MOST_DELAY_S = 1.0, 60.0
+END_S = 2.0
+"""After SIGTERM, and again after SIGKILL."""
 STEADY_S = 60.0
 """A program that ran for so long is started again at once."""
 
@@ -94,8 +96,19 @@ class Awake:
         finally:
             if process.returncode is None:
                 process.terminate()
-                await process.wait()
+                await _ended(process)
         return f"{self._command[0]} ended with status {status}"
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Wait, for a bounded time: a program that hangs must not hold the agent's own end."""
+    for end in (process.kill, None):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), END_S)
+            return
+        if end is not None:
+            with contextlib.suppress(ProcessLookupError):
+                end()
 
 
 def of_this_machine() -> Awake:

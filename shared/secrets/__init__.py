@@ -18,6 +18,8 @@ from shared.secrets.commands import from_keychain, from_op
 
 LEAST_CHARS, LEAST_DISTINCT = 32, 8
 _MOST_BYTES = 64 << 10
+_OTHERS = stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH
+"""Who can write a secret can choose it."""
 _PLACEHOLDERS = re.compile(
     r"change.?me|replace.?(?:me|this|it|with)|(?:my|your).?(?:secret|key)|passwor[dt]|passwd|example"
 )
@@ -37,6 +39,8 @@ _LEAST_REPEATED = 10
 
 def resolve(reference: str, environ: Mapping[str, str]) -> str:
     """The secret behind ``reference``. Raises Halt with the reference, never the value."""
+    if "\0" in reference:
+        raise Halt("secret: invalid reference; it holds a NUL character", code="no_secret")
     if reference.startswith("env:"):
         if not (value := environ.get(reference[4:], "")):
             raise Halt(f"secret {reference}: the environment variable is not set", code="no_secret")
@@ -101,10 +105,10 @@ def _on_keyboard(secret: str) -> int:
 
 def _from_file(reference: str) -> str:
     try:
-        text = read_file(Path(reference[5:]), _MOST_BYTES, unless_mode=stat.S_IRGRP | stat.S_IROTH).decode()
+        text = read_file(Path(reference[5:]), _MOST_BYTES, unless_mode=_OTHERS).decode()
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, PermissionError) and error.errno is None:
-            why = "the file is readable by group or others; chmod 600 it"
+            why = "the file is writable or readable by group or others; chmod 600 it"
         else:
             why = f"cannot be read ({(isinstance(error, OSError) and error.strerror) or type(error).__name__})"
         raise Halt(f"secret {reference}: {why}", code="no_secret") from None

@@ -114,6 +114,8 @@ def token_in(reference: str, file: Path) -> str:
         os.close(descriptor)
     if not (token := text.strip()):
         raise _halt(reference, f"{file} is empty; make it again: `{placing(file)}`")
+    if any(one.isspace() or not one.isprintable() for one in token):
+        raise _halt(reference, f"{file} holds more than one word; make it again: `{placing(file)}`")
     return token
 
 

@@ -194,6 +194,8 @@ def _linked_folder(file: Path) -> None:
         (lambda file: place(file, mode=0o600), "has mode 0600, not 0400"),
         (lambda file: place(file, mode=0o440), "has mode 0440"),
         (lambda file: place(file, token=" "), "is empty"),
+        (lambda file: place(file, token="ops_a\nops_b"), "holds more than one word"),
+        (lambda file: place(file, token="ops_a\0"), "holds more than one word"),
         (lambda file: file.mkdir(parents=True), "not a regular file"),
         (_fifo, "not a regular file"),
         (_link, "is a link"),
@@ -234,3 +236,18 @@ def test_the_command_that_puts_a_token_puts_one_that_is_taken(programs: Path, mo
     owner = "-o root" if os.geteuid() == 0 else f"-o {me}"
     follow(f"`{commands.placing(commands.OP_TOKEN, me).replace('-o root', owner)}`", programs, TOKEN + "\n")
     assert resolve(REFERENCE, paths(programs)) == VALUE
+
+
+@pytest.mark.parametrize("reference", ["file:/a\0b", "keychain:a\0b", "op://a\0b/c/d"])
+def test_a_reference_that_no_program_can_take_is_said(reference: str) -> None:
+    with pytest.raises(Halt, match="NUL"):
+        resolve(reference, {"PATH": "/bin"})
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o622])
+def test_a_secret_that_others_can_replace_is_refused(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "secret"
+    file.write_text("x")
+    file.chmod(mode)
+    with pytest.raises(Halt, match="writable"):
+        resolve(f"file:{file}", {})

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -20,9 +21,10 @@ FORMAT = 1
 MOST_FILE_BYTES = 4 << 20
 MOST_BYTES = 32 << 20
 MOST_FILES = 100
+MOST_TEXT_BYTES = 768 << 10
+"""Of one step, so that all of them together can be read again."""
 _TOP = "first-node/"
 _MEMBER = re.compile(r"first-node/([a-z0-9-]{1,40})\.(txt|json)")
-_DAMAGED = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, gzip.zlib.error)  # type: ignore[attr-defined]
 
 
 class Taken(NamedTuple):
@@ -84,13 +86,29 @@ def packed(bundle: Bundle, verdicts: str) -> bytes:
     return whole.getvalue()
 
 
+def shortened(text: str) -> str:
+    """At most ``MOST_TEXT_BYTES`` of it, in whole lines where it has some: half a word is not masked."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= MOST_TEXT_BYTES:
+        return raw.decode()
+    kept = raw[:MOST_TEXT_BYTES].decode("utf-8", "ignore")
+    return kept[: kept.rfind("\n") + 1] or kept
+
+
 def write(path: Path, body: bytes) -> None:
-    """Whole or not at all, for its owner alone. Raises OSError."""
+    """Whole or not at all, for its owner alone, and never in the place of another file. Raises Refused."""
+    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.tmp")
     try:
-        write_whole(path, body)
-    except BaseException:
-        path.with_suffix(".tmp").unlink(missing_ok=True)
-        raise
+        write_whole(temporary.with_suffix(".whole"), body)
+        if os.path.lexists(path):
+            raise Refused(f"{path}: somebody has made it meanwhile; nothing was written")
+        os.rename(temporary.with_suffix(".whole"), path)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise Refused(f"{path}: cannot be written ({why}); name a file on another volume, and run it again") from None
+    finally:
+        for left in (temporary, temporary.with_suffix(".whole")):
+            left.unlink(missing_ok=True)
 
 
 def check_place(path: Path) -> None:
@@ -131,11 +149,14 @@ def unpacked(raw: bytes) -> Bundle:
         raise Refused(f"its format is {said}, and this version reads format {FORMAT}; {remedy}")
     try:
         manifest = msgspec.convert(tree, _Manifest)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:
         raise Refused(f"a damaged bundle: its manifest is wrong: {error}") from None
     taken = {
         one.name: Taken(
-            files.get(one.file, "") if one.file else "", one.seconds, one.error or _missing(one, files), one.skipped
+            files.get(one.file, "") if one.file else "",
+            one.seconds if math.isfinite(one.seconds) else 0.0,
+            one.error or _missing(one, files),
+            one.skipped,
         )
         for one in manifest.steps
     }
@@ -158,7 +179,9 @@ def _files(raw: bytes) -> dict[str, str]:
             while (member := archive.next()) is not None:
                 body = _body(archive, member, found)
                 found[member.name.removeprefix(_TOP)] = body.decode("utf-8", "replace")
-    except _DAMAGED as error:
+    except Refused:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever tarfile does about headers that somebody made to do harm
         raise Refused(f"no bundle: not a whole .tar.gz ({type(error).__name__})") from None
     return found
 

@@ -1,14 +1,18 @@
 """`doctor --first-node [FILE]` and `doctor --replay FILE`."""
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from agent.config import AgentConfig, Node
 from agent.operator.checks import Finding
+from shared.errors import RackError
 
+Load = Callable[[argparse.Namespace], tuple[AgentConfig, Path]]
 Show = Callable[[argparse.Namespace, list[Finding]], int]
 """Prints findings and returns the exit status."""
 
@@ -26,22 +30,31 @@ def replay(args: argparse.Namespace, show: Show) -> int:
     from agent.operator.first_node import bundle, judges
 
     found = bundle.read(Path(args.replay))
-    print(f"{args.replay}: made {found.made} by mlxrack {found.version}", file=sys.stderr)
+    made = judges.printable(f"made {found.made} by mlxrack {found.version}")
+    print(f"{args.replay}: {made}", file=sys.stderr)
     return show(args, judges.verdicts(found))
 
 
-def first_node(args: argparse.Namespace, config: Any, state: Path, located: Path | None, show: Show) -> int:
-    """Take every step, write the archive and say the verdicts."""
+def first_node(args: argparse.Namespace, load: Load, located: Path, show: Show) -> int:
+    """Take every step, write the archive and say the verdicts. A configuration that this user cannot read, or that is
+    wrong, is in the archive as such: it shows nothing of the machine."""
     from agent.operator.first_node import bundle, collect, judges, masking, steps
     from agent.operator.statusview import table
 
+    there = _is_there(located)
+    try:
+        config, state = load(args)
+    except RackError as error:
+        if not there:
+            raise
+        print(f"{error.message}; going on without it", file=sys.stderr)
+        config = AgentConfig(node=Node(id="node", rack="rack"))
+        state = Path(tempfile.gettempdir(), "mlxrack-no-state")
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     path = Path(args.first_node or f"mlxrack-{config.node.id}-{stamp}.tar.gz").expanduser()
     bundle.check_place(path)
     mask = masking.masker(collect.names(config))
-    taking = steps.steps(
-        str(located.absolute()) if located is not None and located.exists() else "", str(state), config.limits.drain_s
-    )
+    taking = steps.steps(str(located.absolute()) if there else "", str(state), config.limits.drain_s)
     with collect.ended_by_signals():
         taken = collect.collect(taking, mask, lambda line: print(line, file=sys.stderr, flush=True))
         found = judges.verdicts(taken)
@@ -51,3 +64,14 @@ def first_node(args: argparse.Namespace, config: Any, state: Path, located: Path
     masked = "names, serial numbers, addresses and secrets are masked; look into it before you send it"
     print(f"{path}: {len(body) / 1000:.0f} kB; {masked}: tar -xzOf {path} | less", file=sys.stderr)
     return show(args, found)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether or not this user may read it, or enter its folder."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True

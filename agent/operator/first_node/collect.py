@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import os
 import pwd
+import re
 import selectors
 import shutil
 import signal
@@ -17,18 +18,20 @@ from pathlib import Path
 
 from agent.config import AgentConfig, configured_peers
 from agent.operator.first_node import machine
-from agent.operator.first_node.bundle import Bundle, Taken
+from agent.operator.first_node.bundle import MOST_TEXT_BYTES, Bundle, Taken, shortened
 from agent.operator.first_node.masking import Mask, masked_json
 from agent.operator.first_node.steps import Step
+from agent.operator.mac import network, readings
 from shared import __version__
 from shared.hosts import host_of
 
 WHOLE_S = 420.0
 """All steps together; what is left is not taken."""
-MOST_OUTPUT_BYTES = 2 << 20
+MOST_OUTPUT_BYTES = MOST_TEXT_BYTES
 MOST_ERROR_CHARS = 600
-SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin"
+SYSTEM_FOLDERS = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/homebrew/bin:/usr/local/bin:" + network.FIREWALL_FOLDER
 REAP_S = 2.0
+_SERIAL = re.compile(r'"IOPlatform(?:SerialNumber|UUID)" = "([^"]{6,})"')
 Progress = Callable[[str], None]
 
 
@@ -57,8 +60,13 @@ def take(step: Step, mask: Mask, limit_s: float) -> Taken:
     began = time.monotonic()
     said, error = _run(step.name if step.argv[0] == sys.executable else step.argv[0], step.argv, limit_s)
     seconds = time.monotonic() - began
-    text = step.keep(said.decode("utf-8", "replace").replace("\0", "\n"))
-    return Taken(masked_json(text, mask) if text else "", seconds, mask(error))
+    try:
+        text = step.keep(said.decode("utf-8", "replace").replace("\0", "\n"))
+    except Exception as unlike:  # noqa: BLE001  # another shape than any version of the program has
+        text, error = "", error or f"{step.name}: unexpected output ({type(unlike).__name__})"
+    kept = shortened(masked_json(text, mask)) if text else ""
+    # before it is cut: half a secret has no form
+    return Taken(kept, round(seconds, 3), mask(error)[-MOST_ERROR_CHARS:])
 
 
 def names(config: AgentConfig) -> Mapping[str, set[str]]:
@@ -66,10 +74,16 @@ def names(config: AgentConfig) -> Mapping[str, set[str]]:
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0], config.node.id, config.node.rack}
     for node, url in configured_peers(config):
         hosts |= {node, host_of(url)}
+    hosts |= {host_of(config.store.endpoint) if config.store.endpoint else "", config.store.bucket}
     users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")} | {Path.home().name}
     with contextlib.suppress(OSError, KeyError):
         users |= {getpass.getuser(), pwd.getpwuid(os.getuid()).pw_gecos.split(",")[0]}
-    return {"host": {one for one in hosts if len(one) > 1}, "user": {one for one in users if len(one) > 1}}
+    serials = set[str]()
+    if machine.is_mac():
+        hosts |= {readings.said("scutil", "--get", name).strip() for name in ("ComputerName", "LocalHostName")}
+        serials |= set(_SERIAL.findall(readings.said("ioreg", "-r", "-d", "1", "-c", "IOPlatformExpertDevice")))
+    found = {"host": hosts, "user": users, "serial": serials}
+    return {kind: {one for one in names if len(one) > 1} for kind, names in found.items()}
 
 
 @contextlib.contextmanager
@@ -116,6 +130,7 @@ def _run(name: str, argv: Sequence[str], limit_s: float) -> tuple[bytes, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=dict(os.environ) if argv[0] == sys.executable else {**os.environ, "LC_ALL": "C"},
         )
     except OSError as error:
         return b"", f"{name}: {error.strerror or type(error).__name__}"
@@ -134,7 +149,7 @@ def _run(name: str, argv: Sequence[str], limit_s: float) -> tuple[bytes, str]:
                 stream.close()
     if why:
         return said, f"{name}: {why}"
-    last = complaint.decode("utf-8", "replace").strip()[-MOST_ERROR_CHARS:]
+    last = complaint.decode("utf-8", "replace").strip()
     # doctor exits 1 when it found something, and says it in its output
     if process.returncode and not (said and process.returncode == 1 and not last):
         return said, f"{name}: exit {process.returncode}{': ' if last else ''}{last}"
@@ -150,7 +165,7 @@ def _heard(process: "subprocess.Popen[bytes]", until: float) -> tuple[bytes, byt
             waiting.register(stream, selectors.EVENT_READ, name)
         while waiting.get_map():
             ready = waiting.select(max(0.0, until - time.monotonic()))
-            if not ready:
+            if not ready or time.monotonic() >= until:
                 return heard["out"], heard["err"], "did not end within its time and was ended"
             for key, _ in ready:
                 piece = os.read(key.fd, 1 << 16)
@@ -161,7 +176,7 @@ def _heard(process: "subprocess.Popen[bytes]", until: float) -> tuple[bytes, byt
                 return (
                     heard["out"][:MOST_OUTPUT_BYTES],
                     b"",
-                    f"printed more than {MOST_OUTPUT_BYTES >> 20} MiB and was ended",
+                    f"printed more than {MOST_OUTPUT_BYTES >> 10} KiB and was ended",
                 )
     try:
         process.wait(max(0.1, until - time.monotonic()))

@@ -1,20 +1,27 @@
 """What a bundle says, in words: each judge takes what steps printed and returns a verdict. The same for a machine that
 was just looked at and for an archive that is replayed, so a corrected parser changes the verdict of an old archive."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from agent.operator import mac_checks
+from agent.operator import checks, mac_checks
 from agent.operator.checks import Finding, Verdict
 from agent.operator.first_node.bundle import Bundle, Taken
 from agent.operator.first_node.judging import answers, energy, gpu, host_statistics, launchd
+from agent.operator.mac import power
+from agent.operator.mac.settings import QUESTIONS, judge
 from agent.telemetry.sensors import macmon, powermetrics, smc, sysctl, vm
 from agent.telemetry.sensors.chip import of_smc
 from agent.telemetry.sensors.thermal import level_of_state, parse_notifyutil
 from agent.telemetry.sensors.throttle import LEVELS
+from shared.records import Hardware
 
 Said = tuple[Verdict, str]
+OLDEST = 14
+"""macOS, of the wheels that this program is pinned to."""
 SLOW_S = 1.0
 """A collector that takes this long every two seconds costs the agent more than it should."""
 AGREE = 0.1
@@ -30,12 +37,20 @@ class Judge(NamedTuple):
 
 
 def verdicts(bundle: Bundle) -> list[Finding]:
-    """Every verdict, in the order of the steps."""
-    return [
+    """Every verdict, in the order of the steps. What an archive says is for terminals that obey escape sequences, too:
+    none is in a verdict."""
+    found = [
         _platform(bundle),
         *(found for one in JUDGES if (found := _judged(one, bundle.taken)) is not None),
+        *_settings(bundle.taken),
         _steps(bundle),
     ]
+    return [one._replace(seen=printable(one.seen)) for one in found]
+
+
+def printable(text: str) -> str:
+    """On one line, without control characters."""
+    return "".join(one if one.isprintable() else " " if one in "\n\t" else "?" for one in text)
 
 
 def _judged(one: Judge, taken: Mapping[str, Taken]) -> Finding | None:
@@ -69,14 +84,86 @@ def _steps(bundle: Bundle) -> Finding:
     return Finding("steps", "warning" if cut else "ok", f"{seen}; cut: {', '.join(cut)}" if cut else seen)
 
 
+def _settings(taken: Mapping[str, Taken]) -> Iterator[Finding]:
+    """As `doctor` judges them. A program that fails says nothing, to both."""
+    said = {name: taken[name].text for name in QUESTIONS if name in taken and not taken[name].skipped}
+    try:
+        programs = [str(one) for one in json.loads(taken["versions"].text)["programs"]]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        programs = []
+    yield from judge(said, programs)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        yield from mac_checks.awake(json.loads(taken["status"].text))
+
+
 # ---- one judge each ----
 
 
+def _versions(texts: Mapping[str, str]) -> Said:
+    told = json.loads(texts["versions"])
+    packages: Mapping[str, str | None] = told["packages"]
+    missing = [name for name in ("mlx", "mlx-lm", "psutil") if not packages[name]]
+    there = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    seen = f"mlxrack {told['mlxrack']}, Python {told['python']} for {told['machine']}, {there}"
+    if told["system"] == "Darwin" and told["machine"] != "arm64":
+        return "problem", f"{seen}; MLX needs a Python for arm64, and this one runs under Rosetta"
+    return ("problem" if missing else "ok"), seen + (f"; missing: {', '.join(missing)}" if missing else "")
+
+
+def _system(texts: Mapping[str, str]) -> Said:
+    found = re.search(r"ProductVersion:[ \t]*(\d{1,3})(\.[\d.]*)?", texts["sw-vers"])
+    if found is None:
+        return "warning", "sw_vers does not say which macOS this is"
+    seen, kernel = found[1] + (found[2] or ""), _values(texts)[0]
+    if int(found[1]) < OLDEST:
+        return "problem", f"macOS {seen}; MLX's wheels need macOS {OLDEST} or newer"
+    agree = kernel in ("", seen)
+    return ("ok" if agree else "warning"), f"macOS {seen}" + ("" if agree else f"; the kernel says {kernel}")
+
+
+def _profile(texts: Mapping[str, str]) -> Said:
+    """What system_profiler shows beside what the kernel says."""
+    told = dict(re.findall(r"^[ \t]{0,40}(Model Identifier|Chip):[ \t]*(\S.*)$", texts["hardware"], re.MULTILINE))
+    if not told:
+        return "warning", "system_profiler shows neither a model nor a chip (in another language?)"
+    _, model, chip, _ = _values(texts)
+    differ = [
+        f"{name} is {told[name].strip()}, the kernel says {other}"
+        for name, other in (("Model Identifier", model), ("Chip", chip))
+        if name in told and other and told[name].strip() != other
+    ]
+    return ("warning" if differ else "ok"), "; ".join(differ) or ", ".join(one.strip() for one in told.values())
+
+
+def _values(texts: Mapping[str, str]) -> tuple[str, str, str, int]:
+    """Of the kernel's values: version of macOS, model, chip, bytes of memory; "" and 0 where there is none."""
+    try:
+        tree = json.loads(texts.get("sysctls", ""))
+    except ValueError:
+        return "", "", "", 0
+    raw = {name: bytes(one) for name, one in tree.items() if isinstance(one, list)}
+    names = ("kern.osproductversion", "hw.model", "machdep.cpu.brand_string")
+    system, model, chip = (_text(raw.get(name, b"")) for name in names)
+    return system, model, chip, int.from_bytes(raw.get("hw.memsize", b""), "little")
+
+
+def _chip(texts: Mapping[str, str]) -> Said:
+    """What the chip table expects, in the words of `doctor`."""
+    system, model, chip, memory = _values(texts)
+    found = checks.chip(Hardware(model=model, chip=chip, memory_bytes=memory, cores=(), system=system), on_a_mac=True)
+    return found.verdict, found.seen
+
+
+def _assertions(texts: Mapping[str, str]) -> Said:
+    awake: object = None
+    if texts.get("status"):
+        awake = (json.loads(texts["status"]).get("awake") or {}).get("pid")
+    found = power.awake(texts["pmset-assertions"], awake if isinstance(awake, int) else None)
+    return found.verdict, found.seen
+
+
 def _machine(texts: Mapping[str, str]) -> Said:
-    values = {name: bytes(raw) for name, raw in json.loads(texts["sysctls"]).items() if isinstance(raw, list)}
-    model, chip = (_text(values.get(name, b"")) for name in ("hw.model", "machdep.cpu.brand_string"))
-    memory = int.from_bytes(values.get("hw.memsize", b""), "little")
-    system = _text(values.get("kern.osproductversion", b""))
+    system, model, chip, memory = _values(texts)
     missing = [name for name, raw in json.loads(texts["sysctls"]).items() if isinstance(raw, str)]
     seen = f"{model or 'unknown model'}, {chip or 'unknown chip'}, {memory >> 30} GB, macOS {system or 'unknown'}"
     return ("ok" if model and memory else "warning"), f"{seen}; not readable: {', '.join(missing)}" if missing else seen
@@ -183,32 +270,15 @@ def _sensors(texts: Mapping[str, str]) -> Said:
 
 def _device(texts: Mapping[str, str]) -> Said:
     told = json.loads(texts["device"])
-    if not told["recommended_bytes"]:
-        return (
-            "warning",
-            f"MLX runs on {told['device'] or 'an unnamed device'} and no GPU reports a recommended working set",
-        )
-    return "ok", f"{told['device']} recommends {told['recommended_bytes'] / 1e9:.1f} GB for models"
+    good, seen = mac_checks.gpu(told["recommended_bytes"])
+    return ("ok" if good else "warning"), f"MLX runs on {told['device'] or 'an unnamed device'}; {seen}"
 
 
 def _plan(texts: Mapping[str, str]) -> Said:
-    told = json.loads(next(iter(texts.values())))
-    errors = [one["plan_error_ppm"] / 1e6 for one in told["models"] if one["plan_error_ppm"] is not None]
-    if not errors:
+    found = mac_checks.plans(json.loads(next(iter(texts.values())))["models"])
+    if found is None:
         return "warning", "no model has been loaded yet, so no plan is tested"
-    worst = max(errors, key=abs)
-    good = abs(worst) <= mac_checks.PLAN_ERROR
-    return (
-        "ok" if good else "warning"
-    ), f"the largest difference between memory and plan is {worst:+.1%} ({len(errors)} models)"
-
-
-def _recorded(name: str) -> Callable[[Mapping[str, str]], Said]:
-    """For somebody to read."""
-    return lambda texts: (
-        "ok",
-        "; ".join(line.strip() for line in texts[name].splitlines() if line.strip())[:160] or "nothing printed",
-    )
+    return ("ok" if found[0] else "warning"), found[1]
 
 
 def _doctor(texts: Mapping[str, str]) -> Said:
@@ -231,7 +301,11 @@ def _text(raw: bytes) -> str:
 
 
 JUDGES: tuple[Judge, ...] = (
+    Judge("versions", ("versions",), _versions),
+    Judge("macOS", ("sw-vers", "sysctls"), _system),
+    Judge("hardware", ("hardware", "sysctls"), _profile),
     Judge("machine", ("sysctls",), _machine),
+    Judge("chip", ("sysctls",), _chip),
     Judge("memory", ("host-statistics", "vm-stat"), _memory),
     Judge("memory pressure", ("sysctls", "memory-pressure"), _pressure),
     Judge("swap", ("sysctls", "sysctl-text"), _swap),
@@ -244,9 +318,8 @@ JUDGES: tuple[Judge, ...] = (
     Judge("sensors", ("sensors",), _sensors),
     Judge("service", ("service",), _service),
     Judge("launchd", ("launchd",), lambda texts: launchd(texts["launchd"])),
-    Judge("power settings", ("pmset",), _recorded("pmset")),
-    Judge("FileVault", ("filevault",), _recorded("filevault")),
-    Judge("Metal", ("device",), _device),
+    Judge("power assertions", ("pmset-assertions", "status"), _assertions),
+    Judge("GPU memory", ("device",), _device),
     Judge("answers", ("answers",), lambda texts: answers(json.loads(texts["answers"]))),
     Judge("memory plan", ("status",), _plan),
     Judge("memory plan (loaded here)", ("plan",), _plan),

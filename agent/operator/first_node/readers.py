@@ -23,6 +23,7 @@ from agent.files.modelstore import ModelStore, model_folder
 from agent.models.loaders import Loaders
 from agent.operator import install
 from agent.operator.first_node import machine
+from agent.operator.mac import readings
 from agent.telemetry.sensors import smc, sysctl, vm
 from agent.telemetry.sensors.chip import Chip
 from agent.telemetry.sensors.host import HostCollector
@@ -68,6 +69,7 @@ def versions() -> dict[str, Any]:
         **system,
         "packages": found,
         "root": os.geteuid() == 0,
+        "programs": readings.programs(),
     }
 
 

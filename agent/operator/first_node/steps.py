@@ -4,9 +4,11 @@ kept."""
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from agent.operator.mac import network
+from agent.operator.mac.settings import QUESTIONS
 from agent.operator.service.launchd import LABEL
 from agent.telemetry.sensors.powermetrics import ARGV as POWERMETRICS
 from agent.telemetry.sensors.thermal import NOTIFY_KEY
@@ -19,6 +21,25 @@ _LAUNCHD = re.compile(
     r"active count|successive crashes|immediate reason|jetsam[^=]*|properties) = "
 )
 _GPU = re.compile(r'.*"(PerformanceStatistics|IOClass|model|gpu-core-count|MetalPluginName)" = ')
+
+
+def _rules(text: str) -> str:
+    """Of the firewall's rules those for a Python: which other programs somebody has is nobody's business."""
+    wanted = [one for one in network.apps(text) if re.search("python|mlxrack", one.path, re.IGNORECASE)]
+    lines = [f"{one.path}\n({'Allow' if one.allowed else 'Block'} incoming connections)\n" for one in wanted]
+    return "".join(f"{n} : {line}" for n, line in enumerate(lines, 1))
+
+
+def _assertions(text: str) -> str:
+    """Totals, and who holds what; not what a program says that it is for."""
+    lines = (line.split(" named:")[0] for line in text.splitlines())
+    return "".join(f"{line}\n" for line in lines if re.match(r"\s*(?:\w{3,40}\s+\d+\s*$|pid \d+\()", line))
+
+
+_KEPT: Mapping[str, Callable[[str], str]] = {
+    "filevault": lambda text: re.sub(r"(?i)(user )\S.*", r"\1(name)", text),
+    "firewall-apps": _rules,
+}
 
 
 class Step(NamedTuple):
@@ -58,10 +79,8 @@ def steps(config: str, state: str, drain_s: float) -> list[Step]:
         Step("sensors", _reader("sensors"), 60, mac=False),
         Step("service", _reader("service", str(drain_s)), 20),
         Step("launchd", ("launchctl", "print", f"system/{LABEL}"), keep=_lines(_LAUNCHD)),
-        Step("pmset", ("pmset", "-g")),
-        Step("pmset-custom", ("pmset", "-g", "custom")),
-        Step("pmset-assertions", ("pmset", "-g", "assertions")),
-        Step("filevault", ("fdesetup", "status")),
+        *(Step(name, argv, keep=_KEPT.get(name, str)) for name, argv in QUESTIONS.items()),
+        Step("pmset-assertions", ("pmset", "-g", "assertions"), keep=_assertions),
         Step("device", (*PYTHON, "agent.loader", "--device"), 60, mac=False),
         Step("answers", (*PYTHON, "agent.loader", "--answers"), 120, mac=False),
         Step("status", (*PYTHON, "agent", "status", "--json", *named), 30, mac=False, keep=_numbers),
@@ -98,6 +117,4 @@ def _numbers(text: str) -> str:
         return ""
     wanted: Sequence[str] = ("plan_error_ppm", "need_bytes", "footprint_bytes", "peak_bytes", "load_s", "restarts")
     models = [{name: one.get(name) for name in wanted} for one in told.get("models", ())]
-    return json.dumps(
-        {"budget_from": told.get("budget_from"), "budget_bytes": told.get("budget_bytes"), "models": models}
-    )
+    return json.dumps({**{name: told.get(name) for name in ("budget_from", "budget_bytes", "awake")}, "models": models})

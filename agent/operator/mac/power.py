@@ -10,6 +10,8 @@ Settings = Mapping[str, Mapping[str, str]]
 """By power source ("AC Power", "UPS Power"), or by what `pmset -g` calls its parts: settings and their values."""
 _LINE = re.compile(r"(?P<name>\S.*?)\s+(?P<value>-?\d+|/\S+)\*?(?:\s+\((?P<note>.*)\))?")
 _HEAD = re.compile(r"(?P<name>[^:]+?)\s*:")
+_MOST_CHARS = 300
+"""Of a line; `pmset` prints no longer one, and what somebody put into an archive must not take hours."""
 _NO_MAINS = ("battery power", "active profiles")
 _LOW = "1"
 _MODES = {"0": "automatic", "1": "low power", "2": "high power"}
@@ -36,7 +38,7 @@ def parse(text: str) -> Settings:
     another shape is left out."""
     found: dict[str, dict[str, str]] = {}
     section = ""
-    for line in text.splitlines():
+    for line in (one for one in text.splitlines() if len(one) <= _MOST_CHARS):
         if head := _HEAD.fullmatch(line.strip()):
             section = head["name"]
         elif setting := _LINE.fullmatch(line.strip()):
@@ -54,7 +56,8 @@ def judge(live: str, custom: str) -> Iterator[Finding]:
     """What `pmset -g` and `pmset -g custom` say of sleep, power losses and energy mode, with the command to run."""
     stored = [each for source, each in parse(custom).items() if source.lower() not in _NO_MAINS]
     system = parse(live)
-    sources = stored or [each for part, each in system.items() if part.lower() not in _NO_MAINS]
+    used = [each for part, each in system.items() if part.lower() not in _NO_MAINS]
+    sources = stored if any("sleep" in each for each in stored) else used
     if not any("sleep" in each for each in sources):
         seen = "`pmset -g` does not say when this machine sleeps; look at System Settings, Energy"
         yield Finding("sleep", "warning", seen)
@@ -109,10 +112,29 @@ def _command(wanted: Sequence[Wanted]) -> str:
     return f"`sudo pmset -a {' '.join(f'{one.name} {one.value}' for one in wanted)}`"
 
 
+def awake(assertions: str, held_by: int | None) -> Finding:
+    """What `pmset -g assertions` says of sleep while the agent runs, whose own assertion the process ``held_by`` holds
+    (None where no agent says that it holds one)."""
+    assertions = "\n".join(line.strip()[:_MOST_CHARS] for line in assertions.splitlines())
+    system = dict(re.findall(r"^(Prevent(?:UserIdle)?SystemSleep)[ \t]+(\d+)$", assertions, re.MULTILINE))
+    held = re.findall(r"^pid (\d+)\((.{1,60}?)\): .*?\bPrevent(?:UserIdle)?SystemSleep\b", assertions, re.MULTILINE)
+    by = ", ".join(dict.fromkeys(name for _, name in held)) or "nobody"
+    if not system:
+        return Finding("power assertions", "warning", "`pmset -g assertions` does not say what prevents sleep")
+    if held_by is None:
+        kept = "1" in system.values()
+        seen = f"kept awake by {by}" if kept else "nothing keeps it awake now"
+        return Finding("power assertions", "ok", f"{seen}; no running agent says that it does")
+    if str(held_by) in {pid for pid, _ in held}:
+        return Finding("power assertions", "ok", f"macOS lists the agent's caffeinate (kept awake by {by})")
+    seen = f"the agent says that process {held_by} keeps it awake, and macOS does not list it (kept awake by {by})"
+    return Finding("power assertions", "warning", seen)
+
+
 def filevault(status: str, *, restarts: str = "") -> Finding:
     """What `fdesetup status` says; ``restarts`` is what `fdesetup supportsauthrestart` says."""
     said = status.lower()
-    if "in progress" in said:
+    if re.search(r"cryption (?:in progress|paused)", said):
         working = "decrypted" if "decryption" in said else "encrypted"
         return Finding("FileVault", "warning", f"the disk is being {working}; look again when that is done")
     if "filevault is on" in said:
@@ -121,6 +143,7 @@ def filevault(status: str, *, restarts: str = "") -> Finding:
         other = "(from macOS 26 on also over ssh, with Remote Login on), or `sudo fdesetup disable` in a locked room"
         return Finding("FileVault", "warning", f"{seen} {other}{planned}")
     if "filevault is off" in said:
-        deferred = "; it turns on at the next login of a user (deferred)" if "deferred" in said else ""
+        when = "login of a user (deferred)" if "deferred" in said else "restart" if "restart" in said else ""
+        deferred = f"; it turns on at the next {when}" if when else ""
         return Finding("FileVault", "warning" if deferred else "ok", f"off: it starts without a password{deferred}")
     return Finding("FileVault", "warning", "`fdesetup status` does not say whether it is on; look in System Settings")

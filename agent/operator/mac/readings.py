@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agent.operator.checks import Finding
-from agent.operator.mac import network, power
+from agent.operator.mac import network
+from agent.operator.mac.settings import QUESTIONS, judge
 from shared.connection_errors import NO_ROUTE
 
 FOLDERS = ("/usr/bin", "/usr/sbin", network.FIREWALL_FOLDER)
@@ -21,11 +22,7 @@ _CONNECT_S = 3.0
 
 def settings() -> Iterator[Finding]:
     """Sleep, power loss, energy mode, FileVault and firewall."""
-    yield from power.judge(said("pmset", "-g"), said("pmset", "-g", "custom"))
-    restarts = said("fdesetup", "supportsauthrestart")
-    yield power.filevault(said("fdesetup", "status"), restarts=restarts)
-    asked = (said("socketfilterfw", f"--{what}") for what in ("getglobalstate", "getblockall", "listapps"))
-    yield network.firewall(*asked, programs=programs())  # type: ignore[misc]
+    yield from judge({name: said(*argv) for name, argv in QUESTIONS.items()}, programs())
 
 
 def local_network(status: Mapping[str, Any] | None) -> Iterator[Finding]:

@@ -76,8 +76,8 @@ def boot_id() -> str:
 
 @optional_fact(Hardware(model="", chip="", memory_bytes=0))
 def hardware(platform: str = sys.platform, run: Callable[..., bytes] = command_bytes) -> Hardware:
-    """Description of this machine, sent once per start and day; contains no serial number and no personal name. What cannot be
-    learnt is "" or 0."""
+    """Description of this machine, sent once per start and day; contains no serial number and no personal name. What
+    cannot be learnt is "" or 0."""
     memory = machine.memory_bytes() or 0
     if platform != "darwin":
         cores = (count,) if (count := os.cpu_count()) else ()

@@ -8,14 +8,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SITE = """
-import os
+import os, sys
 from pathlib import Path
 from agent.operator import install
 from agent.operator.first_node import machine
 machine.PLATFORM = "darwin"
 machine.LIBRARY = machine.IOKIT = os.environ["FAKE_MAC_LIBRARY"]
-machine.ENERGY_S, machine.SAMPLED_S = 1.6, 0.1
+machine.ENERGY_S, machine.SAMPLED_S = 0.6, 0.1
 install.DAEMON_PLIST = Path(os.environ["FAKE_MAC_PLIST"])
+if "--first-node" in sys.orig_argv and "FAKE_STALLED" in os.environ:
+    from agent.operator.first_node import steps
+    every = steps.steps
+    steps.steps = lambda *all: [one for one in every(*all) if one.name not in ("answers", "device", "doctor", "plan")]
 """
 ZEUS = """
 import os, time
@@ -76,12 +80,20 @@ PROGRAMS = {
     "\t}\n}\n",
     "pmset": "System-wide power settings:\nCurrently in use:\n sleep                0\n autorestart          1\n",
     "fdesetup": "FileVault is Off.\n",
+    "socketfilterfw": "Firewall is disabled. (State = 0)\n",
+    "scutil": "Bertrams Mac\n",
 }
+ASSERTIONS = """Assertion status system-wide:
+   PreventSystemSleep             1
+   PreventUserIdleSystemSleep     1
+Listed by owning process:
+   pid 4711(caffeinate): [0x0001] 00:00:12 PreventUserIdleSystemSleep named: "berts-mini.local"
+"""
 
 
 def build(folder: Path, *, broken: bool = False) -> dict[str, str]:
     """The environment of a process on it. ``broken``: no SMC, a kernel and a swap that answer wrongly, counters that
-    stand still, a launchd that knows no such service."""
+    stand still, a launchd that knows no such service; what does not depend on that is not asked again."""
     programs, site = folder / "bin", folder / "site"
     programs.mkdir()
     site.mkdir()
@@ -94,6 +106,9 @@ def build(folder: Path, *, broken: bool = False) -> dict[str, str]:
     for name, said in PROGRAMS.items():
         (folder / f"{name}.txt").write_text(said + planted)
         line = f"cat '{folder}/{name}.txt'"
+        if name == "pmset":
+            (folder / "assertions").write_text(ASSERTIONS + planted)
+            line = f"case $2 in assertions) cat '{folder}/assertions';; *) {line};; esac"
         if broken and name == "launchctl":
             line = f"echo 'Could not find service on {PLANTED['host']}' >&2; exit 113"
         (programs / name).write_text(EXIT.format(line))

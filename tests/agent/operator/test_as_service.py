@@ -188,3 +188,24 @@ def test_a_child_that_ends_badly_or_never_is_said(doctor: Run, place: Path, monk
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(as_service, "LIMIT_S", 0.3)
     assert "not answered within" in doctor(me)[1]["secrets"][1]
+
+
+@pytest.mark.parametrize("said", ["[]", "{}", "3", "null", '[{"what": 1}]', ""])
+def test_a_child_that_says_nothing_is_no_good_news(
+    doctor: Run, place: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    program = place / "python"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    status, found, _ = doctor(pwd.getpwuid(os.getuid()).pw_name)
+    assert (status, found["configuration"][0]) == (1, "problem")
+
+
+def test_a_property_list_of_another_shape_is_no_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plist = place / "service.plist"
+    plist.write_bytes(plistlib.dumps({"UserName": "root", "EnvironmentVariables": ["x"]}))
+    monkeypatch.setattr(install, "DAEMON_PLIST", plist)
+    found = as_service.service()
+    assert not isinstance(found, str)
+    assert set(found.environ) == {"HOME", "PATH"}

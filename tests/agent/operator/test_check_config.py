@@ -113,7 +113,7 @@ def test_problems_of_the_file_hide_none_of_the_machine_s(check: Check, tmp_path:
         "keys[0].id 'web shop'",
         "keys[0].sha256: must be a SHA-256",
         "telemetry.sample_s: expected float",
-        f"disk_cache.secret: {secret}: the file is readable by group or others; chmod 600",
+        f"disk_cache.secret: {secret}: the file is writable or readable by group or others; chmod 600",
         "models[0].path: no such folder",
     ):
         assert words in said.err, said.err

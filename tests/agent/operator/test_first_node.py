@@ -1,10 +1,12 @@
 """`doctor --first-node` on a fake Mac, `--replay` elsewhere, and archives that somebody made to do harm."""
 
+import contextlib
 import gzip
 import io
 import json
 import math
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -20,11 +22,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import cli
+from agent.config import AgentConfig, Node
 from agent.operator.first_node import bundle, collect, judges, judging, masking
 from agent.operator.first_node.bundle import FORMAT, Bundle, Taken
 from agent.operator.first_node.steps import Step, steps
+from agent.operator.mac import network
+from shared.bucket import Store
 from shared.errors import Refused
-from tests.agent.operator.fake_mac import PLANTED, PROGRAMS, build
+from tests.agent.operator.fake_mac import ASSERTIONS, PLANTED, PROGRAMS, build
 
 AGENT = (sys.executable, "-P", "-m", "agent")
 Ran = tuple[Path, list[dict[str, str]], str]
@@ -80,9 +86,59 @@ def test_a_whole_mac_is_judged_by_what_it_said(runs: dict[str, Ran]) -> None:
     assert of(found, "GPU statistics") == ("ok", "busy 37 %, 2.5 GB in use")
     assert of(found, "launchd") == ("ok", "state running, runs 3, last exit code 0")
     assert "0 of 64 tokens differ" in of(found, "answers")[1]
+    assert of(found, "versions")[0] == "ok"
+    assert of(found, "macOS") == ("ok", "macOS 27.0")
+    assert of(found, "hardware") == ("ok", "Mac16,10, Apple M4")
+    assert "M4" in of(found, "chip")[1]
+    assert of(found, "power assertions") == ("ok", "kept awake by caffeinate; no running agent says that it does")
+    assert of(found, "GPU memory")[0] == "warning"
     if os.geteuid() == 0:
         assert of(found, "powermetrics") == ("ok", "1 samples; the chip draws 2.80 W")
     assert "smc: " in progress, "each step with its time"
+
+
+def test_doctor_and_the_archive_judge_settings_alike(runs: dict[str, Ran]) -> None:
+    path, found, _ = runs["whole"]
+    inner = json.loads(bundle.read(path).taken["doctor"].text)
+    for what in ("sleep", "power loss", "energy mode", "FileVault", "firewall"):
+        assert of(found, what) == of(inner, what)
+    assert of(found, "sleep")[0] == of(found, "FileVault")[0] == of(found, "firewall")[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("pid", "verdict", "words"),
+    [(4711, "ok", "lists the agent's caffeinate"), (4712, "warning", "does not list it"), (None, "ok", "no running")],
+)
+def test_what_the_agent_says_of_sleep_is_compared_with_macos(pid: int | None, verdict: str, words: str) -> None:
+    state = {"state": "held" if pid else "not_held", "pid": pid, "problem": "" if pid else "it ended"}
+    texts = {"pmset-assertions": ASSERTIONS, "status": json.dumps({"models": [], "awake": state})}
+    found = judges.verdicts(Bundle("", "", "darwin", {name: Taken(text) for name, text in texts.items()}))
+    by = {one.what: one for one in found}
+    assert (by["power assertions"].verdict, words in by["power assertions"].seen) == (verdict, True)
+    assert by["awake"].verdict == ("ok" if pid else "warning")
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "verdict"),
+    [
+        ("sw-vers", "ProductVersion: 13.6.1\n", "problem"),
+        ("sw-vers", "ProductVersion:\t14\n", "ok"),
+        ("sw-vers", "nothing", "warning"),
+        ("hardware", "Modellkennung: Mac16,10\n", "warning"),
+        ("hardware", "      Model Identifier: Mac16,10\n", "ok"),
+    ],
+)
+def test_each_version_and_name_has_a_verdict(step: str, text: str, verdict: str) -> None:
+    found = judges.verdicts(Bundle("", "", "darwin", {step: Taken(text)}))
+    assert [one.verdict for one in found if one.what in ("macOS", "hardware")] == [verdict]
+
+
+def test_names_in_the_output_of_settings_are_not_kept() -> None:
+    keep = {step.name: step.keep for step in steps("", "s", 60.0)}
+    listed = "1 : /Applications/Diary.app\n(Allow incoming connections)\n2 : /opt/python3\n(Block incoming connections)"
+    assert network.apps(keep["firewall-apps"](listed)) == [network.App("/opt/python3", False)]
+    assert "bertram" not in keep["filevault"]("Deferred enablement appears to be active for user 'bertram'.")
+    assert "berts" not in keep["pmset-assertions"](ASSERTIONS)
 
 
 def test_a_broken_mac_says_so_in_words(runs: dict[str, Ran]) -> None:
@@ -179,6 +235,69 @@ def test_this_machines_names_are_masked_wherever_they_are() -> None:
     assert mask("Mini-4 of bert, n1; N1 root albert n12") == "<host> of <user>, <host>; N1 root albert n12"
 
 
+ODD = r"""serial-number = <48325758 4b345137>|48325758
+kIOSerial_H2WXK4Q7TR_1|H2WXK4Q7TR
+S/N: 4711471147|4711471147
+UDID 0000813200471147|0000813200471147
+Hardware 8F2C9A41-77AB-5C3D-9E10-0A1B2C3D4E5F_x|0A1B2C3D4E5F
+en0:a4:83:e7:1b:0c:9d|a4:83
+en0:fe80::a483:e7ff:fe1b:c9d|a483
+a4-83-e7-1b-0c-9d|1b
+ether a483e71b0c9d|a483e71b0c9d
+x192.168.77.42|192.168
+[2001:db8::1]:8470|2001
+::ffff:192.168.1.5|192.168
+/Users/Bertram O'Neil/Library|Neil
+~bertram/x|bertram
+/Volumes/Berts Disk/models|Berts
+"Berts Mac mini"._mlxrack._tcp.local.|Berts
+Berts-Mac-mini.fritz.box|Berts
+no route to mini4.corp.example.com:8470|mini4
+mini.tailnet-1234.ts.net|tailnet
+op://Private/mlxrack rack/secret|rack
+op://vault/item/field|item
+dGhpcyBpcyBhIHNlY3JldCB0b2tlbiB3aXRo/c2xhc2hlcyBhbmQrcGx1cw==|c2xhc2hl
+wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY|bPxRf
+Password: correct horse battery|battery
+"password": "a\"b hunter"|hunter
+--token hunter2|hunter2
+<key>secret</key><array><string>hunter2</string></array>|hunter2
+<key>serial</key><data>SDJXWEs=</data>|SDJXWEs
+<key>serial</key><integer>4711</integer>|4711
+-----BEGIN PRIVATE KEY hunter|hunter
+https://bert:hunter2@berts/x|hunter2
+SSID: Berts Network|Berts
+J\u00fcrgen says|rgen
+h2wxk4q7tr|h2wxk4q7tr"""
+"""A line of output, and what of it may not stay."""
+
+
+@pytest.mark.parametrize("line", ODD.splitlines())
+def test_what_names_somebody_is_masked_in_odd_places(line: str) -> None:
+    text, _, planted = line.rpartition("|")
+    mask = masking.masker({"user": ["bert", "Jürgen"], "serial": ["H2WXK4Q7TR"]})
+    masked = mask(f"before {text} after\n{text}")
+    assert planted not in masked
+    assert mask(masked) == masked
+
+
+@pytest.mark.parametrize("unit", ["a", "a1", " ", "\n", "a@", "a.", ":", "serial", 'a"1', "-----BEGIN ", "op://a/"])
+def test_a_flood_is_masked_in_time_that_grows_with_it(unit: str) -> None:
+    """Where the search is quadratic this takes hours."""
+    assert masking.masked(unit * ((1 << 18) // len(unit))) is not None
+
+
+def test_a_machine_s_own_serial_and_names_are_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("ioreg", '"IOPlatformSerialNumber" = "ZZTOPQWERTY"'), ("scutil", "Jo’s Mac")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr("agent.operator.mac.readings.FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr("agent.operator.first_node.machine.PLATFORM", "darwin")
+    store = Store(kind="s3", endpoint="https://s3.berts.firm", bucket="berts-rack")
+    mask = masking.masker(collect.names(AgentConfig(node=Node(id="n1", rack="r"), store=store)))
+    assert mask("xzztopqwerty on Jo’s Mac, s3.berts.firm/berts-rack") == "x<serial> on <host>, <host>/<host>"
+
+
 # ---- archives ----
 
 
@@ -249,6 +368,60 @@ def test_the_command_refuses_what_is_no_file_of_a_bundle(tmp_path: Path) -> None
             bundle.check_place(place)
 
 
+def headers(kind: bytes, times: int, record: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(record)
+    one = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(-(-len(record) // 512) * 512, b"\0")
+    return gzip.compress(one * times + tarfile.TarInfo(M).tobuf() + bytes(1024))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_before_headers_are_refused(kind: bytes) -> None:
+    with pytest.raises(Refused, match="not a whole"):
+        bundle.unpacked(headers(kind, 10_000, b"11 path=a\n\n"))
+
+
+def test_an_archive_cut_anywhere_is_refused_or_says_what_is_missing() -> None:
+    whole = bundle.packed(Bundle("", "", "darwin", {"smc": Taken("{}")}), "")
+    for at in range(0, len(whole) - 1, 7):
+        with pytest.raises(Refused):
+            bundle.unpacked(whole[:at])
+
+
+@pytest.mark.parametrize("number", [1e400, -1e400, math.nan, 10**400])
+def test_numbers_that_are_none_do_no_harm(number: float) -> None:
+    raw = tarred((M, manifest(steps=[{"name": "smc", "seconds": number}])))
+    with contextlib.suppress(Refused):
+        assert judges.verdicts(bundle.unpacked(raw))
+
+
+def test_an_archive_cannot_speak_to_the_terminal() -> None:
+    taken = {"smc": Taken(error="\x1b]0;x\x07\x1b[2J"), "\x1b[31m": Taken(skipped="this is not a Mac")}
+    for one in judges.verdicts(Bundle("", "\x1b[2J", "\x1b[2J", taken)):
+        assert one.seen.isprintable()
+
+
+def test_what_was_written_is_never_in_the_place_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.tmp").write_text("mine")
+    bundle.write(tmp_path / "x.tar.gz", b"1")
+    with pytest.raises(Refused, match="meanwhile"):
+        bundle.write(tmp_path / "x.tar.gz", b"2")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.tar.gz": "1", "x.tar.tmp": "mine"}
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Refused, match=r"cannot be written \(File too large\)"):
+            bundle.write(tmp_path / "x.tar.gz", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused(raw: bytes) -> None:
     for made in (raw, gzip.compress(raw), tarred((M, raw))):
@@ -266,7 +439,8 @@ json_values = st.recursive(
 @given(st.text(max_size=60) | json_values.map(json.dumps))
 def test_whatever_a_step_is_said_to_have_printed_there_is_a_verdict(text: str) -> None:
     taken = {step.name: Taken(text) for step in steps("c", "s", 60.0)}
-    assert len(judges.verdicts(Bundle("", "", "darwin", taken))) == len(judges.JUDGES) + 2
+    found = {one.what for one in judges.verdicts(Bundle("", "", "darwin", taken))}
+    assert found >= {*(one.what for one in judges.JUDGES), "platform", "steps", "sleep", "FileVault", "firewall"}
 
 
 # ---- steps ----
@@ -291,13 +465,45 @@ def test_a_step_that_hangs_is_cut_with_all_it_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("yes 0123456789abcdef", "printed more than 2 MiB"),
+        ("yes 0123456789abcdef", "printed more than 768 KiB"),
         ("echo no 10.1.2.3 >&2; exit 3", "exit 3: no <address>"),
         ("kill -9 $$", "exit -9"),
     ],
 )
 def test_a_step_that_fails_says_why(script: str, why: str) -> None:
     assert why in collect.take(shell(script), masking.masked, 60.0).error
+
+
+@pytest.mark.parametrize("piece", [r"\377", "1.1.1.1\\n"])
+def test_whatever_a_step_floods_can_be_read_again(piece: str) -> None:
+    one = collect.take(shell(f"while :; do printf '{piece * 500}'; done"), masking.masked, 60.0)
+    assert "printed more than 768 KiB" in one.error
+    assert (len(steps("", "", 60.0)) + 1) * bundle.MOST_TEXT_BYTES < bundle.MOST_BYTES
+    made = Bundle("", "", "darwin", {"s": one})
+    assert bundle.unpacked(bundle.packed(made, "")) == made
+
+
+def test_a_step_that_never_pauses_is_ended_at_its_limit() -> None:
+    one = collect.take(shell("while :; do echo; done"), masking.masked, 0.3)
+    assert "did not end within its time" in one.error
+
+
+def test_a_step_that_ignores_signals_is_ended() -> None:
+    one = collect.take(shell("trap '' TERM HUP INT; echo said; while :; do sleep 1; done"), masking.masked, 0.5)
+    assert (one.text, "did not end" in one.error) == ("said\n", True)
+
+
+@pytest.mark.parametrize("said", ["null", "[1]", '{"models": 3}', "[" * 900 + "]" * 900, '{"models": [null]}'])
+def test_output_of_another_shape_loses_its_own_step_only(said: str) -> None:
+    keep = next(step.keep for step in steps("", "s", 60.0) if step.name == "status")
+    one = collect.take(Step("x", ("printf", "%s", said), mac=False, keep=keep), masking.masked, 60.0)
+    assert "unexpected output" in one.error or one.text == ""
+    assert collect.take(Step("x", ("printf", "%s", said), mac=False), masking.masked, 60.0).text
+
+
+def test_an_error_is_masked_before_it_is_cut() -> None:
+    script = f"printf 'PASSWORD=%0900d' 7 >&2; printf '{'z' * 560}' >&2; exit 3"
+    assert "00007" not in collect.take(shell(script), masking.masked, 60.0).error
 
 
 def test_all_steps_together_are_bounded() -> None:
@@ -316,6 +522,18 @@ def test_an_interrupted_run_leaves_no_file(tmp_path: Path, number: int) -> None:
         process.send_signal(number)
         assert process.wait(60) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_cannot_be_used_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agent.operator.first_node.steps.steps", lambda *_: [shell("echo 1")])
+    (tmp_path / "bad.toml").write_text("bad")
+    for name, status in (("bad.toml", 0), ("none.toml", 78)):
+        options = ["--first-node", str(tmp_path / f"{name}.tar.gz"), "--config", str(tmp_path / name)]
+        assert cli.main(["doctor", *options]) == status
+    assert "going on without it" in capsys.readouterr().err
+    assert bundle.read(tmp_path / "bad.toml.tar.gz").taken["x"].text == "1"
 
 
 # ---- arithmetic ----

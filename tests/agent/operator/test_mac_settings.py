@@ -4,7 +4,6 @@ published outputs; the values are made up."""
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from agent.config import AgentConfig, Node
 from agent.operator import doctor, mac_checks
 from agent.operator.checks import Finding
+from agent.operator.first_node import machine
 from agent.operator.mac import network, power, readings
 from agent.operator.resolved import Resolver
 from agent.process.gpu import Device
@@ -159,6 +159,18 @@ def test_disablesleep_counts_as_never() -> None:
     assert verdicts(power.judge(live, ""))["sleep"] == "ok"
 
 
+def test_stored_settings_without_sleep_leave_it_to_the_live_ones() -> None:
+    assert "after 10 min" in seen(power.judge(" Currently in use:\n sleep 10\n", "AC Power:\n womp 1\n"), "sleep")
+
+
+@pytest.mark.parametrize("unit", [" ", "a ", "\n", "pid 1("])
+def test_a_flood_is_judged_in_time_that_grows_with_it(unit: str) -> None:
+    """Where the search is quadratic this takes hours."""
+    text = "a" + unit * (1 << 20)
+    assert list(power.judge(text, text))
+    assert power.awake(text, 1).verdict == "warning"
+
+
 def test_a_pmset_that_says_nothing_is_no_good_news() -> None:
     (found,) = power.judge("", "")
     assert (found.verdict, "look at System Settings, Energy" in found.seen) == ("warning", True)
@@ -173,6 +185,8 @@ def test_a_pmset_that_says_nothing_is_no_good_news() -> None:
         ("FileVault is Off.\nEncryption in progress: Percent completed = 3", "warning", "being encrypted"),
         ("FileVault is Off.\nDeferred enablement appears to be active for user 'a'.", "warning", "at the next login"),
         ("", "warning", "does not say"),
+        ("FileVault is Off, but will be enabled after the next restart.", "warning", "at the next restart"),
+        ("Encryption paused: Percent completed = 33\nFileVault is On.", "warning", "being encrypted"),
     ],
 )
 def test_filevault(status: str, verdict: str, words: str) -> None:
@@ -326,7 +340,7 @@ def test_doctor_says_whether_the_agent_keeps_the_machine_awake(
 
 
 def test_doctor_asks_a_mac_for_its_settings(mac: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "PLATFORM", "darwin")
     config = AgentConfig(node=Node(id="n1", rack="r"))
     device = Device(recommended_bytes=None, reason="")
     found = doctor._mac(config, Resolver({}, "this shell"), device, {}, to_look_at=False)

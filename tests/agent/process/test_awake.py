@@ -129,3 +129,16 @@ def test_only_macos_has_one() -> None:
     expected = "not_held" if sys.platform == "darwin" else "not_needed"
     assert awake.of_this_machine().view()["state"] == expected
     assert awake.COMMAND[-1] == str(os.getpid())
+
+
+async def test_a_program_that_ignores_signals_does_not_hold_the_agent_s_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awake, "END_S", 0.2)
+    held = Awake(("/bin/sh", "-c", "trap '' TERM; echo > /dev/null; while :; do sleep 0.1; done"))
+    held.start()
+    await until(lambda: held.pid is not None)
+    await asyncio.sleep(0.3)  # until the trap is set; before, SIGTERM ends it, too
+    pid = held.pid
+    assert pid is not None
+    async with asyncio.timeout(60):
+        await held.close()
+    assert not lives(pid)
