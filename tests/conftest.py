@@ -1,6 +1,8 @@
 """Fixtures for all tests: blocking calls in the event loop fail, and a tiny real model is provided."""
 
 import inspect
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from hypothesis import HealthCheck, settings
 
 from scripts.seaweed import SeaweedFS
 from tests.tiny_model import write_tiny_model
+
+# A test run starts some thousand processes. Where the environment forbids it, no bytecode is kept, and each of them
+# compiles the whole product again, and each worker all tests: a quarter of a run's CPU time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # a crowded machine draws examples slowly, and that says nothing about the code
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

