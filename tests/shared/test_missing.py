@@ -118,9 +118,7 @@ def ran(program: str, cases: list[Case], folder: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("program", PARSERS)
 def test_every_verb_without_the_extra_says_which(program: str, tmp_path: Path) -> None:
     hidden = sorted({*packages("agent"), *packages("aggregator")} - {"urllib3"})  # which boto3 brings
-    tried = [
-        verb for verb in verbs(PARSERS[program]) if verb != ["store", "serve"]
-    ]  # it would serve
+    tried = [verb for verb in verbs(PARSERS[program]) if verb != ["store", "serve"]]  # it would serve
     cases = [(verb, hidden, ("", WRONG)[n % 2]) for n, verb in enumerate(tried)]
     assert len(cases) >= 10
     told = 0
