@@ -36,7 +36,7 @@ def footprint_bytes(pid: int) -> int | None:
 
 
 def resident_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
-    """Resident size by /proc/PID/statm; None when the process has exited or there is no such file."""
+    """Resident size in bytes, from /proc/PID/statm; None when the process has exited or the file is missing."""
     try:
         found = re.match(rb"\d+ (\d+) ", (proc / str(pid) / "statm").read_bytes())
     except OSError:

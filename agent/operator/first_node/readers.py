@@ -27,6 +27,7 @@ from agent.operator.mac import readings
 from agent.telemetry.sensors import smc, sysctl, vm
 from agent.telemetry.sensors.chip import Chip
 from agent.telemetry.sensors.host import HostCollector
+from agent.telemetry.sensors.mach import MIG_ARRAY_TOO_LARGE, MOST_WORDS
 from agent.telemetry.sensors.memory import MacMemory, MemoryCollector
 from agent.telemetry.sensors.notify import Notify
 from agent.telemetry.sensors.power import PowerCollector
@@ -47,9 +48,6 @@ SYSCTLS = (
         "hw.perflevel1.name",
     ),
 )
-VM_ROOM = 512
-"""Words that there is room for; the count that is passed is another."""
-ARRAY_TOO_SMALL = -307
 ENERGY_EVERY_S = 0.25
 
 
@@ -92,11 +90,11 @@ def host_statistics() -> dict[str, Any]:
     status = lib.host_page_size(host, byref(size))
     calls, count = [], vm.COUNT
     for _ in range(3):
-        words, came = (c_uint * VM_ROOM)(), c_uint(count)
+        words, came = (c_uint * MOST_WORDS)(), c_uint(count)
         code = lib.host_statistics64(host, vm.HOST_VM_INFO64, byref(words), byref(came))
-        kept = list(words[: min(came.value, VM_ROOM)]) if code == 0 else []
+        kept = list(words[: min(came.value, MOST_WORDS)]) if code == 0 else []
         calls.append({"asked": count, "status": code, "came": came.value, "words": kept})
-        if code != ARRAY_TOO_SMALL or not count < came.value <= VM_ROOM:
+        if code != MIG_ARRAY_TOO_LARGE or not count < came.value <= MOST_WORDS:
             break
         count = came.value
     return {"page_size": size.value, "page_status": status, "calls": calls}

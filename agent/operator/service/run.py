@@ -155,7 +155,7 @@ def _text(error: BaseException) -> str:
 
 
 def may(system: System, verb: str) -> None:
-    """Raises Halt where there is no launchd, or it would not obey."""
+    """Raises Halt, with what to do, where launchd's services cannot be changed: on another system, or not as root."""
     if not system.mac:
         raise Halt(f"{verb}: launchd exists on macOS only; --dry-run shows what would be done")
     if not system.superuser:
