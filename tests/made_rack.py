@@ -39,7 +39,18 @@ from tests.made_loader import Arrived, Loader, MadeModel
 from tests.made_machine import BUDGET_BYTES, DAY_MS, HOUR_MS, MAC, MEMORY_GB, MODEL, Air, Heat, boot, list_price
 from tests.made_memory import Memory
 
-__all__ = ("HOUR_MS", "WEEK_MS", "Change", "MadeModel", "MadeRack", "Outage", "batches", "list_price", "outages")
+__all__ = (
+    "DAY_MS",
+    "HOUR_MS",
+    "WEEK_MS",
+    "Change",
+    "MadeModel",
+    "MadeRack",
+    "Outage",
+    "batches",
+    "list_price",
+    "outages",
+)
 WEEK_MS = 168 * HOUR_MS
 CAUSES = ("cache_miss", "poisoned_kv", "traffic_drop", "throttling", "mix_shift")
 _QUIET = ("asleep", "lost")
