@@ -8,13 +8,16 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from aggregator import cli
 from scripts.bench_aggregate import segments
 from scripts.common import parser
 from shared.keys import MOST_REPORT_BYTES
 from shared.store import list_all
 from shared.store_dir import DirectoryStore
-from tests.made_rack import HOUR_MS, WEEK_MS, Change, MadeModel, MadeRack, Outage, batches, list_price
+from tests.made_models import CHAT, CODE, COMPARE, EXTRACT, LONG, TRANSLATE
+from tests.made_rack import HOUR_MS, WEEK_MS, Change, MadeRack, Outage, batches, list_price
 
 BUILD = Path("build/sample")
 SINCE_MS = 1_788_134_400_000
@@ -36,73 +39,11 @@ def rack() -> MadeRack:
         rack="sample",
         nodes=NODES,
         models=(
-            MadeModel(
-                name="chat",
-                per_hour=420,
-                prompt_tok=1_300,
-                share=0.7,
-                params=8.0e9,
-                weights_bytes=4_520_000_000,
-                kv_tok_bytes=131_072,
-                rows=8,
-                need_bytes=10_900_000_000,
-                nodes=("mini-1", "mini-2"),
-                key="support",
-            ),
-            MadeModel(
-                name="code",
-                per_hour=64,
-                prompt_tok=5_200,
-                share=0.9,
-                answer_tok=180,
-                params=32.8e9,
-                weights_bytes=18_450_000_000,
-                kv_tok_bytes=262_144,
-                rows=4,
-                need_bytes=30_200_000_000,
-                nodes=("mini-2", "mini-3"),
-            ),
-            MadeModel(
-                name="extract",
-                per_hour=700,
-                prompt_tok=700,
-                answer_tok=60,
-                params=4.3e9,
-                weights_bytes=2_600_000_000,
-                kv_tok_bytes=139_264,
-                rows=8,
-                need_bytes=6_400_000_000,
-                nodes=("mini-3", "mini-4"),
-                key="etl",
-            ),
-            MadeModel(
-                name="long",
-                per_hour=14,
-                prompt_tok=12_000,
-                answer_tok=420,
-                share=0.35,
-                params=14.8e9,
-                weights_bytes=8_330_000_000,
-                kv_tok_bytes=163_840,
-                rows=2,
-                need_bytes=21_800_000_000,
-                nodes=("mini-4",),
-            ),
-            MadeModel(
-                name="translate",
-                per_hour=0.9,
-                burst=8,
-                prompt_tok=650,
-                answer_tok=380,
-                share=0.1,
-                params=27.4e9,
-                weights_bytes=15_600_000_000,
-                kv_tok_bytes=507_904,
-                rows=4,
-                need_bytes=24_600_000_000,
-                nodes=("mini-4",),
-                key="etl",
-            ),
+            replace(CHAT, nodes=("mini-1", "mini-2")),
+            replace(CODE, nodes=("mini-2", "mini-3")),
+            replace(EXTRACT, nodes=("mini-3", "mini-4")),
+            replace(LONG, nodes=("mini-4",)),
+            replace(TRANSLATE, nodes=("mini-4",)),
         ),
         since_ms=SINCE_MS,
         faults=0.25,
@@ -138,23 +79,6 @@ timezone = "Europe/Berlin"
 kind = "directory"
 path = "{bucket}"
 {nodes}
-[[compare]]
-model = "chat"
-same_as = "llama-3.1-8b-instruct"
-frontier = "openai/gpt-4o"
-[[compare]]
-model = "code"
-same_as = "qwen3-32b"
-frontier = "anthropic/claude-sonnet-4-5"
-[[compare]]
-model = "extract"
-same_as = "gemma-3-4b-it"
-[[compare]]
-model = "long"
-same_as = "qwen3-14b"
-[[compare]]
-model = "translate"
-same_as = "gemma-3-27b-it"
 """
 
 
@@ -173,7 +97,7 @@ def main() -> int:
         print(f"{node}: {count} segments", flush=True)
     nodes = "".join(f'[[nodes]]\nid = "{node}"\nprice = {list_price():g}\n' for node in made.nodes)
     config = BUILD / "aggregator.toml"
-    config.write_text(CONFIG.format(bucket=(BUILD / "bucket").resolve(), nodes=nodes))
+    config.write_text((CONFIG + COMPARE).format(bucket=(BUILD / "bucket").resolve(), nodes=nodes))
     last = datetime.fromtimestamp((SINCE_MS + WEEKS * WEEK_MS - 86_400_000) / 1000, UTC)
     year, week, _ = last.isocalendar()
     for words in (["rollup"], ["weekly", "--week", f"{year}-W{week:02d}"], ["monthly", "--month", "2026-09"]):
