@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from scripts.bench_aggregate import segments
 from shared.batch import Batch
+from shared.records import Served
 from shared.store_dir import DirectoryStore
 from tests.made_models import CHAT, CODE, COMPARE, EXTRACT, LONG, TRANSLATE
 from tests.made_rack import DAY_MS, HOUR_MS, Change, MadeRack, Outage, batches, list_price
@@ -30,7 +31,8 @@ SEGMENT = 24
 class Made(msgspec.Struct, frozen=True, kw_only=True):
     """A rack to report on. ``rack`` makes its telemetry until ``until_ms``; ``toml`` is its aggregator.toml without
     the store; ``weeks`` and ``months`` are the periods to report on, ``nothing`` those of them in which no node
-    reported; ``now_ms`` is when they are judged. Before ``named_ms`` its nodes called the rack ``old_name``."""
+    reported; ``now_ms`` is when they are judged. Before ``named_ms`` its nodes called the rack ``old_name``. Requests
+    of the key ``etl`` come in at the node ``gateway``, whoever computes them."""
 
     rack: MadeRack
     until_ms: int
@@ -42,15 +44,34 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     annotations: str = ""
     named_ms: int = 0
     old_name: str = ""
+    gateway: str = ""
 
     @property
     def batches(self) -> dict[str, tuple[Batch, ...]]:
         """What each node reported, in its order. The same at each call."""
-        return {node: tuple(self._named(batches(self.rack, node, self.until_ms))) for node in self.rack.nodes}
+        made = {node: list(self._named(batches(self.rack, node, self.until_ms))) for node in self.rack.nodes}
+        if self.gateway in made:
+            _forward(made, self.gateway)
+        return {node: tuple(mine) for node, mine in made.items()}
 
     def _named(self, made: Iterable[Batch]) -> Iterable[Batch]:
         for one in made:
             yield replace(one, rack=self.old_name) if one.t_start_ms < self.named_ms else one
+
+
+def _forward(made: dict[str, list[Batch]], gateway: str) -> None:
+    """Move what was served to the key ``etl`` into the gateway's batch of the same window, where there is one."""
+    there = {(one.t_start_ms, one.t_end_ms): place for place, one in enumerate(made[gateway])}
+    for node in sorted(made.keys() - {gateway}):
+        for place, one in enumerate(made[node]):
+            target = there.get((one.t_start_ms, one.t_end_ms))
+            moved = [r for r in one.records if isinstance(r, Served) and r.key_id == "etl"]
+            if target is None or not moved:
+                continue
+            stay = tuple(r for r in one.records if not (isinstance(r, Served) and r.key_id == "etl"))
+            made[node][place] = replace(one, records=stay)
+            taken = made[gateway][target]
+            made[gateway][target] = replace(taken, records=(*moved, *taken.records))
 
 
 class Paths(NamedTuple):
@@ -118,6 +139,7 @@ def _month(rack: MadeRack, text: str = "", **fields: object) -> Made:
         toml=text or toml(rack, more=COMPARE),
         weeks=_WEEKS,
         months=_MONTHS,
+        gateway="n1",
     )
     return replace(made, **fields)
 

@@ -120,6 +120,13 @@ def test_shared_and_swapped_versions_are_in_the_records() -> None:
     assert served == engines
 
 
+def test_a_gateway_reports_what_others_computed() -> None:
+    records = [r for b in TEN["swapped version"].batches["n1"] for r in b.records if isinstance(r, Served)]
+    assert {r.worker for r in records if r.key_id == "etl"} == {"", "n3", "n4"}
+    others = TEN["swapped version"].batches["n4"]
+    assert not any(isinstance(r, Served) for b in others for r in b.records), "n4 serves extract alone"
+
+
 def test_ninety_percent_of_the_dear_rack_is_idle() -> None:
     busy = length = 0
     for mine in TEN["negative saving"].batches.values():
