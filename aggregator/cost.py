@@ -381,7 +381,7 @@ def _factors(window: Window, name: str, m: _Sum, loaded: Decimal | None) -> Fact
         cached_tok=m.priced_cached,
         completion_tok=m.priced_completion,
         cut_share=m.cut / m.requests if m.requests else 0.0,
-        throttled_share=heat.share(window, *mine) or 0.0,
+        throttled_share=heat.share(window, *mine),
     )
 
 

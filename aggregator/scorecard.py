@@ -15,6 +15,9 @@ from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
 
+LEAST_ANSWERS = 20
+"""The p95 of fewer values is their highest one."""
+
 Kind = Literal["latency", "uptime", "heat", "swap", "price"]
 
 
@@ -43,11 +46,13 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
 
 
 def _latency(window: Window, targets: Scorecard) -> Line:
-    p95 = merged(answered(window), "itl_us").quantile(0.95)
+    gaps = merged(answered(window), "itl_us")
+    p95 = gaps.quantile(0.95) if gaps.count >= LEAST_ANSWERS else None
     value = p95 / 1000 if p95 is not None else None
-    return _at_most(
+    line = _at_most(
         "latency", "p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %"
     )
+    return line if p95 is not None or not gaps.count else _few(line, f"of {gaps.count}, a p95 needs {LEAST_ANSWERS}")
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
@@ -61,14 +66,11 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
 
 def _heat(window: Window, targets: Scorecard) -> Line:
     """Throttled time of nodes while their models worked: heat while idle slows nobody."""
-    worked_us = sum(one.worked_us for one in window.hosts)
-    value, of = None, "of the time in which models worked"
-    if worked_us:
-        value = sum(one.throttled_worked_us for one in window.hosts) / worked_us
-    elif not any(window.busy_us(node) for node in window.nodes):
-        value = max((s for node in window.nodes if (s := heat.share(window, node)) is not None), default=None)
-        of = "of the time of the hottest node; no model worked"
-    return _at_most("heat", "throttled", value, targets.throttled, "share", of)
+    value, worked_s = heat.of_work(window)
+    line = _at_most("heat", "throttled", value, targets.throttled, "share", "of the time in which models worked")
+    if value is not None or not worked_s:
+        return line
+    return _few(line, f"models worked for {worked_s:.0f} s, a share needs {heat.LEAST_WORKED_S:.0f} s")
 
 
 def _swaps(window: Window, targets: Scorecard) -> Line:
@@ -94,6 +96,12 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
 def _at_most(kind: Kind, name: str, value: float | None, target: float, unit: str, of: str) -> Line:
     if value is None:
         return Line(kind=kind, name=name, value=None, target=target, unit=unit, kept=None, text="no data")
-    said = f"{value:.2%}" if unit == "share" else f"{value:,.1f} {unit}"
+    digits = heat.digits_beside(value, target, 4 if unit == "share" else 1)
+    said = f"{value:.{digits - 2}%}" if unit == "share" else f"{value:,.{digits}f} {unit}"
     kept, text = value <= target, f"{said} {of}"
     return Line(kind=kind, name=name, value=value, target=target, unit=unit, kept=kept, text=text)
+
+
+def _few(line: Line, why: str) -> Line:
+    """A line without a figure, because there was too little to take one of."""
+    return msgspec.structs.replace(line, text=f"no data: {why}")

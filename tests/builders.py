@@ -166,7 +166,7 @@ _LABELS = {
     Demand: ("slot_ms", "model"),
     Asked: ("slot_ms", "model", "outcome"),
 }
-_LOWEST = ("disk_free_bytes", "first_seq", "since_ms", "dropped_before")
+_LOWEST = ("disk_free_bytes", "idle_package_mc", "first_seq", "since_ms", "dropped_before")
 _NEWEST = ("memory_budget_bytes", "need_bytes", "pinned", "agent_version", "boot_id", "reason")
 _HIGHEST = (
     *(
@@ -248,6 +248,7 @@ def _host_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
             "windows": 1,
             "worked_us": worked_us,
             "throttled_worked_us": min(worked_us, h.throttled_us),
+            "idle_package_mc": h.package_temp_mean_mc if busy.get(f.meta, 0) <= 10 * length else None,
             "swap_in_bytes": h.swap_in_bytes or 0,
             "swap_out_bytes": h.swap_out_bytes or 0,
             "energy_mj": h.energy_mj or 0,

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+from aggregator import heat
 from aggregator.calendar import duration
 
 NO_DATA = "no data"
@@ -44,8 +45,8 @@ def gb(value: int | None) -> str:
 
 
 def celsius(value_mc: int | None) -> str:
-    """Thousandths of a degree as 61.5 °C."""
-    return NO_DATA if value_mc is None else f"{value_mc / 1000:.1f} °C"
+    """Thousandths of a degree as 61.5 °C, with enough digits beside the limit."""
+    return heat.celsius(value_mc)
 
 
 def money(value: Decimal | None, currency: str) -> str:

@@ -318,7 +318,10 @@ def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
 
 
 def test_rule_3_long_prompts_with_few_hits_need_more_cache() -> None:
-    records = [served("long", prompt_tok=9_000, cached_tok=100), served("short", prompt_tok=100, cached_tok=0)]
+    records = [
+        served("long", requests=20, prompt_tok=180_000, cached_tok=2_000),
+        served("short", requests=20, cached_tok=0),
+    ]
     report = placement.propose(window(batch([*records, resident("long"), resident("short", version="v2"), host()])))
     (setting,) = report.settings
     assert (setting.model, setting.node, setting.setting, setting.value) == ("long", "n1", "cache_bytes", 4 * 10**9)
@@ -349,9 +352,9 @@ def test_a_move_never_overfills_its_target() -> None:
     hot = [
         b
         for n in range(4)
-        for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=2)
+        for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=5)
     ]
-    report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=2)))
+    report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=5)))
     assert sum(m.node == "cool" for m in report.moves) == 2
 
 
@@ -368,6 +371,9 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
                 t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=9
             )
         ],
+        [host()],
+        [host()],
+        [host()],
     ]
     made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
     report = judge(made, None, config("n1"), T0 + 10 * MINUTE)

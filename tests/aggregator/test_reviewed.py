@@ -193,7 +193,7 @@ def test_models_held_back_by_limits_are_not_reported_as_lack_of_memory() -> None
     report = placement.propose(window(*made, *other), config.placement)
     assert "though there is memory" in report.short[0]
     hot = placement.propose(
-        window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(3)))
+        window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(5)))
     )
     assert hot.short == ("n1 was throttled 4.0% of the time, and its load fits on no other node: improve its cooling.",)
     assert placement.propose(window(batch([resident("a", need=0)]), batch([resident("a", need=0)], node="n2")))
