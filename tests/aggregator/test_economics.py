@@ -259,7 +259,7 @@ def test_dollars_are_not_taken_for_another_currency() -> None:
     assert (plain.alike, plain.rules, plain.rule_of_thumb) == (None, (), "")
     assert "EUR" in plain.sentence
     dollars = judged(api_spend=1_000, same_as="gpt-oss-20b")
-    euros = {"api_spend": 1_000, "same_as": "gpt-oss-20b", "currency": "EUR"}
+    euros: dict[str, Any] = {"api_spend": 1_000, "same_as": "gpt-oss-20b", "currency": "EUR"}
     for found in (judged(**euros, usd_rate=0.8), judged(0.8, **euros)):
         assert found.figures.node_price == 1_600
         assert found.figures.electricity_per_kwh == pytest.approx(0.12)

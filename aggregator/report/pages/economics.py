@@ -120,9 +120,8 @@ def _rules(report: Economics) -> Section | None:
     short = [f"{r.api_spend:,.0f}" for r in report.rules if r.wanted_tok > r.capacity_tok]
     text = [report.rule_of_thumb] if report.rule_of_thumb else []
     text += [f"If the nodes carried everything, the rules of thumb come out with this staff: {told}."] if told else []
-    text += [f"At this price, model and node they cannot carry what is to move at {', '.join(short)} a month."] * bool(
-        short
-    )
+    if short:
+        text.append(f"At this price, model and node they cannot carry what is to move at {', '.join(short)} a month.")
     columns = "Rule | Staff a month that makes it true | Tokens | Its nodes carry | It needs | Staff within that"
     return Section(title="Rules of thumb", text=tuple(text), table=table(columns, rows, (1, 2, 3, 4, 5)))
 
