@@ -1,6 +1,7 @@
 """The aggregator's configuration: structure, defaults and checks beyond types."""
 
 from collections.abc import Sequence
+from datetime import date
 from decimal import Decimal
 from typing import Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -21,11 +22,15 @@ Positive = Annotated[float, Meta(gt=0)]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Purchase price and power of a node; without a price its cost is "no data". Power that is neither measured nor
-    given as ``watts`` is that of the ``chip`` (like ``M4 Pro``) by the node's busy time, else 45 W. ``bandwidth_gb_s``
-    is the memory bandwidth of a chip that the chip table does not know."""
+    """Purchase price and power of a node; without a price its cost is "no data". It is paid for from ``since`` (its
+    first report if left out) until ``retired``, days of the rack's zone, the first one on which it is, and the first
+    one on which it is no longer part of the rack. Power that is neither measured nor given as ``watts`` is that of the
+    ``chip`` (like ``M4 Pro``) by the node's busy time, else 45 W. ``bandwidth_gb_s`` is the memory bandwidth of a chip
+    that the chip table does not know."""
 
     id: str
+    since: date | None = None
+    retired: date | None = None
     price: Money | None = None
     life_years: Positive = 3.0
     residual: Share = 0.2
@@ -150,6 +155,11 @@ def check(config: AggregatorConfig) -> Sequence[str]:
         f"nodes[{n}].chip: {unknown(node.chip)}; leave it out, and give watts and bandwidth_gb_s"
         for n, node in enumerate(config.nodes)
         if node.chip and find(node.chip) is None
+    ]
+    found += [
+        f"nodes[{n}].retired: {node.retired} is not after since ({node.since})"
+        for n, node in enumerate(config.nodes)
+        if node.since is not None and node.retired is not None and node.retired <= node.since
     ]
     ids = [node.id for node in config.nodes]
     found += [f"nodes: duplicate id {i!r}" for i in sorted({i for i in ids if ids.count(i) > 1})]

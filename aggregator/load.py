@@ -1,7 +1,7 @@
 """Read from the bucket: new segments under raw/, and spans of time from rolled-up tables."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,7 @@ from aggregator.raw import ingest, progress
 from aggregator.raw.progress import Pending
 from aggregator.tables import EVENT_TABLE, FOLDS, HOUR_TABLES, Fold, folded_columns, minute_columns
 from aggregator.window import (
+    LONGEST_WINDOW_MS,
     Asked,
     Cover,
     Demand,
@@ -31,6 +32,7 @@ from aggregator.window import (
     ServedSum,
     Serving,
     Window,
+    within,
 )
 from shared import keys
 from shared.batch import Batch
@@ -43,6 +45,8 @@ MOST_FRESH_RECORDS = 200_000
 """Records that a run of `alert` holds: an hour of a thousand nodes. The next run goes on from there."""
 
 S = TypeVar("S", bound=msgspec.Struct)
+C = TypeVar("C", bound=Cover)
+SPANS = tuple(name for name, fold in FOLDS.items() if fold.spans)
 
 
 class Backlog(NamedTuple):
@@ -170,11 +174,14 @@ def missing(store: ObjectStore, manifest: Manifest) -> tuple[set[str], set[str]]
     return lost, torn - lost
 
 
-def window(store: ObjectStore, span: Span) -> Window:
+def window(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
     """Everything rolled up that ended in the span. Whole UTC days are read from day tables, partial days from hour
-    tables, or from minute tables where the rack's UTC offset is not a whole number of hours."""
+    tables, or from minute tables where the rack's UTC offset is not a whole number of hours. Of ``nodes`` it is told
+    whether they had reported before the span, also where they are silent in it."""
     with parquet.Database() as db, ThreadPoolExecutor(CONNECTIONS) as pool:
         sources = _Sources(store, db, pool, span)
+        # a batch that ends after the span may have begun in it
+        beyond = _Sources(store, db, pool, Span("", span.until_ms, span.until_ms + LONGEST_WINDOW_MS, "UTC"), SPANS)
         found = Window(
             span=span,
             served=_structs(db, sources.folded("served", None), ServedSum),
@@ -185,14 +192,31 @@ def window(store: ObjectStore, span: Span) -> Window:
             desired=_structs(db, sources.folded("desired", None), DesiredSum),
             outlets=_structs(db, sources.folded("outlet", None), OutletSum),
             runs=_structs(db, sources.folded("run", None), Run),
-            covers=_structs(db, sources.folded("cover", None), Cover),
-            serving=_structs(db, sources.folded("serving", None), Serving),
+            covers=_covered(db, (sources, beyond), "cover", Cover, span),
+            serving=_covered(db, (sources, beyond), "serving", Serving, span),
             demand=_structs(db, sources.slots("demand"), Demand),
             asked=_structs(db, sources.slots("asked"), Asked),
             events=_events(db, sources.events()),
         )
-        late = {node for node in found.nodes if not found.reported_at_the_start(node)}
+        late = {node for node in (*found.nodes, *nodes) if not found.reported_at_the_start(node)}
         return msgspec.structs.replace(found, reported_before=_reported_before(store, db, pool, span, late))
+
+
+def _covered(
+    db: parquet.Database, sources: Iterable["_Sources"], name: str, kind: type[C], span: Span
+) -> tuple[C, ...]:
+    """Intervals of a span, from its own tables and from those after it."""
+    pieces: dict[tuple[str, ...], list[C]] = {}
+    for source in sources:
+        for one in _structs(db, source.folded(name, None), kind):
+            pieces.setdefault(tuple(getattr(one, label) for label in FOLDS[name].labels), []).append(one)
+    whole = (
+        msgspec.structs.replace(
+            found[0], starts=sum((f.starts for f in found), ()), ends=sum((f.ends for f in found), ())
+        )
+        for _, found in sorted(pieces.items())
+    )
+    return within(whole, span)
 
 
 def _reported_before(
@@ -225,16 +249,23 @@ def _covered_before(store: ObjectStore, span: Span) -> Iterator[str]:
 class _Sources:
     """SQL over the files of a span, which are fetched on construction."""
 
-    def __init__(self, store: ObjectStore, db: parquet.Database, pool: ThreadPoolExecutor, span: Span) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        db: parquet.Database,
+        pool: ThreadPoolExecutor,
+        span: Span,
+        tables: Sequence[str] = HOUR_TABLES,
+    ) -> None:
         self._db, self._span = db, span
         days = utc_days(span)
         hourly = span.since_ms % HOUR_MS == 0 and span.until_ms % HOUR_MS == 0
         whole = [day for day in days if span.since_ms <= utc_day_ms(day) and utc_day_ms(day) + DAY_MS <= span.until_ms]
-        self._levels = {name: _levels(name, days, whole, hourly) for name in HOUR_TABLES}
+        self._levels = {name: _levels(name, days, whole, hourly) for name in tables}
         wanted = list(dict.fromkeys(key for files in self._levels.values() for _, key in files))
         found = pool.map(lambda key: find(store, key, keys.MOST_TABLE_BYTES), wanted)
         self._files = {
-            key: db.file(f"{number}.parquet", stored.body)
+            key: db.file(f"{span.since_ms}-{number}.parquet", stored.body)
             for number, (key, stored) in enumerate(zip(wanted, found, strict=True))
             if stored is not None
         }

@@ -14,6 +14,7 @@ import msgspec
 
 from aggregator.annotations import Annotation
 from aggregator.calendar import HOUR_MS
+from aggregator.fleet import JOIN_MS
 from aggregator.window import Intervals, Window, at_least_one, both, seconds, union, without
 from shared.records import (
     AgentStarted,
@@ -27,8 +28,6 @@ from shared.records import (
     ThrottleEvent,
 )
 
-JOIN_MS = 2_000
-"""Consecutive windows have small gaps between them; shorter ones are ignored."""
 GRACE_MS = 30_000
 """A node with a window that ends later than this after a peer last saw it has reported again."""
 MERGE_MS = 600_000

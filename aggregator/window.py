@@ -254,8 +254,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was reported in a span, added up, each batch once; the one input of every report.
-    ``reported_before`` are nodes that had not reported when the span began, and had reported at some time before."""
+    """Everything that was reported in a span, added up, each batch once; the one input of every report. A batch counts
+    in the span in which it ends; the time that it covers is shared between the spans that it touches.
+    ``reported_before`` are nodes that had not reported when the span began, and had reported at some time before: of
+    those that reported in it, and of those that were asked for."""
 
     span: Span
     served: tuple[ServedSum, ...] = ()
@@ -313,6 +315,21 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         since, until = self.span.since_ms, self.span.until_ms
         pieces = (pair for one in tracks for pair in zip(one.starts, one.ends, strict=True))
         return union((max(a, since), min(b, until)) for a, b in pieces)
+
+
+COVER = TypeVar("COVER", bound=Cover)
+
+
+def within(covers: Iterable[COVER], span: Span) -> tuple[COVER, ...]:
+    """What of intervals lies in a span; those of which nothing does are left out."""
+    found = []
+    for one in covers:
+        pairs = zip(one.starts, one.ends, strict=True)
+        cut = union((max(start, span.since_ms), min(end, span.until_ms)) for start, end in pairs)
+        if cut:
+            starts, ends = zip(*cut, strict=True)
+            found.append(msgspec.structs.replace(one, starts=starts, ends=ends))
+    return tuple(found)
 
 
 def union(pieces: Iterable[tuple[int, int]], gap_ms: int = 0) -> Intervals:

@@ -1,6 +1,7 @@
 """``make docs``: generates the tables of docs/configuration.md from the code that reads the files."""
 
 import sys
+from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -81,7 +82,7 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(a) for a in get_args(kind) if a is not NoneType)
     if get_origin(kind) is tuple:
         return f"list of {_type(get_args(kind)[0])}"
-    return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(kind, str(kind))
+    return {int: "whole number", float: "number", str: "text", bool: "true or false", date: "date"}.get(kind, str(kind))
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:

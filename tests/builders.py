@@ -10,6 +10,7 @@ from pypdf import PdfReader
 from aggregator.calendar import Span
 from aggregator.tables import FOLDS, SLOT_MS
 from aggregator.window import (
+    LONGEST_WINDOW_MS,
     Asked,
     Cover,
     Demand,
@@ -30,6 +31,7 @@ from aggregator.window import (
     meta_of,
     straightened,
     union,
+    within,
 )
 from shared.batch import Batch
 from shared.records import (
@@ -110,11 +112,12 @@ def batch(
     )
 
 
-def window(*batches: Batch, span: Span = DAY) -> Window:
+def window(*batches: Batch, span: Span = DAY, nodes: Iterable[str] = ()) -> Window:
     """Batches as reports see them, added up in plain Python: the reference for the tables' SQL."""
     once = {b.id: straightened(b) for b in sorted(batches, key=lambda b: b.id, reverse=True)}
     inside = (b for b in once.values() if span.since_ms <= b.t_end_ms < span.until_ms)
     mine = sorted(inside, key=lambda b: (b.t_end_ms, b.seq, b.id))
+    near = [*mine, *(b for b in once.values() if 0 <= b.t_end_ms - span.until_ms < LONGEST_WINDOW_MS)]
     facts = [f for b in mine for f in facts_of(b)]
     made = Window(
         span=span,
@@ -128,17 +131,21 @@ def window(*batches: Batch, span: Span = DAY) -> Window:
             (msgspec.structs.asdict(f.record) for f in facts if isinstance(f.record, OutletReading)), OutletSum
         ),
         runs=_summed((_run_row(b) for b in mine), Run),
-        covers=tuple(
-            Cover(node=node, **_columns(union((meta_of(b).t_start_ms, b.t_end_ms) for b in mine if b.node == node)))
-            for node in sorted({b.node for b in mine})
+        covers=within(
+            (
+                Cover(node=node, **_columns(union((meta_of(b).t_start_ms, b.t_end_ms) for b in near if b.node == node)))
+                for node in sorted({b.node for b in near})
+            ),
+            span,
         ),
-        serving=_serving(facts),
+        serving=within(_serving([f for b in near for f in facts_of(b)]), span),
         demand=_summed(_engine_rows(facts, SLOT_MS), Demand),
         asked=_summed(_served_rows(facts, SLOT_MS), Asked),
         events=tuple(sorted((f for f in facts if isinstance(f.record, EVENT_TYPES)), key=_when)),
     )
     earlier = {b.node for b in once.values() if meta_of(b).t_start_ms < span.since_ms}
-    before = frozenset(node for node in made.nodes if node in earlier and not made.reported_at_the_start(node))
+    asked = {*made.nodes, *nodes}
+    before = frozenset(node for node in asked if node in earlier and not made.reported_at_the_start(node))
     return msgspec.structs.replace(made, reported_before=before)
 
 
