@@ -24,6 +24,7 @@ CLASSES = {
 }
 """Model classes by an example: billions of parameters and of active ones, KiB of KV cache per token, the example's name
 at API hosts."""
+_INSTEAD = "give node-price and watts, with memory and a measured node-tok-s"
 _SIZE = re.compile(r"(\d{1,5}(?:\.\d+)?)B(?:-A(\d{1,5}(?:\.\d+)?)B)?")
 
 
@@ -76,10 +77,10 @@ def bought(name: str, memory_gb: float, busy: float = 1.0) -> tuple[float | None
     such Mac."""
     chip = chips.find(name)
     if chip is None:
-        raise Refused(f"economics: {chips.unknown(name)}; give node-price and watts instead of chip")
+        raise Refused(f"economics: {chips.unknown(name)}; {_INSTEAD}")
     mac = chips.desktop(chip)
     if mac is None:
-        raise Refused(f"economics: no mini or Studio has {chip.name}; give node-price and watts instead of chip")
+        raise Refused(f"economics: no mini or Studio has {chip.name}; {_INSTEAD}")
     if memory_gb not in mac.memory_gb:
         held = ", ".join(map(str, mac.memory_gb))
         raise Refused(f"economics: a {mac.name} with {chip.name} has {held} GB; give one of them as memory")

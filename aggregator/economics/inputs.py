@@ -195,7 +195,7 @@ def settle(inputs: Inputs, at: datetime, configured_rate: float | None = None) -
     if book.missing:
         missing = ", ".join(book.missing)
         raise Refused(f"economics: without --usd-rate ({book.currency} per US dollar) give {missing}")
-    node_tok_s = book.number("node_tok_s", *capacity.node_tok_s(model, work, node))
+    node_tok_s = inputs.node_tok_s or book.number("node_tok_s", *capacity.node_tok_s(model, work, node))
     same_as, hosts_per_m = _like_for_like(book, model, work, at)
     spend, tokens = _volume(inputs, price_per_m)
     figures = Figures(
@@ -363,15 +363,17 @@ def _node(book: _Book, busy: float) -> tuple[Node, float, float]:
         price = book.dollars("node_price", NODE_PRICE_USD, "US list price of that mini (1,999 USD), rounded")
         watts = book.number("watts", NODE_W, "mean of the 40 to 80 W that such a mini draws while it serves")
         return Node(chip=NODE_CHIP, memory_gb=NODE_MEMORY_GB), price, watts
-    name = inputs.chip or NODE_CHIP
-    usd, drawn, told = capacity.bought(name, inputs.memory or 0.0, busy)
+    name, memory_gb = inputs.chip or NODE_CHIP, inputs.memory or 0.0
+    if None not in (inputs.node_price, inputs.watts, inputs.node_tok_s, inputs.memory):
+        return Node(chip=name, memory_gb=memory_gb), inputs.node_price or 0.0, inputs.watts or 0.0
+    usd, drawn, told = capacity.bought(name, memory_gb, busy)
     if usd is None and inputs.node_price is None:
         raise Refused(f"economics: {told[0]}; give --node-price in {book.currency}")
     if drawn is None and inputs.watts is None:
         raise Refused(f"economics: {told[1]}; give --watts")
     price = book.dollars("node_price", usd or 0.0, told[0])
     watts = book.number("watts", round(drawn or 0.0, 1), f"{told[1]}; mean at {busy:.0%} busy")
-    return Node(chip=name, memory_gb=inputs.memory or 0.0), price, watts
+    return Node(chip=name, memory_gb=memory_gb), price, watts
 
 
 def _like_for_like(book: _Book, model: Model, work: Work, at: datetime) -> tuple[str, float | None]:
@@ -388,4 +390,4 @@ def _like_for_like(book: _Book, model: Model, work: Work, at: datetime) -> tuple
     elif not found:
         raise Refused(f"economics: {api_prices.SOURCE} has no price for any host of same-as {name!r}; or give none")
     costs = [host.cost for host in found]
-    return (name, book.converted(_per_m(Decimal(statistics.median(costs))))) if costs else ("", None)
+    return (name, book.converted(_per_m(statistics.median_low(costs)))) if costs else ("", None)

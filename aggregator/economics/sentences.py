@@ -7,7 +7,16 @@ from aggregator.economics.inputs import MILLION
 from aggregator.economics.verdict import Economics, Verdict
 
 _SAID: dict[Verdict, str] = {"buy": "Buy", "marginal": "Marginal", "do_not_buy": "Do not buy"}
-_NAMES = {"node_tok_s": "speed of a node", "price_per_m": "API price per million tokens", "kept": "share that moves"}
+_NAMES = {
+    "api_spend": "API work",
+    "node_tok_s": "speed of a node",
+    "price_per_m": "API price per million tokens",
+    "kept": "share that moves",
+    "duty": "mean load as a share of the busiest",
+    "electricity_per_kwh": "price per kWh",
+    "people_per_month": "staff",
+    "other_per_month": "other costs per node",
+}
 
 
 def counted(number: int, noun: str) -> str:
@@ -31,11 +40,16 @@ def verdict(report: Economics) -> str:
     """The sentences at the top: the verdict and why, what the nodes carry, what it hinges on."""
     said = _SAID[report.verdict]
     if report.reasons[0] == "does_not_fit":
-        return f"{said}: {_does_not_fit(report)}."
+        return f"{said}. {_does_not_fit(report)}."
     if report.reasons[0] == "nothing_to_save":
-        return f"{said}: no cost of an API would move to the nodes."
-    parts = [f"{said}: {_payback(report)}.", _hosts(report), _carried(report), _fragile(report)]
-    return " ".join(part for part in parts if part)
+        return f"{said}. No cost of an API would move to the nodes."
+    why = (
+        [_hosts(report), _payback(report)]
+        if report.reasons[0].startswith("hosts_")
+        else [_payback(report), _hosts(report)]
+    )
+    parts = [*(f"{part[:1].upper()}{part[1:]}." for part in why if part), _carried(report), _fragile(report)]
+    return f"{said}. {' '.join(part for part in parts if part)}"
 
 
 def rule(report: Economics) -> str:
@@ -63,7 +77,7 @@ def _horizon(report: Economics) -> str:
 def _does_not_fit(report: Economics) -> str:
     need, budget = report.load.need_bytes / 1e9, report.load.budget_bytes / 1e9
     return (
-        f"the model ({report.model.name}, {report.model.bits:g} bits per weight) needs {need:.1f} GB, and a node with "
+        f"The model ({report.model.name}, {report.model.bits:g} bits per weight) needs {need:.1f} GB, and a node with "
         f"{report.node.memory_gb:g} GB of memory has {budget:.1f} GB for models"
     )
 
@@ -84,11 +98,10 @@ def _hosts(report: Economics) -> str:
     if found is None or not {"hosts_below_running", "hosts_below_total"} & {*report.reasons}:
         return ""
     running = "hosts_below_running" in report.reasons
-    rack = f"running the rack costs {_money(report, found.running)}" if running else f"{_money(report, found.total)}"
+    rack = f"running the rack {_money(report, found.running)}" if running else f"the rack {_money(report, found.total)}"
     return (
-        f"The same tokens with {report.same_as} at API hosts cost {_money(report, found.hosts)} over "
-        f"{_horizon(report)}, {rack if running else f'with the rack {rack}'}: what is saved comes from using another "
-        "model, not from the nodes."
+        f"the same tokens with {report.same_as} at API hosts cost {_money(report, found.hosts)} over "
+        f"{_horizon(report)}, {rack}: what is saved comes from using another model, not from the nodes"
     )
 
 

@@ -276,8 +276,8 @@ def test_dollars_are_not_taken_for_another_currency() -> None:
 @pytest.mark.parametrize(
     ("inputs", "verdict", "reason", "said"),
     [
-        ({"api_spend": 12_000}, "buy", "pays_back", "Buy: 4 nodes break even in month"),
-        ({"api_spend": 12_000, "nodes": 1}, "buy", "pays_back", "Buy: 1 node breaks even in month"),
+        ({"api_spend": 12_000}, "buy", "pays_back", "Buy. 4 nodes break even in month"),
+        ({"api_spend": 12_000, "nodes": 1}, "buy", "pays_back", "Buy. 1 node breaks even in month"),
         ({"api_spend": 300}, "do_not_buy", "never_pays_back", "4 nodes do not pay for themselves within 36 months"),
         (
             {"api_spend": 9, "nodes": 1},
@@ -286,10 +286,10 @@ def test_dollars_are_not_taken_for_another_currency() -> None:
             "1 node does not pay for itself within 36 months",
         ),
         ({"api_spend": 9_000, "months": 1}, "do_not_buy", "never_pays_back", "within 1 month; balance"),
-        ({"api_spend": 0}, "do_not_buy", "nothing_to_save", "no cost of an API would move"),
-        ({"tokens": 0}, "do_not_buy", "nothing_to_save", "no cost of an API would move"),
-        ({"tokens": 1e9, "price_per_m": 0}, "do_not_buy", "nothing_to_save", "no cost of an API would move"),
-        ({"api_spend": 12_000, "kept": 0}, "do_not_buy", "nothing_to_save", "no cost of an API would move"),
+        ({"api_spend": 0}, "do_not_buy", "nothing_to_save", "No cost of an API would move"),
+        ({"tokens": 0}, "do_not_buy", "nothing_to_save", "No cost of an API would move"),
+        ({"tokens": 1e9, "price_per_m": 0}, "do_not_buy", "nothing_to_save", "No cost of an API would move"),
+        ({"api_spend": 12_000, "kept": 0}, "do_not_buy", "nothing_to_save", "No cost of an API would move"),
         ({"api_spend": 12_000, "nodes": 10_000}, "do_not_buy", "never_pays_back", "24 nodes would carry the work"),
         (
             {"api_spend": 3_000, "growth": -0.5, "nodes": 1, "node_price": 300, "people_per_month": 100},
@@ -302,7 +302,7 @@ def test_dollars_are_not_taken_for_another_currency() -> None:
         ),
         (
             {"api_spend": 12_000, "same_as": "llama-3.1-8b", "people_per_month": 500},
-            *("do_not_buy", "hosts_below_running", "running the rack costs"),
+            *("do_not_buy", "hosts_below_running", "running the rack 18,947 USD"),
         ),
         (
             {"api_spend": 900, "growth": 0.1, "months": 60},
@@ -318,7 +318,7 @@ def test_the_verdict_and_its_sentence_follow_from_the_reason(
     found = judged(**inputs)
     assert (found.verdict, found.reasons[0]) == (verdict, reason)
     assert said in found.sentence
-    assert found.sentence.startswith({"buy": "Buy: ", "marginal": "Marginal: ", "do_not_buy": "Do not buy: "}[verdict])
+    assert found.sentence.startswith({"buy": "Buy. ", "marginal": "Marginal. ", "do_not_buy": "Do not buy. "}[verdict])
 
 
 def test_the_busy_share_of_break_even_is_that_of_a_purchase_that_just_pays() -> None:

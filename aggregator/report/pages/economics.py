@@ -5,7 +5,7 @@ from decimal import Decimal
 from aggregator.economics import Economics, sentences
 from aggregator.packing import CAP
 from aggregator.report.page import Curve, Page, Section, page_of, table
-from aggregator.report.wording import count, gb, money, share
+from aggregator.report.wording import count, figure, gb, money, share
 
 _MONEY = ("_spend", "_price", "_per_m", "_per_kwh", "_per_month", "setup")
 _SHARES = ("kept", "cached", "duty", "residual", "growth")
@@ -34,7 +34,7 @@ def _carried(report: Economics) -> Section:
         (f"Memory that the model needs, of {gb(load.budget_bytes)}", gb(load.need_bytes)),
     ]
     text = (
-        f"A node ({report.node.chip}, {report.node.memory_gb:g} GB) with a model of {report.model.name} computes "
+        f"A node ({report.node.chip}, {report.node.memory_gb:g} GB) with a model of class {report.model.name} computes "
         f"{figures.node_tok_s:,.4g} tokens a second while it works, {share(report.work.prompt, 0)} of them of prompts. "
         f"In the busiest five minutes it may be busy for {share(CAP, 0)}; the mean is {share(figures.duty, 0)} of that."
     )
@@ -168,7 +168,7 @@ def _value(name: str, value: float | str, currency: str) -> str:
         return sentences.counted(int(value), "month")
     if name.endswith(_MONEY):
         return money(Decimal(str(value)), currency)
-    return share(value) if name in _SHARES else f"{value:,.6g} {_UNITS.get(name, '')}".strip()
+    return share(value) if name in _SHARES else f"{figure(value)} {_UNITS.get(name, '')}".strip()
 
 
 def _month(month: int | None) -> str:
