@@ -30,7 +30,7 @@ GROUPS = {
     "what moves to the nodes": {
         "kept": "share of the API work that moves, as far as the nodes can carry it",
         "model_class": "class of the model that takes over: billions of parameters, with active ones for a mixture of "
-        f"experts, like 27B or 235B-A22B; with its example: {', '.join(CLASSES)}",
+        f"experts, like 27B or 235B-A22B; with an example at API hosts: {', '.join(CLASSES)}",
         "bits": "bits per weight",
         "kv_kib_per_tok": "KiB of KV cache per token",
         "same_as": "the open model as API hosts name it, to compare like for like; none: no comparison",

@@ -101,8 +101,8 @@ def _hosts(report: Economics) -> str:
     rack = f"running the rack {_money(report, found.running)}" if running else f"the rack {_money(report, found.total)}"
     return (
         f"the same tokens with {report.same_as} at API hosts cost {_money(report, found.hosts)} over "
-        f"{_horizon(report)}, {rack}: what is saved comes from using another model, not from the nodes"
-    )
+        f"{_horizon(report)}, {rack}"
+    ) + (": what is saved comes from using another model, not from the nodes" if report.total_saving > 0 else "")
 
 
 def _carried(report: Economics) -> str:
