@@ -7,7 +7,7 @@ from markupsafe import Markup
 from aggregator.report.page import Curve
 from aggregator.report.wording import figure
 
-_WIDTH, _HEIGHT, _FOOT, _TOP = 640.0, 200.0, 22.0, 18.0
+_WIDTH, _HEIGHT, _FOOT, _TOP = 640.0, 200.0, 22.0, 26.0
 _LETTER = 6.2
 """Width of a character of the axis."""
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
@@ -42,7 +42,7 @@ def svg(curve: Curve) -> Markup:
         parts.append(Markup('<polyline points="{}" {}/>').format(drawn, style))
     if curve.mark is not None:
         parts.append(_line(x(curve.mark), _TOP, x(curve.mark), _TOP + _HEIGHT, "mark"))
-        parts.append(_text(x(curve.mark), _TOP - 6, curve.mark_text, _side(x(curve.mark))))
+        parts.append(_text(x(curve.mark), _TOP - 10, curve.mark_text, _side(x(curve.mark))))
     box = Markup('viewBox="0 0 {:.0f} {:.0f}"').format(_WIDTH, _TOP + _HEIGHT + _FOOT)
     return Markup('<svg xmlns="http://www.w3.org/2000/svg" {} role="img">{}</svg>').format(box, Markup("").join(parts))
 
@@ -69,7 +69,7 @@ def ticks(low: float, high: float) -> list[float]:
 def _named(labels: tuple[str, ...]) -> list[int]:
     """The points that have room for their label."""
     count = len(labels)
-    step = next((s for s in (1, 2, 3, 6, 12, 24, 60) if (count - 1) / s <= 6), max(1, count - 1))
+    step = next((s for s in (1, 2, 3, 6, 12, 24, 60) if (count - 1) / s <= 4), max(1, count - 1))
     return list(range(0, count, step))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agent.operator import recommended
@@ -68,6 +68,7 @@ def settled(figures: dict[str, Any]) -> dict[str, Any]:
 # properties
 
 
+@settings(max_examples=40)
 @given(asked)
 def test_break_even_is_the_first_month_without_a_loss(figures: dict[str, Any]) -> None:
     found = judged(**settled(figures))
@@ -152,6 +153,14 @@ def test_capacity_follows_from_the_chip_the_class_and_the_mix() -> None:
 def test_what_makes_a_node_carry_more(changes: dict[str, Any], faster: bool) -> None:
     first, other = judged(api_spend=1e6), judged(api_spend=1e6, **changes)
     assert (other.load.capacity_tok > first.load.capacity_tok) == faster
+
+
+def test_bits_slow_decode_alone() -> None:
+    """Prefill is bound by compute, which the number of parameters decides."""
+    prompts = [judged(api_spend=1e6, mix="1:0", bits=bits).load.capacity_tok for bits in (4.5, 9)]
+    answers = [judged(api_spend=1e6, mix="0:1", bits=bits).load.capacity_tok for bits in (4.5, 9)]
+    assert prompts[0] == prompts[1]
+    assert answers[0] == pytest.approx(2 * answers[1])
 
 
 def test_half_a_million_on_one_node_saves_what_one_node_can_carry() -> None:
