@@ -9,7 +9,6 @@ import msgspec
 
 from aggregator.commands.ended import Ended
 from aggregator.config import Cost
-from aggregator.economics import CLASSES, Inputs
 from aggregator.report.page import Page
 
 Verb = Callable[[str, str, Callable[[argparse.Namespace], Ended]], argparse.ArgumentParser]
@@ -30,7 +29,7 @@ GROUPS = {
     "what moves to the nodes": {
         "kept": "share of the API work that moves, as far as the nodes can carry it",
         "model_class": "class of the model that takes over: billions of parameters, with active ones for a mixture of "
-        f"experts, like 27B or 235B-A22B; with an example at API hosts: {', '.join(CLASSES)}",
+        "experts, like 8B, 27B or 235B-A22B",
         "bits": "bits per weight",
         "kv_kib_per_tok": "KiB of KV cache per token",
         "same_as": "the open model as API hosts name it, to compare like for like; none: no comparison",
@@ -90,8 +89,8 @@ def _economics(args: argparse.Namespace, shown: Shown, cost: Callable[[], Cost |
     from aggregator import economics
     from aggregator.report.pages import economics as economics_page
 
-    given = {name: value for name in Inputs.__struct_fields__ if (value := getattr(args, name)) is not None}
-    inputs = Inputs(**given)
+    names = (name for flags in GROUPS.values() for name in flags)
+    inputs = economics.Inputs(**{name: value for name in names if (value := getattr(args, name)) is not None})
     configured = cost() if inputs.currency and inputs.usd_rate is None else None
     rate = configured.usd_rate if configured and configured.currency == inputs.currency else None
     report = economics.judge(inputs, datetime.now(UTC), rate)

@@ -35,7 +35,7 @@ def _carried(report: Economics) -> Section:
     ]
     text = (
         f"A node ({report.node.chip}, {report.node.memory_gb:g} GB) with a model of class {report.model.name} computes "
-        f"{figures.node_tok_s:,.4g} tokens a second while it works, {share(report.work.prompt, 0)} of them of prompts. "
+        f"{figure(figures.node_tok_s)} tokens a second of work, {share(report.work.prompt, 0)} of them of prompts. "
         f"In the busiest five minutes it may be busy for {share(CAP, 0)}; the mean is {share(figures.duty, 0)} of that."
     )
     return Section(title="What the nodes can carry", text=(text,), table=table("First month | Value", rows, (1,)))
