@@ -4,7 +4,7 @@ from decimal import Decimal
 
 from aggregator.config import decimal
 from aggregator.economics.inputs import MILLION
-from aggregator.economics.verdict import Economics, Verdict
+from aggregator.economics.verdict import HOSTS, Economics, Verdict
 
 _SAID: dict[Verdict, str] = {"buy": "Buy", "marginal": "Marginal", "do_not_buy": "Do not buy"}
 _NAMES = {
@@ -43,11 +43,9 @@ def verdict(report: Economics) -> str:
         return f"{said}. {_does_not_fit(report)}."
     if report.reasons[0] == "nothing_to_save":
         return f"{said}. No cost of an API would move to the nodes."
-    why = (
-        [_hosts(report), _payback(report)]
-        if report.reasons[0].startswith("hosts_")
-        else [_payback(report), _hosts(report)]
-    )
+    why = [_payback(report), _hosts(report)]
+    if report.reasons[0] in HOSTS:
+        why.reverse()
     parts = [*(f"{part[:1].upper()}{part[1:]}." for part in why if part), _carried(report), _fragile(report)]
     return f"{said}. {' '.join(part for part in parts if part)}"
 
@@ -95,7 +93,7 @@ def _payback(report: Economics) -> str:
 
 def _hosts(report: Economics) -> str:
     found = report.alike
-    if found is None or not {"hosts_below_running", "hosts_below_total"} & {*report.reasons}:
+    if found is None or not {*HOSTS} & {*report.reasons}:
         return ""
     running = "hosts_below_running" in report.reasons
     rack = f"running the rack {_money(report, found.running)}" if running else f"the rack {_money(report, found.total)}"

@@ -27,6 +27,7 @@ Reason = Literal[
     "pays_back",
 ]
 MARGINAL: tuple[Reason, ...] = ("hosts_below_total", "fragile")
+HOSTS: tuple[Reason, ...] = ("hosts_below_running", "hosts_below_total")
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):

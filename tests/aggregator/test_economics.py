@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from agent.operator import recommended
 from aggregator import api_prices, cli, economics
+from aggregator.commands import cli_economics
 from aggregator.economics import CLASSES, Economics, Inputs
 from aggregator.economics.capacity import MONTH_S
 from aggregator.intake import BATCHED
@@ -524,3 +525,11 @@ def test_help_explains_the_inputs_in_groups(capsys: pytest.CaptureFixture[str]) 
         assert title in text
     for name in Inputs.__struct_fields__:
         assert f"--{name.replace('_', '-')}" in text
+    helps = {name: told for flags in cli_economics.GROUPS.values() for name, told in flags.items()}
+    assert {*helps} == {*Inputs.__struct_fields__}
+    assumed = {one.name: one.value for one in economics.judge(Inputs(nodes=1, api_spend=1), AT).assumptions}
+    said = {name: re.search(r"\(default: ([\d.:A-Z]+)(?: USD)?\)", told) for name, told in helps.items()}
+    stated = {name: found[1] for name, found in said.items() if found}
+    assert len(stated) == 14
+    for name, value in stated.items():
+        assert str(assumed[name]) in (value, f"{value}.0"), name
