@@ -13,6 +13,11 @@ def count(value: int | None) -> str:
     return NO_DATA if value is None else f"{value:,}"
 
 
+def figure(value: float) -> str:
+    """A number on a chart: 1,422,110 from a thousand on, 12.34 below."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+
+
 def share(value: float | None, digits: int = 1) -> str:
     """12.3 %"""
     return NO_DATA if value is None else f"{value * 100:.{digits}f} %"

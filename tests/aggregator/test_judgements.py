@@ -1,4 +1,4 @@
-"""Uptime and its causes, annotations, the scorecard, economics, and reports on incomplete data."""
+"""Uptime and its causes, annotations, the scorecard, and reports on incomplete data."""
 
 import itertools
 import os
@@ -12,17 +12,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from aggregator import alerts, annotations, cost, economics, heat, load, packing, scorecard, uptime
+from aggregator import alerts, annotations, cost, heat, load, packing, scorecard, uptime
 from aggregator.alerts import AlertState
 from aggregator.calendar import Span, as_long_before, between, days, full_hour, month, week
 from aggregator.commands import monthly, prune, rollup, sync, weekly
 from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig, Scorecard
-from aggregator.economics import Inputs
 from aggregator.judgements import judge
 from aggregator.report import html, markdown, pdf
 from aggregator.report.page import Curve, Page, Section, table
-from aggregator.report.pages import economics as economics_page
 from aggregator.report.pages import scorecard as scorecard_page
 from aggregator.report.pages import uptime as uptime_page
 from aggregator.window import facts_of, straightened, union
@@ -190,7 +188,7 @@ def test_the_page_shows_how_each_node_follows_the_desired_state() -> None:
     assert "Desired state" not in markdown.render(uptime_page.page(plain, "2026-W47", "UTC", "r")).decode()
 
 
-# scorecard and economics
+# scorecard
 
 
 def test_a_month_is_compared_with_its_targets() -> None:
@@ -335,52 +333,6 @@ def test_the_pdf_shows_the_configured_targets() -> None:
     assert "target 5.5 ms" in text
     assert "Throttled by heat for more than 2 % of the time: n1 3.0 %." in text
     assert {line.kind: line.kept for line in other.scorecard}["latency"] is False
-
-
-inputs = st.builds(
-    Inputs,
-    api_spend=st.floats(0, 1e6),
-    nodes=st.integers(1, 60),
-    node_price=st.floats(0, 1e5),
-    kept=st.floats(0, 1),
-    growth=st.floats(-0.1, 0.1),
-    people_per_month=st.floats(0, 1e5),
-    months=st.integers(1, 60),
-)
-
-
-@given(inputs)
-def test_break_even_is_the_first_month_without_a_loss(given_: Inputs) -> None:
-    found = economics.judge(given_)
-    balances = [m.balance for m in found.months]
-    first = next((n for n, balance in enumerate(balances, 1) if balance >= 0), None)
-    assert found.break_even == first
-    assert found.total_saving == balances[-1]
-    assert economics_page.page(found, "USD").lead == found.sentence
-
-
-def test_more_api_spend_pays_back_no_later() -> None:
-    months = [economics.judge(Inputs(api_spend=spend, nodes=4)).break_even or 99 for spend in (500, 2000, 12000)]
-    assert months == sorted(months, reverse=True)
-    dear = economics.judge(Inputs(api_spend=300, nodes=4))
-    assert dear.break_even is None
-    assert "do not pay for themselves" in dear.sentence
-    assert dear.hinges[0].swing >= dear.hinges[-1].swing
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"api_spend": -1}, "api-spend"),
-        ({"nodes": 0}, "nodes"),
-        ({"kept": 1.5}, "kept"),
-        ({"months": 0}, "months"),
-        ({"watts": -5}, "below zero"),
-    ],
-)
-def test_impossible_figures_are_rejected(changes: dict[str, float], why: str) -> None:
-    with pytest.raises(Refused, match=why):
-        economics.judge(msgspec.structs.replace(Inputs(api_spend=1, nodes=1), **changes))
 
 
 # spans
