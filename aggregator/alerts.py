@@ -10,7 +10,7 @@ import msgspec
 
 from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
-from aggregator.incidents import GRACE_MS
+from aggregator.incidents.causes import GRACE_MS
 from aggregator.window import Fact, Meta
 from shared.records import (
     EXPIRY_DAYS,

@@ -54,7 +54,7 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
     """The worse of availability by requests and by time: who is down records no failure."""
     said = []
     if up.request_share is not None:
-        said.append(f"{up.request_share:.3%} of requests ({up.requests_ok + up.requests_bad:,}) were answered")
+        said.append(f"{up.request_share * 100:.3f} % of requests ({up.requests_ok + up.requests_bad:,}) were answered")
     if up.rack.share is not None:
         said.append(f"the rack was up {in_words(up.rack)} of the time that is known")
     elif up.rack.known_share is not None:

@@ -157,7 +157,7 @@ def covered(up: Uptime) -> float | None:
 def in_words(n: NodeUptime) -> str:
     """A node's percentage, or why there is none."""
     if n.share is not None:
-        return f"{n.share:.3%}"
+        return f"{n.share * 100:.3f} %"
     if n.known_share is None:
         return "no data"
     # never rounded up to what would have been enough

@@ -49,7 +49,7 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     last = load.window(store, earlier)
     noted = notes(store)
     judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
-    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last, config))
+    told = (*noted.refused, *_unheard(window, noted.entries, config), *_gone(window, last, config))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
@@ -128,10 +128,11 @@ def _clocks(window: Window) -> tuple[str, ...]:
     return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
 
 
-def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
-    """Annotations of this span whose node is none that reported: mostly a name that was mistyped."""
+def _unheard(window: Window, entries: Sequence[Annotation], config: AggregatorConfig) -> tuple[str, ...]:
+    """Annotations of this span whose node neither reported nor is configured: mostly a name that was mistyped."""
     since, until = window.span.since_ms, window.span.until_ms
-    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since} - set(window.nodes)
+    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since}
+    here -= {*window.nodes, *(node.id for node in config.nodes)}
     return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
 
 

@@ -9,28 +9,13 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from aggregator.annotations import Annotation
-from aggregator.calendar import HOUR_MS
 from aggregator.fleet import JOIN_MS, Tenure
+from aggregator.incidents.causes import GRACE_MS, cause_of, down_now, was_stopped
 from aggregator.window import Intervals, Window, both, union, without
-from shared.records import (
-    AgentStarted,
-    AgentStopped,
-    LoaderExited,
-    MemoryPressed,
-    PeerDown,
-    PeerUp,
-    SwapFinished,
-    ThrottleEnded,
-    ThrottleEvent,
-)
+from shared.records import LoaderExited, SwapFinished, ThrottleEnded
 
-GRACE_MS = 30_000
-"""A node with a window that ends later than this after a peer last saw it has reported again."""
 MERGE_MS = 600_000
 """Incidents with the same cause, node and scope that follow within this time are merged."""
-NEAR_MS = 300_000
-LONG_HEAT_MS = 6 * HOUR_MS
-"""How long before an incident a throttle event may have begun to count as its cause."""
 LONG_SILENCE_MS = 1_800_000
 """Unexplained silence that is as long as this is an incident."""
 
@@ -71,7 +56,7 @@ def explained(window: Window, tenure: Tenure) -> tuple[Incident, ...]:
     for start, end in tenure.silent:
         if end == tenure.until_ms:
             found += _lasting(window, tenure, start)
-        elif end - start > JOIN_MS and (why := _cause(window, node, start, end)) is not None:
+        elif end - start > JOIN_MS and (why := cause_of(window, node, start, end)) is not None:
             found.append(_incident(node, "node", (start, end), why))
     return tuple(found)
 
@@ -100,8 +85,10 @@ def _place(one: Incident) -> tuple[int, str, str]:
 
 def _lasting(window: Window, tenure: Tenure, start: int) -> list[Incident]:
     """The silence at the end of a node's time, if its peers lost it, too: they may have seen it for longer."""
-    down_at = _down_now(window, tenure.node)
-    if down_at is None or start > down_at + GRACE_MS or max(start, down_at) >= tenure.until_ms:
+    down_at = down_now(window, tenure.node)
+    if down_at is None or max(start, down_at) >= tenure.until_ms:
+        return []
+    if tenure.reported and start > down_at + GRACE_MS:  # it was back
         return []
     why = ("unknown", "no answer to heartbeats of its peers", "check the machine")
     return [_incident(tenure.node, "node", (max(start, down_at), _end_of(tenure.until_ms, tenure)), why)]
@@ -112,10 +99,8 @@ def _silences(window: Window, tenure: Tenure, known: Sequence[Incident]) -> list
     found = []
     for start, end in without(tenure.silent, time_of(known, tenure)):
         if end - start >= LONG_SILENCE_MS:
-            stopped = _was_stopped(window, tenure.node, start)
-            text = (
-                "no telemetry since an operator stopped its agent" if stopped else "no telemetry, and nothing says why"
-            )
+            stopped = was_stopped(window, tenure.node, start)
+            text = "no telemetry, " + ("since an operator stopped its agent" if stopped else "and nothing tells why")
             fix = _LASTED if end < tenure.until_ms else "taken out of the rack" if tenure.retired else _LASTS
             found.append(_incident(tenure.node, "node", (start, _end_of(end, tenure)), (SILENT, text, fix)))
     return found
@@ -130,84 +115,6 @@ def _incident(node: str, scope: str, times: tuple[int, int | None], why: tuple[s
     """``times`` are its start and end, ``why`` its cause, text and fix."""
     (start, end), (cause, text, fix) = times, why
     return Incident(node=node, scope=scope, start_ms=start, end_ms=end, cause=cause, text=text, fix=fix)
-
-
-def _cause(window: Window, node: str, start: int, end: int) -> tuple[str, str, str] | None:
-    """Why a node did not report; the first rule that matches.
-
-    1. clean stop, by what the next start or the last window says; 2. hard memory pressure just before; 3. throttled at
-    the time; 4. a swap had just ended; 5. the machine rebooted; 6. only the agent restarted; 7. its peers could not
-    reach it, and it came back without a restart, or with another state folder, which knows nothing of the time before.
-    """
-    begun = _begun(window, node, start, end)
-    if begun is not None and (begun.previous == "clean" or _was_stopped(window, node, start)):
-        return "stopped", "agent stopped by an operator", "restarted"
-    fresh = begun is not None and begun.previous == "first"
-    if begun is not None and not fresh:
-        near = (start - NEAR_MS, start + JOIN_MS)
-        if any(m.node == node and r.level == "hard" and _within(r.t_ms, near) for m, r in window.of(MemoryPressed)):
-            return "out_of_memory", "memory pressure just before the agent ended", "move a model away, or lower rows"
-        if _was_hot(window, node, start):
-            return "heat", "the node was thermally throttled when it ended", "improve cooling or airflow"
-        if any(m.node == node and _within(r.t_ms, near) for m, r in window.of(SwapFinished)):
-            return "deploy", "a swap had just ended on the node", "compare the new version with the previous one"
-        boots = {run.boot_id for run in window.runs if run.node == node}
-        if len(boots - {None, ""}) > 1 and _rebooted(window, node, start, end):
-            return (
-                "power",
-                ("the machine rebooted: power loss or kernel panic (look for a .panic file that mentions IOGPUMemory)"),
-                "check the power supply; see the runbook on panics",
-            )
-        return "crash", "the agent ended unexpectedly", "restarted by launchd or an operator"
-    if any(record.peer == node and start - GRACE_MS <= record.t_ms <= end for _, record in window.of(PeerDown)):
-        if fresh:
-            return "unknown", "no answer to heartbeats of its peers", "replaced, or its state folder was lost"
-        return "network", "unreachable for its peers", "recovered without a restart: check the network"
-    return None
-
-
-def _begun(window: Window, node: str, start: int, end: int) -> AgentStarted | None:
-    """The start that ended a gap: said in the first window after it, however long the start took."""
-    for meta, record in window.of(AgentStarted):
-        if meta.node == node and (start <= record.t_ms <= end + JOIN_MS or abs(meta.t_start_ms - end) <= JOIN_MS):
-            return record
-    return None
-
-
-def _was_stopped(window: Window, node: str, t_ms: int) -> bool:
-    """Whether a node's last window before a gap ends with its stop: what follows, a start that failed for one, does
-    not change that."""
-    return any(m.node == node and abs(m.t_end_ms - t_ms) <= JOIN_MS for m, _ in window.of(AgentStopped))
-
-
-def _was_hot(window: Window, node: str, t_ms: int) -> bool:
-    """Whether the node was throttled at that time: begun and not ended before."""
-    begun = [r.t_ms for m, r in window.of(ThrottleEvent) if m.node == node and r.t_ms <= t_ms]
-    ended = [r.t_ms for m, r in window.of(ThrottleEnded) if m.node == node and r.t_ms <= t_ms - NEAR_MS]
-    return bool(begun) and max(begun) > max(ended, default=0) and t_ms - max(begun) < LONG_HEAT_MS
-
-
-def _within(t_ms: int, near: tuple[int, int]) -> bool:
-    return near[0] <= t_ms <= near[1]
-
-
-def _rebooted(window: Window, node: str, start: int, end: int) -> bool:
-    """Whether the machine rebooted between the runs before and after a gap."""
-    runs = sorted((r for r in window.runs if r.node == node), key=lambda r: r.since_ms)
-    before = [r.boot_id for r in runs if r.since_ms < start]
-    after = [r.boot_id for r in runs if r.since_ms >= end - JOIN_MS]
-    return bool(before and after and before[-1] and after[0] and before[-1] != after[0])
-
-
-def _down_now(window: Window, node: str) -> int | None:
-    """When the peers declared the node down, unless a peer has seen it since or it was stopped cleanly."""
-    downs = [r.last_seen_ms for _, r in window.of(PeerDown) if r.peer == node]
-    ups = [r.t_ms for _, r in window.of(PeerUp) if r.peer == node]
-    stops = [r.t_ms for m, r in window.of(AgentStopped) if m.node == node]
-    last = max(downs, default=None)
-    if last is None or any(t > last for t in ups) or any(t >= last - JOIN_MS for t in stops):
-        return None
-    return last
 
 
 def _loaders(window: Window) -> list[Incident]:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from aggregator.calendar import local
 from aggregator.report.page import Page, Section, page_of, table
+from aggregator.report.wording import share as percent
 from aggregator.report.wording import span
 from aggregator.uptime import LEAST_KNOWN, NodeUptime, Progress, Uptime, in_words
 
 
 def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
     """When the rack and its nodes answered, and what went wrong. ``remarks`` are about telemetry that is missing."""
+    lost = (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.",)
     nodes = [_row("the rack", report.rack), *(_row(n.node, n) for n in report.nodes)] if report.nodes else []
     columns = "Node | Serving | Without a model | Down | Excused | Unknown | Up"
     return page_of(
@@ -18,15 +20,15 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
         [
             Section(
                 title="Nodes",
-                text=(*_counted(report), *_telemetry(report), *remarks),
+                text=(*_counted(report), *(lost if report.lost_batches else ()), *_retired(report), *remarks),
                 table=table(columns, nodes, (1, 2, 3, 4, 5, 6)),
             ),
             _desired(report.desired or (), zone),
             _incidents(report, zone),
         ],
         "Up is the time a node reported by the time it is known to have reported or to have been down, from its first "
-        f"report on until it is retired; where less than {LEAST_KNOWN:.0%} of that time is known, no percentage is "
-        "given. A gap that nothing explains is unknown and counts neither way, and is an incident from half an hour "
+        f"report on until it is retired; where less than {percent(LEAST_KNOWN, 0)} of that time is known, no "
+        "percentage is given. A gap that nothing explains is unknown and counts neither way, and is an incident from half an hour "
         "on; nor does time count that an operator excused. Causes are guessed by rule until somebody confirms them in "
         f"annotations/v1/incidents.toml. Times are in {zone}.",
     )
@@ -36,14 +38,15 @@ def _lead(report: Uptime) -> str:
     rack, said = report.rack, ["No node reported anything"]
     if rack.share is not None:
         up = f"The rack was up {in_words(rack)} of the time that is known"
-        said = [up + (f" (with a model ready {rack.up_s / rack.known_s:.3%})" if _idled(rack) else "")]
+        said = [up + (f" (with a model ready {percent(rack.up_s / rack.known_s, 3)})" if _idled(rack) else "")]
     elif rack.known_share is not None:
         said = [f"How long the rack was up is {in_words(rack)}"]
     elif rack.excused_s:
         said = ["All of the rack's time is excused"]
     if report.request_share is not None:
         asked = report.requests_ok + report.requests_bad
-        said.append(f"{report.request_share:.3%} of {_requests(asked)} were answered")
+        of = f"{asked:,} requests were" if asked != 1 else "1 request was"
+        said.append(f"{percent(report.request_share, 3)} of {of} answered")
     if rack.unknown_s >= 1:
         said.append(f"{span(rack.unknown_s)} are unknown")
     return "; ".join(said) + "."
@@ -55,10 +58,6 @@ def _idled(rack: NodeUptime) -> bool:
 
 def _row(name: str, n: NodeUptime) -> tuple[str, ...]:
     return (name, *map(span, (n.up_s, n.idle_s, n.down_s, n.excused_s, n.unknown_s)), in_words(n))
-
-
-def _requests(count: int) -> str:
-    return f"{count:,} request{'' if count == 1 else 's'}"
 
 
 def _counted(report: Uptime) -> list[str]:
@@ -76,18 +75,11 @@ def _counted(report: Uptime) -> list[str]:
     return found
 
 
-def _telemetry(report: Uptime) -> list[str]:
-    """What is to be known of the telemetry and of the nodes that should have sent it."""
-    found = []
-    if lost := report.lost_batches:
-        were = "window of telemetry was lost or has" if lost == 1 else "windows of telemetry were lost or have"
-        found.append(f"{lost:,} {were} not arrived.")
-    for n in report.nodes:
-        if n.came_back:
-            found.append(f"{n.node} reported after the date on which its [[nodes]] table retires it, and counts.")
-        elif n.retired:
-            found.append(f"{n.node} was retired in this period, and counts until then.")
-    return found
+def _retired(report: Uptime) -> list[str]:
+    """What is to be known of nodes that were to be taken out of the rack."""
+    back = "{} reported after the date on which its [[nodes]] table retires it, and counts until its last report."
+    gone = "{} was retired in this period, and counts until then."
+    return [(back if n.came_back else gone).format(n.node) for n in report.nodes if n.came_back or n.retired]
 
 
 def _desired(nodes: Sequence[Progress], zone: str) -> Section | None:
