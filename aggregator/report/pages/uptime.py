@@ -27,10 +27,11 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
             _incidents(report, zone),
         ],
         "Up is the time a node reported by the time it is known to have reported or to have been down, from its first "
-        f"report on until it is retired; where less than {percent(LEAST_KNOWN, 0)} of that time is known, no "
-        "percentage is given. A gap that nothing explains is unknown and counts neither way, and is an incident from half an hour "
-        "on; nor does time count that an operator excused. Causes are guessed by rule until somebody confirms them in "
-        f"annotations/v1/incidents.toml. Times are in {zone}.",
+        "report on until it is retired; where less than "
+        f"{percent(LEAST_KNOWN, 0)} of that time is known, no percentage is given. A gap that nothing explains is "
+        "unknown and counts neither way, and is an incident from half an hour on; nor does time count that an operator "
+        "excused. Causes are guessed by rule until somebody confirms them in annotations/v1/incidents.toml. Times are "
+        f"in {zone}.",
     )
 
 
