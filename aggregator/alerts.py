@@ -12,7 +12,7 @@ import msgspec
 from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
 from aggregator.heat import KNOWN_SHARE, percent_beside
-from aggregator.uptime import GRACE_MS
+from aggregator.incidents.causes import GRACE_MS
 from aggregator.window import STRAIGHTEN_MS, Fact, Meta, shifted
 from shared.records import (
     EXPIRY_DAYS,

@@ -14,6 +14,7 @@ from aggregator import volume as volumes
 from aggregator.annotations import Annotation
 from aggregator.calendar import local
 from aggregator.config import AggregatorConfig
+from aggregator.fleet import fleet
 from aggregator.window import Window
 from shared.desired import Moment
 from shared.records import SwapFinished
@@ -74,7 +75,7 @@ def judge(
     # prices as of the end of the span, or of what there is of it: a later run gives the same figures
     apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
     map_ = placement.propose(window, config.placement, config.bandwidths)
-    up = uptime.uptime(window, now_ms, notes)
+    up = uptime.uptime(window, fleet(window, config.nodes, now_ms), notes)
     evicted = eviction.report(window)
     return Judged(
         rack=config.rack,

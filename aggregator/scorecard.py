@@ -10,7 +10,7 @@ import msgspec
 from aggregator import heat
 from aggregator.api_prices import Comparisons
 from aggregator.config import Scorecard
-from aggregator.uptime import Uptime
+from aggregator.uptime import Uptime, in_words
 from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
@@ -56,12 +56,23 @@ def _latency(window: Window, targets: Scorecard) -> Line:
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
-    value, target = up.request_share, targets.uptime
-    kept = None if value is None else value >= target
-    text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
+    """The worse of availability by requests and by time: who is down records no failure."""
+    said = []
+    if up.request_share is not None:
+        said.append(f"{up.request_share * 100:.3f} % of requests ({up.requests_ok + up.requests_bad:,}) were answered")
     if up.rack.share is not None:
-        text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
-    return Line(kind="uptime", name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
+        said.append(f"the rack was up {in_words(up.rack)} of the time that is known")
+    elif up.rack.known_share is not None:
+        said.append(f"how long the rack was up is {in_words(up.rack)}")
+    return Line(
+        kind="uptime",
+        name="uptime",
+        value=up.worse,
+        target=targets.uptime,
+        unit="share",
+        kept=up.kept(targets),
+        text="; ".join(said) or "no data",
+    )
 
 
 def _heat(window: Window, targets: Scorecard) -> Line:

@@ -7,8 +7,12 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from pypdf import PdfReader
 
+from aggregator.annotations import Annotation
 from aggregator.calendar import Span
+from aggregator.config import Node
+from aggregator.fleet import fleet
 from aggregator.tables import FOLDS, SLOT_MS
+from aggregator.uptime import Uptime, uptime
 from aggregator.window import (
     LONGEST_WINDOW_MS,
     Asked,
@@ -147,6 +151,11 @@ def window(*batches: Batch, span: Span = DAY, nodes: Iterable[str] = ()) -> Wind
     asked = {*made.nodes, *nodes}
     before = frozenset(node for node in asked if node in earlier and not made.reported_at_the_start(node))
     return msgspec.structs.replace(made, reported_before=before)
+
+
+def uptime_of(window: Window, now_ms: int, notes: Sequence[Annotation] = (), nodes: Sequence[Node] = ()) -> Uptime:
+    """The uptime of a span up to a moment; ``nodes`` are the configured ones."""
+    return uptime(window, fleet(window, nodes, now_ms), notes)
 
 
 def pdf_text(body: bytes) -> str:

@@ -16,7 +16,7 @@ from shared.store import ObjectStore
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
     """Publish the month's report. Raises NothingToPublish for one without telemetry."""
     span = month(name, config.timezone)
-    window = reported(store, span)
+    window = reported(store, span, [node.id for node in config.nodes])
     judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     published = [

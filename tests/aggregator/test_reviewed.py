@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from aggregator import acceptance, alerts, api_prices, cost, load, placement, uptime
+from aggregator import acceptance, alerts, api_prices, cost, load, placement
 from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync
 from aggregator.config import Alerts
@@ -20,7 +20,7 @@ from shared.store import list_all
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_judgements import CONFIG, put
 from tests.aggregator.test_placement import proposal
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, resident, served, uptime_of, window
 
 NOVEMBER = month("2026-11", "UTC")
 
@@ -204,8 +204,8 @@ def test_a_rack_was_down_while_its_only_node_was() -> None:
     back = AgentStarted(t_ms=T0 + 300 * MINUTE, version="0", previous="unclean")
     first = [batch([resident()]), batch([back, resident()], minute=300, seq=1, epoch=2)]
     joined = batch([resident()], node="n2", minute=390)
-    alone = uptime.uptime(window(*first), T0 + 301 * MINUTE).rack
-    both = uptime.uptime(window(*first, joined), T0 + 391 * MINUTE).rack
+    alone = uptime_of(window(*first), T0 + 301 * MINUTE).rack
+    both = uptime_of(window(*first, joined), T0 + 391 * MINUTE).rack
     assert alone.down_s == both.down_s == 299 * 60.0
 
 
