@@ -6,6 +6,7 @@ nothing else is said about it. Equal advice for several nodes or models is one s
 lists cut to a few names and a count; ``models`` and ``nodes`` have all of them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Literal
@@ -49,6 +50,7 @@ KINDS: dict[Topic, Kind] = {
     "speed": "operations",
 }
 """In order of weight."""
+_ALWAYS = ("money", "capacity", "operations")
 _WEIGHTS = {topic: weight for weight, topic in enumerate(KINDS)}
 
 
@@ -74,15 +76,14 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shown(found: Sequence[Recommendation], most: int) -> Shown:
-    """The weightiest in order, but at least one of every kind; the kinds of the others with their number."""
-    first = [next(r for r in found if r.kind == kind) for kind in dict.fromkeys(r.kind for r in found)]
-    others = [r for r in found if r not in first]
-    kept = [*first, *others[: max(0, most - len(first))]]
-    left: dict[Kind, int] = {}
-    for one in found:
-        if one not in kept:
-            left[one.kind] = left.get(one.kind, 0) + 1
-    return Shown(rows=tuple(one for one in found if one in kept), left=left)
+    """All about money, capacity and operations, one of every other kind, and as many more as fit, the weightiest first;
+    of the others how many there are, by kind."""
+    kinds = [one.kind for one in found]
+    always = {n for n, kind in enumerate(kinds) if kind in _ALWAYS or kinds.index(kind) == n}
+    others = [n for n in range(len(kinds)) if n not in always]
+    kept = always.union(others[: max(0, most - len(always))])
+    left = Counter(kind for n, kind in enumerate(kinds) if n not in kept)
+    return Shown(rows=tuple(found[n] for n in sorted(kept)), left=dict(left))
 
 
 def recommendations(
@@ -154,13 +155,13 @@ def _away(window: Window, map_: PlacementReport, up: Uptime) -> list[Recommendat
     for node, t_ms in map_.silent.items():
         if not _excused_now(node, up, max(end for n in window.nodes for _, end in window.reported(n))):
             still.setdefault(node, ("silent", "no report, and nothing explains it", t_ms))
-    found = []
+    found: list[Recommendation] = []
     for cause in sorted({cause for cause, _, _ in still.values()}):
         nodes = tuple(sorted(n for n, (c, _, _) in still.items() if c == cause))
         since = [f"{n} since {local(still[n][2], window.span.timezone):%d %b %H:%M}" for n in nodes]
         told = f", or give {_their(nodes)} retirement date in [[nodes]]" if cause == "silent" else ""
         lost = [s for s in map_.shortages if s.kind == "away" or (s.kind == "load" and not s.more_nodes)]
-        because = (f"{still[nodes[0]][1]}: {listed(since)}", *(s.why for s in lost))
+        because = (f"{still[nodes[0]][1]}: {listed(since)}", *(s.why for s in lost if not found))
         found.append(_made("silent", f"look at {listed(nodes)}{told}", "; ".join(because), nodes=nodes))
     return found
 

@@ -31,7 +31,7 @@ LEAST_LOAD = 0.01
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """What other judgements say and a placement must not contradict: nodes that are ``away`` (an incident of theirs is
     open), ``retired`` or ``hot`` (heat slows them for longer than is tolerated), and whether the rack is ``dearer``
-    than API hosts, so that a further node is no advice."""
+    than API hosts, so that a further node is not advised."""
 
     away: Set[str] = frozenset()
     retired: Set[str] = frozenset()
