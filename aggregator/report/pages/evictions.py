@@ -8,7 +8,7 @@ REMEDIES: dict[Remedy, str] = {
     "capacity": "need memory that no node has",
     "restore": "need nodes that are away",
     "blocked": "are held back by limits",
-    "move": "are mended by the moves of the placement",
+    "move": "are resolved by the moves of the placement",
     "budget": "need a larger memory budget",
     "pin": "need a pin",
     "leave": "belong to other nodes",
