@@ -14,6 +14,7 @@ from aggregator import volume as volumes
 from aggregator.annotations import Annotation
 from aggregator.calendar import local
 from aggregator.config import AggregatorConfig
+from aggregator.demand import Known
 from aggregator.fleet import fleet
 from aggregator.window import Window
 from shared.desired import Moment
@@ -74,9 +75,16 @@ def judge(
     judged_ms = max([now_ms, *(end for node in window.nodes for _, end in window.reported(node))])
     # prices as of the end of the span, or of what there is of it: a later run gives the same figures
     apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
-    map_ = placement.propose(window, config.placement, config.bandwidths)
-    up = uptime.uptime(window, fleet(window, config.nodes, now_ms), notes)
-    evicted = eviction.report(window)
+    tenures = fleet(window, config.nodes, now_ms)
+    up = uptime.uptime(window, tenures, notes)
+    known = Known(
+        away=advice.away(up).keys(),
+        retired={tenure.node for tenure in tenures if tenure.retired},
+        hot=set(advice.slow(thermal, config.scorecard)),
+        dearer=apis.share is not None and apis.share < 0,
+    )
+    map_ = placement.propose(window, config.placement, config.bandwidths, known)
+    evicted = eviction.report(window, conclusions=map_.conclusions)
     return Judged(
         rack=config.rack,
         period=window.span.name,
@@ -95,7 +103,9 @@ def judge(
         swaps=_swaps(window),
         scorecard=scorecard.lines(window, up, apis, config.scorecard),
         so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
-        recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard)),
+        recommendations=tuple(
+            advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard, apis)
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import cost, heat, load, placement, scorecard, uptime
+from aggregator import cost, heat, load, placement, scorecard
 from aggregator.calendar import week
 from aggregator.commands import rollup
 from aggregator.config import AggregatorConfig, Node, Scorecard
@@ -21,7 +21,7 @@ from shared.bucket import Store
 from shared.records import HostSample, Record
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_rollup import put
-from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, uptime_of, window
 
 CONFIG = AggregatorConfig(rack="r", store=Store(path="b"))
 
@@ -221,7 +221,7 @@ def test_the_scorecard_shows_no_kept_figure_as_missed() -> None:
 
 
 def lines(seen: Window) -> tuple[scorecard.Line, ...]:
-    return scorecard.lines(seen, uptime.uptime(seen, T0), None, Scorecard())
+    return scorecard.lines(seen, uptime_of(seen, T0), None, Scorecard())
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, None), (4, None), (5, 4 / 60)])
