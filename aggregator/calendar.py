@@ -55,6 +55,11 @@ def before(span: Span) -> Span:
     return week(last_week(local(span.since_ms, span.timezone), span.timezone), span.timezone)
 
 
+def month_before(span: Span) -> Span:
+    """The month before a month."""
+    return month(last_month(local(span.since_ms, span.timezone), span.timezone), span.timezone)
+
+
 def between(since: str, until: str, zone: str) -> Span:
     """Any days of the rack's zone, both inclusive, like 2026-11-01 and 2026-11-07. Raises Refused."""
     try:

@@ -7,7 +7,7 @@ the rest by busy seconds. The *floor* is the price if nodes were never idle and 
 five minutes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
 
 import msgspec
@@ -108,6 +108,9 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     unpriced_nodes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     """List prices of nodes without a price, where they are known."""
+    busy_share: float | None = None
+    """Of the time that priced nodes reported (all nodes, where none is priced), the part in which their loaders worked;
+    a node counts at most its whole time."""
 
 
 ASSUMED_WATTS = Decimal(45)
@@ -141,7 +144,13 @@ def compute(window: Window, config: AggregatorConfig, previous: CostReport | Non
         keys=tuple(_keys(window, models)),
         unpriced_nodes=tuple(n.node for n in nodes if n.cost is None),
         hints=tuple(hint for n in nodes if n.cost is None for hint in _listed(n.node, there.get(n.node))),
+        busy_share=_busy_share(priced or nodes),
     )
+
+
+def _busy_share(nodes: Sequence[NodeCost]) -> float | None:
+    reported_s = sum(n.reported_s for n in nodes)
+    return sum(min(n.busy_s, n.reported_s) for n in nodes) / reported_s if reported_s else None
 
 
 def _listed(node: str, machine: Identity | None) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ is estimated.
 """
 
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,6 +16,7 @@ from aggregator import volume as volumes
 from aggregator.annotations import Annotation
 from aggregator.calendar import local
 from aggregator.config import AggregatorConfig
+from aggregator.fleet import judged_until
 from aggregator.window import Window
 from shared.desired import Moment
 from shared.records import SwapFinished
@@ -27,8 +30,35 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
     longest_s: float | None
 
 
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers at the top of a report, of one span, to be compared with those of another; None is no data. Answered,
+    failed and refused requests and the tokens of the answered ones; ``total`` in the rack's currency and
+    ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same models at API
+    hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in which models
+    worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported; ``covered`` of
+    node time by telemetry."""
+
+    requests: int
+    failed: int
+    refused: int
+    prompt_tok: int
+    completion_tok: int
+    total: Decimal | None
+    average_per_m: Decimal | None
+    saving_share: float | None
+    rack_up: float | None
+    request_share: float | None
+    itl_p95_us: float | None
+    throttled: float | None
+    peak_package_mc: int | None
+    evictions: int
+    busy_share: float | None
+    covered: float | None
+
+
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers.
+    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers. ``before``
+    are the figures of the span before, ``before_period`` its name; None and "" if it has no telemetry.
     ``so_far_until_ms`` is there while the span is not over: how far it was judged."""
 
     rack: str
@@ -36,6 +66,9 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     timezone: str
     empty: bool
     headline: str
+    figures: Figures
+    before: Figures | None
+    before_period: str
     covered: float | None
     batches: int
     volume: volumes.Volume
@@ -61,40 +94,91 @@ def so_far(until_ms: int | msgspec.UnsetType | None, zone: str) -> str:
     return f"so far until {local(until_ms, zone):%Y-%m-%d %H:%M} ({zone})" if until_ms else ""
 
 
+class _Evaluated(NamedTuple):
+    """What is compared with the span before."""
+
+    volume: volumes.Volume
+    thermal: heat.Thermal
+    money: cost.CostReport
+    apis: api_prices.Comparisons
+    up: uptime.Uptime
+    evicted: eviction.EvictionReport
+    card: tuple[scorecard.Line, ...]
+
+
 def judge(
     window: Window, last: Window | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation] = ()
 ) -> Judged:
-    """The judgement of a span up to ``now_ms``. Costs are compared with those of ``last``, if it has any telemetry;
-    ``notes`` are an operator's, about incidents."""
-    volume, thermal = volumes.volume(window), heat.thermal(window, config.scorecard.throttled)
-    before = cost.compute(last, config) if last is not None and last.batches else None
-    money = cost.compute(window, config, before)
-    # telemetry from after ``now_ms`` counts, too
-    judged_ms = max([now_ms, *(end for node in window.nodes for _, end in window.reported(node))])
-    # prices as of the end of the span, or of what there is of it: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
+    """The judgement of a span up to ``now_ms``. Figures and costs are compared with those of ``last``, if it has any
+    telemetry; ``notes`` are an operator's, about incidents."""
+    before = _evaluated(last, None, config, now_ms, notes) if last is not None and last.batches else None
+    now = _evaluated(window, before.money if before is not None else None, config, now_ms, notes)
+    judged_ms = judged_until(window, now_ms)
     map_ = placement.propose(window, config.placement, config.bandwidths)
-    up = uptime.uptime(window, now_ms, notes)
-    evicted = eviction.report(window)
     return Judged(
         rack=config.rack,
         period=window.span.name,
         timezone=window.span.timezone,
         empty=not window.batches,
-        headline=_headline(window, volume, up, money),
-        covered=uptime.covered(up),
+        headline=_headline(window, now.volume, now.up, now.money),
+        figures=_figures(now),
+        before=_figures(before) if before is not None else None,
+        before_period=last.span.name if last is not None and before is not None else "",
+        covered=uptime.covered(now.up),
         batches=window.batches,
-        volume=volume,
-        thermal=thermal,
-        evictions=evicted,
+        volume=now.volume,
+        thermal=now.thermal,
+        evictions=now.evicted,
         distribution=map_,
-        cost=money,
-        apis=apis,
-        uptime=up,
+        cost=now.money,
+        apis=now.apis,
+        uptime=now.up,
         swaps=_swaps(window),
-        scorecard=scorecard.lines(window, up, apis, config.scorecard),
+        scorecard=now.card,
         so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
-        recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard)),
+        recommendations=tuple(
+            advice.recommendations(window, now.thermal, map_, now.money, now.up, now.evicted, config.scorecard)
+        ),
+    )
+
+
+def _evaluated(
+    window: Window, before: cost.CostReport | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation]
+) -> _Evaluated:
+    money = cost.compute(window, config, before)
+    # prices of the last moment of the span, or of today while it is not over: a later run gives the same figures
+    apis = api_prices.compare(window, money, config, local(min(now_ms, window.span.until_ms - 1), "UTC"))
+    up = uptime.uptime(window, now_ms, notes)
+    return _Evaluated(
+        volume=volumes.volume(window),
+        thermal=heat.thermal(window, config.scorecard.throttled),
+        money=money,
+        apis=apis,
+        up=up,
+        evicted=eviction.report(window),
+        card=scorecard.lines(window, up, apis, config.scorecard),
+    )
+
+
+def _figures(of: _Evaluated) -> Figures:
+    peaks = [n.peak_package_mc for n in of.thermal.nodes if n.peak_package_mc is not None]
+    return Figures(
+        requests=of.volume.requests,
+        failed=of.volume.failed,
+        refused=of.volume.refused,
+        prompt_tok=of.volume.prompt_tok,
+        completion_tok=of.volume.completion_tok,
+        total=of.money.total,
+        average_per_m=of.money.average_per_m,
+        saving_share=of.apis.share,
+        rack_up=of.up.rack.share,
+        request_share=of.up.request_share,
+        itl_p95_us=of.volume.itl_p95_us,
+        throttled=next((line.value for line in of.card if line.kind == "heat"), None),
+        peak_package_mc=max(peaks, default=None),
+        evictions=of.evicted.total,
+        busy_share=of.money.busy_share,
+        covered=uptime.covered(of.up),
     )
 
 

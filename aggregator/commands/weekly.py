@@ -45,8 +45,9 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> Published:
     """Publish the reports of any span, compared with an earlier one. Raises NothingToPublish for one without
     telemetry."""
-    window = reported(store, span)
-    last = load.window(store, earlier)
+    nodes = [node.id for node in config.nodes]
+    window = reported(store, span, nodes)
+    last = load.window(store, earlier, nodes)
     noted = notes(store)
     judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
     told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last))
@@ -56,19 +57,19 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
-    daily = [(day, cost.compute(load.window(store, day), config)) for day in days(span)]
+    daily = [(day, cost.compute(load.window(store, day, nodes), config)) for day in days(span)]
     csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return Published(published, judged.so_far)
 
 
-def reported(store: ObjectStore, span: Span) -> Window:
-    """What nodes reported in a span. Raises NothingToPublish if there is nothing: a full set of empty reports would
-    look like a rack that stood still."""
+def reported(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
+    """What nodes reported in a span; ``nodes`` as in `load.window`. Raises NothingToPublish if there is nothing: a full
+    set of empty reports would look like a rack that stood still."""
     if span.since_ms > time.time_ns() // 1_000_000:
         begin = f"{local(span.since_ms, span.timezone):%Y-%m-%d} ({span.timezone})"
         raise NothingToPublish(f"{span.name} has not begun: it begins on {begin}; nothing was published")
-    window = load.window(store, span)
+    window = load.window(store, span, nodes)
     if window.batches:
         return window
     known = sorted(load.newest_manifest(store).days)

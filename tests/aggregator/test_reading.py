@@ -227,7 +227,7 @@ def test_a_period_is_partial_until_its_last_moment_is_judged(zone: str) -> None:
         body = json.loads(msgspec.json.encode(judged))
         assert ("so_far_until_ms" in body) is partial, "the figures of a period that is over are as before"
         # prices of no day that has not come
-        at = datetime.fromtimestamp(min(now_ms, span.until_ms) / 1000, UTC)
+        at = datetime.fromtimestamp(min(now_ms, span.until_ms - 1) / 1000, UTC)
         assert judged.apis.at == f"{at:%Y-%m-%d}"
 
 
