@@ -5,6 +5,7 @@ decide nothing. Every figure comes from what nodes reported. What was not report
 is estimated.
 """
 
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import msgspec
 from aggregator import advice, api_prices, cost, eviction, heat, placement, scorecard, uptime
 from aggregator import volume as volumes
 from aggregator.annotations import Annotation
-from aggregator.calendar import local
+from aggregator.calendar import local, spoken
 from aggregator.config import AggregatorConfig
 from aggregator.fleet import judged_until
 from aggregator.window import Window
@@ -120,7 +121,7 @@ def judge(
         period=window.span.name,
         timezone=window.span.timezone,
         empty=not window.batches,
-        headline=_headline(window, now.volume, now.up, now.money),
+        headline=_headline(window, now, over=judged_ms >= window.span.until_ms),
         figures=_figures(now),
         before=_figures(before) if before is not None else None,
         before_period=last.span.name if last is not None and before is not None else "",
@@ -145,7 +146,7 @@ def judge(
 def _evaluated(
     window: Window, before: cost.CostReport | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation]
 ) -> _Evaluated:
-    money = cost.compute(window, config, before)
+    money = cost.compute(window, config, before, now_ms)
     # prices of the last moment of the span, or of today while it is not over: a later run gives the same figures
     apis = api_prices.compare(window, money, config, local(min(now_ms, window.span.until_ms - 1), "UTC"))
     up = uptime.uptime(window, now_ms, notes)
@@ -182,14 +183,49 @@ def _figures(of: _Evaluated) -> Figures:
     )
 
 
-def _headline(window: Window, volume: volumes.Volume, up: uptime.Uptime, money: cost.CostReport) -> str:
+def _headline(window: Window, of: _Evaluated, *, over: bool) -> str:
+    """The verdict in one sentence: what it cost, against what, and whether it was up."""
     if not window.batches:
         return f"No node reported anything in {window.span.name}."
-    answered = f"The rack answered {volume.requests:,} requests with {volume.completion_tok:,} tokens"
-    share = up.request_share
-    kept = f", {share:.2%} of those it should have" if share is not None else ""
-    price = f", at {money.average_per_m:,.2f} {money.currency} per million tokens" if money.average_per_m else ""
-    return f"{answered}{kept}{price}."
+    name = spoken(window.span.name)
+    return f"{name if over else f'{name} so far'} {_spent(of.money, of.volume, of.apis)}; {_up(of.up)}."
+
+
+def _spent(money: cost.CostReport, volume: volumes.Volume, apis: api_prices.Comparisons) -> str:
+    if money.total is None:
+        tokens = volume.prompt_tok + volume.completion_tok
+        return f"had {_counted(tokens)}, and what they cost is not known: no node has a price"
+    paid = f"cost {cost.amount(money.total, money.currency)}"
+    if money.average_per_m is None:
+        return f"{paid}, and no token was computed for it"
+    text = f"{paid} for {_counted(money.tokens)}, {cost.amount(money.average_per_m)} per million"
+    if apis.share is None:
+        return text
+    part = f" (of the {apis.covered:.0%} that can be compared)" if apis.covered and apis.covered < 0.995 else ""
+    return f"{text}: {api_prices.against(apis.share, 'the same open models at API hosts')}{part.replace('%', ' %')}"
+
+
+def _up(up: uptime.Uptime) -> str:
+    time, asked = up.rack.share, up.request_share
+    answered = f"answered {_cut(asked)} of the requests that it should have" if asked is not None else ""
+    if time is None:
+        return f"{f'the rack {answered}' if answered else 'nothing was asked of it'}; how long it was up is not known"
+    return (
+        f"the rack was up {_cut(time)} {f'and {answered}' if answered else 'of the time, and nothing was asked of it'}"
+    )
+
+
+def _counted(tokens: int) -> str:
+    """44 tokens, 8,300 tokens, 1.2 M tokens, 669 M tokens."""
+    if tokens < 100_000:
+        return f"{tokens:,} token{'s' if tokens != 1 else ''}"
+    return f"{tokens / 1e6:,.{1 if tokens < 10_000_000 else 0}f} M tokens"
+
+
+def _cut(share: float) -> str:
+    """A share in percent, cut off: what is not all is not 100 %."""
+    digits = 2 if 0.99 <= share < 1 else 1
+    return "100 %" if share >= 1 else f"{math.floor(share * 100 * 10**digits) / 10**digits:.{digits}f} %"
 
 
 def _swaps(window: Window) -> Swaps:

@@ -1,7 +1,7 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -10,7 +10,7 @@ from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Annotation, Notes
 from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
 from aggregator.commands.ended import NothingToPublish
-from aggregator.config import AggregatorConfig
+from aggregator.config import AggregatorConfig, Node
 from aggregator.judgements import Judged, judge
 from aggregator.manifest import Manifest
 from aggregator.report import html, markdown
@@ -49,16 +49,17 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     window = reported(store, span, nodes)
     last = load.window(store, earlier, nodes)
     noted = notes(store)
-    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
-    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last))
+    now_ms = full_hour(time.time_ns() // 1_000_000)
+    judged = judge(window, last, config, now_ms, noted.entries)
+    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last, {n.id: n for n in config.nodes}))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
-    daily = [(day, cost.compute(load.window(store, day, nodes), config)) for day in days(span)]
-    csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
+    daily = [(day, cost.compute(load.window(store, day, nodes), config, now_ms=now_ms).rows) for day in days(span)]
+    csv = focus.export(config.rack, span, judged.cost, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return Published(published, judged.so_far)
 
@@ -136,12 +137,17 @@ def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
     return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
 
 
-def _gone(window: Window, last: Window) -> tuple[str, ...]:
-    """Nodes that are in no figure, since they reported nothing: dead, or taken away."""
+def _gone(window: Window, last: Window, configured: Mapping[str, Node]) -> tuple[str, ...]:
+    """Nodes that reported nothing: dead, or taken away without a word of it in the configuration."""
     gone = sorted(set(last.nodes) - set(window.nodes))
-    return tuple(
-        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures."
+    said = {
+        node: "is paid for until [[nodes]] says `retired`" if node in configured else "is in none of these figures"
         for node in gone
+        if node not in configured or configured[node].retired is None
+    }
+    return tuple(
+        f"{node} reported in {last.span.name} and nothing in this period: its time {what}."
+        for node, what in said.items()
     )
 
 
