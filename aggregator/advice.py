@@ -78,8 +78,8 @@ def recommendations(
         for m in money.models
         if m.change is not None and m.change.flagged
     ]
-    if heat.kind == "throttled":
-        found.append(Recommendation(kind="operations", text=heat.advice, because="thermal telemetry"))
+    if heat.kind in ("throttled", "hot"):
+        found.append(Recommendation(kind="operations", text=heat.advice, because=heat.because))
     return found
 
 

@@ -142,6 +142,15 @@ def hosts_of(same_as: str) -> list[tuple[str, str]]:
     return [(provider, model) for provider, model, plain in _offers() if plain == wanted]
 
 
+def hosts(
+    same_as: str, *, requests: int, prompt_tok: int, cached_tok: int, completion_tok: int, at: datetime
+) -> list[Host]:
+    """The cheapest offer of each host of an open model for this work (as in `price`) in USD, cheapest first."""
+    counts = {"prompt_tok": prompt_tok, "cached_tok": cached_tok, "completion_tok": completion_tok}
+    offers = [(p, m, price(p, m, requests=requests, at=at, **counts)) for p, m in hosts_of(same_as)]
+    return _cheapest([Host(provider=p, model=m, cost=cost) for p, m, cost in offers if cost is not None])
+
+
 def company(provider: str) -> str:
     """The company behind a provider id: some hosts are listed again behind a router."""
     return provider.removeprefix("huggingface_").removesuffix("-ai")

@@ -298,7 +298,7 @@ def _factors(window: Window, m: Sum, loaded: Decimal | None) -> Factors | None:
         cached_tok=m.priced_cached,
         completion_tok=m.priced_completion,
         cut_share=m.cut / m.requests if m.requests else 0.0,
-        throttled_share=heat.share(window, *m.nodes) or 0.0,
+        throttled_share=heat.share(window, *m.nodes),
     )
 
 

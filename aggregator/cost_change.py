@@ -25,6 +25,8 @@ _TINY = 1e-18
 HIT_FALL = 0.15
 ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
 FEWER = 0.75
+LEAST_REQUESTS = 20
+"""Fewer requests of a week prove nothing about how many were cut off."""
 
 
 class Factors(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +43,7 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
     cached_tok: int
     completion_tok: int
     cut_share: float
-    throttled_share: float
+    throttled_share: float | None
 
     @property
     def per_m(self) -> float:
@@ -177,7 +179,8 @@ def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str
     prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))
     held = now.hit_share >= before.hit_share - HIT_FALL / 2
     cut_rose = now.cut_share - before.cut_share
-    if held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
+    enough = min(now.requests, before.requests) >= LEAST_REQUESTS
+    if enough and held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
         return "poisoned_kv", (
             f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them hit their token limit (before: "
             f"{before.cut_share:.0%}) while {hits}; suspected poisoned prompt cache: clear it and compare"
@@ -187,10 +190,10 @@ def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str
             "cache_miss",
             f"{hits}; likely misses of a hot prefix: check the model's node, its cache and its evictions",
         )
-    throttled = now.throttled_share - before.throttled_share
-    if leading in ("prefill", "decode") and throttled >= heat.ROSE_SHARE:
+    hot, cool = now.throttled_share, before.throttled_share
+    if leading in ("prefill", "decode") and hot is not None and cool is not None and hot - cool >= heat.ROSE_SHARE:
         return "throttling", (
-            f"its nodes were throttled {now.throttled_share:.0%} of the time (before: {before.throttled_share:.0%}) "
+            f"its nodes were throttled {hot:.0%} of the time (before: {cool:.0%}) "
             "and time per token rose: improve cooling, or move a model to another node"
         )
     if leading == "utilisation":

@@ -17,7 +17,7 @@ from aggregator import volume as volumes
 from aggregator.annotations import Annotation
 from aggregator.calendar import local, spoken
 from aggregator.config import AggregatorConfig
-from aggregator.fleet import judged_until
+from aggregator.fleet import fleet, judged_until
 from aggregator.window import Window
 from shared.desired import Moment
 from shared.records import SwapFinished
@@ -149,7 +149,7 @@ def _evaluated(
     money = cost.compute(window, config, before, now_ms)
     # prices of the last moment of the span, or of today while it is not over: a later run gives the same figures
     apis = api_prices.compare(window, money, config, local(min(now_ms, window.span.until_ms - 1), "UTC"))
-    up = uptime.uptime(window, now_ms, notes)
+    up = uptime.uptime(window, fleet(window, config.nodes, now_ms), notes)
     return _Evaluated(
         volume=volumes.volume(window),
         thermal=heat.thermal(window, config.scorecard.throttled),

@@ -26,6 +26,8 @@ from shared.desired import Moment
 CROWDED = 0.90
 LONG_PROMPT_TOK = 2_000
 LOW_HIT_SHARE = 0.30
+LEAST_REQUESTS = 20
+"""A hit rate of fewer requests changes no setting: the first one of each prompt always misses."""
 LOAD_GB_S = 1.5
 """Assumed load rate from an internal disk until a load has been measured."""
 
@@ -246,7 +248,7 @@ def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable
 
 
 def _throttled(facts: Facts, node: str) -> str:
-    return f"{node} was throttled {facts.throttled[node]:.1%} of the time"
+    return f"{node} was throttled {heat.percent_beside(facts.throttled[node], heat.MOVE_SHARE)} of the time"
 
 
 def _nodes(count: int) -> str:
@@ -292,7 +294,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
                 node=room.name,
                 budget_bytes=host.memory_budget_bytes if host is not None else None,
                 held_bytes=packing.held(room, facts.models, facts.now),
-                busy_share=window.busy_us(room.name) / reported_us if reported_us else None,
+                busy_share=min(1.0, window.busy_us(room.name) / reported_us) if reported_us else None,
                 throttled_share=heat.share(window, room.name),
                 speed=room.speed,
                 limit=round(room.limit, 4),
@@ -329,7 +331,7 @@ def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, .
                 node=one.node,
                 version=one.version,
                 need_bytes=one.need_bytes or 0,
-                busy_share=busy / reported_us if reported_us else None,
+                busy_share=min(1.0, busy / reported_us) if reported_us else None,
                 requests=requests,
                 advice=advice,
                 reason=reason,
@@ -369,7 +371,7 @@ def _cache_settings(window: Window, facts: Facts, reached: Placement) -> tuple[S
         mine = [s for s in window.served if s.model == model and s.outcome == "ok"]
         requests, prompt = sum(s.requests for s in mine), sum(s.prompt_tok for s in mine)
         cached = sum(s.cached_tok for s in mine)
-        if not requests or prompt / requests <= LONG_PROMPT_TOK or cached / prompt >= LOW_HIT_SHARE:
+        if requests < LEAST_REQUESTS or prompt / requests <= LONG_PROMPT_TOK or cached / prompt >= LOW_HIT_SHARE:
             continue
         for room in facts.rooms:
             if (model, room.name) not in reached:

@@ -1,7 +1,7 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -10,7 +10,7 @@ from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Annotation, Notes
 from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
 from aggregator.commands.ended import NothingToPublish
-from aggregator.config import AggregatorConfig, Node
+from aggregator.config import AggregatorConfig
 from aggregator.judgements import Judged, judge
 from aggregator.manifest import Manifest
 from aggregator.report import html, markdown
@@ -51,7 +51,7 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     noted = notes(store)
     now_ms = full_hour(time.time_ns() // 1_000_000)
     judged = judge(window, last, config, now_ms, noted.entries)
-    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last, {n.id: n for n in config.nodes}))
+    told = (*noted.refused, *_unheard(window, noted.entries, config), *_gone(window, last, config))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
@@ -64,9 +64,9 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     return Published(published, judged.so_far)
 
 
-def reported(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
-    """What nodes reported in a span; ``nodes`` as in `load.window`. Raises NothingToPublish if there is nothing: a full
-    set of empty reports would look like a rack that stood still."""
+def reported(store: ObjectStore, span: Span, nodes: Iterable[str]) -> Window:
+    """What nodes reported in a span; ``nodes`` are the configured ones. Raises NothingToPublish if there is nothing: a
+    full set of empty reports would look like a rack that stood still."""
     if span.since_ms > time.time_ns() // 1_000_000:
         begin = f"{local(span.since_ms, span.timezone):%Y-%m-%d} ({span.timezone})"
         raise NothingToPublish(f"{span.name} has not begun: it begins on {begin}; nothing was published")
@@ -130,24 +130,21 @@ def _clocks(window: Window) -> tuple[str, ...]:
     return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
 
 
-def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
-    """Annotations of this span whose node is none that reported: mostly a name that was mistyped."""
+def _unheard(window: Window, entries: Sequence[Annotation], config: AggregatorConfig) -> tuple[str, ...]:
+    """Annotations of this span whose node neither reported nor is configured: mostly a name that was mistyped."""
     since, until = window.span.since_ms, window.span.until_ms
-    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since} - set(window.nodes)
+    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since}
+    here -= {*window.nodes, *(node.id for node in config.nodes)}
     return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
 
 
-def _gone(window: Window, last: Window, configured: Mapping[str, Node]) -> tuple[str, ...]:
-    """Nodes that reported nothing: dead, or taken away without a word of it in the configuration."""
-    gone = sorted(set(last.nodes) - set(window.nodes))
-    said = {
-        node: "is paid for until [[nodes]] says `retired`" if node in configured else "is in none of these figures"
-        for node in gone
-        if node not in configured or configured[node].retired is None
-    }
+def _gone(window: Window, last: Window, config: AggregatorConfig) -> tuple[str, ...]:
+    """Nodes that are in no figure, since they reported nothing and are not configured: dead, or taken away."""
+    gone = set(last.nodes) - set(window.nodes) - {node.id for node in config.nodes}
     return tuple(
-        f"{node} reported in {last.span.name} and nothing in this period: its time {what}."
-        for node, what in said.items()
+        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures, since "
+        "it has no [[nodes]] table in aggregator.toml."
+        for node in sorted(gone)
     )
 
 

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+from aggregator import heat
 from aggregator.calendar import duration
 from aggregator.cost import amount
 
@@ -11,6 +12,11 @@ NO_DATA = "no data"
 def count(value: int | None) -> str:
     """1,234"""
     return NO_DATA if value is None else f"{value:,}"
+
+
+def figure(value: float) -> str:
+    """A number on a chart: 1,422,110 from a thousand on, 12.34 below."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
 
 
 def share(value: float | None, digits: int = 1) -> str:
@@ -38,8 +44,8 @@ def gb(value: int | None) -> str:
 
 
 def celsius(value_mc: int | None) -> str:
-    """Thousandths of a degree as 61.5 °C."""
-    return NO_DATA if value_mc is None else f"{value_mc / 1000:.1f} °C"
+    """Thousandths of a degree as 61.5 °C, with enough digits beside the limit."""
+    return heat.celsius(value_mc)
 
 
 def money(value: Decimal | None, currency: str) -> str:

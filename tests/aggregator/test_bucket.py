@@ -395,7 +395,7 @@ def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["plan", "--intake", str(tmp_path / "no"), "--inventory", str(inventory)]) == 1
     assert "No such file" in capsys.readouterr().err
     assert cli.main(["economics", "--api-spend", "12000", "--nodes", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["break_even"] == 1
+    assert json.loads(capsys.readouterr().out)["break_even"] == 4
     assert cli.main(["economics", "--api-spend", "-1", "--nodes", "4"]) == 1
 
 

@@ -497,7 +497,7 @@ def month(*made: Batch, now_ms: int = MONTH.until_ms, **more: object) -> Judged:
         (
             lambda: month(batch([served("chat"), engine("chat")]), compare=CHAT),
             "November 2026 cost ",
-            "and answered 100 % of the requests that it should have.",
+            "the rack answered 100 % of the requests that it should have; how long it was up is not known.",
         ),
         (
             lambda: month(batch([served("a"), engine("a")]), now_ms=T0 + MINUTE),
@@ -517,7 +517,7 @@ def month(*made: Batch, now_ms: int = MONTH.until_ms, **more: object) -> Judged:
         (
             lambda: judge(window(batch([served("a", completion_tok=10**9)])), None, config("n1"), T0 + DAY_MS),
             "Week 2026-W47 cost ",
-            "should have.",
+            "should have; how long it was up is not known.",
         ),
         (lambda: judge(window(span=MONTH), None, config("n1"), T0), "No node reported anything in 2026-11.", ""),
     ],

@@ -564,25 +564,6 @@ def test_backticks_are_code_in_html_and_nothing_else_is() -> None:
     assert "<li><code>c-d</code></li>" in text
 
 
-@pytest.mark.parametrize(
-    ("spend", "named", "other"),
-    [
-        ("12000", ("5,000", "15,000", "12,000"), "50,000"),
-        ("15000", ("15,000",), "5,000 a month, 2"),
-        ("90000", ("50,000", "90,000"), "15,000"),
-        ("900", ("5,000", "900"), "15,000"),
-    ],
-)
-def test_rules_of_thumb_say_for_which_spend_they_are(
-    spend: str, named: tuple[str, ...], other: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["economics", "--api-spend", spend, "--nodes", "4", "--json"]) == 0
-    rule = json.loads(capsys.readouterr().out)["rule_of_thumb"]
-    for one in named:
-        assert f"at {one} a month" in rule
-    assert other not in rule
-
-
 def test_defaults_are_the_last_complete_periods() -> None:
     assert last_week(NOW, "UTC") != THIS_WEEK
     assert last_month(NOW, "UTC") != f"{NOW:%Y-%m}"

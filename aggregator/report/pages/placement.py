@@ -1,5 +1,6 @@
 """The page of a placement: what does not fit, the moves, nodes and models. Pure."""
 
+from aggregator.heat import MOVE_SHARE, shown
 from aggregator.packing import WHOLE
 from aggregator.placement import PlacementReport
 from aggregator.report.page import Page, Section, page_of, table
@@ -31,7 +32,8 @@ def page(report: PlacementReport, rack: str, *, planned: bool = False) -> Page:
             _nodes(report),
             _models(report),
         ],
-        "Load is the 95th percentile of five-minute windows, in the node's own time; busy is the mean. Moves are steps "
+        "Load is the 95th percentile of five-minute windows, in the node's own time; busy is the mean, throttled a "
+        "share of the time for which a node's thermal level is known. Moves are steps "
         "that can be carried out in this order: no node's memory is overdrawn and no model without a copy meanwhile.",
     )
 
@@ -42,7 +44,8 @@ def _nodes(report: PlacementReport) -> Section:
             n.node,
             *map(gb, (n.budget_bytes, n.held_bytes, n.held_after_bytes)),
             f"{n.speed:.2f}",
-            *map(share, (n.load, n.load_after, n.limit, n.busy_share, n.throttled_share)),
+            *map(share, (n.load, n.load_after, n.limit, n.busy_share)),
+            shown(n.throttled_share, MOVE_SHARE),
         )
         for n in report.nodes
     ]
