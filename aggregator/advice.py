@@ -13,11 +13,12 @@ from typing import Literal
 
 import msgspec
 
+from aggregator.allocation import rounded
 from aggregator.annotations import COUNTS
 from aggregator.api_prices import Comparisons
 from aggregator.calendar import duration, local
 from aggregator.config import Scorecard
-from aggregator.cost import HOURS_PER_MONTH, CostReport, rounded
+from aggregator.cost import HOURS_PER_MONTH, CostReport
 from aggregator.eviction import EvictionReport, listed
 from aggregator.heat import Thermal
 from aggregator.incidents import Incident
@@ -134,10 +135,7 @@ def _dearer(money: CostReport, apis: Comparisons) -> list[Recommendation]:
         f"what can be compared cost {apis.ours:,.2f} {money.currency} here and {apis.median:,.2f} {money.currency} at "
         "the host in the middle"
     )
-    priced = [n for n in money.nodes if n.cost is not None]
-    reported_s = sum(n.reported_s for n in priced)
-    busy = sum(min(n.busy_s, n.reported_s) for n in priced) / reported_s if reported_s else 0.0
-    needed = busy * (1 - apis.share)
+    busy, needed = money.busy_share or 0.0, apis.break_even or 0.0
     if 0 < needed <= 1:
         text = f"raise utilisation above {_percent(needed)} (it was {_percent(busy)}), or move work to API hosts"
     else:

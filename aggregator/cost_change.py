@@ -1,5 +1,5 @@
-"""Why the price per million tokens changed against the week before: an exact decomposition, its largest term, and the
-likely cause. Pure.
+"""Why the price per million tokens changed against the period before: an exact decomposition, its largest term, and
+the likely cause. Pure.
 
 Both prices are examined, because they respond to different changes. A node costs the same whether it is busy or not, so
 on a rack with idle time, more work for the same tokens moves only the direct price, and less traffic moves only the
@@ -30,7 +30,7 @@ LEAST_REQUESTS = 20
 
 
 class Factors(msgspec.Struct, frozen=True, kw_only=True):
-    """A week of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
+    """A period of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
 
     tokens: int
     requests: int
@@ -80,7 +80,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Against the week before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
+    """Against the period before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
     terms. ``flagged`` is set if either ratio reaches the configured one at sufficient volume. ``cause`` is a
     machine-readable identifier, ``text`` a sentence with the evidence."""
 
@@ -93,8 +93,9 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change | None:
-    """The change, or None without a basis for comparison. A cause is given only for flagged changes."""
+def judge(now: Factors | None, before: Factors | None, config: Cost, since: str = "the period before") -> Change | None:
+    """The change, or None without a basis for comparison. A cause is given only for flagged changes. ``since`` names
+    the period before."""
     if now is None or before is None or not before.loaded or not now.loaded:
         return None
     made = Change(
@@ -110,11 +111,13 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
     if worst < config.flag_ratio:
         return made
     if min(now.tokens, before.tokens) < config.flag_min_tok:
-        few = f"{worst:.1f} x the week before, but under {config.flag_min_tok:,} tokens in one week: too few to judge"
+        few = (
+            f"{worst:.1f} x that of {since}, but under {config.flag_min_tok:,} tokens in one of them: too few to judge"
+        )
         return msgspec.structs.replace(made, cause="low_volume", text=few)
     loaded = made.ratio >= made.direct_ratio
-    cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
-    text = f"{'loaded' if loaded else 'direct'} price {worst:.1f} x the week before: {why}"
+    cause, why = _cause(now, before, made.terms if loaded else made.direct_terms, since)
+    text = f"{'loaded' if loaded else 'direct'} price {worst:.1f} x that of {since}: {why}"
     return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
 
 
@@ -159,7 +162,7 @@ def _log_mean(a: float, b: float) -> float:
     return a if math.isclose(a, b, rel_tol=1e-12) else (a - b) / (math.log(a) - math.log(b))
 
 
-def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
+def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str, str]:
     """The likely cause with its evidence, from the largest term.
 
     1. Answers much longer and more of them cut off at max_tokens, at an unchanged hit rate and prompt length: the
@@ -195,7 +198,7 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
         )
     if leading == "utilisation":
         volume = now.tokens / before.tokens
-        fewer = f"{volume:.0%} of the previous week's tokens" if volume < FEWER else "more idle time on its nodes"
+        fewer = f"{volume:.0%} of the tokens of {since}" if volume < FEWER else "more idle time on its nodes"
         return ("traffic_drop" if volume < FEWER else "utilisation"), f"{fewer}, at the same node cost"
     texts = {
         "mix": "a larger share of its tokens are answer tokens, which cost more",

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from aggregator import heat
-from aggregator.api_prices import Comparisons
+from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime, in_words
 from aggregator.volume import answered, merged
@@ -18,7 +18,7 @@ from shared.records import SwapFinished
 LEAST_ANSWERS = 20
 """The p95 of fewer values is their highest one."""
 
-Kind = Literal["latency", "uptime", "heat", "swap", "price"]
+Kind = Literal["latency", "uptime", "heat", "swap", "saving", "price"]
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +41,7 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
         _uptime(up, targets),
         _heat(window, targets),
         _swaps(window, targets),
+        _saving(apis, targets),
         *_prices(apis, targets),
     )
 
@@ -91,17 +92,44 @@ def _swaps(window: Window, targets: Scorecard) -> Line:
     return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
 
 
+def _saving(apis: Comparisons | None, targets: Scorecard) -> Line:
+    """Like for like: what all comparable models cost here, against the same models at API hosts."""
+    value = apis.share if apis is not None else None
+    kept = None if value is None else value >= targets.saving
+    text = "no data: no model here has a comparable price and a cost"
+    if apis is not None and value is not None:
+        busy = utilisation(apis)
+        text = against(value, "the same open models at API hosts") + (f"; {busy}" if busy else "")
+    return Line(
+        kind="saving",
+        name="saving against API hosts",
+        value=value,
+        target=targets.saving,
+        unit="share",
+        kept=kept,
+        text=text,
+    )
+
+
 def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     """The claim of 5 to 15 times cheaper than a frontier model, only against models that were named for it."""
     found = []
     for one in apis.models if apis is not None else ():
         if one.frontier and one.times_cheaper is not None:
             name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
-            cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
-            text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
+            text = f"{frontier(times, one.frontier_share)}; another model, so not the same answers"
             kept = times >= target
             found.append(Line(kind="price", name=name, value=times, target=target, unit="times", kept=kept, text=text))
     return found
+
+
+def frontier(times: float, saved: float | None) -> str:
+    """How the price here compares with that of a frontier model which is ``times`` as high: 5.2 times cheaper (80.8 %
+    less), or 2.9 times as expensive."""
+    if times < 1:
+        return f"{1 / times:,.1f} times as expensive" if times < 0.952 else "slightly dearer"
+    less = f" ({saved * 100:.1f} % less)" if saved is not None else ""
+    return f"{times:,.1f} times cheaper{less}"
 
 
 def _at_most(kind: Kind, name: str, value: float | None, target: float, unit: str, of: str) -> Line:

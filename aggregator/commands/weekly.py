@@ -45,10 +45,12 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> Published:
     """Publish the reports of any span, compared with an earlier one. Raises NothingToPublish for one without
     telemetry."""
-    window = reported(store, span, [node.id for node in config.nodes])
-    last = load.window(store, earlier)
+    nodes = [node.id for node in config.nodes]
+    window = reported(store, span, nodes)
+    last = load.window(store, earlier, nodes)
     noted = notes(store)
-    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
+    now_ms = full_hour(time.time_ns() // 1_000_000)
+    judged = judge(window, last, config, now_ms, noted.entries)
     told = (*noted.refused, *_unheard(window, noted.entries, config), *_gone(window, last, config))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
@@ -56,8 +58,8 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
-    daily = [(day, cost.compute(load.window(store, day), config)) for day in days(span)]
-    csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
+    daily = [(day, cost.compute(load.window(store, day, nodes), config, now_ms=now_ms).rows) for day in days(span)]
+    csv = focus.export(config.rack, span, judged.cost, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return Published(published, judged.so_far)
 

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 from aggregator import heat
 from aggregator.calendar import duration
+from aggregator.cost import amount
 
 NO_DATA = "no data"
 
@@ -21,13 +22,6 @@ def figure(value: float) -> str:
 def share(value: float | None, digits: int = 1) -> str:
     """12.3 %"""
     return NO_DATA if value is None else f"{value * 100:.{digits}f} %"
-
-
-def against(saving: float, other: str) -> str:
-    """A saving as a share of another price: "12.3 % less than it"; where it is many times the other, "188 times it"."""
-    if saving < -1:
-        return f"{1 - saving:,.{0 if saving < -9 else 1}f} times as much as {other}"
-    return f"{share(abs(saving))} {'less' if saving >= 0 else 'more'} than {other}"
 
 
 def saved(value: float | None) -> str:
@@ -56,11 +50,7 @@ def celsius(value_mc: int | None) -> str:
 
 def money(value: Decimal | None, currency: str) -> str:
     """12.34 USD, with four digits below a tenth and six below a thousandth."""
-    if value is None:
-        return NO_DATA
-    size = abs(value)
-    digits = 2 if size >= Decimal("0.1") or size == 0 else (4 if size >= Decimal("0.001") else 6)
-    return f"{value:,.{digits}f} {currency}"
+    return NO_DATA if value is None else amount(value, currency)
 
 
 def span(value_s: float | None) -> str:

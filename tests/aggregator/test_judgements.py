@@ -206,9 +206,10 @@ def test_a_month_is_compared_with_its_targets() -> None:
         "uptime": False,
         "throttled": False,
         "longest swap": False,
+        "saving against API hosts": None,
     }
     nothing = scorecard.lines(window(), uptime_of(window(), T0), None, Scorecard())
-    assert [line.kept for line in nothing] == [None] * 4
+    assert [line.kept for line in nothing] == [None] * 5
 
 
 def hour_of(busy_s: float, throttled_s: float, known_s: float, *, hour: int, models: int = 1) -> Batch:
@@ -535,10 +536,10 @@ def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, s
 @pytest.mark.parametrize(
     ("made", "name", "said"),
     [
-        ((), "cost", "No node of this period has a price"),
+        ((), "cost", "No node reported anything."),
         ((), "uptime", "No node reported anything."),
         ((), "placement", "No node reported anything."),
-        ((), "scorecard", "4 without data"),
+        ((), "scorecard", "5 without data"),
         ((batch([served(requests=0, prompt_tok=0, completion_tok=0), engine()]),), "cost", "no data"),
         ((batch([served(), engine()], node="stranger"),), "cost", "No node of this period has a price"),
         ((batch([served(), engine()]), batch([served(worker="n3")], node="n3")), "cost", "Without a price: n3"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pypdf import PdfReader
 from reportlab.lib.styles import ParagraphStyle
 
-from aggregator import cli
+from aggregator import api_prices, cli
 from aggregator.calendar import last_month, last_week, month, week
 from aggregator.commands import reading, weekly
 from aggregator.commands.ended import Ended, printable
@@ -227,7 +227,7 @@ def test_a_period_is_partial_until_its_last_moment_is_judged(zone: str) -> None:
         body = json.loads(msgspec.json.encode(judged))
         assert ("so_far_until_ms" in body) is partial, "the figures of a period that is over are as before"
         # prices of no day that has not come
-        at = datetime.fromtimestamp(min(now_ms, span.until_ms) / 1000, UTC)
+        at = datetime.fromtimestamp(min(now_ms, span.until_ms - 1) / 1000, UTC)
         assert judged.apis.at == f"{at:%Y-%m-%d}"
 
 
@@ -536,7 +536,7 @@ def test_no_sentence_is_about_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_comparison_is_said_as_people_say_it(saving: float, said: str) -> None:
-    assert wording.against(saving, "it") == said
+    assert api_prices.against(saving, "it") == said
     assert ("costs" in wording.saved(saving)) == (saving < -1)
 
 

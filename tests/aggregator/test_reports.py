@@ -109,7 +109,11 @@ def test_rows_add_up_to_the_nodes_cost(made: list[Batch], busy: list[tuple[str, 
     assert report.unattributed is not None
     direct = sum((m.direct or Decimal(0) for m in report.models), Decimal(0))
     assert report.total == sum((n.cost for n in report.nodes if n.cost is not None), Decimal(0))
-    assert report.total == report.idle + direct + report.unattributed
+    assert report.silent is not None
+    assert report.unshared is not None
+    loaded = sum((m.loaded or Decimal(0) for m in report.models), Decimal(0))
+    assert report.total == report.idle + direct + report.unattributed + report.silent
+    assert report.total == loaded + report.unshared + report.unattributed + report.silent
     assert all(n.idle is not None and 0 <= n.idle <= n.cost for n in report.nodes if n.cost is not None)
 
 
@@ -390,7 +394,8 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
     assert report.evictions.total == 1
     assert report.swaps.flipped == 1
     assert report.cost.total is not None
-    assert "4 requests with 40 tokens" in report.headline
+    assert report.headline.startswith("November 2026 so far cost ")
+    assert " for 440 tokens, " in report.headline
     text = pdf_text(pdf.render(report))
     for title in ("1. Inference volume", "2. Thermal", "3. Evictions", "4. Place", "5. Cost", "6. Uptime", "7. Recomm"):
         assert title in text
