@@ -33,12 +33,12 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers at the top of a report, of one span, to be compared with those of another; None is no data. Answered,
-    failed and refused requests and the tokens of the answered ones; ``total`` in the rack's currency and
-    ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same models at API
-    hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in which models
-    worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported; ``covered`` of
-    node time by telemetry."""
+    """The numbers at the top of a report, of one span, to be compared with those of another; None where nothing was
+    reported. Answered, failed and refused requests and the tokens of the answered ones; ``total`` in the rack's
+    currency and ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same
+    models at API hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in
+    which models worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported;
+    ``covered`` of node time by telemetry."""
 
     requests: int
     failed: int
