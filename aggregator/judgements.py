@@ -17,6 +17,7 @@ from aggregator import volume as volumes
 from aggregator.annotations import Annotation
 from aggregator.calendar import local, spoken
 from aggregator.config import AggregatorConfig
+from aggregator.demand import Known
 from aggregator.fleet import fleet, judged_until
 from aggregator.window import Window
 from shared.desired import Moment
@@ -32,12 +33,12 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers at the top of a report, of one span, to be compared with those of another; None is no data. Answered,
-    failed and refused requests and the tokens of the answered ones; ``total`` in the rack's currency and
-    ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same models at API
-    hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in which models
-    worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported; ``covered`` of
-    node time by telemetry."""
+    """The numbers at the top of a report, of one span, to be compared with those of another; None where nothing was
+    reported. Answered, failed and refused requests and the tokens of the answered ones; ``total`` in the rack's
+    currency and ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same
+    models at API hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in
+    which models worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported;
+    ``covered`` of node time by telemetry."""
 
     requests: int
     failed: int
@@ -115,7 +116,8 @@ def judge(
     before = _evaluated(last, None, config, now_ms, notes) if last is not None and last.batches else None
     now = _evaluated(window, before.money if before is not None else None, config, now_ms, notes)
     judged_ms = judged_until(window, now_ms)
-    map_ = placement.propose(window, config.placement, config.bandwidths)
+    map_ = placement.propose(window, config.placement, config.bandwidths, _known(window, now, config, now_ms))
+    evicted = eviction.report(window, conclusions=map_.conclusions)
     return Judged(
         rack=config.rack,
         period=window.span.name,
@@ -129,7 +131,7 @@ def judge(
         batches=window.batches,
         volume=now.volume,
         thermal=now.thermal,
-        evictions=now.evicted,
+        evictions=evicted,
         distribution=map_,
         cost=now.money,
         apis=now.apis,
@@ -138,8 +140,18 @@ def judge(
         scorecard=now.card,
         so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
         recommendations=tuple(
-            advice.recommendations(window, now.thermal, map_, now.money, now.up, now.evicted, config.scorecard)
+            advice.recommendations(window, now.thermal, map_, now.money, now.up, evicted, config.scorecard, now.apis)
         ),
+    )
+
+
+def _known(window: Window, now: _Evaluated, config: AggregatorConfig, now_ms: int) -> Known:
+    """What a placement has to know of the other judgements, so that they do not contradict each other."""
+    return Known(
+        away=advice.away(now.up).keys(),
+        retired={tenure.node for tenure in fleet(window, config.nodes, now_ms) if tenure.retired},
+        hot=set(advice.slow(now.thermal, config.scorecard)),
+        dearer=now.apis.share is not None and now.apis.share < 0,
     )
 
 

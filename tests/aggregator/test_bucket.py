@@ -328,8 +328,8 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
             resident("b", version="vb"),
             engine("b", version="vb"),
         ]
-        put(store, batch([*hot, served("b", version="vb")], minute=n))
-        put(store, batch([host()], node="n2", minute=n))
+        put(store, batch([*hot, served("b", version="vb")], minute=2870 + n))
+        put(store, batch([host()], node="n2", minute=2870 + n))
     for name in ("a", "b"):
         store.put(keys.model_manifest_key(name, f"v{name}"), b"{}")
     assert cli.main(["weekly", "--week", "2026-W47", "--config", config]) == 0

@@ -278,7 +278,7 @@ def test_evictions_of_one_kind_are_counted_together_whatever_their_figures() -> 
         )
     ]
     (row,) = eviction.report(window(batch([*busy, *wanted]))).rows
-    assert row.hint == "wanted again after 5 s: give it room on another node, or pin it here"
+    assert row.hint == "wanted again after 5 s"
 
 
 def test_the_ten_most_evicted_models_are_listed_in_order() -> None:
