@@ -87,6 +87,12 @@ def test_an_alias_beside_two_loaders_of_its_version_is_answered_by_both_in_propo
     assert found == {"f": 10.0, "g": 7.5, "h": 22.5}
 
 
+def test_a_name_that_a_swap_gave_away_is_answered_by_the_loader_of_its_version_alone() -> None:
+    asked = (served("f", version="v1"), served("f", version="v2"), served("h", version="v3"))
+    loaders = (worked("f", 0, 7, "v1"), worked("g", 0, 20, "v2"), worked("h", 0, 30, "v3"))
+    assert {m.model: m.busy_s for m in priced(*asked, *loaders).models} == {"f": 27.0, "h": 30.0}
+
+
 def test_work_that_answered_nobody_is_in_no_model() -> None:
     report = priced(served("a", completion_tok=0), worked("a", 10, 30))
     assert {(r.kind, r.busy_s) for r in report.rows if r.busy_s} == {("model", 10.0), ("unattributed", 30.0)}
