@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from aggregator.calendar import counted
 from aggregator.config import Scorecard
 from aggregator.cost import CostReport
 from aggregator.eviction import EvictionReport
@@ -44,7 +45,7 @@ def recommendations(
         Recommendation(
             kind="capacity",
             text=f"add memory or a node for {row.model}",
-            because=f"evicted {row.evictions} times from {row.node}: {row.hint}",
+            because=f"evicted {counted(row.evictions, 'time')} from {row.node}: {row.hint}",
         )
         for row in evicted.rows
         if row.verdict == "placement" and row.evictions > 1

@@ -11,6 +11,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 import msgspec
 
+from aggregator.calendar import counted
 from aggregator.config import decimal
 from shared import chips
 from shared.errors import Refused
@@ -186,8 +187,7 @@ def _rule(inputs: Inputs, even: int | None) -> str:
     above = [rule for rule in RULES if rule[0] >= inputs.api_spend]
     near = dict.fromkeys((*below[-1:], *above[:1]))
     said = "; ".join(
-        f"at {spend:,} a month, {nodes} nodes break even {f'within {months} months' if months else 'immediately'}"
-        for spend, nodes, months in near
+        f"at {spend:,} a month, {counted(nodes, 'node')} break even {_when(months)}" for spend, nodes, months in near
     )
     ours = f"in month {even}" if even else f"not within {inputs.months} months"
     return f"Rules of thumb: {said}. Yours, at {inputs.api_spend:,.0f} a month with {inputs.nodes} nodes: {ours}."
@@ -215,3 +215,7 @@ def _sentence(inputs: Inputs, even: int | None, balance: Decimal, hinges: Sequen
 
 def _cents(value: Decimal) -> Decimal:
     return value.quantize(_CENT, rounding=ROUND_HALF_EVEN)
+
+
+def _when(months: int | None) -> str:
+    return f"within {counted(months, 'month')}" if months else "immediately"

@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from aggregator.calendar import HOUR_MS
+from aggregator.calendar import HOUR_MS, counted
 from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed
 
@@ -156,7 +156,8 @@ def _why(kind: Kind, one: ModelEvicted, again_s: float | None) -> str:
         "wanted": f"wanted again after {again_s or 0:.0f} s: give it room on another node, or pin it here",
         "ping_pong": f"it and {one.for_model} push each other out of this node: part them",
         "unneeded": "evicted although nothing needed its room: look at this node's budget and settings",
-        "busy": f"it had served {one.requests_last_hour} requests in the hour before: two busy models share its node",
+        "busy": f"it had served {counted(one.requests_last_hour, 'request')} in the hour before: "
+        "two busy models share its node",
         "unmissed": "nobody missed it: the room was better used",
     }[kind]
 

@@ -9,6 +9,7 @@ import msgspec
 
 from aggregator import heat
 from aggregator.api_prices import Comparisons
+from aggregator.calendar import counted
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime
 from aggregator.volume import answered, merged
@@ -53,7 +54,11 @@ def _latency(window: Window, targets: Scorecard) -> Line:
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
     value, target = up.request_share, targets.uptime
     kept = None if value is None else value >= target
-    text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
+    text = (
+        "no data"
+        if value is None
+        else f"{value:.3%} of {counted(up.requests_ok + up.requests_bad, 'request')} answered"
+    )
     if up.rack.share is not None:
         text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
     return Line(kind="uptime", name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
@@ -75,7 +80,9 @@ def _swaps(window: Window, targets: Scorecard) -> Line:
     swaps = [record for _, record in window.of(SwapFinished)]
     longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
     failed = sum(s.outcome == "failed" for s in swaps)
-    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
+    return _at_most(
+        "swap", "longest swap", longest, targets.swap_s, "s", f"of {counted(len(swaps), 'swap')}, {failed} failed"
+    )
 
 
 def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
@@ -84,8 +91,10 @@ def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     for one in apis.models if apis is not None else ():
         if one.frontier and one.times_cheaper is not None:
             name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
-            cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
-            text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
+            said = (
+                f"{times:.1f} times cheaper" if times >= 1 or not times else f"{1 / times:.1f} times as much as there"
+            )
+            text = f"{said}; another model, so not the same answers"
             kept = times >= target
             found.append(Line(kind="price", name=name, value=times, target=target, unit="times", kept=kept, text=text))
     return found

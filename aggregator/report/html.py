@@ -3,7 +3,7 @@
 import jinja2
 from markupsafe import Markup
 
-from aggregator.report.page import CODE, Curve, Page
+from aggregator.report.page import CODE, Curve, Page, spaced
 
 _WIDTH, _HEIGHT = 640, 160
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
@@ -25,8 +25,11 @@ def render(page: Page) -> bytes:
 
 
 def coded(text: str) -> Markup:
-    """A text, escaped, with what stands between backticks as code."""
-    parts = (Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else part for n, part in enumerate(CODE.split(text)))
+    """A text, escaped, with what stands between backticks as code; other backticks are quotation marks."""
+    parts = (
+        Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else spaced(part).replace("`", "'")
+        for n, part in enumerate(CODE.split(text))
+    )
     return Markup("").join(parts)
 
 
@@ -50,5 +53,13 @@ def svg(curve: Curve) -> Markup:
         colour = _COLOURS[number % len(_COLOURS)]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     inner = "".join(parts)
-    box = f'viewBox="0 -4 {_WIDTH} {_HEIGHT + 8}" role="img" preserveAspectRatio="none"'
-    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{inner}</svg>')
+    box = Markup(f'viewBox="0 -4 {_WIDTH} {_HEIGHT + 8}" role="img" preserveAspectRatio="none"')
+    begin = Markup('<svg xmlns="http://www.w3.org/2000/svg" {} aria-label="{}"><title>{}</title>')
+    return begin.format(box, _said(curve), _said(curve)) + Markup(f"{inner}</svg>")
+
+
+def _said(curve: Curve) -> str:
+    """A chart in words, for those who do not see it."""
+    ends = f" from {curve.labels[0]} to {curve.labels[-1]}" if curve.labels else ""
+    lines = "; ".join(f"{name}: {line[0]:,.6g} to {line[-1]:,.6g} {curve.unit}" for name, line in curve.lines if line)
+    return f"{curve.title}{ends}. {lines}".replace("`", "'")

@@ -578,7 +578,7 @@ def artifacts_of(*made: Batch, config: AggregatorConfig = CONFIG) -> dict[str, s
 @pytest.mark.parametrize(
     ("made", "name", "said"),
     [
-        ((), "cost", "No node of this period has a price"),
+        ((), "cost", "No node reported anything."),
         ((), "uptime", "No node reported anything."),
         ((), "placement", "No node reported anything."),
         ((), "scorecard", "4 without data"),

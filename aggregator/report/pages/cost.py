@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from aggregator.api_prices import Comparisons
+from aggregator.calendar import counted
 from aggregator.cost import CostReport
 from aggregator.cost_change import Terms
 from aggregator.report.page import Page, Section, page_of, table
@@ -32,6 +33,8 @@ def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
 
 
 def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
+    if not report.nodes:
+        return "No node reported anything."
     if not report.priced:
         return "No node of this period has a price in the configuration: add `price` to [[nodes]] to see money here."
     text = "No token was answered by a node with a price"
@@ -40,7 +43,7 @@ def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
     if apis.saving is not None and apis.share is not None:
         text += f": {against(apis.share, 'the same open models at API hosts in the middle of the range')}"
     if flagged:
-        text += f"; {flagged} model{'s' if flagged > 1 else ''} jumped"
+        text += f"; {counted(flagged, 'model')} jumped"
     if report.unpriced_nodes:
         text += f". Without a price: {', '.join(report.unpriced_nodes)}"
     return f"{text}."

@@ -1,5 +1,6 @@
 """The page of a purchase. Pure."""
 
+from aggregator.calendar import counted
 from aggregator.economics import Economics
 from aggregator.report.page import Curve, Page, Section, page_of, table
 from aggregator.report.wording import money, share
@@ -8,7 +9,7 @@ from aggregator.report.wording import money, share
 def page(report: Economics, currency: str) -> Page:
     """Whether to buy."""
     return page_of(
-        f"Buying {report.inputs.nodes} nodes",
+        f"Buying {counted(report.inputs.nodes, 'node')}",
         report.sentence,
         [_curve(report, currency), _hinges(report), _months(report, currency)],
     )
@@ -32,10 +33,7 @@ def _curve(report: Economics, currency: str) -> Section:
 
 def _hinges(report: Economics) -> Section:
     rows = [
-        (
-            *(h.name.replace("_", " "), f"{h.value:,.6g}", _month(h.lower), _month(h.higher)),
-            f"{h.swing} month{'' if h.swing == 1 else 's'}",
-        )
+        (*(h.name.replace("_", " "), f"{h.value:,.6g}", _month(h.lower), _month(h.higher)), counted(h.swing, "month"))
         for h in report.hinges
     ]
     return Section(

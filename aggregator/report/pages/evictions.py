@@ -1,5 +1,6 @@
 """The page of evictions. Pure."""
 
+from aggregator.calendar import counted, verb
 from aggregator.eviction import EvictionReport
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import count, gb, span
@@ -10,7 +11,8 @@ def page(report: EvictionReport, rack: str) -> Page:
     wrong = sum(r.verdicts.get("placement", 0) for r in report.rows)
     lead = "No model had to leave memory."
     if report.total:
-        lead = f"{report.total:,} evictions; {wrong:,} of those below are a matter of placement, not of traffic."
+        are = verb(wrong, "is", "are")
+        lead = f"{counted(report.total, 'eviction')}; {wrong:,} of those below {are} a matter of placement."
     rows = [
         (
             *(r.node, r.model, str(r.evictions), ", ".join(f"{n} {verdict}" for verdict, n in r.verdicts.items())),
@@ -19,7 +21,11 @@ def page(report: EvictionReport, rack: str) -> Page:
         )
         for r in report.rows
     ]
-    more = (f"{report.left_out} more models were evicted less often.",) if report.left_out else ()
+    more = (
+        (f"{counted(report.left_out, 'more model')} {verb(report.left_out, 'was', 'were')} evicted less often.",)
+        if report.left_out
+        else ()
+    )
     columns = (
         "Node | Model | Evictions | Of them | Memory | Requests in the hours before | Made room for | "
         "Wanted again after | Verdict | Evidence"

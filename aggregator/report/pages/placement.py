@@ -1,5 +1,6 @@
 """The page of a placement: what does not fit, the moves, nodes and models. Pure."""
 
+from aggregator.calendar import counted
 from aggregator.packing import WHOLE
 from aggregator.placement import PlacementReport
 from aggregator.report.page import Page, Section, page_of, table
@@ -17,7 +18,7 @@ def page(report: PlacementReport, rack: str, *, planned: bool = False) -> Page:
     rack."""
     lead = "Every model stands well where it is." if report.placed or report.nodes else "No node reported anything."
     if report.moves:
-        lead = f"{len(report.moves)} steps would put the models where their work fits."
+        lead = f"{counted(len(report.moves), 'step')} would put the models where their work fits."
     if report.short:
         lead = report.short[0]
     remarks = (*report.notes, *(setting.reason for setting in report.settings))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from aggregator.calendar import local
+from aggregator.calendar import counted, local
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import NO_DATA, span
 from aggregator.uptime import NodeUptime, Progress, Uptime
@@ -10,18 +10,13 @@ from aggregator.uptime import NodeUptime, Progress, Uptime
 
 def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
     """When the rack and its nodes answered, and what went wrong. ``remarks`` are about telemetry that is missing."""
-    lost = (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.",)
     nodes = [_row("the rack", report.rack), *(_row(n.node, n) for n in report.nodes)] if report.nodes else []
     columns = "Node | Serving | Without a model | Down | Excused | Unknown | Up"
     return page_of(
         f"Uptime, rack {rack}, {period}",
         _lead(report),
         [
-            Section(
-                title="Nodes",
-                text=(*(lost if report.lost_batches else ()), *remarks),
-                table=table(columns, nodes, (1, 2, 3, 4, 5, 6)),
-            ),
+            Section(title="Nodes", text=remarks, table=table(columns, nodes, (1, 2, 3, 4, 5, 6))),
             _desired(report.desired or (), zone),
             _incidents(report, zone),
         ],
@@ -41,7 +36,8 @@ def _lead(report: Uptime) -> str:
     if rack.idle_s > 0.001 * known:
         lead += f" (with a model ready {rack.up_s / known:.3%})"
     if report.request_share is not None:
-        lead += f" and answered {report.request_share:.3%} of {report.requests_ok + report.requests_bad:,} requests"
+        asked = counted(report.requests_ok + report.requests_bad, "request")
+        lead += f" and answered {report.request_share:.3%} of {asked}"
     return lead + (f"; {span(rack.unknown_s)} are unknown." if rack.unknown_s >= 1 else ".")
 
 
@@ -57,7 +53,7 @@ def _desired(nodes: Sequence[Progress], zone: str) -> Section | None:
             f"{n.node}: desired state: generation {n.generation}, {n.state} since {local(n.since_ms, zone):%d %b %H:%M}"
         )
         if n.not_converged:
-            line += f"; not converged in {n.not_converged:,} windows"
+            line += f"; not converged in {counted(n.not_converged, 'window')}"
         lines.append(f"{line}, last because: {n.reason}" if n.reason else line)
     return Section(title="Desired state", points=tuple(lines)) if lines else None
 
@@ -73,4 +69,4 @@ def _incidents(report: Uptime, zone: str) -> Section:
     ]
     columns = "Start | Node | What | For | Times | Cause | Fix | Confirmed"
     shown = table(columns, rows, (3, 4)) if rows else None
-    return Section(title="Incidents", table=shown, text=() if rows else ("None.",))
+    return Section(title="Incidents", table=shown, text=() if rows else ("No incidents.",))
