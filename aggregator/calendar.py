@@ -93,6 +93,13 @@ def local(t_ms: int, zone: str) -> datetime:
     return datetime.fromtimestamp(t_ms / 1000, ZoneInfo(zone))
 
 
+def spoken(name: str) -> str:
+    """A span's name in a sentence: November 2026, Week 2026-W47, 2026-11-01 to 2026-11-10."""
+    if len(name) == 7 and name[5:].isdigit():
+        return f"{date(int(name[:4]), int(name[5:]), 1):%B %Y}"
+    return f"Week {name}" if "W" in name else name.replace("--", " to ")
+
+
 def duration(seconds: float) -> str:
     """Seconds as 12 s, 5.0 min or 2.5 h."""
     if seconds < 120:

@@ -1,7 +1,8 @@
 """``make bench-calibration``: predicted step times of a real model, beside what requests then measure.
 
 The engine is calibrated as in an idle loader. Then requests go through it, in rounds that take every number of rows
-and every length in turn. A prediction holds within 15 % of the median of its rounds, or inside their spread.
+and every length in turn. A prediction holds within 15 % of the median of its rounds, or inside their spread. Numbers of
+rows between those that were timed are predicted too, at one length.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from agent.loader.measuring import Measuring
 from agent.wire.frames import Calibrated, Frame, Generate, Tokens
 from scripts.fetch_demo_model import MAIN, default_folder
 
-ROWS, LENGTHS = (1, 4, 8), (64, 500, 1000, 2000)
+CELLS = [(rows, tokens) for tokens in (64, 500, 1000, 2000) for rows in (1, 4, 8)] + [(2, 1000), (6, 1000)]
+"""Rows and tokens of each."""
 BAR, STEPS = 0.15, 5
 
 
@@ -38,9 +40,8 @@ def main() -> int:
     print(f"calibrated in {times.took_us / 1e6:.1f} s, {times.steps} steps, half within {times.spread_ppm / 1e4:.1f} %")
     found, failed = dict[tuple[int, int], list[float]](), 0
     for number in range(args.rounds):
-        for length in LENGTHS:
-            for rows in ROWS:
-                found.setdefault((rows, length), []).append(stepped(engine, rows, length))
+        for rows, length in CELLS:
+            found.setdefault((rows, length), []).append(stepped(engine, rows, length))
         print(f"  round {number + 1} of {args.rounds}", flush=True)
     print(f"{'rows':>5}{'tokens':>8}{'predicted':>12}{'median':>10}{'off':>8}   {'least .. most':20}")
     for (rows, length), us in found.items():

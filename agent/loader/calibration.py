@@ -2,7 +2,8 @@
 
 One prompt grows chunk by chunk; at each length that it passes, decode steps are timed at several numbers of rows, and
 at one of them the forwards of several tokens that speculation would verify. All of that is a round. Rounds are repeated
-while the budget lasts, so that a disturbance spoils one sample of each kind and not all samples of one kind.
+while the budget lasts, so that a disturbance spoils one sample of each kind and not all samples of one kind. A model so
+slow that a round would not fit is timed with fewer samples of a kind before it is timed at fewer lengths.
 """
 
 import math
@@ -11,9 +12,10 @@ from itertools import combinations
 from statistics import median, median_low
 from typing import NamedTuple
 
-from agent.wire.step_times import RowTimes, StepTimes, Verified
+from agent.wire.step_times import TYPICAL_TOK, RowTimes, StepTimes, Verified
 
-LENGTHS_TOK = (64, 512, 2_000)
+LENGTHS_TOK = (64, 512, TYPICAL_TOK, 2_000)
+"""The one at which single figures are quoted is among them, so that those are measured."""
 ROWS = (1, 4, 8)
 VERIFIED = tuple((rows, tokens) for rows in (1, 2) for tokens in (1, 2, 4, 8))
 VERIFY_AT = 1
@@ -27,8 +29,12 @@ PROMPT_SHARE = 0.3
 UNTIMED = 3
 """About so many steps of each kind only prepare the others: states are copied, kernels compiled."""
 SPARE_ROWS = 2
-"""A batch is made of copies of the prompt's state: it and one copy are in memory beside the batch."""
+"""A batch is made of copies of the prompt's state: it and one copy are in memory beside the batch. All of them are
+needed: eight rows of 1,524 tokens, within a plan for 16,384, take at most as much as 16,954 tokens do (SmolLM2)."""
 GROWTH_TOK = 256
+APART = 1.25
+"""Where the memory ends before the next length it is timed there, if that is farther by this factor than the last one:
+beyond it steps grow as between the last two lengths, which says nothing if these are almost the same."""
 LEAST_US = 1e-3
 """For a step that took no time on the clock."""
 
@@ -106,7 +112,7 @@ class Calibration:
             self._samples.setdefault(task, []).append(max(us, LEAST_US))
         if isinstance(task, Prefill):
             self._shorten()
-        elif len(self._samples.get(task, ())) >= STEPS * (self._rounds + 1):
+        elif len(self._samples.get(task, ())) >= self._wanted():
             self._todo.pop(0)
         if self.took_us >= self._budget_us:
             self._todo.clear()
@@ -128,14 +134,13 @@ class Calibration:
         prefill = fitted(
             [((1.0, t.tokens, t.tokens * (t.done_tok + t.tokens / 2)), median_low(us)) for t, us in chunks.items()]
         )
-        decode = [
-            fitted([((1.0, t.context_tok), median_low(us)) for t, us in steps.items() if t.rows == count])
-            for count in rows
-        ]
         verified = {t: median_low(us) for t, us in self._samples.items() if isinstance(t, Verify)}
         return StepTimes(
             prefill=(prefill[0], prefill[1], prefill[2]),
-            decode=tuple(RowTimes(rows=r, base_us=a, token_us=b) for r, (a, b) in zip(rows, decode, strict=True)),
+            decode=tuple(
+                _row_times(count, {t.context_tok: median_low(us) for t, us in steps.items() if t.rows == count})
+                for count in rows
+            ),
             verify=tuple(Verified(rows=t.rows, tokens=t.tokens, us=us) for t, us in verified.items()),
             context_tok=max(t.context_tok for t in steps),
             steps=sum(map(len, self._samples.values())),
@@ -144,12 +149,25 @@ class Calibration:
         )
 
     def _begin_round(self) -> None:
-        for place, length in enumerate(self._lengths):
-            self._todo += [Decode(rows, min(length, self._most_tok(rows))) for rows in self._rows]
-            if place == min(VERIFY_AT, len(self._lengths) - 1):
-                self._todo += [Verify(r, t, length) for r, t in VERIFIED if r <= self._bounds.rows]
-        # the prompt only grows within a round
-        self._todo = sorted(dict.fromkeys(self._todo), key=_context_of)
+        for rows in self._rows:
+            self._todo += [Decode(rows, length) for length in _within(self._lengths, self._most_tok(rows))]
+        verified_tok = self._lengths[min(VERIFY_AT, len(self._lengths) - 1)]
+        self._todo += [Verify(rows, tokens, verified_tok) for rows, tokens in VERIFIED if rows <= self._bounds.rows]
+        self._todo.sort(key=_context_of)  # the prompt only grows within a round
+
+    def _wanted(self) -> int:
+        """Samples of one kind at the end of this round; one is enough where else a first round would not be whole."""
+        hurried = not self._rounds and self.took_us + self._rest_us() > self._budget_us
+        return 1 if hurried else STEPS * (self._rounds + 1)
+
+    def _rest_us(self) -> float:
+        """About what the rest of this round takes, if each of its steps is as long as the longest kind so far."""
+        known = [(task, median_low(us)) for task, us in self._samples.items()]
+        chunks = [(task.tokens, us) for task, us in known if isinstance(task, Prefill)]
+        token_us = sum(us for _, us in chunks) / max(1, sum(tokens for tokens, _ in chunks))
+        step_us = max((us for task, us in known if not isinstance(task, Prefill)), default=0.0)
+        to_go_tok = max(0, _context_of(self._todo[-1]) - self._held_tok)
+        return token_us * to_go_tok + step_us * len(self._todo) * (STEPS + UNTIMED)
 
     def _end_round(self) -> None:
         """Begin another round, of the lengths that the rest of the budget allows."""
@@ -192,11 +210,35 @@ class Calibration:
 
 
 def _lengths(bounds: Bounds) -> tuple[int, ...]:
-    """Three lengths, shorter ones where the context is short."""
+    """Lengths that fit into the context of one row; three shorter ones where it is short."""
     most = max(8, min(bounds.context_tok - 2 * GROWTH_TOK, bounds.kv_tok // (1 + SPARE_ROWS) - GROWTH_TOK))
-    if most < LENGTHS_TOK[-1]:
+    if most < TYPICAL_TOK:
         return tuple(sorted({min(LENGTHS_TOK[0], max(1, most // 4)), max(1, most // 2), most}))
-    return LENGTHS_TOK
+    return _within(LENGTHS_TOK, most)
+
+
+def _within(lengths: Sequence[int], most: int) -> tuple[int, ...]:
+    """The lengths up to ``most``, and ``most`` itself where longer ones are cut off and it is far enough from them."""
+    fit = tuple(length for length in lengths if length <= most)
+    return fit if fit and (len(fit) == len(lengths) or most < APART * fit[-1]) else (*fit, most)
+
+
+def _row_times(rows: int, measured: dict[int, float]) -> RowTimes:
+    """A row count's times from microseconds by length, and the line near them."""
+    points = rising(measured)
+    base_us, token_us = fitted([((1.0, tokens), us) for tokens, us in points])
+    return RowTimes(rows=rows, base_us=base_us, token_us=token_us, points=points)
+
+
+def rising(measured: dict[int, float]) -> tuple[tuple[int, float], ...]:
+    """(length, microseconds) by length, no longer one cheaper: of two that contradict each other the lower counts,
+    since what disturbs a step makes it longer. A mean of both (pooled violators) would keep part of the disturbance,
+    and a running maximum would carry all of it to the longer contexts."""
+    found, least = list[tuple[int, float]](), math.inf
+    for tokens, us in sorted(measured.items(), reverse=True):
+        least = min(least, us)
+        found.append((tokens, least))
+    return tuple(reversed(found))
 
 
 def _context_of(task: Task) -> int:

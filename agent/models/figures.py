@@ -135,7 +135,8 @@ class Figures:
         """Keep new figures, unless those that are known were less disturbed."""
         key, ready, spread = _key(loaded), loaded.process.ready, round(times.spread_ppm / 1e6, 3)
         log.info("calibrated", model=loaded.name, took_s=round(times.took_us / 1e6, 1), spread=spread)
-        if (old := known.get(key)) is not None and old.times.spread_ppm <= times.spread_ppm:
+        old = known.get(key)
+        if old is not None and old.times.by_length and old.times.spread_ppm <= times.spread_ppm:
             return
         known.pop(key, None)
         known[key] = Known(
@@ -162,9 +163,9 @@ class Figures:
 
 
 def _steady(loaded: Loaded) -> bool:
-    """Whether its figures need not be timed again."""
+    """Whether its figures need not be timed again. Those of a former version knew only lines."""
     timed = loaded.process.throughput.timed
-    return timed is not None and timed.spread_ppm <= STEADY_PPM
+    return timed is not None and timed.by_length and timed.spread_ppm <= STEADY_PPM
 
 
 def _key(loaded: Loaded) -> str:

@@ -1,9 +1,10 @@
 """How long a model's steps take on this node, as its loader measured them, and what follows from that. Pure.
 
-Times are microseconds, lengths are tokens. Between row counts that were measured a step is interpolated, beyond the
-last it grows as between the last two.
+Times are microseconds, lengths are tokens. Between lengths and between row counts that were measured a step is
+interpolated, beyond the last it grows as between the last two.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated
 
@@ -15,16 +16,31 @@ TYPICAL_TOK = 1_000
 MOST_CROWD = 64.0
 Us = Annotated[float, Meta(ge=0, le=1e11)]
 """A time that some step may take, below a day or so: a file or a loader that tells another one is damaged."""
+Tokens = Annotated[int, Meta(ge=1, le=1 << 40)]
 Rows = Annotated[int, Meta(ge=1, le=1 << 20)]
 Number = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class RowTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """A decode step of ``rows`` rows with ``context_tok`` tokens each takes base_us + token_us x context_tok."""
+    """A decode step of ``rows`` rows with ``context_tok`` tokens each. ``points`` are (tokens, microseconds) by length,
+    as measured; a step between them is interpolated. The line base_us + token_us x context_tok is the nearest to them:
+    former versions know only that, and figures that they kept have no points. Raises ValueError where points are not
+    ascending or a longer context is cheaper."""
 
     rows: Rows
     base_us: Us
     token_us: Us
+    points: Annotated[tuple[tuple[Tokens, Us], ...], Meta(max_length=64)] = ()
+
+    def __post_init__(self) -> None:
+        if any(a >= b or us > more for (a, us), (b, more) in pairwise(self.points)):
+            raise ValueError("points: lengths ascend, and a longer one takes no less")
+
+    def us(self, context_tok: float) -> float:
+        """A step at this length: never below 0, never falling with the length."""
+        if not self.points:
+            return self.base_us + self.token_us * context_tok
+        return max(0.0, _along(self.points, context_tok))
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +73,14 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     def step_us(self, rows: float, context_tok: float) -> float:
         """A decode step of ``rows`` rows with this many tokens each."""
-        known = [(one.rows, one.base_us + one.token_us * context_tok) for one in self.decode]
-        if rows <= known[0][0] or len(known) == 1:
-            return known[0][1]
-        (r, us), (s, more) = next((pair for pair in pairwise(known) if rows <= pair[1][0]), known[-2:])
-        return max(us, us + (more - us) * (rows - r) / (s - r))
+        known = [(one.rows, one.us(context_tok)) for one in self.decode]
+        fewer = [us for count, us in known if count <= rows]
+        return max(_along(known, rows), *fewer) if fewer else known[0][1]
+
+    @property
+    def by_length(self) -> bool:
+        """Whether it knows a step at each length that was measured, and not only a line near them."""
+        return all(one.points for one in self.decode)
 
     def prefill_us(self, tokens: int, done_tok: int) -> float:
         """A prefill chunk of ``tokens`` after ``done_tok`` tokens."""
@@ -91,3 +110,12 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
     def gap_us(self, rows: int) -> int:
         """ITL of an idle engine of ``rows`` rows: a step of r rows takes gap_us x (1 + crowd x r / rows)."""
         return round(self.step_us(1, TYPICAL_TOK) / (1 + self.crowd(rows) / rows))
+
+
+def _along(known: Sequence[tuple[float, float]], at: float) -> float:
+    """The value at ``at`` of the polyline through (place, value) with ascending places, which continues at both ends as
+    its outermost parts do."""
+    if len(known) == 1:
+        return known[0][1]
+    (a, low), (b, high) = next((pair for pair in pairwise(known) if at <= pair[1][0]), known[-2:])
+    return low + (high - low) * (at - a) / (b - a)

@@ -53,15 +53,15 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
-    daily = [(day, cost.compute(load.window(store, day, nodes), config)) for day in days(span)]
-    csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
+    daily = [(day, cost.compute(load.window(store, day, nodes), config, now_ms=now_ms).rows) for day in days(span)]
+    csv = focus.export(config.rack, span, judged.cost, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return Published(published, judged.so_far)
 
 
-def reported(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
-    """What nodes reported in a span; ``nodes`` as in `load.window`. Raises NothingToPublish if there is nothing: a full
-    set of empty reports would look like a rack that stood still."""
+def reported(store: ObjectStore, span: Span, nodes: Iterable[str]) -> Window:
+    """What nodes reported in a span; ``nodes`` are the configured ones. Raises NothingToPublish if there is nothing: a
+    full set of empty reports would look like a rack that stood still."""
     if span.since_ms > time.time_ns() // 1_000_000:
         begin = f"{local(span.since_ms, span.timezone):%Y-%m-%d} ({span.timezone})"
         raise NothingToPublish(f"{span.name} has not begun: it begins on {begin}; nothing was published")

@@ -13,7 +13,11 @@ from reportlab.lib.pagesizes import A4
 from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, SimpleDocTemplate, Spacer, Table
 
+from aggregator import advice
 from aggregator.calendar import counted, local, verb
+from aggregator.eviction import WORDS
+from aggregator.heat import needs
+from aggregator.incidents import Incident
 from aggregator.judgements import Judged
 from aggregator.report import wording
 from aggregator.report.layout import (
@@ -41,12 +45,11 @@ from aggregator.report.layout import (
     meter,
     styled,
 )
-from aggregator.uptime import Incident
+from aggregator.uptime import in_words
 from aggregator.volume import Day
 
 MOST_INCIDENTS = 40
-MOST_ADVICE = 12
-"""Recommendations of one kind that are listed."""
+MOST_ADVICE = 30
 
 
 def render(report: Judged, fallback_font: str = "") -> bytes:
@@ -211,15 +214,16 @@ def _thermal(sheet: Sheet, report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
-            *(n.node, wording.celsius(n.peak_package_mc), wording.celsius(n.peak_pcore_mc)),
-            *(wording.count(n.throttle_events), wording.share(n.throttled_share)),
+            *(n.node, wording.celsius(n.peak_mc), wording.celsius(n.peak_pcore_mc)),
+            *(wording.count(n.throttle_events), n.throttled, needs(n) or "-"),
         )
         for n in t.nodes
     ]
     if not rows:
         return sheet.section("2. Thermal", sheet.p("No data.", BODY))
-    head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Time throttled")
-    return sheet.section("2. Thermal", sheet.p(t.advice, BODY), Spacer(1, 3), sheet.table(head, rows))
+    head = ("Node", "Peak", "Peak P-core", "Throttle events", "Throttled, of its time", "Needs")
+    said = [sheet.p(text, BODY) for text in (t.advice, t.because) if text]
+    return sheet.section("2. Thermal", *said, Spacer(1, 3), sheet.table(head, rows, text=(0, 5)))
 
 
 def _evictions(sheet: Sheet, report: Judged) -> list[Any]:
@@ -227,14 +231,21 @@ def _evictions(sheet: Sheet, report: Judged) -> list[Any]:
     if not e.rows:
         return sheet.section(title, sheet.p("No data." if report.empty else "No model was evicted.", BODY))
     rows = [
-        (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), r.verdict, r.hint)
+        (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), WORDS[r.verdict], r.hint)
         for r in e.rows
     ]
-    head = ("Node", "Model", "Count", "Requests, hour before", "Verdict", "Evidence")
-    said = f"{counted(e.total, 'eviction')} ({_change(report, 'evictions')})."
     if e.left_out:
-        said += f" The most frequent are listed; {counted(e.left_out, 'more row')} {verb(e.left_out, 'is', 'are')} not."
-    return sheet.section(title, sheet.p(said, BODY), Spacer(1, 3), sheet.table(head, rows, text=(0, 1, 4, 5)))
+        rows.append((counted(e.left_out, "more row"), "", wording.count(e.left_out_evictions), "", "", ""))
+    rows.append(("Total", "", wording.count(e.total), "", "", ""))
+    head = ("Node", "Model", "Count", "Requests in the hour before, median", "Verdict", "Evidence")
+    avoidable = f"{e.verdicts.get('placement', 0):,} avoidable"
+    said = f"{counted(e.total, 'eviction')} ({_change(report, 'evictions')}), {avoidable}."
+    shown = sheet.table(head, rows, text=(0, 1, 4, 5), total=True)
+    models = [(m.model, wording.count(m.evictions), wording.count(m.nodes)) for m in e.models]
+    return [
+        *sheet.section(title, sheet.p(said, BODY), Spacer(1, 3), shown),
+        *([Spacer(1, 6), sheet.table(("All of a model", "Count", "Nodes"), models)] if len(models) > 1 else []),
+    ]
 
 
 def _distribution(sheet: Sheet, report: Judged) -> list[Any]:
@@ -295,8 +306,8 @@ def _prices(sheet: Sheet, report: Judged) -> Table:
         for m, a in zip(c.models, report.apis.models, strict=True)
     ]
     total = c.total or Decimal(0)
-    if rest := total - sum((m.loaded for m in c.models if m.loaded is not None), Decimal(0)):
-        rows.append(("in no model", wording.number(rest), "", "", "", "", ""))
+    others = (("silent nodes", c.silent), ("idle, of no model", c.unshared), ("answered nobody", c.unattributed))
+    rows += [(name, wording.number(cost), "", "", "", "", "") for name, cost in others if cost]
     rows.append(("Total", wording.number(total), "", wording.number(c.average_per_m), "", "",
                  wording.number(report.apis.saving)))  # fmt: skip
     head = (
@@ -337,10 +348,7 @@ def _uptime(sheet: Sheet, report: Judged) -> list[Any]:
         [getattr(n, field) for n in everyone] for field in ("up_s", "idle_s", "down_s", "excused_s", "unknown_s")
     ]
     said = [wording.spans(column) for column in columns]
-    rows = [
-        (n.node or "the rack", wording.share(n.share, 2), *(values[at] for values, _ in said))
-        for at, n in enumerate(everyone)
-    ]
+    rows = [(n.node or "the rack", in_words(n), *(values[at] for values, _ in said)) for at, n in enumerate(everyone)]
     names = ("Serving", "No model ready", "Down", "Excused", "Unknown")
     head = ("Node", "Uptime", *(f"{name}, {unit}" for name, (_, unit) in zip(names, said, strict=True)))
     return [
@@ -392,19 +400,13 @@ def _left_out(sheet: Sheet, which: str, kinds: Iterable[str]) -> list[Any]:
 
 
 def _recommendations(sheet: Sheet, report: Judged) -> list[Any]:
-    """The first ones of every kind, so that many of one do not hide another."""
     title = "7. Recommendations"
     if not report.recommendations:
         return sheet.section(title, sheet.p("No data." if report.empty else "No changes recommended.", BODY))
-    seen, rows, left = Counter[str](), [], list[str]()
-    for r in report.recommendations:
-        seen[r.kind] += 1
-        if seen[r.kind] <= MOST_ADVICE:
-            rows.append((r.kind, r.text, r.because))
-        else:
-            left.append(r.kind)
-    table = sheet.table(("Kind", "Recommendation", "Reason"), rows, text=range(3))
-    return sheet.section(title, table, *_left_out(sheet, "more", left))
+    shown = advice.shown(report.recommendations, MOST_ADVICE)
+    rows = [(r.kind, r.text, r.because, r.effect) for r in shown.rows]
+    table = sheet.table(("Kind", "Recommendation", "Reason", "What comes of it"), rows, text=range(4))
+    return sheet.section(title, table, *_left_out(sheet, "more", Counter(shown.left).elements()))
 
 
 def _method(sheet: Sheet, report: Judged) -> list[Any]:

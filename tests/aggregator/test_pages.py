@@ -169,15 +169,14 @@ def test_nothing_is_left_out_in_silence() -> None:
     """Of many recommendations every kind is shown, and what is left out is counted by kind; no text is cut."""
     report = racks()["large"]
     one = report.recommendations[0]
-    kinds = ("capacity", "placement", "operations")
-    many = [msgspec.structs.replace(one, kind=kind, text=f"{kind} {n}") for kind in kinds for n in range(30)]
+    kinds = ("operations", "placement", "retirement")
+    many = [msgspec.structs.replace(one, kind=kind, text=f"{kind} {n}.") for kind in kinds for n in range(30)]
     long = " ".join(["word"] * 500) + " at last do it."
-    many.append(msgspec.structs.replace(one, kind="retirement", text=long))
+    many.append(msgspec.structs.replace(one, kind="money", text=long))
     text = pdf_text(pdf.render(msgspec.structs.replace(report, recommendations=tuple(many)))).replace("\n", " ")
-    assert all(f"{kind} 11" in text and f"{kind} 12" not in text for kind in kinds)
-    assert (
-        "54 more ones are not listed here (18 capacity, 18 placement, 18 operations); the JSON report has all" in text
-    )
+    assert all(f"{kind} 0." in text for kind in kinds)
+    assert "operations 29." in text, "all that cannot wait"
+    assert "58 more ones are not listed here (29 placement, 29 retirement)" in text
     assert "at last do it." in text
     usual = racks()["usual"].uptime.incidents
     incidents = [msgspec.structs.replace(i, node=f"x{n}") for n in range(12) for i in usual]
@@ -290,7 +289,7 @@ def test_pages_can_be_read_without_eyes_a_mouse_or_a_screen(name: str) -> None:
         assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in scrolled)
         charts = [attrs for tag, attrs in tags.found if tag == "svg"]
         assert all(a["aria-label"] and a["role"] == "img" for a in charts)
-        assert body.count("<svg") == body.count("</title><line") == len(charts)
+        assert body.count("<svg") == body.count("<title>") - 1 == len(charts)
         assert "`" not in body
         (style,) = re.findall(r"(?s)<style>(.*?)</style>", body)
         assert re.search(r"@media print .*\.scroll \{ overflow: visible; \}", style)

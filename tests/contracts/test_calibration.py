@@ -54,6 +54,7 @@ def test_a_timed_engine_answers_as_before_and_holds_nothing(tiny_model: Path) ->
         assert (working.decode_steps, working.waits, engine.busy) == (0, (), False)
         assert [text_of(run(engine, ask(2, **more))[2]) for more in asked] == before
         assert [one.rows for one in found.decode] == [1, 4, 8]
+        assert all(len(one.points) > 1 and one.us(one.points[0][0]) == one.points[0][1] for one in found.decode)
         assert {(one.rows, one.tokens) for one in found.verify} >= {(r, t) for r in (1, 2) for t in (2, 4, 8)}
         assert min(found.step_us(1, 100), found.prefill_us(64, 0)) > 0
     finally:

@@ -5,14 +5,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.loader import calibration
 from agent.loader import serve as serving
-from agent.loader.calibration import Bounds, Calibration, Decode, Prefill, Task, Verify, fitted
+from agent.loader.calibration import Bounds, Calibration, Decode, Prefill, Task, Verify, fitted, rising
 from agent.loader.fake_engine import FakeEngine, Pretence
 from agent.loader.generation import Advance, Prepared, nothing
 from agent.loader.serve import serve
@@ -35,7 +37,7 @@ from agent.wire.frames import (
     encode,
 )
 from agent.wire.progress import Progress
-from agent.wire.step_times import RowTimes, StepTimes
+from agent.wire.step_times import TYPICAL_TOK, RowTimes, StepTimes
 
 LIMIT_S = 60.0
 USUAL = Bounds(rows=8, kv_tok=8 * 2048, context_tok=8192, chunk_tok=512)
@@ -136,11 +138,84 @@ def test_a_usual_engine_is_timed_at_the_promised_points() -> None:
     seen = set(machine.done)
     assert {Verify(r, t, 512) for r in (1, 2) for t in (2, 4, 8)} <= seen
     assert {t.rows for t in seen if isinstance(t, Decode)} == {1, 4, 8}
-    assert {Decode(rows, length) for rows in (1, 4) for length in (64, 512, 2_000)} <= seen
+    assert {t.context_tok for t in seen if isinstance(t, Verify)} == {512}
+    assert {Decode(rows, length) for rows in (1, 4) for length in (64, 512, 1_000, 2_000)} <= seen
     # eight rows of 2,000 tokens, the prompt and its copy are more than was planned for eight of 2,048
     assert max(t.context_tok for t in seen if isinstance(t, Decode) and t.rows == 8) == 1_524
     assert one.took_us < calibration.BUDGET_US
     assert times_of(one).steps == len(machine.done)
+
+
+@pytest.mark.parametrize(
+    ("kv_tok", "lengths"),
+    [
+        (8 * 2_560, (64, 512, 1_000, 2_000)),
+        (8 * 2_048, (64, 512, 1_000, 1_524)),
+        # 1,012 tokens would fit: as far from 1,000 as the noise
+        (11_000, (64, 512, 1_000)),
+        (8_000, (64, 512, 756)),
+        (5_500, (64, 500)),
+        (3_000, (64, 244)),
+        (1_300, (44, 65)),
+    ],
+)
+def test_where_the_memory_ends_before_the_next_length_it_is_timed_there(kv_tok: int, lengths: tuple[int, ...]) -> None:
+    machine = Machine(1_000, 100, 0, 5_000, 100, 1)
+    (*_, eight) = times_of(run(machine, Bounds(8, kv_tok, 8_192, 512))).decode
+    assert tuple(tokens for tokens, _ in eight.points) == lengths
+
+
+@pytest.mark.parametrize("context_tok", [40, 700, 1_400, 1_600, 2_200, 8_192])
+def test_a_short_context_is_timed_within_itself(context_tok: int) -> None:
+    machine = Machine(1_000, 100, 0, 5_000, 100, 1)
+    found = times_of(run(machine, USUAL._replace(context_tok=context_tok)))
+    assert len(found.decode[0].points) == (1 if context_tok < 32 else 4 if context_tok > 1_750 else 3)
+    assert found.context_tok <= min(2_000, context_tok)
+
+
+class Bent(Machine):
+    """A machine whose steps grow faster beyond 1,000 tokens, as those of the demo model do."""
+
+    def us(self, task: Task) -> float:
+        far = 0 if isinstance(task, Prefill) else max(0, task.context_tok - TYPICAL_TOK) * task.rows * 25.0
+        return super().us(task) + far
+
+
+def test_steps_that_grow_faster_with_the_length_are_told_where_they_were_measured_and_beyond() -> None:
+    machine = Bent(1_000, 3_000, 0, 90_000, 1_300, 5)
+    found = times_of(run(machine))
+    for rows in (1, 4, 8):
+        for context in (64, 500, 512, 1_000, 1_250, 1_524, 2_000, 4_000):
+            assert found.step_us(rows, context) == pytest.approx(machine.us(Decode(rows, context)), rel=1e-6)
+
+
+def first_round(one: Calibration, machine: Machine) -> set[Decode | Verify]:
+    """Steps that were timed before the second prompt began, by an engine of which some steps only prepare others."""
+    timed, last, number, began = set[Decode | Verify](), None, 0, False
+    while (task := one.next()) is not None:
+        us = machine.perform(task)
+        if isinstance(task, Prefill):
+            if began and not task.done_tok:
+                return timed
+            began = True
+            one.learn(task, us, us)
+            continue
+        last, number = task, number + 1 if task == last else 1
+        one.learn(task, us if number > calibration.UNTIMED else None, us)
+        if number > calibration.UNTIMED:
+            timed.add(task)
+    return timed
+
+
+@given(st.floats(0, 8_000), st.floats(100, 420_000))
+@example(8_000, 420_000)
+def test_all_lengths_are_timed_before_any_is_timed_again(token: float, base: float) -> None:
+    """Also where a round of three samples of each kind would not fit into the budget."""
+    machine, one = Machine(0, token, 0, base, 0, 0), Calibration(USUAL)
+    kinds = first_round(one, machine)
+    assert {t.context_tok for t in kinds if isinstance(t, Decode) and t.rows == 1} == {64, 512, 1_000, 2_000}
+    assert {t.rows for t in kinds if t.context_tok == TYPICAL_TOK} == {1, 4, 8}
+    assert one.took_us <= calibration.BUDGET_US + base
 
 
 def test_a_slow_model_is_timed_at_shorter_lengths() -> None:
@@ -193,6 +268,113 @@ def test_a_fit_has_no_coefficient_below_zero(
     points: list[tuple[tuple[float, ...], float]], expected: tuple[float, ...]
 ) -> None:
     assert fitted(points) == pytest.approx(expected, abs=0.2)
+
+
+CURVE = ((64, 100.0), (512, 140.0), (1_000, 172.0), (1_524, 275.0))
+
+
+@pytest.mark.parametrize(
+    ("points", "context_tok", "us"),
+    [
+        *((CURVE, tokens, us) for tokens, us in CURVE),
+        (CURVE, 756, 156.0),
+        (CURVE, 2_048, 378.0),
+        (CURVE, 0, 100 - 64 * 40 / 448),
+        (((64, 10.0), (128, 100.0)), 0, 0.0),
+        (((64, 10.0), (128, 100.0)), 60, 10 - 4 * 90 / 64),
+        (((64, 50.0), (512, 50.0)), 9_000, 50.0),
+        (((64, 50.0),), 1, 50.0),
+        (((64, 50.0),), 9_000, 50.0),
+        ((), 200, 7.0 + 0.5 * 200),
+    ],
+)
+def test_a_step_between_and_beyond_the_lengths_that_were_timed(
+    points: tuple[tuple[int, float], ...], context_tok: int, us: float
+) -> None:
+    one = RowTimes(rows=1, base_us=7.0, token_us=0.5, points=points)
+    assert one.us(context_tok) == pytest.approx(us)
+    assert StepTimes(prefill=(0.0, 1.0, 0.0), decode=(one,)).step_us(1, context_tok) == pytest.approx(us)
+
+
+@pytest.mark.parametrize(
+    ("measured", "points"),
+    [
+        ({}, ()),
+        ({2_000: 9.0, 64: 3.0, 512: 5.0}, ((64, 3.0), (512, 5.0), (2_000, 9.0))),
+        # disturbed at 512: neither its own length nor the longer ones take so long
+        ({64: 3.0, 512: 8.0, 1_000: 5.0, 2_000: 9.0}, ((64, 3.0), (512, 5.0), (1_000, 5.0), (2_000, 9.0))),
+        ({64: 9.0, 512: 8.0, 1_000: 7.0}, ((64, 7.0), (512, 7.0), (1_000, 7.0))),
+    ],
+)
+def test_no_longer_context_is_cheaper(measured: dict[int, float], points: tuple[tuple[int, float], ...]) -> None:
+    assert rising(measured) == points
+
+
+MEASURED = st.dictionaries(st.integers(1, 1 << 20), st.floats(1e-3, 1e10), min_size=1, max_size=8)
+
+
+@given(st.lists(MEASURED, min_size=1, max_size=3), st.lists(st.floats(0, 1e7), min_size=2, max_size=9))
+def test_steps_pass_through_what_was_measured_and_never_fall_with_the_length(
+    measured: list[dict[int, float]], lengths: list[float]
+) -> None:
+    decode = tuple(
+        RowTimes(rows=rows, base_us=1.0, token_us=0.0, points=rising(one))
+        for rows, one in zip((1, 4, 8), measured, strict=False)
+    )
+    times = StepTimes(prefill=(0.0, 1.0, 0.0), decode=decode)
+    for one, of in zip(decode, measured, strict=True):
+        for tokens, us in of.items():
+            undisturbed = min(other for length, other in of.items() if length >= tokens)
+            assert one.us(tokens) == pytest.approx(undisturbed)
+            assert undisturbed <= us
+    for rows in (1, 2.5, 4, 7, decode[-1].rows):
+        if rows <= decode[-1].rows:
+            told = [times.step_us(rows, length) for length in sorted(lengths)]
+            assert min(told) >= 0
+            assert all(a <= b * (1 + 1e-9) + 1e-3 for a, b in pairwise(told))
+    assert msgspec.json.decode(msgspec.json.encode(times), type=StepTimes) == times
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(times), type=StepTimes) == times
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [[1_000, 906.4], [64, 1_000.0]],
+        [[64, 906.4], [64, 1_000.0]],
+        [[64, 906.4], [1_000, 900.0]],
+        [[0, 906.4]],
+        [[64, -906.4]],
+        [[64, 1e300]],
+        [[64.5, 906.4]],
+        [[64]],
+        [[n + 1, 9.0] for n in range(99)],
+        None,
+    ],
+)
+def test_impossible_points_are_rejected(points: object) -> None:
+    told = msgspec.json.encode({"rows": 1, "base_us": 900.0, "token_us": 0.1, "points": points})
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(told, type=RowTimes)
+
+
+class _Former(msgspec.Struct, frozen=True, kw_only=True):
+    """A row count's times as the version before knew them."""
+
+    rows: int
+    base_us: float
+    token_us: float
+
+
+def test_former_versions_read_them_and_are_read() -> None:
+    line = _Former(rows=4, base_us=900.0, token_us=0.1)
+    for form in (msgspec.json, msgspec.msgpack):
+        now = form.decode(form.encode(line), type=RowTimes)
+        assert (now.us(1_000), now.points) == (1_000.0, ())
+        new = RowTimes(rows=4, base_us=900.0, token_us=0.1, points=CURVE)
+        assert form.decode(form.encode(new), type=_Former) == line
+    machine = Machine(1_000, 100, 0, 5_000, 100, 1)
+    for one in times_of(run(machine)).decode:
+        assert one.base_us + one.token_us * 700 == pytest.approx(machine.us(Decode(one.rows, 700)), rel=0.02)
 
 
 def test_steps_between_and_beyond_the_rows_that_were_timed() -> None:

@@ -164,8 +164,35 @@ async def test_figures_survive_a_restart_and_belong_to_one_version_and_its_setti
             assert timed(events)[0].measured_ms > measured.measured_ms
 
 
-ROW = {"rows": 1, "base_us": 900.0, "token_us": 0.1}
+LINE = {"rows": 1, "base_us": 900.0, "token_us": 0.1}
+ROW = {**LINE, "points": [[64, 906.4], [1_000, 1_000.0]]}
 TIMES: dict[str, Any] = {"prefill": [0.0, 5.0, 0.0], "decode": [ROW]}
+
+
+async def kept_with(folder: Path, times: dict[str, Any]) -> dict[str, Any]:
+    """A model whose kept figures, of 1970, are these."""
+    kept, quick = folder / "step_times.json", fake(fake_step_s=1e-5, fake_row_s=0.0, fake_prefill_tps=1e6)
+    async with running(folder, quick) as (pool, events):
+        await until(pool, lambda: bool(timed(events)))
+    file = json.loads(kept.read_text())
+    ((key, known),) = file["known"].items()
+    kept.write_text(json.dumps({**file, "known": {key: {**known, "measured_ms": 1, "times": times}}}))
+    return quick
+
+
+async def test_figures_of_a_former_version_are_used_until_the_model_is_timed_again(tmp_path: Path) -> None:
+    """It knew a line per row count, which is wrong by a quarter at some lengths."""
+    quick = await kept_with(tmp_path, {**TIMES, "decode": [LINE], "spread_ppm": 0})
+    async with running(tmp_path, quick) as (pool, events):
+        await until(pool, lambda: len(timed(events)) == 2)
+        former, now = timed(events)
+        assert (former.measured_ms, former.step_us) == (1, (1_000,))
+        assert now.measured_ms > 1
+    quick = await kept_with(tmp_path, TIMES)
+    async with running(tmp_path, quick) as (pool, events):
+        for _ in range(20):
+            await pool.maintain()
+        assert [one.measured_ms for one in timed(events)] == [1], "figures with points stay"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +204,7 @@ TIMES: dict[str, Any] = {"prefill": [0.0, 5.0, 0.0], "decode": [ROW]}
         {"decode": [{**ROW, "rows": 0}]},
         {"decode": [{**ROW, "base_us": 1e308, "token_us": 1e308}]},
         {"decode": [{**ROW, "base_us": -9.0}]},
+        {"decode": [{**ROW, "points": [[1_000, 906.4], [64, 1_000.0]]}]},
         {"prefill": [1e308, 1e308, 1e308]},
         {"verify": [{"rows": 1, "tokens": 2, "us": 1e300}]},
         {"took_us": 1 << 63},
@@ -185,12 +213,7 @@ TIMES: dict[str, Any] = {"prefill": [0.0, 5.0, 0.0], "decode": [ROW]}
 )
 async def test_impossible_figures_of_a_file_are_measured_again(tmp_path: Path, wrong: dict[str, Any]) -> None:
     """With one of them in use each view of the model would raise, and so each request fail."""
-    kept, quick = tmp_path / "step_times.json", fake(fake_step_s=1e-5, fake_row_s=0.0, fake_prefill_tps=1e6)
-    async with running(tmp_path, quick) as (pool, events):
-        await until(pool, lambda: bool(timed(events)))
-    file = json.loads(kept.read_text())
-    ((key, known),) = file["known"].items()
-    kept.write_text(json.dumps({**file, "known": {key: {**known, "measured_ms": 1, "times": {**TIMES, **wrong}}}}))
+    quick = await kept_with(tmp_path, {**TIMES, **wrong})
     async with running(tmp_path, quick) as (pool, events):
         await until(pool, lambda: bool(timed(events)))
         assert timed(events)[0].measured_ms > 1
