@@ -3,7 +3,9 @@ and skewed clocks, as real records, batches and segments. Equal seeds give equal
 
 Used by tests, benchmarks and `make sample-rack`, which shows reports without a rack. Noise: requests are
 drawn from a Poisson distribution around the hour's rate, each model's rate wanders by ``wander`` (one standard
-deviation) from week to week, and speeds and lengths by 3 % from window to window.
+deviation) from week to week, and speeds and lengths by 3 % from window to window. Speeds are those of the chip
+(tests/made_machine.py); work that does not fit into a window waits for the next one (tests/made_loader.py), and a model
+leaves memory only where another one needs its room (tests/made_memory.py).
 """
 
 import math
@@ -19,65 +21,71 @@ from shared.records import (
     AgentStarted,
     AgentStopped,
     DesiredObserved,
-    EngineWindow,
     Event,
     Hardware,
     HostSample,
-    ModelEvicted,
-    ModelLoaded,
-    ModelMissed,
+    LoaderExited,
+    MemoryPressed,
     OutletReading,
     PeerDown,
     PeerUp,
     Record,
-    Resident,
     Served,
     SwapFinished,
     ThrottleEnded,
     ThrottleEvent,
-    prompt_bucket,
 )
-from shared.sketch import Sketch, SketchWire
+from tests.made_loader import Arrived, Loader, MadeModel
+from tests.made_machine import BUDGET_BYTES, DAY_MS, HOUR_MS, MAC, MEMORY_GB, MODEL, Air, Heat, boot, list_price
+from tests.made_memory import Memory
 
-HOUR_MS = 3_600_000
+__all__ = (
+    "DAY_MS",
+    "HOUR_MS",
+    "WEEK_MS",
+    "Change",
+    "MadeModel",
+    "MadeRack",
+    "Outage",
+    "batches",
+    "list_price",
+    "outages",
+)
 WEEK_MS = 168 * HOUR_MS
 CAUSES = ("cache_miss", "poisoned_kv", "traffic_drop", "throttling", "mix_shift")
-MODEL, MEMORY_GB = "Mac16,11", 64
-"""What every node is: the largest mini of its year."""
-
-
-def list_price() -> float:
-    """US dollars for one node."""
-    mac = chips.find_mac(MODEL)
-    return (chips.price(mac, MEMORY_GB)[0] if mac else None) or 0.0
-
-
-class MadeModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's traffic. Times are per token on a node of speed 1; ``share`` of a prompt is in the prompt cache."""
-
-    name: str
-    per_hour: float
-    prompt_tok: float = 1_500.0
-    answer_tok: float = 220.0
-    share: float = 0.55
-    prefill_us: float = 900.0
-    decode_us: float = 9_000.0
-    need_bytes: int = 6_000_000_000
-    nodes: tuple[str, ...] = ()
-    key: str = "app"
+_QUIET = ("asleep", "lost")
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """A change at some time, for one model or, if it names none, for all."""
+    """A change from some time on (until ``until_ms``, if given), for one model or, if it names none, for all. ``cause``
+    is one of CAUSES, "full" (``strength`` is the share of requests that are refused for want of capacity) or "swap"
+    (a new version)."""
 
     cause: str
     since_ms: int
+    until_ms: int = 0
     model: str = ""
     strength: float = 1.0
 
+    def holds(self, at_ms: int) -> bool:
+        """Whether it does at that time."""
+        return self.since_ms <= at_ms and not (self.until_ms and at_ms >= self.until_ms)
+
+
+class Outage(NamedTuple):
+    """[start, end) without telemetry of the node. ``kind`` is clean (stopped and started), deploy (the same, with the
+    next version of the agent), unclean (the agent crashed), memory (it crashed while memory ran short), power (the
+    machine went down), asleep (nobody says why; it goes on where it was) or lost (its windows never arrived)."""
+
+    node: str
+    start_ms: int
+    end_ms: int
+    kind: str
+
 
 class MadeRack(msgspec.Struct, frozen=True, kw_only=True):
-    """A rack. ``faults`` is the rate per node and week of restarts, outages, evictions and the like."""
+    """A rack. ``faults`` is the rate per node and week of restarts, outages, swaps and the like; ``hot`` the share of
+    days that are hot (left out: more with more faults); ``cold`` the nodes in cooler air than the others."""
 
     seed: int = 1
     rack: str = "r"
@@ -88,22 +96,19 @@ class MadeRack(msgspec.Struct, frozen=True, kw_only=True):
     faults: float = 0.0
     wander: float = 0.05
     skewed: tuple[str, ...] = ()
+    skew_ms: int = 600_000
+    skew_step_ms: int = 0
     metered: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
-
-
-class Outage(NamedTuple):
-    """[start, end) without telemetry of the node; ``kind`` is clean, unclean or power."""
-
-    node: str
-    start_ms: int
-    end_ms: int
-    kind: str
+    planned: tuple[Outage, ...] = ()
+    hot: float | None = None
+    intake_c: tuple[float, ...] = ()
+    budget_bytes: int = BUDGET_BYTES
 
 
 def outages(rack: MadeRack, until_ms: int) -> list[Outage]:
-    """All restarts and outages."""
-    found = []
+    """All restarts and outages, the planned ones included."""
+    found = [one for one in rack.planned if one.start_ms < until_ms]
     for node in rack.nodes:
         dice = random.Random(f"{rack.seed} outages {node}")
         at = rack.since_ms
@@ -111,16 +116,43 @@ def outages(rack: MadeRack, until_ms: int) -> list[Outage]:
             at += int(dice.expovariate(rack.faults / WEEK_MS)) + HOUR_MS
             if at >= until_ms:
                 break
-            kind = dice.choice(("clean", "unclean", "power"))
+            kind = dice.choice(("clean", "clean", "unclean", "memory", "power"))
             lasts = int(dice.uniform(1, 3) * HOUR_MS) if kind == "power" else int(dice.uniform(20, 120) * 1000)
-            found.append(Outage(node, at, at + lasts, kind))
+            one = Outage(node, at, at + lasts, kind)
             at += lasts
-    return sorted(found, key=lambda one: one.start_ms)
+            if not any(p.node == node and p.start_ms < one.end_ms and one.start_ms < p.end_ms for p in rack.planned):
+                found.append(one)
+    return sorted(found, key=lambda one: (one.start_ms, one.node))
 
 
 def batches(rack: MadeRack, node: str, until_ms: int) -> Iterator[Batch]:
     """Everything one node reports, in order."""
     return _Node(rack, node, until_ms).batches()
+
+
+class _Run(NamedTuple):
+    """A run of the agent: its epoch, the machine's boot, the agent's release, and how the run before ended."""
+
+    epoch: int
+    boots: int
+    release: int
+    previous: str
+
+    @property
+    def version(self) -> str:
+        return f"0.{self.release}.0"
+
+    def after(self, kind: str) -> "_Run":
+        """The run that follows an outage."""
+        if kind in _QUIET:
+            return self
+        clean = kind in ("clean", "deploy")
+        return _Run(
+            self.epoch + 1,
+            self.boots + (kind == "power"),
+            self.release + (kind == "deploy"),
+            "clean" if clean else "unclean",
+        )
 
 
 class _Node:
@@ -130,232 +162,214 @@ class _Node:
         self.all_outages = outages(rack, until_ms)
         self.mine = [one for one in self.all_outages if one.node == node]
         self.models = [m for m in rack.models if not m.nodes or node in m.nodes]
-        self.speed = 1.0
-        self.resident = {m.name: True for m in self.models}
-        self.version = {m.name: "v1" for m in self.models}
-        self.evicted_ms: dict[str, int] = {}
+        self.loaders = {m.loader or m.name: Loader(node, m, self.dice) for m in self.models if m.loader in ("", m.name)}
+        self.memory = Memory(rack.budget_bytes, self.dice)
+        place = rack.nodes.index(node)
+        intake = rack.intake_c[place] if place < len(rack.intake_c) else 23.0
+        hot = 0.15 * min(2.0, rack.faults) if rack.hot is None else rack.hot
+        self.heat = Heat(Air(f"{rack.seed} air {rack.rack}", intake, hot))
         self.throttled_since: int | None = None
+        self.told_day = -1
+        for loader in self.loaders.values():
+            self.memory.admit(loader, rack.since_ms)
 
     def batches(self) -> Iterator[Batch]:
-        epoch, seq, at = 1, 0, self.rack.since_ms
+        run, seq, at, missing = _Run(1, 1, 1, "first"), 0, self.rack.since_ms, 0
         waiting = list(self.mine)
-        previous = "first"
         while at < self.until_ms:
             end = min(at + self.rack.window_ms, self.until_ms)
             stop = waiting[0] if waiting and waiting[0].start_ms < end else None
             if stop is not None:
-                end = max(at + 1, stop.start_ms) if stop.kind == "clean" else at  # unsealed telemetry is lost
+                end = _sealed(stop, at)
             if end > at:
                 seq += 1
-                events: list[Event] = []
-                if seq == 1:
-                    events.append(AgentStarted(t_ms=at, version="0.1.0", previous=previous))
-                if stop is not None and stop.kind == "clean":
-                    events.append(AgentStopped(t_ms=end, reason="shutdown requested"))
-                yield self._batch(epoch, seq, at, end, events)
+                yield self._batch(run, seq, at, end, self._edges(run, seq, at, stop and stop.kind, end), missing)
             if stop is None:
                 at = end
-            else:
-                waiting.pop(0)
-                epoch, seq, at = epoch + 1, 0, stop.end_ms
-                previous = "clean" if stop.kind == "clean" else "unclean"
+                continue
+            waiting.pop(0)
+            if stop.kind == "lost":
+                lost = (stop.end_ms - stop.start_ms) // self.rack.window_ms
+                seq, missing = seq + lost, missing + lost
+            after = run.after(stop.kind)
+            seq, missing = (seq, missing) if after is run else (0, 0)
+            run, at = after, max(at, stop.end_ms)
 
-    def _batch(self, epoch: int, seq: int, start: int, end: int, events: list[Event]) -> Batch:
-        heat = self._heat(start)
-        records: list[Record] = []
-        busy_us = 0
-        for model in self.models:
-            served, engine = self._model(model, start, end, heat, events)
-            records += served
-            busy_us += engine.busy_prefill_us + engine.busy_decode_us
-            records.append(engine)
-            if self.resident[model.name]:
-                need, version = model.need_bytes, self.version[model.name]
-                records.append(Resident(model=model.name, version=version, state="ready", need_bytes=need))
-        duty = min(1.0, busy_us / 1000 / max(1, end - start))
-        records += self._host(start, end, heat, duty, events)
+    def _edges(self, run: _Run, seq: int, at: int, stop: str | None, end: int) -> list[Event]:
+        events: list[Event] = []
         if seq == 1:
-            mac = chips.find_mac(MODEL)
-            assert mac is not None
+            self.told_day = -1
+            events.append(AgentStarted(t_ms=at, version=run.version, previous=run.previous))
+            events += self.memory.started(at)
+        if stop in ("clean", "deploy"):
+            events.append(AgentStopped(t_ms=end, reason="shutdown requested"))
+        short = (one for one in self.mine if one.kind == "memory" and at <= one.start_ms - 90_000 < end)
+        for one in short:
+            budget = self.rack.budget_bytes
+            held = int(budget * self.dice.uniform(1.02, 1.06))
+            when = one.start_ms - 90_000
+            events.append(MemoryPressed(t_ms=when, level="hard", held_bytes=held, budget_bytes=budget))
+        return events
+
+    def _batch(self, run: _Run, seq: int, start: int, end: int, events: list[Event], missing: int) -> Batch:
+        records: list[Record] = []
+        if self.rack.faults > 0:
+            self._loader_fault(start, end, events)
+        arrived = {m.name: self._arrived(m, start, end) for m in self.models}
+        records += [one for found in arrived.values() for one in found.refused]
+        slow = self.heat.slowdown() * (1 + 1.6 * self._strength("throttling", start))
+        busy_us = 0
+        wanted = {name: sum(arrived[m.name].count for m in self._names(name)) for name in self.loaders}
+        self.memory.make_room(self.loaders, wanted, start, events)
+        for name, loader in self.loaders.items():
+            self._swap(loader, start, end, events)
+            served, engine = loader.work([arrived[m.name] for m in self._names(name)], start, end, slow)
+            busy_us += engine.busy_prefill_us + engine.busy_decode_us
+            records += [*served, engine]
+        records += self.memory.residents(self.loaders)
+        records += self._host(start, end, busy_us, events)
+        if start // DAY_MS != self.told_day:
+            self.told_day = start // DAY_MS
             memory_bytes = MEMORY_GB * chips.GIB
-            records.append(Hardware(model=MODEL, chip=f"Apple {mac.chip}", memory_bytes=memory_bytes, cores=(10, 4)))
+            records.append(Hardware(model=MODEL, chip=f"Apple {MAC.chip}", memory_bytes=memory_bytes, cores=(10, 4)))
         records.append(DesiredObserved(generation=1, state="converged"))
         records += self._seen(start, end)
-        skew = 600_000 if self.node in self.rack.skewed else self.dice.randint(-40, 40)
-        shift = skew if abs(skew) > 1000 else 0
+        skew, shift = self._skew(start)
         return Batch(
             rack=self.rack.rack,
             node=self.node,
             incarnation=1,
-            epoch=epoch,
+            epoch=run.epoch,
             seq=seq,
             t_start_ms=start + shift,
             t_end_ms=end + shift,
-            boot_id=f"boot-{epoch}",
-            agent_version="0.1.0",
+            boot_id=boot(self.node, run.boots),
+            agent_version=run.version,
+            dropped_batches=missing,
             clock_skew_ms=skew,
             records=(*records, *(_shifted(event, shift) for event in events)),
         )
 
-    def _model(
-        self, model: MadeModel, start: int, end: int, heat: float, events: list[Event]
-    ) -> tuple[list[Served], EngineWindow]:
+    def _names(self, loader: str) -> list[MadeModel]:
+        """The served names that a loader answers."""
+        return [m for m in self.models if (m.loader or m.name) == loader]
+
+    def _skew(self, start: int) -> tuple[int, int]:
+        """How far the clock is ahead, and by how much times are off."""
+        if self.node not in self.rack.skewed:
+            return self.dice.randint(-40, 40), 0
+        skew = self.rack.skew_ms + start // self.rack.window_ms % 7 * self.rack.skew_step_ms
+        return skew, skew
+
+    def _strength(self, cause: str, at: int, model: str = "") -> float:
+        """How strong a change is now, 0 without one."""
+        found = (c.strength for c in self.rack.changes if c.cause == cause and c.holds(at) and c.model in ("", model))
+        return max(found, default=0.0)
+
+    def _arrived(self, model: MadeModel, start: int, end: int) -> Arrived:
+        """The requests of a window, and those that were refused."""
         name, dice = model.name, self.dice
-        self._swap_or_evict(model, start, end, events)
-        causes = {c.cause: c.strength for c in self.rack.changes if c.since_ms <= start and c.model in ("", name)}
-        rate = model.per_hour * _profile(start) * self._week(model, start) / max(1, len(model.nodes or self.rack.nodes))
-        rate *= 1 - 0.75 * causes.get("traffic_drop", 0)
-        count = _poisson(dice, rate * (end - start) / HOUR_MS)
-        noise = dice.gauss(1, 0.03)
-        share = model.share * (1 - 0.95 * causes.get("cache_miss", 0))
-        mix = causes.get("mix_shift", 0)
+        there = [n for n in (model.nodes or self.rack.nodes) if n == self.node or not self._is_away(n, start)]
+        rate = model.per_hour * _profile(start) * self._week(model, start) / max(1, len(there))
+        rate *= 1 - 0.75 * self._strength("traffic_drop", start)
+        count = _poisson(dice, rate / model.burst * (end - start) / HOUR_MS) * model.burst
+        noise, mix = dice.gauss(1, 0.03), self._strength("mix_shift", start, name)
+        poisoned = self._strength("poisoned_kv", start, name)
+        share = model.share * (1 - 0.95 * self._strength("cache_miss", start, name))
+        refused = {"capacity": round(count * self._strength("full", start, name))}
+        count -= refused["capacity"]
+        if self.rack.faults > 0:
+            refused |= {"limit": _poisson(dice, count * 0.0012), "request": _poisson(dice, count * 0.0008)}
         prompt = int(count * model.prompt_tok * noise * (1 - 0.85 * mix))
-        answer = int(count * model.answer_tok * noise * (1 + 2.0 * mix) * (1 + 3.0 * causes.get("poisoned_kv", 0)))
-        cached = int(prompt * min(0.95, share * dice.gauss(1, 0.02)))
-        slow = heat * (1 + 1.6 * causes.get("throttling", 0)) / self.speed
-        prefill_us = int((prompt - cached) * model.prefill_us * slow * dice.gauss(1, 0.03))
-        decode_us = int(answer * model.decode_us * slow * dice.gauss(1, 0.03))
-        engine = EngineWindow(
-            model=name,
-            version=self.version[name],
-            busy_prefill_us=max(0, prefill_us),
-            busy_decode_us=max(0, decode_us),
-            prefill_tok=prompt - cached,
-            cached_tok=cached,
-            decode_tok=answer,
-            steps=answer // 2,
-            queue_max=min(count, 5),
-            queue_us=count * 20_000,
-            cache_hits=count // 2,
-            cache_misses=count - count // 2,
-            peak_bytes=model.need_bytes,
+        return Arrived(
+            model=model,
+            at_ms=start,
+            count=count,
+            prompt_tok=prompt,
+            cached_tok=int(prompt * min(0.95, share * dice.gauss(1, 0.02))),
+            answer_tok=int(count * model.answer_tok * noise * (1 + 2.0 * mix) * (1 + 3.0 * poisoned)),
+            cut=0.45 if poisoned else 0.06,
+            failed=_poisson(dice, count * 0.0004),
+            refused=tuple(
+                Served(model=name, key_id=model.key, outcome="refused", finish=finish, requests=n)
+                for finish, n in refused.items()
+                if n > 0
+            ),
         )
-        if not count:
-            return [], engine
-        long = causes.get("poisoned_kv", 0) > 0
-        cut = int(count * (0.45 if long else 0.06))
-        ttft = 60_000 + (prompt - cached) / count * model.prefill_us * slow
-        parts = [("stop", count - cut), ("length", cut)]
-        found: list[Served] = []
-        for finish, requests in parts:
-            if not requests:
-                continue
-            part = requests / count
-            rest = found[0] if found else None
-            found.append(
-                Served(
-                    model=name,
-                    version=self.version[name],
-                    worker=self.node,
-                    key_id=model.key,
-                    finish=finish,
-                    prompt_bucket_tok=prompt_bucket(int(model.prompt_tok)),
-                    requests=requests,
-                    prompt_tok=prompt - rest.prompt_tok if rest else int(prompt * part),
-                    cached_tok=cached - rest.cached_tok if rest else int(cached * part),
-                    completion_tok=answer - rest.completion_tok if rest else int(answer * part),
-                    ttft_us=_sketch(dice, ttft, 0.4, requests),
-                    itl_us=_sketch(dice, model.decode_us * slow * 2, 0.3, requests * 8),
-                    total_us=_sketch(dice, ttft + answer / count * model.decode_us * slow, 0.4, requests),
-                )
-            )
-        failed = _poisson(dice, count * 0.0004)
-        if failed:
-            found.append(Served(model=name, worker="", key_id=model.key, outcome="failed", requests=failed))
-        return _whole(found, prompt, cached, answer), engine
 
-    def _swap_or_evict(self, model: MadeModel, start: int, end: int, events: list[Event]) -> None:
-        name, dice, faults = model.name, self.dice, self.rack.faults
-        if faults <= 0:
+    def _is_away(self, node: str, at: int) -> bool:
+        return any(one.node == node and one.start_ms <= at < one.end_ms for one in self.all_outages)
+
+    def _loader_fault(self, start: int, end: int, events: list[Event]) -> None:
+        for name, loader in self.loaders.items():
+            if self.memory.holds(name) and self.dice.random() < 0.08 * self.rack.faults * (end - start) / WEEK_MS:
+                loader.restarts += 1
+                gone = LoaderExited(
+                    t_ms=start, model=name, version=loader.version, cause="signal 9", restarts=loader.restarts
+                )
+                events += [gone, self.memory.loaded(loader, start + 1500)]
+
+    def _swap(self, loader: Loader, start: int, end: int, events: list[Event]) -> None:
+        """A new version, by plan or, with faults, by chance."""
+        wished = any(
+            c.cause == "swap" and c.model in ("", loader.model.name) and start <= c.since_ms < end
+            for c in self.rack.changes
+        )
+        by_chance = self.rack.faults > 0 and self.dice.random() < self.rack.faults * (end - start) / WEEK_MS / 2
+        if not (wished or by_chance) or not self.memory.holds(loader.name):
             return
-        odds = faults * (end - start) / WEEK_MS
-        if name in self.evicted_ms and not self.resident[name]:
-            gone = self.evicted_ms[name]
-            if start - gone > 5 * 60_000:
-                version = self.version[name]
-                events.append(
-                    ModelMissed(
-                        t_ms=start, model=name, version=version, reason="memory", after_us=(start - gone) * 1000
-                    )
-                )
-                events.append(
-                    ModelLoaded(
-                        t_ms=start + 1, model=name, version=version, load_us=9_000_000, need_bytes=model.need_bytes
-                    )
-                )
-                self.resident[name] = True
-        elif dice.random() < odds and len(self.models) > 1:
-            other = dice.choice([m.name for m in self.models if m.name != name])
-            events.append(
-                ModelEvicted(
-                    t_ms=start,
-                    model=name,
-                    version=self.version[name],
-                    reason="memory",
-                    for_model=other,
-                    bytes=model.need_bytes,
-                    age_us=HOUR_MS * 1000,
-                    requests_last_hour=int(model.per_hour),
-                    idle_us=60_000_000,
-                    reload_us=9_000_000,
-                )
+        failed = not wished and self.dice.random() < 0.1
+        old, new = loader.version, loader.next_version()
+        gap = int(loader.gap_us)
+        events.append(
+            SwapFinished(
+                t_ms=start,
+                swap_id=f"{self.node}-{start}",
+                model=loader.name,
+                from_version=old,
+                to_version=new,
+                outcome="failed" if failed else "flipped",
+                reason="probe 3 differs" if failed else "",
+                window_us=int(self.dice.uniform(30, 90) * 1e6),
+                probes=30,
+                itl_before_us=gap,
+                itl_during_us=int(gap * self.dice.uniform(1.2, 1.8)),
+                freed_bytes=loader.model.need_bytes,
             )
-            self.resident[name], self.evicted_ms[name] = False, start
-        elif dice.random() < odds / 2:
-            old = self.version[name]
-            new = f"v{int(old[1:]) + 1}"
-            failed = dice.random() < 0.1
-            events.append(
-                SwapFinished(
-                    t_ms=start,
-                    swap_id=f"{self.node}-{start}",
-                    model=name,
-                    from_version=old,
-                    to_version=new,
-                    outcome="failed" if failed else "flipped",
-                    reason="probe 3 differs" if failed else "",
-                    window_us=int(dice.uniform(30, 90) * 1e6),
-                    probes=30,
-                )
-            )
-            if not failed:
-                self.version[name] = new
-
-    def _heat(self, at: int) -> float:
-        """The slowdown by heat: 1, or more on some afternoons."""
-        if self.rack.faults <= 0:
-            return 1.0
-        day = random.Random(f"{self.rack.seed} heat {self.node} {at // (24 * HOUR_MS)}")
-        hot = day.random() < 0.15 * min(2.0, self.rack.faults)
-        return 1.35 if hot and 13 <= at // HOUR_MS % 24 < 16 else 1.0
-
-    def _host(self, start: int, end: int, heat: float, duty: float, events: list[Event]) -> list[Record]:
-        length_us = (end - start) * 1000
-        throttling = max(
-            (c.strength for c in self.rack.changes if c.cause == "throttling" and c.since_ms <= start), default=0
         )
-        throttled = 0.55 * throttling if throttling else (0.4 if heat > 1 else 0.0)
-        if throttled and self.throttled_since is None:
-            self.throttled_since = start
-            events.append(ThrottleEvent(t_ms=start, level="heavy"))
-        elif not throttled and self.throttled_since is not None:
-            began, self.throttled_since = self.throttled_since, None
-            events.append(ThrottleEnded(t_ms=start, start_ms=began, level="heavy", duration_us=(start - began) * 1000))
-        power = int((5 + 60 * duty) * 1000 * self.dice.gauss(1, 0.02))
-        temp = int((38 + 45 * duty + (22 if throttled else 0)) * 1000 * self.dice.gauss(1, 0.01))
+        if not failed:
+            loader.version = new
+            events.append(self.memory.loaded(loader, start))
+
+    def _host(self, start: int, end: int, busy_us: int, events: list[Event]) -> list[Record]:
+        length_us = (end - start) * 1000
+        duty = min(1.0, busy_us / max(1, length_us))
+        was_hot = self.heat.throttled
+        mean_c = self.heat.work(start, end, duty)
+        blocked = self._strength("throttling", start)
+        throttled_us = int(length_us * 0.55 * blocked) if blocked else int(min(busy_us, length_us) * 0.85 * was_hot)
+        self._throttle(start, bool(blocked) or was_hot, events)
+        power = int((MAC.idle_w or 5) * 1000 + 58_000 * duty * self.dice.gauss(1, 0.02)) + self.dice.randint(0, 400)
+        temp = int(mean_c * 1000) + self.dice.randint(-300, 300)
+        peak = max(temp, int((99.0 if blocked else self.heat.celsius) * 1000))
+        held = self.memory.held_bytes + 6 * 10**9
         host = HostSample(
-            cpu_ppm=int(duty * 300_000),
-            memory_total_bytes=64 << 30,
-            memory_used_bytes=int(30e9),
-            memory_budget_bytes=48 << 30,
+            cpu_ppm=30_000 + int(duty * 120_000),
+            memory_total_bytes=MEMORY_GB << 30,
+            memory_used_bytes=held,
+            memory_used_max_bytes=held + 300_000_000,
+            memory_budget_bytes=self.rack.budget_bytes,
             memory_pressure="normal",
             thermal_known_us=length_us,
-            throttled_us=int(length_us * throttled),
-            thermal_level="heavy" if throttled else "nominal",
-            package_temp_mc=temp + 2000,
+            throttled_us=throttled_us,
+            thermal_level="heavy" if throttled_us else "nominal",
+            package_temp_mc=peak,
             package_temp_mean_mc=temp,
-            pcore_temp_mc=temp + 4000,
-            fan_rpm=(1000 + int(2000 * duty),),
+            pcore_temp_mc=peak + 800,
+            pcore_temp_mean_mc=temp + 500,
+            gpu_temp_mc=peak,
+            gpu_temp_mean_mc=temp,
+            fan_rpm=(1000 + int(3900 * min(1.0, max(0.0, (self.heat.celsius - 60) / 38))),),
             system_power_mw=power,
             system_power_max_mw=power + 9000,
             energy_mj=power * (end - start) // 1000,
@@ -374,12 +388,23 @@ class _Node:
         )
         return [host, outlet]
 
+    def _throttle(self, start: int, hot: bool, events: list[Event]) -> None:
+        if hot and self.throttled_since is None:
+            self.throttled_since = start
+            events.append(ThrottleEvent(t_ms=start, level="heavy"))
+        elif not hot and self.throttled_since is not None:
+            began, self.throttled_since = self.throttled_since, None
+            took_us = (start - began) * 1000
+            events.append(ThrottleEnded(t_ms=start, start_ms=began, level="heavy", duration_us=took_us))
+
     def _seen(self, start: int, end: int) -> list[Record]:
-        """Events of the first other node about nodes that went down and came up."""
+        """Events of the first node that was there about nodes that went down and came up."""
         found: list[Record] = []
         for one in self.all_outages:
-            watcher = next((n for n in self.rack.nodes if n != one.node), None)
-            if watcher != self.node or one.kind == "clean":
+            if one.start_ms >= end or one.end_ms < start or one.node == self.node or one.kind in ("clean", *_QUIET):
+                continue
+            watcher = next((n for n in self.rack.nodes if n != one.node and not self._is_away(n, one.start_ms)), None)
+            if watcher != self.node or one.kind == "deploy":
                 continue
             if start <= one.start_ms + 3000 < end:
                 found.append(PeerDown(t_ms=one.start_ms + 3000, peer=one.node, last_seen_ms=one.start_ms))
@@ -393,13 +418,11 @@ class _Node:
         return max(0.2, week.gauss(1, self.rack.wander))
 
 
-def _whole(found: list[Served], prompt: int, cached: int, answer: int) -> list[Served]:
-    """Rounding must not lose a token: the remainder goes to the last part."""
-    ok = [one for one in found if one.outcome == "ok"]
-    if len(ok) != 1:
-        return found
-    only = msgspec.structs.replace(ok[0], prompt_tok=prompt, cached_tok=cached, completion_tok=answer)
-    return [only, *(one for one in found if one.outcome != "ok")]
+def _sealed(stop: Outage, at: int) -> int:
+    """Until when a window that began at that time is known: of one that was cut off by a crash nothing is."""
+    if stop.kind in _QUIET:
+        return max(at, stop.start_ms)
+    return max(at + 1, stop.start_ms) if stop.kind in ("clean", "deploy") else at
 
 
 def _shifted(event: Event, shift_ms: int) -> Event:
@@ -426,13 +449,3 @@ def _poisson(dice: random.Random, mean: float) -> int:
         count += 1
         product *= dice.random()
     return count
-
-
-def _sketch(dice: random.Random, median: float, sigma: float, count: int) -> SketchWire:
-    """Values around a median; few draws stand for many, as in a short window."""
-    sketch, left = Sketch(), count
-    for draws in range(min(count, 8), 0, -1):
-        times = left // draws
-        sketch.add(int(median * math.exp(dice.gauss(0, sigma))), times)
-        left -= times
-    return sketch.to_wire()
