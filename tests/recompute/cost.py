@@ -1,0 +1,244 @@
+"""What each node, name and key cost in a period."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from . import lives as lives_of
+from . import power, spans, volume, work
+from .lives import Life, Rack
+from .money import divided, per_m, rounded
+from .periods import HOUR_MS, Period
+from .raw import Batch
+from .work import Pool, Tokens
+
+Two = tuple[Fraction, Fraction]
+ZERO = Fraction()
+
+
+@dataclass
+class NodeCost:
+    """A priced node. ``rows`` is busy cost by name, "" that of unattributed work; ``loads`` the idle cost that models
+    share."""
+
+    node: str
+    reported_ms: int
+    busy_us: int
+    watts: Fraction
+    source: str
+    owned_per_h: Fraction
+    power_per_h: Fraction
+    unheard_ms: int
+    work: dict[str, Two] = field(default_factory=dict)
+    rows: dict[str, Fraction] = field(default_factory=dict)
+    loads: dict[str, Fraction] = field(default_factory=dict)
+    idle: Fraction = ZERO
+
+    @property
+    def rate_per_h(self) -> Fraction:
+        """While it reports."""
+        return self.owned_per_h + self.power_per_h
+
+    @property
+    def busy_share(self) -> Fraction:
+        """At most 1."""
+        whole = self.reported_ms * 1000
+        return min(Fraction(1), Fraction(self.busy_us, whole)) if whole else ZERO
+
+    @property
+    def reported_cost(self) -> Fraction:
+        """Of the time in which it reported."""
+        return rounded(self.rate_per_h * Fraction(self.reported_ms, HOUR_MS))
+
+    @property
+    def silent(self) -> Fraction:
+        """Of the time in which it is owned and says nothing."""
+        return rounded(self.owned_per_h * Fraction(self.unheard_ms, HOUR_MS))
+
+    @property
+    def cost(self) -> Fraction:
+        """All of it."""
+        return self.reported_cost + self.silent
+
+
+@dataclass
+class Costs:
+    """All of a period. ``tokens`` are those at priced nodes, by name, over all outcomes."""
+
+    nodes: dict[str, NodeCost]
+    unpriced: list[str]
+    tokens: dict[str, Tokens]
+    pools: list[Pool]
+    direct: dict[str, Fraction]
+    loaded: dict[str, Fraction]
+    work: dict[str, Two]
+    parts: dict[str, Two]
+    """Prefill and decode part of the direct cost."""
+
+    @property
+    def total(self) -> Fraction:
+        """Of all nodes."""
+        return sum((one.cost for one in self.nodes.values()), ZERO)
+
+    @property
+    def idle(self) -> Fraction:
+        """Of all nodes."""
+        return sum((one.idle for one in self.nodes.values()), ZERO)
+
+    @property
+    def silent(self) -> Fraction:
+        """Of all nodes."""
+        return sum((one.silent for one in self.nodes.values()), ZERO)
+
+    @property
+    def unattributed(self) -> Fraction:
+        """Of all nodes."""
+        return sum((one.rows.get("", ZERO) for one in self.nodes.values()), ZERO)
+
+    @property
+    def whole_tok(self) -> int:
+        """Of all names."""
+        return sum(one.whole for one in self.tokens.values())
+
+    @property
+    def average_per_m(self) -> Fraction | None:
+        """Total by all tokens."""
+        return per_m(self.total, self.whole_tok)
+
+
+def costs(rack: Rack, period: Period) -> Costs:
+    """Work out a period."""
+    counted = rack.ended_in(period.start_ms, period.end_ms)
+    there = lives_of.lives(rack, period)
+    busy = work.busy_us(counted)
+    priced = {n: rack.configured[n] for n in there if rack.configured.get(n, {}).get("price") is not None}
+    nodes = {n: _node(rack, there[n], counted, busy.get(n, 0)) for n in priced}
+    mine = [pool for pool in work.pools(counted) if pool.node in nodes]
+    for node in nodes.values():
+        _divide(node, [pool for pool in mine if pool.node == node.node], counted)
+    tokens: dict[str, Tokens] = defaultdict(Tokens)
+    for (worker, name, _), one in work.served_tokens(counted).items():
+        if worker in nodes:
+            tokens[name].add(one)
+    return _summed(nodes, sorted(set(there) - set(nodes)), dict(sorted(tokens.items())), mine)
+
+
+def _node(rack: Rack, life: Life, counted: list[Batch], busy_us: int) -> NodeCost:
+    table, cost = rack.configured[life.node], rack.settings.get("cost", {})
+    reported = spans.length(life.reported)
+    share = min(Fraction(1), Fraction(busy_us, reported * 1000)) if reported else ZERO
+    drawn, source = power.watts(life.node, table, counted, share)
+    return NodeCost(
+        life.node,
+        reported,
+        busy_us,
+        drawn,
+        source,
+        power.owned_per_h(table),
+        power.power_per_h(drawn, cost),
+        spans.length(life.unheard),
+    )
+
+
+def _divide(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> None:
+    """Busy cost by name, the rest idle; idle cost by the loaders of the node."""
+    for pool in mine:
+        for name, (prefill, decode) in pool.parts().items():
+            had = node.work.get(name, (ZERO, ZERO))
+            node.work[name] = (had[0] + prefill, had[1] + decode)
+    whole = node.busy_us or 1
+    names = sorted(node.work, key=lambda name: (not name, name))
+    shares: list[tuple[str | None, Fraction]] = [
+        (name, node.busy_share * sum(node.work[name]) / whole) for name in names if sum(node.work[name])
+    ]
+    parts = divided(node.reported_cost, [*shares, (None, 1 - node.busy_share)])
+    node.idle = parts.pop(None)
+    node.rows = {name: parts[name] for name in names if name is not None and name in parts}
+    node.loads = _idle(node, mine, counted)
+
+
+def _idle(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> dict[str, Fraction]:
+    """The part of its idle cost that each name bears, "" for none."""
+    weights: dict[str, Fraction] = defaultdict(Fraction)
+    for pool, share in idle_shares(mine, counted):
+        for name, both in pool.parts().items():
+            weights[name] += share * sum(both) / pool.busy_us
+    names = sorted(weights, key=lambda name: (not name, name))
+    return divided(node.idle, [(name, weights[name]) for name in names])
+
+
+def idle_shares(mine: list[Pool], counted: list[Batch]) -> list[tuple[Pool, Fraction]]:
+    """By busy time. No made rack pins a model to a node, and how pinned and other loaders share is not documented."""
+    whole = sum(pool.busy_us for pool in mine)
+    return [(pool, Fraction(pool.busy_us, whole)) for pool in mine if pool.busy_us]
+
+
+def _summed(nodes: dict[str, NodeCost], unpriced: list[str], tokens: dict[str, Tokens], mine: list[Pool]) -> Costs:
+    direct: dict[str, Fraction] = defaultdict(Fraction)
+    loaded: dict[str, Fraction] = defaultdict(Fraction)
+    done: dict[str, Two] = defaultdict(lambda: (ZERO, ZERO))
+    parts: dict[str, Two] = defaultdict(lambda: (ZERO, ZERO))
+    for node in nodes.values():
+        for name in sorted(node.work.keys() - {""}):
+            prefill, decode = node.work[name]
+            cost = node.rows.get(name, ZERO)
+            busy = prefill + decode or Fraction(1)
+            direct[name] += cost
+            loaded[name] += cost + node.loads.get(name, ZERO)
+            done[name] = (done[name][0] + prefill, done[name][1] + decode)
+            parts[name] = (parts[name][0] + cost * prefill / busy, parts[name][1] + cost * decode / busy)
+    return Costs(nodes, unpriced, tokens, mine, direct, loaded, done, parts)
+
+
+def floor_share(name: str, costs_of: Costs, counted: list[Batch]) -> Fraction:
+    """min(1, p / b): how well used it is, against its best slots."""
+    loaders = {(pool.node, loader) for pool in costs_of.pools if name in pool.names for loader in pool.loaders}
+    slots = sorted(_slots(counted, loaders))
+    busy = sum(costs_of.work.get(name, (ZERO, ZERO)), ZERO)
+    if not slots or not busy:
+        return Fraction(1)
+    best = slots[min(len(slots) - 1, len(slots) * 95 // 100)]
+    return min(Fraction(1), costs_of.tokens[name].whole / busy / best) if best else Fraction(1)
+
+
+def _slots(counted: list[Batch], loaders: set[tuple[str, str]]) -> list[Fraction]:
+    """Tokens by busy microsecond in each five minutes in which they were busy for 30 s or more."""
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for batch in counted:
+        for one in batch.of("engine"):
+            if (batch.node, one["model"]) in loaders:
+                both = sums[batch.end_ms // 300_000]
+                both[0] += sum(one.get(f"{kind}_tok", 0) for kind in ("prefill", "cached", "decode"))
+                both[1] += one.get("busy_prefill_us", 0) + one.get("busy_decode_us", 0)
+    return [Fraction(tokens, busy) for tokens, busy in sums.values() if busy >= 30_000_000]
+
+
+def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
+    """Requests, tokens and cost of each key: a name's cost by the key's part of its busy time."""
+    found: dict[str, dict[str, Any]] = {}
+    cost: dict[str, Fraction] = defaultdict(Fraction)
+    for name in costs_of.tokens:
+        records = [one for b in counted for one in b.of("served") if one["model"] == name]
+        records = [one for one in records if one.get("worker", "") in costs_of.nodes]
+        keys: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for one in records:
+            keys[one.get("key_id", "")].append(one)
+        sums = {key: volume.total(mine) for key, mine in sorted(keys.items())}
+        answer = sum(one.completion_tok for one in sums.values()) or 1
+        uncached = sum(one.prompt_tok - one.cached_tok for one in sums.values()) or 1
+        prefill, decode = costs_of.work.get(name, (ZERO, ZERO))
+        busy = prefill + decode or Fraction(1)
+        shares = [
+            (k, (prefill * (one.prompt_tok - one.cached_tok) / uncached + decode * one.completion_tok / answer) / busy)
+            for k, one in sums.items()
+        ]
+        for key, part in divided(costs_of.loaded.get(name, ZERO), shares).items():
+            cost[key] += part
+        for key, mine in keys.items():
+            ok = sum(one["requests"] for one in mine if one.get("outcome", "ok") == "ok")
+            had = found.setdefault(key, {"key_id": key, "requests": 0, "prompt_tok": 0, "completion_tok": 0})
+            had["requests"] += ok
+            had["prompt_tok"] += sums[key].prompt_tok
+            had["completion_tok"] += sums[key].completion_tok
+    return [one | {"cost": cost[key]} for key, one in sorted(found.items())]
