@@ -50,7 +50,7 @@ from agent.operator.state_folder import held as state_held
 from agent.operator.statusview import fold, status_text, why_text
 from shared import __version__, logs, private
 from shared import config as shared_config
-from shared.commandline import Parser
+from shared.commandline import Parser, reader_left
 from shared.durable import write_whole
 from shared.errors import Halt, RackError, Refused, Retryable
 from shared.manual import cli_help
@@ -73,9 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = os.umask(private.UMASK)
     try:
         status: int = args.run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe
-        return 0
     except KeyboardInterrupt:
         return 130
     except RackError as error:
@@ -83,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(fold(line, width) for line in f"mlxrack-agent: {error.message}".split("\n")), file=sys.stderr)
         return exit_status(error)
     except OSError as error:
-        if broken_import(error):
+        if broken_import(error) or reader_left(error):
             raise
         print(f"mlxrack-agent: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return os.EX_IOERR

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+from shared.commandline import until_the_reader_leaves
 from shared.missing import guarded
 
 
 @guarded("mlxrack-aggregator", "aggregator")
+@until_the_reader_leaves
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. The command line is imported inside the guard: it needs packages, too."""
     from aggregator import cli

@@ -4,14 +4,16 @@ An alert is identified by (code, subject): one notice when it fires, one when it
 in the state, so that a stateless cron job never sends one twice.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from aggregator.calendar import DAY_MS
 from aggregator.config import Alerts
-from aggregator.uptime import GRACE_MS
-from aggregator.window import Fact, Meta
+from aggregator.heat import KNOWN_SHARE, percent_beside
+from aggregator.incidents.causes import GRACE_MS
+from aggregator.window import STRAIGHTEN_MS, Fact, Meta, shifted
 from shared.records import (
     EXPIRY_DAYS,
     CertificateExpires,
@@ -24,13 +26,13 @@ from shared.records import (
 )
 
 SWAP_FAILED_FOR_S = 3600.0
-KNOWN_SHARE = 0.8
-"""A share of a window's known time is only taken when at least this much of the window is known; agents do the same."""
 CLASH_FOR_MS = 1_800_000
 """How long two agents under one id are alerted of after they were last seen; agents repeat it every ten minutes."""
 TURNS = 2
 CERTIFICATES = ("listener", "node", "ca")
 """Those that a node has."""
+TOLD = 64
+"""Events of a node whose second copy is recognised."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,16 +80,18 @@ class Warm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """State of a node between runs of `alert`; times in ms, bounded lists. ``evicted`` are times by what identifies an
-    eviction. ``certificates`` are when a certificate was
-    last reported, and when it ends. ``clash`` is when two agents were last seen under this id, and their marks;
-    ``incarnations`` is when each last reported, ``taken_turns`` when one did after another one had in between."""
+    """State of a node between runs of `alert`; times in ms, bounded lists. ``told`` identifies its newest events: each
+    is read twice, at once and in order, and counts as the first copy says. ``evicted`` are times by what identifies an
+    eviction. ``certificates`` are when a certificate was last reported, and when it ends. ``clash`` is when two agents
+    were last seen under this id, and their marks; ``incarnations`` is when each last reported, ``taken_turns`` when one
+    did after another one had in between."""
 
     last_seen_ms: int = 0
     last_up_ms: int = 0
     down_since_ms: int | None = None
     reported_by: str = ""
     warm: tuple[Warm, ...] = ()
+    told: tuple[str, ...] = ()
     evicted: dict[str, int] = {}
     swaps: dict[str, tuple[int, str, str]] = {}
     certificates: dict[str, tuple[int, int]] = {}
@@ -114,10 +118,12 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alerts) -> AlertState:
-    """The state after some facts; idempotent for repeated facts. Times are capped at now: a clock that runs ahead must
-    not hide later events."""
+    """The state after some facts of straightened batches; idempotent for repeated facts. Times are capped at now: a
+    clock that runs ahead must not hide later events."""
     nodes = dict(state.nodes)
-    for fact in sorted(facts, key=lambda f: (f.meta.t_end_ms, f.meta.node, f.meta.seq, f.ordinal)):
+    for fact in sorted(
+        map(_on_the_stores_clock, facts), key=lambda f: (f.meta.t_end_ms, f.meta.node, f.meta.seq, f.ordinal)
+    ):
         _observe(nodes, fact, now_ms, config)
     return msgspec.structs.replace(state, nodes=nodes)
 
@@ -125,7 +131,7 @@ def observe(state: AlertState, facts: Iterable[Fact], now_ms: int, config: Alert
 def evaluate(state: AlertState, now_ms: int, config: Alerts) -> tuple[AlertState, tuple[Notice, ...]]:
     """The state with the alerts that fire at ``now_ms``, and the notices for what changed."""
     held = {_key(f): f for f in state.firing}
-    now_firing = {_key(f): f for node in sorted(state.nodes) for f in _of_node(node, state, now_ms, config)}
+    now_firing = {_key(f): f for node in sorted(state.nodes) for f in _of_node(node, state, held, now_ms, config)}
     rules = {rule.code: rule for rule in RULES}
     notices = [
         Notice(rule=rules[k[0]], firing=f, resolved=False, at_ms=now_ms) for k, f in now_firing.items() if k not in held
@@ -145,9 +151,30 @@ def _ended_ms(firing: Firing, state: AlertState, now_ms: int) -> int:
     return back_ms if firing.code == "node_down" and back_ms > firing.since_ms else now_ms
 
 
+Held = Mapping[tuple[str, str, int], Firing]
+"""The alerts that fired before, by their identity."""
+
+
 def _key(firing: Firing) -> tuple[str, str, int]:
     """The identity of an alert; a second failed swap is another alert."""
     return (firing.code, firing.subject, firing.since_ms if firing.code == "swap_failed" else 0)
+
+
+def _on_the_stores_clock(fact: Fact) -> Fact:
+    """A fact with what straightening left of its node's skew taken off: it is enough to be minutes off for an hour's
+    figures, while seconds decide whether a node is silent."""
+    skew_ms = fact.meta.clock_skew_ms or 0
+    if not skew_ms or abs(skew_ms) > STRAIGHTEN_MS:
+        return fact
+    meta = fact.meta._replace(t_start_ms=fact.meta.t_start_ms - skew_ms, t_end_ms=fact.meta.t_end_ms - skew_ms)
+    return Fact(meta, fact.ordinal, shifted(fact.record, skew_ms))
+
+
+def _identity(fact: Fact) -> str:
+    """Of an event, the same in each of its copies: by the times that its node wrote, since copies tell different
+    skews."""
+    wrote = msgspec.json.encode(shifted(fact.record, -(fact.meta.clock_skew_ms or 0)))
+    return hashlib.blake2b(wrote, digest_size=8).hexdigest()
 
 
 def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Alerts) -> None:
@@ -158,9 +185,30 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
     nodes[node] = mine = _incarnation_seen(mine, fact.meta, ended_ms)
     if mine.down_since_ms is not None and ended_ms > mine.down_since_ms + GRACE_MS:
         nodes[node] = mine = replace(mine, down_since_ms=None, last_up_ms=ended_ms)
+    if isinstance(record, HostSample):
+        nodes[node] = replace(mine, warm=_warmed(mine, fact.meta, ended_ms, record, config.throttled_window_s * 1000))
+    elif isinstance(record, ModelEvicted) and record.reason not in ("ordered", "idle"):
+        oldest = mine.last_seen_ms - config.storm_window_s * 1000
+        at = {_identity(fact): min(record.t_ms, now_ms), **mine.evicted}
+        nodes[node] = replace(mine, evicted={one: t for one, t in at.items() if t > oldest})
+    elif isinstance(record, _TOLD_TWICE) and (event := _identity(fact)) not in mine.told:
+        nodes[node] = replace(mine, told=(*mine.told, event)[-TOLD:])
+        _event(nodes, node, record, now_ms)
+
+
+_TOLD_TWICE = (PeerDown, PeerUp, SwapFinished, NodeIdClash, CertificateExpires)
+
+
+def _event(
+    nodes: dict[str, NodeMemory],
+    node: str,
+    record: PeerDown | PeerUp | SwapFinished | NodeIdClash | CertificateExpires,
+    now_ms: int,
+) -> None:
+    mine, replace = nodes[node], msgspec.structs.replace
     if isinstance(record, PeerDown):
         peer = nodes.get(record.peer, NodeMemory())
-        # every event is read twice, as an urgent copy and in order: one from before the peer's return is outdated
+        # read late, or from a second witness: one from before the peer's return is outdated
         news = record.t_ms > peer.last_up_ms and record.last_seen_ms >= peer.last_seen_ms - GRACE_MS
         if news and peer.down_since_ms is None:
             nodes[record.peer] = replace(peer, down_since_ms=min(record.last_seen_ms, now_ms), reported_by=node)
@@ -170,12 +218,6 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
             up_ms = min(record.t_ms, now_ms)
             seen = max(peer.last_seen_ms, up_ms)
             nodes[record.peer] = replace(peer, down_since_ms=None, last_seen_ms=seen, last_up_ms=up_ms)
-    elif isinstance(record, HostSample):
-        nodes[node] = replace(mine, warm=_warmed(mine, fact.meta, ended_ms, record, config.throttled_window_s * 1000))
-    elif isinstance(record, ModelEvicted) and record.reason not in ("ordered", "idle"):
-        oldest = mine.last_seen_ms - config.storm_window_s * 1000
-        at = {f"{record.t_ms} {record.model} {record.version}": min(record.t_ms, now_ms), **mine.evicted}
-        nodes[node] = replace(mine, evicted={one: t for one, t in at.items() if t > oldest})
     elif isinstance(record, SwapFinished):
         finished = (min(record.t_ms, now_ms), record.outcome, record.reason)
         # the ordered copy of an older swap comes after the urgent copy of a newer one
@@ -185,7 +227,7 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         twice = nodes.get(record.peer, NodeMemory())
         clash = (min(record.t_ms, now_ms), " and ".join(filter(None, (record.one, record.other))))
         nodes[record.peer] = replace(twice, clash=max(twice.clash, clash))
-    elif isinstance(record, CertificateExpires):
+    else:
         reported = (min(record.t_ms, now_ms), record.not_after_ms)
         # at the same time, as after a change within one look, the later end is the newer certificate's
         if record.certificate in CERTIFICATES and reported > mine.certificates.get(record.certificate, (0, 0)):
@@ -198,7 +240,8 @@ def _warmed(memory: NodeMemory, meta: Meta, ended_ms: int, sample: HostSample, w
     one = Warm(
         batch=batch,
         ended_ms=ended_ms,
-        length_ms=meta.t_end_ms - meta.t_start_ms,
+        # a clock that was set within the window makes it look shorter
+        length_ms=max(meta.t_end_ms - meta.t_start_ms, sample.thermal_known_us // 1000),
         throttled_us=sample.throttled_us,
         known_us=sample.thermal_known_us,
     )
@@ -223,12 +266,12 @@ def _incarnation_seen(memory: NodeMemory, meta: Meta, ended_ms: int) -> NodeMemo
     return msgspec.structs.replace(memory, incarnations={**recent, name: ended_ms}, taken_turns=turns[-TURNS:])
 
 
-def _of_node(node: str, state: AlertState, now_ms: int, config: Alerts) -> Sequence[Firing]:
+def _of_node(node: str, state: AlertState, held: Held, now_ms: int, config: Alerts) -> Sequence[Firing]:
     memory = state.nodes[node]
     found = [
         _down(node, memory, now_ms, config),
-        _throttled(node, memory, now_ms, config),
-        _storm(node, memory, now_ms, config),
+        _throttled(node, memory, held.get(("throttling", node, 0)), now_ms, config),
+        _storm(node, memory, held.get(("eviction_storm", node, 0)), now_ms, config),
         _twice(node, memory, now_ms),
         *_swaps(node, memory, now_ms),
         *_certificates(node, memory, now_ms),
@@ -247,25 +290,35 @@ def _down(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing 
     return None
 
 
-def _throttled(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
-    """By the window before the node's last report; resolved once the node has been silent for two windows. Where too
-    little of it is known, the rest counts as cool."""
+def _throttled(node: str, memory: NodeMemory, held: Firing | None, now_ms: int, config: Alerts) -> Firing | None:
+    """By the windows before the node's last report, where four fifths of that time are known, as agents do. Where they
+    are not, nothing begins, and what fired goes on: it ends by what is known, not by silence."""
     window_s = config.throttled_window_s
     warm = [w for w in memory.warm if w.ended_ms > now_ms - 2 * window_s * 1000]
     known_s, hot_s = (sum(getattr(w, name) for w in warm) / 1e6 for name in ("known_us", "throttled_us"))
-    share = hot_s / (known_s if known_s >= KNOWN_SHARE * window_s else window_s)
-    if share <= config.throttled_share:
+    if known_s < KNOWN_SHARE * window_s:
+        return held
+    if (share := min(1.0, hot_s / known_s)) <= config.throttled_share:
         return None
-    rest = "" if known_s >= window_s else f"; {known_s:.0f} s of them are known"
-    text = f"{node} was thermally throttled for {hot_s:.0f} s, {share:.0%} of the last {window_s:.0f} s{rest}"
-    return Firing(code="throttling", subject=node, since_ms=warm[0].ended_ms, text=text)
+    of_s = max(window_s, sum(w.length_ms for w in warm) / 1000)
+    known = (
+        f"the {known_s:.0f} s that are known of the last {of_s:.0f} s" if known_s < of_s else f"the last {of_s:.0f} s"
+    )
+    said = percent_beside(share, config.throttled_share, 0)
+    text = f"{node} was thermally throttled for {hot_s:.1f} s, {said} of {known}"
+    first = next(w for w in warm if w.throttled_us)
+    return Firing(code="throttling", subject=node, since_ms=first.ended_ms - first.length_ms, text=text)
 
 
-def _storm(node: str, memory: NodeMemory, now_ms: int, config: Alerts) -> Firing | None:
-    recent = sorted(t for t in memory.evicted.values() if t > now_ms - config.storm_window_s * 1000)
+def _storm(node: str, memory: NodeMemory, held: Firing | None, now_ms: int, config: Alerts) -> Firing | None:
+    """Of the time before now; it ends by the node's own reports, since one that is silent may evict on."""
+    within_ms, at = config.storm_window_s * 1000, sorted(memory.evicted.values())
+    recent = [t for t in at if t > now_ms - within_ms]
     if len(recent) < config.storm_evictions:
-        return None
-    text = f"{len(recent)} evictions on {node} within {config.storm_window_s:.0f} s"
+        still = sum(t > min(now_ms, memory.last_seen_ms) - within_ms for t in at) >= config.storm_evictions
+        return held if still else None
+    counted = "1 eviction" if len(recent) == 1 else f"{len(recent)} evictions"
+    text = f"{counted} on {node} within {config.storm_window_s:.0f} s"
     return Firing(code="eviction_storm", subject=node, since_ms=recent[0], text=text)
 
 
@@ -296,9 +349,13 @@ def _certificates(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:
         for name, (_, ends_ms) in sorted(memory.certificates.items()):
             from_ms = ends_ms - days * DAY_MS
             if from_ms <= now_ms:
-                left = (ends_ms - now_ms) // DAY_MS
-                text = f"the {name} certificate of {node} " + (
-                    f"expires in {left} days" if ends_ms > now_ms else "has expired"
-                )
+                text = f"the {name} certificate of {node} {_ends(ends_ms - now_ms)}"
                 found.append(Firing(code=code, subject=f"{node}/{name}", since_ms=from_ms, text=text))
     return found
+
+
+def _ends(left_ms: int) -> str:
+    if left_ms <= 0:
+        return "has expired"
+    days = left_ms // DAY_MS
+    return "expires within a day" if not days else f"expires in {days} day{'' if days == 1 else 's'}"

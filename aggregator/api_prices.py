@@ -3,7 +3,9 @@ its own data and is never asked to update them.
 
 Prices are tiered (at some providers a prompt over 200,000 tokens costs more per token), so work is not priced as one
 sum: each prompt size bucket is priced as that many requests of its mean size. Cached prompt tokens are priced as
-cached: a prompt cache hit here is assumed to be one there.
+cached: a prompt cache hit here is assumed to be one there, and where a provider charges for writing its cache, the
+other prompt tokens of a bucket with hits are written. Of what a provider offers, free and deprecated models do not
+count. The library does not say when its prices were gathered: its version does, and `at` is the day asked about.
 """
 
 import re
@@ -13,13 +15,15 @@ from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 from importlib.metadata import version
+from typing import Literal
 
 import genai_prices
 import msgspec
 from genai_prices import data_snapshot
 
+from aggregator.allocation import MILLION, rounded
 from aggregator.config import AggregatorConfig, ApiPrice, decimal
-from aggregator.cost import MILLION, CostReport, ModelCost, rounded
+from aggregator.cost import CostReport, ModelCost
 from aggregator.window import ServedSum, Window
 
 SOURCE = f"genai-prices {version('genai-prices')}"
@@ -35,9 +39,11 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name compared with APIs. ``median`` is the cost of the same open model at the median host, ``hosts`` are
-    all of them, cheapest first; ``frontier`` is a different, configured model. ``saving`` is the median's cost minus
-    ours, negative where an API would have been cheaper; ``share`` is ``saving`` / ``median``."""
+    """A served name compared with APIs. ``median`` is the cost of the same open model at the host in the middle (of
+    two, the cheaper), ``hosts`` are all of them, cheapest first; ``frontier`` is a different, configured model.
+    ``saving`` is the median's cost minus ours, negative where an API would have been cheaper; ``share`` is ``saving`` /
+    ``median``. ``times_cheaper`` is the frontier model's cost / ours, ``frontier_share`` what is saved against it, as a
+    share."""
 
     model: str
     ours: Decimal | None
@@ -51,12 +57,15 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     frontier: str = ""
     frontier_cost: Decimal | None = None
     times_cheaper: float | None = None
+    frontier_share: float | None = None
     why_not: str = ""
 
 
 class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
     """All comparisons. ``covered`` is the share of tokens with a comparable price; savings cover only those. ``ours``
-    is their share of the total cost of the nodes. ``source`` and ``at`` are the origin and date of the prices."""
+    is their share of the total cost of the nodes. ``source`` is the origin of the prices, ``at`` the day asked about.
+    ``verdict`` is "dearer" where ``saving`` is negative. ``break_even`` is how busy the nodes would have to be, at the
+    same pace, for both to cost the same, and ``busy_share`` how busy they were; above 1 it cannot be reached."""
 
     source: str
     at: str
@@ -66,6 +75,9 @@ class Comparisons(msgspec.Struct, frozen=True, kw_only=True):
     saving: Decimal | None
     share: float | None
     models: tuple[Comparison, ...]
+    verdict: Literal["cheaper", "dearer", "unknown"] = "unknown"
+    break_even: float | None = None
+    busy_share: float | None = None
 
 
 def compare(window: Window, money: CostReport, config: AggregatorConfig, at: datetime) -> Comparisons:
@@ -81,6 +93,7 @@ def compare(window: Window, money: CostReport, config: AggregatorConfig, at: dat
     ours = rounded(money.total * covered / total) if money.total is not None and covered else None
     median = sum((r.median for r in known if r.median is not None), Decimal(0)) if known else None
     saving = median - ours if median is not None and ours is not None else None
+    busy = money.busy_share
     return Comparisons(
         source=SOURCE,
         at=at.date().isoformat(),
@@ -90,7 +103,36 @@ def compare(window: Window, money: CostReport, config: AggregatorConfig, at: dat
         saving=saving,
         share=float(saving / median) if saving is not None and median else None,
         models=tuple(rows),
+        verdict="unknown" if saving is None else "dearer" if saving < 0 else "cheaper",
+        break_even=busy * float(ours / median) if busy is not None and ours is not None and median else None,
+        busy_share=busy,
     )
+
+
+def against(saving: float, other: str) -> str:
+    """A saving as a share of another price: "12.3 % less than it"; where it is many times the other, "188 times as much
+    as it"."""
+    if saving < -1:
+        return f"{1 - saving:,.{0 if saving < -9 else 1}f} times as much as {other}"
+    if abs(saving) < 0.0005:
+        return f"as much as {other}"
+    return f"{abs(saving):.1%} {'less' if saving > 0 else 'more'} than {other}".replace("%", " %", 1)
+
+
+def utilisation(found: Comparisons) -> str:
+    """How busy the nodes were, and how busy they would have to be; "" where that is not known."""
+    busy, limit = found.busy_share, found.break_even
+    if busy is None or limit is None:
+        return ""
+    if found.verdict == "cheaper":
+        return f"{_percent(busy)} busy now; cheaper than API hosts down to {_percent(limit)}"
+    if limit > 1:
+        return f"{_percent(busy)} busy now; not cheaper than API hosts even when fully busy"
+    return f"{_percent(busy)} busy now; cheaper than API hosts above {_percent(limit)}"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"
 
 
 def hosts_of(same_as: str) -> list[tuple[str, str]]:
@@ -98,6 +140,15 @@ def hosts_of(same_as: str) -> list[tuple[str, str]]:
     offers, of which `_cheapest` takes one."""
     wanted = _plain(same_as)
     return [(provider, model) for provider, model, plain in _offers() if plain == wanted]
+
+
+def hosts(
+    same_as: str, *, requests: int, prompt_tok: int, cached_tok: int, completion_tok: int, at: datetime
+) -> list[Host]:
+    """The cheapest offer of each host of an open model for this work (as in `price`) in USD, cheapest first."""
+    counts = {"prompt_tok": prompt_tok, "cached_tok": cached_tok, "completion_tok": completion_tok}
+    offers = [(p, m, price(p, m, requests=requests, at=at, **counts)) for p, m in hosts_of(same_as)]
+    return _cheapest([Host(provider=p, model=m, cost=cost) for p, m, cost in offers if cost is not None])
 
 
 def company(provider: str) -> str:
@@ -120,9 +171,12 @@ def price(
     """Cost of ``requests`` equal requests, None without a price. Token counts are totals over all of them."""
     if not requests:
         return Decimal(0)
+    prompt, cached = prompt_tok // requests, min(cached_tok, prompt_tok) // requests
     usage = genai_prices.Usage(
-        input_tokens=prompt_tok // requests,
-        cache_read_tokens=min(cached_tok, prompt_tok) // requests,
+        input_tokens=prompt,
+        cache_read_tokens=cached,
+        # what is not read from the provider's cache is written to it; most charge nothing for that
+        cache_write_tokens=prompt - cached if cached_tok else 0,
         output_tokens=completion_tok // requests,
     )
     whole = max(1, prompt_tok // requests + completion_tok // requests)
@@ -160,8 +214,13 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
         provider, _, name = wish.frontier.partition("/")
         dollars = _at(provider, name, served, at)
         cost_there = rounded(dollars * rate) if dollars is not None else None
-        times = float(cost_there / model.loaded) if cost_there and model.loaded else None
-        found = msgspec.structs.replace(found, frontier=wish.frontier, frontier_cost=cost_there, times_cheaper=times)
+        found = msgspec.structs.replace(
+            found,
+            frontier=wish.frontier,
+            frontier_cost=cost_there,
+            times_cheaper=float(cost_there / model.loaded) if cost_there and model.loaded else None,
+            frontier_share=float(1 - model.loaded / cost_there) if cost_there and model.loaded is not None else None,
+        )
     return found
 
 
@@ -169,7 +228,7 @@ def _with_hosts(found: Comparison, same_as: str, hosts: Sequence[Host]) -> Compa
     """With the figures of the hosts, cheapest first."""
     if not (costs := [h.cost for h in hosts]):
         return msgspec.structs.replace(found, same_as=same_as)
-    median = rounded(Decimal(statistics.median(costs)))
+    median = statistics.median_low(costs)
     saving = median - found.ours if found.ours is not None else None
     return msgspec.structs.replace(
         found,
@@ -210,12 +269,12 @@ def _configured(own: ApiPrice, served: Sequence[ServedSum]) -> Decimal:
 
 @lru_cache(maxsize=1)
 def _offers() -> tuple[tuple[str, str, str], ...]:
-    """Every priced offer: provider, model, and the model's normalised name."""
+    """Every priced offer that is not deprecated: provider, model, and the model's normalised name."""
     found = [
         (provider.id, model.id, _plain(model.id))
         for provider in data_snapshot.get_snapshot().providers
         for model in provider.models
-        if not str(model.id).endswith(":free")
+        if not str(model.id).endswith(":free") and not model.deprecated
     ]
     return tuple(sorted(found))
 

@@ -55,6 +55,11 @@ def before(span: Span) -> Span:
     return week(last_week(local(span.since_ms, span.timezone), span.timezone), span.timezone)
 
 
+def month_before(span: Span) -> Span:
+    """The month before a month."""
+    return month(last_month(local(span.since_ms, span.timezone), span.timezone), span.timezone)
+
+
 def between(since: str, until: str, zone: str) -> Span:
     """Any days of the rack's zone, both inclusive, like 2026-11-01 and 2026-11-07. Raises Refused."""
     try:
@@ -86,6 +91,13 @@ def utc_days(span: Span) -> list[str]:
 def local(t_ms: int, zone: str) -> datetime:
     """A moment as clocks in a zone show it."""
     return datetime.fromtimestamp(t_ms / 1000, ZoneInfo(zone))
+
+
+def spoken(name: str) -> str:
+    """A span's name in a sentence: November 2026, Week 2026-W47, 2026-11-01 to 2026-11-10."""
+    if len(name) == 7 and name[5:].isdigit():
+        return f"{date(int(name[:4]), int(name[5:]), 1):%B %Y}"
+    return f"Week {name}" if "W" in name else name.replace("--", " to ")
 
 
 def duration(seconds: float) -> str:

@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aggregator import config as aggregator_config
-from aggregator.commands import cli_copies, cli_reports
+from aggregator.commands import cli_copies, cli_economics, cli_reports
 from aggregator.commands.ended import Ended, NothingToPublish, command, say, tell
-from aggregator.config import AggregatorConfig
-from aggregator.economics import Inputs
+from aggregator.config import AggregatorConfig, Cost
 from aggregator.report.page import Page
 from shared import __version__, keys, logs
 from shared import config as shared_config
 from shared.bucket import place
-from shared.commandline import Parser
+from shared.commandline import Parser, reader_left
 from shared.errors import AccessDenied, RackError, Refused, Retryable
 from shared.manual import cli_help
 from shared.missing import broken_import, guarded
@@ -40,22 +39,6 @@ if TYPE_CHECKING:
     from aggregator.commands.weekly import Published
 
 CONFIG_NAME, CONFIG_VARIABLE = "aggregator.toml", "MLXRACK_AGGREGATOR_CONFIG"
-_INPUTS = {
-    "api_spend": "current API spend per month",
-    "nodes": "number of nodes to buy",
-    "node_price": "price of one node",
-    "setup": "other one-time costs: switch, rack, labour",
-    "watts": "mean power of one node in watts",
-    "electricity_per_kwh": "price per kWh",
-    "other_per_month": "other costs per node and month",
-    "people_per_month": "cost of operating staff per month",
-    "kept": "share of the API workload that moves to the rack",
-    "growth": "monthly growth of the API spend, for example 0.02",
-    "residual": "residual value of a node as a share of its price",
-    "months": "horizon in months",
-}
-
-
 _CONFIGURED = ("no_secret", "bad_tls", "wrong_rack", "all_quarantined")
 """Codes of errors that a configuration, here or on the nodes, has to end."""
 
@@ -74,15 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(ended, as_json=args.json, quiet=args.quiet, verbose=args.verbose)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except RackError as error:
         if not _expected(args, error):
             say(f"mlxrack-aggregator: {error.message}", sys.stderr)
         return exit_status(error)
     except OSError as error:
-        if broken_import(error):
+        if broken_import(error) or reader_left(error):
             raise
         say(f"mlxrack-aggregator: {_said(error)}", sys.stderr)
         return os.EX_TEMPFAIL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
@@ -158,17 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     first.add_argument("--intake", type=Path, required=True, help="TOML file with the expected models and workloads")
     first.add_argument("--inventory", type=Path, required=True, help="TOML file with the nodes")
     first.add_argument("--html", type=Path, default=None, help="also write the page to this file")
-    buy = local("economics", "Compute the break-even month of buying nodes from the current API spend.", _economics)
-    for field in msgspec.structs.fields(Inputs):
-        flag, text = f"--{field.name.replace('_', '-')}", _INPUTS[field.name]
-        if field.required:
-            buy.add_argument(flag, type=field.type, required=True, help=text)
-        else:
-            buy.add_argument(flag, type=field.type, help=f"{text} (default: {field.default:g})")
-    buy.add_argument("--chip", default="", help='chip of the nodes, like "M5 Pro", for list price and watts')
-    buy.add_argument("--memory", type=float, default=0.0, metavar="GB", help="memory of the nodes, with --chip")
-    buy.add_argument("--currency", default="USD")
-    buy.add_argument("--html", type=Path, default=None, help="also write the page with the curve to this file")
+    cli_economics.add(local, _page, _cost)
     verb("check-config", "Validate the configuration and print all problems.", _check_config)
     cli_help.add(verbs, parser)
     return parser
@@ -365,22 +335,12 @@ def _plan(args: argparse.Namespace) -> Ended:
     return _page(args, report, placement.page(report, "to be", planned=True), 1 if report.short else 0)
 
 
-def _economics(args: argparse.Namespace) -> Ended:
-    from aggregator import economics
-    from aggregator.report.pages import economics as economics_page
-
-    fields = (field.name for field in msgspec.structs.fields(Inputs))
-    given = {name: value for name in fields if (value := getattr(args, name)) is not None}
-    basis: tuple[str, ...] = ()
-    if args.chip:
-        price, watts, basis = economics.bought(args.chip, args.memory)
-        if "node_price" not in given and (price is None or args.currency != "USD"):
-            raise Refused(f"economics: {basis[0]}; give --node-price in {args.currency}")
-        if watts is None and "watts" not in given:
-            raise Refused(f"economics: {basis[1]}; give --watts")
-        given = {"node_price": price, "watts": watts, **given}
-    report = economics.judge(Inputs(**given), basis)
-    return _page(args, report, economics_page.page(report, args.currency), 0)
+def _cost() -> Cost | None:
+    """[cost] of the configuration; None where there is none that can be read."""
+    try:
+        return _config(argparse.Namespace(config=None)).cost
+    except RackError:
+        return None
 
 
 def _page(args: argparse.Namespace, report: msgspec.Struct, page: Page, status: int) -> Ended:

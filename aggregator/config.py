@@ -86,12 +86,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Targets of the scorecard and of the monthly report."""
+    """Targets of the scorecard and of the monthly report. ``saving`` is the least share to be saved against the same
+    open models at API hosts (0: as cheap as the host in the middle), ``times_cheaper`` the least against the frontier
+    models that ``[[compare]]`` names."""
 
     itl_p95_ms: Positive = 100.0
     uptime: Share = 0.999
     throttled: Share = heat.TARGET_SHARE
     swap_s: Positive = 120.0
+    saving: Annotated[float, Meta(le=1)] = 0.0
     times_cheaper: Positive = 5.0
 
 

@@ -1,5 +1,5 @@
-"""Why the price per million tokens changed against the week before: an exact decomposition, its largest term, and the
-likely cause. Pure.
+"""Why the price per million tokens changed against the period before: an exact decomposition, its largest term, and
+the likely cause. Pure.
 
 Both prices are examined, because they respond to different changes. A node costs the same whether it is busy or not, so
 on a rack with idle time, more work for the same tokens moves only the direct price, and less traffic moves only the
@@ -25,10 +25,12 @@ _TINY = 1e-18
 HIT_FALL = 0.15
 ANSWERS_GREW, CUT_ROSE = 1.4, 0.10
 FEWER = 0.75
+LEAST_REQUESTS = 20
+"""Fewer requests of a week prove nothing about how many were cut off."""
 
 
 class Factors(msgspec.Struct, frozen=True, kw_only=True):
-    """A week of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
+    """A period of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
 
     tokens: int
     requests: int
@@ -41,7 +43,7 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
     cached_tok: int
     completion_tok: int
     cut_share: float
-    throttled_share: float
+    throttled_share: float | None
 
     @property
     def per_m(self) -> float:
@@ -78,7 +80,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Against the week before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
+    """Against the period before: ``ratio`` of the loaded prices, ``direct_ratio`` of the direct ones, each change in
     terms. ``flagged`` is set if either ratio reaches the configured one at sufficient volume. ``cause`` is a
     machine-readable identifier, ``text`` a sentence with the evidence."""
 
@@ -91,8 +93,9 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change | None:
-    """The change, or None without a basis for comparison. A cause is given only for flagged changes."""
+def judge(now: Factors | None, before: Factors | None, config: Cost, since: str = "the period before") -> Change | None:
+    """The change, or None without a basis for comparison. A cause is given only for flagged changes. ``since`` names
+    the period before."""
     if now is None or before is None or not before.loaded or not now.loaded:
         return None
     made = Change(
@@ -108,11 +111,13 @@ def judge(now: Factors | None, before: Factors | None, config: Cost) -> Change |
     if worst < config.flag_ratio:
         return made
     if min(now.tokens, before.tokens) < config.flag_min_tok:
-        few = f"{worst:.1f} x the week before, but under {config.flag_min_tok:,} tokens in one week: too few to judge"
+        few = (
+            f"{worst:.1f} x that of {since}, but under {config.flag_min_tok:,} tokens in one of them: too few to judge"
+        )
         return msgspec.structs.replace(made, cause="low_volume", text=few)
     loaded = made.ratio >= made.direct_ratio
-    cause, why = _cause(now, before, made.terms if loaded else made.direct_terms)
-    text = f"{'loaded' if loaded else 'direct'} price {worst:.1f} x the week before: {why}"
+    cause, why = _cause(now, before, made.terms if loaded else made.direct_terms, since)
+    text = f"{'loaded' if loaded else 'direct'} price {worst:.1f} x that of {since}: {why}"
     return msgspec.structs.replace(made, flagged=True, cause=cause, text=text)
 
 
@@ -157,7 +162,7 @@ def _log_mean(a: float, b: float) -> float:
     return a if math.isclose(a, b, rel_tol=1e-12) else (a - b) / (math.log(a) - math.log(b))
 
 
-def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
+def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str, str]:
     """The likely cause with its evidence, from the largest term.
 
     1. Answers much longer and more of them cut off at max_tokens, at an unchanged hit rate and prompt length: the
@@ -174,7 +179,8 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
     prompts = _ratio(_per_request(now.prompt_tok, now), _per_request(before.prompt_tok, before))
     held = now.hit_share >= before.hit_share - HIT_FALL / 2
     cut_rose = now.cut_share - before.cut_share
-    if held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
+    enough = min(now.requests, before.requests) >= LEAST_REQUESTS
+    if enough and held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
         return "poisoned_kv", (
             f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them hit their token limit (before: "
             f"{before.cut_share:.0%}) while {hits}; suspected poisoned prompt cache: clear it and compare"
@@ -184,15 +190,15 @@ def _cause(now: Factors, before: Factors, terms: Terms) -> tuple[str, str]:
             "cache_miss",
             f"{hits}; likely misses of a hot prefix: check the model's node, its cache and its evictions",
         )
-    throttled = now.throttled_share - before.throttled_share
-    if leading in ("prefill", "decode") and throttled >= heat.ROSE_SHARE:
+    hot, cool = now.throttled_share, before.throttled_share
+    if leading in ("prefill", "decode") and hot is not None and cool is not None and hot - cool >= heat.ROSE_SHARE:
         return "throttling", (
-            f"its nodes were throttled {now.throttled_share:.0%} of the time (before: {before.throttled_share:.0%}) "
+            f"its nodes were throttled {hot:.0%} of the time (before: {cool:.0%}) "
             "and time per token rose: improve cooling, or move a model to another node"
         )
     if leading == "utilisation":
         volume = now.tokens / before.tokens
-        fewer = f"{volume:.0%} of the previous week's tokens" if volume < FEWER else "more idle time on its nodes"
+        fewer = f"{volume:.0%} of the tokens of {since}" if volume < FEWER else "more idle time on its nodes"
         return ("traffic_drop" if volume < FEWER else "utilisation"), f"{fewer}, at the same node cost"
     texts = {
         "mix": "a larger share of its tokens are answer tokens, which cost more",

@@ -1,4 +1,4 @@
-"""Which models were evicted, how often, and whether traffic justified it. Pure.
+"""Which models were evicted, how often, whether traffic justified it, and what to do. Pure.
 
 Each eviction gets its own verdict; a model's row has the most frequent one:
 
@@ -10,8 +10,12 @@ Each eviction gets its own verdict; a model's row has the most frequent one:
 6. placement, if it was busy: at least one request every three minutes in the hour before;
 7. memory, if models held more than planned;
 8. traffic: nobody missed it, the memory was better used.
+
+"placement" means that traffic did not justify it. What to do about it is not said here: ``Conclusion`` is, once for
+every report, and its sentence is that of a row.
 """
 
+import statistics
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +42,59 @@ _UNLESS_PLACEMENT: dict[Kind, Verdict] = {
     "overrun": "memory",
     "unmissed": "traffic",
 }
+WORDS: dict[Verdict, str] = {
+    "placement": "avoidable",
+    "memory": "over plan",
+    "idle": "keep-alive",
+    "traffic": "justified",
+    "ordered": "ordered",
+}
+"""Verdicts as tables show them."""
+Remedy = Literal["capacity", "restore", "blocked", "move", "budget", "pin", "leave", "fits", "none"]
+"""What to do about a model. *capacity*: no node has the memory for it. *restore*: only nodes that are away have.
+*blocked*: a node has, but a limit forbids it. *move*: the steps of the placement. *budget*: raise the memory budget of
+a node whose memory allows it. *pin*: the budget allows all that was wanted at the same time. *leave*: other nodes serve
+it and carry its load; take it off the one that evicts it. *fits*: it stands well. *none*: nobody misses it."""
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names in a sentence: "a, b", of many only the first ones and how many more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+class Conclusion(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do about a model, decided once: placement, evictions and recommendations only show it. ``node`` is where
+    it was evicted, "" where that does not matter; ``nodes`` are those that the remedy is about. ``room_bytes`` are free
+    there with the model in place and all that was wanted at the same time; ``budgets`` are those to set, one for
+    each of ``nodes``; ``need_bytes`` is what the model needs, or what is missing."""
+
+    model: str
+    kind: Remedy
+    node: str = ""
+    nodes: tuple[str, ...] = ()
+    need_bytes: int = 0
+    room_bytes: int = 0
+    budgets: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What to do, as a sentence without a subject."""
+        where, need, room = listed(self.nodes), f"{self.need_bytes / 1e9:.1f} GB", f"{self.room_bytes / 1e9:.1f} GB"
+        return {
+            "capacity": f"no node has room for it; {need} are missing",
+            "restore": f"{need if self.need_bytes else 'nodes'} are missing: look at {where} first",
+            "blocked": f"{where} would have room; see what does not fit" if where else "see what does not fit",
+            "move": f"load it on {where}, see the moves" if where else "see the moves",
+            "budget": f"raise memory.budget_bytes of {self._raised()}; there is memory for it",
+            "pin": f"pin it on {where}: {room} stay free there beside all that was wanted at the same time",
+            "leave": f"take it off {self.node}: {where} {'serves' if len(self.nodes) == 1 else 'serve'} it already",
+            "fits": f"it stands on {where} now, and fits" if where else "it fits",
+            "none": "most of its evictions were justified, and nobody misses it now",
+        }[self.kind]
+
+    def _raised(self) -> str:
+        return listed([f"{n} to {value / 1e9:.1f} GB" for n, value in zip(self.nodes, self.budgets, strict=False)])
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,9 +114,11 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Evictions of one model on one node. ``wanted_again_s`` is the shortest time until its next request there (or, for
-    agents that do not report that, until it was loaded again). ``verdict`` is the most frequent one; ``justified``
-    counts those that traffic justified. ``reload_s`` is the total time of reloading it."""
+    """Evictions of one model on one node. ``bytes`` and ``requests_last_hour`` are those of one eviction: the largest,
+    and the (lower) median. ``wanted_again_s`` is the shortest time until its next request there (or, for agents that do
+    not report that, until it was loaded again). ``verdict`` is the most frequent one; ``justified`` counts those that
+    traffic justified. ``reload_s`` is the total time of reloading it. ``remedy`` is what to do about those that it did
+    not justify; ``hint`` is evidence and remedy in words."""
 
     node: str
     model: str
@@ -73,27 +132,75 @@ class EvictionRow(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict
     hint: str
     verdicts: dict[Verdict, int] = {}
+    remedy: Remedy | None = None
+
+
+class ModelEvictions(msgspec.Struct, frozen=True, kw_only=True):
+    """All evictions of one model, on every node."""
+
+    model: str
+    evictions: int
+    nodes: int
+    verdicts: dict[Verdict, int]
 
 
 class EvictionReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The most evicted models first; ``left_out`` counts the rows beyond ``top``."""
+    """The most evicted models first; ``left_out`` counts the rows beyond ``top``, ``left_out_evictions`` what they
+    count. ``total``, ``verdicts``, ``remedies`` (of the avoidable ones) and ``models`` are over everything."""
 
     period: str
     total: int
     rows: tuple[EvictionRow, ...]
     left_out: int = 0
+    left_out_evictions: int = 0
+    verdicts: dict[Verdict, int] = {}
+    remedies: dict[Remedy, int] = {}
+    models: tuple[ModelEvictions, ...] = ()
 
 
-def report(window: Window, top: int | None = TOP) -> EvictionReport:
-    """Evictions of a span in at most ``top`` rows; None for all."""
+def report(window: Window, top: int | None = TOP, conclusions: Sequence[Conclusion] = ()) -> EvictionReport:
+    """Evictions of a span in at most ``top`` rows; None for all. ``conclusions`` are those of the placement."""
     groups: dict[tuple[str, str], list[Eviction]] = {}
     for one in judge(window):
         groups.setdefault((one.node, one.record.model), []).append(one)
-    rows = [_row(node, model, found) for (node, model), found in groups.items()]
+    concluded = {(c.model, c.node): c for c in conclusions}
+    rows = [
+        _row(node, model, found, concluded.get((model, node)) or concluded.get((model, "")))
+        for (node, model), found in groups.items()
+    ]
     rows.sort(key=lambda r: (-r.evictions, r.node, r.model))
-    shown = tuple(rows[:top])
-    total = sum(r.evictions for r in rows)
-    return EvictionReport(period=window.span.name, total=total, rows=shown, left_out=len(rows) - len(shown))
+    shown, hidden = rows[:top], rows[top:] if top is not None else []
+    remedies: Counter[Remedy] = Counter()
+    for row in rows:
+        if row.remedy is not None:
+            remedies[row.remedy] += row.verdicts.get("placement", 0)
+    return EvictionReport(
+        period=window.span.name,
+        total=sum(r.evictions for r in rows),
+        rows=tuple(shown),
+        left_out=len(hidden),
+        left_out_evictions=sum(r.evictions for r in hidden),
+        verdicts=_added(rows),
+        remedies=dict(sorted(remedies.items())),
+        models=_by_model(rows),
+    )
+
+
+def _by_model(rows: Sequence[EvictionRow]) -> tuple[ModelEvictions, ...]:
+    """The most evicted first."""
+    found = []
+    for model in {row.model for row in rows}:
+        mine = [row for row in rows if row.model == model]
+        count = sum(row.evictions for row in mine)
+        found.append(ModelEvictions(model=model, evictions=count, nodes=len(mine), verdicts=_added(mine)))
+    return tuple(sorted(found, key=lambda m: (-m.evictions, m.model)))
+
+
+def _added(rows: Sequence[EvictionRow]) -> dict[Verdict, int]:
+    counts: Counter[Verdict] = Counter()
+    for row in rows:
+        counts.update(row.verdicts)
+    return dict(sorted(counts.items()))
 
 
 def judge(window: Window) -> list[Eviction]:
@@ -153,32 +260,34 @@ def _why(kind: Kind, one: ModelEvicted, again_s: float | None) -> str:
         "idle": "its keep-alive time ended",
         "idle_too_soon": f"its keep-alive time ended, and it was wanted {again_s or 0:.0f} s later: raise it",
         "overrun": "models held more memory than was planned: compare their plan errors in the nodes' status",
-        "wanted": f"wanted again after {again_s or 0:.0f} s: give it room on another node, or pin it here",
-        "ping_pong": f"it and {one.for_model} push each other out of this node: part them",
-        "unneeded": "evicted although nothing needed its room: look at this node's budget and settings",
-        "busy": f"it had served {one.requests_last_hour} requests in the hour before: two busy models share its node",
+        "wanted": f"wanted again after {again_s or 0:.0f} s",
+        "ping_pong": f"it and {one.for_model} push each other out of this node",
+        "unneeded": "evicted although nothing needed its room",
+        "busy": f"it had served {one.requests_last_hour} requests in the hour before",
         "unmissed": "nobody missed it: the room was better used",
     }[kind]
 
 
-def _row(node: str, model: str, found: Sequence[Eviction]) -> EvictionRow:
+def _row(node: str, model: str, found: Sequence[Eviction], concluded: Conclusion | None) -> EvictionRow:
     counts = Counter(e.verdict for e in found)
     # ties go to the verdict that calls for action
     order: tuple[Verdict, ...] = ("placement", "memory", "idle", "traffic", "ordered")
     verdict = max(order, key=lambda v: (counts[v], -order.index(v)))
     most = Counter(e.kind for e in found if e.verdict == verdict).most_common(1)[0][0]
     records = [e.record for e in found]
+    why, remedy = next(e.why for e in found if e.kind == most), concluded if counts["placement"] else None
     return EvictionRow(
         node=node,
         model=model,
         evictions=len(found),
         justified=counts["traffic"],
-        bytes=sum(r.bytes for r in records),
-        requests_last_hour=sum(r.requests_last_hour for r in records),
+        bytes=max(r.bytes for r in records),
+        requests_last_hour=statistics.median_low(r.requests_last_hour for r in records),
         made_room_for=tuple(sorted({r.for_model for r in records if r.for_model})),
         wanted_again_s=min((e.wanted_again_s for e in found if e.wanted_again_s is not None), default=None),
         reload_s=round(sum(r.reload_us for r in records) / 1e6, 3),
         verdict=verdict,
-        hint=next(e.why for e in found if e.kind == most),
+        hint=f"{why}: {remedy.text}" if remedy is not None and verdict == "placement" else why,
         verdicts=dict(sorted(counts.items())),
+        remedy=remedy.kind if remedy is not None else None,
     )

@@ -21,7 +21,8 @@ JOIN_MS = 2_000
 class Tenure(msgspec.Struct, frozen=True, kw_only=True):
     """A node's time within a span: known [known_ms, until_ms), owned [owned_ms, until_ms). ``reported`` is when it
     reported, ``silent`` the rest of its known time, ``unheard`` the rest of its owned time. ``retired`` is whether it
-    was taken out of the rack within the span."""
+    was taken out of the rack within the span, ``came_back`` whether it reported after the day of its retirement began:
+    then it counts until its last report."""
 
     node: str
     known_ms: int
@@ -31,6 +32,7 @@ class Tenure(msgspec.Struct, frozen=True, kw_only=True):
     silent: Intervals
     unheard: Intervals
     retired: bool = False
+    came_back: bool = False
 
 
 def judged_until(window: Window, now_ms: int) -> int:
@@ -67,6 +69,7 @@ def _tenure(window: Window, node: Node, until_ms: int) -> Tenure | None:
         silent=without(union([(first_ms, end_ms)]), reported),
         unheard=without(union([(owned_ms, end_ms)]), reported),
         retired=node.retired is not None and end_ms < until_ms,
+        came_back=bool(reported) and node.retired is not None and heard_ms > _midnight(node.retired, zone),
     )
 
 

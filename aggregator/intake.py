@@ -111,7 +111,7 @@ def propose(intake: Intake, inventory: Inventory, measured: Mapping[str, Measure
     models, least, notes = [], {}, []
     for load in intake.workloads:
         name = load.model
-        work = load.qps * _seconds(load, active[name], reference)
+        work = load.qps * request_s(load, active[name], reference)
         least[name] = copies = min(len(inventory.nodes), max(load.min_copies, math.ceil(work / CAP)))
         models.append(Copyable(name=name, need_bytes=needs[name], copies=copies, load=work, only=load.nodes))
         notes += _latency(load, active[name], chips)
@@ -256,9 +256,9 @@ def _active_bytes(model: Model, measured: Measured | None) -> float:
     return float(measured[1]) if measured is not None else (model.weights_gb or 0) * 1e9
 
 
-def _prefill_s(active_bytes: float, chip: Chip) -> float:
+def _prefill_s(active_bytes: float, chip: Chip, bits: float = BITS_PER_WEIGHT) -> float:
     """Prefill seconds per prompt token: two operations per active weight."""
-    return 1 / prefill_tok_s(chip.tflops, active_bytes * 8 / BITS_PER_WEIGHT)
+    return 1 / prefill_tok_s(chip.tflops, active_bytes * 8 / bits)
 
 
 def _decode_s(active_bytes: float, chip: Chip) -> float:
@@ -266,9 +266,9 @@ def _decode_s(active_bytes: float, chip: Chip) -> float:
     return 1 / decode_tok_s(chip.bandwidth_gb_s, active_bytes)
 
 
-def _seconds(load: Workload, active_bytes: float, chip: Chip) -> float:
-    """Busy seconds of one request in a batch."""
-    prefill = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip)
+def request_s(load: Workload, active_bytes: float, chip: Chip, bits: float = BITS_PER_WEIGHT) -> float:
+    """Busy seconds of one request in a batch, of a model with ``bits`` per weight."""
+    prefill = load.prompt_tok * (1 - load.cached) * _prefill_s(active_bytes, chip, bits)
     return prefill + load.answer_tok * _decode_s(active_bytes, chip) / BATCHED
 
 

@@ -5,15 +5,20 @@ decide nothing. Every figure comes from what nodes reported. What was not report
 is estimated.
 """
 
+import math
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import NamedTuple
 
 import msgspec
 
 from aggregator import advice, api_prices, cost, eviction, heat, placement, scorecard, uptime
 from aggregator import volume as volumes
 from aggregator.annotations import Annotation
-from aggregator.calendar import local
+from aggregator.calendar import local, spoken
 from aggregator.config import AggregatorConfig
+from aggregator.demand import Known
+from aggregator.fleet import fleet, judged_until
 from aggregator.window import Window
 from shared.desired import Moment
 from shared.records import SwapFinished
@@ -27,8 +32,35 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
     longest_s: float | None
 
 
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers at the top of a report, of one span, to be compared with those of another; None where nothing was
+    reported. Answered, failed and refused requests and the tokens of the answered ones; ``total`` in the rack's
+    currency and ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same
+    models at API hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in
+    which models worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported;
+    ``covered`` of node time by telemetry."""
+
+    requests: int
+    failed: int
+    refused: int
+    prompt_tok: int
+    completion_tok: int
+    total: Decimal | None
+    average_per_m: Decimal | None
+    saving_share: float | None
+    rack_up: float | None
+    request_share: float | None
+    itl_p95_us: float | None
+    throttled: float | None
+    peak_package_mc: int | None
+    evictions: int
+    busy_share: float | None
+    covered: float | None
+
+
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers.
+    """A span. ``covered`` is the share of node time, since each node's first report, that telemetry covers. ``before``
+    are the figures of the span before, ``before_period`` its name; None and "" if it has no telemetry.
     ``so_far_until_ms`` is there while the span is not over: how far it was judged."""
 
     rack: str
@@ -36,6 +68,9 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     timezone: str
     empty: bool
     headline: str
+    figures: Figures
+    before: Figures | None
+    before_period: str
     covered: float | None
     batches: int
     volume: volumes.Volume
@@ -61,51 +96,148 @@ def so_far(until_ms: int | msgspec.UnsetType | None, zone: str) -> str:
     return f"so far until {local(until_ms, zone):%Y-%m-%d %H:%M} ({zone})" if until_ms else ""
 
 
+class _Evaluated(NamedTuple):
+    """What is compared with the span before."""
+
+    volume: volumes.Volume
+    thermal: heat.Thermal
+    money: cost.CostReport
+    apis: api_prices.Comparisons
+    up: uptime.Uptime
+    evicted: eviction.EvictionReport
+    card: tuple[scorecard.Line, ...]
+
+
 def judge(
     window: Window, last: Window | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation] = ()
 ) -> Judged:
-    """The judgement of a span up to ``now_ms``. Costs are compared with those of ``last``, if it has any telemetry;
-    ``notes`` are an operator's, about incidents."""
-    volume, thermal = volumes.volume(window), heat.thermal(window, config.scorecard.throttled)
-    before = cost.compute(last, config) if last is not None and last.batches else None
-    money = cost.compute(window, config, before)
-    # telemetry from after ``now_ms`` counts, too
-    judged_ms = max([now_ms, *(end for node in window.nodes for _, end in window.reported(node))])
-    # prices as of the end of the span, or of what there is of it: a later run gives the same figures
-    apis = api_prices.compare(window, money, config, local(min(judged_ms, window.span.until_ms), "UTC"))
-    map_ = placement.propose(window, config.placement, config.bandwidths)
-    up = uptime.uptime(window, now_ms, notes)
-    evicted = eviction.report(window)
+    """The judgement of a span up to ``now_ms``. Figures and costs are compared with those of ``last``, if it has any
+    telemetry; ``notes`` are an operator's, about incidents."""
+    before = _evaluated(last, None, config, now_ms, notes) if last is not None and last.batches else None
+    now = _evaluated(window, before.money if before is not None else None, config, now_ms, notes)
+    judged_ms = judged_until(window, now_ms)
+    map_ = placement.propose(window, config.placement, config.bandwidths, _known(window, now, config, now_ms))
+    evicted = eviction.report(window, conclusions=map_.conclusions)
     return Judged(
         rack=config.rack,
         period=window.span.name,
         timezone=window.span.timezone,
         empty=not window.batches,
-        headline=_headline(window, volume, up, money),
-        covered=uptime.covered(up),
+        headline=_headline(window, now, over=judged_ms >= window.span.until_ms),
+        figures=_figures(now),
+        before=_figures(before) if before is not None else None,
+        before_period=last.span.name if last is not None and before is not None else "",
+        covered=uptime.covered(now.up),
         batches=window.batches,
-        volume=volume,
-        thermal=thermal,
+        volume=now.volume,
+        thermal=now.thermal,
         evictions=evicted,
         distribution=map_,
-        cost=money,
-        apis=apis,
-        uptime=up,
+        cost=now.money,
+        apis=now.apis,
+        uptime=now.up,
         swaps=_swaps(window),
-        scorecard=scorecard.lines(window, up, apis, config.scorecard),
+        scorecard=now.card,
         so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
-        recommendations=tuple(advice.recommendations(window, thermal, map_, money, up, evicted, config.scorecard)),
+        recommendations=tuple(
+            advice.recommendations(window, now.thermal, map_, now.money, now.up, evicted, config.scorecard, now.apis)
+        ),
     )
 
 
-def _headline(window: Window, volume: volumes.Volume, up: uptime.Uptime, money: cost.CostReport) -> str:
+def _known(window: Window, now: _Evaluated, config: AggregatorConfig, now_ms: int) -> Known:
+    """What a placement has to know of the other judgements, so that they do not contradict each other."""
+    return Known(
+        away=advice.away(now.up).keys(),
+        retired={tenure.node for tenure in fleet(window, config.nodes, now_ms) if tenure.retired},
+        hot=set(advice.slow(now.thermal, config.scorecard)),
+        dearer=now.apis.share is not None and now.apis.share < 0,
+    )
+
+
+def _evaluated(
+    window: Window, before: cost.CostReport | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation]
+) -> _Evaluated:
+    money = cost.compute(window, config, before, now_ms)
+    # prices of the last moment of the span, or of today while it is not over: a later run gives the same figures
+    apis = api_prices.compare(window, money, config, local(min(now_ms, window.span.until_ms - 1), "UTC"))
+    up = uptime.uptime(window, fleet(window, config.nodes, now_ms), notes)
+    return _Evaluated(
+        volume=volumes.volume(window),
+        thermal=heat.thermal(window, config.scorecard.throttled),
+        money=money,
+        apis=apis,
+        up=up,
+        evicted=eviction.report(window),
+        card=scorecard.lines(window, up, apis, config.scorecard),
+    )
+
+
+def _figures(of: _Evaluated) -> Figures:
+    peaks = [n.peak_package_mc for n in of.thermal.nodes if n.peak_package_mc is not None]
+    return Figures(
+        requests=of.volume.requests,
+        failed=of.volume.failed,
+        refused=of.volume.refused,
+        prompt_tok=of.volume.prompt_tok,
+        completion_tok=of.volume.completion_tok,
+        total=of.money.total,
+        average_per_m=of.money.average_per_m,
+        saving_share=of.apis.share,
+        rack_up=of.up.rack.share,
+        request_share=of.up.request_share,
+        itl_p95_us=of.volume.itl_p95_us,
+        throttled=next((line.value for line in of.card if line.kind == "heat"), None),
+        peak_package_mc=max(peaks, default=None),
+        evictions=of.evicted.total,
+        busy_share=of.money.busy_share,
+        covered=uptime.covered(of.up),
+    )
+
+
+def _headline(window: Window, of: _Evaluated, *, over: bool) -> str:
+    """The verdict in one sentence: what it cost, against what, and whether it was up."""
     if not window.batches:
         return f"No node reported anything in {window.span.name}."
-    answered = f"The rack answered {volume.requests:,} requests with {volume.completion_tok:,} tokens"
-    share = up.request_share
-    kept = f", {share:.2%} of those it should have" if share is not None else ""
-    price = f", at {money.average_per_m:,.2f} {money.currency} per million tokens" if money.average_per_m else ""
-    return f"{answered}{kept}{price}."
+    name = spoken(window.span.name)
+    return f"{name if over else f'{name} so far'} {_spent(of.money, of.volume, of.apis)}; {_up(of.up)}."
+
+
+def _spent(money: cost.CostReport, volume: volumes.Volume, apis: api_prices.Comparisons) -> str:
+    if money.total is None:
+        tokens = volume.prompt_tok + volume.completion_tok
+        return f"had {_counted(tokens)}, and what they cost is not known: no node has a price"
+    paid = f"cost {cost.amount(money.total, money.currency)}"
+    if money.average_per_m is None:
+        return f"{paid}, and no token was computed for it"
+    text = f"{paid} for {_counted(money.tokens)}, {cost.amount(money.average_per_m)} per million"
+    if apis.share is None:
+        return text
+    part = f" (of the {apis.covered:.0%} that can be compared)" if apis.covered and apis.covered < 0.995 else ""
+    return f"{text}: {api_prices.against(apis.share, 'the same open models at API hosts')}{part.replace('%', ' %')}"
+
+
+def _up(up: uptime.Uptime) -> str:
+    time, asked = up.rack.share, up.request_share
+    answered = f"answered {_cut(asked)} of the requests that it should have" if asked is not None else ""
+    if time is None:
+        return f"{f'the rack {answered}' if answered else 'nothing was asked of it'}; how long it was up is not known"
+    return (
+        f"the rack was up {_cut(time)} {f'and {answered}' if answered else 'of the time, and nothing was asked of it'}"
+    )
+
+
+def _counted(tokens: int) -> str:
+    """44 tokens, 8,300 tokens, 1.2 M tokens, 669 M tokens."""
+    if tokens < 100_000:
+        return f"{tokens:,} token{'s' if tokens != 1 else ''}"
+    return f"{tokens / 1e6:,.{1 if tokens < 10_000_000 else 0}f} M tokens"
+
+
+def _cut(share: float) -> str:
+    """A share in percent, cut off: what is not all is not 100 %."""
+    digits = 2 if 0.99 <= share < 1 else 1
+    return "100 %" if share >= 1 else f"{math.floor(share * 100 * 10**digits) / 10**digits:.{digits}f} %"
 
 
 def _swaps(window: Window) -> Swaps:

@@ -8,14 +8,17 @@ from typing import Literal
 import msgspec
 
 from aggregator import heat
-from aggregator.api_prices import Comparisons
+from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.config import Scorecard
-from aggregator.uptime import Uptime
+from aggregator.uptime import Uptime, in_words
 from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
 
-Kind = Literal["latency", "uptime", "heat", "swap", "price"]
+LEAST_ANSWERS = 20
+"""The p95 of fewer values is their highest one."""
+
+Kind = Literal["latency", "uptime", "heat", "swap", "saving", "price"]
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,37 +41,48 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
         _uptime(up, targets),
         _heat(window, targets),
         _swaps(window, targets),
+        _saving(apis, targets),
         *_prices(apis, targets),
     )
 
 
 def _latency(window: Window, targets: Scorecard) -> Line:
-    p95 = merged(answered(window), "itl_us").quantile(0.95)
+    gaps = merged(answered(window), "itl_us")
+    p95 = gaps.quantile(0.95) if gaps.count >= LEAST_ANSWERS else None
     value = p95 / 1000 if p95 is not None else None
-    return _at_most(
+    line = _at_most(
         "latency", "p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %"
     )
+    return line if p95 is not None or not gaps.count else _few(line, f"of {gaps.count}, a p95 needs {LEAST_ANSWERS}")
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
-    value, target = up.request_share, targets.uptime
-    kept = None if value is None else value >= target
-    text = "no data" if value is None else f"{value:.3%} of {up.requests_ok + up.requests_bad:,} requests were answered"
+    """The worse of availability by requests and by time: who is down records no failure."""
+    said = []
+    if up.request_share is not None:
+        said.append(f"{up.request_share * 100:.3f} % of requests ({up.requests_ok + up.requests_bad:,}) were answered")
     if up.rack.share is not None:
-        text += f"; the rack was up {up.rack.share:.3%} of the time that is known"
-    return Line(kind="uptime", name="uptime", value=value, target=target, unit="share", kept=kept, text=text)
+        said.append(f"the rack was up {in_words(up.rack)} of the time that is known")
+    elif up.rack.known_share is not None:
+        said.append(f"how long the rack was up is {in_words(up.rack)}")
+    return Line(
+        kind="uptime",
+        name="uptime",
+        value=up.worse,
+        target=targets.uptime,
+        unit="share",
+        kept=up.kept(targets),
+        text="; ".join(said) or "no data",
+    )
 
 
 def _heat(window: Window, targets: Scorecard) -> Line:
     """Throttled time of nodes while their models worked: heat while idle slows nobody."""
-    worked_us = sum(one.worked_us for one in window.hosts)
-    value, of = None, "of the time in which models worked"
-    if worked_us:
-        value = sum(one.throttled_worked_us for one in window.hosts) / worked_us
-    elif not any(window.busy_us(node) for node in window.nodes):
-        value = max((s for node in window.nodes if (s := heat.share(window, node)) is not None), default=None)
-        of = "of the time of the hottest node; no model worked"
-    return _at_most("heat", "throttled", value, targets.throttled, "share", of)
+    value, worked_s = heat.of_work(window)
+    line = _at_most("heat", "throttled", value, targets.throttled, "share", "of the time in which models worked")
+    if value is not None or not worked_s:
+        return line
+    return _few(line, f"models worked for {worked_s:.0f} s, a share needs {heat.LEAST_WORKED_S:.0f} s")
 
 
 def _swaps(window: Window, targets: Scorecard) -> Line:
@@ -78,22 +92,55 @@ def _swaps(window: Window, targets: Scorecard) -> Line:
     return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
 
 
+def _saving(apis: Comparisons | None, targets: Scorecard) -> Line:
+    """Like for like: what all comparable models cost here, against the same models at API hosts."""
+    value = apis.share if apis is not None else None
+    kept = None if value is None else value >= targets.saving
+    text = "no data: no model here has a comparable price and a cost"
+    if apis is not None and value is not None:
+        busy = utilisation(apis)
+        text = against(value, "the same open models at API hosts") + (f"; {busy}" if busy else "")
+    return Line(
+        kind="saving",
+        name="saving against API hosts",
+        value=value,
+        target=targets.saving,
+        unit="share",
+        kept=kept,
+        text=text,
+    )
+
+
 def _prices(apis: Comparisons | None, targets: Scorecard) -> list[Line]:
     """The claim of 5 to 15 times cheaper than a frontier model, only against models that were named for it."""
     found = []
     for one in apis.models if apis is not None else ():
         if one.frontier and one.times_cheaper is not None:
             name, times, target = f"{one.model} against {one.frontier}", one.times_cheaper, targets.times_cheaper
-            cheaper = "cheaper" if times >= 1 else "of the price: dearer here"
-            text = f"{times:.1f} times {cheaper}; another model, so not the same answers"
+            text = f"{frontier(times, one.frontier_share)}; another model, so not the same answers"
             kept = times >= target
             found.append(Line(kind="price", name=name, value=times, target=target, unit="times", kept=kept, text=text))
     return found
 
 
+def frontier(times: float, saved: float | None) -> str:
+    """How the price here compares with that of a frontier model which is ``times`` as high: 5.2 times cheaper (80.8 %
+    less), or 2.9 times as expensive."""
+    if times < 1:
+        return f"{1 / times:,.1f} times as expensive" if times < 0.952 else "slightly dearer"
+    less = f" ({saved * 100:.1f} % less)" if saved is not None else ""
+    return f"{times:,.1f} times cheaper{less}"
+
+
 def _at_most(kind: Kind, name: str, value: float | None, target: float, unit: str, of: str) -> Line:
     if value is None:
         return Line(kind=kind, name=name, value=None, target=target, unit=unit, kept=None, text="no data")
-    said = f"{value:.2%}" if unit == "share" else f"{value:,.1f} {unit}"
+    digits = heat.digits_beside(value, target, 4 if unit == "share" else 1)
+    said = f"{value:.{digits - 2}%}" if unit == "share" else f"{value:,.{digits}f} {unit}"
     kept, text = value <= target, f"{said} {of}"
     return Line(kind=kind, name=name, value=value, target=target, unit=unit, kept=kept, text=text)
+
+
+def _few(line: Line, why: str) -> Line:
+    """A line without a figure, because there was too little to take one of."""
+    return msgspec.structs.replace(line, text=f"no data: {why}")

@@ -182,7 +182,7 @@ FOLDS: dict[str, Fold] = {
             *("package_temp_mc", "pcore_temp_mc", "gpu_temp_mc", "fan_max_rpm", "system_power_max_mw"),
             *("memory_total_bytes", "memory_used_max_bytes", "swap_used_bytes"),
         ),
-        mins=("disk_free_bytes",),
+        mins=("disk_free_bytes", "idle_package_mc"),
         lasts=("memory_budget_bytes",),
         lift={
             "windows": "1",
@@ -196,6 +196,8 @@ FOLDS: dict[str, Fold] = {
             # models that work at the same time do not make the time longer
             "worked_us": "least(coalesce(busy_us, 0), thermal_known_us)",
             "throttled_worked_us": "least(coalesce(busy_us, 0), thermal_known_us, throttled_us)",
+            # a request that takes a hundredth of the window does not warm the chip
+            "idle_package_mc": f"CASE WHEN coalesce(busy_us, 0) <= 10 * {_LENGTH} THEN package_temp_mean_mc END",
             **_POWERS,
         },
         own="thermal_known_us",

@@ -120,7 +120,8 @@ class EngineSum(EngineCounts, frozen=True, kw_only=True):
 class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     """One machine over the span. ``x_mw_ms`` is power by time, ``x_mw_known_ms`` the time it was known. ``worked_us``
     is how long its models worked while the thermal level was known, ``throttled_worked_us`` how long of that it was
-    throttled: added up from each window's, since two totals do not tell what came together."""
+    throttled: added up from each window's, since two totals do not tell what came together. ``idle_package_mc`` is the
+    lowest mean package temperature of a window in which its models did not work."""
 
     node: str
     windows: int
@@ -141,6 +142,7 @@ class HostSum(msgspec.Struct, frozen=True, kw_only=True):
     package_mc_ms: int = 0
     package_mc_known_ms: int = 0
     package_temp_mc: int | None = None
+    idle_package_mc: int | None = None
     pcore_temp_mc: int | None = None
     gpu_temp_mc: int | None = None
     fan_max_rpm: int | None = None
@@ -391,13 +393,14 @@ def straightened(batch: Batch) -> Batch:
     skew_ms = batch.clock_skew_ms or 0
     if abs(skew_ms) <= STRAIGHTEN_MS:
         return batch
-    records = tuple(_shifted(record, skew_ms) for record in batch.records)
+    records = tuple(shifted(record, skew_ms) for record in batch.records)
     return msgspec.structs.replace(
         batch, t_start_ms=max(0, batch.t_start_ms - skew_ms), t_end_ms=max(0, batch.t_end_ms - skew_ms), records=records
     )
 
 
-def _shifted(record: msgspec.Struct, skew_ms: int) -> msgspec.Struct:
+def shifted(record: msgspec.Struct, skew_ms: int) -> msgspec.Struct:
+    """A record with its times ``skew_ms`` earlier."""
     times = [name for name in _TIMES if name in record.__struct_fields__]
     changed = {name: max(0, getattr(record, name) - skew_ms) for name in times}
     return msgspec.structs.replace(record, **changed) if changed else record

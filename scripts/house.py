@@ -109,7 +109,7 @@ def measures(root: Path) -> list[Measure]:
         Measure("lines of a function, p99", lengths[int(len(lengths) * 0.99)], 41),
         Measure("lines of a function, longest", *_most(functions, 60)),
         Measure("lines of a file", lines[longest], 450, str(longest)),
-        Measure("lines of product code", total, 54_500),
+        Measure("lines of product code", total, 58_500),
         Measure("lines of scripts", scripts, 7_300),
         Measure("docstring and comment lines per 100", round(100 * prose / total, 2), 9.97, least=True),
         Measure("test lines per line of code", round(tests / total, 2), 0.6, least=True),

@@ -48,7 +48,7 @@ def rack() -> MadeRack:
         since_ms=SINCE_MS,
         faults=0.25,
         hot=0.2,
-        intake_c=(22.0, 22.5, 23.5, 26.0),
+        intake_c=(22.0, 22.0, 23.0, 27.0),
         skewed=("mini-3",),
         metered=("mini-1", "mini-2"),
         changes=(

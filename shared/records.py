@@ -27,6 +27,9 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
     """Requests that this node answered as gateway, grouped by all labels.
 
     ``worker`` is the node that computed the answer, "" if none did. ``outcome`` is ok, failed, cancelled or refused.
+    ``finish`` is why an answer ended; of a refused request, and of a failed one that no node could take, why it was not
+    served: capacity (nothing could serve it), limit (its key's own limit) or request (its own fault). Older agents give
+    no reason.
     """
 
     model: str

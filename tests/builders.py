@@ -7,8 +7,12 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from pypdf import PdfReader
 
+from aggregator.annotations import Annotation
 from aggregator.calendar import Span
+from aggregator.config import Node
+from aggregator.fleet import fleet
 from aggregator.tables import FOLDS, SLOT_MS
+from aggregator.uptime import Uptime, uptime
 from aggregator.window import (
     LONGEST_WINDOW_MS,
     Asked,
@@ -149,6 +153,11 @@ def window(*batches: Batch, span: Span = DAY, nodes: Iterable[str] = ()) -> Wind
     return msgspec.structs.replace(made, reported_before=before)
 
 
+def uptime_of(window: Window, now_ms: int, notes: Sequence[Annotation] = (), nodes: Sequence[Node] = ()) -> Uptime:
+    """The uptime of a span up to a moment; ``nodes`` are the configured ones."""
+    return uptime(window, fleet(window, nodes, now_ms), notes)
+
+
 def pdf_text(body: bytes) -> str:
     """What a reader sees in a PDF."""
     return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(body)).pages)
@@ -166,7 +175,7 @@ _LABELS = {
     Demand: ("slot_ms", "model"),
     Asked: ("slot_ms", "model", "outcome"),
 }
-_LOWEST = ("disk_free_bytes", "first_seq", "since_ms", "dropped_before")
+_LOWEST = ("disk_free_bytes", "idle_package_mc", "first_seq", "since_ms", "dropped_before")
 _NEWEST = ("memory_budget_bytes", "need_bytes", "pinned", "agent_version", "boot_id", "reason")
 _HIGHEST = (
     *(
@@ -248,6 +257,7 @@ def _host_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
             "windows": 1,
             "worked_us": worked_us,
             "throttled_worked_us": min(worked_us, h.throttled_us),
+            "idle_package_mc": h.package_temp_mean_mc if busy.get(f.meta, 0) <= 10 * length else None,
             "swap_in_bytes": h.swap_in_bytes or 0,
             "swap_out_bytes": h.swap_out_bytes or 0,
             "energy_mj": h.energy_mj or 0,

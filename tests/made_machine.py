@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from shared import chips
 from shared.memory_plan import default_budget_bytes
+from shared.records import Hardware
 
 MODEL, MEMORY_GB = "Mac16,11", 64
 """What every node is: the largest mini of its year."""
@@ -20,7 +21,7 @@ HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 THROTTLE_C, CALM_C = 96.5, 91.0
 """The chip slows down from the first on, until it is below the second."""
-_SETTLES_MS = 240_000
+_SETTLES_MS = 120_000
 """Time constant of a mini's temperature."""
 _COARSE_MS = 600_000
 _MAC = chips.find_mac(MODEL)
@@ -29,6 +30,7 @@ MAC = _MAC
 _CHIP = chips.find(MAC.chip)
 assert _CHIP is not None
 CHIP = _CHIP
+HARDWARE = Hardware(model=MODEL, chip=f"Apple {MAC.chip}", memory_bytes=MEMORY_GB * chips.GIB, cores=(10, 4))
 BANDWIDTH = CHIP.bandwidth(MEMORY_GB) * 1e9
 """Bytes per second that the memory moves at most."""
 

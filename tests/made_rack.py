@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from shared import chips
 from shared.batch import Batch
 from shared.records import (
     AgentStarted,
     AgentStopped,
     DesiredObserved,
     Event,
-    Hardware,
     HostSample,
     LoaderExited,
     MemoryPressed,
@@ -36,21 +34,10 @@ from shared.records import (
     ThrottleEvent,
 )
 from tests.made_loader import Arrived, Loader, MadeModel
-from tests.made_machine import BUDGET_BYTES, DAY_MS, HOUR_MS, MAC, MEMORY_GB, MODEL, Air, Heat, boot, list_price
+from tests.made_machine import BUDGET_BYTES, DAY_MS, HARDWARE, HOUR_MS, MAC, MEMORY_GB, Air, Heat, boot, list_price
 from tests.made_memory import Memory
 
-__all__ = (
-    "DAY_MS",
-    "HOUR_MS",
-    "WEEK_MS",
-    "Change",
-    "MadeModel",
-    "MadeRack",
-    "Outage",
-    "batches",
-    "list_price",
-    "outages",
-)
+__all__ = ["DAY_MS", "HOUR_MS", "Change", "MadeModel", "MadeRack", "Outage", "batches", "list_price", "outages"]
 WEEK_MS = 168 * HOUR_MS
 CAUSES = ("cache_miss", "poisoned_kv", "traffic_drop", "throttling", "mix_shift")
 _QUIET = ("asleep", "lost")
@@ -203,7 +190,9 @@ class _Node:
             events += self.memory.started(at)
         if stop in ("clean", "deploy"):
             events.append(AgentStopped(t_ms=end, reason="shutdown requested"))
-        short = (one for one in self.mine if one.kind == "memory" and at <= one.start_ms - 90_000 < end)
+        short = [one for one in self.mine if one.kind == "memory" and at <= one.start_ms - 90_000 < end]
+        if self.memory.held_bytes < 0.6 * self.rack.budget_bytes:
+            short = []  # memory cannot have run short
         for one in short:
             budget = self.rack.budget_bytes
             held = int(budget * self.dice.uniform(1.02, 1.06))
@@ -230,8 +219,7 @@ class _Node:
         records += self._host(start, end, busy_us, events)
         if start // DAY_MS != self.told_day:
             self.told_day = start // DAY_MS
-            memory_bytes = MEMORY_GB * chips.GIB
-            records.append(Hardware(model=MODEL, chip=f"Apple {MAC.chip}", memory_bytes=memory_bytes, cores=(10, 4)))
+            records.append(HARDWARE)
         records.append(DesiredObserved(generation=1, state="converged"))
         records += self._seen(start, end)
         skew, shift = self._skew(start)

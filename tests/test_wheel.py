@@ -62,7 +62,13 @@ def test_both_programs_start_inside_the_guard(wheel: zipfile.ZipFile) -> None:
         first = ast.parse(wheel.read(f"{program}/__main__.py"))
         imported = [node for node in first.body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imported}
-        assert modules == {"sys", "collections.abc", "shared.missing"}, "nothing that a missing package could break"
+        assert modules == {"sys", "collections.abc", "shared.missing", "shared.commandline"}
+    for module in ("missing", "commandline"):
+        tree = ast.parse(wheel.read(f"shared/{module}.py"))
+        names = [n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)]
+        names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
+        others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} - {"shared.missing"}
+        assert not others, "nothing that a missing package could break"
 
 
 def needed(texts: Iterable[str], machine: dict[str, str]) -> set[str]:

@@ -19,7 +19,7 @@ from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
 from agent.config import Api
 from agent.gateway.call import Call
-from agent.gateway.dispatch import outcome_of
+from agent.gateway.outcomes import ended
 from agent.wire.frames import Accepted, Answer, Done, Generate, Scored, Tokens, Waits
 from shared.errors import RackError, Retryable
 
@@ -61,7 +61,7 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
     config = request.app[CONTEXT].config
     note(request, key=key_id)
     try:
-        with request.app[CONTEXT].dispatch.reading(request[REQUEST_ID], key_id):
+        with request.app[CONTEXT].dispatch.reading(key_id):
             body = await body_of(request, config.limits.body_s, held)
             if len(body) < _LARGE_BYTES:
                 held.take(max(0, weight(body, held.most) - held.bytes))
@@ -70,7 +70,8 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
                 run = partial(asyncio.get_running_loop().run_in_executor, request.app[PARSING])
                 held.take(max(0, await run(weight, body, held.most) - held.bytes))
                 wanted = await run(parse, body, config.api)
-    except Retryable:
+    except Retryable as error:
+        request.app[CONTEXT].dispatch.turned_away(request[REQUEST_ID], key_id, error)
         if not request.content.is_eof():  # it will be read and dropped, which takes CPU time, too
             await asyncio.sleep(held.pace_s(request.content_length or 0, time.monotonic()))
         raise
@@ -128,7 +129,7 @@ async def whole(request: web.Request, calls: Sequence[Call]) -> list[Choice]:
         try:
             return list(await asyncio.gather(*tasks))
         except RackError as error:
-            calls[0].fate = outcome_of(error)
+            calls[0].fate = ended(error)
             raise
         finally:
             for task in tasks:
@@ -167,7 +168,7 @@ async def _side_by_side(request: web.Request, calls: Sequence[Call]) -> AsyncGen
         left = len(calls)
         while left:
             if isinstance(piece := await _next_piece(queue, tasks), RackError):
-                calls[0].fate = outcome_of(piece)
+                calls[0].fate = ended(piece)
                 raise piece
             if piece is None:
                 left -= 1

@@ -1,15 +1,18 @@
 """What is asked of every request before its handler: whether it may come from a browser, and whether the node has a
 place for it. It reads headers only."""
 
+import contextlib
+
 from aiohttp import hdrs, web
 
 from agent.api import origins
-from agent.api.context import CONTEXT
+from agent.api.context import CONTEXT, REQUEST_ID, Unauthorized, client_key_id
 from shared.errors import Retryable
 from shared.hosts import is_loopback
 
 ALLOWED_ORIGIN: web.RequestKey[str] = web.RequestKey("allowed_origin", str)
 _API = ("/v1/", "/openapi.json")
+_ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _BUSY_S = 5.0
 
 
@@ -25,8 +28,18 @@ def admit(request: web.Request) -> web.StreamResponse | None:
         if request.method == hdrs.METH_OPTIONS:
             return web.Response(status=204, headers=origins.preflight(request.headers))
     if tracked is not None and not tracked.serves(request.path):
-        raise Retryable("too many connections to this node", code="connections_full", retry_after_s=_BUSY_S)
+        full = Retryable("too many connections to this node", code="connections_full", retry_after_s=_BUSY_S)
+        _count(request, full)
+        raise full
     return None
+
+
+def _count(request: web.Request, full: Retryable) -> None:
+    """A request that wants an answer, of a client with a key, found no place: the others are no requests of the rack's
+    clients."""
+    if request.method == hdrs.METH_POST and request.path in _ANSWERED:
+        with contextlib.suppress(Unauthorized):
+            request.app[CONTEXT].dispatch.turned_away(request[REQUEST_ID], client_key_id(request), full)
 
 
 def share(request: web.Request, response: web.StreamResponse) -> None:

@@ -5,6 +5,7 @@ import secrets
 import msgspec
 
 from agent.gateway.decisions import Trail
+from agent.gateway.outcomes import Ended
 from agent.process.prefixes import Text
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import Namespace
@@ -36,7 +37,8 @@ class Call(msgspec.Struct, kw_only=True):
     None until one is drawn. ``made`` are the tokens produced; while ``continuing``, the answer resumes after them.
     ``over_tok`` is a context length that was too small for it, ``too_long`` the error of the node that found it so;
     engines of ``faulty`` nodes failed at it; ``ignored`` are the fields of the request that the worker capped or left
-    out. ``due_s`` is when the request is over. ``crashes``: see Loss. ``spent`` is what lost attempts took.
+    out. ``due_s`` is when the request is over. ``fate`` is the end of another part, which ended this one. ``crashes``:
+    see Loss. ``spent`` is what lost attempts took.
     """
 
     ask: Ask
@@ -66,7 +68,7 @@ class Call(msgspec.Struct, kw_only=True):
     ignored: tuple[str, ...] = ()
     done: Done | None = None
     known: bool = False
-    fate: str = ""
+    fate: Ended | None = None
     crashes: int = 0
     began_s: float = 0.0
     due_s: float = 0.0

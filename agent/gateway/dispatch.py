@@ -16,6 +16,7 @@ from agent.gateway.call import Call
 from agent.gateway.decisions import Decisions, Trail
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.node_selection import NodeSelection
+from agent.gateway.outcomes import CANCELLED, FAILED, OK, Ended, ended
 from agent.gateway.retry_budget import RetryBudget
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
@@ -27,8 +28,6 @@ from agent.wire.frames import Accepted, Answer, Ask, Generate
 from agent.wire.namespaces import OPEN
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
-
-REJECTED = ("queue_full", "key_queue_full", "draining")
 
 _REJECTIONS = {
     "draining": "this node is shutting down",
@@ -108,22 +107,24 @@ class Dispatch:
         call.began_s = call.last_s = self._clock()
         call.due_s = call.began_s + self._live.now.limits.request_s
         self._begin_trail(call)
-        outcome = "cancelled"
+        end = CANCELLED
         try:
             async with contextlib.aclosing(self._attempts.run(call)) as answers:
                 async for answer in answers:
                     yield answer
-            outcome = "ok"
+            end = OK
         except RackError as error:
-            outcome = outcome_of(error)
+            end = ended(error)
+            raise
+        except Exception:  # a bug; whose it is, the client did not leave
+            end = FAILED
             raise
         finally:
-            # a part that was cancelled because another failed has the outcome of that one
-            self._count(call, call.fate if outcome == "cancelled" and call.fate else outcome)
+            # a part that was cancelled because another failed has the end of that one
+            self._count(call, call.fate if end is CANCELLED and call.fate else end)
 
-    def reading(self, request_id: str, key_id: str) -> Admitted:
-        """Admit a request whose body, and with it its model, is not known yet. Raises Retryable, and counts the
-        rejection."""
+    def reading(self, key_id: str) -> Admitted:
+        """Admit a request whose body, and with it its model, is not known yet. Raises Retryable."""
         decision = admit(
             model=_ANY_MODEL,
             key=Load(self._by_key[key_id], self._live.now.limits.in_flight_per_key),
@@ -131,20 +132,23 @@ class Dispatch:
             drain_rate_per_s=self._drain_rate_per_s,
         )
         if isinstance(decision, Turn):
-            now = self._clock()
-            call = Call(
-                ask=Generate(id=0, model="", max_tokens=None),
-                request_id=request_id,
-                cache=OPEN,
-                key_id=key_id,
-                began_s=now,
-                last_s=now,
-            )
-            self._begin_trail(call)
-            self._count(call, "refused", decision.code)
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._by_key[key_id] += 1
         return Admitted(partial(self._forget_key, key_id, 1))
+
+    def turned_away(self, request_id: str, key_id: str, error: RackError) -> None:
+        """Count a request that ended with this error before its model was known."""
+        now = self._clock()
+        call = Call(
+            ask=Generate(id=0, model="", max_tokens=None),
+            request_id=request_id,
+            cache=OPEN,
+            key_id=key_id,
+            began_s=now,
+            last_s=now,
+        )
+        self._begin_trail(call)
+        self._count(call, ended(error), error.code)
 
     def enter(self, calls: Sequence[Call]) -> Admitted:
         """Admit all parts of one request, or none. Raises Refused or Retryable, and counts the rejection."""
@@ -155,7 +159,7 @@ class Dispatch:
             self._admit(first, len(calls))
         except RackError as error:
             self._begin_trail(first)
-            self._count(first, outcome_of(error), error.code)
+            self._count(first, ended(error), error.code)
             raise
         self.budget.asked()
         return Admitted(partial(self._leave, first, len(calls)))
@@ -234,14 +238,14 @@ class Dispatch:
             )
         )
 
-    def _count(self, call: Call, outcome: str, code: str = "") -> None:
+    def _count(self, call: Call, end: Ended, code: str = "") -> None:
         now = self._clock()
-        if outcome == "ok":
+        if end is OK:
             self._drain.setdefault(call.model, DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
         if call.trail is not None:
-            call.trail.outcome, call.trail.worker, call.trail.model = outcome, call.worker, model
+            call.trail.outcome, call.trail.worker, call.trail.model = end.outcome, call.worker, model
             call.trail.prompt_tok = call.text.prompt_tok
             call.trail.add(now, "ended", why=code)
         self._ledger.record(
@@ -250,8 +254,8 @@ class Dispatch:
                 version=call.version,
                 worker=call.worker,
                 key_id=call.key_id,
-                outcome=outcome,
-                finish=call.finish,
+                outcome=end.outcome,
+                finish=end.reason or call.finish,
                 requests=1 if call.part == 0 else 0,
                 retries=call.retries,
                 continuations=call.continuations,
@@ -263,8 +267,3 @@ class Dispatch:
                 total_us=int((now - call.began_s) * 1e6),
             )
         )
-
-
-def outcome_of(error: RackError) -> str:
-    """The outcome to count for a request that ended with this error."""
-    return "refused" if isinstance(error, Refused) or error.code in REJECTED else "failed"

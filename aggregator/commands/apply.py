@@ -43,7 +43,7 @@ def run(
     """The moves and the resulting desired state, published unless ``dry_run``. Raises NothingToPublish when it changes
     nothing, Refused when it is impossible, Retryable when another writer was first."""
     if not report.nodes:
-        raise NothingToPublish(f"apply: no node reported anything in {report.period}, so nothing is proposed for it")
+        raise NothingToPublish(f"apply: no node was there at the end of {report.period}, so nothing is proposed for it")
     stored, before = _current(store)
     _check_rack(config, before)
     chosen = acceptance.accepted(report, steps)

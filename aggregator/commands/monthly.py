@@ -4,8 +4,8 @@ import time
 
 import msgspec
 
-from aggregator import publish
-from aggregator.calendar import full_hour, month
+from aggregator import load, publish
+from aggregator.calendar import full_hour, month, month_before
 from aggregator.commands.weekly import Published, notes, reported
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
@@ -14,10 +14,11 @@ from shared.store import ObjectStore
 
 
 def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
-    """Publish the month's report. Raises NothingToPublish for one without telemetry."""
-    span = month(name, config.timezone)
-    window = reported(store, span)
-    judged = judge(window, None, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
+    """Publish the month's report, compared with the month before. Raises NothingToPublish for one without telemetry."""
+    span, nodes = month(name, config.timezone), [node.id for node in config.nodes]
+    window = reported(store, span, nodes)
+    last = load.window(store, month_before(span), nodes)
+    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     published = [
         publish.report(store, "monthly", span.name, "report", extension, content)

@@ -201,7 +201,7 @@ def _month(store: ObjectStore, period: Period) -> str:
         judged = msgspec.json.decode(_body(store, found.key("json")), type=Judged)
     except (msgspec.DecodeError, RecursionError):
         raise Refused(f"{found.key('json')}: another version wrote it: publish it again, or see the PDF") from None
-    pages = [page for _, page in weekly.artifacts(judged, "the month before").values()]
+    pages = [page for _, page in weekly.artifacts(judged, judged.before_period or "the month before").values()]
     heading = f"# Rack {judged.rack}, {judged.period}{f', {judged.so_far}' if judged.so_far else ''}"
     advice = [f"- {one.text} ({one.because})" for one in judged.recommendations]
     first = [heading, "", judged.headline, "", *(["## Recommendations", "", *advice, ""] if advice else [])]

@@ -45,30 +45,32 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> Published:
     """Publish the reports of any span, compared with an earlier one. Raises NothingToPublish for one without
     telemetry."""
-    window = reported(store, span)
-    last = load.window(store, earlier)
+    nodes = [node.id for node in config.nodes]
+    window = reported(store, span, nodes)
+    last = load.window(store, earlier, nodes)
     noted = notes(store)
-    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), noted.entries)
-    told = (*noted.refused, *_unheard(window, noted.entries), *_gone(window, last))
+    now_ms = full_hour(time.time_ns() // 1_000_000)
+    judged = judge(window, last, config, now_ms, noted.entries)
+    told = (*noted.refused, *_unheard(window, noted.entries, config), *_gone(window, last, config))
     said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
     published = []
     for kind, (report, page) in artifacts(judged, last.span.name, said).items():
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
-    daily = [(day, cost.compute(load.window(store, day), config)) for day in days(span)]
-    csv = focus.export(config.rack, span, daily, judged.so_far_until_ms or None)
+    daily = [(day, cost.compute(load.window(store, day, nodes), config, now_ms=now_ms).rows) for day in days(span)]
+    csv = focus.export(config.rack, span, judged.cost, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     return Published(published, judged.so_far)
 
 
-def reported(store: ObjectStore, span: Span) -> Window:
-    """What nodes reported in a span. Raises NothingToPublish if there is nothing: a full set of empty reports would
-    look like a rack that stood still."""
+def reported(store: ObjectStore, span: Span, nodes: Iterable[str]) -> Window:
+    """What nodes reported in a span; ``nodes`` are the configured ones. Raises NothingToPublish if there is nothing: a
+    full set of empty reports would look like a rack that stood still."""
     if span.since_ms > time.time_ns() // 1_000_000:
         begin = f"{local(span.since_ms, span.timezone):%Y-%m-%d} ({span.timezone})"
         raise NothingToPublish(f"{span.name} has not begun: it begins on {begin}; nothing was published")
-    window = load.window(store, span)
+    window = load.window(store, span, nodes)
     if window.batches:
         return window
     known = sorted(load.newest_manifest(store).days)
@@ -128,19 +130,21 @@ def _clocks(window: Window) -> tuple[str, ...]:
     return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
 
 
-def _unheard(window: Window, entries: Sequence[Annotation]) -> tuple[str, ...]:
-    """Annotations of this span whose node is none that reported: mostly a name that was mistyped."""
+def _unheard(window: Window, entries: Sequence[Annotation], config: AggregatorConfig) -> tuple[str, ...]:
+    """Annotations of this span whose node neither reported nor is configured: mostly a name that was mistyped."""
     since, until = window.span.since_ms, window.span.until_ms
-    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since} - set(window.nodes)
+    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since}
+    here -= {*window.nodes, *(node.id for node in config.nodes)}
     return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
 
 
-def _gone(window: Window, last: Window) -> tuple[str, ...]:
-    """Nodes that are in no figure, since they reported nothing: dead, or taken away."""
-    gone = sorted(set(last.nodes) - set(window.nodes))
+def _gone(window: Window, last: Window, config: AggregatorConfig) -> tuple[str, ...]:
+    """Nodes that are in no figure, since they reported nothing and are not configured: dead, or taken away."""
+    gone = set(last.nodes) - set(window.nodes) - {node.id for node in config.nodes}
     return tuple(
-        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures."
-        for node in gone
+        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures, since "
+        "it has no [[nodes]] table in aggregator.toml."
+        for node in sorted(gone)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from shared.batch import Batch
+from shared.records import Hardware
 
 NAMES = frozenset(
     ("model", "for_model", "version", "from_version", "to_version", "worker", "peer", "key_id", "task_class", "swap_id")
@@ -63,7 +64,9 @@ def _cleaned(item: S) -> S:
     changed = {}
     for field in _texts(type(item)):
         value = getattr(item, field)
-        if value and (new := _value(field, value)) != value:
+        # the model of a machine ("Mac16,11") is Apple's word, no name of the rack
+        apples = field == "model" and isinstance(item, Hardware)
+        if value and (new := text(value, MOST_NAME) if apples else _value(field, value)) != value:
             changed[field] = new
     return msgspec.structs.replace(item, **changed) if changed else item
 

@@ -3,10 +3,9 @@
 import jinja2
 from markupsafe import Markup
 
-from aggregator.report.page import CODE, Curve, Page
-
-_WIDTH, _HEIGHT = 640, 160
-_COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
+from aggregator.report.chart import COLOURS, svg
+from aggregator.report.page import CODE, Page
+from aggregator.report.wording import figure
 
 
 def render(page: Page) -> bytes:
@@ -19,8 +18,8 @@ def render(page: Page) -> bytes:
         autoescape=True,
         keep_trailing_newline=True,
     )
-    environment.globals["svg"] = svg
-    environment.filters["coded"] = coded
+    environment.globals |= {"svg": svg, "colours": COLOURS}
+    environment.filters |= {"coded": coded, "figure": figure}
     return environment.get_template("page.html.j2").render(page=page).encode()
 
 
@@ -28,27 +27,3 @@ def coded(text: str) -> Markup:
     """A text, escaped, with what stands between backticks as code."""
     parts = (Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else part for n, part in enumerate(CODE.split(text)))
     return Markup("").join(parts)
-
-
-def svg(curve: Curve) -> Markup:
-    """A line chart as SVG; the axis is at zero also if there are negative values."""
-    values = [v for _, line in curve.lines for v in line]
-    if not values:
-        return Markup("")
-    low, high = min(*values, 0.0), max(*values, 0.0)
-    span = (high - low) or 1.0
-
-    def place(n: int, value: float, count: int) -> str:
-        x = _WIDTH * n / max(1, count - 1)
-        return f"{x:.1f},{_HEIGHT - (value - low) / span * _HEIGHT:.1f}"
-
-    parts = []
-    zero = _HEIGHT - (0 - low) / span * _HEIGHT
-    parts.append(f'<line x1="0" y1="{zero:.1f}" x2="{_WIDTH}" y2="{zero:.1f}" class="axis"/>')
-    for number, (_, line) in enumerate(curve.lines):
-        points = " ".join(place(n, value, len(line)) for n, value in enumerate(line))
-        colour = _COLOURS[number % len(_COLOURS)]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    inner = "".join(parts)
-    box = f'viewBox="0 -4 {_WIDTH} {_HEIGHT + 8}" role="img" preserveAspectRatio="none"'
-    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{inner}</svg>')

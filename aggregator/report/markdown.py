@@ -3,6 +3,7 @@
 import re
 
 from aggregator.report.page import CODE, Curve, Page, Section, Table
+from aggregator.report.wording import figure
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -46,10 +47,11 @@ def _curve(curve: Curve) -> list[str]:
     title = f"{curve.title}, {curve.labels[0]} to {curve.labels[-1]}:" if curve.labels else curve.title
     parts = [_plain(title), "", "```"]
     parts += [
-        f"{_fenced(name):12} {bars(values)} {values[-1] if values else 0:,.6g} {curve.unit}"
+        f"{_fenced(name):12} {bars(values)} {figure(values[-1] if values else 0)} {curve.unit}"
         for name, values in curve.lines
     ]
-    return [*parts, "```", ""]
+    marked = [_plain(f"{curve.mark_text}."[:1].upper() + f"{curve.mark_text}."[1:]), ""] if curve.mark_text else []
+    return [*parts, "```", "", *marked]
 
 
 def _fenced(text: str) -> str:

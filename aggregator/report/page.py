@@ -15,12 +15,15 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """One or more lines over the same points; ``labels`` name the points, of which the first and last are shown."""
+    """One or more lines over the same points, which ``labels`` name. ``mark`` is the index of a point to point out, and
+    ``mark_text`` what it is."""
 
     title: str
     labels: tuple[str, ...]
     lines: tuple[tuple[str, tuple[float, ...]], ...]
     unit: str = ""
+    mark: int | None = None
+    mark_text: str = ""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
 from aggregator.calendar import local
+from aggregator.heat import needs
 from aggregator.judgements import Judged
 from aggregator.placement import NodeLoad
 from aggregator.report import wording
@@ -159,14 +160,19 @@ def _thermal(report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
-            *(n.node, wording.celsius(n.peak_package_mc), wording.celsius(n.peak_pcore_mc)),
-            *(wording.count(n.throttle_events), wording.share(n.throttled_share)),
+            *(n.node, wording.celsius(n.peak_mc), wording.celsius(n.peak_pcore_mc)),
+            *(wording.count(n.throttle_events), n.throttled, needs(n) or "-"),
         )
         for n in t.nodes
     ]
-    head = ("Node", "Peak package", "Peak P-core", "Throttle events", "Time throttled")
-    body = [_p(t.advice, BODY), Spacer(1, 4)]
-    return _section("2. Thermal", [*body, _table(head, rows)] if rows else [_p("No data.", BODY)])
+    head = ("Node", "Peak", "Peak P-core", "Throttle events", "Throttled, of its time", "Needs")
+    body = [*(_p(text, BODY) for text in (t.advice, t.because) if text), Spacer(1, 4)]
+    return _section(
+        "2. Thermal",
+        [*body, _table(head, rows, widths=(0.15, 0.13, 0.13, 0.12, 0.13, 0.34), text_from=5)]
+        if rows
+        else [_p("No data.", BODY)],
+    )
 
 
 def _evictions(report: Judged) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from decimal import Decimal
 
+from aggregator import heat
 from aggregator.calendar import duration
+from aggregator.cost import amount
 
 NO_DATA = "no data"
 
@@ -12,16 +14,14 @@ def count(value: int | None) -> str:
     return NO_DATA if value is None else f"{value:,}"
 
 
+def figure(value: float) -> str:
+    """A number on a chart: 1,422,110 from a thousand on, 12.34 below."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+
+
 def share(value: float | None, digits: int = 1) -> str:
     """12.3 %"""
     return NO_DATA if value is None else f"{value * 100:.{digits}f} %"
-
-
-def against(saving: float, other: str) -> str:
-    """A saving as a share of another price: "12.3 % less than it"; where it is many times the other, "188 times it"."""
-    if saving < -1:
-        return f"{1 - saving:,.{0 if saving < -9 else 1}f} times as much as {other}"
-    return f"{share(abs(saving))} {'less' if saving >= 0 else 'more'} than {other}"
 
 
 def saved(value: float | None) -> str:
@@ -44,17 +44,13 @@ def gb(value: int | None) -> str:
 
 
 def celsius(value_mc: int | None) -> str:
-    """Thousandths of a degree as 61.5 °C."""
-    return NO_DATA if value_mc is None else f"{value_mc / 1000:.1f} °C"
+    """Thousandths of a degree as 61.5 °C, with enough digits beside the limit."""
+    return heat.celsius(value_mc)
 
 
 def money(value: Decimal | None, currency: str) -> str:
     """12.34 USD, with four digits below a tenth and six below a thousandth."""
-    if value is None:
-        return NO_DATA
-    size = abs(value)
-    digits = 2 if size >= Decimal("0.1") or size == 0 else (4 if size >= Decimal("0.001") else 6)
-    return f"{value:,.{digits}f} {currency}"
+    return NO_DATA if value is None else amount(value, currency)
 
 
 def span(value_s: float | None) -> str:

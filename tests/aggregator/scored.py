@@ -8,7 +8,7 @@ import msgspec
 
 from aggregator import cost, eviction
 from aggregator.calendar import Span
-from aggregator.config import AggregatorConfig
+from aggregator.config import AggregatorConfig, Cost
 from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed, Record
 from tests.builders import batch, window
@@ -22,16 +22,28 @@ WEEKS = (
 )
 
 
-class Week(NamedTuple):
-    """A pair of weeks of one rack: the injected change, its model, and the judgement of each model."""
+WHOLE_RACK = ("throttling", "traffic_drop")
 
-    cause: str
+
+class Week(NamedTuple):
+    """A pair of weeks of one rack: the injected changes, their model, and the judgement of each model: whether it is
+    flagged, why, and by how much the price that changed most did."""
+
+    causes: tuple[str, ...]
     model: str
     said: dict[str, tuple[bool, str, float]]
 
+    @property
+    def near(self) -> bool:
+        """Whether a price changed by a ratio within 10 % of the one that is flagged."""
+        return any(abs(ratio / FLAG_RATIO - 1) <= 0.1 for _, _, ratio in self.said.values())
 
-def rack(seed: int, cause: str, figures: dict[str, Any]) -> tuple[MadeRack, str]:
-    """A random rack, and the model that the cause affects."""
+
+FLAG_RATIO = Cost().flag_ratio
+
+
+def rack(seed: int, causes: Sequence[str], figures: dict[str, Any]) -> tuple[MadeRack, str]:
+    """A random rack, and the model that the causes affect."""
     dice = random.Random(f"rack {seed}")
     nodes = tuple(f"n{n}" for n in range(1, dice.choice(figures["nodes"]) + 1))
     models = tuple(
@@ -46,10 +58,11 @@ def rack(seed: int, cause: str, figures: dict[str, Any]) -> tuple[MadeRack, str]
     )
     hit = dice.choice(models).name
     strength = dice.uniform(*figures["strength"])
-    changes = (Change(cause=cause, since_ms=WEEKS[1].since_ms, model=hit, strength=strength),) if cause else ()
-    if cause in ("throttling", "traffic_drop"):
-        # heat and low traffic affect a whole rack, not one of its models
-        changes = (Change(cause=cause, since_ms=WEEKS[1].since_ms, strength=strength),)
+    # heat and low traffic affect a whole rack, not one of its models
+    changes = tuple(
+        Change(cause=cause, since_ms=WEEKS[1].since_ms, strength=strength, model="" if cause in WHOLE_RACK else hit)
+        for cause in causes
+    )
     made = MadeRack(
         seed=seed,
         nodes=nodes,
@@ -63,9 +76,9 @@ def rack(seed: int, cause: str, figures: dict[str, Any]) -> tuple[MadeRack, str]
     return made, hit
 
 
-def judged(seed: int, cause: str, figures: dict[str, Any]) -> Week:
+def judged(seed: int, causes: Sequence[str], figures: dict[str, Any]) -> Week:
     """The second week compared with the first."""
-    made, hit = rack(seed, cause, figures)
+    made, hit = rack(seed, causes, figures)
     all_batches = [b for node in made.nodes for b in batches(made, node, WEEKS[1].until_ms)]
     config = msgspec.convert(
         {"rack": "r", "store": {"path": "x"}, "nodes": [{"id": n, "price": 1999.0} for n in made.nodes]},
@@ -73,16 +86,18 @@ def judged(seed: int, cause: str, figures: dict[str, Any]) -> Week:
     )
     first, second = (window(*all_batches, span=span) for span in WEEKS)
     report = cost.compute(second, config, cost.compute(first, config))
-    said = {m.model: (m.change.flagged, m.change.cause, m.change.ratio) for m in report.models if m.change is not None}
-    return Week(cause, hit, said)
+    changes = {m.model: m.change for m in report.models if m.change is not None}
+    said = {model: (c.flagged, c.cause, max(c.ratio, c.direct_ratio)) for model, c in changes.items()}
+    return Week(tuple(causes), hit, said)
 
 
 def right(week: Week) -> bool | None:
-    """Whether a flagged week names its cause; None where nothing doubled and there is none to name."""
+    """Whether a flagged week names its cause, or one of its two; None where nothing doubled and there is none to
+    name."""
     flagged = {model: cause for model, (flag, cause, _) in week.said.items() if flag}
-    whole = week.cause in ("throttling", "traffic_drop")
+    whole = any(cause in WHOLE_RACK for cause in week.causes)
     mine = [cause for model, cause in flagged.items() if whole or model == week.model]
-    return all(cause == week.cause for cause in mine) if mine else None
+    return all(cause in week.causes for cause in mine) if mine else None
 
 
 class Trace(NamedTuple):

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from scripts.bench_aggregate import segments
 from shared.batch import Batch
+from shared.records import Served
 from shared.store_dir import DirectoryStore
 from tests.made_models import CHAT, CODE, COMPARE, EXTRACT, LONG, TRANSLATE
 from tests.made_rack import DAY_MS, HOUR_MS, Change, MadeRack, Outage, batches, list_price
@@ -30,7 +31,8 @@ SEGMENT = 24
 class Made(msgspec.Struct, frozen=True, kw_only=True):
     """A rack to report on. ``rack`` makes its telemetry until ``until_ms``; ``toml`` is its aggregator.toml without
     the store; ``weeks`` and ``months`` are the periods to report on, ``nothing`` those of them in which no node
-    reported; ``now_ms`` is when they are judged. Before ``named_ms`` its nodes called the rack ``old_name``."""
+    reported; ``now_ms`` is when they are judged. Before ``named_ms`` its nodes called the rack ``old_name``. Requests
+    of the key ``etl`` come in at the node ``gateway``, whoever computes them."""
 
     rack: MadeRack
     until_ms: int
@@ -42,15 +44,34 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     annotations: str = ""
     named_ms: int = 0
     old_name: str = ""
+    gateway: str = ""
 
     @property
     def batches(self) -> dict[str, tuple[Batch, ...]]:
         """What each node reported, in its order. The same at each call."""
-        return {node: tuple(self._named(batches(self.rack, node, self.until_ms))) for node in self.rack.nodes}
+        made = {node: list(self._named(batches(self.rack, node, self.until_ms))) for node in self.rack.nodes}
+        if self.gateway in made:
+            _forward(made, self.gateway)
+        return {node: tuple(mine) for node, mine in made.items()}
 
     def _named(self, made: Iterable[Batch]) -> Iterable[Batch]:
         for one in made:
             yield replace(one, rack=self.old_name) if one.t_start_ms < self.named_ms else one
+
+
+def _forward(made: dict[str, list[Batch]], gateway: str) -> None:
+    """Move what was served to the key ``etl`` into the gateway's batch of the same window, where there is one."""
+    there = {(one.t_start_ms, one.t_end_ms): place for place, one in enumerate(made[gateway])}
+    for node in sorted(made.keys() - {gateway}):
+        for place, one in enumerate(made[node]):
+            target = there.get((one.t_start_ms, one.t_end_ms))
+            moved = [r for r in one.records if isinstance(r, Served) and r.key_id == "etl"]
+            if target is None or not moved:
+                continue
+            stay = tuple(r for r in one.records if not (isinstance(r, Served) and r.key_id == "etl"))
+            made[node][place] = replace(one, records=stay)
+            taken = made[gateway][target]
+            made[gateway][target] = replace(taken, records=(*moved, *taken.records))
 
 
 class Paths(NamedTuple):
@@ -104,7 +125,9 @@ _PLAIN = MadeRack(
     metered=("n1",),
 )
 """October 2026 in Berlin, whose clocks change on the 25th, and three days of September before it."""
-_WEEKS, _MONTHS = ("2026-W41", "2026-W42", "2026-W43"), ("2026-10",)
+_FROM_12TH, _FROM_19TH = (replace(_PLAIN, since_ms=at(day)) for day in ("2026-10-12", "2026-10-19"))
+"""The same, installed in the course of the month: each day takes time to roll up."""
+_WEEKS, _LATE, _MONTHS = ("2026-W41", "2026-W42", "2026-W43"), ("2026-W43", "2026-W44"), ("2026-10",)
 
 
 def _month(rack: MadeRack, text: str = "", **fields: object) -> Made:
@@ -116,6 +139,7 @@ def _month(rack: MadeRack, text: str = "", **fields: object) -> Made:
         toml=text or toml(rack, more=COMPARE),
         weeks=_WEEKS,
         months=_MONTHS,
+        gateway="n1",
     )
     return replace(made, **fields)
 
@@ -128,8 +152,8 @@ def _all(rack: MadeRack, since: str, until: str, kind: str) -> tuple[Outage, ...
 def _dark() -> Made:
     """All nodes are without power for 36 hours; on another day as many requests are refused as are answered."""
     full = Change(cause="full", since_ms=at("2026-10-20"), until_ms=at("2026-10-21"), strength=0.5)
-    dark = _all(_PLAIN, "2026-10-13T08:00", "2026-10-14T20:00", "power")
-    return _month(replace(_PLAIN, planned=dark, changes=(full,), faults=0.0))
+    dark = _all(_PLAIN, "2026-10-14T08:00", "2026-10-15T20:00", "power")
+    return _month(replace(_FROM_12TH, planned=dark, changes=(full,), faults=0.0), weeks=_WEEKS[1:])
 
 
 def _half_silent() -> Made:
@@ -147,29 +171,30 @@ def _retired(line: str = "") -> Made:
 
 def _renamed() -> Made:
     """The rack is called otherwise from the 15th on: what was written before is of another rack."""
-    return _month(_PLAIN, named_ms=at("2026-10-15"), old_name="office")
+    return _month(_PLAIN, named_ms=at("2026-10-15"), old_name="office", nothing=("2026-W41",))
 
 
 def _shared() -> Made:
     """Two names that one loader answers: ``chat`` in short prompts and long answers, ``sum`` the other way round."""
     total = replace(CHAT, name="sum", loader="chat", prompt_tok=6_000, answer_tok=60, per_hour=50, key="etl")
-    return _month(replace(_PLAIN, models=(replace(CHAT, answer_tok=500, per_hour=150), total), nodes=("n1", "n2")))
+    models = (replace(CHAT, answer_tok=500, per_hour=150), total)
+    return _month(replace(_FROM_19TH, models=models, nodes=("n1", "n2")), weeks=_LATE)
 
 
 def _apart() -> Made:
     """Two names with the same files and a loader each, on nodes that they share in part."""
     total = replace(CHAT, name="sum", files="chat", prompt_tok=6_000, answer_tok=60, per_hour=90, key="etl")
     models = (replace(CHAT, answer_tok=500, nodes=("n1", "n2")), replace(total, nodes=("n2", "n3")))
-    return _month(replace(_PLAIN, models=models, nodes=("n1", "n2", "n3")))
+    return _month(replace(_FROM_19TH, models=models, nodes=("n1", "n2", "n3")), weeks=_LATE)
 
 
 def _swapped() -> Made:
     """``code`` gets a new version in the middle of a week and of the month, and answers on both."""
     swap = Change(cause="swap", since_ms=at("2026-10-15T11:00"), model="code")
-    return _month(replace(_PLAIN, changes=(swap,), faults=0.0))
+    return _month(replace(_FROM_12TH, changes=(swap,), faults=0.0), weeks=_WEEKS[1:])
 
 
-_IDLE = replace(_PLAIN, models=tuple(replace(model, per_hour=model.per_hour / 1.4) for model in _MODELS))
+_IDLE = replace(_FROM_19TH, models=tuple(replace(model, per_hour=model.per_hour / 1.4) for model in _MODELS))
 _CHEAP = "".join(
     f'[[api_prices]]\nmodel = "{model.name}"\nname = "a host"\ninput_per_m = 0.004\noutput_per_m = 0.01\n'
     for model in _MODELS
@@ -178,17 +203,18 @@ _CHEAP = "".join(
 
 def _negative() -> Made:
     """Nodes at 90,000 USD that are idle for 90 % of the time."""
-    return _month(_IDLE, toml(_IDLE, price=90_000, more=COMPARE))
+    return _month(_IDLE, toml(_IDLE, price=90_000, more=COMPARE), weeks=_LATE)
 
 
 def _undercut() -> Made:
     """API hosts are far cheaper than nodes at their list price."""
-    return _month(_IDLE, toml(_IDLE, more=_CHEAP))
+    return _month(_IDLE, toml(_IDLE, more=_CHEAP), weeks=_LATE)
 
 
 def _zero() -> Made:
     """Nodes are up, models are in memory, nobody asks anything."""
-    return _month(replace(_PLAIN, models=tuple(replace(model, per_hour=0.0) for model in _MODELS), faults=0.0))
+    models = tuple(replace(model, per_hour=0.0) for model in _MODELS)
+    return _month(replace(_FROM_19TH, models=models, faults=0.0), weeks=_LATE)
 
 
 def _big() -> Made:
@@ -232,10 +258,10 @@ def _days(rack: MadeRack, until: str, zone: str = "Europe/Berlin", more: str = C
     return replace(made, **fields)
 
 
-def _empty() -> Made:
-    """Nodes reported until the month began, and nothing in it."""
+def _empty(until: str, *nothing: str) -> Made:
+    """Nodes reported until shortly before the month began, or to its first millisecond, which counts in it."""
     rack = replace(_SMALL, since_ms=at("2026-09-28"))
-    return _days(rack, "2026-10-01", weeks=("2026-W40", "2026-W42"), nothing=("2026-W42", "2026-10"))
+    return _days(rack, until, weeks=("2026-W40", "2026-W42"), nothing=("2026-W42", *nothing))
 
 
 def _partial() -> Made:
@@ -246,7 +272,7 @@ def _partial() -> Made:
 
 def _refused() -> Made:
     """Every request of the month is refused."""
-    return _days(replace(_SMALL, changes=(Change(cause="full", since_ms=0),), faults=0.0), "2026-10-16")
+    return _days(replace(_SMALL, changes=(Change(cause="full", since_ms=0),), faults=0.0), "2026-10-14")
 
 
 def _one() -> Made:
@@ -318,7 +344,8 @@ EDGES: dict[str, Made] = {
     "retired, configured": _retired("retired = 2026-10-12\n"),
     "shared version, two loaders": _apart(),
     "cheap hosts": _undercut(),
-    "empty month": _empty(),
+    "empty month": _empty("2026-09-30T23:00", "2026-10"),
+    "until midnight": _empty("2026-10-01"),
     "partial month": _partial(),
     "all refused": _refused(),
     "one node": _one(),

@@ -328,8 +328,8 @@ def test_a_proposal_is_applied_once_it_is_accepted(tmp_path: Path, capsys: pytes
             resident("b", version="vb"),
             engine("b", version="vb"),
         ]
-        put(store, batch([*hot, served("b", version="vb")], minute=n))
-        put(store, batch([host()], node="n2", minute=n))
+        put(store, batch([*hot, served("b", version="vb")], minute=2870 + n))
+        put(store, batch([host()], node="n2", minute=2870 + n))
     for name in ("a", "b"):
         store.put(keys.model_manifest_key(name, f"v{name}"), b"{}")
     assert cli.main(["weekly", "--week", "2026-W47", "--config", config]) == 0
@@ -395,7 +395,7 @@ def test_plan_and_economics_need_no_bucket(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["plan", "--intake", str(tmp_path / "no"), "--inventory", str(inventory)]) == 1
     assert "No such file" in capsys.readouterr().err
     assert cli.main(["economics", "--api-spend", "12000", "--nodes", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["break_even"] == 1
+    assert json.loads(capsys.readouterr().out)["break_even"] == 4
     assert cli.main(["economics", "--api-spend", "-1", "--nodes", "4"]) == 1
 
 

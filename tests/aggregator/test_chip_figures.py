@@ -153,12 +153,18 @@ def test_a_node_without_a_price_is_told_its_list_price() -> None:
     [
         (["--chip", "M4 Pro", "--memory", "64"], 0, "Mac mini (2024), M4 Pro: 5 W idle, at most 140 W"),
         (["--chip", "M6", "--memory", "32"], 1, "watts unconfirmed, no public figure; give --watts"),
-        (["--chip", "M6", "--memory", "32", "--watts", "30"], 0, "watts unconfirmed"),
+        (["--chip", "M6", "--memory", "32", "--watts", "30"], 0, "17.0 TFLOPS (unconfirmed)"),
         (["--chip", "M5 Ultra", "--memory", "512"], 1, "no public list price with 512 GB"),
         (["--chip", "M4", "--memory", "48"], 1, "has 16, 24, 32 GB; give one of them as memory"),
         (["--chip", "M3", "--memory", "8"], 1, "no mini or Studio has M3"),
         (["--chip", "M4", "--memory", "16", "--currency", "EUR"], 1, "give --node-price in EUR"),
-        (["--chip", "M4", "--memory", "16", "--currency", "EUR", "--node-price", "650"], 0, "1,300.00 EUR"),
+        (["--chip", "M4", "--memory", "16", "--currency", "EUR", "--node-price", "650"], 1, "--price-per-m in EUR, "),
+        (
+            ["--chip", "M4", "--memory", "16", "--currency", "EUR", "--node-price", "650", "--usd-rate", "0.9"],
+            0,
+            "1,300.00 EUR",
+        ),
+        (["--chip", "M4", "--memory", "16", "--currency", "EUR", "--usd-rate", "0.9"], 0, "1,078.20 EUR"),
         ([], 0, "4,000.00 USD"),
     ],
 )

@@ -384,8 +384,8 @@ def proposal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = DirectoryStore(folder / "bucket")
     for n in range(10):
         hot: list[Record] = [host(throttled=0.2), engine("b", version="vb"), served("b", version="vb")]
-        put(store, batch([*hot, *(resident(m, version=f"v{m}") for m in ("a", "b"))], minute=n))
-        put(store, batch([host()], node="n2", minute=n))
+        put(store, batch([*hot, *(resident(m, version=f"v{m}") for m in ("a", "b"))], minute=2870 + n))
+        put(store, batch([host()], node="n2", minute=2870 + n))
     for name in ("a", "b"):
         store.put(keys.model_manifest_key(name, f"v{name}"), b"{}")
     assert cli.main(["weekly", "--week", "2026-W47", "--quiet", "--config", str(directory(folder))]) == 0
@@ -502,7 +502,7 @@ def test_what_changes_nothing_is_not_published(
     empty = PlacementReport(period="2026-W01", rebalance=False, nodes=(), placed=(), moves=(), notes=())
     store.put(keys.report_key("weekly", "2026-W01", "placement", 1, "json"), msgspec.json.encode(empty))
     assert cli.main(["apply", "--week", "2026-W01", "--config", config]) == os.EX_NOINPUT
-    assert "no node reported anything in 2026-W01" in capsys.readouterr().err
+    assert "no node was there at the end of 2026-W01" in capsys.readouterr().err
     found = apply.proposal(store, "2026-W47")
     running = msgspec.structs.replace(found, period="2026-W46", so_far_until_ms=1_795_219_200_000)
     store.put(keys.report_key("weekly", "2026-W46", "placement", 1, "json"), msgspec.json.encode(running))

@@ -1,7 +1,5 @@
 """Costs that add up, changes decomposed without remainder, and dated, tiered API prices."""
 
-import csv
-import io
 import math
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -11,13 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aggregator import api_prices, cost, cost_change, focus
-from aggregator.calendar import Span
+from aggregator import api_prices, cost, cost_change
 from aggregator.config import AggregatorConfig, Cost
 from aggregator.cost_change import Factors
 from shared.batch import Batch
 from shared.records import OutletReading, Record
-from tests.builders import DAY, T0, batch, engine, host, resident, served, window
+from tests.builders import batch, engine, host, resident, served, window
 
 AT = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -299,16 +296,3 @@ def test_a_negative_saving_is_shown() -> None:
     (one,) = api_prices.compare(made, cost.compute(made, priced), priced, AT).models
     assert one.saving is not None
     assert one.saving < 0
-
-
-def test_focus_rows_add_up_to_the_nodes_cost() -> None:
-    made = window(
-        batch([served("a"), engine("a"), resident("a")]), batch([served("b"), engine("b"), resident("b")], node="n2")
-    )
-    report = cost.compute(made, config("n1", "n2"))
-    body = focus.export("r", DAY, [(Span("2026-11-21", T0, T0 + 86_400_000, "UTC"), report)])
-    rows = list(csv.DictReader(io.StringIO(body.decode())))
-    assert tuple(rows[0]) == focus.COLUMNS
-    assert sum(Decimal(row["EffectiveCost"]) for row in rows) == report.total
-    assert {row["SkuId"] for row in rows} >= {"a", "idle"}
-    assert rows[0]["ChargePeriodStart"] == "2026-11-21T00:00:00Z"

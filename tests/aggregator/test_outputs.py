@@ -24,7 +24,7 @@ from aggregator.report.page import Curve, Section, page_of, table
 from shared.bucket import Store
 from shared.errors import Refused
 from shared.keys import check_name
-from shared.records import RECORD_TYPES, Record
+from shared.records import RECORD_TYPES, Hardware, Record
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_bucket import put
 from tests.builders import MINUTE, T0, batch
@@ -229,6 +229,15 @@ def test_every_text_field_of_every_record_is_cleaned() -> None:
                 if isinstance(one, str):
                     assert one.isprintable(), (kind, field)
                     assert len(one) <= (63 if field in NAMES else 500), (kind, field)
+
+
+def test_the_model_of_a_machine_is_no_name_of_the_rack() -> None:
+    mini = Hardware(model="Mac16,11", chip="Apple M4 Pro", memory_bytes=64 << 30)
+    assert cleaned(batch([mini])).records == (mini,), "the chip table knows it by its comma"
+    (odd,) = cleaned(batch([msgspec.structs.replace(mini, model="Mac\x1b16,11" * 9)])).records
+    assert isinstance(odd, Hardware)
+    assert odd.model.isprintable()
+    assert len(odd.model) <= MOST_NAME
 
 
 def test_a_plain_batch_is_left_as_it_is(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import calendar, cost, eviction, placement, uptime
+from aggregator import calendar, cost, eviction, placement
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
 from aggregator.report import pdf
@@ -26,7 +26,7 @@ from shared.records import (
     SwapFinished,
     ThrottleEvent,
 )
-from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, uptime_of, window
 
 
 def config(*nodes: str, **more: object) -> AggregatorConfig:
@@ -109,7 +109,11 @@ def test_rows_add_up_to_the_nodes_cost(made: list[Batch], busy: list[tuple[str, 
     assert report.unattributed is not None
     direct = sum((m.direct or Decimal(0) for m in report.models), Decimal(0))
     assert report.total == sum((n.cost for n in report.nodes if n.cost is not None), Decimal(0))
-    assert report.total == report.idle + direct + report.unattributed
+    assert report.silent is not None
+    assert report.unshared is not None
+    loaded = sum((m.loaded or Decimal(0) for m in report.models), Decimal(0))
+    assert report.total == report.idle + direct + report.unattributed + report.silent
+    assert report.total == loaded + report.unshared + report.unattributed + report.silent
     assert all(n.idle is not None and 0 <= n.idle <= n.cost for n in report.nodes if n.cost is not None)
 
 
@@ -161,11 +165,11 @@ def test_one_loader_behind_two_served_names_is_split_by_tokens() -> None:
 def test_a_restart_after_a_crash_is_an_incident_and_a_plain_gap_is_unknown() -> None:
     up = [batch(minute=n) for n in (0, 1)]
     back = batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="unclean")], minute=5, seq=1, epoch=2)
-    silent = batch(minute=9, seq=2, epoch=2)
-    report = uptime.uptime(window(*up, back, silent), T0 + 10 * MINUTE)
+    silent = batch(minute=7, seq=2, epoch=2)
+    report = uptime_of(window(*up, back, silent), T0 + 8 * MINUTE)
     (node,) = report.nodes
-    assert (node.idle_s, node.down_s, node.unknown_s) == (240.0, 180.0, 180.0)
-    assert node.share == 240 / 420
+    assert (node.idle_s, node.down_s, node.unknown_s) == (240.0, 180.0, 60.0)
+    assert (node.share, node.known_share) == (240 / 420, 420 / 480)
     (incident,) = report.incidents
     assert (incident.start_ms, incident.end_ms) == (T0 + 2 * MINUTE, T0 + 5 * MINUTE)
     assert incident.cause == "crash"
@@ -176,46 +180,51 @@ def test_an_orderly_stop_and_a_network_fault_are_distinguished() -> None:
         batch([AgentStopped(t_ms=T0 + MINUTE, reason="x")]),
         batch([AgentStarted(t_ms=T0 + 5 * MINUTE, version="0", previous="clean")], minute=5, seq=1, epoch=2),
     ]
-    (incident,) = uptime.uptime(window(*stopped), T0 + 6 * MINUTE).incidents
+    (incident,) = uptime_of(window(*stopped), T0 + 6 * MINUTE).incidents
     assert incident.cause == "stopped"
     cut = [
         batch(),
         batch(minute=5),
         batch([PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)], node="n2", minute=2),
     ]
-    found = uptime.uptime(window(*cut), T0 + 6 * MINUTE).incidents
+    found = uptime_of(window(*cut), T0 + 6 * MINUTE).incidents
     assert [i.cause for i in found if i.node == "n1"] == ["network"]
 
 
 def test_a_node_that_is_still_down_is_an_open_incident() -> None:
     down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
     made = [batch(), batch([down], node="n2"), batch(node="n2", minute=1)]
-    (incident,) = uptime.uptime(window(*made), T0 + 10 * MINUTE).incidents
+    (incident,) = uptime_of(window(*made), T0 + 10 * MINUTE).incidents
     assert (incident.node, incident.end_ms) == ("n1", None)
     back = batch([PeerUp(t_ms=T0 + 3 * MINUTE, peer="n1", down_us=1)], node="n2", minute=2)
-    assert not uptime.uptime(window(*made, back), T0 + 10 * MINUTE).incidents
+    assert not uptime_of(window(*made, back), T0 + 10 * MINUTE).incidents
 
 
 def test_a_node_down_at_the_start_of_the_month_was_not_up() -> None:
     back = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="unclean")
-    (node,) = uptime.uptime(window(batch(minute=-60), batch([back], minute=60)), T0 + 61 * MINUTE).nodes
+    (node,) = uptime_of(window(batch(minute=-60), batch([back], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 3600.0, 0.0)
-    (node,) = uptime.uptime(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
+    (node,) = uptime_of(window(batch([back], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0), "it had never reported"
     new = AgentStarted(t_ms=T0 + 60 * MINUTE, version="0", previous="first")
-    (node,) = uptime.uptime(window(batch([new], minute=60)), T0 + 61 * MINUTE).nodes
+    (node,) = uptime_of(window(batch([new], minute=60)), T0 + 61 * MINUTE).nodes
     assert (node.idle_s, node.down_s, node.unknown_s) == (60.0, 0.0, 0.0)
 
 
 def test_availability_is_measured_by_requests() -> None:
-    records = [served(requests=999), served(requests=1, outcome="failed"), served(requests=50, outcome="refused")]
-    assert uptime.uptime(window(batch(records)), T0 + MINUTE).request_share == 0.999
-    assert uptime.uptime(window(batch()), T0 + MINUTE).request_share is None
+    refused = [served(requests=n, outcome="refused", finish=why) for n, why in ((4, "capacity"), (30, "limit"))]
+    refused += [served(requests=n, outcome="refused", finish=why) for n, why in ((20, "request"), (5, ""))]
+    records = [served(requests=990), served(requests=1, outcome="failed"), served(outcome="cancelled"), *refused]
+    report = uptime_of(window(batch(records)), T0 + MINUTE)
+    assert (report.request_share, report.requests_bad) == (0.99, 10)
+    assert (report.requests_failed, report.refused_capacity, report.refused_unsaid) == (1, 4, 5)
+    assert (report.refused_limit, report.refused_request) == (30, 20)
+    assert uptime_of(window(batch()), T0 + MINUTE).request_share is None
 
 
 def test_an_exited_loader_is_named() -> None:
     event = LoaderExited(t_ms=T0, model="m", version="v", cause="signal 9", restarts=1)
-    (incident,) = uptime.uptime(window(batch([event])), T0 + MINUTE).incidents
+    (incident,) = uptime_of(window(batch([event])), T0 + MINUTE).incidents
     assert (incident.scope, incident.text) == ("model m", "the loader exited (signal 9)")
 
 
@@ -269,7 +278,7 @@ def test_evictions_of_one_kind_are_counted_together_whatever_their_figures() -> 
         )
     ]
     (row,) = eviction.report(window(batch([*busy, *wanted]))).rows
-    assert row.hint == "wanted again after 5 s: give it room on another node, or pin it here"
+    assert row.hint == "wanted again after 5 s"
 
 
 def test_the_ten_most_evicted_models_are_listed_in_order() -> None:
@@ -318,7 +327,10 @@ def test_rule_2_a_model_that_outgrows_its_node_gets_it_to_itself() -> None:
 
 
 def test_rule_3_long_prompts_with_few_hits_need_more_cache() -> None:
-    records = [served("long", prompt_tok=9_000, cached_tok=100), served("short", prompt_tok=100, cached_tok=0)]
+    records = [
+        served("long", requests=20, prompt_tok=180_000, cached_tok=2_000),
+        served("short", requests=20, cached_tok=0),
+    ]
     report = placement.propose(window(batch([*records, resident("long"), resident("short", version="v2"), host()])))
     (setting,) = report.settings
     assert (setting.model, setting.node, setting.setting, setting.value) == ("long", "n1", "cache_bytes", 4 * 10**9)
@@ -349,9 +361,9 @@ def test_a_move_never_overfills_its_target() -> None:
     hot = [
         b
         for n in range(4)
-        for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=2)
+        for b in minutes(f"n{n}", host(throttled=0.2), resident(f"m{n}", version=f"v{n}", need=4 * 10**9), count=5)
     ]
-    report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=2)))
+    report = placement.propose(window(*hot, *minutes("cool", host(budget=9 * 10**9), count=5)))
     assert sum(m.node == "cool" for m in report.moves) == 2
 
 
@@ -368,6 +380,9 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
                 t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=9
             )
         ],
+        [host()],
+        [host()],
+        [host()],
     ]
     made = window(*(batch(r, minute=n) for n, r in enumerate(records)), span=month)
     report = judge(made, None, config("n1"), T0 + 10 * MINUTE)
@@ -379,7 +394,8 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
     assert report.evictions.total == 1
     assert report.swaps.flipped == 1
     assert report.cost.total is not None
-    assert "4 requests with 40 tokens" in report.headline
+    assert report.headline.startswith("November 2026 so far cost ")
+    assert " for 440 tokens, " in report.headline
     text = pdf_text(pdf.render(report))
     for title in ("1. Inference volume", "2. Thermal", "3. Evictions", "4. Place", "5. Cost", "6. Uptime", "7. Recomm"):
         assert title in text

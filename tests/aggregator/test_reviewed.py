@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from aggregator import acceptance, alerts, api_prices, cost, load, placement, uptime
+from aggregator import acceptance, alerts, api_prices, cost, load, placement
 from aggregator.calendar import month
 from aggregator.commands import alert, prune, rollup, sync
 from aggregator.config import Alerts
@@ -20,7 +20,7 @@ from shared.store import list_all
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_judgements import CONFIG, put
 from tests.aggregator.test_placement import proposal
-from tests.builders import MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import MINUTE, T0, batch, engine, host, resident, served, uptime_of, window
 
 NOVEMBER = month("2026-11", "UTC")
 
@@ -193,7 +193,7 @@ def test_models_held_back_by_limits_are_not_reported_as_lack_of_memory() -> None
     report = placement.propose(window(*made, *other), config.placement)
     assert "though there is memory" in report.short[0]
     hot = placement.propose(
-        window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(3)))
+        window(*(batch([host(throttled=0.04), resident("a"), engine("a", busy_s=6)], minute=n) for n in range(5)))
     )
     assert hot.short == ("n1 was throttled 4.0% of the time, and its load fits on no other node: improve its cooling.",)
     assert placement.propose(window(batch([resident("a", need=0)]), batch([resident("a", need=0)], node="n2")))
@@ -204,8 +204,8 @@ def test_a_rack_was_down_while_its_only_node_was() -> None:
     back = AgentStarted(t_ms=T0 + 300 * MINUTE, version="0", previous="unclean")
     first = [batch([resident()]), batch([back, resident()], minute=300, seq=1, epoch=2)]
     joined = batch([resident()], node="n2", minute=390)
-    alone = uptime.uptime(window(*first), T0 + 301 * MINUTE).rack
-    both = uptime.uptime(window(*first, joined), T0 + 391 * MINUTE).rack
+    alone = uptime_of(window(*first), T0 + 301 * MINUTE).rack
+    both = uptime_of(window(*first, joined), T0 + 391 * MINUTE).rack
     assert alone.down_s == both.down_s == 299 * 60.0
 
 

@@ -75,6 +75,7 @@ hosts = st.builds(
     throttled_us=counts,
     thermal_known_us=counts,
     package_temp_mc=maybe,
+    package_temp_mean_mc=maybe,
     wall_power_mw=maybe,
     system_power_mw=maybe,
     memory_budget_bytes=maybe,

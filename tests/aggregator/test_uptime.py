@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator import annotations, load, uptime
+from aggregator import annotations, load
 from aggregator.annotations import COUNTS, Annotation
 from aggregator.calendar import month
 from aggregator.commands import rollup, weekly
@@ -18,7 +18,7 @@ from shared.batch import Batch
 from shared.records import AgentStarted, AgentStopped, PeerDown, Record
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_rollup import CONFIG, put
-from tests.builders import MINUTE, T0, batch, resident, window
+from tests.builders import MINUTE, T0, batch, resident, uptime_of, window
 
 HOUR = 60 * MINUTE
 
@@ -72,7 +72,7 @@ def test_no_time_before_a_nodes_first_report_is_counted(
     # peers knew the node before its first report, and an operator's intervals begin before it
     gone = PeerDown(t_ms=T0 + MINUTE, peer="n1", last_seen_ms=T0)
     notes = [note(cause, -10, 400, node) for cause, node in zip(causes, ("n1", "", "n1"), strict=False)]
-    report = uptime.uptime(window(*made, batch([gone], node="n2")), T0 + 500 * MINUTE, notes)
+    report = uptime_of(window(*made, batch([gone], node="n2")), T0 + 500 * MINUTE, notes)
     node = next(n for n in report.nodes if n.node == "n1")
     first = min(b.t_start_ms for b in made)
     sums = node.up_s + node.idle_s + node.down_s + node.unknown_s + node.excused_s
@@ -86,10 +86,10 @@ def test_no_time_before_a_nodes_first_report_is_counted(
 def test_starts_that_failed_change_no_figure(lives: list[tuple[int, int, bool, int]]) -> None:
     """As the agent reports them, anywhere; as an older one did, wherever the facts tell otherwise."""
     now = T0 + 500 * MINUTE
-    without = uptime.uptime(window(*history(lives, failing="none")), now)
-    assert uptime.uptime(window(*history(lives, failing="epoch")), now) == without
+    without = uptime_of(window(*history(lives, failing="none")), now)
+    assert uptime_of(window(*history(lives, failing="epoch")), now) == without
     stopped = [(silence, minutes, True, failed) for silence, minutes, _, failed in lives]
-    assert uptime.uptime(window(*history(stopped, failing="unclean")), now) == uptime.uptime(
+    assert uptime_of(window(*history(stopped, failing="unclean")), now) == uptime_of(
         window(*history(stopped, failing="none")), now
     )
 
@@ -99,7 +99,7 @@ def test_a_stop_is_the_cause_whatever_was_tried_before_the_next_good_start() -> 
         *life("n1", 0, 3, epoch=1, previous="first", stops=True),
         *life("n1", 10, 3, epoch=3, previous="unclean", stops=False),
     ]
-    (incident,) = uptime.uptime(window(*made), T0 + 13 * MINUTE).incidents
+    (incident,) = uptime_of(window(*made), T0 + 13 * MINUTE).incidents
     assert (incident.cause, incident.text) == ("stopped", "agent stopped by an operator")
 
 
@@ -107,7 +107,7 @@ def test_a_slow_start_still_explains_the_gap_that_it_ended() -> None:
     """The window begins when the agent does, the event comes when it serves."""
     late = msgspec.structs.replace(started(5), t_ms=T0 + 5 * MINUTE + 40_000)
     made = [batch([resident()]), batch([late, resident()], minute=5, seq=1, epoch=2)]
-    (incident,) = uptime.uptime(window(*made), T0 + 6 * MINUTE).incidents
+    (incident,) = uptime_of(window(*made), T0 + 6 * MINUTE).incidents
     assert incident.cause == "crash"
 
 
@@ -121,7 +121,7 @@ def test_the_tables_tell_a_new_node_from_one_that_was_down_when_the_span_began(t
     rollup.run(CONFIG, store)
     found = load.window(store, month("2026-11", "UTC"))
     assert found.reported_before == {"old"}
-    report = uptime.uptime(found, T0 + MINUTE)
+    report = uptime_of(found, T0 + MINUTE)
     assert {n.node: (n.up_s, n.down_s) for n in report.nodes} == {"old": (60.0, 20 * 86_400.0), "new": (60.0, 0.0)}
     assert report.rack.down_s == 20 * 86_400.0, "the old one was all of the rack"
     assert load.window(store, month("2026-10", "UTC")).reported_before == frozenset()
@@ -144,11 +144,11 @@ def test_a_node_that_was_down_was_down_after_it_was_replaced_too() -> None:
     down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
     dead = [batch([resident()]), *(batch([down] if n == 1 else [], node="n2", minute=n) for n in range(60))]
     new = msgspec.structs.replace(batch([started(50, "first"), resident()], minute=50, seq=1), incarnation=2)
-    before, after = (uptime.uptime(window(*dead, *more), T0 + 50 * MINUTE) for more in ([], [new]))
+    before, after = (uptime_of(window(*dead, *more), T0 + 50 * MINUTE) for more in ([], [new]))
     assert [n.down_s for n in before.nodes] == [3540.0, 0.0]
     assert [(n.down_s, n.unknown_s) for n in after.nodes] == [(2940.0, 540.0), (0.0, 0.0)]
     assert [(i.cause, i.text) for i in after.incidents] == [(i.cause, i.text) for i in before.incidents]
-    unseen = uptime.uptime(window(dead[0], new), T0 + 51 * MINUTE)
+    unseen = uptime_of(window(dead[0], new), T0 + 51 * MINUTE)
     assert (unseen.nodes[0].down_s, unseen.nodes[0].unknown_s) == (0.0, 2940.0), "nobody saw it"
 
 
@@ -181,8 +181,8 @@ SILENT = [*(batch([resident()], minute=n) for n in range(10)), batch([resident()
 @pytest.mark.parametrize("made", [CRASHED, SILENT], ids=["down", "unknown"])
 def test_what_silence_counts_as_by_cause(cause: str, made: list[Batch]) -> None:
     """The closed table of docs/reports.md: the first half of the hour is annotated, the second is as it was."""
-    before = uptime.uptime(window(*made), T0 + 71 * MINUTE).nodes[0]
-    report = uptime.uptime(window(*made), T0 + 71 * MINUTE, [note(cause, 5, 40)])
+    before = uptime_of(window(*made), T0 + 71 * MINUTE).nodes[0]
+    report = uptime_of(window(*made), T0 + 71 * MINUTE, [note(cause, 5, 40)])
     node, was = report.nodes[0], "down" if made is CRASHED else "unknown"
     expected = {"down": 0.0, "excused": 0.0, "unknown": 0.0}
     expected[COUNTS[cause]] += 1800.0
@@ -191,29 +191,32 @@ def test_what_silence_counts_as_by_cause(cause: str, made: list[Batch]) -> None:
     assert node.up_s == before.up_s == 660.0, "what a node reported stands"
     rack = report.rack
     assert {"down": rack.down_s, "excused": rack.excused_s, "unknown": rack.unknown_s} == expected
-    assert node.share == pytest.approx(660 / (660 + expected["down"]))
+    known = (660 + expected["down"]) / (4260 - expected["excused"])
+    assert node.known_share == pytest.approx(known)
+    assert node.share == (pytest.approx(660 / (660 + expected["down"])) if known >= 0.8 else None)
     confirmed = [(i.start_ms - T0, i.end_ms and i.end_ms - T0, i.cause) for i in report.incidents if i.confirmed]
-    told = made is CRASHED or COUNTS[cause] != "unknown"
-    assert confirmed == ([(10 * MINUTE, 40 * MINUTE, cause)] if told else [])
+    assert confirmed == [(10 * MINUTE, 40 * MINUTE, cause)]
+    rest = [(i.start_ms - T0, i.cause) for i in report.incidents if not i.confirmed]
+    assert rest == [(40 * MINUTE, "crash" if made is CRASHED else "silent")]
 
 
 def test_words_alone_change_no_sum() -> None:
     words = [Annotation(start_ms=T0, end_ms=T0 + 80 * MINUTE, text="The fuse.")]
-    plain, told = (uptime.uptime(window(*CRASHED), T0 + 71 * MINUTE, notes) for notes in ((), words))
+    plain, told = (uptime_of(window(*CRASHED), T0 + 71 * MINUTE, notes) for notes in ((), words))
     assert (plain.nodes, plain.rack) == (told.nodes, told.rack)
     assert [(i.cause, i.text, i.confirmed) for i in told.incidents] == [("crash", "The fuse.", True)]
 
 
 def test_the_first_of_two_annotations_holds_and_others_nodes_are_left_alone() -> None:
     notes = [note("planned", 10, 40), note("power", 30, 70), note("other", 0, 80, node="n2")]
-    node = uptime.uptime(window(*CRASHED), T0 + 71 * MINUTE, notes).nodes[0]
+    node = uptime_of(window(*CRASHED), T0 + 71 * MINUTE, notes).nodes[0]
     assert (node.excused_s, node.down_s, node.unknown_s) == (1800.0, 1800.0, 0.0)
 
 
 def test_an_open_incident_that_is_excused_stays_open() -> None:
     down = PeerDown(t_ms=T0 + 2 * MINUTE, peer="n1", last_seen_ms=T0 + MINUTE)
     made = [batch(), batch([down], node="n2"), *(batch(node="n2", minute=n) for n in range(1, 10))]
-    report = uptime.uptime(window(*made), T0 + 10 * MINUTE, [note("planned", 0, 600)])
+    report = uptime_of(window(*made), T0 + 10 * MINUTE, [note("planned", 0, 600)])
     (incident,) = report.incidents
     assert (incident.cause, incident.end_ms, incident.confirmed) == ("planned", None, True)
     (first, _) = report.nodes
@@ -226,9 +229,9 @@ def test_the_rack_is_excused_only_where_no_node_is_down_for_another_reason() -> 
         *(batch([resident()], node="n2", minute=n) for n in range(40)),
         batch([started(70), resident()], node="n2", minute=70, seq=1, epoch=2),
     ]
-    report = uptime.uptime(window(*CRASHED, *other), T0 + 71 * MINUTE, [note("planned", 10, 70)])
+    report = uptime_of(window(*CRASHED, *other), T0 + 71 * MINUTE, [note("planned", 10, 70)])
     assert (report.rack.up_s, report.rack.down_s, report.rack.excused_s) == (2460.0, 1800.0, 0.0)
-    both = uptime.uptime(window(*CRASHED, *other), T0 + 71 * MINUTE, [note("planned", 10, 70, node="")])
+    both = uptime_of(window(*CRASHED, *other), T0 + 71 * MINUTE, [note("planned", 10, 70, node="")])
     assert (both.rack.down_s, both.rack.excused_s) == (0.0, 1800.0)
 
 
@@ -283,7 +286,7 @@ def test_a_wrong_entry_is_told_on_the_page_and_the_rest_of_the_file_counts(tmp_p
     assert "gremlins" in page
     assert "n7, which reported nothing" in page
     assert "not held against the rack" in page
-    text = markdown.render(uptime_page.page(uptime.uptime(window(*CRASHED), T0), "w", "UTC", "r")).decode()
+    text = markdown.render(uptime_page.page(uptime_of(window(*CRASHED), T0), "w", "UTC", "r")).decode()
     assert "Excused" in text
 
 

@@ -29,6 +29,7 @@ RACK = MadeRack(
     faults=3.0,
     skewed=("n3",),
     metered=("n1",),
+    budget_bytes=10 * 10**9,  # one of the two models at a time: there are evictions
 )
 DAYS = 5
 LEASE = "state/v1/lease-rollup.json"

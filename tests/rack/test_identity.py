@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent.telemetry.claims import Claim
-from aggregator import alerts, load, uptime
+from aggregator import alerts, load
 from aggregator.calendar import between
 from aggregator.commands import rollup
 from aggregator.config import AggregatorConfig
@@ -21,6 +21,7 @@ from shared import keys
 from shared.bucket import Store
 from shared.desired import Assignment, DesiredState, encode
 from shared.store_dir import DirectoryStore
+from tests.builders import uptime_of
 from tests.rack.harness import SCRIPT, Agent, end, model, rack, until, write_config
 
 CONFIG = AggregatorConfig(rack="r", store=Store(path="x"))
@@ -193,12 +194,12 @@ def test_a_start_that_never_served_is_no_previous_run(tmp_path: Path) -> None:
             failing(agent, how)
         served_for_a_window(agent)
         found = window(tmp_path)
-        report = uptime.uptime(found, found.span.until_ms - 1)
+        report = uptime_of(found, found.span.until_ms - 1)
         assert [node.down_s for node in (*report.nodes, report.rack)] == [0.0, 0.0]
         assert report.incidents == ()
         assert agent.stop() == 0
         for how in ways:
             failing(agent, how)
         served_for_a_window(agent)
-    (incident,) = uptime.uptime(window(tmp_path), found.span.until_ms - 1).incidents
+    (incident,) = uptime_of(window(tmp_path), found.span.until_ms - 1).incidents
     assert (incident.cause, incident.text) == ("stopped", "agent stopped by an operator")

@@ -164,3 +164,6 @@ def test_beyond_the_limit_clients_are_told_and_peers_are_served(tmp_path: Path) 
             assert agent.get("/health").status == 200
             assert not any(is_closed(one) for one in streams)
         until(lambda: agent.chat().status == 200, "places are free again")
+        counted = agent.get("/metrics").body.decode()
+        (line,) = [one for one in counted.splitlines() if one.startswith('mlxrack_requests_total{model="",')]
+        assert line.startswith('mlxrack_requests_total{model="",outcome="refused"}'), "who was turned away counts"

@@ -1,12 +1,14 @@
 """The page of costs: prices per million tokens, their changes, APIs, and where the money went. Pure."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 
-from aggregator.api_prices import Comparisons
+from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.cost import CostReport
 from aggregator.cost_change import Terms
 from aggregator.report.page import Page, Section, page_of, table
-from aggregator.report.wording import NO_DATA, against, count, money, saved, share, span
+from aggregator.report.wording import NO_DATA, count, money, saved, share, span
+from aggregator.scorecard import frontier
 
 
 def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
@@ -25,20 +27,24 @@ def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
             _nodes(report),
             _keys(report),
         ],
-        "Direct counts the seconds in which a model's loader worked; loaded adds its nodes' idle time; the floor "
+        "Direct counts the seconds in which a model's loader worked; loaded adds its nodes' idle time, not the time in "
+        "which they were silent or worked for nobody; the floor "
         "is the price if nodes were never idle and always as full as in their best five minutes. A cached prompt "
         "token takes no time of its own. Tokens are counted once, by our tokenizers; APIs count with theirs.",
     )
 
 
 def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
-    if not report.priced:
+    if not report.nodes:
+        return "No node reported anything."
+    if report.total is None:
         return "No node of this period has a price in the configuration: add `price` to [[nodes]] to see money here."
-    text = "No token was answered by a node with a price"
+    text = f"{money(report.total, report.currency)} in all, and no token was computed by a node with a price"
     if report.average_per_m is not None:
         text = f"{money(report.average_per_m, report.currency)} per million tokens on average, all node time included"
-    if apis.saving is not None and apis.share is not None:
+    if apis.share is not None:
         text += f": {against(apis.share, 'the same open models at API hosts in the middle of the range')}"
+        text += f" ({busy})" if (busy := utilisation(apis)) else ""
     if flagged:
         text += f"; {flagged} model{'s' if flagged > 1 else ''} jumped"
     if report.unpriced_nodes:
@@ -63,7 +69,8 @@ def _prices(report: CostReport, before: str) -> Section:
 
 
 def _work(report: CostReport) -> Section:
-    rows = [
+    """Models, and what is in none of them, add up to the total."""
+    models = [
         (
             *(m.model, count(m.requests), count(m.prompt_tok)),
             share(m.cached_tok / m.prompt_tok if m.prompt_tok else None),
@@ -72,8 +79,29 @@ def _work(report: CostReport) -> Section:
         )
         for m in report.models
     ]
+    rest = [
+        (name, *[""] * 5, "", money(value, report.currency))
+        for name, value in (
+            ("idle time of no model", report.unshared),
+            ("silent time", report.silent),
+            ("work that answered nobody", report.unattributed),
+        )
+        if value
+    ]
+    prompt, cached, answer = (
+        sum(getattr(m, f"{n}_tok") for m in report.models) for n in ("prompt", "cached", "completion")
+    )
+    total = (
+        *(
+            "Total",
+            count(sum(m.requests for m in report.models)),
+            count(prompt),
+            share(cached / prompt if prompt else None),
+        ),
+        *(count(answer), span(sum(m.busy_s for m in report.models)), "", money(report.total, report.currency)),
+    )
     columns = "Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct cost | Loaded cost"
-    return Section(title="Work and money", table=table(columns, rows, range(1, 8)))
+    return Section(title="Work and money", table=table(columns, [*models, *rest, total], range(1, 8)))
 
 
 def _changes(report: CostReport, before: str) -> Section | None:
@@ -100,43 +128,55 @@ def _apis(apis: Comparisons, currency: str) -> Section:
             f"{money(one.lowest, currency)} to {money(one.highest, currency)}" if one.hosts else one.why_not,
             *(str(len(one.hosts)), money(one.saving, currency), saved(one.share)),
             *(one.frontier, money(one.frontier_cost, currency) if one.frontier else ""),
-            f"{one.times_cheaper:.1f} x" if one.times_cheaper is not None else "",
+            frontier(one.times_cheaper, None) if one.times_cheaper is not None else "",
         )
         for one in apis.models
     ]
+    if apis.median is not None:
+        totals = (money(apis.ours, currency), "", money(apis.median, currency), "", "")
+        rows.append(("All compared", *totals, money(apis.saving, currency), saved(apis.share), "", "", ""))
     known = f"A comparable price is known for {share(apis.covered)} of the tokens; savings speak of those alone. "
     text = (
         f"{known if apis.covered is not None else ''}Prices: "
-        f"{apis.source}, as of {apis.at}. Negative savings mean that an API would have been cheaper. A row counts the "
-        "node time of its model, the sentence at the top that of all nodes. A frontier model is another model: its "
-        "price says what replacing it saves, not what is equal."
+        f"{apis.source} (when it gathered them is not known), those of {apis.at}. Negative savings mean that an API "
+        "would have been cheaper. A row counts the node time of its model; the last one, like the sentence at the top, "
+        "counts its part, by tokens, of all node time. A frontier model is another model: its price says "
+        "what replacing it saves, not what is equal."
     )
-    columns = "Model | Here | Same model | Median | Range | Hosts | Saving | Share | Frontier | Its cost | Cheaper"
+    columns = "Model | Here | Same model | Median | Range | Hosts | Saving | Share | Frontier | Its cost | Here"
     return Section(title="The same work at APIs", text=(text,), table=table(columns, rows, (1, 3, 5, 6, 7, 9, 10)))
 
 
 def _rows(report: CostReport) -> Section | None:
-    if not report.priced:
+    if report.total is None:
         return None
-    names = {"idle": "idle", "unattributed": "work that answered nobody"}
-    rows = [(r.node, names.get(r.kind, r.model), span(r.busy_s), f"{r.cost:,.6f}") for r in report.rows]
+    names = {"idle": "idle", "silent": "silent", "unattributed": "work that answered nobody"}
+    rows = [(r.node, names.get(r.kind, r.model), span(r.busy_s + r.quiet_s), f"{r.cost:,.6f}") for r in report.rows]
     return Section(
         title="Where the money went",
         text=(f"Rows add up to {money(report.total, report.currency)}.",),
-        table=table("Node | For | Busy | Cost", rows, (2, 3)),
+        table=table("Node | For | Time | Cost", [*rows, ("Total", "", "", f"{report.total:,.6f}")], (2, 3)),
     )
 
 
 def _nodes(report: CostReport) -> Section:
     rows = [
         (
-            *(n.node, span(n.reported_s), span(n.busy_s), f"{n.watts:.1f}" if n.watts is not None else NO_DATA),
-            *(n.power, *(money(value, report.currency) for value in (n.rate_per_h, n.cost, n.idle))),
+            *(n.node, span(n.reported_s), span(n.busy_s), span(n.silent_s)),
+            *(f"{n.watts:.1f}" if n.watts is not None else NO_DATA, n.power),
+            *(money(value, report.currency) for value in (n.rate_per_h, n.cost, n.idle, n.silent)),
         )
         for n in report.nodes
     ]
-    columns = "Node | Reported | Busy | Watts | Measured by | Per hour | Cost | Idle"
-    return Section(title="Nodes", table=table(columns, rows, (1, 2, 3, 5, 6, 7)), points=report.hints)
+    reported_s, busy_s, silent_s = (
+        sum(getattr(n, name) for n in report.nodes) for name in ("reported_s", "busy_s", "silent_s")
+    )
+    total = (
+        *("Total", span(reported_s), span(busy_s), span(silent_s), "", "", ""),
+        *(money(value, report.currency) for value in (report.total, report.idle, report.silent)),
+    )
+    columns = "Node | Reported | Busy | Silent | Watts | Measured by | Per hour | Cost | Idle | Silent cost"
+    return Section(title="Nodes", table=table(columns, [*rows, total], (1, 2, 3, 4, 6, 7, 8, 9)), points=report.hints)
 
 
 def _keys(report: CostReport) -> Section | None:
@@ -150,5 +190,10 @@ def _keys(report: CostReport) -> Section | None:
         )
         for k in report.keys
     ]
+    known = [k.cost for k in report.keys if k.cost is not None]
+    sums = (sum(getattr(k, name) for k in report.keys) for name in ("requests", "prompt_tok", "completion_tok"))
+    rows.append(
+        ("Total of the models", *map(count, sums), money(sum(known, Decimal(0)) if known else None, report.currency))
+    )
     columns = "Key | Requests | Prompt tokens | Answer tokens | Cost, idle included"
     return Section(title="Client keys", table=table(columns, rows, (1, 2, 3, 4)))

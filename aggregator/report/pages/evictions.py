@@ -1,28 +1,73 @@
 """The page of evictions. Pure."""
 
-from aggregator.eviction import EvictionReport
+from aggregator.eviction import WORDS, EvictionReport, Remedy, Verdict
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import count, gb, span
 
+REMEDIES: dict[Remedy, str] = {
+    "capacity": "need memory that no node has",
+    "restore": "need nodes that are away",
+    "blocked": "are held back by limits",
+    "move": "are resolved by the moves of the placement",
+    "budget": "need a larger memory budget",
+    "pin": "need a pin",
+    "leave": "belong to other nodes",
+    "fits": "are over: the models fit now",
+    "none": "are of models that nobody misses now",
+}
+
 
 def page(report: EvictionReport, rack: str) -> Page:
-    """Which models had to leave memory, and whether that was right."""
-    wrong = sum(r.verdicts.get("placement", 0) for r in report.rows)
-    lead = "No model had to leave memory."
-    if report.total:
-        lead = f"{report.total:,} evictions; {wrong:,} of those below are a matter of placement, not of traffic."
+    """Which models had to leave memory, whether that was right, and what to do."""
     rows = [
         (
-            *(r.node, r.model, str(r.evictions), ", ".join(f"{n} {verdict}" for verdict, n in r.verdicts.items())),
+            *(r.node, r.model, str(r.evictions), _each(r.verdicts)),
             *(gb(r.bytes), count(r.requests_last_hour), ", ".join(r.made_room_for) or "-"),
-            *("-" if r.wanted_again_s is None else span(r.wanted_again_s), r.verdict, r.hint),
+            *("-" if r.wanted_again_s is None else span(r.wanted_again_s), WORDS[r.verdict], r.hint),
         )
         for r in report.rows
     ]
-    more = (f"{report.left_out} more models were evicted less often.",) if report.left_out else ()
+    shown = sum(r.evictions for r in report.rows)
+    rows += [("all of these", "", count(shown), "", "", "", "", "", "", "")] if len(report.rows) > 1 else []
     columns = (
-        "Node | Model | Evictions | Of them | Memory | Requests in the hours before | Made room for | "
-        "Wanted again after | Verdict | Evidence"
+        "Node | Model | Evictions | Of them | Memory, each | Requests in the hour before, median | Made room for | "
+        "Wanted again after, at the least | Verdict | Evidence, and what to do"
     )
-    section = Section(title="The most evicted", text=more, table=table(columns, rows, (2, 4, 5, 7)))
-    return page_of(f"Evictions, rack {rack}, {report.period}", lead, [section])
+    section = Section(title="The most evicted", text=_more(report), table=table(columns, rows, (2, 4, 5, 7)))
+    return page_of(f"Evictions, rack {rack}, {report.period}", _lead(report), [section, _models(report)])
+
+
+def _lead(report: EvictionReport) -> str:
+    if not report.total:
+        return "No model had to leave memory."
+    avoidable = report.verdicts.get("placement", 0)
+    lead = _counted(report.total)
+    if not avoidable:
+        return f"{lead}, none of them avoidable."
+    if report.total == 1:
+        return f"{lead}, avoidable: see what to do."
+    what = "; ".join(f"{number:,} {REMEDIES[remedy]}" for remedy, number in report.remedies.items())
+    return f"{lead}, {avoidable:,} of them avoidable{f': {what}' if what else ''}."
+
+
+def _counted(number: int) -> str:
+    return "1 eviction" if number == 1 else f"{number:,} evictions"
+
+
+def _more(report: EvictionReport) -> tuple[str, ...]:
+    if not report.left_out:
+        return ()
+    rows = "1 more row" if report.left_out == 1 else f"{report.left_out:,} more rows"
+    return (f"{rows} with {_counted(report.left_out_evictions)}: see the totals by model.",)
+
+
+def _models(report: EvictionReport) -> Section | None:
+    if not report.models:
+        return None
+    rows = [(m.model, count(m.evictions), count(m.nodes), _each(m.verdicts)) for m in report.models]
+    rows.append(("all", count(report.total), "", _each(report.verdicts)))
+    return Section(title="By model", table=table("Model | Evictions | Nodes | Of them", rows, (1, 2)))
+
+
+def _each(verdicts: dict[Verdict, int]) -> str:
+    return ", ".join(f"{number:,} {WORDS[verdict]}" for verdict, number in verdicts.items())

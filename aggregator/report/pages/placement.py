@@ -1,5 +1,6 @@
 """The page of a placement: what does not fit, the moves, nodes and models. Pure."""
 
+from aggregator.heat import MOVE_SHARE, shown
 from aggregator.packing import WHOLE
 from aggregator.placement import PlacementReport
 from aggregator.report.page import Page, Section, page_of, table
@@ -15,25 +16,33 @@ BY_HAND = (
 def page(report: PlacementReport, rack: str, *, planned: bool = False) -> Page:
     """Which model on which node; what does not fit comes first. ``planned``: from an intake, before there is a
     rack."""
-    lead = "Every model stands well where it is." if report.placed or report.nodes else "No node reported anything."
-    if report.moves:
-        lead = f"{len(report.moves)} steps would put the models where their work fits."
-    if report.short:
-        lead = report.short[0]
     remarks = (*report.notes, *(setting.reason for setting in report.settings))
     return page_of(
         f"Placement, rack {rack}, {report.period}",
-        lead,
+        report.lead,
         [
             Section(title="What does not fit", points=report.short) if len(report.short) > 1 else None,
+            _rebalance(report, planned),
             _moves(report, BY_HAND if planned else APPLY) if report.moves else None,
             Section(title="Settings and remarks", points=remarks) if remarks else None,
             _nodes(report),
             _models(report),
         ],
-        "Load is the 95th percentile of five-minute windows, in the node's own time; busy is the mean. Moves are steps "
-        "that can be carried out in this order: no node's memory is overdrawn and no model without a copy meanwhile.",
+        "Load is the 95th percentile of five-minute windows, in the node's own time; busy is the mean, throttled a "
+        "share of the time for which a node's thermal level is known. Moves are steps "
+        "that can be carried out in this order: no node's memory is overdrawn and no model without a copy meanwhile. "
+        "Busy and requests of a model are those of its name on that node, with all its versions.",
     )
+
+
+def _rebalance(report: PlacementReport, planned: bool) -> Section | None:
+    """Yes or no, and what else is to be done about models, from their conclusions."""
+    if planned or not report.nodes:
+        return None
+    points = [f"{c.model}: {c.text}" for c in report.conclusions if c.kind not in ("fits", "none", "move")]
+    verdict = "yes, see the moves" if report.rebalance else "no"
+    text = f"Rebalance: {verdict}{'; without a move:' if points else '.'}"
+    return Section(title="What to do", text=(text,), points=tuple(points))
 
 
 def _nodes(report: PlacementReport) -> Section:
@@ -42,7 +51,8 @@ def _nodes(report: PlacementReport) -> Section:
             n.node,
             *map(gb, (n.budget_bytes, n.held_bytes, n.held_after_bytes)),
             f"{n.speed:.2f}",
-            *map(share, (n.load, n.load_after, n.limit, n.busy_share, n.throttled_share)),
+            *map(share, (n.load, n.load_after, n.limit, n.busy_share)),
+            shown(n.throttled_share, MOVE_SHARE),
         )
         for n in report.nodes
     ]
@@ -54,7 +64,8 @@ def _nodes(report: PlacementReport) -> Section:
 def _models(report: PlacementReport) -> Section:
     rows = [
         (
-            *(p.model, p.node, p.version[:8], gb(p.need_bytes), share(p.busy_share), count(p.requests)),
+            *(", ".join((p.model, *p.names)), p.node, p.version[:8], gb(p.need_bytes)),
+            *(share(p.busy_share), count(p.requests)),
             *(p.advice, p.reason),
         )
         for p in report.placed

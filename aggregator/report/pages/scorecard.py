@@ -11,7 +11,8 @@ def page(lines: tuple[Line, ...], period: str, rack: str) -> Page:
     """The promises and whether they were kept."""
     kept, missed = sum(one.kept is True for one in lines), sum(one.kept is False for one in lines)
     unknown = len(lines) - kept - missed
-    lead = f"{kept} kept, {missed} missed" + (f", {unknown} without data" if unknown else "") + "."
+    which = f" ({', '.join(one.name for one in lines if one.kept is False)})" if missed else ""
+    lead = f"{kept} kept, {missed} missed{which}" + (f", {unknown} without data" if unknown else "") + "."
     rows = [(one.name, one.text, _target(one), _VERDICTS[one.kept]) for one in lines]
     section = Section(title="Promises", table=table("Promise | As it was | Target | Verdict", rows))
     return page_of(f"Scorecard, rack {rack}, {period}", lead, [section])
@@ -21,5 +22,5 @@ def _target(line: Line) -> str:
     if line.unit == "times":
         return f"at least {line.target:g} times cheaper"
     if line.unit == "share":
-        return f"{'at least' if line.kind == 'uptime' else 'at most'} {line.target:.1%}"
+        return f"{'at least' if line.kind in ('uptime', 'saving') else 'at most'} {line.target:.1%}"
     return f"at most {line.target:g} {line.unit}"

@@ -30,7 +30,7 @@ class Worker:
     unmet: tuple[str, ...] = ()
 
     @contextlib.contextmanager
-    def reading(self, request_id: str, key_id: str) -> Iterator[None]:
+    def reading(self, key_id: str) -> Iterator[None]:
         """Admit everything."""
         yield
 

@@ -6,26 +6,36 @@ The load limit of a node is 80 % of its time, less where it is throttled. Three 
 2. A model that outgrows its node gets that node to itself, or another copy where it fits.
 3. Long prompts with few prompt cache hits get a larger prompt cache where memory is free.
 
-Moves are few by construction: each must be worth its gigabytes, and their number is capped.
+Moves are few by construction: each must be worth its gigabytes, and their number is capped. What was evicted without
+need, and what does not fit, is reconciled with them in ``conclusion``: one conclusion for each model.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+__all__ = ["explained"]
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 
 import msgspec
 
 from aggregator import heat, moves, packing
 from aggregator.calendar import local
 from aggregator.config import Placement as Rules
-from aggregator.demand import Facts, current, facts_of, load_of
+from aggregator.demand import Facts, Known, current, facts_of, load_of
+from aggregator.eviction import Conclusion, Remedy, listed
 from aggregator.moves import Step
-from aggregator.packing import CAP, Copyable, Packed, Placement, Room
+from aggregator.packing import CAP, Packed, Placement, Room
+from aggregator.placement.conclusion import Shortage, conclude, explained, throttled
 from aggregator.window import Window, seconds
 from shared.desired import Moment
 
 CROWDED = 0.90
 LONG_PROMPT_TOK = 2_000
 LOW_HIT_SHARE = 0.30
+LEAST_REQUESTS = 20
+"""A hit rate of fewer requests changes no setting: the first one of each prompt always misses."""
+IDLE_NODE = 0.02
+RETIRE_AFTER_S = 7 * 86_400
+"""A node whose models worked less than this share of at least this time may not be needed."""
 LOAD_GB_S = 1.5
 """Assumed load rate from an internal disk until a load has been measured."""
 
@@ -56,7 +66,9 @@ class NodeLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on a node and the advice for it there: keep, move, copy or remove."""
+    """A model on a node and the advice for it there: keep, move, copy or remove. ``busy_share`` and ``requests`` (the
+    answered ones) are those of this served name on this node with all its versions, ``version`` is the newest;
+    ``names`` are others that its loader answers to, which take no memory of their own."""
 
     model: str
     node: str
@@ -67,6 +79,7 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     advice: str
     reason: str
     pinned: bool = False
+    names: tuple[str, ...] = ()
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,8 +116,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The placement and the moves. ``short`` lists what does not fit, with remedies; ``notes`` what stays as it is, and
-    why. ``gap`` bounds the distance from the optimal placement; ``score`` is the objective value of packing.py.
+    """The placement and the moves. ``short`` lists what does not fit, with remedies, in the words of ``shortages``;
+    ``notes`` what stays as it is, and why. ``conclusions`` are what to do about each model, from which the evictions
+    and all recommendations take it. ``silent`` are nodes that stopped reporting, with when, ``hot`` those that heat
+    slows, ``spare`` those that could all be taken out without a loss, ``unsure`` those whose speed is a guess. ``gap``
+    bounds the distance from the optimal placement; ``score`` is the objective value of packing.py.
     ``so_far_until_ms`` is there in the published report of a span that is not over."""
 
     period: str
@@ -118,19 +134,70 @@ class PlacementReport(msgspec.Struct, frozen=True, kw_only=True):
     gap: float | None = None
     score: float = 0.0
     least: dict[str, int] = {}
+    conclusions: tuple[Conclusion, ...] = ()
+    shortages: tuple[Shortage, ...] = ()
+    silent: dict[str, Moment] = {}
+    hot: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+    unsure: tuple[str, ...] = ()
     so_far_until_ms: Moment | msgspec.UnsetType = msgspec.UNSET
+
+    def models_to(self, *kinds: Remedy) -> list[str]:
+        """The models with a conclusion of these kinds."""
+        return sorted({c.model for c in self.conclusions if c.kind in kinds})
+
+    @property
+    def lead(self) -> str:
+        """The whole in one sentence."""
+        if not self.nodes and self.silent:
+            return f"No node reports any more; nothing is placed while {_are(tuple(self.silent))} away."
+        if not self.nodes:
+            return "No node reported anything."
+        if self.short:
+            return self.short[0]
+        if self.moves:
+            steps = "One step" if len(self.moves) == 1 else f"{len(self.moves)} steps"
+            return f"{steps} would put the models where their work fits."
+        asides = [
+            *([f"{listed(pin)} should be pinned"] if (pin := self.models_to("pin")) else []),
+            *([f"{listed(off)} should be left to other nodes"] if (off := self.models_to("leave")) else []),
+            *([f"heat slows {listed(self.hot)}"] if self.hot else []),
+            *([f"{listed(tuple(self.silent))} stopped reporting"] if self.silent else []),
+        ]
+        return f"No model has to move; {'; '.join(asides)}." if asides else "Every model stands well where it is."
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def propose(
     window: Window,
     rules: Rules = Rules(),  # noqa: B008  # immutable
     bandwidths: Mapping[str, float] = {},
+    known: Known = Known(),  # noqa: B008  # immutable
 ) -> PlacementReport:
     """The placement report of one span. ``bandwidths`` are those of ``AggregatorConfig.bandwidths``."""
-    facts = facts_of(window, rules, bandwidths)
+    facts = facts_of(window, rules, bandwidths, known)
+    silent = {node: t_ms for node, t_ms in sorted(facts.silent.items()) if node not in known.retired}
+    if not facts.rooms:
+        # no node is there to carry anything; that is not a lack of memory
+        away = sorted({(crowd.model, crowd.node) for crowd in facts.crowds})
+        return PlacementReport(
+            period=window.span.name,
+            rebalance=False,
+            nodes=(),
+            placed=_placed(window, frozenset(), facts),
+            moves=(),
+            notes=tuple(_silent(window, silent)),
+            conclusions=tuple(Conclusion(model=m, kind="restore", node=n, nodes=(n,)) for m, n in away),
+            silent=silent,
+        )
     packed = packed_with_slack(facts, rules.max_moves)
     ordered = moves.order(facts.models, facts.rooms, facts.now, packed.pairs)
     made = described(facts, ordered.steps)
+    concluded = conclude(facts, packed, ordered, known)
+    guessed = facts.guessed if len(window.nodes) > 1 else ()
     return PlacementReport(
         period=window.span.name,
         rebalance=bool(made),
@@ -138,14 +205,20 @@ def propose(
         placed=_placed(window, ordered.reached, facts),
         moves=made,
         notes=(
-            *(*_silent(window, facts), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
-            *(facts.guessed if len(window.nodes) > 1 else ()),
+            *(*_silent(window, silent), *_blocked(ordered.blocked), *_stuck(facts, ordered.reached)),
+            *(f"{node}: {why}" for node, why in guessed),
         ),
-        short=explained(facts, packed),
-        settings=_cache_settings(window, facts, ordered.reached),
+        short=tuple(one.text for one in concluded.shortages),
+        settings=_cache_settings(window, facts, ordered.reached, concluded.conclusions),
         gap=packed.gap,
         score=round(packed.score, 6),
         least=dict(facts.least),
+        conclusions=concluded.conclusions,
+        shortages=concluded.shortages,
+        silent=silent,
+        hot=tuple(sorted(known.hot | set(facts.throttled))),
+        spare=_spare(window, facts, ordered.reached, known.hot) if not (made or concluded.shortages) else (),
+        unsure=tuple(sorted({node for node, _ in guessed})),
     )
 
 
@@ -192,67 +265,6 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
     return tuple(found)
 
 
-def explained(facts: Facts, packed: Packed) -> tuple[str, ...]:
-    """Why not everything fits, and the remedy; empty if it does."""
-    found = []
-    sizes = {m.name: m for m in facts.models}
-    held_back = [one for one in packed.short if _could_stand(sizes[one[0]], facts, packed.pairs)]
-    missing = [one for one in packed.short if one not in held_back]
-    if held_back:
-        copies = ", ".join(f"{count} x {name}" for name, count in held_back)
-        found.append(
-            f"{copies} not placed yet, though there is memory: limited by the max_moves of one week, or by the nodes "
-            "allowed in placement.models."
-        )
-    if missing:
-        found.append(_too_little(missing, sizes, facts.rooms))
-    busy = [(name, share) for name, share in packed.over if name not in facts.throttled]
-    if busy:
-        where = ", ".join(f"{name} by {share:.0%}" for name, share in busy)
-        more = max(1, math.ceil(sum(share for _, share in busy) / CAP - 1e-9))
-        found.append(
-            f"Load at the 95th percentile exceeds the limit: {where}. Add {_nodes(more)} like the fastest, or move the "
-            "busiest model elsewhere."
-        )
-    found += [
-        f"{_throttled(facts, name)}, and its load fits on no other node: improve its cooling."
-        for name, _ in packed.over
-        if name in facts.throttled
-    ]
-    return tuple(found)
-
-
-def _could_stand(model: Copyable, facts: Facts, pairs: Placement) -> bool:
-    """Whether any node has the memory for another copy, regardless of other constraints."""
-    return any(
-        (model.name, room.name) not in pairs
-        and room.budget_bytes - packing.held(room, facts.models, pairs) >= model.need_bytes
-        for room in facts.rooms
-    )
-
-
-def _too_little(missing: Sequence[tuple[str, int]], sizes: Mapping[str, Copyable], rooms: Sequence[Room]) -> str:
-    whole = sum(sizes[name].need_bytes * count for name, count in missing)
-    copies = ", ".join(f"{count} x {name}" for name, count in missing)
-    largest = max(sizes[name].need_bytes for name, _ in missing)
-    biggest = max((r.budget_bytes for r in rooms), default=0)
-    node = (
-        f"a node with at least {largest / 1e9:.1f} GB for models"
-        if largest > biggest or not biggest
-        else f"{_nodes(max(1, math.ceil(whole / biggest)))} of {biggest / 1e9:.1f} GB for models"
-    )
-    drop = max((name for name, _ in missing), key=lambda name: (sizes[name].need_bytes, name))
-    return f"Not enough memory for {copies} ({whole / 1e9:.1f} GB): add {node}, or drop {drop}."
-
-
-def _throttled(facts: Facts, node: str) -> str:
-    return f"{node} was throttled {facts.throttled[node]:.1%} of the time"
-
-
-def _nodes(count: int) -> str:
-    return "one more node" if count == 1 else f"{count} more nodes"
-
-
 def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
     """The limit that calls for a step, its reason as a sentence, and the consequence of declining it."""
     by_room = {r.name: r for r in facts.rooms}
@@ -271,7 +283,7 @@ def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
     room = by_room[step.source]
     before = load_of(room, facts.models, facts.now)
     if room.name in facts.throttled:
-        return "heat", _throttled(facts, room.name), f"{room.name} stays throttled at {before:.0%} load"
+        return "heat", throttled(facts, room.name), f"{room.name} stays throttled at {before:.0%} load"
     if before > room.limit:
         alone = max((m for m in facts.models if (m.name, room.name) in facts.now), key=lambda m: (m.share, m.name))
         itself = f"; {alone.name} needs the node to itself" if alone.share / room.speed > 0.5 * CAP else ""
@@ -292,7 +304,7 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
                 node=room.name,
                 budget_bytes=host.memory_budget_bytes if host is not None else None,
                 held_bytes=packing.held(room, facts.models, facts.now),
-                busy_share=window.busy_us(room.name) / reported_us if reported_us else None,
+                busy_share=min(1.0, window.busy_us(room.name) / reported_us) if reported_us else None,
                 throttled_share=heat.share(window, room.name),
                 speed=room.speed,
                 limit=round(room.limit, 4),
@@ -305,38 +317,75 @@ def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeL
 
 
 def _placed(window: Window, reached: Placement, facts: Facts) -> tuple[Placed, ...]:
-    found = []
     troubled = {r.name for r in facts.rooms if load_of(r, facts.models, facts.now) > r.limit} | set(facts.throttled)
+    busy_us: dict[tuple[str, str], int] = {}
+    for engine in window.engines:
+        busy_us[engine.model, engine.node] = busy_us.get((engine.model, engine.node), 0) + engine.busy_us
+    requests: dict[tuple[str, str], int] = {}
+    for served in window.served:
+        if served.outcome == "ok":
+            requests[served.model, served.worker] = requests.get((served.model, served.worker), 0) + served.requests
+    found = []
     for one in current(window):
-        reported_us = seconds(window.reported(one.node)) * 1e6
-        busy = sum(e.busy_us for e in window.engines if e.node == one.node and e.version == one.version)
-        requests = sum(s.requests for s in window.served if s.worker == one.node and s.version == one.version)
-        stays = (one.model, one.node) in reached
-        others = sorted(n for m, n in reached - facts.now if m == one.model)
-        advice, reason = "keep", "fits; its node is neither throttled nor over its load limit"
-        if one.node in facts.silent:
-            advice, reason = "gone", "its node stopped reporting"
-        elif one.node in troubled:
-            reason = "no better placement found"
-        if one.node not in facts.silent and not stays:
-            advice = "move" if others else "remove"
-            reason = f"to {others[0]}, see moves" if others else "more copies than its load needs"
-        elif stays and others:
-            advice, reason = "copy", f"also to {', '.join(others)}, see moves"
+        key, reported_us = (one.model, one.node), seconds(window.reported(one.node)) * 1e6
+        advice, reason = _advised(key, facts, reached, troubled)
         found.append(
             Placed(
                 model=one.model,
                 node=one.node,
                 version=one.version,
                 need_bytes=one.need_bytes or 0,
-                busy_share=busy / reported_us if reported_us else None,
-                requests=requests,
+                busy_share=min(1.0, busy_us.get(key, 0) / reported_us) if reported_us else None,
+                requests=requests.get(key, 0),
                 advice=advice,
                 reason=reason,
                 pinned=bool(one.pinned),
+                names=facts.names.get(key, ()),
             )
         )
     return tuple(sorted(found, key=lambda p: (p.node, p.model)))
+
+
+def _advised(key: tuple[str, str], facts: Facts, reached: Placement, troubled: set[str]) -> tuple[str, str]:
+    """What happens to a model on a node, and why."""
+    model, node = key
+    others = sorted(n for m, n in reached - facts.now if m == model)
+    if node in facts.silent:
+        return "gone", "its node stopped reporting"
+    if key not in reached:
+        return ("move", f"to {listed(others)}, see moves") if others else ("remove", "more copies than its load needs")
+    if others:
+        return "copy", f"also to {listed(others)}, see moves"
+    if node in troubled:
+        return "keep", "no better placement found"
+    return "keep", "fits; its node is neither throttled nor over its load limit"
+
+
+def _spare(window: Window, facts: Facts, reached: Placement, hot: Set[str]) -> tuple[str, ...]:
+    """Nodes without work that could be taken out together: what stands on them stands elsewhere as well, in as many
+    copies as its demand needs, and the others carry their load."""
+    found: set[str] = set()
+    for room in facts.rooms:
+        reported_s = seconds(window.reported(room.name))
+        worked = window.busy_us(room.name) / 1e6 >= IDLE_NODE * reported_s
+        if reported_s < RETIRE_AFTER_S or worked or room.name in hot or room.name in facts.throttled:
+            continue
+        left = [r for r in facts.rooms if r.name not in found and r is not room]
+        pairs = [(m, n) for m, n in reached if n not in found and n != room.name]
+        copies = Counter(model for model, _ in pairs)
+        kept = all(copies[m] >= max(1, facts.least.get(m, 1)) for m, n in reached if n == room.name)
+        if left and kept and _carried(facts, left, pairs, copies):
+            found.add(room.name)
+    return tuple(sorted(found))
+
+
+def _carried(facts: Facts, rooms: Sequence[Room], pairs: Sequence[tuple[str, str]], copies: Mapping[str, int]) -> bool:
+    """Whether nodes carry the load of all models that stand on them."""
+    each = {m.name: m.load / copies[m.name] for m in facts.models if copies[m.name]}
+    loads = dict.fromkeys((room.name for room in rooms), 0.0)
+    for model, node in pairs:
+        loads[node] += each[model]
+    return all(loads[room.name] / room.speed <= room.limit for room in rooms)
 
 
 def _blocked(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -351,36 +400,46 @@ def _stuck(facts: Facts, reached: Placement) -> list[str]:
     for room in facts.rooms:
         before, after = (load_of(room, facts.models, at) for at in (facts.now, reached))
         if room.name in facts.throttled and after >= before > 0:
-            found.append(f"{_throttled(facts, room.name)}, and no other node has room for any of its models")
+            found.append(f"{throttled(facts, room.name)}, and no other node has room for any of its models")
     return found
 
 
-def _silent(window: Window, facts: Facts) -> list[str]:
-    return [
-        f"{node} has not reported since {local(t_ms, window.span.timezone):%d %b %H:%M}: nothing placed there"
-        for node, t_ms in sorted(facts.silent.items())
-    ]
+def _silent(window: Window, silent: Mapping[str, int]) -> list[str]:
+    if not silent:
+        return []
+    since = [f"{node} has not reported since {_when(window, t_ms)}" for node, t_ms in silent.items()]
+    if len(since) <= 2:
+        return [f"{one}: nothing placed there" for one in since]
+    first = _when(window, min(silent.values()))
+    return [f"{listed(tuple(silent))} have not reported to the end, the first since {first}: nothing placed there"]
 
 
-def _cache_settings(window: Window, facts: Facts, reached: Placement) -> tuple[Setting, ...]:
-    """A larger prompt cache for models with long prompts and a low hit rate, where memory is free."""
-    found = []
-    for model in sorted({s.model for s in window.served if s.outcome == "ok"}):
+def _when(window: Window, t_ms: int) -> str:
+    return f"{local(t_ms, window.span.timezone):%d %b %H:%M}"
+
+
+def _cache_settings(
+    window: Window, facts: Facts, reached: Placement, conclusions: Sequence[Conclusion]
+) -> tuple[Setting, ...]:
+    """A larger prompt cache for models with long prompts and a low hit rate, where memory is free: not where models
+    were evicted without need, and not for models about which there is more to do."""
+    wanted = {}
+    for model in sorted({c.model for c in conclusions} - {c.model for c in conclusions if c.kind != "fits"}):
         mine = [s for s in window.served if s.model == model and s.outcome == "ok"]
         requests, prompt = sum(s.requests for s in mine), sum(s.prompt_tok for s in mine)
         cached = sum(s.cached_tok for s in mine)
-        if not requests or prompt / requests <= LONG_PROMPT_TOK or cached / prompt >= LOW_HIT_SHARE:
+        if requests >= LEAST_REQUESTS and prompt / requests > LONG_PROMPT_TOK and cached / prompt < LOW_HIT_SHARE:
+            hits = f"prompt cache hit rate {cached / prompt:.0%}"
+            wanted[model] = f"prompts of {prompt // requests} tokens on average, {hits}"
+    found = []
+    for room in facts.rooms:
+        free = room.budget_bytes - max(packing.held(room, facts.models, at) for at in (reached, facts.now))
+        here = [model for model in wanted if (model, room.name) in reached]
+        if free <= 256 << 20 or any(c.node == room.name for c in facts.crowds):
             continue
-        for room in facts.rooms:
-            if (model, room.name) not in reached:
-                continue
-            free = room.budget_bytes - packing.held(room, facts.models, reached)
+        for model in here:
             now = max((e.cache_bytes for e in window.engines if e.model == model and e.node == room.name), default=0)
-            value = now + free // 2
-            why = (
-                f"{model} on {room.name}: prompts of {prompt // requests} tokens on average, prompt cache hit rate "
-                f"{cached / prompt:.0%}; {free / 1e9:.1f} GB are free there, increase its cache_bytes to {value:,}"
-            )
-            if free > 256 << 20:
-                found.append(Setting(model=model, node=room.name, setting="cache_bytes", value=value, reason=why))
-    return tuple(found)
+            value, left = now + free // 2 // len(here), f"{free / 1e9:.1f} GB are free there"
+            why = f"{model} on {room.name}: {wanted[model]}; {left}, increase its cache_bytes to {value:,}"
+            found.append(Setting(model=model, node=room.name, setting="cache_bytes", value=value, reason=why))
+    return tuple(sorted(found, key=lambda s: (s.model, s.node)))
