@@ -132,7 +132,7 @@ class Compared:
         there = rounded(cost * self.rate)
         times = float(there / ours) if ours else None
         share = float((there - ours) / there) if there else None
-        return {"frontier_cost": text(there), "times_cheaper": times, "frontier_share": share}
+        return {"frontier": wanted, "frontier_cost": text(there), "times_cheaper": times, "frontier_share": share}
 
     def whole(self, models: list[dict[str, Any]]) -> dict[str, Any]:
         """Over all names that can be compared."""
@@ -151,8 +151,7 @@ class Compared:
 
 
 def busy_share(costs: Costs) -> float | None:
-    """Mean of the priced nodes, by time."""
-    reported = sum(one.reported_ms for one in costs.nodes.values()) * 1000
-    return sum(one.busy_us for one in costs.nodes.values()) / reported if reported else None
-
-
+    """Mean of the priced nodes, by time, of which each is busy for at most all; busy seconds are known to the ms."""
+    reported = sum(one.reported_ms for one in costs.nodes.values())
+    busy = sum(min(round(one.busy_us / 1000), one.reported_ms) for one in costs.nodes.values())
+    return busy / reported if reported else None

@@ -12,7 +12,6 @@ from . import apis, focus, happened, heat, periods, raw, underivable, volume
 from .lives import Rack
 from .periods import Period
 from .report import Judged
-from .spans import length
 
 Found = dict[str, Any]
 _MONEY = re.compile(r"-?\d+(\.\d+)?")
@@ -20,8 +19,7 @@ _CLOSE = 1e-9
 _IDENTITY = (
     ("provider", "model"),
     ("scope", "node", "start_ms"),
-    ("node", "model", "kind"),
-    ("node", "model", "reason"),
+    ("node", "model", "kind", "cost"),
     ("node", "model"),
     ("model",),
     ("node",),
@@ -113,10 +111,10 @@ def identity(one: Any, place: int) -> str:
     if not isinstance(one, dict):
         return str(place)
     if "kind" in one and "value" in one:
-        about = one.get("model") or str(one.get("name", "")).partition(" against ")[0]
-        return f"{one['kind']} {about}" if one["kind"] == "price" else str(one["kind"])
+        return f"{one['kind']} {one.get('name')}" if one["kind"] == "price" else str(one["kind"])
     for names in _IDENTITY:
         if all(name in one for name in names):
+            names = names[:3] if "cost" in names else names
             return " ".join(str(one[name]) for name in names)
     return str(place)
 
@@ -187,11 +185,9 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         return
     before, mine = Judged(rack, period.before()), Outcome()
     of_apis = judged.apis(theirs.get("apis") or {})
-    known = sum(length(one.known) for one in judged.there.values())
-    reported = sum(length(one.reported) for one in judged.there.values())
     ours = {
         "batches": len(judged.counted),
-        "covered": reported / known if known else None,
+        "covered": judged.covered(),
         "volume": volume.of_month(judged.counted, period, judged.counts),
         "thermal": {"nodes": heat.of_nodes(rack, judged.there, period)},
         "evictions": happened.evictions(judged.counted),
@@ -203,7 +199,8 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         "scorecard": judged.scorecard(of_apis),
     }
     if "figures" in theirs:
-        ours["figures"] = judged.figures(of_apis) | {"covered": ours["covered"]}
+        ours["figures"] = judged.figures(of_apis)
+        ours["before"] = None if before.empty else before.figures(before.apis(theirs.get("apis") or {}))
     mine.tree("report", theirs, ours)
     _more(mine, theirs)
     _add(found, period.name, mine)

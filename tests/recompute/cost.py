@@ -11,10 +11,8 @@ from .lives import Life, Rack
 from .money import divided, per_m, rounded
 from .periods import HOUR_MS, Period
 from .raw import Batch
-from .work import Pool, Tokens
+from .work import ZERO, Pool, Tokens, Two
 
-Two = tuple[Fraction, Fraction]
-ZERO = Fraction()
 
 
 @dataclass
@@ -49,7 +47,12 @@ class NodeCost:
     @property
     def reported_cost(self) -> Fraction:
         """Of the time in which it reported."""
-        return rounded(self.rate_per_h * Fraction(self.reported_ms, HOUR_MS))
+        return rounded(self.exact)
+
+    @property
+    def exact(self) -> Fraction:
+        """The same before it is rounded."""
+        return self.rate_per_h * Fraction(self.reported_ms, HOUR_MS)
 
     @property
     def silent(self) -> Fraction:
@@ -97,6 +100,11 @@ class Costs:
         return sum((one.rows.get("", ZERO) for one in self.nodes.values()), ZERO)
 
     @property
+    def unshared(self) -> Fraction:
+        """Idle time that no model bears."""
+        return self.total - self.silent - self.unattributed - sum(self.loaded.values(), ZERO)
+
+    @property
     def whole_tok(self) -> int:
         """Of all names."""
         return sum(one.whole for one in self.tokens.values())
@@ -142,36 +150,50 @@ def _node(rack: Rack, life: Life, counted: list[Batch], busy_us: int) -> NodeCos
 
 
 def _divide(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> None:
-    """Busy cost by name, the rest idle; idle cost by the loaders of the node."""
+    """Busy cost by name, the rest idle; idle cost by the loaders of the node, and each one's by name."""
     for pool in mine:
         for name, (prefill, decode) in pool.parts().items():
             had = node.work.get(name, (ZERO, ZERO))
             node.work[name] = (had[0] + prefill, had[1] + decode)
-    whole = node.busy_us or 1
-    names = sorted(node.work, key=lambda name: (not name, name))
-    shares: list[tuple[str | None, Fraction]] = [
-        (name, node.busy_share * sum(node.work[name]) / whole) for name in names if sum(node.work[name])
-    ]
-    parts = divided(node.reported_cost, [*shares, (None, 1 - node.busy_share)])
-    node.idle = parts.pop(None)
-    node.rows = {name: parts[name] for name in names if name is not None and name in parts}
-    node.loads = _idle(node, mine, counted)
+    node.work = {name: both for name, both in sorted(node.work.items()) if sum(both)}
+    busy_cost = rounded(node.exact * node.busy_share)
+    node.idle = node.reported_cost - busy_cost
+    node.rows = divided(busy_cost, [(name, sum(both, ZERO)) for name, both in node.work.items()])
+    node.loads = defaultdict(Fraction)
+    whole = idle_shares(mine, counted)
+    for pool, part in zip((p for p, _ in whole), divided(node.idle, list(enumerate_shares(whole))).values(), strict=True):
+        names = sorted(pool.parts().items())
+        for name, money in divided(part, [(name, sum(both, ZERO)) for name, both in names if sum(both)]).items():
+            node.loads[name] += money
 
 
-def _idle(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> dict[str, Fraction]:
-    """The part of its idle cost that each name bears, "" for none."""
-    weights: dict[str, Fraction] = defaultdict(Fraction)
-    for pool, share in idle_shares(mine, counted):
-        for name, both in pool.parts().items():
-            weights[name] += share * sum(both) / pool.busy_us
-    names = sorted(weights, key=lambda name: (not name, name))
-    return divided(node.idle, [(name, weights[name]) for name in names])
+def enumerate_shares(whole: list[tuple[Pool, Fraction]]) -> list[tuple[int, Fraction]]:
+    """Each one's share by its place."""
+    return [(place, share) for place, (_, share) in enumerate(whole)]
 
 
 def idle_shares(mine: list[Pool], counted: list[Batch]) -> list[tuple[Pool, Fraction]]:
-    """By busy time. No made rack pins a model to a node, and how pinned and other loaders share is not documented."""
-    whole = sum(pool.busy_us for pool in mine)
-    return [(pool, Fraction(pool.busy_us, whole)) for pool in mine if pool.busy_us]
+    """Pinned loaders by memory over time against that of all, the others share the rest by busy time."""
+    held = {id(pool): _held(pool, counted) for pool in mine}
+    memory = sum(held_for for held_for, _ in held.values()) or 1
+    pinned = {key: Fraction(held_for, memory) for key, (held_for, is_pinned) in held.items() if is_pinned}
+    whole = sum(pool.busy_us for pool in mine if id(pool) not in pinned)
+    if not whole:  # pinned ones alone share all of it
+        pinned = {key: share / (sum(pinned.values()) or 1) for key, share in pinned.items()}
+    left = 1 - sum(pinned.values())
+    shares = [(p, pinned[id(p)] if id(p) in pinned else left * Fraction(p.busy_us, whole or 1)) for p in mine]
+    return [(pool, share) for pool, share in shares if share]
+
+
+def _held(pool: Pool, counted: list[Batch]) -> tuple[int, bool]:
+    """Bytes over time, and whether it is pinned there."""
+    held, pinned = 0, False
+    for batch in (one for one in counted if one.node == pool.node):
+        for one in batch.of("resident"):
+            if (one["model"], one["version"], one["state"]) == (pool.loader, pool.version, "ready"):
+                held += one["need_bytes"] * batch.length_ms
+                pinned = pinned or one.get("pinned", False)
+    return held, pinned
 
 
 def _summed(nodes: dict[str, NodeCost], unpriced: list[str], tokens: dict[str, Tokens], mine: list[Pool]) -> Costs:
@@ -183,17 +205,17 @@ def _summed(nodes: dict[str, NodeCost], unpriced: list[str], tokens: dict[str, T
         for name in sorted(node.work.keys() - {""}):
             prefill, decode = node.work[name]
             cost = node.rows.get(name, ZERO)
-            busy = prefill + decode or Fraction(1)
+            fill = rounded(cost * prefill / (prefill + decode))
             direct[name] += cost
             loaded[name] += cost + node.loads.get(name, ZERO)
             done[name] = (done[name][0] + prefill, done[name][1] + decode)
-            parts[name] = (parts[name][0] + cost * prefill / busy, parts[name][1] + cost * decode / busy)
+            parts[name] = (parts[name][0] + fill, parts[name][1] + cost - fill)
     return Costs(nodes, unpriced, tokens, mine, direct, loaded, done, parts)
 
 
 def floor_share(name: str, costs_of: Costs, counted: list[Batch]) -> Fraction:
     """min(1, p / b): how well used it is, against its best slots."""
-    loaders = {(pool.node, loader) for pool in costs_of.pools if name in pool.names for loader in pool.loaders}
+    loaders = {(pool.node, pool.loader, pool.version) for pool in costs_of.pools if name in pool.names}
     slots = sorted(_slots(counted, loaders))
     busy = sum(costs_of.work.get(name, (ZERO, ZERO)), ZERO)
     if not slots or not busy:
@@ -202,12 +224,12 @@ def floor_share(name: str, costs_of: Costs, counted: list[Batch]) -> Fraction:
     return min(Fraction(1), costs_of.tokens[name].whole / busy / best) if best else Fraction(1)
 
 
-def _slots(counted: list[Batch], loaders: set[tuple[str, str]]) -> list[Fraction]:
+def _slots(counted: list[Batch], loaders: set[tuple[str, str, str]]) -> list[Fraction]:
     """Tokens by busy microsecond in each five minutes in which they were busy for 30 s or more."""
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for batch in counted:
         for one in batch.of("engine"):
-            if (batch.node, one["model"]) in loaders:
+            if (batch.node, one["model"], one["version"]) in loaders:
                 both = sums[batch.end_ms // 300_000]
                 both[0] += sum(one.get(f"{kind}_tok", 0) for kind in ("prefill", "cached", "decode"))
                 both[1] += one.get("busy_prefill_us", 0) + one.get("busy_decode_us", 0)

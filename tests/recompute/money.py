@@ -22,15 +22,15 @@ def text(value: Fraction | None) -> str | None:
     return str(exact.quantize(Decimal("0.000001"), rounding=ROUND_HALF_EVEN))
 
 
-def divided(total: Fraction, shares: Sequence[tuple[Key, Fraction]]) -> dict[Key, Fraction]:
+def divided(total: Fraction, weights: Sequence[tuple[Key, Fraction]]) -> dict[Key, Fraction]:
     """Rounded parts of a rounded total; the last one in order takes the remainder."""
     found: dict[Key, Fraction] = {}
-    left = total
-    for key, share in shares[:-1]:
-        found[key] = rounded(total * share)
+    left, whole = total, sum(weight for _, weight in weights)
+    for key, weight in weights[:-1]:
+        found[key] = rounded(total * weight / whole)
         left -= found[key]
-    if shares:
-        found[shares[-1][0]] = left
+    if weights:
+        found[weights[-1][0]] = left
     return found
 
 

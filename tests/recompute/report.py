@@ -1,9 +1,10 @@
 """The figures of a week's and a month's reports, in the shape in which they are published."""
 
 from datetime import date, timedelta
+from fractions import Fraction
 from typing import Any
 
-from . import apis, cost, happened, heat, lives, placed, uptime, verdicts, volume
+from . import apis, cost, happened, heat, lives, placed, spans, uptime, verdicts, volume, work
 from .cost import Costs
 from .lives import Life, Rack
 from .money import per_m, text
@@ -35,6 +36,7 @@ class Judged:
         nodes = [uptime.of_node(one) for one in self.there.values()]
         return {
             **uptime.of_requests(self.counts),
+            **uptime.refused(self.counted),
             "rack": uptime.of_rack(self.there.values()),
             "nodes": nodes,
             "incidents": happened.incidents(self.rack, self.there, self.period, until),
@@ -48,9 +50,9 @@ class Judged:
 
     def apis(self, theirs: Found) -> Found:
         """The same work at API hosts; which offers are compared is taken from the report."""
-        work = apis.Compared(self.costs, self.counted, self.rack.settings, self.day())
-        models = [work.of(one["model"], one["hosts"]) for one in theirs.get("models", [])]
-        whole = work.whole(models)
+        compared = apis.Compared(self.costs, self.counted, self.rack.settings, self.day())
+        models = [compared.of(one["model"], one["hosts"]) for one in theirs.get("models", [])]
+        whole = compared.whole(models)
         return whole | {"models": [{k: v for k, v in one.items() if k != "exact"} for one in models]}
 
     def cost(self, before: "Judged | None") -> Found:
@@ -62,14 +64,23 @@ class Judged:
             "silent": text(one.silent),
             "average_per_m": text(one.average_per_m),
             "unattributed": text(one.unattributed),
+            "unshared": text(one.unshared),
             "tokens": one.whole_tok,
             "busy_share": apis.busy_share(one),
             "models": [self._model(name, before) for name in one.tokens],
             "nodes": [_node(node) for node in one.nodes.values()],
-            "rows": [row for node in one.nodes.values() for row in _rows(node)],
+            "rows": [row for node in one.nodes.values() for row in _rows(node, self.tokens_at(node.node))],
             "keys": [key | {"cost": text(key["cost"])} for key in cost.of_keys(one, self.counted)],
         }
         return found | {"unpriced_nodes": one.unpriced}
+
+    def tokens_at(self, node: str) -> dict[str, int]:
+        """Prompt and answer tokens of each name at a node, over all outcomes."""
+        found: dict[str, int] = {}
+        for (worker, name, _), one in work.served_tokens(self.counted).items():
+            if worker == node:
+                found[name] = found.get(name, 0) + one.whole
+        return found
 
     def prices(self, name: str) -> Found:
         """Per million tokens of a name."""
@@ -79,6 +90,8 @@ class Judged:
         share = cost.floor_share(name, one, self.counted)
         return {
             "tokens": tokens.whole,
+            "cached_per_m": Fraction(0),
+            "exact": (one.loaded[name] / (tokens.whole or 1), one.direct[name] / (tokens.whole or 1)),
             "direct_per_m": direct,
             "loaded_per_m": per_m(one.loaded[name], tokens.whole),
             "floor_per_m": None if direct is None else one.direct[name] / tokens.whole * 10**6 * share,
@@ -99,7 +112,7 @@ class Judged:
         factors |= {what: float(value) for what, value in money.items()}
         factors["busy_s"] = float((prefill + decode) / 10**6)
         found = {"model": name, **counts, "busy_s": round(float((prefill + decode) / 10**6), 3)}
-        found |= {what: text(value) for what, value in (money | prices).items() if what != "tokens"}
+        found |= {what: text(value) for what, value in (money | prices).items() if what not in ("tokens", "exact")}
         return found | {"factors": factors} | _change(name, prices, before, self.rack.settings.get("cost", {}))
 
     def scorecard(self, apis_of: Found) -> list[Found]:
@@ -142,7 +155,14 @@ class Judged:
             "peak_package_mc": max((one for one in hot if one is not None), default=None),
             "evictions": happened.evictions(self.counted)["total"],
             "busy_share": apis.busy_share(self.costs),
+            "covered": self.covered(),
         }
+
+    def covered(self) -> float | None:
+        """The share of all nodes' time that is known or excused."""
+        unknown = sum(spans.length(one.unknown) for one in self.there.values())
+        whole = sum(spans.length(one.known) for one in self.there.values())
+        return (whole - unknown) / whole if whole else None
 
 
 def _change(name: str, prices: Found, before: Judged | None, settings: Found) -> Found:
@@ -151,8 +171,8 @@ def _change(name: str, prices: Found, before: Judged | None, settings: Found) ->
         return {"last_loaded_per_m": None}
     last = before.prices(name)
     ratios = {
-        kind: float(prices[key] / last[key]) if last[key] and prices[key] is not None else None
-        for kind, key in (("ratio", "loaded_per_m"), ("direct_ratio", "direct_per_m"))
+        kind: float(prices["exact"][place] / last["exact"][place]) if last["exact"][place] else None
+        for place, kind in enumerate(("ratio", "direct_ratio"))
     }
     change = ratios | {"flagged": verdicts.flagged(prices, last, settings)}
     return {"last_loaded_per_m": text(last["loaded_per_m"]), "change": change}
@@ -173,13 +193,16 @@ def _node(node: cost.NodeCost) -> Found:
     }
 
 
-def _rows(node: cost.NodeCost) -> list[Found]:
+def _rows(node: cost.NodeCost, tokens: dict[str, int]) -> list[Found]:
     rows = [
         {"node": node.node, "model": name, "kind": "model" if name else "unattributed", "cost": text(money)}
-        | {"busy_s": round(float(sum(node.work[name]) / 10**6), 3)}
+        | {"busy_s": round(float(sum(node.work[name]) / 10**6), 3), "quiet_s": 0.0, "tokens": tokens.get(name, 0)}
         for name, money in node.rows.items()
     ]
-    rows.append({"node": node.node, "model": "", "kind": "idle", "busy_s": 0.0, "cost": text(node.idle)})
-    if node.silent:
-        rows.append({"node": node.node, "model": "", "kind": "silent", "busy_s": 0.0, "cost": text(node.silent)})
-    return rows
+    idle_s = max(0.0, node.reported_ms / 1000 - node.busy_us / 10**6)
+    quiet = [("idle", idle_s, node.idle), *([("silent", node.unheard_ms / 1000, node.silent)] if node.silent else [])]
+    return rows + [
+        {"node": node.node, "model": "", "kind": kind, "cost": text(money), "quiet_s": round(seconds, 3)}
+        | {"busy_s": 0.0, "tokens": 0}
+        for kind, seconds, money in quiet
+    ]

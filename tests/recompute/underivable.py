@@ -3,7 +3,9 @@
 import re
 
 WHY = {
-    r"(placement|report/distribution)/(moves|short|settings|least)(/.*)?": "proposals of the placement solver",
+    r"(placement|report/distribution)/(moves|short|settings|least|conclusions|shortages|spare|unsure)(/.*)?": (
+        "proposals of the placement solver, and what follows from them"
+    ),
     r"(placement|report/distribution)/(gap|score)": "how good the solver's proposal is by its own measure",
     r"(placement|report/distribution)/nodes/[^/]+/(speed|limit|load|load_after|held_after_bytes)": (
         "inputs of the solver: speed is estimated from models that several nodes serve, load is its demand"

@@ -42,7 +42,9 @@ def _state(there: list[Life], at: int) -> str:
 
 
 def _states(node: str, ms: dict[str, int]) -> dict[str, Any]:
-    return {"node": node, "share": share(ms)} | {f"{name}_s": ms[name] / 1000 for name in _FIELDS}
+    known = sum(ms[name] for name in ("up", "idle", "down"))
+    whole = known + ms["unknown"]
+    return {"node": node, "share": share(ms), "known_share": known / whole if whole else None} | {f"{name}_s": ms[name] / 1000 for name in _FIELDS}
 
 
 def share(ms: dict[str, int]) -> float | None:
@@ -76,5 +78,15 @@ def of_requests(counts: dict[str, int]) -> dict[str, Any]:
     return {
         "requests_ok": counts["ok"],
         "requests_bad": bad,
+        "requests_failed": counts["failed"],
         "request_share": counts["ok"] / whole if whole else None,
     }
+
+
+def refused(batches: Iterable[Batch]) -> dict[str, int]:
+    """Refused requests by their reason."""
+    found = {f"refused_{reason}": 0 for reason in ("capacity", "limit", "request", "unsaid")}
+    for one in (record for batch in batches for record in batch.of("served")):
+        if one.get("outcome", "ok") == "refused":
+            found[f"refused_{one.get('finish') or 'unsaid'}"] += one["requests"]
+    return found

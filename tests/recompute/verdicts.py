@@ -4,7 +4,7 @@ from fractions import Fraction
 from typing import Any
 
 Found = dict[str, Any]
-DEFAULTS = {"itl_p95_ms": 100, "uptime": Fraction("0.999"), "throttled": Fraction("0.01"), "swap_s": 120, "times_cheaper": 5}
+DEFAULTS = {"itl_p95_ms": 100, "uptime": Fraction("0.999"), "throttled": Fraction("0.01"), "swap_s": 120, "times_cheaper": 5, "saving": 0}
 
 
 def targets(settings: Found) -> dict[str, float]:
@@ -39,7 +39,8 @@ def scorecard(settings: Found, figures: Found) -> list[Found]:
         _row("swap", figures["swap_s"], aims["swap_s"]),
     ]
     if figures["saving"] is not None:
-        rows.append({"kind": "saving", "value": figures["saving"], "target": 0.0, "kept": figures["saving"] >= 0})
+        saved = figures["saving"]
+        rows.append({"kind": "saving", "value": saved, "target": aims["saving"], "kept": saved >= aims["saving"]})
     return [*rows, *(_frontier(one, aims["times_cheaper"]) for one in figures["apis"] if one.get("frontier_cost"))]
 
 
@@ -50,7 +51,8 @@ def _row(kind: str, value: float | None, target: float) -> Found:
 def _frontier(one: Found, target: float) -> Found:
     times = one["times_cheaper"]
     kept = None if times is None else times >= target
-    return {"kind": "price", "model": one["model"], "value": times, "target": target, "kept": kept}
+    name = f"{one['model']} against {one['frontier']}"
+    return {"kind": "price", "name": name, "value": times, "target": target, "kept": kept}
 
 
 def flagged(now: Found, before: Found, cost: Found) -> bool:

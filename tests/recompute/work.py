@@ -7,6 +7,8 @@ from fractions import Fraction
 
 from .raw import Batch
 
+Two = tuple[Fraction, Fraction]
+ZERO = Fraction()
 LoaderKey = tuple[str, str, str]
 """Node, model, version."""
 
@@ -38,66 +40,54 @@ class Tokens:
 
 @dataclass
 class Pool:
-    """Loaders of one node whose work is divided together, and the tokens of those who used it."""
+    """A loader, and the tokens that each served name had from it: uncached prompt tokens and answer tokens."""
 
     node: str
-    loaders: list[str] = field(default_factory=list)
+    loader: str
+    version: str
     prefill_us: int = 0
     decode_us: int = 0
-    names: dict[str, Tokens] = field(default_factory=lambda: defaultdict(Tokens))
+    names: dict[str, Two] = field(default_factory=lambda: defaultdict(lambda: (ZERO, ZERO)))
 
     @property
     def busy_us(self) -> int:
-        """Of its loaders."""
+        """Of the loader."""
         return self.prefill_us + self.decode_us
 
-    def parts(self) -> dict[str, tuple[Fraction, Fraction]]:
+    def parts(self) -> dict[str, Two]:
         """Prefill and decode time of each name, in microseconds. The key "" is work nobody was answered for."""
-        uncached = sum(one.uncached for one in self.names.values())
-        answer = sum(one.answer for one in self.names.values())
+        uncached, answer = (sum((one[n] for one in self.names.values()), ZERO) for n in (0, 1))
         found = {
-            name: (_part(self.prefill_us, one.uncached, uncached), _part(self.decode_us, one.answer, answer))
+            name: (_part(self.prefill_us, one[0], uncached), _part(self.decode_us, one[1], answer))
             for name, one in sorted(self.names.items())
         }
         lost = (Fraction(0 if uncached else self.prefill_us), Fraction(0 if answer else self.decode_us))
         return found | ({"": lost} if sum(lost) else {})
 
+    def add(self, name: str, uncached: Fraction, answer: Fraction) -> None:
+        """Tokens of a name as well."""
+        had = self.names[name]
+        self.names[name] = (had[0] + uncached, had[1] + answer)
 
-def _part(us: int, tokens: int, whole: int) -> Fraction:
-    return Fraction(us * tokens, whole) if whole else Fraction()
+
+def _part(us: int, tokens: Fraction, whole: Fraction) -> Fraction:
+    return us * tokens / whole if whole else ZERO
 
 
 def pools(batches: Iterable[Batch]) -> list[Pool]:
-    """Of every node."""
+    """Of every node. A name without a loader of its own had its tokens from those of its node and version, in
+    proportion to their prefill and decode time."""
     counted = list(batches)
-    loaders = _loaders(counted)
-    found = {key: Pool(key[0], [key[1]], *both) for key, both in sorted(loaders.items())}
-    served = served_tokens(counted)
-    for (worker, name, version), _ in sorted(served.items()):
-        if (worker, name, version) not in loaders:
-            _join(found, worker, version)
-    for (worker, name, version), tokens in sorted(served.items()):
-        if pool := found.get((worker, name, version)) or _any(found, worker, version):
-            pool.names[name].add(tokens)
-    return list({id(pool): pool for pool in found.values()}.values())
-
-
-def _any(found: dict[LoaderKey, Pool], node: str, version: str) -> Pool | None:
-    return next((pool for key, pool in found.items() if (key[0], key[2]) == (node, version)), None)
-
-
-def _join(found: dict[LoaderKey, Pool], node: str, version: str) -> None:
-    """The loaders of a node and version become one pool: a name is served there that has no loader of its own."""
-    keys = [key for key in found if (key[0], key[2]) == (node, version)]
-    parts = list({id(found[key]): found[key] for key in keys}.values())
-    if len(parts) > 1:
-        one = Pool(
-            node,
-            [name for pool in parts for name in pool.loaders],
-            sum(pool.prefill_us for pool in parts),
-            sum(pool.decode_us for pool in parts),
-        )
-        found |= dict.fromkeys(keys, one)
+    found = {key: Pool(*key, *both) for key, both in sorted(_loaders(counted).items())}
+    for (worker, name, version), tokens in sorted(served_tokens(counted).items()):
+        own = found.get((worker, name, version))
+        mine = [own] if own else [p for p in found.values() if (p.node, p.version) == (worker, version)]
+        prefill, decode = sum(p.prefill_us for p in mine), sum(p.decode_us for p in mine)
+        for pool in mine:
+            uncached = Fraction(tokens.uncached) * (1 if own else _part(pool.prefill_us, Fraction(1), Fraction(prefill)))
+            answer = Fraction(tokens.answer) * (1 if own else _part(pool.decode_us, Fraction(1), Fraction(decode)))
+            pool.add(name, uncached, answer)
+    return list(found.values())
 
 
 def _loaders(batches: Iterable[Batch]) -> dict[LoaderKey, tuple[int, int]]:
