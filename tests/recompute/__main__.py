@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from tests.aggregator.ten_racks import RACKS, write
+from tests.aggregator.ten_racks import write
 
 from . import drive
 from .compare import Outcome, compare
+from .more_racks import ALL
 
 OUT = drive.ROOT / "build" / "recompute"
 
@@ -21,10 +22,10 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="compare the reports of the last run")
     parser.add_argument("--most", type=int, default=12, help="differences to print of each rack")
     args = parser.parse_args()
-    if unknown := set(args.racks) - set(RACKS):
-        parser.error(f"no rack named {', '.join(sorted(unknown))}; there are: {', '.join(RACKS)}")
+    if unknown := set(args.racks) - set(ALL):
+        parser.error(f"no rack named {', '.join(sorted(unknown))}; there are: {', '.join(ALL)}")
     print(f"{'rack':30} {'compared':>9} {'differ':>7} {'verdicts':>9} {'not derivable':>14} {'s':>6}")
-    found = [_rack(name, args.again, args.most) for name in args.racks or RACKS]
+    found = [_rack(name, args.again, args.most) for name in args.racks or ALL]
     bad = sum(len(one.differences) + len(one.verdicts) for one in found)
     print(f"{sum(one.compared for one in found):,} figures of {len(found)} racks, {bad} that differ")
     for reason in sorted({reason for one in found for reason in one.skipped}):
@@ -33,7 +34,7 @@ def main() -> int:
 
 
 def _rack(name: str, again: bool, most: int) -> Outcome:
-    made, folder, since = RACKS[name], OUT / name.replace(" ", "-").replace(",", ""), time.monotonic()
+    made, folder, since = ALL[name], OUT / name.replace(" ", "-").replace(",", ""), time.monotonic()
     if not again:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -31,7 +31,7 @@ def charge(provider: str, model: str, buckets: Buckets, day: date) -> Fraction |
     if offer is None:
         return None
     price = offer.get_prices(datetime.combine(day, time(23, 59, 59), UTC))
-    return sum((_bucket(price, sums) for sums in buckets.values()), Fraction())
+    return sum((rounded(_bucket(price, sums)) for sums in buckets.values()), Fraction())
 
 
 def find(provider: str, model: str) -> types.ModelInfo | None:

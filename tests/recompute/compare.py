@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import apis, focus, happened, heat, periods, raw, underivable, volume
+from .evictions import evictions
 from .lives import Rack
 from .periods import Period
 from .report import Judged
@@ -162,8 +163,8 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     mine.tree("cost", theirs["cost"], {"cost": judged.cost(before), "apis": of_apis})
     mine.tree("uptime", theirs["uptime"], judged.uptime())
     mine.tree("scorecard", theirs["scorecard"], judged.scorecard(of_apis))
-    mine.tree("evictions", theirs["evictions"], _evictions(judged))
-    mine.tree("placement", theirs["placement"], judged.placement())
+    mine.tree("evictions", theirs["evictions"], evictions(judged.counted))
+    mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]))
     _more(mine, theirs["cost"])
     if csv := newest(folder, "focus", "csv"):
         rows = focus.read(csv)
@@ -171,10 +172,6 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         tokens = focus.wanted_tokens(rack, period, judged.costs)
         mine.tree("focus/tokens", focus.shown(focus.tokens(rows)), focus.shown(tokens))
     _add(found, period.name, mine)
-
-
-def _evictions(judged: Judged) -> Found:
-    return happened.evictions(judged.counted)
 
 
 def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
@@ -190,8 +187,8 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         "covered": judged.covered(),
         "volume": volume.of_month(judged.counted, period, judged.counts),
         "thermal": {"nodes": heat.of_nodes(rack, judged.there, period)},
-        "evictions": happened.evictions(judged.counted),
-        "distribution": judged.placement(),
+        "evictions": evictions(judged.counted),
+        "distribution": judged.placement(theirs["distribution"]),
         "cost": judged.cost(None if before.empty else before),
         "apis": of_apis,
         "uptime": judged.uptime(),

@@ -156,7 +156,7 @@ def _divide(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> None:
             had = node.work.get(name, (ZERO, ZERO))
             node.work[name] = (had[0] + prefill, had[1] + decode)
     node.work = {name: both for name, both in sorted(node.work.items()) if sum(both)}
-    busy_cost = rounded(node.exact * node.busy_share)
+    busy_cost = rounded(node.reported_cost * node.busy_share)
     node.idle = node.reported_cost - busy_cost
     node.rows = divided(busy_cost, [(name, sum(both, ZERO)) for name, both in node.work.items()])
     node.loads = defaultdict(Fraction)

@@ -1,4 +1,4 @@
-"""Swaps, evictions and incidents: what single events add up to."""
+"""Swaps and incidents: what single events add up to."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -23,18 +23,6 @@ def swaps(batches: list[Batch]) -> dict[str, Any]:
     longest = max(flipped, default=None)
     found = {"flipped": outcomes["flipped"], "failed": outcomes["failed"]}
     return found | {"longest_s": None if longest is None else longest / 10**6}
-
-
-def evictions(batches: list[Batch]) -> dict[str, Any]:
-    """How often each model had to leave a node, by reason."""
-    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for node, one in events(batches, "model_evicted"):
-        found[node, one["model"], one["reason"]].append(one)
-    rows = [
-        {"node": node, "model": model, "reason": reason, "times": len(mine)}
-        for (node, model, reason), mine in sorted(found.items())
-    ]
-    return {"total": sum(row["times"] for row in rows), "rows": rows}
 
 
 def incidents(rack: Rack, there: dict[str, Life], period: Period, until_ms: int) -> list[dict[str, Any]]:

@@ -128,11 +128,15 @@ class Judged:
         }
         return verdicts.scorecard(self.rack.settings, figures)
 
-    def placement(self) -> Found:
-        """Memory, load and requests."""
+    def placement(self, theirs: Found) -> Found:
+        """Memory, load and requests. Which nodes are away, and so hold nothing, is taken from the report."""
+        away = (theirs or {}).get("silent", {})
+        there = {node: life for node, life in self.there.items() if node not in away}
+        last = {node: max((one.end_ms for one in self.rack.of(node)), default=None) for node in away}
         return {
-            "nodes": placed.nodes(self.rack, self.there, self.period),
+            "nodes": placed.nodes(self.rack, there, self.period),
             "placed": placed.rows(self.rack, self.there, self.period),
+            "silent": last,
         }
 
     def figures(self, apis_of: Found) -> Found:
@@ -153,7 +157,7 @@ class Judged:
             "itl_p95_us": self.answered.itl.quantile(0.95),
             "throttled": heat.promise(self.counted),
             "peak_package_mc": max((one for one in hot if one is not None), default=None),
-            "evictions": happened.evictions(self.counted)["total"],
+            "evictions": len(happened.events(self.counted, "model_evicted")),
             "busy_share": apis.busy_share(self.costs),
             "covered": self.covered(),
         }
