@@ -67,17 +67,18 @@ class NodeCost:
 
 @dataclass
 class Costs:
-    """All of a period. ``tokens`` are those at priced nodes, by name, over all outcomes."""
+    """All of a period. ``tokens`` are those at priced nodes, ``everywhere`` at all, by name, over all outcomes;
+    ``work`` is busy time at all nodes, ``parts`` the prefill and decode part of the direct cost."""
 
     nodes: dict[str, NodeCost]
-    unpriced: list[str]
+    unpriced: list[NodeCost]
     tokens: dict[str, Tokens]
+    everywhere: dict[str, Tokens]
     pools: list[Pool]
-    direct: dict[str, Fraction]
-    loaded: dict[str, Fraction]
-    work: dict[str, Two]
-    parts: dict[str, Two]
-    """Prefill and decode part of the direct cost."""
+    direct: dict[str, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    loaded: dict[str, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    work: dict[str, Two] = field(default_factory=lambda: defaultdict(lambda: (ZERO, ZERO)))
+    parts: dict[str, Two] = field(default_factory=lambda: defaultdict(lambda: (ZERO, ZERO)))
 
     @property
     def total(self) -> Fraction:
@@ -122,18 +123,21 @@ def costs(rack: Rack, period: Period) -> Costs:
     busy = work.busy_us(counted)
     priced = {n: rack.configured[n] for n in there if rack.configured.get(n, {}).get("price") is not None}
     nodes = {n: _node(rack, there[n], counted, busy.get(n, 0)) for n in priced}
-    mine = [pool for pool in work.pools(counted) if pool.node in nodes]
+    others = [_node(rack, there[n], counted, busy.get(n, 0)) for n in sorted(set(there) - set(priced))]
+    pools = work.pools(counted)
     for node in nodes.values():
-        _divide(node, [pool for pool in mine if pool.node == node.node], counted)
+        _divide(node, [pool for pool in pools if pool.node == node.node], counted)
     tokens: dict[str, Tokens] = defaultdict(Tokens)
-    for (worker, name, _), one in work.served_tokens(counted).items():
+    everywhere: dict[str, Tokens] = defaultdict(Tokens)
+    for (worker, name, _), one in sorted(work.served_tokens(counted).items()):
+        everywhere[name].add(one)
         if worker in nodes:
             tokens[name].add(one)
-    return _summed(nodes, sorted(set(there) - set(nodes)), dict(sorted(tokens.items())), mine)
+    return _summed(Costs(nodes, others, tokens, everywhere, pools))
 
 
 def _node(rack: Rack, life: Life, counted: list[Batch], busy_us: int) -> NodeCost:
-    table, cost = rack.configured[life.node], rack.settings.get("cost", {})
+    table, cost = rack.configured.get(life.node, {}), rack.settings.get("cost", {})
     reported = spans.length(life.reported)
     share = min(Fraction(1), Fraction(busy_us, reported * 1000)) if reported else ZERO
     drawn, source = power.watts(life.node, table, counted, share)
@@ -143,7 +147,7 @@ def _node(rack: Rack, life: Life, counted: list[Batch], busy_us: int) -> NodeCos
         busy_us,
         drawn,
         source,
-        power.owned_per_h(table),
+        power.owned_per_h(table) if table.get("price") is not None else ZERO,
         power.power_per_h(drawn, cost),
         spans.length(life.unheard),
     )
@@ -196,21 +200,19 @@ def _held(pool: Pool, counted: list[Batch]) -> tuple[int, bool]:
     return held, pinned
 
 
-def _summed(nodes: dict[str, NodeCost], unpriced: list[str], tokens: dict[str, Tokens], mine: list[Pool]) -> Costs:
-    direct: dict[str, Fraction] = defaultdict(Fraction)
-    loaded: dict[str, Fraction] = defaultdict(Fraction)
-    done: dict[str, Two] = defaultdict(lambda: (ZERO, ZERO))
-    parts: dict[str, Two] = defaultdict(lambda: (ZERO, ZERO))
-    for node in nodes.values():
+def _summed(one: Costs) -> Costs:
+    for pool in one.pools:
+        for name, (prefill, decode) in pool.parts().items():
+            one.work[name] = (one.work[name][0] + prefill, one.work[name][1] + decode)
+    for node in one.nodes.values():
         for name in sorted(node.work.keys() - {""}):
             prefill, decode = node.work[name]
             cost = node.rows.get(name, ZERO)
+            one.direct[name] += cost
+            one.loaded[name] += cost + node.loads.get(name, ZERO)
             fill = rounded(cost * prefill / (prefill + decode))
-            direct[name] += cost
-            loaded[name] += cost + node.loads.get(name, ZERO)
-            done[name] = (done[name][0] + prefill, done[name][1] + decode)
-            parts[name] = (parts[name][0] + fill, parts[name][1] + cost - fill)
-    return Costs(nodes, unpriced, tokens, mine, direct, loaded, done, parts)
+            one.parts[name] = (one.parts[name][0] + fill, one.parts[name][1] + cost - fill)
+    return one
 
 
 def floor_share(name: str, costs_of: Costs, counted: list[Batch]) -> Fraction:
@@ -221,7 +223,7 @@ def floor_share(name: str, costs_of: Costs, counted: list[Batch]) -> Fraction:
     if not slots or not busy:
         return Fraction(1)
     best = slots[min(len(slots) - 1, len(slots) * 95 // 100)]
-    return min(Fraction(1), costs_of.tokens[name].whole / busy / best) if best else Fraction(1)
+    return min(Fraction(1), costs_of.everywhere[name].whole / busy / best) if best else Fraction(1)
 
 
 def _slots(counted: list[Batch], loaders: set[tuple[str, str, str]]) -> list[Fraction]:
@@ -240,9 +242,8 @@ def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
     """Requests, tokens and cost of each key: a name's cost by the key's part of its busy time."""
     found: dict[str, dict[str, Any]] = {}
     cost: dict[str, Fraction] = defaultdict(Fraction)
-    for name in costs_of.tokens:
+    for name in sorted(costs_of.everywhere):
         records = [one for b in counted for one in b.of("served") if one["model"] == name]
-        records = [one for one in records if one.get("worker", "") in costs_of.nodes]
         keys: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for one in records:
             keys[one.get("key_id", "")].append(one)

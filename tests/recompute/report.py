@@ -67,12 +67,12 @@ class Judged:
             "unshared": text(one.unshared),
             "tokens": one.whole_tok,
             "busy_share": apis.busy_share(one),
-            "models": [self._model(name, before) for name in one.tokens],
-            "nodes": [_node(node) for node in one.nodes.values()],
+            "models": [self._model(name, before) for name in sorted(one.everywhere)],
+            "nodes": [*map(_node, one.nodes.values()), *map(_unpriced, one.unpriced)],
             "rows": [row for node in one.nodes.values() for row in _rows(node, self.tokens_at(node.node))],
             "keys": [key | {"cost": text(key["cost"])} for key in cost.of_keys(one, self.counted)],
         }
-        return found | {"unpriced_nodes": one.unpriced}
+        return found | {"unpriced_nodes": [node.node for node in one.unpriced]}
 
     def tokens_at(self, node: str) -> dict[str, int]:
         """Prompt and answer tokens of each name at a node, over all outcomes."""
@@ -101,14 +101,16 @@ class Judged:
 
     def _model(self, name: str, before: "Judged | None") -> Found:
         one, prices = self.costs, self.prices(name)
-        tokens, (prefill, decode) = one.tokens[name], one.work[name]
+        tokens, (prefill, decode) = one.everywhere[name], one.work[name]
         answered = volume.by_model(volume.answered(self.counted)).get(name, volume.Sums())
         busy = {"prefill_s": float(prefill / 10**6), "decode_s": float(decode / 10**6)}
         counts = {"prompt_tok": tokens.prompt, "cached_tok": tokens.cached, "completion_tok": tokens.answer}
         counts |= {"requests": answered.requests}
         money = {"direct": one.direct[name], "loaded": one.loaded[name]}
         cut = answered.cut / answered.requests if answered.requests else None
-        factors = {"tokens": tokens.whole, **counts, **busy, "cut_share": cut}
+        paid = one.tokens.get(name, work.Tokens())
+        factors = {"tokens": paid.whole, "requests": answered.requests, **busy, "cut_share": cut}
+        factors |= {"prompt_tok": paid.prompt, "cached_tok": paid.cached, "completion_tok": paid.answer}
         factors |= {what: float(value) for what, value in money.items()}
         factors["busy_s"] = float((prefill + decode) / 10**6)
         found = {"model": name, **counts, "busy_s": round(float((prefill + decode) / 10**6), 3)}
@@ -171,7 +173,7 @@ class Judged:
 
 def _change(name: str, prices: Found, before: Judged | None, settings: Found) -> Found:
     """Against the period before."""
-    if before is None or name not in before.costs.tokens:
+    if before is None or name not in before.costs.everywhere:
         return {"last_loaded_per_m": None}
     last = before.prices(name)
     ratios = {
@@ -195,6 +197,11 @@ def _node(node: cost.NodeCost) -> Found:
         "silent": text(node.silent),
         "silent_s": node.unheard_ms / 1000,
     }
+
+
+def _unpriced(node: cost.NodeCost) -> Found:
+    keys = ("node", "reported_s", "busy_s", "watts", "power", "silent_s")
+    return {key: value for key, value in _node(node).items() if key in keys}
 
 
 def _rows(node: cost.NodeCost, tokens: dict[str, int]) -> list[Found]:
