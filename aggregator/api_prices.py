@@ -185,7 +185,8 @@ def price(
         found = genai_prices.calc_price(usage, model_ref=model, provider_id=provider, genai_request_timestamp=at)
     except (LookupError, ValueError):
         return None
-    return rounded(found.total_price * requests)
+    # means have 28 digits: what they lack must not decide a tie
+    return rounded(round(found.total_price * requests, 15))
 
 
 def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:

@@ -274,10 +274,10 @@ def _uptime(report: Judged) -> list[Any]:
 
 def _swaps(report: Judged) -> str:
     swaps = report.swaps
-    if swaps.longest_s is None:
+    if not swaps.flipped + swaps.failed:
         return "No model was swapped."
-    longest = wording.span(swaps.longest_s)
-    return f"Model swaps: {swaps.flipped} succeeded, {swaps.failed} failed; the longest took {longest}."
+    longest = "" if swaps.longest_s is None else f"; the longest took {wording.span(swaps.longest_s)}"
+    return f"Model swaps: {swaps.flipped} succeeded, {swaps.failed} failed{longest}."
 
 
 def _incidents(report: Judged) -> list[Any]:

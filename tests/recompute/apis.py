@@ -96,7 +96,7 @@ class Compared:
         """One name."""
         hosts = sorted((self._host(name, one) for one in offers), key=lambda h: (h["exact"], h["provider"]))
         ours = self.costs.loaded.get(name, Fraction())
-        found = {"model": name, "ours": text(ours), "hosts": [self._shown(h) for h in hosts]}
+        found = {"model": name, "ours": text(ours) if name in self.costs.paid else None, "hosts": [self._shown(h) for h in hosts]}
         if hosts:
             prices = [rounded(h["exact"]) for h in hosts]
             middle = prices[(len(prices) - 1) // 2]
@@ -140,7 +140,9 @@ class Compared:
         like = [one for one in models if one.get("exact") is not None]
         share = Fraction(sum(tokens.get(one["model"], 0) for one in like), sum(tokens.values()) or 1)
         if not like:
-            return {"median": None, "saving": None, "share": None}
+            covered = 0.0 if sum(tokens.values()) else None
+            busy = busy_share(self.costs)
+            return {"median": None, "saving": None, "share": None, "covered": covered, "busy_share": busy}
         ours, middle = rounded(self.costs.total * share), sum((one["exact"] for one in like), Fraction())
         found = {"covered": float(share), "ours": text(ours), "median": text(middle), "saving": text(middle - ours)}
         return found | {"share": float((middle - ours) / middle), **self._busy(ours, middle)}

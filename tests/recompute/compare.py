@@ -158,13 +158,13 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         found.check(f"{period.name}/published", "nothing", "nothing" if judged.empty else "reports")
         return
     before = Judged(rack, period.before())
-    mine = Outcome()
+    mine, so_far = Outcome(), judged.so_far()
     of_apis = judged.apis(theirs["cost"].get("apis") or {})
-    mine.tree("cost", theirs["cost"], {"cost": judged.cost(before), "apis": of_apis})
-    mine.tree("uptime", theirs["uptime"], judged.uptime())
-    mine.tree("scorecard", theirs["scorecard"], judged.scorecard(of_apis))
-    mine.tree("evictions", theirs["evictions"], evictions(judged.counted))
-    mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]))
+    mine.tree("cost", theirs["cost"], {"cost": judged.cost(before), "apis": of_apis} | so_far)
+    mine.tree("uptime", theirs["uptime"], judged.uptime() | so_far)
+    mine.tree("scorecard", theirs["scorecard"], [one | so_far for one in judged.scorecard(of_apis)])
+    mine.tree("evictions", theirs["evictions"], evictions(judged.counted) | so_far)
+    mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]) | so_far)
     _more(mine, theirs["cost"])
     if csv := newest(folder, "focus", "csv"):
         rows = focus.read(csv)
@@ -183,6 +183,7 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     before, mine = Judged(rack, period.before()), Outcome()
     of_apis = judged.apis(theirs.get("apis") or {})
     ours = {
+        **judged.so_far(),
         "batches": len(judged.counted),
         "covered": judged.covered(),
         "volume": volume.of_month(judged.counted, period, judged.counts),

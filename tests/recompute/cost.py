@@ -101,6 +101,11 @@ class Costs:
         return sum((one.rows.get("", ZERO) for one in self.nodes.values()), ZERO)
 
     @property
+    def paid(self) -> set[str]:
+        """Names for which something worked at a priced node."""
+        return {name for node in self.nodes.values() for name in node.work} - {""}
+
+    @property
     def unshared(self) -> Fraction:
         """Idle time that no model bears."""
         return self.total - self.silent - self.unattributed - sum(self.loaded.values(), ZERO)
@@ -256,7 +261,8 @@ def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
             (k, (prefill * (one.prompt_tok - one.cached_tok) / uncached + decode * one.completion_tok / answer) / busy)
             for k, one in sums.items()
         ]
-        for key, part in divided(costs_of.loaded.get(name, ZERO), shares).items():
+        parts = divided(costs_of.loaded.get(name, ZERO), shares) if name in costs_of.paid else {}
+        for key, part in parts.items():
             cost[key] += part
         for key, mine in keys.items():
             ok = sum(one["requests"] for one in mine if one.get("outcome", "ok") == "ok")
@@ -264,4 +270,4 @@ def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
             had["requests"] += ok
             had["prompt_tok"] += sums[key].prompt_tok
             had["completion_tok"] += sums[key].completion_tok
-    return [one | {"cost": cost[key]} for key, one in sorted(found.items())]
+    return [one | {"cost": cost.get(key)} for key, one in sorted(found.items())]

@@ -19,8 +19,7 @@ def swaps(batches: list[Batch]) -> dict[str, Any]:
     """How many there were, and how long the longest took."""
     all_of = [one for _, one in events(batches, "swap_finished")]
     outcomes = Counter(one["outcome"] for one in all_of)
-    flipped = [one["window_us"] for one in all_of if one["outcome"] == "flipped"]
-    longest = max(flipped, default=None)
+    longest = max((one["window_us"] for one in all_of if one["outcome"] == "flipped"), default=None)
     found = {"flipped": outcomes["flipped"], "failed": outcomes["failed"]}
     return found | {"longest_s": None if longest is None else longest / 10**6}
 
@@ -40,6 +39,11 @@ def incidents(rack: Rack, there: dict[str, Life], period: Period, until_ms: int)
     for node, one in events(counted, "loader_exited"):
         scope = f"model {one['model']}"
         found.append({"node": node, "scope": scope, "start_ms": one["t_ms"], "end_ms": one["t_ms"], "times": 1})
+    for node, one in events(counted, "swap_finished"):
+        if one["outcome"] == "failed":
+            began = one["t_ms"] - one.get("window_us", 0) // 1000
+            row = {"node": node, "scope": f"model {one['model']}", "start_ms": began, "end_ms": one["t_ms"], "times": 1}
+            found.append(row)
     return found
 
 

@@ -106,6 +106,9 @@ class Judged:
         busy = {"prefill_s": float(prefill / 10**6), "decode_s": float(decode / 10**6)}
         counts = {"prompt_tok": tokens.prompt, "cached_tok": tokens.cached, "completion_tok": tokens.answer}
         counts |= {"requests": answered.requests}
+        if name not in one.paid:  # nothing worked for it at a node with a price
+            nothing = dict.fromkeys(("direct", "loaded", "direct_per_m", "loaded_per_m", "floor_per_m"))
+            return {"model": name, **counts, "busy_s": round(float((prefill + decode) / 10**6), 3), **nothing}
         money = {"direct": one.direct[name], "loaded": one.loaded[name]}
         cut = answered.cut / answered.requests if answered.requests else None
         paid = one.tokens.get(name, work.Tokens())
@@ -133,8 +136,11 @@ class Judged:
     def placement(self, theirs: Found) -> Found:
         """Memory, load and requests. Which nodes are away, and so hold nothing, is taken from the report."""
         away = (theirs or {}).get("silent", {})
-        there = {node: life for node, life in self.there.items() if node not in away}
-        last = {node: max((one.end_ms for one in self.rack.of(node)), default=None) for node in away}
+        until = lives.until(self.rack, self.period)
+        gone = {node for node, life in self.there.items() if life.known and life.known[-1][1] < until}
+        there = {node: life for node, life in self.there.items() if node not in {*away, *gone}}
+        seen = {node: [one.end_ms for one in self.rack.of(node) if one.end_ms <= until] for node in away}
+        last = {node: max(ends, default=None) for node, ends in seen.items()}
         return {
             "nodes": placed.nodes(self.rack, there, self.period),
             "placed": placed.rows(self.rack, self.there, self.period),
@@ -164,6 +170,10 @@ class Judged:
             "covered": self.covered(),
         }
 
+    def so_far(self) -> Found:
+        """Until when it is judged, where it is not over."""
+        return {} if self.period.over else {"so_far_until_ms": lives.until(self.rack, self.period)}
+
     def covered(self) -> float | None:
         """The share of all nodes' time that is known or excused."""
         unknown = sum(spans.length(one.unknown) for one in self.there.values())
@@ -176,6 +186,8 @@ def _change(name: str, prices: Found, before: Judged | None, settings: Found) ->
     if before is None or name not in before.costs.everywhere:
         return {"last_loaded_per_m": None}
     last = before.prices(name)
+    if not all(prices["exact"]):
+        return {"last_loaded_per_m": text(last["loaded_per_m"])}
     ratios = {
         kind: float(prices["exact"][place] / last["exact"][place]) if last["exact"][place] else None
         for place, kind in enumerate(("ratio", "direct_ratio"))
@@ -211,9 +223,10 @@ def _rows(node: cost.NodeCost, tokens: dict[str, int]) -> list[Found]:
         for name, money in node.rows.items()
     ]
     idle_s = max(0.0, node.reported_ms / 1000 - node.busy_us / 10**6)
-    quiet = [("idle", idle_s, node.idle), *([("silent", node.unheard_ms / 1000, node.silent)] if node.silent else [])]
+    quiet = [("idle", idle_s, node.idle), ("silent", node.unheard_ms / 1000, node.silent)]
     return rows + [
         {"node": node.node, "model": "", "kind": kind, "cost": text(money), "quiet_s": round(seconds, 3)}
         | {"busy_s": 0.0, "tokens": 0}
         for kind, seconds, money in quiet
+        if seconds or money
     ]

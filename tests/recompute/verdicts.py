@@ -41,7 +41,7 @@ def scorecard(settings: Found, figures: Found) -> list[Found]:
     if figures["saving"] is not None:
         saved = figures["saving"]
         rows.append({"kind": "saving", "value": saved, "target": aims["saving"], "kept": saved >= aims["saving"]})
-    return [*rows, *(_frontier(one, aims["times_cheaper"]) for one in figures["apis"] if one.get("frontier_cost"))]
+    return [*rows, *(_frontier(one, aims["times_cheaper"]) for one in figures["apis"] if one.get("times_cheaper"))]
 
 
 def _row(kind: str, value: float | None, target: float) -> Found:

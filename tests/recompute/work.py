@@ -108,7 +108,7 @@ def served_tokens(batches: Iterable[Batch], outcome: str = "") -> dict[LoaderKey
             continue
         tokens = Tokens(one.get("prompt_tok", 0), one.get("cached_tok", 0), one.get("completion_tok", 0))
         found[one.get("worker", ""), one["model"], one.get("version", "")].add(tokens)
-    return {key: one for key, one in found.items() if one.whole}
+    return dict(found)
 
 
 def busy_us(batches: Iterable[Batch]) -> dict[str, int]:
