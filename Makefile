@@ -28,7 +28,7 @@ run: $(STAMP) model ## run one agent with the demo model, until Ctrl-C
 	@$(BIN)/python -m scripts.run_one
 
 test: $(STAMP) model ## run all tests, three files in parallel: most tests wait
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .

@@ -124,6 +124,13 @@ class Discord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     docs_url: str = ""
 
 
+class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The monthly PDF. ``fallback_font`` is the path of a TrueType font (.ttf) for characters that the embedded Noto
+    Sans lacks, like Japanese ones; without it they are written as U+XXXX."""
+
+    fallback_font: str = ""
+
+
 class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """aggregator.toml."""
 
@@ -139,6 +146,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     retention: Retention = Retention()
     alerts: Alerts = Alerts()
     discord: Discord = Discord()
+    report: Report = Report()
 
     @property
     def bandwidths(self) -> dict[str, float]:

@@ -165,8 +165,9 @@ def _log_mean(a: float, b: float) -> float:
 def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str, str]:
     """The likely cause with its evidence, from the largest term.
 
-    1. Answers much longer and more of them cut off at max_tokens, at an unchanged hit rate and prompt length: the
-       prompt cache is suspect. This shows up as mix, because answer tokens are more expensive.
+    1. Answers much longer and more of them cut off at max_tokens, at an unchanged prompt length: the prompt cache is
+       suspect. This shows up as mix, because answer tokens are more expensive; where it does not, only an unchanged hit
+       rate tells it from misses.
     2. The prompt cache hit rate dropped.
     3. Time per token rose on nodes that were throttled.
     4. Less traffic on the same nodes.
@@ -180,7 +181,13 @@ def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str
     held = now.hit_share >= before.hit_share - HIT_FALL / 2
     cut_rose = now.cut_share - before.cut_share
     enough = min(now.requests, before.requests) >= LEAST_REQUESTS
-    if enough and held and grown >= ANSWERS_GREW and cut_rose >= CUT_ROSE and 0.7 <= prompts <= 1.4:
+    if (
+        enough
+        and (held or leading == "mix")
+        and grown >= ANSWERS_GREW
+        and cut_rose >= CUT_ROSE
+        and 0.7 <= prompts <= 1.4
+    ):
         return "poisoned_kv", (
             f"answers grew {grown:.1f}-fold and {now.cut_share:.0%} of them hit their token limit (before: "
             f"{before.cut_share:.0%}) while {hits}; suspected poisoned prompt cache: clear it and compare"

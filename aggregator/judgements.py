@@ -14,11 +14,12 @@ import msgspec
 
 from aggregator import advice, api_prices, cost, eviction, heat, placement, scorecard, uptime
 from aggregator import volume as volumes
-from aggregator.annotations import Annotation
-from aggregator.calendar import local, spoken
+from aggregator.annotations import Annotation, Notes
+from aggregator.calendar import local, spoken, utc_days
 from aggregator.config import AggregatorConfig
 from aggregator.demand import Known
 from aggregator.fleet import fleet, judged_until
+from aggregator.manifest import Manifest
 from aggregator.window import Window
 from shared.desired import Moment
 from shared.records import SwapFinished
@@ -30,6 +31,38 @@ class Swaps(msgspec.Struct, frozen=True, kw_only=True):
     flipped: int
     failed: int
     longest_s: float | None
+
+
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """An object that the store does not give out, since when, and why; its node's later ones wait for it."""
+
+    key: str
+    since_ms: int
+    reason: str
+
+
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a span's telemetry is missing or doubtful, beside how much of the nodes' time it covers.
+
+    ``until_ms`` is how far the span was judged. ``quarantined`` counts the objects in quarantine that are of its UTC
+    days, ``foreign`` those of them that are another rack's, ``undated`` those of any time that do not tell theirs;
+    ``strangers`` are nodes that write another rack's name alone, with that. ``clock_skew_ms`` are clocks that had to be
+    corrected. ``gone`` reported in the span before, and are in no figure of this one; ``unknown_nodes`` are named by an
+    operator's notes and reported nothing; ``refused_notes`` says which notes are not used."""
+
+    until_ms: int
+    lost_batches: int = 0
+    quarantined: int = 0
+    foreign: int = 0
+    undated: int = 0
+    strangers: dict[str, str] = {}
+    waiting: tuple[Waiting, ...] = ()
+    unknown_records: int = 0
+    too_late: int = 0
+    clock_skew_ms: dict[str, int] = {}
+    gone: tuple[str, ...] = ()
+    unknown_nodes: tuple[str, ...] = ()
+    refused_notes: tuple[str, ...] = ()
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +106,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     before_period: str
     covered: float | None
     batches: int
+    telemetry: Telemetry
     volume: volumes.Volume
     thermal: heat.Thermal
     evictions: eviction.EvictionReport
@@ -109,12 +143,18 @@ class _Evaluated(NamedTuple):
 
 
 def judge(
-    window: Window, last: Window | None, config: AggregatorConfig, now_ms: int, notes: Sequence[Annotation] = ()
+    window: Window,
+    last: Window | None,
+    config: AggregatorConfig,
+    now_ms: int,
+    notes: Notes | Sequence[Annotation] = (),
+    manifest: Manifest | None = None,
 ) -> Judged:
     """The judgement of a span up to ``now_ms``. Figures and costs are compared with those of ``last``, if it has any
-    telemetry; ``notes`` are an operator's, about incidents."""
-    before = _evaluated(last, None, config, now_ms, notes) if last is not None and last.batches else None
-    now = _evaluated(window, before.money if before is not None else None, config, now_ms, notes)
+    telemetry; ``notes`` are an operator's, about incidents; ``manifest`` tells what could not be counted."""
+    noted = notes if isinstance(notes, Notes) else Notes(tuple(notes))
+    before = _evaluated(last, None, config, now_ms, noted.entries) if last is not None and last.batches else None
+    now = _evaluated(window, before.money if before is not None else None, config, now_ms, noted.entries)
     judged_ms = judged_until(window, now_ms)
     map_ = placement.propose(window, config.placement, config.bandwidths, _known(window, now, config, now_ms))
     evicted = eviction.report(window, conclusions=map_.conclusions)
@@ -129,6 +169,7 @@ def judge(
         before_period=last.span.name if last is not None and before is not None else "",
         covered=uptime.covered(now.up),
         batches=window.batches,
+        telemetry=telemetry(window, last, now.up, noted, manifest or Manifest(), judged_ms),
         volume=now.volume,
         thermal=now.thermal,
         evictions=evicted,
@@ -238,6 +279,37 @@ def _cut(share: float) -> str:
     """A share in percent, cut off: what is not all is not 100 %."""
     digits = 2 if 0.99 <= share < 1 else 1
     return "100 %" if share >= 1 else f"{math.floor(share * 100 * 10**digits) / 10**digits:.{digits}f} %"
+
+
+def telemetry(
+    window: Window, last: Window | None, up: uptime.Uptime, notes: Notes, manifest: Manifest, judged_ms: int
+) -> Telemetry:
+    """What of a span's telemetry is missing or doubtful."""
+    since, until = window.span.since_ms, window.span.until_ms
+    days = set(utc_days(window.span))
+    noted = {n.node for n in notes.entries if n.node and n.start_ms < until and n.end_ms > since}
+    judged = {*window.nodes, *(n.node for n in up.nodes)}
+    skewed = [run for run in window.runs if run.skewed_batches and run.skew_max_ms]
+    return Telemetry(
+        until_ms=judged_ms,
+        lost_batches=up.lost_batches,
+        quarantined=sum(n for day, n in manifest.aside.items() if day in days),
+        foreign=sum(n for day, n in manifest.foreign.items() if day in days),
+        undated=manifest.quarantined_total - sum(n for day, n in manifest.aside.items() if day),
+        strangers={folder.rpartition("node=")[2]: rack for folder, rack in sorted(manifest.strangers.items())},
+        waiting=tuple(
+            Waiting(key=key, since_ms=one.since_ms, reason=one.reason) for key, one in sorted(manifest.unread.items())
+        ),
+        unknown_records=manifest.unknown_records,
+        too_late=manifest.too_late,
+        clock_skew_ms={
+            node: max(run.skew_max_ms or 0 for run in skewed if run.node == node)
+            for node in sorted({run.node for run in skewed})
+        },
+        gone=tuple(sorted(set(last.nodes if last is not None else ()) - judged)),
+        unknown_nodes=tuple(sorted(noted - judged)),
+        refused_notes=notes.refused,
+    )
 
 
 def _swaps(window: Window) -> Swaps:

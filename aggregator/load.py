@@ -127,7 +127,7 @@ def fresh(
                 break  # the store is down, and would take its time over each node
             in_a_row = set()
         try:
-            found, _, other = ingest.segment(store, one.key, rack)
+            found, _, other, _ = ingest.segment(store, one.key, rack)
             in_a_row = set()
             if other:
                 strangers[node] = other

@@ -46,7 +46,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One commit. ``cursors`` hold the last key read of each folder under raw/.
 
     ``quarantined`` lists the objects that this commit quarantined; earlier commits list theirs. ``unread`` are the
-    objects that nodes wait for. ``unknown`` are fields of a newer version, which are written back as they were.
+    objects that nodes wait for. ``aside`` counts objects in quarantine by the UTC day that they are of, "" where they
+    do not tell, ``foreign`` those of them that are another rack's. ``strangers`` are nodes all of whose new objects are
+    another rack's, with its name: they are neither counted nor set aside. ``unknown`` are fields of a newer version,
+    which are written back as they were.
     """
 
     schema: int = SCHEMA
@@ -59,6 +62,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     too_late: int = 0
     quarantined: tuple[Quarantined, ...] = ()
     quarantined_total: int = 0
+    aside: dict[str, int] = {}
+    foreign: dict[str, int] = {}
+    strangers: dict[str, str] = {}
     unread: dict[str, Unread] = {}
     unknown: dict[str, Any] = {}
 

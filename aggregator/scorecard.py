@@ -9,6 +9,7 @@ import msgspec
 
 from aggregator import heat
 from aggregator.api_prices import Comparisons, against, utilisation
+from aggregator.calendar import counted
 from aggregator.config import Scorecard
 from aggregator.uptime import Uptime, in_words
 from aggregator.volume import answered, merged
@@ -89,7 +90,8 @@ def _swaps(window: Window, targets: Scorecard) -> Line:
     swaps = [record for _, record in window.of(SwapFinished)]
     longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
     failed = sum(s.outcome == "failed" for s in swaps)
-    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", f"of {len(swaps)} swaps, {failed} failed")
+    of = f"of {counted(len(swaps), 'swap')}, {failed} failed"
+    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", of)
 
 
 def _saving(apis: Comparisons | None, targets: Scorecard) -> Line:

@@ -45,6 +45,11 @@ class NodeUptime(msgspec.Struct, frozen=True, kw_only=True):
         """Seconds of which is known whether it was up, but for those that are excused."""
         return self.up_s + self.idle_s + self.down_s
 
+    @property
+    def least_share(self) -> float:
+        """``share``, had it been down in all of the unknown time."""
+        return (self.share or 0.0) * (self.known_share or 0.0)
+
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How a node follows the desired state: the newest generation it reported and its state there (acting, converged,
@@ -85,11 +90,11 @@ class Uptime(msgspec.Struct, frozen=True, kw_only=True):
 
     def kept(self, targets: Scorecard) -> bool | None:
         """Whether the promised uptime was kept, by requests and by time; None where one of them is unknown and the
-        other one does not decide."""
+        other one does not decide, or where the unknown time, had the rack been down, would have broken it."""
         shares = (self.request_share, self.rack.share)
         if any(one is not None and one < targets.uptime for one in shares):
             return False
-        return None if None in shares else True
+        return None if None in shares or self.rack.least_share < targets.uptime else True
 
 
 def uptime(window: Window, tenures: Sequence[Tenure], notes: Sequence[Annotation] = ()) -> Uptime:

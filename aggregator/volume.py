@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from aggregator.calendar import days, local
-from aggregator.window import Latency, ServedSum, Window
+from aggregator.window import Latency, ServedSum, Window, at_least_one, both
 from shared.sketch import Sketch
 
 
@@ -24,11 +24,13 @@ class ModelVolume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Day(msgspec.Struct, frozen=True, kw_only=True):
-    """Answered requests and tokens of one day in the rack's zone."""
+    """Answered requests and tokens of one day in the rack's zone. ``reported`` is whether any node reported on it: a
+    day without telemetry is not one without work."""
 
     date: str
     requests: int
     tokens: int
+    reported: bool = True
 
 
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,10 +93,16 @@ def merged(times: Sequence[Latency], name: Literal["ttft_us", "itl_us", "total_u
 
 
 def _days(window: Window) -> list[Day]:
-    sums = {day.name: [0, 0] for day in days(window.span)}
+    spans = days(window.span)
+    sums = {day.name: [0, 0] for day in spans}
+    covers = at_least_one(window.reported(node) for node in window.nodes)
+    heard = {day.name for day in spans if both(covers, ((day.since_ms, day.until_ms),))}
     for asked in window.asked:
         day = local(asked.slot_ms, window.span.timezone).date().isoformat()
         if asked.outcome == "ok" and day in sums:
             sums[day][0] += asked.requests
             sums[day][1] += asked.prompt_tok + asked.completion_tok
-    return [Day(date=day, requests=requests, tokens=tokens) for day, (requests, tokens) in sums.items()]
+    return [
+        Day(date=day, requests=requests, tokens=tokens, reported=day in heard or requests > 0)
+        for day, (requests, tokens) in sums.items()
+    ]

@@ -41,7 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_has_every_page_and_file(wheel: zipfile.ZipFile) -> None:
     pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
     assert len(pages) > 10
-    for name in (*pages, *FILES):
+    fonts = [f"vendor/fonts/{path.name}" for path in (ROOT / "vendor/fonts").iterdir()]
+    assert len(fonts) == 5
+    for name in (*pages, *fonts, *FILES):
         assert wheel.read(f"shared/files/{name}") == (ROOT / name).read_bytes()
 
 

@@ -18,10 +18,11 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
     span, nodes = month(name, config.timezone), [node.id for node in config.nodes]
     window = reported(store, span, nodes)
     last = load.window(store, month_before(span), nodes)
-    judged = judge(window, last, config, full_hour(time.time_ns() // 1_000_000), notes(store).entries)
+    now_ms = full_hour(time.time_ns() // 1_000_000)
+    judged = judge(window, last, config, now_ms, notes(store), load.newest_manifest(store))
     body = msgspec.json.format(msgspec.json.encode(judged), indent=1)
     published = [
         publish.report(store, "monthly", span.name, "report", extension, content)
-        for extension, content in (("json", body), ("pdf", pdf.render(judged)))
+        for extension, content in (("json", body), ("pdf", pdf.render(judged, config.report.fallback_font)))
     ]
     return Published(published, judged.so_far)

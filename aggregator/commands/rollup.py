@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -194,7 +195,8 @@ def _outage(config: AggregatorConfig, store: ObjectStore, outcomes: Sequence[Out
 
 
 def _with_unread(store: ObjectStore, manifest: Manifest, progress: Progress, unlisted: Mapping[str, str]) -> Manifest:
-    """Commit which objects could not be read, if that has changed. Raises Retryable if nothing could be read at all."""
+    """Commit which objects could not be read, and which nodes are another rack's, if that has changed. Raises Retryable
+    if nothing could be read at all."""
     for key, one in progress.unread.items():
         log.warning(
             "unreadable", key=text(key), reason=text(one.reason), effect="this node's later segments wait for it"
@@ -203,9 +205,11 @@ def _with_unread(store: ObjectStore, manifest: Manifest, progress: Progress, unl
         log.warning("unlisted", key=text(folder), reason=text(reason), effect="this node's new segments wait for it")
     kept = {key: one for key, one in manifest.unread.items() if key.startswith(tuple(unlisted))}
     unread = {**kept, **progress.unread}
-    if unread.keys() != manifest.unread.keys():
-        number = manifest.number + 1
-        manifest = msgspec.structs.replace(manifest, number=number, unread=unread, quarantined=())
+    racks, all_nodes = progress.strangers(manifest.cursors)
+    strangers = manifest.strangers if all_nodes else racks  # a bucket that may not be ours is left as it is
+    if unread.keys() != manifest.unread.keys() or strangers != manifest.strangers:
+        changed = {"number": manifest.number + 1, "unread": unread, "strangers": strangers}
+        manifest = msgspec.structs.replace(manifest, **changed, quarantined=())
         publish.commit(store, manifest)
     if (progress.unread or unlisted) and not progress.done:
         key, reason = next(iter({**{k: one.reason for k, one in progress.unread.items()}, **unlisted}.items()))
@@ -216,7 +220,16 @@ def _with_unread(store: ObjectStore, manifest: Manifest, progress: Progress, unl
 def _from_the_start(manifest: Manifest) -> Manifest:
     """Reset the cursors and everything counted along with them."""
     return msgspec.structs.replace(
-        manifest, cursors={}, unread={}, segments=0, unknown_records=0, quarantined_total=0, too_late=0
+        manifest,
+        cursors={},
+        unread={},
+        segments=0,
+        unknown_records=0,
+        quarantined_total=0,
+        aside={},
+        foreign={},
+        strangers={},
+        too_late=0,
     )
 
 
@@ -254,11 +267,19 @@ def _commit(
         unknown_records=manifest.unknown_records + sum(one.unknown_records for one in outcomes),
         quarantined=bad,
         quarantined_total=manifest.quarantined_total + len(bad),
+        aside=_by_day(manifest.aside, [one for one in outcomes if one.reason]),
+        foreign=_by_day(manifest.foreign, [one for one in outcomes if one.misplaced]),
     )
     publish.commit(store, made)
     log.info("rolled_up", manifest=made.number, segments=segments, batches=made.batches - manifest.batches)
     _tell_of(bad)
     return made
+
+
+def _by_day(known: Mapping[str, int], some: Sequence[Outcome]) -> dict[str, int]:
+    counts = Counter({**known})
+    counts.update(one.day for one in some)
+    return dict(sorted(counts.items()))
 
 
 def _tell_of(bad: Sequence[Quarantined]) -> None:

@@ -1,19 +1,17 @@
 """The weekly reports, each as JSON for programs, Markdown for chats and tickets, and HTML for display."""
 
 import time
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable
 
 import msgspec
 
 from aggregator import annotations, cost, focus, load, publish
-from aggregator.annotations import Annotation, Notes
+from aggregator.annotations import Notes
 from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
 from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import Judged, judge
-from aggregator.manifest import Manifest
-from aggregator.report import html, markdown
+from aggregator.report import html, markdown, wording
 from aggregator.report.page import Page, so_far
 from aggregator.report.pages import cost as cost_page
 from aggregator.report.pages import evictions as evictions_page
@@ -48,13 +46,10 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     nodes = [node.id for node in config.nodes]
     window = reported(store, span, nodes)
     last = load.window(store, earlier, nodes)
-    noted = notes(store)
     now_ms = full_hour(time.time_ns() // 1_000_000)
-    judged = judge(window, last, config, now_ms, noted.entries)
-    told = (*noted.refused, *_unheard(window, noted.entries, config), *_gone(window, last, config))
-    said = (*remarks(load.newest_manifest(store)), *_clocks(window), *told)
+    judged = judge(window, last, config, now_ms, notes(store), load.newest_manifest(store))
     published = []
-    for kind, (report, page) in artifacts(judged, last.span.name, said).items():
+    for kind, (report, page) in artifacts(judged, last.span.name).items():
         body = msgspec.json.format(msgspec.json.encode(_marked(report, judged)), indent=1)
         for extension, content in (("json", body), ("md", markdown.render(page)), ("html", html.render(page))):
             published.append(publish.report(store, "weekly", span.name, kind, extension, content))
@@ -88,64 +83,24 @@ def _marked(report: object, judged: Judged) -> object:
     return [one | mark for one in plain] if isinstance(plain, list | tuple) else plain | mark
 
 
-def artifacts(judged: Judged, last: str, said: tuple[str, ...] = ()) -> dict[str, tuple[object, Page]]:
-    """Each report by name: its figures, and the page that shows them. ``last`` names the period before, ``said`` are
-    remarks about telemetry."""
+def artifacts(judged: Judged, last: str) -> dict[str, tuple[object, Page]]:
+    """Each report by name: its figures, and the page that shows them. ``last`` names the period before."""
     rack, period, place = judged.rack, judged.period, judged.distribution
+    said = wording.remarks(judged.telemetry, judged.timezone, last)
     money, apis, evicted, up, score = judged.cost, judged.apis, judged.evictions, judged.uptime, judged.scorecard
     found = {
         "placement": (place, placement_page.page(place, rack)),
         "cost": ({"cost": money, "apis": apis}, cost_page.page(money, apis, rack, last)),
         "evictions": (evicted, evictions_page.page(evicted, rack)),
-        "uptime": (up, uptime_page.page(up, period, judged.timezone, rack, said)),
+        "uptime": (
+            {**msgspec.to_builtins(up), "telemetry": judged.telemetry},
+            uptime_page.page(up, period, judged.timezone, rack, said),
+        ),
         "scorecard": (score, scorecard_page.page(score, period, rack)),
     }
     if not judged.so_far:
         return found
     return {name: (report, so_far(page, judged.so_far)) for name, (report, page) in found.items()}
-
-
-def remarks(manifest: Manifest) -> tuple[str, ...]:
-    """Sentences about telemetry that could not be counted."""
-    found = (
-        (
-            manifest.quarantined_total,
-            "unreadable objects are in quarantine/; the manifest of the run that put an object there gives the reason.",
-        ),
-        (manifest.unknown_records, "records are of unknown kinds: upgrade the aggregator."),
-        (manifest.too_late, "batches arrived after their day was pruned and are not counted."),
-    )
-    waiting = tuple(
-        f"{key} cannot be read since {datetime.fromtimestamp(one.since_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC "
-        f"({one.reason}): what its node sent later is not counted yet."
-        for key, one in sorted(manifest.unread.items())
-    )
-    return tuple(f"{count:,} {text}" for count, text in found if count) + waiting
-
-
-def _clocks(window: Window) -> tuple[str, ...]:
-    if not (off := {run.node: run.skew_max_ms for run in window.runs if run.skewed_batches and run.skew_max_ms}):
-        return ()
-    named = ", ".join(f"{node} by up to {ms / 1000:.0f} s" for node, ms in sorted(off.items()))
-    return (f"Clock skew: {named}. Timestamps off by more than two minutes were corrected.",)
-
-
-def _unheard(window: Window, entries: Sequence[Annotation], config: AggregatorConfig) -> tuple[str, ...]:
-    """Annotations of this span whose node neither reported nor is configured: mostly a name that was mistyped."""
-    since, until = window.span.since_ms, window.span.until_ms
-    here = {n.node for n in entries if n.node and n.start_ms < until and n.end_ms > since}
-    here -= {*window.nodes, *(node.id for node in config.nodes)}
-    return tuple(f"{annotations.KEY} names {node}, which reported nothing in this period." for node in sorted(here))
-
-
-def _gone(window: Window, last: Window, config: AggregatorConfig) -> tuple[str, ...]:
-    """Nodes that are in no figure, since they reported nothing and are not configured: dead, or taken away."""
-    gone = set(last.nodes) - set(window.nodes) - {node.id for node in config.nodes}
-    return tuple(
-        f"{node} reported in {last.span.name} and nothing in this period: its time is in none of these figures, since "
-        "it has no [[nodes]] table in aggregator.toml."
-        for node in sorted(gone)
-    )
 
 
 def notes(store: ObjectStore) -> Notes:

@@ -36,11 +36,13 @@ SPILL_DAYS = 60
 
 
 class Segment(NamedTuple):
-    """Its valid batches, the reason to quarantine it, or "", and the other rack that all of its batches name, or ""."""
+    """Its valid batches, the reason to quarantine it, or "", the other rack that all of its batches name, or "", and
+    the UTC day of the first batch that is not valid, or ""."""
 
     batches: list[Batch]
     reason: str
     rack: str = ""
+    day: str = ""
 
 
 T = TypeVar("T")
@@ -59,7 +61,7 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
         for key, got in _ahead(pool, lambda key: _got(store, key, rack), wanted_yet):
             if (node := node_of(key)) in waiting:
                 continue
-            (batches, reason, other), unread = got
+            (batches, reason, other, day), unread = got
             in_a_row = {*in_a_row, node} if unread else set()
             waiting |= in_a_row
             for batch in batches:
@@ -67,7 +69,7 @@ def spill(store: ObjectStore, rack: str, wanted: Sequence[str], folder: Path, mo
             kept = bool(reason) and (bool(other) or keep_copy(store, key) or is_ours(key))
             unknown = sum(batch.unknown_records for batch in batches)
             told = reason[:MAX_REASON] if kept else ""
-            found.append(Outcome(key, len(batches), unknown, told, unread[:MAX_REASON], other))
+            found.append(Outcome(key, len(batches), unknown, told, unread[:MAX_REASON], other, day))
             if lines.written >= most_bytes or len(lines.days) >= SPILL_DAYS or len(in_a_row) >= OUTAGE_NODES:
                 break
     lines.close()
@@ -140,18 +142,29 @@ def segment(store: ObjectStore, name: str, rack: str) -> Segment:
     good: list[Batch] = []
     reasons: list[str] = []
     days: set[str] = set()
+    bad_day = ""
     for batch in batches:
         try:
             days.add(_check(batch, key, rack, name))
             good.append(cleaned(batch))
         except Refused as error:
             reasons.append(error.message)
+            bad_day = bad_day or _day(batch)
     if len(days) > SEGMENT_DAYS:
         why = f"batches of {len(days):,} days, from {min(days)} to {max(days)}; no agent writes such a segment"
         return Segment([], f"{name}: {why}")
     others = {batch.rack for batch in batches} - {rack}
     other = text(others.pop(), MOST_NAME) if len(others) == 1 and not good else ""
-    return Segment(good, reasons[0] if reasons else "", other if all(b.rack != rack for b in batches) else "")
+    other = other if all(b.rack != rack for b in batches) else ""
+    return Segment(good, reasons[0] if reasons else "", other, bad_day)
+
+
+def _day(batch: Batch) -> str:
+    """The UTC day of a batch; "" if its time is none that a node can have lived."""
+    try:
+        return utc_day(straightened(batch).t_end_ms)
+    except Refused:
+        return ""
 
 
 def is_ours(key: str) -> bool:

@@ -31,7 +31,8 @@ class Pending(NamedTuple):
 
 class Outcome(NamedTuple):
     """Result for one object: number of valid batches, and the reason for its quarantine, or "". ``unread`` says why it
-    could not be read at all; ``rack`` names the other rack that every batch in it is of."""
+    could not be read at all; ``rack`` names the other rack that every batch in it is of, ``misplaced`` is set once that
+    is settled. ``day`` is the UTC day of what is not counted, "" if that is not known."""
 
     key: str
     batches: int
@@ -39,6 +40,8 @@ class Outcome(NamedTuple):
     reason: str
     unread: str = ""
     rack: str = ""
+    day: str = ""
+    misplaced: bool = False
 
 
 class Progress:
@@ -106,7 +109,7 @@ class Progress:
     def settle(self, some: Sequence[Outcome]) -> tuple[dict[str, str], list[Outcome]]:
         """Have these objects of another rack settled after all, as bad ones: like `read`."""
         for one in some:
-            self._read[one.key] = self.foreign.pop(one.key)._replace(rack="")
+            self._read[one.key] = self.foreign.pop(one.key)._replace(rack="", misplaced=True)
             self.bad[one.key] = one.reason
         return self._advanced()
 

@@ -44,7 +44,9 @@ def svg(curve: Curve) -> Markup:
         parts.append(_line(x(curve.mark), _TOP, x(curve.mark), _TOP + _HEIGHT, "mark"))
         parts.append(_text(x(curve.mark), _TOP - 10, curve.mark_text, _side(x(curve.mark))))
     box = Markup('viewBox="0 0 {:.0f} {:.0f}"').format(_WIDTH, _TOP + _HEIGHT + _FOOT)
-    return Markup('<svg xmlns="http://www.w3.org/2000/svg" {} role="img">{}</svg>').format(box, Markup("").join(parts))
+    return Markup('<svg xmlns="http://www.w3.org/2000/svg" {} role="img" aria-label="{}">{}</svg>').format(
+        box, described(curve), Markup("").join(parts)
+    )
 
 
 def described(curve: Curve) -> str:

@@ -4,7 +4,7 @@ import jinja2
 from markupsafe import Markup
 
 from aggregator.report.chart import COLOURS, svg
-from aggregator.report.page import CODE, Page
+from aggregator.report.page import CODE, Page, spaced
 from aggregator.report.wording import figure
 
 
@@ -24,6 +24,9 @@ def render(page: Page) -> bytes:
 
 
 def coded(text: str) -> Markup:
-    """A text, escaped, with what stands between backticks as code."""
-    parts = (Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else part for n, part in enumerate(CODE.split(text)))
+    """A text, escaped, with what stands between backticks as code; other backticks are quotation marks."""
+    parts = (
+        Markup("<code>{}</code>").format(part[1:-1]) if n % 2 else spaced(part).replace("`", "'")
+        for n, part in enumerate(CODE.split(text))
+    )
     return Markup("").join(parts)

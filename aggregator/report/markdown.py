@@ -2,7 +2,7 @@
 
 import re
 
-from aggregator.report.page import CODE, Curve, Page, Section, Table
+from aggregator.report.page import CODE, Curve, Page, Section, Table, spaced
 from aggregator.report.wording import figure
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -82,7 +82,7 @@ def _inline(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = _ENTITY.sub("&amp;", text).replace("\\", "\\\\")
+    text = _ENTITY.sub("&amp;", spaced(text)).replace("\\", "\\\\")
     text = _ACTIVE.sub(r"\\\g<0>", text).replace("<", "&lt;")
     return _LINKED.sub(r"\g<0>&#8203;", text)
 

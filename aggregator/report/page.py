@@ -50,6 +50,14 @@ CODE = re.compile(r"(`[A-Za-z0-9._-]+(?: [A-Za-z0-9._-]+)*`)")
 """A command or a name within a text, as every format shows it."""
 
 
+_PERCENT = re.compile(r"(?<=\d)%(?=[\s.,;:)]|$)")
+
+
+def spaced(text: str) -> str:
+    """A text whose percentages all have one form, 99.9 %, whoever wrote it."""
+    return _PERCENT.sub(" %", text)
+
+
 def so_far(page: Page, until: str) -> Page:
     """A page of a span that is not over, which says so in its title and first sentence."""
     lead = f"{until[:1].upper()}{until[1:]}: {page.lead}"

@@ -1,125 +1,174 @@
-"""The executive PDF: headline, four key figures, evidence. Vector shapes only; equal reports give equal bytes."""
+"""The executive PDF: headline, key figures, promises, evidence. Vector shapes and an embedded typeface; equal reports
+give equal bytes."""
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import date
+from decimal import Decimal
 from typing import Any
-from xml.sax.saxutils import escape
 
-from reportlab.graphics.shapes import Drawing, Line, Rect, String
-from reportlab.lib import colors
+from reportlab.graphics.shapes import Drawing, Line, Rect
 from reportlab.lib.pagesizes import A4
-from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
-from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+from reportlab.platypus import KeepTogether, SimpleDocTemplate, Spacer, Table
 
-from aggregator.calendar import local
+from aggregator import advice
+from aggregator.calendar import counted, local, verb
+from aggregator.eviction import WORDS
 from aggregator.heat import needs
+from aggregator.incidents import Incident
 from aggregator.judgements import Judged
-from aggregator.placement import NodeLoad
 from aggregator.report import wording
+from aggregator.report.layout import (
+    BAD,
+    BLUE,
+    BODY,
+    CAPTION,
+    CELL,
+    HEAD,
+    HEAD_RIGHT,
+    HEADLINE,
+    LINE,
+    MARGIN,
+    NUMBER,
+    REGULAR,
+    SMALL,
+    SOFT,
+    TITLE,
+    WIDTH,
+    Card,
+    Sheet,
+    colour,
+    hatched,
+    label,
+    meter,
+    styled,
+)
+from aggregator.uptime import in_words
+from aggregator.volume import Day
 
-INK, SOFT, FAINT, LINE = (colors.HexColor(c) for c in ("#1B2733", "#5B6B7A", "#F3F6F9", "#D5DDE5"))
-BLUE, GOOD, BAD = (colors.HexColor(c) for c in ("#1F6FB2", "#1E8449", "#B03A2E"))
-MARGIN = 18 * mm
-WIDTH = A4[0] - 2 * MARGIN
-REGULAR, BOLD = "Helvetica", "Helvetica-Bold"
-ALL = ((0, 0), (-1, -1))
-"""Every cell of a table."""
-LONGEST_TEXT = 600
-"""In characters: a table cell cannot be taller than a page."""
+MOST_INCIDENTS = 40
+MOST_ADVICE = 30
 
 
-def _style(name: str, size: float, **more: Any) -> ParagraphStyle:
-    values: dict[str, Any] = {"fontName": REGULAR, "fontSize": size, "leading": size * 1.35, "textColor": INK, **more}
-    return ParagraphStyle(name, **values)
-
-
-BODY = _style("body", 9.5)
-SMALL = _style("small", 8, textColor=SOFT)
-CELL = _style("cell", 8)
-NUMBER = _style("number", 8, alignment=2)
-HEAD = _style("head", 7.5, textColor=SOFT, fontName=BOLD)
-HEAD_RIGHT = _style("headright", 7.5, textColor=SOFT, fontName=BOLD, alignment=2)
-TITLE = _style("title", 10, textColor=SOFT)
-HEADLINE = _style("headline", 17, fontName=BOLD, leading=22, spaceAfter=4)
-SECTION = _style("section", 12.5, fontName=BOLD, spaceBefore=14, spaceAfter=5)
-
-
-def render(report: Judged) -> bytes:
-    """The PDF's bytes."""
-    buffer = io.BytesIO()
+def render(report: Judged, fallback_font: str = "") -> bytes:
+    """The PDF's bytes. Raises Refused if the fallback font cannot be used."""
+    sheet, buffer = Sheet(fallback_font), io.BytesIO()
     document = SimpleDocTemplate(
         buffer,
         pagesize=A4,
         # the frame adds 6 points of its own on each side
         leftMargin=MARGIN - 6,
         rightMargin=MARGIN - 6,
-        topMargin=16 * mm,
-        bottomMargin=18 * mm,
+        topMargin=15 * mm,
+        bottomMargin=17 * mm,
         title=f"Rack {report.rack}, {_period(report)}",
         author="mlxrack",
         subject="Monthly report",
         lang="en",
         invariant=1,
     )
-    story = [*_front(report), *_volume(report), *_thermal(report), *_evictions(report), *_distribution(report)]
-    story += [*_cost(report), *_uptime(report), *_recommendations(report), *_method(report)]
-    footer = _footer(report)
-    document.build(story, onFirstPage=footer, onLaterPages=footer)
+    parts = (_front, _volume, _thermal, _evictions, _distribution, _cost, _uptime, _recommendations, _method)
+    story = [flowable for part in parts for flowable in part(sheet, report)]
+    # dated by what it tells of: when a run happened to make it is no part of a report
+    made = f"D:{local(report.telemetry.until_ms, 'UTC'):%Y%m%d%H%M%S}+00'00'"
+
+    def page(canvas: Any, document: Any) -> None:
+        canvas.setDateFormatter(lambda *_: made)
+        _footer(sheet, report, canvas, document.page)
+
+    document.build(story, onFirstPage=page, onLaterPages=page)
     return buffer.getvalue()
-
-
-def _front(report: Judged) -> list[Any]:
-    return [
-        _p(f"Rack {report.rack} · {_period(report)} · times in {report.timezone}", TITLE),
-        Spacer(1, 4),
-        _p(report.headline, HEADLINE),
-        Spacer(1, 6),
-        _cards(report),
-        Spacer(1, 4),
-    ]
 
 
 def _period(report: Judged) -> str:
     return f"{report.period}, {report.so_far}" if report.so_far else report.period
 
 
-def _cards(report: Judged) -> Table:
-    up, itl = (next(line for line in report.scorecard if line.kind == kind) for kind in ("uptime", "latency"))
-    speed = wording.ms(report.volume.itl_p95_us)
-    price = report.cost.average_per_m
-    cards = [
-        ("Requests answered", wording.count(report.volume.requests) if not report.empty else wording.NO_DATA, "", None),
-        ("Availability", wording.share(up.value, 2), f"target {wording.share(up.target, 2)}", up.kept),
-        ("Inter-token latency (ITL), p95", speed, f"target {itl.target:g} ms", itl.kept),
-        ("Cost per million tokens", wording.money(price, report.cost.currency), "including idle time", None),
+# the first page
+
+
+def _front(sheet: Sheet, report: Judged) -> list[Any]:
+    remarks = wording.remarks(report.telemetry, report.timezone, report.before_period or "the month before")
+    return [
+        sheet.p(f"Rack {report.rack} · {_period(report)} · times in {report.timezone}", TITLE),
+        Spacer(1, 4),
+        sheet.p(report.headline, HEADLINE),
+        sheet.p(wording.coverage(report), SMALL),
+        Spacer(1, 6),
+        sheet.cards(_key_figures(report)),
+        *(sheet.section("What was not counted", *(sheet.p(one, BODY) for one in remarks)) if remarks else ()),
+        *sheet.section("Promises", _promises(sheet, report)),
     ]
-    cells = [
-        [
-            _p(name, SMALL),
-            _p(value, _style(f"kpi{n}", 15, fontName=BOLD, leading=20, textColor=_verdict(good))),
-            _p(note or " ", SMALL),
-        ]
-        for n, (name, value, note, good) in enumerate(cards)
-    ]
-    table = Table([cells], colWidths=[WIDTH / 4] * 4)
-    lines = [("BACKGROUND", *ALL, FAINT), ("LINEAFTER", (0, 0), (-2, -1), 4, colors.white)]
-    table.setStyle(TableStyle([*lines, *_padding(left=8, top=7, bottom=8), ("VALIGN", *ALL, "TOP")]))
-    return table
 
 
-def _padding(**sizes: float) -> list[Any]:
-    return [(f"{side.upper()}PADDING", *ALL, size) for side, size in sizes.items()]
+def _key_figures(report: Judged) -> list[Card]:
+    """The figures that matter most. Uptime and availability have one verdict: that of the worse one."""
+    now, money = report.figures, report.cost.currency
+    kept = {str(line.kind): line.kept for line in report.scorecard}
+    target = {str(line.kind): line.target for line in report.scorecard}
+    uptime, heat = f"target {wording.share(target['uptime'], 2)}", f"target {wording.share(target['heat'])}"
+    total = wording.money(now.total, money)
+    busy = f"busy {wording.share(now.busy_share)} of their time" if now.busy_share is not None else ""
+    cards: list[tuple[str, str, str, str, bool | None]] = [
+        ("Uptime of the rack", wording.share(now.rack_up, 2), uptime, "rack_up", kept["uptime"]),
+        ("Requests answered", wording.share(now.request_share, 2), uptime, "request_share", kept["uptime"]),
+        ("Inter-token latency, p95", wording.ms(now.itl_p95_us), f"target {target['latency']:g} ms", "itl_p95_us",
+         kept["latency"]),
+        ("Slowed by heat", wording.share(now.throttled), f"{heat}; peak {wording.celsius(now.peak_package_mc)}",
+         "throttled", kept["heat"]),
+        ("Cost of the nodes", total, busy, "total", None),
+        ("Per million tokens", wording.money(now.average_per_m, money), "prompt and answer, idle included",
+         "average_per_m", None),
+        ("Saved against APIs", wording.saved(now.saving_share), _comparable(report), "saving_share",
+         None if now.saving_share is None else now.saving_share >= 0),
+        ("Answered requests", wording.count(now.requests) if not report.empty else wording.NO_DATA,
+         f"{wording.short(now.prompt_tok + now.completion_tok)} tokens, {wording.short(now.completion_tok)} of answers",
+         "requests", None),
+    ]  # fmt: skip
+    return [(name, value, note, _change(report, field), good) for name, value, note, field, good in cards]
 
 
-def _verdict(good: bool | None) -> Any:
-    return INK if good is None else (GOOD if good else BAD)
+def _change(report: Judged, field: str) -> str:
+    """What a figure did against the span before."""
+    if report.before is None:
+        return "no month before to compare with"
+    now, before = getattr(report.figures, field), getattr(report.before, field)
+    return wording.changed(
+        now, before, report.before_period, points=field in ("rack_up", "request_share", "saving_share", "throttled")
+    )
 
 
-def _volume(report: Judged) -> list[Any]:
-    v = report.volume
+def _comparable(report: Judged) -> str:
+    """What the saving speaks of, and the frontier model beside it."""
+    apis = report.apis
+    ours, theirs = (
+        sum((getattr(one, name) for one in apis.models if one.times_cheaper is not None), Decimal(0))
+        for name in ("ours", "frontier_cost")
+    )
+    if apis.covered is None:
+        return "no model is compared with an API"
+    said = f"the same models at hosts, {wording.share(apis.covered, 0)} of tokens"
+    return f"{said}; frontier: {wording.times(float(theirs / ours))} our cost" if ours > 0 else said
+
+
+def _promises(sheet: Sheet, report: Judged) -> Table:
+    rows = [(one.name, one.text, wording.target(one), wording.VERDICTS[one.kept]) for one in report.scorecard]
+    head = ("Promise", "As it was", "Target", "Verdict")
+    return sheet.table(head, rows, text=range(4), tints=[colour(one.kept) for one in report.scorecard])
+
+
+# the seven sections
+
+
+def _volume(sheet: Sheet, report: Judged) -> list[Any]:
+    v, title = report.volume, "1. Inference volume"
+    other = f"{v.failed:,} failed, {v.refused:,} refused, {v.cancelled:,} cancelled by clients"
+    text = f"{counted(v.requests, 'request')} answered ({_change(report, 'requests')}), {other}."
     if not v.models:
-        return _section("1. Inference volume", [_p("No data: no requests were answered this month.", BODY)])
+        none = "No data: no node reported." if report.empty else f"No request was answered: {other}."
+        return sheet.section(title, sheet.p(none, BODY))
     rows = [
         (
             *(m.model, wording.count(m.requests), wording.count(m.prompt_tok)),
@@ -129,34 +178,39 @@ def _volume(report: Judged) -> list[Any]:
         for m in v.models
     ]
     head = ("Model", "Requests", "Prompt tokens", "Cached", "Answer tokens", "TTFT p50", "TTFT p95", "ITL p95")
-    answered, failed, refused, cancelled = map(wording.count, (v.requests, v.failed, v.refused, v.cancelled))
-    text = f"Answered: {answered}; failed: {failed}; refused: {refused}; cancelled by clients: {cancelled}."
-    chart = [Spacer(1, 6), _bars(v.days), _p("Tokens per day", SMALL)]
-    return _section("1. Inference volume", [_p(text, BODY), Spacer(1, 4), _table(head, rows), *chart])
+    sums = (f"{sum(getattr(m, field) for m in v.models):,}" for field in ("prompt_tok", "completion_tok"))
+    prompt, answer = sums
+    rows.append(("Total", wording.count(v.requests), prompt, "", answer, "", "", wording.ms(v.itl_p95_us)))
+    chart = [Spacer(1, 6), *_days(sheet, v.days)]
+    return sheet.section(title, sheet.p(text, BODY), Spacer(1, 3), sheet.table(head, rows, total=True), *chart)
 
 
-def _bars(days: Sequence[Any]) -> Drawing:
-    height, base = 62.0, 12.0
-    drawing = Drawing(WIDTH, height + base)
+def _days(sheet: Sheet, days: Sequence[Day]) -> list[Any]:
+    """A bar for each day, with its axis; days without telemetry are hatched."""
+    height, base, left = 74.0, 12.0, 34.0
     most = max((d.tokens for d in days), default=0)
-    step = WIDTH / max(1, len(days))
-    drawing.add(Line(0, base, WIDTH, base, strokeColor=LINE, strokeWidth=0.6))
+    unit, size = wording.unit(most)
+    step, top = wording.ticks(most)
+    drawing, wide = Drawing(WIDTH, height + base + 6), (WIDTH - left) / max(1, len(days))
+    for n in range(round(top / step) + 1):
+        y = base + height * n * step / top
+        drawing.add(Line(left, y, WIDTH, y, strokeColor=LINE, strokeWidth=0.5))
+        drawing.add(label(left - 4, y - 2.5, f"{n * step / size:g}", "end"))
     for n, day in enumerate(days):
-        tall = (height - 12) * day.tokens / most if most else 0
-        drawing.add(Rect(n * step + 1, base, step - 2, tall, fillColor=BLUE, strokeColor=None))
-        if day.tokens == most and most:
-            at = min(max(n * step + step / 2, 30), WIDTH - 30)
-            drawing.add(_label(at, base + tall + 2, f"{most:,}"))
-        if n % 5 == 0 or n == len(days) - 1:
-            drawing.add(_label(n * step + step / 2, 2, day.date[8:]))
-    return drawing
+        x = left + n * wide
+        if day.reported:
+            drawing.add(Rect(x + 1, base, wide - 2, height * day.tokens / top, fillColor=BLUE, strokeColor=None))
+        else:
+            hatched(drawing, x + 1, base, wide - 2, height)
+        if n % 5 == 0:
+            at = date.fromisoformat(day.date)
+            drawing.add(label(x + wide / 2, 2, f"{at.day} {at:%b}", "middle" if n else "start"))
+    silent = sum(not day.reported for day in days)
+    blank = f"; hatched: {counted(silent, 'day')} without telemetry" if silent else ""
+    return [sheet.p(f"Tokens per day{unit}, prompts and answers{blank}", CAPTION), drawing]
 
 
-def _label(x: float, y: float, text: str) -> String:
-    return String(x, y, text, fontName=REGULAR, fontSize=7, fillColor=SOFT, textAnchor="middle")
-
-
-def _thermal(report: Judged) -> list[Any]:
+def _thermal(sheet: Sheet, report: Judged) -> list[Any]:
     t = report.thermal
     rows = [
         (
@@ -165,91 +219,114 @@ def _thermal(report: Judged) -> list[Any]:
         )
         for n in t.nodes
     ]
+    if not rows:
+        return sheet.section("2. Thermal", sheet.p("No data.", BODY))
     head = ("Node", "Peak", "Peak P-core", "Throttle events", "Throttled, of its time", "Needs")
-    body = [*(_p(text, BODY) for text in (t.advice, t.because) if text), Spacer(1, 4)]
-    return _section(
-        "2. Thermal",
-        [*body, _table(head, rows, widths=(0.15, 0.13, 0.13, 0.12, 0.13, 0.34), text_from=5)]
-        if rows
-        else [_p("No data.", BODY)],
-    )
+    said = [sheet.p(text, BODY) for text in (t.advice, t.because) if text]
+    return sheet.section("2. Thermal", *said, Spacer(1, 3), sheet.table(head, rows, text=(0, 5)))
 
 
-def _evictions(report: Judged) -> list[Any]:
-    e = report.evictions
+def _evictions(sheet: Sheet, report: Judged) -> list[Any]:
+    e, title = report.evictions, "3. Evictions"
     if not e.rows:
-        text = "No data." if report.empty else "No model was evicted."
-        return _section("3. Evictions", [_p(text, BODY)])
+        return sheet.section(title, sheet.p("No data." if report.empty else "No model was evicted.", BODY))
     rows = [
-        (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), r.verdict, r.hint)
+        (r.node, r.model, wording.count(r.evictions), wording.count(r.requests_last_hour), WORDS[r.verdict], r.hint)
         for r in e.rows
     ]
-    head = ("Node", "Model", "Count", "Requests, hour before", "Verdict", "Evidence")
-    widths = (0.13, 0.19, 0.07, 0.12, 0.11, 0.38)
-    return _section("3. Evictions", [_table(head, rows, widths=widths, left=2, text_from=4)])
+    if e.left_out:
+        rows.append((counted(e.left_out, "more row"), "", wording.count(e.left_out_evictions), "", "", ""))
+    rows.append(("Total", "", wording.count(e.total), "", "", ""))
+    head = ("Node", "Model", "Count", "Requests in the hour before, median", "Verdict", "Evidence")
+    avoidable = f"{e.verdicts.get('placement', 0):,} avoidable"
+    said = f"{counted(e.total, 'eviction')} ({_change(report, 'evictions')}), {avoidable}."
+    shown = sheet.table(head, rows, text=(0, 1, 4, 5), total=True)
+    models = [(m.model, wording.count(m.evictions), wording.count(m.nodes)) for m in e.models]
+    return [
+        *sheet.section(title, sheet.p(said, BODY), Spacer(1, 3), shown),
+        *([Spacer(1, 6), sheet.table(("All of a model", "Count", "Nodes"), models)] if len(models) > 1 else []),
+    ]
 
 
-def _distribution(report: Judged) -> list[Any]:
+def _distribution(sheet: Sheet, report: Judged) -> list[Any]:
     d = report.distribution
     if not d.nodes:
-        return _section("4. Placement", [_p("No data.", BODY)])
+        return sheet.section("4. Placement", sheet.p("No data.", BODY))
     verdict = "Rebalancing proposed, see recommendations." if d.rebalance else "No rebalancing needed."
-    return _section("4. Placement", [_p(verdict, BODY), Spacer(1, 4), _map(report)])
+    return sheet.section("4. Placement", sheet.p(verdict, BODY), Spacer(1, 3), _map(sheet, report))
 
 
-def _map(report: Judged) -> Table:
+def _map(sheet: Sheet, report: Judged) -> Table:
     """One row per node with its models and a bar of its memory use."""
     d = report.distribution
     rows = []
     for node in d.nodes:
         names = [f"{p.model} ({wording.gb(p.need_bytes)})" for p in d.placed if p.node == node.node] or ["nothing"]
         held = f"{wording.gb(node.held_bytes)} of {wording.gb(node.budget_bytes)}"
-        busy = _p(wording.share(node.busy_share), NUMBER)
+        busy = sheet.p(wording.share(node.busy_share), NUMBER)
         # a cell cannot break across pages, rows can
-        first, *more = [_p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
-        rows.append([_p(node.node, CELL), first, _meter(node), _p(held, CELL), busy])
+        first, *more = [sheet.p(", ".join(names[n : n + 5]), CELL) for n in range(0, len(names), 5)]
+        rows.append(
+            [
+                sheet.p(node.node, CELL),
+                first,
+                meter(node.held_share, BAD if node.crowded else BLUE),
+                sheet.p(held, CELL),
+                busy,
+            ]
+        )
         rows += [["", cell, "", "", ""] for cell in more]
-    head = [_p(h, HEAD) for h in ("Node", "Models in memory", "Memory", "")] + [_p("Busy", HEAD_RIGHT)]
-    return _styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
+    head = [sheet.p(h, HEAD) for h in ("Node", "Models in memory", "Memory", "")] + [sheet.p("Busy", HEAD_RIGHT)]
+    return styled(Table([head, *rows], colWidths=[WIDTH * w for w in (0.16, 0.36, 0.2, 0.18, 0.1)], repeatRows=1))
 
 
-def _meter(node: NodeLoad) -> Drawing:
-    drawing = Drawing(WIDTH * 0.18, 8)
-    drawing.add(Rect(0, 1, WIDTH * 0.18, 6, fillColor=LINE, strokeColor=None))
-    colour = BAD if node.crowded else BLUE
-    drawing.add(Rect(0, 1, WIDTH * 0.18 * min(1.0, node.held_share), 6, fillColor=colour, strokeColor=None))
-    return drawing
+def _cost(sheet: Sheet, report: Judged) -> list[Any]:
+    c, title = report.cost, "5. Cost"
+    if not c.priced:
+        none = "No cost data: no node of this period has a price in the configuration." if c.nodes else "No data."
+        return sheet.section(title, sheet.p(none, BODY))
+    text = (
+        f"Total cost of the nodes: {wording.money(c.total, c.currency)} ({_change(report, 'total')}), of which "
+        f"{wording.money(c.idle, c.currency)} idle. {_average(report)} Direct counts busy time only, loaded "
+        "includes idle time. API costs are those of the same open model at the median host"
+        f"{_known(report)} ({report.apis.source}, as of {report.apis.at}). A negative saving means that the API "
+        "would have been cheaper."
+    )
+    return sheet.section(title, sheet.p(text, BODY), Spacer(1, 3), _prices(sheet, report))
 
 
-def _cost(report: Judged) -> list[Any]:
+def _prices(sheet: Sheet, report: Judged) -> Table:
+    """A row per model, what is in none of them, and the total."""
     c = report.cost
-    if not c.models:
-        return _section("5. Cost", [_p("No data.", BODY)])
     rows = [
         (
-            *(m.model, *(wording.money(value, c.currency) for value in (m.loaded, m.direct_per_m, m.loaded_per_m))),
-            *(a.same_as or wording.NO_DATA, wording.money(a.median, c.currency), wording.money(a.saving, c.currency)),
+            *(m.model, *(wording.number(value) for value in (m.loaded, m.direct_per_m, m.loaded_per_m))),
+            *(a.same_as or wording.NO_DATA, wording.number(a.median), wording.number(a.saving)),
         )
         for m, a in zip(c.models, report.apis.models, strict=True)
     ]
-    head = ("Model", "Cost", "Direct per M", "Loaded per M", "Same model at APIs", "Median cost", "Saving")
-    if c.priced:
-        text = (
-            f"Total cost of the nodes over the time they reported: {wording.money(c.total, c.currency)}, of which "
-            f"{wording.money(c.idle, c.currency)} idle. {_average(report)} Direct counts busy time only, loaded "
-            "includes idle time. API costs are those of the same open model at the median host"
-            f"{_known(report)} ({report.apis.source}, as of {report.apis.at}). A negative saving means that the API "
-            "would have been cheaper."
-        )
-    else:
-        text = "No cost data: no node has a price in the configuration."
-    return _section("5. Cost", [_p(text, BODY), Spacer(1, 4), _table(head, rows)])
+    total = c.total or Decimal(0)
+    others = (("silent nodes", c.silent), ("idle, of no model", c.unshared), ("answered nobody", c.unattributed))
+    rows += [(name, wording.number(cost), "", "", "", "", "") for name, cost in others if cost]
+    rows.append(("Total", wording.number(total), "", wording.number(c.average_per_m), "", "",
+                 wording.number(report.apis.saving)))  # fmt: skip
+    head = (
+        "Model",
+        f"Cost, {c.currency}",
+        "Direct per M",
+        "Loaded per M",
+        "Same model at APIs",
+        "Median cost",
+        "Saving",
+    )
+    return sheet.table(head, rows, text=(0, 4), total=True)
 
 
 def _average(report: Judged) -> str:
     if (price := report.cost.average_per_m) is None:
         return "No token was answered by a node with a price."
-    return f"Weighted average: {wording.money(price, report.cost.currency)} per million tokens (M)."
+    said = f"Weighted average: {wording.money(price, report.cost.currency)} per million tokens (M)"
+    return f"{said}, {_change(report, 'average_per_m')}."
 
 
 def _known(report: Judged) -> str:
@@ -257,19 +334,27 @@ def _known(report: Judged) -> str:
     return "" if covered is None else f"; a price is known for {wording.share(covered)} of the tokens"
 
 
-def _uptime(report: Judged) -> list[Any]:
-    u = report.uptime
+def _uptime(sheet: Sheet, report: Judged) -> list[Any]:
+    u, title = report.uptime, "6. Uptime"
     if not u.nodes:
-        return _section("6. Uptime", [_p("No data.", BODY)])
+        return sheet.section(title, sheet.p("No data.", BODY))
     asked = u.requests_ok + u.requests_bad
-    answered = f"{wording.share(u.request_share, 3)} of {wording.count(asked)} requests were answered."
-    text = f"{answered if asked else 'No request was answered or failed.'} {_swaps(report)}"
-    rows = [
-        (n.node, wording.share(n.share, 2), *map(wording.span, (n.up_s, n.idle_s, n.down_s, n.excused_s, n.unknown_s)))
-        for n in u.nodes
+    answered = (
+        f"{wording.share(u.request_share, 2)} of {counted(asked, 'request')} {verb(asked, 'was', 'were')} answered"
+    )
+    text = f"{answered if asked else 'No request was answered or failed'}. {_swaps(report)}"
+    everyone = [u.rack, *u.nodes]
+    columns = [
+        [getattr(n, field) for n in everyone] for field in ("up_s", "idle_s", "down_s", "excused_s", "unknown_s")
     ]
-    nodes = _table(("Node", "Uptime", "Serving", "No model ready", "Down", "Excused", "Unknown"), rows)
-    return _section("6. Uptime", [_p(text, BODY), Spacer(1, 4), nodes, Spacer(1, 8), *_incidents(report)])
+    said = [wording.spans(column) for column in columns]
+    rows = [(n.node or "the rack", in_words(n), *(values[at] for values, _ in said)) for at, n in enumerate(everyone)]
+    names = ("Serving", "No model ready", "Down", "Excused", "Unknown")
+    head = ("Node", "Uptime", *(f"{name}, {unit}" for name, (_, unit) in zip(names, said, strict=True)))
+    return [
+        *sheet.section(title, sheet.p(text, BODY), Spacer(1, 3), sheet.table(head, rows)),
+        *sheet.section("Incidents", *_incidents(sheet, report)),
+    ]
 
 
 def _swaps(report: Judged) -> str:
@@ -277,90 +362,68 @@ def _swaps(report: Judged) -> str:
     if not swaps.flipped + swaps.failed:
         return "No model was swapped."
     longest = "" if swaps.longest_s is None else f"; the longest took {wording.span(swaps.longest_s)}"
-    return f"Model swaps: {swaps.flipped} succeeded, {swaps.failed} failed{longest}."
+    return f"{counted(swaps.flipped, 'model swap')} succeeded, {swaps.failed} failed{longest}."
 
 
-def _incidents(report: Judged) -> list[Any]:
-    incidents = report.uptime.incidents
-    if not incidents:
-        return [_p("No incidents.", BODY)]
+def _incidents(sheet: Sheet, report: Judged) -> list[Any]:
+    """The open ones and the longest, in order of time; what is left out is counted by cause."""
+    by_length = sorted(report.uptime.incidents, key=_length, reverse=True)
+    shown = sorted(by_length[:MOST_INCIDENTS], key=lambda i: (i.start_ms, i.node, i.scope))
+    if not shown:
+        return [sheet.p("No incidents.", BODY)]
+    lengths, unit = wording.spans([_length(i) if i.end_ms is not None else None for i in shown])
     rows = [
         (
-            f"{local(i.start_ms, report.timezone):%m-%d %H:%M:%S}",
-            wording.span((i.end_ms - i.start_ms) / 1000) if i.end_ms is not None else "ongoing",
-            *(i.node, i.scope, i.text, i.fix),
+            *(wording.moment(i.start_ms, report.timezone), "ongoing" if i.end_ms is None else length, i.node, i.scope),
+            *(f"{i.times:,}", i.text, i.fix, "confirmed" if i.confirmed else "unconfirmed"),
         )
-        for i in incidents[:40]
+        for i, length in zip(shown, lengths, strict=True)
     ]
-    more = [_p(f"{len(incidents) - 40} more in the JSON report", SMALL)] if len(incidents) > 40 else []
-    widths = (0.14, 0.08, 0.12, 0.16, 0.26, 0.24)
-    return [_table(("Start", "Duration", "Node", "Scope", "Cause", "Fix"), rows, widths=widths, left=6), *more]
+    head = ("Start", f"For, {unit}", "Node", "Scope", "Times", "Cause", "Fix", "Cause is")
+    table = sheet.table(head, rows, text=(0, 2, 3, 5, 6, 7))
+    return [table, *_left_out(sheet, "shorter", (i.cause for i in by_length[MOST_INCIDENTS:]))]
 
 
-def _recommendations(report: Judged) -> list[Any]:
-    if not report.recommendations:
-        text = "No data." if report.empty else "No changes recommended."
-        return _section("7. Recommendations", [_p(text, BODY)])
-    rows = [(r.kind, r.text, r.because) for r in report.recommendations[:30]]
-    table = _table(("Kind", "Recommendation", "Reason"), rows, widths=(0.14, 0.38, 0.48), left=3)
-    return _section("7. Recommendations", [table])
+def _length(one: Incident) -> float:
+    return float("inf") if one.end_ms is None else (one.end_ms - one.start_ms) / 1000
 
 
-def _method(report: Judged) -> list[Any]:
-    covering = f", covering {wording.share(report.covered)} of the nodes' time since their first report"
+def _left_out(sheet: Sheet, which: str, kinds: Iterable[str]) -> list[Any]:
+    if not (counts := Counter(kinds)):
+        return []
+    number = counts.total()
+    named = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in counts.most_common())
     text = (
-        f"Source: {wording.count(report.batches)} telemetry batches{covering if report.covered is not None else ''}. "
+        f"{number:,} {which} {verb(number, 'one is', 'ones are')} not listed here ({named}); the JSON report has all."
+    )
+    return [sheet.p(text, SMALL)]
+
+
+def _recommendations(sheet: Sheet, report: Judged) -> list[Any]:
+    title = "7. Recommendations"
+    if not report.recommendations:
+        return sheet.section(title, sheet.p("No data." if report.empty else "No changes recommended.", BODY))
+    shown = advice.shown(report.recommendations, MOST_ADVICE)
+    rows = [(r.kind, r.text, r.because, r.effect) for r in shown.rows]
+    table = sheet.table(("Kind", "Recommendation", "Reason", "What comes of it"), rows, text=range(4))
+    return sheet.section(title, table, *_left_out(sheet, "more", Counter(shown.left).elements()))
+
+
+def _method(sheet: Sheet, report: Judged) -> list[Any]:
+    text = (
+        f"Source: {counted(report.batches, 'telemetry batch', 'telemetry batches')}. "
         "Percentiles are within 1.1 % of the exact values. Tokens and requests "
         "are counted once, at the gateway. A gap in telemetry counts as unknown, never as up. Each node's cost is "
-        "allocated to its models by their busy seconds; the remainder is idle."
+        "allocated to its models by their busy seconds; the remainder is idle. Causes of incidents are unconfirmed "
+        "until an operator confirms them."
     )
-    return [Spacer(1, 12), KeepTogether([_p("Method", HEAD), _p(text, SMALL)])]
+    return [Spacer(1, 10), KeepTogether([sheet.p("Method", HEAD), sheet.p(text, SMALL)])]
 
 
-def _section(title: str, body: list[Any]) -> list[Any]:
-    return [KeepTogether([_p(title, SECTION), *body[:3]]), *body[3:]]
-
-
-def _table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    widths: Sequence[float] | None = None,
-    left: int = 1,
-    text_from: int | None = None,
-) -> Table:
-    """A plain table, its first column wide if no ``widths`` are given. The first ``left`` columns, and those from
-    ``text_from`` on, are text; the others are numbers."""
-    if widths is None:
-        widths = [0.26, *((1 - 0.26) / (len(head) - 1) for _ in head[1:])]
-
-    def is_text(n: int) -> bool:
-        return n < left or (text_from is not None and n >= text_from)
-
-    cells = [[_p(h, HEAD if is_text(n) else HEAD_RIGHT) for n, h in enumerate(head)]]
-    cells += [[_p(value, CELL if is_text(n) else NUMBER) for n, value in enumerate(row)] for row in rows]
-    return _styled(Table(cells, colWidths=[WIDTH * w for w in widths], repeatRows=1))
-
-
-def _styled(table: Table) -> Table:
-    lines = [("LINEBELOW", (0, 0), (-1, 0), 0.8, LINE), ("LINEBELOW", (0, 1), (-1, -1), 0.35, LINE)]
-    table.setStyle(TableStyle([*lines, ("VALIGN", *ALL, "MIDDLE"), *_padding(top=3, bottom=3.5, left=3, right=3)]))
-    return table
-
-
-def _footer(report: Judged) -> Any:
-    def draw(canvas: Any, document: Any) -> None:
-        canvas.saveState()
-        canvas.setFont(REGULAR, 7.5)
-        canvas.setFillColor(SOFT)
-        canvas.drawString(MARGIN, 10 * mm, f"mlxrack · rack {report.rack} · {_period(report)}")
-        canvas.drawRightString(A4[0] - MARGIN, 10 * mm, f"page {document.page}")
-        canvas.restoreState()
-
-    return draw
-
-
-def _p(text: str, style: ParagraphStyle) -> Paragraph:
-    """A paragraph; long words may break anywhere, because model names contain no spaces."""
-    cut = text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
-    return Paragraph(escape(cut), style.clone(f"{style.name}-w", splitLongWords=1))
+def _footer(sheet: Sheet, report: Judged, canvas: Any, page: int) -> None:
+    canvas.saveState()
+    canvas.setFont(REGULAR, 7.5)
+    canvas.setFillColor(SOFT)
+    canvas.drawString(MARGIN, 10 * mm, sheet.plain(f"mlxrack · rack {report.rack} · {_period(report)}"))
+    canvas.drawRightString(A4[0] - MARGIN, 10 * mm, f"page {page}")
+    canvas.restoreState()

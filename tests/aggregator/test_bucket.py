@@ -406,7 +406,7 @@ def test_uncounted_objects_are_mentioned_in_the_report(tmp_path: Path) -> None:
     rollup.run(CONFIG, store)
     weekly.run(CONFIG, store, "2026-W47")
     page = store.get("report/v1/weekly/2026-W47/uptime-r1.md", 1 << 30).body.decode()
-    assert "1 unreadable objects are in quarantine/" in page
+    assert "1 object in quarantine/ does not tell of which day" in page
 
 
 def test_the_cron_file_names_verbs_that_exist() -> None:

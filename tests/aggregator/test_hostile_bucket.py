@@ -17,11 +17,13 @@ from agent.files.model_pull import BucketSource
 from agent.telemetry.pusher import SEGMENT_BATCHES
 from aggregator import cli, load, parquet, publish
 from aggregator.calendar import DAY_MS, month
-from aggregator.commands import alert, prune, rollup, sync, weekly
+from aggregator.commands import alert, prune, rollup, sync
+from aggregator.judgements import judge
 from aggregator.manifest import Manifest, Unread, encode, parse
 from aggregator.notify import Discord
 from aggregator.raw import ingest
 from aggregator.raw.progress import SKIP_AFTER_MS, Outcome, Pending, Progress, node_of
+from aggregator.report import wording
 from aggregator.window import meta_of
 from shared import desired, keys
 from shared.batch import Batch, seal
@@ -31,7 +33,7 @@ from shared.records import Served
 from shared.store import ObjectStore, Stored, each, list_all
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_bucket import CONFIG, directory, put, rows
-from tests.builders import T0, batch, engine, host, resident, served
+from tests.builders import T0, batch, engine, host, resident, served, window
 
 MOST = 1 << 30
 
@@ -253,7 +255,7 @@ def test_an_object_that_cannot_be_read_makes_only_its_node_wait(
     put(store, minute(4, "n1"))
     again = rollup.run(CONFIG, store)
     assert again.unread == first.unread, "since the first time"
-    said = " ".join(weekly.remarks(again))
+    said = " ".join(wording.remarks(judge(window(), None, CONFIG, T0, (), again).telemetry, "UTC"))
     assert store.lost[0] in said
     assert "500 InternalError" in said
     store.lost = ()

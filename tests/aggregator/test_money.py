@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator import api_prices, calendar, cost, focus, scorecard
+from aggregator import api_prices, calendar, cost, cost_change, focus, scorecard
 from aggregator.allocation import rounded
 from aggregator.calendar import DAY_MS, HOUR_MS, Span, days
-from aggregator.config import AggregatorConfig, Scorecard
+from aggregator.config import AggregatorConfig, Cost, Scorecard
 from aggregator.judgements import Judged, judge
 from aggregator.report import markdown
 from aggregator.report.pages import cost as cost_page
@@ -87,6 +87,12 @@ def test_an_alias_beside_two_loaders_of_its_version_is_answered_by_both_in_propo
     assert found == {"f": 10.0, "g": 7.5, "h": 22.5}
 
 
+def test_a_name_that_a_swap_gave_away_is_answered_by_the_loader_of_its_version_alone() -> None:
+    asked = (served("f", version="v1"), served("f", version="v2"), served("h", version="v3"))
+    loaders = (worked("f", 0, 7, "v1"), worked("g", 0, 20, "v2"), worked("h", 0, 30, "v3"))
+    assert {m.model: m.busy_s for m in priced(*asked, *loaders).models} == {"f": 27.0, "h": 30.0}
+
+
 def test_work_that_answered_nobody_is_in_no_model() -> None:
     report = priced(served("a", completion_tok=0), worked("a", 10, 30))
     assert {(r.kind, r.busy_s) for r in report.rows if r.busy_s} == {("model", 10.0), ("unattributed", 30.0)}
@@ -104,7 +110,7 @@ counts = st.integers(0, 400)
 def shelves(draw: st.DrawFn) -> list[Batch]:
     """Two days of two nodes: loaders that share versions, names without a loader, gaps."""
     made = []
-    for minute in draw(st.sets(st.integers(0, 2 * 1440 - 1), min_size=1, max_size=6)):
+    for minute in draw(st.sets(st.integers(0, 2 * 1440 - 2), min_size=1, max_size=6)):
         for node in draw(st.sampled_from((("n1",), ("n2",), ("n1", "n2")))):
             records: list[Record] = [
                 served(
@@ -589,3 +595,39 @@ def test_prices_are_of_the_last_moment_of_a_span_and_never_of_the_future() -> No
     made = window(batch([served("a"), engine("a")]))
     assert judge(made, None, config("n1"), DAY.until_ms).apis.at == "2026-11-21"
     assert judge(made, None, config("n1"), T0 - DAY_MS).apis.at == "2026-11-20", "telemetry may be ahead of the clock"
+
+
+def test_a_poisoned_cache_is_suspected_although_its_hit_rate_fell_too() -> None:
+    """Two causes at once: longer answers, more of them cut off, and misses; the answers cost most."""
+    before = cost_change.Factors(
+        tokens=1_050_000,
+        requests=1000,
+        loaded=1.0,
+        direct=1.0,
+        prefill_s=200.0,
+        decode_s=1000.0,
+        busy_s=1200.0,
+        prompt_tok=1_000_000,
+        cached_tok=800_000,
+        completion_tok=50_000,
+        cut_share=0.05,
+        throttled_share=0.0,
+    )
+    now = msgspec.structs.replace(
+        before,
+        tokens=1_200_000,
+        completion_tok=200_000,
+        decode_s=4000.0,
+        prefill_s=400.0,
+        busy_s=4400.0,
+        loaded=4400 / 1200,
+        direct=4400 / 1200,
+        cached_tok=600_000,
+        cut_share=0.6,
+    )
+    found = cost_change.judge(now, before, Cost())
+    assert found is not None
+    assert (found.flagged, found.cause) == (True, "poisoned_kv")
+    plain = cost_change.judge(msgspec.structs.replace(now, cut_share=0.05), before, Cost())
+    assert plain is not None
+    assert plain.cause == "mix_shift"

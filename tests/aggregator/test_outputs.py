@@ -120,7 +120,9 @@ def test_nothing_planted_is_active_in_markdown(outputs: dict[str, bytes]) -> Non
 def test_nothing_planted_is_active_in_html(outputs: dict[str, bytes]) -> None:
     for key, body in of_kind(outputs, ".html").items():
         tags = set(re.findall(r"</?([A-Za-z][A-Za-z0-9]*)", re.sub(r"(?s)<style>.*?</style>", "", body)))
-        known = "html head meta title body h1 h2 p section table thead tbody tr th td div ul ol li footer svg line "
+        known = (
+            "html head meta title body main h1 h2 p section table thead tbody tr th td div ul ol li footer svg line "
+        )
         assert tags <= set((known + "polyline figure figcaption span i style code").split()), key
         # a command, whoever wrote it, is a name and nothing else
         for code in re.findall(r"<code>(.*?)</code>", body):

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from aggregator import cli, load
+from aggregator.calendar import utc_day
 from aggregator.commands import rollup
 from shared import bucket_rack, keys
 from shared.batch import Batch
@@ -14,7 +15,7 @@ from shared.errors import Refused
 from shared.store import list_all
 from shared.store_dir import DirectoryStore
 from tests.aggregator.test_rollup import CONFIG, put
-from tests.builders import batch, host
+from tests.builders import T0, batch, host
 
 
 def config(folder: Path, rack: str) -> str:
@@ -184,3 +185,28 @@ def test_a_bucket_says_whose_it_is_once_a_batch_was_counted(tmp_path: Path) -> N
     assert bucket_rack.told(store) == "r", "the first to say so is right"
     store.put(keys.RACK, b"{")
     assert bucket_rack.told(store) == ""
+
+
+def test_a_month_in_which_the_rack_was_renamed_says_how_much_of_it_is_not_counted(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "bucket")
+    each(store, minutes("old", "n1"))
+    each(store, minutes("office", "n1", first=4), incarnation=2)
+    assert run(tmp_path, "office") == 0
+    manifest = load.newest_manifest(store)
+    assert sum(manifest.foreign.values()) == sum(manifest.aside.values()) == manifest.quarantined_total == 4
+    assert set(manifest.foreign) == {utc_day(T0)}
+    assert run(tmp_path, "office", "monthly", "--month", "2026-11") == 0
+    report = load.newest_report(store, "monthly", "2026-11", "report", "json")
+    assert report is not None
+    told = json.loads(report.body)["telemetry"]
+    assert (told["quarantined"], told["foreign"], told["undated"]) == (4, 4, 0)
+    # a node that goes on under another name alone is named until it is corrected
+    each(store, minutes("old", "n2"))
+    assert run(tmp_path, "office") != 0
+    assert load.newest_manifest(store).strangers == {"raw/v1/node=n2": "old"}
+    assert run(tmp_path, "office", "monthly", "--month", "2026-11") == 78, "published, and the node is at fault"
+    report = load.newest_report(store, "monthly", "2026-11", "report", "json")
+    assert report is not None
+    assert json.loads(report.body)["telemetry"]["strangers"] == {"n2": "old"}
+    assert run(tmp_path, "office", "rollup", "--again") != 0
+    assert sum(load.newest_manifest(store).foreign.values()) == 4, "counted once"

@@ -23,7 +23,7 @@ from aggregator.commands import reading, weekly
 from aggregator.commands.ended import Ended, printable
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
-from aggregator.report import html, markdown, pdf, terminal, wording
+from aggregator.report import html, layout, markdown, pdf, terminal, wording
 from aggregator.report.page import Page, Section, page_of, table
 from shared import keys
 from shared.batch import Batch
@@ -499,13 +499,13 @@ def test_no_sentence_is_about_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure that is missing is a cell that says so, or a sentence that is left out or another one."""
     nodes = ({"id": "n1", "price": 2000.0},)
     priced = msgspec.convert({"rack": "r", "store": Store(path="x"), "nodes": nodes}, AggregatorConfig)
-    printed, paragraph = list[str](), pdf._p
+    printed, paragraph = list[str](), layout.Sheet.p
 
-    def noted(text: str, style: ParagraphStyle) -> object:
-        printed.extend([text] if style in (pdf.BODY, pdf.HEADLINE) or len(text) > 60 else [])
-        return paragraph(text, style)
+    def noted(sheet: layout.Sheet, text: str, style: ParagraphStyle) -> object:
+        printed.extend([text] if style in (layout.BODY, layout.HEADLINE) or len(text) > 60 else [])
+        return paragraph(sheet, text, style)
 
-    monkeypatch.setattr(pdf, "_p", noted)
+    monkeypatch.setattr(layout.Sheet, "p", noted)
     kinds: list[list[Record]] = [
         [host()],
         [resident()],
@@ -560,7 +560,7 @@ def test_a_plan_is_not_said_to_be_published_and_commands_are_code(
 def test_backticks_are_code_in_html_and_nothing_else_is() -> None:
     page = page_of("t", "`a b` and `<b>` and `x", [Section(title="s", points=("`c-d`",))])
     text = html.render(page).decode()
-    assert "<code>a b</code> and `&lt;b&gt;` and `x" in text
+    assert "<code>a b</code> and &#39;&lt;b&gt;&#39; and &#39;x" in text
     assert "<li><code>c-d</code></li>" in text
 
 

@@ -225,6 +225,8 @@ def test_a_span_that_is_not_over_and_a_clock_ahead() -> None:
         (999, 1, 1.0, 1.0, True),
         (998, 2, 1.0, 1.0, False),
         (999, 1, 0.9, 1.0, False),
+        (999, 1, 1.0, 0.9995, True),
+        (999, 1, 1.0, 0.95, None),
         (999, 1, None, 0.5, None),
         (990, 10, None, 0.5, False),
         (0, 0, 1.0, 1.0, None),

@@ -1,10 +1,8 @@
 """The page of the scorecard. Pure."""
 
 from aggregator.report.page import Page, Section, page_of, table
-from aggregator.report.wording import NO_DATA
+from aggregator.report.wording import VERDICTS, target
 from aggregator.scorecard import Line
-
-_VERDICTS = {True: "kept", False: "missed", None: NO_DATA}
 
 
 def page(lines: tuple[Line, ...], period: str, rack: str) -> Page:
@@ -13,14 +11,6 @@ def page(lines: tuple[Line, ...], period: str, rack: str) -> Page:
     unknown = len(lines) - kept - missed
     which = f" ({', '.join(one.name for one in lines if one.kept is False)})" if missed else ""
     lead = f"{kept} kept, {missed} missed{which}" + (f", {unknown} without data" if unknown else "") + "."
-    rows = [(one.name, one.text, _target(one), _VERDICTS[one.kept]) for one in lines]
+    rows = [(one.name, one.text, target(one), VERDICTS[one.kept]) for one in lines]
     section = Section(title="Promises", table=table("Promise | As it was | Target | Verdict", rows))
     return page_of(f"Scorecard, rack {rack}, {period}", lead, [section])
-
-
-def _target(line: Line) -> str:
-    if line.unit == "times":
-        return f"at least {line.target:g} times cheaper"
-    if line.unit == "share":
-        return f"{'at least' if line.kind in ('uptime', 'saving') else 'at most'} {line.target:.1%}"
-    return f"at most {line.target:g} {line.unit}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from aggregator.calendar import local
+from aggregator.calendar import counted, local
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import share as percent
 from aggregator.report.wording import span
@@ -11,7 +11,6 @@ from aggregator.uptime import LEAST_KNOWN, NodeUptime, Progress, Uptime, in_word
 
 def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
     """When the rack and its nodes answered, and what went wrong. ``remarks`` are about telemetry that is missing."""
-    lost = (f"{report.lost_batches:,} windows of telemetry were lost or have not arrived.",)
     nodes = [_row("the rack", report.rack), *(_row(n.node, n) for n in report.nodes)] if report.nodes else []
     columns = "Node | Serving | Without a model | Down | Excused | Unknown | Up"
     return page_of(
@@ -20,7 +19,7 @@ def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, 
         [
             Section(
                 title="Nodes",
-                text=(*_counted(report), *(lost if report.lost_batches else ()), *_retired(report), *remarks),
+                text=(*_counted(report), *_retired(report), *remarks),
                 table=table(columns, nodes, (1, 2, 3, 4, 5, 6)),
             ),
             _desired(report.desired or (), zone),
@@ -90,7 +89,7 @@ def _desired(nodes: Sequence[Progress], zone: str) -> Section | None:
             f"{n.node}: desired state: generation {n.generation}, {n.state} since {local(n.since_ms, zone):%d %b %H:%M}"
         )
         if n.not_converged:
-            line += f"; not converged in {n.not_converged:,} windows"
+            line += f"; not converged in {counted(n.not_converged, 'window')}"
         lines.append(f"{line}, last because: {n.reason}" if n.reason else line)
     return Section(title="Desired state", points=tuple(lines)) if lines else None
 
@@ -106,4 +105,4 @@ def _incidents(report: Uptime, zone: str) -> Section:
     ]
     columns = "Start | Node | What | For | Times | Cause | Fix | Confirmed"
     shown = table(columns, rows, (3, 4)) if rows else None
-    return Section(title="Incidents", table=shown, text=() if rows else ("None.",))
+    return Section(title="Incidents", table=shown, text=() if rows else ("No incidents.",))
