@@ -171,22 +171,22 @@ def price(
     """Cost of ``requests`` equal requests, None without a price. Token counts are totals over all of them."""
     if not requests:
         return Decimal(0)
-    prompt, cached = prompt_tok // requests, min(cached_tok, prompt_tok) // requests
+    # exact means: of whole ones, an answer of 1.9 tokens would be priced as one of 1
+    prompt, answer = (Decimal(tokens) / requests for tokens in (prompt_tok, completion_tok))
+    cached = Decimal(min(cached_tok, prompt_tok)) / requests
     usage = genai_prices.Usage(
         input_tokens=prompt,
         cache_read_tokens=cached,
         # what is not read from the provider's cache is written to it; most charge nothing for that
-        cache_write_tokens=prompt - cached if cached_tok else 0,
-        output_tokens=completion_tok // requests,
+        cache_write_tokens=prompt - cached if cached_tok else Decimal(0),
+        output_tokens=answer,
     )
-    whole = max(1, prompt_tok // requests + completion_tok // requests)
     try:
         found = genai_prices.calc_price(usage, model_ref=model, provider_id=provider, genai_request_timestamp=at)
     except (LookupError, ValueError):
         return None
-    # corrects for the integer division of the means
-    exact = Decimal(prompt_tok + completion_tok) / (whole * requests)
-    return rounded(found.total_price * requests * exact)
+    # means have 28 digits: what they lack must not decide a tie
+    return rounded(round(found.total_price * requests, 15))
 
 
 def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig, at: datetime) -> Comparison:

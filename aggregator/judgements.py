@@ -317,5 +317,5 @@ def _swaps(window: Window) -> Swaps:
     return Swaps(
         flipped=sum(s.outcome == "flipped" for s in swaps),
         failed=sum(s.outcome == "failed" for s in swaps),
-        longest_s=max((s.window_us / 1e6 for s in swaps), default=None),
+        longest_s=max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None),
     )

@@ -359,10 +359,10 @@ def _uptime(sheet: Sheet, report: Judged) -> list[Any]:
 
 def _swaps(report: Judged) -> str:
     swaps = report.swaps
-    if swaps.longest_s is None:
+    if not swaps.flipped + swaps.failed:
         return "No model was swapped."
-    longest = wording.span(swaps.longest_s)
-    return f"{counted(swaps.flipped, 'model swap')} succeeded, {swaps.failed} failed; the longest took {longest}."
+    longest = "" if swaps.longest_s is None else f"; the longest took {wording.span(swaps.longest_s)}"
+    return f"{counted(swaps.flipped, 'model swap')} succeeded, {swaps.failed} failed{longest}."
 
 
 def _incidents(sheet: Sheet, report: Judged) -> list[Any]:
