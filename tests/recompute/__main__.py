@@ -4,7 +4,6 @@ import argparse
 import shutil
 import sys
 import time
-from pathlib import Path
 
 from tests.aggregator.ten_racks import write
 

@@ -85,7 +85,7 @@ def same(theirs: Any, ours: Any) -> bool:
         return Fraction(theirs) == Fraction(ours) if both_money else str(theirs) == str(ours)
     if isinstance(ours, int) and isinstance(theirs, int):
         return theirs == ours
-    return abs(theirs - ours) <= _CLOSE * max(abs(theirs), abs(ours))
+    return bool(abs(theirs - ours) <= _CLOSE * max(abs(theirs), abs(ours)))
 
 
 def _shown(value: Any) -> Any:
@@ -224,5 +224,3 @@ def _add(found: Outcome, period: str, mine: Outcome) -> None:
         found.skipped[reason] = found.skipped.get(reason, 0) + count
     found.differences += [(f"{period}/{path}", theirs, ours) for path, theirs, ours in mine.differences]
     found.verdicts += [(f"{period}/{path}", theirs, ours) for path, theirs, ours in mine.verdicts]
-
-

@@ -14,7 +14,6 @@ from .raw import Batch
 from .work import ZERO, Pool, Tokens, Two
 
 
-
 @dataclass
 class NodeCost:
     """A priced node. ``rows`` is busy cost by name, "" that of unattributed work; ``loads`` the idle cost that models
@@ -170,7 +169,9 @@ def _divide(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> None:
     node.rows = divided(busy_cost, [(name, sum(both, ZERO)) for name, both in node.work.items()])
     node.loads = defaultdict(Fraction)
     whole = idle_shares(mine, counted)
-    for pool, part in zip((p for p, _ in whole), divided(node.idle, list(enumerate_shares(whole))).values(), strict=True):
+    for pool, part in zip(
+        (p for p, _ in whole), divided(node.idle, list(enumerate_shares(whole))).values(), strict=True
+    ):
         names = sorted(pool.parts().items())
         for name, money in divided(part, [(name, sum(both, ZERO)) for name, both in names if sum(both)]).items():
             node.loads[name] += money

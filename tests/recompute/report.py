@@ -1,6 +1,6 @@
 """The figures of a week's and a month's reports, in the shape in which they are published."""
 
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from typing import Any
 
@@ -46,7 +46,7 @@ class Judged:
 
     def day(self) -> date:
         """The day whose API prices count."""
-        return min(self.period.last - timedelta(days=1), date.fromtimestamp(self.period.now_ms / 1000))
+        return min(self.period.last - timedelta(days=1), datetime.fromtimestamp(self.period.now_ms / 1000, UTC).date())
 
     def apis(self, theirs: Found) -> Found:
         """The same work at API hosts; which offers are compared is taken from the report."""

@@ -14,7 +14,7 @@ WHY = {
     r"report/recommendations/.*": "advice, which follows from the solver's proposals",
     r".*/change/(direct_)?terms/\w+": "how a change of price divides into causes; their sum is checked",
     r".*/factors/throttled_share": "input of the causes of a price change, weighted as these need it",
-    r"report/thermal/nodes/[^/]+/cooler_c": "advice; its rule is for nodes that are throttled too long or at their limit",
+    r"report/thermal/nodes/[^/]+/cooler_c": "advice; its rule is for nodes throttled too long or at their limit",
     r"scorecard/[^/]+/target|report/scorecard/[^/]+/target": "copied from the configuration",
 }
 """By a pattern of paths."""

@@ -4,7 +4,14 @@ from fractions import Fraction
 from typing import Any
 
 Found = dict[str, Any]
-DEFAULTS = {"itl_p95_ms": 100, "uptime": Fraction("0.999"), "throttled": Fraction("0.01"), "swap_s": 120, "times_cheaper": 5, "saving": 0}
+DEFAULTS = {
+    "itl_p95_ms": 100,
+    "uptime": Fraction("0.999"),
+    "throttled": Fraction("0.01"),
+    "swap_s": 120,
+    "times_cheaper": 5,
+    "saving": 0,
+}
 
 
 def targets(settings: Found) -> dict[str, float]:
@@ -28,7 +35,8 @@ def at_most(value: float | None, target: float) -> bool | None:
 
 
 def scorecard(settings: Found, figures: Found) -> list[Found]:
-    """Every line that has a figure. ``figures`` has itl_us, request_share, rack_share, throttled, swap_s, saving, apis."""
+    """Every line that has a figure. ``figures`` has itl_us, request_share, rack_share,
+    throttled, swap_s, saving and apis."""
     aims = targets(settings)
     worse, kept = uptime(figures["request_share"], figures["rack_share"], aims["uptime"])
     itl = None if figures["itl_us"] is None else figures["itl_us"] / 1000
