@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill mac wheels dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill mac wheels dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -68,6 +68,9 @@ memory: $(STAMP) ## compare the memory plan with measurement, for models of ever
 
 score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic weeks
 	MLXRACK_SCORE=1 $(BIN)/python -m pytest -s -v tests/aggregator/test_scoring.py
+
+recompute: $(STAMP) ## work out every figure of the made racks' reports a second time, from raw segments: a table; ARGS="'half silent' --again"
+	@$(BIN)/python -m tests.recompute $(ARGS)
 
 fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,000 inputs
 	@$(BIN)/python -m scripts.fuzz_parsers

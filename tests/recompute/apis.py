@@ -96,7 +96,8 @@ class Compared:
         """One name."""
         hosts = sorted((self._host(name, one) for one in offers), key=lambda h: (h["exact"], h["provider"]))
         ours = self.costs.loaded.get(name, Fraction())
-        found = {"model": name, "ours": text(ours) if name in self.costs.paid else None, "hosts": [self._shown(h) for h in hosts]}
+        found: dict[str, Any] = {"model": name, "hosts": [self._shown(h) for h in hosts]}
+        found["ours"] = text(ours) if name in self.costs.paid else None
         if hosts:
             prices = [rounded(h["exact"]) for h in hosts]
             middle = prices[(len(prices) - 1) // 2]
@@ -120,13 +121,17 @@ class Compared:
         own = [one for one in own if one["name"] in (offer["model"], offer["provider"])]
         sums = self.work.get(name, {}).values()
         into, out = sum(one.prompt_tok for one in sums), sum(one.completion_tok for one in sums)
-        return sum((Fraction(p["input_per_m"]) * into + Fraction(p["output_per_m"]) * out for p in own), Fraction()) / MILLION
+        return (
+            sum((Fraction(p["input_per_m"]) * into + Fraction(p["output_per_m"]) * out for p in own), Fraction())
+            / MILLION
+        )
 
     def _frontier(self, name: str, ours: Fraction) -> dict[str, Any]:
         wanted = self.tables.get(name, {}).get("frontier")
         if not wanted:
             return {"frontier_cost": None, "times_cheaper": None, "frontier_share": None}
-        cost = charge(*wanted.split("/", 1), self.work.get(name, {}), self.day)
+        provider, _, model = str(wanted).partition("/")
+        cost = charge(provider, model, self.work.get(name, {}), self.day)
         if cost is None:
             return {}
         there = rounded(cost * self.rate)

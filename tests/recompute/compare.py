@@ -85,7 +85,7 @@ def same(theirs: Any, ours: Any) -> bool:
         return Fraction(theirs) == Fraction(ours) if both_money else str(theirs) == str(ours)
     if isinstance(ours, int) and isinstance(theirs, int):
         return theirs == ours
-    return abs(theirs - ours) <= _CLOSE * max(abs(theirs), abs(ours))
+    return bool(abs(theirs - ours) <= _CLOSE * max(abs(theirs), abs(ours)))
 
 
 def _shown(value: Any) -> Any:
@@ -161,7 +161,7 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     mine, so_far = Outcome(), judged.so_far()
     of_apis = judged.apis(theirs["cost"].get("apis") or {})
     mine.tree("cost", theirs["cost"], {"cost": judged.cost(before), "apis": of_apis} | so_far)
-    mine.tree("uptime", theirs["uptime"], judged.uptime() | so_far)
+    mine.tree("uptime", theirs["uptime"], judged.uptime() | {"telemetry": judged.telemetry()} | so_far)
     mine.tree("scorecard", theirs["scorecard"], [one | so_far for one in judged.scorecard(of_apis)])
     mine.tree("evictions", theirs["evictions"], evictions(judged.counted) | so_far)
     mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]) | so_far)
@@ -193,6 +193,7 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         "cost": judged.cost(None if before.empty else before),
         "apis": of_apis,
         "uptime": judged.uptime(),
+        "telemetry": judged.telemetry(),
         "swaps": happened.swaps(judged.counted),
         "scorecard": judged.scorecard(of_apis),
     }
@@ -224,5 +225,3 @@ def _add(found: Outcome, period: str, mine: Outcome) -> None:
         found.skipped[reason] = found.skipped.get(reason, 0) + count
     found.differences += [(f"{period}/{path}", theirs, ours) for path, theirs, ours in mine.differences]
     found.verdicts += [(f"{period}/{path}", theirs, ours) for path, theirs, ours in mine.verdicts]
-
-

@@ -77,7 +77,7 @@ def month(name: str, zone: str, now_ms: int) -> Period:
 
 def settings(path: Path) -> dict[str, Any]:
     """aggregator.toml; fractions are exact."""
-    return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Fraction)  # type: ignore[arg-type]
+    return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Fraction)
 
 
 def notes(bucket: Path, zone: str) -> list[dict[str, Any]]:

@@ -84,7 +84,9 @@ def pools(batches: Iterable[Batch]) -> list[Pool]:
         mine = [own] if own else [p for p in found.values() if (p.node, p.version) == (worker, version)]
         prefill, decode = sum(p.prefill_us for p in mine), sum(p.decode_us for p in mine)
         for pool in mine:
-            uncached = Fraction(tokens.uncached) * (1 if own else _part(pool.prefill_us, Fraction(1), Fraction(prefill)))
+            uncached = Fraction(tokens.uncached) * (
+                1 if own else _part(pool.prefill_us, Fraction(1), Fraction(prefill))
+            )
             answer = Fraction(tokens.answer) * (1 if own else _part(pool.decode_us, Fraction(1), Fraction(decode)))
             pool.add(name, uncached, answer)
     return list(found.values())
