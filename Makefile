@@ -69,8 +69,8 @@ memory: $(STAMP) ## compare the memory plan with measurement, for models of ever
 score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic weeks
 	MLXRACK_SCORE=1 $(BIN)/python -m pytest -s -v tests/aggregator/test_scoring.py
 
-recompute: $(STAMP) ## recompute every figure of made racks' reports by a second program, from raw segments; 10 minutes
-	@$(BIN)/python -m tests.recompute
+recompute: $(STAMP) ## work out every figure of the made racks' reports a second time, from raw segments: a table; ARGS="'half silent' --again"
+	@$(BIN)/python -m tests.recompute $(ARGS)
 
 fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,000 inputs
 	@$(BIN)/python -m scripts.fuzz_parsers

@@ -70,8 +70,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     reported. Answered, failed and refused requests and the tokens of the answered ones; ``total`` in the rack's
     currency and ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same
     models at API hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in
-    which models worked; ``peak_package_mc`` in thousandths of a degree; ``busy_share`` of the time nodes reported;
-    ``covered`` of node time by telemetry."""
+    which models worked; ``peak_mc``, the highest of any sensor, in thousandths of a degree; ``busy_share`` of the time
+    nodes reported; ``covered`` of node time by telemetry."""
 
     requests: int
     failed: int
@@ -85,7 +85,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     request_share: float | None
     itl_p95_us: float | None
     throttled: float | None
-    peak_package_mc: int | None
+    peak_mc: int | None
     evictions: int
     busy_share: float | None
     covered: float | None
@@ -215,7 +215,7 @@ def _evaluated(
 
 
 def _figures(of: _Evaluated) -> Figures:
-    peaks = [n.peak_package_mc for n in of.thermal.nodes if n.peak_package_mc is not None]
+    peaks = [n.peak_mc for n in of.thermal.nodes if n.peak_mc is not None]
     return Figures(
         requests=of.volume.requests,
         failed=of.volume.failed,
@@ -229,7 +229,7 @@ def _figures(of: _Evaluated) -> Figures:
         request_share=of.up.request_share,
         itl_p95_us=of.volume.itl_p95_us,
         throttled=next((line.value for line in of.card if line.kind == "heat"), None),
-        peak_package_mc=max(peaks, default=None),
+        peak_mc=max(peaks, default=None),
         evictions=of.evicted.total,
         busy_share=of.money.busy_share,
         covered=uptime.covered(of.up),

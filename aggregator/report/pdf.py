@@ -116,7 +116,7 @@ def _key_figures(report: Judged) -> list[Card]:
         ("Requests answered", wording.share(now.request_share, 2), uptime, "request_share", kept["uptime"]),
         ("Inter-token latency, p95", wording.ms(now.itl_p95_us), f"target {target['latency']:g} ms", "itl_p95_us",
          kept["latency"]),
-        ("Slowed by heat", wording.share(now.throttled), f"{heat}; peak {wording.celsius(now.peak_package_mc)}",
+        ("Slowed by heat", wording.share(now.throttled), f"{heat}; peak {wording.celsius(now.peak_mc)}",
          "throttled", kept["heat"]),
         ("Cost of the nodes", total, busy, "total", None),
         ("Per million tokens", wording.money(now.average_per_m, money), "prompt and answer, idle included",

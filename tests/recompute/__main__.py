@@ -4,10 +4,11 @@ import argparse
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from tests.aggregator.ten_racks import write
 
-from . import drive
+from . import drive, facts, sentences
 from .compare import Outcome, compare
 from .more_racks import ALL
 
@@ -29,16 +30,18 @@ def main() -> int:
     print(f"{sum(one.compared for one in found):,} figures of {len(found)} racks, {bad} that differ")
     for reason in sorted({reason for one in found for reason in one.skipped}):
         print(f"not recomputed: {sum(one.skipped.get(reason, 0) for one in found):,} x {reason}")
+    print(f"sentences to read: {sentences.write(OUT, list(args.racks or ALL), OUT).relative_to(drive.ROOT)}")
     return 1 if bad else 0
 
 
 def _rack(name: str, again: bool, most: int) -> Outcome:
-    made, folder, since = ALL[name], OUT / name.replace(" ", "-").replace(",", ""), time.monotonic()
+    made, folder, since = ALL[name], OUT / sentences.slug(name), time.monotonic()
     if not again:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         drive.run(write(made, folder).config, made.now_ms, made.weeks, made.months)
     found = compare(folder / "aggregator.toml", made.now_ms, made.weeks, made.months)
+    found.verdicts += [(told, "", "") for told in _contradictions(name, folder)]
     left = sum(found.skipped.values())
     took = time.monotonic() - since
     bad = (len(found.differences), len(found.verdicts))
@@ -46,6 +49,13 @@ def _rack(name: str, again: bool, most: int) -> Outcome:
     for path, theirs, ours in [*found.verdicts, *found.differences][:most]:
         print(f"    {path}: {theirs}, recomputed {ours}")
     return found
+
+
+def _contradictions(name: str, folder: Path) -> list[str]:
+    """One fact with two values."""
+    reports = folder / "bucket" / "report" / "v1"
+    found = [told for week in ALL[name].weeks for told in facts.of_week(reports / "weekly" / week)]
+    return found + [told for month in ALL[name].months for told in facts.of_month(reports / "monthly" / month)]
 
 
 if __name__ == "__main__":

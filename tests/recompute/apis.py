@@ -96,11 +96,8 @@ class Compared:
         """One name."""
         hosts = sorted((self._host(name, one) for one in offers), key=lambda h: (h["exact"], h["provider"]))
         ours = self.costs.loaded.get(name, Fraction())
-        found: dict[str, Any] = {
-            "model": name,
-            "ours": text(ours) if name in self.costs.paid else None,
-            "hosts": [self._shown(h) for h in hosts],
-        }
+        found: dict[str, Any] = {"model": name, "hosts": [self._shown(h) for h in hosts]}
+        found["ours"] = text(ours) if name in self.costs.paid else None
         if hosts:
             prices = [rounded(h["exact"]) for h in hosts]
             middle = prices[(len(prices) - 1) // 2]
@@ -133,7 +130,7 @@ class Compared:
         wanted = self.tables.get(name, {}).get("frontier")
         if not wanted:
             return {"frontier_cost": None, "times_cheaper": None, "frontier_share": None}
-        provider, model = wanted.split("/", 1)
+        provider, _, model = str(wanted).partition("/")
         cost = charge(provider, model, self.work.get(name, {}), self.day)
         if cost is None:
             return {}

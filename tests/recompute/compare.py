@@ -161,7 +161,7 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     mine, so_far = Outcome(), judged.so_far()
     of_apis = judged.apis(theirs["cost"].get("apis") or {})
     mine.tree("cost", theirs["cost"], {"cost": judged.cost(before), "apis": of_apis} | so_far)
-    mine.tree("uptime", theirs["uptime"], judged.uptime() | so_far)
+    mine.tree("uptime", theirs["uptime"], judged.uptime() | {"telemetry": judged.telemetry()} | so_far)
     mine.tree("scorecard", theirs["scorecard"], [one | so_far for one in judged.scorecard(of_apis)])
     mine.tree("evictions", theirs["evictions"], evictions(judged.counted) | so_far)
     mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]) | so_far)
@@ -193,6 +193,7 @@ def _month(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
         "cost": judged.cost(None if before.empty else before),
         "apis": of_apis,
         "uptime": judged.uptime(),
+        "telemetry": judged.telemetry(),
         "swaps": happened.swaps(judged.counted),
         "scorecard": judged.scorecard(of_apis),
     }

@@ -169,17 +169,11 @@ def _divide(node: NodeCost, mine: list[Pool], counted: list[Batch]) -> None:
     node.rows = divided(busy_cost, [(name, sum(both, ZERO)) for name, both in node.work.items()])
     node.loads = defaultdict(Fraction)
     whole = idle_shares(mine, counted)
-    for pool, part in zip(
-        (p for p, _ in whole), divided(node.idle, list(enumerate_shares(whole))).values(), strict=True
-    ):
-        names = sorted(pool.parts().items())
-        for name, money in divided(part, [(name, sum(both, ZERO)) for name, both in names if sum(both)]).items():
+    places = [(place, share) for place, (_, share) in enumerate(whole)]
+    for place, part in divided(node.idle, places).items():
+        names = [(name, sum(both, ZERO)) for name, both in sorted(whole[place][0].parts().items())]
+        for name, money in divided(part, [one for one in names if one[1]]).items():
             node.loads[name] += money
-
-
-def enumerate_shares(whole: list[tuple[Pool, Fraction]]) -> list[tuple[int, Fraction]]:
-    """Each one's share by its place."""
-    return [(place, share) for place, (_, share) in enumerate(whole)]
 
 
 def idle_shares(mine: list[Pool], counted: list[Batch]) -> list[tuple[Pool, Fraction]]:

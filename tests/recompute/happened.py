@@ -6,7 +6,24 @@ from typing import Any
 from . import spans
 from .lives import LONG_MS, Life, Rack
 from .periods import Period
-from .raw import Batch, Record
+from .raw import SKEWED_MS, Batch, Record
+
+KINDS = {
+    *(
+        "served",
+        "engine",
+        "resident",
+        "desired_observed",
+        "host",
+        "hardware",
+        "outlet",
+        "agent_started",
+        "agent_stopped",
+    ),
+    *("model_loaded", "model_timed", "model_evicted", "model_missed", "memory_pressed", "swap_finished"),
+    *("loader_exited", "throttle", "throttle_ended", "peer_down", "peer_up", "certificate_expires", "node_id_clash"),
+}
+"""Every kind of record that there is."""
 
 
 def events(batches: list[Batch], *kinds: str) -> list[tuple[str, Record]]:
@@ -63,6 +80,16 @@ def desired(batches: list[Batch]) -> list[dict[str, Any]]:
             found[batch.node] = {"node": batch.node, "generation": one["generation"], "state": one["state"]}
             found[batch.node] |= {"since_ms": since, "not_converged": lost}
     return [found[node] for node in sorted(found)]
+
+
+def telemetry(rack: Rack, counted: list[Batch], until_ms: int) -> dict[str, Any]:
+    """How far a period was judged, and what of it did not arrive or is not understood."""
+    unknown = sum(one.get("kind") not in KINDS for batch in counted for one in batch.records)
+    skewed = {}
+    for batch in sorted(counted, key=lambda b: b.end_ms):
+        if batch.skew_ms is not None and abs(batch.skew_ms) > SKEWED_MS:
+            skewed[batch.node] = batch.skew_ms
+    return {"until_ms": until_ms, "lost_batches": lost(counted), "unknown_records": unknown, "clock_skew_ms": skewed}
 
 
 def lost(batches: list[Batch]) -> int:

@@ -1,8 +1,8 @@
 """The time of a node: known, owned, reported, ready, and what its silence counts as."""
 
-import itertools
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import pairwise
 from typing import Any
 
 from . import periods, spans
@@ -164,7 +164,7 @@ def _counts_as(cause: str | None) -> str:
 
 def _gaps(mine: list[Batch]) -> Spans:
     covered = _covered(mine)
-    return [(one[1], other[0]) for one, other in itertools.pairwise(covered)]
+    return [(one[1], other[0]) for one, other in pairwise(covered)]
 
 
 def _restarted(mine: list[Batch], gap: tuple[int, int]) -> bool:

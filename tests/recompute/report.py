@@ -44,6 +44,10 @@ class Judged:
             "lost_batches": happened.lost(self.counted),
         }
 
+    def telemetry(self) -> Found:
+        """What of a period did not arrive."""
+        return happened.telemetry(self.rack, self.counted, lives.until(self.rack, self.period))
+
     def day(self) -> date:
         """The day whose API prices count."""
         return min(self.period.last - timedelta(days=1), datetime.fromtimestamp(self.period.now_ms / 1000, UTC).date())
@@ -125,7 +129,7 @@ class Judged:
         figures = {
             **{k: v for k, v in uptime.of_requests(self.counts).items() if k == "request_share"},
             "itl_us": self.answered.itl.quantile(0.95),
-            "rack_share": uptime.of_rack(self.there.values())["share"],
+            "rack": uptime.of_rack(self.there.values()),
             "throttled": heat.promise(self.counted),
             "swap_s": happened.swaps(self.counted)["longest_s"],
             "saving": apis_of.get("share"),
@@ -150,7 +154,7 @@ class Judged:
     def figures(self, apis_of: Found) -> Found:
         """The headline."""
         rack = uptime.of_rack(self.there.values())
-        hot = [one["peak_package_mc"] for one in heat.of_nodes(self.rack, self.there, self.period)]
+        hot = [one["peak_mc"] for one in heat.of_nodes(self.rack, self.there, self.period)]
         return {
             "requests": self.counts["ok"],
             "failed": self.counts["failed"],
@@ -164,7 +168,7 @@ class Judged:
             "request_share": uptime.of_requests(self.counts)["request_share"],
             "itl_p95_us": self.answered.itl.quantile(0.95),
             "throttled": heat.promise(self.counted),
-            "peak_package_mc": max((one for one in hot if one is not None), default=None),
+            "peak_mc": max((one for one in hot if one is not None), default=None),
             "evictions": len(happened.events(self.counted, "model_evicted")),
             "busy_share": apis.busy_share(self.costs),
             "covered": self.covered(),

@@ -11,10 +11,13 @@ WHY = {
         "inputs of the solver: speed is estimated from models that several nodes serve, load is its demand"
     ),
     r"(report/)?evictions/remedies/\w+": "what to do follows from the solver's proposals",
+    r"(uptime|report)/telemetry/(quarantined|foreign|undated|too_late)": (
+        "objects that reading the bucket set aside; they are in no figure"
+    ),
     r"report/recommendations/.*": "advice, which follows from the solver's proposals",
     r".*/change/(direct_)?terms/\w+": "how a change of price divides into causes; their sum is checked",
     r".*/factors/throttled_share": "input of the causes of a price change, weighted as these need it",
-    r"report/thermal/nodes/[^/]+/cooler_c": "advice; its rule is for nodes throttled too long or at their limit",
+    r"report/thermal/nodes/[^/]+/cooler_c": "advice, for nodes at their limit or throttled too long",
     r"scorecard/[^/]+/target|report/scorecard/[^/]+/target": "copied from the configuration",
 }
 """By a pattern of paths."""

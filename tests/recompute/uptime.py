@@ -44,9 +44,8 @@ def _state(there: list[Life], at: int) -> str:
 def _states(node: str, ms: dict[str, int]) -> dict[str, Any]:
     known = sum(ms[name] for name in ("up", "idle", "down"))
     whole = known + ms["unknown"]
-    return {"node": node, "share": share(ms), "known_share": known / whole if whole else None} | {
-        f"{name}_s": ms[name] / 1000 for name in _FIELDS
-    }
+    found = {"node": node, "share": share(ms), "known_share": known / whole if whole else None}
+    return found | {f"{name}_s": ms[name] / 1000 for name in _FIELDS}
 
 
 def share(ms: dict[str, int]) -> float | None:

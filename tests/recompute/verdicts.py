@@ -19,14 +19,16 @@ def targets(settings: Found) -> dict[str, float]:
     return {name: float(value) for name, value in (DEFAULTS | settings.get("scorecard", {})).items()}
 
 
-def uptime(share: float | None, rack: float | None, target: float) -> tuple[float | None, bool | None]:
-    """The worse of the two, and whether both reach the target."""
-    known = [one for one in (share, rack) if one is not None]
+def uptime(share: float | None, rack: Found, target: float) -> tuple[float | None, bool | None]:
+    """The worse of the two, and whether both reach the target. ``rack`` are its seconds by state."""
+    known = [one for one in (share, rack["share"]) if one is not None]
     if any(one < target for one in known):
         return min(known), False
-    if len(known) < 2:
-        return (min(known) if known else None), None
-    return min(known), True
+    up = rack["up_s"] + rack["idle_s"]
+    whole = up + rack["down_s"] + rack["unknown_s"]
+    # time that nobody knows of could have broken the promise
+    doubtful = len(known) < 2 or up < target * whole
+    return (min(known) if known else None), None if doubtful else True
 
 
 def at_most(value: float | None, target: float) -> bool | None:
@@ -35,10 +37,9 @@ def at_most(value: float | None, target: float) -> bool | None:
 
 
 def scorecard(settings: Found, figures: Found) -> list[Found]:
-    """Every line that has a figure. ``figures`` has itl_us, request_share, rack_share,
-    throttled, swap_s, saving and apis."""
+    """Every line that has a figure. ``figures`` has itl_us, request_share, rack, throttled, swap_s, saving, apis."""
     aims = targets(settings)
-    worse, kept = uptime(figures["request_share"], figures["rack_share"], aims["uptime"])
+    worse, kept = uptime(figures["request_share"], figures["rack"], aims["uptime"])
     itl = None if figures["itl_us"] is None else figures["itl_us"] / 1000
     rows = [
         {"kind": "latency", "value": itl, "target": aims["itl_p95_ms"], "kept": at_most(itl, aims["itl_p95_ms"])},
