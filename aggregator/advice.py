@@ -24,7 +24,7 @@ from aggregator.heat import Thermal
 from aggregator.incidents import Incident
 from aggregator.placement import PlacementReport
 from aggregator.placement.conclusion import Shortage
-from aggregator.uptime import Uptime
+from aggregator.uptime import Uptime, cut
 from aggregator.window import Window
 
 Kind = Literal["money", "capacity", "placement", "retirement", "operations"]
@@ -196,7 +196,7 @@ def _outages(map_: PlacementReport, up: Uptime, targets: Scorecard) -> list[Reco
     now, found = {*away(up), *map_.silent}, []
     missed = [n for n in up.nodes if n.share is not None and n.share < targets.uptime and n.node not in now]
     times = {n.node: _outage_times(n.node, up) for n in missed}
-    shares = {n.node: f"{n.node} {n.share:.2%}" for n in missed}
+    shares = {n.node: f"{n.node} {cut(n.share, 2)}" for n in missed if n.share is not None}
     often = sorted((n for n in times if times[n][0] > 1), key=lambda n: (-times[n][0], n))
     once = sorted((n for n in times if times[n][0] == 1), key=lambda n: (-times[n][1], n))
     if often:

@@ -5,7 +5,6 @@ decide nothing. Every figure comes from what nodes reported. What was not report
 is estimated.
 """
 
-import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
@@ -277,8 +276,7 @@ def _counted(tokens: int) -> str:
 
 def _cut(share: float) -> str:
     """A share in percent, cut off: what is not all is not 100 %."""
-    digits = 2 if 0.99 <= share < 1 else 1
-    return "100 %" if share >= 1 else f"{math.floor(share * 100 * 10**digits) / 10**digits:.{digits}f} %"
+    return "100 %" if share >= 1 else uptime.cut(share, 2 if share >= 0.99 else 1)
 
 
 def telemetry(

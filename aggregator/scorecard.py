@@ -11,7 +11,7 @@ from aggregator import heat
 from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.calendar import counted
 from aggregator.config import Scorecard
-from aggregator.uptime import Uptime, in_words
+from aggregator.uptime import Uptime, cut, in_words
 from aggregator.volume import answered, merged
 from aggregator.window import Window
 from shared.records import SwapFinished
@@ -61,7 +61,7 @@ def _uptime(up: Uptime, targets: Scorecard) -> Line:
     """The worse of availability by requests and by time: who is down records no failure."""
     said = []
     if up.request_share is not None:
-        said.append(f"{up.request_share * 100:.3f} % of requests ({up.requests_ok + up.requests_bad:,}) were answered")
+        said.append(f"{cut(up.request_share)} of requests ({up.requests_ok + up.requests_bad:,}) were answered")
     if up.rack.share is not None:
         said.append(f"the rack was up {in_words(up.rack)} of the time that is known")
     elif up.rack.known_share is not None:

@@ -112,8 +112,8 @@ def _key_figures(report: Judged) -> list[Card]:
     total = wording.money(now.total, money)
     busy = f"busy {wording.share(now.busy_share)} of their time" if now.busy_share is not None else ""
     cards: list[tuple[str, str, str, str, bool | None]] = [
-        ("Uptime of the rack", wording.share(now.rack_up, 2), uptime, "rack_up", kept["uptime"]),
-        ("Requests answered", wording.share(now.request_share, 2), uptime, "request_share", kept["uptime"]),
+        ("Uptime of the rack", wording.reached(now.rack_up), uptime, "rack_up", kept["uptime"]),
+        ("Requests answered", wording.reached(now.request_share), uptime, "request_share", kept["uptime"]),
         ("Inter-token latency, p95", wording.ms(now.itl_p95_us), f"target {target['latency']:g} ms", "itl_p95_us",
          kept["latency"]),
         ("Slowed by heat", wording.share(now.throttled), f"{heat}; peak {wording.celsius(now.peak_mc)}",
@@ -340,7 +340,7 @@ def _uptime(sheet: Sheet, report: Judged) -> list[Any]:
         return sheet.section(title, sheet.p("No data.", BODY))
     asked = u.requests_ok + u.requests_bad
     answered = (
-        f"{wording.share(u.request_share, 2)} of {counted(asked, 'request')} {verb(asked, 'was', 'were')} answered"
+        f"{wording.reached(u.request_share)} of {counted(asked, 'request')} {verb(asked, 'was', 'were')} answered"
     )
     text = f"{answered if asked else 'No request was answered or failed'}. {_swaps(report)}"
     everyone = [u.rack, *u.nodes]

@@ -10,6 +10,7 @@ from aggregator.calendar import counted, duration, local, verb
 from aggregator.cost import amount
 from aggregator.judgements import Judged, Telemetry
 from aggregator.scorecard import Line
+from aggregator.uptime import cut
 
 NO_DATA = "no data"
 Figure = int | float | Decimal | None
@@ -28,6 +29,11 @@ def figure(value: float) -> str:
 def share(value: float | None, digits: int = 1) -> str:
     """12.3 %"""
     return NO_DATA if value is None else f"{value * 100:.{digits}f} %"
+
+
+def reached(value: float | None) -> str:
+    """12.34 %, cut off: a promise that is not kept does not look as if it were."""
+    return NO_DATA if value is None else cut(value, 2)
 
 
 def saved(value: float | None) -> str:

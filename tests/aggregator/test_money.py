@@ -631,3 +631,17 @@ def test_a_poisoned_cache_is_suspected_although_its_hit_rate_fell_too() -> None:
     plain = cost_change.judge(msgspec.structs.replace(now, cut_share=0.05), before, Cost())
     assert plain is not None
     assert plain.cause == "mix_shift"
+
+
+def test_work_is_priced_by_exact_means_not_by_whole_tokens() -> None:
+    # 1.9 tokens an answer: whole ones would be priced as 1
+    many = {"requests": 10, "prompt_tok": 1009, "cached_tok": 0, "completion_tok": 19, "at": AT}
+    dollars = Decimal("2.5") * 1009 / 10**6 + Decimal(10) * 19 / 10**6
+    assert api_prices.price("openai", "gpt-4o", **many) == rounded(dollars)  # type: ignore[arg-type]
+
+
+def test_a_mean_without_end_does_not_decide_a_tie() -> None:
+    # 0.0000425 and 0.0000475 dollars, half to even; 17 / 3 has no last digit
+    for prompt_tok, dollars in ((17, "0.000042"), (19, "0.000048"), (125, "0.000312")):
+        three = {"requests": 3, "prompt_tok": prompt_tok, "cached_tok": 0, "completion_tok": 0, "at": AT}
+        assert api_prices.price("openai", "gpt-4o", **three) == Decimal(dollars)  # type: ignore[arg-type]

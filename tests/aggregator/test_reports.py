@@ -402,6 +402,23 @@ def test_a_month_has_all_seven_sections_with_correct_figures() -> None:
     assert "61.5 °C" in text
 
 
+def test_the_longest_swap_and_the_peak_are_the_same_in_every_place() -> None:
+    month = calendar.month("2026-11", "UTC")
+    swap = SwapFinished(
+        t_ms=T0, swap_id="s", model="m", from_version="a", to_version="b", outcome="flipped", window_us=9_000_000
+    )
+    longer = msgspec.structs.replace(swap, outcome="failed", window_us=99_000_000)
+    warm = msgspec.structs.replace(host(), package_temp_mc=95_002, pcore_temp_mc=95_802)
+    made = window(batch([resident(), warm, swap, longer]), span=month)
+    report = judge(made, None, config("n1"), T0 + 10 * MINUTE)
+    (line,) = [one for one in report.scorecard if one.kind == "swap"]
+    assert (line.value, report.swaps.longest_s) == (9.0, 9.0)
+    assert (report.thermal.nodes[0].peak_mc, report.figures.peak_mc) == (95_802, 95_802)
+    text = " ".join(pdf_text(pdf.render(report)).split())
+    assert "1 model swap succeeded, 1 failed; the longest took 9" in text
+    assert "peak 95.8 °C" in text
+
+
 def test_a_month_without_data_states_it_in_every_section() -> None:
     report = judge(window(span=calendar.month("2025-01", "UTC")), None, config("n1"), T0)
     assert report.empty

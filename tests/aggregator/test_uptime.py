@@ -14,6 +14,7 @@ from aggregator.calendar import month
 from aggregator.commands import rollup, weekly
 from aggregator.report import markdown
 from aggregator.report.pages import uptime as uptime_page
+from aggregator.uptime import cut
 from shared.batch import Batch
 from shared.records import AgentStarted, AgentStopped, PeerDown, Record
 from shared.store_dir import DirectoryStore
@@ -296,3 +297,25 @@ def test_the_documentation_has_the_table_of_causes() -> None:
     for cause, counts in COUNTS.items():
         (row,) = [line for line in table.splitlines() if f"`{cause}`" in line.split("|")[1]]
         assert counts in row.split("|")[-2], row
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "shown"),
+    [
+        (0.99959325, 2, "99.95 %"),
+        (0.99959325, 3, "99.959 %"),
+        (0.99899999, 2, "99.89 %"),
+        (0.999, 2, "99.90 %"),
+        (0.9999999, 3, "99.999 %"),
+        (1.0, 3, "100.000 %"),
+        (0.58, 2, "58.00 %"),
+        (0.0, 2, "0.00 %"),
+    ],
+)
+def test_a_share_is_cut_off_so_that_nothing_looks_kept_that_is_not(share: float, digits: int, shown: str) -> None:
+    assert cut(share, digits) == shown
+
+
+@given(st.integers(0, 10**5))
+def test_a_share_of_whole_digits_is_shown_as_it_is(thousandths: int) -> None:
+    assert cut(thousandths / 10**5, 3) == f"{thousandths // 1000}.{thousandths % 1000:03d} %"

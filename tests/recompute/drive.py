@@ -34,7 +34,7 @@ def run(config: Path, now_ms: int, weeks: Iterable[str], months: Iterable[str]) 
 
 def show(config: Path, now_ms: int, *args: str) -> str:
     """What `show` prints."""
-    return _child(config, now_ms, ["\x1f".join(["show", "--config", str(config), *args])])
+    return _child(config, now_ms, ["\x1f".join(["show", "--config", str(config.resolve()), *args])])
 
 
 def _child(config: Path, now_ms: int, lines: list[str]) -> str:

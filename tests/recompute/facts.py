@@ -67,6 +67,7 @@ MONTH: dict[str, tuple[str, tuple[Place, ...]]] = {
     "availability": (
         "report:uptime/request_share",
         (
+            Place("report", rf"and answered {_NUMBER} % of the requests that", 0.01),
             Place("report", rf"Requests answered {_NUMBER} %", 0.01),
             Place("report", rf"{_NUMBER} % of requests \([\d,]+\) were answered", 0.01),
             Place("report", rf"{_NUMBER} % of [\d,]+ requests were answered", 0.01),
@@ -107,24 +108,32 @@ def _plain(page: str) -> str:
 
 
 def contradictions(folder: Path, facts: dict[str, tuple[str, tuple[Place, ...]]]) -> Iterator[str]:
-    """Every place that shows another value than the JSON."""
+    """Every place that shows another value than the JSON, or than a place with as many digits."""
     shown: dict[str, dict[str, str]] = {}
     for name, (where, places) in facts.items():
         document, _, path = where.partition(":")
         value = _at(load(folder, document), path)
+        told: dict[tuple[float, int], str] = {}
         for place in places:
-            shown.setdefault(place.document, texts(folder, place.document))
+            if place.document not in shown:
+                shown[place.document] = texts(folder, place.document)
             for form, text in shown[place.document].items():
                 for match in re.finditer(place.pattern, text):
-                    if not agrees(match[1], place.times, value):
-                        yield f"{name}: {place.document}.{form} has {match[0]!r}, the JSON {value}"
+                    first = told.setdefault((place.times, _digits(match[1])), match[1])
+                    if not agrees(match[1], place.times, value) or match[1] != first:
+                        yield f"{name}: {place.document}.{form} has {match[0]!r} ({first}), the JSON {value}"
+
+
+def _digits(shown: str) -> int:
+    """After the point."""
+    return len(shown.partition(".")[2])
 
 
 def agrees(shown: str, times: float, value: Any) -> bool:
     """Whether a rounded number (half up, half to even, or cut off) may be that value."""
     if value is None:
         return False
-    unit = 10.0 ** -len(shown.partition(".")[2]) * abs(times)
+    unit = 10.0 ** -_digits(shown) * abs(times)
     return abs(float(shown.replace(",", "")) * times - float(value)) <= unit * 1.000001
 
 

@@ -85,9 +85,9 @@ def desired(batches: list[Batch]) -> list[dict[str, Any]]:
 def telemetry(rack: Rack, counted: list[Batch], until_ms: int) -> dict[str, Any]:
     """How far a period was judged, and what of it did not arrive or is not understood."""
     unknown = sum(one.get("kind") not in KINDS for batch in counted for one in batch.records)
-    skewed = {}
-    for batch in sorted(counted, key=lambda b: b.end_ms):
-        if batch.skew_ms is not None and abs(batch.skew_ms) > SKEWED_MS:
+    skewed: dict[str, int] = {}
+    for batch in counted:
+        if batch.skew_ms is not None and abs(batch.skew_ms) > max(SKEWED_MS, abs(skewed.get(batch.node, 0))):
             skewed[batch.node] = batch.skew_ms
     return {"until_ms": until_ms, "lost_batches": lost(counted), "unknown_records": unknown, "clock_skew_ms": skewed}
 

@@ -6,7 +6,7 @@ from aggregator.calendar import counted, local
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import share as percent
 from aggregator.report.wording import span
-from aggregator.uptime import LEAST_KNOWN, NodeUptime, Progress, Uptime, in_words
+from aggregator.uptime import LEAST_KNOWN, NodeUptime, Progress, Uptime, cut, in_words
 
 
 def page(report: Uptime, period: str, zone: str, rack: str, remarks: tuple[str, ...] = ()) -> Page:
@@ -46,7 +46,7 @@ def _lead(report: Uptime) -> str:
     if report.request_share is not None:
         asked = report.requests_ok + report.requests_bad
         of = f"{asked:,} requests were" if asked != 1 else "1 request was"
-        said.append(f"{percent(report.request_share, 3)} of {of} answered")
+        said.append(f"{cut(report.request_share)} of {of} answered")
     if rack.unknown_s >= 1:
         said.append(f"{span(rack.unknown_s)} are unknown")
     return "; ".join(said) + "."
