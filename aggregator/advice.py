@@ -18,10 +18,11 @@ from aggregator.annotations import COUNTS
 from aggregator.api_prices import Comparisons
 from aggregator.calendar import duration, local
 from aggregator.config import Scorecard
-from aggregator.cost import HOURS_PER_MONTH, CostReport
-from aggregator.eviction import EvictionReport, listed
+from aggregator.cost import HOURS_PER_MONTH, CostReport, amount
+from aggregator.eviction import EvictionReport
 from aggregator.heat import Thermal
 from aggregator.incidents import Incident
+from aggregator.phrases import listed, percent
 from aggregator.placement import PlacementReport
 from aggregator.placement.conclusion import Shortage
 from aggregator.uptime import Uptime, cut
@@ -131,21 +132,15 @@ def _dearer(money: CostReport, apis: Comparisons) -> list[Recommendation]:
     """Where the rack costs more than API hosts: what would change that."""
     if apis.share is None or apis.share >= 0 or apis.ours is None or apis.median is None:
         return []
-    because = (
-        f"what can be compared cost {apis.ours:,.2f} {money.currency} here and {apis.median:,.2f} {money.currency} at "
-        "the host in the middle"
-    )
+    ours, theirs = (amount(value, money.currency) for value in (apis.ours, apis.median))
+    because = f"what can be compared cost {ours} here and {theirs} at the host in the middle"
     busy, needed = money.busy_share or 0.0, apis.break_even or 0.0
     if 0 < needed <= 1:
-        text = f"raise utilisation above {_percent(needed)} (it was {_percent(busy)}), or move work to API hosts"
+        text = f"raise utilisation above {percent(needed)} (it was {percent(busy)}), or move work to API hosts"
     else:
         text = "move work to API hosts: at its pace this rack cannot reach their price at any utilisation"
-    effect = f"{apis.ours - apis.median:,.2f} {money.currency} in {money.period} at the prices of API hosts"
+    effect = f"{amount(apis.ours - apis.median, money.currency)} less in {money.period}, at the prices of API hosts"
     return [_made("dearer", text, because, effect=effect)]
-
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.{1 if value < 0.1 else 0}f} %"
 
 
 def _away(window: Window, map_: PlacementReport, up: Uptime) -> list[Recommendation]:
@@ -331,7 +326,7 @@ def _spare(map_: PlacementReport, money: CostReport, touched: set[str]) -> list[
     saved = rounded(sum(rates, Decimal(0)) * HOURS_PER_MONTH) if rates else None
     text = f"give {listed(nodes)} another task, or retire {'it' if len(nodes) == 1 else 'them'}"
     because = f"busy {listed([f'{n} {busy[n]:.1%}' for n in nodes])} of the time; other nodes carry their models"
-    effect = f"saves {saved:,.2f} {money.currency} a month" if saved is not None else ""
+    effect = f"saves {amount(saved, money.currency)} in a whole month" if saved is not None else ""
     return [_made("spare", text, because, effect=effect, per_month=saved, nodes=tuple(nodes))]
 
 

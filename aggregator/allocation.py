@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from aggregator.window import Window
+from aggregator.window import ServedSum, Window
 
 MILLION = Decimal(1_000_000)
 Loader = tuple[str, str]
@@ -51,26 +51,47 @@ class Payable(NamedTuple):
     silent_s: float
 
 
-class Sum:
-    """One served name: its work everywhere, its time, and its cost and tokens at priced nodes."""
+class Work:
+    """Requests, tokens and time of one served name, at some nodes."""
 
     def __init__(self) -> None:
         self.requests = self.cut = self.prompt_tok = self.cached_tok = self.completion_tok = 0
-        self.priced_prompt = self.priced_cached = self.priced_completion = 0
         self.prefill_us = self.decode_us = Fraction(0)
-        self.direct: Decimal | None = None
-        self.prefill = self.idle = Decimal(0)
-        self.nodes: set[str] = set()
 
     @property
-    def priced_tok(self) -> int:
-        """Tokens of all kinds at priced nodes."""
-        return self.priced_prompt + self.priced_completion
+    def tokens(self) -> int:
+        """Prompt and answer tokens."""
+        return self.prompt_tok + self.completion_tok
 
     @property
     def busy_us(self) -> Fraction:
-        """Prefill and decode, on all nodes."""
+        """Prefill and decode."""
         return self.prefill_us + self.decode_us
+
+    def answer(self, served: ServedSum) -> None:
+        """Count requests of any outcome."""
+        if served.outcome == "ok":
+            self.requests += served.requests
+            self.cut += served.requests if served.finish == "length" else 0
+        self.prompt_tok += served.prompt_tok
+        self.cached_tok += served.cached_tok
+        self.completion_tok += served.completion_tok
+
+    def take(self, times: Times) -> None:
+        """Count a loader's time."""
+        self.prefill_us += times[0]
+        self.decode_us += times[1]
+
+
+class Sum:
+    """One served name: its work at all nodes and at priced ones, and its cost. Whatever is divided into money, or
+    divides it, is that of priced nodes."""
+
+    def __init__(self) -> None:
+        self.whole, self.priced = Work(), Work()
+        self.direct: Decimal | None = None
+        self.prefill = self.idle = Decimal(0)
+        self.nodes: set[str] = set()
 
 
 class Allocated(NamedTuple):
@@ -87,10 +108,11 @@ def allocate(window: Window, nodes: Mapping[str, Payable | None]) -> Allocated:
     for node, payable in nodes.items():
         parts = shares(window, node)
         for names in parts.values():
-            for name, (prefill, decode) in names.items():
-                sums[name].prefill_us += prefill
-                sums[name].decode_us += decode
-                sums[name].nodes.add(node)
+            for name, times in names.items():
+                sums[name].whole.take(times)
+                if payable is not None:
+                    sums[name].priced.take(times)
+                    sums[name].nodes.add(node)
         if payable is not None:
             rows += _rows(window, node, payable, parts, sums, tokens)
     return Allocated(sums, tuple(rows))
@@ -104,18 +126,11 @@ def _counted(window: Window, priced: set[str]) -> tuple[dict[str, Sum], dict[tup
         if not served.model:
             continue
         total = sums.setdefault(served.model, Sum())
-        if served.outcome == "ok":
-            total.requests += served.requests
-            total.cut += served.requests if served.finish == "length" else 0
-        total.prompt_tok += served.prompt_tok
-        total.cached_tok += served.cached_tok
-        total.completion_tok += served.completion_tok
+        total.whole.answer(served)
         at = (served.worker, served.model)
         tokens[at] = tokens.get(at, 0) + served.prompt_tok + served.completion_tok
         if served.worker in priced:
-            total.priced_prompt += served.prompt_tok
-            total.priced_cached += served.cached_tok
-            total.priced_completion += served.completion_tok
+            total.priced.answer(served)
     return sums, tokens
 
 

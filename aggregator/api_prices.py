@@ -24,6 +24,7 @@ from genai_prices import data_snapshot
 from aggregator.allocation import MILLION, rounded
 from aggregator.config import AggregatorConfig, ApiPrice, decimal
 from aggregator.cost import CostReport, ModelCost
+from aggregator.phrases import percent
 from aggregator.window import ServedSum, Window
 
 SOURCE = f"genai-prices {version('genai-prices')}"
@@ -125,14 +126,10 @@ def utilisation(found: Comparisons) -> str:
     if busy is None or limit is None:
         return ""
     if found.verdict == "cheaper":
-        return f"{_percent(busy)} busy now; cheaper than API hosts down to {_percent(limit)}"
+        return f"{percent(busy)} busy now; cheaper than API hosts down to {percent(limit)}"
     if limit > 1:
-        return f"{_percent(busy)} busy now; not cheaper than API hosts even when fully busy"
-    return f"{_percent(busy)} busy now; cheaper than API hosts above {_percent(limit)}"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"
+        return f"{percent(busy)} busy now; not cheaper than API hosts even when fully busy"
+    return f"{percent(busy)} busy now; cheaper than API hosts above {percent(limit)}"
 
 
 def hosts_of(same_as: str) -> list[tuple[str, str]]:
@@ -196,6 +193,12 @@ def _one(served: Sequence[ServedSum], model: ModelCost, config: AggregatorConfig
     own = next((p for p in config.api_prices if p.model == model.model), None)
     wish = next((c for c in config.compare if c.model == model.model), None)
     found = Comparison(model=model.model, ours=model.loaded)
+    if not any(s.prompt_tok + s.completion_tok for s in served):
+        # no work costs nothing anywhere, which is not a free offer
+        why = "nothing was answered at a node with a price"
+        same_as = own.name if own is not None else wish.same_as if wish is not None else ""
+        frontier = wish.frontier if wish is not None else ""
+        return msgspec.structs.replace(found, same_as=same_as, frontier=frontier, why_not=why)
     if own is not None:
         host = Host(provider="configured", model=own.name, cost=_configured(own, served))
         found = _with_hosts(found, own.name, [host])

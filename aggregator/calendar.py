@@ -107,16 +107,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number with its noun: 1 node, 2 nodes, 1,234 queries; ``many`` where an s is not enough."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def verb(number: int, one: str, many: str) -> str:
-    """The form of a verb that goes with a number: was, were."""
-    return one if number == 1 else many
-
-
 def full_hour(t_ms: int) -> int:
     """The last full hour: a report of a period that is not over is the same until the next."""
     return t_ms - t_ms % HOUR_MS

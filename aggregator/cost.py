@@ -16,7 +16,7 @@ from fractions import Fraction
 import msgspec
 
 from aggregator import allocation, cost_change, heat
-from aggregator.allocation import MILLION, Payable, Row, Sum, divided, in_s, per_m, rounded
+from aggregator.allocation import MILLION, Payable, Row, Sum, Work, divided, in_s, per_m, rounded
 from aggregator.config import AggregatorConfig, Node, decimal
 from aggregator.cost_change import Change, Factors
 from aggregator.demand import machines
@@ -127,7 +127,7 @@ def compute(
     prices = {node.id: node for node in config.nodes}
     nodes = [_node(window, one, prices.get(one.node), config) for one in fleet(window, config.nodes, now_ms)]
     sums, rows = allocation.allocate(window, {n.node: _payable(n) for n in nodes})
-    models = [_model(name, m, window, previous, config) for name, m in sorted(sums.items())]
+    models = [_model(name, m, window, previous, config, nodes) for name, m in sorted(sums.items())]
     priced = [n for n in nodes if n.cost is not None]
     total, idle, silent = (_sum(getattr(n, name) for n in priced) for name in ("cost", "idle", "silent"))
     direct, loaded = (_sum(getattr(m, name) for m in models) or Decimal(0) for name in ("direct", "loaded"))
@@ -147,7 +147,7 @@ def compute(
         models=tuple(models),
         nodes=tuple(nodes),
         rows=rows,
-        keys=tuple(_keys(window, models, sums)),
+        keys=tuple(_keys(window, models, sums, names)),
         unpriced_nodes=tuple(n.node for n in nodes if n.cost is None),
         hints=tuple(hint for n in nodes if n.cost is None for hint in _listed(n.node, there.get(n.node))),
         tokens=tokens,
@@ -171,6 +171,11 @@ def _payable(node: NodeCost) -> Payable | None:
 def _busy_share(nodes: Sequence[NodeCost]) -> float | None:
     reported_s = sum(n.reported_s for n in nodes)
     return sum(min(n.busy_s, n.reported_s) for n in nodes) / reported_s if reported_s else None
+
+
+def _reported_share(nodes: Sequence[NodeCost]) -> float | None:
+    owned_s = sum(n.reported_s + n.silent_s for n in nodes)
+    return sum(n.reported_s for n in nodes) / owned_s if owned_s else None
 
 
 def amount(value: Decimal, currency: str = "") -> str:
@@ -255,26 +260,28 @@ def _node(window: Window, tenure: Tenure, priced: Node | None, config: Aggregato
     )
 
 
-def _model(name: str, m: Sum, window: Window, previous: CostReport | None, config: AggregatorConfig) -> ModelCost:
+def _model(
+    name: str, m: Sum, window: Window, previous: CostReport | None, config: AggregatorConfig, nodes: Sequence[NodeCost]
+) -> ModelCost:
     loaded = m.direct + m.idle if m.direct is not None else None
     before = next((b for b in previous.models if b.model == name), None) if previous else None
     made = ModelCost(
         model=name,
-        requests=m.requests,
-        prompt_tok=m.prompt_tok,
-        cached_tok=m.cached_tok,
-        completion_tok=m.completion_tok,
-        busy_s=in_s(m.busy_us),
+        requests=m.whole.requests,
+        prompt_tok=m.whole.prompt_tok,
+        cached_tok=m.whole.cached_tok,
+        completion_tok=m.whole.completion_tok,
+        busy_s=in_s(m.whole.busy_us),
         direct=m.direct,
         loaded=loaded,
-        direct_per_m=per_m(m.direct, m.priced_tok),
-        loaded_per_m=per_m(loaded, m.priced_tok),
+        direct_per_m=per_m(m.direct, m.priced.tokens),
+        loaded_per_m=per_m(loaded, m.priced.tokens),
         floor_per_m=_floor(window, name, m),
-        uncached_per_m=per_m(m.prefill if m.direct is not None else None, m.priced_prompt - m.priced_cached),
-        cached_per_m=Decimal(0) if m.direct is not None and m.priced_cached else None,
-        output_per_m=per_m(m.direct - m.prefill if m.direct is not None else None, m.priced_completion),
+        uncached_per_m=per_m(m.prefill if m.direct is not None else None, m.priced.prompt_tok - m.priced.cached_tok),
+        cached_per_m=Decimal(0) if m.direct is not None and m.priced.cached_tok else None,
+        output_per_m=per_m(m.direct - m.prefill if m.direct is not None else None, m.priced.completion_tok),
         last_loaded_per_m=before.loaded_per_m if before else None,
-        factors=_factors(window, m, loaded),
+        factors=_factors(window, m, loaded, [n for n in nodes if n.node in m.nodes]),
     )
     change = cost_change.judge(
         made.factors, before.factors if before else None, config.cost, previous.period if previous else ""
@@ -282,47 +289,51 @@ def _model(name: str, m: Sum, window: Window, previous: CostReport | None, confi
     return msgspec.structs.replace(made, change=change)
 
 
-def _factors(window: Window, m: Sum, loaded: Decimal | None) -> Factors | None:
-    """The factors of the loaded price, and further evidence; None without a price."""
-    if loaded is None or m.direct is None or not m.priced_tok:
+def _factors(window: Window, m: Sum, loaded: Decimal | None, nodes: Sequence[NodeCost]) -> Factors | None:
+    """The factors of the loaded price, and further evidence, all of priced nodes; None without a price."""
+    work = m.priced
+    if loaded is None or m.direct is None or not work.tokens:
         return None
     return Factors(
-        tokens=m.priced_tok,
-        requests=m.requests,
+        tokens=work.tokens,
+        requests=work.requests,
         loaded=float(loaded),
         direct=float(m.direct),
-        prefill_s=float(m.prefill_us / 1_000_000),
-        decode_s=float(m.decode_us / 1_000_000),
-        busy_s=float(m.busy_us / 1_000_000),
-        prompt_tok=m.priced_prompt,
-        cached_tok=m.priced_cached,
-        completion_tok=m.priced_completion,
-        cut_share=m.cut / m.requests if m.requests else 0.0,
+        prefill_s=float(work.prefill_us / 1_000_000),
+        decode_s=float(work.decode_us / 1_000_000),
+        busy_s=float(work.busy_us / 1_000_000),
+        prompt_tok=work.prompt_tok,
+        cached_tok=work.cached_tok,
+        completion_tok=work.completion_tok,
+        cut_share=work.cut / work.requests if work.requests else 0.0,
         throttled_share=heat.share(window, *m.nodes),
+        reported_share=_reported_share(nodes),
     )
 
 
 def _floor(window: Window, name: str, m: Sum) -> Decimal | None:
     """The direct price at the throughput of the best five minutes: the 95th percentile of tokens per busy second."""
-    if m.direct is None or not m.priced_tok:
+    if m.direct is None or not m.priced.tokens:
         return None
+    plain = per_m(m.direct, m.priced.tokens)
     paces = sorted(
         (d.prefill_tok + d.cached_tok + d.decode_tok) / (d.busy_prefill_us + d.busy_decode_us)
         for d in window.demand
         if d.model == name and d.busy_prefill_us + d.busy_decode_us >= FULL_SLOT_US
     )
-    if not paces or not m.busy_us:
-        return per_m(m.direct, m.priced_tok)
+    if not paces or not m.whole.busy_us:
+        return plain
     best = paces[min(len(paces) - 1, int(0.95 * len(paces)))]
     if not best:
-        return per_m(m.direct, m.priced_tok)
-    as_it_was = float((m.prompt_tok + m.completion_tok) / m.busy_us)
-    return rounded(m.direct / m.priced_tok * MILLION * decimal(min(1.0, as_it_was / best)))
+        return plain
+    # slots are of all nodes, as the pace that they are compared with
+    as_it_was = float(m.whole.tokens / m.whole.busy_us)
+    return rounded(m.direct / m.priced.tokens * MILLION * decimal(min(1.0, as_it_was / best)))
 
 
-def _keys(window: Window, models: list[ModelCost], sums: Mapping[str, Sum]) -> list[KeyCost]:
-    """Usage of every API key, and its part of each model's loaded cost by the work it caused, as a loader's time is
-    divided; parts add up."""
+def _keys(window: Window, models: list[ModelCost], sums: Mapping[str, Sum], priced: set[str]) -> list[KeyCost]:
+    """Usage of every API key at all nodes, and its part of each model's loaded cost by the work it caused at priced
+    ones, as a loader's time is divided; parts add up."""
     usage: dict[str, list[int]] = {}
     work: dict[str, dict[str, list[int]]] = {}
     for served in window.served:
@@ -330,12 +341,14 @@ def _keys(window: Window, models: list[ModelCost], sums: Mapping[str, Sum]) -> l
         total[0] += served.requests if served.outcome == "ok" else 0
         total[1] += served.prompt_tok
         total[2] += served.completion_tok
+        if served.worker not in priced:
+            continue
         mine = work.setdefault(served.model, {}).setdefault(served.key_id, [0, 0])
         mine[0] += max(0, served.prompt_tok - served.cached_tok)
         mine[1] += served.completion_tok
     money: dict[str, Decimal] = {}
     for model in models:
-        for key, part in divided(model.loaded, _weights(work[model.model], sums[model.model])).items():
+        for key, part in divided(model.loaded, _weights(work.get(model.model, {}), sums[model.model].priced)).items():
             money[key] = money.get(key, _ZERO) + part
     return [
         KeyCost(key_id=key, requests=requests, prompt_tok=prompt, completion_tok=completion, cost=money.get(key))
@@ -343,7 +356,7 @@ def _keys(window: Window, models: list[ModelCost], sums: Mapping[str, Sum]) -> l
     ]
 
 
-def _weights(work: Mapping[str, Sequence[int]], m: Sum) -> dict[str, Fraction]:
+def _weights(work: Mapping[str, Sequence[int]], m: Work) -> dict[str, Fraction]:
     """The time that each key's uncached prompt tokens and answer tokens took of one model."""
     uncached, answer = (sum(tokens[kind] for tokens in work.values()) for kind in (0, 1))
     prefill, decode = m.prefill_us / max(1, uncached), m.decode_us / max(1, answer)

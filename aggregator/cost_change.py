@@ -30,7 +30,8 @@ LEAST_REQUESTS = 20
 
 
 class Factors(msgspec.Struct, frozen=True, kw_only=True):
-    """A period of one model: cost and busy seconds over the tokens on priced nodes, and evidence."""
+    """A period of one model: cost and busy seconds over the tokens on priced nodes, and evidence. ``reported_share`` is
+    the part of those nodes' owned time in which they reported."""
 
     tokens: int
     requests: int
@@ -44,6 +45,7 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
     completion_tok: int
     cut_share: float
     throttled_share: float | None
+    reported_share: float | None = None
 
     @property
     def per_m(self) -> float:
@@ -170,8 +172,9 @@ def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str
        rate tells it from misses.
     2. The prompt cache hit rate dropped.
     3. Time per token rose on nodes that were throttled.
-    4. Less traffic on the same nodes.
-    5. Otherwise the largest term itself.
+    4. Its nodes were silent for longer.
+    5. Less traffic on the same nodes.
+    6. Otherwise the largest term itself.
     """
     parts = msgspec.structs.asdict(terms)
     leading = max(parts, key=lambda name: parts[name])
@@ -203,6 +206,9 @@ def _cause(now: Factors, before: Factors, terms: Terms, since: str) -> tuple[str
             f"its nodes were throttled {hot:.0%} of the time (before: {cool:.0%}) "
             "and time per token rose: improve cooling, or move a model to another node"
         )
+    here, there = now.reported_share, before.reported_share
+    if leading == "utilisation" and here is not None and there is not None and here < FEWER * there:
+        return "silence", f"its nodes reported for {here:.0%} of their time (before: {there:.0%}): see the incidents"
     if leading == "utilisation":
         volume = now.tokens / before.tokens
         fewer = f"{volume:.0%} of the tokens of {since}" if volume < FEWER else "more idle time on its nodes"

@@ -9,7 +9,7 @@ Each eviction gets its own verdict; a model's row has the most frequent one:
 5. placement, if the memory was not needed: no other model is named and memory was not short;
 6. placement, if it was busy: at least one request every three minutes in the hour before;
 7. memory, if models held more than planned;
-8. traffic: nobody missed it, the memory was better used.
+8. traffic: it was not wanted again soon, the memory was better used.
 
 "placement" means that traffic did not justify it. What to do about it is not said here: ``Conclusion`` is, once for
 every report, and its sentence is that of a row.
@@ -23,7 +23,8 @@ from typing import Literal
 
 import msgspec
 
-from aggregator.calendar import HOUR_MS
+from aggregator.calendar import HOUR_MS, duration
+from aggregator.phrases import listed
 from aggregator.window import Window
 from shared.records import ModelEvicted, ModelLoaded, ModelMissed
 
@@ -55,12 +56,6 @@ Remedy = Literal["capacity", "restore", "blocked", "move", "budget", "pin", "lea
 *blocked*: a node has, but a limit forbids it. *move*: the steps of the placement. *budget*: raise the memory budget of
 a node whose memory allows it. *pin*: the budget allows all that was wanted at the same time. *leave*: other nodes serve
 it and carry its load; take it off the one that evicts it. *fits*: it stands well. *none*: nobody misses it."""
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Names in a sentence: "a, b", of many only the first ones and how many more."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class Conclusion(msgspec.Struct, frozen=True, kw_only=True):
@@ -264,7 +259,7 @@ def _why(kind: Kind, one: ModelEvicted, again_s: float | None) -> str:
         "ping_pong": f"it and {one.for_model} push each other out of this node",
         "unneeded": "evicted although nothing needed its room",
         "busy": f"it had served {one.requests_last_hour} requests in the hour before",
-        "unmissed": "nobody missed it: the room was better used",
+        "unmissed": f"not wanted again there within {duration(SOON_S)}: the memory was better used",
     }[kind]
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from aggregator.phrases import listed
 from aggregator.window import HostSum, Window, at_least_one, seconds
 from shared.records import ThrottleEvent
 
@@ -220,9 +221,8 @@ def _advice(nodes: Sequence[NodeHeat], target: float) -> tuple[str, str]:
 
 def _listed(what: str, nodes: Sequence[NodeHeat], figure: Callable[[NodeHeat], str] = lambda n: "") -> str:
     """A sentence that names nodes with a figure of each; "" without nodes."""
-    named = [f"{n.node} {figure(n)}".rstrip() for n in nodes[:NAMED]]
-    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
-    return f"{what} {', '.join(named)}{more}." if nodes else ""
+    named = [f"{n.node} {figure(n)}".rstrip() for n in nodes]
+    return f"{what} {listed(named, NAMED)}." if nodes else ""
 
 
 def celsius(value_mc: int | None) -> str:

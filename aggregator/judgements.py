@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from aggregator import advice, api_prices, cost, eviction, heat, placement, scorecard, uptime
+from aggregator import advice, api_prices, cost, eviction, heat, phrases, placement, scorecard, uptime
 from aggregator import volume as volumes
 from aggregator.annotations import Annotation, Notes
 from aggregator.calendar import local, spoken, utc_days
@@ -21,15 +21,6 @@ from aggregator.fleet import fleet, judged_until
 from aggregator.manifest import Manifest
 from aggregator.window import Window
 from shared.desired import Moment
-from shared.records import SwapFinished
-
-
-class Swaps(msgspec.Struct, frozen=True, kw_only=True):
-    """Hot swaps of the month."""
-
-    flipped: int
-    failed: int
-    longest_s: float | None
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +104,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     cost: cost.CostReport
     apis: api_prices.Comparisons
     uptime: uptime.Uptime
-    swaps: Swaps
+    swaps: scorecard.Swaps
     scorecard: tuple[scorecard.Line, ...]
     recommendations: tuple[advice.Recommendation, ...]
     so_far_until_ms: Moment | msgspec.UnsetType = msgspec.UNSET
@@ -137,7 +128,7 @@ class _Evaluated(NamedTuple):
     money: cost.CostReport
     apis: api_prices.Comparisons
     up: uptime.Uptime
-    evicted: eviction.EvictionReport
+    evictions: int
     card: tuple[scorecard.Line, ...]
 
 
@@ -155,7 +146,7 @@ def judge(
     before = _evaluated(last, None, config, now_ms, noted.entries) if last is not None and last.batches else None
     now = _evaluated(window, before.money if before is not None else None, config, now_ms, noted.entries)
     judged_ms = judged_until(window, now_ms)
-    map_ = placement.propose(window, config.placement, config.bandwidths, _known(window, now, config, now_ms))
+    map_ = placement.propose(window, config.placement, config.bandwidths, _known(now, config))
     evicted = eviction.report(window, conclusions=map_.conclusions)
     return Judged(
         rack=config.rack,
@@ -176,7 +167,7 @@ def judge(
         cost=now.money,
         apis=now.apis,
         uptime=now.up,
-        swaps=_swaps(window),
+        swaps=scorecard.swaps(window),
         scorecard=now.card,
         so_far_until_ms=judged_ms if judged_ms < window.span.until_ms else msgspec.UNSET,
         recommendations=tuple(
@@ -185,11 +176,11 @@ def judge(
     )
 
 
-def _known(window: Window, now: _Evaluated, config: AggregatorConfig, now_ms: int) -> Known:
+def _known(now: _Evaluated, config: AggregatorConfig) -> Known:
     """What a placement has to know of the other judgements, so that they do not contradict each other."""
     return Known(
         away=advice.away(now.up).keys(),
-        retired={tenure.node for tenure in fleet(window, config.nodes, now_ms) if tenure.retired},
+        retired={node.node for node in now.up.nodes if node.retired},
         hot=set(advice.slow(now.thermal, config.scorecard)),
         dearer=now.apis.share is not None and now.apis.share < 0,
     )
@@ -203,12 +194,12 @@ def _evaluated(
     apis = api_prices.compare(window, money, config, local(min(now_ms, window.span.until_ms - 1), "UTC"))
     up = uptime.uptime(window, fleet(window, config.nodes, now_ms), notes)
     return _Evaluated(
-        volume=volumes.volume(window),
+        volume=volumes.volume(window, judged_until(window, now_ms)),
         thermal=heat.thermal(window, config.scorecard.throttled),
         money=money,
         apis=apis,
         up=up,
-        evicted=eviction.report(window),
+        evictions=len(eviction.judge(window)),
         card=scorecard.lines(window, up, apis, config.scorecard),
     )
 
@@ -229,7 +220,7 @@ def _figures(of: _Evaluated) -> Figures:
         itl_p95_us=of.volume.itl_p95_us,
         throttled=next((line.value for line in of.card if line.kind == "heat"), None),
         peak_mc=max(peaks, default=None),
-        evictions=of.evicted.total,
+        evictions=of.evictions,
         busy_share=of.money.busy_share,
         covered=uptime.covered(of.up),
     )
@@ -246,11 +237,11 @@ def _headline(window: Window, of: _Evaluated, *, over: bool) -> str:
 def _spent(money: cost.CostReport, volume: volumes.Volume, apis: api_prices.Comparisons) -> str:
     if money.total is None:
         tokens = volume.prompt_tok + volume.completion_tok
-        return f"had {_counted(tokens)}, and what they cost is not known: no node has a price"
+        return f"had {phrases.tokens(tokens)}, and what they cost is not known: no node has a price"
     paid = f"cost {cost.amount(money.total, money.currency)}"
     if money.average_per_m is None:
         return f"{paid}, and no token was computed for it"
-    text = f"{paid} for {_counted(money.tokens)}, {cost.amount(money.average_per_m)} per million"
+    text = f"{paid} for {phrases.tokens(money.tokens)}, {cost.amount(money.average_per_m)} per million"
     if apis.share is None:
         return text
     part = f" (of the {apis.covered:.0%} that can be compared)" if apis.covered and apis.covered < 0.995 else ""
@@ -265,13 +256,6 @@ def _up(up: uptime.Uptime) -> str:
     return (
         f"the rack was up {_cut(time)} {f'and {answered}' if answered else 'of the time, and nothing was asked of it'}"
     )
-
-
-def _counted(tokens: int) -> str:
-    """44 tokens, 8,300 tokens, 1.2 M tokens, 669 M tokens."""
-    if tokens < 100_000:
-        return f"{tokens:,} token{'s' if tokens != 1 else ''}"
-    return f"{tokens / 1e6:,.{1 if tokens < 10_000_000 else 0}f} M tokens"
 
 
 def _cut(share: float) -> str:
@@ -307,13 +291,4 @@ def telemetry(
         gone=tuple(sorted(set(last.nodes if last is not None else ()) - judged)),
         unknown_nodes=tuple(sorted(noted - judged)),
         refused_notes=notes.refused,
-    )
-
-
-def _swaps(window: Window) -> Swaps:
-    swaps = [r for _, r in window.of(SwapFinished)]
-    return Swaps(
-        flipped=sum(s.outcome == "flipped" for s in swaps),
-        failed=sum(s.outcome == "failed" for s in swaps),
-        longest_s=max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None),
     )

@@ -9,15 +9,12 @@ import msgspec
 
 from aggregator import heat
 from aggregator.api_prices import Comparisons, against, utilisation
-from aggregator.calendar import counted
 from aggregator.config import Scorecard
+from aggregator.phrases import counted
 from aggregator.uptime import Uptime, cut, in_words
-from aggregator.volume import answered, merged
+from aggregator.volume import LEAST_GAPS, itl_p95_us
 from aggregator.window import Window
 from shared.records import SwapFinished
-
-LEAST_ANSWERS = 20
-"""The p95 of fewer values is their highest one."""
 
 Kind = Literal["latency", "uptime", "heat", "swap", "saving", "price"]
 
@@ -35,6 +32,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
 
 
+class Swaps(msgspec.Struct, frozen=True, kw_only=True):
+    """Hot swaps of a span; ``longest_s`` are the seconds of the longest one that succeeded."""
+
+    flipped: int
+    failed: int
+    longest_s: float | None
+
+
 def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scorecard) -> tuple[Line, ...]:
     """The scorecard of a span."""
     return (
@@ -48,13 +53,12 @@ def lines(window: Window, up: Uptime, apis: Comparisons | None, targets: Scoreca
 
 
 def _latency(window: Window, targets: Scorecard) -> Line:
-    gaps = merged(answered(window), "itl_us")
-    p95 = gaps.quantile(0.95) if gaps.count >= LEAST_ANSWERS else None
+    p95, count = itl_p95_us(window)
     value = p95 / 1000 if p95 is not None else None
     line = _at_most(
         "latency", "p95 between tokens", value, targets.itl_p95_ms, "ms", "of all answered requests, within 1.1 %"
     )
-    return line if p95 is not None or not gaps.count else _few(line, f"of {gaps.count}, a p95 needs {LEAST_ANSWERS}")
+    return line if p95 is not None or not count else _few(line, f"of {count}, a p95 needs {LEAST_GAPS}")
 
 
 def _uptime(up: Uptime, targets: Scorecard) -> Line:
@@ -86,12 +90,20 @@ def _heat(window: Window, targets: Scorecard) -> Line:
     return _few(line, f"models worked for {worked_s:.0f} s, a share needs {heat.LEAST_WORKED_S:.0f} s")
 
 
+def swaps(window: Window) -> Swaps:
+    """Hot swaps of a span."""
+    found = [record for _, record in window.of(SwapFinished)]
+    return Swaps(
+        flipped=sum(s.outcome == "flipped" for s in found),
+        failed=sum(s.outcome == "failed" for s in found),
+        longest_s=max((s.window_us / 1e6 for s in found if s.outcome == "flipped"), default=None),
+    )
+
+
 def _swaps(window: Window, targets: Scorecard) -> Line:
-    swaps = [record for _, record in window.of(SwapFinished)]
-    longest = max((s.window_us / 1e6 for s in swaps if s.outcome == "flipped"), default=None)
-    failed = sum(s.outcome == "failed" for s in swaps)
-    of = f"of {counted(len(swaps), 'swap')}, {failed} failed"
-    return _at_most("swap", "longest swap", longest, targets.swap_s, "s", of)
+    found = swaps(window)
+    of = f"of {counted(found.flipped + found.failed, 'swap')}, {found.failed} failed"
+    return _at_most("swap", "longest swap", found.longest_s, targets.swap_s, "s", of)
 
 
 def _saving(apis: Comparisons | None, targets: Scorecard) -> Line:

@@ -9,6 +9,9 @@ from aggregator.calendar import days, local
 from aggregator.window import Latency, ServedSum, Window, at_least_one, both
 from shared.sketch import Sketch
 
+LEAST_GAPS = 20
+"""The p95 of fewer values is their highest one."""
+
 
 class ModelVolume(msgspec.Struct, frozen=True, kw_only=True):
     """One served name. Latencies in microseconds, within 1.1 %."""
@@ -24,8 +27,8 @@ class ModelVolume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Day(msgspec.Struct, frozen=True, kw_only=True):
-    """Answered requests and tokens of one day in the rack's zone. ``reported`` is whether any node reported on it: a
-    day without telemetry is not one without work."""
+    """Answered requests and tokens of one day in the rack's zone. ``reported`` is False for a day without telemetry,
+    which is not one without work; a day that is still to come is none."""
 
     date: str
     requests: int
@@ -47,8 +50,8 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
     itl_p95_us: float | None
 
 
-def volume(window: Window) -> Volume:
-    """The span's answered, failed, refused and cancelled requests."""
+def volume(window: Window, until_ms: int) -> Volume:
+    """The answered, failed, refused and cancelled requests of a span that is judged up to ``until_ms``."""
     ok = [s for s in window.served if s.outcome == "ok"]
     outcomes = {o: sum(s.requests for s in window.served if s.outcome == o) for o in ("failed", "refused", "cancelled")}
     times = answered(window)
@@ -58,9 +61,16 @@ def volume(window: Window) -> Volume:
         prompt_tok=sum(s.prompt_tok for s in ok),
         completion_tok=sum(s.completion_tok for s in ok),
         models=tuple(_model(name, ok, times) for name in sorted({s.model for s in ok})),
-        days=tuple(_days(window)),
-        itl_p95_us=merged(times, "itl_us").quantile(0.95),
+        days=tuple(_days(window, until_ms)),
+        itl_p95_us=itl_p95_us(window)[0],
     )
+
+
+def itl_p95_us(window: Window) -> tuple[float | None, int]:
+    """The rack's p95 between tokens in microseconds, and how many values it is one of; None for fewer than
+    LEAST_GAPS."""
+    gaps = merged(answered(window), "itl_us")
+    return (gaps.quantile(0.95) if gaps.count >= LEAST_GAPS else None), gaps.count
 
 
 def _model(name: str, ok: Sequence[ServedSum], times: Sequence[Latency]) -> ModelVolume:
@@ -92,17 +102,18 @@ def merged(times: Sequence[Latency], name: Literal["ttft_us", "itl_us", "total_u
     return whole
 
 
-def _days(window: Window) -> list[Day]:
+def _days(window: Window, until_ms: int) -> list[Day]:
     spans = days(window.span)
     sums = {day.name: [0, 0] for day in spans}
     covers = at_least_one(window.reported(node) for node in window.nodes)
-    heard = {day.name for day in spans if both(covers, ((day.since_ms, day.until_ms),))}
+    gone = [day for day in spans if day.since_ms < until_ms]
+    blank = {day.name for day in gone if not both(covers, ((day.since_ms, day.until_ms),))}
     for asked in window.asked:
         day = local(asked.slot_ms, window.span.timezone).date().isoformat()
         if asked.outcome == "ok" and day in sums:
             sums[day][0] += asked.requests
             sums[day][1] += asked.prompt_tok + asked.completion_tok
     return [
-        Day(date=day, requests=requests, tokens=tokens, reported=day in heard or requests > 0)
+        Day(date=day, requests=requests, tokens=tokens, reported=day not in blank or requests > 0)
         for day, (requests, tokens) in sums.items()
     ]

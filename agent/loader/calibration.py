@@ -7,7 +7,7 @@ slow that a round would not fit is timed with fewer samples of a kind before it 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import median, median_low
 from typing import NamedTuple
@@ -24,7 +24,7 @@ STEPS = 3
 """Samples of one kind in one round."""
 ROUNDS = 3
 BUDGET_US = 60_000_000
-PROMPT_SHARE = 0.3
+PROMPT_SHARE = 0.4
 """Share of the budget that the prompt of a round may take; a slower model is timed at shorter ones."""
 UNTIMED = 3
 """About so many steps of each kind only prepare the others: states are copied, kernels compiled."""
@@ -137,9 +137,8 @@ class Calibration:
         verified = {t: median_low(us) for t, us in self._samples.items() if isinstance(t, Verify)}
         return StepTimes(
             prefill=(prefill[0], prefill[1], prefill[2]),
-            decode=tuple(
-                _row_times(count, {t.context_tok: median_low(us) for t, us in steps.items() if t.rows == count})
-                for count in rows
+            decode=_decode(
+                {r: {t.context_tok: median_low(us) for t, us in steps.items() if t.rows == r} for r in rows}
             ),
             verify=tuple(Verified(rows=t.rows, tokens=t.tokens, us=us) for t, us in verified.items()),
             context_tok=max(t.context_tok for t in steps),
@@ -223,14 +222,23 @@ def _within(lengths: Sequence[int], most: int) -> tuple[int, ...]:
     return fit if fit and (len(fit) == len(lengths) or most < APART * fit[-1]) else (*fit, most)
 
 
-def _row_times(rows: int, measured: dict[int, float]) -> RowTimes:
-    """A row count's times from microseconds by length, and the line near them."""
-    points = rising(measured)
-    base_us, token_us = fitted([((1.0, tokens), us) for tokens, us in points])
-    return RowTimes(rows=rows, base_us=base_us, token_us=token_us, points=points)
+def _decode(measured: Mapping[int, Mapping[int, float]]) -> tuple[RowTimes, ...]:
+    """Times of each row count, ascending, from microseconds by length; and the line near them. At lengths that the
+    memory allows fewer rows only, what more tokens add is that of the fewer rows, by the number of rows: each row's
+    keys and values are read. The slope of its own last two points would carry a jump between them on and on."""
+    found = list[RowTimes]()
+    for rows, lengths in measured.items():
+        points = rising(lengths)
+        if found:
+            fewer, (last_tok, last_us) = found[-1], points[-1]
+            more = ((tok, us - fewer.us(last_tok)) for tok, us in fewer.points if tok > last_tok)
+            points += tuple((tok, last_us + added_us * rows / fewer.rows) for tok, added_us in more)
+        base_us, token_us = fitted([((1.0, tokens), us) for tokens, us in points])
+        found.append(RowTimes(rows=rows, base_us=base_us, token_us=token_us, points=points))
+    return tuple(found)
 
 
-def rising(measured: dict[int, float]) -> tuple[tuple[int, float], ...]:
+def rising(measured: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
     """(length, microseconds) by length, no longer one cheaper: of two that contradict each other the lower counts,
     since what disturbs a step makes it longer. A mean of both (pooled violators) would keep part of the disturbance,
     and a running maximum would carry all of it to the longer contexts."""

@@ -23,9 +23,9 @@ Number = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 class RowTimes(msgspec.Struct, frozen=True, kw_only=True):
     """A decode step of ``rows`` rows with ``context_tok`` tokens each. ``points`` are (tokens, microseconds) by length,
-    as measured; a step between them is interpolated. The line base_us + token_us x context_tok is the nearest to them:
-    former versions know only that, and figures that they kept have no points. Raises ValueError where points are not
-    ascending or a longer context is cheaper."""
+    as measured, or as fewer rows tell where so many do not fit; a step between them is interpolated. The line
+    base_us + token_us x context_tok is the nearest to them: former versions know only that, and figures that they
+    kept have no points. Raises ValueError where points are not ascending or a longer context is cheaper."""
 
     rows: Rows
     base_us: Us

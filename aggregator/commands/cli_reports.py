@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregator.commands.ended import Ended, command
 from aggregator.config import AggregatorConfig
+from aggregator.phrases import counted
 from shared.bucket import place
 from shared.errors import Refused
 from shared.store import ObjectStore
@@ -119,7 +120,7 @@ def _written(
     paths = reading.write(store, period, folder, args.report, extensions)
     if getattr(args, "open", False):
         reading.show_with_system([path for path in paths if path.suffix[1:] in reading.OPENED])
-    files = f"{len(paths)} file{'s' if len(paths) > 1 else ''}"
+    files = counted(len(paths), "file")
     line = f"{files} of {period.cadence} {period.period} written to {folder}"
     data = {"cadence": period.cadence, "period": period.period, "files": [str(path) for path in paths]}
     return Ended(line=line, details=tuple(map(str, paths)), data=data)

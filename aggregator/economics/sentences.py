@@ -5,6 +5,7 @@ from decimal import Decimal
 from aggregator.config import decimal
 from aggregator.economics.inputs import MILLION
 from aggregator.economics.verdict import HOSTS, Economics, Verdict
+from aggregator.phrases import counted, millions
 
 _SAID: dict[Verdict, str] = {"buy": "Buy", "marginal": "Marginal", "do_not_buy": "Do not buy"}
 _NAMES = {
@@ -17,18 +18,6 @@ _NAMES = {
     "people_per_month": "staff",
     "other_per_month": "other costs per node",
 }
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 node``, ``2 nodes``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def tokens(value: float) -> str:
-    """``576 M``, ``1.25 M``, below a million ``12,345``."""
-    millions = value / MILLION
-    digits = 0 if millions >= 100 else 1 if millions >= 10 else 2
-    return f"{millions:,.{digits}f} M" if millions >= 1 else f"{value:,.0f}"
 
 
 def named(figure: str) -> str:
@@ -108,8 +97,8 @@ def _carried(report: Economics) -> str:
     if load.moved_tok < load.wanted_tok:
         worth = decimal(load.moved_tok) * decimal(report.figures.price_per_m) / decimal(MILLION)
         return (
-            f"{nodes} can carry {tokens(load.moved_tok)} of the {tokens(load.wanted_tok)} tokens a month that are to "
-            f"move (API cost: {_money(report, worth)}); the rest stays at the API, all of it would need "
+            f"{nodes} can carry {millions(load.moved_tok)} of the {millions(load.wanted_tok)} tokens a month that are "
+            f"to move (API cost: {_money(report, worth)}); the rest stays at the API, all of it would need "
             f"{load.nodes_needed or 0:,} nodes."
         )
     over = next((one.month for one in report.months if one.moved_tok < one.wanted_tok), None)

@@ -21,9 +21,10 @@ from aggregator import heat, moves, packing
 from aggregator.calendar import local
 from aggregator.config import Placement as Rules
 from aggregator.demand import Facts, Known, current, facts_of, load_of
-from aggregator.eviction import Conclusion, Remedy, listed
+from aggregator.eviction import Conclusion, Remedy
 from aggregator.moves import Step
 from aggregator.packing import CAP, Packed, Placement, Room
+from aggregator.phrases import listed
 from aggregator.placement.conclusion import Shortage, conclude, explained, throttled
 from aggregator.window import Window, seconds
 from shared.desired import Moment
@@ -240,7 +241,7 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
         pair, loads = frozenset([(step.model, step.node)]), step.action == "load"
         after = at | pair if loads else at - pair
         room, gb = by_room[step.node], by_model[step.model].need_bytes / 1e9
-        bound, reason, declined = _why(facts, step)
+        bound, reason, declined = _why(facts, step, steps)
         found.append(
             Move(
                 step=number,
@@ -265,7 +266,7 @@ def described(facts: Facts, steps: Sequence[Step]) -> tuple[Move, ...]:
     return tuple(found)
 
 
-def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
+def _why(facts: Facts, step: Step, steps: Sequence[Step]) -> tuple[str, str, str]:
     """The limit that calls for a step, its reason as a sentence, and the consequence of declining it."""
     by_room = {r.name: r for r in facts.rooms}
     model = next(m for m in facts.models if m.name == step.model)
@@ -291,7 +292,9 @@ def _why(facts: Facts, step: Step) -> tuple[str, str, str]:
         return "load", text, f"{room.name} stays at {before:.0%} load"
     if packing.held(room, facts.models, facts.now) > room.budget_bytes:
         return "memory", f"{room.name} exceeds its memory budget", f"{room.name} keeps evicting"
-    return "room", f"frees memory on {room.name} for another model", "that model cannot be placed"
+    if any(other.node == room.name and other.action == "load" for other in steps):
+        return "room", f"frees memory on {room.name} for another model", "that model cannot be placed"
+    return "load", f"{room.name} is at {before:.0%} load, {step.node} has less", f"{room.name} stays at it"
 
 
 def _node_loads(window: Window, facts: Facts, reached: Placement) -> tuple[NodeLoad, ...]:

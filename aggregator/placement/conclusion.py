@@ -14,9 +14,10 @@ import msgspec
 
 from aggregator import heat, packing
 from aggregator.demand import Crowd, Facts, Known
-from aggregator.eviction import Conclusion, listed
+from aggregator.eviction import Conclusion
 from aggregator.moves import Ordered
 from aggregator.packing import CAP, Copyable, Packed, Placement
+from aggregator.phrases import listed
 
 _CALLS_FOR = ("move", "capacity", "restore", "budget", "blocked")
 """Remedies of a whole model: of two, for two of its copies, the first one is said. The others are of one node."""

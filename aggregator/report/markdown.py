@@ -91,7 +91,7 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 _ACTIVE = re.compile(r"[*~`$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Emphasis, code, formulas, links and images. An underscore within a word is none."""
 _LINKED = re.compile(
-    r"(?<![A-Za-z0-9])(?:[A-Za-z][A-Za-z0-9+.-]*:(?=//)|(?:mailto|javascript|data|xmpp|tel):|www\.)|@(?=\w)",
+    r"(?<![A-Za-z0-9])(?:[A-Za-z][A-Za-z0-9+.-]*:(?=//)|(?:mailto|javascript|data|xmpp|tel):(?=\S)|www\.)|@(?=\w)",
     re.IGNORECASE,
 )
 """What becomes a link or a mention by itself; a space of no width behind it keeps it text."""

@@ -14,11 +14,12 @@ from reportlab.lib.units import mm
 from reportlab.platypus import KeepTogether, SimpleDocTemplate, Spacer, Table
 
 from aggregator import advice
-from aggregator.calendar import counted, local, verb
+from aggregator.calendar import local
 from aggregator.eviction import WORDS
 from aggregator.heat import needs
 from aggregator.incidents import Incident
 from aggregator.judgements import Judged
+from aggregator.phrases import counted, millions, tokens, verb
 from aggregator.report import wording
 from aggregator.report.layout import (
     BAD,
@@ -124,7 +125,7 @@ def _key_figures(report: Judged) -> list[Card]:
         ("Saved against APIs", wording.saved(now.saving_share), _comparable(report), "saving_share",
          None if now.saving_share is None else now.saving_share >= 0),
         ("Answered requests", wording.count(now.requests) if not report.empty else wording.NO_DATA,
-         f"{wording.short(now.prompt_tok + now.completion_tok)} tokens, {wording.short(now.completion_tok)} of answers",
+         f"{tokens(now.prompt_tok + now.completion_tok)} of theirs, {millions(now.completion_tok)} in answers",
          "requests", None),
     ]  # fmt: skip
     return [(name, value, note, _change(report, field), good) for name, value, note, field, good in cards]
@@ -167,7 +168,9 @@ def _volume(sheet: Sheet, report: Judged) -> list[Any]:
     other = f"{v.failed:,} failed, {v.refused:,} refused, {v.cancelled:,} cancelled by clients"
     text = f"{counted(v.requests, 'request')} answered ({_change(report, 'requests')}), {other}."
     if not v.models:
-        none = "No data: no node reported." if report.empty else f"No request was answered: {other}."
+        asked = v.failed + v.refused + v.cancelled
+        nothing = f"No request was answered: {other}." if asked else "Nothing was asked of the rack."
+        none = "No data: no node reported." if report.empty else nothing
         return sheet.section(title, sheet.p(none, BODY))
     rows = [
         (

@@ -6,9 +6,10 @@ from decimal import Decimal
 
 from aggregator import heat
 from aggregator.annotations import KEY
-from aggregator.calendar import counted, duration, local, verb
+from aggregator.calendar import duration, local
 from aggregator.cost import amount
 from aggregator.judgements import Judged, Telemetry
+from aggregator.phrases import counted, verb
 from aggregator.scorecard import Line
 from aggregator.uptime import cut
 
@@ -62,6 +63,8 @@ def changed(now: Figure, before: Figure, period: str, *, points: bool = False) -
     points_on = 100 * (float(now) - float(before))
     if now == before or (points and abs(points_on) < 0.005):
         return f"as in {period}"
+    if points and min(now, before) < -1:  # many times as dear: its points say nothing
+        return f"{saved(float(before))} in {period}"
     if points:
         return f"{points_on:+.2f} points on {period}"
     if not before:
@@ -73,14 +76,6 @@ def changed(now: Figure, before: Figure, period: str, *, points: bool = False) -
 def times(ratio: float) -> str:
     """0.4 times, 12 times"""
     return f"{ratio:,.{0 if ratio >= 10 else 1}f} times"
-
-
-def short(value: int) -> str:
-    """A large number as 669 M, 44.0 M or 12 k."""
-    for name, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{0 if value >= 100 * size else 1}f} {name}"
-    return f"{value:,}"
 
 
 def unit(most: float) -> tuple[str, float]:
@@ -148,7 +143,7 @@ def coverage(report: Judged) -> str:
     told = report.telemetry
     end = moment(told.until_ms, report.timezone, year=True)
     over = "the end of the period" if not report.so_far else "the period is not over"
-    covers = f"telemetry covers {share(report.covered)} of the nodes' time"
+    covers = f"telemetry covers {share(report.covered)} of the nodes' time since their first report"
     known = covers if report.covered is not None else "no telemetry"
     parts = (
         (sum(not day.reported for day in report.volume.days), "day", "without telemetry"),

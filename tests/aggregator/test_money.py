@@ -545,7 +545,7 @@ def test_price_and_tokens_of_the_headline_are_of_the_same_tokens() -> None:
     assert money.total is not None
     assert money.average_per_m == rounded(money.total / 4)
     assert money.tokens == 4_000_000
-    assert f"for 4.0 M tokens, {cost.amount(money.average_per_m)} per million" in judged.headline
+    assert f"for 4.00 M tokens, {cost.amount(money.average_per_m)} per million" in judged.headline
 
 
 # the period before
@@ -645,3 +645,77 @@ def test_a_mean_without_end_does_not_decide_a_tie() -> None:
     for prompt_tok, dollars in ((17, "0.000042"), (19, "0.000048"), (125, "0.000312")):
         three = {"requests": 3, "prompt_tok": prompt_tok, "cached_tok": 0, "completion_tok": 0, "at": AT}
         assert api_prices.price("openai", "gpt-4o", **three) == Decimal(dollars)  # type: ignore[arg-type]
+
+
+# one population
+
+
+def test_money_and_what_it_is_divided_by_are_of_the_same_nodes() -> None:
+    """Work of a node without a price takes no part of other nodes' cost, by key or in the factors of a change."""
+    here = batch([served("a", key_id="k1", requests=30), worked("a", 10, 10), host()])
+    there: list[Record] = [
+        served("a", worker="n2", key_id="k2", requests=90, finish="length"),
+        worked("a", 20, 40),
+        host(),
+    ]
+    alone = cost.compute(window(here), config("n1"))
+    both = cost.compute(window(here, batch(there, node="n2")), config("n1"))
+    (model,) = both.models
+    assert (model.requests, model.busy_s) == (120, 80.0)
+    assert both.total == alone.total
+    assert model.factors == alone.models[0].factors
+    assert {key.key_id: (key.requests, key.cost) for key in both.keys} == {
+        "k1": (30, alone.keys[0].cost),
+        "k2": (90, None),
+    }
+    page = markdown.render(cost_page.page(both, compared(window(here)), "r", "before")).decode()
+    said = "Work is that of all nodes; money and prices are those of the nodes with a price, which computed 25.0 % of"
+    assert page.count(said) == 2
+    assert said not in markdown.render(cost_page.page(alone, compared(window(here)), "r", "before")).decode()
+
+
+def test_no_work_is_not_a_free_offer() -> None:
+    refused = batch([served("a", outcome="refused", prompt_tok=0, completion_tok=0), engine("a"), host()])
+    compare = {"model": "a", "same_as": "llama-3.1-8b-instruct", "frontier": "openai/gpt-4o"}
+    made = window(refused)
+    table = config("n1", compare=[compare])
+    (found,) = api_prices.compare(made, cost.compute(made, table), table, AT).models
+    assert (found.why_not, found.hosts, found.frontier_cost) == (
+        "nothing was answered at a node with a price",
+        (),
+        None,
+    )
+
+
+def test_a_price_that_rose_since_nodes_were_silent_is_not_said_to_lack_traffic() -> None:
+    before = cost_change.Factors(
+        tokens=1_000_000,
+        requests=1000,
+        loaded=10.0,
+        direct=1.0,
+        prefill_s=200.0,
+        decode_s=1000.0,
+        busy_s=1200.0,
+        prompt_tok=900_000,
+        cached_tok=0,
+        completion_tok=100_000,
+        cut_share=0.0,
+        throttled_share=0.0,
+        reported_share=1.0,
+    )
+    few = {"tokens": 300_000, "requests": 300, "direct": 0.3, "prefill_s": 60.0, "decode_s": 300.0, "busy_s": 360.0}
+    less = msgspec.structs.replace(before, **few, prompt_tok=270_000, completion_tok=30_000, loaded=9.0)
+    causes = {}
+    for reported in (1.0, 0.76, 0.74, 0.3, None):
+        found = cost_change.judge(msgspec.structs.replace(less, reported_share=reported), before, Cost())
+        assert found is not None
+        causes[reported] = found.cause
+    assert causes == {1.0: "traffic_drop", 0.76: "traffic_drop", 0.74: "silence", 0.3: "silence", None: "traffic_drop"}
+
+
+def test_the_reported_share_of_a_price_is_that_of_its_nodes_owned_time() -> None:
+    made = [batch([served("a"), worked("a", 5, 5), host()], minute=n) for n in range(60)]
+    report = cost.compute(window(*made), config("n1"), now_ms=T0 + 4 * HOUR_MS)
+    (model,) = report.models
+    assert model.factors is not None
+    assert model.factors.reported_share == pytest.approx(0.25)

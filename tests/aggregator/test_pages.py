@@ -14,14 +14,17 @@ from pypdf import PdfReader
 from reportlab.lib.styles import ParagraphStyle
 from reportlab.pdfbase import pdfmetrics
 
-from aggregator.calendar import counted, verb
+from aggregator import phrases
+from aggregator.calendar import DAY_MS, Span
 from aggregator.commands import weekly
-from aggregator.judgements import Judged
+from aggregator.judgements import Judged, judge
+from aggregator.phrases import counted, verb
 from aggregator.report import html, layout, markdown, pdf, wording
 from aggregator.report.page import Curve, Page, Section, page_of, table
 from shared.errors import Refused
-from tests.aggregator.told_racks import racks
-from tests.builders import pdf_text
+from shared.sketch import Sketch
+from tests.aggregator.told_racks import config, racks
+from tests.builders import T0, batch, host, pdf_text, served, window
 
 NAMES = (
     *("usual", "first", "partial", "dark", "silent", "empty", "zero"),
@@ -146,7 +149,7 @@ def test_every_key_figure_has_its_change() -> None:
         (0, 0, False, "as in x"),
         (1, None, False, "no data of x"),
         (None, 1, False, "x had data"),
-        (-1.8, 0.2, True, "-200.00 points on x"),
+        (-0.8, 0.2, True, "-100.00 points on x"),
     ],
 )
 def test_a_change_is_said_plainly(now: float | None, before: float | None, points: bool, said: str) -> None:
@@ -295,3 +298,60 @@ def test_pages_can_be_read_without_eyes_a_mouse_or_a_screen(name: str) -> None:
         assert re.search(r"@media print .*\.scroll \{ overflow: visible; \}", style)
         assert "@page { size: landscape" in style
         assert markdown.render(page)
+
+
+# one fact, one value
+
+
+def test_days_that_are_still_to_come_are_not_without_telemetry() -> None:
+    span = Span("2026-W48", T0, T0 + 7 * DAY_MS, "UTC")
+    first, second = (batch([served(), host()], minute=n * 1440) for n in (0, 2))
+    later = ["2026-11-22", "2026-11-24", "2026-11-25"]
+    for now_ms, blank in (
+        (T0 + 2 * DAY_MS + 60_000, later[:1]),
+        (T0 + 3 * DAY_MS, later[:1]),
+        (T0 + 5 * DAY_MS, later),
+    ):
+        seen = window(first, second, span=span)
+        judged = judge(seen, None, config("n1"), now_ms)
+        assert [day.date for day in judged.volume.days if not day.reported] == blank
+        assert f"{counted(len(blank), 'day')} without telemetry" in wording.coverage(judged)
+
+
+def test_too_few_values_are_no_p95_in_any_place() -> None:
+    for count, known in ((19, False), (20, True)):
+        one = served(itl_us=Sketch([9_000] * count).to_wire())
+        judged = judge(window(batch([one, host()])), None, config("n1"), T0 + 3 * DAY_MS)
+        line = next(line for line in judged.scorecard if line.kind == "latency")
+        values = (judged.volume.itl_p95_us, judged.figures.itl_p95_us, line.value)
+        assert [value is not None for value in values] == [known] * 3
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "said"),
+    [
+        (-6.4, -5.0, "costs 6.0 x in 2026-10"),
+        (-1.5, 0.2, "20.0 % in 2026-10"),
+        (0.1, -3.0, "costs 4.0 x in 2026-10"),
+        (0.1, 0.2, "-10.00 points on 2026-10"),
+    ],
+)
+def test_many_times_as_dear_is_not_told_in_points(now: float, before: float, said: str) -> None:
+    assert wording.changed(now, before, "2026-10", points=True) == said
+
+
+def test_a_colon_in_a_sentence_is_no_link() -> None:
+    def rendered(text: str) -> str:
+        return markdown.render(Page(title="t", lead=text, sections=())).decode()
+
+    assert "&#8203;" not in rendered("no data: no model was swapped")
+    for link in ("data:text/html,x", "javascript:alert(1)", "mailto:a@b.example", "see http://x.example"):
+        assert "&#8203;" in rendered(link)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 tokens"), (1, "1 token"), (8_300, "8,300 tokens"), (1_250_000, "1.25 M tokens"), (669e6, "669 M tokens")],
+)
+def test_tokens_have_one_form(number: int, said: str) -> None:
+    assert phrases.tokens(int(number)) == said

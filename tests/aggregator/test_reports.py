@@ -244,13 +244,13 @@ def evicted(minute: int = 0, **more: object) -> ModelEvicted:
     ("records", "verdict", "hint"),
     [
         ([evicted(reason="ordered")], "ordered", "an operator"),
-        ([evicted(for_model="k")], "traffic", "nobody missed it"),
+        ([evicted(for_model="k")], "traffic", "not wanted again there within 10.0 min"),
         ([evicted()], "placement", "although nothing needed its room"),
         ([evicted(reason="idle")], "idle", "keep-alive time ended"),
         ([evicted(reason="idle"), missed(30)], "idle", "wanted 30 s later: raise it"),
         ([evicted(reason="pressure")], "memory", "more memory than was planned"),
         ([evicted(), missed(45)], "placement", "wanted again after 45 s"),
-        ([evicted(for_model="k"), missed(4_000)], "traffic", "nobody missed it"),
+        ([evicted(for_model="k"), missed(4_000)], "traffic", "not wanted again there within 10.0 min"),
         ([evicted(requests_last_hour=29, for_model="k")], "placement", "had served 29 requests"),
         ([evicted(for_model="k"), evicted(minute=5, model="k", for_model="m")], "placement", "push each other out"),
         (

@@ -93,7 +93,11 @@ class Compared:
         self.tables = {one["model"]: one for one in settings.get("compare", [])}
 
     def of(self, name: str, offers: list[dict[str, Any]]) -> dict[str, Any]:
-        """One name."""
+        """One name; one without work on priced nodes is compared with nothing."""
+        if not any(one.tokens for one in self.work.get(name, {}).values()):
+            nothing = dict.fromkeys(("median", "saving", "share", "frontier_cost", "times_cheaper", "frontier_share"))
+            paid = self.costs.loaded.get(name, Fraction()) if name in self.costs.paid else None
+            return {"model": name, "ours": None if paid is None else text(paid), "hosts": [], **nothing}
         hosts = sorted((self._host(name, one) for one in offers), key=lambda h: (h["exact"], h["provider"]))
         ours = self.costs.loaded.get(name, Fraction())
         found: dict[str, Any] = {"model": name, "hosts": [self._shown(h) for h in hosts]}

@@ -104,6 +104,11 @@ class Costs:
         """Names for which something worked at a priced node."""
         return {name for node in self.nodes.values() for name in node.work} - {""}
 
+    def priced_work(self, name: str) -> Two:
+        """Prefill and decode time of a name at priced nodes."""
+        both = [node.work.get(name, (ZERO, ZERO)) for node in self.nodes.values()]
+        return sum((one for one, _ in both), ZERO), sum((other for _, other in both), ZERO)
+
     @property
     def unshared(self) -> Fraction:
         """Idle time that no model bears."""
@@ -238,6 +243,24 @@ def _slots(counted: list[Batch], loaders: set[tuple[str, str, str]]) -> list[Fra
     return [Fraction(tokens, busy) for tokens, busy in sums.values() if busy >= 30_000_000]
 
 
+def _key_parts(name: str, costs_of: Costs, keys: dict[str, list[dict[str, Any]]]) -> dict[str, Fraction]:
+    """A name's cost by key: by the part of its time at nodes with a price."""
+    if name not in costs_of.paid:
+        return {}
+    priced = {key: [one for one in mine if one.get("worker", "") in costs_of.nodes] for key, mine in keys.items()}
+    sums = {key: volume.total(mine) for key, mine in sorted(priced.items()) if mine}
+    answer = sum(one.completion_tok for one in sums.values()) or 1
+    uncached = sum(one.prompt_tok - one.cached_tok for one in sums.values()) or 1
+    prefill, decode = costs_of.priced_work(name)
+    return divided(
+        costs_of.loaded.get(name, ZERO),
+        [
+            (key, prefill * (one.prompt_tok - one.cached_tok) / uncached + decode * one.completion_tok / answer)
+            for key, one in sums.items()
+        ],
+    )
+
+
 def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
     """Requests, tokens and cost of each key: a name's cost by the key's part of its busy time."""
     found: dict[str, dict[str, Any]] = {}
@@ -248,16 +271,7 @@ def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
         for one in records:
             keys[one.get("key_id", "")].append(one)
         sums = {key: volume.total(mine) for key, mine in sorted(keys.items())}
-        answer = sum(one.completion_tok for one in sums.values()) or 1
-        uncached = sum(one.prompt_tok - one.cached_tok for one in sums.values()) or 1
-        prefill, decode = costs_of.work.get(name, (ZERO, ZERO))
-        busy = prefill + decode or Fraction(1)
-        shares = [
-            (k, (prefill * (one.prompt_tok - one.cached_tok) / uncached + decode * one.completion_tok / answer) / busy)
-            for k, one in sums.items()
-        ]
-        parts = divided(costs_of.loaded.get(name, ZERO), shares) if name in costs_of.paid else {}
-        for key, part in parts.items():
+        for key, part in _key_parts(name, costs_of, keys).items():
             cost[key] += part
         for key, mine in keys.items():
             ok = sum(one["requests"] for one in mine if one.get("outcome", "ok") == "ok")

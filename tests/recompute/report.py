@@ -107,19 +107,24 @@ class Judged:
         one, prices = self.costs, self.prices(name)
         tokens, (prefill, decode) = one.everywhere[name], one.work[name]
         answered = volume.by_model(volume.answered(self.counted)).get(name, volume.Sums())
-        busy = {"prefill_s": float(prefill / 10**6), "decode_s": float(decode / 10**6)}
         counts = {"prompt_tok": tokens.prompt, "cached_tok": tokens.cached, "completion_tok": tokens.answer}
         counts |= {"requests": answered.requests}
         if name not in one.paid:  # nothing worked for it at a node with a price
             nothing = dict.fromkeys(("direct", "loaded", "direct_per_m", "loaded_per_m", "floor_per_m"))
             return {"model": name, **counts, "busy_s": round(float((prefill + decode) / 10**6), 3), **nothing}
         money = {"direct": one.direct[name], "loaded": one.loaded[name]}
-        cut = answered.cut / answered.requests if answered.requests else None
-        paid = one.tokens.get(name, work.Tokens())
-        factors = {"tokens": paid.whole, "requests": answered.requests, **busy, "cut_share": cut}
+        at_priced = [r for r in volume.answered(self.counted) if r.get("worker", "") in one.nodes]
+        priced = volume.by_model(at_priced).get(name, volume.Sums())
+        cut = priced.cut / priced.requests if priced.requests else None
+        paid, (paid_prefill, paid_decode) = one.tokens.get(name, work.Tokens()), one.priced_work(name)
+        busy = {"prefill_s": float(paid_prefill / 10**6), "decode_s": float(paid_decode / 10**6)}
+        factors = {"tokens": paid.whole, "requests": priced.requests, **busy, "cut_share": cut}
         factors |= {"prompt_tok": paid.prompt, "cached_tok": paid.cached, "completion_tok": paid.answer}
         factors |= {what: float(value) for what, value in money.items()}
-        factors["busy_s"] = float((prefill + decode) / 10**6)
+        factors["busy_s"] = float((paid_prefill + paid_decode) / 10**6)
+        nodes = [node for node in one.nodes.values() if name in node.work]
+        owned = sum(node.reported_ms + node.unheard_ms for node in nodes)
+        factors["reported_share"] = sum(node.reported_ms for node in nodes) / owned if owned else None
         found = {"model": name, **counts, "busy_s": round(float((prefill + decode) / 10**6), 3)}
         found |= {what: text(value) for what, value in (money | prices).items() if what not in ("tokens", "exact")}
         return found | {"factors": factors} | _change(name, prices, before, self.rack.settings.get("cost", {}))

@@ -6,6 +6,7 @@ from decimal import Decimal
 from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.cost import CostReport
 from aggregator.cost_change import Terms
+from aggregator.phrases import counted
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import NO_DATA, count, money, saved, share, span
 from aggregator.scorecard import frontier
@@ -46,7 +47,7 @@ def _lead(report: CostReport, apis: Comparisons, flagged: int) -> str:
         text += f": {against(apis.share, 'the same open models at API hosts in the middle of the range')}"
         text += f" ({busy})" if (busy := utilisation(apis)) else ""
     if flagged:
-        text += f"; {flagged} model{'s' if flagged > 1 else ''} jumped"
+        text += f"; {counted(flagged, 'model')} jumped"
     if report.unpriced_nodes:
         text += f". Without a price: {', '.join(report.unpriced_nodes)}"
     return f"{text}."
@@ -101,7 +102,17 @@ def _work(report: CostReport) -> Section:
         *(count(answer), span(sum(m.busy_s for m in report.models)), "", money(report.total, report.currency)),
     )
     columns = "Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct cost | Loaded cost"
-    return Section(title="Work and money", table=table(columns, [*models, *rest, total], range(1, 8)))
+    rows = [*models, *rest, total]
+    return Section(title="Work and money", text=_populations(report), table=table(columns, rows, range(1, 8)))
+
+
+def _populations(report: CostReport) -> tuple[str, ...]:
+    """What counts where, if some nodes have a price and others none."""
+    if not report.priced or not report.unpriced_nodes:
+        return ()
+    whole = sum(m.tokens for m in report.models)
+    part = f", which computed {share(report.tokens / whole)} of the tokens" if whole else ""
+    return (f"Work is that of all nodes; money and prices are those of the nodes with a price{part}.",)
 
 
 def _changes(report: CostReport, before: str) -> Section | None:
@@ -196,4 +207,4 @@ def _keys(report: CostReport) -> Section | None:
         ("Total of the models", *map(count, sums), money(sum(known, Decimal(0)) if known else None, report.currency))
     )
     columns = "Key | Requests | Prompt tokens | Answer tokens | Cost, idle included"
-    return Section(title="Client keys", table=table(columns, rows, (1, 2, 3, 4)))
+    return Section(title="Client keys", text=_populations(report), table=table(columns, rows, (1, 2, 3, 4)))

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 from aggregator.economics import Economics, sentences
 from aggregator.packing import CAP
+from aggregator.phrases import counted, millions
 from aggregator.report.page import Curve, Page, Section, page_of, table
 from aggregator.report.wording import count, figure, gb, money, share
 
@@ -18,15 +19,15 @@ def page(report: Economics) -> Page:
         *(_carried(report), _alike(report), _curve(report), _hinges(report), _rules(report)),
         *(_assumed(report), _given(report), _months(report)),
     ]
-    return page_of(f"Buying {sentences.counted(report.figures.nodes, 'node')}", report.sentence, sections)
+    return page_of(f"Buying {counted(report.figures.nodes, 'node')}", report.sentence, sections)
 
 
 def _carried(report: Economics) -> Section:
     load, figures = report.load, report.figures
     rows = [
-        ("Tokens a month that are to move", sentences.tokens(load.wanted_tok)),
-        ("Tokens a month that the nodes can carry", sentences.tokens(load.capacity_tok)),
-        ("Tokens a month that move", sentences.tokens(load.moved_tok)),
+        ("Tokens a month that are to move", millions(load.wanted_tok)),
+        ("Tokens a month that the nodes can carry", millions(load.capacity_tok)),
+        ("Tokens a month that move", millions(load.moved_tok)),
         ("Nodes that all of it needs", count(load.nodes_needed)),
         ("Mean busy share of the nodes", share(load.busy)),
         ("The most that is realistic", share(load.most_busy)),
@@ -88,7 +89,7 @@ def _hinges(report: Economics) -> Section:
     rows = [
         (
             *(sentences.named(h.name), _value(h.name, h.value, report.currency), _month(h.lower), _month(h.higher)),
-            sentences.counted(h.swing, "month"),
+            counted(h.swing, "month"),
         )
         for h in report.hinges
         if h.value
@@ -107,7 +108,7 @@ def _rules(report: Economics) -> Section | None:
     rows = [
         (
             f"{r.api_spend:,.0f} {currency}, {r.nodes} nodes, month {r.months}",
-            *(_staff(r.people_per_month, currency), sentences.tokens(r.wanted_tok), sentences.tokens(r.capacity_tok)),
+            *(_staff(r.people_per_month, currency), millions(r.wanted_tok), millions(r.capacity_tok)),
             *(count(r.nodes_needed), _staff(r.people_within_capacity, currency)),
         )
         for r in report.rules
@@ -145,7 +146,7 @@ def _given(report: Economics) -> Section:
 def _months(report: Economics) -> Section:
     rows = [
         (
-            *(str(m.month), sentences.tokens(m.moved_tok)),
+            *(str(m.month), millions(m.moved_tok)),
             *(money(value, report.currency) for value in (m.api_only, m.with_rack, m.balance)),
         )
         for m in report.months
@@ -163,9 +164,9 @@ def _value(name: str, value: float | str, currency: str) -> str:
     if isinstance(value, str):
         return value
     if name == "tokens":
-        return sentences.tokens(value)
+        return millions(value)
     if name == "months":
-        return sentences.counted(int(value), "month")
+        return counted(int(value), "month")
     if name.endswith(_MONEY):
         return money(Decimal(str(value)), currency)
     return share(value) if name in _SHARES else f"{figure(value)} {_UNITS.get(name, '')}".strip()

@@ -1,6 +1,7 @@
 """The page of evictions. Pure."""
 
 from aggregator.eviction import WORDS, EvictionReport, Remedy, Verdict
+from aggregator.phrases import counted
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import count, gb, span
 
@@ -41,7 +42,7 @@ def _lead(report: EvictionReport) -> str:
     if not report.total:
         return "No model had to leave memory."
     avoidable = report.verdicts.get("placement", 0)
-    lead = _counted(report.total)
+    lead = counted(report.total, "eviction")
     if not avoidable:
         return f"{lead}, none of them avoidable."
     if report.total == 1:
@@ -50,15 +51,11 @@ def _lead(report: EvictionReport) -> str:
     return f"{lead}, {avoidable:,} of them avoidable{f': {what}' if what else ''}."
 
 
-def _counted(number: int) -> str:
-    return "1 eviction" if number == 1 else f"{number:,} evictions"
-
-
 def _more(report: EvictionReport) -> tuple[str, ...]:
     if not report.left_out:
         return ()
-    rows = "1 more row" if report.left_out == 1 else f"{report.left_out:,} more rows"
-    return (f"{rows} with {_counted(report.left_out_evictions)}: see the totals by model.",)
+    rows = counted(report.left_out, "more row")
+    return (f"{rows} with {counted(report.left_out_evictions, 'eviction')}: see the totals by model.",)
 
 
 def _models(report: EvictionReport) -> Section | None:

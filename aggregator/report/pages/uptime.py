@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from aggregator.calendar import counted, local
+from aggregator.calendar import local
+from aggregator.phrases import counted
 from aggregator.report.page import Page, Section, page_of, table
 from aggregator.report.wording import share as percent
 from aggregator.report.wording import span

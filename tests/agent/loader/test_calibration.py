@@ -161,8 +161,20 @@ def test_a_usual_engine_is_timed_at_the_promised_points() -> None:
 )
 def test_where_the_memory_ends_before_the_next_length_it_is_timed_there(kv_tok: int, lengths: tuple[int, ...]) -> None:
     machine = Machine(1_000, 100, 0, 5_000, 100, 1)
-    (*_, eight) = times_of(run(machine, Bounds(8, kv_tok, 8_192, 512))).decode
-    assert tuple(tokens for tokens, _ in eight.points) == lengths
+    one, four, eight = times_of(run(machine, Bounds(8, kv_tok, 8_192, 512))).decode
+    timed = {task.context_tok for task in machine.done if isinstance(task, Decode) and task.rows == 8}
+    assert tuple(sorted(timed)) == lengths
+    assert tuple(tokens for tokens, _ in eight.points)[: len(lengths)] == lengths
+    assert eight.points[-1][0] == four.points[-1][0] == one.points[-1][0], "told as far as fewer rows reach"
+
+
+def test_beyond_its_memory_a_row_count_grows_as_fewer_rows_do_by_their_number() -> None:
+    """A jump between its own last two lengths is not carried on."""
+    measured = {4: {512: 140.0, 1_000: 170.0, 2_000: 250.0}, 8: {512: 180.0, 1_000: 215.0, 1_500: 330.0}}
+    four, eight = calibration._decode(measured)
+    assert four.points == tuple(measured[4].items())
+    assert eight.points == (*measured[8].items(), (2_000, pytest.approx(330 + 2 * (250 - 210))))
+    assert calibration._decode({1: {64: 5.0}})[0].points == ((64, 5.0),)
 
 
 @pytest.mark.parametrize("context_tok", [40, 700, 1_400, 1_600, 2_200, 8_192])
