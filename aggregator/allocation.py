@@ -241,7 +241,7 @@ def _idle_weights(window: Window, node: str, busy: Mapping[Loader, tuple[int, in
 
 def divided(money: Decimal | None, weights: Mapping[K, Fraction | int]) -> dict[K, Decimal]:
     """Divide an amount by weights; the last part in order takes the rounding remainder, so that the parts add up.
-    Nothing where there is no amount, or no weight."""
+    Empty without an amount or a weight."""
     wanted = sorted((key, weight) for key, weight in weights.items() if weight > 0)
     if money is None or not wanted:
         return {}

@@ -72,7 +72,7 @@ def render(report: Judged, fallback_font: str = "") -> bytes:
     )
     parts = (_front, _volume, _thermal, _evictions, _distribution, _cost, _uptime, _recommendations, _method)
     story = [flowable for part in parts for flowable in part(sheet, report)]
-    # dated by what it tells of: when a run happened to make it is no part of a report
+    # dated by what it tells of: when a run happened to make it does not belong to a report
     made = f"D:{local(report.telemetry.until_ms, 'UTC'):%Y%m%d%H%M%S}+00'00'"
 
     def page(canvas: Any, document: Any) -> None:

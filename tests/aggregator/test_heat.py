@@ -161,7 +161,7 @@ def minutes_of(*each: tuple[float, float | None]) -> list[Batch]:
 @pytest.mark.parametrize(
     ("each", "idle_mc"),
     [
-        ([(0.0, 34.0), (0.0, 31.0), (30.0, 29.0)], 31_000),  # 29 while it worked is no idle temperature
+        ([(0.0, 34.0), (0.0, 31.0), (30.0, 29.0)], 31_000),  # 29 was while it worked, not idle
         ([(0.6, 33.0)], 33_000),  # a hundredth of the minute
         ([(0.7, 33.0)], None),
         ([(30.0, 60.0)], None),
