@@ -61,7 +61,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     currency and ``average_per_m`` per million tokens of all kinds and outcomes; ``saving_share`` against the same
     models at API hosts; ``rack_up`` of its time and ``request_share`` of its requests; ``throttled`` of the time in
     which models worked; ``peak_mc``, the highest of any sensor, in thousandths of a degree; ``busy_share`` of the time
-    nodes reported; ``covered`` of node time by telemetry."""
+    nodes reported; ``covered`` of node time by telemetry; ``blank_days`` of its ``days`` are without telemetry."""
 
     requests: int
     failed: int
@@ -79,6 +79,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
     busy_share: float | None
     covered: float | None
+    days: int
+    blank_days: int
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +225,8 @@ def _figures(of: _Evaluated) -> Figures:
         evictions=of.evictions,
         busy_share=of.money.busy_share,
         covered=uptime.covered(of.up),
+        days=len(of.volume.days),
+        blank_days=sum(not day.reported for day in of.volume.days),
     )
 
 

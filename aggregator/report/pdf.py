@@ -18,7 +18,7 @@ from aggregator.calendar import local
 from aggregator.eviction import WORDS
 from aggregator.heat import needs
 from aggregator.incidents import Incident
-from aggregator.judgements import Judged
+from aggregator.judgements import Figures, Judged
 from aggregator.phrases import counted, millions, tokens, verb
 from aggregator.report import wording
 from aggregator.report.layout import (
@@ -137,8 +137,17 @@ def _change(report: Judged, field: str) -> str:
         return "no month before to compare with"
     now, before = getattr(report.figures, field), getattr(report.before, field)
     return wording.changed(
-        now, before, report.before_period, points=field in ("rack_up", "request_share", "saving_share", "throttled")
+        now,
+        before,
+        _before(report.before, report.before_period),
+        points=field in ("rack_up", "request_share", "saving_share", "throttled"),
     )
+
+
+def _before(figures: Figures, period: str) -> str:
+    """The span before, and how much of it there is: a sum of three days is not that of a month."""
+    there = figures.days - figures.blank_days
+    return f"{period} ({there} of {figures.days} days)" if figures.blank_days else period
 
 
 def _comparable(report: Judged) -> str:

@@ -146,7 +146,7 @@ def coverage(report: Judged) -> str:
     covers = f"telemetry covers {share(report.covered)} of the nodes' time since their first report"
     known = covers if report.covered is not None else "no telemetry"
     parts = (
-        (sum(not day.reported for day in report.volume.days), "day", "without telemetry"),
+        (report.figures.blank_days, "day", "without telemetry"),
         (told.lost_batches, "window", "lost"),
         (told.quarantined, "object", "in quarantine"),
         (len(told.waiting), "object", "unreadable"),

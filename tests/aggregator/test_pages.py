@@ -14,7 +14,7 @@ from pypdf import PdfReader
 from reportlab.lib.styles import ParagraphStyle
 from reportlab.pdfbase import pdfmetrics
 
-from aggregator import phrases
+from aggregator import calendar, phrases
 from aggregator.calendar import DAY_MS, Span
 from aggregator.commands import weekly
 from aggregator.judgements import Judged, judge
@@ -355,3 +355,19 @@ def test_a_colon_in_a_sentence_is_no_link() -> None:
 )
 def test_tokens_have_one_form(number: int, said: str) -> None:
     assert phrases.tokens(int(number)) == said
+
+
+def test_a_month_of_which_only_days_are_there_is_not_compared_as_a_whole_one() -> None:
+    report = racks()["usual"]
+    assert report.before is not None
+    assert not report.before.blank_days
+    short = msgspec.structs.replace(report, before=msgspec.structs.replace(report.before, blank_days=27))
+    days = f"(of {report.before.days} days)".replace("of", f"{report.before.days - 27} of")
+    changes = [change for *_, change, _ in pdf._key_figures(short)]
+    assert all(f"{report.before_period} {days}" in change for change in changes)
+    last = window(batch([served(), host()], minute=-1440 * 25), span=calendar.month("2026-10", "UTC"))
+    now = window(batch([served(), host()]), span=calendar.month("2026-11", "UTC"))
+    judged = judge(now, last, config("n1"), T0 + 20 * DAY_MS)
+    assert judged.before is not None
+    assert (judged.before.days, judged.before.blank_days) == (31, 30)
+    assert (judged.figures.days, judged.figures.blank_days) == (30, 29)

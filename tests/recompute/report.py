@@ -177,7 +177,17 @@ class Judged:
             "evictions": len(happened.events(self.counted, "model_evicted")),
             "busy_share": apis.busy_share(self.costs),
             "covered": self.covered(),
+            "days": len(self.period.days()),
+            "blank_days": self.blank_days(),
         }
+
+    def blank_days(self) -> int:
+        """Days, but for those to come, on which no node reported and nothing was counted."""
+        until = lives.until(self.rack, self.period)
+        reported = [span for one in self.there.values() for span in one.reported]
+        counted = {one["date"] for one in volume.of_days(self.counted, self.period) if one["requests"]}
+        begun = [(s, e) for day, s, e in self.period.days() if s < until and day.isoformat() not in counted]
+        return sum(not any(a < end and b > start for a, b in reported) for start, end in begun)
 
     def so_far(self) -> Found:
         """Until when it is judged, where it is not over."""
