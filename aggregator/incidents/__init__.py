@@ -19,6 +19,7 @@ MERGE_MS = 600_000
 LONG_SILENCE_MS = 1_800_000
 """Unexplained silence that is as long as this is an incident."""
 
+BEFORE = "; it began before this period"
 SILENT = "silent"
 """The cause of silence that nothing explains; operators do not write it, since what they write explains it."""
 _LASTS = "check the machine and its network; for one that was taken away set retired in its [[nodes]] table"
@@ -101,6 +102,7 @@ def _silences(window: Window, tenure: Tenure, known: Sequence[Incident]) -> list
         if end - start >= LONG_SILENCE_MS:
             stopped = was_stopped(window, tenure.node, start)
             text = "no telemetry, " + ("since an operator stopped its agent" if stopped else "and nothing tells why")
+            text += BEFORE if start == window.span.since_ms else ""
             fix = _LASTED if end < tenure.until_ms else "taken out of the rack" if tenure.retired else _LASTS
             found.append(_incident(tenure.node, "node", (start, _end_of(end, tenure)), (SILENT, text, fix)))
     return found

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import calendar, cost, eviction, placement
+from aggregator.calendar import DAY_MS
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
-from aggregator.report import pdf
+from aggregator.report import markdown, pdf
+from aggregator.report.pages import evictions as evictions_page
 from shared.batch import Batch
 from shared.errors import Refused
 from shared.records import (
@@ -26,7 +28,7 @@ from shared.records import (
     SwapFinished,
     ThrottleEvent,
 )
-from tests.builders import MINUTE, T0, batch, engine, host, pdf_text, resident, served, uptime_of, window
+from tests.builders import DAY, MINUTE, T0, batch, engine, host, pdf_text, resident, served, uptime_of, window
 
 
 def config(*nodes: str, **more: object) -> AggregatorConfig:
@@ -440,3 +442,45 @@ def test_forty_models_with_long_names_fit_the_page() -> None:
 def test_equal_reports_give_equal_pdfs() -> None:
     report = judge(window(batch([served(), host()])), None, config("n1"), T0 + MINUTE)
     assert pdf.render(report) == pdf.render(report)
+
+
+def test_evictions_are_added_up_over_everything_and_never_beside_a_median() -> None:
+    """Finding A10: "3,500 requests" were five times 700; no total, none by model, no word of what is cut."""
+    often = [evicted(n, for_model="k", requests_last_hour=700 + n, bytes=5 + n) for n in range(5)]
+    others = [evicted(n, model=f"m{n:02d}", reason="ordered") for n in range(12)]
+    made = window(batch([*often, *others]), batch([evicted(9, for_model="k", requests_last_hour=3)], node="n2"))
+    found = eviction.report(made)
+    assert (found.total, len(found.rows), found.left_out, found.left_out_evictions) == (18, 10, 4, 4)
+    assert sum(row.evictions for row in found.rows) + found.left_out_evictions == found.total
+    first = found.rows[0]
+    assert (first.node, first.model, first.evictions) == ("n1", "m", 5)
+    assert (first.requests_last_hour, first.bytes) == (702, 9), "the median and the largest of one eviction"
+    assert next((m.model, m.evictions, m.nodes) for m in found.models) == ("m", 6, 2)
+    assert sum(m.evictions for m in found.models) == found.total
+    assert sum(found.verdicts.values()) == found.total
+    text = markdown.render(evictions_page.page(found, "r")).decode()
+    assert text.startswith("# Evictions")
+    for said in ("18 evictions, ", "4 more rows with 4 evictions: see the totals by model.", "| 702 |"):
+        assert said in text
+    assert "3,5" not in text
+    printed = pdf_text(pdf.render(judge(made, None, config("n1"), T0 + DAY_MS)))
+    assert "4 more rows" in printed
+    assert "Total" in printed
+
+
+def test_without_evictions_there_is_no_table_of_them() -> None:
+    page = evictions_page.page(eviction.report(window(batch([served()]))), "r")
+    assert (page.lead, page.sections) == ("No model had to leave memory.", ())
+
+
+def test_silence_that_began_before_the_period_says_so() -> None:
+    nodes = ("n1", "n2")
+    early = batch(node="n1", minute=-60, seq=1)
+    made = window(early, *(batch(node="n2", minute=n, seq=n + 1) for n in range(90)), span=DAY, nodes=nodes)
+    found = uptime_of(made, T0 + 90 * MINUTE, nodes=config(*nodes).nodes)
+    (one,) = (i for i in found.incidents if i.node == "n1")
+    assert (one.start_ms, one.end_ms) == (T0, None)
+    assert one.text.endswith("; it began before this period")
+    later = window(batch(node="n1", minute=0), *(batch(node="n2", minute=n, seq=n + 1) for n in range(90)), span=DAY)
+    (one,) = (i for i in uptime_of(later, T0 + 90 * MINUTE).incidents if i.node == "n1")
+    assert "before" not in one.text

@@ -34,8 +34,9 @@ def page(report: EvictionReport, rack: str) -> Page:
         "Node | Model | Evictions | Of them | Memory, each | Requests in the hour before, median | Made room for | "
         "Wanted again after, at the least | Verdict | Evidence, and what to do"
     )
-    section = Section(title="The most evicted", text=_more(report), table=table(columns, rows, (2, 4, 5, 7)))
-    return page_of(f"Evictions, rack {rack}, {report.period}", _lead(report), [section, _models(report)])
+    most = Section(title="The most evicted", text=_more(report), table=table(columns, rows, (2, 4, 5, 7)))
+    sections = [most, _models(report)] if rows else []
+    return page_of(f"Evictions, rack {rack}, {report.period}", _lead(report), sections)
 
 
 def _lead(report: EvictionReport) -> str:
