@@ -1,0 +1,67 @@
+"""Task classes: what a request is for, as its caller states it. Pure.
+
+ROUTINE is extraction, classification, short drafts; REASONING is multi-step or ambiguous; ORCHESTRATION is planning and
+delegation. SENSITIVE is orthogonal: it must stay on the premises, whatever the class.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, get_args
+
+from shared.errors import Refused
+
+TaskClass = Literal["ROUTINE", "REASONING", "ORCHESTRATION"]
+CLASSES: tuple[TaskClass, ...] = get_args(TaskClass)
+"""From the least urgent to the most."""
+SENSITIVE = "SENSITIVE"
+HEADER = "X-Task-Class"
+FIELD = "metadata.task_class"
+AUTO = "auto"
+"""The model name of a caller who leaves the choice to the policy."""
+CLASS_PREFIX = "class:"
+"""``class:routine`` as a model name states the class and leaves the model to the policy."""
+
+
+class Declared(NamedTuple):
+    """What a caller said. ``task_class`` is None where only SENSITIVE, or nothing, was said."""
+
+    task_class: TaskClass | None = None
+    sensitive: bool = False
+
+
+NOTHING = Declared()
+
+
+def declared(texts: Iterable[str], where: str) -> Declared:
+    """Parse class names separated by commas, in any case. An unknown name is refused, never ignored: a misspelt
+    SENSITIVE would be taken for permission. Raises Refused naming ``where``."""
+    found = [name.strip().upper() for text in texts for name in text.split(",") if name.strip()]
+    known = {name: name for name in CLASSES}
+    classes = [known[name] for name in found if name in known]
+    if len(found) != len(classes) + found.count(SENSITIVE) or len(set(classes)) > 1:
+        wanted = f"one of {', '.join(CLASSES)}, with or without {SENSITIVE}"
+        raise Refused(f"{where}: expected {wanted}, like ROUTINE, SENSITIVE", code="invalid_value", param=where)
+    return Declared(classes[0] if classes else None, SENSITIVE in found)
+
+
+def both(first: Declared, second: Declared, where: str) -> Declared:
+    """Two declarations of one request: either makes it SENSITIVE, and two classes must agree. Raises Refused."""
+    if first.task_class and second.task_class and first.task_class != second.task_class:
+        raise Refused(f"{where}: {HEADER} and {FIELD} name different classes", code="invalid_value", param=where)
+    return Declared(first.task_class or second.task_class, first.sensitive or second.sensitive)
+
+
+def of_model(name: str) -> TaskClass | None:
+    """The class in a model name like ``class:routine``; None for any other name. Raises Refused for an unknown one."""
+    if not name.lower().startswith(CLASS_PREFIX):
+        return None
+    found = declared([name[len(CLASS_PREFIX) :]], "model")
+    if found.task_class is None or found.sensitive:
+        raise Refused(
+            f"model: expected {CLASS_PREFIX} and one of {', '.join(CLASSES)}", code="invalid_value", param="model"
+        )
+    return found.task_class
+
+
+def is_left_open(name: str) -> bool:
+    """Whether a model name leaves the choice of the model to the policy."""
+    return name.lower() == AUTO or name.lower().startswith(CLASS_PREFIX)
