@@ -13,13 +13,27 @@ from aiohttp import web
 from agent.api import ignored
 from agent.api.answers import Choice, Identity, Usage, annotated, error_body
 from agent.api.bodies import Held, weight
-from agent.api.context import BODIES, CONTEXT, LOGGED, PARSING, REQUEST_ID, cache_of, client_key_id, json_response, note
+from agent.api.context import (
+    BODIES,
+    CONTEXT,
+    LOGGED,
+    PARSING,
+    PASSAGE,
+    REQUEST_ID,
+    cache_of,
+    client_key_id,
+    json_response,
+    note,
+)
 from agent.api.openai import AnswerRequest, EmbedRequest
 from agent.api.sse import EventStream, Unread
 from agent.api.wire import body_of
 from agent.config import Api
 from agent.gateway.call import Call
 from agent.gateway.outcomes import ended
+from agent.gateway.passage import Passage
+from agent.gateway.wall import Asked
+from agent.policy import classes
 from agent.wire.frames import Accepted, Answer, Done, Generate, Scored, Tokens, Waits
 from shared.errors import RackError, Retryable
 
@@ -79,13 +93,34 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
     return wanted
 
 
-def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[Call]:
+async def passed(request: web.Request, wanted: AnswerRequest | EmbedRequest, key_id: str) -> Passage:
+    """The request, decided by the policy; it is closed with its response. Raises Refused and Retryable."""
+    header = classes.declared(request.headers.getall(classes.HEADER, ()), classes.HEADER)
+    is_answer = isinstance(wanted, AnswerRequest)
+    asked = Asked(
+        request_id=request[REQUEST_ID],
+        key_id=key_id,
+        declared=classes.both(header, wanted.declared, classes.HEADER),
+        source="header" if header.task_class else "body",
+        ask=wanted.generate if is_answer else wanted.embed,
+        prompts=wanted.prompts if is_answer else (),
+        answers=wanted.n if is_answer else 1,
+        stream=is_answer and wanted.stream,
+    )
+    passage = request[PASSAGE] = await request.app[CONTEXT].wall.enter(asked)
+    return passage
+
+
+def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str, passage: Passage) -> list[Call]:
     """A call for each choice. Parts beyond the first of a prompt do not count the request or its prompt again."""
     cache = cache_of(request, key_id)
+    ask = msgspec.structs.replace(
+        wanted.generate, model=passage.model or wanted.generate.model, private=passage.private, rank=passage.rank
+    )
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
         Call(
-            ask=wanted.generate if prompt is None else msgspec.structs.replace(wanted.generate, prompt=prompt),
+            ask=ask if prompt is None else msgspec.structs.replace(ask, prompt=prompt),
             request_id=request[REQUEST_ID] if index == 0 else f"{request[REQUEST_ID]}-{index}",
             key_id=key_id,
             cache=cache,
@@ -93,6 +128,7 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str) -> list[C
             part=index,
             turn=turn,
             seed=wanted.seed,
+            passage=passage,
         )
         for index, (prompt, turn) in enumerate(parts)
     ]
@@ -108,7 +144,8 @@ async def answer(
 
 
 async def _answered(request: web.Request, wanted: AnswerRequest, shape: Shape, key_id: str) -> web.StreamResponse:
-    calls = calls_of(request, wanted, key_id)
+    passage = await passed(request, wanted, key_id)
+    calls = passage.calls = calls_of(request, wanted, key_id, passage)
     try:
         if wanted.stream:
             return await streamed(request, calls, wanted, shape)
@@ -217,6 +254,7 @@ async def streamed(
                     patience_s = config.limits.token_gap_s
                     stream = EventStream(request, headers(calls, wanted.ignored, calls[index]), patience_s)
                     await stream.open()
+                    settle(calls[index])
                 if due and stream is not None:
                     await stream.keep_alive()
                 if told and not begun:
@@ -289,10 +327,11 @@ def _events(
 def identity(calls: Sequence[Call], prefix: str, answered: Call | None = None) -> Identity:
     """The fields that every object of this answer repeats; the fingerprint is of the part that ``answered`` first."""
     first = calls[0]
+    place = first.passage.at if first.passage is not None else None
     return Identity(
         answer_id=f"{prefix}-{first.request_id.removeprefix('req_')}",
         created=int(time.time()),
-        model=first.model,
+        model=first.model if place is None else place.model,
         fingerprint=f"fp_{(answered or first).version}",
     )
 
@@ -311,9 +350,27 @@ def headers(calls: Sequence[Call], unused: Sequence[str] = (), answered: Call | 
     """Headers that name the worker and version of the part that ``answered`` first, and fields that had no effect."""
     first = answered or calls[0]
     found = {"X-Mlxrack-Version": first.version, "X-Mlxrack-Node": first.worker}
+    if first.passage is not None:
+        found |= _ruled(first.passage)
     if first.retries:
         found["X-Mlxrack-Retries"] = str(first.retries)
     return found | ignored.header([*unused, *(name for call in calls for name in call.ignored)])
+
+
+def settle(call: Call) -> None:
+    """The client has a sign of life: from here on the answer stays where it is."""
+    if call.passage is not None:
+        call.passage.settled = True
+
+
+def _ruled(passage: Passage) -> dict[str, str]:
+    """Headers that say how the request was taken, and where its answer is from."""
+    place = passage.at
+    found = {
+        "X-Mlxrack-Class": f"{passage.facts.task_class}{', SENSITIVE' if passage.private else ''}",
+        "X-Mlxrack-Place": "rack" if place is None else place.category,
+    }
+    return found if place is None else {**found, "X-Mlxrack-Provider": place.provider}
 
 
 def note_calls(request: web.Request, calls: Sequence[Call]) -> None:

@@ -14,6 +14,8 @@ from agent.api.connection_limits import Table
 from agent.config import AgentConfig, Live, cache_group, hash_key
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
+from agent.gateway.passage import Passage
+from agent.gateway.wall import Wall
 from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Nonces, RackKeys
 from agent.models.pool import Pool
@@ -35,6 +37,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
     live: Live
     dispatch: Dispatch
+    wall: Wall
     pool: Pool
     follower: Follower
     peers: PeerTable
@@ -64,6 +67,7 @@ PARSING = web.AppKey("parsing", Executor)
 REFUSALS = web.AppKey("refusals", Repeats)
 REQUEST_ID = web.RequestKey("request_id", str)
 PROVED = web.RequestKey("proved", bool)
+PASSAGE = web.RequestKey("passage", Passage)
 LOG_FIELDS: web.RequestKey[Any] = web.RequestKey("log_fields", dict)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import msgspec
 from aiohttp import web
 
 from agent.api import answering, answers, openai
@@ -20,7 +21,10 @@ async def embeddings(request: web.Request) -> web.Response:
 
 async def _embedded(request: web.Request, wanted: openai.EmbedRequest, key_id: str) -> web.Response:
     cache = cache_of(request, key_id)
-    call = Call(ask=wanted.embed, request_id=request[REQUEST_ID], key_id=key_id, cache=cache)
+    passage = await answering.passed(request, wanted, key_id)
+    ask = msgspec.structs.replace(wanted.embed, model=passage.model or wanted.embed.model)
+    call = Call(ask=ask, request_id=request[REQUEST_ID], key_id=key_id, cache=cache, passage=passage)
+    passage.calls = [call]
     vectors: tuple[bytes, ...] = ()
     try:
         dispatch = request.app[CONTEXT].dispatch

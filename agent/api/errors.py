@@ -10,6 +10,7 @@ from agent.api.answers import error_body
 from agent.api.context import (
     CONTEXT,
     LOG_FIELDS,
+    PASSAGE,
     PROVED,
     REFUSALS,
     REQUEST_ID,
@@ -28,8 +29,9 @@ from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 _CODES = {
-    401: ("invalid_api_key",),
+    401: ("invalid_api_key", "key_expired"),
     403: (
+        *("model_not_allowed", "class_not_allowed", "sensitive"),
         *("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
         *("no_certificate", "wrong_certificate", "cross_site"),
     ),
@@ -43,7 +45,10 @@ _CODES = {
     429: ("queue_full", "key_queue_full", "key_bodies_full"),
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
-    503: ("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
+    503: (
+        *("audit_unavailable", "analysis_failed", "not_redactable"),
+        *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
+    ),
     504: ("deadline_exceeded",),
     507: ("no_memory", "disk_full"),
     508: ("loop",),
@@ -121,6 +126,8 @@ async def middleware(
         status = response.status
         return response
     finally:
+        if (passage := request.get(PASSAGE)) is not None:
+            request.app[CONTEXT].wall.close(passage, status)
         _log(request, request_id, status, code, time.monotonic() - began)
 
 

@@ -6,10 +6,11 @@ import msgspec
 
 from agent.gateway.decisions import Trail
 from agent.gateway.outcomes import Ended
+from agent.gateway.passage import Passage
 from agent.process.prefixes import Text
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import Namespace
-from shared.errors import Refused
+from shared.errors import RackError, Refused
 
 MAX_CONTINUATIONS = 4
 TURN_SEEDS = 0x51_7C_C1_B7_27
@@ -38,7 +39,8 @@ class Call(msgspec.Struct, kw_only=True):
     ``over_tok`` is a context length that was too small for it, ``too_long`` the error of the node that found it so;
     engines of ``faulty`` nodes failed at it; ``ignored`` are the fields of the request that the worker capped or left
     out. ``due_s`` is when the request is over. ``fate`` is the end of another part, which ended this one. ``crashes``:
-    see Loss. ``spent`` is what lost attempts took.
+    see Loss. ``spent`` is what lost attempts took. ``passage`` is the request on its way through the wall; ``refused``
+    is why the rack did not admit it, so that it is answered elsewhere. ``end`` is how it ended.
     """
 
     ask: Ask
@@ -76,6 +78,10 @@ class Call(msgspec.Struct, kw_only=True):
     last_s: float = 0.0
     gaps_us: list[tuple[int, int]] = msgspec.field(default_factory=list)
     spent: Spent = msgspec.field(default_factory=Spent)
+    passage: Passage | None = None
+    refused: RackError | None = None
+    end: Ended | None = None
+    code: str = ""
 
     @property
     def model(self) -> str:

@@ -17,6 +17,8 @@ from agent.gateway.decisions import Decisions, Trail
 from agent.gateway.node_health import NodeHealth
 from agent.gateway.node_selection import NodeSelection
 from agent.gateway.outcomes import CANCELLED, FAILED, OK, Ended, ended
+from agent.gateway.overflow import Overflow
+from agent.gateway.passage import Passage
 from agent.gateway.retry_budget import RetryBudget
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
@@ -24,7 +26,7 @@ from agent.models.pool import Pool
 from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView, offers
-from agent.wire.frames import Accepted, Answer, Ask, Generate
+from agent.wire.frames import Accepted, Answer, Ask, Generate, Tokens
 from agent.wire.namespaces import OPEN
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -35,6 +37,8 @@ _REJECTIONS = {
     "key_queue_full": "too many requests in flight for this API key",
 }
 
+_ELSEWHERE = ""
+"""Counts requests that the rack refused and another place answers; no model has this name."""
 _ANY_MODEL = Load(0, 1)
 """Room for any model, while a request's is not known."""
 
@@ -43,7 +47,7 @@ log = get_logger("agent.dispatch")
 
 class Dispatch:
     """The gateway of this node. ``prefix_key`` gives the key of the hashes of prompt prefixes; ``heat`` is the thermal
-    level."""
+    level; ``overflow`` answers from other places what the policy allows there."""
 
     def __init__(
         self,
@@ -59,7 +63,9 @@ class Dispatch:
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         draw: Callable[[], float] = random.random,
+        overflow: Overflow | None = None,
     ) -> None:
+        self._overflow = overflow
         self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
         self._ledger, self._live, self._prefix_key, self._heat = ledger, live, prefix_key, heat
         self._clock, self._wall_ms = clock, wall_ms
@@ -109,12 +115,14 @@ class Dispatch:
         self._begin_trail(call)
         end = CANCELLED
         try:
-            async with contextlib.aclosing(self._attempts.run(call)) as answers:
+            async with contextlib.aclosing(self._answers(call)) as answers:
                 async for answer in answers:
+                    if call.passage is not None:
+                        _note(call.passage, call, answer)
                     yield answer
             end = OK
         except RackError as error:
-            end = ended(error)
+            end, call.code = ended(error), error.code
             raise
         except Exception:  # a bug; whose it is, the client did not leave
             end = FAILED
@@ -122,6 +130,12 @@ class Dispatch:
         finally:
             # a part that was cancelled because another failed has the end of that one
             self._count(call, call.fate if end is CANCELLED and call.fate else end)
+
+    def _answers(self, call: Call) -> AsyncGenerator[Answer, None]:
+        """From the rack alone, or from wherever the policy allows."""
+        if self._overflow is None or call.passage is None or not call.passage.elsewhere:
+            return self._attempts.run(call)
+        return self._overflow.run(call, self._attempts.run, call.refused)
 
     def reading(self, key_id: str) -> Admitted:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable."""
@@ -158,11 +172,14 @@ class Dispatch:
         try:
             self._admit(first, len(calls))
         except RackError as error:
-            self._begin_trail(first)
-            self._count(first, ended(error), error.code)
-            raise
+            if self._overflow is None or not self._overflow.takes(first, error):
+                self._begin_trail(first)
+                self._count(first, ended(error), error.code)
+                raise
+            first.refused = error
+            self._admitted(_ELSEWHERE, first.key_id, len(calls))
         self.budget.asked()
-        return Admitted(partial(self._leave, first, len(calls)))
+        return Admitted(partial(self._leave, _ELSEWHERE if first.refused else first.model, first.key_id, len(calls)))
 
     async def work(self, ask: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
@@ -208,14 +225,17 @@ class Dispatch:
         )
         if isinstance(decision, Turn):
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
-        self._by_model[call.model] += parts
-        self._by_key[call.key_id] += parts
+        self._admitted(call.model, call.key_id, parts)
 
-    def _leave(self, call: Call, parts: int) -> None:
-        self._by_model[call.model] -= parts
-        if not self._by_model[call.model]:
-            del self._by_model[call.model]
-        self._forget_key(call.key_id, parts)
+    def _admitted(self, model: str, key_id: str, parts: int) -> None:
+        self._by_model[model] += parts
+        self._by_key[key_id] += parts
+
+    def _leave(self, model: str, key_id: str, parts: int) -> None:
+        self._by_model[model] -= parts
+        if not self._by_model[model]:
+            del self._by_model[model]
+        self._forget_key(key_id, parts)
 
     def _drain_rate_per_s(self) -> float:
         return sum(drain.per_s(self._clock()) for drain in self._drain.values())
@@ -239,7 +259,7 @@ class Dispatch:
         )
 
     def _count(self, call: Call, end: Ended, code: str = "") -> None:
-        now = self._clock()
+        now, call.end, call.code = self._clock(), end, call.code or code
         if end is OK:
             self._drain.setdefault(call.model, DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
@@ -267,3 +287,12 @@ class Dispatch:
                 total_us=int((now - call.began_s) * 1e6),
             )
         )
+
+
+def _note(passage: Passage, call: Call, answer: Answer) -> None:
+    """What the wall has to know of an answer."""
+    if isinstance(answer, Tokens):
+        if passage.private:
+            passage.said.append(answer.text)
+    elif isinstance(answer, Accepted) and len(passage.calls) == 1 and passage.reservation is not None:
+        passage.reservation.counted(answer.prompt_tok)
