@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from agent.config import Live
-from agent.gateway.admission import Admitted, DrainRate, Load, Turn, admit
+from agent.gateway.admission import Admitted, DrainRate, Load, Places, Turn, admit
 from agent.gateway.attempt import Attempts
 from agent.gateway.call import Call
 from agent.gateway.decisions import Decisions, Trail
@@ -63,9 +63,10 @@ class Dispatch:
         self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
         self._ledger, self._live, self._prefix_key, self._heat = ledger, live, prefix_key, heat
         self._clock, self._wall_ms = clock, wall_ms
-        self._by_model: Counter[str] = Counter()
+        self._places = Places()
         self._by_key: Counter[str] = Counter()
-        self._drain: dict[str, DrainRate] = {}
+        self._drain: dict[tuple[str, int], DrainRate] = {}
+        """By model and rank."""
         self.health = NodeHealth()
         self.budget = RetryBudget(clock())
         self.decisions = Decisions()
@@ -80,11 +81,11 @@ class Dispatch:
     @property
     def in_flight(self) -> int:
         """Client requests admitted and not ended."""
-        return self._by_model.total()
+        return self._places.total
 
     def saturated(self, model: str) -> bool:
         """Whether one more request for the model would be rejected."""
-        return Load(self._by_model[model], self._live.now.limits.in_flight_per_model).over > 0
+        return Load(self._places.of(model), self._live.now.limits.in_flight_per_model).over > 0
 
     def here(self) -> NodeView:
         """This node as routing sees it."""
@@ -199,22 +200,23 @@ class Dispatch:
         most = min(self._live.now.limits.in_flight_per_model, self._live.now.limits.in_flight_per_key)
         if parts > most:
             raise Refused(f"n: this node generates at most {most} answers per request", code="invalid_value", param="n")
-        now, drain = self._clock(), self._drain.get(call.model)
+        now, drain = self._clock(), self._drain.get((call.model, call.priority.rank))
+        most_of_model = self._live.now.limits.in_flight_per_model
         decision = admit(
-            model=Load(self._by_model[call.model] + parts - 1, self._live.now.limits.in_flight_per_model),
+            model=self._places.load(call.model, parts, call.priority, most_of_model, now),
             key=Load(self._by_key[call.key_id] + parts - 1, self._live.now.limits.in_flight_per_key),
             draining=self._closed_to(call.model),
             drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
+            if decision.code == "queue_full":
+                self._places.refused(call.model, call.priority, now)
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
-        self._by_model[call.model] += parts
+        self._places.enter(call.model, parts, call.priority)
         self._by_key[call.key_id] += parts
 
     def _leave(self, call: Call, parts: int) -> None:
-        self._by_model[call.model] -= parts
-        if not self._by_model[call.model]:
-            del self._by_model[call.model]
+        self._places.leave(call.model, parts, call.priority)
         self._forget_key(call.key_id, parts)
 
     def _drain_rate_per_s(self) -> float:
@@ -241,7 +243,7 @@ class Dispatch:
     def _count(self, call: Call, end: Ended, code: str = "") -> None:
         now = self._clock()
         if end is OK:
-            self._drain.setdefault(call.model, DrainRate()).ended(now)
+            self._drain.setdefault((call.model, call.priority.rank), DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
         if call.trail is not None:
