@@ -3,9 +3,9 @@
 Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
 run can be continued anywhere. Words are tokens. Prefill time depends on the words that are not in the prompt cache,
 step time on the number of rows, and rows are admitted while their KV cache fits, the highest rank first: to a router it
-looks like a real machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of memory does;
-``!hang`` is never prepared; ``!raise`` ends the engine in its first step; ``!slow`` makes this loader ten times slower
-from then on.
+looks like a real machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of
+memory does; ``!hang`` is never prepared; ``!raise`` ends the engine in its first step; ``!slow`` makes this loader ten
+times slower from then on.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""Which prompt a loader prepares next: the highest rank's, fair between API keys, and within a key the small ones first.
-Pure.
+"""Which prompt a loader prepares next: the highest rank first, fair between API keys, and within a key the small ones
+first. Pure.
 
 A loader prepares one prompt after the other, as they arrive. So little is sent ahead to it: at most one large prompt,
 and a few small ones that may be next.
