@@ -1,9 +1,13 @@
 """Admission: whether a request may start now, and when to retry if not. Pure: the time is an argument."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
+
+from agent.policy.classes import TaskClass, rank_of
+from agent.policy.rules import Admission
+from agent.wire.priority import Priority
 
 _RECENT_S = 30.0
 _UNKNOWN_WAIT_S = 5.0
@@ -73,6 +77,83 @@ class DrainRate:
     def _forget(self, now_s: float) -> None:
         while self._ended and self._ended[0] < now_s - _RECENT_S:
             self._ended.popleft()
+
+
+def priority_of(task_class: TaskClass, class_from: str, rules: Admission) -> Priority:
+    """What a request of this class may claim, wherever it waits for others. Those below ORCHESTRATION leave it the rows
+    that are reserved for it; those below REASONING, the ones whose class was guessed included, also that one's."""
+    rank = rank_of(task_class, class_from)
+    leaves = rules.reserved_orchestration if rank < rank_of("ORCHESTRATION", "header") else 0
+    leaves += rules.reserved_reasoning if rank < rank_of("REASONING", "header") else 0
+    return Priority(rank=rank, leaves_rows=leaves, starve_ms=int(rules.starve_s * 1000))
+
+
+class _Held:
+    """Of one model."""
+
+    def __init__(self) -> None:
+        self.by_rank: Counter[int] = Counter()
+        self.refused_s: dict[int, float] = {}
+        """Since when each rank was only refused."""
+
+
+class Places:
+    """Requests in flight by model and rank.
+
+    What stands before a request are those of its own rank and above, so only they count against its model's limit: a
+    higher rank gets in while lower ones fill all places, and has to wait for none of them. Each class so takes as many
+    places as the limit says, and where all requests have one rank all of them together do. Lower ranks leave the
+    reserved places free. One that was only refused for as long as it may wait for higher ranks, while such are in
+    flight, gets a place beyond the limit."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, _Held] = {}
+
+    @property
+    def total(self) -> int:
+        """Requests in flight."""
+        return sum(one.by_rank.total() for one in self._models.values())
+
+    def of(self, model: str) -> int:
+        """Those for a model."""
+        held = self._models.get(model)
+        return held.by_rank.total() if held else 0
+
+    def load(self, model: str, parts: int, priority: Priority, limit: int, now_s: float) -> Load:
+        """What counts for a request of so many parts, as if it were one."""
+        if (held := self._models.get(model)) is None:
+            return Load(parts - 1, max(limit, parts))
+        if self._starves(held, priority, now_s):
+            return Load(0, 1)
+        before = sum(count for rank, count in held.by_rank.items() if rank >= priority.rank)
+        # a request of many parts would else never find so many places
+        return Load(before + parts - 1, max(parts, limit - priority.leaves_rows))
+
+    def enter(self, model: str, parts: int, priority: Priority) -> None:
+        """A request was admitted."""
+        held = self._models.setdefault(model, _Held())
+        held.by_rank[priority.rank] += parts
+        held.refused_s.pop(priority.rank, None)
+
+    def refused(self, model: str, priority: Priority, now_s: float) -> None:
+        """A request was refused, because the model's places are taken."""
+        if (held := self._models.get(model)) is not None:
+            held.refused_s.setdefault(priority.rank, now_s)
+
+    def leave(self, model: str, parts: int, priority: Priority) -> None:
+        """An admitted request has ended."""
+        held = self._models[model]
+        held.by_rank[priority.rank] -= parts
+        if not held.by_rank[priority.rank]:
+            del held.by_rank[priority.rank]
+        if not held.by_rank:
+            del self._models[model]
+
+    @staticmethod
+    def _starves(held: _Held, priority: Priority, now_s: float) -> bool:
+        since_s = held.refused_s.get(priority.rank)
+        waited = since_s is not None and (now_s - since_s) * 1000 >= priority.starve_ms
+        return waited and max(held.by_rank) > priority.rank
 
 
 def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float]) -> Admit | Turn:

@@ -10,6 +10,7 @@ from agent.gateway.passage import Passage
 from agent.process.prefixes import Text
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import Namespace
+from agent.wire.priority import NEUTRAL, Priority
 from shared.errors import RackError, Refused
 
 MAX_CONTINUATIONS = 4
@@ -47,6 +48,7 @@ class Call(msgspec.Struct, kw_only=True):
     request_id: str
     cache: Namespace
     key_id: str = ""
+    priority: Priority = NEUTRAL
     whole: bool = True
     part: int = 0
     turn: int = 0
@@ -110,7 +112,9 @@ class Call(msgspec.Struct, kw_only=True):
         """The frame for the worker."""
         ask = self.ask
         if not isinstance(ask, Generate):
-            return msgspec.structs.replace(ask, id=1, request_id=self.request_id, door=gateway, cache=self.cache)
+            return msgspec.structs.replace(
+                ask, id=1, request_id=self.request_id, door=gateway, cache=self.cache, priority=self.priority
+            )
         # without a seed the gateway draws one, so that a retry samples the same tokens
         seed = self.seed if self.seed is not None else secrets.randbits(62)
         self.seed = seed
@@ -121,6 +125,7 @@ class Call(msgspec.Struct, kw_only=True):
             door=gateway,
             whole=self.whole,
             cache=self.cache,
+            priority=self.priority,
             seed=seed + self.turn * TURN_SEEDS,
             made=tuple(self.made) if self.continuing else (),
             version=self.version if self.continuing else "",

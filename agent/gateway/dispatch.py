@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from agent.config import Live
-from agent.gateway.admission import Admitted, DrainRate, Load, Turn, admit
+from agent.gateway.admission import Admitted, DrainRate, Load, Places, Turn, admit
 from agent.gateway.attempt import Attempts
 from agent.gateway.call import Call
 from agent.gateway.decisions import Decisions, Trail
@@ -69,9 +69,10 @@ class Dispatch:
         self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
         self._ledger, self._live, self._prefix_key, self._heat = ledger, live, prefix_key, heat
         self._clock, self._wall_ms = clock, wall_ms
-        self._by_model: Counter[str] = Counter()
+        self._places = Places()
         self._by_key: Counter[str] = Counter()
-        self._drain: dict[str, DrainRate] = {}
+        self._drain: dict[tuple[str, int], DrainRate] = {}
+        """By model and rank."""
         self.health = NodeHealth()
         self.budget = RetryBudget(clock())
         self.decisions = Decisions()
@@ -86,11 +87,11 @@ class Dispatch:
     @property
     def in_flight(self) -> int:
         """Client requests admitted and not ended."""
-        return self._by_model.total()
+        return self._places.total
 
     def saturated(self, model: str) -> bool:
         """Whether one more request for the model would be rejected."""
-        return Load(self._by_model[model], self._live.now.limits.in_flight_per_model).over > 0
+        return Load(self._places.of(model), self._live.now.limits.in_flight_per_model).over > 0
 
     def here(self) -> NodeView:
         """This node as routing sees it."""
@@ -177,9 +178,9 @@ class Dispatch:
                 self._count(first, ended(error), error.code)
                 raise
             first.refused = error
-            self._admitted(_ELSEWHERE, first.key_id, len(calls))
+            self._admitted(_ELSEWHERE, first, len(calls))
         self.budget.asked()
-        return Admitted(partial(self._leave, _ELSEWHERE if first.refused else first.model, first.key_id, len(calls)))
+        return Admitted(partial(self._leave, _ELSEWHERE if first.refused else first.model, first, len(calls)))
 
     async def work(self, ask: Ask, text: Text | None = None) -> AsyncGenerator[Answer, None]:
         """Answer on this node, for a client of ours or for a peer. Raises Retryable when the loader is lost."""
@@ -216,26 +217,27 @@ class Dispatch:
         most = min(self._live.now.limits.in_flight_per_model, self._live.now.limits.in_flight_per_key)
         if parts > most:
             raise Refused(f"n: this node generates at most {most} answers per request", code="invalid_value", param="n")
-        now, drain = self._clock(), self._drain.get(call.model)
+        now, drain = self._clock(), self._drain.get((call.model, call.priority.rank))
+        most_of_model = self._live.now.limits.in_flight_per_model
         decision = admit(
-            model=Load(self._by_model[call.model] + parts - 1, self._live.now.limits.in_flight_per_model),
+            model=self._places.load(call.model, parts, call.priority, most_of_model, now),
             key=Load(self._by_key[call.key_id] + parts - 1, self._live.now.limits.in_flight_per_key),
             draining=self._closed_to(call.model),
             drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
+            if decision.code == "queue_full":
+                self._places.refused(call.model, call.priority, now)
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
-        self._admitted(call.model, call.key_id, parts)
+        self._admitted(call.model, call, parts)
 
-    def _admitted(self, model: str, key_id: str, parts: int) -> None:
-        self._by_model[model] += parts
-        self._by_key[key_id] += parts
+    def _admitted(self, model: str, call: Call, parts: int) -> None:
+        self._places.enter(model, parts, call.priority)
+        self._by_key[call.key_id] += parts
 
-    def _leave(self, model: str, key_id: str, parts: int) -> None:
-        self._by_model[model] -= parts
-        if not self._by_model[model]:
-            del self._by_model[model]
-        self._forget_key(key_id, parts)
+    def _leave(self, model: str, call: Call, parts: int) -> None:
+        self._places.leave(model, parts, call.priority)
+        self._forget_key(call.key_id, parts)
 
     def _drain_rate_per_s(self) -> float:
         return sum(drain.per_s(self._clock()) for drain in self._drain.values())
@@ -261,7 +263,7 @@ class Dispatch:
     def _count(self, call: Call, end: Ended, code: str = "") -> None:
         now, call.end, call.code = self._clock(), end, call.code or code
         if end is OK:
-            self._drain.setdefault(call.model, DrainRate()).ended(now)
+            self._drain.setdefault((call.model, call.priority.rank), DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
         if call.trail is not None:

@@ -2,10 +2,10 @@
 
 Each next word depends on the conversation, the seed and the words before it, so two runs of one request agree and a
 run can be continued anywhere. Words are tokens. Prefill time depends on the words that are not in the prompt cache,
-step time on the number of rows, and rows are admitted while their KV cache fits: to a router it looks like a real
-machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of memory does;
-``!hang`` is never prepared; ``!raise`` ends the engine in its first step; ``!slow`` makes this loader ten times slower
-from then on.
+step time on the number of rows, and rows are admitted while their KV cache fits, the highest rank first: to a router it
+looks like a real machine. A conversation whose last message begins with ``!crash`` kills the process, as a GPU out of
+memory does; ``!hang`` is never prepared; ``!raise`` ends the engine in its first step; ``!slow`` makes this loader ten
+times slower from then on.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ import msgspec
 from agent.loader.calibration import Bounds, Decode, Prefill, Task
 from agent.loader.counts import Counts
 from agent.loader.generation import Advance, Prepared, nothing
+from agent.loader.ranking import Standing, rows_for, yielding
+from agent.loader.row_placement import Placed
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
     Accepted,
@@ -43,6 +45,7 @@ from agent.wire.frames import (
     Working,
 )
 from agent.wire.namespaces import Namespace
+from agent.wire.priority import Turns
 
 CONTEXT_TOK = 8192
 _PIECE_TOK = 256
@@ -63,6 +66,12 @@ class _Row:
     first_s: float = 0.0
     made: int = 0
     said: list[str] = field(default_factory=list)
+    rank: int = 0
+    yielded: int = 0
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.rank, self.request.priority.leaves_rows, self.yielded)
 
 
 class Pretence(NamedTuple):
@@ -90,6 +99,7 @@ class FakeEngine:
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
         self._waiting: list[_Row] = []
+        self._turns = Turns()
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
@@ -150,6 +160,7 @@ class FakeEngine:
         else:
             row.left_tok = prompt_tok - cached_tok + row.made
             self._waiting.append(row)
+            self._turns.arrive(request.id, request.priority, row.since_s)
         self._counts.add("cached_tok", cached_tok)
         self._counts.highest("queue_max", len(self._waiting) + len(self._rows) - self._limit)
         ignored = prepared.extra or ()
@@ -158,6 +169,7 @@ class FakeEngine:
     def cancel(self, request_id: int) -> None:
         self._embeds = [work for work in self._embeds if work[0].id != request_id]
         self._waiting = [row for row in self._waiting if row.request.id != request_id]
+        self._turns.leave(request_id)
         if row := self._rows.pop(request_id, None):
             self._counts.add("wasted_tok", row.made)
 
@@ -181,9 +193,8 @@ class FakeEngine:
         return answers
 
     def _prefill(self) -> None:
-        """Admit rows that fit, in order; prefill one chunk, or everything when prefill takes no time."""
-        while self._waiting and len(self._rows) < self._limit and self._has_room(self._waiting[0]):
-            row = self._waiting[0]
+        """Admit rows that fit, by rank and in order; prefill one chunk, or everything when prefill takes no time."""
+        while (row := self._next_row()) is not None:
             row.begun_s = row.begun_s or time.perf_counter()
             piece = min(row.left_tok, self._chunk_tok)
             self._counts.add("prefill_tok", piece)
@@ -194,10 +205,34 @@ class FakeEngine:
                 self._counts.add("busy_prefill_us", int(piece_s * 1e6))
                 self._counts.lately.prefilled(piece, int(piece_s * 1e6))
             if row.left_tok <= 0:
-                self._rows[row.request.id] = self._waiting.pop(0)
+                self._waiting.remove(row)
+                self._rows[row.request.id] = row
+                self._turns.take(row.request.id, time.perf_counter())
                 self._keep(row.request.cache, row.prompt)
             if self._speed.prefill_tps:
                 return
+
+    def _next_row(self) -> _Row | None:
+        """The row to prefill now; None while the first of the highest rank does not fit, even if lower ones yield."""
+        now = time.perf_counter()
+        for row in self._waiting:
+            row.rank = self._turns.rank(row.request.id, now)
+        first = max(self._waiting, key=lambda row: row.rank, default=None)
+        if first is None:
+            return None
+        placed = [Placed(number, 0, row.begun_s, row.made, False) for number, row in self._rows.items()]
+        standings = {number: row.standing for number, row in self._rows.items()}
+        left = dict(self._rows)
+        for number in (None, *yielding(placed, standings, first.rank)):
+            if number is not None:
+                del left[number]
+            if self._has_room(first, left):
+                for gone in [self._rows[one] for one in self._rows if one not in left]:
+                    gone.yielded += 1
+                    self._waiting.insert(0, self._rows.pop(gone.request.id))
+                    self._turns.back(gone.request.id, now)
+                return first
+        return None
 
     @property
     def _chunk_tok(self) -> int:
@@ -205,9 +240,12 @@ class FakeEngine:
         tps = self._speed.prefill_tps
         return min(_PIECE_TOK, max(1, int(tps / 4))) if tps else CONTEXT_TOK
 
-    def _has_room(self, row: _Row) -> bool:
-        held = sum(len(one.prompt) + one.made for one in self._rows.values())
-        return not self._speed.kv_tok or not self._rows or held + len(row.prompt) <= self._speed.kv_tok
+    def _has_room(self, row: _Row, rows: dict[int, _Row]) -> bool:
+        """Whether it fits beside these rows."""
+        if len(rows) >= rows_for(row.standing.leaves, [one.standing for one in rows.values()], self._limit):
+            return False
+        held = sum(len(one.prompt) + one.made for one in rows.values())
+        return not self._speed.kv_tok or not rows or held + len(row.prompt) <= self._speed.kv_tok
 
     def _known_tok(self, cache: Namespace, prompt: tuple[str, ...]) -> int:
         known = 0
@@ -244,6 +282,7 @@ class FakeEngine:
         if not stopped and not calls and row.made < limit:
             return [Tokens(id=row.request.id, text=text, count=1, scored=scored, ids=ids)]
         del self._rows[row.request.id]
+        self._turns.leave(row.request.id)
         self._keep(row.request.cache, (*row.prompt, *_heading("assistant"), *row.said))
         text += "" if stopped else row.stop.finish()
         done = _done(row, "tool_calls" if calls else "stop" if stopped else "length")

@@ -65,3 +65,13 @@ def of_model(name: str) -> TaskClass | None:
 def is_left_open(name: str) -> bool:
     """Whether a model name leaves the choice of the model to the policy."""
     return name.lower() == AUTO or name.lower().startswith(CLASS_PREFIX)
+
+
+def rank_of(task_class: TaskClass, class_from: str) -> int:
+    """How soon a request of this class has its turn beside others, the higher the sooner: -1 ROUTINE, 1 REASONING,
+    2 ORCHESTRATION. A class that was guessed (``class_from`` of its facts) ranks 0, between ROUTINE and REASONING, so
+    that where nobody declares anything all requests are equal, and a guess neither gains nor costs anything."""
+    return 0 if class_from == "guess" else _RANKS[task_class]
+
+
+_RANKS: dict[TaskClass, int] = {"ROUTINE": -1, "REASONING": 1, "ORCHESTRATION": 2}

@@ -196,7 +196,7 @@ class LoaderProcess:
         self._open[number], self._waiting[number] = answers, request
         self.throughput.begin(number, text.prompt_tok if text else 0)
         try:
-            for refused in self._watch.add(number, request.cache, size_bytes(request)):
+            for refused in self._watch.add(number, request.cache, size_bytes(request), request.priority):
                 self._open[refused].put(_full(refused))
             self._send_due()
             while not finished:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from agent.process.blame import Ending, blamed
 from agent.process.preparation import PreparationLine
 from agent.wire.frames import SUSPECT
+from agent.wire.priority import NEUTRAL, Priority
 from agent.wire.progress import Prepares, Progress
 from shared.errors import Retryable
 
@@ -42,13 +43,13 @@ class Watch:
         self._cause = ""
         self._blamed: dict[int, str] = {}
 
-    def add(self, number: int, key: str, size: int) -> list[int]:
+    def add(self, number: int, key: str, size: int, priority: Priority = NEUTRAL) -> list[int]:
         """A request of an API key waits for its preparation; returns those that are refused for lack of room."""
-        return self._line.add(number, key, size)
+        return self._line.add(number, key, size, priority, self._clock())
 
     def next(self) -> int | None:
         """The request to send to the loader now; None while none may be sent."""
-        if (number := self._line.next()) is not None:
+        if (number := self._line.next(self._clock())) is not None:
             if not (self._owed or self._cancelled):
                 self._heard_s = self._clock()  # it owed nothing before
             self._owed[number] = None

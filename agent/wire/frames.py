@@ -10,6 +10,7 @@ import msgpack
 import msgspec
 
 from agent.wire.namespaces import OPEN, Namespace
+from agent.wire.priority import NEUTRAL, Priority
 from agent.wire.step_times import StepTimes
 from shared.errors import Refused
 from shared.records import EngineCounts
@@ -67,7 +68,8 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     the first call. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept
     on disk. ``made`` are tokens of the answer that were already produced: generation continues after them, and only
     exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its pieces may be joined.
-    ``cache`` is the namespace in which anything computed for it is kept and found again.
+    ``cache`` is the namespace in which anything computed for it is kept and found again; ``priority`` is its place
+    among other requests wherever it waits for them.
 
     ``top_k`` keeps that many of the likeliest tokens (0: all), ``min_p`` those at least that likely relative to the
     likeliest. ``repetition_penalty`` (1: none) applies to tokens of the last ``repetition_window_tok`` of prompt and
@@ -105,6 +107,7 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     version: str = ""
     whole: bool = False
     cache: Namespace = OPEN
+    priority: Priority = NEUTRAL
     request_id: str = ""
     door: str = ""
 
@@ -118,6 +121,7 @@ class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
     cache: Namespace = OPEN
+    priority: Priority = NEUTRAL
     request_id: str = ""
     door: str = ""
 

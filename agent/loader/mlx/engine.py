@@ -289,7 +289,7 @@ class MLXEngine:
         )
         if finish is None and not stopped:
             return [token]
-        del self._rows.by_id[row.id]
+        self._rows.forget(row)
         return [token, row.done("stop" if stopped or by_model else "length")]
 
     def _measure(self, prompt_tok: int, before_tok: float, prompt_s: float) -> None:

@@ -10,6 +10,7 @@ from agent.loader.mlx.kv import Layers
 from agent.loader.mlx.model import Extra
 from agent.loader.prompt_cache import Tokens as TokenArray
 from agent.loader.prompt_cache import as_tokens
+from agent.loader.ranking import Standing
 from agent.loader.row_placement import Candidate
 from agent.loader.scheduling import Turn
 from agent.loader.stopping import StopText
@@ -18,7 +19,8 @@ from agent.wire.frames import Done, Generate
 
 @dataclass(eq=False)
 class Row:
-    """A request from submission to its last token. ``left_tok`` are the prompt tokens still to be computed."""
+    """A request from submission to its last token. ``left_tok`` are the prompt tokens still to be computed; ``rank`` is
+    the one with which it had its last turn, ``yielded`` how often it yielded its row to a higher one."""
 
     request: Generate
     prompt: list[int]
@@ -43,6 +45,8 @@ class Row:
     partial: tuple[Layers, TokenArray] | None = None
     behind: "Row | None" = None
     shared_tok: int = 0
+    rank: int = 0
+    yielded: int = 0
     breaks: int = 0
     broken: Exception | None = None
     unmet: list[str] = field(default_factory=list)
@@ -71,6 +75,11 @@ class Row:
     def apart(self) -> bool:
         """Whether it failed together with other rows, and must first succeed alone."""
         return self.breaks > 1
+
+    @property
+    def standing(self) -> Standing:
+        """The row as input of ranking."""
+        return Standing(self.rank, self.request.priority.leaves_rows, self.yielded)
 
     @property
     def state(self) -> tuple[Layers, TokenArray] | None:

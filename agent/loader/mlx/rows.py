@@ -3,6 +3,7 @@
 ``agent.loader.mlx.scheduler`` says which row moves, this keeps the books of it and moves the states.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from agent.loader.mlx.states import Held, PromptStates
 from agent.loader.prompt_cache import most_shared
 from agent.loader.row_placement import Limits, Placed, Placement
 from agent.wire.frames import Failed, Frame
+from agent.wire.priority import Turns
 
 SHARE_TOK = 64
 """A common prefix of this many tokens is worth waiting for the request that computes it."""
@@ -22,11 +24,13 @@ MAX_BREAKS = 3
 
 
 class Rows:
-    """Rows by id, and where each of them is. ``due`` are frames for the next step."""
+    """Rows by id, and where each of them is. ``due`` are frames for the next step; ``turns`` knows what each has waited
+    for higher ranks."""
 
     def __init__(self, cache: PromptStates, new_batch: Callable[[], Batch]) -> None:
         self.cache, self._new_batch = cache, new_batch
         self.by_id: dict[int, Row] = {}
+        self.turns = Turns()
         self.waiting: list[Row] = []
         self.prefilling: list[Row] = []
         self.batches: list[Batch] = []
@@ -58,13 +62,15 @@ class Rows:
     def add(self, row: Row) -> None:
         """Queue a new row."""
         self.by_id[row.id] = row
+        self.turns.arrive(row.id, row.request.priority, row.since_s)
         self.waiting.append(row)
         self.queue_behind(self.prefilling, [row])
 
     def cancel(self, row_id: int) -> Row | None:
         """Forget a row and cache its state; None when it is unknown."""
-        if (row := self.by_id.pop(row_id, None)) is None:
+        if (row := self.by_id.get(row_id)) is None:
             return None
+        self.forget(row)
         if row in self.waiting:
             self.waiting.remove(row)
             self.cache.keep(row.partial)
@@ -75,10 +81,15 @@ class Rows:
 
     def fail(self, row: Row) -> None:
         """End a row that cannot be continued."""
-        del self.by_id[row.id]
+        self.forget(row)
         self._release(row)
         lost = Failed(id=row.id, code="engine_failed", message="the engine cannot continue this request")
         self.due.append(too_complex(row.request) if isinstance(row.broken, TooComplex) else lost)
+
+    def forget(self, row: Row) -> None:
+        """A row has ended."""
+        del self.by_id[row.id]
+        self.turns.leave(row.id)
 
     def taken_due(self) -> list[Frame]:
         """Return the frames that are due and forget them."""
@@ -98,7 +109,7 @@ class Rows:
             if any(other.behind is row for other in self.waiting):
                 self.cache.keep(held)
         self._release(row)
-        self.waiting.append(row)
+        self._wait_again(row)
 
     def put_back(self, row: Row) -> None:
         """Preempt a row and cache its state; it is computed again from its known tokens."""
@@ -179,6 +190,10 @@ class Rows:
             row.left_batch()
         row.left_tok = row.length_tok - self.cache.peek(row.tokens)
         self._release(row)
+        self._wait_again(row)
+
+    def _wait_again(self, row: Row) -> None:
+        self.turns.back(row.id, time.perf_counter())
         self.waiting.append(row)
 
     def _release(self, leader: Row) -> None:

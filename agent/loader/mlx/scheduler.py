@@ -1,4 +1,4 @@
-"""Starts and preempts the rows of an engine as ``agent.loader.row_placement`` decides."""
+"""Starts and preempts the rows of an engine as ``agent.loader.row_placement`` decides, by ``agent.loader.ranking``."""
 
 from agent.loader.counts import Counts
 from agent.loader.mlx.batch import Batch, Entry
@@ -7,6 +7,7 @@ from agent.loader.mlx.model import TextModel
 from agent.loader.mlx.row import Row
 from agent.loader.mlx.rows import Rows
 from agent.loader.prefill_pace import PrefillPace
+from agent.loader.ranking import Standings, begin, least, seen
 from agent.loader.row_placement import Limits, Placement
 from agent.loader.scheduling import together
 
@@ -25,9 +26,9 @@ class Scheduler:
         self._start(now_s)
 
     def make_room(self) -> None:
-        """When the rows exceed the memory planned for them, preempt the youngest; it resumes later."""
-        while (youngest := self._placement.outgrown()) is not None:
-            self._rows.put_back(self._rows.by_id[youngest])
+        """When the rows exceed the memory planned for them, preempt the youngest of the lowest rank; it resumes."""
+        while (placement := self._placement).outgrown() is not None:
+            self._rows.put_back(self._rows.by_id[least(placement.rows, self._standings)])
 
     def chunk_tok(self, before_tok: float) -> int:
         """Prompt tokens for one step."""
@@ -38,16 +39,35 @@ class Scheduler:
     def _placement(self) -> Placement:
         return self._rows.placement(self.limits._replace(pressed=self._pace.pressed))
 
+    @property
+    def _standings(self) -> Standings:
+        return {number: row.standing for number, row in self._rows.by_id.items()}
+
     def _start(self, now_s: float) -> None:
         if not (ready := [row for row in self._rows.waiting if row.behind is None]):
             return
+        ready = self._highest(ready, now_s)
         prefilling = [row.turn(now_s) for row in self._rows.prefilling]
         candidates = [row.candidate(now_s) for row in ready]
-        preempts, begins = self._placement.start(candidates, prefilling, self._pace.rate_tok_per_s)
-        if preempts is not None:
-            self._rows.set_aside(self._rows.by_id[preempts])
+        aside, begins, preempts = begin(
+            self._placement, candidates, prefilling, self._pace.rate_tok_per_s, self._standings
+        )
+        if aside is not None:
+            row = self._rows.by_id[aside]
+            row.yielded += row.rank < ready[0].rank
+            self._rows.set_aside(row)
+        for number in preempts:
+            self._rows.by_id[number].yielded += 1
+            self._rows.put_back(self._rows.by_id[number])
         if begins is not None:
             self._begin(self._group(self._rows.by_id[begins], ready, now_s), now_s)
+
+    def _highest(self, ready: list[Row], now_s: float) -> list[Row]:
+        """Those of the highest rank that waits."""
+        for row in ready:
+            row.rank = self._rows.turns.rank(row.id, now_s)
+        highest = max(row.rank for row in ready)
+        return [row for row in ready if row.rank == highest]
 
     def _group(self, best: Row, ready: list[Row], now_s: float) -> list[Row]:
         """Rows prefilled with ``best`` in one chunk: short prompts of which none waits for another's prefix."""
@@ -67,13 +87,15 @@ class Scheduler:
 
     def _begin(self, group: list[Row], now_s: float) -> None:
         """Add rows to batches while there is room."""
-        for at, ids in sorted(self._placement.seats([row.candidate(now_s) for row in group]).items()):
+        placement = seen(self._placement, group[0].standing, self._standings)
+        for at, ids in sorted(placement.seats([row.candidate(now_s) for row in group]).items()):
             self._join(self._rows.batch(at), [self._rows.by_id[number] for number in ids], now_s)
 
     def _join(self, batch: Batch, rows: list[Row], now_s: float) -> None:
         joining, entries = [], []
         for row in rows:
             self._rows.waiting.remove(row)
+            self._rows.turns.take(row.id, now_s)
             row.joined_s, row.begun_s = now_s, row.begun_s or now_s
             try:
                 entries.append(self._entry(row))

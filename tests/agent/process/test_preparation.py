@@ -18,6 +18,7 @@ from agent.loader.serve import Inbox, _prepare
 from agent.process.preparation import AHEAD_BYTES, PreparationLine, size_bytes
 from agent.process.watch import STALLED_S, STEP_S, Watch
 from agent.wire.frames import CRASHED, SUSPECT, Ask, Embed, Generate, Message, ToolCall
+from agent.wire.priority import Priority
 from agent.wire.progress import Prepares, Progress
 
 MB = 1 << 20
@@ -344,3 +345,55 @@ def test_requests_are_prepared_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -
         found = inbox.get(timeout=60)
         assert isinstance(found, Prepared)
         assert found.request.id == number
+
+
+ROUTINE, ORCHESTRATION = Priority(rank=-1, starve_ms=3000), Priority(rank=2)
+
+
+def test_a_higher_rank_is_prepared_before_lower_ones_of_any_key_and_size() -> None:
+    line = PreparationLine(ahead_bytes=0)
+    for number in range(4):
+        line.add(number, "a", 10, ROUTINE)
+    line.add(4, "a", 5000, ORCHESTRATION)
+    line.add(5, "b", 100)
+    line.add(6, "b", 9000, ORCHESTRATION)
+    assert order(line) == [4, 6, 5, 0, 1, 2, 3]
+
+
+def test_a_lower_rank_waits_for_higher_ones_as_long_as_it_may() -> None:
+    line = PreparationLine(ahead_bytes=0)
+    line.add(0, "a", 10, ROUTINE, 0.0)
+    sent = []
+    for number in range(1, 9):
+        line.add(number, "b", 10, ORCHESTRATION, float(number - 1))
+        sent.append(line.next(float(number - 1)))
+        line.leave(sent[-1] or 0)
+    assert sent == [1, 2, 3, 0, 4, 5, 6, 7], "after three seconds it is the next"
+
+
+def test_too_much_text_costs_the_lowest_rank_its_place() -> None:
+    line = PreparationLine(waiting_bytes=100)
+    assert line.add(0, "a", 60, ORCHESTRATION) == []
+    assert line.add(1, "b", 30, ROUTINE) == []
+    assert line.add(2, "a", 40, ORCHESTRATION) == [1], "though another key holds more"
+    assert line.add(3, "b", 10, ROUTINE) == [3]
+
+
+arriving = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 1000), st.sampled_from([-1, 0, 2])), max_size=40)
+
+
+@given(arriving, st.integers(0, 2000))
+def test_each_prompt_is_prepared_once_the_highest_rank_first(asked: list[tuple[str, int, int]], ahead: int) -> None:
+    line = PreparationLine(ahead_bytes=ahead)
+    for number, (key, size, rank) in enumerate(asked):
+        line.add(number, key, size, Priority(rank=rank))
+    found = order(line)
+    assert sorted(found) == list(range(len(asked)))
+    ranks = [asked[number][2] for number in found]
+    assert ranks == sorted(ranks, reverse=True)
+    for rank in (-1, 0, 2):
+        alone = PreparationLine(ahead_bytes=ahead)
+        for number, (key, size, its) in enumerate(asked):
+            if its == rank:
+                alone.add(number, key, size)
+        assert order(alone) == [number for number in found if asked[number][2] == rank], "as if there were no others"
