@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from agent.operator import (
     cli_install,
     cli_models,
     cli_orders,
+    cli_policy,
     cli_reload,
     cli_secrets,
     cli_store,
@@ -57,6 +58,7 @@ from shared.manual import cli_help
 from shared.missing import broken_import, guarded
 
 if TYPE_CHECKING:
+    from agent.api.openai.stated import Stated
     from agent.daemon import Daemon
 
 CONFIG_NAME, CONFIG_VARIABLE = "agent.toml", "MLXRACK_AGENT_CONFIG"
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_claim.add(verb, _configured, _common)
     cli_chips.add(verb)
     cli_reload.add(verb, _config_and_state)
+    cli_policy.add(verb, _config_and_state, _common, _stated)
     cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)
     return parser
 
@@ -325,6 +328,12 @@ def _status(args: argparse.Namespace) -> int:
     if width and not args.json:
         print(f"\n{legend.HINT}")
     return 0
+
+
+def _stated(body: bytes, headers: Mapping[str, str], api: agent_config.Api) -> "Stated":
+    from agent.api.openai.stated import stated
+
+    return stated(body, headers, api)
 
 
 def _probes(args: argparse.Namespace) -> int:

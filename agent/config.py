@@ -278,6 +278,14 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     follow_s: Seconds = 60.0
 
 
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy file (docs/policy.md), the same on all nodes: who may use which model, what is SENSITIVE, what may
+    leave the premises. "" is none: every key may use every model, and nothing leaves. It is read again whenever it
+    changes; the last valid one stays in force until the next start, which an invalid one ends."""
+
+    path: str = ""
+
+
 class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The prompt cache on disk, for models with ``disk_cache_bytes``. It holds prompts, so it is encrypted; ``secret``
     is a reference to the secret that keys are derived from (at least 32 random characters), kept elsewhere."""
@@ -315,6 +323,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     desired: Desired = Desired()
     loader: Loader = Loader()
     disk_cache: DiskCache = DiskCache()
+    policy: Policy = Policy()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

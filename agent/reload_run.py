@@ -11,6 +11,7 @@ import msgspec
 
 from agent.config import AgentConfig, Live, Model
 from agent.control.follower import Follower
+from agent.control.policy_file import PolicyFile
 from agent.files.modelstore import ModelStore
 from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
@@ -50,6 +51,7 @@ class Parts(NamedTuple):
     pool: Pool
     follower: Follower
     models: ModelStore
+    policy: PolicyFile | None = None
 
 
 class _Ready(NamedTuple):
@@ -58,6 +60,7 @@ class _Ready(NamedTuple):
     config: AgentConfig
     secrets: Mapping[str, str]
     tls: "Loaded | None"
+    policy: Callable[[], str]
 
 
 class Reloader:
@@ -149,7 +152,16 @@ class Reloader:
         tls = None if found.restarts else self._tried(new, problems)
         for name in found.models:  # one that failed before and has not changed is no reason to keep a key in force
             self._look(new, name, problems)
-        return _Ready(new, secrets, tls), found, problems
+        return _Ready(new, secrets, tls, self._policy(new, problems)), found, problems
+
+    def _policy(self, new: AgentConfig, problems: list[str]) -> Callable[[], str]:
+        """What puts the policy file in force."""
+        try:
+            if self._parts.policy is not None:
+                return self._parts.policy.prepare(new)
+        except ConfigError as error:
+            problems += [f"the policy file, {problem}" for problem in error.problems]
+        return str
 
     def _resolved(self, new: AgentConfig, problems: list[str]) -> dict[str, str]:
         """The secrets, by key."""
@@ -188,6 +200,7 @@ class Reloader:
         old, marks = parts.live.now, parts.keys.marks
         parts.live.replace(new)
         parts.keys.become([ready.secrets[path] for path in RACK_SECRETS if path in ready.secrets])
+        policy = ready.policy()
         if ready.tls is not None and parts.tls is not None:
             parts.tls.put(ready.tls)
         if new.log_level != old.log_level:
@@ -195,7 +208,7 @@ class Reloader:
         parts.follower.tell_peers()
         again = [name for name in retried if name not in found.models]
         stays = [words for name in (*found.models, *again) if (words := self._begin(name))]
-        changed = list(found.changes)
+        changed = [*found.changes, *([policy] if policy else [])]
         if parts.keys.marks != marks and not any(one.startswith(RACK_SECRETS) for one in changed):
             changed.append("peers.secret: another value")
         if ready.tls is not None and not any(one.startswith("tls.") for one in changed):

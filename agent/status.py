@@ -9,6 +9,7 @@ import msgspec
 
 from agent.config import Node
 from agent.control.follower import Follower
+from agent.control.policy_file import PolicyFile
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
@@ -40,11 +41,13 @@ class Status:
         awake: Callable[[], dict[str, Any]] = dict,
         *,
         keys: RackKeys,
+        policy: PolicyFile | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
         self._warnings, self._keys, self._awake = warnings, keys, awake
+        self._policy = policy
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -69,10 +72,11 @@ class Status:
             "models": (models := self._models()),
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
-            "warnings": [*self._clashes(), *self._warnings(), *self._slow(models)],
+            "warnings": [*self._clashes(), *self._warnings(), *self.policy_warnings(), *self._slow(models)],
             "awake": self._awake(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
+            "policy": self._policy.view() if self._policy is not None else {},
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
             "meters": self._telemetry.meters.status(),
@@ -137,7 +141,24 @@ class Status:
             agent=sightings.mine,
             twice=tuple(sorted({found.node for found in sightings.twice(self._clock()) if not found.by})),
             secrets=self._keys.marks,
+            policy=self._policy.now.digest if self._policy is not None else "",
         )
+
+    def policy(self) -> dict[str, Any]:
+        """The policy in force with its rules, and what of it is doubtful, for display."""
+        if self._policy is None:
+            return {}
+        rules = msgspec.to_builtins(self._policy.now.rules)
+        return {**self._policy.view(), "rules": rules, "warnings": self.policy_warnings()}
+
+    def policy_warnings(self) -> list[str]:
+        """What an operator has to know of the policy file, and of nodes that decide by another one."""
+        if self._policy is None:
+            return []
+        now = self._clock()
+        views = (self._dispatch.here(), *self._table.view(now))
+        rows = {model.name: model.rows for view in views for model in view.models}
+        return self._policy.warnings(rows, self._table.policies(now))
 
     def _clashes(self) -> list[str]:
         """Who else uses this node's id, or that of a peer."""
@@ -158,6 +179,7 @@ class Status:
         }
 
     def _peers(self, now: float) -> list[dict[str, Any]]:
+        policies = self._table.policies(now)
         return [
             {
                 "node": p.node,
@@ -170,6 +192,7 @@ class Status:
                 "memory": p.memory,
                 "models": sorted(m.name for m in p.models if m.ready),
                 "offers": [_offered(m) for m in p.models],
+                "policy": policies.get(p.node, ""),
                 "needs_old_secret": self._keys.needs_older(self._table.accepts(p.node)),
             }
             for p in self._table.view(now)

@@ -1,5 +1,5 @@
-"""Endpoints of the operator's CLI, behind the admin token: status, secrets, load, unload, swap, pin, orders, probes,
-seal, reload."""
+"""Endpoints of the operator's CLI, behind the admin token: status, secrets, policy, load, unload, swap, pin, orders,
+probes, seal, reload."""
 
 import asyncio
 import re
@@ -63,6 +63,12 @@ async def secrets(request: web.Request) -> web.Response:
     """By reference, why this agent cannot use a secret of its configuration ("" when it can); never a value."""
     require_admin(request)
     return json_response(await asyncio.to_thread(request.app[CONTEXT].secrets))
+
+
+async def policy(request: web.Request) -> web.Response:
+    """The policy in force, its rules, and what of it is doubtful."""
+    require_admin(request)
+    return json_response(request.app[CONTEXT].status.policy())
 
 
 async def load(request: web.Request) -> web.Response:

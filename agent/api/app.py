@@ -45,6 +45,7 @@ def build(context: Context) -> web.Application:
         web.get("/admin/v1/proof/{nonce}", admin.proof),
         web.get("/admin/v1/status", admin.status),
         web.get("/admin/v1/secrets", admin.secrets),
+        web.get("/admin/v1/policy", admin.policy),
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),
         web.post("/admin/v1/swap", admin.swap),

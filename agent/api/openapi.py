@@ -239,6 +239,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/admin/v1/proof/{nonce}"): Operation("Prove that this listener knows the admin token."),
     ("GET", "/admin/v1/status"): Operation("The status of this node.", "admin"),
     ("GET", "/admin/v1/secrets"): Operation("Which secrets this agent can resolve.", "admin"),
+    ("GET", "/admin/v1/policy"): Operation("The policy in force on this node.", "admin"),
     ("POST", "/admin/v1/load"): Operation("Load a model.", "admin", "Order"),
     ("POST", "/admin/v1/unload"): Operation("Unload a model.", "admin", "Order"),
     ("POST", "/admin/v1/swap"): Operation(

@@ -29,7 +29,8 @@ _NEVER = float("inf")
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
     and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
-    the rack secrets that it accepts, the newest first: none from a version that knows one secret only."""
+    the rack secrets that it accepts, the newest first: none from a version that knows one secret only. ``policy`` is
+    the digest of the policy that it decides by: none from a version without."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -44,6 +45,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     agent: str = ""
     twice: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    policy: str = ""
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,11 @@ class PeerTable:
         """The marks of the rack secrets that a peer accepts, by its last heartbeat; None before the first."""
         known = self._peers.get(node)
         return known.heartbeat.secrets if known is not None and known.heartbeat is not None else None
+
+    def policies(self, now: float) -> dict[str, str]:
+        """The digest of the policy that each peer decides by, of those that are not down."""
+        heard = {node: (known, known.heartbeat) for node, known in self._peers.items() if known.heartbeat is not None}
+        return {node: beat.policy for node, (known, beat) in heard.items() if self._state(known, now) != "down"}
 
     def become(self, urls: Iterable[tuple[str, str]], now: float) -> list[str]:
         """Replace the peers; the state of those that stay is kept. Returns those that were removed or got a new url."""

@@ -49,6 +49,10 @@ class AdminClient:
         """By reference, why the agent cannot use a secret ("" when it can); never a value."""
         return self._call("GET", "/admin/v1/secrets", None, SECRETS_TIMEOUT_S)
 
+    def policy(self) -> dict[str, Any]:
+        """The policy in force with its rules. Raises Retryable when the agent is not running."""
+        return self._call("GET", "/admin/v1/policy", None, STATUS_TIMEOUT_S)
+
     def why(self, request_id: str) -> dict[str, Any]:
         """Routing decisions of a request. Raises Refused when none are kept."""
         return self._call("GET", f"/debug/decision/{quote(request_id, safe='')}", None, STATUS_TIMEOUT_S)

@@ -4,6 +4,7 @@ ROUTINE is extraction, classification, short drafts; REASONING is multi-step or 
 delegation. SENSITIVE is orthogonal: it must stay on the premises, whatever the class.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +16,8 @@ CLASSES: tuple[TaskClass, ...] = get_args(TaskClass)
 SENSITIVE = "SENSITIVE"
 HEADER = "X-Task-Class"
 FIELD = "metadata.task_class"
+_KEY = FIELD.partition(".")[2]
+_SEPARATORS = re.compile(r"[\W_]")
 AUTO = "auto"
 """The model name of a caller who leaves the choice to the policy."""
 CLASS_PREFIX = "class:"
@@ -32,21 +35,41 @@ NOTHING = Declared()
 
 
 def declared(texts: Iterable[str], where: str) -> Declared:
-    """Parse class names separated by commas, in any case. An unknown name is refused, never ignored: a misspelt
-    SENSITIVE would be taken for permission. Raises Refused naming ``where``."""
-    found = [name.strip().upper() for text in texts for name in text.split(",") if name.strip()]
+    """Parse class names separated by commas, in any case: ``texts`` are the values of a header that may be repeated.
+    An unknown name is refused, never ignored, and so is a value that names none: a misspelt or missing SENSITIVE would
+    be taken for permission. Raises Refused naming ``where``, and never quotes what was sent."""
+    values = list(texts)
+    found = [name.strip().upper() for text in values for name in text.split(",") if name.strip()]
     known = {name: name for name in CLASSES}
     classes = [known[name] for name in found if name in known]
-    if len(found) != len(classes) + found.count(SENSITIVE) or len(set(classes)) > 1:
+    unknown = len(found) != len(classes) + found.count(SENSITIVE)
+    if unknown or len(set(classes)) > 1 or (values and not found):
         wanted = f"one of {', '.join(CLASSES)}, with or without {SENSITIVE}"
         raise Refused(f"{where}: expected {wanted}, like ROUTINE, SENSITIVE", code="invalid_value", param=where)
     return Declared(classes[0] if classes else None, SENSITIVE in found)
 
 
+def in_metadata(metadata: object) -> Declared:
+    """What the body's ``metadata`` declares under ``task_class``; other keys are the caller's own. A key that is almost
+    that one is refused like a misspelt class. Raises Refused."""
+    if not isinstance(metadata, dict):
+        return NOTHING
+    near = [key for key in metadata if key != _KEY and _SEPARATORS.sub("", str(key)).lower() == "taskclass"]
+    if near:
+        raise Refused(f"metadata: the class is declared as {_KEY}", code="invalid_value", param=FIELD)
+    if (named := metadata.get(_KEY)) is None:
+        return NOTHING
+    if not isinstance(named, str):
+        raise Refused(f"{FIELD}: expected a string, like ROUTINE, SENSITIVE", code="invalid_value", param=FIELD)
+    return declared([named], FIELD)
+
+
 def both(first: Declared, second: Declared, where: str) -> Declared:
-    """Two declarations of one request: either makes it SENSITIVE, and two classes must agree. Raises Refused."""
+    """Two declarations of one request, by header, body or model name: either makes it SENSITIVE, and two classes must
+    agree. Raises Refused."""
     if first.task_class and second.task_class and first.task_class != second.task_class:
-        raise Refused(f"{where}: {HEADER} and {FIELD} name different classes", code="invalid_value", param=where)
+        ways = f"{HEADER}, {FIELD} and a model name like {CLASS_PREFIX}routine"
+        raise Refused(f"{where}: {ways} must name the same class", code="invalid_value", param=where)
     return Declared(first.task_class or second.task_class, first.sensitive or second.sensitive)
 
 
@@ -75,3 +98,9 @@ def rank_of(task_class: TaskClass, class_from: str) -> int:
 
 
 _RANKS: dict[TaskClass, int] = {"ROUTINE": -1, "REASONING": 1, "ORCHESTRATION": 2}
+
+
+def written(name: str) -> str:
+    """A model name that leaves the choice open, as the policy file writes it: ``auto`` or ``class:routine``."""
+    prefix, colon, rest = name.lower().partition(":")
+    return f"{prefix}{colon}{rest.strip()}"

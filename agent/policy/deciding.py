@@ -1,18 +1,20 @@
 """What may be done with a request, decided before routing, so that retries and continuations choose only among places
 that are allowed. SENSITIVE is evaluated first. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
 
-from agent.policy.classes import is_left_open
-from agent.policy.facts import Facts
-from agent.policy.rules import ANY, KeyPolicy, Permission, Provider, Rules, of_key, of_model, provider
+from agent.policy.classes import is_left_open, written
+from agent.policy.facts import Facts, Reason
+from agent.policy.rules import ANY, KeyPolicy, Permission, Route, Rules, of_key, of_model, provider
 
 Category = Literal["rack", "premises", "outside"]
-_RACK_ONLY = frozenset({"logprobs", "n", "prompt", "embeddings", "template_args", "sampling"})
+RACK_ONLY = frozenset({"logprobs", "n", "prompt", "embeddings", "template_args", "sampling"})
 """Features that only the rack has."""
+Obstacle = Literal["sensitive", "key_stays", "feature", "key", "class", "guessed", "model"]
+"""Why an [[allow]] does not permit a request, in the order in which it is asked."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,25 +59,75 @@ def decide(facts: Facts, rules: Rules) -> Decision:
     3. The models of the rack: the one asked for, or the routes of the class.
     4. Other places that an [[allow]] permits to exactly this key, class and model.
 
-    The rack is among the places of every request that has any, so that a provider that fails costs no answer.
+    The rack is among the places of every request that has any, so that a provider that fails costs no answer. For any
+    facts and for any rules that ``check`` finds no problem in, this raises nothing.
     """
     key = of_key(rules, facts.key_id)
     if (refused := _out_of_scope(facts, key)) is not None:
         return refused
-    models = _models(facts, rules, key)
+    models = models_of(facts, rules)
     if not models:
-        return Refuse(
-            code="no_route",
-            message=f"the policy names no model for {facts.task_class} requests of this length; name a model",
-            param="model",
-        )
-    closed = is_sensitive(facts, rules, key, models)
-    elsewhere = [_place(one, rules) for one in rules.allow if _permits(one, facts, rules, models, key, closed=closed)]
-    first = [one for one in elsewhere if one.when == "first"]
+        return _no_route(facts)
+    closed = bool(sensitive_by(facts, rules))
+    permitted = [_place(one, rules) for one in rules.allow if obstacle(one, facts, rules, closed=closed) is None]
+    first = [one for one in permitted if one.when == "first"]
     rack = [Place(category="rack", model=name) for name in models]
-    then = [one for one in elsewhere if one.when == "full"]
+    then = [one for one in permitted if one.when == "full"]
     places = tuple(dict.fromkeys((*first, *rack, *then)))
     return Redact(places=places) if any(one.category == "outside" for one in places) else Allow(places=places)
+
+
+def sensitive_by(facts: Facts, rules: Rules) -> tuple[Reason, ...]:
+    """Everything that makes it SENSITIVE: what the facts say, and the policy for its key or for a model that may get
+    it. Of a request that leaves the choice, one SENSITIVE model among its routes is enough."""
+    found = list(facts.sensitive)
+    if of_key(rules, facts.key_id).sensitive:
+        found.append("key")
+    if any(of_model(rules, name).sensitive for name in (facts.model, *facts.aliases, *models_of(facts, rules))):
+        found.append("model")
+    return tuple(dict.fromkeys(found))
+
+
+def models_of(facts: Facts, rules: Rules) -> tuple[str, ...]:
+    """The served names of the rack that may answer it, in order of preference: those whose aliases ``Facts.aliases``
+    has."""
+    if not is_left_open(facts.model):
+        return (facts.model,)
+    usable = of_key(rules, facts.key_id).models
+    return tuple(name for name in _routed(facts, rules) if _listed(name, usable))
+
+
+def fits(route: Route, facts: Facts) -> bool:
+    """Whether a route is for requests of this class and length."""
+    length = facts.prompt_tok + facts.answer_tok
+    return route.task_class == facts.task_class and (not route.up_to_tok or length <= route.up_to_tok)
+
+
+def obstacle(one: Permission, facts: Facts, rules: Rules, *, closed: bool) -> Obstacle | None:
+    """Why an [[allow]] does not permit its provider to this request; None where it does. ``closed``: it is
+    SENSITIVE."""
+    target = provider(rules, one.provider)
+    if closed and (target.category == "outside" or not target.sensitive):
+        return "sensitive"
+    if target.category == "outside" and not of_key(rules, facts.key_id).outside:
+        return "key_stays"
+    if not RACK_ONLY.isdisjoint(facts.features):
+        return "feature"
+    if not _listed(facts.key_id, one.keys):
+        return "key"
+    if facts.task_class not in one.classes:
+        return "class"
+    if facts.class_from == "guess" and not one.guessed:
+        return "guessed"
+    return None if _means(one, facts, rules) else "model"
+
+
+def _means(one: Permission, facts: Facts, rules: Rules) -> bool:
+    """Whether an [[allow]] is about the model that was asked for. Where the choice was left open, it is about all
+    models that may be chosen, or about leaving it open."""
+    if not is_left_open(facts.model):
+        return _listed(facts.model, one.models)
+    return _listed(written(facts.model), one.models) or _all_listed(models_of(facts, rules), one.models)
 
 
 def _out_of_scope(facts: Facts, key: KeyPolicy) -> Refuse | None:
@@ -92,44 +144,17 @@ def _out_of_scope(facts: Facts, key: KeyPolicy) -> Refuse | None:
     return None
 
 
-def _models(facts: Facts, rules: Rules, key: KeyPolicy) -> list[str]:
-    """Served names in order of preference."""
-    if not is_left_open(facts.model):
-        return [facts.model]
-    length = facts.prompt_tok + facts.answer_tok
-    return [
-        route.model
-        for route in rules.routes
-        if route.task_class == facts.task_class
-        and (not route.up_to_tok or length <= route.up_to_tok)
-        and _listed(route.model, key.models)
-    ]
+def _no_route(facts: Facts) -> Refuse:
+    what = f"{facts.task_class} requests of this length and key"
+    return Refuse(code="no_route", message=f"the policy names no model for {what}; name a model", param="model")
 
 
-def is_sensitive(facts: Facts, rules: Rules, key: KeyPolicy, models: Sequence[str]) -> bool:
-    """Whether anything makes it SENSITIVE: what the facts say, or the policy for its key or for a model that may get
-    it."""
-    return bool(facts.sensitive) or key.sensitive or any(of_model(rules, name).sensitive for name in models)
-
-
-def _permits(
-    one: Permission, facts: Facts, rules: Rules, models: Sequence[str], key: KeyPolicy, *, closed: bool
-) -> bool:
-    """Whether an [[allow]] permits its provider to this request; ``closed``: it is SENSITIVE."""
-    if not _may_have(provider(rules, one.provider), key, closed=closed) or _RACK_ONLY.intersection(facts.features):
-        return False
-    asked = (facts.model, *models)
-    return (
-        _listed(facts.key_id, one.keys)
-        and facts.task_class in one.classes
-        and any(_listed(name, one.models) for name in asked)
-    )
-
-
-def _may_have(target: Provider, key: KeyPolicy, *, closed: bool) -> bool:
-    if target.category == "outside":
-        return key.outside and not closed
-    return target.sensitive or not closed
+def _routed(facts: Facts, rules: Rules) -> tuple[str, ...]:
+    """The routes of a request that leaves the choice. Of embeddings there are none: vectors of two models cannot be
+    compared, so their model is named."""
+    if "embeddings" in facts.features:
+        return ()
+    return tuple(dict.fromkeys(route.model for route in rules.routes if fits(route, facts)))
 
 
 def _place(one: Permission, rules: Rules) -> Place:
@@ -142,5 +167,9 @@ def _place(one: Permission, rules: Rules) -> Place:
     )
 
 
-def _listed(name: str, names: tuple[str, ...]) -> bool:
+def _listed(name: str, names: Sequence[str]) -> bool:
     return name in names or ANY in names
+
+
+def _all_listed(wanted: Iterable[str], names: Sequence[str]) -> bool:
+    return all(_listed(name, names) for name in wanted)

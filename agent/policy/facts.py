@@ -19,11 +19,14 @@ Feature = Literal["tools", "schema", "logprobs", "n", "prompt", "embeddings", "t
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. ``model`` is the name that was asked for. ``prompt_tok`` and ``answer_tok`` are estimates, the
-    latter the most that may be generated. ``day`` is the date at the gateway, YYYY-MM-DD, in UTC."""
+    """One request. ``model`` is the name that was asked for, ``aliases`` are further names of the models that may get
+    it (agent/policy/deciding.py:models_of): what the policy says of a model holds under each of its names.
+    ``prompt_tok`` and ``answer_tok`` are estimates, the latter the most that may be generated. ``day`` is the date at
+    the gateway, YYYY-MM-DD, in UTC."""
 
     key_id: str = ""
     model: str
+    aliases: tuple[str, ...] = ()
     task_class: TaskClass = "ROUTINE"
     class_from: ClassFrom = "guess"
     sensitive: tuple[Reason, ...] = ()

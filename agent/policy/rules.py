@@ -1,20 +1,19 @@
-"""The policy file: one TOML, the same on all nodes. Its schema, defaults and the checks that types cannot express.
-docs/policy.md is tested against this module. Pure."""
+"""The policy file: one TOML, the same on all nodes: its schema and defaults. docs/policy.md is tested against this
+module; agent/policy/checking.py checks what types cannot express. Pure."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from datetime import date
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from agent.policy.classes import TaskClass, is_left_open
-from shared.bucket import REFERENCE_HINT, is_reference
+from agent.policy.classes import TaskClass
 from shared.errors import Refused
-from shared.keys import check_name
 
 ANY = "*"
 Count = Annotated[int, Meta(ge=0)]
@@ -30,8 +29,11 @@ _URLS = {
 }
 
 
+_DOLLARS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+
+
 class Money(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of one period; 0 is none. ``usd`` is an amount as text, like "25.00"."""
+    """Limits of one period; 0 is none. ``usd`` is an amount as text, like "25.00"; "" is none."""
 
     requests: Count = 0
     prompt_tok: Count = 0
@@ -43,8 +45,9 @@ class KeyPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What the client with an API key may do; ``id`` is its id in agent.toml, * any that no other entry names.
 
     ``models`` are served names, * any. ``classes`` may be used; ``task_class`` is the class of requests that name none.
-    With ``outside = false`` nothing of it leaves the premises, whatever [[allow]] says. After the day ``expires``
-    (YYYY-MM-DD, UTC) the key is refused. Limits hold for the whole rack; 0 is none."""
+    With ``sensitive`` all its requests are SENSITIVE. With ``outside = false`` nothing of it leaves the premises,
+    whatever [[allow]] says. ``expires`` (YYYY-MM-DD, UTC) is its last day; then it is refused. Limits hold for the
+    whole rack; 0 is none."""
 
     id: str
     models: tuple[str, ...] = (ANY,)
@@ -79,10 +82,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A place that is not the rack. ``kind`` local is an OpenAI-compatible server on the premises (Ollama, LM Studio):
-    every address of its ``url`` must be private, and it gets SENSITIVE requests only with ``sensitive = true``. All
-    others are outside. ``secret`` is a reference to the API key. ``usd_per_day`` and ``usd_per_month`` cap what the
-    rack spends there; prices come from genai-prices unless ``usd_per_mtok_in`` and ``usd_per_mtok_out`` state them."""
+    """A place that is not the rack; it gets nothing that no [[allow]] permits. ``kind`` local is an OpenAI-compatible
+    server on the premises (Ollama, LM Studio): every address of its ``url`` must be private, and it gets SENSITIVE
+    requests only with ``sensitive = true``. All others are outside. ``secret`` is a
+    reference to the API key. ``usd_per_day`` and ``usd_per_month`` cap what the rack spends there; prices come from
+    genai-prices unless ``usd_per_mtok_in`` and ``usd_per_mtok_out`` state them."""
 
     name: str
     kind: ProviderKind
@@ -108,8 +112,10 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Permission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One [[allow]]: requests of these ``keys``, ``classes`` and ``models`` may be answered by a ``provider``, with its
-    model ``use``. ``when`` full: only while the rack refuses them or no node can serve them, or when one has waited
+    """One [[allow]]: requests of these ``keys``, ``classes`` and ``models`` (* any key, any model) may be answered by a
+    ``provider``, with its model ``use``. A request that leaves the choice of the model is meant by that name (`auto`,
+    `class:routine`), or when all models of its routes are named. A class that was guessed does not count unless
+    ``guessed``. ``when`` full: only while the rack refuses them or no node can serve them, or when one has waited
     ``wait_s`` for its first token (0: however long). ``when`` always: they go there at once."""
 
     provider: str
@@ -117,8 +123,9 @@ class Permission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keys: Annotated[tuple[str, ...], Meta(min_length=1)]
     classes: Annotated[tuple[TaskClass, ...], Meta(min_length=1)]
     models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    guessed: bool = False
     when: Literal["full", "always"] = "full"
-    wait_s: Annotated[float, Meta(ge=0)] = 0.0
+    wait_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
 
 
 class Sensitive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,7 +164,7 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     starve_s: Annotated[float, Meta(gt=0, le=600)] = 30.0
 
 
-class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """policy.toml. ``version`` is the operator's name for it; the audit adds a hash of its content."""
 
     version: str = "default"
@@ -171,7 +178,23 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     providers: tuple[Provider, ...] = ()
     allow: tuple[Permission, ...] = ()
 
+    @cached_property
+    def by_key(self) -> Mapping[str, KeyPolicy]:
+        """``keys`` by id."""
+        return {one.id: one for one in self.keys}
 
+    @cached_property
+    def by_model(self) -> Mapping[str, ModelPolicy]:
+        """``models`` by name."""
+        return {one.name: one for one in self.models}
+
+    @cached_property
+    def by_provider(self) -> Mapping[str, Provider]:
+        """``providers`` by name."""
+        return {one.name: one for one in self.providers}
+
+
+_ANY_KEY = KeyPolicy(id=ANY)
 DEFAULT = Rules()
 """Without a policy file: every key may use every model, and nothing leaves the premises."""
 
@@ -183,152 +206,37 @@ def digest(rules: Rules) -> str:
 
 def of_key(rules: Rules, key_id: str) -> KeyPolicy:
     """The entry of a key: its own, else that of *, else one without limits."""
-    own = {one.id: one for one in rules.keys}
-    return own.get(key_id) or own.get(ANY) or KeyPolicy(id=ANY)
+    return rules.by_key.get(key_id) or rules.by_key.get(ANY) or _ANY_KEY
 
 
 def of_model(rules: Rules, name: str) -> ModelPolicy:
     """The entry of a served name."""
-    return next((one for one in rules.models if one.name == name), ModelPolicy(name=name))
+    return rules.by_model.get(name) or ModelPolicy(name=name)
 
 
 def provider(rules: Rules, name: str) -> Provider:
-    """A configured provider."""
-    return next(one for one in rules.providers if one.name == name)
+    """A configured provider. Raises KeyError for a name that ``check`` would not let pass."""
+    return rules.by_provider[name]
 
 
 def dollars(text: str) -> Decimal | None:
     """An amount of the policy file; None for none. Raises Refused."""
     if not text:
         return None
-    try:
-        amount = Decimal(text)
-    except InvalidOperation:
-        raise Refused(f"{text!r} is not an amount of US dollars, like 25.00") from None
-    if not amount.is_finite() or amount < 0:
-        raise Refused(f"{text!r} is not an amount of US dollars, like 25.00")
-    return amount
-
-
-def check(rules: Rules) -> Sequence[str]:
-    """Every problem that types cannot express, each with the path of its key."""
-    return [
-        *_check_names(rules),
-        *_check_amounts(rules),
-        *_check_keys(rules.keys),
-        *_check_providers(rules.providers),
-        *_check_allow(rules),
-        *_check_patterns(rules),
-        *_check_routes(rules.routes),
-    ]
-
-
-def _check_names(rules: Rules) -> Iterator[str]:
-    named = [(f"keys[{n}].id", k.id) for n, k in enumerate(rules.keys) if k.id != ANY]
-    named += [(f"models[{n}].name", m.name) for n, m in enumerate(rules.models)]
-    named += [(f"providers[{n}].name", p.name) for n, p in enumerate(rules.providers)]
-    for path, name in named:
-        try:
-            check_name(name, path)
-        except Refused as error:
-            yield error.message
-    for table, names in (
-        ("keys", [k.id for k in rules.keys]),
-        ("models", [m.name for m in rules.models]),
-        ("providers", [p.name for p in rules.providers]),
-    ):
-        yield from (f"{table}: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1}))
-    if not rules.version.strip():
-        yield "version: must not be empty; name this policy, like 2026-12-01"
-
-
-def _check_amounts(rules: Rules) -> Iterator[str]:
-    amounts = [
-        (f"providers[{n}].{field}", getattr(one, field))
-        for n, one in enumerate(rules.providers)
-        for field in ("usd_per_day", "usd_per_month", "usd_per_mtok_in", "usd_per_mtok_out")
-    ]
-    amounts += [
-        (f"keys[{n}].{period}.usd", getattr(one, period).usd)
-        for n, one in enumerate(rules.keys)
-        for period in ("day", "week", "month")
-    ]
-    for path, text in amounts:
-        try:
-            dollars(text)
-        except Refused as error:
-            yield f"{path}: {error.message}"
-
-
-def _check_keys(keys: Sequence[KeyPolicy]) -> Iterator[str]:
-    for n, key in enumerate(keys):
-        if key.expires and not is_day(key.expires):
-            yield f"keys[{n}].expires: must be a day, like 2027-01-31"
-        if key.task_class and key.task_class not in key.classes:
-            yield f"keys[{n}].task_class: {key.task_class} is not in its classes"
+    if not _DOLLARS.fullmatch(text):
+        raise Refused(f"{text[:20]!r} is not an amount of US dollars, like 25.00")
+    return Decimal(text)
 
 
 def is_day(text: str) -> bool:
     """Whether a text is a date, YYYY-MM-DD."""
-    try:
-        return len(text) == 10 and bool(date.fromisoformat(text))
+    try:  # not a week date either: days are compared as texts
+        return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
 
 
-def _check_providers(providers: Sequence[Provider]) -> Iterator[str]:
-    for n, one in enumerate(providers):
-        path = f"providers[{n}]"
-        if not one.base_url:
-            yield f"{path}.url: is required for kind {one.kind}"
-        elif not one.base_url.startswith(("https://", "http://") if one.kind == "local" else ("https://",)):
-            yield f"{path}.url: must begin with https://" + (" or http://" if one.kind == "local" else "")
-        if one.kind != "local" and not one.secret:
-            yield f"{path}.secret: is required: a reference to the API key"
-        if one.secret and not is_reference(one.secret):
-            yield f"{path}.secret: {REFERENCE_HINT}"
-        if one.sensitive and one.kind != "local":
-            yield f"{path}.sensitive: SENSITIVE requests never leave the premises; only kind local may have it"
-        if bool(one.usd_per_mtok_in) != bool(one.usd_per_mtok_out):
-            yield f"{path}.usd_per_mtok_in: and usd_per_mtok_out need each other"
-
-
-def _check_allow(rules: Rules) -> Iterator[str]:
-    known = {one.name: one for one in rules.providers}
-    for n, one in enumerate(rules.allow):
-        path = f"allow[{n}]"
-        if one.provider not in known:
-            yield f"{path}.provider: no [[providers]] has the name {one.provider!r}"
-        elif known[one.provider].kind == "local" and is_cloud_name(one.use):
-            yield f"{path}.use: {one.use!r} runs in its vendor's cloud, not on the premises"
-        if not one.use.strip():
-            yield f"{path}.use: is required: the provider's model"
-
-
 def is_cloud_name(model: str) -> bool:
-    """Whether a model of a local server is computed by its vendor: Ollama's names end in ``-cloud`` or ``:cloud``."""
-    return bool(re.search(r"[-:]cloud\s*$", model, re.IGNORECASE))
-
-
-def _check_patterns(rules: Rules) -> Iterator[str]:
-    tables = {
-        "sensitive.patterns": rules.sensitive.patterns,
-        "redaction.patterns": rules.redaction.patterns,
-        "content.patterns": rules.content.patterns,
-    }
-    for path, patterns in tables.items():
-        for n, pattern in enumerate(patterns):
-            try:
-                if re.compile(pattern).match(""):
-                    yield f"{path}[{n}]: matches an empty text"
-            except (re.error, RecursionError, OverflowError) as error:
-                yield f"{path}[{n}]: invalid regular expression: {error}"
-    for n, word in enumerate(rules.sensitive.words):
-        if not word.strip():
-            yield f"sensitive.words[{n}]: must not be empty"
-
-
-def _check_routes(routes: Sequence[Route]) -> Iterator[str]:
-    for n, one in enumerate(routes):
-        if not one.model or is_left_open(one.model):
-            yield f"routes[{n}].model: must be a served name"
+    """Whether a model of a local server is computed by its vendor, as Ollama's are whose name or tag is ``cloud`` or
+    ends in it: ``qwen3-coder:480b-cloud``."""
+    return any(re.search(r"(^|[-_.])cloud$", part) for part in re.split(r"[:/@]", model.strip().lower()))

@@ -12,7 +12,8 @@ ADVISORY = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     }
 )
-"""Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure."""
+"""Accepted without effect: they identify the caller or are hints for a vendor's own infrastructure. Of ``metadata`` one
+key has an effect (agent/policy/classes.py)."""
 NEUTRAL: Neutral = {
     "functions": ([],),
     "function_call": ("none", "auto"),

@@ -12,6 +12,7 @@ from agent.api.openai.conversation import MAX_SCHEMA_CHARS, RENDERER_KEY, messag
 from agent.api.openai.fields import Extras, boolean, integer, number, read_object, shown, unsupported, written, wrong
 from agent.api.openai.known import ADVISORY, ELSEWHERE, NEUTRAL, TEXT_NEUTRAL, Neutral
 from agent.config import Api
+from agent.policy.classes import NOTHING, Declared, in_metadata
 from agent.wire.frames import EFFORTS, Embed, Generate
 from shared.errors import Refused
 
@@ -27,7 +28,7 @@ MAX_TEMPLATE_ARGS_CHARS = 4096
 
 class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A validated request: what to generate, for the conversation or for each of ``prompts``, ``n`` times. ``seed`` is
-    None where the client set none. ``ignored`` are fields without effect."""
+    None where the client set none. ``ignored`` are fields without effect; ``declared`` is the body's task class."""
 
     generate: Generate
     prompts: tuple[str, ...] = ()
@@ -37,14 +38,16 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     timings: bool = False
     ignored: tuple[str, ...] = ()
+    declared: Declared = NOTHING
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated request for embeddings. ``base64`` selects the encoding of the vectors; ``ignored`` as above."""
+    """A validated request for embeddings. ``base64`` selects the encoding of the vectors; the others as above."""
 
     embed: Embed
     base64: bool = False
     ignored: tuple[str, ...] = ()
+    declared: Declared = NOTHING
 
 
 def parse_chat(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
@@ -65,7 +68,8 @@ def parse_chat(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
         reasoning_effort=_effort(tree),
         template_args=_template_args(tree),
     )
-    return AnswerRequest(generate=generate, **_delivery(tree, extras), ignored=extras.names)
+    declared = in_metadata(tree.get("metadata"))
+    return AnswerRequest(generate=generate, **_delivery(tree, extras), ignored=extras.names, declared=declared)
 
 
 def parse_text(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
@@ -83,7 +87,8 @@ def parse_text(body: bytes, policy: Api = DEFAULT) -> AnswerRequest:
         ignore_eos=_ignores_eos(tree, extras, constrained=False),
         logprobs=integer(tree, "logprobs", 0, 5),
     )
-    return AnswerRequest(generate=generate, prompts=prompts, **delivery, ignored=extras.names)
+    declared = in_metadata(tree.get("metadata"))
+    return AnswerRequest(generate=generate, prompts=prompts, **delivery, ignored=extras.names, declared=declared)
 
 
 def parse_embeddings(body: bytes, policy: Api = DEFAULT) -> EmbedRequest:
@@ -96,7 +101,8 @@ def parse_embeddings(body: bytes, policy: Api = DEFAULT) -> EmbedRequest:
     embed = Embed(
         id=0, model=_model(tree), inputs=_inputs(tree.get("input")), dimensions=integer(tree, "dimensions", 1, MAX_TOK)
     )
-    return EmbedRequest(embed=embed, base64=form == "base64", ignored=extras.names)
+    declared = in_metadata(tree.get("metadata"))
+    return EmbedRequest(embed=embed, base64=form == "base64", ignored=extras.names, declared=declared)
 
 
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens", "n_predict")

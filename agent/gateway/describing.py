@@ -1,0 +1,52 @@
+"""What the policy needs to know of a request: numbers, features, and for a guess some of its turns. Pure."""
+
+from collections.abc import Sequence
+
+from agent.policy.facts import Feature
+from agent.process.prefixes import BYTES_PER_TOK, text_of
+from agent.wire.frames import Embed, Generate
+
+MOST_TURNS = 16
+"""Of a conversation that a guess looks at: the first half and the last."""
+
+
+def features(ask: Generate | Embed, *, n: int = 1, prompts: Sequence[str] = ()) -> tuple[Feature, ...]:
+    """What a request uses that not every place can do."""
+    if isinstance(ask, Embed):
+        return ("embeddings",)
+    used: dict[Feature, bool] = {
+        "tools": bool(ask.tools),
+        "schema": ask.schema is not None,
+        "logprobs": ask.logprobs is not None,
+        "n": n > 1,
+        "prompt": bool(prompts) or ask.prompt is not None,
+        "template_args": ask.template_args is not None,
+        "sampling": _samples(ask),
+    }
+    return tuple(feature for feature, is_used in used.items() if is_used)
+
+
+def _samples(ask: Generate) -> bool:
+    """Sampling parameters beyond OpenAI's, and those that name tokens of one model's vocabulary."""
+    beyond = ask.top_k or ask.min_p or ask.repetition_window_tok or ask.logit_bias or ask.ignore_eos
+    return bool(beyond) or ask.repetition_penalty != 1.0
+
+
+def prompt_tok(ask: Generate | Embed, prompts: Sequence[str] = ()) -> int:
+    """The tokens of a prompt, as routing estimates them; of several prompts, of the longest."""
+    longest = max((len(one.encode("utf-8", "surrogatepass")) for one in prompts), default=0)
+    return text_of(b"", ask).prompt_tok + longest // BYTES_PER_TOK
+
+
+def answer_tok(ask: Generate | Embed, default_tok: int) -> int:
+    """The most tokens that an answer may have; ``default_tok`` where the client set no limit."""
+    if isinstance(ask, Embed):
+        return 0
+    return default_tok if ask.max_tokens is None else ask.max_tokens
+
+
+def turns(ask: Generate, prompts: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(role, text) for ``agent.policy.guess``: some turns of a long conversation, a prompt as a user's."""
+    messages = ask.messages
+    some = messages if len(messages) <= MOST_TURNS else messages[: MOST_TURNS // 2] + messages[-(MOST_TURNS // 2) :]
+    return [*((one.role, one.content) for one in some), *(("user", one) for one in prompts[:1])]
