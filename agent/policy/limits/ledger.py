@@ -1,0 +1,202 @@
+"""One limit at one node: the part that the node may use, what it has used, given away and received. Pure.
+
+``part = base - void + got - given``. The bases of all nodes sum to the limit; the giver lowers its own part before it
+tells of a grant, and the receiver raises its own only when it has been told, so the parts never sum to more.
+"""
+
+from collections.abc import Iterator
+from math import ceil
+from typing import NamedTuple
+
+from agent.policy.limits.limit import Limit, Name, Period
+from agent.policy.limits.share import Share
+from agent.policy.limits.use import SLOTS, Use, WindowUse
+
+AHEAD_S = 5.0
+"""A node wants what it is likely to need in this time."""
+KEEP_S = 3.0
+"""A node keeps what it is likely to need in this time."""
+FRESH_S = 3.5
+"""What a peer wants counts that long."""
+LIVELY_S = 120.0
+_MOST_BOOST = 16
+_CALM = 0.6
+"""What is left of a rate after a second without requests."""
+
+
+class Wanted(NamedTuple):
+    """What a peer lacks, and the part that it has."""
+
+    want: int
+    part: int
+    heard_s: float
+
+
+class Ledger:
+    """The account of one limit. ``base`` is this node's part before grants; ``void`` of it may not be used, because
+    others have used it before the limit was divided anew. Until it is ``open`` nothing may be used: it is not known yet
+    what others have used."""
+
+    def __init__(self, limit: Limit, period: Period, basis: str, base: int, use: Use) -> None:
+        self.limit, self.period, self.basis, self.base, self.use = limit, period, basis, base, use
+        self.void, self.hold, self.open = 0, 0, False
+        self._void_until_s = float("inf")
+        self.given: dict[str, int] = {}
+        self.got: dict[str, int] = {}
+        self.used_by: dict[str, tuple[int, float]] = {}
+        """What peers have used, and when that was heard."""
+        self.wanted: dict[str, Wanted] = {}
+        self.want = 0
+        self.lively_s = float("-inf")
+        """When it was last used, wanted or granted."""
+        self._asked, self._rate, self._boost, self._got_before = 0, 0.0, 1, 0
+        self._short, self._short_s = 0, float("-inf")
+
+    @property
+    def name(self) -> Name:
+        """The limit's name."""
+        return self.limit.name
+
+    @property
+    def part(self) -> int:
+        """What this node may use, in all."""
+        return self.base - self.void + sum(self.got.values()) - sum(self.given.values())
+
+    @property
+    def is_window(self) -> bool:
+        """Whether it is a limit per minute."""
+        return isinstance(self.use, WindowUse)
+
+    def spare(self, now_s: float) -> int:
+        """What of the part is not used; negative after the last request used more than was left."""
+        return self.part - self.use.amount(now_s) if self.open else 0
+
+    def left(self, now_s: float) -> int:
+        """What requests may use now."""
+        return self.spare(now_s) - self.hold
+
+    def floor(self, amount: int) -> int:
+        """The least that must be left for a request that may use ``amount``: anything of a budget; per minute what the
+        largest of recent requests really used."""
+        return min(amount, max(1, self.use.largest)) if self.is_window else 1
+
+    def admits(self, amount: int, now_s: float) -> bool:
+        """Whether a request may start. One whose amount is not left may start if ``floor`` is: the next one cannot
+        before it is settled."""
+        left = self.left(now_s)
+        return left >= amount or left >= self.floor(amount)
+
+    def asked(self, amount: int, now_s: float, *, short: bool) -> None:
+        """Learn of a request; ``short``: it was refused for this limit."""
+        likely = min(amount, self.use.largest) if self.use.largest else amount
+        self._asked += likely
+        self.lively_s = now_s
+        if short:
+            self._short, self._short_s = max(self._short, min(amount, self.limit.most)), now_s
+
+    def count(self, amount: int, now_s: float) -> int:
+        """Count what a request may use."""
+        return self.use.add(amount, now_s)
+
+    def used_elsewhere(self, now_s: float) -> int:
+        """What peers have used, as far as known."""
+        lasting = self.use.window_s if isinstance(self.use, WindowUse) else float("inf")
+        return sum(used for used, heard_s in self.used_by.values() if now_s - heard_s <= lasting)
+
+    def used(self, now_s: float) -> int:
+        """What the rack has used, as far as known, without what is void here for a minute."""
+        return self.use.amount(now_s) + self.used_elsewhere(now_s)
+
+    def annul(self, amount: int, now_s: float) -> None:
+        """Of the part, that much may not be used in this period, or for a minute: others have used it."""
+        self.void = amount
+        if isinstance(self.use, WindowUse):
+            # a slot longer than what they have used can count
+            self._void_until_s = now_s + self.use.window_s * (1 + 1 / SLOTS)
+
+    # ---- moving parts ----
+
+    def measure(self, elapsed_s: float, now_s: float) -> None:
+        """Work out what is wanted, from the requests of the last ``elapsed_s``."""
+        elapsed_s = max(elapsed_s, 0.1)
+        if now_s >= self._void_until_s:
+            self.void = 0
+        self._rate += (self._asked / elapsed_s - self._rate) * (1 - _CALM**elapsed_s)
+        if self._rate * AHEAD_S < 0.01:
+            self._rate = 0.0
+        if now_s - self._short_s > FRESH_S:
+            self._short = 0
+        need = max(min(ceil(self._rate * AHEAD_S), self.limit.most), self._short)
+        lacking = max(0, need - self.left(now_s)) if self.open else 0
+        got = sum(self.got.values())
+        # what was wanted and has not come is wanted of every giver more and more
+        satisfied = not lacking or (got - self._got_before) * 2 >= lacking
+        self._boost = 1 if satisfied else min(_MOST_BOOST, self._boost * 2)
+        self.want = min(lacking * self._boost, self.limit.most)
+        self._asked, self._got_before = 0, got
+
+    def give(self, nodes: int, now_s: float) -> None:
+        """Grant what is not needed here to peers that want it. Of a limit per minute, a node that has more than an
+        equal share of the nodes in need holds back what is due to those that have less."""
+        self.wanted = {node: one for node, one in self.wanted.items() if one.want and now_s - one.heard_s <= FRESH_S}
+        self.hold = 0
+        if not self.wanted or not self.open:
+            return
+        spare = max(0, self.spare(now_s))
+        free = max(0, spare - ceil(self._rate * KEEP_S) - self._short)
+        total, givers = sum(one.want for one in self.wanted.values()), max(1, nodes - len(self.wanted))
+        for node, one in list(self.wanted.items()):
+            spare -= self._grant(node, min(free * one.want // total, -(-one.want // givers)), now_s)
+        if self.is_window and self._rate:
+            self._balance(spare, now_s)
+
+    def heard(self, node: str, share: Share, me: str, now_s: float) -> None:
+        """What a peer tells of the same limit, divided in the same way."""
+        self._raise(self.got, node, share.given.get(me, 0))
+        # it knows of a grant that this node has forgotten with its state folder
+        self._raise(self.given, node, share.got.get(me, 0))
+        if share.want:
+            self.lively_s = now_s
+        under_way = self.given.get(node, 0) - share.got.get(me, 0)
+        self.wanted[node] = Wanted(max(0, share.want - under_way), share.part + under_way, now_s)
+
+    def share(self, now_s: float) -> Share:
+        """What peers are told."""
+        return Share(
+            owner=self.name.owner,
+            span=self.name.span,
+            unit=self.name.unit,
+            period=self.period.start_s,
+            basis=self.basis,
+            used=max(0, self.use.amount(now_s)),
+            part=max(0, self.part),
+            want=self.want,
+            given=dict(self.given),
+            got=dict(self.got),
+        )
+
+    def _balance(self, spare: int, now_s: float) -> None:
+        fair = self.limit.most // (len(self.wanted) + 1)
+        owed = max(0, self.part - fair)
+        for node, due in list(self._due(fair)):
+            due = min(due, owed)
+            paid = self._grant(node, max(0, min(due, spare)), now_s)
+            spare, owed = spare - paid, owed - due
+            self.hold += due - paid
+
+    def _due(self, fair: int) -> Iterator[tuple[str, int]]:
+        for node, one in self.wanted.items():
+            yield node, max(0, min(one.want, fair - one.part))
+
+    def _grant(self, node: str, amount: int, now_s: float) -> int:
+        if amount > 0:
+            self.given[node] = self.given.get(node, 0) + amount
+            before = self.wanted[node]
+            self.wanted[node] = before._replace(want=max(0, before.want - amount), part=before.part + amount)
+            self.lively_s = now_s
+        return amount
+
+    @staticmethod
+    def _raise(sums: dict[str, int], node: str, to: int) -> None:
+        if to > sums.get(node, 0):
+            sums[node] = to

@@ -1,0 +1,240 @@
+"""Whatever happens to nodes and heartbeats, the rack's limit holds; and capacity moves to where it is needed."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from agent.policy.limits.limit import Amounts, Limit, Name
+from tests.agent.policy.limits.made_nodes import Node, Rack
+
+EXAMPLES = int(os.environ.get("MLXRACK_LIMITS_EXAMPLES", "200"))
+LARGEST = 40
+MINUTE = Limit(Name("key:a", "minute", "requests"), 9)
+MINUTE_TOKENS = Limit(Name("key:a", "minute", "tokens"), 150)
+DAY = Limit(Name("key:a", "day", "requests"), 12)
+DAY_TOKENS = Limit(Name("key:a", "day", "completion_tok"), 200)
+NODES = [f"n{n}" for n in range(3)]
+
+node = st.sampled_from(NODES)
+tokens = st.integers(1, LARGEST)
+action = st.one_of(
+    st.tuples(st.just("burst"), node, st.integers(1, 8), tokens, tokens, st.booleans()),
+    st.tuples(st.just("settle"), node),
+    st.tuples(st.just("tick"), node),
+    st.tuples(st.just("hear"), node, node, st.sampled_from([0, 0, 0, 1, 2, 5])),
+    st.tuples(st.just("meet")),
+    st.tuples(st.just("kill"), node),
+    st.tuples(st.just("wait"), st.sampled_from([0.1, 0.5, 1.0, 20.0, 58.0, 61.0])),
+)
+actions = st.lists(action, min_size=10, max_size=60)
+Schedule = list[tuple[Any, ...]]
+
+
+def played(limit: Limit, schedule: Schedule) -> Rack:
+    """A rack whose nodes have heard of each other, after everything on the schedule."""
+    rack = Rack(3, [limit])
+    rack.meet()
+    for what, *args in schedule:
+        if what == "burst":
+            name, count, first, second, at_once = args
+            for _ in range(count):
+                bound, real = Amounts(0, max(first, second)), Amounts(0, min(first, second))
+                rack.nodes[name].request(bound, real, settled=at_once)
+        elif what == "hear":
+            giver, to, back = args
+            if giver != to:
+                rack.deliver(giver, to, back)
+        elif what == "meet":
+            for each in rack.nodes.values():
+                each.tick()
+            rack.meet()
+        elif what == "wait":
+            rack.s += args[0]
+        else:
+            getattr(rack.nodes[args[0]], {"kill": "killed"}.get(what, what))()
+    return rack
+
+
+@settings(max_examples=EXAMPLES)
+@given(actions)
+def test_no_schedule_of_losses_delays_doubles_and_kills_exceeds_a_limit_per_minute(schedule: Schedule) -> None:
+    assert played(MINUTE, schedule).most_in_a_window("requests") <= MINUTE.most
+
+
+@settings(max_examples=EXAMPLES)
+@given(actions)
+def test_no_schedule_exceeds_a_budget_of_requests(schedule: Schedule) -> None:
+    assert played(DAY, schedule).total("requests") <= DAY.most
+
+
+@settings(max_examples=EXAMPLES)
+@given(actions)
+def test_no_schedule_overspends_tokens_by_more_than_one_request_a_gateway(schedule: Schedule) -> None:
+    assert played(MINUTE_TOKENS, schedule).most_in_a_window("tokens") <= MINUTE_TOKENS.most + 3 * (LARGEST - 1)
+    assert played(DAY_TOKENS, schedule).total("completion_tok") <= DAY_TOKENS.most + 3 * (LARGEST - 1)
+
+
+def test_what_a_killed_node_had_let_through_and_given_away_still_counts() -> None:
+    for limit, hours in ((MINUTE, 0), (DAY, 0)):
+        rack = Rack(3, [limit])
+        rack.meet()
+        rack.s += hours
+        for _ in range(40):
+            rack.nodes["n0"].request(Amounts(), Amounts())
+            for one in rack.nodes.values():
+                one.tick()
+            rack.meet()
+        before = len(rack.used)
+        assert before > limit.most / 3
+        rack.nodes["n1"].request(Amounts(), Amounts())  # not saved any more
+        for one in rack.nodes.values():
+            one.killed()
+        for _ in range(20):
+            for one in rack.nodes.values():
+                one.request(Amounts(), Amounts())
+        assert len(rack.used) <= limit.most
+        rack.s += 61.0
+        for one in rack.nodes.values():
+            one.killed()
+            one.request(Amounts(), Amounts())
+        assert (len(rack.used) > limit.most) == (limit is MINUTE)
+
+
+def driven(per_s: float, only: Callable[[Node], bool] = lambda _: True) -> Callable[[Node], None]:
+    """A client that sends this many requests a second to each of the gateways."""
+
+    def drive(node: Node) -> None:
+        if only(node):
+            before = int((node.rack.s - 0.1) * per_s)
+            for _ in range(int(node.rack.s * per_s) - before):
+                node.request(Amounts(3, 5), Amounts(3, 5))
+
+    return drive
+
+
+EIGHT = [f"n{n}" for n in range(8)]
+RPM = Limit(Name("key:a", "minute", "requests"), 240)
+
+
+def test_a_key_through_eight_gateways_at_ten_times_its_limit_gets_its_limit() -> None:
+    rack = Rack(8, [RPM])
+    rack.pass_s(180, driven(5))
+    assert rack.most_in_a_window("requests") <= 240
+    assert len([one for one in rack.used if one.at_s > 120]) >= 0.95 * 240
+
+
+def test_a_split_in_two_halves_changes_nothing_of_that() -> None:
+    rack = Rack(8, [RPM])
+    rack.pass_s(90, driven(5))
+    rack.pass_s(90, driven(5), [EIGHT[:4], EIGHT[4:]])
+    rack.pass_s(90, driven(5))
+    assert rack.most_in_a_window("requests") <= 240
+    assert len([one for one in rack.used if one.at_s > 210]) >= 0.9 * 240
+
+
+@pytest.mark.parametrize("times", [1.0, 1.5, 10.0])
+def test_one_gateway_alone_gets_nearly_everything_within_seconds(times: float) -> None:
+    rack = Rack(8, [RPM])
+    rack.pass_s(10, driven(4 * times, lambda node: node.name == "n3"))
+    rack.pass_s(60, driven(4 * times, lambda node: node.name == "n3"))
+    assert len([one for one in rack.used if one.at_s > 10]) >= 0.9 * 240
+    assert rack.most_in_a_window("requests") <= 240
+
+
+def test_what_one_gateway_had_drifts_to_another_that_needs_it() -> None:
+    rack = Rack(8, [RPM])
+    rack.pass_s(60, driven(40, lambda node: node.name == "n3"))
+    rack.pass_s(90, driven(40, lambda node: node.name in ("n3", "n5")))
+    late = [one for one in rack.used if one.at_s > 90]
+    assert len([one for one in late if one.node == "n5"]) >= 0.3 * len(late)
+    rack.pass_s(70, driven(40, lambda node: node.name == "n5"))
+    assert len([one for one in rack.used if one.at_s > 160]) >= 0.85 * 240
+    assert rack.most_in_a_window("requests") <= 240
+
+
+def test_a_budget_moves_in_steps_and_is_spent_to_the_end() -> None:
+    budget = Limit(Name("key:a", "month", "requests"), 1000)
+    rack = Rack(8, [budget])
+    rack.pass_s(20, driven(2, lambda node: node.name == "n3"))
+    kept = [rack.nodes[name].book.ledger(budget, rack.nodes[name].now).part for name in EIGHT if name != "n3"]
+    assert min(kept) >= 100, "a node that dies now would take more with it"
+    rack.pass_s(120, driven(20, lambda node: node.name == "n3"))
+    assert rack.total("requests") >= 990
+    rack.pass_s(20, driven(5))
+    assert rack.total("requests") == 1000
+
+
+def test_a_node_that_is_away_keeps_its_part_until_the_period_ends() -> None:
+    budget = Limit(Name("key:a", "day", "requests"), 80)
+    rack = Rack(8, [budget])
+    rack.pass_s(60, driven(5, lambda node: node.name != "n7"), [EIGHT[:7]])
+    assert rack.total("requests") == 70
+    rack.s += 86_400
+    rack.pass_s(20, driven(5))
+    assert rack.total("requests") == 150
+
+
+@pytest.mark.parametrize("skew_s", [0.0, 7.0, -7.0])
+def test_a_clock_that_differs_by_seconds_gives_no_second_budget_at_midnight(skew_s: float) -> None:
+    budget = Limit(Name("key:a", "day", "requests"), 80)
+    rack = Rack(8, [budget])
+    rack.nodes["n3"].skew_s = skew_s
+    rack.s = 43_200 - 20.0
+    rack.pass_s(60, driven(5))
+    assert rack.total("requests") == 160
+    rack.nodes["n3"].skew_s = -120.0
+    rack.pass_s(20, driven(5))
+    assert rack.total("requests") == 160
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(2, 8), st.sampled_from([60, 100, 140])), min_size=1, max_size=3), st.integers(1, 8)
+)
+@example([(7, 100)], 1)
+def test_other_nodes_or_limits_refill_nothing(changes: list[tuple[int, int]], busy: int) -> None:
+    """The nodes change one after another, half a second apart: no more is overspent than what is used meanwhile and
+    was not heard of."""
+    rack = Rack(8, [Limit(DAY.name, 100)])
+    rack.pass_s(10, driven(3, lambda node: node.name in EIGHT[:busy]))
+    spent, most = rack.total("requests"), 100
+    for count, limit in changes:
+        rack.members, rack.limits = EIGHT[:count], (Limit(DAY.name, limit),)
+        began = rack.total("requests")
+        for name in EIGHT:
+            rack.nodes[name].become()
+            rack.pass_s(0.5, driven(3, lambda node: node.name in EIGHT[:busy]))
+        spent += rack.total("requests") - began + 2 * 3 * busy
+        most = max(most, limit)
+        rack.pass_s(5, driven(3, lambda node: node.name in EIGHT[: min(busy, count)]))  # noqa: B023
+    assert rack.total("requests") <= max(most, spent)
+
+
+def test_a_second_change_back_gives_nothing_twice() -> None:
+    budget = Limit(DAY.name, 100)
+    rack = Rack(8, [budget])
+    rack.pass_s(60, driven(5, lambda node: node.name == "n0"))
+    assert rack.total("requests") >= 99
+    for count in (7, 8, 7, 8):
+        rack.members = EIGHT[:count]
+        for name in EIGHT:
+            rack.nodes[name].become()
+        rack.pass_s(5, driven(5))
+    assert rack.total("requests") <= 100
+
+
+def test_a_node_that_has_lost_its_state_learns_from_its_peers_what_it_gave_away() -> None:
+    budget = Limit(DAY.name, 160)
+    rack = Rack(8, [budget])
+    rack.pass_s(30, driven(3, lambda node: node.name == "n0"))
+    given_away = sum(rack.nodes["n1"].book.ledger(budget, rack.nodes["n1"].now).given.values())
+    assert given_away > 0
+    rack.nodes["n1"].disk, rack.nodes["n1"].told = None, [()]
+    rack.nodes["n1"].rows.clear()
+    rack.nodes["n1"].killed()
+    rack.pass_s(40, driven(5))
+    assert rack.total("requests") <= 160
