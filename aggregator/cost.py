@@ -9,18 +9,18 @@ the rest by busy seconds. The *floor* is the price if nodes were never idle and 
 five minutes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from fractions import Fraction
 
 import msgspec
 
-from aggregator import allocation, cost_change, heat
-from aggregator.allocation import MILLION, Payable, Row, Sum, Work, divided, in_s, per_m, rounded
+from aggregator import allocation, cost_change, heat, usage
+from aggregator.allocation import MILLION, Payable, Row, Sum, in_s, per_m, rounded
 from aggregator.config import AggregatorConfig, Node, decimal
 from aggregator.cost_change import Change, Factors
 from aggregator.demand import machines
 from aggregator.fleet import Tenure, fleet
+from aggregator.usage import KeyUsage, PlaceUsage
 from aggregator.window import Window, seconds
 from shared.chips import Identity, desktop, find
 from shared.chips import price as list_price
@@ -77,20 +77,10 @@ class NodeCost(msgspec.Struct, frozen=True, kw_only=True):
     silent_s: float = 0.0
 
 
-class KeyCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Usage of one API key and its cost, idle time included."""
-
-    key_id: str
-    requests: int
-    prompt_tok: int
-    completion_tok: int
-    cost: Decimal | None
-
-
 class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """The cost report. ``priced`` is whether any node has a price; ``total`` is the sum over priced nodes, and that of
     the models' loaded cost, ``unshared`` (idle time of no model: of nodes or loaders that answered nobody), ``silent``
-    and ``unattributed``."""
+    and ``unattributed``. ``keys`` divide the loaded cost; what ``places`` charge is in none of the other figures."""
 
     period: str
     currency: str
@@ -104,7 +94,8 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelCost, ...]
     nodes: tuple[NodeCost, ...]
     rows: tuple[Row, ...] = ()
-    keys: tuple[KeyCost, ...] = ()
+    keys: tuple[KeyUsage, ...] = ()
+    places: tuple[PlaceUsage, ...] = ()
     unpriced_nodes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     """List prices of nodes without a price, where they are known."""
@@ -147,7 +138,8 @@ def compute(
         models=tuple(models),
         nodes=tuple(nodes),
         rows=rows,
-        keys=tuple(_keys(window, models, sums, names)),
+        keys=usage.of_keys(window, {m.model: m.loaded for m in models}, sums, names),
+        places=usage.of_places(window),
         unpriced_nodes=tuple(n.node for n in nodes if n.cost is None),
         hints=tuple(hint for n in nodes if n.cost is None for hint in _listed(n.node, there.get(n.node))),
         tokens=tokens,
@@ -329,35 +321,3 @@ def _floor(window: Window, name: str, m: Sum) -> Decimal | None:
     # slots are of all nodes, as the pace that they are compared with
     as_it_was = float(m.whole.tokens / m.whole.busy_us)
     return rounded(m.direct / m.priced.tokens * MILLION * decimal(min(1.0, as_it_was / best)))
-
-
-def _keys(window: Window, models: list[ModelCost], sums: Mapping[str, Sum], priced: set[str]) -> list[KeyCost]:
-    """Usage of every API key at all nodes, and its part of each model's loaded cost by the work it caused at priced
-    ones, as a loader's time is divided; parts add up."""
-    usage: dict[str, list[int]] = {}
-    work: dict[str, dict[str, list[int]]] = {}
-    for served in window.served:
-        total = usage.setdefault(served.key_id, [0, 0, 0])
-        total[0] += served.requests if served.outcome == "ok" else 0
-        total[1] += served.prompt_tok
-        total[2] += served.completion_tok
-        if served.worker not in priced:
-            continue
-        mine = work.setdefault(served.model, {}).setdefault(served.key_id, [0, 0])
-        mine[0] += max(0, served.prompt_tok - served.cached_tok)
-        mine[1] += served.completion_tok
-    money: dict[str, Decimal] = {}
-    for model in models:
-        for key, part in divided(model.loaded, _weights(work.get(model.model, {}), sums[model.model].priced)).items():
-            money[key] = money.get(key, _ZERO) + part
-    return [
-        KeyCost(key_id=key, requests=requests, prompt_tok=prompt, completion_tok=completion, cost=money.get(key))
-        for key, (requests, prompt, completion) in sorted(usage.items())
-    ]
-
-
-def _weights(work: Mapping[str, Sequence[int]], m: Work) -> dict[str, Fraction]:
-    """The time that each key's uncached prompt tokens and answer tokens took of one model."""
-    uncached, answer = (sum(tokens[kind] for tokens in work.values()) for kind in (0, 1))
-    prefill, decode = m.prefill_us / max(1, uncached), m.decode_us / max(1, answer)
-    return {key: prefill * tokens[0] + decode * tokens[1] for key, tokens in work.items()}

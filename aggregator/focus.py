@@ -39,11 +39,11 @@ def export(rack: str, span: Span, report: CostReport, days: Days, so_far_until_m
     them. A span that is not over has a custom column that says how far it goes."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    custom = {SO_FAR: _iso(so_far_until_ms)} if so_far_until_ms else {}
+    custom = {SO_FAR: iso(so_far_until_ms)} if so_far_until_ms else {}
     writer.writerow((*COLUMNS, *custom))
     for day, row in by_day(report.rows, days):
         cells = _cells(rack, report.currency, span, day, row) | custom
-        writer.writerow(_inert(cells[name]) for name in (*COLUMNS, *custom))
+        writer.writerow(inert(cells[name]) for name in (*COLUMNS, *custom))
     return out.getvalue().encode()
 
 
@@ -91,14 +91,14 @@ def _cells(rack: str, currency: str, span: Span, day: Span, row: Row) -> dict[st
         **dict.fromkeys(("AllocatedResourceId", "AllocatedResourceName"), row.model if is_model else None),
         "BilledCost": 0,
         "BillingCurrency": currency,
-        "BillingPeriodStart": _iso(span.since_ms),
-        "BillingPeriodEnd": _iso(span.until_ms),
+        "BillingPeriodStart": iso(span.since_ms),
+        "BillingPeriodEnd": iso(span.until_ms),
         "ChargeCategory": "Usage",
         "ChargeClass": None,
         "ChargeDescription": f"{row.model or row.kind} on {row.node}",
         "ChargeFrequency": "Usage-Based",
-        "ChargePeriodStart": _iso(day.since_ms),
-        "ChargePeriodEnd": _iso(day.until_ms),
+        "ChargePeriodStart": iso(day.since_ms),
+        "ChargePeriodEnd": iso(day.until_ms),
         "PublisherName": "mlxrack",
         "ResourceType": "Node",
         "ServiceCategory": "AI and Machine Learning",
@@ -111,10 +111,11 @@ def _cells(rack: str, currency: str, span: Span, day: Span, row: Row) -> dict[st
     }
 
 
-def _inert(value: object) -> object:
+def inert(value: object) -> object:
     """A text that spreadsheets take for a formula, as the text that it is; numbers are left."""
     return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
 
 
-def _iso(t_ms: int) -> str:
+def iso(t_ms: int) -> str:
+    """A moment as FOCUS writes it."""
     return datetime.fromtimestamp(t_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -21,6 +21,7 @@ from aggregator.window import (
     Cover,
     Demand,
     DesiredSum,
+    ElsewhereSum,
     EngineSum,
     Fact,
     HostSum,
@@ -47,6 +48,10 @@ MOST_FRESH_RECORDS = 200_000
 S = TypeVar("S", bound=msgspec.Struct)
 C = TypeVar("C", bound=Cover)
 SPANS = tuple(name for name, fold in FOLDS.items() if fold.spans)
+_HERE = "(coalesce(place, '') = '')"
+"""SQL for what the rack answered, or nobody; tables of older versions have no place."""
+_ELSEWHERE = ("place", "place_category", "model", "key_id", "task_class", "outcome", "finish")
+_TIMED = ("model", "worker", "outcome", "place")
 
 
 class Backlog(NamedTuple):
@@ -184,8 +189,9 @@ def window(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
         beyond = _Sources(store, db, pool, Span("", span.until_ms, span.until_ms + LONGEST_WINDOW_MS, "UTC"), SPANS)
         found = Window(
             span=span,
-            served=_structs(db, sources.folded("served", None), ServedSum),
-            latencies=_structs(db, sources.folded("served", None, ("model", "worker", "outcome")), Latency),
+            served=_structs(db, sources.folded("served", None), ServedSum, _HERE),
+            elsewhere=_structs(db, sources.folded("served", None, _ELSEWHERE), ElsewhereSum, f"NOT {_HERE}"),
+            latencies=_structs(db, sources.folded("served", None, _TIMED), Latency, _HERE),
             engines=_structs(db, sources.folded("engine", None), EngineSum),
             hosts=_structs(db, sources.folded("host", None), HostSum),
             residents=_structs(db, sources.folded("resident", None), ResidentSum),
@@ -195,7 +201,7 @@ def window(store: ObjectStore, span: Span, nodes: Iterable[str] = ()) -> Window:
             covers=_covered(db, (sources, beyond), "cover", Cover, span),
             serving=_covered(db, (sources, beyond), "serving", Serving, span),
             demand=_structs(db, sources.slots("demand"), Demand),
-            asked=_structs(db, sources.slots("asked"), Asked),
+            asked=_structs(db, sources.slots("asked"), Asked, _HERE),
             events=_events(db, sources.events()),
         )
         late = {node for node in (*found.nodes, *nodes) if not found.reported_at_the_start(node)}
@@ -318,11 +324,11 @@ def _levels(name: str, days: Sequence[str], whole: Sequence[str], hourly: bool) 
     return found
 
 
-def _structs(db: parquet.Database, query: str, kind: type[S]) -> tuple[S, ...]:
+def _structs(db: parquet.Database, query: str, kind: type[S], where: str = "true") -> tuple[S, ...]:
     if not query:
         return ()
     fields = [f'"{name}"' for name in kind.__struct_fields__]
-    rows = db.rows(f"SELECT {', '.join(fields)} FROM ({query})")
+    rows = db.rows(f"SELECT {', '.join(fields)} FROM ({query}) WHERE {where}")
     # columns that older files lack take their defaults
     return tuple(msgspec.convert({k: v for k, v in row.items() if v is not None}, kind) for row in rows)
 

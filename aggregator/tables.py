@@ -153,16 +153,18 @@ _POWERS = {
     **_weighted("package_mc", "package_temp_mean_mc"),
 }
 
+_PLACE = {name: f"coalesce({name}, '')" for name in ("place", "place_category")}
+"""Rows of older agents have none: the rack answered."""
 FOLDS: dict[str, Fold] = {
     "served": Fold(
         source=("served",),
         labels=(
             *("door", "worker", "model", "version", "key_id", "task_class", "outcome", "finish"),
-            "prompt_bucket_tok",
+            *("prompt_bucket_tok", *_PLACE),
         ),
-        sums=("requests", "retries", "prompt_tok", "cached_tok", "completion_tok"),
+        sums=("requests", "retries", "prompt_tok", "cached_tok", "completion_tok", "usd_micro"),
         sketches=("ttft_us", "itl_us", "total_us"),
-        lift={"door": "node"},
+        lift={"door": "node", **_PLACE},
     ),
     "engine": Fold(
         source=("engine",),
@@ -260,10 +262,11 @@ FOLDS: dict[str, Fold] = {
     ),
     "asked": Fold(
         source=("served",),
-        labels=("model", "outcome"),
+        labels=("model", "outcome", "place"),
         sums=("requests", "prompt_tok", "cached_tok", "completion_tok"),
         slot_ms=SLOT_MS,
         daily=False,
+        lift={"place": _PLACE["place"]},
     ),
 }
 """Tables under hour/ (and, where ``daily``, under day/)."""

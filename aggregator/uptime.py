@@ -18,7 +18,7 @@ from aggregator.annotations import Annotation
 from aggregator.config import Scorecard
 from aggregator.fleet import JOIN_MS, Tenure
 from aggregator.incidents import Incident, explained, listed, time_of
-from aggregator.window import Intervals, ServedSum, Window, at_least_one, both, seconds, union, without
+from aggregator.window import Intervals, RequestSum, Window, at_least_one, both, seconds, union, without
 
 LEAST_KNOWN = 0.8
 """Share of the time that is not excused which must be known for a percentage."""
@@ -102,7 +102,7 @@ def uptime(window: Window, tenures: Sequence[Tenure], notes: Sequence[Annotation
     """Availability in a span; ``tenures`` are its nodes (aggregator.fleet), ``notes`` what operators say."""
     known = {tenure.node: explained(window, tenure) for tenure in tenures}
     tracks = [_track(window, tenure, known[tenure.node], notes) for tenure in tenures]
-    outcomes = _outcomes(window.served)
+    outcomes = _outcomes(window.requests)
     ok, bad = outcomes["requests_ok"], sum(outcomes[name] for name in _AGAINST)
     return Uptime(
         **outcomes,
@@ -121,7 +121,7 @@ _COUNTED = {"ok": "requests_ok", "failed": "requests_failed"}
 _REFUSED = {"capacity": "refused_capacity", "limit": "refused_limit", "request": "refused_request"}
 
 
-def _outcomes(served: Iterable[ServedSum]) -> dict[str, int]:
+def _outcomes(served: Iterable[RequestSum]) -> dict[str, int]:
     """Requests by how they count; a reason for a refusal that is not known here is none."""
     found = dict.fromkeys((*_COUNTED.values(), *_REFUSED.values(), "refused_unsaid"), 0)
     for one in served:

@@ -37,9 +37,11 @@ class Day(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked of the rack."""
+    """What was asked of the rack. ``requests`` and tokens are those that it answered, ``elsewhere`` requests that
+    another place answered; failed, refused and cancelled ones are counted wherever they were sent."""
 
     requests: int
+    elsewhere: int = 0
     failed: int
     refused: int
     cancelled: int
@@ -53,10 +55,12 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 def volume(window: Window, until_ms: int) -> Volume:
     """The answered, failed, refused and cancelled requests of a span that is judged up to ``until_ms``."""
     ok = [s for s in window.served if s.outcome == "ok"]
-    outcomes = {o: sum(s.requests for s in window.served if s.outcome == o) for o in ("failed", "refused", "cancelled")}
+    asked = window.requests
+    outcomes = {o: sum(s.requests for s in asked if s.outcome == o) for o in ("failed", "refused", "cancelled")}
     times = answered(window)
     return Volume(
         requests=sum(s.requests for s in ok),
+        elsewhere=sum(s.requests for s in window.elsewhere if s.outcome == "ok"),
         **outcomes,
         prompt_tok=sum(s.prompt_tok for s in ok),
         completion_tok=sum(s.completion_tok for s in ok),

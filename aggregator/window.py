@@ -46,27 +46,46 @@ Intervals = tuple[tuple[int, int], ...]
 """[start, end) in milliseconds, in order, none touching the next."""
 
 
-class ServedSum(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of the span that are alike in all labels (see shared/records.py: Served)."""
+class RequestSum(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of clients that are alike, wherever they were answered (see shared/records.py: Served)."""
 
-    door: str
-    worker: str = ""
     model: str
-    version: str = ""
     key_id: str = ""
     task_class: str = ""
     outcome: str = "ok"
     finish: str = ""
-    prompt_bucket_tok: int = 0
     requests: int
-    retries: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0
 
 
+class ServedSum(RequestSum, frozen=True, kw_only=True):
+    """Work of the rack: requests of the span that it answered, or nobody, and that are alike in all labels."""
+
+    door: str
+    worker: str = ""
+    version: str = ""
+    prompt_bucket_tok: int = 0
+    retries: int = 0
+
+
+class ElsewhereSum(RequestSum, frozen=True, kw_only=True):
+    """Requests that a provider answered, or failed to, and what that cost, in millionths of a US dollar. ``outside``:
+    they left the premises; a category that is not known counts as that."""
+
+    place: str
+    place_category: str = ""
+    usd_micro: int = 0
+
+    @property
+    def outside(self) -> bool:
+        """Whether they left the premises."""
+        return self.place_category != "premises"
+
+
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of the requests of one model at one worker, as sketches in columns."""
+    """Times of the requests that the rack answered, of one model at one worker, as sketches in columns."""
 
     model: str
     worker: str
@@ -244,7 +263,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What clients had of a model in five minutes."""
+    """What clients had of a model of the rack in five minutes."""
 
     slot_ms: int
     model: str
@@ -257,12 +276,15 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was reported in a span, added up, each batch once; the one input of every report. A batch counts
-    in the span in which it ends; the time that it covers is shared between the spans that it touches.
+    in the span in which it ends; the time that it covers is shared between the spans that it touches. ``served``,
+    ``latencies`` and ``asked`` are the rack's own work; what was answered elsewhere is ``elsewhere`` alone, so that no
+    figure of the rack can count it, and ``requests`` are both.
     ``reported_before`` are nodes that had not reported when the span began, and had reported at some time before: of
     those that reported in it, and of those that were asked for."""
 
     span: Span
     served: tuple[ServedSum, ...] = ()
+    elsewhere: tuple[ElsewhereSum, ...] = ()
     latencies: tuple[Latency, ...] = ()
     engines: tuple[EngineSum, ...] = ()
     hosts: tuple[HostSum, ...] = ()
@@ -282,6 +304,11 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         for fact in self.events:
             if isinstance(fact.record, kind):
                 yield fact.meta, fact.record
+
+    @property
+    def requests(self) -> tuple[RequestSum, ...]:
+        """Requests of clients, wherever they were answered."""
+        return (*self.served, *self.elsewhere)
 
     @property
     def batches(self) -> int:

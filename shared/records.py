@@ -30,6 +30,11 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
     ``finish`` is why an answer ended; of a refused request, and of a failed one that no node could take, why it was not
     served: capacity (nothing could serve it), limit (its key's own limit) or request (its own fault). Older agents give
     no reason.
+
+    ``place`` is "" for requests that the rack answered, or nobody: only these are its work. Otherwise it is the name of
+    the provider that answered, or failed to; ``place_category`` says where that is: premises or outside. Such a record
+    has no worker and no version, ``completion_tok`` and the others are the provider's counts, and ``usd_micro`` is what
+    they cost there, in millionths of a US dollar.
     """
 
     model: str
@@ -40,11 +45,14 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
     outcome: str = "ok"
     finish: str = ""
     prompt_bucket_tok: int = 0
+    place: str = ""
+    place_category: str = ""
     requests: int
     retries: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0
+    usd_micro: int = 0
     ttft_us: SketchWire = SketchWire()
     itl_us: SketchWire = SketchWire()
     total_us: SketchWire = SketchWire()

@@ -19,6 +19,7 @@ from aggregator.window import (
     Cover,
     Demand,
     DesiredSum,
+    ElsewhereSum,
     EngineSum,
     Fact,
     HostSum,
@@ -125,7 +126,8 @@ def window(*batches: Batch, span: Span = DAY, nodes: Iterable[str] = ()) -> Wind
     facts = [f for b in mine for f in facts_of(b)]
     made = Window(
         span=span,
-        served=_summed(_served_rows(facts), ServedSum),
+        served=_summed((row for row in _served_rows(facts) if not row["place"]), ServedSum),
+        elsewhere=_summed((row for row in _served_rows(facts) if row["place"]), ElsewhereSum),
         latencies=_latencies(facts),
         engines=_summed(_engine_rows(facts), EngineSum),
         hosts=_summed(_host_rows(facts), HostSum),
@@ -144,7 +146,7 @@ def window(*batches: Batch, span: Span = DAY, nodes: Iterable[str] = ()) -> Wind
         ),
         serving=within(_serving([f for b in near for f in facts_of(b)]), span),
         demand=_summed(_engine_rows(facts, SLOT_MS), Demand),
-        asked=_summed(_served_rows(facts, SLOT_MS), Asked),
+        asked=_summed((row for row in _served_rows(facts, SLOT_MS) if not row["place"]), Asked),
         events=tuple(sorted((f for f in facts if isinstance(f.record, EVENT_TYPES)), key=_when)),
     )
     earlier = {b.node for b in once.values() if meta_of(b).t_start_ms < span.since_ms}
@@ -166,6 +168,7 @@ def pdf_text(body: bytes) -> str:
 EVENT_TYPES = (*get_args(Event), Hardware)
 _LABELS = {
     ServedSum: FOLDS["served"].labels,
+    ElsewhereSum: ("place", "place_category", "model", "key_id", "task_class", "outcome", "finish"),
     EngineSum: FOLDS["engine"].labels,
     HostSum: ("node",),
     ResidentSum: FOLDS["resident"].labels,
@@ -299,7 +302,7 @@ def _run_row(batch: Batch) -> dict[str, Any]:
 def _latencies(facts: Iterable[Fact]) -> tuple[Latency, ...]:
     sums: dict[tuple[str, str, str], dict[str, Sketch]] = {}
     for f in facts:
-        if isinstance(f.record, Served):
+        if isinstance(f.record, Served) and not f.record.place:
             r = f.record
             total = sums.setdefault((r.model, r.worker, r.outcome), {})
             for name in ("ttft_us", "itl_us", "total_us"):

@@ -1,7 +1,7 @@
 """Requests as the gateway saw them, summed into the window's records; only counts and durations are kept."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,7 +11,9 @@ from shared.sketch import Sketch
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """One request that ended, or a further answer to it (``requests`` 0). Absent times are None: a refused request has
-    no first token. ``itl_us`` are inter-token latencies (ITL) and how often each occurred."""
+    no first token. ``itl_us`` are inter-token latencies (ITL) and how often each occurred. ``place`` and
+    ``place_category`` (premises, outside) are those of the provider that answered, "" for the rack; ``usd_micro`` is
+    what it costs there."""
 
     model: str
     version: str = ""
@@ -20,12 +22,15 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     task_class: str = ""
     outcome: str
     finish: str = ""
+    place: str = ""
+    place_category: Literal["", "premises", "outside"] = ""
     requests: int = 1
     retries: int = 0
     continuations: int = 0
     prompt_tok: int = 0
     cached_tok: int = 0
     completion_tok: int = 0
+    usd_micro: int = 0
     ttft_us: int | None = None
     itl_us: tuple[tuple[int, int], ...] = ()
     total_us: int = 0
@@ -33,12 +38,15 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Sum:
     def __init__(self) -> None:
-        self.requests = self.retries = self.prompt_tok = self.cached_tok = self.completion_tok = 0
+        self.requests = self.retries = self.prompt_tok = self.cached_tok = self.completion_tok = self.usd_micro = 0
         self.ttft, self.itl, self.total = Sketch(), Sketch(), Sketch()
 
 
-_LABELS = ("model", "version", "worker", "key_id", "task_class", "outcome", "finish", "prompt_bucket_tok")
-Labels = tuple[str, str, str, str, str, str, str, int]
+_LABELS = (
+    *("model", "version", "worker", "key_id", "task_class", "outcome", "finish", "place", "place_category"),
+    "prompt_bucket_tok",
+)
+Labels = tuple[str, str, str, str, str, str, str, str, str, int]
 
 
 class Ledger:
@@ -51,7 +59,10 @@ class Ledger:
     def record(self, one: Answered) -> None:
         """Count one request, once, at its gateway."""
         labels = (
-            *(one.model, one.version, one.worker, one.key_id, one.task_class, one.outcome, one.finish),
+            one.model,
+            # an attempt in the rack may have gone before: what was answered elsewhere is no work of its nodes
+            *(("", "") if one.place else (one.version, one.worker)),
+            *(one.key_id, one.task_class, one.outcome, one.finish, one.place, one.place_category),
             prompt_bucket(one.prompt_tok) if one.prompt_tok else 0,
         )
         into = self._sums.setdefault(labels, _Sum())
@@ -60,6 +71,7 @@ class Ledger:
         into.prompt_tok += one.prompt_tok
         into.cached_tok += one.cached_tok
         into.completion_tok += one.completion_tok
+        into.usd_micro += one.usd_micro
         if one.ttft_us is not None:
             into.ttft.add(one.ttft_us)
         for gap, times in one.itl_us:
@@ -85,6 +97,7 @@ def _served(labels: Labels, one: _Sum) -> Served:
         prompt_tok=one.prompt_tok,
         cached_tok=one.cached_tok,
         completion_tok=one.completion_tok,
+        usd_micro=one.usd_micro,
         ttft_us=one.ttft.to_wire(),
         itl_us=one.itl.to_wire(),
         total_us=one.total.to_wire(),

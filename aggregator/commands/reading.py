@@ -26,7 +26,7 @@ from shared.keys import ReportKey
 from shared.store import ObjectStore, each
 
 CADENCES = ("weekly", "monthly")
-ORDER = ("scorecard", "uptime", "cost", "placement", "evictions")
+ORDER = ("scorecard", "uptime", "cost", "usage", "placement", "evictions")
 """How the pages of a week are shown: verdicts first."""
 OPENED = ("html", "pdf")
 CONNECTIONS = 8

@@ -18,6 +18,7 @@ from aggregator.report.pages import evictions as evictions_page
 from aggregator.report.pages import placement as placement_page
 from aggregator.report.pages import scorecard as scorecard_page
 from aggregator.report.pages import uptime as uptime_page
+from aggregator.report.pages import usage as usage_page
 from aggregator.window import Window
 from shared import keys
 from shared.logs import get_logger
@@ -56,6 +57,8 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     daily = [(day, cost.compute(load.window(store, day, nodes), config, now_ms=now_ms).rows) for day in days(span)]
     csv = focus.export(config.rack, span, judged.cost, daily, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
+    csv = usage_page.export(judged.cost, judged.so_far_until_ms or None)
+    published.append(publish.report(store, "weekly", span.name, "usage", "csv", csv))
     return Published(published, judged.so_far)
 
 
@@ -96,6 +99,7 @@ def artifacts(judged: Judged, last: str) -> dict[str, tuple[object, Page]]:
             {**msgspec.to_builtins(up), "telemetry": judged.telemetry},
             uptime_page.page(up, period, judged.timezone, rack, said),
         ),
+        "usage": (usage_page.figures(money), usage_page.page(money, rack)),
         "scorecard": (score, scorecard_page.page(score, period, rack)),
     }
     if not judged.so_far:

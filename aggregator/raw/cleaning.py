@@ -16,10 +16,13 @@ from shared.batch import Batch
 from shared.records import Hardware
 
 NAMES = frozenset(
-    ("model", "for_model", "version", "from_version", "to_version", "worker", "peer", "key_id", "task_class", "swap_id")
+    (
+        *("model", "for_model", "version", "from_version", "to_version", "worker", "peer", "key_id", "task_class"),
+        *("swap_id", "place"),
+    )
 )
 """Fields that name something of the rack; checked as `shared.keys.check_name` does, "" is allowed."""
-LABELS = frozenset(("meter", "nodes", "outcome", "finish", "state", "level", "kind"))
+LABELS = frozenset(("meter", "nodes", "outcome", "finish", "place_category", "state", "level", "kind"))
 """Short texts, of any printable characters."""
 MOST_NAME, MOST_LABEL, MOST_TEXT = 63, 100, 500
 _NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,62})?")

@@ -32,7 +32,8 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     """A rack to report on. ``rack`` makes its telemetry until ``until_ms``; ``toml`` is its aggregator.toml without
     the store; ``weeks`` and ``months`` are the periods to report on, ``nothing`` those of them in which no node
     reported; ``now_ms`` is when they are judged. Before ``named_ms`` its nodes called the rack ``old_name``. Requests
-    of the key ``etl`` come in at the node ``gateway``, whoever computes them."""
+    of the key ``etl`` come in at the node ``gateway``, whoever computes them. With ``wall`` requests have task classes,
+    and some are answered by other places."""
 
     rack: MadeRack
     until_ms: int
@@ -45,6 +46,7 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     named_ms: int = 0
     old_name: str = ""
     gateway: str = ""
+    wall: bool = False
 
     @property
     def batches(self) -> dict[str, tuple[Batch, ...]]:
@@ -52,6 +54,8 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
         made = {node: list(self._named(batches(self.rack, node, self.until_ms))) for node in self.rack.nodes}
         if self.gateway in made:
             _forward(made, self.gateway)
+        if self.wall:
+            made = {node: [_walled(one) for one in mine] for node, mine in made.items()}
         return {node: tuple(mine) for node, mine in made.items()}
 
     def _named(self, made: Iterable[Batch]) -> Iterable[Batch]:
@@ -72,6 +76,40 @@ def _forward(made: dict[str, list[Batch]], gateway: str) -> None:
             made[node][place] = replace(one, records=stay)
             taken = made[gateway][target]
             made[gateway][target] = replace(taken, records=(*moved, *taken.records))
+
+
+_CLASSES = ("ROUTINE", "REASONING", "ORCHESTRATION", "")
+_PLACES = (("hosted", "outside"), ("ollama", "premises"), ("other", "outside"))
+
+
+def _walled(one: Batch) -> Batch:
+    """A batch whose requests have task classes, beside others that were answered elsewhere, failed there or were
+    refused there. What a place had looks like work of the rack in everything but the place."""
+    classed = [
+        replace(r, task_class=_CLASSES[(one.seq + n) % 4]) if isinstance(r, Served) else r
+        for n, r in enumerate(one.records)
+    ]
+    elsewhere = []
+    for n, r in enumerate(r for r in classed if isinstance(r, Served) and r.requests > 1):
+        place, category = _PLACES[(one.seq + n) % 3]
+        outcome, finish = (("ok", "stop"), ("failed", ""), ("cancelled", ""), ("refused", "capacity"))[
+            (one.seq + n) % 4
+        ]
+        elsewhere.append(
+            replace(
+                r,
+                place=place,
+                place_category=category,
+                # an older gateway might leave these; they must count for nothing
+                worker=r.worker if n % 5 == 0 else "",
+                version=r.version if n % 5 == 0 else "",
+                outcome=outcome,
+                finish=finish,
+                requests=r.requests // 2,
+                usd_micro=(r.prompt_tok * 3 + r.completion_tok * 15) // 100 if category == "outside" else 0,
+            )
+        )
+    return replace(one, records=(*classed, *elsewhere))
 
 
 class Paths(NamedTuple):

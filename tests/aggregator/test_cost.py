@@ -42,6 +42,7 @@ def racks(draw: st.DrawFn) -> list[Batch]:
                     version=draw(st.sampled_from(("v1", "v2"))),
                     requests=draw(st.integers(0, 9)),
                     key_id=draw(st.sampled_from(("", "k"))),
+                    task_class=draw(st.sampled_from(("", "ROUTINE"))),
                     cached_tok=draw(st.integers(0, 50)),
                 ),
                 engine("a", version="v1", busy_s=draw(st.integers(0, 59))),

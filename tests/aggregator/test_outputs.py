@@ -151,7 +151,7 @@ def test_json_stays_json(outputs: dict[str, bytes]) -> None:
 
 
 def test_values_of_the_csv_are_texts_and_numbers_stay_numbers() -> None:
-    found = [focus._inert(value) for value in ("=1", " =1", "\t@x", "-x", "＝1", -2, -2.5, "plain", "a=b", None)]
+    found = [focus.inert(value) for value in ("=1", " =1", "\t@x", "-x", "＝1", -2, -2.5, "plain", "a=b", None)]
     assert found == ["'=1", "' =1", "'\t@x", "'-x", "'＝1", -2, -2.5, "plain", "a=b", None]
 
 

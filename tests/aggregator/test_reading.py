@@ -214,7 +214,7 @@ def test_a_running_period_is_called_partial_in_every_output(
             assert all("so far until" in text for text in pages)
         else:
             assert body.decode().lower().count("so far until") >= 2, listed.key
-    assert len(seen) == 18
+    assert len(seen) == 22
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Asia/Kolkata"])
@@ -252,7 +252,7 @@ def test_list_tells_periods_revisions_and_when(
             assert all(store.get(key, 1 << 30) for key in report["files"])
     assert cli.main(["list", "--config", filled]) == 0
     assert re.search(
-        r"2026-W47 +weekly +cost evictions focus placement scorecard uptime +2 +20", capsys.readouterr().out
+        r"2026-W47 +weekly +cost evictions focus placement scorecard uptime usage +2 +20", capsys.readouterr().out
     )
 
 
@@ -290,7 +290,7 @@ def test_formats_with_different_revisions_are_each_the_newest(
     store.put(key, b"# Newer\n")
     period = reading.chosen(store, "weekly")
     assert "Newer" in reading.text_of(store, period)
-    assert set(reading.figures_of(store, period)) == {"cost", "evictions", "placement", "scorecard", "uptime"}
+    assert set(reading.figures_of(store, period)) == {"cost", "evictions", "placement", "scorecard", "uptime", "usage"}
     names = {path.name for path in reading.write(store, period, tmp_path / "out")}
     assert {"2026-W47-cost-r2.md", "2026-W47-cost-r1.html", "2026-W47-cost-r1.json"} <= names
 
@@ -347,7 +347,7 @@ def test_open_shows_pages_and_pdfs_with_the_system_s_viewer(
     for words in (["show"], ["show", "monthly"]):
         assert cli.main([*words, "--open", "--config", filled]) == 0
     opened = (tmp_path / "opened").read_text().split()
-    assert sorted(Path(path).suffix for path in opened) == [*[".html"] * 5, ".pdf"]
+    assert sorted(Path(path).suffix for path in opened) == [*[".html"] * 6, ".pdf"]
     assert all(Path(path).stat().st_size for path in opened)
 
 
@@ -412,7 +412,7 @@ def test_fetch_writes_into_the_folder_alone_and_replaces_a_link(
     assert {path.parent for path in made} == {out}
     assert outside.read_text() == "mine"
     assert not (out / "2026-W47-cost-r1.md").is_symlink()
-    assert len(list(out.iterdir())) == 16, "no temporary file stays"
+    assert len(list(out.iterdir())) == 20, "no temporary file stays"
     assert stat.S_IMODE((out / "2026-W47-cost-r1.md").stat().st_mode) == 0o644
     capsys.readouterr()
     (tmp_path / "file").write_text("")

@@ -19,7 +19,7 @@ MILLION = 10**6
 def answered(counted: list[Batch], nodes: set[str]) -> dict[str, Buckets]:
     """Answered work on priced nodes, by name and prompt size."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for one in (record for batch in counted for record in batch.of("served")):
+    for one in (record for batch in counted for record in batch.served):
         if one.get("outcome", "ok") == "ok" and one.get("worker", "") in nodes:
             found[one["model"]][one.get("prompt_bucket_tok", 0)].append(one)
     return {name: {size: total(mine) for size, mine in by.items()} for name, by in sorted(found.items())}

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import apis, focus, happened, heat, periods, raw, underivable, volume
+from . import apis, focus, happened, heat, periods, raw, underivable, usage, volume
 from .evictions import evictions
 from .lives import Rack
 from .periods import Period
@@ -24,7 +24,8 @@ _IDENTITY = (
     ("node", "model"),
     ("model",),
     ("node",),
-    ("key_id",),
+    ("place", "category", "key_id", "task_class"),
+    ("key_id", "task_class"),
     ("date",),
 )
 ABSENT = object()
@@ -165,7 +166,10 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     mine.tree("scorecard", theirs["scorecard"], [one | so_far for one in judged.scorecard(of_apis)])
     mine.tree("evictions", theirs["evictions"], evictions(judged.counted) | so_far)
     mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]) | so_far)
+    mine.tree("usage", load(folder, "usage"), judged.usage() | so_far)
     _more(mine, theirs["cost"])
+    if csv := newest(folder, "usage", "csv"):
+        mine.tree("usage.csv", usage.shown(focus.read(csv)), judged.usage()["keys"])
     if csv := newest(folder, "focus", "csv"):
         rows = focus.read(csv)
         mine.tree("focus/cost", focus.shown(focus.sums(rows)), focus.shown(focus.wanted(judged.costs)))

@@ -3,10 +3,9 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 from . import lives as lives_of
-from . import power, spans, volume, work
+from . import power, spans, work
 from .lives import Life, Rack
 from .money import divided, per_m, rounded
 from .periods import HOUR_MS, Period
@@ -241,42 +240,3 @@ def _slots(counted: list[Batch], loaders: set[tuple[str, str, str]]) -> list[Fra
                 both[0] += sum(one.get(f"{kind}_tok", 0) for kind in ("prefill", "cached", "decode"))
                 both[1] += one.get("busy_prefill_us", 0) + one.get("busy_decode_us", 0)
     return [Fraction(tokens, busy) for tokens, busy in sums.values() if busy >= 30_000_000]
-
-
-def _key_parts(name: str, costs_of: Costs, keys: dict[str, list[dict[str, Any]]]) -> dict[str, Fraction]:
-    """A name's cost by key: by the part of its time at nodes with a price."""
-    if name not in costs_of.paid:
-        return {}
-    priced = {key: [one for one in mine if one.get("worker", "") in costs_of.nodes] for key, mine in keys.items()}
-    sums = {key: volume.total(mine) for key, mine in sorted(priced.items()) if mine}
-    answer = sum(one.completion_tok for one in sums.values()) or 1
-    uncached = sum(one.prompt_tok - one.cached_tok for one in sums.values()) or 1
-    prefill, decode = costs_of.priced_work(name)
-    return divided(
-        costs_of.loaded.get(name, ZERO),
-        [
-            (key, prefill * (one.prompt_tok - one.cached_tok) / uncached + decode * one.completion_tok / answer)
-            for key, one in sums.items()
-        ],
-    )
-
-
-def of_keys(costs_of: Costs, counted: list[Batch]) -> list[dict[str, Any]]:
-    """Requests, tokens and cost of each key: a name's cost by the key's part of its busy time."""
-    found: dict[str, dict[str, Any]] = {}
-    cost: dict[str, Fraction] = defaultdict(Fraction)
-    for name in sorted(costs_of.everywhere):
-        records = [one for b in counted for one in b.of("served") if one["model"] == name]
-        keys: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for one in records:
-            keys[one.get("key_id", "")].append(one)
-        sums = {key: volume.total(mine) for key, mine in sorted(keys.items())}
-        for key, part in _key_parts(name, costs_of, keys).items():
-            cost[key] += part
-        for key, mine in keys.items():
-            ok = sum(one["requests"] for one in mine if one.get("outcome", "ok") == "ok")
-            had = found.setdefault(key, {"key_id": key, "requests": 0, "prompt_tok": 0, "completion_tok": 0})
-            had["requests"] += ok
-            had["prompt_tok"] += sums[key].prompt_tok
-            had["completion_tok"] += sums[key].completion_tok
-    return [one | {"cost": cost.get(key)} for key, one in sorted(found.items())]

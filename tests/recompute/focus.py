@@ -52,7 +52,7 @@ def wanted_tokens(rack: Rack, period: Period, costs: Costs) -> dict[tuple[str, s
     found: dict[tuple[str, str, str], int] = defaultdict(int)
     for _, start, end in period.days():
         day = datetime.fromtimestamp(start / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        for one in (r for b in rack.ended_in(start, end) for r in b.of("served")):
+        for one in (r for b in rack.ended_in(start, end) for r in b.served):
             if one.get("worker", "") in costs.nodes:
                 count = one.get("prompt_tok", 0) + one.get("completion_tok", 0)
                 found[day, one["worker"], one["model"]] += count

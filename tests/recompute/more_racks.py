@@ -64,7 +64,18 @@ def _configured() -> Made:
     return _made(rack, text.replace('id = "n3"\nprice = 1799.95', 'id = "n3"'))
 
 
-MORE: dict[str, Made] = {"evictions": _evictions(), "pinned": _pinned(), "configured": _configured()}
+def _walled() -> Made:
+    """Task classes, and places besides the rack; one node has no price."""
+    rack = replace(_RACK, nodes=("n1", "n2", "n3"), faults=0.5, models=(CHAT, replace(EXTRACT, key="etl", nodes=())))
+    return replace(_made(rack, toml(rack, more=COMPARE).replace('id = "n3"\nprice', 'id = "n3"\nwatts')), wall=True)
+
+
+MORE: dict[str, Made] = {
+    "evictions": _evictions(),
+    "pinned": _pinned(),
+    "configured": _configured(),
+    "places": _walled(),
+}
 """By name."""
 ALL: dict[str, Made] = RACKS | MORE
 """Every rack that is recomputed."""

@@ -69,6 +69,6 @@ def _requests(counted: list[Batch], node: str, name: str) -> int:
     return sum(
         one["requests"]
         for b in counted
-        for one in b.of("served")
+        for one in b.served
         if (one.get("worker", ""), one["model"], one.get("outcome", "ok")) == (node, name, "ok")
     )

@@ -45,6 +45,16 @@ class Batch:
         """Its records of some kinds."""
         return [one for one in self.records if one.get("kind") in kinds]
 
+    @property
+    def served(self) -> list[Record]:
+        """Requests that the rack answered, or nobody."""
+        return [one for one in self.of("served") if not one.get("place")]
+
+    @property
+    def elsewhere(self) -> list[Record]:
+        """Requests that another place answered, or failed to."""
+        return [one for one in self.of("served") if one.get("place")]
+
 
 def read(bucket: Path, rack: str) -> list[Batch]:
     """Every batch of the rack once, by node and time."""

@@ -4,7 +4,7 @@ from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from typing import Any
 
-from . import apis, cost, happened, heat, lives, placed, spans, uptime, verdicts, volume, work
+from . import apis, cost, happened, heat, lives, placed, spans, uptime, usage, verdicts, volume, work
 from .cost import Costs
 from .lives import Life, Rack
 from .money import per_m, text
@@ -74,9 +74,13 @@ class Judged:
             "models": [self._model(name, before) for name in sorted(one.everywhere)],
             "nodes": [*map(_node, one.nodes.values()), *map(_unpriced, one.unpriced)],
             "rows": [row for node in one.nodes.values() for row in _rows(node, self.tokens_at(node.node))],
-            "keys": [key | {"cost": text(key["cost"])} for key in cost.of_keys(one, self.counted)],
+            **self.usage(),
         }
         return found | {"unpriced_nodes": [node.node for node in one.unpriced]}
+
+    def usage(self) -> Found:
+        """By key and class, and by place."""
+        return {"keys": usage.of_keys(self.costs, self.counted), "places": usage.of_places(self.counted)}
 
     def tokens_at(self, node: str) -> dict[str, int]:
         """Prompt and answer tokens of each name at a node, over all outcomes."""
@@ -161,7 +165,7 @@ class Judged:
         rack = uptime.of_rack(self.there.values())
         hot = [one["peak_mc"] for one in heat.of_nodes(self.rack, self.there, self.period)]
         return {
-            "requests": self.counts["ok"],
+            "requests": self.answered.requests,
             "failed": self.counts["failed"],
             "refused": self.counts["refused"],
             "prompt_tok": self.answered.prompt_tok,

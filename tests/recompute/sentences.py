@@ -10,7 +10,7 @@ from . import drive, focus
 from .compare import newest
 from .more_racks import ALL
 
-_PAGES = ("cost", "uptime", "evictions", "scorecard", "placement")
+_PAGES = ("cost", "usage", "uptime", "evictions", "scorecard", "placement")
 _NUMBER = re.compile(r"\d[\d,.:]*")
 
 

@@ -73,7 +73,7 @@ class Sums:
 
 def answered(batches: Iterable[Batch]) -> list[Record]:
     """The records of answered requests."""
-    return [one for batch in batches for one in batch.of("served") if one.get("outcome", "ok") == "ok"]
+    return [one for batch in batches for one in batch.served if one.get("outcome", "ok") == "ok"]
 
 
 def by_model(records: Iterable[Record]) -> dict[str, Sums]:
@@ -120,7 +120,8 @@ def of_month(batches: list[Batch], period: Period, counts: dict[str, int]) -> di
     records = answered(batches)
     sums = total(records)
     return {
-        "requests": counts["ok"],
+        "requests": sums.requests,
+        "elsewhere": sum(one["requests"] for b in batches for one in b.elsewhere if one.get("outcome", "ok") == "ok"),
         "failed": counts["failed"],
         "refused": counts["refused"],
         "cancelled": counts["cancelled"],

@@ -105,7 +105,7 @@ def _loaders(batches: Iterable[Batch]) -> dict[LoaderKey, tuple[int, int]]:
 def served_tokens(batches: Iterable[Batch], outcome: str = "") -> dict[LoaderKey, Tokens]:
     """Tokens by worker, name and version; of all outcomes or of one."""
     found: dict[LoaderKey, Tokens] = defaultdict(Tokens)
-    for one in (record for batch in batches for record in batch.of("served")):
+    for one in (record for batch in batches for record in batch.served):
         if outcome and one.get("outcome", "ok") != outcome:
             continue
         tokens = Tokens(one.get("prompt_tok", 0), one.get("cached_tok", 0), one.get("completion_tok", 0))

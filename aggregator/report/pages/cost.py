@@ -1,7 +1,6 @@
 """The page of costs: prices per million tokens, their changes, APIs, and where the money went. Pure."""
 
 from collections.abc import Sequence
-from decimal import Decimal
 
 from aggregator.api_prices import Comparisons, against, utilisation
 from aggregator.cost import CostReport
@@ -26,7 +25,6 @@ def page(report: CostReport, apis: Comparisons, rack: str, before: str) -> Page:
             _apis(apis, report.currency),
             _rows(report),
             _nodes(report),
-            _keys(report),
         ],
         "Direct counts the seconds in which a model's loader worked; loaded adds its nodes' idle time, not the time in "
         "which they were silent or worked for nobody; the floor "
@@ -103,10 +101,10 @@ def _work(report: CostReport) -> Section:
     )
     columns = "Model | Requests | Prompt tokens | Cached | Answer tokens | Busy | Direct cost | Loaded cost"
     rows = [*models, *rest, total]
-    return Section(title="Work and money", text=_populations(report), table=table(columns, rows, range(1, 8)))
+    return Section(title="Work and money", text=populations(report), table=table(columns, rows, range(1, 8)))
 
 
-def _populations(report: CostReport) -> tuple[str, ...]:
+def populations(report: CostReport) -> tuple[str, ...]:
     """What counts where, if some nodes have a price and others none."""
     if not report.priced or not report.unpriced_nodes:
         return ()
@@ -188,23 +186,3 @@ def _nodes(report: CostReport) -> Section:
     )
     columns = "Node | Reported | Busy | Silent | Watts | Measured by | Per hour | Cost | Idle | Silent cost"
     return Section(title="Nodes", table=table(columns, [*rows, total], (1, 2, 3, 4, 6, 7, 8, 9)), points=report.hints)
-
-
-def _keys(report: CostReport) -> Section | None:
-    if not any(k.key_id for k in report.keys):
-        return None
-    rows = [
-        (
-            k.key_id or "(without a key)",
-            *map(count, (k.requests, k.prompt_tok, k.completion_tok)),
-            money(k.cost, report.currency),
-        )
-        for k in report.keys
-    ]
-    known = [k.cost for k in report.keys if k.cost is not None]
-    sums = (sum(getattr(k, name) for k in report.keys) for name in ("requests", "prompt_tok", "completion_tok"))
-    rows.append(
-        ("Total of the models", *map(count, sums), money(sum(known, Decimal(0)) if known else None, report.currency))
-    )
-    columns = "Key | Requests | Prompt tokens | Answer tokens | Cost, idle included"
-    return Section(title="Client keys", text=_populations(report), table=table(columns, rows, (1, 2, 3, 4)))
