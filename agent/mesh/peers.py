@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
+from agent.policy.taint import Held
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 
@@ -29,7 +30,8 @@ _NEVER = float("inf")
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
     and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
-    the rack secrets that it accepts, the newest first: none from a version that knows one secret only."""
+    the rack secrets that it accepts, the newest first: none from a version that knows one secret only. ``taints`` are
+    the marks of SENSITIVE messages that it holds: None from a version that keeps none."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -44,6 +46,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     agent: str = ""
     twice: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    taints: Held | None = None
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
