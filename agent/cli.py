@@ -36,6 +36,7 @@ from agent.operator import (
     cli_reload,
     cli_secrets,
     cli_store,
+    cli_taint,
     cli_tls,
     completion,
     legend,
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _json(models)
     cli_models.add(models, _config_and_state, _common)
     cli_orders.add(verb, _config_and_state, _common)
+    cli_taint.add(verb, _config_and_state, _common)
     probes = verb("probes", "Record a model's answers to its probes: the file that a standby must reproduce.", _probes)
     probes.add_argument("model", help="served name of a model that is known to be good")
     why = verb("why", "Explain the routing of a request: candidates, costs, retries, continuations.", _why)

@@ -293,6 +293,15 @@ class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     secret: Annotated[str, Meta(description="required with `disk_cache_bytes`")] = ""
 
 
+class Taint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is remembered of SENSITIVE requests (docs/sensitive.md). When ``marks`` messages are remembered, every
+    request counts as SENSITIVE until an operator clears them; a million take about 25 MB of memory and 20 MB of disk.
+    With ``every_peer`` every request also counts as SENSITIVE while a peer is away."""
+
+    marks: Positive = 1_000_000
+    every_peer: bool = False
+
+
 class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``threads`` of the CPU's BLAS in each loader; 0 divides the cores among the models. Linux only. With
     ``calibrate`` the steps of a model that this node has not timed yet are timed after its load, for a minute at most
@@ -324,6 +333,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     loader: Loader = Loader()
     disk_cache: DiskCache = DiskCache()
     policy: Policy = Policy()
+    taint: Taint = Taint()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

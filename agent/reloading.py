@@ -28,7 +28,7 @@ LIVE = (
     *("api.unknown_fields", "api.strict", "api.keepalive_s", "api.open_metrics", "api.cors_origins"),
     *("memory.budget_bytes", "memory.min_residency_s", "memory.max_wait_s", "memory.soft", "memory.hard"),
     *("model_store.disk_bytes", "desired.follow_s", "loader.threads", "loader.calibrate"),
-    *("disk_cache.secret", "policy.path", "log_level"),
+    *("disk_cache.secret", "policy.path", "taint.marks", "taint.every_peer", "log_level"),
 )
 """Keys that a reload puts in force. A request that has begun keeps the limits that it began with."""
 SWITCHES = ("tls.certificate", "tls.ca")

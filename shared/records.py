@@ -366,6 +366,16 @@ class NodeIdClash(_Record, frozen=True, kw_only=True, tag="node_id_clash"):
     other: str = ""
 
 
+class TaintChanged(_Record, frozen=True, kw_only=True, tag="taint_changed"):
+    """What is remembered of SENSITIVE messages on this node became ``state``: full, unreadable or unsaved, in which
+    every request counts as SENSITIVE; ready, after one of these; or cleared, by an operator. ``marks`` is how many were
+    remembered."""
+
+    t_ms: int
+    state: str
+    marks: int
+
+
 class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
     """Placeholder for a newer agent's record, so that the others keep their positions in the batch."""
 
@@ -386,6 +396,7 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     PeerUp,
     CertificateExpires,
     NodeIdClash,
+    TaintChanged,
 ]
 Record = Union[  # noqa: UP007
     Served, EngineWindow, Resident, DesiredObserved, HostSample, Hardware, OutletReading, Event, Unknown

@@ -1,5 +1,5 @@
 """Endpoints of the operator's CLI, behind the admin token: status, secrets, policy, load, unload, swap, pin, orders,
-probes, seal, reload."""
+probes, seal, reload, taint."""
 
 import asyncio
 import re
@@ -9,8 +9,10 @@ import msgspec
 from aiohttp import web
 
 from agent.api.context import CONTEXT, Context, json_response, require_admin
+from agent.api.peer import TAINTS
 from agent.api.wire import body_of
 from agent.files.probes import render
+from agent.gateway.taints import Taints
 from agent.mesh.signing import listener_proof
 from shared import logs
 from shared.errors import Refused
@@ -151,3 +153,21 @@ async def reload(request: web.Request) -> web.Response:
     """Read the configuration again and put it in force, all or nothing; responds with what has changed."""
     require_admin(request)
     return json_response(await request.app[CONTEXT].reloader.reload())
+
+
+async def taint(request: web.Request) -> web.Response:
+    """What is remembered of SENSITIVE requests: how many messages, and whether that is all."""
+    require_admin(request)
+    return json_response(_taints(request).view())
+
+
+async def clear_taint(request: web.Request) -> web.Response:
+    """Forget all of it, on every node; responds when that is done."""
+    require_admin(request)
+    return json_response({"cleared": await _taints(request).clear()})
+
+
+def _taints(request: web.Request) -> Taints:
+    if (held := request.app.get(TAINTS)) is None:
+        raise Refused("this node remembers nothing of SENSITIVE requests", code="not_found")
+    return held

@@ -8,16 +8,20 @@ from aiohttp import web
 from agent.api import admin, chat, completions, debug, embeddings, errors, front, health, models, openapi, peer, wire
 from agent.api.bodies import Bodies
 from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
+from agent.gateway.taint_peers import PATH
+from agent.gateway.taints import Taints
 from shared import __version__
 from shared.log_repeats import Repeats
 
 
-def build(context: Context) -> web.Application:
+def build(context: Context, taints: Taints | None = None) -> web.Application:
     """Build the application over the daemon's objects."""
     # the body's limit is configured, and applied in agent/api/wire.py
     app = web.Application(middlewares=[errors.middleware])
     app[CONTEXT] = context
     app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
+    if taints is not None:
+        app[peer.TAINTS] = taints
     limits = context.config.limits
     bodies = app[BODIES] = Bodies(limits.bodies_bytes, limits.bodies_per_key_bytes)
     context.live.follow(lambda now: bodies.become(now.limits.bodies_bytes, now.limits.bodies_per_key_bytes))
@@ -42,6 +46,7 @@ def build(context: Context) -> web.Application:
         web.get("/debug/rack", debug.rack),
         web.get("/peer/v1/beat", peer.heartbeat),
         web.get("/peer/v1/link", peer.link),
+        web.post(PATH, peer.taints),
         web.get("/admin/v1/proof/{nonce}", admin.proof),
         web.get("/admin/v1/status", admin.status),
         web.get("/admin/v1/secrets", admin.secrets),
@@ -55,6 +60,8 @@ def build(context: Context) -> web.Application:
         web.post("/admin/v1/probes", admin.probes),
         web.post("/admin/v1/seal", admin.seal),
         web.post("/admin/v1/reload", admin.reload),
+        web.get("/admin/v1/taint", admin.taint),
+        web.post("/admin/v1/taint/clear", admin.clear_taint),
     ]
     app.add_routes([web.route(r.method, r.path, r.handler, expect_handler=wire.expect) for r in routes])
     described = [(info.method, info.resource.canonical) for info in app.router.routes() if info.resource is not None]

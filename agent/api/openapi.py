@@ -250,5 +250,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/admin/v1/orders/clear"): Operation("End orders, of one model or all.", "admin", "Clearing"),
     ("POST", "/admin/v1/probes"): Operation("Record the answers to a model's probes.", "admin", "Order"),
     ("POST", "/admin/v1/seal"): Operation("Close the telemetry window and push it.", "admin"),
+    ("POST", "/peer/v1/taints"): Operation(
+        "Marks of SENSITIVE messages, between nodes.", "rack", kind="application/x-msgpack"
+    ),
+    ("GET", "/admin/v1/taint"): Operation("What is remembered of SENSITIVE requests.", "admin"),
+    ("POST", "/admin/v1/taint/clear"): Operation("Forget all of it, on every node.", "admin"),
     ("POST", "/admin/v1/reload"): Operation("Read the configuration again and put it in force.", "admin"),
 }

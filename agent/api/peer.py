@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from agent.api.context import CONTEXT, LINKS, Context, proved
+from agent.gateway.taints import Taints
 from agent.mesh.node_names import wrong_certificate
 from agent.mesh.peer_link import HEARTBEAT_S
 from agent.mesh.signing import ANSWER_HEADER, Key, NotAPeer, Signed
@@ -35,6 +36,9 @@ PROOF_S = 5.0
 """A new connection must authenticate within this time."""
 CLOSE_S = 1.0
 """A peer must acknowledge the close of its connection within this time."""
+TAINTS: web.AppKey[Taints] = web.AppKey("taints", Taints)
+MAX_POST_BYTES = 1 << 20
+"""The most that a request of a peer with a body may hold: it is read before its signature can be checked."""
 _MSGPACK = "application/x-msgpack"
 
 log = get_logger("agent.api")
@@ -48,6 +52,17 @@ async def heartbeat(request: web.Request) -> web.Response:
     body = msgspec.msgpack.encode(context.status.heartbeat())
     signature = key.answer(signed.nonce, context.config.node.id, body)
     return web.Response(body=body, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
+
+
+async def taints(request: web.Request) -> web.Response:
+    """A peer tells which messages were in SENSITIVE requests, or asks."""
+    if (held := request.app.get(TAINTS)) is None:
+        raise web.HTTPNotFound
+    body = await _posted(request)
+    signed, key = _signed(request, body)
+    answer = await held.answered(signed.node, body)
+    signature = key.answer(signed.nonce, request.app[CONTEXT].config.node.id, answer)
+    return web.Response(body=answer, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
 
 
 async def link(request: web.Request) -> web.StreamResponse:
@@ -171,7 +186,21 @@ def _named(number: int, answer: Answer) -> bytes:
     return encode(msgspec.structs.replace(answer, id=number))
 
 
-def _signed(request: web.Request) -> tuple[Signed, Key]:
+async def _posted(request: web.Request) -> bytes:
+    """The body of a request of a peer. Raises Refused."""
+    body = b""
+    try:
+        async with asyncio.timeout(PROOF_S):
+            while chunk := await request.content.readany():
+                body += chunk
+                if len(body) > MAX_POST_BYTES:
+                    raise Refused("the body of a peer's request is too large", code="body_too_large")
+    except TimeoutError:
+        raise Refused(f"no complete body within {PROOF_S:g} s", code="body_timeout") from None
+    return body
+
+
+def _signed(request: web.Request, body: bytes = b"") -> tuple[Signed, Key]:
     """The authenticated sender, and the key that both have. Raises NotAPeer."""
     context = request.app[CONTEXT]
     if not context.keys:
@@ -179,7 +208,7 @@ def _signed(request: web.Request) -> tuple[Signed, Key]:
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
     signed, key = context.keys.check(
-        header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
+        header, me=context.config.node.id, method=request.method, path=request.path_qs, body=body, now_ms=now_ms
     )
     _check_certificate(request, signed.node)
     if not context.nonces.take(signed.nonce, now_ms):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from agent.mesh.peer_client import PeerClient
-from agent.mesh.peers import PeerTable, of_another_rack, skewed
+from agent.mesh.peers import Heartbeat, PeerTable, of_another_rack, skewed
 from agent.mesh.sightings import Sightings, sentence
 from shared.clocks import SleepWatch
 from shared.errors import RackError
@@ -26,7 +26,8 @@ log = get_logger("agent.mesh.heartbeats")
 
 
 class Heartbeats:
-    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted."""
+    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted, ``on_heard``
+    (settable) with every heartbeat."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Heartbeats:
         self._open: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._woke = 0
+        self.on_heard: Callable[[str, Heartbeat], None] = lambda _node, _heartbeat: None
         self.problems: dict[str, str] = {}
 
     @property
@@ -123,6 +125,7 @@ class Heartbeats:
         self._note(node, skewed(url, heartbeat, self._wall_ms()))
         if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
+        self.on_heard(node, heartbeat)
         self._report(now)
 
     def _note(self, node: str, problem: str) -> None:

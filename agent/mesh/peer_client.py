@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 2.0
 MAX_BEAT_BYTES = 1 << 20
+MAX_POST_BYTES = 4 << 20
+"""The most that a peer's answer to a request of our own may hold."""
 _MAX_ERROR_BYTES = 8 << 10
 
 _WHY = {
@@ -96,6 +98,24 @@ class PeerClient:
         if heartbeat.node != node:
             raise Refused(f"peer {url}: {another_node(heartbeat.node, node, self._node)}", code="wrong_node")
         return heartbeat
+
+    async def post(self, node: str, url: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        """The peer's answer to a request with a body; both are signed. Raises Retryable when it does not answer in
+        time, Refused for anything but a peer's answer; code unknown_url from a version without this path."""
+        timeout, nonce = aiohttp.ClientTimeout(total=timeout_s), self._nonce()
+        try:
+            headers = self._headers(node, path, nonce, "POST", body)
+            post = self._opened().post
+            async with post(f"{url}{path}", data=body, headers=headers, timeout=timeout, **self._expected(node)) as got:
+                if got.status != 200:
+                    raise await self._refusal(node, url, got)
+                answer = await _read(got, MAX_POST_BYTES)
+                signature = got.headers.get(ANSWER_HEADER, "")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Retryable(f"peer {url}: {_silence(url, error)}") from None
+        if self._keys.answered_with(signature, nonce, node, answer) is None:
+            raise Refused(f"peer {url}: response not signed with peers.secret", code="not_a_peer")
+        return answer
 
     async def link(self, node: str, url: str) -> PeerLink:
         """The open connection to a peer. Raises Retryable (code worker_lost) when none can be opened."""
@@ -191,9 +211,9 @@ class PeerClient:
         """Unique: within this process by a counter, across processes by its random prefix."""
         return f"{self._born}{next(self._count):x}"
 
-    def _headers(self, to: str, path: str, nonce: str) -> dict[str, str]:
+    def _headers(self, to: str, path: str, nonce: str, method: str = "GET", body: bytes = b"") -> dict[str, str]:
         t_ms = self._wall_ms()
-        signed = self._keys.header(node=self._node, to=to, method="GET", path=path, body=b"", t_ms=t_ms, nonce=nonce)
+        signed = self._keys.header(node=self._node, to=to, method=method, path=path, body=body, t_ms=t_ms, nonce=nonce)
         return {"Authorization": signed}
 
     def _expected(self, node: str) -> dict[str, Any]:

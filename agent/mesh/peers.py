@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
+from agent.policy.taint import Held
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 
@@ -30,7 +31,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
     and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
     the rack secrets that it accepts, the newest first: none from a version that knows one secret only. ``policy`` is
-    the digest of the policy that it decides by: none from a version without."""
+    the digest of the policy that it decides by: none from a version without. ``taints`` are the marks of SENSITIVE
+    messages that it holds: None from a version that keeps none."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -46,6 +48,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     twice: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     policy: str = ""
+    taints: Held | None = None
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from agent.policy.taint import key_of
 from agent.process.prefixes import prefix_key
 from shared.errors import RackError
 
@@ -92,19 +93,19 @@ class Key:
 class RackKeys:
     """The keys of a node, the newest first; none without a rack secret. Whoever signs or checks holds this, so that all
     have new ones at once. ``prefix_key`` is that of the oldest secret, on which the nodes agree until the first of them
-    forgets it."""
+    forgets it; ``taint_key`` is one of it, too, with which a node that has none begins."""
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
         self._keys: Mapping[str, Key] = {}
         self.newest: Key | None = None
-        self.prefix_key = b""
+        self.prefix_key = self.taint_key = b""
         self.become(secrets)
 
     def become(self, secrets: Sequence[str]) -> None:
         """Have other keys; what is signed with those that are gone counts no more."""
         self._keys = {secret: self._keys.get(secret) or Key(secret) for secret in secrets}
         self.newest = next(iter(self), None)
-        self.prefix_key = prefix_key(secrets[-1]) if secrets else b""
+        self.prefix_key, self.taint_key = (prefix_key(secrets[-1]), key_of(secrets[-1])) if secrets else (b"", b"")
 
     def __bool__(self) -> bool:
         return bool(self._keys)

@@ -61,8 +61,13 @@ class AdminClient:
         """The orders that stand, and warnings about them. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/orders", None, STATUS_TIMEOUT_S)
 
+    def taint(self) -> dict[str, Any]:
+        """What is remembered of SENSITIVE requests. Raises Retryable when the agent is not running."""
+        return self._call("GET", "/admin/v1/taint", None, STATUS_TIMEOUT_S)
+
     def order(self, verb: str, **body: str) -> dict[str, Any]:
-        """load, unload, swap, pin, orders/clear, seal; waits for completion. Raises Refused with the agent's reason."""
+        """load, unload, swap, pin, orders/clear, taint/clear, seal; waits for completion. Raises Refused with the
+        agent's reason."""
         return self._call("POST", f"/admin/v1/{verb}", body, ORDER_TIMEOUT_S)
 
     def _call(self, method: str, path: str, body: dict[str, str] | None, timeout_s: float) -> dict[str, Any]:

@@ -26,12 +26,13 @@ Chain = tuple[int, ...]
 
 
 class Text:
-    """A request as routing sees it: the hashes of its prefixes, and its approximate number of prompt tokens."""
+    """A request as routing sees it: the hashes of its prefixes, and its approximate number of prompt tokens. Those of a
+    ``private`` one choose its node, and are told to nobody."""
 
-    __slots__ = ("chain", "prompt_tok")
+    __slots__ = ("chain", "private", "prompt_tok")
 
-    def __init__(self, chain: Chain, prompt_tok: int) -> None:
-        self.chain, self.prompt_tok = chain, prompt_tok
+    def __init__(self, chain: Chain, prompt_tok: int, *, private: bool = False) -> None:
+        self.chain, self.prompt_tok, self.private = chain, prompt_tok, private
 
 
 def prefix_key(rack_secret: str) -> bytes:
@@ -43,10 +44,10 @@ def text_of(key: bytes, ask: Generate | Embed) -> Text:
     """Compute a request's Text. ``key`` is at most 64 bytes; without one the chain is empty."""
     if isinstance(ask, Embed):
         size = sum(len(one) if isinstance(one, str) else BYTES_PER_TOK * len(one) for one in ask.inputs)
-        return Text((), size // BYTES_PER_TOK + 1)
+        return Text((), size // BYTES_PER_TOK + 1, private=ask.private)
     size = sum(len(part) if part.isascii() else len(_utf8(part)) for part in _parts(ask))
     chain = _chain(key, ask.cache, _hashed(ask)) if key and size >= BLOCK_BYTES else ()
-    return Text(chain, size // BYTES_PER_TOK + 1)
+    return Text(chain, size // BYTES_PER_TOK + 1, private=ask.private)
 
 
 def _hashed(ask: Generate) -> bytearray:
@@ -107,8 +108,9 @@ class PrefixTable:
         return self._most
 
     def took(self, text: Text, cached_tok: int) -> None:
-        """Record that the loader accepted a prompt and found ``cached_tok`` of its tokens in the prompt cache."""
-        if not self._most:
+        """Record that the loader accepted a prompt and found ``cached_tok`` of its tokens in the prompt cache. Of a
+        private one nothing is recorded: what is here goes into heartbeats."""
+        if not self._most or text.private:
             return
         expected = matched(text.chain, self._hashes)
         if expected and 2 * cached_tok < expected * BLOCK_TOK:

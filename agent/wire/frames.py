@@ -66,10 +66,10 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
     JSON schema, as text, that the answer must follow. ``tools`` are function descriptions as JSON text; ``must_call``
     is the name of the one to call, "" for any, None when the model decides; with ``one_call`` the answer ends after
     the first call. ``template_args`` is a JSON object for the chat template. Nothing of a ``private`` request is kept
-    on disk. ``made`` are tokens of the answer that were already produced: generation continues after them, and only
-    exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its pieces may be joined.
-    ``cache`` is the namespace in which anything computed for it is kept and found again; ``priority`` is its place
-    among other requests wherever it waits for them.
+    on disk or told to other nodes. ``made`` are tokens of the answer that were already produced: generation continues
+    after them, and only exactly ``version`` of the model may do that. A ``whole`` answer is read at its end, so its
+    pieces may be joined. ``cache`` is the namespace in which anything computed for it is kept and found again;
+    ``priority`` is its place among other requests wherever it waits for them.
 
     ``top_k`` keeps that many of the likeliest tokens (0: all), ``min_p`` those at least that likely relative to the
     likeliest. ``repetition_penalty`` (1: none) applies to tokens of the last ``repetition_window_tok`` of prompt and
@@ -114,12 +114,13 @@ class Generate(_Frame, frozen=True, kw_only=True, tag="generate"):
 
 class Embed(_Frame, frozen=True, kw_only=True, tag="embed"):
     """A vector for each input: texts, or token ids. ``dimensions`` is the size that the vectors must have, None for the
-    model's own."""
+    model's own. ``private`` as for Generate, although no engine keeps anything of it."""
 
     id: int
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
+    private: bool = False
     cache: Namespace = OPEN
     priority: Priority = NEUTRAL
     request_id: str = ""
