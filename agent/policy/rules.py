@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from agent.policy.addresses import unfit_url
 from agent.policy.classes import TaskClass, is_left_open
 from shared.bucket import REFERENCE_HINT, is_reference
 from shared.errors import Refused
@@ -283,6 +284,8 @@ def _check_providers(providers: Sequence[Provider]) -> Iterator[str]:
             yield f"{path}.url: is required for kind {one.kind}"
         elif not one.base_url.startswith(("https://", "http://") if one.kind == "local" else ("https://",)):
             yield f"{path}.url: must begin with https://" + (" or http://" if one.kind == "local" else "")
+        elif why := unfit_url(one.base_url, one.category):
+            yield f"{path}.url: {why}"
         if one.kind != "local" and not one.secret:
             yield f"{path}.secret: is required: a reference to the API key"
         if one.secret and not is_reference(one.secret):
@@ -306,8 +309,10 @@ def _check_allow(rules: Rules) -> Iterator[str]:
 
 
 def is_cloud_name(model: str) -> bool:
-    """Whether a model of a local server is computed by its vendor: Ollama's names end in ``-cloud`` or ``:cloud``."""
-    return bool(re.search(r"[-:]cloud\s*$", model, re.IGNORECASE))
+    """Whether a model of a local server is computed by its vendor: Ollama's names end in ``-cloud`` or ``:cloud``, and
+    go on with the tag ``:latest`` or a digest at most. Under other names its server has to be asked
+    (`agent.egress.cloud_models`)."""
+    return bool(re.search(r"[-:/]cloud(:latest)?(@[\w:]*)?\s*$", model, re.IGNORECASE))
 
 
 def _check_patterns(rules: Rules) -> Iterator[str]:
