@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from agent.policy.addresses import unfit_url
 from agent.policy.classes import is_left_open, of_model, written
 from agent.policy.patterns import problem
 from agent.policy.rules import ANY, KeyPolicy, Permission, Provider, Route, Rules, dollars, is_cloud_name, is_day
 from shared.bucket import REFERENCE_HINT, is_reference
 from shared.errors import Refused
-from shared.hosts import address_of, host_of
+from shared.hosts import host_of
 from shared.keys import check_name
 
 MOST_ENTRIES = 10_000
@@ -156,7 +157,7 @@ def _check_url(one: Provider) -> Iterator[str]:
     elif not url.lower().startswith(("https://", "http://") if local else ("https://",)):
         yield "must begin with https://" + (" or http://" if local else "")
     elif (
-        not (host := host_of(url))
+        not host_of(url)
         or not url.isascii()
         or any(character <= " " or character in "\\\x7f" for character in url)
     ):
@@ -165,8 +166,8 @@ def _check_url(one: Provider) -> Iterator[str]:
         yield "must have no query and no fragment; what a provider needs besides its key cannot be set"
     elif urlsplit(url).path.endswith(_FOR_CLIENTS):
         yield "is the address of one function; without it, it is like https://api.example.com/v1"
-    elif local and (address := address_of(host)) is not None and (address.is_global or address.is_unspecified):
-        yield f"{host} is not a private address, and kind local is on the premises"
+    elif why := unfit_url(url, one.category):
+        yield why
 
 
 def _check_allow(rules: Rules) -> Iterator[str]:

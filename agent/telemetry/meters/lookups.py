@@ -1,32 +1,12 @@
-"""Slow system calls (keychain, name server), each in its own daemon thread, and at most one at a time per subject: a
-call that hangs must neither occupy the threads that the agent's other work needs, nor keep the agent from
-exiting."""
+"""Names of devices, looked up in threads of their own."""
 
-import asyncio
-import contextlib
 import socket
-import threading
-from collections.abc import Callable, Hashable
-from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from agent.tasks import Lookups
 
-class Lookups:
-    """Lookups in progress."""
-
-    def __init__(self) -> None:
-        self._asked: dict[Hashable, asyncio.Future[Any]] = {}
-
-    async def ask(self, what: Hashable, question: Callable[[], Any]) -> Any:
-        """The result of ``question``, or of the pending one for the same ``what``. Raises what it raises."""
-        if (answer := self._asked.get(what)) is None:
-            loop = asyncio.get_running_loop()
-            answer = loop.create_future()
-            threading.Thread(target=_answer, args=(loop, answer, question), daemon=True, name="lookup").start()
-            self._asked[what] = answer
-            answer.add_done_callback(lambda done: (self._asked.pop(what, None), done.exception()))
-        return await asyncio.shield(answer)
+__all__ = ["Lookups", "Names"]
 
 
 class Names(AbstractResolver):
@@ -61,15 +41,3 @@ def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[Resol
             host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
         )
     ]
-
-
-def _answer(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", question: Callable[[], Any]) -> None:
-    try:
-        found, error = question(), None
-    except Exception as raised:  # noqa: BLE001  # raised again in the caller
-        found, error = None, raised
-    with contextlib.suppress(RuntimeError):  # the agent has exited meanwhile
-        if error is None:
-            loop.call_soon_threadsafe(answer.set_result, found)
-        else:
-            loop.call_soon_threadsafe(answer.set_exception, error)
