@@ -95,14 +95,14 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
 
 async def passed(request: web.Request, wanted: AnswerRequest | EmbedRequest, key_id: str) -> Passage:
     """The request, decided by the policy; it is closed with its response. Raises Refused and Retryable."""
-    header = classes.declared(request.headers.getall(classes.HEADER, ()), classes.HEADER)
+    header = request.headers.getall(classes.HEADER, ())
     is_answer = isinstance(wanted, AnswerRequest)
     asked = Asked(
         request_id=request[REQUEST_ID],
         key_id=key_id,
-        declared=classes.both(header, wanted.declared, classes.HEADER),
-        source="header" if header.task_class else "body",
         ask=wanted.generate if is_answer else wanted.embed,
+        header=classes.declared(header, classes.HEADER) if header else classes.NOTHING,
+        body=wanted.declared,
         prompts=wanted.prompts if is_answer else (),
         answers=wanted.n if is_answer else 1,
         stream=is_answer and wanted.stream,
@@ -115,7 +115,7 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str, passage: 
     """A call for each choice. Parts beyond the first of a prompt do not count the request or its prompt again."""
     cache = cache_of(request, key_id)
     ask = msgspec.structs.replace(
-        wanted.generate, model=passage.model or wanted.generate.model, private=passage.private, rank=passage.rank
+        wanted.generate, model=passage.model or wanted.generate.model, private=passage.private
     )
     parts = [(prompt, turn) for prompt in (wanted.prompts or (None,)) for turn in range(wanted.n)]
     return [
@@ -129,6 +129,7 @@ def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str, passage: 
             turn=turn,
             seed=wanted.seed,
             passage=passage,
+            priority=passage.priority,
         )
         for index, (prompt, turn) in enumerate(parts)
     ]

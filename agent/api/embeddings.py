@@ -22,8 +22,10 @@ async def embeddings(request: web.Request) -> web.Response:
 async def _embedded(request: web.Request, wanted: openai.EmbedRequest, key_id: str) -> web.Response:
     cache = cache_of(request, key_id)
     passage = await answering.passed(request, wanted, key_id)
-    ask = msgspec.structs.replace(wanted.embed, model=passage.model or wanted.embed.model)
-    call = Call(ask=ask, request_id=request[REQUEST_ID], key_id=key_id, cache=cache, passage=passage)
+    ask = msgspec.structs.replace(wanted.embed, model=passage.model or wanted.embed.model, private=passage.private)
+    call = Call(
+        ask=ask, request_id=request[REQUEST_ID], key_id=key_id, cache=cache, passage=passage, priority=passage.priority
+    )
     passage.calls = [call]
     vectors: tuple[bytes, ...] = ()
     try:

@@ -26,7 +26,7 @@ from agent.models.pool import Pool
 from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView, offers
-from agent.wire.frames import Accepted, Answer, Ask, Generate, Tokens
+from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import OPEN
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -119,7 +119,7 @@ class Dispatch:
             async with contextlib.aclosing(self._answers(call)) as answers:
                 async for answer in answers:
                     if call.passage is not None:
-                        _note(call.passage, call, answer)
+                        await _note(call.passage, answer)
                     yield answer
             end = OK
         except RackError as error:
@@ -291,10 +291,13 @@ class Dispatch:
         )
 
 
-def _note(passage: Passage, call: Call, answer: Answer) -> None:
+async def _note(passage: Passage, answer: Answer) -> None:
     """What the wall has to know of an answer."""
     if isinstance(answer, Tokens):
-        if passage.private:
-            passage.said.append(answer.text)
-    elif isinstance(answer, Accepted) and len(passage.calls) == 1 and passage.reservation is not None:
-        passage.reservation.counted(answer.prompt_tok)
+        if passage.told is not None:
+            passage.said.append(answer)
+    elif isinstance(answer, Accepted):
+        if len(passage.calls) == 1 and passage.reservation is not None:
+            passage.reservation.counted(answer.prompt_tok)
+    elif passage.told is not None and isinstance(answer, Done):
+        await passage.told()

@@ -1,6 +1,6 @@
 """One client's request on its way through the wall: what was decided, and what came of it. Plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -9,6 +9,8 @@ import msgspec
 from agent.policy.deciding import Decision, Place
 from agent.policy.facts import Facts
 from agent.policy.rules import Rules
+from agent.wire.frames import Tokens
+from agent.wire.priority import NEUTRAL, Priority
 
 Left = Literal["", "no_replica", "full", "waited", "always"]
 """Why a request was answered elsewhere: no node serves the model, the rack refused it or failed at it, it had waited
@@ -18,8 +20,8 @@ too long for its first token, or the policy sends it there at once; "" where it 
 class Passage(msgspec.Struct, kw_only=True):
     """``rules`` are those that it was decided by, whatever is put in force meanwhile. ``model`` is the served name that
     answers on the rack. A ``private`` one is SENSITIVE. ``settled``: a part of the answer, or a sign of life, has gone
-    to the client, so it stays where it is. ``at`` is the place that answers it; ``said`` the texts of the answer to a
-    SENSITIVE one. ``calls`` are its parts, of agent.gateway.call."""
+    to the client, so it stays where it is. ``at`` is the place that answers it. Of a SENSITIVE one ``said`` is the
+    answer, of which ``told`` is awaited when it is complete. ``calls`` are its parts, of agent.gateway.call."""
 
     request_id: str
     t_ms: int
@@ -30,16 +32,16 @@ class Passage(msgspec.Struct, kw_only=True):
     decision: Decision
     places: tuple[Place, ...] = ()
     model: str = ""
-    rank: int = 0
+    priority: Priority = NEUTRAL
     settled: bool = False
     at: Place | None = None
     left: Left = ""
     checked: bool = False
     redacted: Mapping[str, int] = {}
     usd: Decimal | None = None
-    said: list[str] = msgspec.field(default_factory=list)
+    said: list[Tokens] = msgspec.field(default_factory=list)
+    told: Callable[[], Awaitable[None]] | None = None
     reservation: Any = None
-    spending: Any = None
     calls: list[Any] = msgspec.field(default_factory=list)
     code: str = ""
 

@@ -3,24 +3,27 @@ is decided is in agent/policy; this module asks what it has to know, and carries
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
 from agent.audit.log import AuditLog
+from agent.gateway.admission import priority_of
 from agent.gateway.allowances import Allowances
 from agent.gateway.analysis import Analysis
 from agent.gateway.asking import BYTES_PER_TOK, answer_tok, features, prompt_bytes, texts_of
 from agent.gateway.passage import Passage
 from agent.gateway.recorded import decided_entry, ended_entry
 from agent.gateway.taints import Taints
-from agent.policy import classes, guess
-from agent.policy.classes import Declared, TaskClass
-from agent.policy.deciding import Decision, Place, Refuse, decide
-from agent.policy.facts import ClassFrom, Facts, Reason
-from agent.policy.limits import Rate
-from agent.policy.rules import Rules, of_key, of_model
-from agent.wire.frames import Embed, Generate, Message
+from agent.policy.classes import NOTHING, Declared, TaskClass
+from agent.policy.classing import class_of
+from agent.policy.deciding import Decision, Place, Refuse, decide, models_of, sensitive_by
+from agent.policy.facts import Facts, Reason
+from agent.policy.guess import guess
+from agent.policy.rates import Rate
+from agent.policy.rules import DEFAULT, Rules, of_key
+from agent.wire.frames import Embed, Generate, Message, ToolCall
 from shared.errors import Refused, Retryable
 from shared.logs import get_logger
 
@@ -28,13 +31,14 @@ log = get_logger("agent.wall")
 
 
 class Asked(NamedTuple):
-    """A client's request as the API read it; ``prompts`` are those of a text completion, ``answers`` to each."""
+    """A client's request as the API read it: what its header and its body declare; ``prompts`` are those of a text
+    completion, ``answers`` to each."""
 
     request_id: str
     key_id: str
-    declared: Declared
-    source: ClassFrom
     ask: Generate | Embed
+    header: Declared = NOTHING
+    body: Declared = NOTHING
     prompts: tuple[str, ...] = ()
     answers: int = 1
     stream: bool = False
@@ -42,10 +46,11 @@ class Asked(NamedTuple):
 
 class Guards(NamedTuple):
     """What the wall asks. ``rules`` gives those in force, ``rate`` the rack's price of a model, ``serves`` whether a
-    node can take requests for a model or soon will."""
+    node can take requests for a model or soon will, ``aliases`` its further names here."""
 
     rules: Callable[[], Rules]
     serves: Callable[[str], bool]
+    aliases: Callable[[str], Sequence[str]]
     rate: Callable[[str], Rate | None]
     taints: Taints
     analysis: Analysis
@@ -76,7 +81,9 @@ class Wall:
         key that may not do this, a limit, or a SENSITIVE request that cannot be recorded."""
         rules = self._guards.rules()
         facts = self._facts(asked, rules)
-        if rules.sensitive != Rules().sensitive and not facts.sensitive:
+        if tainted := await self._guards.taints.look(_messages(asked)):
+            facts = _also(facts, tainted)
+        elif rules.sensitive != DEFAULT.sensitive and not facts.sensitive:
             facts = await self._detected(asked, facts)
         passage = self._passage(asked, facts, rules, decide(facts, rules))
         try:
@@ -85,8 +92,7 @@ class Wall:
                 raise Refused(refuse.message, code=refuse.code, param=refuse.param)
             self._reserve(passage, asked)
             if passage.private:
-                await self._recorded(passage)
-                await self._guards.taints.add(_messages(asked))
+                await self._kept(passage, asked)
         except (Refused, Retryable) as error:
             passage.code = error.code
             self.close(passage)
@@ -97,83 +103,65 @@ class Wall:
         """Whether it may still go to a place: what only an analysis of its text can tell is asked now, and the decision
         is on the disk before a byte leaves. Raises Refused and Retryable."""
         if place.category == "outside" and not passage.checked:
-            asked = Asked(passage.request_id, passage.facts.key_id, classes.NOTHING, "guess", ask)
+            asked = Asked(passage.request_id, passage.facts.key_id, ask)
             facts = await self._detected(asked, passage.facts)
-            if tainted := self._guards.taints.seen(_messages(asked)):  # since it came in
-                facts = msgspec.structs.replace(facts, sensitive=(*facts.sensitive, tainted))
+            if tainted := await self._guards.taints.look(_messages(asked)):  # since it came in
+                facts = _also(facts, tainted)
             passage.checked = True
             if facts != passage.facts:
                 passage.facts, passage.decision = facts, decide(facts, passage.rules)
                 passage.places = _places(passage.decision, passage.model)
-                if passage.private:
-                    await self._guards.taints.add(_messages(asked))
+                await self._kept(passage, asked)
         if place not in passage.places:
             raise Refused("it is SENSITIVE, and stays on the premises", code="sensitive")
         await self._recorded(passage)
 
-    def counted(self, passage: Passage, prompt_tok: int) -> None:
-        """The worker has counted the prompt."""
-        if passage.reservation is not None:
-            passage.reservation.counted(prompt_tok)
-
     def close(self, passage: Passage, status: int = 0) -> None:
         """Settle what was reserved and write the audit entry: once, whatever the outcome."""
-        prompt = sum(call.prompt_tok for call in passage.calls if call.turn == 0)
-        answer = sum(call.completion_tok for call in passage.calls)
-        if passage.reservation is not None:
-            passage.reservation.settle(prompt, answer, passage.usd)
-        if passage.private:
-            for text in passage.said:
-                self._guards.taints.add_text(text)
+        calls, reservation = passage.calls, passage.reservation
+        if reservation is not None and any(call.worker or call.completion_tok for call in calls):
+            prompt = sum(call.prompt_tok for call in calls if call.turn == 0)
+            reservation.settle(prompt, sum(call.completion_tok for call in calls), passage.usd)
+        elif reservation is not None:
+            reservation.release()
+        if passage.said:  # its client has left in the middle of the answer
+            self._guards.taints.note([_answer(passage)])
         self._guards.audit.write(ended_entry(passage, self._node, self._wall_ms(), self._clock(), status))
+
+    async def _told(self, passage: Passage) -> None:
+        """The answer to a SENSITIVE request is complete: mark it before its client can send it back."""
+        answer = _answer(passage)
+        passage.said.clear()
+        await self._guards.taints.add([answer], passage.facts.sensitive)
 
     # ---- what is decided on ----
 
     def _facts(self, asked: Asked, rules: Rules) -> Facts:
-        task_class, source = self._class(asked, rules)
-        size, answers = prompt_bytes(asked.ask, asked.prompts), asked.answers * max(1, len(asked.prompts))
-        return Facts(
-            key_id=asked.key_id,
-            model=asked.ask.model,
-            task_class=task_class,
-            class_from=source,
-            sensitive=self._reasons(asked, rules),
+        ask, key_id = asked.ask, asked.key_id
+        stated = class_of(asked.header, asked.body, ask.model, key_id, rules, lambda: _guessed(asked))
+        size, answers = prompt_bytes(ask, asked.prompts), asked.answers * max(1, len(asked.prompts))
+        facts = Facts(
+            key_id=key_id,
+            model=ask.model,
+            task_class=stated.task_class,
+            class_from=stated.class_from,
+            sensitive=("label",) if stated.sensitive else (),
             prompt_tok=size // BYTES_PER_TOK + 1,
-            answer_tok=answer_tok(asked.ask, answers),
-            features=features(asked.ask, answers=answers, prompts=asked.prompts),
+            answer_tok=answer_tok(ask, answers),
+            features=features(ask, answers=answers, prompts=asked.prompts),
             day=time.strftime("%Y-%m-%d", time.gmtime(self._wall_ms() / 1000)),
         )
-
-    def _class(self, asked: Asked, rules: Rules) -> tuple[TaskClass, ClassFrom]:
-        if asked.declared.task_class is not None:
-            return asked.declared.task_class, asked.source
-        if (named := classes.of_model(asked.ask.model)) is not None:
-            return named, "model"
-        if (of := of_key(rules, asked.key_id).task_class) is not None:
-            return of, "key"
-        if (of := of_model(rules, asked.ask.model).task_class) is not None:
-            return of, "model"
-        return _guessed(asked), "guess"
-
-    def _reasons(self, asked: Asked, rules: Rules) -> tuple[Reason, ...]:
-        tainted = self._guards.taints.seen(_messages(asked))
-        found: dict[Reason, bool] = {
-            "label": asked.declared.sensitive,
-            "key": of_key(rules, asked.key_id).sensitive,
-            "model": of_model(rules, asked.ask.model).sensitive,
-        }
-        return (*(reason for reason, there in found.items() if there), *([tainted] if tainted else ()))
+        aliases = tuple(one for name in models_of(facts, rules) for one in self._guards.aliases(name))
+        facts = msgspec.structs.replace(facts, aliases=aliases) if aliases else facts
+        return msgspec.structs.replace(facts, sensitive=sensitive_by(facts, rules)) if rules is not DEFAULT else facts
 
     async def _detected(self, asked: Asked, facts: Facts) -> Facts:
         """With what the detectors find; one that fails or is not ready has found something."""
         try:
             found = await self._guards.analysis.sensitive(list(texts_of(asked.ask, asked.prompts)))
-            reason: Reason | None = "detector" if found else None
         except Retryable:
-            reason = "detector_failed"
-        if reason is None:
-            return facts
-        return msgspec.structs.replace(facts, sensitive=(*facts.sensitive, reason))
+            return _also(facts, "detector_failed")
+        return _also(facts, "detector") if found else facts
 
     # ---- what is done about it ----
 
@@ -190,7 +178,7 @@ class Wall:
             decision=decision,
             places=_places(decision, model),
             model=model,
-            rank=classes.rank_of(facts.task_class, facts.class_from),
+            priority=priority_of(facts.task_class, facts.class_from, rules.admission),
         )
 
     def _reserve(self, passage: Passage, asked: Asked) -> None:
@@ -200,7 +188,14 @@ class Wall:
             prompt_bytes(asked.ask, asked.prompts),
             facts.answer_tok,
             self._guards.rate(passage.model),
+            key_id=facts.key_id,
         )
+
+    async def _kept(self, passage: Passage, asked: Asked) -> None:
+        """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. Raises Retryable."""
+        await self._recorded(passage)
+        passage.told = partial(self._told, passage)
+        await self._guards.taints.add(_messages(asked), passage.facts.sensitive)
 
     async def _recorded(self, passage: Passage) -> None:
         """The decision is on the disk before the work begins. Raises Retryable."""
@@ -226,9 +221,19 @@ def _messages(asked: Asked) -> Sequence[Message]:
     return [Message(role="user", content=text) for text in texts_of(asked.ask, asked.prompts)]
 
 
+def _also(facts: Facts, reason: Reason) -> Facts:
+    return msgspec.structs.replace(facts, sensitive=(*facts.sensitive, reason))
+
+
+def _answer(passage: Passage) -> Message:
+    """What was answered, as a client sends it back in its next request."""
+    calls = tuple(ToolCall(id=c.id, name=c.name, arguments=c.arguments) for one in passage.said for c in one.calls)
+    return Message(role="assistant", content="".join(one.text for one in passage.said), calls=calls)
+
+
 def _guessed(asked: Asked) -> TaskClass:
     ask = asked.ask
     if isinstance(ask, Embed):
         return "ROUTINE"
     turns = [(message.role, message.content) for message in ask.messages] or [("user", text) for text in asked.prompts]
-    return guess.guess(turns, has_tools=bool(ask.tools), has_schema=ask.schema is not None, max_tokens=ask.max_tokens)
+    return guess(turns, has_tools=bool(ask.tools), has_schema=ask.schema is not None, max_tokens=ask.max_tokens)

@@ -156,11 +156,7 @@ def _check_url(one: Provider) -> Iterator[str]:
         yield f"is required for kind {one.kind}"
     elif not url.lower().startswith(("https://", "http://") if local else ("https://",)):
         yield "must begin with https://" + (" or http://" if local else "")
-    elif (
-        not host_of(url)
-        or not url.isascii()
-        or any(character <= " " or character in "\\\x7f" for character in url)
-    ):
+    elif not host_of(url) or not url.isascii() or any(character <= " " or character in "\\\x7f" for character in url):
         yield "must be an address without user, password or spaces, like https://api.example.com/v1"
     elif any(mark in url for mark in "?#"):
         yield "must have no query and no fragment; what a provider needs besides its key cannot be set"
