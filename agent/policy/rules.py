@@ -193,6 +193,11 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """``providers`` by name."""
         return {one.name: one for one in self.providers}
 
+    @cached_property
+    def content_digest(self) -> str:
+        """See ``digest``."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:12]
+
 
 _ANY_KEY = KeyPolicy(id=ANY)
 DEFAULT = Rules()
@@ -201,7 +206,7 @@ DEFAULT = Rules()
 
 def digest(rules: Rules) -> str:
     """Twelve hex digits that name exactly this content."""
-    return hashlib.sha256(msgspec.json.encode(rules, order="deterministic")).hexdigest()[:12]
+    return rules.content_digest
 
 
 def of_key(rules: Rules, key_id: str) -> KeyPolicy:

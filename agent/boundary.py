@@ -1,0 +1,123 @@
+"""What stands between clients and models: the policy, its guards, and the way out of the rack, built once and followed
+through the agent's life. What each of them does is in its own module."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agent import schedule
+from agent.audit.service import Audit
+from agent.config import AgentConfig, Live
+from agent.control.policy_file import POLL_S, PolicyFile
+from agent.control.rates import Rates
+from agent.egress.connections import Reach
+from agent.egress.providers import Egress
+from agent.gateway.allowances import SAVE_S, Allowances
+from agent.gateway.analysis import Analysis
+from agent.gateway.overflow import Overflow
+from agent.gateway.taints import Taints
+from agent.gateway.wall import Guards, Wall
+from agent.mesh.peer_client import PeerClient
+from agent.mesh.peers import Heartbeat, PeerTable
+from agent.mesh.signing import RackKeys
+from agent.models.pool import Pool
+from agent.policy.rules import Rules
+from agent.views import offers
+from shared.records import Event
+from shared.store import ObjectStore
+
+RATES_S = 60.0
+"""How often it is asked whether prices are due."""
+
+
+class Neighbours(NamedTuple):
+    """Parts of the daemon that it needs."""
+
+    table: PeerTable
+    client: PeerClient
+    keys: RackKeys
+    pool: Pool
+    audit: Audit
+    emit: Callable[[Event], None]
+    store: Callable[[], ObjectStore]
+
+
+class Boundary:
+    """``reach`` is how tests find providers. Raises Halt for a policy file that cannot be used."""
+
+    def __init__(
+        self, live: Live, state: Path, environ: Mapping[str, str], near: Neighbours, *, reach: Reach | None = None
+    ) -> None:
+        node = live.now.node.id
+        self._live, self._near = live, near
+        self.policy = PolicyFile(live)
+        self.policy.load()
+        self.rates = Rates(live, near.store, state / "rates.json")
+        self.taints = Taints(state, live, near.table, near.client, near.keys, near.emit)
+        self.analysis = Analysis(environ)
+        self.allowances = Allowances(node, state, rules=self._rules, key_ids=self._key_ids, rate_of=self.rates.of)
+        self._egress = Egress(self._rules, environ, reach=reach)
+        guards = Guards(
+            rules=self._rules,
+            serves=self._serves,
+            aliases=self._aliases,
+            rate=self.rates.of,
+            taints=self.taints,
+            analysis=self.analysis,
+            audit=near.audit.log,
+            allowances=self.allowances,
+        )
+        self.wall = Wall(node, guards)
+        self.overflow = Overflow(self.wall, self._egress, self.analysis, self.allowances)
+        live.follow(self._members)
+
+    def start(self) -> None:
+        """Begin to load marks, and to prepare the analysis where the policy needs it."""
+        self.taints.start()
+        self.policy.follow(lambda policy: self.analysis.follow(policy.rules))
+
+    async def close(self) -> None:
+        """End what it has begun, and save what is counted."""
+        await self._egress.close()
+        await self.analysis.close()
+        await self.taints.close()
+        await self.allowances.save()
+
+    def jobs(self) -> tuple[schedule.Job, ...]:
+        """What is done from time to time."""
+        return (
+            schedule.Job("policy", POLL_S, self.policy.poll),
+            schedule.Job("limits", SAVE_S, self.allowances.save),
+            schedule.Job("rates", RATES_S, self.rates.tick),
+        )
+
+    def heard(self, node: str, heartbeat: Heartbeat) -> None:
+        """A peer's heartbeat."""
+        self.taints.heard(node, heartbeat)
+        self.allowances.heard(node, heartbeat.shares)
+
+    def warnings(self) -> list[str]:
+        """What an operator has to know, a sentence each; the policy's own are in the status."""
+        problems = (self.allowances.problem, self.analysis.problem)
+        return [*self.taints.warnings(), *(one for one in problems if one)]
+
+    def view(self) -> dict[str, Any]:
+        """For display."""
+        return {"providers": self._egress.status(), "taint": self.taints.view(), "rates": self.rates.period}
+
+    def _rules(self) -> Rules:
+        return self.policy.now.rules
+
+    def _key_ids(self) -> Sequence[str]:
+        return [key.id for key in self._live.now.keys]
+
+    def _members(self, config: AgentConfig) -> None:
+        self.allowances.members([config.node.id, *(peer.id for peer in config.peers.nodes)])
+
+    def _serves(self, name: str) -> bool:
+        peers = self._near.table.view(time.monotonic())
+        return self._near.pool.has(name) or any(True for _ in offers(peers, name))
+
+    def _aliases(self, name: str) -> Sequence[str]:
+        return self._near.pool.aliases(name)
