@@ -75,12 +75,18 @@ class DrainRate:
             self._ended.popleft()
 
 
-def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float]) -> Admit | Turn:
-    """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight.
+_NO_SHARE = Load(0, 1)
+
+
+def admit(
+    *, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float], share: Load = _NO_SHARE
+) -> Admit | Turn:
+    """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight,
+    or beyond the key's fair ``share`` of the model's (agent/policy/limits/fair.py).
     The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s."""
     if draining:
         return Turn(code="draining", retry_after_s=1)
-    over = max(model.over, key.over)
+    over = max(model.over, key.over, share.over)
     if not over:
         return ADMITTED
     rate = drain_rate_per_s()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable, of_another_rack, skewed
 from agent.mesh.sightings import Sightings, sentence
+from agent.policy.limits.share import Share
 from shared.clocks import SleepWatch
 from shared.errors import RackError
 from shared.logs import get_logger
@@ -26,7 +27,8 @@ log = get_logger("agent.mesh.heartbeats")
 
 
 class Heartbeats:
-    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted."""
+    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted, and
+    ``on_shares`` with what each heartbeat tells of the rack's limits."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Heartbeats:
         beat_s: float,
         sightings: Sightings | None = None,
         on_back: Callable[[str], None] = lambda _: None,
+        on_shares: Callable[[str, tuple[Share, ...]], None] = lambda _, __: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         slept: Callable[[], float] | None = None,
@@ -45,6 +48,7 @@ class Heartbeats:
         self._slept = slept or SleepWatch().look
         self._table, self._client, self._emit, self._rack = table, client, emit, rack
         self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
+        self._on_shares = on_shares
         self.sightings = sightings or Sightings("", "")
         self._due: dict[str, float] = {}
         self._open: dict[str, int] = {}
@@ -123,6 +127,7 @@ class Heartbeats:
         self._note(node, skewed(url, heartbeat, self._wall_ms()))
         if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
+        self._on_shares(node, heartbeat.shares)
         self._report(now)
 
     def _note(self, node: str, problem: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
+from agent.policy.limits.share import Share
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 
@@ -29,7 +30,8 @@ _NEVER = float("inf")
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What a node reports of itself once a second. ``epoch`` rises with every start of its agent. ``agent`` is its mark
     and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
-    the rack secrets that it accepts, the newest first: none from a version that knows one secret only."""
+    the rack secrets that it accepts, the newest first: none from a version that knows one secret only. ``shares`` are
+    its accounts of limits that hold for the whole rack (agent/policy/limits)."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -44,6 +46,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     agent: str = ""
     twice: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):

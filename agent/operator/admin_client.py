@@ -57,6 +57,10 @@ class AdminClient:
         """The orders that stand, and warnings about them. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/orders", None, STATUS_TIMEOUT_S)
 
+    def limits(self) -> dict[str, Any]:
+        """The limits of all keys, and this node's parts of them. Raises Retryable when the agent is not running."""
+        return self._call("GET", "/admin/v1/limits", None, STATUS_TIMEOUT_S)
+
     def order(self, verb: str, **body: str) -> dict[str, Any]:
         """load, unload, swap, pin, orders/clear, seal; waits for completion. Raises Refused with the agent's reason."""
         return self._call("POST", f"/admin/v1/{verb}", body, ORDER_TIMEOUT_S)

@@ -38,8 +38,9 @@ class Node:
 
     def _start(self) -> Book:
         book = Book(self.name, self.now, window_s=self.rack.window_s, rows=self._row)
-        if self.disk is not None:
-            book.restore(self.disk, dict(self.rows), self.now)
+        noted = dict(self.rows)
+        saved = self.disk if self.disk is not None else State(wall_s=self.now.wall_s)
+        book.restore(saved, lambda label: noted.get(label, 0), self.now)
         book.become(self.rack.limits, self.rack.members, self.now)
         return book
 
