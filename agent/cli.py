@@ -30,6 +30,7 @@ from agent.operator import (
     cli_claim,
     cli_doctor,
     cli_install,
+    cli_limits,
     cli_models,
     cli_orders,
     cli_policy,
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_models.add(models, _config_and_state, _common)
     cli_orders.add(verb, _config_and_state, _common)
     cli_taint.add(verb, _config_and_state, _common)
+    cli_limits.add(verb, _config_and_state)
     probes = verb("probes", "Record a model's answers to its probes: the file that a standby must reproduce.", _probes)
     probes.add_argument("model", help="served name of a model that is known to be good")
     why = verb("why", "Explain the routing of a request: candidates, costs, retries, continuations.", _why)

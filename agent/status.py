@@ -16,6 +16,7 @@ from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.sightings import sentence
 from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
+from agent.policy.limits.share import Share
 from agent.process import expectation
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -42,11 +43,12 @@ class Status:
         *,
         keys: RackKeys,
         policy: PolicyFile | None = None,
+        shares: Callable[[], tuple[Share, ...]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings, self._keys, self._awake = warnings, keys, awake
+        self._warnings, self._keys, self._awake, self._shares = warnings, keys, awake, shares
         self._policy = policy
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
@@ -142,6 +144,7 @@ class Status:
             twice=tuple(sorted({found.node for found in sightings.twice(self._clock()) if not found.by})),
             secrets=self._keys.marks,
             policy=self._policy.now.digest if self._policy is not None else "",
+            shares=self._shares(),
         )
 
     def policy(self) -> dict[str, Any]:

@@ -5,7 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 from aiohttp import web
 
-from agent.api import admin, chat, completions, debug, embeddings, errors, front, health, models, openapi, peer, wire
+from agent.api import (
+    admin,
+    chat,
+    completions,
+    debug,
+    embeddings,
+    errors,
+    front,
+    health,
+    models,
+    openapi,
+    peer,
+    usage,
+    wire,
+)
 from agent.api.bodies import Bodies
 from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
 from agent.gateway.taint_peers import PATH
@@ -36,6 +50,7 @@ def build(context: Context, taints: Taints | None = None) -> web.Application:
         web.post("/v1/embeddings", embeddings.embeddings),
         web.get("/v1/models", models.list_models),
         web.get("/v1/models/{model:.+}", models.get_model),
+        web.get("/v1/usage", usage.usage),
         web.get("/", front.front),
         web.get("/openapi.json", health.described),
         web.get("/health", health.health),
@@ -51,6 +66,7 @@ def build(context: Context, taints: Taints | None = None) -> web.Application:
         web.get("/admin/v1/status", admin.status),
         web.get("/admin/v1/secrets", admin.secrets),
         web.get("/admin/v1/policy", admin.policy),
+        web.get("/admin/v1/limits", usage.limits),
         web.post("/admin/v1/load", admin.load),
         web.post("/admin/v1/unload", admin.unload),
         web.post("/admin/v1/swap", admin.swap),

@@ -42,7 +42,7 @@ _CODES = {
     415: ("unsupported_encoding", "unsupported_media_type"),
     421: ("wrong_host",),
     422: ("bad_model", "bad_probes", "bad_hash"),
-    429: ("queue_full", "key_queue_full", "key_bodies_full"),
+    429: ("queue_full", "key_queue_full", "key_bodies_full", "rate_limited", "budget_exhausted"),
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
     503: (

@@ -112,6 +112,29 @@ _CALL: Schema = {
     },
     "required": ["function"],
 }
+_AMOUNT: Schema = {"type": ["integer", "string"], "description": "A count; US dollars as text."}
+_LIMIT: Schema = {
+    "type": "object",
+    "properties": {
+        "name": {**_TEXT, "description": "Like requests_per_minute or day.usd."},
+        "period": {"enum": ["minute", "day", "week", "month"]},
+        "unit": {"enum": ["requests", "tokens", "prompt_tok", "completion_tok", "usd"]},
+        **dict.fromkeys(("limit", "used", "left"), _AMOUNT),
+        "starts_at": _TEXT_OR_NULL,
+        "resets_at": _TEXT,
+    },
+    "required": ["name", "period", "unit", "limit", "used", "left", "starts_at", "resets_at"],
+}
+_USAGE: Schema = {
+    "type": "object",
+    "properties": {
+        "object": {"const": "usage"},
+        **dict.fromkeys(("key", "node", "as_of", "note"), _TEXT),
+        "local_tokens_priced": {"type": "boolean"},
+        "limits": _list(_LIMIT),
+    },
+    "required": ["object", "key", "node", "as_of", "limits"],
+}
 _MESSAGE_FIELDS: Mapping[str, Schema] = {
     "role": {"enum": list(ROLES)},
     "content": {"anyOf": [{"type": ["string", "null"]}, _list(_ref("Part"))]},
@@ -182,6 +205,7 @@ def _schemas() -> dict[str, Schema]:
         "Clearing": {**_object(clearing, ()), "additionalProperties": False},
         "Error": _object({"error": _object(error, error)}, ("error",)),
         "Answer": _object({"object": _TEXT, "model": _TEXT, "usage": _ANY_OBJECT}, ("object",)),
+        "Usage": _USAGE,
         "Object": _ANY_OBJECT,
     }
 
@@ -226,6 +250,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/embeddings"): Operation("Make a vector for each input.", "key", "EmbeddingsRequest", "Answer"),
     ("GET", "/v1/models"): Operation("List the models that can be served now.", "key"),
     ("GET", "/v1/models/{model}"): Operation("Describe one model.", "key"),
+    ("GET", "/v1/usage"): Operation("The limits of the key that asks, and its usage.", "key", answer="Usage"),
     ("GET", "/"): Operation("What this server is: a page, or JSON where that is preferred.", kind="text/html"),
     ("GET", "/openapi.json"): Operation("This document."),
     ("GET", "/health"): Operation("Whether the process responds."),
@@ -240,6 +265,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/admin/v1/status"): Operation("The status of this node.", "admin"),
     ("GET", "/admin/v1/secrets"): Operation("Which secrets this agent can resolve.", "admin"),
     ("GET", "/admin/v1/policy"): Operation("The policy in force on this node.", "admin"),
+    ("GET", "/admin/v1/limits"): Operation("The limits of all keys, and this node's parts of them.", "admin"),
     ("POST", "/admin/v1/load"): Operation("Load a model.", "admin", "Order"),
     ("POST", "/admin/v1/unload"): Operation("Unload a model.", "admin", "Order"),
     ("POST", "/admin/v1/swap"): Operation(

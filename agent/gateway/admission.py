@@ -79,6 +79,9 @@ class DrainRate:
             self._ended.popleft()
 
 
+_NO_SHARE = Load(0, 1)
+
+
 def priority_of(task_class: TaskClass, class_from: str, rules: Admission) -> Priority:
     """What a request of this class may claim, wherever it waits for others. Those below ORCHESTRATION leave it the rows
     that are reserved for it; those below REASONING, the ones whose class was guessed included, also that one's."""
@@ -156,12 +159,15 @@ class Places:
         return waited and max(held.by_rank) > priority.rank
 
 
-def admit(*, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float]) -> Admit | Turn:
-    """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight.
+def admit(
+    *, model: Load, key: Load, draining: bool, drain_rate_per_s: Callable[[], float], share: Load = _NO_SHARE
+) -> Admit | Turn:
+    """Admission per model and API key: reject while the node drains, and beyond either's limit of requests in flight,
+    or beyond the key's fair ``share`` of the model's (agent/policy/limits/fair.py).
     The hint is the time in which the measured completion rate works off the excess over the limit, 1 to 60 s."""
     if draining:
         return Turn(code="draining", retry_after_s=1)
-    over = max(model.over, key.over)
+    over = max(model.over, key.over, share.over)
     if not over:
         return ADMITTED
     rate = drain_rate_per_s()

@@ -26,8 +26,8 @@ log = get_logger("agent.mesh.heartbeats")
 
 
 class Heartbeats:
-    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted, ``on_heard``
-    (settable) with every heartbeat."""
+    """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted, and
+    ``on_heard`` (settable) with every heartbeat."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
 from agent.policy.taint import Held
+from agent.policy.limits.share import Share
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 
@@ -32,7 +33,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     and ``twice`` are node ids that it sees used by two agents (agent/mesh/sightings.py). ``secrets`` are the marks of
     the rack secrets that it accepts, the newest first: none from a version that knows one secret only. ``policy`` is
     the digest of the policy that it decides by: none from a version without. ``taints`` are the marks of SENSITIVE
-    messages that it holds: None from a version that keeps none."""
+    messages that it holds: None from a version that keeps none. ``shares`` are its accounts of limits that hold for the
+    whole rack (agent/policy/limits)."""
 
     protocol: int = PROTOCOL
     oldest: int = OLDEST
@@ -49,6 +51,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     secrets: tuple[str, ...] = ()
     policy: str = ""
     taints: Held | None = None
+    shares: tuple[Share, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ of the limit by what it knows that all have used, so a change overspends by no m
 disagree.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -81,8 +81,8 @@ def _no_rows(_: str) -> Callable[[int], None]:
 
 
 class Book:
-    """The limits of node ``me``. ``totals`` are what another run had noted in its rows; without trust in the state of
-    another run (``lost``) all of this node's parts count as used."""
+    """The limits of node ``me``. ``lost``: what another run has saved cannot be read, so all of this node's parts count
+    as used."""
 
     def __init__(
         self, me: str, began: Now, *, window_s: float = 60.0, rows: Rows = _no_rows, lost: bool = False
@@ -95,7 +95,7 @@ class Book:
         self._past: dict[Name, list[Ledger]] = {}
         self._saved: dict[tuple[Name, int], Saved] = {}
         self._elapsed_s = 0.0
-        self._totals: Mapping[str, int] = {}
+        self._noted: Callable[[str], int] = lambda _: 0
         self._bases: dict[int, str] = {}
         self._ticked_s, self._turn = began.mono_s, 0
 
@@ -110,10 +110,11 @@ class Book:
         for limit in self._limits.values():
             self.ledger(limit, now)
 
-    def restore(self, state: State, totals: Mapping[str, int], now: Now) -> None:
-        """Take over what another run of this agent has saved, before ``become``."""
+    def restore(self, state: State, noted: Callable[[str], int], now: Now) -> None:
+        """Take over what another run of this agent has saved, before ``become``; ``noted`` is the total in the row of a
+        name, 0 without one."""
         self._saved = {(one.name, one.period): one for one in state.ledgers}
-        self._elapsed_s, self._totals = max(0.0, now.wall_s - state.wall_s), totals
+        self._elapsed_s, self._noted = max(0.0, now.wall_s - state.wall_s), noted
 
     def ledger(self, limit: Limit, now: Now) -> Ledger:
         """The account of a limit in the current period."""
@@ -253,7 +254,7 @@ class Book:
     def _fresh(self, limit: Limit, span: Period, now: Now) -> Ledger:
         """A new account, with what another run of this agent has saved of it."""
         label = f"{limit.name.owner} {limit.name.span} {limit.name.unit} {span.start_s}"
-        noted, saved = self._totals.get(label, 0), self._saved.pop((limit.name, span.start_s), None)
+        noted, saved = self._noted(label), self._saved.pop((limit.name, span.start_s), None)
         if limit.name.span == "minute":
             use: Use = WindowUse(self._window_s)
         else:

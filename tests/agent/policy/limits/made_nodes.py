@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from agent.policy.limits.book import Book, Now, Short, State, Taken
-from agent.policy.limits.limit import Amounts, Limit
+from agent.policy.limits.limit import Amounts, Limit, Unit
 from agent.policy.limits.share import Share
 
 NOON_S = 1_796_040_000.0
@@ -38,8 +38,9 @@ class Node:
 
     def _start(self) -> Book:
         book = Book(self.name, self.now, window_s=self.rack.window_s, rows=self._row)
-        if self.disk is not None:
-            book.restore(self.disk, dict(self.rows), self.now)
+        noted = dict(self.rows)
+        saved = self.disk if self.disk is not None else State(wall_s=self.now.wall_s)
+        book.restore(saved, lambda label: noted.get(label, 0), self.now)
         book.become(self.rack.limits, self.rack.members, self.now)
         return book
 
@@ -116,14 +117,14 @@ class Rack:
             if step % 10 == 3:
                 self.meet(kept)
 
-    def most_in_a_window(self, unit: str) -> int:
+    def most_in_a_window(self, unit: Unit) -> int:
         """The largest sum of what was really used in any window."""
         sums = defaultdict[float, int](int)
-        found = sorted((one.at_s, one.amounts.of(unit)) for one in self.used)  # type: ignore[arg-type]
+        found = sorted((one.at_s, one.amounts.of(unit)) for one in self.used)
         for at_s, _ in found:
             sums[at_s] = sum(amount for other_s, amount in found if at_s <= other_s < at_s + self.window_s)
         return max(sums.values(), default=0)
 
-    def total(self, unit: str) -> int:
+    def total(self, unit: Unit) -> int:
         """Everything that was really used."""
-        return sum(one.amounts.of(unit) for one in self.used)  # type: ignore[arg-type]
+        return sum(one.amounts.of(unit) for one in self.used)

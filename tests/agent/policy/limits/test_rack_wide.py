@@ -55,7 +55,7 @@ def played(limit: Limit, schedule: Schedule) -> Rack:
         elif what == "wait":
             rack.s += args[0]
         else:
-            getattr(rack.nodes[args[0]], {"kill": "killed"}.get(what, what))()
+            getattr(rack.nodes[args[0]], "killed" if what == "kill" else str(what))()
     return rack
 
 
