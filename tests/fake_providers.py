@@ -11,7 +11,7 @@ import gzip
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Request(NamedTuple):
         return json.loads(self.body)
 
 
-Step = Callable[["FakeProvider", asyncio.StreamWriter], Awaitable[None]]
+Step = Callable[["FakeProvider", asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
 
 class FakeProvider:
@@ -282,7 +282,7 @@ def named(kind: str, **fields: Any) -> bytes:
 def message_start(**usage: Any) -> bytes:
     """Begins a message."""
     counts = {"input_tokens": 25, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 1}
-    message = {
+    message: dict[str, Any] = {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",

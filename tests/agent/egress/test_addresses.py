@@ -48,7 +48,7 @@ def test_no_address_is_both(address: object) -> None:
 @given(st.ip_addresses(v=4))
 def test_an_address_of_ipv4_is_judged_alike_when_it_is_written_as_ipv6(address: object) -> None:
     for category in ("outside", "premises"):
-        assert unfit(f"::ffff:{address}", category) == unfit(str(address), category)  # type: ignore[arg-type]
+        assert unfit(f"::ffff:{address}", category) == unfit(str(address), category)
 
 
 NUMBERS = ("2130706433", "017700000001", "0x7f000001", "0x7f.1", "127.1", "0177.0.0.1", "127.0.0.1.", "10.0.0.0x1", "0")

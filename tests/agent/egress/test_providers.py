@@ -437,7 +437,7 @@ SAYS = stream([chunk({"content": "x"})], end=False, then=hang)
     ],
 )
 async def test_a_provider_that_hangs_is_given_up(
-    answer: Step, what: str, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    answer: Step, what: str, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange, "GAP_S", 0.4 if what == "next piece" else 30)
     server, error = await local([answer], **limits)
