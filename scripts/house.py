@@ -122,7 +122,7 @@ def _connecting(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute) and node.attr in DIAL:
             yield node.lineno, f"connects ({node.attr})"
         if clients := CLIENTS.intersection(names):
-            yield node.lineno, f"imports {', '.join(sorted(clients))}"
+            yield getattr(node, "lineno", 0), f"imports {', '.join(sorted(clients))}"
 
 
 def measures(root: Path) -> list[Measure]:
