@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import sys
 import tokenize
 import tomllib
@@ -19,6 +20,21 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("agent", "aggregator", "shared")
 CLOCKS = {("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today"), ("date", "today")}
 WORLD = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
+
+PROVIDERS = re.compile(
+    r"\b(api\.(openai|anthropic|mistral|groq|deepseek|together|cohere|x|perplexity|fireworks)\.(com|ai|xyz)|"
+    r"openrouter\.ai|generativelanguage\.googleapis\.com|openai\.azure\.com|bedrock-runtime|ollama\.com)\b",
+    re.IGNORECASE,
+)
+"""Hosts of providers: only what sends to them, and the policy file's schema, names them."""
+KNOW_PROVIDERS = ("agent/egress/", "agent/policy/rules.py")
+CLIENTS = {"http.client", "urllib.request", "smtplib", "ftplib", "xmlrpc.client", "socket", "imaplib", "poplib"}
+"""Of the standard library, in which import contracts see packages alone."""
+DIAL = {"open_connection", "create_connection", "create_datagram_endpoint", "open_unix_connection", "sock_connect"}
+MAY_CONNECT = (
+    *("agent/api/", "agent/mesh/", "agent/egress/", "agent/telemetry/meters/", "agent/files/hub", "agent/operator/"),
+    *("agent/process/loader_process.py", "agent/loader/__main__.py", "agent/loader/serve.py"),  # a pair of sockets
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -74,6 +90,39 @@ def planted(root: Path) -> list[str]:
         for path in pure_files(root)
         for line, what in impure_calls(ast.parse(path.read_text()))
     ]
+
+
+def outbound(root: Path) -> list[str]:
+    """Every place of the agent that could connect to something and is not one of those that may, and every place that
+    names a provider's host, for display."""
+    found = []
+    for path in sorted(one for name in PRODUCT for one in (root / name).rglob("*.py")):
+        where, tree = path.relative_to(root).as_posix(), ast.parse(path.read_text())
+        if where.startswith("agent/") and not where.startswith(MAY_CONNECT):
+            found += [f"{where}:{line}: {what}" for line, what in _connecting(tree)]
+        if not where.startswith(KNOW_PROVIDERS):
+            found += [f"{where}:{line}: names {host}" for line, host in _named(tree)]
+    return found
+
+
+def _named(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else ""
+        if isinstance(node, ast.Constant) and isinstance(text, str) and (seen := PROVIDERS.search(text)):
+            yield node.lineno, seen.group()
+
+
+def _connecting(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{one.name}" for one in node.names)]
+        elif isinstance(node, ast.Attribute) and node.attr in DIAL:
+            yield node.lineno, f"connects ({node.attr})"
+        if clients := CLIENTS.intersection(names):
+            yield getattr(node, "lineno", 0), f"imports {', '.join(sorted(clients))}"
 
 
 def measures(root: Path) -> list[Measure]:
@@ -155,6 +204,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--pure", action="store_true", help="check only that pure modules call no clock and no file")
     calls = planted(ROOT)
+    calls += outbound(ROOT)
     print("\n".join(calls) or "no pure module calls a clock, a file or the interpreter")
     if options.parse_args().pure:
         return 1 if calls else 0

@@ -119,6 +119,56 @@ def test_a_planted_call_is_found(copy: Path, file: str, line: str) -> None:
     assert found.startswith(f"{file}:")
 
 
+WALLS = [
+    ("agent/egress/failures.py", "import genai_prices", "The agent needs nothing of the aggregator's"),
+    ("agent/egress/exchange.py", "import agent.wire.frames", "What leaves is made by redaction alone"),
+    ("agent/egress/providers.py", "import agent.models.pool", "What leaves is made by redaction alone"),
+    ("agent/gateway/dispatch.py", "import aiohttp", "HTTP clients are walled in"),
+    ("agent/egress/providers.py", "from aiohttp import ClientSession", "HTTP clients are walled in"),
+    ("agent/policy/rules.py", "def late() -> None:\n    import urllib3", "HTTP clients are walled in"),
+    ("agent/telemetry/pusher.py", "import httpx2", "HTTP clients are walled in"),
+    ("agent/egress/exchange.py", "import openai", "No provider's own client"),
+    ("agent/loader/serve.py", "import google.genai", "No provider's own client"),
+]
+
+
+def test_a_planted_hole_in_the_wall_breaks_its_contract(copy: Path) -> None:
+    for file, line, _ in WALLS:
+        path = copy / file
+        path.write_text(path.read_text() + f"\n{line}\n")
+    run = lint(copy)
+    assert run.returncode == 1, run.stdout + run.stderr
+    for file, line, contract in WALLS:
+        words, module = line.split(), file.removesuffix(".py").replace("/", ".")
+        imported = words[1] if words[0] == "from" else words[words.index("import") + 1]
+        assert f"{contract} BROKEN" in run.stdout
+        named = imported if imported.startswith("agent.") else imported.partition(".")[0]
+        assert f"{module} -> {named} " in run.stdout
+
+
+WAYS_OUT = [
+    ("agent/gateway/dispatch.py", "import http.client"),
+    ("agent/gateway/attempt.py", "from http import client"),
+    ("agent/models/pool.py", "from urllib.request import urlopen"),
+    ("agent/policy/redaction/redacted.py", "def late() -> None:\n    import socket"),
+    ("agent/daemon.py", "import smtplib"),
+    ("agent/telemetry/pusher.py", "async def late() -> None:\n    await asyncio.open_connection('x', 1)"),
+    ("agent/gateway/routing.py", 'URL = "https://api.openai.com/v1"'),
+    ("aggregator/cost.py", 'URL = "https://API.Anthropic.com"'),
+    ("shared/ids.py", 'HOST = "openrouter.ai"'),
+    ("agent/api/chat.py", "def late() -> str:\n    return f'https://ollama.com/{1}'"),
+]
+
+
+def test_a_planted_way_out_is_found(copy: Path) -> None:
+    assert house.outbound(copy) == []
+    for file, line in WAYS_OUT:
+        path = copy / file
+        path.write_text(path.read_text() + f"\n\n{line}\n")
+    found = house.outbound(copy)
+    assert sorted(one.partition(":")[0] for one in found) == sorted(file for file, _ in WAYS_OUT)
+
+
 def test_the_contracts_hold(copy: Path) -> None:
     run = lint(copy)
     assert run.returncode == 0, run.stdout + run.stderr

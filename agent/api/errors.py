@@ -33,7 +33,7 @@ _CODES = {
     403: (
         *("model_not_allowed", "class_not_allowed", "sensitive"),
         *("not_a_peer", "protocol_mismatch", "clock_skew", "wrong_node"),
-        *("no_certificate", "wrong_certificate", "cross_site"),
+        *("no_certificate", "wrong_certificate", "cross_site", "provider_not_allowed"),
     ),
     404: ("model_not_found", "not_found", "unknown_url"),
     408: ("body_timeout",),
@@ -44,12 +44,12 @@ _CODES = {
     422: ("bad_model", "bad_probes", "bad_hash"),
     429: ("queue_full", "key_queue_full", "key_bodies_full", "rate_limited", "budget_exhausted"),
     500: ("engine_failed", SUSPECT),
-    502: ("worker_lost", "loader_lost", CRASHED),
+    502: ("worker_lost", "loader_lost", CRASHED, "provider_failed", "provider_setup"),
     503: (
-        *("audit_unavailable", "analysis_failed", "not_redactable"),
+        *("audit_unavailable", "analysis_failed", "not_redactable", "provider_busy"),
         *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
     ),
-    504: ("deadline_exceeded",),
+    504: ("deadline_exceeded", "provider_timeout"),
     507: ("no_memory", "disk_full"),
     508: ("loop",),
 }

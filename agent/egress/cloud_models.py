@@ -24,12 +24,12 @@ def root(base_url: str) -> str:
 def leaves(status: int, body: bytes) -> bool | None:
     """Whether a model leaves the premises; None where the answer does not say: an Ollama that is busy or broken. Other
     servers have no such route, and no such models."""
+    if status == 429 or status >= 500:
+        return None
     try:
         shown = msgspec.json.decode(body, type=_Shown)
     except msgspec.ValidationError:
-        shown = _Shown()  # JSON of another program
+        return False  # JSON of another program
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None if status == 200 and body.lstrip()[:1] == b"{" else False
-    if shown.remote_host or shown.remote_model:
-        return True
-    return None if status == 429 or status >= 500 else False
+        return None if body.lstrip()[:1] == b"{" else False
+    return bool(shown.remote_host or shown.remote_model)

@@ -59,7 +59,9 @@ class Credentials:
             return held[1]
         value = await self._lookups.ask(reference, lambda: self._look_up(reference, self._environ))
         if not value.isascii() or not value.isprintable() or " " in value:
-            raise Halt(f"secret {reference}: is no API key; it holds more than printable letters", code="no_secret")
+            raise Halt(
+                f"secret {reference}: cannot be an API key; it holds more than printable letters", code="no_secret"
+            )
         secret = Secret(value)
         self._held[reference] = (self._clock() + HELD_S, secret)
         # what nobody asks for any more is not held either

@@ -72,7 +72,7 @@ def of_garbage(name: str, what: str) -> RackError:
 
 
 def of_content(name: str, content_type: str, encoding: str) -> RackError | None:
-    """The error for a body that is no event stream; None where it is one."""
+    """The error for a body that is not an event stream; None where it is one."""
     kind = content_type.partition(";")[0].strip().lower()
     if encoding.strip().lower() not in ("", "identity"):
         return of_garbage(name, "a compressed answer, which it was asked not to do")

@@ -29,8 +29,9 @@ NO_NODE = Ended("failed", "capacity")
 BY_CODE: dict[str, Ended] = {
     **dict.fromkeys(("draining", "queue_full", "bodies_full", "connections_full"), TURNED_AWAY),
     **dict.fromkeys(("key_queue_full", "key_bodies_full", "rate_limited", "budget_exhausted"), LIMITED),
-    **dict.fromkeys(("no_capacity", "memory_pressure", "not_ready"), NO_NODE),
+    **dict.fromkeys(("no_capacity", "memory_pressure", "not_ready", "provider_busy"), NO_NODE),
     **dict.fromkeys(("worker_lost", "loader_lost", "engine_failed", "deadline_exceeded", CRASHED, SUSPECT), FAILED),
+    **dict.fromkeys(("provider_failed", "provider_setup", "provider_timeout"), FAILED),
     "loop": TURNED_AWAY,  # refused by a node whose peers.nodes is wrong
 }
 """Every code with which a request ends that its client need not change; tests/agent/gateway/test_outcomes.py finds

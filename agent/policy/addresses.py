@@ -73,7 +73,7 @@ def is_address(host: str) -> bool:
 
 
 def is_number(host: str) -> bool:
-    """Whether resolvers may take a host that is no address in its usual form for one: its last part is a number."""
+    """Whether resolvers may take a host that is not an address in its usual form for one: its last part is a number."""
     return not is_address(host) and _NUMBER.fullmatch(host.rpartition(".")[2] or host) is not None
 
 

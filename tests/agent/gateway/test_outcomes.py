@@ -47,7 +47,8 @@ def test_every_code_that_ends_a_request_and_is_not_its_clients_has_an_outcome_an
     [
         *((code, "refused", "capacity") for code in ("draining", "queue_full", "bodies_full", "connections_full")),
         *((code, "refused", "limit") for code in ("key_queue_full", "key_bodies_full")),
-        *((code, "failed", "capacity") for code in ("no_capacity", "memory_pressure", "not_ready")),
+        *((code, "failed", "capacity") for code in ("no_capacity", "memory_pressure", "not_ready", "provider_busy")),
+        *((code, "failed", "") for code in ("provider_failed", "provider_setup", "provider_timeout")),
         *((code, "failed", "") for code in ("worker_lost", "loader_lost", "engine_failed", "deadline_exceeded")),
         *((code, "failed", "") for code in (CRASHED, SUSPECT, "unavailable", "of_tomorrow")),
     ],
