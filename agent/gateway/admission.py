@@ -92,7 +92,7 @@ def priority_of(task_class: TaskClass, class_from: str, rules: Admission) -> Pri
 
 
 class _Held:
-    """Of one model."""
+    """Of one model or key."""
 
     def __init__(self) -> None:
         self.by_rank: Counter[int] = Counter()
@@ -101,56 +101,56 @@ class _Held:
 
 
 class Places:
-    """Requests in flight by model and rank.
+    """Requests in flight by rank, of each model or of each API key.
 
-    What stands before a request are those of its own rank and above, so only they count against its model's limit: a
-    higher rank gets in while lower ones fill all places, and has to wait for none of them. Each class so takes as many
-    places as the limit says, and where all requests have one rank all of them together do. Lower ranks leave the
-    reserved places free. One that was only refused for as long as it may wait for higher ranks, while such are in
-    flight, gets a place beyond the limit."""
+    What stands before a request are those of its own rank and above, so only they count against its limit: a higher
+    rank gets in while lower ones fill all places, and has to wait for none of them. Each rank so takes at most as many
+    places as the limit says, and where all requests have one rank all of them together do. One that was only refused
+    for as long as it may wait for higher ranks, while such are in flight, gets a place beyond the limit."""
 
     def __init__(self) -> None:
-        self._models: dict[str, _Held] = {}
+        self._held: dict[str, _Held] = {}
 
     @property
     def total(self) -> int:
         """Requests in flight."""
-        return sum(one.by_rank.total() for one in self._models.values())
+        return sum(one.by_rank.total() for one in self._held.values())
 
-    def of(self, model: str) -> int:
-        """Those for a model."""
-        held = self._models.get(model)
+    def of(self, name: str) -> int:
+        """Those of a model or key."""
+        held = self._held.get(name)
         return held.by_rank.total() if held else 0
 
-    def load(self, model: str, parts: int, priority: Priority, limit: int, now_s: float) -> Load:
-        """What counts for a request of so many parts, as if it were one."""
-        if (held := self._models.get(model)) is None:
-            return Load(parts - 1, max(limit, parts))
+    def load(self, name: str, parts: int, priority: Priority, limit: int, now_s: float, leaves: int = 0) -> Load:
+        """What counts for a request of so many parts, as if it were one; it ``leaves`` places of the limit."""
+        # a request of many parts would else never find so many places
+        limit = max(parts, limit - leaves)
+        if (held := self._held.get(name)) is None:
+            return Load(parts - 1, limit)
         if self._starves(held, priority, now_s):
             return Load(0, 1)
         before = sum(count for rank, count in held.by_rank.items() if rank >= priority.rank)
-        # a request of many parts would else never find so many places
-        return Load(before + parts - 1, max(parts, limit - priority.leaves_rows))
+        return Load(before + parts - 1, limit)
 
-    def enter(self, model: str, parts: int, priority: Priority) -> None:
+    def enter(self, name: str, parts: int, rank: int) -> None:
         """A request was admitted."""
-        held = self._models.setdefault(model, _Held())
-        held.by_rank[priority.rank] += parts
-        held.refused_s.pop(priority.rank, None)
+        held = self._held.setdefault(name, _Held())
+        held.by_rank[rank] += parts
+        held.refused_s.pop(rank, None)
 
-    def refused(self, model: str, priority: Priority, now_s: float) -> None:
-        """A request was refused, because the model's places are taken."""
-        if (held := self._models.get(model)) is not None:
-            held.refused_s.setdefault(priority.rank, now_s)
+    def refused(self, name: str, rank: int, now_s: float) -> None:
+        """A request was refused, because all places are taken."""
+        if (held := self._held.get(name)) is not None:
+            held.refused_s.setdefault(rank, now_s)
 
-    def leave(self, model: str, parts: int, priority: Priority) -> None:
+    def leave(self, name: str, parts: int, rank: int) -> None:
         """An admitted request has ended."""
-        held = self._models[model]
-        held.by_rank[priority.rank] -= parts
-        if not held.by_rank[priority.rank]:
-            del held.by_rank[priority.rank]
+        held = self._held[name]
+        held.by_rank[rank] -= parts
+        if not held.by_rank[rank]:
+            del held.by_rank[rank]
         if not held.by_rank:
-            del self._models[model]
+            del self._held[name]
 
     @staticmethod
     def _starves(held: _Held, priority: Priority, now_s: float) -> bool:

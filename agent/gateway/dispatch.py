@@ -3,7 +3,6 @@
 import contextlib
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
@@ -28,6 +27,7 @@ from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView, offers
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import OPEN
+from agent.wire.priority import NEUTRAL, Priority
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
@@ -69,8 +69,8 @@ class Dispatch:
         self._node, self._pool, self._table, self._peer_client = node, pool, table, peer_client
         self._ledger, self._live, self._prefix_key, self._heat = ledger, live, prefix_key, heat
         self._clock, self._wall_ms = clock, wall_ms
-        self._places = Places()
-        self._by_key: Counter[str] = Counter()
+        self._places, self._of_keys = Places(), Places()
+        """Requests in flight of each model and of each API key."""
         self._drain: dict[tuple[str, int], DrainRate] = {}
         """By model and rank."""
         self.health = NodeHealth()
@@ -138,18 +138,18 @@ class Dispatch:
             return self._attempts.run(call)
         return self._overflow.run(call, self._attempts.run, call.refused)
 
-    def reading(self, key_id: str) -> Admitted:
+    def reading(self, key_id: str, priority: Priority = NEUTRAL) -> Admitted:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable."""
         decision = admit(
             model=_ANY_MODEL,
-            key=Load(self._by_key[key_id], self._live.now.limits.in_flight_per_key),
+            key=self._of_keys.load(key_id, 1, priority, self._live.now.limits.in_flight_per_key, self._clock()),
             draining=self._closed_to(),
             drain_rate_per_s=self._drain_rate_per_s,
         )
         if isinstance(decision, Turn):
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
-        self._by_key[key_id] += 1
-        return Admitted(partial(self._forget_key, key_id, 1))
+        self._of_keys.enter(key_id, 1, priority.rank)
+        return Admitted(partial(self._of_keys.leave, key_id, 1, priority.rank))
 
     def turned_away(self, request_id: str, key_id: str, error: RackError) -> None:
         """Count a request that ended with this error before its model was known."""
@@ -214,38 +214,35 @@ class Dispatch:
         return not (peers if model is None else any(True for _ in offers(peers, model, ready=True)))
 
     def _admit(self, call: Call, parts: int) -> None:
-        most = min(self._live.now.limits.in_flight_per_model, self._live.now.limits.in_flight_per_key)
+        limits = self._live.now.limits
+        most = min(limits.in_flight_per_model, limits.in_flight_per_key)
         if parts > most:
             raise Refused(f"n: this node generates at most {most} answers per request", code="invalid_value", param="n")
         now, drain = self._clock(), self._drain.get((call.model, call.priority.rank))
-        most_of_model = self._live.now.limits.in_flight_per_model
         decision = admit(
-            model=self._places.load(call.model, parts, call.priority, most_of_model, now),
-            key=Load(self._by_key[call.key_id] + parts - 1, self._live.now.limits.in_flight_per_key),
+            model=self._places.load(
+                *(call.model, parts, call.priority, limits.in_flight_per_model, now), leaves=call.priority.leaves_rows
+            ),
+            key=self._of_keys.load(call.key_id, parts, call.priority, limits.in_flight_per_key, now),
             draining=self._closed_to(call.model),
             drain_rate_per_s=lambda: drain.per_s(now) if drain else 0.0,
         )
         if isinstance(decision, Turn):
             if decision.code == "queue_full":
-                self._places.refused(call.model, call.priority, now)
+                self._places.refused(call.model, call.priority.rank, now)
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._admitted(call.model, call, parts)
 
     def _admitted(self, model: str, call: Call, parts: int) -> None:
-        self._places.enter(model, parts, call.priority)
-        self._by_key[call.key_id] += parts
+        self._places.enter(model, parts, call.priority.rank)
+        self._of_keys.enter(call.key_id, parts, call.priority.rank)
 
     def _leave(self, model: str, call: Call, parts: int) -> None:
-        self._places.leave(model, parts, call.priority)
-        self._forget_key(call.key_id, parts)
+        self._places.leave(model, parts, call.priority.rank)
+        self._of_keys.leave(call.key_id, parts, call.priority.rank)
 
     def _drain_rate_per_s(self) -> float:
         return sum(drain.per_s(self._clock()) for drain in self._drain.values())
-
-    def _forget_key(self, key_id: str, parts: int) -> None:
-        self._by_key[key_id] -= parts
-        if not self._by_key[key_id]:
-            del self._by_key[key_id]
 
     # ---- records of a request ----
 

@@ -1,4 +1,4 @@
-"""Requests of different ranks in every Engine: who gets a row, and that it changes nobody's answer. Counted in steps."""
+"""Requests of different ranks in every Engine: who gets a row, and that nobody's answer changes. Counted in steps."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +74,9 @@ def questions(count: int) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_higher_rank_gets_a_row_of_a_lower_one_whose_answer_stays_the_same(engine: Engine, temperature: float) -> None:
+def test_a_higher_rank_gets_a_row_of_a_lower_one_whose_answer_stays_the_same(
+    engine: Engine, temperature: float
+) -> None:
     more = {"temperature": temperature, "seed": 7, "max_tokens": 40, "ignore_eos": True}
     alone = run(engine, *(ask(number, text, **more) for number, text in questions(ROWS).items()))
     watched = Watched(engine)
@@ -113,20 +115,6 @@ def test_reserved_rows_are_free_when_they_are_wanted(engine: Engine) -> None:
     watched.until(99)
     assert told <= watched.step(), "nobody had to yield"
     watched.finish()
-
-
-def test_a_row_yields_so_many_times_and_no_more(engine: Engine) -> None:
-    watched = Watched(engine)
-    for number, text in questions(ROWS).items():
-        watched.ask(number, text, ROUTINE, max_tokens=300)
-    watched.until(*questions(ROWS))
-    for number in range(100, 100 + ROWS * MAX_YIELDS * 2 + ROWS):
-        watched.ask(number, f"order {number}", ORCHESTRATION, max_tokens=300)
-    watched.finish()
-    ends = sorted(questions(ROWS), key=lambda number: len(watched.said[number]))
-    assert all(watched.ended(number) for number in ends)
-    rows = [100 + at for at in range(ROWS)]
-    assert all(watched.ended(number) for number in rows)
 
 
 def test_under_a_flood_of_a_higher_rank_a_lower_one_has_its_turn(engine: Engine) -> None:

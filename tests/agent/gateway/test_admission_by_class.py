@@ -38,12 +38,12 @@ def test_a_class_leaves_what_is_reserved_for_those_above_it(said_by: ClassFrom, 
 
 def ask(places: Places, priority: Priority, *, limit: int = 4, parts: int = 1, now_s: float = 0.0) -> Admit | Turn:
     """One request, entered or refused as the gateway does it."""
-    model = places.load("m", parts, priority, limit, now_s)
+    model = places.load("m", parts, priority, limit, now_s, leaves=priority.leaves_rows)
     found = admit(model=model, key=Load(0, 99), draining=False, drain_rate_per_s=lambda: 2.0)
     if found is ADMITTED:
-        places.enter("m", parts, priority)
+        places.enter("m", parts, priority.rank)
     else:
-        places.refused("m", priority, now_s)
+        places.refused("m", priority.rank, now_s)
     return found
 
 
@@ -81,7 +81,7 @@ def test_a_request_of_many_parts_gets_its_places_where_there_are_enough() -> Non
     places = Places()
     assert ask(places, priority_of("ROUTINE", "header", RESERVED), parts=4) is ADMITTED
     assert ask(places, priority_of("ROUTINE", "header", RESERVED)) == Turn(code="queue_full", retry_after_s=2)
-    places.leave("m", 4, priority_of("ROUTINE", "header", RESERVED))
+    places.leave("m", 4, ROUTINE.rank)
     assert (places.total, places.of("m")) == (0, 0)
 
 
@@ -110,12 +110,12 @@ def test_where_nothing_is_declared_the_limit_is_what_it_was(does: list[tuple[boo
             expected = Load(sum(held) + parts - 1, limit)
             assert places.load("m", parts, NEUTRAL, limit, now * 60.0).over == expected.over
             if not expected.over:
-                places.enter("m", parts, NEUTRAL)
+                places.enter("m", parts, NEUTRAL.rank)
                 held.append(parts)
             else:
-                places.refused("m", NEUTRAL, now * 60.0)
+                places.refused("m", NEUTRAL.rank, now * 60.0)
         elif held:
-            places.leave("m", held.pop(), NEUTRAL)
+            places.leave("m", held.pop(), NEUTRAL.rank)
         assert (places.total, places.of("m")) == (sum(held), sum(held))
 
 
@@ -132,7 +132,7 @@ def test_no_lower_rank_ever_costs_a_higher_one_its_place(does: list[tuple[bool, 
             assert admitted == (above < limit)
             held += [priority] * admitted
         elif held:
-            places.leave("m", 1, held.pop())
+            places.leave("m", 1, held.pop().rank)
 
 
 def test_a_refused_one_may_come_again_when_its_own_rank_has_drained() -> None:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.loader.ranking import MAX_YIELDS, Begin, Standing, begin, least, rows_for, seen, yielding
-from agent.loader.row_placement import Limits, Placement
+from agent.loader.row_placement import Candidate, Limits, Placement
 from agent.loader.scheduling import Turn
 from agent.wire.priority import STARVED
-from tests.agent.loader.test_row_placement import LIMITS, Candidate, candidate, candidates, placement, placements, row
+from tests.agent.loader.test_row_placement import LIMITS, candidate, candidates, placement, placements, row
 
 ROUTINE, NEUTRAL, ORCHESTRATION = Standing(-1), Standing(0), Standing(2)
 FULL = placement([row(n, 50) for n in (6, 7, 8, 9)])
@@ -29,10 +29,10 @@ def test_where_all_ranks_are_equal_they_change_nothing(
 @pytest.mark.parametrize(
     ("at", "standings", "expected"),
     [
-        (FULL, {n: ROUTINE for n in (6, 7, 8, 9)}, Begin(None, 1, (9,))),
+        (FULL, dict.fromkeys((6, 7, 8, 9), ROUTINE), Begin(None, 1, (9,))),
         (FULL, {6: ROUTINE, 7: NEUTRAL, 8: NEUTRAL, 9: NEUTRAL}, Begin(None, 1, (6,))),
         (placement([row(6, 50, made=0), *(row(n, 50) for n in (7, 8, 9))]), {}, Begin(None, 1, (6,))),
-        (FULL, {n: ORCHESTRATION for n in (6, 7, 8, 9)}, Begin()),
+        (FULL, dict.fromkeys((6, 7, 8, 9), ORCHESTRATION), Begin()),
         (FULL, {n: Standing(-1, 0, MAX_YIELDS) for n in (6, 7, 8, 9)}, Begin()),
         (FULL, {n: Standing(STARVED, 2) for n in (6, 7, 8, 9)}, Begin()),
         (placement([row(8, 4000), row(9, 4000)]), {}, Begin(None, 1, (9,))),
@@ -58,7 +58,7 @@ def test_where_all_ranks_are_equal_they_change_nothing(
 def test_a_row_of_lower_rank_yields_to_a_higher_one(
     at: Placement, standings: dict[int, Standing], expected: Begin
 ) -> None:
-    everybody = {n: ROUTINE for n in (6, 7, 8, 9)} | standings | {1: ORCHESTRATION}
+    everybody = dict.fromkeys((6, 7, 8, 9), ROUTINE) | standings | {1: ORCHESTRATION}
     assert begin(at, [candidate(1, 100)], [], 100.0, everybody) == expected
 
 
@@ -103,7 +103,9 @@ def test_reserved_rows_are_for_those_that_leave_fewer(
     assert rows_for(leaves, others, rows) == expected
 
 
-standing = st.builds(Standing, st.sampled_from([-1, 0, 1, 2, STARVED]), st.sampled_from([0, 1, 2, 9]), st.integers(0, 3))
+standing = st.builds(
+    Standing, st.sampled_from([-1, 0, 1, 2, STARVED]), st.sampled_from([0, 1, 2, 9]), st.integers(0, 3)
+)
 
 
 @given(placements, candidates.filter(bool), st.floats(0, 1000), st.data())
@@ -150,4 +152,4 @@ def test_rows_yield_in_a_fixed_order() -> None:
 
 
 def test_limits_stay_what_they_are() -> None:
-    assert seen(FULL, Standing(-1, 1), {n: NEUTRAL for n in (6, 7, 8, 9)}).limits == Limits(4, 8192, 1000.0)
+    assert seen(FULL, Standing(-1, 1), dict.fromkeys((6, 7, 8, 9), NEUTRAL)).limits == Limits(4, 8192, 1000.0)

@@ -1,0 +1,207 @@
+"""``make bench-classes``: the time to first token of ORCHESTRATION, idle and under a flood of ROUTINE.
+
+A real agent with ``--rows`` rows: with the fake engine, whose steps always take the same time, so that what differs is
+waiting alone, and with the demo model, where a step with more rows takes longer, too. In interleaved rounds the same
+ORCHESTRATION requests are sent one after another to an agent that is idle otherwise, and to one that gets ROUTINE from
+ten times as many clients as it has rows, each of which sends its next request as soon as it has an answer or may come
+again. What of a ratio is due to sharing the machine is measured without any waiting: the same requests beside as many
+running rows as the flood may take, while one row is free.
+
+Reserved rows are an operator's means against sharing: of ``--reserve`` 6 of 8 rows the flood gets 2.
+"""
+
+import functools
+import http.client
+import itertools
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts.bench_fair import connected
+from scripts.bench_serve import BUILD, Server, serving
+from scripts.common import agent_toml, chat, parser, quantile, script, warn_if_busy
+from scripts.fetch_demo_model import MAIN, default_folder
+from scripts.seaweed import free_port
+
+SUBJECTS = ("a whale", "the moon", "a clock", "bread", "a river", "chess", "snow", "a violin")
+FAKE = 'engine = "fake"\npath = "weights"\nneed_bytes = 10\nfake_step_s = 0.02\nfake_prefill_tps = 2000.0'
+
+
+class Case(NamedTuple):
+    """An agent and what is asked of it: a [[models]] table, reserved rows, tokens of an answer of ROUTINE."""
+
+    name: str
+    model: str
+    reserve: int
+    routine_tok: int
+
+
+class Waited(NamedTuple):
+    """What the clients of a flood saw: seconds until the answer of each request, from its first try to its last byte,
+    and how often one was refused."""
+
+    answered_s: list[float]
+    refused: list[int]
+
+
+def main() -> int:
+    """Command line."""
+    args = _arguments()
+    warn_if_busy()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    real = f'path = {json.dumps(str(args.model))}\nplan_context_tok = 1024\nmax_tokens = 64'
+    for name in args.cases:
+        table = FAKE if name == "fake" else real
+        for reserve in args.reserve:
+            measure(Case(name, table, reserve, args.routine_tok), args)
+    return 0
+
+
+def _arguments() -> Any:
+    found = parser(__doc__)
+    found.add_argument("--cases", nargs="*", choices=("fake", "model"), default=("fake", "model"))
+    found.add_argument("--rounds", type=int, default=7)
+    found.add_argument("--requests", type=int, default=12, help="ORCHESTRATION requests in each half of a round")
+    found.add_argument("--rows", type=int, default=8)
+    found.add_argument("--reserve", type=int, nargs="*", default=[0, 6])
+    found.add_argument("--routine-tok", type=int, default=48)
+    found.add_argument("--starve-s", type=float, default=30.0)
+    found.add_argument("--model", type=Path, default=default_folder() / MAIN)
+    return found.parse_args()
+
+
+def measure(case: Case, args: Any) -> None:
+    """One agent: interleaved rounds, then what they say."""
+    idle: list[float] = []
+    flooded: list[float] = []
+    shared: list[float] = []
+    ratios: list[float] = []
+    waited = Waited([], [])
+    numbers = itertools.count()
+    with agent(case, args) as server:
+        first_token(server, "warm up", "ORCHESTRATION")
+        for _ in range(args.rounds):
+            one = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+            with beside(server, args.rows - 1, case, numbers, Waited([], [])):
+                shared += [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+            with beside(server, 10 * args.rows, case, numbers, waited):
+                two = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+            idle, flooded = idle + one, flooded + two
+            ratios.append(quantile(two, 0.95) / quantile(one, 0.95))
+    bound_s = args.starve_s + 64 / (len(waited.answered_s) / max(1e-9, sum_s(waited, args)))
+    print(f"{case.name}, {args.rows} rows, {case.reserve} reserved for ORCHESTRATION, {os.cpu_count()} cores")
+    for label, times in (("idle", idle), (f"beside {args.rows - 1} rows", shared), ("flooded", flooded)):
+        p50, p95 = statistics.median(times), quantile(times, 0.95)
+        print(f"  TTFT {label:16} p50 {p50 * 1e3:7.0f} ms   p95 {p95 * 1e3:7.0f} ms   of {len(times)}")
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"  p95 flooded / idle: median of {args.rounds} rounds {statistics.median(ratios):.2f} ({spread})")
+    print(f"  p95 beside running rows / idle: {quantile(shared, 0.95) / quantile(idle, 0.95):.2f}, which is sharing alone")
+    tries = len(waited.answered_s) + sum(waited.refused)
+    print(f"  ROUTINE: {len(waited.answered_s)} answered of {tries} tries; oldest took {max(waited.answered_s):.1f} s")
+    print(f"  its bound: {bound_s:.1f} s, of which {args.starve_s:g} s for higher classes and the rest its own queue")
+
+
+def sum_s(waited: Waited, args: Any) -> float:
+    """Seconds that the floods lasted, by the clients' own times."""
+    return sum(waited.answered_s) / (10 * args.rows)
+
+
+def agent(case: Case, args: Any) -> Any:
+    """A real agent under a policy that reserves rows."""
+    folder = BUILD / "classes" / f"{case.name}-{case.reserve}"
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = folder / "policy.toml"
+    policy.write_text(f"[admission]\nreserved_orchestration = {case.reserve}\nstarve_s = {args.starve_s:g}\n")
+    port = free_port()
+    tables = f"[loader]\ncalibrate = false\n[policy]\npath = {json.dumps(str(policy.resolve()))}\n"
+    tables += "[limits]\nin_flight_per_key = 4096\n"
+    tables += f'[[models]]\nname = "m"\nrows = {args.rows}\n{case.model}\n'
+    config = agent_toml(folder, "bench", "bench", tables, port=port)
+    return serving([script("mlxrack-agent"), "run", "--config", str(config)], {}, port, "ready", "m")
+
+
+class beside:  # noqa: N801  # a context, read as a word
+    """ROUTINE from so many clients, each in a thread, until the block ends."""
+
+    def __init__(
+        self, server: Server, clients: int, case: Case, numbers: "itertools.count[int]", waited: Waited
+    ) -> None:
+        self._over = threading.Event()
+        send = functools.partial(self._send, server, case, numbers, waited)
+        self._threads = [threading.Thread(target=send, daemon=True) for _ in range(clients)]
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+        time.sleep(3.0)  # until its queue is what it will be
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, server: Server, case: Case, numbers: "itertools.count[int]", waited: Waited) -> None:
+        while not self._over.is_set():
+            body = chat(server.model, question(next(numbers)), case.routine_tok, temperature=0)
+            began = time.perf_counter()
+            while (retry_s := posted(server, body)) is not None:
+                waited.refused.append(1)
+                if self._over.wait(retry_s):
+                    return
+            waited.answered_s.append(time.perf_counter() - began)
+
+
+def question(number: int) -> str:
+    """A short prompt that no prompt cache knows."""
+    return f"{number}: say something about {SUBJECTS[number % len(SUBJECTS)]}, " + "and take your time. " * 8
+
+
+def posted(server: Server, body: dict[str, Any]) -> float | None:
+    """Send one ROUTINE request; None when it was answered, else the seconds after which to come again."""
+    connection = connected(server, 300)
+    try:
+        headers = {"Content-Type": "application/json", "X-Task-Class": "ROUTINE"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status == 200:
+            return None
+        if answer.status not in (429, 503):
+            raise SystemExit(f"bench: the agent answered {answer.status}")
+        return float(answer.getheader("Retry-After") or 1)
+    finally:
+        connection.close()
+
+
+def first_token(server: Server, content: str, task_class: str) -> float:
+    """Seconds until the first token of a streamed answer of 4."""
+    connection = connected(server, 300)
+    body = chat(server.model, content, 4, temperature=0, stream=True)
+    began = time.perf_counter()
+    connection.request(
+        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json", "X-Task-Class": task_class}
+    )
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise SystemExit(f"bench: the agent answered {answer.status} to {task_class}")
+    found = next(_tokens_at(answer)) - began
+    answer.read()
+    connection.close()
+    return found
+
+
+def _tokens_at(answer: http.client.HTTPResponse) -> Iterator[float]:
+    for line in answer:
+        if line.startswith(b"data: {"):
+            choices = json.loads(line[6:]).get("choices") or []
+            if any(choice.get("delta", {}).get("content") for choice in choices):
+                yield time.perf_counter()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
