@@ -120,9 +120,9 @@ class Permission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     provider: str
     use: str
-    keys: Annotated[tuple[str, ...], Meta(min_length=1)]
-    classes: Annotated[tuple[TaskClass, ...], Meta(min_length=1)]
-    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    keys: tuple[str, ...]
+    classes: tuple[TaskClass, ...]
+    models: tuple[str, ...]
     guessed: bool = False
     when: Literal["full", "always"] = "full"
     wait_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
