@@ -1,4 +1,4 @@
-"""``make docs``: generates the tables of docs/configuration.md from the code that reads the files."""
+"""``make docs``: generates the tables of docs/configuration.md and docs/policy.md from the code that reads the files."""
 
 import sys
 from datetime import date
@@ -9,9 +9,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from agent.config import AgentConfig
+from agent.policy.rules import Rules
 from aggregator.config import AggregatorConfig
 
-PAGE = Path(__file__).parent.parent / "docs/configuration.md"
+DOCS = Path(__file__).parent.parent / "docs"
+GENERATED: tuple[tuple[str, str, type[msgspec.Struct]], ...] = (
+    ("configuration.md", "agent", AgentConfig),
+    ("configuration.md", "aggregator", AggregatorConfig),
+    ("policy.md", "policy", Rules),
+)
+"""Page, mark and file."""
 
 
 def document(kind: type[msgspec.Struct]) -> str:
@@ -26,13 +33,12 @@ def document(kind: type[msgspec.Struct]) -> str:
 
 
 def main() -> int:
-    """Rewrite the generated part of the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, kind in (("agent", AgentConfig), ("aggregator", AggregatorConfig)):
-        begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- {name}: end -->"
+    """Rewrite the generated parts of the pages."""
+    for page, name, kind in GENERATED:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->"
         head, rest = text.split(begin)
-        text = head + begin + document(kind) + end + rest.split(end, 1)[1]
-    PAGE.write_text(text, encoding="utf-8")
+        (DOCS / page).write_text(f"{head}{begin}{document(kind)}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
     return 0
 
 

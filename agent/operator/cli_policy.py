@@ -155,7 +155,7 @@ def _show(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     print(f"version {told['version']} ({told['digest']}), in force since {since}\nfile {source}")
     for one in told["warnings"]:
         print(fold(f"warning: {one}", _width()))
-    rules = msgspec.convert(told["rules"], Rules)
+    rules = _told(told["rules"])
     for rows in (_keys(rules), _providers(rules), _permissions(rules)):
         if len(rows) > 1:
             print(f"\n{table(rows[0], rows[1:], _width())}")
@@ -204,12 +204,21 @@ def _rules(given: Path | None, config: AgentConfig, state: Path) -> tuple[Rules,
     if given is None:
         try:
             told = AdminClient(config, state).policy()
-            return msgspec.convert(told["rules"], Rules), f"in force: version {told['version']} ({told['digest']})"
+            return _told(told["rules"]), f"in force: version {told['version']} ({told['digest']})"
         except (Retryable, KeyError):
             pass
     path = str(given or config.policy.path)
     rules = _read(path)
     return rules, f"{path or 'no policy file'}: version {rules.version} ({digest(rules)})"
+
+
+def _told(rules: object) -> Rules:
+    """Rules as the running agent tells them. Raises Refused."""
+    try:
+        return msgspec.convert(rules, Rules)
+    except msgspec.ValidationError as error:
+        seen = "the running agent is of another version, and its policy says what this program does not know"
+        raise Refused(f"policy: {seen} ({error})") from None
 
 
 def _facts(args: argparse.Namespace, config: AgentConfig, rules: Rules, stated: Stated) -> Facts:

@@ -65,7 +65,7 @@ def _check_names(rules: Rules) -> Iterator[str]:
                 yield from _name(f"{table}[{n}].{field}", name)
         yield from (f"{table}: duplicate {field} {name!r}" for name in _twice(names))
     yield from (
-        f"models[{n}].name: {one.name!r} leaves the choice of the model to the routes; it is no model"
+        f"models[{n}].name: {one.name!r} leaves the choice of the model to the routes"
         for n, one in enumerate(rules.models)
         if is_left_open(one.name)
     )
@@ -117,7 +117,7 @@ def _check_keys(keys: Sequence[KeyPolicy]) -> Iterator[str]:
         yield from _check_list(f"{path}.models", key.models)
         yield from _check_list(f"{path}.classes", key.classes)
         yield from (
-            f"{path}.models[{i}]: {name!r} is no served name; what it may get is decided by the routes"
+            f"{path}.models[{i}]: {name!r} is not a served name; what it may get is decided by the routes"
             for i, name in enumerate(key.models)
             if is_left_open(name)
         )
@@ -178,6 +178,9 @@ def _check_allow(rules: Rules) -> Iterator[str]:
         if one in rules.allow[:n]:
             yield f"{path}: is the same as allow[{rules.allow.index(one)}]"
         yield from _check_use(f"{path}.use", one.use)
+        for field in ("keys", "classes", "models"):
+            if not getattr(one, field):
+                yield f"{path}.{field}: is empty, so it never matches"
         yield from _check_list(f"{path}.keys", one.keys)
         yield from _check_list(f"{path}.classes", one.classes)
         yield from _check_list(f"{path}.models", one.models)

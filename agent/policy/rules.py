@@ -120,9 +120,9 @@ class Permission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     provider: str
     use: str
-    keys: Annotated[tuple[str, ...], Meta(min_length=1)]
-    classes: Annotated[tuple[TaskClass, ...], Meta(min_length=1)]
-    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    keys: tuple[str, ...]
+    classes: tuple[TaskClass, ...]
+    models: tuple[str, ...]
     guessed: bool = False
     when: Literal["full", "always"] = "full"
     wait_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
@@ -139,8 +139,8 @@ class Sensitive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class Redaction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How what leaves the premises is redacted. ``regions`` are the countries whose phone numbers and national ids are
-    known. ``patterns`` are further regular expressions; ``names`` uses a local model for people's names, which finds
-    some and not all. An analysis that takes longer than ``time_out_s`` refuses the request."""
+    known. ``patterns`` are further regular expressions; ``names`` finds names of persons with a local model: some,
+    and not all. An analysis that takes longer than ``time_out_s`` refuses the request."""
 
     regions: tuple[Country, ...] = ("DE", "US", "FR")
     patterns: tuple[str, ...] = ()
