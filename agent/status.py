@@ -11,6 +11,7 @@ from agent.config import Node
 from agent.control.follower import Follower
 from agent.control.policy_file import PolicyFile
 from agent.gateway.dispatch import Dispatch
+from agent.gateway.taints import Taints
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.sightings import sentence
@@ -26,7 +27,7 @@ from shared import __version__, chips
 
 
 class Status:
-    """A read-only view of the daemon's objects."""
+    """A read-only view of the daemon's objects. ``taints`` is set where messages of SENSITIVE requests are marked."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Status:
         self._policy = policy
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
+        self.taints: Taints | None = None
 
     def uptime_s(self) -> int:
         """Whole seconds since the start, whatever happened to the time of day."""
@@ -74,7 +76,14 @@ class Status:
             "models": (models := self._models()),
             "memory": self._pool.pressure,
             "hardware": spool.identity.hardware[:8],
-            "warnings": [*self._clashes(), *self._warnings(), *self.policy_warnings(), *self._slow(models)],
+            "warnings": [
+                *self._clashes(),
+                *self._warnings(),
+                *self.policy_warnings(),
+                *self._slow(models),
+                *self._untold(),
+            ],
+            "taints": self.taints.view() if self.taints is not None else {},
             "awake": self._awake(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
@@ -145,6 +154,7 @@ class Status:
             secrets=self._keys.marks,
             policy=self._policy.now.digest if self._policy is not None else "",
             shares=self._shares(),
+            taints=self.taints.beat() if self.taints is not None else None,
         )
 
     def policy(self) -> dict[str, Any]:
@@ -169,6 +179,9 @@ class Status:
         seen = [sentence(found, self._node.id) for found in sightings.twice(self._clock())]
         claimed = self._telemetry.pusher.claims.problem
         return [claimed, *seen] if claimed else seen
+
+    def _untold(self) -> list[str]:
+        return self.taints.warnings() if self.taints is not None else []
 
     def _trouble(self) -> dict[str, Any]:
         """What to check first when something fails."""

@@ -261,6 +261,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/debug/rack"): Operation("The rack as this node sees it.", "reader"),
     ("GET", "/peer/v1/beat"): Operation("A heartbeat, for nodes of the rack.", "rack", kind="application/x-msgpack"),
     ("GET", "/peer/v1/link"): Operation("A connection of another node.", "rack"),
+    ("POST", "/peer/v1/taints"): Operation(
+        "Marks of SENSITIVE messages, between nodes.", "rack", kind="application/x-msgpack"
+    ),
     ("GET", "/admin/v1/proof/{nonce}"): Operation("Prove that this listener knows the admin token."),
     ("GET", "/admin/v1/status"): Operation("The status of this node.", "admin"),
     ("GET", "/admin/v1/secrets"): Operation("Which secrets this agent can resolve.", "admin"),
@@ -276,9 +279,6 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/admin/v1/orders/clear"): Operation("End orders, of one model or all.", "admin", "Clearing"),
     ("POST", "/admin/v1/probes"): Operation("Record the answers to a model's probes.", "admin", "Order"),
     ("POST", "/admin/v1/seal"): Operation("Close the telemetry window and push it.", "admin"),
-    ("POST", "/peer/v1/taints"): Operation(
-        "Marks of SENSITIVE messages, between nodes.", "rack", kind="application/x-msgpack"
-    ),
     ("GET", "/admin/v1/taint"): Operation("What is remembered of SENSITIVE requests.", "admin"),
     ("POST", "/admin/v1/taint/clear"): Operation("Forget all of it, on every node.", "admin"),
     ("POST", "/admin/v1/reload"): Operation("Read the configuration again and put it in force.", "admin"),

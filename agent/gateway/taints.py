@@ -62,6 +62,7 @@ class Taints:
         self._peers = TaintPeers(self._store, table, client, clock=clock)
         self._common: Collection[bytes] = frozenset()
         self._told: State = "loading"
+        self._reported: State = "ready"
         self._task: asyncio.Task[None] | None = None
 
     # ---- of requests ----
@@ -223,14 +224,15 @@ class Taints:
             await asyncio.sleep(TICK_S)
 
     def _say(self) -> None:
-        """Report another state, once."""
+        """Report another state, once; a start and a peer's return are no events."""
         if (state := self.state) == self._told:
             return
-        before, self._told = self._told, state
-        if state != "behind" and (before, state) != ("loading", "ready") and before != "behind":
-            self._emit(TaintChanged(t_ms=self._wall_ms(), state=state, marks=len(self._store.marks)))
+        self._told = state
         write = log.info if state == "ready" else log.warning
         write("taints", state=state, reason=self._why(state), marks=len(self._store.marks))
+        if state not in ("behind", self._reported):
+            self._reported = state
+            self._emit(TaintChanged(t_ms=self._wall_ms(), state=state, marks=len(self._store.marks)))
 
 
 def _marks(messages: Sequence[Message], keys: Sequence[bytes], but: Collection[bytes] = ()) -> list[bytes]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
-from agent.policy.taint import Held
 from agent.policy.limits.share import Share
+from agent.policy.taint import Held
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 

@@ -64,6 +64,7 @@ class AdminClient:
     def taint(self) -> dict[str, Any]:
         """What is remembered of SENSITIVE requests. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/taint", None, STATUS_TIMEOUT_S)
+
     def limits(self) -> dict[str, Any]:
         """The limits of all keys, and this node's parts of them. Raises Retryable when the agent is not running."""
         return self._call("GET", "/admin/v1/limits", None, STATUS_TIMEOUT_S)

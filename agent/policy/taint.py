@@ -98,8 +98,7 @@ def forms(messages: Iterable[Message]) -> Iterator[bytes]:
     Of each message its content, its reasoning, both together as some clients send them back, the content without the
     reasoning that a client put before it, and each call's arguments. Then neighbours that another client sends as one
     message, or that came as one and are now several: those of one role, and system messages with the user's."""
-    contents = []
-    contents = []
+    contents = list[tuple[str, bytes]]()
     for message in messages:
         found = tuple(said(message.content))
         yield from found
