@@ -19,6 +19,7 @@ from agent.api.context import (
     sign,
 )
 from agent.api.guard import admit, share
+from agent.api.oidc import waiting
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
@@ -43,7 +44,15 @@ _CODES = {
     429: ("queue_full", "key_queue_full", "key_bodies_full"),
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
-    503: ("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
+    503: (
+        "draining",
+        "no_capacity",
+        "memory_pressure",
+        "not_ready",
+        "bodies_full",
+        "connections_full",
+        "oidc_unavailable",
+    ),
     504: ("deadline_exceeded",),
     507: ("no_memory", "disk_full"),
     508: ("loop",),
@@ -103,6 +112,8 @@ async def middleware(
     status, code = 499, "client_gone"
     try:
         try:
+            if (keys := waiting(request)) is not None:
+                await keys
             response = admit(request) or await handler(request)
             status, code = response.status, ""
         except RackError as error:
