@@ -50,6 +50,10 @@ Technology's unit, cord and outlet or, of Sentry3, tower, infeed and outlet, Eat
 CyberPower's outlet or row of loads, a sensor's index."""
 KASA_KINDS = ("kasa", "tapo")
 """Read by python-kasa, of the extra ``kasa``."""
+TokenAlgorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
+]
+"""Signatures with a public key; those with a shared secret, and none, are no choice."""
 Positive = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -311,6 +315,32 @@ class Loader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     calibrate: bool = True
 
 
+class OidcClient(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A client of the identity provider: tokens whose ``oidc.claim`` is ``value`` count as the key ``id``."""
+
+    value: str
+    id: str
+
+
+class Oidc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tokens of an identity provider, as a client may send them instead of an API key (docs/oidc.md). ``issuer`` and
+    one of ``audience`` must be those of the token; "" as issuer accepts none. Its public keys are those at
+    ``jwks_url``, else where the issuer's OpenID document says; ``ca`` is a file of certificates that its https is
+    checked with, instead of the system's.
+
+    A client's key id is that of the ``clients`` table with the value of its ``claim``; where there is none, the value
+    itself, if it matches all of the regular expression ``ids`` and is the id of none of [[keys]]."""
+
+    issuer: str = ""
+    audience: Annotated[tuple[str, ...], Meta(description="required with `oidc.issuer`")] = ()
+    jwks_url: str = ""
+    ca: str = ""
+    claim: str = "sub"
+    clients: tuple[OidcClient, ...] = ()
+    ids: str = ""
+    algorithms: Annotated[tuple[TokenAlgorithm, ...], Meta(min_length=1)] = ("RS256", "ES256")
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """agent.toml. Without ``store`` a node that has no peers keeps its telemetry in its state folder; with peers it is
     required."""
@@ -320,6 +350,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tls: Tls = Tls()
     paths: Paths = Paths()
     keys: tuple[Key, ...] = ()
+    oidc: Oidc = Oidc()
     peers: Peers = Peers()
     models: tuple[Model, ...] = ()
     store: Store = Store()
@@ -366,6 +397,11 @@ class Live:
 def hash_key(key: str) -> str:
     """The hash that the configuration holds for an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_open(config: AgentConfig) -> bool:
+    """Whether clients need to show nothing: only on loopback."""
+    return not config.keys and not config.oidc.issuer
 
 
 def cache_group(keys: Sequence[Key], key_id: str) -> str:

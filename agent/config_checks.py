@@ -13,15 +13,17 @@ from agent.config import (
     Limits,
     Meter,
     Model,
+    Oidc,
     cache_group,
     has_store,
+    is_open,
     plain_url,
 )
 from shared import transport
 from shared.bucket import REFERENCE_HINT, check_store, is_reference
 from shared.errors import Refused
 from shared.hosts import host_of, is_loopback
-from shared.keys import check_name
+from shared.keys import check_name, is_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
@@ -41,6 +43,7 @@ def check(config: AgentConfig) -> Sequence[str]:
         *_check_browsers(config),
         *_check_bodies(config.limits),
         *_check_keys(config.keys),
+        *_check_oidc(config.oidc),
         *_check_peers(config),
         *_check_models(config.models),
         *_check_disk_cache(config),
@@ -72,7 +75,7 @@ def _check_names(config: AgentConfig) -> list[str]:
 
 
 def _check_listen(config: AgentConfig) -> list[str]:
-    if is_loopback(config.listen.host) or config.keys:
+    if is_loopback(config.listen.host) or not is_open(config):
         return []
     remedy = "create one with `mlxrack-agent new-key NAME`, or listen on 127.0.0.1"
     open_to = f"{config.listen.host} is reachable from other machines, and no [[keys]] entry exists"
@@ -124,6 +127,40 @@ def _check_keys(keys: Sequence[Key]) -> list[str]:
         for n, key in enumerate(keys)
         if key.cache_group != cache_group(keys, key.id)
     ]
+
+
+def _check_oidc(oidc: Oidc) -> list[str]:
+    if not oidc.issuer:
+        return ["oidc.issuer: is required with the other keys of [oidc]"] if oidc != Oidc() else []
+    found = [
+        f"oidc.{name}: must begin with https://; http:// only to this machine"
+        for name, url in (("issuer", oidc.issuer), ("jwks_url", oidc.jwks_url or oidc.issuer))
+        if not (url.startswith("https://") and host_of(url)) and not is_loopback(host_of(url))
+    ]
+    if not any(oidc.audience) or not all(oidc.audience):
+        found.append("oidc.audience: is required: what tokens for this rack name as their audience")
+    if not oidc.claim:
+        found.append("oidc.claim: must not be empty")
+    if not oidc.clients and not oidc.ids:
+        found.append("oidc.clients: is required, or oidc.ids: without them no token has a key id")
+    values = [client.value for client in oidc.clients]
+    found += [
+        f"oidc.clients: duplicate value {value!r}" for value in sorted({v for v in values if values.count(v) > 1})
+    ]
+    for n, client in enumerate(oidc.clients):
+        if not client.value:
+            found.append(f"oidc.clients[{n}].value: must not be empty")
+        if not is_name(client.id):
+            found.append(f"oidc.clients[{n}].id: use 1 to 63 letters, digits, '.', '_' or '-'")
+    return found + _check_ids(oidc.ids)
+
+
+def _check_ids(pattern: str) -> list[str]:
+    try:
+        matches_nothing = bool(pattern) and re.fullmatch(pattern, "") is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"oidc.ids: invalid regular expression: {error}"]
+    return ["oidc.ids: matches an empty text"] if matches_nothing else []
 
 
 def _check_peers(config: AgentConfig) -> list[str]:

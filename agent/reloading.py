@@ -19,6 +19,8 @@ RESTART = (
 """Keys that are read once, at a start."""
 LIVE = (
     *("listen.names", "listen.insecure_http", "listen.trusted_proxies", "keys", "models"),
+    *("oidc.issuer", "oidc.audience", "oidc.jwks_url", "oidc.ca", "oidc.claim", "oidc.clients", "oidc.ids"),
+    "oidc.algorithms",
     *("tls.certificate", "tls.key", "tls.ca", "tls.node_certificate", "tls.node_key"),
     *("peers.secret", "peers.old_secret", "peers.allowed", "peers.nodes"),
     *("limits.header_s", "limits.idle_s", "limits.connections", "limits.connections_per_address"),
@@ -167,5 +169,6 @@ _LISTS: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], list[str]]] = {
     "keys": _keys,
     "models": _named(_model_name),
     "peers.nodes": _named(_peer_id),
+    "oidc.clients": _named(lambda client: str(client.value)),
 }
 """How lists of tables are compared."""

@@ -97,7 +97,12 @@ def spoken(name: str) -> str:
     """A span's name in a sentence: November 2026, Week 2026-W47, 2026-11-01 to 2026-11-10."""
     if len(name) == 7 and name[5:].isdigit():
         return f"{date(int(name[:4]), int(name[5:]), 1):%B %Y}"
-    return f"Week {name}" if "W" in name else name.replace("--", " to ")
+    return f"Week {name}" if is_week(name) else name.replace("--", " to ")
+
+
+def is_week(name: str) -> bool:
+    """Whether a period is one week of the calendar, and no range of dates or month."""
+    return "W" in name
 
 
 def duration(seconds: float) -> str:

@@ -50,6 +50,8 @@ MOST_NOTES_BYTES = 4 << 20
 """A file that an operator writes by hand."""
 DESIRED = "desired/v1/desired.json"
 DESIRED_HISTORY = "desired/v1/history/"
+RATES = "desired/v1/rates.json"
+"""What tokens of the rack cost, for budgets of money."""
 RACK = "release/v1/rack.json"
 """Whose bucket this is: the aggregator writes it once it has counted batches of its rack."""
 ALERT_STATE = "state/v1/alerts.json"

@@ -21,7 +21,8 @@ from agent.api import (
     wire,
 )
 from agent.api.bodies import Bodies
-from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, PARSING, REFUSALS, Context
+from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, OIDC, PARSING, REFUSALS, Context
+from agent.api.oidc import Verifier
 from agent.gateway.taint_peers import PATH
 from agent.gateway.taints import Taints
 from shared import __version__
@@ -40,6 +41,7 @@ def build(context: Context, taints: Taints | None = None) -> web.Application:
     bodies = app[BODIES] = Bodies(limits.bodies_bytes, limits.bodies_per_key_bytes)
     context.live.follow(lambda now: bodies.become(now.limits.bodies_bytes, now.limits.bodies_per_key_bytes))
     # one thread: of large bodies one is decoded at a time, and one that was begun for a client who left, too
+    app[OIDC] = Verifier(context.live)
     app[PARSING] = ThreadPoolExecutor(1, "parse")
     app.on_response_prepare.append(errors.on_prepare)
     app.on_shutdown.append(peer.close_links)
@@ -86,4 +88,5 @@ def build(context: Context, taints: Taints | None = None) -> web.Application:
 
 
 async def _end_parsing(app: web.Application) -> None:
+    await app[OIDC].close()
     app[PARSING].shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 
 from agent.api.bodies import Bodies
 from agent.api.connection_limits import Table
-from agent.config import AgentConfig, Live, cache_group, hash_key
+from agent.config import AgentConfig, Live, cache_group, hash_key, is_open
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.gateway.passage import Passage
@@ -65,6 +65,7 @@ DESCRIBED = web.AppKey("described", bytes)
 BODIES = web.AppKey("bodies", Bodies)
 PARSING = web.AppKey("parsing", Executor)
 REFUSALS = web.AppKey("refusals", Repeats)
+OIDC: web.AppKey[Any] = web.AppKey("oidc", object)
 REQUEST_ID = web.RequestKey("request_id", str)
 PROVED = web.RequestKey("proved", bool)
 PASSAGE = web.RequestKey("passage", Passage)
@@ -100,15 +101,20 @@ def proved(request: web.Request) -> None:
 
 
 def client_key_id(request: web.Request) -> str:
-    """The id of the client's key; "" on a node without keys. Raises Unauthorized."""
-    if not (keys := request.app[CONTEXT].config.keys):
+    """The id of the client's key, or of the one that its token stands for (agent/api/oidc.py); "" on a node that is
+    open to all. Raises Unauthorized, or Retryable while tokens cannot be checked."""
+    config = request.app[CONTEXT].config
+    if is_open(config):
         proved(request)
         return ""
-    offered = hash_key(_bearer(request))
+    keys, token = config.keys, bearer(request)
+    offered = hash_key(token)
     found = ""
     for key in keys:  # compare all of them, so that timing reveals nothing
         if hmac.compare_digest(key.sha256, offered):
             found = key.id
+    if not found and config.oidc.issuer and token.count(".") == 2:
+        found = request.app[OIDC].id_of(token)
     if not found:
         raise Unauthorized("no valid API key; send Authorization: Bearer <key>")
     proved(request)
@@ -122,7 +128,7 @@ def cache_of(request: web.Request, key_id: str) -> Namespace:
 
 def require_admin(request: web.Request) -> None:
     """Require the admin token, which lies in a file of the state folder. Raises Unauthorized."""
-    if not hmac.compare_digest(_bearer(request).encode(), request.app[CONTEXT].admin_token.encode()):
+    if not hmac.compare_digest(bearer(request).encode(), request.app[CONTEXT].admin_token.encode()):
         raise Unauthorized("the admin token is missing or wrong; read it from admin.token in the state folder")
     proved(request)
 
@@ -131,9 +137,9 @@ def require_reader(request: web.Request) -> None:
     """Require the metrics token or the admin token where keys are configured, whatever the listening address: a proxy
     makes every client a local one. Raises Unauthorized."""
     context = request.app[CONTEXT]
-    if context.config.api.open_metrics or not context.config.keys:
+    if context.config.api.open_metrics or is_open(context.config):
         return  # without keys it listens on loopback only
-    offered = _bearer(request).encode()
+    offered = bearer(request).encode()
     # both are compared, so that timing reveals nothing
     known = [hmac.compare_digest(offered, token.encode()) for token in (context.metrics_token, context.admin_token)]
     if not any(known):
@@ -141,7 +147,8 @@ def require_reader(request: web.Request) -> None:
     proved(request)
 
 
-def _bearer(request: web.Request) -> str:
+def bearer(request: web.Request) -> str:
+    """What a client shows; "" for nothing, or nothing of that kind."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     # a header may hold any bytes; those beyond ASCII become question marks, and match nothing
     return token.strip().encode("ascii", "replace").decode() if scheme.lower() == "bearer" else ""

@@ -20,6 +20,7 @@ from agent.api.context import (
     sign,
 )
 from agent.api.guard import admit, share
+from agent.api.oidc import waiting
 from agent.api.paths import not_allowed, not_served
 from agent.api.proxies import client_address, client_scheme
 from agent.config import scheme
@@ -46,7 +47,7 @@ _CODES = {
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED, "provider_failed", "provider_setup"),
     503: (
-        *("audit_unavailable", "analysis_failed", "not_redactable", "provider_busy"),
+        *("audit_unavailable", "analysis_failed", "not_redactable", "provider_busy", "oidc_unavailable"),
         *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
     ),
     504: ("deadline_exceeded", "provider_timeout"),
@@ -108,6 +109,8 @@ async def middleware(
     status, code = 499, "client_gone"
     try:
         try:
+            if (keys := waiting(request)) is not None:
+                await keys
             response = admit(request) or await handler(request)
             status, code = response.status, ""
         except RackError as error:

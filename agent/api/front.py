@@ -10,7 +10,7 @@ from agent.api import front_page, origins
 from agent.api.context import CONTEXT, Unauthorized, client_key_id, json_response
 from agent.api.front_page import Front
 from agent.api.proxies import client_scheme
-from agent.config import scheme
+from agent.config import is_open, scheme
 
 
 async def front(request: web.Request) -> web.Response:
@@ -20,7 +20,7 @@ async def front(request: web.Request) -> web.Response:
     try:
         client_key_id(request)
         nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
-        known = Front(_base_url(request), bool(context.config.keys), context.config.node.id, front_page.served(nodes))
+        known = Front(_base_url(request), not is_open(context.config), context.config.node.id, front_page.served(nodes))
     except Unauthorized:
         known = Front(_base_url(request), True, None, None)
     if front_page.wants_json(request.headers.getall(hdrs.ACCEPT, [])):

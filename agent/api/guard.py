@@ -6,8 +6,8 @@ import contextlib
 from aiohttp import hdrs, web
 
 from agent.api import origins
-from agent.api.context import CONTEXT, REQUEST_ID, Unauthorized, client_key_id
-from shared.errors import Retryable
+from agent.api.context import CONTEXT, REQUEST_ID, client_key_id
+from shared.errors import RackError, Retryable
 from shared.hosts import is_loopback
 
 ALLOWED_ORIGIN: web.RequestKey[str] = web.RequestKey("allowed_origin", str)
@@ -38,7 +38,7 @@ def _count(request: web.Request, full: Retryable) -> None:
     """A request that wants an answer, of a client with a key, found no place: the others are no requests of the rack's
     clients."""
     if request.method == hdrs.METH_POST and request.path in _ANSWERED:
-        with contextlib.suppress(Unauthorized):
+        with contextlib.suppress(RackError):
             request.app[CONTEXT].dispatch.turned_away(request[REQUEST_ID], client_key_id(request), full)
 
 

@@ -11,8 +11,8 @@ from agent.operator.obtain import OWN_BUCKET
 from shared import private
 
 SECRET = (
-    *("listener.pem", PORT_NAME, "desired.json", "models.json", "step_times.json", "spool", "prompts", "logs"),
-    "taints",
+    *("listener.pem", PORT_NAME, "desired.json", "rates.json", "models.json", "step_times.json", "spool", "prompts"),
+    *("logs", "taints"),
     OWN_BUCKET,
 )
 """What nobody else may read; all of it is created so, and what an older version created is corrected."""

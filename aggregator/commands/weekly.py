@@ -7,7 +7,8 @@ import msgspec
 
 from aggregator import annotations, cost, focus, load, publish
 from aggregator.annotations import Notes
-from aggregator.calendar import Span, before, days, full_hour, local, utc_day_ms, week
+from aggregator.calendar import Span, before, days, full_hour, is_week, local, utc_day_ms, week
+from aggregator.commands import rates
 from aggregator.commands.ended import NothingToPublish
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import Judged, judge
@@ -42,8 +43,8 @@ def run(config: AggregatorConfig, store: ObjectStore, name: str) -> Published:
 
 
 def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earlier: Span) -> Published:
-    """Publish the reports of any span, compared with an earlier one. Raises NothingToPublish for one without
-    telemetry."""
+    """Publish the reports of any span, compared with an earlier one; those of a week also tell the nodes what tokens
+    cost. Raises NothingToPublish for one without telemetry."""
     nodes = [node.id for node in config.nodes]
     window = reported(store, span, nodes)
     last = load.window(store, earlier, nodes)
@@ -59,6 +60,8 @@ def publish_span(config: AggregatorConfig, store: ObjectStore, span: Span, earli
     published.append(publish.report(store, "weekly", span.name, "focus", "csv", csv))
     csv = usage_page.export(judged.cost, judged.so_far_until_ms or None)
     published.append(publish.report(store, "weekly", span.name, "usage", "csv", csv))
+    if is_week(span.name):
+        rates.renew(store, judged, config.cost)
     return Published(published, judged.so_far)
 
 

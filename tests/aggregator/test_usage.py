@@ -163,13 +163,18 @@ def test_a_key_s_row_tells_its_work_its_refusals_and_what_left() -> None:
     hosted, ollama = report.places
     assert (hosted.place, hosted.category, hosted.requests, hosted.answered) == ("hosted", "outside", 3, 2)
     assert (hosted.prompt_tok, hosted.completion_tok, hosted.usd) == (50, 9, Decimal("1.250001"))
-    assert (ollama.category, ollama.answered, ollama.usd) == ("premises", 6, 0)
+    assert (ollama.category, ollama.answered, int(ollama.usd)) == ("premises", 6, 0)
     for page in (markdown.render(usage_page.page(report, "r")), html.render(usage_page.page(report, "r"))):
         assert b"3 requests left the premises, for 1.25 USD" in page
 
 
 def test_the_csv_has_the_figures_of_the_json_and_no_formula() -> None:
-    records = [served("a", key_id="=cmd", task_class="ROUTINE"), served("a", key_id="k"), engine("a"), host()]
+    records: list[Record] = [
+        served("a", key_id="=cmd", task_class="ROUTINE"),
+        served("a", key_id="k"),
+        engine("a"),
+        host(),
+    ]
     report = cost.compute(window(batch(records)), CONFIG)
     rows = list(csv.DictReader(io.StringIO(usage_page.export(report).decode())))
     assert [row["key_id"] for row in rows] == ["'=cmd", "k"]

@@ -168,6 +168,9 @@ def _week(rack: Rack, period: Period, folder: Path, found: Outcome) -> None:
     mine.tree("placement", theirs["placement"], judged.placement(theirs["placement"]) | so_far)
     mine.tree("usage", load(folder, "usage"), judged.usage() | so_far)
     _more(mine, theirs["cost"])
+    told = folder.parents[3] / "desired" / "v1" / "rates.json"
+    if told.exists() and (rates := json.loads(told.read_text(encoding="utf-8")))["period"] == period.name:
+        mine.tree("rates", {key: rates[key] for key in ("covered", "usd_rate", "models")}, judged.rates())
     if csv := newest(folder, "usage", "csv"):
         mine.tree("usage.csv", usage.shown(focus.read(csv)), judged.usage()["keys"])
     if csv := newest(folder, "focus", "csv"):

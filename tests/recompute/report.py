@@ -82,6 +82,18 @@ class Judged:
         """By key and class, and by place."""
         return {"keys": usage.of_keys(self.costs, self.counted), "places": usage.of_places(self.counted)}
 
+    def rates(self) -> Found:
+        """What tokens of each name cost in US dollars, as nodes are told."""
+        settings = self.rack.settings.get("cost", {})
+        usd = Fraction(str(settings.get("usd_rate", 1)))
+        prices = {name: self.prices(name) for name in sorted(self.costs.paid)}
+        found = usage.of_rates(
+            {name: (self.costs.loaded[name], self.costs.direct[name], one) for name, one in prices.items()}, usd
+        )
+        for name, one in found.items():
+            one["tokens"] = self.costs.everywhere[name].whole
+        return {"covered": self.covered(), "usd_rate": float(usd), "models": found}
+
     def tokens_at(self, node: str) -> dict[str, int]:
         """Prompt and answer tokens of each name at a node, over all outcomes."""
         found: dict[str, int] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import work
 from .cost import Costs
-from .money import divided, text
+from .money import divided, rounded, text
 from .raw import Batch, Record
 from .work import ZERO, Two
 
@@ -117,4 +117,21 @@ def shown(rows: list[dict[str, str]]) -> list[Found]:
             elif key == "cost":
                 one[key] = value or None
         found.append(one)
+    return found
+
+
+def of_rates(names: dict[str, tuple[Fraction, Fraction, Found]], usd: Fraction) -> dict[str, Found]:
+    """Prices of the work of each name with idle time, in dollars; a kind of token that it had none of has the price of
+    all kinds."""
+    found = {}
+    for name, (loaded, direct, prices) in names.items():
+        if not direct or prices["loaded_per_m"] is None:
+            continue
+        kinds = (prices[kind] for kind in ("uncached_per_m", "output_per_m"))
+        prompt, answer = (prices["loaded_per_m"] if one is None else one * loaded / direct for one in kinds)
+        found[name] = {
+            "usd_per_mtok_in": text(rounded(prompt / usd)),
+            "usd_per_mtok_cached": "0",
+            "usd_per_mtok_out": text(rounded(answer / usd)),
+        }
     return found
