@@ -38,13 +38,14 @@ class Status:
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
         awake: Callable[[], dict[str, Any]] = dict,
+        audit: Callable[[], dict[str, Any]] = dict,
         *,
         keys: RackKeys,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings, self._keys, self._awake = warnings, keys, awake
+        self._warnings, self._keys, self._awake, self._audit = warnings, keys, awake, audit
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
 
@@ -71,6 +72,7 @@ class Status:
             "hardware": spool.identity.hardware[:8],
             "warnings": [*self._clashes(), *self._warnings(), *self._slow(models)],
             "awake": self._awake(),
+            "audit": self._audit(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             **self._trouble(),

@@ -43,7 +43,10 @@ _CODES = {
     429: ("queue_full", "key_queue_full", "key_bodies_full"),
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
-    503: ("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
+    503: (
+        *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
+        "audit_unavailable",
+    ),
     504: ("deadline_exceeded",),
     507: ("no_memory", "disk_full"),
     508: ("loop",),
