@@ -39,7 +39,6 @@ from agent.models.loaders import Loaders
 from agent.models.pool import Pool
 from agent.operator import resolved
 from agent.operator.admin_client import SERVED_NAME
-from agent.policy.classes import AUTO, CLASS_PREFIX, CLASSES
 from agent.process import awake
 from agent.process.gpu import Budget
 from agent.process.machine import default_budget, memory_bytes
@@ -84,8 +83,7 @@ class Daemon:
         lasting: bool = True,
     ) -> None:
         self._live, self._state, self._environ = Live(config), state, environ
-        self._stop, self._awake = asyncio.Event(), awake.of_this_machine()
-        self._connections = table_for(self._live)
+        self._stop, self._awake, self._connections = asyncio.Event(), awake.of_this_machine(), table_for(self._live)
         self._steady: list[asyncio.Task[None]] = []
         self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -371,9 +369,8 @@ def _audit(daemon: Daemon) -> Audit:
 
     def serves(name: str) -> bool:
         elsewhere = offers(daemon._table.view(time.monotonic()), name)
-        return daemon._pool.has(name) or name in left_open or any(elsewhere)
+        return daemon._pool.has(name) or any(elsewhere)
 
-    left_open = {AUTO, *(f"{CLASS_PREFIX}{one.lower()}" for one in CLASSES)}
     known: dict[Named, Callable[[str], bool]] = {
         "model": serves,
         "key": lambda name: any(name == key.id for key in daemon.config.keys),

@@ -108,9 +108,10 @@ def newest(folder: Path) -> Found:
     return found
 
 
-def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The name and content of each file, in order; one that was deleted meanwhile is passed over."""
-    for segment in segments(folder):
+def contents(folder: Path, newest: int = 0) -> Iterator[tuple[str, bytes]]:
+    """The name and content of each file, or of so many of the newest, in order; one that was deleted meanwhile is
+    passed over."""
+    for segment in segments(folder)[-newest:]:
         with contextlib.suppress(FileNotFoundError):
             yield segment.path.name, segment.path.read_bytes()
 

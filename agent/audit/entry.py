@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from agent.policy.classes import AUTO, CLASS_PREFIX, CLASSES
 from agent.policy.deciding import Category, Place
 from agent.policy.facts import Facts
 from agent.policy.rules import Kind as Finding
@@ -142,6 +143,7 @@ class _Kept(Entry, frozen=True, kw_only=True, omit_defaults=True, tag_field="lin
     facts: KeptFacts | None = None
 
 
+_LEFT_OPEN = frozenset({AUTO, *(f"{CLASS_PREFIX}{one.lower()}" for one in CLASSES)})
 _NOT_ADMITTED = (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError)
 _ENCODER = msgspec.json.Encoder()
 _LINES: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Begin | _Kept | Gap | Pruned)
@@ -198,7 +200,7 @@ def _names(entry: Entry) -> Iterator[tuple[Named, str]]:
     if facts is not None:
         if facts.key_id:
             yield "key", facts.key_id
-        if facts.model:
+        if facts.model and facts.model not in _LEFT_OPEN:
             yield "model", facts.model
     for place in entry.places:
         if place.provider:
@@ -217,12 +219,13 @@ def _without(entry: Entry, known: Known) -> Entry:
         return name if name and known(of, name) else ""
 
     facts, answered, replace = entry.facts, entry.answered, msgspec.structs.replace
+    model = facts.model if facts and facts.model in _LEFT_OPEN else kept("model", facts.model if facts else "")
     changed: Mapping[str, Any] = {
         "node": kept("node", entry.node),
         "policy": kept("policy", entry.policy),
         "code": kept("code", entry.code) or ("other" if entry.code else ""),
         "places": tuple(replace(one, provider=kept("provider", one.provider)) for one in entry.places),
-        "facts": facts and replace(facts, key_id=kept("key", facts.key_id), model=kept("model", facts.model)),
+        "facts": facts and replace(facts, key_id=kept("key", facts.key_id), model=model),
         "answered": answered and replace(answered, **{of: kept(of, getattr(answered, of)) for of in _OF_PLACE}),
     }
     return replace(entry, **changed)

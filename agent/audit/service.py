@@ -11,7 +11,6 @@ from agent.audit.entry import Gap, Named
 from agent.audit.log import AuditLog
 from agent.audit.shipping import Shipper, to_prune
 from agent.config import Live
-from agent.tasks import Tasks
 from shared.records import AuditFailing, AuditRecovered, Event
 from shared.store import ObjectStore
 
@@ -42,7 +41,7 @@ class Audit:
             enabled=config.audit.enabled,
         )
         self._shipper = Shipper(self._folder, config.node.id, open_store)
-        self._tasks, self._keeping = Tasks(), asyncio.Lock()
+        self._keeping, self._kept = asyncio.Lock(), set[asyncio.Task[None]]()
         self._told_s: float | None = None
         self._next_s = 0.0
 
@@ -55,14 +54,14 @@ class Audit:
         self.log.rotate(self._live.now.audit.segment_s)
         if (now_s := time.monotonic()) >= self._next_s and not self._keeping.locked():
             self._next_s = now_s + self._live.now.telemetry.upload_s
-            self._tasks.spawn(self._keep())
+            self._begin(force=False)
 
     async def seal(self) -> dict[str, Any]:
         """Close the file that is written to, and ship what is closed."""
         if self.log.enabled:
             self.log.rotate()
             await self.log.durable()
-            await self._tasks.finish(self._keep(force=True))
+            await asyncio.shield(self._begin(force=True))
         return self.status()
 
     def status(self) -> dict[str, Any]:
@@ -80,14 +79,21 @@ class Audit:
     @property
     def hangs(self) -> bool:
         """Whether a thread waits for the disk or the store."""
-        return self.log.hangs or len(self._tasks) > 0
+        return self.log.hangs or bool(self._kept)
 
     async def close(self) -> None:
         """Sync what was written."""
         self._shipper.stopping = True
         await self.log.close()
 
-    async def _keep(self, *, force: bool = False) -> None:
+    def _begin(self, *, force: bool) -> asyncio.Task[None]:
+        """Ship and prune, to the end once begun."""
+        task = asyncio.get_running_loop().create_task(self._keep(force=force))
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return task
+
+    async def _keep(self, *, force: bool) -> None:
         async with self._keeping:
             found = await asyncio.to_thread(disk.segments, self._folder)
             await asyncio.to_thread(self._shipper.drain, found, force=force)

@@ -20,7 +20,7 @@ from agent.audit.entry import Begin, decode
 from shared import keys
 from shared.backoff import full_jitter_s
 from shared.durable import write_whole
-from shared.errors import NotFound, PreconditionFailed, RackError, Refused, Retryable
+from shared.errors import AccessDenied, NotFound, PreconditionFailed, RackError, Refused, Retryable
 from shared.ids import NodeId
 from shared.logs import get_logger
 from shared.store import ObjectStore, each
@@ -111,6 +111,8 @@ class Shipper:
     def _failed(self, error: RackError | OSError) -> None:
         self._failures += 1
         problem = error.message if isinstance(error, RackError) else error.strerror or type(error).__name__
+        if isinstance(error, AccessDenied):
+            problem += f" (a node needs Put and Get under {keys.audit_node_prefix(self._node)}, docs/bucket.md)"
         if problem != self.problem:
             log.warning("audit_not_shipped", reason=problem)
         self.problem = problem

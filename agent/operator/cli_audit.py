@@ -1,4 +1,4 @@
-"""mlxrack-agent audit: what the audit log holds, whether it is whole, and its entries for people and a SIEM. Works
+"""mlxrack-agent audit: what the audit log holds, whether it is whole, and its entries for an auditor and a SIEM. Works
 beside a running agent and, with FOLDER, on a copy of its folder."""
 
 import argparse
@@ -117,7 +117,7 @@ def verified(folder: Path) -> Verdict:
         return verdict
     if found := disk.strange(folder):
         return verdict._replace(fault=Fault(found[0], 0, "is not a file of this log"))
-    if tip is None and verdict.files:
+    if tip is None and verdict.lines > 1:
         return verdict._replace(fault=Fault(disk.TIP, 0, "is missing: whether the end was cut off cannot be told"))
     return verdict
 

@@ -58,9 +58,9 @@ def test_a_line_is_json_with_its_number_and_hash() -> None:
     assert first_seq("12.jsonl") is first_seq("tip") is first_seq("000000000012.jsonl.zst") is None
 
 
-EDITS: dict[str, tuple[Callable[[list[bytes], int, int], None], str]] = {
+EDITS: dict[str, tuple[Callable[[list[bytes], int, int], object], str]] = {
     "changed": (lambda lines, n, _: lines.__setitem__(n, lines[n].replace(b'"ok"', b'"failed"')), r"changed"),
-    "dropped": (lambda lines, n, _: lines.pop(n) and None, r"dropped|missing"),
+    "dropped": (lambda lines, n, _: lines.pop(n), r"dropped|missing"),
     "doubled": (lambda lines, n, m: lines.insert(n, lines[m]), r"twice|inserted"),
     "swapped": (lambda lines, n, m: lines.__setitem__(slice(None), swapped(lines, n, m)), r"swapped|changed"),
     "inserted": (

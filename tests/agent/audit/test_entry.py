@@ -161,7 +161,7 @@ PLACES_OF: dict[Where, tuple[str, ...]] = {
     "entry": FIELDS,
     "answered": PLACED,
     "facts": TOLD,
-    **dict.fromkeys(("sensitive", "features", "place", "redacted", "kind"), ("",)),  # type: ignore[dict-item]
+    **dict.fromkeys(("sensitive", "features", "place", "redacted", "kind"), ("",)),
 }
 
 
