@@ -26,6 +26,7 @@ from agent import config as agent_config
 from agent import config_checks
 from agent.config import AgentConfig, Node
 from agent.operator import (
+    cli_audit,
     cli_chips,
     cli_claim,
     cli_doctor,
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_tls.add(verb, _config_and_state, _common)
     cli_claim.add(verb, _configured, _common)
     cli_chips.add(verb)
+    cli_audit.add(verb, _config_and_state, _common)
     cli_reload.add(verb, _config_and_state)
     cli_policy.add(verb, _config_and_state, _common, _stated)
     cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)

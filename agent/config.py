@@ -290,6 +290,18 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     path: str = ""
 
 
+class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The audit log: who asked for what kind of work, what was decided, where it was done and how it ended; never a
+    prompt or an answer (docs/audit.md). While it cannot be written, requests that are SENSITIVE or may leave the
+    premises are refused. A file of it is closed and shipped to the bucket every ``segment_s``; files are kept for
+    ``keep_days``, and no more than ``keep_bytes`` of them; what could not be shipped yet may take twice as much."""
+
+    enabled: bool = True
+    segment_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
+    keep_days: Positive = 90
+    keep_bytes: Annotated[int, Meta(ge=32 << 20)] = 1 << 30
+
+
 class DiskCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The prompt cache on disk, for models with ``disk_cache_bytes``. It holds prompts, so it is encrypted; ``secret``
     is a reference to the secret that keys are derived from (at least 32 random characters), kept elsewhere."""
@@ -365,6 +377,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     disk_cache: DiskCache = DiskCache()
     policy: Policy = Policy()
     taint: Taint = Taint()
+    audit: Audit = Audit()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

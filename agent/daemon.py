@@ -14,15 +14,18 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent import schedule
 from agent.api import app as api
 from agent.api.connections import Listener, table_for
 from agent.api.context import Context
+from agent.api.errors import STATUS
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
+from agent.audit.entry import Named
+from agent.audit.service import Audit
 from agent.config import AgentConfig, Live, configured_peers, plain_warnings
 from agent.control.follower import Follower
 from agent.files.modelstore import ModelStore, model_folder
@@ -51,6 +54,7 @@ from shared.clocks import SleepWatch
 from shared.durable import write_whole
 from shared.logs import get_logger
 from shared.records import AgentStopped, EngineWindow, Event
+from shared.store import ObjectStore
 from shared.store_open import open_store
 
 if TYPE_CHECKING:
@@ -79,8 +83,7 @@ class Daemon:
         lasting: bool = True,
     ) -> None:
         self._live, self._state, self._environ = Live(config), state, environ
-        self._stop, self._awake = asyncio.Event(), awake.of_this_machine()
-        self._connections = table_for(self._live)
+        self._stop, self._awake, self._connections = asyncio.Event(), awake.of_this_machine(), table_for(self._live)
         self._steady: list[asyncio.Task[None]] = []
         self._timetable, self._sleeps = schedule.Timetable(self._clock_was_set), SleepWatch()
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -88,7 +91,7 @@ class Daemon:
         self._keys = RackKeys(rack_secrets(config, environ))
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
-        self.telemetry = self._telemetry()
+        self.telemetry, self.audit = self._telemetry(), _audit(self)
         mark = mark_of(self.telemetry.spool.identity.hardware, self.telemetry.spool.identity.spool_id)
         self._peer_client = PeerClient(
             self._keys, config.node.id, tls=self._tls, accepts=self._table.accepts, mark=mark
@@ -104,7 +107,8 @@ class Daemon:
         self._follower = self._new_follower(lasting=lasting)
         self._heartbeats = self._new_heartbeats(mark)
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        self.status = Status(config.node, self._budget, *parts, self._warnings, self._awake.view, keys=self._keys)
+        more = (self._warnings, self._awake.view, self.audit.status)
+        self.status = Status(config.node, self._budget, *parts, *more, keys=self._keys)
         reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
         self.reloader = Reloader(reloaded, environ, read)
         self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
@@ -129,7 +133,7 @@ class Daemon:
     def _live_metrics(self) -> Metrics:
         node, telemetry = self.config.node, self.telemetry
         identity = {"node": node.id, "rack": node.rack, "version": __version__}
-        host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status)
+        host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status, lambda: self.audit.status())
         return Metrics(lambda: self._pool.inventory.status(), lambda: self._table.view(time.monotonic()), host)
 
     def _new_follower(self, *, lasting: bool) -> Follower:
@@ -166,7 +170,7 @@ class Daemon:
         of_files = self._tls.warnings() if self._tls is not None else ()
         of_orders, of_reloads = self._follower.in_force.warnings(), self.reloader.warnings()
         plain = plain_warnings(self.config, self._table.urls())
-        return [*plain, *of_files, *of_orders, *of_reloads, *self._awake.warnings()]
+        return [*plain, *of_files, *of_orders, *of_reloads, *self._awake.warnings(), *self.audit.warnings()]
 
     def _model_pool(self) -> Pool:
         prompts = self._state / "prompts"
@@ -194,7 +198,7 @@ class Daemon:
             status=self.status,
             metrics=self._metrics.text,
             connections=self._connections,
-            seal=self.telemetry.outbox.seal,
+            seal=lambda: _sealed(self),
             secrets=lambda: resolved.problems(self.config, self._environ),
             admin_token=token(self._state, ADMIN_TOKEN),
             metrics_token=token(self._state, METRICS_TOKEN),
@@ -233,6 +237,7 @@ class Daemon:
             await runner.cleanup()
             await self._peer_client.close()
             await self.telemetry.close()
+            await self.audit.close()
             await self._awake.close()
 
     @property
@@ -243,7 +248,7 @@ class Daemon:
     @property
     def hangs(self) -> bool:
         """Whether a thread waits for an unresponsive store or sensor, and would delay the exit."""
-        return self.telemetry.hangs or self._follower.hangs
+        return self.telemetry.hangs or self._follower.hangs or self.audit.hangs
 
     def stop(self) -> None:
         """Begin a graceful shutdown."""
@@ -288,6 +293,7 @@ class Daemon:
             schedule.Job("heartbeat", self._heartbeats.every_s, self._heartbeats.tick),
             schedule.Job("maintain", schedule.MAINTAIN_S, self._pool.maintain),
             schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
+            schedule.Job("audit", schedule.MAINTAIN_S, self.audit.tick),
             *meters,
             *tls,
         )
@@ -356,6 +362,31 @@ class Daemon:
 
     def _carried_by_peer(self, name: str) -> bool:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
+
+
+def _audit(daemon: Daemon) -> Audit:
+    """The audit log, and which names are this rack's: a client may ask for a model of any name."""
+
+    def serves(name: str) -> bool:
+        elsewhere = offers(daemon._table.view(time.monotonic()), name)
+        return daemon._pool.has(name) or any(elsewhere)
+
+    known: dict[Named, Callable[[str], bool]] = {
+        "model": serves,
+        "key": lambda name: any(name == key.id for key in daemon.config.keys),
+        "node": lambda name: name == daemon.config.node.id or any(name == node for node, _ in daemon._table.urls()),
+        "code": STATUS.__contains__,
+    }
+
+    def store() -> ObjectStore:
+        return open_store(daemon.config.store, daemon._environ, attempts=1)
+
+    return Audit(daemon._live, daemon._state, store, daemon._emit, known)
+
+
+async def _sealed(daemon: Daemon) -> dict[str, Any]:
+    """Close the telemetry's window and the file of the audit log, and upload both."""
+    return {**await daemon.telemetry.outbox.seal(), "audit": await daemon.audit.seal()}
 
 
 def _busy(pool: Pool) -> bool:

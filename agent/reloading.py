@@ -14,7 +14,7 @@ RESTART = (
     *("node.id", "node.rack", "listen.host", "listen.port", "paths.state", "paths.logs", "peers.beat_s"),
     *("store.kind", "store.path", "store.endpoint", "store.bucket", "store.prefix", "store.ca", "store.access_key"),
     *("store.secret_key", "telemetry.sample_s", "telemetry.poll_s", "telemetry.upload_s", "telemetry.spool_bytes"),
-    *("telemetry.spool_days", "meters", "model_store.path"),
+    *("telemetry.spool_days", "meters", "model_store.path", "audit.enabled"),
 )
 """Keys that are read once, at a start."""
 LIVE = (
@@ -31,6 +31,7 @@ LIVE = (
     *("memory.budget_bytes", "memory.min_residency_s", "memory.max_wait_s", "memory.soft", "memory.hard"),
     *("model_store.disk_bytes", "desired.follow_s", "loader.threads", "loader.calibrate"),
     *("disk_cache.secret", "policy.path", "taint.marks", "taint.every_peer", "log_level"),
+    *("audit.segment_s", "audit.keep_days", "audit.keep_bytes"),
 )
 """Keys that a reload puts in force. A request that has begun keeps the limits that it began with."""
 SWITCHES = ("tls.certificate", "tls.ca")

@@ -41,6 +41,7 @@ class Status:
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
         awake: Callable[[], dict[str, Any]] = dict,
+        audit: Callable[[], dict[str, Any]] = dict,
         *,
         keys: RackKeys,
         policy: PolicyFile | None = None,
@@ -50,7 +51,7 @@ class Status:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
         self._warnings, self._keys, self._awake, self._shares = warnings, keys, awake, shares
-        self._policy = policy
+        self._policy, self._audit = policy, audit
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
         self.taints: Taints | None = None
@@ -85,6 +86,7 @@ class Status:
             ],
             "taints": self.taints.view() if self.taints is not None else {},
             "awake": self._awake(),
+            "audit": self._audit(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
             "policy": self._policy.view() if self._policy is not None else {},

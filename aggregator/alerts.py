@@ -16,6 +16,9 @@ from aggregator.incidents.causes import GRACE_MS
 from aggregator.window import STRAIGHTEN_MS, Fact, Meta, shifted
 from shared.records import (
     EXPIRY_DAYS,
+    AgentStarted,
+    AuditFailing,
+    AuditRecovered,
     CertificateExpires,
     HostSample,
     ModelEvicted,
@@ -28,6 +31,8 @@ from shared.records import (
 SWAP_FAILED_FOR_S = 3600.0
 CLASH_FOR_MS = 1_800_000
 """How long two agents under one id are alerted of after they were last seen; agents repeat it every ten minutes."""
+AUDIT_FOR_MS = 1_800_000
+"""The same of an audit log that fails."""
 TURNS = 2
 CERTIFICATES = ("listener", "node", "ca")
 """Those that a node has."""
@@ -53,6 +58,7 @@ RULES = tuple(
         ("swap_failed", "Model swap failed", "warn", "alerts", "swap-failed"),
         ("eviction_storm", "Eviction storm", "warn", "alerts", "eviction-storm"),
         ("node_id_clash", "Two agents use one node id", "page", "alerts", "node-id-clash"),
+        ("audit_failing", "Audit log fails", "page", "alerts", "audit-log-fails"),
         ("certificate_expires", "Certificate expires", "warn", "alerts", "certificate-expires"),
         ("certificate_expires_soon", "Certificate expires soon", "page", "alerts", "certificate-expires"),
     )
@@ -83,8 +89,9 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     """State of a node between runs of `alert`; times in ms, bounded lists. ``told`` identifies its newest events: each
     is read twice, at once and in order, and counts as the first copy says. ``evicted`` are times by what identifies an
     eviction. ``certificates`` are when a certificate was last reported, and when it ends. ``clash`` is when two agents
-    were last seen under this id, and their marks; ``incarnations`` is when each last reported, ``taken_turns`` when one
-    did after another one had in between."""
+    were last seen under this id, and their marks. ``audit_failing`` is the last word of an audit log that fails: when,
+    since when, why, and how many entries are lost; ``audit_well_ms`` is the last word of the contrary.
+    ``incarnations`` is when each last reported, ``taken_turns`` when one did after another one had in between."""
 
     last_seen_ms: int = 0
     last_up_ms: int = 0
@@ -96,6 +103,8 @@ class NodeMemory(msgspec.Struct, frozen=True, kw_only=True):
     swaps: dict[str, tuple[int, str, str]] = {}
     certificates: dict[str, tuple[int, int]] = {}
     clash: tuple[int, str] = (0, "")
+    audit_failing: tuple[int, int, str, int] = (0, 0, "", 0)
+    audit_well_ms: int = 0
     incarnations: dict[str, int] = {}
     taken_turns: tuple[int, ...] = ()
 
@@ -191,6 +200,11 @@ def _observe(nodes: dict[str, NodeMemory], fact: Fact, now_ms: int, config: Aler
         oldest = mine.last_seen_ms - config.storm_window_s * 1000
         at = {_identity(fact): min(record.t_ms, now_ms), **mine.evicted}
         nodes[node] = replace(mine, evicted={one: t for one, t in at.items() if t > oldest})
+    elif isinstance(record, AgentStarted | AuditRecovered):  # an agent that starts says so first
+        nodes[node] = replace(mine, audit_well_ms=max(mine.audit_well_ms, min(record.t_ms, now_ms)))
+    elif isinstance(record, AuditFailing):
+        failing = (min(record.t_ms, now_ms), min(record.since_ms, now_ms), record.why, record.lost)
+        nodes[node] = replace(mine, audit_failing=max(mine.audit_failing, failing))
     elif isinstance(record, _TOLD_TWICE) and (event := _identity(fact)) not in mine.told:
         nodes[node] = replace(mine, told=(*mine.told, event)[-TOLD:])
         _event(nodes, node, record, now_ms)
@@ -273,6 +287,7 @@ def _of_node(node: str, state: AlertState, held: Held, now_ms: int, config: Aler
         _throttled(node, memory, held.get(("throttling", node, 0)), now_ms, config),
         _storm(node, memory, held.get(("eviction_storm", node, 0)), now_ms, config),
         _twice(node, memory, now_ms),
+        _audit(node, memory, now_ms),
         *_swaps(node, memory, now_ms),
         *_certificates(node, memory, now_ms),
     ]
@@ -332,6 +347,24 @@ def _twice(node: str, memory: NodeMemory, now_ms: int) -> Firing | None:
     text = f"two agents report as {node}" + (f" ({marks})" if marks else "")
     since_ms = seen_ms if seen_ms > now_ms - CLASH_FOR_MS else turns[0]
     return Firing(code="node_id_clash", subject=node, since_ms=since_ms, text=f"{text}: each needs its own node.id")
+
+
+_AUDIT_WHY = {
+    "full": "its disk is full",
+    "read_only": "its disk is read-only",
+    "deleted": "its folder was deleted or replaced",
+    "no_answer": "its disk does not answer",
+}
+
+
+def _audit(node: str, memory: NodeMemory, now_ms: int) -> Firing | None:
+    """Until the agent says that it is written again, or starts again, or no longer says that it fails."""
+    told_ms, since_ms, why, lost = memory.audit_failing
+    if told_ms <= max(memory.audit_well_ms, now_ms - AUDIT_FOR_MS):
+        return None
+    missing = f"; {lost} entries are missing" if lost else ""
+    text = f"the audit log of {node} cannot be written: {_AUDIT_WHY.get(why, 'its disk fails')}{missing}"
+    return Firing(code="audit_failing", subject=node, since_ms=since_ms, text=text)
 
 
 def _swaps(node: str, memory: NodeMemory, now_ms: int) -> list[Firing]:

@@ -8,6 +8,7 @@ from shared.ids import NodeId
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RAW = re.compile(r"raw/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-(\d{10,})\.mpz")
+_AUDIT = re.compile(r"audit/v1/node=([^/]+)/c([0-9a-f]{16})/(\d{12,15})-(\d{12,15})\.jsonl\.zst", re.ASCII)
 _URGENT = re.compile(r"urgent/v1/node=([^/]+)/i(\d{4,})/e(\d{8,})/(\d{10,})-\d{4,}\.mpz")
 _PERIODS = {
     "weekly": re.compile(r"\d{4}-W\d\d|\d{4}-\d\d-\d\d--\d{4}-\d\d-\d\d", re.ASCII),
@@ -18,17 +19,20 @@ _REPORT = re.compile(
 )
 _TABLE = re.compile(r"(minute|hour|day)/v1/table=([a-z_]+)/dt=(\d{4}-\d\d-\d\d)/part\.parquet")
 PREFIXES = (
-    *("raw/", "urgent/", "minute/", "hour/", "day/", "manifest/", "report/", "prices/", "quarantine/"),
+    *("raw/", "urgent/", "audit/", "minute/", "hour/", "day/", "manifest/", "report/", "prices/", "quarantine/"),
     *("desired/", "state/", "models/", "release/", "annotations/", "inventory/"),
 )
 """Everything in a bucket is under one of these; aggregator/commands/sync.py decides what a copy does with each."""
 RAW_PREFIX = "raw/v1/"
 TABLE_PREFIXES = ("minute/v1/", "hour/v1/", "day/v1/")
 URGENT_PREFIX = "urgent/v1/"
+AUDIT_PREFIX = "audit/v1/"
 MANIFEST_PREFIX = "manifest/v1/"
 MODEL_PREFIX = "models/v1/manifest/"
 MOST_SEGMENT_BYTES = 16 << 20
 """Limits of what is read, by kind of object. A segment: agents write at most 256 KiB."""
+MOST_AUDIT_BYTES = 16 << 20
+"""A file of an audit log, compressed: agents begin another one at 8 MiB."""
 MOST_CLAIM_BYTES = 1 << 10
 """A claim holds the identity of a spool."""
 MOST_DESIRED_BYTES = 4 << 20
@@ -55,6 +59,15 @@ RATES = "desired/v1/rates.json"
 RACK = "release/v1/rack.json"
 """Whose bucket this is: the aggregator writes it once it has counted batches of its rack."""
 ALERT_STATE = "state/v1/alerts.json"
+
+
+class AuditKey(NamedTuple):
+    """The parts of a shipped file of an audit log: the log's id, and its first and last line."""
+
+    node: NodeId
+    chain: str
+    first_seq: int
+    last_seq: int
 
 
 class RawKey(NamedTuple):
@@ -130,6 +143,25 @@ def parse_urgent_key(key: str) -> RawKey:
     key."""
     if (match := _URGENT.fullmatch(key)) and _NAME.fullmatch(match[1]):
         return RawKey(NodeId(match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[4]))
+    raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
+
+
+def audit_node_prefix(node: str) -> str:
+    """All shipped files of one node's audit logs."""
+    return f"{AUDIT_PREFIX}node={check_name(node, 'node id')}/"
+
+
+def audit_key(key: AuditKey) -> str:
+    """The key of a shipped file; those of one log sort in write order."""
+    return f"{audit_node_prefix(key.node)}c{key.chain}/{key.first_seq:012d}-{key.last_seq:012d}.jsonl.zst"
+
+
+def parse_audit_key(key: str) -> AuditKey:
+    """The inverse of audit_key. Raises Refused for a foreign key."""
+    if (match := _AUDIT.fullmatch(key)) and _NAME.fullmatch(match[1]):
+        found = AuditKey(NodeId(match[1]), match[2], int(match[3]), int(match[4]))
+        if found.first_seq <= found.last_seq and audit_key(found) == key:
+            return found
     raise Refused(f"key {key!r}: not a key of this bucket's layout", code="foreign_key")
 
 

@@ -376,6 +376,26 @@ class TaintChanged(_Record, frozen=True, kw_only=True, tag="taint_changed"):
     marks: int
 
 
+class AuditFailing(_Record, frozen=True, kw_only=True, tag="audit_failing"):
+    """The audit log cannot be written: ``why`` is full, read_only, deleted, no_answer or error. Requests that are
+    SENSITIVE or may leave the premises are refused, and ``lost`` entries of others are missing so far. Repeated every
+    ten minutes while it lasts."""
+
+    t_ms: int
+    why: str
+    since_ms: int
+    lost: int = 0
+
+
+class AuditRecovered(_Record, frozen=True, kw_only=True, tag="audit_recovered"):
+    """The audit log is written again; ``lost`` entries are missing from it, and it says so."""
+
+    t_ms: int
+    why: str
+    since_ms: int
+    lost: int = 0
+
+
 class Unknown(_Record, frozen=True, kw_only=True, tag="unknown"):
     """Placeholder for a newer agent's record, so that the others keep their positions in the batch."""
 
@@ -397,6 +417,8 @@ Event = Union[  # noqa: UP007  (a tagged union msgspec can read back)
     CertificateExpires,
     NodeIdClash,
     TaintChanged,
+    AuditFailing,
+    AuditRecovered,
 ]
 Record = Union[  # noqa: UP007
     Served, EngineWindow, Resident, DesiredObserved, HostSample, Hardware, OutletReading, Event, Unknown
@@ -409,7 +431,7 @@ RECORD_TYPES: dict[str, type[msgspec.Struct]] = {
 
 URGENT = (
     *(AgentStarted, SwapFinished, ThrottleEvent, PeerDown, PeerUp, ModelEvicted, LoaderExited, CertificateExpires),
-    NodeIdClash,
+    *(NodeIdClash, AuditFailing, AuditRecovered),
 )
 """Events that are also sent immediately, out of order, for `alert`."""
 

@@ -37,16 +37,18 @@ _SOURCES = ("memory_source", "thermal_source", "temp_source", "energy_source")
 
 
 class HostMetrics(Collector):
-    """``push`` and ``meters`` return parts of the status."""
+    """``push``, ``meters`` and ``audit`` return parts of the status."""
 
     def __init__(
         self,
         identity: dict[str, str],
         push: Callable[[], dict[str, Any]],
         meters: Callable[[], Sequence[dict[str, Any]]],
+        audit: Callable[[], dict[str, Any]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity, self._push, self._meters, self._clock = identity, push, meters, clock
+        self._audit = audit
         self._last: tuple[float, HostSample] | None = None
         self._level_us: Counter[str] = Counter()
         self._energy_mj: Counter[str] = Counter()
@@ -73,6 +75,7 @@ class HostMetrics(Collector):
         yield InfoMetricFamily("mlxrack_agent", "Identity of this agent.", value=self._identity)
         yield from self._of_push()
         yield from self._of_meters()
+        yield from _of_audit(self._audit())
         if self._last is None:
             return
         read_s, sample = self._last
@@ -134,6 +137,19 @@ class HostMetrics(Collector):
         spent_s = {level: self._level_us[level] / 1e6 for level in LEVELS}
         spent = "Time at each thermal pressure level."
         yield _family(CounterMetricFamily, "thermal_pressure_seconds", spent, "level", spent_s)
+
+
+def _of_audit(found: dict[str, Any]) -> Iterator[Metric]:
+    """Of a node that keeps an audit log."""
+    if not found.get("enabled"):
+        return
+    yield _gauge("audit_ok", "1 while the audit log can be written.", not found["problem"])
+    waiting = found["shipped"]["waiting_files"]
+    yield _gauge("audit_waiting_files", "Closed files of the audit log that wait for upload.", waiting)
+    for field, text in (("written", "Entries written to the audit log."), ("lost", "Entries that could not be.")):
+        counted = CounterMetricFamily(f"mlxrack_audit_{field}_entries", text)
+        counted.add_metric([], found[field])
+        yield counted
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

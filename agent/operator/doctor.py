@@ -2,6 +2,7 @@
 means is judged in agent/operator/checks.py; nothing is written."""
 
 import asyncio
+import os
 import platform
 import re
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from agent.audit import chain, disk
+from agent.audit.service import FOLDER
 from agent.config import AgentConfig, configured_peers
 from agent.files.modelstore import ModelStore, model_folder
 from agent.mesh.peer_client import PeerClient
@@ -58,6 +61,7 @@ def examine(
         *checks.here(config, gather(config, state, logs, looking, budget)),
         *_files(config, state, environ),
         _state(state, logs),
+        _audit(config, state / FOLDER),
         *_store(config, looking),
         *_peers(config, looking),
         *_meters(config, environ, looking),
@@ -125,6 +129,21 @@ def _state(state: Path, logs: Path) -> Finding:
     if found := state_folder.problems(state, logs):
         return Finding("state", "warning", state_folder.shown(found, state))
     return Finding("state", "ok", f"{state} is this user's alone" if state.is_dir() else f"{state} does not exist yet")
+
+
+def _audit(config: AgentConfig, folder: Path) -> Finding:
+    """Whether the audit log can be written, and is whole at its end; `audit verify` checks all of it."""
+    if not config.audit.enabled:
+        return Finding("audit", "warning", "off: nothing is recorded of what requests asked for", "audit.enabled")
+    if not folder.is_dir():
+        return Finding("audit", "ok", f"{folder} does not exist yet; the agent makes it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("audit", "problem", f"{folder} cannot be written to by this user")
+    tip = disk.known_tip(folder) or chain.NOTHING
+    verdict = chain.verify(disk.contents(folder, 2), tip=tip, alone=False)
+    if verdict.fault is not None:
+        return Finding("audit", "problem", f"{verdict.fault.text()}; run `mlxrack-agent audit verify --bucket`")
+    return Finding("audit", "ok", f"whole at its end, line {verdict.last.seq}; `mlxrack-agent audit verify` checks all")
 
 
 # ---- the store ----

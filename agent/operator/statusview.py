@@ -26,7 +26,7 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
     lines += _section(("PEER", "STATE", "MODELS", "NOTE"), peers, width)
     lines += _section(("CIRCUIT BREAKER", "MODEL", "STATE", "FOR", "LAST FAILURE"), broken, width)
     lines += _section(("SWAP", "VERSIONS", "STATE", "NOTE"), swaps, width)
-    lines += ["", _telemetry(s["push"])]
+    lines += ["", _telemetry(s["push"]), *audit_lines(s.get("audit", {}))]
     meters = [(m["meter"], ", ".join(m["nodes"]), _watts(m["watts"]), m["problem"]) for m in s["meters"]]
     lines += _section(("METER", "NODES", "POWER", "NOTE"), meters, width)
     # a meter's problem is shown beside the meter
@@ -87,6 +87,20 @@ def _telemetry(push: dict[str, Any]) -> str:
         + (f", {push['dropped_batches']} dropped" if push["dropped_batches"] else "")
         + "".join(f"; {problem}" for problem in (push["reason"] + _since(push), push["disk_problem"]) if problem)
     )
+
+
+def audit_lines(found: Mapping[str, Any]) -> list[str]:
+    """The audit log in one line."""
+    if not found:
+        return []
+    if not found["enabled"]:
+        return ["audit: off (audit.enabled)"]
+    shipped = found["shipped"]
+    state = f"FAILS{_since(found)}: {found['problem']}" if found["problem"] else f"ok, {found['seq']} lines"
+    lost = f", {found['lost']} entries lost since the start" if found["lost"] else ""
+    waiting = f", {shipped['waiting_files']} files wait for upload" if shipped["waiting_files"] else ""
+    problem = f"; {shipped['problem']}" if shipped["problem"] else ""
+    return [f"audit: {state}{lost}, {shipped['seq']} of them in the bucket{waiting}{problem}"]
 
 
 def _peer_note(peer: dict[str, Any]) -> str:

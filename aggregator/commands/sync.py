@@ -51,6 +51,7 @@ _CHANGING = Rule()
 RULES: dict[str, Rule] = {
     "raw/": _FIXED,
     "urgent/": _FIXED,
+    "audit/": _FIXED,
     "quarantine/": _FIXED,
     "report/": _FIXED,
     "prices/": _FIXED,

@@ -4,7 +4,7 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +29,9 @@ from shared.errors import Halt, Retryable
 from shared.ids import NodeId
 from shared.manual.topics import topics
 from shared.records import (
+    AgentStarted,
+    AuditFailing,
+    AuditRecovered,
     CertificateExpires,
     Event,
     HostSample,
@@ -589,7 +592,7 @@ def test_every_rule_has_a_runbook_entry() -> None:
         assert known[rule.runbook].page == "runbooks", rule.code
         assert known[rule.runbook].title.lower().startswith(rule.runbook.replace("-", " ")), rule.code
     expiry = {"certificate_expires", "certificate_expires_soon"}
-    assert {"node_down", "throttling", "swap_failed", "eviction_storm", "node_id_clash", *expiry} == {
+    assert {"node_down", "throttling", "swap_failed", "eviction_storm", "node_id_clash", "audit_failing", *expiry} == {
         r.code for r in alerts.RULES
     }
 
@@ -631,3 +634,38 @@ def test_spools_of_one_node_that_take_turns_are_two_agents(incarnations: list[in
     assert clashes(state, now_ms + 60 * MINUTE) == []
     again = alerts.observe(state, [f for one in made for f in facts_of(one)], now_ms, CONFIG)
     assert clashes(again, now_ms) == (["n1"] if fires else []), "facts arrive twice"
+
+
+# the audit log of a node
+
+
+FULL = "the audit log of n1 cannot be written: its disk is full"
+
+
+def audits(events: Sequence[Event], now_ms: int) -> list[str]:
+    facts = [fact for n, event in enumerate(events) for fact in facts_of(batch([event], minute=n))]
+    state = alerts.observe(AlertState(), [*facts, *facts], now_ms, CONFIG)
+    return [f.text for f in alerts.evaluate(state, now_ms, CONFIG)[0].firing if f.code == "audit_failing"]
+
+
+def failing(minute: int, why: str = "full", lost: int = 0) -> AuditFailing:
+    return AuditFailing(t_ms=T0 + minute * MINUTE, why=why, since_ms=T0, lost=lost)
+
+
+@pytest.mark.parametrize(
+    ("events", "minute", "text"),
+    [
+        ([failing(1)], 2, FULL),
+        ([failing(1), failing(11, lost=7)], 35, f"{FULL}; 7 entries are missing"),
+        ([failing(1, "of_tomorrow")], 2, "the audit log of n1 cannot be written: its disk fails"),
+        ([failing(1)], 32, ""),
+        ([failing(1), AuditRecovered(t_ms=T0 + 2 * MINUTE, why="full", since_ms=T0)], 3, ""),
+        ([AuditRecovered(t_ms=T0 + 2 * MINUTE, why="full", since_ms=T0), failing(1)], 3, ""),
+        ([failing(1), AgentStarted(t_ms=T0 + 2 * MINUTE, version="1", previous="unclean")], 3, ""),
+        ([AgentStarted(t_ms=T0, version="1", previous="clean"), failing(1)], 2, FULL),
+    ],
+)
+def test_an_audit_log_that_fails_is_alerted_of_until_it_is_written_again(
+    events: list[Event], minute: int, text: str
+) -> None:
+    assert audits(events, T0 + minute * MINUTE) == ([text] if text else [])

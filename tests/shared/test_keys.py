@@ -49,3 +49,26 @@ def test_a_foreign_key_is_rejected(key: str) -> None:
 def test_a_name_invalid_in_a_key_is_rejected(name: str) -> None:
     with pytest.raises(Refused, match="use 1 to 63"):
         keys.check_name(name, "node id")
+
+
+@given(names, st.from_regex(r"[0-9a-f]{16}", fullmatch=True), st.integers(1, 10**14), st.integers(0, 10**14))
+def test_a_key_of_an_audit_log_round_trips(node: str, chain: str, first: int, more: int) -> None:
+    key = keys.AuditKey(NodeId(node), chain, first, first + more)
+    assert keys.parse_audit_key(keys.audit_key(key)) == key
+    assert keys.audit_key(key).startswith(keys.audit_node_prefix(node))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "audit/v1/node=n1/c0123456789abcdef/000000000002-000000000001.jsonl.zst",
+        "audit/v1/node=../c0123456789abcdef/000000000001-000000000002.jsonl.zst",
+        "audit/v1/node=n1/c0123456789ABCDEF/000000000001-000000000002.jsonl.zst",
+        "audit/v1/node=n1/c0123456789abcdef/0000000000001-000000000002.jsonl.zst",
+        "audit/v1/node=n1/000000000001-000000000002.jsonl.zst",
+        "audit/v1/node=n1/c0123456789abcdef/000000000001-000000000002.jsonl",
+    ],
+)
+def test_a_foreign_key_of_an_audit_log_is_rejected(key: str) -> None:
+    with pytest.raises(Refused):
+        keys.parse_audit_key(key)

@@ -65,7 +65,9 @@ def host(clock: list[float] | None = None) -> HostMetrics:
         "held_windows": 1,
     }
     ticks = clock if clock is not None else [0.0]
-    return HostMetrics({"node": "n1", "rack": "r", "version": "1"}, lambda: push, lambda: METERS, lambda: ticks[0])
+    return HostMetrics(
+        {"node": "n1", "rack": "r", "version": "1"}, lambda: push, lambda: METERS, clock=lambda: ticks[0]
+    )
 
 
 def scraped(one: HostMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
