@@ -2,11 +2,11 @@
 through the agent's life. What each of them does is in its own module."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import schedule
+from agent.audit.entry import Named
 from agent.audit.service import Audit
 from agent.config import AgentConfig, Live
 from agent.control.policy_file import POLL_S, PolicyFile
@@ -22,13 +22,14 @@ from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
+from agent.policy.classes import AUTO, CLASS_PREFIX, CLASSES
 from agent.policy.rules import Rules
 from agent.views import offers
 from shared.records import Event
 from shared.store import ObjectStore
 
-RATES_S = 60.0
-"""How often it is asked whether prices are due."""
+RATES_S, AUDIT_S = 60.0, 1.0
+"""How often it is asked whether prices are due, and whether the audit can be written."""
 
 
 class Neighbours(NamedTuple):
@@ -38,13 +39,13 @@ class Neighbours(NamedTuple):
     client: PeerClient
     keys: RackKeys
     pool: Pool
-    audit: Audit
     emit: Callable[[Event], None]
     store: Callable[[], ObjectStore]
 
 
 class Boundary:
-    """``reach`` is how tests find providers. Raises Halt for a policy file that cannot be used."""
+    """``codes`` are those of all errors; ``reach`` is how tests find providers. Raises Halt for a policy file that
+    cannot be used."""
 
     def __init__(
         self, live: Live, state: Path, environ: Mapping[str, str], near: Neighbours, *, reach: Reach | None = None
@@ -54,8 +55,9 @@ class Boundary:
         self.policy = PolicyFile(live)
         self.policy.load()
         self.rates = Rates(live, near.store, state / "rates.json")
+        self.audit = Audit(live, state, near.store, near.emit, self._names(codes))
         self.taints = Taints(state, live, near.table, near.client, near.keys, near.emit)
-        self.analysis = Analysis(environ)
+        self.analysis = Analysis(environ=environ)
         self.allowances = Allowances(node, state, rules=self._rules, key_ids=self._key_ids, rate_of=self.rates.of)
         self._egress = Egress(self._rules, environ, reach=reach)
         guards = Guards(
@@ -65,7 +67,7 @@ class Boundary:
             rate=self.rates.of,
             taints=self.taints,
             analysis=self.analysis,
-            audit=near.audit.log,
+            audit=self.audit.log,
             allowances=self.allowances,
         )
         self.wall = Wall(node, guards)
@@ -75,7 +77,7 @@ class Boundary:
     def start(self) -> None:
         """Begin to load marks, and to prepare the analysis where the policy needs it."""
         self.taints.start()
-        self.policy.follow(lambda policy: self.analysis.follow(policy.rules))
+        self.policy.follow(lambda policy: self.analysis.start(policy.rules))
 
     async def close(self) -> None:
         """End what it has begun, and save what is counted."""
@@ -83,13 +85,15 @@ class Boundary:
         await self.analysis.close()
         await self.taints.close()
         await self.allowances.save()
+        await self.audit.close()
 
-    def jobs(self) -> tuple[schedule.Job, ...]:
-        """What is done from time to time."""
+    def jobs(self) -> tuple[tuple[str, float, Callable[[], Awaitable[None]]], ...]:
+        """What is done from time to time: names, seconds between two times, and how."""
         return (
-            schedule.Job("policy", POLL_S, self.policy.poll),
-            schedule.Job("limits", SAVE_S, self.allowances.save),
-            schedule.Job("rates", RATES_S, self.rates.tick),
+            ("policy", POLL_S, self.policy.poll),
+            ("limits", SAVE_S, self.allowances.save),
+            ("rates", RATES_S, self.rates.tick),
+            ("audit", AUDIT_S, self.audit.tick),
         )
 
     def heard(self, node: str, heartbeat: Heartbeat) -> None:
@@ -100,11 +104,11 @@ class Boundary:
     def warnings(self) -> list[str]:
         """What an operator has to know, a sentence each; the policy's own are in the status."""
         problems = (self.allowances.problem, self.analysis.problem)
-        return [*self.taints.warnings(), *(one for one in problems if one)]
+        return [*self.audit.warnings(), *(one for one in problems if one)]
 
     def view(self) -> dict[str, Any]:
         """For display."""
-        return {"providers": self._egress.status(), "taint": self.taints.view(), "rates": self.rates.period}
+        return {"providers": self._egress.status(), "rates": self.rates.period}
 
     def _rules(self) -> Rules:
         return self.policy.now.rules
@@ -114,6 +118,19 @@ class Boundary:
 
     def _members(self, config: AgentConfig) -> None:
         self.allowances.members([config.node.id, *(peer.id for peer in config.peers.nodes)])
+
+    def _names(self, codes: Container[str]) -> Mapping[Named, Callable[[str], bool]]:
+        """Which names the audit may record: a client may ask for a model of any name."""
+        left_open = {AUTO, *(f"{CLASS_PREFIX}{one.lower()}" for one in CLASSES)}
+        config = self._live
+        return {
+            "model": lambda name: name in left_open or self._serves(name) or name in self._rules().uses,
+            "key": lambda name: any(name == key.id for key in config.now.keys),
+            "node": lambda name: name == config.now.node.id or any(name == n for n, _ in self._near.table.urls()),
+            "provider": lambda name: name in self._rules().by_provider,
+            "policy": lambda name: name == self._rules().version,
+            "code": codes.__contains__,
+        }
 
     def _serves(self, name: str) -> bool:
         peers = self._near.table.view(time.monotonic())

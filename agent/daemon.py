@@ -24,10 +24,10 @@ from agent.api.errors import STATUS
 from agent.api.host_metrics import HostMetrics
 from agent.api.metrics import Metrics
 from agent.api.wire import Runner
-from agent.audit.entry import Named
-from agent.audit.service import Audit
+from agent.boundary import Boundary, Neighbours
 from agent.config import AgentConfig, Live, configured_peers, plain_warnings
 from agent.control.follower import Follower
+from agent.egress.connections import Reach
 from agent.files.modelstore import ModelStore, model_folder
 from agent.gateway.dispatch import Dispatch
 from agent.mesh.heartbeats import Heartbeats
@@ -81,6 +81,7 @@ class Daemon:
         read: Read | None = None,
         *,
         lasting: bool = True,
+        reach: Reach | None = None,
     ) -> None:
         self._live, self._state, self._environ = Live(config), state, environ
         self._stop, self._awake, self._connections = asyncio.Event(), awake.of_this_machine(), table_for(self._live)
@@ -91,7 +92,7 @@ class Daemon:
         self._keys = RackKeys(rack_secrets(config, environ))
         self._tls = self._node_tls()
         self._table = PeerTable(configured_peers(config), beat_s=config.peers.beat_s, now=time.monotonic())
-        self.telemetry, self.audit = self._telemetry(), _audit(self)
+        self.telemetry = self._telemetry()
         mark = mark_of(self.telemetry.spool.identity.hardware, self.telemetry.spool.identity.spool_id)
         self._peer_client = PeerClient(
             self._keys, config.node.id, tls=self._tls, accepts=self._table.accepts, mark=mark
@@ -99,17 +100,22 @@ class Daemon:
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
         self._pool = self._model_pool()
+        near = Neighbours(self._table, self._peer_client, self._keys, self._pool, self._emit, self._open_store)
+        self.boundary = Boundary(self._live, state, environ, near, STATUS, reach=reach)
         self._dispatch = Dispatch(
             *(config.node.id, self._pool, self._table, self._peer_client, self.telemetry.ledger, self._live),
             prefix_key=lambda: self._keys.prefix_key,
             heat=lambda: self.telemetry.heat.level,
+            overflow=self.boundary.overflow,
         )
         self._follower = self._new_follower(lasting=lasting)
         self._heartbeats = self._new_heartbeats(mark)
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
-        more = (self._warnings, self._awake.view, self.audit.status)
-        self.status = Status(config.node, self._budget, *parts, *more, keys=self._keys)
-        reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models)
+        more = (self._warnings, self._awake.view)
+        self.status = Status(config.node, self._budget, *parts, *more, boundary=self.boundary, keys=self._keys)
+        self._heartbeats.on_heard = self.boundary.heard
+        policy = self.boundary.policy
+        reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models, policy)
         self.reloader = Reloader(reloaded, environ, read)
         self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
 
@@ -133,18 +139,23 @@ class Daemon:
     def _live_metrics(self) -> Metrics:
         node, telemetry = self.config.node, self.telemetry
         identity = {"node": node.id, "rack": node.rack, "version": __version__}
-        host = HostMetrics(identity, telemetry.outbox.status, telemetry.meters.status, lambda: self.audit.status())
+        host = HostMetrics(
+            identity, telemetry.outbox.status, telemetry.meters.status, lambda: self.boundary.audit.status()
+        )
         return Metrics(lambda: self._pool.inventory.status(), lambda: self._table.view(time.monotonic()), host)
 
     def _new_follower(self, *, lasting: bool) -> Follower:
         return Follower(
             *(self._live, self._pool, self._models),
-            lambda: open_store(self.config.store, self._environ, attempts=1),
+            self._open_store,
             self._state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._set_peers,
             lasting=lasting,
         )
+
+    def _open_store(self) -> ObjectStore:
+        return open_store(self.config.store, self._environ, attempts=1)
 
     def _new_heartbeats(self, mark: str) -> Heartbeats:
         node = self.config.node
@@ -170,7 +181,7 @@ class Daemon:
         of_files = self._tls.warnings() if self._tls is not None else ()
         of_orders, of_reloads = self._follower.in_force.warnings(), self.reloader.warnings()
         plain = plain_warnings(self.config, self._table.urls())
-        return [*plain, *of_files, *of_orders, *of_reloads, *self._awake.warnings(), *self.audit.warnings()]
+        return [*plain, *of_files, *of_orders, *of_reloads, *self._awake.warnings(), *self.boundary.warnings()]
 
     def _model_pool(self) -> Pool:
         prompts = self._state / "prompts"
@@ -192,6 +203,7 @@ class Daemon:
         return Context(
             live=self._live,
             dispatch=self._dispatch,
+            boundary=self.boundary,
             pool=self._pool,
             follower=self._follower,
             peers=self._table,
@@ -237,7 +249,7 @@ class Daemon:
             await runner.cleanup()
             await self._peer_client.close()
             await self.telemetry.close()
-            await self.audit.close()
+            await self.boundary.close()
             await self._awake.close()
 
     @property
@@ -248,7 +260,7 @@ class Daemon:
     @property
     def hangs(self) -> bool:
         """Whether a thread waits for an unresponsive store or sensor, and would delay the exit."""
-        return self.telemetry.hangs or self._follower.hangs or self.audit.hangs
+        return self.telemetry.hangs or self._follower.hangs or self.boundary.audit.hangs
 
     def stop(self) -> None:
         """Begin a graceful shutdown."""
@@ -267,6 +279,7 @@ class Daemon:
         # the GPU may respond slowly, and a run that is killed meanwhile must leave a record
         await telemetry.sampler.keep()
         await self._ask_gpu()
+        self.boundary.start()
         self._pool.start(self._follower.in_force.loaded_first())
         self._timetable.start(
             schedule.jobs(
@@ -293,7 +306,7 @@ class Daemon:
             schedule.Job("heartbeat", self._heartbeats.every_s, self._heartbeats.tick),
             schedule.Job("maintain", schedule.MAINTAIN_S, self._pool.maintain),
             schedule.Job("poll", self.config.telemetry.poll_s, self.poll),
-            schedule.Job("audit", schedule.MAINTAIN_S, self.audit.tick),
+            *(schedule.Job(*job) for job in self.boundary.jobs()),
             *meters,
             *tls,
         )
@@ -364,29 +377,9 @@ class Daemon:
         return any(True for _ in offers(self._table.view(time.monotonic()), name, up=True, ready=True))
 
 
-def _audit(daemon: Daemon) -> Audit:
-    """The audit log, and which names are this rack's: a client may ask for a model of any name."""
-
-    def serves(name: str) -> bool:
-        elsewhere = offers(daemon._table.view(time.monotonic()), name)
-        return daemon._pool.has(name) or any(elsewhere)
-
-    known: dict[Named, Callable[[str], bool]] = {
-        "model": serves,
-        "key": lambda name: any(name == key.id for key in daemon.config.keys),
-        "node": lambda name: name == daemon.config.node.id or any(name == node for node, _ in daemon._table.urls()),
-        "code": STATUS.__contains__,
-    }
-
-    def store() -> ObjectStore:
-        return open_store(daemon.config.store, daemon._environ, attempts=1)
-
-    return Audit(daemon._live, daemon._state, store, daemon._emit, known)
-
-
 async def _sealed(daemon: Daemon) -> dict[str, Any]:
     """Close the telemetry's window and the file of the audit log, and upload both."""
-    return {**await daemon.telemetry.outbox.seal(), "audit": await daemon.audit.seal()}
+    return {**await daemon.telemetry.outbox.seal(), "audit": await daemon.boundary.audit.seal()}
 
 
 def _busy(pool: Pool) -> bool:

@@ -7,17 +7,15 @@ from typing import Any
 
 import msgspec
 
+from agent.boundary import Boundary
 from agent.config import Node
 from agent.control.follower import Follower
-from agent.control.policy_file import PolicyFile
 from agent.gateway.dispatch import Dispatch
-from agent.gateway.taints import Taints
 from agent.mesh.heartbeats import Heartbeats
 from agent.mesh.peers import Heartbeat, PeerTable
 from agent.mesh.sightings import sentence
 from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
-from agent.policy.limits.share import Share
 from agent.process import expectation
 from agent.process.gpu import Budget
 from agent.telemetry.sensors.throttle import LEVELS
@@ -27,7 +25,7 @@ from shared import __version__, chips
 
 
 class Status:
-    """A read-only view of the daemon's objects. ``taints`` is set where messages of SENSITIVE requests are marked."""
+    """A read-only view of the daemon's objects."""
 
     def __init__(
         self,
@@ -41,20 +39,16 @@ class Status:
         heartbeats: Heartbeats,
         warnings: Callable[[], list[str]] = list,
         awake: Callable[[], dict[str, Any]] = dict,
-        audit: Callable[[], dict[str, Any]] = dict,
         *,
+        boundary: Boundary,
         keys: RackKeys,
-        policy: PolicyFile | None = None,
-        shares: Callable[[], tuple[Share, ...]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._budget, self._telemetry, self._pool = node, budget, telemetry, pool
         self._dispatch, self._follower, self._table, self._heartbeats = dispatch, follower, table, heartbeats
-        self._warnings, self._keys, self._awake, self._shares = warnings, keys, awake, shares
-        self._policy, self._audit = policy, audit
+        self._warnings, self._keys, self._awake, self._boundary = warnings, keys, awake, boundary
         self.started_s = int(time.time())
         self._clock, self._began_s = clock, clock()
-        self.taints: Taints | None = None
 
     def uptime_s(self) -> int:
         """Whole seconds since the start, whatever happened to the time of day."""
@@ -84,12 +78,13 @@ class Status:
                 *self._slow(models),
                 *self._untold(),
             ],
-            "taints": self.taints.view() if self.taints is not None else {},
+            "taints": self._boundary.taints.view(),
             "awake": self._awake(),
-            "audit": self._audit(),
+            "audit": self._boundary.audit.status(),
             "rack_secrets": len(self._keys.marks),
             "desired": {**msgspec.to_builtins(self._follower.observed()), "since_ms": self._follower.since_ms},
-            "policy": self._policy.view() if self._policy is not None else {},
+            "policy": self._boundary.policy.view(),
+            "boundary": self._boundary.view(),
             **self._trouble(),
             "push": self._telemetry.outbox.status(),
             "meters": self._telemetry.meters.status(),
@@ -154,26 +149,22 @@ class Status:
             agent=sightings.mine,
             twice=tuple(sorted({found.node for found in sightings.twice(self._clock()) if not found.by})),
             secrets=self._keys.marks,
-            policy=self._policy.now.digest if self._policy is not None else "",
-            shares=self._shares(),
-            taints=self.taints.beat() if self.taints is not None else None,
+            policy=self._boundary.policy.now.digest,
+            shares=self._boundary.allowances.beat(),
+            taints=self._boundary.taints.beat(),
         )
 
     def policy(self) -> dict[str, Any]:
         """The policy in force with its rules, and what of it is doubtful, for display."""
-        if self._policy is None:
-            return {}
-        rules = msgspec.to_builtins(self._policy.now.rules)
-        return {**self._policy.view(), "rules": rules, "warnings": self.policy_warnings()}
+        rules = msgspec.to_builtins(self._boundary.policy.now.rules)
+        return {**self._boundary.policy.view(), "rules": rules, "warnings": self.policy_warnings()}
 
     def policy_warnings(self) -> list[str]:
         """What an operator has to know of the policy file, and of nodes that decide by another one."""
-        if self._policy is None:
-            return []
         now = self._clock()
         views = (self._dispatch.here(), *self._table.view(now))
         rows = {model.name: model.rows for view in views for model in view.models}
-        return self._policy.warnings(rows, self._table.policies(now))
+        return self._boundary.policy.warnings(rows, self._table.policies(now))
 
     def _clashes(self) -> list[str]:
         """Who else uses this node's id, or that of a peer."""
@@ -183,7 +174,7 @@ class Status:
         return [claimed, *seen] if claimed else seen
 
     def _untold(self) -> list[str]:
-        return self.taints.warnings() if self.taints is not None else []
+        return self._boundary.taints.warnings()
 
     def _trouble(self) -> dict[str, Any]:
         """What to check first when something fails."""

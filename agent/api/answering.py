@@ -107,7 +107,7 @@ async def passed(request: web.Request, wanted: AnswerRequest | EmbedRequest, key
         answers=wanted.n if is_answer else 1,
         stream=is_answer and wanted.stream,
     )
-    passage = request[PASSAGE] = await request.app[CONTEXT].wall.enter(asked)
+    passage = request[PASSAGE] = await request.app[CONTEXT].boundary.wall.enter(asked)
     return passage
 
 

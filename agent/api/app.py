@@ -24,19 +24,17 @@ from agent.api.bodies import Bodies
 from agent.api.context import BODIES, CONTEXT, DESCRIBED, LINKS, LOGGED, OIDC, PARSING, REFUSALS, Context
 from agent.api.oidc import Verifier
 from agent.gateway.taint_peers import PATH
-from agent.gateway.taints import Taints
 from shared import __version__
 from shared.log_repeats import Repeats
 
 
-def build(context: Context, taints: Taints | None = None) -> web.Application:
+def build(context: Context) -> web.Application:
     """Build the application over the daemon's objects."""
     # the body's limit is configured, and applied in agent/api/wire.py
     app = web.Application(middlewares=[errors.middleware])
     app[CONTEXT] = context
     app[LINKS], app[LOGGED], app[REFUSALS] = set(), set(), Repeats(burst=errors.MOST_REFUSALS)
-    if taints is not None:
-        app[peer.TAINTS] = taints
+    app[peer.TAINTS], app[usage.ALLOWANCES] = context.boundary.taints, context.boundary.allowances
     limits = context.config.limits
     bodies = app[BODIES] = Bodies(limits.bodies_bytes, limits.bodies_per_key_bytes)
     context.live.follow(lambda now: bodies.become(now.limits.bodies_bytes, now.limits.bodies_per_key_bytes))

@@ -11,11 +11,11 @@ from aiohttp import hdrs, web
 
 from agent.api.bodies import Bodies
 from agent.api.connection_limits import Table
+from agent.boundary import Boundary
 from agent.config import AgentConfig, Live, cache_group, hash_key, is_open
 from agent.control.follower import Follower
 from agent.gateway.dispatch import Dispatch
 from agent.gateway.passage import Passage
-from agent.gateway.wall import Wall
 from agent.mesh.peers import PeerTable
 from agent.mesh.signing import Nonces, RackKeys
 from agent.models.pool import Pool
@@ -37,7 +37,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
     live: Live
     dispatch: Dispatch
-    wall: Wall
+    boundary: Boundary
     pool: Pool
     follower: Follower
     peers: PeerTable

@@ -130,7 +130,7 @@ async def middleware(
         return response
     finally:
         if (passage := request.get(PASSAGE)) is not None:
-            request.app[CONTEXT].wall.close(passage, status)
+            request.app[CONTEXT].boundary.wall.close(passage, status)
         _log(request, request_id, status, code, time.monotonic() - began)
 
 

@@ -18,8 +18,8 @@ from agent.gateway.timed_reader import ReadTimeout, TimedReader
 from agent.gateway.wall import Wall
 from agent.policy.deciding import Place
 from agent.policy.outgoing import End, Piece
-from agent.policy.redaction import Redacted, Restorer
-from agent.policy.rules import Provider, provider
+from agent.policy.redaction import Redacted, Restorer, on_premises
+from agent.policy.rules import KeyPolicy, Provider, provider
 from agent.wire.frames import SUSPECT, Accepted, Answer, Done, Tokens, ToolCall
 from shared.errors import NotFound, RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -109,8 +109,13 @@ class Overflow:
         target = provider(passage.rules, place.provider)
         outgoing = outgoing_of(call.ask, place.model)
         await self._wall.leaves(passage, place, call.ask)
-        redacted = await self._analysis.redacted(outgoing, target)
-        spending = self._allowances.spend(target, most(target, outgoing))
+        if target.category == "premises":
+            redacted = on_premises(outgoing, target)
+        else:
+            redacted = await self._analysis.redacted(outgoing, target)
+        spending = self._allowances.reserve(
+            KeyPolicy(id=""), 0, 0, None, key_id="", provider=target, most_usd=most(target, outgoing)
+        )
         passage.at, passage.left, passage.redacted = place, left, redacted.counts
         end = End(finish="length")
         try:
@@ -125,7 +130,7 @@ class Overflow:
         finally:
             usd = _cost(target, place, end, call)
             passage.usd = spent(passage.usd, usd)
-            spending.settle(usd)
+            spending.settle(0, 0, usd)
 
     async def _restored(self, redacted: Redacted) -> AsyncGenerator[Piece | End, None]:
         """What the place answers, with the client's own texts in place of the placeholders."""

@@ -194,6 +194,11 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return {one.name: one for one in self.providers}
 
     @cached_property
+    def uses(self) -> frozenset[str]:
+        """Models of providers that an [[allow]] names."""
+        return frozenset(one.use for one in self.allow)
+
+    @cached_property
     def content_digest(self) -> str:
         """See ``digest``."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:12]
