@@ -48,7 +48,14 @@ class Boundary:
     cannot be used."""
 
     def __init__(
-        self, live: Live, state: Path, environ: Mapping[str, str], near: Neighbours, *, reach: Reach | None = None
+        self,
+        live: Live,
+        state: Path,
+        environ: Mapping[str, str],
+        near: Neighbours,
+        codes: Container[str],
+        *,
+        reach: Reach | None = None,
     ) -> None:
         node = live.now.node.id
         self._live, self._near = live, near
