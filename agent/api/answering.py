@@ -34,7 +34,7 @@ from agent.gateway.outcomes import ended
 from agent.gateway.passage import Passage
 from agent.gateway.wall import Asked
 from agent.policy import classes
-from agent.wire.frames import Accepted, Answer, Done, Generate, Scored, Tokens, Waits
+from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Scored, Tokens, Waits
 from shared.errors import RackError, Retryable
 
 R = TypeVar("R", bound=AnswerRequest | EmbedRequest)
@@ -96,19 +96,16 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
 async def passed(request: web.Request, wanted: AnswerRequest | EmbedRequest, key_id: str) -> Passage:
     """The request, decided by the policy; it is closed with its response. Raises Refused and Retryable."""
     header = request.headers.getall(classes.HEADER, ())
-    is_answer = isinstance(wanted, AnswerRequest)
-    asked = Asked(
-        request_id=request[REQUEST_ID],
-        key_id=key_id,
-        ask=wanted.generate if is_answer else wanted.embed,
-        header=classes.declared(header, classes.HEADER) if header else classes.NOTHING,
-        body=wanted.declared,
-        prompts=wanted.prompts if is_answer else (),
-        answers=wanted.n if is_answer else 1,
-        stream=is_answer and wanted.stream,
-    )
+    declared = classes.declared(header, classes.HEADER) if header else classes.NOTHING
+    asked = Asked(request[REQUEST_ID], key_id, _ask_of(wanted), declared, wanted.declared)
+    if isinstance(wanted, AnswerRequest):
+        asked = asked._replace(prompts=wanted.prompts, answers=wanted.n, stream=wanted.stream)
     passage = request[PASSAGE] = await request.app[CONTEXT].boundary.wall.enter(asked)
     return passage
+
+
+def _ask_of(wanted: AnswerRequest | EmbedRequest) -> Ask:
+    return wanted.generate if isinstance(wanted, AnswerRequest) else wanted.embed
 
 
 def calls_of(request: web.Request, wanted: AnswerRequest, key_id: str, passage: Passage) -> list[Call]:

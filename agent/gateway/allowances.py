@@ -16,8 +16,9 @@ import msgspec
 from agent.gateway.noted_totals import NotedTotals
 from agent.policy.limits import views
 from agent.policy.limits.book import Book, Now, Short, State, Taken
-from agent.policy.limits.limit import Amounts, Limit, Rate, cost, key_owner, nano, of_key, of_provider
+from agent.policy.limits.limit import Amounts, Limit, cost, key_owner, nano, of_key, of_provider
 from agent.policy.limits.share import Share
+from agent.policy.rates import Rate
 from agent.policy.rules import ANY, KeyPolicy, Provider, Rules
 from agent.policy.rules import of_key as policy_of_key
 from shared.durable import write_whole

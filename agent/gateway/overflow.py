@@ -4,6 +4,7 @@ cannot answer, or not in time. Nothing goes on to another place once the client 
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
+from decimal import Decimal
 
 from agent.egress.prices import cost, most
 from agent.egress.providers import Egress
@@ -18,7 +19,9 @@ from agent.gateway.timed_reader import ReadTimeout, TimedReader
 from agent.gateway.wall import Wall
 from agent.policy.deciding import Place
 from agent.policy.outgoing import End, Piece
-from agent.policy.redaction import Redacted, Restorer, on_premises
+from agent.policy.redaction import Redacted
+from agent.policy.redaction.replacing import on_premises
+from agent.policy.redaction.restoring import Restorer
 from agent.policy.rules import KeyPolicy, Provider, provider
 from agent.wire.frames import SUSPECT, Accepted, Answer, Done, Tokens, ToolCall
 from shared.errors import NotFound, RackError, Refused, Retryable
@@ -189,11 +192,8 @@ def _done(end: End, call: Call) -> Done:
     )
 
 
-def _cost(target: Provider, place: Place, end: End, call: Call) -> "object":
-    return cost(
-        target,
-        place.model,
-        end.prompt_tok or call.prompt_tok,
-        end.completion_tok or call.completion_tok,
-        end.cached_tok,
-    )
+def _cost(target: Provider, place: Place, end: End, call: Call) -> Decimal | None:
+    """What an answer cost, by the provider's own counts where it gave them."""
+    prompt = end.prompt_tok if end.prompt_tok is not None else call.prompt_tok
+    completion = end.completion_tok if end.completion_tok is not None else call.completion_tok
+    return cost(target, place.model, prompt, completion, end.cached_tok)

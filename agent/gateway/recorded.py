@@ -1,6 +1,7 @@
 """What the audit records of a request on its way through the wall. Pure."""
 
 from decimal import Decimal
+from typing import Any
 
 from agent.audit.entry import Answered, Entry, allowed
 from agent.gateway.call import Call
@@ -48,7 +49,7 @@ def ended_entry(passage: Passage, node: str, t_ms: int, now_s: float, status: in
     )
 
 
-def _decided(passage: Passage) -> dict[str, object]:
+def _decided(passage: Passage) -> dict[str, Any]:
     decision = passage.decision
     is_refused = isinstance(decision, Refuse)
     return {

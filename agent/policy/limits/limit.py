@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from typing import Literal, NamedTuple, get_args
 
-import msgspec
-
+from agent.policy.rates import Rate
 from agent.policy.rules import KeyPolicy, Money, Provider, dollars
 
 Span = Literal["minute", "day", "week", "month"]
@@ -39,13 +38,6 @@ class Limit(NamedTuple):
 
     name: Name
     most: int
-
-
-class Rate(msgspec.Struct, frozen=True):
-    """What a model's tokens cost on this rack, or at a provider, in US dollars per million."""
-
-    prompt_usd_per_mtok: Decimal
-    completion_usd_per_mtok: Decimal
 
 
 class Amounts(NamedTuple):
@@ -109,7 +101,7 @@ def cost(rate: Rate | None, prompt_tok: int, completion_tok: int) -> int:
     """The price of these tokens in billionths of a US dollar, rounded up; 0 without a rate."""
     if rate is None:
         return 0
-    per_million = rate.prompt_usd_per_mtok * prompt_tok + rate.completion_usd_per_mtok * completion_tok
+    per_million = rate.usd_per_mtok_in * prompt_tok + rate.usd_per_mtok_out * completion_tok
     return int((per_million * 1000).to_integral_value(ROUND_CEILING))
 
 

@@ -79,7 +79,7 @@ def test_headers_are_those_of_openai(tmp_path: Path) -> None:
 
 def test_a_reservation_shrinks_to_what_is_counted_and_then_to_what_was_used(tmp_path: Path) -> None:
     key = KeyPolicy(id="alice", tokens_per_minute=1000, day=Money(completion_tok=500, usd="1"))
-    held, rate = allowances(tmp_path, key), Rate(Decimal(100), Decimal(1000))
+    held, rate = allowances(tmp_path, key), Rate(usd_per_mtok_in=Decimal(100), usd_per_mtok_out=Decimal(1000))
 
     def left() -> list[Any]:
         return [one["left"] for one in held.usage("alice")["limits"]]

@@ -335,9 +335,7 @@ async def test_clearing_needs_every_node_and_what_failed_comes_back(site: Site) 
     site.beat()
     await site.ready()
     site.cut = {("a", "c")}  # and it is not noticed yet
-    with pytest.raises(
-        Refused, match=r"not cleared everywhere \(c: .*\); .* come back from there: run it again"
-    ):
+    with pytest.raises(Refused, match=r"not cleared everywhere \(c: .*\); .* come back from there: run it again"):
         await a.taints.clear()
     site.cut.clear()
     await site.settle(lambda: b.sees("one") == "taint", "b has them again from c")

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.policy.limits.limit import Amounts, Limit, Name, Rate, cost, of_key, of_provider, parts, period
+from agent.policy.limits.limit import Amounts, Limit, Name, cost, of_key, of_provider, parts, period
 from agent.policy.limits.share import basis
 from agent.policy.limits.use import SLOTS, WindowUse
+from agent.policy.rates import Rate
 from agent.policy.rules import KeyPolicy, Money, Provider
 
 DAY_S = 86_400
@@ -98,10 +99,10 @@ def test_parts_sum_to_the_limit(most: int, nodes: int) -> None:
     ("rate", "prompt", "completion", "nano"),
     [
         (None, 10**6, 10**6, 0),
-        (Rate(Decimal("0.05"), Decimal("0.20")), 1, 0, 50),
-        (Rate(Decimal("0.05"), Decimal("0.20")), 1000, 1000, 250_000),
-        (Rate(Decimal("0.0001"), Decimal(0)), 1, 0, 1),  # rounded up
-        (Rate(Decimal(3), Decimal(15)), 10**6, 10**6, 18 * 10**9),
+        (Rate(usd_per_mtok_in=Decimal("0.05"), usd_per_mtok_out=Decimal("0.20")), 1, 0, 50),
+        (Rate(usd_per_mtok_in=Decimal("0.05"), usd_per_mtok_out=Decimal("0.20")), 1000, 1000, 250_000),
+        (Rate(usd_per_mtok_in=Decimal("0.0001"), usd_per_mtok_out=Decimal(0)), 1, 0, 1),  # rounded up
+        (Rate(usd_per_mtok_in=Decimal(3), usd_per_mtok_out=Decimal(15)), 10**6, 10**6, 18 * 10**9),
     ],
 )
 def test_a_price_is_whole_billionths_rounded_up(rate: Rate | None, prompt: int, completion: int, nano: int) -> None:
