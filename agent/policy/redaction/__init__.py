@@ -1,8 +1,4 @@
-"""What of a text must not leave the premises, replaced by placeholders and restored in the answer. Pure.
-
-The detectors (`agent.policy.redaction.detectors`) are large; the gateway runs them in a process of their own, and this
-package makes of their findings what may leave.
-"""
+"""What of a text must not leave the premises, replaced by placeholders and restored in the answer."""
 
 from agent.policy.redaction.redacted import Redacted
 
