@@ -125,6 +125,42 @@ def _connecting(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield getattr(node, "lineno", 0), f"imports {', '.join(sorted(clients))}"
 
 
+SEALED = "agent/policy/redaction"
+"""The only package that makes a Redacted."""
+
+
+def unsealed(root: Path) -> list[str]:
+    """Every place outside its package that could make a Redacted or change one, for display: the seal's name, a call of
+    the class, and what goes around a constructor."""
+    found = list[str]()
+    for path in sorted(path for name in PRODUCT for path in (root / name).rglob("*.py")):
+        file = path.relative_to(root).as_posix()
+        if not file.startswith(f"{SEALED}/"):
+            found += (f"{file}:{line}: {what}" for line, what in _unsealed(ast.parse(path.read_text())))
+    return found
+
+
+def _unsealed(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    made = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name == "Redacted"
+    } | {"Redacted"}
+    for node in ast.walk(tree):
+        named = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None)
+        if "_SEAL" in (named, getattr(node, "value", None)):
+            yield getattr(node, "lineno", 0), "the seal of Redacted"
+        if isinstance(node, ast.Call):
+            texts = [ast.unparse(one) for one in (node.func, *node.args)]
+            around = texts[0].split(".")[-1] in ("__new__", "__setattr__", "partial", "type", "setattr", "cast")
+            if texts[0].split(".")[-1] in made or (around and any(one.split(".")[-1] in made for one in texts)):
+                yield node.lineno, "makes a Redacted"
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(one).split(".")[-1] in made for one in node.bases):
+            yield node.lineno, "a subclass of Redacted"
+
+
 def measures(root: Path) -> list[Measure]:
     """Every row of the table."""
     files = {path.relative_to(root): path.read_text() for name in PRODUCT for path in (root / name).rglob("*.py")}
@@ -202,10 +238,11 @@ def _arrows(graph: grimp.ImportGraph) -> int:
 def main() -> int:
     """The table, or with --pure the calls."""
     options = parser(__doc__)
-    options.add_argument("--pure", action="store_true", help="check only that pure modules call no clock and no file")
-    calls = planted(ROOT)
-    calls += outbound(ROOT)
-    print("\n".join(calls) or "no pure module calls a clock, a file or the interpreter")
+    options.add_argument("--pure", action="store_true", help="check only calls: of clocks and files, of Redacted, out")
+    calls = [*planted(ROOT), *outbound(ROOT), *unsealed(ROOT)]
+    print(
+        "\n".join(calls) or "no pure module calls a clock, a file or the interpreter; only redaction makes a Redacted"
+    )
     if options.parse_args().pure:
         return 1 if calls else 0
     rows = measures(ROOT)
