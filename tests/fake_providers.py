@@ -45,6 +45,8 @@ class FakeProvider:
     def __init__(self, *script: Step, tls: Tls | None = None) -> None:
         self.script = list(script)
         self.requests: list[Request] = []
+        self.asked = dict[asyncio.StreamWriter, Request]()
+        """What is answered on a connection."""
         self.connections = 0
         self.hung_up = asyncio.Event()
         """Set when a client closes its connection before its answer is complete."""
@@ -81,6 +83,7 @@ class FakeProvider:
                 await writer.start_tls(context)
             while (request := await _read(reader)) is not None:
                 self.requests.append(request)
+                self.asked[writer] = request
                 step = self.script[0] if len(self.script) == 1 else self.script.pop(0)
                 gone = asyncio.create_task(reader.read(1))
                 answer = asyncio.create_task(step(self, writer))
@@ -152,7 +155,7 @@ def status(code: int, body: Any = b"", **headers: str) -> Step:
     """An answer with a status, and a body as bytes or as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    named = {"Content-Type": "application/json", "Content-Length": str(len(raw)), **named}
+    named = {"Content-Type": "application/json", "Content-Length": str(len(raw)), "Connection": "close", **named}
 
     async def step(_: FakeProvider, writer: asyncio.StreamWriter) -> None:
         await _write(writer, _head(code, named), raw)
@@ -162,7 +165,7 @@ def status(code: int, body: Any = b"", **headers: str) -> Step:
 
 def stream(events: Sequence[bytes], *, end: bool = True, then: Step | None = None, **headers: str) -> Step:
     """An event stream, an event at a time; without ``end`` it breaks off."""
-    named = {"Content-Type": "text/event-stream; charset=utf-8", "Transfer-Encoding": "chunked"}
+    named = {"Content-Type": "text/event-stream; charset=utf-8", "Transfer-Encoding": "chunked", "Connection": "close"}
     named |= {name.replace("_", "-"): value for name, value in headers.items()}
 
     async def step(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:

@@ -3,6 +3,7 @@ words. A body is sent once, and once more where nothing of an answer has arrived
 
 import asyncio
 import contextlib
+import io
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -125,7 +126,9 @@ class Exchange:
         try:
             async with asyncio.timeout_at(limits.by_s(loop.time())):
                 session = await self._connections.session(provider.category)
-                return await session.post(url, data=payload, headers=_headers(provider, secret), allow_redirects=False)
+                # a file, because it is sent in pieces
+                body, headers = io.BytesIO(payload), _headers(provider, secret)
+                return await session.post(url, data=body, headers=headers, allow_redirects=False)
         except aiohttp.ClientError as raised:
             # what a client library raises holds the headers of the request: none of it is kept
             error = failures.of_connection(provider.name, url, raised)

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from typing import Any
 
 import msgspec
@@ -66,11 +66,7 @@ class Egress:
         if type(redacted) is not Redacted:
             raise TypeError(f"egress: sends what redaction has made, not {type(redacted).__name__}")
         provider = _permitted(redacted, self._rules())
-        try:
-            payload = prices.body(provider, redacted.outgoing)
-        except RecursionError:
-            raise Refused("tools or response_format: nested too deeply", code="provider_refused") from None
-        return self._answer(provider, redacted.outgoing, payload)
+        return self._answer(provider, redacted.outgoing, _written(provider, redacted.outgoing))
 
     def rest_s(self, name: str) -> float:
         """How long a provider is left alone because it failed; 0 if it may be asked now."""
@@ -111,7 +107,8 @@ class Egress:
             breaker.ok()
             raise
         except RackError as error:
-            breaker.failed(self._clock(), error.message, getattr(error, "retry_after_s", None))
+            told_s = error.retry_after_s if isinstance(error, Retryable) else None
+            breaker.failed(self._clock(), error.message, told_s, tried=tried)
             log.warning("provider_failed", provider=provider.name, code=error.code, why=error.message)
             raise
         finally:
@@ -186,6 +183,14 @@ def _permitted(redacted: Redacted, rules: Rules) -> Provider:
     if why := unfit_url(provider.base_url, provider.category):
         raise Halt(f"provider {provider.name}: url {why}; the operator has to correct it", code="provider_setup")
     return provider
+
+
+def _written(provider: Provider, outgoing: Outgoing) -> bytes:
+    """The request in the provider's API. Raises Refused; what could not be written is in no error."""
+    with suppress(RecursionError, UnicodeError, msgspec.MsgspecError):
+        return prices.body(provider, outgoing)
+    what = "nested too deeply, not JSON, or half a character"
+    raise Refused(f"messages, tools or response_format: cannot be sent ({what})", code="provider_refused")
 
 
 def _forbidden(why: str) -> Refused:

@@ -494,6 +494,72 @@ async def test_a_client_that_leaves_closes_the_connection(begun: bool) -> None:
         await out.close()
 
 
+async def test_a_client_that_leaves_closes_the_connection_with_tls_too(tmp_path: Path) -> None:
+    async with posing(tmp_path, stream([chunk({"content": "x"})], end=False, then=hang)) as (fakes, reach):
+        out = egress(provider("openai"), reach=reach)
+        pieces = out.send(sealed())
+        assert await anext(pieces) == Piece(text="x")
+        await pieces.aclose()
+        async with asyncio.timeout(60):
+            await fakes["api.openai.com"].hung_up.wait()
+        await out.close()
+
+
+async def test_many_at_once_have_their_own_answers(tmp_path: Path) -> None:
+    async def echoes(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:
+        mine = provider.asked[writer].json["messages"][0]["content"]
+        await stream(openai_chat(mine[:2], mine[2:]))(provider, writer)
+
+    async with posing(tmp_path, echoes) as (fakes, reach):
+        out = egress(provider("openai"), reach=reach)
+        texts = [f"request {n}" for n in range(30)]
+        sent = [sealed(outgoing(Turn(role="user", content=text))) for text in texts]
+        found = await asyncio.gather(*(answered(out, one) for one in sent))
+        assert sorted(one[0] for one in found) == sorted(texts)
+        assert fakes["api.openai.com"].connections == 30
+        await out.close()
+
+
+async def test_a_large_request_is_sent_whole_by_a_name_that_the_system_resolves() -> None:
+    large = "ä" * (3 << 20)
+    async with FakeProvider(status(404), stream(openai_chat("x"))) as server:
+        out = egress(provider("local", url=f"http://localhost:{server.port}/v1"))
+        sent = sealed(outgoing(Turn(role="user", content=large)), category="premises")
+        assert (await answered(out, sent))[0] == "x"
+        assert server.requests[-1].json["messages"][0]["content"] == large
+        assert server.requests[-1].headers["content-length"] == str(len(server.requests[-1].body))
+        await out.close()
+
+
+@pytest.mark.parametrize("broken", [outgoing(Turn(role="user", content="\ud800marker")), outgoing(tools=("{marker",))])
+async def test_what_cannot_be_written_is_refused_without_quoting_it(broken: Outgoing) -> None:
+    with pytest.raises(Refused) as caught:
+        egress(provider()).send(sealed(broken))
+    error = caught.value
+    assert "marker" not in f"{error} {error.__context__!r} {error.__cause__!r}"
+
+
+async def test_the_fake_speaks_what_the_official_client_reads() -> None:
+    """So that what is tested against it is what OpenAI sends."""
+    import openai
+
+    call = ("call_a", "weather", '{"city": "Köln"}')
+    tools: Any = [{"type": "function", "function": json.loads(TOOL)}]
+    asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "u"}]}
+    asked["stream_options"] = {"include_usage": True}
+    async with (
+        FakeProvider(stream(openai_chat("Hel", "lo")), stream(openai_calls(call))) as server,
+        openai.AsyncOpenAI(base_url=server.url, api_key="x", max_retries=0) as client,
+    ):
+        async with client.chat.completions.stream(**asked) as first:
+            done = await first.get_final_completion()
+        assert (done.choices[0].message.content, done.usage and done.usage.prompt_tokens) == ("Hello", 9)
+        async with client.chat.completions.stream(**asked, tools=tools) as second:
+            done = await second.get_final_completion()
+        made = [one.function for one in done.choices[0].message.tool_calls or ()]
+        assert [(one.name, json.loads(one.arguments)) for one in made] == [("weather", {"city": "Köln"})]
+
+
 # ---- the breaker ----
 
 
