@@ -33,13 +33,20 @@ def addresses(host: str, port: int) -> list[Endpoint]:
     return [Endpoint(family, socket.getnameinfo(at, numeric)[0], port) for family, _, _, _, at in found]
 
 
+def trust() -> ssl.SSLContext:
+    """The system's certificates. No keys of TLS go to a file, whatever the environment says. Blocks."""
+    context = ssl.create_default_context()
+    context.keylog_filename = None  # type: ignore[assignment]
+    return context
+
+
 class Reach(NamedTuple):
     """How hosts are reached, and what is trusted. No configuration leads to another one than ``SYSTEM``; tests have
     their own, which map the hosts of providers to this machine."""
 
     addresses: Callable[[str, int], Sequence[Endpoint]] = addresses
     unfit: Callable[[str, Category], str] = unfit
-    trust: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    trust: Callable[[], ssl.SSLContext] = trust
 
 
 SYSTEM = Reach()

@@ -117,7 +117,8 @@ class Egress:
     async def _pieces(
         self, provider: Provider, outgoing: Outgoing, payload: bytes
     ) -> AsyncGenerator[Piece | End, None]:
-        limits = Limits(provider, asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        limits = Limits(provider, loop.time())
         if provider.kind == "local":
             await self._check_stays(provider, outgoing.model, limits)
         reader, events, received = _reader(provider, outgoing), Events(), 0
@@ -128,8 +129,9 @@ class Egress:
                 if received > MOST_ANSWER_BYTES:
                     raise failures.of_garbage(provider.name, f"more than {MOST_ANSWER_BYTES >> 20} MiB")
                 for piece in _taken(provider, reader, events, data):
-                    limits.heard()
+                    read_s = loop.time()
                     yield piece
+                    limits.heard(loop.time() - read_s)
             rest = _rest(provider, reader, events)
         for last in rest:
             yield last

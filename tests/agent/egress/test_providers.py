@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import tracemalloc
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from agent.egress import connections, exchange, failures
 from agent.egress.connections import Reach
+from agent.egress.credentials import Credentials
 from agent.egress.providers import Egress
 from agent.policy.outgoing import Called, Outgoing, Piece, Turn
 from agent.policy.redaction import Redacted
@@ -443,6 +445,56 @@ async def test_a_provider_that_hangs_is_given_up(
     server, error = await local([answer], **limits)
     assert (error.code, what in error.message) == ("provider_timeout", True), error.message
     assert len(server.requests) <= 1, "what took all the time is not tried again"
+
+
+async def early_hints(_: FakeProvider, writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 500)
+        await writer.drain()
+
+
+async def test_hints_without_end_are_not_an_answer() -> None:
+    _, error = await local([early_hints], first_token_s=0.4)
+    assert error.code == "provider_timeout"
+
+
+@pytest.mark.parametrize("where", ["name", "connection", "key"])
+async def test_what_hangs_before_a_request_is_sent_is_given_up(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECT_S", 0.4)
+    go = threading.Event()
+
+    def waits(*_: object) -> Any:
+        go.wait(60)
+        raise OSError("late")
+
+    async with FakeProvider(hang) as silent, posing(tmp_path, hang) as (_, reach):
+        if where == "connection":  # accepts, and never speaks TLS
+            reach = reach._replace(
+                addresses=lambda *_: [connections.Endpoint(socket.AF_INET, "127.0.0.1", silent.port)]
+            )
+        elif where == "name":
+            reach = reach._replace(addresses=waits)
+        else:
+            monkeypatch.setattr("agent.egress.providers.Credentials", lambda e, clock: Credentials(e, look_up=waits))
+        out = egress(provider("openai", first_token_s=30 if where != "key" else 0.4), reach=reach)
+        error = await failed(out, sealed())
+        assert error.code == ("provider_setup" if where == "key" else "provider_timeout"), error.message
+        go.set()
+        await out.close()
+
+
+async def test_a_client_that_reads_slowly_costs_the_provider_nothing() -> None:
+    """What a client takes to read is not the provider's time: it must not close a provider for everybody."""
+    async with FakeProvider(status(404), stream(openai_chat("a", "b"))) as server:
+        out = egress(provider("local", url=server.url, request_s=1.5))
+        async with aclosing(out.send(sealed(category="premises"))) as pieces:
+            assert await anext(pieces) == Piece(text="a")
+            await asyncio.sleep(1.6)
+            assert await anext(pieces) == Piece(text="b")
+        assert out.status()[0]["problem"] == ""
+        await out.close()
 
 
 async def test_a_request_is_tried_once_more_on_another_connection() -> None:
