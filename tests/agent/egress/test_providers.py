@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import threading
 import tracemalloc
 from contextlib import aclosing
@@ -14,6 +15,7 @@ import pytest
 from agent.egress import connections, exchange, failures
 from agent.egress.connections import Reach
 from agent.egress.credentials import Credentials
+from agent.egress.exchange import Exchange, Limits
 from agent.egress.providers import Egress
 from agent.policy.outgoing import Called, Outgoing, Piece, Turn
 from agent.policy.redaction import Redacted
@@ -487,14 +489,48 @@ async def test_what_hangs_before_a_request_is_sent_is_given_up(
 
 async def test_a_client_that_reads_slowly_costs_the_provider_nothing() -> None:
     """What a client takes to read is not the provider's time: it must not close a provider for everybody."""
-    async with FakeProvider(status(404), stream(openai_chat("a", "b"))) as server:
+    go = asyncio.Event()
+    first, *rest = openai_chat("a", "b")[1:]
+
+    body = b"".join([first, *rest])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def step(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:
+        await raw(head + first)(provider, writer)
+        await go.wait()
+        await raw(b"".join(rest))(provider, writer)
+
+    async with FakeProvider(status(404), step) as server:
         out = egress(provider("local", url=server.url, request_s=1.5))
         async with aclosing(out.send(sealed(category="premises"))) as pieces:
             assert await anext(pieces) == Piece(text="a")
             await asyncio.sleep(1.6)
+            go.set()
             assert await anext(pieces) == Piece(text="b")
         assert out.status()[0]["problem"] == ""
         await out.close()
+
+
+async def test_a_provider_that_never_pauses_meets_its_limit() -> None:
+    class Ready:
+        content: Any = None
+
+        async def readany(self) -> bytes:
+            return b"data: {}\n\n"
+
+    response: Any = Ready()
+    response.content = response
+    loop = asyncio.get_running_loop()
+    over = Limits(provider("local", url="http://127.0.0.1:1/v1", first_token_s=5), loop.time() - 5)
+    with pytest.raises(Retryable, match="first token"):
+        await Exchange(Any, Any).read(response, provider(), over)  # type: ignore[arg-type]
+
+
+def test_no_keys_of_tls_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    context = connections.trust()
+    assert context.keylog_filename is None
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
 async def test_a_request_is_tried_once_more_on_another_connection() -> None:
