@@ -45,12 +45,14 @@ class FakeProvider:
     def __init__(self, *script: Step, tls: Tls | None = None) -> None:
         self.script = list(script)
         self.requests: list[Request] = []
+        self.asked = dict[asyncio.StreamWriter, Request]()
+        """What is answered on a connection."""
         self.connections = 0
         self.hung_up = asyncio.Event()
         """Set when a client closes its connection before its answer is complete."""
         self.port = 0
         self._tls = tls
-        self._tasks = set[asyncio.Task[Any]]()
+        self._tasks, self._writers = set[asyncio.Task[Any]](), list[asyncio.StreamWriter]()
 
     @property
     def url(self) -> str:
@@ -64,8 +66,8 @@ class FakeProvider:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
+        for writer in self._writers:
+            writer.transport.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -73,33 +75,37 @@ class FakeProvider:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        self._writers.append(writer)
         self.connections += 1
         try:
             if self._tls is not None:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(self._tls.certificate, self._tls.key)
                 await writer.start_tls(context)
-            while (request := await _read(reader)) is not None:
-                self.requests.append(request)
-                step = self.script[0] if len(self.script) == 1 else self.script.pop(0)
-                gone = asyncio.create_task(reader.read(1))
-                answer = asyncio.create_task(step(self, writer))
-                done, _ = await asyncio.wait((gone, answer), return_when=asyncio.FIRST_COMPLETED)
-                if answer not in done:
-                    answer.cancel()
-                    self.hung_up.set()
-                    return
-                gone.cancel()
-                await answer
-                return
+            await self._answer(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
             self.hung_up.set()
         finally:
             with contextlib.suppress(OSError, ssl.SSLError):
                 writer.close()
 
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await _read(reader)
+        self.requests.append(request)
+        self.asked[writer] = request
+        step = self.script[0] if len(self.script) == 1 else self.script.pop(0)
+        gone, answer = asyncio.ensure_future(reader.read(1)), asyncio.ensure_future(step(self, writer))
+        done, _ = await asyncio.wait((gone, answer), return_when=asyncio.FIRST_COMPLETED)
+        if answer not in done:
+            self.hung_up.set()
+        for one in (gone, answer):
+            one.cancel()
+        found = await asyncio.gather(gone, answer, return_exceptions=True)
+        if isinstance(found[1], Exception):
+            raise found[1]
 
-async def _read(reader: asyncio.StreamReader) -> Request | None:
+
+async def _read(reader: asyncio.StreamReader) -> Request:
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode().rstrip().split("\r\n")
     method, path, _ = first.split(" ")
@@ -152,7 +158,7 @@ def status(code: int, body: Any = b"", **headers: str) -> Step:
     """An answer with a status, and a body as bytes or as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    named = {"Content-Type": "application/json", "Content-Length": str(len(raw)), **named}
+    named = {"Content-Type": "application/json", "Content-Length": str(len(raw)), "Connection": "close", **named}
 
     async def step(_: FakeProvider, writer: asyncio.StreamWriter) -> None:
         await _write(writer, _head(code, named), raw)
@@ -162,7 +168,7 @@ def status(code: int, body: Any = b"", **headers: str) -> Step:
 
 def stream(events: Sequence[bytes], *, end: bool = True, then: Step | None = None, **headers: str) -> Step:
     """An event stream, an event at a time; without ``end`` it breaks off."""
-    named = {"Content-Type": "text/event-stream; charset=utf-8", "Transfer-Encoding": "chunked"}
+    named = {"Content-Type": "text/event-stream; charset=utf-8", "Transfer-Encoding": "chunked", "Connection": "close"}
     named |= {name.replace("_", "-"): value for name, value in headers.items()}
 
     async def step(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:

@@ -38,11 +38,12 @@ class Breaker:
         """It answered completely, or refused a request for what is in it."""
         self._in_a_row, self._open, self._pause_s, self._until_s, self.reason = 0, False, FIRST_PAUSE_S, 0.0, ""
 
-    def failed(self, now_s: float, reason: str, told_s: float | None = None) -> None:
-        """It failed; ``told_s`` is when it said to come back."""
+    def failed(self, now_s: float, reason: str, told_s: float | None = None, *, tried: bool = False) -> None:
+        """It failed; ``told_s`` is when it said to come back. Only one that ``tried`` lengthens the pause: the others
+        were sent before it."""
         self._in_a_row += 1
         self.reason = reason
-        if self._open and self._trying:
+        if tried:
             self._pause_s = min(MOST_PAUSE_S, self._pause_s * 2)
         if self._in_a_row >= OPENS_AFTER or self._open:
             self._open = True

@@ -28,9 +28,16 @@ class Endpoint(NamedTuple):
 def addresses(host: str, port: int) -> list[Endpoint]:
     """What the system's resolver says. Blocks. Raises OSError."""
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # as text, a link-local address keeps its interface
     return [Endpoint(family, socket.getnameinfo(at, numeric)[0], port) for family, _, _, _, at in found]
+
+
+def trust() -> ssl.SSLContext:
+    """The system's certificates. No keys of TLS go to a file, whatever the environment says. Blocks."""
+    context = ssl.create_default_context()
+    context.keylog_filename = None  # type: ignore[assignment]
+    return context
 
 
 class Reach(NamedTuple):
@@ -39,7 +46,7 @@ class Reach(NamedTuple):
 
     addresses: Callable[[str, int], Sequence[Endpoint]] = addresses
     unfit: Callable[[str, Category], str] = unfit
-    trust: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    trust: Callable[[], ssl.SSLContext] = trust
 
 
 SYSTEM = Reach()
@@ -57,7 +64,8 @@ class Connections:
         if category not in self._sessions:
             # reads the system's certificates
             context = await self._lookups.ask("trust", self._reach.trust)
-            self._sessions.setdefault(category, self._opened(category, context))
+            if category not in self._sessions:  # another request may have been here meanwhile
+                self._sessions[category] = self._opened(category, context)
         return self._sessions[category]
 
     async def close(self) -> None:

@@ -3,6 +3,7 @@ words. A body is sent once, and once more where nothing of an answer has arrived
 
 import asyncio
 import contextlib
+import io
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -37,9 +38,11 @@ class Limits:
         self._first_s, self._until_s = now_s + provider.first_token_s, now_s + provider.request_s
         self._began = False
 
-    def heard(self) -> None:
-        """A piece of the answer arrived. What keeps a connection alive is none."""
+    def heard(self, waited_s: float = 0.0) -> None:
+        """A piece of the answer arrived; what keeps a connection alive is not one. The ``waited_s`` that its reader
+        then took are not the provider's."""
         self._began = True
+        self._until_s += waited_s
 
     def by_s(self, now_s: float) -> float:
         """When the next bytes have to be here."""
@@ -90,7 +93,7 @@ class Exchange:
 
     async def short(self, provider: Provider, url: str, payload: bytes, limits: Limits, most: int) -> tuple[int, bytes]:
         """Status and body of a short answer, of which at most ``most`` bytes are read. Raises RackError."""
-        secret = await self._secret(provider)
+        secret = await self._secret(provider, limits)
         found = await self._posted(provider, url, payload, secret, limits)
         if isinstance(found, Failed):
             raise found.error
@@ -100,7 +103,7 @@ class Exchange:
     async def _attempt(
         self, provider: Provider, url: str, payload: bytes, limits: Limits
     ) -> aiohttp.ClientResponse | Failed:
-        secret = await self._secret(provider)
+        secret = await self._secret(provider, limits)
         found = await self._posted(provider, url, payload, secret, limits)
         if isinstance(found, Failed):
             return found
@@ -114,7 +117,7 @@ class Exchange:
             kind = failures.kind_in(await self._body(found, MOST_ERROR_BYTES))
         told_s = failures.retry_after_s(found.headers, datetime.now(UTC))
         error = failures.of_status(provider.name, found.status, kind, told_s)
-        if found.status == 401 and secret is not None and await self._is_renewed(provider, secret):
+        if found.status == 401 and secret is not None and await self._is_renewed(provider, secret, limits):
             return Failed(error, 0.0)
         return Failed(error, failures.pause_s(error))
 
@@ -125,7 +128,9 @@ class Exchange:
         try:
             async with asyncio.timeout_at(limits.by_s(loop.time())):
                 session = await self._connections.session(provider.category)
-                return await session.post(url, data=payload, headers=_headers(provider, secret), allow_redirects=False)
+                # a file, because it is sent in pieces
+                body, headers = io.BytesIO(payload), _headers(provider, secret)
+                return await session.post(url, data=body, headers=headers, allow_redirects=False)
         except aiohttp.ClientError as raised:
             # what a client library raises holds the headers of the request: none of it is kept
             error = failures.of_connection(provider.name, url, raised)
@@ -143,22 +148,26 @@ class Exchange:
                     found += piece[: most - len(found)]
         return found
 
-    async def _secret(self, provider: Provider) -> Secret | None:
+    async def _secret(self, provider: Provider, limits: Limits) -> Secret | None:
         """The provider's key; None for one on the premises that needs none. Raises Halt."""
         if not provider.secret and provider.kind == "local":
             return None
         why = "it has no key; the operator has to set [[providers]] secret"
         if provider.secret:
+            loop = asyncio.get_running_loop()
             try:
-                return await self._credentials.of(provider.secret)
+                async with asyncio.timeout_at(limits.by_s(loop.time())):
+                    return await self._credentials.of(provider.secret)
             except Halt as error:
                 why = error.message
+            except TimeoutError:
+                why = "its key is not known in time; the operator has to look at what keeps it"
         raise Halt(f"provider {provider.name}: {why}", code="provider_setup")
 
-    async def _is_renewed(self, provider: Provider, refused: Secret) -> bool:
+    async def _is_renewed(self, provider: Provider, refused: Secret, limits: Limits) -> bool:
         """Whether another key stands behind the reference by now."""
         self._credentials.drop(provider.secret)
-        found = await self._secret(provider)
+        found = await self._secret(provider, limits)
         return found is not None and found.reveal() != refused.reveal()
 
 

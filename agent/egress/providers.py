@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from typing import Any
 
 import msgspec
@@ -66,11 +66,7 @@ class Egress:
         if type(redacted) is not Redacted:
             raise TypeError(f"egress: sends what redaction has made, not {type(redacted).__name__}")
         provider = _permitted(redacted, self._rules())
-        try:
-            payload = prices.body(provider, redacted.outgoing)
-        except RecursionError:
-            raise Refused("tools or response_format: nested too deeply", code="provider_refused") from None
-        return self._answer(provider, redacted.outgoing, payload)
+        return self._answer(provider, redacted.outgoing, _written(provider, redacted.outgoing))
 
     def rest_s(self, name: str) -> float:
         """How long a provider is left alone because it failed; 0 if it may be asked now."""
@@ -111,7 +107,8 @@ class Egress:
             breaker.ok()
             raise
         except RackError as error:
-            breaker.failed(self._clock(), error.message, getattr(error, "retry_after_s", None))
+            told_s = error.retry_after_s if isinstance(error, Retryable) else None
+            breaker.failed(self._clock(), error.message, told_s, tried=tried)
             log.warning("provider_failed", provider=provider.name, code=error.code, why=error.message)
             raise
         finally:
@@ -120,7 +117,8 @@ class Egress:
     async def _pieces(
         self, provider: Provider, outgoing: Outgoing, payload: bytes
     ) -> AsyncGenerator[Piece | End, None]:
-        limits = Limits(provider, asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        limits = Limits(provider, loop.time())
         if provider.kind == "local":
             await self._check_stays(provider, outgoing.model, limits)
         reader, events, received = _reader(provider, outgoing), Events(), 0
@@ -131,8 +129,9 @@ class Egress:
                 if received > MOST_ANSWER_BYTES:
                     raise failures.of_garbage(provider.name, f"more than {MOST_ANSWER_BYTES >> 20} MiB")
                 for piece in _taken(provider, reader, events, data):
-                    limits.heard()
+                    read_s = loop.time()
                     yield piece
+                    limits.heard(loop.time() - read_s)
             rest = _rest(provider, reader, events)
         for last in rest:
             yield last
@@ -186,6 +185,14 @@ def _permitted(redacted: Redacted, rules: Rules) -> Provider:
     if why := unfit_url(provider.base_url, provider.category):
         raise Halt(f"provider {provider.name}: url {why}; the operator has to correct it", code="provider_setup")
     return provider
+
+
+def _written(provider: Provider, outgoing: Outgoing) -> bytes:
+    """The request in the provider's API. Raises Refused; what could not be written is in no error."""
+    with suppress(RecursionError, UnicodeError, msgspec.MsgspecError):
+        return prices.body(provider, outgoing)
+    what = "nested too deeply, not JSON, or half a character"
+    raise Refused(f"messages, tools or response_format: cannot be sent ({what})", code="provider_refused")
 
 
 def _forbidden(why: str) -> Refused:

@@ -61,8 +61,6 @@ class Events:
             self._bytes += len(value) + _LINE_COST
         elif field == b"event":
             self._name = value[:64].decode("ascii", "replace")
-        if self._bytes > MOST_EVENT_BYTES:
-            raise Garbage(f"an event of more than {MOST_EVENT_BYTES >> 20} MiB")
         return None
 
     def _dispatched(self) -> Event | None:

@@ -18,7 +18,8 @@ def test_it_opens_after_three_failures_and_lets_one_try() -> None:
     assert breaker.rest_s(later_s) == 0
     assert breaker.began()
     assert breaker.rest_s(later_s) > 0, "one at a time"
-    breaker.failed(later_s, "again")
+    breaker.failed(later_s, "of one that was sent before")
+    breaker.failed(later_s, "again", tried=True)
     breaker.ended(tried=True)
     assert breaker.rest_s(later_s) == 2 * FIRST_PAUSE_S
     assert breaker.began()
@@ -49,7 +50,7 @@ def test_a_pause_is_bounded_and_a_success_ends_it(events: list[tuple[str, float]
         if event == "ok":
             breaker.ok()
         elif event != "left":
-            breaker.failed(now_s, "why", 10_000.0 if event == "told" else None)
+            breaker.failed(now_s, "why", 10_000.0 if event == "told" else None, tried=tried)
         breaker.ended(tried=tried)
         assert 0 <= breaker.rest_s(now_s) <= max(MOST_PAUSE_S, MOST_TOLD_S)
         assert event != "ok" or breaker.rest_s(now_s) == 0

@@ -59,6 +59,8 @@ def test_listed_prices(kind: str, model: str, more: dict[str, str]) -> None:
     ("kind", "model", "more"),
     [
         ("openai", "of-tomorrow-9", {}),
+        ("openai", "text-embedding-3-large", {}),
+        ("openrouter", "agentica-org/deepcoder-14b-preview:free", {}),
         ("openrouter", "made/up", {}),
         ("openai", "gpt-4o", {"url": "https://proxy.example/v1"}),
         ("compatible", "gpt-4o", {"url": "https://somewhere.example/v1"}),

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import ssl
+import threading
 import tracemalloc
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from agent.egress import connections, exchange, failures
 from agent.egress.connections import Reach
+from agent.egress.credentials import Credentials
+from agent.egress.exchange import Exchange, Limits
 from agent.egress.providers import Egress
 from agent.policy.outgoing import Called, Outgoing, Piece, Turn
 from agent.policy.redaction import Redacted
@@ -445,6 +449,90 @@ async def test_a_provider_that_hangs_is_given_up(
     assert len(server.requests) <= 1, "what took all the time is not tried again"
 
 
+async def early_hints(_: FakeProvider, writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 500)
+        await writer.drain()
+
+
+async def test_hints_without_end_are_not_an_answer() -> None:
+    _, error = await local([early_hints], first_token_s=0.4)
+    assert error.code == "provider_timeout"
+
+
+@pytest.mark.parametrize("where", ["name", "connection", "key"])
+async def test_what_hangs_before_a_request_is_sent_is_given_up(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECT_S", 0.4)
+    go = threading.Event()
+
+    def waits(*_: object) -> Any:
+        go.wait(60)
+        raise OSError("late")
+
+    async with FakeProvider(hang) as silent, posing(tmp_path, hang) as (_, reach):
+        if where == "connection":  # accepts, and never speaks TLS
+            reach = reach._replace(
+                addresses=lambda *_: [connections.Endpoint(socket.AF_INET, "127.0.0.1", silent.port)]
+            )
+        elif where == "name":
+            reach = reach._replace(addresses=waits)
+        else:
+            monkeypatch.setattr("agent.egress.providers.Credentials", lambda e, clock: Credentials(e, look_up=waits))
+        out = egress(provider("openai", first_token_s=30 if where != "key" else 0.4), reach=reach)
+        error = await failed(out, sealed())
+        assert error.code == ("provider_setup" if where == "key" else "provider_timeout"), error.message
+        go.set()
+        await out.close()
+
+
+async def test_a_client_that_reads_slowly_costs_the_provider_nothing() -> None:
+    """What a client takes to read is not the provider's time: it must not close a provider for everybody."""
+    go = asyncio.Event()
+    first, *rest = openai_chat("a", "b")[1:]
+
+    body = b"".join([first, *rest])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def step(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:
+        await raw(head + first)(provider, writer)
+        await go.wait()
+        await raw(b"".join(rest))(provider, writer)
+
+    async with FakeProvider(status(404), step) as server:
+        out = egress(provider("local", url=server.url, request_s=1.5))
+        async with aclosing(out.send(sealed(category="premises"))) as pieces:
+            assert await anext(pieces) == Piece(text="a")
+            await asyncio.sleep(1.6)
+            go.set()
+            assert await anext(pieces) == Piece(text="b")
+        assert out.status()[0]["problem"] == ""
+        await out.close()
+
+
+async def test_a_provider_that_never_pauses_meets_its_limit() -> None:
+    class Ready:
+        content: Any = None
+
+        async def readany(self) -> bytes:
+            return b"data: {}\n\n"
+
+    response: Any = Ready()
+    response.content = response
+    loop = asyncio.get_running_loop()
+    over = Limits(provider("local", url="http://127.0.0.1:1/v1", first_token_s=5), loop.time() - 5)
+    with pytest.raises(Retryable, match="first token"):
+        await Exchange(Any, Any).read(response, provider(), over)  # type: ignore[arg-type]
+
+
+def test_no_keys_of_tls_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    context = connections.trust()
+    assert context.keylog_filename is None
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+
+
 async def test_a_request_is_tried_once_more_on_another_connection() -> None:
     server, found = await local([status(500), stream(openai_chat("x"))])
     assert (found[0], server.connections, len(server.requests)) == ("x", 3, 2)
@@ -492,6 +580,72 @@ async def test_a_client_that_leaves_closes_the_connection(begun: bool) -> None:
         await server.hung_up.wait()
         assert out.rest_s("p") == 0, "who leaves says nothing of the provider"
         await out.close()
+
+
+async def test_a_client_that_leaves_closes_the_connection_with_tls_too(tmp_path: Path) -> None:
+    async with posing(tmp_path, stream([chunk({"content": "x"})], end=False, then=hang)) as (fakes, reach):
+        out = egress(provider("openai"), reach=reach)
+        pieces = out.send(sealed())
+        assert await anext(pieces) == Piece(text="x")
+        await pieces.aclose()
+        async with asyncio.timeout(60):
+            await fakes["api.openai.com"].hung_up.wait()
+        await out.close()
+
+
+async def test_many_at_once_have_their_own_answers(tmp_path: Path) -> None:
+    async def echoes(provider: FakeProvider, writer: asyncio.StreamWriter) -> None:
+        mine = provider.asked[writer].json["messages"][0]["content"]
+        await stream(openai_chat(mine[:2], mine[2:]))(provider, writer)
+
+    async with posing(tmp_path, echoes) as (fakes, reach):
+        out = egress(provider("openai"), reach=reach)
+        texts = [f"request {n}" for n in range(30)]
+        sent = [sealed(outgoing(Turn(role="user", content=text))) for text in texts]
+        found = await asyncio.gather(*(answered(out, one) for one in sent))
+        assert sorted(one[0] for one in found) == sorted(texts)
+        assert fakes["api.openai.com"].connections == 30
+        await out.close()
+
+
+async def test_a_large_request_is_sent_whole_by_a_name_that_the_system_resolves() -> None:
+    large = "ä" * (3 << 20)
+    async with FakeProvider(status(404), stream(openai_chat("x"))) as server:
+        out = egress(provider("local", url=f"http://localhost:{server.port}/v1"))
+        sent = sealed(outgoing(Turn(role="user", content=large)), category="premises")
+        assert (await answered(out, sent))[0] == "x"
+        assert server.requests[-1].json["messages"][0]["content"] == large
+        assert server.requests[-1].headers["content-length"] == str(len(server.requests[-1].body))
+        await out.close()
+
+
+@pytest.mark.parametrize("broken", [outgoing(Turn(role="user", content="\ud800marker")), outgoing(tools=("{marker",))])
+async def test_what_cannot_be_written_is_refused_without_quoting_it(broken: Outgoing) -> None:
+    with pytest.raises(Refused) as caught:
+        egress(provider()).send(sealed(broken))
+    error = caught.value
+    assert "marker" not in f"{error} {error.__context__!r} {error.__cause__!r}"
+
+
+async def test_the_fake_speaks_what_the_official_client_reads() -> None:
+    """So that what is tested against it is what OpenAI sends."""
+    import openai
+
+    call = ("call_a", "weather", '{"city": "Köln"}')
+    tools: Any = [{"type": "function", "function": json.loads(TOOL)}]
+    asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "u"}]}
+    asked["stream_options"] = {"include_usage": True}
+    async with (
+        FakeProvider(stream(openai_chat("Hel", "lo")), stream(openai_calls(call))) as server,
+        openai.AsyncOpenAI(base_url=server.url, api_key="x", max_retries=0) as client,
+    ):
+        async with client.chat.completions.stream(**asked) as first:
+            done = await first.get_final_completion()
+        assert (done.choices[0].message.content, done.usage and done.usage.prompt_tokens) == ("Hello", 9)
+        async with client.chat.completions.stream(**asked, tools=tools) as second:
+            done = await second.get_final_completion()
+        made = [one.function for one in done.choices[0].message.tool_calls or ()]
+        assert [(one.name, json.loads(one.arguments)) for one in made] == [("weather", {"city": "Köln"})]
 
 
 # ---- the breaker ----

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.egress.anthropic_messages import ANSWER, by_tool
@@ -222,6 +222,7 @@ TURNS = st.lists(st.builds(Turn, role=ROLES, content=TEXT, calls=CALLS.map(tuple
 MODELS = st.sampled_from(["claude-3-haiku", "claude-opus-4-7", "gpt-4o", "o3"]) | TEXT
 
 
+@settings(max_examples=50)
 @given(
     st.builds(
         Outgoing,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.egress import anthropic_messages, openai_chat
@@ -101,6 +101,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(st.lists(JSON, max_size=6), st.sampled_from([openai, anthropic]))
 def test_any_json_is_an_answer_or_an_error_of_ours(values: list[Any], made: Callable[[], Readers]) -> None:
     try:
