@@ -61,7 +61,7 @@ class Trouble(NamedTuple):
 def unavailable() -> Retryable:
     """The error for a request that must not be served without the audit log."""
     message = "this request cannot be served while the audit log cannot be written; see `mlxrack-agent audit`"
-    return Retryable(message, code="audit_unavailable")
+    return Retryable(message, code="audit_unavailable", retry_after_s=5.0)
 
 
 class AuditLog:

@@ -165,7 +165,7 @@ def test_a_file_that_was_changed_after_it_was_shipped_is_named(tmp_path: Path, s
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], lines[2].replace(b'"ok"', b'"failed"'), *lines[3:]]))
     there = dict(shipping.fetched(store, in_bucket(store, NODE)[log.status()["chain"]]))
-    fault = chain.compare(dict(disk.contents(folder)), there)
+    fault = chain.compare(path.name, path.read_bytes(), there[path.name])
     assert fault == chain.Fault(path.name, 3, "differs from what was shipped to the bucket")
     (folder / disk.SHIPPED).unlink()
     one = shipper(folder, store)
