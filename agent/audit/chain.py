@@ -123,6 +123,8 @@ def _of_end(seen: Verdict, last: str, tip: Tip) -> Fault | None:
     if tip.seq > seen.last.seq:
         lost = f"{seen.last.seq + 1} to {tip.seq}"
         return Fault(last or "the folder", 0, f"its end was cut off: the lines {lost} had been written")
+    if tip.seq and tip.seq == seen.last.seq and tip.hash != seen.last.hash:
+        return Fault(last, 0, "was replaced: another last line had been written")
     return None
 
 

@@ -117,6 +117,12 @@ class AuditLog:
             self.rotate()
         return True
 
+    async def write_first(self, entry: Entry) -> None:
+        """Append an entry and wait until it is on the drive: for a request that must not be worked on without. Raises
+        Retryable (audit_unavailable)."""
+        if not self.write(entry) or not await self.durable():
+            raise unavailable()
+
     async def durable(self) -> bool:
         """Wait until everything written so far is synced; False when the disk does not do it."""
         if not self.enabled or (self.ok and self._synced.seq >= self._tip.seq):

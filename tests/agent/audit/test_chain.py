@@ -45,6 +45,9 @@ def test_a_whole_log_is_whole_over_files() -> None:
     seen = verify([(name, b"".join(lines)) for name, lines in files.items()], tip=tip)
     assert (seen.fault, seen.files, seen.lines, seen.first, seen.last) == (None, 3, 13, 1, tip)
     assert verify([]).fault is None, "an agent that has not started yet"
+    other = tip._replace(hash="0" * 64)
+    found = verify([(name, b"".join(lines)) for name, lines in files.items()], tip=other).fault
+    assert found == Fault(sorted(files)[-1], 0, "was replaced: another last line had been written")
 
 
 def test_a_line_is_json_with_its_number_and_hash() -> None:

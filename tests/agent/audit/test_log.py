@@ -27,7 +27,7 @@ from agent.audit.disk import Disk, read
 from agent.audit.entry import Entry, Gap, decode
 from agent.audit.log import AuditLog
 from agent.operator.cli_audit import verified
-from shared.errors import Halt
+from shared.errors import Halt, Retryable
 
 NODE = "n1"
 T = TypeVar("T")
@@ -206,14 +206,16 @@ async def test_a_disk_that_refuses_a_line_is_a_problem_and_the_gap_is_counted(
         assert not log.ok
         assert os.strerror(error) in log.problem
         assert not await log.durable()
-        assert not log.write(entry(2))
+        with pytest.raises(Retryable, match="audit log cannot be written") as refused:
+            await log.write_first(entry(2))
+        assert refused.value.code == "audit_unavailable"
         await log.tick()
         assert not log.ok, "it was tried again"
         disk.write_error = 0
         await until(log, ok=True)
         assert log.problem == ""
-        assert log.write(entry(3))
-        assert await log.durable()
+        await log.write_first(entry(3))
+        assert log.status()["synced_seq"] == log.status()["seq"]
     assert numbers(tmp_path) == [0, 3]
     (gap,) = gaps(tmp_path)
     assert (gap.lost, gap.why) == (2, why)
