@@ -196,7 +196,16 @@ def test_an_object_that_cannot_be_unpacked_is_a_fault(tmp_path: Path, body: byte
     store = DirectoryStore(tmp_path / "bucket")
     key = keys.AuditKey(NodeId(NODE), "0" * 16, 1, 2)
     store.put(keys.audit_key(key), body or b"\0")
-    assert list(shipping.fetched(store, [key])) == [("000000000001.jsonl", b"")]
+    assert list(shipping.fetched(store, [key])) == [("000000000001.jsonl", b"\n")]
+    fault = chain.verify(shipping.fetched(store, [key]), alone=False).fault
+    assert fault is not None
+    assert fault.line == 1
+    written(tmp_path / "audit", 2, 1)
+    one = shipper(tmp_path / "audit", store)
+    real = one._node, disk.newest(tmp_path / "audit").chain
+    store.put(keys.audit_key(keys.AuditKey(*real, 1, 3)), body or b"\0")
+    assert one.drain(disk.segments(tmp_path / "audit")) == 2, "what somebody put there holds up nothing"
+    assert "differs" in one.finding
     bomb = zstandard.ZstdCompressor().compress(bytes(shipping.MOST_FILE_BYTES + 1))
     with pytest.raises(Refused, match="unpacks to more"):
         unpacked(bomb)
