@@ -206,6 +206,11 @@ def test_an_object_that_cannot_be_unpacked_is_a_fault(tmp_path: Path, body: byte
     store.put(keys.audit_key(keys.AuditKey(*real, 1, 3)), body or b"\0")
     assert one.drain(disk.segments(tmp_path / "audit")) == 2, "what somebody put there holds up nothing"
     assert "differs" in one.finding
+    whole = zstandard.ZstdCompressor().compress(b"a line\n" * 99)
+    assert unpacked(whole) == b"a line\n" * 99
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole + b"x"):
+        with pytest.raises(Refused):
+            unpacked(broken)
     bomb = zstandard.ZstdCompressor().compress(bytes(shipping.MOST_FILE_BYTES + 1))
     with pytest.raises(Refused, match="unpacks to more"):
         unpacked(bomb)
