@@ -6,7 +6,7 @@ whole chain anew; against that stands what was shipped to the bucket before.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -123,6 +123,8 @@ def _of_end(seen: Verdict, last: str, tip: Tip) -> Fault | None:
     if tip.seq > seen.last.seq:
         lost = f"{seen.last.seq + 1} to {tip.seq}"
         return Fault(last or "the folder", 0, f"its end was cut off: the lines {lost} had been written")
+    if tip.seq and tip.seq == seen.last.seq and tip.hash != seen.last.hash:
+        return Fault(last, 0, "was replaced: another last line had been written")
     return None
 
 
@@ -201,17 +203,15 @@ def _why(lines: Sequence[bytes], n: int, one: Read | None, tip: Tip) -> str:
     return "was changed"
 
 
-def compare(local: Mapping[str, bytes], shipped: Mapping[str, bytes]) -> Fault | None:
-    """The first line of a file here that differs from what was shipped of it. Both are by name."""
-    for name in sorted(local.keys() & shipped.keys()):
-        here, there = whole_lines(local[name])[0], whole_lines(shipped[name])[0]
-        if here == there:
-            continue
-        line = next((n for n, (one, other) in enumerate(zip(here, there, strict=False)) if one != other), None)
-        if line is not None:
-            return Fault(name, line + 1, "differs from what was shipped to the bucket")
-        if len(here) < len(there):
-            return Fault(name, 0, f"{len(there) - len(here)} lines at its end are in the bucket and not here")
+def compare(name: str, local: bytes, shipped: bytes) -> Fault | None:
+    """The first line of a file here that differs from what was shipped of it."""
+    here, there = whole_lines(local)[0], whole_lines(shipped)[0]
+    line = next((n for n, (one, other) in enumerate(zip(here, there, strict=False), 1) if one != other), 0)
+    if line:
+        return Fault(name, line, "differs from what was shipped to the bucket")
+    if len(here) < len(there):
+        return Fault(name, 0, f"{len(there) - len(here)} lines at its end are in the bucket and not here")
+    if len(here) > len(there):
         return Fault(name, 0, f"{len(here) - len(there)} lines at its end were added after it was shipped")
     return None
 

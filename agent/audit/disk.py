@@ -86,8 +86,9 @@ def segments(folder: Path) -> list[Segment]:
 
 
 def strange(folder: Path) -> list[str]:
-    """Names in the folder that are not of a log."""
-    return sorted(name for name in os.listdir(folder) if first_seq(name) is None and name not in OURS)
+    """Names in the folder that are not of a log, but for what macOS puts into every folder."""
+    named = (name for name in os.listdir(folder) if name not in (*OURS, ".DS_Store") and not name.startswith("._"))
+    return sorted(name for name in named if first_seq(name) is None)
 
 
 def newest(folder: Path) -> Found:

@@ -1,13 +1,14 @@
 """What the audit log records: typed fields, none of which can hold a text. A string is one of a fixed list, a hash, an
 id that this program drew, or a name that an operator configured. Pure.
 
-``body`` is the only way to a line, and it enforces that whatever its caller passes: a name that nobody configured is
-left out, and so is a value that its type does not admit.
+``Vocabulary.body`` is the only way to a line, and it enforces that whatever its caller passes: a name that nobody
+configured is left out, and so is a value that its type does not admit.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -20,7 +21,8 @@ from agent.policy.rules import Kind as Finding
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 RequestId = Annotated[str, Meta(pattern=r"\A(req_[0-9a-f]{24}(-\d{1,4})?)?\Z")]
 Digest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{8,64})?\Z")]
-Name = Annotated[str, Meta(pattern=r"\A([A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127})?\Z")]
+_IS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+Name = Annotated[str, Meta(pattern=rf"\A({_IS_NAME.pattern})?\Z")]
 """A name of the configuration; "" for none."""
 Day = Annotated[str, Meta(pattern=r"\A[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
 Currency = Annotated[str, Meta(pattern=r"\A([A-Z]{3})?\Z")]
@@ -145,6 +147,7 @@ class _Kept(Entry, frozen=True, kw_only=True, omit_defaults=True, tag_field="lin
 
 _LEFT_OPEN = frozenset({AUTO, *(f"{CLASS_PREFIX}{one.lower()}" for one in CLASSES)})
 _NOT_ADMITTED = (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError)
+_OF_PLACE: tuple[Literal["provider", "node", "model"], ...] = ("provider", "node", "model")
 _ENCODER = msgspec.json.Encoder()
 _LINES: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Begin | _Kept | Gap | Pruned)
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(_Kept)}
@@ -155,10 +158,41 @@ def allowed(places: tuple[Place, ...]) -> tuple[Allowed, ...]:
     return tuple(dict.fromkeys(Allowed(category=one.category, provider=one.provider) for one in places))
 
 
-def body(entry: Entry, known: Known) -> bytes:
-    """An entry as JSON, of which no part is a text that ``known`` does not vouch for, or that its type does not
-    admit."""
-    return encode(entry if all(known(of, name) for of, name in _names(entry)) else _without(entry, known))
+class Vocabulary:
+    """The names that may be recorded: those that ``known`` vouches for. What was known once stays so, since a model may
+    be removed while its requests are answered; so it holds no more than were ever configured."""
+
+    def __init__(self, known: Known) -> None:
+        self._known = known
+        self._names: set[tuple[Named, str]] = {(of, "") for of in get_args(Named)} | {("model", m) for m in _LEFT_OPEN}
+
+    def body(self, entry: Entry) -> bytes:
+        """An entry as JSON, of which no part is a text that nobody vouches for, or that its type does not admit."""
+        names = _names(entry)
+        if not self._names.issuperset(names):
+            self._names.update(one for one in names if _IS_NAME.fullmatch(one[1]) and self._known(*one))
+            if not self._names.issuperset(names):
+                entry = self._reduced(entry)
+        return encode(entry)
+
+    def _reduced(self, entry: Entry) -> Entry:
+        """The entry without the names that nobody vouches for."""
+        facts, answered, replace = entry.facts, entry.answered, msgspec.structs.replace
+        changed: dict[str, Any] = {
+            "node": self._kept("node", entry.node),
+            "policy": self._kept("policy", entry.policy),
+            "code": self._kept("code", entry.code) or (entry.code and "other"),
+            "places": tuple(replace(one, provider=self._kept("provider", one.provider)) for one in entry.places),
+        }
+        if facts is not None:
+            kept = {"key_id": self._kept("key", facts.key_id), "model": self._kept("model", facts.model)}
+            changed["facts"] = replace(facts, **kept)
+        if answered is not None:
+            changed["answered"] = replace(answered, **{of: self._kept(of, getattr(answered, of)) for of in _OF_PLACE})
+        return replace(entry, **changed)
+
+    def _kept(self, of: Named, name: str) -> str:
+        return name if (of, name) in self._names else ""
 
 
 def encode(line: Line) -> bytes:
@@ -191,41 +225,13 @@ def _admitted(entry: Entry) -> dict[str, Any]:
     return found
 
 
-def _names(entry: Entry) -> Iterator[tuple[Named, str]]:
-    """Every name in an entry that is not "", and what it is of."""
-    for of, name in (("node", entry.node), ("policy", entry.policy), ("code", entry.code)):
-        if name:
-            yield of, name  # type: ignore[misc]
+def _names(entry: Entry) -> list[tuple[Named, str]]:
+    """Every name in an entry, and what it is of."""
     facts, answered = entry.facts, entry.answered
+    found: list[tuple[Named, str]] = [("node", entry.node), ("policy", entry.policy), ("code", entry.code)]
     if facts is not None:
-        if facts.key_id:
-            yield "key", facts.key_id
-        if facts.model and facts.model not in _LEFT_OPEN:
-            yield "model", facts.model
-    for place in entry.places:
-        if place.provider:
-            yield "provider", place.provider
+        found += (("key", facts.key_id), ("model", facts.model))
     if answered is not None:
-        yield from ((of, getattr(answered, of)) for of in _OF_PLACE if getattr(answered, of))
-
-
-_OF_PLACE: tuple[Literal["provider", "node", "model"], ...] = ("provider", "node", "model")
-
-
-def _without(entry: Entry, known: Known) -> Entry:
-    """The entry without names that nobody vouches for."""
-
-    def kept(of: Named, name: str) -> str:
-        return name if name and known(of, name) else ""
-
-    facts, answered, replace = entry.facts, entry.answered, msgspec.structs.replace
-    model = facts.model if facts and facts.model in _LEFT_OPEN else kept("model", facts.model if facts else "")
-    changed: Mapping[str, Any] = {
-        "node": kept("node", entry.node),
-        "policy": kept("policy", entry.policy),
-        "code": kept("code", entry.code) or ("other" if entry.code else ""),
-        "places": tuple(replace(one, provider=kept("provider", one.provider)) for one in entry.places),
-        "facts": facts and replace(facts, key_id=kept("key", facts.key_id), model=model),
-        "answered": answered and replace(answered, **{of: kept(of, getattr(answered, of)) for of in _OF_PLACE}),
-    }
-    return replace(entry, **changed)
+        found += (("provider", answered.provider), ("node", answered.node), ("model", answered.model))
+    found += [("provider", place.provider) for place in entry.places]
+    return found

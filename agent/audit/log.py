@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from agent.audit import disk as files
 from agent.audit.chain import Tip, file_name, link
 from agent.audit.disk import Disk
-from agent.audit.entry import Begin, Entry, Gap, Known, Pruned, Why, body, encode
+from agent.audit.entry import Begin, Entry, Gap, Known, Pruned, Vocabulary, Why, encode
 from agent.audit.grouping import Group
 from shared.durable import sync_folder
 from shared.errors import Halt, Retryable
@@ -61,7 +61,7 @@ class Trouble(NamedTuple):
 def unavailable() -> Retryable:
     """The error for a request that must not be served without the audit log."""
     message = "this request cannot be served while the audit log cannot be written; see `mlxrack-agent audit`"
-    return Retryable(message, code="audit_unavailable")
+    return Retryable(message, code="audit_unavailable", retry_after_s=5.0)
 
 
 class AuditLog:
@@ -80,7 +80,7 @@ class AuditLog:
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self.folder, self.enabled, self._node, self._disk = folder, enabled, node, disk or Disk()
-        self._known, self._names, self._clock, self._wall_ms = known, set[tuple[str, str]](), clock, wall_ms
+        self._vocabulary, self._clock, self._wall_ms = Vocabulary(known), clock, wall_ms
         self._file: _File | None = None
         self.trouble: Trouble | None = None
         self._lock = self._size = self._torn = self._gap = self.lost = self.written = 0
@@ -108,7 +108,7 @@ class AuditLog:
         """Append an entry; False when it could not be written, which is counted. Raises nothing for the disk."""
         if not self.enabled:
             return True
-        if not self._append(body(entry, self._knows)):
+        if not self._append(self._vocabulary.body(entry)):
             self.lost += 1
             self._gap += 1
             return False
@@ -116,6 +116,12 @@ class AuditLog:
         if self._size >= SEGMENT_BYTES:
             self.rotate()
         return True
+
+    async def write_first(self, entry: Entry) -> None:
+        """Append an entry and wait until it is on the drive: for a request that must not be worked on without. Raises
+        Retryable (audit_unavailable)."""
+        if not self.write(entry) or not await self.durable():
+            raise unavailable()
 
     async def durable(self) -> bool:
         """Wait until everything written so far is synced; False when the disk does not do it."""
@@ -196,15 +202,6 @@ class AuditLog:
         self._file, self._old, self._lock, self.enabled = None, [], 0, False
 
     # ---- lines and files ----
-
-    def _knows(self, of: Any, name: str) -> bool:
-        """What was known once stays so: a model may be removed while its requests are answered."""
-        if (of, name) in self._names:
-            return True
-        if not self._known(of, name):
-            return False
-        self._names.add((of, name))
-        return True
 
     def _append(self, encoded: bytes) -> bool:
         if self._file is None:

@@ -96,9 +96,14 @@ def _summary(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
 
 
 def _range(folder: Path) -> tuple[int, int, int]:
+    """How many entries there are, and the times of the first and the last."""
     count, first_ms, last_ms = 0, 0, 0
-    for entry in disk.read(folder):
-        count, first_ms, last_ms = count + 1, first_ms or entry.t_ms, entry.t_ms
+    for _, content in disk.contents(folder):
+        if here := content.count(b'"line":"entry"'):
+            first_ms = first_ms or next((one.t_ms for one in disk.entries(content)), 0)
+            count, last = count + here, content
+    if count:
+        last_ms = [one.t_ms for one in disk.entries(last)][-1]
     return count, first_ms, last_ms
 
 
@@ -144,19 +149,24 @@ def _verify(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
 
 
 def _with_bucket(config: AgentConfig, folder: Path, here: Verdict) -> tuple[Verdict, list[str]]:
-    """Each log of this node in the bucket by itself, and the one that is here line by line."""
+    """Each log of this node in the bucket by itself, and the one that is here line by line; a file at a time."""
     store = open_store(config.store, os.environ, attempts=2)
-    logs = shipping.in_bucket(store, config.node.id)
-    for name, of in logs.items():
-        there = dict(shipping.fetched(store, of))
-        verdict = chain.verify(there.items(), alone=False)
-        if verdict.fault is not None:
-            file = f"bucket: {name}/{verdict.fault.file}"
-            return here._replace(fault=verdict.fault._replace(file=file)), []
+    logs, differ = shipping.in_bucket(store, config.node.id), list[Fault]()
+
+    def watched(name: str) -> Iterator[tuple[str, bytes]]:
+        for file, content in shipping.fetched(store, logs[name]):
+            with contextlib.suppress(FileNotFoundError):
+                if name == here.chain and (fault := chain.compare(file, (folder / file).read_bytes(), content)):
+                    differ.append(fault)
+            yield file, content
+
+    for name in logs:
+        there = chain.verify(watched(name), alone=False)
+        fault = there.fault and there.fault._replace(file=f"bucket: {name}/{there.fault.file}")
         if name == here.chain:
-            fault = chain.compare(dict(disk.contents(folder)), there) or _behind(here, verdict)
-            if fault is not None:
-                return here._replace(fault=fault), []
+            fault = next(iter(differ), fault or _behind(here, there))
+        if fault is not None:
+            return here._replace(fault=fault), []
     others, why = [name for name in logs if name != here.chain], "whose folder was lost or replaced"
     return here, [f"the bucket holds another log of this node, {name}, {why}" for name in others]
 
@@ -192,7 +202,8 @@ def _entries(folder: Path, since_ms: int, *, follow: bool) -> Iterator[Entry]:
 
 
 def _show(args: argparse.Namespace, _: AgentConfig, state: Path) -> int:
-    found = [one for one in disk.read(_folder(args, state)) if one.request == args.request]
+    holding = (content for _, content in disk.contents(_folder(args, state)) if args.request.encode() in content)
+    found = [one for content in holding for one in disk.entries(content) if one.request == args.request]
     if not found:
         raise Refused(f"audit show: no entry of request {args.request!r} is in this log", code="not_found")
     for entry in found:

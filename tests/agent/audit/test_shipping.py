@@ -165,7 +165,7 @@ def test_a_file_that_was_changed_after_it_was_shipped_is_named(tmp_path: Path, s
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], lines[2].replace(b'"ok"', b'"failed"'), *lines[3:]]))
     there = dict(shipping.fetched(store, in_bucket(store, NODE)[log.status()["chain"]]))
-    fault = chain.compare(dict(disk.contents(folder)), there)
+    fault = chain.compare(path.name, path.read_bytes(), there[path.name])
     assert fault == chain.Fault(path.name, 3, "differs from what was shipped to the bucket")
     (folder / disk.SHIPPED).unlink()
     one = shipper(folder, store)
@@ -196,7 +196,21 @@ def test_an_object_that_cannot_be_unpacked_is_a_fault(tmp_path: Path, body: byte
     store = DirectoryStore(tmp_path / "bucket")
     key = keys.AuditKey(NodeId(NODE), "0" * 16, 1, 2)
     store.put(keys.audit_key(key), body or b"\0")
-    assert list(shipping.fetched(store, [key])) == [("000000000001.jsonl", b"")]
+    assert list(shipping.fetched(store, [key])) == [("000000000001.jsonl", b"\n")]
+    fault = chain.verify(shipping.fetched(store, [key]), alone=False).fault
+    assert fault is not None
+    assert fault.line == 1
+    written(tmp_path / "audit", 2, 1)
+    one = shipper(tmp_path / "audit", store)
+    real = one._node, disk.newest(tmp_path / "audit").chain
+    store.put(keys.audit_key(keys.AuditKey(*real, 1, 3)), body or b"\0")
+    assert one.drain(disk.segments(tmp_path / "audit")) == 2, "what somebody put there holds up nothing"
+    assert "differs" in one.finding
+    whole = zstandard.ZstdCompressor().compress(b"a line\n" * 99)
+    assert unpacked(whole) == b"a line\n" * 99
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole + b"x"):
+        with pytest.raises(Refused):
+            unpacked(broken)
     bomb = zstandard.ZstdCompressor().compress(bytes(shipping.MOST_FILE_BYTES + 1))
     with pytest.raises(Refused, match="unpacks to more"):
         unpacked(bomb)
