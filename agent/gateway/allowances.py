@@ -200,6 +200,7 @@ class Allowances:
                 await asyncio.to_thread(write_whole, self._file, body, synced=_granted(shares, self._told))
             except OSError as error:
                 self._note(f"{self._file.name}: {error.strerror or error}; nothing is granted to peers")
+                self._told = _without_grants(shares, self._told)
                 return
             self._written = mark
         self._note("")
@@ -249,8 +250,15 @@ class Allowances:
 
 def _granted(shares: Iterable[Share], before: Iterable[Share]) -> bool:
     """Whether there are grants that a loss of power must not undo."""
-    known = {(share.name, share.period, share.basis): share.given for share in before}
-    return any(share.given != known.get((share.name, share.period, share.basis), {}) for share in shares)
+    return any(share != told for share, told in zip(shares, _without_grants(shares, before), strict=True))
+
+
+def _without_grants(shares: Iterable[Share], before: Iterable[Share]) -> tuple[Share, ...]:
+    """The same without what has been granted since what was told ``before``."""
+    told = {(share.name, share.period, share.basis): share.given for share in before}
+    return tuple(
+        msgspec.structs.replace(share, given=told.get((share.name, share.period, share.basis), {})) for share in shares
+    )
 
 
 def _refused(short: Short) -> Retryable:

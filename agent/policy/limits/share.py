@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 from msgspec import Meta
@@ -19,8 +19,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     what it received: both only ever rise, so that an answer that is lost, late or doubled changes nothing."""
 
     owner: str
-    span: Span
-    unit: Unit
+    span: str
+    unit: str
     period: Amount = 0
     basis: str = ""
     used: Amount = 0
@@ -31,8 +31,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def name(self) -> Name:
-        """The limit's name."""
-        return Name(self.owner, self.span, self.unit)
+        """The limit's name, or one that a later version of this program knows."""
+        return Name(self.owner, cast(Span, self.span), cast(Unit, self.unit))
 
 
 def basis(most: int, nodes: Sequence[str]) -> str:
