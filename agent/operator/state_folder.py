@@ -12,6 +12,7 @@ from shared import private
 
 SECRET = (
     *("listener.pem", PORT_NAME, "desired.json", "models.json", "step_times.json", "spool", "prompts", "logs"),
+    *("limits.state", "limits.totals"),
     OWN_BUCKET,
 )
 """What nobody else may read; all of it is created so, and what an older version created is corrected."""
