@@ -16,6 +16,7 @@ import msgspec
 from agent.gateway.noted_totals import NotedTotals
 from agent.policy.limits import views
 from agent.policy.limits.book import Book, Now, Short, State, Taken
+from agent.policy.limits.ledger import LEASE_S
 from agent.policy.limits.limit import Amounts, Limit, Rate, cost, key_owner, nano, of_key, of_provider
 from agent.policy.limits.share import Share
 from agent.policy.rules import ANY, KeyPolicy, Provider, Rules
@@ -76,7 +77,8 @@ class Reservation:
 class Allowances:
     """The limits of this node. ``rules`` is the policy in force and ``key_ids`` the ids of the configured keys;
     ``rate_of`` is what a model's tokens cost on this rack, None where that is not known and they cost nothing.
-    ``window_s`` is the length of a minute, for tests. Raises OSError when the state folder cannot be used."""
+    ``beat_s`` is the time between heartbeats; ``window_s`` the length of a minute, for tests. Raises OSError when the
+    state folder cannot be used."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Allowances:
         key_ids: Callable[[], Sequence[str]] = tuple,
         rate_of: Callable[[str], Rate | None] = lambda _: None,
         window_s: float = 60.0,
+        beat_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -95,7 +98,8 @@ class Allowances:
         self._rules_of, self._key_ids, self._nodes = rules, key_ids, [node]
         noted = NotedTotals(state / NOTED)
         saved = self._load()
-        self._book = Book(node, self._now(), window_s=window_s, rows=noted.row, lost=saved is None)
+        lease_s, lost = LEASE_S * beat_s, saved is None
+        self._book = Book(node, self._now(), window_s=window_s, lease_s=lease_s, rows=noted.row, lost=lost)
         self._book.restore(saved or State(wall_s=self._wall()), noted.noted, self._now())
         self._in_force: tuple[Rules, tuple[str, ...]] | None = None
         self._of_key: dict[str, tuple[KeyPolicy, tuple[Limit, ...]]] = {}
@@ -254,11 +258,10 @@ def _granted(shares: Iterable[Share], before: Iterable[Share]) -> bool:
 
 
 def _without_grants(shares: Iterable[Share], before: Iterable[Share]) -> tuple[Share, ...]:
-    """The same without what has been granted since what was told ``before``."""
-    told = {(share.name, share.period, share.basis): share.given for share in before}
-    return tuple(
-        msgspec.structs.replace(share, given=told.get((share.name, share.period, share.basis), {})) for share in shares
-    )
+    """The same without what has been lent or returned since what was told ``before``."""
+    told = {(share.name, share.period, share.basis): (share.given, share.returned) for share in before}
+    kept = [(share, told.get((share.name, share.period, share.basis), ({}, {}))) for share in shares]
+    return tuple(msgspec.structs.replace(share, given=given, returned=back) for share, (given, back) in kept)
 
 
 def _refused(short: Short) -> Retryable:

@@ -127,7 +127,8 @@ class Heartbeats:
         self._note(node, skewed(url, heartbeat, self._wall_ms()))
         if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
-        self._on_shares(node, heartbeat.shares)
+        if now - began < 2 * self._beat_s:  # not what was read after this process had been stopped
+            self._on_shares(node, heartbeat.shares)
         self._report(now)
 
     def _note(self, node: str, problem: str) -> None:

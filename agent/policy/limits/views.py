@@ -59,7 +59,7 @@ def operators(ledger: Ledger, now: Now) -> dict[str, Any]:
         "owner": limit.name.owner,
         **_usage(ledger, now),
         "used_here": amount(limit, max(0, ledger.use.amount(now.mono_s))),
-        "part": amount(limit, max(0, ledger.part)),
+        "part": amount(limit, max(0, ledger.part(now.mono_s))),
         "spare": amount(limit, max(0, ledger.spare(now.mono_s))),
         "wants": amount(limit, ledger.want),
         "wanted_by": wanting,
