@@ -29,7 +29,7 @@ action = st.one_of(
     st.tuples(st.just("hear"), node, node, st.sampled_from([0, 0, 0, 1, 2, 5])),
     st.tuples(st.just("meet")),
     st.tuples(st.just("kill"), node),
-    st.tuples(st.just("wait"), st.sampled_from([0.1, 0.5, 1.0, 20.0, 58.0, 61.0])),
+    st.tuples(st.just("wait"), st.sampled_from([0.1, 0.5, 1.0, 6.0, 20.0, 58.0, 61.0, 71.0])),
 )
 actions = st.lists(action, min_size=10, max_size=60)
 Schedule = list[tuple[Any, ...]]
