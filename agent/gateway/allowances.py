@@ -189,7 +189,7 @@ class Allowances:
         self._book.heard(node, shares, self._now())
 
     async def save(self) -> None:
-        """Grant what peers want and this node does not need; save it; then heartbeats tell of it. Call it every SAVE_S
+        """Lend what peers want and this node does not need; save it; then heartbeats tell of it. Call it every SAVE_S
         seconds, and once more at the end."""
         self._refresh()
         now = self._now()
@@ -201,10 +201,10 @@ class Allowances:
         if mark != self._written:
             body = msgspec.msgpack.encode(state)
             try:
-                await asyncio.to_thread(write_whole, self._file, body, synced=_granted(shares, self._told))
+                await asyncio.to_thread(write_whole, self._file, body, synced=_moved(shares, self._told))
             except OSError as error:
-                self._note(f"{self._file.name}: {error.strerror or error}; nothing is granted to peers")
-                self._told = _without_grants(shares, self._told)
+                self._note(f"{self._file.name}: {error.strerror or error}; nothing is lent to peers")
+                self._told = _without_moves(shares, self._told)
                 return
             self._written = mark
         self._note("")
@@ -252,12 +252,12 @@ class Allowances:
         self._book.become(limits, self._nodes, self._now())
 
 
-def _granted(shares: Iterable[Share], before: Iterable[Share]) -> bool:
-    """Whether there are grants that a loss of power must not undo."""
-    return any(share != told for share, told in zip(shares, _without_grants(shares, before), strict=True))
+def _moved(shares: Iterable[Share], before: Iterable[Share]) -> bool:
+    """Whether anything was lent or returned, which a loss of power must not undo."""
+    return any(share != told for share, told in zip(shares, _without_moves(shares, before), strict=True))
 
 
-def _without_grants(shares: Iterable[Share], before: Iterable[Share]) -> tuple[Share, ...]:
+def _without_moves(shares: Iterable[Share], before: Iterable[Share]) -> tuple[Share, ...]:
     """The same without what has been lent or returned since what was told ``before``."""
     told = {(share.name, share.period, share.basis): (share.given, share.returned) for share in before}
     kept = [(share, told.get((share.name, share.period, share.basis), ({}, {}))) for share in shares]

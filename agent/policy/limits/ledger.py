@@ -54,7 +54,7 @@ class Loans(msgspec.Struct, kw_only=True):
 
 
 class Ledger:
-    """The account of one limit. ``base`` is this node's part before grants; ``void`` of it may not be used, because
+    """The account of one limit. ``base`` is this node's part before loans; ``void`` of it may not be used, because
     others have used it before the limit was divided anew. Until it is ``open`` nothing may be used: it is not known yet
     what others have used."""
 
@@ -75,7 +75,7 @@ class Ledger:
         self.wanted: dict[str, Wanted] = {}
         self.want = 0
         self.lively_s = _NEVER_S
-        """When it was last used, wanted or granted."""
+        """When it was last used, wanted or lent."""
         self._asked, self._rate, self._boost, self._got_before = 0, 0.0, 1, 0
         self._short, self._short_s = 0, _NEVER_S
 

@@ -262,7 +262,7 @@ def test_a_state_that_cannot_be_read_refills_nothing_until_the_period_ends(tmp_p
     again.reserve(key, 1, 1, None)
 
 
-def test_a_full_disk_keeps_grants_from_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_loans_from_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = KeyPolicy(id="alice", day=Money(requests=80))
     for folder in ("1", "2"):
         (tmp_path / folder).mkdir()
