@@ -1,5 +1,6 @@
 """What heartbeats tell of the rack's limits reaches them, from any version, and in time or not at all."""
 
+import asyncio
 from typing import Any, cast
 
 import msgspec
@@ -43,7 +44,8 @@ async def test_shares_are_passed_on_unless_their_answer_is_old(after_s: float, r
         slept=lambda: 0.0,
         on_shares=lambda node, shares: heard.append((node, shares)),
     )
-    await heartbeats._ask("n2", "http://n2")
+    await heartbeats.tick()
+    await asyncio.gather(*heartbeats._tasks)
     assert heard == [("n2", (share,))] * reached
 
 
