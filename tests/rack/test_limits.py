@@ -119,12 +119,12 @@ day = {{requests = {DAY}, usd = "5"}}
 
 
 def split(links: Links, agents: Sequence[Agent]) -> None:
-    """Cut one half of the nodes off from the other, silently."""
+    """Cut one half of the nodes off from the other."""
     middle = len(agents) // 2
     for one in agents[:middle]:
         for other in agents[middle:]:
-            links.set("deaf", source=one.node, sink=other.node)
-            links.set("deaf", source=other.node, sink=one.node)
+            links.set("reset", source=one.node, sink=other.node)
+            links.set("reset", source=other.node, sink=one.node)
 
 
 def by_name(agent: Agent, name: str) -> Any:
