@@ -75,16 +75,17 @@ class Reservation:
 
 
 class Allowances:
-    """The limits of this node. ``rules`` is the policy in force and ``key_ids`` the ids of the configured keys;
-    ``rate_of`` is what a model's tokens cost on this rack, None where that is not known and they cost nothing.
-    ``beat_s`` is the time between heartbeats; ``window_s`` the length of a minute, for tests. Raises OSError when the
-    state folder cannot be used."""
+    """The limits of this node. ``nodes`` are all of the rack; ``rules`` is the policy in force, ``key_ids`` the ids of
+    the configured keys. ``rate_of`` is what a model's tokens cost on this rack, None where that is not known and they
+    cost nothing. ``beat_s`` is the time between heartbeats; ``window_s`` the length of a minute, for tests. Raises
+    OSError when the state folder cannot be used."""
 
     def __init__(
         self,
         node: str,
         state: Path,
         *,
+        nodes: Iterable[str],
         rules: Callable[[], Rules],
         key_ids: Callable[[], Sequence[str]] = tuple,
         rate_of: Callable[[str], Rate | None] = lambda _: None,
@@ -95,7 +96,7 @@ class Allowances:
     ) -> None:
         self.node, self.rate_of = node, rate_of
         self._file, self._clock, self._wall = state / STATE, clock, wall
-        self._rules_of, self._key_ids, self._nodes = rules, key_ids, [node]
+        self._rules_of, self._key_ids, self._nodes = rules, key_ids, list(nodes)
         noted = NotedTotals(state / NOTED)
         saved = self._load()
         lease_s, lost = LEASE_S * beat_s, saved is None

@@ -35,11 +35,11 @@ class Limited(daemon.Daemon):
         self.allowances = Allowances(
             self.config.node.id,
             self._state,
+            nodes=[self.config.node.id, *(peer.id for peer in self.config.peers.nodes)],
             rules=lambda: self.rules,
             key_ids=lambda: [key.id for key in self.config.keys],
             window_s=float(os.environ.get(WINDOW_S, "60")),
         )
-        self.allowances.members([self.config.node.id, *(peer.id for peer in self.config.peers.nodes)])
         self.status._shares = self.allowances.beat
         self._heartbeats._on_shares = self.allowances.heard
         self._enter = self._dispatch.enter

@@ -255,6 +255,7 @@ class Book:
             used, used_by = found.use, found.used_by
             found = self._ledger(limit, span, used)
             found.used_by = used_by
+            self._take_over(found, now)
         self._now[name] = found
         return found
 
@@ -272,27 +273,29 @@ class Book:
     def _fresh(self, limit: Limit, span: Period, now: Now) -> Ledger:
         """A new account, with what another run of this agent has saved of it."""
         label = f"{limit.name.owner} {limit.name.span} {limit.name.unit} {span.start_s}"
-        noted, saved = self._noted(label), self._saved.pop((limit.name, span.start_s), None)
         if limit.name.span == "minute":
             use: Use = WindowUse(self._window_s)
         else:
             use = Use()
         ledger = self._ledger(limit, span, use)
-        if saved is not None:
-            self._take_over(ledger, saved, now)
-        use.add(max(0, noted - use.total), now.mono_s)
+        if (saved := self._saved.get((limit.name, span.start_s))) is not None:
+            use.total, use.largest = saved.total, saved.largest
+            if isinstance(use, WindowUse):
+                use.put_back(((age_s + self._elapsed_s, amount) for age_s, amount in saved.ages), now.mono_s)
+            ledger.used_by = {node: (used, now.mono_s) for node, used in saved.used_by.items()}
+            self._take_over(ledger, now)
+        use.add(max(0, self._noted(label) - use.total), now.mono_s)
         use.note = self._rows(label)
-        # nothing of a new period is used when it begins
-        ledger.open |= any(one.basis == ledger.basis and one.name == limit.name for one in self._saved.values())
+        if saved is None:  # nothing of a new period is used when it begins
+            ledger.open = any(one.basis == ledger.basis and one.name == limit.name for one in self._saved.values())
         return ledger
 
-    def _take_over(self, ledger: Ledger, saved: Saved, now: Now) -> None:
-        use = ledger.use
-        use.total, use.largest = saved.total, saved.largest
-        if isinstance(use, WindowUse):
-            use.put_back(((age_s + self._elapsed_s, amount) for age_s, amount in saved.ages), now.mono_s)
-        ledger.used_by = {node: (used, now.mono_s) for node, used in saved.used_by.items()}
-        if saved.basis == ledger.basis:
+    def _take_over(self, ledger: Ledger, now: Now) -> None:
+        """What another run has lent and borrowed, once, and only when the same nodes and limit are in force: after a
+        start they may be others until the desired state is read."""
+        key = ledger.name, ledger.period.start_s
+        if (saved := self._saved.get(key)) is not None and saved.basis == ledger.basis:
+            del self._saved[key]
             ledger.loans, ledger.open = saved.loans, saved.open
             ledger.annul(saved.void, now.mono_s)
 

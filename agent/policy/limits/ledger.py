@@ -43,14 +43,34 @@ class Wanted(NamedTuple):
 
 
 class Loans(msgspec.Struct, kw_only=True):
-    """Sums since the period began, by peer. ``given`` to it, of which ``back`` has come back; ``ended`` is what of the
-    given counts as given back, known to the borrower or not yet. ``got`` from it, of which ``returned``."""
+    """Sums since the period began, by peer. Of what was ``given`` to it, it has sent ``back`` some, unused; ``ended``
+    was taken from it without its doing, of which what has ``matured`` may be used here. Of what this node ``got`` from
+    it some was ``returned``, and some is ``gone``, because the lender has ended it."""
 
     given: dict[str, int] = {}
     back: dict[str, int] = {}
     ended: dict[str, int] = {}
+    matured: dict[str, int] = {}
     got: dict[str, int] = {}
     returned: dict[str, int] = {}
+    gone: dict[str, int] = {}
+
+    def lent(self, node: str) -> int:
+        """What a peer has of this node's base, or may still have."""
+        return self._left(node, self.given, self.back, self.matured)
+
+    def out(self, node: str) -> int:
+        """What it has as far as this node has not ended it."""
+        return self._left(node, self.given, self.back, self.ended)
+
+    def held(self, node: str) -> int:
+        """What this node has of a peer's base."""
+        return self._left(node, self.got, self.returned, self.gone)
+
+    @staticmethod
+    def _left(node: str, of: dict[str, int], *less: dict[str, int]) -> int:
+        # what was returned while it was ended is counted twice
+        return max(0, of.get(node, 0) - sum(sums.get(node, 0) for sums in less))
 
 
 class Ledger:
@@ -92,18 +112,18 @@ class Ledger:
     @property
     def lent(self) -> int:
         """What peers have of this node's base."""
-        return sum(self.loans.given.values()) - sum(self.loans.back.values())
+        return sum(self.loans.lent(node) for node in self.loans.given)
 
     @property
     def borrowing(self) -> bool:
         """Whether anything of a peer's is here."""
-        return self.loans.got != self.loans.returned
+        return any(self.loans.held(node) for node in self.loans.got)
 
     def borrowed(self, node: str, now_s: float) -> int:
         """What this node may use of a peer's base."""
         if self.is_window and now_s - self._heard_s.get(node, _NEVER_S) > self.lease_s:
             return 0
-        return max(0, self.loans.got[node] - self.loans.returned.get(node, 0))
+        return self.loans.held(node)
 
     def part(self, now_s: float) -> int:
         """What this node may use, in all."""
@@ -199,12 +219,12 @@ class Ledger:
         """What a peer tells of the same limit, divided in the same way."""
         loans, under_way = self.loans, self.loans.given.get(node, 0) - share.got.get(me, 0)
         self._heard_s[node] = now_s
-        _raise(loans.got, node, share.given.get(me, 0))
-        _raise(loans.returned, node, share.ended.get(me, 0))
-        # it knows of loans that this node has forgotten with its state folder
-        _raise(loans.given, node, share.got.get(me, 0))
-        for ended in (loans.back, loans.ended):
-            _raise(ended, node, min(share.returned.get(me, 0), loans.given.get(node, 0)))
+        for mine, theirs in (
+            *((loans.got, share.given), (loans.gone, share.ended), (loans.back, share.returned)),
+            # what this node has forgotten with its state folder
+            *((loans.given, share.got), (loans.ended, share.gone), (loans.returned, share.back)),
+        ):
+            _raise(mine, node, theirs.get(me, 0))
         if share.want:
             self.lively_s = now_s
         under_way = max(0, under_way)
@@ -223,9 +243,11 @@ class Ledger:
             part=max(0, self.part(now_s)),
             want=self.want,
             given=dict(loans.given),
+            back=dict(loans.back),
             ended=dict(loans.ended),
             got=dict(loans.got),
             returned=dict(loans.returned),
+            gone=dict(loans.gone),
         )
 
     def lapse(self) -> None:
@@ -264,18 +286,17 @@ class Ledger:
         if not isinstance(self.use, WindowUse):
             return
         loans = self.loans
-        for node, given in loans.given.items():
-            if given > loans.ended.get(node, 0) and now_s - self._heard_s.setdefault(node, now_s) > self.lease_s:
-                loans.ended[node] = given
+        for node in loans.given:
+            out, ended = loans.out(node), loans.ended.get(node, 0)
+            if out and now_s - self._heard_s.setdefault(node, now_s) > self.lease_s:
+                loans.ended[node] = ended + out
                 self._mature_s.pop(node, None)  # the time runs from when it is told
-            elif loans.ended.get(node, 0) > loans.back.get(node, 0):
+            elif ended > loans.matured.get(node, 0):
                 # the lease, an answer under way, and the window of what was used last
                 wait_s = 2 * self.lease_s + self.use.window_s * (1 + 1 / SLOTS)
                 if now_s >= self._mature_s.setdefault(node, now_s + wait_s):
-                    loans.back[node] = loans.ended[node]
+                    loans.matured[node] = ended
                     del self._mature_s[node]
-            else:
-                self._mature_s.pop(node, None)
 
 
 def _raise(sums: dict[str, int], node: str, to: int) -> None:

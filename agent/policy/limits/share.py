@@ -16,8 +16,9 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One limit at one node. ``period`` is the start of the calendar period, 0 for a minute; ``basis`` names the limit
     and the nodes that it was divided among. ``used`` is what counts there now, ``part`` what the node may use, and
     ``want`` what it lacks for the next seconds. By node and since the period began: ``given`` is what it lent, of which
-    it counts ``ended`` as given back; ``got`` what it borrowed, of which it ``returned`` some. They only ever rise, so
-    that an answer that is lost, late or doubled changes nothing."""
+    it got ``back`` some and has ``ended`` some; ``got`` is what it borrowed, of which it ``returned`` some, and some is
+    ``gone`` because the lender has ended it. They only ever rise, so that an answer that is lost, late or doubled
+    changes nothing."""
 
     owner: str
     span: str
@@ -28,9 +29,11 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     part: Amount = 0
     want: Amount = 0
     given: dict[str, Amount] = {}
+    back: dict[str, Amount] = {}
     ended: dict[str, Amount] = {}
     got: dict[str, Amount] = {}
     returned: dict[str, Amount] = {}
+    gone: dict[str, Amount] = {}
 
     @property
     def name(self) -> Name:

@@ -79,6 +79,13 @@ def test_no_schedule_overspends_tokens_by_more_than_one_request_a_gateway(schedu
     assert played(DAY_TOKENS, schedule).total("completion_tok") <= DAY_TOKENS.most + 3 * (LARGEST - 1)
 
 
+def test_a_borrower_that_hears_that_its_loan_has_ended_does_not_send_back_what_it_has_just_used() -> None:
+    at_once, more = ("burst", "n0", 5, 1, 1, True), ("burst", "n0", 8, 1, 1, True)
+    schedule: Schedule = [at_once, ("meet",), ("meet",), more, ("meet",), more, ("wait", 58.0)]
+    later: Schedule = [("meet",), ("meet",), ("burst", "n2", 8, 1, 1, True), ("burst", "n1", 8, 1, 1, True)]
+    assert played(MINUTE, schedule + later).most_in_a_window("requests") <= MINUTE.most
+
+
 def test_what_a_killed_node_had_let_through_and_given_away_still_counts() -> None:
     for limit in (MINUTE, DAY):
         rack = Rack(3, [limit])
