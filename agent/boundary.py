@@ -106,7 +106,6 @@ class Boundary:
     def heard(self, node: str, heartbeat: Heartbeat) -> None:
         """A peer's heartbeat."""
         self.taints.heard(node, heartbeat)
-        self.allowances.heard(node, heartbeat.shares)
 
     def warnings(self) -> list[str]:
         """What an operator has to know, a sentence each; the policy's own are in the status."""

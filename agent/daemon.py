@@ -165,6 +165,7 @@ class Daemon:
             beat_s=self.config.peers.beat_s,
             sightings=Sightings(node.id, mark),
             on_back=self._dispatch.peer_is_back,
+            on_shares=self.boundary.allowances.heard,
         )
 
     def _node_tls(self) -> "NodeTls | None":

@@ -89,8 +89,8 @@ def response_of(error: RackError) -> web.Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if error.code == SUSPECT:
-        headers["x-should-retry"] = "false"  # OpenAI's clients repeat any other error of the server
+    if error.code in (SUSPECT, "budget_exhausted"):
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat any other error like it
     if isinstance(error, NotAPeer) and error.node:
         headers[NODE_HEADER] = error.node
     if error.code == "unsupported_encoding":

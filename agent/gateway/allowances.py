@@ -16,6 +16,7 @@ import msgspec
 from agent.gateway.noted_totals import NotedTotals
 from agent.policy.limits import views
 from agent.policy.limits.book import Book, Now, Short, State, Taken
+from agent.policy.limits.ledger import LEASE_S
 from agent.policy.limits.limit import Amounts, Limit, cost, key_owner, nano, of_key, of_provider
 from agent.policy.limits.share import Share
 from agent.policy.rates import Rate
@@ -75,28 +76,32 @@ class Reservation:
 
 
 class Allowances:
-    """The limits of this node. ``rules`` is the policy in force and ``key_ids`` the ids of the configured keys;
-    ``rate_of`` is what a model's tokens cost on this rack, None where that is not known and they cost nothing.
-    ``window_s`` is the length of a minute, for tests. Raises OSError when the state folder cannot be used."""
+    """The limits of this node. ``nodes`` are all of the rack; ``rules`` is the policy in force, ``key_ids`` the ids of
+    the configured keys. ``rate_of`` is what a model's tokens cost on this rack, None where that is not known and they
+    cost nothing. ``beat_s`` is the time between heartbeats; ``window_s`` the length of a minute, for tests. Raises
+    OSError when the state folder cannot be used."""
 
     def __init__(
         self,
         node: str,
         state: Path,
         *,
+        nodes: Iterable[str],
         rules: Callable[[], Rules],
         key_ids: Callable[[], Sequence[str]] = tuple,
         rate_of: Callable[[str], Rate | None] = lambda _: None,
         window_s: float = 60.0,
+        beat_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.node, self.rate_of = node, rate_of
         self._file, self._clock, self._wall = state / STATE, clock, wall
-        self._rules_of, self._key_ids, self._nodes = rules, key_ids, [node]
+        self._rules_of, self._key_ids, self._nodes = rules, key_ids, list(nodes)
         noted = NotedTotals(state / NOTED)
         saved = self._load()
-        self._book = Book(node, self._now(), window_s=window_s, rows=noted.row, lost=saved is None)
+        lease_s, lost = LEASE_S * beat_s, saved is None
+        self._book = Book(node, self._now(), window_s=window_s, lease_s=lease_s, rows=noted.row, lost=lost)
         self._book.restore(saved or State(wall_s=self._wall()), noted.noted, self._now())
         self._in_force: tuple[Rules, tuple[str, ...]] | None = None
         self._of_key: dict[str, tuple[KeyPolicy, tuple[Limit, ...]]] = {}
@@ -186,7 +191,7 @@ class Allowances:
         self._book.heard(node, shares, self._now())
 
     async def save(self) -> None:
-        """Grant what peers want and this node does not need; save it; then heartbeats tell of it. Call it every SAVE_S
+        """Lend what peers want and this node does not need; save it; then heartbeats tell of it. Call it every SAVE_S
         seconds, and once more at the end."""
         self._refresh()
         now = self._now()
@@ -198,9 +203,10 @@ class Allowances:
         if mark != self._written:
             body = msgspec.msgpack.encode(state)
             try:
-                await asyncio.to_thread(write_whole, self._file, body, synced=_granted(shares, self._told))
+                await asyncio.to_thread(write_whole, self._file, body, synced=_moved(shares, self._told))
             except OSError as error:
-                self._note(f"{self._file.name}: {error.strerror or error}; nothing is granted to peers")
+                self._note(f"{self._file.name}: {error.strerror or error}; nothing is lent to peers")
+                self._told = _without_moves(shares, self._told)
                 return
             self._written = mark
         self._note("")
@@ -248,10 +254,16 @@ class Allowances:
         self._book.become(limits, self._nodes, self._now())
 
 
-def _granted(shares: Iterable[Share], before: Iterable[Share]) -> bool:
-    """Whether there are grants that a loss of power must not undo."""
-    known = {(share.name, share.period, share.basis): share.given for share in before}
-    return any(share.given != known.get((share.name, share.period, share.basis), {}) for share in shares)
+def _moved(shares: Iterable[Share], before: Iterable[Share]) -> bool:
+    """Whether anything was lent or returned, which a loss of power must not undo."""
+    return any(share != told for share, told in zip(shares, _without_moves(shares, before), strict=True))
+
+
+def _without_moves(shares: Iterable[Share], before: Iterable[Share]) -> tuple[Share, ...]:
+    """The same without what has been lent or returned since what was told ``before``."""
+    told = {(share.name, share.period, share.basis): (share.given, share.returned) for share in before}
+    kept = [(share, told.get((share.name, share.period, share.basis), ({}, {}))) for share in shares]
+    return tuple(msgspec.structs.replace(share, given=given, returned=back) for share, (given, back) in kept)
 
 
 def _refused(short: Short) -> Retryable:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import Heartbeat, PeerTable, of_another_rack, skewed
 from agent.mesh.sightings import Sightings, sentence
+from agent.policy.limits.share import Share
 from shared.clocks import SleepWatch
 from shared.errors import RackError
 from shared.logs import get_logger
@@ -27,7 +28,7 @@ log = get_logger("agent.mesh.heartbeats")
 
 class Heartbeats:
     """``emit`` receives PeerDown and PeerUp; ``on_back`` is called for a peer that came back or restarted, and
-    ``on_heard`` (settable) with every heartbeat."""
+    ``on_heard`` (settable) with every heartbeat, ``on_shares`` with what each tells of the rack's limits."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Heartbeats:
         beat_s: float,
         sightings: Sightings | None = None,
         on_back: Callable[[str], None] = lambda _: None,
+        on_shares: Callable[[str, tuple[Share, ...]], None] = lambda _, __: None,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         slept: Callable[[], float] | None = None,
@@ -47,6 +49,7 @@ class Heartbeats:
         self._table, self._client, self._emit, self._rack = table, client, emit, rack
         self._beat_s, self._on_back, self._clock, self._wall_ms = beat_s, on_back, clock, wall_ms
         self.sightings = sightings or Sightings("", "")
+        self._on_shares = on_shares
         self._due: dict[str, float] = {}
         self._open: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +129,8 @@ class Heartbeats:
         if self._table.heard(node, heartbeat, now, hop_s=now - began):
             self._on_back(node)
         self.on_heard(node, heartbeat)
+        if now - began < 2 * self._beat_s:  # not what was read after this process had been stopped
+            self._on_shares(node, heartbeat.shares)
         self._report(now)
 
     def _note(self, node: str, problem: str) -> None:

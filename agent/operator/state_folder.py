@@ -12,7 +12,7 @@ from shared import private
 
 SECRET = (
     *("listener.pem", PORT_NAME, "desired.json", "rates.json", "models.json", "step_times.json", "spool", "prompts"),
-    *("logs", "taints", "audit", OWN_BUCKET),
+    *("logs", "taints", "audit", "limits.state", "limits.totals", OWN_BUCKET),
 )
 """What nobody else may read; all of it is created so, and what an older version created is corrected."""
 TOKENS = ("admin.token", "metrics.token")

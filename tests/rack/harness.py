@@ -46,6 +46,8 @@ class Agent:
         self.process: subprocess.Popen[str] | None = None
         self.secret = SECRET
         self.tls: ssl.SSLContext | None = None
+        self.program = [SCRIPT]
+        """What is started; its command is `run`."""
         self.open_files = 0
         """The limit of open files that it is started with; 0 for that of the tests."""
 
@@ -57,7 +59,7 @@ class Agent:
     def start(self, *, wait: bool = True) -> "Agent":
         """Start it and wait until it answers."""
         environ = {**os.environ, "MLXRACK_TEST_SECRET": self.secret}
-        command = [SCRIPT, "run", "--config", str(self.config)]
+        command = [*self.program, "run", "--config", str(self.config)]
         if self.open_files:
             command = ["/bin/sh", "-c", f'ulimit -n {self.open_files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(

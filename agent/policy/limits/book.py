@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from agent.policy.limits.ledger import LIVELY_S, Ledger
+from agent.policy.limits.ledger import LEASE_S, LIVELY_S, Ledger, Loans
 from agent.policy.limits.limit import Amounts, Limit, Name, Period, parts, period
 from agent.policy.limits.share import Share, basis
 from agent.policy.limits.use import Use, WindowUse
@@ -19,8 +19,10 @@ WAIT_S = 5.0
 """A node that has just started, or joined, waits that long to hear from every peer what is used already."""
 ELSEWHERE_S = 2.0
 """What a peer has and does not need is here within about this time."""
-MOST_SHARES, TURNS = 128, 16
-"""Limits in a heartbeat: those in use, and of the others a few in turn."""
+MOST_SHARES, TURNS = 256, 16
+"""Limits in a heartbeat: those with loans, then those in use, and of the others a few in turn."""
+SLEPT_S = 1.0
+"""A wall clock that has gone on by more than the monotonic one: this machine slept, or its clock was set."""
 _KEPT_PERIODS = 2
 """A clock that is set back finds the period before."""
 
@@ -60,8 +62,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     total: int = 0
     largest: int = 0
     ages: list[tuple[float, int]] = []
-    given: dict[str, int] = {}
-    got: dict[str, int] = {}
+    loans: Loans
     used_by: dict[str, int] = {}
 
 
@@ -85,9 +86,17 @@ class Book:
     as used."""
 
     def __init__(
-        self, me: str, began: Now, *, window_s: float = 60.0, rows: Rows = _no_rows, lost: bool = False
+        self,
+        me: str,
+        began: Now,
+        *,
+        window_s: float = 60.0,
+        lease_s: float = LEASE_S,
+        rows: Rows = _no_rows,
+        lost: bool = False,
     ) -> None:
         self._me, self._began_s, self._window_s, self._rows, self._lost = me, began.mono_s, window_s, rows, lost
+        self._lease_s = lease_s
         self._limits: dict[Name, Limit] = {}
         self._nodes: tuple[str, ...] = (me,)
         self._heard: set[str] = set()
@@ -97,7 +106,7 @@ class Book:
         self._elapsed_s = 0.0
         self._noted: Callable[[str], int] = lambda _: 0
         self._bases: dict[int, str] = {}
-        self._ticked_s, self._turn = began.mono_s, 0
+        self._ticked, self._turn = began, 0
 
     # ---- what holds ----
 
@@ -161,9 +170,13 @@ class Book:
     def tick(self, now: Now) -> None:
         """Work out what is wanted, and give away what is not needed; then ``state`` must be saved before ``shares`` are
         told."""
-        elapsed_s, self._ticked_s = now.mono_s - self._ticked_s, now.mono_s
+        elapsed_s = now.mono_s - self._ticked.mono_s
+        slept = now.wall_s - self._ticked.wall_s > elapsed_s + SLEPT_S
+        self._ticked = now
         for limit in self._limits.values():
             ledger = self.ledger(limit, now)
+            if slept:
+                ledger.lapse()
             ledger.measure(elapsed_s, now.mono_s)
             ledger.give(len(self._nodes), now.mono_s)
 
@@ -184,9 +197,11 @@ class Book:
 
     def shares(self, now: Now) -> tuple[Share, ...]:
         """What a heartbeat tells: limits in use, the latest first, and a few of the others in turn."""
-        known = sorted(self._now.values(), key=lambda one: -one.lively_s)
-        lively = [one for one in known if now.mono_s - one.lively_s <= LIVELY_S][:MOST_SHARES]
-        others = [one for one in known[len(lively) :] if one.use.total or one.given or one.got]
+        known = sorted(self._now.values(), key=lambda one: (not (one.lent or one.borrowing), -one.lively_s))
+        lively = [
+            one for one in known[:MOST_SHARES] if one.lent or one.borrowing or now.mono_s - one.lively_s <= LIVELY_S
+        ]
+        others = [one for one in known[len(lively) :] if one.use.total or one.loans.given or one.loans.got]
         self._turn = (self._turn + TURNS) % max(1, len(others))
         return tuple(one.share(now.mono_s) for one in (*lively, *others[self._turn :][:TURNS]))
 
@@ -218,6 +233,9 @@ class Book:
             found = self._bases[limit.most] = basis(limit.most, self._nodes)
         return found
 
+    def _ledger(self, limit: Limit, span: Period, use: Use) -> Ledger:
+        return Ledger(limit, span, self._basis(limit), self._mine(limit.most), use, lease_s=self._lease_s)
+
     def _mine(self, amount: int) -> int:
         """This node's share of an amount that is divided among all nodes."""
         return list(parts(amount, len(self._nodes)))[self._nodes.index(self._me)]
@@ -235,8 +253,9 @@ class Book:
             found.open = found.open or (before is not None and before.basis == found.basis)
         elif found.basis != self._basis(limit):
             used, used_by = found.use, found.used_by
-            found = Ledger(limit, span, self._basis(limit), self._mine(limit.most), used)
+            found = self._ledger(limit, span, used)
             found.used_by = used_by
+            self._take_over(found, now)
         self._now[name] = found
         return found
 
@@ -254,28 +273,30 @@ class Book:
     def _fresh(self, limit: Limit, span: Period, now: Now) -> Ledger:
         """A new account, with what another run of this agent has saved of it."""
         label = f"{limit.name.owner} {limit.name.span} {limit.name.unit} {span.start_s}"
-        noted, saved = self._noted(label), self._saved.pop((limit.name, span.start_s), None)
         if limit.name.span == "minute":
             use: Use = WindowUse(self._window_s)
         else:
             use = Use()
-        ledger = Ledger(limit, span, self._basis(limit), self._mine(limit.most), use)
-        if saved is not None:
-            self._take_over(ledger, saved, now)
-        use.add(max(0, noted - use.total), now.mono_s)
+        ledger = self._ledger(limit, span, use)
+        if (saved := self._saved.get((limit.name, span.start_s))) is not None:
+            use.total, use.largest = saved.total, saved.largest
+            if isinstance(use, WindowUse):
+                use.put_back(((age_s + self._elapsed_s, amount) for age_s, amount in saved.ages), now.mono_s)
+            ledger.used_by = {node: (used, now.mono_s) for node, used in saved.used_by.items()}
+            self._take_over(ledger, now)
+        use.add(max(0, self._noted(label) - use.total), now.mono_s)
         use.note = self._rows(label)
-        # nothing of a new period is used when it begins
-        ledger.open |= any(one.basis == ledger.basis and one.name == limit.name for one in self._saved.values())
+        if saved is None:  # nothing of a new period is used when it begins
+            ledger.open = any(one.basis == ledger.basis and one.name == limit.name for one in self._saved.values())
         return ledger
 
-    def _take_over(self, ledger: Ledger, saved: Saved, now: Now) -> None:
-        use = ledger.use
-        use.total, use.largest = saved.total, saved.largest
-        if isinstance(use, WindowUse):
-            use.put_back(((age_s + self._elapsed_s, amount) for age_s, amount in saved.ages), now.mono_s)
-        ledger.used_by = {node: (used, now.mono_s) for node, used in saved.used_by.items()}
-        if saved.basis == ledger.basis:
-            ledger.given, ledger.got, ledger.open = dict(saved.given), dict(saved.got), saved.open
+    def _take_over(self, ledger: Ledger, now: Now) -> None:
+        """What another run has lent and borrowed, once, and only when the same nodes and limit are in force: after a
+        start they may be others until the desired state is read."""
+        key = ledger.name, ledger.period.start_s
+        if (saved := self._saved.get(key)) is not None and saved.basis == ledger.basis:
+            del self._saved[key]
+            ledger.loans, ledger.open = saved.loans, saved.open
             ledger.annul(saved.void, now.mono_s)
 
     def _open(self, ledger: Ledger, now: Now) -> None:
@@ -311,7 +332,6 @@ def _saved(ledger: Ledger, now: Now) -> Saved:
         total=use.total,
         largest=use.largest,
         ages=use.ages(now.mono_s) if isinstance(use, WindowUse) else [],
-        given=dict(ledger.given),
-        got=dict(ledger.got),
+        loans=ledger.loans,
         used_by={node: used for node, (used, _) in ledger.used_by.items() if used},
     )

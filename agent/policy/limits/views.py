@@ -59,7 +59,7 @@ def operators(ledger: Ledger, now: Now) -> dict[str, Any]:
         "owner": limit.name.owner,
         **_usage(ledger, now),
         "used_here": amount(limit, max(0, ledger.use.amount(now.mono_s))),
-        "part": amount(limit, max(0, ledger.part)),
+        "part": amount(limit, max(0, ledger.part(now.mono_s))),
         "spare": amount(limit, max(0, ledger.spare(now.mono_s))),
         "wants": amount(limit, ledger.want),
         "wanted_by": wanting,
@@ -96,6 +96,6 @@ def sentence(short: Short) -> str:
     said = f"{whose} limit of {amount(limit, limit.most)} {_WORDS.get(unit, unit)} per {span}"
     again = f"try again in {max(1, ceil(short.retry_after_s))} s"
     if short.moves:
-        return f"{said}: what is left is held by other nodes of the rack and moves here within seconds; {again}"
-    until = "" if span == "minute" else "; it begins anew when the period ends (UTC)"
-    return f"{said} is used up{until}; {again}" if span == "minute" else f"{said} is used up{until}"
+        elsewhere = "what is left is held by other nodes of the rack and moves here within seconds, if they are up"
+        return f"{said}: {elsewhere}; {again}"
+    return f"{said} is used up; {again if span == 'minute' else 'it begins anew when the period ends (UTC)'}"

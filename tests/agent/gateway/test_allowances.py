@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.api.errors import status_of
@@ -16,6 +17,7 @@ from agent.gateway.allowances import NOTED, STATE, Allowances
 from agent.gateway.noted_totals import ROWS, NotedTotals
 from agent.gateway.outcomes import LIMITED, ended
 from agent.policy.limits.limit import Rate
+from agent.policy.limits.share import Share, basis
 from agent.policy.rules import KeyPolicy, Money, Provider, Rules
 from shared.errors import Retryable
 
@@ -36,7 +38,10 @@ class Clock:
 def allowances(folder: Path, *keys: KeyPolicy, clock: Clock | None = None, **more: Any) -> Allowances:
     rules, clock = Rules(keys=keys, providers=more.pop("providers", ())), clock or Clock()
     ids = [key.id for key in keys if key.id != "*"]
-    return Allowances("n1", folder, rules=lambda: rules, key_ids=lambda: ids, clock=clock, wall=clock.wall, **more)
+    nodes = more.pop("nodes", ["n1"])
+    return Allowances(
+        "n1", folder, nodes=nodes, rules=lambda: rules, key_ids=lambda: ids, clock=clock, wall=clock.wall, **more
+    )
 
 
 def refusal(held: Allowances, key: KeyPolicy, *amounts: Any, **more: Any) -> Retryable:
@@ -202,7 +207,7 @@ def test_a_clean_stop_a_new_start_and_a_new_policy_refill_nothing(tmp_path: Path
 
 def test_a_new_policy_in_force_counts_what_was_used_under_the_old_one(tmp_path: Path) -> None:
     rules = [Rules(keys=(KeyPolicy(id="alice", day=Money(requests=2)),))]
-    held = Allowances("n1", tmp_path, rules=lambda: rules[0], key_ids=lambda: ["alice"])
+    held = Allowances("n1", tmp_path, nodes=["n1"], rules=lambda: rules[0], key_ids=lambda: ["alice"])
     key = rules[0].keys[0]
     held.reserve(key, 1, 1, None)
     held.reserve(key, 1, 1, None)
@@ -221,7 +226,7 @@ from agent.gateway.allowances import Allowances
 from agent.policy.rules import KeyPolicy, Money, Rules
 key = KeyPolicy(id="alice", requests_per_minute=9, day=Money(requests=9))
 rules = Rules(keys=(key,))
-held = Allowances("n1", Path(sys.argv[1]), rules=lambda: rules, key_ids=lambda: ["alice"])
+held = Allowances("n1", Path(sys.argv[1]), nodes=["n1"], rules=lambda: rules, key_ids=lambda: ["alice"])
 for _ in range(7):
     held.reserve(key, 1, 1, None)
 print("used", flush=True)
@@ -239,7 +244,7 @@ def test_sigkill_right_after_requests_refills_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / STATE).exists(), "nothing was saved in time"
     key = KeyPolicy(id="alice", requests_per_minute=9, day=Money(requests=9))
     rules = Rules(keys=(key,))
-    held = Allowances("n1", tmp_path, rules=lambda: rules, key_ids=lambda: ["alice"])
+    held = Allowances("n1", tmp_path, nodes=["n1"], rules=lambda: rules, key_ids=lambda: ["alice"])
     held.reserve(key, 1, 1, None)
     held.reserve(key, 1, 1, None)
     refusal(held, key)
@@ -262,15 +267,21 @@ def test_a_state_that_cannot_be_read_refills_nothing_until_the_period_ends(tmp_p
     again.reserve(key, 1, 1, None)
 
 
-def test_a_full_disk_keeps_grants_from_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_loans_from_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = KeyPolicy(id="alice", day=Money(requests=80))
     for folder in ("1", "2"):
         (tmp_path / folder).mkdir()
-    one = allowances(tmp_path / "1", key)
+    one = allowances(tmp_path / "1", key, nodes=["n1", "n2"])
     rules, clock = Rules(keys=(key,)), Clock()
-    two = Allowances("n2", tmp_path / "2", rules=lambda: rules, key_ids=lambda: ["alice"], clock=clock, wall=clock.wall)
-    for held in (one, two):
-        held.members(["n1", "n2"])
+    two = Allowances(
+        "n2",
+        tmp_path / "2",
+        nodes=["n1", "n2"],
+        rules=lambda: rules,
+        key_ids=lambda: ["alice"],
+        clock=clock,
+        wall=clock.wall,
+    )
     one.heard("n2", ())
     two.heard("n1", ())
     for _ in range(40):
@@ -295,10 +306,25 @@ def test_a_full_disk_keeps_grants_from_being_told(tmp_path: Path, monkeypatch: p
     one.reserve(key, 1, 1, None)
 
 
+def test_a_start_that_knows_its_peers_only_later_has_forgotten_no_loan(tmp_path: Path) -> None:
+    clock, key = Clock(), KeyPolicy(id="alice", day=Money(requests=80))
+    held = allowances(tmp_path, key, clock=clock, nodes=["n1", "n2"])
+    wants = Share(owner="key:alice", span="day", unit="requests", period=1_795_996_800, want=40)
+    held.heard("n2", [msgspec.structs.replace(wants, basis=basis(80, ["n1", "n2"]))])
+    asyncio.run(held.save())
+    assert held.beat()[0].given == {"n2": 40}
+    again = allowances(tmp_path, key, clock=clock)
+    asyncio.run(again.save())
+    clock.s += 30
+    again.members(["n1", "n2"])
+    refusal(again, key)
+    asyncio.run(again.save())
+    assert again.beat()[0].given == {"n2": 40}
+
+
 def test_what_moves_here_is_worth_a_retry_in_seconds(tmp_path: Path) -> None:
     key = KeyPolicy(id="alice", month=Money(requests=80))
-    held = allowances(tmp_path, key)
-    held.members(["n1", "n2"])
+    held = allowances(tmp_path, key, nodes=["n1", "n2"])
     error = refusal(held, key)  # nothing was heard of n2 yet
     assert (error.code, error.retry_after_s) == ("rate_limited", 2.0)
     held.heard("n2", ())

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from agent.policy.limits.book import Book, Now, Short, State, Taken
+from agent.policy.limits.ledger import LEASE_S
 from agent.policy.limits.limit import Amounts, Limit, Unit
 from agent.policy.limits.share import Share
 
@@ -25,21 +28,22 @@ class Node:
     """One node: its book, what is on its disk, and the heartbeats that it has answered with."""
 
     def __init__(self, rack: "Rack", name: str, skew_s: float = 0.0) -> None:
-        self.rack, self.name, self.skew_s = rack, name, skew_s
+        self.rack, self.name, self.skew_s, self.mono_s = rack, name, skew_s, 0.0
         self.rows: dict[str, int] = {}
-        self.disk: State | None = None
+        self.disk = b""
         self.told: list[tuple[Share, ...]] = [()]
+        self.told_s = [rack.s]
         self.open: list[tuple[list[Taken], Amounts]] = []
         self.book = self._start()
 
     @property
     def now(self) -> Now:
-        return Now(self.rack.s, NOON_S + self.rack.s + self.skew_s)
+        return Now(self.rack.s + self.mono_s, NOON_S + self.rack.s + self.skew_s)
 
     def _start(self) -> Book:
         book = Book(self.name, self.now, window_s=self.rack.window_s, rows=self._row)
         noted = dict(self.rows)
-        saved = self.disk if self.disk is not None else State(wall_s=self.now.wall_s)
+        saved = msgspec.msgpack.decode(self.disk, type=State) if self.disk else State(wall_s=self.now.wall_s)
         book.restore(saved, lambda label: noted.get(label, 0), self.now)
         book.become(self.rack.limits, self.rack.members, self.now)
         return book
@@ -71,8 +75,9 @@ class Node:
         """Grant, save, and only then tell."""
         self.book.tick(self.now)
         shares = self.book.shares(self.now)
-        self.disk = self.book.state(self.now)
+        self.disk = msgspec.msgpack.encode(self.book.state(self.now))
         self.told.append(shares)
+        self.told_s.append(self.rack.s)
 
     def killed(self) -> None:
         """SIGKILL and a new start: what was not saved is lost, but for the rows."""
@@ -90,14 +95,17 @@ class Rack:
         self.nodes = {name: Node(self, name) for name in self.members}
 
     def deliver(self, giver: str, to: str, back: int = 0) -> None:
-        """A node reads a peer's last answer, or an older one."""
-        told = self.nodes[giver].told
-        self.nodes[to].book.heard(giver, told[max(0, len(told) - 1 - back)], self.nodes[to].now)
+        """A node reads a peer's last answer, or an older one; of leases one that was not under way for too long."""
+        node = self.nodes[giver]
+        at = max(0, len(node.told) - 1 - back)
+        late_s = self.s - node.told_s[at + 1] if at + 1 < len(node.told) else 0.0
+        if late_s <= LEASE_S or not any(limit.name.span == "minute" for limit in self.limits):
+            self.nodes[to].book.heard(giver, node.told[at], self.nodes[to].now)
 
     def meet(self, groups: Iterable[Iterable[str]] | None = None) -> None:
         """Every node reads the last answer of every other that it reaches."""
         for group in groups or [self.members]:
-            for to in (names := list(group)):
+            for to in (names := [name for name in group if name in self.nodes]):
                 for giver in names:
                     if giver != to:
                         self.deliver(giver, to)

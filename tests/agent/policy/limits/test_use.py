@@ -49,6 +49,7 @@ def test_a_correction_within_the_window_frees_and_one_after_it_changes_nothing()
     slot = use.add(100, 10.0)
     use.adjust(slot, -60, 40.0)
     assert use.amount(40.0) == 40
+    assert use.amount(80.0) == 0
     use.adjust(slot, -40, 80.0)
     assert use.amount(80.0) == 0
     use.adjust(slot, 5, 80.0)  # more than was reserved
