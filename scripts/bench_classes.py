@@ -7,7 +7,8 @@ ten times as many clients as it has rows, each of which sends its next request a
 again. What of a ratio is due to sharing the machine is measured without any waiting: the same requests beside as many
 running rows as the flood may take, while one row is free.
 
-Reserved rows are an operator's means against sharing: of ``--reserve`` 6 of 8 rows the flood gets 2.
+Reserved rows are an operator's means against sharing: with ``--reserve`` 6 of 8 rows the flood gets 2, decoded in a batch
+of their own, which pauses for a first token.
 """
 
 import contextlib
@@ -86,12 +87,12 @@ def measure(case: Case, args: Any) -> None:
     shared: list[float] = []
     ratios: list[float] = []
     seen = Seen([], [], [])
-    numbers = itertools.count()
+    numbers, few = itertools.count(), args.rows - max(1, case.reserve)
     with agent(case, args) as server:
         first_token(server, "warm up", "ORCHESTRATION")
         for _ in range(args.rounds):
             one = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
-            with beside(server, args.rows - 1, case, numbers, Seen([], [], [])):
+            with beside(server, few, case, numbers, Seen([], [], [])):
                 shared += [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
             with beside(server, 10 * args.rows, case, numbers, seen):
                 two = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
@@ -100,19 +101,18 @@ def measure(case: Case, args: Any) -> None:
     drained_per_s = max(1, len(seen.answered_s)) / sum(seen.lasted_s)
     queue_s = IN_FLIGHT / drained_per_s
     print(f"{case.name}, {args.rows} rows, {case.reserve} reserved for ORCHESTRATION, {os.cpu_count()} cores")
-    for label, times in (("idle", idle), (f"beside {args.rows - 1} rows", shared), ("flooded", flooded)):
+    for label, times in (("idle", idle), (f"beside {few} rows", shared), ("flooded", flooded)):
         p50, p95 = statistics.median(times), quantile(times, 0.95)
         print(f"  TTFT {label:16} p50 {p50 * 1e3:7.0f} ms   p95 {p95 * 1e3:7.0f} ms   of {len(times)}")
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     print(f"  p95 flooded / idle: median of {args.rounds} rounds {statistics.median(ratios):.2f} ({spread})")
-    print(
-        f"  p95 beside running rows / idle: {quantile(shared, 0.95) / quantile(idle, 0.95):.2f}, which is sharing alone"
-    )
+    sharing = quantile(shared, 0.95) / quantile(idle, 0.95)
+    print(f"  p95 beside running rows / idle: {sharing:.2f}, which is sharing alone")
     tries = len(seen.answered_s) + len(seen.refused)
     oldest_s = max(seen.answered_s, default=float("nan"))
     print(f"  ROUTINE: {len(seen.answered_s)} answered of {tries} tries; the oldest took {oldest_s:.1f} s, of at most")
     print(
-        f"  {queue_s:.1f} s for the {IN_FLIGHT} that are admitted at {drained_per_s:.1f}/s, and {args.starve_s:g} s for higher classes"
+        f"  {queue_s:.1f} s for {IN_FLIGHT} admitted ones at {drained_per_s:.1f}/s, and {args.starve_s:g} s for others"
     )
 
 
@@ -195,12 +195,8 @@ def first_token(server: Server, content: str, task_class: str) -> float:
     connection = connected(server, 300)
     body = chat(server.model, content, 4, temperature=0, stream=True)
     began = time.perf_counter()
-    connection.request(
-        "POST",
-        "/v1/chat/completions",
-        json.dumps(body),
-        {"Content-Type": "application/json", "X-Task-Class": task_class},
-    )
+    headers = {"Content-Type": "application/json", "X-Task-Class": task_class}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     answer = connection.getresponse()
     if answer.status != 200:
         raise SystemExit(f"bench: the agent answered {answer.status} to {task_class}")
