@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-serve sample-rack walk drill mac wheels dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-classes bench-serve sample-rack walk drill mac wheels dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -115,6 +115,9 @@ bench-placement: $(STAMP) ## measure the placement solver: run time, optimality 
 
 sample-rack: $(STAMP) ## make a bucket of synthetic telemetry and its reports, to explore without a rack
 	@$(BIN)/python -m scripts.sample_rack
+
+bench-classes: $(STAMP) model ## measure the TTFT of ORCHESTRATION, idle and under ten times as much ROUTINE as the rows take
+	@$(BIN)/python -m scripts.bench_classes
 
 bench-serve: $(STAMP) model ## measure tokens/s of the agent, mlx_lm.server and the bare engine
 	@$(BIN)/python -m scripts.bench_serve

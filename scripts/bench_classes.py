@@ -7,14 +7,17 @@ ten times as many clients as it has rows, each of which sends its next request a
 again. What of a ratio is due to sharing the machine is measured without any waiting: the same requests beside as many
 running rows as the flood may take, while one row is free.
 
-Reserved rows are an operator's means against sharing: of ``--reserve`` 6 of 8 rows the flood gets 2.
+Reserved rows are an operator's means against sharing: with ``--reserve`` 6 of 8 rows the flood gets 2, decoded in a batch
+of their own, which pauses for a first token.
 """
 
+import contextlib
 import functools
 import http.client
 import itertools
 import json
 import os
+import socket
 import statistics
 import threading
 import time
@@ -29,6 +32,7 @@ from scripts.fetch_demo_model import MAIN, default_folder
 from scripts.seaweed import free_port
 
 SUBJECTS = ("a whale", "the moon", "a clock", "bread", "a river", "chess", "snow", "a violin")
+IN_FLIGHT = 64
 FAKE = 'engine = "fake"\npath = "weights"\nneed_bytes = 10\nfake_step_s = 0.02\nfake_prefill_tps = 2000.0'
 
 
@@ -41,12 +45,13 @@ class Case(NamedTuple):
     routine_tok: int
 
 
-class Waited(NamedTuple):
-    """What the clients of a flood saw: seconds until the answer of each request, from its first try to its last byte,
-    and how often one was refused."""
+class Seen(NamedTuple):
+    """What the clients of a flood saw: seconds from an admitted request to its answer, one entry for each refusal, and
+    how long the floods lasted."""
 
     answered_s: list[float]
     refused: list[int]
+    lasted_s: list[float]
 
 
 def main() -> int:
@@ -54,7 +59,7 @@ def main() -> int:
     args = _arguments()
     warn_if_busy()
     BUILD.mkdir(parents=True, exist_ok=True)
-    real = f'path = {json.dumps(str(args.model))}\nplan_context_tok = 1024\nmax_tokens = 64'
+    real = f"path = {json.dumps(str(args.model))}\nplan_context_tok = 1024\nmax_tokens = 64"
     for name in args.cases:
         table = FAKE if name == "fake" else real
         for reserve in args.reserve:
@@ -81,34 +86,34 @@ def measure(case: Case, args: Any) -> None:
     flooded: list[float] = []
     shared: list[float] = []
     ratios: list[float] = []
-    waited = Waited([], [])
-    numbers = itertools.count()
+    seen = Seen([], [], [])
+    numbers, few = itertools.count(), args.rows - max(1, case.reserve)
     with agent(case, args) as server:
         first_token(server, "warm up", "ORCHESTRATION")
         for _ in range(args.rounds):
             one = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
-            with beside(server, args.rows - 1, case, numbers, Waited([], [])):
+            with beside(server, few, case, numbers, Seen([], [], [])):
                 shared += [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
-            with beside(server, 10 * args.rows, case, numbers, waited):
+            with beside(server, 10 * args.rows, case, numbers, seen):
                 two = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
             idle, flooded = idle + one, flooded + two
             ratios.append(quantile(two, 0.95) / quantile(one, 0.95))
-    bound_s = args.starve_s + 64 / (len(waited.answered_s) / max(1e-9, sum_s(waited, args)))
+    drained_per_s = max(1, len(seen.answered_s)) / sum(seen.lasted_s)
+    queue_s = IN_FLIGHT / drained_per_s
     print(f"{case.name}, {args.rows} rows, {case.reserve} reserved for ORCHESTRATION, {os.cpu_count()} cores")
-    for label, times in (("idle", idle), (f"beside {args.rows - 1} rows", shared), ("flooded", flooded)):
+    for label, times in (("idle", idle), (f"beside {few} rows", shared), ("flooded", flooded)):
         p50, p95 = statistics.median(times), quantile(times, 0.95)
         print(f"  TTFT {label:16} p50 {p50 * 1e3:7.0f} ms   p95 {p95 * 1e3:7.0f} ms   of {len(times)}")
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     print(f"  p95 flooded / idle: median of {args.rounds} rounds {statistics.median(ratios):.2f} ({spread})")
-    print(f"  p95 beside running rows / idle: {quantile(shared, 0.95) / quantile(idle, 0.95):.2f}, which is sharing alone")
-    tries = len(waited.answered_s) + sum(waited.refused)
-    print(f"  ROUTINE: {len(waited.answered_s)} answered of {tries} tries; oldest took {max(waited.answered_s):.1f} s")
-    print(f"  its bound: {bound_s:.1f} s, of which {args.starve_s:g} s for higher classes and the rest its own queue")
-
-
-def sum_s(waited: Waited, args: Any) -> float:
-    """Seconds that the floods lasted, by the clients' own times."""
-    return sum(waited.answered_s) / (10 * args.rows)
+    sharing = quantile(shared, 0.95) / quantile(idle, 0.95)
+    print(f"  p95 beside running rows / idle: {sharing:.2f}, which is sharing alone")
+    tries = len(seen.answered_s) + len(seen.refused)
+    oldest_s = max(seen.answered_s, default=float("nan"))
+    print(f"  ROUTINE: {len(seen.answered_s)} answered of {tries} tries; the oldest took {oldest_s:.1f} s, of at most")
+    print(
+        f"  {queue_s:.1f} s for {IN_FLIGHT} admitted ones at {drained_per_s:.1f}/s, and {args.starve_s:g} s for others"
+    )
 
 
 def agent(case: Case, args: Any) -> Any:
@@ -119,20 +124,19 @@ def agent(case: Case, args: Any) -> Any:
     policy.write_text(f"[admission]\nreserved_orchestration = {case.reserve}\nstarve_s = {args.starve_s:g}\n")
     port = free_port()
     tables = f"[loader]\ncalibrate = false\n[policy]\npath = {json.dumps(str(policy.resolve()))}\n"
-    tables += "[limits]\nin_flight_per_key = 4096\n"
+    tables += f"[limits]\nin_flight_per_model = {IN_FLIGHT}\nin_flight_per_key = 4096\n"
     tables += f'[[models]]\nname = "m"\nrows = {args.rows}\n{case.model}\n'
     config = agent_toml(folder, "bench", "bench", tables, port=port)
     return serving([script("mlxrack-agent"), "run", "--config", str(config)], {}, port, "ready", "m")
 
 
 class beside:  # noqa: N801  # a context, read as a word
-    """ROUTINE from so many clients, each in a thread, until the block ends."""
+    """ROUTINE from so many clients, each in a thread, until the block ends; then they leave."""
 
-    def __init__(
-        self, server: Server, clients: int, case: Case, numbers: "itertools.count[int]", waited: Waited
-    ) -> None:
-        self._over = threading.Event()
-        send = functools.partial(self._send, server, case, numbers, waited)
+    def __init__(self, server: Server, clients: int, case: Case, numbers: "itertools.count[int]", seen: Seen) -> None:
+        self._over, self._began_s, self._seen = threading.Event(), time.perf_counter(), seen
+        self._open: set[http.client.HTTPConnection] = set()
+        send = functools.partial(self._send, server, case, numbers)
         self._threads = [threading.Thread(target=send, daemon=True) for _ in range(clients)]
 
     def __enter__(self) -> None:
@@ -142,18 +146,32 @@ class beside:  # noqa: N801  # a context, read as a word
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._seen.lasted_s.append(time.perf_counter() - self._began_s)
+        for connection in list(self._open):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
 
-    def _send(self, server: Server, case: Case, numbers: "itertools.count[int]", waited: Waited) -> None:
+    def _send(self, server: Server, case: Case, numbers: "itertools.count[int]") -> None:
         while not self._over.is_set():
             body = chat(server.model, question(next(numbers)), case.routine_tok, temperature=0)
-            began = time.perf_counter()
-            while (retry_s := posted(server, body)) is not None:
-                waited.refused.append(1)
-                if self._over.wait(retry_s):
-                    return
-            waited.answered_s.append(time.perf_counter() - began)
+            connection = connected(server, 600)
+            self._open.add(connection)
+            try:
+                began = time.perf_counter()
+                retry_s = posted(connection, body)
+                if retry_s is None:
+                    self._seen.answered_s.append(time.perf_counter() - began)
+            except (OSError, http.client.HTTPException):
+                continue  # its own client left
+            finally:
+                self._open.discard(connection)
+                connection.close()
+            if retry_s is not None:
+                self._seen.refused.append(1)
+                self._over.wait(retry_s)
 
 
 def question(number: int) -> str:
@@ -161,21 +179,15 @@ def question(number: int) -> str:
     return f"{number}: say something about {SUBJECTS[number % len(SUBJECTS)]}, " + "and take your time. " * 8
 
 
-def posted(server: Server, body: dict[str, Any]) -> float | None:
+def posted(connection: http.client.HTTPConnection, body: dict[str, Any]) -> float | None:
     """Send one ROUTINE request; None when it was answered, else the seconds after which to come again."""
-    connection = connected(server, 300)
-    try:
-        headers = {"Content-Type": "application/json", "X-Task-Class": "ROUTINE"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status == 200:
-            return None
-        if answer.status not in (429, 503):
-            raise SystemExit(f"bench: the agent answered {answer.status}")
-        return float(answer.getheader("Retry-After") or 1)
-    finally:
-        connection.close()
+    headers = {"Content-Type": "application/json", "X-Task-Class": "ROUTINE"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    answer.read()
+    if answer.status == 200:
+        return None
+    return float(answer.getheader("Retry-After") or 1)
 
 
 def first_token(server: Server, content: str, task_class: str) -> float:
@@ -183,9 +195,8 @@ def first_token(server: Server, content: str, task_class: str) -> float:
     connection = connected(server, 300)
     body = chat(server.model, content, 4, temperature=0, stream=True)
     began = time.perf_counter()
-    connection.request(
-        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json", "X-Task-Class": task_class}
-    )
+    headers = {"Content-Type": "application/json", "X-Task-Class": task_class}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     answer = connection.getresponse()
     if answer.status != 200:
         raise SystemExit(f"bench: the agent answered {answer.status} to {task_class}")

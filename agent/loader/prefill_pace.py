@@ -74,7 +74,7 @@ class PrefillPace:
     ``largest_tok`` tokens; ``pressed`` while memory is short."""
 
     def __init__(self, largest_tok: int, stall_s: float) -> None:
-        self._largest_tok, self._stall_s = largest_tok, stall_s
+        self._largest_tok, self.stall_s = largest_tok, stall_s
         self._decode_s = 0.0
         self.cost = PrefillCost()
         self.rate_tok_per_s = 0.0
@@ -84,7 +84,7 @@ class PrefillPace:
         """Prompt tokens for the next step, after ``before_tok`` tokens; ``decoding`` while rows wait for it."""
         decode_s = max(self._decode_s, 1e-6) if decoding else 0.0
         largest = max(SMALLEST_CHUNK_TOK, self._largest_tok // PRESSED) if self.pressed else self._largest_tok
-        return chunk_tok(self.cost, self._stall_s, decode_s, before_tok, largest)
+        return chunk_tok(self.cost, self.stall_s, decode_s, before_tok, largest)
 
     def prefilled(self, tokens: int, before_tok: float, seconds: float) -> None:
         """Learn from a chunk."""

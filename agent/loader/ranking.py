@@ -2,6 +2,10 @@
 
 ``agent.loader.row_placement`` decides among requests of one rank; this narrows what it sees to those of the highest.
 Where all rows have the same rank and leave none to others, it sees everything.
+
+A step with many rows takes longer than one with few, which no order of turns can help. So where rows are reserved,
+those that have them are decoded in a batch of their own, and the batches that leave rows to them pause until they have
+their first token: an operator who reserves rows pays with one more reading of the weights in each step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,19 +72,31 @@ def least(placed: Sequence[Placed], standings: Standings) -> int:
 
 
 def seen(placement: Placement, best: Standing, standings: Standings) -> Placement:
-    """The placement as one that starts sees it: without the rows that it leaves to others, and without regard to first
-    tokens of lower ranks."""
+    """The placement as one that starts sees it: without the rows that it leaves to others, without the batches of those
+    that leave more or fewer, and without regard to first tokens of lower ranks."""
     others = [standings[row.id] for row in placement.rows]
-    limits = placement.limits._replace(rows=rows_for(best.leaves, others, placement.limits.rows))
-    if limits == placement.limits and all(other.rank >= best.rank for other in others):
+    if not best.leaves and all(other.rank >= best.rank and not other.leaves for other in others):
         return placement
-    batches = tuple(
-        tuple(
-            row._replace(made_tok=max(1, row.made_tok)) if standings[row.id].rank < best.rank else row for row in batch
-        )
-        for batch in placement.batches
-    )
-    return Placement(batches, limits)
+
+    def as_seen(row: Placed) -> Placed:
+        other = standings[row.id]
+        made_tok = max(1, row.made_tok) if other.rank < best.rank else row.made_tok
+        return row._replace(made_tok=made_tok, apart=row.apart or other.leaves != best.leaves)
+
+    batches = tuple(tuple(map(as_seen, batch)) for batch in placement.batches)
+    return Placement(batches, placement.limits._replace(rows=rows_for(best.leaves, others, placement.limits.rows)))
+
+
+def paused(placement: Placement, standings: Standings) -> set[int]:
+    """Batches that pause: each of their rows leaves more rows to others than one that has no token yet."""
+    awaited = [standings[row.id].leaves for row in placement.rows if not row.made_tok]
+    if not awaited:
+        return set()
+    return {
+        at
+        for at, batch in enumerate(placement.batches)
+        if batch and all(standings[row.id].leaves > min(awaited) for row in batch)
+    }
 
 
 def begin(

@@ -171,6 +171,24 @@ def test_rows_are_counted_as_they_yield(tiny_model: Path) -> None:
     engine.close()
 
 
+def test_others_pause_for_a_first_token_where_rows_are_reserved_and_not_for_long(tiny_model: Path) -> None:
+    """A pause ends with the first token, or with the time that decoding rows may wait."""
+    for stall_s, pauses in ((600.0, True), (0.0, False)):
+        engine = MLXEngine(str(tiny_model), rows=ROWS, prefill_chunk_tok=32, cache_bytes=8 << 20, stall_s=stall_s)
+        watched = Watched(engine)
+        for number, text in questions(2).items():
+            watched.ask(number, text, Priority(rank=-1, leaves_rows=1), max_tokens=200)
+        watched.until(*questions(2))
+        watched.ask(99, "an order of some length " * 10, ORCHESTRATION)
+        watched.step()
+        before = len(watched.said[0])
+        watched.until(99)
+        assert (len(watched.said[0]) == before) == pauses
+        watched.finish()
+        assert all(watched.ended(number) for number in watched.said)
+        engine.close()
+
+
 def test_a_cancelled_one_is_forgotten(engine: Engine) -> None:
     watched = Watched(engine)
     for number, text in questions(ROWS).items():

@@ -152,7 +152,7 @@ class MLXEngine:
         before_tok = self._rows.before_tok
         largest = self._scheduler.chunk_tok(before_tok)
         prompt_s, generated = 0.0, 0
-        for batch in list(self._rows.batches):
+        for batch in self._scheduler.due(began):
             try:
                 worked = batch.step(largest)
             except Exception:  # noqa: BLE001  # one row's failure must not end the others

@@ -7,7 +7,7 @@ from agent.loader.mlx.model import TextModel
 from agent.loader.mlx.row import Row
 from agent.loader.mlx.rows import Rows
 from agent.loader.prefill_pace import PrefillPace
-from agent.loader.ranking import Standings, begin, least, seen
+from agent.loader.ranking import Standings, begin, least, paused, seen
 from agent.loader.row_placement import Limits, Placement
 from agent.loader.scheduling import together
 
@@ -19,6 +19,7 @@ class Scheduler:
         self._rows, self._model = rows, model
         self._pace, self._counts = pace, counts
         self.limits = limits
+        self._paused_s = 0.0
 
     def plan(self, now_s: float) -> None:
         """Make room and start the next rows. Raises whatever removing a row from its batch raises."""
@@ -29,6 +30,19 @@ class Scheduler:
         """When the rows exceed the memory planned for them, preempt the youngest of the lowest rank; it resumes."""
         while (placement := self._placement).outgrown() is not None:
             self._rows.put_back(self._rows.by_id[least(placement.rows, self._standings)])
+
+    def due(self, now_s: float) -> list[Batch]:
+        """The batches to step. Those that pause for another's first token do so no longer than decoding rows may wait
+        for a chunk; then they have a step."""
+        batches = self._rows.batches
+        if not any(row.request.priority.leaves_rows for row in self._rows.by_id.values()):
+            return list(batches)
+        wait = paused(self._placement, self._standings)
+        if not wait or (self._paused_s and now_s - self._paused_s > self._pace.stall_s):
+            self._paused_s = 0.0
+            return list(batches)
+        self._paused_s = self._paused_s or now_s
+        return [batch for at, batch in enumerate(batches) if at not in wait]
 
     def chunk_tok(self, before_tok: float) -> int:
         """Prompt tokens for one step."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader.ranking import MAX_YIELDS, Begin, Standing, begin, least, rows_for, seen, yielding
+from agent.loader.ranking import MAX_YIELDS, Begin, Standing, begin, least, paused, rows_for, seen, yielding
 from agent.loader.row_placement import Candidate, Limits, Placement
 from agent.loader.scheduling import Turn
 from agent.wire.priority import STARVED
@@ -153,3 +153,37 @@ def test_rows_yield_in_a_fixed_order() -> None:
 
 def test_limits_stay_what_they_are() -> None:
     assert seen(FULL, Standing(-1, 1), dict.fromkeys((6, 7, 8, 9), NEUTRAL)).limits == Limits(4, 8192, 1000.0)
+
+
+def test_those_with_reserved_rows_are_decoded_apart() -> None:
+    at = placement([row(8, 50), row(9, 50)])
+    lower = {8: Standing(-1, 2), 9: Standing(-1, 2)}
+    mine = candidate(1, 60)
+    assert seen(at, ORCHESTRATION, lower | {1: ORCHESTRATION}).seats([mine]) == {1: [1]}
+    assert seen(at, Standing(-1, 2), lower).seats([mine]) == {}, "2 of 4 are reserved"
+    at = placement([row(8, 50)], [row(9, 50)])
+    both = {8: Standing(-1, 2), 9: ORCHESTRATION}
+    assert seen(at, Standing(-1, 2), both).seats([mine]) == {0: [1]}
+    assert seen(at, ORCHESTRATION, both).seats([mine]) == {1: [1]}
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (placement([row(8, 50)], [row(9, 50, made=0)]), {0}),
+        (placement([row(8, 50)], [row(9, 50, prefilling=True, made=0)]), {0}),
+        (placement([row(8, 50)], [row(9, 50)]), set()),
+        (placement([row(8, 50), row(9, 50, made=0)]), set()),
+        (placement([row(8, 50, made=0)], [row(9, 50)]), set()),
+        (placement([row(8, 50)], [row(7, 50)], [row(9, 50, made=0)]), {0}),
+        (placement([], [row(9, 50, made=0)]), set()),
+    ],
+    ids=["a first token", "a prompt", "nothing", "never one's own batch", "not for lower", "equals do not", "empty"],
+)
+def test_batches_pause_for_the_first_token_of_one_they_leave_rows_to(at: Placement, expected: set[int]) -> None:
+    assert paused(at, {7: Standing(-1), 8: Standing(-1, 2), 9: ORCHESTRATION}) == expected
+
+
+@given(placements, st.data())
+def test_where_nothing_is_reserved_nothing_pauses(at: Placement, data: st.DataObject) -> None:
+    assert paused(at, {one.id: data.draw(standing)._replace(leaves_rows=0) for one in at.rows}) == set()

@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import NoReturn
 
+import msgspec
 import pytest
 
 from agent.process.loader_process import LoaderProcess, LoaderSpec, telling
 from agent.wire.frames import Answer, Done, Failed, Generate, Message, Tokens, Waits
 from agent.wire.namespaces import namespace_of
+from agent.wire.priority import Priority
 from shared.errors import Retryable
 
 
@@ -159,3 +161,30 @@ async def test_a_loader_starts_on_a_full_disk(fails: str, monkeypatch: pytest.Mo
 def test_the_line_that_tells_why_a_loader_ended_is_no_hint(stderr: str, expected: str) -> None:
     assert telling(stderr).startswith(expected)
     assert bool(telling(stderr)) == bool(expected)
+
+
+async def test_a_flood_of_a_low_rank_is_no_queue_for_a_high_one_and_keeps_its_answers() -> None:
+    """Eight times as many as there are rows; over a real socket, in a real loader."""
+    low, high = Priority(rank=-1), Priority(rank=2)
+    async with running("--rows", "4", "--fake-step-s", "0.005", "--fake-prefill-tps", "20000") as loader:
+        alone = await said(loader, msgspec.structs.replace(ask("question 0", max_tokens=64), priority=low))
+        ended: list[int] = []
+
+        async def routine(number: int) -> str:
+            text = await said(loader, msgspec.structs.replace(ask(f"question {number}", max_tokens=64), priority=low))
+            ended.append(number)
+            return text
+
+        flood = [asyncio.create_task(routine(number)) for number in range(32)]
+        while loader.throughput.workload.requests < 32 or not loader._last_s:
+            await asyncio.sleep(0.01)
+        for number in range(4):
+            await said(loader, msgspec.structs.replace(ask(f"order {number}", max_tokens=2), priority=high))
+        assert len(ended) <= 16, "in their turn they would follow all of it"
+        texts = await asyncio.gather(*flood)
+        assert sorted(ended) == list(range(32))
+        assert texts[0] == alone, "though it may have yielded its row"
+
+
+async def said(loader: LoaderProcess, request: Generate) -> str:
+    return "".join([answer.text async for answer in loader.generate(request) if isinstance(answer, Tokens)])
