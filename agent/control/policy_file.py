@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from agent.config import AgentConfig, Live
-from agent.policy.doubts import Known, differing, doubts
+from agent.policy.doubts import Known, doubts
 from agent.policy.reading import PolicyRead, Stamp, read, stamp_of
-from agent.policy.rules import DEFAULT, Rules, digest
+from agent.policy.rules import DEFAULT, Rules, differing, digest
 from shared.config import ConfigError
 from shared.logs import get_logger
 

@@ -11,10 +11,12 @@ import msgspec
 
 from agent.config import AgentConfig, Model
 from agent.files.modelstore import ModelStore, model_folder
-from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, SecretFact, references
+from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, PolicyFact, SecretFact, references
 from agent.operator.resolved import Resolver
+from agent.policy.rules import digest
 from agent.process import gpu, machine
 from agent.telemetry.spool_identity import Identity
+from shared.config import ConfigError
 from shared.errors import Halt, RackError
 from shared.transport import check_tls
 
@@ -38,7 +40,21 @@ def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, bud
         tls_problem=problem,
         tls_warnings=warnings,
         spool_of=_spool_of(state),
+        policy=policy_of(config),
     )
+
+
+def policy_of(config: AgentConfig) -> PolicyFact:
+    """The policy file that a start would put in force."""
+    from agent.policy.doubts import Known, doubts  # with it comes an engine for patterns
+    from agent.policy.reading import read
+
+    try:
+        rules = read(config.policy.path).rules
+    except ConfigError as error:
+        return PolicyFact(error.problems)
+    known = Known(keys=frozenset(key.id for key in config.keys))
+    return PolicyFact((), rules.version, digest(rules), doubts(rules, known))
 
 
 def default_budget(config: AgentConfig) -> Budget:

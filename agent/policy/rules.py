@@ -204,6 +204,17 @@ def digest(rules: Rules) -> str:
     return hashlib.sha256(msgspec.json.encode(rules, order="deterministic")).hexdigest()[:12]
 
 
+def differing(mine: str, theirs: Mapping[str, str]) -> str:
+    """What to know when nodes of one rack decide by different policies, by their digests; "" when all agree. A node of
+    an earlier version has none (""), and decides like one without a policy file."""
+    plain = digest(DEFAULT)
+    others = sorted(node for node, one in theirs.items() if (one or plain) != mine)
+    if not others:
+        return ""
+    seen = ", ".join(f"{node} ({theirs[node] or 'none'})" for node in others)
+    return f"policy: this node has {mine}, and other nodes differ: {seen}; put the same file on all nodes"
+
+
 def of_key(rules: Rules, key_id: str) -> KeyPolicy:
     """The entry of a key: its own, else that of *, else one without limits."""
     return rules.by_key.get(key_id) or rules.by_key.get(ANY) or _ANY_KEY

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.policy.checking import check
-from agent.policy.doubts import Known, differing, doubts
+from agent.policy.doubts import Known, doubts
 from agent.policy.explaining import explain
 from agent.policy.patterns import backtracks, compiled, problem
-from agent.policy.rules import DEFAULT, KeyPolicy, Provider, Rules, digest, dollars, is_cloud_name, is_day
+from agent.policy.rules import DEFAULT, KeyPolicy, Provider, Rules, differing, digest, dollars, is_cloud_name, is_day
 from scripts.document_config import document
 from shared.config import parse
 from shared.errors import Refused
