@@ -112,12 +112,14 @@ class StoreFact(NamedTuple):
 
 
 class PolicyFact(NamedTuple):
-    """The policy file: every problem, or its version, its digest and what is probably not meant."""
+    """The policy file: every problem, or its version, its digest, its references to secrets and what is probably not
+    meant."""
 
     problems: Sequence[str] = ()
     version: str = ""
     digest: str = ""
     doubts: Sequence[str] = ()
+    secrets: Sequence[Secret] = ()
 
 
 class Facts(NamedTuple):

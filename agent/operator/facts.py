@@ -11,7 +11,17 @@ import msgspec
 
 from agent.config import AgentConfig, Model
 from agent.files.modelstore import ModelStore, model_folder
-from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, PolicyFact, SecretFact, references
+from agent.operator.checks import (
+    Budget,
+    Facts,
+    FolderFact,
+    ListenFact,
+    ModelFact,
+    PolicyFact,
+    Secret,
+    SecretFact,
+    references,
+)
 from agent.operator.resolved import Resolver
 from agent.policy.rules import digest
 from agent.process import gpu, machine
@@ -30,9 +40,9 @@ _BIND_ERRORS = {
 
 def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, budget: Budget | None = None) -> Facts:
     """Facts for ``checks.here``. ``budget`` is what the GPU was asked for; by default the share that it recommends."""
-    problem, warnings = _tls(config)
+    (problem, warnings), policy = _tls(config), policy_of(config)
     return Facts(
-        secrets=[SecretFact(one, *resolver.problem(one)) for one in references(config)],
+        secrets=[SecretFact(one, *resolver.problem(one)) for one in (*references(config), *policy.secrets)],
         models=_models(config, state),
         budget=budget or default_budget(config),
         folders=_folders(config, state, logs),
@@ -40,7 +50,7 @@ def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, bud
         tls_problem=problem,
         tls_warnings=warnings,
         spool_of=_spool_of(state),
-        policy=policy_of(config),
+        policy=policy,
     )
 
 
@@ -54,7 +64,9 @@ def policy_of(config: AgentConfig) -> PolicyFact:
     except ConfigError as error:
         return PolicyFact(error.problems)
     known = Known(keys=frozenset(key.id for key in config.keys))
-    return PolicyFact((), rules.version, digest(rules), doubts(rules, known))
+    named = [(f"policy.providers[{n}].secret", one.secret) for n, one in enumerate(rules.providers)]
+    secrets = [Secret(key, reference) for key, reference in named if reference]
+    return PolicyFact((), rules.version, digest(rules), doubts(rules, known), secrets)
 
 
 def default_budget(config: AgentConfig) -> Budget:

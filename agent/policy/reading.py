@@ -1,5 +1,6 @@
 """Reads a policy file from the disk: all of it and valid, or a ConfigError with every problem."""
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,7 @@ def read(path: str) -> PolicyRead:
     with every problem."""
     if not path:
         return PolicyRead(path=path, rules=DEFAULT)
-    file = Path(path).expanduser()
+    file = _expanded(path)
     stamp = stamp_of(path)
     if stamp is None:
         raise ConfigError(str(file), ["no such file; `policy.path` in agent.toml names it"])
@@ -38,7 +39,12 @@ def read(path: str) -> PolicyRead:
 def stamp_of(path: str) -> Stamp:
     """What changes when a file or its permissions do; None while there is none."""
     try:
-        seen = Path(path).expanduser().stat()
-    except OSError:
+        seen = _expanded(path).stat()
+    except (OSError, ValueError):  # a NUL byte is no part of a name
         return None
     return seen.st_mtime_ns, seen.st_size, seen.st_ino, seen.st_ctime_ns
+
+
+def _expanded(path: str) -> Path:
+    """Where there is no such user, ~user is a name like any other."""
+    return Path(os.path.expanduser(path))

@@ -152,6 +152,12 @@ def test_a_start_with_such_a_file_ends(how: str, path: Path) -> None:
     assert why in caught.value.message
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/policy.toml", "a\0b", "/dev/null/policy.toml", "x" * 5000])
+def test_a_path_that_cannot_exist_is_no_such_file(path: str) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        PolicyFile(Live(config(path))).load()
+
+
 def test_a_file_that_comes_back_as_it_was_is_no_problem_any_more(path: Path, file: PolicyFile) -> None:
     before, away = file.now, path.with_name("away")
     path.rename(away)

@@ -287,6 +287,9 @@ def test_check_config_and_doctor_read_the_policy_file(tmp_path: Path, capsys: py
     assert "policy.path: " in said
     assert "keys[0].expires: must be a day" in said
     assert "version: must be a name" in said
+    policy.write_text('[[providers]]\nname = "p"\nkind = "openai"\nsecret = "file:/nowhere/key"\n')
+    assert cli.main(["check-config", "--config", str(path)]) == os.EX_CONFIG
+    assert "policy.providers[0].secret: file:/nowhere/key" in capsys.readouterr().err
     policy.write_text('version = "v1"\n[[keys]]\nid = "other"\n')
     assert cli.main(["check-config", "--config", str(path)]) == 0
     assert "agent.toml has no [[keys]] with the id 'other'" in capsys.readouterr().out.replace("\n  ", " ")

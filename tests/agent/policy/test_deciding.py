@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.policy.deciding import Allow, Decision, Place, Redact, Refuse, decide, models_of, sensitive_by
 from agent.policy.facts import Facts, Reason
-from agent.policy.rules import DEFAULT, KeyPolicy, ModelPolicy, Route, Rules
+from agent.policy.rules import DEFAULT, KeyPolicy, ModelPolicy, Provider, Route, Rules
 from tests.agent.policy.made import PROVIDERS, any_facts, any_rules, facts, permission
 
 reasons = st.sampled_from(get_args(Reason))
@@ -236,6 +236,12 @@ def test_a_refusal_tells_the_client_what_it_may_use_and_never_what_it_sent() -> 
     assert (found.code, found.param) == ("model_not_allowed", "model")
     assert "large" in found.message
     assert "my-secret" not in found.message
+
+
+def test_a_provider_outside_never_has_sensitive_requests_even_if_nobody_checked_the_file() -> None:
+    wrong = Provider(name="cloud", kind="openai", secret="env:K", sensitive=True)
+    found = decide(facts(sensitive=("label",)), Rules(providers=(wrong,), allow=(permission(),)))
+    assert named(found) == ["small"]
 
 
 def test_the_wait_before_another_place_is_that_of_its_allow() -> None:
