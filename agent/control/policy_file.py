@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from agent.config import AgentConfig, Live
+from agent.config import AgentConfig, Live, key_ids
 from agent.policy.doubts import Known, doubts
 from agent.policy.reading import PolicyRead, Stamp, read, stamp_of
 from agent.policy.rules import DEFAULT, Rules, differing, digest
@@ -108,7 +108,7 @@ class PolicyFile:
 
     def _doubtful(self, served: Mapping[str, int]) -> list[str]:
         """Worked out again only when something has changed."""
-        known = Known(keys=frozenset(key.id for key in self._live.now.keys), models=dict(served))
+        known = Known(keys=key_ids(self._live.now), models=dict(served))
         asked = (self.now.digest, known)
         if self._doubts is None or self._doubts[0] != asked:
             self._doubts = (asked, doubts(self.now.rules, known))

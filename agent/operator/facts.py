@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import AgentConfig, Model
+from agent.config import AgentConfig, Model, key_ids
 from agent.files.modelstore import ModelStore, model_folder
 from agent.operator.checks import (
     Budget,
@@ -63,10 +63,9 @@ def policy_of(config: AgentConfig) -> PolicyFact:
         rules = read(config.policy.path).rules
     except ConfigError as error:
         return PolicyFact(error.problems)
-    known = Known(keys=frozenset(key.id for key in config.keys))
     named = [(f"policy.providers[{n}].secret", one.secret) for n, one in enumerate(rules.providers)]
     secrets = [Secret(key, reference) for key, reference in named if reference]
-    return PolicyFact((), rules.version, digest(rules), doubts(rules, known), secrets)
+    return PolicyFact((), rules.version, digest(rules), doubts(rules, Known(keys=key_ids(config))), secrets)
 
 
 def default_budget(config: AgentConfig) -> Budget:

@@ -191,6 +191,10 @@ def test_a_problem_is_logged_once_and_read_once(path: Path, file: PolicyFile, mo
     poll(file)
     assert [event for event, _ in lines][2:] == ["policy_file_valid"]
     assert "web" not in str(lines), "nothing of the file is logged but its problems"
+    path.unlink()
+    for _ in range(3):
+        poll(file)
+    assert [event for event, _ in lines][3:] == ["policy_not_in_force"]
 
 
 def test_a_file_that_cannot_be_read_yet_is_read_when_its_mode_changes(path: Path, file: PolicyFile) -> None:

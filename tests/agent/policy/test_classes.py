@@ -146,6 +146,9 @@ def test_the_first_that_names_a_class_counts(
 def test_sensitive_counts_wherever_it_is_said(where: int) -> None:
     header, body = Declared("ROUTINE", where == 0), Declared(None, where == 1)
     assert class_of(header, body, "m", "k", POLICY, unasked).sensitive
+    unnamed = Declared(None, where == 0), Declared(None, where == 1)
+    guessed = class_of(unnamed[0], unnamed[1], "m", "x", DEFAULT, lambda: "ROUTINE")
+    assert (guessed.class_from, guessed.sensitive) == ("guess", True)
 
 
 @pytest.mark.parametrize(

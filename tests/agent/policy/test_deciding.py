@@ -157,6 +157,7 @@ def rules(**more: Any) -> Rules:
         (facts(key_id=""), OPEN, ["small", "cloud full"]),  # * is also who has no key
         (facts(), rules(allow=(permission(when="always"),)), ["cloud first", "small"]),
         (facts(), rules(allow=(permission(provider="ollama"),)), ["small", "ollama full"]),
+        (facts(), rules(allow=(permission(), permission(keys=("web",)))), ["small", "cloud full"]),  # once
         # exactly this key, class and model
         (facts(), rules(allow=(permission(keys=("batch",)),)), ["small"]),
         (facts(), rules(allow=(permission(classes=("REASONING",)),)), ["small"]),
