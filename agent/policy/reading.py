@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from agent.policy.checking import check
-from agent.policy.rules import DEFAULT, Rules
+from agent.policy.rules import DEFAULT, Rules, digest
 from shared.config import ConfigError, load_settled
 
 MOST_BYTES = 1 << 20
@@ -15,10 +15,11 @@ Stamp = tuple[int, ...] | None
 
 
 class PolicyRead(msgspec.Struct, frozen=True, kw_only=True):
-    """A valid policy; ``path`` as it was given, ``stamp`` that of the file before it was read."""
+    """A valid policy and its digest; ``path`` as it was given, ``stamp`` that of the file before it was read."""
 
     path: str
     rules: Rules
+    digest: str
     stamp: tuple[int, ...] | None = None
 
 
@@ -26,14 +27,15 @@ def read(path: str) -> PolicyRead:
     """Read a policy file; the rules of a node without one for "". Blocks until the file is settled. Raises ConfigError
     with every problem."""
     if not path:
-        return PolicyRead(path=path, rules=DEFAULT)
+        return PolicyRead(path=path, rules=DEFAULT, digest=digest(DEFAULT))
     file = _expanded(path)
     stamp = stamp_of(path)
     if stamp is None:
         raise ConfigError(str(file), ["no such file; `policy.path` in agent.toml names it"])
     if stamp[1] > MOST_BYTES:
         raise ConfigError(str(file), [f"has {stamp[1]:,} bytes; at most {MOST_BYTES:,}"])
-    return PolicyRead(path=path, rules=load_settled(file, Rules, check), stamp=stamp)
+    rules = load_settled(file, Rules, check)
+    return PolicyRead(path=path, rules=rules, digest=digest(rules), stamp=stamp)
 
 
 def stamp_of(path: str) -> Stamp:

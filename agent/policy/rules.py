@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
-from functools import cached_property
-from typing import Annotated, Literal
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -200,8 +200,24 @@ DEFAULT = Rules()
 
 
 def digest(rules: Rules) -> str:
-    """Twelve hex digits that name exactly this content."""
-    return hashlib.sha256(msgspec.json.encode(rules, order="deterministic")).hexdigest()[:12]
+    """Twelve hex digits that name exactly this content. What is not stated does not count, so that versions of this
+    program with more keys agree on a file without them."""
+    return hashlib.sha256(msgspec.json.encode(_stated(rules), order="deterministic")).hexdigest()[:12]
+
+
+def _stated(value: Any) -> Any:
+    """A value without keys that are as their defaults."""
+    if isinstance(value, tuple):
+        return [_stated(one) for one in value]
+    if not isinstance(value, msgspec.Struct):
+        return value
+    held = ((name, getattr(value, name), default) for name, default in _defaults(type(value)))
+    return {name: _stated(one) for name, one, default in held if one != default}
+
+
+@cache
+def _defaults(kind: type[msgspec.Struct]) -> list[tuple[str, Any]]:
+    return [(field.name, field.default) for field in msgspec.structs.fields(kind)]
 
 
 def differing(mine: str, theirs: Mapping[str, str]) -> str:

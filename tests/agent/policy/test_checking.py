@@ -206,6 +206,13 @@ def test_a_digest_names_the_content() -> None:
     one, other = Rules(keys=(KeyPolicy(id="a"),)), Rules(keys=(KeyPolicy(id="a", sensitive=True),))
     assert digest(one) == digest(Rules(keys=(KeyPolicy(id="a"),)))
     assert len({digest(one), digest(other), digest(DEFAULT), digest(Rules(version="2"))}) == 4
+    stated = parse('version = "default"\n[admission]\nstarve_s = 30.0', Rules, check, source="")
+    assert digest(stated) == digest(DEFAULT), "what is as its default says nothing, and a later version may have more"
+
+
+@given(any_rules, any_rules)
+def test_two_policies_have_one_digest_only_if_they_are_equal(one: Rules, other: Rules) -> None:
+    assert (digest(one) == digest(other)) == (one == other)
 
 
 # ---- patterns ----

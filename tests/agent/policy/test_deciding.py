@@ -32,6 +32,13 @@ def named(decided: Decision) -> list[str]:
     return [one.model if one.category == "rack" else f"{one.provider} {one.when}" for one in decided.places]
 
 
+def wide_open(rules: Rules, *, guessed: bool = True) -> Rules:
+    """The same, where everything else is permitted: what is closed then is closed by nothing but what a test is
+    about."""
+    every = tuple(permission(provider=one.name, guessed=guessed, keys=("*",)) for one in PROVIDERS)
+    return msgspec.structs.replace(rules, allow=(*rules.allow, *every))
+
+
 # ---- properties ----
 
 
@@ -40,7 +47,7 @@ def named(decided: Decision) -> list[str]:
 def test_what_is_sensitive_for_any_reason_goes_nowhere_that_may_not_have_it(
     one: Facts, rules: Rules, reason: Reason
 ) -> None:
-    decided = decide(msgspec.structs.replace(one, sensitive=(reason,)), rules)
+    decided = decide(msgspec.structs.replace(one, sensitive=(reason,)), wide_open(rules))
     assert isinstance(decided, Allow | Refuse)
     assert {place.provider for place in places(decided)} <= {"", "studio"}
 
@@ -59,7 +66,7 @@ def test_what_the_policy_makes_sensitive_goes_nowhere_either(one: Facts, rules: 
         rules = msgspec.structs.replace(rules, models=(*others, *closed))
         if not closed:
             return
-    decided = decide(one, rules)
+    decided = decide(one, wide_open(rules))
     if how != "key" or one.key_id:
         assert {place.provider for place in places(decided)} <= {"", "studio"}
 
@@ -76,7 +83,7 @@ def test_without_an_allow_nothing_leaves_the_rack(one: Facts, rules: Rules) -> N
 def test_a_key_that_stays_goes_nowhere_outside(one: Facts, rules: Rules) -> None:
     stays = tuple(msgspec.structs.replace(key, outside=False) for key in rules.keys)
     rules = msgspec.structs.replace(rules, keys=(*(k for k in stays if k.id != "*"), KeyPolicy(id="*", outside=False)))
-    assert outside(decide(one, rules)) == []
+    assert outside(decide(one, wide_open(rules))) == []
 
 
 @many
@@ -85,7 +92,8 @@ def test_a_guess_permits_nothing_that_is_not_permitted_to_guesses(one: Facts, ru
     rules = msgspec.structs.replace(
         rules, allow=tuple(msgspec.structs.replace(each, guessed=False) for each in rules.allow)
     )
-    assert {p.category for p in places(decide(msgspec.structs.replace(one, class_from="guess"), rules))} <= {"rack"}
+    decided = decide(msgspec.structs.replace(one, class_from="guess"), wide_open(rules, guessed=False))
+    assert {place.category for place in places(decided)} <= {"rack"}
 
 
 @many
@@ -160,6 +168,7 @@ def rules(**more: Any) -> Rules:
         (facts(), rules(allow=(permission(), permission(keys=("web",)))), ["small", "cloud full"]),  # once
         # exactly this key, class and model
         (facts(), rules(allow=(permission(keys=("batch",)),)), ["small"]),
+        (facts(key_id=""), rules(allow=(permission(keys=("web",)),)), ["small"]),
         (facts(), rules(allow=(permission(classes=("REASONING",)),)), ["small"]),
         (facts(), rules(allow=(permission(models=("large",)),)), ["small"]),
         (facts(model="smal"), rules(allow=(permission(models=("small",)),)), ["smal"]),
@@ -211,6 +220,8 @@ def rules(**more: Any) -> Rules:
         ),
         # SENSITIVE
         (facts(sensitive=("label",)), OPEN, ["small"]),
+        (facts(), rules(allow=OPEN.allow, keys=(KeyPolicy(id="web", sensitive=True),)), ["small"]),
+        (facts(key_id=""), rules(allow=OPEN.allow, keys=(KeyPolicy(id="*", sensitive=True),)), ["small"]),
         (facts(sensitive=("taint_full",)), rules(allow=(permission(provider="ollama"),)), ["small"]),
         (facts(sensitive=("detector",)), rules(allow=(permission(provider="studio"),)), ["small", "studio full"]),
         (facts(), rules(allow=OPEN.allow, models=(ModelPolicy(name="small", sensitive=True),)), ["small"]),
