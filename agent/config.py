@@ -422,6 +422,11 @@ def cache_group(keys: Sequence[Key], key_id: str) -> str:
     return next((key.cache_group for key in keys if key.id == key_id), "")
 
 
+def key_ids(config: AgentConfig) -> frozenset[str]:
+    """The ids that clients' requests may have."""
+    return frozenset(key.id for key in config.keys)
+
+
 def has_store(config: AgentConfig) -> bool:
     """Whether a bucket is configured."""
     return config.store != Store()

@@ -1,4 +1,4 @@
-"""``make docs``: generates the tables of docs/configuration.md and docs/policy.md from the code that reads the files."""
+"""``make docs``: generates the tables of docs/configuration.md and docs/policy.md from the code that reads them."""
 
 import sys
 from datetime import date

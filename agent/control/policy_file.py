@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from agent.config import AgentConfig, Live
-from agent.policy.doubts import Known, differing, doubts
+from agent.config import AgentConfig, Live, key_ids
+from agent.policy.doubts import Known, doubts
 from agent.policy.reading import PolicyRead, Stamp, read, stamp_of
-from agent.policy.rules import DEFAULT, Rules, digest
+from agent.policy.rules import DEFAULT, Rules, differing, digest
 from shared.config import ConfigError
 from shared.logs import get_logger
 
@@ -44,7 +44,7 @@ class PolicyFile:
         self._read: Stamp = None
         self._tried: Stamp = None
         self._doubts: tuple[tuple[str, Known], list[str]] | None = None
-        self.now = self._policy(DEFAULT)
+        self.now = self._policy(DEFAULT, digest(DEFAULT))
 
     def load(self) -> None:
         """Put the configured file in force at a start. Blocks. Raises ConfigError with every problem."""
@@ -94,8 +94,8 @@ class PolicyFile:
 
     def _put(self, found: PolicyRead) -> str:
         before = self.now
-        if digest(found.rules) != before.digest:
-            self._replace(self._policy(found.rules))
+        if found.digest != before.digest:
+            self._replace(self._policy(found.rules, found.digest))
         if self.problem:
             log.info("policy_file_valid", digest=self.now.digest)
         self._path, self._read, self._tried, self.problem = found.path, found.stamp, None, ""
@@ -108,14 +108,14 @@ class PolicyFile:
 
     def _doubtful(self, served: Mapping[str, int]) -> list[str]:
         """Worked out again only when something has changed."""
-        known = Known(keys=frozenset(key.id for key in self._live.now.keys), models=dict(served))
+        known = Known(keys=key_ids(self._live.now), models=dict(served))
         asked = (self.now.digest, known)
         if self._doubts is None or self._doubts[0] != asked:
             self._doubts = (asked, doubts(self.now.rules, known))
         return self._doubts[1]
 
-    def _policy(self, rules: Rules) -> Policy:
-        return Policy(rules=rules, version=rules.version, digest=digest(rules), since_ms=self._wall_ms())
+    def _policy(self, rules: Rules, name: str) -> Policy:
+        return Policy(rules=rules, version=rules.version, digest=name, since_ms=self._wall_ms())
 
     def _replace(self, policy: Policy) -> None:
         before, self.now = self.now, policy

@@ -1,9 +1,10 @@
 """What the policy needs to know of a request: numbers, features, and for a guess some of its turns. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from agent.policy.facts import Feature
 from agent.process.prefixes import BYTES_PER_TOK, text_of
+from agent.views import NodeView
 from agent.wire.frames import Embed, Generate
 
 MOST_TURNS = 16
@@ -43,6 +44,13 @@ def answer_tok(ask: Generate | Embed, default_tok: int) -> int:
     if isinstance(ask, Embed):
         return 0
     return default_tok if ask.max_tokens is None else ask.max_tokens
+
+
+def aliases(names: Collection[str], nodes: Iterable[NodeView]) -> tuple[str, ...]:
+    """Other served names of the same models (``Facts.aliases``): those behind which a node has the same version."""
+    offered = [model for node in nodes for model in node.models]
+    versions = {model.version for model in offered if model.name in names and model.version}
+    return tuple(sorted({model.name for model in offered if model.version in versions}.difference(names)))
 
 
 def turns(ask: Generate, prompts: Sequence[str] = ()) -> list[tuple[str, str]]:

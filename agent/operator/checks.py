@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from agent.config import AgentConfig, configured_peers, plain_warnings
 from agent.mesh.peers import SKEW_WARNING_MS, Heartbeat, of_another_rack, skewed
 from agent.operator.statusview import size
+from agent.policy.rules import differing
 from shared.bucket import is_reference
 from shared.chips import identify
 from shared.hosts import host_of, is_loopback
@@ -110,6 +111,17 @@ class StoreFact(NamedTuple):
     skew_ms: int | None = None
 
 
+class PolicyFact(NamedTuple):
+    """The policy file: every problem, or its version, its digest, its references to secrets and what is probably not
+    meant."""
+
+    problems: Sequence[str] = ()
+    version: str = ""
+    digest: str = ""
+    doubts: Sequence[str] = ()
+    secrets: Sequence[Secret] = ()
+
+
 class Facts(NamedTuple):
     """What is known without asking anybody else."""
 
@@ -122,6 +134,7 @@ class Facts(NamedTuple):
     tls_warnings: Sequence[str] = ()
     spool_of: tuple[str, str] | None = None
     """Node and rack whose telemetry lies in the state folder; None when there is none."""
+    policy: PolicyFact = PolicyFact()
 
 
 def here(config: AgentConfig, facts: Facts) -> list[Finding]:
@@ -134,6 +147,7 @@ def here(config: AgentConfig, facts: Facts) -> list[Finding]:
         *listen(facts.listen),
         *peers(config),
         *transport(config, facts),
+        *policy(config, facts.policy),
     ]
 
 
@@ -313,6 +327,26 @@ def transport(config: AgentConfig, facts: Facts) -> Iterator[Finding]:
             yield Finding("tls", "ok", "all certificates are valid for over 30 days")
     elif is_loopback(config.listen.host):
         yield Finding("tls", "ok", "not configured; this node is reachable from this machine only")
+
+
+def policy(config: AgentConfig, fact: PolicyFact) -> Iterator[Finding]:
+    """Whether the policy file can be used, and what of it is probably not meant."""
+    if not config.policy.path:
+        yield Finding("policy", "ok", "no file: every key may use every model, and nothing leaves the premises")
+    elif fact.problems:
+        yield from (
+            Finding("policy", "problem", f"{config.policy.path}: {one}", "policy.path") for one in fact.problems
+        )
+    else:
+        yield Finding("policy", "ok", f"version {fact.version} ({fact.digest})")
+    yield from (Finding("policy", "warning", one) for one in fact.doubts)
+
+
+def policies(mine: str, facts: Sequence[PeerFact]) -> Iterator[Finding]:
+    """Peers that decide by another policy than this node, whose policy has the digest ``mine``."""
+    heard = {fact.node: fact.heartbeat.policy for fact in facts if fact.heartbeat is not None}
+    if told := differing(mine, heard):
+        yield Finding("policy", "warning", told.removeprefix("policy: "))
 
 
 def peer_answers(config: AgentConfig, facts: Sequence[PeerFact], now_ms: int) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from agent.config import AgentConfig, Api
+from agent.config import AgentConfig, Api, key_ids
 from agent.operator import logview
 from agent.operator.admin_client import AdminClient
 from agent.operator.cli_doctor import width_of
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace, config: AgentConfig, state: Path) -> int:
     path = _path(args.file, config)
     rules = _read(path)
     # the models of other nodes are not known here, so nothing is said of models
-    found = doubts(rules, Known(keys=frozenset(key.id for key in config.keys)))
+    found = doubts(rules, Known(keys=key_ids(config)))
     if args.json:
         return _json({"path": path, "version": rules.version, "digest": digest(rules), "warnings": found})
     counts = {"key": rules.keys, "route": rules.routes, "provider": rules.providers, "permission": rules.allow}

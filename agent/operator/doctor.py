@@ -23,7 +23,7 @@ from agent.mesh.peer_client import PeerClient
 from agent.mesh.signing import RackKeys
 from agent.operator import checks, install, mac_checks, state_folder
 from agent.operator.checks import Budget, Finding, PeerFact, StoreFact
-from agent.operator.facts import budget_of, gather
+from agent.operator.facts import budget_of, gather, policy_of
 from agent.operator.first_node import machine
 from agent.operator.mac import readings
 from agent.operator.resolved import Resolver, resolver
@@ -235,6 +235,9 @@ def _peers(config: AgentConfig, looking: Resolver) -> Iterator[Finding]:
             yield from _seen_by_agent(looking.running.status)
         return
     yield from checks.peer_answers(config, facts, time.time_ns() // 1_000_000)
+    running = looking.running.status.get("policy", {}) if looking.running else {}
+    if mine := running.get("digest") or policy_of(config).digest:
+        yield from checks.policies(mine, facts)
 
 
 def _seen_by_agent(status: Mapping[str, Any]) -> Iterator[Finding]:

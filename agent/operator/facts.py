@@ -9,12 +9,24 @@ from pathlib import Path
 
 import msgspec
 
-from agent.config import AgentConfig, Model
+from agent.config import AgentConfig, Model, key_ids
 from agent.files.modelstore import ModelStore, model_folder
-from agent.operator.checks import Budget, Facts, FolderFact, ListenFact, ModelFact, SecretFact, references
+from agent.operator.checks import (
+    Budget,
+    Facts,
+    FolderFact,
+    ListenFact,
+    ModelFact,
+    PolicyFact,
+    Secret,
+    SecretFact,
+    references,
+)
 from agent.operator.resolved import Resolver
+from agent.policy.rules import digest
 from agent.process import gpu, machine
 from agent.telemetry.spool_identity import Identity
+from shared.config import ConfigError
 from shared.errors import Halt, RackError
 from shared.transport import check_tls
 
@@ -28,9 +40,9 @@ _BIND_ERRORS = {
 
 def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, budget: Budget | None = None) -> Facts:
     """Facts for ``checks.here``. ``budget`` is what the GPU was asked for; by default the share that it recommends."""
-    problem, warnings = _tls(config)
+    (problem, warnings), policy = _tls(config), policy_of(config)
     return Facts(
-        secrets=[SecretFact(one, *resolver.problem(one)) for one in references(config)],
+        secrets=[SecretFact(one, *resolver.problem(one)) for one in (*references(config), *policy.secrets)],
         models=_models(config, state),
         budget=budget or default_budget(config),
         folders=_folders(config, state, logs),
@@ -38,7 +50,22 @@ def gather(config: AgentConfig, state: Path, logs: Path, resolver: Resolver, bud
         tls_problem=problem,
         tls_warnings=warnings,
         spool_of=_spool_of(state),
+        policy=policy,
     )
+
+
+def policy_of(config: AgentConfig) -> PolicyFact:
+    """The policy file that a start would put in force."""
+    from agent.policy.doubts import Known, doubts  # with it comes an engine for patterns
+    from agent.policy.reading import read
+
+    try:
+        rules = read(config.policy.path).rules
+    except ConfigError as error:
+        return PolicyFact(error.problems)
+    named = [(f"policy.providers[{n}].secret", one.secret) for n, one in enumerate(rules.providers)]
+    secrets = [Secret(key, reference) for key, reference in named if reference]
+    return PolicyFact((), rules.version, digest(rules), doubts(rules, Known(keys=key_ids(config))), secrets)
 
 
 def default_budget(config: AgentConfig) -> Budget:

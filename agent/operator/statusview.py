@@ -12,6 +12,7 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
         f"node {s['node']} of rack {s['rack']}, mlxrack {s['version']}, up {_span(s['uptime_s'])}"
         + (", stopping" if s["draining"] else ""),
         f"{s['in_flight']} requests in flight; {_memory(s)}{_awake(s.get('awake', {}))}",
+        *_policy_lines(s.get("policy", {})),
         *(f"warning: {warning}" for warning in s.get("warnings", ())),
         "",
         models_text(s["models"], width),
@@ -41,6 +42,11 @@ def status_text(s: dict[str, Any], width: int = 0) -> str:
 def _awake(found: Mapping[str, Any]) -> str:
     """Only where there is something to hold; why it is not held is among the warnings."""
     return {"held": "; kept awake", "not_held": "; not kept awake"}.get(str(found.get("state")), "")
+
+
+def _policy_lines(found: Mapping[str, Any]) -> list[str]:
+    """Only where there is a policy file; why it is not in force is among the warnings."""
+    return [f"policy {found['version']} ({found['digest']})"] if found.get("path") else []
 
 
 _TIMED = ("MODEL", "PREFILL", "ONE ANSWER", "STEP BY ROWS", "CHIP SHOULD REACH")

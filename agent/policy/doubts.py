@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 from agent.policy.classes import is_left_open
 from agent.policy.patterns import backtracks
-from agent.policy.rules import ANY, DEFAULT, KeyPolicy, Permission, Provider, Rules, digest, of_key, of_model
+from agent.policy.rules import ANY, KeyPolicy, Permission, Provider, Rules, of_key, of_model
 from shared.hosts import host_of, is_loopback
-
-_PLAIN = digest(DEFAULT)
 
 
 class Known(NamedTuple):
@@ -28,16 +26,6 @@ def doubts(rules: Rules, known: Known | None = None) -> list[str]:
         *(_keys(rules, known.keys) if known is not None and known.keys else ()),
         *(_models(rules, known.models) if known is not None and known.models else ()),
     ]
-
-
-def differing(mine: str, theirs: Mapping[str, str]) -> str:
-    """What to know when nodes of one rack decide by different policies, by their digests; "" when all agree. A node of
-    an earlier version has none (""), and decides like one without a policy file."""
-    others = sorted(node for node, one in theirs.items() if (one or _PLAIN) != mine)
-    if not others:
-        return ""
-    seen = ", ".join(f"{node} ({theirs[node] or 'none'})" for node in others)
-    return f"policy: this node has {mine}, and other nodes differ: {seen}; put the same file on all nodes"
 
 
 def _patterns(rules: Rules) -> Iterator[str]:

@@ -5,7 +5,9 @@ leaves: an [[allow]] does not count for a guessed class unless it says so. Engli
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from agent.policy.classes import TaskClass
 
@@ -57,6 +59,28 @@ _CODE = ("```", "def ", "class ", "traceback", "#include", "=> ", "});", "import
 _BETWEEN = re.compile(r"\W+")
 
 
+class _Kinds(NamedTuple):
+    """How many different words of each kind a text has."""
+
+    routine: int
+    reasoning: int
+    orchestration: int
+    manager: int
+
+
+def _indexed() -> dict[str, list[tuple[int, str]]]:
+    """By the first letters of a word: what to look for where it occurs, and its kind."""
+    found = defaultdict[str, list[tuple[int, str]]](list)
+    for kind, table in enumerate((_ROUTINE, _REASONING, _ORCHESTRATION, _MANAGER)):
+        for one in table:
+            found[one.split()[0][:_LETTERS]].append((kind, one))
+    return dict(found)
+
+
+_LETTERS = 4
+_INDEX = _indexed()
+
+
 def guess(
     turns: Iterable[tuple[str, str]],
     *,
@@ -71,25 +95,23 @@ def guess(
     known = turns if isinstance(turns, Sequence) else list(turns)
     some = known if len(known) <= MOST_TURNS else (*known[: MOST_TURNS // 2], *known[-MOST_TURNS // 2 :])
     asked = next((text for role, text in reversed(some) if role == "user"), "")
-    question = _words(asked)
-    system = _words(next((text for role, text in some if role in ("system", "developer")), ""))
-    planning = 2 * _kinds(_ORCHESTRATION, question) + _kinds(_ORCHESTRATION, system)
-    planning += has_tools + (has_tools and _kinds(_MANAGER, system) > 0)
-    simple = 2 * _kinds(_ROUTINE, question) + _kinds(_ROUTINE, system) + has_schema
+    question = _kinds(asked)
+    system = _kinds(next((text for role, text in some if role in ("system", "developer")), ""))
+    planning = 2 * question.orchestration + system.orchestration + has_tools + (has_tools and system.manager > 0)
+    simple = 2 * question.routine + system.routine + has_schema
     if planning >= 2 and planning + has_tools >= simple:
         return "ORCHESTRATION"
-    thinking = 2 * _kinds(_REASONING, question) + _kinds(_REASONING, system) // 2 + has_tools
+    thinking = 2 * question.reasoning + system.reasoning // 2 + has_tools
     thinking += (len(asked) > LONG_CHARS) + (len(known) > LONG_TALK) + _has_code(asked)
     return "REASONING" if thinking >= 2 and thinking > simple else "ROUTINE"
 
 
-def _kinds(table: Sequence[str], words: str) -> int:
-    found = 0
-    for one in table:
-        found += one in words
-        if found == ENOUGH:
-            break
-    return found
+def _kinds(text: str) -> _Kinds:
+    words, counts = _words(text), [0, 0, 0, 0]
+    for begin in {word[:_LETTERS] for word in words.split()}:
+        for kind, one in _INDEX.get(begin, ()):
+            counts[kind] += one in words
+    return _Kinds(*(min(count, ENOUGH) for count in counts))
 
 
 def _words(text: str) -> str:

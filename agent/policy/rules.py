@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
-from functools import cached_property
-from typing import Annotated, Literal
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -201,7 +201,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @cached_property
     def content_digest(self) -> str:
         """See ``digest``."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:12]
+        return hashlib.sha256(msgspec.json.encode(_stated(self), order="deterministic")).hexdigest()[:12]
 
 
 _ANY_KEY = KeyPolicy(id=ANY)
@@ -210,8 +210,35 @@ DEFAULT = Rules()
 
 
 def digest(rules: Rules) -> str:
-    """Twelve hex digits that name exactly this content."""
+    """Twelve hex digits that name exactly this content. What is not stated does not count, so that versions of this
+    program with more keys agree on a file without them."""
     return rules.content_digest
+
+
+def _stated(value: Any) -> Any:
+    """A value without keys that are as their defaults."""
+    if isinstance(value, tuple):
+        return [_stated(one) for one in value]
+    if not isinstance(value, msgspec.Struct):
+        return value
+    held = ((name, getattr(value, name), default) for name, default in _defaults(type(value)))
+    return {name: _stated(one) for name, one, default in held if one != default}
+
+
+@cache
+def _defaults(kind: type[msgspec.Struct]) -> list[tuple[str, Any]]:
+    return [(field.name, field.default) for field in msgspec.structs.fields(kind)]
+
+
+def differing(mine: str, theirs: Mapping[str, str]) -> str:
+    """What to know when nodes of one rack decide by different policies, by their digests; "" when all agree. A node of
+    an earlier version has none (""), and decides like one without a policy file."""
+    plain = digest(DEFAULT)
+    others = sorted(node for node, one in theirs.items() if (one or plain) != mine)
+    if not others:
+        return ""
+    seen = ", ".join(f"{node} ({theirs[node] or 'none'})" for node in others)
+    return f"policy: this node has {mine}, and other nodes differ: {seen}; put the same file on all nodes"
 
 
 def of_key(rules: Rules, key_id: str) -> KeyPolicy:

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from agent.config import AgentConfig, Key, Live, Node, Policy
-from agent.control.policy_file import PolicyFile
-from agent.policy.reading import MOST_BYTES
+from agent.control.policy_file import PolicyFile, log
+from agent.policy.reading import MOST_BYTES, PolicyRead, read
 from agent.policy.rules import DEFAULT, digest
 from shared.config import ConfigError
 from shared.errors import Halt
@@ -95,8 +95,16 @@ def _text(text: str) -> Callable[[Path], None]:
     return lambda path: rewrite(path, text)
 
 
-def _bytes(body: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(body) and None  # type: ignore[return-value]
+def _latin(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x00")
+
+
+def _link(to: str) -> Callable[[Path], None]:
+    def link(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(to)
+
+    return link
 
 
 UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -104,11 +112,11 @@ UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a folder": (_folder, "cannot be read"),
     "a pipe": (_pipe, "not a regular file"),
     "not TOML": (_text("[["), "invalid TOML"),
-    "not text": (_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "not text": (_latin, "cannot be read"),
     "wrong": (_text('versoin = "x"\n[[keys]]\nid = ""\n'), "2 problems"),
     "too large": (_text("#" * (MOST_BYTES + 1)), "at most 1,048,576"),
-    "a link that leads nowhere": (lambda path: (path.unlink(), path.symlink_to("nowhere"))[1], "no such file"),
-    "a loop of links": (lambda path: (path.unlink(), path.symlink_to(path))[1], "no such file"),
+    "a link that leads nowhere": (_link("nowhere"), "no such file"),
+    "a loop of links": (_link("policy.toml"), "no such file"),
 }
 
 
@@ -144,6 +152,12 @@ def test_a_start_with_such_a_file_ends(how: str, path: Path) -> None:
     assert why in caught.value.message
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/policy.toml", "a\0b", "/dev/null/policy.toml", "x" * 5000])
+def test_a_path_that_cannot_exist_is_no_such_file(path: str) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        PolicyFile(Live(config(path))).load()
+
+
 def test_a_file_that_comes_back_as_it_was_is_no_problem_any_more(path: Path, file: PolicyFile) -> None:
     before, away = file.now, path.with_name("away")
     path.rename(away)
@@ -157,12 +171,14 @@ def test_a_file_that_comes_back_as_it_was_is_no_problem_any_more(path: Path, fil
 def test_a_problem_is_logged_once_and_read_once(path: Path, file: PolicyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[str, dict[str, Any]]] = []
     reads: list[str] = []
-    from agent.control import policy_file
-
     for level in ("info", "warning", "error"):
-        monkeypatch.setattr(policy_file.log, level, lambda event, **more: lines.append((event, more)), raising=False)
-    plain = policy_file.read
-    monkeypatch.setattr(policy_file, "read", lambda path: (reads.append(path), plain(path))[1])
+        monkeypatch.setattr(log, level, lambda event, **more: lines.append((event, more)), raising=False)
+
+    def counted(path: str) -> PolicyRead:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr("agent.control.policy_file.read", counted)
     rewrite(path, "x = 1")
     for _ in range(3):
         poll(file)
@@ -175,6 +191,10 @@ def test_a_problem_is_logged_once_and_read_once(path: Path, file: PolicyFile, mo
     poll(file)
     assert [event for event, _ in lines][2:] == ["policy_file_valid"]
     assert "web" not in str(lines), "nothing of the file is logged but its problems"
+    path.unlink()
+    for _ in range(3):
+        poll(file)
+    assert [event for event, _ in lines][3:] == ["policy_not_in_force"]
 
 
 def test_a_file_that_cannot_be_read_yet_is_read_when_its_mode_changes(path: Path, file: PolicyFile) -> None:
@@ -191,25 +211,22 @@ def test_a_reload_and_a_look_at_the_file_do_not_undo_each_other(
     path: Path, file: PolicyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The look is held up while a reload puts a newer file in force; what it read by then does not count."""
-    from agent.control import policy_file
-
     rewrite(path, GOOD.format("two"))
-    plain = policy_file.read
 
     async def meanwhile() -> None:
         loop = asyncio.get_running_loop()
         begun, done = asyncio.Event(), asyncio.Event()
 
-        def late(path: str) -> Any:
-            found = plain(path)
+        def late(path: str) -> PolicyRead:
+            found = read(path)
             loop.call_soon_threadsafe(begun.set)
             asyncio.run_coroutine_threadsafe(done.wait(), loop).result(60)
             return found
 
-        monkeypatch.setattr(policy_file, "read", late)
+        monkeypatch.setattr("agent.control.policy_file.read", late)
         looking = asyncio.create_task(file.poll())
         await begun.wait()
-        monkeypatch.setattr(policy_file, "read", plain)
+        monkeypatch.setattr("agent.control.policy_file.read", read)
         rewrite(path, GOOD.format("three"))
         (await asyncio.to_thread(file.prepare, config(str(path))))()
         done.set()

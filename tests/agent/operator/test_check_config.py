@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from agent import cli
-from agent.operator import install, resolved
+from agent.mesh.peers import Heartbeat
+from agent.operator import checks, install, resolved
 from agent.operator.checks import Secret
 from shared import config as shared_config
 
@@ -272,3 +273,32 @@ def test_install_warns_of_a_secret_that_no_service_can_have(
     assert "warning: env:RACK_X: launchd gives a service HOME and PATH alone; use file:" in said.err
     said = check(PEERS.format("http://127.0.0.1:1", secret_file(tmp_path)), "install", "--dry-run", base=base)
     assert (said.status, said.err) == (0, "")
+
+
+def test_check_config_and_doctor_read_the_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, policy = tmp_path / "agent.toml", tmp_path / "policy.toml"
+    path.write_text(
+        f'[node]\nid = "n1"\nrack = "r"\n[listen]\nport = 0\n[paths]\nstate = "{tmp_path / "s"}"\n'
+        f'[policy]\npath = "{policy}"\n[[keys]]\nid = "web"\nsha256 = "{"0" * 64}"\n'
+    )
+    policy.write_text('version = ""\n[[keys]]\nid = "web"\nexpires = "soon"\n')
+    assert cli.main(["check-config", "--config", str(path)]) == os.EX_CONFIG
+    said = capsys.readouterr().err
+    assert "policy.path: " in said
+    assert "keys[0].expires: must be a day" in said
+    assert "version: must be a name" in said
+    policy.write_text('[[providers]]\nname = "p"\nkind = "openai"\nsecret = "file:/nowhere/key"\n')
+    assert cli.main(["check-config", "--config", str(path)]) == os.EX_CONFIG
+    assert "policy.providers[0].secret: file:/nowhere/key" in capsys.readouterr().err
+    policy.write_text('version = "v1"\n[[keys]]\nid = "other"\n')
+    assert cli.main(["check-config", "--config", str(path)]) == 0
+    assert "agent.toml has no [[keys]] with the id 'other'" in capsys.readouterr().out.replace("\n  ", " ")
+
+
+def test_peers_that_decide_by_another_policy_are_a_warning() -> None:
+    def heard(policy: str) -> checks.PeerFact:
+        return checks.PeerFact("n2", "http://n2", Heartbeat(node="n2", rack="r", policy=policy))
+
+    assert list(checks.policies("aa", [heard("aa"), checks.PeerFact("n3", "http://n3", problem="down")])) == []
+    (found,) = checks.policies("aa", [heard("bb")])
+    assert (found.verdict, "n2 (bb)" in found.seen) == ("warning", True)

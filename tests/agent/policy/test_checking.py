@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.policy.checking import check
-from agent.policy.doubts import Known, differing, doubts
+from agent.policy.doubts import Known, doubts
 from agent.policy.explaining import explain
 from agent.policy.patterns import backtracks, compiled, problem
-from agent.policy.rules import DEFAULT, KeyPolicy, Provider, Rules, digest, dollars, is_cloud_name, is_day
+from agent.policy.rules import DEFAULT, KeyPolicy, Provider, Rules, differing, digest, dollars, is_cloud_name, is_day
 from scripts.document_config import document
 from shared.config import parse
 from shared.errors import Refused
@@ -206,6 +206,13 @@ def test_a_digest_names_the_content() -> None:
     one, other = Rules(keys=(KeyPolicy(id="a"),)), Rules(keys=(KeyPolicy(id="a", sensitive=True),))
     assert digest(one) == digest(Rules(keys=(KeyPolicy(id="a"),)))
     assert len({digest(one), digest(other), digest(DEFAULT), digest(Rules(version="2"))}) == 4
+    stated = parse('version = "default"\n[admission]\nstarve_s = 30.0', Rules, check, source="")
+    assert digest(stated) == digest(DEFAULT), "what is as its default says nothing, and a later version may have more"
+
+
+@given(any_rules, any_rules)
+def test_two_policies_have_one_digest_only_if_they_are_equal(one: Rules, other: Rules) -> None:
+    assert (digest(one) == digest(other)) == (one == other)
 
 
 # ---- patterns ----

@@ -144,9 +144,11 @@ def test_the_first_that_names_a_class_counts(
 
 @pytest.mark.parametrize("where", [0, 1])
 def test_sensitive_counts_wherever_it_is_said(where: int) -> None:
-    said = [Declared("ROUTINE"), Declared()]
-    said[where] = Declared(said[where].task_class, True)
-    assert class_of(*said, "m", "k", POLICY, unasked).sensitive
+    header, body = Declared("ROUTINE", where == 0), Declared(None, where == 1)
+    assert class_of(header, body, "m", "k", POLICY, unasked).sensitive
+    unnamed = Declared(None, where == 0), Declared(None, where == 1)
+    guessed = class_of(unnamed[0], unnamed[1], "m", "x", DEFAULT, lambda: "ROUTINE")
+    assert (guessed.class_from, guessed.sensitive) == ("guess", True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.policy.deciding import Allow, Decision, Place, Redact, Refuse, decide, models_of, sensitive_by
 from agent.policy.facts import Facts, Reason
-from agent.policy.rules import DEFAULT, KeyPolicy, ModelPolicy, Route, Rules
+from agent.policy.rules import DEFAULT, KeyPolicy, ModelPolicy, Provider, Route, Rules
 from tests.agent.policy.made import PROVIDERS, any_facts, any_rules, facts, permission
 
 reasons = st.sampled_from(get_args(Reason))
@@ -32,6 +32,13 @@ def named(decided: Decision) -> list[str]:
     return [one.model if one.category == "rack" else f"{one.provider} {one.when}" for one in decided.places]
 
 
+def wide_open(rules: Rules, *, guessed: bool = True) -> Rules:
+    """The same, where everything else is permitted: what is closed then is closed by nothing but what a test is
+    about."""
+    every = tuple(permission(provider=one.name, guessed=guessed, keys=("*",)) for one in PROVIDERS)
+    return msgspec.structs.replace(rules, allow=(*rules.allow, *every))
+
+
 # ---- properties ----
 
 
@@ -40,7 +47,7 @@ def named(decided: Decision) -> list[str]:
 def test_what_is_sensitive_for_any_reason_goes_nowhere_that_may_not_have_it(
     one: Facts, rules: Rules, reason: Reason
 ) -> None:
-    decided = decide(msgspec.structs.replace(one, sensitive=(reason,)), rules)
+    decided = decide(msgspec.structs.replace(one, sensitive=(reason,)), wide_open(rules))
     assert isinstance(decided, Allow | Refuse)
     assert {place.provider for place in places(decided)} <= {"", "studio"}
 
@@ -59,7 +66,7 @@ def test_what_the_policy_makes_sensitive_goes_nowhere_either(one: Facts, rules: 
         rules = msgspec.structs.replace(rules, models=(*others, *closed))
         if not closed:
             return
-    decided = decide(one, rules)
+    decided = decide(one, wide_open(rules))
     if how != "key" or one.key_id:
         assert {place.provider for place in places(decided)} <= {"", "studio"}
 
@@ -76,7 +83,7 @@ def test_without_an_allow_nothing_leaves_the_rack(one: Facts, rules: Rules) -> N
 def test_a_key_that_stays_goes_nowhere_outside(one: Facts, rules: Rules) -> None:
     stays = tuple(msgspec.structs.replace(key, outside=False) for key in rules.keys)
     rules = msgspec.structs.replace(rules, keys=(*(k for k in stays if k.id != "*"), KeyPolicy(id="*", outside=False)))
-    assert outside(decide(one, rules)) == []
+    assert outside(decide(one, wide_open(rules))) == []
 
 
 @many
@@ -85,7 +92,8 @@ def test_a_guess_permits_nothing_that_is_not_permitted_to_guesses(one: Facts, ru
     rules = msgspec.structs.replace(
         rules, allow=tuple(msgspec.structs.replace(each, guessed=False) for each in rules.allow)
     )
-    assert {p.category for p in places(decide(msgspec.structs.replace(one, class_from="guess"), rules))} <= {"rack"}
+    decided = decide(msgspec.structs.replace(one, class_from="guess"), wide_open(rules, guessed=False))
+    assert {place.category for place in places(decided)} <= {"rack"}
 
 
 @many
@@ -157,8 +165,10 @@ def rules(**more: Any) -> Rules:
         (facts(key_id=""), OPEN, ["small", "cloud full"]),  # * is also who has no key
         (facts(), rules(allow=(permission(when="always"),)), ["cloud first", "small"]),
         (facts(), rules(allow=(permission(provider="ollama"),)), ["small", "ollama full"]),
+        (facts(), rules(allow=(permission(), permission(keys=("web",)))), ["small", "cloud full"]),  # once
         # exactly this key, class and model
         (facts(), rules(allow=(permission(keys=("batch",)),)), ["small"]),
+        (facts(key_id=""), rules(allow=(permission(keys=("web",)),)), ["small"]),
         (facts(), rules(allow=(permission(classes=("REASONING",)),)), ["small"]),
         (facts(), rules(allow=(permission(models=("large",)),)), ["small"]),
         (facts(model="smal"), rules(allow=(permission(models=("small",)),)), ["smal"]),
@@ -210,6 +220,8 @@ def rules(**more: Any) -> Rules:
         ),
         # SENSITIVE
         (facts(sensitive=("label",)), OPEN, ["small"]),
+        (facts(), rules(allow=OPEN.allow, keys=(KeyPolicy(id="web", sensitive=True),)), ["small"]),
+        (facts(key_id=""), rules(allow=OPEN.allow, keys=(KeyPolicy(id="*", sensitive=True),)), ["small"]),
         (facts(sensitive=("taint_full",)), rules(allow=(permission(provider="ollama"),)), ["small"]),
         (facts(sensitive=("detector",)), rules(allow=(permission(provider="studio"),)), ["small", "studio full"]),
         (facts(), rules(allow=OPEN.allow, models=(ModelPolicy(name="small", sensitive=True),)), ["small"]),
@@ -236,6 +248,12 @@ def test_a_refusal_tells_the_client_what_it_may_use_and_never_what_it_sent() -> 
     assert (found.code, found.param) == ("model_not_allowed", "model")
     assert "large" in found.message
     assert "my-secret" not in found.message
+
+
+def test_a_provider_outside_never_has_sensitive_requests_even_if_nobody_checked_the_file() -> None:
+    wrong = Provider(name="cloud", kind="openai", secret="env:K", sensitive=True)
+    found = decide(facts(sensitive=("label",)), Rules(providers=(wrong,), allow=(permission(),)))
+    assert named(found) == ["small"]
 
 
 def test_the_wait_before_another_place_is_that_of_its_allow() -> None:

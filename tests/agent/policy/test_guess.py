@@ -14,6 +14,7 @@ from agent.api.openai.requests import parse_chat, parse_embeddings, parse_text
 from agent.gateway import describing
 from agent.policy.classes import CLASSES
 from agent.policy.guess import MOST_CHARS, MOST_TURNS, guess
+from agent.views import ModelView, NodeView
 
 LABELLED = {
     "ROUTINE": (
@@ -145,6 +146,17 @@ def test_lengths_of_requests() -> None:
         describing.answer_tok(parse_chat(b'{"model":"m","messages":[{"role":"user","content":"a"}]}').generate, 9) == 9
     )
     assert describing.answer_tok(parse_embeddings(b'{"model":"m","input":"hi"}').embed, 9) == 0
+
+
+def test_other_names_of_the_same_model_are_known_by_its_version() -> None:
+    def node(**models: str) -> NodeView:
+        offered = tuple(ModelView(name=name, version=version, ready=True) for name, version in models.items())
+        return NodeView(node="n", models=offered)
+
+    nodes = (node(small="v1", old="v1", large="v2", cold=""), node(small="v1", tiny="v1", other="v3", empty=""))
+    assert describing.aliases(("small",), nodes) == ("old", "tiny")
+    assert describing.aliases(("large", "old"), nodes) == ("small", "tiny")
+    assert describing.aliases(("cold",), nodes) == describing.aliases(("unknown",), nodes) == ()
 
 
 def test_turns_of_requests() -> None:
