@@ -48,7 +48,7 @@ class TaintFile:
         raw = self._read_all()
         if not raw.startswith(_HEAD):
             if raw and raw[: len(_HEAD)] != _HEAD[: len(raw)]:
-                raise Refused(f"{self._marks} is no file of marks that this version reads")
+                raise Refused(f"{self._marks} is not a file of marks that this version reads")
             self._start()
             raw = _HEAD
         reading = read_records(raw[len(_HEAD) :])

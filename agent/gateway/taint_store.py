@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
 from agent.gateway.taint_file import Found, TaintFile
-from agent.policy.taint import KEY_BYTES, LOST, Held, Marks
+from agent.policy.taint import BUCKETS, KEY_BYTES, LOST, Held, Marks, split
 from shared.errors import RackError
 
 
@@ -120,15 +120,18 @@ class TaintStore:
     async def clear(self) -> int:
         """Forget all marks; returns how many. Raises OSError."""
         await self.loaded.wait()
-        count = len(self.marks)
+        # at once: what is taken from here on is not forgotten
+        before, self.marks, self._waiting = self.marks, Marks(), []
         async with self._lock:
-            await asyncio.to_thread(self._file.clear)
-            if self.problem or self._keys_due:
+            try:
+                await asyncio.to_thread(self._file.clear)
                 await asyncio.to_thread(self._file.keep_keys, self.keys)
-            self.marks, self._waiting = Marks(), []
+            except OSError:
+                self.take(one for number in range(BUCKETS) for one in split(before.bucket(number)))
+                raise
             self.problem = self.unsaved = ""
-            self._keys_due = False
-        return count
+        self.saved()
+        return len(before)
 
     async def close(self) -> None:
         """Write what is due, and close the file."""
@@ -140,7 +143,8 @@ class TaintStore:
 
     async def _save(self) -> None:
         async with self._lock:
-            batch, keys = self._waiting[:], self.keys if self._keys_due else ()
+            waiting, keys = self._waiting, self.keys if self._keys_due else ()
+            batch = waiting[:]
             try:
                 if keys:
                     await asyncio.to_thread(self._file.keep_keys, keys)
@@ -150,5 +154,5 @@ class TaintStore:
             except OSError as error:
                 self.unsaved = error.strerror or type(error).__name__
                 return
-            del self._waiting[: len(batch)]
+            del waiting[: len(batch)]
             self.unsaved = ""

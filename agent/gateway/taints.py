@@ -27,6 +27,8 @@ from shared.records import Event, TaintChanged
 
 State = Literal["ready", "loading", "unreadable", "unsaved", "full", "behind"]
 TICK_S = 0.5
+GRACE_S = 10.0
+"""Marks of peers that are missing for longer are worth a warning."""
 _LONG_CHARS = 128 << 10
 _LONG_TURNS = 256
 """A conversation beyond these is read in a thread."""
@@ -63,6 +65,7 @@ class Taints:
         self._common: Collection[bytes] = frozenset()
         self._told: State = "loading"
         self._reported: State = "ready"
+        self._clock, self._since_s = clock, clock()
         self._task: asyncio.Task[None] | None = None
 
     # ---- of requests ----
@@ -137,12 +140,13 @@ class Taints:
         }
 
     def warnings(self) -> list[str]:
-        """A sentence while every request counts as SENSITIVE."""
-        if (state := self.state) in ("ready", "loading"):
+        """A sentence while every request counts as SENSITIVE; none for what a start takes, or a peer's return."""
+        state = self.state
+        if state in ("ready", "loading") or (state == "behind" and self._clock() - self._since_s < GRACE_S):
             return []
         why = self._why(state)
         seen = f"marks of SENSITIVE messages are {_SAY[state]}{': ' if why else ''}{why}"
-        return [f"{seen}; every request counts as SENSITIVE (help sensitive)"]
+        return [f"{seen}; every request counts as SENSITIVE; see `mlxrack-agent help sensitive`"]
 
     def start(self) -> None:
         """Read what was known, in the background, and keep it."""
@@ -227,8 +231,8 @@ class Taints:
         """Report another state, once; a start and a peer's return are no events."""
         if (state := self.state) == self._told:
             return
-        self._told = state
-        write = log.info if state == "ready" else log.warning
+        self._told, self._since_s = state, self._clock()
+        write = log.info if state in ("ready", "behind") else log.warning
         write("taints", state=state, reason=self._why(state), marks=len(self._store.marks))
         if state not in ("behind", self._reported):
             self._reported = state

@@ -30,6 +30,9 @@ SCHEME = "Mlxrack"
 ANSWER_HEADER = "X-Mlxrack-Rack"
 NODE_HEADER = "X-Mlxrack-Node"
 """Which node refuses a request that was meant for another."""
+BODY = "body"
+"""In the query of a request with a body, its hash: the path is signed, so a receiver knows the sender before it reads a
+body."""
 _MACS = ("mac", "mac2")
 _MARK_BYTES = 6
 
@@ -79,7 +82,7 @@ class Key:
 
     def answer(self, nonce: str, node: str, body: bytes = b"") -> str:
         """The signature of an answer; ``body`` where it is known before it is sent."""
-        return hmac.digest(self._key, _line("answer", nonce, node, _sha256(body)), "sha256").hex()
+        return hmac.digest(self._key, _line("answer", nonce, node, body_hash(body)), "sha256").hex()
 
     def is_answer(self, offered: str, nonce: str, node: str, body: bytes = b"") -> bool:
         """Whether ``offered`` is the signature of a node of this rack."""
@@ -219,7 +222,7 @@ def mismatch(protocol: int, oldest: int) -> str:
 
 
 def _request(protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> bytes:
-    return _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
+    return _line(str(protocol), node, to, asked, str(t_ms), nonce, body_hash(body))
 
 
 def _number(text: str) -> int:
@@ -232,5 +235,6 @@ def _line(*parts: str) -> bytes:
     return "\n".join(parts).encode("utf-8", "surrogateescape")
 
 
-def _sha256(body: bytes) -> str:
+def body_hash(body: bytes) -> str:
+    """What stands for a body where it is signed."""
     return hashlib.sha256(body).hexdigest()

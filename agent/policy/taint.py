@@ -62,6 +62,8 @@ class Reading(NamedTuple):
 
 def normal(text: str) -> bytes:
     """The normal form of a text; b"" for one of spaces. One without letters and digits keeps its other characters."""
+    if len(text) <= _PIECE_CHARS:
+        return _plain(text) or _signs(text)
     pieces = [text[at : at + _PIECE_CHARS] for at in range(0, len(text), _PIECE_CHARS)]
     return b"".join(map(_plain, pieces)) or b"".join(map(_signs, pieces))
 
@@ -142,7 +144,7 @@ def mark(key: bytes, one: bytes) -> bytes:
 
 
 def split(packed: bytes) -> list[bytes]:
-    """Marks one after another; a remainder that is no mark is left out."""
+    """Marks one after another; a remainder that is too short is left out."""
     return [packed[at : at + MARK_BYTES] for at in range(0, len(packed) - MARK_BYTES + 1, MARK_BYTES)]
 
 
@@ -220,6 +222,8 @@ class Marks:
 
 def _without_thought(content: str) -> Iterator[bytes]:
     """Reasoning that stands before the rest of a content, and the rest."""
+    if "</" not in content and "[/" not in content:
+        return
     for end in _THOUGHT_ENDS:
         thought, found, rest = content.partition(end)
         if found:
