@@ -31,7 +31,7 @@ class WithTaints(daemon.Daemon):
         self.taints = Taints(self._state, self._live, self._table, self._peer_client, self._keys, self._emit)
         self.status.taints = self.taints
         self._heartbeats.on_heard = self.taints.heard
-        app.build = self._built
+        app.build = self._built  # type: ignore[assignment]
 
     def _built(self, context: Any) -> web.Application:
         made = build(context, self.taints)

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import random
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -446,3 +448,44 @@ async def test_a_peer_s_nonsense_is_refused(site: Site) -> None:
     for body in (b"", b"\xc1", b"\x80", b"\x81\xa4what\xa4tell", b"\x91" * 5000):
         with pytest.raises(Refused, match="not a request about marks"):
             await a.taints.answered("b", body)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_happens_nothing_that_was_added_is_unknown_once_nodes_are_ready(site: Site, seed: int) -> None:
+    """Links break and heal, nodes stop and start with and without their folders, but never all that know a text."""
+    draw = random.Random(seed)
+    names = ["a", "b", "c", "d"]
+    site.add(*names)
+    await site.ready()
+    said: list[str] = []
+    for step in range(40):
+        site.beat(draw.choice([0.5, 1.0]))
+        up = [one for one in site.nodes.values() if one.runs]
+        match draw.choice(["add", "add", "add", "cut", "heal", "stop", "start", "lose"]):
+            case "add":
+                said.append(f"text {seed} {step}")
+                one = draw.choice(up)
+                await one.taints.add(user(said[-1]))
+                assert one.taints.state != "ready" or one.sees(said[-1]) == "taint"
+            case "cut":
+                site.cut.add(tuple(draw.sample(names, 2)))  # type: ignore[arg-type]
+            case "heal":
+                site.cut.clear()
+            case "stop" if len(up) > 2:
+                await draw.choice(up).stop()
+            case "start" | "lose" as how:
+                for one in [one for one in site.nodes.values() if not one.runs]:
+                    if how == "lose" and not site.cut:
+                        shutil.rmtree(site.folder / one.name, ignore_errors=True)
+                    site.add(one.name)
+        await asyncio.sleep(0.002)
+    site.cut.clear()
+    for one in [one for one in site.nodes.values() if not one.runs]:
+        site.add(one.name)
+    for _ in range(5):
+        site.beat()
+    await site.ready()
+    assert len({one.taints.beat().digest for one in site.nodes.values()}) == 1
+    for one in site.nodes.values():
+        assert [text for text in said if one.sees(text) != "taint"] == []
+        assert one.sees("another text") is None
