@@ -197,7 +197,7 @@ class TaintPeers:
             for at in range(0, len(unlike), _AT_ONCE):
                 wanted = tuple(unlike[at : at + _AT_ONCE])
                 given = await self._ask(node, Question(what="give", buckets=wanted), COMPARED_S)
-                self._store.take(split(given.marks))
+                await self._store.take_many(split(given.marks))
                 self._store.saved()
             peer.seen, peer.fetched, peer.unlike_s, peer.why = _total(reply.digests), True, None, ""
         except RackError as error:

@@ -94,7 +94,8 @@ class Taints:
             known = await _marked(messages, self._store.keys)
             if not any(one in self._store.marks for one in known):
                 return
-        if waiting := self._take(await _marked(messages, self._store.keys[:1])):
+        fresh = await self._store.take_many(await _marked(messages, self._store.keys[:1]), own=True)
+        if waiting := self._tell(fresh):
             await asyncio.wait(waiting, timeout=TOLD_S)
 
     async def add_text(self, text: str, reasons: Collection[Reason] = ()) -> None:
@@ -104,7 +105,7 @@ class Taints:
     def note(self, messages: Sequence[Message]) -> None:
         """As ``add``, without waiting: for an answer whose client has left in the middle of it."""
         if self._store.loaded.is_set():
-            self._take(_marks(messages, self._store.keys[:1]))
+            self._tell(self._store.take(_marks(messages, self._store.keys[:1]), own=True))
 
     def ignore(self, texts: Iterable[str]) -> None:
         """Texts that taint nothing although they were in SENSITIVE requests, like a system prompt that all clients
@@ -213,9 +214,8 @@ class Taints:
         marks, keys, common = self._store.marks, self._store.keys, self._common
         return any(mark(key, one) in marks for one in found if one not in common for key in keys)
 
-    def _take(self, found: Sequence[bytes]) -> list[asyncio.Future[None]]:
-        """Returns what to wait for."""
-        fresh = self._store.take(found, own=True)
+    def _tell(self, fresh: Sequence[bytes]) -> list[asyncio.Future[None]]:
+        """Returns what to wait for: also for what others have added and is still on its way."""
         return [*self._store.saved(), *self._peers.tell(fresh)]
 
     async def _run(self) -> None:

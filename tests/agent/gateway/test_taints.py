@@ -431,13 +431,18 @@ async def test_adding_what_is_known_waits_for_what_is_on_its_way(site: Site, mon
         return await post(self, *given)
 
     monkeypatch.setattr(Made, "post", slow)
-    first = asyncio.create_task(a.taints.add(user("one")))
-    await reached.wait()
-    second = asyncio.create_task(a.taints.add(user("one")))
-    await asyncio.sleep(0.02)
-    assert not first.done()
-    assert not second.done()
-    gate.set()
+    try:
+        first = asyncio.create_task(a.taints.add(user("one")))
+        await reached.wait()
+        second = asyncio.create_task(a.taints.add(user("one")))
+        await asyncio.sleep(0.02)
+        while not a.taints._store._saving.idle:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        assert not first.done()
+        assert not second.done()
+    finally:
+        gate.set()
     await asyncio.gather(first, second)
     assert b.sees("one") == "taint"
 
