@@ -57,9 +57,9 @@ async def heartbeat(request: web.Request) -> web.Response:
 
 async def taints(request: web.Request) -> web.Response:
     """A peer tells which messages were in SENSITIVE requests, or asks."""
+    signed, key = _signed(request)
     if (held := request.app.get(TAINTS)) is None:
         raise web.HTTPNotFound
-    signed, key = _signed(request)
     body = await _posted(request)
     answer = await held.answered(signed.node, body)
     signature = key.answer(signed.nonce, request.app[CONTEXT].config.node.id, answer)

@@ -55,7 +55,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 class Reading(NamedTuple):
     """The records of a file: the marks, the bytes up to the end of the last one, and how many before it are invalid."""
 
-    marks: list[bytes]
+    marks: "Marks"
     good_bytes: int
     damaged: int
 
@@ -155,11 +155,11 @@ def record(one: bytes) -> bytes:
 
 def read_records(raw: bytes) -> Reading:
     """Records one after another. Invalid ones at the end are what a crash leaves; before others they are damage."""
-    marks, end, damaged, invalid = [], 0, 0, 0
+    marks, end, damaged, invalid = Marks(), 0, 0, 0
     for at in range(0, len(raw) - RECORD_BYTES + 1, RECORD_BYTES):
         one = raw[at : at + MARK_BYTES]
         if zlib.crc32(one) == int.from_bytes(raw[at + MARK_BYTES : at + RECORD_BYTES], "big"):
-            marks.append(one)
+            marks.add(one)
             end, damaged, invalid = at + RECORD_BYTES, damaged + invalid, 0
         else:
             invalid += 1

