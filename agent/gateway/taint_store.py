@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
 from agent.gateway.taint_file import Found, TaintFile
-from agent.policy.taint import BUCKETS, KEY_BYTES, LOST, Held, Marks, split
+from agent.mesh.peers import Held
+from agent.policy.taint import BUCKETS, KEY_BYTES, LOST, Marks, split
 from shared.errors import RackError
 
 _AT_ONCE = 1000

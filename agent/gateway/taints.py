@@ -16,10 +16,10 @@ from agent.gateway.taint_file import FOLDER
 from agent.gateway.taint_peers import TOLD_S, Question, Reply, TaintPeers, answer
 from agent.gateway.taint_store import TaintStore
 from agent.mesh.peer_client import PeerClient
-from agent.mesh.peers import Heartbeat, PeerTable
+from agent.mesh.peers import Heartbeat, Held, PeerTable
 from agent.mesh.signing import RackKeys
 from agent.policy.facts import Reason
-from agent.policy.taint import Held, forms, mark, marks_of, normal
+from agent.policy.taint import forms, mark, marks_of, normal
 from agent.wire.frames import Message
 from shared.errors import Refused
 from shared.logs import get_logger

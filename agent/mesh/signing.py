@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from agent.policy.taint import key_of
 from agent.process.prefixes import prefix_key
 from shared.errors import RackError
 
@@ -64,6 +63,11 @@ def listener_proof(token: str, nonce: str, address: tuple[str, int]) -> str:
     return hmac.digest(token.encode(), _line("listener", nonce, host, port), "sha256").hex()
 
 
+def taint_key(secret: str) -> bytes:
+    """The key that the nodes of a rack begin with: those that begin with one secret have one key."""
+    return hashlib.sha256(b"mlxrack taints\0" + secret.encode()).digest()
+
+
 class Key:
     """A key derived from one rack secret, for requests between nodes. ``mark`` tells it from others and reveals nothing
     of it."""
@@ -108,7 +112,7 @@ class RackKeys:
         """Have other keys; what is signed with those that are gone counts no more."""
         self._keys = {secret: self._keys.get(secret) or Key(secret) for secret in secrets}
         self.newest = next(iter(self), None)
-        self.prefix_key, self.taint_key = (prefix_key(secrets[-1]), key_of(secrets[-1])) if secrets else (b"", b"")
+        self.prefix_key, self.taint_key = (prefix_key(secrets[-1]), taint_key(secrets[-1])) if secrets else (b"", b"")
 
     def __bool__(self) -> bool:
         return bool(self._keys)

@@ -7,7 +7,6 @@ that another order of keys or other escapes change nothing, either. Whoever para
 a message within another one, or writes it with letters that only look alike, has another message.
 """
 
-import hashlib
 import hmac
 import re
 import unicodedata
@@ -41,15 +40,6 @@ _UNSEEN = re.compile(
 )
 _THOUGHT_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "</details>", "[/THINK]")
 """What clients write after the reasoning that they put before an answer."""
-
-
-class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node holds, told with its heartbeats: how many marks, and a digest of them that does not depend on their
-    order. ``loading``: it has not read its own yet."""
-
-    marks: int
-    digest: str
-    loading: bool = False
 
 
 class Reading(NamedTuple):
@@ -125,11 +115,6 @@ def messages_of(ask: Ask) -> tuple[Message, ...]:
         return ask.messages if ask.prompt is None else (Message(role="user", content=ask.prompt),)
     texts = (one if isinstance(one, str) else " ".join(map(str, one)) for one in ask.inputs)
     return tuple(Message(role=f"input {n}", content=one) for n, one in enumerate(texts))
-
-
-def key_of(secret: str) -> bytes:
-    """The key that the nodes of a rack begin with: those that begin with one secret have one key."""
-    return hashlib.sha256(b"mlxrack taints\0" + secret.encode()).digest()
 
 
 def name_of(key: bytes) -> bytes:
