@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hmac
 import secrets
 import time
 from typing import Any
@@ -13,7 +14,7 @@ from agent.api.context import CONTEXT, LINKS, Context, proved
 from agent.gateway.taints import Taints
 from agent.mesh.node_names import wrong_certificate
 from agent.mesh.peer_link import HEARTBEAT_S
-from agent.mesh.signing import ANSWER_HEADER, Key, NotAPeer, Signed
+from agent.mesh.signing import ANSWER_HEADER, BODY, Key, NotAPeer, Signed, body_hash
 from agent.wire.frame_writer import FrameWriter
 from agent.wire.frames import (
     MAX_FRAME_BYTES,
@@ -38,7 +39,7 @@ CLOSE_S = 1.0
 """A peer must acknowledge the close of its connection within this time."""
 TAINTS: web.AppKey[Taints] = web.AppKey("taints", Taints)
 MAX_POST_BYTES = 1 << 20
-"""The most that a request of a peer with a body may hold: it is read before its signature can be checked."""
+"""The most that the body of a peer's request may hold."""
 _MSGPACK = "application/x-msgpack"
 
 log = get_logger("agent.api")
@@ -56,10 +57,10 @@ async def heartbeat(request: web.Request) -> web.Response:
 
 async def taints(request: web.Request) -> web.Response:
     """A peer tells which messages were in SENSITIVE requests, or asks."""
+    signed, key = _signed(request)
     if (held := request.app.get(TAINTS)) is None:
         raise web.HTTPNotFound
     body = await _posted(request)
-    signed, key = _signed(request, body)
     answer = await held.answered(signed.node, body)
     signature = key.answer(signed.nonce, request.app[CONTEXT].config.node.id, answer)
     return web.Response(body=answer, content_type=_MSGPACK, headers={ANSWER_HEADER: signature})
@@ -187,7 +188,8 @@ def _named(number: int, answer: Answer) -> bytes:
 
 
 async def _posted(request: web.Request) -> bytes:
-    """The body of a request of a peer. Raises Refused."""
+    """The body of a peer's request, whose hash is in the path that the peer signed: who cannot sign sends nothing that
+    is read. Raises Refused."""
     body = b""
     try:
         async with asyncio.timeout(PROOF_S):
@@ -197,10 +199,12 @@ async def _posted(request: web.Request) -> bytes:
                     raise Refused("the body of a peer's request is too large", code="body_too_large")
     except TimeoutError:
         raise Refused(f"no complete body within {PROOF_S:g} s", code="body_timeout") from None
+    if not hmac.compare_digest(body_hash(body).encode(), request.query.get(BODY, "").encode("ascii", "replace")):
+        raise NotAPeer("the body is not the one that was signed")
     return body
 
 
-def _signed(request: web.Request, body: bytes = b"") -> tuple[Signed, Key]:
+def _signed(request: web.Request) -> tuple[Signed, Key]:
     """The authenticated sender, and the key that both have. Raises NotAPeer."""
     context = request.app[CONTEXT]
     if not context.keys:
@@ -208,7 +212,7 @@ def _signed(request: web.Request, body: bytes = b"") -> tuple[Signed, Key]:
     now_ms = time.time_ns() // 1_000_000
     header = request.headers.get("Authorization", "")
     signed, key = context.keys.check(
-        header, me=context.config.node.id, method=request.method, path=request.path_qs, body=body, now_ms=now_ms
+        header, me=context.config.node.id, method=request.method, path=request.path_qs, body=b"", now_ms=now_ms
     )
     _check_certificate(request, signed.node)
     if not context.nonces.take(signed.nonce, now_ms):

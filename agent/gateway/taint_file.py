@@ -48,18 +48,18 @@ class TaintFile:
         raw = self._read_all()
         if not raw.startswith(_HEAD):
             if raw and raw[: len(_HEAD)] != _HEAD[: len(raw)]:
-                raise Refused(f"{self._marks} is no file of marks that this version reads")
+                raise Refused(f"{self._marks} is not a file of marks that this version reads")
             self._start()
             raw = _HEAD
         reading = read_records(raw[len(_HEAD) :])
         self._end = len(_HEAD) + reading.good_bytes
         os.ftruncate(self._descriptor, self._end)
         if not keys:
-            if reading.marks:
+            if len(reading.marks):
                 raise Refused(f"{self._keys} is missing; without the keys the marks recognise nothing")
             keys = (first_key or secrets.token_bytes(KEY_BYTES),)
             self.keep_keys(keys)
-        return Found(keys, Marks(reading.marks), reading.damaged)
+        return Found(keys, reading.marks, reading.damaged)
 
     def append(self, marks: Sequence[bytes]) -> None:
         """Add marks; they are on the drive when this returns. After a failure the file is as before. Raises OSError."""

@@ -106,7 +106,7 @@ class TaintPeers:
         """A peer told what it holds."""
         peer, held = self._peer(node), heartbeat.taints
         peer.silent, peer.older = False, held is None
-        if held is None or held.loading or not self._store.loaded.is_set():
+        if held is None or held.loading or not self._store.loaded.is_set() or self._store.full:
             return
         now, mine = self._clock(), self._store.held()
         if now < self._quiet_until_s:
@@ -192,11 +192,12 @@ class TaintPeers:
             names = tuple(map(name_of, self._store.keys))
             reply = await self._ask(node, Question(what="compare", names=names), COMPARED_S)
             self._store.learn(reply.keys)
+            self._store.saved()
             unlike = self._store.marks.differing(reply.digests)
             for at in range(0, len(unlike), _AT_ONCE):
                 wanted = tuple(unlike[at : at + _AT_ONCE])
                 given = await self._ask(node, Question(what="give", buckets=wanted), COMPARED_S)
-                self._store.take(split(given.marks))
+                await self._store.take_many(split(given.marks))
                 self._store.saved()
             peer.seen, peer.fetched, peer.unlike_s, peer.why = _total(reply.digests), True, None, ""
         except RackError as error:

@@ -16,10 +16,10 @@ from agent.gateway.taint_file import FOLDER
 from agent.gateway.taint_peers import TOLD_S, Question, Reply, TaintPeers, answer
 from agent.gateway.taint_store import TaintStore
 from agent.mesh.peer_client import PeerClient
-from agent.mesh.peers import Heartbeat, PeerTable
+from agent.mesh.peers import Heartbeat, Held, PeerTable
 from agent.mesh.signing import RackKeys
 from agent.policy.facts import Reason
-from agent.policy.taint import Held, forms, mark, marks_of, normal
+from agent.policy.taint import forms, mark, marks_of, normal
 from agent.wire.frames import Message
 from shared.errors import Refused
 from shared.logs import get_logger
@@ -27,6 +27,8 @@ from shared.records import Event, TaintChanged
 
 State = Literal["ready", "loading", "unreadable", "unsaved", "full", "behind"]
 TICK_S = 0.5
+GRACE_S = 10.0
+"""Marks of peers that are missing for longer are worth a warning."""
 _LONG_CHARS = 128 << 10
 _LONG_TURNS = 256
 """A conversation beyond these is read in a thread."""
@@ -63,6 +65,7 @@ class Taints:
         self._common: Collection[bytes] = frozenset()
         self._told: State = "loading"
         self._reported: State = "ready"
+        self._clock, self._since_s = clock, clock()
         self._task: asyncio.Task[None] | None = None
 
     # ---- of requests ----
@@ -91,7 +94,8 @@ class Taints:
             known = await _marked(messages, self._store.keys)
             if not any(one in self._store.marks for one in known):
                 return
-        if waiting := self._take(await _marked(messages, self._store.keys[:1])):
+        fresh = await self._store.take_many(await _marked(messages, self._store.keys[:1]), own=True)
+        if waiting := self._tell(fresh):
             await asyncio.wait(waiting, timeout=TOLD_S)
 
     async def add_text(self, text: str, reasons: Collection[Reason] = ()) -> None:
@@ -101,7 +105,7 @@ class Taints:
     def note(self, messages: Sequence[Message]) -> None:
         """As ``add``, without waiting: for an answer whose client has left in the middle of it."""
         if self._store.loaded.is_set():
-            self._take(_marks(messages, self._store.keys[:1]))
+            self._tell(self._store.take(_marks(messages, self._store.keys[:1]), own=True))
 
     def ignore(self, texts: Iterable[str]) -> None:
         """Texts that taint nothing although they were in SENSITIVE requests, like a system prompt that all clients
@@ -137,12 +141,13 @@ class Taints:
         }
 
     def warnings(self) -> list[str]:
-        """A sentence while every request counts as SENSITIVE."""
-        if (state := self.state) in ("ready", "loading"):
+        """A sentence while every request counts as SENSITIVE; none for what a start takes, or a peer's return."""
+        state = self.state
+        if state in ("ready", "loading") or (state == "behind" and self._clock() - self._since_s < GRACE_S):
             return []
         why = self._why(state)
         seen = f"marks of SENSITIVE messages are {_SAY[state]}{': ' if why else ''}{why}"
-        return [f"{seen}; every request counts as SENSITIVE (help sensitive)"]
+        return [f"{seen}; every request counts as SENSITIVE; see `mlxrack-agent help sensitive`"]
 
     def start(self) -> None:
         """Read what was known, in the background, and keep it."""
@@ -209,9 +214,8 @@ class Taints:
         marks, keys, common = self._store.marks, self._store.keys, self._common
         return any(mark(key, one) in marks for one in found if one not in common for key in keys)
 
-    def _take(self, found: Sequence[bytes]) -> list[asyncio.Future[None]]:
-        """Returns what to wait for."""
-        fresh = self._store.take(found, own=True)
+    def _tell(self, fresh: Sequence[bytes]) -> list[asyncio.Future[None]]:
+        """Returns what to wait for: also for what others have added and is still on its way."""
         return [*self._store.saved(), *self._peers.tell(fresh)]
 
     async def _run(self) -> None:
@@ -227,8 +231,8 @@ class Taints:
         """Report another state, once; a start and a peer's return are no events."""
         if (state := self.state) == self._told:
             return
-        self._told = state
-        write = log.info if state == "ready" else log.warning
+        self._told, self._since_s = state, self._clock()
+        write = log.info if state in ("ready", "behind") else log.warning
         write("taints", state=state, reason=self._why(state), marks=len(self._store.marks))
         if state not in ("behind", self._reported):
             self._reported = state

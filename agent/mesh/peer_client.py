@@ -15,7 +15,7 @@ import msgspec
 from agent.mesh.node_names import server_name
 from agent.mesh.peer_link import HEARTBEAT_S, PeerLink
 from agent.mesh.peers import Heartbeat
-from agent.mesh.signing import ANSWER_HEADER, NODE_HEADER, RackKeys, mismatch
+from agent.mesh.signing import ANSWER_HEADER, BODY, NODE_HEADER, RackKeys, body_hash, mismatch
 from agent.mesh.tls_errors import tls_reason
 from agent.wire.frames import MAX_FRAME_BYTES
 from shared import connection_errors
@@ -101,10 +101,11 @@ class PeerClient:
 
     async def post(self, node: str, url: str, path: str, body: bytes, timeout_s: float) -> bytes:
         """The peer's answer to a request with a body; both are signed. Raises Retryable when it does not answer in
-        time, Refused for anything but a peer's answer; code unknown_url from a version without this path."""
+        time, Refused for anything but a peer's answer."""
         timeout, nonce = aiohttp.ClientTimeout(total=timeout_s), self._nonce()
+        path = f"{path}?{BODY}={body_hash(body)}"
         try:
-            headers = self._headers(node, path, nonce, "POST", body)
+            headers = self._headers(node, path, nonce, "POST")
             post = self._opened().post
             async with post(f"{url}{path}", data=body, headers=headers, timeout=timeout, **self._expected(node)) as got:
                 if got.status != 200:
@@ -211,9 +212,9 @@ class PeerClient:
         """Unique: within this process by a counter, across processes by its random prefix."""
         return f"{self._born}{next(self._count):x}"
 
-    def _headers(self, to: str, path: str, nonce: str, method: str = "GET", body: bytes = b"") -> dict[str, str]:
+    def _headers(self, to: str, path: str, nonce: str, method: str = "GET") -> dict[str, str]:
         t_ms = self._wall_ms()
-        signed = self._keys.header(node=self._node, to=to, method=method, path=path, body=body, t_ms=t_ms, nonce=nonce)
+        signed = self._keys.header(node=self._node, to=to, method=method, path=path, body=b"", t_ms=t_ms, nonce=nonce)
         return {"Authorization": signed}
 
     def _expected(self, node: str) -> dict[str, Any]:

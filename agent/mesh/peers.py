@@ -11,7 +11,6 @@ import msgspec
 
 from agent.mesh.signing import OLDEST, PROTOCOL
 from agent.policy.limits.share import Share
-from agent.policy.taint import Held
 from agent.process.prefixes import unpacked
 from agent.views import Count, ModelView, NodeView, Sent
 
@@ -26,6 +25,15 @@ SKEW_WARNING_MS = 2_000
 ASLEEP_S = 0.5
 """A tick that is late by this much means that this node, not its peers, was busy, stopped or asleep."""
 _NEVER = float("inf")
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node holds, told with its heartbeats: how many marks, and a digest of them that does not depend on their
+    order. ``loading``: it has not read its own yet."""
+
+    marks: int
+    digest: str
+    loading: bool = False
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from agent.policy.taint import key_of
 from agent.process.prefixes import prefix_key
 from shared.errors import RackError
 
@@ -30,6 +29,9 @@ SCHEME = "Mlxrack"
 ANSWER_HEADER = "X-Mlxrack-Rack"
 NODE_HEADER = "X-Mlxrack-Node"
 """Which node refuses a request that was meant for another."""
+BODY = "body"
+"""In the query of a request with a body, its hash: the path is signed, so a receiver knows the sender before it reads a
+body."""
 _MACS = ("mac", "mac2")
 _MARK_BYTES = 6
 
@@ -61,6 +63,11 @@ def listener_proof(token: str, nonce: str, address: tuple[str, int]) -> str:
     return hmac.digest(token.encode(), _line("listener", nonce, host, port), "sha256").hex()
 
 
+def taint_key(secret: str) -> bytes:
+    """The key that the nodes of a rack begin with: those that begin with one secret have one key."""
+    return hashlib.sha256(b"mlxrack taints\0" + secret.encode()).digest()
+
+
 class Key:
     """A key derived from one rack secret, for requests between nodes. ``mark`` tells it from others and reveals nothing
     of it."""
@@ -79,7 +86,7 @@ class Key:
 
     def answer(self, nonce: str, node: str, body: bytes = b"") -> str:
         """The signature of an answer; ``body`` where it is known before it is sent."""
-        return hmac.digest(self._key, _line("answer", nonce, node, _sha256(body)), "sha256").hex()
+        return hmac.digest(self._key, _line("answer", nonce, node, body_hash(body)), "sha256").hex()
 
     def is_answer(self, offered: str, nonce: str, node: str, body: bytes = b"") -> bool:
         """Whether ``offered`` is the signature of a node of this rack."""
@@ -105,7 +112,7 @@ class RackKeys:
         """Have other keys; what is signed with those that are gone counts no more."""
         self._keys = {secret: self._keys.get(secret) or Key(secret) for secret in secrets}
         self.newest = next(iter(self), None)
-        self.prefix_key, self.taint_key = (prefix_key(secrets[-1]), key_of(secrets[-1])) if secrets else (b"", b"")
+        self.prefix_key, self.taint_key = (prefix_key(secrets[-1]), taint_key(secrets[-1])) if secrets else (b"", b"")
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -219,7 +226,7 @@ def mismatch(protocol: int, oldest: int) -> str:
 
 
 def _request(protocol: int, node: str, to: str, asked: str, t_ms: int, nonce: str, body: bytes) -> bytes:
-    return _line(str(protocol), node, to, asked, str(t_ms), nonce, _sha256(body))
+    return _line(str(protocol), node, to, asked, str(t_ms), nonce, body_hash(body))
 
 
 def _number(text: str) -> int:
@@ -232,5 +239,6 @@ def _line(*parts: str) -> bytes:
     return "\n".join(parts).encode("utf-8", "surrogateescape")
 
 
-def _sha256(body: bytes) -> str:
+def body_hash(body: bytes) -> str:
+    """What stands for a body where it is signed."""
     return hashlib.sha256(body).hexdigest()

@@ -130,11 +130,13 @@ class Permission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class Sensitive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What of a text makes a request SENSITIVE: findings of ``kinds``, any of ``words`` (whole, in any case), a match
-    of ``patterns`` (regular expressions). What else the detectors find is redacted where a request may leave."""
+    of ``patterns`` (regular expressions). What else the detectors find is redacted where a request may leave. A message
+    that was in a SENSITIVE request makes others so, unless it is one of ``common``, which all clients send."""
 
     kinds: tuple[Kind, ...] = ()
     words: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()
 
 
 class Redaction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

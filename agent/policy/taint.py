@@ -7,7 +7,6 @@ that another order of keys or other escapes change nothing, either. Whoever para
 a message within another one, or writes it with letters that only look alike, has another message.
 """
 
-import hashlib
 import hmac
 import re
 import unicodedata
@@ -43,25 +42,18 @@ _THOUGHT_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "</det
 """What clients write after the reasoning that they put before an answer."""
 
 
-class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node holds, told with its heartbeats: how many marks, and a digest of them that does not depend on their
-    order. ``loading``: it has not read its own yet."""
-
-    marks: int
-    digest: str
-    loading: bool = False
-
-
 class Reading(NamedTuple):
     """The records of a file: the marks, the bytes up to the end of the last one, and how many before it are invalid."""
 
-    marks: list[bytes]
+    marks: "Marks"
     good_bytes: int
     damaged: int
 
 
 def normal(text: str) -> bytes:
     """The normal form of a text; b"" for one of spaces. One without letters and digits keeps its other characters."""
+    if len(text) <= _PIECE_CHARS:
+        return _plain(text) or _signs(text)
     pieces = [text[at : at + _PIECE_CHARS] for at in range(0, len(text), _PIECE_CHARS)]
     return b"".join(map(_plain, pieces)) or b"".join(map(_signs, pieces))
 
@@ -125,11 +117,6 @@ def messages_of(ask: Ask) -> tuple[Message, ...]:
     return tuple(Message(role=f"input {n}", content=one) for n, one in enumerate(texts))
 
 
-def key_of(secret: str) -> bytes:
-    """The key that the nodes of a rack begin with: those that begin with one secret have one key."""
-    return hashlib.sha256(b"mlxrack taints\0" + secret.encode()).digest()
-
-
 def name_of(key: bytes) -> bytes:
     """What tells a key from others, and reveals nothing of it."""
     return hmac.digest(key, b"name", "sha256")[:8]
@@ -142,7 +129,7 @@ def mark(key: bytes, one: bytes) -> bytes:
 
 
 def split(packed: bytes) -> list[bytes]:
-    """Marks one after another; a remainder that is no mark is left out."""
+    """Marks one after another; a remainder that is too short is left out."""
     return [packed[at : at + MARK_BYTES] for at in range(0, len(packed) - MARK_BYTES + 1, MARK_BYTES)]
 
 
@@ -153,11 +140,11 @@ def record(one: bytes) -> bytes:
 
 def read_records(raw: bytes) -> Reading:
     """Records one after another. Invalid ones at the end are what a crash leaves; before others they are damage."""
-    marks, end, damaged, invalid = [], 0, 0, 0
+    marks, end, damaged, invalid = Marks(), 0, 0, 0
     for at in range(0, len(raw) - RECORD_BYTES + 1, RECORD_BYTES):
         one = raw[at : at + MARK_BYTES]
         if zlib.crc32(one) == int.from_bytes(raw[at + MARK_BYTES : at + RECORD_BYTES], "big"):
-            marks.append(one)
+            marks.add(one)
             end, damaged, invalid = at + RECORD_BYTES, damaged + invalid, 0
         else:
             invalid += 1
@@ -220,6 +207,8 @@ class Marks:
 
 def _without_thought(content: str) -> Iterator[bytes]:
     """Reasoning that stands before the rest of a content, and the rest."""
+    if "</" not in content and "[/" not in content:
+        return
     for end in _THOUGHT_ENDS:
         thought, found, rest = content.partition(end)
         if found:

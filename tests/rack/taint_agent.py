@@ -4,14 +4,13 @@ why."""
 
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from agent import cli, daemon
-from agent.api import answering
+from agent.api import answering, app
 from agent.api.answers import Choice
 from agent.api.openai import AnswerRequest
 from agent.api.peer import TAINTS
@@ -21,7 +20,7 @@ from agent.policy.taint import messages_of
 from agent.wire.frames import Answer, Done, Message, Tokens
 
 WHY = web.RequestKey("why", str)
-build, walled, whole, pieces = daemon.api.build, answering._answered, answering.whole, answering.pieces
+build, walled, whole, pieces = app.build, answering._answered, answering.whole, answering.pieces
 
 
 class WithTaints(daemon.Daemon):
@@ -32,16 +31,16 @@ class WithTaints(daemon.Daemon):
         self.taints = Taints(self._state, self._live, self._table, self._peer_client, self._keys, self._emit)
         self.status.taints = self.taints
         self._heartbeats.on_heard = self.taints.heard
-        daemon.api = SimpleNamespace(build=self._built)  # type: ignore[assignment]
+        app.build = self._built  # type: ignore[assignment]
 
     def _built(self, context: Any) -> web.Application:
-        app = build(context, self.taints)
+        made = build(context, self.taints)
 
         async def say(request: web.Request, response: web.StreamResponse) -> None:
             response.headers["X-Test-Sensitive"] = request.get(WHY, "")
 
-        app.on_response_prepare.append(say)
-        return app
+        made.on_response_prepare.append(say)
+        return made
 
     async def run(self, started: Callable[[int], None] = lambda _: None) -> None:
         self.taints.start()

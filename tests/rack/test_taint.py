@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from agent.mesh.peers import Heartbeat
-from agent.mesh.signing import RackKeys
+from agent.mesh.signing import RackKeys, body_hash
 from agent.process.prefixes import unpacked
 from scripts.seaweed import free_port
 from tests.rack.harness import SECRET, Agent, Answer, end, events_of, model, until, write_config
@@ -177,6 +177,31 @@ def test_nothing_of_a_private_request_is_on_disk_or_in_a_heartbeat(agents: list[
     assert not [body for body in status if marker.encode() in body]
 
 
+def test_only_peers_are_answered_and_only_what_they_signed(agents: list[WithTaints]) -> None:
+    n1, _, n3 = agents
+    body = msgspec.msgpack.encode({"what": "compare"})
+
+    def asked(secret: str, signed: bytes, sent: bytes, *, to: str = "n3", path: str = "/peer/v1/taints") -> int:
+        path = f"{path}?body={body_hash(signed)}"
+        t_ms, nonce = time.time_ns() // 1_000_000, secrets.token_hex(8)
+        more = {"method": "POST", "path": path, "body": b"", "t_ms": t_ms, "nonce": nonce}
+        header = {"Authorization": RackKeys((secret,)).header(node="n1", to=to, **more)}  # type: ignore[arg-type]
+        statuses = [n3.request("POST", path, sent, header).status for _ in range(2)]
+        assert statuses[1] == 403, "a replay"
+        return statuses[0]
+
+    assert asked(n1.secret, body, body) == 200
+    assert asked(n1.secret, body, msgspec.msgpack.encode({"what": "forget"})) == 403
+    assert asked("a secret that this rack does not have, 32", body, body) == 403
+    assert asked(n1.secret, body, body, to="n2") == 403
+    assert asked(n1.secret, b"\xc1", b"\xc1") == 400
+    huge = bytes(2 << 20)
+    assert asked(n1.secret, huge, huge) in (413, 0)
+    assert n3.request("POST", "/peer/v1/taints", body).status == 403
+    assert n3.request("GET", "/admin/v1/taint").status == 401
+    assert n3.request("POST", "/admin/v1/taint/clear").status == 401
+
+
 def test_no_answer_is_kept_whole(agents: list[WithTaints]) -> None:
     """There is no cache of answers: the same request is computed again; only the states of its prompt are kept."""
     n1, n2, n3 = agents
@@ -259,7 +284,7 @@ def test_beside_an_agent_without_taints_every_request_is_sensitive_until_it_is_u
         new.ready()
         until(lambda: new.taint()["peers"] == {"n2": "older version"}, "it is known")
         assert new.why("What time is it?") == "taint_not_loaded"
-        assert "n2 runs a version that keeps none; upgrade it" in str(new.status()["warnings"])
+        assert new.taint()["why"] == "n2 runs a version that keeps none; upgrade it"
         old.stop()
         old.older = False
         old.start()

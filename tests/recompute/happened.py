@@ -23,6 +23,7 @@ KINDS = {
     *("model_loaded", "model_timed", "model_evicted", "model_missed", "memory_pressed", "swap_finished"),
     *("loader_exited", "throttle", "throttle_ended", "peer_down", "peer_up", "certificate_expires", "node_id_clash"),
     *("audit_failing", "audit_recovered"),
+    "taint_changed",
 }
 """Every kind of record that there is."""
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import msgspec
+
 from agent.gateway.call import Call
-from agent.wire.frames import Accepted, Answer, Done, Generate, Tokens
+from agent.wire.frames import Accepted, Answer, Done, Embed, Generate, Tokens, decode, encode
 from agent.wire.namespaces import namespace_of
 
 
@@ -35,6 +37,20 @@ def attempt(one: Call, *answers: tuple[float, Answer]) -> None:
 
 def token() -> Tokens:
     return Tokens(id=1, text="x", count=1, ids=(1,))
+
+
+def test_every_attempt_at_a_private_request_is_private() -> None:
+    generate = call()
+    generate.ask = msgspec.structs.replace(generate.ask, private=True)
+    vectors = Call(ask=Embed(id=1, model="m", inputs=("x",), private=True), request_id="r", cache=namespace_of("alice"))
+    attempt(generate, (1.0, accepted(0)), (2.0, token()))
+    for continuing in (False, True):
+        generate.continuing = continuing
+        for one in (generate, vectors):
+            assert decode(encode(one.frame("n1"))).private  # type: ignore[union-attr]
+    generate.start_over()
+    assert generate.frame("n1").private
+    assert not call().frame("n1").private
 
 
 def test_an_undisturbed_answer_is_told_as_the_engine_measured_it() -> None:

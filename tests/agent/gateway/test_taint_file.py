@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from agent.gateway.taint_file import TaintFile
-from agent.policy.taint import RECORD_BYTES, key_of, mark
+from agent.mesh.signing import taint_key
+from agent.policy.taint import RECORD_BYTES, mark
 from shared.errors import Refused
 
-KEY = key_of("a rack secret of the tests, long enough")
+KEY = taint_key("a rack secret of the tests, long enough")
 MARKS = [mark(KEY, str(n).encode()) for n in range(40)]
 
 
@@ -29,7 +30,7 @@ def test_marks_and_keys_come_back_and_are_nobody_elses(tmp_path: Path) -> None:
     for one in (path, path.with_name("keys")):
         assert stat.S_IMODE(one.stat().st_mode) == 0o600
     file = TaintFile(path.parent)
-    found = file.read(key_of("the secret after a rotation"))
+    found = file.read(taint_key("the secret after a rotation"))
     assert (found.keys, found.damaged, len(found.marks)) == ((KEY,), 0, len(MARKS))
     assert all(one in found.marks for one in MARKS)
     file.append(MARKS[:1])
@@ -92,7 +93,7 @@ def test_what_cannot_be_read_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(tmp_path / "keys")
     path.write_bytes(b"mlxrack taints 2".ljust(RECORD_BYTES) + b"of a later version")
     file = TaintFile(tmp_path)
-    with pytest.raises(Refused, match="no file of marks that this version reads"):
+    with pytest.raises(Refused, match="not a file of marks that this version reads"):
         file.read(KEY)
     with pytest.raises(OSError, match="not open"):
         file.append(MARKS)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.mesh.signing import taint_key
 from agent.policy.taint import (
     BUCKETS,
     MARK_BYTES,
     RECORD_BYTES,
     Marks,
     forms,
-    key_of,
     mark,
     marks_of,
     messages_of,
@@ -26,7 +26,7 @@ from agent.policy.taint import (
 )
 from agent.wire.frames import Embed, Generate, Message, ToolCall
 
-KEY = key_of("a rack secret of the tests, long enough")
+KEY = taint_key("a rack secret of the tests, long enough")
 TEXT = "Frau Müller, Befund vom 3. Mai:\nHbA1c 7,9 % – bitte nicht weitergeben!"
 
 
@@ -208,7 +208,7 @@ def test_any_text_can_be_read(text: str) -> None:
 
 
 def test_marks_depend_on_the_key_and_hide_the_text() -> None:
-    other = key_of("another secret")
+    other = taint_key("another secret")
     one = mark(KEY, b"text")
     assert len(one) == MARK_BYTES
     assert one == mark(KEY, b"text") != mark(other, b"text")
@@ -265,12 +265,12 @@ def test_what_a_crash_leaves_at_the_end_is_found(count: int, tail: bytes) -> Non
     marks = made(count)
     raw = b"".join(map(record, marks))
     reading = read_records(raw + tail)
-    assert reading.marks[:count] == marks
+    assert all(one in reading.marks for one in marks)
     assert reading.good_bytes >= len(raw)
     assert reading.damaged == 0 or tail
     for cut in range(0, len(raw), 7):
         found = read_records(raw[:cut] + bytes(RECORD_BYTES))
-        assert found.marks == marks[: cut // RECORD_BYTES]
+        assert [one in found.marks for one in marks] == [n < cut // RECORD_BYTES for n in range(count)]
         assert found.damaged == 0
 
 

@@ -95,6 +95,18 @@ def test_long_prompts_are_bounded_and_short_ones_have_no_chain() -> None:
     assert (vectors.chain, vectors.prompt_tok) == ((), 14)
 
 
+def test_a_private_request_is_routed_by_its_prefixes_and_adds_none() -> None:
+    table, private = PrefixTable(), text_of(KEY, ask("s" * 900, private=True))
+    table.took(private, 0)
+    assert (private.chain, list(table), table.digest()) == (chain("s" * 900), [], b"")
+    table.took(text_of(KEY, ask("s" * 900)), 0)
+    assert matched(private.chain, table) == 3
+    before = table.most
+    table.took(private, 0)
+    assert table.most == before, "nor does what it found there"
+    assert text_of(KEY, Embed(id=1, model="m", inputs=("x",), private=True)).private
+
+
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=50))
 def test_hashes_survive_encoding(hashes: list[int]) -> None:
     assert unpacked(packed(hashes)) == frozenset(hashes)
