@@ -45,12 +45,7 @@ _CODES = {
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED),
     503: (
-        "draining",
-        "no_capacity",
-        "memory_pressure",
-        "not_ready",
-        "bodies_full",
-        "connections_full",
+        *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
         "oidc_unavailable",
     ),
     504: ("deadline_exceeded",),

@@ -11,18 +11,8 @@ from agent.operator.obtain import OWN_BUCKET
 from shared import private
 
 SECRET = (
-    *(
-        "listener.pem",
-        PORT_NAME,
-        "desired.json",
-        "rates.json",
-        "models.json",
-        "step_times.json",
-        "spool",
-        "prompts",
-        "logs",
-    ),
-    OWN_BUCKET,
+    *("listener.pem", PORT_NAME, "desired.json", "models.json", "step_times.json", "spool", "prompts", "logs"),
+    *(OWN_BUCKET, "rates.json"),
 )
 """What nobody else may read; all of it is created so, and what an older version created is corrected."""
 TOKENS = ("admin.token", "metrics.token")
