@@ -24,7 +24,7 @@ import msgspec
 
 from agent import config as agent_config
 from agent import config_checks
-from agent.config import AgentConfig, Node
+from agent.config import AgentConfig, Node, is_open
 from agent.operator import (
     cli_audit,
     cli_chips,
@@ -242,7 +242,7 @@ def _run(args: argparse.Namespace) -> int:
         _line(f"mlxrack-agent {config.node.id}: listens on {base.removesuffix('/v1')} (pid {os.getpid()})")
         _line(f"status: mlxrack-agent status --config '{path}'")
         preloaded = [model.name for model in config.models if model.preload]
-        said = startup.Said(base, preloaded, keys=bool(config.keys))
+        said = startup.Said(base, preloaded, keys=not is_open(config))
         loop, folder = asyncio.get_running_loop(), log_file(config).parent
         watching.append(loop.create_task(startup.watch(daemon.status.node, said, _line)))
         watching.append(loop.create_task(output.keep_short(folder)))

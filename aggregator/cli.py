@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     roll = verb("rollup", "Add new telemetry to the minute, hour and day tables.", _rollup)
     roll.add_argument("--again", action="store_true", help="re-read every segment in the bucket (after an upgrade)")
-    week = verb("weekly", "Publish the weekly reports: placement, cost, evictions, uptime, scorecard.", _weekly)
+    week = verb("weekly", "Publish the weekly reports: placement, cost, usage, evictions, uptime, scorecard.", _weekly)
     week.add_argument("--week", default=None, help="ISO week, for example 2026-W47 (default: the last complete week)")
     week.add_argument("--since", default=None, metavar="DAY", help="instead of a week: first day, like 2026-11-01")
     week.add_argument("--until", default=None, metavar="DAY", help="last day, inclusive")

@@ -89,6 +89,9 @@ class Metrics:
         self._engine = {field: self._counter(f"engine_{name}", text) for field, (name, text) in _ENGINE.items()}
         self._levels = {field: self._gauge(f"engine_{field}", text) for field, text in _LEVELS.items()}
         self._peaks = {field: self._gauge(f"engine_{field}", text) for field, text in _PEAKS.items()}
+        where = ("place", "category", "outcome")
+        self._elsewhere = self._counter("elsewhere_requests", "Requests sent to a place besides the rack.", where)
+        self._usd = self._counter("elsewhere_usd", "US dollars that other places charged.", ("place",))
         self._evicted = self._counter("model_evictions", "Models evicted from memory.", ("model", "reason"))
         self._missed = self._counter("model_misses", "First requests for a model after its eviction.")
         self._swaps = self._counter("swaps", "Swaps by outcome.", labels)
@@ -105,7 +108,12 @@ class Metrics:
         if (by_model := self._by_model.get(one.model)) is None:
             # a label lookup costs more than the count
             by_model = self._by_model[one.model] = _ByModel(self, one.model)
-        by_model.count(one)
+        if one.place:
+            # another place's tokens and times are no measure of this rack
+            self._elsewhere.labels(one.place, one.place_category, one.outcome).inc(one.requests)
+            self._usd.labels(one.place).inc(one.usd_micro / 1e6)
+        else:
+            by_model.count(one)
         self._requests.labels(one.model, one.outcome).inc(one.requests)
 
     def engine(self, model: str, reported: Reported) -> None:

@@ -176,7 +176,7 @@ async def _discovered(session: aiohttp.ClientSession, oidc: Oidc, context: ssl.S
         found = json.loads(await _get(session, url, context))
         issuer, where = found["issuer"], found["jwks_uri"]
     except (ValueError, RecursionError, KeyError, TypeError):
-        raise Refused(f"{url}: is no document of OpenID Connect; set oidc.jwks_url") from None
+        raise Refused(f"{url}: is not a document of OpenID Connect; set oidc.jwks_url") from None
     if issuer != oidc.issuer or not isinstance(where, str) or not may_be_fetched(where):
         raise Refused(f"{url}: names another issuer, or keys that are not at an https:// address; set oidc.jwks_url")
     return where

@@ -27,7 +27,8 @@ NO_NODE = Ended("failed", "capacity")
 """It was admitted, and no node could take it."""
 
 BY_CODE: dict[str, Ended] = {
-    **dict.fromkeys(("draining", "queue_full", "bodies_full", "connections_full", "audit_unavailable"), TURNED_AWAY),
+    **dict.fromkeys(("draining", "queue_full", "bodies_full", "connections_full"), TURNED_AWAY),
+    **dict.fromkeys(("audit_unavailable", "analysis_failed", "oidc_unavailable"), TURNED_AWAY),
     **dict.fromkeys(("key_queue_full", "key_bodies_full", "rate_limited", "budget_exhausted"), LIMITED),
     **dict.fromkeys(("no_capacity", "memory_pressure", "not_ready", "provider_busy"), NO_NODE),
     **dict.fromkeys(("worker_lost", "loader_lost", "engine_failed", "deadline_exceeded", CRASHED, SUSPECT), FAILED),

@@ -18,6 +18,9 @@ from agent.config_checks import check
 from agent.operator.admin_client import AdminClient
 from agent.operator.cli_reload import lines, reloaded
 from agent.operator.statusview import table
+from agent.policy.classes import CLASSES
+from agent.policy.rules import ANY, KeyPolicy, Money, Rules
+from agent.policy.rules import check as check_policy
 from shared.config import parse
 from shared.durable import created, write_whole
 from shared.errors import RackError, Refused, Retryable
@@ -44,6 +47,7 @@ def add(outer: Outer, load: Load, path_of: Callable[[argparse.Namespace], Path],
     new_key = outer("new-key", "Create an API key; prints it once, with the lines for agent.toml.", _new_key)
     new_key.add_argument("name", help="the client's name as reports show it; its prompt cache is its own")
     new_key.add_argument("--cache-group", default="", help="a group of keys that share one instead")
+    _add_policy(new_key)
 
     def node(args: argparse.Namespace) -> _Node:
         config, state = load(args)
@@ -67,6 +71,7 @@ def _new_key(args: argparse.Namespace) -> int:
     check_name(args.name, "new-key: the name")
     if args.cache_group:
         check_name(args.cache_group, "new-key: the cache group")
+    policy = _policy(args)
     key = f"mlxr-{secrets.token_urlsafe(32)}"
     print(f"API key for {args.name} (shown once, not stored): {key}\n")
     print(f'[[keys]]\nid = "{args.name}"\nsha256 = "{hash_key(key)}"')
@@ -74,7 +79,61 @@ def _new_key(args: argparse.Namespace) -> int:
         print(f'cache_group = "{args.cache_group}"')
     print("\n# put it into agent.toml on every node, then run `mlxrack-agent reload` there")
     print(f"# to replace a key of {args.name}, leave its table, too, until the client uses this one: both are its own")
+    if lines_ := policy_lines(policy):
+        print(f"\n# policy.toml, the same on every node: what {args.name} may do\n{lines_}")
     return 0
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    """What the key may do, as options."""
+    more = parser.add_argument_group("what the key may do; prints its table for policy.toml, too")
+    more.add_argument("--class", dest="classes", action="append", choices=CLASSES, help="only requests of this class")
+    more.add_argument("--model", dest="models", action="append", metavar="NAME", help="only this served name")
+    more.add_argument("--expires", default="", metavar="DAY", help="the last day on which it counts, like 2027-01-31")
+    more.add_argument("--requests-per-minute", type=int, default=0, metavar="N")
+    more.add_argument("--tokens-per-minute", type=int, default=0, metavar="N")
+    more.add_argument("--usd-per-day", default="", metavar="USD", help="a budget, like 5.00")
+    more.add_argument("--usd-per-month", default="", metavar="USD")
+    more.add_argument("--sensitive", action="store_true", help="all of its requests are SENSITIVE")
+    more.add_argument(
+        "--inside", action="store_true", help="nothing of it leaves the premises, whatever else is allowed"
+    )
+
+
+def _policy(args: argparse.Namespace) -> KeyPolicy:
+    """Raises Refused for what the policy file would refuse."""
+    made = KeyPolicy(
+        id=args.name,
+        models=tuple(args.models or (ANY,)),
+        classes=tuple(args.classes or CLASSES),
+        expires=args.expires,
+        requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
+        day=Money(usd=args.usd_per_day),
+        month=Money(usd=args.usd_per_month),
+        sensitive=args.sensitive,
+        outside=not args.inside,
+    )
+    for name in args.models or ():
+        check_name(name, "new-key: the model")
+    try:
+        msgspec.convert(msgspec.to_builtins(made), KeyPolicy)
+    except msgspec.ValidationError as error:
+        raise Refused(f"new-key: {error}") from None
+    if problems := check_policy(Rules(keys=(made,))):
+        raise Refused(f"new-key: {'; '.join(problems)}")
+    return made
+
+
+def policy_lines(policy: KeyPolicy) -> str:
+    """A key's table for policy.toml; "" for one that may do everything."""
+    plain, usual = (msgspec.to_builtins(one) for one in (policy, KeyPolicy(id=policy.id)))
+    said = {name: value for name, value in plain.items() if value != usual[name]}
+    if not said:
+        return ""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in said.items() if not isinstance(value, dict)]
+    lines += [f"{name}.usd = {json.dumps(value['usd'])}" for name, value in said.items() if isinstance(value, dict)]
+    return "\n".join(["[[keys]]", f"id = {json.dumps(policy.id)}", *lines])
 
 
 # ---- who has which ----

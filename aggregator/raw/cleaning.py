@@ -16,11 +16,8 @@ from shared.batch import Batch
 from shared.records import Hardware
 
 NAMES = frozenset(
-    (
-        *("model", "for_model", "version", "from_version", "to_version", "worker", "peer", "key_id", "task_class"),
-        *("swap_id", "place"),
-    )
-)
+    ("model", "for_model", "version", "from_version", "to_version", "worker", "peer", "key_id", "task_class", "swap_id")
+) | {"place"}
 """Fields that name something of the rack; checked as `shared.keys.check_name` does, "" is allowed."""
 LABELS = frozenset(("meter", "nodes", "outcome", "finish", "place_category", "state", "level", "kind"))
 """Short texts, of any printable characters."""

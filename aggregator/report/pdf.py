@@ -175,6 +175,7 @@ def _promises(sheet: Sheet, report: Judged) -> Table:
 def _volume(sheet: Sheet, report: Judged) -> list[Any]:
     v, title = report.volume, "1. Inference volume"
     other = f"{v.failed:,} failed, {v.refused:,} refused, {v.cancelled:,} cancelled by clients"
+    other += f", {v.elsewhere:,} answered by other places" if v.elsewhere else ""
     text = f"{counted(v.requests, 'request')} answered ({_change(report, 'requests')}), {other}."
     if not v.models:
         asked = v.failed + v.refused + v.cancelled

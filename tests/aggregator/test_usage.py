@@ -17,12 +17,12 @@ from aggregator import cost, load, parquet, rollup, tables
 from aggregator.calendar import DAY_MS
 from aggregator.config import AggregatorConfig
 from aggregator.judgements import judge
-from aggregator.report import html, markdown
+from aggregator.report import html, markdown, pdf
 from aggregator.report.pages import usage as usage_page
 from aggregator.usage import KeyUsage
 from shared.batch import Batch
 from shared.records import Record, Served
-from tests.builders import DAY, MINUTE, T0, batch, engine, host, resident, served, window
+from tests.builders import DAY, MINUTE, T0, batch, engine, host, pdf_text, resident, served, window
 
 OUTCOMES = ("ok", "failed", "cancelled", "refused")
 CONFIG = msgspec.convert(
@@ -166,6 +166,22 @@ def test_a_key_s_row_tells_its_work_its_refusals_and_what_left() -> None:
     assert (ollama.category, ollama.answered, int(ollama.usd)) == ("premises", 6, 0)
     for page in (markdown.render(usage_page.page(report, "r")), html.render(usage_page.page(report, "r"))):
         assert b"3 requests left the premises, for 1.25 USD" in page
+
+
+def test_requests_of_other_places_count_for_availability_and_in_no_volume_of_the_rack() -> None:
+    other = {"place": "hosted", "place_category": "outside", "worker": ""}
+    records: list[Record] = [
+        *(served("a", requests=6), engine("a"), host()),
+        *(served("a", requests=3, **other), served("a", requests=1, outcome="failed", **other)),
+        served("a", requests=2, outcome="refused", finish="capacity", **other),
+    ]
+    judged = judge(window(batch(records)), None, CONFIG, T0 + DAY_MS)
+    assert (judged.uptime.requests_ok, judged.uptime.requests_bad) == (9, 3)
+    assert judged.uptime.request_share == 0.75
+    assert (judged.volume.requests, judged.volume.elsewhere) == (6, 3)
+    assert (judged.volume.failed, judged.volume.refused) == (1, 2)
+    assert [day.requests for day in judged.volume.days] == [6]
+    assert "3 answered by other places" in " ".join(pdf_text(pdf.render(judged)).split())
 
 
 def test_the_csv_has_the_figures_of_the_json_and_no_formula() -> None:

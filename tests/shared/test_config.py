@@ -265,6 +265,10 @@ node_key = "/m"
 [peers]
 secret = "env:A"
 nodes = [{ id = "n2", url = "https://mini-2:8470" }]
+[oidc]
+issuer = "https://id.example.com"
+ids = "team-[a-z]+"
+audience = ["a"]
 [disk_cache]
 secret = "env:B"
 [store]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -159,6 +160,21 @@ def test_dashboard_and_alert_examples_query_existing_metrics() -> None:
     assert asked <= there, sorted(asked - there)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     assert "job_name" in (folder / "prometheus.yml").read_text()
+
+
+def test_what_another_place_answered_is_no_measure_of_the_rack() -> None:
+    metrics = Metrics(_no_models, _no_peers, host())
+    one = Answered(model="m", outcome="ok", ttft_us=10**6, itl_us=((9, 1),), total_us=10**6, prompt_tok=7)
+    metrics.answered(one)
+    before = metrics.text().decode()
+    metrics.answered(msgspec.structs.replace(one, place="hosted", place_category="outside", usd_micro=2_500_000))
+    after = metrics.text().decode().splitlines()
+    new = [line for line in after if line not in before.splitlines() and not line.startswith("mlxrack_requests_total")]
+    assert sorted(line for line in new if not line.startswith("#")) == [
+        'mlxrack_elsewhere_requests_total{category="outside",outcome="ok",place="hosted"} 1.0',
+        'mlxrack_elsewhere_usd_total{place="hosted"} 2.5',
+    ]
+    assert 'mlxrack_requests_total{model="m",outcome="ok"} 2.0' in after
 
 
 def test_an_unknown_thermal_level_has_no_duration() -> None:

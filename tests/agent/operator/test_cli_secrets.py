@@ -1,15 +1,21 @@
 """mlxrack-agent secrets: which edits of agent.toml it makes, and when it refuses to make one."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from agent import cli
 from agent.config import AgentConfig
 from agent.config_checks import check
 from agent.operator.cli_secrets import needed_by, with_both, without_old
+from agent.policy.classes import CLASSES, TaskClass
+from agent.policy.rules import KeyPolicy, Money, Rules
 from shared.config import parse
 from shared.errors import Refused
 
@@ -152,3 +158,66 @@ def test_a_new_key_says_how_to_replace_one(config: Path, capsys: pytest.CaptureF
     assert "to replace a key of office" in out
     config.write_text(config.read_text() + out[out.index("[[keys]]") :] * 2)
     assert run(config, "check-config") == 0, "two tables of one id"
+
+
+# ---- what a new key may do ----
+
+COUNTS = st.integers(0, 10**9)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(CLASSES), max_size=3, unique=True),
+    st.lists(st.sampled_from(("chat", "qwen3-8b", "a.b_c")), max_size=3, unique=True),
+    st.sampled_from(("", "2027-01-31", "2028-02-29")),
+    st.tuples(COUNTS, COUNTS),
+    st.tuples(st.sampled_from(("", "0", "2.50")), st.sampled_from(("", "100"))),
+    st.tuples(st.booleans(), st.booleans()),
+)
+def test_the_lines_for_the_policy_say_what_was_asked_for(
+    capsys: pytest.CaptureFixture[str],
+    classes: list[TaskClass],
+    models: list[str],
+    expires: str,
+    limits: tuple[int, int],
+    usd: tuple[str, str],
+    flags: tuple[bool, bool],
+) -> None:
+    words = [word for name in classes for word in ("--class", name)]
+    words += [word for name in models for word in ("--model", name)]
+    words += ["--expires", expires, "--requests-per-minute", str(limits[0]), "--tokens-per-minute", str(limits[1])]
+    words += ["--usd-per-day", usd[0], "--usd-per-month", usd[1]]
+    words += [word for word, given_ in zip(("--sensitive", "--inside"), flags, strict=True) if given_]
+    assert cli.main(["new-key", "web-shop", *words]) == 0
+    _, _, said = capsys.readouterr().out.partition("# policy.toml")
+    policy = KeyPolicy(
+        id="web-shop",
+        models=tuple(models or ("*",)),
+        classes=tuple(classes or CLASSES),
+        expires=expires,
+        requests_per_minute=limits[0],
+        tokens_per_minute=limits[1],
+        day=Money(usd=usd[0]),
+        month=Money(usd=usd[1]),
+        sensitive=flags[0],
+        outside=not flags[1],
+    )
+    found = msgspec.convert(tomllib.loads(f"# {said}"), Rules)
+    assert found == Rules(keys=(policy,) if policy != KeyPolicy(id="web-shop") else ())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--expires", "tomorrow"),
+        ("--requests-per-minute", "-1"),
+        ("--usd-per-day", "-3"),
+        ("--usd-per-month", "NaN"),
+        ("--model", "../x"),
+    ],
+)
+def test_a_key_that_no_policy_would_take_is_not_made(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert cli.main(["new-key", "web-shop", *words]) != 0
+    assert "mlxr-" not in capsys.readouterr().out

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -778,3 +779,16 @@ def test_the_ledger_counts_each_request_once() -> None:
     assert (ok.ttft_us.count, ok.itl_us.count, ok.total_us.sum) == (2, 4, 30)
     assert ledger.drain() == []
     assert len(seen) == 3
+
+
+def test_what_another_place_answered_is_a_record_of_its_own_without_a_worker() -> None:
+    ledger = Ledger()
+    one = Answered(model="m", outcome="ok", worker="n1", version="v", key_id="k", task_class="ROUTINE", prompt_tok=5)
+    ledger.record(one)
+    for usd_micro in (3, 4):
+        left = msgspec.structs.replace(one, place="hosted", place_category="outside", usd_micro=usd_micro)
+        ledger.record(left)
+    here, there = sorted(ledger.drain(), key=lambda served: served.place)
+    assert (here.place, here.worker, here.version, here.requests, here.usd_micro) == ("", "n1", "v", 1, 0)
+    assert (there.place, there.place_category, there.requests, there.usd_micro) == ("hosted", "outside", 2, 7)
+    assert (there.worker, there.version, there.key_id, there.task_class) == ("", "", "k", "ROUTINE")
