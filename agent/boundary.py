@@ -65,7 +65,15 @@ class Boundary:
         self.audit = Audit(live, state, near.store, near.emit, self._names(codes))
         self.taints = Taints(state, live, near.table, near.client, near.keys, near.emit)
         self.analysis = Analysis(environ=environ)
-        self.allowances = Allowances(node, state, rules=self._rules, key_ids=self._key_ids, rate_of=self.rates.of)
+        self.allowances = Allowances(
+            node,
+            state,
+            nodes=_nodes(live.now),
+            rules=self._rules,
+            key_ids=self._key_ids,
+            rate_of=self.rates.of,
+            beat_s=live.now.peers.beat_s,
+        )
         self._egress = Egress(self._rules, environ, reach=reach)
         guards = Guards(
             rules=self._rules,
@@ -123,7 +131,7 @@ class Boundary:
         return [key.id for key in self._live.now.keys]
 
     def _members(self, config: AgentConfig) -> None:
-        self.allowances.members([config.node.id, *(peer.id for peer in config.peers.nodes)])
+        self.allowances.members(_nodes(config))
 
     def _names(self, codes: Container[str]) -> Mapping[Named, Callable[[str], bool]]:
         """Which names the audit may record: a client may ask for a model of any name."""
@@ -144,3 +152,8 @@ class Boundary:
 
     def _aliases(self, name: str) -> Sequence[str]:
         return self._near.pool.aliases(name)
+
+
+def _nodes(config: AgentConfig) -> list[str]:
+    """The rack's nodes, whether they are up or not."""
+    return [config.node.id, *(peer.id for peer in config.peers.nodes)]

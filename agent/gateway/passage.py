@@ -8,7 +8,7 @@ import msgspec
 
 from agent.policy.deciding import Decision, Place
 from agent.policy.facts import Facts
-from agent.policy.rules import Kind, Rules
+from agent.policy.rules import Rules
 from agent.wire.frames import Tokens
 from agent.wire.priority import NEUTRAL, Priority
 
@@ -37,7 +37,7 @@ class Passage(msgspec.Struct, kw_only=True):
     at: Place | None = None
     left: Left = ""
     checked: bool = False
-    redacted: Mapping[Kind, int] = {}
+    redacted: Mapping[str, int] = {}
     usd: Decimal | None = None
     said: list[Tokens] = msgspec.field(default_factory=list)
     told: Callable[[], Awaitable[None]] | None = None

@@ -1,14 +1,14 @@
 """What the audit records of a request on its way through the wall. Pure."""
 
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from agent.audit.entry import Answered, Entry, allowed
 from agent.gateway.call import Call
 from agent.gateway.outcomes import Ended, ended
 from agent.gateway.passage import Passage
 from agent.policy.deciding import Allow, Refuse
-from agent.policy.rules import digest
+from agent.policy.rules import Kind, digest
 from shared.errors import Refused
 
 _MICRO = 1_000_000
@@ -32,7 +32,7 @@ def ended_entry(passage: Passage, node: str, t_ms: int, now_s: float, status: in
         **_decided(passage),
         answered=_answered(passage, first),
         fallback=passage.left if passage.at is not None else "",
-        redacted=dict(passage.redacted),
+        redacted=cast("dict[Kind, int]", dict(passage.redacted)),
         outcome=end.outcome,
         reason=end.reason,
         prompt_tok=sum(call.prompt_tok for call in calls if call.turn == 0),

@@ -27,6 +27,8 @@ from agent.wire.frames import Embed, Generate, Message, ToolCall
 from shared.errors import Refused, Retryable
 from shared.logs import get_logger
 
+_UNSURE: frozenset[Reason] = frozenset({"taint_full", "taint_not_loaded"})
+
 log = get_logger("agent.wall")
 
 
@@ -192,8 +194,10 @@ class Wall:
         )
 
     async def _kept(self, passage: Passage, asked: Asked) -> None:
-        """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. Raises Retryable."""
-        await self._recorded(passage)
+        """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. One that counts as such
+        only because marks are incomplete, and could not leave anyway, waits for no disk. Raises Retryable."""
+        if passage.elsewhere or not _UNSURE.issuperset(passage.facts.sensitive):
+            await self._recorded(passage)
         passage.told = partial(self._told, passage)
         await self._guards.taints.add(_messages(asked), passage.facts.sensitive)
 

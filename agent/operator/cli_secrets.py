@@ -18,9 +18,9 @@ from agent.config_checks import check
 from agent.operator.admin_client import AdminClient
 from agent.operator.cli_reload import lines, reloaded
 from agent.operator.statusview import table
+from agent.policy.checking import check as check_policy
 from agent.policy.classes import CLASSES
 from agent.policy.rules import ANY, KeyPolicy, Money, Rules
-from agent.policy.rules import check as check_policy
 from shared.config import parse
 from shared.durable import created, write_whole
 from shared.errors import RackError, Refused, Retryable

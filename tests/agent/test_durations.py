@@ -67,6 +67,6 @@ def test_the_search_finds_them() -> None:
 def test_an_agents_uptime_never_goes_back() -> None:
     now = [5.0]
     parts: list[Any] = [SimpleNamespace()] * 7
-    status = Status(Node(id="n1", rack="r"), *parts, keys=RackKeys(), clock=lambda: now[0])
+    status = Status(Node(id="n1", rack="r"), *parts, boundary=parts[0], keys=RackKeys(), clock=lambda: now[0])
     now[0] += 90.5
     assert status.uptime_s() == 90

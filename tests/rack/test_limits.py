@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.rack.harness import SCRIPT, Agent, Answer, model, rack, until
-from tests.rack.limited_agent import POLICY, WINDOW_S
+from tests.rack.limited_agent import WINDOW_S
 from tests.rack.links import Links
 
 FULL = os.environ.get("MLXRACK_LIMITS_FULL") == "1"
@@ -43,10 +43,10 @@ class Sent(NamedTuple):
 def limited(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, links: Links) -> Iterator[list[Agent]]:
     """A rack whose agents keep the limits of a policy. The first and the last compute; all are gateways."""
     (folder / "policy.toml").write_text(policy)
-    monkeypatch.setenv(POLICY, str(folder / "policy.toml"))
     monkeypatch.setenv(WINDOW_S, str(WINDOW))
+    policed = f"{KEYS}[policy]\npath = {json.dumps(str(folder / 'policy.toml'))}\n"
     models = [[model()], *([] for _ in range(GATEWAYS - 2)), [model()]]
-    with rack(folder, *models, extra=KEYS, start=False, links=links) as agents:
+    with rack(folder, *models, extra=policed, start=False, links=links) as agents:
         for agent in agents:
             agent.program = [sys.executable, "-m", "tests.rack.limited_agent"]
             agent.start(wait=False)

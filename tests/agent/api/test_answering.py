@@ -5,6 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from agent.api.context import Context
 from agent.config import AgentConfig, Live, Node
 from agent.gateway.call import Call
 from agent.wire.frames import Accepted, Answer, Done, Embedded, Generate, Tokens
+from tests.made_wall import made_boundary
 
 UNMET = "tools[0].function.parameters: uniqueItems at /properties/a"
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -75,9 +77,10 @@ def worker() -> Worker:
 
 
 @pytest.fixture
-async def client(worker: Worker) -> AsyncIterator[Client]:
+async def client(worker: Worker, tmp_path: Path) -> AsyncIterator[Client]:
     parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
     parts |= {"live": Live(AgentConfig(node=Node(id="n1", rack="r"))), "dispatch": worker, "admin_token": "t"}
+    parts["boundary"] = made_boundary(tmp_path)
     runner = wire.Runner(build(Context(**parts)))
     await runner.setup()
     try:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ BEYOND_A_SCHEMA = {
 
 @pytest.fixture(scope="module")
 def served() -> dict[str, Any]:
-    parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
+    parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__, SimpleNamespace(taints=None, allowances=None))
     app = build(Context(**{**parts, "live": Live(AgentConfig(node=Node(id="n1", rack="r")))}))
     found: dict[str, Any] = json.loads(app[DESCRIBED])
     routes = {(r.method, r.resource.canonical) for r in app.router.routes() if r.resource and r.method != "HEAD"}

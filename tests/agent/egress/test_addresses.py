@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.policy.addresses import is_number, unfit, unfit_url
-from agent.policy.rules import Provider, Rules, check, is_cloud_name
+from agent.policy.checking import check
+from agent.policy.rules import Provider, Rules, is_cloud_name
 
 PREMISES = (
     *("10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.254", "192.168.1.20", "127.0.0.1", "127.8.8.8"),

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def client_of(state: Path, port: int) -> AdminClient:
 async def agent(token: str) -> AsyncIterator[int]:
     """The real routes of an agent, on a port of loopback."""
     parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
+    parts["boundary"] = SimpleNamespace(taints=None, allowances=None)
     parts |= {"live": Live(AgentConfig(node=Node(id="n1", rack="r"))), "admin_token": token}
     runner = wire.Runner(build(Context(**parts)))
     await runner.setup()
