@@ -48,6 +48,8 @@ class Agent:
         self.tls: ssl.SSLContext | None = None
         self.open_files = 0
         """The limit of open files that it is started with; 0 for that of the tests."""
+        self.program = [SCRIPT]
+        """What is started; `tests.posing_agent` finds fake providers under the names of real ones."""
 
     @property
     def state(self) -> Path:
@@ -57,7 +59,7 @@ class Agent:
     def start(self, *, wait: bool = True) -> "Agent":
         """Start it and wait until it answers."""
         environ = {**os.environ, "MLXRACK_TEST_SECRET": self.secret}
-        command = [SCRIPT, "run", "--config", str(self.config)]
+        command = [*self.program, "run", "--config", str(self.config)]
         if self.open_files:
             command = ["/bin/sh", "-c", f'ulimit -n {self.open_files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
