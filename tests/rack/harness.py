@@ -50,6 +50,8 @@ class Agent:
         """What is started; its command is `run`."""
         self.open_files = 0
         """The limit of open files that it is started with; 0 for that of the tests."""
+        self.program = [SCRIPT]
+        """What is started; `tests.posing_agent` finds fake providers under the names of real ones."""
 
     @property
     def state(self) -> Path:

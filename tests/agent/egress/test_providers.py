@@ -21,6 +21,7 @@ from agent.policy.outgoing import Called, Outgoing, Piece, Turn
 from agent.policy.redaction import Redacted
 from agent.policy.rules import Provider, Rules
 from shared.errors import Halt, RackError, Refused, Retryable
+from tests import posing_agent
 from tests.agent.egress.made import ENVIRON, KEY, PROMPT, answered, egress, failed, outgoing, provider, rules, sealed
 from tests.fake_providers import (
     FakeProvider,
@@ -408,7 +409,7 @@ NO_MONEY = {"message": "m", "type": "insufficient_quota", "code": "insufficient_
     ],
 )
 async def test_a_provider_that_fails_or_lies_costs_a_clear_error(
-    answer: Step, kind: type[RackError], code: str, asked: int
+    answer: Step, kind: type[RackError], code: str, asked: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracemalloc.start()
     try:
@@ -419,7 +420,9 @@ async def test_a_provider_that_fails_or_lies_costs_a_clear_error(
     assert isinstance(error, kind), error
     assert error.code == code
     assert len(server.requests) == asked, "at most one other attempt, on another connection"
-    said = f"{error.message} {error!r} {error.__context__!r} {error.__cause__!r}"
+    logged = "".join(capsys.readouterr())
+    assert ("provider_failed" in logged) == (kind is not Refused)
+    said = f"{error.message} {error!r} {error.__context__!r} {error.__cause__!r} {logged}"
     assert PROMPT not in said
     assert KEY not in said
     assert peak < 32 << 20
@@ -646,6 +649,15 @@ async def test_the_fake_speaks_what_the_official_client_reads() -> None:
             done = await second.get_final_completion()
         made = [one.function for one in done.choices[0].message.tool_calls or ()]
         assert [(one.name, json.loads(one.arguments)) for one in made] == [("weather", {"city": "Köln"})]
+
+
+async def test_another_program_with_the_same_names_is_for_tests_alone(tmp_path: Path) -> None:
+    """`tests.posing_agent` maps names in a process of its own; here, what it maps them with."""
+    async with posing(tmp_path, stream(openai_chat("x"))) as (fakes, _):
+        described = {"ports": {host: fake.port for host, fake in fakes.items()}, "ca": str(tmp_path / "ca" / "ca.pem")}
+        out = egress(provider("openai"), reach=posing_agent.posing(json.dumps(described)))
+        assert (await answered(out, sealed()))[0] == "x"
+        await out.close()
 
 
 # ---- the breaker ----
