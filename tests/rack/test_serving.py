@@ -125,7 +125,7 @@ def test_unknown_fields_are_named_or_refused_as_configured(tmp_path: Path) -> No
             model="k", messages=[{"role": "user", "content": "x"}], extra_body={"keep_alive": "5m"}
         )
         assert parsed.headers["X-Mlxrack-Ignored"] == "keep_alive", "by a forwarding gateway, too"
-        log = [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()]
+        log = [json.loads(line) for file in tmp_path.rglob("agent.jsonl") for line in file.read_text().splitlines()]
         named = [field for line in log if line["event"] == "fields_ignored" for field in line["fields"]]
         assert sorted(named) == ["keep_alive", "num_ctx", "wibble"], "each once"
     with rack(tmp_path, [model()], extra='[api]\nunknown_fields = "refuse"\n') as (agent,):
