@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-GROUP_S = 0.008
+GROUP_S = 0.005
 """What is written within this time shares one sync."""
 T = TypeVar("T")
 
