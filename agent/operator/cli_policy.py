@@ -239,7 +239,7 @@ def _facts(args: argparse.Namespace, config: AgentConfig, rules: Rules, stated: 
         model=model,
         task_class=said.task_class,
         class_from=said.class_from,
-        sensitive=("label",) if label or said.sensitive else (),
+        sensitive=(*facts.sensitive, *(("label",) if label or said.sensitive else ())),
         prompt_tok=facts.prompt_tok if args.prompt_tok is None else args.prompt_tok,
         day=datetime.now(UTC).date().isoformat(),
     )

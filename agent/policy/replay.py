@@ -5,7 +5,7 @@ its places begin elsewhere now; one that overflowed would overflow to the first 
 have waited for the rack. Nothing is known of how much longer others would have waited for it.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from agent.policy.rules import Provider, Rules, dollars
 
 MOST_EXAMPLES = 3
 PER_MTOK = Decimal(1_000_000)
-CENT_PARTS = Decimal("0.000001")
+DOLLAR_PARTS = Decimal("0.000001")
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,8 +91,7 @@ def stated_price(place: Place, target: Provider | None, prompt_tok: int, complet
 
 def replay(recorded: Iterable[tuple[Facts, Outcome]], old: Rules, new: Rules, price: Price = stated_price) -> Changes:
     """What ``new`` would have changed of what happened under ``old``."""
-    before, after = _Tally(), _Tally()
-    moves, newly = _Groups(), _Groups()
+    before, after, moves, newly = _Tally(), _Tally(), _Groups(), _Groups()
     requests = may_leave_before = may_leave_after = 0
     for facts, outcome in recorded:
         first, then = decide(facts, old), decide(facts, new)
@@ -169,23 +168,19 @@ def _kind(decided: Decision) -> str:
 
 
 class _Tally:
-    """Requests and dollars by place."""
+    """Requests, dollars and requests without a price, by place."""
 
     def __init__(self) -> None:
-        self._requests, self._unpriced = Counter[str](), Counter[str]()
-        self._usd: defaultdict[str, Decimal] = defaultdict(Decimal)
+        self._by_place: defaultdict[str, tuple[int, Decimal, int]] = defaultdict(lambda: (0, Decimal(0), 0))
 
     def add(self, went: _Went) -> None:
-        self._requests[went.where] += 1
-        if went.usd is None:
-            self._unpriced[went.where] += 1
-        elif went.usd:
-            self._usd[went.where] += went.usd
+        requests, usd, unpriced = self._by_place[went.where]
+        self._by_place[went.where] = (requests + 1, usd + (went.usd or 0), unpriced + (went.usd is None))
 
     def listed(self) -> tuple[Spent, ...]:
         return tuple(
-            Spent(place=where, requests=n, usd=_text(self._usd[where]), unpriced=self._unpriced[where])
-            for where, n in sorted(self._requests.items())
+            Spent(place=where, requests=requests, usd=f"{usd.quantize(DOLLAR_PARTS).normalize():f}", unpriced=unpriced)
+            for where, (requests, usd, unpriced) in sorted(self._by_place.items())
         )
 
 
@@ -193,29 +188,18 @@ class _Groups:
     """Requests that change, by key, class, before and after, with some ids of each."""
 
     def __init__(self) -> None:
-        self._count = Counter[tuple[str, str, str, str]]()
-        self._examples: defaultdict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+        self._groups: defaultdict[tuple[str, str, str, str], tuple[int, tuple[str, ...]]]
+        self._groups = defaultdict(lambda: (0, ()))
 
     def add(self, facts: Facts, before: str, after: str, outcome: Outcome) -> None:
         group = (facts.key_id, facts.task_class, before, after)
-        self._count[group] += 1
-        if len(self._examples[group]) < MOST_EXAMPLES and outcome.request_id:
-            self._examples[group].append(outcome.request_id)
+        count, examples = self._groups[group]
+        more = (outcome.request_id,) if outcome.request_id and len(examples) < MOST_EXAMPLES else ()
+        self._groups[group] = (count + 1, examples + more)
 
     def listed(self) -> tuple[Move, ...]:
-        ordered = sorted(self._count.items(), key=lambda one: (-one[1], one[0]))
+        ordered = sorted(self._groups.items(), key=lambda one: (-one[1][0], one[0]))
         return tuple(
-            Move(
-                key_id=group[0],
-                task_class=group[1],
-                before=group[2],
-                after=group[3],
-                requests=count,
-                examples=tuple(self._examples[group]),
-            )
-            for group, count in ordered
+            Move(key_id=key, task_class=task_class, before=before, after=after, requests=count, examples=examples)
+            for (key, task_class, before, after), (count, examples) in ordered
         )
-
-
-def _text(usd: Decimal) -> str:
-    return f"{usd.quantize(CENT_PARTS).normalize():f}"

@@ -45,6 +45,14 @@ def test_one_miss_is_suspect_three_are_down_and_one_answer_is_up() -> None:
     assert state(peers, 11.0) == "up"
 
 
+def test_the_policy_of_a_peer_counts_until_it_is_down() -> None:
+    peers = PeerTable([("a", "http://a"), ("b", "http://b"), ("c", "http://c")], beat_s=1.0, now=0.0)
+    peers.heard("a", msgspec.structs.replace(heartbeat("a"), policy="aa"), 10.0)
+    peers.heard("b", heartbeat("b"), 12.0)
+    assert peers.policies(12.0) == {"a": "aa", "b": ""}
+    assert peers.policies(13.9) == {"b": ""}
+
+
 def test_a_node_that_just_woke_marks_no_peer_down_before_its_next_tick() -> None:
     peers = table()
     peers.tick(9.75, 0.25)

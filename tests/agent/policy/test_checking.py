@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,21 @@ from agent.policy.checking import check
 from agent.policy.doubts import Known, doubts
 from agent.policy.explaining import explain
 from agent.policy.patterns import backtracks, compiled, problem
-from agent.policy.rules import DEFAULT, KeyPolicy, Provider, Rules, differing, digest, dollars, is_cloud_name, is_day
+from agent.policy.rules import (
+    DEFAULT,
+    KeyPolicy,
+    ModelPolicy,
+    Money,
+    Provider,
+    Route,
+    Rules,
+    Sensitive,
+    differing,
+    digest,
+    dollars,
+    is_cloud_name,
+    is_day,
+)
 from scripts.document_config import document
 from shared.config import parse
 from shared.errors import Refused
@@ -164,6 +179,28 @@ def test_a_problem_is_told_with_its_key(text: str, expected: str) -> None:
     found = problems(text)
     assert any(expected in one for one in found), found
     assert len(found) == 1, "and nothing else is wrong"
+
+
+@given(
+    st.text(st.sampled_from("ahtps:/.@?#[]%*0129-\\ \n\0é\u202e"), max_size=24),
+    st.sampled_from(("local", "compatible")),
+)
+def test_any_text_is_judged_wherever_it_stands(text: str, kind: Any) -> None:
+    """The checks and the doubts raise nothing, whatever a file says."""
+    rules = Rules(
+        version=text,
+        sensitive=Sensitive(words=(text,), patterns=(text,)),
+        keys=(KeyPolicy(id=text, models=(text,), expires=text, day=Money(usd=text)),),
+        models=(ModelPolicy(name=text),),
+        routes=(Route(task_class="ROUTINE", model=text),),
+        providers=(
+            Provider(name=text, kind=kind, url=f"https://{text}", secret=text),
+            Provider(name="b", kind=kind, url=text),
+        ),
+        allow=(permission(provider=text, use=text, keys=(text,), models=(text,)),),
+    )
+    if all(one.provider in rules.by_provider for one in rules.allow) and not check(rules):
+        doubts(rules, Known((text,), {text: 8}))
 
 
 def test_every_problem_is_in_one_message() -> None:

@@ -169,6 +169,7 @@ def rules(**more: Any) -> Rules:
         # exactly this key, class and model
         (facts(), rules(allow=(permission(keys=("batch",)),)), ["small"]),
         (facts(key_id=""), rules(allow=(permission(keys=("web",)),)), ["small"]),
+        *((facts(), rules(allow=(permission(**{names: ()}),)), ["small"]) for names in ("keys", "classes", "models")),
         (facts(), rules(allow=(permission(classes=("REASONING",)),)), ["small"]),
         (facts(), rules(allow=(permission(models=("large",)),)), ["small"]),
         (facts(model="smal"), rules(allow=(permission(models=("small",)),)), ["smal"]),
