@@ -230,9 +230,9 @@ def test_marks_outlive_kills_and_their_node_and_are_cleared_by_an_operator_every
     n2.knows_all()
     assert n2.why("Last words of n1.") == "taint"
     assert n2.why("What time is it?") == ""
-    refused = command(n2, "taint", "clear", "--yes")
-    assert refused.returncode == 1
-    assert "nothing was cleared: n1 cannot be asked" in refused.stderr
+    refused = n2.admin("POST", "taint/clear")
+    assert refused.status == 409
+    assert b"nothing was cleared: n1 cannot be asked" in refused.body
     for path in (n1.state / "taints").iterdir():
         path.unlink()
     n1.start()
@@ -248,7 +248,7 @@ def test_marks_outlive_kills_and_their_node_and_are_cleared_by_an_operator_every
     cleared = command(n3, "taint", "clear", "--yes")
     assert cleared.stdout.endswith("marks cleared on every node\n"), cleared.stderr
     assert [one.taint()["marks"] for one in agents] == [0, 0, 0]
-    assert "taints_cleared" in command(n1, "logs", "--level", "warning").stdout
+    assert any("taints_cleared" in path.read_text() for path in n1.state.rglob("agent.jsonl"))
 
 
 def test_one_node_keeps_its_marks_over_a_kill_at_the_first_byte_and_a_new_secret(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_one_node_keeps_its_marks_over_a_kill_at_the_first_byte_and_a_new_secret
             alone.chat(f"text {n}", headers=SENSITIVE)
         assert alone.why("What time is it?") == "taint_full"
         assert "every request counts as SENSITIVE" in str(alone.status()["warnings"])
-        assert "full (taint.marks)" in command(alone, "status").stdout
+        assert "full (taint.marks)" in str(alone.status()["warnings"])
     finally:
         end([alone])
 
