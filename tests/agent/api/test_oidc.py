@@ -111,7 +111,17 @@ def test_a_token_of_the_provider_is_its_client(token: str) -> None:
 
 def test_a_client_may_be_named_by_a_pattern_but_never_as_an_api_key_is() -> None:
     assert identified(signed(claims(sub="team-shop"))) == "team-shop"
-    for value in ("team-ops", "team-", "Team-shop", "team-shop\n", "team-shop/../x", "xteam-shop", "root", "a" * 99):
+    for value in (
+        "team-ops",
+        "team-",
+        "team-shop2",
+        "Team-shop",
+        "team-shop\n",
+        "team-shop/../x",
+        "xteam-shop",
+        "root",
+        "a" * 99,
+    ):
         assert identified(signed(claims(sub=value))).startswith("bad: is of a client"), value
     given = msgspec.structs.replace(CONFIG, clients=(OidcClient(value="u", id="team-ops"),))
     assert identified(signed(claims(sub="u")), given) == "team-ops", "an operator may say so"
@@ -247,7 +257,10 @@ class Provider:
         self.asked += 1
         if self.gate is not None:
             await self.gate.wait()
-        return web.Response(body=self.keys, status=self.status, headers={"Location": "http://127.0.0.1:1/"})
+        return web.Response(body=self.keys, status=self.status, headers={"Location": "/elsewhere"})
+
+    async def elsewhere(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.keys)
 
     async def discovery(self, _: web.Request) -> web.Response:
         return web.json_response({"issuer": self.issuer, "jwks_uri": f"{self.issuer}/certs", **self.document})
@@ -257,7 +270,13 @@ class Provider:
 async def provider() -> AsyncIterator[Provider]:
     made = Provider()
     app = web.Application()
-    app.add_routes([web.get("/certs", made.certificates), web.get("/.well-known/openid-configuration", made.discovery)])
+    app.add_routes(
+        [
+            web.get("/certs", made.certificates),
+            web.get("/elsewhere", made.elsewhere),
+            web.get("/.well-known/openid-configuration", made.discovery),
+        ]
+    )
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -462,6 +481,7 @@ async def test_a_document_that_names_another_issuer_or_a_plain_address_is_not_be
     provider.document = document
     async with serving() as served:
         assert await served.ask(token_of(provider)) == 503
+        assert "names another issuer, or keys that are not at an https:// address" in served.verifier._reason
     async with serving(jwks_url=f"{provider.issuer}/certs") as served:
         assert await served.ask(token_of(provider)) == 200, "an address that is configured is"
 
