@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from agent.audit.entry import Named
 from agent.audit.service import Audit
-from agent.config import AgentConfig, Live
-from agent.control.policy_file import POLL_S, PolicyFile
+from agent.config import AgentConfig, Live, key_ids
+from agent.control.policy_file import POLL_S, Policy, PolicyFile
 from agent.control.rates import Rates
 from agent.egress.connections import Reach
 from agent.egress.providers import Egress
 from agent.gateway.allowances import SAVE_S, Allowances
 from agent.gateway.analysis import Analysis
+from agent.gateway.describing import aliases
 from agent.gateway.overflow import Overflow
 from agent.gateway.taints import Taints
 from agent.gateway.wall import Guards, Wall
@@ -24,7 +25,7 @@ from agent.mesh.signing import RackKeys
 from agent.models.pool import Pool
 from agent.policy.classes import AUTO, CLASS_PREFIX, CLASSES
 from agent.policy.rules import Rules
-from agent.views import offers
+from agent.views import NodeView, offers
 from shared.records import Event
 from shared.store import ObjectStore
 
@@ -92,7 +93,7 @@ class Boundary:
     def start(self) -> None:
         """Begin to load marks, and to prepare the analysis where the policy needs it."""
         self.taints.start()
-        self.policy.follow(lambda policy: self.analysis.start(policy.rules))
+        self.policy.follow(self._follow)
 
     async def close(self) -> None:
         """End what it has begun, and save what is counted."""
@@ -124,11 +125,15 @@ class Boundary:
         """For display."""
         return {"providers": self._egress.status(), "rates": self.rates.period}
 
+    def _follow(self, policy: Policy) -> None:
+        self.analysis.start(policy.rules)
+        self.taints.ignore(policy.rules.sensitive.common)
+
     def _rules(self) -> Rules:
         return self.policy.now.rules
 
     def _key_ids(self) -> Sequence[str]:
-        return [key.id for key in self._live.now.keys]
+        return tuple(key_ids(self._live.now))
 
     def _members(self, config: AgentConfig) -> None:
         self.allowances.members(_nodes(config))
@@ -139,7 +144,7 @@ class Boundary:
         config = self._live
         return {
             "model": lambda name: name in left_open or self._serves(name) or name in self._rules().uses,
-            "key": lambda name: any(name == key.id for key in config.now.keys),
+            "key": lambda name: name in key_ids(config.now) or bool(config.now.oidc.issuer),
             "node": lambda name: name == config.now.node.id or any(name == n for n, _ in self._near.table.urls()),
             "provider": lambda name: name in self._rules().by_provider,
             "policy": lambda name: name == self._rules().version,
@@ -150,8 +155,9 @@ class Boundary:
         peers = self._near.table.view(time.monotonic())
         return self._near.pool.has(name) or any(True for _ in offers(peers, name))
 
-    def _aliases(self, name: str) -> Sequence[str]:
-        return self._near.pool.aliases(name)
+    def _aliases(self, names: Sequence[str]) -> tuple[str, ...]:
+        here = NodeView(node=self._live.now.node.id, models=self._near.pool.views())
+        return aliases(names, (here, *self._near.table.view(time.monotonic())))
 
 
 def _nodes(config: AgentConfig) -> list[str]:

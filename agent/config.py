@@ -423,8 +423,8 @@ def cache_group(keys: Sequence[Key], key_id: str) -> str:
 
 
 def key_ids(config: AgentConfig) -> frozenset[str]:
-    """The ids that clients' requests may have."""
-    return frozenset(key.id for key in config.keys)
+    """The ids that clients' requests may have, but those that a pattern takes from tokens (`oidc.ids`)."""
+    return frozenset((*(key.id for key in config.keys), *(one.id for one in config.oidc.clients)))
 
 
 def has_store(config: AgentConfig) -> bool:

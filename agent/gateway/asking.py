@@ -1,14 +1,11 @@
-"""What the wall needs of a request: its size, its texts, what it uses, and the form in which it could leave. Pure."""
+"""What the wall needs of a request beside what the policy does: its texts, their size, and the form in which it could
+leave. Pure."""
 
 from collections.abc import Iterator, Sequence
 
-from agent.policy.facts import Feature
 from agent.policy.outgoing import Called, Outgoing, Turn
 from agent.wire.frames import Embed, Generate, Message
 from shared.errors import Refused
-
-BYTES_PER_TOK = 4
-DEFAULT_ANSWER_TOK = 4096
 
 
 def texts_of(ask: Generate | Embed, prompts: Sequence[str] = ()) -> Iterator[str]:
@@ -35,34 +32,6 @@ def prompt_bytes(ask: Generate | Embed, prompts: Sequence[str] = ()) -> int:
     return sum(
         len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts_of(ask, prompts)
     )
-
-
-def answer_tok(ask: Generate | Embed, answers: int = 1) -> int:
-    """The most tokens that may be generated for it."""
-    return (ask.max_tokens or DEFAULT_ANSWER_TOK) * answers if isinstance(ask, Generate) else 0
-
-
-def features(ask: Generate | Embed, *, answers: int, prompts: Sequence[str] = ()) -> tuple[Feature, ...]:
-    """What it uses that not every place can do."""
-    if isinstance(ask, Embed):
-        return ("embeddings",)
-    used: dict[Feature, bool] = {
-        "tools": bool(ask.tools),
-        "schema": ask.schema is not None,
-        "logprobs": ask.logprobs is not None,
-        "n": answers > 1,
-        "prompt": bool(prompts) or ask.prompt is not None,
-        "template_args": ask.template_args is not None,
-        "sampling": _sampling(ask) != _PLAIN,
-    }
-    return tuple(name for name, there in used.items() if there)
-
-
-def _sampling(ask: Generate) -> tuple[object, ...]:
-    return ask.top_k, ask.min_p, ask.repetition_penalty, ask.ignore_eos, ask.logit_bias
-
-
-_PLAIN = _sampling(Generate(id=0, model="", max_tokens=None))
 
 
 def outgoing_of(ask: Generate | Embed, model: str) -> Outgoing:

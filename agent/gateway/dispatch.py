@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -273,6 +274,7 @@ class Dispatch:
                 version=call.version,
                 worker=call.worker,
                 key_id=call.key_id,
+                **_elsewhere(call),
                 outcome=end.outcome,
                 finish=end.reason or call.finish,
                 requests=1 if call.part == 0 else 0,
@@ -298,3 +300,15 @@ async def _note(passage: Passage, answer: Answer) -> None:
             passage.reservation.counted(answer.prompt_tok)
     elif passage.told is not None and isinstance(answer, Done):
         await passage.told()
+
+
+def _elsewhere(call: Call) -> dict[str, Any]:
+    """How a request is told in telemetry: its class, and the place that answered it if that was not the rack."""
+    passage = call.passage
+    if passage is None:
+        return {}
+    found: dict[str, Any] = {"task_class": passage.facts.task_class}
+    if (place := passage.at) is None:
+        return found
+    micro = 0 if passage.usd is None else int((passage.usd * 1_000_000).to_integral_value())
+    return {**found, "place": place.provider, "place_category": place.category, "usd_micro": micro}

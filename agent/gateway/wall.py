@@ -12,7 +12,8 @@ from agent.audit.log import AuditLog
 from agent.gateway.admission import priority_of
 from agent.gateway.allowances import Allowances
 from agent.gateway.analysis import Analysis
-from agent.gateway.asking import BYTES_PER_TOK, answer_tok, features, prompt_bytes, texts_of
+from agent.gateway.asking import prompt_bytes, texts_of
+from agent.gateway.describing import answer_tok, features, turns
 from agent.gateway.passage import Passage
 from agent.gateway.recorded import decided_entry, ended_entry
 from agent.gateway.taints import Taints
@@ -23,10 +24,13 @@ from agent.policy.facts import Facts, Reason
 from agent.policy.guess import guess
 from agent.policy.rates import Rate
 from agent.policy.rules import DEFAULT, Rules, of_key
+from agent.process.prefixes import BYTES_PER_TOK
 from agent.wire.frames import Embed, Generate, Message, ToolCall
 from shared.errors import Refused, Retryable
 from shared.logs import get_logger
 
+DEFAULT_ANSWER_TOK = 4096
+"""The most tokens of an answer whose client set no limit."""
 _UNSURE: frozenset[Reason] = frozenset({"taint_full", "taint_not_loaded"})
 
 log = get_logger("agent.wall")
@@ -48,11 +52,11 @@ class Asked(NamedTuple):
 
 class Guards(NamedTuple):
     """What the wall asks. ``rules`` gives those in force, ``rate`` the rack's price of a model, ``serves`` whether a
-    node can take requests for a model or soon will, ``aliases`` its further names here."""
+    node can take requests for a model or soon will, ``aliases`` further names of the same models."""
 
     rules: Callable[[], Rules]
     serves: Callable[[str], bool]
-    aliases: Callable[[str], Sequence[str]]
+    aliases: Callable[[Sequence[str]], tuple[str, ...]]
     rate: Callable[[str], Rate | None]
     taints: Taints
     analysis: Analysis
@@ -149,13 +153,14 @@ class Wall:
             class_from=stated.class_from,
             sensitive=("label",) if stated.sensitive else (),
             prompt_tok=size // BYTES_PER_TOK + 1,
-            answer_tok=answer_tok(ask, answers),
-            features=features(ask, answers=answers, prompts=asked.prompts),
+            answer_tok=answer_tok(ask, DEFAULT_ANSWER_TOK) * answers,
+            features=features(ask, n=answers, prompts=asked.prompts),
             day=time.strftime("%Y-%m-%d", time.gmtime(self._wall_ms() / 1000)),
         )
-        aliases = tuple(one for name in models_of(facts, rules) for one in self._guards.aliases(name))
-        facts = msgspec.structs.replace(facts, aliases=aliases) if aliases else facts
-        return msgspec.structs.replace(facts, sensitive=sensitive_by(facts, rules)) if rules is not DEFAULT else facts
+        if rules is DEFAULT:
+            return facts
+        facts = msgspec.structs.replace(facts, aliases=self._guards.aliases(models_of(facts, rules)))
+        return msgspec.structs.replace(facts, sensitive=sensitive_by(facts, rules))
 
     async def _detected(self, asked: Asked, facts: Facts) -> Facts:
         """With what the detectors find; one that fails or is not ready has found something."""
@@ -194,8 +199,8 @@ class Wall:
         )
 
     async def _kept(self, passage: Passage, asked: Asked) -> None:
-        """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. One that counts as such
-        only because marks are incomplete, and could not leave anyway, waits for no disk. Raises Retryable."""
+        """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. One that counts as
+        such only because marks are incomplete, and could not leave anyway, waits for no disk. Raises Retryable."""
         if passage.elsewhere or not _UNSURE.issuperset(passage.facts.sensitive):
             await self._recorded(passage)
         passage.told = partial(self._told, passage)
@@ -203,12 +208,7 @@ class Wall:
 
     async def _recorded(self, passage: Passage) -> None:
         """The decision is on the disk before the work begins. Raises Retryable."""
-        audit = self._guards.audit
-        audit.write(decided_entry(passage, self._node, self._wall_ms()))
-        await audit.durable()
-        if not audit.ok:
-            why = "this request has to be recorded before it is worked on, and the audit cannot be written"
-            raise Retryable(f"{why}: {audit.problem}", code="audit_unavailable", retry_after_s=5)
+        await self._guards.audit.write_first(decided_entry(passage, self._node, self._wall_ms()))
 
 
 def _places(decision: Decision, model: str) -> tuple[Place, ...]:
@@ -239,5 +239,5 @@ def _guessed(asked: Asked) -> TaskClass:
     ask = asked.ask
     if isinstance(ask, Embed):
         return "ROUTINE"
-    turns = [(message.role, message.content) for message in ask.messages] or [("user", text) for text in asked.prompts]
-    return guess(turns, has_tools=bool(ask.tools), has_schema=ask.schema is not None, max_tokens=ask.max_tokens)
+    some = turns(ask, asked.prompts)
+    return guess(some, has_tools=bool(ask.tools), has_schema=ask.schema is not None, max_tokens=ask.max_tokens)

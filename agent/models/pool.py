@@ -101,11 +101,6 @@ class Pool:
         """Whether this node serves a name, whatever its state."""
         return self._slots.find(name) is not None
 
-    def aliases(self, name: str) -> Sequence[str]:
-        """Further names under which this node serves the model of a name."""
-        slot = self._slots.find(name)
-        return [one for one in slot.names if one != name] if slot is not None else ()
-
     def prefixes(self) -> dict[str, PrefixTable]:
         """Hashes of the prompts that each served name's loader received recently."""
         return {name: slot.loaded.process.prefixes for slot in self._slots if slot.loaded for name in slot.names}

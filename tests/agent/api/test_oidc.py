@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from agent.config import AgentConfig, Live, Oidc, OidcClient, hash_key
 from agent.config_checks import check
 from shared.errors import Refused
 from tests.agent.api.test_answering import ASKED, CHAT, Client, Worker
+from tests.made_wall import made_boundary
 
 NOW = 1_800_000_000
 ISSUER = "https://id.example.com/realm"
@@ -342,12 +344,13 @@ Serving = Callable[..., "contextlib.AbstractAsyncContextManager[Served]"]
 
 
 @pytest.fixture
-def serving(provider: Provider) -> Serving:
+def serving(provider: Provider, tmp_path: Path) -> Serving:
     @contextlib.asynccontextmanager
     async def serve(**more: Any) -> AsyncIterator[Served]:
         worker, clock, live = Seen(), Clock(), Live(configured(provider, **more))
         parts: dict[str, Any] = dict.fromkeys(Context.__struct_fields__)
         parts |= {"live": live, "dispatch": worker, "admin_token": "t", "metrics_token": "m"}
+        parts["boundary"] = made_boundary(tmp_path)
         app = build(Context(**parts))
         app[OIDC] = verifier = oidc.Verifier(live, clock=clock, wall=lambda: NOW)
         runner = wire.Runner(app)

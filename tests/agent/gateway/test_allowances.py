@@ -16,9 +16,8 @@ from agent.api.errors import status_of
 from agent.gateway.allowances import NOTED, STATE, Allowances
 from agent.gateway.noted_totals import ROWS, NotedTotals
 from agent.gateway.outcomes import LIMITED, ended
-from agent.policy.limits.limit import
-from agent.policy.rates import Rate
 from agent.policy.limits.share import Share, basis
+from agent.policy.rates import Rate
 from agent.policy.rules import KeyPolicy, Money, Provider, Rules
 from shared.errors import Retryable
 
