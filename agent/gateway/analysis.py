@@ -66,6 +66,7 @@ class Analysis:
         self._rules = DEFAULT
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._running: _Child | None = None
         self.ready, self.problem = False, "it is not started"
 
     def start(self, rules: Rules) -> None:
@@ -132,7 +133,7 @@ class Analysis:
         while not waiting.empty():
             answer = waiting.get_nowait().answer
             if answer is not None and not answer.done():
-                answer.set_exception(_failed(why))
+                answer.set_exception(_failed(f"is not ready: {why}"))
 
     async def _run(self) -> None:
         """Keep a child running. It ends only by being cancelled."""
@@ -140,13 +141,13 @@ class Analysis:
         while True:
             why = "its process cannot be started"
             try:
-                child = await _Child.start(self._child, environment(self._environ, 1))
+                self._running = child = await _Child.start(self._child, environment(self._environ, 1))
                 try:
                     await self._prepare(child, self._rules)
                     pause_s = 0.5
                     await self._serve(child)
                 finally:
-                    child.kill()
+                    await child.end()
             except TimeoutError:
                 why = "an analysis took too long; its process starts again"
             except (OSError, EOFError, ValueError):
@@ -189,6 +190,7 @@ class _Child:
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        self.pid = process.pid
         self._process, self._reader, self._writer = process, reader, writer
 
     @classmethod
@@ -221,12 +223,13 @@ class _Child:
             answer: Answer = decode_answer(await self._reader.readexactly(length))
             return answer
 
-    def kill(self) -> None:
+    async def end(self) -> None:
         """SIGKILL, not through the process object, which would reap the exit status that asyncio waits for."""
         self._writer.close()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
 
 
 def _failed(why: str) -> Retryable:

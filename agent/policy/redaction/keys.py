@@ -92,6 +92,7 @@ def _in_token(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]
 
 def _random(text: str) -> bool:
     """Whether letters and digits are mixed as in a random text, not as in a word or a name."""
-    digits = sum(map(str.isdigit, text))
+    digits, upper, lower = (sum(map(one, text)) for one in (str.isdigit, str.isupper, str.islower))
     changes = sum(a.isdigit() != b.isdigit() for a, b in pairwise(text))
-    return digits >= 3 and changes >= 5 and len(set(text)) >= 10 and text.isascii()
+    mixed = (digits >= 3 and changes >= 5) or (len(text) >= 30 and digits > 0 and upper >= 5 and lower >= 5)
+    return mixed and len(set(text)) >= 10 and text.isascii()

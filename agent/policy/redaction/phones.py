@@ -94,9 +94,9 @@ class Phones:
         plus = written.lstrip("(").startswith("+")
         if plus or digits.startswith("00"):
             dialled = digits if plus else digits[2:]
-            known = (one.abroad(dialled[len(one.code) :]) for one in self._plans if dialled.startswith(one.code))
-            return next(filter(None, known), None) or _of_any_country(dialled)
-        known = next(filter(None, (one.within(digits) for one in self._plans)), None)
+            of_plans = [one.abroad(dialled[len(one.code) :]) for one in self._plans if dialled.startswith(one.code)]
+            return next(filter(None, of_plans), None) or _of_any_country(dialled)
+        known = next(filter(None, [one.within(digits) for one in self._plans]), None)
         if known is None and any(one.code == "1" for one in self._plans) and _NORTH_AMERICAN.fullmatch(written):
             return f"+1{digits[-10:]}"
         return known
