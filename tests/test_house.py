@@ -165,7 +165,16 @@ def test_a_redacted_made_outside_its_package_is_found(copy: Path, line: str) -> 
 def test_what_the_secret_scanner_can_do_over_a_network_is_banned(copy: Path, line: str) -> None:
     path = copy / "agent/gateway/analyzer.py"
     path.write_text(path.read_text() + f"\n\n{line}\n")
-    command = [BIN / "ruff", "check", "--no-cache", "--select", "TID251", "--config", copy / "pyproject.toml", path]
+    command: list[str | Path] = [
+        BIN / "ruff",
+        "check",
+        "--no-cache",
+        "--select",
+        "TID251",
+        "--config",
+        copy / "pyproject.toml",
+        path,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "TID251" in run.stdout

@@ -31,6 +31,7 @@ BY_CODE: dict[str, Ended] = {
     **dict.fromkeys(("key_queue_full", "key_bodies_full"), LIMITED),
     **dict.fromkeys(("no_capacity", "memory_pressure", "not_ready"), NO_NODE),
     **dict.fromkeys(("worker_lost", "loader_lost", "engine_failed", "deadline_exceeded", CRASHED, SUSPECT), FAILED),
+    "analysis_failed": FAILED,
     "loop": TURNED_AWAY,  # refused by a node whose peers.nodes is wrong
 }
 """Every code with which a request ends that its client need not change; tests/agent/gateway/test_outcomes.py finds

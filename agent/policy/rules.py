@@ -132,8 +132,8 @@ class Sensitive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class Redaction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How what leaves the premises is redacted. ``regions`` are the countries whose phone numbers and national ids are
-    known. ``patterns`` are further regular expressions; ``names`` uses a local model for people's names, which finds
-    some and not all. An analysis that takes longer than ``time_out_s`` refuses the request."""
+    known. ``patterns`` are further regular expressions; ``names`` finds names of persons by a local model, some
+    and not all. An analysis that takes longer than ``time_out_s`` refuses the request."""
 
     regions: tuple[Country, ...] = ("DE", "US", "FR")
     patterns: tuple[str, ...] = ()

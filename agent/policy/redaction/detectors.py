@@ -48,7 +48,7 @@ _EDGE_CHARS, _JOINED_CHARS = 300, 160
 _APART = "\ue000"
 """Stands between the two ends of a long text; no detector reads across it."""
 _NAME = re.compile(r"[\w.-]{1,64}")
-"""What may be the name of a function, and is no part of the address that follows it."""
+"""What may be the name of a function, and not a part of the address that follows it."""
 _LABEL = re.compile(r"\W{0,8}(?:\w{1,20}\W{1,3}){1,5}?(?<=[:=])\s{0,3}")
 _FEW = 50_000_000
 """Values times characters up to which each value is looked for by itself."""

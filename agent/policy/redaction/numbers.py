@@ -68,7 +68,7 @@ def _grouped(sizes: list[int], written: str) -> bool:
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    """Not part of a longer number or word: a word may touch it where it is no hexadecimal number."""
+    """Not part of a longer number or word: a word may touch it where it is not a hexadecimal number."""
     before = _TAIL.search(text, max(0, start - 8), start)
     after = _EDGE.match(text, end)
     words = (before.group() if before else "", after.group() if after else "")

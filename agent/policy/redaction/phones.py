@@ -111,7 +111,7 @@ def _of_any_country(digits: str) -> str | None:
 
 
 def _apart(text: str, start: int, end: int) -> bool:
-    """Whether it is no part of a word, an identifier, a sum of money or a decimal number."""
+    """Whether it is not a part of a word, an identifier, a sum of money or a decimal number."""
     before, after = text[max(0, start - 8) : start], text[end : end + 2]
     if before[-1:].isalnum() or (before and before[-1] in "$€£") or (after[1:].isdigit() and after[0] in ".,"):
         return False

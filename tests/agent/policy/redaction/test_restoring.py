@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.policy.outgoing import Called, Piece
+from agent.policy.redaction import Redacted
 from agent.policy.redaction.restoring import Restorer
-from tests.agent.policy.redaction.test_replacing import CARD, MAIL, Redacted, chat, sent
+from tests.agent.policy.redaction.test_replacing import CARD, MAIL, chat, sent
 
 
 def placeholders(redacted: Redacted) -> list[str]:
