@@ -170,13 +170,17 @@ def key_forms(rng: random.Random) -> dict[str, Make]:
     }
 
 
+def _one_of(rng: random.Random, *makes: Make) -> Make:
+    return lambda: rng.choice(makes)()
+
+
 def generators(seed: int) -> dict[str, dict[str, Make]]:
     """By generator and type, a function that makes the next value."""
     rng = random.Random(seed)
     fakers = {one: Faker(one) for one in ("de_DE", "en_US", "fr_FR")}
     for n, faker in enumerate(fakers.values()):
         faker.seed_instance(seed + n)
-    german, english, french = fakers.values()
+    english, french = fakers["en_US"], fakers["fr_FR"]
     people = [Person(one, seed=seed) for one in (Locale.DE, Locale.EN, Locale.FR)]
     payment = Payment(seed=seed)
     keys = key_forms(rng)
@@ -187,9 +191,10 @@ def generators(seed: int) -> dict[str, dict[str, Make]]:
             "id US": english.ssn,
             "id FR": french.ssn,
             "email": lambda: rng.choice((rng.choice(list(fakers.values())).email(), rng.choice(people).email())),
-            "phone": lambda: rng.choice(
-                (german.phone_number, english.phone_number, french.phone_number, *(one.phone_number for one in people))
-            )(),
+            **{
+                f"phone {region}": _one_of(rng, faker.phone_number, person.phone_number)
+                for region, faker, person in zip(("DE", "US", "FR"), fakers.values(), people, strict=True)
+            },
         },
         "own": {
             "card": lambda: own_card(rng),
@@ -229,15 +234,12 @@ def own_phone(rng: random.Random) -> str:
     return phonenumbers.format_number(number, form)
 
 
-def is_valid_phone(value: str, regions: tuple[str, ...]) -> bool:
-    """Whether the numbering plan of a region knows a number, as phonenumbers reads it."""
-    for region in regions:
-        try:
-            if phonenumbers.is_valid_number_for_region(phonenumbers.parse(value, region), region):
-                return True
-        except phonenumbers.NumberParseException:
-            continue
-    return False
+def is_valid_phone(value: str, region: str) -> bool:
+    """Whether a region's numbering plan knows a number, as phonenumbers reads it."""
+    try:
+        return phonenumbers.is_valid_number_for_region(phonenumbers.parse(value, region), region)
+    except phonenumbers.NumberParseException:
+        return False
 
 
 SENTENCES = (

@@ -207,7 +207,17 @@ class _Child:
 
     @classmethod
     async def start(cls, command: Sequence[str], environ: Mapping[str, str]) -> "_Child":
-        """Spawn one. Raises OSError."""
+        """Spawn one, or end it where the caller is cancelled meanwhile. Raises OSError."""
+        spawning = asyncio.ensure_future(cls._spawn(command, environ))
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):
+                await (await spawning).end()
+            raise
+
+    @classmethod
+    async def _spawn(cls, command: Sequence[str], environ: Mapping[str, str]) -> "_Child":
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(

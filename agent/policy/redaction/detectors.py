@@ -26,8 +26,10 @@ ORDER = ("secret", "card", "iban", "national_id", "email", "phone", "pattern", "
 """Of findings that overlap a secret names what is replaced, else the longest; of equal ones, the first of these."""
 PATTERN_S = 1.0
 _DEPTH = 2
+_WORD = r"(?!(?:[A-Z]?[a-z]+|[0-9]+)(?![A-Za-z0-9+/_=-]))"
+"""No plain word and no number: base64 of a text is neither."""
 _ENCODED = re.compile(
-    r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{8,}(?:[ \t]{0,8}\r?\n[ \t]{0,8}[A-Za-z0-9+/_-]{4,})*"
+    rf"(?<![A-Za-z0-9+/_-]){_WORD}[A-Za-z0-9+/_-]{{8,}}(?:[ \t]{{0,8}}\r?\n[ \t]{{0,8}}[A-Za-z0-9+/_-]{{4,}})*"
     r"(?:[ \t\r\n]{1,9}[A-Za-z0-9+/_-]{2,3}(?==))?[ \t\r\n]{0,2}={0,2}"
 )
 _HEX = re.compile(
@@ -40,11 +42,11 @@ _MARKS = {
     "card": re.compile(r"^\D{0,3}\d{1,7}\D{0,3}$"),
 }
 """What shows that a piece beside a finding belongs to it."""
-_PIECE = re.compile(r"[A-Za-z0-9]{8,}={0,2}|[A-Za-z0-9+/_-]{8,}={0,2}")
+_PIECE = re.compile(rf"{_WORD}[A-Za-z0-9]{{8,}}={{0,2}}|{_WORD}[A-Za-z0-9+/_-]{{8,}}={{0,2}}")
 _HEX_GAP = re.compile(r"0x|\\x|[\s:,-]")
 _URL_SAFE = str.maketrans("-_", "+/", " \t\r\n")
 _UNSPOKEN = bytes(range(9)) + bytes(range(14, 32)) + b"\x0b\x0c\x7f"
-_EDGE_CHARS, _JOINED_CHARS = 300, 160
+_EDGE_CHARS, _WORD_CHARS, _JOINED_CHARS = 100, 2_000, 160
 _APART = "\ue000"
 """Stands between the two ends of a long text; no detector reads across it."""
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -137,7 +139,11 @@ class Detectors:
         return found
 
     def _near_edits(self, view: View, scan: Scan | None) -> Iterator[_Hit]:
-        for start, end in view.windows(_EDGE_CHARS):
+        text = view.text
+        for near, far in view.windows(_EDGE_CHARS):
+            # whole words, however long a key is
+            start = max(0, near - _WORD_CHARS, text.rfind(" ", max(0, near - _WORD_CHARS), near) + 1)
+            end = min(len(text), far + _WORD_CHARS, (text.find(" ", far, far + _WORD_CHARS) + 1 or len(text) + 1) - 1)
             for one in self._in_view(view.text[start:end], scan):
                 yield one._replace(start=one.start + start, end=one.end + start)
 
@@ -152,9 +158,12 @@ class Detectors:
             *(_Hit("phone", *one) for one in self._phones.find(text)),
             *self._by_patterns(text),
         ]
-        for kind, further in (("secret", scan), ("name", self._names)):
-            if further is not None:
-                found += (_Hit(kind, start, end, text[start:end]) for start, end in further(text))
+        if scan is not None:
+            # what is known already costs the other library most, and tells nothing new
+            for start, end in scan(_masked(text, (one for one in found if one.kind == "secret"))):
+                found.append(_Hit("secret", start, end, text[start:end]))
+        if self._names is not None:
+            found += (_Hit("name", start, end, text[start:end]) for start, end in self._names(text))
         return found
 
     def _by_patterns(self, text: str) -> list[_Hit]:
@@ -208,6 +217,12 @@ class Detectors:
 def found_in(texts: Sequence[str], detectors: Detectors) -> tuple[str, ...]:
     """What makes these texts SENSITIVE under the policy of the detectors; empty for nothing."""
     return detectors.sensitive(texts)
+
+
+def _masked(text: str, hits: Iterable[_Hit]) -> str:
+    for one in hits:
+        text = text[: one.start] + "*" * (one.end - one.start) + text[one.end :]
+    return text
 
 
 _Spans = dict[str, list[tuple[int, int]]]
