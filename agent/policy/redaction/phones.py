@@ -79,6 +79,8 @@ class Phones:
         ends = [one.start() for one in gaps][: _MOST_GROUPS - 1] if len(gaps) < _MOST_GROUPS or run["more"] else []
         if not run["more"] or len(gaps) < _MOST_GROUPS:
             ends.append(end)
+        if not ends or sum(map(str.isdigit, text[start : ends[-1]])) < _LEAST_DIGITS:
+            return None
         lines = [one.start() for one in gaps if "\n" in one.group() and one.start() in ends]
         for stop in (*lines, *reversed(ends)):
             written = text[start:stop]
