@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-telemetry bench-classes bench-serve sample-rack walk drill mac wheels dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-redaction bench-telemetry bench-classes bench-serve sample-rack walk drill mac wheels dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -141,6 +141,9 @@ wheels: $(STAMP) ## ask the package index for every pinned wheel of a Mac: macOS
 
 bench-calibration: $(STAMP) model ## compare predicted step times of a real model with measured ones
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m scripts.bench_calibration
+
+bench-redaction: $(STAMP) ## recall, false findings, speed and isolation of what redacts outgoing requests: a table with PASS or FAIL
+	@$(BIN)/python -m scripts.bench_redaction
 
 dist: $(STAMP) ## build a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,9 +1,13 @@
 """Values to find and texts to find nothing in, for scripts/bench_redaction.py and the tests: two generators that share
 no code with the detectors, of which one is Faker and mimesis, the other made from the public definitions."""
 
+import ast
+import base64
+import json
 import random
 import string
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,8 +62,10 @@ def own_card(rng: random.Random) -> str:
 def own_iban(rng: random.Random) -> str:
     """An IBAN of a country, in one piece or in groups of four."""
     country, length, letters = rng.choice(
-        [("DE", 22, 0), ("FR", 27, 0), ("GB", 22, 4), ("NL", 18, 4), ("AT", 20, 0), ("ES", 24, 0), ("IT", 27, 1)]
-        + [("MT", 31, 4), ("CH", 21, 0), ("PL", 28, 0), ("NO", 15, 0), ("SE", 24, 0), ("BE", 16, 0), ("PT", 25, 0)]
+        [
+            *(("DE", 22, 0), ("FR", 27, 0), ("GB", 22, 4), ("NL", 18, 4), ("AT", 20, 0), ("ES", 24, 0), ("IT", 27, 1)),
+            *(("MT", 31, 4), ("CH", 21, 0), ("PL", 28, 0), ("NO", 15, 0), ("SE", 24, 0), ("BE", 16, 0), ("PT", 25, 0)),
+        ]
     )
     bban = _some(rng, letters, string.ascii_uppercase) + _digits(rng, length - 4 - letters)
     number = "".join(str(int(one, 36)) for one in bban + country)
@@ -115,15 +121,13 @@ def own_ssn(rng: random.Random) -> str:
 def own_nir(rng: random.Random) -> str:
     """A French social security number with its key, Corsica included."""
     place = rng.choice(("2A", "2B", *(f"{n:02}" for n in range(1, 96) if n != 20)))
-    number = f"{rng.choice('12')}{rng.randint(0, 99):02}{rng.randint(1, 12):02}{place}{rng.randint(1, 990):03}{rng.randint(1, 999):03}"
+    born = f"{rng.choice('12')}{rng.randint(0, 99):02}{rng.randint(1, 12):02}"
+    number = f"{born}{place}{rng.randint(1, 990):03}{rng.randint(1, 999):03}"
     digits = int(number.replace("A", "0").replace("B", "0"))
     digits -= {"2A": 1_000_000, "2B": 2_000_000}.get(place, 0)
     key = f"{97 - digits % 97:02}"
-    return (
-        f"{number}{key}"
-        if rng.random() < 0.5
-        else " ".join((number[0], number[1:3], number[3:5], place, number[7:10], number[10:], key))
-    )
+    groups = (number[0], number[1:3], number[3:5], place, number[7:10], number[10:], key)
+    return ("" if rng.random() < 0.5 else " ").join(groups)
 
 
 def own_email(rng: random.Random) -> str:
@@ -132,9 +136,6 @@ def own_email(rng: random.Random) -> str:
     local += rng.choice(("", f".{_some(rng, 5)}", f"+{_some(rng, 4)}", f"_{_digits(rng, 2)}"))
     host = rng.choice((_some(rng, 8, string.ascii_lowercase), "mail.example", "münchen", "xn--mnchen-3ya", "a-b"))
     return f"{local}@{host}.{rng.choice(('com', 'de', 'co.uk', 'museum', 'photography', 'fr', 'рф'))}"
-
-
-KEYS: dict[str, Make] = {}
 
 
 def key_forms(rng: random.Random) -> dict[str, Make]:
@@ -169,13 +170,17 @@ def key_forms(rng: random.Random) -> dict[str, Make]:
     }
 
 
+def _one_of(rng: random.Random, *makes: Make) -> Make:
+    return lambda: rng.choice(makes)()
+
+
 def generators(seed: int) -> dict[str, dict[str, Make]]:
     """By generator and type, a function that makes the next value."""
     rng = random.Random(seed)
     fakers = {one: Faker(one) for one in ("de_DE", "en_US", "fr_FR")}
     for n, faker in enumerate(fakers.values()):
         faker.seed_instance(seed + n)
-    german, english, french = fakers.values()
+    english, french = fakers["en_US"], fakers["fr_FR"]
     people = [Person(one, seed=seed) for one in (Locale.DE, Locale.EN, Locale.FR)]
     payment = Payment(seed=seed)
     keys = key_forms(rng)
@@ -186,9 +191,10 @@ def generators(seed: int) -> dict[str, dict[str, Make]]:
             "id US": english.ssn,
             "id FR": french.ssn,
             "email": lambda: rng.choice((rng.choice(list(fakers.values())).email(), rng.choice(people).email())),
-            "phone": lambda: rng.choice(
-                (german.phone_number, english.phone_number, french.phone_number, *(one.phone_number for one in people))
-            )(),
+            **{
+                f"phone {region}": _one_of(rng, faker.phone_number, person.phone_number)
+                for region, faker, person in zip(("DE", "US", "FR"), fakers.values(), people, strict=True)
+            },
         },
         "own": {
             "card": lambda: own_card(rng),
@@ -228,15 +234,12 @@ def own_phone(rng: random.Random) -> str:
     return phonenumbers.format_number(number, form)
 
 
-def is_valid_phone(value: str, regions: tuple[str, ...]) -> bool:
-    """Whether the numbering plan of a region knows a number, as phonenumbers reads it."""
-    for region in regions:
-        try:
-            if phonenumbers.is_valid_number_for_region(phonenumbers.parse(value, region), region):
-                return True
-        except phonenumbers.NumberParseException:
-            continue
-    return False
+def is_valid_phone(value: str, region: str) -> bool:
+    """Whether a region's numbering plan knows a number, as phonenumbers reads it."""
+    try:
+        return phonenumbers.is_valid_number_for_region(phonenumbers.parse(value, region), region)
+    except phonenumbers.NumberParseException:
+        return False
 
 
 SENTENCES = (
@@ -248,8 +251,6 @@ SENTENCES = (
 def manuals() -> Iterator[tuple[str, str]]:
     """(name, text) of manuals on this machine: what Python's library says of itself, and licences."""
     for path in sorted(Path(sys.base_prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}").glob("*.py")):
-        import ast
-
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
@@ -258,12 +259,86 @@ def manuals() -> Iterator[tuple[str, str]]:
         yield path.name, "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
     for folder in ("/usr/share/common-licenses", "/usr/share/perl/5.36.0/pod", "/usr/share/doc"):
         for path in sorted(Path(folder).rglob("*")) if Path(folder).is_dir() else ():
-            if (
-                path.is_file()
-                and path.suffix in ("", ".txt", ".pod", ".md", ".rst")
-                and path.stat().st_size < 2_000_000
-            ):
+            plain = path.suffix in ("", ".txt", ".pod", ".md", ".rst")
+            if plain and path.is_file() and path.stat().st_size < 2_000_000:
                 try:
                     yield str(path), path.read_text(encoding="utf-8")
                 except (UnicodeDecodeError, OSError):
                     continue
+
+
+def _full_width(value: str) -> str:
+    return "".join(chr(ord(one) + 0xFEE0) if "!" <= one <= "~" else one for one in value)
+
+
+def _in_script(zero: str) -> Callable[[str], str]:
+    return lambda value: "".join(chr(ord(zero) + int(one)) if one in string.digits else one for one in value)
+
+
+def _between(mark: str) -> Callable[[str], str]:
+    return lambda value: value[: len(value) // 2] + mark + value[len(value) // 2 :]
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+VARIANTS: dict[str, Callable[[str], str]] = {
+    "plain": lambda value: value,
+    **{
+        f"a {name} inside": _between(mark)
+        for name, mark in {
+            "no-break space": "\u00a0",
+            "thin space": "\u2009",
+            "narrow space": "\u202f",
+            "wide space": "\u3000",
+            "line break": "\n",
+            "Windows line break": "\r\n",
+            "indented line break": "\n    ",
+            "line separator": "\u2028",
+            "tab": "\t",
+            "soft hyphen": "\u00ad",
+            "byte order mark": "\ufeff",
+        }.items()
+    },
+    **{
+        f"{name} between all": mark.join
+        for name, mark in {
+            "zero-width spaces": "\u200b",
+            "zero-width joiners": "\u200d",
+            "word joiners": "\u2060",
+            "right-to-left marks": "\u200f",
+            "combining accents": "\u0301",
+            "variation selectors": "\ufe0f",
+        }.items()
+    },
+    "right-to-left override": lambda value: f"\u202e{value}\u202c",
+    "full width": _full_width,
+    "Arabic digits": _in_script("\u0660"),
+    "Devanagari digits": _in_script("\u0966"),
+    "mathematical digits": _in_script("\U0001d7ce"),
+    "keycaps": lambda value: "".join(f"{one}\ufe0f\u20e3" if one in string.digits else one for one in value),
+    "JSON escapes": lambda value: "".join(f"\\u{ord(one):04x}" for one in value),
+    "one JSON escape": lambda value: f"\\u{ord(value[0]):04x}{value[1:]}",
+    "JSON in JSON": lambda value: json.dumps(json.dumps("".join(f"\\u{ord(one):04x}" for one in value))),
+    "hexadecimal escapes": lambda value: "".join(f"\\x{one:02x}" for one in value.encode()),
+    "percent": lambda value: "".join(f"%{one:02X}" for one in value.encode()),
+    "percent twice": lambda value: urllib.parse.quote(urllib.parse.quote(value, safe=""), safe=""),
+    "HTML, decimal": lambda value: "".join(f"&#{ord(one)};" for one in value),
+    "HTML, hexadecimal": lambda value: "".join(f"&#x{ord(one):x};" for one in value),
+    "quoted-printable": lambda value: "".join(f"={one:02X}" for one in value.encode()),
+    "base64": lambda value: _base64(value.encode()),
+    "base64, url-safe": lambda value: base64.urlsafe_b64encode(value.encode()).decode().rstrip("="),
+    "base64 of UTF-16": lambda value: _base64(value.encode("utf-16-le")),
+    "base64 of a sentence": lambda value: _base64(f"hello, {value} it is".encode()),
+    "base64, wrapped": lambda value: base64.encodebytes(f"{'x' * 50} {value} {'y' * 50}".encode()).decode(),
+    "base64 twice": lambda value: _base64(_base64(value.encode()).encode()),
+    "base64 of hexadecimal": lambda value: _base64(value.encode().hex().encode()),
+    "base64 of JSON escapes": lambda value: _base64("".join(f"\\u{ord(one):04x}" for one in value).encode()),
+    "hexadecimal": lambda value: value.encode().hex(),
+    "hexadecimal, spaced": lambda value: value.encode().hex(" ").upper(),
+    "hexadecimal, colons": lambda value: value.encode().hex(":"),
+    "a list of bytes": lambda value: ", ".join(f"0x{one:02x}" for one in value.encode()),
+    "tag characters": lambda value: "".join(chr(0xE0000 + ord(one)) for one in value),
+}
+"""Ways to write a value that a person or a model still reads."""

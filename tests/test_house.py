@@ -75,6 +75,11 @@ def test_a_pure_module_s_import_outside_the_allow_list_is_found(copy: Path) -> N
         ("agent/models/pool.py", "import mlx.core", "MLX is imported by the engine alone"),
         ("agent/telemetry/sensors/host.py", "def late() -> None:\n    import psutil", "psutil is asked in one place"),
         ("agent/daemon.py", "import agent.loader.mlx.engine", "The daemon process never loads the engine"),
+        (
+            "agent/gateway/analysis.py",
+            "import kingfisher_sdk",
+            "The secret scanner is loaded by the analyzer's process alone",
+        ),
         ("agent/loader/serve.py", "import agent.config", "The loader knows frames only"),
         ("agent/telemetry/spool.py", "import agent.gateway.call", "Layers of the agent"),
         ("agent/mesh/peers.py", "import agent.models.swap", "Layers of the agent"),
@@ -167,6 +172,63 @@ def test_a_planted_way_out_is_found(copy: Path) -> None:
         path.write_text(path.read_text() + f"\n\n{line}\n")
     found = house.outbound(copy)
     assert sorted(one.partition(":")[0] for one in found) == sorted(file for file, _ in WAYS_OUT)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from agent.policy.redaction.redacted import _SEAL",
+        "from agent.policy.redaction import redacted\nSEAL = redacted._SEAL",
+        "from agent.policy.redaction import redacted\nSEAL = getattr(redacted, '_SEAL')",
+        "from agent.policy.redaction import Redacted\nMADE = Redacted(None)",
+        "from agent.policy.redaction import Redacted as R\nMADE = R(None)",
+        "from agent.policy import redaction\nMADE = redaction.Redacted(None)",
+        "from agent.policy.redaction import Redacted\nMADE = object.__new__(Redacted)",
+        "from agent.policy.redaction import Redacted\nMADE = Redacted.__new__(Redacted)",
+        "from agent.policy.redaction import Redacted\nclass Mine(Redacted):\n    pass",
+        "from typing import cast\nfrom agent.policy.redaction import Redacted\nMADE = cast(Redacted, None)",
+    ],
+)
+def test_a_redacted_made_outside_its_package_is_found(copy: Path, line: str) -> None:
+    assert house.unsealed(copy) == []
+    path = copy / "agent/gateway/dispatch.py"
+    path.write_text(path.read_text() + f"\n\n{line}\n")
+    assert any(one.startswith("agent/gateway/dispatch.py:") for one in house.unsealed(copy))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "from kingfisher_sdk import Validator",
+            "from kingfisher_sdk import Revoker",
+            "from kingfisher_sdk import _native",
+        ),
+        *(
+            "import kingfisher_sdk.validation",
+            "import kingfisher_sdk\nX = kingfisher_sdk.Validator()",
+            "import kingfisher_sdk.git",
+        ),
+        "from kingfisher_sdk.revocation import Revoker",
+    ],
+)
+def test_what_the_secret_scanner_can_do_over_a_network_is_banned(copy: Path, line: str) -> None:
+    path = copy / "agent/gateway/analyzer.py"
+    path.write_text(path.read_text() + f"\n\n{line}\n")
+    command: list[str | Path] = [
+        BIN / "ruff",
+        "check",
+        "--no-cache",
+        "--select",
+        "TID251",
+        "--config",
+        copy / "pyproject.toml",
+        path,
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "TID251" in run.stdout
+    assert "TID251" in (copy / "pyproject.toml").read_text().split("select = [")[1].split("]")[0]
 
 
 def test_the_contracts_hold(copy: Path) -> None:

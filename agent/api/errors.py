@@ -47,7 +47,7 @@ _CODES = {
     500: ("engine_failed", SUSPECT),
     502: ("worker_lost", "loader_lost", CRASHED, "provider_failed", "provider_setup"),
     503: (
-        *("audit_unavailable", "analysis_failed", "not_redactable", "provider_busy", "oidc_unavailable"),
+        *("audit_unavailable", "analysis_failed", "provider_busy", "oidc_unavailable"),
         *("draining", "no_capacity", "memory_pressure", "not_ready", "bodies_full", "connections_full"),
     ),
     504: ("deadline_exceeded", "provider_timeout"),

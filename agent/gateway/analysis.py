@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from agent.gateway.analyzer import (
     HEAD,
     Answer,
@@ -32,6 +34,7 @@ from agent.policy.redaction.replacing import NONCE_LETTERS, replaced
 from agent.policy.redaction.strings import texts_of
 from agent.policy.rules import DEFAULT, Provider, Rules
 from agent.process.loader_process import environment
+from agent.tasks import Tasks
 from shared.errors import Retryable
 from shared.logs import get_logger
 
@@ -44,9 +47,9 @@ log = get_logger("agent.gateway")
 
 
 class _Job(NamedTuple):
-    """A question, and who waits for the answer; nobody for the policy itself."""
+    """A question, and who waits for the answer; nobody for the policy itself. A child stands for its own end."""
 
-    question: Question
+    question: "Question | _Child"
     answer: "asyncio.Future[Answer] | None"
 
 
@@ -65,7 +68,9 @@ class Analysis:
         self._child, self._environ = tuple(child), environ
         self._rules = DEFAULT
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Future[None] | None = None
+        self._tasks = Tasks()
+        self._running: _Child | None = None
         self.ready, self.problem = False, "it is not started"
 
     def start(self, rules: Rules) -> None:
@@ -78,7 +83,7 @@ class Analysis:
             return
         if self._task is None:
             self._unready("it is starting")
-            self._task = asyncio.create_task(self._run())
+            self._task = self._tasks.spawn(self._run())
         else:
             # requests that come after it wait behind it, and meet the new policy
             self._jobs.put_nowait(_Job(Setup(rules), None))
@@ -103,8 +108,8 @@ class Analysis:
 
     async def close(self) -> None:
         """End the child."""
-        if (task := self._end("it is closed")) is not None:
-            await asyncio.gather(task, return_exceptions=True)
+        self._end("it is closed")
+        await self._tasks.cancel()
 
     async def _ask(self, question: Question) -> Answer:
         """The child's answer, the wait for others included in the time that one may take."""
@@ -118,12 +123,11 @@ class Analysis:
         except TimeoutError:
             raise _failed(f"took longer than {self._rules.redaction.time_out_s:g} s") from None
 
-    def _end(self, why: str) -> "asyncio.Task[None] | None":
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
+    def _end(self, why: str) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
         self._unready(why)
-        return task
 
     def _unready(self, why: str) -> None:
         """Refuse what waits, and what comes."""
@@ -132,7 +136,7 @@ class Analysis:
         while not waiting.empty():
             answer = waiting.get_nowait().answer
             if answer is not None and not answer.done():
-                answer.set_exception(_failed(why))
+                answer.set_exception(_failed(f"is not ready: {why}"))
 
     async def _run(self) -> None:
         """Keep a child running. It ends only by being cancelled."""
@@ -140,27 +144,36 @@ class Analysis:
         while True:
             why = "its process cannot be started"
             try:
-                child = await _Child.start(self._child, environment(self._environ, 1))
+                self._running = child = await _Child.start(self._child, environment(self._environ, 1))
+                self._tasks.spawn(self._notice(child))
                 try:
                     await self._prepare(child, self._rules)
                     pause_s = 0.5
                     await self._serve(child)
                 finally:
-                    child.kill()
+                    await child.end()
             except TimeoutError:
                 why = "an analysis took too long; its process starts again"
-            except (OSError, EOFError, ValueError):
+            except (OSError, EOFError, msgspec.MsgspecError):
                 why = "its process ended; it starts again"
             log.warning("analysis_lost", why=why)
             self._unready(why)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
+    async def _notice(self, child: "_Child") -> None:
+        """Tell that a child has ended, also while nothing is asked."""
+        await child.ended()
+        self._jobs.put_nowait(_Job(child, None))
+
     async def _serve(self, child: "_Child") -> None:
         """Put the questions to a child, one after the other."""
         while True:
             job = await self._jobs.get()
-            if isinstance(job.question, Setup):
+            if isinstance(job.question, _Child):
+                if job.question is child:
+                    raise EOFError("it has ended")
+            elif isinstance(job.question, Setup):
                 await self._prepare(child, job.question.rules)
             elif job.answer is not None and not job.answer.done():
                 try:
@@ -175,7 +188,7 @@ class Analysis:
     async def _prepare(self, child: "_Child", rules: Rules) -> None:
         answer = await child.ask(Setup(rules), START_TIMEOUT_S)
         if not isinstance(answer, Prepared):
-            raise ValueError("no answer to a policy")
+            raise EOFError("no answer to a policy")
         if answer.problem:
             log.error("analysis_not_ready", problem=answer.problem)
             self._unready(answer.problem)
@@ -189,11 +202,22 @@ class _Child:
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        self.pid = process.pid
         self._process, self._reader, self._writer = process, reader, writer
 
     @classmethod
     async def start(cls, command: Sequence[str], environ: Mapping[str, str]) -> "_Child":
-        """Spawn one. Raises OSError."""
+        """Spawn one, or end it where the caller is cancelled meanwhile. Raises OSError."""
+        spawning = asyncio.ensure_future(cls._spawn(command, environ))
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):
+                await (await spawning).end()
+            raise
+
+    @classmethod
+    async def _spawn(cls, command: Sequence[str], environ: Mapping[str, str]) -> "_Child":
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -221,12 +245,17 @@ class _Child:
             answer: Answer = decode_answer(await self._reader.readexactly(length))
             return answer
 
-    def kill(self) -> None:
+    async def ended(self) -> None:
+        """Wait for its end."""
+        await self._process.wait()
+
+    async def end(self) -> None:
         """SIGKILL, not through the process object, which would reap the exit status that asyncio waits for."""
         self._writer.close()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
 
 
 def _failed(why: str) -> Retryable:

@@ -127,7 +127,7 @@ class _Analyzer:
     """What answers; the policy may change between two questions."""
 
     def __init__(self) -> None:
-        self._scan = secret_scan()
+        self._scan: Scan | None = None
         self._names: Scan | None = None
         self._detectors: Detectors | None = None
 
@@ -146,6 +146,7 @@ class _Analyzer:
         try:
             if rules.redaction.names and self._names is None:
                 self._names = names_scan()
+            self._scan = self._scan or secret_scan()
             detectors = Detectors(rules, scan=self._scan, names=self._names if rules.redaction.names else None)
             detectors.find(["warm-up: 4111 1111 1111 1111, ops@example.com, +81 3-1234-5678, AKIAIOSFODNN7EXAMPLE"])
         except RackError as error:

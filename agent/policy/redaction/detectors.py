@@ -8,7 +8,6 @@ import binascii
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -24,22 +23,34 @@ from shared.errors import Retryable
 Scan = Callable[[str], Iterable[tuple[int, int]]]
 """Finds spans in a text: another library's rules for secrets, or a model's names."""
 ORDER = ("secret", "card", "iban", "national_id", "email", "phone", "pattern", "name")
-"""Where findings overlap, the first of these names what is replaced."""
+"""Of findings that overlap a secret names what is replaced, else the longest; of equal ones, the first of these."""
 PATTERN_S = 1.0
 _DEPTH = 2
+_WORD = r"(?!(?:[A-Z]?[a-z]+|[0-9]+)(?![A-Za-z0-9+/_=-]))"
+"""No plain word and no number: base64 of a text is neither."""
 _ENCODED = re.compile(
-    r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{8,}(?:[ \t]{0,8}\r?\n[ \t]{0,8}[A-Za-z0-9+/_-]{4,})*(?:[ \t]*\r?\n)?={0,2}"
+    rf"(?<![A-Za-z0-9+/_-]){_WORD}[A-Za-z0-9+/_-]{{8,}}(?:[ \t]{{0,8}}\r?\n[ \t]{{0,8}}[A-Za-z0-9+/_-]{{4,}})*"
+    r"(?:[ \t\r\n]{1,9}[A-Za-z0-9+/_-]{2,3}(?==))?[ \t\r\n]{0,2}={0,2}"
 )
 _HEX = re.compile(
     r"(?<![A-Za-z0-9])(?:0x|\\x)?[0-9a-fA-F]{2}(?:[\s:,-]{0,2}(?:0x|\\x)?[0-9a-fA-F]{2}){5,}(?![A-Za-z0-9])"
 )
-_PIECE = re.compile(r"[A-Za-z0-9]{8,}={0,2}|[A-Za-z0-9+/_-]{8,}={0,2}")
+_MARKS = {
+    "email": re.compile(r"[\d._+@-]"),
+    "secret": re.compile(r"\d|[a-z][A-Z]"),
+    "phone": re.compile(r"^\D{0,3}\d{1,6}\D{0,3}$"),
+    "card": re.compile(r"^\D{0,3}\d{1,7}\D{0,3}$"),
+}
+"""What shows that a piece beside a finding belongs to it."""
+_PIECE = re.compile(rf"{_WORD}[A-Za-z0-9]{{8,}}={{0,2}}|{_WORD}[A-Za-z0-9+/_-]{{8,}}={{0,2}}")
 _HEX_GAP = re.compile(r"0x|\\x|[\s:,-]")
 _URL_SAFE = str.maketrans("-_", "+/", " \t\r\n")
 _UNSPOKEN = bytes(range(9)) + bytes(range(14, 32)) + b"\x0b\x0c\x7f"
-_EDGE_CHARS = 300
+_EDGE_CHARS, _WORD_CHARS, _JOINED_CHARS = 100, 2_000, 160
 _APART = "\ue000"
 """Stands between the two ends of a long text; no detector reads across it."""
+_NAME = re.compile(r"[\w.-]{1,64}")
+"""What may be the name of a function, and not a part of the address that follows it."""
 _LABEL = re.compile(r"\W{0,8}(?:\w{1,20}\W{1,3}){1,5}?(?<=[:=])\s{0,3}")
 _FEW = 50_000_000
 """Values times characters up to which each value is looked for by itself."""
@@ -83,11 +94,11 @@ class Detectors:
         known: dict[str, list[_Hit]] = {}
         for text in texts:
             if text not in known:
-                known[text] = self._in_text(text)
-        hits = [list(known[text]) for text in texts]
+                known[text] = self._in_text(text, self._scan)
+        hits = [known[text] for text in texts]  # the same text has the same findings wherever it stands
         for join in joins:
             self._divided(texts, join, hits)
-        _again(texts, hits)
+        _again(known)
         values: dict[tuple[str, str], int] = {}
         return tuple(
             Found(one.kind, n, one.start, one.end, values.setdefault((one.kind, one.value), len(values)))
@@ -106,12 +117,12 @@ class Detectors:
             found.update((one.kind, None) for one in hits if one.kind in kinds)
         return tuple(found)
 
-    def _in_text(self, text: str, depth: int = 0) -> list[_Hit]:
+    def _in_text(self, text: str, scan: Scan | None, depth: int = 0) -> list[_Hit]:
         """Findings of one text, some of them overlapping, by the positions in it."""
         found, divided = self._by_patterns(text), list[tuple[_Hit, bool]]()
         for n, view in enumerate(readings(text)):
             # where an escape was decoded there is something new; all else is in the first view
-            hits = self._in_view(view.text, self._scan) if n == 0 else self._near_edits(view, self._scan)
+            hits = self._in_view(view.text, scan) if n == 0 else self._near_edits(view, scan)
             hits = [one for one in hits if n == 0 or view.touched(one.start, one.end)]
             for hit in (*hits, *self._encoded(view.text, depth)):
                 start, end = view.span(hit.start, hit.end)
@@ -128,7 +139,11 @@ class Detectors:
         return found
 
     def _near_edits(self, view: View, scan: Scan | None) -> Iterator[_Hit]:
-        for start, end in view.windows(_EDGE_CHARS):
+        text = view.text
+        for near, far in view.windows(_EDGE_CHARS):
+            # whole words, however long a key is
+            start = max(0, near - _WORD_CHARS, text.rfind(" ", max(0, near - _WORD_CHARS), near) + 1)
+            end = min(len(text), far + _WORD_CHARS, (text.find(" ", far, far + _WORD_CHARS) + 1 or len(text) + 1) - 1)
             for one in self._in_view(view.text[start:end], scan):
                 yield one._replace(start=one.start + start, end=one.end + start)
 
@@ -143,9 +158,12 @@ class Detectors:
             *(_Hit("phone", *one) for one in self._phones.find(text)),
             *self._by_patterns(text),
         ]
-        for kind, further in (("secret", scan), ("name", self._names)):
-            if further is not None:
-                found += (_Hit(kind, start, end, text[start:end]) for start, end in further(text))
+        if scan is not None:
+            # what is known already costs the other library most, and tells nothing new
+            for start, end in scan(_masked(text, (one for one in found if one.kind == "secret"))):
+                found.append(_Hit("secret", start, end, text[start:end]))
+        if self._names is not None:
+            found += (_Hit("name", start, end, text[start:end]) for start, end in self._names(text))
         return found
 
     def _by_patterns(self, text: str) -> list[_Hit]:
@@ -159,7 +177,7 @@ class Detectors:
         for start, end, data in _decoded(text):
             if keys.DER.match(data):
                 yield _Hit("secret", start, end, text[start:end])
-            elif (inner := _spoken(data)) and (found := self._in_text(inner, depth + 1)):
+            elif (inner := _spoken(data)) and (found := self._in_text(inner, self._scan, depth + 1)):
                 yield _Hit(min(found, key=_rank).kind, start, end, text[start:end])
 
     def _unpacked(self, text: str, depth: int = 0) -> Iterator[str]:
@@ -177,14 +195,20 @@ class Detectors:
         done = set[str]()
         for trim in (_edges, _bare_edges):
             joined, owners = _joined(texts, join, trim)
-            for one in self._in_text(joined) if joined not in done else ():
+            for one in self._in_text(joined, None) if joined not in done else ():
                 parts = [
                     (n, one._replace(start=max(one.start, start) + shift, end=min(one.end, end) + shift))
                     for n, start, end, shift in owners
                     if one.start < end and start < one.end
                 ]
-                new = [piece for n, part in parts if (piece := _new(texts[n], part, known[n])) is not None]
-                if len(parts) > 1 and _adds(one.kind, [*chain(*new)] if new else None):
+                new = [_new(texts[n], part, known[n]) for n, part in parts]
+                added = [
+                    piece
+                    for (n, part), pieces in zip(parts, new, strict=True)
+                    for piece in (pieces if pieces is not None else [texts[n][part.start : part.end]])
+                ]
+                named = one.kind == "email" and any(_NAME.fullmatch(texts[n]) for n, _ in parts)
+                if len(parts) > 1 and _adds(one.kind, None if new == [None] * len(new) else [] if named else added):
                     for n, part in parts:
                         hits[n].append(part._replace(value=f"{texts[n][part.start : part.end]}\0part"))
             done.add(joined)
@@ -193,6 +217,12 @@ class Detectors:
 def found_in(texts: Sequence[str], detectors: Detectors) -> tuple[str, ...]:
     """What makes these texts SENSITIVE under the policy of the detectors; empty for nothing."""
     return detectors.sensitive(texts)
+
+
+def _masked(text: str, hits: Iterable[_Hit]) -> str:
+    for one in hits:
+        text = text[: one.start] + "*" * (one.end - one.start) + text[one.end :]
+    return text
 
 
 _Spans = dict[str, list[tuple[int, int]]]
@@ -219,15 +249,15 @@ def _adds(kind: str, new: list[str] | None) -> bool:
     """Whether a divided value is one: not a whole one beside a word, like an address at the begin of a line."""
     if new is None:
         return True
-    marks = {"email": r"[\d._+@-]", "secret": r"\d"}.get(kind)
-    return marks is not None and any(re.search(marks, one) for one in new)
+    marks = _MARKS.get(kind)
+    return marks is not None and any(marks.search(one) for one in new)
 
 
 def _edges(text: str) -> list[tuple[int, str]]:
     """Where a text may hold a part of a divided value: (position, piece)."""
-    if len(text) <= 2 * _EDGE_CHARS:
+    if len(text) <= 2 * _JOINED_CHARS:
         return [(0, text)]
-    return [(0, text[:_EDGE_CHARS]), (len(text) - _EDGE_CHARS, text[-_EDGE_CHARS:])]
+    return [(0, text[:_JOINED_CHARS]), (len(text) - _JOINED_CHARS, text[-_JOINED_CHARS:])]
 
 
 def _bare_edges(text: str) -> list[tuple[int, str]]:
@@ -252,21 +282,21 @@ def _joined(
     return "".join(pieces), [one for one in owners if one[1] < one[2]]
 
 
-def _again(texts: Sequence[str], hits: list[list[_Hit]]) -> None:
+def _again(hits: dict[str, list[_Hit]]) -> None:
     """Add every place where a value that was found is said again, in whatever context."""
-    values = {
-        said: one
-        for text, found in zip(texts, hits, strict=True)
-        for one in found
-        if len(said := text[one.start : one.end]) >= _SAME_CHARS and not one.value.endswith("\0part")
-    }
-    few = len(values) * sum(map(len, texts)) < _FEW
+    values: dict[str, _Hit] = {}
+    for text, found in hits.items():
+        for one in found:
+            said = text[one.start : one.end]
+            if len(said) >= _SAME_CHARS and not one.value.endswith("\0part"):
+                values[said] = min(values.get(said, one), one, key=_rank)
+    few = len(values) * sum(map(len, hits)) < _FEW
     heads: dict[str, dict[int, dict[str, _Hit]]] = {}
     for said, one in values.items() if not few else ():
         heads.setdefault(said[:_SAME_CHARS], {}).setdefault(len(said), {})[said] = one
-    for text, found in zip(texts, hits, strict=True):
+    for text, found in hits.items() if values else ():
         places = _each(text, values) if few else _by_heads(text, heads)
-        found += (hit._replace(start=at, end=at + hit.end - hit.start) for at, hit in places)
+        found += [hit._replace(start=at, end=at + hit.end - hit.start) for at, hit in places]
 
 
 def _each(text: str, values: dict[str, _Hit]) -> Iterator[tuple[int, _Hit]]:
@@ -298,8 +328,8 @@ def _merged(text: str, found: Iterable[_Hit]) -> Iterator[_Hit]:
         group.append(one)
 
 
-def _rank(hit: _Hit) -> tuple[int, int]:
-    return ORDER.index(hit.kind), hit.start - hit.end
+def _rank(hit: _Hit) -> tuple[bool, int, int]:
+    return hit.kind != "secret", hit.start - hit.end, ORDER.index(hit.kind)
 
 
 def _matches(pattern: "regex.Pattern[str]", text: str) -> Iterator["regex.Match[str]"]:
@@ -339,7 +369,7 @@ def _base64(text: str) -> bytes:
 def _spoken(data: bytes) -> str:
     """The text that bytes are; "" where they are none."""
     try:
-        if data[1::2].count(0) * 2 >= len(data) - 1 > 8:
+        if data[1::2].count(0) * 3 > len(data) > 8:
             return data.decode("utf-16-le")
         return data.decode() if len(data.translate(None, _UNSPOKEN)) == len(data) else ""
     except UnicodeDecodeError:

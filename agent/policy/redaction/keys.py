@@ -6,7 +6,6 @@ rule for: a lone AWS key id, a private key without its last line, a token of a f
 
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 
 _FORMS = r"""
     sk-(?:proj|svcacct|admin|None)-~{20,} sk-ant-~{20,} sk-or-v1-[a-f0-9]{32,} sk-@{20,}(?:-@+)* gsk_@{40,} xai-@{40,}
@@ -60,6 +59,9 @@ _NAMED = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _SIGN = re.compile(r"[:=]")
+_NAMES = ("key", "token", "secret", "passw", "passe", "passphrase", "kennwort", "pwd", "bearer")
+"""One of these is in whatever _NAMED matches."""
+_DIGITS, _UPPER, _LOWER = (re.compile(one) for one in (r"[0-9]+", "[A-Z]", "[a-z]"))
 _NAME_CHARS = 48
 DER = re.compile(rb"\x30(?:[\x20-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01]|openssh-key-v1\0", re.DOTALL)
 """How a private key begins that is not written as PEM."""
@@ -67,8 +69,11 @@ DER = re.compile(rb"\x30(?:[\x20-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01]|openssh-k
 
 def secrets(text: str) -> Iterator[tuple[int, int, str]]:
     """(start, end, what it is) of each."""
+    small = text.lower() if any(one in text.lower() for one in _NAMES) else ""
     for token in _TOKEN.finditer(text):
         yield from _in_token(text, token.start(), token.end())
+        if len(small) == len(text):
+            yield from _named(text, small, token.start(), token.end())
     for match in PRIVATE_KEY.finditer(text) if "PRIVATE" in text else ():
         yield match.start(), match.start() + len(match.group().rstrip()), match.group()
     for match in _IN_URL.finditer(text):
@@ -83,15 +88,21 @@ def _in_token(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]
     for match in _PREFIXED.finditer(text, start, end):
         if _random(match[1]):
             yield match.start(), match.end(), match.group()
-    # the name of a setting before it, or in it: password=...
+
+
+def _named(text: str, small: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
+    """A value after the name of a setting, which stands before it or in the same token: password=..."""
     for begin in (start, *(sign.end() for sign in _SIGN.finditer(text, start, min(end, start + _NAME_CHARS)))):
-        value = text[begin : min(end, begin + 200)]
-        if len(value) >= 16 and _NAMED.search(text, max(0, begin - _NAME_CHARS), begin) and _random(value):
+        before, value = max(0, begin - _NAME_CHARS), text[begin : min(end, begin + 200)]
+        named = len(value) >= 16 and any(one in small[before:begin] for one in _NAMES)
+        if named and _NAMED.search(text, before, begin) and _random(value):
             yield begin, begin + len(value), value
 
 
 def _random(text: str) -> bool:
     """Whether letters and digits are mixed as in a random text, not as in a word or a name."""
-    digits = sum(map(str.isdigit, text))
-    changes = sum(a.isdigit() != b.isdigit() for a, b in pairwise(text))
-    return digits >= 3 and changes >= 5 and len(set(text)) >= 10 and text.isascii()
+    runs = _DIGITS.findall(text)
+    digits = sum(map(len, runs))
+    mixed = digits >= 3 and len(runs) >= 3
+    mixed = mixed or (len(text) >= 30 and digits > 0 and min(len(_UPPER.findall(text)), len(_LOWER.findall(text))) >= 5)
+    return mixed and len(set(text)) >= 10 and text.isascii()

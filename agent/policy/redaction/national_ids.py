@@ -82,6 +82,8 @@ class NationalIds:
     def find(self, text: str) -> Iterator[tuple[int, int, str]]:
         """(start, end, the number in its plain form) of each."""
         for form, one, near in self._known:
+            if one.near and near.search(text) is None:
+                continue
             for match in form.finditer(text):
                 plain = "".join(filter(str.isalnum, match.group(1))).upper()
                 before = text[max(0, match.start() - _CONTEXT_CHARS) : match.start()]

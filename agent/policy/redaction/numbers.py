@@ -13,7 +13,9 @@ _BRANDS = re.compile(
 )
 _HEAD = re.compile("[3-6]|2[1-7]|8[12]|0604|1800")
 _MOST_DIGITS, _LEAST_DIGITS = 19, 12
-_IBAN = re.compile(r"(?<![A-Za-z0-9])(?:IBAN)?(?=([A-Za-z]{2})[\s\-./_]{0,3}\d[\s\-./_]{0,3}\d)", re.IGNORECASE)
+_IBAN = re.compile(
+    r"(?<![A-Za-z0-9])(?:IBAN)?(?=([A-Za-z])[\s\-./_]{0,3}([A-Za-z])[\s\-./_]{0,3}\d[\s\-./_]{0,3}\d)", re.IGNORECASE
+)
 _NEXT = re.compile(r"[\s\-./_]{0,3}([A-Za-z0-9])")
 _EDGE = re.compile(r"[A-Za-z]{0,8}")
 _TAIL = re.compile(r"[A-Za-z]*\Z")
@@ -66,7 +68,7 @@ def _grouped(sizes: list[int], written: str) -> bool:
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    """Not part of a longer number or word: a word may touch it where it is no hexadecimal number."""
+    """Not part of a longer number or word: a word may touch it where it is not a hexadecimal number."""
     before = _TAIL.search(text, max(0, start - 8), start)
     after = _EDGE.match(text, end)
     words = (before.group() if before else "", after.group() if after else "")
@@ -79,7 +81,7 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 def ibans(text: str) -> Iterator[tuple[int, int, str]]:
     """(start, end, IBAN in its plain form) of each."""
     for match in _IBAN.finditer(text):
-        start, length = match.start(1), IBAN_LENGTHS.get(match[1].upper(), 0)
+        start, length = match.start(1), IBAN_LENGTHS.get(f"{match[1]}{match[2]}".upper(), 0)
         found, at = list[str](), start
         while len(found) < length and (following := _NEXT.match(text, at)):
             found.append(following[1])

@@ -79,6 +79,8 @@ class Phones:
         ends = [one.start() for one in gaps][: _MOST_GROUPS - 1] if len(gaps) < _MOST_GROUPS or run["more"] else []
         if not run["more"] or len(gaps) < _MOST_GROUPS:
             ends.append(end)
+        if not ends or sum(map(str.isdigit, text[start : ends[-1]])) < _LEAST_DIGITS:
+            return None
         lines = [one.start() for one in gaps if "\n" in one.group() and one.start() in ends]
         for stop in (*lines, *reversed(ends)):
             written = text[start:stop]
@@ -94,9 +96,9 @@ class Phones:
         plus = written.lstrip("(").startswith("+")
         if plus or digits.startswith("00"):
             dialled = digits if plus else digits[2:]
-            known = (one.abroad(dialled[len(one.code) :]) for one in self._plans if dialled.startswith(one.code))
-            return next(filter(None, known), None) or _of_any_country(dialled)
-        known = next(filter(None, (one.within(digits) for one in self._plans)), None)
+            of_plans = [one.abroad(dialled[len(one.code) :]) for one in self._plans if dialled.startswith(one.code)]
+            return next(filter(None, of_plans), None) or _of_any_country(dialled)
+        known = next(filter(None, [one.within(digits) for one in self._plans]), None)
         if known is None and any(one.code == "1" for one in self._plans) and _NORTH_AMERICAN.fullmatch(written):
             return f"+1{digits[-10:]}"
         return known
@@ -111,7 +113,7 @@ def _of_any_country(digits: str) -> str | None:
 
 
 def _apart(text: str, start: int, end: int) -> bool:
-    """Whether it is no part of a word, an identifier, a sum of money or a decimal number."""
+    """Whether it is not a part of a word, an identifier, a sum of money or a decimal number."""
     before, after = text[max(0, start - 8) : start], text[end : end + 2]
     if before[-1:].isalnum() or (before and before[-1] in "$€£") or (after[1:].isdigit() and after[0] in ".,"):
         return False

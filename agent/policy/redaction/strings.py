@@ -79,7 +79,7 @@ def walked(outgoing: Outgoing, each: Each) -> Outgoing:
 
     def text(value: object, place: str) -> str:
         if not isinstance(value, str):
-            raise _unreadable("something that is no text")
+            raise _unreadable("something that is not text")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -123,7 +123,7 @@ def _unreadable(what: str) -> Refused:
 def _in_json(document: object, each: Callable[[object, str], str], name: str) -> str:
     """A JSON text with its strings, names and numbers replaced; the same text where none is."""
     if not isinstance(document, str):
-        raise _unreadable("something that is no text")
+        raise _unreadable("something that is not text")
     try:
         tree = json.loads(
             document, parse_int=_Number, parse_float=_Number, parse_constant=_no_json, object_pairs_hook=_Pairs

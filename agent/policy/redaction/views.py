@@ -56,12 +56,12 @@ class View:
 
     def windows(self, margin: int) -> Iterator[tuple[int, int]]:
         """The parts of the text that are at most so far from an edit."""
-        begin, end = -1, -1
+        begin = end = 0
         for start, stop, _, _ in self.edits:
             if start - margin > end:
                 if end > begin:
                     yield begin, end
-                begin = max(0, start - margin)
+                begin = start - margin
             end = min(len(self.text), stop + margin)
         if end > begin:
             yield begin, end
