@@ -147,7 +147,7 @@ class Book:
         taken = []
         for ledger, amount in ledgers:
             ledger.asked(amount, now.mono_s, short=False)
-            taken.append(Taken(ledger, ledger.count(amount, now.mono_s), amount))
+            taken.append(Taken(ledger, ledger.use.add(amount, now.mono_s), amount))
         return taken
 
     def correct(self, taken: Iterable[Taken], amounts: Amounts, now: Now, *, last: bool) -> None:
@@ -302,7 +302,7 @@ class Book:
     def _open(self, ledger: Ledger, now: Now) -> None:
         """Divide what is left, once it is known what is used."""
         peers = set(self._nodes) - {self._me}
-        if peers > self._heard and now.mono_s < self._began_s + WAIT_S:
+        if not peers <= self._heard and now.mono_s < self._began_s + WAIT_S:
             return
         ledger.open = True
         used = ledger.use.amount(now.mono_s)

@@ -29,7 +29,6 @@ LEASE_S = 5.0
 """A borrower stops using a loan when it has not heard from the lender for this time, a lender declares it ended when
 it has not heard from the borrower for as long; and as long an answer may be under way."""
 _NEVER_S = float("-inf")
-_MOST_BOOST = 16
 _CALM = 0.6
 """What is left of a rate after a second without requests."""
 
@@ -96,7 +95,7 @@ class Ledger:
         self.want = 0
         self.lively_s = _NEVER_S
         """When it was last used, wanted or lent."""
-        self._asked, self._rate, self._boost, self._got_before = 0, 0.0, 1, 0
+        self._asked, self._rate = 0, 0.0
         self._short, self._short_s = 0, _NEVER_S
 
     @property
@@ -156,10 +155,6 @@ class Ledger:
         if short:
             self._short, self._short_s = max(self._short, min(amount, self.limit.most)), now_s
 
-    def count(self, amount: int, now_s: float) -> int:
-        """Count what a request may use."""
-        return self.use.add(amount, now_s)
-
     def used_elsewhere(self, now_s: float) -> int:
         """What peers have used, as far as known."""
         lasting = self.use.window_s if isinstance(self.use, WindowUse) else float("inf")
@@ -189,13 +184,8 @@ class Ledger:
         if now_s - self._short_s > FRESH_S:
             self._short = 0
         need = max(min(ceil(self._rate * AHEAD_S), self.limit.most), self._short)
-        lacking = max(0, need - self.left(now_s)) if self.open else 0
-        got = sum(self.loans.got.values())
-        # what was wanted and has not come is wanted of every giver more and more
-        satisfied = not lacking or (got - self._got_before) * 2 >= lacking
-        self._boost = 1 if satisfied else min(_MOST_BOOST, self._boost * 2)
-        self.want = min(lacking * self._boost, self.limit.most)
-        self._asked, self._got_before = 0, got
+        self.want = max(0, min(need - self.left(now_s), self.limit.most)) if self.open else 0
+        self._asked = 0
 
     def give(self, nodes: int, now_s: float) -> None:
         """Lend what is not needed here to peers that want it, or return it to its lender, who will. Of a limit per
@@ -206,7 +196,7 @@ class Ledger:
         self.hold = 0
         spare = max(0, self.spare(now_s))
         if not self.open or not self.wanted:
-            self._return(0 if self._rate or self._short else spare, now_s)
+            self._return(spare - ceil(self._rate * 2 * AHEAD_S) - self._short, now_s)
             return
         free = max(0, spare - ceil(self._rate * KEEP_S) - self._short)
         total, givers = sum(one.want for one in self.wanted.values()), max(1, nodes - len(self.wanted))

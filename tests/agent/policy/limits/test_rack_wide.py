@@ -57,6 +57,10 @@ def played(limit: Limit, schedule: Schedule) -> Rack:
             rack.s += args[0]
         else:
             getattr(rack.nodes[args[0]], "killed" if what == "kill" else str(what))()
+        # whatever else: nobody owes, and together they have no more than the limit
+        held = [one.book.ledger(limit, one.now).part(rack.s) for one in rack.nodes.values()]
+        assert min(held) >= 0
+        assert sum(held) <= limit.most
     return rack
 
 
@@ -184,15 +188,18 @@ def test_when_a_gateway_that_had_everything_dies_the_others_have_their_parts_aga
     assert len([one for one in rack.used if one.at_s > rack.s - 60]) >= 0.9 * 240
 
 
-@pytest.mark.parametrize("deaf", ["n3", "n5"])
-def test_a_link_that_works_in_one_direction_only_lets_nobody_use_a_loan_that_has_ended(deaf: str) -> None:
+@pytest.mark.parametrize(("deaf", "at_s", "driven_too"), [("n3", 70, EIGHT), ("n5", 70, EIGHT), ("n5", 116, ["n5"])])
+def test_a_link_that_works_in_one_direction_only_lets_nobody_use_a_loan_that_has_ended(
+    deaf: str, at_s: int, driven_too: list[str]
+) -> None:
     """n3 has borrowed everything; from then on one of the two hears nothing of anybody, but is heard."""
     rack = Rack(8, [RPM])
-    rack.pass_s(60, driven(40, lambda node: node.name == "n3"))
-    for step in range(1200):
+    rack.pass_s(at_s, driven(40, lambda node: node.name == "n3"))
+    for step in range(1300):
         rack.s += 0.1
         for node in rack.nodes.values():
-            driven(5)(node)
+            driven(40, lambda node: node.name == "n3")(node)
+            driven(5, lambda node: node.name in driven_too)(node)
             if step % 5 == 0:
                 node.tick()
             if step % 10 == 3 and node.name != deaf:
@@ -200,6 +207,7 @@ def test_a_link_that_works_in_one_direction_only_lets_nobody_use_a_loan_that_has
                     if giver != node.name:
                         rack.deliver(giver, node.name)
     assert rack.most_in_a_window("requests") <= 240
+    assert deaf == "n3" or any(one.node == "n5" for one in rack.used), "it had its loan back"
 
 
 def test_a_machine_that_slept_uses_no_loan_that_has_ended_meanwhile() -> None:
@@ -303,6 +311,35 @@ def test_a_second_change_back_gives_nothing_twice() -> None:
             rack.nodes[name].become()
         rack.pass_s(5, driven(5))
     assert rack.total("requests") <= 100
+
+
+def test_a_node_that_has_lost_its_state_learns_from_its_peers_what_it_returned() -> None:
+    budget = Limit(DAY.name, 160)
+    rack = Rack(8, [budget])
+    rack.pass_s(10, driven(0))
+    borrower = rack.nodes["n1"]
+    for _ in range(100):
+        borrower.request(Amounts(), Amounts())
+    rack.pass_s(20, driven(0))
+    assert borrower.book.ledger(budget, borrower.now).loans.returned, "it needed less than it had borrowed"
+    borrower.disk, borrower.told, borrower.told_s = b"", [()], [rack.s]
+    borrower.killed()
+    for _ in range(3):
+        rack.meet()
+        assert sum(one.book.ledger(budget, one.now).part(rack.s) for one in rack.nodes.values()) <= 160
+        borrower.tick()
+
+
+def test_what_was_saved_counts_from_when_it_was_used() -> None:
+    rack = Rack(1, [MINUTE])
+    node = rack.nodes["n0"]
+    assert [node.request(Amounts(), Amounts()) for _ in range(10)] == [True] * 9 + [False]
+    node.tick()
+    rack.s += 57.0
+    node.killed()
+    assert not node.request(Amounts(), Amounts())
+    rack.s += 4.0
+    assert node.request(Amounts(), Amounts())
 
 
 def test_a_node_that_has_lost_its_state_learns_from_its_peers_what_it_gave_away() -> None:
