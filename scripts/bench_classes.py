@@ -7,8 +7,8 @@ ten times as many clients as it has rows, each of which sends its next request a
 again. What of a ratio is due to sharing the machine is measured without any waiting: the same requests beside as many
 running rows as the flood may take, while one row is free.
 
-Reserved rows are an operator's means against sharing: with ``--reserve`` 6 of 8 rows the flood gets 2, decoded in a batch
-of their own, which pauses for a first token.
+Reserved rows are an operator's means against sharing: with ``--reserve`` 6 of 8 rows the flood gets 2, decoded in a
+batch of their own, which pauses for a first token.
 """
 
 import contextlib

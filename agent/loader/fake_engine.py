@@ -24,7 +24,7 @@ import msgspec
 from agent.loader.calibration import Bounds, Decode, Prefill, Task
 from agent.loader.counts import Counts
 from agent.loader.generation import Advance, Prepared, nothing
-from agent.loader.ranking import Standing, rows_for, yielding
+from agent.loader.ranking import Standing, could_start, rows_for, yielding
 from agent.loader.row_placement import Placed
 from agent.loader.stopping import StopText
 from agent.wire.frames import (
@@ -99,7 +99,7 @@ class FakeEngine:
         self._slower = 1.0
         self._load_us = int(load_s * 1e6)
         self._waiting: list[_Row] = []
-        self._turns = Turns()
+        self._turns, self._could = Turns(), set[int]()
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._rows: dict[int, _Row] = {}
         self._embeds: list[tuple[Embed, int]] = []
@@ -207,7 +207,7 @@ class FakeEngine:
             if row.left_tok <= 0:
                 self._waiting.remove(row)
                 self._rows[row.request.id] = row
-                self._turns.take(row.request.id, time.perf_counter())
+                self._turns.take(row.request.id, time.perf_counter(), self._could)
                 self._keep(row.request.cache, row.prompt)
             if self._speed.prefill_tps:
                 return
@@ -215,13 +215,14 @@ class FakeEngine:
     def _next_row(self) -> _Row | None:
         """The row to prefill now; None while the first of the highest rank does not fit, even if lower ones yield."""
         now = time.perf_counter()
+        standings = {number: row.standing for number, row in self._rows.items()}
+        self._could = could_start({row.request.id: row.standing for row in self._waiting}, standings, self._limit)
         for row in self._waiting:
-            row.rank = self._turns.rank(row.request.id, now)
+            row.rank = self._turns.rank(row.request.id, now, could=row.request.id in self._could)
         first = max(self._waiting, key=lambda row: row.rank, default=None)
         if first is None:
             return None
         placed = [Placed(number, 0, row.begun_s, row.made, False) for number, row in self._rows.items()]
-        standings = {number: row.standing for number, row in self._rows.items()}
         left = dict(self._rows)
         for number in (None, *yielding(placed, standings, first.rank)):
             if number is not None:

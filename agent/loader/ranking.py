@@ -15,7 +15,7 @@ from agent.loader.row_placement import Candidate, Placed, Placement
 from agent.loader.scheduling import Turn, first
 from agent.wire.priority import STARVED
 
-MAX_YIELDS = 2
+MAX_YIELDS = 4
 """A row yields to higher ranks so many times; then it stays until its answer is complete."""
 
 
@@ -56,6 +56,13 @@ def rows_for(leaves: int, others: Sequence[Standing], rows: int) -> int:
     may be in the rows that it leaves. One of all rows is never left to others."""
     leaves = min(leaves, rows - 1)
     return min(rows, rows - leaves + sum(other.leaves < leaves for other in others)) if leaves else rows
+
+
+def could_start(waiting: Standings, placed: Standings, rows: int) -> set[int]:
+    """Which of the waiting rows would find one of all ``rows`` free that they do not leave to others. The others wait
+    for their equals, or for what nobody reserved from them: a turn of a higher rank takes nothing from them."""
+    others = list(placed.values())
+    return {number for number, one in waiting.items() if len(others) < rows_for(one.leaves, others, rows)}
 
 
 def yielding(placed: Sequence[Placed], standings: Standings, rank: int) -> list[int]:

@@ -5,6 +5,7 @@ Where all requests have the same rank nothing here changes any order.
 """
 
 from collections import Counter
+from collections.abc import Container
 
 import msgspec
 
@@ -37,8 +38,8 @@ class _Claim:
 
 class Turns:
     """Requests that compete for something that is given to one after another, and for how long each has waited for
-    turns of higher ranks: the times between two turns of which the second went to one. Waiting behind its own rank does
-    not count, or under a flood of low ranks all of them would soon count as the highest."""
+    turns of higher ranks: the times between two turns of which the second went to one and could have been its own.
+    Waiting behind its own rank does not count, or under a flood of low ranks all of them would soon be the highest."""
 
     def __init__(self) -> None:
         self._claims: dict[int, _Claim] = {}
@@ -56,23 +57,24 @@ class Turns:
         self._claims[number] = _Claim(priority, now_s)
         self._waiting[priority.rank] += 1
 
-    def rank(self, number: int, now_s: float) -> int:
+    def rank(self, number: int, now_s: float, *, could: bool = True) -> int:
         """A request's rank now: ``STARVED`` when it would have waited ``starve_ms`` for higher ones if one of those
-        that wait with it had its turn."""
+        that wait with it had its turn, which ``could`` be this one's."""
         one = self._claims[number]
         rank = one.priority.rank
         waited_s = one.behind_s
-        if one.waits and self.mixed and max(self._waiting) > rank:
+        if could and one.waits and self.mixed and max(self._waiting) > rank:
             waited_s += self._since_turn_s(one, now_s)
         return STARVED if waited_s and waited_s * 1000 >= one.priority.starve_ms else rank
 
-    def take(self, number: int, now_s: float) -> None:
-        """A request has its turn."""
-        rank = self.rank(number, now_s)
+    def take(self, number: int, now_s: float, could: Container[int] | None = None) -> None:
+        """A request has its turn, which those who ``could`` have had instead: None for all."""
+        rank, own = self.rank(number, now_s), self._claims[number].priority.rank
         self._rest(self._claims[number])
-        if any(other < rank for other in self._waiting):
+        if any(other < rank and other != own for other in self._waiting):
             for other, one in self._claims.items():
-                if one.waits and self.rank(other, now_s) < rank:
+                lower = one.waits and one.priority.rank < rank and one.priority.rank != own
+                if lower and (could is None or other in could):
                     one.behind_s += self._since_turn_s(one, now_s)
         self._turn_s = now_s
 

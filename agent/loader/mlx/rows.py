@@ -109,7 +109,8 @@ class Rows:
             if any(other.behind is row for other in self.waiting):
                 self.cache.keep(held)
         self._release(row)
-        self._wait_again(row)
+        self.turns.back(row.id, time.perf_counter())
+        self.waiting.append(row)
 
     def put_back(self, row: Row) -> None:
         """Preempt a row and cache its state; it is computed again from its known tokens."""
@@ -190,9 +191,6 @@ class Rows:
             row.left_batch()
         row.left_tok = row.length_tok - self.cache.peek(row.tokens)
         self._release(row)
-        self._wait_again(row)
-
-    def _wait_again(self, row: Row) -> None:
         self.turns.back(row.id, time.perf_counter())
         self.waiting.append(row)
 

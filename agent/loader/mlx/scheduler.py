@@ -7,7 +7,7 @@ from agent.loader.mlx.model import TextModel
 from agent.loader.mlx.row import Row
 from agent.loader.mlx.rows import Rows
 from agent.loader.prefill_pace import PrefillPace
-from agent.loader.ranking import Standings, begin, least, paused, seen
+from agent.loader.ranking import Standings, begin, could_start, least, paused, seen
 from agent.loader.row_placement import Limits, Placement
 from agent.loader.scheduling import together
 
@@ -20,6 +20,8 @@ class Scheduler:
         self._pace, self._counts = pace, counts
         self.limits = limits
         self._paused_s = 0.0
+        self._could: set[int] = set()
+        """Rows that could have the turn of this step."""
 
     def plan(self, now_s: float) -> None:
         """Make room and start the next rows. Raises whatever removing a row from its batch raises."""
@@ -78,8 +80,10 @@ class Scheduler:
 
     def _highest(self, ready: list[Row], now_s: float) -> list[Row]:
         """Those of the highest rank that waits."""
+        placed = {row.id: row.standing for row in self._rows.running}
+        self._could = could_start({row.id: row.standing for row in ready}, placed, self.limits.rows)
         for row in ready:
-            row.rank = self._rows.turns.rank(row.id, now_s)
+            row.rank = self._rows.turns.rank(row.id, now_s, could=row.id in self._could)
         highest = max(row.rank for row in ready)
         return [row for row in ready if row.rank == highest]
 
@@ -109,7 +113,7 @@ class Scheduler:
         joining, entries = [], []
         for row in rows:
             self._rows.waiting.remove(row)
-            self._rows.turns.take(row.id, now_s)
+            self._rows.turns.take(row.id, now_s, self._could)
             row.joined_s, row.begun_s = now_s, row.begun_s or now_s
             try:
                 entries.append(self._entry(row))

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loader.ranking import MAX_YIELDS, Begin, Standing, begin, least, paused, rows_for, seen, yielding
+from agent.loader.ranking import (
+    MAX_YIELDS,
+    Begin,
+    Standing,
+    begin,
+    could_start,
+    least,
+    paused,
+    rows_for,
+    seen,
+    yielding,
+)
 from agent.loader.row_placement import Candidate, Limits, Placement
 from agent.loader.scheduling import Turn
 from agent.wire.priority import STARVED
@@ -187,3 +198,19 @@ def test_batches_pause_for_the_first_token_of_one_they_leave_rows_to(at: Placeme
 @given(placements, st.data())
 def test_where_nothing_is_reserved_nothing_pauses(at: Placement, data: st.DataObject) -> None:
     assert paused(at, {one.id: data.draw(standing)._replace(leaves_rows=0) for one in at.rows}) == set()
+
+
+@pytest.mark.parametrize(
+    ("placed", "expected"),
+    [
+        ([], {1, 2, 3}),
+        ([Standing(-1, 3)], {2, 3}),
+        ([Standing(-1, 3), ORCHESTRATION], {2, 3}),
+        ([ORCHESTRATION] * 3, {1, 2, 3}),
+        ([ORCHESTRATION] * 4, set()),
+        ([Standing(-1, 3), *[ORCHESTRATION] * 3], set()),
+    ],
+)
+def test_who_could_have_a_row(placed: list[Standing], expected: set[int]) -> None:
+    waiting = {1: Standing(-1, 3), 2: ORCHESTRATION, 3: Standing(STARVED, 3)}
+    assert could_start(waiting, dict(enumerate(placed, 10)), 4) == expected

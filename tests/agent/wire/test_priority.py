@@ -40,6 +40,16 @@ def test_waiting_behind_ones_own_rank_does_not_count() -> None:
     assert turns.rank(99, 61.0) == -1, "0.6 s of the minute went to a higher rank"
 
 
+def test_a_turn_that_could_not_have_been_its_own_does_not_count() -> None:
+    """Of a reserved row, say: its own are taken by its equals."""
+    turns = Turns()
+    for number, priority in enumerate((ROUTINE, ROUTINE, ORCHESTRATION, ORCHESTRATION)):
+        turns.arrive(number, priority, 0.0)
+    turns.take(2, 9.0, {1, 2, 3})
+    assert (turns.rank(0, 9.0), turns.rank(1, 9.0)) == (-1, STARVED)
+    assert (turns.rank(0, 99.0), turns.rank(0, 99.0, could=False)) == (STARVED, -1)
+
+
 def test_what_was_waited_before_a_preemption_still_counts() -> None:
     turns = Turns()
     turns.arrive(1, ROUTINE, 0.0)
