@@ -14,7 +14,7 @@ from agent.control.rates import Rates
 from agent.egress.connections import Reach
 from agent.egress.providers import Egress
 from agent.gateway.allowances import SAVE_S, Allowances
-from agent.gateway.analysis import Analysis
+from agent.gateway.analysis import Analysis, needed
 from agent.gateway.describing import aliases
 from agent.gateway.overflow import Overflow
 from agent.gateway.taints import Taints
@@ -58,7 +58,6 @@ class Boundary:
         *,
         reach: Reach | None = None,
     ) -> None:
-        node = live.now.node.id
         self._live, self._near = live, near
         self.policy = PolicyFile(live)
         self.policy.load()
@@ -66,17 +65,26 @@ class Boundary:
         self.audit = Audit(live, state, near.store, near.emit, self._names(codes))
         self.taints = Taints(state, live, near.table, near.client, near.keys, near.emit)
         self.analysis = Analysis(environ=environ)
-        self.allowances = Allowances(
-            node,
+        self.allowances = self._new_allowances(state)
+        self._egress = Egress(self._rules, environ, reach=reach)
+        self.wall = Wall(live.now.node.id, self._guards())
+        self.overflow = Overflow(self.wall, self._egress, self.analysis, self.allowances)
+        live.follow(self._members)
+
+    def _new_allowances(self, state: Path) -> Allowances:
+        config = self._live.now
+        return Allowances(
+            config.node.id,
             state,
-            nodes=_nodes(live.now),
+            nodes=_nodes(config),
             rules=self._rules,
             key_ids=self._key_ids,
             rate_of=self.rates.of,
-            beat_s=live.now.peers.beat_s,
+            beat_s=config.peers.beat_s,
         )
-        self._egress = Egress(self._rules, environ, reach=reach)
-        guards = Guards(
+
+    def _guards(self) -> Guards:
+        return Guards(
             rules=self._rules,
             serves=self._serves,
             aliases=self._aliases,
@@ -86,9 +94,6 @@ class Boundary:
             audit=self.audit.log,
             allowances=self.allowances,
         )
-        self.wall = Wall(node, guards)
-        self.overflow = Overflow(self.wall, self._egress, self.analysis, self.allowances)
-        live.follow(self._members)
 
     def start(self) -> None:
         """Begin to load marks, and to prepare the analysis where the policy needs it."""
@@ -118,8 +123,9 @@ class Boundary:
 
     def warnings(self) -> list[str]:
         """What an operator has to know, a sentence each; the policy's own are in the status."""
-        problems = (self.allowances.problem, self.analysis.problem)
-        return [*self.audit.warnings(), *(one for one in problems if one)]
+        analysis = "" if self.analysis.ready or not needed(self._rules()) else self.analysis.problem
+        unable = f"nothing leaves the premises, because what would is not analysed: {analysis}" if analysis else ""
+        return [*self.audit.warnings(), *(one for one in (self.allowances.problem, unable) if one)]
 
     def view(self) -> dict[str, Any]:
         """For display."""

@@ -13,12 +13,12 @@ from agent.config import (
     Limits,
     Meter,
     Model,
-    Oidc,
     cache_group,
     has_store,
     is_open,
     plain_url,
 )
+from agent.config_oidc import Oidc
 from shared import transport
 from shared.bucket import REFERENCE_HINT, check_store, is_reference
 from shared.errors import Refused

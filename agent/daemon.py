@@ -100,23 +100,16 @@ class Daemon:
         self._metrics = self._live_metrics()
         self._models = ModelStore(state / "models.json", model_folder(config, state))
         self._pool = self._model_pool()
-        near = Neighbours(self._table, self._peer_client, self._keys, self._pool, self._emit, self._open_store)
+        near = Neighbours(self._table, self._peer_client, self._keys, self._pool, self._emit, _store_of(self))
         self.boundary = Boundary(self._live, state, environ, near, STATUS, reach=reach)
-        self._dispatch = Dispatch(
-            *(config.node.id, self._pool, self._table, self._peer_client, self.telemetry.ledger, self._live),
-            prefix_key=lambda: self._keys.prefix_key,
-            heat=lambda: self.telemetry.heat.level,
-            overflow=self.boundary.overflow,
-        )
+        self._dispatch = _new_dispatch(self)
         self._follower = self._new_follower(lasting=lasting)
         self._heartbeats = self._new_heartbeats(mark)
         parts = (self.telemetry, self._pool, self._dispatch, self._follower, self._table, self._heartbeats)
         more = (self._warnings, self._awake.view)
         self.status = Status(config.node, self._budget, *parts, *more, boundary=self.boundary, keys=self._keys)
-        self._heartbeats.on_heard = self.boundary.heard
-        policy = self.boundary.policy
-        reloaded = Parts(self._live, self._keys, self._tls, self._pool, self._follower, self._models, policy)
-        self.reloader = Reloader(reloaded, environ, read)
+        reloaded = (self._live, self._keys, self._tls, self._pool, self._follower, self._models, self.boundary.policy)
+        self.reloader = Reloader(Parts(*reloaded), environ, read)
         self._live.follow(lambda now: self._put_budget(now.memory.budget_bytes))
 
     # ---- construction ----
@@ -147,19 +140,16 @@ class Daemon:
     def _new_follower(self, *, lasting: bool) -> Follower:
         return Follower(
             *(self._live, self._pool, self._models),
-            self._open_store,
+            _store_of(self),
             self._state / "desired.json",
             carried_by_peer=self._carried_by_peer,
             on_peers=self._set_peers,
             lasting=lasting,
         )
 
-    def _open_store(self) -> ObjectStore:
-        return open_store(self.config.store, self._environ, attempts=1)
-
     def _new_heartbeats(self, mark: str) -> Heartbeats:
         node = self.config.node
-        return Heartbeats(
+        made = Heartbeats(
             *(self._table, self._peer_client, self.telemetry.outbox.emit),
             rack=node.rack,
             beat_s=self.config.peers.beat_s,
@@ -167,6 +157,8 @@ class Daemon:
             on_back=self._dispatch.peer_is_back,
             on_shares=self.boundary.allowances.heard,
         )
+        made.on_heard = self.boundary.heard
+        return made
 
     def _node_tls(self) -> "NodeTls | None":
         """Imported only where it is configured, because cryptography takes seven megabytes."""
@@ -381,6 +373,21 @@ class Daemon:
 async def _sealed(daemon: Daemon) -> dict[str, Any]:
     """Close the telemetry's window and the file of the audit log, and upload both."""
     return {**await daemon.telemetry.outbox.seal(), "audit": await daemon.boundary.audit.seal()}
+
+
+def _store_of(daemon: Daemon) -> Callable[[], ObjectStore]:
+    """Opens the bucket that is configured."""
+    return lambda: open_store(daemon.config.store, daemon._environ, attempts=1)
+
+
+def _new_dispatch(daemon: Daemon) -> Dispatch:
+    near = (daemon._pool, daemon._table, daemon._peer_client, daemon.telemetry.ledger, daemon._live)
+    return Dispatch(
+        *(daemon.config.node.id, *near),
+        prefix_key=lambda: daemon._keys.prefix_key,
+        heat=lambda: daemon.telemetry.heat.level,
+        overflow=daemon.boundary.overflow,
+    )
 
 
 def _busy(pool: Pool) -> bool:

@@ -34,6 +34,7 @@ DIAL = {"open_connection", "create_connection", "create_datagram_endpoint", "ope
 MAY_CONNECT = (
     *("agent/api/", "agent/mesh/", "agent/egress/", "agent/telemetry/meters/", "agent/files/hub", "agent/operator/"),
     *("agent/process/loader_process.py", "agent/loader/__main__.py", "agent/loader/serve.py"),  # a pair of sockets
+    *("agent/gateway/analysis.py", "agent/gateway/analyzer.py"),  # another one, to the child that analyses
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -186,16 +187,16 @@ def measures(root: Path) -> list[Measure]:
     layers = len(contract(root, "agent-layers")["layers"])
     return [
         Measure("files in one folder", most, 35, folder),
-        Measure("layers of the agent", layers, 10),
-        Measure("import arrows between its children", _arrows(grimp.build_graph("agent")), 90),
+        Measure("layers of the agent", layers, 11),
+        Measure("import arrows between its children", _arrows(grimp.build_graph("agent")), 118),
         Measure("methods of a class", *_most(classes, 24)),
         Measure("lines of a constructor", *_most(constructors, 39)),
         Measure("lines of a function, median", median(lengths), 8),
         Measure("lines of a function, p99", lengths[int(len(lengths) * 0.99)], 41),
         Measure("lines of a function, longest", *_most(functions, 60)),
         Measure("lines of a file", lines[longest], 450, str(longest)),
-        Measure("lines of product code", total, 58_500),
-        Measure("lines of scripts", scripts, 7_300),
+        Measure("lines of product code", total, 72_500),
+        Measure("lines of scripts", scripts, 8_200),
         Measure("docstring and comment lines per 100", round(100 * prose / total, 2), 9.97, least=True),
         Measure("test lines per line of code", round(tests / total, 2), 0.6, least=True),
     ]

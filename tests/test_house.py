@@ -99,7 +99,7 @@ def test_a_planted_import_breaks_its_contract(copy: Path, file: str, line: str, 
 
 
 def test_a_new_package_needs_a_layer(copy: Path) -> None:
-    (copy / "agent/policy.py").write_text("")
+    (copy / "agent/parlour.py").write_text("")
     run = lint(copy)
     assert run.returncode == 1
     assert "Layers of the agent BROKEN" in run.stdout

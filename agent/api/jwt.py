@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from agent.config import Oidc
+from agent.config_oidc import Oidc
 from shared.errors import Refused
 from shared.keys import is_name
 

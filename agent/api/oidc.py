@@ -19,7 +19,8 @@ from aiohttp import web
 from agent.api import jwt
 from agent.api.context import OIDC, Unauthorized, bearer
 from agent.api.jwt import BadToken, Keys
-from agent.config import AgentConfig, Live, Oidc
+from agent.config import AgentConfig, Live
+from agent.config_oidc import Oidc
 from agent.tasks import Tasks
 from shared.errors import RackError, Refused, Retryable
 from shared.hosts import host_of, is_loopback

@@ -44,6 +44,7 @@ class KeptFacts(Facts, frozen=True, kw_only=True):
 
     key_id: Name = ""
     model: Name
+    aliases: tuple[Name, ...] = ()
     prompt_tok: Count = 0
     answer_tok: Count = 0
     day: Day = "1970-01-01"
@@ -185,8 +186,9 @@ class Vocabulary:
             "places": tuple(replace(one, provider=self._kept("provider", one.provider)) for one in entry.places),
         }
         if facts is not None:
+            aliases = tuple(name for name in facts.aliases if self._kept("model", name))
             kept = {"key_id": self._kept("key", facts.key_id), "model": self._kept("model", facts.model)}
-            changed["facts"] = replace(facts, **kept)
+            changed["facts"] = replace(facts, aliases=aliases, **kept)
         if answered is not None:
             changed["answered"] = replace(answered, **{of: self._kept(of, getattr(answered, of)) for of in _OF_PLACE})
         return replace(entry, **changed)
@@ -230,7 +232,7 @@ def _names(entry: Entry) -> list[tuple[Named, str]]:
     facts, answered = entry.facts, entry.answered
     found: list[tuple[Named, str]] = [("node", entry.node), ("policy", entry.policy), ("code", entry.code)]
     if facts is not None:
-        found += (("key", facts.key_id), ("model", facts.model))
+        found += (("key", facts.key_id), ("model", facts.model), *(("model", name) for name in facts.aliases))
     if answered is not None:
         found += (("provider", answered.provider), ("node", answered.node), ("model", answered.model))
     found += [("provider", place.provider) for place in entry.places]

@@ -117,8 +117,8 @@ class Egress:
     async def _pieces(
         self, provider: Provider, outgoing: Outgoing, payload: bytes
     ) -> AsyncGenerator[Piece | End, None]:
-        now = asyncio.get_running_loop().time
-        limits = Limits(provider, now())
+        clock = asyncio.get_running_loop().time
+        limits = Limits(provider, clock())
         if provider.kind == "local":
             await self._check_stays(provider, outgoing.model, limits)
         reader, events, received = _reader(provider, outgoing), Events(), 0
@@ -129,9 +129,9 @@ class Egress:
                 if received > MOST_ANSWER_BYTES:
                     raise failures.of_garbage(provider.name, f"more than {MOST_ANSWER_BYTES >> 20} MiB")
                 for piece in _taken(provider, reader, events, data):
-                    read_s = now()
+                    read_s = clock()
                     yield piece
-                    limits.heard(now() - read_s)
+                    limits.heard(clock() - read_s)
             rest = _rest(provider, reader, events)
         for last in rest:
             yield last

@@ -36,7 +36,7 @@ def prompt_bytes(ask: Generate | Embed, prompts: Sequence[str] = ()) -> int:
 
 def outgoing_of(ask: Generate | Embed, model: str) -> Outgoing:
     """A chat as another place gets it, with that place's ``model``. Reasoning of earlier turns stays here. Raises
-    Refused for what is no chat."""
+    Refused for any other request."""
     if not isinstance(ask, Generate) or ask.prompt is not None or not ask.messages:
         raise Refused("only conversations can be answered elsewhere", code="not_redactable")
     return Outgoing(

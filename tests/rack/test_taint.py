@@ -17,6 +17,7 @@ from agent.mesh.signing import RackKeys, body_hash
 from agent.process.prefixes import unpacked
 from scripts.seaweed import free_port
 from tests.rack.harness import SECRET, Agent, Answer, end, events_of, model, until, write_config
+from tests.rack.taint_agent import OLDER
 
 SENSITIVE = {"X-Task-Class": "ROUTINE, SENSITIVE"}
 LONG = "This belongs to the file of the patient and to nobody else. " * 6
@@ -30,9 +31,8 @@ class WithTaints(Agent):
     older = False
 
     def start(self, *, wait: bool = True) -> "Agent":
-        if self.older:
-            return super().start(wait=wait)
-        environ = {"MLXRACK_TEST_SECRET": self.secret, "PATH": "/usr/bin:/bin", "HOME": str(self.folder)}
+        older = {OLDER: "1"} if self.older else {}
+        environ = {**older, "MLXRACK_TEST_SECRET": self.secret, "PATH": "/usr/bin:/bin", "HOME": str(self.folder)}
         command = [sys.executable, "-m", "tests.rack.taint_agent", "run", "--config", str(self.config)]
         self.process = subprocess.Popen(
             *(command,),

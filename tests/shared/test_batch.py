@@ -131,7 +131,7 @@ def test_arbitrary_bytes_are_rejected_cleanly(raw: bytes) -> None:
 
 
 def test_every_record_fits_its_union() -> None:
-    assert len(RECORD_TYPES) == 22
+    assert len(RECORD_TYPES) == 25
     for kind in RECORD_TYPES.values():
         assert kind.__struct_config__.frozen
 

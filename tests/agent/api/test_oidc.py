@@ -21,8 +21,9 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 from agent.api import jwt, oidc, wire
 from agent.api.app import build
 from agent.api.context import OIDC, Context
-from agent.config import AgentConfig, Live, Oidc, OidcClient, hash_key
+from agent.config import AgentConfig, Live, hash_key
 from agent.config_checks import check
+from agent.config_oidc import Oidc, OidcClient
 from shared.errors import Refused
 from tests.agent.api.test_answering import ASKED, CHAT, Client, Worker
 from tests.made_wall import made_boundary

@@ -261,7 +261,7 @@ def test_the_places_of_a_decision_are_recorded_once_each() -> None:
             for use in ("a", "b")
         ),
     )
-    decision = decide(Facts(model="chat"), rules)
+    decision = decide(Facts(model="chat", class_from="header"), rules)
     assert isinstance(decision, Allow | Redact)
     assert allowed(decision.places) == (Allowed(category="rack"), Allowed(category="outside", provider="openai"))
 

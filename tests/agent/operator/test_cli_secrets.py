@@ -171,7 +171,7 @@ COUNTS = st.integers(0, 10**9)
     st.lists(st.sampled_from(("chat", "qwen3-8b", "a.b_c")), max_size=3, unique=True),
     st.sampled_from(("", "2027-01-31", "2028-02-29")),
     st.tuples(COUNTS, COUNTS),
-    st.tuples(st.sampled_from(("", "0", "2.50")), st.sampled_from(("", "100"))),
+    st.tuples(st.sampled_from(("", "0.01", "2.50")), st.sampled_from(("", "100"))),
     st.tuples(st.booleans(), st.booleans()),
 )
 def test_the_lines_for_the_policy_say_what_was_asked_for(

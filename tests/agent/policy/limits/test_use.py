@@ -111,7 +111,7 @@ def test_a_price_is_whole_billionths_rounded_up(rate: Rate | None, prompt: int, 
 
 
 def test_every_limit_of_the_policy_file_has_its_name() -> None:
-    money = Money(requests=1, prompt_tok=2, completion_tok=3, usd="0.000000001")
+    money = Money(requests=1, prompt_tok=2, completion_tok=3, usd="0.000001")
     key = KeyPolicy(id="*", requests_per_minute=9, tokens_per_minute=8, day=money, week=money, month=money)
     found = {limit.name.short: limit.most for limit in of_key(key, "alice")}
     assert found == {
@@ -120,7 +120,7 @@ def test_every_limit_of_the_policy_file_has_its_name() -> None:
         **{
             f"{span}.{unit}": most
             for span in ("day", "week", "month")
-            for unit, most in {"requests": 1, "prompt_tok": 2, "completion_tok": 3, "usd": 1}.items()
+            for unit, most in {"requests": 1, "prompt_tok": 2, "completion_tok": 3, "usd": 1000}.items()
         },
     }
     assert {limit.name.owner for limit in of_key(key, "alice")} == {"key:alice"}
