@@ -22,7 +22,6 @@ PlugKind = Literal[ShellyKind, "tasmota", "home_assistant", "kasa", "tapo"]
 ApcKind = Literal["apc_device", "apc_legacy", "apc_outlet"]
 SentryKind = Literal[
     "servertech_cord", "servertech_outlet", "sentry3_tower", "sentry3_infeed", "sentry3_phases", "sentry3_outlet"
-]
 PduKind = Literal[
     ApcKind, "raritan_outlet", "raritan_inlet", SentryKind, "eaton_outlet", "eaton_input", "cyberpower_outlet"
 ]

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 TokenAlgorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
+]
 
 
 class OidcClient(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
