@@ -22,6 +22,7 @@ PlugKind = Literal[ShellyKind, "tasmota", "home_assistant", "kasa", "tapo"]
 ApcKind = Literal["apc_device", "apc_legacy", "apc_outlet"]
 SentryKind = Literal[
     "servertech_cord", "servertech_outlet", "sentry3_tower", "sentry3_infeed", "sentry3_phases", "sentry3_outlet"
+]
 PduKind = Literal[
     ApcKind, "raritan_outlet", "raritan_inlet", SentryKind, "eaton_outlet", "eaton_input", "cyberpower_outlet"
 ]
@@ -50,8 +51,6 @@ Technology's unit, cord and outlet or, of Sentry3, tower, infeed and outlet, Eat
 CyberPower's outlet or row of loads, a sensor's index."""
 KASA_KINDS = ("kasa", "tapo")
 """Read by python-kasa, of the extra ``kasa``."""
-]
-"""Signatures with a public key; those with a shared secret, and none, are no choice."""
 Positive = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 

@@ -8,6 +8,7 @@ from msgspec import Meta
 TokenAlgorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
 ]
+"""Signatures with a public key; those with a shared secret, and none, are no choice."""
 
 
 class OidcClient(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
