@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-redaction bench-telemetry bench-classes bench-serve sample-rack walk drill mac wheels dist clean
+.PHONY: help setup model demo run test fuzz fuzz-parsers swap chaos crash crash-aggregator abuse score recompute wall soak simulate memory families histories schemas check lint types arch house docs bench-calibration bench-dispatch bench-aggregate bench-placement bench-redaction bench-telemetry bench-classes bench-serve sample-rack walk drill mac wheels dist clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -71,6 +71,11 @@ score: $(STAMP) ## measure the accuracy of causes and verdicts on synthetic week
 
 recompute: $(STAMP) ## work out every figure of the made racks' reports a second time, from raw segments: a table; ARGS="'half silent' --again"
 	@$(BIN)/python -m tests.recompute $(ARGS)
+
+wall: $(STAMP) ## send 10,000 SENSITIVE requests in each state of failure past fake providers; limits of whole minutes; policy, redaction, audit
+	MLXRACK_WALL=10000 MLXRACK_LIMITS_FULL=1 MLXRACK_LIMITS_EXAMPLES=1000 $(BIN)/python -m pytest -v --timeout=1500 \
+	tests/rack/test_wall.py tests/rack/test_limits.py tests/rack/test_taint.py tests/rack/test_audit.py tests/rack/test_policy.py \
+	tests/agent/gateway/test_wall.py tests/agent/policy tests/agent/egress tests/agent/audit
 
 fuzz-parsers: $(STAMP) ## fuzz every parser of sensor and meter output with 100,000 inputs
 	@$(BIN)/python -m scripts.fuzz_parsers

@@ -24,8 +24,8 @@ class NoMarks:
         """Keeps nothing."""
 
 
-def made_boundary(folder: Path, rules: Rules = DEFAULT) -> Any:
-    """What handlers use of agent.boundary.Boundary; its audit log is off."""
+def made_boundary(folder: Path, rules: Rules = DEFAULT, **other: Any) -> Any:
+    """What handlers use of agent.boundary.Boundary; its audit log is off. ``other`` guards replace those here."""
     allowances, marks, analysis = Allowances("n1", folder, nodes=["n1"], rules=lambda: rules), NoMarks(), Analysis()
     guards: Any = {
         "rules": lambda: rules,
@@ -36,5 +36,6 @@ def made_boundary(folder: Path, rules: Rules = DEFAULT) -> Any:
         "analysis": analysis,
         "audit": AuditLog(folder / "audit", node="n1", known=lambda of, name: False, enabled=False),
         "allowances": allowances,
+        **other,
     }
     return SimpleNamespace(wall=Wall("n1", Guards(**guards)), taints=marks, allowances=allowances)
