@@ -7,7 +7,7 @@ ten times as many clients as it has rows, each of which sends its next request a
 again. What of a ratio is due to sharing the machine is measured without any waiting: the same requests beside as many
 running rows as the flood may take, while one row is free.
 
-Reserved rows are an operator's means against sharing: with ``--reserve`` 6 of 8 rows the flood gets 2, decoded in a
+Reserved rows are an operator's means against sharing: with ``--reserve`` 7 of 8 rows the flood gets 1, decoded in a
 batch of their own, which pauses for a first token.
 """
 
@@ -73,7 +73,8 @@ def _arguments() -> Any:
     found.add_argument("--rounds", type=int, default=7)
     found.add_argument("--requests", type=int, default=12, help="ORCHESTRATION requests in each half of a round")
     found.add_argument("--rows", type=int, default=8)
-    found.add_argument("--reserve", type=int, nargs="*", default=[0, 6])
+    found.add_argument("--reserve", type=int, nargs="*", default=[0, 7])
+    found.add_argument("--prompt-tok", type=int, default=400, help="prompt tokens of ORCHESTRATION, about")
     found.add_argument("--routine-tok", type=int, default=48)
     found.add_argument("--starve-s", type=float, default=30.0)
     found.add_argument("--model", type=Path, default=default_folder() / MAIN)
@@ -89,13 +90,13 @@ def measure(case: Case, args: Any) -> None:
     seen = Seen([], [], [])
     numbers, few = itertools.count(), args.rows - max(1, case.reserve)
     with agent(case, args) as server:
-        first_token(server, "warm up", "ORCHESTRATION")
+        first_token(server, order(next(numbers), args.prompt_tok))
         for _ in range(args.rounds):
-            one = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+            one = [first_token(server, order(next(numbers), args.prompt_tok)) for _ in range(args.requests)]
             with beside(server, few, case, numbers, Seen([], [], [])):
-                shared += [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+                shared += [first_token(server, order(next(numbers), args.prompt_tok)) for _ in range(args.requests)]
             with beside(server, 10 * args.rows, case, numbers, seen):
-                two = [first_token(server, question(next(numbers)), "ORCHESTRATION") for _ in range(args.requests)]
+                two = [first_token(server, order(next(numbers), args.prompt_tok)) for _ in range(args.requests)]
             idle, flooded = idle + one, flooded + two
             ratios.append(quantile(two, 0.95) / quantile(one, 0.95))
     drained_per_s = max(1, len(seen.answered_s)) / sum(seen.lasted_s)
@@ -179,6 +180,11 @@ def question(number: int) -> str:
     return f"{number}: say something about {SUBJECTS[number % len(SUBJECTS)]}, " + "and take your time. " * 8
 
 
+def order(number: int, tokens: int) -> str:
+    """A prompt of about so many tokens, as one that plans has: what it may use, then what is wanted."""
+    return f"{number}: " + "there is a tool for each of these steps. " * (tokens // 9) + "What is the next step?"
+
+
 def posted(connection: http.client.HTTPConnection, body: dict[str, Any]) -> float | None:
     """Send one ROUTINE request; None when it was answered, else the seconds after which to come again."""
     headers = {"Content-Type": "application/json", "X-Task-Class": "ROUTINE"}
@@ -190,16 +196,16 @@ def posted(connection: http.client.HTTPConnection, body: dict[str, Any]) -> floa
     return float(answer.getheader("Retry-After") or 1)
 
 
-def first_token(server: Server, content: str, task_class: str) -> float:
+def first_token(server: Server, content: str) -> float:
     """Seconds until the first token of a streamed answer of 4."""
     connection = connected(server, 300)
     body = chat(server.model, content, 4, temperature=0, stream=True)
     began = time.perf_counter()
-    headers = {"Content-Type": "application/json", "X-Task-Class": task_class}
+    headers = {"Content-Type": "application/json", "X-Task-Class": "ORCHESTRATION"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     answer = connection.getresponse()
     if answer.status != 200:
-        raise SystemExit(f"bench: the agent answered {answer.status} to {task_class}")
+        raise SystemExit(f"bench: the agent answered {answer.status}")
     found = next(_tokens_at(answer)) - began
     answer.read()
     connection.close()

@@ -208,6 +208,7 @@ class FakeEngine:
                 self._waiting.remove(row)
                 self._rows[row.request.id] = row
                 self._turns.take(row.request.id, time.perf_counter(), self._could)
+                row.rank = row.request.priority.rank  # it had its turn, however it came to it
                 self._keep(row.request.cache, row.prompt)
             if self._speed.prefill_tps:
                 return

@@ -39,13 +39,18 @@ class _Claim:
 class Turns:
     """Requests that compete for something that is given to one after another, and for how long each has waited for
     turns of higher ranks: the times between two turns of which the second went to one and could have been its own.
-    Waiting behind its own rank does not count, or under a flood of low ranks all of them would soon be the highest."""
+    Waiting behind its own rank does not count, or under a flood of low ranks all of them would soon be the highest.
+
+    While higher ranks wait, at most every second turn goes to one that has waited long enough: a long queue of a low
+    rank, all of which have, would else keep the higher ones waiting for all of it."""
 
     def __init__(self) -> None:
         self._claims: dict[int, _Claim] = {}
         self._waiting: Counter[int] = Counter()
         """How many of each rank wait."""
         self._turn_s = 0.0
+        self._relieved = False
+        """Whether the last turn went to one that had waited long enough."""
 
     @property
     def mixed(self) -> bool:
@@ -63,8 +68,10 @@ class Turns:
         one = self._claims[number]
         rank = one.priority.rank
         waited_s = one.behind_s
-        if could and one.waits and self.mixed and max(self._waiting) > rank:
-            waited_s += self._since_turn_s(one, now_s)
+        if one.waits and self.mixed and max(self._waiting) > rank:
+            if self._relieved:
+                return rank
+            waited_s += self._since_turn_s(one, now_s) if could else 0.0
         return STARVED if waited_s and waited_s * 1000 >= one.priority.starve_ms else rank
 
     def take(self, number: int, now_s: float, could: Container[int] | None = None) -> None:
@@ -76,7 +83,7 @@ class Turns:
                 lower = one.waits and one.priority.rank < rank and one.priority.rank != own
                 if lower and (could is None or other in could):
                     one.behind_s += self._since_turn_s(one, now_s)
-        self._turn_s = now_s
+        self._turn_s, self._relieved = now_s, rank == STARVED
 
     def back(self, number: int, now_s: float) -> None:
         """One that had its turn waits again; what it has waited before still counts."""

@@ -20,7 +20,8 @@ from agent.wire.frames import Done, Generate
 @dataclass(eq=False)
 class Row:
     """A request from submission to its last token. ``left_tok`` are the prompt tokens still to be computed; ``rank`` is
-    the one with which it had its last turn, ``yielded`` how often it yielded its row to a higher one."""
+    the one with which it had its turn until its prompt is computed, then its own; ``yielded`` is how often it yielded
+    its row to a higher one."""
 
     request: Generate
     prompt: list[int]

@@ -168,6 +168,7 @@ class Rows:
         row.left_tok = 0 if response.end_of_prompt else max(1, total - done)
         if row.left_tok <= 1 and row in self.prefilling:
             self.prefilling.remove(row)  # its last token is computed in the next decode step
+            row.rank = row.request.priority.rank  # it had its turn, however it came to it
         held_tok = row.length_tok - row.left_tok
         behind = [other for other in self.waiting if other.behind is row]
         if ready := [other for other in behind if other.shared_tok <= held_tok or row.left_tok <= 1]:
