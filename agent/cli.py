@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_chips.add(verb)
     cli_audit.add(verb, _config_and_state, _common)
     cli_reload.add(verb, _config_and_state)
-    cli_policy.add(verb, _config_and_state, _common, _stated)
+    cli_policy.add(verb, _config_and_state, _common, _stated, cli_audit.recorded)
     cli_secrets.add(verb, _config_and_state, lambda args: _config(args)[1], _common)
     return parser
 

@@ -16,6 +16,7 @@ from agent.api.bodies import Held, weight
 from agent.api.context import (
     BODIES,
     CONTEXT,
+    KEY_ID,
     LOGGED,
     PARSING,
     PASSAGE,
@@ -73,6 +74,7 @@ async def read(request: web.Request, parse: Callable[[bytes, Api], R], key_id: s
     """A request's body, parsed; ``held`` counts its memory. It is admitted before it is read, and weighed before it is
     decoded; a large one is decoded in a thread, because peers wait at most a second for a heartbeat."""
     config = request.app[CONTEXT].config
+    request[KEY_ID] = key_id
     note(request, key=key_id)
     try:
         with request.app[CONTEXT].dispatch.reading(key_id):
@@ -347,7 +349,9 @@ def usage(calls: Sequence[Call]) -> Usage:
 def headers(calls: Sequence[Call], unused: Sequence[str] = (), answered: Call | None = None) -> dict[str, str]:
     """Headers that name the worker and version of the part that ``answered`` first, and fields that had no effect."""
     first = answered or calls[0]
-    found = {"X-Mlxrack-Version": first.version, "X-Mlxrack-Node": first.worker}
+    # an answer from elsewhere has neither
+    named = {"X-Mlxrack-Version": first.version, "X-Mlxrack-Node": first.worker}
+    found = {name: value for name, value in named.items() if value}
     if first.passage is not None:
         found |= _ruled(first.passage)
     if first.retries:

@@ -67,6 +67,8 @@ PARSING = web.AppKey("parsing", Executor)
 REFUSALS = web.AppKey("refusals", Repeats)
 OIDC: web.AppKey[Any] = web.AppKey("oidc", object)
 REQUEST_ID = web.RequestKey("request_id", str)
+KEY_ID = web.RequestKey("key_id", str)
+"""Of a request that its key's limits are for."""
 PROVED = web.RequestKey("proved", bool)
 PASSAGE = web.RequestKey("passage", Passage)
 LOG_FIELDS: web.RequestKey[Any] = web.RequestKey("log_fields", dict)

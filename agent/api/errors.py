@@ -9,6 +9,7 @@ from aiohttp import web
 from agent.api.answers import error_body
 from agent.api.context import (
     CONTEXT,
+    KEY_ID,
     LOG_FIELDS,
     PASSAGE,
     PROVED,
@@ -135,7 +136,10 @@ async def middleware(
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
-    """Sign every response, streams and errors included; let allowed web pages read it."""
+    """Sign every response, streams and errors included, and say what is left of its key's limits per minute; let
+    allowed web pages read it."""
+    if (key_id := request.get(KEY_ID)) is not None:
+        response.headers.update(request.app[CONTEXT].boundary.allowances.headers(key_id))
     share(request, response)
     sign(response, request.get(REQUEST_ID) or new_request_id())
 

@@ -7,21 +7,25 @@ import time
 from aiohttp import hdrs, web
 
 from agent.api import front_page, origins
-from agent.api.context import CONTEXT, Unauthorized, client_key_id, json_response
+from agent.api.context import CONTEXT, Unauthorized, json_response
 from agent.api.front_page import Front
+from agent.api.models import client_key
 from agent.api.proxies import client_scheme
 from agent.config import is_open, scheme
+from agent.policy.deciding import not_usable
+from shared.errors import Refused
 
 
 async def front(request: web.Request) -> web.Response:
     """The page, or JSON where the client prefers that. Where keys are configured, only a client with one learns names
-    of models and nodes."""
+    of nodes, and of models that its key may use."""
     context = request.app[CONTEXT]
     try:
-        client_key_id(request)
+        key = client_key(request)
         nodes = (context.dispatch.here(), *context.peers.view(time.monotonic()))
-        known = Front(_base_url(request), not is_open(context.config), context.config.node.id, front_page.served(nodes))
-    except Unauthorized:
+        served = tuple(one for one in front_page.served(nodes) if not_usable(one.name, key) is None)
+        known = Front(_base_url(request), not is_open(context.config), context.config.node.id, served)
+    except (Unauthorized, Refused):
         known = Front(_base_url(request), True, None, None)
     if front_page.wants_json(request.headers.getall(hdrs.ACCEPT, [])):
         return json_response(front_page.as_json(known), headers=front_page.HEADERS)

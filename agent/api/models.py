@@ -6,6 +6,8 @@ from aiohttp import web
 
 from agent.api import answers
 from agent.api.context import CONTEXT, client_key_id, json_response
+from agent.policy.deciding import expired, not_usable
+from agent.policy.rules import KeyPolicy, of_key
 from agent.views import NodeView
 from shared.errors import Refused, Retryable
 
@@ -26,17 +28,27 @@ def _is_known(request: web.Request, name: str) -> bool:
     return any(not node.heard or any(m.name == name for m in node.models) for node in _nodes(request))
 
 
+def client_key(request: web.Request) -> KeyPolicy:
+    """What the policy says of the client's key. Raises Unauthorized, and Refused for one that has expired."""
+    key = of_key(request.app[CONTEXT].boundary.wall.rules, client_key_id(request))
+    if (over := expired(key, time.strftime("%Y-%m-%d", time.gmtime()))) is not None:
+        raise Refused(over.message, code=over.code)
+    return key
+
+
 async def list_models(request: web.Request) -> web.Response:
-    """All models that can be served now."""
-    client_key_id(request)
-    return json_response(answers.models_list(_served(request)))
+    """The models that can be served now, and that the client's key may use."""
+    key = client_key(request)
+    served = {name: since for name, since in _served(request).items() if not_usable(name, key) is None}
+    return json_response(answers.models_list(served))
 
 
 async def get_model(request: web.Request) -> web.Response:
     """One model."""
-    client_key_id(request)
-    served = _served(request)
-    name = request.match_info["model"]
+    key, name = client_key(request), request.match_info["model"]
+    if (refused := not_usable(name, key)) is not None:
+        raise Refused(refused.message, code=refused.code, param=refused.param)
+    served = {name: since for name, since in _served(request).items() if not_usable(name, key) is None}
     if name not in served and _is_known(request, name):
         raise Retryable("no node can serve this model now", code="no_capacity", retry_after_s=5)
     if name not in served:

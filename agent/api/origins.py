@@ -16,7 +16,16 @@ _ORIGIN = re.compile(r"https?://(.+)")
 _TOKENS = re.compile(r"[A-Za-z0-9_-]{1,64}(\s*,\s*[A-Za-z0-9_-]{1,64}){0,63}")
 _FOREIGN_SITES = ("cross-site", "same-site")
 _JSON = re.compile(r"application/json\s*(;.*)?", re.IGNORECASE)
-_EXPOSED = "Retry-After, X-Request-Id, X-Mlxrack-Request-Id, X-Mlxrack-Version, X-Mlxrack-Node, X-Mlxrack-Ignored"
+_OF_LIMITS = [
+    f"x-ratelimit-{said}-{unit}" for unit in ("requests", "tokens") for said in ("limit", "remaining", "reset")
+]
+_EXPOSED = ", ".join(
+    [
+        *("Retry-After", "X-Request-Id", "X-Mlxrack-Request-Id", "X-Mlxrack-Version", "X-Mlxrack-Node"),
+        *("X-Mlxrack-Ignored", "X-Mlxrack-Class", "X-Mlxrack-Place", "X-Mlxrack-Provider", *_OF_LIMITS),
+    ]
+)
+"""Headers of an answer that a page may read."""
 PREFLIGHT_S = 600
 """How long a browser may remember that a page is allowed."""
 

@@ -122,18 +122,25 @@ class Overflow:
         passage.at, passage.left, passage.redacted = place, left, redacted.counts
         end = End(finish="length")
         try:
-            yield Accepted(id=1, prompt_tok=passage.facts.prompt_tok, cached_tok=0)
+            yield self._noted(call, Accepted(id=1, prompt_tok=passage.facts.prompt_tok, cached_tok=0))
             async with contextlib.aclosing(self._restored(redacted)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, End):
                         end = piece
                     elif piece.text or piece.reasoning or piece.calls:
-                        yield _tokens(piece)
-            yield _done(end, call)
+                        yield self._noted(call, _tokens(piece))
+            yield self._noted(call, _done(end, call))
         finally:
             usd = _cost(target, place, end, call)
             passage.usd = spent(passage.usd, usd)
             spending.settle(0, 0, usd)
+
+    def _noted(self, call: Call, answer: Answer) -> Answer:
+        """A frame, counted like one of the rack; the place has the last word on the number of tokens."""
+        call.note(answer, self._clock())
+        if isinstance(answer, Done):
+            call.prompt_tok = answer.prompt_tok
+        return answer
 
     async def _restored(self, redacted: Redacted) -> AsyncGenerator[Piece | End, None]:
         """What the place answers, with the client's own texts in place of the placeholders."""

@@ -125,7 +125,8 @@ class Wall:
     def close(self, passage: Passage, status: int = 0) -> None:
         """Settle what was reserved and write the audit entry: once, whatever the outcome."""
         calls, reservation = passage.calls, passage.reservation
-        if reservation is not None and any(call.worker or call.completion_tok for call in calls):
+        began = passage.at is not None or any(call.worker or call.completion_tok for call in calls)
+        if reservation is not None and began:
             prompt = sum(call.prompt_tok for call in calls if call.turn == 0)
             reservation.settle(prompt, sum(call.completion_tok for call in calls), passage.usd)
         elif reservation is not None:

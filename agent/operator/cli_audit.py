@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from agent.audit.entry import Entry
 from agent.audit.service import FOLDER
 from agent.config import AgentConfig
 from agent.operator.admin_client import AdminClient
+from agent.operator.cli_policy import Recorded, Records, read_lines
 from agent.operator.logview import parse_since
 from agent.operator.statusview import audit_lines
+from agent.policy.replay import Outcome
 from shared import __version__
 from shared.errors import RackError, Refused
 from shared.store_open import open_store
@@ -199,6 +202,41 @@ def _entries(folder: Path, since_ms: int, *, follow: bool) -> Iterator[Entry]:
                 yield from disk.entries(content[done.get(segment.path, 0) :], since_ms)
                 done[segment.path] = content.rfind(b"\n") + 1
         time.sleep(POLL_S)
+
+
+def recorded(source: Path, since_ms: int) -> Records:
+    """The decisions in an audit folder, or a file of one, for ``policy replay``; in other files or folders those of
+    JSON lines. Raises Refused when there are none."""
+    if source.is_dir() and disk.segments(source):
+        entries: Iterator[Entry] = disk.read(source, since_ms)
+    elif source.is_file() and chain.first_seq(source.name) is not None:
+        entries = disk.entries(source.read_bytes(), since_ms)
+    else:
+        return read_lines(source, since_ms)
+    # one that was refused before it was decided has no facts, and no policy would have changed it
+    found = [
+        Recorded(t_ms=one.t_ms, facts=one.facts, outcome=_outcome(one))
+        for one in entries
+        if one.kind == "ended" and one.facts is not None
+    ]
+    if not found:
+        raise Refused(f"policy replay: no decisions recorded in {source} since then; name others with --from")
+    return Records(found, 0)
+
+
+def _outcome(entry: Entry) -> Outcome:
+    at = entry.answered
+    priced = entry.cost_micro or entry.currency
+    return Outcome(
+        request_id=entry.request,
+        category=at.category if at is not None else None,
+        provider=at.provider if at is not None else "",
+        model=at.model if at is not None else "",
+        refused="" if at is not None else entry.code,
+        prompt_tok=entry.prompt_tok,
+        completion_tok=entry.completion_tok,
+        usd=f"{Decimal(entry.cost_micro) / 1_000_000:f}" if priced else "",
+    )
 
 
 def _show(args: argparse.Namespace, _: AgentConfig, state: Path) -> int:

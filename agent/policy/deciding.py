@@ -130,18 +130,30 @@ def _means(one: Permission, facts: Facts, rules: Rules) -> bool:
     return _listed(written(facts.model), one.models) or _all_listed(models_of(facts, rules), one.models)
 
 
+def expired(key: KeyPolicy, day: str) -> Refuse | None:
+    """Why the key may do nothing on this day (YYYY-MM-DD, UTC): its last one is over."""
+    if not key.expires or day <= key.expires:
+        return None
+    return Refuse(code="key_expired", message="this API key has expired; ask the rack's operator for another one")
+
+
+def not_usable(name: str, key: KeyPolicy) -> Refuse | None:
+    """Why the key may not use a model of the rack."""
+    if _listed(name, key.models):
+        return None
+    message = f"this API key may not use this model; allowed: {', '.join(key.models) or 'none'}"
+    return Refuse(code="model_not_allowed", message=message, param="model")
+
+
 def _out_of_scope(facts: Facts, key: KeyPolicy) -> Refuse | None:
-    if key.expires and facts.day > key.expires:
-        return Refuse(code="key_expired", message="this API key has expired; ask the rack's operator for another one")
+    if (over := expired(key, facts.day)) is not None:
+        return over
     if facts.task_class not in key.classes:
         allowed = ", ".join(key.classes) or "none"
         return Refuse(
             code="class_not_allowed", message=f"this API key may not send {facts.task_class}; allowed: {allowed}"
         )
-    if not is_left_open(facts.model) and not _listed(facts.model, key.models):
-        message = f"this API key may not use this model; allowed: {', '.join(key.models) or 'none'}"
-        return Refuse(code="model_not_allowed", message=message, param="model")
-    return None
+    return None if is_left_open(facts.model) else not_usable(facts.model, key)
 
 
 def _no_route(facts: Facts) -> Refuse:

@@ -31,7 +31,7 @@ def read(path: str) -> PolicyRead:
     file = _expanded(path)
     stamp = stamp_of(path)
     if stamp is None:
-        raise ConfigError(str(file), ["no such file; `policy.path` in agent.toml names it"])
+        raise ConfigError(str(file), ["no such file"])
     if stamp[1] > MOST_BYTES:
         raise ConfigError(str(file), [f"has {stamp[1]:,} bytes; at most {MOST_BYTES:,}"])
     rules = load_settled(file, Rules, check)
