@@ -218,7 +218,7 @@ def test_an_empty_bucket_has_no_reports_and_a_node_has_all(store: ObjectStore) -
     assert not list_all(store, "report/")
     put(store, minute(0))
     rollup.run(CONFIG, store)
-    assert len(weekly.run(CONFIG, store, "2026-W47")) == 16, "five artifacts in three forms, and a CSV"
+    assert len(weekly.run(CONFIG, store, "2026-W47")) == 20, "six artifacts in three forms, and two CSVs"
     _, key = monthly.run(CONFIG, store, "2026-11")
     assert store.get(key, 1 << 30).body.startswith(b"%PDF")
 
