@@ -120,7 +120,7 @@ class Dispatch:
             async with contextlib.aclosing(self._answers(call)) as answers:
                 async for answer in answers:
                     if call.passage is not None:
-                        await _note(call.passage, answer)
+                        await _note(call, call.passage, answer)
                     yield answer
             end = OK
         except RackError as error:
@@ -174,7 +174,8 @@ class Dispatch:
         try:
             self._admit(first, len(calls))
         except RackError as error:
-            if self._overflow is None or not self._overflow.takes(first, error):
+            elsewhere = self._overflow is not None and self._overflow.takes(first, error)
+            if not elsewhere or self._is_full(first, len(calls)):
                 self._begin_trail(first)
                 self._count(first, ended(error), error.code)
                 raise
@@ -234,6 +235,11 @@ class Dispatch:
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._admitted(call.model, call, parts)
 
+    def _is_full(self, call: Call, parts: int) -> bool:
+        """Whether its key has as many requests in flight as it may, wherever they are answered."""
+        limit = self._live.now.limits.in_flight_per_key
+        return self._of_keys.load(call.key_id, parts, call.priority, limit, self._clock()).over > 0
+
     def _admitted(self, model: str, call: Call, parts: int) -> None:
         self._places.enter(model, parts, call.priority.rank)
         self._of_keys.enter(call.key_id, parts, call.priority.rank)
@@ -290,16 +296,16 @@ class Dispatch:
         )
 
 
-async def _note(passage: Passage, answer: Answer) -> None:
+async def _note(call: Call, passage: Passage, answer: Answer) -> None:
     """What the wall has to know of an answer."""
     if isinstance(answer, Tokens):
         if passage.told is not None:
-            passage.said.append(answer)
+            passage.said.setdefault(call.part, []).append(answer)
     elif isinstance(answer, Accepted):
         if len(passage.calls) == 1 and passage.reservation is not None:
             passage.reservation.counted(answer.prompt_tok)
     elif passage.told is not None and isinstance(answer, Done):
-        await passage.told()
+        await passage.told(call.part)
 
 
 def _elsewhere(call: Call) -> dict[str, Any]:
