@@ -266,7 +266,7 @@ class Dispatch:
 
     def _count(self, call: Call, end: Ended, code: str = "") -> None:
         now, call.end, call.code = self._clock(), end, call.code or code
-        if end is OK:
+        if end is OK and (call.passage is None or call.passage.at is None):
             self._drain.setdefault((call.model, call.priority.rank), DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
