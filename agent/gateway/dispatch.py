@@ -20,9 +20,11 @@ from agent.gateway.outcomes import CANCELLED, FAILED, OK, Ended, ended
 from agent.gateway.overflow import Overflow
 from agent.gateway.passage import Passage
 from agent.gateway.retry_budget import RetryBudget
+from agent.gateway.withheld import withheld
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.models.pool import Pool
+from agent.policy.rules import DEFAULT
 from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView, offers
@@ -134,10 +136,13 @@ class Dispatch:
             self._count(call, call.fate if end is CANCELLED and call.fate else end)
 
     def _answers(self, call: Call) -> AsyncGenerator[Answer, None]:
-        """From the rack alone, or from wherever the policy allows."""
+        """From the rack alone, or from wherever the policy allows; without what its content filter withholds."""
         if self._overflow is None or call.passage is None or not call.passage.elsewhere:
-            return self._attempts.run(call)
-        return self._overflow.run(call, self._attempts.run, call.refused)
+            answers = self._attempts.run(call)
+        else:
+            answers = self._overflow.run(call, self._attempts.run, call.refused)
+        content = call.passage.rules.content if call.passage is not None else DEFAULT.content
+        return withheld(answers, content) if content != DEFAULT.content else answers
 
     def reading(self, key_id: str, priority: Priority = NEUTRAL) -> Admitted:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable."""
